@@ -1,0 +1,140 @@
+"""KVCache and Batch: the two small pytrees that programs carry.
+
+Neither holds any K or V. A `KVCache` names a pool and the state of its slots; a `Batch` says which
+slots the new tokens of one step belong to. Both are plain registered dataclasses, so that they pass
+through jit, scan, while, cond and donation like any other value.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["Batch", "KVCache"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """A pool's cache as programs see it. Made by `KVPool.cache`; ops that change it return the next.
+
+    Attributes:
+        handle: int32[2], the pool's id and generation.
+        epoch: uint32[1], bumped by every op that changes the cache; the thread of data dependence
+            that keeps reads and writes in order.
+        lengths: int32[max_slots], tokens already in each slot; -1 marks a free slot.
+        spec: the resolved spec, static.
+    """
+
+    handle: jax.Array
+    epoch: jax.Array
+    lengths: jax.Array
+    spec: CacheSpec = dataclasses.field(metadata={"static": True})
+
+
+def _as_int32(values: object) -> object:
+    """Host integers as an int32 array; anything else (arrays, tracers, tree placeholders) as it is."""
+    if isinstance(values, (list, tuple)) or type(values) is np.ndarray:
+        array = np.asarray(values)
+        if array.size == 0 or np.issubdtype(array.dtype, np.integer):
+            return jnp.asarray(array.astype(np.int32))
+    return values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One ragged batch of new tokens: sequence s owns tokens query_offsets[s]:query_offsets[s+1].
+
+    The token axis of q, k and v has a static length T; tokens from query_offsets[-1] on are padding.
+    Sequences with slot -1 are padding too: nothing is written for them, their output is 0.
+
+    T is the leading dimension of q, so a batch need not say it. When it does (`num_tokens`), ops
+    check it against q, and `positions` can do without being told. It is never guessed: under jit the
+    offsets are not known while shapes are being worked out.
+
+    Attributes:
+        slots: int32[S], slot of each sequence, or -1.
+        query_offsets: int32[S+1], rising from 0.
+        num_tokens: T, static, or None when the batch does not say.
+    """
+
+    slots: jax.Array
+    query_offsets: jax.Array
+    num_tokens: int | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", _as_int32(self.slots))
+        object.__setattr__(self, "query_offsets", _as_int32(self.query_offsets))
+
+    @classmethod
+    def decode(cls, slots: jax.Array | Sequence[int]) -> "Batch":
+        """A decode step: one new token for each slot, T == S.
+
+        Args:
+            slots: int32[S], or a list of ints; -1 is padding.
+        """
+        slots = jnp.asarray(_as_int32(slots))
+        offsets = jnp.arange(slots.shape[0] + 1, dtype=jnp.int32)
+        return cls(slots, offsets, num_tokens=slots.shape[0])
+
+    @classmethod
+    def from_lengths(
+        cls, slots: jax.Array | Sequence[int], lengths: jax.Array | Sequence[int],
+        *, num_tokens: int | None = None,
+    ) -> "Batch":
+        """A batch whose sequence s brings lengths[s] new tokens, packed one after the other.
+
+        Args:
+            slots: int32[S], or a list of ints; -1 is padding.
+            lengths: int32[S], or a list of ints, none negative.
+            num_tokens: T, the length of the token axis, at least the sum of lengths. It can be left
+                out when lengths are host integers: then T is their sum.
+
+        Raises:
+            ValueError: host lengths that are negative, that do not match slots, or whose sum is more
+                than num_tokens.
+        """
+        if not isinstance(lengths, jax.Array):
+            counts = np.asarray(lengths)
+            total = int(counts.sum())
+            reasons = []
+            if counts.ndim != 1 or counts.shape != np.shape(slots):
+                reasons.append(f"slots {np.shape(slots)} and lengths {counts.shape} differ in shape")
+            if counts.size and counts.min() < 0:
+                reasons.append(f"lengths must not be negative, got {counts.min()}")
+            if num_tokens is not None and total > num_tokens:
+                reasons.append(f"lengths sum to {total}, more than num_tokens={num_tokens}")
+            if reasons:
+                raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
+            num_tokens = total if num_tokens is None else num_tokens
+            lengths = jnp.asarray(counts.astype(np.int32))
+        slots = jnp.asarray(_as_int32(slots))
+        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
+        return cls(slots, offsets, num_tokens=num_tokens)
+
+    def mask(self, keep: jax.Array) -> "Batch":
+        """The same batch with only some of its sequences active; the others become padding.
+
+        Shapes stay, so this is how a compiled program leaves out sequences that have stopped or that
+        could not get memory: `batch.mask(active & ok)`.
+
+        Args:
+            keep: bool[S].
+
+        Raises:
+            ValueError: keep has another shape or dtype.
+        """
+        keep = jnp.asarray(keep)
+        if keep.shape != jnp.shape(self.slots) or keep.dtype != jnp.bool_:
+            raise ValueError(
+                f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each sequence), "
+                f"got {keep.dtype}{list(keep.shape)}"
+            )
+        return dataclasses.replace(self, slots=jnp.where(keep, self.slots, -1))

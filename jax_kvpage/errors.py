@@ -1,0 +1,37 @@
+"""What can go wrong on the host side of a pool, as exceptions that carry their numbers."""
+
+__all__ = ["KVPageError", "OutOfBlocks", "OutOfSlots", "PoolClosed"]
+
+
+class KVPageError(RuntimeError):
+    """Base class of the errors that only this package raises."""
+
+
+class PoolClosed(KVPageError):
+    """A host call on a pool that was closed, or that belongs to the process this one was forked from."""
+
+
+class OutOfBlocks(KVPageError):
+    """A request wants more physical blocks than the pool can give now. Nothing was changed.
+
+    Attributes:
+        wanted: blocks that the request needs beyond what it has.
+        free: blocks that belong to nobody.
+        draining: blocks of released slots that a program in flight may still touch; they become
+            available when those programs have run (`acquire(..., wait=True)` waits for them).
+        reclaimable: parked blocks that could have been taken from released slots.
+    """
+
+    def __init__(
+        self, message: str, *, wanted: int = 0, free: int = 0, draining: int = 0,
+        reclaimable: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.wanted = wanted
+        self.free = free
+        self.draining = draining
+        self.reclaimable = reclaimable
+
+
+class OutOfSlots(OutOfBlocks):
+    """Every slot is occupied or draining; the attributes count slots, not blocks."""

@@ -1,0 +1,306 @@
+"""CacheSpec: what a KV cache holds, and how its virtual memory is cut into slots, ranges and blocks.
+
+The arithmetic of DESIGN 1 and 4 lives here and nowhere else in Python; the C++ core computes the same
+numbers from the eight integers of `CacheSpec.as_ints` and the block size.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["CacheSpec", "max_map_count"]
+
+Layout = Literal["fused", "per_layer"]
+
+# The size of one physical allocation is a compromise: small blocks waste little at the tail of a
+# sequence, large ones need fewer mappings and system calls. On CPU mapping costs the same 4 us for
+# 64 KiB as for 2 MiB and reading scattered 64 KiB blocks is within 5% of reading one dense array,
+# so the defaults are small. The fused layout maps one block a step where the per-layer layout maps
+# 2 * num_layers, therefore it can afford the larger one.
+FUSED_TARGET_BYTES = 128 * 1024
+PER_LAYER_TARGET_BYTES = 64 * 1024
+MIN_DEFAULT_BLOCK_TOKENS = 32
+# Kernels walk a block in steps of this many tokens.
+TOKEN_MULTIPLE = 16
+# The fused layout may pad a block up to the granule. Block sizes without padding are preferred as
+# long as they need no more than this many times the tokens that the target asks for.
+MAX_GROWTH_AGAINST_PADDING = 4
+# Bytes of the smallest piece of memory that can be mapped: a page, or CUDA's allocation granularity.
+GRANULE_BYTES = {"cpu": 4096, "cuda": 2 * 1024 * 1024}
+DEFAULT_LAYOUT: dict[str, Layout] = {"cpu": "fused", "cuda": "fused"}
+
+LAYOUT_CODES: dict[str, int] = {"fused": 0, "per_layer": 1}
+DTYPE_CODES: dict[Any, int] = {
+    np.dtype(jnp.float32): 0,
+    np.dtype(jnp.bfloat16): 1,
+    np.dtype(jnp.float16): 2,
+}
+_MAX_INT32 = 2**31 - 1
+_DEFAULT_MAX_MAP_COUNT = 65530
+
+
+def max_map_count() -> int:
+    """How many mappings this system allows a process (Linux `vm.max_map_count`)."""
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return _DEFAULT_MAX_MAP_COUNT
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _raise_all(what: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError("\n  - ".join([f"{what}:", *reasons]))
+
+
+@dataclasses.dataclass(frozen=True, eq=True)
+class CacheSpec:
+    """Shape, storage and memory layout of a KV cache.
+
+    A spec is a hashable value: it travels as static metadata of `KVCache`, and programs compiled for
+    one spec serve every pool of that spec. It starts out with `layout` and `block_tokens` open;
+    `resolve` (which `KVPool` calls) closes them for a platform.
+
+    Attributes:
+        num_layers: number of transformer layers L.
+        num_kv_heads: key/value heads of each layer.
+        head_dim: elements of one head, the same for keys and values.
+        max_slots: number of sequences that can live in the cache at the same time.
+        max_seq_len: tokens that one slot has virtual memory for.
+        dtype: storage type: float32, bfloat16 or float16.
+        layout: "fused" (a block holds some tokens of all layers), "per_layer" (each layer's K and V
+            are dense arrays of their own) or None, the platform's default.
+        block_tokens: tokens in one physical block, a multiple of 16, or None for a size that suits
+            the model.
+        granule: bytes of the smallest mappable piece of memory on the platform; set by `resolve`.
+
+    Raises:
+        ValueError: listing everything that is wrong with the values.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_slots: int
+    max_seq_len: int
+    dtype: Any = jnp.bfloat16
+    layout: Layout | None = None
+    block_tokens: int | None = None
+    granule: int | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        reasons = []
+        for name in ("num_layers", "num_kv_heads", "head_dim", "max_slots", "max_seq_len"):
+            value = getattr(self, name)
+            if not _is_int(value) or not 1 <= value <= _MAX_INT32:
+                reasons.append(f"{name} must be an integer from 1 to {_MAX_INT32}, got {value!r}")
+            else:
+                object.__setattr__(self, name, int(value))
+        try:
+            dtype = np.dtype(self.dtype)
+        except TypeError:
+            dtype = None
+        if dtype not in DTYPE_CODES:
+            supported = ", ".join(d.name for d in DTYPE_CODES)
+            reasons.append(f"dtype must be one of {supported}, got {self.dtype!r}")
+        if self.layout is not None and self.layout not in LAYOUT_CODES:
+            known = " or ".join(repr(name) for name in LAYOUT_CODES)
+            reasons.append(f"layout must be {known} (or None for the default), got {self.layout!r}")
+        tokens = self.block_tokens
+        if tokens is not None:
+            if not _is_int(tokens) or not 1 <= tokens <= _MAX_INT32:
+                reasons.append(f"block_tokens must be a positive integer or None, got {tokens!r}")
+            elif tokens % TOKEN_MULTIPLE:
+                reasons.append(
+                    f"block_tokens must be a multiple of {TOKEN_MULTIPLE}, got {tokens}: the nearest "
+                    f"is {_nearest(tokens, TOKEN_MULTIPLE)}"
+                )
+            else:
+                object.__setattr__(self, "block_tokens", int(tokens))
+        if self.granule is not None and self.granule not in GRANULE_BYTES.values():
+            reasons.append(f"granule is set by resolve(), got {self.granule!r}")
+        _raise_all("CacheSpec", reasons)
+        object.__setattr__(self, "dtype", dtype)
+        # Dispatching a jitted program hashes the static parts of its arguments each time.
+        object.__setattr__(self, "_hash", hash(self._values()))
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, CacheSpec):
+            return NotImplemented
+        return hash(self) == hash(other) and self._values() == other._values()
+
+    def __reduce__(self) -> Any:
+        # String hashes differ between processes, so the cached one must not travel.
+        return _rebuild, self._values()
+
+    def resolve(self, platform: str, capacity: int | None = None) -> "CacheSpec":
+        """Chooses what is still open for a platform.
+
+        Args:
+            platform: "cpu" or "cuda".
+            capacity: bytes of physical memory that the pool will have. When given and `block_tokens`
+                is open, blocks are made large enough for their mappings to stay below half of the
+                system's limit on mappings.
+
+        Returns:
+            A spec with layout, block_tokens and granule set.
+
+        Raises:
+            ValueError: the platform is unknown, or the given `block_tokens` cannot work there.
+        """
+        if platform not in GRANULE_BYTES:
+            known = " or ".join(repr(name) for name in GRANULE_BYTES)
+            raise ValueError(f"CacheSpec.resolve: platform must be {known}, got {platform!r}")
+        granule = GRANULE_BYTES[platform]
+        if self.resolved and self.granule == granule:
+            return self
+        spec = dataclasses.replace(self, layout=self.layout or DEFAULT_LAYOUT[platform], granule=granule)
+        unit = spec._token_unit()
+        if self.block_tokens is None:
+            return spec._choose_block_tokens(unit, capacity)
+        if spec.layout == "per_layer" and self.block_tokens % unit:
+            raise ValueError(
+                f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' on "
+                f"{platform}: a block of {spec._block_token_bytes()} bytes a token must fill whole "
+                f"{granule}-byte granules, so that slots are dense arrays; the nearest that works "
+                f"is {_nearest(self.block_tokens, unit)} (or leave it None, or use layout='fused', "
+                "which may pad)"
+            )
+        return spec
+
+    def _block_token_bytes(self) -> int:
+        """Bytes that one token takes in one block: all layers (fused), or one layer's K or V."""
+        return self.token_bytes // self.num_ranges
+
+    def _token_unit(self) -> int:
+        """Multiples of this many tokens fill whole granules exactly."""
+        assert self.granule is not None
+        per_granule = self.granule // math.gcd(self.granule, self._block_token_bytes())
+        return math.lcm(TOKEN_MULTIPLE, per_granule)
+
+    def _choose_block_tokens(self, unit: int, capacity: int | None) -> "CacheSpec":
+        assert self.granule is not None
+        fused = self.layout == "fused"
+        target = max(FUSED_TARGET_BYTES if fused else PER_LAYER_TARGET_BYTES, self.granule)
+        wanted = max(MIN_DEFAULT_BLOCK_TOKENS, -(-target // self._block_token_bytes()))
+        # A block larger than the longest sequence would only be padding.
+        wanted = min(wanted, _round_up(self.max_seq_len, TOKEN_MULTIPLE))
+        tokens = _round_up(wanted, unit)
+        if fused and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
+            # Padding it is; then as many tokens as the granules hold.
+            held = _round_up(wanted * self._block_token_bytes(), self.granule)
+            tokens = held // self._block_token_bytes() // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+            tokens = max(wanted, min(tokens, _round_up(self.max_seq_len, TOKEN_MULTIPLE)))
+            tokens = _round_up(tokens, TOKEN_MULTIPLE)
+        spec = dataclasses.replace(self, block_tokens=tokens)
+        limit = max_map_count() // 2
+        while (
+            capacity is not None
+            and spec.blocks_per_range > 1
+            and capacity // spec.block_bytes + spec.max_slots * spec.num_ranges + 1 >= limit
+        ):
+            assert spec.block_tokens is not None
+            spec = dataclasses.replace(spec, block_tokens=2 * spec.block_tokens)
+        return spec
+
+    @property
+    def resolved(self) -> bool:
+        """Whether layout, block_tokens and granule are all known."""
+        return None not in (self.layout, self.block_tokens, self.granule)
+
+    def _require_resolved(self, what: str) -> tuple[int, int]:
+        if self.block_tokens is None or self.granule is None or self.layout is None:
+            raise ValueError(
+                f"CacheSpec.{what} is known only after spec.resolve(platform); "
+                "pool.spec and cache.spec are resolved"
+            )
+        return self.block_tokens, self.granule
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers, K and V."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+
+    @property
+    def num_ranges(self) -> int:
+        """Virtual ranges of a slot: 1 in the fused layout, one per layer for each of K and V else."""
+        if self.layout is None:
+            self._require_resolved("num_ranges")
+        return 1 if self.layout == "fused" else 2 * self.num_layers
+
+    @property
+    def blocks_per_range(self) -> int:
+        """Blocks that one range of a slot holds when it is full."""
+        block_tokens, _ = self._require_resolved("blocks_per_range")
+        return -(-self.max_seq_len // block_tokens)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one physical block, padding included."""
+        block_tokens, granule = self._require_resolved("block_bytes")
+        return _round_up(block_tokens * self._block_token_bytes(), granule)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Virtual bytes of one slot."""
+        return self.num_ranges * self.blocks_per_range * self.block_bytes
+
+    @property
+    def virtual_bytes(self) -> int:
+        """Virtual bytes that a pool of this spec reserves."""
+        return self.max_slots * self.slot_bytes
+
+    @property
+    def tail_waste_bytes(self) -> int:
+        """The most that a slot can have mapped beyond the bytes of its own tokens.
+
+        A slot of n tokens has b = ceil(n / block_tokens) blocks mapped in each range, so it wastes
+        `b * block_bytes * num_ranges - n * token_bytes`. That is largest for a full slot whose last
+        block holds one token: padding adds up with every block, so the longest sequence is worst.
+        """
+        block_tokens, _ = self._require_resolved("tail_waste_bytes")
+        blocks = self.blocks_per_range
+        fewest_tokens = (blocks - 1) * block_tokens + 1
+        return blocks * self.block_bytes * self.num_ranges - fewest_tokens * self.token_bytes
+
+    def as_ints(self) -> tuple[int, ...]:
+        """The fingerprint that compiled programs and the pool compare: eight integers.
+
+        Returns:
+            num_layers, num_kv_heads, head_dim, max_slots, max_seq_len, dtype code (float32 0,
+            bfloat16 1, float16 2), layout code (fused 0, per_layer 1), block_tokens.
+        """
+        block_tokens, _ = self._require_resolved("as_ints()")
+        return (
+            self.num_layers, self.num_kv_heads, self.head_dim, self.max_slots, self.max_seq_len,
+            DTYPE_CODES[self.dtype], LAYOUT_CODES[str(self.layout)], block_tokens,
+        )
+
+
+def _nearest(value: int, unit: int) -> str:
+    below, above = value // unit * unit, _round_up(value, unit)
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _rebuild(*values: Any) -> CacheSpec:
+    *positional, granule = values
+    return CacheSpec(*positional, granule=granule)
