@@ -1,0 +1,38 @@
+"""jax_kvpage: a paged KV cache for JAX whose page table is the machine's own."""
+
+from jax_kvpage import _targets as _targets
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.errors import KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.ops.advance import advance
+from jax_kvpage.ops.after import after
+from jax_kvpage.ops.append_kv import append_kv
+from jax_kvpage.ops.map_slots import map_slots
+from jax_kvpage.ops.paged_attention import paged_attention
+from jax_kvpage.ops.positions import positions
+from jax_kvpage.ops.set_lengths import set_lengths
+from jax_kvpage.ops.update_and_attend import update_and_attend
+from jax_kvpage.ops.with_tables import paged_attention_with_tables
+from jax_kvpage.pool import KVPool
+from jax_kvpage.spec import CacheSpec
+from jax_kvpage.stats import PoolStats
+
+__all__ = [
+    "Batch",
+    "CacheSpec",
+    "KVCache",
+    "KVPageError",
+    "KVPool",
+    "OutOfBlocks",
+    "OutOfSlots",
+    "PoolClosed",
+    "PoolStats",
+    "advance",
+    "after",
+    "append_kv",
+    "map_slots",
+    "paged_attention",
+    "paged_attention_with_tables",
+    "positions",
+    "set_lengths",
+    "update_and_attend",
+]

@@ -1,0 +1,113 @@
+"""Everything that depends on the platform, on the JAX version or on the FFI ABI.
+
+The rest of the package uses JAX's public API alone; what is not the same in all supported versions
+is here.
+"""
+
+import importlib
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["load_native", "result_aval"]
+
+
+def check_platform(platform: str = sys.platform) -> None:
+    """Refuses to go on where there is no memfd.
+
+    Raises:
+        ImportError: not Linux.
+    """
+    if not platform.startswith("linux"):
+        raise ImportError(
+            f"jax_kvpage runs on Linux only, this is {platform!r}: its cache is mapped with memfd and "
+            "mmap (MAP_FIXED). On Windows use WSL 2, on macOS a Linux virtual machine or container."
+        )
+
+
+def running_ffi_api() -> tuple[int, int] | None:
+    """Version of the XLA FFI API that the installed jaxlib implements.
+
+    jaxlib has no function that tells; its own headers do.
+
+    Returns:
+        (major, minor), or None when jaxlib was installed without its headers.
+    """
+    header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = [re.search(rf"#define\s+XLA_FFI_API_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
+    if None in found:
+        return None
+    major, minor = (int(match.group(1)) for match in found if match)
+    return major, minor
+
+
+def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> None:
+    """Compares the FFI API of the build with the running one.
+
+    XLA loads handlers of the same major version whose minor version is not newer than its own. A
+    newer one would not fail here but when the first backend starts, and would take all of JAX with it.
+
+    Raises:
+        ImportError: handlers of this build cannot be loaded by the running jaxlib.
+    """
+    if running is None or (built[0] == running[0] and built[1] <= running[1]):
+        return
+    raise ImportError(
+        f"jax_kvpage was built against XLA FFI API {built[0]}.{built[1]}, but the installed jaxlib "
+        f"{jax.lib.__version__} implements {running[0]}.{running[1]}: a build serves jaxlibs of the "
+        "same major version that are not older than the one it was built with. Reinstall jax_kvpage "
+        "in this environment (pip install --force-reinstall --no-deps .), or upgrade jax and jaxlib."
+    )
+
+
+def load_native() -> ModuleType:
+    """Imports the compiled module after checking that it can work here.
+
+    Raises:
+        ImportError: not Linux, not built, or built for another FFI API.
+    """
+    check_platform()
+    try:
+        native = importlib.import_module("jax_kvpage._native")
+    except ModuleNotFoundError as error:
+        if error.name != "jax_kvpage._native":
+            raise
+        raise ImportError(
+            "jax_kvpage's compiled module is missing: install the package (pip install . in a "
+            "checkout, which needs a C++17 compiler) instead of importing the source folder."
+        ) from error
+    check_ffi_api(tuple(native.FFI_API_VERSION), running_ffi_api())
+    return native
+
+
+def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+    """Abstract value of a result that may depend on every operand.
+
+    Under `shard_map` a result varies over all mesh axes that any operand varies over. A fresh
+    abstract value would claim that it varies over none: scans would refuse it as a carry, and
+    `out_specs=P()` would accept it silently. The axes are only to be found on the operands' own
+    abstract values, whose `manual_axis_type` has no documented constructor; hence this shim.
+
+    Args:
+        operands: abstract values of the operands.
+        shape: of the result.
+        dtype: of the result.
+    """
+    widest = max(operands, key=lambda aval: len(aval.manual_axis_type.varying))
+    axes = frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
+    sharding = widest.sharding
+    return widest.update(
+        shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False,
+        sharding=NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(shape))),
+        manual_axis_type=widest.manual_axis_type.update(varying=axes),
+    )

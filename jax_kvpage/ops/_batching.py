@@ -1,0 +1,147 @@
+"""How vmap is served: more sequences for what changes the cache, a loop for what only reads it.
+
+One cache serves all elements of a vmapped axis. Their batches are laid end to end as one ragged
+batch with more sequences. A batched cache would be several caches, which one pool cannot be.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching
+
+__all__ = ["axis_size", "flatten_rows", "fold", "front", "map_reader", "refuse", "register"]
+
+Dims = Sequence[int | None]
+Rule = Callable[..., tuple[Sequence[Any], Sequence[int | None]]]
+
+
+def register(primitive: Primitive, rule: Rule) -> None:
+    """Registers a batching rule `rule(operands, dims, **params) -> (results, dims)`."""
+    batching.primitive_batchers[primitive] = rule
+
+
+def axis_size(operands: Sequence[Any], dims: Dims) -> int:
+    """Size of the mapped axis."""
+    return next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+
+def front(operand: Any, dim: int | None, size: int) -> jax.Array:
+    """The operand with the mapped axis in front, repeated when it has none."""
+    if dim is None:
+        return jnp.broadcast_to(operand, (size, *jnp.shape(operand)))
+    return jnp.moveaxis(operand, dim, 0)
+
+
+def refuse(op: str, names: Sequence[str], dims: Dims, wrong: Callable[[str, int | None], str]) -> None:
+    """Raises one error for everything that is mapped, or not mapped, in a way the op cannot serve.
+
+    Args:
+        op: name for the message.
+        names: of the operands.
+        dims: mapped axis of each, or None.
+        wrong: (name, dim) -> what is wrong with that operand, or "".
+
+    Raises:
+        ValueError: listing all of it.
+    """
+    found = [text for name, dim in zip(names, dims, strict=True) if (text := wrong(name, dim))]
+    # The arrays of one cache are batched together: say it once.
+    reasons = dict.fromkeys(found)
+    if reasons:
+        raise ValueError("\n  - ".join([f"vmap of {op}:", *reasons]))
+
+
+_SHARED = {
+    "handle": "the cache", "epoch": "the cache", "lengths": "the cache", "layer": "the layer",
+}
+
+
+def never_mapped(name: str, dim: int | None) -> str:
+    """For `refuse`: a cache and a layer are shared by all elements."""
+    if dim is None or name not in _SHARED:
+        return ""
+    text = f"{_SHARED[name]} is batched, but must be the same for all elements (in_axes=None)"
+    if _SHARED[name] == "the cache":
+        text += (
+            "; a cache comes back batched from lax.cond or lax.switch with a batched predicate: run "
+            "the op for every element and leave sequences out with batch.mask(keep) instead"
+        )
+    return text
+
+
+def must_be_mapped(*own: str) -> Callable[[str, int | None], str]:
+    """For `refuse` in ops that change the cache: each element needs slots of its own."""
+
+    def wrong(name: str, dim: int | None) -> str:
+        if name in own and dim is None:
+            return (
+                f"{name} is not batched but other arguments are: every element would change the same "
+                "slots; give each element slots of its own"
+            )
+        return never_mapped(name, dim)
+
+    return wrong
+
+
+def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.Array, jax.Array]:
+    """Lays the batches of all elements end to end.
+
+    Args:
+        slots: int32[B, S].
+        offsets: int32[B, S+1].
+        tokens: T, when the elements' token axes are laid end to end too. Each element then gets one
+            more sequence, with slot -1, that owns its padding tokens. None when only the numbers of
+            tokens matter.
+
+    Returns:
+        slots int32[B * S'] and offsets int32[B * S' + 1], S' = S + 1, or S without tokens.
+    """
+    size, _ = slots.shape
+    last = offsets[:, -1]
+    if tokens is None:
+        begin = jnp.cumsum(last) - last
+        end = begin[-1:] + last[-1:]
+        folded = (begin[:, None] + offsets[:, :-1]).reshape(-1)
+    else:
+        begin = tokens * jnp.arange(size, dtype=jnp.int32)
+        end = jnp.full((1,), size * tokens, jnp.int32)
+        folded = (begin[:, None] + offsets).reshape(-1)
+        slots = jnp.concatenate([slots, jnp.full((size, 1), -1, jnp.int32)], axis=1)
+    # Offsets of a later element that do not begin at 0 would pass for padding of the one before it;
+    # hand the mistake on to the check at run time.
+    folded = folded.at[0].set(jnp.where(jnp.all(offsets[:, 0] == 0), 0, -1))
+    return slots.reshape(-1), jnp.concatenate([folded, end]).astype(jnp.int32)
+
+
+def flatten_rows(operands: Sequence[Any], dims: Dims, size: int) -> list[jax.Array]:
+    """[B, n, ...] -> [B * n, ...] for each operand, repeated first where it is not mapped."""
+    rows = [front(x, d, size) for x, d in zip(operands, dims, strict=True)]
+    return [x.reshape(-1, *x.shape[2:]) for x in rows]
+
+
+def map_reader(op: str, names: Sequence[str], call: Callable[..., Sequence[Any]]) -> Any:
+    """The rule of an op that changes nothing: one call after the other.
+
+    Args:
+        op: name for messages.
+        names: of the operands.
+        call: `call(*operands, **params)` for one element.
+    """
+
+    def rule(operands: Sequence[Any], dims: Dims, **params: Any) -> Any:
+        refuse(op, names, dims, never_mapped)
+        size = axis_size(operands, dims)
+        mapped = [front(x, d, size) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+        def element(values: Sequence[Any]) -> Sequence[Any]:
+            rest = iter(values)
+            chosen = [x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)]
+            return call(*chosen, **params)
+
+        results = jax.lax.map(element, mapped)
+        return results, [0] * len(results)
+
+    return rule

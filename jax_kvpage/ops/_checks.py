@@ -1,0 +1,157 @@
+"""Collects every mistake in an op's arguments, so that one ValueError can list them all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["FLOATS", "INT32", "Checker", "as_int32", "cache_operands", "layer_operand"]
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+INT32 = (jnp.int32,)
+
+# A dimension is a number, a name that is bound by its first use, or a name plus one.
+Dim = int | str
+
+
+class Checker:
+    """Compares abstract values with what an op wants and remembers every difference.
+
+    Dimensions are named: the first array to mention a name decides what it stands for, later ones
+    must agree, and messages show both the name and the number.
+    """
+
+    def __init__(self, op: str, problems: Sequence[str] = (), **dims: int) -> None:
+        self.op = op
+        self.problems = list(problems)
+        self.dims: dict[str, int] = dict(dims)
+
+    def add(self, problem: str) -> None:
+        """Remembers one more mistake."""
+        self.problems.append(problem)
+
+    def _size(self, dim: Dim) -> int | None:
+        if isinstance(dim, int):
+            return dim
+        name, plus, _ = dim.partition("+")
+        size = self.dims.get(name)
+        return size + 1 if plus and size is not None else size
+
+    def array(self, name: str, aval: Any, dims: Sequence[Dim], dtypes: Sequence[Any]) -> None:
+        """Checks dtype, rank and every dimension of one array.
+
+        Args:
+            name: of the argument.
+            aval: its abstract value (`jax.typeof`).
+            dims: wanted dimensions.
+            dtypes: dtypes that are allowed.
+        """
+        right = any(aval.dtype == np.dtype(dtype) for dtype in dtypes) and len(aval.shape) == len(dims)
+        if len(aval.shape) == len(dims):
+            for dim, actual in zip(dims, aval.shape, strict=True):
+                if isinstance(dim, str) and self._size(dim) is None and not dim.endswith("+1"):
+                    self.dims[dim] = actual
+                right = right and self._size(dim) in (None, actual)
+        if not right:
+            types = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+            self.add(f"{name}: wanted {types} [{', '.join(map(self._show, dims))}], got {show(aval)}")
+
+    def _show(self, dim: Dim) -> str:
+        size = self._size(dim)
+        return str(dim) if size is None or isinstance(dim, int) else f"{dim}={size}"
+
+    def cache(self, handle: Any, epoch: Any, lengths: Any) -> None:
+        """Checks the arrays of a KVCache."""
+        self.array("cache.handle", handle, (2,), INT32)
+        self.array("cache.epoch", epoch, (1,), (jnp.uint32,))
+        self.array("cache.lengths", lengths, ("max_slots",), INT32)
+
+    def batch(self, slots: Any, query_offsets: Any) -> None:
+        """Checks the arrays of a Batch and binds S."""
+        self.array("batch.slots", slots, ("S",), INT32)
+        self.array("batch.query_offsets", query_offsets, ("S+1",), INT32)
+
+    def done(self) -> None:
+        """Raises what has been collected.
+
+        Raises:
+            ValueError: there was at least one mistake.
+        """
+        if self.problems:
+            raise ValueError("\n  - ".join([f"{self.op}:", *self.problems]))
+
+
+def pool_checker(op: str, spec: CacheSpec, problems: Sequence[str] = ()) -> Checker:
+    """A checker that knows the dimensions of a spec."""
+    return Checker(op, problems, max_slots=spec.max_slots, Hkv=spec.num_kv_heads, D=spec.head_dim)
+
+
+def show(aval: Any) -> str:
+    """dtype[shape] of an abstract value."""
+    return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
+
+
+def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
+    """The arrays of a cache, in the order in which every primitive takes them.
+
+    Raises:
+        TypeError: not a KVCache.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{op}: cache: wanted a KVCache (from pool.cache()), got {type(cache).__name__}")
+    return cache.handle, cache.epoch, cache.lengths
+
+
+def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
+    """The arrays of a batch.
+
+    Raises:
+        TypeError: not a Batch.
+    """
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"{op}: batch: wanted a Batch (Batch(slots, query_offsets), Batch.decode(slots), "
+            f"Batch.from_lengths(slots, lengths)), got {type(batch).__name__}"
+        )
+    return batch.slots, batch.query_offsets
+
+
+def as_int32(values: Any) -> Any:
+    """Host integers (int, list, NumPy) as an int32 array; arrays and tracers as they are."""
+    if isinstance(values, jax.Array):
+        return values
+    array = np.asarray(values)
+    fits = array.dtype.kind in "iu" and (array.size == 0 or np.abs(array).max() <= 2**31 - 1)
+    return jnp.asarray(array.astype(np.int32) if fits or array.size == 0 else array)
+
+
+def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
+    """The layer as an int32 scalar; a layer known at trace time is range-checked here.
+
+    Args:
+        layer: int, or int32 scalar (traced layers are checked when the program runs).
+        spec: of the cache.
+        problems: where a mistake is added.
+    """
+    if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool):
+        if not 0 <= layer < spec.num_layers:
+            problems.append(f"layer: wanted 0 to {spec.num_layers - 1} (num_layers={spec.num_layers}), "
+                            f"got {layer}")
+            layer = 0
+        return np.int32(layer)
+    return layer if isinstance(layer, jax.Array) else as_int32(layer)
+
+
+def check_num_tokens(batch: Batch, actual: Any, name: str, problems: list[str]) -> None:
+    """A batch that says how many tokens it has must agree with the arrays."""
+    shape = np.shape(actual)
+    if batch.num_tokens is not None and shape and shape[0] != batch.num_tokens:
+        problems.append(
+            f"{name}: has {shape[0]} tokens, but batch.num_tokens is {batch.num_tokens} (padding "
+            "counts: num_tokens is the length of the token axis)"
+        )

@@ -1,0 +1,174 @@
+"""What every primitive of this package shares: eager calls, lowering rules, refused differentiation.
+
+Primitives carry no JAX effect: an effect in the jaxpr takes every dispatch of the whole program off
+JAX's fast path. The side effect is declared on the custom call that a primitive is lowered to, which
+is where XLA needs it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
+
+IMPLEMENTATIONS = ("cpu", "cuda", "xla")
+# Parameters that decide shapes or rules and are no attributes of the custom call.
+_NOT_ATTRIBUTES = ("return_lse", "implementation")
+
+Abstract = Callable[..., Sequence[Any]]
+
+
+def make_primitive(name: str, abstract: Abstract, static: Sequence[str] = ("spec",)) -> Primitive:
+    """A primitive with several results, abstract evaluation and eager calls.
+
+    Args:
+        name: without the package's prefix.
+        abstract: abstract evaluation, `abstract(*avals, **params)`.
+        static: names of the parameters.
+    """
+    primitive = Primitive(f"kvpage_{name}")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+    compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
+
+    def call_eagerly(*operands: Any, **params: Any) -> Any:
+        # Without jit there is nothing to run, so disable_jit must not apply to this one call.
+        with jax.disable_jit(False):
+            return compiled(*operands, **params)
+
+    primitive.def_impl(call_eagerly)
+    return primitive
+
+
+def bind(
+    primitive: Primitive, abstract: Abstract, operands: Sequence[Any], params: Mapping[str, Any],
+    problems: Sequence[str] = (),
+) -> Any:
+    """Binds a primitive; mistakes found beforehand are reported together with those of its shapes.
+
+    Args:
+        primitive: to bind.
+        abstract: its abstract evaluation, which takes `problems` as well.
+        operands: arrays.
+        params: static parameters.
+        problems: mistakes that abstract values do not show.
+
+    Raises:
+        ValueError: listing all mistakes.
+    """
+    if problems:
+        abstract(*map(jax.typeof, operands), **params, problems=tuple(problems))
+    return primitive.bind(*operands, **params)
+
+
+def _attribute(value: Any) -> Any:
+    """A parameter in the width that the C++ handlers declare."""
+    if isinstance(value, CacheSpec):
+        return np.asarray(value.as_ints(), np.int64)
+    return np.float32(value) if isinstance(value, float) else np.int32(value)
+
+
+def _gathered(array: Any) -> Any:
+    """The array in one piece where its type says that it is sharded (explicit mesh axes).
+
+    That is what XLA does around a custom call, and what the results' abstract values say.
+    """
+    sharding = jax.typeof(array).sharding
+    if all(part is None for part in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _no_rule(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
+    asked = f"implementation={implementation!r}" if implementation else f"{op} without implementation="
+    ways = ["compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))"]
+    if xla:
+        ways.append("use implementation='xla'")
+    return ValueError(
+        f"{op}: {asked} cannot be compiled for platform {platform!r}: there are kernels for 'cpu' "
+        f"only in this build; {' or '.join(ways)}"
+    )
+
+
+def register_lowerings(
+    primitive: Primitive, *, aliases: Mapping[int, int] | None = None, side_effect: bool = True,
+    xla: Callable[..., Any] | None = None, xla_is_default: bool = False,
+) -> None:
+    """Registers how a primitive is compiled on each platform.
+
+    Args:
+        primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
+        aliases: operand number -> result number that shares its buffer.
+        side_effect: whether XLA must keep calls whose results look unused or equal.
+        xla: the op in plain JAX, `xla(*operands, **params)` without `implementation`; traced in place
+            of the custom call for implementation="xla".
+        xla_is_default: whether platforms without kernels use `xla` unasked.
+    """
+    op = primitive.name.removeprefix("kvpage_")
+    custom_call = jax.ffi.ffi_lowering(
+        f"jax_kvpage_{op}", has_side_effect=side_effect, operand_output_aliases=dict(aliases or {})
+    )
+
+    def lower_xla(ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Any) -> Any:
+        assert xla is not None
+        kept = {name: value for name, value in params.items() if name != "implementation"}
+
+        def traced(*arrays: Any) -> Any:
+            return xla(*map(_gathered, arrays), **kept)
+
+        return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+    def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        implementation = params.get("implementation")
+        if implementation == "xla":
+            return lower_xla(ctx, operands, params)
+        if implementation not in (None, "cpu"):
+            raise _no_rule(op, implementation, "cpu", xla is not None)
+        attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
+        return custom_call(ctx, *operands, **attributes)
+
+    def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        implementation = params.get("implementation")
+        if implementation == "xla" or (implementation is None and xla_is_default):
+            return lower_xla(ctx, operands, params)
+        platforms = ctx.platforms or ctx.module_context.platforms
+        raise _no_rule(op, implementation, ", ".join(platforms), xla is not None)
+
+    mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    mlir.register_lowering(primitive, lower_elsewhere)
+
+
+def refuse_differentiation(primitive: Primitive) -> None:
+    """Makes jvp, grad and vjp through a primitive fail with the way out."""
+    op = primitive.name.removeprefix("kvpage_")
+
+    def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
+        del primals, tangents, params
+        raise ValueError(
+            f"{op} cannot be differentiated: the cache lies outside of what JAX traces, so there is no "
+            "gradient through it. For inference inside a differentiated program wrap the floating "
+            "point arguments in jax.lax.stop_gradient; for training attend over dense arrays, for "
+            "instance with jax.nn.dot_product_attention."
+        )
+
+    ad.primitive_jvps[primitive] = refuse
+
+
+def check_implementation(implementation: str | None, problems: list[str]) -> None:
+    """Adds a problem when the name is not one of IMPLEMENTATIONS."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(map(repr, IMPLEMENTATIONS))
+        problems.append(f"implementation: wanted {known} or None, got {implementation!r}")
+
+
+def absent() -> jax.Array:
+    """Stands for an optional per-head array that was not given."""
+    return jnp.zeros((0,), jnp.float32)

@@ -1,0 +1,49 @@
+"""What ops over a list of slots and one number for each of them share."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops import _batching
+from jax_kvpage.ops._checks import INT32, Checker, as_int32, cache_operands
+
+__all__ = ["check", "flattened", "operands", "replaced"]
+
+
+def operands(op: str, cache: KVCache, slots: Any, values: Any) -> tuple[Any, ...]:
+    """The cache's arrays, slots [n] and values [n]; single slots and shared values are spread out."""
+    arrays = cache_operands(op, cache)
+    slots, values = jnp.atleast_1d(as_int32(slots)), as_int32(values)
+    if values.ndim == 0:
+        values = jnp.broadcast_to(values, slots.shape)
+    return *arrays, slots, values
+
+
+def check(checker: Checker, name: str, avals: Sequence[Any]) -> None:
+    """Checks cache, slots [n] and values [n], which are called `name`."""
+    handle, epoch, lengths, slots, values = avals
+    checker.cache(handle, epoch, lengths)
+    checker.array("slots", slots, ("n",), INT32)
+    checker.array(name, values, ("n",), INT32)
+
+
+def replaced(cache: KVCache, epoch: Any, lengths: Any = None) -> KVCache:
+    """The next cache."""
+    if lengths is None:
+        return dataclasses.replace(cache, epoch=epoch)
+    return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
+
+
+def flattened(op: str, name: str, operands: Sequence[Any], dims: Any) -> tuple[list[Any], int]:
+    """Operands of one call that does what all elements of a mapped axis ask for.
+
+    Returns:
+        The operands and the size of the axis.
+    """
+    names = ("handle", "epoch", "lengths", "slots", name)
+    _batching.refuse(op, names, dims, _batching.must_be_mapped("slots"))
+    size = _batching.axis_size(operands, dims)
+    return [*operands[:3], *_batching.flatten_rows(operands[3:], dims[3:], size)], size

@@ -1,0 +1,63 @@
+"""after: orders what follows on a cache behind a value that was computed from it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage import _compat
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops import _batching, _lowering
+from jax_kvpage.ops._checks import Checker, cache_operands
+
+__all__ = ["after"]
+
+
+def _abstract(epoch: Any, *values: Any) -> list[Any]:
+    check = Checker("after")
+    check.array("cache.epoch", epoch, (1,), (jnp.uint32,))
+    check.done()
+    return [_compat.result_aval((epoch, *values), (1,), jnp.uint32)]
+
+
+after_p = _lowering.make_primitive("after", _abstract, static=())
+
+
+def after(cache: KVCache, value: Any) -> KVCache:
+    """The same cache, but not before `value` has been computed.
+
+    A program that reads a cache and changes it destructively (lowers a length, say) without using
+    the one in the other leaves their order open. `cache = after(cache, out)` settles it.
+
+    Args:
+        cache: the cache.
+        value: array, or tree of arrays.
+
+    Returns:
+        A cache that depends on every array of `value`.
+
+    Raises:
+        ValueError: a cache of the wrong shape.
+    """
+    _, epoch, _ = cache_operands("after", cache)
+    arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    plain = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in arrays
+    ]
+    # The epoch is an integer: no gradient flows through it, and none is refused either.
+    operands = (epoch, *map(jax.lax.stop_gradient, plain))
+    (epoch,) = _lowering.bind(after_p, _abstract, operands, {})
+    return dataclasses.replace(cache, epoch=epoch)
+
+
+_lowering.register_lowerings(after_p, aliases={0: 0})
+
+
+def _batch(operands: Any, dims: Any) -> Any:
+    names = ("epoch", *["value"] * (len(operands) - 1))
+    _batching.refuse("after", names, dims, _batching.never_mapped)
+    return after_p.bind(*operands), [None]
+
+
+_batching.register(after_p, _batch)

@@ -1,0 +1,31 @@
+"""gather_context: copies sequences out of the arena into dense arrays (internal, for "xla")."""
+
+from typing import Any
+
+from jax_kvpage import _compat
+from jax_kvpage.ops import _batching, _lowering, _tokens
+from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["gather_context_p"]
+
+_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets", "layer")
+
+
+def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
+    check = pool_checker("gather_context", spec)
+    _tokens.check_header(check, avals)
+    check.done()
+    shape = (avals[3].shape[0], spec.max_seq_len, spec.num_kv_heads, spec.head_dim)
+    return [_compat.result_aval(avals, shape, spec.dtype)] * 2
+
+
+# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype: positions 0
+# to lengths + new tokens of each sequence, zeros beyond them.
+gather_context_p = _lowering.make_primitive("gather_context", _abstract)
+
+_lowering.register_lowerings(gather_context_p)
+
+_batching.register(
+    gather_context_p, _batching.map_reader("gather_context", _NAMES, gather_context_p.bind)
+)

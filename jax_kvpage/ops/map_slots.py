@@ -1,0 +1,65 @@
+"""map_slots: maps physical blocks into slots from inside a program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage import _compat
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops import _batching, _lowering, _slots
+from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["map_slots"]
+
+
+def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> list[Any]:
+    check = pool_checker("map_slots", spec, problems)
+    _slots.check(check, "num_tokens", avals)
+    check.done()
+    slots = avals[3]
+    return [
+        _compat.result_aval(avals, (1,), jnp.uint32),
+        _compat.result_aval(avals, slots.shape, jnp.bool_),
+    ]
+
+
+map_slots_p = _lowering.make_primitive("map_slots", _abstract)
+
+
+def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
+    """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
+
+    Room that is there already costs nothing, and a token that fits into the last mapped block needs
+    no new one. A slot either gets all it wants or nothing.
+
+    Args:
+        cache: the cache; the slots must be occupied (`KVPool.acquire`).
+        slots: int32[n], each at most once; -1 is padding. A single slot is fine too.
+        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition, at most max_seq_len.
+
+    Returns:
+        The next cache and ok, bool[n]: False where the pool ran out of blocks, for which nothing was
+        mapped; True for padding.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, all of them in one message.
+        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
+            or more tokens than max_seq_len, which could never succeed.
+    """
+    operands = _slots.operands("map_slots", cache, slots, num_tokens)
+    epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})
+    return _slots.replaced(cache, epoch), ok
+
+
+_lowering.register_lowerings(map_slots_p, aliases={1: 0})
+
+
+def _batch(operands: Any, dims: Any, *, spec: CacheSpec) -> Any:
+    flat, size = _slots.flattened("map_slots", "num_tokens", operands, dims)
+    epoch, ok = map_slots_p.bind(*flat, spec=spec)
+    return [epoch, ok.reshape(size, -1)], [None, 0]
+
+
+_batching.register(map_slots_p, _batch)

@@ -1,0 +1,119 @@
+"""paged_attention: causal attention of new tokens over what the cache holds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage import reference
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops import _attention, _batching, _lowering, _tokens
+from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops.gather_context import gather_context_p
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["paged_attention"]
+
+_STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
+_NAMES = (
+    "handle", "epoch", "lengths", "slots", "query_offsets", "layer", "q", "sliding_window", "sinks",
+    "alibi_slopes",
+)
+
+
+def _abstract(
+    *avals: Any, spec: CacheSpec, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
+) -> list[Any]:
+    check = pool_checker("paged_attention", spec, problems)
+    _tokens.check_header(check, avals)
+    q, window, sinks, alibi = avals[6:]
+    _attention.check_attention(check, q, window, sinks, alibi)
+    check.done()
+    return _attention.attention_results(avals, q, return_lse)
+
+
+paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _STATIC)
+
+
+def paged_attention(
+    q: jax.Array, cache: KVCache, batch: Batch, *, layer: int | jax.Array,
+    scale: float | None = None, sliding_window: int | jax.Array | None = None,
+    logits_soft_cap: float | None = None, sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None, return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Attention of new tokens over their sequences' context, the new tokens' own K and V included.
+
+    The new tokens must have been written (`append_kv`). Token i of a sequence that has n tokens in
+    the cache sees positions 0 to n + i, so one op serves decode, prefill, chunked prefill and any
+    mixture. The result for a sequence does not depend on the other sequences of the batch.
+
+    A score is scaled, then soft-capped, then biased (ALiBi), then masked; the softmax follows.
+
+    Args:
+        q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
+        cache: the cache.
+        batch: which tokens belong to which slot.
+        layer: int, or traced int32 scalar.
+        scale: factor of the scores, 1/sqrt(D) by default. Static.
+        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it. An int, or
+            a traced int32 scalar, where 0 or less means no window (layers with different windows can
+            be scanned).
+        logits_soft_cap: c in c * tanh(score / c) (Gemma 2). Static.
+        sinks: [Hq], one more logit for each head that only joins the softmax's denominator
+            (attention sinks as in gpt-oss).
+        alibi_slopes: [Hq], adds slope * (key position - query position) (Press et al., ALiBi).
+        return_lse: whether to return the natural logarithm of the softmax's denominator.
+        implementation: "cpu", "cuda", "xla" (plain JAX over a gathered context: slow, for checking),
+            or None, the best for the platform.
+
+    Returns:
+        out [T, Hq, D] in q's dtype; with return_lse also lse, float32 [T, Hq]. Padding tokens and
+        masked sequences get 0 and -inf.
+
+    Raises:
+        ValueError: unsupported arguments, all of them in one message; or an implementation that the
+            platform does not have.
+        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
+            malformed offsets, a layer out of range, or positions not mapped or not written.
+    """
+    header, problems = _tokens.header("paged_attention", cache, batch, layer, q=q)
+    options = _attention.make_options(
+        cache.spec.head_dim, scale=scale, sliding_window=sliding_window, sinks=sinks,
+        logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes, return_lse=return_lse,
+        implementation=implementation,
+    )
+    out, lse = _lowering.bind(
+        paged_attention_p, _abstract, (*header, q, *options.operands),
+        {"spec": cache.spec, **options.params}, problems + options.problems,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
+    """The op in plain JAX, but for the gather that brings the context out of the arena."""
+    _, _, lengths, slots, query_offsets, _, q, window, sinks, alibi = operands
+    k, v = gather_context_p.bind(*operands[:6], spec=spec)
+    starts = jnp.where(slots >= 0, lengths[jnp.maximum(slots, 0)], 0)
+    return reference.ragged_attention(
+        q, k, v, starts, query_offsets, slots >= 0, window=window, sinks=sinks, alibi=alibi, **params
+    )
+
+
+_lowering.register_lowerings(paged_attention_p, xla=attend_gathered)
+_lowering.refuse_differentiation(paged_attention_p)
+_one_by_one = _batching.map_reader("paged_attention", _NAMES, paged_attention_p.bind)
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> Any:
+    own_slots = dims[3] is not None
+    shared_options = all(dim is None for dim in dims[7:])
+    if not (own_slots and shared_options):
+        return _one_by_one(operands, dims, **params)
+    _batching.refuse("paged_attention", _NAMES, dims, _batching.never_mapped)
+    operands, size = _tokens.folded(operands, dims, per_token=1)
+    out, lse = paged_attention_p.bind(*operands, **params)
+    return [out.reshape(size, -1, *out.shape[1:]), _attention.split_lse(lse, size)], [0, 0]
+
+
+_batching.register(paged_attention_p, _batch)

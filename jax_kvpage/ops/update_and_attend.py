@@ -1,0 +1,111 @@
+"""update_and_attend: append_kv and paged_attention in one call, the decode path."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage import _compat
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops import _attention, _batching, _lowering, _tokens
+from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops.append_kv import append_kv_p
+from jax_kvpage.ops.paged_attention import attend_gathered
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["update_and_attend"]
+
+_STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
+_OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
+_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
+
+
+def _abstract(
+    *avals: Any, spec: CacheSpec, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
+) -> list[Any]:
+    check = pool_checker("update_and_attend", spec, problems)
+    _tokens.check_header(check, avals)
+    q, k, v, *options = avals[6:]
+    _attention.check_attention(check, q, *options)
+    _tokens.check_kv(check, k, v)
+    check.done()
+    epoch = _compat.result_aval(avals, (1,), jnp.uint32)
+    return [*_attention.attention_results(avals, q, return_lse), epoch]
+
+
+update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _STATIC)
+
+
+def update_and_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, batch: Batch, *,
+    layer: int | jax.Array, scale: float | None = None, logits_soft_cap: float | None = None,
+    sliding_window: int | jax.Array | None = None, alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None, return_lse: bool = False, implementation: str | None = None,
+) -> Any:
+    """Writes k and v of new tokens into one layer of the cache and attends over the result.
+
+    The same as `append_kv` followed by `paged_attention`, in one custom call.
+
+    Args:
+        q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
+        k: [T, Hkv, D], any of these dtypes; converted to the cache's.
+        v: like k.
+        cache: the cache, with room mapped for the new tokens.
+        batch: which tokens belong to which slot.
+        layer: int, or traced int32 scalar.
+        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation: as in
+            `paged_attention`.
+
+    Returns:
+        (out, cache), or (out, lse, cache) with return_lse: out [T, Hq, D] in q's dtype, lse float32
+        [T, Hq], and the next cache. Padding tokens and masked sequences get 0 and -inf.
+
+    Raises:
+        ValueError: unsupported arguments, all of them in one message; or an implementation that the
+            platform does not have.
+        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
+            malformed offsets, a layer out of range, or positions that are not mapped.
+    """
+    options = _attention.make_options(
+        cache.spec.head_dim, scale=scale, sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
+        return_lse=return_lse, implementation=implementation,
+    )
+    header, problems = _tokens.header("update_and_attend", cache, batch, layer, q=q)
+    out, lse, epoch = _lowering.bind(
+        update_and_attend_p, _abstract, (*header, q, k, v, *options.operands),
+        {"spec": cache.spec, **options.params}, problems + options.problems,
+    )
+    cache = dataclasses.replace(cache, epoch=epoch)
+    return (out, lse, cache) if return_lse else (out, cache)
+
+
+def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
+    handle, epoch, *header = operands[:6]
+    q, k, v, *options = operands[6:]
+    (epoch,) = append_kv_p.bind(handle, epoch, *header, k, v, spec=spec)
+    out, lse = attend_gathered(handle, epoch, *header, q, *options, spec=spec, **params)
+    return out, lse, epoch
+
+
+_lowering.register_lowerings(update_and_attend_p, aliases={1: 2}, xla=_append_then_gather)
+_lowering.refuse_differentiation(update_and_attend_p)
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> Any:
+    needs_slots = _batching.must_be_mapped("slots")
+
+    def wrong(name: str, dim: int | None) -> str:
+        if name in _OPTIONS and dim is not None:
+            return f"{name} is batched: all elements are written in one call and share it (in_axes=None)"
+        return needs_slots(name, dim)
+
+    _batching.refuse("update_and_attend", _NAMES, dims, wrong)
+    operands, size = _tokens.folded(operands, dims, per_token=3)
+    out, lse, epoch = update_and_attend_p.bind(*operands, **params)
+    out = out.reshape(size, -1, *out.shape[1:])
+    return [out, _attention.split_lse(lse, size), epoch], [0, 0, None]
+
+
+_batching.register(update_and_attend_p, _batch)

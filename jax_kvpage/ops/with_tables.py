@@ -1,0 +1,132 @@
+"""paged_attention_with_tables: the same attention over plain arrays and a block table, no pool."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage import reference
+from jax_kvpage.ops import _attention, _batching, _lowering
+from jax_kvpage.ops._checks import FLOATS, INT32, Checker
+
+__all__ = ["paged_attention_with_tables"]
+
+_LAYOUTS = {"NHD": 0, "HND": 1}
+_PAGE_DIMS = (("pages", "page_size", "Hkv", "D"), ("pages", "Hkv", "page_size", "D"))
+_NAMES = (
+    "q", "k_pages", "v_pages", "block_tables", "lengths of the sequences", "query_offsets",
+    "sliding_window", "sinks", "alibi_slopes",
+)
+
+
+def _abstract(
+    *avals: Any, kv_layout: int, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
+) -> list[Any]:
+    q, k_pages, v_pages, tables, lengths, offsets, window, sinks, alibi = avals
+    check = Checker("paged_attention_with_tables", problems)
+    check.array("k_pages", k_pages, _PAGE_DIMS[kv_layout], FLOATS)
+    check.array("v_pages", v_pages, _PAGE_DIMS[kv_layout], FLOATS)
+    if k_pages.dtype != v_pages.dtype:
+        check.add(f"v_pages: wanted the dtype of k_pages, {k_pages.dtype}, got {v_pages.dtype}")
+    if 0 in (check.dims.get("page_size"), check.dims.get("Hkv"), check.dims.get("D")):
+        check.add("k_pages: page_size, heads and head size must not be 0")
+    check.array("block_tables", tables, ("S", "B"), INT32)
+    check.array("lengths", lengths, ("S",), INT32)
+    check.array("query_offsets", offsets, ("S+1",), INT32)
+    _attention.check_attention(check, q, window, sinks, alibi)
+    check.done()
+    return _attention.attention_results(avals, q, return_lse)
+
+
+attend_with_tables_p = _lowering.make_primitive(
+    "attend_with_tables", _abstract,
+    static=("scale", "soft_cap", "kv_layout", "return_lse", "implementation"),
+)
+
+
+def paged_attention_with_tables(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, block_tables: jax.Array,
+    lengths: jax.Array, *, query_offsets: jax.Array | None = None,
+    kv_layout: Literal["NHD", "HND"] = "NHD", scale: float | None = None,
+    sliding_window: int | jax.Array | None = None, logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None, alibi_slopes: jax.Array | None = None,
+    return_lse: bool = False, implementation: str | None = None,
+) -> Any:
+    """Attention over K and V in pages that a block table lists, all of them ordinary JAX arrays.
+
+    Purely functional: no pool, no side effect. Semantics are those of `paged_attention`.
+
+    Args:
+        q: [T, Hq, D], float32, bfloat16 or float16.
+        k_pages: [pages, page_size, Hkv, D] ("NHD") or [pages, Hkv, page_size, D] ("HND").
+        v_pages: like k_pages.
+        block_tables: int32[S, B], page of each block of each sequence; entries beyond what a
+            sequence's length needs are not looked at.
+        lengths: int32[S], tokens of each sequence in the pages, its new ones included. Token i of n
+            new ones stands at position lengths - n + i.
+        query_offsets: int32[S+1], sequence s owns tokens query_offsets[s]:query_offsets[s+1]; None is
+            a decode step, one token for each sequence (T == S). Tokens past the last are padding.
+        kv_layout: order of the axes of a page.
+        scale, sliding_window, logits_soft_cap, sinks, alibi_slopes, return_lse: as in
+            `paged_attention`.
+        implementation: "cpu", "xla" (plain JAX, every platform), or None, the best for the platform.
+
+    Returns:
+        out [T, Hq, D] in q's dtype; with return_lse also lse, float32 [T, Hq]. Padding tokens get 0
+        and -inf.
+
+    Raises:
+        ValueError: unsupported arguments, all of them in one message.
+        jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or a
+            page number out of range.
+    """
+    options = _attention.make_options(
+        jnp.shape(q)[-1] if jnp.ndim(q) else 1, scale=scale, sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
+        return_lse=return_lse, implementation=implementation,
+    )
+    problems = options.problems
+    if kv_layout not in _LAYOUTS:
+        known = " or ".join(map(repr, _LAYOUTS))
+        problems.append(f"kv_layout: wanted {known}, got {kv_layout!r}")
+    sequences = jnp.shape(lengths)[0] if jnp.ndim(lengths) else 0
+    if query_offsets is None:
+        query_offsets = jnp.arange(sequences + 1, dtype=jnp.int32)
+        if jnp.ndim(q) and jnp.shape(q)[0] != sequences:
+            problems.append(
+                f"query_offsets: None means one token for each of the {sequences} sequences, but q "
+                f"has {jnp.shape(q)[0]}"
+            )
+    operands = (q, k_pages, v_pages, block_tables, lengths, query_offsets, *options.operands)
+    params = {"kv_layout": _LAYOUTS.get(kv_layout, 0), **options.params}
+    out, lse = _lowering.bind(attend_with_tables_p, _abstract, operands, params, problems)
+    return (out, lse) if return_lse else out
+
+
+def _attend_plain(
+    q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, offsets: Any, window: Any,
+    sinks: Any, alibi: Any, *, kv_layout: int, **params: Any,
+) -> Any:
+    def context(pages: Any) -> Any:
+        pages = pages if kv_layout == 0 else jnp.swapaxes(pages, 1, 2)
+        gathered = pages.at[jnp.maximum(tables, 0)].get(mode="clip")
+        sequences, blocks, page_size, heads, dim = gathered.shape
+        return gathered.reshape(sequences, blocks * page_size, heads, dim)
+
+    starts = lengths - (offsets[1:] - offsets[:-1])
+    active = jnp.ones(lengths.shape, bool)
+    return reference.ragged_attention(
+        q, context(k_pages), context(v_pages), starts, offsets, active, window=window, sinks=sinks,
+        alibi=alibi, **params,
+    )
+
+
+_lowering.register_lowerings(
+    attend_with_tables_p, side_effect=False, xla=_attend_plain, xla_is_default=True
+)
+_lowering.refuse_differentiation(attend_with_tables_p)
+
+_batching.register(
+    attend_with_tables_p,
+    _batching.map_reader("paged_attention_with_tables", _NAMES, attend_with_tables_p.bind),
+)
