@@ -26,8 +26,9 @@ def check_platform(platform: str = sys.platform) -> None:
     """
     if not platform.startswith("linux"):
         raise ImportError(
-            f"jax_kvpage runs on Linux only, this is {platform!r}: its cache is mapped with memfd and "
-            "mmap (MAP_FIXED). On Windows use WSL 2, on macOS a Linux virtual machine or container."
+            f"jax_kvpage runs on Linux only, this is {platform!r}: its cache is mapped with memfd "
+            "and mmap (MAP_FIXED). On Windows use WSL 2, on macOS a Linux virtual machine or "
+            "container."
         )
 
 
@@ -44,18 +45,18 @@ def running_ffi_api() -> tuple[int, int] | None:
         text = header.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    found = [re.search(rf"#define\s+XLA_FFI_API_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
-    if None in found:
+    versions = dict(re.findall(r"#define\s+XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", text))
+    if len(versions) != 2:
         return None
-    major, minor = (int(match.group(1)) for match in found if match)
-    return major, minor
+    return int(versions["MAJOR"]), int(versions["MINOR"])
 
 
 def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> None:
     """Compares the FFI API of the build with the running one.
 
     XLA loads handlers of the same major version whose minor version is not newer than its own. A
-    newer one would not fail here but when the first backend starts, and would take all of JAX with it.
+    newer one would not fail here but when the first backend starts, and would take all of JAX with
+    it.
 
     Raises:
         ImportError: handlers of this build cannot be loaded by the running jaxlib.
@@ -64,9 +65,10 @@ def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> No
         return
     raise ImportError(
         f"jax_kvpage was built against XLA FFI API {built[0]}.{built[1]}, but the installed jaxlib "
-        f"{jax.lib.__version__} implements {running[0]}.{running[1]}: a build serves jaxlibs of the "
-        "same major version that are not older than the one it was built with. Reinstall jax_kvpage "
-        "in this environment (pip install --force-reinstall --no-deps .), or upgrade jax and jaxlib."
+        f"{jax.lib.__version__} implements {running[0]}.{running[1]}: a build serves jaxlibs of "
+        "the same major version that are not older than the one it was built with. Reinstall "
+        "jax_kvpage in this environment (pip install --force-reinstall --no-deps .), "
+        "or upgrade jax and jaxlib."
     )
 
 

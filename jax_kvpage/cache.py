@@ -20,7 +20,7 @@ __all__ = ["Batch", "KVCache"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """A pool's cache as programs see it. Made by `KVPool.cache`; ops that change it return the next.
+    """A pool's cache as programs see it. `KVPool.cache` makes one, ops return the next.
 
     Attributes:
         handle: int32[2], the pool's id and generation.
@@ -37,7 +37,7 @@ class KVCache:
 
 
 def _as_int32(values: object) -> object:
-    """Host integers as an int32 array; anything else (arrays, tracers, tree placeholders) as it is."""
+    """Host integers as an int32 array; all else (arrays, tracers, tree placeholders) as it is."""
     if isinstance(values, (list, tuple)) or type(values) is np.ndarray:
         array = np.asarray(values)
         if array.size == 0 or np.issubdtype(array.dtype, np.integer):
@@ -50,12 +50,12 @@ def _as_int32(values: object) -> object:
 class Batch:
     """One ragged batch of new tokens: sequence s owns tokens query_offsets[s]:query_offsets[s+1].
 
-    The token axis of q, k and v has a static length T; tokens from query_offsets[-1] on are padding.
-    Sequences with slot -1 are padding too: nothing is written for them, their output is 0.
+    The token axis of q, k and v has a static length T; tokens from query_offsets[-1] on are
+    padding. Sequences with slot -1 are padding too: nothing is written for them, their output is 0.
 
     T is the leading dimension of q, so a batch need not say it. When it does (`num_tokens`), ops
-    check it against q, and `positions` can do without being told. It is never guessed: under jit the
-    offsets are not known while shapes are being worked out.
+    check it against q, and `positions` can do without being told. It is never guessed: under jit
+    the offsets are not known while shapes are being worked out.
 
     Attributes:
         slots: int32[S], slot of each sequence, or -1.
@@ -70,6 +70,7 @@ class Batch:
     )
 
     def __post_init__(self) -> None:
+        """Takes host integers as well as arrays."""
         object.__setattr__(self, "slots", _as_int32(self.slots))
         object.__setattr__(self, "query_offsets", _as_int32(self.query_offsets))
 
@@ -98,15 +99,15 @@ class Batch:
                 out when lengths are host integers: then T is their sum.
 
         Raises:
-            ValueError: host lengths that are negative, that do not match slots, or whose sum is more
-                than num_tokens.
+            ValueError: host lengths that are negative, that do not match slots, or whose sum is
+                more than num_tokens.
         """
         if not isinstance(lengths, jax.Array):
             counts = np.asarray(lengths)
             total = int(counts.sum())
             reasons = []
             if counts.ndim != 1 or counts.shape != np.shape(slots):
-                reasons.append(f"slots {np.shape(slots)} and lengths {counts.shape} differ in shape")
+                reasons.append(f"slots {np.shape(slots)} and lengths {counts.shape} do not match")
             if counts.size and counts.min() < 0:
                 reasons.append(f"lengths must not be negative, got {counts.min()}")
             if num_tokens is not None and total > num_tokens:
@@ -122,8 +123,8 @@ class Batch:
     def mask(self, keep: jax.Array) -> "Batch":
         """The same batch with only some of its sequences active; the others become padding.
 
-        Shapes stay, so this is how a compiled program leaves out sequences that have stopped or that
-        could not get memory: `batch.mask(active & ok)`.
+        Shapes stay, so this is how a compiled program leaves out sequences that have stopped or
+        that could not get memory: `batch.mask(active & ok)`.
 
         Args:
             keep: bool[S].
@@ -134,7 +135,7 @@ class Batch:
         keep = jnp.asarray(keep)
         if keep.shape != jnp.shape(self.slots) or keep.dtype != jnp.bool_:
             raise ValueError(
-                f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each sequence), "
-                f"got {keep.dtype}{list(keep.shape)}"
+                f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each "
+                f"sequence), got {keep.dtype}{list(keep.shape)}"
             )
         return dataclasses.replace(self, slots=jnp.where(keep, self.slots, -1))

@@ -8,7 +8,7 @@ class KVPageError(RuntimeError):
 
 
 class PoolClosed(KVPageError):
-    """A host call on a pool that was closed, or that belongs to the process this one was forked from."""
+    """A host call on a pool that was closed, or that the parent of this process owns."""
 
 
 class OutOfBlocks(KVPageError):
@@ -26,6 +26,7 @@ class OutOfBlocks(KVPageError):
         self, message: str, *, wanted: int = 0, free: int = 0, draining: int = 0,
         reclaimable: int = 0,
     ) -> None:
+        """Takes the whole message: whoever raises knows what would help."""
         super().__init__(message)
         self.wanted = wanted
         self.free = free

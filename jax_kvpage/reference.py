@@ -1,7 +1,7 @@
 """Ragged attention in plain JAX: the oracle behind implementation="xla".
 
-Written for being right and for using little memory, not for speed: tokens are taken a few at a time,
-each over the whole dense context of its sequence, in float32 at the highest precision.
+Written for being right and for using little memory, not for speed: tokens are taken a few at a
+time, each over the whole dense context of its sequence, in float32 at the highest precision.
 """
 
 import functools
@@ -62,8 +62,8 @@ def ragged_attention(
         return_lse: whether lse is wanted.
 
     Returns:
-        out [T, Hq, D] in q's dtype and lse float32 [T, Hq] ([0, Hq] when not wanted); 0 and -inf for
-        tokens that see nothing.
+        out [T, Hq, D] in q's dtype and lse float32 [T, Hq] ([0, Hq] when not wanted); 0 and -inf
+        for tokens that see nothing.
     """
     tokens, heads, _ = q.shape
     if tokens == 0 or k.shape[0] == 0 or k.shape[1] == 0:
@@ -71,7 +71,8 @@ def ragged_attention(
         return jnp.zeros(q.shape, q.dtype), lse
     sequence, index, owned = token_owners(query_offsets, active, tokens)
     attend = functools.partial(
-        _attend_one, k=k, v=v, window=window, sinks=sinks, alibi=alibi, scale=scale, soft_cap=soft_cap
+        _attend_one, k=k, v=v, window=window, sinks=sinks, alibi=alibi, scale=scale,
+        soft_cap=soft_cap,
     )
     # Tokens that nobody owns see positions up to -1: nothing.
     position = jnp.where(owned, starts[sequence] + index, -1)

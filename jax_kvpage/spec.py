@@ -1,7 +1,7 @@
-"""CacheSpec: what a KV cache holds, and how its virtual memory is cut into slots, ranges and blocks.
+"""CacheSpec: what a KV cache holds, and how its memory is cut into slots, ranges and blocks.
 
-The arithmetic of DESIGN 1 and 4 lives here and nowhere else in Python; the C++ core computes the same
-numbers from the eight integers of `CacheSpec.as_ints` and the block size.
+The arithmetic of DESIGN 1 and 4 lives here and nowhere else in Python; the C++ core computes the
+same numbers from the eight integers of `CacheSpec.as_ints` and the block size.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ TOKEN_MULTIPLE = 16
 # The fused layout may pad a block up to the granule. Block sizes without padding are preferred as
 # long as they need no more than this many times the tokens that the target asks for.
 MAX_GROWTH_AGAINST_PADDING = 4
-# Bytes of the smallest piece of memory that can be mapped: a page, or CUDA's allocation granularity.
+# Bytes of the smallest piece of memory that can be mapped: a page, or CUDA's allocation
+# granularity.
 GRANULE_BYTES = {"cpu": 4096, "cuda": 2 * 1024 * 1024}
 DEFAULT_LAYOUT: dict[str, Layout] = {"cpu": "fused", "cuda": "fused"}
 
@@ -68,8 +69,8 @@ def _raise_all(what: str, reasons: list[str]) -> None:
 class CacheSpec:
     """Shape, storage and memory layout of a KV cache.
 
-    A spec is a hashable value: it travels as static metadata of `KVCache`, and programs compiled for
-    one spec serve every pool of that spec. It starts out with `layout` and `block_tokens` open;
+    A spec is a hashable value: it travels as static metadata of `KVCache`, and programs compiled
+    for one spec serve every pool of that spec. It starts out with `layout` and `block_tokens` open;
     `resolve` (which `KVPool` calls) closes them for a platform.
 
     Attributes:
@@ -98,8 +99,10 @@ class CacheSpec:
     layout: Layout | None = None
     block_tokens: int | None = None
     granule: int | None = dataclasses.field(default=None, kw_only=True)
+    _hash: int = dataclasses.field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Checks and normalises all values."""
         reasons = []
         for name in ("num_layers", "num_kv_heads", "head_dim", "max_slots", "max_seq_len"):
             value = getattr(self, name)
@@ -123,8 +126,8 @@ class CacheSpec:
                 reasons.append(f"block_tokens must be a positive integer or None, got {tokens!r}")
             elif tokens % TOKEN_MULTIPLE:
                 reasons.append(
-                    f"block_tokens must be a multiple of {TOKEN_MULTIPLE}, got {tokens}: the nearest "
-                    f"is {_nearest(tokens, TOKEN_MULTIPLE)}"
+                    f"block_tokens must be a multiple of {TOKEN_MULTIPLE}, got {tokens}: the "
+                    f"nearest is {_nearest(tokens, TOKEN_MULTIPLE)}"
                 )
             else:
                 object.__setattr__(self, "block_tokens", int(tokens))
@@ -132,16 +135,17 @@ class CacheSpec:
             reasons.append(f"granule is set by resolve(), got {self.granule!r}")
         _raise_all("CacheSpec", reasons)
         object.__setattr__(self, "dtype", dtype)
-        # Dispatching a jitted program hashes the static parts of its arguments each time.
         object.__setattr__(self, "_hash", hash(self._values()))
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+        """Computed once: dispatching a jitted program hashes the static parts of its arguments."""
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
+        """Equal values; the same object, as in every step of a loop, is found out at once."""
         if self is other:
             return True
         if not isinstance(other, CacheSpec):
@@ -149,7 +153,7 @@ class CacheSpec:
         return hash(self) == hash(other) and self._values() == other._values()
 
     def __reduce__(self) -> Any:
-        # String hashes differ between processes, so the cached one must not travel.
+        """Leaves the cached hash behind: hashes of strings differ between processes."""
         return _rebuild, self._values()
 
     def resolve(self, platform: str, capacity: int | None = None) -> "CacheSpec":
@@ -157,9 +161,9 @@ class CacheSpec:
 
         Args:
             platform: "cpu" or "cuda".
-            capacity: bytes of physical memory that the pool will have. When given and `block_tokens`
-                is open, blocks are made large enough for their mappings to stay below half of the
-                system's limit on mappings.
+            capacity: bytes of physical memory that the pool will have. When given and
+                `block_tokens` is open, blocks are made large enough for their mappings to stay
+                below half of the system's limit on mappings.
 
         Returns:
             A spec with layout, block_tokens and granule set.
@@ -173,17 +177,18 @@ class CacheSpec:
         granule = GRANULE_BYTES[platform]
         if self.resolved and self.granule == granule:
             return self
-        spec = dataclasses.replace(self, layout=self.layout or DEFAULT_LAYOUT[platform], granule=granule)
+        layout = self.layout or DEFAULT_LAYOUT[platform]
+        spec = dataclasses.replace(self, layout=layout, granule=granule)
         unit = spec._token_unit()
         if self.block_tokens is None:
             return spec._choose_block_tokens(unit, capacity)
         if spec.layout == "per_layer" and self.block_tokens % unit:
             raise ValueError(
-                f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' on "
-                f"{platform}: a block of {spec._block_token_bytes()} bytes a token must fill whole "
-                f"{granule}-byte granules, so that slots are dense arrays; the nearest that works "
-                f"is {_nearest(self.block_tokens, unit)} (or leave it None, or use layout='fused', "
-                "which may pad)"
+                f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' "
+                f"on {platform}: a block of {spec._block_token_bytes()} bytes a token must fill "
+                f"whole {granule}-byte granules, so that slots are dense arrays; the nearest that "
+                f"works is {_nearest(self.block_tokens, unit)} (or leave it None, or use "
+                "layout='fused', which may pad)"
             )
         return spec
 
@@ -238,11 +243,12 @@ class CacheSpec:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token over all layers, K and V."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return elements * np.dtype(self.dtype).itemsize
 
     @property
     def num_ranges(self) -> int:
-        """Virtual ranges of a slot: 1 in the fused layout, one per layer for each of K and V else."""
+        """Virtual ranges of a slot: 1 if fused, else one per layer for each of K and V."""
         if self.layout is None:
             self._require_resolved("num_ranges")
         return 1 if self.layout == "fused" else 2 * self.num_layers

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _compat
-from jax_kvpage.ops._checks import FLOATS, Checker
+from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import absent, check_implementation
 
 __all__ = ["Options", "attention_results", "check_attention", "make_options", "unpack"]
@@ -64,7 +64,7 @@ def _per_head(name: str, value: Any, problems: list[str]) -> Any:
         return absent()
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        problems.append(f"{name}: wanted floating point values, got {array.dtype}{list(array.shape)}")
+        problems.append(f"{name}: wanted floating point values, got {show(array)}")
     if array.size == 0:
         problems.append(f"{name}: is empty; pass None to leave it out")
     return array.astype(jnp.float32)
@@ -91,7 +91,7 @@ def make_options(
 
 
 def check_attention(check: Checker, q: Any, window: Any, sinks: Any, alibi: Any) -> None:
-    """Checks the queries against heads and head size, and the per-head arrays against the queries."""
+    """Checks queries against heads and head size, and per-head arrays against the queries."""
     check.array("q", q, ("T", "Hq", "D"), FLOATS)
     heads, kv_heads = check.dims.get("Hq"), check.dims.get("Hkv")
     if heads is not None and kv_heads and (heads == 0 or heads % kv_heads):

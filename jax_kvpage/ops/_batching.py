@@ -35,7 +35,9 @@ def front(operand: Any, dim: int | None, size: int) -> jax.Array:
     return jnp.moveaxis(operand, dim, 0)
 
 
-def refuse(op: str, names: Sequence[str], dims: Dims, wrong: Callable[[str, int | None], str]) -> None:
+def refuse(
+    op: str, names: Sequence[str], dims: Dims, wrong: Callable[[str, int | None], str]
+) -> None:
     """Raises one error for everything that is mapped, or not mapped, in a way the op cannot serve.
 
     Args:
@@ -66,8 +68,8 @@ def never_mapped(name: str, dim: int | None) -> str:
     text = f"{_SHARED[name]} is batched, but must be the same for all elements (in_axes=None)"
     if _SHARED[name] == "the cache":
         text += (
-            "; a cache comes back batched from lax.cond or lax.switch with a batched predicate: run "
-            "the op for every element and leave sequences out with batch.mask(keep) instead"
+            "; a cache comes back batched from lax.cond or lax.switch with a batched predicate: "
+            "run the op for every element and leave sequences out with batch.mask(keep) instead"
         )
     return text
 
@@ -78,8 +80,8 @@ def must_be_mapped(*own: str) -> Callable[[str, int | None], str]:
     def wrong(name: str, dim: int | None) -> str:
         if name in own and dim is None:
             return (
-                f"{name} is not batched but other arguments are: every element would change the same "
-                "slots; give each element slots of its own"
+                f"{name} is not batched but other arguments are: every element would change the "
+                "same slots; give each element slots of its own"
             )
         return never_mapped(name, dim)
 

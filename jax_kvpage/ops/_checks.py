@@ -51,7 +51,8 @@ class Checker:
             dims: wanted dimensions.
             dtypes: dtypes that are allowed.
         """
-        right = any(aval.dtype == np.dtype(dtype) for dtype in dtypes) and len(aval.shape) == len(dims)
+        right = any(aval.dtype == np.dtype(dtype) for dtype in dtypes)
+        right = right and len(aval.shape) == len(dims)
         if len(aval.shape) == len(dims):
             for dim, actual in zip(dims, aval.shape, strict=True):
                 if isinstance(dim, str) and self._size(dim) is None and not dim.endswith("+1"):
@@ -59,7 +60,8 @@ class Checker:
                 right = right and self._size(dim) in (None, actual)
         if not right:
             types = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-            self.add(f"{name}: wanted {types} [{', '.join(map(self._show, dims))}], got {show(aval)}")
+            wanted = ", ".join(map(self._show, dims))
+            self.add(f"{name}: wanted {types} [{wanted}], got {show(aval)}")
 
     def _show(self, dim: Dim) -> str:
         size = self._size(dim)
@@ -103,7 +105,8 @@ def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
         TypeError: not a KVCache.
     """
     if not isinstance(cache, KVCache):
-        raise TypeError(f"{op}: cache: wanted a KVCache (from pool.cache()), got {type(cache).__name__}")
+        got = type(cache).__name__
+        raise TypeError(f"{op}: cache: wanted a KVCache (from pool.cache()), got {got}")
     return cache.handle, cache.epoch, cache.lengths
 
 
@@ -140,8 +143,8 @@ def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
     """
     if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool):
         if not 0 <= layer < spec.num_layers:
-            problems.append(f"layer: wanted 0 to {spec.num_layers - 1} (num_layers={spec.num_layers}), "
-                            f"got {layer}")
+            last = spec.num_layers - 1
+            problems.append(f"layer: wanted 0 to {last}, the spec has {last + 1}, got {layer}")
             layer = 0
         return np.int32(layer)
     return layer if isinstance(layer, jax.Array) else as_int32(layer)

@@ -1,8 +1,8 @@
-"""What every primitive of this package shares: eager calls, lowering rules, refused differentiation.
+"""What every primitive shares: eager calls, lowering rules, refused differentiation.
 
 Primitives carry no JAX effect: an effect in the jaxpr takes every dispatch of the whole program off
-JAX's fast path. The side effect is declared on the custom call that a primitive is lowered to, which
-is where XLA needs it.
+JAX's fast path. The side effect is declared on the custom call that a primitive is lowered to,
+which is where XLA needs it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +88,7 @@ def _gathered(array: Any) -> Any:
 
 
 def _no_rule(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
-    asked = f"implementation={implementation!r}" if implementation else f"{op} without implementation="
+    asked = f"implementation={implementation!r}" if implementation else "the op"
     ways = ["compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))"]
     if xla:
         ways.append("use implementation='xla'")
@@ -108,8 +108,8 @@ def register_lowerings(
         primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
         aliases: operand number -> result number that shares its buffer.
         side_effect: whether XLA must keep calls whose results look unused or equal.
-        xla: the op in plain JAX, `xla(*operands, **params)` without `implementation`; traced in place
-            of the custom call for implementation="xla".
+        xla: the op in plain JAX, `xla(*operands, **params)` without `implementation`; traced in
+            place of the custom call for implementation="xla".
         xla_is_default: whether platforms without kernels use `xla` unasked.
     """
     op = primitive.name.removeprefix("kvpage_")
@@ -153,10 +153,10 @@ def refuse_differentiation(primitive: Primitive) -> None:
     def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
         del primals, tangents, params
         raise ValueError(
-            f"{op} cannot be differentiated: the cache lies outside of what JAX traces, so there is no "
-            "gradient through it. For inference inside a differentiated program wrap the floating "
-            "point arguments in jax.lax.stop_gradient; for training attend over dense arrays, for "
-            "instance with jax.nn.dot_product_attention."
+            f"{op} cannot be differentiated: the cache lies outside of what JAX traces, so there "
+            "is no gradient through it. For inference inside a differentiated program wrap the "
+            "floating point arguments in jax.lax.stop_gradient; for training attend over dense "
+            "arrays, for instance with jax.nn.dot_product_attention."
         )
 
     ad.primitive_jvps[primitive] = refuse

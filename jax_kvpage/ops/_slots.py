@@ -14,7 +14,7 @@ __all__ = ["check", "flattened", "operands", "replaced"]
 
 
 def operands(op: str, cache: KVCache, slots: Any, values: Any) -> tuple[Any, ...]:
-    """The cache's arrays, slots [n] and values [n]; single slots and shared values are spread out."""
+    """The cache's arrays, slots [n] and values [n]; single slots and values are spread out."""
     arrays = cache_operands(op, cache)
     slots, values = jnp.atleast_1d(as_int32(slots)), as_int32(values)
     if values.ndim == 0:

@@ -42,13 +42,16 @@ def after(cache: KVCache, value: Any) -> KVCache:
     """
     _, epoch, _ = cache_operands("after", cache)
     arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
-    plain = [
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in arrays
-    ]
     # The epoch is an integer: no gradient flows through it, and none is refused either.
-    operands = (epoch, *map(jax.lax.stop_gradient, plain))
+    operands = (epoch, *(jax.lax.stop_gradient(_plain(x)) for x in arrays))
     (epoch,) = _lowering.bind(after_p, _abstract, operands, {})
     return dataclasses.replace(cache, epoch=epoch)
+
+
+def _plain(array: jax.Array) -> jax.Array:
+    """Keys of random numbers are no arrays to XLA; their data are."""
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(array) if is_key else array
 
 
 _lowering.register_lowerings(after_p, aliases={0: 0})

@@ -37,11 +37,12 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).
         slots: int32[n], each at most once; -1 is padding. A single slot is fine too.
-        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition, at most max_seq_len.
+        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition, at most
+            max_seq_len.
 
     Returns:
-        The next cache and ok, bool[n]: False where the pool ran out of blocks, for which nothing was
-        mapped; True for padding.
+        The next cache and ok, bool[n]: False where the pool ran out of blocks, for which nothing
+        was mapped; True for padding.
 
     Raises:
         ValueError: wrong shapes or dtypes, all of them in one message.

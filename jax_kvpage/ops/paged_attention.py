@@ -56,16 +56,16 @@ def paged_attention(
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
         scale: factor of the scores, 1/sqrt(D) by default. Static.
-        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it. An int, or
-            a traced int32 scalar, where 0 or less means no window (layers with different windows can
-            be scanned).
+        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it. An int,
+            or a traced int32 scalar, where 0 or less means no window (layers with different windows
+            can be scanned).
         logits_soft_cap: c in c * tanh(score / c) (Gemma 2). Static.
         sinks: [Hq], one more logit for each head that only joins the softmax's denominator
             (attention sinks as in gpt-oss).
         alibi_slopes: [Hq], adds slope * (key position - query position) (Press et al., ALiBi).
         return_lse: whether to return the natural logarithm of the softmax's denominator.
-        implementation: "cpu", "cuda", "xla" (plain JAX over a gathered context: slow, for checking),
-            or None, the best for the platform.
+        implementation: "cpu", "cuda", "xla" (plain JAX over a gathered context: slow, for
+            checking), or None, the best for the platform.
 
     Returns:
         out [T, Hq, D] in q's dtype; with return_lse also lse, float32 [T, Hq]. Padding tokens and
@@ -96,7 +96,8 @@ def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
     starts = jnp.where(slots >= 0, lengths[jnp.maximum(slots, 0)], 0)
     return reference.ragged_attention(
-        q, k, v, starts, query_offsets, slots >= 0, window=window, sinks=sinks, alibi=alibi, **params
+        q, k, v, starts, query_offsets, slots >= 0, window=window, sinks=sinks, alibi=alibi,
+        **params,
     )
 
 

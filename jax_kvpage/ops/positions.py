@@ -16,31 +16,43 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
     Args:
         cache: the cache.
         batch: which tokens belong to which slot.
-        num_tokens: T, the length of the token axis; may be left out when the batch says it.
+        num_tokens: T, the length of the token axis. May be left out when the batch says it, and
+            outside of jit, where it is then the tokens that the sequences own.
 
     Returns:
         int32[T]; 0 for padding tokens and masked sequences.
 
     Raises:
-        ValueError: T is unknown, or num_tokens is not what the batch says; or wrong shapes and dtypes.
+        ValueError: T is unknown, or num_tokens is not what the batch says; or wrong shapes and
+            dtypes.
     """
     check = pool_checker("positions", cache.spec)
     check.cache(*map(jax.typeof, cache_operands("positions", cache)))
     slots, offsets = batch_operands("positions", batch)
     check.batch(jax.typeof(slots), jax.typeof(offsets))
-    if num_tokens is None and batch.num_tokens is None:
-        check.add(
-            "num_tokens: the number of tokens T is a shape, and neither the batch nor the call says "
-            "it: use positions(cache, batch, num_tokens=q.shape[0]), Batch.decode, "
-            "Batch.from_lengths or Batch(slots, query_offsets, num_tokens=T)"
-        )
     if None not in (num_tokens, batch.num_tokens) and num_tokens != batch.num_tokens:
         check.add(f"num_tokens: got {num_tokens}, but batch.num_tokens is {batch.num_tokens}")
-    check.done()
     tokens = batch.num_tokens if num_tokens is None else num_tokens
+    if tokens is None and not check.problems:
+        tokens = _last_offset(offsets)
+        if tokens is None:
+            check.add(
+                "num_tokens: the number of tokens T is a shape, and under jit neither the batch "
+                "nor the call says it: use positions(cache, batch, num_tokens=q.shape[0]), "
+                "Batch.decode, Batch.from_lengths or Batch(slots, query_offsets, num_tokens=T)"
+            )
+    check.done()
     assert tokens is not None
     if slots.shape[0] == 0:
         return jnp.zeros((tokens,), jnp.int32)
     sequence, index, owned = reference.token_owners(offsets, slots >= 0, tokens)
     begin = cache.lengths[jnp.maximum(slots, 0)][sequence]
     return jnp.where(owned, begin + index, 0)
+
+
+def _last_offset(offsets: jax.Array) -> int | None:
+    """The number of tokens that sequences own, or None when offsets are traced."""
+    try:
+        return int(offsets[-1])
+    except jax.errors.ConcretizationTypeError:
+        return None

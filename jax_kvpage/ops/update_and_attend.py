@@ -54,8 +54,8 @@ def update_and_attend(
         cache: the cache, with room mapped for the new tokens.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
-        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation: as in
-            `paged_attention`.
+        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation: as
+            in `paged_attention`.
 
     Returns:
         (out, cache), or (out, lse, cache) with return_lse: out [T, Hq, D] in q's dtype, lse float32
@@ -98,7 +98,7 @@ def _batch(operands: Any, dims: Any, **params: Any) -> Any:
 
     def wrong(name: str, dim: int | None) -> str:
         if name in _OPTIONS and dim is not None:
-            return f"{name} is batched: all elements are written in one call and share it (in_axes=None)"
+            return f"{name} is batched, but one call serves all elements: use in_axes=None"
         return needs_slots(name, dim)
 
     _batching.refuse("update_and_attend", _NAMES, dims, wrong)

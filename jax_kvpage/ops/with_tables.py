@@ -64,12 +64,14 @@ def paged_attention_with_tables(
             sequence's length needs are not looked at.
         lengths: int32[S], tokens of each sequence in the pages, its new ones included. Token i of n
             new ones stands at position lengths - n + i.
-        query_offsets: int32[S+1], sequence s owns tokens query_offsets[s]:query_offsets[s+1]; None is
-            a decode step, one token for each sequence (T == S). Tokens past the last are padding.
+        query_offsets: int32[S+1], sequence s owns tokens query_offsets[s]:query_offsets[s+1]; None
+            is a decode step, one token for each sequence (T == S). Tokens past the last are
+            padding.
         kv_layout: order of the axes of a page.
         scale, sliding_window, logits_soft_cap, sinks, alibi_slopes, return_lse: as in
             `paged_attention`.
-        implementation: "cpu", "xla" (plain JAX, every platform), or None, the best for the platform.
+        implementation: "cpu", "xla" (plain JAX, every platform), or None, the best for the
+            platform.
 
     Returns:
         out [T, Hq, D] in q's dtype; with return_lse also lse, float32 [T, Hq]. Padding tokens get 0
@@ -77,8 +79,8 @@ def paged_attention_with_tables(
 
     Raises:
         ValueError: unsupported arguments, all of them in one message.
-        jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or a
-            page number out of range.
+        jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or
+            a page number out of range.
     """
     options = _attention.make_options(
         jnp.shape(q)[-1] if jnp.ndim(q) else 1, scale=scale, sliding_window=sliding_window,
