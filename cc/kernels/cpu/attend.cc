@@ -1,0 +1,329 @@
+// Attention: cuts a ragged batch into tasks, runs them, merges what was cut.
+//
+// A unit is a sequence, a KV head and a tile of query rows. Its context is cut at multiples of kSpanTokens, every span
+// gives a state of its own (max, sum, weighted values), and states are merged in the order of the spans: by the task
+// that ran them all, or, when a long context was shared out, by whichever task of the unit ends last. Both do the same
+// arithmetic, so how many tasks a unit became never shows in the result.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/workspace.h"
+
+namespace kvpage::cpu {
+namespace {
+
+// Below this much work (in the units of Cost(), some 10 microseconds) waking another thread costs more than it brings.
+constexpr double kInlineCost = 1 << 18;
+// Tasks that a worker should get, so that those with short contexts can even out those with long ones.
+constexpr int kTasksPerWorker = 4;
+// KV heads that one task walks together when a token's heads lie next to each other.
+constexpr int kHeadsTogether = 16;
+
+// Where things lie in a worker's part of the workspace, in floats.
+struct WorkerLayout {
+  std::int64_t queries = 0;
+  std::int64_t state = 0;
+  std::int64_t span_state = 0;
+  std::int64_t scratch = 0;
+  std::int64_t positions = 0;
+  std::int64_t keys = 0;
+  std::int64_t size = 0;
+};
+
+class Attention {
+ public:
+  Attention(const AttentionArgs& args, Workspace& workspace)
+      : args_(args),
+        workspace_(workspace),
+        kernels_(ActiveKernels()),
+        group_(args.num_q_heads / args.kv.num_kv_heads),
+        head_dim_(args.kv.head_dim) {}
+
+  // Lists units and tasks; returns the work in all.
+  double Plan(int num_workers);
+  bool Allocate(int num_workers);
+  void Run(const Task& task, int worker) const;
+  std::int64_t num_tasks() const { return static_cast<std::int64_t>(workspace_.tasks.size()); }
+
+ private:
+  void AddUnits(std::int32_t index);
+  double Cost(const Unit& unit) const;
+  RowTile Tile(const Unit& unit) const;
+  std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
+  void RunSpan(const Unit& unit, std::int64_t span, float* scratch, float* state) const;
+  void Merge(const Unit& unit, float* into, const float* from) const;
+  void Finish(const Unit& unit, const float* state) const;
+  char* QueryRow(const void* base, const Unit& unit) const;
+
+  const AttentionArgs& args_;
+  Workspace& workspace_;
+  const Kernels& kernels_;
+  const int group_;
+  const int head_dim_;
+  WorkerLayout layout_;
+  std::int64_t partial_floats_ = 0;
+  float* floats_ = nullptr;
+};
+
+double Attention::Cost(const Unit& unit) const {
+  // Reading the context, and what every row does with it.
+  const double tokens = static_cast<double>(unit.end - unit.begin);
+  return tokens * unit.heads * head_dim_ * (2.0 * ItemSize(args_.kv.dtype) + unit.rows);
+}
+
+RowTile Attention::Tile(const Unit& unit) const {
+  RowTile tile;
+  tile.rows = unit.rows;
+  tile.first_row = unit.first_row;
+  tile.group = group_;
+  tile.num_q_heads = args_.num_q_heads;
+  tile.head_dim = head_dim_;
+  return tile;
+}
+
+void Attention::AddUnits(std::int32_t index) {
+  const Sequence& sequence = (*args_.sequences)[index];
+  const KVView& kv = args_.kv;
+  const std::int64_t rows = std::int64_t{sequence.query_length} * group_;
+  // Few rows are bound by memory: where the heads of a token are neighbours they are read together.
+  const bool token_major = kv.num_kv_heads > 1 && kv.head_stride < kv.token_stride;
+  const int heads = rows <= kFewRows && token_major ? std::min(kv.num_kv_heads, kHeadsTogether) : 1;
+  const std::int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  // Later rows see more: the long units come first and the short ones fill the gaps.
+  for (std::int64_t tile = tiles - 1; tile >= 0; --tile) {
+    for (int head = 0; head < kv.num_kv_heads; head += heads) {
+      Unit unit;
+      unit.sequence = index;
+      unit.kv_head = head;
+      unit.heads = std::min(heads, kv.num_kv_heads - head);
+      unit.first_row = tile * kMaxRows;
+      unit.rows = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxRows, rows - unit.first_row));
+      unit.end = sequence.position + (unit.first_row + unit.rows - 1) / group_ + 1;
+      if (args_.sliding_window > 0) {
+        unit.begin = std::max<std::int64_t>(
+            0, sequence.position + unit.first_row / group_ - std::int64_t{args_.sliding_window} + 1);
+      }
+      workspace_.units.push_back(unit);
+    }
+  }
+}
+
+double Attention::Plan(int num_workers) {
+  std::vector<Unit>& units = workspace_.units;
+  std::vector<Task>& tasks = workspace_.tasks;
+  std::vector<std::int32_t>& order = workspace_.order;
+  units.clear();
+  tasks.clear();
+  order.clear();
+  const std::vector<Sequence>& sequences = *args_.sequences;
+  for (std::size_t i = 0; i < sequences.size(); ++i) order.push_back(static_cast<std::int32_t>(i));
+  const auto end_of = [&](std::int32_t i) { return std::int64_t{sequences[i].position} + sequences[i].query_length; };
+  std::sort(order.begin(), order.end(),
+            [&](std::int32_t a, std::int32_t b) { return end_of(a) != end_of(b) ? end_of(a) > end_of(b) : a < b; });
+  for (const std::int32_t index : order) AddUnits(index);
+
+  double total = 0;
+  for (const Unit& unit : units) total += Cost(unit);
+  const double wanted = total / (double{kTasksPerWorker} * num_workers);
+  const bool share = num_workers > 1 && total >= kInlineCost;
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    Unit& unit = units[i];
+    const auto first = static_cast<std::int32_t>(unit.begin / kSpanTokens);
+    const auto last = static_cast<std::int32_t>((unit.end - 1) / kSpanTokens + 1);
+    const int spans = last - first;
+    const double pieces = share ? Cost(unit) / wanted : 1.0;
+    const int spans_per_task = pieces <= 1.0 ? spans : std::max(1, static_cast<int>(spans / pieces));
+    for (int span = first; span < last; span += spans_per_task) {
+      tasks.push_back({static_cast<std::int32_t>(i), span, std::min(span + spans_per_task, last)});
+    }
+    const int parts = (spans + spans_per_task - 1) / spans_per_task;
+    if (parts > 1) {
+      unit.partials = partial_floats_;
+      partial_floats_ += spans * UnitStateFloats(unit);
+      unit.unfinished.store(parts, std::memory_order_relaxed);
+    }
+    layout_.queries = std::max(layout_.queries, unit.heads * QueryFloats(unit.rows, head_dim_));
+    layout_.state = std::max(layout_.state, UnitStateFloats(unit));
+    layout_.scratch = std::max(layout_.scratch, ScratchFloats(unit.rows, head_dim_));
+  }
+  return total;
+}
+
+bool Attention::Allocate(int num_workers) {
+  constexpr std::int64_t kLine = 16;
+  const auto round = [](std::int64_t floats) { return (floats + kLine - 1) / kLine * kLine; };
+  std::int64_t at = 0;
+  const auto place = [&](std::int64_t floats) {
+    const std::int64_t here = at;
+    at += round(floats);
+    return here;
+  };
+  WorkerLayout layout;
+  layout.queries = place(layout_.queries);
+  layout.state = place(layout_.state);
+  layout.span_state = place(layout_.state);
+  layout.scratch = place(layout_.scratch);
+  layout.positions = place(kMaxRows);
+  layout.keys = place((kSpanTokens + kLookahead) * static_cast<std::int64_t>(sizeof(char*) / sizeof(float)));
+  layout.size = at;
+  layout_ = layout;
+  const std::int64_t workers = round(layout_.size) * num_workers;
+  float* floats = workspace_.Floats(workers + partial_floats_);
+  if (floats == nullptr) return false;
+  for (Unit& unit : workspace_.units) {
+    if (unit.partials >= 0) unit.partials += workers;
+  }
+  floats_ = floats;
+  return true;
+}
+
+char* Attention::QueryRow(const void* base, const Unit& unit) const {
+  const std::int64_t token = (*args_.sequences)[unit.sequence].query_begin;
+  const auto row_bytes = static_cast<std::int64_t>(head_dim_ * ItemSize(args_.q_dtype));
+  return const_cast<char*>(static_cast<const char*>(base)) + token * args_.num_q_heads * row_bytes;
+}
+
+void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const {
+  const KVView& kv = args_.kv;
+  const Sequence& sequence = (*args_.sequences)[unit.sequence];
+  SpanArgs span_args;
+  span_args.tile = Tile(unit);
+  span_args.begin = std::max<std::int64_t>(unit.begin, span * kSpanTokens);
+  span_args.end = std::min<std::int64_t>(unit.end, (span + 1) * kSpanTokens);
+  span_args.readable = std::min<std::int64_t>(unit.end, span_args.end + kLookahead);
+  const auto keys = reinterpret_cast<const char**>(worker + layout_.keys);
+  const char** next = keys;
+  for (std::int64_t token = span_args.begin; token < span_args.readable;) {
+    const std::int64_t chunk = token / kv.tokens_per_chunk;
+    const std::int64_t chunk_end = std::min((chunk + 1) * kv.tokens_per_chunk, span_args.readable);
+    const char* key = kv.At(sequence.slot, token, args_.layer, 0, unit.kv_head);
+    for (; token < chunk_end; ++token, key += kv.token_stride) *next++ = key;
+  }
+  span_args.keys = keys;
+  span_args.value_offset = kv.kv_stride;
+  span_args.head_stride = kv.head_stride;
+  span_args.dtype = kv.dtype;
+  span_args.heads = unit.heads;
+  span_args.q = worker + layout_.queries;
+  span_args.q_is_bf16 = args_.q_dtype == DType::kBF16;
+  span_args.positions = reinterpret_cast<const std::int32_t*>(worker + layout_.positions);
+  if (args_.alibi_slopes != nullptr) span_args.slopes = args_.alibi_slopes + unit.kv_head * group_;
+  span_args.scale = args_.scale;
+  span_args.soft_cap = args_.soft_cap;
+  span_args.window = args_.sliding_window;
+  span_args.scratch = worker + layout_.scratch;
+  span_args.state = state;
+  kernels_.attend(span_args);
+}
+
+void Attention::Merge(const Unit& unit, float* into, const float* from) const {
+  const std::int64_t stride = StateFloats(unit.rows, head_dim_);
+  for (int h = 0; h < unit.heads; ++h) {
+    kernels_.merge(into + h * stride, from + h * stride, unit.rows, head_dim_);
+  }
+}
+
+void Attention::Finish(const Unit& unit, const float* state) const {
+  const std::int64_t stride = StateFloats(unit.rows, head_dim_);
+  for (int h = 0; h < unit.heads; ++h) {
+    FinishArgs finish;
+    finish.tile = Tile(unit);
+    finish.kv_head = unit.kv_head + h;
+    finish.state = state + h * stride;
+    finish.sinks = args_.sinks;
+    finish.out = QueryRow(args_.out, unit);
+    finish.dtype = args_.q_dtype;
+    if (args_.lse != nullptr) {
+      finish.lse = args_.lse + std::int64_t{(*args_.sequences)[unit.sequence].query_begin} * args_.num_q_heads;
+    }
+    kernels_.finish(finish);
+  }
+}
+
+void Attention::Run(const Task& task, int worker_index) const {
+  Unit& unit = workspace_.units[task.unit];
+  float* worker = floats_ + worker_index * layout_.size;
+  for (int h = 0; h < unit.heads; ++h) {
+    LoadArgs load;
+    load.tile = Tile(unit);
+    load.kv_head = unit.kv_head + h;
+    load.q = QueryRow(args_.q, unit);
+    load.dtype = args_.q_dtype;
+    load.dst = worker + layout_.queries + h * QueryFloats(unit.rows, head_dim_);
+    kernels_.load(load);
+  }
+  auto* positions = reinterpret_cast<std::int32_t*>(worker + layout_.positions);
+  const std::int32_t position = (*args_.sequences)[unit.sequence].position;
+  for (int r = 0; r < unit.rows; ++r)
+    positions[r] = position + static_cast<std::int32_t>((unit.first_row + r) / group_);
+
+  float* state = worker + layout_.state;
+  if (unit.partials < 0) {
+    float* span_state = worker + layout_.span_state;
+    RunSpan(unit, task.span_begin, worker, state);
+    for (int span = task.span_begin + 1; span < task.span_end; ++span) {
+      RunSpan(unit, span, worker, span_state);
+      Merge(unit, state, span_state);
+    }
+    Finish(unit, state);
+    return;
+  }
+  const std::int64_t first = unit.begin / kSpanTokens;
+  const std::int64_t stride = UnitStateFloats(unit);
+  float* partials = floats_ + unit.partials;
+  for (int span = task.span_begin; span < task.span_end; ++span) {
+    RunSpan(unit, span, worker, partials + (span - first) * stride);
+  }
+  if (unit.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  const std::int64_t spans = (unit.end - 1) / kSpanTokens + 1 - first;
+  for (std::int64_t span = 1; span < spans; ++span) Merge(unit, partials, partials + span * stride);
+  Finish(unit, partials);
+}
+
+// Tokens that no sequence owns.
+void ClearRest(const AttentionArgs& args) {
+  const std::int64_t row = std::int64_t{args.num_q_heads} * args.kv.head_dim;
+  const auto row_bytes = static_cast<std::int64_t>(row * ItemSize(args.q_dtype));
+  const auto clear = [&](std::int64_t from, std::int64_t to) {
+    if (from >= to) return;
+    std::memset(static_cast<char*>(args.out) + from * row_bytes, 0, (to - from) * row_bytes);
+    if (args.lse != nullptr) {
+      std::fill(args.lse + from * args.num_q_heads, args.lse + to * args.num_q_heads,
+                -std::numeric_limits<float>::infinity());
+    }
+  };
+  std::int64_t owned = 0;
+  for (const Sequence& sequence : *args.sequences) {
+    clear(owned, sequence.query_begin);
+    owned = std::int64_t{sequence.query_begin} + sequence.query_length;
+  }
+  clear(owned, args.num_tokens);
+}
+
+}  // namespace
+
+Status Attend(const AttentionArgs& args, Parallel& parallel) {
+  ClearRest(args);
+  if (args.sequences->empty()) return {};
+  WorkspaceLoan loan;
+  Attention attention(args, *loan);
+  Inline here;
+  Parallel* runner = &parallel;
+  if (attention.Plan(parallel.num_workers()) < kInlineCost) runner = &here;
+  if (!attention.Allocate(runner->num_workers())) {
+    return ResourceExhausted("attention: no memory for the workspace of " + std::to_string(attention.num_tasks()) +
+                             " tasks; use a smaller batch or fewer threads");
+  }
+  const std::vector<Task>& tasks = (*loan).tasks;
+  if (runner == &here) {
+    for (const Task& task : tasks) attention.Run(task, 0);
+  } else {
+    runner->For(attention.num_tasks(), [&](std::int64_t task, int worker) { attention.Run(tasks[task], worker); });
+  }
+  return {};
+}
+
+}  // namespace kvpage::cpu

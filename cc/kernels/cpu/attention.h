@@ -1,0 +1,77 @@
+// CPU kernels over a KVView: attention, append and gather. No XLA, no Python, no pool.
+#ifndef KVPAGE_KERNELS_CPU_ATTENTION_H_
+#define KVPAGE_KERNELS_CPU_ATTENTION_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/parallel.h"
+#include "base/status.h"
+#include "kernels/kv_view.h"
+
+namespace kvpage::cpu {
+
+struct AttentionArgs {
+  KVView kv;
+  std::int64_t layer = 0;
+
+  const void* q = nullptr;  // [num_tokens, num_q_heads, head_dim], dense
+  DType q_dtype = DType::kF32;
+  void* out = nullptr;   // like q
+  float* lse = nullptr;  // [num_tokens, num_q_heads] or null
+  std::int64_t num_tokens = 0;
+  std::int32_t num_q_heads = 0;  // a multiple of kv.num_kv_heads
+
+  // Active sequences, disjoint and ascending in query_begin. Tokens that none of them owns get out = 0, lse = -inf.
+  const std::vector<Sequence>* sequences = nullptr;
+
+  float scale = 1.0f;
+  std::int32_t sliding_window = 0;      // a token sees itself and the window - 1 tokens before it; <= 0: everything
+  float soft_cap = 0.0f;                // s -> cap * tanh(s / cap) on scaled scores, before ALiBi; <= 0: off
+  const float* sinks = nullptr;         // [num_q_heads] one extra logit a head that only joins the denominator, or null
+  const float* alibi_slopes = nullptr;  // [num_q_heads] adds slope * (key position - query position), or null
+};
+
+// Causal attention of every new token over the context of its sequence, new tokens included (they must have been
+// appended). lse is the natural log of the softmax denominator (the sink's term included). Fails only when there is no
+// memory for the workspace.
+Status Attend(const AttentionArgs& args, Parallel& parallel);
+
+struct AppendArgs {
+  KVView kv;
+  std::int64_t layer = 0;
+  const void* k = nullptr;  // [num_tokens, num_kv_heads, head_dim], dense
+  const void* v = nullptr;
+  DType dtype = DType::kF32;  // of k and v; converted to kv.dtype, rounding to nearest even
+  const std::vector<Sequence>* sequences = nullptr;
+};
+
+void Append(const AppendArgs& args, Parallel& parallel);
+
+struct GatherArgs {
+  KVView kv;
+  std::int64_t layer = 0;
+  // For row s of the output: slot and number of tokens to copy, {-1, 0} for padding. The rest of the row is zeroed.
+  struct Row {
+    std::int32_t slot = -1;
+    std::int32_t num_tokens = 0;
+  };
+  const std::vector<Row>* rows = nullptr;
+  std::int64_t row_tokens = 0;  // C
+  void* k = nullptr;            // [rows, C, num_kv_heads, head_dim] in kv.dtype
+  void* v = nullptr;
+};
+
+void Gather(const GatherArgs& args, Parallel& parallel);
+
+// Name of the instruction set that the kernels run with: "baseline", "avx2", "avx512", "avx512_bf16".
+const char* InstructionSet();
+
+// Not ok when the environment variable JAX_KVPAGE_ISA names an instruction set that this machine or build lacks; the
+// kernels then run with the best one there is. For the import to raise.
+Status CheckInstructionSet();
+
+}  // namespace kvpage::cpu
+
+#endif  // KVPAGE_KERNELS_CPU_ATTENTION_H_

@@ -1,0 +1,16 @@
+// Compiles the kernels for AVX-512 F, BW, VL and DQ.
+#include "kernels/cpu/isa.h"
+
+#if defined(__AVX512F__)
+#define KVPAGE_ISA avx512
+#define KVPAGE_LANES 16
+#include "kernels/cpu/isa_body.inc"
+
+namespace kvpage::cpu {
+const Kernels* Avx512Kernels() { return &avx512::kTable; }
+}  // namespace kvpage::cpu
+#else
+namespace kvpage::cpu {
+const Kernels* Avx512Kernels() { return nullptr; }
+}  // namespace kvpage::cpu
+#endif

@@ -1,0 +1,57 @@
+// KVView: where a key or a value lies, for every layout and every kernel.
+//
+// One plain struct of 64-bit byte strides describes the fused and the per-layer arena as well as separate K and V page
+// arrays behind a block table, so that a kernel is written once. The address of (slot, layer, K|V, head, token) is
+//
+//   base + SlotChunk(slot, token / tokens_per_chunk) + layer * layer_stride + kv * kv_stride
+//        + head * head_stride + (token % tokens_per_chunk) * token_stride
+//
+// where a chunk is the run of tokens that lies at one stride. Without a table chunk i of a slot is at
+// slot * slot_stride + i * chunk_stride; with one it is at table[slot][i] * chunk_stride.
+#ifndef KVPAGE_KERNELS_KV_VIEW_H_
+#define KVPAGE_KERNELS_KV_VIEW_H_
+
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace kvpage {
+
+struct KVView {
+  char* base = nullptr;
+  std::int64_t slot_stride = 0;
+  std::int64_t chunk_stride = 0;
+  std::int64_t layer_stride = 0;
+  std::int64_t kv_stride = 0;  // from a key to the value of the same token; may be any (signed) distance
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+  std::int64_t tokens_per_chunk = 1;
+  const std::int32_t* table = nullptr;  // [slots, table_width] physical chunk numbers, or null
+  std::int64_t table_width = 0;
+  DType dtype = DType::kF32;
+  std::int32_t num_kv_heads = 0;
+  std::int32_t head_dim = 0;  // elements of one head lie next to each other
+
+  // Start of chunk `chunk` of `slot` for head 0 and token 0 of the chunk; kv is 0 for keys, 1 for values.
+  char* Chunk(std::int64_t slot, std::int64_t chunk, std::int64_t layer, int kv) const {
+    const std::int64_t place = table != nullptr ? std::int64_t{table[slot * table_width + chunk]} * chunk_stride
+                                                : slot * slot_stride + chunk * chunk_stride;
+    return base + place + layer * layer_stride + kv * kv_stride;
+  }
+  char* At(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv, std::int64_t head) const {
+    return Chunk(slot, token / tokens_per_chunk, layer, kv) + head * head_stride +
+           (token % tokens_per_chunk) * token_stride;
+  }
+};
+
+// One sequence of a ragged batch as kernels see it: validated, active (slot >= 0) and with at least one new token.
+struct Sequence {
+  std::int32_t slot = 0;         // row of the view (or of the block table)
+  std::int32_t query_begin = 0;  // its first new token in q, k, v and out
+  std::int32_t query_length = 0;
+  std::int32_t position = 0;  // position of its first new token = tokens before the new ones
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_KERNELS_KV_VIEW_H_

@@ -1,0 +1,447 @@
+// The CPU kernels on every instruction set that this machine has, against a reference in double precision.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "tests/check.h"
+#include "tests/kernels_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+
+std::string Describe(const Problem& p) {
+  std::ostringstream text;
+  text << cpu::InstructionSet() << " heads " << p.kv_heads << "x" << p.group << " dim " << p.head_dim << " "
+       << Name(p.dtype) << " q " << Name(p.q_dtype) << " window " << p.window << " cap " << p.soft_cap << " sinks "
+       << !p.sinks.empty() << " alibi " << !p.slopes.empty() << " lengths";
+  for (const Sequence& s : p.sequences) text << " " << s.position << "+" << s.query_length;
+  return text.str();
+}
+
+// Compares with the reference: rounding of the output's dtype plus what float32 sums may lose.
+void CheckResult(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse) {
+  const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
+  double worst = 0, worst_lse = 0;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const double got = Read(&result.out[i * ItemSize(p.q_dtype)], p.q_dtype);
+    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]);
+    worst = std::isnan(error) ? 1e9 : std::max(worst, error);
+  }
+  for (std::size_t i = 0; i < lse.size(); ++i) {
+    if (std::isinf(lse[i]) && std::isinf(result.lse[i])) continue;
+    const double error = std::fabs(result.lse[i] - lse[i]) / (1.0 + std::fabs(lse[i]));
+    worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
+  }
+  CHECK(worst < 4e-6) << worst << Describe(p);
+  CHECK(worst_lse < 2e-6) << worst_lse << Describe(p);
+}
+
+Problem RandomProblem(Rng& rng) {
+  Problem p;
+  p.kv_heads = Pick(rng, 1, 3);
+  p.group = PickOf(rng, {1, 2, 3, 4, 4, 7, 8, 16});
+  p.head_dim = PickOf(rng, {1, 5, 16, 32, 33, 64, 64, 80, 96, 100, 128, 128, 256, 264});
+  p.dtype = kDTypes[Pick(rng, 0, 2)];
+  p.q_dtype = kDTypes[Pick(rng, 0, 2)];
+  if (Pick(rng, 0, 2) == 0) p.window = PickOf(rng, {1, 2, 17, 64, 100, 513});
+  if (Pick(rng, 0, 2) == 0) p.soft_cap = PickOf(rng, {0.7f, 5.0f, 50.0f});
+  std::uniform_real_distribution<float> uniform(-2.0f, 4.0f);
+  for (int h = 0, sinks = Pick(rng, 0, 2); sinks == 0 && h < p.q_heads(); ++h) p.sinks.push_back(uniform(rng));
+  for (int h = 0, alibi = Pick(rng, 0, 2); alibi == 0 && h < p.q_heads(); ++h) p.slopes.push_back(uniform(rng) * 0.05f);
+  std::vector<std::pair<int, int>> lengths;
+  for (int s = Pick(rng, 1, 4); s > 0; --s) {
+    const int before = PickOf(rng, {0, Pick(rng, 1, 63), Pick(rng, 64, 600), Pick(rng, 500, 1300)});
+    const int added = PickOf(rng, {1, 1, 1, 2, Pick(rng, 3, 12)});
+    lengths.emplace_back(before, added);
+  }
+  if (Pick(rng, 0, 2) == 0) lengths.emplace_back(Pick(rng, 0, 90), Pick(rng, 20, 150));  // a prefill
+  FillProblem(rng, p, lengths, Pick(rng, 0, 2));
+  return p;
+}
+
+TEST(RandomBatchesMatchReference) {
+  Rng rng(1);
+  Inline here;
+  Threads threads(3);
+  for (int round = 0; round < 60; ++round) {
+    Problem p = RandomProblem(rng);
+    const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
+    const bool table = layout == Layout::kTableNhd || layout == Layout::kTableHnd;
+    const int chunk = table ? PickOf(rng, {1, 3, 16, 100}) : 16 * Pick(rng, 1, 8);
+    const Cache cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, static_cast<int>(p.sequences.size()) + 1,
+                      p.max_tokens() + 5, chunk);
+    std::vector<int> slots = Slots(p.sequences.size() + 1);
+    std::shuffle(slots.begin(), slots.end(), rng);
+    slots.pop_back();
+    Store(p, cache, slots);
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    for (const char* name : InstructionSets()) {
+      cpu::ForceInstructionSet(name);
+      const Result result = Run(p, cache, slots, here);
+      CheckResult(p, result, out, lse);
+      CHECK(Run(p, cache, slots, threads) == result) << "with threads" << Describe(p);
+    }
+  }
+}
+
+// Decode and prefill in the common shapes, every combination of dtypes.
+TEST(EveryDtypeMatchesReference) {
+  Rng rng(2);
+  Inline here;
+  for (const DType dtype : kDTypes) {
+    for (const DType q_dtype : kDTypes) {
+      for (const int head_dim : {64, 80}) {
+        Problem p;
+        p.kv_heads = 2;
+        p.group = 4;
+        p.head_dim = head_dim;
+        p.dtype = dtype;
+        p.q_dtype = q_dtype;
+        FillProblem(rng, p, {{700, 1}, {0, 70}, {90, 3}, {0, 1}}, 1);
+        const Cache cache(rng, Layout::kFused, dtype, 2, head_dim, 4, p.max_tokens(), 16);
+        Store(p, cache, Slots(4));
+        std::vector<double> out, lse;
+        Reference(p, &out, &lse);
+        for (const char* name : InstructionSets()) {
+          cpu::ForceInstructionSet(name);
+          CheckResult(p, Run(p, cache, Slots(4), here), out, lse);
+        }
+      }
+    }
+  }
+}
+
+// The same bits whatever the neighbours, threads, chunk size and placement.
+TEST(BitsDoNotDependOnSurroundings) {
+  Rng rng(3);
+  Inline here;
+  for (int round = 0; round < 8; ++round) {
+    Problem p;
+    p.kv_heads = 2;
+    p.group = PickOf(rng, {1, 4, 7});
+    p.head_dim = PickOf(rng, {40, 64, 128});
+    p.dtype = kDTypes[round % 3];
+    p.q_dtype = PickOf(rng, {p.dtype, DType::kF32});
+    if (round % 2 == 1) p.window = 700;
+    FillProblem(rng, p, {{2900, 1}, {30, 1}, {600, 2}, {1000, 40}, {1, 1}}, 0);
+    const int n = static_cast<int>(p.sequences.size());
+    const Cache home(rng, Layout::kFused, p.dtype, 2, p.head_dim, n, p.max_tokens(), 16);
+    Store(p, home, Slots(n));
+    std::vector<Result> expected;
+    const std::vector<const char*> names = InstructionSets();
+    for (const char* name : names) {
+      cpu::ForceInstructionSet(name);
+      expected.push_back(Run(p, home, Slots(n), here));
+      for (const int count : {1, 2, 5}) {
+        Threads threads(count);
+        CHECK(Run(p, home, Slots(n), threads) == expected.back()) << count << "threads" << Describe(p);
+      }
+      for (int s = 0; s < n; ++s) {
+        Threads threads(4);
+        const Result alone = Run(p, home, Slots(n), threads, s);
+        const std::size_t row = p.q.size() / p.num_tokens;
+        const Sequence& sequence = p.sequences[s];
+        CHECK(std::memcmp(&alone.out[sequence.query_begin * row], &expected.back().out[sequence.query_begin * row],
+                          sequence.query_length * row) == 0)
+            << "sequence" << s << "alone" << Describe(p);
+      }
+    }
+    for (const auto& [layout, chunk] : std::initializer_list<std::pair<Layout, int>>{{Layout::kFused, 48},
+                                                                                     {Layout::kFused, 128},
+                                                                                     {Layout::kPerLayer, 32},
+                                                                                     {Layout::kPerLayer, 4096},
+                                                                                     {Layout::kTableNhd, 1},
+                                                                                     {Layout::kTableHnd, 7}}) {
+      const Cache away(rng, layout, p.dtype, 2, p.head_dim, n + 2, p.max_tokens(), chunk);
+      std::vector<int> slots = Slots(n + 2);
+      std::shuffle(slots.begin(), slots.end(), rng);
+      slots.resize(n);
+      Store(p, away, slots);
+      for (std::size_t i = 0; i < names.size(); ++i) {
+        cpu::ForceInstructionSet(names[i]);
+        CHECK(Run(p, away, slots, here) == expected[i]) << "layout" << static_cast<int>(layout) << chunk << Describe(p);
+      }
+    }
+  }
+}
+
+// What a later token of the sequence holds must not reach an earlier one, nor what has left the window.
+TEST(UnseenNaNsStayUnseen) {
+  Rng rng(4);
+  Inline here;
+  for (const int added : {2, 40}) {
+    for (const DType dtype : kDTypes) {
+      for (const int head_dim : {64, 72}) {
+        Problem p;
+        p.group = 4;
+        p.head_dim = head_dim;
+        p.dtype = p.q_dtype = dtype;
+        p.window = 100;
+        FillProblem(rng, p, {{300, added}}, 0);
+        const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+        Store(p, cache, {0});
+        const std::size_t row = p.q.size() / p.num_tokens;
+        for (const char* name : InstructionSets()) {
+          cpu::ForceInstructionSet(name);
+          Store(p, cache, {0});
+          const Result clean = Run(p, cache, {0}, here);
+          for (int which = 0; which < 2; ++which) {
+            // The last new token, and the last one that no row of the batch but the first sees.
+            const float bad = which == 0 ? std::nanf("") : std::numeric_limits<float>::infinity();
+            Write(cache.At(0, p.tokens(0) - 1, which, 0, 3), dtype, bad);
+            Write(cache.At(0, 300 - 100 + 1, which, 0, 3), dtype, bad);
+          }
+          const Result dirty = Run(p, cache, {0}, here);
+          const std::size_t seen = added == 2 ? 1 : added - 2;
+          if (added > 2) {
+            CHECK(std::memcmp(&clean.out[row], &dirty.out[row], seen * row) == 0) << Describe(p);
+          }
+          CHECK(std::isnan(Read(&dirty.out[0], dtype))) << Describe(p);
+          CHECK(std::isnan(Read(&dirty.out[(added - 1) * row], dtype))) << Describe(p);
+        }
+      }
+    }
+  }
+}
+
+// A context that ends where mapped memory ends, for head sizes that are no whole number of vectors too.
+TEST(NothingPastTheEndIsTouched) {
+  Rng rng(5);
+  Inline here;
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  for (const DType dtype : kDTypes) {
+    for (const int head_dim : {1, 7, 33, 64, 80, 100}) {
+      for (const int added : {1, 30}) {
+        Problem p;
+        p.kv_heads = 2;
+        p.group = 3;
+        p.head_dim = head_dim;
+        p.dtype = p.q_dtype = dtype;
+        FillProblem(rng, p, {{Pick(rng, 0, 130), added}}, 0);
+        const std::size_t bytes = static_cast<std::size_t>(p.tokens(0)) * 2 * head_dim * ItemSize(dtype);
+        const std::size_t mapped = (bytes + page - 1) / page * page;
+        char* memory[2];
+        for (char*& m : memory) {
+          m = static_cast<char*>(
+              mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+          mprotect(m + mapped, page, PROT_NONE);
+        }
+        Cache cache(rng, Layout::kPerLayer, dtype, 2, head_dim, 1, p.tokens(0), p.tokens(0));
+        cache.layer = 0;
+        cache.view.base = memory[0] + mapped - bytes;
+        cache.view.kv_stride = memory[1] - memory[0];
+        Store(p, cache, {0});
+        std::vector<double> out, lse;
+        Reference(p, &out, &lse);
+        for (const char* name : InstructionSets()) {
+          cpu::ForceInstructionSet(name);
+          CheckResult(p, Run(p, cache, {0}, here), out, lse);
+        }
+        for (char* m : memory) munmap(m, mapped + page);
+      }
+    }
+  }
+}
+
+TEST(ScoresOfAnySizeAreFinite) {
+  Rng rng(6);
+  Inline here;
+  for (const float scale : {0.0f, 30.0f}) {
+    Problem p;
+    p.group = 4;
+    FillProblem(rng, p, {{600, 1}, {0, 30}}, 0);
+    p.scale = scale;
+    const Cache cache(rng, Layout::kFused, DType::kF32, 1, 64, 2, p.max_tokens(), 16);
+    Store(p, cache, Slots(2));
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    for (const char* name : InstructionSets()) {
+      cpu::ForceInstructionSet(name);
+      const Result result = Run(p, cache, Slots(2), here);
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        CHECK(std::fabs(Read(&result.out[i * 4], DType::kF32) - out[i]) < 2e-3) << scale << Describe(p);
+      }
+    }
+  }
+}
+
+TEST(MinusInfinityScoresAreLeftOut) {
+  Rng rng(7);
+  Inline here;
+  for (const int added : {1, 20}) {
+    Problem p;
+    p.group = 2;
+    FillProblem(rng, p, {{1100, added}}, 0);
+    for (std::size_t i = 0; i < p.q.size(); i += 4) Write(&p.q[i], DType::kF32, 1.0f);
+    // The whole first span scores -inf; the reference leaves it out by giving it a very low score.
+    for (int t = 0; t < 512; ++t) p.At(0, 0, t, 0, 5) = -1e30f;
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    for (int t = 0; t < 512; ++t) p.At(0, 0, t, 0, 5) = -std::numeric_limits<float>::infinity();
+    const Cache cache(rng, Layout::kFused, DType::kF32, 1, 64, 1, p.max_tokens(), 16);
+    Store(p, cache, {0});
+    for (const char* name : InstructionSets()) {
+      cpu::ForceInstructionSet(name);
+      CheckResult(p, Run(p, cache, {0}, here), out, lse);
+    }
+  }
+}
+
+TEST(ConcurrentCallsDoNotMix) {
+  Rng rng(8);
+  Problem p;
+  p.kv_heads = 2;
+  p.group = 4;
+  FillProblem(rng, p, {{1500, 1}, {40, 20}}, 0);
+  const Cache cache(rng, Layout::kFused, DType::kF32, 2, 64, 2, p.max_tokens(), 16);
+  Store(p, cache, Slots(2));
+  InstructionSets();
+  Inline here;
+  const Result expected = Run(p, cache, Slots(2), here);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&] {
+      Threads threads(2);
+      for (int k = 0; k < 10; ++k) wrong += !(Run(p, cache, Slots(2), threads) == expected);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK_EQ(wrong.load(), 0);
+}
+
+TEST(AppendConvertsAndScatters) {
+  Rng rng(9);
+  std::normal_distribution<float> normal;
+  const float special[] = {0.0f,        -0.0f,       1.0f,       65504.0f,    65519.9f,  65520.0f,   1e30f,
+                           -1e30f,      6e-8f,       2.9e-8f,    3.1e-8f,     -1e-5f,    6.1035e-5f, 6.09e-5f,
+                           1.00390625f, 1.01171875f, 1.0004883f, 1.00146484f, HUGE_VALF, -HUGE_VALF, std::nanf("")};
+  Threads threads(2);
+  for (const DType from : kDTypes) {
+    for (const DType to : kDTypes) {
+      for (const int head_dim : {64, 19}) {
+        Problem p;
+        p.kv_heads = 3;
+        p.head_dim = head_dim;
+        p.q_dtype = from;
+        FillProblem(rng, p, {{5, 1}, {0, 400}, {90, 2}}, 1);
+        std::vector<char> kv[2];
+        const std::size_t elements = static_cast<std::size_t>(p.num_tokens) * 3 * head_dim;
+        for (auto& side : kv) {
+          side.resize(elements * ItemSize(from));
+          for (std::size_t i = 0; i < elements; ++i) {
+            const float x = i % 3 == 0 ? special[i / 3 % std::size(special)] : normal(rng);
+            Write(&side[i * ItemSize(from)], from, x);
+          }
+        }
+        for (const char* name : InstructionSets()) {
+          cpu::ForceInstructionSet(name);
+          for (const Layout layout : {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd}) {
+            const Cache cache(rng, layout, to, 3, head_dim, 3, 512, 16);
+            cpu::AppendArgs args;
+            args.kv = cache.view;
+            args.layer = cache.layer;
+            args.k = kv[0].data();
+            args.v = kv[1].data();
+            args.dtype = from;
+            args.sequences = &p.sequences;
+            cpu::Append(args, threads);
+            int wrong = 0;
+            for (const Sequence& s : p.sequences) {
+              for (std::size_t i = 0; i < static_cast<std::size_t>(s.query_length) * 3 * head_dim * 2; ++i) {
+                const int d = static_cast<int>(i % head_dim), h = static_cast<int>(i / head_dim % 3);
+                const int which = static_cast<int>(i / head_dim / 3 % 2), t = static_cast<int>(i / head_dim / 6);
+                const char* src =
+                    &kv[which][((static_cast<std::size_t>(s.query_begin + t) * 3 + h) * head_dim + d) * ItemSize(from)];
+                char expected[4];
+                Write(expected, to, static_cast<float>(Read(src, from)));
+                const char* got = cache.At(s.slot, s.position + t, which, h, d);
+                const bool nan = std::isnan(Read(src, from)) && std::isnan(Read(got, to));
+                wrong += !nan && std::memcmp(expected, got, ItemSize(to)) != 0;
+              }
+              CHECK(std::isnan(Read(cache.At(s.slot, s.position + s.query_length, 0, 0), to)));
+              if (s.position > 0) {
+                CHECK(std::isnan(Read(cache.At(s.slot, s.position - 1, 1, 2), to)));
+              }
+            }
+            CHECK_EQ(wrong, 0) << Name(from) << "to" << Name(to) << name << "layout" << static_cast<int>(layout);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(GatherCopiesAndClears) {
+  Rng rng(10);
+  Threads threads(2);
+  Inline here;
+  for (const Layout layout : {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd}) {
+    Problem p;
+    p.kv_heads = 2;
+    p.head_dim = 24;
+    p.dtype = DType::kBF16;
+    FillProblem(rng, p, {{150, 3}, {0, 1}, {63, 1}}, 0);
+    const Cache cache(rng, layout, p.dtype, 2, 24, 3, 200, 16);
+    Store(p, cache, Slots(3));
+    const std::vector<cpu::GatherArgs::Row> rows = {{2, 64}, {-1, 0}, {0, 153}, {1, 0}};
+    const int tokens = 170;
+    std::vector<char> first[2], out[2];
+    for (Parallel* parallel : std::initializer_list<Parallel*>{&here, &threads}) {
+      for (auto& side : out) side.assign(rows.size() * tokens * 2 * 24 * 2, '\x7f');
+      cpu::GatherArgs args;
+      args.kv = cache.view;
+      args.layer = cache.layer;
+      args.rows = &rows;
+      args.row_tokens = tokens;
+      args.k = out[0].data();
+      args.v = out[1].data();
+      cpu::Gather(args, *parallel);
+      int wrong = 0;
+      for (std::size_t i = 0; i < rows.size() * tokens * 2 * 24; ++i) {
+        const int d = static_cast<int>(i % 24), h = static_cast<int>(i / 24 % 2), t = static_cast<int>(i / 48 % tokens);
+        const cpu::GatherArgs::Row& row = rows[i / 48 / tokens];
+        for (int which = 0; which < 2; ++which) {
+          const char zero[2] = {};
+          const char* expected = t < row.num_tokens ? cache.At(row.slot, t, which, h, d) : zero;
+          wrong += std::memcmp(expected, &out[which][i * 2], 2) != 0;
+        }
+      }
+      CHECK_EQ(wrong, 0) << "layout" << static_cast<int>(layout);
+    }
+  }
+}
+
+TEST(PaddingTokensAreCleared) {
+  Rng rng(11);
+  Inline here;
+  Problem p;
+  FillProblem(rng, p, {{3, 1}, {3, 2}}, 2);
+  const Cache cache(rng, Layout::kFused, DType::kF32, 1, 64, 2, 16, 16);
+  Store(p, cache, Slots(2));
+  const Result result = Run(p, cache, Slots(2), here, 1);
+  for (int t = 0; t < p.num_tokens; ++t) {
+    const bool owned = t >= p.sequences[1].query_begin && t < p.sequences[1].query_begin + 2;
+    CHECK_EQ(std::isinf(result.lse[t]), !owned) << "token" << t;
+    CHECK_EQ(Read(&result.out[t * 64 * 4], DType::kF32) == 0.0, !owned) << "token" << t;
+  }
+  Problem none;
+  none.num_tokens = 2;
+  none.q.resize(2 * 64 * 4);
+  const Result empty = Run(none, cache, {}, here);
+  CHECK(std::all_of(empty.out.begin(), empty.out.end(), [](char c) { return c == 0; }));
+}
+
+TEST(InstructionSetIsKnown) {
+  CHECK_OK(cpu::CheckInstructionSet());
+  CHECK(cpu::ForceInstructionSet("sse9") == nullptr);
+  cpu::ForceInstructionSet("baseline");
+  CHECK_EQ(std::string(cpu::InstructionSet()), std::string("baseline"));
+}
+
+}  // namespace
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,0 +1,311 @@
+// What the kernel tests share: caches of every layout with poisoned free memory, random ragged batches, a reference in
+// double precision, a thread pool.
+#ifndef KVPAGE_TESTS_KERNELS_UTIL_H_
+#define KVPAGE_TESTS_KERNELS_UTIL_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/parallel.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/isa.h"
+
+namespace kvpage::testing {
+
+using Rng = std::mt19937_64;
+
+inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+template <class T>
+T PickOf(Rng& rng, std::initializer_list<T> values) {
+  return values.begin()[Pick(rng, 0, static_cast<int>(values.size()) - 1)];
+}
+
+// Elements of any dtype, one at a time, written independently of the kernels.
+inline double Read(const char* p, DType dtype) {
+  if (dtype == DType::kF32) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
+  }
+  std::uint16_t h;
+  std::memcpy(&h, p, 2);
+  const bool half = dtype == DType::kF16;
+  const int exponent_bits = half ? 5 : 8, mantissa_bits = half ? 10 : 7;
+  const int exponent = (h >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = h & ((1 << mantissa_bits) - 1);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const double sign = (h & 0x8000) != 0 ? -1.0 : 1.0;
+  if (exponent == (1 << exponent_bits) - 1) {
+    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+// Rounds to nearest even.
+inline void Write(char* p, DType dtype, float x) {
+  if (dtype == DType::kF32) {
+    std::memcpy(p, &x, 4);
+    return;
+  }
+  const bool half = dtype == DType::kF16;
+  const int mantissa_bits = half ? 10 : 7, bias = half ? 15 : 127, max_exponent = half ? 15 : 127;
+  std::uint16_t h = std::signbit(x) ? 0x8000 : 0;
+  const std::uint16_t infinity = static_cast<std::uint16_t>((2 * bias + 1) << mantissa_bits);
+  if (std::isnan(x)) {
+    h |= infinity | (1 << (mantissa_bits - 1));
+  } else if (std::isinf(x)) {
+    h |= infinity;
+  } else if (x != 0) {
+    int exponent;
+    std::frexp(std::fabs(static_cast<double>(x)), &exponent);
+    exponent = std::max(exponent - 1, 1 - bias);
+    const double units = std::nearbyint(std::ldexp(std::fabs(static_cast<double>(x)), mantissa_bits - exponent));
+    // The implicit bit carries into the exponent, and a mantissa that rounds up does too.
+    const long bits = static_cast<long>(units) + (static_cast<long>(exponent + bias - 1) << mantissa_bits);
+    h |= exponent > max_exponent || bits > infinity ? infinity : static_cast<std::uint16_t>(bits);
+  }
+  std::memcpy(p, &h, 2);
+}
+
+enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd };
+
+// Room for `slots` contexts of `max_tokens`, all of it NaN until something is written.
+struct Cache {
+  std::vector<char> memory;
+  std::vector<std::int32_t> table;
+  KVView view;
+  std::int64_t layer = 0;
+
+  Cache(Rng& rng, Layout layout, DType dtype, int heads, int head_dim, int slots, int max_tokens, int chunk) {
+    const auto item = static_cast<std::int64_t>(ItemSize(dtype));
+    const std::int64_t chunks = (max_tokens + chunk - 1) / chunk;
+    const int layers = layout == Layout::kFused || layout == Layout::kPerLayer ? 3 : 1;
+    layer = layers == 3 ? 1 : 0;
+    view.dtype = dtype;
+    view.num_kv_heads = heads;
+    view.head_dim = head_dim;
+    view.tokens_per_chunk = chunk;
+    const std::int64_t plane = heads * chunk * head_dim * item;  // a chunk's keys, or values, of one layer
+    const std::int64_t all = slots * chunks * plane;
+    const bool head_major = layout == Layout::kFused || layout == Layout::kTableHnd;
+    view.token_stride = head_major ? head_dim * item : heads * head_dim * item;
+    view.head_stride = head_major ? chunk * head_dim * item : head_dim * item;
+    if (layout == Layout::kFused) {
+      view.kv_stride = plane;
+      view.layer_stride = 2 * plane;
+      view.chunk_stride = layers * 2 * plane;
+      view.slot_stride = chunks * view.chunk_stride;
+    } else {
+      view.chunk_stride = plane;
+      view.slot_stride = chunks * plane;
+      view.kv_stride = all;
+      view.layer_stride = 2 * all;
+    }
+    memory.resize(layers * 2 * all);
+    for (std::size_t i = 0; i < memory.size(); i += item) Write(&memory[i], dtype, std::nanf(""));
+    view.base = memory.data();
+    if (layout == Layout::kTableNhd || layout == Layout::kTableHnd) {
+      table.resize(slots * chunks);
+      std::iota(table.begin(), table.end(), 0);
+      std::shuffle(table.begin(), table.end(), rng);
+      view.table = table.data();
+      view.table_width = chunks;
+    }
+  }
+
+  char* At(int slot, std::int64_t token, int which, int head, int d = 0) const {
+    return view.At(slot, token, layer, which, head) + d * ItemSize(view.dtype);
+  }
+};
+
+// One test problem: shapes, options, queries, and what the keys and values of every sequence are.
+struct Problem {
+  int kv_heads = 1, group = 1, head_dim = 64, num_tokens = 0;
+  DType dtype = DType::kF32, q_dtype = DType::kF32;
+  float scale = 1.0f, soft_cap = 0.0f;
+  int window = 0;
+  std::vector<float> sinks, slopes;
+  std::vector<Sequence> sequences;
+  std::vector<char> q;
+  std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
+
+  int q_heads() const { return kv_heads * group; }
+  int tokens(std::size_t s) const { return sequences[s].position + sequences[s].query_length; }
+  int max_tokens() const {
+    int longest = 1;
+    for (std::size_t s = 0; s < sequences.size(); ++s) longest = std::max(longest, tokens(s));
+    return longest;
+  }
+  double Query(int token, int head, int d) const {
+    return Read(&q[((static_cast<std::int64_t>(token) * q_heads() + head) * head_dim + d) * ItemSize(q_dtype)],
+                q_dtype);
+  }
+  float& At(int s, int which, int token, int head, int d) {
+    return contexts[s][((static_cast<std::int64_t>(which) * tokens(s) + token) * kv_heads + head) * head_dim + d];
+  }
+};
+
+// lengths: {tokens before, new tokens} of every sequence.
+inline void FillProblem(Rng& rng, Problem& p, const std::vector<std::pair<int, int>>& lengths, int gap) {
+  std::normal_distribution<float> normal;
+  int at = 0;
+  for (std::size_t s = 0; s < lengths.size(); ++s) {
+    at += gap;
+    p.sequences.push_back({static_cast<std::int32_t>(s), at, lengths[s].second, lengths[s].first});
+    at += lengths[s].second;
+  }
+  p.num_tokens = at + gap;
+  p.q.resize(static_cast<std::size_t>(p.num_tokens) * p.q_heads() * p.head_dim * ItemSize(p.q_dtype));
+  for (std::size_t i = 0; i < p.q.size(); i += ItemSize(p.q_dtype)) Write(&p.q[i], p.q_dtype, normal(rng));
+  for (std::size_t s = 0; s < lengths.size(); ++s) {
+    p.contexts.emplace_back(2 * static_cast<std::size_t>(p.tokens(s)) * p.kv_heads * p.head_dim);
+    for (float& x : p.contexts.back()) x = normal(rng);
+  }
+  p.scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
+}
+
+inline void Store(Problem& p, const Cache& cache, const std::vector<int>& slots) {
+  for (std::size_t s = 0; s < slots.size(); ++s) {
+    for (int which = 0; which < 2; ++which) {
+      for (int t = 0; t < p.tokens(s); ++t) {
+        for (int h = 0; h < p.kv_heads; ++h) {
+          for (int d = 0; d < p.head_dim; ++d) {
+            Write(cache.At(slots[s], t, which, h, d), p.dtype, p.At(s, which, t, h, d));
+          }
+        }
+      }
+    }
+  }
+}
+
+struct Result {
+  std::vector<char> out;
+  std::vector<float> lse;
+  bool operator==(const Result& o) const {
+    return out == o.out && std::memcmp(lse.data(), o.lse.data(), lse.size() * 4) == 0 && lse.size() == o.lse.size();
+  }
+};
+
+// Runs over the cache, sequence s in slots[s]; `only` keeps one sequence.
+inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
+                  int only = -1) {
+  Result result;
+  result.out.assign(p.q.size(), '\x55');
+  result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
+  std::vector<Sequence> sequences;
+  for (std::size_t s = 0; s < slots.size(); ++s) {
+    if (only >= 0 && only != static_cast<int>(s)) continue;
+    sequences.push_back(p.sequences[s]);
+    sequences.back().slot = slots[s];
+  }
+  cpu::AttentionArgs args;
+  args.kv = cache.view;
+  args.layer = cache.layer;
+  args.q = p.q.data();
+  args.q_dtype = p.q_dtype;
+  args.out = result.out.data();
+  args.lse = result.lse.data();
+  args.num_tokens = p.num_tokens;
+  args.num_q_heads = p.q_heads();
+  args.sequences = &sequences;
+  args.scale = p.scale;
+  args.sliding_window = p.window;
+  args.soft_cap = p.soft_cap;
+  args.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
+  args.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
+  if (!cpu::Attend(args, parallel).ok()) result.out.clear();
+  return result;
+}
+
+// Double precision over the keys and values as the cache stores them: [num_tokens, q_heads, head_dim] and lse.
+inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>* lse) {
+  out->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads() * p.head_dim, 0.0);
+  lse->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), -std::numeric_limits<double>::infinity());
+  for (std::size_t s = 0; s < p.sequences.size(); ++s) {
+    std::vector<double> stored(p.contexts[s].size());
+    for (std::size_t i = 0; i < stored.size(); ++i) {
+      char element[4];
+      Write(element, p.dtype, p.contexts[s][i]);
+      stored[i] = Read(element, p.dtype);
+    }
+    const auto row = [&](int which, int t, int h) {
+      return &stored[((static_cast<std::int64_t>(which) * p.tokens(s) + t) * p.kv_heads + h) * p.head_dim];
+    };
+    for (int i = 0; i < p.sequences[s].query_length; ++i) {
+      const int token = p.sequences[s].query_begin + i, position = p.sequences[s].position + i;
+      const int from = p.window > 0 ? std::max(0, position - p.window + 1) : 0;
+      for (int head = 0; head < p.q_heads(); ++head) {
+        std::vector<double> query(p.head_dim), scores;
+        for (int d = 0; d < p.head_dim; ++d) query[d] = p.Query(token, head, d);
+        for (int t = from; t <= position; ++t) {
+          const double* key = row(0, t, head / p.group);
+          double x = 0;
+          for (int d = 0; d < p.head_dim; ++d) x += query[d] * key[d];
+          x *= static_cast<double>(p.scale);
+          if (p.soft_cap > 0) x = p.soft_cap * std::tanh(x / p.soft_cap);
+          if (!p.slopes.empty()) x += static_cast<double>(p.slopes[head]) * (t - position);
+          scores.push_back(x);
+        }
+        double top = *std::max_element(scores.begin(), scores.end());
+        if (!p.sinks.empty()) top = std::max(top, static_cast<double>(p.sinks[head]));
+        double sum = p.sinks.empty() ? 0.0 : std::exp(p.sinks[head] - top);
+        for (double& x : scores) sum += x = std::exp(x - top);
+        double* o = &(*out)[(static_cast<std::int64_t>(token) * p.q_heads() + head) * p.head_dim];
+        for (std::size_t k = 0; k < scores.size(); ++k) {
+          const double* value = row(1, from + static_cast<int>(k), head / p.group);
+          for (int d = 0; d < p.head_dim; ++d) o[d] += scores[k] / sum * value[d];
+        }
+        (*lse)[static_cast<std::int64_t>(token) * p.q_heads() + head] = top + std::log(sum);
+      }
+    }
+  }
+}
+
+// Hands tasks to threads in an order that no kernel should care about.
+class Threads final : public Parallel {
+ public:
+  explicit Threads(int count) : count_(count) {}
+  int num_workers() const override { return count_; }
+  void For(std::int64_t num_tasks, const std::function<void(std::int64_t, int)>& fn) override {
+    std::vector<std::thread> threads;
+    std::atomic<std::int64_t> next{0};
+    for (int worker = 0; worker < count_; ++worker) {
+      threads.emplace_back([&, worker] {
+        for (std::int64_t i; (i = next.fetch_add(1)) < num_tasks;) fn(num_tasks - 1 - i, worker);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+ private:
+  int count_;
+};
+
+inline std::vector<const char*> InstructionSets() {
+  std::vector<const char*> names;
+  for (const char* name : {"baseline", "avx2", "avx512", "avx512_bf16"}) {
+    if (cpu::ForceInstructionSet(name) != nullptr) names.push_back(name);
+  }
+  return names;
+}
+
+inline std::vector<int> Slots(std::size_t n) {
+  std::vector<int> slots(n);
+  std::iota(slots.begin(), slots.end(), 0);
+  return slots;
+}
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_KERNELS_UTIL_H_
