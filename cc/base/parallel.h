@@ -1,0 +1,34 @@
+// Parallel: the one thing a CPU kernel may know about threads.
+//
+// The FFI layer implements it over XLA's intra-op thread pool, tests over std::thread or inline. Kernels must give
+// bit-identical results whatever the number of threads and whatever order the tasks run in.
+#ifndef KVPAGE_BASE_PARALLEL_H_
+#define KVPAGE_BASE_PARALLEL_H_
+
+#include <cstdint>
+#include <functional>
+
+namespace kvpage {
+
+class Parallel {
+ public:
+  virtual ~Parallel() = default;
+  // Upper bound (exclusive) of the worker index that For() passes on.
+  virtual int num_workers() const = 0;
+  // Calls fn(task, worker) once for every task in [0, num_tasks), in any order, and returns when all are done. Two
+  // calls that run at the same time never share a worker index. fn must not throw.
+  virtual void For(std::int64_t num_tasks, const std::function<void(std::int64_t task, int worker)>& fn) = 0;
+};
+
+// Runs everything on the calling thread.
+class Inline final : public Parallel {
+ public:
+  int num_workers() const override { return 1; }
+  void For(std::int64_t num_tasks, const std::function<void(std::int64_t, int)>& fn) override {
+    for (std::int64_t task = 0; task < num_tasks; ++task) fn(task, 0);
+  }
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_BASE_PARALLEL_H_

@@ -1,0 +1,54 @@
+// Status: how every layer below XLA and Python reports that something did not happen.
+//
+// The codes are the absl/XLA numbers, so the FFI layer passes them on unchanged and a Python user sees the
+// usual names (RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ...). Nothing here throws and nothing aborts.
+#ifndef KVPAGE_BASE_STATUS_H_
+#define KVPAGE_BASE_STATUS_H_
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+namespace kvpage {
+
+enum class Code : std::uint8_t {
+  kOk = 0,
+  kInvalidArgument = 3,
+  kNotFound = 5,
+  kResourceExhausted = 8,
+  kFailedPrecondition = 9,
+  kOutOfRange = 11,
+  kUnimplemented = 12,
+  kInternal = 13,
+};
+
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+  Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
+
+  bool ok() const { return code_ == Code::kOk; }
+  Code code() const { return code_; }
+  const std::string& message() const { return message_; }
+
+ private:
+  Code code_ = Code::kOk;
+  std::string message_;
+};
+
+inline Status InvalidArgument(std::string m) { return {Code::kInvalidArgument, std::move(m)}; }
+inline Status NotFound(std::string m) { return {Code::kNotFound, std::move(m)}; }
+inline Status ResourceExhausted(std::string m) { return {Code::kResourceExhausted, std::move(m)}; }
+inline Status FailedPrecondition(std::string m) { return {Code::kFailedPrecondition, std::move(m)}; }
+inline Status OutOfRange(std::string m) { return {Code::kOutOfRange, std::move(m)}; }
+inline Status Internal(std::string m) { return {Code::kInternal, std::move(m)}; }
+
+}  // namespace kvpage
+
+#define KVPAGE_RETURN_IF_ERROR(expr)   \
+  do {                                 \
+    ::kvpage::Status _status = (expr); \
+    if (!_status.ok()) return _status; \
+  } while (false)
+
+#endif  // KVPAGE_BASE_STATUS_H_
