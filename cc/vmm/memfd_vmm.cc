@@ -1,0 +1,159 @@
+#include "vmm/memfd_vmm.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "vmm/limits.h"
+
+namespace kvpage {
+namespace {
+
+// How much may be created between two looks at the system's free memory. A look reads a few files in /proc and
+// /sys (tens of microseconds); zeroing 64 MiB takes milliseconds.
+constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
+// What Create leaves for everybody else, so that it fails before the OOM killer wakes.
+constexpr std::int64_t kHeadroomReserve = std::int64_t{64} << 20;
+
+std::string Errno(const char* call, std::int64_t bytes) {
+  return std::string(call) + " of " + std::to_string(bytes) + " bytes failed: " + std::strerror(errno);
+}
+
+// Length of the run of consecutive block numbers that starts at blocks[0].
+std::int64_t Run(const std::int32_t* blocks, std::int64_t count) {
+  std::int64_t n = 1;
+  while (n < count && blocks[n] == blocks[n - 1] + 1) ++n;
+  return n;
+}
+
+}  // namespace
+
+Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<MemfdVmm>* out) {
+  if (block_bytes <= 0 || block_bytes % PageBytes() != 0) {
+    return InvalidArgument("block_bytes is " + std::to_string(block_bytes) +
+                           ", wanted a positive multiple of the page size " + std::to_string(PageBytes()));
+  }
+  const int fd = memfd_create("jax_kvpage", MFD_CLOEXEC);
+  if (fd < 0) return Internal(Errno("memfd_create", 0));
+  // Anonymous, private and read-only: reads find the kernel's shared zero page, a stray write faults.
+  void* base = mmap(nullptr, static_cast<std::size_t>(virtual_bytes), PROT_READ,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) {
+    Status status = ResourceExhausted(Errno("reserving virtual memory: mmap", virtual_bytes) +
+                                      "; use fewer slots or a smaller max_seq_len, or raise `ulimit -v`");
+    close(fd);
+    return status;
+  }
+  out->reset(new MemfdVmm(static_cast<char*>(base), virtual_bytes, block_bytes, fd));
+  (*out)->system_calls_ = 2;
+  return {};
+}
+
+MemfdVmm::~MemfdVmm() {
+  munmap(base_, static_cast<std::size_t>(virtual_bytes_));
+  close(fd_);
+}
+
+Status MemfdVmm::Grow(std::int64_t num_blocks) {
+  if (num_blocks <= num_blocks_) return {};
+  const std::int64_t bytes = num_blocks * block_bytes_;
+  Count();
+  if (ftruncate(fd_, bytes) != 0) return ResourceExhausted(Errno("ftruncate", bytes));
+  num_blocks_ = num_blocks;
+  return {};
+}
+
+Status MemfdVmm::CheckHeadroom(std::int64_t bytes) {
+  if (unchecked_bytes_ >= 0 && unchecked_bytes_ + bytes < kHeadroomStride) {
+    unchecked_bytes_ += bytes;
+    return {};
+  }
+  const std::int64_t available = AvailableBytes();
+  if (available >= 0 && bytes + kHeadroomReserve > available) {
+    return ResourceExhausted(
+        "allocating " + std::to_string(bytes) + " bytes of blocks would leave the system under " +
+        std::to_string(kHeadroomReserve) + " bytes; " + std::to_string(available) +
+        " are available to this process: release requests, or make the pool smaller with resize()");
+  }
+  unchecked_bytes_ = 0;
+  return {};
+}
+
+Status MemfdVmm::Create(const std::int32_t* blocks, std::int64_t count) {
+  KVPAGE_RETURN_IF_ERROR(CheckHeadroom(count * block_bytes_));
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t bytes = run * block_bytes_;
+    int rc;
+    do {
+      Count();
+      rc = fallocate(fd_, 0, blocks[done] * block_bytes_, bytes);
+    } while (rc != 0 && errno == EINTR);
+    if (rc != 0) {
+      Status status = ResourceExhausted(Errno("fallocate", bytes));
+      // Punches what this call had allocated, the failed run's beginning included.
+      static_cast<void>(Destroy(blocks, done + run));
+      return status;
+    }
+    done += run;
+  }
+  return {};
+}
+
+Status MemfdVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t run = Run(blocks + done, count - done);
+    Count();
+    if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, blocks[done] * block_bytes_, run * block_bytes_) !=
+        0) {
+      return Internal(Errno("fallocate(PUNCH_HOLE)", run * block_bytes_));
+    }
+    done += run;
+  }
+  return {};
+}
+
+Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t bytes = run * block_bytes_;
+    Count();
+    // MAP_POPULATE: the page table entries are made here, on the thread that asked for room, rather than one fault
+    // at a time inside an attention kernel.
+    void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+                    MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, blocks[done] * block_bytes_);
+    if (at == MAP_FAILED) {
+      Status status = ResourceExhausted(Errno("mapping blocks: mmap", bytes) +
+                                        (errno == ENOMEM ? "; the process may have reached vm.max_map_count (" +
+                                                               std::to_string(MaxMapCount()) +
+                                                               " mappings): larger blocks need fewer"
+                                                         : ""));
+      // A failed MAP_FIXED may already have torn down what was there: put the whole range back to a readable hole.
+      static_cast<void>(Unmap(offset, done + run));
+      return status;
+    }
+    done += run;
+  }
+  return {};
+}
+
+Status MemfdVmm::Unmap(std::int64_t offset, std::int64_t count) {
+  const std::int64_t bytes = count * block_bytes_;
+  Count();
+  void* at = mmap(base_ + offset, static_cast<std::size_t>(bytes), PROT_READ,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  if (at == MAP_FAILED) return Internal(Errno("unmapping blocks: mmap", bytes));
+  return {};
+}
+
+std::int64_t MemfdVmm::PhysicalBytes() const {
+  struct stat st;
+  return fstat(fd_, &st) == 0 ? std::int64_t{st.st_blocks} * 512 : -1;
+}
+
+}  // namespace kvpage

@@ -1,0 +1,47 @@
+// MemfdVmm: virtual memory slots on CPU. One memfd holds all blocks; mmap(MAP_FIXED | MAP_SHARED) places them.
+#ifndef KVPAGE_VMM_MEMFD_VMM_H_
+#define KVPAGE_VMM_MEMFD_VMM_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "vmm/vmm.h"
+
+namespace kvpage {
+
+class MemfdVmm final : public Vmm {
+ public:
+  // Reserves `virtual_bytes` of address space. `block_bytes` is a multiple of the page size.
+  static Status Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<MemfdVmm>* out);
+  ~MemfdVmm() override;
+  MemfdVmm(const MemfdVmm&) = delete;
+  MemfdVmm& operator=(const MemfdVmm&) = delete;
+
+  char* base() const override { return base_; }
+  Status Grow(std::int64_t num_blocks) override;
+  Status Create(const std::int32_t* blocks, std::int64_t count) override;
+  Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
+  Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  Status Unmap(std::int64_t offset, std::int64_t count) override;
+  std::int64_t PhysicalBytes() const override;
+  std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
+
+ private:
+  MemfdVmm(char* base, std::int64_t virtual_bytes, std::int64_t block_bytes, int fd)
+      : base_(base), virtual_bytes_(virtual_bytes), block_bytes_(block_bytes), fd_(fd) {}
+  Status CheckHeadroom(std::int64_t bytes);
+  void Count() { system_calls_.fetch_add(1, std::memory_order_relaxed); }
+
+  char* const base_;
+  const std::int64_t virtual_bytes_;
+  const std::int64_t block_bytes_;
+  const int fd_;
+  std::int64_t num_blocks_ = 0;
+  std::int64_t unchecked_bytes_ = -1;  // created since the last look at free memory; -1: never looked
+  std::atomic<std::int64_t> system_calls_{0};
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_MEMFD_VMM_H_
