@@ -1,0 +1,124 @@
+#include "cache/arena.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace kvpage {
+
+Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm)
+    : geometry_(geometry),
+      pool_(budget_blocks),
+      vmm_(std::move(vmm)),
+      num_blocks_(geometry.max_slots, 0),
+      blocks_(geometry.max_slots * geometry.num_ranges()) {}
+
+Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
+                   std::unique_ptr<Arena>* out) {
+  KVPAGE_RETURN_IF_ERROR(vmm->Grow(budget_blocks));
+  out->reset(new Arena(geometry, budget_blocks, std::move(vmm)));
+  return {};
+}
+
+Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::int64_t old = num_blocks_[slot];
+  const std::int64_t more = blocks - old;
+  if (more <= 0) return {};
+  std::vector<std::int32_t> claimed;
+  std::vector<std::int32_t> cold;
+  claimed.reserve(more * ranges);
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    const std::vector<std::int32_t>& map = block_map(slot, range);
+    const std::int32_t after = !map.empty() ? map.back() : claimed.empty() ? -1 : claimed.back();
+    if (!pool_.Claim(more, after, &claimed, &cold)) {
+      pool_.Unclaim(claimed, cold);
+      return ResourceExhausted(std::to_string(more * ranges) + " blocks wanted, " + std::to_string(pool_.num_free()) +
+                               " free");
+    }
+  }
+  std::vector<std::int32_t> in_order = cold;
+  std::sort(in_order.begin(), in_order.end());
+  if (Status status = vmm_->Create(in_order.data(), static_cast<std::int64_t>(in_order.size())); !status.ok()) {
+    pool_.Unclaim(claimed, cold);
+    return status;
+  }
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    Status status = vmm_->Map(geometry_.Offset(slot, range, old), &claimed[range * more], more);
+    if (status.ok()) continue;
+    for (std::int64_t mapped = 0; mapped < range; ++mapped) {
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, mapped, old), more));
+    }
+    pool_.Unclaim(claimed, {});  // created by now: they stay warm
+    return status;
+  }
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    std::vector<std::int32_t>& map = blocks_[slot * ranges + range];
+    map.insert(map.end(), claimed.begin() + range * more, claimed.begin() + (range + 1) * more);
+  }
+  num_blocks_[slot] = blocks;
+  pool_.NotePeak();
+  return {};
+}
+
+Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::int64_t fewer = num_blocks_[slot] - blocks;
+  if (fewer <= 0) return {};
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    // Unmapping can only fail for want of a mapping count (a hole splits a run). What is unmapped then reads as
+    // zeros, and mapping it again is idempotent, so the slot is put back as it was.
+    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), fewer);
+    if (status.ok()) continue;
+    for (std::int64_t r = 0; r <= range; ++r) {
+      static_cast<void>(vmm_->Map(geometry_.Offset(slot, r, blocks), block_map(slot, r).data() + blocks, fewer));
+    }
+    return status;
+  }
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    std::vector<std::int32_t>& map = blocks_[slot * ranges + range];
+    // Backwards, so that the free list hands them out again in their old order.
+    for (std::int64_t i = static_cast<std::int64_t>(map.size()) - 1; i >= blocks; --i) pool_.Release(map[i]);
+    map.resize(blocks);
+  }
+  num_blocks_[slot] = blocks;
+  return {};
+}
+
+void Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte) {
+  for (std::int64_t range = 0; begin < end && range < geometry_.num_ranges(); ++range) {
+    std::memset(base() + geometry_.Offset(slot, range, begin), byte,
+                static_cast<std::size_t>((end - begin) * geometry_.block_bytes));
+  }
+}
+
+void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) {
+  const KVView view = geometry_.View(base());
+  const std::int64_t row = geometry_.head_dim * static_cast<std::int64_t>(ItemSize(geometry_.dtype));
+  const std::int64_t end = num_blocks_[slot] * geometry_.block_tokens;
+  for (std::int64_t t = token; t < end; ++t) {
+    for (std::int64_t head = 0; head < geometry_.num_kv_heads; ++head) {
+      for (int kv = 0; kv < 2; ++kv) std::memset(view.At(slot, t, layer, kv, head), 0, static_cast<std::size_t>(row));
+    }
+  }
+}
+
+std::int64_t Arena::Trim() {
+  const std::vector<std::int32_t> cooled = pool_.Cool(pool_.num_warm());
+  // A punch that fails leaves the memory allocated and the block cold: creating it again is harmless.
+  static_cast<void>(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
+  return static_cast<std::int64_t>(cooled.size());
+}
+
+Status Arena::SetBudget(std::int64_t budget_blocks) {
+  if (budget_blocks > pool_.num_blocks()) KVPAGE_RETURN_IF_ERROR(vmm_->Grow(budget_blocks));
+  const std::int64_t excess = pool_.num_used() + pool_.num_warm() - budget_blocks;
+  if (excess > 0) {
+    const std::vector<std::int32_t> cooled = pool_.Cool(excess);
+    KVPAGE_RETURN_IF_ERROR(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
+  }
+  pool_.SetBudget(budget_blocks);
+  return {};
+}
+
+}  // namespace kvpage

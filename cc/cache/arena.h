@@ -1,0 +1,64 @@
+// Arena: blocks mapped into slots. It joins the numbers (BlockPool) and the page table (Vmm) so that each change is
+// made in both or in neither.
+//
+// Logical blocks 0..blocks(slot)-1 of a slot are mapped in every one of its ranges; the rest is a hole. Which slot may
+// have how much is the pool's business. No locks: the pool's mapping mutex guards it.
+#ifndef KVPAGE_CACHE_ARENA_H_
+#define KVPAGE_CACHE_ARENA_H_
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/block_pool.h"
+#include "cache/geometry.h"
+#include "vmm/vmm.h"
+
+namespace kvpage {
+
+class Arena {
+ public:
+  static Status Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
+                     std::unique_ptr<Arena>* out);
+
+  const Geometry& geometry() const { return geometry_; }
+  const BlockPool& pool() const { return pool_; }
+  const Vmm& vmm() const { return *vmm_; }
+  char* base() const { return vmm_->base(); }
+
+  // Logical blocks mapped in each range of a slot, and how many physical blocks that takes.
+  std::int64_t blocks(std::int64_t slot) const { return num_blocks_[slot]; }
+  std::int64_t physical_blocks(std::int64_t slot) const { return num_blocks_[slot] * geometry_.num_ranges(); }
+  // Physical block of each logical block of a range.
+  const std::vector<std::int32_t>& block_map(std::int64_t slot, std::int64_t range) const {
+    return blocks_[slot * geometry_.num_ranges() + range];
+  }
+
+  // Maps what is missing up to `blocks` logical blocks. All or nothing.
+  Status Grow(std::int64_t slot, std::int64_t blocks);
+  // Unmaps what is beyond `blocks` logical blocks and drops the references.
+  Status Shrink(std::int64_t slot, std::int64_t blocks);
+  // Overwrites what is mapped in logical blocks [begin, end) with one byte value.
+  void Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte);
+  // Zeroes the mapped tokens of one layer from `token` on, keys and values.
+  void ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token);
+
+  // Gives the memory of all free blocks back to the system; returns how many there were.
+  std::int64_t Trim();
+  // Changes the budget; what is used must fit.
+  Status SetBudget(std::int64_t budget_blocks);
+
+ private:
+  Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm);
+
+  const Geometry geometry_;
+  BlockPool pool_;
+  std::unique_ptr<Vmm> vmm_;
+  std::vector<std::int64_t> num_blocks_;           // [slots]
+  std::vector<std::vector<std::int32_t>> blocks_;  // [slots * ranges]
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_ARENA_H_

@@ -1,0 +1,107 @@
+#include "cache/block_pool.h"
+
+#include <algorithm>
+#include <unordered_set>
+
+namespace kvpage {
+
+void BlockPool::PushFront(Kind kind, std::int32_t block) {
+  List& list = lists_[kind];
+  Block& entry = blocks_[block];
+  entry.kind = kind;
+  entry.previous = -1;
+  entry.next = list.head;
+  (list.head >= 0 ? blocks_[list.head].previous : list.tail) = block;
+  list.head = block;
+  ++list.size;
+}
+
+void BlockPool::PushBack(Kind kind, std::int32_t block) {
+  List& list = lists_[kind];
+  Block& entry = blocks_[block];
+  entry.kind = kind;
+  entry.next = -1;
+  entry.previous = list.tail;
+  (list.tail >= 0 ? blocks_[list.tail].next : list.head) = block;
+  list.tail = block;
+  ++list.size;
+}
+
+void BlockPool::Remove(std::int32_t block) {
+  Block& entry = blocks_[block];
+  List& list = lists_[entry.kind];
+  (entry.previous >= 0 ? blocks_[entry.previous].next : list.head) = entry.next;
+  (entry.next >= 0 ? blocks_[entry.next].previous : list.tail) = entry.previous;
+  entry.previous = entry.next = -1;
+  entry.kind = kUsed;
+  --list.size;
+}
+
+std::int32_t BlockPool::Pick(std::int32_t after) const {
+  const std::int32_t next = after + 1;
+  const bool room = num_used_ + num_warm() < budget_;  // a cold block may be created without cooling a warm one
+  if (after >= 0 && next < num_blocks()) {
+    const Kind kind = blocks_[next].kind;
+    if (kind == kWarm || (kind == kCold && room)) return next;
+  }
+  return lists_[kWarm].head >= 0 ? lists_[kWarm].head : lists_[kCold].head;
+}
+
+bool BlockPool::Claim(std::int64_t count, std::int32_t after, std::vector<std::int32_t>* blocks,
+                      std::vector<std::int32_t>* cold) {
+  if (count > num_free()) return false;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int32_t block = Pick(after);
+    if (blocks_[block].kind == kCold) cold->push_back(block);
+    Remove(block);
+    blocks_[block].references = 1;
+    ++num_used_;
+    blocks->push_back(block);
+    after = block;
+  }
+  return true;
+}
+
+void BlockPool::Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold) {
+  const std::unordered_set<std::int32_t> was_cold(cold.begin(), cold.end());
+  for (auto it = blocks.rbegin(); it != blocks.rend(); ++it) {
+    blocks_[*it].references = 0;
+    --num_used_;
+    PushFront(was_cold.count(*it) > 0 ? kCold : kWarm, *it);
+  }
+}
+
+void BlockPool::AddReference(std::int32_t block) {
+  if (++blocks_[block].references == 2) ++num_shared_;
+}
+
+void BlockPool::Release(std::int32_t block) {
+  const std::int32_t left = --blocks_[block].references;
+  if (left == 1) --num_shared_;
+  if (left > 0) return;
+  --num_used_;
+  PushFront(kWarm, block);
+}
+
+std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {
+  std::vector<std::int32_t> cooled;
+  while (static_cast<std::int64_t>(cooled.size()) < count && lists_[kWarm].tail >= 0) {
+    const std::int32_t block = lists_[kWarm].tail;  // the one unused for longest
+    Remove(block);
+    cooled.push_back(block);
+  }
+  // In order, so that neighbours are destroyed by one call and handed out again as neighbours.
+  std::sort(cooled.begin(), cooled.end());
+  for (auto it = cooled.rbegin(); it != cooled.rend(); ++it) PushFront(kCold, *it);
+  return cooled;
+}
+
+void BlockPool::SetBudget(std::int64_t budget) {
+  budget_ = budget;
+  while (num_blocks() < budget) {
+    blocks_.emplace_back();
+    PushBack(kCold, static_cast<std::int32_t>(num_blocks() - 1));
+  }
+}
+
+}  // namespace kvpage

@@ -1,0 +1,78 @@
+// BlockPool: the physical side as numbers. Which blocks exist, who counts on them, which to hand out next.
+//
+// A block is used (reference count above zero), warm (free, its memory still allocated) or cold (free, no memory). The
+// budget bounds used + warm; block numbers may go beyond it after a resize, so shrinking never moves data. Free blocks
+// stand in two intrusive lists, so taking any one of them (the neighbour of a slot's last block, say) is O(1).
+//
+// Bookkeeping only, no system calls and no locks: the arena maps and the pool locks.
+#ifndef KVPAGE_CACHE_BLOCK_POOL_H_
+#define KVPAGE_CACHE_BLOCK_POOL_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace kvpage {
+
+class BlockPool {
+ public:
+  explicit BlockPool(std::int64_t budget) { SetBudget(budget); }
+
+  std::int64_t budget() const { return budget_; }
+  std::int64_t num_used() const { return num_used_; }
+  std::int64_t num_warm() const { return lists_[kWarm].size; }
+  std::int64_t num_free() const { return budget_ - num_used_; }
+  // Block numbers ever valid are below this.
+  std::int64_t num_blocks() const { return static_cast<std::int64_t>(blocks_.size()); }
+  // Most blocks in use at any NotePeak(): claims that came to something, not those that were undone.
+  std::int64_t peak_used() const { return peak_used_; }
+  void NotePeak() { peak_used_ = num_used_ > peak_used_ ? num_used_ : peak_used_; }
+  std::int64_t num_shared() const { return num_shared_; }
+  std::int32_t references(std::int32_t block) const { return blocks_[block].references; }
+
+  // Takes `count` blocks with one reference each, or none and false. Blocks that must be created by the caller (they
+  // were cold) are appended to `cold` too. The first one is `after` + 1 if that is free and cheap to have, and so on:
+  // neighbours in one memory file merge into one mapping.
+  bool Claim(std::int64_t count, std::int32_t after, std::vector<std::int32_t>* blocks,
+             std::vector<std::int32_t>* cold);
+  // Undoes a claim whose cold blocks could not be created: those become cold again, the others warm.
+  void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
+
+  void AddReference(std::int32_t block);
+  // Drops a reference; a block that nobody counts on is warm.
+  void Release(std::int32_t block);
+
+  // Up to `count` warm blocks turn cold; the caller destroys them.
+  std::vector<std::int32_t> Cool(std::int64_t count);
+
+  // Used and warm blocks must fit (Cool first). Growing adds block numbers.
+  void SetBudget(std::int64_t budget);
+
+ private:
+  enum Kind : std::int8_t { kWarm = 0, kCold = 1, kUsed = 2 };
+  struct Block {
+    std::int32_t references = 0;
+    std::int32_t previous = -1;
+    std::int32_t next = -1;
+    Kind kind = kCold;
+  };
+  struct List {
+    std::int32_t head = -1;
+    std::int32_t tail = -1;
+    std::int64_t size = 0;
+  };
+  void PushFront(Kind kind, std::int32_t block);
+  void PushBack(Kind kind, std::int32_t block);
+  void Remove(std::int32_t block);
+  std::int32_t Pick(std::int32_t after) const;
+
+  std::vector<Block> blocks_;
+  List lists_[2];
+  std::int64_t budget_ = 0;
+  std::int64_t num_used_ = 0;
+  std::int64_t peak_used_ = 0;
+  std::int64_t num_shared_ = 0;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_BLOCK_POOL_H_

@@ -1,0 +1,92 @@
+#include "cache/geometry.h"
+
+#include <limits>
+
+namespace kvpage {
+namespace {
+
+// a * b, or a status when the product leaves int64 (a spec's virtual size can).
+Status Multiply(std::int64_t a, std::int64_t b, std::int64_t* out) {
+  if (__builtin_mul_overflow(a, b, out)) return InvalidArgument("the spec's virtual size does not fit 63 bits");
+  return {};
+}
+
+}  // namespace
+
+Status Geometry::Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* out) {
+  static const char* const kNames[] = {"num_layers",  "num_kv_heads", "head_dim", "max_slots",
+                                       "max_seq_len", "dtype",        "layout",   "block_tokens"};
+  for (int i = 0; i < 8; ++i) {
+    const bool code = i == 5 || i == 6;
+    if (spec[i] < (code ? 0 : 1) || spec[i] > std::numeric_limits<std::int32_t>::max()) {
+      return InvalidArgument(std::string(kNames[i]) + " is " + std::to_string(spec[i]) + ", wanted a positive int32");
+    }
+  }
+  if (spec[5] > 2) return InvalidArgument("unknown dtype code " + std::to_string(spec[5]));
+  if (spec[6] > 1) return InvalidArgument("unknown layout code " + std::to_string(spec[6]));
+  Geometry g;
+  g.num_layers = spec[0];
+  g.num_kv_heads = spec[1];
+  g.head_dim = spec[2];
+  g.max_slots = spec[3];
+  g.max_seq_len = spec[4];
+  g.dtype = static_cast<DType>(spec[5]);
+  g.layout = static_cast<Layout>(spec[6]);
+  g.block_tokens = spec[7];
+  g.block_bytes = block_bytes;
+
+  std::int64_t token = static_cast<std::int64_t>(ItemSize(g.dtype));
+  for (std::int64_t factor : {g.num_kv_heads, g.head_dim}) KVPAGE_RETURN_IF_ERROR(Multiply(token, factor, &token));
+  if (g.layout == Layout::kFused) KVPAGE_RETURN_IF_ERROR(Multiply(token, 2 * g.num_layers, &token));
+  std::int64_t needed = 0;
+  KVPAGE_RETURN_IF_ERROR(Multiply(token, g.block_tokens, &needed));
+  if (block_bytes < needed || (g.layout == Layout::kPerLayer && block_bytes != needed)) {
+    return InvalidArgument("a block of " + std::to_string(g.block_tokens) + " tokens takes " + std::to_string(needed) +
+                           " bytes, block_bytes is " + std::to_string(block_bytes));
+  }
+  std::int64_t bytes = block_bytes;
+  for (std::int64_t factor : {g.max_blocks(), g.num_ranges(), g.max_slots}) {
+    KVPAGE_RETURN_IF_ERROR(Multiply(bytes, factor, &bytes));
+  }
+  *out = g;
+  return {};
+}
+
+KVView Geometry::View(char* base) const {
+  const std::int64_t item = static_cast<std::int64_t>(ItemSize(dtype));
+  KVView view;
+  view.base = base;
+  view.dtype = dtype;
+  view.num_kv_heads = static_cast<std::int32_t>(num_kv_heads);
+  view.head_dim = static_cast<std::int32_t>(head_dim);
+  view.tokens_per_chunk = block_tokens;
+  view.chunk_stride = block_bytes;
+  view.slot_stride = range_bytes();
+  if (layout == Layout::kFused) {
+    view.token_stride = head_dim * item;
+    view.head_stride = block_tokens * view.token_stride;
+    view.kv_stride = num_kv_heads * view.head_stride;
+    view.layer_stride = 2 * view.kv_stride;
+  } else {
+    view.head_stride = head_dim * item;
+    view.token_stride = num_kv_heads * view.head_stride;
+    view.kv_stride = max_slots * range_bytes();
+    view.layer_stride = 2 * view.kv_stride;
+  }
+  return view;
+}
+
+std::string DescribeDifference(const SpecInts& program, const SpecInts& pool) {
+  static const char* const kNames[] = {"num_layers",  "num_kv_heads", "head_dim",    "max_slots",
+                                       "max_seq_len", "dtype code",   "layout code", "block_tokens"};
+  std::string text;
+  for (int i = 0; i < 8; ++i) {
+    if (program[i] == pool[i]) continue;
+    if (!text.empty()) text += "; ";
+    text += std::string(kNames[i]) + " is " + std::to_string(program[i]) + " in the program, " +
+            std::to_string(pool[i]) + " in the pool";
+  }
+  return text;
+}
+
+}  // namespace kvpage

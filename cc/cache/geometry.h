@@ -1,0 +1,72 @@
+// Geometry: the resolved cache spec in C++, and where the blocks of a slot lie in virtual memory.
+//
+// fused      one range per slot; a block holds block_tokens tokens of every layer: [layer][K|V][head][token][D]
+// per_layer  2L ranges; range 2l is layer l's K and 2l+1 its V, each [slot][token][head][D], so that one layer's K is
+//            one dense array over all slots
+#ifndef KVPAGE_CACHE_GEOMETRY_H_
+#define KVPAGE_CACHE_GEOMETRY_H_
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "base/dtype.h"
+#include "base/status.h"
+#include "kernels/kv_view.h"
+
+namespace kvpage {
+
+enum class Layout : std::int32_t { kFused = 0, kPerLayer = 1 };
+
+// What a compiled program carries as its `spec` attribute; see CacheSpec.as_ints() in Python.
+using SpecInts = std::array<std::int64_t, 8>;
+
+struct Geometry {
+  std::int64_t num_layers = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t max_slots = 0;
+  std::int64_t max_seq_len = 0;
+  DType dtype = DType::kF32;
+  Layout layout = Layout::kFused;
+  std::int64_t block_tokens = 0;
+  std::int64_t block_bytes = 0;
+
+  static Status Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* out);
+
+  SpecInts spec() const {
+    return {num_layers,
+            num_kv_heads,
+            head_dim,
+            max_slots,
+            max_seq_len,
+            static_cast<std::int64_t>(dtype),
+            static_cast<std::int64_t>(layout),
+            block_tokens};
+  }
+
+  // Bytes of one token's K (or V) in one layer, all heads.
+  std::int64_t row_bytes() const { return num_kv_heads * head_dim * static_cast<std::int64_t>(ItemSize(dtype)); }
+  std::int64_t token_bytes() const { return 2 * num_layers * row_bytes(); }
+  std::int64_t num_ranges() const { return layout == Layout::kFused ? 1 : 2 * num_layers; }
+  // Blocks a slot has in each range when it is full.
+  std::int64_t max_blocks() const { return (max_seq_len + block_tokens - 1) / block_tokens; }
+  std::int64_t range_bytes() const { return max_blocks() * block_bytes; }
+  std::int64_t slot_bytes() const { return num_ranges() * range_bytes(); }
+  std::int64_t virtual_bytes() const { return max_slots * slot_bytes(); }
+  // Blocks that `tokens` tokens need in each range.
+  std::int64_t BlocksFor(std::int64_t tokens) const { return (tokens + block_tokens - 1) / block_tokens; }
+  // Byte offset into virtual memory of a slot's `block`-th block in a range.
+  std::int64_t Offset(std::int64_t slot, std::int64_t range, std::int64_t block) const {
+    return (range * max_slots + slot) * range_bytes() + block * block_bytes;
+  }
+
+  KVView View(char* base) const;
+};
+
+// "max_slots is 8 in the program, 4 in the pool; ..." or "" when equal.
+std::string DescribeDifference(const SpecInts& program, const SpecInts& pool);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_GEOMETRY_H_

@@ -1,0 +1,400 @@
+// The host side of the pool: claims, releases, lines, capacity.
+#include "cache/pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+namespace kvpage {
+namespace {
+
+std::atomic<int> g_fork_count{0};
+
+[[maybe_unused]] const int g_fork_hook = pthread_atfork(nullptr, nullptr, [] { g_fork_count.fetch_add(1); });
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+
+Claim Failed(Status status) {
+  Claim claim;
+  claim.status = std::move(status);
+  return claim;
+}
+
+}  // namespace
+
+int ForkCount() { return g_fork_count.load(); }
+
+Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit)
+    : geometry_(geometry),
+      options_(options),
+      arena_(std::move(arena)),
+      map_limit_(map_limit),
+      fork_count_(ForkCount()),
+      slots_(geometry.max_slots),
+      seen_(geometry.max_slots, 0) {
+  for (Slot& slot : slots_) slot.written.assign(geometry.num_layers, 0);
+}
+
+Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
+                  std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out) {
+  const std::int64_t blocks = capacity_bytes / geometry.block_bytes;
+  if (blocks < geometry.num_ranges()) {
+    return InvalidArgument("capacity is " + Number(capacity_bytes) + " bytes, " + Number(blocks) +
+                           " blocks; the first token of a request takes " + Number(geometry.num_ranges()) +
+                           " blocks of " + Number(geometry.block_bytes) +
+                           " bytes: give more capacity or a smaller block_tokens");
+  }
+  std::unique_ptr<Arena> arena;
+  KVPAGE_RETURN_IF_ERROR(Arena::Make(geometry, blocks, std::move(vmm), &arena));
+  std::shared_ptr<Pool> pool(new Pool(geometry, options, std::move(arena), map_limit));
+  KVPAGE_RETURN_IF_ERROR(pool->CheckMapLimit(blocks));
+  *out = std::move(pool);
+  return {};
+}
+
+Status Pool::CheckMapLimit(std::int64_t blocks) const {
+  // At worst no two mapped blocks are neighbours, and every range that has some ends in a hole.
+  const std::int64_t worst = blocks + std::min(blocks, geometry_.max_slots * geometry_.num_ranges()) + 1;
+  if (map_limit_ <= 0 || worst <= map_limit_) return {};
+  const std::int64_t factor = (worst + map_limit_ - 1) / map_limit_;
+  return InvalidArgument(Number(blocks) + " blocks of " + Number(geometry_.block_bytes) + " bytes may need " +
+                         Number(worst) + " memory mappings; the system allows this process " + Number(map_limit_) +
+                         " more: use block_tokens of at least " + Number(geometry_.block_tokens * factor) +
+                         ", a smaller capacity, or raise vm.max_map_count (sysctl)");
+}
+
+Status Pool::CheckProcess(const char* op) const {
+  if (ForkCount() == fork_count_) return {};
+  return FailedPrecondition(std::string(op) + ": pool " + Number(id_) +
+                            " was made before this process was forked and works in its own process only: make a new "
+                            "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)");
+}
+
+Status Pool::CheckOpen(const char* op) const {
+  if (closed_) return FailedPrecondition(std::string(op) + ": pool " + Number(id_) + " is closed: make a new pool");
+  return {};
+}
+
+Status Pool::CheckOccupied(const char* op, std::int32_t slot) const {
+  if (slot < 0 || slot >= geometry_.max_slots) {
+    return InvalidArgument(std::string(op) + ": slot " + Number(slot) + " does not exist, slots are 0.." +
+                           Number(geometry_.max_slots - 1));
+  }
+  if (slots_[slot].state == SlotState::kOccupied) return {};
+  return FailedPrecondition(
+      std::string(op) + ": slot " + Number(slot) + " is " +
+      (slots_[slot].state == SlotState::kFree ? "free: acquire it first" : "draining: it was released"));
+}
+
+// What each slot must keep when others are pressed for blocks.
+std::int64_t Pool::Floor(std::int64_t slot, const std::vector<Want>& wants) {
+  std::int64_t floor = 0;
+  for (const Want& want : wants) {
+    if (want.slot == slot) floor = std::max(floor, std::min(want.blocks, arena_->blocks(slot)));
+  }
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  const Slot& row = slots_[slot];
+  if (row.state == SlotState::kDraining || row.views > 0) return arena_->blocks(slot);
+  if (row.state == SlotState::kOccupied) floor = std::max(floor, geometry_.BlocksFor(row.reserved));
+  return std::min(floor, arena_->blocks(slot));
+}
+
+void Pool::Tally(const std::vector<Want>& wants, Claim* claim) {
+  claim->free = arena_->pool().num_free();
+  claim->reclaimable = claim->draining = 0;
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    claim->reclaimable += (arena_->blocks(slot) - Floor(slot, wants)) * geometry_.num_ranges();
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    if (slots_[slot].state == SlotState::kDraining) claim->draining += arena_->physical_blocks(slot);
+  }
+}
+
+Status Pool::Steal(std::int64_t blocks, const std::vector<Want>& wants) {
+  // Parked slots first, the one parked for longest first; then tails that occupied slots have beyond their request.
+  std::vector<std::pair<std::uint64_t, std::int64_t>> order;
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+      if (arena_->blocks(slot) == 0) continue;
+      const bool parked = slots_[slot].state == SlotState::kFree;
+      order.emplace_back(parked ? slots_[slot].parked_at : ~std::uint64_t{0}, slot);
+    }
+  }
+  std::sort(order.begin(), order.end());
+  const std::int64_t ranges = geometry_.num_ranges();
+  for (const auto& [unused, slot] : order) {
+    if (blocks <= 0) break;
+    const std::int64_t spare = arena_->blocks(slot) - Floor(slot, wants);
+    const std::int64_t take = std::min(spare, (blocks + ranges - 1) / ranges);
+    KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, arena_->blocks(slot) - take));
+    blocks -= take * ranges;
+  }
+  return {};
+}
+
+void Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {
+  bool viewed;
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    viewed = arena_views_ > 0 || slots_[slot].views > 0;
+  }
+  if (viewed) {
+    arena_->Fill(slot, begin, end, 0);
+  } else if (options_.poison) {
+    arena_->Fill(slot, begin, end, 0xFF);  // a NaN in every storage type
+  }
+}
+
+Claim Pool::Reserve(const std::vector<Want>& wants) {
+  Claim claim;
+  for (const Want& want : wants) {
+    claim.wanted += std::max<std::int64_t>(want.blocks - arena_->blocks(want.slot), 0) * geometry_.num_ranges();
+  }
+  if (claim.wanted > arena_->pool().num_free()) {
+    Tally(wants, &claim);
+    if (claim.wanted > claim.free + claim.reclaimable) {
+      claim.status =
+          ResourceExhausted(Number(claim.wanted) + " blocks wanted, " + Number(claim.free) + " free, " +
+                            Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining");
+      return claim;
+    }
+    claim.status = Steal(claim.wanted - claim.free, wants);
+    if (!claim.status.ok()) return claim;
+  }
+  std::vector<std::int64_t> before;
+  for (const Want& want : wants) {
+    before.push_back(arena_->blocks(want.slot));
+    claim.status = arena_->Grow(want.slot, want.blocks);
+    if (claim.status.ok()) continue;
+    for (std::size_t i = 0; i < before.size(); ++i) static_cast<void>(arena_->Shrink(wants[i].slot, before[i]));
+    Tally(wants, &claim);
+    return claim;
+  }
+  for (std::size_t i = 0; i < wants.size(); ++i) Blank(wants[i].slot, before[i], arena_->blocks(wants[i].slot));
+  return claim;
+}
+
+std::int32_t Pool::BestFit(std::int64_t blocks, const std::vector<bool>& taken) {
+  // The smallest that suffices; failing that the largest. A request for nothing will grow: it prefers a warm slot too.
+  blocks = std::max<std::int64_t>(blocks, 1);
+  std::int32_t best = -1;
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::int32_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    if (taken[slot] || !slots_[slot].idle()) continue;
+    if (best < 0) {
+      best = slot;
+      continue;
+    }
+    const std::int64_t have = arena_->blocks(slot);
+    const std::int64_t held = arena_->blocks(best);
+    const bool better = held >= blocks ? have >= blocks && have < held : have > held;
+    if (better) best = slot;
+  }
+  return best;
+}
+
+Claim Pool::Acquire(const std::vector<std::int64_t>& tokens) {
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    if (Status status = CheckOpen("acquire"); !status.ok()) return Failed(status);
+  }
+  for (std::int64_t n : tokens) {
+    if (n < 0 || n > geometry_.max_seq_len) {
+      return Failed(InvalidArgument("acquire: num_tokens is " + Number(n) + ", wanted 0.." +
+                                    Number(geometry_.max_seq_len) + " (max_seq_len)"));
+    }
+  }
+  std::vector<Want> wants;
+  std::vector<bool> taken(geometry_.max_slots, false);
+  for (std::int64_t n : tokens) {
+    const std::int32_t slot = BestFit(geometry_.BlocksFor(n), taken);
+    if (slot < 0) {
+      Claim claim = Failed(ResourceExhausted("no free slot"));
+      claim.out_of_slots = true;
+      claim.wanted = static_cast<std::int64_t>(tokens.size());
+      claim.free = static_cast<std::int64_t>(wants.size());
+      const std::lock_guard<std::mutex> state(state_mutex_);
+      for (const Slot& row : slots_) claim.draining += row.state == SlotState::kDraining;
+      return claim;
+    }
+    taken[slot] = true;
+    wants.push_back({slot, geometry_.BlocksFor(n)});
+  }
+  // Adopted memory is blanked before anybody may see it; what Reserve maps on top is blanked there.
+  std::vector<std::int64_t> adopted;
+  for (const Want& want : wants) adopted.push_back(arena_->blocks(want.slot));
+  Claim claim = Reserve(wants);
+  if (!claim.status.ok()) return claim;
+  for (std::size_t i = 0; i < wants.size(); ++i) {
+    Blank(wants[i].slot, 0, std::min(adopted[i], arena_->blocks(wants[i].slot)));
+    claim.slots.push_back(wants[i].slot);
+  }
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::size_t i = 0; i < wants.size(); ++i) slots_[wants[i].slot].Occupy(tokens[i]);
+  return claim;
+}
+
+Claim Pool::Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
+  const auto check = [&]() -> Status {  // state_mutex_ held
+    KVPAGE_RETURN_IF_ERROR(CheckOpen("extend"));
+    ++stamp_;
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      KVPAGE_RETURN_IF_ERROR(CheckOccupied("extend", slots[i]));
+      if (seen_[slots[i]] == stamp_) return InvalidArgument("extend: slot " + Number(slots[i]) + " is named twice");
+      seen_[slots[i]] = stamp_;
+      if (tokens[i] < 0 || tokens[i] > geometry_.max_seq_len) {
+        return OutOfRange("extend: slot " + Number(slots[i]) + ": " + Number(tokens[i]) +
+                          " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
+      }
+    }
+    return {};
+  };
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    if (Status status = check(); !status.ok()) return Failed(status);
+    bool enough = true;
+    for (std::size_t i = 0; i < slots.size(); ++i) enough &= tokens[i] <= slots_[slots[i]].reserved;
+    if (enough) return {};
+  }
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  std::vector<Want> wants;
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    if (Status status = check(); !status.ok()) return Failed(status);
+    for (std::size_t i = 0; i < slots.size(); ++i) wants.push_back({slots[i], geometry_.BlocksFor(tokens[i])});
+  }
+  Claim claim = Reserve(wants);
+  if (!claim.status.ok()) return claim;
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    Slot& row = slots_[slots[i]];
+    // A release may have begun meanwhile; the memory then parks with the slot.
+    if (row.state == SlotState::kOccupied) row.reserved = std::max(row.reserved, tokens[i]);
+  }
+  return claim;
+}
+
+Status Pool::StartRelease(const std::vector<std::int32_t>& slots) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckOpen("release"));
+  ++stamp_;
+  for (std::int32_t slot : slots) {
+    KVPAGE_RETURN_IF_ERROR(CheckOccupied("release", slot));
+    if (seen_[slot] == stamp_) return InvalidArgument("release: slot " + Number(slot) + " is named twice");
+    seen_[slot] = stamp_;
+  }
+  for (std::int32_t slot : slots) slots_[slot].state = SlotState::kDraining;
+  return {};
+}
+
+Status Pool::Commit(std::int32_t slot, std::int64_t num_tokens) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckOpen("commit"));
+  KVPAGE_RETURN_IF_ERROR(CheckOccupied("commit", slot));
+  Slot& row = slots_[slot];
+  if (row.committed + num_tokens > Room(row)) {
+    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(row.committed + num_tokens) + " tokens wanted, " +
+                      Number(Room(row)) + " mapped: extend the slot before its tokens are written");
+  }
+  row.committed += num_tokens;
+  return {};
+}
+
+void Pool::FinishDraining(std::int64_t slot) {
+  Slot& row = slots_[slot];
+  if (row.state != SlotState::kDraining || !row.vacated || row.pins > 0 || row.views > 0) return;
+  row.state = SlotState::kFree;
+  row.vacated = false;
+  row.reserved = row.committed = row.length = 0;
+  row.parked_at = ++parkings_;
+  changed_.notify_all();
+}
+
+Status Pool::NewLine(Line* out) {
+  std::unique_lock<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));
+  if (running_ > 0) ++waits_;
+  changed_.wait(state, [this] { return running_ == 0 || closed_; });
+  KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));
+  ++line_;
+  NextEpoch();
+  out->line = line_;
+  out->epoch = epoch_;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& row = slots_[i];
+    row.since = epoch_;
+    if (row.state == SlotState::kDraining) {
+      row.vacated = true;  // its program belongs to the old line and will be refused
+      FinishDraining(static_cast<std::int64_t>(i));
+    }
+    // Rows beyond the restored length may be half written; nobody may count on them.
+    for (std::int32_t& written : row.written) written = std::min(written, row.length);
+    out->lengths.push_back(row.state == SlotState::kOccupied ? row.length : -1);
+  }
+  return {};
+}
+
+bool Pool::WaitForDrain(double seconds) {
+  std::unique_lock<std::mutex> state(state_mutex_);
+  const auto draining = [this] {
+    return std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.state == SlotState::kDraining; });
+  };
+  const auto before = draining();
+  if (before == 0) return false;
+  return changed_.wait_for(state, std::chrono::duration<double>(seconds),
+                           [&] { return draining() < before || closed_; });
+}
+
+Status Pool::Trim(std::int64_t* freed_blocks) {
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    KVPAGE_RETURN_IF_ERROR(CheckOpen("trim"));
+  }
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, Floor(slot, {})));
+  }
+  *freed_blocks = arena_->Trim();
+  return {};
+}
+
+Claim Pool::Resize(std::int64_t capacity_bytes) {
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    if (Status status = CheckOpen("resize"); !status.ok()) return Failed(status);
+  }
+  const std::int64_t budget = capacity_bytes / geometry_.block_bytes;
+  if (budget < geometry_.num_ranges()) {
+    return Failed(InvalidArgument("resize: capacity is " + Number(capacity_bytes) + " bytes, wanted at least " +
+                                  Number(geometry_.num_ranges()) + " blocks of " + Number(geometry_.block_bytes)));
+  }
+  if (Status status = CheckMapLimit(budget); !status.ok()) return Failed(status);
+  Claim claim;
+  claim.wanted = arena_->pool().num_used() - budget;
+  if (claim.wanted > 0) {
+    Tally({}, &claim);
+    if (claim.wanted > claim.reclaimable) {
+      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
+                                       " reclaimable, " + Number(claim.draining) + " draining");
+      return claim;
+    }
+    claim.status = Steal(claim.wanted, {});
+    if (!claim.status.ok()) return claim;
+  }
+  claim.status = arena_->SetBudget(budget);
+  return claim;
+}
+
+void Pool::Close() {
+  std::unique_lock<std::mutex> state(state_mutex_);
+  closed_ = true;
+  changed_.notify_all();
+  if (running_ > 0) ++waits_;
+  changed_.wait(state, [this] { return running_ == 0; });
+}
+
+}  // namespace kvpage

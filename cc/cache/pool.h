@@ -1,0 +1,212 @@
+// Pool: the state machine of a KV cache. The host side acquires, extends and releases slots; programs (through the FFI
+// handlers) grow, write, read and advance them. No JAX, no Python, no platform.
+//
+// Two mutexes. mapping_mutex_ guards the arena and is held over system calls; state_mutex_ guards the slot table, the
+// epoch and the pins and is held for moments only, so that mapping memory never delays a program that merely reads and
+// writes. Order: mapping, then state. Nothing here waits for Python.
+#ifndef KVPAGE_CACHE_POOL_H_
+#define KVPAGE_CACHE_POOL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/arena.h"
+#include "cache/geometry.h"
+#include "cache/slot_table.h"
+#include "kernels/kv_view.h"
+
+namespace kvpage {
+
+struct PoolOptions {
+  bool allow_stale = false;  // a step may be repeated from one cache as long as nothing destructive came between
+  bool poison = false;       // test mode: memory handed to a request is filled with NaN
+};
+
+// What came of asking for blocks. The numbers are filled in when they did not suffice.
+struct Claim {
+  Status status;
+  std::vector<std::int32_t> slots;
+  bool out_of_slots = false;
+  std::int64_t wanted = 0;    // blocks (slots, when out_of_slots)
+  std::int64_t free = 0;      // free outright
+  std::int64_t draining = 0;  // will come free when running programs are done
+  std::int64_t reclaimable =
+      0;  // parked, or mapped beyond what their owner asked for: counted in, taken under pressure
+};
+
+struct PoolNumbers {
+  std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
+  std::int64_t blocks_shared = 0, blocks_peak = 0, blocks_warm = 0;
+  std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
+  std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
+};
+
+struct SlotRow {
+  std::int32_t slot = 0;
+  SlotState state = SlotState::kFree;
+  std::int64_t blocks = 0;  // physical
+  std::int64_t reserved = 0, committed = 0, length = 0;
+};
+
+// The cache as a program carries it.
+struct CacheRef {
+  std::int32_t line = 0;
+  std::uint32_t epoch = 0;
+  const std::int32_t* lengths = nullptr;  // [max_slots]
+};
+
+// A ragged batch as a program carries it.
+struct BatchRef {
+  const std::int32_t* slots = nullptr;  // [num_sequences]
+  std::int64_t num_sequences = 0;
+  const std::int32_t* offsets = nullptr;  // [num_sequences + 1]
+  std::int64_t num_tokens = -1;           // rows of q, k, v; -1 when there are none to compare with
+};
+
+class Pool;
+
+// A handler at work: while it lives its slots are pinned, so neither their memory nor their owner changes.
+class Step {
+ public:
+  Step() = default;
+  ~Step();
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  const std::vector<Sequence>& sequences() const { return sequences_; }
+  std::uint32_t epoch() const { return epoch_; }  // the cache's next epoch (mutators)
+
+ private:
+  friend class Pool;
+  Pool* pool_ = nullptr;
+  std::vector<Sequence> sequences_;
+  std::uint32_t epoch_ = 0;
+  std::int64_t written_layer_ = -1;  // marks the new tokens written in this layer when the step ends; -1: nothing
+};
+
+class Pool {
+ public:
+  static Status Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
+                     std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out);
+
+  const Geometry& geometry() const { return geometry_; }
+  std::int32_t id() const { return id_; }
+  void set_id(std::int32_t id) { id_ = id; }
+  KVView View() const { return geometry_.View(arena_->base()); }
+
+  // An error in a forked child. Takes no lock, because one may have been held when the process was forked: ask this
+  // before anything else that is called from outside.
+  Status CheckProcess(const char* op) const;
+
+  // ---- host side (pool.cc) ----
+  // Occupies one slot per entry of `tokens` and maps room for that many; all or none.
+  Claim Acquire(const std::vector<std::int64_t>& tokens);
+  // Maps room for tokens[i] tokens in all in slots[i]; all or none.
+  Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
+  // Occupied slots start to drain; a queued program ends it (Vacate).
+  Status StartRelease(const std::vector<std::int32_t>& slots);
+  Status Commit(std::int32_t slot, std::int64_t num_tokens);
+  // Waits for running handlers, makes every older cache stale, ends all draining. The new line's lengths are -1 for
+  // free slots.
+  struct Line {
+    std::int32_t line = 0;
+    std::uint32_t epoch = 0;
+    std::vector<std::int32_t> lengths;
+  };
+  Status NewLine(Line* out);
+  // Waits until something has drained, at most `seconds`; false when nothing was draining or time ran out.
+  bool WaitForDrain(double seconds);
+  Status Trim(std::int64_t* freed_blocks);
+  Claim Resize(std::int64_t capacity_bytes);
+  // Refuses new work, waits for running handlers. The memory goes when the last reference to the pool does.
+  void Close();
+
+  // ---- looking (pool_inspect.cc) ----
+  PoolNumbers Numbers();
+  std::vector<SlotRow> Rows();
+  Status BlockMap(std::int32_t slot, std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>* out);
+  // Pins what a zero-copy array over one layer sees (slot -1: all slots): unwritten memory in it reads as zeros.
+  Status AddView(std::int64_t layer, std::int32_t slot);
+  void RemoveView(std::int32_t slot);
+
+  // ---- programs (pool_programs.cc); `op` begins every message ----
+  Status CheckProgram(const char* op, const SpecInts& spec) const;
+  Status MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
+                  std::int64_t count, bool* ok, std::uint32_t* epoch);
+  // Starts reading (append false) or writing and possibly reading (append true) one layer.
+  Status Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
+               Step* step);
+  Status Advance(const char* op, const CacheRef& cache, const BatchRef& batch, std::uint32_t* epoch,
+                 std::int32_t* lengths);
+  Status SetLengths(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* values,
+                    std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths);
+  // The device side of Acquire (lengths become 0) and of StartRelease (-1).
+  Status Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                std::uint32_t* epoch, std::int32_t* lengths);
+  Status Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                std::uint32_t* epoch, std::int32_t* lengths);
+
+ private:
+  friend class Step;
+  struct Want {
+    std::int32_t slot;
+    std::int64_t blocks;  // logical, per range
+  };
+
+  Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit);
+
+  // mapping_mutex_ held:
+  Claim Reserve(const std::vector<Want>& wants);
+  std::int64_t Floor(std::int64_t slot, const std::vector<Want>& wants);
+  void Tally(const std::vector<Want>& wants, Claim* claim);
+  Status Steal(std::int64_t blocks, const std::vector<Want>& wants);
+  std::int32_t BestFit(std::int64_t blocks, const std::vector<bool>& taken);
+  Status CheckMapLimit(std::int64_t blocks) const;
+  void Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);
+
+  // state_mutex_ held:
+  Status CheckOpen(const char* op) const;
+  Status CheckOccupied(const char* op, std::int32_t slot) const;
+  Status CheckLine(const char* op, const CacheRef& cache, bool mutates) const;
+  Status CheckSlot(const char* op, const CacheRef& cache, std::int32_t slot);
+  Status CheckBatch(const char* op, const CacheRef& cache, const BatchRef& batch, std::vector<Sequence>* sequences);
+  std::int64_t Room(const Slot& slot) const;
+  std::uint32_t NextEpoch();
+  void FinishDraining(std::int64_t slot);
+  void End(Step* step);
+
+  const Geometry geometry_;
+  const PoolOptions options_;
+  const std::unique_ptr<Arena> arena_;
+  const std::int64_t map_limit_;  // mappings this pool may take; 0: no limit known
+  const int fork_count_;          // of the process, when the pool was made
+  std::int32_t id_ = -1;
+
+  mutable std::mutex mapping_mutex_;
+  mutable std::mutex state_mutex_;
+  std::condition_variable changed_;  // a handler ended or a slot drained
+  std::vector<Slot> slots_;
+  std::vector<std::uint64_t> seen_;  // [slots] stamp of the last batch that named it: finds duplicates
+  std::uint64_t stamp_ = 0;
+  std::uint64_t parkings_ = 0;
+  std::uint32_t epoch_ = 0;
+  std::int32_t line_ = 0;
+  std::int32_t running_ = 0;
+  std::int32_t arena_views_ = 0;
+  std::int64_t waits_ = 0;
+  bool closed_ = false;
+};
+
+// How often this process's ancestors have forked since the library was loaded: a pool works in the process that made
+// it.
+int ForkCount();
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_POOL_H_

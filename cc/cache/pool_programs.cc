@@ -1,0 +1,337 @@
+// What programs do with a pool, called by the FFI handlers while a program runs.
+//
+// Everything a program says is checked against the cache value it carries (line, epoch, lengths) and not against the
+// host's table, which may be ahead of it.
+#include <algorithm>
+#include <string>
+
+#include "cache/pool.h"
+
+namespace kvpage {
+namespace {
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+std::string Prefix(const char* op) { return std::string(op) + ": "; }
+
+}  // namespace
+
+Step::~Step() {
+  if (pool_ != nullptr) pool_->End(this);
+}
+
+Status Pool::CheckProgram(const char* op, const SpecInts& spec) const {
+  KVPAGE_RETURN_IF_ERROR(CheckProcess(op));
+  if (spec == geometry_.spec()) return {};
+  return FailedPrecondition(Prefix(op) + "the program was compiled for another spec than pool " + Number(id_) + "'s: " +
+                            DescribeDifference(spec, geometry_.spec()) + ". Use a cache from a pool of the same spec");
+}
+
+std::int64_t Pool::Room(const Slot& slot) const {
+  // Rounded up to whole blocks: that much is mapped and cannot be taken away.
+  return std::min(geometry_.BlocksFor(slot.reserved) * geometry_.block_tokens, geometry_.max_seq_len);
+}
+
+std::uint32_t Pool::NextEpoch() {
+  ++epoch_;
+  // Serial numbers compare right within 2^31 of each other: drag old marks along before they fall out of it.
+  if ((epoch_ & 0x3fffffffu) == 0) {
+    const std::uint32_t oldest = epoch_ - 0x40000000u;
+    for (Slot& slot : slots_) {
+      if (Before(slot.since, oldest)) slot.since = oldest;
+    }
+  }
+  return epoch_;
+}
+
+Status Pool::CheckLine(const char* op, const CacheRef& cache, bool mutates) const {
+  KVPAGE_RETURN_IF_ERROR(CheckOpen(op));
+  if (cache.line != line_) {
+    return FailedPrecondition(Prefix(op) + "stale cache: it belongs to line " + Number(cache.line) + " of pool " +
+                              Number(id_) + ", which is at line " + Number(line_) +
+                              " since pool.cache() was last called: go on from the cache which that call returned");
+  }
+  const bool stale = mutates && !options_.allow_stale && cache.epoch != epoch_;
+  if (stale || Before(epoch_, cache.epoch)) {
+    return FailedPrecondition(
+        Prefix(op) + "stale cache: it is at epoch " + Number(cache.epoch) + ", pool " + Number(id_) + " is at epoch " +
+        Number(epoch_) +
+        ". Go on from the cache that the newest call returned, call pool.cache() for a new one, or "
+        "make the pool with on_stale=\"allow\" to repeat a step from one cache");
+  }
+  return {};
+}
+
+Status Pool::CheckSlot(const char* op, const CacheRef& cache, std::int32_t slot) {
+  if (slot < 0 || slot >= geometry_.max_slots) {
+    return InvalidArgument(Prefix(op) + "slot " + Number(slot) + " does not exist: slots are 0.." +
+                           Number(geometry_.max_slots - 1) + ", -1 is padding");
+  }
+  if (seen_[slot] == stamp_) {
+    return InvalidArgument(Prefix(op) + "slot " + Number(slot) +
+                           " is named twice in one call: a sequence may appear once");
+  }
+  seen_[slot] = stamp_;
+  if (Before(cache.epoch, slots_[slot].since)) {
+    return FailedPrecondition(Prefix(op) + "stale cache: it is at epoch " + Number(cache.epoch) + ", but slot " +
+                              Number(slot) + " was acquired, released or rolled back at epoch " +
+                              Number(slots_[slot].since) + ": go on from the cache that the newest call returned");
+  }
+  return {};
+}
+
+namespace {
+
+Status FreeSlot(const char* op, std::int32_t slot) {
+  return FailedPrecondition(
+      Prefix(op) + "slot " + Number(slot) +
+      " is free in this cache: acquire it first and use the cache that acquire returned, or mask the "
+      "sequence with batch.mask");
+}
+
+Status CheckOffsets(const char* op, const BatchRef& batch) {
+  const std::int32_t* offsets = batch.offsets;
+  if (offsets[0] != 0) return InvalidArgument(Prefix(op) + "query_offsets[0] is " + Number(offsets[0]) + ", wanted 0");
+  for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
+    if (offsets[s + 1] < offsets[s]) {
+      return InvalidArgument(Prefix(op) + "query_offsets must not decrease: [" + Number(s) + "] is " +
+                             Number(offsets[s]) + ", [" + Number(s + 1) + "] is " + Number(offsets[s + 1]));
+    }
+  }
+  const std::int32_t last = offsets[batch.num_sequences];
+  if (batch.num_tokens >= 0 && last > batch.num_tokens) {
+    return InvalidArgument(Prefix(op) + "query_offsets end at " + Number(last) + ", but there are " +
+                           Number(batch.num_tokens) + " tokens");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status Pool::CheckBatch(const char* op, const CacheRef& cache, const BatchRef& batch,
+                        std::vector<Sequence>* sequences) {
+  KVPAGE_RETURN_IF_ERROR(CheckOffsets(op, batch));
+  ++stamp_;
+  sequences->clear();
+  for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
+    const std::int32_t slot = batch.slots[s];
+    if (slot == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slot));
+    if (cache.lengths[slot] < 0) return FreeSlot(op, slot);
+    const std::int32_t count = batch.offsets[s + 1] - batch.offsets[s];
+    if (count == 0) continue;
+    sequences->push_back({slot, batch.offsets[s], count, cache.lengths[slot]});
+  }
+  return {};
+}
+
+Status Pool::Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
+                   Step* step) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, append));
+  if (layer < 0 || layer >= geometry_.num_layers) {
+    return OutOfRange(Prefix(op) + "layer is " + Number(layer) + ", wanted 0.." + Number(geometry_.num_layers - 1));
+  }
+  KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &step->sequences_));
+  for (const Sequence& sequence : step->sequences_) {
+    const Slot& row = slots_[sequence.slot];
+    const std::int64_t end = std::int64_t{sequence.position} + sequence.query_length;
+    if (end > geometry_.max_seq_len) {
+      return OutOfRange(Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(end) +
+                        " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
+    }
+    if (end > Room(row)) {
+      return OutOfRange(Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(end) + " tokens wanted, " +
+                        Number(Room(row)) + " mapped: map_slots in the program or pool.extend before it makes room");
+    }
+    if (!append && end > row.written[layer]) {
+      return FailedPrecondition(Prefix(op) + "slot " + Number(sequence.slot) + ", layer " + Number(layer) + ": " +
+                                Number(end) + " tokens wanted, " + Number(row.written[layer]) +
+                                " written: the new tokens' keys and values must be appended first (append_kv, or "
+                                "update_and_attend for both)");
+    }
+  }
+  step->pool_ = this;
+  step->written_layer_ = append ? layer : -1;
+  if (append) step->epoch_ = NextEpoch();
+  for (const Sequence& sequence : step->sequences_) ++slots_[sequence.slot].pins;
+  ++running_;
+  return {};
+}
+
+void Pool::End(Step* step) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (const Sequence& sequence : step->sequences_) {
+    Slot& row = slots_[sequence.slot];
+    if (step->written_layer_ >= 0) {
+      std::int32_t& written = row.written[step->written_layer_];
+      written = std::max(written, sequence.position + sequence.query_length);
+    }
+    --row.pins;
+    FinishDraining(sequence.slot);
+  }
+  --running_;
+  changed_.notify_all();
+}
+
+Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
+                      std::int64_t count, bool* ok, std::uint32_t* epoch) {
+  bool enough = true;
+  const auto check = [&](std::vector<Sequence>* sequences) -> Status {  // state_mutex_ held
+    KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+    ++stamp_;
+    enough = true;
+    for (std::int64_t i = 0; i < count; ++i) {
+      ok[i] = true;
+      if (slots[i] == -1) continue;
+      KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
+      if (cache.lengths[slots[i]] < 0) return FreeSlot(op, slots[i]);
+      if (tokens[i] < 0 || tokens[i] > geometry_.max_seq_len) {
+        return OutOfRange(Prefix(op) + "slot " + Number(slots[i]) + ": " + Number(tokens[i]) +
+                          " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
+      }
+      enough &= tokens[i] <= slots_[slots[i]].reserved;
+      sequences->push_back({slots[i], 0, 0, 0});
+    }
+    return {};
+  };
+  Step step;  // pins the slots: their owner stays while blocks are mapped without the state mutex
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    KVPAGE_RETURN_IF_ERROR(check(&step.sequences_));
+    if (enough) {
+      *epoch = NextEpoch();
+      return {};
+    }
+  }
+  // Pins are only ever taken with the mapping mutex already held here: AddView waits for pins while it holds it.
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  {
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    step.sequences_.clear();
+    KVPAGE_RETURN_IF_ERROR(check(&step.sequences_));
+    *epoch = NextEpoch();
+    for (const Sequence& sequence : step.sequences_) ++slots_[sequence.slot].pins;
+    ++running_;
+    step.pool_ = this;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    const Claim claim = Reserve({{slots[i], geometry_.BlocksFor(tokens[i])}});
+    ok[i] = claim.status.ok();
+    if (!ok[i] && claim.status.code() != Code::kResourceExhausted) {
+      return {claim.status.code(), Prefix(op) + "slot " + Number(slots[i]) + ": " + claim.status.message()};
+    }
+    if (!ok[i]) continue;
+    const std::lock_guard<std::mutex> state(state_mutex_);
+    Slot& row = slots_[slots[i]];
+    row.reserved = std::max<std::int64_t>(row.reserved, tokens[i]);
+  }
+  return {};
+}
+
+Status Pool::Advance(const char* op, const CacheRef& cache, const BatchRef& batch, std::uint32_t* epoch,
+                     std::int32_t* lengths) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  std::vector<Sequence> sequences;
+  KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &sequences));
+  for (const Sequence& sequence : sequences) {
+    const std::int32_t written = slots_[sequence.slot].WrittenInAllLayers();
+    // Otherwise a reader would find what an earlier owner of the memory left there.
+    if (sequence.position + sequence.query_length > written) {
+      return FailedPrecondition(
+          Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(sequence.position + sequence.query_length) +
+          " tokens wanted, " + Number(written) +
+          " written in every layer: append_kv or update_and_attend must run for all layers first");
+    }
+  }
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
+  for (const Sequence& sequence : sequences) {
+    lengths[sequence.slot] = slots_[sequence.slot].length = sequence.position + sequence.query_length;
+  }
+  *epoch = NextEpoch();
+  return {};
+}
+
+Status Pool::SetLengths(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* values,
+                        std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  ++stamp_;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
+    const std::int32_t length = cache.lengths[slots[i]];
+    if (length < 0) return FreeSlot(op, slots[i]);
+    if (values[i] < 0 || values[i] > length) {
+      return OutOfRange(Prefix(op) + "slot " + Number(slots[i]) + ": length " + Number(values[i]) + " wanted, it is " +
+                        Number(length) + ": set_lengths lowers only (to 0 at least), advance raises");
+    }
+  }
+  const std::uint32_t next = NextEpoch();
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    Slot& row = slots_[slots[i]];
+    if (values[i] < lengths[slots[i]]) row.since = next;
+    for (std::int32_t& written : row.written) written = std::min(written, values[i]);
+    lengths[slots[i]] = row.length = values[i];
+  }
+  *epoch = next;
+  return {};
+}
+
+Status Pool::Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                    std::uint32_t* epoch, std::int32_t* lengths) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  ++stamp_;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
+    // The host may be ahead and have released the slot again: draining is fine.
+    if (slots_[slots[i]].state == SlotState::kFree || cache.lengths[slots[i]] >= 0) {
+      return FailedPrecondition(Prefix(op) + "slot " + Number(slots[i]) + " is " +
+                                (cache.lengths[slots[i]] >= 0 ? "already occupied in this cache" : "free in the pool") +
+                                ": use the newest cache, or start a new line with pool.cache()");
+    }
+  }
+  const std::uint32_t next = NextEpoch();
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    slots_[slots[i]].since = next;
+    lengths[slots[i]] = 0;
+  }
+  *epoch = next;
+  return {};
+}
+
+Status Pool::Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                    std::uint32_t* epoch, std::int32_t* lengths) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  ++stamp_;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
+    if (cache.lengths[slots[i]] < 0) return FreeSlot(op, slots[i]);
+    if (slots_[slots[i]].state != SlotState::kDraining) {
+      return FailedPrecondition(Prefix(op) + "slot " + Number(slots[i]) + " was not released by the host");
+    }
+  }
+  const std::uint32_t next = NextEpoch();
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    Slot& row = slots_[slots[i]];
+    row.since = next;
+    row.vacated = true;
+    lengths[slots[i]] = -1;
+    FinishDraining(slots[i]);
+  }
+  *epoch = next;
+  return {};
+}
+
+}  // namespace kvpage

@@ -1,0 +1,55 @@
+#include "cache/registry.h"
+
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+namespace kvpage {
+namespace {
+
+struct Table {
+  std::mutex mutex;
+  std::unordered_map<std::int32_t, std::shared_ptr<Pool>> pools;
+  std::int32_t next_id = 1;
+};
+
+Table& TheTable() {
+  static Table* const table = new Table;
+  return *table;
+}
+
+}  // namespace
+
+void Register(const std::shared_ptr<Pool>& pool) {
+  Table& table = TheTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  pool->set_id(table.next_id++);
+  table.pools.emplace(pool->id(), pool);
+}
+
+void Unregister(std::int32_t id) {
+  Table& table = TheTable();
+  std::shared_ptr<Pool> last;  // the pool may end here: not under the lock
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto it = table.pools.find(id);
+  if (it == table.pools.end()) return;
+  last = std::move(it->second);
+  table.pools.erase(it);
+}
+
+Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out) {
+  Table& table = TheTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  const auto it = table.pools.find(id);
+  if (it != table.pools.end()) {
+    *out = it->second;
+    return {};
+  }
+  const bool closed = id > 0 && id < table.next_id;
+  return FailedPrecondition(std::string(op) +
+                            (closed ? ": pool " + std::to_string(id) + " is closed: make a new pool"
+                                    : ": there is no pool " + std::to_string(id) +
+                                          " in this process: a cache works in the process that made it"));
+}
+
+}  // namespace kvpage

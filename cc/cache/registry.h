@@ -1,0 +1,23 @@
+// Registry: pool ids, as programs carry them, to pools.
+//
+// Ids are never reused, so a program queued behind a close finds out instead of writing into somebody else's pool. The
+// registry is never destroyed: programs may still be running when the process exits.
+#ifndef KVPAGE_CACHE_REGISTRY_H_
+#define KVPAGE_CACHE_REGISTRY_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "base/status.h"
+#include "cache/pool.h"
+
+namespace kvpage {
+
+// Gives the pool its id and makes it findable.
+void Register(const std::shared_ptr<Pool>& pool);
+void Unregister(std::int32_t id);
+Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_REGISTRY_H_
