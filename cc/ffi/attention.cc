@@ -1,0 +1,270 @@
+// Handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and attention
+// over plain page arrays (attend_with_tables).
+#include "kernels/cpu/attention.h"
+
+#include <vector>
+
+#include "ffi/decode.h"
+#include "ffi/handlers.h"
+#include "ffi/thread_pool.h"
+
+namespace kvpage {
+namespace {
+
+using Any = ffi::AnyBuffer;
+
+// The operands and attributes of attention that do not depend on where keys and values lie.
+struct Variant {
+  S32 window;
+  F32 sinks;
+  F32 alibi;
+  float scale;
+  float soft_cap;
+};
+
+ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any q,
+                  const Variant& variant, ffi::Result<Any> out, ffi::Result<F32> lse, Parallel& parallel) {
+  cpu::AttentionArgs args;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("q", q.element_type(), &args.q_dtype));
+  const auto shape = q.dimensions();
+  if (shape.size() != 3 || shape[2] != view.head_dim || shape[1] % view.num_kv_heads != 0) {
+    return ToError(InvalidArgument(std::string(op) + ": q must be [tokens, " + std::to_string(view.num_kv_heads) +
+                                   " * n heads, " + std::to_string(view.head_dim) + "]"));
+  }
+  args.kv = view;
+  args.layer = layer;
+  args.q = q.untyped_data();
+  args.out = out->untyped_data();
+  args.lse = lse->element_count() > 0 ? lse->typed_data() : nullptr;
+  args.num_tokens = shape[0];
+  args.num_q_heads = static_cast<std::int32_t>(shape[1]);
+  args.sequences = &sequences;
+  args.scale = variant.scale;
+  args.sliding_window = variant.window.typed_data()[0];
+  args.soft_cap = variant.soft_cap;
+  args.sinks = variant.sinks.element_count() > 0 ? variant.sinks.typed_data() : nullptr;
+  args.alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
+  return ToError(cpu::Attend(args, parallel));
+}
+
+ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any k,
+                  Any v, Parallel& parallel) {
+  cpu::AppendArgs args;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("k", k.element_type(), &args.dtype));
+  const auto shape = k.dimensions();
+  if (v.element_type() != k.element_type() || v.element_count() != k.element_count() || shape.size() != 3 ||
+      shape[1] != view.num_kv_heads || shape[2] != view.head_dim) {
+    return ToError(InvalidArgument(std::string(op) + ": k and v must both be [tokens, " +
+                                   std::to_string(view.num_kv_heads) + ", " + std::to_string(view.head_dim) + "]"));
+  }
+  args.kv = view;
+  args.layer = layer;
+  args.k = k.untyped_data();
+  args.v = v.untyped_data();
+  args.sequences = &sequences;
+  cpu::Append(args, parallel);
+  return ffi::Error::Success();
+}
+
+std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.dimensions()[0] : 0; }
+
+ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
+                    Any k, Any v, SpecAttr spec, ffi::Result<U32> new_epoch) {
+  static const char* const kOp = "append_kv";
+  std::shared_ptr<Pool> pool;
+  Step step;
+  const std::int64_t l = layer.typed_data()[0];
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(k)), l, /*append=*/true, &step));
+  new_epoch->typed_data()[0] = step.epoch();
+  XlaParallel parallel(&threads);
+  return Append(kOp, pool->View(), l, step.sequences(), k, v, parallel);
+}
+
+ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                          S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                          float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse) {
+  static const char* const kOp = "paged_attention";
+  std::shared_ptr<Pool> pool;
+  Step step;
+  const std::int64_t l = layer.typed_data()[0];
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(q)), l, /*append=*/false, &step));
+  XlaParallel parallel(&threads);
+  return Attend(kOp, pool->View(), l, step.sequences(), q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+}
+
+ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                           S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                           float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse, ffi::Result<U32> new_epoch) {
+  static const char* const kOp = "update_and_attend";
+  std::shared_ptr<Pool> pool;
+  Step step;
+  const std::int64_t l = layer.typed_data()[0];
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(q)), l, /*append=*/true, &step));
+  new_epoch->typed_data()[0] = step.epoch();
+  XlaParallel parallel(&threads);
+  if (ffi::Error error = Append(kOp, pool->View(), l, step.sequences(), k, v, parallel); error.failure()) return error;
+  return Attend(kOp, pool->View(), l, step.sequences(), q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+}
+
+ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
+                         SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v) {
+  static const char* const kOp = "paged_attention (xla)";
+  std::shared_ptr<Pool> pool;
+  Step step;
+  const std::int64_t l = layer.typed_data()[0];
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, -1), l, /*append=*/false, &step));
+  // Rows of the result stand in the order of the batch; the step has the active ones.
+  std::vector<cpu::GatherArgs::Row> rows(slots.element_count());
+  for (std::size_t s = 0, active = 0; s < rows.size(); ++s) {
+    if (active == step.sequences().size() || step.sequences()[active].slot != slots.typed_data()[s]) continue;
+    const Sequence& sequence = step.sequences()[active++];
+    rows[s] = {sequence.slot, sequence.position + sequence.query_length};
+  }
+  cpu::GatherArgs args;
+  args.kv = pool->View();
+  args.layer = l;
+  args.rows = &rows;
+  args.row_tokens = k->dimensions()[1];
+  args.k = k->untyped_data();
+  args.v = v->untyped_data();
+  XlaParallel parallel(&threads);
+  cpu::Gather(args, parallel);
+  return ffi::Error::Success();
+}
+
+// Over plain arrays: no pool, so what a table may say is checked here.
+Status TableSequences(const S32& block_tables, const S32& lengths, const S32& offsets, std::int64_t num_tokens,
+                      std::int64_t num_pages, std::int64_t page_size, std::vector<Sequence>* out) {
+  static const std::string kOp = "paged_attention_with_tables: ";
+  const std::int64_t count = static_cast<std::int64_t>(lengths.element_count());
+  const std::int64_t width = block_tables.dimensions()[1];
+  const std::int32_t* offset = offsets.typed_data();
+  if (offset[0] != 0) return InvalidArgument(kOp + "query_offsets[0] is " + std::to_string(offset[0]) + ", wanted 0");
+  for (std::int64_t s = 0; s < count; ++s) {
+    const std::int64_t length = lengths.typed_data()[s];
+    const std::int64_t queries = std::int64_t{offset[s + 1]} - offset[s];
+    const std::string name = "sequence " + std::to_string(s);
+    if (queries < 0 || offset[s + 1] > num_tokens) {
+      return InvalidArgument(kOp + "query_offsets must not decrease nor pass the " + std::to_string(num_tokens) +
+                             " tokens; they are wrong at " + name);
+    }
+    if (queries == 0 || length <= 0) continue;
+    if (length < queries) {
+      return InvalidArgument(kOp + name + " has " + std::to_string(queries) + " query tokens, but lengths says " +
+                             std::to_string(length) + " (they are counted in it)");
+    }
+    const std::int64_t pages = (length + page_size - 1) / page_size;
+    if (pages > width) {
+      return OutOfRange(kOp + name + " has " + std::to_string(length) + " tokens, its table holds " +
+                        std::to_string(width * page_size));
+    }
+    for (std::int64_t p = 0; p < pages; ++p) {
+      const std::int32_t page = block_tables.typed_data()[s * width + p];
+      if (page < 0 || page >= num_pages) {
+        return OutOfRange(kOp + "block_tables[" + std::to_string(s) + ", " + std::to_string(p) + "] is " +
+                          std::to_string(page) + ", pages are 0.." + std::to_string(num_pages - 1));
+      }
+    }
+    out->push_back({static_cast<std::int32_t>(s), offset[s], static_cast<std::int32_t>(queries),
+                    static_cast<std::int32_t>(length - queries)});
+  }
+  return {};
+}
+
+ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
+                            S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
+                            std::int32_t kv_layout, ffi::Result<Any> out, ffi::Result<F32> lse) {
+  static const char* const kOp = "paged_attention_with_tables";
+  const auto shape = k_pages.dimensions();  // NHD: [pages, page_size, heads, dim]; HND: [pages, heads, page_size, dim]
+  const bool hnd = kv_layout == 1;
+  KVView view;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("k_pages", k_pages.element_type(), &view.dtype));
+  const std::int64_t item = static_cast<std::int64_t>(ItemSize(view.dtype));
+  const std::int64_t page_size = hnd ? shape[2] : shape[1];
+  const std::int64_t heads = hnd ? shape[1] : shape[2];
+  const std::int64_t dim = shape[3];
+  view.base = static_cast<char*>(k_pages.untyped_data());
+  view.kv_stride = static_cast<char*>(v_pages.untyped_data()) - view.base;
+  view.num_kv_heads = static_cast<std::int32_t>(heads);
+  view.head_dim = static_cast<std::int32_t>(dim);
+  view.tokens_per_chunk = page_size;
+  view.chunk_stride = page_size * heads * dim * item;
+  view.token_stride = (hnd ? dim : heads * dim) * item;
+  view.head_stride = (hnd ? page_size * dim : dim) * item;
+  view.table = block_tables.typed_data();
+  view.table_width = block_tables.dimensions()[1];
+  std::vector<Sequence> sequences;
+  KVPAGE_FFI_RETURN_IF_ERROR(TableSequences(block_tables, lengths, offsets, Rows(q), shape[0], page_size, &sequences));
+  XlaParallel parallel(&threads);
+  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+}
+
+// cache, slots, query_offsets, layer
+auto LayerBinding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<U32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, LayerBinding().Arg<Any>().Arg<Any>().Attr<SpecAttr>("spec").Ret<U32>());
+XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention,
+                       LayerBinding()
+                           .Arg<Any>()
+                           .Arg<S32>()
+                           .Arg<F32>()
+                           .Arg<F32>()
+                           .Attr<SpecAttr>("spec")
+                           .Attr<float>("scale")
+                           .Attr<float>("soft_cap")
+                           .Ret<Any>()
+                           .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend,
+                       LayerBinding()
+                           .Arg<Any>()
+                           .Arg<Any>()
+                           .Arg<Any>()
+                           .Arg<S32>()
+                           .Arg<F32>()
+                           .Arg<F32>()
+                           .Attr<SpecAttr>("spec")
+                           .Attr<float>("scale")
+                           .Attr<float>("soft_cap")
+                           .Ret<Any>()
+                           .Ret<F32>()
+                           .Ret<U32>());
+XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, LayerBinding().Attr<SpecAttr>("spec").Ret<Any>().Ret<Any>());
+XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<Any>()
+                           .Arg<Any>()
+                           .Arg<Any>()
+                           .Arg<S32>()
+                           .Arg<S32>()
+                           .Arg<S32>()
+                           .Arg<S32>()
+                           .Arg<F32>()
+                           .Arg<F32>()
+                           .Attr<float>("scale")
+                           .Attr<float>("soft_cap")
+                           .Attr<std::int32_t>("kv_layout")
+                           .Ret<Any>()
+                           .Ret<F32>());
+
+}  // namespace
+
+std::vector<Target> AttentionTargets() {
+  return {{"jax_kvpage_append_kv", kAppendKV},
+          {"jax_kvpage_paged_attention", kPagedAttention},
+          {"jax_kvpage_update_and_attend", kUpdateAndAttend},
+          {"jax_kvpage_gather_context", kGatherContext},
+          {"jax_kvpage_attend_with_tables", kAttendWithTables}};
+}
+
+}  // namespace kvpage

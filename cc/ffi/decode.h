@@ -1,0 +1,44 @@
+// What every handler shares: from XLA's typed buffers to the pool's plain arguments, and from Status to ffi::Error.
+#ifndef KVPAGE_FFI_DECODE_H_
+#define KVPAGE_FFI_DECODE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/dtype.h"
+#include "base/status.h"
+#include "cache/pool.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace kvpage {
+
+namespace ffi = ::xla::ffi;
+
+using S32 = ffi::Buffer<ffi::S32>;
+using U32 = ffi::Buffer<ffi::U32>;
+using F32 = ffi::Buffer<ffi::F32>;
+using SpecAttr = ffi::Span<const std::int64_t>;
+
+#define KVPAGE_FFI_RETURN_IF_ERROR(expr)                  \
+  do {                                                    \
+    ::kvpage::Status _status = (expr);                    \
+    if (!_status.ok()) return ::kvpage::ToError(_status); \
+  } while (false)
+
+inline ffi::Error ToError(const Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), status.message());
+}
+
+// Finds the pool that a cache names and checks that the program was compiled for its spec.
+Status Resolve(const char* op, const S32& handle, SpecAttr spec, std::shared_ptr<Pool>* pool);
+
+CacheRef Cache(const S32& handle, const U32& epoch, const S32& lengths);
+BatchRef Batch(const S32& slots, const S32& offsets, std::int64_t num_tokens);
+
+Status ToDType(const char* what, ffi::DataType type, DType* out);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_FFI_DECODE_H_

@@ -1,0 +1,95 @@
+// Handlers that change which tokens a slot has: map_slots, advance, set_lengths, occupy, vacate, after.
+#include <cstring>
+
+#include "ffi/decode.h"
+#include "ffi/handlers.h"
+
+namespace kvpage {
+namespace {
+
+ffi::Error SameLength(const char* op, const S32& slots, std::int64_t count) {
+  if (static_cast<std::int64_t>(slots.element_count()) == count) return ffi::Error::Success();
+  return ToError(InvalidArgument(std::string(op) + ": operands must have one entry per slot"));
+}
+
+ffi::Error MapSlots(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 num_tokens, SpecAttr spec,
+                    ffi::Result<U32> new_epoch, ffi::Result<ffi::Buffer<ffi::PRED>> ok) {
+  static const char* const kOp = "map_slots";
+  std::shared_ptr<Pool> pool;
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
+  if (ffi::Error error = SameLength(kOp, slots, num_tokens.element_count()); error.failure()) return error;
+  return ToError(pool->MapSlots(kOp, Cache(handle, epoch, lengths), slots.typed_data(), num_tokens.typed_data(), count,
+                                ok->typed_data(), new_epoch->typed_data()));
+}
+
+ffi::Error Advance(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, SpecAttr spec,
+                   ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  static const char* const kOp = "advance";
+  std::shared_ptr<Pool> pool;
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  return ToError(pool->Advance(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, -1), new_epoch->typed_data(),
+                               new_lengths->typed_data()));
+}
+
+ffi::Error SetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values, SpecAttr spec,
+                      ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  static const char* const kOp = "set_lengths";
+  std::shared_ptr<Pool> pool;
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
+  if (ffi::Error error = SameLength(kOp, slots, values.element_count()); error.failure()) return error;
+  return ToError(pool->SetLengths(kOp, Cache(handle, epoch, lengths), slots.typed_data(), values.typed_data(), count,
+                                  new_epoch->typed_data(), new_lengths->typed_data()));
+}
+
+// acquire and release queue these: `own` is the handle of the pool whose method was called.
+template <bool kOccupy>
+ffi::Error ChangeOwner(S32 handle, U32 epoch, S32 lengths, S32 own, S32 slots, SpecAttr spec,
+                       ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  static const char* const kOp = kOccupy ? "acquire" : "release";
+  std::shared_ptr<Pool> pool;
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  if (own.typed_data()[0] != handle.typed_data()[0]) {
+    return ToError(FailedPrecondition(
+        std::string(kOp) + ": this cache belongs to pool " + std::to_string(handle.typed_data()[0]) + ", but pool " +
+        std::to_string(own.typed_data()[0]) + " was called: pass the cache that this pool's newest call returned"));
+  }
+  const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
+  const CacheRef cache = Cache(handle, epoch, lengths);
+  return ToError(
+      kOccupy
+          ? pool->Occupy(kOp, cache, slots.typed_data(), count, new_epoch->typed_data(), new_lengths->typed_data())
+          : pool->Vacate(kOp, cache, slots.typed_data(), count, new_epoch->typed_data(), new_lengths->typed_data()));
+}
+
+// The values are operands so that XLA has computed them before whatever uses the returned epoch.
+ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
+  std::memmove(new_epoch->typed_data(), epoch.typed_data(), sizeof(std::uint32_t));
+  return ffi::Error::Success();
+}
+
+auto CacheBinding() { return ffi::Ffi::Bind().Arg<S32>().Arg<U32>().Arg<S32>(); }
+
+XLA_FFI_DEFINE_HANDLER(
+    kMapSlots, MapSlots,
+    CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::PRED>>());
+XLA_FFI_DEFINE_HANDLER(kAdvance, Advance,
+                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths,
+                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kOccupy, ChangeOwner<true>,
+                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kVacate, ChangeOwner<false>,
+                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kAfter, After, ffi::Ffi::Bind().Arg<U32>().RemainingArgs().Ret<U32>());
+
+}  // namespace
+
+std::vector<Target> SlotTargets() {
+  return {{"jax_kvpage_map_slots", kMapSlots},     {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths}, {"jax_kvpage_occupy", kOccupy},
+          {"jax_kvpage_vacate", kVacate},          {"jax_kvpage_after", kAfter}};
+}
+
+}  // namespace kvpage
