@@ -1,0 +1,507 @@
+"""KVPool: the host side of a KV cache.
+
+The pool owns the memory; programs carry a `KVCache` that names it. Calls that change what programs see
+(`acquire`, `release`) take the cache and return the next one: the accounting happens at once in C++,
+and a small program that changes the cache value is queued behind whatever is running. Calls that only
+add or give back memory (`extend`, `trim`, `resize`) need no cache and never disturb running programs.
+"""
+
+import re
+import types
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, Self, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvpage import _native
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.ops.occupy import occupy, vacate
+from jax_kvpage.spec import CacheSpec
+from jax_kvpage.stats import PoolStats, SlotInfo
+
+__all__ = ["KVPool"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
+
+# Numbers of the statuses that host calls answer with (absl's).
+_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _OUT_OF_RANGE = 3, 8, 9, 11
+
+# A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
+_WAIT_SLICE = 0.1
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from an int or from text such as "2GiB", "512 MiB", "1.5GB", "4096".
+
+    Raises:
+        ValueError: neither, or not positive.
+    """
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0:
+        return int(value)
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if found and found[2] in _UNITS and float(found[1]) > 0:
+            return int(float(found[1]) * _UNITS[found[2]])
+    raise ValueError(
+        f"capacity must be a positive number of bytes or text such as '2GiB' or '512MB', got {value!r}"
+    )
+
+
+def _native_call(function: Any, *args: Any) -> Any:
+    """Calls into C++ and turns a failed status into this package's exceptions."""
+    try:
+        return function(*args)
+    except _native.StatusError as error:
+        code, message = error.args
+        raise _exception(code, message) from None
+
+
+def _exception(code: int, message: str) -> Exception:
+    if code == _FAILED_PRECONDITION:
+        gone = "is closed" in message or "was forked" in message
+        return PoolClosed(message) if gone else KVPageError(message)
+    if code in (_INVALID_ARGUMENT, _OUT_OF_RANGE):
+        return ValueError(message)
+    if code == _RESOURCE_EXHAUSTED:
+        return OutOfBlocks(message)
+    return KVPageError(message)
+
+
+def _close(native: Any, label: str) -> None:
+    """Finalizer of a pool that was never closed."""
+    if not native.closed:
+        warnings.warn(
+            f"{label} was collected without being closed: call close() or use it as a context manager",
+            ResourceWarning,
+            stacklevel=2,
+        )
+        native.close()
+
+
+@jax.jit
+def _occupy(cache: KVCache, own: jax.Array, slots: jax.Array) -> KVCache:
+    return occupy(cache, own, slots)
+
+
+@jax.jit
+def _vacate(cache: KVCache, own: jax.Array, slots: jax.Array) -> tuple[KVCache, jax.Array]:
+    cache = vacate(cache, own, slots)
+    # The host asks this array whether the program has run: the cache itself may be donated on.
+    return cache, cache.epoch + jnp.uint32(0)
+
+
+def _as_list(value: Any, name: str) -> tuple[list[int], bool]:
+    """A host int, or a sequence of them, as a list; and whether it was one int."""
+    array = np.asarray(value)
+    if array.ndim > 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} must be an int or a list of ints, got {value!r}")
+    return [int(x) for x in array.reshape(-1)], array.ndim == 0
+
+
+class KVPool:
+    """Physical blocks, virtual slots, and the table that joins them.
+
+    Args:
+        spec: what the cache holds; resolved for the device's platform if it is not yet.
+        capacity: physical memory for blocks, in bytes or as text ("2GiB"). Rounded down to whole
+            blocks. Memory is taken from the system as it is needed and kept for reuse.
+        device: a `jax.Device` to live on; the default device's platform if None. CPU for now.
+        on_stale: "error" refuses an op that changes the cache from any but the newest cache;
+            "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
+            release, rollback) came between, for timing loops.
+        poison: test mode: memory that a request gets is filled with NaN first, so that a read of
+            something never written shows.
+
+    Attributes:
+        spec: the resolved spec.
+        device: where the cache's arrays live.
+
+    Raises:
+        ValueError: a capacity or spec that cannot work, with the numbers.
+        OutOfBlocks: more capacity than the machine (or the process's cgroup) has memory.
+    """
+
+    spec: CacheSpec
+    device: jax.Device
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        capacity: int | str,
+        device: jax.Device | None = None,
+        *,
+        on_stale: Literal["error", "allow"] = "error",
+        poison: bool = False,
+    ) -> None:
+        if not isinstance(spec, CacheSpec):
+            raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
+        if on_stale not in ("error", "allow"):
+            raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
+        self.device = _default_device() if device is None else device
+        if self.device.platform != "cpu":
+            raise ValueError(
+                f"KVPool: device {self.device} is not served yet: this version has the CPU backend only. "
+                "Pass device=jax.devices('cpu')[0], and run the programs there (jax.default_device)"
+            )
+        size = parse_bytes(capacity)
+        self.spec = spec.resolve("cpu", capacity=size)
+        self._native = _native_call(
+            _native.Pool, self.spec.as_ints(), self.spec.block_bytes, size, on_stale == "allow", poison
+        )
+        self._own = self._put(np.asarray([self._native.id, 0], np.int32))
+        self._token_ids: dict[int, list[int]] = {}
+        self._releases: list[jax.Array] = []
+        self._waits = 0
+        self._finalizer = weakref.finalize(self, _close, self._native, repr(self))
+        # At exit programs may be in flight: memory is then left to the system.
+        self._finalizer.atexit = False
+
+    def __repr__(self) -> str:
+        return f"<KVPool {self._native.id} on {self.device}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives everything back. Waits for running ops; programs queued behind fail naming the pool.
+
+        Memory that a zero-copy view still covers goes when the view does. Closing twice is fine.
+        """
+        self._finalizer.detach()
+        self._native.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return bool(self._native.closed)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self.device)
+
+    def _check_cache(self, op: str, cache: KVCache) -> None:
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache).__name__}")
+        if cache.spec != self.spec:
+            raise ValueError(
+                f"{op}: the cache has another spec than {self!r}: {cache.spec} against {self.spec}; "
+                "pass the cache that this pool's newest call returned"
+            )
+
+    def _padded(self, slots: list[int]) -> jax.Array:
+        """Slots as an operand, padded with -1 to a power of two so that few programs are compiled."""
+        size = 1 << max(len(slots) - 1, 0).bit_length()
+        return self._put(np.asarray(slots + [-1] * (size - len(slots)), np.int32))
+
+    def cache(self) -> KVCache:
+        """Starts a new line of caches: waits for running ops, makes every older cache stale.
+
+        May be called at any time, also after a program failed: occupied slots have the length that
+        the last completed step left, released ones are free.
+
+        Returns:
+            The cache to go on from.
+
+        Raises:
+            PoolClosed: the pool is closed or belongs to a parent process.
+        """
+        line, epoch, lengths = _native_call(self._native.new_line)
+        self._releases.clear()
+        return KVCache(
+            handle=self._put(np.asarray([self._native.id, line], np.int32)),
+            epoch=self._put(np.asarray([epoch], np.uint32)),
+            lengths=self._put(np.asarray(lengths, np.int32)),
+            spec=self.spec,
+        )
+
+    @overload
+    def acquire(
+        self, cache: KVCache, num_tokens: int, *, wait: bool = False
+    ) -> tuple[int, KVCache]: ...
+
+    @overload
+    def acquire(
+        self, cache: KVCache, num_tokens: Sequence[int], *, wait: bool = False
+    ) -> tuple[list[int], KVCache]: ...
+
+    def acquire(self, cache: KVCache, num_tokens: Any, *, wait: bool = False) -> tuple[Any, KVCache]:
+        """Occupies a slot for a new request and maps room for its first tokens.
+
+        A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing for
+        a list.
+
+        Args:
+            cache: the newest cache.
+            num_tokens: tokens to map room for; a list of them acquires a slot for each.
+            wait: wait for released slots to drain when there is too little otherwise.
+
+        Returns:
+            (slot, cache), or (slots, cache) for a list. The slot's length is 0.
+
+        Raises:
+            OutOfBlocks: not enough physical blocks; nothing has changed.
+            OutOfSlots: not enough slots; nothing has changed.
+            ValueError: num_tokens out of range, or a cache of another spec.
+            PoolClosed: the pool is closed.
+        """
+        self._check_cache("acquire", cache)
+        wanted, single = _as_list(num_tokens, "num_tokens")
+        claim = self._claim("acquire", lambda: self._native.acquire(wanted), wait)
+        slots = list(claim.slots)
+        for slot in slots:
+            self._token_ids[slot] = []
+        if slots:
+            cache = _occupy(cache, self._own, self._padded(slots))
+        return (slots[0] if single else slots), cache
+
+    def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
+        """Maps room for `num_tokens` tokens in all; a no-op when there is room already.
+
+        Args:
+            slot: an occupied slot, or a list.
+            num_tokens: tokens in all, or a list as long as slot's.
+
+        Raises:
+            OutOfBlocks: not enough physical blocks; nothing has changed.
+            ValueError: beyond max_seq_len, or a slot that does not exist.
+            KVPageError: the slot is free or draining.
+            PoolClosed: the pool is closed.
+        """
+        slots, _ = _as_list(slot, "slot")
+        wanted, single = _as_list(num_tokens, "num_tokens")
+        if single:
+            wanted = wanted * len(slots)
+        if len(slots) != len(wanted):
+            raise ValueError(f"extend: {len(slots)} slots, but {len(wanted)} num_tokens")
+        self._claim("extend", lambda: self._native.extend(slots, wanted), False)
+
+    def release(self, cache: KVCache, slot: int | Sequence[int]) -> KVCache:
+        """Ends a request. Its slot drains until programs queued before are done, then parks.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot, or a list.
+
+        Returns:
+            The next cache, in which the slot is free.
+
+        Raises:
+            ValueError: a slot that does not exist, or one named twice, or a cache of another spec.
+            KVPageError: the slot is not occupied.
+            PoolClosed: the pool is closed.
+        """
+        self._check_cache("release", cache)
+        slots, _ = _as_list(slot, "slot")
+        _native_call(self._native.start_release, slots)
+        for one in slots:
+            self._token_ids.pop(one, None)
+        if not slots:
+            return cache
+        cache, marker = _vacate(cache, self._own, self._padded(slots))
+        self._releases = [m for m in self._releases if not m.is_ready()] + [marker]
+        return cache
+
+    def commit(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Tells the pool the ids of the next tokens whose K and V are written.
+
+        The host thereby knows what a slot holds without reading anything back from the device.
+
+        Args:
+            slot: an occupied slot.
+            token_ids: ids that follow those committed before.
+
+        Raises:
+            ValueError: more tokens than the slot has room for, or a slot that does not exist.
+            KVPageError: the slot is not occupied.
+        """
+        ids, _ = _as_list(token_ids, "token_ids")
+        _native_call(self._native.commit, slot, len(ids))
+        self._token_ids.setdefault(slot, []).extend(ids)
+
+    def committed(self, slot: int) -> list[int]:
+        """The token ids committed to a slot so far."""
+        return list(self._token_ids.get(slot, []))
+
+    def stats(self) -> PoolStats:
+        """A snapshot of the pool's accounts."""
+        n = _native_call(self._native.numbers)
+        size = n.block_bytes
+        return PoolStats(
+            capacity=n.blocks_total * size,
+            mapped=n.blocks_mapped * size,
+            parked=n.blocks_parked * size,
+            draining=n.blocks_draining * size,
+            free=n.blocks_free * size,
+            shared=n.blocks_shared * size,
+            reserved_virtual=n.virtual_bytes,
+            peak=n.blocks_peak * size,
+            physical=n.physical_bytes,
+            block_bytes=size,
+            blocks_total=n.blocks_total,
+            blocks_mapped=n.blocks_mapped,
+            blocks_parked=n.blocks_parked,
+            blocks_draining=n.blocks_draining,
+            blocks_free=n.blocks_free,
+            slots_occupied=n.slots_occupied,
+            slots_draining=n.slots_draining,
+            slots_parked=n.slots_parked,
+            system_calls=n.system_calls,
+            waits=n.waits + self._waits,
+        )
+
+    def slot_table(self, cache: KVCache | None = None) -> list[SlotInfo]:
+        """The valid slot table: a row for each occupied or draining slot.
+
+        Args:
+            cache: when given, the rows carry its lengths, which are waited for.
+        """
+        lengths = None
+        if cache is not None:
+            self._check_cache("slot_table", cache)
+            lengths = np.asarray(cache.lengths)
+        return [
+            SlotInfo(
+                slot=row.slot,
+                num_blocks=row.blocks,
+                bytes=row.blocks * self.spec.block_bytes,
+                reserved_tokens=row.reserved,
+                committed_tokens=row.committed,
+                draining=row.draining,
+                length=None if lengths is None else int(lengths[row.slot]),
+            )
+            for row in _native_call(self._native.rows)
+        ]
+
+    def block_map(self, slot: int) -> list[list[tuple[int, int]]]:
+        """Which physical block each logical block of a slot is.
+
+        Returns:
+            For each range of the slot (one in the fused layout; K and V of layer 0, K and V of layer
+            1, ... in the per-layer layout) a list of (physical block, reference count).
+        """
+        return _native_call(self._native.block_map, slot)  # type: ignore[no-any-return]
+
+    def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Zero-copy arrays over one layer's keys and values, for dense kernels.
+
+        The arrays have a constant shape and alias the cache: programs may take them as operands
+        alongside the cache and see what is written. What is not mapped or not written reads as zeros.
+        Never donate them, return them from a program or slice them outside of one: XLA would copy the
+        whole range. A slot with views stays draining after its release until they are gone.
+
+        Args:
+            layer: which layer.
+            slot: an occupied slot; None for all slots.
+
+        Returns:
+            (k, v), each [max_seq_len, kv heads, head_dim], or [max_slots, max_seq_len, kv heads,
+            head_dim] for all slots, in the storage dtype.
+
+        Raises:
+            ValueError: the fused layout, a layer out of range, or (all slots) a max_seq_len that is
+                not a multiple of block_tokens.
+            KVPageError: the slot is not occupied.
+        """
+        spec = self.spec
+        if spec.layout != "per_layer":
+            raise ValueError(
+                "view: one layer's keys are one dense array in the 'per_layer' layout only, this pool "
+                f"has {spec.layout!r}: make it with CacheSpec(..., layout='per_layer')"
+            )
+        if slot is None and spec.blocks_per_range * (spec.block_tokens or 1) != spec.max_seq_len:
+            raise ValueError(
+                f"view: slots lie max_seq_len={spec.max_seq_len} tokens apart only if that is a multiple "
+                f"of block_tokens={spec.block_tokens}: view one slot at a time, or change one of them"
+            )
+        place = -1 if slot is None else slot
+        if place < -1 or (slot is not None and slot < 0):
+            raise ValueError(f"view: slot {slot} does not exist")
+        k, v = (_native_call(self._native.view, layer, kv, place) for kv in (0, 1))
+        return jax.dlpack.from_dlpack(k), jax.dlpack.from_dlpack(v)
+
+    def trim(self) -> int:
+        """Gives all memory that no live request needs back to the system.
+
+        Returns:
+            Bytes given back.
+        """
+        return int(_native_call(self._native.trim)) * self.spec.block_bytes
+
+    def resize(self, capacity: int | str) -> None:
+        """Changes the budget while the pool is in use.
+
+        Raises:
+            OutOfBlocks: live requests hold more than the new capacity; nothing has changed.
+            ValueError: a capacity that cannot work.
+        """
+        size = parse_bytes(capacity)
+        self._claim("resize", lambda: self._native.resize(size), False)
+
+    def check(self, cache: KVCache) -> None:
+        """Waits for the program that made a cache, and raises if it or one before it failed.
+
+        Raises:
+            jax.errors.JaxRuntimeError: what the program failed with.
+        """
+        self._check_cache("check", cache)
+        jax.block_until_ready((cache.epoch, cache.lengths))
+
+    def _claim(self, op: str, attempt: Any, wait: bool) -> Any:
+        waited = False
+        while True:
+            claim = attempt()
+            if claim.code == 0:
+                return claim
+            if claim.code != _RESOURCE_EXHAUSTED:
+                raise _exception(claim.code, claim.message)
+            if not wait or claim.draining == 0:
+                raise self._out_of(op, claim)
+            self._waits += not waited
+            waited = True
+            # A release whose program failed would drain for ever: say so instead of waiting.
+            for marker in [m for m in self._releases if m.is_ready()]:
+                jax.block_until_ready(marker)
+            self._native.wait_for_drain(_WAIT_SLICE)
+
+    def _out_of(self, op: str, claim: Any) -> OutOfBlocks:
+        numbers = {
+            "wanted": claim.wanted, "free": claim.free, "draining": claim.draining,
+            "reclaimable": claim.reclaimable,
+        }
+        drain = " or wait for those that drain (acquire(..., wait=True))" if claim.draining else ""
+        if claim.out_of_slots:
+            return OutOfSlots(
+                f"{op}: {claim.wanted} slots wanted, {claim.free} free, {claim.draining} draining, "
+                f"{self.spec.max_slots} in all: release a request{drain}, or make the pool with a "
+                "larger max_slots",
+                **numbers,
+            )
+        rows = [row for row in self._native.rows() if not row.draining]
+        largest = max(rows, key=lambda row: row.blocks, default=None)
+        hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
+        return OutOfBlocks(
+            f"{op}: {claim.message}; a block is {self.spec.block_bytes} bytes: release a request"
+            f"{hint}{drain}, or take more memory with resize()",
+            **numbers,
+        )
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device

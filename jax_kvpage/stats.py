@@ -1,0 +1,80 @@
+"""PoolStats and SlotInfo: what a pool tells about itself."""
+
+import dataclasses
+
+__all__ = ["PoolStats", "SlotInfo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStats:
+    """A snapshot of a pool's accounts. Sizes are in bytes.
+
+    `capacity == mapped + parked + draining + free` (as long as no block is shared).
+
+    Attributes:
+        capacity: the budget, in whole blocks.
+        mapped: in slots that a live request occupies.
+        parked: mapped in slots that nobody occupies; the next request adopts them.
+        draining: in released slots that a program in flight may still touch.
+        free: belongs to nobody.
+        shared: in blocks that more than one slot maps.
+        reserved_virtual: address space of all slots.
+        peak: the most that was ever mapped, parked and draining together.
+        physical: memory that the system says is allocated for blocks (free blocks stay allocated,
+            ready for use, until `trim`).
+        block_bytes: size of one block.
+        blocks_total: capacity in blocks.
+        blocks_mapped: mapped in blocks.
+        blocks_parked: parked in blocks.
+        blocks_draining: draining in blocks.
+        blocks_free: free in blocks.
+        slots_occupied: slots with a live request.
+        slots_draining: released slots that are not free yet.
+        slots_parked: free slots with blocks still mapped.
+        system_calls: calls into the system's memory management so far (mmap, fallocate, ...).
+        waits: how often a host call had to wait for programs.
+    """
+
+    capacity: int
+    mapped: int
+    parked: int
+    draining: int
+    free: int
+    shared: int
+    reserved_virtual: int
+    peak: int
+    physical: int
+    block_bytes: int
+    blocks_total: int
+    blocks_mapped: int
+    blocks_parked: int
+    blocks_draining: int
+    blocks_free: int
+    slots_occupied: int
+    slots_draining: int
+    slots_parked: int
+    system_calls: int
+    waits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotInfo:
+    """A row of the valid slot table.
+
+    Attributes:
+        slot: its number.
+        num_blocks: physical blocks mapped, over all ranges.
+        bytes: the same in bytes.
+        reserved_tokens: tokens that room was asked for.
+        committed_tokens: tokens whose ids the host has named (`KVPool.commit`).
+        draining: released, but a program in flight may still touch it.
+        length: tokens in the slot according to a cache; None when no cache was given.
+    """
+
+    slot: int
+    num_blocks: int
+    bytes: int
+    reserved_tokens: int
+    committed_tokens: int
+    draining: bool
+    length: int | None = None
