@@ -1,12 +1,12 @@
 """KVPool: the host side of a KV cache.
 
-The pool owns the memory; programs carry a `KVCache` that names it. Calls that change what programs see
-(`acquire`, `release`) take the cache and return the next one: the accounting happens at once in C++,
-and a small program that changes the cache value is queued behind whatever is running. Calls that only
-add or give back memory (`extend`, `trim`, `resize`) need no cache and never disturb running programs.
+The pool owns the memory; programs carry a `KVCache` that names it. Calls that change what programs
+see (`acquire`, `release`) take the cache and return the next one: the accounting happens at once in
+C++, and a small program that changes the cache value is queued behind whatever is running. Calls
+that only add or give back memory (`extend`, `trim`, `resize`) need no cache and never disturb
+running programs.
 """
 
-import re
 import types
 import warnings
 import weakref
@@ -18,67 +18,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
+from jax_kvpage._host import (
+    RESOURCE_EXHAUSTED,
+    as_list,
+    default_device,
+    exception,
+    native_call,
+    out_of,
+    parse_bytes,
+)
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.ops.occupy import occupy, vacate
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.stats import PoolStats, SlotInfo
+from jax_kvpage.stats import PoolStats, SlotInfo, make_stats
 
 __all__ = ["KVPool"]
 
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
-
-# Numbers of the statuses that host calls answer with (absl's).
-_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _OUT_OF_RANGE = 3, 8, 9, 11
-
 # A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
 _WAIT_SLICE = 0.1
-
-
-def parse_bytes(value: int | str) -> int:
-    """Bytes from an int or from text such as "2GiB", "512 MiB", "1.5GB", "4096".
-
-    Raises:
-        ValueError: neither, or not positive.
-    """
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0:
-        return int(value)
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if found and found[2] in _UNITS and float(found[1]) > 0:
-            return int(float(found[1]) * _UNITS[found[2]])
-    raise ValueError(
-        f"capacity must be a positive number of bytes or text such as '2GiB' or '512MB', got {value!r}"
-    )
-
-
-def _native_call(function: Any, *args: Any) -> Any:
-    """Calls into C++ and turns a failed status into this package's exceptions."""
-    try:
-        return function(*args)
-    except _native.StatusError as error:
-        code, message = error.args
-        raise _exception(code, message) from None
-
-
-def _exception(code: int, message: str) -> Exception:
-    if code == _FAILED_PRECONDITION:
-        gone = "is closed" in message or "was forked" in message
-        return PoolClosed(message) if gone else KVPageError(message)
-    if code in (_INVALID_ARGUMENT, _OUT_OF_RANGE):
-        return ValueError(message)
-    if code == _RESOURCE_EXHAUSTED:
-        return OutOfBlocks(message)
-    return KVPageError(message)
 
 
 def _close(native: Any, label: str) -> None:
     """Finalizer of a pool that was never closed."""
     if not native.closed:
         warnings.warn(
-            f"{label} was collected without being closed: call close() or use it as a context manager",
+            f"{label} was collected without being closed: call close() or use it in a `with` block",
             ResourceWarning,
             stacklevel=2,
         )
@@ -95,14 +59,6 @@ def _vacate(cache: KVCache, own: jax.Array, slots: jax.Array) -> tuple[KVCache, 
     cache = vacate(cache, own, slots)
     # The host asks this array whether the program has run: the cache itself may be donated on.
     return cache, cache.epoch + jnp.uint32(0)
-
-
-def _as_list(value: Any, name: str) -> tuple[list[int], bool]:
-    """A host int, or a sequence of them, as a list; and whether it was one int."""
-    array = np.asarray(value)
-    if array.ndim > 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be an int or a list of ints, got {value!r}")
-    return [int(x) for x in array.reshape(-1)], array.ndim == 0
 
 
 class KVPool:
@@ -144,16 +100,22 @@ class KVPool:
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         if on_stale not in ("error", "allow"):
             raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
-        self.device = _default_device() if device is None else device
+        self.device = default_device() if device is None else device
         if self.device.platform != "cpu":
             raise ValueError(
-                f"KVPool: device {self.device} is not served yet: this version has the CPU backend only. "
-                "Pass device=jax.devices('cpu')[0], and run the programs there (jax.default_device)"
+                f"KVPool: device {self.device} is not served yet: this version has the CPU backend "
+                "only. Pass device=jax.devices('cpu')[0], and run the programs there "
+                "(jax.default_device)"
             )
         size = parse_bytes(capacity)
         self.spec = spec.resolve("cpu", capacity=size)
-        self._native = _native_call(
-            _native.Pool, self.spec.as_ints(), self.spec.block_bytes, size, on_stale == "allow", poison
+        self._native = native_call(
+            _native.Pool,
+            self.spec.as_ints(),
+            self.spec.block_bytes,
+            size,
+            on_stale == "allow",
+            poison,
         )
         self._own = self._put(np.asarray([self._native.id, 0], np.int32))
         self._token_ids: dict[int, list[int]] = {}
@@ -178,7 +140,7 @@ class KVPool:
         self.close()
 
     def close(self) -> None:
-        """Gives everything back. Waits for running ops; programs queued behind fail naming the pool.
+        """Gives everything back. Waits for running ops; programs queued behind it fail.
 
         Memory that a zero-copy view still covers goes when the view does. Closing twice is fine.
         """
@@ -195,15 +157,17 @@ class KVPool:
 
     def _check_cache(self, op: str, cache: KVCache) -> None:
         if not isinstance(cache, KVCache):
-            raise ValueError(f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache).__name__}")
+            raise ValueError(
+                f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
+            )
         if cache.spec != self.spec:
             raise ValueError(
-                f"{op}: the cache has another spec than {self!r}: {cache.spec} against {self.spec}; "
-                "pass the cache that this pool's newest call returned"
+                f"{op}: the cache has another spec than {self!r}: {cache.spec} against "
+                f"{self.spec}; pass the cache that this pool's newest call returned"
             )
 
     def _padded(self, slots: list[int]) -> jax.Array:
-        """Slots as an operand, padded with -1 to a power of two so that few programs are compiled."""
+        """Slots as an operand, padded with -1 to a power of two: few programs are compiled."""
         size = 1 << max(len(slots) - 1, 0).bit_length()
         return self._put(np.asarray(slots + [-1] * (size - len(slots)), np.int32))
 
@@ -219,7 +183,7 @@ class KVPool:
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
         """
-        line, epoch, lengths = _native_call(self._native.new_line)
+        line, epoch, lengths = native_call(self._native.new_line)
         self._releases.clear()
         return KVCache(
             handle=self._put(np.asarray([self._native.id, line], np.int32)),
@@ -238,7 +202,9 @@ class KVPool:
         self, cache: KVCache, num_tokens: Sequence[int], *, wait: bool = False
     ) -> tuple[list[int], KVCache]: ...
 
-    def acquire(self, cache: KVCache, num_tokens: Any, *, wait: bool = False) -> tuple[Any, KVCache]:
+    def acquire(
+        self, cache: KVCache, num_tokens: Any, *, wait: bool = False
+    ) -> tuple[Any, KVCache]:
         """Occupies a slot for a new request and maps room for its first tokens.
 
         A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing for
@@ -259,7 +225,7 @@ class KVPool:
             PoolClosed: the pool is closed.
         """
         self._check_cache("acquire", cache)
-        wanted, single = _as_list(num_tokens, "num_tokens")
+        wanted, single = as_list(num_tokens, "num_tokens")
         claim = self._claim("acquire", lambda: self._native.acquire(wanted), wait)
         slots = list(claim.slots)
         for slot in slots:
@@ -281,8 +247,8 @@ class KVPool:
             KVPageError: the slot is free or draining.
             PoolClosed: the pool is closed.
         """
-        slots, _ = _as_list(slot, "slot")
-        wanted, single = _as_list(num_tokens, "num_tokens")
+        slots, _ = as_list(slot, "slot")
+        wanted, single = as_list(num_tokens, "num_tokens")
         if single:
             wanted = wanted * len(slots)
         if len(slots) != len(wanted):
@@ -305,8 +271,8 @@ class KVPool:
             PoolClosed: the pool is closed.
         """
         self._check_cache("release", cache)
-        slots, _ = _as_list(slot, "slot")
-        _native_call(self._native.start_release, slots)
+        slots, _ = as_list(slot, "slot")
+        native_call(self._native.start_release, slots)
         for one in slots:
             self._token_ids.pop(one, None)
         if not slots:
@@ -328,8 +294,8 @@ class KVPool:
             ValueError: more tokens than the slot has room for, or a slot that does not exist.
             KVPageError: the slot is not occupied.
         """
-        ids, _ = _as_list(token_ids, "token_ids")
-        _native_call(self._native.commit, slot, len(ids))
+        ids, _ = as_list(token_ids, "token_ids")
+        native_call(self._native.commit, slot, len(ids))
         self._token_ids.setdefault(slot, []).extend(ids)
 
     def committed(self, slot: int) -> list[int]:
@@ -338,30 +304,7 @@ class KVPool:
 
     def stats(self) -> PoolStats:
         """A snapshot of the pool's accounts."""
-        n = _native_call(self._native.numbers)
-        size = n.block_bytes
-        return PoolStats(
-            capacity=n.blocks_total * size,
-            mapped=n.blocks_mapped * size,
-            parked=n.blocks_parked * size,
-            draining=n.blocks_draining * size,
-            free=n.blocks_free * size,
-            shared=n.blocks_shared * size,
-            reserved_virtual=n.virtual_bytes,
-            peak=n.blocks_peak * size,
-            physical=n.physical_bytes,
-            block_bytes=size,
-            blocks_total=n.blocks_total,
-            blocks_mapped=n.blocks_mapped,
-            blocks_parked=n.blocks_parked,
-            blocks_draining=n.blocks_draining,
-            blocks_free=n.blocks_free,
-            slots_occupied=n.slots_occupied,
-            slots_draining=n.slots_draining,
-            slots_parked=n.slots_parked,
-            system_calls=n.system_calls,
-            waits=n.waits + self._waits,
-        )
+        return make_stats(native_call(self._native.numbers), host_waits=self._waits)
 
     def slot_table(self, cache: KVCache | None = None) -> list[SlotInfo]:
         """The valid slot table: a row for each occupied or draining slot.
@@ -383,7 +326,7 @@ class KVPool:
                 draining=row.draining,
                 length=None if lengths is None else int(lengths[row.slot]),
             )
-            for row in _native_call(self._native.rows)
+            for row in native_call(self._native.rows)
         ]
 
     def block_map(self, slot: int) -> list[list[tuple[int, int]]]:
@@ -393,7 +336,7 @@ class KVPool:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of layer
             1, ... in the per-layer layout) a list of (physical block, reference count).
         """
-        return _native_call(self._native.block_map, slot)  # type: ignore[no-any-return]
+        return native_call(self._native.block_map, slot)  # type: ignore[no-any-return]
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
@@ -419,18 +362,19 @@ class KVPool:
         spec = self.spec
         if spec.layout != "per_layer":
             raise ValueError(
-                "view: one layer's keys are one dense array in the 'per_layer' layout only, this pool "
-                f"has {spec.layout!r}: make it with CacheSpec(..., layout='per_layer')"
+                "view: one layer's keys are one dense array in the 'per_layer' layout only, this "
+                f"pool has {spec.layout!r}: make it with CacheSpec(..., layout='per_layer')"
             )
         if slot is None and spec.blocks_per_range * (spec.block_tokens or 1) != spec.max_seq_len:
             raise ValueError(
-                f"view: slots lie max_seq_len={spec.max_seq_len} tokens apart only if that is a multiple "
-                f"of block_tokens={spec.block_tokens}: view one slot at a time, or change one of them"
+                f"view: slots lie max_seq_len={spec.max_seq_len} tokens apart only if that is a "
+                f"multiple of block_tokens={spec.block_tokens}: view one slot at a time, or change "
+                "one of them"
             )
         place = -1 if slot is None else slot
         if place < -1 or (slot is not None and slot < 0):
             raise ValueError(f"view: slot {slot} does not exist")
-        k, v = (_native_call(self._native.view, layer, kv, place) for kv in (0, 1))
+        k, v = (native_call(self._native.view, layer, kv, place) for kv in (0, 1))
         return jax.dlpack.from_dlpack(k), jax.dlpack.from_dlpack(v)
 
     def trim(self) -> int:
@@ -439,7 +383,7 @@ class KVPool:
         Returns:
             Bytes given back.
         """
-        return int(_native_call(self._native.trim)) * self.spec.block_bytes
+        return int(native_call(self._native.trim)) * self.spec.block_bytes
 
     def resize(self, capacity: int | str) -> None:
         """Changes the budget while the pool is in use.
@@ -466,42 +410,13 @@ class KVPool:
             claim = attempt()
             if claim.code == 0:
                 return claim
-            if claim.code != _RESOURCE_EXHAUSTED:
-                raise _exception(claim.code, claim.message)
+            if claim.code != RESOURCE_EXHAUSTED:
+                raise exception(claim.code, claim.message)
             if not wait or claim.draining == 0:
-                raise self._out_of(op, claim)
+                raise out_of(op, claim, self._native.rows(), self.spec)
             self._waits += not waited
             waited = True
             # A release whose program failed would drain for ever: say so instead of waiting.
             for marker in [m for m in self._releases if m.is_ready()]:
                 jax.block_until_ready(marker)
             self._native.wait_for_drain(_WAIT_SLICE)
-
-    def _out_of(self, op: str, claim: Any) -> OutOfBlocks:
-        numbers = {
-            "wanted": claim.wanted, "free": claim.free, "draining": claim.draining,
-            "reclaimable": claim.reclaimable,
-        }
-        drain = " or wait for those that drain (acquire(..., wait=True))" if claim.draining else ""
-        if claim.out_of_slots:
-            return OutOfSlots(
-                f"{op}: {claim.wanted} slots wanted, {claim.free} free, {claim.draining} draining, "
-                f"{self.spec.max_slots} in all: release a request{drain}, or make the pool with a "
-                "larger max_slots",
-                **numbers,
-            )
-        rows = [row for row in self._native.rows() if not row.draining]
-        largest = max(rows, key=lambda row: row.blocks, default=None)
-        hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
-        return OutOfBlocks(
-            f"{op}: {claim.message}; a block is {self.spec.block_bytes} bytes: release a request"
-            f"{hint}{drain}, or take more memory with resize()",
-            **numbers,
-        )
-
-
-def _default_device() -> jax.Device:
-    device = jax.config.jax_default_device
-    if device is None:
-        return jax.devices()[0]
-    return jax.devices(device)[0] if isinstance(device, str) else device

@@ -1,8 +1,9 @@
 """PoolStats and SlotInfo: what a pool tells about itself."""
 
 import dataclasses
+from typing import Any
 
-__all__ = ["PoolStats", "SlotInfo"]
+__all__ = ["PoolStats", "SlotInfo", "make_stats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +79,35 @@ class SlotInfo:
     committed_tokens: int
     draining: bool
     length: int | None = None
+
+
+def make_stats(n: Any, host_waits: int) -> PoolStats:
+    """PoolStats from the compiled pool's numbers.
+
+    Args:
+        n: `_native.PoolNumbers`.
+        host_waits: waits that Python counted itself.
+    """
+    size = n.block_bytes
+    return PoolStats(
+        capacity=n.blocks_total * size,
+        mapped=n.blocks_mapped * size,
+        parked=n.blocks_parked * size,
+        draining=n.blocks_draining * size,
+        free=n.blocks_free * size,
+        shared=n.blocks_shared * size,
+        reserved_virtual=n.virtual_bytes,
+        peak=n.blocks_peak * size,
+        physical=n.physical_bytes,
+        block_bytes=size,
+        blocks_total=n.blocks_total,
+        blocks_mapped=n.blocks_mapped,
+        blocks_parked=n.blocks_parked,
+        blocks_draining=n.blocks_draining,
+        blocks_free=n.blocks_free,
+        slots_occupied=n.slots_occupied,
+        slots_draining=n.slots_draining,
+        slots_parked=n.slots_parked,
+        system_calls=n.system_calls,
+        waits=n.waits + host_waits,
+    )
