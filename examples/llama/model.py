@@ -1,0 +1,222 @@
+"""Llama in Flax nnx, with attention left to a function.
+
+The layers never see how keys and values are kept: each calls `attend(q, k, v, state, layer)` and
+hands on the state it returns. Serving passes the paged cache as the state (`Llama.__call__`), so
+that prefill, chunked prefill and decode are the same code on a ragged batch; training passes
+nothing (`Llama.dense`).
+
+The arithmetic follows transformers' LlamaForCausalLM: rotary embeddings that pair dimension i with
+i + D/2, norms and logits in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax_kvpage
+from flax import nnx
+
+from .config import LlamaConfig
+
+__all__ = ["Attend", "Llama", "dense_causal_attention", "rotate"]
+
+# (q [..., T, Hq, D], k and v [..., T, Hkv, D], state, layer) -> (out [..., T, Hq, D], state)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
+        self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+def _linear(
+    inputs: int, outputs: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, std: float
+) -> nnx.Linear:
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(
+        inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs
+    )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: projections and rotary embedding around an `Attend` function."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
+    ) -> None:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = dim
+        self.q_proj = _linear(size, heads * dim, bias, dtype, rngs, 0.02)
+        self.k_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
+        self.v_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
+        self.o_proj = _linear(heads * dim, size, bias, dtype, rngs, std_out)
+
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, attend: Attend, state: Any, layer: int
+    ) -> tuple[jax.Array, Any]:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q = rotate(self.q_proj(x).reshape(shape), angles)
+        k = rotate(self.k_proj(x).reshape(shape), angles)
+        v = self.v_proj(x).reshape(shape)
+        out, state = attend(q, k, v, state, layer)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), state
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward part: down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
+    ) -> None:
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _linear(size, inner, bias, dtype, rngs, 0.02)
+        self.up_proj = _linear(size, inner, bias, dtype, rngs, 0.02)
+        self.down_proj = _linear(inner, size, bias, dtype, rngs, std_out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """One transformer layer; attribute names are those of the checkpoint."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        # GPT-2's start: what writes to the residual stream begins smaller, the deeper the model.
+        std_out = 0.02 / (2 * config.num_hidden_layers) ** 0.5
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype, rngs, std_out)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs, std_out)
+
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, attend: Attend, state: Any, layer: int
+    ) -> tuple[jax.Array, Any]:
+        out, state = self.self_attn(self.input_layernorm(x), angles, attend, state, layer)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), state
+
+
+class Llama(nnx.Module):
+    """A Llama language model.
+
+    Args:
+      config: The model's shape.
+      dtype: Type of the weights and of the arithmetic between norms.
+      rngs: Source of the random weights; with `nnx.eval_shape` none are made.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.layers = nnx.List(
+            [Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        head = None
+        if not config.tie_word_embeddings:
+            head = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
+        self.lm_head = nnx.data(head)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cache: jax_kvpage.KVCache,
+        batch: jax_kvpage.Batch,
+        *,
+        rows: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        """Runs a ragged batch of new tokens against the paged cache.
+
+        The caller advances the cache: a step that is to be repeated or measured does not move it.
+
+        Args:
+          tokens: int32 `[T]`, the new tokens of all sequences, as `batch` divides them.
+          cache: The cache before these tokens, with room mapped for them.
+          batch: Which slot owns which tokens.
+          rows: int32 `[n]`, the tokens whose logits are wanted (None: all T). The vocabulary
+            product of a prompt is
+            usually needed for its last token only.
+          implementation: As for `jax_kvpage.update_and_attend`.
+
+        Returns:
+          Logits, float32 `[n, vocab]`, and the cache holding the tokens' keys and values.
+        """
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, cache: jax_kvpage.KVCache, layer: int
+        ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+            return jax_kvpage.update_and_attend(
+                q, k, v, cache, batch, layer=layer, implementation=implementation
+            )
+
+        positions = jax_kvpage.positions(cache, batch, num_tokens=tokens.shape[0])
+        x, cache = self._hidden(tokens, positions, attend, cache)
+        return self._logits(x if rows is None else x[rows]), cache
+
+    def dense(self, tokens: jax.Array) -> jax.Array:
+        """Logits, float32 `[..., T, vocab]`, of whole sequences `[..., T]` without a cache: for
+        training.
+        """
+        positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        x, _ = self._hidden(tokens, positions, dense_causal_attention, None)
+        return self._logits(x)
+
+    def _hidden(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, state: Any
+    ) -> tuple[jax.Array, Any]:
+        config = self.config
+        frequencies = config.rope.inverse_frequencies(config.head_dim)
+        angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+        x = self.embed_tokens[...][tokens]
+        for index, layer in enumerate(self.layers):
+            x, state = layer(x, angles, attend, state, index)
+        return self.norm(x), state
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotary embedding of x `[..., T, H, D]` by angles `[T, 1, D / 2]`, pairing dimension i with i
+    + D / 2.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def dense_causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: None, layer: int
+) -> tuple[jax.Array, None]:
+    """Causal attention of whole sequences, plain jnp and differentiable: an `Attend` that keeps
+    nothing.
+    """
+    del layer
+    *lead, tokens, heads, dim = q.shape
+    kv_heads = k.shape[-2]
+    # Heads in front and the query heads of a group as rows: two plain matrix products for each KV
+    # head.
+    q = jnp.moveaxis(q * dim**-0.5, -2, -3).reshape(*lead, kv_heads, -1, dim)
+    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
+    scores = jnp.einsum("...qd,...sd->...qs", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*lead, heads, tokens, tokens)
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    out = jnp.einsum("...qs,...sd->...qd", weights.reshape(*lead, kv_heads, -1, tokens), v)
+    return jnp.moveaxis(out.reshape(*lead, heads, tokens, dim), -3, -2), state
