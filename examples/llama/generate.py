@@ -1,0 +1,294 @@
+"""The engine: admits requests as blocks allow, prefills, decodes, and lets go of what has finished.
+
+The schedule is the simplest that never wastes a block and never gives up early. Requests are served
+first come, first served; running ones take blocks before new ones are admitted. One that finds no
+block stalls, keeping what it has, and goes on when another finishes. When all are stalled, the last
+to come is
+preempted: its slot is released, and it is recomputed from its tokens later. Only a request that
+cannot go on alone ends early, with the reason "capacity". None of this changes what a request says.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import jax_kvpage
+import numpy as np
+
+from .programs import Programs
+
+__all__ = ["Engine", "Request", "Sample"]
+
+_SMALLEST_PREFILL = 16
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt and what has become of it.
+
+    Attributes:
+      index: Place in the order of arrival; also the sequence's id for random numbers.
+      prompt_ids: Token ids of the prompt, at least one.
+      max_new_tokens: Tokens to produce at most.
+      output_ids: Tokens produced so far, an end-of-text token included.
+      finish_reason: None while unfinished; "stop" (end of text), "length" (max_new_tokens, or the
+        slot is full) or "capacity" (the pool cannot hold it even alone).
+      slot: Slot in the cache while running, else -1.
+      preemptions: Times it was thrown out and recomputed.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    output_ids: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    slot: int = -1
+    preemptions: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output."""
+        return self.prompt_ids + self.output_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Memory at one moment: what is mapped, what of it belongs to running requests."""
+
+    seconds: float
+    mapped_bytes: int
+    occupied_bytes: int
+    running: int
+
+
+class Engine:
+    """Generates text for a list of requests from one pool.
+
+    Args:
+      programs: The compiled model.
+      pool: The memory. The engine expects to be its only user while it runs.
+      stop_ids: Token ids that end a sequence.
+      scan_steps: Decode steps in one compiled program; 0 for a Python loop over single steps.
+      prefill_chunk: Most prompt tokens in one step; longer prompts take several.
+      on_token: Called with a request and each token it produces, in order.
+      on_finish: Called with each request when it has its finish_reason.
+
+    Attributes:
+      samples: Memory over time, one for each step or scan.
+      steps: Decode steps run (those inside scans included).
+      stalls: Times that a sequence had to wait for blocks.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        pool: jax_kvpage.KVPool,
+        stop_ids: tuple[int, ...],
+        *,
+        scan_steps: int = 0,
+        prefill_chunk: int = 512,
+        on_token: Callable[[Request, int], None] | None = None,
+        on_finish: Callable[[Request], None] | None = None,
+    ) -> None:
+        self._programs = programs
+        self._pool = pool
+        self._spec = pool.spec
+        self._cache = pool.cache()
+        self._stop_ids = frozenset(stop_ids)
+        self._scan_steps = scan_steps
+        self._prefill_chunk = max(prefill_chunk, _SMALLEST_PREFILL)
+        self._on_token = on_token or (lambda request, token: None)
+        self._on_finish = on_finish or (lambda request: None)
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._begin = 0.0
+        self.samples: list[Sample] = []
+        self.steps = 0
+        self.stalls = 0
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Runs all requests to their end; results are in the requests."""
+        self._begin = time.monotonic()
+        self._waiting = list(requests)
+        may_admit = True
+        while self._waiting or self._running:
+            if may_admit:
+                self._admit()
+            may_admit = True
+            if self._running and not self._decode():
+                # What is freed must go to those who wait with a slot, or it would be taken right
+                # back.
+                self._make_room()
+                may_admit = False
+            self._sample_memory()
+
+    def _admit(self) -> None:
+        """Gives slots to waiting requests, in order, and prefills them together."""
+        admitted: list[Request] = []
+        while self._waiting:
+            request = self._waiting[0]
+            alone = not self._running and not admitted
+            try:
+                # Room for the prompt and the first token to come. Alone there is nothing to do but
+                # to wait for released memory to drain.
+                request.slot, self._cache = self._pool.acquire(
+                    self._cache, self._reserve(request), wait=alone
+                )
+            except jax_kvpage.OutOfBlocks:
+                if not alone:
+                    break
+                self._waiting.pop(0)
+                request.finish_reason = "capacity"
+                self._on_finish(request)
+                continue
+            admitted.append(self._waiting.pop(0))
+        self._running += admitted
+        self._prefill(admitted)
+
+    def _reserve(self, request: Request) -> int:
+        return min(len(request.tokens) + 1, self._spec.max_seq_len)
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Runs prompts through the model, as many whole or partial ones a step as fit the chunk."""
+        todo = [(request, 0) for request in requests]
+        while todo:
+            parts, room = [], self._prefill_chunk
+            while todo and room:
+                request, start = todo.pop(0)
+                length = min(len(request.tokens) - start, room)
+                parts.append((request, start, length))
+                room -= length
+                if start + length < len(request.tokens):
+                    todo.insert(0, (request, start + length))
+            chosen = self._run_parts(parts)
+            for (request, start, length), token in zip(parts, chosen, strict=False):
+                if start + length == len(request.tokens):
+                    self._take(request, int(token))
+            self._sample_memory()
+        self._release_finished()
+
+    def _run_parts(self, parts: list[tuple[Request, int, int]]) -> np.ndarray:
+        """One step over some tokens of some sequences; returns the next token of each part."""
+        total = sum(length for _, _, length in parts)
+        width = max(_SMALLEST_PREFILL, 1 << (total - 1).bit_length())
+        lanes = self._spec.max_slots
+        tokens = np.zeros(width, np.int32)
+        slots, ids = np.full(lanes, -1, np.int32), np.zeros(lanes, np.int32)
+        offsets = np.zeros(lanes + 1, np.int32)
+        for lane, (request, start, length) in enumerate(parts):
+            begin = offsets[lane]
+            tokens[begin : begin + length] = request.tokens[start : start + length]
+            slots[lane], ids[lane] = request.slot, request.index
+            offsets[lane + 1 :] = begin + length
+        batch = jax_kvpage.Batch(jnp.asarray(slots), jnp.asarray(offsets), num_tokens=width)
+        rows = np.maximum(offsets[1:] - 1, 0)
+        chosen, self._cache = self._programs.step(
+            self._cache, jnp.asarray(tokens), batch, jnp.asarray(rows), jnp.asarray(ids)
+        )
+        return np.asarray(chosen)
+
+    def _decode(self) -> bool:
+        """One step, or one scan; returns whether any sequence got further."""
+        produced = self._decode_scan() if self._scan_steps else self._decode_step()
+        self._release_finished()
+        return produced
+
+    def _lanes(self, requests: list[Request]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Newest tokens, slots and sequence ids; a sequence's lane is its slot."""
+        tokens, ids = np.zeros((2, self._spec.max_slots), np.int32)
+        slots = np.full(self._spec.max_slots, -1, np.int32)
+        for request in requests:
+            tokens[request.slot] = request.output_ids[-1]
+            slots[request.slot] = request.slot
+            ids[request.slot] = request.index
+        return jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(ids)
+
+    def _decode_step(self) -> bool:
+        ready = [request for request in self._running if self._extend(request)]
+        self.stalls += len(self._running) - len(ready)
+        if not ready:
+            return False
+        tokens, slots, ids = self._lanes(ready)
+        rows = jnp.arange(self._spec.max_slots, dtype=jnp.int32)
+        batch = jax_kvpage.Batch.decode(slots)
+        chosen, self._cache = self._programs.step(self._cache, tokens, batch, rows, ids)
+        self.steps += 1
+        for request, token in zip(ready, np.asarray(chosen)[[r.slot for r in ready]], strict=True):
+            self._take(request, int(token))
+        return True
+
+    def _extend(self, request: Request) -> bool:
+        """Maps room for the newest token, if there are blocks."""
+        try:
+            self._pool.extend(request.slot, len(request.tokens))
+        except jax_kvpage.OutOfBlocks:
+            return False
+        return True
+
+    def _decode_scan(self) -> bool:
+        tokens, slots, ids = self._lanes(self._running)
+        remaining = np.zeros(self._spec.max_slots, np.int32)
+        for request in self._running:
+            remaining[request.slot] = self._remaining(request)
+        result, self._cache = self._programs.scan(
+            self._scan_steps, self._cache, tokens, slots, jnp.asarray(remaining), ids
+        )
+        out, produced = np.asarray(result.tokens), np.asarray(result.produced)
+        active = np.asarray(result.active)
+        self.steps += int(produced.any(axis=1).sum())
+        for token_row, produced_row in zip(out, produced, strict=True):
+            for request in self._running:
+                if produced_row[request.slot]:
+                    self._take(request, int(token_row[request.slot]))
+        waits = [request for request in self._running if active[request.slot]]
+        self.stalls += sum(not produced[-1, request.slot] for request in waits)
+        return bool(produced.any())
+
+    def _take(self, request: Request, token: int) -> None:
+        request.output_ids.append(token)
+        self._on_token(request, token)
+        if token in self._stop_ids:
+            request.finish_reason = "stop"
+        elif self._remaining(request) <= 0:
+            request.finish_reason = "length"
+
+    def _remaining(self, request: Request) -> int:
+        room = self._spec.max_seq_len - len(request.tokens)
+        return min(request.max_new_tokens - len(request.output_ids), room)
+
+    def _release_finished(self) -> None:
+        done = [request for request in self._running if request.finish_reason]
+        if done:
+            self._cache = self._pool.release(self._cache, [request.slot for request in done])
+            self._running = [request for request in self._running if not request.finish_reason]
+            for request in done:
+                request.slot = -1
+                self._on_finish(request)
+
+    def _make_room(self) -> None:
+        """All are stalled: throws out the last to come, or ends the only one there is."""
+        draining = self._pool.stats().draining
+        if draining:
+            # Released blocks are of use once the programs that knew them have run.
+            jax.block_until_ready(self._cache)
+            if self._pool.stats().draining < draining:
+                return
+        if len(self._running) == 1:
+            self._running[0].finish_reason = "capacity"
+            self._release_finished()
+            return
+        request = max(self._running, key=lambda running: running.index)
+        self._running.remove(request)
+        self._cache = self._pool.release(self._cache, request.slot)
+        request.slot = -1
+        request.preemptions += 1
+        self._waiting.insert(0, request)
+
+    def _sample_memory(self) -> None:
+        stats = self._pool.stats()
+        seconds = time.monotonic() - self._begin - self._programs.compile_seconds
+        mapped = stats.capacity - stats.free
+        occupied = mapped - stats.parked - stats.draining
+        self.samples.append(Sample(seconds, mapped, occupied, len(self._running)))

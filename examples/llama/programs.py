@@ -1,0 +1,178 @@
+"""The compiled programs of the engine: one step over a ragged batch, and many decode steps in one
+scan.
+
+Both take the weights as a flat list of arrays, which dispatches faster than a Flax state, and the
+cache as a donated pytree of a few hundred bytes. Shapes are static, so a program is compiled once
+per number of tokens, not per
+length: sequences that are idle or have stopped stay in the batch as padding.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax_kvpage
+from flax import nnx
+
+from .model import Llama
+from .sampling import Sampling, sample
+
+__all__ = ["Programs", "ScanResult"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScanResult:
+    """What N decode steps in one program produced, for the lanes `[S]` of its batch.
+
+    Attributes:
+      tokens: int32 `[N, S]`.
+      produced: bool `[N, S]`, whether the lane ran in that step: neither finished nor out of
+        blocks.
+      active: bool `[S]`, lanes that have not finished. One that is active and did not produce in
+        the
+        last step waits for blocks.
+    """
+
+    tokens: jax.Array
+    produced: jax.Array
+    active: jax.Array
+
+
+class Programs:
+    """Compiled programs of a model.
+
+    Args:
+      model: The model; its weights are shared, not copied.
+      sampling: How tokens are chosen.
+      stop_ids: Token ids that end a sequence.
+      implementation: As for `jax_kvpage.update_and_attend`.
+
+    Attributes:
+      compile_seconds: Time spent tracing and compiling so far, which throughput leaves out.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...],
+        implementation: str | None = None,
+    ) -> None:
+        self._graph, state = nnx.split(model)
+        self._weights, self._tree = jax.tree.flatten(state)
+        self._sampling = sampling
+        self._stop_ids = stop_ids
+        self._implementation = implementation
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+
+    def step(
+        self,
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+        rows: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        """Runs new tokens `[T]` of a ragged batch and chooses each sequence's next token.
+
+        Args:
+          cache: Donated.
+          tokens: int32 `[T]`.
+          batch: Of S sequences; prefill, chunked prefill and decode differ in nothing but this.
+          rows: int32 `[S]`, each sequence's last token in this batch.
+          sequence_ids: int32 `[S]`.
+
+        Returns:
+          int32 `[S]`, meaningless for padding, and the advanced cache.
+        """
+        return self._call(self._step, (), cache, tokens, batch, rows, sequence_ids)
+
+    def scan(
+        self,
+        num_steps: int,
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        slots: jax.Array,
+        remaining: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[ScanResult, jax_kvpage.KVCache]:
+        """Runs `num_steps` decode steps in one program that maps its own blocks.
+
+        Args:
+          num_steps: Static.
+          cache: Donated.
+          tokens: int32 `[S]`, each sequence's newest token.
+          slots: int32 `[S]`, -1 for idle lanes.
+          remaining: int32 `[S]`, tokens that each sequence may still produce.
+          sequence_ids: int32 `[S]`.
+        """
+        return self._call(self._scan, (num_steps,), cache, tokens, slots, remaining, sequence_ids)
+
+    def _call(self, function: Callable[..., Any], static: tuple[int, ...], *args: Any) -> Any:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
+        key = (function.__name__, static, args[0].spec, shapes)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            begin = time.monotonic()
+            count = len(static)
+            program = jax.jit(
+                function, static_argnums=tuple(range(count)), donate_argnums=(count + 1,)
+            )
+            compiled = program.lower(*static, self._weights, *args).compile()
+            self._compiled[key] = compiled
+            self.compile_seconds += time.monotonic() - begin
+        return compiled(self._weights, *args)
+
+    def _step(
+        self,
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+        rows: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+        logits, cache = model(tokens, cache, batch, rows=rows, implementation=self._implementation)
+        cache = jax_kvpage.advance(cache, batch)
+        # The chosen token stands right after all that has been written.
+        next_positions = cache.lengths[batch.slots]
+        return sample(logits, sequence_ids, next_positions, self._sampling), cache
+
+    def _scan(
+        self,
+        num_steps: int,
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        slots: jax.Array,
+        remaining: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[ScanResult, jax_kvpage.KVCache]:
+        batch = jax_kvpage.Batch.decode(slots)
+        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
+        stop_ids = jnp.asarray(self._stop_ids, jnp.int32)
+
+        def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            cache, tokens, remaining, active = carry
+            mine = batch.mask(active)
+            cache, ok = jax_kvpage.map_slots(cache, mine.slots, cache.lengths[slots] + 1)
+            produced = active & ok
+            chosen, cache = self._step(
+                weights, cache, tokens, mine.mask(produced), rows, sequence_ids
+            )
+            tokens = jnp.where(produced, chosen, tokens)
+            remaining = remaining - produced
+            stopped = (remaining <= 0) | jnp.isin(chosen, stop_ids)
+            active = active & ~(produced & stopped)
+            return (cache, tokens, remaining, active), (tokens, produced)
+
+        active = (slots >= 0) & (remaining > 0)
+        carry = (cache, tokens, remaining, active)
+        (cache, _, _, active), (out, produced) = jax.lax.scan(body, carry, length=num_steps)
+        return ScanResult(out, produced, active), cache

@@ -1,0 +1,135 @@
+"""What a run cost: figures for the table and for `--json`, the table itself, and the plot of memory
+over time.
+"""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax_kvpage
+
+from .generate import Engine, Request
+
+__all__ = ["figures", "plot_memory", "print_table"]
+
+
+def figures(
+    engine: Engine,
+    requests: Sequence[Request],
+    spec: jax_kvpage.CacheSpec,
+    stats: jax_kvpage.PoolStats,
+    seconds: float,
+    compile_seconds: float,
+) -> dict[str, Any]:
+    """The figures of a run, as plain numbers and strings.
+
+    Args:
+      engine: After its run.
+      requests: What it ran.
+      spec: The pool's, resolved.
+      stats: The pool's, after the run.
+      seconds: Duration of the run, compiling included.
+      compile_seconds: How much of it was compiling.
+    """
+    generated = sum(len(request.output_ids) for request in requests)
+    running = max(seconds - compile_seconds, 1e-9)
+    static = spec.max_slots * spec.max_seq_len * spec.token_bytes
+    return {
+        "num_sequences": len(requests),
+        "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
+        "generated_tokens": generated,
+        "seconds": round(running, 4),
+        "compile_seconds": round(compile_seconds, 4),
+        "tokens_per_second": round(generated / running, 2),
+        "decode_steps": engine.steps,
+        "layout": spec.layout,
+        "kv_dtype": str(spec.dtype),
+        "block_tokens": spec.block_tokens,
+        "block_bytes": spec.block_bytes,
+        "blocks_mapped": stats.peak // spec.block_bytes,
+        "bytes_mapped": stats.peak,
+        "bytes_static_cache": static,
+        "bytes_reserved_virtual": stats.reserved_virtual,
+        "mapped_share_of_static": round(stats.peak / static, 4),
+        "system_calls": stats.system_calls,
+        "system_calls_per_token": round(stats.system_calls / max(generated, 1), 4),
+        "stalls": engine.stalls,
+        "preemptions": sum(request.preemptions for request in requests),
+    }
+
+
+def print_table(values: dict[str, Any]) -> None:
+    """Prints the figures as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What it took", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    rate = f"{values['tokens_per_second']:,.1f}"
+    compiled = f"{values['seconds']:.2f} s (and {values['compile_seconds']:.2f} s compiling)"
+    rows = [
+        ("sequences", f"{values['num_sequences']}"),
+        (
+            "tokens read / generated",
+            f"{values['prompt_tokens']:,} / {values['generated_tokens']:,}",
+        ),
+        ("time", compiled),
+        ("tokens/s", rate),
+        ("layout, storage", f"{values['layout']}, {values['kv_dtype']}"),
+        ("block", f"{values['block_tokens']} tokens, {_bytes(values['block_bytes'])}"),
+        ("blocks mapped at most", f"{values['blocks_mapped']:,}"),
+        ("bytes mapped at most", _bytes(values["bytes_mapped"])),
+        ("a static cache reserves", _bytes(values["bytes_static_cache"])),
+        ("mapped / static", f"{values['mapped_share_of_static']:.1%}"),
+        ("system calls per token", f"{values['system_calls_per_token']:.3f}"),
+        ("stalls / preemptions", f"{values['stalls']} / {values['preemptions']}"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def plot_memory(engine: Engine, values: dict[str, Any], file: str | pathlib.Path) -> None:
+    """Draws mapped memory over time against what a static cache would have reserved.
+
+    Raises:
+      OSError: The file cannot be written.
+      ValueError: matplotlib does not know the file's ending.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    seconds = [sample.seconds for sample in engine.samples]
+    mapped = [sample.mapped_bytes for sample in engine.samples]
+    occupied = [sample.occupied_bytes for sample in engine.samples]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    static = values["bytes_static_cache"]
+    axes.axhline(static, color="tab:red", linestyle="--", label="static cache")
+    axes.step(seconds, mapped, where="post", color="tab:blue", label="mapped")
+    axes.fill_between(
+        seconds, occupied, step="post", color="tab:blue", alpha=0.25, label="of running sequences"
+    )
+    axes.set_xlabel("seconds")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.set_title(f"KV cache of {values['num_sequences']} sequences")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _bytes(count: float) -> str:
+    """A number of bytes in the largest binary unit that leaves at least one."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
+    count /= 1024**power
+    return (
+        f"{count:.0f} {units[power]}"
+        if power == 0 or count >= 100
+        else f"{count:.1f} {units[power]}"
+    )

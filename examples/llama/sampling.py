@@ -1,0 +1,87 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p.
+
+The random key of a token is a function of the seed, the sequence and the position alone. Who else
+is in the batch, whether a step was repeated, or whether a sequence was stalled or started again on
+the way does not change what it says.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Sampling", "sample"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose. Static in compiled programs.
+
+    Attributes:
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      top_k: Only the k most likely tokens; 0 for all.
+      top_p: Only the smallest set of most likely tokens whose probabilities reach p; 1 for all.
+      seed: Of the random numbers.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all) or more, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+
+
+def sample(
+    logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """The next token of each sequence.
+
+    Args:
+      logits: float32 `[n, vocab]`.
+      sequence_ids: int32 `[n]`, what tells a request from all others of the run.
+      positions: int32 `[n]`, the position that the new token will have.
+      sampling: How to choose.
+
+    Returns:
+      int32 `[n]`.
+    """
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _keep_top_p(_keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+
+    def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(sampling.seed), sequence)
+        return jax.random.categorical(jax.random.fold_in(key, position), row)
+
+    return jax.vmap(draw)(logits, sequence_ids, positions).astype(jnp.int32)
+
+
+def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """Logits `[n, vocab]` with all but the k largest at -inf; equals of the last one stay."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    smallest = jax.lax.top_k(logits, k)[0][:, -1:]
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """Logits `[n, vocab]` with all outside the smallest set of mass p at -inf; the largest always
+    stays.
+    """
+    if p >= 1.0:
+        return logits
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
+        ordered, axis=-1
+    )
+    smallest = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
