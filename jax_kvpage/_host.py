@@ -109,7 +109,7 @@ def out_of(op: str, claim: Any, rows: list[Any], spec: CacheSpec) -> OutOfBlocks
     largest = max(live, key=lambda row: row.blocks, default=None)
     hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
     return OutOfBlocks(
-        f"{op}: {claim.message}; a block is {spec.block_bytes} bytes: release a request{hint}{wait}, "
-        "or take more memory with resize()",
+        f"{op}: {claim.message}; a block is {spec.block_bytes} bytes: release a request{hint}{wait}"
+        ", or take more memory with resize()",
         **numbers,
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpage._arrays import as_int32
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
@@ -34,15 +35,6 @@ class KVCache:
     epoch: jax.Array
     lengths: jax.Array
     spec: CacheSpec = dataclasses.field(metadata={"static": True})
-
-
-def _as_int32(values: object) -> object:
-    """Host integers as an int32 array; all else (arrays, tracers, tree placeholders) as it is."""
-    if isinstance(values, (list, tuple)) or type(values) is np.ndarray:
-        array = np.asarray(values)
-        if array.size == 0 or np.issubdtype(array.dtype, np.integer):
-            return jnp.asarray(array.astype(np.int32))
-    return values
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +63,11 @@ class Batch:
 
     def __post_init__(self) -> None:
         """Takes host integers as well as arrays."""
-        object.__setattr__(self, "slots", _as_int32(self.slots))
-        object.__setattr__(self, "query_offsets", _as_int32(self.query_offsets))
+        for name in ("slots", "query_offsets"):
+            value = getattr(self, name)
+            # Tree functions rebuild batches with anything in these places: leave that alone.
+            if type(value) in (list, tuple, np.ndarray):
+                object.__setattr__(self, name, as_int32(f"Batch.{name}", value))
 
     @classmethod
     def decode(cls, slots: jax.Array | Sequence[int]) -> "Batch":
@@ -81,7 +76,7 @@ class Batch:
         Args:
             slots: int32[S], or a list of ints; -1 is padding.
         """
-        slots = jnp.asarray(_as_int32(slots))
+        slots = as_int32("Batch.decode: slots", slots)
         offsets = jnp.arange(slots.shape[0] + 1, dtype=jnp.int32)
         return cls(slots, offsets, num_tokens=slots.shape[0])
 
@@ -115,8 +110,8 @@ class Batch:
             if reasons:
                 raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
             num_tokens = total if num_tokens is None else num_tokens
-            lengths = jnp.asarray(counts.astype(np.int32))
-        slots = jnp.asarray(_as_int32(slots))
+            lengths = as_int32("Batch.from_lengths: lengths", counts)
+        slots = as_int32("Batch.from_lengths: slots", slots)
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
         return cls(slots, offsets, num_tokens=num_tokens)
 

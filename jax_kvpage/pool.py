@@ -207,8 +207,8 @@ class KVPool:
     ) -> tuple[Any, KVCache]:
         """Occupies a slot for a new request and maps room for its first tokens.
 
-        A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing for
-        a list.
+        A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing
+        for a list.
 
         Args:
             cache: the newest cache.
@@ -333,8 +333,8 @@ class KVPool:
         """Which physical block each logical block of a slot is.
 
         Returns:
-            For each range of the slot (one in the fused layout; K and V of layer 0, K and V of layer
-            1, ... in the per-layer layout) a list of (physical block, reference count).
+            For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
+            layer 1, ... in the per-layer layout) a list of (physical block, reference count).
         """
         return native_call(self._native.block_map, slot)  # type: ignore[no-any-return]
 
@@ -342,9 +342,10 @@ class KVPool:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
 
         The arrays have a constant shape and alias the cache: programs may take them as operands
-        alongside the cache and see what is written. What is not mapped or not written reads as zeros.
-        Never donate them, return them from a program or slice them outside of one: XLA would copy the
-        whole range. A slot with views stays draining after its release until they are gone.
+        alongside the cache and see what is written. What is not mapped or not written reads as
+        zeros. Never donate them, return them from a program or slice them outside of one: XLA would
+        copy the whole range. A slot with views stays draining after its release until they are
+        gone.
 
         Args:
             layer: which layer.
