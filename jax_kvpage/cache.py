@@ -94,23 +94,25 @@ class Batch:
                 out when lengths are host integers: then T is their sum.
 
         Raises:
-            ValueError: host lengths that are negative, that do not match slots, or whose sum is
-                more than num_tokens.
+            ValueError: lengths that are no integers; host lengths that are negative, that do not
+                match slots, or whose sum is more than num_tokens.
         """
+        reasons = []
         if not isinstance(lengths, jax.Array):
             counts = np.asarray(lengths)
             total = int(counts.sum())
-            reasons = []
             if counts.ndim != 1 or counts.shape != np.shape(slots):
                 reasons.append(f"slots {np.shape(slots)} and lengths {counts.shape} do not match")
             if counts.size and counts.min() < 0:
                 reasons.append(f"lengths must not be negative, got {counts.min()}")
             if num_tokens is not None and total > num_tokens:
                 reasons.append(f"lengths sum to {total}, more than num_tokens={num_tokens}")
-            if reasons:
-                raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
             num_tokens = total if num_tokens is None else num_tokens
             lengths = as_int32("Batch.from_lengths: lengths", counts)
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            reasons.append(f"lengths must be integers, got {lengths.dtype}")
+        if reasons:
+            raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
         slots = as_int32("Batch.from_lengths: slots", slots)
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
         return cls(slots, offsets, num_tokens=num_tokens)

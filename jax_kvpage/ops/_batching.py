@@ -56,17 +56,17 @@ def refuse(
         raise ValueError("\n  - ".join([f"vmap of {op}:", *reasons]))
 
 
-_SHARED = {
-    "handle": "the cache", "epoch": "the cache", "lengths": "the cache", "layer": "the layer",
-}
+# Names of a cache's arrays among the operands of an op.
+CACHE = ("cache.handle", "cache.epoch", "cache.lengths")
 
 
 def never_mapped(name: str, dim: int | None) -> str:
     """For `refuse`: a cache and a layer are shared by all elements."""
-    if dim is None or name not in _SHARED:
+    if dim is None or name not in (*CACHE, "layer"):
         return ""
-    text = f"{_SHARED[name]} is batched, but must be the same for all elements (in_axes=None)"
-    if _SHARED[name] == "the cache":
+    what = "the layer" if name == "layer" else "the cache"
+    text = f"{what} is batched, but must be the same for all elements (in_axes=None)"
+    if name in CACHE:
         text += (
             "; a cache comes back batched from lax.cond or lax.switch with a batched predicate: "
             "run the op for every element and leave sequences out with batch.mask(keep) instead"

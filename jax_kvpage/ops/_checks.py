@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["FLOATS", "INT32", "Checker", "as_int32", "cache_operands", "layer_operand"]
+__all__ = ["FLOATS", "INT32", "Checker", "cache_operands", "layer_operand"]
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 INT32 = (jnp.int32,)
@@ -124,15 +124,6 @@ def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
     return batch.slots, batch.query_offsets
 
 
-def as_int32(values: Any) -> Any:
-    """Host integers (int, list, NumPy) as an int32 array; arrays and tracers as they are."""
-    if isinstance(values, jax.Array):
-        return values
-    array = np.asarray(values)
-    fits = array.dtype.kind in "iu" and (array.size == 0 or np.abs(array).max() <= 2**31 - 1)
-    return jnp.asarray(array.astype(np.int32) if fits or array.size == 0 else array)
-
-
 def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
     """The layer as an int32 scalar; a layer known at trace time is range-checked here.
 
@@ -147,7 +138,7 @@ def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
             problems.append(f"layer: wanted 0 to {last}, the spec has {last + 1}, got {layer}")
             layer = 0
         return np.int32(layer)
-    return layer if isinstance(layer, jax.Array) else as_int32(layer)
+    return as_int32("layer", layer)
 
 
 def check_num_tokens(batch: Batch, actual: Any, name: str, problems: list[str]) -> None:

@@ -6,17 +6,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching
-from jax_kvpage.ops._checks import INT32, Checker, as_int32, cache_operands
+from jax_kvpage.ops._checks import INT32, Checker, cache_operands
 
 __all__ = ["check", "flattened", "operands", "replaced"]
 
 
-def operands(op: str, cache: KVCache, slots: Any, values: Any) -> tuple[Any, ...]:
-    """The cache's arrays, slots [n] and values [n]; single slots and values are spread out."""
+def operands(op: str, cache: KVCache, slots: Any, name: str, values: Any) -> tuple[Any, ...]:
+    """The cache's arrays, slots [n] and values [n], called `name`; scalars are spread out."""
     arrays = cache_operands(op, cache)
-    slots, values = jnp.atleast_1d(as_int32(slots)), as_int32(values)
+    slots = jnp.atleast_1d(as_int32(f"{op}: slots", slots))
+    values = as_int32(f"{op}: {name}", values)
     if values.ndim == 0:
         values = jnp.broadcast_to(values, slots.shape)
     return *arrays, slots, values
@@ -43,7 +45,7 @@ def flattened(op: str, name: str, operands: Sequence[Any], dims: Any) -> tuple[l
     Returns:
         The operands and the size of the axis.
     """
-    names = ("handle", "epoch", "lengths", "slots", name)
+    names = (*_batching.CACHE, "slots", name)
     _batching.refuse(op, names, dims, _batching.must_be_mapped("slots"))
     size = _batching.axis_size(operands, dims)
     return [*operands[:3], *_batching.flatten_rows(operands[3:], dims[3:], size)], size

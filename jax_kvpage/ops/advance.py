@@ -13,7 +13,7 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["advance"]
 
-_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets")
+_NAMES = (*_batching.CACHE, "slots", "query_offsets")
 
 
 def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:

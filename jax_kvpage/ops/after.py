@@ -58,7 +58,7 @@ _lowering.register_lowerings(after_p, aliases={0: 0})
 
 
 def _batch(operands: Any, dims: Any) -> Any:
-    names = ("epoch", *["value"] * (len(operands) - 1))
+    names = ("cache.epoch", *["value"] * (len(operands) - 1))
     _batching.refuse("after", names, dims, _batching.never_mapped)
     return after_p.bind(*operands), [None]
 

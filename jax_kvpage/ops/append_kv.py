@@ -13,7 +13,7 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["append_kv"]
 
-_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets", "layer", "k", "v")
+_NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "k", "v")
 
 
 def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> list[Any]:

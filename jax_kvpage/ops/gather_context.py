@@ -9,7 +9,7 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["gather_context_p"]
 
-_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets", "layer")
+_NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer")
 
 
 def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:

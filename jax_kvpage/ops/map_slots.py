@@ -49,7 +49,7 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             or more tokens than max_seq_len, which could never succeed.
     """
-    operands = _slots.operands("map_slots", cache, slots, num_tokens)
+    operands = _slots.operands("map_slots", cache, slots, "num_tokens", num_tokens)
     epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})
     return _slots.replaced(cache, epoch), ok
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from jax_kvpage import _compat
+from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching, _lowering
-from jax_kvpage.ops._checks import INT32, as_int32, cache_operands, pool_checker
+from jax_kvpage.ops._checks import INT32, cache_operands, pool_checker
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["occupy", "vacate"]
@@ -34,7 +35,8 @@ vacate_p = _lowering.make_primitive("vacate", _abstract)
 
 
 def _apply(primitive: Primitive, cache: KVCache, own: Any, slots: Any) -> KVCache:
-    operands = (*cache_operands(primitive.name, cache), as_int32(own), as_int32(slots))
+    arrays = cache_operands(primitive.name, cache)
+    operands = (*arrays, as_int32("own", own), as_int32("slots", slots))
     epoch, lengths = _lowering.bind(primitive, _abstract, operands, {"spec": cache.spec})
     return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
 

@@ -16,7 +16,7 @@ __all__ = ["paged_attention"]
 
 _STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
 _NAMES = (
-    "handle", "epoch", "lengths", "slots", "query_offsets", "layer", "q", "sliding_window", "sinks",
+    *_batching.CACHE, "slots", "query_offsets", "layer", "q", "sliding_window", "sinks",
     "alibi_slopes",
 )
 

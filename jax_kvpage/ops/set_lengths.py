@@ -44,7 +44,7 @@ def set_lengths(cache: KVCache, slots: Any, lengths: Any) -> KVCache:
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             or a length beyond what was written.
     """
-    operands = _slots.operands("set_lengths", cache, slots, lengths)
+    operands = _slots.operands("set_lengths", cache, slots, "lengths", lengths)
     epoch, new = _lowering.bind(set_lengths_p, _abstract, operands, {"spec": cache.spec})
     return _slots.replaced(cache, epoch, new)
 

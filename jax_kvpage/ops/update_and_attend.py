@@ -18,7 +18,7 @@ __all__ = ["update_and_attend"]
 
 _STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
 _OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
-_NAMES = ("handle", "epoch", "lengths", "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
+_NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
 
 
 def _abstract(
