@@ -38,13 +38,12 @@ void BlockPool::Remove(std::int32_t block) {
 }
 
 std::int32_t BlockPool::Pick(std::int32_t after) const {
+  // A warm block is cheaper than a neighbour that must be allocated and zeroed first.
   const std::int32_t next = after + 1;
-  const bool room = num_used_ + num_warm() < budget_;  // a cold block may be created without cooling a warm one
-  if (after >= 0 && next < num_blocks()) {
-    const Kind kind = blocks_[next].kind;
-    if (kind == kWarm || (kind == kCold && room)) return next;
-  }
-  return lists_[kWarm].head >= 0 ? lists_[kWarm].head : lists_[kCold].head;
+  const bool exists = after >= 0 && next < num_blocks();
+  if (exists && blocks_[next].kind == kWarm) return next;
+  if (lists_[kWarm].head >= 0) return lists_[kWarm].head;
+  return exists && blocks_[next].kind == kCold ? next : lists_[kCold].head;
 }
 
 bool BlockPool::Claim(std::int64_t count, std::int32_t after, std::vector<std::int32_t>* blocks,

@@ -30,8 +30,8 @@ class BlockPool {
   std::int32_t references(std::int32_t block) const { return blocks_[block].references; }
 
   // Takes `count` blocks with one reference each, or none and false. Blocks that must be created by the caller (they
-  // were cold) are appended to `cold` too. The first one is `after` + 1 if that is free and cheap to have, and so on:
-  // neighbours in one memory file merge into one mapping.
+  // were cold) are appended to `cold` too. Warm blocks go first, and among equals the
+  // neighbour of the one before (of `after` at the beginning): neighbours in one memory file merge into one mapping.
   bool Claim(std::int64_t count, std::int32_t after, std::vector<std::int32_t>* blocks,
              std::vector<std::int32_t>* cold);
   // Undoes a claim whose cold blocks could not be created: those become cold again, the others warm.

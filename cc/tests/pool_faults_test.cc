@@ -1,0 +1,133 @@
+// A page table that fails on demand: whatever goes wrong half-way, the pool is left as it was.
+#include <utility>
+
+#include "tests/pool_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+enum class Verb { kNone, kCreate, kMap, kUnmap, kDestroy };
+
+// Forwards to memfd; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
+class FaultyVmm final : public Vmm {
+ public:
+  explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}
+  void FailAt(Verb verb, int call) {
+    verb_ = verb;
+    calls_left_ = call;
+  }
+  bool failed() const { return calls_left_ < 0; }
+
+  char* base() const override { return inner_->base(); }
+  Status Grow(std::int64_t n) override { return inner_->Grow(n); }
+  Status Create(const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kCreate) ? Fault() : inner_->Create(b, n);
+  }
+  Status Destroy(const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kDestroy) ? Fault() : inner_->Destroy(b, n);
+  }
+  Status Map(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kMap) ? Fault() : inner_->Map(o, b, n);
+  }
+  Status Unmap(std::int64_t o, std::int64_t n) override { return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, n); }
+  std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
+  std::int64_t system_calls() const override { return inner_->system_calls(); }
+
+ private:
+  bool Fails(Verb verb) { return verb == verb_ && calls_left_ >= 0 && calls_left_-- == 0; }
+  static Status Fault() { return ResourceExhausted("injected fault"); }
+
+  std::unique_ptr<Vmm> inner_;
+  Verb verb_ = Verb::kNone;
+  int calls_left_ = -1;
+};
+
+struct Fixture {
+  explicit Fixture(std::int64_t blocks) : geometry(SmallGeometry(Layout::kPerLayer)) {
+    std::unique_ptr<MemfdVmm> memfd;
+    CHECK_OK(MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &memfd));
+    auto faulty = std::make_unique<FaultyVmm>(std::move(memfd));
+    vmm = faulty.get();
+    pool = MakePool(geometry, blocks, {}, std::move(faulty));
+  }
+  Geometry geometry;
+  FaultyVmm* vmm = nullptr;
+  std::shared_ptr<Pool> pool;
+};
+
+bool Same(const PoolNumbers& a, const PoolNumbers& b) {
+  return a.blocks_mapped == b.blocks_mapped && a.blocks_free + a.blocks_parked == b.blocks_free + b.blocks_parked &&
+         a.blocks_draining == b.blocks_draining && a.slots_occupied == b.slots_occupied;
+}
+
+TEST(AcquireRollsBackWhereverItFails) {
+  for (Verb verb : {Verb::kCreate, Verb::kMap}) {
+    for (int call = 0; call < 8; ++call) {
+      Fixture f(64);
+      Program program(f.pool.get());
+      const std::int32_t slot = program.Acquire(20);
+      CHECK_OK(program.Write(slot, 20));
+      const PoolNumbers before = f.pool->Numbers();
+      f.vmm->FailAt(verb, call);
+      const Claim claim = f.pool->Acquire({40, 20});
+      if (!f.vmm->failed()) continue;
+      CHECK(claim.status.code() == Code::kResourceExhausted);
+      CHECK(Same(f.pool->Numbers(), before)) << "verb" << static_cast<int>(verb) << "call" << call;
+      CHECK_OK(program.Write(slot, 1));
+      f.vmm->FailAt(Verb::kNone, 0);
+      CHECK_OK(f.pool->Acquire({40, 20}).status);
+    }
+  }
+}
+
+TEST(MapSlotsAnswersFalseAndGoesOn) {
+  for (int call = 0; call < 4; ++call) {
+    Fixture f(64);
+    Program program(f.pool.get());
+    const std::int32_t slot = program.Acquire(16);
+    CHECK_OK(program.Write(slot, 16));
+    f.vmm->FailAt(Verb::kMap, call);
+    bool ok = true;
+    CHECK_OK(program.Map(slot, 17, &ok));
+    CHECK(!ok);
+    CHECK_OK(program.Map(slot, 17, &ok));
+    CHECK(ok);
+    CHECK_OK(program.Write(slot, 1));
+    CHECK_EQ(program.length(slot), 17);
+  }
+}
+
+TEST(StealingThatFailsLosesNothing) {
+  for (int call = 0; call < 4; ++call) {
+    Fixture f(16);
+    Program program(f.pool.get());
+    const std::int32_t first = program.Acquire(32);
+    const std::int32_t second = program.Acquire(32);
+    CHECK_OK(program.Write(second, 32));
+    program.Release(first);
+    f.vmm->FailAt(Verb::kUnmap, call);
+    const Claim claim = f.pool->Acquire({1, 16});
+    const PoolNumbers numbers = f.pool->Numbers();
+    CHECK_EQ(numbers.blocks_mapped + numbers.blocks_parked + numbers.blocks_free, 16) << claim.status.message();
+    f.vmm->FailAt(Verb::kNone, 0);
+    std::int64_t freed = 0;
+    CHECK_OK(f.pool->Trim(&freed));
+  }
+}
+
+TEST(TrimThatFailsKeepsItsAccounts) {
+  Fixture f(16);
+  Program program(f.pool.get());
+  program.Release(program.Acquire(64));
+  f.vmm->FailAt(Verb::kDestroy, 0);
+  std::int64_t freed = 0;
+  CHECK_OK(f.pool->Trim(&freed));
+  CHECK_EQ(f.pool->Numbers().blocks_free, 16);
+  const std::int32_t slot = program.Acquire(64);
+  CHECK_OK(program.Write(slot, 64));
+}
+
+}  // namespace
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

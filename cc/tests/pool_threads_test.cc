@@ -1,0 +1,110 @@
+// Many threads at one pool, for ThreadSanitizer: two lines of programs, host calls, looks, a close in the middle.
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "tests/pool_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+constexpr int kRounds = 1000;
+
+// Host calls and programs in the order that one Python thread would queue them.
+void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* completed, const std::atomic<bool>* stop) {
+  const KVView view = pool->View();
+  std::vector<std::int32_t> lengths(kSlots, -1);
+  for (int round = 0; round < kRounds && !stop->load(); ++round) {
+    std::uint32_t epoch = newest->load();
+    const Claim claim = pool->Acquire({8});
+    if (!claim.status.ok()) {
+      static_cast<void>(pool->WaitForDrain(0.001));
+      continue;
+    }
+    const std::int32_t slot = claim.slots[0];
+    const std::int32_t offsets[] = {0, 4};
+    // Two lines of one pool make each other's caches stale now and then: that is a status, never a race.
+    if (pool->Occupy("acquire", {1, epoch, lengths.data()}, &slot, 1, &epoch, lengths.data()).ok()) {
+      for (std::int32_t tokens = 20; tokens <= 40; tokens += 20) {
+        bool ok = false;
+        static_cast<void>(pool->MapSlots("map_slots", {1, epoch, lengths.data()}, &slot, &tokens, 1, &ok, &epoch));
+        Step step;
+        if (pool->Begin("append_kv", {1, epoch, lengths.data()}, {&slot, 1, offsets, 4}, 0, true, &step).ok()) {
+          std::memset(view.At(slot, step.sequences()[0].position, 0, 0, 0), round, 64);
+          epoch = step.epoch();
+          completed->fetch_add(1);
+        }
+      }
+    }
+    if (pool->StartRelease({slot}).ok()) {
+      static_cast<void>(pool->Vacate("release", {1, epoch, lengths.data()}, &slot, 1, &epoch, lengths.data()));
+    }
+    newest->store(epoch);
+    lengths.assign(kSlots, -1);
+  }
+}
+
+TEST(TwoLinesAndAnObserver) {
+  auto pool = MakePool(SmallGeometry(), 12, {/*allow_stale=*/true, false});
+  Pool::Line line;
+  CHECK_OK(pool->NewLine(&line));
+  std::atomic<std::uint32_t> newest{line.epoch};
+  std::atomic<int> completed{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2; ++i) threads.emplace_back(Serve, pool.get(), &newest, &completed, &stop);
+  threads.emplace_back([&] {
+    for (int i = 0; i < kRounds; ++i) {
+      const PoolNumbers n = pool->Numbers();
+      if (n.blocks_mapped + n.blocks_parked + n.blocks_draining + n.blocks_free != n.blocks_total) stop = true;
+      static_cast<void>(pool->Rows());
+      std::int64_t freed = 0;
+      if (i % 10 == 0) static_cast<void>(pool->Trim(&freed));
+      if (i % 25 == 0) static_cast<void>(pool->Resize((8 + i % 5) * 4096));
+    }
+  });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(!stop.load()) << "accounts did not add up";
+  CHECK(completed.load() > 0);
+}
+
+TEST(CloseWaitsForRunningSteps) {
+  for (int round = 0; round < 20; ++round) {
+    auto pool = MakePool(SmallGeometry(), 8);
+    Program program(pool.get());
+    const std::int32_t slot = program.Acquire(16);
+    std::atomic<bool> begun{false};
+    std::atomic<bool> ended{false};
+    std::thread worker([&] {
+      Step step;
+      const bool ok = program.Begin(slot, 1, 0, true, &step).ok();
+      begun = true;
+      if (ok) std::memset(pool->View().At(slot, 0, 0, 0, 0), 1, 64);
+      std::this_thread::yield();
+      ended = true;
+    });
+    while (!begun.load()) std::this_thread::yield();
+    pool->Close();
+    CHECK(ended.load()) << "close returned while a step ran";
+    worker.join();
+  }
+}
+
+TEST(AWaiterIsWoken) {
+  auto pool = MakePool(SmallGeometry(), 4);
+  Program program(pool.get());
+  const std::int32_t slot = program.Acquire(64);
+  CHECK_OK(pool->StartRelease({slot}));
+  std::atomic<bool> woken{false};
+  std::thread waiter([&] { woken = pool->WaitForDrain(30.0); });
+  CHECK_OK(program.Vacate(slot));
+  waiter.join();
+  // The waiter may also have come after the drain, when nothing was draining any more.
+  CHECK_EQ(pool->Numbers().slots_draining, 0);
+  CHECK_OK(pool->Acquire({64}).status);
+}
+
+}  // namespace
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

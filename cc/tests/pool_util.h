@@ -1,0 +1,108 @@
+// What the pool tests share: small geometries, pools over memfd, a cache and a batch as a program would carry them.
+#ifndef KVPAGE_TESTS_POOL_UTIL_H_
+#define KVPAGE_TESTS_POOL_UTIL_H_
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cache/pool.h"
+#include "tests/check.h"
+#include "vmm/memfd_vmm.h"
+
+namespace kvpage::testing {
+
+constexpr int kSlots = 4;
+
+// Blocks of one page and 16 tokens: 2 layers x K|V x 1 head x 16 floats x 4 bytes = 256 bytes a token (fused).
+inline Geometry SmallGeometry(Layout layout = Layout::kFused, std::int64_t max_seq_len = 128) {
+  const std::int64_t head_dim = layout == Layout::kFused ? 16 : 64;
+  Geometry geometry;
+  const Status status =
+      Geometry::Make({2, 1, head_dim, kSlots, max_seq_len, 0, static_cast<std::int64_t>(layout), 16}, 4096, &geometry);
+  if (!status.ok()) std::abort();
+  return geometry;
+}
+
+inline std::shared_ptr<Pool> MakePool(const Geometry& geometry, std::int64_t blocks, PoolOptions options = {},
+                                      std::unique_ptr<Vmm> vmm = nullptr) {
+  if (vmm == nullptr) {
+    std::unique_ptr<MemfdVmm> memfd;
+    if (!MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &memfd).ok()) std::abort();
+    vmm = std::move(memfd);
+  }
+  std::shared_ptr<Pool> pool;
+  const Status status = Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), 0, &pool);
+  if (!status.ok()) std::abort();
+  return pool;
+}
+
+// A program's side of things: it keeps the cache value that the last op returned.
+class Program {
+ public:
+  explicit Program(Pool* pool) : pool_(pool) { Restart(); }
+
+  void Restart() {
+    Pool::Line line;
+    CHECK_OK(pool_->NewLine(&line));
+    line_ = line.line;
+    epoch_ = line.epoch;
+    lengths_ = line.lengths;
+  }
+  CacheRef cache() const { return {line_, epoch_, lengths_.data()}; }
+  void SetEpoch(std::uint32_t epoch) { epoch_ = epoch; }
+  std::int32_t length(std::int32_t slot) const { return lengths_[slot]; }
+
+  // Host and device side of acquire and release.
+  std::int32_t Acquire(std::int64_t tokens) {
+    const Claim claim = pool_->Acquire({tokens});
+    CHECK_OK(claim.status);
+    if (!claim.status.ok()) return -1;
+    CHECK_OK(Occupy(claim.slots[0]));
+    return claim.slots[0];
+  }
+  Status Occupy(std::int32_t slot) { return pool_->Occupy("acquire", cache(), &slot, 1, &epoch_, lengths_.data()); }
+  Status Vacate(std::int32_t slot) { return pool_->Vacate("release", cache(), &slot, 1, &epoch_, lengths_.data()); }
+  void Release(std::int32_t slot) {
+    CHECK_OK(pool_->StartRelease({slot}));
+    CHECK_OK(Vacate(slot));
+  }
+
+  // Appends `count` tokens in every layer and advances.
+  Status Write(std::int32_t slot, std::int32_t count) {
+    for (std::int64_t layer = 0; layer < pool_->geometry().num_layers; ++layer) {
+      Step step;
+      if (Status status = Begin(slot, count, layer, true, &step); !status.ok()) return status;
+      epoch_ = step.epoch();
+    }
+    const std::int32_t offsets[] = {0, count};
+    return pool_->Advance("advance", cache(), {&slot, 1, offsets, -1}, &epoch_, lengths_.data());
+  }
+  Status Begin(std::int32_t slot, std::int32_t count, std::int64_t layer, bool append, Step* step) {
+    const std::int32_t offsets[] = {0, count};
+    return pool_->Begin(append ? "append_kv" : "paged_attention", cache(), {&slot, 1, offsets, count}, layer, append,
+                        step);
+  }
+  Status Map(std::int32_t slot, std::int32_t tokens, bool* ok) {
+    return pool_->MapSlots("map_slots", cache(), &slot, &tokens, 1, ok, &epoch_);
+  }
+  Status SetLength(std::int32_t slot, std::int32_t length) {
+    return pool_->SetLengths("set_lengths", cache(), &slot, &length, 1, &epoch_, lengths_.data());
+  }
+
+ private:
+  Pool* const pool_;
+  std::int32_t line_ = 0;
+  std::uint32_t epoch_ = 0;
+  std::vector<std::int32_t> lengths_;
+};
+
+inline bool Mentions(const Status& status, const std::string& text) {
+  return status.message().find(text) != std::string::npos;
+}
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_POOL_UTIL_H_
