@@ -36,7 +36,7 @@ void Raise(const Status& status) {
 
 // Zero-copy array over the keys (kv 0) or values (1) of one layer: [max_seq_len, heads, dim] of a slot, or
 // [max_slots, max_seq_len, heads, dim]. Holds the memory, and the slot's view pin, while it lives.
-nb::ndarray<> View(PoolHandle& self, std::int64_t layer, int kv, std::int32_t slot) {
+nb::ndarray<nb::array_api> View(PoolHandle& self, std::int64_t layer, int kv, std::int32_t slot) {
   std::shared_ptr<PoolView> view;
   {
     nb::gil_scoped_release release;
@@ -54,7 +54,7 @@ nb::ndarray<> View(PoolHandle& self, std::int64_t layer, int kv, std::int32_t sl
       static_cast<std::uint8_t>(8 * ItemSize(g.dtype)), 1};
   nb::capsule owner(new std::shared_ptr<PoolView>(std::move(view)),
                     [](void* p) noexcept { delete static_cast<std::shared_ptr<PoolView>*>(p); });
-  return nb::ndarray<>(data, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value, 0);
+  return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value, 0);
 }
 
 nb::dict Registrations() {
