@@ -7,6 +7,7 @@ through jit, scan, while, cond and donation like any other value.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class Batch:
             slots: int32[S], or a list of ints; -1 is padding.
         """
         slots = as_int32("Batch.decode: slots", slots)
-        offsets = jnp.arange(slots.shape[0] + 1, dtype=jnp.int32)
+        offsets = jnp.asarray(np.arange(slots.shape[0] + 1, dtype=np.int32))
         return cls(slots, offsets, num_tokens=slots.shape[0])
 
     @classmethod
@@ -97,24 +98,26 @@ class Batch:
             ValueError: lengths that are no integers; host lengths that are negative, that do not
                 match slots, or whose sum is more than num_tokens.
         """
+        slots = as_int32("Batch.from_lengths: slots", slots)
+        known = not isinstance(lengths, jax.Array)
+        counts: Any = np.asarray(lengths) if known else lengths
         reasons = []
-        if not isinstance(lengths, jax.Array):
-            counts = np.asarray(lengths)
-            total = int(counts.sum())
-            if counts.ndim != 1 or counts.shape != np.shape(slots):
-                reasons.append(f"slots {np.shape(slots)} and lengths {counts.shape} do not match")
-            if counts.size and counts.min() < 0:
-                reasons.append(f"lengths must not be negative, got {counts.min()}")
-            if num_tokens is not None and total > num_tokens:
-                reasons.append(f"lengths sum to {total}, more than num_tokens={num_tokens}")
-            num_tokens = total if num_tokens is None else num_tokens
-            lengths = as_int32("Batch.from_lengths: lengths", counts)
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            reasons.append(f"lengths must be integers, got {lengths.dtype}")
+        if counts.ndim != 1 or counts.shape != slots.shape:
+            reasons.append(f"slots {slots.shape} and lengths {counts.shape} do not match")
+        if counts.size and not jnp.issubdtype(counts.dtype, jnp.integer):
+            reasons.append(f"lengths must be integers, got {counts.dtype}")
+        if known and counts.size and counts.min() < 0:
+            reasons.append(f"lengths must not be negative, got {counts.min()}")
+        if known and num_tokens is not None and counts.sum() > num_tokens:
+            reasons.append(f"lengths sum to {counts.sum()}, more than num_tokens={num_tokens}")
         if reasons:
             raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
-        slots = as_int32("Batch.from_lengths: slots", slots)
-        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
+        if known:
+            num_tokens = int(counts.sum()) if num_tokens is None else num_tokens
+            ends = as_int32("Batch.from_lengths: sum of lengths", np.cumsum([0, *counts]))
+            return cls(slots, ends, num_tokens=num_tokens)
+        zero = jnp.zeros(1, jnp.int32)
+        offsets = jnp.concatenate([zero, jnp.cumsum(counts, dtype=jnp.int32)])
         return cls(slots, offsets, num_tokens=num_tokens)
 
     def mask(self, keep: jax.Array) -> "Batch":
