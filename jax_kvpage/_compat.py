@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["load_native", "result_aval"]
+__all__ = ["default_device", "is_ready", "load_native", "result_aval"]
 
 
 def check_platform(platform: str = sys.platform) -> None:
@@ -109,7 +109,22 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
     axes = frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
     sharding = widest.sharding
     return widest.update(
-        shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False,
+        shape=tuple(shape),
+        dtype=jax.numpy.dtype(dtype),
+        weak_type=False,
         sharding=NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(shape))),
         manual_axis_type=widest.manual_axis_type.update(varying=axes),
     )
+
+
+def default_device() -> jax.Device:
+    """The device that JAX would run a program on now (`jax.default_device`, or the first)."""
+    device: Any = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.devices()[0]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def is_ready(array: Any) -> bool:
+    """Whether the program that computes an array is done. JAX's arrays know; their type does not."""
+    return bool(array.is_ready())

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_kvpage import _native
@@ -13,7 +12,6 @@ from jax_kvpage.spec import CacheSpec
 __all__ = [
     "RESOURCE_EXHAUSTED",
     "as_list",
-    "default_device",
     "exception",
     "native_call",
     "out_of",
@@ -72,14 +70,6 @@ def as_list(value: Any, name: str) -> tuple[list[int], bool]:
     if array.ndim > 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"{name} must be an int or a list of ints, got {value!r}")
     return [int(x) for x in array.reshape(-1)], array.ndim == 0
-
-
-def default_device() -> jax.Device:
-    """The device that JAX would run a program on now."""
-    device = jax.config.jax_default_device
-    if device is None:
-        return jax.devices()[0]
-    return jax.devices(device)[0] if isinstance(device, str) else device
 
 
 def out_of(op: str, claim: Any, rows: list[Any], spec: CacheSpec) -> OutOfBlocks:

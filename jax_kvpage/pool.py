@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
+from jax_kvpage._compat import default_device, is_ready
 from jax_kvpage._host import (
     RESOURCE_EXHAUSTED,
     as_list,
-    default_device,
     exception,
     native_call,
     out_of,
@@ -278,7 +278,7 @@ class KVPool:
         if not slots:
             return cache
         cache, marker = _vacate(cache, self._own, self._padded(slots))
-        self._releases = [m for m in self._releases if not m.is_ready()] + [marker]
+        self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
         return cache
 
     def commit(self, slot: int, token_ids: Sequence[int]) -> None:
@@ -336,7 +336,7 @@ class KVPool:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
             layer 1, ... in the per-layer layout) a list of (physical block, reference count).
         """
-        return native_call(self._native.block_map, slot)  # type: ignore[no-any-return]
+        return native_call(self._native.block_map, slot)
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
@@ -418,6 +418,6 @@ class KVPool:
             self._waits += not waited
             waited = True
             # A release whose program failed would drain for ever: say so instead of waiting.
-            for marker in [m for m in self._releases if m.is_ready()]:
+            for marker in [m for m in self._releases if is_ready(m)]:
                 jax.block_until_ready(marker)
             self._native.wait_for_drain(_WAIT_SLICE)
