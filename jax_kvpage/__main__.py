@@ -1,4 +1,4 @@
-"""`python -m jax_kvpage`: the doctor. Says what was built, what this machine offers, what to do next."""
+"""`python -m jax_kvpage`: the doctor. What was built, what this machine offers, what to do next."""
 
 import platform
 import sys

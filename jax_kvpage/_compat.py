@@ -126,5 +126,5 @@ def default_device() -> jax.Device:
 
 
 def is_ready(array: Any) -> bool:
-    """Whether the program that computes an array is done. JAX's arrays know; their type does not."""
+    """Whether an array has been computed. JAX's arrays know; their declared type does not."""
     return bool(array.is_ready())

@@ -83,8 +83,11 @@ class Batch:
 
     @classmethod
     def from_lengths(
-        cls, slots: jax.Array | Sequence[int], lengths: jax.Array | Sequence[int],
-        *, num_tokens: int | None = None,
+        cls,
+        slots: jax.Array | Sequence[int],
+        lengths: jax.Array | Sequence[int],
+        *,
+        num_tokens: int | None = None,
     ) -> "Batch":
         """A batch whose sequence s brings lengths[s] new tokens, packed one after the other.
 

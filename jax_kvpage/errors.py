@@ -23,7 +23,12 @@ class OutOfBlocks(KVPageError):
     """
 
     def __init__(
-        self, message: str, *, wanted: int = 0, free: int = 0, draining: int = 0,
+        self,
+        message: str,
+        *,
+        wanted: int = 0,
+        free: int = 0,
+        draining: int = 0,
         reclaimable: int = 0,
     ) -> None:
         """Takes the whole message: whoever raises knows what would help."""

@@ -39,9 +39,19 @@ def token_owners(
 
 
 def ragged_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, query_offsets: jax.Array,
-    active: jax.Array, *, window: jax.Array, sinks: jax.Array, alibi: jax.Array, scale: float,
-    soft_cap: float, return_lse: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array,
+    query_offsets: jax.Array,
+    active: jax.Array,
+    *,
+    window: jax.Array,
+    sinks: jax.Array,
+    alibi: jax.Array,
+    scale: float,
+    soft_cap: float,
+    return_lse: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of a ragged batch over dense contexts.
 
@@ -71,7 +81,13 @@ def ragged_attention(
         return jnp.zeros(q.shape, q.dtype), lse
     sequence, index, owned = token_owners(query_offsets, active, tokens)
     attend = functools.partial(
-        _attend_one, k=k, v=v, window=window, sinks=sinks, alibi=alibi, scale=scale,
+        _attend_one,
+        k=k,
+        v=v,
+        window=window,
+        sinks=sinks,
+        alibi=alibi,
+        scale=scale,
         soft_cap=soft_cap,
     )
     # Tokens that nobody owns see positions up to -1: nothing.
@@ -80,8 +96,17 @@ def ragged_attention(
     return out, lse if return_lse else lse[:0]
 
 
-def _attend_one(token: Any, *, k: Any, v: Any, window: Any, sinks: Any, alibi: Any, scale: float,
-                soft_cap: float) -> tuple[jax.Array, jax.Array]:
+def _attend_one(
+    token: Any,
+    *,
+    k: Any,
+    v: Any,
+    window: Any,
+    sinks: Any,
+    alibi: Any,
+    scale: float,
+    soft_cap: float,
+) -> tuple[jax.Array, jax.Array]:
     q, sequence, position = token
     heads, dim = q.shape
     context, kv_heads = k.shape[1:3]
@@ -91,8 +116,12 @@ def _attend_one(token: Any, *, k: Any, v: Any, window: Any, sinks: Any, alibi: A
     # Masked values must not only get weight 0: 0 * NaN is NaN.
     values = jnp.where(visible[:, None, None], v[sequence].astype(jnp.float32), 0.0)
     grouped = q.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("hgd,chd->hgc", grouped, k[sequence].astype(jnp.float32),
-                        precision=jax.lax.Precision.HIGHEST).reshape(heads, context)
+    scores = jnp.einsum(
+        "hgd,chd->hgc",
+        grouped,
+        k[sequence].astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    ).reshape(heads, context)
     scores = scores * scale
     if soft_cap > 0:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -109,7 +138,11 @@ def _attend_one(token: Any, *, k: Any, v: Any, window: Any, sinks: Any, alibi: A
     if sinks.size:
         total = total + jnp.exp(sinks - shift)
     sees = position >= 0
-    out = jnp.einsum("hgc,chd->hgd", weights.reshape(kv_heads, -1, context), values,
-                     precision=jax.lax.Precision.HIGHEST).reshape(heads, dim)
+    out = jnp.einsum(
+        "hgc,chd->hgd",
+        weights.reshape(kv_heads, -1, context),
+        values,
+        precision=jax.lax.Precision.HIGHEST,
+    ).reshape(heads, dim)
     out = jnp.where(sees, out / jnp.where(total > 0, total, 1.0)[:, None], 0.0)
     return out.astype(q.dtype), jnp.where(sees, jnp.log(total) + shift, -jnp.inf)

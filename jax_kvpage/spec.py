@@ -297,8 +297,14 @@ class CacheSpec:
         """
         block_tokens, _ = self._require_resolved("as_ints()")
         return (
-            self.num_layers, self.num_kv_heads, self.head_dim, self.max_slots, self.max_seq_len,
-            DTYPE_CODES[self.dtype], LAYOUT_CODES[str(self.layout)], block_tokens,
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            self.max_slots,
+            self.max_seq_len,
+            DTYPE_CODES[self.dtype],
+            LAYOUT_CODES[str(self.layout)],
+            block_tokens,
         )
 
 

@@ -71,14 +71,22 @@ def _per_head(name: str, value: Any, problems: list[str]) -> Any:
 
 
 def make_options(
-    head_dim: int, *, scale: Any, sliding_window: Any, logits_soft_cap: Any, sinks: Any,
-    alibi_slopes: Any, return_lse: bool, implementation: str | None,
+    head_dim: int,
+    *,
+    scale: Any,
+    sliding_window: Any,
+    logits_soft_cap: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    return_lse: bool,
+    implementation: str | None,
 ) -> Options:
     """Turns the keyword arguments of an attention op into operands and parameters."""
     problems: list[str] = []
     check_implementation(implementation, problems)
     operands = (
-        _window(sliding_window, problems), _per_head("sinks", sinks, problems),
+        _window(sliding_window, problems),
+        _per_head("sinks", sinks, problems),
         _per_head("alibi_slopes", alibi_slopes, problems),
     )
     params = {

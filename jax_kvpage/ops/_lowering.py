@@ -49,7 +49,10 @@ def make_primitive(name: str, abstract: Abstract, static: Sequence[str] = ("spec
 
 
 def bind(
-    primitive: Primitive, abstract: Abstract, operands: Sequence[Any], params: Mapping[str, Any],
+    primitive: Primitive,
+    abstract: Abstract,
+    operands: Sequence[Any],
+    params: Mapping[str, Any],
     problems: Sequence[str] = (),
 ) -> Any:
     """Binds a primitive; mistakes found beforehand are reported together with those of its shapes.
@@ -99,8 +102,12 @@ def _no_rule(op: str, implementation: str | None, platform: str, xla: bool) -> V
 
 
 def register_lowerings(
-    primitive: Primitive, *, aliases: Mapping[int, int] | None = None, side_effect: bool = True,
-    xla: Callable[..., Any] | None = None, xla_is_default: bool = False,
+    primitive: Primitive,
+    *,
+    aliases: Mapping[int, int] | None = None,
+    side_effect: bool = True,
+    xla: Callable[..., Any] | None = None,
+    xla_is_default: bool = False,
 ) -> None:
     """Registers how a primitive is compiled on each platform.
 

@@ -16,7 +16,13 @@ __all__ = ["paged_attention"]
 
 _STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
 _NAMES = (
-    *_batching.CACHE, "slots", "query_offsets", "layer", "q", "sliding_window", "sinks",
+    *_batching.CACHE,
+    "slots",
+    "query_offsets",
+    "layer",
+    "q",
+    "sliding_window",
+    "sinks",
     "alibi_slopes",
 )
 
@@ -36,10 +42,17 @@ paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _STAT
 
 
 def paged_attention(
-    q: jax.Array, cache: KVCache, batch: Batch, *, layer: int | jax.Array,
-    scale: float | None = None, sliding_window: int | jax.Array | None = None,
-    logits_soft_cap: float | None = None, sinks: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None, return_lse: bool = False,
+    q: jax.Array,
+    cache: KVCache,
+    batch: Batch,
+    *,
+    layer: int | jax.Array,
+    scale: float | None = None,
+    sliding_window: int | jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
     """Attention of new tokens over their sequences' context, the new tokens' own K and V included.
@@ -79,13 +92,21 @@ def paged_attention(
     """
     header, problems = _tokens.header("paged_attention", cache, batch, layer, q=q)
     options = _attention.make_options(
-        cache.spec.head_dim, scale=scale, sliding_window=sliding_window, sinks=sinks,
-        logits_soft_cap=logits_soft_cap, alibi_slopes=alibi_slopes, return_lse=return_lse,
+        cache.spec.head_dim,
+        scale=scale,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
         implementation=implementation,
     )
     out, lse = _lowering.bind(
-        paged_attention_p, _abstract, (*header, q, *options.operands),
-        {"spec": cache.spec, **options.params}, problems + options.problems,
+        paged_attention_p,
+        _abstract,
+        (*header, q, *options.operands),
+        {"spec": cache.spec, **options.params},
+        problems + options.problems,
     )
     return (out, lse) if return_lse else out
 
@@ -96,7 +117,15 @@ def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
     starts = jnp.where(slots >= 0, lengths[jnp.maximum(slots, 0)], 0)
     return reference.ragged_attention(
-        q, k, v, starts, query_offsets, slots >= 0, window=window, sinks=sinks, alibi=alibi,
+        q,
+        k,
+        v,
+        starts,
+        query_offsets,
+        slots >= 0,
+        window=window,
+        sinks=sinks,
+        alibi=alibi,
         **params,
     )
 

@@ -38,10 +38,20 @@ update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _
 
 
 def update_and_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, batch: Batch, *,
-    layer: int | jax.Array, scale: float | None = None, logits_soft_cap: float | None = None,
-    sliding_window: int | jax.Array | None = None, alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None, return_lse: bool = False, implementation: str | None = None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KVCache,
+    batch: Batch,
+    *,
+    layer: int | jax.Array,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sliding_window: int | jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
 ) -> Any:
     """Writes k and v of new tokens into one layer of the cache and attends over the result.
 
@@ -68,14 +78,22 @@ def update_and_attend(
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
     options = _attention.make_options(
-        cache.spec.head_dim, scale=scale, sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
-        return_lse=return_lse, implementation=implementation,
+        cache.spec.head_dim,
+        scale=scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+        implementation=implementation,
     )
     header, problems = _tokens.header("update_and_attend", cache, batch, layer, q=q)
     out, lse, epoch = _lowering.bind(
-        update_and_attend_p, _abstract, (*header, q, k, v, *options.operands),
-        {"spec": cache.spec, **options.params}, problems + options.problems,
+        update_and_attend_p,
+        _abstract,
+        (*header, q, k, v, *options.operands),
+        {"spec": cache.spec, **options.params},
+        problems + options.problems,
     )
     cache = dataclasses.replace(cache, epoch=epoch)
     return (out, lse, cache) if return_lse else (out, cache)

@@ -14,8 +14,15 @@ __all__ = ["paged_attention_with_tables"]
 _LAYOUTS = {"NHD": 0, "HND": 1}
 _PAGE_DIMS = (("pages", "page_size", "Hkv", "D"), ("pages", "Hkv", "page_size", "D"))
 _NAMES = (
-    "q", "k_pages", "v_pages", "block_tables", "lengths of the sequences", "query_offsets",
-    "sliding_window", "sinks", "alibi_slopes",
+    "q",
+    "k_pages",
+    "v_pages",
+    "block_tables",
+    "lengths of the sequences",
+    "query_offsets",
+    "sliding_window",
+    "sinks",
+    "alibi_slopes",
 )
 
 
@@ -39,18 +46,28 @@ def _abstract(
 
 
 attend_with_tables_p = _lowering.make_primitive(
-    "attend_with_tables", _abstract,
+    "attend_with_tables",
+    _abstract,
     static=("scale", "soft_cap", "kv_layout", "return_lse", "implementation"),
 )
 
 
 def paged_attention_with_tables(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, block_tables: jax.Array,
-    lengths: jax.Array, *, query_offsets: jax.Array | None = None,
-    kv_layout: Literal["NHD", "HND"] = "NHD", scale: float | None = None,
-    sliding_window: int | jax.Array | None = None, logits_soft_cap: float | None = None,
-    sinks: jax.Array | None = None, alibi_slopes: jax.Array | None = None,
-    return_lse: bool = False, implementation: str | None = None,
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    query_offsets: jax.Array | None = None,
+    kv_layout: Literal["NHD", "HND"] = "NHD",
+    scale: float | None = None,
+    sliding_window: int | jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
 ) -> Any:
     """Attention over K and V in pages that a block table lists, all of them ordinary JAX arrays.
 
@@ -83,9 +100,14 @@ def paged_attention_with_tables(
             a page number out of range.
     """
     options = _attention.make_options(
-        jnp.shape(q)[-1] if jnp.ndim(q) else 1, scale=scale, sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap, sinks=sinks, alibi_slopes=alibi_slopes,
-        return_lse=return_lse, implementation=implementation,
+        jnp.shape(q)[-1] if jnp.ndim(q) else 1,
+        scale=scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+        implementation=implementation,
     )
     problems = options.problems
     if kv_layout not in _LAYOUTS:
@@ -106,8 +128,18 @@ def paged_attention_with_tables(
 
 
 def _attend_plain(
-    q: Any, k_pages: Any, v_pages: Any, tables: Any, lengths: Any, offsets: Any, window: Any,
-    sinks: Any, alibi: Any, *, kv_layout: int, **params: Any,
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    tables: Any,
+    lengths: Any,
+    offsets: Any,
+    window: Any,
+    sinks: Any,
+    alibi: Any,
+    *,
+    kv_layout: int,
+    **params: Any,
 ) -> Any:
     def context(pages: Any) -> Any:
         pages = pages if kv_layout == 0 else jnp.swapaxes(pages, 1, 2)
@@ -118,8 +150,16 @@ def _attend_plain(
     starts = lengths - (offsets[1:] - offsets[:-1])
     active = jnp.ones(lengths.shape, bool)
     return reference.ragged_attention(
-        q, context(k_pages), context(v_pages), starts, offsets, active, window=window, sinks=sinks,
-        alibi=alibi, **params,
+        q,
+        context(k_pages),
+        context(v_pages),
+        starts,
+        offsets,
+        active,
+        window=window,
+        sinks=sinks,
+        alibi=alibi,
+        **params,
     )
 
 
