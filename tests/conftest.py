@@ -1,0 +1,88 @@
+"""Fixtures and switches that every test file shares.
+
+`--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns a skipped test into a failure: a run that must
+have every optional package shows it, instead of staying green on tests that never ran.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+for _folder in (_ROOT / "tests", _ROOT / "examples"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+# Float32 means float32: without this a comparison at 1e-5 would depend on the platform's idea of
+# "fast".
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# The first example of a shape compiles a program, so a deadline per example would only measure the
+# compiler.
+settings.register_profile(
+    "jax_kvpage",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("explore", parent=settings.get_profile("jax_kvpage"), derandomize=False)
+settings.load_profile(os.environ.get("JAX_KVPAGE_HYPOTHESIS_PROFILE", "jax_kvpage"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--refuse-skips",
+        action="store_true",
+        default=os.environ.get("JAX_KVPAGE_REFUSE_SKIPS", "") not in ("", "0"),
+        help="report a skipped test as a failure",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--refuse-skips"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped under --refuse-skips: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped and collector.config.getoption("--refuse-skips"):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} skipped under --refuse-skips: {report.longrepr}"
+    return report
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., Any]]:
+    """A factory of pools that are closed when the test ends, also when it fails."""
+    import jax_kvpage as kvp
+
+    pools: list[kvp.KVPool] = []
+
+    def make(spec: kvp.CacheSpec, capacity: str | int = "16MiB", **options: Any) -> kvp.KVPool:
+        pool = kvp.KVPool(spec, capacity, **options)
+        pools.append(pool)
+        return pool
+
+    yield make
+    gc.collect()  # views that a test dropped must not keep their pool's close waiting
+    for pool in pools:
+        pool.close()

@@ -1,0 +1,274 @@
+"""A cache line together with the plain model of what it holds, and jitted steps that pad every
+batch to one static shape.
+
+Compiling dominates the time of a small test, so everything that may vary travels as data: the
+programs below are compiled once per spec, token count and set of static variants, whatever the
+batches look like.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+from reference_numpy import PLAIN, Array, CacheModel, Variant, attend_ragged, rounded
+
+import jax_kvpage as kvp
+
+# How JAX reports that a handler failed. Small programs, run inline by the fast dispatch path,
+# raise the second, with the same text.
+RUN_TIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def append_all(cache: kvp.KVCache, k: jax.Array, v: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    """Writes k, v [layers, T, Hkv, D] in every layer and advances."""
+    for layer in range(k.shape[0]):
+        cache = kvp.append_kv(cache, k[layer], v[layer], batch, layer=layer)
+    return kvp.advance(cache, batch)
+
+
+@functools.partial(
+    jax.jit,
+    donate_argnames="cache",
+    static_argnames=("one_call", "scale", "soft_cap", "implementation"),
+)
+def attend_all(
+    cache: kvp.KVCache,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    batch: kvp.Batch,
+    window: jax.Array | None,
+    sinks: jax.Array | None,
+    alibi: jax.Array | None,
+    *,
+    one_call: bool = True,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, kvp.KVCache]:
+    """One step over all layers; returns out [layers, T, Hq, D], lse [layers, T, Hq] and the
+    advanced cache.
+    """
+    outs, lses = [], []
+    for layer in range(q.shape[0]):
+        options = {
+            "layer": layer,
+            "scale": scale,
+            "sliding_window": window,
+            "logits_soft_cap": soft_cap,
+            "sinks": sinks,
+            "alibi_slopes": alibi,
+            "return_lse": True,
+            "implementation": implementation,
+        }
+        if one_call:
+            out, lse, cache = kvp.update_and_attend(
+                q[layer], k[layer], v[layer], cache, batch, **options
+            )
+        else:
+            cache = kvp.append_kv(cache, k[layer], v[layer], batch, layer=layer)
+            out, lse = kvp.paged_attention(q[layer], cache, batch, **options)
+        outs.append(out)
+        lses.append(lse)
+    return jnp.stack(outs), jnp.stack(lses), kvp.advance(cache, batch)
+
+
+def make_batch(sequences: Sequence[tuple[int, int]], num_sequences: int | None = None) -> kvp.Batch:
+    """A batch of (slot, new tokens), padded to `num_sequences` with sequences of slot -1 and no
+    tokens.
+    """
+    padding = (num_sequences or len(sequences)) - len(sequences)
+    slots = [slot for slot, _ in sequences] + [-1] * padding
+    offsets = np.cumsum([0] + [n for _, n in sequences] + [0] * padding)
+    return kvp.Batch(
+        slots=jnp.asarray(slots, jnp.int32), query_offsets=jnp.asarray(offsets, jnp.int32)
+    )
+
+
+class Line:
+    """A pool's newest cache, and the model that says what it should contain."""
+
+    def __init__(
+        self,
+        pool: kvp.KVPool,
+        *,
+        group: int = 1,
+        query_dtype: object = jnp.float32,
+        max_tokens: int = 48,
+        max_sequences: int = 6,
+        seed: int = 0,
+    ) -> None:
+        self.pool, self.spec = pool, pool.spec
+        self.cache = pool.cache()
+        self.query_heads = group * self.spec.num_kv_heads
+        self.query_dtype = query_dtype
+        self.max_tokens, self.max_sequences = max_tokens, max_sequences
+        self.rng = np.random.default_rng(seed)
+        self.model = CacheModel(
+            self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.spec.dtype
+        )
+
+    def acquire(self, num_tokens: int) -> int:
+        slot, self.cache = self.pool.acquire(self.cache, num_tokens)
+        self.model.acquire(slot)
+        return slot
+
+    def acquire_scattered(self, num_tokens: Sequence[int]) -> list[int]:
+        """Slots that grow by turns, a block at a time, so that none gets blocks that lie side by
+        side.
+        """
+        slots = [self.acquire(1) for _ in num_tokens]
+        step = self.spec.block_tokens
+        for reserved in range(2 * step, max(num_tokens, default=0) + step, step):
+            for i in self.rng.permutation(len(slots)):
+                if reserved - step < num_tokens[i]:
+                    self.pool.extend(slots[i], min(reserved, self.spec.max_seq_len))
+        return slots
+
+    def release(self, *slots: int) -> None:
+        self.cache = self.pool.release(self.cache, list(slots))
+        for slot in slots:
+            self.model.release(slot)
+
+    def random_kv(self, num_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        shape = (self.spec.num_layers, num_tokens, self.spec.num_kv_heads, self.spec.head_dim)
+        return (
+            self.rng.standard_normal(shape, np.float32),
+            self.rng.standard_normal(shape, np.float32),
+        )
+
+    def random_q(self, num_tokens: int) -> NDArray[np.float32]:
+        shape = (self.spec.num_layers, num_tokens, self.query_heads, self.spec.head_dim)
+        return self.rng.standard_normal(shape, np.float32)
+
+    def write(self, new_tokens: Mapping[int, int]) -> None:
+        """Appends random tokens, in as many batches as the static shape asks for."""
+        left = dict(new_tokens)
+        while any(left.values()):
+            room, chosen = self.max_tokens, []
+            for slot in list(left)[: self.max_sequences]:
+                n = min(left[slot], room)
+                chosen.append((slot, n))
+                room -= n
+            self.write_kv(chosen, *self.random_kv(self.max_tokens))
+            for slot, n in chosen:
+                left[slot] -= n
+            left = {slot: n for slot, n in left.items() if n}
+
+    def append(self, sequences: Sequence[tuple[int, int]]) -> None:
+        """Appends random tokens in every layer and does not advance: they stay the new tokens."""
+        k, v = self.random_kv(sum(n for _, n in sequences))
+        for layer in range(self.spec.num_layers):
+            self.cache = kvp.append_kv(
+                self.cache,
+                jnp.asarray(k[layer]),
+                jnp.asarray(v[layer]),
+                make_batch(sequences),
+                layer=layer,
+            )
+        self._model_append(sequences, k, v)
+
+    def write_kv(self, sequences: Sequence[tuple[int, int]], k: Array, v: Array) -> None:
+        """Appends k, v [layers, T, Hkv, D] for the (slot, n) of one batch, and advances."""
+        batch = make_batch(sequences, max(self.max_sequences, len(sequences)))
+        dtype = self.spec.dtype
+        self.cache = append_all(self.cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), batch)
+        self._model_append(sequences, k, v)
+        for slot, n in sequences:
+            if slot >= 0:
+                self.model.advance(slot, n)
+
+    def step(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        variant: Variant = PLAIN,
+        *,
+        one_call: bool = True,
+        implementation: str | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Array, Array]:
+        """One step with random tokens.
+
+        Returns:
+            out, lse as computed; out, lse as the reference has them. All [layers, max_tokens, Hq(,
+            D)].
+        """
+        k, v = self.random_kv(self.max_tokens)
+        q = self.random_q(self.max_tokens)
+        batch = make_batch(sequences, self.max_sequences)
+        dtype = self.spec.dtype
+        window, sinks, slopes = (
+            None if x is None else jnp.asarray(x)
+            for x in (variant.sliding_window, variant.sinks, variant.alibi_slopes)
+        )
+        out, lse, self.cache = attend_all(
+            self.cache,
+            jnp.asarray(q, self.query_dtype),
+            jnp.asarray(k, dtype),
+            jnp.asarray(v, dtype),
+            batch,
+            window,
+            sinks,
+            slopes,
+            one_call=one_call,
+            scale=variant.scale,
+            soft_cap=variant.logits_soft_cap,
+            implementation=implementation,
+        )
+        self._model_append(sequences, k, v)
+        want_out, want_lse = self.reference(sequences, q, variant)
+        for slot, n in sequences:
+            if slot >= 0:
+                self.model.advance(slot, n)
+        return np.asarray(out, np.float32), np.asarray(lse), want_out, want_lse
+
+    def reference(
+        self, sequences: Sequence[tuple[int, int]], q: Array, variant: Variant = PLAIN
+    ) -> tuple[Array, Array]:
+        """What attention of q [layers, T, Hq, D] gives for tokens that are appended and not yet
+        advanced.
+        """
+        offsets = np.cumsum([0] + [n for _, n in sequences])
+        per_layer = [
+            attend_ragged(
+                rounded(q[layer], self.query_dtype),
+                [None if slot < 0 else self.model.context(slot, layer) for slot, _ in sequences],
+                [0 if slot < 0 else self.model.lengths[slot] for slot, _ in sequences],
+                offsets,
+                variant,
+            )
+            for layer in range(self.spec.num_layers)
+        ]
+        return np.stack([out for out, _ in per_layer]), np.stack([lse for _, lse in per_layer])
+
+    def check_lengths(self) -> None:
+        """The device's lengths are the model's, and -1 for every slot that is free."""
+        want = np.full(self.spec.max_slots, -1)
+        for slot, length in self.model.lengths.items():
+            want[slot] = length
+        np.testing.assert_array_equal(np.asarray(self.cache.lengths), want)
+
+    def _model_append(self, sequences: Sequence[tuple[int, int]], k: Array, v: Array) -> None:
+        offsets = np.cumsum([0] + [n for _, n in sequences])
+        for s, (slot, _) in enumerate(sequences):
+            if slot >= 0:
+                tokens = slice(offsets[s], offsets[s + 1])
+                for layer in range(self.spec.num_layers):
+                    self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
+
+
+@jax.jit
+def busy(seconds_or_so: int) -> jax.Array:
+    """A value that takes about that many seconds to compute: a program in flight (calls to it
+    return at once).
+    """
+
+    def body(_: int, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ x)
+
+    return jax.lax.fori_loop(0, seconds_or_so * 2000, body, jnp.ones((300, 300)))[0, 0]

@@ -1,0 +1,41 @@
+"""Runs a piece of Python in a process of its own, for tests of what one process cannot do twice or
+survive.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+
+_TESTS = pathlib.Path(__file__).resolve().parent
+
+
+def run_python(
+    code: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    timeout: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `code` with the tests folder on the path, and asserts that it exits with 0.
+
+    Args:
+        code: source, may be indented.
+        *arguments: what it finds in sys.argv[1:].
+        env: variables to add to the environment.
+        prefix: a command to run the interpreter under.
+        timeout: seconds after which a process that hangs is killed and the test fails.
+    """
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
