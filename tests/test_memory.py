@@ -1,0 +1,171 @@
+"""Memory is what is used plus tails, virtual space is the full product, XLA's own temporaries do
+not grow with either.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from harness import Line, make_batch
+
+import jax_kvpage as kvp
+
+
+def _memfd_bytes() -> int:
+    """Bytes the system has allocated for this process's memory files: not the pool's own figure."""
+    total = 0
+    for link in pathlib.Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(link).startswith("/memfd:"):
+                total += os.stat(link).st_blocks * 512
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return total
+
+
+def _virtual_bytes() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_physical_follows_use(make_pool, layout: str) -> None:
+    spec = kvp.CacheSpec(4, 2, 64, 64, 8192, dtype=jnp.bfloat16, layout=layout)
+    files, virtual = _memfd_bytes(), _virtual_bytes()
+    pool = make_pool(spec, "512MiB")
+    assert pool.spec.virtual_bytes >= 64 * 8192 * pool.spec.token_bytes
+    assert _virtual_bytes() - virtual >= pool.spec.virtual_bytes
+    assert pool.stats().reserved_virtual == pool.spec.virtual_bytes
+    assert _memfd_bytes() - files == pool.stats().physical
+
+    line = Line(pool, max_tokens=1600, max_sequences=16)
+    slots, line.cache = pool.acquire(line.cache, [100] * 64)
+    for slot in slots:
+        line.model.acquire(slot)
+    line.write(dict.fromkeys(slots, 100))
+    jax.block_until_ready(line.cache)
+    used = 64 * 100 * pool.spec.token_bytes
+    physical = pool.stats().physical
+    assert physical == _memfd_bytes() - files
+    assert used <= physical <= used + 64 * pool.spec.tail_waste_bytes
+    # Reading holes, as a view of everything does, must not allocate either.
+    if layout == "per_layer":
+        jax.block_until_ready(jax.jit(jnp.sum)(pool.view(0)[0]))
+        assert _memfd_bytes() - files == physical
+
+    line.release(*slots)
+    jax.block_until_ready(line.cache)
+    assert pool.stats().parked > 0
+    pool.trim()
+    assert pool.stats().physical == _memfd_bytes() - files == 0
+    pool.close()
+    assert _virtual_bytes() - virtual < pool.spec.virtual_bytes
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_temporaries_do_not_grow(layout: str, donate: bool) -> None:
+    def step(cache, q, k, v, batch):
+        def body(cache, layer):
+            out, cache = kvp.update_and_attend(
+                q, k, v, cache, batch, layer=layer, implementation="cpu"
+            )
+            return cache, out
+
+        cache, ok = kvp.map_slots(cache, batch.slots, cache.lengths[batch.slots] + 1)
+        batch = batch.mask(ok)
+        cache, outs = jax.lax.scan(body, cache, jnp.arange(cache.spec.num_layers))
+        return kvp.advance(cache, batch), outs
+
+    sizes = []
+    for times in (1, 16):
+        spec = kvp.CacheSpec(
+            4, 2, 64, 64 * times, 4096 * times, dtype=jnp.bfloat16, layout=layout, block_tokens=64
+        ).resolve("cpu")
+        cache = kvp.KVCache(
+            handle=jax.ShapeDtypeStruct((2,), jnp.int32),
+            epoch=jax.ShapeDtypeStruct((1,), jnp.uint32),
+            lengths=jax.ShapeDtypeStruct((64 * times,), jnp.int32),
+            spec=spec,
+        )
+        tokens = [jax.ShapeDtypeStruct((8, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+        jitted = jax.jit(step, donate_argnums=0 if donate else ())
+        compiled = jitted.lower(cache, *tokens, make_batch([(s, 1) for s in range(8)])).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_capacity_beyond_the_machine_is_refused() -> None:
+    spec = kvp.CacheSpec(2, 2, 64, 4, 256)
+    with pytest.raises(kvp.OutOfBlocks, match=r"cgroup.*bytes of memory"):
+        kvp.KVPool(spec, "900TiB")
+
+
+def test_capacity_is_checked_against_the_cgroup(tmp_path: pathlib.Path) -> None:
+    """Without root no test can lower its own limit; that the smallest of all limits counts is
+    tested in C++.
+    """
+    limits = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = pathlib.Path(path).read_text().strip() if pathlib.Path(path).exists() else "max"
+        if text != "max":
+            limits.append(int(text))
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = min([total, *limits])
+    with pytest.raises(kvp.OutOfBlocks, match=r"cgroup.*bytes of memory"):
+        kvp.KVPool(kvp.CacheSpec(2, 2, 64, 4, 256), most + 2**30)
+
+
+def test_the_number_of_mappings_is_checked() -> None:
+    """A capacity whose blocks would need more mappings than the system allows is refused when the
+    pool is made.
+    """
+    limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 2**20:
+        pytest.skip(f"{limit} mappings would need more memory than a test may ask for")
+    spec = kvp.CacheSpec(
+        1, 1, 64, 2**15, 2**14, dtype=jnp.float32, layout="per_layer", block_tokens=16
+    ).resolve("cpu")
+    with pytest.raises(ValueError, match="max_map_count") as caught:
+        kvp.KVPool(spec, (limit + 1) * spec.block_bytes)
+    assert "block_tokens" in str(caught.value)
+    # Left to itself, the pool chooses blocks with which the same capacity fits.
+    own = kvp.CacheSpec(1, 1, 64, 2**10, 2**14, dtype=jnp.float32, layout="per_layer")
+    with kvp.KVPool(own, (limit + 1) * spec.block_bytes) as pool:
+        assert pool.spec.block_tokens > 16
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1MiB", 2**20),
+        ("1.5 MiB", 3 * 2**19),
+        ("2048KiB", 2**21),
+        ("2MB", 2 * 10**6),
+        (2**21, 2**21),
+    ],
+)
+def test_capacity_strings(text: str | int, size: int) -> None:
+    with kvp.KVPool(kvp.CacheSpec(1, 1, 64, 2, 64, dtype=jnp.float32), text) as pool:
+        block = pool.spec.block_bytes
+        assert pool.stats().capacity == size // block * block
+
+
+@pytest.mark.parametrize("bad", ["", "lots", "12 parsecs", "-1MiB", 0, -4096, "3B", 1.5, None])
+def test_bad_capacities(bad: object) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"(?i)capacity"):
+        kvp.KVPool(kvp.CacheSpec(1, 1, 64, 2, 64), bad)
+
+
+def test_blocks_are_allocated_when_claimed(make_pool) -> None:
+    """Acquiring takes the memory at once: running out is an error then, not a signal at the first
+    write.
+    """
+    pool = make_pool(kvp.CacheSpec(2, 2, 64, 4, 1024, dtype=jnp.float32), "8MiB")
+    before = _memfd_bytes()
+    pool.acquire(pool.cache(), 1024)
+    assert _memfd_bytes() - before >= 1024 * pool.spec.token_bytes

@@ -1,0 +1,113 @@
+"""In the steady state a decode step makes no system call about memory: the pool's counter and
+strace agree.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from subprocesses import run_python
+
+import jax_kvpage as kvp
+
+_CALLS = ("mmap", "munmap", "mremap", "madvise", "fallocate", "ftruncate", "mprotect")
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_the_pools_counter_stands_still(make_pool, layout: str) -> None:
+    """Slots recycled at similar lengths: everything that a request needs is mapped from the one
+    before.
+    """
+    spec = kvp.CacheSpec(2, 2, 64, 8, 1024, dtype=jnp.float32, layout=layout)
+    pool = make_pool(spec, "32MiB")
+    cache = pool.cache()
+
+    @jax.jit
+    def step(cache: kvp.KVCache, slots: jax.Array) -> kvp.KVCache:
+        x = jnp.ones((3, 2, 64))
+        cache, ok = kvp.map_slots(cache, slots, cache.lengths[slots] + 1)
+        batch = kvp.Batch.decode(slots).mask(ok)
+        for layer in range(2):
+            _, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
+        return kvp.advance(cache, batch)
+
+    counts = []
+    for wave in range(6):
+        slots, cache = pool.acquire(cache, [1, 1, 1])
+        for _ in range(200 - 7 * wave):
+            cache = step(cache, jnp.asarray(slots, jnp.int32))
+        cache = jax.block_until_ready(pool.release(cache, slots))
+        counts.append(pool.stats().system_calls)
+    assert counts[0] > 0
+    assert counts[1:] == counts[:1] * 5
+
+
+_STEPS = """
+    import os
+    import sys
+    import jax, jax.numpy as jnp
+    import jax_kvpage as kvp
+
+    spec = kvp.CacheSpec(2, 2, 64, 8, 1024, dtype=jnp.float32, layout=sys.argv[1])
+    pool = kvp.KVPool(spec, "32MiB")
+    cache = pool.cache()
+    x = jnp.ones((3, 2, 64))
+
+    @jax.jit
+    def step(cache, slots):
+        cache, ok = kvp.map_slots(cache, slots, cache.lengths[slots] + 1)
+        batch = kvp.Batch.decode(slots).mask(ok)
+        for layer in range(2):
+            _, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
+        return kvp.advance(cache, batch)
+
+    mark = os.open(os.devnull, os.O_WRONLY)
+    for wave in range(6):
+        slots, cache = pool.acquire(cache, [1, 1, 1])
+        ids = jnp.asarray(slots, jnp.int32)
+        if wave == 5:
+            calls = pool.stats().system_calls
+            os.write(mark, b"steady begin")
+        for _ in range(200):
+            cache = step(cache, ids)
+        jax.block_until_ready(cache)
+        if wave == 5:
+            os.write(mark, b"steady end")
+            assert pool.stats().system_calls == calls
+        else:
+            cache = jax.block_until_ready(pool.release(cache, slots))
+    if len(sys.argv) > 2:  # the control: a step that does map is seen
+        os.write(mark, b"growth begin")
+        pool.extend(slots[0], 1024)
+        os.write(mark, b"growth end")
+    pool.close()
+"""
+
+
+def _between(trace: str, name: str) -> list[str]:
+    """Memory calls of all threads between two marks."""
+    start, end = trace.index(f'"{name} begin"'), trace.index(f'"{name} end"')
+    pattern = re.compile(rf"\b({'|'.join(_CALLS)})(\(| resumed)")
+    return [line for line in trace[start:end].splitlines() if pattern.search(line)]
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_strace_agrees(tmp_path: pathlib.Path, layout: str) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    log = tmp_path / "trace"
+    trace = ",".join((*_CALLS, "write"))
+    run_python(
+        _STEPS,
+        layout,
+        "control",
+        prefix=("strace", "-f", "-o", str(log), "-e", f"trace={trace}"),
+    )
+    text = log.read_text()
+    assert _between(text, "growth"), "strace did not see the calls of a step that maps"
+    assert _between(text, "steady") == []
