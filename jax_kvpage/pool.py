@@ -160,6 +160,16 @@ class KVPool:
             raise ValueError(
                 f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
             )
+        if isinstance(cache.epoch, jax.core.Tracer):
+            raise ValueError(
+                f"{op} is a host call and cannot be traced: call it outside of jit; inside a program "
+                "map_slots makes room, and set_lengths and batch.mask change who takes part"
+            )
+        if cache.epoch.is_deleted():
+            raise ValueError(
+                f"{op}: this cache was donated to a program and is gone: pass the cache that the "
+                "program returned, or start a new line with pool.cache()"
+            )
         if cache.spec != self.spec:
             raise ValueError(
                 f"{op}: the cache has another spec than {self!r}: {cache.spec} against "
@@ -231,7 +241,11 @@ class KVPool:
         for slot in slots:
             self._token_ids[slot] = []
         if slots:
-            cache = _occupy(cache, self._own, self._padded(slots))
+            try:
+                cache = _occupy(cache, self._own, self._padded(slots))
+            except BaseException:
+                self._native.undo_acquire(slots)
+                raise
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
@@ -273,11 +287,15 @@ class KVPool:
         self._check_cache("release", cache)
         slots, _ = as_list(slot, "slot")
         native_call(self._native.start_release, slots)
-        for one in slots:
-            self._token_ids.pop(one, None)
         if not slots:
             return cache
-        cache, marker = _vacate(cache, self._own, self._padded(slots))
+        try:
+            cache, marker = _vacate(cache, self._own, self._padded(slots))
+        except BaseException:
+            self._native.undo_release(slots)
+            raise
+        for one in slots:
+            self._token_ids.pop(one, None)
         self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
         return cache
 

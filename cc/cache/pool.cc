@@ -290,6 +290,22 @@ Status Pool::StartRelease(const std::vector<std::int32_t>& slots) {
   return {};
 }
 
+void Pool::UndoAcquire(const std::vector<std::int32_t>& slots) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::int32_t slot : slots) {
+    slots_[slot].state = SlotState::kDraining;
+    slots_[slot].vacated = true;
+    FinishDraining(slot);
+  }
+}
+
+void Pool::UndoRelease(const std::vector<std::int32_t>& slots) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::int32_t slot : slots) {
+    if (slots_[slot].state == SlotState::kDraining && !slots_[slot].vacated) slots_[slot].state = SlotState::kOccupied;
+  }
+}
+
 Status Pool::Commit(std::int32_t slot, std::int64_t num_tokens) {
   const std::lock_guard<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckOpen("commit"));

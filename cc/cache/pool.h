@@ -111,6 +111,9 @@ class Pool {
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
   // Occupied slots start to drain; a queued program ends it (Vacate).
   Status StartRelease(const std::vector<std::int32_t>& slots);
+  // Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
+  void UndoAcquire(const std::vector<std::int32_t>& slots);
+  void UndoRelease(const std::vector<std::int32_t>& slots);
   Status Commit(std::int32_t slot, std::int64_t num_tokens);
   // Waits for running handlers, makes every older cache stale, ends all draining. The new line's lengths are -1 for
   // free slots.

@@ -151,6 +151,8 @@ NB_MODULE(_native, m) {
       .def(
           "start_release", [](PoolHandle& s, const std::vector<std::int32_t>& slots) { Raise(s.StartRelease(slots)); },
           Release(), "slots"_a)
+      .def("undo_acquire", &PoolHandle::UndoAcquire, Release(), "slots"_a)
+      .def("undo_release", &PoolHandle::UndoRelease, Release(), "slots"_a)
       .def(
           "commit", [](PoolHandle& s, std::int32_t slot, std::int64_t n) { Raise(s.Commit(slot, n)); }, Release(),
           "slot"_a, "num_tokens"_a)

@@ -72,6 +72,16 @@ Status PoolHandle::StartRelease(const std::vector<std::int32_t>& slots) {
   return pool->StartRelease(slots);
 }
 
+void PoolHandle::UndoAcquire(const std::vector<std::int32_t>& slots) {
+  std::shared_ptr<Pool> pool;
+  if (Use("acquire", &pool).ok()) pool->UndoAcquire(slots);
+}
+
+void PoolHandle::UndoRelease(const std::vector<std::int32_t>& slots) {
+  std::shared_ptr<Pool> pool;
+  if (Use("release", &pool).ok()) pool->UndoRelease(slots);
+}
+
 Status PoolHandle::Commit(std::int32_t slot, std::int64_t num_tokens) {
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Use("commit", &pool));

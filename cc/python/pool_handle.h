@@ -38,6 +38,8 @@ class PoolHandle {
   Claim Acquire(const std::vector<std::int64_t>& tokens);
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
   Status StartRelease(const std::vector<std::int32_t>& slots);
+  void UndoAcquire(const std::vector<std::int32_t>& slots);
+  void UndoRelease(const std::vector<std::int32_t>& slots);
   Status Commit(std::int32_t slot, std::int64_t num_tokens);
   Status NewLine(Pool::Line* out);
   bool WaitForDrain(double seconds);
