@@ -162,8 +162,8 @@ class KVPool:
             )
         if isinstance(cache.epoch, jax.core.Tracer):
             raise ValueError(
-                f"{op} is a host call and cannot be traced: call it outside of jit; inside a program "
-                "map_slots makes room, and set_lengths and batch.mask change who takes part"
+                f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
+                "program map_slots makes room, and set_lengths and batch.mask change who takes part"
             )
         if cache.epoch.is_deleted():
             raise ValueError(
