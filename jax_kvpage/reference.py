@@ -45,10 +45,10 @@ def ragged_attention(
     starts: jax.Array,
     query_offsets: jax.Array,
     active: jax.Array,
-    *,
     window: jax.Array,
     sinks: jax.Array,
     alibi: jax.Array,
+    *,
     scale: float,
     soft_cap: float,
     return_lse: bool,
@@ -80,16 +80,8 @@ def ragged_attention(
         lse = jnp.full((tokens if return_lse else 0, heads), -jnp.inf, jnp.float32)
         return jnp.zeros(q.shape, q.dtype), lse
     sequence, index, owned = token_owners(query_offsets, active, tokens)
-    attend = functools.partial(
-        _attend_one,
-        k=k,
-        v=v,
-        window=window,
-        sinks=sinks,
-        alibi=alibi,
-        scale=scale,
-        soft_cap=soft_cap,
-    )
+    options = (window, sinks, alibi)
+    attend = functools.partial(_attend_one, k, v, options, scale, soft_cap)
     # Tokens that nobody owns see positions up to -1: nothing.
     position = jnp.where(owned, starts[sequence] + index, -1)
     out, lse = jax.lax.map(attend, (q, sequence, position), batch_size=min(_TOKENS_AT_ONCE, tokens))
@@ -97,16 +89,9 @@ def ragged_attention(
 
 
 def _attend_one(
-    token: Any,
-    *,
-    k: Any,
-    v: Any,
-    window: Any,
-    sinks: Any,
-    alibi: Any,
-    scale: float,
-    soft_cap: float,
+    k: Any, v: Any, options: Any, scale: float, soft_cap: float, token: Any
 ) -> tuple[jax.Array, jax.Array]:
+    window, sinks, alibi = options
     q, sequence, position = token
     heads, dim = q.shape
     context, kv_heads = k.shape[1:3]

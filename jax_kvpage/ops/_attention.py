@@ -1,32 +1,16 @@
 """The options that all attention ops take, and the checks and results they share."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage import _compat
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import absent, check_implementation
 
-__all__ = ["Options", "attention_results", "check_attention", "make_options", "unpack"]
-
-
-class Options(NamedTuple):
-    """Attention options as a primitive takes them.
-
-    Attributes:
-        operands: window int32[], sinks f32[Hq] or f32[0], alibi f32[Hq] or f32[0].
-        params: scale, soft_cap (0 is off), return_lse, implementation.
-        problems: mistakes found on the way.
-    """
-
-    operands: tuple[Any, Any, Any]
-    params: dict[str, Any]
-    problems: list[str]
+__all__ = ["check_attention", "operands", "params", "results_of", "split_lse"]
 
 
 def _positive_number(name: str, value: Any, default: float, problems: list[str]) -> float:
@@ -70,32 +54,26 @@ def _per_head(name: str, value: Any, problems: list[str]) -> Any:
     return array.astype(jnp.float32)
 
 
-def make_options(
-    head_dim: int,
-    *,
-    scale: Any,
-    sliding_window: Any,
-    logits_soft_cap: Any,
-    sinks: Any,
-    alibi_slopes: Any,
-    return_lse: bool,
-    implementation: str | None,
-) -> Options:
-    """Turns the keyword arguments of an attention op into operands and parameters."""
-    problems: list[str] = []
-    check_implementation(implementation, problems)
-    operands = (
-        _window(sliding_window, problems),
+def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) -> tuple[Any, ...]:
+    """Options that are operands: window int32[], sinks and alibi f32[Hq] (f32[0] if not given)."""
+    return (
+        _window(window, problems),
         _per_head("sinks", sinks, problems),
         _per_head("alibi_slopes", alibi_slopes, problems),
     )
-    params = {
+
+
+def params(
+    head_dim: int, scale: Any, soft_cap: Any, lse: bool, implementation: Any, problems: list[str]
+) -> dict[str, Any]:
+    """Options that are static: scale, soft_cap (0 is off), return_lse, implementation."""
+    check_implementation(implementation, problems)
+    return {
         "scale": _positive_number("scale", scale, 1.0 / math.sqrt(max(head_dim, 1)), problems),
-        "soft_cap": _positive_number("logits_soft_cap", logits_soft_cap, 0.0, problems),
-        "return_lse": bool(return_lse),
+        "soft_cap": _positive_number("logits_soft_cap", soft_cap, 0.0, problems),
+        "return_lse": bool(lse),
         "implementation": implementation,
     }
-    return Options(operands, params, problems)
 
 
 def check_attention(check: Checker, q: Any, window: Any, sinks: Any, alibi: Any) -> None:
@@ -110,18 +88,10 @@ def check_attention(check: Checker, q: Any, window: Any, sinks: Any, alibi: Any)
             check.array(name, aval, ("Hq",), (jnp.float32,))
 
 
-def attention_results(operands: Sequence[Any], q: Any, return_lse: bool) -> list[Any]:
-    """Abstract values of out and lse; without return_lse lse has no rows."""
+def results_of(q: Any, return_lse: bool) -> tuple[Any, Any]:
+    """Shape and dtype of out and of lse; without return_lse lse has no rows."""
     tokens, heads, _ = q.shape
-    return [
-        _compat.result_aval(operands, q.shape, q.dtype),
-        _compat.result_aval(operands, (tokens if return_lse else 0, heads), jnp.float32),
-    ]
-
-
-def unpack(out: Any, lse: Any, return_lse: bool) -> tuple[Any, ...]:
-    """The results a caller asked for."""
-    return (out, lse) if return_lse else (out,)
+    return (q.shape, q.dtype), ((tokens if return_lse else 0, heads), jnp.float32)
 
 
 def split_lse(lse: Any, size: int) -> Any:

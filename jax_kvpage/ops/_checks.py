@@ -6,14 +6,30 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpage import _compat
 from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["FLOATS", "INT32", "Checker", "cache_operands", "layer_operand"]
+__all__ = [
+    "EPOCH",
+    "FLOATS",
+    "INT32",
+    "Checker",
+    "batch_operands",
+    "cache_operands",
+    "check_num_tokens",
+    "layer_operand",
+    "pool_checker",
+    "results",
+    "show",
+]
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 INT32 = (jnp.int32,)
+
+# The result of every op that changes a cache: shape and dtype of an epoch.
+EPOCH = ((1,), jnp.uint32)
 
 # A dimension is a number, a name that is bound by its first use, or a name plus one.
 Dim = int | str
@@ -91,6 +107,11 @@ class Checker:
 def pool_checker(op: str, spec: CacheSpec, problems: Sequence[str] = ()) -> Checker:
     """A checker that knows the dimensions of a spec."""
     return Checker(op, problems, max_slots=spec.max_slots, Hkv=spec.num_kv_heads, D=spec.head_dim)
+
+
+def results(operands: Sequence[Any], *kinds: tuple[Sequence[int], Any]) -> list[Any]:
+    """Abstract values of results that depend on all operands, each given by shape and dtype."""
+    return [_compat.result_aval(operands, shape, dtype) for shape, dtype in kinds]
 
 
 def show(aval: Any) -> str:

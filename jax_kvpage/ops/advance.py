@@ -5,10 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _batching, _lowering
-from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
+from jax_kvpage.ops._checks import EPOCH, batch_operands, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["advance"]
@@ -21,11 +20,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     check.cache(*avals[:3])
     check.batch(*avals[3:])
     check.done()
-    lengths = avals[2]
-    return [
-        _compat.result_aval(avals, (1,), jnp.uint32),
-        _compat.result_aval(avals, lengths.shape, lengths.dtype),
-    ]
+    return results(avals, EPOCH, ((spec.max_slots,), jnp.int32))
 
 
 advance_p = _lowering.make_primitive("advance", _abstract)

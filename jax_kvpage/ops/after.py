@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching, _lowering
-from jax_kvpage.ops._checks import Checker, cache_operands
+from jax_kvpage.ops._checks import EPOCH, Checker, cache_operands, results
 
 __all__ = ["after"]
 
@@ -18,7 +17,7 @@ def _abstract(epoch: Any, *values: Any) -> list[Any]:
     check = Checker("after")
     check.array("cache.epoch", epoch, (1,), (jnp.uint32,))
     check.done()
-    return [_compat.result_aval((epoch, *values), (1,), jnp.uint32)]
+    return results((epoch, *values), EPOCH)
 
 
 after_p = _lowering.make_primitive("after", _abstract, static=())

@@ -3,12 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _batching, _lowering, _tokens
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["append_kv"]
@@ -21,7 +19,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
     _tokens.check_header(check, avals)
     _tokens.check_kv(check, *avals[6:])
     check.done()
-    return [_compat.result_aval(avals, (1,), jnp.uint32)]
+    return results(avals, EPOCH)
 
 
 append_kv_p = _lowering.make_primitive("append_kv", _abstract)

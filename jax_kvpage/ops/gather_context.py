@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from jax_kvpage import _compat
 from jax_kvpage.ops import _batching, _lowering, _tokens
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["gather_context_p"]
@@ -17,7 +16,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     _tokens.check_header(check, avals)
     check.done()
     shape = (avals[3].shape[0], spec.max_seq_len, spec.num_kv_heads, spec.head_dim)
-    return [_compat.result_aval(avals, shape, spec.dtype)] * 2
+    return results(avals, (shape, spec.dtype), (shape, spec.dtype))
 
 
 # Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype: positions

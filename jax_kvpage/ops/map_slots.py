@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching, _lowering, _slots
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["map_slots"]
@@ -18,11 +17,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
     check = pool_checker("map_slots", spec, problems)
     _slots.check(check, "num_tokens", avals)
     check.done()
-    slots = avals[3]
-    return [
-        _compat.result_aval(avals, (1,), jnp.uint32),
-        _compat.result_aval(avals, slots.shape, jnp.bool_),
-    ]
+    return results(avals, EPOCH, (avals[3].shape, jnp.bool_))
 
 
 map_slots_p = _lowering.make_primitive("map_slots", _abstract)

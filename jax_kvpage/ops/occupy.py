@@ -9,11 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
-from jax_kvpage import _compat
 from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching, _lowering
-from jax_kvpage.ops._checks import INT32, cache_operands, pool_checker
+from jax_kvpage.ops._checks import EPOCH, INT32, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["occupy", "vacate"]
@@ -26,8 +25,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     check.array("own", own, (2,), INT32)
     check.array("slots", slots, ("n",), INT32)
     check.done()
-    results = [((1,), jnp.uint32), ((spec.max_slots,), jnp.int32)]
-    return [_compat.result_aval(avals, shape, dtype) for shape, dtype in results]
+    return results(avals, EPOCH, ((spec.max_slots,), jnp.int32))
 
 
 occupy_p = _lowering.make_primitive("occupy", _abstract)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_kvpage import reference
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _attention, _batching, _lowering, _tokens
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import pool_checker, results
 from jax_kvpage.ops.gather_context import gather_context_p
 from jax_kvpage.spec import CacheSpec
 
@@ -35,7 +35,7 @@ def _abstract(
     q, window, sinks, alibi = avals[6:]
     _attention.check_attention(check, q, window, sinks, alibi)
     check.done()
-    return _attention.attention_results(avals, q, return_lse)
+    return results(avals, *_attention.results_of(q, return_lse))
 
 
 paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _STATIC)
@@ -91,43 +91,23 @@ def paged_attention(
             malformed offsets, a layer out of range, or positions not mapped or not written.
     """
     header, problems = _tokens.header("paged_attention", cache, batch, layer, q=q)
-    options = _attention.make_options(
-        cache.spec.head_dim,
-        scale=scale,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        logits_soft_cap=logits_soft_cap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
-        implementation=implementation,
+    options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
+    params = _attention.params(
+        cache.spec.head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
-    out, lse = _lowering.bind(
-        paged_attention_p,
-        _abstract,
-        (*header, q, *options.operands),
-        {"spec": cache.spec, **options.params},
-        problems + options.problems,
-    )
+    params["spec"] = cache.spec
+    operands = (*header, q, *options)
+    out, lse = _lowering.bind(paged_attention_p, _abstract, operands, params, problems)
     return (out, lse) if return_lse else out
 
 
 def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     """The op in plain JAX, but for the gather that brings the context out of the arena."""
-    _, _, lengths, slots, query_offsets, _, q, window, sinks, alibi = operands
+    _, _, lengths, slots, query_offsets, _, q, *options = operands
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
-    starts = jnp.where(slots >= 0, lengths[jnp.maximum(slots, 0)], 0)
-    return reference.ragged_attention(
-        q,
-        k,
-        v,
-        starts,
-        query_offsets,
-        slots >= 0,
-        window=window,
-        sinks=sinks,
-        alibi=alibi,
-        **params,
-    )
+    active = slots >= 0
+    starts = jnp.where(active, lengths[jnp.maximum(slots, 0)], 0)
+    return reference.ragged_attention(q, k, v, starts, query_offsets, active, *options, **params)
 
 
 _lowering.register_lowerings(paged_attention_p, xla=attend_gathered)

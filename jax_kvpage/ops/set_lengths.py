@@ -4,10 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching, _lowering, _slots
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["set_lengths"]
@@ -17,10 +16,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
     check = pool_checker("set_lengths", spec, problems)
     _slots.check(check, "lengths", avals)
     check.done()
-    return [
-        _compat.result_aval(avals, (1,), jnp.uint32),
-        _compat.result_aval(avals, (spec.max_slots,), jnp.int32),
-    ]
+    return results(avals, EPOCH, ((spec.max_slots,), jnp.int32))
 
 
 set_lengths_p = _lowering.make_primitive("set_lengths", _abstract)

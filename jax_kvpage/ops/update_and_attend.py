@@ -4,12 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_kvpage import _compat
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _attention, _batching, _lowering, _tokens
-from jax_kvpage.ops._checks import pool_checker
+from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.ops.append_kv import append_kv_p
 from jax_kvpage.ops.paged_attention import attend_gathered
 from jax_kvpage.spec import CacheSpec
@@ -30,8 +28,7 @@ def _abstract(
     _attention.check_attention(check, q, *options)
     _tokens.check_kv(check, k, v)
     check.done()
-    epoch = _compat.result_aval(avals, (1,), jnp.uint32)
-    return [*_attention.attention_results(avals, q, return_lse), epoch]
+    return results(avals, *_attention.results_of(q, return_lse), EPOCH)
 
 
 update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _STATIC)
@@ -77,23 +74,18 @@ def update_and_attend(
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
-    options = _attention.make_options(
-        cache.spec.head_dim,
-        scale=scale,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
-        implementation=implementation,
-    )
     header, problems = _tokens.header("update_and_attend", cache, batch, layer, q=q)
+    options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
+    head_dim = cache.spec.head_dim
+    static = _attention.params(
+        head_dim, scale, logits_soft_cap, return_lse, implementation, problems
+    )
     out, lse, epoch = _lowering.bind(
         update_and_attend_p,
         _abstract,
-        (*header, q, k, v, *options.operands),
-        {"spec": cache.spec, **options.params},
-        problems + options.problems,
+        (*header, q, k, v, *options),
+        {"spec": cache.spec, **static},
+        problems,
     )
     cache = dataclasses.replace(cache, epoch=epoch)
     return (out, lse, cache) if return_lse else (out, cache)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_kvpage import reference
 from jax_kvpage.ops import _attention, _batching, _lowering
-from jax_kvpage.ops._checks import FLOATS, INT32, Checker
+from jax_kvpage.ops._checks import FLOATS, INT32, Checker, results
 
 __all__ = ["paged_attention_with_tables"]
 
@@ -42,7 +42,7 @@ def _abstract(
     check.array("query_offsets", offsets, ("S+1",), INT32)
     _attention.check_attention(check, q, window, sinks, alibi)
     check.done()
-    return _attention.attention_results(avals, q, return_lse)
+    return results(avals, *_attention.results_of(q, return_lse))
 
 
 attend_with_tables_p = _lowering.make_primitive(
@@ -60,12 +60,12 @@ def paged_attention_with_tables(
     lengths: jax.Array,
     *,
     query_offsets: jax.Array | None = None,
-    kv_layout: Literal["NHD", "HND"] = "NHD",
     scale: float | None = None,
     sliding_window: int | jax.Array | None = None,
     logits_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    kv_layout: Literal["NHD", "HND"] = "NHD",
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -99,17 +99,12 @@ def paged_attention_with_tables(
         jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or
             a page number out of range.
     """
-    options = _attention.make_options(
-        jnp.shape(q)[-1] if jnp.ndim(q) else 1,
-        scale=scale,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
-        implementation=implementation,
+    problems: list[str] = []
+    options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
+    head_dim = jnp.shape(q)[-1] if jnp.ndim(q) else 1
+    params = _attention.params(
+        head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
-    problems = options.problems
     if kv_layout not in _LAYOUTS:
         known = " or ".join(map(repr, _LAYOUTS))
         problems.append(f"kv_layout: wanted {known}, got {kv_layout!r}")
@@ -121,26 +116,15 @@ def paged_attention_with_tables(
                 f"query_offsets: None means one token for each of the {sequences} sequences, but q "
                 f"has {jnp.shape(q)[0]}"
             )
-    operands = (q, k_pages, v_pages, block_tables, lengths, query_offsets, *options.operands)
-    params = {"kv_layout": _LAYOUTS.get(kv_layout, 0), **options.params}
+    operands = (q, k_pages, v_pages, block_tables, lengths, query_offsets, *options)
+    params["kv_layout"] = _LAYOUTS.get(kv_layout, 0)
     out, lse = _lowering.bind(attend_with_tables_p, _abstract, operands, params, problems)
     return (out, lse) if return_lse else out
 
 
-def _attend_plain(
-    q: Any,
-    k_pages: Any,
-    v_pages: Any,
-    tables: Any,
-    lengths: Any,
-    offsets: Any,
-    window: Any,
-    sinks: Any,
-    alibi: Any,
-    *,
-    kv_layout: int,
-    **params: Any,
-) -> Any:
+def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
+    q, k_pages, v_pages, tables, lengths, offsets, *options = operands
+
     def context(pages: Any) -> Any:
         pages = pages if kv_layout == 0 else jnp.swapaxes(pages, 1, 2)
         gathered = pages.at[jnp.maximum(tables, 0)].get(mode="clip")
@@ -149,18 +133,8 @@ def _attend_plain(
 
     starts = lengths - (offsets[1:] - offsets[:-1])
     active = jnp.ones(lengths.shape, bool)
-    return reference.ragged_attention(
-        q,
-        context(k_pages),
-        context(v_pages),
-        starts,
-        offsets,
-        active,
-        window=window,
-        sinks=sinks,
-        alibi=alibi,
-        **params,
-    )
+    k, v = context(k_pages), context(v_pages)
+    return reference.ragged_attention(q, k, v, starts, offsets, active, *options, **params)
 
 
 _lowering.register_lowerings(
