@@ -9,11 +9,12 @@ tokenizer.json.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -90,7 +91,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
@@ -132,6 +136,10 @@ def make_pool(
 ) -> jax_kvpage.KVPool:
     """A pool of what --capacity says, or else of just what the requests can come to need."""
     platform = jax.default_backend()
+    block_tokens = args.block_tokens
+    if block_tokens is None and args.checkpoint == _BUNDLED and args.layout is None:
+        # Blocks of the usual size would hold its whole context in a few: smaller ones show more.
+        block_tokens = 16 if platform == "cpu" else None
     spec = jax_kvpage.CacheSpec(
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
@@ -140,13 +148,13 @@ def make_pool(
         max_seq_len=max_seq_len,
         dtype=jnp.dtype(args.kv_dtype or compute_dtype(args, config.dtype)),
         layout=args.layout,
-        block_tokens=args.block_tokens,
+        block_tokens=block_tokens,
     ).resolve("cuda" if platform == "gpu" else platform)
     capacity = args.capacity
     if capacity is None:
         ends = [min(len(r.prompt_ids) + r.max_new_tokens, max_seq_len) for r in requests]
-        block_tokens = spec.block_tokens or 1
-        blocks = spec.num_ranges * sum(-(-end // block_tokens) for end in ends)
+        size = spec.block_tokens or 1
+        blocks = spec.num_ranges * sum(-(-end // size) for end in ends)
         capacity = blocks * spec.block_bytes
     return jax_kvpage.KVPool(spec, capacity=int(capacity) if str(capacity).isdigit() else capacity)
 
@@ -155,6 +163,15 @@ def compute_dtype(args: argparse.Namespace, stored: str) -> str:
     """Type of weights and arithmetic: as asked for, float32 on CPU (XLA's bfloat16 products are
     slow there), else as stored."""
     return args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """What the library finds wrong with values that came from the command line is wrong input."""
+    try:
+        yield
+    except (ValueError, MemoryError, jax_kvpage.KVPageError) as error:
+        raise InputError(str(error)) from error
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +187,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--implementation {args.implementation} does not run on {platform}, "
             f"which has {' and '.join(supported)}"
         )
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    with _input_errors():
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompts = read_prompts(args)
     config = load_config(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
@@ -182,7 +200,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len)
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
-    with make_pool(args, config, requests, max_seq_len) as pool:
+    with _input_errors():
+        pool = make_pool(args, config, requests, max_seq_len)
+    with pool:
         programs = Programs(model, sampling, config.eos_token_ids, args.implementation)
         printer = None if args.json else Printer(requests, prompts, tokenizer)
         engine = Engine(
@@ -222,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run(args)
     except (InputError, ConfigError, CheckpointError, TokenizerError) as error:
-        print(f"decode_llama.py: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"decode_llama.py: error: {line}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(result))

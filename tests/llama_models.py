@@ -1,14 +1,18 @@
-"""Small random Llamas on disk and in memory, and the engine around them, for the tests of the example."""
+"""Small random Llamas on disk and in memory, and the engine around them, for the tests of the
+example.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import jax_kvpage as kvp
 import numpy as np
 from flax import nnx
 from llama.checkpoint import save_model
@@ -19,8 +23,6 @@ from llama.programs import Programs
 from llama.sampling import Sampling
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-import jax_kvpage as kvp
 
 TINY = LlamaConfig(
     vocab_size=256,
@@ -33,6 +35,8 @@ TINY = LlamaConfig(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
+# With random weights a tied head mostly repeats its input; this one's text varies.
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 
 
 def random_model(config: LlamaConfig = TINY, seed: int = 0, scale: float = 4.0) -> Llama:
@@ -46,7 +50,9 @@ def random_model(config: LlamaConfig = TINY, seed: int = 0, scale: float = 4.0) 
 def write_checkpoint(
     path: pathlib.Path, config: LlamaConfig = TINY, *, dtype: object = jnp.float32, shards: int = 1
 ) -> Llama:
-    """Writes a random model and a tokenizer of bytes to `path`, in one file or several with an index."""
+    """Writes a random model and a tokenizer of bytes to `path`, in one file or several with an
+    index.
+    """
     model = random_model(config)
     save_model(model, path, dtype=jnp.dtype(dtype))
     write_byte_tokenizer(path)
@@ -111,8 +117,17 @@ class Outcome:
     outputs: list[list[int]]
     reasons: list[str | None]
     requests: list[Request]
+    order: list[int]  # which request each token belongs to, as they came
     engine: Engine
     stats: kvp.PoolStats
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(
+    model: Llama, sampling: Sampling, stop_ids: tuple[int, ...], implementation: str | None
+) -> Programs:
+    """Compiled programs serve every pool of one spec, so tests share them."""
+    return Programs(model, sampling, stop_ids, implementation)
 
 
 def generate(
@@ -138,10 +153,16 @@ def generate(
         capacity = spec.virtual_bytes
     else:
         capacity = blocks * spec.block_bytes
-    programs = Programs(model, sampling or Sampling(), stop_ids, implementation)
+    programs = _programs(model, sampling or Sampling(), stop_ids, implementation)
+    order: list[int] = []
     with kvp.KVPool(spec, capacity) as pool:
         engine = Engine(
-            programs, pool, stop_ids, scan_steps=scan_steps, prefill_chunk=prefill_chunk
+            programs,
+            pool,
+            stop_ids,
+            scan_steps=scan_steps,
+            prefill_chunk=prefill_chunk,
+            on_token=lambda request, token: order.append(request.index),
         )
         engine.run(requests)
         stats = pool.stats()
@@ -149,6 +170,7 @@ def generate(
         [request.output_ids for request in requests],
         [request.finish_reason for request in requests],
         requests,
+        order,
         engine,
         stats,
     )

@@ -103,15 +103,16 @@ class Engine:
         self._on_finish = on_finish or (lambda request: None)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
-        self._begin = 0.0
+        self._begin = 0.0  # moves with the time that compiling takes
         self.samples: list[Sample] = []
         self.steps = 0
         self.stalls = 0
 
     def run(self, requests: Sequence[Request]) -> None:
         """Runs all requests to their end; results are in the requests."""
-        self._begin = time.monotonic()
+        self._begin = time.monotonic() - self._programs.compile_seconds
         self._waiting = list(requests)
+        self._sample_memory()
         may_admit = True
         while self._waiting or self._running:
             if may_admit:

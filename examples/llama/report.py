@@ -102,34 +102,34 @@ def plot_memory(engine: Engine, values: dict[str, Any], file: str | pathlib.Path
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
 
-    seconds = [sample.seconds for sample in engine.samples]
-    mapped = [sample.mapped_bytes for sample in engine.samples]
-    occupied = [sample.occupied_bytes for sample in engine.samples]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     static = values["bytes_static_cache"]
-    axes.axhline(static, color="tab:red", linestyle="--", label="static cache")
+    unit, size = _unit(static)
+    seconds = [sample.seconds for sample in engine.samples]
+    mapped = [sample.mapped_bytes / size for sample in engine.samples]
+    occupied = [sample.occupied_bytes / size for sample in engine.samples]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.axhline(static / size, color="tab:red", linestyle="--", label="a static cache")
     axes.step(seconds, mapped, where="post", color="tab:blue", label="mapped")
     axes.fill_between(
         seconds, occupied, step="post", color="tab:blue", alpha=0.25, label="of running sequences"
     )
-    axes.set_xlabel("seconds")
+    axes.set_xlabel("seconds, without compiling")
+    axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.set_title(f"KV cache of {values['num_sequences']} sequences")
     axes.legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
 
-def _bytes(count: float) -> str:
-    """A number of bytes in the largest binary unit that leaves at least one."""
+def _unit(count: float) -> tuple[str, int]:
+    """The largest binary unit that leaves at least one, and its size in bytes."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(int(math.log2(max(count, 1)) // 10), len(units) - 1)
-    count /= 1024**power
-    return (
-        f"{count:.0f} {units[power]}"
-        if power == 0 or count >= 100
-        else f"{count:.1f} {units[power]}"
-    )
+    return units[power], 1024**power
+
+
+def _bytes(count: float) -> str:
+    unit, size = _unit(count)
+    return f"{count / size:.{0 if size == 1 or count >= 100 * size else 1}f} {unit}"

@@ -1,0 +1,183 @@
+"""examples/decode_llama.py from the outside: what it prints, what its options do, and how it
+refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import decode_llama
+import pytest
+from llama_models import UNTIED, edit_json, write_checkpoint
+
+_EXAMPLE = pathlib.Path(decode_llama.__file__)
+_FIGURES = {
+    "num_sequences": int,
+    "prompt_tokens": int,
+    "generated_tokens": int,
+    "seconds": float,
+    "compile_seconds": float,
+    "tokens_per_second": float,
+    "decode_steps": int,
+    "layout": str,
+    "kv_dtype": str,
+    "block_tokens": int,
+    "block_bytes": int,
+    "blocks_mapped": int,
+    "bytes_mapped": int,
+    "bytes_static_cache": int,
+    "bytes_reserved_virtual": int,
+    "mapped_share_of_static": float,
+    "system_calls": int,
+    "system_calls_per_token": float,
+    "stalls": int,
+    "preemptions": int,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, UNTIED)
+    return path
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert decode_llama.main(["--json", *map(str, arguments)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def _outputs(result: dict[str, Any]) -> list[list[int]]:
+    return [sequence["output_ids"] for sequence in result["sequences"]]
+
+
+def test_the_bundled_model_in_its_own_process() -> None:
+    command = [sys.executable, str(_EXAMPLE), "--json", "--max-new-tokens", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["sequences"]) == result["num_sequences"] > 1
+    for sequence in result["sequences"]:
+        assert set(sequence) == {"prompt_ids", "output_ids", "text", "finish_reason"}
+        assert sequence["finish_reason"] in ("stop", "length")
+        words = sequence["text"].split()
+        assert sum(word.strip(".,:()'\"").isalpha() for word in words) > 0.7 * len(words)
+    for name, kind in _FIGURES.items():
+        assert isinstance(result[name], kind), name
+    assert result["generated_tokens"] == sum(map(len, _outputs(result)))
+    assert 0 < result["bytes_mapped"] < result["bytes_static_cache"]
+    assert result["bytes_mapped"] == result["blocks_mapped"] * result["block_bytes"]
+
+
+def test_text_is_streamed_and_followed_by_a_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    plot = tmp_path / "memory.png"
+    arguments = ["--prompt", "Return a new", "--prompt", "The module", "--max-new-tokens", "20"]
+    assert decode_llama.main([*arguments, "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    sequences = _json(capsys, *arguments)["sequences"]
+    for prompt, sequence in zip(("Return a new", "The module"), sequences, strict=True):
+        assert f"> {prompt}{sequence['text']} [{sequence['finish_reason']}]" in shown
+    for row in ("tokens/s", "blocks mapped", "static cache reserves", "system calls per token"):
+        assert row in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scan_and_loop_say_the_same(
+    capsys: pytest.CaptureFixture[str], checkpoint: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one and\n\nanother one that is a bit longer than that\nthird\n")
+    common = ["--checkpoint", checkpoint, "--prompt-file", prompts, "--prompt", "first"]
+    common += ["--max-new-tokens", 30, "--temperature", 0.8, "--top-k", 50, "--top-p", 0.9]
+    loop = _json(capsys, *common, "--seed", 4)
+    assert bytes(loop["sequences"][0]["prompt_ids"]) != b"" and loop["num_sequences"] == 4
+    scan = _json(capsys, *common, "--seed", 4, "--scan", 7, "--layout", "per_layer")
+    assert _outputs(scan) == _outputs(loop)
+    tight = _json(
+        capsys, *common, "--seed", 4, "--scan", 7, "--block-tokens", 16, "--capacity", "80KiB"
+    )
+    assert tight["stalls"] + tight["preemptions"] > 0
+    assert _outputs(tight) == _outputs(loop)
+    assert _outputs(_json(capsys, *common, "--seed", 5)) != _outputs(loop)
+
+
+def test_options_reach_what_they_name(
+    capsys: pytest.CaptureFixture[str], checkpoint: pathlib.Path
+) -> None:
+    common = ["--checkpoint", checkpoint, "--prompt", "some words", "--max-new-tokens", 6]
+    plain = _json(capsys, *common)
+    assert (plain["kv_dtype"], plain["bytes_static_cache"]) == ("float32", 256 * 1024)
+    other = _json(
+        capsys, *common, "--layout", "per_layer", "--kv-dtype", "bfloat16", "--block-tokens", 64,
+        "--max-seq-len", 128, "--max-slots", 3, "--implementation", "xla", "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert (other["layout"], other["kv_dtype"], other["block_tokens"]) == (
+        "per_layer",
+        "bfloat16",
+        64,
+    )
+    assert other["bytes_static_cache"] == 3 * 128 * 512
+    assert other["blocks_mapped"] == 4 and len(_outputs(other)[0]) == 6
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a run ends with."""
+    try:
+        status = decode_llama.main([*map(str, arguments)])
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and ": error: " in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0"], "must be 1 or more, got 0"),
+        (["--max-slots", "many"], "must be a whole number, got 'many'"),
+        (["--scan", "-1"], "--scan must be 0 (a Python loop) or more, got -1"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--layout", "paged"], "invalid choice: 'paged'"),
+        (["--temperature", "-1"], "temperature must be 0 (greedy) or more"),
+        (["--top-p", "2"], "top_p must be above 0 and at most 1"),
+        (["--implementation", "cuda"], "cuda does not run on cpu, which has cpu and xla"),
+        (["--plot", "memory.gif"], "must end in one of .png"),
+        (["--plot", "no/such/memory.png"], "there is no directory"),
+        (["--prompt-file", "no-such-file"], "--prompt-file: "),
+        (["--checkpoint", "no-such-dir"], "no config.json in no-such-dir"),
+        (["--max-seq-len", "100000"], "is beyond the 512 positions"),
+        (["--max-seq-len", "2"], "a sequence may have 2 in all"),
+        (["--capacity", "plenty"], "plenty"),
+        (["--capacity", "1"], "capacity"),
+        (["--block-tokens", "7"], "block_tokens"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in _fails(capsys, *arguments)
+
+
+def test_checkpoints_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    write_checkpoint(tmp_path, UNTIED, shards=2)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    arguments = ("--checkpoint", tmp_path, "--prompt", "x")
+    assert "1 of 2 shards are missing" in _fails(capsys, *arguments)
+    edit_json(tmp_path / "config.json", model_type="gemma")
+    assert "model_type is 'gemma'" in _fails(capsys, *arguments)
+    (tmp_path / "tokenizer.json").unlink()
+    edit_json(tmp_path / "config.json", model_type="llama")
+    assert "no tokenizer.json" in _fails(capsys, *arguments)
