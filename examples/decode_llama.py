@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import jax_kvpage
 from llama.checkpoint import CheckpointError, load_model
 from llama.config import ConfigError, LlamaConfig, load_config
 from llama.generate import Engine, Request
@@ -28,6 +27,8 @@ from llama.report import figures, plot_memory, print_table
 from llama.sampling import Sampling
 from llama.stream import Printer
 from llama.tokenizer import Tokenizer, TokenizerError
+
+import jax_kvpage
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "tiny_llama"
 _DEFAULT_PROMPTS = (
@@ -220,6 +221,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         values = figures(
             engine, requests, pool.spec, pool.stats(), seconds, programs.compile_seconds
         )
+    for request in requests:
+        if request.finish_reason == "capacity":
+            print(
+                f"decode_llama.py: sequence {request.index} ended at {len(request.tokens)} tokens: "
+                f"even alone it does not fit in {pool.spec.block_tokens}-token blocks of "
+                f"{values['capacity']} bytes in all; raise --capacity",
+                file=sys.stderr,
+            )
     if args.plot:
         plot_memory(engine, values, args.plot)
     if printer:

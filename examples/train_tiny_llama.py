@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from llama import corpus
-from llama.checkpoint import save_model
+from llama.checkpoint import load_model, save_model
 from llama.config import LlamaConfig
 from llama.model import Llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -50,6 +50,25 @@ def token_stream(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.concatenate([np.array([*item.ids, end], np.int32) for item in encoded])
 
 
+def tiny_config(tokenizer: Tokenizer, context: int) -> LlamaConfig:
+    """Two million parameters, a fifth of them the embedding."""
+    begin_id, end_id = (tokenizer.encode(text).ids[-1] for text in (_BEGIN, _END))
+    return LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=begin_id,
+        eos_token_ids=(end_id,),
+    )
+
+
 def next_token_loss(model: Llama, rows: jax.Array) -> jax.Array:
     """Mean cross entropy in nats of predicting each token of rows `[B, T + 1]` from those before
     it.
@@ -70,8 +89,12 @@ def held_out_loss(model: Llama, stream: np.ndarray, context: int, batch: int) ->
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--init", type=pathlib.Path, help="go on from the weights of this directory"
+    )
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument(
         "--batch", type=int, default=4, help="windows of --context tokens in a step"
@@ -89,29 +112,17 @@ def main() -> None:
     documents = corpus.build()
     training = [text for text in documents if not corpus.is_held_out(text)]
     held_out = [text for text in documents if corpus.is_held_out(text)]
-    tokenizer = train_tokenizer(training, args.vocab_size)
+    if args.init:
+        tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
+        model = load_model(args.init, dtype=jnp.dtype(jnp.float32))
+    else:
+        tokenizer = train_tokenizer(training, args.vocab_size)
+        model = Llama(tiny_config(tokenizer, args.context), rngs=nnx.Rngs(args.seed))
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
     stream, held_stream = token_stream(tokenizer, training), token_stream(tokenizer, held_out)
     print(f"training: {len(training)} documents, {len(stream)} tokens")
     print(f"held out: {len(held_out)} documents, {len(held_stream)} tokens")
-
-    begin_id, end_id = (tokenizer.encode(text).ids[-1] for text in (_BEGIN, _END))
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=args.context,
-        tie_word_embeddings=True,
-        bos_token_id=begin_id,
-        eos_token_ids=(end_id,),
-    )
-    model = Llama(config, rngs=nnx.Rngs(args.seed))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     print(f"{count} parameters")
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import jax_kvpage as kvp
 import numpy as np
 from flax import nnx
 from llama.checkpoint import save_model
@@ -23,6 +22,8 @@ from llama.programs import Programs
 from llama.sampling import Sampling
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import jax_kvpage as kvp
 
 TINY = LlamaConfig(
     vocab_size=256,
@@ -149,10 +150,7 @@ def generate(
         Request(index, list(prompt), int(limit))
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    if blocks is None:
-        capacity = spec.virtual_bytes
-    else:
-        capacity = blocks * spec.block_bytes
+    capacity = spec.virtual_bytes if blocks is None else blocks * spec.block_bytes
     programs = _programs(model, sampling or Sampling(), stop_ids, implementation)
     order: list[int] = []
     with kvp.KVPool(spec, capacity) as pool:

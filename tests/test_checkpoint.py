@@ -43,8 +43,10 @@ def _leaves(model: nnx.Module) -> list[np.ndarray]:
 def test_a_short_config_gets_the_defaults_of_the_architecture() -> None:
     config = parse_config(_BASE)
     assert (config.num_key_value_heads, config.head_dim) == (4, 16)
-    assert config.rope.kind == "default" and config.rope.theta == 10000.0
-    assert not config.tie_word_embeddings and config.eos_token_ids == ()
+    assert config.rope.kind == "default"
+    assert config.rope.theta == 10000.0
+    assert not config.tie_word_embeddings
+    assert config.eos_token_ids == ()
 
 
 def test_grouped_heads_and_an_explicit_head_dim() -> None:
@@ -63,7 +65,8 @@ def test_grouped_heads_and_an_explicit_head_dim() -> None:
 )
 def test_all_spellings_of_rope_scaling_mean_the_same(rope: dict[str, Any]) -> None:
     config = parse_config(_BASE | rope)
-    assert config.rope.kind == "llama3" and config.rope.theta == 5e5
+    assert config.rope.kind == "llama3"
+    assert config.rope.theta == 5e5
     assert config.rope.original_max_position_embeddings == 64
     plain = parse_config(_BASE | {"rope_theta": 5e5}).rope.inverse_frequencies(16)
     scaled = config.rope.inverse_frequencies(16)
@@ -117,7 +120,7 @@ def test_configs_that_are_refused(
 
 
 def test_config_files_that_are_none(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match="no config.json in .* wants a Hugging Face model"):
+    with pytest.raises(ConfigError, match=r"no config\.json in .* wants a Hugging Face model"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
@@ -260,12 +263,12 @@ def test_files_that_are_no_weights(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model.safetensors or .*index.json in"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match="pytorch_model.bin is a PyTorch file, convert it"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a PyTorch file, convert it"):
         load_model(tmp_path)
 
 
 def test_tokenizers(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         Tokenizer(tmp_path, 256)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="is not a tokenizer"):
@@ -273,7 +276,8 @@ def test_tokenizers(tmp_path: pathlib.Path) -> None:
     write_byte_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path, 256)
     ids = tokenizer.encode("naïve")
-    assert len(ids) == 6 and tokenizer.decode(ids) == "naïve"
+    assert len(ids) == 6
+    assert tokenizer.decode(ids) == "naïve"
     with pytest.raises(TokenizerError, match="has no tokens"):
         tokenizer.encode("")
     with pytest.raises(TokenizerError, match="vocab_size 40: they do not belong together"):

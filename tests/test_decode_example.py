@@ -28,6 +28,7 @@ _FIGURES = {
     "kv_dtype": str,
     "block_tokens": int,
     "block_bytes": int,
+    "capacity": int,
     "blocks_mapped": int,
     "bytes_mapped": int,
     "bytes_static_cache": int,
@@ -99,7 +100,8 @@ def test_scan_and_loop_say_the_same(
     common = ["--checkpoint", checkpoint, "--prompt-file", prompts, "--prompt", "first"]
     common += ["--max-new-tokens", 30, "--temperature", 0.8, "--top-k", 50, "--top-p", 0.9]
     loop = _json(capsys, *common, "--seed", 4)
-    assert bytes(loop["sequences"][0]["prompt_ids"]) != b"" and loop["num_sequences"] == 4
+    assert bytes(loop["sequences"][0]["prompt_ids"]) != b""
+    assert loop["num_sequences"] == 4
     scan = _json(capsys, *common, "--seed", 4, "--scan", 7, "--layout", "per_layer")
     assert _outputs(scan) == _outputs(loop)
     tight = _json(
@@ -126,7 +128,19 @@ def test_options_reach_what_they_name(
         64,
     )
     assert other["bytes_static_cache"] == 3 * 128 * 512
-    assert other["blocks_mapped"] == 4 and len(_outputs(other)[0]) == 6
+    assert other["blocks_mapped"] == 4
+    assert len(_outputs(other)[0]) == 6
+
+
+def test_a_sequence_that_can_never_fit_says_so(
+    capsys: pytest.CaptureFixture[str], checkpoint: pathlib.Path
+) -> None:
+    arguments = ["--checkpoint", checkpoint, "--prompt", 40 * "x", "--block-tokens", 16]
+    assert decode_llama.main(["--json", *map(str, arguments), "--capacity", "16KiB"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["sequences"][0]["finish_reason"] == "capacity"
+    assert "sequence 0 ended at 40 tokens" in captured.err
+    assert "raise --capacity" in captured.err
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -136,8 +150,10 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     except SystemExit as error:
         status = error.code
     captured = capsys.readouterr()
-    assert status == 2 and captured.out == ""
-    assert captured.err.count("\n") == 1 and ": error: " in captured.err
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert ": error: " in captured.err
     return captured.err
 
 

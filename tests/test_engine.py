@@ -119,7 +119,8 @@ def test_what_can_never_fit_ends_with_a_reason(scan_steps: int) -> None:
     assert outcome.reasons == ["capacity", "capacity", "length"]
     # Three blocks hold 48 tokens, and the last chosen one needs no room.
     assert outcome.outputs[0] == _alone(15, 0, 60)[: 48 + 1 - 15]
-    assert outcome.outputs[1] == [] and outcome.outputs[2] == _alone(15, 2, 8)
+    assert outcome.outputs[1] == []
+    assert outcome.outputs[2] == _alone(15, 2, 8)
 
 
 @_DRIVERS
@@ -148,7 +149,8 @@ def test_an_early_stop_frees_its_slot_while_the_others_go_on(scan_steps: int) ->
 def test_a_slot_that_is_full_ends_its_sequence() -> None:
     spec = cache_spec(UNTIED, max_slots=1, max_seq_len=32, block_tokens=16)
     outcome = generate(_model(), _prompts(20), spec=spec, max_new_tokens=100, scan_steps=7)
-    assert outcome.reasons == ["length"] and len(outcome.outputs[0]) == 12
+    assert outcome.reasons == ["length"]
+    assert len(outcome.outputs[0]) == 12
 
 
 def test_memory_follows_the_sequences() -> None:
@@ -158,5 +160,7 @@ def test_memory_follows_the_sequences() -> None:
     )
     blocks = [sample.occupied_bytes // spec.block_bytes for sample in outcome.engine.samples]
     # Nothing, then 5, 21 and 41 tokens, then less when one ends and more as the last one grows.
-    assert blocks[:2] == [0, 1 + 2 + 3] and blocks[-2:] == [7, 0] and max(blocks) <= 8
+    assert blocks[:2] == [0, 1 + 2 + 3]
+    assert blocks[-2:] == [7, 0]
+    assert max(blocks) <= 8
     assert outcome.stats.slots_occupied == 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jax_kvpage as kvp
 import numpy as np
 import pytest
+
+import jax_kvpage as kvp
 
 
 class _Attention(nn.Module):

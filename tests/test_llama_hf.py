@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax_kvpage as kvp
 import numpy as np
 import pytest
 from flax import nnx
 from llama.checkpoint import load_model
 from llama.model import Llama
 from llama_models import cache_spec, generate
+
+import jax_kvpage as kvp
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")

@@ -48,7 +48,9 @@ def test_draws_follow_the_softmax_at_the_temperature() -> None:
 
 def test_top_k_keeps_k_tokens() -> None:
     found = _draws([0.0, 0.3, 0.1, 0.2], Sampling(1.0, top_k=2))
-    assert found[0] == found[2] == 0 and found[1] > 0.4 and found[3] > 0.4
+    assert found[0] == found[2] == 0
+    assert found[1] > 0.4
+    assert found[3] > 0.4
     assert np.all(_draws([0.0, 0.3, 0.1, 0.2], Sampling(1.0, top_k=9)) > 0)
 
 
@@ -112,5 +114,7 @@ def test_streamed_text_adds_up_to_the_whole(tmp_path: pathlib.Path) -> None:
     stream = TextStream(tokenizer, prompt)
     pieces = [stream.push(token) for token in tokenizer.encode(text)]
     assert "".join(pieces) == text
-    assert "" in pieces and "字" in pieces and "🙂" in pieces
+    assert "" in pieces
+    assert "字" in pieces
+    assert "🙂" in pieces
     assert tokenizer.continuation(prompt, tokenizer.encode(text)) == text

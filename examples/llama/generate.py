@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import jax_kvpage
 import numpy as np
+
+import jax_kvpage
 
 from .programs import Programs
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax_kvpage
 from flax import nnx
+
+import jax_kvpage
 
 from .model import Llama
 from .sampling import Sampling, sample

@@ -47,6 +47,7 @@ def figures(
         "kv_dtype": str(spec.dtype),
         "block_tokens": spec.block_tokens,
         "block_bytes": spec.block_bytes,
+        "capacity": stats.capacity,
         "blocks_mapped": stats.peak // spec.block_bytes,
         "bytes_mapped": stats.peak,
         "bytes_static_cache": static,
