@@ -193,7 +193,7 @@ def test_every_mistake_at_once() -> None:
                 jnp.zeros((9, 16, 2, 32)),
                 jnp.zeros((2, 3), jnp.int32),
                 jnp.zeros(2, jnp.int32),
-                kv_layout="DNH",  # type: ignore[arg-type]
+                kv_layout="DNH",
             ),
             "kv_layout: wanted 'NHD' or 'HND', got 'DNH'",
         ),
@@ -215,11 +215,11 @@ def test_each_mistake(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize("op", ["append", "attend", "advance", "map", "after"])
 def test_not_a_cache_or_batch(op: str) -> None:
     calls = {
-        "append": lambda: kvp.append_kv(_cache(), _kv(), _kv(), (0, 1), layer=0),  # type: ignore[arg-type]
-        "attend": lambda: kvp.paged_attention(_q(), _kv(), _BATCH, layer=0),  # type: ignore[arg-type]
-        "advance": lambda: kvp.advance(_cache(), None),  # type: ignore[arg-type]
-        "map": lambda: kvp.map_slots(None, [0], [1]),  # type: ignore[arg-type]
-        "after": lambda: kvp.after(_q(), _q()),  # type: ignore[arg-type]
+        "append": lambda: kvp.append_kv(_cache(), _kv(), _kv(), (0, 1), layer=0),
+        "attend": lambda: kvp.paged_attention(_q(), _kv(), _BATCH, layer=0),
+        "advance": lambda: kvp.advance(_cache(), None),
+        "map": lambda: kvp.map_slots(None, [0], [1]),
+        "after": lambda: kvp.after(_q(), _q()),
     }
     with pytest.raises(TypeError, match=r"wanted a (KVCache|Batch)"):
         calls[op]()

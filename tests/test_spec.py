@@ -150,7 +150,7 @@ def test_unresolved_has_no_fingerprint() -> None:
 
 def test_all_mistakes_in_one_error() -> None:
     with pytest.raises(ValueError) as caught:
-        kvp.CacheSpec(0, 1.5, -2, True, "8", jnp.int8, "paged", 17)  # type: ignore[arg-type]
+        kvp.CacheSpec(0, 1.5, -2, True, "8", jnp.int8, "paged", 17)
     message = str(caught.value)
     for part in (
         "num_layers must be an integer from 1 to 2147483647, got 0",
