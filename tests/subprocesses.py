@@ -32,7 +32,13 @@ def run_python(
     """
     done = subprocess.run(
         [*prefix, sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]), **(env or {})},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]),
+            # Not the current folder: in a checkout it holds the package without its compiled part.
+            "PYTHONSAFEPATH": "1",
+            **(env or {}),
+        },
         capture_output=True,
         text=True,
         timeout=timeout,
