@@ -231,4 +231,4 @@ class PerLayerMachine(PoolMachine):
 
 @pytest.mark.parametrize("machine", [PoolMachine, PerLayerMachine])
 def test_pool_against_a_model(machine: Callable[[], PoolMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30))
+    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=30))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, make_batch
+from harness import RUN_TIME_ERRORS, Line, busy, make_batch
 
 import jax_kvpage as kvp
 
@@ -129,6 +129,51 @@ def test_older_lines_are_stale(line: Line) -> None:
     old = line.cache
     line.cache = line.pool.cache()
     _fails("stale|line", lambda: kvp.advance(old, make_batch([])))
+
+
+def test_host_calls_with_a_stale_cache_change_nothing(line: Line) -> None:
+    """Nobody knows the slot that a failed acquire took, so it must not stay taken."""
+    old, slot = line.cache, _live(line)[0]
+    jax.block_until_ready(kvp.advance(old, make_batch([])))
+    before = line.pool.stats(), line.pool.slot_table()
+    for _ in range(2 * _SLOTS):
+        _fails("acquire.*stale", lambda: line.pool.acquire(old, 10)[1])
+        _fails("release.*stale", lambda: line.pool.release(old, slot))
+    line.cache = line.pool.cache()
+    after = line.pool.stats(), line.pool.slot_table()
+    assert after[1] == before[1]
+    assert after[0].slots_occupied == before[0].slots_occupied
+    line.pool.trim()
+
+
+def test_waiting_for_a_release_that_failed(line: Line) -> None:
+    """The release is queued behind a program that fails: waiting for it ends with that failure."""
+    slot = line.acquire(100)
+    cache = kvp.after(line.cache, busy(1))
+    bad = _append(cache, make_batch([(slot, 1), (slot, 1)]))
+    line.pool.release(bad, slot)
+    line.pool.resize(line.pool.stats().mapped + line.pool.stats().draining)
+    with pytest.raises(RUN_TIME_ERRORS, match="twice"):
+        line.pool.acquire(line.cache, 100, wait=True)
+    line.pool.resize("16MiB")
+    line.cache = line.pool.cache()
+    line.model.release(slot)
+    line.pool.trim()
+
+
+def test_check_raises_what_went_wrong(line: Line) -> None:
+    line.pool.check(line.cache)
+    cache = kvp.after(line.cache, busy(1))
+    bad = kvp.advance(cache, make_batch([(_live(line)[0], 7)]))
+    with pytest.raises(RUN_TIME_ERRORS, match="written"):
+        line.pool.check(bad)
+
+
+def test_implementations_that_are_not_there(line: Line) -> None:
+    with pytest.raises(ValueError, match=r"cuda.*'cpu'.*implementation='xla'"):
+        kvp.paged_attention(
+            _q(), line.cache, make_batch([(_live(line)[0], 0)]), layer=0, implementation="cuda"
+        )
 
 
 def test_on_stale_allow_repeats_a_step(make_pool) -> None:

@@ -138,19 +138,27 @@ def test_a_view_outlives_its_pool() -> None:
     np.testing.assert_array_equal(np.asarray(jax.jit(lambda x: x * 1)(k))[:50], want)
 
 
-def test_views_and_the_next_tenant(line: Line) -> None:
+@pytest.mark.parametrize("taken", ["before", "after"])
+def test_views_and_the_next_tenant(line: Line, taken: str) -> None:
     """The whole-arena view sees a slot change hands, never the old tenant's tail behind the new
     one's tokens.
     """
     slot = line.acquire(100)
     line.write({slot: 100})
+    if taken == "before":
+        k, _ = line.pool.view(0)
     line.release(slot)
     jax.block_until_ready(line.cache)
     slot = line.acquire(100)
+    other = line.acquire(256)
     line.write({slot: 10})
+    line.pool.extend(slot, 200)
     jax.block_until_ready(line.cache)
-    k, _ = line.pool.view(0)
+    if taken == "after":
+        k, _ = line.pool.view(0)
+    np.testing.assert_array_equal(np.asarray(k)[slot, :10], line.model.context(slot, 0)[0])
     assert not np.any(np.asarray(k)[slot, 10:])
+    assert not np.any(np.asarray(k)[other])
 
 
 def test_the_fused_layout_has_no_views(make_pool) -> None:

@@ -1,0 +1,120 @@
+"""The test mode that fills memory with NaN: it really does, and nothing of it, or of an earlier
+request, reaches an output.
+
+The memory is looked at behind the pool's back, through the file that the system keeps it in.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import Line, make_batch
+from numpy.typing import NDArray
+
+import jax_kvpage as kvp
+
+_LAYERS = 2
+
+
+def _memory_files() -> dict[int, int]:
+    """Descriptor of each memory file of this process, by inode."""
+    found = {}
+    for link in pathlib.Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(link).startswith("/memfd:"):
+                found[os.stat(link).st_ino] = int(link.name)
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return found
+
+
+def _spec(layout: str) -> kvp.CacheSpec:
+    return kvp.CacheSpec(_LAYERS, 2, 64, 4, 256, dtype=jnp.float32, layout=layout, block_tokens=32)
+
+
+Raw = Callable[[], NDArray[np.float32]]
+
+
+def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) -> tuple[Line, Raw]:
+    """A line, and a function that reads all memory that its pool has from the system."""
+    before = _memory_files()
+    pool = make_pool(_spec(layout), "4MiB", **options)
+    (descriptor,) = (fd for inode, fd in _memory_files().items() if inode not in before)
+
+    def raw() -> NDArray[np.float32]:
+        size = os.fstat(descriptor).st_size
+        return np.frombuffer(os.pread(descriptor, size, 0), np.float32)
+
+    return Line(pool, group=2), raw
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str) -> None:
+    line, raw = _open(make_pool, layout, poison=True)
+    slot = line.acquire(64)
+    token = line.spec.token_bytes // 4
+    assert np.count_nonzero(np.isnan(raw())) == 64 * token
+    line.write({slot: 64})
+    jax.block_until_ready(line.cache)
+    assert not np.any(np.isnan(raw()))
+    line.release(slot)
+    slot = line.acquire(60)  # adopts what the other left behind
+    line.write({slot: 10})
+    jax.block_until_ready(line.cache)
+    assert np.count_nonzero(np.isnan(raw())) == 54 * token
+    # And what was written is there, and nothing else.
+    values = raw()[~np.isnan(raw()) & (raw() != 0)]
+    want = [x for layer in range(_LAYERS) for x in line.model.context(slot, layer)]
+    np.testing.assert_array_equal(np.sort(values), np.sort(np.concatenate(want).ravel()))
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str) -> None:
+    """Lengths on both sides of a block's end, so that NaN lies right behind the last token."""
+    line, raw = _open(make_pool, layout, poison=True)
+    for lengths in ((31, 32, 33), (1, 63, 64), (0, 100, 250)):
+        slots = line.acquire_scattered([n + 1 for n in lengths])
+        line.write({slot: n for slot, n in zip(slots, lengths, strict=True) if n})
+        out, lse, want, _ = line.step([(s, 1) for s in slots], implementation=implementation)
+        assert np.any(np.isnan(raw()))
+        assert np.all(np.isfinite(out))
+        assert np.all(np.isfinite(lse[:, :3]))
+        np.testing.assert_allclose(out, want, atol=1e-4)
+        line.release(*slots)
+
+
+def test_trimmed_memory_comes_back_empty(make_pool) -> None:
+    """What went back to the system is zeros when it is taken again: nobody's data."""
+    line, raw = _open(make_pool, "fused")
+    slot = line.acquire(128)
+    line.write({slot: 128})
+    line.release(slot)
+    jax.block_until_ready(line.cache)
+    assert np.any(raw())
+    line.pool.trim()
+    assert not np.any(raw())
+    line.acquire(128)
+    assert not np.any(raw())
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_padding_of_a_batch_is_not_written(make_pool, layout: str) -> None:
+    """Tokens of masked sequences and past the last sequence leave no trace in memory."""
+    line, raw = _open(make_pool, layout)
+    slots = [line.acquire(32), line.acquire(32)]
+    batch = make_batch([(slots[0], 2), (-1, 3), (slots[1], 1)])
+    x = jnp.arange(1, 9, dtype=jnp.float32)[:, None, None] * jnp.ones((8, 2, 64))
+    cache = line.cache
+    for layer in range(_LAYERS):
+        cache = kvp.append_kv(cache, x, x, batch, layer=layer)
+    jax.block_until_ready(cache)
+    values, counts = np.unique(raw(), return_counts=True)
+    assert values.tolist() == [0, 1, 2, 6]
+    assert set(counts[1:].tolist()) == {2 * _LAYERS * 2 * 64}
