@@ -282,6 +282,17 @@ def test_reading_what_was_not_written(line: Line) -> None:
     _fails(f"slot {slot}.*25.*20", lambda: _attend(cache, make_batch([(slot, 5)]), layer=0))
 
 
+def test_a_new_line_forgets_what_was_not_advanced(line: Line) -> None:
+    """The program that wrote those tokens may have failed halfway: nobody may count on them."""
+    slot = _live(line)[0]
+    batch = make_batch([(slot, 5)])
+    line.append([(slot, 5)])
+    jax.block_until_ready(_attend(line.cache, batch))
+    line.cache = line.pool.cache()
+    _fails(f"slot {slot}.*25.*20", lambda: _attend(line.cache, batch))
+    _fails(f"slot {slot}.*25.*20", lambda: kvp.advance(line.cache, batch))
+
+
 def test_past_max_seq_len(line: Line) -> None:
     slot = _live(line)[0]
     _fails(
