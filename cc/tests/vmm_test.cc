@@ -1,0 +1,105 @@
+// memfd and mmap by themselves: real allocation, aliases, holes, giving memory back, counting calls.
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "tests/check.h"
+#include "vmm/limits.h"
+#include "vmm/memfd_vmm.h"
+
+namespace kvpage {
+namespace {
+
+constexpr std::int64_t kBlock = 16384;
+
+std::unique_ptr<MemfdVmm> MakeVmm(std::int64_t virtual_blocks, std::int64_t blocks) {
+  std::unique_ptr<MemfdVmm> vmm;
+  CHECK_OK(MemfdVmm::Make(virtual_blocks * kBlock, kBlock, &vmm));
+  CHECK_OK(vmm->Grow(blocks));
+  return vmm;
+}
+
+TEST(CreateAllocatesForReal) {
+  auto vmm = MakeVmm(4, 8);
+  CHECK_EQ(vmm->PhysicalBytes(), 0);
+  const std::int32_t blocks[] = {0, 1, 5};
+  CHECK_OK(vmm->Create(blocks, 3));
+  CHECK_EQ(vmm->PhysicalBytes(), 3 * kBlock);
+  CHECK_OK(vmm->Destroy(blocks + 1, 2));
+  CHECK_EQ(vmm->PhysicalBytes(), kBlock);
+}
+
+TEST(TheSameBlockAtTwoAddresses) {
+  auto vmm = MakeVmm(8, 2);
+  const std::int32_t blocks[] = {1, 0, 1};
+  CHECK_OK(vmm->Create(blocks, 2));
+  CHECK_OK(vmm->Map(0, blocks, 3));
+  std::memset(vmm->base(), 42, kBlock);
+  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42);
+  CHECK_EQ(static_cast<int>(vmm->base()[kBlock + 100]), 0);
+  CHECK_OK(vmm->Unmap(0, 1));
+  CHECK_EQ(static_cast<int>(vmm->base()[100]), 0) << "a hole reads as zeros";
+  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42) << "the other alias stays";
+  CHECK_EQ(vmm->PhysicalBytes(), 2 * kBlock);
+}
+
+TEST(HolesCostNothing) {
+  auto vmm = MakeVmm(std::int64_t{1} << 20, 1);  // 16 GiB
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < (std::int64_t{1} << 20); i += 4096) sum += vmm->base()[i * kBlock];
+  CHECK_EQ(sum, 0);
+  CHECK_EQ(vmm->PhysicalBytes(), 0);
+}
+
+TEST(NeighboursAreMappedByOneCall) {
+  auto vmm = MakeVmm(16, 16);
+  const std::int32_t run[] = {4, 5, 6, 7};
+  const std::int32_t scattered[] = {0, 2, 9, 12};
+  CHECK_OK(vmm->Create(run, 4));
+  CHECK_OK(vmm->Create(scattered, 4));
+  std::int64_t before = vmm->system_calls();
+  CHECK_OK(vmm->Map(0, run, 4));
+  CHECK_EQ(vmm->system_calls() - before, 1);
+  before = vmm->system_calls();
+  CHECK_OK(vmm->Map(8 * kBlock, scattered, 4));
+  CHECK_EQ(vmm->system_calls() - before, 4);
+  for (int i = 0; i < 4; ++i) vmm->base()[(8 + i) * kBlock] = static_cast<char>(i + 1);
+  CHECK_OK(vmm->Unmap(8 * kBlock, 4));
+  CHECK_OK(vmm->Map(12 * kBlock, scattered + 2, 1));
+  CHECK_EQ(static_cast<int>(vmm->base()[12 * kBlock]), 3) << "unmapped blocks keep what they hold";
+}
+
+TEST(GivenBackMemoryComesBackAsZeros) {
+  auto vmm = MakeVmm(2, 1);
+  const std::int32_t block[] = {0};
+  CHECK_OK(vmm->Create(block, 1));
+  CHECK_OK(vmm->Map(0, block, 1));
+  std::memset(vmm->base(), 1, kBlock);
+  CHECK_OK(vmm->Unmap(0, 1));
+  CHECK_OK(vmm->Destroy(block, 1));
+  CHECK_OK(vmm->Create(block, 1));
+  CHECK_OK(vmm->Map(0, block, 1));
+  CHECK_EQ(static_cast<int>(vmm->base()[kBlock - 1]), 0);
+}
+
+TEST(MoreThanThereIsIsAStatus) {
+  // Never touched, so nothing is harmed: the check must come before the allocation.
+  const std::int64_t blocks = AvailableBytes() / kBlock + 1024;
+  auto vmm = MakeVmm(1, blocks);
+  std::vector<std::int32_t> all;
+  for (std::int64_t i = 0; i < blocks; ++i) all.push_back(static_cast<std::int32_t>(i));
+  const Status status = vmm->Create(all.data(), blocks);
+  CHECK(status.code() == Code::kResourceExhausted) << status.message();
+  CHECK_EQ(vmm->PhysicalBytes(), 0);
+}
+
+TEST(OddBlockSizesAreRefused) {
+  std::unique_ptr<MemfdVmm> vmm;
+  CHECK(MemfdVmm::Make(1 << 20, 5000, &vmm).code() == Code::kInvalidArgument);
+  CHECK(MemfdVmm::Make(std::int64_t{1} << 62, 4096, &vmm).code() == Code::kResourceExhausted);
+}
+
+}  // namespace
+}  // namespace kvpage
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
