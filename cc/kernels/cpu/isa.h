@@ -1,13 +1,9 @@
-// The seam between what is compiled once and what is compiled for every
-// instruction set.
+// The seam between what is compiled once and what is compiled for every instruction set.
 //
-// attend.cc, append.cc and gather.cc decide what to do and are compiled with
-// the default flags. The arithmetic is in isa_*.inc, which isa_baseline.cc,
-// isa_avx2.cc, ... compile with their own flags and hand out as a table of
-// function pointers. Only plain structs cross the seam: a template or inline
-// function instantiated in such a file could be the copy that the linker keeps
-// for everybody, and fault on an older machine (hence `static` on the functions
-// below).
+// attend.cc, append.cc and gather.cc decide what to do and are compiled with the default flags. The arithmetic is in
+// isa_*.inc, which isa_baseline.cc, isa_avx2.cc, ... compile with their own flags and hand out as a table of function
+// pointers. Only plain structs cross the seam: a template or inline function instantiated in such a file could be the
+// copy that the linker keeps for everybody, and fault on an older machine (hence `static` on the functions below).
 #ifndef KVPAGE_KERNELS_CPU_ISA_H_
 #define KVPAGE_KERNELS_CPU_ISA_H_
 
@@ -17,18 +13,15 @@
 
 namespace kvpage::cpu {
 
-// The context is cut at multiples of kSpanTokens, a span at multiples of the
-// tile. Both count from position 0 of the sequence, never from a chunk or a
-// task, so that a result does not depend on placement or on threads.
+// The context is cut at multiples of kSpanTokens, a span at multiples of the tile. Both count from position 0 of the
+// sequence, never from a chunk or a task, so that a result does not depend on placement or on threads.
 constexpr int kSpanTokens = 512;
 constexpr int kTileTokens = 64;
 // Addresses past a span that may be listed for prefetching.
 constexpr int kLookahead = kTileTokens;
 
-// A row is one (query token, query head) that reads a KV head. Up to kFewRows
-// are handled as dot products that stream K and V (decode is bound by memory),
-// more as blocked matrix products on packed tiles (prefill is bound by
-// arithmetic).
+// A row is one (query token, query head) that reads a KV head. Up to kFewRows are handled as dot products that stream K
+// and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by arithmetic).
 constexpr int kFewRows = 8;
 constexpr int kRowBlock = 6;
 constexpr int kMaxRows = 32 * kRowBlock;
@@ -36,12 +29,10 @@ constexpr int kMaxRows = 32 * kRowBlock;
 static constexpr int PaddedRows(int rows) {
   return rows <= kFewRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
 }
-// Query and accumulator rows are zero-padded to whole vectors of any
-// instruction set, in bfloat16 too.
+// Query and accumulator rows are zero-padded to whole vectors of any instruction set, in bfloat16 too.
 static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
-// Softmax over a part of the context: acc[rows, padded_dim], then max[rows],
-// then sum[rows], rows padded.
+// Softmax over a part of the context: acc[rows, padded_dim], then max[rows], then sum[rows], rows padded.
 static constexpr std::int64_t StateFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 2) + 15) / 16 * 16;
 }
@@ -54,8 +45,8 @@ static constexpr std::int64_t ScratchFloats(int rows, int head_dim) {
   return static_cast<std::int64_t>(PaddedRows(rows)) * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64;
 }
 
-// Rows first_row .. first_row + rows - 1 of a sequence and a KV head; row r is
-// query token r / group, and query head kv_head * group + r % group.
+// Rows first_row .. first_row + rows - 1 of a sequence and a KV head; row r is query token r / group, and query head
+// kv_head * group + r % group.
 struct RowTile {
   int rows = 0;
   std::int64_t first_row = 0;
@@ -74,9 +65,8 @@ struct LoadArgs {
 
 struct SpanArgs {
   RowTile tile;
-  // keys[i] is the address of the key at position begin + i of the first KV
-  // head, for begin <= position < readable. Positions from end on are only
-  // prefetched.
+  // keys[i] is the address of the key at position begin + i of the first KV head, for begin <= position < readable.
+  // Positions from end on are only prefetched.
   const char* const* keys = nullptr;
   std::int64_t begin = 0;
   std::int64_t end = 0;
@@ -123,12 +113,10 @@ const Kernels* Avx2Kernels();
 const Kernels* Avx512Kernels();
 const Kernels* Avx512Bf16Kernels();
 
-// The table in use: the best that the machine has, or what JAX_KVPAGE_ISA
-// names.
+// The table in use: the best that the machine has, or what JAX_KVPAGE_ISA names.
 const Kernels& ActiveKernels();
 
-// Tests only: switches the table; null if this machine or build lacks it. Not
-// while kernels run.
+// Tests only: switches the table; null if this machine or build lacks it. Not while kernels run.
 const Kernels* ForceInstructionSet(const char* name);
 
 }  // namespace kvpage::cpu
