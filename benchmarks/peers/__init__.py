@@ -1,0 +1,11 @@
+"""The systems that are measured, one file each; each runs in a process of its own (`worker.py`)."""
+
+NAMES = {
+    "kvpage": "kvpage",
+    "jax_gather": "JAX gather (block table + take)",
+    "jax_static": "JAX dot_product_attention, static",
+    "torch_sdpa": "torch SDPA",
+    "ort_gqa": "onnxruntime GroupQueryAttention",
+    "openvino_pa": "OpenVINO PagedAttention",
+    "vllm_cpu": "vLLM CPU",
+}
