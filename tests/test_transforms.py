@@ -229,10 +229,15 @@ def test_dropped_cache_means_no_write(pool: kvp.KVPool) -> None:
     check_output(out, np.repeat(np.asarray(v), _HEADS // _KV_HEADS, axis=1), jnp.float32, 6.0)
 
 
-def test_kept_under_jit_without_use(pool: kvp.KVPool) -> None:
-    """XLA itself must not drop or merge the calls: two equal appends are two."""
-    _, k, v = (x[0, 0] for x in _tokens(steps=1))
+def test_xla_may_not_drop_merge_or_move_the_calls(pool: kvp.KVPool) -> None:
+    """The side effect is on every custom call and on no primitive; two equal appends are two."""
+    q, k, v = (x[0, 0] for x in _tokens(steps=1))
     cache, batch = _start(pool)
+    step = jax.jit(lambda cache: _unrolled(cache, *[jnp.stack([x] * 3) for x in (q, k, v)], batch))
+    calls = [line for line in step.lower(cache).as_text().splitlines() if "@jax_kvpage_" in line]
+    assert len(calls) == _LAYERS + 1
+    assert all("has_side_effect = true" in line for line in calls)
+    assert not step.trace(cache).jaxpr.effects
 
     @jax.jit
     def twice(cache):
