@@ -32,10 +32,10 @@ import jax_kvpage
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "tiny_llama"
 _DEFAULT_PROMPTS = (
-    "Return a new",
-    "This module provides",
-    "The list of arguments is",
+    "This function is called when",
     "If the file does not exist,",
+    "A class is",
+    "When a function is called,",
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _IMPLEMENTATIONS = {"cpu": ("cpu", "xla"), "gpu": ("cuda", "xla")}
@@ -60,10 +60,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--checkpoint", type=pathlib.Path, default=_BUNDLED, metavar="DIR")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     what.add_argument("--prompt-file", type=pathlib.Path, metavar="FILE", help="one prompt a line")
-    what.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N")
-    what.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    what.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
+    what.add_argument("--temperature", type=float, help="0 (default) is greedy")
     what.add_argument("--top-k", type=int, default=0, metavar="K", help="0 (default) is all")
-    what.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    what.add_argument("--top-p", type=float, metavar="P", help="1 (default) is all")
     what.add_argument("--seed", type=int, default=0)
 
     how = parser.add_argument_group("how to run")
@@ -114,6 +114,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--prompt-file {args.prompt_file} holds no prompts")
         prompts += lines
     return prompts or list(_DEFAULT_PROMPTS)
+
+
+def choose_sampling(args: argparse.Namespace) -> Sampling:
+    """How to sample: greedy by default. The demonstration, which is what runs without a checkpoint
+    and without prompts, has a temperature of its own: so small a model repeats itself without
+    one."""
+    demonstration = args.checkpoint == _BUNDLED and not (args.prompt or args.prompt_file)
+    temperature, top_p = (0.7, 0.9) if demonstration and args.temperature is None else (0.0, 1.0)
+    return Sampling(
+        temperature if args.temperature is None else args.temperature,
+        args.top_k,
+        top_p if args.top_p is None else args.top_p,
+        args.seed,
+    )
 
 
 def make_requests(
@@ -189,7 +203,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"which has {' and '.join(supported)}"
         )
     with _input_errors():
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        sampling = choose_sampling(args)
     prompts = read_prompts(args)
     config = load_config(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
