@@ -102,7 +102,11 @@ class Duel:
         self.absent: dict[str, str] = {}
         self.errors: list[dict[str, Any]] = []
         for name, python in pythons.items():
-            process = PeerProcess(name, python, folder / f"{name}.log")
+            try:
+                process = PeerProcess(name, python, folder / f"{name}.log")
+            except OSError as error:
+                self.absent[name] = f"its interpreter does not start: {error}"
+                continue
             answer = process.ask(op="hello")
             if "versions" not in answer:
                 self.absent[name] = answer.get("absent") or answer.get("failed", "no answer")

@@ -23,7 +23,7 @@ _DECODE_GOALS = {"float32": (0.80, 0.74, 1.3), "bfloat16": (0.75, 0.68, 2.0)}
 
 def title(record: Record) -> str:
     """Name of a record's peer and variant."""
-    name: str = NAMES.get(record["peer"], record["peer"])
+    name = NAMES[record["peer"]]
     return f"{name}, {record['variant']}" if record["variant"] else name
 
 
@@ -80,8 +80,14 @@ def print_rows(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
     for key in rows[0]:
         table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
     for row in rows:
-        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(_text(value) for value in row.values()))
     console.print(table)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _speeds(

@@ -38,7 +38,7 @@ _DUELS = {
     "mixed": shapes.mixed_cases,
 }
 # Scripts of their own, in processes of their own; each prints a JSON object last.
-_SCRIPTS = ("dispatch",)
+_SCRIPTS = ("memory", "growth", "dispatch", "llama_steps")
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -152,7 +152,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
 def main() -> None:
     """Runs what was asked for."""
     arguments = _arguments()
-    console = Console()
+    # Tables are wider than the 80 columns that a pipe counts as.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     result: dict[str, Any] = {"machine": machine.describe(), "options": vars(arguments).copy()}
     del result["options"]["json"], result["options"]["plot"], result["options"]["peer_python"]
     with tempfile.TemporaryDirectory() as temporary:

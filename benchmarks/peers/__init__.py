@@ -1,7 +1,7 @@
 """The systems that are measured, one file each; each runs in a process of its own (`worker.py`)."""
 
-NAMES = {
-    "kvpage": "kvpage",
+NAMES: dict[str, str] = {
+    "kvpage": "jax_kvpage",
     "jax_gather": "JAX gather (block table + take)",
     "jax_static": "JAX dot_product_attention, static",
     "torch_sdpa": "torch SDPA",

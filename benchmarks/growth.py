@@ -1,0 +1,203 @@
+"""How costs grow: per decoded token with the context, and of appending with the size of the pool.
+
+    python benchmarks/growth.py [--quick] [--json]
+
+A decoded token should cost a constant plus its context's bytes, without a step where a new block
+begins. Appending should cost the same in a small pool and in a large one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_kvpage as kvp
+
+__all__ = ["measure"]
+
+_LAYERS, _KV_HEADS, _HEADS, _DIM = 8, 8, 32, 128
+_CONTEXTS = (512, 1024, 2048, 3072, 4096, 6144, 8192)
+_WALK_BATCH = 4
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(cache: kvp.KVCache, k: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    for layer in range(_LAYERS):
+        cache = kvp.append_kv(cache, k, k, batch, layer=layer)
+    return kvp.advance(cache, batch)
+
+
+def _decode(cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch) -> Any:
+    cache, _ = kvp.map_slots(cache, batch.slots, cache.lengths[batch.slots] + 1)
+    for layer in range(_LAYERS):
+        q, cache = kvp.update_and_attend(q, k, k, cache, batch, layer=layer)
+    return q, kvp.advance(cache, batch)
+
+
+_repeat = jax.jit(_decode)
+_step = jax.jit(_decode, donate_argnums=0)
+
+
+def _tokens(batch: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.ones((batch, _HEADS, _DIM)), jnp.ones((batch, _KV_HEADS, _DIM))
+
+
+def _contexts(rounds: int) -> list[dict[str, Any]]:
+    """One sequence at growing contexts, the same step again and again."""
+    spec = kvp.CacheSpec(_LAYERS, _KV_HEADS, _DIM, 1, max(_CONTEXTS) + 64, dtype=jnp.float32)
+    q, k = _tokens(1)
+    rows, previous = [], 0
+    capacity = (max(_CONTEXTS) + 256) * spec.token_bytes
+    with kvp.KVPool(spec, capacity, on_stale="allow") as pool:
+        slot, cache = pool.acquire(pool.cache(), max(_CONTEXTS) + 1)
+        batch = kvp.Batch.decode([slot])
+        for context in _CONTEXTS:
+            new = jnp.ones((context - previous, _KV_HEADS, _DIM))
+            cache = _fill(cache, new, kvp.Batch.from_lengths([slot], [context - previous]))
+            previous = context
+            times = []
+            for _ in range(rounds + 1):
+                begin = time.perf_counter()
+                jax.block_until_ready(_repeat(cache, q, k, batch))
+                times.append(time.perf_counter() - begin)
+            rows.append({"context": context, "us a token": statistics.median(times[1:]) * 1e6})
+    slope, constant = np.polyfit(
+        [r["context"] for r in rows], [r["us a token"] for r in rows], 1
+    ).tolist()
+    for row in rows:
+        row["straight line"] = slope * row["context"] + constant
+        row["off by"] = row["us a token"] / row["straight line"] - 1
+    return rows
+
+
+def _walk(steps: int) -> Iterator[tuple[int, float]]:
+    """Steps of a few sequences as they grow: (position inside a block, seconds)."""
+    start = 1024
+    spec = kvp.CacheSpec(_LAYERS, _KV_HEADS, _DIM, 8, 4096, dtype=jnp.float32).resolve("cpu")
+    block = spec.block_tokens or 1
+    blocks = _WALK_BATCH * (-(-start // block) + -(-(steps + block) // block))
+    q, k = _tokens(_WALK_BATCH)
+    with kvp.KVPool(spec, blocks * spec.block_bytes) as pool:
+        # Others end while these run: their parked blocks are what these grow by, as in a server
+        # that has been up for a while. No memory comes from the system.
+        others, cache = pool.acquire(pool.cache(), [steps + block] * _WALK_BATCH)
+        slots, cache = pool.acquire(cache, [start] * _WALK_BATCH)
+        cache = pool.release(cache, others)
+        jax.block_until_ready(cache)
+        new = jnp.ones((start, _KV_HEADS, _DIM))
+        for slot in slots:
+            cache = _fill(cache, new, kvp.Batch.from_lengths([slot], [start]))
+        batch = kvp.Batch.decode(slots)
+        for i in range(steps):
+            begin = time.perf_counter()
+            out, cache = _step(cache, q, k, batch)
+            jax.block_until_ready(out)
+            if i:  # the first compiles
+                yield (start + i) % block, time.perf_counter() - begin
+
+
+def _boundaries(steps: int) -> list[dict[str, Any]]:
+    inside: list[float] = []
+    first: list[float] = []
+    for position, seconds in _walk(steps):
+        (inside if position else first).append(seconds)
+    ratio = statistics.median(first) / statistics.median(inside)
+    return [
+        {
+            "us a step inside blocks": statistics.median(inside) * 1e6,
+            "us a step that maps blocks": statistics.median(first) * 1e6,
+            "ratio": ratio,
+            "steps": len(inside) + len(first),
+        }
+    ]
+
+
+@dataclasses.dataclass
+class _Pool:
+    pool: kvp.KVPool
+    call: Any
+    times: list[float]
+
+
+@jax.jit
+def _append(cache: kvp.KVCache, k: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    for _ in range(4):
+        for layer in range(_LAYERS):
+            cache = kvp.append_kv(cache, k, k, batch, layer=layer)
+    return cache
+
+
+def _pools(rounds: int) -> list[dict[str, Any]]:
+    """The same append in pools of different size."""
+    pools = []
+    for slots, capacity in ((8, 2**27), (64, 2**29), (512, 2**31)):
+        spec = kvp.CacheSpec(_LAYERS, _KV_HEADS, _DIM, slots, 8192, dtype=jnp.float32)
+        pool = kvp.KVPool(spec, capacity, on_stale="allow")
+        mine, cache = pool.acquire(pool.cache(), [64] * 8)
+        arguments = (cache, _tokens(8)[1], kvp.Batch.decode(mine))
+        call = functools.partial(_append, *arguments)
+        jax.block_until_ready(call())
+        pools.append(_Pool(pool, call, []))
+    for _ in range(rounds):
+        for entry in pools:
+            begin = time.perf_counter()
+            jax.block_until_ready(entry.call())
+            entry.times.append((time.perf_counter() - begin) / (4 * _LAYERS))
+    rows = []
+    for entry in pools:
+        stats = entry.pool.stats()
+        rows.append(
+            {
+                "capacity MiB": stats.capacity / 2**20,
+                "virtual GiB": stats.reserved_virtual / 2**30,
+                "slots": entry.pool.spec.max_slots,
+                "us an append of 8 tokens": statistics.median(entry.times) * 1e6,
+            }
+        )
+        entry.pool.close()
+    for row in rows:
+        row["against the smallest"] = (
+            row["us an append of 8 tokens"] / rows[0]["us an append of 8 tokens"]
+        )
+    return rows
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """The three tables."""
+    return {
+        "tables": {
+            f"a decoded token, {_LAYERS} layers, float32": _contexts(3 if quick else 15),
+            f"steps of {_WALK_BATCH} sequences from 1024 tokens": _boundaries(70 if quick else 330),
+            "append_kv and the size of the pool": _pools(20 if quick else 400),
+        }
+    }
+
+
+def main() -> None:
+    """Prints rows, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    arguments = parser.parse_args()
+    result = measure(arguments.quick)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, rows in result["tables"].items():
+        print(name)
+        for row in rows:
+            print("  ", ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
