@@ -1,7 +1,7 @@
 """Generates text with a Llama whose KV cache is mapped block by block while it grows.
 
-    python examples/decode_llama.py                                  # the small model of this
-    repository python examples/decode_llama.py --prompt "The module" --temperature 0.8 --seed 3
+    python examples/decode_llama.py                     # the small model of this repository
+    python examples/decode_llama.py --prompt "The module" --temperature 0.8 --seed 3
     python examples/decode_llama.py --checkpoint DIR --prompt "Once upon a time" --scan 16
 
 DIR is a Hugging Face model directory of the Llama architecture: config.json, safetensors,

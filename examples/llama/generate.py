@@ -3,9 +3,9 @@
 The schedule is the simplest that never wastes a block and never gives up early. Requests are served
 first come, first served; running ones take blocks before new ones are admitted. One that finds no
 block stalls, keeping what it has, and goes on when another finishes. When all are stalled, the last
-to come is
-preempted: its slot is released, and it is recomputed from its tokens later. Only a request that
-cannot go on alone ends early, with the reason "capacity". None of this changes what a request says.
+to come is preempted: its slot is released, and it is recomputed from its tokens later. Only a
+request that cannot go on alone ends early, with the reason "capacity". None of this changes what a
+request says.
 """
 
 import dataclasses
@@ -208,26 +208,15 @@ class Engine:
         return jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(ids)
 
     def _decode_step(self) -> bool:
-        ready = [request for request in self._running if self._extend(request)]
-        self.stalls += len(self._running) - len(ready)
-        if not ready:
-            return False
-        tokens, slots, ids = self._lanes(ready)
-        rows = jnp.arange(self._spec.max_slots, dtype=jnp.int32)
-        batch = jax_kvpage.Batch.decode(slots)
-        chosen, self._cache = self._programs.step(self._cache, tokens, batch, rows, ids)
-        self.steps += 1
-        for request, token in zip(ready, np.asarray(chosen)[[r.slot for r in ready]], strict=True):
-            self._take(request, int(token))
-        return True
-
-    def _extend(self, request: Request) -> bool:
-        """Maps room for the newest token, if there are blocks."""
-        try:
-            self._pool.extend(request.slot, len(request.tokens))
-        except jax_kvpage.OutOfBlocks:
-            return False
-        return True
+        tokens, slots, ids = self._lanes(self._running)
+        chosen, produced, self._cache = self._programs.decode(self._cache, tokens, slots, ids)
+        chosen, produced = np.asarray(chosen), np.asarray(produced)
+        self.steps += int(produced.any())
+        self.stalls += sum(not produced[request.slot] for request in self._running)
+        for request in self._running:
+            if produced[request.slot]:
+                self._take(request, int(chosen[request.slot]))
+        return bool(produced.any())
 
     def _decode_scan(self) -> bool:
         tokens, slots, ids = self._lanes(self._running)

@@ -148,9 +148,8 @@ class Llama(nnx.Module):
           tokens: int32 `[T]`, the new tokens of all sequences, as `batch` divides them.
           cache: The cache before these tokens, with room mapped for them.
           batch: Which slot owns which tokens.
-          rows: int32 `[n]`, the tokens whose logits are wanted (None: all T). The vocabulary
-            product of a prompt is
-            usually needed for its last token only.
+          rows: int32 `[n]`, the tokens whose logits are wanted (None: all T). Of a prompt usually
+            only the last token's are needed.
           implementation: As for `jax_kvpage.update_and_attend`.
 
         Returns:
@@ -193,9 +192,7 @@ class Llama(nnx.Module):
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotary embedding of x `[..., T, H, D]` by angles `[T, 1, D / 2]`, pairing dimension i with i
-    + D / 2.
-    """
+    """Rotary embedding of x `[..., T, H, D]` by angles `[T, 1, D / 2]`; i pairs with i + D / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,10 +1,10 @@
-"""The compiled programs of the engine: one step over a ragged batch, and many decode steps in one
-scan.
+"""The compiled programs of the engine: a step over a ragged batch, a decode step that maps its own
+blocks, and many of those in one scan.
 
-Both take the weights as a flat list of arrays, which dispatches faster than a Flax state, and the
+All take the weights as a flat list of arrays, which dispatches faster than a Flax state, and the
 cache as a donated pytree of a few hundred bytes. Shapes are static, so a program is compiled once
-per number of tokens, not per
-length: sequences that are idle or have stopped stay in the batch as padding.
+per number of tokens, not per length: sequences that are idle or have stopped stay in the batch as
+padding.
 """
 
 import dataclasses
@@ -34,8 +34,7 @@ class ScanResult:
       produced: bool `[N, S]`, whether the lane ran in that step: neither finished nor out of
         blocks.
       active: bool `[S]`, lanes that have not finished. One that is active and did not produce in
-        the
-        last step waits for blocks.
+        the last step waits for blocks.
     """
 
     tokens: jax.Array
@@ -93,6 +92,27 @@ class Programs:
         """
         return self._call(self._step, (), cache, tokens, batch, rows, sequence_ids)
 
+    def decode(
+        self,
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        slots: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax_kvpage.KVCache]:
+        """Runs one decode step, which maps the blocks that it needs.
+
+        Args:
+          cache: Donated.
+          tokens: int32 `[S]`, each sequence's newest token.
+          slots: int32 `[S]`, -1 for idle lanes.
+          sequence_ids: int32 `[S]`.
+
+        Returns:
+          Chosen tokens int32 `[S]`; bool `[S]`, whether the lane ran: false for idle lanes and for
+          those that found no block; the advanced cache.
+        """
+        return self._call(self._decode, (), cache, tokens, slots, sequence_ids)
+
     def scan(
         self,
         num_steps: int,
@@ -145,6 +165,20 @@ class Programs:
         next_positions = cache.lengths[batch.slots]
         return sample(logits, sequence_ids, next_positions, self._sampling), cache
 
+    def _decode(
+        self,
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        slots: jax.Array,
+        sequence_ids: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax_kvpage.KVCache]:
+        batch = jax_kvpage.Batch.decode(slots)
+        cache, ok = jax_kvpage.map_slots(cache, slots, cache.lengths[slots] + 1)
+        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
+        chosen, cache = self._step(weights, cache, tokens, batch.mask(ok), rows, sequence_ids)
+        return chosen, ok & (slots >= 0), cache
+
     def _scan(
         self,
         num_steps: int,
@@ -155,18 +189,12 @@ class Programs:
         remaining: jax.Array,
         sequence_ids: jax.Array,
     ) -> tuple[ScanResult, jax_kvpage.KVCache]:
-        batch = jax_kvpage.Batch.decode(slots)
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
         stop_ids = jnp.asarray(self._stop_ids, jnp.int32)
 
         def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             cache, tokens, remaining, active = carry
-            mine = batch.mask(active)
-            cache, ok = jax_kvpage.map_slots(cache, mine.slots, cache.lengths[slots] + 1)
-            produced = active & ok
-            chosen, cache = self._step(
-                weights, cache, tokens, mine.mask(produced), rows, sequence_ids
-            )
+            mine = jnp.where(active, slots, -1)
+            chosen, produced, cache = self._decode(weights, cache, tokens, mine, sequence_ids)
             tokens = jnp.where(produced, chosen, tokens)
             remaining = remaining - produced
             stopped = (remaining <= 0) | jnp.isin(chosen, stop_ids)
