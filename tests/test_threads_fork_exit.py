@@ -206,7 +206,8 @@ _IN_FLIGHT = """
 
     @jax.jit
     def steps(cache):
-        cache = kvp.after(cache, busy(1))  # programs as small as the rest are run while they are dispatched
+        # Programs as small as the rest are run while they are dispatched.
+        cache = kvp.after(cache, busy(1))
         def body(cache, _):
             for layer in range(2):
                 out, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
