@@ -374,11 +374,17 @@ class KVPool:
             head_dim] for all slots, in the storage dtype.
 
         Raises:
-            ValueError: the fused layout, a layer out of range, or (all slots) a max_seq_len that is
-                not a multiple of block_tokens.
+            ValueError: the fused layout, quantised storage, a layer out of range, or (all slots) a
+                max_seq_len that is not a multiple of block_tokens.
             KVPageError: the slot is not occupied.
         """
         spec = self.spec
+        if spec.quantized:
+            raise ValueError(
+                f"view: {spec.dtype} storage keeps the scales of each block's tokens behind them, so "
+                "a slot is not one dense array: use float32, bfloat16 or float16 storage for views, "
+                "or read the cache with paged_attention"
+            )
         if spec.layout != "per_layer":
             raise ValueError(
                 "view: one layer's keys are one dense array in the 'per_layer' layout only, this "

@@ -25,8 +25,8 @@ PER_LAYER_TARGET_BYTES = 64 * 1024
 MIN_DEFAULT_BLOCK_TOKENS = 32
 # Kernels walk a block in steps of this many tokens.
 TOKEN_MULTIPLE = 16
-# The fused layout may pad a block up to the granule. Block sizes without padding are preferred as
-# long as they need no more than this many times the tokens that the target asks for.
+# Where blocks may be padded up to the granule (fused, quantised), sizes without padding are
+# preferred as long as they need no more than this many times the tokens that the target asks for.
 MAX_GROWTH_AGAINST_PADDING = 4
 # Bytes of the smallest piece of memory that can be mapped: a page, or CUDA's allocation
 # granularity.
@@ -38,7 +38,12 @@ DTYPE_CODES: dict[Any, int] = {
     np.dtype(jnp.float32): 0,
     np.dtype(jnp.bfloat16): 1,
     np.dtype(jnp.float16): 2,
+    np.dtype(jnp.int8): 3,
+    np.dtype(jnp.float8_e4m3fn): 4,
 }
+# Stored with a float32 scale for each token and KV head, for keys and for values (quantize.py).
+QUANTIZED_DTYPES = frozenset({np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn)})
+SCALE_BYTES = 4
 _MAX_INT32 = 2**31 - 1
 _DEFAULT_MAX_MAP_COUNT = 65530
 
@@ -79,9 +84,10 @@ class CacheSpec:
         head_dim: elements of one head, the same for keys and values.
         max_slots: number of sequences that can live in the cache at the same time.
         max_seq_len: tokens that one slot has virtual memory for.
-        dtype: storage type: float32, bfloat16 or float16.
+        dtype: storage type: float32, bfloat16 or float16, or quantised as it is appended: int8 or
+            float8_e4m3fn, with a float32 scale for each token and head of keys and of values.
         layout: "fused" (a block holds some tokens of all layers), "per_layer" (each layer's K and V
-            are dense arrays of their own) or None, the platform's default.
+            are ranges of their own, dense arrays unless quantised) or None, the platform's default.
         block_tokens: tokens in one physical block, a multiple of 16, or None for a size that suits
             the model.
         granule: bytes of the smallest mappable piece of memory on the platform; set by `resolve`.
@@ -182,7 +188,7 @@ class CacheSpec:
         unit = spec._token_unit()
         if self.block_tokens is None:
             return spec._choose_block_tokens(unit, capacity)
-        if spec.layout == "per_layer" and self.block_tokens % unit:
+        if not spec._may_pad and self.block_tokens % unit:
             raise ValueError(
                 f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' "
                 f"on {platform}: a block of {spec._block_token_bytes()} bytes a token must fill "
@@ -195,6 +201,11 @@ class CacheSpec:
     def _block_token_bytes(self) -> int:
         """Bytes that one token takes in one block: all layers (fused), or one layer's K or V."""
         return self.token_bytes // self.num_ranges
+
+    @property
+    def _may_pad(self) -> bool:
+        """Whether blocks may end in padding: not where slots are dense arrays."""
+        return self.layout == "fused" or self.quantized
 
     def _token_unit(self) -> int:
         """Multiples of this many tokens fill whole granules exactly."""
@@ -210,7 +221,7 @@ class CacheSpec:
         # A block larger than the longest sequence would only be padding.
         wanted = min(wanted, _round_up(self.max_seq_len, TOKEN_MULTIPLE))
         tokens = _round_up(wanted, unit)
-        if fused and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
+        if self._may_pad and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
             # Padding it is; then as many tokens as the granules hold.
             held = _round_up(wanted * self._block_token_bytes(), self.granule)
             tokens = held // self._block_token_bytes() // TOKEN_MULTIPLE * TOKEN_MULTIPLE
@@ -241,10 +252,16 @@ class CacheSpec:
         return self.block_tokens, self.granule
 
     @property
+    def quantized(self) -> bool:
+        """Whether keys and values are stored with scales."""
+        return self.dtype in QUANTIZED_DTYPES
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all layers, K and V."""
-        elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim
-        return elements * np.dtype(self.dtype).itemsize
+        """Bytes of one token over all layers, K and V, scales included."""
+        row_bytes = self.head_dim * np.dtype(self.dtype).itemsize
+        row_bytes += SCALE_BYTES if self.quantized else 0
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes
 
     @property
     def num_ranges(self) -> int:
@@ -293,7 +310,7 @@ class CacheSpec:
 
         Returns:
             num_layers, num_kv_heads, head_dim, max_slots, max_seq_len, dtype code (float32 0,
-            bfloat16 1, float16 2), layout code (fused 0, per_layer 1), block_tokens.
+            bfloat16 1, float16 2, int8 3, float8_e4m3fn 4), layout code (fused 0, per_layer 1), block_tokens.
         """
         block_tokens, _ = self._require_resolved("as_ints()")
         return (

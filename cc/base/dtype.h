@@ -1,4 +1,5 @@
-// Element types that keys, values and queries are stored in.
+// Element types that keys, values and queries are stored in. The quantised ones store keys and values only: with one
+// float32 scale for each token and KV head, for keys and for values, that their elements are multiplied by.
 #ifndef KVPAGE_BASE_DTYPE_H_
 #define KVPAGE_BASE_DTYPE_H_
 
@@ -8,9 +9,16 @@
 namespace kvpage {
 
 // The numbers are part of the spec attribute that compiled programs carry: append, never renumber.
-enum class DType : std::int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum class DType : std::int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kF8E4M3 = 4 };
 
-inline std::size_t ItemSize(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+constexpr std::int32_t kNumDTypes = 5;
+
+inline bool IsQuantized(DType dtype) { return dtype == DType::kI8 || dtype == DType::kF8E4M3; }
+
+inline std::size_t ItemSize(DType dtype) { return dtype == DType::kF32 ? 4 : (IsQuantized(dtype) ? 1 : 2); }
+
+// Bytes of the scale that belongs to a row of head_dim elements.
+inline std::size_t ScaleSize(DType dtype) { return IsQuantized(dtype) ? sizeof(float) : 0; }
 
 inline const char* Name(DType dtype) {
   switch (dtype) {
@@ -20,6 +28,10 @@ inline const char* Name(DType dtype) {
       return "bfloat16";
     case DType::kF16:
       return "float16";
+    case DType::kI8:
+      return "int8";
+    case DType::kF8E4M3:
+      return "float8_e4m3fn";
   }
   return "?";
 }

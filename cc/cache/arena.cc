@@ -98,7 +98,10 @@ void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) 
   const std::int64_t end = num_blocks_[slot] * geometry_.block_tokens;
   for (std::int64_t t = token; t < end; ++t) {
     for (std::int64_t head = 0; head < geometry_.num_kv_heads; ++head) {
-      for (int kv = 0; kv < 2; ++kv) std::memset(view.At(slot, t, layer, kv, head), 0, static_cast<std::size_t>(row));
+      for (int kv = 0; kv < 2; ++kv) {
+        std::memset(view.At(slot, t, layer, kv, head), 0, static_cast<std::size_t>(row));
+        if (IsQuantized(view.dtype)) *view.Scale(slot, t, layer, kv, head) = 0.0f;
+      }
     }
   }
 }

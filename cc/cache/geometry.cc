@@ -22,7 +22,7 @@ Status Geometry::Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* 
       return InvalidArgument(std::string(kNames[i]) + " is " + std::to_string(spec[i]) + ", wanted a positive int32");
     }
   }
-  if (spec[5] > 2) return InvalidArgument("unknown dtype code " + std::to_string(spec[5]));
+  if (spec[5] >= kNumDTypes) return InvalidArgument("unknown dtype code " + std::to_string(spec[5]));
   if (spec[6] > 1) return InvalidArgument("unknown layout code " + std::to_string(spec[6]));
   Geometry g;
   g.num_layers = spec[0];
@@ -36,11 +36,14 @@ Status Geometry::Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* 
   g.block_bytes = block_bytes;
 
   std::int64_t token = static_cast<std::int64_t>(ItemSize(g.dtype));
-  for (std::int64_t factor : {g.num_kv_heads, g.head_dim}) KVPAGE_RETURN_IF_ERROR(Multiply(token, factor, &token));
+  KVPAGE_RETURN_IF_ERROR(Multiply(token, g.head_dim, &token));
+  token += static_cast<std::int64_t>(ScaleSize(g.dtype));  // head_dim is an int32: far from overflowing
+  KVPAGE_RETURN_IF_ERROR(Multiply(token, g.num_kv_heads, &token));
   if (g.layout == Layout::kFused) KVPAGE_RETURN_IF_ERROR(Multiply(token, 2 * g.num_layers, &token));
   std::int64_t needed = 0;
   KVPAGE_RETURN_IF_ERROR(Multiply(token, g.block_tokens, &needed));
-  if (block_bytes < needed || (g.layout == Layout::kPerLayer && block_bytes != needed)) {
+  const bool dense = g.layout == Layout::kPerLayer && !IsQuantized(g.dtype);
+  if (block_bytes < needed || (dense && block_bytes != needed)) {
     return InvalidArgument("a block of " + std::to_string(g.block_tokens) + " tokens takes " + std::to_string(needed) +
                            " bytes, block_bytes is " + std::to_string(block_bytes));
   }
@@ -65,13 +68,19 @@ KVView Geometry::View(char* base) const {
   if (layout == Layout::kFused) {
     view.token_stride = head_dim * item;
     view.head_stride = block_tokens * view.token_stride;
-    view.kv_stride = num_kv_heads * view.head_stride;
+    view.kv_stride = block_tokens * row_bytes();
     view.layer_stride = 2 * view.kv_stride;
   } else {
     view.head_stride = head_dim * item;
     view.token_stride = num_kv_heads * view.head_stride;
     view.kv_stride = max_slots * range_bytes();
     view.layer_stride = 2 * view.kv_stride;
+  }
+  if (IsQuantized(dtype)) {
+    const auto scale = static_cast<std::int64_t>(ScaleSize(dtype));
+    view.scale_base = block_tokens * data_bytes();  // a multiple of 16: block_tokens is one
+    view.scale_head_stride = layout == Layout::kFused ? block_tokens * scale : scale;
+    view.scale_token_stride = layout == Layout::kFused ? scale : num_kv_heads * scale;
   }
   return view;
 }

@@ -3,6 +3,9 @@
 // fused      one range per slot; a block holds block_tokens tokens of every layer: [layer][K|V][head][token][D]
 // per_layer  2L ranges; range 2l is layer l's K and 2l+1 its V, each [slot][token][head][D], so that one layer's K is
 //            one dense array over all slots
+//
+// Quantised storage adds the scales of a block's part behind its data: [layer][K|V]([head][token][D] [head][token]) and
+// [block]([token][head][D] [token][head]). A per-layer slot is then no dense array, so its blocks may be padded too.
 #ifndef KVPAGE_CACHE_GEOMETRY_H_
 #define KVPAGE_CACHE_GEOMETRY_H_
 
@@ -45,8 +48,9 @@ struct Geometry {
             block_tokens};
   }
 
-  // Bytes of one token's K (or V) in one layer, all heads.
-  std::int64_t row_bytes() const { return num_kv_heads * head_dim * static_cast<std::int64_t>(ItemSize(dtype)); }
+  // Bytes of one token's K (or V) in one layer, all heads: elements, and with their scales.
+  std::int64_t data_bytes() const { return num_kv_heads * head_dim * static_cast<std::int64_t>(ItemSize(dtype)); }
+  std::int64_t row_bytes() const { return data_bytes() + num_kv_heads * static_cast<std::int64_t>(ScaleSize(dtype)); }
   std::int64_t token_bytes() const { return 2 * num_layers * row_bytes(); }
   std::int64_t num_ranges() const { return layout == Layout::kFused ? 1 : 2 * num_layers; }
   // Blocks a slot has in each range when it is full.

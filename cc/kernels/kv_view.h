@@ -8,6 +8,12 @@
 //
 // where a chunk is the run of tokens that lies at one stride. Without a table chunk i of a slot is at
 // slot * slot_stride + i * chunk_stride; with one it is at table[slot][i] * chunk_stride.
+//
+// Quantised storage (see dtype.h) has the scale of (slot, layer, K|V, head, token) in the same chunk, scale_base bytes
+// after the chunk's first element of that layer and side:
+//
+//   Chunk(slot, token / tokens_per_chunk, layer, kv) + scale_base + head * scale_head_stride
+//        + (token % tokens_per_chunk) * scale_token_stride
 #ifndef KVPAGE_KERNELS_KV_VIEW_H_
 #define KVPAGE_KERNELS_KV_VIEW_H_
 
@@ -26,6 +32,9 @@ struct KVView {
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
   std::int64_t tokens_per_chunk = 1;
+  std::int64_t scale_base = 0;  // these three only where dtype is quantised
+  std::int64_t scale_head_stride = 0;
+  std::int64_t scale_token_stride = 0;
   const std::int32_t* table = nullptr;  // [slots, table_width] physical chunk numbers, or null
   std::int64_t table_width = 0;
   DType dtype = DType::kF32;
@@ -41,6 +50,10 @@ struct KVView {
   char* At(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv, std::int64_t head) const {
     return Chunk(slot, token / tokens_per_chunk, layer, kv) + head * head_stride +
            (token % tokens_per_chunk) * token_stride;
+  }
+  float* Scale(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv, std::int64_t head) const {
+    return reinterpret_cast<float*>(Chunk(slot, token / tokens_per_chunk, layer, kv) + scale_base +
+                                    head * scale_head_stride + (token % tokens_per_chunk) * scale_token_stride);
   }
 };
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from jax_kvpage.ops import _batching, _lowering, _tokens
 from jax_kvpage.ops._checks import pool_checker, results
 from jax_kvpage.spec import CacheSpec
@@ -16,11 +18,13 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     _tokens.check_header(check, avals)
     check.done()
     shape = (avals[3].shape[0], spec.max_seq_len, spec.num_kv_heads, spec.head_dim)
-    return results(avals, (shape, spec.dtype), (shape, spec.dtype))
+    dtype = jnp.float32 if spec.quantized else spec.dtype
+    return results(avals, (shape, dtype), (shape, dtype))
 
 
-# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype: positions
-# 0 to lengths + new tokens of each sequence, zeros beyond them.
+# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype (quantised:
+# the float32 values that are stored): positions 0 to lengths + new tokens of each sequence, zeros
+# beyond them.
 gather_context_p = _lowering.make_primitive("gather_context", _abstract)
 
 _lowering.register_lowerings(gather_context_p)

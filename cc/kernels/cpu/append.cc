@@ -25,6 +25,14 @@ class Appender {
       for (int which = 0; which < 2; ++which) {
         const char* from_row = static_cast<const char*>(which == 0 ? args_.k : args_.v) + src;
         char* to_row = kv.At(sequence.slot, sequence.position + i, args_.layer, which, 0);
+        if (IsQuantized(kv.dtype)) {
+          for (int head = 0; head < kv.num_kv_heads; ++head) {
+            kernels_.quantize(to_row + head * kv.head_stride,
+                              kv.Scale(sequence.slot, sequence.position + i, args_.layer, which, head), kv.dtype,
+                              from_row + head * kv.head_dim * src_size, args_.dtype, kv.head_dim);
+          }
+          continue;
+        }
         if (dense) {
           kernels_.convert(to_row, kv.dtype, from_row, args_.dtype, row);
           continue;

@@ -30,6 +30,7 @@ struct WorkerLayout {
   std::int64_t scratch = 0;
   std::int64_t positions = 0;
   std::int64_t keys = 0;
+  std::int64_t scales = 0;
   std::int64_t size = 0;
 };
 
@@ -53,6 +54,7 @@ class Attention {
   double Cost(const Unit& unit) const;
   RowTile Tile(const Unit& unit) const;
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
+  void LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const;
   void RunSpan(const Unit& unit, std::int64_t span, float* scratch, float* state) const;
   void Merge(const Unit& unit, float* into, const float* from) const;
   void Finish(const Unit& unit, const float* state) const;
@@ -148,6 +150,9 @@ double Attention::Plan(int num_workers) {
     layout_.queries = std::max(layout_.queries, unit.heads * QueryFloats(unit.rows, head_dim_));
     layout_.state = std::max(layout_.state, UnitStateFloats(unit));
     layout_.scratch = std::max(layout_.scratch, ScratchFloats(unit.rows, head_dim_));
+    if (IsQuantized(args_.kv.dtype)) {
+      layout_.scales = std::max<std::int64_t>(layout_.scales, std::int64_t{unit.heads} * 2 * kSpanScales);
+    }
   }
   return total;
 }
@@ -168,6 +173,7 @@ bool Attention::Allocate(int num_workers) {
   layout.scratch = place(layout_.scratch);
   layout.positions = place(kMaxRows);
   layout.keys = place((kSpanTokens + kLookahead) * static_cast<std::int64_t>(sizeof(char*) / sizeof(float)));
+  layout.scales = place(layout_.scales);
   layout.size = at;
   layout_ = layout;
   const std::int64_t workers = round(layout_.size) * num_workers;
@@ -184,6 +190,32 @@ char* Attention::QueryRow(const void* base, const Unit& unit) const {
   const std::int64_t token = (*args_.sequences)[unit.sequence].query_begin;
   const auto row_bytes = static_cast<std::int64_t>(head_dim_ * ItemSize(args_.q_dtype));
   return const_cast<char*>(static_cast<const char*>(base)) + token * args_.num_q_heads * row_bytes;
+}
+
+// Scales of the positions [begin, end) of a span, as SpanArgs has them. Copied so that the kernels find them side by
+// side in every layout.
+void Attention::LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const {
+  const KVView& kv = args_.kv;
+  const std::int32_t slot = (*args_.sequences)[unit.sequence].slot;
+  const float factor = ElementUnit(kv.dtype);
+  for (std::int64_t token = begin; token < end;) {
+    const std::int64_t count = std::min((token / kv.tokens_per_chunk + 1) * kv.tokens_per_chunk, end) - token;
+    for (int kind = 0; kind < 2; ++kind) {
+      const char* first = reinterpret_cast<const char*>(kv.Scale(slot, token, args_.layer, kind, unit.kv_head));
+      float* to = scales + kind * kSpanScales + (token - begin);
+      for (int h = 0; h < unit.heads; ++h, first += kv.scale_head_stride, to += 2 * kSpanScales) {
+        const char* from = first;
+        for (std::int64_t i = 0; i < count; ++i, from += kv.scale_token_stride) {
+          to[i] = *reinterpret_cast<const float*>(from) * factor;
+        }
+      }
+    }
+    token += count;
+  }
+  for (int i = 0; i < 2 * unit.heads; ++i) {
+    float* row = scales + i * kSpanScales;
+    std::fill(row + (end - begin), row + std::min<std::int64_t>(end - begin + kLookahead, kSpanScales), 0.0f);
+  }
 }
 
 void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const {
@@ -205,6 +237,10 @@ void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, floa
   span_args.keys = keys;
   span_args.value_offset = kv.kv_stride;
   span_args.head_stride = kv.head_stride;
+  if (IsQuantized(kv.dtype)) {
+    LoadScales(unit, span_args.begin, span_args.end, worker + layout_.scales);
+    span_args.scales = worker + layout_.scales;
+  }
   span_args.dtype = kv.dtype;
   span_args.heads = unit.heads;
   span_args.q = worker + layout_.queries;

@@ -19,6 +19,13 @@ constexpr int kSpanTokens = 512;
 constexpr int kTileTokens = 64;
 // Addresses past a span that may be listed for prefetching.
 constexpr int kLookahead = kTileTokens;
+// Scales of a span, and room for reading the last ones in whole vectors.
+constexpr int kSpanScales = kSpanTokens + kTileTokens;
+
+// What the kernels read a quantised element as is this many times smaller than
+// the element: 8-bit floats are taken through float16, whose exponent is biased
+// by 8 more. It goes into the scales.
+static constexpr float ElementUnit(DType dtype) { return dtype == DType::kF8E4M3 ? 256.0f : 1.0f; }
 
 // A row is one (query token, query head) that reads a KV head. Up to kFewRows are handled as dot products that stream K
 // and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by arithmetic).
@@ -73,6 +80,9 @@ struct SpanArgs {
   std::int64_t readable = 0;
   std::int64_t value_offset = 0;  // from a key to its value
   std::int64_t head_stride = 0;
+  // [heads][K|V][kSpanScales] from position begin on, times ElementUnit; zeros
+  // past the end. Null where dtype is not quantised.
+  const float* scales = nullptr;
   DType dtype = DType::kF32;
   int heads = 1;             // KV heads to walk together, tile by tile
   const float* q = nullptr;  // [heads] of QueryFloats
@@ -103,8 +113,11 @@ struct Kernels {
   // into = into merged with from, both over `rows` rows.
   void (*merge)(float* into, const float* from, int rows, int head_dim);
   void (*finish)(const FinishArgs& args);
-  // n elements; rounds to nearest even.
+  // n elements, not quantised; rounds to nearest even.
   void (*convert)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
+  // A row of n elements that share a scale; see isa_quant.inc.
+  void (*quantize)(void* dst, float* scale, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
+  void (*dequantize)(float* dst, const void* src, DType src_dtype, float scale, std::int64_t n);
 };
 
 // Null where the compiler does not target the instruction set.

@@ -1,0 +1,69 @@
+"""What quantised storage (int8, float8_e4m3fn) keeps of keys and values.
+
+This is the definition; the kernels write the same bits. Symmetric quantisation with one float32
+scale for each row, a token's key (or value) in one KV head:
+
+- scale = amax * (1 / largest), largest being 127 or 448; a scale below the smallest normal float32
+  counts as 0, because programs that flush subnormal numbers could not read it.
+- element = x * (1 / scale), rounded to nearest even; 0 where the scale is 0. Rows of zeros thereby
+  stay zeros.
+- A row with an infinity or a NaN in it has scale NaN and elements 0: all of it reads as NaN, so
+  that what went wrong shows wherever the token is looked at, and nowhere else.
+
+Dequantised, an element is off by at most scale / 2 (int8), or by at most 1/16 of its own size or
+scale / 1024, whichever is larger (float8_e4m3fn).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["dequantize", "quantize"]
+
+# Largest magnitude that a row is scaled to. int8 leaves -128 out.
+_LARGEST = {np.dtype(jnp.int8): 127.0, np.dtype(jnp.float8_e4m3fn): 448.0}
+
+
+def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Quantises rows along the last axis.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        Elements [..., D] of `dtype` and their scales, float32 [...].
+
+    Raises:
+        ValueError: another dtype.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in _LARGEST:
+        known = " or ".join(kind.name for kind in _LARGEST)
+        raise ValueError(f"quantize: dtype must be {known}, got {dtype.name}")
+    x = x.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(x), axis=-1)
+    amax = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
+    # The reciprocal is written out: XLA may turn a division by a row's scale into one, or not.
+    scale = amax * (np.float32(1) / np.float32(_LARGEST[dtype]))
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0.0, scale)
+    stored = finite & (scale > 0)
+    inverse = 1.0 / jnp.where(stored, scale, 1.0)
+    scaled = jnp.where(stored[..., None], x * inverse[..., None], 0.0)
+    elements = (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype)
+    return elements, jnp.where(finite, scale, jnp.nan)
+
+
+def dequantize(elements: jax.Array, scale: jax.Array) -> jax.Array:
+    """The values that quantised rows stand for.
+
+    Args:
+        elements: [..., D], int8 or float8_e4m3fn.
+        scale: float32 [...].
+
+    Returns:
+        float32 [..., D].
+    """
+    return elements.astype(jnp.float32) * scale[..., None]
