@@ -38,6 +38,7 @@ _DEFAULT_PROMPTS = (
     "When a function is called,",
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+_KV_DTYPES = (*_DTYPES, "int8", "float8_e4m3fn")
 _IMPLEMENTATIONS = {"cpu": ("cpu", "xla"), "gpu": ("cuda", "xla")}
 _PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
@@ -69,7 +70,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how to run")
     how.add_argument("--scan", type=int, default=0, metavar="N", help="decode steps in one program")
     how.add_argument("--dtype", choices=_DTYPES, help="weights and arithmetic; float32 on CPU")
-    how.add_argument("--kv-dtype", choices=_DTYPES, help="storage of keys and values; as --dtype")
+    how.add_argument(
+        "--kv-dtype", choices=_KV_DTYPES, help="storage of keys and values; as --dtype"
+    )
     how.add_argument("--layout", choices=("fused", "per_layer"), help="of the cache's memory")
     how.add_argument("--block-tokens", type=int, metavar="N", help="tokens in a block")
     how.add_argument("--capacity", metavar="SIZE", help='physical memory, such as "64MiB" or bytes')

@@ -381,9 +381,9 @@ class KVPool:
         spec = self.spec
         if spec.quantized:
             raise ValueError(
-                f"view: {spec.dtype} storage keeps the scales of each block's tokens behind them, so "
-                "a slot is not one dense array: use float32, bfloat16 or float16 storage for views, "
-                "or read the cache with paged_attention"
+                f"view: {spec.dtype} storage keeps the scales of a block's tokens behind them, so "
+                "a slot is not one dense array: use float32, bfloat16 or float16 storage for "
+                "views, or read the cache with paged_attention"
             )
         if spec.layout != "per_layer":
             raise ValueError(

@@ -310,7 +310,8 @@ class CacheSpec:
 
         Returns:
             num_layers, num_kv_heads, head_dim, max_slots, max_seq_len, dtype code (float32 0,
-            bfloat16 1, float16 2, int8 3, float8_e4m3fn 4), layout code (fused 0, per_layer 1), block_tokens.
+            bfloat16 1, float16 2, int8 3, float8_e4m3fn 4), layout code (fused 0, per_layer 1),
+            block_tokens.
         """
         block_tokens, _ = self._require_resolved("as_ints()")
         return (

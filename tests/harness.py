@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
-from reference_numpy import PLAIN, Array, CacheModel, Variant, attend_ragged, rounded
+from reference_numpy import (
+    PLAIN,
+    Array,
+    CacheModel,
+    Variant,
+    attend_ragged,
+    is_quantized,
+    rounded,
+)
 
 import jax_kvpage as kvp
 
@@ -89,6 +97,11 @@ def make_batch(sequences: Sequence[tuple[int, int]], num_sequences: int | None =
     return kvp.Batch(
         slots=jnp.asarray(slots, jnp.int32), query_offsets=jnp.asarray(offsets, jnp.int32)
     )
+
+
+def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
+    """What new keys and values are handed over as: as stored, float32 where that is quantised."""
+    return np.dtype(jnp.float32 if is_quantized(spec.dtype) else spec.dtype)
 
 
 class Line:
@@ -177,7 +190,7 @@ class Line:
     def write_kv(self, sequences: Sequence[tuple[int, int]], k: Array, v: Array) -> None:
         """Appends k, v [layers, T, Hkv, D] for the (slot, n) of one batch, and advances."""
         batch = make_batch(sequences, max(self.max_sequences, len(sequences)))
-        dtype = self.spec.dtype
+        dtype = input_dtype(self.spec)
         self.cache = append_all(self.cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), batch)
         self._model_append(sequences, k, v)
         for slot, n in sequences:
@@ -201,7 +214,7 @@ class Line:
         k, v = self.random_kv(self.max_tokens)
         q = self.random_q(self.max_tokens)
         batch = make_batch(sequences, self.max_sequences)
-        dtype = self.spec.dtype
+        dtype = input_dtype(self.spec)
         window, sinks, slopes = (
             None if x is None else jnp.asarray(x)
             for x in (variant.sliding_window, variant.sinks, variant.alibi_slopes)

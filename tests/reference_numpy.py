@@ -94,8 +94,37 @@ def attend_ragged(
     return out, lse
 
 
+def quantized_rows(x: ArrayLike, dtype: object) -> tuple[Array, NDArray[np.float32]]:
+    """Rows (the last axis) as int8 or float8_e4m3fn with a scale each, for finite `x`.
+
+    Returns:
+        elements: float64, the numbers that are stored; scale: float32, one dimension less.
+    """
+    x32 = np.asarray(x, np.float32)
+    int8 = jnp.dtype(dtype) == jnp.int8
+    scale = np.max(np.abs(x32), axis=-1) * (np.float32(1) / np.float32(127 if int8 else 448))
+    scale[scale < np.finfo(np.float32).tiny] = 0.0
+    inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+    scaled = np.where(scale[..., None] > 0, x32 * inverse[..., None], np.float32(0))
+    scaled = scaled.astype(np.float64)
+    if int8:
+        return np.rint(scaled), scale
+    # Three bits of mantissa; below 2^-6 a fixed step.
+    exponent = np.maximum(np.frexp(scaled)[1] - 1, -6)
+    step = np.ldexp(1.0, exponent - 3)
+    return np.rint(scaled / step) * step, scale
+
+
+def is_quantized(dtype: object) -> bool:
+    """Whether the cache stores scales for this dtype."""
+    return jnp.dtype(dtype) in (jnp.int8, jnp.float8_e4m3fn)
+
+
 def rounded(x: ArrayLike, dtype: object) -> Array:
     """The values that are left when `x` has been stored as `dtype`, in float64."""
+    if is_quantized(dtype):
+        elements, scale = quantized_rows(x, dtype)
+        return elements * scale[..., None].astype(np.float64)
     return np.asarray(np.asarray(x, np.float32).astype(jnp.dtype(dtype)), np.float64)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line
+from harness import Line, input_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_numpy import Variant, check_lse, check_output
@@ -55,8 +55,12 @@ _CONFIGS = [
     Config("per_layer", "bfloat16", "float16", 2, 2, 128),
     Config("fused", "float32", "float16", 1, 4, 256),
     Config("per_layer", "float16", "float32", 5, 1, 112, poison=False),
+    Config("fused", "int8", "float32", 2, 4, 128),
+    Config("per_layer", "int8", "bfloat16", 3, 2, 80),
+    Config("fused", "float8_e4m3fn", "float16", 2, 3, 96, poison=False),
+    Config("per_layer", "float8_e4m3fn", "float32", 1, 8, 64),
 ]
-_XLA_CONFIGS = [_CONFIGS[0], _CONFIGS[3], _CONFIGS[5], _CONFIGS[8]]
+_XLA_CONFIGS = [_CONFIGS[i] for i in (0, 3, 5, 8, 12, 15)]
 
 
 _LINES: dict[Config, Line] = {}
@@ -197,14 +201,15 @@ def test_xla_equals_float64(config: Config) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 def test_long_contexts(layout: str, dtype: str) -> None:
     """Contexts long enough for a kernel that splits them, at lengths around the powers of two where
     splits would end.
     """
     spec = kvp.CacheSpec(1, 1, 64, 4, 5000, dtype=jnp.dtype(dtype), layout=layout)
     with kvp.KVPool(spec, "64MiB", poison=True) as pool:
-        line = Line(pool, group=2, query_dtype=jnp.dtype(dtype), max_tokens=1024, max_sequences=4)
+        query = input_dtype(spec)
+        line = Line(pool, group=2, query_dtype=query, max_tokens=1024, max_sequences=4)
         lengths = (255, 511, 1030, 4097)
         slots = line.acquire_scattered([n + 20 for n in lengths])
         line.write(dict(zip(slots, lengths, strict=True)))
@@ -216,7 +221,7 @@ def test_long_contexts(layout: str, dtype: str) -> None:
             out, lse, want_out, want_lse = line.step(
                 [(slots[0], 1), (slots[1], 5), (slots[2], 1), (slots[3], 3)], variant
             )
-            check_output(out, want_out, dtype, 6.0)
+            check_output(out, want_out, query, 6.0)
             check_lse(lse, want_lse)
 
 

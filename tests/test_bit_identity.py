@@ -13,7 +13,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, append_all, attend_all, make_batch
+from harness import Line, append_all, attend_all, input_dtype, make_batch
 from numpy.typing import NDArray
 
 import jax_kvpage as kvp
@@ -59,7 +59,7 @@ def _run(
     lengths = [sum(_SEQUENCES[i]) for i in order]
     slots = line.acquire_scattered(lengths) if scattered else [line.acquire(n) for n in lengths]
     data = {i: _Data(i) for i in order}
-    dtype = pool.spec.dtype
+    dtype = input_dtype(pool.spec)
     for slot, i in zip(slots, order, strict=True):
         before = _SEQUENCES[i][0]
         if before:
@@ -93,9 +93,14 @@ def _run(
     }
 
 
-@pytest.fixture(params=["fused", "per_layer"])
+_STORAGE = [("fused", "bfloat16"), ("per_layer", "bfloat16"), ("fused", "int8")]
+_STORAGE += [("per_layer", "float8_e4m3fn")]
+
+
+@pytest.fixture(params=_STORAGE, ids="-".join)
 def pool(request: pytest.FixtureRequest, make_pool) -> kvp.KVPool:
-    spec = kvp.CacheSpec(_LAYERS, _HEADS, _DIM, 8, _MAX, dtype=jnp.bfloat16, layout=request.param)
+    layout, dtype = request.param
+    spec = kvp.CacheSpec(_LAYERS, _HEADS, _DIM, 8, _MAX, dtype=jnp.dtype(dtype), layout=layout)
     return make_pool(spec, "64MiB", poison=True)
 
 
@@ -118,13 +123,14 @@ def test_physical_blocks(pool: kvp.KVPool) -> None:
     assert _run(pool, [0, 2, 4], scattered=True) == plain
 
 
-def test_the_two_layouts_agree(make_pool) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_two_layouts_agree(make_pool, dtype: str) -> None:
     """Not promised by the contract for all time, but true while both layouts run one kernel: a
     difference is a bug.
     """
     results = []
     for layout in ("fused", "per_layer"):
-        spec = kvp.CacheSpec(_LAYERS, _HEADS, _DIM, 8, _MAX, dtype=jnp.float32, layout=layout)
+        spec = kvp.CacheSpec(_LAYERS, _HEADS, _DIM, 8, _MAX, dtype=jnp.dtype(dtype), layout=layout)
         results.append(_run(make_pool(spec, "64MiB"), [0, 3]))
     assert results[0] == results[1]
 

@@ -128,6 +128,11 @@ def test_options_reach_what_they_name(
         64,
     )
     assert other["bytes_static_cache"] == 3 * 128 * 512
+    for dtype in ("int8", "float8_e4m3fn"):
+        small = _json(capsys, *common, "--kv-dtype", dtype)
+        assert small["kv_dtype"] == dtype
+        assert small["generated_tokens"] == 6
+        assert small["bytes_static_cache"] < plain["bytes_static_cache"] / 3
     assert other["blocks_mapped"] == 4
     assert len(_outputs(other)[0]) == 6
 

@@ -150,7 +150,7 @@ def test_unresolved_has_no_fingerprint() -> None:
 
 def test_all_mistakes_in_one_error() -> None:
     with pytest.raises(ValueError) as caught:
-        kvp.CacheSpec(0, 1.5, -2, True, "8", jnp.int8, "paged", 17)
+        kvp.CacheSpec(0, 1.5, -2, True, "8", jnp.int16, "paged", 17)
     message = str(caught.value)
     for part in (
         "num_layers must be an integer from 1 to 2147483647, got 0",
@@ -158,7 +158,7 @@ def test_all_mistakes_in_one_error() -> None:
         "head_dim must be an integer from 1 to 2147483647, got -2",
         "max_slots must be an integer from 1 to 2147483647, got True",
         "max_seq_len must be an integer from 1 to 2147483647, got '8'",
-        "dtype must be one of float32, bfloat16, float16, got",
+        "dtype must be one of float32, bfloat16, float16, int8, float8_e4m3fn, got",
         "layout must be 'fused' or 'per_layer' (or None for the default), got 'paged'",
         "block_tokens must be a multiple of 16, got 17: the nearest is 16 or 32",
     ):
@@ -167,11 +167,39 @@ def test_all_mistakes_in_one_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.int8, jnp.float64, jnp.float8_e4m3fn, "no such dtype", object()]
+    "dtype", [jnp.uint8, jnp.float64, jnp.float8_e5m2, "no such dtype", object()]
 )
 def test_unsupported_storage(dtype: Any) -> None:
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got"):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, float8_e4m3fn, got"):
         _spec(dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+@pytest.mark.parametrize("model", _MODELS)
+def test_quantized_storage_counts_its_scales(model: str, layout: Any, dtype: Any) -> None:
+    layers, heads, dim, slots, length = _MODELS[model]
+    spec = _spec(model, layout=layout, dtype=dtype).resolve("cpu")
+    assert spec.quantized
+    assert not _spec(model).quantized
+    assert spec.token_bytes == 2 * layers * heads * (dim + 4)
+    assert spec.as_ints()[5] == (3 if dtype == jnp.int8 else 4)
+    assert spec.block_bytes % 4096 == 0
+    padding = spec.block_bytes * spec.num_ranges - spec.block_tokens * spec.token_bytes
+    assert 0 <= padding < 4096 * spec.num_ranges
+    assert spec.virtual_bytes == slots * spec.slot_bytes
+    wasted = [
+        -(-n // spec.block_tokens) * spec.block_bytes * spec.num_ranges - n * spec.token_bytes
+        for n in range(1, length + 1)
+    ]
+    assert spec.tail_waste_bytes == max(wasted)
+
+
+def test_quantized_blocks_may_be_padded_in_both_layouts() -> None:
+    """A per-layer slot with scales in it is no dense array, so nothing is lost by padding."""
+    spec = kvp.CacheSpec(2, 2, 64, 4, 256, jnp.int8, "per_layer", 32).resolve("cpu")
+    assert spec.block_bytes == 2 * 4096
+    assert spec.block_tokens * spec.token_bytes // spec.num_ranges == 32 * 2 * 68
 
 
 @pytest.mark.parametrize("block_tokens", [0, -16, 16.0, True])

@@ -9,6 +9,7 @@ namespace kvpage::testing {
 namespace {
 
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+constexpr DType kStored[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kI8, DType::kF8E4M3};
 
 std::string Describe(const Problem& p) {
   std::ostringstream text;
@@ -42,7 +43,7 @@ Problem RandomProblem(Rng& rng) {
   p.kv_heads = Pick(rng, 1, 3);
   p.group = PickOf(rng, {1, 2, 3, 4, 4, 7, 8, 16});
   p.head_dim = PickOf(rng, {1, 5, 16, 32, 33, 64, 64, 80, 96, 100, 128, 128, 256, 264});
-  p.dtype = kDTypes[Pick(rng, 0, 2)];
+  p.dtype = kStored[Pick(rng, 0, 4)];
   p.q_dtype = kDTypes[Pick(rng, 0, 2)];
   if (Pick(rng, 0, 2) == 0) p.window = PickOf(rng, {1, 2, 17, 64, 100, 513});
   if (Pick(rng, 0, 2) == 0) p.soft_cap = PickOf(rng, {0.7f, 5.0f, 50.0f});
@@ -64,7 +65,7 @@ TEST(RandomBatchesMatchReference) {
   Rng rng(1);
   Inline here;
   Threads threads(3);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 80; ++round) {
     Problem p = RandomProblem(rng);
     const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
     const bool table = layout == Layout::kTableNhd || layout == Layout::kTableHnd;
@@ -90,7 +91,7 @@ TEST(RandomBatchesMatchReference) {
 TEST(EveryDtypeMatchesReference) {
   Rng rng(2);
   Inline here;
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kStored) {
     for (const DType q_dtype : kDTypes) {
       for (const int head_dim : {64, 80}) {
         Problem p;
@@ -117,13 +118,13 @@ TEST(EveryDtypeMatchesReference) {
 TEST(BitsDoNotDependOnSurroundings) {
   Rng rng(3);
   Inline here;
-  for (int round = 0; round < 8; ++round) {
+  for (int round = 0; round < 10; ++round) {
     Problem p;
     p.kv_heads = 2;
     p.group = PickOf(rng, {1, 4, 7});
     p.head_dim = PickOf(rng, {40, 64, 128});
-    p.dtype = kDTypes[round % 3];
-    p.q_dtype = PickOf(rng, {p.dtype, DType::kF32});
+    p.dtype = kStored[round % 5];
+    p.q_dtype = PickOf(rng, {IsQuantized(p.dtype) ? DType::kBF16 : p.dtype, DType::kF32});
     if (round % 2 == 1) p.window = 700;
     FillProblem(rng, p, {{2900, 1}, {30, 1}, {600, 2}, {1000, 40}, {1, 1}}, 0);
     const int n = static_cast<int>(p.sequences.size());
@@ -172,12 +173,13 @@ TEST(UnseenNaNsStayUnseen) {
   Rng rng(4);
   Inline here;
   for (const int added : {2, 40}) {
-    for (const DType dtype : kDTypes) {
+    for (const DType dtype : kStored) {
       for (const int head_dim : {64, 72}) {
         Problem p;
         p.group = 4;
         p.head_dim = head_dim;
-        p.dtype = p.q_dtype = dtype;
+        p.dtype = dtype;
+        p.q_dtype = IsQuantized(dtype) ? DType::kBF16 : dtype;
         p.window = 100;
         FillProblem(rng, p, {{300, added}}, 0);
         const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
@@ -190,16 +192,21 @@ TEST(UnseenNaNsStayUnseen) {
           for (int which = 0; which < 2; ++which) {
             // The last new token, and the last one that no row of the batch but the first sees.
             const float bad = which == 0 ? std::nanf("") : std::numeric_limits<float>::infinity();
-            Write(cache.At(0, p.tokens(0) - 1, which, 0, 3), dtype, bad);
-            Write(cache.At(0, 300 - 100 + 1, which, 0, 3), dtype, bad);
+            for (const int token : {p.tokens(0) - 1, 300 - 100 + 1}) {
+              if (IsQuantized(dtype)) {
+                *cache.ScaleAt(0, token, which, 0) = bad;
+              } else {
+                Write(cache.At(0, token, which, 0, 3), dtype, bad);
+              }
+            }
           }
           const Result dirty = Run(p, cache, {0}, here);
           const std::size_t seen = added == 2 ? 1 : added - 2;
           if (added > 2) {
             CHECK(std::memcmp(&clean.out[row], &dirty.out[row], seen * row) == 0) << Describe(p);
           }
-          CHECK(std::isnan(Read(&dirty.out[0], dtype))) << Describe(p);
-          CHECK(std::isnan(Read(&dirty.out[(added - 1) * row], dtype))) << Describe(p);
+          CHECK(std::isnan(Read(&dirty.out[0], p.q_dtype))) << Describe(p);
+          CHECK(std::isnan(Read(&dirty.out[(added - 1) * row], p.q_dtype))) << Describe(p);
         }
       }
     }
@@ -211,16 +218,18 @@ TEST(NothingPastTheEndIsTouched) {
   Rng rng(5);
   Inline here;
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kStored) {
     for (const int head_dim : {1, 7, 33, 64, 80, 100}) {
       for (const int added : {1, 30}) {
         Problem p;
         p.kv_heads = 2;
         p.group = 3;
         p.head_dim = head_dim;
-        p.dtype = p.q_dtype = dtype;
+        p.dtype = dtype;
+        p.q_dtype = IsQuantized(dtype) ? DType::kF16 : dtype;
         FillProblem(rng, p, {{Pick(rng, 0, 130), added}}, 0);
-        const std::size_t bytes = static_cast<std::size_t>(p.tokens(0)) * 2 * head_dim * ItemSize(dtype);
+        Cache cache(rng, Layout::kPerLayer, dtype, 2, head_dim, 1, p.tokens(0), p.tokens(0));
+        const auto bytes = static_cast<std::size_t>(cache.view.chunk_stride);
         const std::size_t mapped = (bytes + page - 1) / page * page;
         char* memory[2];
         for (char*& m : memory) {
@@ -228,7 +237,6 @@ TEST(NothingPastTheEndIsTouched) {
               mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
           mprotect(m + mapped, page, PROT_NONE);
         }
-        Cache cache(rng, Layout::kPerLayer, dtype, 2, head_dim, 1, p.tokens(0), p.tokens(0));
         cache.layer = 0;
         cache.view.base = memory[0] + mapped - bytes;
         cache.view.kv_stride = memory[1] - memory[0];

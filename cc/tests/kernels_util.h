@@ -30,12 +30,19 @@ T PickOf(Rng& rng, std::initializer_list<T> values) {
   return values.begin()[Pick(rng, 0, static_cast<int>(values.size()) - 1)];
 }
 
-// Elements of any dtype, one at a time, written independently of the kernels.
+// Elements of any dtype, one at a time, written independently of the kernels. Quantised ones without their scale.
 inline double Read(const char* p, DType dtype) {
   if (dtype == DType::kF32) {
     float x;
     std::memcpy(&x, p, 4);
     return x;
+  }
+  if (dtype == DType::kI8) return static_cast<signed char>(*p);
+  if (dtype == DType::kF8E4M3) {
+    const int code = static_cast<unsigned char>(*p), exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 127) == 127) return std::numeric_limits<double>::quiet_NaN();
+    const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(mantissa + 8, exponent - 10);
+    return code >= 128 ? -size : size;
   }
   std::uint16_t h;
   std::memcpy(&h, p, 2);
@@ -78,6 +85,34 @@ inline void Write(char* p, DType dtype, float x) {
   std::memcpy(p, &h, 2);
 }
 
+// A row of n elements as quantised storage keeps it; returns its scale. As jax_kvpage/quantize.py has it.
+inline float QuantizeRow(char* p, DType dtype, const float* x, int n) {
+  float amax = 0.0f;
+  bool finite = true;
+  for (int d = 0; d < n; ++d) {
+    finite = finite && std::isfinite(x[d]);
+    amax = std::max(amax, std::fabs(x[d]));
+    p[d] = 0;
+  }
+  const float scale = amax * (1.0f / (dtype == DType::kI8 ? 127.0f : 448.0f));
+  if (!finite) return std::nanf("");
+  if (scale < std::numeric_limits<float>::min()) return 0.0f;
+  const float inverse = 1.0f / scale;
+  for (int d = 0; d < n; ++d) {
+    const float y = x[d] * inverse;
+    if (dtype == DType::kI8) {
+      p[d] = static_cast<char>(std::nearbyint(y));
+      continue;
+    }
+    int exponent;
+    std::frexp(y, &exponent);
+    exponent = y == 0.0f ? -6 : std::max(exponent - 1, -6);
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(std::fabs(static_cast<double>(y)), 3 - exponent)));
+    p[d] = static_cast<char>((std::signbit(y) ? 128 : 0) + units + ((exponent + 6) << 3));
+  }
+  return scale;
+}
+
 enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd };
 
 // Room for `slots` contexts of `max_tokens`, all of it NaN until something is written.
@@ -96,11 +131,17 @@ struct Cache {
     view.num_kv_heads = heads;
     view.head_dim = head_dim;
     view.tokens_per_chunk = chunk;
-    const std::int64_t plane = heads * chunk * head_dim * item;  // a chunk's keys, or values, of one layer
+    const auto scale = static_cast<std::int64_t>(ScaleSize(dtype));
+    // A chunk's keys, or values, of one layer; scales behind them.
+    const std::int64_t data = heads * chunk * head_dim * item;
+    view.scale_base = scale == 0 ? data : (data + 3) / 4 * 4;
+    const std::int64_t plane = view.scale_base + heads * chunk * scale;
     const std::int64_t all = slots * chunks * plane;
     const bool head_major = layout == Layout::kFused || layout == Layout::kTableHnd;
     view.token_stride = head_major ? head_dim * item : heads * head_dim * item;
     view.head_stride = head_major ? chunk * head_dim * item : head_dim * item;
+    view.scale_token_stride = head_major ? scale : heads * scale;
+    view.scale_head_stride = head_major ? chunk * scale : scale;
     if (layout == Layout::kFused) {
       view.kv_stride = plane;
       view.layer_stride = 2 * plane;
@@ -113,7 +154,7 @@ struct Cache {
       view.layer_stride = 2 * all;
     }
     memory.resize(layers * 2 * all);
-    for (std::size_t i = 0; i < memory.size(); i += item) Write(&memory[i], dtype, std::nanf(""));
+    std::memset(memory.data(), 0xff, memory.size());  // NaN in every dtype but int8, whose scales are
     view.base = memory.data();
     if (layout == Layout::kTableNhd || layout == Layout::kTableHnd) {
       table.resize(slots * chunks);
@@ -126,6 +167,9 @@ struct Cache {
 
   char* At(int slot, std::int64_t token, int which, int head, int d = 0) const {
     return view.At(slot, token, layer, which, head) + d * ItemSize(view.dtype);
+  }
+  float* ScaleAt(int slot, std::int64_t token, int which, int head) const {
+    return view.Scale(slot, token, layer, which, head);
   }
 };
 
@@ -180,6 +224,11 @@ inline void Store(Problem& p, const Cache& cache, const std::vector<int>& slots)
     for (int which = 0; which < 2; ++which) {
       for (int t = 0; t < p.tokens(s); ++t) {
         for (int h = 0; h < p.kv_heads; ++h) {
+          if (IsQuantized(p.dtype)) {
+            *cache.ScaleAt(slots[s], t, which, h) =
+                QuantizeRow(cache.At(slots[s], t, which, h), p.dtype, &p.At(s, which, t, h, 0), p.head_dim);
+            continue;
+          }
           for (int d = 0; d < p.head_dim; ++d) {
             Write(cache.At(slots[s], t, which, h, d), p.dtype, p.At(s, which, t, h, d));
           }
@@ -234,7 +283,12 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
   lse->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), -std::numeric_limits<double>::infinity());
   for (std::size_t s = 0; s < p.sequences.size(); ++s) {
     std::vector<double> stored(p.contexts[s].size());
-    for (std::size_t i = 0; i < stored.size(); ++i) {
+    std::vector<char> row_codes(p.head_dim);
+    for (std::size_t i = 0; IsQuantized(p.dtype) && i < stored.size(); i += p.head_dim) {
+      const double scale = QuantizeRow(row_codes.data(), p.dtype, &p.contexts[s][i], p.head_dim);
+      for (int d = 0; d < p.head_dim; ++d) stored[i + d] = Read(&row_codes[d], p.dtype) * scale;
+    }
+    for (std::size_t i = 0; !IsQuantized(p.dtype) && i < stored.size(); ++i) {
       char element[4];
       Write(element, p.dtype, p.contexts[s][i]);
       stored[i] = Read(element, p.dtype);

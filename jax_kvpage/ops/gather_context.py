@@ -22,9 +22,8 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     return results(avals, (shape, dtype), (shape, dtype))
 
 
-# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype (quantised:
-# the float32 values that are stored): positions 0 to lengths + new tokens of each sequence, zeros
-# beyond them.
+# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype, float32
+# where that is quantised: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
 gather_context_p = _lowering.make_primitive("gather_context", _abstract)
 
 _lowering.register_lowerings(gather_context_p)
