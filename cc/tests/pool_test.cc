@@ -33,6 +33,44 @@ TEST(PerLayerGrowsEveryRange) {
   CHECK_EQ(map[3].size(), std::size_t{2});
 }
 
+TEST(ScalesLieBehindTheirBlocksData) {
+  constexpr int kHeads = 3, kDim = 10, kTokens = 16, kLayers = 2;
+  for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
+    for (const DType dtype : {DType::kI8, DType::kF8E4M3}) {
+      Geometry g;
+      CHECK_OK(Geometry::Make({kLayers, kHeads, kDim, kSlots, 40, static_cast<std::int64_t>(dtype),
+                               static_cast<std::int64_t>(layout), kTokens},
+                              4096, &g));
+      CHECK_EQ(g.token_bytes(), 2 * kLayers * kHeads * (kDim + 4));
+      auto pool = MakePool(g, 16);
+      Program program(pool.get());
+      const std::int32_t slot = program.Acquire(20);
+      const KVView view = pool->View();
+      // No two elements or scales share a byte, and each part of a block fills its first bytes.
+      std::vector<int> used(g.slot_bytes());
+      int wrong = 0;
+      for (int t = 0; t < 20; ++t) {
+        for (int i = 0; i < kLayers * 2 * kHeads; ++i) {
+          const int layer = i / 2 / kHeads, kv = i / kHeads % 2, head = i % kHeads;
+          const int range = layout == Layout::kFused ? 0 : 2 * layer + kv;
+          const char* block = view.base + g.Offset(slot, range, t / kTokens);
+          const auto mark = [&](const char* p, int bytes) {
+            const std::int64_t at = p - block;
+            wrong += at < 0 || at + bytes > kTokens * g.token_bytes() / g.num_ranges();
+            for (int k = 0; k < bytes; ++k) wrong += used[range * g.range_bytes() + t / kTokens * 4096 + at + k]++ != 0;
+          };
+          mark(view.At(slot, t, layer, kv, head), kDim);
+          mark(reinterpret_cast<char*>(view.Scale(slot, t, layer, kv, head)), 4);
+          wrong += reinterpret_cast<std::uintptr_t>(view.Scale(slot, t, layer, kv, head)) % alignof(float) != 0;
+        }
+      }
+      CHECK_EQ(wrong, 0) << static_cast<int>(layout);
+      Geometry small;
+      CHECK(!Geometry::Make(g.spec(), kTokens * g.token_bytes() / g.num_ranges() - 1, &small).ok());
+    }
+  }
+}
+
 TEST(HolesReadAsZerosAndMappedMemoryHolds) {
   auto pool = MakePool(SmallGeometry(), 16);
   Program program(pool.get());
