@@ -21,6 +21,7 @@ constexpr double kInlineCost = 1 << 18;
 constexpr int kTasksPerWorker = 4;
 // KV heads that one task walks together when a token's heads lie next to each other.
 constexpr int kHeadsTogether = 16;
+constexpr int kLineBytes = 64;
 
 // Where things lie in a worker's part of the workspace, in floats.
 struct WorkerLayout {
@@ -55,6 +56,7 @@ class Attention {
   RowTile Tile(const Unit& unit) const;
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
   void LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const;
+  void PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_t end) const;
   void RunSpan(const Unit& unit, std::int64_t span, float* scratch, float* state) const;
   void Merge(const Unit& unit, float* into, const float* from) const;
   void Finish(const Unit& unit, const float* state) const;
@@ -204,6 +206,11 @@ void Attention::LoadScales(const Unit& unit, std::int64_t begin, std::int64_t en
       const char* first = reinterpret_cast<const char*>(kv.Scale(slot, token, args_.layer, kind, unit.kv_head));
       float* to = scales + kind * kSpanScales + (token - begin);
       for (int h = 0; h < unit.heads; ++h, first += kv.scale_head_stride, to += 2 * kSpanScales) {
+        if (kv.scale_token_stride == sizeof(float)) {
+          const auto* from = reinterpret_cast<const float*>(first);
+          for (std::int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+          continue;
+        }
         const char* from = first;
         for (std::int64_t i = 0; i < count; ++i, from += kv.scale_token_stride) {
           to[i] = *reinterpret_cast<const float*>(from) * factor;
@@ -215,6 +222,21 @@ void Attention::LoadScales(const Unit& unit, std::int64_t begin, std::int64_t en
   for (int i = 0; i < 2 * unit.heads; ++i) {
     float* row = scales + i * kSpanScales;
     std::fill(row + (end - begin), row + std::min<std::int64_t>(end - begin + kLookahead, kSpanScales), 0.0f);
+  }
+}
+
+// Scales that the next span will copy: unlike its keys they are read all at once.
+void Attention::PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_t end) const {
+  const KVView& kv = args_.kv;
+  const std::int32_t slot = (*args_.sequences)[unit.sequence].slot;
+  for (std::int64_t token = begin; token < end;) {
+    const std::int64_t last = std::min((token / kv.tokens_per_chunk + 1) * kv.tokens_per_chunk, end) - 1;
+    for (int kind = 0; kind < 2; ++kind) {
+      const auto* p = reinterpret_cast<const char*>(kv.Scale(slot, token, args_.layer, kind, unit.kv_head));
+      const auto* to = reinterpret_cast<const char*>(kv.Scale(slot, last, args_.layer, kind, unit.kv_head));
+      for (; p < to + kLineBytes - 1; p += kLineBytes) __builtin_prefetch(p, 0, 2);
+    }
+    token = last + 1;
   }
 }
 
@@ -240,6 +262,7 @@ void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, floa
   if (IsQuantized(kv.dtype)) {
     LoadScales(unit, span_args.begin, span_args.end, worker + layout_.scales);
     span_args.scales = worker + layout_.scales;
+    PrefetchScales(unit, span_args.end, std::min<std::int64_t>(unit.end, span_args.end + kSpanTokens));
   }
   span_args.dtype = kv.dtype;
   span_args.heads = unit.heads;
