@@ -22,7 +22,7 @@ __all__ = ["Contender", "Duel", "PeerProcess", "summarise"]
 
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
 # An error larger than this is a wrong result, not a rounding: inputs are normal deviates.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.1, "fp8": 0.4}
 
 Contender = tuple[str, str]  # peer, variant
 
@@ -130,7 +130,7 @@ class Duel:
                     if "error" in answer:
                         entry = {"peer": contender[0], "variant": contender[1], "dtype": dtype}
                         self.errors.append(entry | {"section": case.section} | answer)
-                        if not answer["error"] < _TOLERANCE[dtype]:
+                        if not answer["error"] < _TOLERANCE.get(contender[1], _TOLERANCE[dtype]):
                             self._give_up(contender, case, f"wrong: error {answer['error']:.3g}")
 
     def _ask(self, op: str, case: Case, contender: Contender, **more: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def title(record: Record) -> str:
 
 def _place(record: Record) -> tuple[int, int]:
     """Ours first, then the peers as listed."""
-    variants = ("fused", "per_layer", "scattered", "update", "single call")
+    variants = ("fused", "per_layer", "scattered", "update", "single call", "int8", "fp8")
     variant = record["variant"]
     order = variants.index(variant) if variant in variants else 0
     return list(NAMES).index(record["peer"]), order
@@ -143,6 +143,10 @@ def goals(records: list[Record]) -> list[Goal]:
         add(f"decode {dtype}: per_layer against fused, median", layers, statistics.median, 0.9)
         blocks = _ratios(speeds, "scattered", "fused")
         add(f"decode {dtype}: scattered against contiguous, median", blocks, statistics.median, 0.9)
+        for stored in ("int8", "fp8"):
+            times_faster = _ratios(speeds, stored, "fused")
+            name = f"decode {dtype}: stored as {stored}, median speed against {dtype}"
+            add(name, times_faster, statistics.median, 1.0)
         prefill = [
             v[OURS] / _best_peer(v)
             for v in _speeds(records, "prefill", dtype, "gflops").values()
