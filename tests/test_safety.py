@@ -238,6 +238,25 @@ def test_wrong_pool(line: Line, make_pool) -> None:
     _fails("no pool|unknown|does not exist|1000000", lambda: _append(nobody, batch))
 
 
+def test_another_pool_of_the_same_spec(line: Line, make_pool) -> None:
+    """Its caches fit the programs, but its slots are not this pool's slots."""
+    other = make_pool(line.spec)
+    slot, theirs = other.acquire(other.cache(), 10)
+
+    def refuses(own: kvp.KVPool, stranger: kvp.KVCache) -> None:
+        before = own.slot_table()
+        _fails("cache belongs to pool", lambda: own.acquire(stranger, 1)[1])
+        _fails("cache belongs to pool", lambda: own.release(stranger, slot))
+        assert own.slot_table() == before
+
+    refuses(line.pool, theirs)
+    refuses(other, line.cache)
+    # Neither call has touched the line of the pool whose cache was passed.
+    jax.block_until_ready(kvp.advance(theirs, make_batch([(slot, 0)])))
+    jax.block_until_ready(kvp.advance(line.cache, make_batch([])))
+    line.pool.trim()
+
+
 @pytest.mark.parametrize("op", ["append", "attend", "update", "advance"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
 def test_bad_slots_in_a_batch(line: Line, op: str, case: str) -> None:
