@@ -1,0 +1,69 @@
+"""What tests of bad input share: a small pool, calls that are fine but for one mistake, and
+the assertion that a program fails in the right words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import RUN_TIME_ERRORS, Line
+
+import jax_kvpage as kvp
+
+LAYERS, KV_HEADS, DIM, SLOTS, MAX = 3, 2, 64, 4, 256
+
+
+def make_spec(layout: str | None = None) -> kvp.CacheSpec:
+    return kvp.CacheSpec(
+        LAYERS, KV_HEADS, DIM, SLOTS, MAX, dtype=jnp.float32, layout=layout, block_tokens=32
+    )
+
+
+def two_sequences(pool: kvp.KVPool) -> Iterator[Line]:
+    """Two sequences at work. Afterwards, whatever a test did to them, they must go on as if nothing
+    had happened.
+    """
+    line = Line(pool, group=2)
+    slots = [line.acquire(60), line.acquire(60)]
+    line.write({slots[0]: 20, slots[1]: 33})
+    jax.block_until_ready(line.cache)
+    before = line.pool.stats()
+    yield line
+    line.cache = line.pool.cache()
+    line.check_lengths()
+    after = line.pool.stats()
+    assert (after.blocks_mapped, after.blocks_free) == (before.blocks_mapped, before.blocks_free)
+    out, _, want, _ = line.step([(slots[0], 5), (slots[1], 2)])
+    np.testing.assert_allclose(out, want, atol=1e-4)
+
+
+def kv(tokens: int = 8) -> tuple[jax.Array, jax.Array]:
+    x = jnp.full((tokens, KV_HEADS, DIM), jnp.nan)
+    return x, x
+
+
+def q(tokens: int = 8) -> jax.Array:
+    return jnp.ones((tokens, 2 * KV_HEADS, DIM))
+
+
+def live(line: Line) -> list[int]:
+    return sorted(line.model.lengths)
+
+
+def fails(pattern: str, call: Callable[[], object]) -> None:
+    """The program fails at run time with this message, case ignored."""
+    status = "(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): "
+    with pytest.raises(RUN_TIME_ERRORS, match=f"(?is){status}.*{pattern}"):
+        jax.block_until_ready(call())
+
+
+def append(cache: kvp.KVCache, batch: kvp.Batch, layer: object = 0, tokens: int = 8) -> kvp.KVCache:
+    return kvp.append_kv(cache, *kv(tokens), batch, layer=layer)
+
+
+def attend(cache: kvp.KVCache, batch: kvp.Batch, layer: object = 0, tokens: int = 8) -> jax.Array:
+    return kvp.paged_attention(q(tokens), cache, batch, layer=layer)
