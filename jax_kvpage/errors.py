@@ -1,4 +1,9 @@
-"""What can go wrong on the host side of a pool, as exceptions that carry their numbers."""
+"""What can go wrong on the host side of a pool, as exceptions that carry their numbers.
+
+What goes wrong inside a program is JAX's to report: an op that fails at run time (a stale cache, a
+position that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are waited for; a
+program so small that JAX runs it while dispatching it raises ValueError there, with the same text.
+"""
 
 __all__ = ["KVPageError", "OutOfBlocks", "OutOfSlots", "PoolClosed"]
 
