@@ -25,7 +25,8 @@ import jax_kvpage as kvp
 
 __all__ = ["measure"]
 
-_LAYERS, _KV_HEADS, _HEADS, _DIM = 8, 8, 32, 128
+# Enough layers for the shortest context (100 MB) to be far larger than the caches.
+_LAYERS, _KV_HEADS, _HEADS, _DIM = 24, 8, 32, 128
 _CONTEXTS = (512, 1024, 2048, 3072, 4096, 6144, 8192)
 _WALK_BATCH = 4
 
