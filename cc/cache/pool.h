@@ -173,6 +173,9 @@ class Pool {
   Status CheckMapLimit(std::int64_t blocks) const;
   void Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);
 
+  Status ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count, bool occupy,
+                     std::uint32_t* epoch, std::int32_t* lengths);
+
   // state_mutex_ held:
   Status CheckOpen(const char* op) const;
   Status CheckOccupied(const char* op, std::int32_t slot) const;

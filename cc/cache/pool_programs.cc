@@ -283,17 +283,33 @@ Status Pool::SetLengths(const char* op, const CacheRef& cache, const std::int32_
 
 Status Pool::Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
                     std::uint32_t* epoch, std::int32_t* lengths) {
+  return ChangeOwner(op, cache, slots, count, /*occupy=*/true, epoch, lengths);
+}
+
+Status Pool::Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                    std::uint32_t* epoch, std::int32_t* lengths) {
+  return ChangeOwner(op, cache, slots, count, /*occupy=*/false, epoch, lengths);
+}
+
+Status Pool::ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
+                         bool occupy, std::uint32_t* epoch, std::int32_t* lengths) {
   const std::lock_guard<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
   ++stamp_;
   for (std::int64_t i = 0; i < count; ++i) {
-    if (slots[i] == -1) continue;
-    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
-    // The host may be ahead and have released the slot again: draining is fine.
-    if (slots_[slots[i]].state == SlotState::kFree || cache.lengths[slots[i]] >= 0) {
-      return FailedPrecondition(Prefix(op) + "slot " + Number(slots[i]) + " is " +
-                                (cache.lengths[slots[i]] >= 0 ? "already occupied in this cache" : "free in the pool") +
+    const std::int32_t slot = slots[i];
+    if (slot == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slot));
+    const bool taken = cache.lengths[slot] >= 0;
+    // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
+    if (occupy && (taken || slots_[slot].state == SlotState::kFree)) {
+      return FailedPrecondition(Prefix(op) + "slot " + Number(slot) + " is " +
+                                (taken ? "already occupied in this cache" : "free in the pool") +
                                 ": use the newest cache, or start a new line with pool.cache()");
+    }
+    if (!occupy && !taken) return FreeSlot(op, slot);
+    if (!occupy && slots_[slot].state != SlotState::kDraining) {
+      return FailedPrecondition(Prefix(op) + "slot " + Number(slot) + " was not released by the host");
     }
   }
   const std::uint32_t next = NextEpoch();
@@ -301,33 +317,9 @@ Status Pool::Occupy(const char* op, const CacheRef& cache, const std::int32_t* s
   for (std::int64_t i = 0; i < count; ++i) {
     if (slots[i] == -1) continue;
     slots_[slots[i]].since = next;
-    lengths[slots[i]] = 0;
-  }
-  *epoch = next;
-  return {};
-}
-
-Status Pool::Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                    std::uint32_t* epoch, std::int32_t* lengths) {
-  const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
-  ++stamp_;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (slots[i] == -1) continue;
-    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
-    if (cache.lengths[slots[i]] < 0) return FreeSlot(op, slots[i]);
-    if (slots_[slots[i]].state != SlotState::kDraining) {
-      return FailedPrecondition(Prefix(op) + "slot " + Number(slots[i]) + " was not released by the host");
-    }
-  }
-  const std::uint32_t next = NextEpoch();
-  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (slots[i] == -1) continue;
-    Slot& row = slots_[slots[i]];
-    row.since = next;
-    row.vacated = true;
-    lengths[slots[i]] = -1;
+    lengths[slots[i]] = occupy ? 0 : -1;
+    if (occupy) continue;
+    slots_[slots[i]].vacated = true;
     FinishDraining(slots[i]);
   }
   *epoch = next;

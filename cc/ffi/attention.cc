@@ -68,69 +68,76 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
 
 std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.dimensions()[0] : 0; }
 
+// An op at work on one layer of a pool's slots: while it lives they are pinned.
+struct LayerCall {
+  // `num_tokens` is the number of rows of q or k; -1 when there are none.
+  Status Start(const char* op, const S32& handle, const U32& epoch, const S32& lengths, const S32& slots,
+               const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append) {
+    KVPAGE_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
+    layer = layer_operand.typed_data()[0];
+    return pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer, append, &step);
+  }
+
+  std::shared_ptr<Pool> pool;  // outlives the step
+  Step step;
+  std::int64_t layer = 0;
+};
+
 ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
                     Any k, Any v, SpecAttr spec, ffi::Result<U32> new_epoch) {
   static const char* const kOp = "append_kv";
-  std::shared_ptr<Pool> pool;
-  Step step;
-  const std::int64_t l = layer.typed_data()[0];
-  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(k)), l, /*append=*/true, &step));
-  new_epoch->typed_data()[0] = step.epoch();
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(k), /*append=*/true));
+  new_epoch->typed_data()[0] = call.step.epoch();
   XlaParallel parallel(&threads);
-  return Append(kOp, pool->View(), l, step.sequences(), k, v, parallel);
+  return Append(kOp, call.pool->View(), call.layer, call.step.sequences(), k, v, parallel);
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                           S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
                           float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention";
-  std::shared_ptr<Pool> pool;
-  Step step;
-  const std::int64_t l = layer.typed_data()[0];
-  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(q)), l, /*append=*/false, &step));
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false));
   XlaParallel parallel(&threads);
-  return Attend(kOp, pool->View(), l, step.sequences(), q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q, {window, sinks, alibi, scale, soft_cap},
+                out, lse, parallel);
 }
 
 ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                            S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
                            float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse, ffi::Result<U32> new_epoch) {
   static const char* const kOp = "update_and_attend";
-  std::shared_ptr<Pool> pool;
-  Step step;
-  const std::int64_t l = layer.typed_data()[0];
-  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, Rows(q)), l, /*append=*/true, &step));
-  new_epoch->typed_data()[0] = step.epoch();
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/true));
+  new_epoch->typed_data()[0] = call.step.epoch();
   XlaParallel parallel(&threads);
-  if (ffi::Error error = Append(kOp, pool->View(), l, step.sequences(), k, v, parallel); error.failure()) return error;
-  return Attend(kOp, pool->View(), l, step.sequences(), q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+  if (ffi::Error error = Append(kOp, call.pool->View(), call.layer, call.step.sequences(), k, v, parallel);
+      error.failure())
+    return error;
+  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q, {window, sinks, alibi, scale, soft_cap},
+                out, lse, parallel);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
                          SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v) {
   static const char* const kOp = "paged_attention (xla)";
-  std::shared_ptr<Pool> pool;
-  Step step;
-  const std::int64_t l = layer.typed_data()[0];
-  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      pool->Begin(kOp, Cache(handle, epoch, lengths), Batch(slots, offsets, -1), l, /*append=*/false, &step));
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, -1, /*append=*/false));
   // Rows of the result stand in the order of the batch; the step has the active ones.
   std::vector<cpu::GatherArgs::Row> rows(slots.element_count());
   for (std::size_t s = 0, active = 0; s < rows.size(); ++s) {
-    if (active == step.sequences().size() || step.sequences()[active].slot != slots.typed_data()[s]) continue;
-    const Sequence& sequence = step.sequences()[active++];
+    if (active == call.step.sequences().size() || call.step.sequences()[active].slot != slots.typed_data()[s]) continue;
+    const Sequence& sequence = call.step.sequences()[active++];
     rows[s] = {sequence.slot, sequence.position + sequence.query_length};
   }
   cpu::GatherArgs args;
-  args.kv = pool->View();
-  args.layer = l;
+  args.kv = call.pool->View();
+  args.layer = call.layer;
   args.rows = &rows;
   args.row_tokens = k->dimensions()[1];
   args.k = k->untyped_data();
