@@ -14,8 +14,8 @@
 #include <string>
 
 #include "base/dtype.h"
+#include "base/kv_view.h"
 #include "base/status.h"
-#include "kernels/kv_view.h"
 
 namespace kvpage {
 

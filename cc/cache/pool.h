@@ -15,11 +15,11 @@
 #include <string>
 #include <vector>
 
+#include "base/kv_view.h"
 #include "base/status.h"
 #include "cache/arena.h"
 #include "cache/geometry.h"
 #include "cache/slot_table.h"
-#include "kernels/kv_view.h"
 
 namespace kvpage {
 

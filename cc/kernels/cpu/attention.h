@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "base/kv_view.h"
 #include "base/parallel.h"
 #include "base/status.h"
-#include "kernels/kv_view.h"
 
 namespace kvpage::cpu {
 

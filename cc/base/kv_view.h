@@ -14,8 +14,8 @@
 //
 //   Chunk(slot, token / tokens_per_chunk, layer, kv) + scale_base + head * scale_head_stride
 //        + (token % tokens_per_chunk) * scale_token_stride
-#ifndef KVPAGE_KERNELS_KV_VIEW_H_
-#define KVPAGE_KERNELS_KV_VIEW_H_
+#ifndef KVPAGE_BASE_KV_VIEW_H_
+#define KVPAGE_BASE_KV_VIEW_H_
 
 #include <cstdint>
 
@@ -67,4 +67,4 @@ struct Sequence {
 
 }  // namespace kvpage
 
-#endif  // KVPAGE_KERNELS_KV_VIEW_H_
+#endif  // KVPAGE_BASE_KV_VIEW_H_
