@@ -88,8 +88,8 @@ NB_MODULE(_native, m) {
   m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def("registrations", &Registrations);
   m.def("instruction_set", &cpu::InstructionSet);
-  m.def("memory_limit_bytes", &MemoryLimitBytes);
-  m.def("available_bytes", &AvailableBytes);
+  m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
+  m.def("available_bytes", [] { return AvailableBytes(); });
 
   nb::class_<Claim>(m, "Claim")
       .def_prop_ro("code", [](const Claim& c) { return static_cast<int>(c.status.code()); })

@@ -1,4 +1,4 @@
-// The block pool's bookkeeping, and the limits file parser's good sense.
+// The block pool's bookkeeping.
 #include "cache/block_pool.h"
 
 #include <random>
@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "tests/check.h"
-#include "vmm/limits.h"
 
 namespace kvpage {
 namespace {
@@ -99,13 +98,6 @@ TEST(RandomOperationsLoseNothing) {
     CHECK_EQ(pool.num_used(), static_cast<std::int64_t>(used.size()));
     CHECK(pool.num_used() + pool.num_warm() <= pool.budget());
   }
-}
-
-TEST(LimitsMakeSense) {
-  CHECK(PageBytes() >= 4096);
-  CHECK(MaxMapCount() > 0);
-  CHECK(CurrentMapCount() > 0);
-  CHECK(AvailableBytes() <= MemoryLimitBytes());
 }
 
 }  // namespace

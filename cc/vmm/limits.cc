@@ -27,8 +27,8 @@ std::int64_t ReadNumber(const std::string& path) {
   return value > static_cast<unsigned long long>(kUnlimited) ? kUnlimited : static_cast<std::int64_t>(value);
 }
 
-std::int64_t MemInfo(const std::string& key) {
-  std::ifstream file("/proc/meminfo");
+std::int64_t MemInfo(const std::string& root, const std::string& key) {
+  std::ifstream file(root + "/proc/meminfo");
   std::string line;
   while (std::getline(file, line)) {
     if (line.rfind(key + ":", 0) != 0) continue;
@@ -56,9 +56,9 @@ struct CgroupMemory {
 };
 
 // Walks from this process's memory cgroup up to the root: every ancestor's limit holds.
-CgroupMemory ReadCgroups() {
+CgroupMemory ReadCgroups(const std::string& root) {
   CgroupMemory result;
-  std::ifstream file("/proc/self/cgroup");
+  std::ifstream file(root + "/proc/self/cgroup");
   std::string line;
   while (std::getline(file, line)) {
     const std::size_t first = line.find(':');
@@ -67,10 +67,10 @@ CgroupMemory ReadCgroups() {
     const std::string controllers = line.substr(first + 1, second - first - 1);
     const bool v2 = controllers.empty();
     if (!v2 && controllers.find("memory") == std::string::npos) continue;
-    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    const std::string mount = root + (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory");
     std::string path = line.substr(second + 1);
     while (true) {
-      const std::string dir = root + (path == "/" ? "" : path);
+      const std::string dir = mount + (path == "/" ? "" : path);
       const std::int64_t limit = ReadNumber(dir + (v2 ? "/memory.max" : "/memory.limit_in_bytes"));
       if (limit != kUnknown && limit != kUnlimited) {
         const std::int64_t used = ReadNumber(dir + (v2 ? "/memory.current" : "/memory.usage_in_bytes"));
@@ -107,16 +107,16 @@ std::int64_t CurrentMapCount() {
   return count;
 }
 
-std::int64_t MemoryLimitBytes() {
-  const std::int64_t machine = MemInfo("MemTotal");
-  const std::int64_t cgroup = ReadCgroups().limit;
+std::int64_t MemoryLimitBytes(const std::string& root) {
+  const std::int64_t machine = MemInfo(root, "MemTotal");
+  const std::int64_t cgroup = ReadCgroups(root).limit;
   if (machine == kUnknown) return cgroup == kUnlimited ? kUnknown : cgroup;
   return std::min(machine, cgroup);
 }
 
-std::int64_t AvailableBytes() {
-  const std::int64_t machine = MemInfo("MemAvailable");
-  const std::int64_t cgroup = ReadCgroups().available;
+std::int64_t AvailableBytes(const std::string& root) {
+  const std::int64_t machine = MemInfo(root, "MemAvailable");
+  const std::int64_t cgroup = ReadCgroups(root).available;
   if (machine == kUnknown) return cgroup == kUnlimited ? kUnknown : cgroup;
   return std::min(machine, cgroup);
 }

@@ -1,0 +1,92 @@
+// What the system allows: this machine's numbers, and cgroup trees laid out in a temporary folder.
+#include "vmm/limits.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "tests/check.h"
+
+namespace kvpage {
+namespace {
+
+// A /proc and a /sys of our own; gone when it goes.
+class System {
+ public:
+  System() {
+    std::string name = (std::filesystem::temp_directory_path() / "kvpage-limits-XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) std::abort();
+    root_ = name;
+    Write("/proc/meminfo", "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    800 kB\n");
+  }
+  ~System() { std::filesystem::remove_all(root_); }
+  System(const System&) = delete;
+  System& operator=(const System&) = delete;
+
+  void Write(const std::string& path, const std::string& text) const {
+    const std::filesystem::path full = root_ + path;
+    std::filesystem::create_directories(full.parent_path());
+    std::ofstream(full) << text;
+  }
+  const std::string& root() const { return root_; }
+
+ private:
+  std::string root_;
+};
+
+constexpr std::int64_t kKiB = 1024;
+
+TEST(ThisMachineMakesSense) {
+  CHECK(PageBytes() >= 4096);
+  CHECK(MaxMapCount() > 0);
+  CHECK(CurrentMapCount() > 0);
+  CHECK(AvailableBytes() > 0);
+  CHECK(AvailableBytes() <= MemoryLimitBytes());
+}
+
+TEST(WithoutCgroupsTheMachineIsTheLimit) {
+  const System system;
+  CHECK_EQ(MemoryLimitBytes(system.root()), 1000 * kKiB);
+  CHECK_EQ(AvailableBytes(system.root()), 800 * kKiB);
+}
+
+TEST(ACgroupBelowTheMachineIsTheLimit) {
+  const System system;
+  system.Write("/proc/self/cgroup", "0::/pod/container\n");
+  system.Write("/sys/fs/cgroup/pod/container/memory.max", "409600\n");
+  system.Write("/sys/fs/cgroup/pod/container/memory.current", "307200\n");
+  system.Write("/sys/fs/cgroup/pod/container/memory.stat", "anon 1\ninactive_file 20480\n");
+  CHECK_EQ(MemoryLimitBytes(system.root()), 400 * kKiB);
+  CHECK_EQ(AvailableBytes(system.root()), 120 * kKiB) << "page cache that reclaim would take counts as available";
+}
+
+TEST(EveryAncestorsLimitHolds) {
+  const System system;
+  system.Write("/proc/self/cgroup", "0::/pod/container\n");
+  system.Write("/sys/fs/cgroup/pod/container/memory.max", "max\n");
+  system.Write("/sys/fs/cgroup/pod/container/memory.current", "102400\n");
+  system.Write("/sys/fs/cgroup/pod/memory.max", "204800\n");
+  system.Write("/sys/fs/cgroup/pod/memory.current", "153600\n");
+  CHECK_EQ(MemoryLimitBytes(system.root()), 200 * kKiB);
+  CHECK_EQ(AvailableBytes(system.root()), 50 * kKiB);
+}
+
+TEST(VersionOneIsReadToo) {
+  const System system;
+  system.Write("/proc/self/cgroup", "5:cpu,cpuacct:/other\n4:memory:/job\n");
+  system.Write("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", "512000\n");
+  system.Write("/sys/fs/cgroup/memory/job/memory.usage_in_bytes", "614400\n");
+  CHECK_EQ(MemoryLimitBytes(system.root()), 500 * kKiB);
+  CHECK_EQ(AvailableBytes(system.root()), 0) << "never negative";
+}
+
+TEST(NothingReadableIsUnknown) {
+  CHECK_EQ(MemoryLimitBytes("/no/such/root"), -1);
+  CHECK_EQ(AvailableBytes("/no/such/root"), -1);
+}
+
+}  // namespace
+}  // namespace kvpage
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
