@@ -164,6 +164,21 @@ TEST(AReaderKeepsItsSlotDraining) {
   CHECK_EQ(pool->Numbers().slots_parked, 1);
 }
 
+TEST(AStepThatEndsDoesNotEndTheDraining) {
+  auto pool = MakePool(SmallGeometry(), 4);
+  Program program(pool.get());
+  const std::int32_t slot = program.Acquire(16);
+  {
+    Step step;
+    CHECK_OK(program.Begin(slot, 1, 0, true, &step));
+    program.SetEpoch(step.epoch());
+    CHECK_OK(pool->StartRelease({slot}));
+  }
+  CHECK_EQ(pool->Numbers().slots_draining, 1) << "programs queued before the release may still come";
+  CHECK_OK(program.Vacate(slot));
+  CHECK_EQ(pool->Numbers().slots_draining, 0);
+}
+
 TEST(StaleCachesAreRefused) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
