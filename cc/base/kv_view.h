@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "base/host_device.h"
 
 namespace kvpage {
 
@@ -42,16 +43,18 @@ struct KVView {
   std::int32_t head_dim = 0;  // elements of one head lie next to each other
 
   // Start of chunk `chunk` of `slot` for head 0 and token 0 of the chunk; kv is 0 for keys, 1 for values.
-  char* Chunk(std::int64_t slot, std::int64_t chunk, std::int64_t layer, int kv) const {
+  KVPAGE_HOST_DEVICE char* Chunk(std::int64_t slot, std::int64_t chunk, std::int64_t layer, int kv) const {
     const std::int64_t place = table != nullptr ? std::int64_t{table[slot * table_width + chunk]} * chunk_stride
                                                 : slot * slot_stride + chunk * chunk_stride;
     return base + place + layer * layer_stride + kv * kv_stride;
   }
-  char* At(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv, std::int64_t head) const {
+  KVPAGE_HOST_DEVICE char* At(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv,
+                              std::int64_t head) const {
     return Chunk(slot, token / tokens_per_chunk, layer, kv) + head * head_stride +
            (token % tokens_per_chunk) * token_stride;
   }
-  float* Scale(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv, std::int64_t head) const {
+  KVPAGE_HOST_DEVICE float* Scale(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv,
+                                  std::int64_t head) const {
     return reinterpret_cast<float*>(Chunk(slot, token / tokens_per_chunk, layer, kv) + scale_base +
                                     head * scale_head_stride + (token % tokens_per_chunk) * scale_token_stride);
   }

@@ -1,0 +1,107 @@
+// The pool's table as programs on a device see it: plain structs in device memory that kernels check themselves
+// against.
+//
+// Handlers on a device read no operand on the host: a program carries ids, and its kernels resolve them here. The table
+// of pools lies at one address per device for as long as the process lives. Fields marked "host" are written by the
+// host (through Mirror), the others by the check that every launch begins with; a launch that fails its check writes
+// nothing but the first fault.
+#ifndef KVPAGE_BASE_DEVICE_TABLE_H_
+#define KVPAGE_BASE_DEVICE_TABLE_H_
+
+#include <cstdint>
+
+#include "base/kv_view.h"
+
+namespace kvpage {
+
+// Live pools that one device can serve. Pool `id` is found by looking on from entry id % kMaxDevicePools.
+inline constexpr std::int32_t kMaxDevicePools = 256;
+
+// The op that a message begins with.
+enum class DeviceOp : std::int32_t {
+  kMapSlots = 0,
+  kAppendKV,
+  kPagedAttention,
+  kUpdateAndAttend,
+  kGatherContext,
+  kAdvance,
+  kSetLengths,
+  kAcquire,
+  kRelease,
+};
+
+enum class FaultKind : std::int32_t {
+  kNone = 0,
+  kNoPool,        // have: id in the handle; never a pool of this device
+  kClosed,        // the pool is closed
+  kSpec,          // index: which of the eight numbers; wanted: the program's, have: the pool's
+  kLine,          // wanted: the cache's line, have: the pool's
+  kEpoch,         // wanted: the cache's epoch, have: the pool's
+  kSlotEpoch,     // slot; wanted: the cache's epoch, have: since[slot]
+  kSlotRange,     // slot
+  kSlotTwice,     // slot
+  kSlotFree,      // slot: free in the cache value
+  kSlotTaken,     // slot: acquire finds it occupied in the cache value
+  kOffsetsStart,  // have: query_offsets[0]
+  kOffsetsOrder,  // index: s; wanted: query_offsets[s], have: query_offsets[s + 1]
+  kOffsetsEnd,    // wanted: the last offset, have: number of tokens
+  kLayer,         // wanted: the layer
+  kMaxSeqLen,     // slot; wanted tokens
+  kUnmapped,      // slot; wanted tokens, have: room
+  kUnwritten,     // slot, layer (-1: the least of all layers); wanted tokens, have: written
+  kRaise,         // slot: set_lengths; wanted: the new length, have: the present one
+  kForeignCache,  // wanted: id of the cache's pool, have: id of the pool that was called
+};
+
+// Pinned host memory: the first fault since the host last looked.
+struct Fault {
+  std::uint32_t set = 0;  // written last
+  std::int32_t kind = 0;  // FaultKind
+  std::int32_t op = 0;    // DeviceOp
+  std::int32_t slot = -1;
+  std::int32_t layer = -1;
+  std::int32_t index = -1;
+  std::int64_t wanted = 0;
+  std::int64_t have = 0;
+};
+
+struct DeviceSlot {
+  std::int32_t room = 0;    // host: tokens that may be written
+  std::uint32_t since = 0;  // epoch of the last destructive change
+  std::int32_t length = 0;  // as the last completed step left it
+  std::int32_t unused = 0;
+};
+
+struct DevicePool {
+  std::int32_t id = -1;             // host; -1: the entry is empty
+  std::int32_t open = 0;            // host
+  std::int32_t line = 0;            // host
+  std::int32_t allow_stale = 0;     // host
+  std::uint32_t epoch = 0;          // bumped by mutators
+  std::uint32_t faulted = 0;        // set by the first fault, cleared by the host
+  std::int64_t spec[8] = {};        // host; Geometry::spec()
+  KVView view;                      // host
+  DeviceSlot* slots = nullptr;      // [max_slots]
+  std::int32_t* written = nullptr;  // [max_slots, num_layers] tokens written by the slot's occupant
+  std::uint32_t* marks = nullptr;   // scratch of the checks, [max_slots]: finds slots named twice
+  Fault* fault = nullptr;           // pinned host memory
+  // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
+  // host clears it when it hands the slot on. Reading it costs no driver call.
+  volatile std::uint32_t* vacated = nullptr;
+};
+
+// What the check that begins a launch hands to the kernels behind it.
+struct CheckedBatch {
+  std::int32_t ok = 0;  // 0: write nothing, output NaN
+  std::int32_t layer = 0;
+  std::int32_t num_sequences = 0;
+  std::int32_t sliding_window = 0;
+  KVView view;
+  // [num_sequences] of the batch, in its order, at the address behind this struct; slot -1: inactive.
+  KVPAGE_HOST_DEVICE Sequence* sequences() { return reinterpret_cast<Sequence*>(this + 1); }
+  KVPAGE_HOST_DEVICE const Sequence* sequences() const { return reinterpret_cast<const Sequence*>(this + 1); }
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_BASE_DEVICE_TABLE_H_

@@ -1,0 +1,63 @@
+// Mirror: the pool's table where programs run on a device of their own.
+//
+// On CPU the handlers call the pool (pool_programs.cc) and there is no mirror. On a device kernels check programs
+// against a copy of the table in device memory; the pool tells the mirror what the host decided and learns from it what
+// programs did. Calls are serialised by the pool, and none waits for the device unless it says so.
+#ifndef KVPAGE_CACHE_MIRROR_H_
+#define KVPAGE_CACHE_MIRROR_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "base/status.h"
+
+namespace kvpage {
+
+class Mirror {
+ public:
+  virtual ~Mirror() = default;
+
+  // Makes the pool findable by programs under this id.
+  virtual Status Open(std::int32_t id) = 0;
+
+  struct Room {
+    std::int32_t slot = 0;
+    std::int32_t tokens = 0;
+  };
+  // Tokens that may be written in these slots, visible to every program that is queued from now on. Memory beyond what
+  // was said before is mapped by now; a slot's room never shrinks while it is occupied.
+  virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
+
+  // Whether the release of this slot has run, with everything that was queued before it. Cheap: asked on every call.
+  virtual bool Vacated(std::int32_t slot) = 0;
+  // The slot gets a new owner: forget that it was vacated.
+  virtual void ClearVacated(std::int32_t slot) = 0;
+
+  // The first thing that went wrong in a program since the last call, in words; ok when nothing did.
+  virtual Status TakeFault() = 0;
+
+  struct SlotState {
+    std::int32_t length = 0;
+    std::uint32_t since = 0;
+    std::vector<std::int32_t> written;  // [num_layers]
+  };
+  struct LineState {
+    std::uint32_t epoch = 0;
+    std::vector<SlotState> slots;
+  };
+  // From now on programs of older lines fail their check; then waits until those that passed it are done and reads what
+  // they left behind.
+  virtual Status StartLine(std::int32_t line, LineState* state) = 0;
+  // The new line's state, before any of its programs is queued.
+  virtual Status SetLine(const LineState& state) = 0;
+
+  // Programs fail from now on, naming the pool; waits until those that passed their check are done.
+  virtual void Close() = 0;
+
+  // Times that a call here waited for the device.
+  virtual std::int64_t waits() const = 0;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_MIRROR_H_

@@ -1,0 +1,112 @@
+// CUDA kernels as plain C++ functions: what the FFI handlers call. Every function only queues work on the stream; all
+// operands are device memory and none is read on the host, so a call may be captured into a CUDA graph and replayed.
+//
+// Every op on a pool begins with one launch that checks the cache value against the pool's table (base/device_table.h),
+// bumps the epoch where the op is a mutator, and leaves a CheckedBatch for the kernels behind it.
+#ifndef KVPAGE_KERNELS_CUDA_LAUNCH_H_
+#define KVPAGE_KERNELS_CUDA_LAUNCH_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/device_table.h"
+#include "base/dtype.h"
+#include "base/kv_view.h"
+#include "base/status.h"
+
+namespace kvpage::cuda {
+
+using Stream = void*;  // CUstream
+
+// The cache as a program carries it, and what it was compiled for.
+struct CacheOperands {
+  DeviceOp op = DeviceOp::kAdvance;
+  DevicePool* pools = nullptr;            // the device's table, [kMaxDevicePools]
+  const std::int32_t* handle = nullptr;   // [2]
+  const std::uint32_t* epoch = nullptr;   // [1]
+  const std::int32_t* lengths = nullptr;  // [max_slots]
+  std::array<std::int64_t, 8> spec{};
+};
+
+struct BatchOperands {
+  const std::int32_t* slots = nullptr;    // [num_sequences]
+  const std::int32_t* offsets = nullptr;  // [num_sequences + 1]
+  std::int64_t num_sequences = 0;
+  std::int64_t num_tokens = -1;  // rows of q, k, v; -1 when there are none to compare with
+};
+
+// ---- the slot table (slots.cu) ----
+Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint32_t* new_epoch,
+               std::int32_t* new_lengths, Stream stream);
+Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
+                  std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
+// acquire (occupy) and release; `own` is the handle of the pool whose method was called.
+Status ChangeOwner(const CacheOperands& cache, const std::int32_t* own, const std::int32_t* slots, std::int64_t count,
+                   bool occupy, std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
+// The device's part of map_slots: checks slots and sizes as Pool::MapSlots does and sets *verdict (device memory) to 1
+// or 0; the host does the mapping.
+Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,
+                     std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream);
+
+// ---- keys and values (append.cu, gather.cu, copy.cu) ----
+// Bytes of device scratch that every op below takes for its CheckedBatch.
+std::size_t CheckedBytes(std::int64_t num_sequences);
+
+struct AppendOperands {
+  const std::int32_t* layer = nullptr;  // [1]
+  const void* k = nullptr;              // [num_tokens, num_kv_heads, head_dim]
+  const void* v = nullptr;
+  DType dtype = DType::kF32;  // of k and v; converted to the storage type, rounding to nearest even
+  std::int32_t num_kv_heads = 0, head_dim = 0;
+};
+Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const AppendOperands& append,
+                std::uint32_t* new_epoch, void* checked, Stream stream);
+
+// k, v: [num_sequences, row_tokens, num_kv_heads, head_dim] in the storage type (float32 where that is quantised):
+// what attention would read, zeros beyond, NaN when the check failed.
+Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
+                     std::int64_t row_tokens, void* k, void* v, void* checked, Stream stream);
+
+// Copies tokens [0, tokens) of all layers from one place of a view to another, as a fork copies its partial tail: the
+// source and target chunks are device pointers to the first byte of a block (fused) or of each range's block.
+struct BlockCopy {
+  const void* from = nullptr;
+  void* to = nullptr;
+};
+Status CopyBlocks(const BlockCopy* copies /* device memory */, std::int64_t count, std::int64_t block_bytes,
+                  Stream stream);
+
+// ---- attention (attend.cu) ----
+struct AttentionOperands {
+  const std::int32_t* layer = nullptr;  // [1]
+  const void* q = nullptr;              // [num_tokens, num_q_heads, head_dim]
+  void* out = nullptr;                  // like q
+  float* lse = nullptr;                 // [num_tokens, num_q_heads] or null
+  DType q_dtype = DType::kF32;
+  DType kv_dtype = DType::kF32;
+  std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
+  std::int64_t max_context = 0;          // tokens that one sequence can have at most: bounds the workspace
+  const std::int32_t* window = nullptr;  // [1]; <= 0: none
+  const float* sinks = nullptr;          // [num_q_heads] or null
+  const float* alibi_slopes = nullptr;   // [num_q_heads] or null
+  float scale = 1.0f;
+  float soft_cap = 0.0f;  // <= 0: off
+};
+
+// Bytes of device scratch for attention over a batch of this shape: the CheckedBatch, the plan and partial results.
+std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens);
+
+// paged_attention: `append` null. update_and_attend: keys and values are written first, in the same checked launch.
+Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
+              const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream);
+
+// Over plain page arrays. `view` describes them (view.table and view.table_width set); `lengths` [num_sequences] count
+// the query tokens. A sequence whose table or length cannot be right gets NaN.
+Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
+                        const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
+                        const AttentionOperands& attention, void* scratch, Stream stream);
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_LAUNCH_H_
