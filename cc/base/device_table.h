@@ -14,8 +14,14 @@
 
 namespace kvpage {
 
-// Live pools that one device can serve. Pool `id` is found by looking on from entry id % kMaxDevicePools.
+// Live pools that one device can serve. Pool `id` (ids are positive) is found by looking on, around the table, from
+// entry id % kMaxDevicePools; an entry that was never used (kEmptyEntry) ends the search, one that a pool has left
+// (kLeftEntry) does not. Behind these stands one entry more: entry kMaxDevicePools is no pool, its `faulted` and
+// `fault` take the faults of programs whose pool is not in the table.
 inline constexpr std::int32_t kMaxDevicePools = 256;
+inline constexpr std::int32_t kDeviceTableEntries = kMaxDevicePools + 1;
+inline constexpr std::int32_t kEmptyEntry = -1;
+inline constexpr std::int32_t kLeftEntry = -2;
 
 // The op that a message begins with.
 enum class DeviceOp : std::int32_t {
@@ -65,6 +71,8 @@ struct Fault {
   std::int64_t have = 0;
 };
 
+// acquire and release both leave a slot with length 0 and nothing written in any layer, so that no line that the host
+// starts (which goes by what stands here) can show a slot's new owner what the last one left.
 struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
@@ -73,7 +81,7 @@ struct DeviceSlot {
 };
 
 struct DevicePool {
-  std::int32_t id = -1;             // host; -1: the entry is empty
+  std::int32_t id = kEmptyEntry;    // host
   std::int32_t open = 0;            // host
   std::int32_t line = 0;            // host
   std::int32_t allow_stale = 0;     // host

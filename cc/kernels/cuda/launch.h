@@ -1,5 +1,6 @@
 // CUDA kernels as plain C++ functions: what the FFI handlers call. Every function only queues work on the stream; all
-// operands are device memory and none is read on the host, so a call may be captured into a CUDA graph and replayed.
+// operands are device memory and none is read on the host, so a call may be captured into a CUDA graph and replayed
+// (every function queues at least one launch: XLA refuses to capture nothing).
 //
 // Every op on a pool begins with one launch that checks the cache value against the pool's table (base/device_table.h),
 // bumps the epoch where the op is a mutator, and leaves a CheckedBatch for the kernels behind it.
@@ -22,7 +23,7 @@ using Stream = void*;  // CUstream
 // The cache as a program carries it, and what it was compiled for.
 struct CacheOperands {
   DeviceOp op = DeviceOp::kAdvance;
-  DevicePool* pools = nullptr;            // the device's table, [kMaxDevicePools]
+  DevicePool* pools = nullptr;            // the device's table, [kDeviceTableEntries]
   const std::int32_t* handle = nullptr;   // [2]
   const std::uint32_t* epoch = nullptr;   // [1]
   const std::int32_t* lengths = nullptr;  // [max_slots]
@@ -50,7 +51,9 @@ Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, cons
                      std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream);
 
 // ---- keys and values (append.cu, gather.cu, copy.cu) ----
-// Bytes of device scratch that every op below takes for its CheckedBatch.
+// Bytes of device scratch that every op below takes for its CheckedBatch. Scratch is an operand that XLA owns (the
+// custom call's last result): memory from XLA's scratch allocator would be gone when a captured graph is replayed. So
+// its size may depend on shapes only.
 std::size_t CheckedBytes(std::int64_t num_sequences);
 
 struct AppendOperands {
