@@ -85,6 +85,31 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   return {};
 }
 
+Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
+  if (blocks <= 0) return {};
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::int64_t rest = num_blocks_[from] - blocks, old = num_blocks_[to];
+  const auto move = [&](std::int64_t range, bool back) {
+    const std::int64_t here = geometry_.Offset(from, range, rest), there = geometry_.Offset(to, range, old);
+    return vmm_->Move(back ? there : here, back ? here : there, block_map(from, range).data() + rest, blocks);
+  };
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    Status status = move(range, /*back=*/false);
+    if (status.ok()) continue;
+    while (--range >= 0) static_cast<void>(move(range, /*back=*/true));
+    return status;
+  }
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    std::vector<std::int32_t>& source = blocks_[from * ranges + range];
+    std::vector<std::int32_t>& target = blocks_[to * ranges + range];
+    target.insert(target.end(), source.begin() + rest, source.end());
+    source.resize(rest);
+  }
+  num_blocks_[from] = rest;
+  num_blocks_[to] = old + blocks;
+  return {};
+}
+
 void Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte) {
   for (std::int64_t range = 0; begin < end && range < geometry_.num_ranges(); ++range) {
     std::memset(base() + geometry_.Offset(slot, range, begin), byte,

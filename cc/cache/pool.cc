@@ -111,27 +111,50 @@ void Pool::Tally(const std::vector<Want>& wants, Claim* claim) {
   }
 }
 
-Status Pool::Steal(std::int64_t blocks, const std::vector<Want>& wants) {
-  // Parked slots first, the one parked for longest first; then tails that occupied slots have beyond their request.
-  std::vector<std::pair<std::uint64_t, std::int64_t>> order;
+// Slots that may have blocks to give: parked ones, the one parked for longest first; then occupied ones, whose tails
+// may go beyond their request.
+std::vector<std::int32_t> Pool::Donors() {
+  std::vector<std::pair<std::uint64_t, std::int32_t>> order;
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    for (std::int32_t slot = 0; slot < geometry_.max_slots; ++slot) {
       if (arena_->blocks(slot) == 0) continue;
       const bool parked = slots_[slot].state == SlotState::kFree;
       order.emplace_back(parked ? slots_[slot].parked_at : ~std::uint64_t{0}, slot);
     }
   }
   std::sort(order.begin(), order.end());
+  std::vector<std::int32_t> donors;
+  for (const auto& [unused, slot] : order) donors.push_back(slot);
+  return donors;
+}
+
+// Frees at least so many physical blocks, as far as nobody needs them.
+Status Pool::Steal(std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
-  for (const auto& [unused, slot] : order) {
+  for (const std::int32_t slot : Donors()) {
     if (blocks <= 0) break;
-    const std::int64_t spare = arena_->blocks(slot) - Floor(slot, wants);
+    const std::int64_t spare = arena_->blocks(slot) - Floor(slot, {});
     const std::int64_t take = std::min(spare, (blocks + ranges - 1) / ranges);
     KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, arena_->blocks(slot) - take));
     blocks -= take * ranges;
   }
   return {};
+}
+
+// Gives one slot what it wants: free blocks, and once these are gone mapped ones of the donors, which are moved as they
+// are. Donors that have nothing left are dropped from the end of the list.
+Status Pool::Supply(const Want& want, const std::vector<Want>& wants, std::vector<std::int32_t>* donors) {
+  std::int64_t missing = want.blocks - arena_->blocks(want.slot);
+  const std::int64_t free = std::min(missing, arena_->pool().num_free() / geometry_.num_ranges());
+  while (missing > free && !donors->empty()) {
+    const std::int32_t donor = donors->back();
+    const std::int64_t take = std::min(missing - free, arena_->blocks(donor) - Floor(donor, wants));
+    KVPAGE_RETURN_IF_ERROR(arena_->Move(donor, want.slot, take));
+    missing -= take;
+    if (missing > free) donors->pop_back();
+  }
+  return arena_->Grow(want.slot, want.blocks);
 }
 
 void Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {
@@ -152,6 +175,7 @@ Claim Pool::Reserve(const std::vector<Want>& wants) {
   for (const Want& want : wants) {
     claim.wanted += std::max<std::int64_t>(want.blocks - arena_->blocks(want.slot), 0) * geometry_.num_ranges();
   }
+  std::vector<std::int32_t> donors;  // the first to give stands last
   if (claim.wanted > arena_->pool().num_free()) {
     Tally(wants, &claim);
     if (claim.wanted > claim.free + claim.reclaimable) {
@@ -160,13 +184,13 @@ Claim Pool::Reserve(const std::vector<Want>& wants) {
                             Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining");
       return claim;
     }
-    claim.status = Steal(claim.wanted - claim.free, wants);
-    if (!claim.status.ok()) return claim;
+    donors = Donors();
+    std::reverse(donors.begin(), donors.end());
   }
   std::vector<std::int64_t> before;
   for (const Want& want : wants) {
     before.push_back(arena_->blocks(want.slot));
-    claim.status = arena_->Grow(want.slot, want.blocks);
+    claim.status = Supply(want, wants, &donors);
     if (claim.status.ok()) continue;
     for (std::size_t i = 0; i < before.size(); ++i) static_cast<void>(arena_->Shrink(wants[i].slot, before[i]));
     Tally(wants, &claim);
@@ -398,7 +422,7 @@ Claim Pool::Resize(std::int64_t capacity_bytes) {
                                        " reclaimable, " + Number(claim.draining) + " draining");
       return claim;
     }
-    claim.status = Steal(claim.wanted, {});
+    claim.status = Steal(claim.wanted);
     if (!claim.status.ok()) return claim;
   }
   claim.status = arena_->SetBudget(budget);

@@ -168,7 +168,9 @@ class Pool {
   Claim Reserve(const std::vector<Want>& wants);
   std::int64_t Floor(std::int64_t slot, const std::vector<Want>& wants);
   void Tally(const std::vector<Want>& wants, Claim* claim);
-  Status Steal(std::int64_t blocks, const std::vector<Want>& wants);
+  std::vector<std::int32_t> Donors();
+  Status Steal(std::int64_t blocks);
+  Status Supply(const Want& want, const std::vector<Want>& wants, std::vector<std::int32_t>* donors);
   std::int32_t BestFit(std::int64_t blocks, const std::vector<bool>& taken);
   Status CheckMapLimit(std::int64_t blocks) const;
   void Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);

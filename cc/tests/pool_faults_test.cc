@@ -1,4 +1,5 @@
 // A page table that fails on demand: whatever goes wrong half-way, the pool is left as it was.
+#include <cstring>
 #include <utility>
 
 #include "tests/pool_util.h"
@@ -6,7 +7,7 @@
 namespace kvpage::testing {
 namespace {
 
-enum class Verb { kNone, kCreate, kMap, kUnmap, kDestroy };
+enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy };
 
 // Forwards to memfd; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
 class FaultyVmm final : public Vmm {
@@ -30,6 +31,9 @@ class FaultyVmm final : public Vmm {
     return Fails(Verb::kMap) ? Fault() : inner_->Map(o, b, n);
   }
   Status Unmap(std::int64_t o, std::int64_t n) override { return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, n); }
+  Status Move(std::int64_t a, std::int64_t b, const std::int32_t* blocks, std::int64_t n) override {
+    return Fails(Verb::kMove) ? Fault() : inner_->Move(a, b, blocks, n);
+  }
   std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
   std::int64_t system_calls() const override { return inner_->system_calls(); }
 
@@ -98,20 +102,52 @@ TEST(MapSlotsAnswersFalseAndGoesOn) {
 }
 
 TEST(StealingThatFailsLosesNothing) {
-  for (int call = 0; call < 4; ++call) {
+  for (int call = 0;; ++call) {
     Fixture f(16);
     Program program(f.pool.get());
     const std::int32_t first = program.Acquire(32);
     const std::int32_t second = program.Acquire(32);
     CHECK_OK(program.Write(second, 32));
+    const KVView view = f.pool->View();
+    const float marks[] = {1.5f, 2.5f};
+    for (int i = 0; i < 2; ++i) std::memcpy(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float));
     program.Release(first);
-    f.vmm->FailAt(Verb::kUnmap, call);
-    const Claim claim = f.pool->Acquire({1, 16});
+    f.vmm->FailAt(Verb::kMove, call);
+    // Two slots of 4 blocks are wanted and 8 are parked in one: it adopts that one and moves what it has too much.
+    const Claim claim = f.pool->Acquire({16, 16});
     const PoolNumbers numbers = f.pool->Numbers();
     CHECK_EQ(numbers.blocks_mapped + numbers.blocks_parked + numbers.blocks_free, 16) << claim.status.message();
+    for (int i = 0; i < 2; ++i) {
+      CHECK_EQ(std::memcmp(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float)), 0) << "the live request's data";
+    }
+    if (!f.vmm->failed()) {
+      CHECK_OK(claim.status);
+      CHECK_EQ(numbers.blocks_mapped, 16);
+      CHECK(call == 4) << call << "moves: one for each range";
+      break;
+    }
+    CHECK(!claim.status.ok());
+    CHECK_EQ(numbers.slots_occupied, 1);
     f.vmm->FailAt(Verb::kNone, 0);
+    CHECK_OK(f.pool->Acquire({16, 16}).status);
     std::int64_t freed = 0;
     CHECK_OK(f.pool->Trim(&freed));
+  }
+}
+
+TEST(ShrinkingThatFailsLosesNothing) {
+  for (int call = 0; call < 4; ++call) {
+    Fixture f(16);
+    Program program(f.pool.get());
+    program.Release(program.Acquire(32));
+    f.vmm->FailAt(Verb::kUnmap, call);
+    std::int64_t freed = 0;
+    CHECK(!f.pool->Trim(&freed).ok());
+    CHECK(f.vmm->failed());
+    const PoolNumbers numbers = f.pool->Numbers();
+    CHECK_EQ(numbers.blocks_parked, 8);
+    CHECK_OK(f.pool->Trim(&freed));
+    CHECK_EQ(f.pool->Numbers().blocks_free, 16);
   }
 }
 

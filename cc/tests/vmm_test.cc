@@ -82,6 +82,33 @@ TEST(GivenBackMemoryComesBackAsZeros) {
   CHECK_EQ(static_cast<int>(vmm->base()[kBlock - 1]), 0);
 }
 
+TEST(BlocksMoveWithTheirPageTableEntries) {
+  auto vmm = MakeVmm(32, 16);
+  const std::int32_t blocks[] = {4, 5, 6, 1, 0, 9};  // runs of three, one, one and one
+  CHECK_OK(vmm->Create(blocks, 6));
+  CHECK_OK(vmm->Map(0, blocks, 6));
+  for (int i = 0; i < 6; ++i) std::memset(vmm->base() + i * kBlock, i + 1, kBlock);
+  // From the middle of a run on, so that mappings are split.
+  const std::int64_t before = vmm->system_calls();
+  CHECK_OK(vmm->Move(2 * kBlock, 20 * kBlock, blocks + 2, 4));
+  CHECK_EQ(vmm->system_calls() - before, 8) << "a move and a hole for each run";
+  for (int i = 0; i < 2; ++i) CHECK_EQ(static_cast<int>(vmm->base()[(i + 1) * kBlock - 1]), i + 1);
+  for (int i = 2; i < 6; ++i) {
+    CHECK_EQ(static_cast<int>(vmm->base()[i * kBlock]), 0) << "a hole stays behind";
+    CHECK_EQ(static_cast<int>(vmm->base()[(18 + i) * kBlock]), i + 1);
+    CHECK_EQ(static_cast<int>(vmm->base()[(19 + i) * kBlock - 1]), i + 1);
+  }
+  // Moved blocks are ordinary ones: they are written, moved back, unmapped, mapped again.
+  std::memset(vmm->base() + 20 * kBlock, 7, kBlock);
+  CHECK_OK(vmm->Move(20 * kBlock, 2 * kBlock, blocks + 2, 4));
+  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock]), 7);
+  CHECK_EQ(static_cast<int>(vmm->base()[20 * kBlock]), 0);
+  CHECK_OK(vmm->Unmap(0, 6));
+  CHECK_OK(vmm->Map(8 * kBlock, blocks, 6));
+  CHECK_EQ(static_cast<int>(vmm->base()[10 * kBlock]), 7);
+  CHECK_EQ(vmm->PhysicalBytes(), 6 * kBlock);
+}
+
 TEST(MoreThanThereIsIsAStatus) {
   // Never touched, so nothing is harmed: the check must come before the allocation.
   const std::int64_t blocks = AvailableBytes() / kBlock + 1024;

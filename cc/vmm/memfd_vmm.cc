@@ -142,12 +142,35 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
   return {};
 }
 
-Status MemfdVmm::Unmap(std::int64_t offset, std::int64_t count) {
-  const std::int64_t bytes = count * block_bytes_;
+Status MemfdVmm::Hole(std::int64_t offset, std::int64_t bytes) {
   Count();
   void* at = mmap(base_ + offset, static_cast<std::size_t>(bytes), PROT_READ,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   if (at == MAP_FAILED) return Internal(Errno("unmapping blocks: mmap", bytes));
+  return {};
+}
+
+Status MemfdVmm::Unmap(std::int64_t offset, std::int64_t count) { return Hole(offset, count * block_bytes_); }
+
+Status MemfdVmm::Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) {
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t begin = from + done * block_bytes_, target = to + done * block_bytes_;
+    const std::int64_t bytes = run * block_bytes_;
+    Count();
+    // DONTUNMAP: the old addresses stay ours until the hole is there; nobody else's mapping can slip in between.
+    void* at = mremap(base_ + begin, static_cast<std::size_t>(bytes), static_cast<std::size_t>(bytes),
+                      MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, base_ + target);
+    // Linux before 5.13 refuses this for shared memory: the long way round then.
+    Status status = at == MAP_FAILED ? Vmm::Move(begin, target, blocks + done, run) : Hole(begin, bytes);
+    if (!status.ok()) {
+      // What had not been moved yet is still mapped where it was, this run included.
+      static_cast<void>(Hole(target, bytes));
+      if (done > 0) static_cast<void>(Move(to, from, blocks, done));
+      return status;
+    }
+    done += run;
+  }
   return {};
 }
 

@@ -34,6 +34,13 @@ class Vmm {
   virtual Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) = 0;
   // Turns `count` mapped blocks from `offset` on into a hole again.
   virtual Status Unmap(std::int64_t offset, std::int64_t count) = 0;
+  // Moves `count` mapped blocks from one place to another, over a hole; a hole stays behind. All or none.
+  virtual Status Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) {
+    KVPAGE_RETURN_IF_ERROR(Unmap(from, count));
+    Status status = Map(to, blocks, count);
+    if (!status.ok()) static_cast<void>(Map(from, blocks, count));
+    return status;
+  }
 
   // Bytes that the system says are allocated for the blocks.
   virtual std::int64_t PhysicalBytes() const = 0;
