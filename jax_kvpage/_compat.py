@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["default_device", "is_ready", "load_native", "result_aval"]
+__all__ = ["default_device", "is_ready", "load_native", "platform_of", "result_aval"]
 
 
 def check_platform(platform: str = sys.platform) -> None:
@@ -123,6 +123,19 @@ def default_device() -> jax.Device:
     if device is None:
         return jax.devices()[0]
     return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def platform_of(device: Any) -> str:
+    """The platform that programs for a device are lowered for: "cpu", "cuda", "rocm", "tpu".
+
+    JAX calls both kinds of GPU "gpu" on the device itself.
+    """
+    if device.platform != "gpu":
+        return str(device.platform)
+    try:
+        return "cuda" if device in jax.devices("cuda") else "rocm"
+    except RuntimeError:  # no such backend in this process
+        return "rocm"
 
 
 def is_ready(array: Any) -> bool:

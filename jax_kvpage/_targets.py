@@ -6,5 +6,10 @@ from jax_kvpage import _compat
 
 __all__: list[str] = []
 
-for _name, _capsule in _compat.load_native().registrations().items():
-    jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
+_native = _compat.load_native()
+# JAX keeps those of a platform that this process does not have until it would need them.
+for _platform in ("cpu", "cuda"):
+    for _name, _capsule in _native.registrations(_platform).items():
+        jax.ffi.register_ffi_target(
+            _name, _capsule, platform="CUDA" if _platform == "cuda" else "cpu"
+        )

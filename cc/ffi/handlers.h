@@ -23,6 +23,9 @@ inline std::vector<Target> CpuTargets() {
   return targets;
 }
 
+// The same names on CUDA (cuda_*.cc); in a build without CUDA there are none.
+std::vector<Target> CudaTargets();
+
 }  // namespace kvpage
 
 #endif  // KVPAGE_FFI_HANDLERS_H_

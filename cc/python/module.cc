@@ -21,6 +21,14 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace kvpage {
+
+#ifdef KVPAGE_CUDA_ARCHITECTURES  // defined by CMake in a build with CUDA
+#define KVPAGE_CUDA_BUILT KVPAGE_CUDA_ARCHITECTURES
+#else
+#define KVPAGE_CUDA_BUILT ""
+std::vector<Target> CudaTargets() { return {}; }
+#endif
+
 namespace {
 
 // The failed status of a host call: Python sees (code name, message) and chooses the exception.
@@ -57,9 +65,9 @@ nb::ndarray<nb::array_api> View(PoolHandle& self, std::int64_t layer, int kv, st
   return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value, 0);
 }
 
-nb::dict Registrations() {
+nb::dict Registrations(const std::string& platform) {
   nb::dict result;
-  for (const Target& target : CpuTargets()) {
+  for (const Target& target : platform == "cuda" ? CudaTargets() : CpuTargets()) {
     result[target.name] = nb::capsule(reinterpret_cast<void*>(target.handler), "xla._CUSTOM_CALL_TARGET");
   }
   return result;
@@ -86,7 +94,8 @@ NB_MODULE(_native, m) {
 
   Raise(cpu::CheckInstructionSet());
   m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.def("registrations", &Registrations);
+  m.attr("CUDA_ARCHITECTURES") = KVPAGE_CUDA_BUILT;
+  m.def("registrations", &Registrations, "platform"_a = "cpu");
   m.def("instruction_set", &cpu::InstructionSet);
   m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
   m.def("available_bytes", [] { return AvailableBytes(); });

@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_kvpage import _cuda as cuda
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
@@ -90,14 +91,24 @@ def _gathered(array: Any) -> Any:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _no_rule(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
+def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
+    """Everything that keeps an op from being compiled for a platform, and the ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
-    ways = ["compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))"]
+    reasons, ways = [], []
+    if implementation is not None and implementation != platform:
+        reasons.append(f"there are no {implementation!r} kernels on {platform!r}")
+        ways.append(f"leave implementation=None, or compile for {implementation}")
+    if platform == "cuda" and cuda.missing_here():
+        reasons.append("this build of jax_kvpage has no CUDA kernels")
+        ways.append(cuda.HOW_TO_BUILD)
+    if platform not in ("cpu", "cuda"):
+        reasons.append("there are kernels for 'cpu' and 'cuda' only")
+        ways.append("compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))")
     if xla:
         ways.append("use implementation='xla'")
     return ValueError(
-        f"{op}: {asked} cannot be compiled for platform {platform!r}: there are kernels for 'cpu' "
-        f"only in this build; {' or '.join(ways)}"
+        f"{op}: {asked} cannot be compiled for platform {platform!r}: {'; '.join(reasons)}. "
+        f"Ways out: {'; or '.join(ways)}"
     )
 
 
@@ -109,7 +120,7 @@ def register_lowerings(
     xla: Callable[..., Any] | None = None,
     xla_is_default: bool = False,
 ) -> None:
-    """Registers how a primitive is compiled on each platform.
+    """Registers how a primitive is compiled on each platform: as the same custom call on all.
 
     Args:
         primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
@@ -133,23 +144,42 @@ def register_lowerings(
 
         return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 
+    def call(ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Any) -> Any:
+        attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
+        return custom_call(ctx, *operands, **attributes)
+
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")
         if implementation == "xla":
             return lower_xla(ctx, operands, params)
         if implementation not in (None, "cpu"):
-            raise _no_rule(op, implementation, "cpu", xla is not None)
-        attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
-        return custom_call(ctx, *operands, **attributes)
+            raise _refusal(op, implementation, "cpu", xla is not None)
+        return call(ctx, operands, params)
+
+    def lower_cuda(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        implementation = params.get("implementation")
+        if implementation == "xla" or (
+            implementation is None and xla_is_default and not cuda.BUILT
+        ):
+            return lower_xla(ctx, operands, params)
+        # A machine without CUDA may lower for one that has it (jax.export), and its build of this
+        # package may be without CUDA too. Where the program would run, the kernels must be here.
+        if implementation not in (None, "cuda") or cuda.missing_here():
+            plain = xla_is_default or (xla is not None and not cuda.missing_here())
+            raise _refusal(op, implementation, "cuda", plain)
+        return call(ctx, operands, params)
 
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")
-        if implementation == "xla" or (implementation is None and xla_is_default):
+        # The plain form of an op on a pool begins with a custom call, which only pages can do
+        # without.
+        if xla_is_default and implementation in (None, "xla"):
             return lower_xla(ctx, operands, params)
         platforms = ctx.platforms or ctx.module_context.platforms
-        raise _no_rule(op, implementation, ", ".join(platforms), xla is not None)
+        raise _refusal(op, implementation, ", ".join(platforms), xla_is_default)
 
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
+    mlir.register_lowering(primitive, lower_cuda, platform="cuda")
     mlir.register_lowering(primitive, lower_elsewhere)
 
 
