@@ -2,7 +2,10 @@
 //
 // On CPU the handlers call the pool (pool_programs.cc) and there is no mirror. On a device kernels check programs
 // against a copy of the table in device memory; the pool tells the mirror what the host decided and learns from it what
-// programs did. Calls are serialised by the pool, and none waits for the device unless it says so.
+// programs did. None of the calls waits for the device unless it says so. The pool serialises them, but for Vacated,
+// ClearVacated and TakeFault, which may come while another call waits.
+//
+// A mirror that ends waits for whatever may still look at it.
 #ifndef KVPAGE_CACHE_MIRROR_H_
 #define KVPAGE_CACHE_MIRROR_H_
 
@@ -46,7 +49,7 @@ class Mirror {
     std::vector<SlotState> slots;
   };
   // From now on programs of older lines fail their check; then waits until those that passed it are done and reads what
-  // they left behind.
+  // they left behind. When it fails, either line may be the one that programs must have; a later call settles it.
   virtual Status StartLine(std::int32_t line, LineState* state) = 0;
   // The new line's state, before any of its programs is queued.
   virtual Status SetLine(const LineState& state) = 0;

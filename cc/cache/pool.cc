@@ -7,6 +7,8 @@
 #include <chrono>
 #include <utility>
 
+#include "cache/messages.h"
+
 namespace kvpage {
 namespace {
 
@@ -26,19 +28,22 @@ Claim Failed(Status status) {
 
 int ForkCount() { return g_fork_count.load(); }
 
-Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit)
+Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit,
+           std::unique_ptr<Mirror> mirror)
     : geometry_(geometry),
       options_(options),
       arena_(std::move(arena)),
       map_limit_(map_limit),
       fork_count_(ForkCount()),
+      mirror_(std::move(mirror)),
       slots_(geometry.max_slots),
       seen_(geometry.max_slots, 0) {
   for (Slot& slot : slots_) slot.written.assign(geometry.num_layers, 0);
 }
 
 Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
-                  std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out) {
+                  std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out,
+                  std::unique_ptr<Mirror> mirror) {
   const std::int64_t blocks = capacity_bytes / geometry.block_bytes;
   if (blocks < geometry.num_ranges()) {
     return InvalidArgument("capacity is " + Number(capacity_bytes) + " bytes, " + Number(blocks) +
@@ -48,7 +53,7 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
   }
   std::unique_ptr<Arena> arena;
   KVPAGE_RETURN_IF_ERROR(Arena::Make(geometry, blocks, std::move(vmm), &arena));
-  std::shared_ptr<Pool> pool(new Pool(geometry, options, std::move(arena), map_limit));
+  std::shared_ptr<Pool> pool(new Pool(geometry, options, std::move(arena), map_limit, std::move(mirror)));
   KVPAGE_RETURN_IF_ERROR(pool->CheckMapLimit(blocks));
   *out = std::move(pool);
   return {};
@@ -72,10 +77,7 @@ Status Pool::CheckProcess(const char* op) const {
                             "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)");
 }
 
-Status Pool::CheckOpen(const char* op) const {
-  if (closed_) return FailedPrecondition(std::string(op) + ": pool " + Number(id_) + " is closed: make a new pool");
-  return {};
-}
+Status Pool::CheckOpen(const char* op) const { return closed_ ? messages::Closed(op, id_) : Status(); }
 
 Status Pool::CheckOccupied(const char* op, std::int32_t slot) const {
   if (slot < 0 || slot >= geometry_.max_slots) {
@@ -170,6 +172,12 @@ void Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {
   }
 }
 
+std::vector<std::int64_t> Pool::Held(const std::vector<Want>& wants) const {
+  std::vector<std::int64_t> held;
+  for (const Want& want : wants) held.push_back(arena_->blocks(want.slot));
+  return held;
+}
+
 Claim Pool::Reserve(const std::vector<Want>& wants) {
   Claim claim;
   for (const Want& want : wants) {
@@ -187,9 +195,8 @@ Claim Pool::Reserve(const std::vector<Want>& wants) {
     donors = Donors();
     std::reverse(donors.begin(), donors.end());
   }
-  std::vector<std::int64_t> before;
+  const std::vector<std::int64_t> before = Held(wants);
   for (const Want& want : wants) {
-    before.push_back(arena_->blocks(want.slot));
     claim.status = Supply(want, wants, &donors);
     if (claim.status.ok()) continue;
     for (std::size_t i = 0; i < before.size(); ++i) static_cast<void>(arena_->Shrink(wants[i].slot, before[i]));
@@ -223,7 +230,7 @@ Claim Pool::Acquire(const std::vector<std::int64_t>& tokens) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    if (Status status = CheckOpen("acquire"); !status.ok()) return Failed(status);
+    if (Status status = Enter("acquire"); !status.ok()) return Failed(status);
   }
   for (std::int64_t n : tokens) {
     if (n < 0 || n > geometry_.max_seq_len) {
@@ -241,37 +248,40 @@ Claim Pool::Acquire(const std::vector<std::int64_t>& tokens) {
       claim.wanted = static_cast<std::int64_t>(tokens.size());
       claim.free = static_cast<std::int64_t>(wants.size());
       const std::lock_guard<std::mutex> state(state_mutex_);
-      for (const Slot& row : slots_) claim.draining += row.state == SlotState::kDraining;
+      claim.draining = NumDraining();
       return claim;
     }
     taken[slot] = true;
     wants.push_back({slot, geometry_.BlocksFor(n)});
   }
   // Adopted memory is blanked before anybody may see it; what Reserve maps on top is blanked there.
-  std::vector<std::int64_t> adopted;
-  for (const Want& want : wants) adopted.push_back(arena_->blocks(want.slot));
+  const std::vector<std::int64_t> adopted = Held(wants);
   Claim claim = Reserve(wants);
   if (!claim.status.ok()) return claim;
   for (std::size_t i = 0; i < wants.size(); ++i) {
     Blank(wants[i].slot, 0, std::min(adopted[i], arena_->blocks(wants[i].slot)));
+  }
+  claim.status = PublishRoom(wants, adopted);
+  if (!claim.status.ok()) return claim;
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  for (std::size_t i = 0; i < wants.size(); ++i) {
+    slots_[wants[i].slot].Occupy(tokens[i]);
+    if (mirror_ != nullptr) mirror_->ClearVacated(wants[i].slot);
     claim.slots.push_back(wants[i].slot);
   }
-  const std::lock_guard<std::mutex> state(state_mutex_);
-  for (std::size_t i = 0; i < wants.size(); ++i) slots_[wants[i].slot].Occupy(tokens[i]);
   return claim;
 }
 
 Claim Pool::Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
   const auto check = [&]() -> Status {  // state_mutex_ held
-    KVPAGE_RETURN_IF_ERROR(CheckOpen("extend"));
+    KVPAGE_RETURN_IF_ERROR(Enter("extend"));
     ++stamp_;
     for (std::size_t i = 0; i < slots.size(); ++i) {
       KVPAGE_RETURN_IF_ERROR(CheckOccupied("extend", slots[i]));
       if (seen_[slots[i]] == stamp_) return InvalidArgument("extend: slot " + Number(slots[i]) + " is named twice");
       seen_[slots[i]] = stamp_;
       if (tokens[i] < 0 || tokens[i] > geometry_.max_seq_len) {
-        return OutOfRange("extend: slot " + Number(slots[i]) + ": " + Number(tokens[i]) +
-                          " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
+        return messages::MaxSeqLen("extend", slots[i], tokens[i], geometry_.max_seq_len);
       }
     }
     return {};
@@ -288,9 +298,13 @@ Claim Pool::Extend(const std::vector<std::int32_t>& slots, const std::vector<std
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
     if (Status status = check(); !status.ok()) return Failed(status);
-    for (std::size_t i = 0; i < slots.size(); ++i) wants.push_back({slots[i], geometry_.BlocksFor(tokens[i])});
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      wants.push_back({slots[i], geometry_.BlocksFor(std::max(tokens[i], slots_[slots[i]].reserved))});
+    }
   }
+  const std::vector<std::int64_t> before = Held(wants);
   Claim claim = Reserve(wants);
+  if (claim.status.ok()) claim.status = PublishRoom(wants, before);
   if (!claim.status.ok()) return claim;
   const std::lock_guard<std::mutex> state(state_mutex_);
   for (std::size_t i = 0; i < slots.size(); ++i) {
@@ -303,7 +317,7 @@ Claim Pool::Extend(const std::vector<std::int32_t>& slots, const std::vector<std
 
 Status Pool::StartRelease(const std::vector<std::int32_t>& slots) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckOpen("release"));
+  KVPAGE_RETURN_IF_ERROR(Enter("release"));
   ++stamp_;
   for (std::int32_t slot : slots) {
     KVPAGE_RETURN_IF_ERROR(CheckOccupied("release", slot));
@@ -332,7 +346,7 @@ void Pool::UndoRelease(const std::vector<std::int32_t>& slots) {
 
 Status Pool::Commit(std::int32_t slot, std::int64_t num_tokens) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckOpen("commit"));
+  KVPAGE_RETURN_IF_ERROR(Enter("commit"));
   KVPAGE_RETURN_IF_ERROR(CheckOccupied("commit", slot));
   Slot& row = slots_[slot];
   if (row.committed + num_tokens > Room(row)) {
@@ -354,6 +368,7 @@ void Pool::FinishDraining(std::int64_t slot) {
 }
 
 Status Pool::NewLine(Line* out) {
+  if (mirror_ != nullptr) return NewLineOnDevice(out);
   std::unique_lock<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));
   if (running_ > 0) ++waits_;
@@ -378,21 +393,23 @@ Status Pool::NewLine(Line* out) {
 }
 
 bool Pool::WaitForDrain(double seconds) {
+  if (mirror_ != nullptr) return PollForDrain(seconds);
   std::unique_lock<std::mutex> state(state_mutex_);
-  const auto draining = [this] {
-    return std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.state == SlotState::kDraining; });
-  };
-  const auto before = draining();
+  const std::int64_t before = NumDraining();
   if (before == 0) return false;
   return changed_.wait_for(state, std::chrono::duration<double>(seconds),
-                           [&] { return draining() < before || closed_; });
+                           [&] { return NumDraining() < before || closed_; });
+}
+
+std::int64_t Pool::NumDraining() const {
+  return std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.state == SlotState::kDraining; });
 }
 
 Status Pool::Trim(std::int64_t* freed_blocks) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    KVPAGE_RETURN_IF_ERROR(CheckOpen("trim"));
+    KVPAGE_RETURN_IF_ERROR(Enter("trim"));
   }
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, Floor(slot, {})));
@@ -405,7 +422,7 @@ Claim Pool::Resize(std::int64_t capacity_bytes) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    if (Status status = CheckOpen("resize"); !status.ok()) return Failed(status);
+    if (Status status = Enter("resize"); !status.ok()) return Failed(status);
   }
   const std::int64_t budget = capacity_bytes / geometry_.block_bytes;
   if (budget < geometry_.num_ranges()) {
@@ -435,6 +452,12 @@ void Pool::Close() {
   changed_.notify_all();
   if (running_ > 0) ++waits_;
   changed_.wait(state, [this] { return running_ == 0; });
+  if (mirror_ == nullptr) return;
+  // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
+  // while it holds it.
+  state.unlock();
+  const std::lock_guard<std::mutex> mapping(mapping_mutex_);
+  mirror_->Close();
 }
 
 }  // namespace kvpage

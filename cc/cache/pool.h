@@ -4,6 +4,9 @@
 // Two mutexes. mapping_mutex_ guards the arena and is held over system calls; state_mutex_ guards the slot table, the
 // epoch and the pins and is held for moments only, so that mapping memory never delays a program that merely reads and
 // writes. Order: mapping, then state. Nothing here waits for Python.
+//
+// On CPU programs call the pool as they run. On a device they go by a mirror of its table (mirror.h): the pool then
+// publishes what it decides before it returns, and begins every host call by taking in what programs have done.
 #ifndef KVPAGE_CACHE_POOL_H_
 #define KVPAGE_CACHE_POOL_H_
 
@@ -19,6 +22,7 @@
 #include "base/status.h"
 #include "cache/arena.h"
 #include "cache/geometry.h"
+#include "cache/mirror.h"
 #include "cache/slot_table.h"
 
 namespace kvpage {
@@ -92,8 +96,10 @@ class Step {
 
 class Pool {
  public:
+  // `mirror`: where programs run on a device of their own.
   static Status Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
-                     std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out);
+                     std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out,
+                     std::unique_ptr<Mirror> mirror = nullptr);
 
   const Geometry& geometry() const { return geometry_; }
   std::int32_t id() const { return id_; }
@@ -125,10 +131,21 @@ class Pool {
   Status NewLine(Line* out);
   // Waits until something has drained, at most `seconds`; false when nothing was draining or time ran out.
   bool WaitForDrain(double seconds);
+  // The first fault that a program left on the device since the last look, as the status that the program would have
+  // failed with on CPU. Calls that change something raise it too; those that only look do not.
+  Status TakeFault();
   Status Trim(std::int64_t* freed_blocks);
   Claim Resize(std::int64_t capacity_bytes);
   // Refuses new work, waits for running handlers. The memory goes when the last reference to the pool does.
   void Close();
+
+  // ---- with a mirror (pool_device.cc) ----
+  bool mirrored() const { return mirror_ != nullptr; }
+  // Makes the pool findable by programs under its id.
+  Status OpenMirror();
+  // The host's part of map_slots, once the device has checked it: as MapSlots, for a cache of line `line`.
+  Status MapChecked(const char* op, std::int32_t line, const std::int32_t* slots, const std::int32_t* tokens,
+                    std::int64_t count, bool* ok);
 
   // ---- looking (pool_inspect.cc) ----
   PoolNumbers Numbers();
@@ -162,7 +179,8 @@ class Pool {
     std::int64_t blocks;  // logical, per range
   };
 
-  Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit);
+  Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit,
+       std::unique_ptr<Mirror> mirror);
 
   // mapping_mutex_ held:
   Claim Reserve(const std::vector<Want>& wants);
@@ -174,12 +192,22 @@ class Pool {
   std::int32_t BestFit(std::int64_t blocks, const std::vector<bool>& taken);
   Status CheckMapLimit(std::int64_t blocks) const;
   void Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);
+  // Blocks that each of `wants` has in each range.
+  std::vector<std::int64_t> Held(const std::vector<Want>& wants) const;
+  // Tells the mirror what room there is now; failing that gives back what was mapped beyond `before`.
+  Status PublishRoom(const std::vector<Want>& wants, const std::vector<std::int64_t>& before);
+  // Maps what pinned slots want; out of blocks is ok[i] = false.
+  Status MapPinned(const char* op, const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok);
+  Status NewLineOnDevice(Line* out);
 
   Status ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count, bool occupy,
                      std::uint32_t* epoch, std::int32_t* lengths);
 
   // state_mutex_ held:
   Status CheckOpen(const char* op) const;
+  Status Enter(const char* op);  // an open pool, without a fault: begins every host call that changes something
+  void TakeInReleases();         // slots whose release has run on the device are free
+  std::int64_t NumDraining() const;
   Status CheckOccupied(const char* op, std::int32_t slot) const;
   Status CheckLine(const char* op, const CacheRef& cache, bool mutates) const;
   Status CheckSlot(const char* op, const CacheRef& cache, std::int32_t slot);
@@ -188,12 +216,15 @@ class Pool {
   std::uint32_t NextEpoch();
   void FinishDraining(std::int64_t slot);
   void End(Step* step);
+  bool PollForDrain(double seconds);
 
   const Geometry geometry_;
   const PoolOptions options_;
   const std::unique_ptr<Arena> arena_;
   const std::int64_t map_limit_;  // mappings this pool may take; 0: no limit known
   const int fork_count_;          // of the process, when the pool was made
+  // Ends before the arena does: it waits for programs that may still touch the memory.
+  const std::unique_ptr<Mirror> mirror_;
   std::int32_t id_ = -1;
 
   mutable std::mutex mapping_mutex_;

@@ -9,6 +9,7 @@ namespace kvpage {
 PoolNumbers Pool::Numbers() {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   const std::lock_guard<std::mutex> state(state_mutex_);
+  TakeInReleases();
   const BlockPool& blocks = arena_->pool();
   PoolNumbers n;
   n.blocks_total = blocks.budget();
@@ -37,13 +38,14 @@ PoolNumbers Pool::Numbers() {
   n.virtual_bytes = geometry_.virtual_bytes();
   n.physical_bytes = arena_->vmm().PhysicalBytes();
   n.system_calls = arena_->vmm().system_calls();
-  n.waits = waits_;
+  n.waits = waits_ + (mirror_ != nullptr ? mirror_->waits() : 0);
   return n;
 }
 
 std::vector<SlotRow> Pool::Rows() {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   const std::lock_guard<std::mutex> state(state_mutex_);
+  TakeInReleases();
   std::vector<SlotRow> rows;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     const Slot& row = slots_[slot];
@@ -74,6 +76,12 @@ Status Pool::AddView(std::int64_t layer, std::int32_t slot) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   std::unique_lock<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckOpen("view"));
+  if (mirror_ != nullptr) {
+    return InvalidArgument(
+        "view: pool " + std::to_string(id_) +
+        " lies in device memory, where the part of a slot that is not mapped cannot be read, so no array may stand for "
+        "it: read the cache with paged_attention, or use a pool on a CPU device for views");
+  }
   if (layer < 0 || layer >= geometry_.num_layers) {
     return OutOfRange("view: layer is " + std::to_string(layer) + ", wanted 0.." +
                       std::to_string(geometry_.num_layers - 1));

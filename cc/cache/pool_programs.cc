@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cache/messages.h"
 #include "cache/pool.h"
 
 namespace kvpage {
@@ -22,8 +23,7 @@ Step::~Step() {
 Status Pool::CheckProgram(const char* op, const SpecInts& spec) const {
   KVPAGE_RETURN_IF_ERROR(CheckProcess(op));
   if (spec == geometry_.spec()) return {};
-  return FailedPrecondition(Prefix(op) + "the program was compiled for another spec than pool " + Number(id_) + "'s: " +
-                            DescribeDifference(spec, geometry_.spec()) + ". Use a cache from a pool of the same spec");
+  return messages::OtherSpec(op, id_, spec, geometry_.spec());
 }
 
 std::int64_t Pool::Room(const Slot& slot) const {
@@ -45,63 +45,30 @@ std::uint32_t Pool::NextEpoch() {
 
 Status Pool::CheckLine(const char* op, const CacheRef& cache, bool mutates) const {
   KVPAGE_RETURN_IF_ERROR(CheckOpen(op));
-  if (cache.line != line_) {
-    return FailedPrecondition(Prefix(op) + "stale cache: it belongs to line " + Number(cache.line) + " of pool " +
-                              Number(id_) + ", which is at line " + Number(line_) +
-                              " since pool.cache() was last called: go on from the cache which that call returned");
-  }
+  if (cache.line != line_) return messages::OtherLine(op, id_, cache.line, line_);
   const bool stale = mutates && !options_.allow_stale && cache.epoch != epoch_;
-  if (stale || Before(epoch_, cache.epoch)) {
-    return FailedPrecondition(
-        Prefix(op) + "stale cache: it is at epoch " + Number(cache.epoch) + ", pool " + Number(id_) + " is at epoch " +
-        Number(epoch_) +
-        ". Go on from the cache that the newest call returned, call pool.cache() for a new one, or "
-        "make the pool with on_stale=\"allow\" to repeat a step from one cache");
-  }
+  if (stale || Before(epoch_, cache.epoch)) return messages::StaleEpoch(op, id_, cache.epoch, epoch_);
   return {};
 }
 
 Status Pool::CheckSlot(const char* op, const CacheRef& cache, std::int32_t slot) {
-  if (slot < 0 || slot >= geometry_.max_slots) {
-    return InvalidArgument(Prefix(op) + "slot " + Number(slot) + " does not exist: slots are 0.." +
-                           Number(geometry_.max_slots - 1) + ", -1 is padding");
-  }
-  if (seen_[slot] == stamp_) {
-    return InvalidArgument(Prefix(op) + "slot " + Number(slot) +
-                           " is named twice in one call: a sequence may appear once");
-  }
+  if (slot < 0 || slot >= geometry_.max_slots) return messages::SlotRange(op, slot, geometry_.max_slots);
+  if (seen_[slot] == stamp_) return messages::SlotTwice(op, slot);
   seen_[slot] = stamp_;
-  if (Before(cache.epoch, slots_[slot].since)) {
-    return FailedPrecondition(Prefix(op) + "stale cache: it is at epoch " + Number(cache.epoch) + ", but slot " +
-                              Number(slot) + " was acquired, released or rolled back at epoch " +
-                              Number(slots_[slot].since) + ": go on from the cache that the newest call returned");
-  }
+  if (Before(cache.epoch, slots_[slot].since)) return messages::StaleSlot(op, slot, cache.epoch, slots_[slot].since);
   return {};
 }
 
 namespace {
 
-Status FreeSlot(const char* op, std::int32_t slot) {
-  return FailedPrecondition(
-      Prefix(op) + "slot " + Number(slot) +
-      " is free in this cache: acquire it first and use the cache that acquire returned, or mask the "
-      "sequence with batch.mask");
-}
-
 Status CheckOffsets(const char* op, const BatchRef& batch) {
   const std::int32_t* offsets = batch.offsets;
-  if (offsets[0] != 0) return InvalidArgument(Prefix(op) + "query_offsets[0] is " + Number(offsets[0]) + ", wanted 0");
+  if (offsets[0] != 0) return messages::OffsetsStart(op, offsets[0]);
   for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
-    if (offsets[s + 1] < offsets[s]) {
-      return InvalidArgument(Prefix(op) + "query_offsets must not decrease: [" + Number(s) + "] is " +
-                             Number(offsets[s]) + ", [" + Number(s + 1) + "] is " + Number(offsets[s + 1]));
-    }
+    if (offsets[s + 1] < offsets[s]) return messages::OffsetsOrder(op, s, offsets[s], offsets[s + 1]);
   }
   const std::int32_t last = offsets[batch.num_sequences];
-  if (batch.num_tokens >= 0 && last > batch.num_tokens) {
-    return InvalidArgument(Prefix(op) + "query_offsets end at " + Number(last) + ", but there are " +
-                           Number(batch.num_tokens) + " tokens");
-  }
+  if (batch.num_tokens >= 0 && last > batch.num_tokens) return messages::OffsetsEnd(op, last, batch.num_tokens);
   return {};
 }
 
@@ -116,7 +83,7 @@ Status Pool::CheckBatch(const char* op, const CacheRef& cache, const BatchRef& b
     const std::int32_t slot = batch.slots[s];
     if (slot == -1) continue;
     KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slot));
-    if (cache.lengths[slot] < 0) return FreeSlot(op, slot);
+    if (cache.lengths[slot] < 0) return messages::SlotFree(op, slot);
     const std::int32_t count = batch.offsets[s + 1] - batch.offsets[s];
     if (count == 0) continue;
     sequences->push_back({slot, batch.offsets[s], count, cache.lengths[slot]});
@@ -128,26 +95,15 @@ Status Pool::Begin(const char* op, const CacheRef& cache, const BatchRef& batch,
                    Step* step) {
   const std::lock_guard<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, append));
-  if (layer < 0 || layer >= geometry_.num_layers) {
-    return OutOfRange(Prefix(op) + "layer is " + Number(layer) + ", wanted 0.." + Number(geometry_.num_layers - 1));
-  }
+  if (layer < 0 || layer >= geometry_.num_layers) return messages::LayerRange(op, layer, geometry_.num_layers);
   KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &step->sequences_));
   for (const Sequence& sequence : step->sequences_) {
     const Slot& row = slots_[sequence.slot];
     const std::int64_t end = std::int64_t{sequence.position} + sequence.query_length;
-    if (end > geometry_.max_seq_len) {
-      return OutOfRange(Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(end) +
-                        " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
-    }
-    if (end > Room(row)) {
-      return OutOfRange(Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(end) + " tokens wanted, " +
-                        Number(Room(row)) + " mapped: map_slots in the program or pool.extend before it makes room");
-    }
+    if (end > geometry_.max_seq_len) return messages::MaxSeqLen(op, sequence.slot, end, geometry_.max_seq_len);
+    if (end > Room(row)) return messages::Unmapped(op, sequence.slot, end, Room(row));
     if (!append && end > row.written[layer]) {
-      return FailedPrecondition(Prefix(op) + "slot " + Number(sequence.slot) + ", layer " + Number(layer) + ": " +
-                                Number(end) + " tokens wanted, " + Number(row.written[layer]) +
-                                " written: the new tokens' keys and values must be appended first (append_kv, or "
-                                "update_and_attend for both)");
+      return messages::Unwritten(op, sequence.slot, layer, end, row.written[layer]);
     }
   }
   step->pool_ = this;
@@ -184,10 +140,9 @@ Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t*
       ok[i] = true;
       if (slots[i] == -1) continue;
       KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
-      if (cache.lengths[slots[i]] < 0) return FreeSlot(op, slots[i]);
+      if (cache.lengths[slots[i]] < 0) return messages::SlotFree(op, slots[i]);
       if (tokens[i] < 0 || tokens[i] > geometry_.max_seq_len) {
-        return OutOfRange(Prefix(op) + "slot " + Number(slots[i]) + ": " + Number(tokens[i]) +
-                          " tokens wanted, max_seq_len is " + Number(geometry_.max_seq_len));
+        return messages::MaxSeqLen(op, slots[i], tokens[i], geometry_.max_seq_len);
       }
       enough &= tokens[i] <= slots_[slots[i]].reserved;
       sequences->push_back({slots[i], 0, 0, 0});
@@ -214,14 +169,30 @@ Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t*
     ++running_;
     step.pool_ = this;
   }
+  return MapPinned(op, slots, tokens, count, ok);
+}
+
+Status Pool::MapPinned(const char* op, const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count,
+                       bool* ok) {
   for (std::int64_t i = 0; i < count; ++i) {
+    ok[i] = true;
     if (slots[i] == -1) continue;
-    const Claim claim = Reserve({{slots[i], geometry_.BlocksFor(tokens[i])}});
-    ok[i] = claim.status.ok();
-    if (!ok[i] && claim.status.code() != Code::kResourceExhausted) {
+    std::vector<Want> wants(1);
+    {
+      const std::lock_guard<std::mutex> state(state_mutex_);
+      wants[0] = {slots[i], geometry_.BlocksFor(std::max<std::int64_t>(tokens[i], slots_[slots[i]].reserved))};
+    }
+    const std::vector<std::int64_t> before = Held(wants);
+    Claim claim = Reserve(wants);
+    if (claim.status.ok()) {
+      claim.status = PublishRoom(wants, before);
+    } else if (claim.status.code() == Code::kResourceExhausted) {
+      ok[i] = false;
+      continue;
+    }
+    if (!claim.status.ok()) {
       return {claim.status.code(), Prefix(op) + "slot " + Number(slots[i]) + ": " + claim.status.message()};
     }
-    if (!ok[i]) continue;
     const std::lock_guard<std::mutex> state(state_mutex_);
     Slot& row = slots_[slots[i]];
     row.reserved = std::max<std::int64_t>(row.reserved, tokens[i]);
@@ -238,12 +209,8 @@ Status Pool::Advance(const char* op, const CacheRef& cache, const BatchRef& batc
   for (const Sequence& sequence : sequences) {
     const std::int32_t written = slots_[sequence.slot].WrittenInAllLayers();
     // Otherwise a reader would find what an earlier owner of the memory left there.
-    if (sequence.position + sequence.query_length > written) {
-      return FailedPrecondition(
-          Prefix(op) + "slot " + Number(sequence.slot) + ": " + Number(sequence.position + sequence.query_length) +
-          " tokens wanted, " + Number(written) +
-          " written in every layer: append_kv or update_and_attend must run for all layers first");
-    }
+    const std::int32_t end = sequence.position + sequence.query_length;
+    if (end > written) return messages::UnwrittenSomewhere(op, sequence.slot, end, written);
   }
   if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
   for (const Sequence& sequence : sequences) {
@@ -262,10 +229,9 @@ Status Pool::SetLengths(const char* op, const CacheRef& cache, const std::int32_
     if (slots[i] == -1) continue;
     KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slots[i]));
     const std::int32_t length = cache.lengths[slots[i]];
-    if (length < 0) return FreeSlot(op, slots[i]);
+    if (length < 0) return messages::SlotFree(op, slots[i]);
     if (values[i] < 0 || values[i] > length) {
-      return OutOfRange(Prefix(op) + "slot " + Number(slots[i]) + ": length " + Number(values[i]) + " wanted, it is " +
-                        Number(length) + ": set_lengths lowers only (to 0 at least), advance raises");
+      return messages::NotLowered(op, slots[i], values[i], length);
     }
   }
   const std::uint32_t next = NextEpoch();
@@ -303,11 +269,9 @@ Status Pool::ChangeOwner(const char* op, const CacheRef& cache, const std::int32
     const bool taken = cache.lengths[slot] >= 0;
     // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
     if (occupy && (taken || slots_[slot].state == SlotState::kFree)) {
-      return FailedPrecondition(Prefix(op) + "slot " + Number(slot) + " is " +
-                                (taken ? "already occupied in this cache" : "free in the pool") +
-                                ": use the newest cache, or start a new line with pool.cache()");
+      return messages::SlotTaken(op, slot, taken ? "already occupied in this cache" : "free in the pool");
     }
-    if (!occupy && !taken) return FreeSlot(op, slot);
+    if (!occupy && !taken) return messages::SlotFree(op, slot);
     if (!occupy && slots_[slot].state != SlotState::kDraining) {
       return FailedPrecondition(Prefix(op) + "slot " + Number(slot) + " was not released by the host");
     }

@@ -1,8 +1,9 @@
 #include "cache/registry.h"
 
 #include <mutex>
-#include <string>
 #include <unordered_map>
+
+#include "cache/messages.h"
 
 namespace kvpage {
 namespace {
@@ -45,11 +46,7 @@ Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out) {
     *out = it->second;
     return {};
   }
-  const bool closed = id > 0 && id < table.next_id;
-  return FailedPrecondition(std::string(op) +
-                            (closed ? ": pool " + std::to_string(id) + " is closed: make a new pool"
-                                    : ": there is no pool " + std::to_string(id) +
-                                          " in this process: a cache works in the process that made it"));
+  return id > 0 && id < table.next_id ? messages::Closed(op, id) : messages::NoPool(op, id);
 }
 
 }  // namespace kvpage

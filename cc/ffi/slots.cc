@@ -1,6 +1,7 @@
 // Handlers that change which tokens a slot has: map_slots, advance, set_lengths, occupy, vacate, after.
 #include <cstring>
 
+#include "cache/messages.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
 
@@ -51,9 +52,7 @@ ffi::Error ChangeOwner(S32 handle, U32 epoch, S32 lengths, S32 own, S32 slots, S
   std::shared_ptr<Pool> pool;
   KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
   if (own.typed_data()[0] != handle.typed_data()[0]) {
-    return ToError(FailedPrecondition(
-        std::string(kOp) + ": this cache belongs to pool " + std::to_string(handle.typed_data()[0]) + ", but pool " +
-        std::to_string(own.typed_data()[0]) + " was called: pass the cache that this pool's newest call returned"));
+    return ToError(messages::ForeignCache(kOp, handle.typed_data()[0], own.typed_data()[0]));
   }
   const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
   const CacheRef cache = Cache(handle, epoch, lengths);

@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "cache/messages.h"
 #include "cache/registry.h"
 #include "vmm/limits.h"
 #include "vmm/memfd_vmm.h"
@@ -47,7 +48,7 @@ std::shared_ptr<Pool> PoolHandle::Get() const {
 Status PoolHandle::Use(const char* op, std::shared_ptr<Pool>* out) const {
   *out = Get();
   if (*out == nullptr) {
-    return FailedPrecondition(std::string(op) + ": pool " + std::to_string(id_) + " is closed: make a new pool");
+    return messages::Closed(op, id_);
   }
   return (*out)->CheckProcess(op);
 }

@@ -1,0 +1,113 @@
+#include "cache/messages.h"
+
+namespace kvpage::messages {
+namespace {
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+std::string Pool(std::int32_t id) { return "pool " + Number(id); }
+std::string Slot(Op op, std::int32_t slot) { return op + ": slot " + Number(slot); }
+
+}  // namespace
+
+Status NoPool(Op op, std::int32_t id) {
+  return FailedPrecondition(op + ": there is no " + Pool(id) +
+                            " in this process: a cache works in the process that made it");
+}
+
+Status Closed(Op op, std::int32_t id) {
+  return FailedPrecondition(op + ": " + Pool(id) + " is closed: make a new pool");
+}
+
+Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool) {
+  return FailedPrecondition(op + ": this cache belongs to " + Pool(cache_pool) + ", but " + Pool(called_pool) +
+                            " was called: pass the cache that this pool's newest call returned");
+}
+
+Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts& pool) {
+  return FailedPrecondition(op + ": the program was compiled for another spec than " + Pool(id) +
+                            "'s: " + DescribeDifference(program, pool) + ". Use a cache from a pool of the same spec");
+}
+
+Status OtherLine(Op op, std::int32_t id, std::int64_t cache_line, std::int64_t pool_line) {
+  return FailedPrecondition(op + ": stale cache: it belongs to line " + Number(cache_line) + " of " + Pool(id) +
+                            ", which is at line " + Number(pool_line) +
+                            " since pool.cache() was last called: go on from the cache which that call returned");
+}
+
+Status StaleEpoch(Op op, std::int32_t id, std::int64_t cache_epoch, std::int64_t pool_epoch) {
+  return FailedPrecondition(op + ": stale cache: it is at epoch " + Number(cache_epoch) + ", " + Pool(id) +
+                            " is at epoch " + Number(pool_epoch) +
+                            ". Go on from the cache that the newest call returned, call pool.cache() for a new one, or "
+                            "make the pool with on_stale=\"allow\" to repeat a step from one cache");
+}
+
+Status StaleSlot(Op op, std::int32_t slot, std::int64_t cache_epoch, std::int64_t since) {
+  return FailedPrecondition(op + ": stale cache: it is at epoch " + Number(cache_epoch) + ", but slot " + Number(slot) +
+                            " was acquired, released or rolled back at epoch " + Number(since) +
+                            ": go on from the cache that the newest call returned");
+}
+
+Status SlotRange(Op op, std::int32_t slot, std::int64_t max_slots) {
+  return InvalidArgument(Slot(op, slot) + " does not exist: slots are 0.." + Number(max_slots - 1) + ", -1 is padding");
+}
+
+Status SlotTwice(Op op, std::int32_t slot) {
+  return InvalidArgument(Slot(op, slot) + " is named twice in one call: a sequence may appear once");
+}
+
+Status SlotFree(Op op, std::int32_t slot) {
+  return FailedPrecondition(Slot(op, slot) +
+                            " is free in this cache: acquire it first and use the cache that acquire returned, or mask "
+                            "the sequence with batch.mask");
+}
+
+Status SlotTaken(Op op, std::int32_t slot, const std::string& how) {
+  return FailedPrecondition(Slot(op, slot) + " is " + how +
+                            ": use the newest cache, or start a new line with pool.cache()");
+}
+
+Status OffsetsStart(Op op, std::int64_t first) {
+  return InvalidArgument(op + ": query_offsets[0] is " + Number(first) + ", wanted 0");
+}
+
+Status OffsetsOrder(Op op, std::int64_t index, std::int64_t before, std::int64_t after) {
+  return InvalidArgument(op + ": query_offsets must not decrease: [" + Number(index) + "] is " + Number(before) +
+                         ", [" + Number(index + 1) + "] is " + Number(after));
+}
+
+Status OffsetsEnd(Op op, std::int64_t last, std::int64_t num_tokens) {
+  return InvalidArgument(op + ": query_offsets end at " + Number(last) + ", but there are " + Number(num_tokens) +
+                         " tokens");
+}
+
+Status LayerRange(Op op, std::int64_t layer, std::int64_t num_layers) {
+  return OutOfRange(op + ": layer is " + Number(layer) + ", wanted 0.." + Number(num_layers - 1));
+}
+
+Status MaxSeqLen(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t max_seq_len) {
+  return OutOfRange(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, max_seq_len is " + Number(max_seq_len));
+}
+
+Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room) {
+  return OutOfRange(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, " + Number(room) +
+                    " mapped: map_slots in the program or pool.extend before it makes room");
+}
+
+Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written) {
+  return FailedPrecondition(Slot(op, slot) + ", layer " + Number(layer) + ": " + Number(wanted) + " tokens wanted, " +
+                            Number(written) +
+                            " written: the new tokens' keys and values must be appended first (append_kv, or "
+                            "update_and_attend for both)");
+}
+
+Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written) {
+  return FailedPrecondition(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, " + Number(written) +
+                            " written in every layer: append_kv or update_and_attend must run for all layers first");
+}
+
+Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length) {
+  return OutOfRange(Slot(op, slot) + ": length " + Number(wanted) + " wanted, it is " + Number(length) +
+                    ": set_lengths lowers only (to 0 at least), advance raises");
+}
+
+}  // namespace kvpage::messages

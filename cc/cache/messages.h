@@ -1,0 +1,46 @@
+// What is said about a program that may not go on. CPU handlers say it as the program runs; a device records numbers
+// and the host says it later (cc/device/fault.cc): one text for both, so that they cannot drift apart.
+//
+// `op` begins every message.
+#ifndef KVPAGE_CACHE_MESSAGES_H_
+#define KVPAGE_CACHE_MESSAGES_H_
+
+#include <cstdint>
+#include <string>
+
+#include "base/status.h"
+#include "cache/geometry.h"
+
+namespace kvpage::messages {
+
+using Op = const std::string&;
+
+// ---- which pool ----
+Status NoPool(Op op, std::int32_t id);
+Status Closed(Op op, std::int32_t id);
+Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool);
+Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts& pool);
+
+// ---- which cache ----
+Status OtherLine(Op op, std::int32_t id, std::int64_t cache_line, std::int64_t pool_line);
+Status StaleEpoch(Op op, std::int32_t id, std::int64_t cache_epoch, std::int64_t pool_epoch);
+Status StaleSlot(Op op, std::int32_t slot, std::int64_t cache_epoch, std::int64_t since);
+
+// ---- which slots, layers and tokens ----
+Status SlotRange(Op op, std::int32_t slot, std::int64_t max_slots);
+Status SlotTwice(Op op, std::int32_t slot);
+Status SlotFree(Op op, std::int32_t slot);
+Status SlotTaken(Op op, std::int32_t slot, const std::string& how);  // acquire; "already occupied in this cache"
+Status OffsetsStart(Op op, std::int64_t first);
+Status OffsetsOrder(Op op, std::int64_t index, std::int64_t before, std::int64_t after);
+Status OffsetsEnd(Op op, std::int64_t last, std::int64_t num_tokens);
+Status LayerRange(Op op, std::int64_t layer, std::int64_t num_layers);
+Status MaxSeqLen(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t max_seq_len);
+Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room);
+Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written);
+Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // advance: all layers
+Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);           // set_lengths
+
+}  // namespace kvpage::messages
+
+#endif  // KVPAGE_CACHE_MESSAGES_H_
