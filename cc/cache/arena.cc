@@ -47,7 +47,7 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
     Status status = vmm_->Map(geometry_.Offset(slot, range, old), &claimed[range * more], more);
     if (status.ok()) continue;
     for (std::int64_t mapped = 0; mapped < range; ++mapped) {
-      static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, mapped, old), more));
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, mapped, old), &claimed[mapped * more], more));
     }
     pool_.Unclaim(claimed, {});  // created by now: they stay warm
     return status;
@@ -66,12 +66,11 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t fewer = num_blocks_[slot] - blocks;
   if (fewer <= 0) return {};
   for (std::int64_t range = 0; range < ranges; ++range) {
-    // Unmapping can only fail for want of a mapping count (a hole splits a run). What is unmapped then reads as
-    // zeros, and mapping it again is idempotent, so the slot is put back as it was.
-    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), fewer);
+    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), block_map(slot, range).data() + blocks, fewer);
     if (status.ok()) continue;
-    for (std::int64_t r = 0; r <= range; ++r) {
-      static_cast<void>(vmm_->Map(geometry_.Offset(slot, r, blocks), block_map(slot, r).data() + blocks, fewer));
+    for (std::int64_t r = 0; r < range; ++r) {
+      const Status rollback = vmm_->Map(geometry_.Offset(slot, r, blocks), block_map(slot, r).data() + blocks, fewer);
+      if (!rollback.ok()) status = Internal(status.message() + "; mapping again failed too: " + rollback.message());
     }
     return status;
   }
@@ -110,11 +109,12 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   return {};
 }
 
-void Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte) {
+Status Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte) {
   for (std::int64_t range = 0; begin < end && range < geometry_.num_ranges(); ++range) {
-    std::memset(base() + geometry_.Offset(slot, range, begin), byte,
-                static_cast<std::size_t>((end - begin) * geometry_.block_bytes));
+    KVPAGE_RETURN_IF_ERROR(
+        vmm_->Fill(geometry_.Offset(slot, range, begin), (end - begin) * geometry_.block_bytes, byte));
   }
+  return {};
 }
 
 void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) {

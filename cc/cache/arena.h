@@ -37,13 +37,13 @@ class Arena {
 
   // Maps what is missing up to `blocks` logical blocks. All or nothing.
   Status Grow(std::int64_t slot, std::int64_t blocks);
-  // Unmaps what is beyond `blocks` logical blocks and drops the references.
+  // Unmaps what is beyond `blocks` logical blocks and drops the references. All or nothing.
   Status Shrink(std::int64_t slot, std::int64_t blocks);
   // Takes the last `blocks` logical blocks of one slot and appends them to another, without giving them up in between.
   // All or nothing.
   Status Move(std::int64_t from, std::int64_t to, std::int64_t blocks);
   // Overwrites what is mapped in logical blocks [begin, end) with one byte value.
-  void Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte);
+  Status Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte);
   // Zeroes the mapped tokens of one layer from `token` on, keys and values.
   void ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token);
 

@@ -159,17 +159,15 @@ Status Pool::Supply(const Want& want, const std::vector<Want>& wants, std::vecto
   return arena_->Grow(want.slot, want.blocks);
 }
 
-void Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {
+Status Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {
   bool viewed;
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
     viewed = arena_views_ > 0 || slots_[slot].views > 0;
   }
-  if (viewed) {
-    arena_->Fill(slot, begin, end, 0);
-  } else if (options_.poison) {
-    arena_->Fill(slot, begin, end, 0xFF);  // a NaN in every storage type
-  }
+  if (viewed) return arena_->Fill(slot, begin, end, 0);
+  if (options_.poison) return arena_->Fill(slot, begin, end, 0xFF);  // a NaN in every storage type
+  return {};
 }
 
 std::vector<std::int64_t> Pool::Held(const std::vector<Want>& wants) const {
@@ -198,12 +196,12 @@ Claim Pool::Reserve(const std::vector<Want>& wants) {
   const std::vector<std::int64_t> before = Held(wants);
   for (const Want& want : wants) {
     claim.status = Supply(want, wants, &donors);
+    if (claim.status.ok()) claim.status = Blank(want.slot, before[&want - wants.data()], arena_->blocks(want.slot));
     if (claim.status.ok()) continue;
     for (std::size_t i = 0; i < before.size(); ++i) static_cast<void>(arena_->Shrink(wants[i].slot, before[i]));
     Tally(wants, &claim);
     return claim;
   }
-  for (std::size_t i = 0; i < wants.size(); ++i) Blank(wants[i].slot, before[i], arena_->blocks(wants[i].slot));
   return claim;
 }
 
@@ -259,7 +257,10 @@ Claim Pool::Acquire(const std::vector<std::int64_t>& tokens) {
   Claim claim = Reserve(wants);
   if (!claim.status.ok()) return claim;
   for (std::size_t i = 0; i < wants.size(); ++i) {
-    Blank(wants[i].slot, 0, std::min(adopted[i], arena_->blocks(wants[i].slot)));
+    claim.status = Blank(wants[i].slot, 0, std::min(adopted[i], arena_->blocks(wants[i].slot)));
+    if (claim.status.ok()) continue;
+    for (std::size_t k = 0; k < wants.size(); ++k) static_cast<void>(arena_->Shrink(wants[k].slot, adopted[k]));
+    return claim;
   }
   claim.status = PublishRoom(wants, adopted);
   if (!claim.status.ok()) return claim;

@@ -191,7 +191,7 @@ class Pool {
   Status Supply(const Want& want, const std::vector<Want>& wants, std::vector<std::int32_t>* donors);
   std::int32_t BestFit(std::int64_t blocks, const std::vector<bool>& taken);
   Status CheckMapLimit(std::int64_t blocks) const;
-  void Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);
+  Status Blank(std::int64_t slot, std::int64_t begin, std::int64_t end);
   // Blocks that each of `wants` has in each range.
   std::vector<std::int64_t> Held(const std::vector<Want>& wants) const;
   // Tells the mirror what room there is now; failing that gives back what was mapped beyond `before`.

@@ -7,7 +7,7 @@
 namespace kvpage::testing {
 namespace {
 
-enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy };
+enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill };
 
 // Forwards to memfd; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
 class FaultyVmm final : public Vmm {
@@ -30,9 +30,14 @@ class FaultyVmm final : public Vmm {
   Status Map(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kMap) ? Fault() : inner_->Map(o, b, n);
   }
-  Status Unmap(std::int64_t o, std::int64_t n) override { return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, n); }
+  Status Unmap(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, b, n);
+  }
   Status Move(std::int64_t a, std::int64_t b, const std::int32_t* blocks, std::int64_t n) override {
     return Fails(Verb::kMove) ? Fault() : inner_->Move(a, b, blocks, n);
+  }
+  Status Fill(std::int64_t o, std::int64_t bytes, int byte) override {
+    return Fails(Verb::kFill) ? Fault() : inner_->Fill(o, bytes, byte);
   }
   std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
   std::int64_t system_calls() const override { return inner_->system_calls(); }

@@ -37,7 +37,7 @@ TEST(TheSameBlockAtTwoAddresses) {
   std::memset(vmm->base(), 42, kBlock);
   CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42);
   CHECK_EQ(static_cast<int>(vmm->base()[kBlock + 100]), 0);
-  CHECK_OK(vmm->Unmap(0, 1));
+  CHECK_OK(vmm->Unmap(0, blocks, 1));
   CHECK_EQ(static_cast<int>(vmm->base()[100]), 0) << "a hole reads as zeros";
   CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42) << "the other alias stays";
   CHECK_EQ(vmm->PhysicalBytes(), 2 * kBlock);
@@ -64,7 +64,7 @@ TEST(NeighboursAreMappedByOneCall) {
   CHECK_OK(vmm->Map(8 * kBlock, scattered, 4));
   CHECK_EQ(vmm->system_calls() - before, 4);
   for (int i = 0; i < 4; ++i) vmm->base()[(8 + i) * kBlock] = static_cast<char>(i + 1);
-  CHECK_OK(vmm->Unmap(8 * kBlock, 4));
+  CHECK_OK(vmm->Unmap(8 * kBlock, scattered, 4));
   CHECK_OK(vmm->Map(12 * kBlock, scattered + 2, 1));
   CHECK_EQ(static_cast<int>(vmm->base()[12 * kBlock]), 3) << "unmapped blocks keep what they hold";
 }
@@ -75,7 +75,7 @@ TEST(GivenBackMemoryComesBackAsZeros) {
   CHECK_OK(vmm->Create(block, 1));
   CHECK_OK(vmm->Map(0, block, 1));
   std::memset(vmm->base(), 1, kBlock);
-  CHECK_OK(vmm->Unmap(0, 1));
+  CHECK_OK(vmm->Unmap(0, block, 1));
   CHECK_OK(vmm->Destroy(block, 1));
   CHECK_OK(vmm->Create(block, 1));
   CHECK_OK(vmm->Map(0, block, 1));
@@ -103,7 +103,7 @@ TEST(BlocksMoveWithTheirPageTableEntries) {
   CHECK_OK(vmm->Move(20 * kBlock, 2 * kBlock, blocks + 2, 4));
   CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock]), 7);
   CHECK_EQ(static_cast<int>(vmm->base()[20 * kBlock]), 0);
-  CHECK_OK(vmm->Unmap(0, 6));
+  CHECK_OK(vmm->Unmap(0, blocks, 6));
   CHECK_OK(vmm->Map(8 * kBlock, blocks, 6));
   CHECK_EQ(static_cast<int>(vmm->base()[10 * kBlock]), 7);
   CHECK_EQ(vmm->PhysicalBytes(), 6 * kBlock);

@@ -134,7 +134,7 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
                                                                " mappings): larger blocks need fewer"
                                                          : ""));
       // A failed MAP_FIXED may already have torn down what was there: put the whole range back to a readable hole.
-      static_cast<void>(Unmap(offset, done + run));
+      static_cast<void>(Hole(offset, (done + run) * block_bytes_));
       return status;
     }
     done += run;
@@ -150,7 +150,15 @@ Status MemfdVmm::Hole(std::int64_t offset, std::int64_t bytes) {
   return {};
 }
 
-Status MemfdVmm::Unmap(std::int64_t offset, std::int64_t count) { return Hole(offset, count * block_bytes_); }
+Status MemfdVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  Status status = Hole(offset, count * block_bytes_);
+  if (status.ok()) return status;
+  // Like Map's: what was there may be gone. Mapping a block where it is mapped already changes nothing.
+  if (Status rollback = Map(offset, blocks, count); !rollback.ok()) {
+    return Internal(status.message() + "; putting back what was mapped failed too (" + rollback.message() + ")");
+  }
+  return status;
+}
 
 Status MemfdVmm::Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) {
   for (std::int64_t done = 0; done < count;) {
@@ -171,6 +179,11 @@ Status MemfdVmm::Move(std::int64_t from, std::int64_t to, const std::int32_t* bl
     }
     done += run;
   }
+  return {};
+}
+
+Status MemfdVmm::Fill(std::int64_t offset, std::int64_t bytes, int byte) {
+  std::memset(base_ + offset, byte, static_cast<std::size_t>(bytes));
   return {};
 }
 

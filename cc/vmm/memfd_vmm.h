@@ -23,9 +23,10 @@ class MemfdVmm final : public Vmm {
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
-  Status Unmap(std::int64_t offset, std::int64_t count) override;
+  Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // Takes the page table entries along (mremap): 25 us for 4 MiB where unmapping and mapping anew take 900.
   Status Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) override;
+  Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   std::int64_t PhysicalBytes() const override;
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
 

@@ -1,0 +1,70 @@
+// A device's primary context: the one that XLA and the CUDA runtime work in.
+#ifndef KVPAGE_VMM_CUDA_CONTEXT_H_
+#define KVPAGE_VMM_CUDA_CONTEXT_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "vmm/driver.h"
+
+namespace kvpage {
+
+// Holds the primary context of one device for as long as it lives.
+class CudaContext {
+ public:
+  // `ordinal` counts the devices that CUDA_VISIBLE_DEVICES leaves, as JAX does.
+  static Status Make(const Driver& driver, int ordinal, std::shared_ptr<CudaContext>* out);
+  ~CudaContext();
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+
+  const Driver& driver() const { return driver_; }
+  int ordinal() const { return ordinal_; }
+  cu::Device device() const { return device_; }
+  cu::Context get() const { return context_; }
+
+ private:
+  CudaContext(const Driver& driver, int ordinal, cu::Device device, cu::Context context)
+      : driver_(driver), ordinal_(ordinal), device_(device), context_(context) {}
+
+  const Driver& driver_;
+  const int ordinal_;
+  const cu::Device device_;
+  const cu::Context context_;
+};
+
+// Makes the context current on this thread and puts back what was current before. Ask status() before the first call.
+class ContextScope {
+ public:
+  explicit ContextScope(const CudaContext& context);
+  ~ContextScope();
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+  const Status& status() const { return status_; }
+
+ private:
+  const Driver& driver_;
+  Status status_;
+};
+
+// What a device can do, for the doctor and for choosing block sizes. Needs no context.
+struct DeviceDescription {
+  std::string name;
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+  std::int64_t total_bytes = 0;
+  bool virtual_memory = false;
+  bool posix_handles = false;    // memory can be shared with other processes by file descriptors
+  std::int64_t granularity = 0;  // of mappings; 0 without virtual memory
+  std::int64_t recommended_granularity = 0;
+};
+Status DescribeDevice(const Driver& driver, int ordinal, DeviceDescription* out);
+Status CountDevices(const Driver& driver, int* count);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_CUDA_CONTEXT_H_

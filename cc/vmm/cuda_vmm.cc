@@ -1,0 +1,216 @@
+#include "vmm/cuda_vmm.h"
+
+#include <string>
+#include <utility>
+
+namespace kvpage {
+namespace {
+
+std::string OfBytes(std::int64_t bytes) { return "of " + std::to_string(bytes) + " bytes"; }
+
+Status Worse(const Status& status, const Status& rollback) {
+  return Internal(status.message() + "; putting back what was done before failed too (" + rollback.message() +
+                  "): close the pool and make a new one");
+}
+
+}  // namespace
+
+CudaVmm::CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes)
+    : context_(std::move(context)), block_bytes_(block_bytes) {}
+
+Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t virtual_bytes, std::int64_t block_bytes,
+                     std::unique_ptr<CudaVmm>* out) {
+  const Driver& driver = context->driver();
+  const int ordinal = context->ordinal();
+  DeviceDescription device;
+  KVPAGE_RETURN_IF_ERROR(DescribeDevice(driver, ordinal, &device));
+  const std::string name = "device " + std::to_string(ordinal) + " (" + device.name + ")";
+  if (!device.virtual_memory) {
+    return FailedPrecondition(name + " has no virtual memory management (cuMemMap): use another device, or the CPU");
+  }
+  const std::int64_t granularity = device.granularity;
+  if (block_bytes <= 0 || block_bytes % granularity != 0) {
+    return InvalidArgument("block_bytes is " + std::to_string(block_bytes) + "; " + name +
+                           " maps memory in whole multiples of " + std::to_string(granularity) +
+                           " bytes: choose block_tokens accordingly, or leave it to spec.resolve(\"cuda\")");
+  }
+  if (virtual_bytes <= 0 || virtual_bytes % block_bytes != 0) {
+    return InvalidArgument("virtual_bytes is " + std::to_string(virtual_bytes) + ", wanted a positive multiple of " +
+                           std::to_string(block_bytes) + " (block_bytes)");
+  }
+  const ContextScope scope(*context);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  // Owned from here on: returning early gives back what there is.
+  std::unique_ptr<CudaVmm> vmm(new CudaVmm(std::move(context), block_bytes));
+  if (device.posix_handles) vmm->handle_type_ = cu::HandleType::kPosixFileDescriptor;
+  vmm->mapped_.assign(virtual_bytes / block_bytes, -1);
+  vmm->Count(2);
+  KVPAGE_CU(driver, StreamCreate, "", &vmm->stream_, cu::kStreamNonBlocking);
+  cu::DevicePtr base = 0;
+  KVPAGE_CU(driver, MemAddressReserve, OfBytes(virtual_bytes), &base, static_cast<std::size_t>(virtual_bytes),
+            static_cast<std::size_t>(granularity), 0, 0);
+  vmm->base_ = base;
+  vmm->reserved_bytes_ = virtual_bytes;
+  *out = std::move(vmm);
+  return {};
+}
+
+CudaVmm::~CudaVmm() {
+  // Nobody is left to tell of an error; what the driver refuses to take back goes with the process.
+  const ContextScope scope(*context_);
+  if (!scope.status().ok()) return;
+  for (std::size_t place = 0; place < mapped_.size(); ++place) {
+    if (mapped_[place] >= 0) static_cast<void>(UnmapOne(static_cast<std::int64_t>(place)));
+  }
+  for (std::size_t block = 0; block < handles_.size(); ++block) {
+    if (exists_[block]) static_cast<void>(driver().MemRelease(handles_[block]));
+  }
+  if (reserved_bytes_ > 0) static_cast<void>(driver().MemAddressFree(base_, static_cast<std::size_t>(reserved_bytes_)));
+  if (stream_ != nullptr) static_cast<void>(driver().StreamDestroy(stream_));
+}
+
+Status CudaVmm::Grow(std::int64_t num_blocks) {
+  if (num_blocks <= static_cast<std::int64_t>(handles_.size())) return {};
+  handles_.resize(num_blocks, 0);
+  exists_.resize(num_blocks, false);
+  places_.resize(num_blocks, 0);
+  return {};
+}
+
+Status CudaVmm::CreateOne(std::int32_t block) {
+  cu::AllocationProp prop;
+  prop.location.id = context_->device();
+  prop.handle_type = handle_type_;
+  const auto create = [&] {
+    Count();
+    return driver().MemCreate(&handles_[block], static_cast<std::size_t>(block_bytes_), &prop, 0);
+  };
+  cu::Result result = create();
+  // Where exporting memory is forbidden (some containers), the device still says that it can.
+  if (num_handles_ == 0 && shareable() && result != cu::Result::kSuccess && result != cu::Result::kOutOfMemory) {
+    prop.handle_type = cu::HandleType::kNone;
+    if (create() == cu::Result::kSuccess) {
+      handle_type_ = prop.handle_type;
+      result = cu::Result::kSuccess;
+    }
+  }
+  if (result != cu::Result::kSuccess) return driver().Explain(result, cu::Call::kMemCreate, OfBytes(block_bytes_));
+  exists_[block] = true;
+  ++num_handles_;
+  return {};
+}
+
+Status CudaVmm::ReleaseOne(std::int32_t block) {
+  // Only a rollback that failed leaves a block mapped where the caller sees a hole. The driver would take the handle
+  // and keep the memory.
+  for (std::size_t place = 0; places_[block] > 0 && place < mapped_.size(); ++place) {
+    if (mapped_[place] == block) KVPAGE_RETURN_IF_ERROR(UnmapOne(static_cast<std::int64_t>(place)));
+  }
+  Count();
+  KVPAGE_CU(driver(), MemRelease, OfBytes(block_bytes_), handles_[block]);
+  exists_[block] = false;
+  --num_handles_;
+  return {};
+}
+
+Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  std::vector<std::int32_t> created;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (exists_[blocks[i]]) continue;  // could not be given back when it should have been
+    if (Status status = CreateOne(blocks[i]); !status.ok()) {
+      for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
+      return {status.code(),
+              "creating block " + std::to_string(i + 1) + " of " + std::to_string(count) + ": " + status.message()};
+    }
+    created.push_back(blocks[i]);
+  }
+  return {};
+}
+
+Status CudaVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
+  if (count == 0) return {};
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  Status first;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (!exists_[blocks[i]]) continue;
+    Status status = ReleaseOne(blocks[i]);
+    if (first.ok()) first = std::move(status);
+  }
+  return first;
+}
+
+Status CudaVmm::MapOne(std::int64_t place, std::int32_t block) {
+  // A rollback may have failed to unmap what is here.
+  if (mapped_[place] >= 0) KVPAGE_RETURN_IF_ERROR(UnmapOne(place));
+  Count();
+  KVPAGE_CU(driver(), MemMap, OfBytes(block_bytes_), Address(place), static_cast<std::size_t>(block_bytes_), 0,
+            handles_[block], 0);
+  mapped_[place] = block;
+  ++places_[block];
+  return {};
+}
+
+Status CudaVmm::UnmapOne(std::int64_t place) {
+  Count();
+  KVPAGE_CU(driver(), MemUnmap, OfBytes(block_bytes_), Address(place), static_cast<std::size_t>(block_bytes_));
+  --places_[mapped_[place]];
+  mapped_[place] = -1;
+  return {};
+}
+
+Status CudaVmm::SetAccess(std::int64_t place, std::int64_t count) {
+  cu::AccessDesc access;
+  access.location.id = context_->device();
+  const std::int64_t bytes = count * block_bytes_;
+  Count();
+  KVPAGE_CU(driver(), MemSetAccess, OfBytes(bytes), Address(place), static_cast<std::size_t>(bytes), &access, 1);
+  return {};
+}
+
+Status CudaVmm::MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count) {
+  Status status;
+  std::int64_t done = 0;
+  while (done < count && (status = MapOne(place + done, blocks[done])).ok()) ++done;
+  if (status.ok()) status = SetAccess(place, count);
+  if (status.ok()) return {};
+  // What cannot be unmapped now is found in mapped_ when the place is wanted again, or when the range goes.
+  for (std::int64_t i = 0; i < done; ++i) static_cast<void>(UnmapOne(place + i));
+  return {status.code(), "mapping " + std::to_string(count) + " blocks: " + status.message()};
+}
+
+Status CudaVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  if (count == 0) return {};
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  return MapRun(offset / block_bytes_, blocks, count);
+}
+
+Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  if (count == 0) return {};
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  const std::int64_t place = offset / block_bytes_;
+  for (std::int64_t i = 0; i < count; ++i) {
+    Status status = UnmapOne(place + i);
+    if (status.ok()) continue;
+    if (Status rollback = i > 0 ? MapRun(place, blocks, i) : Status(); !rollback.ok()) return Worse(status, rollback);
+    return {status.code(), "unmapping " + std::to_string(count) + " blocks: " + status.message()};
+  }
+  return {};
+}
+
+Status CudaVmm::Fill(std::int64_t offset, std::int64_t bytes, int byte) {
+  if (bytes == 0) return {};
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  Count(2);
+  KVPAGE_CU(driver(), MemsetD8Async, OfBytes(bytes), base_ + static_cast<cu::DevicePtr>(offset),
+            static_cast<unsigned char>(byte), static_cast<std::size_t>(bytes), stream_);
+  KVPAGE_CU(driver(), StreamSynchronize, "after filling " + std::to_string(bytes) + " bytes", stream_);
+  return {};
+}
+
+}  // namespace kvpage

@@ -1,0 +1,72 @@
+// CudaVmm: virtual memory slots on a CUDA device. One handle per block; cuMemMap places it.
+//
+// What cuMemMap maps, cuMemUnmap must unmap piece by piece, so every block is a mapping of its own; access is granted
+// once per call of Map. New memory holds whatever it held before. Calls are synchronous and need no stream; unmapping
+// what running programs may touch is the caller's to avoid.
+#ifndef KVPAGE_VMM_CUDA_VMM_H_
+#define KVPAGE_VMM_CUDA_VMM_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "vmm/cuda_context.h"
+#include "vmm/vmm.h"
+
+namespace kvpage {
+
+class CudaVmm final : public Vmm {
+ public:
+  // Reserves `virtual_bytes` of the device's address space. `block_bytes` is a multiple of the driver's granularity.
+  static Status Make(std::shared_ptr<const CudaContext> context, std::int64_t virtual_bytes, std::int64_t block_bytes,
+                     std::unique_ptr<CudaVmm>* out);
+  ~CudaVmm() override;
+  CudaVmm(const CudaVmm&) = delete;
+  CudaVmm& operator=(const CudaVmm&) = delete;
+
+  // An address on the device.
+  char* base() const override { return reinterpret_cast<char*>(base_); }
+  Status Grow(std::int64_t num_blocks) override;
+  Status Create(const std::int32_t* blocks, std::int64_t count) override;
+  Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
+  Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
+  std::int64_t PhysicalBytes() const override { return num_handles_ * block_bytes_; }
+  std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
+
+  // Whether the handles can be exported to other processes.
+  bool shareable() const { return handle_type_ != cu::HandleType::kNone; }
+
+ private:
+  CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes);
+  const Driver& driver() const { return context_->driver(); }
+  cu::DevicePtr Address(std::int64_t place) const { return base_ + static_cast<cu::DevicePtr>(place * block_bytes_); }
+  void Count(std::int64_t calls = 1) { system_calls_.fetch_add(calls, std::memory_order_relaxed); }
+
+  Status CreateOne(std::int32_t block);
+  Status ReleaseOne(std::int32_t block);
+  Status MapOne(std::int64_t place, std::int32_t block);
+  Status UnmapOne(std::int64_t place);
+  Status SetAccess(std::int64_t place, std::int64_t count);
+  Status MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count);
+
+  const std::shared_ptr<const CudaContext> context_;
+  const std::int64_t block_bytes_;
+  cu::HandleType handle_type_ = cu::HandleType::kNone;
+  cu::DevicePtr base_ = 0;
+  std::int64_t reserved_bytes_ = 0;
+  cu::Stream stream_ = nullptr;         // Fill's
+  std::vector<cu::MemHandle> handles_;  // [blocks]; valid where exists_
+  std::vector<bool> exists_;            // [blocks]
+  std::vector<std::int32_t> places_;    // [blocks] how many places it is mapped at
+  std::vector<std::int32_t> mapped_;    // [virtual_bytes / block_bytes] block mapped at this place, or -1
+  std::int64_t num_handles_ = 0;
+  std::atomic<std::int64_t> system_calls_{0};
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_CUDA_VMM_H_

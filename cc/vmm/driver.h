@@ -1,0 +1,69 @@
+// Driver: the CUDA driver as a table of function pointers, opened at run time, so that one build works with and without
+// a driver; tests put a fake one in its place (fake_driver.h).
+#ifndef KVPAGE_VMM_DRIVER_H_
+#define KVPAGE_VMM_DRIVER_H_
+
+#include <cstdint>
+#include <string>
+
+#include "base/status.h"
+#include "vmm/cuda_abi.h"
+
+namespace kvpage {
+
+namespace cu {
+
+// Which entry point: for messages, counts and injected faults.
+enum class Call : std::int32_t {
+#define KVPAGE_ENUMERATE(name, symbol, args) k##name,
+  KVPAGE_DRIVER_CALLS(KVPAGE_ENUMERATE)
+#undef KVPAGE_ENUMERATE
+      kCount
+};
+
+const char* Symbol(Call call);
+
+}  // namespace cu
+
+struct Driver {
+#define KVPAGE_DECLARE(name, symbol, args) cu::Result(*name) args = nullptr;
+  // Argument types are named as in namespace cu.
+  using Access = cu::Access;
+  using AccessDesc = cu::AccessDesc;
+  using AllocationProp = cu::AllocationProp;
+  using Attribute = cu::Attribute;
+  using Context = cu::Context;
+  using Device = cu::Device;
+  using DevicePtr = cu::DevicePtr;
+  using Event = cu::Event;
+  using Granularity = cu::Granularity;
+  using MemHandle = cu::MemHandle;
+  using Result = cu::Result;
+  using Stream = cu::Stream;
+  KVPAGE_DRIVER_CALLS(KVPAGE_DECLARE)
+#undef KVPAGE_DECLARE
+
+  // The driver of this machine, opened and initialised by the first call, never closed. Without one: a status that says
+  // what was looked for and what to do.
+  static Status Open(const Driver** out);
+
+  // A failed call in words: the call, what it was asked for, the driver's code. `what` reads on after the symbol: "of
+  // 2097152 bytes". Running out of memory becomes RESOURCE_EXHAUSTED and tells what JAX holds of the card.
+  Status Explain(cu::Result result, cu::Call call, const std::string& what) const;
+};
+
+// Calls an entry point and returns from the function when it failed; `what` is only made up then:
+//   KVPAGE_CU(driver, MemFree, "of the table", address);
+#define KVPAGE_CU(driver, name, what, ...)                                                                            \
+  do {                                                                                                                \
+    if (const ::kvpage::cu::Result _result = (driver).name(__VA_ARGS__); _result != ::kvpage::cu::Result::kSuccess) { \
+      return (driver).Explain(_result, ::kvpage::cu::Call::k##name, (what));                                          \
+    }                                                                                                                 \
+  } while (false)
+
+// For tests: opens `library` instead of libcuda.so.1 and leaves nothing behind that Open would see.
+Status OpenDriverLibrary(const std::string& library, Driver* out);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_DRIVER_H_
