@@ -9,7 +9,7 @@ namespace {
 
 enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill };
 
-// Forwards to memfd; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
+// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
 class FaultyVmm final : public Vmm {
  public:
   explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}
@@ -53,9 +53,7 @@ class FaultyVmm final : public Vmm {
 
 struct Fixture {
   explicit Fixture(std::int64_t blocks) : geometry(SmallGeometry(Layout::kPerLayer)) {
-    std::unique_ptr<MemfdVmm> memfd;
-    CHECK_OK(MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &memfd));
-    auto faulty = std::make_unique<FaultyVmm>(std::move(memfd));
+    auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry));
     vmm = faulty.get();
     pool = MakePool(geometry, blocks, {}, std::move(faulty));
   }
@@ -171,4 +169,4 @@ TEST(TrimThatFailsKeepsItsAccounts) {
 }  // namespace
 }  // namespace kvpage::testing
 
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
+int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

@@ -78,7 +78,9 @@ TEST(HolesReadAsZerosAndMappedMemoryHolds) {
   const KVView view = pool->View();
   std::memset(view.At(slot, 3, 1, 1, 0), 7, 64);
   CHECK_EQ(static_cast<int>(*view.At(slot, 3, 1, 1, 0)), 7);
-  CHECK_EQ(static_cast<int>(*view.At(slot, 100, 1, 1, 0)), 0);
+  if (kHolesAreReadable) {
+    CHECK_EQ(static_cast<int>(*view.At(slot, 100, 1, 1, 0)), 0);
+  }
 }
 
 TEST(ParkedSlotThatFitsBestIsAdoptedWithoutCalls) {
@@ -325,4 +327,4 @@ TEST(PoisonAndViewsDecideWhatNewMemoryHolds) {
 }  // namespace
 }  // namespace kvpage::testing
 
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
+int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

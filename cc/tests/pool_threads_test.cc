@@ -107,4 +107,4 @@ TEST(AWaiterIsWoken) {
 }  // namespace
 }  // namespace kvpage::testing
 
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
+int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

@@ -1,4 +1,7 @@
-// What the pool tests share: small geometries, pools over memfd, a cache and a batch as a program would carry them.
+// What the pool tests share: small geometries, pools, a cache and a batch as a program would carry them.
+//
+// Pools lie on memfd, or, where KVPAGE_TEST_FAKE_DRIVER is defined, on CudaVmm over the fake driver: the same tests are
+// built twice.
 #ifndef KVPAGE_TESTS_POOL_UTIL_H_
 #define KVPAGE_TESTS_POOL_UTIL_H_
 
@@ -10,11 +13,59 @@
 
 #include "cache/pool.h"
 #include "tests/check.h"
+#ifdef KVPAGE_TEST_FAKE_DRIVER
+#include "vmm/cuda_vmm.h"
+#include "vmm/fake_driver.h"
+#else
 #include "vmm/memfd_vmm.h"
+#endif
 
 namespace kvpage::testing {
 
 constexpr int kSlots = 4;
+
+#ifdef KVPAGE_TEST_FAKE_DRIVER
+constexpr bool kHolesAreReadable = false;
+
+// One for all tests: it must outlive every pool.
+inline FakeDriver& Fake() {
+  static const std::unique_ptr<FakeDriver> fake = [] {
+    FakeDriver::Options options;
+    options.granularity = 4096;
+    std::unique_ptr<FakeDriver> made;
+    if (!FakeDriver::Make(options, &made).ok()) std::abort();
+    return made;
+  }();
+  return *fake;
+}
+
+inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
+  std::shared_ptr<CudaContext> context;
+  if (!CudaContext::Make(Fake().driver(), 0, &context).ok()) std::abort();
+  std::unique_ptr<CudaVmm> vmm;
+  if (!CudaVmm::Make(context, geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok()) std::abort();
+  return vmm;
+}
+
+// Runs the tests; then nothing may be left in the driver and no rule may have been broken.
+inline int RunPoolTests(int argc, char** argv) {
+  RunAll(argc, argv);
+  const FakeDriver::State left = Fake().Report();
+  CHECK(left.empty()) << left.ToString();
+  CHECK(Fake().total_calls() > 0 || argc > 1) << "the tests did not run on the fake driver";
+  return Failures() == 0 ? 0 : 1;
+}
+#else
+constexpr bool kHolesAreReadable = true;
+
+inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
+  std::unique_ptr<MemfdVmm> vmm;
+  if (!MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok()) std::abort();
+  return vmm;
+}
+
+inline int RunPoolTests(int argc, char** argv) { return RunAll(argc, argv); }
+#endif
 
 // Blocks of one page and 16 tokens: 2 layers x K|V x 1 head x 16 floats x 4 bytes = 256 bytes a token (fused).
 inline Geometry SmallGeometry(Layout layout = Layout::kFused, std::int64_t max_seq_len = 128) {
@@ -28,11 +79,7 @@ inline Geometry SmallGeometry(Layout layout = Layout::kFused, std::int64_t max_s
 
 inline std::shared_ptr<Pool> MakePool(const Geometry& geometry, std::int64_t blocks, PoolOptions options = {},
                                       std::unique_ptr<Vmm> vmm = nullptr) {
-  if (vmm == nullptr) {
-    std::unique_ptr<MemfdVmm> memfd;
-    if (!MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &memfd).ok()) std::abort();
-    vmm = std::move(memfd);
-  }
+  if (vmm == nullptr) vmm = MakeVmm(geometry);
   std::shared_ptr<Pool> pool;
   const Status status = Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), 0, &pool);
   if (!status.ok()) std::abort();
