@@ -116,41 +116,46 @@ class CudaDevice:
     @property
     def compute_capability(self) -> tuple[int, int]: ...
     @property
+    def multiprocessors(self) -> int: ...
+    @property
     def total_bytes(self) -> int: ...
+    @property
+    def virtual_memory(self) -> bool: ...
+    @property
+    def shareable(self) -> bool: ...  # memory can be given to other processes
     @property
     def granularity(self) -> int: ...  # of physical memory; 0: no virtual memory management
     @property
-    def problem(self) -> str: ...  # why it cannot be used; "" when it can
+    def problem(self) -> str: ...  # why nothing is known of it; "" when all is
 
 class CudaReport:
     @property
-    def driver_version(self) -> int: ...  # as cuDriverGetVersion says; 0: no driver
+    def driver_version(self) -> int: ...  # as cuDriverGetVersion says (13000); 0: no driver
     @property
-    def problem(self) -> str: ...  # why there is no driver, or none that can be used; "" when fine
+    def problem(self) -> str: ...  # why there is no driver that can be used; "" when there is
     @property
     def devices(self) -> list[CudaDevice]: ...
 
-# Opens the driver (not a context). Works in every build.
+# Opens the driver, but no context. Works in every build.
 def cuda_report() -> CudaReport: ...
 
 class FakeDriver:
     """The fake driver of this process: what pools with backend "fake" call."""
 
-    # Allocation granularity of pools made from now on; and bytes of physical memory.
+    # A new driver; the pools on the one before must be gone.
     def configure(self, granularity: int, memory_bytes: int) -> None: ...
-    # The `at`-th call (1 is the next one) of a driver function answers with this CUresult.
-    def fail(self, function: str, at: int, code: int) -> None: ...
-    # Events that are recorded stay unfinished until `finish_events`.
-    def hold_events(self, hold: bool) -> None: ...
-    # Takes every injected fault back.
-    def reset(self) -> None: ...
-    # Calls by function name since the process began.
+    # The `at`-th call (1 is the next one) of a driver function ("cuMemCreate"), and `times` - 1
+    # after it, do nothing and answer this CUresult.
+    def fail(self, function: str, at: int, code: int, times: int = 1) -> None: ...
+    # The same for the `at`-th call of any function.
+    def fail_any(self, at: int, code: int) -> None: ...
+    def clear_faults(self) -> None: ...
+    @property
+    def faults(self) -> int: ...  # answered so far
+    # Calls by function name.
     def calls(self) -> dict[str, int]: ...
-    # What is alive: handles, reservations, mappings, access, events, contexts; all 0 when nothing
-    # leaks.
-    def alive(self) -> dict[str, int]: ...
-    # Broken rules so far, in words: wrong granularity, access before use, release while mapped, ...
-    def violations(self) -> list[str]: ...
+    # What is alive and what went wrong (all 0 when nothing leaks), and the first broken rule.
+    def report(self) -> tuple[dict[str, int], str]: ...
 
 fake_driver: FakeDriver
 

@@ -14,6 +14,7 @@
 #include "cache/registry.h"
 #include "ffi/handlers.h"
 #include "kernels/cpu/attention.h"
+#include "python/cuda_binding.h"
 #include "python/pool_handle.h"
 #include "vmm/limits.h"
 
@@ -100,6 +101,7 @@ NB_MODULE(_native, m) {
   m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
   m.def("available_bytes", [] { return AvailableBytes(); });
 
+  BindCuda(m);
   nb::class_<Claim>(m, "Claim")
       .def_prop_ro("code", [](const Claim& c) { return static_cast<int>(c.status.code()); })
       .def_prop_ro("message", [](const Claim& c) { return c.status.message(); })
@@ -141,11 +143,12 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](PoolHandle* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
-             bool allow_stale, bool poison) {
+             bool allow_stale, bool poison, const std::string& backend, int device) {
             new (self) PoolHandle;
-            Raise(self->Open(spec, block_bytes, capacity_bytes, {allow_stale, poison}));
+            Raise(self->Open(spec, block_bytes, capacity_bytes, {allow_stale, poison}, backend, device));
           },
-          "spec"_a, "block_bytes"_a, "capacity_bytes"_a, "allow_stale"_a, "poison"_a)
+          "spec"_a, "block_bytes"_a, "capacity_bytes"_a, "allow_stale"_a, "poison"_a, "backend"_a = "cpu",
+          "device"_a = 0)
       .def_prop_ro("id", &PoolHandle::id)
       .def_prop_ro("closed", &PoolHandle::closed)
       .def(
@@ -211,6 +214,8 @@ NB_MODULE(_native, m) {
           },
           Release(), "slot"_a)
       .def("view", &View, "layer"_a, "kv"_a, "slot"_a)
+      .def(
+          "take_fault", [](PoolHandle& s) { Raise(s.TakeFault()); }, Release())
       .def("close", &PoolHandle::Close, Release());
 }
 

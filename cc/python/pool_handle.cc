@@ -4,6 +4,7 @@
 
 #include "cache/messages.h"
 #include "cache/registry.h"
+#include "python/cuda_binding.h"
 #include "vmm/limits.h"
 #include "vmm/memfd_vmm.h"
 
@@ -24,12 +25,22 @@ Status CheckCapacity(const char* op, std::int64_t capacity_bytes) {
 }  // namespace
 
 Status PoolHandle::Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
-                        const PoolOptions& options) {
+                        const PoolOptions& options, const std::string& backend, int device) {
+  static_cast<void>(device);
+  if (backend != "cpu" && backend != "fake") {
+    return InvalidArgument("KVPool: there is no backend '" + backend + "' in this build");
+  }
   Geometry geometry;
   KVPAGE_RETURN_IF_ERROR(Geometry::Make(spec, block_bytes, &geometry));
   KVPAGE_RETURN_IF_ERROR(CheckCapacity("KVPool", capacity_bytes));
-  std::unique_ptr<MemfdVmm> vmm;
-  KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), block_bytes, &vmm));
+  std::unique_ptr<Vmm> vmm;
+  if (backend == "fake") {
+    KVPAGE_RETURN_IF_ERROR(MakeFakeVmm(geometry.virtual_bytes(), block_bytes, &vmm));
+  } else {
+    std::unique_ptr<MemfdVmm> memfd;
+    KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), block_bytes, &memfd));
+    vmm = std::move(memfd);
+  }
   const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(
@@ -93,6 +104,12 @@ Status PoolHandle::NewLine(Pool::Line* out) {
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Use("cache", &pool));
   return pool->NewLine(out);
+}
+
+Status PoolHandle::TakeFault() {
+  std::shared_ptr<Pool> pool;
+  KVPAGE_RETURN_IF_ERROR(Use("check", &pool));
+  return pool->TakeFault();
 }
 
 bool PoolHandle::WaitForDrain(double seconds) {

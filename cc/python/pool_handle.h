@@ -1,4 +1,4 @@
-// PoolHandle: what the Python pool object holds. It opens a CPU pool, refuses calls on a closed pool or in a forked
+// PoolHandle: what the Python pool object holds. It opens a pool, refuses calls on a closed pool or in a forked
 // child, and ties zero-copy views to the pool's memory.
 #ifndef KVPAGE_PYTHON_POOL_HANDLE_H_
 #define KVPAGE_PYTHON_POOL_HANDLE_H_
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -31,7 +32,9 @@ class PoolHandle {
   PoolHandle(const PoolHandle&) = delete;
   PoolHandle& operator=(const PoolHandle&) = delete;
 
-  Status Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options);
+  // `backend`: "cpu"; "fake" for CUDA's memory management over the fake driver, with programs that run on CPU.
+  Status Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
+              const std::string& backend, int device);
   std::int32_t id() const { return id_; }
   bool closed() const { return Get() == nullptr; }
 
@@ -42,6 +45,7 @@ class PoolHandle {
   void UndoRelease(const std::vector<std::int32_t>& slots);
   Status Commit(std::int32_t slot, std::int64_t num_tokens);
   Status NewLine(Pool::Line* out);
+  Status TakeFault();
   bool WaitForDrain(double seconds);
   Status Trim(std::int64_t* freed_blocks);
   Claim Resize(std::int64_t capacity_bytes);
