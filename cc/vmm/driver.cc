@@ -22,7 +22,8 @@ std::string Advice(const Driver& driver, cu::Call call) {
   }
   std::string text;
   std::size_t free = 0, total = 0;
-  if (driver.MemGetInfo(&free, &total) == cu::Result::kSuccess) {
+  const bool in_context = call != cu::Call::kPrimaryCtxRetain && call != cu::Call::kCtxPushCurrent;
+  if (in_context && driver.MemGetInfo(&free, &total) == cu::Result::kSuccess) {
     text = ": the device has " + std::to_string(free) + " bytes free of " + std::to_string(total);
   }
   return text +

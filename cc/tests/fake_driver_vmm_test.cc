@@ -1,0 +1,341 @@
+// CudaVmm over the fake driver: what it asks of the driver, and that every call that can fail leaves things as they
+// were.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "tests/check.h"
+#include "vmm/cuda_vmm.h"
+#include "vmm/fake_driver.h"
+
+namespace kvpage {
+namespace {
+
+using cu::Call;
+using cu::Result;
+
+constexpr std::int64_t kBlock = 65536;
+constexpr std::int64_t kPlaces = 32;
+
+using Blocks = std::vector<std::int32_t>;
+
+bool Mentions(const Status& status, const std::string& text) {
+  return status.message().find(text) != std::string::npos;
+}
+
+struct World {
+  explicit World(FakeDriver::Options options = DefaultOptions()) {
+    CHECK_OK(FakeDriver::Make(options, &fake));
+    CHECK_OK(CudaContext::Make(fake->driver(), 0, &context));
+  }
+  ~World() {
+    vmm.reset();
+    context.reset();
+    CHECK(fake->Report().empty()) << fake->Report().ToString();
+  }
+  static FakeDriver::Options DefaultOptions() {
+    FakeDriver::Options options;
+    options.granularity = kBlock / 2;
+    return options;
+  }
+  Status Make() { return CudaVmm::Make(context, kPlaces * kBlock, kBlock, &vmm); }
+  Status Create(const Blocks& blocks) { return vmm->Create(blocks.data(), static_cast<std::int64_t>(blocks.size())); }
+  Status Destroy(const Blocks& blocks) { return vmm->Destroy(blocks.data(), static_cast<std::int64_t>(blocks.size())); }
+  Status Map(std::int64_t place, const Blocks& blocks) {
+    return vmm->Map(place * kBlock, blocks.data(), static_cast<std::int64_t>(blocks.size()));
+  }
+  Status Unmap(std::int64_t place, const Blocks& blocks) {
+    return vmm->Unmap(place * kBlock, blocks.data(), static_cast<std::int64_t>(blocks.size()));
+  }
+  char* At(std::int64_t place) const { return vmm->base() + place * kBlock; }
+
+  std::unique_ptr<FakeDriver> fake;
+  std::shared_ptr<CudaContext> context;
+  std::unique_ptr<CudaVmm> vmm;
+};
+
+// Blocks 0..5 exist, 0 2 4 are mapped at 0, 1 3 at 8 and 3 once more at 12; each block holds its number.
+struct Mapped : World {
+  explicit Mapped(FakeDriver::Options options = DefaultOptions()) : World(options) {
+    CHECK_OK(Make());
+    CHECK_OK(vmm->Grow(16));
+    CHECK_OK(Create({0, 1, 2, 3, 4, 5}));
+    CHECK_OK(Map(0, {0, 2, 4}));
+    CHECK_OK(Map(8, {1, 3}));
+    CHECK_OK(Map(12, {3}));
+    for (int i = 0; i < 3; ++i) CHECK_OK(vmm->Fill(i * kBlock, kBlock, 2 * i));
+    for (int i = 0; i < 2; ++i) CHECK_OK(vmm->Fill((8 + i) * kBlock, kBlock, 2 * i + 1));
+  }
+  // Everything that can be seen: the driver's accounts and the bytes of what should be mapped.
+  std::vector<std::int64_t> State() const {
+    const FakeDriver::State s = fake->Report();
+    std::vector<std::int64_t> state = {s.reservations,      s.handles,
+                                       s.mappings,          s.streams,
+                                       s.contexts,          s.pushed,
+                                       s.used_bytes,        s.queued,
+                                       s.violations,        s.released_while_mapped,
+                                       vmm->PhysicalBytes()};
+    for (int place : {0, 1, 2, 8, 9, 12}) {
+      state.push_back(At(place)[0]);
+      state.push_back(At(place)[kBlock - 1]);
+    }
+    return state;
+  }
+};
+
+TEST(BlocksAreMappedOneByOneAndAllowedAtOnce) {
+  World world;
+  CHECK_OK(world.Make());
+  CHECK(world.vmm->shareable());
+  CHECK_OK(world.vmm->Grow(8));
+  CHECK_OK(world.Create({0, 1, 5}));
+  CHECK_EQ(world.vmm->PhysicalBytes(), 3 * kBlock);
+  CHECK_EQ(world.fake->calls(Call::kMemCreate), 3);
+  const std::int64_t before = world.vmm->system_calls();
+  CHECK_OK(world.Map(4, {5, 0, 1, 5}));
+  CHECK_EQ(world.fake->calls(Call::kMemMap), 4);
+  CHECK_EQ(world.fake->calls(Call::kMemSetAccess), 1);
+  CHECK_EQ(world.vmm->system_calls() - before, 5);
+  std::memset(world.At(4), 42, kBlock);
+  CHECK_EQ(static_cast<int>(world.At(7)[99]), 42) << "the same block at two addresses";
+  CHECK_OK(world.vmm->Fill(5 * kBlock, 2 * kBlock, 3));
+  CHECK_EQ(static_cast<int>(world.At(6)[kBlock - 1]), 3);
+  CHECK_EQ(static_cast<int>(world.At(7)[0]), 42);
+  CHECK_OK(world.Unmap(4, {5, 0}));
+  CHECK_EQ(world.fake->calls(Call::kMemUnmap), 2);
+  CHECK_OK(world.Map(0, {0}));
+  CHECK_EQ(static_cast<int>(world.At(0)[7]), 3) << "unmapped blocks keep what they hold";
+  CHECK_OK(world.vmm->Move(6 * kBlock, 20 * kBlock, Blocks{1, 5}.data(), 2));
+  CHECK_EQ(static_cast<int>(world.At(21)[7]), 42);
+  CHECK_OK(world.Unmap(20, {1}));
+  CHECK_OK(world.Destroy({1}));
+  CHECK_EQ(world.vmm->PhysicalBytes(), 2 * kBlock);
+  // The rest goes with it, mapped or not: ~World looks.
+}
+
+TEST(NoCallNoContextNoHarm) {
+  World world;
+  CHECK_OK(world.Make());
+  const std::int64_t before = world.fake->total_calls();
+  CHECK_OK(world.Map(0, {}));
+  CHECK_OK(world.Unmap(0, {}));
+  CHECK_OK(world.Destroy({}));
+  CHECK_OK(world.vmm->Fill(0, 0, 1));
+  CHECK_EQ(world.fake->total_calls(), before);
+}
+
+TEST(BlockSizesMustSuitTheDriver) {
+  World world;
+  const auto make = [&](std::int64_t virtual_bytes, std::int64_t block_bytes) {
+    return CudaVmm::Make(world.context, virtual_bytes, block_bytes, &world.vmm);
+  };
+  for (const std::int64_t odd : {std::int64_t{0}, kBlock / 4, kBlock / 2 + 4096, -kBlock}) {
+    const Status status = make(kPlaces * kBlock, odd);
+    CHECK(status.code() == Code::kInvalidArgument) << odd << status.message();
+    CHECK(Mentions(status, "multiples of " + std::to_string(kBlock / 2))) << status.message();
+  }
+  CHECK(make(kBlock + 4096, kBlock).code() == Code::kInvalidArgument);
+  CHECK_OK(make(3 * kBlock, kBlock / 2 * 3)) << "any multiple of the granularity will do";
+}
+
+TEST(DevicesWithoutVirtualMemoryAreRefused) {
+  FakeDriver::Options options;
+  options.virtual_memory = false;
+  World world(options);
+  CHECK(Mentions(world.Make(), "no virtual memory management"));
+}
+
+TEST(DevicesAreDescribedAndCounted) {
+  FakeDriver::Options options;
+  options.devices = 2;
+  World world(options);
+  int count = 0;
+  CHECK_OK(CountDevices(world.fake->driver(), &count));
+  CHECK_EQ(count, 2);
+  DeviceDescription device;
+  CHECK_OK(DescribeDevice(world.fake->driver(), 1, &device));
+  CHECK_EQ(device.name, std::string("fake GPU 1"));
+  CHECK_EQ(device.granularity, std::int64_t{2} << 20);
+  CHECK_EQ(device.total_bytes, options.device_bytes);
+  CHECK(device.virtual_memory && device.posix_handles && device.major == 9);
+  const Status status = DescribeDevice(world.fake->driver(), 2, &device);
+  CHECK(status.code() == Code::kInvalidArgument && Mentions(status, "2 are visible")) << status.message();
+  std::shared_ptr<CudaContext> context;
+  CHECK(!CudaContext::Make(world.fake->driver(), -1, &context).ok());
+}
+
+TEST(EachDeviceHasItsOwnMemory) {
+  FakeDriver::Options options = World::DefaultOptions();
+  options.devices = 2;
+  options.device_bytes = 4 * kBlock;
+  World world(options);
+  CHECK_OK(world.Make());
+  CHECK_OK(world.vmm->Grow(8));
+  CHECK_OK(world.Create({0, 1, 2, 3}));
+  std::shared_ptr<CudaContext> context;
+  CHECK_OK(CudaContext::Make(world.fake->driver(), 1, &context));
+  std::unique_ptr<CudaVmm> second;
+  CHECK_OK(CudaVmm::Make(context, kPlaces * kBlock, kBlock, &second));
+  CHECK_OK(second->Grow(4));
+  const Blocks blocks = {0, 1, 2, 3};
+  CHECK_OK(second->Create(blocks.data(), 4));
+  CHECK_OK(second->Map(0, blocks.data(), 4));
+  CHECK_OK(second->Fill(0, 4 * kBlock, 1));
+}
+
+TEST(HandlesAreShareableWhereThatIsAllowed) {
+  FakeDriver::Options cannot = World::DefaultOptions(), denied = cannot;
+  cannot.posix_handles = false;
+  denied.posix_handles_denied = true;
+  for (const FakeDriver::Options& options : {cannot, denied}) {
+    World world(options);
+    CHECK_OK(world.Make());
+    CHECK_OK(world.vmm->Grow(4));
+    CHECK_OK(world.Create({0, 1, 2}));
+    CHECK(!world.vmm->shareable());
+    CHECK_EQ(world.fake->calls(Call::kMemCreate), options.posix_handles_denied ? 4 : 3) << "asked once";
+  }
+}
+
+TEST(OutOfMemoryTellsWhatToDo) {
+  FakeDriver::Options options = World::DefaultOptions();
+  options.device_bytes = 4 * kBlock;
+  World world(options);
+  CHECK_OK(world.Make());
+  CHECK_OK(world.vmm->Grow(8));
+  const Status status = world.Create({0, 1, 2, 3, 4, 5});
+  CHECK(status.code() == Code::kResourceExhausted);
+  for (const char* text :
+       {"block 5 of 6", "cuMemCreate of 65536 bytes", "CUDA_ERROR_OUT_OF_MEMORY (2", "0 bytes free of 262144", "75%",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE=false"}) {
+    CHECK(Mentions(status, text)) << text << "in" << status.message();
+  }
+  CHECK_EQ(world.vmm->PhysicalBytes(), 0) << "all or none";
+  CHECK_OK(world.Create({0, 1, 2, 3}));
+  world.fake->FailAt(Call::kMemAddressReserve, 1, Result::kOutOfMemory);
+  std::unique_ptr<CudaVmm> second;
+  CHECK(Mentions(CudaVmm::Make(world.context, kBlock, kBlock, &second), "fewer slots"));
+}
+
+// Runs an operation again and again, its n-th driver call failing, until it gets through.
+void AtEveryCall(const std::function<Status(Mapped*)>& operation, std::int64_t wanted_calls) {
+  for (const Result code : {Result::kUnknown, Result::kOutOfMemory, Result::kInvalidValue}) {
+    for (std::int64_t n = 1;; ++n) {
+      Mapped world;
+      const std::vector<std::int64_t> before = world.State();
+      world.fake->FailAtAny(n, code);
+      const Status status = operation(&world);
+      if (world.fake->faults() == 0) {
+        world.fake->ClearFaults();
+        CHECK_OK(status);
+        CHECK_EQ(n - 1, wanted_calls);
+        break;
+      }
+      world.fake->ClearFaults();
+      CHECK(status.code() == (code == Result::kOutOfMemory ? Code::kResourceExhausted : Code::kInternal))
+          << n << status.message();
+      CHECK(world.State() == before) << "call" << n << status.message();
+      CHECK_OK(operation(&world)) << "after call" << n;
+    }
+  }
+}
+
+TEST(CreateIsAllOrNone) {
+  AtEveryCall([](Mapped* world) { return world->Create({6, 9, 10, 7}); }, 5);
+}
+TEST(MapIsAllOrNone) {
+  AtEveryCall([](Mapped* world) { return world->Map(3, {5, 0, 5}); }, 5);
+}
+TEST(UnmapIsAllOrNone) {
+  AtEveryCall([](Mapped* world) { return world->Unmap(0, {0, 2, 4}); }, 4);
+}
+TEST(MoveIsAllOrNone) {
+  const Blocks blocks = {2, 4};
+  AtEveryCall([&](Mapped* world) { return world->vmm->Move(kBlock, 20 * kBlock, blocks.data(), 2); }, 7);
+}
+TEST(FillIsAllOrNone) {
+  AtEveryCall([](Mapped* world) { return world->vmm->Fill(0, kBlock, 0); }, 3);
+}
+
+TEST(MakingOneIsAllOrNone) {
+  std::int64_t n = 1;
+  for (;; ++n) {
+    World world;
+    const FakeDriver::State before = world.fake->Report();
+    world.fake->FailAtAny(n, Result::kUnknown);
+    const Status status = world.Make();
+    world.fake->ClearFaults();
+    if (world.fake->faults() == 0) break;
+    CHECK(!status.ok());
+    CHECK_EQ(world.fake->Report().ToString(), before.ToString()) << n;
+    CHECK_OK(world.Make());
+  }
+  CHECK(n > 5);
+}
+
+TEST(WhatCannotBeGivenBackIsKept) {
+  Mapped world;
+  CHECK_OK(world.Unmap(0, {0, 2, 4}));
+  world.fake->FailAt(Call::kMemRelease, 2, Result::kUnknown);
+  CHECK(!world.Destroy({0, 2, 4}).ok());
+  CHECK_EQ(world.vmm->PhysicalBytes(), 4 * kBlock) << "the others went";
+  CHECK_OK(world.Create({0, 2, 4}));  // 2 is still there
+  CHECK_EQ(world.vmm->PhysicalBytes(), 6 * kBlock);
+  CHECK_OK(world.Map(0, {0, 2, 4}));
+  CHECK_OK(world.vmm->Fill(0, 3 * kBlock, 1));
+}
+
+TEST(AFailedRollbackIsMadeUpForLater) {
+  // Access cannot be set, and then the second of three blocks cannot be unmapped.
+  const auto fail = [](Mapped* world) {
+    world->fake->FailAt(Call::kMemSetAccess, 1, Result::kOutOfMemory);
+    world->fake->FailAt(Call::kMemUnmap, 2, Result::kUnknown);
+    CHECK(world->Map(20, {5, 0, 1}).code() == Code::kResourceExhausted);
+    CHECK_EQ(world->fake->faults(), 2);
+  };
+  {
+    Mapped world;
+    fail(&world);
+    CHECK_OK(world.Map(20, {3, 4, 5})) << "other blocks in the same place";
+    CHECK_OK(world.vmm->Fill(20 * kBlock, 3 * kBlock, 1));
+  }
+  {
+    Mapped world;
+    fail(&world);
+    CHECK_OK(world.Unmap(0, {0, 2, 4}));
+    CHECK_OK(world.Destroy({0})) << "its memory is given back, not only its handle";
+    CHECK_EQ(world.fake->Report().used_bytes, 5 * kBlock);
+    CHECK_EQ(world.fake->Report().mappings, 3);
+  }
+}
+
+TEST(AnUnmapThatCannotBeUndoneSaysSo) {
+  Mapped world;
+  world.fake->FailAt(Call::kMemUnmap, 3, Result::kUnknown);
+  world.fake->FailAt(Call::kMemMap, 1, Result::kUnknown);
+  const Status status = world.Unmap(0, {0, 2, 4});
+  CHECK(status.code() == Code::kInternal && Mentions(status, "close the pool")) << status.message();
+}
+
+TEST(WithoutADriverThereAreWords) {
+  Driver driver;
+  const Status absent = OpenDriverLibrary("libcuda_that_is_not_there.so.1", &driver);
+  CHECK(absent.code() == Code::kFailedPrecondition);
+  CHECK(Mentions(absent, "libcuda_that_is_not_there.so.1") && Mentions(absent, "install NVIDIA's driver"))
+      << absent.message();
+  const Status other = OpenDriverLibrary("libm.so.6", &driver);
+  CHECK(Mentions(other, "lacks cuInit") && driver.Init == nullptr) << other.message();
+  const Driver* opened = nullptr;
+  const Status real = Driver::Open(&opened);
+  CHECK(real.ok() == (opened != nullptr));
+  CHECK(real.ok() || Mentions(real, "libcuda.so.1") || Mentions(real, "cuInit")) << real.message();
+}
+
+}  // namespace
+}  // namespace kvpage
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
