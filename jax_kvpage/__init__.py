@@ -2,7 +2,7 @@
 
 from jax_kvpage import _targets as _targets
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.errors import KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.ops.advance import advance
 from jax_kvpage.ops.after import after
 from jax_kvpage.ops.append_kv import append_kv
@@ -19,6 +19,7 @@ from jax_kvpage.stats import PoolStats
 __all__ = [
     "Batch",
     "CacheSpec",
+    "DeviceFault",
     "KVCache",
     "KVPageError",
     "KVPool",

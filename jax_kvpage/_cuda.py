@@ -3,20 +3,23 @@
 Nothing here starts CUDA: the driver is asked through `_native.cuda_report`, which opens no context.
 """
 
+import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jax_kvpage import _native
+from jax_kvpage._compat import platform_of
 
 __all__ = [
     "ARCHITECTURES",
     "BUILT",
     "HOW_TO_BUILD",
+    "Place",
     "memory_hint",
     "missing_here",
-    "ordinal",
+    "place_of",
     "preallocation",
 ]
 
@@ -41,10 +44,49 @@ def missing_here() -> bool:
         return False
 
 
-def ordinal(device: Any) -> int:
-    """The CUDA runtime's number of a JAX device, among those that this process can see."""
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a pool lives.
+
+    Attributes:
+        platform: whose block sizes and layout a spec gets there.
+        backend: whose memory management serves the pool. "fake" is CUDA's over a driver that
+            pretends, with programs that run on CPU.
+        ordinal: the CUDA runtime's number of the device, among those that this process can see.
+    """
+
+    platform: Literal["cpu", "cuda"]
+    backend: Literal["cpu", "cuda", "fake"]
+    ordinal: int = 0
+
+
+def place_of(device: Any) -> Place:
+    """The place that a JAX device is.
+
+    For this package's tests: with JAX_KVPAGE_FAKE_DRIVER=1 in the environment, pools of CPU devices
+    lie in the fake driver's memory, with JAX_KVPAGE_FAKE_DRIVER=cuda in CUDA's block sizes too.
+
+    Raises:
+        ValueError: no pool can live there, with the reasons.
+    """
+    platform = platform_of(device)
+    if platform == "cpu":
+        fake = os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "")
+        if fake in ("", "0"):
+            return Place("cpu", "cpu")
+        return Place("cuda" if fake == "cuda" else "cpu", "fake")
+    ways = "pass device=jax.devices('cpu')[0] and run the programs there (jax.default_device)"
+    if platform != "cuda":
+        raise ValueError(
+            f"KVPool: {device} is a {platform} device; pools live on cpu and cuda: {ways}"
+        )
+    if not BUILT:
+        raise ValueError(
+            f"KVPool: {device} is a cuda device, but this build of jax_kvpage has no CUDA backend: "
+            f"{HOW_TO_BUILD}, or {ways}"
+        )
     number = getattr(device, "local_hardware_id", None)
-    return int(device.id if number is None else number)
+    return Place("cuda", "cuda", int(device.id if number is None else number))
 
 
 def preallocation() -> str:
@@ -62,21 +104,17 @@ def preallocation() -> str:
 
 
 def memory_hint(device: Any) -> str:
-    """For a message about a full card: what JAX holds of it, and how to make it hold less.
+    """For a message about a full card: what JAX holds of it here.
 
     Args:
         device: the JAX device.
     """
-    numbers = ""
     try:
         stats = device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # this allocator keeps no account
         stats = {}
+    numbers = ""
     if "bytes_limit" in stats:
-        used = stats.get("bytes_in_use", 0)
-        numbers = f" ({stats['bytes_limit']} bytes, of which {used} are in use)"
-    return (
-        f"JAX's allocator takes {preallocation()}{numbers}, and a pool's blocks lie beside it: "
-        "start the process with a smaller XLA_PYTHON_CLIENT_MEM_FRACTION (say .4) or with "
-        "XLA_PYTHON_CLIENT_PREALLOCATE=false, or give the pool a smaller capacity"
-    )
+        in_use = stats.get("bytes_in_use", 0)
+        numbers = f": {stats['bytes_limit']:,} bytes, of which its arrays use {in_use:,}"
+    return f"In this process JAX's allocator takes {preallocation()}{numbers}"

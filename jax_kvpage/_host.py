@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from jax_kvpage import _native
-from jax_kvpage.errors import KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.spec import CacheSpec
 
 __all__ = [
     "RESOURCE_EXHAUSTED",
     "as_list",
+    "device_fault",
     "exception",
     "native_call",
     "out_of",
@@ -24,6 +25,12 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 # Numbers of the statuses that host calls answer with (absl's).
 INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, OUT_OF_RANGE = 3, 8, 9, 11
+_NAMES = {
+    INVALID_ARGUMENT: "INVALID_ARGUMENT",
+    RESOURCE_EXHAUSTED: "RESOURCE_EXHAUSTED",
+    FAILED_PRECONDITION: "FAILED_PRECONDITION",
+    OUT_OF_RANGE: "OUT_OF_RANGE",
+}
 
 
 def parse_bytes(value: int | str) -> int:
@@ -62,6 +69,27 @@ def exception(code: int, message: str) -> Exception:
     if code == RESOURCE_EXHAUSTED:
         return OutOfBlocks(message)
     return KVPageError(message)
+
+
+def device_fault(native: Any) -> DeviceFault | None:
+    """The first fault that a program left on the device since the last look.
+
+    Args:
+        native: the compiled pool; when it is closed, the caller's own call says so.
+
+    Raises:
+        PoolClosed: the pool belongs to a parent process.
+    """
+    if native.closed:
+        return None
+    try:
+        native.take_fault()
+    except _native.StatusError as error:
+        code, message = error.args
+        if "was forked" in message:
+            raise PoolClosed(message) from None
+        return DeviceFault(f"{_NAMES.get(code, 'INTERNAL')}: {message}")
+    return None
 
 
 def as_list(value: Any, name: str) -> tuple[list[int], bool]:

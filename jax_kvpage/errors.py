@@ -1,11 +1,16 @@
 """What can go wrong on the host side of a pool, as exceptions that carry their numbers.
 
-What goes wrong inside a program is JAX's to report: an op that fails at run time (a stale cache, a
-position that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are waited for; a
-program so small that JAX runs it while dispatching it raises ValueError there, with the same text.
+What goes wrong inside a program is JAX's to report on CPU: an op that fails at run time (a stale
+cache, a position that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are
+waited for; a program so small that JAX runs it while dispatching it raises ValueError there, with
+the same text. On CUDA nothing may wait for a kernel to fail, so JAX never hears of it: the op's
+results are NaN, and `KVPool.check` or the next call that changes the pool raises `DeviceFault`,
+which is a `jax.errors.JaxRuntimeError` too.
 """
 
-__all__ = ["KVPageError", "OutOfBlocks", "OutOfSlots", "PoolClosed"]
+import jax
+
+__all__ = ["DeviceFault", "KVPageError", "OutOfBlocks", "OutOfSlots", "PoolClosed"]
 
 
 class KVPageError(RuntimeError):
@@ -14,6 +19,14 @@ class KVPageError(RuntimeError):
 
 class PoolClosed(KVPageError):
     """A host call on a pool that was closed, or that the parent of this process owns."""
+
+
+class DeviceFault(KVPageError, jax.errors.JaxRuntimeError):
+    """An op of an earlier program found on the device that it must not run, and left NaN behind.
+
+    The text is what the op would have failed with on CPU. It is raised once; `KVPool.cache` starts
+    a new line after it.
+    """
 
 
 class OutOfBlocks(KVPageError):

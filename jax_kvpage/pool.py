@@ -19,15 +19,18 @@ import numpy as np
 
 from jax_kvpage import _native
 from jax_kvpage._compat import default_device, is_ready
+from jax_kvpage._cuda import memory_hint, place_of
 from jax_kvpage._host import (
     RESOURCE_EXHAUSTED,
     as_list,
+    device_fault,
     exception,
     native_call,
     out_of,
     parse_bytes,
 )
 from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import DeviceFault, OutOfBlocks
 from jax_kvpage.ops.occupy import occupy, vacate
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats, SlotInfo, make_stats
@@ -68,7 +71,7 @@ class KVPool:
         spec: what the cache holds; resolved for the device's platform if it is not yet.
         capacity: physical memory for blocks, in bytes or as text ("2GiB"). Rounded down to whole
             blocks. Memory is taken from the system as it is needed and kept for reuse.
-        device: a `jax.Device` to live on; the default device's platform if None. CPU for now.
+        device: a `jax.Device` of platform cpu or cuda to live on; the default device if None.
         on_stale: "error" refuses an op that changes the cache from any but the newest cache;
             "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
             release, rollback) came between, for timing loops.
@@ -80,8 +83,10 @@ class KVPool:
         device: where the cache's arrays live.
 
     Raises:
-        ValueError: a capacity or spec that cannot work, with the numbers.
-        OutOfBlocks: more capacity than the machine (or the process's cgroup) has memory.
+        ValueError: a capacity, spec or device that cannot work, with the numbers.
+        KVPageError: the CUDA driver refused.
+        OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
+            memory.
     """
 
     spec: CacheSpec
@@ -101,22 +106,22 @@ class KVPool:
         if on_stale not in ("error", "allow"):
             raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
         self.device = default_device() if device is None else device
-        if self.device.platform != "cpu":
-            raise ValueError(
-                f"KVPool: device {self.device} is not served yet: this version has the CPU backend "
-                "only. Pass device=jax.devices('cpu')[0], and run the programs there "
-                "(jax.default_device)"
-            )
+        self._place = place_of(self.device)
         size = parse_bytes(capacity)
-        self.spec = spec.resolve("cpu", capacity=size)
-        self._native = native_call(
-            _native.Pool,
-            self.spec.as_ints(),
-            self.spec.block_bytes,
-            size,
-            on_stale == "allow",
-            poison,
-        )
+        self.spec = spec.resolve(self._place.platform, capacity=size)
+        try:
+            self._native = native_call(
+                _native.Pool,
+                self.spec.as_ints(),
+                self.spec.block_bytes,
+                size,
+                on_stale == "allow",
+                poison,
+                self._place.backend,
+                self._place.ordinal,
+            )
+        except OutOfBlocks as error:
+            raise self._explained(error) from None
         self._own = self._put(np.asarray([self._native.id, 0], np.int32))
         self._token_ids: dict[int, list[int]] = {}
         self._releases: list[jax.Array] = []
@@ -152,6 +157,18 @@ class KVPool:
         """Whether `close` was called."""
         return bool(self._native.closed)
 
+    def _explained(self, error: OutOfBlocks) -> OutOfBlocks:
+        """The same error, with what JAX holds of the card when it is the card that is full."""
+        if self._place.backend == "cuda" and "JAX" in str(error):
+            error.args = (f"{error}. {memory_hint(self.device)}",)
+        return error
+
+    def _raise_fault(self) -> None:
+        """Raises what a program on the device could not. On CPU JAX raises it by itself."""
+        fault = device_fault(self._native) if self._place.backend == "cuda" else None
+        if fault is not None:
+            raise fault
+
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self.device)
 
@@ -185,7 +202,8 @@ class KVPool:
         """Starts a new line of caches: waits for running ops, makes every older cache stale.
 
         May be called at any time, also after a program failed: occupied slots have the length that
-        the last completed step left, released ones are free.
+        the last completed step left, released ones are free. On CUDA, faults of older lines that no
+        call has raised yet become a RuntimeWarning.
 
         Returns:
             The cache to go on from.
@@ -195,6 +213,10 @@ class KVPool:
         """
         line, epoch, lengths = native_call(self._native.new_line)
         self._releases.clear()
+        try:
+            self._raise_fault()
+        except DeviceFault as fault:
+            warnings.warn(f"before this new line: {fault}", RuntimeWarning, stacklevel=2)
         return KVCache(
             handle=self._put(np.asarray([self._native.id, line], np.int32)),
             epoch=self._put(np.asarray([epoch], np.uint32)),
@@ -232,9 +254,11 @@ class KVPool:
             OutOfBlocks: not enough physical blocks; nothing has changed.
             OutOfSlots: not enough slots; nothing has changed.
             ValueError: num_tokens out of range, or a cache of another spec.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
         self._check_cache("acquire", cache)
+        self._raise_fault()
         wanted, single = as_list(num_tokens, "num_tokens")
         claim = self._claim("acquire", lambda: self._native.acquire(wanted), wait)
         slots = list(claim.slots)
@@ -259,8 +283,10 @@ class KVPool:
             OutOfBlocks: not enough physical blocks; nothing has changed.
             ValueError: beyond max_seq_len, or a slot that does not exist.
             KVPageError: the slot is free or draining.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
+        self._raise_fault()
         slots, _ = as_list(slot, "slot")
         wanted, single = as_list(num_tokens, "num_tokens")
         if single:
@@ -282,9 +308,11 @@ class KVPool:
         Raises:
             ValueError: a slot that does not exist, or one named twice, or a cache of another spec.
             KVPageError: the slot is not occupied.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
         self._check_cache("release", cache)
+        self._raise_fault()
         slots, _ = as_list(slot, "slot")
         native_call(self._native.start_release, slots)
         if not slots:
@@ -312,6 +340,7 @@ class KVPool:
             ValueError: more tokens than the slot has room for, or a slot that does not exist.
             KVPageError: the slot is not occupied.
         """
+        self._raise_fault()
         ids, _ = as_list(token_ids, "token_ids")
         native_call(self._native.commit, slot, len(ids))
         self._token_ids.setdefault(slot, []).extend(ids)
@@ -334,6 +363,7 @@ class KVPool:
         if cache is not None:
             self._check_cache("slot_table", cache)
             lengths = np.asarray(cache.lengths)
+            self._raise_fault()
         return [
             SlotInfo(
                 slot=row.slot,
@@ -374,11 +404,17 @@ class KVPool:
             head_dim] for all slots, in the storage dtype.
 
         Raises:
-            ValueError: the fused layout, quantised storage, a layer out of range, or (all slots) a
-                max_seq_len that is not a multiple of block_tokens.
+            ValueError: a pool in device memory, the fused layout, quantised storage, a layer out of
+                range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
             KVPageError: the slot is not occupied.
         """
         spec = self.spec
+        if self._place.backend != "cpu" and not self.closed:
+            raise ValueError(
+                f"view: {self!r} lies in device memory, where the part of a slot that is not "
+                "mapped cannot be read, so no array may stand for it: read the cache with "
+                "paged_attention, or use a pool on a CPU device for views"
+            )
         if spec.quantized:
             raise ValueError(
                 f"view: {spec.dtype} storage keeps the scales of a block's tokens behind them, so "
@@ -408,6 +444,7 @@ class KVPool:
         Returns:
             Bytes given back.
         """
+        self._raise_fault()
         return int(native_call(self._native.trim)) * self.spec.block_bytes
 
     def resize(self, capacity: int | str) -> None:
@@ -417,6 +454,7 @@ class KVPool:
             OutOfBlocks: live requests hold more than the new capacity; nothing has changed.
             ValueError: a capacity that cannot work.
         """
+        self._raise_fault()
         size = parse_bytes(capacity)
         self._claim("resize", lambda: self._native.resize(size), False)
 
@@ -424,10 +462,11 @@ class KVPool:
         """Waits for the program that made a cache, and raises if it or one before it failed.
 
         Raises:
-            jax.errors.JaxRuntimeError: what the program failed with.
+            jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
         """
         self._check_cache("check", cache)
         jax.block_until_ready((cache.epoch, cache.lengths))
+        self._raise_fault()
 
     def _claim(self, op: str, attempt: Any, wait: bool) -> Any:
         waited = False
@@ -438,10 +477,11 @@ class KVPool:
             if claim.code != RESOURCE_EXHAUSTED:
                 raise exception(claim.code, claim.message)
             if not wait or claim.draining == 0:
-                raise out_of(op, claim, self._native.rows(), self.spec)
+                raise self._explained(out_of(op, claim, self._native.rows(), self.spec))
             self._waits += not waited
             waited = True
             # A release whose program failed would drain for ever: say so instead of waiting.
             for marker in [m for m in self._releases if is_ready(m)]:
                 jax.block_until_ready(marker)
+            self._raise_fault()
             self._native.wait_for_drain(_WAIT_SLICE)

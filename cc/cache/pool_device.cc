@@ -81,7 +81,7 @@ Status Pool::NewLineOnDevice(Line* out) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);  // so no map_slots is at work
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    KVPAGE_RETURN_IF_ERROR(Enter("cache"));
+    KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));  // not Enter: a new line is the way out of a fault
     // Never the same number twice: when what follows fails, nobody knows which one the device has.
     ++line_;
   }
