@@ -15,8 +15,17 @@ _PEERS = ["#1f2937", "#2563eb", "#0d9488", "#7c3aed", "#94a3b8", "#cbd5e1"]
 _ORDER = ["vllm_cpu", "openvino_pa", "torch_sdpa", "ort_gqa", "jax_static", "jax_gather"]
 
 
-def plot(records: list[dict[str, Any]], file: pathlib.Path, machine: str) -> None:
-    """Draws grouped bars of decode attention, one panel for each dtype, into a PNG file."""
+def plot(
+    records: list[dict[str, Any]], file: pathlib.Path, machine: str, floor: str = "read floor"
+) -> None:
+    """Draws grouped bars of decode attention, one panel for each dtype, into a PNG file.
+
+    Args:
+        records: measurements; of a peer that was run in several variants the fastest is shown.
+        file: to write.
+        machine: said in the corner.
+        floor: what fractions are fractions of.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +45,7 @@ def plot(records: list[dict[str, Any]], file: pathlib.Path, machine: str) -> Non
     for panel, dtype in zip(panels[:, 0], dtypes, strict=True):
         _panel(panel, [r for r in decode if r["dtype"] == dtype])
         panel.set_title(
-            f"decode attention, {dtype}: fraction of the read floor", loc="left", fontsize=11
+            f"decode attention, {dtype}: fraction of the {floor}", loc="left", fontsize=11
         )
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
@@ -48,10 +57,12 @@ def plot(records: list[dict[str, Any]], file: pathlib.Path, machine: str) -> Non
 def _panel(panel: Any, records: list[dict[str, Any]]) -> None:
     labels = list(dict.fromkeys(r["label"] for r in records))
     there = {r["peer"] for r in records}
-    peers = ["kvpage", *(p for p in _ORDER if p in there)]
+    order = [*_ORDER, *sorted(there - {"kvpage", *_ORDER})]
+    peers = ["kvpage", *(p for p in order if p in there)]
     width = 0.84 / len(peers)
     for i, peer in enumerate(peers):
-        mine = {r["label"]: r for r in records if r["peer"] == peer}
+        fastest = sorted((r for r in records if r["peer"] == peer), key=lambda r: r["fraction"])
+        mine = {r["label"]: r for r in fastest}
         xs = [
             j + (i - (len(peers) - 1) / 2) * width
             for j, label in enumerate(labels)
@@ -66,7 +77,7 @@ def _panel(panel: Any, records: list[dict[str, Any]]) -> None:
             [r["fraction_high"] - r["fraction"] for r in rows],
         ]
         name = "jax_kvpage" if peer == "kvpage" else title(rows[0])
-        color = _OURS if peer == "kvpage" else _PEERS[_ORDER.index(peer)]
+        color = _OURS if peer == "kvpage" else _PEERS[order.index(peer) % len(_PEERS)]
         panel.bar(
             xs,
             heights,

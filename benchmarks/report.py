@@ -23,7 +23,7 @@ _DECODE_GOALS = {"float32": (0.80, 0.74, 1.3), "bfloat16": (0.75, 0.68, 2.0)}
 
 def title(record: Record) -> str:
     """Name of a record's peer and variant."""
-    name = NAMES[record["peer"]]
+    name = NAMES.get(record["peer"]) or record["name"]
     return f"{name}, {record['variant']}" if record["variant"] else name
 
 

@@ -1,0 +1,203 @@
+"""This package: its attention under jit, over the layers of one pool, or over block tables."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+from peers.base import Data
+from timing import Ready
+
+import jax_kvpage as kvp
+from contenders.base import JaxContender, queries
+
+__all__ = ["CONTENDER"]
+
+# Quantised storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
+# speeds compare as times do: twice the bandwidth is half the time.
+_STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+_PAGE = 64
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any) -> Any:
+    for i in range(layers):
+        q = kvp.paged_attention(q, cache, batch, layer=first + i)
+    return q
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _update(
+    layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any, kv: jax.Array
+) -> Any:
+    for i in range(layers):
+        q, cache = kvp.update_and_attend(q, kv, kv, cache, batch, layer=first + i)
+    return q
+
+
+@jax.jit
+def _through_tables(
+    q: jax.Array,
+    pages: list[tuple[jax.Array, jax.Array]],
+    tables: jax.Array,
+    lengths: jax.Array,
+    offsets: jax.Array,
+) -> jax.Array:
+    for k, v in pages:
+        q = kvp.paged_attention_with_tables(q, k, v, tables, lengths, query_offsets=offsets)
+    return q
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _append(cache: kvp.KVCache, k: jax.Array, v: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    def body(layer: jax.Array, cache: kvp.KVCache) -> kvp.KVCache:
+        return kvp.append_kv(cache, k, v, batch, layer=layer)
+
+    return jax.lax.fori_loop(0, cache.spec.num_layers, body, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _advance(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
+    return kvp.advance(cache, batch)
+
+
+def _acquire(pool: kvp.KVPool, contexts: tuple[int, ...], scattered: bool) -> tuple[Any, Any]:
+    """Slots for all contexts; scattered ones grow a block at a time in random turns."""
+    cache = pool.cache()
+    if not scattered:
+        return pool.acquire(cache, list(contexts))
+    step = pool.spec.block_tokens or 1
+    # One more slot grows along, so that a single sequence is scattered too.
+    targets = [*contexts, max(contexts)]
+    slots, cache = pool.acquire(cache, [1] * len(targets))
+    turns = [i for i, n in enumerate(targets) for _ in range(1, -(-n // step))]
+    random.Random(0).shuffle(turns)
+    have = [step] * len(targets)
+    for i in turns:
+        have[i] = min(have[i] + step, targets[i])
+        pool.extend(slots[i], have[i])
+    return slots[:-1], pool.release(cache, slots[-1])
+
+
+def _neighbours(pool: kvp.KVPool, slots: list[int]) -> float:
+    """The share of blocks whose physical successor follows them in the slot too."""
+    pairs = [
+        b[0] == a[0] + 1
+        for slot in slots
+        for blocks in pool.block_map(slot)
+        for a, b in itertools.pairwise(blocks)
+    ]
+    return sum(pairs) / max(len(pairs), 1)
+
+
+class KVPage(JaxContender):
+    """Variants: how blocks are laid out, what a program calls, what is stored."""
+
+    variants = ("fused", "per_layer", "tables", "update", "scattered", *_STORED)
+    everywhere = ("per_layer",)
+
+    def unsupported(self, case: Case, variant: str) -> str | None:
+        """Some variants make sense for decoding only."""
+        if case.section != "decode" and variant in ("scattered", "update"):
+            return "a variant of decoding"
+        return None
+
+    def prepare(self, case: Case, variant: str, data: Data | None) -> Ready:
+        """One layer of a pool for each copy, or that many arrays of pages."""
+        if variant == "tables":
+            return self._tables(case, data)
+        return self._slots(case, variant, data)
+
+    def _kv(self, case: Case, data: Data | None, sequence: int, size: int) -> Any:
+        if data is None:
+            return tuple(
+                self.random(2 * sequence + i, (size, case.kv_heads, case.dim)) for i in (0, 1)
+            )
+        pads = ((0, size - case.contexts[sequence]), (0, 0), (0, 0))
+        return tuple(jnp.asarray(np.pad(x, pads), jnp.bfloat16) for x in data.kv(sequence))
+
+    def _slots(self, case: Case, variant: str, data: Data | None) -> Ready:
+        longest = max(case.contexts)
+        spec = kvp.CacheSpec(
+            num_layers=case.copies,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.dim,
+            max_slots=len(case.contexts) + 1,
+            max_seq_len=longest,
+            dtype=_STORED.get(variant, jnp.bfloat16),
+            layout="per_layer" if variant == "per_layer" else "fused",
+        ).resolve(self.platform)
+        room = (*case.contexts, *([longest] if variant == "scattered" else []))
+        blocks = sum(-(-n // (spec.block_tokens or 1)) for n in room)
+        pool = kvp.KVPool(spec, blocks * spec.block_bytes * spec.num_ranges, on_stale="allow")
+        slots, cache = _acquire(pool, case.contexts, variant == "scattered")
+        for s, slot in enumerate(slots):
+            k, v = self._kv(case, data, s, longest)
+            whole = kvp.Batch.from_lengths([slot], [case.contexts[s]], num_tokens=longest)
+            cache = _append(cache, k, v, whole)
+        before = [n - m for n, m in zip(case.contexts, case.new, strict=True)]
+        cache = _advance(cache, kvp.Batch.from_lengths(slots, before))
+        batch = kvp.Batch.from_lengths(slots, list(case.new))
+        pool.check(cache)
+        q = jnp.asarray(queries(case, data), jnp.bfloat16)
+        new = self._new(case, data) if variant == "update" else None
+
+        def call(q: jax.Array, first: int, layers: int) -> jax.Array:
+            if new is not None:
+                return _update(layers, cache, batch, q, jnp.int32(first), new)
+            return _attend(layers, cache, batch, q, jnp.int32(first))
+
+        def close() -> None:
+            pool.check(cache)  # a fault on the device must not pass for a measurement
+            pool.close()
+
+        notes = {
+            "block_tokens": spec.block_tokens or 0,
+            "block_bytes": spec.block_bytes,
+            "neighbouring_blocks": _neighbours(pool, slots),
+        }
+        return self.ready(case, call, q, notes, close)
+
+    def _new(self, case: Case, data: Data | None) -> jax.Array:
+        """Keys (and values) that `update` writes; its results are those of other data."""
+        del data
+        return self.random(12345, (case.tokens, case.kv_heads, case.dim))
+
+    def _tables(self, case: Case, data: Data | None) -> Ready:
+        """Arrays of pages in random order, as kernels that know no slots are given them."""
+        counts = [-(-n // _PAGE) for n in case.contexts]
+        order = np.random.default_rng(2).permutation(sum(counts)).astype(np.int32)
+        tables = np.zeros((len(counts), max(counts)), np.int32)
+        ends = np.cumsum([0, *counts])
+        for s, count in enumerate(counts):
+            tables[s, :count] = order[ends[s] : ends[s + 1]]
+        shape = (len(order), _PAGE, case.kv_heads, case.dim)
+        pages = []
+        for copy in range(case.copies):
+            if data is None or copy:
+                pages.append((self.random(2 * copy, shape), self.random(2 * copy + 1, shape)))
+                continue
+            pair = [np.zeros(shape, np.float32) for _ in range(2)]
+            for s, count in enumerate(counts):
+                for which, values in enumerate(data.kv(s)):
+                    pads = ((0, count * _PAGE - len(values)), (0, 0), (0, 0))
+                    pair[which][tables[s, :count]] = np.pad(values, pads).reshape(-1, *shape[1:])
+            pages.append(tuple(jnp.asarray(x, jnp.bfloat16) for x in pair))
+        operands = [
+            jnp.asarray(x, jnp.int32) for x in (tables, np.asarray(case.contexts), case.offsets)
+        ]
+
+        def call(q: jax.Array, first: int, layers: int) -> jax.Array:
+            return _through_tables(q, pages[first : first + layers], *operands)
+
+        q = jnp.asarray(queries(case, data), jnp.bfloat16)
+        return self.ready(case, call, q, {"page_tokens": _PAGE})
+
+
+CONTENDER = KVPage

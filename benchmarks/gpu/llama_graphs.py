@@ -1,0 +1,221 @@
+"""Decoding a Llama from end to end with and without CUDA graphs (XLA's command buffers).
+
+    python benchmarks/gpu/llama_graphs.py [--platform cuda] [--dry-run]
+
+A quarter of Llama-3-8B (8 of its 32 layers) with random bfloat16 weights, 8 sequences. Each mode is
+a process of its own, because XLA reads its flags once. Tokens of all modes must agree. The floor is
+the time in which the copy bandwidth reads weights, keys and values once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_FLAG = "--xla_gpu_enable_command_buffer"
+_ALL = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+MODES = {
+    "no graphs": f"{_FLAG}=",
+    "graphs, XLA's default": "",
+    "graphs, loops too": f"{_FLAG}={_ALL} --xla_gpu_graph_min_graph_size=1",
+}
+_SCAN = 16
+
+
+def _measure(platform: str, dry: bool) -> dict[str, Any]:
+    """One mode, in this process."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu" if platform == "cpu" else "cuda,cpu")
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    import jax_kvpage as kvp
+
+    sys.path.append(str(_ROOT / "examples"))
+    from llama.config import LlamaConfig
+    from llama.model import Llama
+
+    batch, context, rounds = (2, 40, 2) if dry else (8, 2048, 7)
+    # vocabulary, hidden, inner, layers, heads, key/value heads, head size
+    shape = (256, 64, 128, 2, 4, 2, 32) if dry else (32000, 4096, 14336, 8, 32, 8, 128)
+    config = LlamaConfig(*shape)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    weights = [
+        0.02 * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    steps = _SCAN * (rounds + 1)
+    room = context + 3 * steps + 1
+    spec = kvp.CacheSpec(shape[3], shape[5], shape[6], batch, room, dtype=jnp.bfloat16).resolve(
+        platform
+    )
+    blocks = batch * spec.blocks_per_range
+    pool = kvp.KVPool(spec, blocks * spec.block_bytes)
+    # Mapped ahead: no step maps anything, so none waits.
+    slots, cache = pool.acquire(pool.cache(), [room] * batch)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def fill(cache: kvp.KVCache, k: jax.Array, new: kvp.Batch) -> kvp.KVCache:
+        for layer in range(spec.num_layers):
+            cache = kvp.append_kv(cache, k, k, new, layer=layer)
+        return kvp.advance(cache, new)
+
+    k = jax.random.normal(
+        jax.random.key(99), (context, spec.num_kv_heads, spec.head_dim), jnp.bfloat16
+    )
+    for slot in slots:
+        cache = fill(cache, k, kvp.Batch.from_lengths([slot], [context]))
+    decode = kvp.Batch.decode(slots)
+    ids = jnp.asarray(slots, jnp.int32)
+
+    def one(weights: Any, cache: kvp.KVCache, tokens: jax.Array, maps: bool) -> Any:
+        model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+        if maps:
+            cache, _ = kvp.map_slots(cache, ids, cache.lengths[ids] + 1)
+        logits, cache = model(tokens, cache, decode)
+        return jnp.argmax(logits, -1).astype(jnp.int32), kvp.advance(cache, decode)
+
+    @functools.partial(jax.jit, donate_argnums=1, static_argnums=3)
+    def step(weights: Any, cache: kvp.KVCache, tokens: jax.Array, maps: bool) -> Any:
+        return one(weights, cache, tokens, maps)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def scan(weights: Any, cache: kvp.KVCache, tokens: jax.Array) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            tokens, cache = one(weights, *carry, False)
+            return (cache, tokens), tokens
+
+        (cache, tokens), rows = jax.lax.scan(body, (cache, tokens), None, _SCAN)
+        return tokens, cache, rows
+
+    def loop(tokens: jax.Array, cache: kvp.KVCache, maps: bool) -> Any:
+        rows = []
+        for _ in range(_SCAN):
+            tokens, cache = step(weights, cache, tokens, maps)
+            rows.append(tokens)
+        return tokens, cache, jnp.stack(rows)
+
+    ways: dict[str, Callable[[Any, Any], Any]] = {
+        "Python loop": lambda tokens, cache: loop(tokens, cache, False),
+        "scan of 16 steps": lambda tokens, cache: scan(weights, cache, tokens),
+        "Python loop that maps": lambda tokens, cache: loop(tokens, cache, True),
+    }
+    # Where the pool is, as the tokens of later rounds are: otherwise they compile once more.
+    start = jax.device_put(jnp.arange(batch, dtype=jnp.int32), pool.device)
+    lowered = functools.partial(kvp.set_lengths, slots=ids)
+    result: dict[str, Any] = {}
+    for way, run in ways.items():
+        cache = jax.jit(lowered)(cache, lengths=jnp.full(batch, context, jnp.int32))
+        tokens, produced, times, before = start, [], [], pool.stats().waits
+        for _ in range(rounds + 1):
+            begin = time.perf_counter()
+            tokens, cache, rows = run(tokens, cache)
+            jax.block_until_ready(tokens)
+            times.append((time.perf_counter() - begin) / _SCAN)
+            produced.append(np.asarray(rows))
+        digest = hashlib.sha256(np.concatenate(produced).tobytes()).hexdigest()[:16]
+        result[way] = {
+            "seconds": statistics.median(times[1:]),
+            "seconds_low": min(times[1:]),
+            "seconds_high": max(times[1:]),
+            "waits": pool.stats().waits - before,
+            "tokens": digest,
+        }
+    pool.check(cache)
+    pool.close()
+    kv = batch * (context + steps // 2) * spec.token_bytes
+    return {
+        "ways": result,
+        "bytes": sum(w.nbytes for w in weights) - weights[0].nbytes + kv,
+        "batch": batch,
+        "context": context,
+        "layers": spec.num_layers,
+    }
+
+
+def measure(platform: str, dry: bool, limit: float) -> dict[str, Any]:
+    """All modes, each in a child process."""
+    rows, digests, left_out = [], {}, {}
+    about: dict[str, Any] = {}
+    deadline = time.monotonic() + limit
+    for mode, flags in MODES.items():
+        options = ["--platform", platform, "--mode", mode] + (["--dry-run"] if dry else [])
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        try:
+            run = subprocess.run(
+                [sys.executable, __file__, *options],
+                env=os.environ | {"XLA_FLAGS": flags},
+                capture_output=True,
+                text=True,
+                timeout=max(deadline - time.monotonic(), 1),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            left_out[mode] = "out of time"
+            continue
+        if run.returncode:
+            left_out[mode] = run.stderr[-2000:]
+            continue
+        about = json.loads(run.stdout.splitlines()[-1])
+        for way, figures in about.pop("ways").items():
+            digests[f"{mode}, {way}"] = figures["tokens"]
+            seconds = figures["seconds"]
+            rows.append(
+                {
+                    "mode": mode,
+                    "way": way,
+                    "ms a step": seconds * 1e3,
+                    "lowest": figures["seconds_low"] * 1e3,
+                    "highest": figures["seconds_high"] * 1e3,
+                    "tokens/s": about["batch"] / seconds,
+                    "GB/s": about["bytes"] / seconds / 1e9,
+                    "waits": figures["waits"],
+                }
+            )
+    return {
+        "tables": {"decode of a quarter of Llama-3-8B, bfloat16, batch 8": rows},
+        "left_out": left_out,
+        "same_tokens": len(set(digests.values())) == 1,
+        "digests": digests,
+        **about,
+    }
+
+
+def main() -> int:
+    """Prints one JSON object last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for all modes")
+    parser.add_argument("--mode", choices=tuple(MODES), help="one mode, in this process")
+    arguments = parser.parse_args()
+    if arguments.mode:
+        print(json.dumps(_measure(arguments.platform, arguments.dry_run)))
+        return 0
+    result = measure(arguments.platform, arguments.dry_run, arguments.limit)
+    for name, rows in result["tables"].items():
+        print(name)
+        for row in rows:
+            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print("  ", ", ".join(cells))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a machine with an NVIDIA GPU. Nothing is downloaded; every part ends by itself.
+#
+#   benchmarks/run_gpu.sh build    the package into build/gpu/site (ignored by git, used by the other two parts)
+#   benchmarks/run_gpu.sh test     tests marked gpu, the fake driver's suite, compute-sanitizer over the kernels
+#   benchmarks/run_gpu.sh bench    everything in benchmarks/gpu; JSON and a plot, a short table last
+#
+# --dry-run goes through the same steps on the CPU with tiny sizes and a CPU-only build: it shows mistakes in the
+# scripts, and nothing about speed. Results go to $OUT (default: benchmarks/results). PYTHON and JOBS can be set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repo=$PWD
+part=${1:-}
+dry=${2:-}
+case "$part:$dry" in build: | test: | bench: | build:--dry-run | test:--dry-run | bench:--dry-run) ;; *)
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+  ;;
+esac
+python=${PYTHON:-python3}
+jobs=${JOBS:-$(nproc)}
+out=${OUT:-$repo/benchmarks/results}
+work=$repo/build/gpu${dry:+-dry}
+site=$work/site
+mkdir -p "$out" "$work"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# Several processes share the card, and pools take their memory beside XLA's.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=2
+failed=()
+
+step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
+
+# try NAME SECONDS COMMAND...: a part that fails or runs over is named at the end; the others go on.
+try() {
+  local name=$1 limit=$2 status=0
+  shift 2
+  step "$name"
+  printf '+ %s\n' "$*"
+  timeout -k 10 "$limit" "$@" || status=$?
+  case $status in
+    0) ;;
+    124 | 137) printf '%s: stopped after %s s\n' "$name" "$limit" && failed+=("$name (time)") ;;
+    *) printf '%s: exit status %s\n' "$name" "$status" && failed+=("$name") ;;
+  esac
+}
+
+finish() {
+  step "$part done"
+  if [ ${#failed[@]} -gt 0 ]; then
+    printf 'FAILED: %s\n' "${failed[@]}"
+    exit 1
+  fi
+}
+
+architecture() { # "90a" for compute capability 9.0: Hopper's own instructions need the "a"
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
+  if [ "$capability" -ge 90 ]; then echo "${capability}a-real"; else echo "$capability-real"; fi
+}
+
+build() {
+  local options=(-DJAX_KVPAGE_CUDA=OFF) setting settings=() begin=$SECONDS
+  if [ -z "$dry" ]; then
+    options=(-DJAX_KVPAGE_CUDA=ON "-DJAX_KVPAGE_CUDA_ARCHITECTURES=$(architecture)" -DJAX_KVPAGE_CUDA_REPORT=ON)
+    nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
+    nvcc --version | tail -2
+  fi
+  for setting in "${options[@]}"; do settings+=("-Ccmake.define.${setting#-D}"); done
+
+  step "package"
+  export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
+  printf '%s\n' "${options[@]}"
+  # A target folder instead of a virtual environment: the interpreter may live in one whose packages a new one would
+  # not see. The build folder stays, so a second build compiles what changed.
+  "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$site" \
+    -Cbuild-dir="$work/package" "${settings[@]}" -v "$repo" >"$work/build.log" 2>&1 ||
+    { tail -60 "$work/build.log"; exit 1; }
+  if [ -z "$dry" ]; then
+    grep -E "registers|spill" "$work/build.log" >"$out/registers.txt" || true
+    printf 'kernels with spills: %s\n' "$(grep -E -c ' [1-9][0-9]* bytes spill' "$out/registers.txt" || true)"
+  fi
+  grep -E "warning" "$work/build.log" | head -20 || true
+
+  step "C++ tools"
+  cmake -S "$repo" -B "$work/cc" -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_KVPAGE_PYTHON=OFF \
+    -DJAX_KVPAGE_CUDA=OFF -DJAX_KVPAGE_BENCHMARKS=ON >"$work/cc.log" || { cat "$work/cc.log"; exit 1; }
+  cmake --build "$work/cc" -j "$jobs" --target kvpage_driver_calls >>"$work/cc.log" 2>&1 ||
+    { tail -40 "$work/cc.log"; exit 1; }
+
+  step "doctor"
+  PYTHONPATH=$site "$python" -P -m jax_kvpage
+  printf 'built in %s s\n' $((SECONDS - begin))
+}
+
+require_build() {
+  [ -d "$site/jax_kvpage" ] || { echo "run '$0 build${dry:+ $dry}' first: $site is empty"; exit 1; }
+  export PYTHONPATH=$site
+}
+
+run_tests() {
+  local platform=cuda workers=8 sanitizer limit=300
+  require_build
+  [ -n "$dry" ] && platform=cpu && workers=2
+  local xdist=()
+  "$python" -c "import xdist" 2>/dev/null && xdist=(-n "$workers" --dist loadfile)
+  try "tests marked gpu" "$limit" "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${xdist[@]}" \
+    -p no:cacheprovider --junitxml "$out/gpu-tests.xml" tests/gpu
+  if compgen -G "tests/test_fake_driver*.py" >/dev/null; then
+    try "fake driver" 150 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q "${xdist[@]}" -p no:cacheprovider \
+      tests/test_fake_driver*.py
+  fi
+  for sanitizer in memcheck racecheck; do
+    local command=("$python" benchmarks/gpu/sanitize.py --platform "$platform")
+    if [ -z "$dry" ]; then
+      command=(compute-sanitizer --tool "$sanitizer" --kernel-name kernel_substring=kvpage --error-exitcode 9
+        --print-limit 20 "${command[@]}")
+    fi
+    try "$sanitizer" 150 "${command[@]}"
+  done
+}
+
+bench() {
+  require_build
+  local platform=(--platform cuda)
+  [ -n "$dry" ] && platform=(--platform cpu --dry-run)
+  try "benchmarks" 470 "$python" benchmarks/gpu/run.py "${platform[@]}" --out "$out" --seconds 450 \
+    --driver-calls "$work/cc/benchmarks/gpu/kvpage_driver_calls"
+}
+
+case $part in
+  build) build ;;
+  test) run_tests ;;
+  bench) bench ;;
+esac
+finish
