@@ -14,6 +14,12 @@ Status NoPool(Op op, std::int32_t id) {
                             " in this process: a cache works in the process that made it");
 }
 
+Status OtherDevice(Op op, std::int32_t id) {
+  return FailedPrecondition(op + ": " + Pool(id) +
+                            " lives on another device than the program ran on: run it where the pool is, or make the "
+                            "pool with KVPool(..., device=...)");
+}
+
 Status Closed(Op op, std::int32_t id) {
   return FailedPrecondition(op + ": " + Pool(id) + " is closed: make a new pool");
 }

@@ -17,6 +17,7 @@ using Op = const std::string&;
 
 // ---- which pool ----
 Status NoPool(Op op, std::int32_t id);
+Status OtherDevice(Op op, std::int32_t id);
 Status Closed(Op op, std::int32_t id);
 Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool);
 Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts& pool);

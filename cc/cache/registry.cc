@@ -19,6 +19,10 @@ Table& TheTable() {
   return *table;
 }
 
+Status Missing(const Table& table, const std::string& op, std::int32_t id) {
+  return id > 0 && id < table.next_id ? messages::Closed(op, id) : messages::NoPool(op, id);
+}
+
 }  // namespace
 
 void Register(const std::shared_ptr<Pool>& pool) {
@@ -46,7 +50,13 @@ Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out) {
     *out = it->second;
     return {};
   }
-  return id > 0 && id < table.next_id ? messages::Closed(op, id) : messages::NoPool(op, id);
+  return Missing(table, op, id);
+}
+
+Status NotHere(const std::string& op, std::int32_t id) {
+  Table& table = TheTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  return table.pools.count(id) > 0 ? messages::OtherDevice(op, id) : Missing(table, op, id);
 }
 
 }  // namespace kvpage

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "base/status.h"
 #include "cache/pool.h"
@@ -17,6 +18,8 @@ namespace kvpage {
 void Register(const std::shared_ptr<Pool>& pool);
 void Unregister(std::int32_t id);
 Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out);
+// Why a program on a device did not find its pool there: it is closed, it never was, or it lives on another device.
+Status NotHere(const std::string& op, std::int32_t id);
 
 }  // namespace kvpage
 

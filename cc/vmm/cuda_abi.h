@@ -56,6 +56,7 @@ enum class LocationType : std::int32_t { kDevice = 1 };
 enum class HandleType : std::int32_t { kNone = 0, kPosixFileDescriptor = 1 };
 enum class Access : std::int32_t { kNone = 0, kRead = 1, kReadWrite = 3 };
 enum class Granularity : std::int32_t { kMinimum = 0, kRecommended = 1 };
+enum class CaptureStatus : std::int32_t { kNone = 0, kActive = 1, kInvalidated = 2 };
 
 inline constexpr unsigned int kStreamNonBlocking = 1;
 inline constexpr unsigned int kEventDisableTiming = 2;
@@ -125,7 +126,9 @@ struct AccessDesc {
   X(MemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (DevicePtr to, DevicePtr from, std::size_t bytes, Stream stream))           \
   X(MemsetD8Async, cuMemsetD8Async, (DevicePtr to, unsigned char byte, std::size_t bytes, Stream stream))              \
   X(StreamCreate, cuStreamCreate, (Stream * stream, unsigned int flags))                                               \
+  X(CtxSynchronize, cuCtxSynchronize, ())                                                                              \
   X(StreamSynchronize, cuStreamSynchronize, (Stream stream))                                                           \
+  X(StreamIsCapturing, cuStreamIsCapturing, (Stream stream, CaptureStatus * status))                                   \
   X(StreamWaitEvent, cuStreamWaitEvent, (Stream stream, Event event, unsigned int flags))                              \
   X(StreamDestroy, cuStreamDestroy_v2, (Stream stream))                                                                \
   X(EventCreate, cuEventCreate, (Event * event, unsigned int flags))                                                   \

@@ -58,6 +58,8 @@ class FakeDriver {
   // it, and whoever synchronises with it blocks until then.
   void HoldStream(cu::Stream stream);
   void ReleaseStream(cu::Stream stream);
+  // The stream says that it is being captured into a graph (and runs what is queued all the same).
+  void SetCapturing(cu::Stream stream, bool capturing);
   // Stands for a kernel: runs in the stream's order.
   void Enqueue(cu::Stream stream, std::function<void()> work);
 

@@ -59,6 +59,7 @@ struct FakeDriver::Impl {
     bool held = false;
     bool running = false;
     bool destroyed = false;
+    bool capturing = false;
     bool idle() const { return queue.empty() && !running; }
   };
 

@@ -58,6 +58,11 @@ void FakeDriver::ReleaseStream(cu::Stream stream) {
   impl_->Pump(&lock);
 }
 
+void FakeDriver::SetCapturing(cu::Stream stream, bool capturing) {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->streams.at(stream).capturing = capturing;
+}
+
 void FakeDriver::Enqueue(cu::Stream stream, std::function<void()> work) {
   std::unique_lock<std::mutex> lock(impl_->mutex);
   Impl::Work kernel;
@@ -144,6 +149,22 @@ Result StreamSynchronize(Stream stream) {
   if (!entry->Exists(stream)) return entry->Violation("cuStreamSynchronize: no such stream", Result::kInvalidHandle);
   FakeDriver::Impl& fake = entry.fake();
   fake.changed.wait(*entry.lock(), [&] { return !fake.Exists(stream) || fake.streams.at(stream).idle(); });
+  return Result::kSuccess;
+}
+
+Result CtxSynchronize() {
+  KVPAGE_ENTRY(CtxSynchronize, Context);
+  FakeDriver::Impl& fake = entry.fake();
+  fake.changed.wait(*entry.lock(), [&] {
+    return std::all_of(fake.streams.begin(), fake.streams.end(), [](const auto& s) { return s.second.idle(); });
+  });
+  return Result::kSuccess;
+}
+
+Result StreamIsCapturing(Stream stream, CaptureStatus* status) {
+  KVPAGE_ENTRY(StreamIsCapturing, Context);
+  if (!entry->Exists(stream)) return entry->Violation("cuStreamIsCapturing: no such stream", Result::kInvalidHandle);
+  *status = entry->streams.at(stream).capturing ? CaptureStatus::kActive : CaptureStatus::kNone;
   return Result::kSuccess;
 }
 

@@ -1,0 +1,159 @@
+#include "device/device_mirror.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+
+#include "device/fault.h"
+
+namespace kvpage {
+namespace {
+
+// Carves arrays out of one allocation, each on a cache line of its own.
+class Carver {
+ public:
+  template <class T>
+  std::size_t Take(std::int64_t count) {
+    const std::size_t at = size_;
+    size_ = (size_ + static_cast<std::size_t>(count) * sizeof(T) + 127) / 128 * 128;
+    return at;
+  }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::size_t size_ = 0;
+};
+
+}  // namespace
+
+Status DeviceMirror::Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
+                          std::unique_ptr<DeviceMirror>* out) {
+  std::unique_ptr<DeviceMirror> mirror(new DeviceMirror(std::move(device), geometry));
+  KVPAGE_RETURN_IF_ERROR(mirror->Allocate(base, allow_stale));
+  *out = std::move(mirror);
+  return {};
+}
+
+Status DeviceMirror::Allocate(char* base, bool allow_stale) {
+  const std::int64_t slots = geometry_.max_slots;
+  const std::int64_t rows = slots * geometry_.num_layers;
+  Carver on_device;
+  on_device.Take<DeviceSlot>(slots);
+  const std::size_t written = on_device.Take<std::int32_t>(rows);
+  const std::size_t marks = on_device.Take<std::uint32_t>(slots);
+  Carver on_host;
+  on_host.Take<DevicePool>(1);
+  const std::size_t fault = on_host.Take<Fault>(1);
+  const std::size_t vacated = on_host.Take<std::uint32_t>(slots);
+  const std::size_t rooms = on_host.Take<std::int32_t>(slots);
+  const std::size_t slot_image = on_host.Take<DeviceSlot>(slots);
+  const std::size_t written_image = on_host.Take<std::int32_t>(rows);
+  KVPAGE_RETURN_IF_ERROR(DeviceMemory::Make(device_->context(), on_device.size(), "for a slot table", &memory_));
+  KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(device_->context(), on_host.size(), "for a slot table", &pinned_));
+  char* const host = pinned_.data();
+  image_ = new (host) DevicePool;
+  fault_ = new (host + fault) Fault;
+  vacated_ = reinterpret_cast<std::uint32_t*>(host + vacated);
+  new_rooms_ = reinterpret_cast<std::int32_t*>(host + rooms);
+  slots_ = reinterpret_cast<DeviceSlot*>(host + slot_image);
+  written_ = reinterpret_cast<std::int32_t*>(host + written_image);
+
+  const SpecInts spec = geometry_.spec();
+  std::copy(spec.begin(), spec.end(), image_->spec);
+  image_->allow_stale = allow_stale ? 1 : 0;
+  image_->view = geometry_.View(base);
+  image_->slots = reinterpret_cast<DeviceSlot*>(memory_.address());
+  image_->written = reinterpret_cast<std::int32_t*>(memory_.address() + written);
+  image_->marks = reinterpret_cast<std::uint32_t*>(memory_.address() + marks);
+  image_->fault = pinned_.OnDevice(fault_);
+  image_->vacated = pinned_.OnDevice(vacated_);
+  return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}});
+}
+
+DeviceMirror::~DeviceMirror() {
+  if (entry_ < 0) return;
+  // Programs that look the pool up from now on do not find it; those that had found it may still read its record.
+  if (device_->RemoveEntry(entry_).ok() && Drain().ok()) return;
+  memory_.Abandon();  // the device cannot be asked who uses it
+  pinned_.Abandon();
+}
+
+Status DeviceMirror::Open(std::int32_t id) {
+  image_->id = id;
+  image_->open = 1;
+  return device_->AddEntry(image_, &entry_);
+}
+
+Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
+  std::vector<Copy> copies;
+  for (const Room& room : rooms) {
+    if (rooms_[room.slot] == room.tokens) continue;
+    new_rooms_[room.slot] = room.tokens;
+    const cu::DevicePtr place = slots_address() + room.slot * sizeof(DeviceSlot) + offsetof(DeviceSlot, room);
+    copies.push_back({Copy::kToDevice, place, &new_rooms_[room.slot], sizeof(std::int32_t)});
+  }
+  if (copies.empty()) return {};
+  if (Status status = device_->Transfer(copies); !status.ok()) {
+    // Some may have arrived: what was said before must hold again, for the memory behind the new room will go.
+    for (const Room& room : rooms) new_rooms_[room.slot] = rooms_[room.slot];
+    static_cast<void>(device_->Transfer(copies));
+    return status;
+  }
+  for (const Room& room : rooms) rooms_[room.slot] = room.tokens;
+  return {};
+}
+
+bool DeviceMirror::Vacated(std::int32_t slot) { return __atomic_load_n(&vacated_[slot], __ATOMIC_ACQUIRE) != 0; }
+
+void DeviceMirror::ClearVacated(std::int32_t slot) { __atomic_store_n(&vacated_[slot], 0u, __ATOMIC_RELEASE); }
+
+Status DeviceMirror::TakeFault() {
+  Fault fault;
+  if (entry_ >= 0 && device_->TakeFault(fault_, entry_, &fault)) {
+    return DescribeFault(fault, image_->id, geometry_.spec());
+  }
+  if (device_->TakeFaultOfNobody(&fault)) return DescribeFault(fault, -1, {});
+  return {};
+}
+
+Status DeviceMirror::Drain() {
+  bool waited = false;
+  Status status = device_->Drain(&waited);
+  if (waited) waits_.fetch_add(1, std::memory_order_relaxed);
+  return status;
+}
+
+Status DeviceMirror::StartLine(std::int32_t line, LineState* state) {
+  image_->line = line;
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::line)}));
+  KVPAGE_RETURN_IF_ERROR(Drain());
+  Copy epoch = FieldCopy(&DevicePool::epoch);
+  epoch.kind = Copy::kToHost;
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer({epoch, SlotsCopy(Copy::kToHost), WrittenCopy(Copy::kToHost)}));
+  state->epoch = image_->epoch;
+  state->slots.resize(geometry_.max_slots);
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    const std::int32_t* written = written_ + slot * geometry_.num_layers;
+    state->slots[slot] = {slots_[slot].length, slots_[slot].since, {written, written + geometry_.num_layers}};
+  }
+  return {};
+}
+
+Status DeviceMirror::SetLine(const LineState& state) {
+  image_->epoch = state.epoch;
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    const SlotState& row = state.slots[slot];
+    slots_[slot] = {rooms_[slot], row.since, row.length, 0};
+    std::copy(row.written.begin(), row.written.end(), written_ + slot * geometry_.num_layers);
+  }
+  return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});
+}
+
+void DeviceMirror::Close() {
+  image_->open = 0;
+  // A device that cannot be told has failed for good: nothing runs on it any more.
+  if (entry_ < 0 || !device_->Transfer({FieldCopy(&DevicePool::open)}).ok()) return;
+  static_cast<void>(Drain());
+}
+
+}  // namespace kvpage

@@ -1,0 +1,79 @@
+// DeviceMirror: the mirror of one pool's table on a CUDA device.
+//
+// What kernels change (slots, tokens written, marks) lies in device memory, what they report (faults, releases) in
+// pinned memory where the host reads it without asking the driver. What the host changes goes the other way by small
+// copies on the device's own stream, which are waited for: programs queued afterwards see them.
+#ifndef KVPAGE_DEVICE_DEVICE_MIRROR_H_
+#define KVPAGE_DEVICE_DEVICE_MIRROR_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "base/device_table.h"
+#include "cache/geometry.h"
+#include "cache/mirror.h"
+#include "device/device_state.h"
+
+namespace kvpage {
+
+class DeviceMirror final : public Mirror {
+ public:
+  // `base`: of the pool's memory, an address on the device.
+  static Status Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
+                     std::unique_ptr<DeviceMirror>* out);
+  // Takes the pool out of the table and waits for programs that may have found it there.
+  ~DeviceMirror() override;
+  DeviceMirror(const DeviceMirror&) = delete;
+  DeviceMirror& operator=(const DeviceMirror&) = delete;
+
+  Status Open(std::int32_t id) override;
+  Status SetRoom(const std::vector<Room>& rooms) override;
+  bool Vacated(std::int32_t slot) override;
+  void ClearVacated(std::int32_t slot) override;
+  Status TakeFault() override;
+  Status StartLine(std::int32_t line, LineState* state) override;
+  Status SetLine(const LineState& state) override;
+  void Close() override;
+  std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
+
+  // Where the table has it; -1 before Open.
+  std::int32_t entry() const { return entry_; }
+
+ private:
+  using Copy = DeviceState::Copy;
+
+  DeviceMirror(std::shared_ptr<DeviceState> device, const Geometry& geometry)
+      : device_(std::move(device)), geometry_(geometry), rooms_(geometry.max_slots, 0) {}
+  Status Allocate(char* base, bool allow_stale);
+  Status Drain();
+  template <class T>
+  Copy FieldCopy(T DevicePool::* field) {
+    return {Copy::kToDevice, device_->Field(entry_, field), &(image_->*field), sizeof(T)};
+  }
+  Copy SlotsCopy(Copy::Kind kind) { return {kind, slots_address(), slots_, geometry_.max_slots * sizeof(DeviceSlot)}; }
+  Copy WrittenCopy(Copy::Kind kind) {
+    return {kind, written_address(), written_, geometry_.max_slots * geometry_.num_layers * sizeof(std::int32_t)};
+  }
+  cu::DevicePtr slots_address() const { return memory_.address(); }
+  cu::DevicePtr written_address() const { return reinterpret_cast<cu::DevicePtr>(image_->written); }
+
+  const std::shared_ptr<DeviceState> device_;
+  const Geometry geometry_;
+  DeviceMemory memory_;
+  PinnedMemory pinned_;  // the members below point into it
+  DevicePool* image_ = nullptr;
+  Fault* fault_ = nullptr;
+  std::uint32_t* vacated_ = nullptr;   // [max_slots]
+  std::int32_t* new_rooms_ = nullptr;  // [max_slots]
+  DeviceSlot* slots_ = nullptr;        // [max_slots]
+  std::int32_t* written_ = nullptr;    // [max_slots, num_layers]
+  std::vector<std::int32_t> rooms_;    // as the device has them
+  std::int32_t entry_ = -1;
+  std::atomic<std::int64_t> waits_{0};
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_DEVICE_DEVICE_MIRROR_H_

@@ -1,0 +1,232 @@
+#include "device/device_state.h"
+
+#include <algorithm>
+#include <atomic>
+#include <iterator>
+
+namespace kvpage {
+namespace {
+
+// More than any machine has.
+constexpr int kMaxDevices = 64;
+
+struct Devices {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<DeviceState>> open;  // [kMaxDevices]
+  std::atomic<DeviceState*> found[kMaxDevices] = {};
+};
+
+Devices& TheDevices() {
+  static Devices* const devices = new Devices;
+  return *devices;
+}
+
+}  // namespace
+
+Status DeviceState::Make(const Driver& driver, int ordinal, std::shared_ptr<DeviceState>* out) {
+  std::shared_ptr<CudaContext> context;
+  KVPAGE_RETURN_IF_ERROR(CudaContext::Make(driver, ordinal, &context));
+  std::shared_ptr<DeviceState> device(new DeviceState(std::move(context)));
+  KVPAGE_RETURN_IF_ERROR(device->Start());
+  *out = std::move(device);
+  return {};
+}
+
+Status DeviceState::Start() {
+  const std::size_t table_bytes = kDeviceTableEntries * sizeof(DevicePool);
+  KVPAGE_RETURN_IF_ERROR(DeviceMemory::Make(context_, table_bytes, "for the table of pools", &table_));
+  KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, 256, "for faults", &shared_));
+  fault_ = reinterpret_cast<Fault*>(shared_.data());
+  zero_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 128);
+  left_ = reinterpret_cast<std::int32_t*>(shared_.data() + 192);
+  *left_ = kLeftEntry;
+  {
+    const ContextScope scope(*context_);
+    KVPAGE_RETURN_IF_ERROR(scope.status());
+    KVPAGE_CU(driver(), StreamCreate, "for the table of pools", &stream_, cu::kStreamNonBlocking);
+  }
+  std::fill(std::begin(ids_), std::end(ids_), kEmptyEntry);
+  PinnedMemory image;
+  KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, table_bytes, "for the table of pools", &image));
+  DevicePool* entries = reinterpret_cast<DevicePool*>(image.data());
+  std::uninitialized_fill_n(entries, kDeviceTableEntries, DevicePool());
+  entries[kMaxDevicePools].fault = shared_.OnDevice(fault_);
+  return Transfer({{Copy::kToDevice, table_.address(), entries, table_bytes}});
+}
+
+DeviceState::~DeviceState() {
+  if (stream_ == nullptr) return;
+  const ContextScope scope(*context_);
+  if (scope.status().ok()) static_cast<void>(driver().StreamDestroy(stream_));
+}
+
+DeviceState::Queueing::Queueing(DeviceState* device, cu::Stream stream)
+    : lock_(device->queue_mutex_), scope_(*device->context_) {
+  if (!scope_.status().ok()) return;
+  auto capturing = cu::CaptureStatus::kNone;
+  // A captured call runs when its graph is launched, on a stream that no handler sees.
+  if (device->driver().StreamIsCapturing(stream, &capturing) != cu::Result::kSuccess ||
+      capturing != cu::CaptureStatus::kNone) {
+    device->captured_ = true;
+    return;
+  }
+  std::vector<cu::Stream>& streams = device->streams_;
+  if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+}
+
+Status DeviceState::Staging::Reserve(std::size_t bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(device_->staging_mutex_);
+    if (!device_->staging_.empty()) {
+      memory_ = std::move(device_->staging_.back());
+      device_->staging_.pop_back();
+    }
+  }
+  if (memory_.size() >= bytes) return {};
+  std::size_t size = 4096;
+  while (size < bytes) size *= 2;
+  return PinnedMemory::Make(device_->context_, size, "for map_slots", &memory_);
+}
+
+DeviceState::Staging::~Staging() {
+  if (memory_.data() == nullptr) return;
+  const std::lock_guard<std::mutex> lock(device_->staging_mutex_);
+  device_->staging_.push_back(std::move(memory_));
+}
+
+Status DeviceState::Transfer(const std::vector<Copy>& copies) {
+  const std::lock_guard<std::mutex> lock(stream_mutex_);
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  const auto queue = [&]() -> Status {
+    for (const Copy& copy : copies) {
+      const std::string what = std::to_string(copy.bytes) + " bytes of the table of pools";
+      switch (copy.kind) {
+        case Copy::kToDevice:
+          KVPAGE_CU(driver(), MemcpyHtoDAsync, what, copy.device, copy.host, copy.bytes, stream_);
+          break;
+        case Copy::kToHost:
+          KVPAGE_CU(driver(), MemcpyDtoHAsync, what, copy.host, copy.device, copy.bytes, stream_);
+          break;
+        case Copy::kZero:
+          KVPAGE_CU(driver(), MemsetD8Async, what, copy.device, 0, copy.bytes, stream_);
+          break;
+      }
+    }
+    return {};
+  };
+  Status status = queue();
+  // Also when one could not be queued: those before it may still be reading their source.
+  const cu::Result done = driver().StreamSynchronize(stream_);
+  if (!status.ok() || done == cu::Result::kSuccess) return status;
+  return driver().Explain(done, cu::Call::kStreamSynchronize, "for the table of pools");
+}
+
+Status DeviceState::RecordEvents(std::vector<cu::Event>* events, bool* everything) {
+  // No handler is between its check and its other launches while this is held.
+  const std::lock_guard<std::mutex> lock(queue_mutex_);
+  *everything = captured_;
+  if (captured_) return {};
+  for (cu::Stream stream : streams_) {
+    cu::Event event = nullptr;
+    KVPAGE_CU(driver(), EventCreate, "for a stream of XLA's", &event, cu::kEventDisableTiming);
+    events->push_back(event);
+    KVPAGE_CU(driver(), EventRecord, "on a stream of XLA's", event, stream);
+  }
+  return {};
+}
+
+Status DeviceState::Drain(bool* waited) {
+  *waited = false;
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  std::vector<cu::Event> events;
+  bool everything = false;
+  Status status = RecordEvents(&events, &everything);
+  for (cu::Event event : events) {
+    if (status.ok() && driver().EventQuery(event) != cu::Result::kSuccess) {
+      *waited = true;
+      if (const cu::Result result = driver().EventSynchronize(event); result != cu::Result::kSuccess) {
+        status = driver().Explain(result, cu::Call::kEventSynchronize, "for a stream of XLA's");
+      }
+    }
+    static_cast<void>(driver().EventDestroy(event));
+  }
+  if (status.ok() && everything) {
+    *waited = true;
+    KVPAGE_CU(driver(), CtxSynchronize, "for programs in CUDA graphs");
+  }
+  return status;
+}
+
+Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
+  std::int32_t place = -1;
+  {
+    const std::lock_guard<std::mutex> lock(table_mutex_);
+    for (std::int32_t i = 0; i < kMaxDevicePools && place < 0; ++i) {
+      const std::int32_t candidate = (image->id + i) % kMaxDevicePools;
+      if (ids_[candidate] < 0) place = candidate;
+    }
+    if (place < 0) {
+      return ResourceExhausted("KVPool: CUDA device " + std::to_string(context_->ordinal()) + " has " +
+                               std::to_string(kMaxDevicePools) +
+                               " pools of this process already, as many as it can: close one");
+    }
+    ids_[place] = image->id;
+  }
+  Status status =
+      Transfer({{Copy::kToDevice, table_.address() + place * sizeof(DevicePool), image, sizeof(DevicePool)}});
+  if (!status.ok()) {
+    static_cast<void>(RemoveEntry(place));
+    return status;
+  }
+  *entry = place;
+  return {};
+}
+
+Status DeviceState::RemoveEntry(std::int32_t entry) {
+  KVPAGE_RETURN_IF_ERROR(Transfer({{Copy::kToDevice, Field(entry, &DevicePool::id), left_, sizeof(*left_)}}));
+  const std::lock_guard<std::mutex> lock(table_mutex_);
+  ids_[entry] = kLeftEntry;
+  return {};
+}
+
+bool DeviceState::TakeFault(Fault* record, std::int32_t entry, Fault* out) {
+  if (__atomic_load_n(&record->set, __ATOMIC_ACQUIRE) == 0) return false;
+  {
+    const std::lock_guard<std::mutex> lock(table_mutex_);
+    if (__atomic_load_n(&record->set, __ATOMIC_ACQUIRE) == 0) return false;  // another call has taken it
+    *out = *record;
+    __atomic_store_n(&record->set, 0u, __ATOMIC_RELEASE);
+  }
+  // Until this is done the device records no other fault: when it cannot be done the next call finds this one again.
+  if (!Transfer({{Copy::kToDevice, Field(entry, &DevicePool::faulted), zero_, sizeof(*zero_)}}).ok()) {
+    __atomic_store_n(&record->set, 1u, __ATOMIC_RELEASE);
+  }
+  return true;
+}
+
+Status OpenDevice(int ordinal, std::shared_ptr<DeviceState>* out) {
+  const Driver* driver = nullptr;
+  KVPAGE_RETURN_IF_ERROR(Driver::Open(&driver));
+  if (ordinal < 0 || ordinal >= kMaxDevices) {
+    return InvalidArgument("CUDA device " + std::to_string(ordinal) + " does not exist");
+  }
+  Devices& devices = TheDevices();
+  const std::lock_guard<std::mutex> lock(devices.mutex);
+  devices.open.resize(kMaxDevices);
+  std::shared_ptr<DeviceState>& device = devices.open[ordinal];
+  if (device == nullptr) {
+    KVPAGE_RETURN_IF_ERROR(DeviceState::Make(*driver, ordinal, &device));
+    devices.found[ordinal].store(device.get(), std::memory_order_release);
+  }
+  *out = device;
+  return {};
+}
+
+DeviceState* FindDevice(int ordinal) {
+  if (ordinal < 0 || ordinal >= kMaxDevices) return nullptr;
+  return TheDevices().found[ordinal].load(std::memory_order_acquire);
+}
+
+}  // namespace kvpage

@@ -1,0 +1,125 @@
+// DeviceState: what all pools of one CUDA device share, for as long as the process lives.
+//
+// The table of pools that kernels look ids up in (base/device_table.h), the record for faults of unknown pools, a
+// stream of our own for small copies, and the knowledge of which streams XLA runs our handlers on.
+//
+// Locks: queue_mutex_ (handlers queueing), stream_mutex_ (our stream), table_mutex_ (entries). None is taken while
+// another is held, and none is held while waiting for work that handlers queued.
+#ifndef KVPAGE_DEVICE_DEVICE_STATE_H_
+#define KVPAGE_DEVICE_DEVICE_STATE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/device_table.h"
+#include "base/status.h"
+#include "device/memory.h"
+#include "vmm/cuda_context.h"
+
+namespace kvpage {
+
+class DeviceState {
+ public:
+  static Status Make(const Driver& driver, int ordinal, std::shared_ptr<DeviceState>* out);
+  ~DeviceState();
+  DeviceState(const DeviceState&) = delete;
+  DeviceState& operator=(const DeviceState&) = delete;
+
+  const Driver& driver() const { return context_->driver(); }
+  const std::shared_ptr<CudaContext>& context() const { return context_; }
+  // The table: an address on the device.
+  DevicePool* table() const { return reinterpret_cast<DevicePool*>(table_.address()); }
+
+  // ---- handlers ----
+  // While it lives a handler queues its launches: whoever drains the device sees all of them or none. Makes the
+  // device's context current.
+  class Queueing {
+   public:
+    Queueing(DeviceState* device, cu::Stream stream);
+    const Status& status() const { return scope_.status(); }
+
+   private:
+    const std::lock_guard<std::mutex> lock_;
+    const ContextScope scope_;
+  };
+
+  // Memory that a handler reads the device's answers in; kept for the next one.
+  class Staging {
+   public:
+    explicit Staging(DeviceState* device) : device_(device) {}
+    ~Staging();
+    Staging(const Staging&) = delete;
+    Staging& operator=(const Staging&) = delete;
+    Status Reserve(std::size_t bytes);
+    char* data() const { return memory_.data(); }
+
+   private:
+    DeviceState* const device_;
+    PinnedMemory memory_;
+  };
+
+  // ---- mirrors ----
+  // One small copy between pinned memory and the device.
+  struct Copy {
+    enum Kind { kToDevice, kToHost, kZero } kind;
+    cu::DevicePtr device;
+    void* host;  // pinned; null for kZero
+    std::size_t bytes;
+  };
+  // Makes the copies on our own stream, in order, and waits for that stream only.
+  Status Transfer(const std::vector<Copy>& copies);
+
+  // Waits until everything is done that handlers have queued before. `waited`: whether anything was still running.
+  Status Drain(bool* waited);
+
+  // Puts a pool into the table; `image` is pinned, its id set. `entry` is where.
+  Status AddEntry(DevicePool* image, std::int32_t* entry);
+  Status RemoveEntry(std::int32_t entry);
+  // Where a field of an entry lies on the device: Field(entry, &DevicePool::line).
+  template <class T>
+  cu::DevicePtr Field(std::int32_t entry, T DevicePool::* field) const {
+    static const DevicePool pool;
+    const auto offset = reinterpret_cast<const char*>(&(pool.*field)) - reinterpret_cast<const char*>(&pool);
+    return table_.address() + static_cast<cu::DevicePtr>(entry) * sizeof(DevicePool) +
+           static_cast<cu::DevicePtr>(offset);
+  }
+  // If `record` holds a fault: takes it and lets entry `entry` record the next one.
+  bool TakeFault(Fault* record, std::int32_t entry, Fault* out);
+  // The same for programs whose pool is not in the table.
+  bool TakeFaultOfNobody(Fault* out) { return TakeFault(fault_, kMaxDevicePools, out); }
+
+ private:
+  explicit DeviceState(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {}
+  Status Start();
+  Status RecordEvents(std::vector<cu::Event>* events, bool* everything);
+
+  const std::shared_ptr<CudaContext> context_;
+  DeviceMemory table_;
+  PinnedMemory shared_;            // the members below point into it
+  Fault* fault_ = nullptr;         // of programs whose pool is not in the table
+  std::uint32_t* zero_ = nullptr;  // stays 0: what `faulted` is cleared with
+  std::int32_t* left_ = nullptr;   // stays kLeftEntry
+  cu::Stream stream_ = nullptr;
+
+  std::mutex queue_mutex_;
+  std::vector<cu::Stream> streams_;  // that handlers were called with
+  bool captured_ = false;            // some handler was captured into a graph, which may run on any stream
+  std::mutex stream_mutex_;
+  std::mutex table_mutex_;
+  std::int32_t ids_[kMaxDevicePools];
+  std::mutex staging_mutex_;
+  std::vector<PinnedMemory> staging_;
+};
+
+// The devices of this process, through the machine's driver. A device is opened by its first pool and never closed.
+Status OpenDevice(int ordinal, std::shared_ptr<DeviceState>* out);
+// Null where no pool was made.
+DeviceState* FindDevice(int ordinal);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_DEVICE_DEVICE_STATE_H_

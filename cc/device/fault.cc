@@ -1,0 +1,87 @@
+#include "device/fault.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cache/messages.h"
+#include "cache/registry.h"
+
+namespace kvpage {
+
+const char* OpName(DeviceOp op) {
+  switch (op) {
+    case DeviceOp::kMapSlots:
+      return "map_slots";
+    case DeviceOp::kAppendKV:
+      return "append_kv";
+    case DeviceOp::kPagedAttention:
+      return "paged_attention";
+    case DeviceOp::kUpdateAndAttend:
+      return "update_and_attend";
+    case DeviceOp::kGatherContext:
+      return "paged_attention (xla)";
+    case DeviceOp::kAdvance:
+      return "advance";
+    case DeviceOp::kSetLengths:
+      return "set_lengths";
+    case DeviceOp::kAcquire:
+      return "acquire";
+    case DeviceOp::kRelease:
+      return "release";
+  }
+  return "an op";
+}
+
+Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) {
+  const std::string op = OpName(static_cast<DeviceOp>(fault.op));
+  const auto number = [](std::int64_t value) { return static_cast<std::int32_t>(value); };
+  switch (static_cast<FaultKind>(fault.kind)) {
+    case FaultKind::kNone:
+      break;
+    case FaultKind::kNoPool:
+      return NotHere(op, number(fault.have));
+    case FaultKind::kClosed:
+      return messages::Closed(op, id);
+    case FaultKind::kSpec: {
+      SpecInts program = spec;
+      program[std::clamp(fault.index, 0, static_cast<std::int32_t>(program.size()) - 1)] = fault.wanted;
+      return messages::OtherSpec(op, id, program, spec);
+    }
+    case FaultKind::kLine:
+      return messages::OtherLine(op, id, fault.wanted, fault.have);
+    case FaultKind::kEpoch:
+      return messages::StaleEpoch(op, id, fault.wanted, fault.have);
+    case FaultKind::kSlotEpoch:
+      return messages::StaleSlot(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kSlotRange:
+      return messages::SlotRange(op, fault.slot, spec[3]);
+    case FaultKind::kSlotTwice:
+      return messages::SlotTwice(op, fault.slot);
+    case FaultKind::kSlotFree:
+      return messages::SlotFree(op, fault.slot);
+    case FaultKind::kSlotTaken:
+      return messages::SlotTaken(op, fault.slot, "already occupied in this cache");
+    case FaultKind::kOffsetsStart:
+      return messages::OffsetsStart(op, fault.have);
+    case FaultKind::kOffsetsOrder:
+      return messages::OffsetsOrder(op, fault.index, fault.wanted, fault.have);
+    case FaultKind::kOffsetsEnd:
+      return messages::OffsetsEnd(op, fault.wanted, fault.have);
+    case FaultKind::kLayer:
+      return messages::LayerRange(op, fault.wanted, spec[0]);
+    case FaultKind::kMaxSeqLen:
+      return messages::MaxSeqLen(op, fault.slot, fault.wanted, spec[4]);
+    case FaultKind::kUnmapped:
+      return messages::Unmapped(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kUnwritten:
+      return fault.layer < 0 ? messages::UnwrittenSomewhere(op, fault.slot, fault.wanted, fault.have)
+                             : messages::Unwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
+    case FaultKind::kRaise:
+      return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kForeignCache:
+      return messages::ForeignCache(op, number(fault.wanted), number(fault.have));
+  }
+  return Internal(op + ": the device recorded a fault of unknown kind " + std::to_string(fault.kind));
+}
+
+}  // namespace kvpage

@@ -1,0 +1,251 @@
+// What the tests of pools on a device share: the fake driver, pools with a mirror on it, and programs that run on its
+// streams and go by the table in its memory, as kernels do.
+#ifndef KVPAGE_TESTS_DEVICE_UTIL_H_
+#define KVPAGE_TESTS_DEVICE_UTIL_H_
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cache/pool.h"
+#include "cache/registry.h"
+#include "device/device_mirror.h"
+#include "device/device_state.h"
+#include "tests/check.h"
+#include "vmm/cuda_vmm.h"
+#include "vmm/fake_driver.h"
+
+namespace kvpage::testing {
+
+constexpr int kSlots = 4;
+constexpr int kLayers = 2;
+
+// Blocks of one page and 16 tokens.
+inline Geometry DeviceGeometry() {
+  Geometry geometry;
+  if (!Geometry::Make({kLayers, 1, 16, kSlots, 128, 0, 0, 16}, 4096, &geometry).ok()) std::abort();
+  return geometry;
+}
+
+inline bool Mentions(const Status& status, const std::string& text) {
+  return status.message().find(text) != std::string::npos;
+}
+
+// A machine with fake devices. When it ends nothing may be left in the driver and no rule may have been broken.
+class Machine {
+ public:
+  explicit Machine(int num_devices = 1) {
+    FakeDriver::Options options;
+    options.devices = num_devices;
+    options.granularity = 4096;
+    if (!FakeDriver::Make(options, &fake_).ok()) std::abort();
+    for (int i = 0; i < num_devices; ++i) {
+      std::shared_ptr<DeviceState> device;
+      CHECK_OK(DeviceState::Make(fake_->driver(), i, &device));
+      devices_.push_back(std::move(device));
+      streams_.push_back(NewStream(i));
+    }
+  }
+  ~Machine() {
+    for (std::size_t i = 0; i < devices_.size(); ++i) {
+      const ContextScope scope(*devices_[i]->context());
+      for (cu::Stream stream : owned_) static_cast<void>(fake_->driver().StreamDestroy(stream));
+      owned_.clear();
+    }
+    devices_.clear();
+    const FakeDriver::State left = fake_->Report();
+    CHECK(left.empty()) << left.ToString();
+  }
+
+  FakeDriver& fake() { return *fake_; }
+  const std::shared_ptr<DeviceState>& device(int i = 0) { return devices_[i]; }
+  // The stream that XLA runs programs on.
+  cu::Stream stream(int i = 0) { return streams_[i]; }
+  cu::Stream NewStream(int i = 0) {
+    const ContextScope scope(*devices_[i]->context());
+    cu::Stream stream = nullptr;
+    if (fake_->driver().StreamCreate(&stream, cu::kStreamNonBlocking) != cu::Result::kSuccess) std::abort();
+    owned_.push_back(stream);
+    return stream;
+  }
+
+  // As PoolHandle::Open does it, `id` apart. Null and a status when something fails.
+  Status Open(std::int32_t id, std::int64_t blocks, std::shared_ptr<Pool>* out, int device = 0,
+              PoolOptions options = {}) {
+    const Geometry geometry = DeviceGeometry();
+    std::unique_ptr<CudaVmm> vmm;
+    KVPAGE_RETURN_IF_ERROR(
+        CudaVmm::Make(devices_[device]->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));
+    std::unique_ptr<DeviceMirror> mirror;
+    KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(devices_[device], geometry, vmm->base(), options.allow_stale, &mirror));
+    std::shared_ptr<Pool> pool;
+    KVPAGE_RETURN_IF_ERROR(
+        Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), 0, &pool, std::move(mirror)));
+    pool->set_id(id);
+    KVPAGE_RETURN_IF_ERROR(pool->OpenMirror());
+    *out = std::move(pool);
+    return {};
+  }
+  std::shared_ptr<Pool> MakePool(std::int32_t id, std::int64_t blocks, int device = 0, PoolOptions options = {}) {
+    std::shared_ptr<Pool> pool;
+    CHECK_OK(Open(id, blocks, &pool, device, options));
+    return pool;
+  }
+
+  // The table's entry for a pool as kernels find it; null when it is not there.
+  DevicePool* Find(std::int32_t id, int device = 0) { return Find(devices_[device]->table(), id); }
+  static DevicePool* Find(DevicePool* table, std::int32_t id) {
+    for (std::int32_t i = 0; i < kMaxDevicePools; ++i) {
+      DevicePool& entry = table[(id + i) % kMaxDevicePools];
+      if (entry.id == id) return &entry;
+      if (entry.id == kEmptyEntry) return nullptr;
+    }
+    return nullptr;
+  }
+
+ private:
+  std::unique_ptr<FakeDriver> fake_;
+  std::vector<std::shared_ptr<DeviceState>> devices_;
+  std::vector<cu::Stream> streams_;
+  std::vector<cu::Stream> owned_;
+};
+
+// Programs on one stream with one cache value; what a launch does is a function that runs in the stream's order.
+class DeviceProgram {
+ public:
+  DeviceProgram(Machine* machine, std::int32_t id, int device = 0)
+      : machine_(machine), device_(device), stream_(machine->stream(device)), state_(std::make_shared<State>()) {
+    state_->table = machine->device(device)->table();
+    state_->id = id;
+  }
+
+  void Restart(Pool* pool) {
+    Pool::Line line;
+    CHECK_OK(pool->NewLine(&line));
+    Use(line);
+  }
+  void Use(const Pool::Line& line) {
+    state_->line = line.line;
+    state_->epoch = line.epoch;
+    state_->lengths = line.lengths;
+  }
+  void set_stream(cu::Stream stream) { stream_ = stream; }
+  std::int32_t length(std::int32_t slot) const { return state_->lengths[slot]; }
+  std::uint32_t epoch() const { return state_->epoch; }
+  // Launches that wrote something.
+  int launches() const { return state_->launches; }
+
+  void Acquire(std::int32_t slot) {
+    Launch(DeviceOp::kAcquire, slot, [slot](State* state, DevicePool* pool) {
+      Empty(pool, slot);
+      state->lengths[slot] = 0;
+    });
+  }
+  void Release(std::int32_t slot) {
+    Launch(DeviceOp::kRelease, slot, [slot](State* state, DevicePool* pool) {
+      Empty(pool, slot);
+      state->lengths[slot] = -1;
+      __atomic_store_n(const_cast<std::uint32_t*>(&pool->vacated[slot]), 1u, __ATOMIC_RELEASE);
+    });
+  }
+  // Appends in every layer and advances.
+  void Write(std::int32_t slot, std::int32_t count, bool advance = true) {
+    Launch(
+        DeviceOp::kAppendKV, slot,
+        [slot, count, advance](State* state, DevicePool* pool) {
+          const std::int32_t end = state->lengths[slot] + count;
+          for (int layer = 0; layer < kLayers; ++layer) {
+            for (std::int32_t token = state->lengths[slot]; token < end; ++token) {
+              *reinterpret_cast<float*>(pool->view.At(slot, token, layer, 0, 0)) = static_cast<float>(token);
+            }
+            pool->written[slot * kLayers + layer] = end;
+          }
+          if (advance) state->lengths[slot] = pool->slots[slot].length = end;
+        },
+        count);
+  }
+
+ private:
+  struct State {
+    DevicePool* table = nullptr;
+    std::int32_t id = 0, line = 0;
+    std::uint32_t epoch = 0;
+    std::vector<std::int32_t> lengths;
+    int launches = 0;
+  };
+  using Body = std::function<void(State*, DevicePool*)>;
+
+  static void Empty(DevicePool* pool, std::int32_t slot) {
+    pool->slots[slot].since = pool->epoch;
+    pool->slots[slot].length = 0;
+    for (int layer = 0; layer < kLayers; ++layer) pool->written[slot * kLayers + layer] = 0;
+  }
+  static void Record(DevicePool* entry, const Fault& fault) {
+    if (__atomic_exchange_n(&entry->faulted, 1u, __ATOMIC_ACQ_REL) != 0) return;
+    *entry->fault = fault;
+    __atomic_store_n(&entry->fault->set, 1u, __ATOMIC_RELEASE);
+  }
+  static void Run(State* state, DeviceOp op, std::int32_t slot, const Body& body, std::int32_t tokens) {
+    Fault fault;
+    fault.op = static_cast<std::int32_t>(op);
+    fault.slot = slot;
+    const auto fail = [&](DevicePool* entry, FaultKind kind, std::int64_t wanted, std::int64_t have) {
+      fault.kind = static_cast<std::int32_t>(kind);
+      fault.wanted = wanted;
+      fault.have = have;
+      Record(entry, fault);
+    };
+    DevicePool* pool = Machine::Find(state->table, state->id);
+    if (pool == nullptr) return fail(&state->table[kMaxDevicePools], FaultKind::kNoPool, 0, state->id);
+    if (pool->open == 0) return fail(pool, FaultKind::kClosed, 0, 0);
+    if (pool->line != state->line) return fail(pool, FaultKind::kLine, state->line, pool->line);
+    if (pool->epoch != state->epoch) return fail(pool, FaultKind::kEpoch, state->epoch, pool->epoch);
+    if (op == DeviceOp::kAcquire ? state->lengths[slot] >= 0 : state->lengths[slot] < 0) {
+      return fail(pool, op == DeviceOp::kAcquire ? FaultKind::kSlotTaken : FaultKind::kSlotFree, 0, 0);
+    }
+    const std::int64_t end = state->lengths[slot] + tokens;
+    if (tokens > 0 && end > pool->slots[slot].room) {
+      return fail(pool, FaultKind::kUnmapped, end, pool->slots[slot].room);
+    }
+    state->epoch = ++pool->epoch;
+    ++state->launches;
+    body(state, pool);
+  }
+  void Launch(DeviceOp op, std::int32_t slot, Body body, std::int32_t tokens = 0) {
+    const DeviceState::Queueing queueing(machine_->device(device_).get(), stream_);
+    CHECK_OK(queueing.status());
+    machine_->fake().Enqueue(stream_, [state = state_, op, slot, body = std::move(body), tokens] {
+      Run(state.get(), op, slot, body, tokens);
+    });
+  }
+
+  Machine* const machine_;
+  const int device_;
+  cu::Stream stream_;
+  const std::shared_ptr<State> state_;
+};
+
+// Host and device side of an acquire and a release.
+inline std::int32_t Acquire(Pool* pool, DeviceProgram* program, std::int64_t tokens) {
+  const Claim claim = pool->Acquire({tokens});
+  CHECK_OK(claim.status);
+  if (!claim.status.ok()) return -1;
+  program->Acquire(claim.slots[0]);
+  return claim.slots[0];
+}
+inline void Release(Pool* pool, DeviceProgram* program, std::int32_t slot) {
+  CHECK_OK(pool->StartRelease({slot}));
+  program->Release(slot);
+}
+
+inline void Pause() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_DEVICE_UTIL_H_
