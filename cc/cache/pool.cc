@@ -156,7 +156,16 @@ Status Pool::Supply(const Want& want, const std::vector<Want>& wants, std::vecto
     missing -= take;
     if (missing > free) donors->pop_back();
   }
-  return arena_->Grow(want.slot, want.blocks);
+  Status status = arena_->Grow(want.slot, want.blocks);
+  if (status.code() != Code::kResourceExhausted) return status;
+  // The system has less than the capacity promises (on a GPU, JAX may hold the rest): what is mapped elsewhere and not
+  // needed there is memory that it has.
+  const std::int64_t had = arena_->blocks(want.slot);
+  for (const std::int32_t donor : Donors()) {
+    const std::int64_t spare = arena_->blocks(donor) - Floor(donor, wants);
+    KVPAGE_RETURN_IF_ERROR(arena_->Move(donor, want.slot, std::min(want.blocks - arena_->blocks(want.slot), spare)));
+  }
+  return arena_->blocks(want.slot) > had ? arena_->Grow(want.slot, want.blocks) : status;
 }
 
 Status Pool::Blank(std::int64_t slot, std::int64_t begin, std::int64_t end) {

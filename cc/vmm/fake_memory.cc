@@ -145,7 +145,7 @@ Result MemCreate(MemHandle* handle, std::size_t bytes, const AllocationProp* pro
   }
   if (!entry->Take(prop->location.id, bytes)) return Result::kOutOfMemory;
   const std::int64_t offset = entry->file_bytes;
-  const std::string fresh(std::size_t{64} << 10, static_cast<char>(kNewByte));
+  static const std::string fresh(std::size_t{64} << 10, static_cast<char>(kNewByte));
   bool written = ftruncate(entry->fd, offset + static_cast<off_t>(bytes)) == 0;
   for (std::size_t done = 0; written && done < bytes;) {
     const std::size_t piece = std::min(fresh.size(), bytes - done);

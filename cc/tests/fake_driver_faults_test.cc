@@ -1,0 +1,204 @@
+// The whole pool over the fake driver, with a fault at every driver call in turn: what requests own stays as it was,
+// their tokens too, the accounts add up, and the same call succeeds afterwards. Built with KVPAGE_TEST_FAKE_DRIVER.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+#include "tests/pool_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+using cu::Result;
+
+constexpr std::int64_t kBlocks = 64;
+
+// Two requests with tokens in them and a parked slot, in a pool of four ranges per slot that fills new memory. `blocks`
+// is what the pool has: 64 leave room, 32 do not.
+struct World {
+  explicit World(std::int64_t blocks = kBlocks)
+      : pool(MakePool(SmallGeometry(Layout::kPerLayer), blocks, {false, /*poison=*/true})), program(pool.get()) {
+    first = program.Acquire(20);
+    second = program.Acquire(35);
+    const std::int32_t third = program.Acquire(40);
+    for (const std::int32_t slot : {first, second}) {
+      CHECK_OK(program.Write(slot, 18));
+      for (int token = 0; token < 18; ++token) {
+        std::memset(pool->View().At(slot, token, 1, token % 2, 0), 10 * slot + token, 64 * sizeof(float));
+      }
+    }
+    program.Release(third);
+  }
+
+  // What requests can see, and what must add up.
+  std::vector<std::int64_t> State() {
+    const PoolNumbers n = pool->Numbers();
+    std::vector<std::int64_t> state = {n.blocks_total,   n.blocks_mapped,   n.blocks_parked + n.blocks_free,
+                                       n.slots_occupied, n.blocks_draining, n.slots_draining};
+    CHECK_EQ(n.blocks_mapped + n.blocks_parked + n.blocks_free + n.blocks_draining, n.blocks_total);
+    for (const SlotRow& row : pool->Rows()) {
+      state.insert(state.end(), {row.slot, static_cast<std::int64_t>(row.state), row.blocks, row.reserved,
+                                 row.committed, row.length});
+      std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>> map;
+      CHECK_OK(pool->BlockMap(row.slot, &map));
+      for (const auto& range : map) {
+        for (const auto& [block, references] : range) state.insert(state.end(), {block, references});
+      }
+      for (int token = 0; token < std::min<std::int64_t>(row.length, 18); ++token) {
+        state.push_back(*pool->View().At(row.slot, token, 1, token % 2, 3));
+      }
+    }
+    return state;
+  }
+
+  std::shared_ptr<Pool> pool;
+  Program program;
+  std::int32_t first = -1, second = -1;
+};
+
+// Every slot can be written to its end, and given back: no mapping is missing that the pool believes in.
+void UseItAll(World* world, std::int32_t slot) {
+  const std::int64_t room = world->pool->Numbers().blocks_free + world->pool->Numbers().blocks_parked;
+  const Claim claim = world->pool->Extend({slot}, {128});
+  CHECK(claim.status.ok() || room < 32) << claim.status.message();
+  for (const SlotRow& row : world->pool->Rows()) {
+    for (std::int64_t token = row.length; token < row.blocks / 4 * 16; ++token) {
+      for (int layer = 0; layer < 2; ++layer) {
+        for (int kv = 0; kv < 2; ++kv) {
+          std::memset(world->pool->View().At(row.slot, token, layer, kv, 0), 1, 64 * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+void AtEveryCall(std::int64_t blocks, const std::function<Status(World*)>& operation) {
+  for (const Result code : {Result::kOutOfMemory, Result::kUnknown}) {
+    for (std::int64_t n = 1;; ++n) {
+      World world(blocks);
+      const std::vector<std::int64_t> before = world.State();
+      const std::int64_t faults = Fake().faults();
+      Fake().FailAtAny(n, code);
+      const Status status = operation(&world);
+      Fake().ClearFaults();
+      if (Fake().faults() == faults) {
+        CHECK_OK(status);
+        CHECK(n > 4) << "the operation made" << n - 1 << "calls";
+        break;
+      }
+      if (!status.ok()) {
+        CHECK(world.State() == before) << "call" << n << status.message();
+        CHECK_OK(operation(&world)) << "after call" << n;
+      }
+      UseItAll(&world, world.first);
+    }
+  }
+}
+
+TEST(Acquire) {
+  AtEveryCall(kBlocks, [](World* world) { return world->pool->Acquire({60, 16}).status; });
+}
+
+TEST(AcquireUnderPressure) {
+  // 8 + 12 blocks are taken, 12 parked; 24 are wanted of 44.
+  AtEveryCall(44, [](World* world) { return world->pool->Acquire({16, 80}).status; });
+}
+
+TEST(Extend) {
+  AtEveryCall(kBlocks,
+              [](World* world) { return world->pool->Extend({world->first, world->second}, {64, 50}).status; });
+}
+
+TEST(ExtendTakesParkedBlocks) {
+  AtEveryCall(32, [](World* world) { return world->pool->Extend({world->second}, {90}).status; });
+}
+
+TEST(Trim) {
+  AtEveryCall(kBlocks, [](World* world) {
+    std::int64_t freed = 0;
+    return world->pool->Trim(&freed);
+  });
+}
+
+TEST(ResizeDown) {
+  AtEveryCall(kBlocks, [](World* world) {
+    const Claim claim = world->pool->Resize(24 * 4096);
+    // Half-way memory may have gone, but never what anybody owns; the capacity changes last.
+    return claim.status;
+  });
+}
+
+TEST(MapSlots) {
+  for (const Result code : {Result::kOutOfMemory, Result::kUnknown}) {
+    for (std::int64_t n = 1;; ++n) {
+      World world;
+      const std::vector<std::int64_t> before = world.State();
+      const std::int64_t faults = Fake().faults();
+      Fake().FailAtAny(n, code);
+      bool ok = true;
+      const Status status = world.program.Map(world.first, 70, &ok);
+      Fake().ClearFaults();
+      if (Fake().faults() == faults) {
+        CHECK(status.ok() && ok && n > 4);
+        break;
+      }
+      // Out of memory is an answer, anything else an error of the program, whose pool goes on.
+      CHECK(status.ok() == (code == Result::kOutOfMemory)) << n << status.message();
+      // Parked memory may have served where new memory could not be had.
+      CHECK((status.ok() && ok) || world.State() == before) << "call" << n;
+      if (!status.ok()) world.program.Restart();
+      CHECK_OK(world.program.Map(world.first, 70, &ok));
+      CHECK(ok);
+      UseItAll(&world, world.second);
+    }
+  }
+}
+
+TEST(ParkedMemoryServesWhereTheDeviceHasNoMore) {
+  World world;
+  Fake().FailAt(cu::Call::kMemCreate, 1, Result::kOutOfMemory, 1000000);
+  bool ok = false;
+  CHECK_OK(world.program.Map(world.first, 48, &ok));
+  CHECK(ok) << "a block of each range is parked";
+  const std::vector<std::int64_t> before = world.State();
+  CHECK_OK(world.program.Map(world.first, 128, &ok));
+  CHECK(!ok);
+  CHECK(world.State() == before);
+  CHECK_OK(world.program.Write(world.second, 10));
+  world.program.Release(world.second);
+  CHECK_OK(world.program.Map(world.first, 96, &ok));
+  CHECK(ok) << "what the other one had is parked now";
+  Fake().ClearFaults();
+  CHECK_OK(world.program.Map(world.first, 128, &ok));
+  CHECK(ok);
+}
+
+TEST(NothingIsLeftBehindWhateverFails) {
+  // Making a pool and giving everything back, with a fault anywhere in between.
+  for (std::int64_t n = 1;; ++n) {
+    const std::int64_t faults = Fake().faults();
+    Fake().FailAtAny(n, Result::kUnknown);
+    std::shared_ptr<CudaContext> context;
+    if (CudaContext::Make(Fake().driver(), 0, &context).ok()) {
+      const Geometry geometry = SmallGeometry();
+      std::unique_ptr<CudaVmm> vmm;
+      std::shared_ptr<Pool> pool;
+      if (CudaVmm::Make(context, geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok() &&
+          Pool::Make(geometry, 8 * geometry.block_bytes, {}, std::move(vmm), 0, &pool).ok()) {
+        static_cast<void>(pool->Acquire({33}));
+        static_cast<void>(pool->Acquire({33}));
+      }
+      Fake().ClearFaults();  // what fails on the way out cannot be made up for
+    }
+    Fake().ClearFaults();
+    context.reset();
+    FakeDriver::State left = Fake().Report();
+    CHECK(left.empty()) << "call" << n << left.ToString();
+    if (Fake().faults() == faults) break;
+  }
+}
+
+}  // namespace
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }
