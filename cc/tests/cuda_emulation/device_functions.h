@@ -261,7 +261,10 @@ inline float __fadd_rn(float x, float y) {
   return sum;
 }
 inline float __fsub_rn(float x, float y) { return __fadd_rn(x, -y); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float2int_rn(float x) {
+  if (!(x >= -0x1p31f)) return x < 0 ? INT32_MIN : 0;  // NaN is 0
+  return x < 0x1p31f ? static_cast<int>(std::nearbyint(x)) : INT32_MAX;
+}
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -1,0 +1,169 @@
+// Append: new keys and values into the cache, converted to what it stores. One block for each token.
+#include <type_traits>
+
+#include "kernels/cuda/check.cuh"
+#include "kernels/cuda/elements.cuh"
+
+namespace kvpage::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr unsigned kMagnitude = 0x7fffffffu;  // of a float's bits
+
+struct AppendArgs {
+  const CheckedBatch* checked;
+  const void* k;
+  const void* v;
+  std::int32_t num_kv_heads;
+  std::int32_t head_dim;
+};
+
+// Where a token goes; false: nowhere.
+struct Target {
+  std::int64_t position;
+  std::int32_t slot;
+};
+
+__device__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
+  if (checked.ok == 0) return false;
+  const std::int32_t s = SequenceOf(checked, token);
+  if (s < 0) return false;
+  const Sequence& sequence = checked.sequences()[s];
+  target->slot = sequence.slot;
+  target->position = sequence.position + (token - sequence.query_begin);
+  return sequence.slot >= 0;
+}
+
+// Elements that a thread handles at once: at most 16 bytes on either side.
+template <class To, class From>
+constexpr int kAtOnce = 16 / static_cast<int>(sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
+
+template <class To, class From, int N>
+__device__ __forceinline__ Vector<To, N> Convert(const Vector<From, N>& from) {
+  Vector<To, N> to;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to.at[i] = FromFloat<To>(ToFloat(from.at[i]));
+  return to;
+}
+
+template <class To, class From, int N>
+__global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
+  WaitForPriorKernel();
+  LetNextKernelStart();
+  const CheckedBatch& checked = *args.checked;
+  const std::int64_t token = blockIdx.x;
+  Target target;
+  if (!FindTarget(checked, token, &target)) return;
+  const unsigned row = static_cast<unsigned>(args.num_kv_heads * args.head_dim);
+  char* const to_k = checked.view.At(target.slot, target.position, checked.layer, 0, 0);
+  for (unsigned i = threadIdx.x * N; i < 2 * row; i += kThreads * N) {
+    const bool value = i >= row;
+    const unsigned element = value ? i - row : i;
+    const unsigned head = element / static_cast<unsigned>(args.head_dim), d = element % args.head_dim;
+    const From* const from = static_cast<const From*>(value ? args.v : args.k) + token * row + element;
+    char* const to = to_k + (value ? checked.view.kv_stride : 0) + head * checked.view.head_stride;
+    const Vector<From, N> loaded = LoadVector<From, N>(from);
+    if constexpr (std::is_same_v<To, From>) {  // keeps the bits of a NaN too
+      StoreVector<To, N>(reinterpret_cast<To*>(to) + d, loaded);
+    } else {
+      StoreVector<To, N>(reinterpret_cast<To*>(to) + d, Convert<To, From, N>(loaded));
+    }
+  }
+}
+
+// ---- quantised storage: jax_kvpage/quantize.py has the definition ----
+
+template <class To>
+inline constexpr float kLargest = std::is_same_v<To, Int8> ? 127.0f : 448.0f;
+
+// The element's bits; |v| is at most the largest, and a little.
+template <class To>
+__device__ __forceinline__ unsigned Quantize(float v) {
+  if constexpr (std::is_same_v<To, Int8>) return static_cast<unsigned>(__float2int_rn(v)) & 0xffu;
+  const unsigned bits = __float_as_uint(v) & kMagnitude;
+  const unsigned normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+  // Below 2^-6 elements are multiples of 2^-9, which is the last place of 2^14.
+  const unsigned small = __float_as_uint(__fadd_rn(__uint_as_float(bits), 16384.0f)) & 0xffu;
+  const unsigned magnitude = bits < ((127 - 6) << 23) ? small : normal;
+  return magnitude | (__float_as_uint(v) >> 24 & 0x80u);
+}
+
+// A warp for each row of head_dim elements, which share a scale.
+template <class To, class From, int N>
+__global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
+  WaitForPriorKernel();
+  LetNextKernelStart();
+  const CheckedBatch& checked = *args.checked;
+  const std::int64_t token = blockIdx.x;
+  Target target;
+  if (!FindTarget(checked, token, &target)) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int r = static_cast<int>(threadIdx.x) / kWarpSize; r < 2 * args.num_kv_heads; r += kThreads / kWarpSize) {
+    const int which = r / args.num_kv_heads, head = r % args.num_kv_heads;
+    const From* const from = static_cast<const From*>(which == 0 ? args.k : args.v) +
+                             (token * args.num_kv_heads + head) * std::int64_t{args.head_dim};
+    // Bits of floats without their sign are ordered as the floats are, infinity and NaN on top.
+    unsigned top = 0;
+    for (int d = lane * N; d < args.head_dim; d += kWarpSize * N) {
+      const Vector<From, N> loaded = LoadVector<From, N>(from + d);
+#pragma unroll
+      for (int i = 0; i < N; ++i) top = max(top, __float_as_uint(ToFloat(loaded.at[i])) & kMagnitude);
+    }
+    top = __reduce_max_sync(kFullMask, top);
+    const bool finite = top < 0x7f800000u;
+    float scale = __fmul_rn(__uint_as_float(top), 1.0f / kLargest<To>);
+    const bool stored = finite && scale >= 1.17549435e-38f;
+    if (!stored) scale = finite ? 0.0f : __uint_as_float(0x7fc00000u);
+    const float inverse = stored ? __frcp_rn(scale) : 0.0f;
+    auto* const to =
+        reinterpret_cast<std::uint8_t*>(checked.view.At(target.slot, target.position, checked.layer, which, head));
+    for (int d = lane * N; d < args.head_dim; d += kWarpSize * N) {
+      const Vector<From, N> loaded = LoadVector<From, N>(from + d);
+      unsigned codes = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) codes |= Quantize<To>(__fmul_rn(ToFloat(loaded.at[i]), inverse)) << 8 * i;
+      if (!stored) codes = 0;
+      if constexpr (N == 4) {
+        *reinterpret_cast<unsigned*>(to + d) = codes;
+      } else {
+        to[d] = static_cast<std::uint8_t>(codes);
+      }
+    }
+    if (lane == 0) *checked.view.Scale(target.slot, target.position, checked.layer, which, head) = scale;
+  }
+}
+
+// Elements at once if every row begins at a multiple of what they take; one otherwise.
+template <class To, class From>
+Status LaunchFor(const AppendArgs& args, const LaunchShape& shape, Stream stream) {
+  constexpr int kMany = kIsQuantized<To> ? 4 : kAtOnce<To, From>;
+  const auto address = reinterpret_cast<std::uintptr_t>(args.k) | reinterpret_cast<std::uintptr_t>(args.v);
+  const bool many = args.head_dim % kMany == 0 && address % (kMany * sizeof(From)) == 0;
+  if constexpr (kIsQuantized<To>) {
+    return Launch("append", many ? QuantizeKernel<To, From, kMany> : QuantizeKernel<To, From, 1>, shape, stream, args);
+  } else {
+    return Launch("append", many ? AppendKernel<To, From, kMany> : AppendKernel<To, From, 1>, shape, stream, args);
+  }
+}
+
+}  // namespace
+
+Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const AppendOperands& append, DType storage,
+                    Stream stream) {
+  if (num_tokens == 0) return {};
+  const AppendArgs args = {checked, append.k, append.v, append.num_kv_heads, append.head_dim};
+  const LaunchShape shape = {static_cast<unsigned>(num_tokens), kThreads, 0, /*overlap=*/true};
+  return ForFloat(append.dtype, [&](auto from) {
+    return ForStorage(storage, [&](auto to) { return LaunchFor<decltype(to), decltype(from)>(args, shape, stream); });
+  });
+}
+
+Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const AppendOperands& append,
+                std::uint32_t* new_epoch, void* checked, Stream stream) {
+  KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(
+      cache, ToArgs(cache, batch, append.layer, nullptr, /*append=*/true, new_epoch, checked), stream));
+  return LaunchAppend(static_cast<const CheckedBatch*>(checked), batch.num_tokens, append,
+                      static_cast<DType>(cache.spec[5]), stream);
+}
+
+}  // namespace kvpage::cuda

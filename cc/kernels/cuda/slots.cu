@@ -1,0 +1,183 @@
+// Ops on the slot table: advance, set_lengths, acquire, release, the device's part of map_slots; and the check of ops
+// on keys and values. Each is one block: it looks at a few numbers per slot, and what it costs is trips to memory.
+#include "kernels/cuda/check.cuh"
+
+namespace kvpage::cuda {
+namespace {
+
+// Hands the lengths on: the op's own entries are written over them, by threads that have passed a barrier since.
+__device__ void CopyLengths(const CacheArgs& cache, std::int32_t* lengths) {
+  if (lengths == cache.lengths) return;
+  for (std::int32_t slot = threadIdx.x; slot < cache.max_slots(); slot += blockDim.x) {
+    lengths[slot] = cache.lengths[slot];
+  }
+}
+
+__global__ void __launch_bounds__(kCheckThreads) BatchCheckKernel(const __grid_constant__ BatchCheckArgs args) {
+  KVPAGE_SHARED(CheckShared, shared);
+  KVPAGE_DYNAMIC_SHARED(marks);
+  LetNextKernelStart();
+  CheckBatch(args, &shared, reinterpret_cast<std::uint32_t*>(marks));
+}
+
+struct AdvanceArgs {
+  CacheArgs cache;
+  const std::int32_t* slots;
+  const std::int32_t* offsets;
+  std::int64_t num_sequences;
+  std::int64_t num_tokens;
+  std::uint32_t* new_epoch;
+  std::int32_t* new_lengths;
+};
+
+__global__ void __launch_bounds__(kCheckThreads) AdvanceKernel(const __grid_constant__ AdvanceArgs args) {
+  KVPAGE_SHARED(CheckShared, shared);
+  KVPAGE_DYNAMIC_SHARED(marks);
+  Checker checker(args.cache, &shared, reinterpret_cast<std::uint32_t*>(marks));
+  if (checker.Enter()) {
+    checker.Prepare(args.slots, args.num_sequences, args.offsets, args.num_tokens, 0);
+    for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
+      const std::int32_t slot = args.slots[s], count = args.offsets[s + 1] - args.offsets[s];
+      std::int32_t length = 0;
+      if (slot == -1 || !checker.CheckSlot(s, slot, &length)) continue;
+      if (length < 0) checker.Note(Stage::kSlots, s, FaultKind::kSlotFree, slot);
+      if (length < 0 || count <= 0) continue;
+      const std::int32_t* const layers = checker.written(slot);
+      std::int32_t written = layers[0];
+      for (std::int32_t layer = 1; layer < args.cache.num_layers(); ++layer) written = min(written, layers[layer]);
+      // Otherwise a reader would find what an earlier owner of the memory left there.
+      const std::int64_t end = std::int64_t{length} + count;
+      if (end > written) checker.Note(Stage::kLimits, s, FaultKind::kUnwritten, slot, -1, -1, end, written);
+    }
+  }
+  const bool ok = checker.Verdict();
+  const std::uint32_t epoch = ok ? checker.NextEpoch() : checker.cache_epoch();
+  if (threadIdx.x == 0) *args.new_epoch = epoch;
+  CopyLengths(args.cache, args.new_lengths);
+  __syncthreads();
+  if (!ok) return;
+  for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
+    const std::int32_t slot = args.slots[s], count = args.offsets[s + 1] - args.offsets[s];
+    if (slot == -1 || count == 0) continue;
+    const std::int32_t end = args.new_lengths[slot] + count;
+    args.new_lengths[slot] = checker.slot(slot).length = end;
+  }
+}
+
+enum class Change { kSetLengths, kAcquire, kRelease, kMap };
+
+struct ChangeArgs {
+  CacheArgs cache;
+  const std::int32_t* slots;
+  const std::int32_t* values;  // new lengths, or tokens to map; null for acquire and release
+  std::int64_t count;
+  std::uint32_t* new_epoch;
+  std::int32_t* new_lengths;
+  std::int32_t* verdict;
+};
+
+template <Change change>
+__device__ void CheckEntry(Checker* checker, const ChangeArgs& args, std::int64_t i, std::int32_t slot) {
+  std::int32_t length = 0;
+  if (!checker->CheckSlot(i, slot, &length)) return;
+  if (change == Change::kAcquire) {
+    if (length >= 0) checker->Note(Stage::kSlots, i, FaultKind::kSlotTaken, slot);
+    return;
+  }
+  if (length < 0) {
+    checker->Note(Stage::kSlots, i, FaultKind::kSlotFree, slot);
+    return;
+  }
+  if (change == Change::kRelease) return;
+  const std::int32_t value = args.values[i];
+  if (change == Change::kSetLengths && (value < 0 || value > length)) {
+    checker->Note(Stage::kSlots, i, FaultKind::kRaise, slot, -1, -1, value, length);
+  }
+  if (change == Change::kMap && (value < 0 || value > args.cache.max_seq_len())) {
+    checker->Note(Stage::kSlots, i, FaultKind::kMaxSeqLen, slot, -1, -1, value);
+  }
+}
+
+// The slot's row as the change leaves it.
+template <Change change>
+__device__ void ChangeSlot(Checker* checker, const ChangeArgs& args, std::int64_t i, std::int32_t slot,
+                           std::uint32_t epoch) {
+  const std::int32_t length = change == Change::kSetLengths ? args.values[i] : 0;
+  DeviceSlot& row = checker->slot(slot);
+  if (change != Change::kSetLengths || length < args.new_lengths[slot]) row.since = epoch;
+  row.length = length;
+  std::int32_t* const layers = checker->written(slot);
+  for (std::int32_t layer = 0; layer < args.cache.num_layers(); ++layer) layers[layer] = min(layers[layer], length);
+  args.new_lengths[slot] = change == Change::kRelease ? -1 : length;
+  if (change == Change::kRelease) {
+    __threadfence_system();  // the host may give the slot away at once
+    checker->pool()->vacated[slot] = 1;
+  }
+}
+
+template <Change change>
+__global__ void __launch_bounds__(kCheckThreads) ChangeKernel(const __grid_constant__ ChangeArgs args) {
+  KVPAGE_SHARED(CheckShared, shared);
+  KVPAGE_DYNAMIC_SHARED(marks);
+  Checker checker(args.cache, &shared, reinterpret_cast<std::uint32_t*>(marks));
+  if (checker.Enter()) {
+    checker.Prepare(args.slots, args.count, nullptr, -1, 0);
+    for (std::int64_t i = threadIdx.x; i < args.count; i += blockDim.x) {
+      if (args.slots[i] != -1) CheckEntry<change>(&checker, args, i, args.slots[i]);
+    }
+  }
+  const bool ok = checker.Verdict();
+  const std::uint32_t epoch = ok ? checker.NextEpoch() : checker.cache_epoch();
+  if (threadIdx.x == 0) {
+    *args.new_epoch = epoch;
+    if (change == Change::kMap) *args.verdict = ok ? 1 : 0;
+  }
+  if (change == Change::kMap) return;
+  CopyLengths(args.cache, args.new_lengths);
+  __syncthreads();
+  if (!ok) return;
+  for (std::int64_t i = threadIdx.x; i < args.count; i += blockDim.x) {
+    if (args.slots[i] != -1) ChangeSlot<change>(&checker, args, i, args.slots[i], epoch);
+  }
+}
+
+LaunchShape OneBlock(const CacheOperands& cache) { return {1, kCheckThreads, CheckSharedBytes(cache), false}; }
+
+}  // namespace
+
+std::size_t CheckedBytes(std::int64_t num_sequences) {
+  const auto bytes = sizeof(CheckedBatch) + static_cast<std::size_t>(num_sequences) * sizeof(Sequence);
+  return (bytes + 255) / 256 * 256;  // what a kernel puts behind it is aligned too
+}
+
+Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream) {
+  return Launch("check", BatchCheckKernel, OneBlock(cache), stream, args);
+}
+
+Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint32_t* new_epoch,
+               std::int32_t* new_lengths, Stream stream) {
+  const AdvanceArgs args = {ToArgs(cache, true), batch.slots, batch.offsets, batch.num_sequences,
+                            batch.num_tokens,    new_epoch,   new_lengths};
+  return Launch("advance", AdvanceKernel, OneBlock(cache), stream, args);
+}
+
+Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
+                  std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream) {
+  const ChangeArgs args = {ToArgs(cache, true), slots, values, count, new_epoch, new_lengths, nullptr};
+  return Launch("set_lengths", ChangeKernel<Change::kSetLengths>, OneBlock(cache), stream, args);
+}
+
+Status ChangeOwner(const CacheOperands& cache, const std::int32_t* own, const std::int32_t* slots, std::int64_t count,
+                   bool occupy, std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream) {
+  const ChangeArgs args = {ToArgs(cache, true, own), slots, nullptr, count, new_epoch, new_lengths, nullptr};
+  if (occupy) return Launch("acquire", ChangeKernel<Change::kAcquire>, OneBlock(cache), stream, args);
+  return Launch("release", ChangeKernel<Change::kRelease>, OneBlock(cache), stream, args);
+}
+
+Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,
+                     std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream) {
+  const ChangeArgs args = {ToArgs(cache, true), slots, tokens, count, new_epoch, nullptr, verdict};
+  return Launch("map_slots", ChangeKernel<Change::kMap>, OneBlock(cache), stream, args);
+}
+
+}  // namespace kvpage::cuda
