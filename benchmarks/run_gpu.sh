@@ -83,8 +83,8 @@ build() {
 
   step "C++ tools"
   cmake -S "$repo" -B "$work/cc" -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_KVPAGE_PYTHON=OFF \
-    -DJAX_KVPAGE_CUDA=OFF -DJAX_KVPAGE_BENCHMARKS=ON >"$work/cc.log" || { cat "$work/cc.log"; exit 1; }
-  cmake --build "$work/cc" -j "$jobs" --target kvpage_driver_calls >>"$work/cc.log" 2>&1 ||
+    -DJAX_KVPAGE_CUDA=OFF -DJAX_KVPAGE_BENCHMARKS=ON -DJAX_KVPAGE_TESTS=ON >"$work/cc.log" || { cat "$work/cc.log"; exit 1; }
+  cmake --build "$work/cc" -j "$jobs" --target kvpage_driver_calls cuda_driver_test >>"$work/cc.log" 2>&1 ||
     { tail -40 "$work/cc.log"; exit 1; }
 
   step "doctor"
@@ -109,6 +109,7 @@ run_tests() {
     try "fake driver" 150 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q "${xdist[@]}" -p no:cacheprovider \
       tests/test_fake_driver*.py
   fi
+  try "driver" 60 "$work/cc/cc/tests/cuda_driver_test" ${dry:+--fake}
   for sanitizer in memcheck racecheck; do
     local command=("$python" benchmarks/gpu/sanitize.py --platform "$platform")
     if [ -z "$dry" ]; then

@@ -103,6 +103,7 @@ TEST(BlocksAreMappedOneByOneAndAllowedAtOnce) {
   std::memset(world.At(4), 42, kBlock);
   CHECK_EQ(static_cast<int>(world.At(7)[99]), 42) << "the same block at two addresses";
   CHECK_OK(world.vmm->Fill(5 * kBlock, 2 * kBlock, 3));
+  CHECK_EQ(world.fake->calls(Call::kStreamSynchronize), 1) << "done when it returns";
   CHECK_EQ(static_cast<int>(world.At(6)[kBlock - 1]), 3);
   CHECK_EQ(static_cast<int>(world.At(7)[0]), 42);
   CHECK_OK(world.Unmap(4, {5, 0}));
