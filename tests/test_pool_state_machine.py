@@ -36,12 +36,13 @@ class PoolMachine(RuleBasedStateMachine):
     """
 
     layout = "fused"
+    platform = "cpu"
 
     def __init__(self) -> None:
         super().__init__()
         self.spec = kvp.CacheSpec(
             2, 1, 32, 5, _MAX_SEQ_LEN, dtype=jnp.float32, layout=self.layout, block_tokens=32
-        ).resolve("cpu")
+        ).resolve(self.platform)
         self.ranges = 1 if self.layout == "fused" else 2 * self.spec.num_layers
         self.total = 11 * self.ranges
         self.pool = kvp.KVPool(self.spec, self.total * self.spec.block_bytes, poison=True)
