@@ -59,12 +59,16 @@ def fails(pattern: str, call: Callable[[], object]) -> None:
     finds out, what should have been results is NaN.
     """
     status = "(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): "
-    with pytest.raises(RUN_TIME_ERRORS, match=f"(?is){status}.*{pattern}"):
+
+    def run() -> None:
         result = jax.block_until_ready(call())
         for leaf in jax.tree.leaves(result):
             if jnp.issubdtype(leaf.dtype, jnp.floating):
                 assert bool(jnp.all(jnp.isnan(leaf)))
         settle(result)
+
+    with pytest.raises(RUN_TIME_ERRORS, match=f"(?is){status}.*{pattern}"):
+        run()
 
 
 def append(cache: kvp.KVCache, batch: kvp.Batch, layer: object = 0, tokens: int = 8) -> kvp.KVCache:

@@ -14,9 +14,9 @@ from typing import Any
 import harness
 import jax
 import pytest
-from jax_kvpage._host import parse_bytes
 
 import jax_kvpage as kvp
+from jax_kvpage._host import parse_bytes
 
 _MOST = 4 * 2**30
 
