@@ -1,0 +1,49 @@
+// Launches the general kernel (general.cuh).
+#include <algorithm>
+
+#include "kernels/cuda/attend.h"
+#include "kernels/cuda/general.cuh"
+
+namespace kvpage::cuda {
+namespace {
+
+constexpr int kMostStages = 4;
+
+// The largest tile that leaves room for a second block on the multiprocessor, else the largest one at all.
+bool Choose(std::int64_t item, const SharedLimits& limits, AttentionParams* params, std::int64_t* size) {
+  const std::int64_t padded = (params->head_dim * item + 15) / 16 * 16;
+  // An odd number of 16-byte units: lanes that read one row each then hit different banks.
+  params->row_stride = static_cast<std::int32_t>(padded / 16 % 2 == 0 ? padded + 16 : padded);
+  for (const std::int64_t limit : {limits.beside, limits.alone}) {
+    for (int tokens = kGeneralTokens; tokens >= (limit == limits.alone ? 1 : kGeneralTokens / 2); tokens /= 2) {
+      for (int stages = kMostStages; stages >= 2; --stages) {
+        *size = PlaceGeneral(params->head_dim, padded / item, stages, tokens, params->row_stride).size;
+        if (*size > limit) continue;
+        params->tile_tokens = tokens;
+        params->stages = stages;
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
+Status LaunchGeneral(DType storage, AttentionParams params, Stream stream) {
+  SharedLimits limits;
+  KVPAGE_RETURN_IF_ERROR(GetSharedLimits(&limits));
+  std::int64_t size = 0;
+  if (!Choose(static_cast<std::int64_t>(ItemSize(storage)), limits, &params, &size)) {
+    return InvalidArgument("attention on CUDA: head_dim " + std::to_string(params.head_dim) + " needs " +
+                           std::to_string(size) + " bytes of shared memory, a block can have " +
+                           std::to_string(limits.alone) + ": use a smaller head_dim, or implementation=\"xla\"");
+  }
+  return ForStorage(storage, [&](auto element) {
+    using T = decltype(element);
+    const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, static_cast<std::size_t>(size), true};
+    return Launch("general_attention", GeneralKernel<T>, shape, stream, params);
+  });
+}
+
+}  // namespace kvpage::cuda

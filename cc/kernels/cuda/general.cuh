@@ -1,0 +1,372 @@
+// The general kernel: float32 and quantised storage, any head size, any alignment, queries of another type than the
+// keys. CUDA cores, float32 arithmetic.
+//
+// A tile of tokens lies in shared memory as it is stored. Scores: a lane takes a token, a warp every fourth row.
+// Values: a thread takes every 128th column for all rows. The span's and the unit's weighted values are in shared
+// memory.
+#ifndef KVPAGE_KERNELS_CUDA_GENERAL_CUH_
+#define KVPAGE_KERNELS_CUDA_GENERAL_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/softmax.cuh"
+#include "kernels/cuda/tokens.cuh"
+#include "kernels/cuda/work.cuh"
+
+namespace kvpage::cuda {
+
+inline constexpr int kGeneralTokens = kWarpSize;  // of a tile, at most
+
+// What lies where in a block's shared memory, in bytes.
+struct GeneralShared {
+  std::int64_t queries;  // [kTileRows, columns] floats; columns: head_dim rounded up to 16 bytes as stored
+  std::int64_t span;     // [kTileRows, head_dim] floats: weighted values of the span, of the spans before
+  std::int64_t unit;
+  std::int64_t weights;  // [kGeneralTokens, kTileRows] floats
+  std::int64_t factors;  // [2, kTileRows] floats
+  std::int64_t scales;   // [stages, 2, kGeneralTokens] floats
+  std::int64_t tiles;    // [stages, 2, tile_tokens, row_stride]
+  std::int64_t size;
+};
+
+__host__ __device__ inline GeneralShared PlaceGeneral(std::int64_t head_dim, std::int64_t columns, int stages,
+                                                      int tile_tokens, int row_stride) {
+  GeneralShared at = {};
+  std::int64_t end = 0;
+  const auto place = [&end](std::int64_t bytes) {
+    const std::int64_t here = end;
+    end += (bytes + 15) / 16 * 16;
+    return here;
+  };
+  at.queries = place(kTileRows * columns * 4);
+  at.span = place(kTileRows * head_dim * 4);
+  at.unit = place(kTileRows * head_dim * 4);
+  at.weights = place(kGeneralTokens * kTileRows * 4);
+  at.factors = place(2 * kTileRows * 4);
+  at.scales = place(std::int64_t{stages} * 2 * kGeneralTokens * 4);
+  at.tiles = place(std::int64_t{stages} * 2 * tile_tokens * row_stride);
+  at.size = end;
+  return at;
+}
+
+template <class T>
+class GeneralAttention {
+ public:
+  __device__ GeneralAttention(const AttentionParams& params, unsigned char* shared)
+      : p_(params),
+        view_(params.checked->view),
+        layer_(params.checked->layer),
+        rule_(params),
+        map_(view_),
+        row_bytes_(params.head_dim * static_cast<int>(sizeof(T))),
+        columns_((row_bytes_ + 15) / 16 * 16 / static_cast<int>(sizeof(T))),
+        copies_(max(row_bytes_ / 16, 1)),
+        wide_(row_bytes_ % 16 == 0 && IsAligned(view_)),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize) {
+    const GeneralShared at = PlaceGeneral(p_.head_dim, columns_, p_.stages, p_.tile_tokens, p_.row_stride);
+    queries_ = reinterpret_cast<float*>(shared + at.queries);
+    span_ = reinterpret_cast<float*>(shared + at.span);
+    unit_ = reinterpret_cast<float*>(shared + at.unit);
+    weights_ = reinterpret_cast<float*>(shared + at.weights);
+    factors_ = reinterpret_cast<float*>(shared + at.factors);
+    scales_ = reinterpret_cast<float*>(shared + at.scales);
+    tiles_ = shared + at.tiles;
+  }
+
+  __device__ void Run() {
+    const Cut from = p_.plan.cuts[blockIdx.x], to = p_.plan.cuts[blockIdx.x + 1];
+    Walker walker, ahead;
+    walker.Start(p_, from, to, p_.tile_tokens);
+    ahead.Start(p_, from, to, p_.tile_tokens);
+    for (int stage = 0; stage < p_.stages - 1; ++stage) Fetch(ahead, stage, from, to);
+    for (int stage = 0; !walker.done;) {
+      WaitForStage(p_.stages);
+      __syncthreads();
+      Fetch(ahead, stage == 0 ? p_.stages - 1 : stage - 1, from, to);
+      const Unit& unit = walker.unit;
+      if (walker.FirstTile()) BeginUnit(unit);
+      const std::int32_t next = walker.token + p_.tile_tokens;
+      // The rows of a tile are few: the fewer, the less work a token makes.
+      if (unit.rows <= kWarps) {
+        Tile<1>(unit, walker.token, stage);
+      } else if (unit.rows <= 2 * kWarps) {
+        Tile<2>(unit, walker.token, stage);
+      } else {
+        Tile<4>(unit, walker.token, stage);
+      }
+      const bool last = next >= walker.PieceEnd();
+      if (last || (next & ((1 << unit.shift) - 1)) == 0) EndSpan(unit, (next - 1) >> unit.shift);
+      if (last) EndUnit(unit);
+      walker.Next(p_, from, to, p_.tile_tokens);
+      if (++stage == p_.stages) stage = 0;
+    }
+    WaitForCopies<0>();
+  }
+
+ private:
+  __device__ unsigned char* Row(int stage, int which, int token) const {
+    return tiles_ + ((stage * 2 + which) * p_.tile_tokens + token) * p_.row_stride;
+  }
+  __device__ float* Scales(int stage, int which) const { return scales_ + (stage * 2 + which) * kGeneralTokens; }
+
+  // Begins to load the next tile; zeros where no row of the unit looks.
+  __device__ void Fetch(Walker& ahead, int stage, const Cut& from, const Cut& to) {
+    if (!ahead.done) {
+      const Unit& unit = ahead.unit;
+      const Tokens tokens(view_, unit.sequence.slot, layer_, unit.head);
+      if (wide_) {
+        FetchWide(tokens, unit, ahead.token, stage);
+      } else {
+        FetchElements(tokens, unit, ahead.token, stage);
+      }
+      if constexpr (kIsQuantized<T>) FetchScales(unit, ahead.token, stage);
+      ahead.Next(p_, from, to, p_.tile_tokens);
+    }
+    CommitCopies();
+  }
+
+  __device__ void FetchWide(const Tokens& tokens, const Unit& unit, std::int32_t begin, int stage) {
+    const int count = p_.tile_tokens * copies_.divisor;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const int row = copies_.Divide(i), offset = (i - row * copies_.divisor) * 16;
+      const std::int32_t token = begin + row;
+      const bool valid = token >= unit.begin && token < unit.end;
+      const char* key = map_.Key(tokens, valid ? token : unit.begin) + offset;
+      CopyAsync16(Row(stage, 0, row) + offset, key, valid);
+      CopyAsync16(Row(stage, 1, row) + offset, key + map_.kv_stride, valid);
+    }
+  }
+
+  __device__ void FetchElements(const Tokens& tokens, const Unit& unit, std::int32_t begin, int stage) {
+    for (int row = warp_; row < p_.tile_tokens; row += kWarps) {
+      const std::int32_t token = begin + row;
+      const bool valid = token >= unit.begin && token < unit.end;
+      const char* key = map_.Key(tokens, valid ? token : unit.begin);
+      for (int which = 0; which < 2; ++which, key += map_.kv_stride) {
+        const T* from = reinterpret_cast<const T*>(key);
+        T* to = reinterpret_cast<T*>(Row(stage, which, row));
+        for (int d = lane_; d < columns_; d += kWarpSize) to[d] = valid && d < p_.head_dim ? from[d] : T{};
+      }
+    }
+  }
+
+  __device__ void FetchScales(const Unit& unit, std::int32_t begin, int stage) {
+    if (static_cast<int>(threadIdx.x) >= 2 * kGeneralTokens) return;
+    const int which = threadIdx.x / kGeneralTokens, row = threadIdx.x % kGeneralTokens;
+    const std::int32_t token = begin + row;
+    const bool valid = row < p_.tile_tokens && token >= unit.begin && token < unit.end;
+    CopyAsync4(Scales(stage, which) + row,
+               view_.Scale(unit.sequence.slot, valid ? token : unit.begin, layer_, which, unit.head), valid);
+  }
+
+  __device__ void BeginUnit(const Unit& unit) {
+    for (int r = warp_; r < kTileRows; r += kWarps) {
+      const std::int64_t index = r < unit.rows ? RowIndex(p_, unit, r) * p_.head_dim : 0;
+      for (int d = lane_; d < columns_; d += kWarpSize) {
+        const bool there = r < unit.rows && d < p_.head_dim;
+        queries_[r * columns_ + d] = there ? LoadElement(p_.q, p_.q_dtype, index + d) : 0.0f;
+      }
+    }
+    for (int i = threadIdx.x; i < kTileRows * p_.head_dim; i += kThreads) span_[i] = unit_[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTileRows / kWarps; ++i) {
+      max_[i] = unit_max_[i] = NegativeInfinity();
+      sum_[i] = unit_sum_[i] = 0.0f;
+      const int row = min(warp_ + i * kWarps, unit.rows - 1);
+      position_[i] = RowPosition(p_, unit, row);
+      slope_[i] = rule_.alibi ? p_.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
+    }
+    __syncthreads();
+  }
+
+  // kRows: rows of a warp.
+  template <int kRows>
+  __device__ void Tile(const Unit& unit, std::int32_t begin, int stage) {
+    float dots[kRows] = {};
+    if (lane_ < p_.tile_tokens) Dots<kRows>(Row(stage, 0, lane_), dots);
+    const std::int32_t window = p_.checked->sliding_window;
+    const std::int32_t token = begin + lane_;
+    const bool there = lane_ < p_.tile_tokens && token >= unit.begin && token < unit.end;
+    float key_scale = 1.0f, value_scale = 1.0f;
+    if constexpr (kIsQuantized<T>) {
+      key_scale = there ? Scales(stage, 0)[lane_] : 0.0f;
+      value_scale = there ? Scales(stage, 1)[lane_] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = warp_ + i * kWarps;
+      if (row >= unit.rows) {
+        weights_[lane_ * kTileRows + row] = 0.0f;
+        if (lane_ == 0) factors_[row] = 1.0f;
+        continue;
+      }
+      const bool visible = there && token <= position_[i] && token >= FirstVisible(position_[i], window);
+      const float score =
+          visible ? rule_.Score(dots[i] * key_scale, slope_[i], token - position_[i]) : NegativeInfinity();
+      float top = score;
+      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, step));
+      top = fmaxf(top, max_[i]);
+      const float base = Base(top), factor = Exp2(max_[i] - base);
+      const float weight = visible ? Exp2(score - base) : 0.0f;
+      float sum = weight;
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
+      max_[i] = top;
+      sum_[i] = fmaf(sum_[i], factor, sum);
+      weights_[lane_ * kTileRows + row] = visible ? weight * value_scale : 0.0f;
+      if (lane_ == 0) factors_[row] = factor;
+    }
+    __syncthreads();
+    // Where rows see different tokens, a value may be anything to the rows that do not see it.
+    const bool guarded =
+        unit.first_row / p_.group != (unit.first_row + unit.rows - 1) / p_.group &&
+        (begin + p_.tile_tokens > unit.sequence.position + unit.first_row / p_.group + 1 ||
+         begin < FirstVisible(unit.sequence.position + (unit.first_row + unit.rows - 1) / p_.group, window));
+    if (guarded) {
+      Values<kRows, true>(stage);
+    } else {
+      Values<kRows, false>(stage);
+    }
+  }
+
+  template <int kRows>
+  __device__ void Dots(const unsigned char* key, float (&dots)[kRows]) const {
+    constexpr int kElements = kVectorElements<T>;
+#pragma unroll 2
+    for (int d = 0; d < columns_; d += kElements) {
+      const Vector<T, kElements> k = LoadVector<T, kElements>(reinterpret_cast<const T*>(key) + d);
+#pragma unroll
+      for (int j = 0; j < kElements; j += 4) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const float4 q = *reinterpret_cast<const float4*>(queries_ + (warp_ + i * kWarps) * columns_ + d + j);
+          dots[i] = fmaf(q.x, ToFloat(k.at[j]), dots[i]);
+          dots[i] = fmaf(q.y, ToFloat(k.at[j + 1]), dots[i]);
+          dots[i] = fmaf(q.z, ToFloat(k.at[j + 2]), dots[i]);
+          dots[i] = fmaf(q.w, ToFloat(k.at[j + 3]), dots[i]);
+        }
+      }
+    }
+  }
+
+  template <int kRows, bool kGuarded>
+  __device__ void Values(int stage) const {
+    constexpr int kAll = kRows * kWarps;
+    const unsigned char* tile = Row(stage, 1, 0);
+    for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
+      float sums[kAll] = {};
+#pragma unroll 4
+      for (int token = 0; token < p_.tile_tokens; ++token) {
+        const float v = ToFloat(reinterpret_cast<const T*>(tile + token * p_.row_stride)[d]);
+#pragma unroll
+        for (int r = 0; r < kAll; r += 4) {
+          const float4 w = *reinterpret_cast<const float4*>(weights_ + token * kTileRows + r);
+          const float weight[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (!kGuarded || weight[i] != 0.0f) sums[r + i] = fmaf(weight[i], v, sums[r + i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kAll; ++r) {
+        float& value = span_[r * p_.head_dim + d];
+        value = fmaf(value, factors_[r], sums[r]);
+      }
+    }
+  }
+
+  // Takes the span into the unit's state, or leaves it in memory for the block that folds the unit.
+  __device__ void EndSpan(const Unit& unit, std::int32_t span) {
+    const bool keep = unit.shared_index < 0 || IsFirstPiece(unit);
+    __syncthreads();  // factors_ of the tile have been read
+#pragma unroll
+    for (int i = 0; i < kTileRows / kWarps; ++i) {
+      const int row = warp_ + i * kWarps;
+      if (row < unit.rows && keep) {
+        const Fold fold(unit_max_[i], unit_sum_[i], max_[i], sum_[i]);
+        unit_max_[i] = fold.max;
+        unit_sum_[i] = fold.sum;
+        if (lane_ == 0) {
+          factors_[row] = fold.a;
+          factors_[kTileRows + row] = fold.b;
+        }
+      } else if (row < unit.rows && lane_ == 0) {
+        p_.plan.sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
+      }
+      max_[i] = NegativeInfinity();
+      sum_[i] = 0.0f;
+    }
+    __syncthreads();
+    for (int row = 0; row < unit.rows; ++row) {
+      const float a = factors_[row], b = factors_[kTileRows + row];
+      float* state = keep ? nullptr : p_.plan.values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
+      for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
+        const int at = row * p_.head_dim + d;
+        if (keep) {
+          unit_[at] = __fmaf_rn(unit_[at], a, __fmul_rn(span_[at], b));
+        } else {
+          state[d] = span_[at];
+        }
+        span_[at] = 0.0f;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ void EndUnit(const Unit& unit) {
+    const bool alone = unit.shared_index < 0;
+    if (alone || IsFirstPiece(unit)) {
+#pragma unroll
+      for (int i = 0; i < kTileRows / kWarps; ++i) {
+        const int row = warp_ + i * kWarps;
+        if (row >= unit.rows) continue;
+        if (!alone) {
+          const std::int64_t state = StateIndex(p_, unit, row, 0);
+          for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
+            p_.plan.values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
+          }
+          if (lane_ == 0) p_.plan.sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
+          continue;
+        }
+        const Finish finish(p_, RowHead(p_, unit, row), unit_max_[i], unit_sum_[i]);
+        const std::int64_t index = RowIndex(p_, unit, row);
+        for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
+          StoreElement(p_.out, p_.q_dtype, index * p_.head_dim + d, unit_[row * p_.head_dim + d] * finish.factor);
+        }
+        if (lane_ == 0 && p_.lse != nullptr) p_.lse[index] = finish.lse;
+      }
+    }
+    if (!alone) EndPiece(p_, unit);
+  }
+
+  const AttentionParams& p_;
+  const KVView& view_;
+  const std::int32_t layer_;
+  const ScoreRule<true> rule_;
+  const TokenMap map_;
+  const int row_bytes_, columns_;
+  const Divider copies_;
+  const bool wide_;  // rows may be copied 16 bytes at a time
+  const int lane_, warp_;
+  float *queries_, *span_, *unit_, *weights_, *factors_, *scales_;
+  unsigned char* tiles_;
+  // Of row warp_ + i * kWarps: the span's, and that of the spans before.
+  float max_[kTileRows / kWarps], sum_[kTileRows / kWarps];
+  float unit_max_[kTileRows / kWarps], unit_sum_[kTileRows / kWarps];
+  float slope_[kTileRows / kWarps];
+  std::int32_t position_[kTileRows / kWarps];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) GeneralKernel(const __grid_constant__ AttentionParams p) {
+  KVPAGE_DYNAMIC_SHARED(shared);
+  WaitForPriorKernel();
+  if (p.checked->ok == 0) return;
+  GeneralAttention<T>(p, shared).Run();
+}
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_GENERAL_CUH_

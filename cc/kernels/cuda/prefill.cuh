@@ -1,0 +1,497 @@
+// Attention of many rows on tensor cores: prefill, chunks of it, and any sequence of a mixed batch with more rows than
+// one tile of decode.
+//
+// A tile of 64 or 128 rows (query tokens times heads of the group) stays in shared memory; keys and values stream past
+// it. Every warp has rows of its own and all of the tokens, so weights go from one product to the next in registers.
+// Blocks take items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no row of
+// a warp sees are skipped.
+#ifndef KVPAGE_KERNELS_CUDA_PREFILL_CUH_
+#define KVPAGE_KERNELS_CUDA_PREFILL_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/attend.h"
+#include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/softmax.cuh"
+#include "kernels/cuda/tiles.cuh"
+#include "kernels/cuda/work.cuh"
+
+namespace kvpage::cuda {
+
+template <int kDim>
+struct PrefillShape {
+  static constexpr int kRows = PrefillRows(kDim);
+  static constexpr int kTokens = kDim > 128 ? 32 : 64;  // of a tile in shared memory
+  static constexpr int kStep = kDim > 64 ? 32 : 64;     // tokens whose scores are in registers at a time
+  static constexpr int kQueryBytes = kRows * kDim * 2;
+  static constexpr int kTileBytes = kTokens * kDim * 2;
+};
+
+template <class T, int kDim>
+class PrefillAttention {
+  using Shape = PrefillShape<kDim>;
+  using Rows = TileRows<kDim>;
+  static constexpr int kTokens = Shape::kTokens, kStep = Shape::kStep;
+  static constexpr int kBlocks = Shape::kRows / 16 / kWarps;  // of 16 rows, a warp's
+  static constexpr int kColumns = kDim / 8;                   // of 8
+  static constexpr int kScoreTiles = kStep / 8;
+
+ public:
+  __device__ __forceinline__ PrefillAttention(const AttentionParams& params, unsigned char* shared)
+      : p_(params),
+        rule_(params),
+        plain_(rule_.plain() && rule_.factor > 0.0f),
+        map_(params.checked->view),
+        queries_(shared),
+        stages_(shared + Shape::kQueryBytes),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize) {}
+
+  __device__ __forceinline__ void Run() {
+    const PrefillItems items(p_);
+    for (std::int32_t item = items.Take(); item < items.count; item = items.Take()) {
+      const PrefillItem work = items.At(p_, item);
+      if (work.from < work.to) {
+        Attend(work);
+      } else if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) {
+        Merge(work);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * 2 * Shape::kTileBytes; }
+  __device__ __forceinline__ unsigned char* Values(int stage) const { return Keys(stage) + Shape::kTileBytes; }
+  // Row of the tile that this thread holds in the lower (0) or upper (1) half of its block's fragments.
+  __device__ __forceinline__ int Row(int block, int half) const {
+    return (warp_ * kBlocks + block) * 16 + lane_ / 4 + 8 * half;
+  }
+
+  __device__ __forceinline__ void Attend(const PrefillItem& work) {
+    const Tokens tokens(p_.checked->view, work.sequence.slot, p_.checked->layer, work.head);
+    const std::int32_t begin = work.from / kTokens * kTokens;
+    std::int32_t ahead = begin;
+    const auto fetch = [&](int stage) {
+      if (ahead < work.to) {
+        FetchTile<kDim, kTokens>(map_, tokens, ahead, work.from, work.to, Keys(stage), Values(stage));
+        ahead += kTokens;
+      }
+      CommitCopies();
+    };
+    FetchQueries<kDim, Shape::kRows>(p_, work.sequence, work.head, work.first_row, work.rows, queries_);
+    for (int stage = 0; stage < p_.stages - 1; ++stage) fetch(stage);
+    BeginItem(work);
+    int stage = 0;
+    for (std::int32_t token = begin; token < work.to; token += kTokens) {
+      WaitForStage(p_.stages);
+      __syncthreads();
+      fetch(stage == 0 ? p_.stages - 1 : stage - 1);
+      const bool mixed = token < all_begin_ || token + kTokens > all_end_;
+      const bool guarded = mixed && first_position_ != last_position_ && AnyNonFinite<T, kDim, kTokens>(Values(stage));
+#pragma unroll 1
+      for (int step = 0; step < kTokens; step += kStep) {
+        if (token + step > warp_last_ || token + step + kStep <= warp_begin_) continue;
+        Tile(token + step, step, stage, guarded);
+      }
+      const std::int32_t next = token + kTokens;
+      if (next < work.to && (next & ((std::int64_t{1} << work.shift) - 1)) == 0) KeepSpan(work);
+      if (++stage == p_.stages) stage = 0;
+    }
+    WaitForCopies<0>();
+    SumRows();
+    if (work.split) {
+      Store(work.state);
+      if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) Merge(work);
+    } else {
+      if (kept_) FoldKept(p_.plan.prefill_states + blockIdx.x * PrefillStateFloats(kDim));
+      Write(work);
+    }
+    __syncthreads();  // the next item's copies go where this one's are
+  }
+
+  __device__ __forceinline__ void BeginItem(const PrefillItem& work) {
+    const std::int32_t window = p_.checked->sliding_window;
+    const auto position = [&](std::int32_t row) {
+      return work.sequence.position + (work.first_row + min(row, work.rows - 1)) / p_.group;
+    };
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) position_[m][half] = position(Row(m, half));
+    }
+    first_position_ = position(0);
+    last_position_ = position(work.rows - 1);
+    all_begin_ = FirstVisible(last_position_, window);
+    all_end_ = first_position_ + 1;
+    const std::int32_t warp_first = position(warp_ * kBlocks * 16);
+    warp_last_ = position(warp_ * kBlocks * 16 + kBlocks * 16 - 1);
+    warp_begin_ = FirstVisible(warp_first, window);
+    warp_all_begin_ = FirstVisible(warp_last_, window);
+    warp_all_end_ = warp_first + 1;
+    window_ = window;
+    head_ = work.head;
+    first_row_ = work.first_row;
+    kept_ = false;
+    Reset();
+  }
+
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        max_[m][half] = NegativeInfinity();
+        sum_[m][half] = 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values_[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  // kStep tokens from position `begin` on, which are row `row` of the tile in shared memory.
+  __device__ __forceinline__ void Tile(std::int32_t begin, int row, int stage, bool guarded) {
+    float scores[kBlocks][kScoreTiles][4] = {};
+    Dots(Keys(stage), row, scores);
+    std::uint32_t weights[kBlocks][kScoreTiles][2];
+    const bool masked = begin < warp_all_begin_ || begin + kStep > warp_all_end_;
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) Softmax(begin, masked, m, scores[m], weights[m]);
+    if (guarded) {
+      AddGuardedValues(Values(stage), row, weights);
+    } else {
+      AddValues(Values(stage), row, weights);
+    }
+  }
+
+  __device__ __forceinline__ void Dots(const unsigned char* keys, int first,
+                                       float (&scores)[kBlocks][kScoreTiles][4]) const {
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      std::uint32_t a[kBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        LoadMatrices(a[m], queries_ + Rows::Offset((warp_ * kBlocks + m) * 16 + lane_ % 16, 2 * k + lane_ / 16));
+      }
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; n += 2) {
+        std::uint32_t b[4];
+        LoadMatrices(b, keys + Rows::Offset(first + 8 * n + lane_ % 8 + lane_ / 16 * 8, 2 * k + lane_ / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          MultiplyAdd<T>(scores[m][n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(scores[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Softmax(std::int32_t begin, bool masked, int m, float (&scores)[kScoreTiles][4],
+                                          std::uint32_t (&weights)[kScoreTiles][2]) {
+    // A scale alone moves into the exponent, and the dot products are read as they are.
+    const float multiplier = plain_ ? rule_.factor : 1.0f;
+    if (!plain_) {
+      float slope[2] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!rule_.alibi) break;
+        slope[half] = p_.alibi_slopes[head_ * p_.group + (first_row_ + Row(m, half)) % p_.group] * kLog2E;
+      }
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const std::int32_t token = begin + 8 * n + lane_ % 4 * 2 + i % 2;
+          scores[n][i] = rule_.Score(scores[n][i], slope[i / 2], token - position_[m][i / 2]);
+        }
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const std::int32_t token = begin + 8 * n + lane_ % 4 * 2 + i % 2, position = position_[m][i / 2];
+          if (token > position || token < FirstVisible(position, window_)) scores[n][i] = NegativeInfinity();
+        }
+      }
+    }
+    float base[2], factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = NegativeInfinity();
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
+      top = fmaxf(top * multiplier, max_[m][half]);
+      base[half] = Base(top);
+      factor[half] = Exp2(max_[m][half] - base[half]);
+      max_[m][half] = top;
+      sum_[m][half] *= factor[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float a = Exp2(fmaf(scores[n][2 * half], multiplier, -base[half]));
+        const float b = Exp2(fmaf(scores[n][2 * half + 1], multiplier, -base[half]));
+        sum_[m][half] += a + b;
+        weights[n][half] = Pack<T>(a, b);
+      }
+    }
+    // The largest score seldom changes after the first tiles.
+    if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f) == 0) return;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values_[m][n][i] *= factor[i / 2];
+    }
+  }
+
+  // Weights of 16 tokens as the left side of a product.
+  __device__ static __forceinline__ void ToLeft(const std::uint32_t (&weights)[kScoreTiles][2], int k,
+                                                std::uint32_t (&a)[4]) {
+    a[0] = weights[2 * k][0];
+    a[1] = weights[2 * k][1];
+    a[2] = weights[2 * k + 1][0];
+    a[3] = weights[2 * k + 1][1];
+  }
+
+  __device__ __forceinline__ void AddValues(const unsigned char* values, int first,
+                                            const std::uint32_t (&weights)[kBlocks][kScoreTiles][2]) {
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      std::uint32_t a[kBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) ToLeft(weights[m], k, a[m]);
+#pragma unroll
+      for (int n = 0; n < kColumns; n += 2) {
+        std::uint32_t b[4];
+        LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          MultiplyAdd<T>(values_[m][n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(values_[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // The same where some values are not finite: see tiles.cuh.
+  __device__ __forceinline__ void AddGuardedValues(const unsigned char* values, int first,
+                                                   const std::uint32_t (&weights)[kBlocks][kScoreTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 2) {
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        float plus[2][4] = {}, minus[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < kStep / 16; ++k) {
+          std::uint32_t a[4], b[4];
+          ToLeft(weights[m], k, a);
+          LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            MultiplyAdd<T>(values_[m][n + i], a, KeepFinite<T>(b[2 * i]), KeepFinite<T>(b[2 * i + 1]));
+            MultiplyAdd<T>(plus[i], a, Marks<T, false>(b[2 * i]), Marks<T, false>(b[2 * i + 1]));
+            MultiplyAdd<T>(minus[i], a, Marks<T, true>(b[2 * i]), Marks<T, true>(b[2 * i + 1]));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (plus[i / 4][i % 4] > 0.0f) values_[m][n + i / 4][i % 4] -= NegativeInfinity();
+          if (minus[i / 4][i % 4] > 0.0f) values_[m][n + i / 4][i % 4] += NegativeInfinity();
+        }
+      }
+    }
+  }
+
+  // Makes each thread's part of the sums the rows' sums.
+  __device__ __forceinline__ void SumRows() {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum_[m][half] += __shfl_xor_sync(kFullMask, sum_[m][half], 1);
+        sum_[m][half] += __shfl_xor_sync(kFullMask, sum_[m][half], 2);
+      }
+    }
+  }
+
+  // ---- states in memory, each thread's where only it looks ----
+  __device__ __forceinline__ static std::int64_t At(int index) { return std::int64_t{index} * kThreads + threadIdx.x; }
+  __device__ __forceinline__ static constexpr int ValueAt(int m, int n, int i) { return (m * kColumns + n) * 4 + i; }
+  __device__ __forceinline__ static constexpr int SumAt(int m, int half, int which) {
+    return kBlocks * kColumns * 4 + (m * 2 + half) * 2 + which;
+  }
+
+  __device__ __forceinline__ void Store(std::int64_t state) const {
+    float* to = p_.plan.prefill_states + state * PrefillStateFloats(kDim);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        to[At(SumAt(m, half, 0))] = max_[m][half];
+        to[At(SumAt(m, half, 1))] = sum_[m][half];
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[At(ValueAt(m, n, i))] = values_[m][n][i];
+      }
+    }
+  }
+
+  // This state becomes that in memory folded with it.
+  __device__ __forceinline__ void FoldKept(const float* before) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Fold fold(__ldcg(before + At(SumAt(m, half, 0))), __ldcg(before + At(SumAt(m, half, 1))), max_[m][half],
+                        sum_[m][half]);
+        max_[m][half] = fold.max;
+        sum_[m][half] = fold.sum;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            values_[m][n][i] = fold(__ldcg(before + At(ValueAt(m, n, i))), values_[m][n][i]);
+          }
+        }
+      }
+    }
+  }
+
+  // This state becomes it folded with that in memory.
+  __device__ __forceinline__ void FoldNext(const float* next) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Fold fold(max_[m][half], sum_[m][half], __ldcg(next + At(SumAt(m, half, 0))),
+                        __ldcg(next + At(SumAt(m, half, 1))));
+        max_[m][half] = fold.max;
+        sum_[m][half] = fold.sum;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            values_[m][n][i] = fold(values_[m][n][i], __ldcg(next + At(ValueAt(m, n, i))));
+          }
+        }
+      }
+    }
+  }
+
+  // A span ends and another one follows in this block.
+  __device__ __forceinline__ void KeepSpan(const PrefillItem&) {
+    SumRows();
+    if (kept_) FoldKept(p_.plan.prefill_states + blockIdx.x * PrefillStateFloats(kDim));
+    Store(blockIdx.x);
+    kept_ = true;
+    Reset();
+  }
+
+  // Folds the spans of a unit, which are all in memory, and writes the answer.
+  __device__ __forceinline__ void Merge(const PrefillItem& work) {
+    Reset();
+    // Not folded into an empty state, so that a first span stays what it is, bit for bit.
+    const float* states = p_.plan.prefill_states + work.first_state * PrefillStateFloats(kDim);
+    Load(states + work.first_span * PrefillStateFloats(kDim));
+#pragma unroll 1
+    for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
+      FoldNext(states + span * PrefillStateFloats(kDim));
+    }
+    Write(work);
+  }
+
+  __device__ __forceinline__ void Load(const float* from) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        max_[m][half] = __ldcg(from + At(SumAt(m, half, 0)));
+        sum_[m][half] = __ldcg(from + At(SumAt(m, half, 1)));
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values_[m][n][i] = __ldcg(from + At(ValueAt(m, n, i)));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Write(const PrefillItem& work) const {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Row(m, half);
+        if (row >= work.rows) continue;
+        const std::int32_t at = work.first_row + row, token = at / p_.group;
+        const std::int32_t q_head = work.head * p_.group + (at - token * p_.group);
+        const std::int64_t index = (std::int64_t{work.sequence.query_begin} + token) * p_.num_q_heads + q_head;
+        const Finish finish(p_, q_head, max_[m][half], sum_[m][half]);
+        T* out = static_cast<T*>(p_.out) + index * kDim + lane_ % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          *reinterpret_cast<std::uint32_t*>(out + n * 8) =
+              Pack<T>(values_[m][n][2 * half] * finish.factor, values_[m][n][2 * half + 1] * finish.factor);
+        }
+        if (lane_ % 4 == 0 && p_.lse != nullptr) p_.lse[index] = finish.lse;
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const ScoreRule<false> rule_;
+  const bool plain_;
+  const TokenMap map_;
+  unsigned char* const queries_;
+  unsigned char* const stages_;
+  const int lane_, warp_;
+
+  float values_[kBlocks][kColumns][4];
+  float max_[kBlocks][2], sum_[kBlocks][2];  // sum_: this thread's part, until the span ends
+  std::int32_t position_[kBlocks][2];
+  // Positions that all rows of the tile see, and of the warp; and those that any row of the warp sees.
+  std::int32_t all_begin_, all_end_, warp_all_begin_, warp_all_end_, warp_begin_, warp_last_;
+  std::int32_t first_position_, last_position_, window_, head_, first_row_;
+  bool kept_;  // spans before this one are in memory
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrefillKernel(const __grid_constant__ AttentionParams p) {
+  KVPAGE_DYNAMIC_SHARED(shared);
+  WaitForPriorKernel();
+  if (p.plan.counts->items == 0) return;
+  PrefillAttention<T, kDim>(p, shared).Run();
+}
+
+template <class T, int kDim>
+Status LaunchPrefillOf(AttentionParams params, Stream stream) {
+  using Shape = PrefillShape<kDim>;
+  SharedLimits limits;
+  KVPAGE_RETURN_IF_ERROR(GetSharedLimits(&limits));
+  const std::int64_t room = (limits.beside - Shape::kQueryBytes) / (2 * Shape::kTileBytes);
+  params.stages = static_cast<std::int32_t>(room < 2 ? 2 : (room > 4 ? 4 : room));
+  const std::size_t bytes = Shape::kQueryBytes + static_cast<std::size_t>(params.stages) * 2 * Shape::kTileBytes;
+  const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, bytes, true};
+  return Launch("prefill_attention", PrefillKernel<T, kDim>, shape, stream, params);
+}
+
+template <class T>
+Status LaunchPrefill(const AttentionParams& params, Stream stream) {
+  if (params.head_dim == 64) return LaunchPrefillOf<T, 64>(params, stream);
+  if (params.head_dim == 128) return LaunchPrefillOf<T, 128>(params, stream);
+  return LaunchPrefillOf<T, 256>(params, stream);
+}
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_PREFILL_CUH_

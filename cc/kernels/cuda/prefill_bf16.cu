@@ -1,0 +1,7 @@
+#include "kernels/cuda/prefill.cuh"
+
+namespace kvpage::cuda {
+
+Status LaunchPrefillBf16(AttentionParams params, Stream stream) { return LaunchPrefill<Bf16>(params, stream); }
+
+}  // namespace kvpage::cuda

@@ -1,0 +1,91 @@
+// The items of prefill's queue, and the shape of the states that they leave in memory.
+#ifndef KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_
+#define KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/work.cuh"
+
+namespace kvpage::cuda {
+
+// Rows of a tile: what the registers of a block's four warps hold.
+__host__ __device__ constexpr int PrefillRows(int head_dim) { return head_dim > 128 ? 64 : 128; }
+
+// A state: weighted values, max and sum as the threads hold them. Every thread's part is its own, register by register.
+__host__ __device__ constexpr std::int64_t PrefillStateFloats(int head_dim) {
+  return std::int64_t{PrefillRows(head_dim)} * head_dim + std::int64_t{kThreads} * PrefillRows(head_dim) / 16;
+}
+
+struct PrefillItem {
+  Sequence sequence;
+  std::int32_t head;
+  std::int32_t first_row, rows;
+  std::int32_t from, to;     // tokens
+  std::int32_t shift;        // spans are 1 << shift tokens
+  bool split;                // one span of several
+  std::int32_t unit;         // in Plan::arrived; these only when split
+  std::int32_t pieces;       // of the unit, empty ones too
+  std::int32_t first_state;  // of the unit, for the sequence's first span
+  std::int32_t state;
+  std::int32_t first_span, last_span;  // that rows of the tile see, from the sequence's first on
+};
+
+struct PrefillItems {
+  PlanCounts* counts;
+  std::int32_t count;
+
+  __device__ __forceinline__ explicit PrefillItems(const AttentionParams& p)
+      : counts(p.plan.counts), count(p.plan.counts->items) {}
+
+  // The next one, for the whole block.
+  __device__ __forceinline__ std::int32_t Take() const {
+    KVPAGE_SHARED(std::int32_t, next);
+    __syncthreads();
+    if (threadIdx.x == 0) next = atomicAdd(&counts->next, 1);
+    __syncthreads();
+    return next;
+  }
+
+  __device__ __forceinline__ PrefillItem At(const AttentionParams& p, std::int32_t item) const {
+    const Plan& plan = p.plan;
+    const bool split = counts->split != 0;
+    const std::int32_t* before = split ? plan.states : plan.items;
+    std::int32_t low = 0, high = counts->many;
+    while (high - low > 1) {
+      const std::int32_t middle = (low + high) / 2;
+      (before[middle] <= item ? low : high) = middle;
+    }
+    PrefillItem work;
+    work.sequence = plan.many[low];
+    const std::int32_t window = p.checked->sliding_window;
+    const Extent e = PrefillExtent(work.sequence, window, p);
+    const std::int32_t spans = NumSpans(e), origin = e.begin >> e.shift;
+    // The last rows first: theirs is the longest context. Heads last: blocks that work side by side.
+    const std::int32_t local = item - before[low], rest = local / p.num_kv_heads;
+    work.head = local % p.num_kv_heads;
+    const std::int32_t index = split ? rest / spans : rest;
+    work.first_row = (e.tiles - 1 - index) * p.prefill_rows;
+    work.rows = static_cast<std::int32_t>(
+        min(std::int64_t{p.prefill_rows}, std::int64_t{work.sequence.query_length} * p.group - work.first_row));
+    work.from = FirstVisible(work.sequence.position + work.first_row / p.group, window);
+    work.to = work.sequence.position + (work.first_row + work.rows - 1) / p.group + 1;
+    work.shift = e.shift;
+    work.first_span = (work.from >> e.shift) - origin;
+    work.last_span = ((work.to - 1) >> e.shift) - origin;
+    work.split = split && spans > 1;
+    if (work.split) {
+      const std::int32_t unit = index * p.num_kv_heads + work.head, span = rest % spans;
+      work.unit = plan.items[low] + unit;
+      work.pieces = spans;
+      work.first_state = plan.states[low] + unit * spans;
+      work.state = work.first_state + span;
+      work.from = max(work.from, (origin + span) << e.shift);
+      work.to = static_cast<std::int32_t>(min(std::int64_t{work.to}, std::int64_t{origin + span + 1} << e.shift));
+    }
+    return work;
+  }
+};
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_

@@ -1,0 +1,111 @@
+// Scores to weights, and what becomes of states. All in base 2: a score is log2(e) times that of the natural softmax.
+#ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
+#define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/work.cuh"
+
+namespace kvpage::cuda {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float NegativeInfinity() { return __int_as_float(static_cast<int>(0xff800000)); }
+
+// Turns dot products into scores: scale -> soft cap -> ALiBi. kExact: with the library's tanh, whose error is relative.
+template <bool kExact>
+struct ScoreRule {
+  float factor;  // of a dot product; with a soft cap of what becomes the cap's argument
+  float cap;     // log2(e) times the soft cap; 0: none
+  bool alibi;
+
+  __device__ __forceinline__ explicit ScoreRule(const AttentionParams& p) {
+    const bool capped = p.soft_cap > 0.0f;
+    // tanh(x / cap) = 1 - 2 / (1 + e^(2 x / cap))
+    factor = capped ? p.scale / p.soft_cap * (kExact ? 1.0f : 2.0f * kLog2E) : p.scale * kLog2E;
+    cap = capped ? p.soft_cap * kLog2E : 0.0f;
+    alibi = p.alibi_slopes != nullptr;
+  }
+  __device__ __forceinline__ bool plain() const { return cap == 0.0f && !alibi; }
+
+  // `slope` is log2(e) times the head's; `distance` is key position - query position.
+  __device__ __forceinline__ float Score(float dot, float slope, std::int32_t distance) const {
+    float x = dot * factor;
+    if (cap != 0.0f) x = kExact ? cap * tanhf(x) : cap - __fdividef(2.0f * cap, 1.0f + Exp2(x > 126.0f ? 126.0f : x));
+    if (alibi) x = fmaf(slope, static_cast<float>(distance), x);
+    return x;
+  }
+};
+
+// The exponent's base while no score is above -inf: weights are then 0, not 2^(-inf + inf).
+__device__ __forceinline__ float Base(float max) { return max == NegativeInfinity() ? 0.0f : max; }
+
+// How two states become one: values * a + other values * b. Written so that no compiler may fuse it differently in one
+// place than in another.
+struct Fold {
+  float max, sum, a, b;
+
+  __device__ __forceinline__ Fold(float max_a, float sum_a, float max_b, float sum_b) {
+    max = fmaxf(max_a, max_b);
+    const float base = Base(max);
+    a = Exp2(__fsub_rn(max_a, base));
+    b = Exp2(__fsub_rn(max_b, base));
+    sum = __fmaf_rn(sum_a, a, __fmul_rn(sum_b, b));
+  }
+  __device__ __forceinline__ float operator()(float value_a, float value_b) const {
+    return __fmaf_rn(value_a, a, __fmul_rn(value_b, b));
+  }
+};
+
+// What the values of a finished row are multiplied by, and the row's log-sum-exp.
+struct Finish {
+  float factor, lse;
+
+  __device__ __forceinline__ Finish(const AttentionParams& p, int q_head, float max, float sum) {
+    factor = 1.0f;
+    if (p.sinks != nullptr) {
+      const float sink = p.sinks[q_head] * kLog2E;
+      const float top = fmaxf(max, sink), base = Base(top);
+      factor = Exp2(max - base);
+      sum = fmaf(sum, factor, Exp2(sink - base));
+      max = top;
+    }
+    factor = factor / sum;
+    lse = (Base(max) + log2f(sum)) * kLn2;
+  }
+};
+
+// Where row `row` of a unit lies in q and out, in rows of head_dim elements; the same in lse.
+__device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+  const std::int32_t at = unit.first_row + row, token = at / p.group;
+  return (std::int64_t{unit.sequence.query_begin} + token) * p.num_q_heads + unit.head * p.group +
+         (at - token * p.group);
+}
+__device__ __forceinline__ std::int32_t RowHead(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+  return unit.head * p.group + (unit.first_row + row) % p.group;
+}
+__device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+  return unit.sequence.position + (unit.first_row + row) / p.group;
+}
+
+__device__ __forceinline__ void StoreElement(void* out, DType dtype, std::int64_t index, float x) {
+  if (dtype == DType::kF32) {
+    static_cast<float*>(out)[index] = x;
+  } else if (dtype == DType::kBF16) {
+    static_cast<__nv_bfloat16*>(out)[index] = FromFloat<__nv_bfloat16>(x);
+  } else {
+    static_cast<__half*>(out)[index] = FromFloat<__half>(x);
+  }
+}
+__device__ __forceinline__ float LoadElement(const void* p, DType dtype, std::int64_t index) {
+  if (dtype == DType::kF32) return static_cast<const float*>(p)[index];
+  if (dtype == DType::kBF16) return ToFloat(static_cast<const __nv_bfloat16*>(p)[index]);
+  return ToFloat(static_cast<const __half*>(p)[index]);
+}
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_

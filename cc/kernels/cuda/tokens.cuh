@@ -1,0 +1,75 @@
+// Where tokens lie: addresses of a view without a division in the inner loop.
+#ifndef KVPAGE_KERNELS_CUDA_TOKENS_CUH_
+#define KVPAGE_KERNELS_CUDA_TOKENS_CUH_
+
+#include <cstdint>
+
+#include "base/kv_view.h"
+#include "kernels/cuda/device.cuh"
+
+namespace kvpage::cuda {
+
+// Whether every key and value begins at a multiple of 16 bytes.
+__host__ __device__ inline bool IsAligned(const KVView& view) {
+  const auto base = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(view.base));
+  return ((base | view.slot_stride | view.chunk_stride | view.layer_stride | view.kv_stride | view.head_stride |
+           view.token_stride) &
+          15) == 0;
+}
+
+// n / d for 0 <= n < 2^31 by a multiplication: m = ceil(2^(32 + l) / d) with 2^l >= d has 33 bits, of which 32 are
+// kept and n is added for the last.
+struct Divider {
+  std::uint32_t multiplier = 0, shift = 0;
+  std::int32_t divisor = 1;
+
+  __device__ __forceinline__ explicit Divider(std::int32_t d) : divisor(d) {
+    while (shift < 31 && (std::uint32_t{1} << shift) < static_cast<std::uint32_t>(d)) ++shift;
+    const std::uint64_t excess = (std::uint64_t{1} << shift) - static_cast<std::uint64_t>(d);
+    multiplier = static_cast<std::uint32_t>((excess << 32) / static_cast<std::uint64_t>(d) + 1);
+  }
+  __device__ __forceinline__ std::int32_t Divide(std::int32_t n) const {
+    const std::uint64_t high = static_cast<std::uint64_t>(static_cast<std::uint32_t>(n)) * multiplier >> 32;
+    return static_cast<std::int32_t>((high + static_cast<std::uint32_t>(n)) >> shift);
+  }
+};
+
+// The keys of one slot and KV head; a value lies kv_stride bytes after its key.
+struct Tokens {
+  const char* first;          // of chunk 0, or of physical chunk 0 with a table
+  const std::int32_t* table;  // the slot's row, or null
+
+  __device__ __forceinline__ Tokens(const KVView& view, std::int32_t slot, std::int32_t layer, std::int32_t head)
+      : first(view.base + layer * view.layer_stride + head * view.head_stride), table(nullptr) {
+    if (view.table != nullptr) {
+      table = view.table + slot * view.table_width;
+    } else {
+      first += slot * view.slot_stride;
+    }
+  }
+};
+
+// What all slots and heads share.
+struct TokenMap {
+  Divider chunk;
+  std::int64_t chunk_stride, token_stride, kv_stride;
+
+  // Chunks that follow each other without a gap are one.
+  __device__ __forceinline__ explicit TokenMap(const KVView& view)
+      : chunk(view.table == nullptr && view.chunk_stride == view.tokens_per_chunk * view.token_stride
+                  ? 0x7fffffff
+                  : static_cast<std::int32_t>(min(view.tokens_per_chunk, std::int64_t{0x7fffffff}))),
+        chunk_stride(view.chunk_stride),
+        token_stride(view.token_stride),
+        kv_stride(view.kv_stride) {}
+
+  __device__ __forceinline__ const char* Key(const Tokens& tokens, std::int32_t token) const {
+    const std::int32_t index = chunk.Divide(token), within = token - index * chunk.divisor;
+    const std::int32_t place = tokens.table != nullptr ? tokens.table[index] : index;
+    return tokens.first + place * chunk_stride + within * token_stride;
+  }
+};
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_TOKENS_CUH_

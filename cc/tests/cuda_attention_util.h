@@ -1,0 +1,132 @@
+// What the tests of attention on the emulated device share: a batch that passed its check, run over a cache, and the
+// comparison with the reference.
+#ifndef KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
+#define KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/attend.h"
+#include "kernels/cuda/launch.h"
+#include "tests/check.h"
+#include "tests/cuda_emulation/emulator.h"
+#include "tests/kernels_util.h"
+
+namespace kvpage::testing {
+
+inline std::string DescribeCuda(const Problem& p) {
+  std::ostringstream text;
+  text << "heads " << p.kv_heads << "x" << p.group << " dim " << p.head_dim << " " << Name(p.dtype) << " q "
+       << Name(p.q_dtype) << " window " << p.window << " cap " << p.soft_cap << " sinks " << !p.sinks.empty()
+       << " alibi " << !p.slopes.empty() << " lengths";
+  for (const Sequence& s : p.sequences) text << " " << s.position << "+" << s.query_length;
+  return text.str();
+}
+
+struct FreeScratch {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct CudaRun {
+  int only = -1;        // keeps one sequence, the others are inactive
+  bool failed = false;  // the check failed
+  bool aligned = true;  // what the caller says of the view
+  int padding = 0;      // inactive sequences before the others
+};
+
+inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, Result* result) {
+  cuda::AttentionOperands a;
+  a.q = p.q.data();
+  a.out = result->out.data();
+  a.lse = result->lse.data();
+  a.q_dtype = p.q_dtype;
+  a.kv_dtype = p.dtype;
+  a.num_q_heads = p.q_heads();
+  a.num_kv_heads = p.kv_heads;
+  a.head_dim = p.head_dim;
+  a.max_context = p.max_tokens();
+  a.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
+  a.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
+  a.scale = p.scale;
+  a.soft_cap = p.soft_cap;
+  static_cast<void>(cache);
+  return a;
+}
+
+inline Result RunCuda(const Problem& p, const Cache& cache, const std::vector<int>& slots,
+                      const CudaRun& options = {}) {
+  Result result;
+  result.out.assign(p.q.size(), '\x55');
+  result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
+  const cuda::AttentionOperands operands = ToOperands(p, cache, &result);
+  const auto sequences = static_cast<std::int64_t>(slots.size()) + options.padding;
+  const std::size_t bytes = (cuda::AttentionBytes(operands, sequences, p.num_tokens) + 255) / 256 * 256;
+  const std::unique_ptr<void, FreeScratch> scratch(std::aligned_alloc(256, bytes));
+  std::memset(scratch.get(), 0xff, bytes);
+  auto* const checked = new (scratch.get()) CheckedBatch;
+  checked->ok = options.failed ? 0 : 1;
+  checked->layer = static_cast<std::int32_t>(cache.layer);
+  checked->num_sequences = static_cast<std::int32_t>(sequences);
+  checked->sliding_window = p.window;
+  checked->view = cache.view;
+  for (int i = 0; i < options.padding; ++i) checked->sequences()[i] = {-1, 0, 0, 0};
+  for (std::size_t s = 0; s < slots.size(); ++s) {
+    Sequence sequence = p.sequences[s];
+    sequence.slot = options.only >= 0 && options.only != static_cast<int>(s) ? -1 : slots[s];
+    checked->sequences()[options.padding + s] = sequence;
+  }
+  CHECK_OK(cuda::LaunchAttention(operands, sequences, p.num_tokens, options.aligned, scratch.get(), nullptr))
+      << DescribeCuda(p);
+  return result;
+}
+
+// Compares with the reference: rounding of the output's type, what float32 sums may lose, and for tensor cores the
+// weights' rounding to the storage type, which averages out over the context.
+inline void CheckCuda(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse,
+                      bool tensor_cores, const std::string& what = "") {
+  const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
+  const double rounding = tensor_cores ? 1.5 * unit : 1e-5;
+  double worst = 0, worst_lse = 0, difference = 0, norm = 1e-30;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const double got = Read(&result.out[i * ItemSize(p.q_dtype)], p.q_dtype);
+    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]) - rounding;
+    worst = std::isnan(error) ? 1e9 : std::max(worst, error);
+    difference += (got - out[i]) * (got - out[i]);
+    norm += out[i] * out[i];
+  }
+  for (std::size_t i = 0; i < lse.size(); ++i) {
+    if (std::isinf(lse[i]) && std::isinf(result.lse[i])) continue;
+    const double error = std::fabs(result.lse[i] - lse[i]) / (1.0 + std::fabs(lse[i]));
+    worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
+  }
+  CHECK(worst <= 0) << worst << what << DescribeCuda(p);
+  CHECK(std::sqrt(difference / norm) < std::max(1.5 * unit, 2e-5))
+      << std::sqrt(difference / norm) << what << DescribeCuda(p);
+  CHECK(worst_lse < 1e-5) << worst_lse << what << DescribeCuda(p);
+}
+
+// The device for the time of a scope.
+class ScopedDevice {
+ public:
+  ScopedDevice(int num_sms, std::uint64_t seed) : before_(emulation::device()) {
+    emulation::device().num_sms = num_sms;
+    emulation::device().seed = seed;
+  }
+  ~ScopedDevice() { emulation::device() = before_; }
+  ScopedDevice(const ScopedDevice&) = delete;
+  ScopedDevice& operator=(const ScopedDevice&) = delete;
+
+ private:
+  emulation::Device before_;
+};
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
