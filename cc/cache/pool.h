@@ -132,7 +132,8 @@ class Pool {
   // Waits until something has drained, at most `seconds`; false when nothing was draining or time ran out.
   bool WaitForDrain(double seconds);
   // The first fault that a program left on the device since the last look, as the status that the program would have
-  // failed with on CPU. Calls that change something raise it too; those that only look do not.
+  // failed with on CPU. Calls that change something raise it too; NewLine, which is the way on after it, and those that
+  // only look do not.
   Status TakeFault();
   Status Trim(std::int64_t* freed_blocks);
   Claim Resize(std::int64_t capacity_bytes);

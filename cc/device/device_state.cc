@@ -34,7 +34,8 @@ Status DeviceState::Make(const Driver& driver, int ordinal, std::shared_ptr<Devi
 
 Status DeviceState::Start() {
   const std::size_t table_bytes = kDeviceTableEntries * sizeof(DevicePool);
-  KVPAGE_RETURN_IF_ERROR(DeviceMemory::Make(context_, table_bytes, "for the table of pools", &table_));
+  KVPAGE_RETURN_IF_ERROR(
+      DeviceMemory::Make(context_, table_bytes + sizeof(std::uint32_t), "for the table of pools", &table_));
   KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, 256, "for faults", &shared_));
   fault_ = reinterpret_cast<Fault*>(shared_.data());
   zero_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 128);
@@ -92,6 +93,28 @@ DeviceState::Staging::~Staging() {
   if (memory_.data() == nullptr) return;
   const std::lock_guard<std::mutex> lock(device_->staging_mutex_);
   device_->staging_.push_back(std::move(memory_));
+}
+
+Status DeviceState::Synchronize(cu::Stream stream) {
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  KVPAGE_CU(driver(), StreamSynchronize, "for map_slots", stream);
+  return {};
+}
+
+Status DeviceState::Upload(cu::DevicePtr to, const void* from, std::size_t bytes, cu::Stream stream) {
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  KVPAGE_CU(driver(), MemcpyHtoDAsync, "for map_slots", to, from, bytes, stream);
+  KVPAGE_CU(driver(), StreamSynchronize, "for map_slots", stream);
+  return {};
+}
+
+Status DeviceState::CopyOnDevice(cu::DevicePtr to, cu::DevicePtr from, std::size_t bytes, cu::Stream stream) {
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  KVPAGE_CU(driver(), MemcpyDtoDAsync, "for after", to, from, bytes, stream);
+  return {};
 }
 
 Status DeviceState::Transfer(const std::vector<Copy>& copies) {

@@ -33,6 +33,8 @@ class DeviceState {
   const std::shared_ptr<CudaContext>& context() const { return context_; }
   // The table: an address on the device.
   DevicePool* table() const { return reinterpret_cast<DevicePool*>(table_.address()); }
+  // Four bytes of device memory that anybody may write and nobody reads.
+  cu::DevicePtr spare_word() const { return table_.address() + kDeviceTableEntries * sizeof(DevicePool); }
 
   // ---- handlers ----
   // While it lives a handler queues its launches: whoever drains the device sees all of them or none. Makes the
@@ -56,11 +58,23 @@ class DeviceState {
     Staging& operator=(const Staging&) = delete;
     Status Reserve(std::size_t bytes);
     char* data() const { return memory_.data(); }
+    // Where kernels find what lies at `host` in it.
+    template <class T>
+    T* OnDevice(T* host) const {
+      return memory_.OnDevice(host);
+    }
 
    private:
     DeviceState* const device_;
     PinnedMemory memory_;
   };
+
+  // Waits for a stream of XLA's, holding no lock.
+  Status Synchronize(cu::Stream stream);
+  // Copies pinned memory to the device on a stream of XLA's, and waits for it.
+  Status Upload(cu::DevicePtr to, const void* from, std::size_t bytes, cu::Stream stream);
+  // Queues a copy on a stream of XLA's.
+  Status CopyOnDevice(cu::DevicePtr to, cu::DevicePtr from, std::size_t bytes, cu::Stream stream);
 
   // ---- mirrors ----
   // One small copy between pinned memory and the device.

@@ -11,8 +11,6 @@
 namespace kvpage {
 namespace {
 
-using Any = ffi::AnyBuffer;
-
 // The operands and attributes of attention that do not depend on where keys and values lie.
 struct Variant {
   S32 window;
@@ -25,12 +23,8 @@ struct Variant {
 ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any q,
                   const Variant& variant, ffi::Result<Any> out, ffi::Result<F32> lse, Parallel& parallel) {
   cpu::AttentionArgs args;
-  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("q", q.element_type(), &args.q_dtype));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckQuery(op, q, view.num_kv_heads, view.head_dim, &args.q_dtype));
   const auto shape = q.dimensions();
-  if (shape.size() != 3 || shape[2] != view.head_dim || shape[1] % view.num_kv_heads != 0) {
-    return ToError(InvalidArgument(std::string(op) + ": q must be [tokens, " + std::to_string(view.num_kv_heads) +
-                                   " * n heads, " + std::to_string(view.head_dim) + "]"));
-  }
   args.kv = view;
   args.layer = layer;
   args.q = q.untyped_data();
@@ -50,13 +44,7 @@ ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const 
 ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any k,
                   Any v, Parallel& parallel) {
   cpu::AppendArgs args;
-  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("k", k.element_type(), &args.dtype));
-  const auto shape = k.dimensions();
-  if (v.element_type() != k.element_type() || v.element_count() != k.element_count() || shape.size() != 3 ||
-      shape[1] != view.num_kv_heads || shape[2] != view.head_dim) {
-    return ToError(InvalidArgument(std::string(op) + ": k and v must both be [tokens, " +
-                                   std::to_string(view.num_kv_heads) + ", " + std::to_string(view.head_dim) + "]"));
-  }
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckKeysAndValues(op, k, v, view.num_kv_heads, view.head_dim, &args.dtype));
   args.kv = view;
   args.layer = layer;
   args.k = k.untyped_data();
@@ -65,8 +53,6 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
   cpu::Append(args, parallel);
   return ffi::Error::Success();
 }
-
-std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.dimensions()[0] : 0; }
 
 // An op at work on one layer of a pool's slots: while it lives they are pinned.
 struct LayerCall {
@@ -190,26 +176,11 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
                             S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
                             std::int32_t kv_layout, ffi::Result<Any> out, ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention_with_tables";
-  const auto shape = k_pages.dimensions();  // NHD: [pages, page_size, heads, dim]; HND: [pages, heads, page_size, dim]
-  const bool hnd = kv_layout == 1;
   KVView view;
-  KVPAGE_FFI_RETURN_IF_ERROR(ToDType("k_pages", k_pages.element_type(), &view.dtype));
-  const std::int64_t item = static_cast<std::int64_t>(ItemSize(view.dtype));
-  const std::int64_t page_size = hnd ? shape[2] : shape[1];
-  const std::int64_t heads = hnd ? shape[1] : shape[2];
-  const std::int64_t dim = shape[3];
-  view.base = static_cast<char*>(k_pages.untyped_data());
-  view.kv_stride = static_cast<char*>(v_pages.untyped_data()) - view.base;
-  view.num_kv_heads = static_cast<std::int32_t>(heads);
-  view.head_dim = static_cast<std::int32_t>(dim);
-  view.tokens_per_chunk = page_size;
-  view.chunk_stride = page_size * heads * dim * item;
-  view.token_stride = (hnd ? dim : heads * dim) * item;
-  view.head_stride = (hnd ? page_size * dim : dim) * item;
-  view.table = block_tables.typed_data();
-  view.table_width = block_tables.dimensions()[1];
+  KVPAGE_FFI_RETURN_IF_ERROR(PageView(k_pages, v_pages, block_tables, kv_layout, &view));
   std::vector<Sequence> sequences;
-  KVPAGE_FFI_RETURN_IF_ERROR(TableSequences(block_tables, lengths, offsets, Rows(q), shape[0], page_size, &sequences));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      TableSequences(block_tables, lengths, offsets, Rows(q), Rows(k_pages), view.tokens_per_chunk, &sequences));
   XlaParallel parallel(&threads);
   return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
 }

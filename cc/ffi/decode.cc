@@ -39,4 +39,50 @@ Status ToDType(const char* what, ffi::DataType type, DType* out) {
   }
 }
 
+Status CheckQuery(const char* op, const Any& q, std::int64_t kv_heads, std::int64_t head_dim, DType* dtype) {
+  KVPAGE_RETURN_IF_ERROR(ToDType("q", q.element_type(), dtype));
+  const auto shape = q.dimensions();
+  if (shape.size() == 3 && shape[2] == head_dim && shape[1] % kv_heads == 0) return {};
+  return InvalidArgument(std::string(op) + ": q must be [tokens, " + std::to_string(kv_heads) + " * n heads, " +
+                         std::to_string(head_dim) + "]");
+}
+
+Status CheckKeysAndValues(const char* op, const Any& k, const Any& v, std::int64_t kv_heads, std::int64_t head_dim,
+                          DType* dtype) {
+  KVPAGE_RETURN_IF_ERROR(ToDType("k", k.element_type(), dtype));
+  const auto shape = k.dimensions();
+  if (v.element_type() == k.element_type() && v.element_count() == k.element_count() && shape.size() == 3 &&
+      shape[1] == kv_heads && shape[2] == head_dim) {
+    return {};
+  }
+  return InvalidArgument(std::string(op) + ": k and v must both be [tokens, " + std::to_string(kv_heads) + ", " +
+                         std::to_string(head_dim) + "]");
+}
+
+Status CheckPerSlot(const char* op, const S32& slots, const S32& values) {
+  if (slots.element_count() == values.element_count()) return {};
+  return InvalidArgument(std::string(op) + ": operands must have one entry per slot");
+}
+
+Status PageView(const Any& k_pages, const Any& v_pages, const S32& block_tables, std::int32_t kv_layout, KVView* view) {
+  const auto shape = k_pages.dimensions();
+  const bool hnd = kv_layout == 1;
+  KVPAGE_RETURN_IF_ERROR(ToDType("k_pages", k_pages.element_type(), &view->dtype));
+  const std::int64_t item = static_cast<std::int64_t>(ItemSize(view->dtype));
+  const std::int64_t page_size = hnd ? shape[2] : shape[1];
+  const std::int64_t heads = hnd ? shape[1] : shape[2];
+  const std::int64_t dim = shape[3];
+  view->base = static_cast<char*>(k_pages.untyped_data());
+  view->kv_stride = static_cast<char*>(v_pages.untyped_data()) - view->base;
+  view->num_kv_heads = static_cast<std::int32_t>(heads);
+  view->head_dim = static_cast<std::int32_t>(dim);
+  view->tokens_per_chunk = page_size;
+  view->chunk_stride = page_size * heads * dim * item;
+  view->token_stride = (hnd ? dim : heads * dim) * item;
+  view->head_stride = (hnd ? page_size * dim : dim) * item;
+  view->table = block_tables.typed_data();
+  view->table_width = block_tables.dimensions()[1];
+  return {};
+}
+
 }  // namespace kvpage

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/dtype.h"
+#include "base/kv_view.h"
 #include "base/status.h"
 #include "cache/pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -18,6 +19,7 @@ namespace ffi = ::xla::ffi;
 using S32 = ffi::Buffer<ffi::S32>;
 using U32 = ffi::Buffer<ffi::U32>;
 using F32 = ffi::Buffer<ffi::F32>;
+using Any = ffi::AnyBuffer;
 using SpecAttr = ffi::Span<const std::int64_t>;
 
 #define KVPAGE_FFI_RETURN_IF_ERROR(expr)                  \
@@ -38,6 +40,19 @@ CacheRef Cache(const S32& handle, const U32& epoch, const S32& lengths);
 BatchRef Batch(const S32& slots, const S32& offsets, std::int64_t num_tokens);
 
 Status ToDType(const char* what, ffi::DataType type, DType* out);
+
+// First dimension; 0 for a scalar.
+inline std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.dimensions()[0] : 0; }
+
+// q must be [tokens, kv_heads * n, head_dim], k and v [tokens, kv_heads, head_dim]; the dtypes go to *dtype.
+Status CheckQuery(const char* op, const Any& q, std::int64_t kv_heads, std::int64_t head_dim, DType* dtype);
+Status CheckKeysAndValues(const char* op, const Any& k, const Any& v, std::int64_t kv_heads, std::int64_t head_dim,
+                          DType* dtype);
+// One entry for each slot.
+Status CheckPerSlot(const char* op, const S32& slots, const S32& values);
+// The view over page arrays [pages, page_size, heads, dim] ("NHD", layout 0) or [pages, heads, page_size, dim] ("HND",
+// 1) behind block tables.
+Status PageView(const Any& k_pages, const Any& v_pages, const S32& block_tables, std::int32_t kv_layout, KVView* view);
 
 }  // namespace kvpage
 

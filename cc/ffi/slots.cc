@@ -8,18 +8,13 @@
 namespace kvpage {
 namespace {
 
-ffi::Error SameLength(const char* op, const S32& slots, std::int64_t count) {
-  if (static_cast<std::int64_t>(slots.element_count()) == count) return ffi::Error::Success();
-  return ToError(InvalidArgument(std::string(op) + ": operands must have one entry per slot"));
-}
-
 ffi::Error MapSlots(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 num_tokens, SpecAttr spec,
                     ffi::Result<U32> new_epoch, ffi::Result<ffi::Buffer<ffi::PRED>> ok) {
   static const char* const kOp = "map_slots";
   std::shared_ptr<Pool> pool;
   KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
   const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
-  if (ffi::Error error = SameLength(kOp, slots, num_tokens.element_count()); error.failure()) return error;
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(kOp, slots, num_tokens));
   return ToError(pool->MapSlots(kOp, Cache(handle, epoch, lengths), slots.typed_data(), num_tokens.typed_data(), count,
                                 ok->typed_data(), new_epoch->typed_data()));
 }
@@ -39,7 +34,7 @@ ffi::Error SetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values,
   std::shared_ptr<Pool> pool;
   KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
   const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
-  if (ffi::Error error = SameLength(kOp, slots, values.element_count()); error.failure()) return error;
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(kOp, slots, values));
   return ToError(pool->SetLengths(kOp, Cache(handle, epoch, lengths), slots.typed_data(), values.typed_data(), count,
                                   new_epoch->typed_data(), new_lengths->typed_data()));
 }

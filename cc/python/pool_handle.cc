@@ -4,7 +4,11 @@
 
 #include "cache/messages.h"
 #include "cache/registry.h"
+#include "device/device_mirror.h"
+#include "device/device_state.h"
+#include "ffi/handlers.h"
 #include "python/cuda_binding.h"
+#include "vmm/cuda_vmm.h"
 #include "vmm/limits.h"
 #include "vmm/memfd_vmm.h"
 
@@ -14,38 +18,82 @@ namespace {
 // What the rest of the process (XLA's threads and buffers, Python) may still want to map.
 constexpr std::int64_t kMapReserve = 4096;
 
-Status CheckCapacity(const char* op, std::int64_t capacity_bytes) {
-  const std::int64_t limit = MemoryLimitBytes();
+std::string OfDevice(int ordinal) { return "CUDA device " + std::to_string(ordinal); }
+
+Status CheckCapacity(const std::string& op, std::int64_t capacity_bytes, std::int64_t limit, const std::string& who) {
   if (limit < 0 || capacity_bytes <= limit) return {};
-  return ResourceExhausted(std::string(op) + ": capacity is " + std::to_string(capacity_bytes) +
-                           " bytes, but this machine (or this process's cgroup) has " + std::to_string(limit) +
-                           " bytes of memory in all: give a smaller capacity");
+  return ResourceExhausted(op + ": capacity is " + std::to_string(capacity_bytes) + " bytes, but " + who + " has " +
+                           std::to_string(limit) + " bytes of memory in all: give a smaller capacity");
+}
+
+// Where a pool's memory lies, and whom it tells of what it decides.
+struct Place {
+  std::unique_ptr<Vmm> vmm;
+  std::unique_ptr<Mirror> mirror;
+  std::int64_t map_limit = 0;
+};
+
+Status OnCpu(const Geometry& geometry, bool fake, Place* place) {
+  const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
+  place->map_limit = map_limit > 0 ? map_limit : 1;
+  if (fake) return MakeFakeVmm(geometry.virtual_bytes(), geometry.block_bytes, &place->vmm);
+  std::unique_ptr<MemfdVmm> vmm;
+  KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm));
+  place->vmm = std::move(vmm);
+  return {};
+}
+
+Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options, int ordinal,
+              Place* place, std::int64_t* memory_limit) {
+  if (CudaTargets().empty()) {
+    return FailedPrecondition(
+        "KVPool: this build of jax_kvpage has no CUDA backend: install it where nvcc is found (JAX_KVPAGE_CUDA=ON), or "
+        "pass device=jax.devices('cpu')[0]");
+  }
+  std::shared_ptr<DeviceState> device;
+  KVPAGE_RETURN_IF_ERROR(OpenDevice(ordinal, &device));
+  DeviceDescription description;
+  KVPAGE_RETURN_IF_ERROR(DescribeDevice(device->driver(), ordinal, &description));
+  *memory_limit = description.total_bytes;
+  KVPAGE_RETURN_IF_ERROR(CheckCapacity("KVPool", capacity_bytes, *memory_limit, OfDevice(ordinal)));
+  std::unique_ptr<CudaVmm> vmm;
+  KVPAGE_RETURN_IF_ERROR(CudaVmm::Make(device->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));
+  std::unique_ptr<DeviceMirror> mirror;
+  KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(device, geometry, vmm->base(), options.allow_stale, &mirror));
+  place->vmm = std::move(vmm);
+  place->mirror = std::move(mirror);
+  return {};
 }
 
 }  // namespace
 
 Status PoolHandle::Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
                         const PoolOptions& options, const std::string& backend, int device) {
-  static_cast<void>(device);
-  if (backend != "cpu" && backend != "fake") {
-    return InvalidArgument("KVPool: there is no backend '" + backend + "' in this build");
+  if (backend != "cpu" && backend != "cuda" && backend != "fake") {
+    return InvalidArgument("KVPool: backend must be 'cpu', 'cuda' or 'fake', got '" + backend + "'");
   }
   Geometry geometry;
   KVPAGE_RETURN_IF_ERROR(Geometry::Make(spec, block_bytes, &geometry));
-  KVPAGE_RETURN_IF_ERROR(CheckCapacity("KVPool", capacity_bytes));
-  std::unique_ptr<Vmm> vmm;
-  if (backend == "fake") {
-    KVPAGE_RETURN_IF_ERROR(MakeFakeVmm(geometry.virtual_bytes(), block_bytes, &vmm));
+  Place place;
+  if (backend == "cuda") {
+    KVPAGE_RETURN_IF_ERROR(OnCuda(geometry, capacity_bytes, options, device, &place, &memory_limit_));
+    memory_owner_ = OfDevice(device);
   } else {
-    std::unique_ptr<MemfdVmm> memfd;
-    KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), block_bytes, &memfd));
-    vmm = std::move(memfd);
+    memory_limit_ = MemoryLimitBytes();
+    memory_owner_ = "this machine (or this process's cgroup)";
+    KVPAGE_RETURN_IF_ERROR(CheckCapacity("KVPool", capacity_bytes, memory_limit_, memory_owner_));
+    KVPAGE_RETURN_IF_ERROR(OnCpu(geometry, backend == "fake", &place));
   }
-  const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
   std::shared_ptr<Pool> pool;
-  KVPAGE_RETURN_IF_ERROR(
-      Pool::Make(geometry, capacity_bytes, options, std::move(vmm), map_limit > 0 ? map_limit : 1, &pool));
+  KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(place.vmm), place.map_limit, &pool,
+                                    std::move(place.mirror)));
   Register(pool);
+  if (pool->mirrored()) {
+    if (Status status = pool->OpenMirror(); !status.ok()) {
+      Unregister(pool->id());
+      return status;
+    }
+  }
   id_ = pool->id();
   pool_ = std::move(pool);
   return {};
@@ -58,9 +106,7 @@ std::shared_ptr<Pool> PoolHandle::Get() const {
 
 Status PoolHandle::Use(const char* op, std::shared_ptr<Pool>* out) const {
   *out = Get();
-  if (*out == nullptr) {
-    return messages::Closed(op, id_);
-  }
+  if (*out == nullptr) return messages::Closed(op, id_);
   return (*out)->CheckProcess(op);
 }
 
@@ -127,7 +173,7 @@ Claim PoolHandle::Resize(std::int64_t capacity_bytes) {
   Claim claim;
   std::shared_ptr<Pool> pool;
   claim.status = Use("resize", &pool);
-  if (claim.status.ok()) claim.status = CheckCapacity("resize", capacity_bytes);
+  if (claim.status.ok()) claim.status = CheckCapacity("resize", capacity_bytes, memory_limit_, memory_owner_);
   return claim.status.ok() ? pool->Resize(capacity_bytes) : claim;
 }
 

@@ -32,7 +32,8 @@ class PoolHandle {
   PoolHandle(const PoolHandle&) = delete;
   PoolHandle& operator=(const PoolHandle&) = delete;
 
-  // `backend`: "cpu"; "fake" for CUDA's memory management over the fake driver, with programs that run on CPU.
+  // `backend`: "cpu"; "cuda" on the device with this ordinal; "fake" for CUDA's memory management over the fake driver,
+  // with programs that run on CPU.
   Status Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
               const std::string& backend, int device);
   std::int32_t id() const { return id_; }
@@ -63,6 +64,8 @@ class PoolHandle {
   mutable std::mutex mutex_;
   std::shared_ptr<Pool> pool_;
   std::int32_t id_ = -1;
+  std::int64_t memory_limit_ = -1;  // of the machine or the device; -1: unknown
+  std::string memory_owner_;        // in words
 };
 
 }  // namespace kvpage

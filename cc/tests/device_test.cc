@@ -213,10 +213,6 @@ TEST(FaultsAreRaisedOnceByTheNextCall) {
       [&] { return pool->StartRelease({slot}); },
       [&] { return pool->Commit(slot, 1); },
       [&] {
-        Pool::Line line;
-        return pool->NewLine(&line);
-      },
-      [&] {
         std::int64_t freed = 0;
         return pool->Trim(&freed);
       },
@@ -237,6 +233,10 @@ TEST(FaultsAreRaisedOnceByTheNextCall) {
   }
   program.Write(slot, 16);  // the line was never broken
   CHECK_EQ(program.length(slot), 16);
+  // A new line is the way on after a fault, which waits to be asked for.
+  provoke();
+  program.Restart(pool.get());
+  CHECK(Mentions(pool->TakeFault(), text));
 }
 
 TEST(FaultsOfUnknownPoolsAreRaisedByAnyPoolOfTheDevice) {

@@ -1,0 +1,228 @@
+// CUDA handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
+// attention over plain page arrays (attend_with_tables).
+#include "ffi/cuda_decode.h"
+#include "ffi/handlers.h"
+
+namespace kvpage {
+namespace {
+
+// The operands and attributes of attention that do not depend on where keys and values lie.
+struct Variant {
+  S32 window;
+  F32 sinks;
+  F32 alibi;
+  float scale;
+  float soft_cap;
+};
+
+Status ToAttention(const char* op, const Any& q, const Variant& variant, DType kv_dtype, std::int64_t kv_heads,
+                   std::int64_t head_dim, std::int64_t max_context, ffi::Result<Any>* out, ffi::Result<F32>* lse,
+                   cuda::AttentionOperands* attention) {
+  KVPAGE_RETURN_IF_ERROR(CheckQuery(op, q, kv_heads, head_dim, &attention->q_dtype));
+  const std::int64_t heads = q.dimensions()[1];
+  const auto per_head = [&](const char* name, const F32& values) {
+    return CheckCount(op, name, values.element_count(), values.element_count() == 0 ? 0 : heads);
+  };
+  KVPAGE_RETURN_IF_ERROR(CheckCount(op, "window", variant.window.element_count(), 1));
+  KVPAGE_RETURN_IF_ERROR(per_head("sinks", variant.sinks));
+  KVPAGE_RETURN_IF_ERROR(per_head("alibi_slopes", variant.alibi));
+  KVPAGE_RETURN_IF_ERROR(
+      CheckCount(op, "the output", (*out)->element_count(), static_cast<std::int64_t>(q.element_count())));
+  const bool wants_lse = (*lse)->element_count() > 0;
+  if (wants_lse) KVPAGE_RETURN_IF_ERROR(CheckCount(op, "lse", (*lse)->element_count(), Rows(q) * heads));
+  attention->q = q.untyped_data();
+  attention->out = (*out)->untyped_data();
+  attention->lse = wants_lse ? (*lse)->typed_data() : nullptr;
+  attention->kv_dtype = kv_dtype;
+  attention->num_q_heads = static_cast<std::int32_t>(heads);
+  attention->num_kv_heads = static_cast<std::int32_t>(kv_heads);
+  attention->head_dim = static_cast<std::int32_t>(head_dim);
+  attention->max_context = max_context;
+  attention->window = variant.window.typed_data();
+  attention->sinks = variant.sinks.element_count() > 0 ? variant.sinks.typed_data() : nullptr;
+  attention->alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
+  attention->scale = variant.scale;
+  attention->soft_cap = variant.soft_cap;
+  return {};
+}
+
+// An op on one layer of a pool's slots.
+struct LayerCall : CudaCall {
+  // `tokens` is the number of rows of q or k; -1 when there are none.
+  Status Start(DeviceOp op_code, std::int32_t ordinal, const S32& handle, const U32& epoch, const S32& lengths,
+               const S32& slots, const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t tokens) {
+    KVPAGE_RETURN_IF_ERROR(CudaCall::Start(op_code, ordinal, handle, epoch, lengths, spec));
+    KVPAGE_RETURN_IF_ERROR(ToBatch(op(), slots, offsets, tokens, &batch));
+    layer = layer_operand.typed_data();
+    return CheckCount(op(), "layer", layer_operand.element_count(), 1);
+  }
+  Status ToAppend(const Any& k, const Any& v, cuda::AppendOperands* append) const {
+    KVPAGE_RETURN_IF_ERROR(CheckKeysAndValues(op(), k, v, num_kv_heads(), head_dim(), &append->dtype));
+    KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "k's first dimension", Rows(k), batch.num_tokens));
+    append->layer = layer;
+    append->k = k.untyped_data();
+    append->v = v.untyped_data();
+    append->num_kv_heads = static_cast<std::int32_t>(num_kv_heads());
+    append->head_dim = static_cast<std::int32_t>(head_dim());
+    return {};
+  }
+  // `append` null: paged_attention.
+  Status Attend(const Any& q, const Variant& variant, const cuda::AppendOperands* append, ffi::Result<Any> out,
+                ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch, void* stream) {
+    cuda::AttentionOperands attention;
+    KVPAGE_RETURN_IF_ERROR(
+        ToAttention(op(), q, variant, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
+    attention.layer = layer;
+    const DeviceState::Queueing queueing(device, static_cast<cu::Stream>(stream));
+    KVPAGE_RETURN_IF_ERROR(queueing.status());
+    KVPAGE_RETURN_IF_ERROR(
+        CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
+    return cuda::Attend(cache, batch, attention, append, new_epoch, scratch->typed_data(), stream);
+  }
+
+  cuda::BatchOperands batch;
+  const std::int32_t* layer = nullptr;
+};
+
+ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                    S32 layer, Any k, Any v, SpecAttr spec, ffi::Result<U32> new_epoch, Scratch scratch) {
+  LayerCall call;
+  cuda::AppendOperands append;
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      call.Start(DeviceOp::kAppendKV, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(k)));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(
+      cuda::AppendKV(call.cache, call.batch, append, new_epoch->typed_data(), scratch->typed_data(), stream));
+}
+
+ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
+                          S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                          float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse, Scratch scratch) {
+  LayerCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      call.Start(DeviceOp::kPagedAttention, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap}, nullptr, out, lse, nullptr, scratch, stream));
+}
+
+ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
+                           S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
+                           float scale, float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse,
+                           ffi::Result<U32> new_epoch, Scratch scratch) {
+  LayerCall call;
+  cuda::AppendOperands append;
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      call.Start(DeviceOp::kUpdateAndAttend, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap}, &append, out, lse, new_epoch->typed_data(),
+                             scratch, stream));
+}
+
+ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                         S32 layer, SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v, Scratch scratch) {
+  LayerCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      call.Start(DeviceOp::kGatherContext, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, -1));
+  const auto shape = k->dimensions();
+  const std::int64_t row_tokens = shape.size() == 4 ? shape[1] : 0;
+  for (ffi::Result<Any> result : {k, v}) {
+    KVPAGE_FFI_RETURN_IF_ERROR(
+        CheckCount(call.op(), "the gathered context", result->element_count(),
+                   call.batch.num_sequences * row_tokens * call.num_kv_heads() * call.head_dim()));
+  }
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(cuda::GatherContext(call.cache, call.batch, call.layer, row_tokens, k->untyped_data(),
+                                     v->untyped_data(), scratch->typed_data(), stream));
+}
+
+// Touches no pool: nobody waits for it.
+ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
+                            S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
+                            std::int32_t kv_layout, ffi::Result<Any> out, ffi::Result<F32> lse, Scratch scratch) {
+  static const char* const kOp = "paged_attention_with_tables";
+  KVView view;
+  KVPAGE_FFI_RETURN_IF_ERROR(PageView(k_pages, v_pages, block_tables, kv_layout, &view));
+  const auto sequences = static_cast<std::int64_t>(lengths.element_count());
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "query_offsets", offsets.element_count(), sequences + 1));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "block_tables' first dimension", block_tables.dimensions()[0], sequences));
+  cuda::AttentionOperands attention;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap}, view.dtype, view.num_kv_heads,
+                                         view.head_dim, view.table_width * view.tokens_per_chunk, &out, &lse,
+                                         &attention));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, scratch, cuda::AttentionBytes(attention, sequences, Rows(q))));
+  return ToError(cuda::AttendWithTables(view, Rows(k_pages), lengths.typed_data(), offsets.typed_data(), sequences,
+                                        Rows(q), attention, scratch->typed_data(), stream));
+}
+
+// cache, slots, query_offsets, layer
+auto LayerBinding() { return CudaBinding().Arg<S32>().Arg<U32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>(); }
+
+KVPAGE_DEFINE_CUDA_HANDLER(
+    kAppendKV, AppendKV,
+    LayerBinding().Arg<Any>().Arg<Any>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::U8>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention,
+                           LayerBinding()
+                               .Arg<Any>()
+                               .Arg<S32>()
+                               .Arg<F32>()
+                               .Arg<F32>()
+                               .Attr<SpecAttr>("spec")
+                               .Attr<float>("scale")
+                               .Attr<float>("soft_cap")
+                               .Ret<Any>()
+                               .Ret<F32>()
+                               .Ret<ffi::Buffer<ffi::U8>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend,
+                           LayerBinding()
+                               .Arg<Any>()
+                               .Arg<Any>()
+                               .Arg<Any>()
+                               .Arg<S32>()
+                               .Arg<F32>()
+                               .Arg<F32>()
+                               .Attr<SpecAttr>("spec")
+                               .Attr<float>("scale")
+                               .Attr<float>("soft_cap")
+                               .Ret<Any>()
+                               .Ret<F32>()
+                               .Ret<U32>()
+                               .Ret<ffi::Buffer<ffi::U8>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kGatherContext, GatherContext,
+                           LayerBinding().Attr<SpecAttr>("spec").Ret<Any>().Ret<Any>().Ret<ffi::Buffer<ffi::U8>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables,
+                           CudaBinding()
+                               .Arg<Any>()
+                               .Arg<Any>()
+                               .Arg<Any>()
+                               .Arg<S32>()
+                               .Arg<S32>()
+                               .Arg<S32>()
+                               .Arg<S32>()
+                               .Arg<F32>()
+                               .Arg<F32>()
+                               .Attr<float>("scale")
+                               .Attr<float>("soft_cap")
+                               .Attr<std::int32_t>("kv_layout")
+                               .Ret<Any>()
+                               .Ret<F32>()
+                               .Ret<ffi::Buffer<ffi::U8>>());
+
+}  // namespace
+
+std::vector<Target> CudaSlotTargets();  // cuda_slots.cc
+
+std::vector<Target> CudaTargets() {
+  std::vector<Target> targets = {{"jax_kvpage_append_kv", kAppendKV},
+                                 {"jax_kvpage_paged_attention", kPagedAttention},
+                                 {"jax_kvpage_update_and_attend", kUpdateAndAttend},
+                                 {"jax_kvpage_gather_context", kGatherContext},
+                                 {"jax_kvpage_attend_with_tables", kAttendWithTables}};
+  for (const Target& target : CudaSlotTargets()) targets.push_back(target);
+  return targets;
+}
+
+}  // namespace kvpage

@@ -1,0 +1,145 @@
+// CUDA handlers that change which tokens a slot has: map_slots, advance, set_lengths, occupy, vacate, after.
+#include <algorithm>
+#include <vector>
+
+#include "cache/registry.h"
+#include "ffi/cuda_decode.h"
+#include "ffi/handlers.h"
+
+namespace kvpage {
+namespace {
+
+ffi::Error Advance(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                   SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  CudaCall call;
+  cuda::BatchOperands batch;
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kAdvance, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(ToBatch(call.op(), slots, offsets, -1, &batch));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(cuda::Advance(call.cache, batch, new_epoch->typed_data(), new_lengths->typed_data(), stream));
+}
+
+ffi::Error SetLengths(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values,
+                      SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  CudaCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kSetLengths, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(call.op(), slots, values));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(cuda::SetLengths(call.cache, slots.typed_data(), values.typed_data(),
+                                  static_cast<std::int64_t>(slots.element_count()), new_epoch->typed_data(),
+                                  new_lengths->typed_data(), stream));
+}
+
+template <bool kOccupy>
+ffi::Error ChangeOwner(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 slots,
+                       SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  CudaCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      call.Start(kOccupy ? DeviceOp::kAcquire : DeviceOp::kRelease, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(call.op(), "the called pool's handle", own.element_count(), 2));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(cuda::ChangeOwner(call.cache, own.typed_data(), slots.typed_data(),
+                                   static_cast<std::int64_t>(slots.element_count()), kOccupy, new_epoch->typed_data(),
+                                   new_lengths->typed_data(), stream));
+}
+
+// What map_slots brings to the host, in pinned memory.
+struct MapRequest {
+  std::int32_t handle[2];
+  std::int32_t verdict;
+  std::int32_t count;
+  std::int32_t* slots() { return reinterpret_cast<std::int32_t*>(this + 1); }
+  std::int32_t* tokens() { return slots() + count; }
+  bool* ok() { return reinterpret_cast<bool*>(tokens() + count); }
+  static std::size_t Bytes(std::int64_t count) {
+    return sizeof(MapRequest) + static_cast<std::size_t>(count) * (2 * sizeof(std::int32_t) + sizeof(bool));
+  }
+};
+
+// Queues the check, and the copies of what the host must know.
+Status QueueMapRequest(const CudaCall& call, const S32& slots, const S32& tokens, std::uint32_t* new_epoch,
+                       DeviceState::Staging* staging, void* stream) {
+  MapRequest* const request = reinterpret_cast<MapRequest*>(staging->data());
+  const auto count = static_cast<std::int64_t>(slots.element_count());
+  request->count = static_cast<std::int32_t>(count);
+  const auto xla = static_cast<cu::Stream>(stream);
+  const DeviceState::Queueing queueing(call.device, xla);
+  KVPAGE_RETURN_IF_ERROR(queueing.status());
+  KVPAGE_RETURN_IF_ERROR(cuda::CheckMapSlots(call.cache, slots.typed_data(), tokens.typed_data(), count, new_epoch,
+                                             staging->OnDevice(&request->verdict), stream));
+  const auto fetch = [&](void* to, const std::int32_t* from, std::int64_t n) -> Status {
+    if (n == 0) return {};
+    KVPAGE_CU(call.device->driver(), MemcpyDtoHAsync, "for map_slots", to, reinterpret_cast<cu::DevicePtr>(from),
+              static_cast<std::size_t>(n) * sizeof(std::int32_t), xla);
+    return {};
+  };
+  KVPAGE_RETURN_IF_ERROR(fetch(request->handle, call.cache.handle, 2));
+  KVPAGE_RETURN_IF_ERROR(fetch(request->slots(), slots.typed_data(), count));
+  return fetch(request->tokens(), tokens.typed_data(), count);
+}
+
+// The one op that waits for its stream: the driver's calls need the numbers on the host.
+ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 num_tokens,
+                    SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<ffi::Buffer<ffi::PRED>> ok) {
+  CudaCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kMapSlots, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(call.op(), slots, num_tokens));
+  const auto count = static_cast<std::int64_t>(slots.element_count());
+  DeviceState::Staging staging(call.device);
+  KVPAGE_FFI_RETURN_IF_ERROR(staging.Reserve(MapRequest::Bytes(count)));
+  MapRequest* const request = reinterpret_cast<MapRequest*>(staging.data());
+  const Status queued = QueueMapRequest(call, slots, num_tokens, new_epoch->typed_data(), &staging, stream);
+  // Also when something could not be queued: the staging memory goes to the next call.
+  KVPAGE_FFI_RETURN_IF_ERROR(call.device->Synchronize(static_cast<cu::Stream>(stream)));
+  KVPAGE_FFI_RETURN_IF_ERROR(queued);
+  if (request->verdict != 0) {
+    std::shared_ptr<Pool> pool;
+    KVPAGE_FFI_RETURN_IF_ERROR(Find(call.op(), request->handle[0], &pool));
+    KVPAGE_FFI_RETURN_IF_ERROR(
+        pool->MapChecked(call.op(), request->handle[1], request->slots(), request->tokens(), count, request->ok()));
+  } else {
+    std::fill_n(request->ok(), count, false);  // the fault is on record
+  }
+  if (count == 0) return ffi::Error::Success();
+  return ToError(call.device->Upload(reinterpret_cast<cu::DevicePtr>(ok->typed_data()), request->ok(),
+                                     static_cast<std::size_t>(count), static_cast<cu::Stream>(stream)));
+}
+
+// The values are operands so that XLA has computed them before whatever uses the returned epoch. Something must be
+// queued even where both epochs are one buffer: XLA captures no call that queues nothing.
+ffi::Error After(void* stream, std::int32_t ordinal, U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
+  DeviceState* device = nullptr;
+  KVPAGE_FFI_RETURN_IF_ERROR(FindDeviceFor("after", ordinal, &device));
+  const bool moved = new_epoch->typed_data() != epoch.typed_data();
+  const auto to = moved ? reinterpret_cast<cu::DevicePtr>(new_epoch->typed_data()) : device->spare_word();
+  return ToError(device->CopyOnDevice(to, reinterpret_cast<cu::DevicePtr>(epoch.typed_data()), sizeof(std::uint32_t),
+                                      static_cast<cu::Stream>(stream)));
+}
+
+auto CacheBinding() { return CudaBinding().Arg<S32>().Arg<U32>().Arg<S32>(); }
+
+XLA_FFI_DEFINE_HANDLER(
+    kMapSlots, MapSlots,
+    CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::PRED>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kAdvance, Advance,
+                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+KVPAGE_DEFINE_CUDA_HANDLER(kSetLengths, SetLengths,
+                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+KVPAGE_DEFINE_CUDA_HANDLER(kOccupy, ChangeOwner<true>,
+                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+KVPAGE_DEFINE_CUDA_HANDLER(kVacate, ChangeOwner<false>,
+                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
+KVPAGE_DEFINE_CUDA_HANDLER(kAfter, After, CudaBinding().Arg<U32>().RemainingArgs().Ret<U32>());
+
+}  // namespace
+
+std::vector<Target> CudaSlotTargets() {
+  return {{"jax_kvpage_map_slots", kMapSlots},     {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths}, {"jax_kvpage_occupy", kOccupy},
+          {"jax_kvpage_vacate", kVacate},          {"jax_kvpage_after", kAfter}};
+}
+
+}  // namespace kvpage
