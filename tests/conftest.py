@@ -88,6 +88,20 @@ def pytest_make_collect_report(
     return report
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """On the fake driver: nothing is left alive, and none of the driver's rules was broken."""
+    if os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") in ("", "0"):
+        return
+    from jax_kvpage import _native
+
+    gc.collect()
+    counts, violation = _native.fake_driver.report()
+    left = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if left:
+        print(f"\nfake driver: {left} at the end of the run. {violation}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture
 def make_pool() -> Iterator[Callable[..., Any]]:
     """A factory of pools that are closed when the test ends, also when it fails."""

@@ -1,0 +1,136 @@
+"""The pool's own tests once more, on CUDA's memory management over the fake driver.
+
+Each file runs in a process of its own with JAX_KVPAGE_FAKE_DRIVER=1: slots and blocks are what the
+driver's calls make of them, programs run on CPU. conftest.py makes a run fail in which anything is
+left alive in the driver at the end, or in which one of its rules was broken.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from subprocesses import run_python
+
+_TESTS = pathlib.Path(__file__).resolve().parent
+
+_VIEWS = "zero-copy views of device memory are refused (test_views_are_refused)"
+_FILES = "looks for the file of a pool, but the fake driver keeps one for all"
+
+# Tests of each file that do not apply, and why.
+_LEFT_OUT: dict[str, dict[str, str]] = {
+    "test_pool.py": {},
+    "test_pool_state_machine.py": {},
+    "test_safety.py": {},
+    "test_stale.py": {},
+    "test_failure_recovery.py": {},
+    "test_threads_fork_exit.py": {"test_exit_with_programs_in_flight[view]": _VIEWS},
+    "test_memory.py": {
+        "test_physical_follows_use[per_layer]": _VIEWS,
+        "test_temporaries_do_not_grow": "compiles programs, and opens no pool",
+    },
+    "test_poison.py": {
+        "test_memory_is_filled_with_nan_when_it_is_handed_out": _FILES,
+        "test_no_nan_reaches_an_output": _FILES,
+        "test_trimmed_memory_comes_back_empty": "new device memory is never empty",
+        "test_padding_of_a_batch_is_not_written": _FILES,
+    },
+    "test_bit_identity.py": {},
+    "test_system_calls.py": {"test_strace_agrees": "driver calls are no system calls"},
+}
+
+
+@pytest.mark.parametrize("file", _LEFT_OUT)
+def test_file(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    left_out = [f"--deselect=tests/{file}::{name}" for name in _LEFT_OUT[file]]
+    done = subprocess.run(
+        [*command, f"--rootdir={_TESTS.parent}", str(_TESTS / file), *left_out],
+        env={
+            **os.environ,
+            "JAX_KVPAGE_FAKE_DRIVER": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONSAFEPATH": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+
+
+def test_a_leak_is_noticed(tmp_path: pathlib.Path) -> None:
+    """The control: a run that leaves a pool behind fails."""
+    (tmp_path / "conftest.py").write_text((_TESTS / "conftest.py").read_text())
+    (tmp_path / "test_leak.py").write_text(
+        "import jax_kvpage as kvp\n"
+        "kept = []\n"
+        "def test_leak():\n"
+        "    kept.append(kvp.KVPool(kvp.CacheSpec(1, 1, 64, 2, 64), '1MiB'))\n"
+    )
+    code = (
+        "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]))"
+    )
+    with pytest.raises(AssertionError, match=r"fake driver.*1 reservations"):
+        run_python(code, str(tmp_path), env={"JAX_KVPAGE_FAKE_DRIVER": "1"})
+
+
+def test_views_are_refused() -> None:
+    run_python(
+        """
+        import jax_kvpage as kvp
+        spec = kvp.CacheSpec(1, 1, 64, 2, 64, layout="per_layer")
+        with kvp.KVPool(spec, "1MiB") as pool:
+            try:
+                pool.view(0)
+            except ValueError as error:
+                assert "device memory" in str(error) and "paged_attention" in str(error)
+            else:
+                raise SystemExit("a view of device memory")
+        """,
+        env={"JAX_KVPAGE_FAKE_DRIVER": "1"},
+    )
+
+
+_LIFE = """
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    import jax_kvpage as kvp
+    from harness import Line
+    from jax_kvpage import _native
+
+    _native.fake_driver.configure(2 << 20, 256 << 20)
+    spec = kvp.CacheSpec(2, 2, 64, 4, 4096, dtype=jnp.bfloat16, layout=sys.argv[1])
+    pool = kvp.KVPool(spec, "64MiB", poison=True)
+    assert pool.spec == spec.resolve("cuda"), pool.spec
+    assert pool.spec.block_bytes == 2 << 20
+    line = Line(pool, group=2, max_tokens=700, max_sequences=4)
+    slots = line.acquire_scattered([1500, 40])
+    line.write({slots[0]: 1400, slots[1]: 30})
+    out, _, want, _ = line.step([(slots[0], 5), (slots[1], 1)])
+    np.testing.assert_allclose(out, want, atol=0.02)
+    line.release(slots[0])
+    line.check_lengths()
+    again = line.acquire(1500)
+    calls = pool.stats().system_calls
+    line.write({again: 1200})
+    out, _, want, _ = line.step([(again, 1)])
+    np.testing.assert_allclose(out, want, atol=0.02)
+    assert pool.stats().system_calls == calls, "a step made a driver call"
+    pool.trim()
+    pool.close()
+    del line, pool
+    import gc
+    gc.collect()
+    report, violation = _native.fake_driver.report()
+    assert not any(report.values()), (report, violation)
+"""
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_cudas_own_block_sizes(layout: str) -> None:
+    """Blocks of 2 MiB, as a spec is resolved for CUDA, on a driver that maps nothing smaller."""
+    run_python(_LIFE, layout, env={"JAX_KVPAGE_FAKE_DRIVER": "cuda"})
