@@ -20,13 +20,21 @@ std::string Describe(const Problem& p) {
   return text.str();
 }
 
-// Compares with the reference: rounding of the output's dtype plus what float32 sums may lose.
+// Whether weights of many rows are rounded to bfloat16.
+bool RoundsWeights(const Problem& p) {
+  return p.dtype == DType::kBF16 && p.q_dtype == DType::kBF16 && std::string(cpu::InstructionSet()) == "avx512_bf16";
+}
+
+// Compares with the reference: rounding of the output's dtype plus what float32 sums may lose, plus what rounding of
+// the weights may: weights that are off by factors 1 + e, and normalised by their own sum, move an output by no more
+// than the largest |e| times its spread.
 void CheckResult(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse) {
   const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
+  const double weights = RoundsWeights(p) ? 1.02 / 256 : 0.0;
   double worst = 0, worst_lse = 0;
   for (std::size_t i = 0; i < out.size(); ++i) {
     const double got = Read(&result.out[i * ItemSize(p.q_dtype)], p.q_dtype);
-    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]);
+    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]) - weights * p.spread[i];
     worst = std::isnan(error) ? 1e9 : std::max(worst, error);
   }
   for (std::size_t i = 0; i < lse.size(); ++i) {
@@ -35,7 +43,7 @@ void CheckResult(Problem& p, const Result& result, const std::vector<double>& ou
     worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
   }
   CHECK(worst < 4e-6) << worst << Describe(p);
-  CHECK(worst_lse < 2e-6) << worst_lse << Describe(p);
+  CHECK(worst_lse < (RoundsWeights(p) ? 5e-6 : 2e-6)) << worst_lse << Describe(p);
 }
 
 Problem RandomProblem(Rng& rng) {

@@ -183,6 +183,7 @@ struct Problem {
   std::vector<Sequence> sequences;
   std::vector<char> q;
   std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
+  std::vector<double> spread;                // of each output element: sum of weight * |value - output|, by Reference
 
   int q_heads() const { return kv_heads * group; }
   int tokens(std::size_t s) const { return sequences[s].position + sequences[s].query_length; }
@@ -281,6 +282,7 @@ inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& 
 inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>* lse) {
   out->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads() * p.head_dim, 0.0);
   lse->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), -std::numeric_limits<double>::infinity());
+  p.spread.assign(out->size(), 0.0);
   for (std::size_t s = 0; s < p.sequences.size(); ++s) {
     std::vector<double> stored(p.contexts[s].size());
     std::vector<char> row_codes(p.head_dim);
@@ -315,10 +317,15 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
         if (!p.sinks.empty()) top = std::max(top, static_cast<double>(p.sinks[head]));
         double sum = p.sinks.empty() ? 0.0 : std::exp(p.sinks[head] - top);
         for (double& x : scores) sum += x = std::exp(x - top);
-        double* o = &(*out)[(static_cast<std::int64_t>(token) * p.q_heads() + head) * p.head_dim];
+        const std::int64_t at = (static_cast<std::int64_t>(token) * p.q_heads() + head) * p.head_dim;
+        double* o = &(*out)[at];
         for (std::size_t k = 0; k < scores.size(); ++k) {
           const double* value = row(1, from + static_cast<int>(k), head / p.group);
           for (int d = 0; d < p.head_dim; ++d) o[d] += scores[k] / sum * value[d];
+        }
+        for (std::size_t k = 0; k < scores.size(); ++k) {
+          const double* value = row(1, from + static_cast<int>(k), head / p.group);
+          for (int d = 0; d < p.head_dim; ++d) p.spread[at + d] += scores[k] / sum * std::fabs(value[d] - o[d]);
         }
         (*lse)[static_cast<std::int64_t>(token) * p.q_heads() + head] = top + std::log(sum);
       }

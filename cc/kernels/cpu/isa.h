@@ -30,8 +30,10 @@ static constexpr float ElementUnit(DType dtype) { return dtype == DType::kF8E4M3
 // A row is one (query token, query head) that reads a KV head. Up to kFewRows are handled as dot products that stream K
 // and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by arithmetic).
 constexpr int kFewRows = 8;
-constexpr int kRowBlock = 6;
-constexpr int kMaxRows = 32 * kRowBlock;
+constexpr int kRowBlock = 12;
+constexpr int kMaxRows = 64 * kRowBlock;
+// Tile of many rows.
+constexpr int kManyTokens = 256;
 
 static constexpr int PaddedRows(int rows) {
   return rows <= kFewRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
@@ -39,17 +41,21 @@ static constexpr int PaddedRows(int rows) {
 // Query and accumulator rows are zero-padded to whole vectors of any instruction set, in bfloat16 too.
 static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
-// Softmax over a part of the context: acc[rows, padded_dim], then max[rows], then sum[rows], rows padded.
+// Softmax over a part of the context: acc[rows, padded_dim], then max[rows], then sum[rows], then exact[rows], rows
+// padded. max is in units of log2(e), sum of the weights as they multiplied the values (perhaps rounded to bfloat16),
+// so that they add up to one; exact that of the weights before rounding, for lse.
 static constexpr std::int64_t StateFloats(int rows, int head_dim) {
-  return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 2) + 15) / 16 * 16;
+  return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 3) + 15) / 16 * 16;
 }
-// Query rows of one head: float32[rows, padded_dim], then the same in bfloat16.
+// Query rows of one head: float32[rows, padded_dim], then, where they are bfloat16, the same as they are.
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
-// Scores of a tile, two packed or converted tiles and a correction per row.
+// Few rows: scores of a tile, two converted tiles and a correction per row. Many: two packed tiles, scores of a block
+// of rows and a panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim) {
-  return static_cast<std::int64_t>(PaddedRows(rows)) * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64;
+  return rows <= kFewRows ? std::int64_t{rows} * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64
+                          : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
 }
 
 // Rows first_row .. first_row + rows - 1 of a sequence and a KV head; row r is query token r / group, and query head
