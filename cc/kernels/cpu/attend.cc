@@ -1,6 +1,6 @@
 // Attention: cuts a ragged batch into tasks, runs them, merges what was cut.
 //
-// A unit is a sequence, a KV head and a tile of query rows. Its context is cut at multiples of kSpanTokens, every span
+// A unit is a sequence, a KV head and a tile of query rows. Its context is cut at multiples of SpanTokens(), every span
 // gives a state of its own (max, sum, weighted values), and states are merged in the order of the spans: by the task
 // that ran them all, or, when a long context was shared out, by whichever task of the unit ends last. Both do the same
 // arithmetic, so how many tasks a unit became never shows in the result.
@@ -22,6 +22,19 @@ constexpr int kTasksPerWorker = 4;
 // KV heads that one task walks together when a token's heads lie next to each other.
 constexpr int kHeadsTogether = 16;
 constexpr int kLineBytes = 64;
+
+// Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
+// many rows has much work for every token, and there are other units. The kernels take them in steps of kSpanTokens.
+int SpanTokens(const Unit& unit) { return unit.rows <= kFewRows ? kSpanTokens : 4 * kSpanTokens; }
+
+// Rows of the units that a sequence with many rows becomes. Large ones, because each packs the keys and values that it
+// sees; but enough of them to keep all threads busy, and not by the number of threads: that must not show in the
+// result.
+std::int64_t UnitRows(std::int64_t rows) {
+  constexpr std::int64_t kUnits = 8, kLeastRows = 16 * kRowBlock;
+  const std::int64_t wanted = (rows + kUnits - 1) / kUnits;
+  return std::clamp<std::int64_t>((wanted + kRowBlock - 1) / kRowBlock * kRowBlock, kLeastRows, kMaxRows);
+}
 
 // Where things lie in a worker's part of the workspace, in floats.
 struct WorkerLayout {
@@ -57,7 +70,8 @@ class Attention {
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
   void LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const;
   void PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_t end) const;
-  void RunSpan(const Unit& unit, std::int64_t span, float* scratch, float* state) const;
+  void RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const;
+  void RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, float* worker, float* state) const;
   void Merge(const Unit& unit, float* into, const float* from) const;
   void Finish(const Unit& unit, const float* state) const;
   char* QueryRow(const void* base, const Unit& unit) const;
@@ -95,7 +109,8 @@ void Attention::AddUnits(std::int32_t index) {
   // Few rows are bound by memory: where the heads of a token are neighbours they are read together.
   const bool token_major = kv.num_kv_heads > 1 && kv.head_stride < kv.token_stride;
   const int heads = rows <= kFewRows && token_major ? std::min(kv.num_kv_heads, kHeadsTogether) : 1;
-  const std::int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
+  const std::int64_t unit_rows = UnitRows(rows);
+  const std::int64_t tiles = (rows + unit_rows - 1) / unit_rows;
   // Later rows see more: the long units come first and the short ones fill the gaps.
   for (std::int64_t tile = tiles - 1; tile >= 0; --tile) {
     for (int head = 0; head < kv.num_kv_heads; head += heads) {
@@ -103,8 +118,8 @@ void Attention::AddUnits(std::int32_t index) {
       unit.sequence = index;
       unit.kv_head = head;
       unit.heads = std::min(heads, kv.num_kv_heads - head);
-      unit.first_row = tile * kMaxRows;
-      unit.rows = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxRows, rows - unit.first_row));
+      unit.first_row = tile * unit_rows;
+      unit.rows = static_cast<std::int32_t>(std::min(unit_rows, rows - unit.first_row));
       unit.end = sequence.position + (unit.first_row + unit.rows - 1) / group_ + 1;
       if (args_.sliding_window > 0) {
         unit.begin = std::max<std::int64_t>(
@@ -135,8 +150,8 @@ double Attention::Plan(int num_workers) {
   const bool share = num_workers > 1 && total >= kInlineCost;
   for (std::size_t i = 0; i < units.size(); ++i) {
     Unit& unit = units[i];
-    const auto first = static_cast<std::int32_t>(unit.begin / kSpanTokens);
-    const auto last = static_cast<std::int32_t>((unit.end - 1) / kSpanTokens + 1);
+    const auto first = static_cast<std::int32_t>(unit.begin / SpanTokens(unit));
+    const auto last = static_cast<std::int32_t>((unit.end - 1) / SpanTokens(unit) + 1);
     const int spans = last - first;
     const double pieces = share ? Cost(unit) / wanted : 1.0;
     const int spans_per_task = pieces <= 1.0 ? spans : std::max(1, static_cast<int>(spans / pieces));
@@ -241,12 +256,24 @@ void Attention::PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_
 }
 
 void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const {
+  const std::int64_t tokens = SpanTokens(unit);
+  const std::int64_t first = std::max(unit.begin, span * tokens), end = std::min(unit.end, (span + 1) * tokens);
+  for (std::int64_t begin = first; begin < end;) {
+    const std::int64_t part_end = std::min((begin / kSpanTokens + 1) * kSpanTokens, end);
+    RunPart(unit, begin, part_end, begin > first, worker, state);
+    begin = part_end;
+  }
+}
+
+// At most kSpanTokens, all in one cut between multiples of it.
+void Attention::RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, float* worker,
+                        float* state) const {
   const KVView& kv = args_.kv;
   const Sequence& sequence = (*args_.sequences)[unit.sequence];
   SpanArgs span_args;
   span_args.tile = Tile(unit);
-  span_args.begin = std::max<std::int64_t>(unit.begin, span * kSpanTokens);
-  span_args.end = std::min<std::int64_t>(unit.end, (span + 1) * kSpanTokens);
+  span_args.begin = begin;
+  span_args.end = end;
   span_args.readable = std::min<std::int64_t>(unit.end, span_args.end + kLookahead);
   const auto keys = reinterpret_cast<const char**>(worker + layout_.keys);
   const char** next = keys;
@@ -275,6 +302,7 @@ void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, floa
   span_args.window = args_.sliding_window;
   span_args.scratch = worker + layout_.scratch;
   span_args.state = state;
+  span_args.resume = resume;
   kernels_.attend(span_args);
 }
 
@@ -330,14 +358,14 @@ void Attention::Run(const Task& task, int worker_index) const {
     Finish(unit, state);
     return;
   }
-  const std::int64_t first = unit.begin / kSpanTokens;
+  const std::int64_t first = unit.begin / SpanTokens(unit);
   const std::int64_t stride = UnitStateFloats(unit);
   float* partials = floats_ + unit.partials;
   for (int span = task.span_begin; span < task.span_end; ++span) {
     RunSpan(unit, span, worker, partials + (span - first) * stride);
   }
   if (unit.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  const std::int64_t spans = (unit.end - 1) / kSpanTokens + 1 - first;
+  const std::int64_t spans = (unit.end - 1) / SpanTokens(unit) + 1 - first;
   for (std::int64_t span = 1; span < spans; ++span) Merge(unit, partials, partials + span * stride);
   Finish(unit, partials);
 }

@@ -13,8 +13,9 @@
 
 namespace kvpage::cpu {
 
-// The context is cut at multiples of kSpanTokens, a span at multiples of the tile. Both count from position 0 of the
-// sequence, never from a chunk or a task, so that a result does not depend on placement or on threads.
+// The kernels take the context in parts between multiples of kSpanTokens, a part in tiles between multiples of the
+// tile. Both count from position 0 of the sequence, never from a chunk or a task, so that a result does not depend on
+// placement or on threads.
 constexpr int kSpanTokens = 512;
 constexpr int kTileTokens = 64;
 // Addresses past a span that may be listed for prefetching.
@@ -99,7 +100,8 @@ struct SpanArgs {
   float soft_cap = 0.0f;
   std::int32_t window = 0;
   float* scratch = nullptr;  // ScratchFloats
-  float* state = nullptr;    // [heads] of StateFloats, overwritten
+  float* state = nullptr;    // [heads] of StateFloats
+  bool resume = false;       // the state holds what came before, else it is overwritten
 };
 
 struct FinishArgs {
