@@ -43,7 +43,7 @@ void CheckResult(Problem& p, const Result& result, const std::vector<double>& ou
     worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
   }
   CHECK(worst < 4e-6) << worst << Describe(p);
-  CHECK(worst_lse < (RoundsWeights(p) ? 5e-6 : 2e-6)) << worst_lse << Describe(p);
+  CHECK(worst_lse < 2e-6) << worst_lse << Describe(p);
 }
 
 Problem RandomProblem(Rng& rng) {

@@ -1,6 +1,6 @@
 // Prefill: what is particular to many query rows, whose weights may be rounded to bfloat16.
 #include <cmath>
-#include <string>
+#include <cstring>
 
 #include "tests/check.h"
 #include "tests/kernels_util.h"
@@ -61,6 +61,66 @@ TEST(WeightsAddUpToOne) {
         worst = std::max(worst, std::fabs(Read(&result.out[i], dtype) - 1.0));
       }
       CHECK(worst < 2e-6) << worst << cpu::InstructionSet() << Name(dtype);
+    }
+  }
+}
+
+// Prompts of several tiles and units, alone and in company, with any number of threads.
+TEST(BitsDoNotDependOnUnits) {
+  Rng rng(10);
+  Inline here;
+  for (const DType dtype : kDTypes) {
+    for (const int window : {0, 150}) {
+      Problem p;
+      p.group = 4;
+      p.dtype = p.q_dtype = dtype;
+      p.window = window;
+      FillProblem(rng, p, {{0, 700}, {2000, 110}, {300, 1}}, 0);
+      const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 3, p.max_tokens(), 16);
+      Store(p, cache, Slots(3));
+      for (const char* name : InstructionSets()) {
+        cpu::ForceInstructionSet(name);
+        const Result expected = Run(p, cache, Slots(3), here);
+        for (const int count : {2, 7, 64}) {
+          Threads threads(count);
+          CHECK(Run(p, cache, Slots(3), threads) == expected) << count << "threads" << name << Name(dtype);
+          for (int s = 0; s < 3; ++s) {
+            const Result alone = Run(p, cache, Slots(3), threads, s);
+            const std::size_t row = p.q.size() / p.num_tokens, at = p.sequences[s].query_begin * row;
+            CHECK(std::memcmp(&alone.out[at], &expected.out[at], p.sequences[s].query_length * row) == 0)
+                << "sequence" << s << "alone," << count << "threads" << name << Name(dtype);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A NaN reaches the rows that see it, whatever its bits are, and no other: these have the bits that they have without.
+TEST(NaNsOfAllBitsAreSeen) {
+  Rng rng(11);
+  Inline here;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Problem p;
+    p.group = 4;
+    p.dtype = p.q_dtype = dtype;
+    FillProblem(rng, p, {{0, 60}}, 0);
+    const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+    const std::size_t row = p.q.size() / p.num_tokens;
+    for (const char* name : InstructionSets()) {
+      cpu::ForceInstructionSet(name);
+      for (const int token : {1, 37, 58}) {
+        for (const int which : {0, 1}) {
+          Store(p, cache, {0});
+          const Result clean = Run(p, cache, {0}, here);
+          std::memset(cache.At(0, token, which, 0, 5), 0xff, ItemSize(dtype));
+          const Result result = Run(p, cache, {0}, here);
+          CHECK(std::memcmp(result.out.data(), clean.out.data(), token * row) == 0) << token << which << name;
+          for (int t = token; t < 60; ++t) {
+            CHECK(std::isnan(Read(&result.out[t * row + 5 * ItemSize(dtype)], dtype))) << t << token << which << name;
+          }
+        }
+      }
     }
   }
 }
