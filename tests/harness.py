@@ -288,13 +288,20 @@ class Line:
                     self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
 
 
-@jax.jit
+# Rounds of `busy` that take about a second.
+_BUSY_ROUNDS = {"cpu": 2000, "gpu": 60000}
+
+
 def busy(seconds_or_so: int) -> jax.Array:
     """A value that takes about that many seconds to compute: a program in flight (calls to it
     return at once).
     """
+    return _busy(seconds_or_so * _BUSY_ROUNDS[jax.default_backend()])
 
+
+@jax.jit
+def _busy(rounds: int) -> jax.Array:
     def body(_: int, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ x)
 
-    return jax.lax.fori_loop(0, seconds_or_so * 2000, body, jnp.ones((300, 300)))[0, 0]
+    return jax.lax.fori_loop(0, rounds, body, jnp.ones((300, 300)))[0, 0]
