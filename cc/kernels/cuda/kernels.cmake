@@ -3,7 +3,7 @@
 set(KVPAGE_CUDA_SOURCES append.cu attend.cu copy.cu decode_bf16.cu decode_f16.cu gather.cu general.cu prefill_bf16.cu
   prefill_f16.cu slots.cu tables.cu)
 list(TRANSFORM KVPAGE_CUDA_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/)
-set(KVPAGE_CUDA_HANDLERS)
+set(KVPAGE_CUDA_HANDLERS cuda_attention.cc cuda_decode.cc cuda_slots.cc)
 list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/)
 if(NOT KVPAGE_CUDA_SOURCES OR NOT KVPAGE_CUDA_HANDLERS)
   set(KVPAGE_CUDA OFF)

@@ -1,0 +1,148 @@
+"""What `python -m jax_kvpage` finds out: what was built, what this machine has, what to do next."""
+
+import dataclasses
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from jax_kvpage import _cuda, _native
+from jax_kvpage._compat import platform_of
+from jax_kvpage.cache import Batch
+from jax_kvpage.ops.update_and_attend import update_and_attend
+from jax_kvpage.pool import KVPool
+from jax_kvpage.spec import CacheSpec, max_map_count
+
+__all__ = ["Findings", "examine"]
+
+_WORKS = "works"
+# The CUDA kernels use instructions of this compute capability.
+_OLDEST_CARD = (8, 0)
+
+
+@dataclasses.dataclass
+class Findings:
+    """The doctor's report.
+
+    Attributes:
+        rows: what was looked at, and what was found.
+        broken: what should work here and does not.
+        advice: what to do next.
+    """
+
+    rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    broken: list[str] = dataclasses.field(default_factory=list)
+    advice: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, what: str, found: Any) -> None:
+        """Adds a row."""
+        self.rows.append((what, str(found)))
+
+
+def _mebibytes(count: int) -> str:
+    return "unknown" if count < 0 else f"{count / 2**20:,.0f} MiB"
+
+
+def _try(device: jax.Device) -> str:
+    """Writes and reads one token through a pool on a device: "works", or what went wrong."""
+    spec = CacheSpec(1, 1, 64, max_slots=1, max_seq_len=64, dtype=jnp.float32)
+    try:
+        with jax.default_device(device), KVPool(spec, "2MiB", device=device) as pool:
+            slot, cache = pool.acquire(pool.cache(), 1)
+            token = jnp.ones((1, 1, 64))
+            out, cache = update_and_attend(
+                token, token, token, cache, Batch.decode([slot]), layer=0
+            )
+            pool.check(cache)
+            right = bool(np.all(np.asarray(out) == 1))
+    except (RuntimeError, ValueError) as error:
+        return f"fails: {error}"
+    return _WORKS if right else "gives a WRONG result"
+
+
+def _software(found: Findings) -> None:
+    found.add("python", platform.python_version())
+    found.add("jax, jaxlib", f"{jax.__version__}, {jaxlib.__version__}")
+    found.add("built against XLA FFI API", ".".join(map(str, _native.FFI_API_VERSION)))
+    isa = _native.instruction_set()
+    found.add("built: CPU kernels", f"{isa} here (JAX_KVPAGE_ISA chooses another)")
+    architectures = ", ".join(_cuda.ARCHITECTURES.replace("-", " ").split(","))
+    found.add(
+        "built: CUDA backend", f"yes, for {architectures}" if _cuda.BUILT else "no (CPU only)"
+    )
+
+
+def _machine(found: Findings) -> None:
+    found.add("memory limit (machine and cgroup)", _mebibytes(_native.memory_limit_bytes()))
+    found.add("memory available now", _mebibytes(_native.available_bytes()))
+    found.add("mappings allowed (vm.max_map_count)", f"{max_map_count():,}")
+
+
+def _driver(found: Findings) -> list[Any]:
+    """The cards that the driver sees and this package can use."""
+    report = _native.cuda_report()
+    version = report.driver_version
+    if report.problem:
+        found.add("CUDA driver", report.problem)
+    else:
+        found.add("CUDA driver", f"for CUDA {version // 1000}.{version % 1000 // 10}")
+    usable = []
+    for card in report.devices:
+        major, minor = card.compute_capability
+        text = f"{card.name}, compute capability {major}.{minor}, {_mebibytes(card.total_bytes)}"
+        if card.problem:
+            text += f"; {card.problem}"
+        elif not card.virtual_memory:
+            text += "; no virtual memory management: it cannot hold a pool"
+        elif card.compute_capability < _OLDEST_CARD:
+            text += f"; too old: {'.'.join(map(str, _OLDEST_CARD))} or newer is needed"
+        else:
+            usable.append(card)
+            text += f", blocks are multiples of {_mebibytes(card.granularity)}"
+            text += f", {card.multiprocessors} multiprocessors"
+        found.add(f"card {card.ordinal}", text)
+    return usable
+
+
+def _next_for_cuda(found: Findings, cards: list[Any], devices: list[Any]) -> None:
+    if cards and not _cuda.BUILT:
+        found.advice.append(f"To use the card, {_cuda.HOW_TO_BUILD}.")
+    if cards and not devices:
+        found.advice.append(
+            "The driver works but JAX sees no CUDA device: install jax[cuda12] or jax[cuda13], and "
+            "look at JAX_PLATFORMS."
+        )
+    if cards and "% of the card" in _cuda.preallocation():
+        found.advice.append(
+            f"JAX's allocator takes {_cuda.preallocation()}; a pool's blocks lie beside it: leave "
+            "room with XLA_PYTHON_CLIENT_MEM_FRACTION=.4 or XLA_PYTHON_CLIENT_PREALLOCATE=false."
+        )
+    if _cuda.BUILT and not cards:
+        found.advice.append("The CUDA backend was built; without a usable card pools live on CPU.")
+
+
+def examine() -> Findings:
+    """Looks at the build and at the machine, and tries a token on each kind of device."""
+    found = Findings()
+    _software(found)
+    devices = jax.devices()
+    found.add("devices that JAX sees", ", ".join(map(str, devices)))
+    _machine(found)
+    cards = _driver(found)
+    if cards:
+        found.add("JAX's own allocator takes", _cuda.preallocation())
+    answer = _try(jax.devices("cpu")[0])
+    found.add("CPU backend", answer)
+    if answer != _WORKS:
+        found.broken.append("The CPU backend is broken here: please report the lines above.")
+    on_cuda = [device for device in devices if platform_of(device) == "cuda"]
+    for device in on_cuda if _cuda.BUILT else []:
+        answer = _try(device)
+        found.add(f"CUDA backend on {device}", answer)
+        if answer != _WORKS:
+            found.broken.append(f"The CUDA backend is broken on {device}: see the lines above.")
+    _next_for_cuda(found, cards, on_cuda)
+    return found

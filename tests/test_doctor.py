@@ -1,0 +1,116 @@
+"""python -m jax_kvpage: what it says about builds and machines, and its exit status."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from jax_kvpage import __main__ as doctor
+from jax_kvpage import _cuda, _doctor, _native
+
+
+def _card(**changes: Any) -> types.SimpleNamespace:
+    card = {
+        "ordinal": 0,
+        "name": "NVIDIA H100",
+        "compute_capability": (9, 0),
+        "multiprocessors": 132,
+        "total_bytes": 80 << 30,
+        "virtual_memory": True,
+        "granularity": 2 << 20,
+        "problem": "",
+    }
+    return types.SimpleNamespace(**card | changes)
+
+
+def _driver(monkeypatch: pytest.MonkeyPatch, *cards: Any, version: int = 13000) -> None:
+    report = types.SimpleNamespace(driver_version=version, problem="", devices=list(cards))
+    monkeypatch.setattr(_native, "cuda_report", lambda: report)
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert "All well" in text
+    for row in ("built: CUDA backend", "CUDA driver", "CPU kernels", "vm.max_map_count"):
+        assert row in text
+
+
+def test_the_real_report_has_what_the_doctor_reads() -> None:
+    report = _native.cuda_report()
+    assert bool(report.problem) == (report.driver_version == 0)
+    for card in report.devices:
+        assert card.name
+        assert card.total_bytes > 0
+        assert card.granularity % (64 << 10) == 0
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], built: bool
+) -> None:
+    monkeypatch.setattr(_cuda, "BUILT", built)
+    monkeypatch.setattr(_cuda, "ARCHITECTURES", "80,90a-real" if built else "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    _driver(monkeypatch, _card(), _card(ordinal=1, name="Tesla V100", compute_capability=(7, 0)))
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert "for CUDA 13.0" in text
+    assert "NVIDIA H100, compute capability 9.0, 81,920 MiB, blocks are multiples of 2 MiB" in text
+    assert "V100, compute capability 7.0, 81,920 MiB; too old: 8.0" in text
+    assert "75% of the card when it starts (the default)" in text
+    assert ("yes, for 80, 90a real" in text) == built
+    assert ("JAX_KVPAGE_CUDA=ON" in text) != built
+
+
+def test_cards_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_cuda, "BUILT", True)
+    _driver(
+        monkeypatch,
+        _card(virtual_memory=False, granularity=0),
+        _card(ordinal=1, problem="cuDeviceGetName of device 1 failed"),
+    )
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    assert "no virtual memory management" in text
+    assert "cuDeviceGetName of device 1 failed" in text
+    assert "without a usable card" in text
+
+
+def test_a_broken_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory today")
+
+    monkeypatch.setattr(_doctor, "KVPool", broken)
+    assert doctor.main() == 1
+    text = capsys.readouterr().out
+    assert "fails: no memory today" in text
+    assert "broken here: please report" in text
+    assert "All well" not in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({}, "75% of the card when it starts (the default)"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".4"}, "40% of the card when it starts"),
+        ({"XLA_CLIENT_MEM_FRACTION": ".3"}, "30% of the card when it starts"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "as it goes"),
+        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, "nothing ahead of time"),
+    ],
+)
+def test_preallocation(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], text: str
+) -> None:
+    for name in ("MEM_FRACTION", "PREALLOCATE", "ALLOCATOR"):
+        monkeypatch.delenv(f"XLA_PYTHON_CLIENT_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert text in _cuda.preallocation()
