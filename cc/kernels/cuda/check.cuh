@@ -287,7 +287,8 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
           sequence.slot = slot;
           sequence.position = length;
           const std::int64_t end = std::int64_t{length} + count;
-          const std::int32_t room = checker.slot(slot).room;
+          const DeviceSlot row = checker.slot(slot);
+          const std::int32_t room = row.released != 0 ? 0 : row.room;
           const std::int32_t written = layer_exists ? checker.written(slot)[layer] : 0;
           if (end > args.cache.max_seq_len()) {
             checker.Note(Stage::kLimits, s, FaultKind::kMaxSeqLen, slot, -1, -1, end);

@@ -106,6 +106,7 @@ __device__ void ChangeSlot(Checker* checker, const ChangeArgs& args, std::int64_
   DeviceSlot& row = checker->slot(slot);
   if (change != Change::kSetLengths || length < args.new_lengths[slot]) row.since = epoch;
   row.length = length;
+  if (change != Change::kSetLengths) row.released = change == Change::kRelease ? 1 : 0;
   std::int32_t* const layers = checker->written(slot);
   for (std::int32_t layer = 0; layer < args.cache.num_layers(); ++layer) layers[layer] = min(layers[layer], length);
   args.new_lengths[slot] = change == Change::kRelease ? -1 : length;
