@@ -6,14 +6,15 @@
 #   benchmarks/run_gpu.sh bench    everything in benchmarks/gpu; JSON and a plot, a short table last
 #
 # --dry-run goes through the same steps on the CPU with tiny sizes and a CPU-only build: it shows mistakes in the
-# scripts, and nothing about speed. Results go to $OUT (default: benchmarks/results). PYTHON and JOBS can be set.
+# scripts, and nothing about speed. Results go to $OUT (default: benchmarks/results). PYTHON, JOBS and ARCHITECTURE
+# (of the kernels, "90a-real"; as nvidia-smi says by default) can be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repo=$PWD
 part=${1:-}
 dry=${2:-}
 case "$part:$dry" in build: | test: | bench: | build:--dry-run | test:--dry-run | bench:--dry-run) ;; *)
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
   ;;
 esac
@@ -21,6 +22,7 @@ python=${PYTHON:-python3}
 jobs=${JOBS:-$(nproc)}
 out=${OUT:-$repo/benchmarks/results}
 work=$repo/build/gpu${dry:+-dry}
+logs=${OUT:-$work}
 site=$work/site
 mkdir -p "$out" "$work"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -54,6 +56,7 @@ finish() {
 
 architecture() { # "90a" for compute capability 9.0: Hopper's own instructions need the "a"
   local capability
+  [ -z "${ARCHITECTURE:-}" ] || { echo "$ARCHITECTURE" && return; }
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
   if [ "$capability" -ge 90 ]; then echo "${capability}a-real"; else echo "$capability-real"; fi
 }
@@ -62,7 +65,7 @@ build() {
   local options=(-DJAX_KVPAGE_CUDA=OFF) setting settings=() begin=$SECONDS
   if [ -z "$dry" ]; then
     options=(-DJAX_KVPAGE_CUDA=ON "-DJAX_KVPAGE_CUDA_ARCHITECTURES=$(architecture)" -DJAX_KVPAGE_CUDA_REPORT=ON)
-    nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
+    nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv || echo "no nvidia-smi"
     nvcc --version | tail -2
   fi
   for setting in "${options[@]}"; do settings+=("-Ccmake.define.${setting#-D}"); done
@@ -75,11 +78,12 @@ build() {
   "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$site" \
     -Cbuild-dir="$work/package" "${settings[@]}" -v "$repo" >"$work/build.log" 2>&1 ||
     { tail -60 "$work/build.log"; exit 1; }
-  if [ -z "$dry" ]; then
-    grep -E "registers|spill" "$work/build.log" >"$out/registers.txt" || true
-    printf 'kernels with spills: %s\n' "$(grep -E -c ' [1-9][0-9]* bytes spill' "$out/registers.txt" || true)"
-  fi
   grep -E "warning" "$work/build.log" | head -20 || true
+  if [ -z "$dry" ]; then
+    "$python" cc/kernels/cuda/resource_usage.py table --json "$logs/registers.json" \
+      "$work/package/CMakeFiles/kvpage_cuda_kernels.dir" >"$logs/registers.txt" || true
+    head -60 "$logs/registers.txt"
+  fi
 
   step "C++ tools"
   cmake -S "$repo" -B "$work/cc" -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_KVPAGE_PYTHON=OFF \
@@ -97,34 +101,60 @@ require_build() {
   export PYTHONPATH=$site
 }
 
+# in_background NAME SECONDS COMMAND...: like try, beside what follows; `gather` waits and reports.
+in_background() {
+  local name=$1 limit=$2
+  shift 2
+  printf '+ %s &\n' "$*"
+  timeout -k 10 "$limit" "$@" >"$logs/${name// /-}.log" 2>&1 &
+  waiting+=("$!:$name:$limit")
+}
+
+gather() {
+  local entry pid name limit status
+  for entry in "${waiting[@]}"; do
+    IFS=: read -r pid name limit <<<"$entry"
+    status=0
+    wait "$pid" || status=$?
+    step "$name"
+    tail -n "${1:-6}" "$logs/${name// /-}.log"
+    [ "$status" = 0 ] || failed+=("$name (exit status $status of at most $limit s): see ${name// /-}.log")
+  done
+  waiting=()
+}
+
 run_tests() {
-  local platform=cuda workers=8 sanitizer limit=300
+  local platform=cuda workers=10 sanitizer spread=() guard=()
+  waiting=()
   require_build
   [ -n "$dry" ] && platform=cpu && workers=2
-  local xdist=()
-  "$python" -c "import xdist" 2>/dev/null && xdist=(-n "$workers" --dist loadfile)
-  try "tests marked gpu" "$limit" "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${xdist[@]}" \
-    -p no:cacheprovider --junitxml "$out/gpu-tests.xml" tests/gpu
-  if compgen -G "tests/test_fake_driver*.py" >/dev/null; then
-    try "fake driver" 150 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q "${xdist[@]}" -p no:cacheprovider \
-      tests/test_fake_driver*.py
-  fi
+  "$python" -c "import xdist" 2>/dev/null && spread=(-n "$workers" --dist worksteal)
+  "$python" -c "import pytest_timeout" 2>/dev/null && guard=(--timeout 200)
   try "driver" 60 "$work/cc/cc/tests/cuda_driver_test" ${dry:+--fake}
+  # The fake driver's tests need no GPU: they run on the other cores meanwhile.
+  if compgen -G "tests/test_fake_driver*.py" >/dev/null; then
+    in_background "fake driver" 330 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q -p no:cacheprovider \
+      ${spread:+-n 4} tests/test_fake_driver*.py
+  fi
+  try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
+    -p no:cacheprovider --durations 5 --junitxml "$logs/gpu-tests.xml" tests/gpu
+  gather 3
   for sanitizer in memcheck racecheck; do
     local command=("$python" benchmarks/gpu/sanitize.py --platform "$platform")
     if [ -z "$dry" ]; then
       command=(compute-sanitizer --tool "$sanitizer" --kernel-name kernel_substring=kvpage --error-exitcode 9
         --print-limit 20 "${command[@]}")
     fi
-    try "$sanitizer" 150 "${command[@]}"
+    in_background "$sanitizer" 120 "${command[@]}"
   done
+  gather 12
 }
 
 bench() {
   require_build
   local platform=(--platform cuda)
   [ -n "$dry" ] && platform=(--platform cpu --dry-run)
-  try "benchmarks" 470 "$python" benchmarks/gpu/run.py "${platform[@]}" --out "$out" --seconds 450 \
+  try "benchmarks" 470 "$python" benchmarks/gpu/run.py "${platform[@]}" --out "$out" --log "$logs/bench.log" --seconds 450 \
     --driver-calls "$work/cc/benchmarks/gpu/kvpage_driver_calls"
 }
 

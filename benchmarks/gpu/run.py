@@ -77,7 +77,7 @@ class Run:
 
     def _call(self, command: list[str], limit: float, log: str) -> str:
         """Runs a script; what it printed until it ended or was stopped."""
-        log_file = self._arguments.out / "logs.txt"
+        log_file = self._arguments.log
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         with log_file.open("a") as errors:
             errors.write(f"\n=== {log}\n")
@@ -92,7 +92,7 @@ class Run:
                     output, _ = process.communicate()
                     self.say(f"{log} was stopped after {limit:.0f} s")
                 if process.returncode not in (0, -9):
-                    self.say(f"{log} ended with status {process.returncode}: see logs.txt")
+                    self.say(f"{log} ended with status {process.returncode}: see the log")
                     self.result["left_out"].append(
                         {"peer": log, "reason": f"status {process.returncode}"}
                     )
@@ -126,7 +126,7 @@ class Run:
         try:
             self.result[name] = json.loads(lines[-1])
         except (IndexError, ValueError):
-            self.result["left_out"].append({"peer": name, "reason": "no result: see logs.txt"})
+            self.result["left_out"].append({"peer": name, "reason": "no result: see the log"})
 
     def contender(self, name: str, limit: float, again: bool = False) -> None:
         """One worker; with `again` the core decode shapes of its first variant once more."""
@@ -213,6 +213,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450, help="for everything")
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
+    parser.add_argument("--log", type=pathlib.Path, help="what scripts print besides results")
     parser.add_argument("--driver-calls", type=pathlib.Path, help="the program of that name")
     arguments = parser.parse_args()
     for option, known in (("only", _SECTIONS), ("contenders", tuple(NAMES))):
@@ -228,6 +229,7 @@ def main() -> int:
     """Runs what was asked for."""
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.log = arguments.log or arguments.out / "bench.log"
     console = Console(width=None if sys.stdout.isatty() else 170)
     run = Run(arguments, console)
     try:
