@@ -77,8 +77,8 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire or line: there is no room, whatever the host last said. With on_stale="allow" a cache
-  // value may be of the newest epoch and still show a slot that was released meanwhile, whose memory may be gone.
+  // 1 from release to the next acquire or line: there is no room, whatever the host last said. With on_stale="allow" a
+  // cache value may be of the newest epoch and still show a slot that was released meanwhile, whose memory may be gone.
   std::int32_t released = 0;
 };
 

@@ -1,0 +1,247 @@
+// The check that every op on a pool begins with: one block compares the cache value that a program carries with the
+// pool's table, exactly as cache/pool_programs.cc does on CPU, and records the first thing that is wrong.
+//
+// "First" is what a loop over the sequences would have met first, whatever thread saw it: every finding has a key that
+// orders it (the stage of the check, then the sequence), and the smallest is recorded.
+#ifndef KVPAGE_KERNELS_CUDA_CHECKER_CUH_
+#define KVPAGE_KERNELS_CUDA_CHECKER_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/device.cuh"
+
+namespace kvpage::cuda {
+
+inline constexpr int kCheckThreads = 256;
+// Up to this many slots the marks that find duplicates lie in shared memory, else in DevicePool::marks.
+inline constexpr std::int64_t kSharedMarks = 8192;
+
+// CacheOperands as kernels take it.
+struct CacheArgs {
+  DevicePool* pools;
+  const std::int32_t* handle;
+  const std::uint32_t* epoch;
+  const std::int32_t* lengths;
+  const std::int32_t* own;  // handle of the pool that was called, or null
+  std::int64_t spec[8];
+  DeviceOp op;
+  bool mutates;
+
+  __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[0]); }
+  __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[3]); }
+  __device__ std::int64_t max_seq_len() const { return spec[4]; }
+};
+
+inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int32_t* own = nullptr) {
+  CacheArgs args = {cache.pools, cache.handle, cache.epoch, cache.lengths, own, {}, cache.op, mutates};
+  for (int i = 0; i < 8; ++i) args.spec[i] = cache.spec[i];
+  return args;
+}
+
+// Dynamic shared memory of a check: the marks, or one that nobody uses.
+inline std::size_t CheckSharedBytes(const CacheOperands& cache) {
+  const bool shared = cache.spec[3] > 0 && cache.spec[3] <= kSharedMarks;
+  return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[3]) : 1);
+}
+
+// Stages of a check, in the order in which the CPU goes through them.
+enum class Stage : std::uint32_t { kHead = 0, kOffsets, kSlots, kLimits, kNothing = 0xffffffffu };
+
+// What a block shares while it checks.
+struct CheckShared {
+  unsigned long long first;  // key of the first fault
+  DevicePool* pool;          // null: the head is wrong, nothing else may be looked at
+  DeviceSlot* slots;
+  std::int32_t* written;
+  std::uint32_t* marks;
+  std::uint32_t pool_epoch;
+  std::uint32_t cache_epoch;
+  DevicePool* reporter;  // whose record takes a fault
+};
+
+// Epochs are serial numbers that may wrap: a comes before b.
+__device__ __forceinline__ bool Before(std::uint32_t a, std::uint32_t b) {
+  return static_cast<std::int32_t>(a - b) < 0;
+}
+
+// All of the block's threads call these together, except where they say "any thread".
+class Checker {
+ public:
+  __device__ Checker(const CacheArgs& args, CheckShared* shared, std::uint32_t* shared_marks)
+      : args_(args), shared_(shared), shared_marks_(shared_marks) {}
+
+  // The pool, the spec, the line and the epoch. False: only Verdict() may follow.
+  __device__ bool Enter() {
+    if (threadIdx.x == 0) {
+      shared_->first = ~0ull;
+      shared_->cache_epoch = *args_.epoch;
+      CheckHead();
+    }
+    __syncthreads();
+    return shared_->pool != nullptr;
+  }
+
+  // Makes slots that are named twice findable. `layer` and `offsets` belong to no slot and are checked on the way, to
+  // save a barrier; null: there are none.
+  __device__ void Prepare(const std::int32_t* slots, std::int64_t count, const std::int32_t* offsets,
+                          std::int64_t num_tokens, std::int32_t layer) {
+    if (threadIdx.x == 0) CheckEnds(offsets, count, num_tokens, layer);
+    for (std::int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+      if (offsets != nullptr && offsets[i + 1] < offsets[i]) {
+        Note(Stage::kOffsets, 1 + i, FaultKind::kOffsetsOrder, -1, -1, i, offsets[i], offsets[i + 1]);
+      }
+      if (Exists(slots[i])) shared_->marks[slots[i]] = ~0u;
+    }
+    __syncthreads();
+    for (std::int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+      if (Exists(slots[i])) atomicMin(&shared_->marks[slots[i]], static_cast<std::uint32_t>(i));
+    }
+    __syncthreads();
+  }
+
+  // Any thread: whether entry i of the slots (not -1) may be used; *length is what the cache says of it.
+  __device__ bool CheckSlot(std::int64_t i, std::int32_t slot, std::int32_t* length) {
+    if (!Exists(slot)) return Note(Stage::kSlots, i, FaultKind::kSlotRange, slot);
+    *length = args_.lengths[slot];
+    if (shared_->marks[slot] < static_cast<std::uint32_t>(i))
+      return Note(Stage::kSlots, i, FaultKind::kSlotTwice, slot);
+    const std::uint32_t since = shared_->slots[slot].since;
+    if (Before(shared_->cache_epoch, since)) {
+      return Note(Stage::kSlots, i, FaultKind::kSlotEpoch, slot, -1, -1, shared_->cache_epoch, since);
+    }
+    return true;
+  }
+
+  // Any thread: something is wrong with entry i. A thread keeps the first of what it found. Returns false.
+  __device__ bool Note(Stage stage, std::int64_t i, FaultKind kind, std::int32_t slot = -1, std::int32_t layer = -1,
+                       std::int64_t index = -1, std::int64_t wanted = 0, std::int64_t have = 0) {
+    const unsigned long long key = static_cast<unsigned long long>(stage) << 40 | static_cast<unsigned long long>(i);
+    if (key >= key_) return false;
+    key_ = key;
+    kind_ = kind;
+    slot_ = slot;
+    layer_ = layer;
+    index_ = static_cast<std::int32_t>(index);
+    wanted_ = wanted;
+    have_ = have;
+    return false;
+  }
+
+  // Whether nothing was wrong; records the first fault. The table has not been touched up to here.
+  __device__ bool Verdict() {
+    if (key_ != ~0ull) atomicMin(&shared_->first, key_);
+    __syncthreads();
+    if (shared_->first == ~0ull) return true;
+    if (shared_->first == key_) Report();
+    return false;
+  }
+
+  // Bumps the pool's epoch.
+  __device__ std::uint32_t NextEpoch() {
+    const std::uint32_t next = shared_->pool_epoch + 1;
+    if (threadIdx.x == 0) shared_->pool->epoch = next;
+    // Serial numbers compare right within 2^31 of each other: drag old marks along before they fall out of it.
+    if ((next & 0x3fffffffu) == 0) {
+      const std::uint32_t oldest = next - 0x40000000u;
+      for (std::int32_t slot = threadIdx.x; slot < args_.max_slots(); slot += blockDim.x) {
+        if (Before(shared_->slots[slot].since, oldest)) shared_->slots[slot].since = oldest;
+      }
+      __syncthreads();
+    }
+    return next;
+  }
+
+  __device__ std::uint32_t cache_epoch() const { return shared_->cache_epoch; }
+  __device__ DevicePool* pool() const { return shared_->pool; }
+  __device__ DeviceSlot& slot(std::int32_t slot) const { return shared_->slots[slot]; }
+  __device__ std::int32_t* written(std::int32_t slot) const {
+    return shared_->written + std::int64_t{slot} * args_.num_layers();
+  }
+
+ private:
+  __device__ bool Exists(std::int32_t slot) const { return slot >= 0 && slot < args_.max_slots(); }
+
+  __device__ DevicePool* FindPool(std::int32_t id) const {
+    for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
+      DevicePool* const entry = &args_.pools[(id + i) % kMaxDevicePools];
+      if (entry->id == id) return entry;
+      if (entry->id == kEmptyEntry) break;
+    }
+    return nullptr;
+  }
+
+  __device__ void CheckHead() {
+    const std::int32_t id = args_.handle[0], line = args_.handle[1];
+    shared_->pool = nullptr;
+    DevicePool* const pool = FindPool(id);
+    shared_->reporter = pool != nullptr ? pool : &args_.pools[kMaxDevicePools];
+    if (pool == nullptr) {
+      Note(Stage::kHead, 0, FaultKind::kNoPool, -1, -1, -1, 0, id);
+      return;
+    }
+    // Read together: each alone would be a trip to memory.
+    const std::int32_t open = pool->open, pool_line = pool->line, allow_stale = pool->allow_stale;
+    const std::uint32_t epoch = pool->epoch, cache_epoch = shared_->cache_epoch;
+    shared_->slots = pool->slots;
+    shared_->written = pool->written;
+    shared_->marks = args_.spec[3] <= kSharedMarks ? shared_marks_ : pool->marks;
+    shared_->pool_epoch = epoch;
+    for (int i = 7; i >= 0; --i) {  // the last one noted has the smallest key
+      const std::int64_t have = pool->spec[i];
+      if (have != args_.spec[i]) Note(Stage::kHead, 1 + i, FaultKind::kSpec, -1, -1, i, args_.spec[i], have);
+    }
+    if (args_.own != nullptr && *args_.own != id) {
+      Note(Stage::kHead, 10, FaultKind::kForeignCache, -1, -1, -1, id, *args_.own);
+    }
+    if (open == 0) Note(Stage::kHead, 11, FaultKind::kClosed);
+    if (line != pool_line) Note(Stage::kHead, 12, FaultKind::kLine, -1, -1, -1, line, pool_line);
+    const bool stale = args_.mutates && allow_stale == 0 && cache_epoch != epoch;
+    if (stale || Before(epoch, cache_epoch)) {
+      Note(Stage::kHead, 13, FaultKind::kEpoch, -1, -1, -1, cache_epoch, epoch);
+    }
+    if (key_ == ~0ull) shared_->pool = pool;
+  }
+
+  __device__ void CheckEnds(const std::int32_t* offsets, std::int64_t count, std::int64_t num_tokens,
+                            std::int32_t layer) {
+    if (layer < 0 || layer >= args_.num_layers()) {
+      Note(Stage::kHead, 14, FaultKind::kLayer, -1, layer, -1, layer);
+    }
+    if (offsets == nullptr) return;
+    if (offsets[0] != 0) Note(Stage::kOffsets, 0, FaultKind::kOffsetsStart, -1, -1, -1, 0, offsets[0]);
+    const std::int32_t last = offsets[count];
+    if (num_tokens >= 0 && last > num_tokens) {
+      Note(Stage::kOffsets, 1 + count, FaultKind::kOffsetsEnd, -1, -1, -1, last, num_tokens);
+    }
+  }
+
+  // The record is the host's to read: it takes the first fault since the host last took one.
+  __device__ void Report() const {
+    DevicePool* const pool = shared_->reporter;
+    if (atomicCAS(&pool->faulted, 0u, 1u) != 0 || pool->fault == nullptr) return;
+    volatile Fault* const fault = pool->fault;
+    fault->kind = static_cast<std::int32_t>(kind_);
+    fault->op = static_cast<std::int32_t>(args_.op);
+    fault->slot = slot_;
+    fault->layer = layer_;
+    fault->index = index_;
+    fault->wanted = wanted_;
+    fault->have = have_;
+    __threadfence_system();
+    fault->set = 1;
+  }
+
+  const CacheArgs& args_;
+  CheckShared* const shared_;
+  std::uint32_t* const shared_marks_;
+
+  unsigned long long key_ = ~0ull;
+  FaultKind kind_ = FaultKind::kNone;
+  std::int32_t slot_ = -1, layer_ = -1, index_ = -1;
+  std::int64_t wanted_ = 0, have_ = 0;
+};
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_CHECKER_CUH_

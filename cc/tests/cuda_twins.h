@@ -1,0 +1,330 @@
+// A pool on CPU and the same pool on the emulated device: every op runs on both, and they must say the same of it.
+#ifndef KVPAGE_TESTS_CUDA_TWINS_H_
+#define KVPAGE_TESTS_CUDA_TWINS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "device/fault.h"
+#include "tests/check.h"
+#include "tests/cuda_util.h"
+#include "tests/pool_util.h"
+
+namespace kvpage::testing {
+
+using Rng = std::mt19937_64;
+
+inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+
+struct Value {  // of a cache
+  std::int32_t line = 0;
+  std::uint32_t epoch = 0;
+  std::vector<std::int32_t> lengths;
+};
+
+struct Named {  // slots and a number for each
+  std::vector<std::int32_t> slots, numbers;
+};
+
+// A batch, or several mistakes in one.
+struct Ragged {
+  std::vector<std::int32_t> slots, offsets;
+  std::int64_t num_tokens = 0;
+};
+
+// A pool and the same pool on the device. Every op runs on both; texts are what went wrong ("" for nothing).
+class Twins {
+ public:
+  Twins(const Geometry& geometry, std::int64_t blocks, bool allow_stale, std::uint64_t seed)
+      : geometry_(geometry),
+        options_{allow_stale, false},
+        pool_(MakePool(geometry, blocks, options_)),
+        rows_(table_.Add(geometry.spec(), pool_->View(), kId)),
+        rng_(seed) {
+    pool_->set_id(kId);
+    rows_.entry().allow_stale = allow_stale;
+    NewLine();
+  }
+
+  static constexpr std::int32_t kId = 700;  // its entry is not the first
+
+  const Geometry& geometry() const { return geometry_; }
+  Pool& pool() { return *pool_; }
+  bool allow_stale() const { return options_.allow_stale; }
+  bool Exists(std::int32_t slot) const { return slot >= 0 && slot < geometry_.max_slots; }
+  SlotState StateOf(std::int32_t slot) {
+    for (const SlotRow& row : pool_->Rows()) {
+      if (row.slot == slot) return row.state;
+    }
+    return SlotState::kFree;
+  }
+  PoolRows& rows() { return rows_; }
+  Rng& rng() { return rng_; }
+  const Value& value() const { return value_; }
+  const std::set<std::string>& kinds() const { return kinds_; }
+  std::int64_t num_passed() const { return passed_; }
+
+  // As pool.cache() does on a device.
+  void NewLine() {
+    Pool::Line line;
+    CHECK_OK(pool_->NewLine(&line));
+    value_ = {line.line, line.epoch, line.lengths};
+    DevicePool& entry = rows_.entry();
+    entry.line = line.line;
+    CHECK_EQ(entry.epoch + 1, line.epoch);
+    entry.epoch = line.epoch;
+    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+      DeviceSlot& row = rows_.slot(slot);
+      row.since = line.epoch;
+      CHECK(line.lengths[slot] < 0 || row.length == line.lengths[slot]) << "slot" << slot << row.length;
+      for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
+        rows_.written(slot, layer) = std::min(rows_.written(slot, layer), row.length);
+      }
+    }
+    history_.clear();
+  }
+
+  void PublishRooms() {
+    for (const SlotRow& row : pool_->Rows()) {
+      if (row.state != SlotState::kOccupied) continue;
+      const std::int64_t mapped = geometry_.BlocksFor(row.reserved) * geometry_.block_tokens;
+      rows_.slot(row.slot).room = static_cast<std::int32_t>(std::min(mapped, geometry_.max_seq_len));
+    }
+  }
+
+  // The newest cache, or one that is not.
+  Value PickValue() {
+    Value value = value_;
+    const int kind = Pick(rng_, 0, 39);
+    if (kind < 4 && !history_.empty()) value = history_[rng_() % history_.size()];
+    if (kind == 4) value.epoch += static_cast<std::uint32_t>(Pick(rng_, 1, 1000));
+    if (kind == 5) value.line += Pick(rng_, 0, 1) * 2 - 1;
+    return value;
+  }
+
+  void Keep(const Value& value) {
+    history_.push_back(value);
+    if (history_.size() > 12) history_.pop_front();
+  }
+
+  std::string Begin(DeviceOp op, const Value& value, const Ragged& batch, std::int32_t layer, bool probe = false) {
+    const bool append = op == DeviceOp::kAppendKV || op == DeviceOp::kUpdateAndAttend;
+    Value cpu = value;
+    Status status;
+    {
+      Step step;
+      status = pool_->Begin(OpName(op), Ref(value), Ref(batch), layer, append, &step);
+      if (append && status.ok()) cpu.epoch = step.epoch();
+    }
+    Value device = value;
+    const Operands operands(this, op, &device, batch.slots, batch.offsets);
+    const auto at = Ints({layer});
+    const auto scratch = Scratch(static_cast<std::int64_t>(batch.slots.size()));
+    const cuda::BatchOperands batch_operands = {operands.slots(), operands.numbers(),
+                                                static_cast<std::int64_t>(batch.slots.size()), batch.num_tokens};
+    const std::vector<char> before = rows_.State();
+    if (append) {
+      // Only the check: no token's keys and values are written when there are none to take them from.
+      const auto row = static_cast<std::size_t>(geometry_.num_kv_heads * geometry_.head_dim) * sizeof(float);
+      const auto k = Exactly<char>(static_cast<std::size_t>(std::max<std::int64_t>(batch.num_tokens, 0)) * row);
+      CHECK_OK(
+          cuda::AppendKV(operands.cache(), batch_operands,
+                         {at.get(), k.get(), k.get(), DType::kF32, static_cast<std::int32_t>(geometry_.num_kv_heads),
+                          static_cast<std::int32_t>(geometry_.head_dim)},
+                         operands.new_epoch(), scratch.get(), nullptr));
+    } else {
+      CHECK_OK(
+          cuda::GatherContext(operands.cache(), batch_operands, at.get(), 0, nullptr, nullptr, scratch.get(), nullptr));
+    }
+    const std::string text = Compare(op, status, before);
+    CHECK(!append || operands.new_epoch()[0] == cpu.epoch) << text;
+    CheckSequences(*reinterpret_cast<CheckedBatch*>(scratch.get()), batch, value, layer, status.ok());
+    if (append && !probe) Next(status.ok(), value, cpu);
+    return text;
+  }
+
+  std::string Advance(const Value& value, const Ragged& batch) {
+    Value cpu = value;
+    const auto count = static_cast<std::int64_t>(batch.slots.size());
+    const Status status = pool_->Advance("advance", Ref(value), {batch.slots.data(), count, batch.offsets.data(), -1},
+                                         &cpu.epoch, cpu.lengths.data());
+    Value device = value;
+    const Operands operands(this, DeviceOp::kAdvance, &device, batch.slots, batch.offsets);
+    const std::vector<char> before = rows_.State();
+    CHECK_OK(cuda::Advance(operands.cache(), {operands.slots(), operands.numbers(), count, -1}, operands.new_epoch(),
+                           operands.new_lengths(), nullptr));
+    return Finish(DeviceOp::kAdvance, status, before, value, cpu, operands);
+  }
+
+  std::string SetLengths(const Value& value, const Named& named) {
+    Value cpu = value;
+    const auto count = static_cast<std::int64_t>(named.slots.size());
+    const Status status = pool_->SetLengths("set_lengths", Ref(value), named.slots.data(), named.numbers.data(), count,
+                                            &cpu.epoch, cpu.lengths.data());
+    Value device = value;
+    const Operands operands(this, DeviceOp::kSetLengths, &device, named.slots, named.numbers);
+    const std::vector<char> before = rows_.State();
+    CHECK_OK(cuda::SetLengths(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
+                              operands.new_lengths(), nullptr));
+    return Finish(DeviceOp::kSetLengths, status, before, value, cpu, operands);
+  }
+
+  std::string ChangeOwner(const Value& value, const std::vector<std::int32_t>& slots, bool occupy) {
+    Value cpu = value;
+    const DeviceOp op = occupy ? DeviceOp::kAcquire : DeviceOp::kRelease;
+    const auto count = static_cast<std::int64_t>(slots.size());
+    const Status status =
+        occupy ? pool_->Occupy("acquire", Ref(value), slots.data(), count, &cpu.epoch, cpu.lengths.data())
+               : pool_->Vacate("release", Ref(value), slots.data(), count, &cpu.epoch, cpu.lengths.data());
+    Value device = value;
+    const Operands operands(this, op, &device, slots, {});
+    const auto own = Ints({kId, 1});
+    const std::vector<char> before = rows_.State();
+    CHECK_OK(cuda::ChangeOwner(operands.cache(), own.get(), operands.slots(), count, occupy, operands.new_epoch(),
+                               operands.new_lengths(), nullptr));
+    std::string text = Finish(op, status, before, value, cpu, operands);
+    // Repeating from a cache older than this is no longer allowed, if only because it shows other slots as taken.
+    if (status.ok() && allow_stale()) history_.clear();
+    return text;
+  }
+
+  std::string MapSlots(const Value& value, const Named& named) {
+    Value cpu = value;
+    const auto count = static_cast<std::int64_t>(named.slots.size());
+    const auto ok = Exactly<bool>(named.slots.size());
+    const Status status =
+        pool_->MapSlots("map_slots", Ref(value), named.slots.data(), named.numbers.data(), count, ok.get(), &cpu.epoch);
+    Value device = value;
+    const Operands operands(this, DeviceOp::kMapSlots, &device, named.slots, named.numbers);
+    const auto verdict = Ints({7});
+    const std::vector<char> before = rows_.State();
+    CHECK_OK(cuda::CheckMapSlots(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
+                                 verdict.get(), nullptr));
+    CHECK_EQ(verdict[0], status.ok() ? 1 : 0);
+    PublishRooms();
+    return Finish(DeviceOp::kMapSlots, status, before, value, cpu, operands);
+  }
+
+  // Asks both for every number that an answer can tell: since of all slots, what is written of the occupied ones.
+  void CompareState() {
+    Value old = value_;
+    old.epoch -= 0x40000000u;
+    for (std::int32_t slot = 0; slot < geometry_.max_slots; ++slot) {
+      Begin(DeviceOp::kPagedAttention, old, {{slot}, {0, 1}, 1}, 0, /*probe=*/true);
+      const std::int32_t length = value_.lengths[slot], room = rows_.slot(slot).room;
+      if (length < 0 || length >= room) continue;
+      for (std::int32_t layer = 0; layer < geometry_.num_layers; ++layer) {
+        Begin(DeviceOp::kPagedAttention, value_, {{slot}, {0, room - length}, room}, layer, /*probe=*/true);
+      }
+    }
+  }
+
+ private:
+  // Operands in device memory. Results lie in the operands' own memory or apart, as XLA may have it.
+  class Operands {
+   public:
+    Operands(Twins* twins, DeviceOp op, const Value* value, const std::vector<std::int32_t>& slots,
+             const std::vector<std::int32_t>& numbers)
+        : buffers_(kId, value->line, value->epoch, value->lengths),
+          slots_(Exactly(slots)),
+          numbers_(Exactly(numbers)),
+          aliased_(twins->rng_() % 2 == 0),
+          lengths_(Exactly<std::int32_t>(value->lengths.size())) {
+      cache_ = buffers_.Operands(op, twins->table_, twins->geometry_.spec());
+    }
+    const cuda::CacheOperands& cache() const { return cache_; }
+    const std::int32_t* slots() const { return slots_.get(); }
+    const std::int32_t* numbers() const { return numbers_.get(); }
+    std::uint32_t* new_epoch() const { return aliased_ ? buffers_.epoch.get() : epoch_.get(); }
+    std::int32_t* new_lengths() const { return aliased_ ? buffers_.lengths.get() : lengths_.get(); }
+
+   private:
+    CacheBuffers buffers_;
+    cuda::CacheOperands cache_;
+    std::unique_ptr<std::int32_t[]> slots_, numbers_;
+    bool aliased_;
+    std::unique_ptr<std::uint32_t[]> epoch_ = Exactly<std::uint32_t>(1);
+    std::unique_ptr<std::int32_t[]> lengths_;
+  };
+
+  static CacheRef Ref(const Value& value) { return {value.line, value.epoch, value.lengths.data()}; }
+  static BatchRef Ref(const Ragged& batch) {
+    return {batch.slots.data(), static_cast<std::int64_t>(batch.slots.size()), batch.offsets.data(), batch.num_tokens};
+  }
+
+  // What the device recorded against what the pool said.
+  std::string Compare(DeviceOp op, const Status& status, const std::vector<char>& before) {
+    const Fault fault = rows_.TakeFault();
+    const Status recorded = fault.set == 0 ? Status() : DescribeFault(fault, kId, geometry_.spec());
+    CHECK_EQ(recorded.message(), status.message());
+    CHECK(recorded.code() == status.code());
+    if (fault.set != 0) {
+      CHECK_EQ(fault.op, static_cast<std::int32_t>(op));
+      CHECK(rows_.State() == before) << "a failed op changed the table:" << status.message();
+      kinds_.insert(std::string(OpName(op)) + " " + std::to_string(fault.kind));
+    }
+    passed_ += status.ok();
+    return status.message();
+  }
+
+  std::string Finish(DeviceOp op, const Status& status, const std::vector<char>& before, const Value& value,
+                     const Value& cpu, const Operands& operands) {
+    const std::string text = Compare(op, status, before);
+    CHECK_EQ(operands.new_epoch()[0], cpu.epoch) << text;
+    CHECK_EQ(rows_.entry().epoch, status.ok() ? cpu.epoch : rows_.entry().epoch);
+    for (std::int64_t slot = 0; op != DeviceOp::kMapSlots && slot < geometry_.max_slots; ++slot) {
+      CHECK_EQ(operands.new_lengths()[slot], cpu.lengths[slot]) << OpName(op) << "slot" << slot << text;
+      if (status.ok() && cpu.lengths[slot] != value.lengths[slot] && cpu.lengths[slot] >= 0) {
+        CHECK_EQ(rows_.slot(slot).length, cpu.lengths[slot]);
+      }
+    }
+    Next(status.ok(), value, cpu);
+    return text;
+  }
+
+  void Next(bool ok, const Value& from, const Value& to) {
+    if (!ok) return;
+    Keep(from);
+    value_ = to;
+  }
+
+  // What the check leaves for the kernels behind it.
+  void CheckSequences(const CheckedBatch& checked, const Ragged& batch, const Value& value, std::int32_t layer,
+                      bool ok) {
+    CHECK_EQ(checked.ok, ok ? 1 : 0);
+    if (!ok) return;
+    CHECK_EQ(checked.layer, layer);
+    CHECK_EQ(checked.num_sequences, static_cast<std::int32_t>(batch.slots.size()));
+    CHECK(checked.view.base == pool_->View().base && checked.view.head_dim == geometry_.head_dim);
+    for (std::size_t s = 0; s < batch.slots.size(); ++s) {
+      const Sequence& sequence = checked.sequences()[s];
+      const std::int32_t count = batch.offsets[s + 1] - batch.offsets[s];
+      const bool active = batch.slots[s] >= 0 && count > 0;
+      CHECK_EQ(sequence.slot, active ? batch.slots[s] : -1);
+      CHECK_EQ(sequence.query_begin, batch.offsets[s]);
+      CHECK_EQ(sequence.query_length, count);
+      CHECK(!active || sequence.position == value.lengths[batch.slots[s]]);
+    }
+  }
+
+  const Geometry geometry_;
+  const PoolOptions options_;
+  std::shared_ptr<Pool> pool_;
+  DeviceTable table_;
+  PoolRows rows_;
+  Rng rng_;
+  Value value_;
+  std::deque<Value> history_;
+  std::set<std::string> kinds_;
+  std::int64_t passed_ = 0;
+};
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_CUDA_TWINS_H_
