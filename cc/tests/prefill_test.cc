@@ -100,24 +100,37 @@ TEST(BitsDoNotDependOnUnits) {
 TEST(NaNsOfAllBitsAreSeen) {
   Rng rng(11);
   Inline here;
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    Problem p;
-    p.group = 4;
-    p.dtype = p.q_dtype = dtype;
-    FillProblem(rng, p, {{0, 60}}, 0);
-    const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
-    const std::size_t row = p.q.size() / p.num_tokens;
-    for (const char* name : InstructionSets()) {
-      cpu::ForceInstructionSet(name);
-      for (const int token : {1, 37, 58}) {
-        for (const int which : {0, 1}) {
-          Store(p, cache, {0});
-          const Result clean = Run(p, cache, {0}, here);
-          std::memset(cache.At(0, token, which, 0, 5), 0xff, ItemSize(dtype));
-          const Result result = Run(p, cache, {0}, here);
-          CHECK(std::memcmp(result.out.data(), clean.out.data(), token * row) == 0) << token << which << name;
-          for (int t = token; t < 60; ++t) {
-            CHECK(std::isnan(Read(&result.out[t * row + 5 * ItemSize(dtype)], dtype))) << t << token << which << name;
+  struct Shape {
+    int before, added, window;
+  };
+  for (const Shape shape : {Shape{0, 60, 0}, Shape{3, 60, 9}, Shape{64, 6, 2}, Shape{64, 80, 2}}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      Problem p;
+      p.group = 4;
+      p.dtype = p.q_dtype = dtype;
+      p.window = shape.window;
+      FillProblem(rng, p, {{shape.before, shape.added}}, 0);
+      const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+      const std::size_t row = p.q.size() / p.num_tokens;
+      for (const char* name : InstructionSets()) {
+        cpu::ForceInstructionSet(name);
+        for (const int token : {shape.before - 1, shape.before + 1, shape.before + shape.added - 2}) {
+          for (const int which : {0, 1}) {
+            if (token < 0) continue;
+            Store(p, cache, {0});
+            const Result clean = Run(p, cache, {0}, here);
+            std::memset(cache.At(0, token, which, 0, 5), 0xff, ItemSize(dtype));
+            const Result dirty = Run(p, cache, {0}, here);
+            for (int t = 0; t < shape.added; ++t) {
+              const int position = shape.before + t;
+              if (position >= token && (shape.window == 0 || position < token + shape.window)) {
+                CHECK(std::isnan(Read(&dirty.out[t * row + 5 * ItemSize(dtype)], dtype)))
+                    << position << token << which << name;
+              } else {
+                CHECK(std::memcmp(&dirty.out[t * row], &clean.out[t * row], row) == 0)
+                    << position << token << which << name;
+              }
+            }
           }
         }
       }
