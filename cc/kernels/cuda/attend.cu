@@ -11,8 +11,22 @@
 namespace kvpage::cuda {
 namespace {
 
-// Blocks that fill rows without a sequence while one plans.
-constexpr int kFillers = 15;
+// The planner behind a check of its own launch.
+__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ AttentionParams p) {
+  WaitForPriorKernel();
+  LetNextKernelStart();
+  PlanBatch(p);
+}
+
+// Check and planner in one launch.
+__global__ void __launch_bounds__(kCheckThreads)
+    CheckAndPlanKernel(const __grid_constant__ BatchCheckArgs args, const __grid_constant__ AttentionParams p) {
+  KVPAGE_DYNAMIC_SHARED(marks);
+  KVPAGE_SHARED(CheckShared, shared);
+  LetNextKernelStart();
+  CheckBatch(args, &shared, reinterpret_cast<std::uint32_t*>(marks));
+  PlanBatch(p);
+}
 
 // Hands out parts of the scratch memory, or only counts them.
 class Carver {
@@ -113,6 +127,21 @@ std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_
   return Fill(attention, num_sequences, num_tokens, HasTensorCoreKernels(attention), num_sms, nullptr, &params);
 }
 
+namespace {
+
+// The attention kernels, behind the planner.
+Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
+                     Stream stream) {
+  if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
+  const bool half = attention.kv_dtype == DType::kF16;
+  KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
+  // Nothing for prefill in batches so small.
+  if (params.num_tokens * params.group <= kTileRows) return {};
+  return half ? LaunchPrefillF16(params, stream) : LaunchPrefillBf16(params, stream);
+}
+
+}  // namespace
+
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream) {
   int num_sms = 0;
@@ -120,27 +149,28 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
   const bool tensor_cores = UsesTensorCores(attention, aligned);
   AttentionParams params = {};
   Fill(attention, num_sequences, num_tokens, tensor_cores, num_sms, scratch, &params);
-  const LaunchShape shape = {1 + kFillers, kPlanThreads, 0, false};
+  const LaunchShape shape = {1, kPlanThreads, 0, /*overlap=*/true};
   KVPAGE_RETURN_IF_ERROR(Launch("plan", PlanKernel, shape, stream, params));
-  if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
-  const bool half = attention.kv_dtype == DType::kF16;
-  KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
-  // Nothing for prefill in batches so small.
-  if (num_tokens * params.group <= kTileRows) return {};
-  return half ? LaunchPrefillF16(params, stream) : LaunchPrefillBf16(params, stream);
+  return LaunchPlanned(attention, params, tensor_cores, stream);
 }
 
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
               const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream) {
+  int num_sms = 0;
+  KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
+  // A pool lays out its blocks so that rows of the sizes that tensor cores take are aligned.
+  const bool tensor_cores = HasTensorCoreKernels(attention);
+  AttentionParams params = {};
+  Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, num_sms, scratch, &params);
   const BatchCheckArgs args =
       ToArgs(cache, batch, attention.layer, attention.window, append != nullptr, new_epoch, scratch);
-  KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));
+  const LaunchShape shape = {1, kCheckThreads, CheckSharedBytes(cache), /*overlap=*/false};
+  KVPAGE_RETURN_IF_ERROR(Launch("check_and_plan", CheckAndPlanKernel, shape, stream, args, params));
   if (append != nullptr) {
     KVPAGE_RETURN_IF_ERROR(
         LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append, attention.kv_dtype, stream));
   }
-  // A pool lays out its blocks so that rows of these sizes are aligned.
-  return LaunchAttention(attention, batch.num_sequences, batch.num_tokens, true, scratch, stream);
+  return LaunchPlanned(attention, params, tensor_cores, stream);
 }
 
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attend.h"
+#include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tiles.cuh"
@@ -380,8 +381,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   KVPAGE_DYNAMIC_SHARED(shared);
   WaitForPriorKernel();
   LetNextKernelStart();
-  if (p.checked->ok == 0) return;
-  DecodeAttention<T, kDim>(p, shared).Run();
+  if (p.checked->ok != 0) DecodeAttention<T, kDim>(p, shared).Run();
+  FillRest(p);
 }
 
 // For each head size, as many stages as leave room for a second block on the multiprocessor.

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tokens.cuh"
@@ -363,8 +364,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) GeneralKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
   WaitForPriorKernel();
-  if (p.checked->ok == 0) return;
-  GeneralAttention<T>(p, shared).Run();
+  if (p.checked->ok != 0) GeneralAttention<T>(p, shared).Run();
+  FillRest(p);
 }
 
 }  // namespace kvpage::cuda

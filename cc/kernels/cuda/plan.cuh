@@ -1,4 +1,4 @@
-// The planner: one block shares out the work of a batch; the others give rows that belong to no sequence their answer.
+// The planner: one block shares out the work of a batch.
 #ifndef KVPAGE_KERNELS_CUDA_PLAN_CUH_
 #define KVPAGE_KERNELS_CUDA_PLAN_CUH_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage::cuda {
 
-inline constexpr int kPlanThreads = 512;
+inline constexpr int kPlanThreads = kCheckThreads;  // the check's block goes on as the planner
 
 // Sum of `value` over the threads before this one; *total is that of all. Every thread must call it.
 __device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64_t* total) {
@@ -165,74 +165,16 @@ __device__ inline void PlanCuts(const AttentionParams& p, std::int64_t total) {
   }
 }
 
-// Rows [from, to) of out and lse.
-__device__ inline void FillRows(const AttentionParams& p, std::int64_t from, std::int64_t to, bool bad) {
-  const std::int64_t width = std::int64_t{p.num_q_heads} * p.head_dim;
-  const std::int64_t begin = from * width, end = to * width;
-  if (p.q_dtype == DType::kF32) {
-    const std::uint32_t bits = bad ? 0x7fc00000u : 0u;
-    for (std::int64_t i = begin + threadIdx.x; i < end; i += kPlanThreads) static_cast<std::uint32_t*>(p.out)[i] = bits;
-  } else {
-    const std::uint16_t bits = bad ? (p.q_dtype == DType::kBF16 ? 0x7fc0 : 0x7e00) : 0;
-    for (std::int64_t i = begin + threadIdx.x; i < end; i += kPlanThreads) static_cast<std::uint16_t*>(p.out)[i] = bits;
-  }
-  if (p.lse == nullptr) return;
-  const float lse = __int_as_float(bad ? 0x7fc00000 : static_cast<int>(0xff800000));
-  for (std::int64_t i = from * p.num_q_heads + threadIdx.x; i < to * p.num_q_heads; i += kPlanThreads) p.lse[i] = lse;
-}
-
-// What comes before sequence `index` in the batch and belongs to no sequence, and the sequence itself if it is bad.
-__device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
-  const Sequence* sequences = p.checked->sequences();
-  const bool rest = index == p.num_sequences;
-  std::int64_t begin = p.num_tokens, end = p.num_tokens;
-  bool bad = false;
-  if (!rest) {
-    const Sequence s = sequences[index];
-    if ((s.slot < 0 && s.slot != kWrongSequence) || s.query_length <= 0) return;
-    begin = s.query_begin;
-    end = begin + s.query_length;
-    bad = s.slot == kWrongSequence;
-  }
-  // Where the last sequence before it ends: they are in ascending order.
-  KVPAGE_SHARED(std::int32_t, owned);
-  __syncthreads();
-  if (threadIdx.x == 0) owned = 0;
-  __syncthreads();
-  std::int32_t last = 0;
-  for (std::int32_t i = threadIdx.x; i < index; i += kPlanThreads) {
-    const Sequence s = sequences[i];
-    if ((s.slot >= 0 || s.slot == kWrongSequence) && s.query_length > 0)
-      last = max(last, s.query_begin + s.query_length);
-  }
-  if (last > 0) atomicMax(&owned, last);
-  __syncthreads();
-  FillRows(p, owned, begin, false);
-  if (bad) FillRows(p, begin, end, true);
-}
-
-__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ AttentionParams p) {
-  WaitForPriorKernel();
-  LetNextKernelStart();
-  const bool ok = p.checked->ok != 0;
-  if (blockIdx.x == 0) {
-    if (!ok) {
-      if (threadIdx.x == 0) *p.plan.counts = {};
-      return;
-    }
-    std::int64_t total = 0;
-    PlanSequences(p, &total);
-    __syncthreads();
-    PlanCuts(p, total);
+// All of it, by the threads of one block, which have seen the check's end.
+__device__ inline void PlanBatch(const AttentionParams& p) {
+  if (p.checked->ok == 0) {
+    if (threadIdx.x == 0) *p.plan.counts = {};
     return;
   }
-  const int first = static_cast<int>(blockIdx.x) - 1, blocks = static_cast<int>(gridDim.x) - 1;
-  if (ok) {
-    for (std::int32_t i = first; i <= p.num_sequences; i += blocks) FillGap(p, i);
-  } else {
-    const std::int64_t step = CeilDiv(p.num_tokens, blocks);
-    FillRows(p, min(first * step, p.num_tokens), min((first + 1) * step, p.num_tokens), true);
-  }
+  std::int64_t total = 0;
+  PlanSequences(p, &total);
+  __syncthreads();
+  PlanCuts(p, total);
 }
 
 }  // namespace kvpage::cuda

@@ -23,9 +23,20 @@ template <int kDim>
 struct PrefillShape {
   static constexpr int kRows = PrefillRows(kDim);
   static constexpr int kTokens = kDim > 128 ? 32 : 64;  // of a tile in shared memory
-  static constexpr int kStep = kDim > 64 ? 32 : 64;     // tokens whose scores are in registers at a time
+  static constexpr int kStep = 32;                      // tokens whose scores are in registers at a time
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kTileBytes = kTokens * kDim * 2;
+  static constexpr int kFixedBytes = kQueryBytes + 128;  // and ranges of positions
+};
+
+// Positions [begin, end) that any of some rows sees, and [all_begin, all_end) that all of them see.
+struct VisibleRange {
+  std::int32_t begin, end, all_begin, all_end;
+
+  // Whether the rows see different ones of `count` tokens.
+  __device__ __forceinline__ bool Mixed(std::int32_t token, int count) const {
+    return token < all_begin || token + count > all_end;
+  }
 };
 
 template <class T, int kDim>
@@ -44,14 +55,16 @@ class PrefillAttention {
         plain_(rule_.plain() && rule_.factor > 0.0f),
         map_(params.checked->view),
         queries_(shared),
-        stages_(shared + Shape::kQueryBytes),
+        ranges_(reinterpret_cast<VisibleRange*>(shared + Shape::kQueryBytes)),
+        stages_(shared + Shape::kFixedBytes),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
+    // In shared memory: registers are what this kernel is short of.
+    KVPAGE_SHARED(PrefillItem, work);
     const PrefillItems items(p_);
-    for (std::int32_t item = items.Take(); item < items.count; item = items.Take()) {
-      const PrefillItem work = items.At(p_, item);
+    while (items.Take(p_, &work)) {
       if (work.from < work.to) {
         Attend(work);
       } else if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) {
@@ -87,12 +100,11 @@ class PrefillAttention {
       WaitForStage(p_.stages);
       __syncthreads();
       fetch(stage == 0 ? p_.stages - 1 : stage - 1);
-      const bool mixed = token < all_begin_ || token + kTokens > all_end_;
-      const bool guarded = mixed && first_position_ != last_position_ && AnyNonFinite<T, kDim, kTokens>(Values(stage));
+      const bool guarded = ranges_[kWarps].Mixed(token, kTokens) && AnyNonFinite<T, kDim, kTokens>(Values(stage));
 #pragma unroll 1
       for (int step = 0; step < kTokens; step += kStep) {
-        if (token + step > warp_last_ || token + step + kStep <= warp_begin_) continue;
-        Tile(token + step, step, stage, guarded);
+        if (token + step >= ranges_[warp_].end || token + step + kStep <= ranges_[warp_].begin) continue;
+        Tile(work, token + step, step, stage, guarded);
       }
       const std::int32_t next = token + kTokens;
       if (next < work.to && (next & ((std::int64_t{1} << work.shift) - 1)) == 0) KeepSpan(work);
@@ -107,7 +119,6 @@ class PrefillAttention {
       if (kept_) FoldKept(p_.plan.prefill_states + blockIdx.x * PrefillStateFloats(kDim));
       Write(work);
     }
-    __syncthreads();  // the next item's copies go where this one's are
   }
 
   __device__ __forceinline__ void BeginItem(const PrefillItem& work) {
@@ -120,18 +131,15 @@ class PrefillAttention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) position_[m][half] = position(Row(m, half));
     }
-    first_position_ = position(0);
-    last_position_ = position(work.rows - 1);
-    all_begin_ = FirstVisible(last_position_, window);
-    all_end_ = first_position_ + 1;
-    const std::int32_t warp_first = position(warp_ * kBlocks * 16);
-    warp_last_ = position(warp_ * kBlocks * 16 + kBlocks * 16 - 1);
-    warp_begin_ = FirstVisible(warp_first, window);
-    warp_all_begin_ = FirstVisible(warp_last_, window);
-    warp_all_end_ = warp_first + 1;
-    window_ = window;
-    head_ = work.head;
-    first_row_ = work.first_row;
+    __syncthreads();
+    if (threadIdx.x < kWarps + 1) {
+      // Of each warp's rows, and of all.
+      const int rows = kBlocks * 16, all = kWarps * rows, warp = static_cast<int>(threadIdx.x);
+      const std::int32_t first = position(warp == kWarps ? 0 : warp * rows);
+      const std::int32_t last = position(warp == kWarps ? all - 1 : warp * rows + rows - 1);
+      ranges_[warp] = {FirstVisible(first, window), last + 1, FirstVisible(last, window), first + 1};
+    }
+    __syncthreads();
     kept_ = false;
     Reset();
   }
@@ -153,13 +161,13 @@ class PrefillAttention {
   }
 
   // kStep tokens from position `begin` on, which are row `row` of the tile in shared memory.
-  __device__ __forceinline__ void Tile(std::int32_t begin, int row, int stage, bool guarded) {
+  __device__ __forceinline__ void Tile(const PrefillItem& work, std::int32_t begin, int row, int stage, bool guarded) {
     float scores[kBlocks][kScoreTiles][4] = {};
     Dots(Keys(stage), row, scores);
     std::uint32_t weights[kBlocks][kScoreTiles][2];
-    const bool masked = begin < warp_all_begin_ || begin + kStep > warp_all_end_;
+    const bool masked = ranges_[warp_].Mixed(begin, kStep);
 #pragma unroll
-    for (int m = 0; m < kBlocks; ++m) Softmax(begin, masked, m, scores[m], weights[m]);
+    for (int m = 0; m < kBlocks; ++m) Softmax(work, begin, masked, m, scores[m], weights[m]);
     if (guarded) {
       AddGuardedValues(Values(stage), row, weights);
     } else {
@@ -189,8 +197,8 @@ class PrefillAttention {
     }
   }
 
-  __device__ __forceinline__ void Softmax(std::int32_t begin, bool masked, int m, float (&scores)[kScoreTiles][4],
-                                          std::uint32_t (&weights)[kScoreTiles][2]) {
+  __device__ __forceinline__ void Softmax(const PrefillItem& work, std::int32_t begin, bool masked, int m,
+                                          float (&scores)[kScoreTiles][4], std::uint32_t (&weights)[kScoreTiles][2]) {
     // A scale alone moves into the exponent, and the dot products are read as they are.
     const float multiplier = plain_ ? rule_.factor : 1.0f;
     if (!plain_) {
@@ -198,7 +206,7 @@ class PrefillAttention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!rule_.alibi) break;
-        slope[half] = p_.alibi_slopes[head_ * p_.group + (first_row_ + Row(m, half)) % p_.group] * kLog2E;
+        slope[half] = p_.alibi_slopes[work.head * p_.group + (work.first_row + Row(m, half)) % p_.group] * kLog2E;
       }
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
@@ -210,12 +218,13 @@ class PrefillAttention {
       }
     }
     if (masked) {
+      const std::int32_t window = p_.checked->sliding_window;
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const std::int32_t token = begin + 8 * n + lane_ % 4 * 2 + i % 2, position = position_[m][i / 2];
-          if (token > position || token < FirstVisible(position, window_)) scores[n][i] = NegativeInfinity();
+          if (token > position || token < FirstVisible(position, window)) scores[n][i] = NegativeInfinity();
         }
       }
     }
@@ -453,15 +462,13 @@ class PrefillAttention {
   const bool plain_;
   const TokenMap map_;
   unsigned char* const queries_;
+  VisibleRange* const ranges_;  // of each warp's rows, and behind them of all
   unsigned char* const stages_;
   const int lane_, warp_;
 
   float values_[kBlocks][kColumns][4];
   float max_[kBlocks][2], sum_[kBlocks][2];  // sum_: this thread's part, until the span ends
   std::int32_t position_[kBlocks][2];
-  // Positions that all rows of the tile see, and of the warp; and those that any row of the warp sees.
-  std::int32_t all_begin_, all_end_, warp_all_begin_, warp_all_end_, warp_begin_, warp_last_;
-  std::int32_t first_position_, last_position_, window_, head_, first_row_;
   bool kept_;  // spans before this one are in memory
 };
 
@@ -478,9 +485,9 @@ Status LaunchPrefillOf(AttentionParams params, Stream stream) {
   using Shape = PrefillShape<kDim>;
   SharedLimits limits;
   KVPAGE_RETURN_IF_ERROR(GetSharedLimits(&limits));
-  const std::int64_t room = (limits.beside - Shape::kQueryBytes) / (2 * Shape::kTileBytes);
+  const std::int64_t room = (limits.beside - Shape::kFixedBytes) / (2 * Shape::kTileBytes);
   params.stages = static_cast<std::int32_t>(room < 2 ? 2 : (room > 4 ? 4 : room));
-  const std::size_t bytes = Shape::kQueryBytes + static_cast<std::size_t>(params.stages) * 2 * Shape::kTileBytes;
+  const std::size_t bytes = Shape::kFixedBytes + static_cast<std::size_t>(params.stages) * 2 * Shape::kTileBytes;
   const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, bytes, true};
   return Launch("prefill_attention", PrefillKernel<T, kDim>, shape, stream, params);
 }

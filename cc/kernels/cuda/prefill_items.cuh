@@ -37,16 +37,19 @@ struct PrefillItems {
   __device__ __forceinline__ explicit PrefillItems(const AttentionParams& p)
       : counts(p.plan.counts), count(p.plan.counts->items) {}
 
-  // The next one, for the whole block.
-  __device__ __forceinline__ std::int32_t Take() const {
+  // Puts the next one into shared memory for the whole block, which is done with the one before; false: none is left.
+  __device__ __forceinline__ bool Take(const AttentionParams& p, PrefillItem* work) const {
     KVPAGE_SHARED(std::int32_t, next);
     __syncthreads();
-    if (threadIdx.x == 0) next = atomicAdd(&counts->next, 1);
+    if (threadIdx.x == 0) {
+      next = atomicAdd(&counts->next, 1);
+      if (next < count) *work = At(p, next);
+    }
     __syncthreads();
-    return next;
+    return next < count;
   }
 
-  __device__ __forceinline__ PrefillItem At(const AttentionParams& p, std::int32_t item) const {
+  __device__ inline PrefillItem At(const AttentionParams& p, std::int32_t item) const {
     const Plan& plan = p.plan;
     const bool split = counts->split != 0;
     const std::int32_t* before = split ? plan.states : plan.items;
