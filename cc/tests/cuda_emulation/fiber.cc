@@ -10,9 +10,6 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#endif
 
 #if defined(__x86_64__)
 // Saves the registers that a call must keep on the stack that is left, and the stack pointer at *from; takes them from
@@ -55,11 +52,7 @@ __attribute__((no_sanitize_address)) void Start() {
 
 }  // namespace
 
-Fiber::Fiber() {
-#if defined(__SANITIZE_THREAD__)
-  thread_sanitizer_ = __tsan_get_current_fiber();
-#endif
-}
+Fiber::Fiber() = default;
 
 Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(argument) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -85,16 +78,10 @@ Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(ar
   context_.uc_link = nullptr;
   makecontext(&context_, &Start, 0);
 #endif
-#if defined(__SANITIZE_THREAD__)
-  thread_sanitizer_ = __tsan_create_fiber(0);
-#endif
 }
 
 Fiber::~Fiber() {
   if (memory_ == nullptr) return;
-#if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(thread_sanitizer_);
-#endif
   munmap(memory_, kStackBytes + static_cast<std::size_t>(sysconf(_SC_PAGESIZE)));
 }
 
@@ -120,9 +107,6 @@ void Fiber::SwitchFrom(Fiber* from) {
   leaving = from;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from->fake_stack_, bottom_, size_);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(thread_sanitizer_, 0);
 #endif
 #if defined(__x86_64__)
   kvpage_emulation_switch(&from->stack_pointer_, stack_pointer_);

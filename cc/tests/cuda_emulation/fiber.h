@@ -39,11 +39,10 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  // What the sanitizers want to know about a stack.
+  // What AddressSanitizer wants to know about a stack.
   void* fake_stack_ = nullptr;
   const void* bottom_ = nullptr;
   std::size_t size_ = 0;
-  void* thread_sanitizer_ = nullptr;
 };
 
 }  // namespace kvpage::emulation
