@@ -19,8 +19,6 @@ namespace {
 constexpr double kInlineCost = 1 << 18;
 // Tasks that a worker should get, so that those with short contexts can even out those with long ones.
 constexpr int kTasksPerWorker = 4;
-// KV heads that one task walks together when a token's heads lie next to each other.
-constexpr int kHeadsTogether = 16;
 constexpr int kLineBytes = 64;
 
 // Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
@@ -108,7 +106,7 @@ void Attention::AddUnits(std::int32_t index) {
   const std::int64_t rows = std::int64_t{sequence.query_length} * group_;
   // Few rows are bound by memory: where the heads of a token are neighbours they are read together.
   const bool token_major = kv.num_kv_heads > 1 && kv.head_stride < kv.token_stride;
-  const int heads = rows <= kFewRows && token_major ? std::min(kv.num_kv_heads, kHeadsTogether) : 1;
+  const int heads = rows <= kFewRows && token_major ? std::min(kv.num_kv_heads, kMaxHeads) : 1;
   const std::int64_t unit_rows = UnitRows(rows);
   const std::int64_t tiles = (rows + unit_rows - 1) / unit_rows;
   // Later rows see more: the long units come first and the short ones fill the gaps.
@@ -166,7 +164,7 @@ double Attention::Plan(int num_workers) {
     }
     layout_.queries = std::max(layout_.queries, unit.heads * QueryFloats(unit.rows, head_dim_));
     layout_.state = std::max(layout_.state, UnitStateFloats(unit));
-    layout_.scratch = std::max(layout_.scratch, ScratchFloats(unit.rows, head_dim_));
+    layout_.scratch = std::max(layout_.scratch, ScratchFloats(unit.rows, head_dim_, unit.heads));
     if (IsQuantized(args_.kv.dtype)) {
       layout_.scales = std::max<std::int64_t>(layout_.scales, std::int64_t{unit.heads} * 2 * kSpanScales);
     }

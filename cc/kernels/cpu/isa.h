@@ -35,6 +35,8 @@ constexpr int kRowBlock = 12;
 constexpr int kMaxRows = 64 * kRowBlock;
 // Tile of many rows.
 constexpr int kManyTokens = 256;
+// KV heads that are walked together at most, where a token's heads lie next to each other.
+constexpr int kMaxHeads = 16;
 
 static constexpr int PaddedRows(int rows) {
   return rows <= kFewRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
@@ -52,10 +54,10 @@ static constexpr std::int64_t StateFloats(int rows, int head_dim) {
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
-// Few rows: scores of a tile, two converted tiles and a correction per row. Many: two packed tiles, scores of a block
-// of rows and a panel of values.
-static constexpr std::int64_t ScratchFloats(int rows, int head_dim) {
-  return rows <= kFewRows ? std::int64_t{rows} * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64
+// Few rows: scores of a tile and a correction per row and head, two converted tiles. Many: two packed tiles, scores of a
+// block of rows and a panel of values.
+static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
+  return rows <= kFewRows ? std::int64_t{heads} * rows * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64
                           : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
 }
 
