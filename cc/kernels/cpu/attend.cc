@@ -19,6 +19,8 @@ namespace {
 constexpr double kInlineCost = 1 << 18;
 // Tasks that a worker should get, so that those with short contexts can even out those with long ones.
 constexpr int kTasksPerWorker = 4;
+// The same for heads that could be walked together: fewer, because every split of a token's row costs speed.
+constexpr int kHeadTasksPerWorker = 2;
 constexpr int kLineBytes = 64;
 
 // Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
@@ -62,7 +64,8 @@ class Attention {
   std::int64_t num_tasks() const { return static_cast<std::int64_t>(workspace_.tasks.size()); }
 
  private:
-  void AddUnits(std::int32_t index);
+  int HeadsTogether(int num_workers) const;
+  void AddUnits(std::int32_t index, int heads_together);
   double Cost(const Unit& unit) const;
   RowTile Tile(const Unit& unit) const;
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
@@ -100,13 +103,24 @@ RowTile Attention::Tile(const Unit& unit) const {
   return tile;
 }
 
-void Attention::AddUnits(std::int32_t index) {
+// Few rows are bound by memory: where the heads of a token are neighbours they are read together, unless the contexts
+// are so short that not every worker would get some.
+int Attention::HeadsTogether(int num_workers) const {
+  const KVView& kv = args_.kv;
+  if (kv.num_kv_heads == 1 || kv.head_stride >= kv.token_stride) return 1;
+  std::int64_t spans = 0;
+  for (const Sequence& s : *args_.sequences) spans += (s.position + s.query_length + kSpanTokens - 1) / kSpanTokens;
+  int heads = std::min(kv.num_kv_heads, kMaxHeads);
+  const std::int64_t wanted = num_workers == 1 ? 1 : kHeadTasksPerWorker * std::int64_t{num_workers};
+  while (heads > 2 && (kv.num_kv_heads + heads - 1) / heads * spans < wanted) heads = (heads + 1) / 2;
+  return heads;
+}
+
+void Attention::AddUnits(std::int32_t index, int heads_together) {
   const Sequence& sequence = (*args_.sequences)[index];
   const KVView& kv = args_.kv;
   const std::int64_t rows = std::int64_t{sequence.query_length} * group_;
-  // Few rows are bound by memory: where the heads of a token are neighbours they are read together.
-  const bool token_major = kv.num_kv_heads > 1 && kv.head_stride < kv.token_stride;
-  const int heads = rows <= kFewRows && token_major ? std::min(kv.num_kv_heads, kMaxHeads) : 1;
+  const int heads = rows <= kFewRows ? heads_together : 1;
   const std::int64_t unit_rows = UnitRows(rows);
   const std::int64_t tiles = (rows + unit_rows - 1) / unit_rows;
   // Later rows see more: the long units come first and the short ones fill the gaps.
@@ -140,7 +154,8 @@ double Attention::Plan(int num_workers) {
   const auto end_of = [&](std::int32_t i) { return std::int64_t{sequences[i].position} + sequences[i].query_length; };
   std::sort(order.begin(), order.end(),
             [&](std::int32_t a, std::int32_t b) { return end_of(a) != end_of(b) ? end_of(a) > end_of(b) : a < b; });
-  for (const std::int32_t index : order) AddUnits(index);
+  const int heads_together = HeadsTogether(num_workers);
+  for (const std::int32_t index : order) AddUnits(index, heads_together);
 
   double total = 0;
   for (const Unit& unit : units) total += Cost(unit);

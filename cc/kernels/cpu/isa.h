@@ -54,8 +54,8 @@ static constexpr std::int64_t StateFloats(int rows, int head_dim) {
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
-// Few rows: scores of a tile and a correction per row and head, two converted tiles. Many: two packed tiles, scores of a
-// block of rows and a panel of values.
+// Few rows: scores of a tile and a correction per row and head, two converted tiles. Many: two packed tiles, scores of
+// a block of rows and a panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
   return rows <= kFewRows ? std::int64_t{heads} * rows * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64
                           : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
