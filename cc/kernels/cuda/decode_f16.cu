@@ -1,5 +1,5 @@
-#include "kernels/cuda/attend.h"
-#include "kernels/cuda/decode.cuh"
+// Decode of float16.
+#include "kernels/cuda/decode_launch.cuh"
 
 namespace kvpage::cuda {
 

@@ -76,6 +76,9 @@ Status Launch(const char* name, void (*kernel)(Params...), const LaunchShape& sh
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return ToStatus(error, Describe(name, shape) + " cannot have that much shared memory");
+    // Such kernels want as many blocks side by side as fit, not a large L1. A hint: what comes of it is no error.
+    static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/attend.h"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/prefill_state.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tiles.cuh"
 #include "kernels/cuda/work.cuh"
@@ -107,16 +107,16 @@ class PrefillAttention {
         Tile(work, token + step, step, stage, guarded);
       }
       const std::int32_t next = token + kTokens;
-      if (next < work.to && (next & ((std::int64_t{1} << work.shift) - 1)) == 0) KeepSpan(work);
+      if (next < work.to && (next & ((std::int64_t{1} << work.shift) - 1)) == 0) KeepSpan();
       if (++stage == p_.stages) stage = 0;
     }
     WaitForCopies<0>();
-    SumRows();
+    state_.SumRows();
     if (work.split) {
-      Store(work.state);
+      state_.Store(Memory(work.state));
       if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) Merge(work);
     } else {
-      if (kept_) FoldKept(p_.plan.prefill_states + blockIdx.x * PrefillStateFloats(kDim));
+      if (kept_) state_.FoldKept(Memory(blockIdx.x));
       Write(work);
     }
   }
@@ -141,23 +141,7 @@ class PrefillAttention {
     }
     __syncthreads();
     kept_ = false;
-    Reset();
-  }
-
-  __device__ __forceinline__ void Reset() {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        max_[m][half] = NegativeInfinity();
-        sum_[m][half] = 0.0f;
-      }
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values_[m][n][i] = 0.0f;
-      }
-    }
+    state_.Reset();
   }
 
   // kStep tokens from position `begin` on, which are row `row` of the tile in shared memory.
@@ -236,11 +220,11 @@ class PrefillAttention {
       for (int n = 0; n < kScoreTiles; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
-      top = fmaxf(top * multiplier, max_[m][half]);
+      top = fmaxf(top * multiplier, state_.max[m][half]);
       base[half] = Base(top);
-      factor[half] = Exp2(max_[m][half] - base[half]);
-      max_[m][half] = top;
-      sum_[m][half] *= factor[half];
+      factor[half] = Exp2(state_.max[m][half] - base[half]);
+      state_.max[m][half] = top;
+      state_.sum[m][half] *= factor[half];
     }
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
@@ -248,7 +232,7 @@ class PrefillAttention {
       for (int half = 0; half < 2; ++half) {
         const float a = Exp2(fmaf(scores[n][2 * half], multiplier, -base[half]));
         const float b = Exp2(fmaf(scores[n][2 * half + 1], multiplier, -base[half]));
-        sum_[m][half] += a + b;
+        state_.sum[m][half] += a + b;
         weights[n][half] = Pack<T>(a, b);
       }
     }
@@ -257,7 +241,7 @@ class PrefillAttention {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values_[m][n][i] *= factor[i / 2];
+      for (int i = 0; i < 4; ++i) state_.values[m][n][i] *= factor[i / 2];
     }
   }
 
@@ -283,8 +267,8 @@ class PrefillAttention {
         LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          MultiplyAdd<T>(values_[m][n], a[m], b[0], b[1]);
-          MultiplyAdd<T>(values_[m][n + 1], a[m], b[2], b[3]);
+          MultiplyAdd<T>(state_.values[m][n], a[m], b[0], b[1]);
+          MultiplyAdd<T>(state_.values[m][n + 1], a[m], b[2], b[3]);
         }
       }
     }
@@ -305,134 +289,42 @@ class PrefillAttention {
           LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            MultiplyAdd<T>(values_[m][n + i], a, KeepFinite<T>(b[2 * i]), KeepFinite<T>(b[2 * i + 1]));
+            MultiplyAdd<T>(state_.values[m][n + i], a, KeepFinite<T>(b[2 * i]), KeepFinite<T>(b[2 * i + 1]));
             MultiplyAdd<T>(plus[i], a, Marks<T, false>(b[2 * i]), Marks<T, false>(b[2 * i + 1]));
             MultiplyAdd<T>(minus[i], a, Marks<T, true>(b[2 * i]), Marks<T, true>(b[2 * i + 1]));
           }
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if (plus[i / 4][i % 4] > 0.0f) values_[m][n + i / 4][i % 4] -= NegativeInfinity();
-          if (minus[i / 4][i % 4] > 0.0f) values_[m][n + i / 4][i % 4] += NegativeInfinity();
+          if (plus[i / 4][i % 4] > 0.0f) state_.values[m][n + i / 4][i % 4] -= NegativeInfinity();
+          if (minus[i / 4][i % 4] > 0.0f) state_.values[m][n + i / 4][i % 4] += NegativeInfinity();
         }
       }
     }
   }
 
-  // Makes each thread's part of the sums the rows' sums.
-  __device__ __forceinline__ void SumRows() {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        sum_[m][half] += __shfl_xor_sync(kFullMask, sum_[m][half], 1);
-        sum_[m][half] += __shfl_xor_sync(kFullMask, sum_[m][half], 2);
-      }
-    }
-  }
-
-  // ---- states in memory, each thread's where only it looks ----
-  __device__ __forceinline__ static std::int64_t At(int index) { return std::int64_t{index} * kThreads + threadIdx.x; }
-  __device__ __forceinline__ static constexpr int ValueAt(int m, int n, int i) { return (m * kColumns + n) * 4 + i; }
-  __device__ __forceinline__ static constexpr int SumAt(int m, int half, int which) {
-    return kBlocks * kColumns * 4 + (m * 2 + half) * 2 + which;
-  }
-
-  __device__ __forceinline__ void Store(std::int64_t state) const {
-    float* to = p_.plan.prefill_states + state * PrefillStateFloats(kDim);
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        to[At(SumAt(m, half, 0))] = max_[m][half];
-        to[At(SumAt(m, half, 1))] = sum_[m][half];
-      }
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) to[At(ValueAt(m, n, i))] = values_[m][n][i];
-      }
-    }
-  }
-
-  // This state becomes that in memory folded with it.
-  __device__ __forceinline__ void FoldKept(const float* before) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Fold fold(__ldcg(before + At(SumAt(m, half, 0))), __ldcg(before + At(SumAt(m, half, 1))), max_[m][half],
-                        sum_[m][half]);
-        max_[m][half] = fold.max;
-        sum_[m][half] = fold.sum;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values_[m][n][i] = fold(__ldcg(before + At(ValueAt(m, n, i))), values_[m][n][i]);
-          }
-        }
-      }
-    }
-  }
-
-  // This state becomes it folded with that in memory.
-  __device__ __forceinline__ void FoldNext(const float* next) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Fold fold(max_[m][half], sum_[m][half], __ldcg(next + At(SumAt(m, half, 0))),
-                        __ldcg(next + At(SumAt(m, half, 1))));
-        max_[m][half] = fold.max;
-        sum_[m][half] = fold.sum;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values_[m][n][i] = fold(values_[m][n][i], __ldcg(next + At(ValueAt(m, n, i))));
-          }
-        }
-      }
-    }
+  __device__ __forceinline__ float* Memory(std::int64_t state) const {
+    return p_.plan.prefill_states + state * PrefillStateFloats(kDim);
   }
 
   // A span ends and another one follows in this block.
-  __device__ __forceinline__ void KeepSpan(const PrefillItem&) {
-    SumRows();
-    if (kept_) FoldKept(p_.plan.prefill_states + blockIdx.x * PrefillStateFloats(kDim));
-    Store(blockIdx.x);
+  __device__ __forceinline__ void KeepSpan() {
+    state_.SumRows();
+    if (kept_) state_.FoldKept(Memory(blockIdx.x));
+    state_.Store(Memory(blockIdx.x));
     kept_ = true;
-    Reset();
+    state_.Reset();
   }
 
   // Folds the spans of a unit, which are all in memory, and writes the answer.
   __device__ __forceinline__ void Merge(const PrefillItem& work) {
-    Reset();
     // Not folded into an empty state, so that a first span stays what it is, bit for bit.
-    const float* states = p_.plan.prefill_states + work.first_state * PrefillStateFloats(kDim);
-    Load(states + work.first_span * PrefillStateFloats(kDim));
+    state_.Load(Memory(work.first_state + work.first_span));
 #pragma unroll 1
     for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
-      FoldNext(states + span * PrefillStateFloats(kDim));
+      state_.FoldNext(Memory(work.first_state + span));
     }
     Write(work);
-  }
-
-  __device__ __forceinline__ void Load(const float* from) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        max_[m][half] = __ldcg(from + At(SumAt(m, half, 0)));
-        sum_[m][half] = __ldcg(from + At(SumAt(m, half, 1)));
-      }
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values_[m][n][i] = __ldcg(from + At(ValueAt(m, n, i)));
-      }
-    }
   }
 
   __device__ __forceinline__ void Write(const PrefillItem& work) const {
@@ -445,12 +337,12 @@ class PrefillAttention {
         const std::int32_t at = work.first_row + row, token = at / p_.group;
         const std::int32_t q_head = work.head * p_.group + (at - token * p_.group);
         const std::int64_t index = (std::int64_t{work.sequence.query_begin} + token) * p_.num_q_heads + q_head;
-        const Finish finish(p_, q_head, max_[m][half], sum_[m][half]);
+        const Finish finish(p_, q_head, state_.max[m][half], state_.sum[m][half]);
         T* out = static_cast<T*>(p_.out) + index * kDim + lane_ % 4 * 2;
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           *reinterpret_cast<std::uint32_t*>(out + n * 8) =
-              Pack<T>(values_[m][n][2 * half] * finish.factor, values_[m][n][2 * half + 1] * finish.factor);
+              Pack<T>(state_.values[m][n][2 * half] * finish.factor, state_.values[m][n][2 * half + 1] * finish.factor);
         }
         if (lane_ % 4 == 0 && p_.lse != nullptr) p_.lse[index] = finish.lse;
       }
@@ -466,38 +358,10 @@ class PrefillAttention {
   unsigned char* const stages_;
   const int lane_, warp_;
 
-  float values_[kBlocks][kColumns][4];
-  float max_[kBlocks][2], sum_[kBlocks][2];  // sum_: this thread's part, until the span ends
+  PrefillState<kDim> state_;
   std::int32_t position_[kBlocks][2];
   bool kept_;  // spans before this one are in memory
 };
-
-template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrefillKernel(const __grid_constant__ AttentionParams p) {
-  KVPAGE_DYNAMIC_SHARED(shared);
-  WaitForPriorKernel();
-  if (p.plan.counts->items == 0) return;
-  PrefillAttention<T, kDim>(p, shared).Run();
-}
-
-template <class T, int kDim>
-Status LaunchPrefillOf(AttentionParams params, Stream stream) {
-  using Shape = PrefillShape<kDim>;
-  SharedLimits limits;
-  KVPAGE_RETURN_IF_ERROR(GetSharedLimits(&limits));
-  const std::int64_t room = (limits.beside - Shape::kFixedBytes) / (2 * Shape::kTileBytes);
-  params.stages = static_cast<std::int32_t>(room < 2 ? 2 : (room > 4 ? 4 : room));
-  const std::size_t bytes = Shape::kFixedBytes + static_cast<std::size_t>(params.stages) * 2 * Shape::kTileBytes;
-  const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, bytes, true};
-  return Launch("prefill_attention", PrefillKernel<T, kDim>, shape, stream, params);
-}
-
-template <class T>
-Status LaunchPrefill(const AttentionParams& params, Stream stream) {
-  if (params.head_dim == 64) return LaunchPrefillOf<T, 64>(params, stream);
-  if (params.head_dim == 128) return LaunchPrefillOf<T, 128>(params, stream);
-  return LaunchPrefillOf<T, 256>(params, stream);
-}
 
 }  // namespace kvpage::cuda
 

@@ -1,4 +1,5 @@
-#include "kernels/cuda/prefill.cuh"
+// Prefill of bfloat16.
+#include "kernels/cuda/prefill_launch.cuh"
 
 namespace kvpage::cuda {
 

@@ -32,15 +32,18 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   constexpr int kStep = kThreads / Rows::kUnits;  // rows that the block copies at a time
   const int unit = threadIdx.x % Rows::kUnits, first = threadIdx.x / Rows::kUnits;
   if (map.chunk.divisor % kTokens == 0 || map.chunk.divisor == 0x7fffffff) {
-    // All of it in one chunk: one address, and a stride.
+    // All of it in one chunk: one address, and a stride. What is not copied is given an address that exists all the
+    // same.
     const std::int32_t known = max(begin, from);
-    const char* key = map.Key(tokens, known) + (begin - known + first) * map.token_stride + unit * 16;
+    const char* const safe = map.Key(tokens, known) + unit * 16;
+    const char* key = safe + (begin - known + first) * map.token_stride;
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
-      CopyAsync16(keys + Rows::Offset(row, unit), key, valid);
-      CopyAsync16(values + Rows::Offset(row, unit), key + map.kv_stride, valid);
+      const char* const source = valid ? key : safe;
+      CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
       key += kStep * map.token_stride;
     }
     return;
