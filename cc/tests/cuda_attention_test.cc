@@ -239,6 +239,55 @@ TEST(InfinitiesKeepTheirSign) {
   }
 }
 
+// Contexts whose spans are longer than the shortest ones.
+TEST(LongContexts) {
+  Rng rng(8);
+  for (const int queries : {1, 18}) {
+    Problem p;
+    p.kv_heads = 1;
+    p.group = 1;
+    p.head_dim = 64;
+    p.dtype = p.q_dtype = DType::kBF16;
+    FillProblem(rng, p, {{17500, queries}, {300, 1}}, 0);
+    const Cache cache(rng, Layout::kPerLayer, p.dtype, 1, 64, 2, p.max_tokens(), 16);
+    Store(p, cache, Slots(2));
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    const Result expected = RunCuda(p, cache, Slots(2));
+    CheckCuda(p, expected, out, lse, true);
+    for (const int sms : {1, 50}) {
+      const ScopedDevice device(sms, rng());
+      CHECK(RunCuda(p, cache, Slots(2)) == expected) << sms << "multiprocessors" << DescribeCuda(p);
+    }
+  }
+}
+
+// More sequences than the planner has threads.
+TEST(ManySequences) {
+  Rng rng(9);
+  for (const DType dtype : {DType::kF16, DType::kF32}) {
+    Problem p;
+    p.kv_heads = 2;
+    p.group = 2;
+    p.head_dim = 64;
+    p.dtype = p.q_dtype = dtype;
+    std::vector<std::pair<int, int>> lengths;
+    for (int s = 0; s < 600; ++s) lengths.emplace_back(Pick(rng, 0, s % 50 == 0 ? 500 : 20), s % 97 == 0 ? 12 : 1);
+    FillProblem(rng, p, lengths, 0);
+    const int n = static_cast<int>(lengths.size());
+    const Cache cache(rng, Layout::kFused, dtype, 2, 64, n, p.max_tokens(), 32);
+    Store(p, cache, Slots(lengths.size()));
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    CudaRun run;
+    run.padding = 7;
+    const Result expected = RunCuda(p, cache, Slots(lengths.size()), run);
+    CheckCuda(p, expected, out, lse, UsesTensorCores(p));
+    const ScopedDevice device(25, rng());
+    CHECK(RunCuda(p, cache, Slots(lengths.size())) == expected) << DescribeCuda(p).substr(0, 100);
+  }
+}
+
 TEST(FailedChecksGiveNaN) {
   Rng rng(7);
   for (const DType dtype : kQueries) {
