@@ -159,6 +159,20 @@ class FakeDriver:
 
 fake_driver: FakeDriver
 
+# Bytes of device scratch that custom calls on CUDA take as their last result. dtypes are the spec's
+# codes.
+def checked_scratch_bytes(num_sequences: int) -> int: ...
+def attention_scratch_bytes(
+    q_dtype: int,
+    kv_dtype: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_context: int,
+    num_sequences: int,
+    num_tokens: int,
+) -> int: ...
+
 # Platform "cpu", or "cuda": empty in a build without CUDA.
 def registrations(platform: str = "cpu") -> dict[str, Any]: ...
 def instruction_set() -> str: ...

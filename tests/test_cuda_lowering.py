@@ -15,7 +15,7 @@ import pytest
 from jax import export
 
 import jax_kvpage as kvp
-from jax_kvpage import _cuda
+from jax_kvpage import _cuda, _native
 from jax_kvpage.ops.gather_context import gather_context_p
 from jax_kvpage.ops.occupy import occupy, vacate
 
@@ -103,16 +103,55 @@ def _op(name: str) -> Callable[[kvp.KVCache, kvp.Batch], Any]:
     return _OPS[name][0]
 
 
+# Ops that take device memory of their own, as their last result.
+_WITH_SCRATCH = (
+    "append_kv",
+    "paged_attention",
+    "update_and_attend",
+    "gather_context",
+    "attend_with_tables",
+)
+
+
+def _without_scratch(call: str) -> tuple[str, int]:
+    """A call without its last result, written as if it had never had it; and that one's bytes."""
+    call, found = re.subn(r", tensor<\d+xui8>\)$", ")", call)
+    if not found:
+        return call, 0
+    call = re.sub(r", dense<0> : tensor<1xindex>\]\}", "]}", call)  # its layout
+    if "-> (" in call and "," not in call.rsplit("-> (", 1)[1]:  # one is left: no tuple
+        head, result = call[:-1].rsplit("-> (", 1)
+        call = (
+            f"{head.replace('output_tuple_indices = [0]', 'output_tuple_indices = []')}-> {result}"
+        )
+    return call, found
+
+
 @pytest.mark.parametrize("name", _ALL)
 def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
-    """Names, attributes, aliases and operands: all but SSA names are equal on both platforms."""
+    """Names, attributes, aliases, operands: equal on both platforms, but for SSA names, scratch."""
     on_cpu = (lambda c, b: _tables(c, b)) if name == "attend_with_tables" else _op(name)
     cuda, cpu = (
         [(op, re.sub(r"%\w+(:\d+)?(#\d+)?", "%", rest)) for op, rest in _calls(text)]
         for text in (_lowered(_op(name)), _lowered(on_cpu, "cpu"))
     )
-    assert [op for op, _ in cuda] == [name]
-    assert cuda == cpu
+    ((op, call),) = cuda
+    call, scratch = _without_scratch(call)
+    assert scratch == (name in _WITH_SCRATCH)
+    assert [(op, call)] == cpu
+
+
+def test_scratch_is_sized_by_shapes() -> None:
+    """It is no more for a longer context than the spans that are kept apart, and it is bounded."""
+
+    def attention(tokens: int, sequences: int, context: int) -> int:
+        return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens)
+
+    assert _native.checked_scratch_bytes(0) > 0
+    assert _native.checked_scratch_bytes(1000) > _native.checked_scratch_bytes(10)
+    assert attention(1, 1, 64) < attention(64, 64, 8192) <= attention(64, 64, 131072)
+    assert attention(4096, 64, 131072) == attention(4096, 64, 1 << 20)
+    assert attention(1 << 20, 64, 1 << 20) < 1 << 30
 
 
 @pytest.mark.parametrize("name", _OPS)

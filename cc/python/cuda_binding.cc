@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/scratch.h"
 #include "vmm/cuda_vmm.h"
 #include "vmm/driver.h"
 #include "vmm/fake_driver.h"
@@ -156,6 +157,19 @@ DriverReport Report() {
   return report;
 }
 
+std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, std::int32_t num_q_heads,
+                                  std::int32_t num_kv_heads, std::int32_t head_dim, std::int64_t max_context,
+                                  std::int64_t num_sequences, std::int64_t num_tokens) {
+  cuda::AttentionOperands attention;
+  attention.q_dtype = static_cast<DType>(q_dtype);
+  attention.kv_dtype = static_cast<DType>(kv_dtype);
+  attention.num_q_heads = num_q_heads;
+  attention.num_kv_heads = num_kv_heads;
+  attention.head_dim = head_dim;
+  attention.max_context = max_context;
+  return cuda::AttentionBytes(attention, num_sequences, num_tokens);
+}
+
 }  // namespace
 
 Status MakeFakeVmm(std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out) {
@@ -186,6 +200,10 @@ void BindCuda(nb::module_& m) {
       .def_ro("problem", &DriverReport::problem)
       .def_ro("devices", &DriverReport::devices);
   m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
+  // What lowering for CUDA asks: device scratch that the custom calls take as their last result.
+  m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a);
+  m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,
+        "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a);
   BindFake(m);
 }
 

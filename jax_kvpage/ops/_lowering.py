@@ -16,6 +16,7 @@ from jax.interpreters import ad, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_kvpage import _cuda as cuda
+from jax_kvpage.ops import _scratch
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
@@ -119,6 +120,7 @@ def register_lowerings(
     side_effect: bool = True,
     xla: Callable[..., Any] | None = None,
     xla_is_default: bool = False,
+    scratch: Callable[[Sequence[Any], Mapping[str, Any]], int] | None = None,
 ) -> None:
     """Registers how a primitive is compiled on each platform: as the same custom call on all.
 
@@ -129,6 +131,8 @@ def register_lowerings(
         xla: the op in plain JAX, `xla(*operands, **params)` without `implementation`; traced in
             place of the custom call for implementation="xla".
         xla_is_default: whether platforms without kernels use `xla` unasked.
+        scratch: bytes of device memory that the call takes on CUDA, `scratch(operands' abstract
+            values, params)`; one more result there.
     """
     op = primitive.name.removeprefix("kvpage_")
     custom_call = jax.ffi.ffi_lowering(
@@ -167,7 +171,10 @@ def register_lowerings(
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain)
-        return call(ctx, operands, params)
+        if scratch is None:
+            return call(ctx, operands, params)
+        ctx = _scratch.with_result(ctx, scratch(ctx.avals_in, params))
+        return call(ctx, operands, params)[:-1]
 
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _batching, _lowering, _tokens
+from jax_kvpage.ops import _batching, _lowering, _scratch, _tokens
 from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -55,7 +55,7 @@ def append_kv(
     return _tokens.replaced(cache, epoch)
 
 
-_lowering.register_lowerings(append_kv_p, aliases={1: 0})
+_lowering.register_lowerings(append_kv_p, aliases={1: 0}, scratch=_scratch.checked)
 _lowering.refuse_differentiation(append_kv_p)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_kvpage.ops import _batching, _lowering, _tokens
+from jax_kvpage.ops import _batching, _lowering, _scratch, _tokens
 from jax_kvpage.ops._checks import pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -26,7 +26,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
 # where that is quantised: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
 gather_context_p = _lowering.make_primitive("gather_context", _abstract)
 
-_lowering.register_lowerings(gather_context_p)
+_lowering.register_lowerings(gather_context_p, scratch=_scratch.checked)
 
 _batching.register(
     gather_context_p, _batching.map_reader("gather_context", _NAMES, gather_context_p.bind)

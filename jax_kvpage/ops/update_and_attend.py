@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _attention, _batching, _lowering, _tokens
+from jax_kvpage.ops import _attention, _batching, _lowering, _scratch, _tokens
 from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.ops.append_kv import append_kv_p
 from jax_kvpage.ops.paged_attention import attend_gathered
@@ -99,7 +99,9 @@ def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     return out, lse, epoch
 
 
-_lowering.register_lowerings(update_and_attend_p, aliases={1: 2}, xla=_append_then_gather)
+_lowering.register_lowerings(
+    update_and_attend_p, aliases={1: 2}, xla=_append_then_gather, scratch=_scratch.attention
+)
 _lowering.refuse_differentiation(update_and_attend_p)
 
 

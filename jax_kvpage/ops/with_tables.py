@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage import reference
-from jax_kvpage.ops import _attention, _batching, _lowering
+from jax_kvpage.ops import _attention, _batching, _lowering, _scratch
 from jax_kvpage.ops._checks import FLOATS, INT32, Checker, results
 
 __all__ = ["paged_attention_with_tables"]
@@ -138,7 +138,11 @@ def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
 
 
 _lowering.register_lowerings(
-    attend_with_tables_p, side_effect=False, xla=_attend_plain, xla_is_default=True
+    attend_with_tables_p,
+    side_effect=False,
+    xla=_attend_plain,
+    xla_is_default=True,
+    scratch=_scratch.attention_with_tables,
 )
 _lowering.refuse_differentiation(attend_with_tables_p)
 

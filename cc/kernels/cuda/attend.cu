@@ -1,11 +1,12 @@
-// Attention on CUDA: what a call needs of scratch memory, and the launches that it consists of: the check, the append,
-// the planner and the attention kernels. Shapes alone decide what is launched, and with which grids.
+// Attention on CUDA: the launches that a call consists of: the check, the append, the planner and the attention
+// kernels. Shapes alone decide what is launched, and with which grids.
 #include <algorithm>
 
 #include "kernels/cuda/attend.h"
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/scratch.h"
 #include "kernels/cuda/tokens.cuh"
 
 namespace kvpage::cuda {
@@ -28,30 +29,13 @@ __global__ void __launch_bounds__(kCheckThreads)
   PlanBatch(p);
 }
 
-// Hands out parts of the scratch memory, or only counts them.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* Take(std::int64_t count) {
-    T* const here = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + size_);
-    size_ += (static_cast<std::size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return here;
-  }
-  std::size_t size() const { return size_; }
-
- private:
-  char* base_;
-  std::size_t size_ = 0;
-};
-
 bool UsesTensorCores(const AttentionOperands& attention, bool aligned) {
   return aligned && HasTensorCoreKernels(attention);
 }
 
-// Everything but the checked batch's view and what a kernel's shape decides. Returns the bytes of scratch.
-std::size_t Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
-                 int num_sms, void* scratch, AttentionParams* p) {
+// Everything but the checked batch's view and what a kernel's shape decides.
+void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
+          int num_sms, void* scratch, AttentionParams* p) {
   p->q = a.q;
   p->out = a.out;
   p->lse = a.lse;
@@ -65,39 +49,28 @@ std::size_t Fill(const AttentionOperands& a, std::int64_t num_sequences, std::in
   p->head_dim = a.head_dim;
   p->few_rows = tensor_cores ? kTileRows : 0x7fffffff;
   p->prefill_rows = PrefillRows(a.head_dim);
-  p->blocks = kBlocksPerSm * num_sms;
+  p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
   p->q_dtype = a.q_dtype;
   p->scale = a.scale;
   p->soft_cap = a.soft_cap;
 
-  const std::int64_t context = std::max<std::int64_t>(a.max_context, 1);
-  // A unit that blocks share has kTileRows rows at most, and there are no more of them than blocks; and no row of the
-  // batch is in two.
-  const std::int64_t rows = std::min<std::int64_t>(num_tokens * a.num_q_heads, std::int64_t{p->blocks} * kTileRows);
-  p->span_slots = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxSpans, (context >> kSpanShift) + 2));
-  const std::int64_t units = std::min<std::int64_t>(
-      (num_tokens * p->group / p->prefill_rows + num_sequences) * a.num_kv_heads, kMaxPrefillStates);
-  const std::int64_t spans = std::min<std::int64_t>(kMaxPrefillSpans, (context >> kPrefillSpanShift) + 2);
-  // One state for each block too: its unit's spans so far.
-  const std::int64_t states =
-      std::max<std::int64_t>(std::min<std::int64_t>(units * spans, kMaxPrefillStates), p->blocks);
-  p->prefill_slots = tensor_cores && context > (1 << kPrefillSpanShift) ? static_cast<std::int32_t>(states) : 0;
-
-  Carver carver(scratch);
-  p->checked = reinterpret_cast<const CheckedBatch*>(carver.Take<char>(CheckedBytes(num_sequences)));
-  p->plan.counts = carver.Take<PlanCounts>(1);
-  p->plan.few = carver.Take<Sequence>(num_sequences);
-  p->plan.many = carver.Take<Sequence>(num_sequences);
-  p->plan.prefix = carver.Take<std::int64_t>(num_sequences + 1);
-  p->plan.items = carver.Take<std::int32_t>(num_sequences + 1);
-  p->plan.states = carver.Take<std::int32_t>(num_sequences + 1);
-  p->plan.cuts = carver.Take<Cut>(p->blocks + 1);
-  p->plan.shared = carver.Take<Shared>(p->blocks);
-  p->plan.arrived = carver.Take<std::int32_t>(p->prefill_slots);
-  p->plan.values = carver.Take<float>(rows * p->span_slots * a.head_dim);
-  p->plan.sums = carver.Take<float2>(rows * p->span_slots);
-  p->plan.prefill_states = carver.Take<float>(p->prefill_slots * PrefillStateFloats(a.head_dim));
-  return carver.size();
+  const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
+  p->span_slots = at.span_slots;
+  p->prefill_slots = at.prefill_slots;
+  char* const base = static_cast<char*>(scratch);
+  p->checked = static_cast<const CheckedBatch*>(scratch);
+  p->plan.counts = reinterpret_cast<PlanCounts*>(base + at.counts);
+  p->plan.few = reinterpret_cast<Sequence*>(base + at.few);
+  p->plan.many = reinterpret_cast<Sequence*>(base + at.many);
+  p->plan.prefix = reinterpret_cast<std::int64_t*>(base + at.prefix);
+  p->plan.items = reinterpret_cast<std::int32_t*>(base + at.items);
+  p->plan.states = reinterpret_cast<std::int32_t*>(base + at.states);
+  p->plan.cuts = reinterpret_cast<Cut*>(base + at.cuts);
+  p->plan.shared = reinterpret_cast<Shared*>(base + at.shared);
+  p->plan.arrived = reinterpret_cast<std::int32_t*>(base + at.arrived);
+  p->plan.values = reinterpret_cast<float*>(base + at.values);
+  p->plan.sums = reinterpret_cast<float2*>(base + at.sums);
+  p->plan.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
 }
 
 }  // namespace
@@ -113,18 +86,6 @@ Status GetSharedLimits(SharedLimits* limits) {
   // The system takes a kilobyte of every block, and what is not dynamic takes another.
   limits->beside = std::min(alone, all / kBlocksPerSm - 2048);
   return {};
-}
-
-bool HasTensorCoreKernels(const AttentionOperands& a) {
-  return a.q_dtype == a.kv_dtype && (a.kv_dtype == DType::kBF16 || a.kv_dtype == DType::kF16) &&
-         (a.head_dim == 64 || a.head_dim == 128 || a.head_dim == 256);
-}
-
-std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens) {
-  int num_sms = 1;
-  if (!NumSms(&num_sms).ok()) return 0;  // the launch will fail and say why
-  AttentionParams params = {};
-  return Fill(attention, num_sequences, num_tokens, HasTensorCoreKernels(attention), num_sms, nullptr, &params);
 }
 
 namespace {

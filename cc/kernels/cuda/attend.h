@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/scratch.h"
 
 namespace kvpage::cuda {
 
@@ -14,9 +15,6 @@ struct AttentionParams;
 // begins at a multiple of 16 bytes.
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream);
-
-// Whether the tensor core kernels serve these types and this head size.
-bool HasTensorCoreKernels(const AttentionOperands& attention);
 
 // One file each, so that they are compiled side by side. Each may change what the kernel's shape decides: the stages
 // of its pipeline and the like.

@@ -5,9 +5,10 @@ set(KVPAGE_CUDA_SOURCES append.cu attend.cu copy.cu decode_bf16.cu decode_f16.cu
 list(TRANSFORM KVPAGE_CUDA_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/)
 set(KVPAGE_CUDA_HANDLERS cuda_attention.cc cuda_decode.cc cuda_slots.cc)
 list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/)
-if(NOT KVPAGE_CUDA_SOURCES OR NOT KVPAGE_CUDA_HANDLERS)
-  set(KVPAGE_CUDA OFF)
-endif()
+
+# In every build: programs may be lowered for CUDA where there is none.
+add_library(kvpage_cuda_scratch STATIC ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/scratch.cc)
+target_link_libraries(kvpage_cuda_scratch PUBLIC kvpage_options)
 
 if(KVPAGE_CUDA)
   add_library(kvpage_cuda_kernels STATIC ${KVPAGE_CUDA_SOURCES})
@@ -18,7 +19,7 @@ if(KVPAGE_CUDA)
     CUDA_EXTENSIONS OFF
     CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden)
-  target_link_libraries(kvpage_cuda_kernels PUBLIC kvpage_options CUDA::cudart_static)
+  target_link_libraries(kvpage_cuda_kernels PUBLIC kvpage_cuda_scratch kvpage_options CUDA::cudart_static)
   if(JAX_KVPAGE_CUDA_LINEINFO)
     target_compile_options(kvpage_cuda_kernels PRIVATE -lineinfo)
   endif()

@@ -89,7 +89,7 @@ struct AttentionOperands {
   DType q_dtype = DType::kF32;
   DType kv_dtype = DType::kF32;
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::int64_t max_context = 0;          // tokens that one sequence can have at most: bounds the workspace
+  std::int64_t max_context = 0;          // tokens that one sequence can have at most: bounds the scratch
   const std::int32_t* window = nullptr;  // [1]; <= 0: none
   const float* sinks = nullptr;          // [num_q_heads] or null
   const float* alibi_slopes = nullptr;   // [num_q_heads] or null

@@ -8,14 +8,6 @@
 
 namespace kvpage::cuda {
 
-// Rows of a tile: what the registers of a block's four warps hold.
-__host__ __device__ constexpr int PrefillRows(int head_dim) { return head_dim > 128 ? 64 : 128; }
-
-// A state: weighted values, max and sum as the threads hold them. Every thread's part is its own, register by register.
-__host__ __device__ constexpr std::int64_t PrefillStateFloats(int head_dim) {
-  return std::int64_t{PrefillRows(head_dim)} * head_dim + std::int64_t{kThreads} * PrefillRows(head_dim) / 16;
-}
-
 struct PrefillItem {
   Sequence sequence;
   std::int32_t head;

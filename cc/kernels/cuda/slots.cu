@@ -146,11 +146,6 @@ LaunchShape OneBlock(const CacheOperands& cache) { return {1, kCheckThreads, Che
 
 }  // namespace
 
-std::size_t CheckedBytes(std::int64_t num_sequences) {
-  const auto bytes = sizeof(CheckedBatch) + static_cast<std::size_t>(num_sequences) * sizeof(Sequence);
-  return (bytes + 255) / 256 * 256;  // what a kernel puts behind it is aligned too
-}
-
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream) {
   return Launch("check", BatchCheckKernel, OneBlock(cache), stream, args);
 }

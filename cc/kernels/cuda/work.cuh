@@ -18,48 +18,11 @@
 #include "base/device_table.h"
 #include "base/dtype.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/scratch.h"
 
 namespace kvpage::cuda {
 
-inline constexpr int kThreads = 128;  // of a block of every attention kernel
 inline constexpr int kWarps = kThreads / kWarpSize;
-inline constexpr int kBlocksPerSm = 2;
-inline constexpr int kTileRows = 16;
-
-// Spans of decode: 256 tokens, more where there would be more than kMaxSpans of them.
-inline constexpr int kSpanShift = 8;
-inline constexpr int kMaxSpans = 64;
-// Spans of prefill, whose states are large. A sequence that has kPlenty units by itself is not cut.
-inline constexpr int kPrefillSpanShift = 10;
-inline constexpr int kMaxPrefillSpans = 16;
-inline constexpr int kPlenty = 256;
-// States that prefill may leave in memory.
-inline constexpr int kMaxPrefillStates = 1024;
-
-// Where the piece of a block begins.
-struct Cut {
-  std::int32_t sequence;  // index in Plan::few.sequences
-  std::int32_t unit;      // of the sequence
-  std::int32_t token;     // 0: at the unit's start; else inside it, at the start of a span
-  std::int32_t leader;    // first block that begins inside this unit; -1 when this one begins at a unit's start
-};
-
-// A unit that blocks share, at the index of its leader.
-struct Shared {
-  std::int32_t first_row;  // of its states
-  std::int32_t pieces;
-  std::int32_t finished;  // pieces that are done
-  std::int32_t token;     // where the second piece begins; the first one leaves one state, folded
-};
-
-struct PlanCounts {
-  std::int32_t few;    // sequences with few rows
-  std::int32_t many;   // and with many
-  std::int32_t items;  // of prefill
-  std::int32_t split;  // whether an item is one span of a unit, not all of it
-  std::int32_t next;   // first item that no block has taken
-  std::int32_t unused[3];
-};
 
 // Pointers into the scratch memory.
 struct Plan {

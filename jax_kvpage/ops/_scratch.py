@@ -1,0 +1,63 @@
+"""Device memory of an op's own on CUDA, by the shapes of its operands.
+
+It is the custom call's last result and nobody reads it. XLA could lend such memory to a handler as
+it runs, but a call that was captured into a CUDA graph writes to it whenever the graph is replayed,
+so XLA must count on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jax_kvpage import _native
+from jax_kvpage.spec import DTYPE_CODES, CacheSpec
+
+__all__ = ["attention", "attention_with_tables", "checked", "with_result"]
+
+
+def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    """Bytes for the checked batch that append_kv and gather_context begin with."""
+    del params
+    return _native.checked_scratch_bytes(operands[3].shape[0])
+
+
+def _attention(q: Any, storage: Any, heads: int, max_context: int, sequences: int) -> int:
+    tokens, query_heads, dim = q.shape
+    return _native.attention_scratch_bytes(
+        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[storage],
+        query_heads,
+        heads,
+        dim,
+        max_context,
+        sequences,
+        tokens,
+    )
+
+
+def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    """Bytes for paged_attention and update_and_attend: q stands behind cache, batch and layer."""
+    spec: CacheSpec = params["spec"]
+    sequences = operands[3].shape[0]
+    return _attention(operands[6], spec.dtype, spec.num_kv_heads, spec.max_seq_len, sequences)
+
+
+def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    """Bytes for attention over page arrays; the longest sequence is what a row of tables holds."""
+    q, k_pages, _, tables, lengths = operands[:5]
+    size, heads = (k_pages.shape[1], k_pages.shape[2])
+    if params["kv_layout"] == 1:
+        size, heads = heads, size
+    return _attention(q, k_pages.dtype, heads, tables.shape[1] * size, lengths.shape[0])
+
+
+def with_result(ctx: Any, num_bytes: int) -> Any:
+    """A lowering context with scratch memory as one more result.
+
+    Args:
+        ctx: `jax.interpreters.mlir.LoweringRuleContext`.
+        num_bytes: how much.
+    """
+    scratch = jax.core.ShapedArray((num_bytes,), jax.numpy.uint8)
+    return ctx.replace(avals_out=[*ctx.avals_out, scratch])
