@@ -1,0 +1,127 @@
+// A fault that a device recorded reads as the status that a CPU program fails with over the same mistake.
+#include "device/fault.h"
+
+#include <functional>
+#include <vector>
+
+#include "cache/registry.h"
+#include "tests/pool_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+Fault Make(DeviceOp op, FaultKind kind, std::int32_t slot = -1, std::int64_t wanted = 0, std::int64_t have = 0,
+           std::int32_t index = -1, std::int32_t layer = -1) {
+  Fault fault;
+  fault.set = 1;
+  fault.op = static_cast<std::int32_t>(op);
+  fault.kind = static_cast<std::int32_t>(kind);
+  fault.slot = slot;
+  fault.wanted = wanted;
+  fault.have = have;
+  fault.index = index;
+  fault.layer = layer;
+  return fault;
+}
+
+}  // namespace
+
+TEST(FaultsReadAsOnCpu) {
+  const std::shared_ptr<Pool> pool = MakePool(SmallGeometry(), 32);
+  pool->set_id(77);
+  Program program(pool.get());
+  const std::int32_t a = program.Acquire(32);
+  const std::int32_t b = program.Acquire(16);
+  CHECK_OK(program.Write(a, 10));
+  const CacheRef good = program.cache();
+  const std::vector<std::int32_t> lengths(good.lengths, good.lengths + kSlots);
+  const auto same = [&](const Fault& fault, const Status& cpu) {
+    const Status device = DescribeFault(fault, 77, pool->geometry().spec());
+    CHECK(!cpu.ok());
+    CHECK_EQ(device.message(), cpu.message());
+    CHECK_EQ(static_cast<int>(device.code()), static_cast<int>(cpu.code()));
+  };
+  const auto begin = [&](const char* op, CacheRef cache, std::vector<std::int32_t> slots,
+                         std::vector<std::int32_t> offsets, std::int64_t layer, bool append,
+                         std::int64_t tokens) -> Status {
+    Step step;
+    return pool->Begin(op, cache, {slots.data(), static_cast<std::int64_t>(slots.size()), offsets.data(), tokens},
+                       layer, append, &step);
+  };
+  const auto append = [&](CacheRef cache, std::vector<std::int32_t> slots, std::vector<std::int32_t> offsets,
+                          std::int64_t tokens = 100, std::int64_t layer = 0) {
+    return begin("append_kv", cache, std::move(slots), std::move(offsets), layer, true, tokens);
+  };
+  using Op = DeviceOp;
+  using Kind = FaultKind;
+
+  CacheRef cache = good;
+  cache.line = 0;
+  same(Make(Op::kAppendKV, Kind::kLine, -1, 0, good.line), append(cache, {a}, {0, 1}));
+  cache = good;
+  cache.epoch -= 1;
+  same(Make(Op::kAppendKV, Kind::kEpoch, -1, cache.epoch, good.epoch), append(cache, {a}, {0, 1}));
+  same(Make(Op::kAppendKV, Kind::kSlotRange, 9), append(good, {9}, {0, 1}));
+  same(Make(Op::kAppendKV, Kind::kSlotTwice, a), append(good, {a, a}, {0, 1, 2}));
+  same(Make(Op::kAppendKV, Kind::kSlotFree, 3), append(good, {3}, {0, 1}));
+  same(Make(Op::kAppendKV, Kind::kOffsetsStart, -1, 0, 1), append(good, {a}, {1, 2}));
+  same(Make(Op::kAppendKV, Kind::kOffsetsOrder, -1, 2, 1, 1), append(good, {a, b}, {0, 2, 1}));
+  same(Make(Op::kAppendKV, Kind::kOffsetsEnd, -1, 5, 4), append(good, {a}, {0, 5}, 4));
+  same(Make(Op::kAppendKV, Kind::kLayer, -1, 2), append(good, {a}, {0, 1}, 100, 2));
+  same(Make(Op::kAppendKV, Kind::kMaxSeqLen, a, 150), append(good, {a}, {0, 140}, 140));
+  same(Make(Op::kUpdateAndAttend, Kind::kUnmapped, a, 33, 32),
+       begin("update_and_attend", good, {a}, {0, 23}, 0, true, 23));
+  same(Make(Op::kPagedAttention, Kind::kUnwritten, a, 11, 10, -1, 1),
+       begin("paged_attention", good, {a}, {0, 1}, 1, false, 1));
+  same(Make(Op::kGatherContext, Kind::kUnwritten, b, 1, 0, -1, 0),
+       begin("paged_attention (xla)", good, {b}, {0, 1}, 0, false, -1));
+
+  std::uint32_t epoch = 0;
+  std::vector<std::int32_t> out(kSlots);
+  const std::int32_t offsets[] = {0, 3};
+  same(Make(Op::kAdvance, Kind::kUnwritten, a, 13, 10),
+       pool->Advance("advance", good, {&a, 1, offsets, -1}, &epoch, out.data()));
+  const std::int32_t eleven = 11;
+  same(Make(Op::kSetLengths, Kind::kRaise, a, 11, 10),
+       pool->SetLengths("set_lengths", good, &a, &eleven, 1, &epoch, out.data()));
+  same(Make(Op::kAcquire, Kind::kSlotTaken, a), pool->Occupy("acquire", good, &a, 1, &epoch, out.data()));
+  const std::int32_t free_slot = 3;
+  same(Make(Op::kRelease, Kind::kSlotFree, 3), pool->Vacate("release", good, &free_slot, 1, &epoch, out.data()));
+  const std::int32_t many = 129;
+  bool ok = false;
+  same(Make(Op::kMapSlots, Kind::kMaxSeqLen, a, 129), pool->MapSlots("map_slots", good, &a, &many, 1, &ok, &epoch));
+  SpecInts other = pool->geometry().spec();
+  other[3] = 8;
+  same(Make(Op::kAdvance, Kind::kSpec, -1, 8, kSlots, 3), pool->CheckProgram("advance", other));
+
+  // An old cache, after what it says of the slot was rolled back.
+  CHECK_OK(program.SetLength(a, 5));
+  cache = good;
+  cache.lengths = lengths.data();
+  same(Make(Op::kPagedAttention, Kind::kSlotEpoch, a, good.epoch, program.cache().epoch),
+       begin("paged_attention", cache, {a}, {0, 1}, 0, false, 1));
+  pool->Close();
+  same(Make(Op::kAppendKV, Kind::kClosed), append(program.cache(), {a}, {0, 1}));
+}
+
+TEST(FaultsOfPoolsThatAreNotThere) {
+  const std::shared_ptr<Pool> pool = MakePool(SmallGeometry(), 32);
+  Register(pool);
+  const std::int32_t id = pool->id();
+  const auto describe = [&](std::int32_t wanted) {
+    return DescribeFault(Make(DeviceOp::kAdvance, FaultKind::kNoPool, -1, 0, wanted), -1, {});
+  };
+  CHECK(Mentions(describe(id), "lives on another device"));
+  std::shared_ptr<Pool> found;
+  CHECK_EQ(describe(id + 1000).message(), Find("advance", id + 1000, &found).message());
+  Unregister(id);
+  CHECK_EQ(describe(id).message(), Find("advance", id, &found).message());
+  CHECK(Mentions(describe(id), "is closed: make a new pool"));
+  CHECK(Mentions(DescribeFault(Make(DeviceOp::kAcquire, FaultKind::kForeignCache, -1, 3, 4), 3, {}),
+                 "acquire: this cache belongs to pool 3, but pool 4 was called"));
+  CHECK(Mentions(DescribeFault(Make(DeviceOp::kAcquire, static_cast<FaultKind>(99)), 3, {}), "unknown kind 99"));
+}
+
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
