@@ -1,0 +1,138 @@
+// The kernels (on the emulated device) against the table that the host keeps (on the fake driver): what one side writes
+// the other reads.
+#include <cmath>
+#include <vector>
+
+#include "device/fault.h"
+#include "kernels/cuda/launch.h"
+#include "tests/device_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+// A program's cache value and its ops, with the CUDA kernels.
+struct Kernels {
+  Machine* machine;
+  std::int32_t handle[2] = {0, 0};
+  std::uint32_t epoch = 0;
+  std::vector<std::int32_t> lengths;
+
+  Kernels(Machine* m, Pool* pool) : machine(m) {
+    handle[0] = pool->id();
+    Restart(pool);
+  }
+  void Restart(Pool* pool) {
+    Pool::Line line;
+    CHECK_OK(pool->NewLine(&line));
+    handle[1] = line.line;
+    epoch = line.epoch;
+    lengths = line.lengths;
+  }
+  cuda::CacheOperands Cache(DeviceOp op, Pool* pool) {
+    cuda::CacheOperands cache;
+    cache.op = op;
+    cache.pools = machine->device()->table();
+    cache.handle = handle;
+    cache.epoch = &epoch;
+    cache.lengths = lengths.data();
+    cache.spec = pool->geometry().spec();
+    return cache;
+  }
+  void ChangeOwner(Pool* pool, std::int32_t slot, bool occupy) {
+    CHECK_OK(cuda::ChangeOwner(Cache(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, pool), handle, &slot, 1, occupy,
+                               &epoch, lengths.data(), nullptr));
+  }
+  // Appends `count` tokens in every layer and advances.
+  void Write(Pool* pool, std::int32_t slot, std::int32_t count) {
+    const std::int32_t offsets[] = {0, count};
+    const std::vector<float> rows(static_cast<std::size_t>(count) * 16, 2.5f);
+    cuda::BatchOperands batch = {&slot, offsets, 1, count};
+    std::vector<char> scratch(cuda::CheckedBytes(1) + 256);
+    void* const checked = scratch.data() + (256 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 256);
+    for (std::int32_t layer = 0; layer < kLayers; ++layer) {
+      const cuda::AppendOperands append = {&layer, rows.data(), rows.data(), DType::kF32, 1, 16};
+      CHECK_OK(cuda::AppendKV(Cache(DeviceOp::kAppendKV, pool), batch, append, &epoch, checked, nullptr));
+    }
+    batch.num_tokens = -1;
+    CHECK_OK(cuda::Advance(Cache(DeviceOp::kAdvance, pool), batch, &epoch, lengths.data(), nullptr));
+  }
+  bool Map(Pool* pool, std::int32_t slot, std::int32_t tokens) {
+    std::int32_t verdict = -1;
+    CHECK_OK(cuda::CheckMapSlots(Cache(DeviceOp::kMapSlots, pool), &slot, &tokens, 1, &epoch, &verdict, nullptr));
+    if (verdict != 1) return false;
+    bool ok = false;
+    CHECK_OK(pool->MapChecked("map_slots", handle[1], &slot, &tokens, 1, &ok));
+    return ok;
+  }
+};
+
+}  // namespace
+
+TEST(KernelsAndHostAgreeOnTheTable) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(300, 16);
+  Kernels program(&machine, pool.get());
+  const std::int32_t slot = pool->Acquire({16}).slots[0];
+  program.ChangeOwner(pool.get(), slot, true);
+  CHECK_EQ(program.lengths[slot], 0);
+  program.Write(pool.get(), slot, 16);
+  CHECK_EQ(program.lengths[slot], 16);
+  CHECK_EQ(*reinterpret_cast<const float*>(pool->View().At(slot, 15, 1, 1, 0)), 2.5f);
+  CHECK_OK(pool->TakeFault());
+
+  // Beyond its room: a fault in words; map_slots makes room.
+  program.Write(pool.get(), slot, 10);
+  CHECK_EQ(pool->TakeFault().message(),
+           "append_kv: slot " + std::to_string(slot) +
+               ": 26 tokens wanted, 16 mapped: map_slots in the program or pool.extend before it makes room");
+  CHECK_EQ(program.lengths[slot], 16);
+  CHECK(program.Map(pool.get(), slot, 26));
+  program.Write(pool.get(), slot, 10);
+  CHECK_OK(pool->TakeFault());
+  CHECK_EQ(program.lengths[slot], 26);
+
+  // A new line restores the length; the old cache is stale.
+  Kernels old = program;
+  program.Restart(pool.get());
+  CHECK_EQ(program.lengths[slot], 26);
+  CHECK_EQ(machine.Find(300)->written[slot * kLayers], 26);
+  old.Write(pool.get(), slot, 1);
+  CHECK(Mentions(pool->TakeFault(), "append_kv: stale cache: it belongs to line 1 of pool 300, which is at line 2"));
+
+  // The release is seen by the host without a call of the driver's, and leaves nothing to the next owner.
+  CHECK_OK(pool->StartRelease({slot}));
+  const std::int64_t calls = machine.fake().total_calls();
+  CHECK_EQ(pool->Numbers().slots_draining, 1);
+  program.ChangeOwner(pool.get(), slot, false);
+  CHECK_EQ(pool->Numbers().slots_draining, 0);
+  CHECK_EQ(machine.fake().total_calls(), calls);
+  CHECK_EQ(machine.Find(300)->slots[slot].length, 0);
+  CHECK_EQ(machine.Find(300)->written[slot * kLayers], 0);
+
+  pool->Close();
+  program.ChangeOwner(pool.get(), slot, true);
+  CHECK_EQ(machine.Find(300)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
+}
+
+TEST(KernelsFindPoolsWhoseIdsCollide) {
+  Machine machine;
+  std::vector<std::shared_ptr<Pool>> pools;
+  for (std::int32_t id : {9, 9 + kMaxDevicePools, 10}) pools.push_back(machine.MakePool(id, 4));
+  pools.erase(pools.begin());
+  for (const auto& pool : pools) {
+    Kernels program(&machine, pool.get());
+    const std::int32_t slot = pool->Acquire({16}).slots[0];
+    program.ChangeOwner(pool.get(), slot, true);
+    program.Write(pool.get(), slot, 4);
+    CHECK_EQ(program.lengths[slot], 4);
+    CHECK_OK(pool->TakeFault());
+  }
+  Kernels stranger(&machine, pools[0].get());
+  stranger.handle[0] = 9;
+  stranger.ChangeOwner(pools[0].get(), 0, true);
+  CHECK(Mentions(pools[1]->TakeFault(), "acquire: there is no pool 9 in this process"));
+}
+
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }
