@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/context.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/workspace.h"
 
@@ -21,7 +22,6 @@ constexpr double kInlineCost = 1 << 18;
 constexpr int kTasksPerWorker = 4;
 // The same for heads that could be walked together: fewer, because every split of a token's row costs speed.
 constexpr int kHeadTasksPerWorker = 2;
-constexpr int kLineBytes = 64;
 
 // Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
 // many rows has much work for every token, and there are other units. The kernels take them in steps of kSpanTokens.
@@ -60,7 +60,11 @@ class Attention {
   // Lists units and tasks; returns the work in all.
   double Plan(int num_workers);
   bool Allocate(int num_workers);
-  void Run(const Task& task, int worker) const;
+  void Run(std::int64_t index, int worker) const;
+  std::int64_t FirstPosition(const Task& task) const {
+    const Unit& unit = workspace_.units[task.unit];
+    return std::max<std::int64_t>(unit.begin, task.span_begin * std::int64_t{SpanTokens(unit)});
+  }
   std::int64_t num_tasks() const { return static_cast<std::int64_t>(workspace_.tasks.size()); }
 
  private:
@@ -69,10 +73,13 @@ class Attention {
   double Cost(const Unit& unit) const;
   RowTile Tile(const Unit& unit) const;
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
-  void LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const;
-  void PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_t end) const;
-  void RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const;
-  void RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, float* worker, float* state) const;
+  Context ContextOf(const Unit& unit) const {
+    return Context(args_.kv, args_.layer, (*args_.sequences)[unit.sequence].slot, unit.kv_head, unit.heads);
+  }
+  void PrefetchStart(const Task& task) const;
+  void RunSpan(const Unit& unit, std::int64_t span, const Task* next, float* worker, float* state) const;
+  void RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, const Task* next, float* worker,
+               float* state) const;
   void Merge(const Unit& unit, float* into, const float* from) const;
   void Finish(const Unit& unit, const float* state) const;
   char* QueryRow(const void* base, const Unit& unit) const;
@@ -82,6 +89,7 @@ class Attention {
   const Kernels& kernels_;
   const int group_;
   const int head_dim_;
+  int num_workers_ = 1;
   WorkerLayout layout_;
   std::int64_t partial_floats_ = 0;
   float* floats_ = nullptr;
@@ -188,6 +196,7 @@ double Attention::Plan(int num_workers) {
 }
 
 bool Attention::Allocate(int num_workers) {
+  num_workers_ = num_workers;
   constexpr std::int64_t kLine = 16;
   const auto round = [](std::int64_t floats) { return (floats + kLine - 1) / kLine * kLine; };
   std::int64_t at = 0;
@@ -222,87 +231,51 @@ char* Attention::QueryRow(const void* base, const Unit& unit) const {
   return const_cast<char*>(static_cast<const char*>(base)) + token * args_.num_q_heads * row_bytes;
 }
 
-// Scales of the positions [begin, end) of a span, as SpanArgs has them. Copied so that the kernels find them side by
-// side in every layout.
-void Attention::LoadScales(const Unit& unit, std::int64_t begin, std::int64_t end, float* scales) const {
-  const KVView& kv = args_.kv;
-  const std::int32_t slot = (*args_.sequences)[unit.sequence].slot;
-  const float factor = ElementUnit(kv.dtype);
-  for (std::int64_t token = begin; token < end;) {
-    const std::int64_t count = std::min((token / kv.tokens_per_chunk + 1) * kv.tokens_per_chunk, end) - token;
-    for (int kind = 0; kind < 2; ++kind) {
-      const char* first = reinterpret_cast<const char*>(kv.Scale(slot, token, args_.layer, kind, unit.kv_head));
-      float* to = scales + kind * kSpanScales + (token - begin);
-      for (int h = 0; h < unit.heads; ++h, first += kv.scale_head_stride, to += 2 * kSpanScales) {
-        if (kv.scale_token_stride == sizeof(float)) {
-          const auto* from = reinterpret_cast<const float*>(first);
-          for (std::int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
-          continue;
-        }
-        const char* from = first;
-        for (std::int64_t i = 0; i < count; ++i, from += kv.scale_token_stride) {
-          to[i] = *reinterpret_cast<const float*>(from) * factor;
-        }
-      }
-    }
-    token += count;
-  }
-  for (int i = 0; i < 2 * unit.heads; ++i) {
-    float* row = scales + i * kSpanScales;
-    std::fill(row + (end - begin), row + std::min<std::int64_t>(end - begin + kLookahead, kSpanScales), 0.0f);
-  }
+// What a task reads first. The kernels prefetch as they go, but cannot before they have begun: meanwhile queries are
+// converted and addresses listed.
+void Attention::PrefetchStart(const Task& task) const {
+  const Unit& unit = workspace_.units[task.unit];
+  const Context context = ContextOf(unit);
+  const std::int64_t begin = FirstPosition(task);
+  if (IsQuantized(args_.kv.dtype)) context.PrefetchScales(begin, std::min(unit.end, begin + kSpanTokens));
+  context.PrefetchKeys(begin, std::min(unit.end, (begin / kTileTokens + 1) * kTileTokens));
 }
 
-// Scales that the next span will copy: unlike its keys they are read all at once.
-void Attention::PrefetchScales(const Unit& unit, std::int64_t begin, std::int64_t end) const {
-  const KVView& kv = args_.kv;
-  const std::int32_t slot = (*args_.sequences)[unit.sequence].slot;
-  for (std::int64_t token = begin; token < end;) {
-    const std::int64_t last = std::min((token / kv.tokens_per_chunk + 1) * kv.tokens_per_chunk, end) - 1;
-    for (int kind = 0; kind < 2; ++kind) {
-      const auto* p = reinterpret_cast<const char*>(kv.Scale(slot, token, args_.layer, kind, unit.kv_head));
-      const auto* to = reinterpret_cast<const char*>(kv.Scale(slot, last, args_.layer, kind, unit.kv_head));
-      for (; p < to + kLineBytes - 1; p += kLineBytes) __builtin_prefetch(p, 0, 2);
-    }
-    token = last + 1;
-  }
-}
-
-void Attention::RunSpan(const Unit& unit, std::int64_t span, float* worker, float* state) const {
+// next: what this worker probably does after it.
+void Attention::RunSpan(const Unit& unit, std::int64_t span, const Task* next, float* worker, float* state) const {
   const std::int64_t tokens = SpanTokens(unit);
   const std::int64_t first = std::max(unit.begin, span * tokens), end = std::min(unit.end, (span + 1) * tokens);
   for (std::int64_t begin = first; begin < end;) {
     const std::int64_t part_end = std::min((begin / kSpanTokens + 1) * kSpanTokens, end);
-    RunPart(unit, begin, part_end, begin > first, worker, state);
+    RunPart(unit, begin, part_end, begin > first, part_end == end ? next : nullptr, worker, state);
     begin = part_end;
   }
 }
 
 // At most kSpanTokens, all in one cut between multiples of it.
-void Attention::RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, float* worker,
-                        float* state) const {
+void Attention::RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, bool resume, const Task* next,
+                        float* worker, float* state) const {
   const KVView& kv = args_.kv;
-  const Sequence& sequence = (*args_.sequences)[unit.sequence];
   SpanArgs span_args;
   span_args.tile = Tile(unit);
   span_args.begin = begin;
   span_args.end = end;
-  span_args.readable = std::min<std::int64_t>(unit.end, span_args.end + kLookahead);
   const auto keys = reinterpret_cast<const char**>(worker + layout_.keys);
-  const char** next = keys;
-  for (std::int64_t token = span_args.begin; token < span_args.readable;) {
-    const std::int64_t chunk = token / kv.tokens_per_chunk;
-    const std::int64_t chunk_end = std::min((chunk + 1) * kv.tokens_per_chunk, span_args.readable);
-    const char* key = kv.At(sequence.slot, token, args_.layer, 0, unit.kv_head);
-    for (; token < chunk_end; ++token, key += kv.token_stride) *next++ = key;
-  }
+  const Context context = ContextOf(unit);
+  const char** last = context.ListKeys(begin, end, keys);
+  // What to prefetch after it.
+  const Unit& next_unit = next == nullptr ? unit : workspace_.units[next->unit];
+  const Context next_context = ContextOf(next_unit);
+  const std::int64_t next_begin = next == nullptr ? end : FirstPosition(*next);
+  last = next_context.ListKeys(next_begin, std::min(next_unit.end, next_begin + kLookahead), last);
+  span_args.readable = begin + (last - keys);
   span_args.keys = keys;
   span_args.value_offset = kv.kv_stride;
   span_args.head_stride = kv.head_stride;
   if (IsQuantized(kv.dtype)) {
-    LoadScales(unit, span_args.begin, span_args.end, worker + layout_.scales);
+    context.LoadScales(begin, end, worker + layout_.scales);
     span_args.scales = worker + layout_.scales;
-    PrefetchScales(unit, span_args.end, std::min<std::int64_t>(unit.end, span_args.end + kSpanTokens));
+    next_context.PrefetchScales(next_begin, std::min(next_unit.end, next_begin + kSpanTokens));
   }
   span_args.dtype = kv.dtype;
   span_args.heads = unit.heads;
@@ -343,9 +316,11 @@ void Attention::Finish(const Unit& unit, const float* state) const {
   }
 }
 
-void Attention::Run(const Task& task, int worker_index) const {
+void Attention::Run(std::int64_t index, int worker_index) const {
+  const Task& task = workspace_.tasks[index];
   Unit& unit = workspace_.units[task.unit];
   float* worker = floats_ + worker_index * layout_.size;
+  PrefetchStart(task);
   for (int h = 0; h < unit.heads; ++h) {
     LoadArgs load;
     load.tile = Tile(unit);
@@ -360,12 +335,16 @@ void Attention::Run(const Task& task, int worker_index) const {
   for (int r = 0; r < unit.rows; ++r)
     positions[r] = position + static_cast<std::int32_t>((unit.first_row + r) / group_);
 
+  // Tasks are handed out in order, and those that are next to each other take about as long.
+  const std::int64_t after = index + num_workers_;
+  const Task* next = after < num_tasks() ? &workspace_.tasks[after] : nullptr;
+  const auto next_of = [&](std::int64_t span) { return span + 1 == task.span_end ? next : nullptr; };
   float* state = worker + layout_.state;
   if (unit.partials < 0) {
     float* span_state = worker + layout_.span_state;
-    RunSpan(unit, task.span_begin, worker, state);
+    RunSpan(unit, task.span_begin, next_of(task.span_begin), worker, state);
     for (int span = task.span_begin + 1; span < task.span_end; ++span) {
-      RunSpan(unit, span, worker, span_state);
+      RunSpan(unit, span, next_of(span), worker, span_state);
       Merge(unit, state, span_state);
     }
     Finish(unit, state);
@@ -375,7 +354,7 @@ void Attention::Run(const Task& task, int worker_index) const {
   const std::int64_t stride = UnitStateFloats(unit);
   float* partials = floats_ + unit.partials;
   for (int span = task.span_begin; span < task.span_end; ++span) {
-    RunSpan(unit, span, worker, partials + (span - first) * stride);
+    RunSpan(unit, span, next_of(span), worker, partials + (span - first) * stride);
   }
   if (unit.unfinished.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   const std::int64_t spans = (unit.end - 1) / SpanTokens(unit) + 1 - first;
@@ -417,12 +396,7 @@ Status Attend(const AttentionArgs& args, Parallel& parallel) {
     return ResourceExhausted("attention: no memory for the workspace of " + std::to_string(attention.num_tasks()) +
                              " tasks; use a smaller batch or fewer threads");
   }
-  const std::vector<Task>& tasks = (*loan).tasks;
-  if (runner == &here) {
-    for (const Task& task : tasks) attention.Run(task, 0);
-  } else {
-    runner->For(attention.num_tasks(), [&](std::int64_t task, int worker) { attention.Run(tasks[task], worker); });
-  }
+  runner->For(attention.num_tasks(), [&](std::int64_t task, int worker) { attention.Run(task, worker); });
   return {};
 }
 

@@ -54,10 +54,12 @@ static constexpr std::int64_t StateFloats(int rows, int head_dim) {
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
-// Few rows: scores of a tile and a correction per row and head, two converted tiles. Many: two packed tiles, scores of
-// a block of rows and a panel of values.
+// Few rows: for a row and head the scores of a tile and, where what is stored is quantised, query and weights as they
+// are multiplied (see isa_few_codes.inc); two converted tiles. Many: two packed tiles, scores of a block of rows and a
+// panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
-  return rows <= kFewRows ? std::int64_t{heads} * rows * (kTileTokens + 1) + 2 * kTileTokens * PaddedDim(head_dim) + 64
+  return rows <= kFewRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
+                                2 * kTileTokens * PaddedDim(head_dim) + 128
                           : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
 }
 
@@ -81,8 +83,8 @@ struct LoadArgs {
 
 struct SpanArgs {
   RowTile tile;
-  // keys[i] is the address of the key at position begin + i of the first KV head, for begin <= position < readable.
-  // Positions from end on are only prefetched.
+  // keys[i] is the address of the key at position begin + i of the first KV head. Those from end up to readable are
+  // only prefetched: the positions that follow, or what will probably be read next.
   const char* const* keys = nullptr;
   std::int64_t begin = 0;
   std::int64_t end = 0;

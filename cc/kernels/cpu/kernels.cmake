@@ -3,6 +3,7 @@
 add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/append.cc
   cc/kernels/cpu/attend.cc
+  cc/kernels/cpu/context.cc
   cc/kernels/cpu/gather.cc
   cc/kernels/cpu/isa.cc
   cc/kernels/cpu/isa_avx2.cc
@@ -16,5 +17,5 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
   set_source_files_properties(cc/kernels/cpu/isa_avx2.cc PROPERTIES COMPILE_OPTIONS "${avx2}")
   set_source_files_properties(cc/kernels/cpu/isa_avx512.cc PROPERTIES COMPILE_OPTIONS "${avx512}")
-  set_source_files_properties(cc/kernels/cpu/isa_avx512_bf16.cc PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16")
+  set_source_files_properties(cc/kernels/cpu/isa_avx512_bf16.cc PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16;-mavx512vnni;-mavx512vbmi")
 endif()

@@ -1,0 +1,38 @@
+// Context: what a run of KV heads of one sequence holds, as the kernels take it: addresses, scales side by side, and
+// what to prefetch of both.
+#ifndef KVPAGE_KERNELS_CPU_CONTEXT_H_
+#define KVPAGE_KERNELS_CPU_CONTEXT_H_
+
+#include <cstdint>
+
+#include "base/kv_view.h"
+
+namespace kvpage::cpu {
+
+class Context {
+ public:
+  Context(const KVView& kv, std::int64_t layer, std::int32_t slot, int kv_head, int heads)
+      : kv_(kv), layer_(layer), slot_(slot), kv_head_(kv_head), heads_(heads) {}
+
+  // Appends the addresses of the first head's keys at the positions [begin, end); returns where they end.
+  const char** ListKeys(std::int64_t begin, std::int64_t end, const char** keys) const;
+  // Scales of these positions, as SpanArgs has them.
+  void LoadScales(std::int64_t begin, std::int64_t end, float* scales) const;
+  void PrefetchKeys(std::int64_t begin, std::int64_t end) const;
+  // Scales need it more than keys do: they are copied all at once, keys are prefetched by the kernels as they go.
+  void PrefetchScales(std::int64_t begin, std::int64_t end) const;
+
+ private:
+  // First position of the next chunk, or end.
+  std::int64_t ChunkEnd(std::int64_t token, std::int64_t end) const;
+
+  const KVView& kv_;
+  std::int64_t layer_;
+  std::int32_t slot_;
+  int kv_head_;
+  int heads_;
+};
+
+}  // namespace kvpage::cpu
+
+#endif  // KVPAGE_KERNELS_CPU_CONTEXT_H_
