@@ -20,14 +20,15 @@ std::string Describe(const Problem& p) {
   return text.str();
 }
 
-// Whether weights of many rows are rounded to bfloat16.
+// Whether weights of many rows are rounded to bfloat16 (and those of few rows of float8 values).
 bool RoundsWeights(const Problem& p) {
-  return p.dtype == DType::kBF16 && p.q_dtype == DType::kBF16 && std::string(cpu::InstructionSet()) == "avx512_bf16";
+  return (p.dtype == DType::kBF16 || IsQuantized(p.dtype)) && p.q_dtype == DType::kBF16 &&
+         std::string(cpu::InstructionSet()) == "avx512_bf16";
 }
 
 // Compares with the reference: rounding of the output's dtype plus what float32 sums may lose, plus what rounding of
 // the weights may: weights that are off by factors 1 + e, and normalised by their own sum, move an output by no more
-// than the largest |e| times its spread.
+// than the largest |e| times its spread. (Those of quantised values are normalised by the sum before rounding.)
 void CheckResult(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse) {
   const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
   const double weights = RoundsWeights(p) ? 1.02 / 256 : 0.0;

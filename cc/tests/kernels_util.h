@@ -183,7 +183,8 @@ struct Problem {
   std::vector<Sequence> sequences;
   std::vector<char> q;
   std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
-  std::vector<double> spread;                // of each output element: sum of weight * |value - output|, by Reference
+  // Of each output element, by Reference: sum of weight * |value - output|, or weight * |value| of quantised values.
+  std::vector<double> spread;
 
   int q_heads() const { return kv_heads * group; }
   int tokens(std::size_t s) const { return sequences[s].position + sequences[s].query_length; }
@@ -325,7 +326,9 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
         }
         for (std::size_t k = 0; k < scores.size(); ++k) {
           const double* value = row(1, from + static_cast<int>(k), head / p.group);
-          for (int d = 0; d < p.head_dim; ++d) p.spread[at + d] += scores[k] / sum * std::fabs(value[d] - o[d]);
+          for (int d = 0; d < p.head_dim; ++d) {
+            p.spread[at + d] += scores[k] / sum * std::fabs(value[d] - (IsQuantized(p.dtype) ? 0.0 : o[d]));
+          }
         }
         (*lse)[static_cast<std::int64_t>(token) * p.q_heads() + head] = top + std::log(sum);
       }

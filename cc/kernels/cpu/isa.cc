@@ -24,7 +24,9 @@ const Kernels* Find(const std::string& name) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx2" && avx2) return Avx2Kernels();
   if (name == "avx512" && avx512) return Avx512Kernels();
-  if (name == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return Avx512Bf16Kernels();
+  const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                    __builtin_cpu_supports("avx512vbmi");
+  if (name == "avx512_bf16" && dots) return Avx512Bf16Kernels();
 #endif
   return nullptr;
 }

@@ -1,10 +1,12 @@
-// Compiles the kernels for AVX-512 with BF16 dot products.
+// Compiles the kernels for AVX-512 with dot products of bfloat16 and of bytes and with lookups of bytes: all of Zen 4,
+// Sapphire Rapids and later ones. (Cooper Lake has no such lookups and takes plain AVX-512.)
 #include "kernels/cpu/isa.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define KVPAGE_ISA avx512_bf16
 #define KVPAGE_LANES 16
 #define KVPAGE_BF16_DOT 1
+#define KVPAGE_BYTE_DOT 1
 #include "kernels/cpu/isa_body.inc"
 
 namespace kvpage::cpu {
