@@ -22,6 +22,8 @@ constexpr double kInlineCost = 1 << 18;
 constexpr int kTasksPerWorker = 4;
 // The same for heads that could be walked together: fewer, because every split of a token's row costs speed.
 constexpr int kHeadTasksPerWorker = 2;
+// How much of its keys to prefetch before a task begins, at most. More would arrive no sooner.
+constexpr int kStartBytes = 16384;
 
 // Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
 // many rows has much work for every token, and there are other units. The kernels take them in steps of kSpanTokens.
@@ -238,7 +240,9 @@ void Attention::PrefetchStart(const Task& task) const {
   const Context context = ContextOf(unit);
   const std::int64_t begin = FirstPosition(task);
   if (IsQuantized(args_.kv.dtype)) context.PrefetchScales(begin, std::min(unit.end, begin + kSpanTokens));
-  context.PrefetchKeys(begin, std::min(unit.end, (begin / kTileTokens + 1) * kTileTokens));
+  const auto token_bytes = static_cast<std::int64_t>(unit.heads * head_dim_ * ItemSize(args_.kv.dtype));
+  const std::int64_t tokens = std::clamp<std::int64_t>(kStartBytes / token_bytes, 1, kTileTokens);
+  context.PrefetchKeys(begin, std::min(unit.end, begin + tokens));
 }
 
 // next: what this worker probably does after it.
