@@ -110,8 +110,9 @@ TEST(BlocksMoveWithTheirPageTableEntries) {
 }
 
 TEST(MoreThanThereIsIsAStatus) {
-  // Never touched, so nothing is harmed: the check must come before the allocation.
-  const std::int64_t blocks = AvailableBytes() / kBlock + 1024;
+  // Never touched, so nothing is harmed: the check must come before the allocation. More than the machine has, not than
+  // is available now: other programs may end in between.
+  const std::int64_t blocks = MemoryLimitBytes() / kBlock + 1024;
   auto vmm = MakeVmm(1, blocks);
   std::vector<std::int32_t> all;
   for (std::int64_t i = 0; i < blocks; ++i) all.push_back(static_cast<std::int32_t>(i));
