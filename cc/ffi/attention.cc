@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "ffi/bindings.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
@@ -185,55 +186,13 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
   return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
 }
 
-// cache, slots, query_offsets, layer
-auto LayerBinding() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<U32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>();
-}
+auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
-XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, LayerBinding().Arg<Any>().Arg<Any>().Attr<SpecAttr>("spec").Ret<U32>());
-XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention,
-                       LayerBinding()
-                           .Arg<Any>()
-                           .Arg<S32>()
-                           .Arg<F32>()
-                           .Arg<F32>()
-                           .Attr<SpecAttr>("spec")
-                           .Attr<float>("scale")
-                           .Attr<float>("soft_cap")
-                           .Ret<Any>()
-                           .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend,
-                       LayerBinding()
-                           .Arg<Any>()
-                           .Arg<Any>()
-                           .Arg<Any>()
-                           .Arg<S32>()
-                           .Arg<F32>()
-                           .Arg<F32>()
-                           .Attr<SpecAttr>("spec")
-                           .Attr<float>("scale")
-                           .Attr<float>("soft_cap")
-                           .Ret<Any>()
-                           .Ret<F32>()
-                           .Ret<U32>());
-XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, LayerBinding().Attr<SpecAttr>("spec").Ret<Any>().Ret<Any>());
-XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<Any>()
-                           .Arg<Any>()
-                           .Arg<Any>()
-                           .Arg<S32>()
-                           .Arg<S32>()
-                           .Arg<S32>()
-                           .Arg<S32>()
-                           .Arg<F32>()
-                           .Arg<F32>()
-                           .Attr<float>("scale")
-                           .Attr<float>("soft_cap")
-                           .Attr<std::int32_t>("kv_layout")
-                           .Ret<Any>()
-                           .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, BindAppendKV(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention, BindPagedAttention(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend, BindUpdateAndAttend(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, BindGatherContext(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables, BindAttendWithTables(ThreadPoolBinding()));
 
 }  // namespace
 

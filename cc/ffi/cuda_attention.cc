@@ -1,5 +1,8 @@
 // CUDA handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
 // attention over plain page arrays (attend_with_tables).
+#include <utility>
+
+#include "ffi/bindings.h"
 #include "ffi/cuda_decode.h"
 #include "ffi/handlers.h"
 
@@ -158,58 +161,17 @@ ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any 
                                         Rows(q), attention, scratch->typed_data(), stream));
 }
 
-// cache, slots, query_offsets, layer
-auto LayerBinding() { return CudaBinding().Arg<S32>().Arg<U32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>(); }
+// The scratch memory is the last result.
+template <class B>
+auto WithScratch(B&& binding) {
+  return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
+}
 
-KVPAGE_DEFINE_CUDA_HANDLER(
-    kAppendKV, AppendKV,
-    LayerBinding().Arg<Any>().Arg<Any>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::U8>>());
-KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention,
-                           LayerBinding()
-                               .Arg<Any>()
-                               .Arg<S32>()
-                               .Arg<F32>()
-                               .Arg<F32>()
-                               .Attr<SpecAttr>("spec")
-                               .Attr<float>("scale")
-                               .Attr<float>("soft_cap")
-                               .Ret<Any>()
-                               .Ret<F32>()
-                               .Ret<ffi::Buffer<ffi::U8>>());
-KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend,
-                           LayerBinding()
-                               .Arg<Any>()
-                               .Arg<Any>()
-                               .Arg<Any>()
-                               .Arg<S32>()
-                               .Arg<F32>()
-                               .Arg<F32>()
-                               .Attr<SpecAttr>("spec")
-                               .Attr<float>("scale")
-                               .Attr<float>("soft_cap")
-                               .Ret<Any>()
-                               .Ret<F32>()
-                               .Ret<U32>()
-                               .Ret<ffi::Buffer<ffi::U8>>());
-KVPAGE_DEFINE_CUDA_HANDLER(kGatherContext, GatherContext,
-                           LayerBinding().Attr<SpecAttr>("spec").Ret<Any>().Ret<Any>().Ret<ffi::Buffer<ffi::U8>>());
-KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables,
-                           CudaBinding()
-                               .Arg<Any>()
-                               .Arg<Any>()
-                               .Arg<Any>()
-                               .Arg<S32>()
-                               .Arg<S32>()
-                               .Arg<S32>()
-                               .Arg<S32>()
-                               .Arg<F32>()
-                               .Arg<F32>()
-                               .Attr<float>("scale")
-                               .Attr<float>("soft_cap")
-                               .Attr<std::int32_t>("kv_layout")
-                               .Ret<Any>()
-                               .Ret<F32>()
-                               .Ret<ffi::Buffer<ffi::U8>>());
+KVPAGE_DEFINE_CUDA_HANDLER(kAppendKV, AppendKV, WithScratch(BindAppendKV(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention, WithScratch(BindPagedAttention(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend, WithScratch(BindUpdateAndAttend(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kGatherContext, GatherContext, WithScratch(BindGatherContext(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables, WithScratch(BindAttendWithTables(CudaBinding())));
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cache/registry.h"
+#include "ffi/bindings.h"
 #include "ffi/cuda_decode.h"
 #include "ffi/handlers.h"
 
@@ -119,20 +120,12 @@ ffi::Error After(void* stream, std::int32_t ordinal, U32 epoch, ffi::RemainingAr
                                       static_cast<cu::Stream>(stream)));
 }
 
-auto CacheBinding() { return CudaBinding().Arg<S32>().Arg<U32>().Arg<S32>(); }
-
-XLA_FFI_DEFINE_HANDLER(
-    kMapSlots, MapSlots,
-    CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::PRED>>());
-KVPAGE_DEFINE_CUDA_HANDLER(kAdvance, Advance,
-                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-KVPAGE_DEFINE_CUDA_HANDLER(kSetLengths, SetLengths,
-                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-KVPAGE_DEFINE_CUDA_HANDLER(kOccupy, ChangeOwner<true>,
-                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-KVPAGE_DEFINE_CUDA_HANDLER(kVacate, ChangeOwner<false>,
-                           CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-KVPAGE_DEFINE_CUDA_HANDLER(kAfter, After, CudaBinding().Arg<U32>().RemainingArgs().Ret<U32>());
+XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kAdvance, Advance, BindLengthChange(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kSetLengths, SetLengths, BindLengthChange(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kOccupy, ChangeOwner<true>, BindLengthChange(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kVacate, ChangeOwner<false>, BindLengthChange(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kAfter, After, BindAfter(CudaBinding()));
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "cache/messages.h"
+#include "ffi/bindings.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
 
@@ -63,20 +64,12 @@ ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   return ffi::Error::Success();
 }
 
-auto CacheBinding() { return ffi::Ffi::Bind().Arg<S32>().Arg<U32>().Arg<S32>(); }
-
-XLA_FFI_DEFINE_HANDLER(
-    kMapSlots, MapSlots,
-    CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<ffi::Buffer<ffi::PRED>>());
-XLA_FFI_DEFINE_HANDLER(kAdvance, Advance,
-                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths,
-                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kOccupy, ChangeOwner<true>,
-                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kVacate, ChangeOwner<false>,
-                       CacheBinding().Arg<S32>().Arg<S32>().Attr<SpecAttr>("spec").Ret<U32>().Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kAfter, After, ffi::Ffi::Bind().Arg<U32>().RemainingArgs().Ret<U32>());
+XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kAdvance, Advance, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kOccupy, ChangeOwner<true>, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kVacate, ChangeOwner<false>, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
 
 }  // namespace
 

@@ -1,0 +1,102 @@
+// Operands, attributes and results of the custom calls, in the order in which lowering gives them. A platform begins
+// with what its handlers get besides (`base`) and may add results of its own.
+#ifndef KVPAGE_FFI_BINDINGS_H_
+#define KVPAGE_FFI_BINDINGS_H_
+
+#include <cstdint>
+#include <utility>
+
+#include "ffi/decode.h"
+
+namespace kvpage {
+
+// handle, epoch, lengths
+template <class B>
+auto BindCache(B&& base) {
+  return std::forward<B>(base).template Arg<S32>().template Arg<U32>().template Arg<S32>();
+}
+
+// A change of slots: two values for each; the new epoch, and lengths or whether there was room.
+template <class B>
+auto BindSlotChange(B&& base) {
+  return BindCache(std::forward<B>(base))
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Attr<SpecAttr>("spec")
+      .template Ret<U32>();
+}
+template <class B>
+auto BindMapSlots(B&& base) {
+  return BindSlotChange(std::forward<B>(base)).template Ret<ffi::Buffer<ffi::PRED>>();
+}
+template <class B>
+auto BindLengthChange(B&& base) {
+  return BindSlotChange(std::forward<B>(base)).template Ret<S32>();
+}
+template <class B>
+auto BindAfter(B&& base) {
+  return std::forward<B>(base).template Arg<U32>().RemainingArgs().template Ret<U32>();
+}
+
+// cache, slots, query_offsets, layer
+template <class B>
+auto BindLayer(B&& base) {
+  return BindCache(std::forward<B>(base)).template Arg<S32>().template Arg<S32>().template Arg<S32>();
+}
+template <class B>
+auto BindAppendKV(B&& base) {
+  return BindLayer(std::forward<B>(base))
+      .template Arg<Any>()
+      .template Arg<Any>()
+      .template Attr<SpecAttr>("spec")
+      .template Ret<U32>();
+}
+template <class B>
+auto BindGatherContext(B&& base) {
+  return BindLayer(std::forward<B>(base)).template Attr<SpecAttr>("spec").template Ret<Any>().template Ret<Any>();
+}
+
+// window, sinks, alibi_slopes
+template <class B>
+auto BindOptions(B&& base) {
+  return std::forward<B>(base).template Arg<S32>().template Arg<F32>().template Arg<F32>();
+}
+// scale, soft_cap
+template <class B>
+auto BindScores(B&& base) {
+  return std::forward<B>(base).template Attr<float>("scale").template Attr<float>("soft_cap");
+}
+// The rest of attention on a pool's slots, behind q (and k and v): options, attributes, out and lse.
+template <class B>
+auto BindPoolAttention(B&& base) {
+  return BindScores(BindOptions(std::forward<B>(base)).template Attr<SpecAttr>("spec"))
+      .template Ret<Any>()
+      .template Ret<F32>();
+}
+template <class B>
+auto BindPagedAttention(B&& base) {
+  return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>());
+}
+template <class B>
+auto BindUpdateAndAttend(B&& base) {
+  return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
+      .template Ret<U32>();
+}
+// q, k_pages, v_pages, block_tables, lengths, query_offsets
+template <class B>
+auto BindAttendWithTables(B&& base) {
+  return BindScores(BindOptions(std::forward<B>(base)
+                                    .template Arg<Any>()
+                                    .template Arg<Any>()
+                                    .template Arg<Any>()
+                                    .template Arg<S32>()
+                                    .template Arg<S32>()
+                                    .template Arg<S32>()))
+      .template Attr<std::int32_t>("kv_layout")
+      .template Ret<Any>()
+      .template Ret<F32>();
+}
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_FFI_BINDINGS_H_
