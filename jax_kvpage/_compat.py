@@ -125,6 +125,12 @@ def default_device() -> jax.Device:
     return jax.devices(device)[0] if isinstance(device, str) else device
 
 
+def matmul_precision() -> str | None:
+    """What `jax.default_matmul_precision` says now; JAX's declared type of its config is silent."""
+    precision: str | None = getattr(jax.config, "jax_default_matmul_precision", None)
+    return precision
+
+
 def platform_of(device: Any) -> str:
     """The platform that programs for a device are lowered for: "cpu", "cuda", "rocm", "tpu".
 

@@ -171,6 +171,7 @@ def attention_scratch_bytes(
     max_context: int,
     num_sequences: int,
     num_tokens: int,
+    exact_weights: bool = False,
 ) -> int: ...
 
 # Platform "cpu", or "cuda": empty in a build without CUDA.

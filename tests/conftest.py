@@ -22,10 +22,6 @@ for _folder in (_ROOT / "tests", _ROOT / "examples"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-# Float32 means float32: without this a comparison at 1e-5 would depend on the platform's idea of
-# "fast".
-jax.config.update("jax_default_matmul_precision", "highest")
-
 # The first example of a shape compiles a program, so a deadline per example would only measure the
 # compiler.
 settings.register_profile(

@@ -301,7 +301,21 @@ def test_parameters_are_attributes_and_ids_are_operands() -> None:
     assert "has_side_effect = true" in call
     assert f"spec = dense<{list(_SPEC.as_ints())}> : tensor<8xi64>" in call
     assert "soft_cap = 0.000000e+00 : f32" in call
+    assert "exact_weights = 0 : i32" in call
     assert "implementation" not in call
+
+
+@pytest.mark.parametrize(
+    ("precision", "exact"),
+    [("highest", 1), ("float32", 1), ("high", 1), ("default", 0), ("bfloat16", 0)],
+)
+def test_weights_are_as_exact_as_matmul_precision_says(precision: str, exact: int) -> None:
+    step = jax.jit(lambda c, q: kvp.paged_attention(q, c, _BATCH, layer=1))
+    plain = step.lower(_cache(), _q()).as_text()
+    with jax.default_matmul_precision(precision):
+        asked = step.lower(_cache(), _q()).as_text()
+    assert "exact_weights = 0 : i32" in plain
+    assert f"exact_weights = {exact} : i32" in asked
 
 
 def _sharded(step: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:

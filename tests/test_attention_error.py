@@ -40,9 +40,11 @@ _SHAPES = [
 ]
 
 
-def _errors(shape: Shape, dtype: str, layout: str, seed: int) -> dict[str, np.ndarray]:
-    """Of a decode step, one query token a sequence: [sequences, q_heads, head_dim] of each
-    implementation."""
+def _errors(
+    shape: Shape, dtype: str, layout: str, seed: int, queries: int = 1
+) -> dict[str, np.ndarray]:
+    """Of a step with `queries` tokens a sequence, the last ones of its context:
+    [sequences * queries, q_heads, head_dim] of each implementation."""
     rng = np.random.default_rng(seed)
     count = len(shape.contexts)
     spec = kvp.CacheSpec(
@@ -61,15 +63,16 @@ def _errors(shape: Shape, dtype: str, layout: str, seed: int) -> dict[str, np.nd
         for _ in range(2)
     )
     q = jnp.asarray(
-        rng.standard_normal((count, shape.kv_heads * shape.group, shape.head_dim)), dtype
+        rng.standard_normal((count * queries, shape.kv_heads * shape.group, shape.head_dim)), dtype
     )
     with kvp.KVPool(spec, "64MiB", on_stale="allow") as pool:
         cache = pool.cache()
         slots, cache = pool.acquire(cache, list(shape.contexts))
         tokens = kvp.Batch.from_lengths(slots, list(shape.contexts))
         cache = kvp.append_kv(cache, k, v, tokens, layer=0)
-        cache = kvp.advance(cache, kvp.Batch.from_lengths(slots, [n - 1 for n in shape.contexts]))
-        batch = kvp.Batch.from_lengths(slots, [1] * count)
+        before = [n - queries for n in shape.contexts]
+        cache = kvp.advance(cache, kvp.Batch.from_lengths(slots, before))
+        batch = kvp.Batch.from_lengths(slots, [queries] * count)
         outs = {
             name: np.asarray(
                 kvp.paged_attention(q, cache, batch, layer=0, implementation=name), np.float64
@@ -80,18 +83,39 @@ def _errors(shape: Shape, dtype: str, layout: str, seed: int) -> dict[str, np.nd
     expected = np.zeros(q.shape)
     begin = 0
     for s, n in enumerate(shape.contexts):
-        rows = slice(begin, begin + n)
-        expected[s], _ = (x[0] for x in attend(q[s : s + 1], k[rows], v[rows], n - 1))
+        rows, mine = slice(begin, begin + n), slice(s * queries, (s + 1) * queries)
+        expected[mine], _ = attend(q[mine], k[rows], v[rows], n - queries)
         begin += n
     return {name: np.abs(out - expected) for name, out in outs.items()}
+
+
+def _check(runs: list[dict[str, np.ndarray]], rms_factor: float = _RMS_FACTOR) -> None:
+    ours, plain = (np.stack([run[name] for run in runs]) for name in ("cpu", "xla"))
+    rms, plain_rms = (np.sqrt(np.mean(x**2)) for x in (ours, plain))
+    assert rms <= rms_factor * plain_rms, f"rms {rms:.3e}, plain JAX {plain_rms:.3e}"
+    assert ours.max() <= _MAX_FACTOR * plain.max(), f"{ours.max():.3e}, plain {plain.max():.3e}"
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 def test_decoding_is_as_exact_as_plain_jax(shape: Shape, dtype: str, layout: str) -> None:
-    runs = [_errors(shape, dtype, layout, seed) for seed in range(2)]
-    ours, plain = (np.stack([run[name] for run in runs]) for name in ("cpu", "xla"))
-    rms, plain_rms = (np.sqrt(np.mean(x**2)) for x in (ours, plain))
-    assert rms <= _RMS_FACTOR * plain_rms, f"rms {rms:.3e}, plain JAX {plain_rms:.3e}"
-    assert ours.max() <= _MAX_FACTOR * plain.max(), f"{ours.max():.3e}, plain {plain.max():.3e}"
+    _check([_errors(shape, dtype, layout, seed) for seed in range(2)])
+
+
+_PREFILL = [
+    Shape((300, 190, 640)),
+    Shape((130, 257), kv_heads=1, group=7, head_dim=80),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", _PREFILL, ids=str)
+def test_exact_prefill_is_as_exact_as_plain_jax(shape: Shape, dtype: str) -> None:
+    with jax.default_matmul_precision("highest"):
+        _check([_errors(shape, dtype, "fused", 0, queries=100)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_prefill_loses_little_by_rounding_weights(dtype: str) -> None:
+    _check([_errors(_PREFILL[0], dtype, "fused", 0, queries=100)], rms_factor=1.4)

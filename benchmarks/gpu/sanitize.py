@@ -121,7 +121,6 @@ def main() -> int:
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu" if arguments.platform == "cpu" else "cuda,cpu")
-    jax.config.update("jax_default_matmul_precision", "highest")
     for config in _CONFIGS:
         _pool_ops(config)
         print("ok:", *config, flush=True)

@@ -19,6 +19,7 @@ struct Variant {
   F32 alibi;
   float scale;
   float soft_cap;
+  bool exact_weights;
 };
 
 ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any q,
@@ -37,6 +38,7 @@ ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const 
   args.scale = variant.scale;
   args.sliding_window = variant.window.typed_data()[0];
   args.soft_cap = variant.soft_cap;
+  args.exact_weights = variant.exact_weights;
   args.sinks = variant.sinks.element_count() > 0 ? variant.sinks.typed_data() : nullptr;
   args.alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
   return ToError(cpu::Attend(args, parallel));
@@ -83,19 +85,20 @@ ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths,
 
 ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                           S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                          float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse) {
+                          float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention";
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false));
   XlaParallel parallel(&threads);
-  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q, {window, sinks, alibi, scale, soft_cap},
-                out, lse, parallel);
+  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q,
+                {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
 }
 
 ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                            S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                           float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse, ffi::Result<U32> new_epoch) {
+                           float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
+                           ffi::Result<U32> new_epoch) {
   static const char* const kOp = "update_and_attend";
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
@@ -105,8 +108,8 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
   if (ffi::Error error = Append(kOp, call.pool->View(), call.layer, call.step.sequences(), k, v, parallel);
       error.failure())
     return error;
-  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q, {window, sinks, alibi, scale, soft_cap},
-                out, lse, parallel);
+  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q,
+                {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -175,7 +178,8 @@ Status TableSequences(const S32& block_tables, const S32& lengths, const S32& of
 
 ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
                             S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
-                            std::int32_t kv_layout, ffi::Result<Any> out, ffi::Result<F32> lse) {
+                            std::int32_t exact_weights, std::int32_t kv_layout, ffi::Result<Any> out,
+                            ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention_with_tables";
   KVView view;
   KVPAGE_FFI_RETURN_IF_ERROR(PageView(k_pages, v_pages, block_tables, kv_layout, &view));
@@ -183,7 +187,8 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
   KVPAGE_FFI_RETURN_IF_ERROR(
       TableSequences(block_tables, lengths, offsets, Rows(q), Rows(k_pages), view.tokens_per_chunk, &sequences));
   XlaParallel parallel(&threads);
-  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap}, out, lse, parallel);
+  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse,
+                parallel);
 }
 
 auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }

@@ -61,10 +61,13 @@ template <class B>
 auto BindOptions(B&& base) {
   return std::forward<B>(base).template Arg<S32>().template Arg<F32>().template Arg<F32>();
 }
-// scale, soft_cap
+// scale, soft_cap, exact_weights
 template <class B>
 auto BindScores(B&& base) {
-  return std::forward<B>(base).template Attr<float>("scale").template Attr<float>("soft_cap");
+  return std::forward<B>(base)
+      .template Attr<float>("scale")
+      .template Attr<float>("soft_cap")
+      .template Attr<std::int32_t>("exact_weights");
 }
 // The rest of attention on a pool's slots, behind q (and k and v): options, attributes, out and lse.
 template <class B>

@@ -16,6 +16,7 @@ struct Variant {
   F32 alibi;
   float scale;
   float soft_cap;
+  bool exact_weights;
 };
 
 Status ToAttention(const char* op, const Any& q, const Variant& variant, DType kv_dtype, std::int64_t kv_heads,
@@ -46,6 +47,7 @@ Status ToAttention(const char* op, const Any& q, const Variant& variant, DType k
   attention->alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
   attention->scale = variant.scale;
   attention->soft_cap = variant.soft_cap;
+  attention->exact_weights = variant.exact_weights;
   return {};
 }
 
@@ -103,24 +105,26 @@ ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
 
 ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                           S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                          float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse, Scratch scratch) {
+                          float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
+                          Scratch scratch) {
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(DeviceOp::kPagedAttention, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap}, nullptr, out, lse, nullptr, scratch, stream));
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, nullptr, out, lse, nullptr,
+                             scratch, stream));
 }
 
 ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                            S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
-                           float scale, float soft_cap, ffi::Result<Any> out, ffi::Result<F32> lse,
-                           ffi::Result<U32> new_epoch, Scratch scratch) {
+                           float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
+                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, Scratch scratch) {
   LayerCall call;
   cuda::AppendOperands append;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(DeviceOp::kUpdateAndAttend, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
   KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap}, &append, out, lse, new_epoch->typed_data(),
-                             scratch, stream));
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, &append, out, lse,
+                             new_epoch->typed_data(), scratch, stream));
 }
 
 ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
@@ -145,7 +149,8 @@ ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epo
 // Touches no pool: nobody waits for it.
 ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
                             S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
-                            std::int32_t kv_layout, ffi::Result<Any> out, ffi::Result<F32> lse, Scratch scratch) {
+                            std::int32_t exact_weights, std::int32_t kv_layout, ffi::Result<Any> out,
+                            ffi::Result<F32> lse, Scratch scratch) {
   static const char* const kOp = "paged_attention_with_tables";
   KVView view;
   KVPAGE_FFI_RETURN_IF_ERROR(PageView(k_pages, v_pages, block_tables, kv_layout, &view));
@@ -153,9 +158,9 @@ ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any 
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "query_offsets", offsets.element_count(), sequences + 1));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "block_tables' first dimension", block_tables.dimensions()[0], sequences));
   cuda::AttentionOperands attention;
-  KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap}, view.dtype, view.num_kv_heads,
-                                         view.head_dim, view.table_width * view.tokens_per_chunk, &out, &lse,
-                                         &attention));
+  KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0},
+                                         view.dtype, view.num_kv_heads, view.head_dim,
+                                         view.table_width * view.tokens_per_chunk, &out, &lse, &attention));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, scratch, cuda::AttentionBytes(attention, sequences, Rows(q))));
   return ToError(cuda::AttendWithTables(view, Rows(k_pages), lengths.typed_data(), offsets.typed_data(), sequences,
                                         Rows(q), attention, scratch->typed_data(), stream));

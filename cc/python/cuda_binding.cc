@@ -159,7 +159,7 @@ DriverReport Report() {
 
 std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, std::int32_t num_q_heads,
                                   std::int32_t num_kv_heads, std::int32_t head_dim, std::int64_t max_context,
-                                  std::int64_t num_sequences, std::int64_t num_tokens) {
+                                  std::int64_t num_sequences, std::int64_t num_tokens, bool exact_weights) {
   cuda::AttentionOperands attention;
   attention.q_dtype = static_cast<DType>(q_dtype);
   attention.kv_dtype = static_cast<DType>(kv_dtype);
@@ -167,6 +167,7 @@ std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, s
   attention.num_kv_heads = num_kv_heads;
   attention.head_dim = head_dim;
   attention.max_context = max_context;
+  attention.exact_weights = exact_weights;
   return cuda::AttentionBytes(attention, num_sequences, num_tokens);
 }
 
@@ -203,7 +204,7 @@ void BindCuda(nb::module_& m) {
   // What lowering for CUDA asks: device scratch that the custom calls take as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a);
   m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,
-        "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a);
+        "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a, "exact_weights"_a = false);
   BindFake(m);
 }
 

@@ -13,6 +13,7 @@ bool UsesTensorCores(const Problem& p) {
   a.q_dtype = p.q_dtype;
   a.kv_dtype = p.dtype;
   a.head_dim = p.head_dim;
+  a.exact_weights = p.exact_weights;
   return cuda::HasTensorCoreKernels(a);
 }
 
@@ -76,6 +77,7 @@ TEST(DecodeMatchesReference) {
     p.kv_heads = Pick(rng, 1, 3);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 8, 16});
     p.head_dim = PickOf(rng, {64, 128, 256});
+    p.exact_weights = round % 5 == 4;
     p.dtype = p.q_dtype = round % 2 == 0 ? DType::kBF16 : DType::kF16;
     AddOptions(rng, p);
     std::vector<std::pair<int, int>> lengths;
@@ -95,6 +97,7 @@ TEST(PrefillMatchesReference) {
     p.kv_heads = Pick(rng, 1, 2);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 8});
     p.head_dim = round % 4 == 3 ? 256 : PickOf(rng, {64, 128});
+    p.exact_weights = round % 5 == 4;
     p.dtype = p.q_dtype = round % 2 == 0 ? DType::kBF16 : DType::kF16;
     AddOptions(rng, p);
     std::vector<std::pair<int, int>> lengths = {

@@ -56,6 +56,7 @@ inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, 
   a.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
   a.scale = p.scale;
   a.soft_cap = p.soft_cap;
+  a.exact_weights = p.exact_weights;
   static_cast<void>(cache);
   return a;
 }

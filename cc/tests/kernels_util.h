@@ -179,6 +179,7 @@ struct Problem {
   DType dtype = DType::kF32, q_dtype = DType::kF32;
   float scale = 1.0f, soft_cap = 0.0f;
   int window = 0;
+  bool exact_weights = false;
   std::vector<float> sinks, slopes;
   std::vector<Sequence> sequences;
   std::vector<char> q;
@@ -273,6 +274,7 @@ inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& 
   args.scale = p.scale;
   args.sliding_window = p.window;
   args.soft_cap = p.soft_cap;
+  args.exact_weights = p.exact_weights;
   args.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
   args.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
   if (!cpu::Attend(args, parallel).ok()) result.out.clear();

@@ -8,9 +8,21 @@
 namespace kvpage::testing {
 namespace {
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+// What is stored, and whether weights must be exact: it makes a difference for bfloat16 alone.
+struct Kind {
+  DType dtype;
+  bool exact_weights;
+};
+constexpr Kind kKinds[] = {{DType::kF32, false}, {DType::kBF16, false}, {DType::kBF16, true}, {DType::kF16, false}};
 
-// What rounding weights to bfloat16 costs: less than rounding the output does. Contexts of all lengths up to 600.
+double ErrorOf(const Result& result, DType dtype, const std::vector<double>& out) {
+  double sum = 0;
+  for (std::size_t i = 0; i < out.size(); ++i) sum += std::pow(Read(&result.out[i * 2], dtype) - out[i], 2);
+  return std::sqrt(sum / static_cast<double>(out.size()));
+}
+
+// What rounding weights to bfloat16 costs: less than rounding the output does; nothing where they must stay exact.
+// Contexts of all lengths up to 600.
 TEST(RoundedWeightsLoseLittle) {
   Rng rng(8);
   Inline here;
@@ -23,17 +35,44 @@ TEST(RoundedWeightsLoseLittle) {
   Store(p, cache, {0});
   std::vector<double> out, lse;
   Reference(p, &out, &lse);
-  const auto error = [&] {
-    const Result result = Run(p, cache, {0}, here);
-    double sum = 0;
-    for (std::size_t i = 0; i < out.size(); ++i) sum += std::pow(Read(&result.out[i * 2], p.q_dtype) - out[i], 2);
-    return std::sqrt(sum / static_cast<double>(out.size()));
-  };
+  const auto error = [&] { return ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out); };
   cpu::ForceInstructionSet("baseline");
   const double of_output = error();
   for (const char* name : InstructionSets()) {
     cpu::ForceInstructionSet(name);
+    p.exact_weights = false;
     CHECK(error() < 1.4 * of_output) << error() << "against" << of_output << name;
+    p.exact_weights = true;
+    CHECK(error() < 1.01 * of_output) << error() << "against" << of_output << name << "exact";
+  }
+}
+
+// A first token that gets nearly all of the weight and has nearly no value, as models have them: what others bring
+// must be as exact as it is without it.
+TEST(ExactWeightsBesideASink) {
+  Rng rng(12);
+  Inline here;
+  Problem p;
+  p.group = 4;
+  p.head_dim = 128;
+  p.dtype = p.q_dtype = DType::kBF16;
+  p.exact_weights = true;
+  FillProblem(rng, p, {{40, 600}}, 0);
+  for (int d = 0; d < p.head_dim; ++d) {
+    p.At(0, 0, 0, 0, d) = d == 0 ? 90.0f : 0.0f;
+    p.At(0, 1, 0, 0, d) /= 1024.0f;
+  }
+  for (std::size_t i = 0; i < p.q.size(); i += p.head_dim * 2) Write(&p.q[i], p.q_dtype, 1.0f);
+  const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+  Store(p, cache, {0});
+  std::vector<double> out, lse;
+  Reference(p, &out, &lse);
+  cpu::ForceInstructionSet("baseline");
+  const double of_output = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+  for (const char* name : InstructionSets()) {
+    cpu::ForceInstructionSet(name);
+    const double error = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+    CHECK(error < 1.02 * of_output) << error << "against" << of_output << name;
   }
 }
 
@@ -41,10 +80,11 @@ TEST(RoundedWeightsLoseLittle) {
 TEST(WeightsAddUpToOne) {
   Rng rng(9);
   Inline here;
-  for (const DType dtype : kDTypes) {
+  for (const auto& [dtype, exact_weights] : kKinds) {
     Problem p;
     p.group = 4;
     p.dtype = p.q_dtype = dtype;
+    p.exact_weights = exact_weights;
     FillProblem(rng, p, {{0, 40}, {700, 20}, {5, 1}}, 0);
     for (int s = 0; s < 3; ++s) {
       for (int t = 0; t < p.tokens(s); ++t) {
@@ -69,11 +109,12 @@ TEST(WeightsAddUpToOne) {
 TEST(BitsDoNotDependOnUnits) {
   Rng rng(10);
   Inline here;
-  for (const DType dtype : kDTypes) {
+  for (const auto& [dtype, exact_weights] : kKinds) {
     for (const int window : {0, 150}) {
       Problem p;
       p.group = 4;
       p.dtype = p.q_dtype = dtype;
+      p.exact_weights = exact_weights;
       p.window = window;
       FillProblem(rng, p, {{0, 700}, {2000, 110}, {300, 1}}, 0);
       const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 3, p.max_tokens(), 16);
@@ -104,10 +145,11 @@ TEST(NaNsOfAllBitsAreSeen) {
     int before, added, window;
   };
   for (const Shape shape : {Shape{0, 60, 0}, Shape{3, 60, 9}, Shape{64, 6, 2}, Shape{64, 80, 2}}) {
-    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    for (const auto& [dtype, exact_weights] : kKinds) {
       Problem p;
       p.group = 4;
       p.dtype = p.q_dtype = dtype;
+      p.exact_weights = exact_weights;
       p.window = shape.window;
       FillProblem(rng, p, {{shape.before, shape.added}}, 0);
       const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);

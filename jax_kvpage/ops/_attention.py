@@ -1,12 +1,14 @@
 """The options that all attention ops take, and the checks and results they share."""
 
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpage import _compat
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import absent, check_implementation
 
@@ -63,14 +65,26 @@ def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) ->
     )
 
 
+# Precisions and algorithms of matrix products that are served by products of 16-bit numbers.
+_COARSE = re.compile("default|bfloat16|ANY_F8_.*|F16_F16_.*|BF16_BF16_BF16|BF16_BF16_F32")
+
+
+def _wants_exact_weights() -> bool:
+    """Whether `jax.default_matmul_precision` asks for more than products of 16-bit numbers."""
+    precision = _compat.matmul_precision()
+    return precision is not None and _COARSE.fullmatch(precision) is None
+
+
 def params(
     head_dim: int, scale: Any, soft_cap: Any, lse: bool, implementation: Any, problems: list[str]
 ) -> dict[str, Any]:
-    """Options that are static: scale, soft_cap (0 is off), return_lse, implementation."""
+    """Options that are static: scale, soft_cap (0 is off), return_lse, implementation; and
+    exact_weights, which follows JAX's precision of matrix products."""
     check_implementation(implementation, problems)
     return {
         "scale": _positive_number("scale", scale, 1.0 / math.sqrt(max(head_dim, 1)), problems),
         "soft_cap": _positive_number("logits_soft_cap", soft_cap, 0.0, problems),
+        "exact_weights": _wants_exact_weights(),
         "return_lse": bool(lse),
         "implementation": implementation,
     }

@@ -22,7 +22,9 @@ def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
     return _native.checked_scratch_bytes(operands[3].shape[0])
 
 
-def _attention(q: Any, storage: Any, heads: int, max_context: int, sequences: int) -> int:
+def _attention(
+    q: Any, storage: Any, heads: int, max_context: int, sequences: int, exact_weights: bool
+) -> int:
     tokens, query_heads, dim = q.shape
     return _native.attention_scratch_bytes(
         DTYPE_CODES[q.dtype],
@@ -33,6 +35,7 @@ def _attention(q: Any, storage: Any, heads: int, max_context: int, sequences: in
         max_context,
         sequences,
         tokens,
+        exact_weights,
     )
 
 
@@ -40,7 +43,14 @@ def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
     """Bytes for paged_attention and update_and_attend: q stands behind cache, batch and layer."""
     spec: CacheSpec = params["spec"]
     sequences = operands[3].shape[0]
-    return _attention(operands[6], spec.dtype, spec.num_kv_heads, spec.max_seq_len, sequences)
+    return _attention(
+        operands[6],
+        spec.dtype,
+        spec.num_kv_heads,
+        spec.max_seq_len,
+        sequences,
+        params["exact_weights"],
+    )
 
 
 def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
@@ -49,7 +59,9 @@ def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) ->
     size, heads = (k_pages.shape[1], k_pages.shape[2])
     if params["kv_layout"] == 1:
         size, heads = heads, size
-    return _attention(q, k_pages.dtype, heads, tables.shape[1] * size, lengths.shape[0])
+    return _attention(
+        q, k_pages.dtype, heads, tables.shape[1] * size, lengths.shape[0], params["exact_weights"]
+    )
 
 
 def with_result(ctx: Any, num_bytes: int) -> Any:

@@ -14,7 +14,7 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["update_and_attend"]
 
-_STATIC = ("spec", "scale", "soft_cap", "return_lse", "implementation")
+_STATIC = ("spec", "scale", "soft_cap", "exact_weights", "return_lse", "implementation")
 _OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
 _NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
 

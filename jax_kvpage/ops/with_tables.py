@@ -48,7 +48,7 @@ def _abstract(
 attend_with_tables_p = _lowering.make_primitive(
     "attend_with_tables",
     _abstract,
-    static=("scale", "soft_cap", "kv_layout", "return_lse", "implementation"),
+    static=("scale", "soft_cap", "exact_weights", "kv_layout", "return_lse", "implementation"),
 )
 
 
@@ -133,6 +133,7 @@ def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
 
     starts = lengths - (offsets[1:] - offsets[:-1])
     active = jnp.ones(lengths.shape, bool)
+    params.pop("exact_weights")  # they are float32 here
     k, v = context(k_pages), context(v_pages)
     return reference.ragged_attention(q, k, v, starts, offsets, active, *options, **params)
 

@@ -287,6 +287,7 @@ void Attention::RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, 
   span_args.q_is_bf16 = args_.q_dtype == DType::kBF16;
   span_args.positions = reinterpret_cast<const std::int32_t*>(worker + layout_.positions);
   if (args_.alibi_slopes != nullptr) span_args.slopes = args_.alibi_slopes + unit.kv_head * group_;
+  span_args.exact_weights = args_.exact_weights;
   span_args.scale = args_.scale;
   span_args.soft_cap = args_.soft_cap;
   span_args.window = args_.sliding_window;
@@ -331,6 +332,8 @@ void Attention::Run(std::int64_t index, int worker_index) const {
     load.kv_head = unit.kv_head + h;
     load.q = QueryRow(args_.q, unit);
     load.dtype = args_.q_dtype;
+    load.kv_dtype = args_.kv.dtype;
+    load.exact_weights = args_.exact_weights;
     load.dst = worker + layout_.queries + h * QueryFloats(unit.rows, head_dim_);
     kernels_.load(load);
   }

@@ -94,7 +94,8 @@ struct AttentionOperands {
   const float* sinks = nullptr;          // [num_q_heads] or null
   const float* alibi_slopes = nullptr;   // [num_q_heads] or null
   float scale = 1.0f;
-  float soft_cap = 0.0f;  // <= 0: off
+  float soft_cap = 0.0f;       // <= 0: off
+  bool exact_weights = false;  // never round softmax weights to the storage type
 };
 
 // Bytes of device scratch for attention over a batch of this shape: the CheckedBatch, the plan and partial results.
