@@ -29,7 +29,7 @@ def title(record: Record) -> str:
 
 def _place(record: Record) -> tuple[int, int]:
     """Ours first, then the peers as listed."""
-    variants = ("fused", "per_layer", "scattered", "update", "single call", "int8", "fp8")
+    variants = ("fused", "per_layer", "scattered", "update", "single call", "exact", "int8", "fp8")
     variant = record["variant"]
     order = variants.index(variant) if variant in variants else 0
     return list(NAMES).index(record["peer"]), order

@@ -146,8 +146,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     if result.get("errors"):
         worst: dict[tuple[str, str], float] = {}
         for e in result["errors"]:
-            stored = e["variant"] if e["variant"] in ("int8", "fp8") else ""
-            key = (report.title(e | {"variant": stored}), e["dtype"])
+            apart = e["variant"] if e["variant"] in ("exact", "int8", "fp8") else ""
+            key = (report.title(e | {"variant": apart}), e["dtype"])
             worst[key] = max(worst.get(key, 0.0), e["error"])
         rows = [
             {"": name, "dtype": dtype, "largest error": error}

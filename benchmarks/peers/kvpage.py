@@ -88,7 +88,7 @@ def _neighbours(pool: kvp.KVPool, slots: list[int]) -> float:
 class KVPage(Peer):
     """Variants: how blocks are laid out, and what a program calls."""
 
-    variants = ("fused", "per_layer", "scattered", "update", "single call", *_STORED)
+    variants = ("fused", "per_layer", "scattered", "update", "single call", "exact", *_STORED)
 
     def versions(self) -> dict[str, str]:
         """Versions and the instruction set in use."""
@@ -104,6 +104,8 @@ class KVPage(Peer):
             return "compared with bfloat16"
         if case.section != "decode" and variant in ("scattered", "single call"):
             return "a variant of decoding"
+        if variant == "exact" and (case.section == "decode" or case.dtype != "bfloat16"):
+            return "the same kernels"
         return None
 
     def prepare(self, data: Data, variant: str) -> Ready:
@@ -171,8 +173,9 @@ class KVPage(Peer):
 
         def cycle(copies: int) -> jax.Array:
             layers, out = min(copies, most), q
-            for first in range(0, copies, layers):
-                out = call(layers, cache, batch, out, firsts[first], *extra)
+            with jax.default_matmul_precision("highest" if variant == "exact" else "default"):
+                for first in range(0, copies, layers):
+                    out = call(layers, cache, batch, out, firsts[first], *extra)
             return out
 
         return cycle
