@@ -37,15 +37,8 @@ std::vector<std::pair<int, int>> RandomLengths(Rng& rng, int longest) {
 
 // Stores the problem in a cache of a random layout and compares.
 void Check(Rng& rng, Problem& p, bool aligned) {
-  const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
-  const bool table = layout == Layout::kTableNhd || layout == Layout::kTableHnd;
-  const int chunk = table ? PickOf(rng, {1, 3, 16, 100}) : 16 * Pick(rng, 1, 8);
-  const Cache cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, static_cast<int>(p.sequences.size()) + 1,
-                    p.max_tokens() + 5, chunk);
-  std::vector<int> slots = Slots(p.sequences.size() + 1);
-  std::shuffle(slots.begin(), slots.end(), rng);
-  slots.pop_back();
-  Store(p, cache, slots);
+  const Cache cache = RandomCache(rng, p);
+  const std::vector<int> slots = StoreAnywhere(rng, p, cache);
   std::vector<double> out, lse;
   Reference(p, &out, &lse);
   const ScopedDevice device(Pick(rng, 1, 6), rng());

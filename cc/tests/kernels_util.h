@@ -372,6 +372,24 @@ inline std::vector<int> Slots(std::size_t n) {
   return slots;
 }
 
+// A cache of any layout, with room for one sequence more than the problem has.
+inline Cache RandomCache(Rng& rng, const Problem& p) {
+  const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
+  const bool table = layout == Layout::kTableNhd || layout == Layout::kTableHnd;
+  const int chunk = table ? PickOf(rng, {1, 3, 16, 100}) : 16 * Pick(rng, 1, 8);
+  return Cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, static_cast<int>(p.sequences.size()) + 1,
+               p.max_tokens() + 5, chunk);
+}
+
+// Stores the problem in slots of such a cache, which it returns.
+inline std::vector<int> StoreAnywhere(Rng& rng, Problem& p, const Cache& cache) {
+  std::vector<int> slots = Slots(p.sequences.size() + 1);
+  std::shuffle(slots.begin(), slots.end(), rng);
+  slots.pop_back();
+  Store(p, cache, slots);
+  return slots;
+}
+
 }  // namespace kvpage::testing
 
 #endif  // KVPAGE_TESTS_KERNELS_UTIL_H_
