@@ -19,8 +19,9 @@ def _field(text: str, name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the repository around this file, if it is one."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """The commit of the repository around this file, if it is one, and whether files differ."""
+    here = str(pathlib.Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

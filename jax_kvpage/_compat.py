@@ -15,7 +15,14 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["default_device", "is_ready", "load_native", "platform_of", "result_aval"]
+__all__ = [
+    "default_device",
+    "is_ready",
+    "load_native",
+    "matmul_precision",
+    "platform_of",
+    "result_aval",
+]
 
 
 def check_platform(platform: str = sys.platform) -> None:

@@ -307,7 +307,12 @@ def test_parameters_are_attributes_and_ids_are_operands() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "exact"),
-    [("highest", 1), ("float32", 1), ("high", 1), ("default", 0), ("bfloat16", 0)],
+    [
+        *((name, 1) for name in ("highest", "float32", "F32_F32_F32", "F64_F64_F64")),
+        *((name, 0) for name in ("default", "high", "bfloat16", "tensorfloat32")),
+        *((name, 0) for name in ("F16_F16_F32", "BF16_BF16_F32", "BF16_BF16_F32_X3")),
+        *((name, 0) for name in ("TF32_TF32_F32", "TF32_TF32_F32_X3", "ANY_F8_ANY_F8_F32")),
+    ],
 )
 def test_weights_are_as_exact_as_matmul_precision_says(precision: str, exact: int) -> None:
     step = jax.jit(lambda c, q: kvp.paged_attention(q, c, _BATCH, layer=1))

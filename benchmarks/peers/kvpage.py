@@ -173,12 +173,11 @@ class KVPage(Peer):
 
         def cycle(copies: int) -> jax.Array:
             layers, out = min(copies, most), q
-            with jax.default_matmul_precision("highest" if variant == "exact" else "default"):
-                for first in range(0, copies, layers):
-                    out = call(layers, cache, batch, out, firsts[first], *extra)
+            for first in range(0, copies, layers):
+                out = call(layers, cache, batch, out, firsts[first], *extra)
             return out
 
-        return cycle
+        return jax.default_matmul_precision("highest")(cycle) if variant == "exact" else cycle
 
 
 PEER = KVPage()

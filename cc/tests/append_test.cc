@@ -87,7 +87,7 @@ TEST(GatherCopiesAndClears) {
     Store(p, cache, Slots(3));
     const std::vector<cpu::GatherArgs::Row> rows = {{2, 64}, {-1, 0}, {0, 153}, {1, 0}};
     const int tokens = 170;
-    std::vector<char> first[2], out[2];
+    std::vector<char> out[2];
     for (Parallel* parallel : std::initializer_list<Parallel*>{&here, &threads}) {
       for (auto& side : out) side.assign(rows.size() * tokens * 2 * 24 * 2, '\x7f');
       cpu::GatherArgs args;

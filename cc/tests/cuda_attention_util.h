@@ -25,7 +25,7 @@ inline std::string DescribeCuda(const Problem& p) {
   std::ostringstream text;
   text << "heads " << p.kv_heads << "x" << p.group << " dim " << p.head_dim << " " << Name(p.dtype) << " q "
        << Name(p.q_dtype) << " window " << p.window << " cap " << p.soft_cap << " sinks " << !p.sinks.empty()
-       << " alibi " << !p.slopes.empty() << " lengths";
+       << " alibi " << !p.slopes.empty() << " exact " << p.exact_weights << " lengths";
   for (const Sequence& s : p.sequences) text << " " << s.position << "+" << s.query_length;
   return text.str();
 }

@@ -1,4 +1,5 @@
 // Prefill: what is particular to many query rows, whose weights may be rounded to bfloat16.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -8,7 +9,7 @@
 namespace kvpage::testing {
 namespace {
 
-// What is stored, and whether weights must be exact: it makes a difference for bfloat16 alone.
+// What is stored, and whether weights must be exact, where that makes a difference.
 struct Kind {
   DType dtype;
   bool exact_weights;
@@ -76,6 +77,40 @@ TEST(ExactWeightsBesideASink) {
   }
 }
 
+// Tiny and huge values, and such that round up to the next power of two as bytes.
+TEST(ExactWeightsOfValuesOfAnySize) {
+  Rng rng(13);
+  Inline here;
+  const float largest_mantissa = 255.0f / 128;
+  for (const int exponent : {-90, -60, 0, 60, 110}) {
+    for (const bool rounds_up : {false, true}) {
+      Problem p;
+      p.group = 4;
+      p.head_dim = 64;
+      p.dtype = p.q_dtype = DType::kBF16;
+      p.exact_weights = true;
+      FillProblem(rng, p, {{40, 100}}, 0);
+      for (int t = 0; t < p.tokens(0); ++t) {
+        for (int d = 0; d < p.head_dim; ++d) {
+          float& v = p.At(0, 1, t, 0, d);
+          v = std::ldexp(rounds_up ? std::copysign(largest_mantissa, v) : std::clamp(v, -1.9f, 1.9f), exponent);
+        }
+      }
+      const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+      Store(p, cache, {0});
+      std::vector<double> out, lse;
+      Reference(p, &out, &lse);
+      cpu::ForceInstructionSet("baseline");
+      const double of_output = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+      for (const char* name : InstructionSets()) {
+        cpu::ForceInstructionSet(name);
+        const double error = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+        CHECK(error < 1.02 * of_output) << error << "against" << of_output << exponent << rounds_up << name;
+      }
+    }
+  }
+}
+
 // Values that are all the same come out as they are: weights are divided by the sum of what multiplied the values.
 TEST(WeightsAddUpToOne) {
   Rng rng(9);
@@ -133,6 +168,32 @@ TEST(BitsDoNotDependOnUnits) {
           }
         }
       }
+    }
+  }
+}
+
+// The last token's values change no bit of what other tokens get, whatever their size.
+TEST(LaterValuesChangeNoBit) {
+  Rng rng(14);
+  Inline here;
+  for (const auto& [dtype, exact_weights] : kKinds) {
+    Problem p;
+    p.group = 4;
+    p.dtype = p.q_dtype = dtype;
+    p.exact_weights = exact_weights;
+    FillProblem(rng, p, {{30, 70}}, 0);
+    const Cache cache(rng, Layout::kFused, dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
+    Store(p, cache, {0});
+    const std::size_t others = p.q.size() / p.num_tokens * 69;
+    for (const char* name : InstructionSets()) {
+      cpu::ForceInstructionSet(name);
+      const Result before = Run(p, cache, {0}, here);
+      for (const float value : {HUGE_VALF, -HUGE_VALF, 65504.0f, 0.0f, 1e-7f}) {
+        for (int d = 0; d < p.head_dim; ++d) Write(cache.At(0, 99, 1, 0, d), dtype, value);
+        const Result after = Run(p, cache, {0}, here);
+        CHECK(std::memcmp(&after.out[0], &before.out[0], others) == 0) << value << name << Name(dtype) << exact_weights;
+      }
+      Store(p, cache, {0});
     }
   }
 }

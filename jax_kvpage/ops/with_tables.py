@@ -133,7 +133,7 @@ def _attend_plain(*operands: Any, kv_layout: int, **params: Any) -> Any:
 
     starts = lengths - (offsets[1:] - offsets[:-1])
     active = jnp.ones(lengths.shape, bool)
-    params.pop("exact_weights")  # they are float32 here
+    params.pop("exact_weights")  # weights are float32 here
     k, v = context(k_pages), context(v_pages)
     return reference.ragged_attention(q, k, v, starts, offsets, active, *options, **params)
 

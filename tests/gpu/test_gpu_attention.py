@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,8 +68,9 @@ def test_plain_implementation_equals_float64(lines: Lines, config: Config) -> No
     check()
 
 
-@pytest.mark.parametrize("config", [CONFIGS[2], _MORE[1], CONFIGS[12]], ids=str)
-def test_kernels_equal_the_plain_implementation(make_pool, config: Config) -> None:
+@pytest.mark.parametrize("precision", ["default", "highest"])  # tensor cores, exact weights
+@pytest.mark.parametrize("config", [CONFIGS[2], _MORE[0], _MORE[1], CONFIGS[12]], ids=str)
+def test_kernels_equal_the_plain_implementation(make_pool, config: Config, precision: str) -> None:
     """The same step from the same cache through both."""
     spec = kvp.CacheSpec(
         2, config.num_kv_heads, config.head_dim, 4, 700, dtype=jnp.dtype(config.storage)
@@ -89,12 +91,13 @@ def test_kernels_equal_the_plain_implementation(make_pool, config: Config) -> No
             layer=layer,
         )
     q = jnp.asarray(line.random_q(80)[0], jnp.dtype(config.query))
-    outs = [
-        kvp.paged_attention(
-            q, line.cache, batch, layer=1, logits_soft_cap=20.0, implementation=implementation
-        )
-        for implementation in (None, "xla")
-    ]
+    with jax.default_matmul_precision(precision):
+        outs = [
+            kvp.paged_attention(
+                q, line.cache, batch, layer=1, logits_soft_cap=20.0, implementation=implementation
+            )
+            for implementation in (None, "xla")
+        ]
     check_output(outs[0], np.asarray(outs[1], np.float64), jnp.dtype(config.query), 6.0)
 
 

