@@ -65,7 +65,7 @@ def paged_attention(
     Kernels may round its weights to 16 bits before they multiply the values, as kernels elsewhere
     do. Under `jax.default_matmul_precision("highest")` (or "float32") nothing is lost that way, and
     it is slower: on CPU prefill with bfloat16 queries takes 1.3 times as long over bfloat16 and
-    twice as long over quantised storage; CUDA goes without tensor cores.
+    1.9 times over quantised storage; CUDA goes without tensor cores.
 
     Args:
         q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
