@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -67,10 +68,12 @@ class Machine {
   const std::shared_ptr<DeviceState>& device(int i = 0) { return devices_[i]; }
   // The stream that XLA runs programs on.
   cu::Stream stream(int i = 0) { return streams_[i]; }
+  // From any thread.
   cu::Stream NewStream(int i = 0) {
     const ContextScope scope(*devices_[i]->context());
     cu::Stream stream = nullptr;
     if (fake_->driver().StreamCreate(&stream, cu::kStreamNonBlocking) != cu::Result::kSuccess) std::abort();
+    const std::lock_guard<std::mutex> lock(owned_mutex_);
     owned_.push_back(stream);
     return stream;
   }
@@ -113,6 +116,7 @@ class Machine {
   std::unique_ptr<FakeDriver> fake_;
   std::vector<std::shared_ptr<DeviceState>> devices_;
   std::vector<cu::Stream> streams_;
+  std::mutex owned_mutex_;
   std::vector<cu::Stream> owned_;
 };
 
