@@ -16,35 +16,50 @@ struct Kind {
 };
 constexpr Kind kKinds[] = {{DType::kF32, false}, {DType::kBF16, false}, {DType::kBF16, true}, {DType::kF16, false}};
 
-double ErrorOf(const Result& result, DType dtype, const std::vector<double>& out) {
-  double sum = 0;
-  for (std::size_t i = 0; i < out.size(); ++i) sum += std::pow(Read(&result.out[i * 2], dtype) - out[i], 2);
-  return std::sqrt(sum / static_cast<double>(out.size()));
-}
+// A problem of one sequence in a cache. Its error in units of what rounding the output costs: of the baseline's, which
+// computes in float32.
+class Stored {
+ public:
+  Stored(Rng& rng, Problem* p) : p_(*p), cache_(rng, Layout::kFused, p->dtype, 1, p->head_dim, 1, p->max_tokens(), 16) {
+    Store(p_, cache_, {0});
+    std::vector<double> lse;
+    Reference(p_, &out_, &lse);
+    cpu::ForceInstructionSet("baseline");
+    of_output_ = Error();
+  }
+  double RelativeError() { return Error() / of_output_; }
+
+ private:
+  double Error() {
+    const Result result = Run(p_, cache_, {0}, here_);
+    double sum = 0;
+    for (std::size_t i = 0; i < out_.size(); ++i) sum += std::pow(Read(&result.out[i * 2], p_.q_dtype) - out_[i], 2);
+    return std::sqrt(sum / static_cast<double>(out_.size()));
+  }
+
+  Problem& p_;
+  const Cache cache_;
+  std::vector<double> out_;
+  Inline here_;
+  double of_output_ = 0;
+};
 
 // What rounding weights to bfloat16 costs: less than rounding the output does; nothing where they must stay exact.
 // Contexts of all lengths up to 600.
 TEST(RoundedWeightsLoseLittle) {
   Rng rng(8);
-  Inline here;
   Problem p;
   p.group = 4;
   p.head_dim = 128;
   p.dtype = p.q_dtype = DType::kBF16;
   FillProblem(rng, p, {{0, 600}}, 0);
-  const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
-  Store(p, cache, {0});
-  std::vector<double> out, lse;
-  Reference(p, &out, &lse);
-  const auto error = [&] { return ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out); };
-  cpu::ForceInstructionSet("baseline");
-  const double of_output = error();
+  Stored stored(rng, &p);
   for (const char* name : InstructionSets()) {
     cpu::ForceInstructionSet(name);
     p.exact_weights = false;
-    CHECK(error() < 1.4 * of_output) << error() << "against" << of_output << name;
+    CHECK(stored.RelativeError() < 1.4) << stored.RelativeError() << name;
     p.exact_weights = true;
-    CHECK(error() < 1.01 * of_output) << error() << "against" << of_output << name << "exact";
+    CHECK(stored.RelativeError() < 1.01) << stored.RelativeError() << name << "exact";
   }
 }
 
@@ -52,7 +67,6 @@ TEST(RoundedWeightsLoseLittle) {
 // must be as exact as it is without it.
 TEST(ExactWeightsBesideASink) {
   Rng rng(12);
-  Inline here;
   Problem p;
   p.group = 4;
   p.head_dim = 128;
@@ -64,23 +78,16 @@ TEST(ExactWeightsBesideASink) {
     p.At(0, 1, 0, 0, d) /= 1024.0f;
   }
   for (std::size_t i = 0; i < p.q.size(); i += p.head_dim * 2) Write(&p.q[i], p.q_dtype, 1.0f);
-  const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
-  Store(p, cache, {0});
-  std::vector<double> out, lse;
-  Reference(p, &out, &lse);
-  cpu::ForceInstructionSet("baseline");
-  const double of_output = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+  Stored stored(rng, &p);
   for (const char* name : InstructionSets()) {
     cpu::ForceInstructionSet(name);
-    const double error = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
-    CHECK(error < 1.02 * of_output) << error << "against" << of_output << name;
+    CHECK(stored.RelativeError() < 1.02) << stored.RelativeError() << name;
   }
 }
 
 // Tiny and huge values, and such that round up to the next power of two as bytes.
 TEST(ExactWeightsOfValuesOfAnySize) {
   Rng rng(13);
-  Inline here;
   const float largest_mantissa = 255.0f / 128;
   for (const int exponent : {-90, -60, 0, 60, 110}) {
     for (const bool rounds_up : {false, true}) {
@@ -96,16 +103,10 @@ TEST(ExactWeightsOfValuesOfAnySize) {
           v = std::ldexp(rounds_up ? std::copysign(largest_mantissa, v) : std::clamp(v, -1.9f, 1.9f), exponent);
         }
       }
-      const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 1, p.max_tokens(), 16);
-      Store(p, cache, {0});
-      std::vector<double> out, lse;
-      Reference(p, &out, &lse);
-      cpu::ForceInstructionSet("baseline");
-      const double of_output = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
+      Stored stored(rng, &p);
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
-        const double error = ErrorOf(Run(p, cache, {0}, here), p.q_dtype, out);
-        CHECK(error < 1.02 * of_output) << error << "against" << of_output << exponent << rounds_up << name;
+        CHECK(stored.RelativeError() < 1.02) << stored.RelativeError() << exponent << rounds_up << name;
       }
     }
   }
