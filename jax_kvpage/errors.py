@@ -25,7 +25,7 @@ class DeviceFault(KVPageError, jax.errors.JaxRuntimeError):
     """An op of an earlier program found on the device that it must not run, and left NaN behind.
 
     The text is what the op would have failed with on CPU. It is raised once; `KVPool.cache` starts
-    a new line after it.
+    a new generation after it.
     """
 
 

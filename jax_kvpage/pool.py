@@ -185,7 +185,7 @@ class KVPool:
         if cache.epoch.is_deleted():
             raise ValueError(
                 f"{op}: this cache was donated to a program and is gone: pass the cache that the "
-                "program returned, or start a new line with pool.cache()"
+                "program returned, or start a new generation with pool.cache()"
             )
         if cache.spec != self.spec:
             raise ValueError(
@@ -199,11 +199,11 @@ class KVPool:
         return self._put(np.asarray(slots + [-1] * (size - len(slots)), np.int32))
 
     def cache(self) -> KVCache:
-        """Starts a new line of caches: waits for running ops, makes every older cache stale.
+        """Starts a new generation of caches: waits for running ops, makes every older cache stale.
 
         May be called at any time, also after a program failed: occupied slots have the length that
-        the last completed step left, released ones are free. On CUDA, faults of older lines that no
-        call has raised yet become a RuntimeWarning.
+        the last completed step left, released ones are free. On CUDA, faults of older generations
+        that no call has raised yet become a RuntimeWarning.
 
         Returns:
             The cache to go on from.
@@ -211,14 +211,14 @@ class KVPool:
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
         """
-        line, epoch, lengths = native_call(self._native.new_line)
+        generation, epoch, lengths = native_call(self._native.new_generation)
         self._releases.clear()
         try:
             self._raise_fault()
         except DeviceFault as fault:
-            warnings.warn(f"before this new line: {fault}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"before this new generation: {fault}", RuntimeWarning, stacklevel=2)
         return KVCache(
-            handle=self._put(np.asarray([self._native.id, line], np.int32)),
+            handle=self._put(np.asarray([self._native.id, generation], np.int32)),
             epoch=self._put(np.asarray([epoch], np.uint32)),
             lengths=self._put(np.asarray(lengths, np.int32)),
             spec=self.spec,

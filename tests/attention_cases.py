@@ -12,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from harness import Line
+from harness import Rig
 from hypothesis import strategies as st
 from reference_numpy import Variant, check_lse, check_output
 
@@ -112,7 +112,7 @@ def cases(draw: st.DrawFn, config: Config, few_programs: bool = False) -> Case:
     )
 
 
-class Lines:
+class Rigs:
     """One pool per configuration for a whole run: recycling is part of what is tested.
 
     Args:
@@ -122,15 +122,15 @@ class Lines:
 
     def __init__(self, capacity: str = "64MiB", block_tokens: int | None = None) -> None:
         self._capacity, self._block_tokens = capacity, block_tokens
-        self._lines: dict[Config, Line] = {}
+        self._rigs: dict[Config, Rig] = {}
 
     def close(self) -> None:
-        while self._lines:
-            self._lines.popitem()[1].pool.close()
+        while self._rigs:
+            self._rigs.popitem()[1].pool.close()
 
-    def _line(self, config: Config) -> Line:
-        if config in self._lines:
-            return self._lines[config]
+    def _line(self, config: Config) -> Rig:
+        if config in self._rigs:
+            return self._rigs[config]
         spec = kvp.CacheSpec(
             num_layers=2,
             num_kv_heads=config.num_kv_heads,
@@ -142,41 +142,41 @@ class Lines:
             block_tokens=self._block_tokens if config.layout == "fused" else None,
         )
         pool = kvp.KVPool(spec, self._capacity, poison=config.poison)
-        self._lines[config] = Line(
+        self._rigs[config] = Rig(
             pool,
             group=config.group,
             query_dtype=jnp.dtype(config.query),
             max_tokens=_TOKENS,
             max_sequences=_SEQUENCES,
         )
-        return self._lines[config]
+        return self._rigs[config]
 
     def check(self, config: Config, case: Case, implementation: str | None) -> None:
         """The case's step, against float64."""
-        line = self._line(config)
-        line.rng = np.random.default_rng(case.seed)
+        rig = self._line(config)
+        rig.rng = np.random.default_rng(case.seed)
         live = [s for s, is_padding in enumerate(case.padding) if not is_padding]
         wanted = [case.before[s] + case.new[s] for s in live]
         try:
             if case.scattered:
-                owned = line.acquire_scattered([max(n, 1) for n in wanted])
+                owned = rig.acquire_scattered([max(n, 1) for n in wanted])
             else:
-                owned = [line.acquire(n) for n in wanted]
+                owned = [rig.acquire(n) for n in wanted]
             slots = dict(zip(live, owned, strict=True))
             for start in range(0, _MAX_SEQ_LEN, case.chunk):
                 chunk = {slots[s]: min(case.chunk, case.before[s] - start) for s in live}
-                line.write({slot: n for slot, n in chunk.items() if n > 0})
+                rig.write({slot: n for slot, n in chunk.items() if n > 0})
             sequences = [(slots.get(s, -1), n) for s, n in enumerate(case.new)]
-            out, lse, want_out, want_lse = line.step(
+            out, lse, want_out, want_lse = rig.step(
                 sequences, case.variant, one_call=case.one_call, implementation=implementation
             )
             # |v| <= 6 for this many normal samples, which bounds any average of them.
             check_output(out, want_out, config.query, 6.0, sequences)
             check_lse(lse, want_lse, sequences)
-            line.check_lengths()
-            line.release(*owned)
+            rig.check_lengths()
+            rig.release(*owned)
         except BaseException:
             # A failing example must leave the shared pool usable for those that hypothesis shrinks
             # it to.
-            self._lines.pop(config).pool.close()
+            self._rigs.pop(config).pool.close()
             raise

@@ -1,4 +1,4 @@
-"""A cache line together with the plain model of what it holds, and jitted steps that pad every
+"""A cache rig together with the plain model of what it holds, and jitted steps that pad every
 batch to one static shape.
 
 Compiling dominates the time of a small test, so everything that may vary travels as data: the
@@ -117,7 +117,7 @@ def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
     return np.dtype(jnp.float32 if is_quantized(spec.dtype) else spec.dtype)
 
 
-class Line:
+class Rig:
     """A pool's newest cache, and the model that says what it should contain."""
 
     def __init__(

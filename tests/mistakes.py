@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, settle
+from harness import RUN_TIME_ERRORS, Rig, settle
 
 import jax_kvpage as kvp
 
@@ -23,21 +23,21 @@ def make_spec(layout: str | None = None) -> kvp.CacheSpec:
     )
 
 
-def two_sequences(pool: kvp.KVPool) -> Iterator[Line]:
+def two_sequences(pool: kvp.KVPool) -> Iterator[Rig]:
     """Two sequences at work. Afterwards, whatever a test did to them, they must go on as if nothing
     had happened.
     """
-    line = Line(pool, group=2)
-    slots = [line.acquire(60), line.acquire(60)]
-    line.write({slots[0]: 20, slots[1]: 33})
-    jax.block_until_ready(line.cache)
-    before = line.pool.stats()
-    yield line
-    line.cache = line.pool.cache()
-    line.check_lengths()
-    after = line.pool.stats()
+    rig = Rig(pool, group=2)
+    slots = [rig.acquire(60), rig.acquire(60)]
+    rig.write({slots[0]: 20, slots[1]: 33})
+    jax.block_until_ready(rig.cache)
+    before = rig.pool.stats()
+    yield rig
+    rig.cache = rig.pool.cache()
+    rig.check_lengths()
+    after = rig.pool.stats()
     assert (after.blocks_mapped, after.blocks_free) == (before.blocks_mapped, before.blocks_free)
-    out, _, want, _ = line.step([(slots[0], 5), (slots[1], 2)])
+    out, _, want, _ = rig.step([(slots[0], 5), (slots[1], 2)])
     np.testing.assert_allclose(out, want, atol=1e-4)
 
 
@@ -50,8 +50,8 @@ def q(tokens: int = 8) -> jax.Array:
     return jnp.ones((tokens, 2 * KV_HEADS, DIM))
 
 
-def live(line: Line) -> list[int]:
-    return sorted(line.model.lengths)
+def live(rig: Rig) -> list[int]:
+    return sorted(rig.model.lengths)
 
 
 def fails(pattern: str, call: Callable[[], object]) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CONFIGS, XLA_CONFIGS, Case, Config, Lines, cases
-from harness import Line, input_dtype
+from attention_cases import CONFIGS, XLA_CONFIGS, Case, Config, Rigs, cases
+from harness import Rig, input_dtype
 from hypothesis import given, settings
 from reference_numpy import Variant, check_lse, check_output
 
@@ -20,28 +20,28 @@ _MAX_SEQ_LEN = 200
 
 
 @pytest.fixture(scope="module")
-def lines() -> Iterator[Lines]:
-    lines = Lines()
-    yield lines
-    lines.close()
+def rigs() -> Iterator[Rigs]:
+    rigs = Rigs()
+    yield rigs
+    rigs.close()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_cpu_equals_float64(lines: Lines, config: Config) -> None:
+def test_cpu_equals_float64(rigs: Rigs, config: Config) -> None:
     @settings(max_examples=30)
     @given(cases(config))
     def check(case: Case) -> None:
-        lines.check(config, case, "cpu")
+        rigs.check(config, case, "cpu")
 
     check()
 
 
 @pytest.mark.parametrize("config", XLA_CONFIGS, ids=str)
-def test_xla_equals_float64(lines: Lines, config: Config) -> None:
+def test_xla_equals_float64(rigs: Rigs, config: Config) -> None:
     @settings(max_examples=15)
     @given(cases(config, few_programs=True))
     def check(case: Case) -> None:
-        lines.check(config, case, "xla")
+        rigs.check(config, case, "xla")
 
     check()
 
@@ -55,16 +55,16 @@ def test_long_contexts(layout: str, dtype: str) -> None:
     spec = kvp.CacheSpec(1, 1, 64, 4, 5000, dtype=jnp.dtype(dtype), layout=layout)
     with kvp.KVPool(spec, "64MiB", poison=True) as pool:
         query = input_dtype(spec)
-        line = Line(pool, group=2, query_dtype=query, max_tokens=1024, max_sequences=4)
+        rig = Rig(pool, group=2, query_dtype=query, max_tokens=1024, max_sequences=4)
         lengths = (255, 511, 1030, 4097)
-        slots = line.acquire_scattered([n + 20 for n in lengths])
-        line.write(dict(zip(slots, lengths, strict=True)))
-        line.max_tokens = 16
+        slots = rig.acquire_scattered([n + 20 for n in lengths])
+        rig.write(dict(zip(slots, lengths, strict=True)))
+        rig.max_tokens = 16
         for variant in (
             Variant(),
             Variant(sliding_window=700, sinks=np.asarray([0.5, -1.0], np.float32)),
         ):
-            out, lse, want_out, want_lse = line.step(
+            out, lse, want_out, want_lse = rig.step(
                 [(slots[0], 1), (slots[1], 5), (slots[2], 1), (slots[3], 3)], variant
             )
             check_output(out, want_out, query, 6.0)
@@ -78,9 +78,9 @@ def test_blocks_are_scattered(make_pool) -> None:
     for layout in ("fused", "per_layer"):
         spec = kvp.CacheSpec(1, 2, 64, 4, _MAX_SEQ_LEN, dtype=jnp.float32, layout=layout)
         pool = make_pool(spec, "8MiB")
-        line = Line(pool)
+        rig = Rig(pool)
         blocks = np.asarray(
-            [pool.block_map(slot) for slot in line.acquire_scattered([_MAX_SEQ_LEN] * 3)]
+            [pool.block_map(slot) for slot in rig.acquire_scattered([_MAX_SEQ_LEN] * 3)]
         )[..., 0]
         neighbours = np.mean(np.abs(np.diff(blocks, axis=-1)) == 1)
         assert neighbours < 0.7, (layout, neighbours)
@@ -89,10 +89,10 @@ def test_blocks_are_scattered(make_pool) -> None:
 def test_large_logits_do_not_overflow(make_pool) -> None:
     """Logits in the thousands, where a softmax without the running maximum is inf / inf."""
     spec = kvp.CacheSpec(1, 2, 64, 2, 128, dtype=jnp.float32)
-    line = Line(make_pool(spec), group=2)
-    slot = line.acquire(100)
-    line.write({slot: 60})
-    out, lse, want_out, _ = line.step([(slot, 40)], Variant(scale=100.0))
+    rig = Rig(make_pool(spec), group=2)
+    slot = rig.acquire(100)
+    rig.write({slot: 60})
+    out, lse, want_out, _ = rig.step([(slot, 40)], Variant(scale=100.0))
     # One float32 ulp of a logit of 1e4 is 1e-3, and so is the error of its weight.
     assert np.all(np.isfinite(out))
     assert np.all(np.isfinite(lse[:, :40]))

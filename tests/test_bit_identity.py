@@ -13,7 +13,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, append_all, attend_all, input_dtype, make_batch
+from harness import Rig, append_all, attend_all, input_dtype, make_batch
 from numpy.typing import NDArray
 
 import jax_kvpage as kvp
@@ -55,16 +55,16 @@ def _run(
     """The bits of out and lse of every sequence in `order`, from one batch with `padding` sequences
     in front.
     """
-    line = Line(pool)
+    rig = Rig(pool)
     lengths = [sum(_SEQUENCES[i]) for i in order]
-    slots = line.acquire_scattered(lengths) if scattered else [line.acquire(n) for n in lengths]
+    slots = rig.acquire_scattered(lengths) if scattered else [rig.acquire(n) for n in lengths]
     data = {i: _Data(i) for i in order}
     dtype = input_dtype(pool.spec)
     for slot, i in zip(slots, order, strict=True):
         before = _SEQUENCES[i][0]
         if before:
-            line.cache = append_all(
-                line.cache,
+            rig.cache = append_all(
+                rig.cache,
                 jnp.asarray(data[i].k[:, :before], dtype),
                 jnp.asarray(data[i].v[:, :before], dtype),
                 make_batch([(slot, before)]),
@@ -75,8 +75,8 @@ def _run(
     q = _joined([data[i].q for i in order], tokens)
     k = _joined([data[i].k[:, _SEQUENCES[i][0] :] for i in order], tokens)
     v = _joined([data[i].v[:, _SEQUENCES[i][0] :] for i in order], tokens)
-    out, lse, line.cache = attend_all(
-        line.cache,
+    out, lse, rig.cache = attend_all(
+        rig.cache,
         jnp.asarray(q),
         jnp.asarray(k, dtype),
         jnp.asarray(v, dtype),
@@ -85,7 +85,7 @@ def _run(
         None,
         None,
     )
-    line.release(*slots)
+    rig.release(*slots)
     starts = np.cumsum([0, *new])
     return {
         i: np.asarray(out)[:, a:b].tobytes() + np.asarray(lse)[:, a:b].tobytes()

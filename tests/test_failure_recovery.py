@@ -193,10 +193,10 @@ def test_programs_queued_behind_a_failure_fail_too(pool: kvp.KVPool) -> None:
     known = np.asarray(tokens)
 
     def queue() -> object:
-        line, newest = cache, tokens
+        value, newest = cache, tokens
         for bad in (-1, 1, -1, -1):
-            line, newest, _ = _step(line, newest, ids, jnp.asarray(bad, jnp.int32))
-        return settle(line)
+            value, newest, _ = _step(value, newest, ids, jnp.asarray(bad, jnp.int32))
+        return settle(value)
 
     with pytest.raises(RUN_TIME_ERRORS):
         queue()

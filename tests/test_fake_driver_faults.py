@@ -13,7 +13,7 @@ _COMMON = """
     import dataclasses, gc, sys
     import jax, jax.numpy as jnp, numpy as np
     import jax_kvpage as kvp
-    from harness import Line
+    from harness import Rig
     from jax_kvpage import _native
 
     fake = _native.fake_driver
@@ -24,7 +24,7 @@ _COMMON = """
 
     def open_pool(capacity="4MiB", **options):
         pool = kvp.KVPool(spec, capacity, **options)
-        return pool, Line(pool, group=2)
+        return pool, Rig(pool, group=2)
 
     def look(pool):
         '''Everything that the pool tells of itself, but for how often it called the driver and
@@ -33,10 +33,10 @@ _COMMON = """
         stats = dataclasses.replace(pool.stats(), system_calls=0, waits=0, physical=0, peak=0)
         return stats, rows, [pool.block_map(row.slot) for row in rows]
 
-    def verify(line, slots):
-        out, _, want, _ = line.step([(slot, 1) for slot in slots])
+    def verify(rig, slots):
+        out, _, want, _ = rig.step([(slot, 1) for slot in slots])
         np.testing.assert_allclose(out, want, atol=1e-4)
-        line.check_lengths()
+        rig.check_lengths()
 
     def nothing_alive():
         counts, violation = fake.report()
@@ -51,15 +51,15 @@ _SWEEP = (
 
     # What is asked for while two slots are occupied and a third one occupied or parked.
     OPERATIONS = dict(
-        acquire=lambda line, slots: line.acquire(100),
-        adopt=lambda line, slots: line.acquire(60),
-        adopt_more=lambda line, slots: line.acquire(250),
-        extend=lambda line, slots: line.pool.extend(slots[0], 200),
-        extend_both=lambda line, slots: line.pool.extend(slots, [120, 150]),
-        trim=lambda line, slots: line.pool.trim(),
-        shrink=lambda line, slots: line.pool.resize(6 * BLOCKS),
-        grow=lambda line, slots: line.pool.resize("8MiB"),
-        steal=lambda line, slots: line.pool.extend(slots[0], 256),
+        acquire=lambda rig, slots: rig.acquire(100),
+        adopt=lambda rig, slots: rig.acquire(60),
+        adopt_more=lambda rig, slots: rig.acquire(250),
+        extend=lambda rig, slots: rig.pool.extend(slots[0], 200),
+        extend_both=lambda rig, slots: rig.pool.extend(slots, [120, 150]),
+        trim=lambda rig, slots: rig.pool.trim(),
+        shrink=lambda rig, slots: rig.pool.resize(6 * BLOCKS),
+        grow=lambda rig, slots: rig.pool.resize("8MiB"),
+        steal=lambda rig, slots: rig.pool.extend(slots[0], 256),
     )
     PARKED = ("adopt", "adopt_more", "trim", "shrink", "steal")
     CAPACITY = dict(steal=12 * BLOCKS)  # less than is free: it takes what is parked
@@ -79,18 +79,18 @@ _SWEEP = (
         # One pool, in which the n-th call that the operation makes answers this code. Returns
         # whether there was such a call, and whether the operation failed.
         operation = OPERATIONS[name]
-        pool, line = open_pool(CAPACITY.get(name, "4MiB"), poison=poison)
-        slots = [line.acquire(40), line.acquire(33)]
-        third = line.acquire(140)
-        line.write({slots[0]: 35, slots[1]: 20, third: 130})
+        pool, rig = open_pool(CAPACITY.get(name, "4MiB"), poison=poison)
+        slots = [rig.acquire(40), rig.acquire(33)]
+        third = rig.acquire(140)
+        rig.write({slots[0]: 35, slots[1]: 20, third: 130})
         if name in PARKED:
-            line.release(third)
-        pool.check(line.cache)
-        before, cache, faults = look(pool), line.cache, fake.faults
+            rig.release(third)
+        pool.check(rig.cache)
+        before, cache, faults = look(pool), rig.cache, fake.faults
         fake.fail_any(n, code)
         failed = None
         try:
-            operation(line, slots)
+            operation(rig, slots)
         except (kvp.KVPageError, RuntimeError) as error:
             failed = error
         fake.clear_faults()
@@ -98,13 +98,13 @@ _SWEEP = (
         assert struck or failed is None, failed
         if failed is not None:
             assert kept(name, look(pool)) == kept(name, before), (name, n, before, look(pool))
-            assert line.cache is cache
+            assert rig.cache is cache
             assert "cu" in str(failed), failed
             if code == OUT_OF_MEMORY:
                 assert isinstance(failed, kvp.OutOfBlocks), repr(failed)
                 assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in str(failed), failed
-            operation(line, slots)  # nothing is in its way now
-        verify(line, slots)
+            operation(rig, slots)  # nothing is in its way now
+        verify(rig, slots)
         pool.close()
         return struck, failed is not None
 
@@ -146,20 +146,20 @@ _MAP_SLOTS = (
     step = jax.jit(lambda cache, slots, tokens: kvp.map_slots(cache, slots, tokens))
 
     for n in range(1, 500):
-        pool, line = open_pool()
-        slots = [line.acquire(40), line.acquire(33)]
-        line.write({slots[0]: 35, slots[1]: 20})
-        pool.check(line.cache)
+        pool, rig = open_pool()
+        slots = [rig.acquire(40), rig.acquire(33)]
+        rig.write({slots[0]: 35, slots[1]: 20})
+        pool.check(rig.cache)
         before, faults = look(pool), fake.faults
         fake.fail_any(n, code)
         wants = np.asarray([200, 100], np.int32)
         failed = None
         try:
-            line.cache, ok = step(line.cache, jnp.asarray(slots, jnp.int32), wants)
+            rig.cache, ok = step(rig.cache, jnp.asarray(slots, jnp.int32), wants)
             ok = np.asarray(ok)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             failed = error
-            line.cache = pool.cache()
+            rig.cache = pool.cache()
         fake.clear_faults()
         struck = fake.faults > faults
         after = look(pool)
@@ -171,12 +171,12 @@ _MAP_SLOTS = (
         for row, old, want in zip(after[1], before[1], wants, strict=True):
             full = -(-int(want) // 32) * (1 if sys.argv[1] == "fused" else 4)
             assert row.num_blocks in (old.num_blocks, full), (n, row, old)
-        line.cache, ok = step(line.cache, jnp.asarray(slots, jnp.int32), wants)
+        rig.cache, ok = step(rig.cache, jnp.asarray(slots, jnp.int32), wants)
         assert np.asarray(ok).all()
-        line.write({slots[0]: 100})
-        verify(line, slots)
+        rig.write({slots[0]: 100})
+        verify(rig, slots)
         pool.close()
-        del pool, line
+        del pool, rig
         gc.collect()
         if not struck:
             break
@@ -236,27 +236,27 @@ _CARD = (
         assert "65536" in str(error), error
     else:
         raise SystemExit("blocks of half a granule")
-    pool, line = open_pool(64 * granule)
+    pool, rig = open_pool(64 * granule)
     assert pool.spec.block_bytes == granule
-    slot = line.acquire(256)
-    line.write({slot: 200})
-    pool.check(line.cache)
+    slot = rig.acquire(256)
+    rig.write({slot: 200})
+    pool.check(rig.cache)
     before = look(pool)
-    other = line.acquire(256)
+    other = rig.acquire(256)
     try:
-        line.acquire(256)
+        rig.acquire(256)
     except kvp.OutOfBlocks as error:
         assert "cuMemCreate" in str(error) and "1310720" in str(error), error
         assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in str(error), error
     else:
         raise SystemExit("more than the card has")
-    line.release(other)
-    pool.check(line.cache)
+    rig.release(other)
+    pool.check(rig.cache)
     pool.trim()
     assert look(pool) == before
-    verify(line, [slot])
+    verify(rig, [slot])
     pool.close()
-    del line, pool
+    del rig, pool
     gc.collect()
     nothing_alive()
     """

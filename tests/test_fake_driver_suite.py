@@ -93,7 +93,7 @@ _LIFE = """
     import sys
     import jax, jax.numpy as jnp, numpy as np
     import jax_kvpage as kvp
-    from harness import Line
+    from harness import Rig
     from jax_kvpage import _native
 
     _native.fake_driver.configure(2 << 20, 256 << 20)
@@ -101,22 +101,22 @@ _LIFE = """
     pool = kvp.KVPool(spec, "64MiB", poison=True)
     assert pool.spec == spec.resolve("cuda"), pool.spec
     assert pool.spec.block_bytes == 2 << 20
-    line = Line(pool, group=2, max_tokens=700, max_sequences=4)
-    slots = line.acquire_scattered([1500, 40])
-    line.write({slots[0]: 1400, slots[1]: 30})
-    out, _, want, _ = line.step([(slots[0], 5), (slots[1], 1)])
+    rig = Rig(pool, group=2, max_tokens=700, max_sequences=4)
+    slots = rig.acquire_scattered([1500, 40])
+    rig.write({slots[0]: 1400, slots[1]: 30})
+    out, _, want, _ = rig.step([(slots[0], 5), (slots[1], 1)])
     np.testing.assert_allclose(out, want, atol=0.02)
-    line.release(slots[0])
-    line.check_lengths()
-    again = line.acquire(1500)
+    rig.release(slots[0])
+    rig.check_lengths()
+    again = rig.acquire(1500)
     calls = pool.stats().system_calls
-    line.write({again: 1200})
-    out, _, want, _ = line.step([(again, 1)])
+    rig.write({again: 1200})
+    out, _, want, _ = rig.step([(again, 1)])
     np.testing.assert_allclose(out, want, atol=0.02)
     assert pool.stats().system_calls == calls, "a step made a driver call"
     pool.trim()
     pool.close()
-    del line, pool
+    del rig, pool
     import gc
     gc.collect()
     report, violation = _native.fake_driver.report()

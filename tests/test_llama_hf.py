@@ -85,7 +85,7 @@ def _assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert error < _TOLERANCE, f"max|a-b| / max|b| = {error:.2e}"
 
 
-class _Line:
+class _Rig:
     """A pool and the jitted model, to feed tokens of several sequences in any portions."""
 
     def __init__(self, model: Llama, pool: kvp.KVPool, implementation: str) -> None:
@@ -124,14 +124,14 @@ def test_logits_of_prefill_chunked_prefill_and_decode(
     expected = [_reference_logits(reference, tokens) for tokens in (long, short)]
     spec = cache_spec(model.config, max_slots=3, layout=layout, block_tokens=None)
     with kvp.KVPool(spec, spec.virtual_bytes) as pool:
-        line = _Line(model, pool, implementation)
-        (a, b), line.cache = pool.acquire(line.cache, [len(long), len(short)])
+        rig = _Rig(model, pool, implementation)
+        (a, b), rig.cache = pool.acquire(rig.cache, [len(long), len(short)])
         # Prefill of one beside the first chunk of the other, then a chunk beside a decode step,
         # then decode for both.
-        first = line.feed([(b, short[:19]), (a, long[:33])])
-        second = line.feed([(a, long[33:68]), (b, short[19:20])])
-        third = line.feed([(a, long[68:69]), (b, short[20:21])])
-        (last,) = line.feed([(a, long[69:70])])
+        first = rig.feed([(b, short[:19]), (a, long[:33])])
+        second = rig.feed([(a, long[33:68]), (b, short[19:20])])
+        third = rig.feed([(a, long[68:69]), (b, short[20:21])])
+        (last,) = rig.feed([(a, long[69:70])])
     _assert_close(np.concatenate([first[1], second[0], third[0], last]), expected[0])
     _assert_close(np.concatenate([first[0], second[1], third[1]]), expected[1])
 

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import Line, make_batch
+from harness import Rig, make_batch
 
 import jax_kvpage as kvp
 
@@ -43,12 +43,12 @@ def test_physical_follows_use(make_pool, layout: str) -> None:
     assert pool.stats().reserved_virtual == pool.spec.virtual_bytes
     assert _memfd_bytes() - files == pool.stats().physical
 
-    line = Line(pool, max_tokens=1600, max_sequences=16)
-    slots, line.cache = pool.acquire(line.cache, [100] * 64)
+    rig = Rig(pool, max_tokens=1600, max_sequences=16)
+    slots, rig.cache = pool.acquire(rig.cache, [100] * 64)
     for slot in slots:
-        line.model.acquire(slot)
-    line.write(dict.fromkeys(slots, 100))
-    jax.block_until_ready(line.cache)
+        rig.model.acquire(slot)
+    rig.write(dict.fromkeys(slots, 100))
+    jax.block_until_ready(rig.cache)
     used = 64 * 100 * pool.spec.token_bytes
     physical = pool.stats().physical
     assert physical == _memfd_bytes() - files
@@ -58,8 +58,8 @@ def test_physical_follows_use(make_pool, layout: str) -> None:
         jax.block_until_ready(jax.jit(jnp.sum)(pool.view(0)[0]))
         assert _memfd_bytes() - files == physical
 
-    line.release(*slots)
-    jax.block_until_ready(line.cache)
+    rig.release(*slots)
+    jax.block_until_ready(rig.cache)
     assert pool.stats().parked > 0
     pool.trim()
     assert pool.stats().physical == _memfd_bytes() - files == 0

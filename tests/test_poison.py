@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, make_batch
+from harness import Rig, make_batch
 from numpy.typing import NDArray
 
 import jax_kvpage as kvp
@@ -41,8 +41,8 @@ def _spec(layout: str) -> kvp.CacheSpec:
 Raw = Callable[[], NDArray[np.float32]]
 
 
-def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) -> tuple[Line, Raw]:
-    """A line, and a function that reads all memory that its pool has from the system."""
+def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) -> tuple[Rig, Raw]:
+    """A rig, and a function that reads all memory that its pool has from the system."""
     before = _memory_files()
     pool = make_pool(_spec(layout), "4MiB", **options)
     (descriptor,) = (fd for inode, fd in _memory_files().items() if inode not in before)
@@ -51,26 +51,26 @@ def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) ->
         size = os.fstat(descriptor).st_size
         return np.frombuffer(os.pread(descriptor, size, 0), np.float32)
 
-    return Line(pool, group=2), raw
+    return Rig(pool, group=2), raw
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str) -> None:
-    line, raw = _open(make_pool, layout, poison=True)
-    slot = line.acquire(64)
-    token = line.spec.token_bytes // 4
+    rig, raw = _open(make_pool, layout, poison=True)
+    slot = rig.acquire(64)
+    token = rig.spec.token_bytes // 4
     assert np.count_nonzero(np.isnan(raw())) == 64 * token
-    line.write({slot: 64})
-    jax.block_until_ready(line.cache)
+    rig.write({slot: 64})
+    jax.block_until_ready(rig.cache)
     assert not np.any(np.isnan(raw()))
-    line.release(slot)
-    slot = line.acquire(60)  # adopts what the other left behind
-    line.write({slot: 10})
-    jax.block_until_ready(line.cache)
+    rig.release(slot)
+    slot = rig.acquire(60)  # adopts what the other left behind
+    rig.write({slot: 10})
+    jax.block_until_ready(rig.cache)
     assert np.count_nonzero(np.isnan(raw())) == 54 * token
     # And what was written is there, and nothing else.
     values = raw()[~np.isnan(raw()) & (raw() != 0)]
-    want = [x for layer in range(_LAYERS) for x in line.model.context(slot, layer)]
+    want = [x for layer in range(_LAYERS) for x in rig.model.context(slot, layer)]
     np.testing.assert_array_equal(np.sort(values), np.sort(np.concatenate(want).ravel()))
 
 
@@ -78,40 +78,40 @@ def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | None) -> None:
     """Lengths on both sides of a block's end, so that NaN lies right behind the last token."""
-    line, raw = _open(make_pool, layout, poison=True)
+    rig, raw = _open(make_pool, layout, poison=True)
     for lengths in ((31, 32, 33), (1, 63, 64), (0, 100, 250)):
-        slots = line.acquire_scattered([n + 1 for n in lengths])
-        line.write({slot: n for slot, n in zip(slots, lengths, strict=True) if n})
-        out, lse, want, _ = line.step([(s, 1) for s in slots], implementation=implementation)
+        slots = rig.acquire_scattered([n + 1 for n in lengths])
+        rig.write({slot: n for slot, n in zip(slots, lengths, strict=True) if n})
+        out, lse, want, _ = rig.step([(s, 1) for s in slots], implementation=implementation)
         assert np.any(np.isnan(raw()))
         assert np.all(np.isfinite(out))
         assert np.all(np.isfinite(lse[:, :3]))
         np.testing.assert_allclose(out, want, atol=1e-4)
-        line.release(*slots)
+        rig.release(*slots)
 
 
 def test_trimmed_memory_comes_back_empty(make_pool) -> None:
     """What went back to the system is zeros when it is taken again: nobody's data."""
-    line, raw = _open(make_pool, "fused")
-    slot = line.acquire(128)
-    line.write({slot: 128})
-    line.release(slot)
-    jax.block_until_ready(line.cache)
+    rig, raw = _open(make_pool, "fused")
+    slot = rig.acquire(128)
+    rig.write({slot: 128})
+    rig.release(slot)
+    jax.block_until_ready(rig.cache)
     assert np.any(raw())
-    line.pool.trim()
+    rig.pool.trim()
     assert not np.any(raw())
-    line.acquire(128)
+    rig.acquire(128)
     assert not np.any(raw())
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_padding_of_a_batch_is_not_written(make_pool, layout: str) -> None:
     """Tokens of masked sequences and past the last sequence leave no trace in memory."""
-    line, raw = _open(make_pool, layout)
-    slots = [line.acquire(32), line.acquire(32)]
+    rig, raw = _open(make_pool, layout)
+    slots = [rig.acquire(32), rig.acquire(32)]
     batch = make_batch([(slots[0], 2), (-1, 3), (slots[1], 1)])
     x = jnp.arange(1, 9, dtype=jnp.float32)[:, None, None] * jnp.ones((8, 2, 64))
-    cache = line.cache
+    cache = rig.cache
     for layer in range(_LAYERS):
         cache = kvp.append_kv(cache, x, x, batch, layer=layer)
     jax.block_until_ready(cache)

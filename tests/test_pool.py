@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, busy
+from harness import Rig, busy
 
 import jax_kvpage as kvp
 
@@ -250,21 +250,21 @@ def test_waiting_for_what_will_never_come_is_an_error(pool: kvp.KVPool) -> None:
 
 
 def test_trim_gives_memory_back(pool: kvp.KVPool) -> None:
-    line = Line(pool)
-    slots = line.acquire_scattered([100, 100])
-    line.write(dict.fromkeys(slots, 80))
+    rig = Rig(pool)
+    slots = rig.acquire_scattered([100, 100])
+    rig.write(dict.fromkeys(slots, 80))
     size = pool.spec.block_bytes
     assert pool.stats().physical == 2 * _blocks(pool.spec, 100) * size
-    line.release(slots[0])
-    _drained(line.cache)
+    rig.release(slots[0])
+    _drained(rig.cache)
     pool.trim()
     stats = _check_totals(pool)
     assert stats.blocks_parked == 0
     assert stats.blocks_mapped == _blocks(pool.spec, 100)
     assert stats.physical == _blocks(pool.spec, 100) * size
-    again = line.acquire(100)
-    line.write({again: 80})
-    out, _, want, _ = line.step([(slots[1], 10), (again, 10)])  # the other slot kept its data
+    again = rig.acquire(100)
+    rig.write({again: 80})
+    out, _, want, _ = rig.step([(slots[1], 10), (again, 10)])  # the other slot kept its data
     assert np.max(np.abs(out - want)) < 1e-4
 
 
@@ -288,25 +288,25 @@ def test_resize(pool: kvp.KVPool) -> None:
 
 
 def test_resized_pool_keeps_its_data(pool: kvp.KVPool) -> None:
-    line = Line(pool)
-    slots = line.acquire_scattered([100, 90, 80])
-    line.write({slots[0]: 80, slots[1]: 70, slots[2]: 60})
-    line.release(slots[1])
-    _drained(line.cache)
+    rig = Rig(pool)
+    slots = rig.acquire_scattered([100, 90, 80])
+    rig.write({slots[0]: 80, slots[1]: 70, slots[2]: 60})
+    rig.release(slots[1])
+    _drained(rig.cache)
     pool.resize(_blocks(pool.spec, 16 * 13) * pool.spec.block_bytes)
     pool.resize(_blocks(pool.spec, 16 * 40) * pool.spec.block_bytes)
-    slots[1] = line.acquire(300)
-    line.write({slots[1]: 280})
-    out, _, want, _ = line.step([(slot, 10) for slot in slots])
+    slots[1] = rig.acquire(300)
+    rig.write({slots[1]: 280})
+    out, _, want, _ = rig.step([(slot, 10) for slot in slots])
     assert np.max(np.abs(out - want)) < 1e-4
 
 
 def test_commit_and_slot_table(pool: kvp.KVPool) -> None:
-    line = Line(pool)
-    slots = [line.acquire(40), line.acquire(20)]
-    line.write({slots[0]: 30, slots[1]: 7})
+    rig = Rig(pool)
+    slots = [rig.acquire(40), rig.acquire(20)]
+    rig.write({slots[0]: 30, slots[1]: 7})
     pool.commit(slots[0], list(range(30)))
-    rows = {row.slot: row for row in pool.slot_table(line.cache)}
+    rows = {row.slot: row for row in pool.slot_table(rig.cache)}
     assert set(rows) == set(slots)
     assert rows[slots[0]].committed_tokens == 30
     assert rows[slots[1]].committed_tokens == 0
@@ -314,8 +314,8 @@ def test_commit_and_slot_table(pool: kvp.KVPool) -> None:
     assert rows[slots[1]].length == 7
     pool.commit(slots[0], [1, 2])
     assert pool.slot_table()[0 if slots[0] < slots[1] else 1].committed_tokens == 32
-    line.release(slots[0])
-    again = line.acquire(40)
+    rig.release(slots[0])
+    again = rig.acquire(40)
     assert {row.slot: row.committed_tokens for row in pool.slot_table()}[again] == 0
     with pytest.raises(ValueError, match="slot 99"):
         pool.commit(99, [1])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line
+from harness import Rig
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -46,7 +46,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.ranges = 1 if self.layout == "fused" else 2 * self.spec.num_layers
         self.total = 11 * self.ranges
         self.pool = kvp.KVPool(self.spec, self.total * self.spec.block_bytes, poison=True)
-        self.line = Line(self.pool, group=2, max_tokens=40, max_sequences=5)
+        self.rig = Rig(self.pool, group=2, max_tokens=40, max_sequences=5)
         self.reserved: dict[int, int] = {}
 
     def teardown(self) -> None:
@@ -54,7 +54,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 1000))
     def seed(self, seed: int) -> None:
-        self.line.rng = np.random.default_rng(seed)
+        self.rig.rng = np.random.default_rng(seed)
 
     def _needed(self, tokens: int) -> int:
         return self.ranges * math.ceil(tokens / self.spec.block_tokens)
@@ -66,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Blocks that no live request has asked for: free, parked, or mapped by adoption beyond
         what its owner wanted.
         """
-        jax.block_until_ready(self.line.cache)  # nothing drains any more
+        jax.block_until_ready(self.rig.cache)  # nothing drains any more
         return self.total - sum(map(self._needed, self.reserved.values()))
 
     def _pick(self, which: int) -> int:
@@ -77,15 +77,15 @@ class PoolMachine(RuleBasedStateMachine):
         left = self._left()
         if len(self.reserved) == self.spec.max_slots:
             with pytest.raises(kvp.OutOfSlots):
-                self.line.acquire(tokens)
+                self.rig.acquire(tokens)
         elif self._needed(tokens) > left:
             with pytest.raises(kvp.OutOfBlocks) as caught:
-                self.line.acquire(tokens)
+                self.rig.acquire(tokens)
             error = caught.value
             assert error.wanted > error.free + error.reclaimable
             assert error.draining == 0
         else:
-            slot = self.line.acquire(tokens)
+            slot = self.rig.acquire(tokens)
             self.reserved[slot] = tokens
 
     @rule(tokens=st.lists(_TOKENS, min_size=2, max_size=3))
@@ -95,12 +95,12 @@ class PoolMachine(RuleBasedStateMachine):
         before = self._owned()
         if not (fits and room):
             with pytest.raises(kvp.OutOfBlocks):
-                self.pool.acquire(self.line.cache, tokens)
+                self.pool.acquire(self.rig.cache, tokens)
             assert self._owned() == before
             return
-        slots, self.line.cache = self.pool.acquire(self.line.cache, tokens)
+        slots, self.rig.cache = self.pool.acquire(self.rig.cache, tokens)
         for slot, n in zip(slots, tokens, strict=True):
-            self.line.model.acquire(slot)
+            self.rig.model.acquire(slot)
             self.reserved[slot] = n
 
     @precondition(lambda self: self.reserved)
@@ -122,8 +122,8 @@ class PoolMachine(RuleBasedStateMachine):
         """Slots in ascending order: the program serves them in turn while blocks last."""
         slots = sorted(self.reserved) + [-1] * (5 - len(self.reserved))
         left = self._left()
-        self.line.cache, ok = _map_slots(
-            self.line.cache, jnp.asarray(slots, jnp.int32), jnp.asarray(tokens, jnp.int32)
+        self.rig.cache, ok = _map_slots(
+            self.rig.cache, jnp.asarray(slots, jnp.int32), jnp.asarray(tokens, jnp.int32)
         )
         for slot, n, fits in zip(slots, tokens, ok.tolist(), strict=True):
             if slot < 0:
@@ -139,7 +139,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(which=st.sets(st.integers(0, 4), min_size=1))
     def release(self, which: set[int]) -> None:
         slots = sorted({self._pick(i) for i in which})
-        self.line.release(*slots)
+        self.rig.release(*slots)
         for slot in slots:
             del self.reserved[slot]
 
@@ -147,10 +147,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(share=st.floats(0, 1), num_slots=st.integers(1, 5))
     def write(self, share: float, num_slots: int) -> None:
         room = {
-            slot: int(share * (self.reserved[slot] - self.line.model.lengths[slot]))
+            slot: int(share * (self.reserved[slot] - self.rig.model.lengths[slot]))
             for slot in sorted(self.reserved)[:num_slots]
         }
-        self.line.write({slot: n for slot, n in room.items() if n > 0})
+        self.rig.write({slot: n for slot, n in room.items() if n > 0})
 
     @precondition(lambda self: self.reserved)
     @rule(one_call=st.booleans())
@@ -161,31 +161,31 @@ class PoolMachine(RuleBasedStateMachine):
         sequences = [
             (slot, 1)
             for slot in self.reserved
-            if self.reserved[slot] > self.line.model.lengths[slot]
+            if self.reserved[slot] > self.rig.model.lengths[slot]
         ]
         if sequences:
-            out, _, want, _ = self.line.step(sequences, one_call=one_call)
+            out, _, want, _ = self.rig.step(sequences, one_call=one_call)
             np.testing.assert_allclose(out, want, atol=1e-4)
 
     @precondition(lambda self: self.reserved)
     @rule(which=st.integers(0, 4), share=st.floats(0, 1))
     def truncate(self, which: int, share: float) -> None:
         slot = self._pick(which)
-        length = int(share * self.line.model.lengths[slot])
-        self.line.cache = kvp.set_lengths(
-            self.line.cache, jnp.asarray([slot], jnp.int32), jnp.asarray([length], jnp.int32)
+        length = int(share * self.rig.model.lengths[slot])
+        self.rig.cache = kvp.set_lengths(
+            self.rig.cache, jnp.asarray([slot], jnp.int32), jnp.asarray([length], jnp.int32)
         )
-        self.line.model.truncate(slot, length)
+        self.rig.model.truncate(slot, length)
 
     @rule()
     def trim(self) -> None:
-        jax.block_until_ready(self.line.cache)
+        jax.block_until_ready(self.rig.cache)
         self.pool.trim()
         assert self.pool.stats().blocks_parked == 0
 
     @rule(blocks=st.integers(6, 14))
     def resize(self, blocks: int) -> None:
-        jax.block_until_ready(self.line.cache)
+        jax.block_until_ready(self.rig.cache)
         wanted = blocks * self.ranges
         if wanted < self.total - self._left():
             with pytest.raises((ValueError, kvp.OutOfBlocks)):
@@ -196,9 +196,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def new_line(self) -> None:
-        """Also without a failure a new line may be started at any time."""
-        self.line.cache = self.pool.cache()
-        self.line.check_lengths()
+        """Also without a failure a new generation may be started at any time."""
+        self.rig.cache = self.pool.cache()
+        self.rig.check_lengths()
 
     @invariant()
     def every_block_is_in_one_place(self) -> None:
@@ -221,7 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def lengths_agree(self) -> None:
-        self.line.check_lengths()
+        self.rig.check_lengths()
         for row in self.pool.slot_table():
             assert row.draining or row.reserved_tokens == self.reserved[row.slot]
 

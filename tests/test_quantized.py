@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, make_batch
+from harness import RUN_TIME_ERRORS, Rig, make_batch
 from numpy.typing import NDArray
 from reference_numpy import attend, quantized_rows, rounded
 from test_poison import _memory_files
@@ -140,16 +140,16 @@ _ERRORS = {"int8": (0.008, 0.001, 0.004), "float8_e4m3fn": (0.04, 0.004, 0.016)}
 @pytest.mark.parametrize("dtype", _DTYPES)
 def test_error_against_float32(make_pool, dtype: str) -> None:
     spec = kvp.CacheSpec(1, 2, 128, 2, 1024, jnp.dtype(dtype))
-    line = Line(make_pool(spec), group=4, max_tokens=1000, max_sequences=1)
-    slot = line.acquire(1001)
-    k, v = line.random_kv(1001)
-    line.write_kv([(slot, 1000)], k[:, :1000], v[:, :1000])
-    q = line.random_q(1)[0]
+    rig = Rig(make_pool(spec), group=4, max_tokens=1000, max_sequences=1)
+    slot = rig.acquire(1001)
+    k, v = rig.random_kv(1001)
+    rig.write_kv([(slot, 1000)], k[:, :1000], v[:, :1000])
+    q = rig.random_q(1)[0]
     out, _ = kvp.update_and_attend(
         jnp.asarray(q),
         jnp.asarray(k[0, 1000:]),
         jnp.asarray(v[0, 1000:]),
-        line.cache,
+        rig.cache,
         make_batch([(slot, 1)]),
         layer=0,
     )
@@ -169,15 +169,15 @@ def test_no_poison_reaches_an_output(
     make_pool, dtype: str, layout: str, implementation: str
 ) -> None:
     """Lengths on both sides of a block's end: NaN scales lie right behind the last token."""
-    line = Line(make_pool(_spec(layout, dtype), "4MiB", poison=True), group=2)
+    rig = Rig(make_pool(_spec(layout, dtype), "4MiB", poison=True), group=2)
     for lengths in ((31, 32, 33), (1, 63, 64), (0, 100, 250)):
-        slots = line.acquire_scattered([n + 1 for n in lengths])
-        line.write({slot: n for slot, n in zip(slots, lengths, strict=True) if n})
-        out, lse, want, _ = line.step([(s, 1) for s in slots], implementation=implementation)
+        slots = rig.acquire_scattered([n + 1 for n in lengths])
+        rig.write({slot: n for slot, n in zip(slots, lengths, strict=True) if n})
+        out, lse, want, _ = rig.step([(s, 1) for s in slots], implementation=implementation)
         assert np.all(np.isfinite(out))
         assert np.all(np.isfinite(lse[:, :3]))
         np.testing.assert_allclose(out, want, atol=1e-4)
-        line.release(*slots)
+        rig.release(*slots)
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import Line, make_batch
+from harness import Rig, make_batch
 from mistakes import (
     DIM,
     KV_HEADS,
@@ -30,142 +30,142 @@ import jax_kvpage as kvp
 
 
 @pytest.fixture(params=["fused", "per_layer"])
-def line(request: pytest.FixtureRequest, make_pool) -> Iterator[Line]:
+def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
     yield from two_sequences(make_pool(make_spec(request.param), poison=True))
 
 
 @pytest.mark.parametrize("op", ["append", "attend", "update", "advance"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
-def test_bad_slots_in_a_batch(line: Line, op: str, case: str) -> None:
-    slots = live(line)
+def test_bad_slots_in_a_batch(rig: Rig, op: str, case: str) -> None:
+    slots = live(rig)
     free = min(set(range(SLOTS)) - set(slots))
     bad = {"free": free, "too large": SLOTS, "too small": -2, "twice": slots[0]}[case]
     batch = make_batch([(slots[0], 1), (bad, 1), (slots[1], 1)])
     words = {"free": "free", "twice": "twice|duplicate|already"}.get(case, "range|invalid|0.*3")
     call = {
-        "append": lambda: append(line.cache, batch),
-        "attend": lambda: attend(line.cache, batch),
-        "update": lambda: kvp.update_and_attend(q(), *kv(), line.cache, batch, layer=0)[0],
-        "advance": lambda: kvp.advance(line.cache, batch),
+        "append": lambda: append(rig.cache, batch),
+        "attend": lambda: attend(rig.cache, batch),
+        "update": lambda: kvp.update_and_attend(q(), *kv(), rig.cache, batch, layer=0)[0],
+        "advance": lambda: kvp.advance(rig.cache, batch),
     }[op]
     fails(f"slot {bad}.*({words})", call)
 
 
 @pytest.mark.parametrize("op", ["map_slots", "set_lengths"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
-def test_bad_slots_in_a_list(line: Line, op: str, case: str) -> None:
-    slots = live(line)
+def test_bad_slots_in_a_list(rig: Rig, op: str, case: str) -> None:
+    slots = live(rig)
     free = min(set(range(SLOTS)) - set(slots))
     bad = {"free": free, "too large": SLOTS, "too small": -2, "twice": slots[0]}[case]
     ids = jnp.asarray([slots[0], bad], jnp.int32)
     values = jnp.asarray([20, 20], jnp.int32)
-    fails(f"slot {bad}", lambda: getattr(kvp, op)(line.cache, ids, values))
+    fails(f"slot {bad}", lambda: getattr(kvp, op)(rig.cache, ids, values))
 
 
-def test_writing_past_what_is_mapped(line: Line) -> None:
+def test_writing_past_what_is_mapped(rig: Rig) -> None:
     """60 tokens were asked for and two blocks of 32 came, so 64 are there; 20 are used."""
-    slot = live(line)[0]
+    slot = live(rig)[0]
     fails(
         f"slot {slot}.*65.*64",
-        lambda: append(line.cache, make_batch([(slot, 45)]), tokens=45),
+        lambda: append(rig.cache, make_batch([(slot, 45)]), tokens=45),
     )
 
 
-def test_reading_what_was_not_written(line: Line) -> None:
-    slot = live(line)[0]
-    fails(f"slot {slot}.*25.*20", lambda: attend(line.cache, make_batch([(slot, 5)])))
-    cache = append(line.cache, make_batch([(slot, 5)]), layer=1)
+def test_reading_what_was_not_written(rig: Rig) -> None:
+    slot = live(rig)[0]
+    fails(f"slot {slot}.*25.*20", lambda: attend(rig.cache, make_batch([(slot, 5)])))
+    cache = append(rig.cache, make_batch([(slot, 5)]), layer=1)
     fails(f"slot {slot}.*25.*20", lambda: attend(cache, make_batch([(slot, 5)]), layer=0))
 
 
-def test_a_new_line_forgets_what_was_not_advanced(line: Line) -> None:
+def test_a_new_line_forgets_what_was_not_advanced(rig: Rig) -> None:
     """The program that wrote those tokens may have failed halfway: nobody may count on them."""
-    slot = live(line)[0]
+    slot = live(rig)[0]
     batch = make_batch([(slot, 5)])
-    line.append([(slot, 5)])
-    jax.block_until_ready(attend(line.cache, batch))
-    line.cache = line.pool.cache()
-    fails(f"slot {slot}.*25.*20", lambda: attend(line.cache, batch))
-    fails(f"slot {slot}.*25.*20", lambda: kvp.advance(line.cache, batch))
+    rig.append([(slot, 5)])
+    jax.block_until_ready(attend(rig.cache, batch))
+    rig.cache = rig.pool.cache()
+    fails(f"slot {slot}.*25.*20", lambda: attend(rig.cache, batch))
+    fails(f"slot {slot}.*25.*20", lambda: kvp.advance(rig.cache, batch))
 
 
-def test_past_max_seq_len(line: Line) -> None:
-    slot = live(line)[0]
+def test_past_max_seq_len(rig: Rig) -> None:
+    slot = live(rig)[0]
     fails(
         f"{MAX + 1}.*{MAX}",
-        lambda: kvp.map_slots(line.cache, jnp.asarray([slot]), jnp.asarray([MAX + 1])),
+        lambda: kvp.map_slots(rig.cache, jnp.asarray([slot]), jnp.asarray([MAX + 1])),
     )
 
 
-def test_negative_token_counts(line: Line) -> None:
-    slot = jnp.asarray([live(line)[0]])
-    fails("-5", lambda: kvp.map_slots(line.cache, slot, jnp.asarray([-5])))
-    fails("-5", lambda: kvp.set_lengths(line.cache, slot, jnp.asarray([-5])))
+def test_negative_token_counts(rig: Rig) -> None:
+    slot = jnp.asarray([live(rig)[0]])
+    fails("-5", lambda: kvp.map_slots(rig.cache, slot, jnp.asarray([-5])))
+    fails("-5", lambda: kvp.set_lengths(rig.cache, slot, jnp.asarray([-5])))
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS, 10**9])
 @pytest.mark.parametrize("op", [append, attend])
-def test_layer_out_of_range(line: Line, layer: int, op: Callable[..., object]) -> None:
-    batch = make_batch([(live(line)[0], 1)])
+def test_layer_out_of_range(rig: Rig, layer: int, op: Callable[..., object]) -> None:
+    batch = make_batch([(live(rig)[0], 1)])
     traced = jnp.asarray(layer, jnp.int32)
     with pytest.raises(ValueError, match=f"layer.*{layer}"):
-        op(line.cache, batch, layer)
-    fails(f"layer.*{layer}.*{LAYERS - 1}", lambda: op(line.cache, batch, traced))
+        op(rig.cache, batch, layer)
+    fails(f"layer.*{layer}.*{LAYERS - 1}", lambda: op(rig.cache, batch, traced))
 
 
 @pytest.mark.parametrize(
     "offsets", [[1, 2, 3], [0, 3, 2], [0, 4, 9], [-1, 0, 1], [0, -3, 2], [0, 2**30, 2**31 - 1]]
 )
 @pytest.mark.parametrize("op", ["append", "attend", "advance"])
-def test_malformed_offsets(line: Line, offsets: list[int], op: str) -> None:
+def test_malformed_offsets(rig: Rig, offsets: list[int], op: str) -> None:
     batch = kvp.Batch(
-        slots=jnp.asarray(live(line), jnp.int32), query_offsets=jnp.asarray(offsets, jnp.int32)
+        slots=jnp.asarray(live(rig), jnp.int32), query_offsets=jnp.asarray(offsets, jnp.int32)
     )
     call = {
-        "append": lambda: append(line.cache, batch),
-        "attend": lambda: attend(line.cache, batch),
-        "advance": lambda: kvp.advance(line.cache, batch),
+        "append": lambda: append(rig.cache, batch),
+        "attend": lambda: attend(rig.cache, batch),
+        "advance": lambda: kvp.advance(rig.cache, batch),
     }[op]
     # `advance` has no token axis to compare the end with: what stops it is that nobody wrote so
     # much.
     fails("offsets|written" if op == "advance" else "offsets", call)
 
 
-def test_raising_a_length_past_what_is_written(line: Line) -> None:
-    slot = live(line)[0]
+def test_raising_a_length_past_what_is_written(rig: Rig) -> None:
+    slot = live(rig)[0]
     ids = jnp.asarray([slot])
-    fails(f"slot {slot}.*21.*20", lambda: kvp.set_lengths(line.cache, ids, jnp.asarray([21])))
+    fails(f"slot {slot}.*21.*20", lambda: kvp.set_lengths(rig.cache, ids, jnp.asarray([21])))
 
 
-def test_advancing_past_what_is_written(line: Line) -> None:
+def test_advancing_past_what_is_written(rig: Rig) -> None:
     """Layer 1 is missing: advancing would let everybody read whatever was there before."""
-    slot = live(line)[0]
+    slot = live(rig)[0]
     batch = make_batch([(slot, 3)])
     k = jnp.zeros((8, KV_HEADS, DIM))
-    cache = line.cache
+    cache = rig.cache
     for layer in (0, 2):
         cache = kvp.append_kv(cache, k, k, batch, layer=layer)
     fails(f"slot {slot}.*(layer|written)", lambda: kvp.advance(cache, batch))
 
 
-def test_a_failed_program_writes_nothing(line: Line) -> None:
+def test_a_failed_program_writes_nothing(rig: Rig) -> None:
     """The batch names one good and one bad slot: the good one's memory is not touched either."""
-    slots = live(line)
+    slots = live(rig)
     bad = make_batch([(slots[0], 1), (slots[0], 1), (slots[1], 1)])
     for _ in range(3):
-        fails("slot", lambda: append(line.cache, bad))
+        fails("slot", lambda: append(rig.cache, bad))
 
 
-def test_failures_do_not_add_up(line: Line) -> None:
+def test_failures_do_not_add_up(rig: Rig) -> None:
     """Pins taken by failed handlers would keep slots from draining, and close from returning."""
-    slot = line.acquire(30)
+    slot = rig.acquire(30)
     for _ in range(20):
-        fails("slot", lambda: attend(line.cache, make_batch([(slot, 1), (99, 1)])))
-    line.cache = line.pool.cache()
-    line.release(slot)
-    jax.block_until_ready(line.cache)
-    assert line.pool.stats().blocks_draining == 0
-    line.pool.trim()
+        fails("slot", lambda: attend(rig.cache, make_batch([(slot, 1), (99, 1)])))
+    rig.cache = rig.pool.cache()
+    rig.release(slot)
+    jax.block_until_ready(rig.cache)
+    assert rig.pool.stats().blocks_draining == 0
+    rig.pool.trim()
 
 
 def test_spec_mistakes_come_together() -> None:
@@ -181,42 +181,42 @@ def _reasons(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_trace_time_mistakes_come_together(line: Line) -> None:
+def test_trace_time_mistakes_come_together(rig: Rig) -> None:
     batch = make_batch([(0, 1)])
     k, v = kv()
     text = _reasons(
         lambda: kvp.paged_attention(
-            jnp.ones((8, 3, 32)), line.cache, batch, layer=7, sinks=jnp.ones(9), sliding_window=0
+            jnp.ones((8, 3, 32)), rig.cache, batch, layer=7, sinks=jnp.ones(9), sliding_window=0
         )
     )
     for word in ("multiple", "32", "layer", "sinks", "sliding_window"):
         assert word in text, text
-    text = _reasons(lambda: kvp.append_kv(line.cache, k[:4], v[:, :1], batch, layer=0))
+    text = _reasons(lambda: kvp.append_kv(rig.cache, k[:4], v[:, :1], batch, layer=0))
     assert "k" in text
     assert "v" in text
     text = _reasons(
-        lambda: kvp.update_and_attend(q(6), k, v, line.cache, batch, layer=0, implementation="tpu")
+        lambda: kvp.update_and_attend(q(6), k, v, rig.cache, batch, layer=0, implementation="tpu")
     )
     assert "tpu" in text
     assert "6" in text
     text = _reasons(
         lambda: kvp.advance(
-            line.cache,
+            rig.cache,
             kvp.Batch(slots=jnp.zeros(2, jnp.int32), query_offsets=jnp.zeros(2, jnp.int32)),
         )
     )
     assert "query_offsets" in text
     text = _reasons(
-        lambda: kvp.map_slots(line.cache, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
+        lambda: kvp.map_slots(rig.cache, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
     )
     assert "num_tokens" in text
-    text = _reasons(lambda: kvp.set_lengths(line.cache, jnp.zeros(2), jnp.zeros(2, jnp.int32)))
+    text = _reasons(lambda: kvp.set_lengths(rig.cache, jnp.zeros(2), jnp.zeros(2, jnp.int32)))
     assert "slots" in text
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
-def test_soft_caps_that_cannot_be(line: Line, value: float) -> None:
+def test_soft_caps_that_cannot_be(rig: Rig, value: float) -> None:
     text = _reasons(
-        lambda: kvp.paged_attention(q(), line.cache, make_batch([]), layer=0, logits_soft_cap=value)
+        lambda: kvp.paged_attention(q(), rig.cache, make_batch([]), layer=0, logits_soft_cap=value)
     )
     assert "soft_cap" in text

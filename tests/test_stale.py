@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, busy, make_batch
+from harness import RUN_TIME_ERRORS, Rig, busy, make_batch
 from mistakes import (
     DIM,
     KV_HEADS,
@@ -31,12 +31,12 @@ import jax_kvpage as kvp
 
 
 @pytest.fixture(params=["fused", "per_layer"])
-def line(request: pytest.FixtureRequest, make_pool) -> Iterator[Line]:
+def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
     yield from two_sequences(make_pool(make_spec(request.param), poison=True))
 
 
-def test_stale_mutator(line: Line) -> None:
-    old, slot = line.cache, live(line)[0]
+def test_stale_mutator(rig: Rig) -> None:
+    old, slot = rig.cache, live(rig)[0]
     batch = make_batch([(slot, 0)])
     new = kvp.advance(old, batch)
     epochs = int(old.epoch[0]), int(new.epoch[0])
@@ -52,14 +52,14 @@ def test_stale_mutator(line: Line) -> None:
         fails(r"pool\.cache\(\)", call)
 
 
-def test_readers_may_be_older_until_something_is_destroyed(line: Line) -> None:
-    slots = live(line)
-    line.append([(slot, 3) for slot in slots])
-    old, batch = line.cache, [make_batch([(slot, 3)]) for slot in slots]
+def test_readers_may_be_older_until_something_is_destroyed(rig: Rig) -> None:
+    slots = live(rig)
+    rig.append([(slot, 3) for slot in slots])
+    old, batch = rig.cache, [make_batch([(slot, 3)]) for slot in slots]
     want = [np.asarray(attend(old, b)) for b in batch]
     new = kvp.advance(kvp.advance(old, batch[0]), batch[1])
     np.testing.assert_array_equal(attend(old, batch[0]), want[0])
-    before = [line.model.lengths[slot] for slot in slots]
+    before = [rig.model.lengths[slot] for slot in slots]
     lowered = kvp.set_lengths(new, jnp.asarray([slots[0]]), jnp.asarray([before[0]]))
     fails("stale", lambda: attend(old, batch[0]))
     np.testing.assert_array_equal(attend(old, batch[1]), want[1])  # the other slot is as it was
@@ -68,69 +68,69 @@ def test_readers_may_be_older_until_something_is_destroyed(line: Line) -> None:
     )
 
 
-def test_a_released_slot_cannot_be_read_through_an_old_cache(line: Line) -> None:
-    slot = line.acquire(40)
-    line.write({slot: 10})
-    line.append([(slot, 1)])
-    old = line.cache
-    line.release(slot)
-    again = line.acquire(40)
+def test_a_released_slot_cannot_be_read_through_an_old_cache(rig: Rig) -> None:
+    slot = rig.acquire(40)
+    rig.write({slot: 10})
+    rig.append([(slot, 1)])
+    old = rig.cache
+    rig.release(slot)
+    again = rig.acquire(40)
     assert again == slot  # adopted at once, with the old request's data in it
     fails("stale", lambda: attend(old, make_batch([(slot, 1)])))
-    line.cache = line.pool.cache()
-    line.release(again)
-    jax.block_until_ready(line.cache)
-    line.pool.trim()
+    rig.cache = rig.pool.cache()
+    rig.release(again)
+    jax.block_until_ready(rig.cache)
+    rig.pool.trim()
 
 
-def test_older_lines_are_stale(line: Line) -> None:
-    old = line.cache
-    line.cache = line.pool.cache()
-    fails("stale|line", lambda: kvp.advance(old, make_batch([])))
+def test_older_lines_are_stale(rig: Rig) -> None:
+    old = rig.cache
+    rig.cache = rig.pool.cache()
+    fails("stale|generation", lambda: kvp.advance(old, make_batch([])))
 
 
-def test_host_calls_with_a_stale_cache_change_nothing(line: Line) -> None:
+def test_host_calls_with_a_stale_cache_change_nothing(rig: Rig) -> None:
     """Nobody knows the slot that a failed acquire took, so it must not stay taken."""
-    old, slot = line.cache, live(line)[0]
+    old, slot = rig.cache, live(rig)[0]
     jax.block_until_ready(kvp.advance(old, make_batch([])))
-    before = line.pool.stats(), line.pool.slot_table()
+    before = rig.pool.stats(), rig.pool.slot_table()
     for _ in range(2 * SLOTS):
-        fails("acquire.*stale", lambda: line.pool.acquire(old, 10)[1])
-        fails("release.*stale", lambda: line.pool.release(old, slot))
-    line.cache = line.pool.cache()
-    after = line.pool.stats(), line.pool.slot_table()
+        fails("acquire.*stale", lambda: rig.pool.acquire(old, 10)[1])
+        fails("release.*stale", lambda: rig.pool.release(old, slot))
+    rig.cache = rig.pool.cache()
+    after = rig.pool.stats(), rig.pool.slot_table()
     assert after[1] == before[1]
     assert after[0].slots_occupied == before[0].slots_occupied
-    line.pool.trim()
+    rig.pool.trim()
 
 
-def test_waiting_for_a_release_that_failed(line: Line) -> None:
+def test_waiting_for_a_release_that_failed(rig: Rig) -> None:
     """The release is queued behind a program that fails: waiting for it ends with that failure."""
-    slot = line.acquire(100)
-    cache = kvp.after(line.cache, busy(1))
+    slot = rig.acquire(100)
+    cache = kvp.after(rig.cache, busy(1))
     bad = append(cache, make_batch([(slot, 1), (slot, 1)]))
-    line.pool.release(bad, slot)
-    line.pool.resize(line.pool.stats().mapped + line.pool.stats().draining)
+    rig.pool.release(bad, slot)
+    rig.pool.resize(rig.pool.stats().mapped + rig.pool.stats().draining)
     with pytest.raises(RUN_TIME_ERRORS, match="twice"):
-        line.pool.acquire(line.cache, 100, wait=True)
-    line.pool.resize("16MiB")
-    line.cache = line.pool.cache()
-    line.model.release(slot)
-    line.pool.trim()
+        rig.pool.acquire(rig.cache, 100, wait=True)
+    rig.pool.resize("16MiB")
+    rig.cache = rig.pool.cache()
+    rig.model.release(slot)
+    rig.pool.trim()
 
 
-def test_check_raises_what_went_wrong(line: Line) -> None:
-    line.pool.check(line.cache)
-    cache = kvp.after(line.cache, busy(1))
-    bad = kvp.advance(cache, make_batch([(live(line)[0], 7)]))
+def test_check_raises_what_went_wrong(rig: Rig) -> None:
+    rig.pool.check(rig.cache)
+    cache = kvp.after(rig.cache, busy(1))
+    bad = kvp.advance(cache, make_batch([(live(rig)[0], 7)]))
     with pytest.raises(RUN_TIME_ERRORS, match="written"):
-        line.pool.check(bad)
+        rig.pool.check(bad)
 
 
-def test_implementations_that_are_not_there(line: Line) -> None:
+def test_implementations_that_are_not_there(rig: Rig) -> None:
     with pytest.raises(ValueError, match=r"cuda.*'cpu'.*implementation='xla'"):
         kvp.paged_attention(
-            q(), line.cache, make_batch([(live(line)[0], 0)]), layer=0, implementation="cuda"
+            q(), rig.cache, make_batch([(live(rig)[0], 0)]), layer=0, implementation="cuda"
         )
 
 
@@ -178,25 +178,25 @@ def test_closed_pool() -> None:
     fails("pool.*closed", lambda: kvp.advance(cache, batch))
 
 
-def test_wrong_pool(line: Line, make_pool) -> None:
-    spec = dataclasses.replace(line.spec, max_slots=SLOTS + 1)
+def test_wrong_pool(rig: Rig, make_pool) -> None:
+    spec = dataclasses.replace(rig.spec, max_slots=SLOTS + 1)
     other = make_pool(spec)
     theirs = other.cache()
-    slot = live(line)[0]
-    for call in (lambda: other.acquire(line.cache, 1), lambda: line.pool.release(theirs, slot)):
+    slot = live(rig)[0]
+    for call in (lambda: other.acquire(rig.cache, 1), lambda: rig.pool.release(theirs, slot)):
         with pytest.raises(ValueError, match="pool"):
             call()
     batch = make_batch([(slot, 1)])
     # A program compiled for one spec, handed the handle of a pool of another.
-    mixed = dataclasses.replace(line.cache, handle=theirs.handle)
+    mixed = dataclasses.replace(rig.cache, handle=theirs.handle)
     fails(f"spec.*max_slots.*{SLOTS}.*{SLOTS + 1}", lambda: append(mixed, batch))
-    nobody = dataclasses.replace(line.cache, handle=jnp.asarray([10**6, 0], jnp.int32))
+    nobody = dataclasses.replace(rig.cache, handle=jnp.asarray([10**6, 0], jnp.int32))
     fails("no pool|unknown|does not exist|1000000", lambda: append(nobody, batch))
 
 
-def test_another_pool_of_the_same_spec(line: Line, make_pool) -> None:
+def test_another_pool_of_the_same_spec(rig: Rig, make_pool) -> None:
     """Its caches fit the programs, but its slots are not this pool's slots."""
-    other = make_pool(line.spec)
+    other = make_pool(rig.spec)
     slot, theirs = other.acquire(other.cache(), 10)
 
     def refuses(own: kvp.KVPool, stranger: kvp.KVCache) -> None:
@@ -205,9 +205,9 @@ def test_another_pool_of_the_same_spec(line: Line, make_pool) -> None:
         fails("cache belongs to pool", lambda: own.release(stranger, slot))
         assert own.slot_table() == before
 
-    refuses(line.pool, theirs)
-    refuses(other, line.cache)
-    # Neither call has touched the line of the pool whose cache was passed.
+    refuses(rig.pool, theirs)
+    refuses(other, rig.cache)
+    # Neither call has touched the generation of the pool whose cache was passed.
     jax.block_until_ready(kvp.advance(theirs, make_batch([(slot, 0)])))
-    jax.block_until_ready(kvp.advance(line.cache, make_batch([])))
-    line.pool.trim()
+    jax.block_until_ready(kvp.advance(rig.cache, make_batch([])))
+    rig.pool.trim()

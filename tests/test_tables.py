@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, make_batch
+from harness import RUN_TIME_ERRORS, Rig, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_numpy import Variant, attend_ragged, check_lse, check_output, rounded
@@ -167,20 +167,20 @@ def test_equals_paged_attention_bit_for_bit(make_pool) -> None:
     """The same tokens in a pool and in pages: one kernel, so one result."""
     spec = kvp.CacheSpec(1, 2, 64, 4, 256, dtype=jnp.float32)
     pool = make_pool(spec)
-    line = Line(pool, group=2)
-    slots = [line.acquire(200), line.acquire(50)]
-    line.write({slots[0]: 175, slots[1]: 47})
-    line.append([(slots[0], 5), (slots[1], 3)])
-    q = line.random_q(8)[0]
+    rig = Rig(pool, group=2)
+    slots = [rig.acquire(200), rig.acquire(50)]
+    rig.write({slots[0]: 175, slots[1]: 47})
+    rig.append([(slots[0], 5), (slots[1], 3)])
+    q = rig.random_q(8)[0]
     tables = np.arange(2 * 13, dtype=np.int32).reshape(2, 13)
     pages = np.zeros((2, 26, 16, 2, 64), np.float32)
     for s, slot in enumerate(slots):
-        for which, x in enumerate(line.model.context(slot, 0)):
+        for which, x in enumerate(rig.model.context(slot, 0)):
             padded = np.zeros((13 * 16, 2, 64), np.float32)
             padded[: len(x)] = x
             pages[which, tables[s]] = padded.reshape(13, 16, 2, 64)
     batch = make_batch([(slots[0], 5), (slots[1], 3)])
-    paged = kvp.paged_attention(jnp.asarray(q), line.cache, batch, layer=0)
+    paged = kvp.paged_attention(jnp.asarray(q), rig.cache, batch, layer=0)
     tabled = kvp.paged_attention_with_tables(
         jnp.asarray(q),
         jnp.asarray(pages[0]),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, busy, make_batch
+from harness import RUN_TIME_ERRORS, Rig, busy, make_batch
 from subprocesses import run_python
 
 import jax_kvpage as kvp
@@ -43,18 +43,18 @@ def _in_threads(*calls: Callable[[], None]) -> None:
 
 
 def test_two_pools_in_two_threads(make_pool) -> None:
-    def work(line: Line) -> Callable[[], None]:
+    def work(rig: Rig) -> Callable[[], None]:
         def run() -> None:
             for i in range(15):
-                slots = [line.acquire(80), line.acquire(30 + i)]
-                line.write({slots[0]: 50 + i, slots[1]: 20 + i})
-                out, _, want, _ = line.step([(slots[0], 10), (slots[1], 3)])
+                slots = [rig.acquire(80), rig.acquire(30 + i)]
+                rig.write({slots[0]: 50 + i, slots[1]: 20 + i})
+                out, _, want, _ = rig.step([(slots[0], 10), (slots[1], 3)])
                 np.testing.assert_allclose(out, want, atol=1e-4)
-                line.release(*slots)
+                rig.release(*slots)
 
         return run
 
-    _in_threads(*[work(Line(make_pool(_spec()), seed=seed)) for seed in range(2)])
+    _in_threads(*[work(Rig(make_pool(_spec()), seed=seed)) for seed in range(2)])
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
@@ -63,16 +63,16 @@ def test_host_calls_beside_running_steps(make_pool, layout: str) -> None:
     nothing moves under them.
     """
     pool = make_pool(_spec(layout), "24MiB", poison=True)
-    line = Line(pool, max_tokens=32)
-    slots = [line.acquire(512), line.acquire(100)]
-    spare = line.acquire(16)
+    rig = Rig(pool, max_tokens=32)
+    slots = [rig.acquire(512), rig.acquire(100)]
+    spare = rig.acquire(16)
     done = threading.Event()
 
     def steps() -> None:
         try:
             for _ in range(40):
-                line.write({slots[0]: 4})
-                out, _, want, _ = line.step([(slots[0], 4), (slots[1], 1)])
+                rig.write({slots[0]: 4})
+                out, _, want, _ = rig.step([(slots[0], 4), (slots[1], 1)])
                 np.testing.assert_allclose(out, want, atol=1e-4)
         finally:
             done.set()
@@ -90,7 +90,7 @@ def test_host_calls_beside_running_steps(make_pool, layout: str) -> None:
             pool.block_map(slots[0])
 
     _in_threads(steps, host, host)
-    line.check_lengths()
+    rig.check_lengths()
 
 
 def test_racing_mutators(make_pool) -> None:
@@ -157,14 +157,14 @@ def test_after_fork() -> None:
         import os, sys, warnings
         import jax, jax.numpy as jnp, numpy as np
         import jax_kvpage as kvp
-        from harness import Line
+        from harness import Rig
 
         warnings.simplefilter("ignore")  # jax's own, about os.fork and its threads
         pool = kvp.KVPool(kvp.CacheSpec(2, 2, 64, 4, 256, dtype=jnp.float32), "8MiB")
-        line = Line(pool)
-        slot = line.acquire(100)
-        line.write({slot: 60})
-        jax.block_until_ready(line.cache)
+        rig = Rig(pool)
+        slot = rig.acquire(100)
+        rig.write({slot: 60})
+        jax.block_until_ready(rig.cache)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -181,10 +181,10 @@ def test_after_fork() -> None:
         assert os.waitpid(child, 0)[1] == 0
         messages = os.read(reader, 10000).decode().splitlines()
         assert len(messages) == 4 and all("fork" in m for m in messages), messages
-        out, _, want, _ = line.step([(slot, 20)])
+        out, _, want, _ = rig.step([(slot, 20)])
         np.testing.assert_allclose(out, want, atol=1e-4)
         pool.extend(slot, 200)
-        line.write({slot: 100})
+        rig.write({slot: 100})
         pool.close()
         print("parent fine")
         """

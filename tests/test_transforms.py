@@ -212,8 +212,8 @@ def test_positions(pool: kvp.KVPool) -> None:
 
 
 def test_dropped_cache_means_no_write(pool: kvp.KVPool) -> None:
-    """No JAX effect: an op whose returned cache nobody uses does not happen, and the line goes on
-    from the old cache.
+    """No JAX effect: an op whose returned cache nobody uses does not happen, and the generation
+    goes on from the old cache.
     """
     q, k, v = (x[0, 0] for x in _tokens(steps=1))
     cache, batch = _start(pool)
@@ -333,7 +333,7 @@ def test_shard_map_keeps_types(pool: kvp.KVPool) -> None:
         out_specs=(P("heads"), heads),
     )
     def sharded(cache, q, k, v, batch):
-        cache = jax.lax.pcast(cache, "heads", to="varying")  # each shard has its own line
+        cache = jax.lax.pcast(cache, "heads", to="varying")  # each shard has its own generation
         return jax.lax.scan(lambda c, x: _unrolled(c, *x, batch), cache, (q, k, v))
 
     cache, got = sharded(cache, q, k, v, batch)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, make_batch
+from harness import Rig, make_batch
 
 import jax_kvpage as kvp
 
@@ -22,21 +22,21 @@ def _spec(dtype: object = jnp.float32, layout: str = "per_layer") -> kvp.CacheSp
 
 
 @pytest.fixture
-def line(make_pool) -> Line:
-    return Line(make_pool(_spec(), poison=True), group=2)
+def rig(make_pool) -> Rig:
+    return Rig(make_pool(_spec(), poison=True), group=2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dot_product_attention_reads_views_unchanged(make_pool, dtype: object) -> None:
     """One new token for every slot; key_value_seq_lengths masks what is not there."""
     pool = make_pool(_spec(dtype), poison=True)
-    line = Line(pool, group=2, query_dtype=dtype)
-    slots = line.acquire_scattered([200, 1, 77])
-    line.write(dict(zip(slots, [199, 0, 40], strict=True)))
-    line.append([(slot, 1) for slot in slots])
-    q = jnp.asarray(line.random_q(4), dtype)
+    rig = Rig(pool, group=2, query_dtype=dtype)
+    slots = rig.acquire_scattered([200, 1, 77])
+    rig.write(dict(zip(slots, [199, 0, 40], strict=True)))
+    rig.append([(slot, 1) for slot in slots])
+    q = jnp.asarray(rig.random_q(4), dtype)
     lengths = np.ones(pool.spec.max_slots, np.int32)
-    for slot, n in line.model.lengths.items():
+    for slot, n in rig.model.lengths.items():
         lengths[slot] = n + 1
 
     @jax.jit
@@ -51,112 +51,112 @@ def test_dot_product_attention_reads_views_unchanged(make_pool, dtype: object) -
         assert k.dtype == dtype
         got = np.asarray(dense(q[layer], k, v, jnp.asarray(lengths)), np.float32)
         batch = make_batch([(slot, 1) for slot in slots])
-        want = kvp.paged_attention(q[layer][jnp.asarray(slots)], line.cache, batch, layer=layer)
+        want = kvp.paged_attention(q[layer][jnp.asarray(slots)], rig.cache, batch, layer=layer)
         tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
         np.testing.assert_allclose(got[slots], np.asarray(want, np.float32), atol=tolerance)
 
 
-def test_views_show_what_was_written_and_zeros_elsewhere(line: Line) -> None:
+def test_views_show_what_was_written_and_zeros_elsewhere(rig: Rig) -> None:
     """Poisoned memory too: nobody sees what an earlier request or the test mode left behind."""
-    first = line.acquire(_MAX)
-    line.write({first: _MAX})
-    line.release(first)
-    jax.block_until_ready(line.cache)
-    slots = line.acquire_scattered([60, 90])
-    line.write({slots[0]: 33, slots[1]: 90})
-    jax.block_until_ready(line.cache)
+    first = rig.acquire(_MAX)
+    rig.write({first: _MAX})
+    rig.release(first)
+    jax.block_until_ready(rig.cache)
+    slots = rig.acquire_scattered([60, 90])
+    rig.write({slots[0]: 33, slots[1]: 90})
+    jax.block_until_ready(rig.cache)
     for layer in range(_LAYERS):
-        for whole, which in zip(line.pool.view(layer), (0, 1), strict=True):
+        for whole, which in zip(rig.pool.view(layer), (0, 1), strict=True):
             got = np.asarray(whole)
-            for slot in range(line.spec.max_slots):
+            for slot in range(rig.spec.max_slots):
                 want = np.zeros((_MAX, 2, 64))
                 if slot in slots:
-                    written = line.model.context(slot, layer)[which]
+                    written = rig.model.context(slot, layer)[which]
                     want[: len(written)] = written
                 np.testing.assert_array_equal(got[slot], want)
                 if slot in slots:
-                    one = line.pool.view(layer, slot)[which]
+                    one = rig.pool.view(layer, slot)[which]
                     assert one.shape == (_MAX, 2, 64)
                     np.testing.assert_array_equal(np.asarray(one), want)
 
 
-def test_views_copy_nothing_and_follow_writes(line: Line) -> None:
-    slot = line.acquire(20)
-    before = line.pool.stats().physical
-    k, v = line.pool.view(1)
-    again, _ = line.pool.view(1)
+def test_views_copy_nothing_and_follow_writes(rig: Rig) -> None:
+    slot = rig.acquire(20)
+    before = rig.pool.stats().physical
+    k, v = rig.pool.view(1)
+    again, _ = rig.pool.view(1)
     assert k.unsafe_buffer_pointer() == again.unsafe_buffer_pointer()
-    one, _ = line.pool.view(1, slot)
+    one, _ = rig.pool.view(1, slot)
     assert one.unsafe_buffer_pointer() == k.unsafe_buffer_pointer() + slot * _MAX * 2 * 64 * 4
     read = jax.jit(lambda k: k + 0)
     assert not np.any(read(k))
-    assert line.pool.stats().physical == before
-    line.write({slot: 20})
-    line.pool.extend(slot, 150)  # mapped where the view had a hole
-    line.write({slot: 130})
-    jax.block_until_ready(line.cache)
-    for view, want in zip((k, v), line.model.context(slot, 1), strict=True):
+    assert rig.pool.stats().physical == before
+    rig.write({slot: 20})
+    rig.pool.extend(slot, 150)  # mapped where the view had a hole
+    rig.write({slot: 130})
+    jax.block_until_ready(rig.cache)
+    for view, want in zip((k, v), rig.model.context(slot, 1), strict=True):
         np.testing.assert_array_equal(np.asarray(read(view))[slot, :150], want)
 
 
-def test_a_view_pins_its_slot(line: Line) -> None:
+def test_a_view_pins_its_slot(rig: Rig) -> None:
     """A released slot that somebody still looks at drains until nobody does, and is not handed out
     meanwhile.
     """
-    slots = [line.acquire(100), line.acquire(100)]
-    line.write({slots[0]: 100, slots[1]: 50})
-    k, v = line.pool.view(0, slots[0])
+    slots = [rig.acquire(100), rig.acquire(100)]
+    rig.write({slots[0]: 100, slots[1]: 50})
+    k, v = rig.pool.view(0, slots[0])
     want = np.asarray(k).copy()
-    line.release(*slots)
-    jax.block_until_ready(line.cache)
-    stats = line.pool.stats()
+    rig.release(*slots)
+    jax.block_until_ready(rig.cache)
+    stats = rig.pool.stats()
     assert stats.blocks_draining == stats.blocks_parked > 0
     for _ in range(3):
-        other = line.acquire(100)
+        other = rig.acquire(100)
         assert other != slots[0]
-        line.write({other: 100})
-    jax.block_until_ready(line.cache)
+        rig.write({other: 100})
+    jax.block_until_ready(rig.cache)
     np.testing.assert_array_equal(np.asarray(k), want)
     del k, v
     gc.collect()
-    assert line.pool.stats().blocks_draining == 0
-    line.acquire(100)
+    assert rig.pool.stats().blocks_draining == 0
+    rig.acquire(100)
 
 
 def test_a_view_outlives_its_pool() -> None:
     """Also after close the memory stays until the last array that shows it is gone."""
     pool = kvp.KVPool(_spec(), "8MiB")
-    line = Line(pool)
-    slot = line.acquire(50)
-    line.write({slot: 50})
-    jax.block_until_ready(line.cache)
+    rig = Rig(pool)
+    slot = rig.acquire(50)
+    rig.write({slot: 50})
+    jax.block_until_ready(rig.cache)
     k, _ = pool.view(0, slot)
-    want = line.model.context(slot, 0)[0]
+    want = rig.model.context(slot, 0)[0]
     pool.close()
-    del pool, line.pool
+    del pool, rig.pool
     gc.collect()
     np.testing.assert_array_equal(np.asarray(jax.jit(lambda x: x * 1)(k))[:50], want)
 
 
 @pytest.mark.parametrize("taken", ["before", "after"])
-def test_views_and_the_next_tenant(line: Line, taken: str) -> None:
+def test_views_and_the_next_tenant(rig: Rig, taken: str) -> None:
     """The whole-arena view sees a slot change hands, never the old tenant's tail behind the new
     one's tokens.
     """
-    slot = line.acquire(100)
-    line.write({slot: 100})
+    slot = rig.acquire(100)
+    rig.write({slot: 100})
     if taken == "before":
-        k, _ = line.pool.view(0)
-    line.release(slot)
-    jax.block_until_ready(line.cache)
-    slot = line.acquire(100)
-    other = line.acquire(256)
-    line.write({slot: 10})
-    line.pool.extend(slot, 200)
-    jax.block_until_ready(line.cache)
+        k, _ = rig.pool.view(0)
+    rig.release(slot)
+    jax.block_until_ready(rig.cache)
+    slot = rig.acquire(100)
+    other = rig.acquire(256)
+    rig.write({slot: 10})
+    rig.pool.extend(slot, 200)
+    jax.block_until_ready(rig.cache)
     if taken == "after":
-        k, _ = line.pool.view(0)
-    np.testing.assert_array_equal(np.asarray(k)[slot, :10], line.model.context(slot, 0)[0])
+        k, _ = rig.pool.view(0)
+    np.testing.assert_array_equal(np.asarray(k)[slot, :10], rig.model.context(slot, 0)[0])
     assert not np.any(np.asarray(k)[slot, 10:])
     assert not np.any(np.asarray(k)[other])
 
@@ -168,7 +168,7 @@ def test_the_fused_layout_has_no_views(make_pool) -> None:
 
 
 @pytest.mark.parametrize(("layer", "slot"), [(2, None), (-1, None), (0, 4), (0, -1)])
-def test_views_out_of_range(line: Line, layer: int, slot: int | None) -> None:
+def test_views_out_of_range(rig: Rig, layer: int, slot: int | None) -> None:
     bad = layer if slot is None else slot
     with pytest.raises((ValueError, IndexError), match=str(bad)):
-        line.pool.view(layer, slot)
+        rig.pool.view(layer, slot)

@@ -17,7 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "tests"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Line, make_batch
+from harness import Rig, make_batch
 from reference_numpy import Variant, attend_ragged, check_lse, check_output, rounded
 
 import jax_kvpage as kvp
@@ -41,9 +41,9 @@ def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
     spec = spec.resolve("cuda" if jax.default_backend() == "gpu" else "cpu")
     capacity = 3 * spec.num_ranges * spec.blocks_per_range * spec.block_bytes
     with kvp.KVPool(spec, capacity, poison=True) as pool:
-        line = Line(pool, group=group, query_dtype=jnp.dtype(query), max_tokens=70)
-        slots = line.acquire_scattered([640, 290, 20])
-        line.write({slots[0]: 601, slots[1]: 211})
+        rig = Rig(pool, group=group, query_dtype=jnp.dtype(query), max_tokens=70)
+        slots = rig.acquire_scattered([640, 290, 20])
+        rig.write({slots[0]: 601, slots[1]: 211})
         heads *= group
         every = Variant(
             scale=0.3,
@@ -57,17 +57,17 @@ def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
             ([(slots[0], 17), (slots[1], 1), (slots[2], 13)], Variant()),
             ([(slots[0], 1), (slots[1], 30), (slots[2], 2)], every),
         ):
-            out, lse, want_out, want_lse = line.step(batch, variant, one_call=variant.scale is None)
+            out, lse, want_out, want_lse = rig.step(batch, variant, one_call=variant.scale is None)
             check_output(out, want_out, jnp.dtype(query), 6.0, config)
             check_lse(lse, want_lse, config)
-        line.cache = kvp.set_lengths(line.cache, jnp.asarray([slots[0]]), jnp.asarray([9]))
-        line.model.truncate(slots[0], 9)
-        line.release(slots[1])
-        line.check_lengths()
+        rig.cache = kvp.set_lengths(rig.cache, jnp.asarray([slots[0]]), jnp.asarray([9]))
+        rig.model.truncate(slots[0], 9)
+        rig.release(slots[1])
+        rig.check_lengths()
         # The plain implementation reads the cache through the gather kernel.
-        out, _, want_out, _ = line.step([(slots[0], 2), (slots[2], 1)], implementation="xla")
+        out, _, want_out, _ = rig.step([(slots[0], 2), (slots[2], 1)], implementation="xla")
         check_output(out, want_out, jnp.dtype(query), 6.0, config)
-        pool.check(line.cache)
+        pool.check(rig.cache)
 
 
 def _tables() -> None:

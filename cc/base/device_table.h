@@ -41,7 +41,7 @@ enum class FaultKind : std::int32_t {
   kNoPool,        // have: id in the handle; never a pool of this device
   kClosed,        // the pool is closed
   kSpec,          // index: which of the eight numbers; wanted: the program's, have: the pool's
-  kLine,          // wanted: the cache's line, have: the pool's
+  kGeneration,    // wanted: the cache's generation, have: the pool's
   kEpoch,         // wanted: the cache's epoch, have: the pool's
   kSlotEpoch,     // slot; wanted: the cache's epoch, have: since[slot]
   kSlotRange,     // slot
@@ -71,21 +71,22 @@ struct Fault {
   std::int64_t have = 0;
 };
 
-// acquire and release both leave a slot with length 0 and nothing written in any layer, so that no line that the host
-// starts (which goes by what stands here) can show a slot's new owner what the last one left.
+// acquire and release both leave a slot with length 0 and nothing written in any layer, so that no generation that the
+// host starts (which goes by what stands here) can show a slot's new owner what the last one left.
 struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire or line: there is no room, whatever the host last said. With on_stale="allow" a
-  // cache value may be of the newest epoch and still show a slot that was released meanwhile, whose memory may be gone.
+  // 1 from release to the next acquire or generation: there is no room, whatever the host last said. With
+  // on_stale="allow" a cache value may be of the newest epoch and still show a slot that was released meanwhile, whose
+  // memory may be gone.
   std::int32_t released = 0;
 };
 
 struct DevicePool {
   std::int32_t id = kEmptyEntry;    // host
   std::int32_t open = 0;            // host
-  std::int32_t line = 0;            // host
+  std::int32_t generation = 0;      // host
   std::int32_t allow_stale = 0;     // host
   std::uint32_t epoch = 0;          // bumped by mutators
   std::uint32_t faulted = 0;        // set by the first fault, cleared by the host

@@ -34,9 +34,9 @@ Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts
                             "'s: " + DescribeDifference(program, pool) + ". Use a cache from a pool of the same spec");
 }
 
-Status OtherLine(Op op, std::int32_t id, std::int64_t cache_line, std::int64_t pool_line) {
-  return FailedPrecondition(op + ": stale cache: it belongs to line " + Number(cache_line) + " of " + Pool(id) +
-                            ", which is at line " + Number(pool_line) +
+Status OtherGeneration(Op op, std::int32_t id, std::int64_t cache_generation, std::int64_t pool_generation) {
+  return FailedPrecondition(op + ": stale cache: it belongs to generation " + Number(cache_generation) + " of " +
+                            Pool(id) + ", which is at generation " + Number(pool_generation) +
                             " since pool.cache() was last called: go on from the cache which that call returned");
 }
 
@@ -69,7 +69,7 @@ Status SlotFree(Op op, std::int32_t slot) {
 
 Status SlotTaken(Op op, std::int32_t slot, const std::string& how) {
   return FailedPrecondition(Slot(op, slot) + " is " + how +
-                            ": use the newest cache, or start a new line with pool.cache()");
+                            ": use the newest cache, or start a new generation with pool.cache()");
 }
 
 Status OffsetsStart(Op op, std::int64_t first) {

@@ -23,7 +23,7 @@ Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool);
 Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts& pool);
 
 // ---- which cache ----
-Status OtherLine(Op op, std::int32_t id, std::int64_t cache_line, std::int64_t pool_line);
+Status OtherGeneration(Op op, std::int32_t id, std::int64_t cache_generation, std::int64_t pool_generation);
 Status StaleEpoch(Op op, std::int32_t id, std::int64_t cache_epoch, std::int64_t pool_epoch);
 Status StaleSlot(Op op, std::int32_t slot, std::int64_t cache_epoch, std::int64_t since);
 

@@ -39,20 +39,21 @@ class Mirror {
   // The first thing that went wrong in a program since the last call, in words; ok when nothing did.
   virtual Status TakeFault() = 0;
 
-  struct SlotState {
+  struct SlotProgress {
     std::int32_t length = 0;
     std::uint32_t since = 0;
     std::vector<std::int32_t> written;  // [num_layers]
   };
-  struct LineState {
+  struct GenerationState {
     std::uint32_t epoch = 0;
-    std::vector<SlotState> slots;
+    std::vector<SlotProgress> slots;
   };
-  // From now on programs of older lines fail their check; then waits until those that passed it are done and reads what
-  // they left behind. When it fails, either line may be the one that programs must have; a later call settles it.
-  virtual Status StartLine(std::int32_t line, LineState* state) = 0;
-  // The new line's state, before any of its programs is queued.
-  virtual Status SetLine(const LineState& state) = 0;
+  // From now on programs of older generations fail their check; then waits until those that passed it are done and
+  // reads what they left behind. When it fails, either generation may be the one that programs must have; a later call
+  // settles it.
+  virtual Status StartGeneration(std::int32_t generation, GenerationState* state) = 0;
+  // The new generation's state, before any of its programs is queued.
+  virtual Status SetGeneration(const GenerationState& state) = 0;
 
   // Programs fail from now on, naming the pool; waits until those that passed their check are done.
   virtual void Close() = 0;

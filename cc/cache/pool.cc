@@ -1,4 +1,4 @@
-// The host side of the pool: claims, releases, lines, capacity.
+// The host side of the pool: claims, releases, generations, capacity.
 #include "cache/pool.h"
 
 #include <pthread.h>
@@ -234,22 +234,22 @@ void Pool::FinishDraining(std::int64_t slot) {
   changed_.notify_all();
 }
 
-Status Pool::NewLine(Line* out) {
-  if (mirror_ != nullptr) return NewLineOnDevice(out);
+Status Pool::NewGeneration(Generation* out) {
+  if (mirror_ != nullptr) return NewGenerationOnDevice(out);
   std::unique_lock<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));
   if (running_ > 0) ++waits_;
   changed_.wait(state, [this] { return running_ == 0 || closed_; });
   KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));
-  ++line_;
+  ++generation_;
   NextEpoch();
-  out->line = line_;
+  out->generation = generation_;
   out->epoch = epoch_;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& row = slots_[i];
     row.since = epoch_;
     if (row.state == SlotState::kDraining) {
-      row.vacated = true;  // its program belongs to the old line and will be refused
+      row.vacated = true;  // its program belongs to the old generation and will be refused
       FinishDraining(static_cast<std::int64_t>(i));
     }
     // Rows beyond the restored length may be half written; nobody may count on them.

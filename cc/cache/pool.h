@@ -60,7 +60,7 @@ struct SlotRow {
 
 // The cache as a program carries it.
 struct CacheRef {
-  std::int32_t line = 0;
+  std::int32_t generation = 0;
   std::uint32_t epoch = 0;
   const std::int32_t* lengths = nullptr;  // [max_slots]
 };
@@ -76,12 +76,12 @@ struct BatchRef {
 class Pool;
 
 // A handler at work: while it lives its slots are pinned, so neither their memory nor their owner changes.
-class Step {
+class PinnedSlots {
  public:
-  Step() = default;
-  ~Step();
-  Step(const Step&) = delete;
-  Step& operator=(const Step&) = delete;
+  PinnedSlots() = default;
+  ~PinnedSlots();
+  PinnedSlots(const PinnedSlots&) = delete;
+  PinnedSlots& operator=(const PinnedSlots&) = delete;
 
   const std::vector<Sequence>& sequences() const { return sequences_; }
   std::uint32_t epoch() const { return epoch_; }  // the cache's next epoch (mutators)
@@ -91,7 +91,7 @@ class Step {
   Pool* pool_ = nullptr;
   std::vector<Sequence> sequences_;
   std::uint32_t epoch_ = 0;
-  std::int64_t written_layer_ = -1;  // marks the new tokens written in this layer when the step ends; -1: nothing
+  std::int64_t written_layer_ = -1;  // marks the new tokens written in this layer when the op ends; -1: nothing
 };
 
 class Pool {
@@ -121,19 +121,19 @@ class Pool {
   void UndoAcquire(const std::vector<std::int32_t>& slots);
   void UndoRelease(const std::vector<std::int32_t>& slots);
   Status Commit(std::int32_t slot, std::int64_t num_tokens);
-  // Waits for running handlers, makes every older cache stale, ends all draining. The new line's lengths are -1 for
-  // free slots.
-  struct Line {
-    std::int32_t line = 0;
+  // Waits for running handlers, makes every older cache stale, ends all draining. The new generation's lengths are -1
+  // for free slots.
+  struct Generation {
+    std::int32_t generation = 0;
     std::uint32_t epoch = 0;
     std::vector<std::int32_t> lengths;
   };
-  Status NewLine(Line* out);
+  Status NewGeneration(Generation* out);
   // Waits until something has drained, at most `seconds`; false when nothing was draining or time ran out.
   bool WaitForDrain(double seconds);
   // The first fault that a program left on the device since the last look, as the status that the program would have
-  // failed with on CPU. Calls that change something raise it too; NewLine, which is the way on after it, and those that
-  // only look do not.
+  // failed with on CPU. Calls that change something raise it too; NewGeneration, which is the way on after it, and
+  // those that only look do not.
   Status TakeFault();
   Status Trim(std::int64_t* freed_blocks);
   Claim Resize(std::int64_t capacity_bytes);
@@ -144,8 +144,8 @@ class Pool {
   bool mirrored() const { return mirror_ != nullptr; }
   // Makes the pool findable by programs under its id.
   Status OpenMirror();
-  // The host's part of map_slots, once the device has checked it: as MapSlots, for a cache of line `line`.
-  Status MapChecked(const char* op, std::int32_t line, const std::int32_t* slots, const std::int32_t* tokens,
+  // The host's part of map_slots, once the device has checked it: as MapSlots, for a cache of generation `generation`.
+  Status MapChecked(const char* op, std::int32_t generation, const std::int32_t* slots, const std::int32_t* tokens,
                     std::int64_t count, bool* ok);
 
   // ---- looking (pool_inspect.cc) ----
@@ -162,7 +162,7 @@ class Pool {
                   std::int64_t count, bool* ok, std::uint32_t* epoch);
   // Starts reading (append false) or writing and possibly reading (append true) one layer.
   Status Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
-               Step* step);
+               PinnedSlots* pinned);
   Status Advance(const char* op, const CacheRef& cache, const BatchRef& batch, std::uint32_t* epoch,
                  std::int32_t* lengths);
   Status SetLengths(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* values,
@@ -174,7 +174,7 @@ class Pool {
                 std::uint32_t* epoch, std::int32_t* lengths);
 
  private:
-  friend class Step;
+  friend class PinnedSlots;
   struct Want {
     std::int32_t slot;
     std::int64_t blocks;  // logical, per range
@@ -199,7 +199,7 @@ class Pool {
   Status PublishRoom(const std::vector<Want>& wants, const std::vector<std::int64_t>& before);
   // Maps what pinned slots want; out of blocks is ok[i] = false.
   Status MapPinned(const char* op, const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok);
-  Status NewLineOnDevice(Line* out);
+  Status NewGenerationOnDevice(Generation* out);
 
   Status ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count, bool occupy,
                      std::uint32_t* epoch, std::int32_t* lengths);
@@ -210,13 +210,13 @@ class Pool {
   void TakeInReleases();         // slots whose release has run on the device are free
   std::int64_t NumDraining() const;
   Status CheckOccupied(const char* op, std::int32_t slot) const;
-  Status CheckLine(const char* op, const CacheRef& cache, bool mutates) const;
+  Status CheckGeneration(const char* op, const CacheRef& cache, bool mutates) const;
   Status CheckSlot(const char* op, const CacheRef& cache, std::int32_t slot);
   Status CheckBatch(const char* op, const CacheRef& cache, const BatchRef& batch, std::vector<Sequence>* sequences);
   std::int64_t Room(const Slot& slot) const;
   std::uint32_t NextEpoch();
   void FinishDraining(std::int64_t slot);
-  void End(Step* step);
+  void End(PinnedSlots* pinned);
   bool PollForDrain(double seconds);
 
   const Geometry geometry_;
@@ -236,7 +236,7 @@ class Pool {
   std::uint64_t stamp_ = 0;
   std::uint64_t parkings_ = 0;
   std::uint32_t epoch_ = 0;
-  std::int32_t line_ = 0;
+  std::int32_t generation_ = 0;
   std::int32_t running_ = 0;
   std::int32_t arena_views_ = 0;
   std::int64_t waits_ = 0;

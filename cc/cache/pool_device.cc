@@ -53,41 +53,41 @@ Status Pool::PublishRoom(const std::vector<Want>& wants, const std::vector<std::
   return status;
 }
 
-Status Pool::MapChecked(const char* op, std::int32_t line, const std::int32_t* slots, const std::int32_t* tokens,
+Status Pool::MapChecked(const char* op, std::int32_t generation, const std::int32_t* slots, const std::int32_t* tokens,
                         std::int64_t count, bool* ok) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
-  Step step;  // pins the slots: their owner stays while blocks are mapped without the state mutex
+  PinnedSlots pinned;  // pins the slots: their owner stays while blocks are mapped without the state mutex
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
     KVPAGE_RETURN_IF_ERROR(CheckOpen(op));
     ++waits_;  // the handler has waited for the device's word
-    // The host may have begun a new line since the device looked: the slots may be somebody else's by now.
-    if (line != line_) return messages::OtherLine(op, id_, line, line_);
+    // The host may have begun a new generation since the device looked: the slots may be somebody else's by now.
+    if (generation != generation_) return messages::OtherGeneration(op, id_, generation, generation_);
     for (std::int64_t i = 0; i < count; ++i) {
       if (slots[i] == -1) continue;
       if (slots[i] < 0 || slots[i] >= geometry_.max_slots)
         return messages::SlotRange(op, slots[i], geometry_.max_slots);
       if (slots_[slots[i]].state == SlotState::kFree) return messages::SlotFree(op, slots[i]);
-      step.sequences_.push_back({slots[i], 0, 0, 0});
+      pinned.sequences_.push_back({slots[i], 0, 0, 0});
     }
-    for (const Sequence& sequence : step.sequences_) ++slots_[sequence.slot].pins;
+    for (const Sequence& sequence : pinned.sequences_) ++slots_[sequence.slot].pins;
     ++running_;
-    step.pool_ = this;
+    pinned.pool_ = this;
   }
   return MapPinned(op, slots, tokens, count, ok);
 }
 
-Status Pool::NewLineOnDevice(Line* out) {
+Status Pool::NewGenerationOnDevice(Generation* out) {
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);  // so no map_slots is at work
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));  // not Enter: a new line is the way out of a fault
+    KVPAGE_RETURN_IF_ERROR(CheckOpen("cache"));  // not Enter: a new generation is the way out of a fault
     // Never the same number twice: when what follows fails, nobody knows which one the device has.
-    ++line_;
+    ++generation_;
   }
-  Mirror::LineState line;
-  KVPAGE_RETURN_IF_ERROR(mirror_->StartLine(line_, &line));
-  ++line.epoch;
+  Mirror::GenerationState generation;
+  KVPAGE_RETURN_IF_ERROR(mirror_->StartGeneration(generation_, &generation));
+  ++generation.epoch;
   std::vector<SlotState> states;
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
@@ -95,25 +95,25 @@ Status Pool::NewLineOnDevice(Line* out) {
     for (const Slot& row : slots_) states.push_back(row.state);
   }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
-    Mirror::SlotState& slot = line.slots[i];
-    slot.since = line.epoch;
+    Mirror::SlotProgress& slot = generation.slots[i];
+    slot.since = generation.epoch;
     if (states[i] != SlotState::kOccupied) slot.length = 0;
     // Rows beyond the restored length may be half written; nobody may count on them.
     for (std::int32_t& written : slot.written) written = std::min(written, slot.length);
   }
-  KVPAGE_RETURN_IF_ERROR(mirror_->SetLine(line));
+  KVPAGE_RETURN_IF_ERROR(mirror_->SetGeneration(generation));
   const std::lock_guard<std::mutex> state(state_mutex_);
-  epoch_ = line.epoch;
-  out->line = line_;
+  epoch_ = generation.epoch;
+  out->generation = generation_;
   out->epoch = epoch_;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& row = slots_[i];
-    // A slot whose release began only now is still occupied in this line.
+    // A slot whose release began only now is still occupied in this generation.
     if (states[i] == SlotState::kDraining && row.state == SlotState::kDraining) {
-      row.vacated = true;  // its program belongs to the old line and will be refused
+      row.vacated = true;  // its program belongs to the old generation and will be refused
       FinishDraining(static_cast<std::int64_t>(i));
     }
-    out->lengths.push_back(states[i] == SlotState::kOccupied ? line.slots[i].length : -1);
+    out->lengths.push_back(states[i] == SlotState::kOccupied ? generation.slots[i].length : -1);
   }
   return {};
 }

@@ -1,7 +1,7 @@
 // What programs do with a pool, called by the FFI handlers while a program runs.
 //
-// Everything a program says is checked against the cache value it carries (line, epoch, lengths) and not against the
-// host's table, which may be ahead of it.
+// Everything a program says is checked against the cache value it carries (generation, epoch, lengths) and not against
+// the host's table, which may be ahead of it.
 #include <algorithm>
 #include <string>
 
@@ -16,7 +16,7 @@ std::string Prefix(const char* op) { return std::string(op) + ": "; }
 
 }  // namespace
 
-Step::~Step() {
+PinnedSlots::~PinnedSlots() {
   if (pool_ != nullptr) pool_->End(this);
 }
 
@@ -43,9 +43,9 @@ std::uint32_t Pool::NextEpoch() {
   return epoch_;
 }
 
-Status Pool::CheckLine(const char* op, const CacheRef& cache, bool mutates) const {
+Status Pool::CheckGeneration(const char* op, const CacheRef& cache, bool mutates) const {
   KVPAGE_RETURN_IF_ERROR(CheckOpen(op));
-  if (cache.line != line_) return messages::OtherLine(op, id_, cache.line, line_);
+  if (cache.generation != generation_) return messages::OtherGeneration(op, id_, cache.generation, generation_);
   const bool stale = mutates && !options_.allow_stale && cache.epoch != epoch_;
   if (stale || Before(epoch_, cache.epoch)) return messages::StaleEpoch(op, id_, cache.epoch, epoch_);
   return {};
@@ -92,12 +92,12 @@ Status Pool::CheckBatch(const char* op, const CacheRef& cache, const BatchRef& b
 }
 
 Status Pool::Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
-                   Step* step) {
+                   PinnedSlots* pinned) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, append));
+  KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, append));
   if (layer < 0 || layer >= geometry_.num_layers) return messages::LayerRange(op, layer, geometry_.num_layers);
-  KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &step->sequences_));
-  for (const Sequence& sequence : step->sequences_) {
+  KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &pinned->sequences_));
+  for (const Sequence& sequence : pinned->sequences_) {
     const Slot& row = slots_[sequence.slot];
     const std::int64_t end = std::int64_t{sequence.position} + sequence.query_length;
     if (end > geometry_.max_seq_len) return messages::MaxSeqLen(op, sequence.slot, end, geometry_.max_seq_len);
@@ -106,20 +106,20 @@ Status Pool::Begin(const char* op, const CacheRef& cache, const BatchRef& batch,
       return messages::Unwritten(op, sequence.slot, layer, end, row.written[layer]);
     }
   }
-  step->pool_ = this;
-  step->written_layer_ = append ? layer : -1;
-  if (append) step->epoch_ = NextEpoch();
-  for (const Sequence& sequence : step->sequences_) ++slots_[sequence.slot].pins;
+  pinned->pool_ = this;
+  pinned->written_layer_ = append ? layer : -1;
+  if (append) pinned->epoch_ = NextEpoch();
+  for (const Sequence& sequence : pinned->sequences_) ++slots_[sequence.slot].pins;
   ++running_;
   return {};
 }
 
-void Pool::End(Step* step) {
+void Pool::End(PinnedSlots* pinned) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  for (const Sequence& sequence : step->sequences_) {
+  for (const Sequence& sequence : pinned->sequences_) {
     Slot& row = slots_[sequence.slot];
-    if (step->written_layer_ >= 0) {
-      std::int32_t& written = row.written[step->written_layer_];
+    if (pinned->written_layer_ >= 0) {
+      std::int32_t& written = row.written[pinned->written_layer_];
       written = std::max(written, sequence.position + sequence.query_length);
     }
     --row.pins;
@@ -133,7 +133,7 @@ Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t*
                       std::int64_t count, bool* ok, std::uint32_t* epoch) {
   bool enough = true;
   const auto check = [&](std::vector<Sequence>* sequences) -> Status {  // state_mutex_ held
-    KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+    KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, true));
     ++stamp_;
     enough = true;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -149,10 +149,10 @@ Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t*
     }
     return {};
   };
-  Step step;  // pins the slots: their owner stays while blocks are mapped without the state mutex
+  PinnedSlots pinned;  // pins the slots: their owner stays while blocks are mapped without the state mutex
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    KVPAGE_RETURN_IF_ERROR(check(&step.sequences_));
+    KVPAGE_RETURN_IF_ERROR(check(&pinned.sequences_));
     if (enough) {
       *epoch = NextEpoch();
       return {};
@@ -162,12 +162,12 @@ Status Pool::MapSlots(const char* op, const CacheRef& cache, const std::int32_t*
   const std::lock_guard<std::mutex> mapping(mapping_mutex_);
   {
     const std::lock_guard<std::mutex> state(state_mutex_);
-    step.sequences_.clear();
-    KVPAGE_RETURN_IF_ERROR(check(&step.sequences_));
+    pinned.sequences_.clear();
+    KVPAGE_RETURN_IF_ERROR(check(&pinned.sequences_));
     *epoch = NextEpoch();
-    for (const Sequence& sequence : step.sequences_) ++slots_[sequence.slot].pins;
+    for (const Sequence& sequence : pinned.sequences_) ++slots_[sequence.slot].pins;
     ++running_;
-    step.pool_ = this;
+    pinned.pool_ = this;
   }
   return MapPinned(op, slots, tokens, count, ok);
 }
@@ -203,7 +203,7 @@ Status Pool::MapPinned(const char* op, const std::int32_t* slots, const std::int
 Status Pool::Advance(const char* op, const CacheRef& cache, const BatchRef& batch, std::uint32_t* epoch,
                      std::int32_t* lengths) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, true));
   std::vector<Sequence> sequences;
   KVPAGE_RETURN_IF_ERROR(CheckBatch(op, cache, batch, &sequences));
   for (const Sequence& sequence : sequences) {
@@ -223,7 +223,7 @@ Status Pool::Advance(const char* op, const CacheRef& cache, const BatchRef& batc
 Status Pool::SetLengths(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* values,
                         std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, true));
   ++stamp_;
   for (std::int64_t i = 0; i < count; ++i) {
     if (slots[i] == -1) continue;
@@ -260,7 +260,7 @@ Status Pool::Vacate(const char* op, const CacheRef& cache, const std::int32_t* s
 Status Pool::ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
                          bool occupy, std::uint32_t* epoch, std::int32_t* lengths) {
   const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckLine(op, cache, true));
+  KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, true));
   ++stamp_;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int32_t slot = slots[i];

@@ -9,7 +9,7 @@
 namespace kvpage {
 namespace {
 
-// Carves arrays out of one allocation, each on a cache line of its own.
+// Carves arrays out of one allocation, each on its own cache line.
 class Carver {
  public:
   template <class T>
@@ -123,9 +123,9 @@ Status DeviceMirror::Drain() {
   return status;
 }
 
-Status DeviceMirror::StartLine(std::int32_t line, LineState* state) {
-  image_->line = line;
-  KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::line)}));
+Status DeviceMirror::StartGeneration(std::int32_t generation, GenerationState* state) {
+  image_->generation = generation;
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::generation)}));
   KVPAGE_RETURN_IF_ERROR(Drain());
   Copy epoch = FieldCopy(&DevicePool::epoch);
   epoch.kind = Copy::kToHost;
@@ -139,10 +139,10 @@ Status DeviceMirror::StartLine(std::int32_t line, LineState* state) {
   return {};
 }
 
-Status DeviceMirror::SetLine(const LineState& state) {
+Status DeviceMirror::SetGeneration(const GenerationState& state) {
   image_->epoch = state.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    const SlotState& row = state.slots[slot];
+    const SlotProgress& row = state.slots[slot];
     slots_[slot] = {rooms_[slot], row.since, row.length, 0};
     std::copy(row.written.begin(), row.written.end(), written_ + slot * geometry_.num_layers);
   }

@@ -33,8 +33,8 @@ class DeviceMirror final : public Mirror {
   bool Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;
-  Status StartLine(std::int32_t line, LineState* state) override;
-  Status SetLine(const LineState& state) override;
+  Status StartGeneration(std::int32_t generation, GenerationState* state) override;
+  Status SetGeneration(const GenerationState& state) override;
   void Close() override;
   std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
 

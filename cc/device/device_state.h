@@ -93,7 +93,7 @@ class DeviceState {
   // Puts a pool into the table; `image` is pinned, its id set. `entry` is where.
   Status AddEntry(DevicePool* image, std::int32_t* entry);
   Status RemoveEntry(std::int32_t entry);
-  // Where a field of an entry lies on the device: Field(entry, &DevicePool::line).
+  // Where a field of an entry lies on the device: Field(entry, &DevicePool::generation).
   template <class T>
   cu::DevicePtr Field(std::int32_t entry, T DevicePool::* field) const {
     static const DevicePool pool;

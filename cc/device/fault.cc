@@ -47,8 +47,8 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       program[std::clamp(fault.index, 0, static_cast<std::int32_t>(program.size()) - 1)] = fault.wanted;
       return messages::OtherSpec(op, id, program, spec);
     }
-    case FaultKind::kLine:
-      return messages::OtherLine(op, id, fault.wanted, fault.have);
+    case FaultKind::kGeneration:
+      return messages::OtherGeneration(op, id, fault.wanted, fault.have);
     case FaultKind::kEpoch:
       return messages::StaleEpoch(op, id, fault.wanted, fault.have);
     case FaultKind::kSlotEpoch:

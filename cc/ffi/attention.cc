@@ -1,13 +1,12 @@
 // Handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and attention
 // over plain page arrays (attend_with_tables).
-#include "kernels/cpu/attention.h"
-
 #include <vector>
 
 #include "ffi/bindings.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
 #include "ffi/thread_pool.h"
+#include "kernels/cpu/kernels.h"
 
 namespace kvpage {
 namespace {
@@ -64,11 +63,11 @@ struct LayerCall {
                const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append) {
     KVPAGE_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
     layer = layer_operand.typed_data()[0];
-    return pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer, append, &step);
+    return pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer, append, &pinned);
   }
 
-  std::shared_ptr<Pool> pool;  // outlives the step
-  Step step;
+  std::shared_ptr<Pool> pool;  // outlives the pins
+  PinnedSlots pinned;
   std::int64_t layer = 0;
 };
 
@@ -78,9 +77,9 @@ ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths,
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(k), /*append=*/true));
-  new_epoch->typed_data()[0] = call.step.epoch();
+  new_epoch->typed_data()[0] = call.pinned.epoch();
   XlaParallel parallel(&threads);
-  return Append(kOp, call.pool->View(), call.layer, call.step.sequences(), k, v, parallel);
+  return Append(kOp, call.pool->View(), call.layer, call.pinned.sequences(), k, v, parallel);
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
@@ -91,7 +90,7 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 le
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false));
   XlaParallel parallel(&threads);
-  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q,
+  return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
                 {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
 }
 
@@ -103,12 +102,12 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/true));
-  new_epoch->typed_data()[0] = call.step.epoch();
+  new_epoch->typed_data()[0] = call.pinned.epoch();
   XlaParallel parallel(&threads);
-  if (ffi::Error error = Append(kOp, call.pool->View(), call.layer, call.step.sequences(), k, v, parallel);
+  if (ffi::Error error = Append(kOp, call.pool->View(), call.layer, call.pinned.sequences(), k, v, parallel);
       error.failure())
     return error;
-  return Attend(kOp, call.pool->View(), call.layer, call.step.sequences(), q,
+  return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
                 {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
 }
 
@@ -118,11 +117,12 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, -1, /*append=*/false));
-  // Rows of the result stand in the order of the batch; the step has the active ones.
+  // Rows of the result stand in the order of the batch; `pinned` has the active ones.
   std::vector<cpu::GatherArgs::Row> rows(slots.element_count());
   for (std::size_t s = 0, active = 0; s < rows.size(); ++s) {
-    if (active == call.step.sequences().size() || call.step.sequences()[active].slot != slots.typed_data()[s]) continue;
-    const Sequence& sequence = call.step.sequences()[active++];
+    if (active == call.pinned.sequences().size() || call.pinned.sequences()[active].slot != slots.typed_data()[s])
+      continue;
+    const Sequence& sequence = call.pinned.sequences()[active++];
     rows[s] = {sequence.slot, sequence.position + sequence.query_length};
   }
   cpu::GatherArgs args;

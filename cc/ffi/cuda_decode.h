@@ -11,7 +11,7 @@
 #include "device/device_state.h"
 #include "device/fault.h"
 #include "ffi/decode.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 
 namespace kvpage {
 

@@ -13,7 +13,7 @@
 
 #include "cache/registry.h"
 #include "ffi/handlers.h"
-#include "kernels/cpu/attention.h"
+#include "kernels/cpu/kernels.h"
 #include "python/cuda_binding.h"
 #include "python/pool_handle.h"
 #include "vmm/limits.h"
@@ -169,11 +169,11 @@ NB_MODULE(_native, m) {
           "commit", [](PoolHandle& s, std::int32_t slot, std::int64_t n) { Raise(s.Commit(slot, n)); }, Release(),
           "slot"_a, "num_tokens"_a)
       .def(
-          "new_line",
+          "new_generation",
           [](PoolHandle& s) {
-            Pool::Line line;
-            Raise(s.NewLine(&line));
-            return std::make_tuple(line.line, line.epoch, line.lengths);
+            Pool::Generation generation;
+            Raise(s.NewGeneration(&generation));
+            return std::make_tuple(generation.generation, generation.epoch, generation.lengths);
           },
           Release())
       .def(

@@ -27,24 +27,24 @@ Status CheckCapacity(const std::string& op, std::int64_t capacity_bytes, std::in
 }
 
 // Where a pool's memory lies, and whom it tells of what it decides.
-struct Place {
+struct PoolMemory {
   std::unique_ptr<Vmm> vmm;
   std::unique_ptr<Mirror> mirror;
   std::int64_t map_limit = 0;
 };
 
-Status OnCpu(const Geometry& geometry, bool fake, Place* place) {
+Status OnCpu(const Geometry& geometry, bool fake, PoolMemory* memory) {
   const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
-  place->map_limit = map_limit > 0 ? map_limit : 1;
-  if (fake) return MakeFakeVmm(geometry.virtual_bytes(), geometry.block_bytes, &place->vmm);
+  memory->map_limit = map_limit > 0 ? map_limit : 1;
+  if (fake) return MakeFakeVmm(geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
   std::unique_ptr<MemfdVmm> vmm;
   KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm));
-  place->vmm = std::move(vmm);
+  memory->vmm = std::move(vmm);
   return {};
 }
 
 Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options, int ordinal,
-              Place* place, std::int64_t* memory_limit) {
+              PoolMemory* memory, std::int64_t* memory_limit) {
   if (CudaTargets().empty()) {
     return FailedPrecondition(
         "KVPool: this build of jax_kvpage has no CUDA backend: install it where nvcc is found (JAX_KVPAGE_CUDA=ON), or "
@@ -60,8 +60,8 @@ Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolO
   KVPAGE_RETURN_IF_ERROR(CudaVmm::Make(device->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));
   std::unique_ptr<DeviceMirror> mirror;
   KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(device, geometry, vmm->base(), options.allow_stale, &mirror));
-  place->vmm = std::move(vmm);
-  place->mirror = std::move(mirror);
+  memory->vmm = std::move(vmm);
+  memory->mirror = std::move(mirror);
   return {};
 }
 
@@ -74,19 +74,19 @@ Status PoolHandle::Open(const SpecInts& spec, std::int64_t block_bytes, std::int
   }
   Geometry geometry;
   KVPAGE_RETURN_IF_ERROR(Geometry::Make(spec, block_bytes, &geometry));
-  Place place;
+  PoolMemory memory;
   if (backend == "cuda") {
-    KVPAGE_RETURN_IF_ERROR(OnCuda(geometry, capacity_bytes, options, device, &place, &memory_limit_));
+    KVPAGE_RETURN_IF_ERROR(OnCuda(geometry, capacity_bytes, options, device, &memory, &memory_limit_));
     memory_owner_ = OfDevice(device);
   } else {
     memory_limit_ = MemoryLimitBytes();
     memory_owner_ = "this machine (or this process's cgroup)";
     KVPAGE_RETURN_IF_ERROR(CheckCapacity("KVPool", capacity_bytes, memory_limit_, memory_owner_));
-    KVPAGE_RETURN_IF_ERROR(OnCpu(geometry, backend == "fake", &place));
+    KVPAGE_RETURN_IF_ERROR(OnCpu(geometry, backend == "fake", &memory));
   }
   std::shared_ptr<Pool> pool;
-  KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(place.vmm), place.map_limit, &pool,
-                                    std::move(place.mirror)));
+  KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(memory.vmm), memory.map_limit, &pool,
+                                    std::move(memory.mirror)));
   Register(pool);
   if (pool->mirrored()) {
     if (Status status = pool->OpenMirror(); !status.ok()) {
@@ -146,10 +146,10 @@ Status PoolHandle::Commit(std::int32_t slot, std::int64_t num_tokens) {
   return pool->Commit(slot, num_tokens);
 }
 
-Status PoolHandle::NewLine(Pool::Line* out) {
+Status PoolHandle::NewGeneration(Pool::Generation* out) {
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Use("cache", &pool));
-  return pool->NewLine(out);
+  return pool->NewGeneration(out);
 }
 
 Status PoolHandle::TakeFault() {

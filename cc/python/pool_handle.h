@@ -45,7 +45,7 @@ class PoolHandle {
   void UndoAcquire(const std::vector<std::int32_t>& slots);
   void UndoRelease(const std::vector<std::int32_t>& slots);
   Status Commit(std::int32_t slot, std::int64_t num_tokens);
-  Status NewLine(Pool::Line* out);
+  Status NewGeneration(Pool::Generation* out);
   Status TakeFault();
   bool WaitForDrain(double seconds);
   Status Trim(std::int64_t* freed_blocks);

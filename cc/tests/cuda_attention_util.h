@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/attend.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 #include "tests/check.h"
 #include "tests/cuda_emulation/emulator.h"
 #include "tests/kernels_util.h"

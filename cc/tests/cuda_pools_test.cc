@@ -72,11 +72,11 @@ TEST(WrongPoolsAndPrograms) {
 
 TEST(TheFirstFaultStays) {
   Head head;
-  const CacheBuffers stale(5, 0, 3, head.lengths), line(5, 1, 0, head.lengths);
+  const CacheBuffers stale(5, 0, 3, head.lengths), generation(5, 1, 0, head.lengths);
   const auto slots = Ints({0}), values = Ints({0});
   const auto epoch = Exactly<std::uint32_t>(1);
   const auto lengths = Exactly<std::int32_t>(kSlots);
-  for (const CacheBuffers* buffers : {&stale, &line}) {
+  for (const CacheBuffers* buffers : {&stale, &generation}) {
     CHECK_OK(cuda::SetLengths(buffers->Operands(DeviceOp::kSetLengths, head.table, head.geometry.spec()), slots.get(),
                               values.get(), 1, epoch.get(), lengths.get(), nullptr));
   }

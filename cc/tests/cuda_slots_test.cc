@@ -147,7 +147,7 @@ void RandomOp(Twins& t) {
       t.MapSlots(t.PickValue(), RandomNamed(t, static_cast<int>(t.geometry().max_seq_len)));
       return;
     case 10:
-      if (Pick(rng, 0, 4) == 0) t.NewLine();
+      if (Pick(rng, 0, 4) == 0) t.NewGeneration();
       return;
     default: {  // reads what was written
       const std::vector<std::int32_t> slots = Occupied(t);
@@ -182,7 +182,8 @@ TEST(RandomProgramsGetTheSameAnswers) {
   };
   for (const DeviceOp op : {DeviceOp::kAppendKV, DeviceOp::kPagedAttention, DeviceOp::kAdvance, DeviceOp::kSetLengths,
                             DeviceOp::kMapSlots, DeviceOp::kAcquire, DeviceOp::kRelease}) {
-    for (const FaultKind kind : {FaultKind::kLine, FaultKind::kEpoch, FaultKind::kSlotRange, FaultKind::kSlotTwice}) {
+    for (const FaultKind kind :
+         {FaultKind::kGeneration, FaultKind::kEpoch, FaultKind::kSlotRange, FaultKind::kSlotTwice}) {
       met(op, kind);
     }
     if (op != DeviceOp::kAcquire) met(op, FaultKind::kSlotFree);

@@ -23,7 +23,7 @@ using Rng = std::mt19937_64;
 inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 
 struct Value {  // of a cache
-  std::int32_t line = 0;
+  std::int32_t generation = 0;
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> lengths;
 };
@@ -49,7 +49,7 @@ class Twins {
         rng_(seed) {
     pool_->set_id(kId);
     rows_.entry().allow_stale = allow_stale;
-    NewLine();
+    NewGeneration();
   }
 
   static constexpr std::int32_t kId = 700;  // its entry is not the first
@@ -71,18 +71,18 @@ class Twins {
   std::int64_t num_passed() const { return passed_; }
 
   // As pool.cache() does on a device.
-  void NewLine() {
-    Pool::Line line;
-    CHECK_OK(pool_->NewLine(&line));
-    value_ = {line.line, line.epoch, line.lengths};
+  void NewGeneration() {
+    Pool::Generation generation;
+    CHECK_OK(pool_->NewGeneration(&generation));
+    value_ = {generation.generation, generation.epoch, generation.lengths};
     DevicePool& entry = rows_.entry();
-    entry.line = line.line;
-    CHECK_EQ(entry.epoch + 1, line.epoch);
-    entry.epoch = line.epoch;
+    entry.generation = generation.generation;
+    CHECK_EQ(entry.epoch + 1, generation.epoch);
+    entry.epoch = generation.epoch;
     for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
       DeviceSlot& row = rows_.slot(slot);
-      row.since = line.epoch;
-      CHECK(line.lengths[slot] < 0 || row.length == line.lengths[slot]) << "slot" << slot << row.length;
+      row.since = generation.epoch;
+      CHECK(generation.lengths[slot] < 0 || row.length == generation.lengths[slot]) << "slot" << slot << row.length;
       for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
         rows_.written(slot, layer) = std::min(rows_.written(slot, layer), row.length);
       }
@@ -104,7 +104,7 @@ class Twins {
     const int kind = Pick(rng_, 0, 39);
     if (kind < 4 && !history_.empty()) value = history_[rng_() % history_.size()];
     if (kind == 4) value.epoch += static_cast<std::uint32_t>(Pick(rng_, 1, 1000));
-    if (kind == 5) value.line += Pick(rng_, 0, 1) * 2 - 1;
+    if (kind == 5) value.generation += Pick(rng_, 0, 1) * 2 - 1;
     return value;
   }
 
@@ -118,9 +118,9 @@ class Twins {
     Value cpu = value;
     Status status;
     {
-      Step step;
-      status = pool_->Begin(OpName(op), Ref(value), Ref(batch), layer, append, &step);
-      if (append && status.ok()) cpu.epoch = step.epoch();
+      PinnedSlots pinned;
+      status = pool_->Begin(OpName(op), Ref(value), Ref(batch), layer, append, &pinned);
+      if (append && status.ok()) cpu.epoch = pinned.epoch();
     }
     Value device = value;
     const Operands operands(this, op, &device, batch.slots, batch.offsets);
@@ -231,7 +231,7 @@ class Twins {
    public:
     Operands(Twins* twins, DeviceOp op, const Value* value, const std::vector<std::int32_t>& slots,
              const std::vector<std::int32_t>& numbers)
-        : buffers_(kId, value->line, value->epoch, value->lengths),
+        : buffers_(kId, value->generation, value->epoch, value->lengths),
           slots_(Exactly(slots)),
           numbers_(Exactly(numbers)),
           aliased_(twins->rng_() % 2 == 0),
@@ -253,7 +253,7 @@ class Twins {
     std::unique_ptr<std::int32_t[]> lengths_;
   };
 
-  static CacheRef Ref(const Value& value) { return {value.line, value.epoch, value.lengths.data()}; }
+  static CacheRef Ref(const Value& value) { return {value.generation, value.epoch, value.lengths.data()}; }
   static BatchRef Ref(const Ragged& batch) {
     return {batch.slots.data(), static_cast<std::int64_t>(batch.slots.size()), batch.offsets.data(), batch.num_tokens};
   }

@@ -11,7 +11,7 @@
 
 #include "base/device_table.h"
 #include "cache/geometry.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 #include "tests/cuda_emulation/emulator.h"
 
 namespace kvpage::testing {
@@ -106,10 +106,10 @@ struct CacheBuffers {
   std::unique_ptr<std::uint32_t[]> epoch = Exactly<std::uint32_t>(1);
   std::unique_ptr<std::int32_t[]> lengths;
 
-  CacheBuffers(std::int32_t id, std::int32_t line, std::uint32_t at, const std::vector<std::int32_t>& of)
+  CacheBuffers(std::int32_t id, std::int32_t generation, std::uint32_t at, const std::vector<std::int32_t>& of)
       : lengths(Exactly(of)) {
     handle[0] = id;
-    handle[1] = line;
+    handle[1] = generation;
     epoch[0] = at;
   }
   cuda::CacheOperands Operands(DeviceOp op, DeviceTable& table, const SpecInts& spec) const {

@@ -143,7 +143,7 @@ TEST(ALineThatCannotBeStartedCanBeStartedLater) {
   const std::int32_t gone = Acquire(pool.get(), &program, 16);
   program.Write(slot, 10);
   CHECK_OK(pool->StartRelease({gone}));
-  Pool::Line line;
+  Pool::Generation generation;
   for (cu::Call call : {cu::Call::kCtxPushCurrent, cu::Call::kEventCreate, cu::Call::kEventRecord,
                         cu::Call::kMemcpyHtoDAsync, cu::Call::kMemcpyDtoHAsync, cu::Call::kStreamSynchronize}) {
     if (pool->Numbers().slots_draining == 0) {
@@ -153,8 +153,8 @@ TEST(ALineThatCannotBeStartedCanBeStartedLater) {
     for (int n = 1; n < 20; ++n) {
       machine.fake().FailAt(call, n, cu::Result::kUnknown);
       const std::int64_t before = machine.fake().faults();
-      line = {};
-      const Status status = pool->NewLine(&line);
+      generation = {};
+      const Status status = pool->NewGeneration(&generation);
       machine.fake().ClearFaults();
       if (machine.fake().faults() == before) break;
       CHECK(Mentions(status, "failed with")) << status.message();
@@ -163,9 +163,9 @@ TEST(ALineThatCannotBeStartedCanBeStartedLater) {
     }
     CHECK(failed > 0) << cu::Symbol(call);
   }
-  CHECK_EQ(line.lengths[slot], 10);
-  CHECK_EQ(line.lengths[gone], -1);
-  program.Use(line);
+  CHECK_EQ(generation.lengths[slot], 10);
+  CHECK_EQ(generation.lengths[gone], -1);
+  program.Use(generation);
   program.Write(slot, 54);
   CHECK_EQ(program.length(slot), 64);
   CHECK_OK(pool->TakeFault());

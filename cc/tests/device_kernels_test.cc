@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "device/fault.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 #include "tests/device_util.h"
 
 namespace kvpage::testing {
@@ -22,11 +22,11 @@ struct Kernels {
     Restart(pool);
   }
   void Restart(Pool* pool) {
-    Pool::Line line;
-    CHECK_OK(pool->NewLine(&line));
-    handle[1] = line.line;
-    epoch = line.epoch;
-    lengths = line.lengths;
+    Pool::Generation generation;
+    CHECK_OK(pool->NewGeneration(&generation));
+    handle[1] = generation.generation;
+    epoch = generation.epoch;
+    lengths = generation.lengths;
   }
   cuda::CacheOperands Cache(DeviceOp op, Pool* pool) {
     cuda::CacheOperands cache;
@@ -91,13 +91,14 @@ TEST(KernelsAndHostAgreeOnTheTable) {
   CHECK_OK(pool->TakeFault());
   CHECK_EQ(program.lengths[slot], 26);
 
-  // A new line restores the length; the old cache is stale.
+  // A new generation restores the length; the old cache is stale.
   Kernels old = program;
   program.Restart(pool.get());
   CHECK_EQ(program.lengths[slot], 26);
   CHECK_EQ(machine.Find(300)->written[slot * kLayers], 26);
   old.Write(pool.get(), slot, 1);
-  CHECK(Mentions(pool->TakeFault(), "append_kv: stale cache: it belongs to line 1 of pool 300, which is at line 2"));
+  CHECK(Mentions(pool->TakeFault(),
+                 "append_kv: stale cache: it belongs to generation 1 of pool 300, which is at generation 2"));
 
   // The release is seen by the host without a call of the driver's, and leaves nothing to the next owner.
   CHECK_OK(pool->StartRelease({slot}));

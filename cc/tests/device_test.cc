@@ -22,7 +22,7 @@ TEST(TableSaysWhatTheHostDecided) {
   for (int i = 0; i < 8; ++i) CHECK_EQ(entry->spec[i], pool->geometry().spec()[i]);
   DeviceProgram program(&machine, 7);
   program.Restart(pool.get());
-  CHECK_EQ(entry->line, 1);
+  CHECK_EQ(entry->generation, 1);
   CHECK_EQ(entry->epoch, program.epoch());
 
   // Room is there before a program can ask for it, in whole blocks and never beyond max_seq_len.
@@ -133,18 +133,18 @@ TEST(NewLineWaitsForWhatPassedItsCheckAndRestoresLengths) {
   CHECK_OK(pool->StartRelease({c}));  // its program will never come
   program.Write(a, 5, /*advance=*/false);
 
-  // A launch that has passed its check still writes when the new line is asked for.
+  // A launch that has passed its check still writes when the new generation is asked for.
   machine.fake().HoldStream(machine.stream());
   std::atomic<bool> ran{false};
   {
     const DeviceState::Queueing queueing(machine.device().get(), machine.stream());
     machine.fake().Enqueue(machine.stream(), [&] { ran = true; });
   }
-  program.Write(a, 1);  // queued, but checked only after the line is said to be over
+  program.Write(a, 1);  // queued, but checked only after the generation is said to be over
   std::atomic<bool> done{false};
-  Pool::Line line;
+  Pool::Generation generation;
   std::thread restart([&] {
-    CHECK_OK(pool->NewLine(&line));
+    CHECK_OK(pool->NewGeneration(&generation));
     CHECK(ran);
     done = true;
   });
@@ -154,20 +154,20 @@ TEST(NewLineWaitsForWhatPassedItsCheckAndRestoresLengths) {
   machine.fake().ReleaseStream(machine.stream());
   restart.join();
   CHECK_EQ(pool->Numbers().waits, 1);
-  CHECK_EQ(line.line, 2);
-  CHECK_EQ(line.lengths[a], 10);
-  CHECK_EQ(line.lengths[b], -1);
-  CHECK_EQ(line.lengths[c], -1);
+  CHECK_EQ(generation.generation, 2);
+  CHECK_EQ(generation.lengths[a], 10);
+  CHECK_EQ(generation.lengths[b], -1);
+  CHECK_EQ(generation.lengths[c], -1);
   CHECK_EQ(pool->Numbers().slots_draining, 0);
   const DevicePool* entry = machine.Find(1);
   CHECK_EQ(entry->slots[a].room, 64);
-  CHECK_EQ(entry->slots[a].since, line.epoch);
+  CHECK_EQ(entry->slots[a].since, generation.epoch);
   CHECK_EQ(entry->written[a * kLayers], 10);  // rows beyond may be half written
   CHECK_EQ(entry->slots[c].length, 0);
   const Status stale = pool->TakeFault();
-  CHECK(Mentions(stale, "append_kv: stale cache: it belongs to line 1 of pool 1, which is at line 2"))
+  CHECK(Mentions(stale, "append_kv: stale cache: it belongs to generation 1 of pool 1, which is at generation 2"))
       << stale.message();
-  program.Use(line);
+  program.Use(generation);
   program.Write(a, 1);
   CHECK_EQ(program.length(a), 11);
   CHECK_OK(pool->TakeFault());
@@ -231,9 +231,9 @@ TEST(FaultsAreRaisedOnceByTheNextCall) {
     CHECK_OK(pool->TakeFault());
     CHECK_EQ(machine.Find(1)->faulted, 0u);
   }
-  program.Write(slot, 16);  // the line was never broken
+  program.Write(slot, 16);  // the generation was never broken
   CHECK_EQ(program.length(slot), 16);
-  // A new line is the way on after a fault, which waits to be asked for.
+  // A new generation is the way on after a fault, which waits to be asked for.
   provoke();
   program.Restart(pool.get());
   CHECK(Mentions(pool->TakeFault(), text));
@@ -370,8 +370,8 @@ TEST(ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   machine.fake().Enqueue(replay, [] {});
   std::atomic<bool> done{false};
   std::thread restart([&] {
-    Pool::Line line;
-    CHECK_OK(pool->NewLine(&line));
+    Pool::Generation generation;
+    CHECK_OK(pool->NewGeneration(&generation));
     done = true;
   });
   Pause();
@@ -398,7 +398,7 @@ TEST(MapSlotsIsMappedByTheHostOnceChecked) {
   CHECK_EQ(machine.Find(1)->slots[a].room, 48);
   CHECK_EQ(machine.Find(1)->slots[b].room, 16);
   CHECK_EQ(pool->Numbers().waits, 1);
-  CHECK(Mentions(pool->MapChecked("map_slots", 0, slots, tokens, 3, ok), "stale cache: it belongs to line 0"));
+  CHECK(Mentions(pool->MapChecked("map_slots", 0, slots, tokens, 3, ok), "stale cache: it belongs to generation 0"));
   const std::int32_t free_slot = 3;
   CHECK(Mentions(pool->MapChecked("map_slots", 1, &free_slot, tokens, 1, ok), "slot 3 is free"));
   const std::int32_t wild = 4;

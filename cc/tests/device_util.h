@@ -130,14 +130,14 @@ class DeviceProgram {
   }
 
   void Restart(Pool* pool) {
-    Pool::Line line;
-    CHECK_OK(pool->NewLine(&line));
-    Use(line);
+    Pool::Generation generation;
+    CHECK_OK(pool->NewGeneration(&generation));
+    Use(generation);
   }
-  void Use(const Pool::Line& line) {
-    state_->line = line.line;
-    state_->epoch = line.epoch;
-    state_->lengths = line.lengths;
+  void Use(const Pool::Generation& generation) {
+    state_->generation = generation.generation;
+    state_->epoch = generation.epoch;
+    state_->lengths = generation.lengths;
   }
   void set_stream(cu::Stream stream) { stream_ = stream; }
   std::int32_t length(std::int32_t slot) const { return state_->lengths[slot]; }
@@ -178,7 +178,7 @@ class DeviceProgram {
  private:
   struct State {
     DevicePool* table = nullptr;
-    std::int32_t id = 0, line = 0;
+    std::int32_t id = 0, generation = 0;
     std::uint32_t epoch = 0;
     std::vector<std::int32_t> lengths;
     int launches = 0;
@@ -208,7 +208,8 @@ class DeviceProgram {
     DevicePool* pool = Machine::Find(state->table, state->id);
     if (pool == nullptr) return fail(&state->table[kMaxDevicePools], FaultKind::kNoPool, 0, state->id);
     if (pool->open == 0) return fail(pool, FaultKind::kClosed, 0, 0);
-    if (pool->line != state->line) return fail(pool, FaultKind::kLine, state->line, pool->line);
+    if (pool->generation != state->generation)
+      return fail(pool, FaultKind::kGeneration, state->generation, pool->generation);
     if (pool->epoch != state->epoch) return fail(pool, FaultKind::kEpoch, state->epoch, pool->epoch);
     if (op == DeviceOp::kAcquire ? state->lengths[slot] >= 0 : state->lengths[slot] < 0) {
       return fail(pool, op == DeviceOp::kAcquire ? FaultKind::kSlotTaken : FaultKind::kSlotFree, 0, 0);

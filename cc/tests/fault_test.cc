@@ -44,9 +44,9 @@ TEST(FaultsReadAsOnCpu) {
   const auto begin = [&](const char* op, CacheRef cache, std::vector<std::int32_t> slots,
                          std::vector<std::int32_t> offsets, std::int64_t layer, bool append,
                          std::int64_t tokens) -> Status {
-    Step step;
+    PinnedSlots pinned;
     return pool->Begin(op, cache, {slots.data(), static_cast<std::int64_t>(slots.size()), offsets.data(), tokens},
-                       layer, append, &step);
+                       layer, append, &pinned);
   };
   const auto append = [&](CacheRef cache, std::vector<std::int32_t> slots, std::vector<std::int32_t> offsets,
                           std::int64_t tokens = 100, std::int64_t layer = 0) {
@@ -56,8 +56,8 @@ TEST(FaultsReadAsOnCpu) {
   using Kind = FaultKind;
 
   CacheRef cache = good;
-  cache.line = 0;
-  same(Make(Op::kAppendKV, Kind::kLine, -1, 0, good.line), append(cache, {a}, {0, 1}));
+  cache.generation = 0;
+  same(Make(Op::kAppendKV, Kind::kGeneration, -1, 0, good.generation), append(cache, {a}, {0, 1}));
   cache = good;
   cache.epoch -= 1;
   same(Make(Op::kAppendKV, Kind::kEpoch, -1, cache.epoch, good.epoch), append(cache, {a}, {0, 1}));

@@ -17,8 +17,8 @@
 
 #include "base/dtype.h"
 #include "base/parallel.h"
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/kernels.h"
 
 namespace kvpage::testing {
 

@@ -1,4 +1,4 @@
-// The pool's state machine over real mappings: claims, releases, adoption, pressure, lines, stale caches.
+// The pool's state machine over real mappings: claims, releases, adoption, pressure, generations, stale caches.
 #include <cstring>
 
 #include "tests/pool_util.h"
@@ -156,9 +156,9 @@ TEST(AReaderKeepsItsSlotDraining) {
   {
     CHECK_OK(program.Write(slot, 1));
     CHECK_OK(program.SetLength(slot, 3));
-    Step step;
-    CHECK_OK(program.Begin(slot, 1, 0, true, &step));
-    program.SetEpoch(step.epoch());
+    PinnedSlots pinned;
+    CHECK_OK(program.Begin(slot, 1, 0, true, &pinned));
+    program.SetEpoch(pinned.epoch());
     program.Release(slot);
     CHECK_EQ(pool->Numbers().slots_draining, 1) << "a handler is still at work on it";
   }
@@ -171,9 +171,9 @@ TEST(AStepThatEndsDoesNotEndTheDraining) {
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   {
-    Step step;
-    CHECK_OK(program.Begin(slot, 1, 0, true, &step));
-    program.SetEpoch(step.epoch());
+    PinnedSlots pinned;
+    CHECK_OK(program.Begin(slot, 1, 0, true, &pinned));
+    program.SetEpoch(pinned.epoch());
     CHECK_OK(pool->StartRelease({slot}));
   }
   CHECK_EQ(pool->Numbers().slots_draining, 1) << "programs queued before the release may still come";
@@ -192,8 +192,8 @@ TEST(StaleCachesAreRefused) {
   CHECK(status.code() == Code::kFailedPrecondition);
   CHECK(Mentions(status, "stale cache")) << status.message();
   Program reader = old;  // reads of positions that are still there are fine
-  Step step;
-  CHECK_OK(reader.Begin(slot, 1, 0, false, &step));
+  PinnedSlots pinned;
+  CHECK_OK(reader.Begin(slot, 1, 0, false, &pinned));
 }
 
 TEST(ADestructiveChangeStopsOldReaders) {
@@ -203,8 +203,8 @@ TEST(ADestructiveChangeStopsOldReaders) {
   CHECK_OK(program.Write(slot, 2));
   Program old = program;
   CHECK_OK(program.SetLength(slot, 1));
-  Step step;
-  CHECK(Mentions(old.Begin(slot, 1, 0, true, &step), "rolled back"));
+  PinnedSlots pinned;
+  CHECK(Mentions(old.Begin(slot, 1, 0, true, &pinned), "rolled back"));
 }
 
 TEST(AStepMayBeRepeatedWhenAllowed) {
@@ -222,8 +222,8 @@ TEST(NobodyReadsWhatWasNotWritten) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
-  Step step;
-  CHECK(Mentions(program.Begin(slot, 1, 0, false, &step), "0 written"));
+  PinnedSlots pinned;
+  CHECK(Mentions(program.Begin(slot, 1, 0, false, &pinned), "0 written"));
   const std::int32_t offsets[] = {0, 1};
   std::uint32_t epoch = 0;
   std::int32_t lengths[kSlots];
@@ -237,10 +237,10 @@ TEST(BadBatchesAreRefusedByName) {
   const std::int32_t slot = program.Acquire(16);
   const auto begin = [&](std::vector<std::int32_t> slots, std::vector<std::int32_t> offsets, std::int64_t tokens,
                          std::int64_t layer = 0) {
-    Step step;
+    PinnedSlots pinned;
     return pool->Begin("append_kv", program.cache(),
                        {slots.data(), static_cast<std::int64_t>(slots.size()), offsets.data(), tokens}, layer, true,
-                       &step);
+                       &pinned);
   };
   CHECK(Mentions(begin({slot}, {1, 2}, 2), "wanted 0"));
   CHECK(Mentions(begin({slot, -1}, {0, 2, 1}, 2), "must not decrease"));
@@ -269,7 +269,7 @@ TEST(ANewLineRestoresLengths) {
   CHECK_EQ(pool->Numbers().slots_draining, 0);
   CHECK_OK(program.Write(kept, 1));
   Program stale = old;
-  CHECK(Mentions(stale.Write(kept, 1), "belongs to line 1"));
+  CHECK(Mentions(stale.Write(kept, 1), "belongs to generation 1"));
 }
 
 TEST(TrimAndResizeGiveMemoryBack) {

@@ -1,4 +1,4 @@
-// Many threads at one pool, for ThreadSanitizer: two lines of programs, host calls, looks, a close in the middle.
+// Many threads at one pool, for ThreadSanitizer: two generations of programs, host calls, looks, a close in the middle.
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -23,15 +23,15 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
     }
     const std::int32_t slot = claim.slots[0];
     const std::int32_t offsets[] = {0, 4};
-    // Two lines of one pool make each other's caches stale now and then: that is a status, never a race.
+    // Two generations of one pool make each other's caches stale now and then: that is a status, never a race.
     if (pool->Occupy("acquire", {1, epoch, lengths.data()}, &slot, 1, &epoch, lengths.data()).ok()) {
       for (std::int32_t tokens = 20; tokens <= 40; tokens += 20) {
         bool ok = false;
         static_cast<void>(pool->MapSlots("map_slots", {1, epoch, lengths.data()}, &slot, &tokens, 1, &ok, &epoch));
-        Step step;
-        if (pool->Begin("append_kv", {1, epoch, lengths.data()}, {&slot, 1, offsets, 4}, 0, true, &step).ok()) {
-          std::memset(view.At(slot, step.sequences()[0].position, 0, 0, 0), round, 64);
-          epoch = step.epoch();
+        PinnedSlots pinned;
+        if (pool->Begin("append_kv", {1, epoch, lengths.data()}, {&slot, 1, offsets, 4}, 0, true, &pinned).ok()) {
+          std::memset(view.At(slot, pinned.sequences()[0].position, 0, 0, 0), round, 64);
+          epoch = pinned.epoch();
           completed->fetch_add(1);
         }
       }
@@ -46,9 +46,9 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
 
 TEST(TwoLinesAndAnObserver) {
   auto pool = MakePool(SmallGeometry(), 12, {/*allow_stale=*/true, false});
-  Pool::Line line;
-  CHECK_OK(pool->NewLine(&line));
-  std::atomic<std::uint32_t> newest{line.epoch};
+  Pool::Generation generation;
+  CHECK_OK(pool->NewGeneration(&generation));
+  std::atomic<std::uint32_t> newest{generation.epoch};
   std::atomic<int> completed{0};
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
@@ -76,8 +76,8 @@ TEST(CloseWaitsForRunningSteps) {
     std::atomic<bool> begun{false};
     std::atomic<bool> ended{false};
     std::thread worker([&] {
-      Step step;
-      const bool ok = program.Begin(slot, 1, 0, true, &step).ok();
+      PinnedSlots pinned;
+      const bool ok = program.Begin(slot, 1, 0, true, &pinned).ok();
       begun = true;
       if (ok) std::memset(pool->View().At(slot, 0, 0, 0, 0), 1, 64);
       std::this_thread::yield();
@@ -85,7 +85,7 @@ TEST(CloseWaitsForRunningSteps) {
     });
     while (!begun.load()) std::this_thread::yield();
     pool->Close();
-    CHECK(ended.load()) << "close returned while a step ran";
+    CHECK(ended.load()) << "close returned while an op ran";
     worker.join();
   }
 }

@@ -92,13 +92,13 @@ class Program {
   explicit Program(Pool* pool) : pool_(pool) { Restart(); }
 
   void Restart() {
-    Pool::Line line;
-    CHECK_OK(pool_->NewLine(&line));
-    line_ = line.line;
-    epoch_ = line.epoch;
-    lengths_ = line.lengths;
+    Pool::Generation generation;
+    CHECK_OK(pool_->NewGeneration(&generation));
+    generation_ = generation.generation;
+    epoch_ = generation.epoch;
+    lengths_ = generation.lengths;
   }
-  CacheRef cache() const { return {line_, epoch_, lengths_.data()}; }
+  CacheRef cache() const { return {generation_, epoch_, lengths_.data()}; }
   void SetEpoch(std::uint32_t epoch) { epoch_ = epoch; }
   std::int32_t length(std::int32_t slot) const { return lengths_[slot]; }
 
@@ -120,17 +120,17 @@ class Program {
   // Appends `count` tokens in every layer and advances.
   Status Write(std::int32_t slot, std::int32_t count) {
     for (std::int64_t layer = 0; layer < pool_->geometry().num_layers; ++layer) {
-      Step step;
-      if (Status status = Begin(slot, count, layer, true, &step); !status.ok()) return status;
-      epoch_ = step.epoch();
+      PinnedSlots pinned;
+      if (Status status = Begin(slot, count, layer, true, &pinned); !status.ok()) return status;
+      epoch_ = pinned.epoch();
     }
     const std::int32_t offsets[] = {0, count};
     return pool_->Advance("advance", cache(), {&slot, 1, offsets, -1}, &epoch_, lengths_.data());
   }
-  Status Begin(std::int32_t slot, std::int32_t count, std::int64_t layer, bool append, Step* step) {
+  Status Begin(std::int32_t slot, std::int32_t count, std::int64_t layer, bool append, PinnedSlots* pinned) {
     const std::int32_t offsets[] = {0, count};
     return pool_->Begin(append ? "append_kv" : "paged_attention", cache(), {&slot, 1, offsets, count}, layer, append,
-                        step);
+                        pinned);
   }
   Status Map(std::int32_t slot, std::int32_t tokens, bool* ok) {
     return pool_->MapSlots("map_slots", cache(), &slot, &tokens, 1, ok, &epoch_);
@@ -141,7 +141,7 @@ class Program {
 
  private:
   Pool* const pool_;
-  std::int32_t line_ = 0;
+  std::int32_t generation_ = 0;
   std::uint32_t epoch_ = 0;
   std::vector<std::int32_t> lengths_;
 };

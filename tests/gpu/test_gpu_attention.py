@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CONFIGS, Case, Config, Lines, cases
-from harness import Line, input_dtype
+from attention_cases import CONFIGS, Case, Config, Rigs, cases
+from harness import Rig, input_dtype
 from hypothesis import given, settings
 from reference_numpy import Variant, check_lse, check_output
 from test_attention_property import (
@@ -39,31 +39,31 @@ _MORE = [
 
 
 @pytest.fixture(scope="module")
-def lines(platform: str) -> Iterator[Lines]:
+def rigs(platform: str) -> Iterator[Rigs]:
     """Blocks of 32 tokens where the layout may pad them: a context is many mappings here too."""
-    lines = Lines("512MiB" if platform == "cuda" else "64MiB", block_tokens=32)
-    yield lines
-    lines.close()
+    rigs = Rigs("512MiB" if platform == "cuda" else "64MiB", block_tokens=32)
+    yield rigs
+    rigs.close()
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, *_MORE], ids=str)
-def test_equals_float64(lines: Lines, config: Config, implementation: str) -> None:
+def test_equals_float64(rigs: Rigs, config: Config, implementation: str) -> None:
     @settings(max_examples=20)
     @given(cases(config))
     def check(case: Case) -> None:
-        lines.check(config, case, implementation)
+        rigs.check(config, case, implementation)
 
     check()
 
 
 @pytest.mark.parametrize("config", [CONFIGS[i] for i in (2, 5, 12)], ids=str)
-def test_plain_implementation_equals_float64(lines: Lines, config: Config) -> None:
+def test_plain_implementation_equals_float64(rigs: Rigs, config: Config) -> None:
     """`implementation="xla"` reads the cache through the gather kernel."""
 
     @settings(max_examples=8)
     @given(cases(config, few_programs=True))
     def check(case: Case) -> None:
-        lines.check(config, case, "xla")
+        rigs.check(config, case, "xla")
 
     check()
 
@@ -76,25 +76,25 @@ def test_kernels_equal_the_plain_implementation(make_pool, config: Config, preci
         2, config.num_kv_heads, config.head_dim, 4, 700, dtype=jnp.dtype(config.storage)
     )
     pool = make_pool(spec, "256MiB", on_stale="allow", poison=True)
-    line = Line(pool, group=config.group, query_dtype=jnp.dtype(config.query), max_tokens=80)
-    slots = [line.acquire(n) for n in (690, 300, 60)]
-    line.write({slots[0]: 650, slots[1]: 257})
+    rig = Rig(pool, group=config.group, query_dtype=jnp.dtype(config.query), max_tokens=80)
+    slots = [rig.acquire(n) for n in (690, 300, 60)]
+    rig.write({slots[0]: 650, slots[1]: 257})
     batch = kvp.Batch.from_lengths(slots, [1, 33, 46])
-    k, v = line.random_kv(80)
+    k, v = rig.random_kv(80)
     for layer in range(2):
         dtype = input_dtype(pool.spec)
-        line.cache = kvp.append_kv(
-            line.cache,
+        rig.cache = kvp.append_kv(
+            rig.cache,
             jnp.asarray(k[layer], dtype),
             jnp.asarray(v[layer], dtype),
             batch,
             layer=layer,
         )
-    q = jnp.asarray(line.random_q(80)[0], jnp.dtype(config.query))
+    q = jnp.asarray(rig.random_q(80)[0], jnp.dtype(config.query))
     with jax.default_matmul_precision(precision):
         outs = [
             kvp.paged_attention(
-                q, line.cache, batch, layer=1, logits_soft_cap=20.0, implementation=implementation
+                q, rig.cache, batch, layer=1, logits_soft_cap=20.0, implementation=implementation
             )
             for implementation in (None, "xla")
         ]
@@ -111,11 +111,11 @@ def test_long_contexts(make_pool, layout: str, dtype: str) -> None:
     spec = kvp.CacheSpec(1, heads, dim, 5, 6000, dtype=jnp.dtype(dtype), layout=layout)
     pool = make_pool(spec, "512MiB", poison=True)
     query = input_dtype(spec)
-    line = Line(pool, group=2, query_dtype=query, max_tokens=1024, max_sequences=4)
+    rig = Rig(pool, group=2, query_dtype=query, max_tokens=1024, max_sequences=4)
     lengths = (255, 511, 1030, 5500)
-    slots = line.acquire_scattered([n + 20 for n in lengths])
-    line.write(dict(zip(slots, lengths, strict=True)))
-    line.max_tokens = 16
+    slots = rig.acquire_scattered([n + 20 for n in lengths])
+    rig.write(dict(zip(slots, lengths, strict=True)))
+    rig.max_tokens = 16
     for sequences, variant in (
         ([(slots[3], 1)], Variant()),
         ([(slots[0], 1), (slots[1], 5), (slots[2], 1), (slots[3], 3)], Variant()),
@@ -124,7 +124,7 @@ def test_long_contexts(make_pool, layout: str, dtype: str) -> None:
             Variant(sliding_window=700, sinks=np.linspace(-1, 1, 2 * heads, dtype=np.float32)),
         ),
     ):
-        out, lse, want_out, want_lse = line.step(sequences, variant)
+        out, lse, want_out, want_lse = rig.step(sequences, variant)
         check_output(out, want_out, query, 6.0)
         check_lse(lse, want_lse)
 
@@ -134,14 +134,14 @@ def test_more_sequences_than_multiprocessors(make_pool, new: int) -> None:
     """A batch of many sequences, ragged, with padding among them."""
     spec = kvp.CacheSpec(1, 2, 64, 160, 400, dtype=jnp.bfloat16, block_tokens=64)
     pool = make_pool(spec, "1GiB")
-    line = Line(pool, group=4, query_dtype=jnp.bfloat16, max_tokens=160 * 2 + 2 * new)
-    line.max_sequences = 170
+    rig = Rig(pool, group=4, query_dtype=jnp.bfloat16, max_tokens=160 * 2 + 2 * new)
+    rig.max_sequences = 170
     lengths = [1 + 37 * i % 250 for i in range(150)]
-    slots = line.acquire_scattered([n + new + 1 for n in lengths])
-    line.write(dict(zip(slots, lengths, strict=True)))
+    slots = rig.acquire_scattered([n + new + 1 for n in lengths])
+    rig.write(dict(zip(slots, lengths, strict=True)))
     sequences = [(slot, 1 + i % 2) for i, slot in enumerate(slots)]
     sequences[7:7] = [(-1, 0)] * 10
     sequences[3] = (sequences[3][0], new)
-    out, lse, want_out, want_lse = line.step(sequences)
+    out, lse, want_out, want_lse = rig.step(sequences)
     check_output(out, want_out, jnp.bfloat16, 6.0)
     check_lse(lse, want_lse)

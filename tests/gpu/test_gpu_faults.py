@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import RUN_TIME_ERRORS, Line, make_batch, settle
+from harness import RUN_TIME_ERRORS, Rig, make_batch, settle
 from mistakes import append, attend, fails, kv, live, make_spec, q, two_sequences
 from test_failure_recovery import _spec as recovery_spec
 from test_failure_recovery import (
@@ -72,11 +72,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def line(make_pool) -> Iterator[Line]:
+def rig(make_pool) -> Iterator[Rig]:
     """Blocks of 32 tokens, which only the fused layout may pad to what can be mapped here."""
     with warnings.catch_warnings():
-        # A new line says which faults nobody asked for: tests here leave some on purpose.
-        warnings.filterwarnings("ignore", "before this new line", RuntimeWarning)
+        # A new generation says which faults nobody asked for: tests here leave some on purpose.
+        warnings.filterwarnings("ignore", "before this new generation", RuntimeWarning)
         yield from two_sequences(make_pool(make_spec("fused"), poison=True))
 
 
@@ -85,59 +85,59 @@ def pool(make_pool) -> kvp.KVPool:
     return make_pool(recovery_spec("fused"), "8MiB", poison=True)
 
 
-def _nothing_written(line: Line, bad: kvp.Batch) -> None:
+def _nothing_written(rig: Rig, bad: kvp.Batch) -> None:
     """Layer by layer, what the slots hold is what they held."""
-    slots = live(line)
+    slots = live(rig)
     good = make_batch([(slot, 1) for slot in slots])
-    line.append([(slot, 1) for slot in slots])
-    before = [np.asarray(attend(line.cache, good, layer)) for layer in range(3)]
+    rig.append([(slot, 1) for slot in slots])
+    before = [np.asarray(attend(rig.cache, good, layer)) for layer in range(3)]
     for layer in range(3):
-        fails("slot", lambda layer=layer: append(line.cache, bad, layer))
-    after = [np.asarray(attend(line.cache, good, layer)) for layer in range(3)]
+        fails("slot", lambda layer=layer: append(rig.cache, bad, layer))
+    after = [np.asarray(attend(rig.cache, good, layer)) for layer in range(3)]
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[: len(slots)], b[: len(slots)])
 
 
-def test_a_bad_sequence_keeps_the_good_ones_from_being_written(line: Line) -> None:
-    slots = live(line)
-    _nothing_written(line, make_batch([(slots[0], 1), (slots[1], 1), (slots[1], 1)]))
+def test_a_bad_sequence_keeps_the_good_ones_from_being_written(rig: Rig) -> None:
+    slots = live(rig)
+    _nothing_written(rig, make_batch([(slots[0], 1), (slots[1], 1), (slots[1], 1)]))
 
 
-def test_a_fault_is_raised_once_and_the_pool_goes_on(line: Line) -> None:
-    """The first one is kept; looking takes it away; the same line goes on where it was."""
-    slot = live(line)[0]
+def test_a_fault_is_raised_once_and_the_pool_goes_on(rig: Rig) -> None:
+    """The first one is kept; looking takes it away; the same generation goes on where it was."""
+    slot = live(rig)[0]
 
     def two_mistakes() -> None:
-        append(line.cache, make_batch([(slot, 1), (slot, 1)]))
-        settle(append(line.cache, make_batch([(slot, 100)]), tokens=100))
+        append(rig.cache, make_batch([(slot, 1), (slot, 1)]))
+        settle(append(rig.cache, make_batch([(slot, 100)]), tokens=100))
 
     with pytest.raises(RUN_TIME_ERRORS, match="twice"):
         two_mistakes()
-    settle(line.cache)
-    line.pool.check(line.cache)
-    out, _, want, _ = line.step([(slot, 3)])
+    settle(rig.cache)
+    rig.pool.check(rig.cache)
+    out, _, want, _ = rig.step([(slot, 3)])
     np.testing.assert_allclose(out, want, atol=1e-4)
 
 
-def test_a_fault_in_flight_is_found_by_check(line: Line, platform: str) -> None:
+def test_a_fault_in_flight_is_found_by_check(rig: Rig, platform: str) -> None:
     if platform == "cpu":
         pytest.skip("on CPU JAX raises it")
-    slot = live(line)[0]
-    out = attend(line.cache, make_batch([(slot, 7)]))
+    slot = live(rig)[0]
+    out = attend(rig.cache, make_batch([(slot, 7)]))
     with pytest.raises(kvp.DeviceFault, match=r"(?s)paged_attention.*written"):
-        line.pool.check(dataclasses.replace(line.cache, epoch=line.cache.epoch + 0 * _bits(out)))
+        rig.pool.check(dataclasses.replace(rig.cache, epoch=rig.cache.epoch + 0 * _bits(out)))
 
 
 def _bits(out: jax.Array) -> jax.Array:
     return jnp.isnan(out[0, 0, :1]).astype(jnp.uint32)
 
 
-def test_one_call_with_everything_is_all_or_nothing(line: Line) -> None:
+def test_one_call_with_everything_is_all_or_nothing(rig: Rig) -> None:
     """update_and_attend writes before it attends: a bad batch must do neither."""
-    slots = live(line)
+    slots = live(rig)
     bad = make_batch([(slots[0], 1), (slots[1], 1), (slots[1], 1)])
-    fails("twice", lambda: kvp.update_and_attend(q(), *kv(), line.cache, bad, layer=0)[0])
-    fails("24.*20|21.*20", lambda: attend(line.cache, make_batch([(slots[0], 4)])))
+    fails("twice", lambda: kvp.update_and_attend(q(), *kv(), rig.cache, bad, layer=0)[0])
+    fails("24.*20|21.*20", lambda: attend(rig.cache, make_batch([(slots[0], 4)])))
 
 
 def test_programs_of_a_closed_pool(make_pool, platform: str) -> None:
@@ -155,19 +155,19 @@ def test_programs_of_a_closed_pool(make_pool, platform: str) -> None:
             call()
 
 
-def test_caches_of_no_pool_and_of_another_spec(line: Line, make_pool, platform: str) -> None:
-    spec = dataclasses.replace(line.spec, max_slots=line.spec.max_slots + 1)
+def test_caches_of_no_pool_and_of_another_spec(rig: Rig, make_pool, platform: str) -> None:
+    spec = dataclasses.replace(rig.spec, max_slots=rig.spec.max_slots + 1)
     other = make_pool(spec)
     theirs = other.cache()
-    batch = make_batch([(live(line)[0], 1)])
-    mixed = dataclasses.replace(line.cache, handle=theirs.handle)
+    batch = make_batch([(live(rig)[0], 1)])
+    mixed = dataclasses.replace(rig.cache, handle=theirs.handle)
     fails("spec.*max_slots", lambda: append(mixed, batch))
-    nobody = dataclasses.replace(line.cache, handle=jnp.asarray([10**6, 0], jnp.int32))
+    nobody = dataclasses.replace(rig.cache, handle=jnp.asarray([10**6, 0], jnp.int32))
     if platform == "cuda":
         out = attend(nobody, batch)
         assert bool(jnp.all(jnp.isnan(out)))
         texts = []
-        for pool in (line.pool, other):  # whoever is told, it is told once
+        for pool in (rig.pool, other):  # whoever is told, it is told once
             with contextlib.suppress(*RUN_TIME_ERRORS):
                 pool.extend([], [])
                 continue
@@ -178,7 +178,7 @@ def test_caches_of_no_pool_and_of_another_spec(line: Line, make_pool, platform: 
 
 
 def test_another_pools_cache_is_not_taken_for_ones_own(make_pool) -> None:
-    """The slot that such an acquire took is gone until a new line; nothing else is."""
+    """The slot that such an acquire took is gone until a new generation; nothing else is."""
     spec = make_spec("fused")
     mine, other = make_pool(spec), make_pool(spec)
     slot, theirs = other.acquire(other.cache(), 10)

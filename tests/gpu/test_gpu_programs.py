@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Line, busy, make_batch
+from harness import Rig, busy, make_batch
 from test_transforms import pool as pool
 from test_transforms import (
     test_after_orders_a_read_before_a_destruction as test_after_orders_a_read,
@@ -149,29 +149,29 @@ def test_release_drains_without_waiting(make_pool, platform: str) -> None:
 def test_extend_beside_running_programs(make_pool) -> None:
     """Mapping and giving back while a long program reads and writes other slots."""
     pool = make_pool(_spec(), "256MiB", poison=True)
-    line = Line(pool, group=2)
-    slots, line.cache = pool.acquire(line.cache, [300, 300])
+    rig = Rig(pool, group=2)
+    slots, rig.cache = pool.acquire(rig.cache, [300, 300])
     for slot in slots:
-        line.model.acquire(slot)
-    spare, line.cache = pool.acquire(line.cache, [1, 1])
-    line.write({slots[0]: 200, slots[1]: 99})
-    line.cache = kvp.after(line.cache, busy(1))
-    k, v = line.random_kv(6)
+        rig.model.acquire(slot)
+    spare, rig.cache = pool.acquire(rig.cache, [1, 1])
+    rig.write({slots[0]: 200, slots[1]: 99})
+    rig.cache = kvp.after(rig.cache, busy(1))
+    k, v = rig.random_kv(6)
     batch = make_batch([(slots[0], 5), (slots[1], 1)])
     for layer in range(_LAYERS):
-        line.cache = kvp.append_kv(
-            line.cache, jnp.asarray(k[layer]), jnp.asarray(v[layer]), batch, layer=layer
+        rig.cache = kvp.append_kv(
+            rig.cache, jnp.asarray(k[layer]), jnp.asarray(v[layer]), batch, layer=layer
         )
-    q = line.random_q(6)
-    outs = [kvp.paged_attention(jnp.asarray(q[i]), line.cache, batch, layer=i) for i in range(2)]
+    q = rig.random_q(6)
+    outs = [kvp.paged_attention(jnp.asarray(q[i]), rig.cache, batch, layer=i) for i in range(2)]
     for tokens in range(32, 513, 32):
         pool.extend(spare, tokens)
         pool.trim()
     assert not outs[1].is_ready(), "this test maps beside a running program"
-    line._model_append([(slots[0], 5), (slots[1], 1)], k, v)
-    want, _ = line.reference([(slots[0], 5), (slots[1], 1)], q)
+    rig._model_append([(slots[0], 5), (slots[1], 1)], k, v)
+    want, _ = rig.reference([(slots[0], 5), (slots[1], 1)], q)
     np.testing.assert_allclose(np.stack([np.asarray(out) for out in outs]), want, atol=1e-4)
-    pool.check(line.cache)
+    pool.check(rig.cache)
 
 
 def test_many_pools_come_and_go(make_pool) -> None:

@@ -1,8 +1,8 @@
 // Append: new keys and values into the cache, converted to what it stores.
 #include <algorithm>
 
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/kernels.h"
 
 namespace kvpage::cpu {
 namespace {

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <limits>
 
-#include "kernels/cpu/attention.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/workspace.h"
 
 namespace kvpage::cpu {

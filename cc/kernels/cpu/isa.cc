@@ -6,7 +6,7 @@
 #include <string>
 
 #include "base/status.h"
-#include "kernels/cpu/attention.h"
+#include "kernels/cpu/kernels.h"
 
 namespace kvpage::cpu {
 namespace {

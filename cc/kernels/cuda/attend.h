@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/scratch.h"
 
 namespace kvpage::cuda {

@@ -71,7 +71,7 @@ class Checker {
   __device__ Checker(const CacheArgs& args, CheckShared* shared, std::uint32_t* shared_marks)
       : args_(args), shared_(shared), shared_marks_(shared_marks) {}
 
-  // The pool, the spec, the line and the epoch. False: only Verdict() may follow.
+  // The pool, the spec, the generation and the epoch. False: only Verdict() may follow.
   __device__ bool Enter() {
     if (threadIdx.x == 0) {
       shared_->first = ~0ull;
@@ -172,7 +172,7 @@ class Checker {
   }
 
   __device__ void CheckHead() {
-    const std::int32_t id = args_.handle[0], line = args_.handle[1];
+    const std::int32_t id = args_.handle[0], generation = args_.handle[1];
     shared_->pool = nullptr;
     DevicePool* const pool = FindPool(id);
     shared_->reporter = pool != nullptr ? pool : &args_.pools[kMaxDevicePools];
@@ -181,7 +181,7 @@ class Checker {
       return;
     }
     // Read together: each alone would be a trip to memory.
-    const std::int32_t open = pool->open, pool_line = pool->line, allow_stale = pool->allow_stale;
+    const std::int32_t open = pool->open, pool_generation = pool->generation, allow_stale = pool->allow_stale;
     const std::uint32_t epoch = pool->epoch, cache_epoch = shared_->cache_epoch;
     shared_->slots = pool->slots;
     shared_->written = pool->written;
@@ -195,7 +195,8 @@ class Checker {
       Note(Stage::kHead, 10, FaultKind::kForeignCache, -1, -1, -1, id, *args_.own);
     }
     if (open == 0) Note(Stage::kHead, 11, FaultKind::kClosed);
-    if (line != pool_line) Note(Stage::kHead, 12, FaultKind::kLine, -1, -1, -1, line, pool_line);
+    if (generation != pool_generation)
+      Note(Stage::kHead, 12, FaultKind::kGeneration, -1, -1, -1, generation, pool_generation);
     const bool stale = args_.mutates && allow_stale == 0 && cache_epoch != epoch;
     if (stale || Before(epoch, cache_epoch)) {
       Note(Stage::kHead, 13, FaultKind::kEpoch, -1, -1, -1, cache_epoch, epoch);

@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "base/status.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 
 namespace kvpage::cuda {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "base/host_device.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/kernels.h"
 
 namespace kvpage::cuda {
 

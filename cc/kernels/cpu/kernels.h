@@ -1,6 +1,6 @@
 // CPU kernels over a KVView: attention, append and gather. No XLA, no Python, no pool.
-#ifndef KVPAGE_KERNELS_CPU_ATTENTION_H_
-#define KVPAGE_KERNELS_CPU_ATTENTION_H_
+#ifndef KVPAGE_KERNELS_CPU_KERNELS_H_
+#define KVPAGE_KERNELS_CPU_KERNELS_H_
 
 #include <cstdint>
 #include <vector>
@@ -75,4 +75,4 @@ Status CheckInstructionSet();
 
 }  // namespace kvpage::cpu
 
-#endif  // KVPAGE_KERNELS_CPU_ATTENTION_H_
+#endif  // KVPAGE_KERNELS_CPU_KERNELS_H_

@@ -4,8 +4,8 @@
 //
 // Every op on a pool begins with one launch that checks the cache value against the pool's table (base/device_table.h),
 // bumps the epoch where the op is a mutator, and leaves a CheckedBatch for the kernels behind it.
-#ifndef KVPAGE_KERNELS_CUDA_LAUNCH_H_
-#define KVPAGE_KERNELS_CUDA_LAUNCH_H_
+#ifndef KVPAGE_KERNELS_CUDA_KERNELS_H_
+#define KVPAGE_KERNELS_CUDA_KERNELS_H_
 
 #include <array>
 #include <cstddef>
@@ -113,4 +113,4 @@ Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::i
 
 }  // namespace kvpage::cuda
 
-#endif  // KVPAGE_KERNELS_CUDA_LAUNCH_H_
+#endif  // KVPAGE_KERNELS_CUDA_KERNELS_H_
