@@ -31,7 +31,7 @@ from jax_kvpage._host import (
 )
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, OutOfBlocks
-from jax_kvpage.ops.occupy import occupy, vacate
+from jax_kvpage.ops.edit_slots import OCCUPY, VACATE, edit_slots
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats, SlotInfo, make_stats
 
@@ -53,13 +53,15 @@ def _close(native: Any, label: str) -> None:
 
 
 @jax.jit
-def _occupy(cache: KVCache, own: jax.Array, slots: jax.Array) -> KVCache:
-    return occupy(cache, own, slots)
+def _occupy(cache: KVCache, own: jax.Array, edits: jax.Array, copies: jax.Array) -> KVCache:
+    return edit_slots(cache, own, edits, copies, "acquire")
 
 
 @jax.jit
-def _vacate(cache: KVCache, own: jax.Array, slots: jax.Array) -> tuple[KVCache, jax.Array]:
-    cache = vacate(cache, own, slots)
+def _vacate(
+    cache: KVCache, own: jax.Array, edits: jax.Array, copies: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    cache = edit_slots(cache, own, edits, copies, "release")
     # The host asks this array whether the program has run: the cache itself may be donated on.
     return cache, cache.epoch + jnp.uint32(0)
 
@@ -123,7 +125,7 @@ class KVPool:
         except OutOfBlocks as error:
             raise self._explained(error) from None
         self._own = self._put(np.asarray([self._native.id, 0], np.int32))
-        self._token_ids: dict[int, list[int]] = {}
+        self._no_copies = self._put(np.zeros((0, 4), np.int32))
         self._releases: list[jax.Array] = []
         self._waits = 0
         self._finalizer = weakref.finalize(self, _close, self._native, repr(self))
@@ -193,10 +195,11 @@ class KVPool:
                 f"{self.spec}; pass the cache that this pool's newest call returned"
             )
 
-    def _padded(self, slots: list[int]) -> jax.Array:
-        """Slots as an operand, padded with -1 to a power of two: few programs are compiled."""
+    def _edits(self, opcode: int, slots: list[int]) -> jax.Array:
+        """One edit a slot, padded to a power of two: few programs are compiled."""
         size = 1 << max(len(slots) - 1, 0).bit_length()
-        return self._put(np.asarray(slots + [-1] * (size - len(slots)), np.int32))
+        rows = [(opcode, slot, 0) for slot in slots] + [(0, -1, 0)] * (size - len(slots))
+        return self._put(np.asarray(rows, np.int32))
 
     def cache(self) -> KVCache:
         """Starts a new generation of caches: waits for running ops, makes every older cache stale.
@@ -262,11 +265,9 @@ class KVPool:
         wanted, single = as_list(num_tokens, "num_tokens")
         claim = self._claim("acquire", lambda: self._native.acquire(wanted), wait)
         slots = list(claim.slots)
-        for slot in slots:
-            self._token_ids[slot] = []
         if slots:
             try:
-                cache = _occupy(cache, self._own, self._padded(slots))
+                cache = _occupy(cache, self._own, self._edits(OCCUPY, slots), self._no_copies)
             except BaseException:
                 self._native.undo_acquire(slots)
                 raise
@@ -318,12 +319,11 @@ class KVPool:
         if not slots:
             return cache
         try:
-            cache, marker = _vacate(cache, self._own, self._padded(slots))
+            edits = self._edits(VACATE, slots)
+            cache, marker = _vacate(cache, self._own, edits, self._no_copies)
         except BaseException:
             self._native.undo_release(slots)
             raise
-        for one in slots:
-            self._token_ids.pop(one, None)
         self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
         return cache
 
@@ -342,12 +342,11 @@ class KVPool:
         """
         self._raise_fault()
         ids, _ = as_list(token_ids, "token_ids")
-        native_call(self._native.commit, slot, len(ids))
-        self._token_ids.setdefault(slot, []).extend(ids)
+        native_call(self._native.commit, slot, ids)
 
     def committed(self, slot: int) -> list[int]:
         """The token ids committed to a slot so far."""
-        return list(self._token_ids.get(slot, []))
+        return list(native_call(self._native.committed, slot))
 
     def stats(self) -> PoolStats:
         """A snapshot of the pool's accounts."""

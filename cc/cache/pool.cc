@@ -72,9 +72,11 @@ Status Pool::CheckMapLimit(std::int64_t blocks) const {
 
 Status Pool::CheckProcess(const char* op) const {
   if (ForkCount() == fork_count_) return {};
-  return FailedPrecondition(std::string(op) + ": pool " + Number(id_) +
-                            " was made before this process was forked and works in its own process only: make a new "
-                            "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)");
+  return FailedPrecondition(
+      std::string(op) + ": pool " + Number(id_) +
+          " was made before this process was forked and works in its own process only: make a new "
+          "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)",
+      Reason::kForked);
 }
 
 Status Pool::CheckOpen(const char* op) const { return closed_ ? messages::Closed(op, id_) : Status(); }
@@ -107,8 +109,7 @@ Claim Pool::Acquire(const std::vector<std::int64_t>& tokens) {
   for (std::int64_t n : tokens) {
     const std::int32_t slot = BestFit(geometry_.BlocksFor(n), taken);
     if (slot < 0) {
-      Claim claim = Failed(ResourceExhausted("no free slot"));
-      claim.out_of_slots = true;
+      Claim claim = Failed(ResourceExhausted("no free slot", Reason::kOutOfSlots));
       claim.wanted = static_cast<std::int64_t>(tokens.size());
       claim.free = static_cast<std::int64_t>(wants.size());
       const std::lock_guard<std::mutex> state(state_mutex_);
@@ -211,17 +212,24 @@ void Pool::UndoRelease(const std::vector<std::int32_t>& slots) {
   }
 }
 
-Status Pool::Commit(std::int32_t slot, std::int64_t num_tokens) {
+Status Pool::Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
   const std::lock_guard<std::mutex> state(state_mutex_);
   KVPAGE_RETURN_IF_ERROR(Enter("commit"));
   KVPAGE_RETURN_IF_ERROR(CheckOccupied("commit", slot));
   Slot& row = slots_[slot];
-  if (row.committed + num_tokens > Room(row)) {
-    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(row.committed + num_tokens) + " tokens wanted, " +
-                      Number(Room(row)) + " mapped: extend the slot before its tokens are written");
+  const auto wanted = static_cast<std::int64_t>(row.committed.size() + token_ids.size());
+  if (wanted > Room(row)) {
+    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(wanted) + " tokens wanted, " + Number(Room(row)) +
+                      " mapped: extend the slot before its tokens are written");
   }
-  row.committed += num_tokens;
+  row.committed.insert(row.committed.end(), token_ids.begin(), token_ids.end());
   return {};
+}
+
+std::vector<std::int32_t> Pool::Committed(std::int32_t slot) {
+  const std::lock_guard<std::mutex> state(state_mutex_);
+  const bool occupied = slot >= 0 && slot < geometry_.max_slots && slots_[slot].state == SlotState::kOccupied;
+  return occupied ? slots_[slot].committed : std::vector<std::int32_t>();
 }
 
 void Pool::FinishDraining(std::int64_t slot) {
@@ -229,7 +237,8 @@ void Pool::FinishDraining(std::int64_t slot) {
   if (row.state != SlotState::kDraining || !row.vacated || row.pins > 0 || row.views > 0) return;
   row.state = SlotState::kFree;
   row.vacated = false;
-  row.reserved = row.committed = row.length = 0;
+  row.reserved = row.length = 0;
+  row.committed.clear();
   row.parked_at = ++parkings_;
   changed_.notify_all();
 }
@@ -303,7 +312,8 @@ Claim Pool::Resize(std::int64_t capacity_bytes) {
     Tally({}, &claim);
     if (claim.wanted > claim.reclaimable) {
       claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
-                                       " reclaimable, " + Number(claim.draining) + " draining");
+                                           " reclaimable, " + Number(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
       return claim;
     }
     claim.status = Steal(claim.wanted);

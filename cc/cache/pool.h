@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "base/kv_view.h"
+#include "base/slot_edits.h"
 #include "base/status.h"
 #include "cache/arena.h"
 #include "cache/geometry.h"
@@ -36,8 +37,7 @@ struct PoolOptions {
 struct Claim {
   Status status;
   std::vector<std::int32_t> slots;
-  bool out_of_slots = false;
-  std::int64_t wanted = 0;    // blocks (slots, when out_of_slots)
+  std::int64_t wanted = 0;    // blocks; slots, for reason kOutOfSlots
   std::int64_t free = 0;      // free outright
   std::int64_t draining = 0;  // will come free when running programs are done
   std::int64_t reclaimable =
@@ -91,7 +91,9 @@ class PinnedSlots {
   Pool* pool_ = nullptr;
   std::vector<Sequence> sequences_;
   std::uint32_t epoch_ = 0;
-  std::int64_t written_layer_ = -1;  // marks the new tokens written in this layer when the op ends; -1: nothing
+  // Marks the sequences' tokens as written in this layer when the op ends.
+  static constexpr std::int64_t kNoLayer = -1, kAllLayers = -2;
+  std::int64_t written_layer_ = kNoLayer;
 };
 
 class Pool {
@@ -120,7 +122,9 @@ class Pool {
   // Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
   void UndoAcquire(const std::vector<std::int32_t>& slots);
   void UndoRelease(const std::vector<std::int32_t>& slots);
-  Status Commit(std::int32_t slot, std::int64_t num_tokens);
+  // Names the ids of the next tokens of an occupied slot; none for a slot that is not.
+  Status Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids);
+  std::vector<std::int32_t> Committed(std::int32_t slot);
   // Waits for running handlers, makes every older cache stale, ends all draining. The new generation's lengths are -1
   // for free slots.
   struct Generation {
@@ -167,11 +171,10 @@ class Pool {
                  std::int32_t* lengths);
   Status SetLengths(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* values,
                     std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths);
-  // The device side of Acquire (lengths become 0) and of StartRelease (-1).
-  Status Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                std::uint32_t* epoch, std::int32_t* lengths);
-  Status Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                std::uint32_t* epoch, std::int32_t* lengths);
+  // What the host verbs queue. The edits are made; the slots of the copies are pinned for the caller to copy, and their
+  // targets count as written when `pinned` ends.
+  Status EditSlots(const char* op, const CacheRef& cache, const EditList& list, PinnedSlots* pinned,
+                   std::uint32_t* epoch, std::int32_t* lengths);
 
  private:
   friend class PinnedSlots;
@@ -201,10 +204,11 @@ class Pool {
   Status MapPinned(const char* op, const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok);
   Status NewGenerationOnDevice(Generation* out);
 
-  Status ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count, bool occupy,
-                     std::uint32_t* epoch, std::int32_t* lengths);
-
   // state_mutex_ held:
+  Status CheckEdit(const char* op, const CacheRef& cache, const SlotEdit& edit);
+  Status CheckCopies(const char* op, const CacheRef& cache, const EditList& list);
+  // `length`: of the slot after the edits.
+  Status CheckCopySlot(const char* op, const CacheRef& cache, std::int32_t slot, std::int32_t length);
   Status CheckOpen(const char* op) const;
   Status Enter(const char* op);  // an open pool, without a fault: begins every host call that changes something
   void TakeInReleases();         // slots whose release has run on the device are free

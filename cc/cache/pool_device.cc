@@ -31,7 +31,8 @@ Status Pool::Enter(const char* op) {
   KVPAGE_RETURN_IF_ERROR(CheckOpen(op));
   if (mirror_ == nullptr) return {};
   TakeInReleases();
-  return mirror_->TakeFault();
+  const Status fault = mirror_->TakeFault();
+  return fault.ok() ? fault : fault.WithReason(Reason::kDeviceFault);
 }
 
 Status Pool::TakeFault() {

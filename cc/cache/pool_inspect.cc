@@ -51,7 +51,7 @@ std::vector<SlotRow> Pool::Rows() {
     const Slot& row = slots_[slot];
     if (row.state == SlotState::kFree) continue;
     rows.push_back({static_cast<std::int32_t>(slot), row.state, arena_->physical_blocks(slot), row.reserved,
-                    row.committed, row.length});
+                    static_cast<std::int64_t>(row.committed.size()), row.length});
   }
   return rows;
 }

@@ -107,7 +107,7 @@ Status Pool::Begin(const char* op, const CacheRef& cache, const BatchRef& batch,
     }
   }
   pinned->pool_ = this;
-  pinned->written_layer_ = append ? layer : -1;
+  pinned->written_layer_ = append ? layer : PinnedSlots::kNoLayer;
   if (append) pinned->epoch_ = NextEpoch();
   for (const Sequence& sequence : pinned->sequences_) ++slots_[sequence.slot].pins;
   ++running_;
@@ -118,9 +118,12 @@ void Pool::End(PinnedSlots* pinned) {
   const std::lock_guard<std::mutex> state(state_mutex_);
   for (const Sequence& sequence : pinned->sequences_) {
     Slot& row = slots_[sequence.slot];
-    if (pinned->written_layer_ >= 0) {
+    const std::int32_t end = sequence.position + sequence.query_length;
+    if (pinned->written_layer_ == PinnedSlots::kAllLayers) {
+      for (std::int32_t& written : row.written) written = std::max(written, end);
+    } else if (pinned->written_layer_ >= 0) {
       std::int32_t& written = row.written[pinned->written_layer_];
-      written = std::max(written, sequence.position + sequence.query_length);
+      written = std::max(written, end);
     }
     --row.pins;
     FinishDraining(sequence.slot);
@@ -191,7 +194,7 @@ Status Pool::MapPinned(const char* op, const std::int32_t* slots, const std::int
       continue;
     }
     if (!claim.status.ok()) {
-      return {claim.status.code(), Prefix(op) + "slot " + Number(slots[i]) + ": " + claim.status.message()};
+      return claim.status.WithMessage(Prefix(op) + "slot " + Number(slots[i]) + ": " + claim.status.message());
     }
     const std::lock_guard<std::mutex> state(state_mutex_);
     Slot& row = slots_[slots[i]];
@@ -242,49 +245,6 @@ Status Pool::SetLengths(const char* op, const CacheRef& cache, const std::int32_
     if (values[i] < lengths[slots[i]]) row.since = next;
     for (std::int32_t& written : row.written) written = std::min(written, values[i]);
     lengths[slots[i]] = row.length = values[i];
-  }
-  *epoch = next;
-  return {};
-}
-
-Status Pool::Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                    std::uint32_t* epoch, std::int32_t* lengths) {
-  return ChangeOwner(op, cache, slots, count, /*occupy=*/true, epoch, lengths);
-}
-
-Status Pool::Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                    std::uint32_t* epoch, std::int32_t* lengths) {
-  return ChangeOwner(op, cache, slots, count, /*occupy=*/false, epoch, lengths);
-}
-
-Status Pool::ChangeOwner(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                         bool occupy, std::uint32_t* epoch, std::int32_t* lengths) {
-  const std::lock_guard<std::mutex> state(state_mutex_);
-  KVPAGE_RETURN_IF_ERROR(CheckGeneration(op, cache, true));
-  ++stamp_;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int32_t slot = slots[i];
-    if (slot == -1) continue;
-    KVPAGE_RETURN_IF_ERROR(CheckSlot(op, cache, slot));
-    const bool taken = cache.lengths[slot] >= 0;
-    // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
-    if (occupy && (taken || slots_[slot].state == SlotState::kFree)) {
-      return messages::SlotTaken(op, slot, taken ? "already occupied in this cache" : "free in the pool");
-    }
-    if (!occupy && !taken) return messages::SlotFree(op, slot);
-    if (!occupy && slots_[slot].state != SlotState::kDraining) {
-      return FailedPrecondition(Prefix(op) + "slot " + Number(slot) + " was not released by the host");
-    }
-  }
-  const std::uint32_t next = NextEpoch();
-  if (lengths != cache.lengths) std::copy_n(cache.lengths, geometry_.max_slots, lengths);
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (slots[i] == -1) continue;
-    slots_[slots[i]].since = next;
-    lengths[slots[i]] = occupy ? 0 : -1;
-    if (occupy) continue;
-    slots_[slots[i]].vacated = true;
-    FinishDraining(slots[i]);
   }
   *epoch = next;
   return {};

@@ -112,8 +112,9 @@ Claim Pool::Reserve(const std::vector<Want>& wants) {
     Tally(wants, &claim);
     if (claim.wanted > claim.free + claim.reclaimable) {
       claim.status = ResourceExhausted(std::to_string(claim.wanted) + " blocks wanted, " + std::to_string(claim.free) +
-                                       " free, " + std::to_string(claim.reclaimable) + " reclaimable, " +
-                                       std::to_string(claim.draining) + " draining");
+                                           " free, " + std::to_string(claim.reclaimable) + " reclaimable, " +
+                                           std::to_string(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
       return claim;
     }
     donors = Donors();

@@ -16,14 +16,14 @@ enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
 
 struct Slot {
   SlotState state = SlotState::kFree;
-  bool vacated = false;         // draining, and the release program has run
-  std::int32_t pins = 0;        // handlers running on it
-  std::int32_t views = 0;       // zero-copy arrays alive over it
-  std::uint32_t since = 0;      // epoch of the last destructive change
-  std::int32_t length = 0;      // as the last completed step left it
-  std::int64_t reserved = 0;    // tokens asked for
-  std::int64_t committed = 0;   // tokens whose ids the host has named
-  std::uint64_t parked_at = 0;  // order of parking: the smallest was parked first
+  bool vacated = false;                 // draining, and the release program has run
+  std::int32_t pins = 0;                // handlers running on it
+  std::int32_t views = 0;               // zero-copy arrays alive over it
+  std::uint32_t since = 0;              // epoch of the last destructive change
+  std::int32_t length = 0;              // as the last completed step left it
+  std::int64_t reserved = 0;            // tokens asked for
+  std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
+  std::vector<std::int32_t> committed;  // ids of tokens, as far as the host has named them
   // Per layer, tokens written by this occupant: nobody reads further, so recycled memory shows nobody else's data.
   std::vector<std::int32_t> written;
 
@@ -34,7 +34,7 @@ struct Slot {
     vacated = false;
     length = 0;
     reserved = tokens;
-    committed = 0;
+    committed.clear();
     std::fill(written.begin(), written.end(), 0);
   }
   std::int32_t WrittenInAllLayers() const { return *std::min_element(written.begin(), written.end()); }

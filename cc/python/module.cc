@@ -11,6 +11,7 @@
 
 #include <stdexcept>
 
+#include "base/op_names.h"
 #include "cache/registry.h"
 #include "ffi/handlers.h"
 #include "kernels/cpu/kernels.h"
@@ -96,6 +97,9 @@ NB_MODULE(_native, m) {
   Raise(cpu::CheckInstructionSet());
   m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("CUDA_ARCHITECTURES") = KVPAGE_CUDA_BUILT;
+  nb::dict verbs;
+  for (const DeviceOp verb : kHostVerbs) verbs[OpName(verb)] = static_cast<std::int32_t>(verb);
+  m.attr("VERBS") = verbs;
   m.def("registrations", &Registrations, "platform"_a = "cpu");
   m.def("instruction_set", &cpu::InstructionSet);
   m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
@@ -106,7 +110,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("code", [](const Claim& c) { return static_cast<int>(c.status.code()); })
       .def_prop_ro("message", [](const Claim& c) { return c.status.message(); })
       .def_ro("slots", &Claim::slots)
-      .def_ro("out_of_slots", &Claim::out_of_slots)
+      .def_prop_ro("out_of_slots", [](const Claim& c) { return c.status.reason() == Reason::kOutOfSlots; })
       .def_ro("wanted", &Claim::wanted)
       .def_ro("free", &Claim::free)
       .def_ro("draining", &Claim::draining)
@@ -166,8 +170,17 @@ NB_MODULE(_native, m) {
       .def("undo_acquire", &PoolHandle::UndoAcquire, Release(), "slots"_a)
       .def("undo_release", &PoolHandle::UndoRelease, Release(), "slots"_a)
       .def(
-          "commit", [](PoolHandle& s, std::int32_t slot, std::int64_t n) { Raise(s.Commit(slot, n)); }, Release(),
-          "slot"_a, "num_tokens"_a)
+          "commit",
+          [](PoolHandle& s, std::int32_t slot, const std::vector<std::int32_t>& ids) { Raise(s.Commit(slot, ids)); },
+          Release(), "slot"_a, "token_ids"_a)
+      .def(
+          "committed",
+          [](PoolHandle& s, std::int32_t slot) {
+            std::vector<std::int32_t> ids;
+            Raise(s.Committed(slot, &ids));
+            return ids;
+          },
+          Release(), "slot"_a)
       .def(
           "new_generation",
           [](PoolHandle& s) {

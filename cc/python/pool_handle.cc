@@ -140,10 +140,17 @@ void PoolHandle::UndoRelease(const std::vector<std::int32_t>& slots) {
   if (Use("release", &pool).ok()) pool->UndoRelease(slots);
 }
 
-Status PoolHandle::Commit(std::int32_t slot, std::int64_t num_tokens) {
+Status PoolHandle::Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Use("commit", &pool));
-  return pool->Commit(slot, num_tokens);
+  return pool->Commit(slot, token_ids);
+}
+
+Status PoolHandle::Committed(std::int32_t slot, std::vector<std::int32_t>* out) {
+  std::shared_ptr<Pool> pool;
+  KVPAGE_RETURN_IF_ERROR(Use("committed", &pool));
+  *out = pool->Committed(slot);
+  return {};
 }
 
 Status PoolHandle::NewGeneration(Pool::Generation* out) {

@@ -44,7 +44,8 @@ class PoolHandle {
   Status StartRelease(const std::vector<std::int32_t>& slots);
   void UndoAcquire(const std::vector<std::int32_t>& slots);
   void UndoRelease(const std::vector<std::int32_t>& slots);
-  Status Commit(std::int32_t slot, std::int64_t num_tokens);
+  Status Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids);
+  Status Committed(std::int32_t slot, std::vector<std::int32_t>* out);
   Status NewGeneration(Pool::Generation* out);
   Status TakeFault();
   bool WaitForDrain(double seconds);
