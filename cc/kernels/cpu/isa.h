@@ -1,7 +1,7 @@
 // The seam between what is compiled once and what is compiled for every instruction set.
 //
 // attend.cc, append.cc and gather.cc decide what to do and are compiled with the default flags. The arithmetic is in
-// isa_*.inc, which isa_baseline.cc, isa_avx2.cc, ... compile with their own flags and hand out as a table of function
+// isa/*-inl.h, which isa/baseline.cc, isa/avx2.cc, ... compile with their own flags and hand out as a table of function
 // pointers. Only plain structs cross the seam: a template or inline function instantiated in such a file could be the
 // copy that the linker keeps for everybody, and fault on an older machine (hence `static` on the functions below).
 #ifndef KVPAGE_KERNELS_CPU_ISA_H_
@@ -56,7 +56,7 @@ static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
 // Few rows: for a row and head the scores of a tile and, where what is stored is quantised, query and weights as they
-// are multiplied (see isa_few_codes.inc); two converted tiles. Many: two packed tiles, scores of a block of rows and a
+// are multiplied (see isa/avx512_bf16/quantized_decode-inl.h); two converted tiles. Many: two packed tiles, scores of a block of rows and a
 // panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
   return rows <= kFewRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
@@ -131,7 +131,7 @@ struct Kernels {
   void (*finish)(const FinishArgs& args);
   // n elements, not quantised; rounds to nearest even.
   void (*convert)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
-  // A row of n elements that share a scale; see isa_quant.inc.
+  // A row of n elements that share a scale; see isa/quantize-inl.h.
   void (*quantize)(void* dst, float* scale, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
   void (*dequantize)(float* dst, const void* src, DType src_dtype, float scale, std::int64_t n);
 };

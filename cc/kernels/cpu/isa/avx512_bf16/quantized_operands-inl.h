@@ -46,7 +46,7 @@ struct IntegerScale {
 KVPAGE_INLINE IntegerScale ScaleToIntegers(std::int32_t amax_bits, int bits, float most) {
   if (amax_bits >= 0x7f800000) return {0.0f, 0.0f, __builtin_nanf("")};
   if (amax_bits < 0x00800000) return {0.0f, 0.0f, 0.0f};  // subnormal: no more than zero to programs that flush them
-  int exponent = (amax_bits >> 23) - 127 + 1 - bits;  // amax is below 2^(bits + exponent)
+  int exponent = (amax_bits >> 23) - 127 + 1 - bits;      // amax is below 2^(bits + exponent)
   float amax;
   __builtin_memcpy(&amax, &amax_bits, 4);
   const auto power = [](int e) {

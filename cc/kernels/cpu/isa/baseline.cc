@@ -3,7 +3,7 @@
 
 #define KVPAGE_ISA baseline
 #define KVPAGE_LANES 4
-#include "kernels/cpu/isa_body.inc"
+#include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
 const Kernels* BaselineKernels() { return &baseline::kTable; }

@@ -60,8 +60,8 @@ void Load(const LoadArgs& args) {
   const int padded_rows = PaddedRows(args.tile.rows);
   const std::int64_t row_bytes = static_cast<std::int64_t>(head_dim) * (args.dtype == DType::kF32 ? 4 : 2);
   auto* q16 = reinterpret_cast<std::uint16_t*>(args.dst + padded_rows * padded_dim);
-  const bool pairs = args.tile.rows > kFewRows &&
-                     TakesPairs(args.kv_dtype, args.dtype == DType::kBF16, args.exact_weights, head_dim);
+  const bool pairs =
+      args.tile.rows > kFewRows && TakesPairs(args.kv_dtype, args.dtype == DType::kBF16, args.exact_weights, head_dim);
   for (int r = 0; r < padded_rows; ++r) {
     const int filled = r < args.tile.rows ? head_dim : 0;
     const char* src = static_cast<const char*>(args.q) + RowIndex(args.tile, args.kv_head, r) * row_bytes;

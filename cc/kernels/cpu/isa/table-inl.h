@@ -38,29 +38,29 @@ namespace {
 #define KVPAGE_STRINGIZE_(x) #x
 #define KVPAGE_STRINGIZE(x) KVPAGE_STRINGIZE_(x)
 
-#include "kernels/cpu/isa_simd.inc"
+#include "kernels/cpu/isa/vector-inl.h"
 //
-#include "kernels/cpu/isa_math.inc"
+#include "kernels/cpu/isa/math-inl.h"
 //
-#include "kernels/cpu/isa_product.inc"
+#include "kernels/cpu/isa/product-inl.h"
 //
-#include "kernels/cpu/isa_codes.inc"
+#include "kernels/cpu/isa/avx512_bf16/bytes-inl.h"
 //
-#include "kernels/cpu/isa_rests.inc"
+#include "kernels/cpu/isa/avx512_bf16/residuals-inl.h"
 //
-#include "kernels/cpu/isa_softmax.inc"
+#include "kernels/cpu/isa/softmax-inl.h"
 //
-#include "kernels/cpu/isa_few.inc"
+#include "kernels/cpu/isa/decode-inl.h"
 //
-#include "kernels/cpu/isa_code_operands.inc"
+#include "kernels/cpu/isa/avx512_bf16/quantized_operands-inl.h"
 //
-#include "kernels/cpu/isa_few_codes.inc"
+#include "kernels/cpu/isa/avx512_bf16/quantized_decode-inl.h"
 //
-#include "kernels/cpu/isa_many.inc"
+#include "kernels/cpu/isa/prefill-inl.h"
 //
-#include "kernels/cpu/isa_rows.inc"
+#include "kernels/cpu/isa/entry-inl.h"
 //
-#include "kernels/cpu/isa_quant.inc"
+#include "kernels/cpu/isa/quantize-inl.h"
 
 constexpr Kernels kTable = {KVPAGE_STRINGIZE(KVPAGE_ISA), Load, Attend, Merge, Finish, Convert, Quantize, Dequantize};
 

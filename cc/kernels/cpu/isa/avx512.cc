@@ -4,7 +4,7 @@
 #if defined(__AVX512F__)
 #define KVPAGE_ISA avx512
 #define KVPAGE_LANES 16
-#include "kernels/cpu/isa_body.inc"
+#include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
 const Kernels* Avx512Kernels() { return &avx512::kTable; }

@@ -4,7 +4,7 @@
 #if defined(__AVX2__)
 #define KVPAGE_ISA avx2
 #define KVPAGE_LANES 8
-#include "kernels/cpu/isa_body.inc"
+#include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
 const Kernels* Avx2Kernels() { return &avx2::kTable; }

@@ -1,4 +1,4 @@
-// Few query rows against quantised keys and values, for machines that multiply bytes. The arithmetic of isa_few.inc
+// Few query rows against quantised keys and values, for machines that multiply bytes. The arithmetic of decode-inl.h
 // would need longer for an element than memory does; here products of what is stored as it is do four (two) at a time.
 #if KVPAGE_BYTE_DOT
 
@@ -164,7 +164,7 @@ void CodeTileOf(const SpanArgs& args, const CodeTile& tile, int size, std::int64
       const CodedQuery mine = OfHead<(L > 0)>(q, h, rows, head_dim);
       ForRowGroups(rows, [&](int r, auto count) {
         CodeScores<decltype(count)::value, (L > 0), kWhole>(tile, i, h * args.head_stride, after, mine, r, head_dim,
-                                                      scores + h * scores_stride + r * kTileTokens);
+                                                            scores + h * scores_stride + r * kTileTokens);
       });
     }
   }
@@ -226,7 +226,7 @@ void AttendCodes(const SpanArgs& args) {
     const float* rows_of_head = args.q + h * QueryFloats(rows, head_dim);
     ForRowGroups(rows, [&](int r, auto count) {
       CodeQueries<decltype(count)::value, (L > 0)>(rows_of_head, rows_of_head + rows * padded_dim, r, padded_dim, line,
-                                             OfHead<(L > 0)>(q, h, rows, head_dim));
+                                                   OfHead<(L > 0)>(q, h, rows, head_dim));
     });
   }
 

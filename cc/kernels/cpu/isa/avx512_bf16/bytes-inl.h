@@ -10,9 +10,7 @@ KVPAGE_INLINE std::int32_t MaxBits(VI v) { return _mm512_reduce_max_epi32((__m51
 KVPAGE_INLINE VI ToIntegers(VF v) { return (VI)_mm512_cvtps_epi32(v); }
 
 // Two words in all pairs of lanes.
-KVPAGE_INLINE VI SplatPairs(const std::int32_t* words) {
-  return (VI)_mm512_set1_epi64(LoadBits<std::int64_t>(words));
-}
+KVPAGE_INLINE VI SplatPairs(const std::int32_t* words) { return (VI)_mm512_set1_epi64(LoadBits<std::int64_t>(words)); }
 
 // out[i] = (a, b)[index[i]].
 KVPAGE_INLINE VI PickBytes(VI a, VI index, VI b) {

@@ -25,7 +25,7 @@ struct SoftmaxArgs {
   const float* slopes;  // of the KV head's group, or null
   std::int64_t begin;   // position of the first key
   int size;
-  int stride = kTileTokens;  // from a row of scores to the next
+  int stride = kTileTokens;             // from a row of scores to the next
   const float* value_scales = nullptr;  // of quantised values: what their weights are multiplied by
   Rests* rests = nullptr;               // what rounding leaves of weights, if it is wanted
 };
@@ -163,8 +163,8 @@ void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visib
     }
     VF largest = Splat(-kInfinity);
     top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [&](int j, VF scores) {
-      largest = Max(Fma(scores, Splat(scale), LoadFloats(args.rests->value_exponents + j)), largest);
-    }));
+               largest = Max(Fma(scores, Splat(scale), LoadFloats(args.rests->value_exponents + j)), largest);
+             }));
     heaviest[r] = MaxOf(largest);
   }
   for (int r = 0; r < count; r += W) {
@@ -180,8 +180,7 @@ void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visib
     float* row = scores + r * args.stride;
     float total = 0.0f, unrounded = 0.0f;
     if (args.value_scales != nullptr) {
-      total = unrounded =
-          WeighScaled(L{}, args.value_scales, visible[r], padded, Splat(scale), Splat(-base[r]), row);
+      total = unrounded = WeighScaled(L{}, args.value_scales, visible[r], padded, Splat(scale), Splat(-base[r]), row);
     } else if (args.rests == nullptr) {
       total = Weigh(L{}, padded, Splat(scale), Splat(-base[r]), row, &unrounded);
     } else if constexpr (L::kElements == 2) {

@@ -7,7 +7,7 @@
 #define KVPAGE_LANES 16
 #define KVPAGE_BF16_DOT 1
 #define KVPAGE_BYTE_DOT 1
-#include "kernels/cpu/isa_body.inc"
+#include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
 const Kernels* Avx512Bf16Kernels() { return &avx512_bf16::kTable; }
