@@ -27,7 +27,7 @@ constexpr int kStartBytes = 16384;
 
 // Tokens that one state covers. Merging costs many rows more, and they have less need of being shared out: a unit with
 // many rows has much work for every token, and there are other units. The kernels take them in steps of kSpanTokens.
-int SpanTokens(const Unit& unit) { return unit.rows <= kFewRows ? kSpanTokens : 4 * kSpanTokens; }
+int SpanTokens(const Unit& unit) { return unit.rows <= kDecodeRows ? kSpanTokens : 4 * kSpanTokens; }
 
 // Rows of the units that a sequence with many rows becomes. Large ones, because each packs the keys and values that it
 // sees; but enough of them to keep all threads busy, and not by the number of threads: that must not show in the
@@ -73,7 +73,7 @@ class Attention {
   int HeadsTogether(int num_workers) const;
   void AddUnits(std::int32_t index, int heads_together);
   double Cost(const Unit& unit) const;
-  RowTile Tile(const Unit& unit) const;
+  QueryTile Tile(const Unit& unit) const;
   std::int64_t UnitStateFloats(const Unit& unit) const { return unit.heads * StateFloats(unit.rows, head_dim_); }
   Context ContextOf(const Unit& unit) const {
     return Context(args_.kv, args_.layer, (*args_.sequences)[unit.sequence].slot, unit.kv_head, unit.heads);
@@ -103,8 +103,8 @@ double Attention::Cost(const Unit& unit) const {
   return tokens * unit.heads * head_dim_ * (2.0 * ItemSize(args_.kv.dtype) + unit.rows);
 }
 
-RowTile Attention::Tile(const Unit& unit) const {
-  RowTile tile;
+QueryTile Attention::Tile(const Unit& unit) const {
+  QueryTile tile;
   tile.rows = unit.rows;
   tile.first_row = unit.first_row;
   tile.group = group_;
@@ -130,7 +130,7 @@ void Attention::AddUnits(std::int32_t index, int heads_together) {
   const Sequence& sequence = (*args_.sequences)[index];
   const KVView& kv = args_.kv;
   const std::int64_t rows = std::int64_t{sequence.query_length} * group_;
-  const int heads = rows <= kFewRows ? heads_together : 1;
+  const int heads = rows <= kDecodeRows ? heads_together : 1;
   const std::int64_t unit_rows = UnitRows(rows);
   const std::int64_t tiles = (rows + unit_rows - 1) / unit_rows;
   // Later rows see more: the long units come first and the short ones fill the gaps.

@@ -28,18 +28,19 @@ constexpr int kSpanScales = kSpanTokens + kTileTokens;
 // by 8 more. It goes into the scales.
 static constexpr float ElementUnit(DType dtype) { return dtype == DType::kF8E4M3 ? 256.0f : 1.0f; }
 
-// A row is one (query token, query head) that reads a KV head. Up to kFewRows are handled as dot products that stream K
-// and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by arithmetic).
-constexpr int kFewRows = 8;
+// A row is one (query token, query head) that reads a KV head. Up to kDecodeRows are handled as dot products that
+// stream K and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by
+// arithmetic).
+constexpr int kDecodeRows = 8;
 constexpr int kRowBlock = 12;
 constexpr int kMaxRows = 64 * kRowBlock;
 // Tile of many rows.
-constexpr int kManyTokens = 256;
+constexpr int kPrefillTokens = 256;
 // KV heads that are walked together at most, where a token's heads lie next to each other.
 constexpr int kMaxHeads = 16;
 
 static constexpr int PaddedRows(int rows) {
-  return rows <= kFewRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+  return rows <= kDecodeRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
 }
 // Query and accumulator rows are zero-padded to whole vectors of any instruction set, in bfloat16 too.
 static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32; }
@@ -56,17 +57,17 @@ static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
 // Few rows: for a row and head the scores of a tile and, where what is stored is quantised, query and weights as they
-// are multiplied (see isa/avx512_bf16/quantized_decode-inl.h); two converted tiles. Many: two packed tiles, scores of a block of rows and a
-// panel of values.
+// are multiplied (see isa/avx512_bf16/quantized_decode-inl.h); two converted tiles. Many: two packed tiles, scores of a
+// block of rows and a panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
-  return rows <= kFewRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
-                                2 * kTileTokens * PaddedDim(head_dim) + 128
-                          : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
+  return rows <= kDecodeRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
+                                   2 * kTileTokens * PaddedDim(head_dim) + 128
+                             : kPrefillTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
 }
 
 // Rows first_row .. first_row + rows - 1 of a sequence and a KV head; row r is query token r / group, and query head
 // kv_head * group + r % group.
-struct RowTile {
+struct QueryTile {
   int rows = 0;
   std::int64_t first_row = 0;
   int group = 1;
@@ -75,7 +76,7 @@ struct RowTile {
 };
 
 struct LoadArgs {
-  RowTile tile;
+  QueryTile tile;
   int kv_head = 0;
   const void* q = nullptr;  // of the sequence's first new token
   DType dtype = DType::kF32;
@@ -85,7 +86,7 @@ struct LoadArgs {
 };
 
 struct SpanArgs {
-  RowTile tile;
+  QueryTile tile;
   // keys[i] is the address of the key at position begin + i of the first KV head. Those from end up to readable are
   // only prefetched: the positions that follow, or what will probably be read next.
   const char* const* keys = nullptr;
@@ -113,7 +114,7 @@ struct SpanArgs {
 };
 
 struct FinishArgs {
-  RowTile tile;
+  QueryTile tile;
   int kv_head = 0;
   const float* state = nullptr;
   const float* sinks = nullptr;  // [num_q_heads] or null

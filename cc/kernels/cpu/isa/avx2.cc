@@ -7,7 +7,7 @@
 #include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
-const Kernels* Avx2Kernels() { return &avx2::kTable; }
+const Kernels* Avx2Kernels() { return &avx2::kTable<avx2::GenericPath>; }
 }  // namespace kvpage::cpu
 #else
 namespace kvpage::cpu {

@@ -7,7 +7,7 @@
 #include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
-const Kernels* Avx512Kernels() { return &avx512::kTable; }
+const Kernels* Avx512Kernels() { return &avx512::kTable<avx512::GenericPath>; }
 }  // namespace kvpage::cpu
 #else
 namespace kvpage::cpu {

@@ -5,12 +5,11 @@
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define KVPAGE_ISA avx512_bf16
 #define KVPAGE_LANES 16
-#define KVPAGE_BF16_DOT 1
-#define KVPAGE_BYTE_DOT 1
+#include "kernels/cpu/isa/avx512_bf16/path-inl.h"
 #include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
-const Kernels* Avx512Bf16Kernels() { return &avx512_bf16::kTable; }
+const Kernels* Avx512Bf16Kernels() { return &avx512_bf16::kTable<avx512_bf16::Bf16Path>; }
 }  // namespace kvpage::cpu
 #else
 namespace kvpage::cpu {

@@ -6,5 +6,5 @@
 #include "kernels/cpu/isa/table-inl.h"
 
 namespace kvpage::cpu {
-const Kernels* BaselineKernels() { return &baseline::kTable; }
+const Kernels* BaselineKernels() { return &baseline::kTable<baseline::GenericPath>; }
 }  // namespace kvpage::cpu

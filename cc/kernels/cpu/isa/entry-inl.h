@@ -1,67 +1,52 @@
-// What surrounds the tiles: queries in, partial results merged, outputs out, elements converted. And the entry that
-// picks the kernel for a span.
+// The entry points around the tiles: queries in, the kernel for a span, partial results merged, outputs out.
+#ifndef KVPAGE_KERNELS_CPU_ISA_ENTRY_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_ENTRY_INL_H_
 
-template <class D, class S>
-void ConvertAs(char* dst, const char* src, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + W <= n; i += W) StoreAs(D{}, dst + i * D::kSize, LoadAs(S{}, src + i * S::kSize));
-  if (i < n) {
-    char from[W * S::kSize] = {};
-    char to[W * D::kSize];
-    __builtin_memcpy(from, src + i * S::kSize, (n - i) * S::kSize);
-    StoreAs(D{}, to, LoadAs(S{}, from));
-    __builtin_memcpy(dst + i * D::kSize, to, (n - i) * D::kSize);
-  }
-}
+#include <cstdint>
 
-template <class D>
-void ConvertTo(char* dst, const char* src, DType src_dtype, std::int64_t n) {
-  switch (src_dtype) {
-    case DType::kF32:
-      return ConvertAs<D, F32>(dst, src, n);
-    case DType::kBF16:
-      return ConvertAs<D, BF16>(dst, src, n);
-    case DType::kF16:
-      return ConvertAs<D, F16>(dst, src, n);
-    case DType::kI8:
-    case DType::kF8E4M3:
-      return;
-  }
-}
+#include "base/dtype.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/convert-inl.h"
+#include "kernels/cpu/isa/decode-inl.h"
+#include "kernels/cpu/isa/lanes-inl.h"
+#include "kernels/cpu/isa/math-inl.h"
+#include "kernels/cpu/isa/prefill-inl.h"
+#include "kernels/cpu/isa/state-inl.h"
+#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
 
-void Convert(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n) {
-  char* to = static_cast<char*>(dst);
-  const char* from = static_cast<const char*>(src);
-  if (dst_dtype == src_dtype) {
-    __builtin_memcpy(to, from, n * (dst_dtype == DType::kF32 ? 4 : 2));
-    return;
-  }
-  switch (dst_dtype) {
-    case DType::kF32:
-      return ConvertTo<F32>(to, from, src_dtype, n);
-    case DType::kBF16:
-      return ConvertTo<BF16>(to, from, src_dtype, n);
-    case DType::kF16:
-      return ConvertTo<F16>(to, from, src_dtype, n);
-    case DType::kI8:
-    case DType::kF8E4M3:
-      return;
-  }
-}
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
-// Bytes from the sequence's first new token to the row's query (or output).
-KVPAGE_INLINE std::int64_t RowIndex(const RowTile& tile, int kv_head, int r) {
+// The kernels that a set without special instructions uses. A set with more gives Load and Attend a type with the same
+// members (see avx512_bf16/path-inl.h).
+struct GenericPath {
+  // Whether prefill reads the bfloat16 rows of the queries only.
+  static constexpr bool PrefillsPairs(DType, bool, bool, int) { return false; }
+  template <class T>
+  static void Decode(const SpanArgs& args) {
+    DecodeSpan<T, FloatLanes>(args);
+  }
+  template <class T>
+  static void Prefill(const SpanArgs& args) {
+    PrefillSpan<T, FloatLanes>(args);
+  }
+};
+
+// Index of row r's query (or output) from the sequence's first new token on.
+KVPAGE_INLINE std::int64_t RowIndex(const QueryTile& tile, int kv_head, int r) {
   const std::int64_t row = tile.first_row + r;
   return row / tile.group * tile.num_q_heads + static_cast<std::int64_t>(kv_head) * tile.group + row % tile.group;
 }
 
+template <class Path>
 void Load(const LoadArgs& args) {
   const int head_dim = args.tile.head_dim, padded_dim = PaddedDim(head_dim);
   const int padded_rows = PaddedRows(args.tile.rows);
   const std::int64_t row_bytes = static_cast<std::int64_t>(head_dim) * (args.dtype == DType::kF32 ? 4 : 2);
   auto* q16 = reinterpret_cast<std::uint16_t*>(args.dst + padded_rows * padded_dim);
-  const bool pairs =
-      args.tile.rows > kFewRows && TakesPairs(args.kv_dtype, args.dtype == DType::kBF16, args.exact_weights, head_dim);
+  const bool pairs = args.tile.rows > kDecodeRows &&
+                     Path::PrefillsPairs(args.kv_dtype, args.dtype == DType::kBF16, args.exact_weights, head_dim);
   for (int r = 0; r < padded_rows; ++r) {
     const int filled = r < args.tile.rows ? head_dim : 0;
     const char* src = static_cast<const char*>(args.q) + RowIndex(args.tile, args.kv_head, r) * row_bytes;
@@ -70,7 +55,7 @@ void Load(const LoadArgs& args) {
       if (filled > 0) Convert(q, DType::kF32, src, args.dtype, head_dim);
       for (int d = filled; d < padded_dim; ++d) q[d] = 0.0f;
     }
-    if (args.dtype == DType::kBF16) {  // used as it is
+    if (args.dtype == DType::kBF16) {  // used unconverted
       std::uint16_t* to = q16 + r * padded_dim;
       if (filled > 0) __builtin_memcpy(to, src, row_bytes);
       for (int d = filled; d < padded_dim; ++d) to[d] = 0;
@@ -78,82 +63,43 @@ void Load(const LoadArgs& args) {
   }
 }
 
-template <class T>
-void AttendQuantized(const SpanArgs& args) {
-  const bool few = args.tile.rows <= kFewRows;
-#if KVPAGE_BYTE_DOT
-  if constexpr (T::kInteger) {
-    if (few) return args.q_is_bf16 && !args.exact_weights ? AttendCodes<2>(args) : AttendCodes<3>(args);
-  } else {
-    if (few && args.q_is_bf16 && !args.exact_weights) return AttendCodes<0>(args);
-  }
-#endif
-  few ? AttendFew<T>(args) : AttendMany<T>(args);
+template <class Path, class T>
+void AttendAs(const SpanArgs& args) {
+  args.tile.rows <= kDecodeRows ? Path::template Decode<T>(args) : Path::template Prefill<T>(args);
 }
 
+template <class Path>
 void Attend(const SpanArgs& args) {
-  const int padded_rows = PaddedRows(args.tile.rows), padded_dim = PaddedDim(args.tile.head_dim);
-  for (int h = 0; h < args.heads && !args.resume; ++h) {
-    float* acc = args.state + h * StateFloats(args.tile.rows, args.tile.head_dim);
-    for (int i = 0; i < padded_rows * padded_dim; i += W) StoreFloats(acc + i, VF{});
-    float* max = acc + padded_rows * padded_dim;
-    for (int r = 0; r < padded_rows; ++r) max[r] = -kInfinity;
-    for (int r = 0; r < 2 * padded_rows; ++r) max[padded_rows + r] = 0.0f;
-  }
-  const bool few = args.tile.rows <= kFewRows;
+  for (int h = 0; h < args.heads && !args.resume; ++h) Clear(StateOf(args, h));
   switch (args.dtype) {
     case DType::kF32:
-      return few ? AttendFew<F32>(args) : AttendMany<F32>(args);
+      return AttendAs<Path, F32>(args);
     case DType::kBF16:
-      return few ? AttendFew<BF16>(args) : AttendMany<BF16>(args);
+      return AttendAs<Path, BF16>(args);
     case DType::kF16:
-      return few ? AttendFew<F16>(args) : AttendMany<F16>(args);
+      return AttendAs<Path, F16>(args);
     case DType::kI8:
-      return AttendQuantized<I8>(args);
+      return AttendAs<Path, I8>(args);
     case DType::kF8E4M3:
-      return AttendQuantized<F8E4M3>(args);
+      return AttendAs<Path, F8E4M3>(args);
   }
 }
 
 void Merge(float* into, const float* from, int rows, int head_dim) {
-  const int padded_rows = PaddedRows(rows), padded_dim = PaddedDim(head_dim);
-  float* max = into + padded_rows * padded_dim;
-  float* sum = max + padded_rows;
-  const float* from_max = from + padded_rows * padded_dim;
-  float* exact = sum + padded_rows;
-  const float* from_sum = from_max + padded_rows;
-  const float* from_exact = from_sum + padded_rows;
-  for (int r = 0; r < rows; ++r) {
-    const float top = from_max[r] > max[r] ? from_max[r] : max[r];
-    const float keep = max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2(max[r] - top);
-    const float take = from_max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2(from_max[r] - top);
-    float* a = into + r * padded_dim;
-    const float* b = from + r * padded_dim;
-    for (int d = 0; d < padded_dim; d += W) {
-      StoreFloats(a + d, Fma(LoadFloats(b + d), Splat(take), LoadFloats(a + d) * keep));
-    }
-    sum[r] = sum[r] * keep + from_sum[r] * take;
-    exact[r] = exact[r] * keep + from_exact[r] * take;
-    max[r] = top;
-  }
+  MergeStates({into, rows, head_dim}, {from, rows, head_dim}, rows);
 }
 
 template <class D>
 KVPAGE_INLINE void StoreScaled(char* out, const float* acc, VF factor, int head_dim) {
   int d = 0;
   for (; d + W <= head_dim; d += W) StoreAs(D{}, out + d * D::kSize, LoadFloats(acc + d) * factor);
-  if (d == head_dim) return;
-  char rest[W * D::kSize];
-  StoreAs(D{}, rest, LoadFloats(acc + d) * factor);
-  __builtin_memcpy(out + d * D::kSize, rest, (head_dim - d) * D::kSize);
+  if (d < head_dim) StoreFirst<D>(out + d * D::kSize, head_dim - d, LoadFloats(acc + d) * factor);
 }
 
 void Finish(const FinishArgs& args) {
-  const int head_dim = args.tile.head_dim, padded_dim = PaddedDim(head_dim);
-  const int padded_rows = PaddedRows(args.tile.rows);
-  const float* max = args.state + padded_rows * padded_dim;
-  const float* sum = max + padded_rows;
-  const float* exact = sum + padded_rows;
+  const int head_dim = args.tile.head_dim;
+  const ConstSoftmaxState state(args.state, args.tile.rows, head_dim);
+  const float *max = state.max(), *sum = state.sum(), *exact = state.exact_sum();
   const std::int64_t row_bytes = static_cast<std::int64_t>(head_dim) * (args.dtype == DType::kF32 ? 4 : 2);
   for (int r = 0; r < args.tile.rows; ++r) {
     const std::int64_t index = RowIndex(args.tile, args.kv_head, r);
@@ -172,7 +118,7 @@ void Finish(const FinishArgs& args) {
     if (args.lse != nullptr) args.lse[index] = top * kLn2 + Log(exact[r] * factor + extra);
     const VF inverse = Splat(factor / (sum[r] * factor + extra));
     char* out = static_cast<char*>(args.out) + index * row_bytes;
-    const float* acc = args.state + r * padded_dim;
+    const float* acc = state.acc(r);
     switch (args.dtype) {
       case DType::kF32:
         StoreScaled<F32>(out, acc, inverse, head_dim);
@@ -189,3 +135,8 @@ void Finish(const FinishArgs& args) {
     }
   }
 }
+
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_ENTRY_INL_H_

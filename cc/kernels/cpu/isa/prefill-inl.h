@@ -1,26 +1,43 @@
-// Many query rows (prefill): a tile of keys and values is packed once, then every block of kRowBlock rows takes its
-// scores, its softmax and its weighted values through the caches nearest to the core.
+// Prefill: many query rows. A tile of keys and values is packed once, then scores, softmax and weighted values of every
+// block of kRowBlock rows are computed in the caches nearest to the core.
+#ifndef KVPAGE_KERNELS_CPU_ISA_PREFILL_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_PREFILL_INL_H_
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/lanes-inl.h"
+#include "kernels/cpu/isa/pack-inl.h"
+#include "kernels/cpu/isa/product-inl.h"
+#include "kernels/cpu/isa/softmax-inl.h"
+#include "kernels/cpu/isa/state-inl.h"
+#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
 // Lanes of a dot product that are added up in one chain. Longer ones would be less exact than what XLA does.
 constexpr int kScoreLanes = 64;
 constexpr float kOnes[kRowBlock] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// What a tile has been packed into, and where.
+// A tile of keys and values, packed for products in the lanes of L.
+template <class L>
 struct PackedTile {
   std::int64_t begin;  // position of its first token
   int size;
   const float* keys;
   const float* values;
-  const float* scales;  // of the first key, kSpanScales before its value's, or null
-  int key_lanes;        // of a query or a key
-  bool finite;          // whether 0 times any of the values that not every row sees is 0
-  ByteValues bytes;     // for the rests of weights, if they are wanted
+  const float* scales;                  // of the first key, kSpanScales before its value's, or null
+  int key_lanes;                        // of a query or a key
+  bool finite;                          // whether 0 times any of the values that not every row sees is 0
+  typename L::TileResiduals residuals;  // for exact weights, where rounding leaves residuals
 };
 
 // Values panel d / kPanel from token `from` on.
 template <class L>
 KVPAGE_INLINE const float* ValuesAt(const float* values, int d, int from) {
-  return values + d * (kManyTokens / L::kElements) + from / L::kElements * kPanel;
+  return values + d * (kPrefillTokens / L::kElements) + from / L::kElements * kPanel;
 }
 
 template <class L>
@@ -54,10 +71,11 @@ void CarefulValues(const float* values, Visible visible, const float* weights, c
   }
 }
 
-// Takes the tile into the state of rows block .. block + kRowBlock - 1. scores: kRowBlock of kManyTokens, and a panel.
+// Adds the tile to the state of rows block .. block + kRowBlock - 1. scores: kRowBlock of kPrefillTokens, and a panel.
 template <class L>
-void ManyBlock(const SpanArgs& args, const PackedTile& tile, int block, const float* q, float* scores) {
-  const int padded_rows = PaddedRows(args.tile.rows), padded_dim = PaddedDim(args.tile.head_dim);
+void PrefillBlock(const SpanArgs& args, const PackedTile<L>& tile, int block, const float* q, float* scores) {
+  const int padded_dim = PaddedDim(args.tile.head_dim);
+  const SoftmaxState state = StateOf(args, 0);
   const int count = args.tile.rows - block < kRowBlock ? args.tile.rows - block : kRowBlock;
   Visible visible[kRowBlock];
   int from = tile.size, to = 0;
@@ -77,7 +95,7 @@ void ManyBlock(const SpanArgs& args, const PackedTile& tile, int block, const fl
     for (int d = 0; d < tile.key_lanes; d += kScoreLanes) {
       const int lanes = tile.key_lanes - d < kScoreLanes ? tile.key_lanes - d : kScoreLanes;
       BlockProduct<L>(q + d, padded_dim / L::kElements, keys + d * kPanel, lanes, d == 0 ? nullptr : kOnes, scores + k,
-                      kManyTokens);
+                      kPrefillTokens);
     }
   }
 
@@ -87,49 +105,49 @@ void ManyBlock(const SpanArgs& args, const PackedTile& tile, int block, const fl
     visible[r].from -= from;
     visible[r].to -= from;
     mixed = mixed || visible[r].from > 0 || visible[r].to < size;
-    if (scales != nullptr) ScaleScores(scales, size, scores + r * kManyTokens);
+    if (scales != nullptr) ScaleScores(scales, size, scores + r * kPrefillTokens);
   }
   float correction[kRowBlock];
   for (int r = count; r < kRowBlock; ++r) correction[r] = 1.0f;
-  float* max = args.state + padded_rows * padded_dim + block;
-  SoftmaxArgs softmax = {args, args.slopes, tile.begin + from, size, kManyTokens};
+  SoftmaxArgs softmax = {args, args.slopes, tile.begin + from, size, kPrefillTokens};
   if (scales != nullptr) softmax.value_scales = scales + kSpanScales;
-  Rests rests = {};
-  if (tile.bytes.words != nullptr) {
-    rests.value_units = tile.bytes.units + from;
-    rests.value_exponents = tile.bytes.exponents + from;
-    rests.bytes = tile.bytes.rests;
-    softmax.rests = &rests;
+  typename L::BlockResiduals residuals = {};
+  const bool with_residuals = L::kHasResiduals && args.exact_weights;
+  if constexpr (L::kHasResiduals) {
+    if (with_residuals) residuals = ResidualsFrom(tile.residuals, from);
   }
-  Softmax<L>(softmax, block, count, visible, scores, max, max + padded_rows, max + 2 * padded_rows, correction);
+  Softmax<L>(softmax, state, block, count, visible, scores, correction, with_residuals ? &residuals : nullptr);
 
-  float* acc = args.state + block * padded_dim;
+  float* acc = state.acc(block);
   if (mixed && !tile.finite) {
     for (int r = 0; r < count; ++r) {
       if (visible[r].from >= visible[r].to) continue;
-      CarefulValues<L>(ValuesAt<L>(tile.values, 0, from), visible[r], scores + r * kManyTokens, correction + r,
-                       acc + r * padded_dim, padded_dim, scores + kRowBlock * kManyTokens);
+      CarefulValues<L>(ValuesAt<L>(tile.values, 0, from), visible[r], scores + r * kPrefillTokens, correction + r,
+                       acc + r * padded_dim, padded_dim, scores + kRowBlock * kPrefillTokens);
     }
   } else {
     for (int d = 0; d < padded_dim; d += kPanel) {
-      BlockProduct<L>(scores, kManyTokens, ValuesAt<L>(tile.values, d, from), (size + L::kElements - 1) / L::kElements,
-                      correction, acc + d, padded_dim);
+      BlockProduct<L>(scores, kPrefillTokens, ValuesAt<L>(tile.values, d, from),
+                      (size + L::kElements - 1) / L::kElements, correction, acc + d, padded_dim);
     }
   }
-  if (softmax.rests != nullptr) AddRests(L{}, rests, tile.bytes, from, size, acc, padded_dim);
+  if constexpr (L::kHasResiduals) {
+    if (with_residuals) AddResiduals(residuals, tile.residuals, from, size, acc, padded_dim);
+  }
 }
 
+// The span, for all rows, in the lanes of L.
 template <class T, class L>
-void ManyTiles(const SpanArgs& args) {
+void PrefillSpan(const SpanArgs& args) {
   const int rows = args.tile.rows, head_dim = args.tile.head_dim, padded_dim = PaddedDim(head_dim);
   float* keys = args.scratch;
-  float* values = keys + kManyTokens * padded_dim;
-  float* scores = values + kManyTokens * padded_dim;
-  // As they were loaded: float32 rows, then bfloat16 rows.
+  float* values = keys + kPrefillTokens * padded_dim;
+  float* scores = values + kPrefillTokens * padded_dim;
+  // Float32 rows, then bfloat16 rows (see QueryFloats).
   const int row_floats = padded_dim / L::kElements;
   const float* q = args.q + (L::kElements == 1 ? 0 : PaddedRows(rows) * padded_dim);
   // One or two blocks of rows use what is packed once or twice: best while it is in the nearest cache.
-  const int tile_tokens = rows <= 2 * kRowBlock ? kManyTokens / 4 : kManyTokens;
+  const int tile_tokens = rows <= 2 * kRowBlock ? kPrefillTokens / 4 : kPrefillTokens;
   for (std::int64_t begin = args.begin; begin < args.end;) {
     const std::int64_t next = (begin / tile_tokens + 1) * tile_tokens;
     const std::int64_t end = next < args.end ? next : args.end;
@@ -144,51 +162,36 @@ void ManyTiles(const SpanArgs& args) {
     if (first < last) {
       last = (last + kRowBlock - 1) / kRowBlock * kRowBlock;
       last = last < rows ? last : rows;
-      const char* const* tile = args.keys + (begin - args.begin);
+      const char* const* tokens = args.keys + (begin - args.begin);
       const int key_lanes = head_dim / L::kElements;
-      if constexpr (L::kElements == 1) {
-        PackKeys<T>(tile, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
-      } else {  // a pair is a 32-bit lane like any other
-        PackKeys<PairsOf<T>>(tile, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
-      }
+      PackKeys<typename L::template Stored<T>>(tokens, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
       // Unless every row sees all of the tile.
       const bool mixed = size % L::kElements != 0 || args.positions[first] < end - 1 ||
                          (args.window > 0 && args.positions[last - 1] - args.window + 1 > begin);
-      PackValues<T>(L{}, tile, args.value_offset, size, head_dim, values);
-      PackedTile packed = {begin,
-                           size,
-                           keys,
-                           values,
-                           args.scales == nullptr ? nullptr : args.scales + (begin - args.begin),
-                           key_lanes,
-                           !mixed || FinitePanels<L>(values, size, padded_dim),
-                           {}};
-      if (args.exact_weights) {  // pairs take half of the room
-        float* room = values + kManyTokens * padded_dim / 2;
-        packed.bytes = PackBytes(L{}, tile, args.value_offset, size, head_dim, room);
+      PackValues<T>(L{}, tokens, args.value_offset, size, head_dim, values);
+      PackedTile<L> packed = {begin,
+                              size,
+                              keys,
+                              values,
+                              args.scales == nullptr ? nullptr : args.scales + (begin - args.begin),
+                              key_lanes,
+                              !mixed || FinitePanels<L>(values, size, padded_dim),
+                              {}};
+      if constexpr (L::kHasResiduals) {
+        if (args.exact_weights) {  // pairs take half of the room for values
+          float* room = values + kPrefillTokens * padded_dim / 2;
+          packed.residuals = PackResidualValues(L{}, tokens, args.value_offset, size, head_dim, room);
+        }
       }
       for (int block = first; block < last; block += kRowBlock) {
-        ManyBlock<L>(args, packed, block, q + block * row_floats, scores);
+        PrefillBlock<L>(args, packed, block, q + block * row_floats, scores);
       }
     }
     begin = end;
   }
 }
 
-// Whether many rows are multiplied as pairs of bfloat16. What that leaves of weights is known for bfloat16 values only.
-KVPAGE_INLINE bool TakesPairs(DType dtype, bool q_is_bf16, bool exact_weights, int head_dim) {
-  return KVPAGE_BF16_DOT && q_is_bf16 && head_dim % 2 == 0 &&
-         (dtype == DType::kBF16 || (IsQuantized(dtype) && !exact_weights));
-}
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
 
-template <class T>
-void AttendMany(const SpanArgs& args) {
-#if KVPAGE_BF16_DOT
-  if constexpr (kExactInBF16<T>) {
-    if (TakesPairs(args.dtype, args.q_is_bf16, args.exact_weights, args.tile.head_dim)) {
-      return ManyTiles<T, PairLanes>(args);
-    }
-  }
-#endif
-  ManyTiles<T, FloatLanes>(args);
-}
+#endif  // KVPAGE_KERNELS_CPU_ISA_PREFILL_INL_H_

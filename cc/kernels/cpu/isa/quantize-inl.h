@@ -1,10 +1,21 @@
-// Rows that share a scale. jax_kvpage/quantize.py has the definition; these give
-// the same bits:
+// Rows that share a scale. jax_kvpage/quantize.py has the definition; these give the same bits:
 //
-//   scale = amax * (1 / largest), and 0 if that is less than the smallest normal
-//   float (subnormal ones are zero to programs that flush them);
+//   scale = amax * (1 / largest), and 0 if that is less than the smallest normal float (subnormal ones are zero to
+//   programs that flush them);
 //   element = x * (1 / scale), rounded to nearest even; 0 where scale is 0;
-//   a row that has an infinity or a NaN: scale NaN, elements 0.
+//   a row with an infinity or a NaN: scale NaN, elements 0.
+#ifndef KVPAGE_KERNELS_CPU_ISA_QUANTIZE_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_QUANTIZE_INL_H_
+
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
 constexpr float kLargest[] = {127.0f, 448.0f};  // int8 (symmetric), float8_e4m3fn
 
@@ -29,19 +40,10 @@ KVPAGE_INLINE void StoreAs(F8E4M3, void* p, VF v) {
   StoreBits(p, __builtin_convertvector(magnitude | (((VI)v >> 24) & 0x80), VB));
 }
 
-// The W elements at p, or the n < W that there are and zeros.
-template <class S>
-KVPAGE_INLINE VF LoadSome(const char* p, std::int64_t n) {
-  if (n >= W) return LoadAs(S{}, p);
-  char rest[W * S::kSize] = {};
-  __builtin_memcpy(rest, p, n * S::kSize);
-  return LoadAs(S{}, rest);
-}
-
 template <class D, class S>
 void QuantizeAs(char* dst, float* scale, float largest, const char* src, std::int64_t n) {
   VI top = {};
-  for (std::int64_t i = 0; i < n; i += W) top = MaxMagnitude(top, (VI)LoadSome<S>(src + i * S::kSize, n - i));
+  for (std::int64_t i = 0; i < n; i += W) top = MaxMagnitude(top, (VI)LoadFirst<S>(src + i * S::kSize, n - i));
   std::int32_t amax_bits = 0;
   for (int i = 0; i < W; ++i) amax_bits = top[i] > amax_bits ? top[i] : amax_bits;
   if (amax_bits >= 0x7f800000) {
@@ -61,11 +63,7 @@ void QuantizeAs(char* dst, float* scale, float largest, const char* src, std::in
   const float inverse = 1.0f / s;
   std::int64_t i = 0;
   for (; i + W <= n; i += W) StoreAs(D{}, dst + i, LoadAs(S{}, src + i * S::kSize) * inverse);
-  if (i < n) {
-    char rest[W];
-    StoreAs(D{}, rest, LoadSome<S>(src + i * S::kSize, n - i) * inverse);
-    __builtin_memcpy(dst + i, rest, n - i);
-  }
+  if (i < n) StoreFirst<D>(dst + i, n - i, LoadFirst<S>(src + i * S::kSize, n - i) * inverse);
 }
 
 template <class D>
@@ -93,7 +91,7 @@ void Quantize(void* dst, float* scale, DType dst_dtype, const void* src, DType s
 template <class S>
 void DequantizeAs(float* dst, const char* src, float factor, std::int64_t n) {
   for (std::int64_t i = 0; i < n; i += W) {
-    const VF v = LoadSome<S>(src + i, n - i) * factor;
+    const VF v = LoadFirst<S>(src + i, n - i) * factor;
     if (n - i >= W) {
       StoreFloats(dst + i, v);
     } else {
@@ -108,3 +106,8 @@ void Dequantize(float* dst, const void* src, DType src_dtype, float scale, std::
   if (src_dtype == DType::kI8) return DequantizeAs<I8>(dst, from, factor, n);
   DequantizeAs<F8E4M3>(dst, from, factor, n);
 }
+
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_QUANTIZE_INL_H_

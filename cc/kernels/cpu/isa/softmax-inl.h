@@ -1,4 +1,18 @@
-// From raw dot products of a tile to weights: scale, soft cap, ALiBi, mask, online softmax.
+// From the raw dot products of a tile to weights: scale, soft cap, ALiBi, mask, online softmax.
+#ifndef KVPAGE_KERNELS_CPU_ISA_SOFTMAX_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_SOFTMAX_INL_H_
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/lanes-inl.h"
+#include "kernels/cpu/isa/math-inl.h"
+#include "kernels/cpu/isa/state-inl.h"
+#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
 // Which keys of the tile at [begin, begin + size) a row sees: [from, to), empty when to <= from.
 struct Visible {
@@ -18,7 +32,7 @@ KVPAGE_INLINE Visible VisibleTo(std::int64_t position, std::int32_t window, std:
 
 // Rows that are taken through the softmax together, so that their chains of dependent steps overlap.
 constexpr int kSoftmaxRows = kRowBlock;
-static_assert(kFewRows <= kSoftmaxRows);
+static_assert(kDecodeRows <= kSoftmaxRows);
 
 struct SoftmaxArgs {
   const SpanArgs& span;
@@ -26,8 +40,7 @@ struct SoftmaxArgs {
   std::int64_t begin;   // position of the first key
   int size;
   int stride = kTileTokens;             // from a row of scores to the next
-  const float* value_scales = nullptr;  // of quantised values: what their weights are multiplied by
-  Rests* rests = nullptr;               // what rounding leaves of weights, if it is wanted
+  const float* value_scales = nullptr;  // of quantized values; their weights are multiplied by them
 };
 
 // Soft cap and ALiBi of a row's scaled scores, in place, times log2(e).
@@ -72,42 +85,7 @@ KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF multiplier, VF shift, float
   return *exact = SumOf(total);
 }
 
-#if KVPAGE_BF16_DOT
-KVPAGE_INLINE float Weigh(PairLanes, int padded, VF multiplier, VF shift, float* scores, float* exact) {
-  const VI ones = SplatInt(0x3f803f80);
-  VF total = {}, rounded = {};
-  float* to = scores;
-  for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
-    const VI pairs = (VI)_mm512_cvtne2ps_pbh(q, p);
-    StoreBits(to, pairs);
-    total += p + q;
-    rounded = DotPairs(rounded, pairs, ones);
-  }
-  *exact = SumOf(total);
-  return SumOf(rounded);
-}
-
-// The same for row r with what rounding leaves of it.
-KVPAGE_INLINE float WeighWithRests(PairLanes, Rests* rests, int r, int padded, VF multiplier, VF shift, float* scores) {
-  VF total = {};
-  __m256i sum = {};
-  float* to = scores;
-  for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
-    const auto pairs = (VI)_mm512_cvtne2ps_pbh(q, p);
-    StoreBits(to, pairs);
-    StoreRests(*rests, r, j, p, q, pairs, &sum);
-    total += p + q;
-  }
-  rests->starts[r] = -_mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum));
-  return SumOf(total);
-}
-#endif
-
-// The same, with weights of quantised values multiplied by their scales; the sums are not. 0 where a row does not look,
+// The same, with weights of quantized values multiplied by their scales; the sums are not. 0 where a row does not look,
 // whatever the scale there is (what is not finite has it in its scale).
 KVPAGE_INLINE VF Scaled(VF weights, const float* scales, Visible visible, int j) {
   const VI index = Iota() + j;
@@ -125,30 +103,18 @@ KVPAGE_INLINE float WeighScaled(FloatLanes, const float* scales, Visible visible
   return SumOf(total);
 }
 
-#if KVPAGE_BF16_DOT
-KVPAGE_INLINE float WeighScaled(PairLanes, const float* scales, Visible visible, int padded, VF multiplier, VF shift,
-                                float* scores) {
-  VF total = {};
-  float* to = scores;
-  for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
-    StoreBits(to, (VI)_mm512_cvtne2ps_pbh(Scaled(q, scales, visible, j + W), Scaled(p, scales, visible, j)));
-    total += p + q;
-  }
-  return SumOf(total);
-}
-#endif
-
 // Turns the scores of rows first .. first + count - 1 into weights 2^(score - max), 0 where a row does not look, and
-// takes them into the rows' max and sums (see StateFloats). Scores are scaled by log2(e) besides. correction[r] is what
-// a row's accumulator must be multiplied by. The arrays start at row `first`; count <= kSoftmaxRows.
+// updates max and sums of `state`. Scores are scaled by log2(e) too. correction[r] is the factor for a row's
+// accumulator. The arrays start at row `first`; count <= kSoftmaxRows. residuals, where L has them and they are wanted,
+// get the difference between a weight and what it was rounded to; null where they are not wanted.
 template <class L>
-void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visible, float* scores, float* max,
-             float* sum, float* exact, float* correction) {
+void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int count, const Visible* visible,
+             float* scores, float* correction, typename L::BlockResiduals* residuals = nullptr) {
   constexpr int kStep = L::kElements * W;
   const int padded = (args.size + kStep - 1) / kStep * kStep;
-  // Nothing but a scale: it moves into the exponent, and the scores are read as they are.
+  float *max = state.max() + first, *sum = state.sum() + first, *exact = state.exact_sum() + first;
+  const bool with_residuals = L::kHasResiduals && residuals != nullptr;
+  // Nothing but a scale: it moves into the exponent, and the scores stay unscaled.
   const bool plain = args.span.scale > 0.0f && args.span.soft_cap <= 0.0f && args.slopes == nullptr;
   const float scale = plain ? args.span.scale * kLog2E : 1.0f;
   float top[kSoftmaxRows + W] = {}, base[kSoftmaxRows + W], before[kSoftmaxRows + W] = {}, factor[kSoftmaxRows + W];
@@ -157,15 +123,15 @@ void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visib
     float* s = scores + r * args.stride;
     if (!plain) BendScores(args, first + r, padded, s);
     before[r] = max[r];
-    if (L::kElements == 1 || args.rests == nullptr) {
+    if (!with_residuals) {
       top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [](int, VF) {}));
-      continue;
+    } else if constexpr (L::kHasResiduals) {
+      VF largest = Splat(-kInfinity);
+      top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [&](int j, VF seen) {
+                 largest = Max(Fma(seen, Splat(scale), LoadFloats(residuals->value_exponents + j)), largest);
+               }));
+      heaviest[r] = MaxOf(largest);
     }
-    VF largest = Splat(-kInfinity);
-    top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [&](int j, VF scores) {
-               largest = Max(Fma(scores, Splat(scale), LoadFloats(args.rests->value_exponents + j)), largest);
-             }));
-    heaviest[r] = MaxOf(largest);
   }
   for (int r = 0; r < count; r += W) {
     const VF old = LoadFloats(before + r);
@@ -181,11 +147,11 @@ void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visib
     float total = 0.0f, unrounded = 0.0f;
     if (args.value_scales != nullptr) {
       total = unrounded = WeighScaled(L{}, args.value_scales, visible[r], padded, Splat(scale), Splat(-base[r]), row);
-    } else if (args.rests == nullptr) {
+    } else if (!with_residuals) {
       total = Weigh(L{}, padded, Splat(scale), Splat(-base[r]), row, &unrounded);
-    } else if constexpr (L::kElements == 2) {
-      ScaleRests(args.rests, r, heaviest[r] - base[r]);
-      total = unrounded = WeighWithRests(L{}, args.rests, r, padded, Splat(scale), Splat(-base[r]), row);
+    } else if constexpr (L::kHasResiduals) {
+      ScaleResiduals(residuals, r, heaviest[r] - base[r]);
+      total = unrounded = WeighWithResiduals(L{}, residuals, r, padded, Splat(scale), Splat(-base[r]), row);
     }
     max[r] = top[r];
     sum[r] = sum[r] * factor[r] + total;
@@ -194,13 +160,7 @@ void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visib
   }
 }
 
-// Few rows.
-void Softmax(const SoftmaxArgs& args, int first, int count, const Visible* visible, float* scores, float* max,
-             float* sum, float* correction) {
-  Softmax<FloatLanes>(args, first, count, visible, scores, max, sum, sum + args.span.tile.rows, correction);
-}
-
-// Quantised keys: dot products with stored elements become scores.
+// Quantized keys: dot products with stored elements become scores.
 KVPAGE_INLINE void ScaleScores(const float* scales, int size, float* scores) {
   for (int j = 0; j < size; j += W) StoreFloats(scores + j, LoadFloats(scores + j) * LoadFloats(scales + j));
 }
@@ -215,3 +175,8 @@ KVPAGE_INLINE bool AllFinite(const char* const* rows, std::int64_t offset, int s
   const float sum = SumOf(bad);
   return sum == 0.0f;
 }
+
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_SOFTMAX_INL_H_

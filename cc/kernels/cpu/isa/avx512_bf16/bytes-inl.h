@@ -1,6 +1,17 @@
 // Stored 8-bit elements ("codes") as operands of instructions that multiply several of them at once: int8 by dot
 // products of four bytes, float8_e4m3fn by pairs of bfloat16, which hold them exactly.
-#if KVPAGE_BYTE_DOT
+#ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_BYTES_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_BYTES_INL_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/cpu/isa/avx512_bf16/target-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
 // acc[i] += the dot product of four unsigned bytes of a and four signed ones of b. The sum does not saturate.
 KVPAGE_INLINE VI DotBytes(VI acc, VI a, VI b) { return (VI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
@@ -17,7 +28,7 @@ KVPAGE_INLINE VI PickBytes(VI a, VI index, VI b) {
   return (VI)_mm512_permutex2var_epi8((__m512i)a, (__m512i)index, (__m512i)b);
 }
 
-// The first n codes at p (all that there are room for if n is more), zeros after them. Memory past them is not touched.
+// The first n bytes at p (32 if n is more), zeros after them. Memory past them is not touched.
 KVPAGE_INLINE VI LoadHalfLine(const char* p, int n) {
   if (n >= 2 * W) return (VI)_mm512_castsi256_si512(LoadBits<__m256i>(p));
   return (VI)_mm512_castsi256_si512(_mm256_maskz_loadu_epi8((std::uint32_t{1} << n) - 1, p));
@@ -47,7 +58,7 @@ KVPAGE_INLINE VI ZipBytesHigh(VI a, VI b) { return (VI)_mm512_unpackhi_epi8((__m
 KVPAGE_INLINE VI ZipHalvesLow(VI a, VI b) { return (VI)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
 KVPAGE_INLINE VI ZipHalvesHigh(VI a, VI b) { return (VI)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
 
-// One byte of the bfloat16 that is the float8_e4m3fn `code` (without its sign) over ElementUnit.
+// One byte of the bfloat16 that equals the float8_e4m3fn `code` (without its sign) over ElementUnit.
 constexpr std::uint8_t HalfOfFloat8(int code, bool high) {
   int exponent = code >> 3, mantissa = code & 7;
   if (exponent == 0) {  // subnormal: made normal, for bfloat16 products take subnormals for zeros
@@ -67,7 +78,7 @@ constexpr Bytes Float8Table(int first, bool high) {
 constexpr Bytes kFloat8Low[] = {Float8Table(0, false), Float8Table(64, false)};
 constexpr Bytes kFloat8High[] = {Float8Table(0, true), Float8Table(64, true)};
 
-// The bytes of the bfloat16 that codes are: the table looks at the lower 7 bits, the sign is put back.
+// The bytes of the bfloat16 that equal the codes: the tables look at the lower 7 bits, the sign is put back.
 KVPAGE_INLINE void Float8Halves(VI codes, VI* low, VI* high) {
   *low = PickBytes(AsVector(kFloat8Low[0]), codes, AsVector(kFloat8Low[1]));
   const VI magnitude = PickBytes(AsVector(kFloat8High[0]), codes, AsVector(kFloat8High[1]));
@@ -97,4 +108,7 @@ KVPAGE_INLINE void TransposeQuarters(const __m512i (&row)[4], VI (&out)[4]) {
   out[3] = (VI)_mm512_unpackhi_epi64(ab2, cd2);
 }
 
-#endif
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_BYTES_INL_H_

@@ -1,13 +1,27 @@
-// Queries and weights as the operands that quantised keys and values are multiplied by.
+// Queries and weights as the operands that quantized keys and values are multiplied by.
 //
-// int8: query rows and weights are taken as integers of 3 bytes, whose sums over bytes are exact: they hold what
-// float32 does, to 2^-23 of the largest. The last byte of bfloat16 queries is 0 but for elements below 1/128 of the
-// largest, and is left out where it is; weights of results that are rounded to bfloat16 make do with 2 bytes.
-// float8_e4m3fn: bfloat16 queries as they are, weights rounded to bfloat16. Rounding moves an output by 0.1% of its
-// size, where rounding the values to 4 bits has moved it by percents.
+// int8: query rows and weights become integers of 3 bytes, whose sums over bytes are exact: they hold what float32
+// does, to 2^-23 of the largest. The last byte of bfloat16 queries is 0 except for elements below 1/128 of the largest,
+// and zero bytes are skipped; 2 bytes are enough for weights of results that are rounded to bfloat16. float8_e4m3fn:
+// bfloat16 queries unchanged, weights rounded to bfloat16. Rounding moves an output by 0.1% of its size, where rounding
+// the values to 4 bits has moved it by percents.
 //
 // L is the number of bytes of a weight, 0 for float8.
-#if KVPAGE_BYTE_DOT
+#ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_OPERANDS_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_OPERANDS_INL_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/avx512_bf16/bytes-inl.h"
+#include "kernels/cpu/isa/avx512_bf16/target-inl.h"
+#include "kernels/cpu/isa/softmax-inl.h"
+#include "kernels/cpu/isa/vector-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
 
 // 32-bit words that four elements of a query, or four weights, are multiplied as: bytes of integers (the last first),
 // or pairs of bfloat16.
@@ -18,7 +32,7 @@ constexpr int kWeightParts = L > 0 ? L : 2;
 
 // The query rows of a KV head, for all of a span. Rows are taken R at a time; for each such group from row r, at
 // r * kQueryParts * line / 4, words are [line / 4][R][kQueryParts].
-struct CodedQuery {
+struct QuantizedQuery {
   std::int32_t* words;
   std::int32_t* start;     // int8: [rows][kQueryParts], what a sum of products must start from
   float* unit;             // int8: [rows]
@@ -28,7 +42,7 @@ struct CodedQuery {
 constexpr int PaddedLine(int head_dim) { return (head_dim + 63) / 64 * 64; }
 
 template <bool kInts>
-KVPAGE_INLINE CodedQuery OfHead(const CodedQuery& q, int head, int rows, int head_dim) {
+KVPAGE_INLINE QuantizedQuery OfHead(const QuantizedQuery& q, int head, int rows, int head_dim) {
   const std::int64_t row = std::int64_t{head} * rows;
   const int words = PaddedLine(head_dim) / 4;
   return {q.words + row * kQueryParts<kInts> * words, q.start + row * kQueryParts<kInts>, q.unit + row,
@@ -64,12 +78,13 @@ constexpr float kMostSigned = 8355711.0f;
 template <int L>
 constexpr float kMostUnsigned = L == 2 ? 65535.0f : 16777215.0f;
 
-// Rows r .. r + R - 1 of a head's queries, as CodedQuery has them.
+// Writes the operands of rows r .. r + R - 1 of a head's queries.
 template <int R, bool kInts>
-void CodeQueries(const float* q, const float* q16, int r, int padded_dim, int line, const CodedQuery& coded) {
+void QuantizeQueries(const float* q, const float* q16, int r, int padded_dim, int line,
+                     const QuantizedQuery& quantized) {
   constexpr int P = kQueryParts<kInts>;
-  std::int32_t* words = coded.words + r * P * line / 4;
-  std::int8_t* last_byte = coded.last_byte + r * line / 4;
+  std::int32_t* words = quantized.words + r * P * line / 4;
+  std::int8_t* last_byte = quantized.last_byte + r * line / 4;
   for (int w = 0; kInts && w < line / 4; ++w) last_byte[w] = 0;
   for (int i = 0; i < R; ++i) {
     const auto put = [&](int d, int part, std::int32_t word) {
@@ -87,30 +102,31 @@ void CodeQueries(const float* q, const float* q16, int r, int padded_dim, int li
     VI top = {};
     for (int d = 0; d < padded_dim; d += W) top = MaxMagnitude(top, LoadBits<VI>(row + d));
     const IntegerScale scale = ScaleToIntegers(MaxBits(top), 23, kMostSigned);
-    coded.unit[r + i] = scale.unit;
+    quantized.unit[r + i] = scale.unit;
     VI sum[P] = {};
     for (int d = 0; d < line; d += W) {
-      VI rest = {};
-      if (d < padded_dim && scale.factor > 0.0f) rest = ToIntegers(LoadFloats(row + d) * scale.lift * scale.factor);
+      VI remainder = {};
+      if (d < padded_dim && scale.factor > 0.0f)
+        remainder = ToIntegers(LoadFloats(row + d) * scale.lift * scale.factor);
       for (int part = 0; part < P; ++part) {
-        const VI byte = rest << 24 >> 24;
-        rest = (rest - byte) >> 8;
+        const VI byte = remainder << 24 >> 24;
+        remainder = (remainder - byte) >> 8;
         sum[part] += byte;
         std::int32_t four[W / 4];
         StoreBits(four, __builtin_convertvector(byte, VB));
         for (int k = 0; k < W / 4; ++k) put(d + 4 * k, part, four[k]);
       }
     }
-    // Keys are taken as unsigned, 128 more than they are.
+    // Keys are multiplied as unsigned bytes, 128 more than their value.
     for (int part = 0; part < P; ++part) {
-      coded.start[(r + i) * P + part] = -128 * _mm512_reduce_add_epi32((__m512i)sum[part]);
+      quantized.start[(r + i) * P + part] = -128 * _mm512_reduce_add_epi32((__m512i)sum[part]);
     }
   }
 }
 
 // What the weights of a row are multiplied by to become integers of L bytes (L > 0), or just the scales of what it
-// sees; returns the unit of the products, NaN if one of these scales is not finite. What the row does not see has no
-// part in it: the result must not depend on that, not in its last bit either.
+// sees; returns the unit of the products, NaN if one of these scales is not finite. Tokens that the row does not see
+// are left out: not even the last bit of the result may depend on them.
 template <int L>
 KVPAGE_INLINE float ValueScales(const float* scales, Visible visible, int size, float* factors) {
   VI top = {};
@@ -127,11 +143,11 @@ KVPAGE_INLINE float ValueScales(const float* scales, Visible visible, int size, 
   return scale.unit;
 }
 
-// A row's weights times `scales` as the operands of CodeValues: words[part][16], word g that of the tokens g,
+// A row's weights times `scales` as the operands of QuantizedValues: words[part][16], word g that of the tokens g,
 // length + g, ... of the tile. int8: their bytes, one of each. float8: pairs of bfloat16, of two tokens and of the
 // other two.
 template <int L>
-KVPAGE_INLINE void CodeWeights(const float* weights, const float* scales, int length, VI* words) {
+KVPAGE_INLINE void QuantizeWeights(const float* weights, const float* scales, int length, VI* words) {
   VF w[4];
   KVPAGE_UNROLL for (int s = 0; s < 4; ++s) {
     w[s] = LoadFloats(weights + s * length) * LoadFloats(scales + s * length);
@@ -154,4 +170,7 @@ KVPAGE_INLINE void CodeWeights(const float* weights, const float* scales, int le
   }
 }
 
-#endif
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_OPERANDS_INL_H_
