@@ -167,7 +167,7 @@ std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, s
   attention.num_kv_heads = num_kv_heads;
   attention.head_dim = head_dim;
   attention.max_context = max_context;
-  attention.exact_weights = exact_weights;
+  attention.options.exact_weights = exact_weights;
   return cuda::AttentionBytes(attention, num_sequences, num_tokens);
 }
 

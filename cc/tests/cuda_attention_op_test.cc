@@ -51,7 +51,7 @@ struct Pool {
     result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
     cuda::AttentionOperands operands = ToOperands(p, cache, &result);
     operands.layer = layer.get();
-    operands.window = window.get();
+    operands.options.sliding_window = window.get();
     operands.max_context = spec[4];
     const auto count = static_cast<std::int64_t>(slots.size());
     const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));

@@ -13,7 +13,7 @@ bool UsesTensorCores(const Problem& p) {
   a.q_dtype = p.q_dtype;
   a.kv_dtype = p.dtype;
   a.head_dim = p.head_dim;
-  a.exact_weights = p.exact_weights;
+  a.options.exact_weights = p.exact_weights;
   return cuda::HasTensorCoreKernels(a);
 }
 

@@ -52,11 +52,7 @@ inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, 
   a.num_kv_heads = p.kv_heads;
   a.head_dim = p.head_dim;
   a.max_context = p.max_tokens();
-  a.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
-  a.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
-  a.scale = p.scale;
-  a.soft_cap = p.soft_cap;
-  a.exact_weights = p.exact_weights;
+  a.options = ToOptions(p);
   static_cast<void>(cache);
   return a;
 }

@@ -57,7 +57,8 @@ class Attention {
         workspace_(workspace),
         kernels_(ActiveKernels()),
         group_(args.num_q_heads / args.kv.num_kv_heads),
-        head_dim_(args.kv.head_dim) {}
+        head_dim_(args.kv.head_dim),
+        window_(args.options.sliding_window != nullptr ? *args.options.sliding_window : 0) {}
 
   // Lists units and tasks; returns the work in all.
   double Plan(int num_workers);
@@ -91,6 +92,7 @@ class Attention {
   const Kernels& kernels_;
   const int group_;
   const int head_dim_;
+  const std::int32_t window_;
   int num_workers_ = 1;
   WorkerLayout layout_;
   std::int64_t partial_floats_ = 0;
@@ -143,9 +145,8 @@ void Attention::AddUnits(std::int32_t index, int heads_together) {
       unit.first_row = tile * unit_rows;
       unit.rows = static_cast<std::int32_t>(std::min(unit_rows, rows - unit.first_row));
       unit.end = sequence.position + (unit.first_row + unit.rows - 1) / group_ + 1;
-      if (args_.sliding_window > 0) {
-        unit.begin = std::max<std::int64_t>(
-            0, sequence.position + unit.first_row / group_ - std::int64_t{args_.sliding_window} + 1);
+      if (window_ > 0) {
+        unit.begin = std::max<std::int64_t>(0, sequence.position + unit.first_row / group_ - std::int64_t{window_} + 1);
       }
       workspace_.units.push_back(unit);
     }
@@ -286,11 +287,11 @@ void Attention::RunPart(const Unit& unit, std::int64_t begin, std::int64_t end, 
   span_args.q = worker + layout_.queries;
   span_args.q_is_bf16 = args_.q_dtype == DType::kBF16;
   span_args.positions = reinterpret_cast<const std::int32_t*>(worker + layout_.positions);
-  if (args_.alibi_slopes != nullptr) span_args.slopes = args_.alibi_slopes + unit.kv_head * group_;
-  span_args.exact_weights = args_.exact_weights;
-  span_args.scale = args_.scale;
-  span_args.soft_cap = args_.soft_cap;
-  span_args.window = args_.sliding_window;
+  if (args_.options.alibi_slopes != nullptr) span_args.slopes = args_.options.alibi_slopes + unit.kv_head * group_;
+  span_args.exact_weights = args_.options.exact_weights;
+  span_args.scale = args_.options.scale;
+  span_args.soft_cap = args_.options.soft_cap;
+  span_args.window = window_;
   span_args.scratch = worker + layout_.scratch;
   span_args.state = state;
   span_args.resume = resume;
@@ -311,7 +312,7 @@ void Attention::Finish(const Unit& unit, const float* state) const {
     finish.tile = Tile(unit);
     finish.kv_head = unit.kv_head + h;
     finish.state = state + h * stride;
-    finish.sinks = args_.sinks;
+    finish.sinks = args_.options.sinks;
     finish.out = QueryRow(args_.out, unit);
     finish.dtype = args_.q_dtype;
     if (args_.lse != nullptr) {
@@ -333,7 +334,7 @@ void Attention::Run(std::int64_t index, int worker_index) const {
     load.q = QueryRow(args_.q, unit);
     load.dtype = args_.q_dtype;
     load.kv_dtype = args_.kv.dtype;
-    load.exact_weights = args_.exact_weights;
+    load.exact_weights = args_.options.exact_weights;
     load.dst = worker + layout_.queries + h * QueryFloats(unit.rows, head_dim_);
     kernels_.load(load);
   }
