@@ -1,5 +1,5 @@
-# The CPU kernels. The isa/*.cc files hold the same arithmetic compiled for one instruction set each; the best one that
-# the machine has is chosen at run time, so one binary serves all.
+# The CPU kernels. The isa/*.cc files compile the same arithmetic for one instruction set each. The best set that the
+# machine has is chosen at run time, so one binary serves all.
 add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/append.cc
   cc/kernels/cpu/attend.cc
@@ -10,6 +10,7 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/isa/avx512.cc
   cc/kernels/cpu/isa/avx512_bf16.cc
   cc/kernels/cpu/isa/baseline.cc
+  cc/kernels/cpu/plan.cc
   cc/kernels/cpu/workspace.cc)
 target_link_libraries(kvpage_cpu_kernels PUBLIC kvpage_options)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

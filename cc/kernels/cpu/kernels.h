@@ -40,7 +40,7 @@ struct AppendArgs {
   std::int64_t layer = 0;
   const void* k = nullptr;  // [num_tokens, num_kv_heads, head_dim], dense
   const void* v = nullptr;
-  DType dtype = DType::kF32;  // of k and v (not quantised); converted to kv.dtype, rounding to nearest even
+  DType dtype = DType::kF32;  // of k and v (not quantized); converted to kv.dtype, rounding to nearest even
   const std::vector<Sequence>* sequences = nullptr;
 };
 
@@ -56,7 +56,7 @@ struct GatherArgs {
   };
   const std::vector<Row>* rows = nullptr;
   std::int64_t row_tokens = 0;  // C
-  void* k = nullptr;            // [rows, C, num_kv_heads, head_dim] in kv.dtype; float32 where that is quantised
+  void* k = nullptr;            // [rows, C, num_kv_heads, head_dim] in kv.dtype; float32 where that is quantized
   void* v = nullptr;
 };
 

@@ -1,4 +1,4 @@
-// Compiles the portable kernels: four lanes, whatever the compiler targets by default.
+// Compiles the portable kernels: four lanes, with the compiler's default target.
 #include "kernels/cpu/isa.h"
 
 #define KVPAGE_ISA baseline

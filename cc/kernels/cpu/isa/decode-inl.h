@@ -17,7 +17,7 @@ namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
 // Values are weighted and summed this many at a time, over the whole head: sums stay short, and memory is read nearly
-// as it lies. The same for every layout, because it shows in the last bits of a result.
+// in order. The same for every layout, because it shows in the last bits of a result.
 constexpr int kValueTokens = 16;
 
 // Lane r * K + j of sums is the score of row r for the tile's key i + j.

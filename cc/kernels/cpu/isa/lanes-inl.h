@@ -1,6 +1,6 @@
-// What a 32-bit lane of a product holds. Kernels that take a type L multiply float32 lanes where L is FloatLanes; a set
-// that multiplies other ones adds a type with the same members (see avx512_bf16/pairs-inl.h) and overloads that take
-// it: PackValues, Weigh, WeighScaled.
+// The 32-bit lanes of a product. Kernels that take a type L multiply float32 lanes where L is FloatLanes. A set that
+// can multiply other lanes adds a type with the same members and overloads that take it: PackValues, Weigh, WeighScaled
+// (see avx512_bf16/pairs-inl.h).
 #ifndef KVPAGE_KERNELS_CPU_ISA_LANES_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_LANES_INL_H_
 

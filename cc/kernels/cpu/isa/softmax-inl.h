@@ -86,7 +86,7 @@ KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF multiplier, VF shift, float
 }
 
 // The same, with weights of quantized values multiplied by their scales; the sums are not. 0 where a row does not look,
-// whatever the scale there is (what is not finite has it in its scale).
+// even if the scale there is not finite.
 KVPAGE_INLINE VF Scaled(VF weights, const float* scales, Visible visible, int j) {
   const VI index = Iota() + j;
   const VF scaled = weights * LoadFloats(scales + j);
@@ -165,7 +165,8 @@ KVPAGE_INLINE void ScaleScores(const float* scales, int size, float* scores) {
   for (int j = 0; j < size; j += W) StoreFloats(scores + j, LoadFloats(scores + j) * LoadFloats(scales + j));
 }
 
-// Whether a row of the tile may multiply a value that it does not see by its weight of 0 without harm.
+// Whether 0 times any value of the tile is 0, so that a row may multiply values that it does not see by its weight of
+// 0.
 template <class T>
 KVPAGE_INLINE bool AllFinite(const char* const* rows, std::int64_t offset, int size, int head_dim) {
   VF bad = {};

@@ -124,7 +124,7 @@ void QuantizeQueries(const float* q, const float* q16, int r, int padded_dim, in
   }
 }
 
-// What the weights of a row are multiplied by to become integers of L bytes (L > 0), or just the scales of what it
+// Factors that turn the weights of a row into integers of L bytes (L > 0), or just the scales of the tokens that it
 // sees; returns the unit of the products, NaN if one of these scales is not finite. Tokens that the row does not see
 // are left out: not even the last bit of the result may depend on them.
 template <int L>
