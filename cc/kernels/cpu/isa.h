@@ -134,11 +134,20 @@ struct Kernels {
   void (*dequantize)(float* dst, const void* src, DType src_dtype, float scale, std::int64_t n);
 };
 
-// Null where the compiler does not target the instruction set.
-const Kernels* BaselineKernels();
-const Kernels* Avx2Kernels();
-const Kernels* Avx512Kernels();
-const Kernels* Avx512Bf16Kernels();
+// The tables of the instruction sets, each defined in the set's own namespace (isa/<set>.cc); null where the compiler
+// does not target the set.
+namespace baseline {
+const Kernels* Table();
+}
+namespace avx2 {
+const Kernels* Table();
+}
+namespace avx512 {
+const Kernels* Table();
+}
+namespace avx512_bf16 {
+const Kernels* Table();
+}
 
 // The table in use: the best that the machine has, or what JAX_KVPAGE_ISA names.
 const Kernels& ActiveKernels();

@@ -6,11 +6,11 @@
 #define KVPAGE_LANES 8
 #include "kernels/cpu/isa/table-inl.h"
 
-namespace kvpage::cpu {
-const Kernels* Avx2Kernels() { return &avx2::kTable<avx2::GenericPath>; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx2 {
+const Kernels* Table() { return &kTable<GenericPath>; }
+}  // namespace kvpage::cpu::avx2
 #else
-namespace kvpage::cpu {
-const Kernels* Avx2Kernels() { return nullptr; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx2 {
+const Kernels* Table() { return nullptr; }
+}  // namespace kvpage::cpu::avx2
 #endif

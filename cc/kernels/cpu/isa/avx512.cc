@@ -6,11 +6,11 @@
 #define KVPAGE_LANES 16
 #include "kernels/cpu/isa/table-inl.h"
 
-namespace kvpage::cpu {
-const Kernels* Avx512Kernels() { return &avx512::kTable<avx512::GenericPath>; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx512 {
+const Kernels* Table() { return &kTable<GenericPath>; }
+}  // namespace kvpage::cpu::avx512
 #else
-namespace kvpage::cpu {
-const Kernels* Avx512Kernels() { return nullptr; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx512 {
+const Kernels* Table() { return nullptr; }
+}  // namespace kvpage::cpu::avx512
 #endif

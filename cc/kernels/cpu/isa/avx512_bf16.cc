@@ -8,11 +8,11 @@
 #include "kernels/cpu/isa/avx512_bf16/path-inl.h"
 #include "kernels/cpu/isa/table-inl.h"
 
-namespace kvpage::cpu {
-const Kernels* Avx512Bf16Kernels() { return &avx512_bf16::kTable<avx512_bf16::Bf16Path>; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx512_bf16 {
+const Kernels* Table() { return &kTable<Bf16Path>; }
+}  // namespace kvpage::cpu::avx512_bf16
 #else
-namespace kvpage::cpu {
-const Kernels* Avx512Bf16Kernels() { return nullptr; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::avx512_bf16 {
+const Kernels* Table() { return nullptr; }
+}  // namespace kvpage::cpu::avx512_bf16
 #endif

@@ -5,6 +5,6 @@
 #define KVPAGE_LANES 4
 #include "kernels/cpu/isa/table-inl.h"
 
-namespace kvpage::cpu {
-const Kernels* BaselineKernels() { return &baseline::kTable<baseline::GenericPath>; }
-}  // namespace kvpage::cpu
+namespace kvpage::cpu::baseline {
+const Kernels* Table() { return &kTable<GenericPath>; }
+}  // namespace kvpage::cpu::baseline

@@ -20,8 +20,10 @@ namespace {
 
 struct Bf16Path {
   static constexpr bool PrefillsPairs(DType dtype, bool q_is_bf16, bool exact_weights, int head_dim) {
-    // Residuals are known for bfloat16 values only.
-    return q_is_bf16 && head_dim % 2 == 0 && (dtype == DType::kBF16 || (IsQuantized(dtype) && !exact_weights));
+    // Residuals are known for bfloat16 values only. (No IsQuantized(): the linker might keep the copy that was compiled
+    // here.)
+    const bool quantized = dtype == DType::kI8 || dtype == DType::kF8E4M3;
+    return q_is_bf16 && head_dim % 2 == 0 && (dtype == DType::kBF16 || (quantized && !exact_weights));
   }
 
   template <class T>
