@@ -119,20 +119,7 @@ void Finish(const FinishArgs& args) {
     const VF inverse = Splat(factor / (sum[r] * factor + extra));
     char* out = static_cast<char*>(args.out) + index * row_bytes;
     const float* acc = state.acc(r);
-    switch (args.dtype) {
-      case DType::kF32:
-        StoreScaled<F32>(out, acc, inverse, head_dim);
-        break;
-      case DType::kBF16:
-        StoreScaled<BF16>(out, acc, inverse, head_dim);
-        break;
-      case DType::kF16:
-        StoreScaled<F16>(out, acc, inverse, head_dim);
-        break;
-      case DType::kI8:
-      case DType::kF8E4M3:
-        break;
-    }
+    WithFloatTag(args.dtype, [&](auto tag) { StoreScaled<decltype(tag)>(out, acc, inverse, head_dim); });
   }
 }
 

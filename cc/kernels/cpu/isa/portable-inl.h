@@ -2,6 +2,7 @@
 #ifndef KVPAGE_KERNELS_CPU_ISA_PORTABLE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_PORTABLE_INL_H_
 
+#include "kernels/cpu/isa/target-inl.h"
 #include "kernels/cpu/isa/vector_types-inl.h"
 
 namespace kvpage::cpu::KVPAGE_ISA {

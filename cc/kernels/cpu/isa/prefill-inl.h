@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/isa/lanes-inl.h"
 #include "kernels/cpu/isa/pack-inl.h"
 #include "kernels/cpu/isa/product-inl.h"
 #include "kernels/cpu/isa/softmax-inl.h"

@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/isa/lanes-inl.h"
 #include "kernels/cpu/isa/target-inl.h"
 #include "kernels/cpu/isa/vector-inl.h"
 

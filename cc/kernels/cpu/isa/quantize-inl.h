@@ -11,13 +11,15 @@
 
 #include "base/dtype.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/convert-inl.h"
 #include "kernels/cpu/isa/target-inl.h"
 #include "kernels/cpu/isa/vector-inl.h"
 
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-constexpr float kLargest[] = {127.0f, 448.0f};  // int8 (symmetric), float8_e4m3fn
+constexpr float kLargestI8 = 127.0f;  // symmetric
+constexpr float kLargestF8E4M3 = 448.0f;
 
 // Both take the sign off before they add what rounds: the sum and the product
 // before it must not become one fused operation, which would round otherwise.
@@ -66,26 +68,14 @@ void QuantizeAs(char* dst, float* scale, float largest, const char* src, std::in
   if (i < n) StoreFirst<D>(dst + i, n - i, LoadFirst<S>(src + i * S::kSize, n - i) * inverse);
 }
 
-template <class D>
-void QuantizeTo(char* dst, float* scale, float largest, const char* src, DType src_dtype, std::int64_t n) {
-  switch (src_dtype) {
-    case DType::kF32:
-      return QuantizeAs<D, F32>(dst, scale, largest, src, n);
-    case DType::kBF16:
-      return QuantizeAs<D, BF16>(dst, scale, largest, src, n);
-    case DType::kF16:
-      return QuantizeAs<D, F16>(dst, scale, largest, src, n);
-    case DType::kI8:
-    case DType::kF8E4M3:
-      return;
-  }
-}
-
 void Quantize(void* dst, float* scale, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n) {
   char* to = static_cast<char*>(dst);
   const char* from = static_cast<const char*>(src);
-  if (dst_dtype == DType::kI8) return QuantizeTo<I8>(to, scale, kLargest[0], from, src_dtype, n);
-  QuantizeTo<F8E4M3>(to, scale, kLargest[1], from, src_dtype, n);
+  WithFloatTag(src_dtype, [&](auto s) {
+    using S = decltype(s);
+    dst_dtype == DType::kI8 ? QuantizeAs<I8, S>(to, scale, kLargestI8, from, n)
+                            : QuantizeAs<F8E4M3, S>(to, scale, kLargestF8E4M3, from, n);
+  });
 }
 
 template <class S>

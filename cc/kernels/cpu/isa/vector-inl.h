@@ -5,15 +5,15 @@
 #include <cstdint>
 
 #include "kernels/cpu/isa/target-inl.h"
-#include "kernels/cpu/isa/vector_types-inl.h"
+#include "kernels/cpu/isa/vector_types-inl.h"  // IWYU pragma: export
 
 // The one place where a generic file chooses by instruction set.
 #if KVPAGE_LANES == 16
-#include "kernels/cpu/isa/avx512/vector-inl.h"
+#include "kernels/cpu/isa/avx512/vector-inl.h"  // IWYU pragma: export
 #elif KVPAGE_LANES == 8
-#include "kernels/cpu/isa/avx2/vector-inl.h"
+#include "kernels/cpu/isa/avx2/vector-inl.h"  // IWYU pragma: export
 #else
-#include "kernels/cpu/isa/baseline/vector-inl.h"
+#include "kernels/cpu/isa/baseline/vector-inl.h"  // IWYU pragma: export
 #endif
 
 namespace kvpage::cpu::KVPAGE_ISA {

@@ -6,6 +6,6 @@
 #define KVPAGE_ISA avx2
 #define KVPAGE_LANES 8
 #endif
-#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/target-inl.h"  // IWYU pragma: export
 
 #endif  // KVPAGE_KERNELS_CPU_ISA_AVX2_TARGET_INL_H_

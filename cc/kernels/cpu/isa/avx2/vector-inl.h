@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/isa/avx2/target-inl.h"
-#include "kernels/cpu/isa/portable-inl.h"
+#include "kernels/cpu/isa/portable-inl.h"  // IWYU pragma: export
 #include "kernels/cpu/isa/vector_types-inl.h"
 
 namespace kvpage::cpu::KVPAGE_ISA {

@@ -8,7 +8,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/isa/avx512_bf16/pairs-inl.h"
 #include "kernels/cpu/isa/avx512_bf16/quantized_decode-inl.h"
-#include "kernels/cpu/isa/avx512_bf16/residuals-inl.h"
+#include "kernels/cpu/isa/avx512_bf16/residuals-inl.h"  // IWYU pragma: keep: found by the type of lanes
 #include "kernels/cpu/isa/avx512_bf16/target-inl.h"
 #include "kernels/cpu/isa/decode-inl.h"
 #include "kernels/cpu/isa/lanes-inl.h"

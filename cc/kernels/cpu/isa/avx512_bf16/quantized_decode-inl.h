@@ -13,6 +13,7 @@
 #include "kernels/cpu/isa/avx512_bf16/quantized_operands-inl.h"
 #include "kernels/cpu/isa/avx512_bf16/target-inl.h"
 #include "kernels/cpu/isa/decode_stream-inl.h"
+#include "kernels/cpu/isa/lanes-inl.h"
 #include "kernels/cpu/isa/softmax-inl.h"
 #include "kernels/cpu/isa/state-inl.h"
 #include "kernels/cpu/isa/vector-inl.h"

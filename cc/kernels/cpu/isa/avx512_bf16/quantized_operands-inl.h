@@ -14,7 +14,6 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/isa.h"
 #include "kernels/cpu/isa/avx512_bf16/bytes-inl.h"
 #include "kernels/cpu/isa/avx512_bf16/target-inl.h"
 #include "kernels/cpu/isa/softmax-inl.h"

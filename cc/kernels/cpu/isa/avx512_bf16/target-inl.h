@@ -6,6 +6,6 @@
 #define KVPAGE_ISA avx512_bf16
 #define KVPAGE_LANES 16
 #endif
-#include "kernels/cpu/isa/target-inl.h"
+#include "kernels/cpu/isa/target-inl.h"  // IWYU pragma: export
 
 #endif  // KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_

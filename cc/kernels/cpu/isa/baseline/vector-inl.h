@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-#include "kernels/cpu/isa/portable-inl.h"
+#include "kernels/cpu/isa/portable-inl.h"  // IWYU pragma: export
+#include "kernels/cpu/isa/target-inl.h"
 #include "kernels/cpu/isa/vector_types-inl.h"
 
 #if defined(__aarch64__)
