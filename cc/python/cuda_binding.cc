@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "kernels/cuda/scratch.h"
+#include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
 #include "vmm/driver.h"
-#include "vmm/fake_driver.h"
 #include "vmm/limits.h"
 
 namespace nb = nanobind;

@@ -15,8 +15,8 @@
 
 #include "kernels/cuda/attend.h"
 #include "kernels/cuda/kernels.h"
+#include "testing/cuda_emulation/emulator.h"
 #include "tests/check.h"
-#include "tests/cuda_emulation/emulator.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "testing/fake_driver.h"
 #include "tests/check.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {

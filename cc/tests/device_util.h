@@ -18,9 +18,9 @@
 #include "cache/registry.h"
 #include "device/device_mirror.h"
 #include "device/device_state.h"
+#include "testing/fake_driver.h"
 #include "tests/check.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage::testing {
 

@@ -5,9 +5,9 @@
 #include <thread>
 #include <vector>
 
+#include "testing/fake_driver.h"
 #include "tests/check.h"
 #include "vmm/cuda_context.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {

@@ -1,5 +1,5 @@
 // The fake driver itself: the rules that the real one has, faults on demand, late streams and events, accounts.
-#include "vmm/fake_driver.h"
+#include "testing/fake_driver.h"
 
 #include <unistd.h>
 

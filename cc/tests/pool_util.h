@@ -14,8 +14,8 @@
 #include "cache/pool.h"
 #include "tests/check.h"
 #ifdef KVPAGE_TEST_FAKE_DRIVER
+#include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 #else
 #include "vmm/memfd_vmm.h"
 #endif
