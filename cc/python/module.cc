@@ -17,6 +17,9 @@
 #include "python/cuda_binding.h"
 #include "python/pool_handle.h"
 #include "vmm/limits.h"
+#ifdef KVPAGE_TESTING  // defined by CMake in a build with JAX_KVPAGE_TESTING
+#include "python/testing_binding.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -102,6 +105,9 @@ NB_MODULE(_native, m) {
   m.def("available_bytes", [] { return AvailableBytes(); });
 
   BindCuda(m);
+#ifdef KVPAGE_TESTING
+  BindTesting(m);
+#endif
   nb::class_<Claim>(m, "Claim")
       .def_prop_ro("code", [](const Claim& c) { return static_cast<int>(c.status.code()); })
       .def_prop_ro("message", [](const Claim& c) { return c.status.message(); })

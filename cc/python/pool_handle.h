@@ -32,8 +32,7 @@ class PoolHandle {
   PoolHandle(const PoolHandle&) = delete;
   PoolHandle& operator=(const PoolHandle&) = delete;
 
-  // `backend`: "cpu"; "cuda" on the device with this ordinal; "fake" for CUDA's memory management over the fake driver,
-  // with programs that run on CPU.
+  // `backend`: "cuda" on the device with this ordinal, or a host backend (host_backends.h), with programs on CPU.
   Status Open(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
               const std::string& backend, int device);
   std::int32_t id() const { return id_; }

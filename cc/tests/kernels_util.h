@@ -262,8 +262,8 @@ inline AttentionOptions ToOptions(const Problem& p) {
 }
 
 // Runs over the cache, sequence s in slots[s]; `only` keeps one sequence.
-inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
-                  int only = -1) {
+inline Result RunAttention(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
+                           int only = -1) {
   Result result;
   result.out.assign(p.q.size(), '\x55');
   result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);

@@ -1,6 +1,7 @@
 // Decode attention over quantised storage where its integers could go wrong: magnitudes at both ends, queries whose
 // elements differ much, what a row must not see.
-#include "tests/check.h"
+#include <gtest/gtest.h>
+
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -23,7 +24,7 @@ double RelativeError(const Problem& p, const Result& result, const std::vector<d
   return worst / size;
 }
 
-TEST(QueriesKeysAndValuesOfAnyMagnitude) {
+TEST(CodesTest, QueriesKeysAndValuesOfAnyMagnitude) {
   Rng rng(1);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -44,8 +45,8 @@ TEST(QueriesKeysAndValuesOfAnyMagnitude) {
         Reference(p, &out, &lse);
         for (const char* name : InstructionSets()) {
           cpu::ForceInstructionSet(name);
-          const double error = RelativeError(p, Run(p, cache, Slots(2), here), out);
-          CHECK(error < (q_dtype == DType::kF32 ? 4e-6 : 5e-3)) << error << name << q << v;
+          const double error = RelativeError(p, RunAttention(p, cache, Slots(2), here), out);
+          EXPECT_LT(error, (q_dtype == DType::kF32 ? 4e-6 : 5e-3)) << error << " " << name << " " << q << " " << v;
         }
       }
     }
@@ -53,7 +54,7 @@ TEST(QueriesKeysAndValuesOfAnyMagnitude) {
 }
 
 // The largest element has a small key, all others count: none of their bits may be lost to it.
-TEST(SmallElementsOfAQueryCount) {
+TEST(CodesTest, SmallElementsOfAQueryCount) {
   Rng rng(2);
   Inline here;
   for (const DType q_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -73,16 +74,17 @@ TEST(SmallElementsOfAQueryCount) {
       Reference(p, &out, &lse);
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
-        const Result result = Run(p, cache, {0}, here);
+        const Result result = RunAttention(p, cache, {0}, here);
         // A rounding to 2^-24 of the largest element, times keys of about 1, 64 of them.
-        for (std::size_t i = 0; i < lse.size(); ++i) CHECK(std::fabs(result.lse[i] - lse[i]) < 4e-6) << name << small;
+        for (std::size_t i = 0; i < lse.size(); ++i)
+          EXPECT_LT(std::fabs(result.lse[i] - lse[i]), 4e-6) << name << " " << small;
       }
     }
   }
 }
 
 // Just below a power of two integers of all-signed bytes are too small for their number of bits.
-TEST(LargestElementsBelowAPowerOfTwo) {
+TEST(CodesTest, LargestElementsBelowAPowerOfTwo) {
   Rng rng(5);
   Inline here;
   for (const DType q_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -102,13 +104,13 @@ TEST(LargestElementsBelowAPowerOfTwo) {
     Reference(p, &out, &lse);
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result result = Run(p, cache, {0}, here);
-      for (std::size_t i = 0; i < lse.size(); ++i) CHECK(std::fabs(result.lse[i] - lse[i]) < 4e-6) << name;
+      const Result result = RunAttention(p, cache, {0}, here);
+      for (std::size_t i = 0; i < lse.size(); ++i) EXPECT_LT(std::fabs(result.lse[i] - lse[i]), 4e-6) << name;
     }
   }
 }
 
-TEST(QueriesOfZeroAverage) {
+TEST(CodesTest, QueriesOfZeroAverage) {
   Rng rng(3);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -124,15 +126,15 @@ TEST(QueriesOfZeroAverage) {
     Reference(p, &out, &lse);
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result result = Run(p, cache, {0}, here);
-      CHECK(RelativeError(p, result, out) < 5e-3) << name;
-      CHECK(std::fabs(result.lse[0] - std::log(78.0)) < 1e-5) << name;
+      const Result result = RunAttention(p, cache, {0}, here);
+      EXPECT_LT(RelativeError(p, result, out), 5e-3) << name;
+      EXPECT_LT(std::fabs(result.lse[0] - std::log(78.0)), 1e-5) << name;
     }
   }
 }
 
 // Three new tokens: what the last one holds, and what has left the window, changes no bit of the first one's result.
-TEST(WhatARowDoesNotSeeChangesNoBit) {
+TEST(CodesTest, WhatARowDoesNotSeeChangesNoBit) {
   Rng rng(4);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -147,15 +149,15 @@ TEST(WhatARowDoesNotSeeChangesNoBit) {
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
         Store(p, cache, {0});
-        const Result before = Run(p, cache, {0}, here);
+        const Result before = RunAttention(p, cache, {0}, here);
         for (const int token : {100 - 50, 102}) {
           for (int which = 0; which < 2; ++which) *cache.ScaleAt(0, token, which, 0) *= 1000.0f;
         }
-        const Result after = Run(p, cache, {0}, here);
+        const Result after = RunAttention(p, cache, {0}, here);
         const std::size_t row = before.out.size() / 3;
-        CHECK(std::memcmp(&before.out[0], &after.out[0], row) == 0) << "the first" << name;
-        CHECK(std::memcmp(&before.out[row], &after.out[row], row) == 0) << "the second" << name;
-        CHECK(std::memcmp(&before.out[2 * row], &after.out[2 * row], row) != 0) << "the third" << name;
+        EXPECT_EQ(std::memcmp(&before.out[0], &after.out[0], row), 0) << "the first " << name;
+        EXPECT_EQ(std::memcmp(&before.out[row], &after.out[row], row), 0) << "the second " << name;
+        EXPECT_NE(std::memcmp(&before.out[2 * row], &after.out[2 * row], row), 0) << "the third " << name;
       }
     }
   }
@@ -163,5 +165,3 @@ TEST(WhatARowDoesNotSeeChangesNoBit) {
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,4 +1,4 @@
-#include "tests/cuda_emulation/cuda_runtime.h"
+#include "testing/cuda_emulation/cuda_runtime.h"
 
 #include <cstring>
 #include <map>

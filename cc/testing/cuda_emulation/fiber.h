@@ -1,6 +1,6 @@
 // Fiber: a stack of its own that can be switched to and from. One for each thread of an emulated block.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_FIBER_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_FIBER_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
 
 #include <cstddef>
 
@@ -47,4 +47,4 @@ class Fiber {
 
 }  // namespace kvpage::emulation
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_FIBER_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_

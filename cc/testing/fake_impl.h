@@ -1,6 +1,6 @@
 // The fake driver's state, shared by its entry points (fake_driver.cc, fake_memory.cc, fake_streams.cc).
-#ifndef KVPAGE_VMM_FAKE_IMPL_H_
-#define KVPAGE_VMM_FAKE_IMPL_H_
+#ifndef KVPAGE_TESTING_FAKE_IMPL_H_
+#define KVPAGE_TESTING_FAKE_IMPL_H_
 
 #include <array>
 #include <condition_variable>
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "vmm/fake_driver.h"
+#include "testing/fake_driver.h"
 
 namespace kvpage {
 
@@ -139,4 +139,4 @@ class Entry {
 }  // namespace cu::fake
 }  // namespace kvpage
 
-#endif  // KVPAGE_VMM_FAKE_IMPL_H_
+#endif  // KVPAGE_TESTING_FAKE_IMPL_H_

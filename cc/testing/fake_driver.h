@@ -7,8 +7,8 @@
 //
 // The real driver's functions have no room for a "this": one FakeDriver lives at a time. All calls may come from any
 // thread.
-#ifndef KVPAGE_VMM_FAKE_DRIVER_H_
-#define KVPAGE_VMM_FAKE_DRIVER_H_
+#ifndef KVPAGE_TESTING_FAKE_DRIVER_H_
+#define KVPAGE_TESTING_FAKE_DRIVER_H_
 
 #include <array>
 #include <cstdint>
@@ -87,4 +87,4 @@ class FakeDriver {
 
 }  // namespace kvpage
 
-#endif  // KVPAGE_VMM_FAKE_DRIVER_H_
+#endif  // KVPAGE_TESTING_FAKE_DRIVER_H_

@@ -1,15 +1,15 @@
 // Stands in for CUDA's header of this name: kernels compiled as C++ against it run on the emulated device
 // (emulator.h). Only what the project's kernels use.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_CUDA_RUNTIME_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_CUDA_RUNTIME_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_RUNTIME_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_CUDA_RUNTIME_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <tuple>
 #include <utility>
 
-#include "tests/cuda_emulation/emulator.h"
-#include "tests/cuda_emulation/vector_types.h"
+#include "testing/cuda_emulation/emulator.h"
+#include "testing/cuda_emulation/vector_types.h"
 
 #ifndef KVPAGE_EMULATED
 #error "compile with -DKVPAGE_EMULATED: the kernels choose their emulated twins by it"
@@ -98,6 +98,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 
-#include "tests/cuda_emulation/device_functions.h"
+#include "testing/cuda_emulation/device_functions.h"
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_CUDA_RUNTIME_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_CUDA_RUNTIME_H_

@@ -1,6 +1,6 @@
 // The vector types of CUDA, with its alignments: a misaligned access shows under the undefined behaviour sanitizer.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_VECTOR_TYPES_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_VECTOR_TYPES_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_VECTOR_TYPES_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_VECTOR_TYPES_H_
 
 #define KVPAGE_VECTOR(type, name, align2, align4)                             \
   struct name##1 { type x; };                                                 \
@@ -29,4 +29,4 @@ struct dim3 {
   constexpr dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}  // NOLINT: as CUDA's
 };
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_VECTOR_TYPES_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_VECTOR_TYPES_H_

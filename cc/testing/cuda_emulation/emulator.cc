@@ -1,4 +1,4 @@
-#include "tests/cuda_emulation/emulator.h"
+#include "testing/cuda_emulation/emulator.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "tests/cuda_emulation/cuda_runtime.h"
-#include "tests/cuda_emulation/fiber.h"
+#include "testing/cuda_emulation/cuda_runtime.h"
+#include "testing/cuda_emulation/fiber.h"
 
 namespace kvpage::emulation {
 namespace {

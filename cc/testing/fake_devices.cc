@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "vmm/fake_impl.h"
+#include "testing/fake_impl.h"
 
 namespace kvpage {
 namespace {

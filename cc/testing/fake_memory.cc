@@ -9,7 +9,7 @@
 #include <iterator>
 #include <string>
 
-#include "vmm/fake_impl.h"
+#include "testing/fake_impl.h"
 #include "vmm/limits.h"
 
 namespace kvpage {

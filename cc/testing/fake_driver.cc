@@ -1,4 +1,4 @@
-#include "vmm/fake_driver.h"
+#include "testing/fake_driver.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -6,7 +6,7 @@
 #include <atomic>
 #include <utility>
 
-#include "vmm/fake_impl.h"
+#include "testing/fake_impl.h"
 #include "vmm/limits.h"
 
 namespace kvpage {

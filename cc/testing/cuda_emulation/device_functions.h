@@ -1,6 +1,6 @@
 // CUDA's built-in device functions on the emulated device. Included by cuda_runtime.h.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_DEVICE_FUNCTIONS_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_DEVICE_FUNCTIONS_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_DEVICE_FUNCTIONS_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_DEVICE_FUNCTIONS_H_
 
 #include <algorithm>
 #include <cmath>
@@ -282,4 +282,4 @@ KVPAGE_MIN_MAX(unsigned long long)
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_DEVICE_FUNCTIONS_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_DEVICE_FUNCTIONS_H_

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "vmm/fake_impl.h"
+#include "testing/fake_impl.h"
 
 namespace kvpage {
 

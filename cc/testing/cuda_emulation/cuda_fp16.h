@@ -1,8 +1,8 @@
 // Stands in for CUDA's header of this name.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_CUDA_FP16_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_CUDA_FP16_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_FP16_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_CUDA_FP16_H_
 
-#include "tests/cuda_emulation/cuda_runtime.h"
+#include "testing/cuda_emulation/cuda_runtime.h"
 
 struct __half {
   unsigned short bits;
@@ -43,4 +43,4 @@ inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2floa
 inline float __low2float(__half2 v) { return __half2float(v.x); }
 inline float __high2float(__half2 v) { return __half2float(v.y); }
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_CUDA_FP16_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_CUDA_FP16_H_

@@ -1,4 +1,4 @@
-#include "tests/cuda_emulation/fiber.h"
+#include "testing/cuda_emulation/fiber.h"
 
 #include <sys/mman.h>
 #include <unistd.h>

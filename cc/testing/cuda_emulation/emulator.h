@@ -6,8 +6,8 @@
 // process with a message. With a seed, blocks, warps and lanes run in a random order, so that what lacks a barrier
 // gives other results. Asynchronous copies arrive when they are waited for and not before. Global memory is the heap,
 // whose bounds AddressSanitizer checks.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_EMULATOR_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_EMULATOR_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -83,4 +83,4 @@ void WaitForCopies(int groups_left);
 
 }  // namespace kvpage::emulation
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_EMULATOR_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_

@@ -1,8 +1,8 @@
 // Stands in for CUDA's header of this name.
-#ifndef KVPAGE_TESTS_CUDA_EMULATION_CUDA_BF16_H_
-#define KVPAGE_TESTS_CUDA_EMULATION_CUDA_BF16_H_
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_BF16_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_CUDA_BF16_H_
 
-#include "tests/cuda_emulation/cuda_runtime.h"
+#include "testing/cuda_emulation/cuda_runtime.h"
 
 struct __nv_bfloat16 {
   unsigned short bits;
@@ -31,4 +31,4 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.
 inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
 inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }
 
-#endif  // KVPAGE_TESTS_CUDA_EMULATION_CUDA_BF16_H_
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_CUDA_BF16_H_
