@@ -24,6 +24,7 @@ out=${OUT:-$repo/benchmarks/results}
 work=$repo/build/gpu${dry:+-dry}
 logs=${OUT:-$work}
 site=$work/site
+testing_site=$work/site-testing # the same package with the fake driver, without CUDA kernels
 mkdir -p "$out" "$work"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # Several processes share the card, and pools take their memory beside XLA's.
@@ -61,6 +62,15 @@ architecture() { # "90a" for compute capability 9.0: Hopper's own instructions n
   if [ "$capability" -ge 90 ]; then echo "${capability}a-real"; else echo "$capability-real"; fi
 }
 
+# A target folder instead of a virtual environment: the interpreter may live in one whose packages a new one would not
+# see. The build folder stays, so a second build compiles what changed.
+install_package() { # TARGET, build folder, settings...
+  local target=$1 folder=$2
+  shift 2
+  "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$target" \
+    -Cbuild-dir="$work/$folder" "$@" -v "$repo" >"$work/build.log" 2>&1 || { tail -60 "$work/build.log"; exit 1; }
+}
+
 build() {
   local options=(-DJAX_KVPAGE_CUDA=OFF) setting settings=() begin=$SECONDS
   if [ -z "$dry" ]; then
@@ -73,11 +83,7 @@ build() {
   step "package"
   export CMAKE_BUILD_PARALLEL_LEVEL=$jobs
   printf '%s\n' "${options[@]}"
-  # A target folder instead of a virtual environment: the interpreter may live in one whose packages a new one would
-  # not see. The build folder stays, so a second build compiles what changed.
-  "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$site" \
-    -Cbuild-dir="$work/package" "${settings[@]}" -v "$repo" >"$work/build.log" 2>&1 ||
-    { tail -60 "$work/build.log"; exit 1; }
+  install_package "$site" package "${settings[@]}"
   grep -E "warning" "$work/build.log" | head -20 || true
   if [ -z "$dry" ]; then
     "$python" cc/kernels/cuda/resource_usage.py table --json "$logs/registers.json" \
@@ -85,9 +91,14 @@ build() {
     head -60 "$logs/registers.txt"
   fi
 
+  step "package for the tests on the fake driver"
+  install_package "$testing_site" package-testing -Ccmake.define.JAX_KVPAGE_CUDA=OFF \
+    -Ccmake.define.JAX_KVPAGE_TESTING=ON
+
+  # Without the C++ tests, which need GoogleTest: cuda_driver_test does not.
   step "C++ tools"
   cmake -S "$repo" -B "$work/cc" -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_KVPAGE_PYTHON=OFF \
-    -DJAX_KVPAGE_CUDA=OFF -DJAX_KVPAGE_BENCHMARKS=ON -DJAX_KVPAGE_TESTS=ON >"$work/cc.log" || { cat "$work/cc.log"; exit 1; }
+    -DJAX_KVPAGE_CUDA=OFF -DJAX_KVPAGE_BENCHMARKS=ON -DJAX_KVPAGE_TESTS=OFF >"$work/cc.log" || { cat "$work/cc.log"; exit 1; }
   cmake --build "$work/cc" -j "$jobs" --target kvpage_driver_calls cuda_driver_test >>"$work/cc.log" 2>&1 ||
     { tail -40 "$work/cc.log"; exit 1; }
 
@@ -132,10 +143,8 @@ run_tests() {
   "$python" -c "import pytest_timeout" 2>/dev/null && guard=(--timeout 200)
   try "driver" 60 "$work/cc/cc/tests/cuda_driver_test" ${dry:+--fake}
   # The fake driver's tests need no GPU: they run on the other cores meanwhile.
-  if compgen -G "tests/test_fake_driver*.py" >/dev/null; then
-    in_background "fake driver" 330 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q -p no:cacheprovider \
-      ${spread:+-n 4} tests/test_fake_driver*.py
-  fi
+  in_background "fake driver" 330 env JAX_PLATFORMS=cpu JAX_KVPAGE_REQUIRE_FAKE_DRIVER=1 PYTHONPATH="$testing_site" \
+    "$python" -P -m pytest -q -p no:cacheprovider ${spread:+-n 4} tests/test_fake_driver*.py
   try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
     -p no:cacheprovider --durations 5 --junitxml "$logs/gpu-tests.xml" tests/gpu
   gather 3

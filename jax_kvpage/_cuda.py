@@ -63,8 +63,9 @@ class Place:
 def place_of(device: Any) -> Place:
     """The place that a JAX device is.
 
-    For this package's tests: with JAX_KVPAGE_FAKE_DRIVER=1 in the environment, pools of CPU devices
-    lie in the fake driver's memory, with JAX_KVPAGE_FAKE_DRIVER=cuda in CUDA's block sizes too.
+    For this package's tests, in a build with JAX_KVPAGE_TESTING: JAX_KVPAGE_FAKE_DRIVER=1 in the
+    environment puts pools of CPU devices into the fake driver's memory, JAX_KVPAGE_FAKE_DRIVER=cuda
+    uses CUDA's block sizes too.
 
     Raises:
         ValueError: no pool can live there, with the reasons.
@@ -74,6 +75,12 @@ def place_of(device: Any) -> Place:
         fake = os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "")
         if fake in ("", "0"):
             return Place("cpu", "cpu")
+        if not hasattr(_native, "fake_driver"):
+            raise ValueError(
+                f"KVPool: JAX_KVPAGE_FAKE_DRIVER={fake} is set, but this build of jax_kvpage has "
+                "no fake driver: unset it, or install a build for tests (pip install "
+                "--force-reinstall --no-deps -C cmake.define.JAX_KVPAGE_TESTING=ON . in a checkout)"
+            )
         return Place("cuda" if fake == "cuda" else "cpu", "fake")
     ways = "pass device=jax.devices('cpu')[0] and run the programs there (jax.default_device)"
     if platform != "cuda":

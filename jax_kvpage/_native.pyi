@@ -109,7 +109,7 @@ class Pool:
         capacity_bytes: int,
         allow_stale: bool,
         poison: bool,
-        backend: str = "cpu",  # "cpu", "cuda", or "fake": CUDA's memory management, fake driver
+        backend: str = "cpu",  # "cpu", "cuda", or in a build for tests "fake"
         device: int = 0,  # CUDA ordinal
     ) -> None: ...
     @property
@@ -166,6 +166,7 @@ class CudaReport:
 # Opens the driver, but no context. Works in every build.
 def cuda_report() -> CudaReport: ...
 
+# Only in a build with JAX_KVPAGE_TESTING.
 class FakeDriver:
     """The fake driver of this process: what pools with backend "fake" call."""
 

@@ -2,6 +2,8 @@
 
 `--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns a skipped test into a failure: a run that must
 have every optional package shows it, instead of staying green on tests that never ran.
+`--require-fake-driver` (or JAX_KVPAGE_REQUIRE_FAKE_DRIVER=1) does the same for tests marked
+fake_driver, which other runs leave out where the build has no fake driver.
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="report a skipped test as a failure",
     )
     parser.addoption(
+        "--require-fake-driver",
+        action="store_true",
+        default=os.environ.get("JAX_KVPAGE_REQUIRE_FAKE_DRIVER", "") not in ("", "0"),
+        help="fail in a build without the fake driver (JAX_KVPAGE_TESTING=ON has it)",
+    )
+    parser.addoption(
         "--gpu-platform",
         choices=("cuda", "cpu"),
         default="cuda",
@@ -50,16 +58,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are not there on a machine without one: neither run nor skipped."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+def _has_gpu(config: pytest.Config) -> bool:
     try:
-        jax.devices(config.getoption("--gpu-platform"))
+        return bool(jax.devices(config.getoption("--gpu-platform")))
     except RuntimeError:
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+        return False
+
+
+def _has_fake_driver(config: pytest.Config) -> bool:
+    from jax_kvpage import _native
+
+    if hasattr(_native, "fake_driver"):
+        return True
+    if config.getoption("--require-fake-driver"):
+        raise pytest.UsageError(
+            "--require-fake-driver: this build of jax_kvpage has no fake driver: "
+            "install it with -C cmake.define.JAX_KVPAGE_TESTING=ON"
+        )
+    return False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests whose marker names what is not here are left out: neither run nor skipped."""
+    for marker, is_here in (("gpu", _has_gpu), ("fake_driver", _has_fake_driver)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_here(config):
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import jax
 import pytest
 
 from jax_kvpage import __main__ as doctor
@@ -114,3 +115,13 @@ def test_preallocation(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert text in _cuda.preallocation()
+
+
+@pytest.mark.parametrize("blocks", ["1", "cuda"])
+def test_a_build_without_the_fake_driver_says_so(
+    monkeypatch: pytest.MonkeyPatch, blocks: str
+) -> None:
+    monkeypatch.delattr(_native, "fake_driver", raising=False)
+    monkeypatch.setenv("JAX_KVPAGE_FAKE_DRIVER", blocks)
+    with pytest.raises(ValueError, match=r"has no fake driver: .*JAX_KVPAGE_TESTING=ON"):
+        _cuda.place_of(jax.devices("cpu")[0])

@@ -7,6 +7,8 @@ from __future__ import annotations
 import pytest
 from subprocesses import run_python
 
+pytestmark = pytest.mark.fake_driver
+
 _FAKE = {"JAX_KVPAGE_FAKE_DRIVER": "1"}
 
 _COMMON = """

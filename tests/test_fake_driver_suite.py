@@ -1,8 +1,8 @@
 """The pool's own tests once more, on CUDA's memory management over the fake driver.
 
-Each file runs in a process of its own with JAX_KVPAGE_FAKE_DRIVER=1: slots and blocks are what the
-driver's calls make of them, programs run on CPU. conftest.py makes a run fail in which anything is
-left alive in the driver at the end, or in which one of its rules was broken.
+Each file runs in a separate process with JAX_KVPAGE_FAKE_DRIVER=1: slots and blocks come from
+driver calls, programs run on CPU. conftest.py fails a run in which anything is left alive in the
+driver at the end, or in which one of its rules was broken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 
 import pytest
 from subprocesses import run_python
+
+pytestmark = pytest.mark.fake_driver
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 

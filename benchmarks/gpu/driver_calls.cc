@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "base/status.h"
+#include "testing/fake_driver.h"
 #include "vmm/cuda_context.h"
 #include "vmm/driver.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {

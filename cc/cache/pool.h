@@ -117,7 +117,7 @@ class Pool {
   Claim Acquire(const std::vector<std::int64_t>& tokens);
   // Maps room for tokens[i] tokens in all in slots[i]; all or none.
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
-  // Occupied slots start to drain; a queued program ends it (Vacate).
+  // Occupied slots start to drain; a queued edit_slots (vacate) ends it.
   Status StartRelease(const std::vector<std::int32_t>& slots);
   // Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
   void UndoAcquire(const std::vector<std::int32_t>& slots);

@@ -2,6 +2,7 @@
 // over plain page arrays (attend_with_tables).
 #include <vector>
 
+#include "ffi/attention_options.h"
 #include "ffi/bindings.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
@@ -11,18 +12,8 @@
 namespace kvpage {
 namespace {
 
-// The operands and attributes of attention that do not depend on where keys and values lie.
-struct Variant {
-  S32 window;
-  F32 sinks;
-  F32 alibi;
-  float scale;
-  float soft_cap;
-  bool exact_weights;
-};
-
 ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any q,
-                  const Variant& variant, ffi::Result<Any> out, ffi::Result<F32> lse, Parallel& parallel) {
+                  const OptionOperands& options, ffi::Result<Any> out, ffi::Result<F32> lse, Parallel& parallel) {
   cpu::AttentionArgs args;
   KVPAGE_FFI_RETURN_IF_ERROR(CheckQuery(op, q, view.num_kv_heads, view.head_dim, &args.q_dtype));
   const auto shape = q.dimensions();
@@ -34,12 +25,7 @@ ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const 
   args.num_tokens = shape[0];
   args.num_q_heads = static_cast<std::int32_t>(shape[1]);
   args.sequences = &sequences;
-  args.scale = variant.scale;
-  args.sliding_window = variant.window.typed_data()[0];
-  args.soft_cap = variant.soft_cap;
-  args.exact_weights = variant.exact_weights;
-  args.sinks = variant.sinks.element_count() > 0 ? variant.sinks.typed_data() : nullptr;
-  args.alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToOptions(op, options, args.num_q_heads, &args.options));
   return ToError(cpu::Attend(args, parallel));
 }
 
@@ -91,7 +77,7 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 le
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false));
   XlaParallel parallel(&threads);
   return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
-                {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
+                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
 ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
@@ -108,7 +94,7 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
       error.failure())
     return error;
   return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
-                {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse, parallel);
+                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -187,8 +173,7 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
   KVPAGE_FFI_RETURN_IF_ERROR(
       TableSequences(block_tables, lengths, offsets, Rows(q), Rows(k_pages), view.tokens_per_chunk, &sequences));
   XlaParallel parallel(&threads);
-  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, out, lse,
-                parallel);
+  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
 auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }

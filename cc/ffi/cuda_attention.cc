@@ -2,6 +2,7 @@
 // attention over plain page arrays (attend_with_tables).
 #include <utility>
 
+#include "ffi/attention_options.h"
 #include "ffi/bindings.h"
 #include "ffi/cuda_decode.h"
 #include "ffi/handlers.h"
@@ -9,27 +10,12 @@
 namespace kvpage {
 namespace {
 
-// The operands and attributes of attention that do not depend on where keys and values lie.
-struct Variant {
-  S32 window;
-  F32 sinks;
-  F32 alibi;
-  float scale;
-  float soft_cap;
-  bool exact_weights;
-};
-
-Status ToAttention(const char* op, const Any& q, const Variant& variant, DType kv_dtype, std::int64_t kv_heads,
+Status ToAttention(const char* op, const Any& q, const OptionOperands& options, DType kv_dtype, std::int64_t kv_heads,
                    std::int64_t head_dim, std::int64_t max_context, ffi::Result<Any>* out, ffi::Result<F32>* lse,
                    cuda::AttentionOperands* attention) {
   KVPAGE_RETURN_IF_ERROR(CheckQuery(op, q, kv_heads, head_dim, &attention->q_dtype));
   const std::int64_t heads = q.dimensions()[1];
-  const auto per_head = [&](const char* name, const F32& values) {
-    return CheckCount(op, name, values.element_count(), values.element_count() == 0 ? 0 : heads);
-  };
-  KVPAGE_RETURN_IF_ERROR(CheckCount(op, "window", variant.window.element_count(), 1));
-  KVPAGE_RETURN_IF_ERROR(per_head("sinks", variant.sinks));
-  KVPAGE_RETURN_IF_ERROR(per_head("alibi_slopes", variant.alibi));
+  KVPAGE_RETURN_IF_ERROR(ToOptions(op, options, heads, &attention->options));
   KVPAGE_RETURN_IF_ERROR(
       CheckCount(op, "the output", (*out)->element_count(), static_cast<std::int64_t>(q.element_count())));
   const bool wants_lse = (*lse)->element_count() > 0;
@@ -42,12 +28,6 @@ Status ToAttention(const char* op, const Any& q, const Variant& variant, DType k
   attention->num_kv_heads = static_cast<std::int32_t>(kv_heads);
   attention->head_dim = static_cast<std::int32_t>(head_dim);
   attention->max_context = max_context;
-  attention->window = variant.window.typed_data();
-  attention->sinks = variant.sinks.element_count() > 0 ? variant.sinks.typed_data() : nullptr;
-  attention->alibi_slopes = variant.alibi.element_count() > 0 ? variant.alibi.typed_data() : nullptr;
-  attention->scale = variant.scale;
-  attention->soft_cap = variant.soft_cap;
-  attention->exact_weights = variant.exact_weights;
   return {};
 }
 
@@ -72,11 +52,11 @@ struct LayerCall : CudaCall {
     return {};
   }
   // `append` null: paged_attention.
-  Status Attend(const Any& q, const Variant& variant, const cuda::AppendOperands* append, ffi::Result<Any> out,
+  Status Attend(const Any& q, const OptionOperands& options, const cuda::AppendOperands* append, ffi::Result<Any> out,
                 ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch, void* stream) {
     cuda::AttentionOperands attention;
     KVPAGE_RETURN_IF_ERROR(
-        ToAttention(op(), q, variant, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
+        ToAttention(op(), q, options, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
     attention.layer = layer;
     const DeviceState::Queueing queueing(device, static_cast<cu::Stream>(stream));
     KVPAGE_RETURN_IF_ERROR(queueing.status());
@@ -110,7 +90,7 @@ ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 ep
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(DeviceOp::kPagedAttention, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, nullptr, out, lse, nullptr,
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, nullptr, out, lse, nullptr,
                              scratch, stream));
 }
 
@@ -123,7 +103,7 @@ ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 e
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(DeviceOp::kUpdateAndAttend, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
   KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0}, &append, out, lse,
+  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, &append, out, lse,
                              new_epoch->typed_data(), scratch, stream));
 }
 
@@ -158,9 +138,9 @@ ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any 
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "query_offsets", offsets.element_count(), sequences + 1));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "block_tables' first dimension", block_tables.dimensions()[0], sequences));
   cuda::AttentionOperands attention;
-  KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap, exact_weights != 0},
-                                         view.dtype, view.num_kv_heads, view.head_dim,
-                                         view.table_width * view.tokens_per_chunk, &out, &lse, &attention));
+  KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap, exact_weights}, view.dtype,
+                                         view.num_kv_heads, view.head_dim, view.table_width * view.tokens_per_chunk,
+                                         &out, &lse, &attention));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, scratch, cuda::AttentionBytes(attention, sequences, Rows(q))));
   return ToError(cuda::AttendWithTables(view, Rows(k_pages), lengths.typed_data(), offsets.typed_data(), sequences,
                                         Rows(q), attention, scratch->typed_data(), stream));

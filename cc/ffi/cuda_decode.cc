@@ -12,12 +12,6 @@ Status FindDeviceFor(const char* op, std::int32_t ordinal, DeviceState** device)
                             "device of its pool");
 }
 
-Status CheckCount(const char* op, const char* name, std::size_t have, std::int64_t wanted) {
-  if (static_cast<std::int64_t>(have) == wanted) return {};
-  return InvalidArgument(std::string(op) + ": " + name + " must have " + std::to_string(wanted) + " elements, it has " +
-                         std::to_string(have));
-}
-
 Status CudaCall::Start(DeviceOp device_op, std::int32_t ordinal, const S32& handle, const U32& epoch,
                        const S32& lengths, SpecAttr spec) {
   cache.op = device_op;

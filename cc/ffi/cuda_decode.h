@@ -40,9 +40,6 @@ struct CudaCall {
 // The state of a device that programs run on; an error when no pool was made there.
 Status FindDeviceFor(const char* op, std::int32_t ordinal, DeviceState** device);
 
-// An operand must have so many elements.
-Status CheckCount(const char* op, const char* name, std::size_t have, std::int64_t wanted);
-
 // slots [S] and query_offsets [S + 1]. `num_tokens`: rows of q, k and v; -1 when there are none.
 Status ToBatch(const char* op, const S32& slots, const S32& offsets, std::int64_t num_tokens,
                cuda::BatchOperands* batch);

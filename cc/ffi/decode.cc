@@ -23,6 +23,12 @@ BatchRef Batch(const S32& slots, const S32& offsets, std::int64_t num_tokens) {
   return {slots.typed_data(), static_cast<std::int64_t>(slots.element_count()), offsets.typed_data(), num_tokens};
 }
 
+Status CheckCount(const char* op, const char* name, std::size_t have, std::int64_t wanted) {
+  if (static_cast<std::int64_t>(have) == wanted) return {};
+  return InvalidArgument(std::string(op) + ": " + name + " must have " + std::to_string(wanted) + " elements, it has " +
+                         std::to_string(have));
+}
+
 Status ToDType(const char* what, ffi::DataType type, DType* out) {
   switch (type) {
     case ffi::F32:

@@ -2,6 +2,7 @@
 #ifndef KVPAGE_FFI_DECODE_H_
 #define KVPAGE_FFI_DECODE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -40,6 +41,9 @@ Status Resolve(const char* op, const S32& handle, SpecAttr spec, std::shared_ptr
 
 CacheRef Cache(const S32& handle, const U32& epoch, const S32& lengths);
 BatchRef Batch(const S32& slots, const S32& offsets, std::int64_t num_tokens);
+
+// The operand `name` must have `wanted` elements.
+Status CheckCount(const char* op, const char* name, std::size_t have, std::int64_t wanted);
 
 Status ToDType(const char* what, ffi::DataType type, DType* out);
 

@@ -13,6 +13,9 @@
 #include "python/errors.h"
 #include "python/pool_binding.h"
 #include "vmm/limits.h"
+#ifdef KVPAGE_TESTING  // defined by CMake in a build with JAX_KVPAGE_TESTING
+#include "python/testing_binding.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -60,6 +63,9 @@ NB_MODULE(_native, m) {
   m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
   m.def("available_bytes", [] { return AvailableBytes(); });
   BindCuda(m);
+#ifdef KVPAGE_TESTING
+  BindTesting(m);
+#endif
   BindPool(m);
 }
 

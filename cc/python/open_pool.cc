@@ -6,10 +6,9 @@
 #include "device/device_mirror.h"
 #include "device/device_state.h"
 #include "ffi/handlers.h"
-#include "python/cuda_binding.h"
+#include "python/host_backends.h"
 #include "vmm/cuda_vmm.h"
 #include "vmm/limits.h"
-#include "vmm/memfd_vmm.h"
 
 namespace kvpage {
 namespace {
@@ -24,14 +23,10 @@ struct PoolMemory {
   std::int64_t map_limit = 0;
 };
 
-Status OnHost(const Geometry& geometry, bool fake, PoolMemory* memory) {
+Status OnHost(const Geometry& geometry, MakeVmm make, PoolMemory* memory) {
   const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
   memory->map_limit = map_limit > 0 ? map_limit : 1;
-  if (fake) return MakeFakeVmm(geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
-  std::unique_ptr<MemfdVmm> vmm;
-  KVPAGE_RETURN_IF_ERROR(MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm));
-  memory->vmm = std::move(vmm);
-  return {};
+  return make(geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
 }
 
 Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options, int ordinal,
@@ -66,8 +61,9 @@ Status MemoryLimit::Check(const std::string& op, std::int64_t capacity_bytes) co
 
 Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
                 const std::string& backend, int device, OpenedPool* out) {
-  if (backend != "cpu" && backend != "cuda" && backend != "fake") {
-    return InvalidArgument("KVPool: backend must be 'cpu', 'cuda' or 'fake', got '" + backend + "'");
+  const MakeVmm make_on_host = FindHostBackend(backend);
+  if (make_on_host == nullptr && backend != "cuda") {
+    return InvalidArgument("KVPool: this build has no backend '" + backend + "': it must be 'cpu' or 'cuda'");
   }
   Geometry geometry;
   KVPAGE_RETURN_IF_ERROR(Geometry::Make(spec, block_bytes, &geometry));
@@ -77,7 +73,7 @@ Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t cap
   } else {
     out->memory = {MemoryLimitBytes(), "this machine (or this process's cgroup)"};
     KVPAGE_RETURN_IF_ERROR(out->memory.Check("KVPool", capacity_bytes));
-    KVPAGE_RETURN_IF_ERROR(OnHost(geometry, backend == "fake", &memory));
+    KVPAGE_RETURN_IF_ERROR(OnHost(geometry, make_on_host, &memory));
   }
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(memory.vmm), memory.map_limit, &pool,

@@ -24,8 +24,7 @@ struct OpenedPool {
   MemoryLimit memory;
 };
 
-// `backend`: "cpu"; "cuda" on the device with this ordinal; "fake" for CUDA's memory management over the fake driver,
-// with programs that run on CPU.
+// `backend`: "cuda" on the device with this ordinal, or a host backend (host_backends.h), with programs on CPU.
 Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
                 const std::string& backend, int device, OpenedPool* out);
 

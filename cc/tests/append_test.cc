@@ -1,9 +1,10 @@
 // What moves keys and values: append (converts and scatters) and gather.
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 
-#include "tests/check.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -11,7 +12,7 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
-TEST(AppendConvertsAndScatters) {
+TEST(AppendTest, AppendConvertsAndScatters) {
   Rng rng(9);
   std::normal_distribution<float> normal;
   const float special[] = {0.0f,        -0.0f,       1.0f,       65504.0f,    65519.9f,  65520.0f,   1e30f,
@@ -60,12 +61,13 @@ TEST(AppendConvertsAndScatters) {
                 const bool nan = std::isnan(Read(src, from)) && std::isnan(Read(got, to));
                 wrong += !nan && std::memcmp(expected, got, ItemSize(to)) != 0;
               }
-              CHECK(std::isnan(Read(cache.At(s.slot, s.position + s.query_length, 0, 0), to)));
+              EXPECT_TRUE(std::isnan(Read(cache.At(s.slot, s.position + s.query_length, 0, 0), to)));
               if (s.position > 0) {
-                CHECK(std::isnan(Read(cache.At(s.slot, s.position - 1, 1, 2), to)));
+                EXPECT_TRUE(std::isnan(Read(cache.At(s.slot, s.position - 1, 1, 2), to)));
               }
             }
-            CHECK_EQ(wrong, 0) << Name(from) << "to" << Name(to) << name << "layout" << static_cast<int>(layout);
+            EXPECT_EQ(wrong, 0) << Name(from) << " to " << Name(to) << " " << name << " layout "
+                                << static_cast<int>(layout);
           }
         }
       }
@@ -73,7 +75,7 @@ TEST(AppendConvertsAndScatters) {
   }
 }
 
-TEST(GatherCopiesAndClears) {
+TEST(AppendTest, GatherCopiesAndClears) {
   Rng rng(10);
   Threads threads(2);
   Inline here;
@@ -108,12 +110,10 @@ TEST(GatherCopiesAndClears) {
           wrong += std::memcmp(expected, &out[which][i * 2], 2) != 0;
         }
       }
-      CHECK_EQ(wrong, 0) << "layout" << static_cast<int>(layout);
+      EXPECT_EQ(wrong, 0) << "layout " << static_cast<int>(layout);
     }
   }
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

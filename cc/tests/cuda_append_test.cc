@@ -1,12 +1,14 @@
 // Appending, gathering and copying on the emulated device, against plain loops over the view.
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "tests/check.h"
 #include "tests/cuda_util.h"
+#include "tests/expect_ok.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -121,7 +123,7 @@ bool SameArena(const Cache& a, const Cache& b) {
               static_cast<int>(a.memory.size() / ItemSize(a.view.dtype)));
 }
 
-TEST(AppendWritesWhatPlainLoopsWrite) {
+TEST(CudaAppendTest, AppendWritesWhatPlainLoopsWrite) {
   Rng rng(1);
   for (const Layout layout : kLayouts) {
     for (const DType to : kStorage) {
@@ -143,16 +145,16 @@ TEST(AppendWritesWhatPlainLoopsWrite) {
           const auto epoch = Exactly<std::uint32_t>(1);
           const cuda::AppendOperands append = {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), from, heads,
                                                head_dim};
-          CHECK_OK(cuda::AppendKV(buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec),
-                                  {slots.get(), offsets.get(), 6, 33}, append, epoch.get(), scratch.get(), nullptr));
-          CHECK_EQ(bench.rows.TakeFault().kind, 0);
-          CHECK_EQ(epoch[0], 6u);
-          CHECK(SameArena(bench.cache, expected))
-              << static_cast<int>(layout) << Name(from) << "to" << Name(to) << head_dim;
-          CHECK_EQ(bench.rows.written(3, 1), 65);
-          CHECK_EQ(bench.rows.written(2, 1), 20);
-          CHECK_EQ(bench.rows.written(0, 1), 0);
-          CHECK_EQ(bench.rows.written(3, 0), 0);
+          EXPECT_OK(cuda::AppendKV(buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec),
+                                   {slots.get(), offsets.get(), 6, 33}, append, epoch.get(), scratch.get(), nullptr));
+          EXPECT_EQ(bench.rows.TakeFault().kind, 0);
+          EXPECT_EQ(epoch[0], 6u);
+          EXPECT_TRUE(SameArena(bench.cache, expected))
+              << static_cast<int>(layout) << " " << Name(from) << " to " << Name(to) << " " << head_dim;
+          EXPECT_EQ(bench.rows.written(3, 1), 65);
+          EXPECT_EQ(bench.rows.written(2, 1), 20);
+          EXPECT_EQ(bench.rows.written(0, 1), 0);
+          EXPECT_EQ(bench.rows.written(3, 0), 0);
         }
       }
     }
@@ -160,7 +162,7 @@ TEST(AppendWritesWhatPlainLoopsWrite) {
   emulation::device().seed = 0;
 }
 
-TEST(OneTokenEachAndNothingAtAll) {
+TEST(CudaAppendTest, OneTokenEachAndNothingAtAll) {
   Rng rng(2);
   Bench bench(rng, Layout::kFused, DType::kBF16, 2, 64);
   bench.lengths = {3, 9, 0, 60, -1, 79};
@@ -175,17 +177,17 @@ TEST(OneTokenEachAndNothingAtAll) {
   const cuda::AppendOperands append = {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), DType::kBF16, 2, 64};
   const CacheBuffers buffers = bench.Buffers();
   const auto operands = buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec);
-  CHECK_OK(cuda::AppendKV(operands, {slots.get(), offsets.get(), 5, 5}, append, epoch.get(), scratch.get(), nullptr));
-  CHECK(SameArena(bench.cache, expected));
+  EXPECT_OK(cuda::AppendKV(operands, {slots.get(), offsets.get(), 5, 5}, append, epoch.get(), scratch.get(), nullptr));
+  EXPECT_TRUE(SameArena(bench.cache, expected));
   // No sequence and no token: the epoch moves all the same.
   buffers.epoch[0] = epoch[0];
-  CHECK_OK(cuda::AppendKV(operands, {nullptr, offsets.get(), 0, 0}, append, epoch.get(), scratch.get(), nullptr));
-  CHECK_EQ(bench.rows.TakeFault().kind, 0);
-  CHECK_EQ(epoch[0], 7u);
-  CHECK(SameArena(bench.cache, expected));
+  EXPECT_OK(cuda::AppendKV(operands, {nullptr, offsets.get(), 0, 0}, append, epoch.get(), scratch.get(), nullptr));
+  EXPECT_EQ(bench.rows.TakeFault().kind, 0);
+  EXPECT_EQ(epoch[0], 7u);
+  EXPECT_TRUE(SameArena(bench.cache, expected));
 }
 
-TEST(AFailedAppendWritesNothing) {
+TEST(CudaAppendTest, AFailedAppendWritesNothing) {
   Rng rng(3);
   Bench bench(rng, Layout::kPerLayer, DType::kF16, 2, 64);
   bench.lengths = {3, -1, 0, 60, 16, 79};
@@ -196,17 +198,17 @@ TEST(AFailedAppendWritesNothing) {
   const auto scratch = Scratch(2);
   const auto epoch = Exactly<std::uint32_t>(1);
   const CacheBuffers buffers = bench.Buffers();
-  CHECK_OK(cuda::AppendKV(buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec),
-                          {slots.get(), offsets.get(), 2, 6},
-                          {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), DType::kF32, 2, 64}, epoch.get(),
-                          scratch.get(), nullptr));
-  CHECK_EQ(bench.rows.TakeFault().kind, static_cast<std::int32_t>(FaultKind::kSlotFree));
-  CHECK_EQ(epoch[0], 5u);
-  CHECK_EQ(bench.rows.written(0, 1), 0);
-  CHECK(bench.cache.memory == before);
+  EXPECT_OK(cuda::AppendKV(buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec),
+                           {slots.get(), offsets.get(), 2, 6},
+                           {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), DType::kF32, 2, 64}, epoch.get(),
+                           scratch.get(), nullptr));
+  EXPECT_EQ(bench.rows.TakeFault().kind, static_cast<std::int32_t>(FaultKind::kSlotFree));
+  EXPECT_EQ(epoch[0], 5u);
+  EXPECT_EQ(bench.rows.written(0, 1), 0);
+  EXPECT_EQ(bench.cache.memory, before);
 }
 
-TEST(GatherReadsWhatPlainLoopsRead) {
+TEST(CudaAppendTest, GatherReadsWhatPlainLoopsRead) {
   Rng rng(4);
   for (const Layout layout : kLayouts) {
     for (const DType dtype : kStorage) {
@@ -243,10 +245,10 @@ TEST(GatherReadsWhatPlainLoopsRead) {
           if (fails) offsets[0] = 1;
           for (auto& side : out) std::memset(side.get(), 0x55, bytes);
           const CacheBuffers buffers = bench.Buffers();
-          CHECK_OK(cuda::GatherContext(buffers.Operands(DeviceOp::kGatherContext, bench.table, bench.spec),
-                                       {slots.get(), offsets.get(), 5, -1}, layer.get(), row_tokens, out[0].get(),
-                                       out[1].get(), scratch.get(), nullptr));
-          CHECK_EQ(bench.rows.TakeFault().kind, fails ? static_cast<std::int32_t>(FaultKind::kOffsetsStart) : 0);
+          EXPECT_OK(cuda::GatherContext(buffers.Operands(DeviceOp::kGatherContext, bench.table, bench.spec),
+                                        {slots.get(), offsets.get(), 5, -1}, layer.get(), row_tokens, out[0].get(),
+                                        out[1].get(), scratch.get(), nullptr));
+          EXPECT_EQ(bench.rows.TakeFault().kind, fails ? static_cast<std::int32_t>(FaultKind::kOffsetsStart) : 0);
           int wrong = 0;
           for (std::size_t i = 0; i < bytes / ItemSize(out_dtype); ++i) {
             const int d = static_cast<int>(i % head_dim), h = static_cast<int>(i / head_dim % heads);
@@ -264,7 +266,7 @@ TEST(GatherReadsWhatPlainLoopsRead) {
               wrong += fails ? !std::isnan(got) : got != wanted;
             }
           }
-          CHECK_EQ(wrong, 0) << static_cast<int>(layout) << Name(dtype) << head_dim << fails;
+          EXPECT_EQ(wrong, 0) << static_cast<int>(layout) << " " << Name(dtype) << " " << head_dim << " " << fails;
         }
       }
     }
@@ -272,7 +274,7 @@ TEST(GatherReadsWhatPlainLoopsRead) {
   emulation::device().seed = 0;
 }
 
-TEST(CopiesWholeBlocks) {
+TEST(CudaAppendTest, CopiesWholeBlocks) {
   Rng rng(5);
   for (const std::int64_t bytes : {16ll, 4096ll, 32768ll, 100000ll}) {
     std::vector<std::unique_ptr<char[]>> from, to;
@@ -284,13 +286,11 @@ TEST(CopiesWholeBlocks) {
       copies.push_back({from[i].get(), to[i].get()});
     }
     const auto list = Exactly(copies);
-    CHECK_OK(cuda::CopyBlocks(list.get(), 3, bytes, nullptr));
-    for (int i = 0; i < 3; ++i) CHECK_EQ(std::memcmp(from[i].get(), to[i].get(), bytes), 0);
+    EXPECT_OK(cuda::CopyBlocks(list.get(), 3, bytes, nullptr));
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(std::memcmp(from[i].get(), to[i].get(), bytes), 0);
   }
-  CHECK(!cuda::CopyBlocks(nullptr, 1, 24, nullptr).ok());
+  EXPECT_FALSE(cuda::CopyBlocks(nullptr, 1, 24, nullptr).ok());
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,7 +1,10 @@
 // Attention as handlers launch it, on the emulated device: check, append and attention over a pool's table, and over
 // plain page arrays.
+#include <gtest/gtest.h>
+
 #include "tests/cuda_attention_util.h"
 #include "tests/cuda_util.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -51,14 +54,14 @@ struct Pool {
     result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
     cuda::AttentionOperands operands = ToOperands(p, cache, &result);
     operands.layer = layer.get();
-    operands.window = window.get();
+    operands.options.sliding_window = window.get();
     operands.max_context = spec[4];
     const auto count = static_cast<std::int64_t>(slots.size());
     const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);
     const DeviceOp op = append != nullptr ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention;
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, p.num_tokens};
-    CHECK_OK(
+    EXPECT_OK(
         cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, &new_epoch, scratch.get(), nullptr));
     return result;
   }
@@ -81,7 +84,7 @@ std::vector<char> NewTokens(Problem& p, int which, DType dtype) {
   return rows;
 }
 
-TEST(PoolsAreReadAndUpdated) {
+TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
   Rng rng(1);
   constexpr DType kTypes[][2] = {{DType::kBF16, DType::kBF16},
                                  {DType::kF16, DType::kF16},
@@ -112,9 +115,9 @@ TEST(PoolsAreReadAndUpdated) {
       Pool pool(p, cache, in, slots, max_tokens);
       const std::vector<char> before = pool.rows.State();
       const Result unwritten = pool.Run(p, cache, nullptr);
-      CHECK(std::isnan(Read(unwritten.out.data(), p.q_dtype)) && std::isnan(unwritten.lse[0]));
-      CHECK(pool.rows.State() == before);
-      CHECK_EQ(pool.rows.TakeFault().kind, static_cast<std::int32_t>(FaultKind::kUnwritten));
+      EXPECT_TRUE(std::isnan(Read(unwritten.out.data(), p.q_dtype)) && std::isnan(unwritten.lse[0]));
+      EXPECT_EQ(pool.rows.State(), before);
+      EXPECT_EQ(pool.rows.TakeFault().kind, static_cast<std::int32_t>(FaultKind::kUnwritten));
 
       const std::vector<char> k = NewTokens(p, 0, p.q_dtype), v = NewTokens(p, 1, p.q_dtype);
       cuda::AppendOperands append;
@@ -126,23 +129,23 @@ TEST(PoolsAreReadAndUpdated) {
       append.head_dim = p.head_dim;
       const Result updated = pool.Run(p, cache, &append);
       CheckCuda(p, updated, out, lse, tensor_cores, "updated");
-      CHECK_EQ(pool.new_epoch, 6u);
-      CHECK_EQ(pool.rows.written(4, 1), 131);
-      CHECK(pool.Run(p, cache, nullptr) == updated) << "read again" << DescribeCuda(p);
-      CHECK_EQ(pool.rows.entry().epoch, 6u);
-      CHECK_EQ(pool.rows.TakeFault().set, 0u);
+      EXPECT_EQ(pool.new_epoch, 6u);
+      EXPECT_EQ(pool.rows.written(4, 1), 131);
+      EXPECT_EQ(pool.Run(p, cache, nullptr), updated) << "read again " << DescribeCuda(p);
+      EXPECT_EQ(pool.rows.entry().epoch, 6u);
+      EXPECT_EQ(pool.rows.TakeFault().set, 0u);
 
       pool.lengths[1] = -1;  // free in the cache value
       const Result failed = pool.Run(p, cache, nullptr);
       for (std::size_t i = 0; i < failed.out.size(); i += ItemSize(p.q_dtype)) {
-        CHECK(std::isnan(Read(&failed.out[i], p.q_dtype))) << i;
+        EXPECT_TRUE(std::isnan(Read(&failed.out[i], p.q_dtype))) << i;
       }
     }
   }
 }
 
 // Page arrays of any page size; a sequence whose length or table cannot be right spoils its own rows alone.
-TEST(TablesOfAnyPageSize) {
+TEST(CudaAttentionOpTest, TablesOfAnyPageSize) {
   Rng rng(2);
   for (const int page : {1, 5, 16, 48, 64}) {
     for (const Layout layout : {Layout::kTableNhd, Layout::kTableHnd}) {
@@ -165,8 +168,8 @@ TEST(TablesOfAnyPageSize) {
       }
       const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens));
       const auto run = [&] {
-        CHECK_OK(cuda::AttendWithTables(cache.view, static_cast<std::int64_t>(cache.table.size()), lengths.data(),
-                                        offsets.data(), n, p.num_tokens, operands, scratch.get(), nullptr));
+        EXPECT_OK(cuda::AttendWithTables(cache.view, static_cast<std::int64_t>(cache.table.size()), lengths.data(),
+                                         offsets.data(), n, p.num_tokens, operands, scratch.get(), nullptr));
       };
       run();
       CheckCuda(p, result, out, lse, dtype != DType::kF32, "tables");
@@ -179,10 +182,11 @@ TEST(TablesOfAnyPageSize) {
       for (int s = 0; s < n; ++s) {
         const std::size_t at = static_cast<std::size_t>(p.sequences[s].query_begin) * row;
         if (s < 2) {
-          CHECK(std::memcmp(&result.out[at], &good.out[at],
-                            row * static_cast<std::size_t>(p.sequences[s].query_length)) == 0);
+          EXPECT_EQ(
+              std::memcmp(&result.out[at], &good.out[at], row * static_cast<std::size_t>(p.sequences[s].query_length)),
+              0);
         } else {
-          CHECK(std::isnan(Read(&result.out[at], dtype))) << s;
+          EXPECT_TRUE(std::isnan(Read(&result.out[at], dtype))) << s;
         }
       }
     }
@@ -191,5 +195,3 @@ TEST(TablesOfAnyPageSize) {
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,4 +1,6 @@
 // The CUDA attention kernels on the emulated device, against a reference in double precision.
+#include <gtest/gtest.h>
+
 #include "tests/cuda_attention_util.h"
 
 namespace kvpage::testing {
@@ -13,7 +15,7 @@ bool UsesTensorCores(const Problem& p) {
   a.q_dtype = p.q_dtype;
   a.kv_dtype = p.dtype;
   a.head_dim = p.head_dim;
-  a.exact_weights = p.exact_weights;
+  a.options.exact_weights = p.exact_weights;
   return cuda::HasTensorCoreKernels(a);
 }
 
@@ -48,7 +50,7 @@ void Check(Rng& rng, Problem& p, bool aligned) {
   CheckCuda(p, RunCuda(p, cache, slots, run), out, lse, aligned && UsesTensorCores(p));
 }
 
-TEST(GeneralMatchesReference) {
+TEST(CudaAttentionTest, GeneralMatchesReference) {
   Rng rng(1);
   for (int round = 0; round < 24; ++round) {
     Problem p;
@@ -63,7 +65,7 @@ TEST(GeneralMatchesReference) {
   }
 }
 
-TEST(DecodeMatchesReference) {
+TEST(CudaAttentionTest, DecodeMatchesReference) {
   Rng rng(2);
   for (int round = 0; round < 20; ++round) {
     Problem p;
@@ -83,7 +85,7 @@ TEST(DecodeMatchesReference) {
   }
 }
 
-TEST(PrefillMatchesReference) {
+TEST(CudaAttentionTest, PrefillMatchesReference) {
   Rng rng(3);
   for (int round = 0; round < 16; ++round) {
     Problem p;
@@ -104,7 +106,7 @@ TEST(PrefillMatchesReference) {
 
 // The same bits whatever the number of multiprocessors (how units are cut into pieces), the order in which blocks and
 // threads run, the neighbours, and where the chunks lie.
-TEST(BitsDoNotDependOnSurroundings) {
+TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
   Rng rng(4);
   for (int round = 0; round < 5; ++round) {
     Problem p;
@@ -124,7 +126,7 @@ TEST(BitsDoNotDependOnSurroundings) {
     CheckCuda(p, expected, out, lse, UsesTensorCores(p));
     for (const int sms : {1, 9, 30}) {
       const ScopedDevice device(sms, rng());
-      CHECK(RunCuda(p, home, Slots(n)) == expected) << sms << "multiprocessors" << DescribeCuda(p);
+      EXPECT_EQ(RunCuda(p, home, Slots(n)), expected) << sms << " multiprocessors " << DescribeCuda(p);
     }
     const std::size_t row = p.q.size() / p.num_tokens;
     for (int s = 0; s < n; ++s) {
@@ -134,9 +136,10 @@ TEST(BitsDoNotDependOnSurroundings) {
       run.padding = Pick(rng, 0, 3);
       const Result alone = RunCuda(p, home, Slots(n), run);
       const Sequence& sequence = p.sequences[s];
-      CHECK(std::memcmp(&alone.out[sequence.query_begin * row], &expected.out[sequence.query_begin * row],
-                        sequence.query_length * row) == 0)
-          << "sequence" << s << "alone" << DescribeCuda(p);
+      EXPECT_EQ(std::memcmp(&alone.out[sequence.query_begin * row], &expected.out[sequence.query_begin * row],
+                            sequence.query_length * row),
+                0)
+          << "sequence " << s << " alone " << DescribeCuda(p);
     }
     for (const int chunk : {48}) {
       const ScopedDevice device(3, rng());
@@ -146,13 +149,13 @@ TEST(BitsDoNotDependOnSurroundings) {
       std::shuffle(slots.begin(), slots.end(), rng);
       slots.pop_back();
       Store(p, other, slots);
-      CHECK(RunCuda(p, other, slots) == expected) << "chunks of" << chunk << DescribeCuda(p);
+      EXPECT_EQ(RunCuda(p, other, slots), expected) << "chunks of " << chunk << " " << DescribeCuda(p);
     }
   }
 }
 
 // What a row does not see may be anything: infinities and NaN, in keys and in values.
-TEST(WhatIsNotSeenDoesNotMatter) {
+TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
   Rng rng(5);
   const float infinity = std::numeric_limits<float>::infinity();
   for (int round = 0; round < 6; ++round) {
@@ -195,8 +198,8 @@ TEST(WhatIsNotSeenDoesNotMatter) {
             worst = std::max(worst, std::fabs(got - out[at]));
           }
           const bool sees = position >= bad[s];
-          CHECK(nan == sees) << "sequence" << s << "token" << i << DescribeCuda(p);
-          CHECK(sees || worst < unit) << worst << "sequence" << s << "token" << i << DescribeCuda(p);
+          EXPECT_EQ(nan, sees) << "sequence " << s << " token " << i << " " << DescribeCuda(p);
+          EXPECT_TRUE(sees || worst < unit) << worst << " sequence " << s << " token " << i << " " << DescribeCuda(p);
         }
       }
     }
@@ -204,7 +207,7 @@ TEST(WhatIsNotSeenDoesNotMatter) {
 }
 
 // Infinite values reach those who see them as infinities, through the product that is made for them.
-TEST(InfinitiesKeepTheirSign) {
+TEST(CudaAttentionTest, InfinitiesKeepTheirSign) {
   Rng rng(6);
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
     for (const int queries : {4, 40}) {
@@ -224,19 +227,20 @@ TEST(InfinitiesKeepTheirSign) {
       for (int i = 0; i < queries; ++i) {
         const auto got = [&](int d) { return Read(&result.out[(i * 64 + d) * ItemSize(dtype)], dtype); };
         if (20 + i < token) {
-          CHECK(std::isfinite(got(3)) && std::isfinite(got(8)) && std::isfinite(got(9))) << i << DescribeCuda(p);
+          EXPECT_TRUE(std::isfinite(got(3)) && std::isfinite(got(8)) && std::isfinite(got(9)))
+              << i << " " << DescribeCuda(p);
         } else {
-          CHECK(std::isinf(got(3)) && got(3) > 0 && std::isinf(got(8)) && got(8) < 0 && std::isnan(got(9)))
-              << i << got(3) << got(8) << got(9) << DescribeCuda(p);
+          EXPECT_TRUE(std::isinf(got(3)) && got(3) > 0 && std::isinf(got(8)) && got(8) < 0 && std::isnan(got(9)))
+              << i << " " << got(3) << " " << got(8) << " " << got(9) << " " << DescribeCuda(p);
         }
-        CHECK(std::isfinite(got(2))) << i << DescribeCuda(p);
+        EXPECT_TRUE(std::isfinite(got(2))) << i << " " << DescribeCuda(p);
       }
     }
   }
 }
 
 // Contexts whose spans are longer than the shortest ones.
-TEST(LongContexts) {
+TEST(CudaAttentionTest, LongContexts) {
   Rng rng(8);
   for (const int queries : {1, 18}) {
     Problem p;
@@ -253,13 +257,13 @@ TEST(LongContexts) {
     CheckCuda(p, expected, out, lse, true);
     for (const int sms : {1, 50}) {
       const ScopedDevice device(sms, rng());
-      CHECK(RunCuda(p, cache, Slots(2)) == expected) << sms << "multiprocessors" << DescribeCuda(p);
+      EXPECT_EQ(RunCuda(p, cache, Slots(2)), expected) << sms << " multiprocessors " << DescribeCuda(p);
     }
   }
 }
 
 // More sequences than the planner has threads.
-TEST(ManySequences) {
+TEST(CudaAttentionTest, ManySequences) {
   Rng rng(9);
   for (const DType dtype : {DType::kF16, DType::kF32}) {
     Problem p;
@@ -280,11 +284,11 @@ TEST(ManySequences) {
     const Result expected = RunCuda(p, cache, Slots(lengths.size()), run);
     CheckCuda(p, expected, out, lse, UsesTensorCores(p));
     const ScopedDevice device(25, rng());
-    CHECK(RunCuda(p, cache, Slots(lengths.size())) == expected) << DescribeCuda(p).substr(0, 100);
+    EXPECT_EQ((RunCuda(p, cache, Slots(lengths.size()))), expected) << DescribeCuda(p).substr(0, 100);
   }
 }
 
-TEST(FailedChecksGiveNaN) {
+TEST(CudaAttentionTest, FailedChecksGiveNaN) {
   Rng rng(7);
   for (const DType dtype : kQueries) {
     Problem p;
@@ -298,13 +302,11 @@ TEST(FailedChecksGiveNaN) {
     run.failed = true;
     const Result result = RunCuda(p, cache, Slots(2), run);
     for (std::size_t i = 0; i < result.out.size(); i += ItemSize(dtype)) {
-      CHECK(std::isnan(Read(&result.out[i], dtype))) << i;
+      EXPECT_TRUE(std::isnan(Read(&result.out[i], dtype))) << i;
     }
-    for (const float lse : result.lse) CHECK(std::isnan(lse));
+    for (const float lse : result.lse) EXPECT_TRUE(std::isnan(lse));
   }
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

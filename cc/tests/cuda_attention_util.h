@@ -3,6 +3,8 @@
 #ifndef KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
 #define KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -15,8 +17,8 @@
 
 #include "kernels/cuda/attend.h"
 #include "kernels/cuda/kernels.h"
-#include "tests/check.h"
-#include "tests/cuda_emulation/emulator.h"
+#include "testing/cuda_emulation/emulator.h"
+#include "tests/expect_ok.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -52,11 +54,7 @@ inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, 
   a.num_kv_heads = p.kv_heads;
   a.head_dim = p.head_dim;
   a.max_context = p.max_tokens();
-  a.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
-  a.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
-  a.scale = p.scale;
-  a.soft_cap = p.soft_cap;
-  a.exact_weights = p.exact_weights;
+  a.options = ToOptions(p);
   static_cast<void>(cache);
   return a;
 }
@@ -83,7 +81,7 @@ inline Result RunCuda(const Problem& p, const Cache& cache, const std::vector<in
     sequence.slot = options.only >= 0 && options.only != static_cast<int>(s) ? -1 : slots[s];
     checked->sequences()[options.padding + s] = sequence;
   }
-  CHECK_OK(cuda::LaunchAttention(operands, sequences, p.num_tokens, options.aligned, scratch.get(), nullptr))
+  EXPECT_OK(cuda::LaunchAttention(operands, sequences, p.num_tokens, options.aligned, scratch.get(), nullptr))
       << DescribeCuda(p);
   return result;
 }
@@ -107,10 +105,10 @@ inline void CheckCuda(Problem& p, const Result& result, const std::vector<double
     const double error = std::fabs(result.lse[i] - lse[i]) / (1.0 + std::fabs(lse[i]));
     worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
   }
-  CHECK(worst <= 0) << worst << what << DescribeCuda(p);
-  CHECK(std::sqrt(difference / norm) < std::max(1.5 * unit, 2e-5))
-      << std::sqrt(difference / norm) << what << DescribeCuda(p);
-  CHECK(worst_lse < 1e-5) << worst_lse << what << DescribeCuda(p);
+  EXPECT_LE(worst, 0) << worst << " " << what << " " << DescribeCuda(p);
+  EXPECT_LT(std::sqrt(difference / norm), std::max(1.5 * unit, 2e-5))
+      << std::sqrt(difference / norm) << " " << what << " " << DescribeCuda(p);
+  EXPECT_LT(worst_lse, 1e-5) << worst_lse << " " << what << " " << DescribeCuda(p);
 }
 
 // The device for the time of a scope.

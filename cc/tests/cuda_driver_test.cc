@@ -1,14 +1,14 @@
 // What CudaVmm counts on, asked of the driver of this machine; with --fake of the fake driver, which must give the same
-// answers. benchmarks/run_gpu.sh runs it on machines with a GPU.
+// answers. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it on machines with a GPU, where
+// that package may be missing.
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "tests/check.h"
+#include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {
@@ -16,16 +16,28 @@ namespace {
 using cu::Result;
 
 bool g_fake_wanted = false;
+int g_failures = 0;
+
+// A wrong answer is told and counted; the program goes on.
+void Expect(bool right, const std::string& what = "wrong answer", int line = __builtin_LINE()) {
+  if (right) return;
+  ++g_failures;
+  std::fprintf(stderr, "%s:%d: %s\n", __FILE__, line, what.c_str());
+}
+void ExpectOk(const Status& status, int line = __builtin_LINE()) { Expect(status.ok(), status.message(), line); }
+void ExpectByte(int got, int want, const std::string& what = "byte", int line = __builtin_LINE()) {
+  Expect(got == want, what + ": " + std::to_string(got) + " instead of " + std::to_string(want), line);
+}
 
 const Driver* OpenDriver() {
   if (!g_fake_wanted) {
     const Driver* driver = nullptr;
-    CHECK_OK(Driver::Open(&driver));
+    ExpectOk(Driver::Open(&driver));
     return driver;
   }
   static const std::unique_ptr<FakeDriver> fake = [] {
     std::unique_ptr<FakeDriver> made;
-    CHECK_OK(FakeDriver::Make({}, &made));
+    ExpectOk(FakeDriver::Make({}, &made));
     return made;
   }();
   return &fake->driver();
@@ -35,19 +47,19 @@ const Driver* OpenDriver() {
 struct World {
   World() : driver(*OpenDriver()) {
     DeviceDescription device;
-    CHECK_OK(DescribeDevice(driver, 0, &device));
-    CHECK(device.virtual_memory && device.granularity > 0);
+    ExpectOk(DescribeDevice(driver, 0, &device));
+    Expect(device.virtual_memory && device.granularity > 0);
     grain = static_cast<std::size_t>(device.granularity);
-    CHECK_OK(CudaContext::Make(driver, 0, &context));
+    ExpectOk(CudaContext::Make(driver, 0, &context));
     scope = std::make_unique<ContextScope>(*context);
-    CHECK_OK(scope->status());
+    ExpectOk(scope->status());
   }
   // One byte of device memory.
   int Byte(const void* device) const {
     unsigned char byte = 0;
     const cu::DevicePtr from = reinterpret_cast<cu::DevicePtr>(device);
-    CHECK(driver.MemcpyDtoHAsync(&byte, from, 1, nullptr) == Result::kSuccess);
-    CHECK(driver.StreamSynchronize(nullptr) == Result::kSuccess);
+    Expect(driver.MemcpyDtoHAsync(&byte, from, 1, nullptr) == Result::kSuccess);
+    Expect(driver.StreamSynchronize(nullptr) == Result::kSuccess);
     return byte;
   }
   const Driver& driver;
@@ -56,121 +68,135 @@ struct World {
   std::unique_ptr<ContextScope> scope;
 };
 
-TEST(BlocksAreMappedAliasedMovedAndKeepWhatTheyHold) {
+void BlocksAreMappedAliasedAndMoved() {
   World world;
   const std::int64_t block = static_cast<std::int64_t>(world.grain);
   for (const std::int64_t bytes : {block, 2 * block}) {
     std::unique_ptr<CudaVmm> vmm;
-    CHECK_OK(CudaVmm::Make(world.context, 64 * bytes, bytes, &vmm));
+    ExpectOk(CudaVmm::Make(world.context, 64 * bytes, bytes, &vmm));
     std::fprintf(stderr, "blocks of %lld bytes, %s\n", static_cast<long long>(bytes),
                  vmm->shareable() ? "shareable" : "not shareable");
-    CHECK_OK(vmm->Grow(8));
+    ExpectOk(vmm->Grow(8));
     const std::int32_t blocks[] = {3, 0, 5, 3};
-    CHECK_OK(vmm->Create(blocks, 3));
-    CHECK_OK(vmm->Map(0, blocks, 4));
-    for (int i = 0; i < 3; ++i) CHECK_OK(vmm->Fill(i * bytes, bytes, i + 1));
-    CHECK_EQ(world.Byte(vmm->base() + 3 * bytes), 1) << "a block at two addresses";
-    CHECK_EQ(world.Byte(vmm->base() + 3 * bytes - 1), 3);
+    ExpectOk(vmm->Create(blocks, 3));
+    ExpectOk(vmm->Map(0, blocks, 4));
+    for (int i = 0; i < 3; ++i) ExpectOk(vmm->Fill(i * bytes, bytes, i + 1));
+    ExpectByte(world.Byte(vmm->base() + 3 * bytes), 1, "a block at two addresses");
+    ExpectByte(world.Byte(vmm->base() + 3 * bytes - 1), 3);
     // Across blocks, in one go.
-    CHECK_OK(vmm->Fill(bytes - 16, 32, 9));
-    CHECK_EQ(world.Byte(vmm->base() + 3 * bytes + bytes - 1), 9);
-    CHECK_EQ(world.Byte(vmm->base() + bytes + 15), 9);
-    CHECK_OK(vmm->Move(bytes, 40 * bytes, blocks + 1, 2));
-    CHECK_EQ(world.Byte(vmm->base() + 41 * bytes), 3);
-    CHECK_OK(vmm->Map(bytes, blocks + 2, 1));
-    CHECK_EQ(world.Byte(vmm->base() + bytes), 3) << "the place is free again";
-    CHECK_OK(vmm->Unmap(bytes, blocks + 2, 1));
-    CHECK_OK(vmm->Unmap(40 * bytes, blocks + 1, 2));
-    CHECK_OK(vmm->Destroy(blocks + 1, 2));
-    CHECK_EQ(vmm->PhysicalBytes(), bytes);
+    ExpectOk(vmm->Fill(bytes - 16, 32, 9));
+    ExpectByte(world.Byte(vmm->base() + 3 * bytes + bytes - 1), 9);
+    ExpectByte(world.Byte(vmm->base() + bytes + 15), 9);
+    ExpectOk(vmm->Move(bytes, 40 * bytes, blocks + 1, 2));
+    ExpectByte(world.Byte(vmm->base() + 41 * bytes), 3);
+    ExpectOk(vmm->Map(bytes, blocks + 2, 1));
+    ExpectByte(world.Byte(vmm->base() + bytes), 3, "the place is free again");
+    ExpectOk(vmm->Unmap(bytes, blocks + 2, 1));
+    ExpectOk(vmm->Unmap(40 * bytes, blocks + 1, 2));
+    ExpectOk(vmm->Destroy(blocks + 1, 2));
+    Expect(vmm->PhysicalBytes() == bytes);
     // A far larger range than there is memory costs nothing. (Not a fixed number: the fake driver's addresses are those
     // of this process, of which ThreadSanitizer leaves as little as half a TiB in one piece.)
     std::size_t free = 0, total = 0;
-    CHECK(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
+    Expect(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
     const std::int64_t far_more = 16 * static_cast<std::int64_t>(total) / bytes * bytes;
     std::unique_ptr<CudaVmm> large;
-    CHECK_OK(CudaVmm::Make(world.context, far_more, bytes, &large));
+    ExpectOk(CudaVmm::Make(world.context, far_more, bytes, &large));
   }
 }
 
-TEST(TheDriverKeepsTheRulesThatTheFakeOneChecks) {
+void TheDriverKeepsTheRulesThatTheFakeOneChecks() {
   World world;
   const Driver& driver = world.driver;
   const std::size_t grain = world.grain;
   cu::AllocationProp prop;
   prop.location.id = world.context->device();
   cu::DevicePtr at = 0;
-  CHECK(driver.MemAddressReserve(&at, 8 * grain, grain, 0, 0) == Result::kSuccess);
-  CHECK_EQ(at % grain, std::size_t{0});
+  Expect(driver.MemAddressReserve(&at, 8 * grain, grain, 0, 0) == Result::kSuccess);
+  Expect(at % grain == std::size_t{0});
   cu::MemHandle one = 0, two = 0, odd = 0;
-  CHECK(driver.MemCreate(&odd, grain + 4096, &prop, 0) != Result::kSuccess);
-  CHECK(driver.MemCreate(&one, grain, &prop, 0) == Result::kSuccess);
-  CHECK(driver.MemCreate(&two, 2 * grain, &prop, 0) == Result::kSuccess);
-  CHECK(driver.MemMap(at, grain, 0, one, 0) == Result::kSuccess);
-  CHECK(driver.MemMap(at, grain, 0, one, 0) != Result::kSuccess) << "over a mapping";
-  CHECK(driver.MemMap(at + 4096, grain, 0, one, 0) != Result::kSuccess) << "off the grid";
-  CHECK(driver.MemMap(at + grain, 2 * grain, 0, two, 0) == Result::kSuccess);
-  CHECK(driver.MemUnmap(at + grain, grain) != Result::kSuccess) << "a part of a mapping";
-  CHECK(driver.MemUnmap(at + 4 * grain, grain) != Result::kSuccess) << "a hole";
+  Expect(driver.MemCreate(&odd, grain + 4096, &prop, 0) != Result::kSuccess);
+  Expect(driver.MemCreate(&one, grain, &prop, 0) == Result::kSuccess);
+  Expect(driver.MemCreate(&two, 2 * grain, &prop, 0) == Result::kSuccess);
+  Expect(driver.MemMap(at, grain, 0, one, 0) == Result::kSuccess);
+  Expect(driver.MemMap(at, grain, 0, one, 0) != Result::kSuccess, "over a mapping");
+  Expect(driver.MemMap(at + 4096, grain, 0, one, 0) != Result::kSuccess, "off the grid");
+  Expect(driver.MemMap(at + grain, 2 * grain, 0, two, 0) == Result::kSuccess);
+  Expect(driver.MemUnmap(at + grain, grain) != Result::kSuccess, "a part of a mapping");
+  Expect(driver.MemUnmap(at + 4 * grain, grain) != Result::kSuccess, "a hole");
   cu::AccessDesc access;
   access.location.id = world.context->device();
-  CHECK(driver.MemSetAccess(at, 4 * grain, &access, 1) != Result::kSuccess) << "into a hole";
-  CHECK(driver.MemSetAccess(at, 3 * grain, &access, 1) == Result::kSuccess) << "two mappings at once";
-  CHECK(driver.MemsetD8Async(at, 1, 3 * grain, nullptr) == Result::kSuccess);
-  CHECK(driver.StreamSynchronize(nullptr) == Result::kSuccess);
-  CHECK(driver.MemUnmap(at, grain) == Result::kSuccess);
-  CHECK(driver.MemUnmap(at + grain, 2 * grain) == Result::kSuccess);
-  CHECK(driver.MemRelease(one) == Result::kSuccess);
-  CHECK(driver.MemRelease(two) == Result::kSuccess);
-  CHECK(driver.MemAddressFree(at, 8 * grain) == Result::kSuccess);
+  Expect(driver.MemSetAccess(at, 4 * grain, &access, 1) != Result::kSuccess, "into a hole");
+  Expect(driver.MemSetAccess(at, 3 * grain, &access, 1) == Result::kSuccess, "two mappings at once");
+  Expect(driver.MemsetD8Async(at, 1, 3 * grain, nullptr) == Result::kSuccess);
+  Expect(driver.StreamSynchronize(nullptr) == Result::kSuccess);
+  Expect(driver.MemUnmap(at, grain) == Result::kSuccess);
+  Expect(driver.MemUnmap(at + grain, 2 * grain) == Result::kSuccess);
+  Expect(driver.MemRelease(one) == Result::kSuccess);
+  Expect(driver.MemRelease(two) == Result::kSuccess);
+  Expect(driver.MemAddressFree(at, 8 * grain) == Result::kSuccess);
 }
 
-TEST(WhatIsDestroyedIsFree) {
+void DestroyedBlocksAreFree() {
   World world;
   const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
   std::unique_ptr<CudaVmm> vmm;
-  CHECK_OK(CudaVmm::Make(world.context, 64 * bytes, bytes, &vmm));
-  CHECK_OK(vmm->Grow(64));
+  ExpectOk(CudaVmm::Make(world.context, 64 * bytes, bytes, &vmm));
+  ExpectOk(vmm->Grow(64));
   std::vector<std::int32_t> blocks;
   for (int i = 0; i < 64; ++i) blocks.push_back(i);
   std::size_t before = 0, during = 0, after = 0, total = 0;
-  CHECK(world.driver.MemGetInfo(&before, &total) == Result::kSuccess);
-  CHECK_OK(vmm->Create(blocks.data(), 64));
-  CHECK_OK(vmm->Map(0, blocks.data(), 64));
-  CHECK(world.driver.MemGetInfo(&during, &total) == Result::kSuccess);
-  CHECK_OK(vmm->Unmap(0, blocks.data(), 64));
-  CHECK_OK(vmm->Destroy(blocks.data(), 64));
-  CHECK(world.driver.MemGetInfo(&after, &total) == Result::kSuccess);
-  CHECK(during + 64 * world.grain <= before) << before << during;
-  CHECK(after >= during + 64 * world.grain) << during << after;
+  Expect(world.driver.MemGetInfo(&before, &total) == Result::kSuccess);
+  ExpectOk(vmm->Create(blocks.data(), 64));
+  ExpectOk(vmm->Map(0, blocks.data(), 64));
+  Expect(world.driver.MemGetInfo(&during, &total) == Result::kSuccess);
+  ExpectOk(vmm->Unmap(0, blocks.data(), 64));
+  ExpectOk(vmm->Destroy(blocks.data(), 64));
+  Expect(world.driver.MemGetInfo(&after, &total) == Result::kSuccess);
+  Expect(during + 64 * world.grain <= before, std::to_string(before) + " " + std::to_string(during));
+  Expect(after >= during + 64 * world.grain, std::to_string(during) + " " + std::to_string(after));
 }
 
-TEST(RunningOutIsAStatus) {
+void RunningOutIsAStatus() {
   World world;
   const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
   std::size_t free = 0, total = 0;
-  CHECK(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
+  Expect(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
   // One handle of more than there is.
   const std::int64_t huge = static_cast<std::int64_t>(total / world.grain + 1) * bytes;
   std::unique_ptr<CudaVmm> vmm;
-  CHECK_OK(CudaVmm::Make(world.context, huge, huge, &vmm));
-  CHECK_OK(vmm->Grow(1));
+  ExpectOk(CudaVmm::Make(world.context, huge, huge, &vmm));
+  ExpectOk(vmm->Grow(1));
   const std::int32_t block = 0;
   const Status status = vmm->Create(&block, 1);
-  CHECK(status.code() == Code::kResourceExhausted) << status.message();
+  Expect(status.code() == Code::kResourceExhausted, status.message());
   std::fprintf(stderr, "%s\n", status.message().c_str());
-  CHECK_EQ(vmm->PhysicalBytes(), 0);
+  Expect(vmm->PhysicalBytes() == 0);
+}
+
+int RunAll() {
+  struct Case {
+    const char* name;
+    void (*run)();
+  };
+  const Case cases[] = {
+      {"blocks are mapped, aliased, moved and keep their bytes", &BlocksAreMappedAliasedAndMoved},
+      {"the driver keeps the rules that the fake one checks", &TheDriverKeepsTheRulesThatTheFakeOneChecks},
+      {"destroyed blocks are free", &DestroyedBlocksAreFree},
+      {"running out is a status", &RunningOutIsAStatus}};
+  for (const Case& test : cases) {
+    const int before = g_failures;
+    test.run();
+    std::fprintf(stderr, "%s %s\n", g_failures == before ? "[ ok ]" : "[FAIL]", test.name);
+  }
+  return g_failures == 0 ? 0 : 1;
 }
 
 }  // namespace
 }  // namespace kvpage
 
 int main(int argc, char** argv) {
-  if (argc > 1 && std::strcmp(argv[1], "--fake") == 0) {
-    kvpage::g_fake_wanted = true;
-    --argc;
-    ++argv;
-  }
+  kvpage::g_fake_wanted = argc > 1 && std::strcmp(argv[1], "--fake") == 0;
   if (!kvpage::g_fake_wanted) {
     const kvpage::Driver* driver = nullptr;
     if (const kvpage::Status status = kvpage::Driver::Open(&driver); !status.ok()) {
@@ -178,5 +204,5 @@ int main(int argc, char** argv) {
       return 1;
     }
   }
-  return kvpage::testing::RunAll(argc, argv);
+  return kvpage::RunAll();
 }

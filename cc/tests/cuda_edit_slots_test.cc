@@ -1,5 +1,7 @@
 // Copies of edit_slots: on CPU and on the emulated device every byte of the target's tokens becomes the source's, and
 // nothing else changes.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -7,8 +9,8 @@
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
-#include "tests/check.h"
 #include "tests/cuda_util.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -23,7 +25,7 @@ Geometry CopyGeometry(std::int64_t head_dim, DType dtype, Layout layout) {
   const std::int64_t row =
       head_dim * static_cast<std::int64_t>(ItemSize(dtype)) + static_cast<std::int64_t>(ScaleSize(dtype));
   const std::int64_t block = kBlockTokens * 2 * row * (layout == Layout::kFused ? 4 : 1);
-  CHECK_OK(Geometry::Make(spec, block, &geometry));
+  EXPECT_OK(Geometry::Make(spec, block, &geometry));
   return geometry;
 }
 
@@ -62,7 +64,7 @@ void CheckCopies(const Geometry& geometry, const std::vector<TokenCopy>& copies,
   }
   Threads threads;
   cpu::CopyTokens(geometry.View(cpu.data()), 2, copies.data(), static_cast<std::int64_t>(copies.size()), threads);
-  CHECK(cpu == wanted) << what;
+  EXPECT_TRUE(cpu == wanted) << what;
 
   DeviceTable table;
   PoolRows rows = table.Add(geometry.spec(), geometry.View(device.data()), 5);
@@ -75,23 +77,23 @@ void CheckCopies(const Geometry& geometry, const std::vector<TokenCopy>& copies,
     const auto own = Ints({5, 0});
     const auto list = Exactly(copies);
     const auto scratch = Scratch(0);
-    CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, geometry.spec()), own.get(),
-                             {nullptr, 0, list.get(), static_cast<std::int64_t>(copies.size())}, buffers.epoch.get(),
-                             buffers.lengths.get(), scratch.get(), nullptr));
+    EXPECT_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, geometry.spec()), own.get(),
+                              {nullptr, 0, list.get(), static_cast<std::int64_t>(copies.size())}, buffers.epoch.get(),
+                              buffers.lengths.get(), scratch.get(), nullptr));
     return rows.TakeFault().kind;
   };
-  CHECK_EQ(run(1), static_cast<std::int32_t>(FaultKind::kGeneration));
-  CHECK(device == start) << what << "a failed check copied";
-  CHECK_EQ(run(0), 0);
-  CHECK(device == wanted) << what;
+  EXPECT_EQ(run(1), static_cast<std::int32_t>(FaultKind::kGeneration));
+  EXPECT_TRUE(device == start) << what << "a failed check copied";
+  EXPECT_EQ(run(0), 0);
+  EXPECT_TRUE(device == wanted) << what;
   for (const TokenCopy& copy : copies) {
     if (copy.source < 0) continue;
-    CHECK_EQ(rows.written(copy.target, 1), std::max(copy.target == 0 ? 50 : 20, copy.first + copy.count));
-    CHECK_EQ(rows.slot(copy.target).since, rows.entry().epoch);
+    EXPECT_EQ(rows.written(copy.target, 1), std::max(copy.target == 0 ? 50 : 20, copy.first + copy.count));
+    EXPECT_EQ(rows.slot(copy.target).since, rows.entry().epoch);
   }
 }
 
-TEST(CopiesAreBitIdentical) {
+TEST(CudaEditSlotsTest, CopiesAreBitIdentical) {
   const std::vector<std::vector<TokenCopy>> lists = {
       {{0, 1, 0, 50}, {0, 2, 0, 33}},                     // one source, several targets, across blocks
       {{-1, -1, -1, -1}, {0, 2, 19, 1}, {0, 1, 16, 16}},  // ragged
@@ -113,5 +115,3 @@ TEST(CopiesAreBitIdentical) {
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,4 +1,5 @@
 // The emulated device itself: that kernels compute what a GPU would, and that mistakes end in a message.
+#include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,7 +13,7 @@
 
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/elements.cuh"
-#include "tests/check.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -36,14 +37,14 @@ __global__ void __launch_bounds__(128) SumKernel(const int* in, int* out, int n)
   if (threadIdx.x == 0) atomicAdd(out, sums[0] + sums[1] + sums[2] + sums[3]);
 }
 
-TEST(BlocksAndWarpsComputeTogether) {
+TEST(CudaEmulationTest, BlocksAndWarpsComputeTogether) {
   std::vector<int> in(1000);
   std::iota(in.begin(), in.end(), 1);
   for (const std::uint64_t seed : {0, 1, 2}) {
     emulation::device().seed = seed;
     int out = 0;
-    CHECK_OK(Launch("sum", SumKernel, LaunchShape{8, 128, 128 * sizeof(int)}, nullptr, in.data(), &out, 1000));
-    CHECK_EQ(out, 500500);
+    EXPECT_OK(Launch("sum", SumKernel, LaunchShape{8, 128, 128 * sizeof(int)}, nullptr, in.data(), &out, 1000));
+    EXPECT_EQ(out, 500500);
   }
   emulation::device().seed = 0;
 }
@@ -61,14 +62,14 @@ __global__ void CollectiveKernel(unsigned* out) {
   out[128 + threadIdx.x] = static_cast<unsigned>(__syncthreads_count(threadIdx.x < 5));
 }
 
-TEST(CollectivesOfSomeLanes) {
+TEST(CudaEmulationTest, CollectivesOfSomeLanes) {
   std::vector<unsigned> out(192);
-  CHECK_OK(Launch("collective", CollectiveKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  EXPECT_OK(Launch("collective", CollectiveKernel, LaunchShape{1, 64}, nullptr, out.data()));
   for (unsigned i = 0; i < 64; ++i) {
     const unsigned lane = i % 32;
-    CHECK_EQ(out[i], lane % 2 == 0 ? 240u : 0xaaaa0000u & 0xfffe0000u);
-    CHECK_EQ(out[64 + i], (lane < 3 ? lane : lane - 3) + 100 * (lane % 8 == 7 ? lane : lane + 1));
-    CHECK_EQ(out[128 + i], 5u);
+    EXPECT_EQ(out[i], lane % 2 == 0 ? 240u : 0xaaaa0000u & 0xfffe0000u);
+    EXPECT_EQ(out[64 + i], (lane < 3 ? lane : lane - 3) + 100 * (lane % 8 == 7 ? lane : lane + 1));
+    EXPECT_EQ(out[128 + i], 5u);
   }
 }
 
@@ -93,13 +94,13 @@ __global__ void CopyKernel(const int* in, int* out) {
   for (int i = 0; i < 8; ++i) out[8 + i] = tile[i];
 }
 
-TEST(PollingAndAsynchronousCopies) {
+TEST(CudaEmulationTest, PollingAndAsynchronousCopies) {
   std::vector<int> out(64), in = {1, 2, 3, 4, 5, 6, 7, 8};
-  CHECK_OK(Launch("poll", PollKernel, LaunchShape{1, 64}, nullptr, out.data()));
-  for (const int x : out) CHECK_EQ(x, 7);
-  CHECK_OK(Launch("copy", CopyKernel, LaunchShape{1, 1}, nullptr, in.data(), out.data()));
+  EXPECT_OK(Launch("poll", PollKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  for (const int x : out) EXPECT_EQ(x, 7);
+  EXPECT_OK(Launch("copy", CopyKernel, LaunchShape{1, 1}, nullptr, in.data(), out.data()));
   const int expected[] = {1, 2, 3, 4, -1, -1, -1, -1, 1, 2, 3, 4, 5, 6, 0, 0};
-  for (int i = 0; i < 16; ++i) CHECK_EQ(out[i], expected[i]);
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(out[i], expected[i]);
 }
 
 // ---- mistakes ----
@@ -152,31 +153,32 @@ std::string MessageOf(void (*kernel)()) {
 
 bool Has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-TEST(MistakesEndInAMessage) {
+TEST(CudaEmulationTest, MistakesEndInAMessage) {
   const std::string returns = MessageOf(ReturnsKernel);
-  CHECK(Has(returns, "in vain") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads")) << returns;
+  EXPECT_TRUE(Has(returns, "in vain") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads"))
+      << returns;
   const std::string places = MessageOf(TwoPlacesKernel);
-  CHECK(Has(places, "in vain") && Has(places, "cuda_emulation_test.cc:")) << places;
-  CHECK(Has(MessageOf(MaskKernel), "in vain")) << MessageOf(MaskKernel);
-  CHECK(Has(MessageOf(AbsentKernel), "__syncwarp")) << MessageOf(AbsentKernel);
-  CHECK(Has(MessageOf(SpinKernel), "polls in __nanosleep")) << MessageOf(SpinKernel);
+  EXPECT_TRUE(Has(places, "in vain") && Has(places, "cuda_emulation_test.cc:")) << places;
+  EXPECT_TRUE(Has(MessageOf(MaskKernel), "in vain")) << MessageOf(MaskKernel);
+  EXPECT_TRUE(Has(MessageOf(AbsentKernel), "__syncwarp")) << MessageOf(AbsentKernel);
+  EXPECT_TRUE(Has(MessageOf(SpinKernel), "polls in __nanosleep")) << MessageOf(SpinKernel);
 }
 
-TEST(MissingBarriersShow) {
+TEST(CudaEmulationTest, MissingBarriersShow) {
   std::vector<int> out(64);
-  CHECK_OK(Launch("race", RaceKernel, LaunchShape{1, 64}, nullptr, out.data()));
-  CHECK_EQ(out[0], -1);  // shared memory was poisoned
+  EXPECT_OK(Launch("race", RaceKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  EXPECT_EQ(out[0], -1);  // shared memory was poisoned
 }
 
-TEST(LaunchesAreChecked) {
+TEST(CudaEmulationTest, LaunchesAreChecked) {
   Status status = Launch("sum", SumKernel, LaunchShape{0, 128}, nullptr, nullptr, nullptr, 0);
-  CHECK(!status.ok() && Has(status.message(), "kernel sum (0 x 1 x 1 blocks")) << status.message();
+  EXPECT_TRUE(!status.ok() && Has(status.message(), "kernel sum (0 x 1 x 1 blocks")) << status.message();
   status = Launch("sum", SumKernel, LaunchShape{1, 128, 300 << 10}, nullptr, nullptr, nullptr, 0);
-  CHECK(!status.ok() && Has(status.message(), "307200 bytes of shared memory")) << status.message();
+  EXPECT_TRUE(!status.ok() && Has(status.message(), "307200 bytes of shared memory")) << status.message();
 }
 
 // ---- elements ----
-TEST(SixteenBitFloats) {
+TEST(CudaEmulationTest, SixteenBitFloats) {
   std::mt19937 random(5);
   for (std::uint32_t i = 0; i < 65536; ++i) {
     const auto bits = static_cast<unsigned short>(i);
@@ -184,35 +186,33 @@ TEST(SixteenBitFloats) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent < 31) {
       const double size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
-      CHECK_EQ(static_cast<double>(half), bits >= 0x8000 ? -size : size);
-      CHECK_EQ(__half_as_ushort(__float2half_rn(half)), bits);
+      EXPECT_EQ(static_cast<double>(half), bits >= 0x8000 ? -size : size);
+      EXPECT_EQ(__half_as_ushort(__float2half_rn(half)), bits);
     }
-    CHECK(brain != brain || __bfloat16_as_ushort(__float2bfloat16_rn(brain)) == bits);
+    EXPECT_TRUE(brain != brain || __bfloat16_as_ushort(__float2bfloat16_rn(brain)) == bits);
     // The nearest of the two neighbours, even in a tie.
     if (exponent >= 30 || bits >= 0x7fff) continue;
     const float next = __half2float(__ushort_as_half(static_cast<unsigned short>(bits + 1)));
     const float middle = (half + next) / 2;
-    CHECK_EQ(__half_as_ushort(__float2half_rn(middle)), (bits & 1) == 0 ? bits : bits + 1);
-    CHECK_EQ(__half_as_ushort(__float2half_rn(std::nextafter(middle, half))), bits);
-    CHECK_EQ(__half_as_ushort(__float2half_rn(std::nextafter(middle, next))), bits + 1);
+    EXPECT_EQ(__half_as_ushort(__float2half_rn(middle)), (bits & 1) == 0 ? bits : bits + 1);
+    EXPECT_EQ(__half_as_ushort(__float2half_rn(std::nextafter(middle, half))), bits);
+    EXPECT_EQ(__half_as_ushort(__float2half_rn(std::nextafter(middle, next))), bits + 1);
   }
-  CHECK_EQ(__half_as_ushort(__float2half_rn(65519.9f)), 0x7bff);
-  CHECK_EQ(__half_as_ushort(__float2half_rn(65520.0f)), 0x7c00);
-  CHECK(std::isnan(__half2float(__float2half_rn(std::nanf("")))));
-  CHECK(std::isnan(__bfloat162float(__float2bfloat16_rn(std::nanf("")))));
+  EXPECT_EQ(__half_as_ushort(__float2half_rn(65519.9f)), 0x7bff);
+  EXPECT_EQ(__half_as_ushort(__float2half_rn(65520.0f)), 0x7c00);
+  EXPECT_TRUE(std::isnan(__half2float(__float2half_rn(std::nanf("")))));
+  EXPECT_TRUE(std::isnan(__bfloat162float(__float2bfloat16_rn(std::nanf("")))));
 }
 
-TEST(EightBitFloats) {
+TEST(CudaEmulationTest, EightBitFloats) {
   for (int code = 0; code < 256; ++code) {
     if ((code & 127) == 127) continue;
     const int exponent = code >> 3 & 15, mantissa = code & 7;
     const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(mantissa + 8, exponent - 10);
-    CHECK_EQ(static_cast<double>(cuda::ToFloat(cuda::Float8{static_cast<std::uint8_t>(code)})),
-             code >= 128 ? -size : size);
+    EXPECT_EQ(static_cast<double>(cuda::ToFloat(cuda::Float8{static_cast<std::uint8_t>(code)})),
+              code >= 128 ? -size : size);
   }
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

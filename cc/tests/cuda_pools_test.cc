@@ -1,9 +1,11 @@
 // What the checks do that only a device has: finding the pool in the table, keeping the first fault, old epochs.
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <vector>
 
-#include "tests/check.h"
 #include "tests/cuda_util.h"
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -20,9 +22,9 @@ struct Head {
     const CacheBuffers buffers(id, 0, rows.entry().epoch, lengths);
     const auto handle = Ints({own, 0});
     const auto edits = Exactly<SlotEdit>({{static_cast<std::int32_t>(SlotOpcode::kOccupy), 0, 0}});
-    CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, spec), handle.get(),
-                             {edits.get(), 1, nullptr, 0}, buffers.epoch.get(), buffers.lengths.get(), nullptr,
-                             nullptr));
+    EXPECT_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, spec), handle.get(),
+                              {edits.get(), 1, nullptr, 0}, buffers.epoch.get(), buffers.lengths.get(), nullptr,
+                              nullptr));
     const Fault fault = rows.TakeFault();
     if (fault.set != 0) return fault;
     return PoolRows::Take(&table.entries[kMaxDevicePools], table.no_pool.get());
@@ -32,80 +34,79 @@ struct Head {
   }
 };
 
-TEST(PoolsAreFoundByLookingOn) {
+TEST(CudaPoolsTest, PoolsAreFoundByLookingOn) {
   Head head;
-  CHECK(head.Kind(5, 5) == FaultKind::kNone);
+  EXPECT_EQ(head.Kind(5, 5), FaultKind::kNone);
   for (const std::int32_t id : {6, 4, 0, -1, -5, 5 + kMaxDevicePools, 1 << 30}) {
     const Fault fault = head.Acquire(id, head.geometry.spec(), id);
-    CHECK(static_cast<FaultKind>(fault.kind) == FaultKind::kNoPool) << id;
-    CHECK_EQ(fault.have, id);
+    EXPECT_EQ(static_cast<FaultKind>(fault.kind), FaultKind::kNoPool) << id;
+    EXPECT_EQ(fault.have, id);
   }
   // The entry where the search begins is taken by another pool, or was left by one; it goes around the table's end.
   head.rows.entry().id = kLeftEntry;
   PoolRows late(head.geometry.spec(), head.geometry.View(nullptr), 2 * kMaxDevicePools - 1, &head.table.entries[0]);
   late.entry().epoch = head.rows.entry().epoch;
   head.table.entries[kMaxDevicePools - 1].id = kMaxDevicePools - 1;
-  CHECK(head.Kind(2 * kMaxDevicePools - 1, 2 * kMaxDevicePools - 1) == FaultKind::kNone);
-  CHECK_EQ(late.entry().epoch, head.rows.entry().epoch + 1);
+  EXPECT_EQ(head.Kind(2 * kMaxDevicePools - 1, 2 * kMaxDevicePools - 1), FaultKind::kNone);
+  EXPECT_EQ(late.entry().epoch, head.rows.entry().epoch + 1);
   for (int i = 0; i < kMaxDevicePools; ++i)
     head.table.entries[i].id = kLeftEntry;  // none is empty: it ends all the same
-  CHECK(head.Kind(5, 5) == FaultKind::kNoPool);
+  EXPECT_EQ(head.Kind(5, 5), FaultKind::kNoPool);
 }
 
-TEST(WrongPoolsAndPrograms) {
+TEST(CudaPoolsTest, WrongPoolsAndPrograms) {
   Head head;
   for (int i = 0; i < 8; ++i) {
     SpecInts spec = head.geometry.spec();
     if (i != 3) spec[i] += 1;  // more slots than the cache value has: the lengths would be too short
     if (i == 3) spec[i] -= 1;
     const Fault fault = head.Acquire(5, spec, 5);
-    CHECK(static_cast<FaultKind>(fault.kind) == FaultKind::kSpec);
-    CHECK_EQ(fault.index, i);
-    CHECK_EQ(fault.wanted, spec[i]);
-    CHECK_EQ(fault.have, head.geometry.spec()[i]);
+    EXPECT_EQ(static_cast<FaultKind>(fault.kind), FaultKind::kSpec);
+    EXPECT_EQ(fault.index, i);
+    EXPECT_EQ(fault.wanted, spec[i]);
+    EXPECT_EQ(fault.have, head.geometry.spec()[i]);
   }
   const Fault foreign = head.Acquire(5, head.geometry.spec(), 9);
-  CHECK(static_cast<FaultKind>(foreign.kind) == FaultKind::kForeignCache);
-  CHECK_EQ(foreign.wanted, 5);
-  CHECK_EQ(foreign.have, 9);
+  EXPECT_EQ(static_cast<FaultKind>(foreign.kind), FaultKind::kForeignCache);
+  EXPECT_EQ(foreign.wanted, 5);
+  EXPECT_EQ(foreign.have, 9);
   head.rows.entry().open = 0;
-  CHECK(head.Kind(5, 5) == FaultKind::kClosed);
+  EXPECT_EQ(head.Kind(5, 5), FaultKind::kClosed);
 }
 
-TEST(TheFirstFaultStays) {
+TEST(CudaPoolsTest, TheFirstFaultStays) {
   Head head;
   const CacheBuffers stale(5, 0, 3, head.lengths), generation(5, 1, 0, head.lengths);
   const auto slots = Ints({0}), values = Ints({0});
   const auto epoch = Exactly<std::uint32_t>(1);
   const auto lengths = Exactly<std::int32_t>(kSlots);
   for (const CacheBuffers* buffers : {&stale, &generation}) {
-    CHECK_OK(cuda::SetLengths(buffers->Operands(DeviceOp::kSetLengths, head.table, head.geometry.spec()), slots.get(),
-                              values.get(), 1, epoch.get(), lengths.get(), nullptr));
+    EXPECT_OK(cuda::SetLengths(buffers->Operands(DeviceOp::kSetLengths, head.table, head.geometry.spec()), slots.get(),
+                               values.get(), 1, epoch.get(), lengths.get(), nullptr));
   }
-  CHECK_EQ(head.rows.entry().faulted, 1u);
+  EXPECT_EQ(head.rows.entry().faulted, 1u);
   const Fault fault = head.rows.TakeFault();
-  CHECK(static_cast<FaultKind>(fault.kind) == FaultKind::kEpoch);
-  CHECK_EQ(fault.wanted, 3);
-  CHECK_EQ(fault.set, 1u);
+  EXPECT_EQ(static_cast<FaultKind>(fault.kind), FaultKind::kEpoch);
+  EXPECT_EQ(fault.wanted, 3);
+  EXPECT_EQ(fault.set, 1u);
 }
 
-TEST(OldMarksAreDraggedAlong) {
+TEST(CudaPoolsTest, OldMarksAreDraggedAlong) {
   Head head;
   head.rows.entry().epoch = 0x3fffffffu;
   for (int slot = 0; slot < kSlots; ++slot) head.rows.slot(slot).since = slot == 1 ? 0xffffff00u : 0x100u + slot;
   head.lengths = {0, -1, -1, -1};
   const CacheBuffers buffers(5, 0, 0x3fffffffu, head.lengths);
   const auto edits = Exactly<SlotEdit>({{static_cast<std::int32_t>(SlotOpcode::kOccupy), 2, 0}});
-  CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, head.table, head.geometry.spec()), buffers.handle.get(),
-                           {edits.get(), 1, nullptr, 0}, buffers.epoch.get(), buffers.lengths.get(), nullptr, nullptr));
-  CHECK_EQ(head.rows.TakeFault().kind, 0);
-  CHECK_EQ(buffers.epoch[0], 0x40000000u);
-  CHECK_EQ(head.rows.slot(0).since, 0x100u);
-  CHECK_EQ(head.rows.slot(1).since, 0u);  // from before the wrap
-  CHECK_EQ(head.rows.slot(2).since, 0x40000000u);
+  EXPECT_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, head.table, head.geometry.spec()),
+                            buffers.handle.get(), {edits.get(), 1, nullptr, 0}, buffers.epoch.get(),
+                            buffers.lengths.get(), nullptr, nullptr));
+  EXPECT_EQ(head.rows.TakeFault().kind, 0);
+  EXPECT_EQ(buffers.epoch[0], 0x40000000u);
+  EXPECT_EQ(head.rows.slot(0).since, 0x100u);
+  EXPECT_EQ(head.rows.slot(1).since, 0u);  // from before the wrap
+  EXPECT_EQ(head.rows.slot(2).since, 0x40000000u);
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,13 +1,15 @@
 // The checks and the slot table's ops on the emulated device beside the pool on CPU: the same random programs, right
 // and wrong, must get the same answers, in the same words, and leave the same state behind.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <set>
 #include <string>
 #include <vector>
 
-#include "tests/check.h"
 #include "tests/cuda_twins.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -103,7 +105,7 @@ void ReleaseSome(Twins& t) {
     t.pool().UndoRelease(slots);
     return;
   }
-  for (const std::int32_t slot : slots) CHECK_EQ(t.rows().vacated(slot), 1u);
+  for (const std::int32_t slot : slots) EXPECT_EQ(t.rows().vacated(slot), 1u);
 }
 
 // Edits of every kind and copies in one list; mostly one that can run.
@@ -193,27 +195,26 @@ void RandomOp(Twins& t) {
   }
 }
 
-TEST(RandomProgramsGetTheSameAnswers) {
+TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
   std::set<std::string> kinds;
   for (int round = 0; round < 12; ++round) {
     emulation::device().seed = static_cast<std::uint64_t>(round) % 4;
     const Layout layout = round % 2 == 0 ? Layout::kFused : Layout::kPerLayer;
     Twins twins(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, round % 3 == 0,
                 static_cast<std::uint64_t>(round));
-    const int before = Failures();
-    for (int i = 0; i < 600 && Failures() == before; ++i) {
+    for (int i = 0; i < 600 && !::testing::Test::HasFailure(); ++i) {
       RandomOp(twins);
       if (i % 4 == 0) twins.CompareState();
     }
-    CHECK(Failures() == before) << "round" << round;
-    CHECK(twins.num_passed() > 150) << twins.num_passed();
+    EXPECT_FALSE(::testing::Test::HasFailure()) << "round " << round;
+    EXPECT_GT(twins.num_passed(), 150) << twins.num_passed();
     kinds.insert(twins.kinds().begin(), twins.kinds().end());
   }
   emulation::device().seed = 0;
   // Every fault that the pool's own state can bring about has been met.
   const auto met = [&](DeviceOp op, FaultKind kind) {
-    CHECK(kinds.count(std::string(OpName(op)) + " " + std::to_string(static_cast<int>(kind))) == 1)
-        << OpName(op) << static_cast<int>(kind);
+    EXPECT_EQ(kinds.count(std::string(OpName(op)) + " " + std::to_string(static_cast<int>(kind))), 1)
+        << OpName(op) << " " << static_cast<int>(kind);
   };
   for (const DeviceOp op : {DeviceOp::kAppendKV, DeviceOp::kPagedAttention, DeviceOp::kAdvance, DeviceOp::kSetLengths,
                             DeviceOp::kMapSlots, DeviceOp::kAcquire, DeviceOp::kRelease}) {
@@ -247,42 +248,42 @@ TEST(RandomProgramsGetTheSameAnswers) {
 }
 
 // A cache of the newest epoch may show a released slot as taken, when it went on from an older one.
-TEST(ReleasedSlotsHaveNoRoom) {
+TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   Twins twins(SmallGeometry(), 20, /*allow_stale=*/true, 1);
   const Claim claim = twins.pool().Acquire({40, 40});
-  CHECK_OK(claim.status);
+  EXPECT_OK(claim.status);
   twins.PublishRooms();
-  CHECK_EQ(twins.ChangeOwner(twins.value(), claim.slots, true), "");
+  EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, true), "");
   const Value before = twins.value();
   const std::int32_t gone = claim.slots[0], kept = claim.slots[1];
-  CHECK_OK(twins.pool().StartRelease({gone}));
-  CHECK_EQ(twins.ChangeOwner(twins.value(), {gone}, false), "");
+  EXPECT_OK(twins.pool().StartRelease({gone}));
+  EXPECT_EQ(twins.ChangeOwner(twins.value(), {gone}, false), "");
   // The older cache itself is too old for that slot, in every op.
-  CHECK(twins.Begin(DeviceOp::kAppendKV, before, {{gone}, {0, 5}, 5}, 0).find("stale") != std::string::npos);
-  CHECK(twins.Begin(DeviceOp::kPagedAttention, before, {{gone}, {0, 5}, 5}, 0).find("stale") != std::string::npos);
-  CHECK(twins.Advance(before, {{kept, gone}, {0, 0, 0}, 0}).find("stale") != std::string::npos);
-  CHECK(twins.SetLengths(before, {{kept, gone}, {0, 0}}).find("stale") != std::string::npos);
-  CHECK(twins.MapSlots(before, {{gone}, {50}}).find("stale") != std::string::npos);
+  EXPECT_NE(twins.Begin(DeviceOp::kAppendKV, before, {{gone}, {0, 5}, 5}, 0).find("stale"), std::string::npos);
+  EXPECT_NE(twins.Begin(DeviceOp::kPagedAttention, before, {{gone}, {0, 5}, 5}, 0).find("stale"), std::string::npos);
+  EXPECT_NE(twins.Advance(before, {{kept, gone}, {0, 0, 0}, 0}).find("stale"), std::string::npos);
+  EXPECT_NE(twins.SetLengths(before, {{kept, gone}, {0, 0}}).find("stale"), std::string::npos);
+  EXPECT_NE(twins.MapSlots(before, {{gone}, {50}}).find("stale"), std::string::npos);
   for (const TokenCopy& copy : {TokenCopy{kept, gone, 0, 0}, TokenCopy{gone, kept, 0, 0}}) {
-    CHECK(twins.EditSlots(DeviceOp::kAcquire, before, {}, {copy}).find("stale") != std::string::npos);
+    EXPECT_NE(twins.EditSlots(DeviceOp::kAcquire, before, {}, {copy}).find("stale"), std::string::npos);
   }
-  CHECK_EQ(twins.Begin(DeviceOp::kAppendKV, before, {{kept}, {0, 5}, 5}, 0), "");
-  CHECK_EQ(twins.value().lengths[gone], 0);
+  EXPECT_EQ(twins.Begin(DeviceOp::kAppendKV, before, {{kept}, {0, 5}, 5}, 0), "");
+  EXPECT_EQ(twins.value().lengths[gone], 0);
   const std::string text = twins.Begin(DeviceOp::kAppendKV, twins.value(), {{gone}, {0, 5}, 5}, 0);
-  CHECK(text.find("5 tokens wanted, 0 mapped") != std::string::npos) << text;
+  EXPECT_NE(text.find("5 tokens wanted, 0 mapped"), std::string::npos) << text;
 }
 
 // More sequences than threads; with more slots than marks in shared memory too.
-TEST(LargeBatches) {
+TEST(CudaSlotsTest, LargeBatches) {
   for (const int slots : {700, 9000}) {
     Geometry geometry;
-    CHECK_OK(Geometry::Make({2, 1, 16, slots, 32, 0, 0, 16}, 4096, &geometry));
+    EXPECT_OK(Geometry::Make({2, 1, 16, slots, 32, 0, 0, 16}, 4096, &geometry));
     Twins twins(geometry, 1400, false, 3);
     emulation::device().seed = 5;
     const Claim claim = twins.pool().Acquire(std::vector<std::int64_t>(650, 20));
-    CHECK_OK(claim.status);
+    EXPECT_OK(claim.status);
     twins.PublishRooms();
-    CHECK_EQ(twins.ChangeOwner(twins.value(), claim.slots, true), "");
+    EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, true), "");
     Ragged batch;
     batch.offsets.push_back(0);
     for (int s = 0; s < 600; ++s) {
@@ -291,9 +292,9 @@ TEST(LargeBatches) {
     }
     batch.num_tokens = batch.offsets.back();
     for (int layer = 0; layer < 2; ++layer) {
-      CHECK_EQ(twins.Begin(DeviceOp::kAppendKV, twins.value(), batch, layer), "");
+      EXPECT_EQ(twins.Begin(DeviceOp::kAppendKV, twins.value(), batch, layer), "");
     }
-    CHECK_EQ(twins.Advance(twins.value(), batch), "");
+    EXPECT_EQ(twins.Advance(twins.value(), batch), "");
     for (int i = 0; i < 30; ++i) {  // several mistakes in one: the first is reported
       Ragged wrong = batch;
       for (int mistakes = Pick(twins.rng(), 1, 4); mistakes > 0; --mistakes) {
@@ -303,15 +304,13 @@ TEST(LargeBatches) {
       twins.Begin(DeviceOp::kAppendKV, twins.value(), wrong, 0);
       twins.Advance(twins.value(), wrong);
     }
-    CHECK_EQ(twins.ChangeOwner(twins.value(), claim.slots, true).empty(), false);
-    CHECK_OK(twins.pool().StartRelease(claim.slots));
-    CHECK_EQ(twins.ChangeOwner(twins.value(), claim.slots, false), "");
-    CHECK_EQ(twins.rows().vacated(claim.slots[649]), 1u);
+    EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, true).empty(), false);
+    EXPECT_OK(twins.pool().StartRelease(claim.slots));
+    EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, false), "");
+    EXPECT_EQ(twins.rows().vacated(claim.slots[649]), 1u);
   }
   emulation::device().seed = 0;
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -2,6 +2,8 @@
 #ifndef KVPAGE_TESTS_CUDA_TWINS_H_
 #define KVPAGE_TESTS_CUDA_TWINS_H_
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -12,8 +14,8 @@
 #include <vector>
 
 #include "device/fault.h"
-#include "tests/check.h"
 #include "tests/cuda_util.h"
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -73,16 +75,17 @@ class Twins {
   // As pool.cache() does on a device.
   void NewGeneration() {
     Pool::Generation generation;
-    CHECK_OK(pool_->NewGeneration(&generation));
+    EXPECT_OK(pool_->NewGeneration(&generation));
     value_ = {generation.generation, generation.epoch, generation.lengths};
     DevicePool& entry = rows_.entry();
     entry.generation = generation.generation;
-    CHECK_EQ(entry.epoch + 1, generation.epoch);
+    EXPECT_EQ(entry.epoch + 1, generation.epoch);
     entry.epoch = generation.epoch;
     for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
       DeviceSlot& row = rows_.slot(slot);
       row.since = generation.epoch;
-      CHECK(generation.lengths[slot] < 0 || row.length == generation.lengths[slot]) << "slot" << slot << row.length;
+      EXPECT_TRUE(generation.lengths[slot] < 0 || row.length == generation.lengths[slot])
+          << "slot " << slot << " " << row.length;
       for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
         rows_.written(slot, layer) = std::min(rows_.written(slot, layer), row.length);
       }
@@ -133,17 +136,17 @@ class Twins {
       // Only the check: no token's keys and values are written when there are none to take them from.
       const auto row = static_cast<std::size_t>(geometry_.num_kv_heads * geometry_.head_dim) * sizeof(float);
       const auto k = Exactly<char>(static_cast<std::size_t>(std::max<std::int64_t>(batch.num_tokens, 0)) * row);
-      CHECK_OK(
+      EXPECT_OK(
           cuda::AppendKV(operands.cache(), batch_operands,
                          {at.get(), k.get(), k.get(), DType::kF32, static_cast<std::int32_t>(geometry_.num_kv_heads),
                           static_cast<std::int32_t>(geometry_.head_dim)},
                          operands.new_epoch(), scratch.get(), nullptr));
     } else {
-      CHECK_OK(
+      EXPECT_OK(
           cuda::GatherContext(operands.cache(), batch_operands, at.get(), 0, nullptr, nullptr, scratch.get(), nullptr));
     }
     const std::string text = Compare(op, status, before);
-    CHECK(!append || operands.new_epoch()[0] == cpu.epoch) << text;
+    EXPECT_TRUE(!append || operands.new_epoch()[0] == cpu.epoch) << text;
     CheckSequences(*reinterpret_cast<CheckedBatch*>(scratch.get()), batch, value, layer, status.ok());
     if (append && !probe) Next(status.ok(), value, cpu);
     return text;
@@ -157,8 +160,8 @@ class Twins {
     Value device = value;
     const Operands operands(this, DeviceOp::kAdvance, &device, batch.slots, batch.offsets);
     const std::vector<char> before = rows_.State();
-    CHECK_OK(cuda::Advance(operands.cache(), {operands.slots(), operands.numbers(), count, -1}, operands.new_epoch(),
-                           operands.new_lengths(), nullptr));
+    EXPECT_OK(cuda::Advance(operands.cache(), {operands.slots(), operands.numbers(), count, -1}, operands.new_epoch(),
+                            operands.new_lengths(), nullptr));
     return Finish(DeviceOp::kAdvance, status, before, value, cpu, operands);
   }
 
@@ -170,8 +173,8 @@ class Twins {
     Value device = value;
     const Operands operands(this, DeviceOp::kSetLengths, &device, named.slots, named.numbers);
     const std::vector<char> before = rows_.State();
-    CHECK_OK(cuda::SetLengths(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
-                              operands.new_lengths(), nullptr));
+    EXPECT_OK(cuda::SetLengths(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
+                               operands.new_lengths(), nullptr));
     return Finish(DeviceOp::kSetLengths, status, before, value, cpu, operands);
   }
 
@@ -202,9 +205,9 @@ class Twins {
     const auto scratch = Scratch(0);
     const std::vector<char> before = rows_.State();
     // Both sides have one memory: it is copied once, by the device.
-    CHECK_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),
-                             operands.new_epoch(), operands.new_lengths(), copies.empty() ? nullptr : scratch.get(),
-                             nullptr));
+    EXPECT_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),
+                              operands.new_epoch(), operands.new_lengths(), copies.empty() ? nullptr : scratch.get(),
+                              nullptr));
     std::string text = Finish(op, status, before, value, cpu, operands);
     // Repeating from a cache older than this is no longer allowed, if only because it shows other slots as taken.
     if (status.ok() && allow_stale()) history_.clear();
@@ -221,9 +224,9 @@ class Twins {
     const Operands operands(this, DeviceOp::kMapSlots, &device, named.slots, named.numbers);
     const auto verdict = Ints({7});
     const std::vector<char> before = rows_.State();
-    CHECK_OK(cuda::CheckMapSlots(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
-                                 verdict.get(), nullptr));
-    CHECK_EQ(verdict[0], status.ok() ? 1 : 0);
+    EXPECT_OK(cuda::CheckMapSlots(operands.cache(), operands.slots(), operands.numbers(), count, operands.new_epoch(),
+                                  verdict.get(), nullptr));
+    EXPECT_EQ(verdict[0], status.ok() ? 1 : 0);
     PublishRooms();
     return Finish(DeviceOp::kMapSlots, status, before, value, cpu, operands);
   }
@@ -279,11 +282,11 @@ class Twins {
   std::string Compare(DeviceOp op, const Status& status, const std::vector<char>& before) {
     const Fault fault = rows_.TakeFault();
     const Status recorded = fault.set == 0 ? Status() : DescribeFault(fault, kId, geometry_.spec());
-    CHECK_EQ(recorded.message(), status.message());
-    CHECK(recorded.code() == status.code());
+    EXPECT_EQ(recorded.message(), status.message());
+    EXPECT_EQ(recorded.code(), status.code());
     if (fault.set != 0) {
-      CHECK_EQ(fault.op, static_cast<std::int32_t>(op));
-      CHECK(rows_.State() == before) << "a failed op changed the table:" << status.message();
+      EXPECT_EQ(fault.op, static_cast<std::int32_t>(op));
+      EXPECT_EQ(rows_.State(), before) << "a failed op changed the table: " << status.message();
       kinds_.insert(std::string(OpName(op)) + " " + std::to_string(fault.kind));
     }
     passed_ += status.ok();
@@ -293,12 +296,12 @@ class Twins {
   std::string Finish(DeviceOp op, const Status& status, const std::vector<char>& before, const Value& value,
                      const Value& cpu, const Operands& operands) {
     const std::string text = Compare(op, status, before);
-    CHECK_EQ(operands.new_epoch()[0], cpu.epoch) << text;
-    CHECK_EQ(rows_.entry().epoch, status.ok() ? cpu.epoch : rows_.entry().epoch);
+    EXPECT_EQ(operands.new_epoch()[0], cpu.epoch) << text;
+    EXPECT_EQ(rows_.entry().epoch, status.ok() ? cpu.epoch : rows_.entry().epoch);
     for (std::int64_t slot = 0; op != DeviceOp::kMapSlots && slot < geometry_.max_slots; ++slot) {
-      CHECK_EQ(operands.new_lengths()[slot], cpu.lengths[slot]) << OpName(op) << "slot" << slot << text;
+      EXPECT_EQ(operands.new_lengths()[slot], cpu.lengths[slot]) << OpName(op) << " slot " << slot << " " << text;
       if (status.ok() && cpu.lengths[slot] != value.lengths[slot] && cpu.lengths[slot] >= 0) {
-        CHECK_EQ(rows_.slot(slot).length, cpu.lengths[slot]);
+        EXPECT_EQ(rows_.slot(slot).length, cpu.lengths[slot]);
       }
     }
     Next(status.ok(), value, cpu);
@@ -314,19 +317,19 @@ class Twins {
   // What the check leaves for the kernels behind it.
   void CheckSequences(const CheckedBatch& checked, const Ragged& batch, const Value& value, std::int32_t layer,
                       bool ok) {
-    CHECK_EQ(checked.ok, ok ? 1 : 0);
+    EXPECT_EQ(checked.ok, ok ? 1 : 0);
     if (!ok) return;
-    CHECK_EQ(checked.layer, layer);
-    CHECK_EQ(checked.num_sequences, static_cast<std::int32_t>(batch.slots.size()));
-    CHECK(checked.view.base == pool_->View().base && checked.view.head_dim == geometry_.head_dim);
+    EXPECT_EQ(checked.layer, layer);
+    EXPECT_EQ(checked.num_sequences, static_cast<std::int32_t>(batch.slots.size()));
+    EXPECT_TRUE(checked.view.base == pool_->View().base && checked.view.head_dim == geometry_.head_dim);
     for (std::size_t s = 0; s < batch.slots.size(); ++s) {
       const Sequence& sequence = checked.sequences()[s];
       const std::int32_t count = batch.offsets[s + 1] - batch.offsets[s];
       const bool active = batch.slots[s] >= 0 && count > 0;
-      CHECK_EQ(sequence.slot, active ? batch.slots[s] : -1);
-      CHECK_EQ(sequence.query_begin, batch.offsets[s]);
-      CHECK_EQ(sequence.query_length, count);
-      CHECK(!active || sequence.position == value.lengths[batch.slots[s]]);
+      EXPECT_EQ(sequence.slot, active ? batch.slots[s] : -1);
+      EXPECT_EQ(sequence.query_begin, batch.offsets[s]);
+      EXPECT_EQ(sequence.query_length, count);
+      EXPECT_TRUE(!active || sequence.position == value.lengths[batch.slots[s]]);
     }
   }
 

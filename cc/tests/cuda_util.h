@@ -12,7 +12,7 @@
 #include "base/device_table.h"
 #include "cache/geometry.h"
 #include "kernels/cuda/kernels.h"
-#include "tests/cuda_emulation/emulator.h"
+#include "testing/cuda_emulation/emulator.h"
 
 namespace kvpage::testing {
 

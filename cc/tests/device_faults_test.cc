@@ -1,10 +1,13 @@
 // A fault at every driver call that a pool on a device makes: the call fails in words, and the pool and what programs
 // find in its table are as they were. And many threads at once.
+#include <gtest/gtest.h>
+
 #include <atomic>
 #include <functional>
 #include <thread>
 
 #include "tests/device_util.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -34,18 +37,18 @@ int AtEveryCall(Machine* machine, cu::Result result, const std::function<Status(
     const Status status = call();
     machine->fake().ClearFaults();
     if (machine->fake().faults() == before) {
-      CHECK_OK(status);
+      EXPECT_OK(status);
       return n - 1;
     }
     check(status);
   }
-  CHECK(false) << "never succeeded";
+  EXPECT_TRUE(false) << "never succeeded";
   return 0;
 }
 
 }  // namespace
 
-TEST(OpeningFailsAtEveryCallAndLeavesNothing) {
+TEST(DeviceFaultsTest, OpeningFailsAtEveryCallAndLeavesNothing) {
   Machine machine;
   const FakeDriver::State before = machine.fake().Report();
   std::shared_ptr<Pool> pool;
@@ -53,37 +56,37 @@ TEST(OpeningFailsAtEveryCallAndLeavesNothing) {
       &machine, cu::Result::kUnknown, [&] { return machine.Open(5, 4, &pool); },
       [&](const Status& status) {
         if (status.ok()) return pool.reset();  // what could be done without
-        CHECK(Mentions(status, "failed with")) << status.message();
-        CHECK(pool == nullptr);
-        CHECK(machine.Find(5) == nullptr);
+        EXPECT_TRUE(Mentions(status, "failed with")) << status.message();
+        EXPECT_EQ(pool, nullptr);
+        EXPECT_EQ(machine.Find(5), nullptr);
         const FakeDriver::State after = machine.fake().Report();
-        CHECK_EQ(after.reservations, before.reservations);
-        CHECK_EQ(after.allocations, before.allocations);
-        CHECK_EQ(after.host_allocations, before.host_allocations);
+        EXPECT_EQ(after.reservations, before.reservations);
+        EXPECT_EQ(after.allocations, before.allocations);
+        EXPECT_EQ(after.host_allocations, before.host_allocations);
       });
-  CHECK(calls > 10) << calls;
-  CHECK(machine.Find(5) != nullptr);
+  EXPECT_GT(calls, 10) << calls;
+  EXPECT_NE(machine.Find(5), nullptr);
 }
 
-TEST(ADeviceThatCannotBeOpenedLeavesNothing) {
+TEST(DeviceFaultsTest, ADeviceThatCannotBeOpenedLeavesNothing) {
   FakeDriver::Options options;
   options.granularity = 4096;
   std::unique_ptr<FakeDriver> fake;
-  CHECK_OK(FakeDriver::Make(options, &fake));
+  EXPECT_OK(FakeDriver::Make(options, &fake));
   std::shared_ptr<DeviceState> device;
   for (int n = 1; device == nullptr && n < 100; ++n) {
     fake->FailAtAny(n, cu::Result::kUnknown);
     const Status status = DeviceState::Make(fake->driver(), 0, &device);
     fake->ClearFaults();
-    CHECK_EQ(status.ok(), device != nullptr);
+    EXPECT_EQ(status.ok(), device != nullptr);
     if (!status.ok()) {
-      CHECK(fake->Report().empty()) << fake->Report().ToString();
+      EXPECT_TRUE(fake->Report().empty()) << fake->Report().ToString();
     }
   }
-  CHECK(device != nullptr);
+  EXPECT_NE(device, nullptr);
 }
 
-TEST(HostCallsFailAtEveryDriverCallAndChangeNothing) {
+TEST(DeviceFaultsTest, HostCallsFailAtEveryDriverCallAndChangeNothing) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -93,9 +96,9 @@ TEST(HostCallsFailAtEveryDriverCallAndChangeNothing) {
   const std::vector<std::int32_t> slots = {slot};
   const std::string before = Snapshot(&machine, pool.get());
   const auto unchanged = [&](const Status& status) {
-    CHECK(!status.ok());
-    CHECK(Mentions(status, "failed with")) << status.message();
-    CHECK_EQ(Snapshot(&machine, pool.get()), before);
+    EXPECT_FALSE(status.ok());
+    EXPECT_TRUE(Mentions(status, "failed with")) << status.message();
+    EXPECT_EQ(Snapshot(&machine, pool.get()), before);
   };
   std::vector<std::int32_t> taken;
   int calls = AtEveryCall(
@@ -106,35 +109,35 @@ TEST(HostCallsFailAtEveryDriverCallAndChangeNothing) {
         return claim.status;
       },
       unchanged);
-  CHECK(calls > 4) << calls;
-  CHECK_EQ(machine.Find(1)->slots[taken[0]].room, 48);
+  EXPECT_GT(calls, 4) << calls;
+  EXPECT_EQ(machine.Find(1)->slots[taken[0]].room, 48);
   pool->UndoAcquire(taken);
   std::int64_t freed = 0;
-  CHECK_OK(pool->Trim(&freed));
+  EXPECT_OK(pool->Trim(&freed));
   calls = AtEveryCall(
       &machine, cu::Result::kUnknown, [&] { return pool->Extend(slots, {60}).status; },
       [&](const Status& status) {
-        CHECK(!status.ok());
-        CHECK_EQ(machine.Find(1)->slots[slot].room, 16);
-        CHECK_EQ(pool->Numbers().blocks_mapped, 1);
+        EXPECT_FALSE(status.ok());
+        EXPECT_EQ(machine.Find(1)->slots[slot].room, 16);
+        EXPECT_EQ(pool->Numbers().blocks_mapped, 1);
       });
-  CHECK(calls > 4) << calls;
-  CHECK_EQ(machine.Find(1)->slots[slot].room, 64);
+  EXPECT_GT(calls, 4) << calls;
+  EXPECT_EQ(machine.Find(1)->slots[slot].room, 64);
   const std::int32_t tokens = 100;
   bool ok = false;
   calls = AtEveryCall(
       &machine, cu::Result::kUnknown, [&] { return pool->MapChecked("map_slots", 1, &slot, &tokens, 1, &ok); },
       [&](const Status& status) {
-        CHECK(Mentions(status, "map_slots: slot ")) << status.message();
-        CHECK_EQ(machine.Find(1)->slots[slot].room, 64);
+        EXPECT_TRUE(Mentions(status, "map_slots: slot ")) << status.message();
+        EXPECT_EQ(machine.Find(1)->slots[slot].room, 64);
       });
-  CHECK(calls > 4) << calls;
-  CHECK(ok);
+  EXPECT_GT(calls, 4) << calls;
+  EXPECT_TRUE(ok);
   program.Write(slot, 84);
-  CHECK_OK(pool->TakeFault());
+  EXPECT_OK(pool->TakeFault());
 }
 
-TEST(ALineThatCannotBeStartedCanBeStartedLater) {
+TEST(DeviceFaultsTest, ALineThatCannotBeStartedCanBeStartedLater) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -142,12 +145,12 @@ TEST(ALineThatCannotBeStartedCanBeStartedLater) {
   const std::int32_t slot = Acquire(pool.get(), &program, 64);
   const std::int32_t gone = Acquire(pool.get(), &program, 16);
   program.Write(slot, 10);
-  CHECK_OK(pool->StartRelease({gone}));
+  EXPECT_OK(pool->StartRelease({gone}));
   Pool::Generation generation;
   for (cu::Call call : {cu::Call::kCtxPushCurrent, cu::Call::kEventCreate, cu::Call::kEventRecord,
                         cu::Call::kMemcpyHtoDAsync, cu::Call::kMemcpyDtoHAsync, cu::Call::kStreamSynchronize}) {
     if (pool->Numbers().slots_draining == 0) {
-      CHECK_OK(pool->StartRelease(pool->Acquire({16}).slots));
+      EXPECT_OK(pool->StartRelease(pool->Acquire({16}).slots));
     }
     int failed = 0;
     for (int n = 1; n < 20; ++n) {
@@ -157,21 +160,21 @@ TEST(ALineThatCannotBeStartedCanBeStartedLater) {
       const Status status = pool->NewGeneration(&generation);
       machine.fake().ClearFaults();
       if (machine.fake().faults() == before) break;
-      CHECK(Mentions(status, "failed with")) << status.message();
+      EXPECT_TRUE(Mentions(status, "failed with")) << status.message();
       ++failed;
-      CHECK_EQ(pool->Numbers().slots_draining, 1);
+      EXPECT_EQ(pool->Numbers().slots_draining, 1);
     }
-    CHECK(failed > 0) << cu::Symbol(call);
+    EXPECT_GT(failed, 0) << cu::Symbol(call);
   }
-  CHECK_EQ(generation.lengths[slot], 10);
-  CHECK_EQ(generation.lengths[gone], -1);
+  EXPECT_EQ(generation.lengths[slot], 10);
+  EXPECT_EQ(generation.lengths[gone], -1);
   program.Use(generation);
   program.Write(slot, 54);
-  CHECK_EQ(program.length(slot), 64);
-  CHECK_OK(pool->TakeFault());
+  EXPECT_EQ(program.length(slot), 64);
+  EXPECT_OK(pool->TakeFault());
 }
 
-TEST(AFaultThatCannotBeClearedIsRaisedAgain) {
+TEST(DeviceFaultsTest, AFaultThatCannotBeClearedIsRaisedAgain) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -179,36 +182,36 @@ TEST(AFaultThatCannotBeClearedIsRaisedAgain) {
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
   program.Write(slot, 17);
   machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown);
-  CHECK(Mentions(pool->TakeFault(), "17 tokens wanted"));
-  CHECK(Mentions(pool->TakeFault(), "17 tokens wanted"));
-  CHECK_OK(pool->TakeFault());
+  EXPECT_TRUE(Mentions(pool->TakeFault(), "17 tokens wanted"));
+  EXPECT_TRUE(Mentions(pool->TakeFault(), "17 tokens wanted"));
+  EXPECT_OK(pool->TakeFault());
   program.Write(slot, 18);
-  CHECK(Mentions(pool->TakeFault(), "18 tokens wanted"));
+  EXPECT_TRUE(Mentions(pool->TakeFault(), "18 tokens wanted"));
 }
 
-TEST(APoolThatCannotLeaveTheTableLeavesItsMemoryThere) {
+TEST(DeviceFaultsTest, APoolThatCannotLeaveTheTableLeavesItsMemoryThere) {
   // Whoever finds the entry may still read and write it.
   FakeDriver::Options options;
   options.granularity = 4096;
   std::unique_ptr<FakeDriver> fake;
-  CHECK_OK(FakeDriver::Make(options, &fake));
+  EXPECT_OK(FakeDriver::Make(options, &fake));
   {
     std::shared_ptr<DeviceState> device;
-    CHECK_OK(DeviceState::Make(fake->driver(), 0, &device));
+    EXPECT_OK(DeviceState::Make(fake->driver(), 0, &device));
     const Geometry geometry = DeviceGeometry();
     std::unique_ptr<DeviceMirror> mirror;
-    CHECK_OK(DeviceMirror::Make(device, geometry, nullptr, false, &mirror));
-    CHECK_OK(mirror->Open(3));
+    EXPECT_OK(DeviceMirror::Make(device, geometry, nullptr, false, &mirror));
+    EXPECT_OK(mirror->Open(3));
     const FakeDriver::State before = fake->Report();
     fake->FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown, 100);
     mirror.reset();
     fake->ClearFaults();
-    CHECK_EQ(fake->Report().allocations, before.allocations);
-    CHECK_EQ(fake->Report().host_allocations, before.host_allocations);
+    EXPECT_EQ(fake->Report().allocations, before.allocations);
+    EXPECT_EQ(fake->Report().host_allocations, before.host_allocations);
   }
 }
 
-TEST(ManyThreadsAndOneDevice) {
+TEST(DeviceFaultsTest, ManyThreadsAndOneDevice) {
   Machine machine;
   std::vector<std::thread> threads;
   for (int t = 0; t < 3; ++t) {
@@ -223,21 +226,21 @@ TEST(ManyThreadsAndOneDevice) {
         std::thread looker([&] {
           while (!stop) {
             pool->Numbers();
-            CHECK_OK(pool->TakeFault());
+            EXPECT_OK(pool->TakeFault());
             static_cast<void>(pool->WaitForDrain(0.0001));
           }
         });
         for (int i = 0; i < 20; ++i) {
           const std::int32_t slot = Acquire(pool.get(), &program, 32);
           program.Write(slot, 20);
-          CHECK_OK(pool->Extend({slot}, {40}).status);
+          EXPECT_OK(pool->Extend({slot}, {40}).status);
           program.Write(slot, 20);
           Release(pool.get(), &program, slot);
         }
         stop = true;
         looker.join();
-        CHECK_EQ(pool->Numbers().slots_draining, 0);
-        CHECK_EQ(program.launches(), 80);
+        EXPECT_EQ(pool->Numbers().slots_draining, 0);
+        EXPECT_EQ(program.launches(), 80);
         pool->Close();
       }
     });
@@ -246,5 +249,3 @@ TEST(ManyThreadsAndOneDevice) {
 }
 
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

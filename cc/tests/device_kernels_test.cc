@@ -1,11 +1,14 @@
 // The kernels (on the emulated device) against the table that the host keeps (on the fake driver): what one side writes
 // the other reads.
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <vector>
 
 #include "device/fault.h"
 #include "kernels/cuda/kernels.h"
 #include "tests/device_util.h"
+#include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
@@ -23,7 +26,7 @@ struct Kernels {
   }
   void Restart(Pool* pool) {
     Pool::Generation generation;
-    CHECK_OK(pool->NewGeneration(&generation));
+    EXPECT_OK(pool->NewGeneration(&generation));
     handle[1] = generation.generation;
     epoch = generation.epoch;
     lengths = generation.lengths;
@@ -40,8 +43,8 @@ struct Kernels {
   }
   void ChangeOwner(Pool* pool, std::int32_t slot, bool occupy) {
     const SlotEdit edit = {static_cast<std::int32_t>(occupy ? SlotOpcode::kOccupy : SlotOpcode::kVacate), slot, 0};
-    CHECK_OK(cuda::EditSlots(Cache(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, pool), handle,
-                             {&edit, 1, nullptr, 0}, &epoch, lengths.data(), nullptr, nullptr));
+    EXPECT_OK(cuda::EditSlots(Cache(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, pool), handle,
+                              {&edit, 1, nullptr, 0}, &epoch, lengths.data(), nullptr, nullptr));
   }
   // Appends `count` tokens in every layer and advances.
   void Write(Pool* pool, std::int32_t slot, std::int32_t count) {
@@ -52,71 +55,71 @@ struct Kernels {
     void* const checked = scratch.data() + (256 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 256);
     for (std::int32_t layer = 0; layer < kLayers; ++layer) {
       const cuda::AppendOperands append = {&layer, rows.data(), rows.data(), DType::kF32, 1, 16};
-      CHECK_OK(cuda::AppendKV(Cache(DeviceOp::kAppendKV, pool), batch, append, &epoch, checked, nullptr));
+      EXPECT_OK(cuda::AppendKV(Cache(DeviceOp::kAppendKV, pool), batch, append, &epoch, checked, nullptr));
     }
     batch.num_tokens = -1;
-    CHECK_OK(cuda::Advance(Cache(DeviceOp::kAdvance, pool), batch, &epoch, lengths.data(), nullptr));
+    EXPECT_OK(cuda::Advance(Cache(DeviceOp::kAdvance, pool), batch, &epoch, lengths.data(), nullptr));
   }
   bool Map(Pool* pool, std::int32_t slot, std::int32_t tokens) {
     std::int32_t verdict = -1;
-    CHECK_OK(cuda::CheckMapSlots(Cache(DeviceOp::kMapSlots, pool), &slot, &tokens, 1, &epoch, &verdict, nullptr));
+    EXPECT_OK(cuda::CheckMapSlots(Cache(DeviceOp::kMapSlots, pool), &slot, &tokens, 1, &epoch, &verdict, nullptr));
     if (verdict != 1) return false;
     bool ok = false;
-    CHECK_OK(pool->MapChecked("map_slots", handle[1], &slot, &tokens, 1, &ok));
+    EXPECT_OK(pool->MapChecked("map_slots", handle[1], &slot, &tokens, 1, &ok));
     return ok;
   }
 };
 
 }  // namespace
 
-TEST(KernelsAndHostAgreeOnTheTable) {
+TEST(DeviceKernelsTest, KernelsAndHostAgreeOnTheTable) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(300, 16);
   Kernels program(&machine, pool.get());
   const std::int32_t slot = pool->Acquire({16}).slots[0];
   program.ChangeOwner(pool.get(), slot, true);
-  CHECK_EQ(program.lengths[slot], 0);
+  EXPECT_EQ(program.lengths[slot], 0);
   program.Write(pool.get(), slot, 16);
-  CHECK_EQ(program.lengths[slot], 16);
-  CHECK_EQ(*reinterpret_cast<const float*>(pool->View().At(slot, 15, 1, 1, 0)), 2.5f);
-  CHECK_OK(pool->TakeFault());
+  EXPECT_EQ(program.lengths[slot], 16);
+  EXPECT_EQ(*reinterpret_cast<const float*>(pool->View().At(slot, 15, 1, 1, 0)), 2.5f);
+  EXPECT_OK(pool->TakeFault());
 
   // Beyond its room: a fault in words; map_slots makes room.
   program.Write(pool.get(), slot, 10);
-  CHECK_EQ(pool->TakeFault().message(),
-           "append_kv: slot " + std::to_string(slot) +
-               ": 26 tokens wanted, 16 mapped: map_slots in the program or pool.extend before it makes room");
-  CHECK_EQ(program.lengths[slot], 16);
-  CHECK(program.Map(pool.get(), slot, 26));
+  EXPECT_EQ(pool->TakeFault().message(),
+            "append_kv: slot " + std::to_string(slot) +
+                ": 26 tokens wanted, 16 mapped: map_slots in the program or pool.extend before it makes room");
+  EXPECT_EQ(program.lengths[slot], 16);
+  EXPECT_TRUE(program.Map(pool.get(), slot, 26));
   program.Write(pool.get(), slot, 10);
-  CHECK_OK(pool->TakeFault());
-  CHECK_EQ(program.lengths[slot], 26);
+  EXPECT_OK(pool->TakeFault());
+  EXPECT_EQ(program.lengths[slot], 26);
 
   // A new generation restores the length; the old cache is stale.
   Kernels old = program;
   program.Restart(pool.get());
-  CHECK_EQ(program.lengths[slot], 26);
-  CHECK_EQ(machine.Find(300)->written[slot * kLayers], 26);
+  EXPECT_EQ(program.lengths[slot], 26);
+  EXPECT_EQ(machine.Find(300)->written[slot * kLayers], 26);
   old.Write(pool.get(), slot, 1);
-  CHECK(Mentions(pool->TakeFault(),
-                 "append_kv: stale cache: it belongs to generation 1 of pool 300, which is at generation 2"));
+  EXPECT_TRUE(Mentions(pool->TakeFault(),
+                       "append_kv: stale cache: it belongs to generation 1 of pool 300, which is at generation 2"));
 
   // The release is seen by the host without a call of the driver's, and leaves nothing to the next owner.
-  CHECK_OK(pool->StartRelease({slot}));
+  EXPECT_OK(pool->StartRelease({slot}));
   const std::int64_t calls = machine.fake().total_calls();
-  CHECK_EQ(pool->Numbers().slots_draining, 1);
+  EXPECT_EQ(pool->Numbers().slots_draining, 1);
   program.ChangeOwner(pool.get(), slot, false);
-  CHECK_EQ(pool->Numbers().slots_draining, 0);
-  CHECK_EQ(machine.fake().total_calls(), calls);
-  CHECK_EQ(machine.Find(300)->slots[slot].length, 0);
-  CHECK_EQ(machine.Find(300)->written[slot * kLayers], 0);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  EXPECT_EQ(machine.fake().total_calls(), calls);
+  EXPECT_EQ(machine.Find(300)->slots[slot].length, 0);
+  EXPECT_EQ(machine.Find(300)->written[slot * kLayers], 0);
 
   pool->Close();
   program.ChangeOwner(pool.get(), slot, true);
-  CHECK_EQ(machine.Find(300)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
+  EXPECT_EQ(machine.Find(300)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
 }
 
-TEST(KernelsFindPoolsWhoseIdsCollide) {
+TEST(DeviceKernelsTest, KernelsFindPoolsWhoseIdsCollide) {
   Machine machine;
   std::vector<std::shared_ptr<Pool>> pools;
   for (std::int32_t id : {9, 9 + kMaxDevicePools, 10}) pools.push_back(machine.MakePool(id, 4));
@@ -126,15 +129,13 @@ TEST(KernelsFindPoolsWhoseIdsCollide) {
     const std::int32_t slot = pool->Acquire({16}).slots[0];
     program.ChangeOwner(pool.get(), slot, true);
     program.Write(pool.get(), slot, 4);
-    CHECK_EQ(program.lengths[slot], 4);
-    CHECK_OK(pool->TakeFault());
+    EXPECT_EQ(program.lengths[slot], 4);
+    EXPECT_OK(pool->TakeFault());
   }
   Kernels stranger(&machine, pools[0].get());
   stranger.handle[0] = 9;
   stranger.ChangeOwner(pools[0].get(), 0, true);
-  CHECK(Mentions(pools[1]->TakeFault(), "acquire: there is no pool 9 in this process"));
+  EXPECT_TRUE(Mentions(pools[1]->TakeFault(), "acquire: there is no pool 9 in this process"));
 }
 
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -3,6 +3,8 @@
 #ifndef KVPAGE_TESTS_DEVICE_UTIL_H_
 #define KVPAGE_TESTS_DEVICE_UTIL_H_
 
+#include <gtest/gtest.h>
+
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -18,9 +20,9 @@
 #include "cache/registry.h"
 #include "device/device_mirror.h"
 #include "device/device_state.h"
-#include "tests/check.h"
+#include "testing/fake_driver.h"
+#include "tests/expect_ok.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage::testing {
 
@@ -48,7 +50,7 @@ class Machine {
     if (!FakeDriver::Make(options, &fake_).ok()) std::abort();
     for (int i = 0; i < num_devices; ++i) {
       std::shared_ptr<DeviceState> device;
-      CHECK_OK(DeviceState::Make(fake_->driver(), i, &device));
+      EXPECT_OK(DeviceState::Make(fake_->driver(), i, &device));
       devices_.push_back(std::move(device));
       streams_.push_back(NewStream(i));
     }
@@ -61,7 +63,7 @@ class Machine {
     }
     devices_.clear();
     const FakeDriver::State left = fake_->Report();
-    CHECK(left.empty()) << left.ToString();
+    EXPECT_TRUE(left.empty()) << left.ToString();
   }
 
   FakeDriver& fake() { return *fake_; }
@@ -78,7 +80,7 @@ class Machine {
     return stream;
   }
 
-  // As PoolHandle::Open does it, `id` apart. Null and a status when something fails.
+  // As OpenPool does it, `id` apart. Null and a status when something fails.
   Status Open(std::int32_t id, std::int64_t blocks, std::shared_ptr<Pool>* out, int device = 0,
               PoolOptions options = {}) {
     const Geometry geometry = DeviceGeometry();
@@ -97,7 +99,7 @@ class Machine {
   }
   std::shared_ptr<Pool> MakePool(std::int32_t id, std::int64_t blocks, int device = 0, PoolOptions options = {}) {
     std::shared_ptr<Pool> pool;
-    CHECK_OK(Open(id, blocks, &pool, device, options));
+    EXPECT_OK(Open(id, blocks, &pool, device, options));
     return pool;
   }
 
@@ -131,7 +133,7 @@ class DeviceProgram {
 
   void Restart(Pool* pool) {
     Pool::Generation generation;
-    CHECK_OK(pool->NewGeneration(&generation));
+    EXPECT_OK(pool->NewGeneration(&generation));
     Use(generation);
   }
   void Use(const Pool::Generation& generation) {
@@ -224,7 +226,7 @@ class DeviceProgram {
   }
   void Launch(DeviceOp op, std::int32_t slot, Body body, std::int32_t tokens = 0) {
     const DeviceState::Queueing queueing(machine_->device(device_).get(), stream_);
-    CHECK_OK(queueing.status());
+    EXPECT_OK(queueing.status());
     machine_->fake().Enqueue(stream_, [state = state_, op, slot, body = std::move(body), tokens] {
       Run(state.get(), op, slot, body, tokens);
     });
@@ -239,13 +241,13 @@ class DeviceProgram {
 // Host and device side of an acquire and a release.
 inline std::int32_t Acquire(Pool* pool, DeviceProgram* program, std::int64_t tokens) {
   const Claim claim = pool->Acquire({tokens});
-  CHECK_OK(claim.status);
+  EXPECT_OK(claim.status);
   if (!claim.status.ok()) return -1;
   program->Acquire(claim.slots[0]);
   return claim.slots[0];
 }
 inline void Release(Pool* pool, DeviceProgram* program, std::int32_t slot) {
-  CHECK_OK(pool->StartRelease({slot}));
+  EXPECT_OK(pool->StartRelease({slot}));
   program->Release(slot);
 }
 

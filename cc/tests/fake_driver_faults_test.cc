@@ -1,9 +1,12 @@
 // The whole pool over the fake driver, with a fault at every driver call in turn: what requests own stays as it was,
 // their tokens too, the accounts add up, and the same call succeeds afterwards. Built with KVPAGE_TEST_FAKE_DRIVER.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
 
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -22,7 +25,7 @@ struct World {
     second = program.Acquire(35);
     const std::int32_t third = program.Acquire(40);
     for (const std::int32_t slot : {first, second}) {
-      CHECK_OK(program.Write(slot, 18));
+      EXPECT_OK(program.Write(slot, 18));
       for (int token = 0; token < 18; ++token) {
         std::memset(pool->View().At(slot, token, 1, token % 2, 0), 10 * slot + token, 64 * sizeof(float));
       }
@@ -35,13 +38,13 @@ struct World {
     const PoolNumbers n = pool->Numbers();
     std::vector<std::int64_t> state = {n.blocks_total,   n.blocks_mapped,   n.blocks_parked + n.blocks_free,
                                        n.slots_occupied, n.blocks_draining, n.slots_draining};
-    CHECK_EQ(n.blocks_mapped + n.blocks_parked + n.blocks_free + n.blocks_draining, n.blocks_total);
-    CHECK_EQ(Fake().Report().mappings, n.blocks_mapped + n.blocks_parked + n.blocks_draining) << "leftovers";
+    EXPECT_EQ(n.blocks_mapped + n.blocks_parked + n.blocks_free + n.blocks_draining, n.blocks_total);
+    EXPECT_EQ(Fake().Report().mappings, n.blocks_mapped + n.blocks_parked + n.blocks_draining) << "leftovers";
     for (const SlotRow& row : pool->Rows()) {
       state.insert(state.end(), {row.slot, static_cast<std::int64_t>(row.state), row.blocks, row.reserved,
                                  row.committed, row.length});
       std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>> map;
-      CHECK_OK(pool->BlockMap(row.slot, &map));
+      EXPECT_OK(pool->BlockMap(row.slot, &map));
       for (const auto& range : map) {
         for (const auto& [block, references] : range) state.insert(state.end(), {block, references});
       }
@@ -61,7 +64,7 @@ struct World {
 void UseItAll(World* world, std::int32_t slot) {
   const std::int64_t room = world->pool->Numbers().blocks_free + world->pool->Numbers().blocks_parked;
   const Claim claim = world->pool->Extend({slot}, {128});
-  CHECK(claim.status.ok() || room < 32) << claim.status.message();
+  EXPECT_TRUE(claim.status.ok() || room < 32) << claim.status.message();
   for (const SlotRow& row : world->pool->Rows()) {
     for (std::int64_t token = row.length; token < row.blocks / 4 * 16; ++token) {
       for (int layer = 0; layer < 2; ++layer) {
@@ -86,49 +89,49 @@ void AtEveryCall(std::int64_t blocks, Surroundings around, const std::function<S
       const Status status = operation(&world);
       Fake().ClearFaults();
       if (Fake().faults() == faults) {
-        CHECK_OK(status);
-        CHECK(n > 4) << "the operation made" << n - 1 << "calls";
+        EXPECT_OK(status);
+        EXPECT_GT(n, 4) << "the operation made " << n - 1 << " calls";
         break;
       }
       if (!status.ok()) {
-        CHECK(world.State() == before) << "call" << n << status.message();
-        CHECK(around != kParkedStays || world.pool->Numbers().blocks_parked == parked) << "call" << n;
-        CHECK_OK(operation(&world)) << "after call" << n;
+        EXPECT_EQ(world.State(), before) << "call " << n << " " << status.message();
+        EXPECT_TRUE(around != kParkedStays || world.pool->Numbers().blocks_parked == parked) << "call " << n;
+        EXPECT_OK(operation(&world)) << "after call " << n;
       } else {
         // Where new memory could not be had, parked memory may have served; trimming is content with less.
-        CHECK(code == Result::kOutOfMemory || around == kTrims) << "call" << n << "failed and nobody was told";
+        EXPECT_TRUE(code == Result::kOutOfMemory || around == kTrims) << "call " << n << " failed and nobody was told";
       }
       UseItAll(&world, world.first);
     }
   }
 }
 
-TEST(Acquire) {
+TEST(FakeDriverFaultsTest, Acquire) {
   AtEveryCall(kBlocks, kParkedStays, [](World* world) { return world->pool->Acquire({60, 16}).status; });
 }
 
-TEST(AcquireUnderPressure) {
+TEST(FakeDriverFaultsTest, AcquireUnderPressure) {
   // 8 + 12 blocks are taken, 12 parked; 24 are wanted of 44.
   AtEveryCall(44, kParkedMayGo, [](World* world) { return world->pool->Acquire({16, 80}).status; });
 }
 
-TEST(Extend) {
+TEST(FakeDriverFaultsTest, Extend) {
   AtEveryCall(kBlocks, kParkedStays,
               [](World* world) { return world->pool->Extend({world->first, world->second}, {64, 50}).status; });
 }
 
-TEST(ExtendTakesParkedBlocks) {
+TEST(FakeDriverFaultsTest, ExtendTakesParkedBlocks) {
   AtEveryCall(32, kParkedMayGo, [](World* world) { return world->pool->Extend({world->second}, {90}).status; });
 }
 
-TEST(Trim) {
+TEST(FakeDriverFaultsTest, Trim) {
   AtEveryCall(kBlocks, kTrims, [](World* world) {
     std::int64_t freed = 0;
     return world->pool->Trim(&freed);
   });
 }
 
-TEST(ResizeDown) {
+TEST(FakeDriverFaultsTest, ResizeDown) {
   AtEveryCall(kBlocks, kTrims, [](World* world) {
     const Claim claim = world->pool->Resize(24 * 4096);
     // Half-way memory may have gone, but never what anybody owns; the capacity changes last.
@@ -136,7 +139,7 @@ TEST(ResizeDown) {
   });
 }
 
-TEST(MapSlots) {
+TEST(FakeDriverFaultsTest, MapSlots) {
   for (const Result code : {Result::kOutOfMemory, Result::kUnknown}) {
     for (std::int64_t n = 1;; ++n) {
       World world;
@@ -147,41 +150,41 @@ TEST(MapSlots) {
       const Status status = world.program.Map(world.first, 70, &ok);
       Fake().ClearFaults();
       if (Fake().faults() == faults) {
-        CHECK(status.ok() && ok && n > 4);
+        EXPECT_TRUE(status.ok() && ok && n > 4);
         break;
       }
       // Out of memory is an answer, anything else an error of the program, whose pool goes on.
-      CHECK(status.ok() == (code == Result::kOutOfMemory)) << n << status.message();
+      EXPECT_EQ(status.ok(), (code == Result::kOutOfMemory)) << n << " " << status.message();
       // Parked memory may have served where new memory could not be had.
-      CHECK((status.ok() && ok) || world.State() == before) << "call" << n;
+      EXPECT_TRUE((status.ok() && ok) || world.State() == before) << "call " << n;
       if (!status.ok()) world.program.Restart();
-      CHECK_OK(world.program.Map(world.first, 70, &ok));
-      CHECK(ok);
+      EXPECT_OK(world.program.Map(world.first, 70, &ok));
+      EXPECT_TRUE(ok);
       UseItAll(&world, world.second);
     }
   }
 }
 
-TEST(ParkedMemoryServesWhereTheDeviceHasNoMore) {
+TEST(FakeDriverFaultsTest, ParkedMemoryServesWhereTheDeviceHasNoMore) {
   World world;
   Fake().FailAt(cu::Call::kMemCreate, 1, Result::kOutOfMemory, 1000000);
   bool ok = false;
-  CHECK_OK(world.program.Map(world.first, 48, &ok));
-  CHECK(ok) << "a block of each range is parked";
+  EXPECT_OK(world.program.Map(world.first, 48, &ok));
+  EXPECT_TRUE(ok) << "a block of each range is parked";
   const std::vector<std::int64_t> before = world.State();
-  CHECK_OK(world.program.Map(world.first, 128, &ok));
-  CHECK(!ok);
-  CHECK(world.State() == before);
-  CHECK_OK(world.program.Write(world.second, 10));
+  EXPECT_OK(world.program.Map(world.first, 128, &ok));
+  EXPECT_FALSE(ok);
+  EXPECT_EQ(world.State(), before);
+  EXPECT_OK(world.program.Write(world.second, 10));
   world.program.Release(world.second);
-  CHECK_OK(world.program.Map(world.first, 96, &ok));
-  CHECK(ok) << "what the other one had is parked now";
+  EXPECT_OK(world.program.Map(world.first, 96, &ok));
+  EXPECT_TRUE(ok) << "what the other one had is parked now";
   Fake().ClearFaults();
-  CHECK_OK(world.program.Map(world.first, 128, &ok));
-  CHECK(ok);
+  EXPECT_OK(world.program.Map(world.first, 128, &ok));
+  EXPECT_TRUE(ok);
 }
 
-TEST(NothingIsLeftBehindWhateverFails) {
+TEST(FakeDriverFaultsTest, NothingIsLeftBehindWhateverFails) {
   // Making a pool and giving everything back, with a fault anywhere in between.
   for (std::int64_t n = 1;; ++n) {
     const std::int64_t faults = Fake().faults();
@@ -201,12 +204,10 @@ TEST(NothingIsLeftBehindWhateverFails) {
     Fake().ClearFaults();
     context.reset();
     FakeDriver::State left = Fake().Report();
-    CHECK(left.empty()) << "call" << n << left.ToString();
+    EXPECT_TRUE(left.empty()) << "call " << n << " " << left.ToString();
     if (Fake().faults() == faults) break;
   }
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

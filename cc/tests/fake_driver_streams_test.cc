@@ -1,13 +1,15 @@
 // The fake driver's streams: at once, held back, waiting for each other; events that come late.
+#include <gtest/gtest.h>
+
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
 
-#include "tests/check.h"
+#include "testing/fake_driver.h"
+#include "tests/expect_ok.h"
 #include "vmm/cuda_context.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {
@@ -19,29 +21,29 @@ constexpr std::size_t kBytes = 4096;
 // Two streams, an event, a piece of device and one of pinned memory.
 struct World {
   World() {
-    CHECK_OK(FakeDriver::Make({}, &fake));
-    CHECK_OK(CudaContext::Make(fake->driver(), 0, &context));
+    EXPECT_OK(FakeDriver::Make({}, &fake));
+    EXPECT_OK(CudaContext::Make(fake->driver(), 0, &context));
     scope = std::make_unique<ContextScope>(*context);
     const Driver& driver = fake->driver();
-    CHECK(driver.StreamCreate(&a, cu::kStreamNonBlocking) == Result::kSuccess);
-    CHECK(driver.StreamCreate(&b, cu::kStreamNonBlocking) == Result::kSuccess);
-    CHECK(driver.EventCreate(&event, cu::kEventDisableTiming) == Result::kSuccess);
-    CHECK(driver.MemAlloc(&device, kBytes) == Result::kSuccess);
+    EXPECT_EQ(driver.StreamCreate(&a, cu::kStreamNonBlocking), Result::kSuccess);
+    EXPECT_EQ(driver.StreamCreate(&b, cu::kStreamNonBlocking), Result::kSuccess);
+    EXPECT_EQ(driver.EventCreate(&event, cu::kEventDisableTiming), Result::kSuccess);
+    EXPECT_EQ(driver.MemAlloc(&device, kBytes), Result::kSuccess);
     void* host = nullptr;
-    CHECK(driver.MemHostAlloc(&host, kBytes, cu::kHostAllocDeviceMap) == Result::kSuccess);
+    EXPECT_EQ(driver.MemHostAlloc(&host, kBytes, cu::kHostAllocDeviceMap), Result::kSuccess);
     pinned = static_cast<unsigned char*>(host);
     bytes = reinterpret_cast<unsigned char*>(device);
   }
   ~World() {
     const Driver& driver = fake->driver();
-    CHECK(driver.MemFreeHost(pinned) == Result::kSuccess);
-    CHECK(driver.MemFree(device) == Result::kSuccess);
-    CHECK(driver.EventDestroy(event) == Result::kSuccess);
-    CHECK(driver.StreamDestroy(b) == Result::kSuccess);
-    CHECK(driver.StreamDestroy(a) == Result::kSuccess);
+    EXPECT_EQ(driver.MemFreeHost(pinned), Result::kSuccess);
+    EXPECT_EQ(driver.MemFree(device), Result::kSuccess);
+    EXPECT_EQ(driver.EventDestroy(event), Result::kSuccess);
+    EXPECT_EQ(driver.StreamDestroy(b), Result::kSuccess);
+    EXPECT_EQ(driver.StreamDestroy(a), Result::kSuccess);
     scope.reset();
     context.reset();
-    CHECK(fake->Report().empty()) << fake->Report().ToString();
+    EXPECT_TRUE(fake->Report().empty()) << fake->Report().ToString();
   }
   std::unique_ptr<FakeDriver> fake;
   std::shared_ptr<CudaContext> context;
@@ -53,87 +55,87 @@ struct World {
   unsigned char* bytes = nullptr;
 };
 
-TEST(WorkRunsAtOnce) {
+TEST(FakeDriverStreamsTest, WorkRunsAtOnce) {
   World world;
   const Driver& driver = world.fake->driver();
-  CHECK(driver.EventQuery(world.event) == Result::kSuccess) << "never recorded";
-  CHECK(driver.MemsetD8Async(world.device, 3, kBytes, world.a) == Result::kSuccess);
-  CHECK_EQ(static_cast<int>(world.bytes[kBytes - 1]), 3);
-  CHECK(driver.MemcpyDtoHAsync(world.pinned, world.device, kBytes, nullptr) == Result::kSuccess);
-  CHECK_EQ(static_cast<int>(world.pinned[9]), 3);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kSuccess) << "never recorded";
+  EXPECT_EQ(driver.MemsetD8Async(world.device, 3, kBytes, world.a), Result::kSuccess);
+  EXPECT_EQ(static_cast<int>(world.bytes[kBytes - 1]), 3);
+  EXPECT_EQ(driver.MemcpyDtoHAsync(world.pinned, world.device, kBytes, nullptr), Result::kSuccess);
+  EXPECT_EQ(static_cast<int>(world.pinned[9]), 3);
   world.pinned[9] = 4;
-  CHECK(driver.MemcpyHtoDAsync(world.device, world.pinned, kBytes, world.b) == Result::kSuccess);
-  CHECK(driver.MemcpyDtoDAsync(world.device, world.device + 9, 1, world.b) == Result::kSuccess);
-  CHECK_EQ(static_cast<int>(world.bytes[0]), 4);
-  CHECK(driver.EventRecord(world.event, world.a) == Result::kSuccess);
-  CHECK(driver.EventQuery(world.event) == Result::kSuccess);
+  EXPECT_EQ(driver.MemcpyHtoDAsync(world.device, world.pinned, kBytes, world.b), Result::kSuccess);
+  EXPECT_EQ(driver.MemcpyDtoDAsync(world.device, world.device + 9, 1, world.b), Result::kSuccess);
+  EXPECT_EQ(static_cast<int>(world.bytes[0]), 4);
+  EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kSuccess);
   cu::DevicePtr mapped = 0;
-  CHECK(driver.MemHostGetDevicePointer(&mapped, world.pinned, 0) == Result::kSuccess);
-  CHECK(driver.MemsetD8Async(mapped, 7, 8, world.a) == Result::kSuccess) << "pinned memory is the device's too";
-  CHECK_EQ(static_cast<int>(world.pinned[7]), 7);
+  EXPECT_EQ(driver.MemHostGetDevicePointer(&mapped, world.pinned, 0), Result::kSuccess);
+  EXPECT_EQ(driver.MemsetD8Async(mapped, 7, 8, world.a), Result::kSuccess) << "pinned memory is the device's too";
+  EXPECT_EQ(static_cast<int>(world.pinned[7]), 7);
 }
 
-TEST(AHeldStreamKeepsItsOrder) {
+TEST(FakeDriverStreamsTest, AHeldStreamKeepsItsOrder) {
   World world;
   const Driver& driver = world.fake->driver();
   world.fake->HoldStream(world.a);
   std::vector<int> order;
   world.fake->Enqueue(world.a, [&] { order.push_back(1); });
-  CHECK(driver.MemsetD8Async(world.device, 1, kBytes, world.a) == Result::kSuccess);
-  CHECK(driver.EventRecord(world.event, world.a) == Result::kSuccess);
+  EXPECT_EQ(driver.MemsetD8Async(world.device, 1, kBytes, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
   world.fake->Enqueue(world.a, [&] { order.push_back(world.bytes[0]); });
-  CHECK(driver.MemsetD8Async(world.device, 2, kBytes, world.a) == Result::kSuccess);
-  CHECK(driver.EventQuery(world.event) == Result::kNotReady);
-  CHECK(order.empty());
-  CHECK_EQ(world.fake->Report().queued, 5);
+  EXPECT_EQ(driver.MemsetD8Async(world.device, 2, kBytes, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kNotReady);
+  EXPECT_TRUE(order.empty());
+  EXPECT_EQ(world.fake->Report().queued, 5);
   world.fake->Enqueue(world.b, [&] { order.push_back(9); });  // others go on
   world.fake->ReleaseStream(world.a);
-  CHECK((order == std::vector<int>{9, 1, 1}));
-  CHECK_EQ(static_cast<int>(world.bytes[0]), 2);
-  CHECK(driver.EventQuery(world.event) == Result::kSuccess);
+  EXPECT_EQ(order, (std::vector<int>{9, 1, 1}));
+  EXPECT_EQ(static_cast<int>(world.bytes[0]), 2);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kSuccess);
 }
 
-TEST(CopiesReadPinnedMemoryWhenTheyRun) {
+TEST(FakeDriverStreamsTest, CopiesReadPinnedMemoryWhenTheyRun) {
   World world;
   const Driver& driver = world.fake->driver();
   unsigned char pageable[2] = {1, 1};
   world.pinned[0] = 1;
   world.fake->HoldStream(world.a);
-  CHECK(driver.MemcpyHtoDAsync(world.device, world.pinned, 1, world.a) == Result::kSuccess);
-  CHECK(driver.MemcpyHtoDAsync(world.device + 1, pageable, 1, world.a) == Result::kSuccess);
+  EXPECT_EQ(driver.MemcpyHtoDAsync(world.device, world.pinned, 1, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.MemcpyHtoDAsync(world.device + 1, pageable, 1, world.a), Result::kSuccess);
   pageable[0] = world.pinned[0] = 2;
   world.fake->ReleaseStream(world.a);
-  CHECK_EQ(static_cast<int>(world.bytes[0]), 2) << "pinned: changed before the copy ran";
-  CHECK_EQ(static_cast<int>(world.bytes[1]), 1) << "pageable: read when it was queued";
+  EXPECT_EQ(static_cast<int>(world.bytes[0]), 2) << "pinned: changed before the copy ran";
+  EXPECT_EQ(static_cast<int>(world.bytes[1]), 1) << "pageable: read when it was queued";
 }
 
-TEST(AStreamWaitsForAnotherOnesEvent) {
+TEST(FakeDriverStreamsTest, AStreamWaitsForAnotherOnesEvent) {
   World world;
   const Driver& driver = world.fake->driver();
   std::vector<int> order;
   world.fake->HoldStream(world.a);
   world.fake->Enqueue(world.a, [&] { order.push_back(1); });
-  CHECK(driver.EventRecord(world.event, world.a) == Result::kSuccess);
-  CHECK(driver.StreamWaitEvent(world.b, world.event, 0) == Result::kSuccess);
+  EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.StreamWaitEvent(world.b, world.event, 0), Result::kSuccess);
   world.fake->Enqueue(world.b, [&] { order.push_back(2); });
-  CHECK(order.empty());
+  EXPECT_TRUE(order.empty());
   world.fake->ReleaseStream(world.a);
-  CHECK((order == std::vector<int>{1, 2}));
+  EXPECT_EQ(order, (std::vector<int>{1, 2}));
 }
 
-TEST(WhoSynchronisesIsHeldBackToo) {
+TEST(FakeDriverStreamsTest, WhoSynchronisesIsHeldBackToo) {
   World world;
   const Driver& driver = world.fake->driver();
   world.fake->HoldStream(world.a);
-  CHECK(driver.EventRecord(world.event, world.a) == Result::kSuccess);
+  EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
   std::atomic<bool> released{false};
   std::vector<std::thread> waiters;
   for (int i = 0; i < 2; ++i) {
     waiters.emplace_back([&, i] {
       const ContextScope scope(*world.context);
       const Result result = i == 0 ? driver.StreamSynchronize(world.a) : driver.EventSynchronize(world.event);
-      CHECK(result == Result::kSuccess);
-      CHECK(released.load());
+      EXPECT_EQ(result, Result::kSuccess);
+      EXPECT_TRUE(released.load());
     });
   }
   std::this_thread::yield();
@@ -142,40 +144,40 @@ TEST(WhoSynchronisesIsHeldBackToo) {
   for (std::thread& waiter : waiters) waiter.join();
 }
 
-TEST(MemoryThatGoesBeforeItsTurnIsAViolation) {
+TEST(FakeDriverStreamsTest, MemoryThatGoesBeforeItsTurnIsAViolation) {
   std::unique_ptr<FakeDriver> fake;
-  CHECK_OK(FakeDriver::Make({}, &fake));
+  EXPECT_OK(FakeDriver::Make({}, &fake));
   std::shared_ptr<CudaContext> context;
-  CHECK_OK(CudaContext::Make(fake->driver(), 0, &context));
+  EXPECT_OK(CudaContext::Make(fake->driver(), 0, &context));
   const ContextScope scope(*context);
   const Driver& driver = fake->driver();
   cu::DevicePtr at = 0;
-  CHECK(driver.MemAlloc(&at, kBytes) == Result::kSuccess);
+  EXPECT_EQ(driver.MemAlloc(&at, kBytes), Result::kSuccess);
   fake->HoldStream(nullptr);
-  CHECK(driver.MemsetD8Async(at, 0, kBytes, nullptr) == Result::kSuccess);
-  CHECK(driver.MemFree(at) == Result::kSuccess);
-  CHECK_EQ(fake->Report().violations, 0);
+  EXPECT_EQ(driver.MemsetD8Async(at, 0, kBytes, nullptr), Result::kSuccess);
+  EXPECT_EQ(driver.MemFree(at), Result::kSuccess);
+  EXPECT_EQ(fake->Report().violations, 0);
   fake->ReleaseStream(nullptr);
-  CHECK_EQ(fake->Report().violations, 1);
+  EXPECT_EQ(fake->Report().violations, 1);
 }
 
-TEST(ADestroyedStreamRunsItsRest) {
+TEST(FakeDriverStreamsTest, ADestroyedStreamRunsItsRest) {
   World world;
   const Driver& driver = world.fake->driver();
   cu::Stream stream = nullptr;
-  CHECK(driver.StreamCreate(&stream, 0) == Result::kSuccess);
+  EXPECT_EQ(driver.StreamCreate(&stream, 0), Result::kSuccess);
   world.fake->HoldStream(stream);
   bool ran = false;
   world.fake->Enqueue(stream, [&] { ran = true; });
-  CHECK(driver.EventRecord(world.event, stream) == Result::kSuccess);
-  CHECK(driver.StreamDestroy(stream) == Result::kSuccess);
-  CHECK(driver.EventQuery(world.event) == Result::kNotReady);
+  EXPECT_EQ(driver.EventRecord(world.event, stream), Result::kSuccess);
+  EXPECT_EQ(driver.StreamDestroy(stream), Result::kSuccess);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kNotReady);
   world.fake->ReleaseStream(stream);
-  CHECK(ran);
-  CHECK(driver.EventQuery(world.event) == Result::kSuccess);
+  EXPECT_TRUE(ran);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kSuccess);
 }
 
-TEST(KernelsMayRunForLong) {
+TEST(FakeDriverStreamsTest, KernelsMayRunForLong) {
   World world;
   const Driver& driver = world.fake->driver();
   std::atomic<bool> begun{false}, go_on{false};
@@ -187,15 +189,13 @@ TEST(KernelsMayRunForLong) {
   });
   while (!begun.load()) std::this_thread::yield();
   // Meanwhile other calls go on; what is queued behind it waits.
-  CHECK(driver.EventRecord(world.event, world.a) == Result::kSuccess);
-  CHECK(driver.EventQuery(world.event) == Result::kNotReady);
-  CHECK(driver.MemsetD8Async(world.device, 1, kBytes, world.b) == Result::kSuccess);
+  EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
+  EXPECT_EQ(driver.EventQuery(world.event), Result::kNotReady);
+  EXPECT_EQ(driver.MemsetD8Async(world.device, 1, kBytes, world.b), Result::kSuccess);
   go_on = true;
-  CHECK(driver.EventSynchronize(world.event) == Result::kSuccess);
+  EXPECT_EQ(driver.EventSynchronize(world.event), Result::kSuccess);
   launcher.join();
 }
 
 }  // namespace
 }  // namespace kvpage
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,6 +1,7 @@
 // The fake driver itself: the rules that the real one has, faults on demand, late streams and events, accounts.
-#include "vmm/fake_driver.h"
+#include "testing/fake_driver.h"
 
+#include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,7 +10,7 @@
 #include <string>
 #include <thread>
 
-#include "tests/check.h"
+#include "tests/expect_ok.h"
 #include "vmm/cuda_context.h"
 
 namespace kvpage {
@@ -23,10 +24,10 @@ constexpr std::size_t kGrain = 65536;
 // A driver with one device, its context current on this thread.
 struct World {
   explicit World(FakeDriver::Options options = DefaultOptions()) {
-    CHECK_OK(FakeDriver::Make(options, &fake));
-    CHECK_OK(CudaContext::Make(fake->driver(), 0, &context));
+    EXPECT_OK(FakeDriver::Make(options, &fake));
+    EXPECT_OK(CudaContext::Make(fake->driver(), 0, &context));
     scope = std::make_unique<ContextScope>(*context);
-    CHECK_OK(scope->status());
+    EXPECT_OK(scope->status());
   }
   static FakeDriver::Options DefaultOptions() {
     FakeDriver::Options options;
@@ -51,7 +52,7 @@ struct World {
   }
   cu::DevicePtr Reserve(std::size_t bytes) const {
     cu::DevicePtr at = 0;
-    CHECK(driver().MemAddressReserve(&at, bytes, 0, 0, 0) == Result::kSuccess);
+    EXPECT_EQ(driver().MemAddressReserve(&at, bytes, 0, 0, 0), Result::kSuccess);
     return at;
   }
   // Nothing alive apart from the context, and no rule broken but for these.
@@ -59,9 +60,9 @@ struct World {
     scope.reset();
     context.reset();
     FakeDriver::State state = fake->Report();
-    CHECK_EQ(state.violations, violations) << state.first_violation;
+    EXPECT_EQ(state.violations, violations) << state.first_violation;
     state.violations = 0;
-    CHECK(state.empty()) << state.ToString();
+    EXPECT_TRUE(state.empty()) << state.ToString();
   }
 
   std::unique_ptr<FakeDriver> fake;
@@ -79,52 +80,52 @@ bool Readable(cu::DevicePtr at) {
   return readable;
 }
 
-TEST(MappedMemoryIsThereOnceAccessIsSet) {
+TEST(FakeDriverTest, MappedMemoryIsThereOnceAccessIsSet) {
   World world;
   const Driver& driver = world.driver();
   const cu::DevicePtr at = world.Reserve(4 * kGrain);
   cu::MemHandle handle = 0;
-  CHECK(world.Create(&handle) == Result::kSuccess);
-  CHECK_EQ(world.fake->Report().used_bytes, static_cast<std::int64_t>(kGrain));
-  CHECK(!Readable(at));
-  CHECK(world.Map(at, handle) == Result::kSuccess);
-  CHECK(!Readable(at)) << "no access has been set";
-  CHECK(world.Allow(at) == Result::kSuccess);
-  CHECK(Readable(at));
+  EXPECT_EQ(world.Create(&handle), Result::kSuccess);
+  EXPECT_EQ(world.fake->Report().used_bytes, static_cast<std::int64_t>(kGrain));
+  EXPECT_FALSE(Readable(at));
+  EXPECT_EQ(world.Map(at, handle), Result::kSuccess);
+  EXPECT_FALSE(Readable(at)) << "no access has been set";
+  EXPECT_EQ(world.Allow(at), Result::kSuccess);
+  EXPECT_TRUE(Readable(at));
   char* const bytes = reinterpret_cast<char*>(at);
-  CHECK_EQ(static_cast<int>(static_cast<unsigned char>(bytes[kGrain - 1])), 0xFF) << "new memory is not zeros";
+  EXPECT_EQ(static_cast<int>(static_cast<unsigned char>(bytes[kGrain - 1])), 0xFF) << "new memory is not zeros";
   std::memset(bytes, 5, kGrain);
   // The same handle at a second address: the same memory.
-  CHECK(world.Map(at + 2 * kGrain, handle) == Result::kSuccess);
-  CHECK(world.Allow(at + 2 * kGrain) == Result::kSuccess);
-  CHECK_EQ(static_cast<int>(bytes[2 * kGrain + 77]), 5);
-  CHECK(driver.MemUnmap(at, kGrain) == Result::kSuccess);
-  CHECK(!Readable(at));
+  EXPECT_EQ(world.Map(at + 2 * kGrain, handle), Result::kSuccess);
+  EXPECT_EQ(world.Allow(at + 2 * kGrain), Result::kSuccess);
+  EXPECT_EQ(static_cast<int>(bytes[2 * kGrain + 77]), 5);
+  EXPECT_EQ(driver.MemUnmap(at, kGrain), Result::kSuccess);
+  EXPECT_FALSE(Readable(at));
   // Mapped again it starts without access, and holds what it held.
-  CHECK(world.Map(at + kGrain, handle) == Result::kSuccess);
-  CHECK(!Readable(at + kGrain));
-  CHECK(world.Allow(at + kGrain, 2 * kGrain) == Result::kSuccess) << "two mappings by one call";
-  CHECK_EQ(static_cast<int>(bytes[kGrain + 1]), 5);
-  CHECK(driver.MemUnmap(at + kGrain, kGrain) == Result::kSuccess);
-  CHECK(driver.MemUnmap(at + 2 * kGrain, kGrain) == Result::kSuccess);
-  CHECK(driver.MemRelease(handle) == Result::kSuccess);
-  CHECK(driver.MemAddressFree(at, 4 * kGrain) == Result::kSuccess);
+  EXPECT_EQ(world.Map(at + kGrain, handle), Result::kSuccess);
+  EXPECT_FALSE(Readable(at + kGrain));
+  EXPECT_EQ(world.Allow(at + kGrain, 2 * kGrain), Result::kSuccess) << "two mappings by one call";
+  EXPECT_EQ(static_cast<int>(bytes[kGrain + 1]), 5);
+  EXPECT_EQ(driver.MemUnmap(at + kGrain, kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemUnmap(at + 2 * kGrain, kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handle), Result::kSuccess);
+  EXPECT_EQ(driver.MemAddressFree(at, 4 * kGrain), Result::kSuccess);
   world.Finish();
 }
 
-TEST(BrokenRulesAreRefusedAndCounted) {
+TEST(FakeDriverTest, BrokenRulesAreRefusedAndCounted) {
   World world;
   const Driver& driver = world.driver();
   const cu::DevicePtr at = world.Reserve(4 * kGrain);
   cu::MemHandle handle = 0, big = 0, none = 0;
-  CHECK(world.Create(&handle) == Result::kSuccess);
-  CHECK(world.Create(&big, 2 * kGrain) == Result::kSuccess);
-  CHECK(world.Map(at + kGrain, handle) == Result::kSuccess);
+  EXPECT_EQ(world.Create(&handle), Result::kSuccess);
+  EXPECT_EQ(world.Create(&big, 2 * kGrain), Result::kSuccess);
+  EXPECT_EQ(world.Map(at + kGrain, handle), Result::kSuccess);
   const FakeDriver::State before = world.fake->Report();
   std::int64_t broken = 0;
   const auto refused = [&](const char* what, Result result, Result wanted = Result::kInvalidValue) {
-    CHECK(result == wanted) << what << "answered" << static_cast<int>(result);
-    CHECK_EQ(world.violations(), ++broken) << what;
+    EXPECT_EQ(result, wanted) << what << " answered " << static_cast<int>(result);
+    EXPECT_EQ(world.violations(), ++broken) << what;
   };
   cu::DevicePtr other = 0;
   refused("an odd reservation", driver.MemAddressReserve(&other, kGrain / 2, 0, 0, 0));
@@ -149,120 +150,118 @@ TEST(BrokenRulesAreRefusedAndCounted) {
   refused("a part of a reservation", driver.MemAddressFree(at, kGrain));
   refused("freeing what is not there", driver.MemFree(at));
   refused("no such handle", driver.MemRelease(handle + 1000));
-  CHECK_EQ(world.fake->Report().mappings, before.mappings);
-  CHECK_EQ(world.fake->Report().handles, before.handles);
-  CHECK_EQ(world.fake->Report().used_bytes, before.used_bytes);
-  CHECK(driver.MemUnmap(at + kGrain, kGrain) == Result::kSuccess);
-  CHECK(driver.MemRelease(handle) == Result::kSuccess);
+  EXPECT_EQ(world.fake->Report().mappings, before.mappings);
+  EXPECT_EQ(world.fake->Report().handles, before.handles);
+  EXPECT_EQ(world.fake->Report().used_bytes, before.used_bytes);
+  EXPECT_EQ(driver.MemUnmap(at + kGrain, kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handle), Result::kSuccess);
   refused("a second release", driver.MemRelease(handle));
   refused("mapping what was released", world.Map(at, handle));
-  CHECK(driver.MemRelease(big) == Result::kSuccess);
-  CHECK(driver.MemAddressFree(at, 4 * kGrain) == Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(big), Result::kSuccess);
+  EXPECT_EQ(driver.MemAddressFree(at, 4 * kGrain), Result::kSuccess);
   world.Finish(broken);
 }
 
-TEST(AReleasedHandleLivesUntilItIsUnmapped) {
+TEST(FakeDriverTest, AReleasedHandleLivesUntilItIsUnmapped) {
   World world;
   const cu::DevicePtr at = world.Reserve(kGrain);
   cu::MemHandle handle = 0;
-  CHECK(world.Create(&handle) == Result::kSuccess);
-  CHECK(world.Map(at, handle) == Result::kSuccess);
-  CHECK(world.Allow(at) == Result::kSuccess);
-  CHECK(world.driver().MemRelease(handle) == Result::kSuccess);
-  CHECK(Readable(at));
-  CHECK_EQ(world.fake->Report().used_bytes, static_cast<std::int64_t>(kGrain));
-  CHECK_EQ(world.fake->Report().released_while_mapped, 1);
-  CHECK(world.driver().MemUnmap(at, kGrain) == Result::kSuccess);
-  CHECK_EQ(world.fake->Report().used_bytes, 0);
-  CHECK(!world.fake->Report().empty()) << "it is told all the same";
-  CHECK(world.driver().MemAddressFree(at, kGrain) == Result::kSuccess);
+  EXPECT_EQ(world.Create(&handle), Result::kSuccess);
+  EXPECT_EQ(world.Map(at, handle), Result::kSuccess);
+  EXPECT_EQ(world.Allow(at), Result::kSuccess);
+  EXPECT_EQ(world.driver().MemRelease(handle), Result::kSuccess);
+  EXPECT_TRUE(Readable(at));
+  EXPECT_EQ(world.fake->Report().used_bytes, static_cast<std::int64_t>(kGrain));
+  EXPECT_EQ(world.fake->Report().released_while_mapped, 1);
+  EXPECT_EQ(world.driver().MemUnmap(at, kGrain), Result::kSuccess);
+  EXPECT_EQ(world.fake->Report().used_bytes, 0);
+  EXPECT_FALSE(world.fake->Report().empty()) << "it is told all the same";
+  EXPECT_EQ(world.driver().MemAddressFree(at, kGrain), Result::kSuccess);
 }
 
-TEST(MemoryRunsOut) {
+TEST(FakeDriverTest, MemoryRunsOut) {
   World world;
   const Driver& driver = world.driver();
   cu::MemHandle handle = 0, more = 0;
   cu::DevicePtr table = 0;
-  CHECK(world.Create(&handle, 60 * kGrain) == Result::kSuccess);
-  CHECK(driver.MemAlloc(&table, 3 * kGrain) == Result::kSuccess);
-  CHECK(world.Create(&more, 2 * kGrain) == Result::kOutOfMemory);
+  EXPECT_EQ(world.Create(&handle, 60 * kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemAlloc(&table, 3 * kGrain), Result::kSuccess);
+  EXPECT_EQ(world.Create(&more, 2 * kGrain), Result::kOutOfMemory);
   cu::DevicePtr second = 0;
-  CHECK(driver.MemAlloc(&second, 2 * kGrain) == Result::kOutOfMemory);
+  EXPECT_EQ(driver.MemAlloc(&second, 2 * kGrain), Result::kOutOfMemory);
   std::size_t free = 0, total = 0;
-  CHECK(driver.MemGetInfo(&free, &total) == Result::kSuccess);
-  CHECK_EQ(free, kGrain);
-  CHECK_EQ(total, 64 * kGrain);
-  CHECK(driver.MemFree(table) == Result::kSuccess);
-  CHECK(world.Create(&more, 2 * kGrain) == Result::kSuccess);
-  CHECK(driver.MemRelease(more) == Result::kSuccess);
-  CHECK(driver.MemRelease(handle) == Result::kSuccess);
+  EXPECT_EQ(driver.MemGetInfo(&free, &total), Result::kSuccess);
+  EXPECT_EQ(free, kGrain);
+  EXPECT_EQ(total, 64 * kGrain);
+  EXPECT_EQ(driver.MemFree(table), Result::kSuccess);
+  EXPECT_EQ(world.Create(&more, 2 * kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(more), Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handle), Result::kSuccess);
   world.Finish();
 }
 
-TEST(ACurrentContextIsWanted) {
+TEST(FakeDriverTest, ACurrentContextIsWanted) {
   World world;
   const Driver& driver = world.driver();
   world.scope.reset();
   cu::MemHandle handle = 0;
-  CHECK(world.Create(&handle) == Result::kInvalidContext);
+  EXPECT_EQ(world.Create(&handle), Result::kInvalidContext);
   cu::Stream stream = nullptr;
-  CHECK(driver.StreamCreate(&stream, 0) == Result::kInvalidContext);
+  EXPECT_EQ(driver.StreamCreate(&stream, 0), Result::kInvalidContext);
   cu::Context popped = nullptr;
-  CHECK(driver.CtxPopCurrent(&popped) == Result::kInvalidContext);
-  CHECK_EQ(world.violations(), 3);
-  CHECK(driver.CtxPushCurrent(world.context->get()) == Result::kSuccess);
-  std::thread([&] { CHECK(driver.StreamCreate(&stream, 0) == Result::kInvalidContext); }).join();
-  CHECK(driver.CtxPopCurrent(&popped) == Result::kSuccess);
-  CHECK(popped == world.context->get());
+  EXPECT_EQ(driver.CtxPopCurrent(&popped), Result::kInvalidContext);
+  EXPECT_EQ(world.violations(), 3);
+  EXPECT_EQ(driver.CtxPushCurrent(world.context->get()), Result::kSuccess);
+  std::thread([&] { EXPECT_EQ(driver.StreamCreate(&stream, 0), Result::kInvalidContext); }).join();
+  EXPECT_EQ(driver.CtxPopCurrent(&popped), Result::kSuccess);
+  EXPECT_EQ(popped, world.context->get());
   const cu::Context old = world.context->get();
   world.context.reset();
-  CHECK(driver.CtxPushCurrent(old) == Result::kInvalidContext) << "nobody retains it";
+  EXPECT_EQ(driver.CtxPushCurrent(old), Result::kInvalidContext) << "nobody retains it";
   world.Finish(5);
 }
 
-TEST(CallsAreCountedAndFailOnDemand) {
+TEST(FakeDriverTest, CallsAreCountedAndFailOnDemand) {
   World world;
   const Driver& driver = world.driver();
   world.fake->FailAt(Call::kMemCreate, 3, Result::kOutOfMemory, 2);
   cu::MemHandle handles[5] = {};
   Result results[5];
   for (int i = 0; i < 5; ++i) results[i] = world.Create(&handles[i]);
-  for (int i = 0; i < 5; ++i) CHECK(results[i] == (i == 2 || i == 3 ? Result::kOutOfMemory : Result::kSuccess)) << i;
-  CHECK_EQ(world.fake->calls(Call::kMemCreate), 5);
-  CHECK_EQ(world.fake->faults(), 2);
-  CHECK_EQ(world.fake->Report().handles, 3) << "a failed call does nothing";
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(results[i], (i == 2 || i == 3 ? Result::kOutOfMemory : Result::kSuccess)) << i;
+  EXPECT_EQ(world.fake->calls(Call::kMemCreate), 5);
+  EXPECT_EQ(world.fake->faults(), 2);
+  EXPECT_EQ(world.fake->Report().handles, 3) << "a failed call does nothing";
   const std::int64_t total = world.fake->total_calls();
   world.fake->FailAtAny(2, Result::kUnknown);
-  CHECK(driver.MemRelease(handles[0]) == Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handles[0]), Result::kSuccess);
   int count = 0;
-  CHECK(driver.DeviceGetCount(&count) == Result::kUnknown);
-  CHECK(driver.MemRelease(handles[1]) == Result::kSuccess);
-  CHECK_EQ(world.fake->total_calls() - total, 3);
+  EXPECT_EQ(driver.DeviceGetCount(&count), Result::kUnknown);
+  EXPECT_EQ(driver.MemRelease(handles[1]), Result::kSuccess);
+  EXPECT_EQ(world.fake->total_calls() - total, 3);
   world.fake->FailAt(Call::kMemRelease, 1, Result::kUnknown);
   world.fake->ClearFaults();
-  CHECK(driver.MemRelease(handles[4]) == Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handles[4]), Result::kSuccess);
   world.Finish();
 }
 
-TEST(OneLivesAtATime) {
+TEST(FakeDriverTest, OneLivesAtATime) {
   {
     World world;
     std::unique_ptr<FakeDriver> second;
-    CHECK(FakeDriver::Make({}, &second).code() == Code::kFailedPrecondition);
+    EXPECT_EQ(FakeDriver::Make({}, &second).code(), Code::kFailedPrecondition);
     world.Finish();
   }
   std::unique_ptr<FakeDriver> next;
-  CHECK_OK(FakeDriver::Make({}, &next));
+  EXPECT_OK(FakeDriver::Make({}, &next));
   const Driver driver = next->driver();
   next.reset();
   int count = 0;
-  CHECK(driver.DeviceGetCount(&count) == Result::kDeinitialized) << "who comes later finds nobody";
+  EXPECT_EQ(driver.DeviceGetCount(&count), Result::kDeinitialized) << "who comes later finds nobody";
   FakeDriver::Options odd;
   odd.granularity = 1000;
-  CHECK(FakeDriver::Make(odd, &next).code() == Code::kInvalidArgument);
+  EXPECT_EQ(FakeDriver::Make(odd, &next).code(), Code::kInvalidArgument);
 }
 
 }  // namespace
 }  // namespace kvpage
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

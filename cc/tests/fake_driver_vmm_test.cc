@@ -1,5 +1,7 @@
 // CudaVmm over the fake driver: what it asks of the driver, and that every call that can fail leaves things as they
 // were.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -8,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "tests/check.h"
+#include "testing/fake_driver.h"
+#include "tests/expect_ok.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 
 namespace kvpage {
 namespace {
@@ -29,13 +31,13 @@ bool Mentions(const Status& status, const std::string& text) {
 
 struct World {
   explicit World(FakeDriver::Options options = DefaultOptions()) {
-    CHECK_OK(FakeDriver::Make(options, &fake));
-    CHECK_OK(CudaContext::Make(fake->driver(), 0, &context));
+    EXPECT_OK(FakeDriver::Make(options, &fake));
+    EXPECT_OK(CudaContext::Make(fake->driver(), 0, &context));
   }
   ~World() {
     vmm.reset();
     context.reset();
-    CHECK(fake->Report().empty()) << fake->Report().ToString();
+    EXPECT_TRUE(fake->Report().empty()) << fake->Report().ToString();
   }
   static FakeDriver::Options DefaultOptions() {
     FakeDriver::Options options;
@@ -61,14 +63,14 @@ struct World {
 // Blocks 0..5 exist, 0 2 4 are mapped at 0, 1 3 at 8 and 3 once more at 12; each block holds its number.
 struct Mapped : World {
   explicit Mapped(FakeDriver::Options options = DefaultOptions()) : World(options) {
-    CHECK_OK(Make());
-    CHECK_OK(vmm->Grow(16));
-    CHECK_OK(Create({0, 1, 2, 3, 4, 5}));
-    CHECK_OK(Map(0, {0, 2, 4}));
-    CHECK_OK(Map(8, {1, 3}));
-    CHECK_OK(Map(12, {3}));
-    for (int i = 0; i < 3; ++i) CHECK_OK(vmm->Fill(i * kBlock, kBlock, 2 * i));
-    for (int i = 0; i < 2; ++i) CHECK_OK(vmm->Fill((8 + i) * kBlock, kBlock, 2 * i + 1));
+    EXPECT_OK(Make());
+    EXPECT_OK(vmm->Grow(16));
+    EXPECT_OK(Create({0, 1, 2, 3, 4, 5}));
+    EXPECT_OK(Map(0, {0, 2, 4}));
+    EXPECT_OK(Map(8, {1, 3}));
+    EXPECT_OK(Map(12, {3}));
+    for (int i = 0; i < 3; ++i) EXPECT_OK(vmm->Fill(i * kBlock, kBlock, 2 * i));
+    for (int i = 0; i < 2; ++i) EXPECT_OK(vmm->Fill((8 + i) * kBlock, kBlock, 2 * i + 1));
   }
   // Everything that can be seen: the driver's accounts and the bytes of what should be mapped.
   std::vector<std::int64_t> State() const {
@@ -87,139 +89,139 @@ struct Mapped : World {
   }
 };
 
-TEST(BlocksAreMappedOneByOneAndAllowedAtOnce) {
+TEST(FakeDriverVmmTest, BlocksAreMappedOneByOneAndAllowedAtOnce) {
   World world;
-  CHECK_OK(world.Make());
-  CHECK(world.vmm->shareable());
-  CHECK_OK(world.vmm->Grow(8));
-  CHECK_OK(world.Create({0, 1, 5}));
-  CHECK_EQ(world.vmm->PhysicalBytes(), 3 * kBlock);
-  CHECK_EQ(world.fake->calls(Call::kMemCreate), 3);
+  EXPECT_OK(world.Make());
+  EXPECT_TRUE(world.vmm->shareable());
+  EXPECT_OK(world.vmm->Grow(8));
+  EXPECT_OK(world.Create({0, 1, 5}));
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 3 * kBlock);
+  EXPECT_EQ(world.fake->calls(Call::kMemCreate), 3);
   const std::int64_t before = world.vmm->system_calls();
-  CHECK_OK(world.Map(4, {5, 0, 1, 5}));
-  CHECK_EQ(world.fake->calls(Call::kMemMap), 4);
-  CHECK_EQ(world.fake->calls(Call::kMemSetAccess), 1);
-  CHECK_EQ(world.vmm->system_calls() - before, 5);
+  EXPECT_OK(world.Map(4, {5, 0, 1, 5}));
+  EXPECT_EQ(world.fake->calls(Call::kMemMap), 4);
+  EXPECT_EQ(world.fake->calls(Call::kMemSetAccess), 1);
+  EXPECT_EQ(world.vmm->system_calls() - before, 5);
   std::memset(world.At(4), 42, kBlock);
-  CHECK_EQ(static_cast<int>(world.At(7)[99]), 42) << "the same block at two addresses";
-  CHECK_OK(world.vmm->Fill(5 * kBlock, 2 * kBlock, 3));
-  CHECK_EQ(world.fake->calls(Call::kStreamSynchronize), 1) << "done when it returns";
-  CHECK_EQ(static_cast<int>(world.At(6)[kBlock - 1]), 3);
-  CHECK_EQ(static_cast<int>(world.At(7)[0]), 42);
-  CHECK_OK(world.Unmap(4, {5, 0}));
-  CHECK_EQ(world.fake->calls(Call::kMemUnmap), 2);
-  CHECK_OK(world.Map(0, {0}));
-  CHECK_EQ(static_cast<int>(world.At(0)[7]), 3) << "unmapped blocks keep what they hold";
-  CHECK_OK(world.vmm->Move(6 * kBlock, 20 * kBlock, Blocks{1, 5}.data(), 2));
-  CHECK_EQ(static_cast<int>(world.At(21)[7]), 42);
-  CHECK_OK(world.Unmap(20, {1}));
-  CHECK_OK(world.Destroy({1}));
-  CHECK_EQ(world.vmm->PhysicalBytes(), 2 * kBlock);
+  EXPECT_EQ(static_cast<int>(world.At(7)[99]), 42) << "the same block at two addresses";
+  EXPECT_OK(world.vmm->Fill(5 * kBlock, 2 * kBlock, 3));
+  EXPECT_EQ(world.fake->calls(Call::kStreamSynchronize), 1) << "done when it returns";
+  EXPECT_EQ(static_cast<int>(world.At(6)[kBlock - 1]), 3);
+  EXPECT_EQ(static_cast<int>(world.At(7)[0]), 42);
+  EXPECT_OK(world.Unmap(4, {5, 0}));
+  EXPECT_EQ(world.fake->calls(Call::kMemUnmap), 2);
+  EXPECT_OK(world.Map(0, {0}));
+  EXPECT_EQ(static_cast<int>(world.At(0)[7]), 3) << "unmapped blocks keep what they hold";
+  EXPECT_OK(world.vmm->Move(6 * kBlock, 20 * kBlock, Blocks{1, 5}.data(), 2));
+  EXPECT_EQ(static_cast<int>(world.At(21)[7]), 42);
+  EXPECT_OK(world.Unmap(20, {1}));
+  EXPECT_OK(world.Destroy({1}));
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 2 * kBlock);
   // The rest goes with it, mapped or not: ~World looks.
 }
 
-TEST(NoCallNoContextNoHarm) {
+TEST(FakeDriverVmmTest, NoCallNoContextNoHarm) {
   World world;
-  CHECK_OK(world.Make());
+  EXPECT_OK(world.Make());
   const std::int64_t before = world.fake->total_calls();
-  CHECK_OK(world.Map(0, {}));
-  CHECK_OK(world.Unmap(0, {}));
-  CHECK_OK(world.Destroy({}));
-  CHECK_OK(world.vmm->Fill(0, 0, 1));
-  CHECK_EQ(world.fake->total_calls(), before);
+  EXPECT_OK(world.Map(0, {}));
+  EXPECT_OK(world.Unmap(0, {}));
+  EXPECT_OK(world.Destroy({}));
+  EXPECT_OK(world.vmm->Fill(0, 0, 1));
+  EXPECT_EQ(world.fake->total_calls(), before);
 }
 
-TEST(BlockSizesMustSuitTheDriver) {
+TEST(FakeDriverVmmTest, BlockSizesMustSuitTheDriver) {
   World world;
   const auto make = [&](std::int64_t virtual_bytes, std::int64_t block_bytes) {
     return CudaVmm::Make(world.context, virtual_bytes, block_bytes, &world.vmm);
   };
   for (const std::int64_t odd : {std::int64_t{0}, kBlock / 4, kBlock / 2 + 4096, -kBlock}) {
     const Status status = make(kPlaces * kBlock, odd);
-    CHECK(status.code() == Code::kInvalidArgument) << odd << status.message();
-    CHECK(Mentions(status, "multiples of " + std::to_string(kBlock / 2))) << status.message();
+    EXPECT_EQ(status.code(), Code::kInvalidArgument) << odd << " " << status.message();
+    EXPECT_TRUE(Mentions(status, "multiples of " + std::to_string(kBlock / 2))) << status.message();
   }
-  CHECK(make(kBlock + 4096, kBlock).code() == Code::kInvalidArgument);
-  CHECK_OK(make(3 * kBlock, kBlock / 2 * 3)) << "any multiple of the granularity will do";
+  EXPECT_EQ(make(kBlock + 4096, kBlock).code(), Code::kInvalidArgument);
+  EXPECT_OK(make(3 * kBlock, kBlock / 2 * 3)) << "any multiple of the granularity will do";
 }
 
-TEST(DevicesWithoutVirtualMemoryAreRefused) {
+TEST(FakeDriverVmmTest, DevicesWithoutVirtualMemoryAreRefused) {
   FakeDriver::Options options;
   options.virtual_memory = false;
   World world(options);
-  CHECK(Mentions(world.Make(), "no virtual memory management"));
+  EXPECT_TRUE(Mentions(world.Make(), "no virtual memory management"));
 }
 
-TEST(DevicesAreDescribedAndCounted) {
+TEST(FakeDriverVmmTest, DevicesAreDescribedAndCounted) {
   FakeDriver::Options options;
   options.devices = 2;
   World world(options);
   int count = 0;
-  CHECK_OK(CountDevices(world.fake->driver(), &count));
-  CHECK_EQ(count, 2);
+  EXPECT_OK(CountDevices(world.fake->driver(), &count));
+  EXPECT_EQ(count, 2);
   DeviceDescription device;
-  CHECK_OK(DescribeDevice(world.fake->driver(), 1, &device));
-  CHECK_EQ(device.name, std::string("fake GPU 1"));
-  CHECK_EQ(device.granularity, std::int64_t{2} << 20);
-  CHECK_EQ(device.total_bytes, options.device_bytes);
-  CHECK(device.virtual_memory && device.posix_handles && device.major == 9);
+  EXPECT_OK(DescribeDevice(world.fake->driver(), 1, &device));
+  EXPECT_EQ(device.name, std::string("fake GPU 1"));
+  EXPECT_EQ(device.granularity, std::int64_t{2} << 20);
+  EXPECT_EQ(device.total_bytes, options.device_bytes);
+  EXPECT_TRUE(device.virtual_memory && device.posix_handles && device.major == 9);
   const Status status = DescribeDevice(world.fake->driver(), 2, &device);
-  CHECK(status.code() == Code::kInvalidArgument && Mentions(status, "2 are visible")) << status.message();
+  EXPECT_TRUE(status.code() == Code::kInvalidArgument && Mentions(status, "2 are visible")) << status.message();
   std::shared_ptr<CudaContext> context;
-  CHECK(!CudaContext::Make(world.fake->driver(), -1, &context).ok());
+  EXPECT_FALSE(CudaContext::Make(world.fake->driver(), -1, &context).ok());
 }
 
-TEST(EachDeviceHasItsOwnMemory) {
+TEST(FakeDriverVmmTest, EachDeviceHasItsOwnMemory) {
   FakeDriver::Options options = World::DefaultOptions();
   options.devices = 2;
   options.device_bytes = 4 * kBlock;
   World world(options);
-  CHECK_OK(world.Make());
-  CHECK_OK(world.vmm->Grow(8));
-  CHECK_OK(world.Create({0, 1, 2, 3}));
+  EXPECT_OK(world.Make());
+  EXPECT_OK(world.vmm->Grow(8));
+  EXPECT_OK(world.Create({0, 1, 2, 3}));
   std::shared_ptr<CudaContext> context;
-  CHECK_OK(CudaContext::Make(world.fake->driver(), 1, &context));
+  EXPECT_OK(CudaContext::Make(world.fake->driver(), 1, &context));
   std::unique_ptr<CudaVmm> second;
-  CHECK_OK(CudaVmm::Make(context, kPlaces * kBlock, kBlock, &second));
-  CHECK_OK(second->Grow(4));
+  EXPECT_OK(CudaVmm::Make(context, kPlaces * kBlock, kBlock, &second));
+  EXPECT_OK(second->Grow(4));
   const Blocks blocks = {0, 1, 2, 3};
-  CHECK_OK(second->Create(blocks.data(), 4));
-  CHECK_OK(second->Map(0, blocks.data(), 4));
-  CHECK_OK(second->Fill(0, 4 * kBlock, 1));
+  EXPECT_OK(second->Create(blocks.data(), 4));
+  EXPECT_OK(second->Map(0, blocks.data(), 4));
+  EXPECT_OK(second->Fill(0, 4 * kBlock, 1));
 }
 
-TEST(HandlesAreShareableWhereThatIsAllowed) {
+TEST(FakeDriverVmmTest, HandlesAreShareableWhereThatIsAllowed) {
   FakeDriver::Options cannot = World::DefaultOptions(), denied = cannot;
   cannot.posix_handles = false;
   denied.posix_handles_denied = true;
   for (const FakeDriver::Options& options : {cannot, denied}) {
     World world(options);
-    CHECK_OK(world.Make());
-    CHECK_OK(world.vmm->Grow(4));
-    CHECK_OK(world.Create({0, 1, 2}));
-    CHECK(!world.vmm->shareable());
-    CHECK_EQ(world.fake->calls(Call::kMemCreate), options.posix_handles_denied ? 4 : 3) << "asked once";
+    EXPECT_OK(world.Make());
+    EXPECT_OK(world.vmm->Grow(4));
+    EXPECT_OK(world.Create({0, 1, 2}));
+    EXPECT_FALSE(world.vmm->shareable());
+    EXPECT_EQ(world.fake->calls(Call::kMemCreate), options.posix_handles_denied ? 4 : 3) << "asked once";
   }
 }
 
-TEST(OutOfMemoryTellsWhatToDo) {
+TEST(FakeDriverVmmTest, OutOfMemoryTellsWhatToDo) {
   FakeDriver::Options options = World::DefaultOptions();
   options.device_bytes = 4 * kBlock;
   World world(options);
-  CHECK_OK(world.Make());
-  CHECK_OK(world.vmm->Grow(8));
+  EXPECT_OK(world.Make());
+  EXPECT_OK(world.vmm->Grow(8));
   const Status status = world.Create({0, 1, 2, 3, 4, 5});
-  CHECK(status.code() == Code::kResourceExhausted);
+  EXPECT_EQ(status.code(), Code::kResourceExhausted);
   for (const char* text :
        {"block 5 of 6", "cuMemCreate of 65536 bytes", "CUDA_ERROR_OUT_OF_MEMORY (2", "0 bytes free of 262144", "75%",
         "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE=false"}) {
-    CHECK(Mentions(status, text)) << text << "in" << status.message();
+    EXPECT_TRUE(Mentions(status, text)) << text << " in " << status.message();
   }
-  CHECK_EQ(world.vmm->PhysicalBytes(), 0) << "all or none";
-  CHECK_OK(world.Create({0, 1, 2, 3}));
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 0) << "all or none";
+  EXPECT_OK(world.Create({0, 1, 2, 3}));
   world.fake->FailAt(Call::kMemAddressReserve, 1, Result::kOutOfMemory);
   std::unique_ptr<CudaVmm> second;
-  CHECK(Mentions(CudaVmm::Make(world.context, kBlock, kBlock, &second), "fewer slots"));
+  EXPECT_TRUE(Mentions(CudaVmm::Make(world.context, kBlock, kBlock, &second), "fewer slots"));
 }
 
 // Runs an operation again and again, its n-th driver call failing, until it gets through.
@@ -232,37 +234,37 @@ void AtEveryCall(const std::function<Status(Mapped*)>& operation, std::int64_t w
       const Status status = operation(&world);
       if (world.fake->faults() == 0) {
         world.fake->ClearFaults();
-        CHECK_OK(status);
-        CHECK_EQ(n - 1, wanted_calls);
+        EXPECT_OK(status);
+        EXPECT_EQ(n - 1, wanted_calls);
         break;
       }
       world.fake->ClearFaults();
-      CHECK(status.code() == (code == Result::kOutOfMemory ? Code::kResourceExhausted : Code::kInternal))
-          << n << status.message();
-      CHECK(world.State() == before) << "call" << n << status.message();
-      CHECK_OK(operation(&world)) << "after call" << n;
+      EXPECT_EQ(status.code(), (code == Result::kOutOfMemory ? Code::kResourceExhausted : Code::kInternal))
+          << n << " " << status.message();
+      EXPECT_EQ(world.State(), before) << "call " << n << " " << status.message();
+      EXPECT_OK(operation(&world)) << "after call " << n;
     }
   }
 }
 
-TEST(CreateIsAllOrNone) {
+TEST(FakeDriverVmmTest, CreateIsAllOrNone) {
   AtEveryCall([](Mapped* world) { return world->Create({6, 9, 10, 7}); }, 5);
 }
-TEST(MapIsAllOrNone) {
+TEST(FakeDriverVmmTest, MapIsAllOrNone) {
   AtEveryCall([](Mapped* world) { return world->Map(3, {5, 0, 5}); }, 5);
 }
-TEST(UnmapIsAllOrNone) {
+TEST(FakeDriverVmmTest, UnmapIsAllOrNone) {
   AtEveryCall([](Mapped* world) { return world->Unmap(0, {0, 2, 4}); }, 4);
 }
-TEST(MoveIsAllOrNone) {
+TEST(FakeDriverVmmTest, MoveIsAllOrNone) {
   const Blocks blocks = {2, 4};
   AtEveryCall([&](Mapped* world) { return world->vmm->Move(kBlock, 20 * kBlock, blocks.data(), 2); }, 7);
 }
-TEST(FillIsAllOrNone) {
+TEST(FakeDriverVmmTest, FillIsAllOrNone) {
   AtEveryCall([](Mapped* world) { return world->vmm->Fill(0, kBlock, 0); }, 3);
 }
 
-TEST(MakingOneIsAllOrNone) {
+TEST(FakeDriverVmmTest, MakingOneIsAllOrNone) {
   std::int64_t n = 1;
   for (;; ++n) {
     World world;
@@ -271,72 +273,70 @@ TEST(MakingOneIsAllOrNone) {
     const Status status = world.Make();
     world.fake->ClearFaults();
     if (world.fake->faults() == 0) break;
-    CHECK(!status.ok());
-    CHECK_EQ(world.fake->Report().ToString(), before.ToString()) << n;
-    CHECK_OK(world.Make());
+    EXPECT_FALSE(status.ok());
+    EXPECT_EQ(world.fake->Report().ToString(), before.ToString()) << n;
+    EXPECT_OK(world.Make());
   }
-  CHECK(n > 5);
+  EXPECT_GT(n, 5);
 }
 
-TEST(WhatCannotBeGivenBackIsKept) {
+TEST(FakeDriverVmmTest, WhatCannotBeGivenBackIsKept) {
   Mapped world;
-  CHECK_OK(world.Unmap(0, {0, 2, 4}));
+  EXPECT_OK(world.Unmap(0, {0, 2, 4}));
   world.fake->FailAt(Call::kMemRelease, 2, Result::kUnknown);
-  CHECK(!world.Destroy({0, 2, 4}).ok());
-  CHECK_EQ(world.vmm->PhysicalBytes(), 4 * kBlock) << "the others went";
-  CHECK_OK(world.Create({0, 2, 4}));  // 2 is still there
-  CHECK_EQ(world.vmm->PhysicalBytes(), 6 * kBlock);
-  CHECK_OK(world.Map(0, {0, 2, 4}));
-  CHECK_OK(world.vmm->Fill(0, 3 * kBlock, 1));
+  EXPECT_FALSE(world.Destroy({0, 2, 4}).ok());
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 4 * kBlock) << "the others went";
+  EXPECT_OK(world.Create({0, 2, 4}));  // 2 is still there
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 6 * kBlock);
+  EXPECT_OK(world.Map(0, {0, 2, 4}));
+  EXPECT_OK(world.vmm->Fill(0, 3 * kBlock, 1));
 }
 
-TEST(AFailedRollbackIsMadeUpForLater) {
+TEST(FakeDriverVmmTest, AFailedRollbackIsMadeUpForLater) {
   // Access cannot be set, and then the second of three blocks cannot be unmapped.
   const auto fail = [](Mapped* world) {
     world->fake->FailAt(Call::kMemSetAccess, 1, Result::kOutOfMemory);
     world->fake->FailAt(Call::kMemUnmap, 2, Result::kUnknown);
-    CHECK(world->Map(20, {5, 0, 1}).code() == Code::kResourceExhausted);
-    CHECK_EQ(world->fake->faults(), 2);
+    EXPECT_EQ(world->Map(20, {5, 0, 1}).code(), Code::kResourceExhausted);
+    EXPECT_EQ(world->fake->faults(), 2);
   };
   {
     Mapped world;
     fail(&world);
-    CHECK_OK(world.Map(20, {3, 4, 5})) << "other blocks in the same place";
-    CHECK_OK(world.vmm->Fill(20 * kBlock, 3 * kBlock, 1));
+    EXPECT_OK(world.Map(20, {3, 4, 5})) << "other blocks in the same place";
+    EXPECT_OK(world.vmm->Fill(20 * kBlock, 3 * kBlock, 1));
   }
   {
     Mapped world;
     fail(&world);
-    CHECK_OK(world.Unmap(0, {0, 2, 4}));
-    CHECK_OK(world.Destroy({0})) << "its memory is given back, not only its handle";
-    CHECK_EQ(world.fake->Report().used_bytes, 5 * kBlock);
-    CHECK_EQ(world.fake->Report().mappings, 3);
+    EXPECT_OK(world.Unmap(0, {0, 2, 4}));
+    EXPECT_OK(world.Destroy({0})) << "its memory is given back, not only its handle";
+    EXPECT_EQ(world.fake->Report().used_bytes, 5 * kBlock);
+    EXPECT_EQ(world.fake->Report().mappings, 3);
   }
 }
 
-TEST(AnUnmapThatCannotBeUndoneSaysSo) {
+TEST(FakeDriverVmmTest, AnUnmapThatCannotBeUndoneSaysSo) {
   Mapped world;
   world.fake->FailAt(Call::kMemUnmap, 3, Result::kUnknown);
   world.fake->FailAt(Call::kMemMap, 1, Result::kUnknown);
   const Status status = world.Unmap(0, {0, 2, 4});
-  CHECK(status.code() == Code::kInternal && Mentions(status, "close the pool")) << status.message();
+  EXPECT_TRUE(status.code() == Code::kInternal && Mentions(status, "close the pool")) << status.message();
 }
 
-TEST(WithoutADriverThereAreWords) {
+TEST(FakeDriverVmmTest, WithoutADriverThereAreWords) {
   Driver driver;
   const Status absent = OpenDriverLibrary("libcuda_that_is_not_there.so.1", &driver);
-  CHECK(absent.code() == Code::kFailedPrecondition);
-  CHECK(Mentions(absent, "libcuda_that_is_not_there.so.1") && Mentions(absent, "install NVIDIA's driver"))
+  EXPECT_EQ(absent.code(), Code::kFailedPrecondition);
+  EXPECT_TRUE(Mentions(absent, "libcuda_that_is_not_there.so.1") && Mentions(absent, "install NVIDIA's driver"))
       << absent.message();
   const Status other = OpenDriverLibrary("libm.so.6", &driver);
-  CHECK(Mentions(other, "lacks cuInit") && driver.Init == nullptr) << other.message();
+  EXPECT_TRUE(Mentions(other, "lacks cuInit") && driver.Init == nullptr) << other.message();
   const Driver* opened = nullptr;
   const Status real = Driver::Open(&opened);
-  CHECK(real.ok() == (opened != nullptr));
-  CHECK(real.ok() || Mentions(real, "libcuda.so.1") || Mentions(real, "cuInit")) << real.message();
+  EXPECT_EQ(real.ok(), (opened != nullptr));
+  EXPECT_TRUE(real.ok() || Mentions(real, "libcuda.so.1") || Mentions(real, "cuInit")) << real.message();
 }
 
 }  // namespace
 }  // namespace kvpage
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,10 +1,13 @@
 // A fault that a device recorded reads as the status that a CPU program fails with over the same mistake.
 #include "device/fault.h"
 
+#include <gtest/gtest.h>
+
 #include <functional>
 #include <vector>
 
 #include "cache/registry.h"
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -26,20 +29,20 @@ Fault Make(DeviceOp op, FaultKind kind, std::int32_t slot = -1, std::int64_t wan
 
 }  // namespace
 
-TEST(FaultsReadAsOnCpu) {
+TEST(FaultTest, FaultsReadAsOnCpu) {
   const std::shared_ptr<Pool> pool = MakePool(SmallGeometry(), 32);
   pool->set_id(77);
   Program program(pool.get());
   const std::int32_t a = program.Acquire(32);
   const std::int32_t b = program.Acquire(16);
-  CHECK_OK(program.Write(a, 10));
+  EXPECT_OK(program.Write(a, 10));
   const CacheRef good = program.cache();
   const std::vector<std::int32_t> lengths(good.lengths, good.lengths + kSlots);
   const auto same = [&](const Fault& fault, const Status& cpu) {
     const Status device = DescribeFault(fault, 77, pool->geometry().spec());
-    CHECK(!cpu.ok());
-    CHECK_EQ(device.message(), cpu.message());
-    CHECK_EQ(static_cast<int>(device.code()), static_cast<int>(cpu.code()));
+    EXPECT_FALSE(cpu.ok());
+    EXPECT_EQ(device.message(), cpu.message());
+    EXPECT_EQ(static_cast<int>(device.code()), static_cast<int>(cpu.code()));
   };
   const auto begin = [&](const char* op, CacheRef cache, std::vector<std::int32_t> slots,
                          std::vector<std::int32_t> offsets, std::int64_t layer, bool append,
@@ -103,7 +106,7 @@ TEST(FaultsReadAsOnCpu) {
   same(Make(Op::kAdvance, Kind::kSpec, -1, 8, kSlots, 3), pool->CheckProgram("advance", other));
 
   // An old cache, after what it says of the slot was rolled back.
-  CHECK_OK(program.SetLength(a, 5));
+  EXPECT_OK(program.SetLength(a, 5));
   cache = good;
   cache.lengths = lengths.data();
   same(Make(Op::kPagedAttention, Kind::kSlotEpoch, a, good.epoch, program.cache().epoch),
@@ -112,24 +115,22 @@ TEST(FaultsReadAsOnCpu) {
   same(Make(Op::kAppendKV, Kind::kClosed), append(program.cache(), {a}, {0, 1}));
 }
 
-TEST(FaultsOfPoolsThatAreNotThere) {
+TEST(FaultTest, FaultsOfPoolsThatAreNotThere) {
   const std::shared_ptr<Pool> pool = MakePool(SmallGeometry(), 32);
   Register(pool);
   const std::int32_t id = pool->id();
   const auto describe = [&](std::int32_t wanted) {
     return DescribeFault(Make(DeviceOp::kAdvance, FaultKind::kNoPool, -1, 0, wanted), -1, {});
   };
-  CHECK(Mentions(describe(id), "lives on another device"));
+  EXPECT_TRUE(Mentions(describe(id), "lives on another device"));
   std::shared_ptr<Pool> found;
-  CHECK_EQ(describe(id + 1000).message(), Find("advance", id + 1000, &found).message());
+  EXPECT_EQ(describe(id + 1000).message(), Find("advance", id + 1000, &found).message());
   Unregister(id);
-  CHECK_EQ(describe(id).message(), Find("advance", id, &found).message());
-  CHECK(Mentions(describe(id), "is closed: make a new pool"));
-  CHECK(Mentions(DescribeFault(Make(DeviceOp::kAcquire, FaultKind::kForeignCache, -1, 3, 4), 3, {}),
-                 "acquire: this cache belongs to pool 3, but pool 4 was called"));
-  CHECK(Mentions(DescribeFault(Make(DeviceOp::kAcquire, static_cast<FaultKind>(99)), 3, {}), "unknown kind 99"));
+  EXPECT_EQ(describe(id).message(), Find("advance", id, &found).message());
+  EXPECT_TRUE(Mentions(describe(id), "is closed: make a new pool"));
+  EXPECT_TRUE(Mentions(DescribeFault(Make(DeviceOp::kAcquire, FaultKind::kForeignCache, -1, 3, 4), 3, {}),
+                       "acquire: this cache belongs to pool 3, but pool 4 was called"));
+  EXPECT_TRUE(Mentions(DescribeFault(Make(DeviceOp::kAcquire, static_cast<FaultKind>(99)), 3, {}), "unknown kind 99"));
 }
 
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,8 +1,9 @@
 // The CPU kernels on every instruction set that this machine has, against a reference in double precision.
+#include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "tests/check.h"
+#include "tests/expect_ok.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -45,8 +46,8 @@ void CheckResult(Problem& p, const Result& result, const std::vector<double>& ou
     const double error = std::fabs(result.lse[i] - lse[i]) / (1.0 + std::fabs(lse[i]));
     worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
   }
-  CHECK(worst < limit) << worst << Describe(p);
-  CHECK(worst_lse < 2e-6) << worst_lse << Describe(p);
+  EXPECT_LT(worst, limit) << worst << " " << Describe(p);
+  EXPECT_LT(worst_lse, 2e-6) << worst_lse << " " << Describe(p);
 }
 
 Problem RandomProblem(Rng& rng) {
@@ -72,7 +73,7 @@ Problem RandomProblem(Rng& rng) {
   return p;
 }
 
-TEST(RandomBatchesMatchReference) {
+TEST(KernelsTest, RandomBatchesMatchReference) {
   Rng rng(1);
   Inline here;
   Threads threads(3);
@@ -85,15 +86,15 @@ TEST(RandomBatchesMatchReference) {
     Reference(p, &out, &lse);
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result result = Run(p, cache, slots, here);
+      const Result result = RunAttention(p, cache, slots, here);
       CheckResult(p, result, out, lse);
-      CHECK(Run(p, cache, slots, threads) == result) << "with threads" << Describe(p);
+      EXPECT_EQ(RunAttention(p, cache, slots, threads), result) << "with threads " << Describe(p);
     }
   }
 }
 
 // Decode and prefill in the common shapes, every combination of dtypes.
-TEST(EveryDtypeMatchesReference) {
+TEST(KernelsTest, EveryDtypeMatchesReference) {
   Rng rng(2);
   Inline here;
   for (const DType dtype : kStored) {
@@ -112,7 +113,7 @@ TEST(EveryDtypeMatchesReference) {
         Reference(p, &out, &lse);
         for (const char* name : InstructionSets()) {
           cpu::ForceInstructionSet(name);
-          CheckResult(p, Run(p, cache, Slots(4), here), out, lse);
+          CheckResult(p, RunAttention(p, cache, Slots(4), here), out, lse);
         }
       }
     }
@@ -120,7 +121,7 @@ TEST(EveryDtypeMatchesReference) {
 }
 
 // The same bits whatever the neighbours, threads, chunk size and placement.
-TEST(BitsDoNotDependOnSurroundings) {
+TEST(KernelsTest, BitsDoNotDependOnSurroundings) {
   Rng rng(3);
   Inline here;
   for (int round = 0; round < 10; ++round) {
@@ -139,19 +140,20 @@ TEST(BitsDoNotDependOnSurroundings) {
     const std::vector<const char*> names = InstructionSets();
     for (const char* name : names) {
       cpu::ForceInstructionSet(name);
-      expected.push_back(Run(p, home, Slots(n), here));
+      expected.push_back(RunAttention(p, home, Slots(n), here));
       for (const int count : {1, 2, 5}) {
         Threads threads(count);
-        CHECK(Run(p, home, Slots(n), threads) == expected.back()) << count << "threads" << Describe(p);
+        EXPECT_EQ(RunAttention(p, home, Slots(n), threads), expected.back()) << count << " threads " << Describe(p);
       }
       for (int s = 0; s < n; ++s) {
         Threads threads(4);
-        const Result alone = Run(p, home, Slots(n), threads, s);
+        const Result alone = RunAttention(p, home, Slots(n), threads, s);
         const std::size_t row = p.q.size() / p.num_tokens;
         const Sequence& sequence = p.sequences[s];
-        CHECK(std::memcmp(&alone.out[sequence.query_begin * row], &expected.back().out[sequence.query_begin * row],
-                          sequence.query_length * row) == 0)
-            << "sequence" << s << "alone" << Describe(p);
+        EXPECT_EQ(std::memcmp(&alone.out[sequence.query_begin * row], &expected.back().out[sequence.query_begin * row],
+                              sequence.query_length * row),
+                  0)
+            << "sequence " << s << " alone " << Describe(p);
       }
     }
     for (const auto& [layout, chunk] : std::initializer_list<std::pair<Layout, int>>{{Layout::kFused, 48},
@@ -167,14 +169,15 @@ TEST(BitsDoNotDependOnSurroundings) {
       Store(p, away, slots);
       for (std::size_t i = 0; i < names.size(); ++i) {
         cpu::ForceInstructionSet(names[i]);
-        CHECK(Run(p, away, slots, here) == expected[i]) << "layout" << static_cast<int>(layout) << chunk << Describe(p);
+        EXPECT_EQ(RunAttention(p, away, slots, here), expected[i])
+            << "layout " << static_cast<int>(layout) << " " << chunk << " " << Describe(p);
       }
     }
   }
 }
 
 // What a later token of the sequence holds must not reach an earlier one, nor what has left the window.
-TEST(UnseenNaNsStayUnseen) {
+TEST(KernelsTest, UnseenNaNsStayUnseen) {
   Rng rng(4);
   Inline here;
   for (const int added : {2, 40}) {
@@ -193,7 +196,7 @@ TEST(UnseenNaNsStayUnseen) {
         for (const char* name : InstructionSets()) {
           cpu::ForceInstructionSet(name);
           Store(p, cache, {0});
-          const Result clean = Run(p, cache, {0}, here);
+          const Result clean = RunAttention(p, cache, {0}, here);
           for (int which = 0; which < 2; ++which) {
             // The last new token, and the last one that no row of the batch but the first sees.
             const float bad = which == 0 ? std::nanf("") : std::numeric_limits<float>::infinity();
@@ -205,13 +208,13 @@ TEST(UnseenNaNsStayUnseen) {
               }
             }
           }
-          const Result dirty = Run(p, cache, {0}, here);
+          const Result dirty = RunAttention(p, cache, {0}, here);
           const std::size_t seen = added == 2 ? 1 : added - 2;
           if (added > 2) {
-            CHECK(std::memcmp(&clean.out[row], &dirty.out[row], seen * row) == 0) << Describe(p);
+            EXPECT_EQ(std::memcmp(&clean.out[row], &dirty.out[row], seen * row), 0) << Describe(p);
           }
-          CHECK(std::isnan(Read(&dirty.out[0], p.q_dtype))) << Describe(p);
-          CHECK(std::isnan(Read(&dirty.out[(added - 1) * row], p.q_dtype))) << Describe(p);
+          EXPECT_TRUE(std::isnan(Read(&dirty.out[0], p.q_dtype))) << Describe(p);
+          EXPECT_TRUE(std::isnan(Read(&dirty.out[(added - 1) * row], p.q_dtype))) << Describe(p);
         }
       }
     }
@@ -219,7 +222,7 @@ TEST(UnseenNaNsStayUnseen) {
 }
 
 // A context that ends where mapped memory ends, for head sizes that are no whole number of vectors too.
-TEST(NothingPastTheEndIsTouched) {
+TEST(KernelsTest, NothingPastTheEndIsTouched) {
   Rng rng(5);
   Inline here;
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -250,7 +253,7 @@ TEST(NothingPastTheEndIsTouched) {
         Reference(p, &out, &lse);
         for (const char* name : InstructionSets()) {
           cpu::ForceInstructionSet(name);
-          CheckResult(p, Run(p, cache, {0}, here), out, lse);
+          CheckResult(p, RunAttention(p, cache, {0}, here), out, lse);
         }
         for (char* m : memory) munmap(m, mapped + page);
       }
@@ -258,7 +261,7 @@ TEST(NothingPastTheEndIsTouched) {
   }
 }
 
-TEST(ScoresOfAnySizeAreFinite) {
+TEST(KernelsTest, ScoresOfAnySizeAreFinite) {
   Rng rng(6);
   Inline here;
   for (const float scale : {0.0f, 30.0f}) {
@@ -272,15 +275,15 @@ TEST(ScoresOfAnySizeAreFinite) {
     Reference(p, &out, &lse);
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result result = Run(p, cache, Slots(2), here);
+      const Result result = RunAttention(p, cache, Slots(2), here);
       for (std::size_t i = 0; i < out.size(); ++i) {
-        CHECK(std::fabs(Read(&result.out[i * 4], DType::kF32) - out[i]) < 2e-3) << scale << Describe(p);
+        EXPECT_LT(std::fabs(Read(&result.out[i * 4], DType::kF32) - out[i]), 2e-3) << scale << " " << Describe(p);
       }
     }
   }
 }
 
-TEST(MinusInfinityScoresAreLeftOut) {
+TEST(KernelsTest, MinusInfinityScoresAreLeftOut) {
   Rng rng(7);
   Inline here;
   for (const int added : {1, 20}) {
@@ -297,12 +300,12 @@ TEST(MinusInfinityScoresAreLeftOut) {
     Store(p, cache, {0});
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      CheckResult(p, Run(p, cache, {0}, here), out, lse);
+      CheckResult(p, RunAttention(p, cache, {0}, here), out, lse);
     }
   }
 }
 
-TEST(ConcurrentCallsDoNotMix) {
+TEST(KernelsTest, ConcurrentCallsDoNotMix) {
   Rng rng(8);
   Problem p;
   p.kv_heads = 2;
@@ -312,47 +315,45 @@ TEST(ConcurrentCallsDoNotMix) {
   Store(p, cache, Slots(2));
   InstructionSets();
   Inline here;
-  const Result expected = Run(p, cache, Slots(2), here);
+  const Result expected = RunAttention(p, cache, Slots(2), here);
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([&] {
       Threads threads(2);
-      for (int k = 0; k < 10; ++k) wrong += !(Run(p, cache, Slots(2), threads) == expected);
+      for (int k = 0; k < 10; ++k) wrong += !(RunAttention(p, cache, Slots(2), threads) == expected);
     });
   }
   for (std::thread& caller : callers) caller.join();
-  CHECK_EQ(wrong.load(), 0);
+  EXPECT_EQ(wrong.load(), 0);
 }
 
-TEST(PaddingTokensAreCleared) {
+TEST(KernelsTest, PaddingTokensAreCleared) {
   Rng rng(11);
   Inline here;
   Problem p;
   FillProblem(rng, p, {{3, 1}, {3, 2}}, 2);
   const Cache cache(rng, Layout::kFused, DType::kF32, 1, 64, 2, 16, 16);
   Store(p, cache, Slots(2));
-  const Result result = Run(p, cache, Slots(2), here, 1);
+  const Result result = RunAttention(p, cache, Slots(2), here, 1);
   for (int t = 0; t < p.num_tokens; ++t) {
     const bool owned = t >= p.sequences[1].query_begin && t < p.sequences[1].query_begin + 2;
-    CHECK_EQ(std::isinf(result.lse[t]), !owned) << "token" << t;
-    CHECK_EQ(Read(&result.out[t * 64 * 4], DType::kF32) == 0.0, !owned) << "token" << t;
+    EXPECT_EQ(std::isinf(result.lse[t]), !owned) << "token " << t;
+    EXPECT_EQ(Read(&result.out[t * 64 * 4], DType::kF32) == 0.0, !owned) << "token " << t;
   }
   Problem none;
   none.num_tokens = 2;
   none.q.resize(2 * 64 * 4);
-  const Result empty = Run(none, cache, {}, here);
-  CHECK(std::all_of(empty.out.begin(), empty.out.end(), [](char c) { return c == 0; }));
+  const Result empty = RunAttention(none, cache, {}, here);
+  EXPECT_TRUE(std::all_of(empty.out.begin(), empty.out.end(), [](char c) { return c == 0; }));
 }
 
-TEST(InstructionSetIsKnown) {
-  CHECK_OK(cpu::CheckInstructionSet());
-  CHECK(cpu::ForceInstructionSet("sse9") == nullptr);
+TEST(KernelsTest, InstructionSetIsKnown) {
+  EXPECT_OK(cpu::CheckInstructionSet());
+  EXPECT_EQ(cpu::ForceInstructionSet("sse9"), nullptr);
   cpu::ForceInstructionSet("baseline");
-  CHECK_EQ(std::string(cpu::InstructionSet()), std::string("baseline"));
+  EXPECT_EQ(std::string(cpu::InstructionSet()), std::string("baseline"));
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -249,9 +249,21 @@ struct Result {
   }
 };
 
+// Points into the problem.
+inline AttentionOptions ToOptions(const Problem& p) {
+  AttentionOptions options;
+  options.sliding_window = &p.window;
+  options.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
+  options.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
+  options.scale = p.scale;
+  options.soft_cap = p.soft_cap;
+  options.exact_weights = p.exact_weights;
+  return options;
+}
+
 // Runs over the cache, sequence s in slots[s]; `only` keeps one sequence.
-inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
-                  int only = -1) {
+inline Result RunAttention(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
+                           int only = -1) {
   Result result;
   result.out.assign(p.q.size(), '\x55');
   result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
@@ -271,12 +283,7 @@ inline Result Run(const Problem& p, const Cache& cache, const std::vector<int>& 
   args.num_tokens = p.num_tokens;
   args.num_q_heads = p.q_heads();
   args.sequences = &sequences;
-  args.scale = p.scale;
-  args.sliding_window = p.window;
-  args.soft_cap = p.soft_cap;
-  args.exact_weights = p.exact_weights;
-  args.sinks = p.sinks.empty() ? nullptr : p.sinks.data();
-  args.alibi_slopes = p.slopes.empty() ? nullptr : p.slopes.data();
+  args.options = ToOptions(p);
   if (!cpu::Attend(args, parallel).ok()) result.out.clear();
   return result;
 }

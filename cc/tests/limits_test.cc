@@ -1,12 +1,12 @@
 // What the system allows: this machine's numbers, and cgroup trees laid out in a temporary folder.
 #include "vmm/limits.h"
 
+#include <gtest/gtest.h>
+
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <string>
-
-#include "tests/check.h"
 
 namespace kvpage {
 namespace {
@@ -37,56 +37,54 @@ class System {
 
 constexpr std::int64_t kKiB = 1024;
 
-TEST(ThisMachineMakesSense) {
-  CHECK(PageBytes() >= 4096);
-  CHECK(MaxMapCount() > 0);
-  CHECK(CurrentMapCount() > 0);
-  CHECK(AvailableBytes() > 0);
-  CHECK(AvailableBytes() <= MemoryLimitBytes());
+TEST(LimitsTest, ThisMachineMakesSense) {
+  EXPECT_GE(PageBytes(), 4096);
+  EXPECT_GT(MaxMapCount(), 0);
+  EXPECT_GT(CurrentMapCount(), 0);
+  EXPECT_GT(AvailableBytes(), 0);
+  EXPECT_LE(AvailableBytes(), MemoryLimitBytes());
 }
 
-TEST(WithoutCgroupsTheMachineIsTheLimit) {
+TEST(LimitsTest, WithoutCgroupsTheMachineIsTheLimit) {
   const System system;
-  CHECK_EQ(MemoryLimitBytes(system.root()), 1000 * kKiB);
-  CHECK_EQ(AvailableBytes(system.root()), 800 * kKiB);
+  EXPECT_EQ(MemoryLimitBytes(system.root()), 1000 * kKiB);
+  EXPECT_EQ(AvailableBytes(system.root()), 800 * kKiB);
 }
 
-TEST(ACgroupBelowTheMachineIsTheLimit) {
+TEST(LimitsTest, ACgroupBelowTheMachineIsTheLimit) {
   const System system;
   system.Write("/proc/self/cgroup", "0::/pod/container\n");
   system.Write("/sys/fs/cgroup/pod/container/memory.max", "409600\n");
   system.Write("/sys/fs/cgroup/pod/container/memory.current", "307200\n");
   system.Write("/sys/fs/cgroup/pod/container/memory.stat", "anon 1\ninactive_file 20480\n");
-  CHECK_EQ(MemoryLimitBytes(system.root()), 400 * kKiB);
-  CHECK_EQ(AvailableBytes(system.root()), 120 * kKiB) << "page cache that reclaim would take counts as available";
+  EXPECT_EQ(MemoryLimitBytes(system.root()), 400 * kKiB);
+  EXPECT_EQ(AvailableBytes(system.root()), 120 * kKiB) << "page cache that reclaim would take counts as available";
 }
 
-TEST(EveryAncestorsLimitHolds) {
+TEST(LimitsTest, EveryAncestorsLimitHolds) {
   const System system;
   system.Write("/proc/self/cgroup", "0::/pod/container\n");
   system.Write("/sys/fs/cgroup/pod/container/memory.max", "max\n");
   system.Write("/sys/fs/cgroup/pod/container/memory.current", "102400\n");
   system.Write("/sys/fs/cgroup/pod/memory.max", "204800\n");
   system.Write("/sys/fs/cgroup/pod/memory.current", "153600\n");
-  CHECK_EQ(MemoryLimitBytes(system.root()), 200 * kKiB);
-  CHECK_EQ(AvailableBytes(system.root()), 50 * kKiB);
+  EXPECT_EQ(MemoryLimitBytes(system.root()), 200 * kKiB);
+  EXPECT_EQ(AvailableBytes(system.root()), 50 * kKiB);
 }
 
-TEST(VersionOneIsReadToo) {
+TEST(LimitsTest, VersionOneIsReadToo) {
   const System system;
   system.Write("/proc/self/cgroup", "5:cpu,cpuacct:/other\n4:memory:/job\n");
   system.Write("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", "512000\n");
   system.Write("/sys/fs/cgroup/memory/job/memory.usage_in_bytes", "614400\n");
-  CHECK_EQ(MemoryLimitBytes(system.root()), 500 * kKiB);
-  CHECK_EQ(AvailableBytes(system.root()), 0) << "never negative";
+  EXPECT_EQ(MemoryLimitBytes(system.root()), 500 * kKiB);
+  EXPECT_EQ(AvailableBytes(system.root()), 0) << "never negative";
 }
 
-TEST(NothingReadableIsUnknown) {
-  CHECK_EQ(MemoryLimitBytes("/no/such/root"), -1);
-  CHECK_EQ(AvailableBytes("/no/such/root"), -1);
+TEST(LimitsTest, NothingReadableIsUnknown) {
+  EXPECT_EQ(MemoryLimitBytes("/no/such/root"), -1);
+  EXPECT_EQ(AvailableBytes("/no/such/root"), -1);
 }
 
 }  // namespace
 }  // namespace kvpage
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

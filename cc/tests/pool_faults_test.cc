@@ -1,7 +1,10 @@
 // A page table that fails on demand: whatever goes wrong half-way, the pool is left as it was.
+#include <gtest/gtest.h>
+
 #include <cstring>
 #include <utility>
 
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -67,50 +70,50 @@ bool Same(const PoolNumbers& a, const PoolNumbers& b) {
          a.blocks_draining == b.blocks_draining && a.slots_occupied == b.slots_occupied;
 }
 
-TEST(AcquireRollsBackWhereverItFails) {
+TEST(PoolFaultsTest, AcquireRollsBackWhereverItFails) {
   for (Verb verb : {Verb::kCreate, Verb::kMap}) {
     for (int call = 0; call < 8; ++call) {
       Fixture f(64);
       Program program(f.pool.get());
       const std::int32_t slot = program.Acquire(20);
-      CHECK_OK(program.Write(slot, 20));
+      EXPECT_OK(program.Write(slot, 20));
       const PoolNumbers before = f.pool->Numbers();
       f.vmm->FailAt(verb, call);
       const Claim claim = f.pool->Acquire({40, 20});
       if (!f.vmm->failed()) continue;
-      CHECK(claim.status.code() == Code::kResourceExhausted);
-      CHECK(Same(f.pool->Numbers(), before)) << "verb" << static_cast<int>(verb) << "call" << call;
-      CHECK_OK(program.Write(slot, 1));
+      EXPECT_EQ(claim.status.code(), Code::kResourceExhausted);
+      EXPECT_TRUE(Same(f.pool->Numbers(), before)) << "verb " << static_cast<int>(verb) << " call " << call;
+      EXPECT_OK(program.Write(slot, 1));
       f.vmm->FailAt(Verb::kNone, 0);
-      CHECK_OK(f.pool->Acquire({40, 20}).status);
+      EXPECT_OK(f.pool->Acquire({40, 20}).status);
     }
   }
 }
 
-TEST(MapSlotsAnswersFalseAndGoesOn) {
+TEST(PoolFaultsTest, MapSlotsAnswersFalseAndGoesOn) {
   for (int call = 0; call < 4; ++call) {
     Fixture f(64);
     Program program(f.pool.get());
     const std::int32_t slot = program.Acquire(16);
-    CHECK_OK(program.Write(slot, 16));
+    EXPECT_OK(program.Write(slot, 16));
     f.vmm->FailAt(Verb::kMap, call);
     bool ok = true;
-    CHECK_OK(program.Map(slot, 17, &ok));
-    CHECK(!ok);
-    CHECK_OK(program.Map(slot, 17, &ok));
-    CHECK(ok);
-    CHECK_OK(program.Write(slot, 1));
-    CHECK_EQ(program.length(slot), 17);
+    EXPECT_OK(program.Map(slot, 17, &ok));
+    EXPECT_FALSE(ok);
+    EXPECT_OK(program.Map(slot, 17, &ok));
+    EXPECT_TRUE(ok);
+    EXPECT_OK(program.Write(slot, 1));
+    EXPECT_EQ(program.length(slot), 17);
   }
 }
 
-TEST(StealingThatFailsLosesNothing) {
+TEST(PoolFaultsTest, StealingThatFailsLosesNothing) {
   for (int call = 0;; ++call) {
     Fixture f(16);
     Program program(f.pool.get());
     const std::int32_t first = program.Acquire(32);
     const std::int32_t second = program.Acquire(32);
-    CHECK_OK(program.Write(second, 32));
+    EXPECT_OK(program.Write(second, 32));
     const KVView view = f.pool->View();
     const float marks[] = {1.5f, 2.5f};
     for (int i = 0; i < 2; ++i) std::memcpy(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float));
@@ -119,54 +122,53 @@ TEST(StealingThatFailsLosesNothing) {
     // Two slots of 4 blocks are wanted and 8 are parked in one: it adopts that one and moves what it has too much.
     const Claim claim = f.pool->Acquire({16, 16});
     const PoolNumbers numbers = f.pool->Numbers();
-    CHECK_EQ(numbers.blocks_mapped + numbers.blocks_parked + numbers.blocks_free, 16) << claim.status.message();
+    EXPECT_EQ(numbers.blocks_mapped + numbers.blocks_parked + numbers.blocks_free, 16) << claim.status.message();
     for (int i = 0; i < 2; ++i) {
-      CHECK_EQ(std::memcmp(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float)), 0) << "the live request's data";
+      EXPECT_EQ(std::memcmp(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float)), 0)
+          << "the live request's data";
     }
     if (!f.vmm->failed()) {
-      CHECK_OK(claim.status);
-      CHECK_EQ(numbers.blocks_mapped, 16);
-      CHECK(call == 4) << call << "moves: one for each range";
+      EXPECT_OK(claim.status);
+      EXPECT_EQ(numbers.blocks_mapped, 16);
+      EXPECT_EQ(call, 4) << call << " moves: one for each range";
       break;
     }
-    CHECK(!claim.status.ok());
-    CHECK_EQ(numbers.slots_occupied, 1);
+    EXPECT_FALSE(claim.status.ok());
+    EXPECT_EQ(numbers.slots_occupied, 1);
     f.vmm->FailAt(Verb::kNone, 0);
-    CHECK_OK(f.pool->Acquire({16, 16}).status);
+    EXPECT_OK(f.pool->Acquire({16, 16}).status);
     std::int64_t freed = 0;
-    CHECK_OK(f.pool->Trim(&freed));
+    EXPECT_OK(f.pool->Trim(&freed));
   }
 }
 
-TEST(ShrinkingThatFailsLosesNothing) {
+TEST(PoolFaultsTest, ShrinkingThatFailsLosesNothing) {
   for (int call = 0; call < 4; ++call) {
     Fixture f(16);
     Program program(f.pool.get());
     program.Release(program.Acquire(32));
     f.vmm->FailAt(Verb::kUnmap, call);
     std::int64_t freed = 0;
-    CHECK(!f.pool->Trim(&freed).ok());
-    CHECK(f.vmm->failed());
+    EXPECT_FALSE(f.pool->Trim(&freed).ok());
+    EXPECT_TRUE(f.vmm->failed());
     const PoolNumbers numbers = f.pool->Numbers();
-    CHECK_EQ(numbers.blocks_parked, 8);
-    CHECK_OK(f.pool->Trim(&freed));
-    CHECK_EQ(f.pool->Numbers().blocks_free, 16);
+    EXPECT_EQ(numbers.blocks_parked, 8);
+    EXPECT_OK(f.pool->Trim(&freed));
+    EXPECT_EQ(f.pool->Numbers().blocks_free, 16);
   }
 }
 
-TEST(TrimThatFailsKeepsItsAccounts) {
+TEST(PoolFaultsTest, TrimThatFailsKeepsItsAccounts) {
   Fixture f(16);
   Program program(f.pool.get());
   program.Release(program.Acquire(64));
   f.vmm->FailAt(Verb::kDestroy, 0);
   std::int64_t freed = 0;
-  CHECK_OK(f.pool->Trim(&freed));
-  CHECK_EQ(f.pool->Numbers().blocks_free, 16);
+  EXPECT_OK(f.pool->Trim(&freed));
+  EXPECT_EQ(f.pool->Numbers().blocks_free, 16);
   const std::int32_t slot = program.Acquire(64);
-  CHECK_OK(program.Write(slot, 64));
+  EXPECT_OK(program.Write(slot, 64));
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

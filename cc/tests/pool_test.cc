@@ -1,47 +1,50 @@
 // The pool's state machine over real mappings: claims, releases, adoption, pressure, generations, stale caches.
+#include <gtest/gtest.h>
+
 #include <cstring>
 
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
 namespace {
 
-TEST(GrowsByWholeBlocks) {
+TEST(PoolTest, GrowsByWholeBlocks) {
   auto pool = MakePool(SmallGeometry(), 16);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(1);
-  CHECK_EQ(pool->Numbers().blocks_mapped, 1);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 1);
   const std::int64_t calls = pool->Numbers().system_calls;
-  CHECK_OK(pool->Extend({slot}, {16}).status);
-  CHECK_EQ(pool->Numbers().system_calls, calls) << "room in the last block needs no call";
-  CHECK_OK(pool->Extend({slot}, {17}).status);
-  CHECK_EQ(pool->Numbers().blocks_mapped, 2);
+  EXPECT_OK(pool->Extend({slot}, {16}).status);
+  EXPECT_EQ(pool->Numbers().system_calls, calls) << "room in the last block needs no call";
+  EXPECT_OK(pool->Extend({slot}, {17}).status);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 2);
   bool ok = false;
-  CHECK_OK(program.Map(slot, 100, &ok));
-  CHECK(ok);
-  CHECK_EQ(pool->Numbers().blocks_mapped, 7);
+  EXPECT_OK(program.Map(slot, 100, &ok));
+  EXPECT_TRUE(ok);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 7);
 }
 
-TEST(PerLayerGrowsEveryRange) {
+TEST(PoolTest, PerLayerGrowsEveryRange) {
   auto pool = MakePool(SmallGeometry(Layout::kPerLayer), 32);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(17);
-  CHECK_EQ(pool->Numbers().blocks_mapped, 8);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 8);
   std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>> map;
-  CHECK_OK(pool->BlockMap(slot, &map));
-  CHECK_EQ(map.size(), std::size_t{4});
-  CHECK_EQ(map[3].size(), std::size_t{2});
+  EXPECT_OK(pool->BlockMap(slot, &map));
+  EXPECT_EQ(map.size(), std::size_t{4});
+  EXPECT_EQ(map[3].size(), std::size_t{2});
 }
 
-TEST(ScalesLieBehindTheirBlocksData) {
+TEST(PoolTest, ScalesLieBehindTheirBlocksData) {
   constexpr int kHeads = 3, kDim = 10, kTokens = 16, kLayers = 2;
   for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
     for (const DType dtype : {DType::kI8, DType::kF8E4M3}) {
       Geometry g;
-      CHECK_OK(Geometry::Make({kLayers, kHeads, kDim, kSlots, 40, static_cast<std::int64_t>(dtype),
-                               static_cast<std::int64_t>(layout), kTokens},
-                              4096, &g));
-      CHECK_EQ(g.token_bytes(), 2 * kLayers * kHeads * (kDim + 4));
+      EXPECT_OK(Geometry::Make({kLayers, kHeads, kDim, kSlots, 40, static_cast<std::int64_t>(dtype),
+                                static_cast<std::int64_t>(layout), kTokens},
+                               4096, &g));
+      EXPECT_EQ(g.token_bytes(), 2 * kLayers * kHeads * (kDim + 4));
       auto pool = MakePool(g, 16);
       Program program(pool.get());
       const std::int32_t slot = program.Acquire(20);
@@ -64,174 +67,174 @@ TEST(ScalesLieBehindTheirBlocksData) {
           wrong += reinterpret_cast<std::uintptr_t>(view.Scale(slot, t, layer, kv, head)) % alignof(float) != 0;
         }
       }
-      CHECK_EQ(wrong, 0) << static_cast<int>(layout);
+      EXPECT_EQ(wrong, 0) << static_cast<int>(layout);
       Geometry small;
-      CHECK(!Geometry::Make(g.spec(), kTokens * g.token_bytes() / g.num_ranges() - 1, &small).ok());
+      EXPECT_FALSE(Geometry::Make(g.spec(), kTokens * g.token_bytes() / g.num_ranges() - 1, &small).ok());
     }
   }
 }
 
-TEST(HolesReadAsZerosAndMappedMemoryHolds) {
+TEST(PoolTest, HolesReadAsZerosAndMappedMemoryHolds) {
   auto pool = MakePool(SmallGeometry(), 16);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   const KVView view = pool->View();
   std::memset(view.At(slot, 3, 1, 1, 0), 7, 64);
-  CHECK_EQ(static_cast<int>(*view.At(slot, 3, 1, 1, 0)), 7);
+  EXPECT_EQ(static_cast<int>(*view.At(slot, 3, 1, 1, 0)), 7);
   if (kHolesAreReadable) {
-    CHECK_EQ(static_cast<int>(*view.At(slot, 100, 1, 1, 0)), 0);
+    EXPECT_EQ(static_cast<int>(*view.At(slot, 100, 1, 1, 0)), 0);
   }
 }
 
-TEST(ParkedSlotThatFitsBestIsAdoptedWithoutCalls) {
+TEST(PoolTest, ParkedSlotThatFitsBestIsAdoptedWithoutCalls) {
   auto pool = MakePool(SmallGeometry(), 32);
   Program program(pool.get());
   const std::int32_t big = program.Acquire(100);
   const std::int32_t middle = program.Acquire(40);
   const std::int32_t small = program.Acquire(10);
   for (std::int32_t slot : {big, middle, small}) program.Release(slot);
-  CHECK_EQ(pool->Numbers().blocks_parked, 7 + 3 + 1);
+  EXPECT_EQ(pool->Numbers().blocks_parked, 7 + 3 + 1);
   const std::int64_t calls = pool->Numbers().system_calls;
-  CHECK_EQ(program.Acquire(33), middle);
-  CHECK_EQ(program.Acquire(16), small);
-  CHECK_EQ(program.Acquire(48), big);
-  CHECK_EQ(pool->Numbers().system_calls, calls);
+  EXPECT_EQ(program.Acquire(33), middle);
+  EXPECT_EQ(program.Acquire(16), small);
+  EXPECT_EQ(program.Acquire(48), big);
+  EXPECT_EQ(pool->Numbers().system_calls, calls);
 }
 
-TEST(PressureTakesParkedBlocksThenTails) {
+TEST(PoolTest, PressureTakesParkedBlocksThenTails) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t first = program.Acquire(64);
   const std::int32_t second = program.Acquire(64);
   program.Release(first);
   // Adopts 4 blocks; 4 more are not to be had.
-  CHECK(pool->Acquire({128}).status.code() == Code::kResourceExhausted);
+  EXPECT_EQ(pool->Acquire({128}).status.code(), Code::kResourceExhausted);
   program.Release(second);
   const std::int32_t fourth = program.Acquire(128);
-  CHECK(fourth >= 0);
-  CHECK_EQ(pool->Numbers().blocks_mapped, 8);
+  EXPECT_GE(fourth, 0);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 8);
   program.Release(fourth);
   const std::int32_t fifth = program.Acquire(16);  // adopts all 8, asked for 1
   const std::int32_t sixth = program.Acquire(112);
-  CHECK(fifth >= 0 && sixth >= 0);
-  CHECK_EQ(pool->Numbers().blocks_free, 0);
+  EXPECT_TRUE(fifth >= 0 && sixth >= 0);
+  EXPECT_EQ(pool->Numbers().blocks_free, 0);
 }
 
-TEST(ShortageSaysTheNumbersAndChangesNothing) {
+TEST(PoolTest, ShortageSaysTheNumbersAndChangesNothing) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(32);
   const PoolNumbers before = pool->Numbers();
   const Claim claim = pool->Acquire({16, 64});
-  CHECK(claim.status.code() == Code::kResourceExhausted);
-  CHECK_EQ(claim.wanted, 5);
-  CHECK_EQ(claim.free, 2);
-  CHECK_EQ(pool->Numbers().blocks_mapped, before.blocks_mapped);
-  CHECK_EQ(pool->Numbers().slots_occupied, 1);
+  EXPECT_EQ(claim.status.code(), Code::kResourceExhausted);
+  EXPECT_EQ(claim.wanted, 5);
+  EXPECT_EQ(claim.free, 2);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, before.blocks_mapped);
+  EXPECT_EQ(pool->Numbers().slots_occupied, 1);
   bool ok = true;
-  CHECK_OK(program.Map(slot, 100, &ok));
-  CHECK(!ok);
-  CHECK_OK(program.Map(slot, 64, &ok));
-  CHECK(ok);
+  EXPECT_OK(program.Map(slot, 100, &ok));
+  EXPECT_FALSE(ok);
+  EXPECT_OK(program.Map(slot, 64, &ok));
+  EXPECT_TRUE(ok);
 }
 
-TEST(DrainingIsNeverHandedOut) {
+TEST(PoolTest, DrainingIsNeverHandedOut) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
-  CHECK_OK(pool->StartRelease({slot}));
+  EXPECT_OK(pool->StartRelease({slot}));
   const Claim claim = pool->Acquire({16});
-  CHECK(claim.status.code() == Code::kResourceExhausted);
-  CHECK_EQ(claim.draining, 4);
-  CHECK_OK(program.Vacate(slot));
-  CHECK_EQ(pool->Numbers().blocks_parked, 4);
-  CHECK_OK(pool->Acquire({16}).status);
+  EXPECT_EQ(claim.status.code(), Code::kResourceExhausted);
+  EXPECT_EQ(claim.draining, 4);
+  EXPECT_OK(program.Vacate(slot));
+  EXPECT_EQ(pool->Numbers().blocks_parked, 4);
+  EXPECT_OK(pool->Acquire({16}).status);
 }
 
-TEST(AReaderKeepsItsSlotDraining) {
+TEST(PoolTest, AReaderKeepsItsSlotDraining) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
-  CHECK_OK(program.Write(slot, 3));
+  EXPECT_OK(program.Write(slot, 3));
   {
-    CHECK_OK(program.Write(slot, 1));
-    CHECK_OK(program.SetLength(slot, 3));
+    EXPECT_OK(program.Write(slot, 1));
+    EXPECT_OK(program.SetLength(slot, 3));
     PinnedSlots pinned;
-    CHECK_OK(program.Begin(slot, 1, 0, true, &pinned));
+    EXPECT_OK(program.Begin(slot, 1, 0, true, &pinned));
     program.SetEpoch(pinned.epoch());
     program.Release(slot);
-    CHECK_EQ(pool->Numbers().slots_draining, 1) << "a handler is still at work on it";
+    EXPECT_EQ(pool->Numbers().slots_draining, 1) << "a handler is still at work on it";
   }
-  CHECK_EQ(pool->Numbers().slots_draining, 0);
-  CHECK_EQ(pool->Numbers().slots_parked, 1);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  EXPECT_EQ(pool->Numbers().slots_parked, 1);
 }
 
-TEST(AStepThatEndsDoesNotEndTheDraining) {
+TEST(PoolTest, AStepThatEndsDoesNotEndTheDraining) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   {
     PinnedSlots pinned;
-    CHECK_OK(program.Begin(slot, 1, 0, true, &pinned));
+    EXPECT_OK(program.Begin(slot, 1, 0, true, &pinned));
     program.SetEpoch(pinned.epoch());
-    CHECK_OK(pool->StartRelease({slot}));
+    EXPECT_OK(pool->StartRelease({slot}));
   }
-  CHECK_EQ(pool->Numbers().slots_draining, 1) << "programs queued before the release may still come";
-  CHECK_OK(program.Vacate(slot));
-  CHECK_EQ(pool->Numbers().slots_draining, 0);
+  EXPECT_EQ(pool->Numbers().slots_draining, 1) << "programs queued before the release may still come";
+  EXPECT_OK(program.Vacate(slot));
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
 }
 
-TEST(StaleCachesAreRefused) {
+TEST(PoolTest, StaleCachesAreRefused) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   const Program old = program;
-  CHECK_OK(program.Write(slot, 2));
+  EXPECT_OK(program.Write(slot, 2));
   Program stale = old;
   const Status status = stale.Write(slot, 1);
-  CHECK(status.code() == Code::kFailedPrecondition);
-  CHECK(Mentions(status, "stale cache")) << status.message();
+  EXPECT_EQ(status.code(), Code::kFailedPrecondition);
+  EXPECT_TRUE(Mentions(status, "stale cache")) << status.message();
   Program reader = old;  // reads of positions that are still there are fine
   PinnedSlots pinned;
-  CHECK_OK(reader.Begin(slot, 1, 0, false, &pinned));
+  EXPECT_OK(reader.Begin(slot, 1, 0, false, &pinned));
 }
 
-TEST(ADestructiveChangeStopsOldReaders) {
+TEST(PoolTest, ADestructiveChangeStopsOldReaders) {
   auto pool = MakePool(SmallGeometry(), 8, {/*allow_stale=*/true, false});
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
-  CHECK_OK(program.Write(slot, 2));
+  EXPECT_OK(program.Write(slot, 2));
   Program old = program;
-  CHECK_OK(program.SetLength(slot, 1));
+  EXPECT_OK(program.SetLength(slot, 1));
   PinnedSlots pinned;
-  CHECK(Mentions(old.Begin(slot, 1, 0, true, &pinned), "rolled back"));
+  EXPECT_TRUE(Mentions(old.Begin(slot, 1, 0, true, &pinned), "rolled back"));
 }
 
-TEST(AStepMayBeRepeatedWhenAllowed) {
+TEST(PoolTest, AStepMayBeRepeatedWhenAllowed) {
   auto pool = MakePool(SmallGeometry(), 8, {/*allow_stale=*/true, false});
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   for (int i = 0; i < 3; ++i) {
     Program copy = program;
-    CHECK_OK(copy.Write(slot, 2));
-    CHECK_EQ(copy.length(slot), 2);
+    EXPECT_OK(copy.Write(slot, 2));
+    EXPECT_EQ(copy.length(slot), 2);
   }
 }
 
-TEST(NobodyReadsWhatWasNotWritten) {
+TEST(PoolTest, NobodyReadsWhatWasNotWritten) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
   PinnedSlots pinned;
-  CHECK(Mentions(program.Begin(slot, 1, 0, false, &pinned), "0 written"));
+  EXPECT_TRUE(Mentions(program.Begin(slot, 1, 0, false, &pinned), "0 written"));
   const std::int32_t offsets[] = {0, 1};
   std::uint32_t epoch = 0;
   std::int32_t lengths[kSlots];
-  CHECK(Mentions(pool->Advance("advance", program.cache(), {&slot, 1, offsets, -1}, &epoch, lengths),
-                 "written in every"));
+  EXPECT_TRUE(Mentions(pool->Advance("advance", program.cache(), {&slot, 1, offsets, -1}, &epoch, lengths),
+                       "written in every"));
 }
 
-TEST(BadBatchesAreRefusedByName) {
+TEST(PoolTest, BadBatchesAreRefusedByName) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
@@ -242,89 +245,87 @@ TEST(BadBatchesAreRefusedByName) {
                        {slots.data(), static_cast<std::int64_t>(slots.size()), offsets.data(), tokens}, layer, true,
                        &pinned);
   };
-  CHECK(Mentions(begin({slot}, {1, 2}, 2), "wanted 0"));
-  CHECK(Mentions(begin({slot, -1}, {0, 2, 1}, 2), "must not decrease"));
-  CHECK(Mentions(begin({slot}, {0, 3}, 2), "there are 2 tokens"));
-  CHECK(Mentions(begin({slot, slot}, {0, 1, 2}, 2), "named twice"));
-  CHECK(Mentions(begin({kSlots}, {0, 1}, 1), "does not exist"));
-  CHECK(Mentions(begin({-2}, {0, 1}, 1), "does not exist"));
-  CHECK(Mentions(begin({slot == 0 ? 1 : 0}, {0, 1}, 1), "is free in this cache"));
-  CHECK(Mentions(begin({slot}, {0, 17}, 17), "16 mapped"));
-  CHECK(Mentions(begin({slot}, {0, 200}, 200), "max_seq_len is 128"));
-  CHECK(Mentions(begin({slot}, {0, 1}, 1, 2), "layer is 2"));
-  CHECK_OK(begin({-1, slot}, {0, 1, 2}, 5));
+  EXPECT_TRUE(Mentions(begin({slot}, {1, 2}, 2), "wanted 0"));
+  EXPECT_TRUE(Mentions(begin({slot, -1}, {0, 2, 1}, 2), "must not decrease"));
+  EXPECT_TRUE(Mentions(begin({slot}, {0, 3}, 2), "there are 2 tokens"));
+  EXPECT_TRUE(Mentions(begin({slot, slot}, {0, 1, 2}, 2), "named twice"));
+  EXPECT_TRUE(Mentions(begin({kSlots}, {0, 1}, 1), "does not exist"));
+  EXPECT_TRUE(Mentions(begin({-2}, {0, 1}, 1), "does not exist"));
+  EXPECT_TRUE(Mentions(begin({slot == 0 ? 1 : 0}, {0, 1}, 1), "is free in this cache"));
+  EXPECT_TRUE(Mentions(begin({slot}, {0, 17}, 17), "16 mapped"));
+  EXPECT_TRUE(Mentions(begin({slot}, {0, 200}, 200), "max_seq_len is 128"));
+  EXPECT_TRUE(Mentions(begin({slot}, {0, 1}, 1, 2), "layer is 2"));
+  EXPECT_OK(begin({-1, slot}, {0, 1, 2}, 5));
 }
 
-TEST(ANewLineRestoresLengths) {
+TEST(PoolTest, ANewLineRestoresLengths) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t kept = program.Acquire(32);
   const std::int32_t gone = program.Acquire(16);
-  CHECK_OK(program.Write(kept, 5));
-  CHECK_OK(pool->StartRelease({gone}));  // its program never runs
+  EXPECT_OK(program.Write(kept, 5));
+  EXPECT_OK(pool->StartRelease({gone}));  // its program never runs
   const Program old = program;
   program.Restart();
-  CHECK_EQ(program.length(kept), 5);
-  CHECK_EQ(program.length(gone), -1);
-  CHECK_EQ(pool->Numbers().slots_draining, 0);
-  CHECK_OK(program.Write(kept, 1));
+  EXPECT_EQ(program.length(kept), 5);
+  EXPECT_EQ(program.length(gone), -1);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  EXPECT_OK(program.Write(kept, 1));
   Program stale = old;
-  CHECK(Mentions(stale.Write(kept, 1), "belongs to generation 1"));
+  EXPECT_TRUE(Mentions(stale.Write(kept, 1), "belongs to generation 1"));
 }
 
-TEST(TrimAndResizeGiveMemoryBack) {
+TEST(PoolTest, TrimAndResizeGiveMemoryBack) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(128);
-  CHECK_EQ(pool->Numbers().physical_bytes, 8 * 4096);
+  EXPECT_EQ(pool->Numbers().physical_bytes, 8 * 4096);
   program.Release(slot);
-  CHECK_EQ(pool->Numbers().physical_bytes, 8 * 4096);
+  EXPECT_EQ(pool->Numbers().physical_bytes, 8 * 4096);
   std::int64_t freed = 0;
-  CHECK_OK(pool->Trim(&freed));
-  CHECK_EQ(freed, 8);
-  CHECK_EQ(pool->Numbers().physical_bytes, 0);
+  EXPECT_OK(pool->Trim(&freed));
+  EXPECT_EQ(freed, 8);
+  EXPECT_EQ(pool->Numbers().physical_bytes, 0);
   const std::int32_t other = program.Acquire(48);
-  CHECK_OK(program.Write(other, 40));
-  CHECK(pool->Resize(2 * 4096).status.code() == Code::kResourceExhausted);
-  CHECK_OK(pool->Resize(3 * 4096).status);
-  CHECK(pool->Acquire({1}).status.code() == Code::kResourceExhausted);
-  CHECK_OK(pool->Resize(64 * 4096).status);
-  CHECK_OK(pool->Acquire({100}).status);
+  EXPECT_OK(program.Write(other, 40));
+  EXPECT_EQ(pool->Resize(2 * 4096).status.code(), Code::kResourceExhausted);
+  EXPECT_OK(pool->Resize(3 * 4096).status);
+  EXPECT_EQ(pool->Acquire({1}).status.code(), Code::kResourceExhausted);
+  EXPECT_OK(pool->Resize(64 * 4096).status);
+  EXPECT_OK(pool->Acquire({100}).status);
 }
 
-TEST(ClosedPoolsRefuse) {
+TEST(PoolTest, ClosedPoolsRefuse) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
   pool->Close();
   pool->Close();
-  CHECK(Mentions(program.Write(slot, 1), "is closed"));
-  CHECK(Mentions(pool->Acquire({1}).status, "is closed"));
+  EXPECT_TRUE(Mentions(program.Write(slot, 1), "is closed"));
+  EXPECT_TRUE(Mentions(pool->Acquire({1}).status, "is closed"));
 }
 
-TEST(EpochsMayWrap) {
-  CHECK(Before(0xfffffffeu, 1u));
-  CHECK(!Before(1u, 0xfffffffeu));
-  CHECK(!Before(5u, 5u));
+TEST(PoolTest, EpochsMayWrap) {
+  EXPECT_TRUE(Before(0xfffffffeu, 1u));
+  EXPECT_FALSE(Before(1u, 0xfffffffeu));
+  EXPECT_FALSE(Before(5u, 5u));
 }
 
-TEST(PoisonAndViewsDecideWhatNewMemoryHolds) {
+TEST(PoolTest, PoisonAndViewsDecideWhatNewMemoryHolds) {
   auto pool = MakePool(SmallGeometry(Layout::kPerLayer), 32, {false, /*poison=*/true});
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(16);
-  CHECK_EQ(static_cast<int>(static_cast<unsigned char>(*pool->View().At(slot, 5, 0, 0, 0))), 0xff);
-  CHECK_OK(program.Write(slot, 2));
-  CHECK_OK(pool->AddView(0, slot));
-  CHECK_EQ(static_cast<int>(*pool->View().At(slot, 5, 0, 0, 0)), 0) << "unwritten memory under a view reads as zeros";
-  CHECK_EQ(static_cast<int>(static_cast<unsigned char>(*pool->View().At(slot, 1, 0, 0, 0))), 0xff)
+  EXPECT_EQ(static_cast<int>(static_cast<unsigned char>(*pool->View().At(slot, 5, 0, 0, 0))), 0xff);
+  EXPECT_OK(program.Write(slot, 2));
+  EXPECT_OK(pool->AddView(0, slot));
+  EXPECT_EQ(static_cast<int>(*pool->View().At(slot, 5, 0, 0, 0)), 0) << "unwritten memory under a view reads as zeros";
+  EXPECT_EQ(static_cast<int>(static_cast<unsigned char>(*pool->View().At(slot, 1, 0, 0, 0))), 0xff)
       << "written: untouched";
   program.Release(slot);
-  CHECK_EQ(pool->Numbers().slots_draining, 1) << "a view holds it";
+  EXPECT_EQ(pool->Numbers().slots_draining, 1) << "a view holds it";
   pool->RemoveView(slot);
-  CHECK_EQ(pool->Numbers().slots_parked, 1);
+  EXPECT_EQ(pool->Numbers().slots_parked, 1);
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

@@ -1,8 +1,11 @@
 // Many threads at one pool, for ThreadSanitizer: two generations of programs, host calls, looks, a close in the middle.
+#include <gtest/gtest.h>
+
 #include <atomic>
 #include <cstring>
 #include <thread>
 
+#include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
@@ -44,10 +47,10 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
   }
 }
 
-TEST(TwoLinesAndAnObserver) {
+TEST(PoolThreadsTest, TwoLinesAndAnObserver) {
   auto pool = MakePool(SmallGeometry(), 12, {/*allow_stale=*/true, false});
   Pool::Generation generation;
-  CHECK_OK(pool->NewGeneration(&generation));
+  EXPECT_OK(pool->NewGeneration(&generation));
   std::atomic<std::uint32_t> newest{generation.epoch};
   std::atomic<int> completed{0};
   std::atomic<bool> stop{false};
@@ -64,11 +67,11 @@ TEST(TwoLinesAndAnObserver) {
     }
   });
   for (std::thread& thread : threads) thread.join();
-  CHECK(!stop.load()) << "accounts did not add up";
-  CHECK(completed.load() > 0);
+  EXPECT_FALSE(stop.load()) << "accounts did not add up";
+  EXPECT_GT(completed.load(), 0);
 }
 
-TEST(CloseWaitsForRunningSteps) {
+TEST(PoolThreadsTest, CloseWaitsForRunningSteps) {
   for (int round = 0; round < 20; ++round) {
     auto pool = MakePool(SmallGeometry(), 8);
     Program program(pool.get());
@@ -85,26 +88,24 @@ TEST(CloseWaitsForRunningSteps) {
     });
     while (!begun.load()) std::this_thread::yield();
     pool->Close();
-    CHECK(ended.load()) << "close returned while an op ran";
+    EXPECT_TRUE(ended.load()) << "close returned while an op ran";
     worker.join();
   }
 }
 
-TEST(AWaiterIsWoken) {
+TEST(PoolThreadsTest, AWaiterIsWoken) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
-  CHECK_OK(pool->StartRelease({slot}));
+  EXPECT_OK(pool->StartRelease({slot}));
   std::atomic<bool> woken{false};
   std::thread waiter([&] { woken = pool->WaitForDrain(30.0); });
-  CHECK_OK(program.Vacate(slot));
+  EXPECT_OK(program.Vacate(slot));
   waiter.join();
   // The waiter may also have come after the drain, when nothing was draining any more.
-  CHECK_EQ(pool->Numbers().slots_draining, 0);
-  CHECK_OK(pool->Acquire({64}).status);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  EXPECT_OK(pool->Acquire({64}).status);
 }
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunPoolTests(argc, argv); }

@@ -5,6 +5,8 @@
 #ifndef KVPAGE_TESTS_POOL_UTIL_H_
 #define KVPAGE_TESTS_POOL_UTIL_H_
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -12,10 +14,10 @@
 #include <vector>
 
 #include "cache/pool.h"
-#include "tests/check.h"
+#include "tests/expect_ok.h"
 #ifdef KVPAGE_TEST_FAKE_DRIVER
+#include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
-#include "vmm/fake_driver.h"
 #else
 #include "vmm/memfd_vmm.h"
 #endif
@@ -47,14 +49,18 @@ inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
   return vmm;
 }
 
-// Runs the tests; then nothing may be left in the driver and no rule may have been broken.
-inline int RunPoolTests(int argc, char** argv) {
-  RunAll(argc, argv);
-  const FakeDriver::State left = Fake().Report();
-  CHECK(left.empty()) << left.ToString();
-  CHECK(Fake().total_calls() > 0 || argc > 1) << "the tests did not run on the fake driver";
-  return Failures() == 0 ? 0 : 1;
-}
+// When all tests have run, nothing may be left in the driver and no rule may have been broken.
+class FakeDriverIsEmpty : public ::testing::Environment {
+ public:
+  void TearDown() override {
+    const FakeDriver::State left = Fake().Report();
+    EXPECT_TRUE(left.empty()) << left.ToString();
+    const ::testing::UnitTest& all = *::testing::UnitTest::GetInstance();
+    EXPECT_TRUE(Fake().total_calls() > 0 || all.test_to_run_count() < all.total_test_count())
+        << "the tests did not run on the fake driver";
+  }
+};
+inline ::testing::Environment* const kFakeDriverIsEmpty = ::testing::AddGlobalTestEnvironment(new FakeDriverIsEmpty);
 #else
 constexpr bool kHolesAreReadable = true;
 
@@ -63,8 +69,6 @@ inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
   if (!MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok()) std::abort();
   return vmm;
 }
-
-inline int RunPoolTests(int argc, char** argv) { return RunAll(argc, argv); }
 #endif
 
 // Blocks of one page and 16 tokens: 2 layers x K|V x 1 head x 16 floats x 4 bytes = 256 bytes a token (fused).
@@ -99,7 +103,7 @@ class Program {
 
   void Restart() {
     Pool::Generation generation;
-    CHECK_OK(pool_->NewGeneration(&generation));
+    EXPECT_OK(pool_->NewGeneration(&generation));
     generation_ = generation.generation;
     epoch_ = generation.epoch;
     lengths_ = generation.lengths;
@@ -111,16 +115,16 @@ class Program {
   // Host and device side of acquire and release.
   std::int32_t Acquire(std::int64_t tokens) {
     const Claim claim = pool_->Acquire({tokens});
-    CHECK_OK(claim.status);
+    EXPECT_OK(claim.status);
     if (!claim.status.ok()) return -1;
-    CHECK_OK(Occupy(claim.slots[0]));
+    EXPECT_OK(Occupy(claim.slots[0]));
     return claim.slots[0];
   }
   Status Occupy(std::int32_t slot) { return Edit("acquire", SlotOpcode::kOccupy, slot); }
   Status Vacate(std::int32_t slot) { return Edit("release", SlotOpcode::kVacate, slot); }
   void Release(std::int32_t slot) {
-    CHECK_OK(pool_->StartRelease({slot}));
-    CHECK_OK(Vacate(slot));
+    EXPECT_OK(pool_->StartRelease({slot}));
+    EXPECT_OK(Vacate(slot));
   }
 
   // Appends `count` tokens in every layer and advances.

@@ -1,9 +1,10 @@
 // Prefill: what is particular to many query rows, whose weights may be rounded to bfloat16.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "tests/check.h"
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -31,7 +32,7 @@ class Stored {
 
  private:
   double Error() {
-    const Result result = Run(p_, cache_, {0}, here_);
+    const Result result = RunAttention(p_, cache_, {0}, here_);
     double sum = 0;
     for (std::size_t i = 0; i < out_.size(); ++i) sum += std::pow(Read(&result.out[i * 2], p_.q_dtype) - out_[i], 2);
     return std::sqrt(sum / static_cast<double>(out_.size()));
@@ -46,7 +47,7 @@ class Stored {
 
 // What rounding weights to bfloat16 costs: less than rounding the output does; nothing where they must stay exact.
 // Contexts of all lengths up to 600.
-TEST(RoundedWeightsLoseLittle) {
+TEST(PrefillTest, RoundedWeightsLoseLittle) {
   Rng rng(8);
   Problem p;
   p.group = 4;
@@ -57,15 +58,15 @@ TEST(RoundedWeightsLoseLittle) {
   for (const char* name : InstructionSets()) {
     cpu::ForceInstructionSet(name);
     p.exact_weights = false;
-    CHECK(stored.RelativeError() < 1.4) << stored.RelativeError() << name;
+    EXPECT_LT(stored.RelativeError(), 1.4) << stored.RelativeError() << " " << name;
     p.exact_weights = true;
-    CHECK(stored.RelativeError() < 1.01) << stored.RelativeError() << name << "exact";
+    EXPECT_LT(stored.RelativeError(), 1.01) << stored.RelativeError() << " " << name << " exact";
   }
 }
 
 // A first token that gets nearly all of the weight and has nearly no value, as models have them: what others bring
 // must be as exact as it is without it.
-TEST(ExactWeightsBesideASink) {
+TEST(PrefillTest, ExactWeightsBesideASink) {
   Rng rng(12);
   Problem p;
   p.group = 4;
@@ -81,12 +82,12 @@ TEST(ExactWeightsBesideASink) {
   Stored stored(rng, &p);
   for (const char* name : InstructionSets()) {
     cpu::ForceInstructionSet(name);
-    CHECK(stored.RelativeError() < 1.02) << stored.RelativeError() << name;
+    EXPECT_LT(stored.RelativeError(), 1.02) << stored.RelativeError() << " " << name;
   }
 }
 
 // Tiny and huge values, and such that round up to the next power of two as bytes.
-TEST(ExactWeightsOfValuesOfAnySize) {
+TEST(PrefillTest, ExactWeightsOfValuesOfAnySize) {
   Rng rng(13);
   const float largest_mantissa = 255.0f / 128;
   for (const int exponent : {-90, -60, 0, 60, 110}) {
@@ -106,14 +107,15 @@ TEST(ExactWeightsOfValuesOfAnySize) {
       Stored stored(rng, &p);
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
-        CHECK(stored.RelativeError() < 1.02) << stored.RelativeError() << exponent << rounds_up << name;
+        EXPECT_LT(stored.RelativeError(), 1.02)
+            << stored.RelativeError() << " " << exponent << " " << rounds_up << " " << name;
       }
     }
   }
 }
 
 // Values that are all the same come out as they are: weights are divided by the sum of what multiplied the values.
-TEST(WeightsAddUpToOne) {
+TEST(PrefillTest, WeightsAddUpToOne) {
   Rng rng(9);
   Inline here;
   for (const auto& [dtype, exact_weights] : kKinds) {
@@ -131,18 +133,18 @@ TEST(WeightsAddUpToOne) {
     Store(p, cache, Slots(3));
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result result = Run(p, cache, Slots(3), here);
+      const Result result = RunAttention(p, cache, Slots(3), here);
       double worst = 0;
       for (std::size_t i = 0; i < result.out.size(); i += ItemSize(dtype)) {
         worst = std::max(worst, std::fabs(Read(&result.out[i], dtype) - 1.0));
       }
-      CHECK(worst < 2e-6) << worst << cpu::InstructionSet() << Name(dtype);
+      EXPECT_LT(worst, 2e-6) << worst << " " << cpu::InstructionSet() << " " << Name(dtype);
     }
   }
 }
 
 // Prompts of several tiles and units, alone and in company, with any number of threads.
-TEST(BitsDoNotDependOnUnits) {
+TEST(PrefillTest, BitsDoNotDependOnUnits) {
   Rng rng(10);
   Inline here;
   for (const auto& [dtype, exact_weights] : kKinds) {
@@ -157,15 +159,16 @@ TEST(BitsDoNotDependOnUnits) {
       Store(p, cache, Slots(3));
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
-        const Result expected = Run(p, cache, Slots(3), here);
+        const Result expected = RunAttention(p, cache, Slots(3), here);
         for (const int count : {2, 7, 64}) {
           Threads threads(count);
-          CHECK(Run(p, cache, Slots(3), threads) == expected) << count << "threads" << name << Name(dtype);
+          EXPECT_EQ(RunAttention(p, cache, Slots(3), threads), expected)
+              << count << " threads " << name << " " << Name(dtype);
           for (int s = 0; s < 3; ++s) {
-            const Result alone = Run(p, cache, Slots(3), threads, s);
+            const Result alone = RunAttention(p, cache, Slots(3), threads, s);
             const std::size_t row = p.q.size() / p.num_tokens, at = p.sequences[s].query_begin * row;
-            CHECK(std::memcmp(&alone.out[at], &expected.out[at], p.sequences[s].query_length * row) == 0)
-                << "sequence" << s << "alone," << count << "threads" << name << Name(dtype);
+            EXPECT_EQ(std::memcmp(&alone.out[at], &expected.out[at], p.sequences[s].query_length * row), 0)
+                << "sequence " << s << " alone, " << count << " threads " << name << " " << Name(dtype);
           }
         }
       }
@@ -174,7 +177,7 @@ TEST(BitsDoNotDependOnUnits) {
 }
 
 // The last token's values change no bit of what other tokens get, whatever their size.
-TEST(LaterValuesChangeNoBit) {
+TEST(PrefillTest, LaterValuesChangeNoBit) {
   Rng rng(14);
   Inline here;
   for (const auto& [dtype, exact_weights] : kKinds) {
@@ -188,11 +191,12 @@ TEST(LaterValuesChangeNoBit) {
     const std::size_t others = p.q.size() / p.num_tokens * 69;
     for (const char* name : InstructionSets()) {
       cpu::ForceInstructionSet(name);
-      const Result before = Run(p, cache, {0}, here);
+      const Result before = RunAttention(p, cache, {0}, here);
       for (const float value : {HUGE_VALF, -HUGE_VALF, 65504.0f, 0.0f, 1e-7f}) {
         for (int d = 0; d < p.head_dim; ++d) Write(cache.At(0, 99, 1, 0, d), dtype, value);
-        const Result after = Run(p, cache, {0}, here);
-        CHECK(std::memcmp(&after.out[0], &before.out[0], others) == 0) << value << name << Name(dtype) << exact_weights;
+        const Result after = RunAttention(p, cache, {0}, here);
+        EXPECT_EQ(std::memcmp(&after.out[0], &before.out[0], others), 0)
+            << value << " " << name << " " << Name(dtype) << " " << exact_weights;
       }
       Store(p, cache, {0});
     }
@@ -200,7 +204,7 @@ TEST(LaterValuesChangeNoBit) {
 }
 
 // A NaN reaches the rows that see it, whatever its bits are, and no other: these have the bits that they have without.
-TEST(NaNsOfAllBitsAreSeen) {
+TEST(PrefillTest, NaNsOfAllBitsAreSeen) {
   Rng rng(11);
   Inline here;
   struct Shape {
@@ -222,17 +226,17 @@ TEST(NaNsOfAllBitsAreSeen) {
           for (const int which : {0, 1}) {
             if (token < 0) continue;
             Store(p, cache, {0});
-            const Result clean = Run(p, cache, {0}, here);
+            const Result clean = RunAttention(p, cache, {0}, here);
             std::memset(cache.At(0, token, which, 0, 5), 0xff, ItemSize(dtype));
-            const Result dirty = Run(p, cache, {0}, here);
+            const Result dirty = RunAttention(p, cache, {0}, here);
             for (int t = 0; t < shape.added; ++t) {
               const int position = shape.before + t;
               if (position >= token && (shape.window == 0 || position < token + shape.window)) {
-                CHECK(std::isnan(Read(&dirty.out[t * row + 5 * ItemSize(dtype)], dtype)))
-                    << position << token << which << name;
+                EXPECT_TRUE(std::isnan(Read(&dirty.out[t * row + 5 * ItemSize(dtype)], dtype)))
+                    << position << " " << token << " " << which << " " << name;
               } else {
-                CHECK(std::memcmp(&dirty.out[t * row], &clean.out[t * row], row) == 0)
-                    << position << token << which << name;
+                EXPECT_EQ(std::memcmp(&dirty.out[t * row], &clean.out[t * row], row), 0)
+                    << position << " " << token << " " << which << " " << name;
               }
             }
           }
@@ -244,5 +248,3 @@ TEST(NaNsOfAllBitsAreSeen) {
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,5 +1,6 @@
 // Quantised storage: what append writes, bit by bit, and what gather reads back.
-#include "tests/check.h"
+#include <gtest/gtest.h>
+
 #include "tests/kernels_util.h"
 
 namespace kvpage::testing {
@@ -74,7 +75,7 @@ struct Input {
   }
 };
 
-TEST(AppendWritesTheDefinedBits) {
+TEST(QuantizeTest, AppendWritesTheDefinedBits) {
   Rng rng(1);
   Threads threads(2);
   constexpr int kHeads = 3;
@@ -110,12 +111,13 @@ TEST(AppendWritesTheDefinedBits) {
                 wrong += std::memcmp(codes.data(), got, head_dim) != 0;
                 wrong += !SameFloat(scale, *cache.ScaleAt(s.slot, s.position + t, which, h));
               }
-              CHECK(std::isnan(*cache.ScaleAt(s.slot, s.position + s.query_length, 0, 0)));
+              EXPECT_TRUE(std::isnan(*cache.ScaleAt(s.slot, s.position + s.query_length, 0, 0)));
               if (s.position > 0) {
-                CHECK(std::isnan(*cache.ScaleAt(s.slot, s.position - 1, 1, 2)));
+                EXPECT_TRUE(std::isnan(*cache.ScaleAt(s.slot, s.position - 1, 1, 2)));
               }
             }
-            CHECK_EQ(wrong, 0) << Name(from) << "to" << Name(to) << head_dim << name << static_cast<int>(layout);
+            EXPECT_EQ(wrong, 0) << Name(from) << " to " << Name(to) << " " << head_dim << " " << name << " "
+                                << static_cast<int>(layout);
           }
         }
       }
@@ -123,7 +125,7 @@ TEST(AppendWritesTheDefinedBits) {
   }
 }
 
-TEST(GatherDequantizes) {
+TEST(QuantizeTest, GatherDequantizes) {
   Rng rng(2);
   Threads threads(2);
   Inline here;
@@ -166,7 +168,7 @@ TEST(GatherDequantizes) {
                 wrong += expected != out[which][i];
               }
             }
-            CHECK_EQ(wrong, 0) << Name(dtype) << name << static_cast<int>(layout) << head_dim;
+            EXPECT_EQ(wrong, 0) << Name(dtype) << " " << name << " " << static_cast<int>(layout) << " " << head_dim;
           }
         }
       }
@@ -175,7 +177,7 @@ TEST(GatherDequantizes) {
 }
 
 // A token that is not finite shows where it is looked at, for its own head, and nowhere else.
-TEST(RowsThatAreNotFiniteReadAsNaN) {
+TEST(QuantizeTest, RowsThatAreNotFiniteReadAsNaN) {
   Rng rng(3);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -189,11 +191,12 @@ TEST(RowsThatAreNotFiniteReadAsNaN) {
       Store(p, cache, Slots(2));
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
-        const Result result = Run(p, cache, Slots(2), here);
+        const Result result = RunAttention(p, cache, Slots(2), here);
         for (int row = 0; row < p.num_tokens * 2; ++row) {
           const int position = row < 2 ? 199 : 150 + row / 2 - 1;
           const bool nan = row % 2 == 1 && position >= 160;
-          CHECK_EQ(std::isnan(Read(&result.out[row * 64 * 4], DType::kF32)), nan) << name << which << row;
+          EXPECT_EQ(std::isnan(Read(&result.out[row * 64 * 4], DType::kF32)), nan)
+              << name << " " << which << " " << row;
         }
       }
     }
@@ -202,5 +205,3 @@ TEST(RowsThatAreNotFiniteReadAsNaN) {
 
 }  // namespace
 }  // namespace kvpage::testing
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,9 +1,11 @@
 // memfd and mmap by themselves: real allocation, aliases, holes, giving memory back, counting calls.
+#include <gtest/gtest.h>
+
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "tests/check.h"
+#include "tests/expect_ok.h"
 #include "vmm/limits.h"
 #include "vmm/memfd_vmm.h"
 
@@ -14,102 +16,102 @@ constexpr std::int64_t kBlock = 16384;
 
 std::unique_ptr<MemfdVmm> MakeVmm(std::int64_t virtual_blocks, std::int64_t blocks) {
   std::unique_ptr<MemfdVmm> vmm;
-  CHECK_OK(MemfdVmm::Make(virtual_blocks * kBlock, kBlock, &vmm));
-  CHECK_OK(vmm->Grow(blocks));
+  EXPECT_OK(MemfdVmm::Make(virtual_blocks * kBlock, kBlock, &vmm));
+  EXPECT_OK(vmm->Grow(blocks));
   return vmm;
 }
 
-TEST(CreateAllocatesForReal) {
+TEST(VmmTest, CreateAllocatesForReal) {
   auto vmm = MakeVmm(4, 8);
-  CHECK_EQ(vmm->PhysicalBytes(), 0);
+  EXPECT_EQ(vmm->PhysicalBytes(), 0);
   const std::int32_t blocks[] = {0, 1, 5};
-  CHECK_OK(vmm->Create(blocks, 3));
-  CHECK_EQ(vmm->PhysicalBytes(), 3 * kBlock);
-  CHECK_OK(vmm->Destroy(blocks + 1, 2));
-  CHECK_EQ(vmm->PhysicalBytes(), kBlock);
+  EXPECT_OK(vmm->Create(blocks, 3));
+  EXPECT_EQ(vmm->PhysicalBytes(), 3 * kBlock);
+  EXPECT_OK(vmm->Destroy(blocks + 1, 2));
+  EXPECT_EQ(vmm->PhysicalBytes(), kBlock);
 }
 
-TEST(TheSameBlockAtTwoAddresses) {
+TEST(VmmTest, TheSameBlockAtTwoAddresses) {
   auto vmm = MakeVmm(8, 2);
   const std::int32_t blocks[] = {1, 0, 1};
-  CHECK_OK(vmm->Create(blocks, 2));
-  CHECK_OK(vmm->Map(0, blocks, 3));
+  EXPECT_OK(vmm->Create(blocks, 2));
+  EXPECT_OK(vmm->Map(0, blocks, 3));
   std::memset(vmm->base(), 42, kBlock);
-  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42);
-  CHECK_EQ(static_cast<int>(vmm->base()[kBlock + 100]), 0);
-  CHECK_OK(vmm->Unmap(0, blocks, 1));
-  CHECK_EQ(static_cast<int>(vmm->base()[100]), 0) << "a hole reads as zeros";
-  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42) << "the other alias stays";
-  CHECK_EQ(vmm->PhysicalBytes(), 2 * kBlock);
+  EXPECT_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42);
+  EXPECT_EQ(static_cast<int>(vmm->base()[kBlock + 100]), 0);
+  EXPECT_OK(vmm->Unmap(0, blocks, 1));
+  EXPECT_EQ(static_cast<int>(vmm->base()[100]), 0) << "a hole reads as zeros";
+  EXPECT_EQ(static_cast<int>(vmm->base()[2 * kBlock + 100]), 42) << "the other alias stays";
+  EXPECT_EQ(vmm->PhysicalBytes(), 2 * kBlock);
 }
 
-TEST(HolesCostNothing) {
+TEST(VmmTest, HolesCostNothing) {
   auto vmm = MakeVmm(std::int64_t{1} << 20, 1);  // 16 GiB
   std::int64_t sum = 0;
   for (std::int64_t i = 0; i < (std::int64_t{1} << 20); i += 4096) sum += vmm->base()[i * kBlock];
-  CHECK_EQ(sum, 0);
-  CHECK_EQ(vmm->PhysicalBytes(), 0);
+  EXPECT_EQ(sum, 0);
+  EXPECT_EQ(vmm->PhysicalBytes(), 0);
 }
 
-TEST(NeighboursAreMappedByOneCall) {
+TEST(VmmTest, NeighboursAreMappedByOneCall) {
   auto vmm = MakeVmm(16, 16);
   const std::int32_t run[] = {4, 5, 6, 7};
   const std::int32_t scattered[] = {0, 2, 9, 12};
-  CHECK_OK(vmm->Create(run, 4));
-  CHECK_OK(vmm->Create(scattered, 4));
+  EXPECT_OK(vmm->Create(run, 4));
+  EXPECT_OK(vmm->Create(scattered, 4));
   std::int64_t before = vmm->system_calls();
-  CHECK_OK(vmm->Map(0, run, 4));
-  CHECK_EQ(vmm->system_calls() - before, 1);
+  EXPECT_OK(vmm->Map(0, run, 4));
+  EXPECT_EQ(vmm->system_calls() - before, 1);
   before = vmm->system_calls();
-  CHECK_OK(vmm->Map(8 * kBlock, scattered, 4));
-  CHECK_EQ(vmm->system_calls() - before, 4);
+  EXPECT_OK(vmm->Map(8 * kBlock, scattered, 4));
+  EXPECT_EQ(vmm->system_calls() - before, 4);
   for (int i = 0; i < 4; ++i) vmm->base()[(8 + i) * kBlock] = static_cast<char>(i + 1);
-  CHECK_OK(vmm->Unmap(8 * kBlock, scattered, 4));
-  CHECK_OK(vmm->Map(12 * kBlock, scattered + 2, 1));
-  CHECK_EQ(static_cast<int>(vmm->base()[12 * kBlock]), 3) << "unmapped blocks keep what they hold";
+  EXPECT_OK(vmm->Unmap(8 * kBlock, scattered, 4));
+  EXPECT_OK(vmm->Map(12 * kBlock, scattered + 2, 1));
+  EXPECT_EQ(static_cast<int>(vmm->base()[12 * kBlock]), 3) << "unmapped blocks keep what they hold";
 }
 
-TEST(GivenBackMemoryComesBackAsZeros) {
+TEST(VmmTest, GivenBackMemoryComesBackAsZeros) {
   auto vmm = MakeVmm(2, 1);
   const std::int32_t block[] = {0};
-  CHECK_OK(vmm->Create(block, 1));
-  CHECK_OK(vmm->Map(0, block, 1));
+  EXPECT_OK(vmm->Create(block, 1));
+  EXPECT_OK(vmm->Map(0, block, 1));
   std::memset(vmm->base(), 1, kBlock);
-  CHECK_OK(vmm->Unmap(0, block, 1));
-  CHECK_OK(vmm->Destroy(block, 1));
-  CHECK_OK(vmm->Create(block, 1));
-  CHECK_OK(vmm->Map(0, block, 1));
-  CHECK_EQ(static_cast<int>(vmm->base()[kBlock - 1]), 0);
+  EXPECT_OK(vmm->Unmap(0, block, 1));
+  EXPECT_OK(vmm->Destroy(block, 1));
+  EXPECT_OK(vmm->Create(block, 1));
+  EXPECT_OK(vmm->Map(0, block, 1));
+  EXPECT_EQ(static_cast<int>(vmm->base()[kBlock - 1]), 0);
 }
 
-TEST(BlocksMoveWithTheirPageTableEntries) {
+TEST(VmmTest, BlocksMoveWithTheirPageTableEntries) {
   auto vmm = MakeVmm(32, 16);
   const std::int32_t blocks[] = {4, 5, 6, 1, 0, 9};  // runs of three, one, one and one
-  CHECK_OK(vmm->Create(blocks, 6));
-  CHECK_OK(vmm->Map(0, blocks, 6));
+  EXPECT_OK(vmm->Create(blocks, 6));
+  EXPECT_OK(vmm->Map(0, blocks, 6));
   for (int i = 0; i < 6; ++i) std::memset(vmm->base() + i * kBlock, i + 1, kBlock);
   // From the middle of a run on, so that mappings are split.
   const std::int64_t before = vmm->system_calls();
-  CHECK_OK(vmm->Move(2 * kBlock, 20 * kBlock, blocks + 2, 4));
-  CHECK_EQ(vmm->system_calls() - before, 8) << "a move and a hole for each run";
-  for (int i = 0; i < 2; ++i) CHECK_EQ(static_cast<int>(vmm->base()[(i + 1) * kBlock - 1]), i + 1);
+  EXPECT_OK(vmm->Move(2 * kBlock, 20 * kBlock, blocks + 2, 4));
+  EXPECT_EQ(vmm->system_calls() - before, 8) << "a move and a hole for each run";
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(static_cast<int>(vmm->base()[(i + 1) * kBlock - 1]), i + 1);
   for (int i = 2; i < 6; ++i) {
-    CHECK_EQ(static_cast<int>(vmm->base()[i * kBlock]), 0) << "a hole stays behind";
-    CHECK_EQ(static_cast<int>(vmm->base()[(18 + i) * kBlock]), i + 1);
-    CHECK_EQ(static_cast<int>(vmm->base()[(19 + i) * kBlock - 1]), i + 1);
+    EXPECT_EQ(static_cast<int>(vmm->base()[i * kBlock]), 0) << "a hole stays behind";
+    EXPECT_EQ(static_cast<int>(vmm->base()[(18 + i) * kBlock]), i + 1);
+    EXPECT_EQ(static_cast<int>(vmm->base()[(19 + i) * kBlock - 1]), i + 1);
   }
   // Moved blocks are ordinary ones: they are written, moved back, unmapped, mapped again.
   std::memset(vmm->base() + 20 * kBlock, 7, kBlock);
-  CHECK_OK(vmm->Move(20 * kBlock, 2 * kBlock, blocks + 2, 4));
-  CHECK_EQ(static_cast<int>(vmm->base()[2 * kBlock]), 7);
-  CHECK_EQ(static_cast<int>(vmm->base()[20 * kBlock]), 0);
-  CHECK_OK(vmm->Unmap(0, blocks, 6));
-  CHECK_OK(vmm->Map(8 * kBlock, blocks, 6));
-  CHECK_EQ(static_cast<int>(vmm->base()[10 * kBlock]), 7);
-  CHECK_EQ(vmm->PhysicalBytes(), 6 * kBlock);
+  EXPECT_OK(vmm->Move(20 * kBlock, 2 * kBlock, blocks + 2, 4));
+  EXPECT_EQ(static_cast<int>(vmm->base()[2 * kBlock]), 7);
+  EXPECT_EQ(static_cast<int>(vmm->base()[20 * kBlock]), 0);
+  EXPECT_OK(vmm->Unmap(0, blocks, 6));
+  EXPECT_OK(vmm->Map(8 * kBlock, blocks, 6));
+  EXPECT_EQ(static_cast<int>(vmm->base()[10 * kBlock]), 7);
+  EXPECT_EQ(vmm->PhysicalBytes(), 6 * kBlock);
 }
 
-TEST(MoreThanThereIsIsAStatus) {
+TEST(VmmTest, MoreThanThereIsIsAStatus) {
   // Never touched, so nothing is harmed: the check must come before the allocation. More than the machine has, not than
   // is available now: other programs may end in between.
   const std::int64_t blocks = MemoryLimitBytes() / kBlock + 1024;
@@ -117,17 +119,15 @@ TEST(MoreThanThereIsIsAStatus) {
   std::vector<std::int32_t> all;
   for (std::int64_t i = 0; i < blocks; ++i) all.push_back(static_cast<std::int32_t>(i));
   const Status status = vmm->Create(all.data(), blocks);
-  CHECK(status.code() == Code::kResourceExhausted) << status.message();
-  CHECK_EQ(vmm->PhysicalBytes(), 0);
+  EXPECT_EQ(status.code(), Code::kResourceExhausted) << status.message();
+  EXPECT_EQ(vmm->PhysicalBytes(), 0);
 }
 
-TEST(OddBlockSizesAreRefused) {
+TEST(VmmTest, OddBlockSizesAreRefused) {
   std::unique_ptr<MemfdVmm> vmm;
-  CHECK(MemfdVmm::Make(1 << 20, 5000, &vmm).code() == Code::kInvalidArgument);
-  CHECK(MemfdVmm::Make(std::int64_t{1} << 62, 4096, &vmm).code() == Code::kResourceExhausted);
+  EXPECT_EQ(MemfdVmm::Make(1 << 20, 5000, &vmm).code(), Code::kInvalidArgument);
+  EXPECT_EQ(MemfdVmm::Make(std::int64_t{1} << 62, 4096, &vmm).code(), Code::kResourceExhausted);
 }
 
 }  // namespace
 }  // namespace kvpage
-
-int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,5 +1,5 @@
-// Gather: contexts out of the cache into dense arrays, for the plain-jnp implementation and for tests. What is stored
-// quantised comes out as the float32 that it stands for.
+// Gather: copies contexts out of the cache into dense arrays, for the plain-jnp implementation and for tests. Quantized
+// elements become float32.
 #include <algorithm>
 #include <cstring>
 

@@ -16,17 +16,17 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 // Null when the build or the machine lacks it.
 const Kernels* Find(const std::string& name) {
-  if (name == "baseline") return BaselineKernels();
+  if (name == "baseline") return baseline::Table();
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (name == "avx2" && avx2) return Avx2Kernels();
-  if (name == "avx512" && avx512) return Avx512Kernels();
+  if (name == "avx2" && avx2) return avx2::Table();
+  if (name == "avx512" && avx512) return avx512::Table();
   const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                     __builtin_cpu_supports("avx512vbmi");
-  if (name == "avx512_bf16" && dots) return Avx512Bf16Kernels();
+  if (name == "avx512_bf16" && dots) return avx512_bf16::Table();
 #endif
   return nullptr;
 }

@@ -1,9 +1,10 @@
-// The seam between what is compiled once and what is compiled for every instruction set.
+// The seam between the code that is compiled once and the code that is compiled for every instruction set.
 //
 // attend.cc, append.cc and gather.cc decide what to do and are compiled with the default flags. The arithmetic is in
-// isa_*.inc, which isa_baseline.cc, isa_avx2.cc, ... compile with their own flags and hand out as a table of function
+// isa/*-inl.h, which isa/baseline.cc, isa/avx2.cc, ... compile with their own flags and hand out as a table of function
 // pointers. Only plain structs cross the seam: a template or inline function instantiated in such a file could be the
-// copy that the linker keeps for everybody, and fault on an older machine (hence `static` on the functions below).
+// copy that the linker keeps for everybody, and fault on an older machine (hence `static` on the functions below;
+// check_symbols.py looks at the objects).
 #ifndef KVPAGE_KERNELS_CPU_ISA_H_
 #define KVPAGE_KERNELS_CPU_ISA_H_
 
@@ -23,50 +24,47 @@ constexpr int kLookahead = kTileTokens;
 // Scales of a span, and room for reading the last ones in whole vectors.
 constexpr int kSpanScales = kSpanTokens + kTileTokens;
 
-// What the kernels read a quantised element as is this many times smaller than
-// the element: 8-bit floats are taken through float16, whose exponent is biased
-// by 8 more. It goes into the scales.
+// The kernels read a quantized element as a number this many times smaller: 8-bit floats are converted through float16,
+// whose exponent is biased by 8 more. The factor goes into the scales.
 static constexpr float ElementUnit(DType dtype) { return dtype == DType::kF8E4M3 ? 256.0f : 1.0f; }
 
-// A row is one (query token, query head) that reads a KV head. Up to kFewRows are handled as dot products that stream K
-// and V (decode is bound by memory), more as blocked matrix products on packed tiles (prefill is bound by arithmetic).
-constexpr int kFewRows = 8;
+// A row is one (query token, query head) that reads a KV head. Up to kDecodeRows are decode: dot products that stream K
+// and V, bound by memory. More are prefill: blocked matrix products on packed tiles, bound by arithmetic.
+constexpr int kDecodeRows = 8;
 constexpr int kRowBlock = 12;
 constexpr int kMaxRows = 64 * kRowBlock;
-// Tile of many rows.
-constexpr int kManyTokens = 256;
+// Tokens of a tile of prefill.
+constexpr int kPrefillTokens = 256;
 // KV heads that are walked together at most, where a token's heads lie next to each other.
 constexpr int kMaxHeads = 16;
 
 static constexpr int PaddedRows(int rows) {
-  return rows <= kFewRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
+  return rows <= kDecodeRows ? rows : (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
 }
 // Query and accumulator rows are zero-padded to whole vectors of any instruction set, in bfloat16 too.
 static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
-// Softmax over a part of the context: acc[rows, padded_dim], then max[rows], then sum[rows], then exact[rows], rows
-// padded. max is in units of log2(e), sum of the weights as they multiplied the values (perhaps rounded to bfloat16),
-// so that they add up to one; exact that of the weights before rounding, for lse.
+// The softmax state of a KV head over part of the context; isa/state-inl.h has the layout.
 static constexpr std::int64_t StateFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 3) + 15) / 16 * 16;
 }
-// Query rows of one head: float32[rows, padded_dim], then, where they are bfloat16, the same as they are. The first
-// part is left as it was where kernels use the second one only.
+// Query rows of one head: float32[rows, padded_dim], then, where they are bfloat16, the same unconverted. The first
+// part is not written where kernels use the second one only.
 static constexpr std::int64_t QueryFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * PaddedDim(head_dim) * 3 / 2 + 15) / 16 * 16;
 }
-// Few rows: for a row and head the scores of a tile and, where what is stored is quantised, query and weights as they
-// are multiplied (see isa_few_codes.inc); two converted tiles. Many: two packed tiles, scores of a block of rows and a
-// panel of values.
+// Scratch memory of a kernel. Decode: for a row and head the scores of a tile and, of quantized elements, the operands
+// of query and weights (see isa/avx512_bf16/quantized_operands-inl.h); two converted tiles. Prefill: two packed tiles,
+// scores of a block of rows and a panel of values.
 static constexpr std::int64_t ScratchFloats(int rows, int head_dim, int heads) {
-  return rows <= kFewRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
-                                2 * kTileTokens * PaddedDim(head_dim) + 128
-                          : kManyTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
+  return rows <= kDecodeRows ? std::int64_t{heads} * rows * (2 * kTileTokens + PaddedDim(head_dim) + 64) +
+                                   2 * kTileTokens * PaddedDim(head_dim) + 128
+                             : kPrefillTokens * (2 * std::int64_t{PaddedDim(head_dim)} + kRowBlock + 32);
 }
 
 // Rows first_row .. first_row + rows - 1 of a sequence and a KV head; row r is query token r / group, and query head
 // kv_head * group + r % group.
-struct RowTile {
+struct QueryTile {
   int rows = 0;
   std::int64_t first_row = 0;
   int group = 1;
@@ -75,27 +73,27 @@ struct RowTile {
 };
 
 struct LoadArgs {
-  RowTile tile;
+  QueryTile tile;
   int kv_head = 0;
   const void* q = nullptr;  // of the sequence's first new token
   DType dtype = DType::kF32;
-  DType kv_dtype = DType::kF32;  // of the keys and values: this and the next say which kernels will use the queries
+  DType kv_dtype = DType::kF32;  // of the keys and values; it and exact_weights decide which kernels read the queries
   bool exact_weights = false;
   float* dst = nullptr;  // QueryFloats
 };
 
 struct SpanArgs {
-  RowTile tile;
+  QueryTile tile;
   // keys[i] is the address of the key at position begin + i of the first KV head. Those from end up to readable are
-  // only prefetched: the positions that follow, or what will probably be read next.
+  // only prefetched: the following positions, or the keys that will probably be read next.
   const char* const* keys = nullptr;
   std::int64_t begin = 0;
   std::int64_t end = 0;
   std::int64_t readable = 0;
   std::int64_t value_offset = 0;  // from a key to its value
   std::int64_t head_stride = 0;
-  // [heads][K|V][kSpanScales] from position begin on, times ElementUnit; zeros
-  // past the end. Null where dtype is not quantised.
+  // [heads][K|V][kSpanScales] from position begin on, times ElementUnit; zeros past the end. Null where dtype is not
+  // quantized.
   const float* scales = nullptr;
   DType dtype = DType::kF32;
   int heads = 1;             // KV heads to walk together, tile by tile
@@ -103,17 +101,17 @@ struct SpanArgs {
   bool q_is_bf16 = false;
   const std::int32_t* positions = nullptr;  // [rows] absolute position of each row, ascending
   const float* slopes = nullptr;            // [heads, group] or null
-  bool exact_weights = false;               // softmax weights lose nothing by being rounded to bfloat16
+  bool exact_weights = false;               // softmax weights count with more than bfloat16 precision
   float scale = 1.0f;
   float soft_cap = 0.0f;
   std::int32_t window = 0;
   float* scratch = nullptr;  // ScratchFloats
   float* state = nullptr;    // [heads] of StateFloats
-  bool resume = false;       // the state holds what came before, else it is overwritten
+  bool resume = false;       // whether the state already covers earlier positions; else it is overwritten
 };
 
 struct FinishArgs {
-  RowTile tile;
+  QueryTile tile;
   int kv_head = 0;
   const float* state = nullptr;
   const float* sinks = nullptr;  // [num_q_heads] or null
@@ -129,18 +127,27 @@ struct Kernels {
   // into = into merged with from, both over `rows` rows.
   void (*merge)(float* into, const float* from, int rows, int head_dim);
   void (*finish)(const FinishArgs& args);
-  // n elements, not quantised; rounds to nearest even.
+  // n elements, not quantized; rounds to nearest even.
   void (*convert)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
-  // A row of n elements that share a scale; see isa_quant.inc.
+  // A row of n elements that share a scale; see isa/quantize-inl.h.
   void (*quantize)(void* dst, float* scale, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
   void (*dequantize)(float* dst, const void* src, DType src_dtype, float scale, std::int64_t n);
 };
 
-// Null where the compiler does not target the instruction set.
-const Kernels* BaselineKernels();
-const Kernels* Avx2Kernels();
-const Kernels* Avx512Kernels();
-const Kernels* Avx512Bf16Kernels();
+// The tables of the instruction sets, each defined in the set's own namespace (isa/<set>.cc); null where the compiler
+// does not target the set.
+namespace baseline {
+const Kernels* Table();
+}
+namespace avx2 {
+const Kernels* Table();
+}
+namespace avx512 {
+const Kernels* Table();
+}
+namespace avx512_bf16 {
+const Kernels* Table();
+}
 
 // The table in use: the best that the machine has, or what JAX_KVPAGE_ISA names.
 const Kernels& ActiveKernels();

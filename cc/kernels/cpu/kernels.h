@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/attention_options.h"
 #include "base/dtype.h"
 #include "base/kv_view.h"
 #include "base/parallel.h"
@@ -27,12 +28,7 @@ struct AttentionArgs {
   // Active sequences, disjoint and ascending in query_begin. Tokens that none of them owns get out = 0, lse = -inf.
   const std::vector<Sequence>* sequences = nullptr;
 
-  float scale = 1.0f;
-  bool exact_weights = false;           // softmax weights lose nothing by being rounded to 16 bits
-  std::int32_t sliding_window = 0;      // a token sees itself and the window - 1 tokens before it; <= 0: everything
-  float soft_cap = 0.0f;                // s -> cap * tanh(s / cap) on scaled scores, before ALiBi; <= 0: off
-  const float* sinks = nullptr;         // [num_q_heads] one extra logit a head that only joins the denominator, or null
-  const float* alibi_slopes = nullptr;  // [num_q_heads] adds slope * (key position - query position), or null
+  AttentionOptions options;
 };
 
 // Causal attention of every new token over the context of its sequence, new tokens included (they must have been
@@ -45,7 +41,7 @@ struct AppendArgs {
   std::int64_t layer = 0;
   const void* k = nullptr;  // [num_tokens, num_kv_heads, head_dim], dense
   const void* v = nullptr;
-  DType dtype = DType::kF32;  // of k and v (not quantised); converted to kv.dtype, rounding to nearest even
+  DType dtype = DType::kF32;  // of k and v (not quantized); converted to kv.dtype, rounding to nearest even
   const std::vector<Sequence>* sequences = nullptr;
 };
 
@@ -61,7 +57,7 @@ struct GatherArgs {
   };
   const std::vector<Row>* rows = nullptr;
   std::int64_t row_tokens = 0;  // C
-  void* k = nullptr;            // [rows, C, num_kv_heads, head_dim] in kv.dtype; float32 where that is quantised
+  void* k = nullptr;            // [rows, C, num_kv_heads, head_dim] in kv.dtype; float32 where that is quantized
   void* v = nullptr;
 };
 

@@ -3,6 +3,7 @@
 #include <mutex>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace kvpage::cpu {
 namespace {

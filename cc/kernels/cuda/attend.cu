@@ -39,8 +39,7 @@ void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t n
   p->q = a.q;
   p->out = a.out;
   p->lse = a.lse;
-  p->sinks = a.sinks;
-  p->alibi_slopes = a.alibi_slopes;
+  p->options = a.options;
   p->num_tokens = num_tokens;
   p->num_sequences = static_cast<std::int32_t>(num_sequences);
   p->num_q_heads = a.num_q_heads;
@@ -51,8 +50,6 @@ void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t n
   p->prefill_rows = PrefillRows(a.head_dim);
   p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
   p->q_dtype = a.q_dtype;
-  p->scale = a.scale;
-  p->soft_cap = a.soft_cap;
 
   const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
   p->span_slots = at.span_slots;
@@ -124,7 +121,7 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   AttentionParams params = {};
   Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, num_sms, scratch, &params);
   const BatchCheckArgs args =
-      ToArgs(cache, batch, attention.layer, attention.window, append != nullptr, new_epoch, scratch);
+      ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr, new_epoch, scratch);
   const LaunchShape shape = {1, kCheckThreads, CheckSharedBytes(cache), /*overlap=*/false};
   KVPAGE_RETURN_IF_ERROR(Launch("check_and_plan", CheckAndPlanKernel, shape, stream, args, params));
   if (append != nullptr) {
@@ -138,7 +135,7 @@ Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::i
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const AttentionOperands& attention, void* scratch, Stream stream) {
   KVPAGE_RETURN_IF_ERROR(LaunchTableCheck(view, num_pages, lengths, offsets, num_sequences, num_tokens,
-                                          attention.window, scratch, stream));
+                                          attention.options.sliding_window, scratch, stream));
   return LaunchAttention(attention, num_sequences, num_tokens, IsAligned(view), scratch, stream);
 }
 

@@ -117,7 +117,7 @@ class DecodeAttention {
       const int row = min(Row(half), unit.rows - 1);
       position_[half] = RowPosition(p_, unit, row);
       first_[half] = FirstVisible(position_[half], window);
-      slope_[half] = rule_.alibi ? p_.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
+      slope_[half] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
       max_[half] = unit_max_[half] = NegativeInfinity();
       sum_[half] = unit_sum_[half] = 0.0f;
     }

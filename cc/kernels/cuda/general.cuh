@@ -144,7 +144,7 @@ class GeneralAttention {
       sum_[i] = unit_sum_[i] = 0.0f;
       const int row = min(warp_ + i * kWarps, unit.rows - 1);
       position_[i] = RowPosition(p_, unit, row);
-      slope_[i] = rule_.alibi ? p_.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
+      slope_[i] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
     }
     __syncthreads();
   }

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/attention_options.h"
 #include "base/device_table.h"
 #include "base/dtype.h"
 #include "base/kv_view.h"
@@ -92,13 +93,8 @@ struct AttentionOperands {
   DType q_dtype = DType::kF32;
   DType kv_dtype = DType::kF32;
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::int64_t max_context = 0;          // tokens that one sequence can have at most: bounds the scratch
-  const std::int32_t* window = nullptr;  // [1]; <= 0: none
-  const float* sinks = nullptr;          // [num_q_heads] or null
-  const float* alibi_slopes = nullptr;   // [num_q_heads] or null
-  float scale = 1.0f;
-  float soft_cap = 0.0f;       // <= 0: off
-  bool exact_weights = false;  // softmax weights lose nothing by being rounded to 16 bits
+  std::int64_t max_context = 0;  // tokens that one sequence can have at most: bounds the scratch
+  AttentionOptions options;
 };
 
 // Bytes of device scratch for attention over a batch of this shape: the CheckedBatch, the plan and partial results.

@@ -190,7 +190,8 @@ class PrefillAttention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!rule_.alibi) break;
-        slope[half] = p_.alibi_slopes[work.head * p_.group + (work.first_row + Row(m, half)) % p_.group] * kLog2E;
+        slope[half] =
+            p_.options.alibi_slopes[work.head * p_.group + (work.first_row + Row(m, half)) % p_.group] * kLog2E;
       }
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {

@@ -11,7 +11,8 @@ std::size_t CheckedBytes(std::int64_t num_sequences) {
 
 bool HasTensorCoreKernels(const AttentionOperands& a) {
   // Tensor cores multiply weights in the storage type.
-  return !a.exact_weights && a.q_dtype == a.kv_dtype && (a.kv_dtype == DType::kBF16 || a.kv_dtype == DType::kF16) &&
+  return !a.options.exact_weights && a.q_dtype == a.kv_dtype &&
+         (a.kv_dtype == DType::kBF16 || a.kv_dtype == DType::kF16) &&
          (a.head_dim == 64 || a.head_dim == 128 || a.head_dim == 256);
 }
 

@@ -23,11 +23,11 @@ struct ScoreRule {
   bool alibi;
 
   __device__ __forceinline__ explicit ScoreRule(const AttentionParams& p) {
-    const bool capped = p.soft_cap > 0.0f;
+    const bool capped = p.options.soft_cap > 0.0f;
     // tanh(x / cap) = 1 - 2 / (1 + e^(2 x / cap))
-    factor = capped ? p.scale / p.soft_cap * (kExact ? 1.0f : 2.0f * kLog2E) : p.scale * kLog2E;
-    cap = capped ? p.soft_cap * kLog2E : 0.0f;
-    alibi = p.alibi_slopes != nullptr;
+    factor = capped ? p.options.scale / p.options.soft_cap * (kExact ? 1.0f : 2.0f * kLog2E) : p.options.scale * kLog2E;
+    cap = capped ? p.options.soft_cap * kLog2E : 0.0f;
+    alibi = p.options.alibi_slopes != nullptr;
   }
   __device__ __forceinline__ bool plain() const { return cap == 0.0f && !alibi; }
 
@@ -66,8 +66,8 @@ struct Finish {
 
   __device__ __forceinline__ Finish(const AttentionParams& p, int q_head, float max, float sum) {
     factor = 1.0f;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[q_head] * kLog2E;
+    if (p.options.sinks != nullptr) {
+      const float sink = p.options.sinks[q_head] * kLog2E;
       const float top = fmaxf(max, sink), base = Base(top);
       factor = Exp2(max - base);
       sum = fmaf(sum, factor, Exp2(sink - base));

@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/attention_options.h"
 #include "base/device_table.h"
 #include "base/dtype.h"
 #include "kernels/cuda/device.cuh"
@@ -46,9 +47,8 @@ struct AttentionParams {
   Plan plan;
   const void* q;
   void* out;
-  float* lse;                 // or null
-  const float* sinks;         // or null
-  const float* alibi_slopes;  // or null
+  float* lse;                // or null
+  AttentionOptions options;  // the kernels read the window in the CheckedBatch
   std::int64_t num_tokens;
   std::int32_t num_sequences;
   std::int32_t num_q_heads;
@@ -64,8 +64,6 @@ struct AttentionParams {
   std::int32_t tile_tokens;  // general.cuh
   std::int32_t row_stride;   // general.cuh: bytes of a key in shared memory
   DType q_dtype;
-  float scale;
-  float soft_cap;
 };
 
 // What the rows of a sequence look at.

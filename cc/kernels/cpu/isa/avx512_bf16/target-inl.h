@@ -1,0 +1,11 @@
+// isa/target-inl.h for the files of this folder: opened alone they get the set that they belong to.
+#ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_
+
+#ifndef KVPAGE_ISA
+#define KVPAGE_ISA avx512_bf16
+#define KVPAGE_LANES 16
+#endif
+#include "kernels/cpu/isa/target-inl.h"  // IWYU pragma: export
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_

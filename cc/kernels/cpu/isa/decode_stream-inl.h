@@ -1,0 +1,87 @@
+// The order in which decode reads a span's keys and values, and what it prefetches meanwhile: decode is bound by
+// memory, and this decides how much of the bandwidth it gets.
+#ifndef KVPAGE_KERNELS_CPU_ISA_DECODE_STREAM_INL_H_
+#define KVPAGE_KERNELS_CPU_ISA_DECODE_STREAM_INL_H_
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/isa/target-inl.h"
+
+namespace kvpage::cpu::KVPAGE_ISA {
+namespace {
+
+// How far ahead of its use memory is asked for: this many bytes of one head, or of all heads that are walked together,
+// but no fewer than kPrefetchTokens tokens and no more than a tile. The second-level cache is the target: more requests
+// can be under way there than in the first level, which made the difference between half and all of the speed of
+// memory.
+constexpr int kPrefetchBytes = 8192;
+constexpr int kPrefetchBytesOfHeads = 131072;
+constexpr int kPrefetchTokens = 24;
+
+KVPAGE_INLINE void Prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// The tokens of a whole tile are taken in the order 0, 16, 32, 48, 1, 17, ...: as several streams, each in its own
+// pages. The processor follows each of them by itself, in addition to the prefetches here, and so keeps more requests
+// under way.
+constexpr int kStreams = 4;
+KVPAGE_INLINE int Interleaved(int i, int length) { return i % kStreams * length + i / kStreams; }
+
+// Lists a span's keys in that order: whole tiles interleaved; an incomplete tile and the tokens to prefetch keep their
+// order. walk: room for all of them.
+KVPAGE_INLINE void ListInterleaved(const SpanArgs& args, const char** walk) {
+  const auto readable = static_cast<int>(args.readable - args.begin);
+  for (int i = 0; i < readable;) {
+    if ((args.begin + i) % kTileTokens == 0 && i + kTileTokens <= readable) {
+      for (int k = 0; k < kTileTokens; ++k) walk[i + k] = args.keys[i + Interleaved(k, kTileTokens / kStreams)];
+      i += kTileTokens;
+    } else {
+      walk[i] = args.keys[i];
+      ++i;
+    }
+  }
+}
+
+// Keys, and at value_offset from them values, of a tile, in the order in which they are read.
+struct DecodeTokens {
+  const char* const* tokens;
+  std::int64_t value_offset;
+  int size;
+  int readable;  // tokens from `size` on are the next tile's
+  int ahead;     // how many tokens ahead to prefetch, at most kTileTokens
+  int heads;     // walked together, head_stride apart
+  std::int64_t head_stride;
+};
+
+// The row that is read `ahead` tokens after key (or value) i of the tile: keys, then values, then the next tile's keys.
+// It is prefetched a cache line at a time between the arithmetic: in a burst the requests would hold up the loads.
+KVPAGE_INLINE const char* AheadOfKey(const DecodeTokens& tile, int i) {
+  i += tile.ahead;
+  if (i < tile.size) return tile.tokens[i];
+  return tile.tokens[i - tile.size < tile.size ? i - tile.size : tile.size - 1] + tile.value_offset;
+}
+KVPAGE_INLINE const char* AheadOfValue(const DecodeTokens& tile, int i) {
+  if (i + tile.ahead < tile.size) return tile.tokens[i + tile.ahead] + tile.value_offset;
+  if (i + tile.ahead < tile.readable) return tile.tokens[i + tile.ahead];
+  return tile.tokens[i] + tile.value_offset;
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls f(r, Count<R>) for groups of R of the query rows, which share what is loaded of keys and values.
+template <class F>
+KVPAGE_INLINE void ForRowGroups(int rows, const F& f) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) f(r, Count<4>{});
+  if (rows & 2) f(r, Count<2>{});
+  r += rows & 2;
+  if (rows & 1) f(r, Count<1>{});
+}
+
+}  // namespace
+}  // namespace kvpage::cpu::KVPAGE_ISA
+
+#endif  // KVPAGE_KERNELS_CPU_ISA_DECODE_STREAM_INL_H_

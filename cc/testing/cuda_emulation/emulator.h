@@ -1,0 +1,86 @@
+// The emulated device: runs kernels that were compiled as C++ on the calling thread, a block at a time, each of its
+// threads as a fiber that runs until it has to wait for others.
+//
+// It shows mistakes rather than speed. Shared memory is NaN when a block starts. Threads that wait for each other in
+// vain, collective calls whose masks or places differ, and threads that return while others wait for them end the
+// process with a message. With a seed, blocks, warps and lanes run in a random order, so that what lacks a barrier
+// gives other results. Asynchronous copies arrive when they are waited for and not before. Global memory is the heap,
+// whose bounds AddressSanitizer checks.
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace kvpage::emulation {
+
+struct Index3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Where a thread waits: shown in messages, and compared where all must wait at one place.
+struct Site {
+  const char* what = "";
+  const char* file = "";
+  int line = 0;
+};
+
+// ---- what tests set ----
+struct Device {
+  int num_sms = 4;
+  int shared_bytes_per_block = 227 << 10;  // with the attribute set; 48 KiB without
+  int major = 9, minor = 0;
+  std::uint64_t seed = 0;  // 0: ascending order
+};
+Device& device();
+
+// Kernels launched so far.
+std::int64_t NumLaunches();
+
+// ---- for cuda_runtime.h ----
+void Launch(Index3 grid, Index3 block, std::size_t shared_bytes, const std::function<void()>& body);
+
+// ---- for device code ----
+int Lane();
+int LinearThread();
+unsigned char* DynamicShared();
+
+// Registers [p, p + bytes) as shared memory: filled with NaN at the start of every block.
+void RegisterShared(void* p, std::size_t bytes);
+
+// A __shared__ variable of a kernel.
+template <class T>
+class Shared {
+ public:
+  Shared() { RegisterShared(bytes_, sizeof(bytes_)); }
+  T& get() { return reinterpret_cast<T&>(bytes_); }
+
+ private:
+  alignas(alignof(T) < 16 ? 16 : alignof(T)) unsigned char bytes_[sizeof(T)];
+};
+
+// Barrier `id` of the block for `count` threads (-1: all of them, which must wait at one place). Returns how many gave
+// `predicate` as true.
+int SyncBlock(int id, int count, bool predicate, const Site& site);
+
+// Lanes of `mask` meet; the last one to arrive calls run(args, mask) with what each lane passed, null outside the mask.
+using CollectiveFn = void (*)(void* const* args, unsigned mask);
+void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run);
+
+// For loops that wait until another thread of the block has done something. Never for another block: one runs at a
+// time.
+void Yield(const Site& site);
+
+// cp.async: the target is NaN until the group that the copy belongs to has been waited for. Bytes from `valid` on are
+// zero.
+void CopyAsync(void* to, const void* from, int bytes, int valid);
+void CommitCopies();
+void WaitForCopies(int groups_left);
+
+// Prints the message with the block and thread at fault and aborts.
+[[noreturn]] void Fail(const char* message);
+
+}  // namespace kvpage::emulation
+
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_

@@ -1,0 +1,50 @@
+// Fiber: a stack of its own that can be switched to and from. One for each thread of an emulated block.
+#ifndef KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
+#define KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
+
+#include <cstddef>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace kvpage::emulation {
+
+class Fiber {
+ public:
+  static constexpr std::size_t kStackBytes = 256 << 10;  // of which few are touched
+
+  // The fiber of whoever constructs it: what other fibers switch back to.
+  Fiber();
+  // A new one. `entry` runs at the first switch to it and must never return.
+  Fiber(void (*entry)(void*), void* argument);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  // Leaves `from`, which is running, for this one; returns when somebody switches to `from` again.
+  void SwitchFrom(Fiber* from);
+
+  // For the function that a new stack starts in.
+  void Enter();
+
+ private:
+  void Arrive();
+
+  void (*entry_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  char* memory_ = nullptr;  // the stack with a guard page below; null for a thread's own
+#if defined(__x86_64__)
+  void* stack_pointer_ = nullptr;
+#else
+  ucontext_t context_;
+#endif
+  // What AddressSanitizer wants to know about a stack.
+  void* fake_stack_ = nullptr;
+  const void* bottom_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace kvpage::emulation
+
+#endif  // KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_

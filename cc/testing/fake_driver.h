@@ -1,0 +1,90 @@
+// FakeDriver: the driver's entry points over memfd and mmap, for tests on machines without a GPU.
+//
+// Device memory is host memory, so device addresses may be read and written by the process. The rules of the real
+// driver are checked and answered with its codes: granularity, one unmap per map, no access before it is set (it would
+// fault), no mapping over a mapping, a current context. Every call is counted, and any can be made to fail. New memory
+// holds 0xFF bytes (NaN), never zeros. Work on a stream runs at once unless the stream is held back.
+//
+// The real driver's functions have no room for a "this": one FakeDriver lives at a time. All calls may come from any
+// thread.
+#ifndef KVPAGE_TESTING_FAKE_DRIVER_H_
+#define KVPAGE_TESTING_FAKE_DRIVER_H_
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "vmm/driver.h"
+
+namespace kvpage {
+
+class FakeDriver {
+ public:
+  struct Options {
+    int devices = 1;
+    std::int64_t device_bytes = std::int64_t{1} << 30;  // memory of each, reserved for blocks and allocations
+    std::int64_t granularity = std::int64_t{2} << 20;   // a multiple of the page size
+    bool virtual_memory = true;
+    bool posix_handles = true;  // false: the devices say that they cannot
+    // cuMemCreate refuses shareable handles although the device says that it can: what some containers do.
+    bool posix_handles_denied = false;
+  };
+
+  // Fails while another one lives.
+  static Status Make(const Options& options, std::unique_ptr<FakeDriver>* out);
+  ~FakeDriver();
+  FakeDriver(const FakeDriver&) = delete;
+  FakeDriver& operator=(const FakeDriver&) = delete;
+
+  const Driver& driver() const;
+
+  // ---- counts ----
+  std::int64_t calls(cu::Call call) const;
+  std::int64_t total_calls() const;  // popping a context and asking for an error's name apart
+
+  // ---- faults ----
+  // The n-th call (1: the next one) of this kind, and `times - 1` after it, do nothing and answer `result`.
+  void FailAt(cu::Call call, std::int64_t n, cu::Result result, std::int64_t times = 1);
+  // The same for the n-th call of any kind that total_calls counts.
+  void FailAtAny(std::int64_t n, cu::Result result, std::int64_t times = 1);
+  void ClearFaults();
+  std::int64_t faults() const;  // answered so far
+
+  // ---- streams ----
+  // Work queued on the stream (nullptr: the null stream) from now on waits for ReleaseStream; so do events recorded on
+  // it, and whoever synchronises with it blocks until then.
+  void HoldStream(cu::Stream stream);
+  void ReleaseStream(cu::Stream stream);
+  // The stream says that it is being captured into a graph (and runs what is queued all the same).
+  void SetCapturing(cu::Stream stream, bool capturing);
+  // Stands for a kernel: runs in the stream's order.
+  void Enqueue(cu::Stream stream, std::function<void()> work);
+
+  // ---- what is left ----
+  struct State {
+    std::int64_t reservations = 0, handles = 0, mappings = 0, allocations = 0, host_allocations = 0;
+    std::int64_t streams = 0, events = 0, contexts = 0;  // contexts: retained and not released
+    std::int64_t pushed = 0;                             // contexts pushed and not popped
+    std::int64_t queued = 0;                             // pieces of work that have not run
+    std::int64_t used_bytes = 0;                         // of all devices
+    std::int64_t released_while_mapped = 0;              // the real driver allows it; nobody here should do it
+    std::int64_t violations = 0;                         // calls that broke a rule
+    std::string first_violation;
+    bool empty() const;  // nothing alive, nothing wrong
+    std::string ToString() const;
+  };
+  State Report() const;
+
+  struct Impl;
+
+ private:
+  explicit FakeDriver(const Options& options);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_TESTING_FAKE_DRIVER_H_

@@ -1,0 +1,243 @@
+// The fake driver's streams and events: queues that run at once, or when a test lets them.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "testing/fake_impl.h"
+
+namespace kvpage {
+
+bool FakeDriver::Impl::Exists(cu::Stream stream) const {
+  const auto it = streams.find(stream);
+  return it != streams.end() && !it->second.destroyed;
+}
+
+cu::Result FakeDriver::Impl::Queue(cu::Stream stream, Work work, std::unique_lock<std::mutex>* lock) {
+  streams.at(stream).queue.push_back(std::move(work));
+  Pump(lock);
+  return cu::Result::kSuccess;
+}
+
+void FakeDriver::Impl::Pump(std::unique_lock<std::mutex>* lock) {
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (auto it = streams.begin(); it != streams.end() && !progress; ++it) {
+      StreamState& stream = it->second;
+      if (stream.held || stream.running || stream.queue.empty()) continue;
+      const Work& head = stream.queue.front();
+      if (head.waits_for != nullptr && head.waits_for->completed < head.record) continue;
+      const Work work = std::move(stream.queue.front());
+      stream.queue.pop_front();
+      progress = true;
+      if (work.run && work.locked) {
+        work.run();
+      } else if (work.run) {
+        stream.running = true;
+        lock->unlock();
+        work.run();
+        lock->lock();
+        stream.running = false;
+      }
+      if (stream.destroyed && stream.idle()) streams.erase(it);
+      changed.notify_all();
+      break;  // `it` may be gone, and others may have come
+    }
+  }
+}
+
+void FakeDriver::HoldStream(cu::Stream stream) {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->streams.at(stream).held = true;
+}
+
+void FakeDriver::ReleaseStream(cu::Stream stream) {
+  std::unique_lock<std::mutex> lock(impl_->mutex);
+  impl_->streams.at(stream).held = false;
+  impl_->Pump(&lock);
+}
+
+void FakeDriver::SetCapturing(cu::Stream stream, bool capturing) {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->streams.at(stream).capturing = capturing;
+}
+
+void FakeDriver::Enqueue(cu::Stream stream, std::function<void()> work) {
+  std::unique_lock<std::mutex> lock(impl_->mutex);
+  Impl::Work kernel;
+  kernel.run = std::move(work);
+  kernel.locked = false;
+  static_cast<void>(impl_->Queue(stream, std::move(kernel), &lock));
+}
+
+namespace cu::fake {
+namespace {
+
+using Work = FakeDriver::Impl::Work;
+
+// Queues a copy or a fill of device memory. It is looked at twice: a range may be unmapped before its turn comes.
+Result QueueAccess(Entry* entry, const char* what, std::vector<std::pair<DevicePtr, std::size_t>> ranges,
+                   std::function<void()> access, Stream stream) {
+  FakeDriver::Impl* fake = &entry->fake();
+  if (!fake->Exists(stream)) return fake->Violation(std::string(what) + ": no such stream", Result::kInvalidHandle);
+  for (const auto& [address, bytes] : ranges) {
+    if (!fake->Accessible(address, bytes)) {
+      return fake->Violation(std::string(what) + ": memory that is not mapped or may not be accessed");
+    }
+  }
+  Work work;
+  work.run = [fake, what, ranges = std::move(ranges), access = std::move(access)] {
+    for (const auto& [address, bytes] : ranges) {
+      if (!fake->Accessible(address, bytes)) {
+        static_cast<void>(fake->Violation(std::string(what) + ": its memory went before its turn came"));
+        return;
+      }
+    }
+    access();
+  };
+  return fake->Queue(stream, std::move(work), entry->lock());
+}
+
+}  // namespace
+
+Result MemcpyHtoDAsync(DevicePtr to, const void* from, std::size_t bytes, Stream stream) {
+  KVPAGE_ENTRY(MemcpyHtoDAsync, Context);
+  // Pageable memory is read before the call returns, pinned memory when the copy runs.
+  std::vector<char> staged;
+  const bool pinned = entry->IsPinned(from, bytes);
+  if (!pinned) staged.assign(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+  return QueueAccess(
+      &entry, "cuMemcpyHtoDAsync", {{to, bytes}},
+      [=, staged = std::move(staged)] {
+        std::memcpy(reinterpret_cast<void*>(to), pinned ? from : staged.data(), bytes);
+      },
+      stream);
+}
+
+Result MemcpyDtoHAsync(void* to, DevicePtr from, std::size_t bytes, Stream stream) {
+  KVPAGE_ENTRY(MemcpyDtoHAsync, Context);
+  return QueueAccess(
+      &entry, "cuMemcpyDtoHAsync", {{from, bytes}},
+      [=] { std::memcpy(to, reinterpret_cast<const void*>(from), bytes); }, stream);
+}
+
+Result MemcpyDtoDAsync(DevicePtr to, DevicePtr from, std::size_t bytes, Stream stream) {
+  KVPAGE_ENTRY(MemcpyDtoDAsync, Context);
+  return QueueAccess(
+      &entry, "cuMemcpyDtoDAsync", {{to, bytes}, {from, bytes}},
+      [=] { std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes); }, stream);
+}
+
+Result MemsetD8Async(DevicePtr to, unsigned char byte, std::size_t bytes, Stream stream) {
+  KVPAGE_ENTRY(MemsetD8Async, Context);
+  return QueueAccess(
+      &entry, "cuMemsetD8Async", {{to, bytes}}, [=] { std::memset(reinterpret_cast<void*>(to), byte, bytes); }, stream);
+}
+
+Result StreamCreate(Stream* stream, unsigned int flags) {
+  KVPAGE_ENTRY(StreamCreate, Context);
+  if (flags > kStreamNonBlocking) return entry->Violation("cuStreamCreate: unknown flags");
+  entry->last_id += 16;
+  *stream = reinterpret_cast<Stream>(entry->last_id);
+  entry->streams[*stream] = {};
+  return Result::kSuccess;
+}
+
+Result StreamSynchronize(Stream stream) {
+  KVPAGE_ENTRY(StreamSynchronize, Context);
+  if (!entry->Exists(stream)) return entry->Violation("cuStreamSynchronize: no such stream", Result::kInvalidHandle);
+  FakeDriver::Impl& fake = entry.fake();
+  fake.changed.wait(*entry.lock(), [&] { return !fake.Exists(stream) || fake.streams.at(stream).idle(); });
+  return Result::kSuccess;
+}
+
+Result CtxSynchronize() {
+  KVPAGE_ENTRY(CtxSynchronize, Context);
+  FakeDriver::Impl& fake = entry.fake();
+  fake.changed.wait(*entry.lock(), [&] {
+    return std::all_of(fake.streams.begin(), fake.streams.end(), [](const auto& s) { return s.second.idle(); });
+  });
+  return Result::kSuccess;
+}
+
+Result StreamIsCapturing(Stream stream, CaptureStatus* status) {
+  KVPAGE_ENTRY(StreamIsCapturing, Context);
+  if (!entry->Exists(stream)) return entry->Violation("cuStreamIsCapturing: no such stream", Result::kInvalidHandle);
+  *status = entry->streams.at(stream).capturing ? CaptureStatus::kActive : CaptureStatus::kNone;
+  return Result::kSuccess;
+}
+
+Result StreamWaitEvent(Stream stream, Event event, unsigned int flags) {
+  KVPAGE_ENTRY(StreamWaitEvent, Context);
+  const auto it = entry->events.find(event);
+  if (!entry->Exists(stream) || it == entry->events.end() || flags != 0) {
+    return entry->Violation("cuStreamWaitEvent: no such stream or event, or flags", Result::kInvalidHandle);
+  }
+  Work work;
+  work.waits_for = it->second;
+  work.record = it->second->recorded;
+  return entry->Queue(stream, std::move(work), entry.lock());
+}
+
+Result StreamDestroy(Stream stream) {
+  KVPAGE_ENTRY(StreamDestroy, Context);
+  if (stream == nullptr || !entry->Exists(stream)) {
+    return entry->Violation("cuStreamDestroy: no such stream", Result::kInvalidHandle);
+  }
+  // Returns at once; what is queued still runs.
+  const auto it = entry->streams.find(stream);
+  it->second.destroyed = true;
+  if (it->second.idle()) entry->streams.erase(it);
+  entry->changed.notify_all();
+  return Result::kSuccess;
+}
+
+Result EventCreate(Event* event, unsigned int) {
+  KVPAGE_ENTRY(EventCreate, Context);
+  entry->last_id += 16;
+  *event = reinterpret_cast<Event>(entry->last_id);
+  entry->events[*event] = std::make_shared<FakeDriver::Impl::EventState>();
+  return Result::kSuccess;
+}
+
+Result EventRecord(Event event, Stream stream) {
+  KVPAGE_ENTRY(EventRecord, Context);
+  const auto it = entry->events.find(event);
+  if (!entry->Exists(stream) || it == entry->events.end()) {
+    return entry->Violation("cuEventRecord: no such stream or event", Result::kInvalidHandle);
+  }
+  const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
+  const std::uint64_t record = ++state->recorded;
+  Work work;
+  work.run = [state, record] { state->completed = std::max(state->completed, record); };
+  return entry->Queue(stream, std::move(work), entry.lock());
+}
+
+Result EventQuery(Event event) {
+  KVPAGE_ENTRY(EventQuery, Context);
+  const auto it = entry->events.find(event);
+  if (it == entry->events.end()) return entry->Violation("cuEventQuery: no such event", Result::kInvalidHandle);
+  return it->second->completed == it->second->recorded ? Result::kSuccess : Result::kNotReady;
+}
+
+Result EventSynchronize(Event event) {
+  KVPAGE_ENTRY(EventSynchronize, Context);
+  const auto it = entry->events.find(event);
+  if (it == entry->events.end()) return entry->Violation("cuEventSynchronize: no such event", Result::kInvalidHandle);
+  const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
+  const std::uint64_t record = state->recorded;
+  entry->changed.wait(*entry.lock(), [&] { return state->completed >= record; });
+  return Result::kSuccess;
+}
+
+Result EventDestroy(Event event) {
+  KVPAGE_ENTRY(EventDestroy, Context);
+  if (entry->events.erase(event) == 0) {
+    return entry->Violation("cuEventDestroy: no such event", Result::kInvalidHandle);
+  }
+  return Result::kSuccess;
+}
+
+}  // namespace cu::fake
+}  // namespace kvpage

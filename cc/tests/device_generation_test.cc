@@ -1,0 +1,165 @@
+// Generations and the end of pools on the fake driver: who waits for whom, and the lengths that come back.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "tests/device_util.h"
+#include "tests/expect_ok.h"
+
+namespace kvpage::testing {
+
+TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLengths) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t a = Acquire(pool.get(), &program, 64);
+  const std::int32_t b = Acquire(pool.get(), &program, 16);
+  const std::int32_t c = Acquire(pool.get(), &program, 16);
+  program.Write(a, 10);
+  program.Write(b, 16);
+  Release(pool.get(), &program, b);
+  EXPECT_OK(pool->StartRelease({c}));  // its program will never come
+  program.Write(a, 5, /*advance=*/false);
+
+  // A launch that has passed its check still writes when the new generation is asked for.
+  machine.fake().HoldStream(machine.stream());
+  std::atomic<bool> ran{false};
+  {
+    const DeviceState::Queueing queueing(machine.device().get(), machine.stream());
+    machine.fake().Enqueue(machine.stream(), [&] { ran = true; });
+  }
+  program.Write(a, 1);  // queued, but checked only after the generation is said to be over
+  std::atomic<bool> done{false};
+  Pool::Generation generation;
+  std::thread restart([&] {
+    EXPECT_OK(pool->NewGeneration(&generation));
+    EXPECT_TRUE(ran);
+    done = true;
+  });
+  Pause();
+  EXPECT_FALSE(done);
+  EXPECT_OK(pool->Commit(a, {7}));  // the slot table is not locked meanwhile
+  machine.fake().ReleaseStream(machine.stream());
+  restart.join();
+  EXPECT_EQ(pool->Numbers().waits, 1);
+  EXPECT_EQ(generation.generation, 2);
+  EXPECT_EQ(generation.lengths[a], 10);
+  EXPECT_EQ(generation.lengths[b], -1);
+  EXPECT_EQ(generation.lengths[c], -1);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  const DevicePool* entry = machine.Find(1);
+  EXPECT_EQ(entry->slots[a].room, 64);
+  EXPECT_EQ(entry->slots[a].since, generation.epoch);
+  EXPECT_EQ(entry->written[a * kLayers], 10);  // rows beyond may be half written
+  EXPECT_EQ(entry->slots[c].length, 0);
+  const Status stale = pool->TakeFault();
+  EXPECT_TRUE(Mentions(stale, "append_kv: stale cache: it belongs to generation 1 of pool 1, which is at generation 2"))
+      << stale.message();
+  program.Use(generation);
+  program.Write(a, 1);
+  EXPECT_EQ(program.length(a), 11);
+  EXPECT_OK(pool->TakeFault());
+}
+
+TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
+  // A slot acquired on the host whose program never ran has length 0, whatever its last owner had.
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 64);
+  program.Write(slot, 50);
+  Release(pool.get(), &program, slot);
+  const Claim claim = pool->Acquire({64});
+  EXPECT_EQ(claim.slots[0], slot);
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(slot), 0);
+  EXPECT_EQ(machine.Find(1)->written[slot * kLayers], 0);
+  // Released without its program, then started over: the same.
+  program.Write(slot, 20);
+  EXPECT_OK(pool->StartRelease({slot}));
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(slot), -1);
+  EXPECT_EQ(pool->Acquire({64}).slots[0], slot);
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(slot), 0);
+}
+
+TEST(DeviceGenerationTest, CloseWaitsForTheProgramInFlightAndRefusesTheNext) {
+  Machine machine;
+  std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 16);
+  const std::shared_ptr<Pool> other = machine.MakePool(2, 16);
+  machine.fake().HoldStream(machine.stream());
+  std::atomic<bool> touched{false};
+  {
+    const DeviceState::Queueing queueing(machine.device().get(), machine.stream());
+    machine.fake().Enqueue(machine.stream(), [&, view = pool->View()] {
+      *view.At(slot, 0, 0, 0, 0) = 1;  // the memory is still there
+      touched = true;
+    });
+  }
+  std::atomic<bool> closed{false};
+  std::thread closer([&] {
+    pool->Close();
+    closed = true;
+  });
+  Pause();
+  EXPECT_FALSE(closed);
+  EXPECT_OK(other->Acquire({16}).status);  // nobody else waits
+  machine.fake().ReleaseStream(machine.stream());
+  closer.join();
+  EXPECT_TRUE(touched);
+  EXPECT_EQ(pool->Numbers().waits, 1);
+  const int launches = program.launches();
+  program.Write(slot, 1);
+  EXPECT_EQ(program.launches(), launches);
+  EXPECT_EQ(machine.Find(1)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
+  EXPECT_TRUE(Mentions(pool->Acquire({1}).status, "pool 1 is closed"));
+  // What looked the pool up before it left the table may still be running when the memory goes: it is waited for too.
+  machine.fake().HoldStream(machine.stream());
+  program.Write(slot, 1);
+  std::thread last([&] { pool.reset(); });
+  Pause();
+  machine.fake().ReleaseStream(machine.stream());
+  last.join();
+  EXPECT_EQ(machine.Find(1), nullptr);
+  program.Write(slot, 1);
+  EXPECT_EQ(program.launches(), launches);
+  EXPECT_TRUE(Mentions(other->TakeFault(), "pool 1"));
+}
+
+TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 16);
+  const cu::Stream capture = machine.NewStream();
+  const cu::Stream replay = machine.NewStream();
+  machine.fake().SetCapturing(capture, true);
+  program.set_stream(capture);
+  program.Write(slot, 1);
+  machine.fake().SetCapturing(capture, false);
+  machine.fake().HoldStream(replay);
+  machine.fake().Enqueue(replay, [] {});
+  std::atomic<bool> done{false};
+  std::thread restart([&] {
+    Pool::Generation generation;
+    EXPECT_OK(pool->NewGeneration(&generation));
+    done = true;
+  });
+  Pause();
+  EXPECT_FALSE(done);
+  machine.fake().ReleaseStream(replay);
+  restart.join();
+  EXPECT_EQ(pool->Numbers().waits, 1);
+}
+
+}  // namespace kvpage::testing

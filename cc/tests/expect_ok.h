@@ -1,0 +1,20 @@
+// EXPECT_OK(status): GoogleTest's expectation that a Status is ok, with the message of one that is not.
+#ifndef KVPAGE_TESTS_EXPECT_OK_H_
+#define KVPAGE_TESTS_EXPECT_OK_H_
+
+#include <gtest/gtest.h>
+
+#include "base/status.h"
+
+namespace kvpage::testing {
+
+inline ::testing::AssertionResult IsOk(const char* expression, const Status& status) {
+  if (status.ok()) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << expression << " should be ok, but it is: " << status.message();
+}
+
+}  // namespace kvpage::testing
+
+#define EXPECT_OK(expression) EXPECT_PRED_FORMAT1(::kvpage::testing::IsOk, expression)
+
+#endif  // KVPAGE_TESTS_EXPECT_OK_H_
