@@ -32,15 +32,14 @@ Status ToAttention(const char* op, const Any& q, const OptionOperands& options, 
 }
 
 // An op on one layer of a pool's slots.
+struct LayerOperands {
+  S32 slots;
+  S32 offsets;
+  S32 layer;
+  std::int64_t num_tokens = -1;  // rows of q or k; -1 when there are none
+};
+
 struct LayerCall : CudaCall {
-  // `tokens` is the number of rows of q or k; -1 when there are none.
-  Status Start(DeviceOp op_code, std::int32_t ordinal, const S32& handle, const U32& epoch, const S32& lengths,
-               const S32& slots, const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t tokens) {
-    KVPAGE_RETURN_IF_ERROR(CudaCall::Start(op_code, ordinal, handle, epoch, lengths, spec));
-    KVPAGE_RETURN_IF_ERROR(ToBatch(op(), slots, offsets, tokens, &batch));
-    layer = layer_operand.typed_data();
-    return CheckCount(op(), "layer", layer_operand.element_count(), 1);
-  }
   Status ToAppend(const Any& k, const Any& v, cuda::AppendOperands* append) const {
     KVPAGE_RETURN_IF_ERROR(CheckKeysAndValues(op(), k, v, num_kv_heads(), head_dim(), &append->dtype));
     KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "k's first dimension", Rows(k), batch.num_tokens));
@@ -53,13 +52,11 @@ struct LayerCall : CudaCall {
   }
   // `append` null: paged_attention.
   Status Attend(const Any& q, const OptionOperands& options, const cuda::AppendOperands* append, ffi::Result<Any> out,
-                ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch, void* stream) {
+                ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch) const {
     cuda::AttentionOperands attention;
     KVPAGE_RETURN_IF_ERROR(
         ToAttention(op(), q, options, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
     attention.layer = layer;
-    const DeviceState::Queueing queueing(device, static_cast<cu::Stream>(stream));
-    KVPAGE_RETURN_IF_ERROR(queueing.status());
     KVPAGE_RETURN_IF_ERROR(
         CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
     return cuda::Attend(cache, batch, attention, append, new_epoch, scratch->typed_data(), stream);
@@ -69,61 +66,70 @@ struct LayerCall : CudaCall {
   const std::int32_t* layer = nullptr;
 };
 
+// As QueueOnPool, with a LayerCall for `queue`.
+template <class Queue>
+ffi::Error QueueOnLayer(DeviceOp op, const CudaPlace& place, const PoolOperands& operands, const LayerOperands& layer,
+                        const Queue& queue) {
+  return QueueOnPool(op, place, operands, [&](const CudaCall& started) -> Status {
+    LayerCall call{started, {}, layer.layer.typed_data()};
+    KVPAGE_RETURN_IF_ERROR(ToBatch(call.op(), layer.slots, layer.offsets, layer.num_tokens, &call.batch));
+    KVPAGE_RETURN_IF_ERROR(CheckCount(call.op(), "layer", layer.layer.element_count(), 1));
+    return queue(call);
+  });
+}
+
 ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                     S32 layer, Any k, Any v, SpecAttr spec, ffi::Result<U32> new_epoch, Scratch scratch) {
-  LayerCall call;
-  cuda::AppendOperands append;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(DeviceOp::kAppendKV, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(k)));
-  KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
-  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
-  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(
-      cuda::AppendKV(call.cache, call.batch, append, new_epoch->typed_data(), scratch->typed_data(), stream));
+  const auto queue = [&](const LayerCall& call) -> Status {
+    cuda::AppendOperands append;
+    KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
+    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+    return cuda::AppendKV(call.cache, call.batch, append, new_epoch->typed_data(), scratch->typed_data(), stream);
+  };
+  return QueueOnLayer(DeviceOp::kAppendKV, {stream, ordinal}, {handle, epoch, lengths, spec},
+                      {slots, offsets, layer, Rows(k)}, queue);
 }
 
 ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                           S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
                           float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
                           Scratch scratch) {
-  LayerCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(DeviceOp::kPagedAttention, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, nullptr, out, lse, nullptr,
-                             scratch, stream));
+  const auto queue = [&](const LayerCall& call) {
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, nullptr, out, lse, nullptr, scratch);
+  };
+  return QueueOnLayer(DeviceOp::kPagedAttention, {stream, ordinal}, {handle, epoch, lengths, spec},
+                      {slots, offsets, layer, Rows(q)}, queue);
 }
 
 ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                            S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
                            float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
                            ffi::Result<F32> lse, ffi::Result<U32> new_epoch, Scratch scratch) {
-  LayerCall call;
-  cuda::AppendOperands append;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(DeviceOp::kUpdateAndAttend, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q)));
-  KVPAGE_FFI_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-  return ToError(call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, &append, out, lse,
-                             new_epoch->typed_data(), scratch, stream));
+  const auto queue = [&](const LayerCall& call) -> Status {
+    cuda::AppendOperands append;
+    KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, &append, out, lse,
+                       new_epoch->typed_data(), scratch);
+  };
+  return QueueOnLayer(DeviceOp::kUpdateAndAttend, {stream, ordinal}, {handle, epoch, lengths, spec},
+                      {slots, offsets, layer, Rows(q)}, queue);
 }
 
 ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                          S32 layer, SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v, Scratch scratch) {
-  LayerCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(DeviceOp::kGatherContext, ordinal, handle, epoch, lengths, slots, offsets, layer, spec, -1));
-  const auto shape = k->dimensions();
-  const std::int64_t row_tokens = shape.size() == 4 ? shape[1] : 0;
-  for (ffi::Result<Any> result : {k, v}) {
-    KVPAGE_FFI_RETURN_IF_ERROR(
-        CheckCount(call.op(), "the gathered context", result->element_count(),
-                   call.batch.num_sequences * row_tokens * call.num_kv_heads() * call.head_dim()));
-  }
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
-  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
-  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(cuda::GatherContext(call.cache, call.batch, call.layer, row_tokens, k->untyped_data(),
-                                     v->untyped_data(), scratch->typed_data(), stream));
+  const auto queue = [&](const LayerCall& call) -> Status {
+    const auto shape = k->dimensions();
+    const std::int64_t row_tokens = shape.size() == 4 ? shape[1] : 0;
+    for (ffi::Result<Any> result : {k, v}) {
+      KVPAGE_RETURN_IF_ERROR(CheckCount(call.op(), "the gathered context", result->element_count(),
+                                        call.batch.num_sequences * row_tokens * call.num_kv_heads() * call.head_dim()));
+    }
+    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+    return cuda::GatherContext(call.cache, call.batch, call.layer, row_tokens, k->untyped_data(), v->untyped_data(),
+                               scratch->typed_data(), stream);
+  };
+  return QueueOnLayer(DeviceOp::kGatherContext, {stream, ordinal}, {handle, epoch, lengths, spec},
+                      {slots, offsets, layer, -1}, queue);
 }
 
 // Touches no pool: nobody waits for it.

@@ -12,19 +12,19 @@ Status FindDeviceFor(const char* op, std::int32_t ordinal, DeviceState** device)
                             "device of its pool");
 }
 
-Status CudaCall::Start(DeviceOp device_op, std::int32_t ordinal, const S32& handle, const U32& epoch,
-                       const S32& lengths, SpecAttr spec) {
+Status CudaCall::Start(DeviceOp device_op, const CudaPlace& place, const PoolOperands& operands) {
   cache.op = device_op;
-  KVPAGE_RETURN_IF_ERROR(FindDeviceFor(op(), ordinal, &device));
-  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the spec attribute", spec.size(), cache.spec.size()));
-  std::copy(spec.begin(), spec.end(), cache.spec.begin());
-  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's handle", handle.element_count(), 2));
-  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's epoch", epoch.element_count(), 1));
-  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's lengths", lengths.element_count(), max_slots()));
+  stream = place.stream;
+  KVPAGE_RETURN_IF_ERROR(FindDeviceFor(op(), place.ordinal, &device));
+  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the spec attribute", operands.spec.size(), cache.spec.size()));
+  std::copy(operands.spec.begin(), operands.spec.end(), cache.spec.begin());
+  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's handle", operands.handle.element_count(), 2));
+  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's epoch", operands.epoch.element_count(), 1));
+  KVPAGE_RETURN_IF_ERROR(CheckCount(op(), "the cache's lengths", operands.lengths.element_count(), max_slots()));
   cache.pools = device->table();
-  cache.handle = handle.typed_data();
-  cache.epoch = epoch.typed_data();
-  cache.lengths = lengths.typed_data();
+  cache.handle = operands.handle.typed_data();
+  cache.epoch = operands.epoch.typed_data();
+  cache.lengths = operands.lengths.typed_data();
   return {};
 }
 

@@ -19,6 +19,20 @@ namespace kvpage {
 // Device memory of the call's own. A result, because XLA must know of it: a captured call writes to it at each replay.
 using Scratch = ffi::Result<ffi::Buffer<ffi::U8>>;
 
+// The device and the stream that a handler was called for.
+struct CudaPlace {
+  void* stream = nullptr;
+  std::int32_t ordinal = 0;
+};
+
+// What every op on a pool is given first, and the spec that it was compiled for.
+struct PoolOperands {
+  S32 handle;
+  U32 epoch;
+  S32 lengths;
+  SpecAttr spec;
+};
+
 // An op on a pool: where it runs and what it was given.
 struct CudaCall {
   // The numbers of the spec that shapes depend on.
@@ -30,12 +44,24 @@ struct CudaCall {
   DType dtype() const { return static_cast<DType>(cache.spec[5]); }
   const char* op() const { return OpName(cache.op); }
 
-  Status Start(DeviceOp op, std::int32_t ordinal, const S32& handle, const U32& epoch, const S32& lengths,
-               SpecAttr spec);
+  // Finds the device and checks the shapes of the operands.
+  Status Start(DeviceOp op, const CudaPlace& place, const PoolOperands& operands);
 
   DeviceState* device = nullptr;
+  void* stream = nullptr;
   cuda::CacheOperands cache;
 };
+
+// The handler of an op on a pool: `queue`, a Status(const CudaCall&), checks the other operands and launches. Whoever
+// drains the device sees all of its launches or none.
+template <class Queue>
+ffi::Error QueueOnPool(DeviceOp op, const CudaPlace& place, const PoolOperands& operands, const Queue& queue) {
+  CudaCall call;
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(op, place, operands));
+  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(place.stream));
+  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
+  return ToError(queue(call));
+}
 
 // The state of a device that programs run on; an error when no pool was made there.
 Status FindDeviceFor(const char* op, std::int32_t ordinal, DeviceState** device);

@@ -12,42 +12,39 @@ namespace {
 
 ffi::Error Advance(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                    SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
-  CudaCall call;
-  cuda::BatchOperands batch;
-  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kAdvance, ordinal, handle, epoch, lengths, spec));
-  KVPAGE_FFI_RETURN_IF_ERROR(ToBatch(call.op(), slots, offsets, -1, &batch));
-  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
-  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(cuda::Advance(call.cache, batch, new_epoch->typed_data(), new_lengths->typed_data(), stream));
+  const auto queue = [&](const CudaCall& call) -> Status {
+    cuda::BatchOperands batch;
+    KVPAGE_RETURN_IF_ERROR(ToBatch(call.op(), slots, offsets, -1, &batch));
+    return cuda::Advance(call.cache, batch, new_epoch->typed_data(), new_lengths->typed_data(), stream);
+  };
+  return QueueOnPool(DeviceOp::kAdvance, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
 ffi::Error SetLengths(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values,
                       SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
-  CudaCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kSetLengths, ordinal, handle, epoch, lengths, spec));
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(call.op(), slots, values));
-  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
-  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(cuda::SetLengths(call.cache, slots.typed_data(), values.typed_data(),
-                                  static_cast<std::int64_t>(slots.element_count()), new_epoch->typed_data(),
-                                  new_lengths->typed_data(), stream));
+  const auto queue = [&](const CudaCall& call) -> Status {
+    KVPAGE_RETURN_IF_ERROR(CheckPerSlot(call.op(), slots, values));
+    return cuda::SetLengths(call.cache, slots.typed_data(), values.typed_data(),
+                            static_cast<std::int64_t>(slots.element_count()), new_epoch->typed_data(),
+                            new_lengths->typed_data(), stream);
+  };
+  return QueueOnPool(DeviceOp::kSetLengths, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
 // The host verbs (acquire, release) queue this.
 ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits,
                      S32 copies, SpecAttr spec, std::int32_t verb, ffi::Result<U32> new_epoch,
                      ffi::Result<S32> new_lengths, Scratch scratch) {
-  CudaCall call;
   DeviceOp op;
-  EditList list;
   KVPAGE_FFI_RETURN_IF_ERROR(ToVerb(verb, &op));
-  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(op, ordinal, handle, epoch, lengths, spec));
-  KVPAGE_FFI_RETURN_IF_ERROR(ToEditList(call.op(), own, edits, copies, &list));
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, list.num_copies > 0 ? cuda::CheckedBytes(0) : 0));
-  const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
-  KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(cuda::EditSlots(call.cache, own.typed_data(), list, new_epoch->typed_data(), new_lengths->typed_data(),
-                                 scratch->typed_data(), stream));
+  const auto queue = [&](const CudaCall& call) -> Status {
+    EditList list;
+    KVPAGE_RETURN_IF_ERROR(ToEditList(call.op(), own, edits, copies, &list));
+    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, list.num_copies > 0 ? cuda::CheckedBytes(0) : 0));
+    return cuda::EditSlots(call.cache, own.typed_data(), list, new_epoch->typed_data(), new_lengths->typed_data(),
+                           scratch->typed_data(), stream);
+  };
+  return QueueOnPool(op, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
 // What map_slots brings to the host, in pinned memory.
@@ -89,7 +86,7 @@ Status QueueMapRequest(const CudaCall& call, const S32& slots, const S32& tokens
 ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 num_tokens,
                     SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<ffi::Buffer<ffi::PRED>> ok) {
   CudaCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kMapSlots, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(DeviceOp::kMapSlots, {stream, ordinal}, {handle, epoch, lengths, spec}));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckPerSlot(call.op(), slots, num_tokens));
   const auto count = static_cast<std::int64_t>(slots.element_count());
   DeviceState::Staging staging(call.device);
