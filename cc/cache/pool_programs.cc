@@ -33,12 +33,8 @@ std::int64_t Pool::Room(const Slot& slot) const {
 
 std::uint32_t Pool::NextEpoch() {
   ++epoch_;
-  // Serial numbers compare right within 2^31 of each other: drag old marks along before they fall out of it.
-  if ((epoch_ & 0x3fffffffu) == 0) {
-    const std::uint32_t oldest = epoch_ - 0x40000000u;
-    for (Slot& slot : slots_) {
-      if (Before(slot.since, oldest)) slot.since = oldest;
-    }
+  if (MustRaiseStaleMarks(epoch_)) {
+    for (Slot& slot : slots_) RaiseStaleMark(epoch_, &slot.since);
   }
   return epoch_;
 }

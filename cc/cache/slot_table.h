@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/epoch.h"
+
 namespace kvpage {
 
 enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
@@ -39,9 +41,6 @@ struct Slot {
   }
   std::int32_t WrittenInAllLayers() const { return *std::min_element(written.begin(), written.end()); }
 };
-
-// Epochs are serial numbers that may wrap: a comes before b.
-inline bool Before(std::uint32_t a, std::uint32_t b) { return static_cast<std::int32_t>(a - b) < 0; }
 
 }  // namespace kvpage
 
