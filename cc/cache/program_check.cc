@@ -1,0 +1,64 @@
+#include "cache/program_check.h"
+
+#include "base/epoch.h"
+#include "cache/messages.h"
+
+namespace kvpage {
+namespace {
+
+Status CheckOffsets(const char* op, const BatchRef& batch) {
+  const std::int32_t* offsets = batch.offsets;
+  if (offsets[0] != 0) return messages::OffsetsStart(op, offsets[0]);
+  for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
+    if (offsets[s + 1] < offsets[s]) return messages::OffsetsOrder(op, s, offsets[s], offsets[s + 1]);
+  }
+  const std::int32_t last = offsets[batch.num_sequences];
+  if (batch.num_tokens >= 0 && last > batch.num_tokens) return messages::OffsetsEnd(op, last, batch.num_tokens);
+  return {};
+}
+
+}  // namespace
+
+Status ProgramCheck::Begin(bool mutates) const {
+  SlotTable& table = *pool_.table;
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state_, op_));
+  const DeviceProgress& progress = table.progress(state_);
+  if (cache_.generation != progress.generation) {
+    return messages::OtherGeneration(op_, table.id(), cache_.generation, progress.generation);
+  }
+  const bool stale = mutates && !pool_.options.allow_stale && cache_.epoch != progress.epoch;
+  if (stale || Before(progress.epoch, cache_.epoch)) {
+    return messages::StaleEpoch(op_, table.id(), cache_.epoch, progress.epoch);
+  }
+  table.StartNaming(state_);
+  return {};
+}
+
+Status ProgramCheck::Slot(std::int32_t slot) const {
+  SlotTable& table = *pool_.table;
+  if (slot < 0 || slot >= table.num_slots()) return messages::SlotRange(op_, slot, table.num_slots());
+  if (!table.Name(state_, slot)) return messages::SlotTwice(op_, slot);
+  const std::uint32_t since = table.progress(state_).slots[slot].since;
+  if (Before(cache_.epoch, since)) return messages::StaleSlot(op_, slot, cache_.epoch, since);
+  return {};
+}
+
+Status ProgramCheck::OccupiedSlot(std::int32_t slot) const {
+  KVPAGE_RETURN_IF_ERROR(Slot(slot));
+  return cache_.lengths[slot] < 0 ? messages::SlotFree(op_, slot) : Status();
+}
+
+Status ProgramCheck::Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const {
+  KVPAGE_RETURN_IF_ERROR(CheckOffsets(op_, batch));
+  for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
+    const std::int32_t slot = batch.slots[s];
+    if (slot == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(OccupiedSlot(slot));
+    const std::int32_t count = batch.offsets[s + 1] - batch.offsets[s];
+    if (count == 0) continue;
+    sequences->push_back({slot, batch.offsets[s], count, cache_.lengths[slot]});
+  }
+  return {};
+}
+
+}  // namespace kvpage

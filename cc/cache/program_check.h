@@ -1,0 +1,39 @@
+// ProgramCheck: compares the cache value that a program carries with the table, at the start of every op.
+//
+// A program is checked against its cache value (generation, epoch, lengths) and not against the host's rows, which may
+// be ahead of it. kernels/cuda/checker.cuh makes the same checks on a device.
+#ifndef KVPAGE_CACHE_PROGRAM_CHECK_H_
+#define KVPAGE_CACHE_PROGRAM_CHECK_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage {
+
+// `op` begins every message. Begin comes first, then the slots of the call.
+class ProgramCheck {
+ public:
+  ProgramCheck(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache)
+      : pool_(pool), state_(state), op_(op), cache_(cache) {}
+
+  // The pool is open, and generation and epoch allow an op that mutates the cache, or only reads it.
+  Status Begin(bool mutates) const;
+  // The slot exists, was not named before in this call, and had no destructive change since the cache's epoch.
+  Status Slot(std::int32_t slot) const;
+  // As Slot, and the slot is occupied in the cache value.
+  Status OccupiedSlot(std::int32_t slot) const;
+  // Every slot of a batch; the sequences with new tokens are appended to `sequences`.
+  Status Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const;
+
+ private:
+  const PoolParts& pool_;
+  const StateLock& state_;
+  const char* const op_;
+  const CacheRef& cache_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_PROGRAM_CHECK_H_
