@@ -1,4 +1,4 @@
-"""Host integers as int32 arrays, without the silent wrap-around of NumPy and JAX."""
+"""Host integers: as int32 arrays without the silent wrap-around of NumPy and JAX, and as lists."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_int32"]
+__all__ = ["as_ids", "as_int32", "as_list"]
 
 
 def as_int32(name: str, values: Any) -> jax.Array:
@@ -31,3 +31,28 @@ def as_int32(name: str, values: Any) -> jax.Array:
         wrong = array.min() if array.min() < -(2**31) else array.max()
         raise ValueError(f"{name}: wanted integers that fit int32, got {wrong}")
     return jnp.asarray(array.astype(np.int32))
+
+
+def as_list(value: Any, name: str) -> tuple[list[int], bool]:
+    """A host int, or a sequence of them, as a list; and whether it was one int.
+
+    Raises:
+        ValueError: neither.
+    """
+    array = np.asarray(value)
+    if array.ndim > 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} must be an int or a list of ints, got {value!r}")
+    return [int(x) for x in array.reshape(-1)], array.ndim == 0
+
+
+def as_ids(value: Any, name: str) -> list[int]:
+    """Token ids as a list.
+
+    Raises:
+        ValueError: no integers, or one that int32 cannot hold.
+    """
+    ids, _ = as_list(value, name)
+    wrong = [i for i in ids if not -(2**31) <= i < 2**31]
+    if wrong:
+        raise ValueError(f"{name} must be integers that fit int32, got {wrong[0]}")
+    return ids

@@ -1,23 +1,49 @@
-"""Types of the compiled module (cc/python/module.cc)."""
+"""Types of the compiled module (cc/python)."""
 
+import enum
 from typing import Any
 
 FFI_API_VERSION: tuple[int, int]
 # Architectures that the CUDA kernels were compiled for ("80;90a-real"); "" in a build without CUDA.
 CUDA_ARCHITECTURES: str
 
+# Host verbs that edit_slots may be queued for, by name.
+VERBS: dict[str, int]
+
+class Code(enum.Enum):
+    OK = 0
+    INVALID_ARGUMENT = 3
+    NOT_FOUND = 5
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+
+# What makes Python raise a more special exception than the code stands for (cc/base/status.h).
+class Reason(enum.Enum):
+    NONE = 0
+    CLOSED = 1
+    FORKED = 2
+    OUT_OF_BLOCKS = 3
+    OUT_OF_SLOTS = 4
+    OUT_OF_DEVICE_MEMORY = 5
+    DEVICE_FAULT = 6
+
 class StatusError(RuntimeError):
-    args: tuple[int, str]
+    args: tuple[Code, Reason, str]
 
 class Claim:
     @property
-    def code(self) -> int: ...
+    def ok(self) -> bool: ...
+    @property
+    def code(self) -> Code: ...
+    @property
+    def reason(self) -> Reason: ...
     @property
     def message(self) -> str: ...
     @property
     def slots(self) -> list[int]: ...
-    @property
-    def out_of_slots(self) -> bool: ...
     @property
     def wanted(self) -> int: ...
     @property
@@ -95,7 +121,8 @@ class Pool:
     def start_release(self, slots: list[int]) -> None: ...
     def undo_acquire(self, slots: list[int]) -> None: ...
     def undo_release(self, slots: list[int]) -> None: ...
-    def commit(self, slot: int, num_tokens: int) -> None: ...
+    def commit(self, slot: int, token_ids: list[int]) -> None: ...
+    def committed(self, slot: int) -> list[int]: ...
     def new_generation(self) -> tuple[int, int, list[int]]: ...
     def wait_for_drain(self, seconds: float) -> bool: ...
     def trim(self) -> int: ...

@@ -14,54 +14,33 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage import _native
-from jax_kvpage._compat import default_device, is_ready
-from jax_kvpage._cuda import memory_hint, place_of
-from jax_kvpage._host import (
-    RESOURCE_EXHAUSTED,
-    as_list,
-    device_fault,
-    exception,
-    native_call,
-    out_of,
-    parse_bytes,
-)
+from jax_kvpage import views
+from jax_kvpage._arrays import as_ids, as_list
+from jax_kvpage._capacity import parse_bytes
+from jax_kvpage._compat import default_device
+from jax_kvpage._cuda import place_of
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import DeviceFault, OutOfBlocks
-from jax_kvpage.ops.occupy import occupy, vacate
+from jax_kvpage.errors import DeviceFault
+from jax_kvpage.ops.edit_slots import OCCUPY, VACATE
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.stats import PoolStats, SlotInfo, make_stats
+from jax_kvpage.stats import PoolStats, SlotInfo, make_rows, make_stats
 
 __all__ = ["KVPool"]
 
-# A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
-_WAIT_SLICE = 0.1
 
-
-def _close(native: Any, label: str) -> None:
+def _close(pool: Any, label: str) -> None:
     """Finalizer of a pool that was never closed."""
-    if not native.closed:
+    if not pool.closed:
         warnings.warn(
             f"{label} was collected without being closed: call close() or use it in a `with` block",
             ResourceWarning,
             stacklevel=2,
         )
-        native.close()
-
-
-@jax.jit
-def _occupy(cache: KVCache, own: jax.Array, slots: jax.Array) -> KVCache:
-    return occupy(cache, own, slots)
-
-
-@jax.jit
-def _vacate(cache: KVCache, own: jax.Array, slots: jax.Array) -> tuple[KVCache, jax.Array]:
-    cache = vacate(cache, own, slots)
-    # The host asks this array whether the program has run: the cache itself may be donated on.
-    return cache, cache.epoch + jnp.uint32(0)
+        pool.close()
 
 
 class KVPool:
@@ -106,32 +85,19 @@ class KVPool:
         if on_stale not in ("error", "allow"):
             raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
         self.device = default_device() if device is None else device
-        self._place = place_of(self.device)
+        place = place_of(self.device)
         size = parse_bytes(capacity)
-        self.spec = spec.resolve(self._place.platform, capacity=size)
-        try:
-            self._native = native_call(
-                _native.Pool,
-                self.spec.as_ints(),
-                self.spec.block_bytes,
-                size,
-                on_stale == "allow",
-                poison,
-                self._place.backend,
-                self._place.ordinal,
-            )
-        except OutOfBlocks as error:
-            raise self._explained(error) from None
-        self._own = self._put(np.asarray([self._native.id, 0], np.int32))
-        self._token_ids: dict[int, list[int]] = {}
-        self._releases: list[jax.Array] = []
-        self._waits = 0
-        self._finalizer = weakref.finalize(self, _close, self._native, repr(self))
+        self.spec = spec.resolve(place.platform, capacity=size)
+        allow_stale = on_stale == "allow"
+        self._native = NativePool(self.spec, size, self.device, place, allow_stale, poison)
+        self._pool = self._native.pool
+        self._queue = Queue(self._native)
+        self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))
         # At exit programs may be in flight: memory is then left to the system.
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
-        return f"<KVPool {self._native.id} on {self.device}>"
+        return f"<KVPool {self._pool.id} on {self.device}>"
 
     def __enter__(self) -> Self:
         return self
@@ -150,53 +116,12 @@ class KVPool:
         Memory that a zero-copy view still covers goes when the view does. Closing twice is fine.
         """
         self._finalizer.detach()
-        self._native.close()
+        self._pool.close()
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return bool(self._native.closed)
-
-    def _explained(self, error: OutOfBlocks) -> OutOfBlocks:
-        """The same error, with what JAX holds of the card when it is the card that is full."""
-        if self._place.backend == "cuda" and "JAX" in str(error):
-            error.args = (f"{error}. {memory_hint(self.device)}",)
-        return error
-
-    def _raise_fault(self) -> None:
-        """Raises what a program on the device could not. On CPU JAX raises it by itself."""
-        fault = device_fault(self._native) if self._place.backend == "cuda" else None
-        if fault is not None:
-            raise fault
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self.device)
-
-    def _check_cache(self, op: str, cache: KVCache) -> None:
-        if not isinstance(cache, KVCache):
-            raise ValueError(
-                f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
-            )
-        if isinstance(cache.epoch, jax.core.Tracer):
-            raise ValueError(
-                f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
-                "program map_slots makes room, and set_lengths and batch.mask change who takes part"
-            )
-        if cache.epoch.is_deleted():
-            raise ValueError(
-                f"{op}: this cache was donated to a program and is gone: pass the cache that the "
-                "program returned, or start a new generation with pool.cache()"
-            )
-        if cache.spec != self.spec:
-            raise ValueError(
-                f"{op}: the cache has another spec than {self!r}: {cache.spec} against "
-                f"{self.spec}; pass the cache that this pool's newest call returned"
-            )
-
-    def _padded(self, slots: list[int]) -> jax.Array:
-        """Slots as an operand, padded with -1 to a power of two: few programs are compiled."""
-        size = 1 << max(len(slots) - 1, 0).bit_length()
-        return self._put(np.asarray(slots + [-1] * (size - len(slots)), np.int32))
+        return self._pool.closed
 
     def cache(self) -> KVCache:
         """Starts a new generation of caches: waits for running ops, makes every older cache stale.
@@ -211,16 +136,17 @@ class KVPool:
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
         """
-        generation, epoch, lengths = native_call(self._native.new_generation)
-        self._releases.clear()
+        generation, epoch, lengths = self._native.call(self._pool.new_generation)
+        self._queue.restart()
         try:
-            self._raise_fault()
+            self._native.raise_fault()
         except DeviceFault as fault:
             warnings.warn(f"before this new generation: {fault}", RuntimeWarning, stacklevel=2)
+        put = self._queue.put
         return KVCache(
-            handle=self._put(np.asarray([self._native.id, generation], np.int32)),
-            epoch=self._put(np.asarray([epoch], np.uint32)),
-            lengths=self._put(np.asarray(lengths, np.int32)),
+            handle=put(np.asarray([self._pool.id, generation], np.int32)),
+            epoch=put(np.asarray([epoch], np.uint32)),
+            lengths=put(np.asarray(lengths, np.int32)),
             spec=self.spec,
         )
 
@@ -257,19 +183,11 @@ class KVPool:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        self._check_cache("acquire", cache)
-        self._raise_fault()
+        self._queue.check_cache("acquire", cache)
         wanted, single = as_list(num_tokens, "num_tokens")
-        claim = self._claim("acquire", lambda: self._native.acquire(wanted), wait)
-        slots = list(claim.slots)
-        for slot in slots:
-            self._token_ids[slot] = []
-        if slots:
-            try:
-                cache = _occupy(cache, self._own, self._padded(slots))
-            except BaseException:
-                self._native.undo_acquire(slots)
-                raise
+        slots = self._queue.claim("acquire", lambda: self._pool.acquire(wanted), wait).slots
+        edits = [(OCCUPY, slot, 0) for slot in slots]
+        cache = self._queue.run("acquire", cache, edits, self._pool.undo_acquire)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
@@ -286,14 +204,13 @@ class KVPool:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        self._raise_fault()
         slots, _ = as_list(slot, "slot")
         wanted, single = as_list(num_tokens, "num_tokens")
         if single:
             wanted = wanted * len(slots)
         if len(slots) != len(wanted):
             raise ValueError(f"extend: {len(slots)} slots, but {len(wanted)} num_tokens")
-        self._claim("extend", lambda: self._native.extend(slots, wanted), False)
+        self._queue.claim("extend", lambda: self._pool.extend(slots, wanted))
 
     def release(self, cache: KVCache, slot: int | Sequence[int]) -> KVCache:
         """Ends a request. Its slot drains until programs queued before are done, then parks.
@@ -311,21 +228,11 @@ class KVPool:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        self._check_cache("release", cache)
-        self._raise_fault()
+        self._queue.check_cache("release", cache)
         slots, _ = as_list(slot, "slot")
-        native_call(self._native.start_release, slots)
-        if not slots:
-            return cache
-        try:
-            cache, marker = _vacate(cache, self._own, self._padded(slots))
-        except BaseException:
-            self._native.undo_release(slots)
-            raise
-        for one in slots:
-            self._token_ids.pop(one, None)
-        self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
-        return cache
+        self._native.call(self._pool.start_release, slots)
+        edits = [(VACATE, one, 0) for one in slots]
+        return self._queue.run("release", cache, edits, self._pool.undo_release)
 
     def commit(self, slot: int, token_ids: Sequence[int]) -> None:
         """Tells the pool the ids of the next tokens whose K and V are written.
@@ -339,19 +246,19 @@ class KVPool:
         Raises:
             ValueError: more tokens than the slot has room for, or a slot that does not exist.
             KVPageError: the slot is not occupied.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
         """
-        self._raise_fault()
-        ids, _ = as_list(token_ids, "token_ids")
-        native_call(self._native.commit, slot, len(ids))
-        self._token_ids.setdefault(slot, []).extend(ids)
+        ids = as_ids(token_ids, "token_ids")
+        self._native.call(self._pool.commit, slot, ids)
 
     def committed(self, slot: int) -> list[int]:
         """The token ids committed to a slot so far."""
-        return list(self._token_ids.get(slot, []))
+        return list(self._native.call(self._pool.committed, slot))
 
     def stats(self) -> PoolStats:
         """A snapshot of the pool's accounts."""
-        return make_stats(native_call(self._native.numbers), host_waits=self._waits)
+        return make_stats(self._native.call(self._pool.numbers), host_waits=self._queue.waits)
 
     def slot_table(self, cache: KVCache | None = None) -> list[SlotInfo]:
         """The valid slot table: a row for each occupied or draining slot.
@@ -361,21 +268,10 @@ class KVPool:
         """
         lengths = None
         if cache is not None:
-            self._check_cache("slot_table", cache)
+            self._queue.check_cache("slot_table", cache)
             lengths = np.asarray(cache.lengths)
-            self._raise_fault()
-        return [
-            SlotInfo(
-                slot=row.slot,
-                num_blocks=row.blocks,
-                bytes=row.blocks * self.spec.block_bytes,
-                reserved_tokens=row.reserved,
-                committed_tokens=row.committed,
-                draining=row.draining,
-                length=None if lengths is None else int(lengths[row.slot]),
-            )
-            for row in native_call(self._native.rows)
-        ]
+            self._native.raise_fault()
+        return make_rows(self._native.call(self._pool.rows), self.spec, lengths)
 
     def block_map(self, slot: int) -> list[list[tuple[int, int]]]:
         """Which physical block each logical block of a slot is.
@@ -384,7 +280,7 @@ class KVPool:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
             layer 1, ... in the per-layer layout) a list of (physical block, reference count).
         """
-        return native_call(self._native.block_map, slot)
+        return self._native.call(self._pool.block_map, slot)
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
@@ -408,35 +304,7 @@ class KVPool:
                 range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
             KVPageError: the slot is not occupied.
         """
-        spec = self.spec
-        if self._place.backend != "cpu" and not self.closed:
-            raise ValueError(
-                f"view: {self!r} lies in device memory, where the part of a slot that is not "
-                "mapped cannot be read, so no array may stand for it: read the cache with "
-                "paged_attention, or use a pool on a CPU device for views"
-            )
-        if spec.quantized:
-            raise ValueError(
-                f"view: {spec.dtype} storage keeps the scales of a block's tokens behind them, so "
-                "a slot is not one dense array: use float32, bfloat16 or float16 storage for "
-                "views, or read the cache with paged_attention"
-            )
-        if spec.layout != "per_layer":
-            raise ValueError(
-                "view: one layer's keys are one dense array in the 'per_layer' layout only, this "
-                f"pool has {spec.layout!r}: make it with CacheSpec(..., layout='per_layer')"
-            )
-        if slot is None and spec.blocks_per_range * (spec.block_tokens or 1) != spec.max_seq_len:
-            raise ValueError(
-                f"view: slots lie max_seq_len={spec.max_seq_len} tokens apart only if that is a "
-                f"multiple of block_tokens={spec.block_tokens}: view one slot at a time, or change "
-                "one of them"
-            )
-        place = -1 if slot is None else slot
-        if place < -1 or (slot is not None and slot < 0):
-            raise ValueError(f"view: slot {slot} does not exist")
-        k, v = (native_call(self._native.view, layer, kv, place) for kv in (0, 1))
-        return jax.dlpack.from_dlpack(k), jax.dlpack.from_dlpack(v)
+        return views.view(self._native, layer, slot)
 
     def trim(self) -> int:
         """Gives all memory that no live request needs back to the system.
@@ -444,8 +312,7 @@ class KVPool:
         Returns:
             Bytes given back.
         """
-        self._raise_fault()
-        return int(native_call(self._native.trim)) * self.spec.block_bytes
+        return self._native.call(self._pool.trim) * self.spec.block_bytes
 
     def resize(self, capacity: int | str) -> None:
         """Changes the budget while the pool is in use.
@@ -454,9 +321,8 @@ class KVPool:
             OutOfBlocks: live requests hold more than the new capacity; nothing has changed.
             ValueError: a capacity that cannot work.
         """
-        self._raise_fault()
         size = parse_bytes(capacity)
-        self._claim("resize", lambda: self._native.resize(size), False)
+        self._queue.claim("resize", lambda: self._pool.resize(size))
 
     def check(self, cache: KVCache) -> None:
         """Waits for the program that made a cache, and raises if it or one before it failed.
@@ -464,24 +330,6 @@ class KVPool:
         Raises:
             jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
         """
-        self._check_cache("check", cache)
+        self._queue.check_cache("check", cache)
         jax.block_until_ready((cache.epoch, cache.lengths))
-        self._raise_fault()
-
-    def _claim(self, op: str, attempt: Any, wait: bool) -> Any:
-        waited = False
-        while True:
-            claim = attempt()
-            if claim.code == 0:
-                return claim
-            if claim.code != RESOURCE_EXHAUSTED:
-                raise exception(claim.code, claim.message)
-            if not wait or claim.draining == 0:
-                raise self._explained(out_of(op, claim, self._native.rows(), self.spec))
-            self._waits += not waited
-            waited = True
-            # A release whose program failed would drain for ever: say so instead of waiting.
-            for marker in [m for m in self._releases if is_ready(m)]:
-                jax.block_until_ready(marker)
-            self._raise_fault()
-            self._native.wait_for_drain(_WAIT_SLICE)
+        self._native.raise_fault()

@@ -1,9 +1,14 @@
 """PoolStats and SlotInfo: what a pool tells about itself."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["PoolStats", "SlotInfo", "make_stats"]
+import numpy as np
+
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["PoolStats", "SlotInfo", "make_rows", "make_stats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +116,25 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         system_calls=n.system_calls,
         waits=n.waits + host_waits,
     )
+
+
+def make_rows(rows: Sequence[Any], spec: CacheSpec, lengths: np.ndarray | None) -> list[SlotInfo]:
+    """The valid slot table from the compiled pool's rows.
+
+    Args:
+        rows: of `_native.SlotRow`.
+        spec: of the pool.
+        lengths: of a cache, [max_slots], or None.
+    """
+    return [
+        SlotInfo(
+            slot=row.slot,
+            num_blocks=row.blocks,
+            bytes=row.blocks * spec.block_bytes,
+            reserved_tokens=row.reserved,
+            committed_tokens=row.committed,
+            draining=row.draining,
+            length=None if lengths is None else int(lengths[row.slot]),
+        )
+        for row in rows
+    ]

@@ -16,8 +16,8 @@ from jax import export
 
 import jax_kvpage as kvp
 from jax_kvpage import _cuda, _native
+from jax_kvpage.ops.edit_slots import OCCUPY, edit_slots
 from jax_kvpage.ops.gather_context import gather_context_p
-from jax_kvpage.ops.occupy import occupy, vacate
 
 _SLOTS, _HEADS, _KV_HEADS, _DIM, _TOKENS = 4, 4, 2, 64, 3
 _SPEC = kvp.CacheSpec(2, _KV_HEADS, _DIM, _SLOTS, 256, dtype=jnp.bfloat16).resolve("cuda")
@@ -65,7 +65,12 @@ def _tables(cache: kvp.KVCache, batch: kvp.Batch, **options: Any) -> Any:
     return kvp.paged_attention_with_tables(_q(), pages, pages, tables, lengths, **options)
 
 
-_OWN = np.zeros(2, np.int32)
+def _edit(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
+    edits = jnp.stack([jnp.full(_TOKENS, OCCUPY), batch.slots, jnp.zeros(_TOKENS, jnp.int32)], 1)
+    copies = jnp.full((1, 4), -1, jnp.int32)
+    return edit_slots(cache, np.zeros(2, np.int32), edits, copies, "acquire")
+
+
 # The op, and how its operands share buffers with its results: {operand: result}.
 _OPS: dict[str, tuple[Callable[[kvp.KVCache, kvp.Batch], Any], dict[int, int]]] = {
     "map_slots": (lambda c, b: kvp.map_slots(c, b.slots, 40), {1: 0}),
@@ -74,8 +79,7 @@ _OPS: dict[str, tuple[Callable[[kvp.KVCache, kvp.Batch], Any], dict[int, int]]] 
     "update_and_attend": (_update, {1: 2}),
     "advance": (kvp.advance, {1: 0, 2: 1}),
     "set_lengths": (lambda c, b: kvp.set_lengths(c, b.slots, 0), {1: 0, 2: 1}),
-    "occupy": (lambda c, b: occupy(c, _OWN, b.slots), {1: 0, 2: 1}),
-    "vacate": (lambda c, b: vacate(c, _OWN, b.slots), {1: 0, 2: 1}),
+    "edit_slots": (_edit, {1: 0, 2: 1}),
     "after": (lambda c, b: kvp.after(c, b.slots), {0: 0}),
     "gather_context": (_gather, {}),
 }
@@ -108,6 +112,7 @@ _WITH_SCRATCH = (
     "append_kv",
     "paged_attention",
     "update_and_attend",
+    "edit_slots",
     "gather_context",
     "attend_with_tables",
 )
@@ -191,7 +196,7 @@ def test_under_scan(name: str) -> None:
     assert [op for op, _ in _calls(_lowered(loop))] == [name]
 
 
-@pytest.mark.parametrize("name", [n for n in _ALL if n not in ("occupy", "vacate")])
+@pytest.mark.parametrize("name", [n for n in _ALL if n != "edit_slots"])
 def test_under_vmap(name: str) -> None:
     """Two elements with slots of their own over one cache, which comes back unbatched."""
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "base/kv_view.h"
+#include "base/op_names.h"
 #include "base/spec_fields.h"
 
 namespace kvpage {
@@ -23,19 +24,6 @@ inline constexpr std::int32_t kMaxDevicePools = 256;
 inline constexpr std::int32_t kDeviceTableEntries = kMaxDevicePools + 1;
 inline constexpr std::int32_t kEmptyEntry = -1;
 inline constexpr std::int32_t kLeftEntry = -2;
-
-// The op that a message begins with.
-enum class DeviceOp : std::int32_t {
-  kMapSlots = 0,
-  kAppendKV,
-  kPagedAttention,
-  kUpdateAndAttend,
-  kGatherContext,
-  kAdvance,
-  kSetLengths,
-  kAcquire,
-  kRelease,
-};
 
 enum class FaultKind : std::int32_t {
   kNone = 0,
@@ -58,6 +46,10 @@ enum class FaultKind : std::int32_t {
   kUnwritten,     // slot, layer (-1: the least of all layers); wanted tokens, have: written
   kRaise,         // slot: set_lengths; wanted: the new length, have: the present one
   kForeignCache,  // wanted: id of the cache's pool, have: id of the pool that was called
+  kOpcode,        // slot; wanted: an opcode that edit_slots does not know
+  kCopyTokens,    // slot: a copy's target; wanted: first token, have: number of tokens
+  kCopyTwice,     // slot: the target of two copies
+  kCopyChain,     // slot: the source and the target of copies
 };
 
 // Pinned host memory: the first fault since the host last looked.

@@ -1,7 +1,8 @@
 // Status: how every layer below XLA and Python reports that something did not happen.
 //
 // The codes are the absl/XLA numbers, so the FFI layer passes them on unchanged and a Python user sees the
-// usual names (RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ...). Nothing here throws and nothing aborts.
+// usual names (RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ...). Where Python's host calls raise a more special exception
+// than the code stands for, a reason says which. Nothing here throws and nothing aborts.
 #ifndef KVPAGE_BASE_STATUS_H_
 #define KVPAGE_BASE_STATUS_H_
 
@@ -22,24 +23,45 @@ enum class Code : std::uint8_t {
   kInternal = 13,
 };
 
+enum class Reason : std::uint8_t {
+  kNone = 0,
+  kClosed,             // the pool is closed
+  kForked,             // the pool belongs to a parent process
+  kOutOfBlocks,        // the pool's budget does not suffice
+  kOutOfSlots,         // every slot is taken
+  kOutOfDeviceMemory,  // the card is full, perhaps of what JAX holds
+  kDeviceFault,        // a program failed on the device
+};
+
 class [[nodiscard]] Status {
  public:
   Status() = default;
-  Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
+  Status(Code code, std::string message, Reason reason = Reason::kNone)
+      : code_(code), reason_(reason), message_(std::move(message)) {}
 
   bool ok() const { return code_ == Code::kOk; }
   Code code() const { return code_; }
+  Reason reason() const { return reason_; }
   const std::string& message() const { return message_; }
+
+  // The same status with another message, or for another reason.
+  Status WithMessage(std::string message) const { return {code_, std::move(message), reason_}; }
+  Status WithReason(Reason reason) const { return {code_, message_, reason}; }
 
  private:
   Code code_ = Code::kOk;
+  Reason reason_ = Reason::kNone;
   std::string message_;
 };
 
 inline Status InvalidArgument(std::string m) { return {Code::kInvalidArgument, std::move(m)}; }
 inline Status NotFound(std::string m) { return {Code::kNotFound, std::move(m)}; }
-inline Status ResourceExhausted(std::string m) { return {Code::kResourceExhausted, std::move(m)}; }
-inline Status FailedPrecondition(std::string m) { return {Code::kFailedPrecondition, std::move(m)}; }
+inline Status ResourceExhausted(std::string m, Reason reason = Reason::kNone) {
+  return {Code::kResourceExhausted, std::move(m), reason};
+}
+inline Status FailedPrecondition(std::string m, Reason reason = Reason::kNone) {
+  return {Code::kFailedPrecondition, std::move(m), reason};
+}
 inline Status OutOfRange(std::string m) { return {Code::kOutOfRange, std::move(m)}; }
 inline Status Internal(std::string m) { return {Code::kInternal, std::move(m)}; }
 

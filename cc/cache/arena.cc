@@ -84,8 +84,9 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
     const std::int32_t after = !map.empty() ? map.back() : claimed.empty() ? -1 : claimed.back();
     if (!pool_.Claim(more, after, &claimed, &cold)) {
       pool_.Unclaim(claimed, cold);
-      return ResourceExhausted(std::to_string(more * ranges) + " blocks wanted, " + std::to_string(pool_.num_free()) +
-                               " free");
+      return ResourceExhausted(
+          std::to_string(more * ranges) + " blocks wanted, " + std::to_string(pool_.num_free()) + " free",
+          Reason::kOutOfBlocks);
     }
   }
   std::vector<std::int32_t> in_order = cold;

@@ -34,7 +34,8 @@ Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes) {
     pool.supply->Tally(mapping, {}, &claim);
     if (claim.wanted > claim.reclaimable) {
       claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
-                                       " reclaimable, " + Number(claim.draining) + " draining");
+                                           " reclaimable, " + Number(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
       return claim;
     }
     claim.status = pool.supply->Apply(mapping, pool.supply->PlanReclaim(mapping, claim.wanted));

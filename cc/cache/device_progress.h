@@ -40,6 +40,13 @@ class DeviceProgress {
       tokens = std::min(tokens, length);
     }
   }
+  // Tokens below `end` count as written in every layer.
+  void RaiseWritten(std::int64_t slot, std::int32_t end) {
+    for (std::int64_t layer = 0; layer < num_layers_; ++layer) {
+      std::int32_t& tokens = Written(slot)[layer];
+      tokens = std::max(tokens, end);
+    }
+  }
   // The slot gets a new occupant.
   void Reset(std::int64_t slot) {
     slots[slot].length = 0;

@@ -19,8 +19,7 @@ Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::
     const std::int64_t blocks = geometry.BlocksFor(n);
     const std::int32_t slot = pool.supply->BestFit(mapping, blocks, taken);
     if (slot < 0) {
-      Claim claim = FailedClaim(ResourceExhausted("no free slot"));
-      claim.out_of_slots = true;
+      Claim claim = FailedClaim(ResourceExhausted("no free slot", Reason::kOutOfSlots));
       claim.wanted = static_cast<std::int64_t>(tokens.size());
       claim.free = static_cast<std::int64_t>(wants->size());
       claim.draining = pool.table->NumDraining(pool.table->Lock());
@@ -155,19 +154,26 @@ void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots) 
   }
 }
 
-Status Commit(const PoolParts& pool, std::int32_t slot, std::int64_t num_tokens) {
+Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
   SlotTable& table = *pool.table;
   const StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "commit"));
   KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "commit", slot));
-  HostSlot& row = table.host(state, slot);
+  std::vector<std::int32_t>& committed = table.host(state, slot).committed;
+  const auto wanted = static_cast<std::int64_t>(committed.size() + token_ids.size());
   const std::int64_t room = table.Room(state, slot);
-  if (row.committed + num_tokens > room) {
-    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(row.committed + num_tokens) + " tokens wanted, " +
-                      Number(room) + " mapped: extend the slot before its tokens are written");
+  if (wanted > room) {
+    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(wanted) + " tokens wanted, " + Number(room) +
+                      " mapped: extend the slot before its tokens are written");
   }
-  row.committed += num_tokens;
+  committed.insert(committed.end(), token_ids.begin(), token_ids.end());
   return {};
+}
+
+std::vector<std::int32_t> Committed(const PoolParts& pool, std::int32_t slot) {
+  const StateLock state = pool.table->Lock();
+  if (!pool.table->CheckOccupied(state, "commit", slot).ok()) return {};
+  return pool.table->host(state, slot).committed;
 }
 
 }  // namespace kvpage::host_ops

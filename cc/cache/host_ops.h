@@ -19,7 +19,10 @@ Status StartRelease(const PoolParts& pool, const std::vector<std::int32_t>& slot
 // Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
 void UndoAcquire(const PoolParts& pool, const std::vector<std::int32_t>& slots);
 void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots);
-Status Commit(const PoolParts& pool, std::int32_t slot, std::int64_t num_tokens);
+// Names the ids of the next tokens of an occupied slot.
+Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids);
+// The ids named so far; none for a slot that is not occupied.
+std::vector<std::int32_t> Committed(const PoolParts& pool, std::int32_t slot);
 
 }  // namespace kvpage::host_ops
 

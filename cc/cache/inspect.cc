@@ -55,8 +55,8 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
     const HostSlot& row = table.host(state, slot);
     if (row.state == SlotState::kFree) continue;
-    rows.push_back({slot, row.state, pool.supply->arena(mapping).mappings(slot), row.reserved, row.committed,
-                    table.progress(state).slots[slot].length});
+    rows.push_back({slot, row.state, pool.supply->arena(mapping).mappings(slot), row.reserved,
+                    static_cast<std::int64_t>(row.committed.size()), table.progress(state).slots[slot].length});
   }
   return rows;
 }

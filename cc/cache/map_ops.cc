@@ -34,7 +34,8 @@ Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* 
       continue;
     }
     if (!claim.status.ok()) {
-      return {claim.status.code(), std::string(op) + ": slot " + std::to_string(slot) + ": " + claim.status.message()};
+      return claim.status.WithMessage(std::string(op) + ": slot " + std::to_string(slot) + ": " +
+                                      claim.status.message());
     }
     const StateLock state = table.Lock();
     HostSlot& row = table.host(state, slot);

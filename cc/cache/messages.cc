@@ -21,7 +21,7 @@ Status OtherDevice(Op op, std::int32_t id) {
 }
 
 Status Closed(Op op, std::int32_t id) {
-  return FailedPrecondition(op + ": " + Pool(id) + " is closed: make a new pool");
+  return FailedPrecondition(op + ": " + Pool(id) + " is closed: make a new pool", Reason::kClosed);
 }
 
 Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool) {
@@ -114,6 +114,25 @@ Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::in
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length) {
   return OutOfRange(Slot(op, slot) + ": length " + Number(wanted) + " wanted, it is " + Number(length) +
                     ": set_lengths lowers only (to 0 at least), advance raises");
+}
+
+Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode) {
+  return InvalidArgument(Slot(op, slot) + ": this version of jax_kvpage knows no edit with opcode " + Number(opcode) +
+                         ": compile the program again");
+}
+
+Status CopyTokens(Op op, std::int32_t target, std::int64_t first, std::int64_t count) {
+  return InvalidArgument(Slot(op, target) + ": the copy into it takes " + Number(count) + " tokens from token " +
+                         Number(first) + " on: neither number may be negative");
+}
+
+Status CopyTwice(Op op, std::int32_t target) {
+  return InvalidArgument(Slot(op, target) + " is the target of two copies in one call: it may be the target of one");
+}
+
+Status CopyChain(Op op, std::int32_t slot) {
+  return InvalidArgument(Slot(op, slot) +
+                         " is the source and the target of copies in one call: queue the second one in another call");
 }
 
 }  // namespace kvpage::messages

@@ -42,6 +42,12 @@ Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t want
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // advance: all layers
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);           // set_lengths
 
+// ---- edit_slots ----
+Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode);
+Status CopyTokens(Op op, std::int32_t target, std::int64_t first, std::int64_t count);  // one of them is negative
+Status CopyTwice(Op op, std::int32_t target);                                           // two copies into one slot
+Status CopyChain(Op op, std::int32_t slot);  // a copy's source is the target of a copy
+
 }  // namespace kvpage::messages
 
 #endif  // KVPAGE_CACHE_MESSAGES_H_

@@ -9,7 +9,8 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
   KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
   if (pool.mirror == nullptr) return {};
   CollectReleases(pool, state);
-  return pool.mirror->TakeFault();
+  const Status fault = pool.mirror->TakeFault();
+  return fault.ok() ? fault : fault.WithReason(Reason::kDeviceFault);
 }
 
 void CollectReleases(const PoolParts& pool, const StateLock& state) {

@@ -36,9 +36,11 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
 
 Status Pool::CheckProcess(const char* op) const {
   if (ForkCount() == fork_count_) return {};
-  return FailedPrecondition(std::string(op) + ": pool " + std::to_string(id()) +
-                            " was made before this process was forked and works in its own process only: make a new "
-                            "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)");
+  return FailedPrecondition(
+      std::string(op) + ": pool " + std::to_string(id()) +
+          " was made before this process was forked and works in its own process only: make a new "
+          "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)",
+      Reason::kForked);
 }
 
 Status Pool::CheckProgram(const char* op, const SpecInts& spec) const {

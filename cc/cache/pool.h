@@ -15,6 +15,7 @@
 #include "base/kv_view.h"
 #include "base/status.h"
 #include "cache/capacity.h"
+#include "cache/edit_ops.h"
 #include "cache/generations.h"
 #include "cache/host_ops.h"
 #include "cache/inspect.h"
@@ -51,7 +52,10 @@ class Pool {
   Status StartRelease(const std::vector<std::int32_t>& slots) { return host_ops::StartRelease(parts_, slots); }
   void UndoAcquire(const std::vector<std::int32_t>& slots) { host_ops::UndoAcquire(parts_, slots); }
   void UndoRelease(const std::vector<std::int32_t>& slots) { host_ops::UndoRelease(parts_, slots); }
-  Status Commit(std::int32_t slot, std::int64_t num_tokens) { return host_ops::Commit(parts_, slot, num_tokens); }
+  Status Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
+    return host_ops::Commit(parts_, slot, token_ids);
+  }
+  std::vector<std::int32_t> Committed(std::int32_t slot) { return host_ops::Committed(parts_, slot); }
   Status Trim(std::int64_t* freed_blocks) { return capacity::Trim(parts_, freed_blocks); }
   Claim Resize(std::int64_t capacity_bytes) { return capacity::Resize(parts_, capacity_bytes); }
   Status NewGeneration(Generation* out) { return generations::Start(parts_, out); }
@@ -76,7 +80,7 @@ class Pool {
     if (CheckProcess("view").ok()) views::Remove(parts_, slot);
   }
 
-  // ---- programs: program_ops.h, map_ops.h; `op` begins every message ----
+  // ---- programs: program_ops.h, map_ops.h, edit_ops.h; `op` begins every message ----
   // The program was compiled for this pool's spec and runs in its process.
   Status CheckProgram(const char* op, const SpecInts& spec) const;
   Status MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
@@ -99,13 +103,9 @@ class Pool {
                     std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths) {
     return program_ops::SetLengths(parts_, op, cache, slots, values, count, epoch, lengths);
   }
-  Status Occupy(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                std::uint32_t* epoch, std::int32_t* lengths) {
-    return program_ops::ChangeOwner(parts_, op, cache, slots, count, /*occupy=*/true, epoch, lengths);
-  }
-  Status Vacate(const char* op, const CacheRef& cache, const std::int32_t* slots, std::int64_t count,
-                std::uint32_t* epoch, std::int32_t* lengths) {
-    return program_ops::ChangeOwner(parts_, op, cache, slots, count, /*occupy=*/false, epoch, lengths);
+  Status EditSlots(const char* op, const CacheRef& cache, const EditList& list, PinnedSlots* pinned,
+                   std::uint32_t* epoch, std::int32_t* lengths) {
+    return edit_ops::EditSlots(parts_, op, cache, list, pinned, epoch, lengths);
   }
 
  private:

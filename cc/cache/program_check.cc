@@ -1,8 +1,5 @@
 #include "cache/program_check.h"
 
-#include "base/epoch.h"
-#include "cache/messages.h"
-
 namespace kvpage {
 namespace {
 
@@ -34,22 +31,9 @@ Status ProgramCheck::Begin(bool mutates) const {
   return {};
 }
 
-Status ProgramCheck::Slot(std::int32_t slot) const {
-  SlotTable& table = *pool_.table;
-  if (slot < 0 || slot >= table.num_slots()) return messages::SlotRange(op_, slot, table.num_slots());
-  if (!table.Name(state_, slot)) return messages::SlotTwice(op_, slot);
-  const std::uint32_t since = table.progress(state_).slots[slot].since;
-  if (Before(cache_.epoch, since)) return messages::StaleSlot(op_, slot, cache_.epoch, since);
-  return {};
-}
-
-Status ProgramCheck::OccupiedSlot(std::int32_t slot) const {
-  KVPAGE_RETURN_IF_ERROR(Slot(slot));
-  return cache_.lengths[slot] < 0 ? messages::SlotFree(op_, slot) : Status();
-}
-
 Status ProgramCheck::Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const {
   KVPAGE_RETURN_IF_ERROR(CheckOffsets(op_, batch));
+  sequences->reserve(batch.num_sequences);
   for (std::int64_t s = 0; s < batch.num_sequences; ++s) {
     const std::int32_t slot = batch.slots[s];
     if (slot == -1) continue;

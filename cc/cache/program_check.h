@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/epoch.h"
+#include "cache/messages.h"
 #include "cache/parts.h"
 
 namespace kvpage {
@@ -21,9 +23,22 @@ class ProgramCheck {
   // The pool is open, and generation and epoch allow an op that mutates the cache, or only reads it.
   Status Begin(bool mutates) const;
   // The slot exists, was not named before in this call, and had no destructive change since the cache's epoch.
-  Status Slot(std::int32_t slot) const;
+  Status Slot(std::int32_t slot) const {
+    SlotTable& table = *pool_.table;
+    if (slot < 0 || slot >= table.num_slots()) return messages::SlotRange(op_, slot, table.num_slots());
+    if (!table.Name(state_, slot)) return messages::SlotTwice(op_, slot);
+    return Fresh(slot);
+  }
   // As Slot, and the slot is occupied in the cache value.
-  Status OccupiedSlot(std::int32_t slot) const;
+  Status OccupiedSlot(std::int32_t slot) const {
+    KVPAGE_RETURN_IF_ERROR(Slot(slot));
+    return cache_.lengths[slot] < 0 ? messages::SlotFree(op_, slot) : Status();
+  }
+  // The last part of Slot, for a slot that exists.
+  Status Fresh(std::int32_t slot) const {
+    const std::uint32_t since = pool_.table->progress(state_).slots[slot].since;
+    return Before(cache_.epoch, since) ? messages::StaleSlot(op_, slot, cache_.epoch, since) : Status();
+  }
   // Every slot of a batch; the sequences with new tokens are appended to `sequences`.
   Status Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const;
 

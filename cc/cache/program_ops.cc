@@ -87,39 +87,4 @@ Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, 
   return {};
 }
 
-Status ChangeOwner(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
-                   std::int64_t count, bool occupy, std::uint32_t* epoch, std::int32_t* lengths) {
-  SlotTable& table = *pool.table;
-  const StateLock state = table.Lock();
-  const ProgramCheck check(pool, state, op, cache);
-  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int32_t slot = slots[i];
-    if (slot == -1) continue;
-    KVPAGE_RETURN_IF_ERROR(check.Slot(slot));
-    const bool taken = cache.lengths[slot] >= 0;
-    const SlotState host = table.host(state, slot).state;
-    // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
-    if (occupy && (taken || host == SlotState::kFree)) {
-      return messages::SlotTaken(op, slot, taken ? "already occupied in this cache" : "free in the pool");
-    }
-    if (!occupy && !taken) return messages::SlotFree(op, slot);
-    if (!occupy && host != SlotState::kDraining) {
-      return FailedPrecondition(std::string(op) + ": slot " + std::to_string(slot) + " was not released by the host");
-    }
-  }
-  DeviceProgress& progress = table.progress(state);
-  const std::uint32_t next = progress.NextEpoch();
-  if (lengths != cache.lengths) std::copy_n(cache.lengths, table.num_slots(), lengths);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int32_t slot = slots[i];
-    if (slot == -1) continue;
-    progress.slots[slot].since = next;
-    lengths[slot] = occupy ? 0 : -1;
-    if (!occupy) table.Vacate(state, slot);
-  }
-  *epoch = next;
-  return {};
-}
-
 }  // namespace kvpage::program_ops

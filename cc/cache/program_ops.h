@@ -15,9 +15,6 @@ Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, con
                std::uint32_t* epoch, std::int32_t* lengths);
 Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
                   const std::int32_t* values, std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths);
-// The device side of acquire (occupy: lengths become 0) and of release (-1).
-Status ChangeOwner(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
-                   std::int64_t count, bool occupy, std::uint32_t* epoch, std::int32_t* lengths);
 
 }  // namespace kvpage::program_ops
 

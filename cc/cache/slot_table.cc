@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "cache/messages.h"
-
 namespace kvpage {
 
 SlotTable::SlotTable(const Geometry& geometry)
@@ -11,10 +9,6 @@ SlotTable::SlotTable(const Geometry& geometry)
 
 std::int64_t SlotTable::NumDraining(const StateLock&) const {
   return std::count_if(slots_.begin(), slots_.end(), [](const HostSlot& s) { return s.state == SlotState::kDraining; });
-}
-
-Status SlotTable::CheckOpen(const StateLock&, const char* op) const {
-  return closed_ ? messages::Closed(op, id_) : Status();
 }
 
 Status SlotTable::CheckOccupied(const StateLock&, const char* op, std::int32_t slot) const {
@@ -32,7 +26,7 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   HostSlot& row = slots_[slot];
   row.state = SlotState::kOccupied;
   row.reserved = tokens;
-  row.committed = 0;
+  row.committed.clear();
   progress_.Reset(slot);
 }
 
@@ -47,7 +41,8 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   SlotProgress& progress = progress_.slots[slot];
   if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0) return;
   row.state = SlotState::kFree;
-  row.reserved = row.committed = 0;
+  row.reserved = 0;
+  row.committed.clear();
   row.parked_at = ++parkings_;
   progress.vacated = false;
   progress.length = 0;
@@ -61,16 +56,14 @@ void SlotTable::RemoveView(const StateLock&, std::int32_t slot) {
   if (slot >= 0) FinishDraining(slot);
 }
 
-void SlotTable::Pin(const StateLock&, const Pins& pins) {
-  for (const Sequence& sequence : pins.sequences) ++progress_.slots[sequence.slot].pins;
-  ++progress_.running;
-}
-
 void SlotTable::Unpin(const StateLock&, const Pins& pins) {
   for (const Sequence& sequence : pins.sequences) {
-    if (pins.written_layer >= 0) {
+    const std::int32_t end = sequence.position + sequence.query_length;
+    if (pins.written_layer == Pins::kAllLayers) {
+      progress_.RaiseWritten(sequence.slot, end);
+    } else if (pins.written_layer != Pins::kNoLayer) {
       std::int32_t& written = progress_.Written(sequence.slot)[pins.written_layer];
-      written = std::max(written, sequence.position + sequence.query_length);
+      written = std::max(written, end);
     }
     --progress_.slots[sequence.slot].pins;
     FinishDraining(sequence.slot);

@@ -9,6 +9,7 @@
 #ifndef KVPAGE_CACHE_SLOT_TABLE_H_
 #define KVPAGE_CACHE_SLOT_TABLE_H_
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -19,6 +20,7 @@
 
 #include "cache/device_progress.h"
 #include "cache/geometry.h"
+#include "cache/messages.h"
 #include "cache/types.h"
 
 namespace kvpage {
@@ -40,10 +42,10 @@ class StateLock {
 // What the host decided about one slot.
 struct HostSlot {
   SlotState state = SlotState::kFree;
-  std::int32_t views = 0;       // zero-copy arrays alive over it
-  std::int64_t reserved = 0;    // tokens asked for
-  std::int64_t committed = 0;   // tokens whose ids the host has named
-  std::uint64_t parked_at = 0;  // order of parking: the smallest was parked first
+  std::int32_t views = 0;               // zero-copy arrays alive over it
+  std::int64_t reserved = 0;            // tokens asked for
+  std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
+  std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
 
   bool idle() const { return state == SlotState::kFree && views == 0; }
 };
@@ -81,11 +83,12 @@ class SlotTable {
 
   // ---- checks ----
   bool closed(const StateLock&) const { return closed_; }
-  Status CheckOpen(const StateLock&, const char* op) const;
+  Status CheckOpen(const StateLock&, const char* op) const { return closed_ ? messages::Closed(op, id_) : Status(); }
   Status CheckOccupied(const StateLock&, const char* op, std::int32_t slot) const;
   // Finds slots that one call names twice: StartNaming, then Name for each. False: it was named before.
   void StartNaming(const StateLock&) { ++stamp_; }
   bool Name(const StateLock&, std::int32_t slot) { return std::exchange(named_[slot], stamp_) != stamp_; }
+  bool Named(const StateLock&, std::int32_t slot) const { return named_[slot] == stamp_; }
 
   // ---- changes ----
   void Occupy(const StateLock& lock, std::int32_t slot, std::int64_t tokens);
@@ -94,7 +97,10 @@ class SlotTable {
   void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots
   void RemoveView(const StateLock& lock, std::int32_t slot);
   bool viewed(const StateLock&, std::int64_t slot) const { return views_of_all_ > 0 || slots_[slot].views > 0; }
-  void Pin(const StateLock& lock, const Pins& pins);
+  void Pin(const StateLock&, const Pins& pins) {
+    for (const Sequence& sequence : pins.sequences) ++progress_.slots[sequence.slot].pins;
+    ++progress_.running;
+  }
   void Unpin(const StateLock& lock, const Pins& pins);
   void Close(const StateLock&);
 

@@ -105,7 +105,8 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
     if (claim.wanted > claim.free + claim.reclaimable) {
       claim.status =
           ResourceExhausted(Number(claim.wanted) + " blocks wanted, " + Number(claim.free) + " free, " +
-                            Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining");
+                                Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining",
+                            Reason::kOutOfBlocks);
       return claim;
     }
   }

@@ -27,8 +27,7 @@ enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
 struct Claim {
   Status status;
   std::vector<std::int32_t> slots;
-  bool out_of_slots = false;
-  std::int64_t wanted = 0;       // blocks (slots, when out_of_slots)
+  std::int64_t wanted = 0;       // blocks; slots, for reason kOutOfSlots
   std::int64_t free = 0;         // neither mapped nor otherwise referenced
   std::int64_t draining = 0;     // will come free when running programs are done
   std::int64_t reclaimable = 0;  // parked, or mapped beyond what their owner asked for; may be taken under pressure
@@ -85,9 +84,10 @@ struct BatchRef {
 
 // What a running handler holds of the slot table.
 struct Pins {
+  static constexpr std::int64_t kNoLayer = -1, kAllLayers = -2;
   std::vector<Sequence> sequences;
-  std::uint32_t epoch = 0;          // the cache's next epoch (mutators)
-  std::int64_t written_layer = -1;  // the layer in which the new tokens count as written when the op ends; -1: none
+  std::uint32_t epoch = 0;                // the cache's next epoch (mutators)
+  std::int64_t written_layer = kNoLayer;  // the layer in which the tokens count as written when the op ends
 };
 
 }  // namespace kvpage

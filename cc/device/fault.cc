@@ -8,30 +8,6 @@
 
 namespace kvpage {
 
-const char* OpName(DeviceOp op) {
-  switch (op) {
-    case DeviceOp::kMapSlots:
-      return "map_slots";
-    case DeviceOp::kAppendKV:
-      return "append_kv";
-    case DeviceOp::kPagedAttention:
-      return "paged_attention";
-    case DeviceOp::kUpdateAndAttend:
-      return "update_and_attend";
-    case DeviceOp::kGatherContext:
-      return "paged_attention (xla)";
-    case DeviceOp::kAdvance:
-      return "advance";
-    case DeviceOp::kSetLengths:
-      return "set_lengths";
-    case DeviceOp::kAcquire:
-      return "acquire";
-    case DeviceOp::kRelease:
-      return "release";
-  }
-  return "an op";
-}
-
 Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) {
   const std::string op = OpName(static_cast<DeviceOp>(fault.op));
   const auto number = [](std::int64_t value) { return static_cast<std::int32_t>(value); };
@@ -80,6 +56,14 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:
       return messages::ForeignCache(op, number(fault.wanted), number(fault.have));
+    case FaultKind::kOpcode:
+      return messages::UnknownOpcode(op, fault.slot, fault.wanted);
+    case FaultKind::kCopyTokens:
+      return messages::CopyTokens(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kCopyTwice:
+      return messages::CopyTwice(op, fault.slot);
+    case FaultKind::kCopyChain:
+      return messages::CopyChain(op, fault.slot);
   }
   return Internal(op + ": the device recorded a fault of unknown kind " + std::to_string(fault.kind));
 }

@@ -10,9 +10,6 @@
 
 namespace kvpage {
 
-// What messages call the op.
-const char* OpName(DeviceOp op);
-
 // The status that a program would have failed with on CPU. `id` and `spec` are those of the pool whose record the fault
 // stood in; a fault of kind kNoPool needs neither.
 Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec);

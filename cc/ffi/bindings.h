@@ -33,6 +33,18 @@ template <class B>
 auto BindLengthChange(B&& base) {
   return BindSlotChange(std::forward<B>(base)).template Ret<S32>();
 }
+// own, edits, copies; the new epoch and lengths
+template <class B>
+auto BindEditSlots(B&& base) {
+  return BindCache(std::forward<B>(base))
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Attr<SpecAttr>("spec")
+      .template Attr<std::int32_t>("verb")
+      .template Ret<U32>()
+      .template Ret<S32>();
+}
 template <class B>
 auto BindAfter(B&& base) {
   return std::forward<B>(base).template Arg<U32>().RemainingArgs().template Ret<U32>();

@@ -166,12 +166,6 @@ ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any 
                                         Rows(q), attention, scratch->typed_data(), stream));
 }
 
-// The scratch memory is the last result.
-template <class B>
-auto WithScratch(B&& binding) {
-  return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
-}
-
 KVPAGE_DEFINE_CUDA_HANDLER(kAppendKV, AppendKV, WithScratch(BindAppendKV(CudaBinding())));
 KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention, WithScratch(BindPagedAttention(CudaBinding())));
 KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend, WithScratch(BindUpdateAndAttend(CudaBinding())));

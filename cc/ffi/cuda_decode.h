@@ -6,11 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "base/device_table.h"
+#include "base/op_names.h"
 #include "base/spec_fields.h"
 #include "device/device_state.h"
-#include "device/fault.h"
 #include "ffi/decode.h"
 #include "kernels/cuda/kernels.h"
 
@@ -51,6 +52,12 @@ Status CheckScratch(const char* op, Scratch scratch, std::size_t wanted);
 
 // What every handler is bound to first: the stream and the device's ordinal.
 inline auto CudaBinding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>(); }
+
+// The scratch memory is the last result.
+template <class B>
+auto WithScratch(B&& binding) {
+  return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
+}
 
 // Launches kernels and does nothing else, so XLA may put it into a CUDA graph.
 #define KVPAGE_DEFINE_CUDA_HANDLER(name, function, binding) \

@@ -1,4 +1,4 @@
-// CUDA handlers that change which tokens a slot has: map_slots, advance, set_lengths, occupy, vacate, after.
+// CUDA handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, after.
 #include <algorithm>
 #include <vector>
 
@@ -33,18 +33,21 @@ ffi::Error SetLengths(void* stream, std::int32_t ordinal, S32 handle, U32 epoch,
                                   new_lengths->typed_data(), stream));
 }
 
-template <bool kOccupy>
-ffi::Error ChangeOwner(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 slots,
-                       SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+// The host verbs (acquire, release) queue this.
+ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits,
+                     S32 copies, SpecAttr spec, std::int32_t verb, ffi::Result<U32> new_epoch,
+                     ffi::Result<S32> new_lengths, Scratch scratch) {
   CudaCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(kOccupy ? DeviceOp::kAcquire : DeviceOp::kRelease, ordinal, handle, epoch, lengths, spec));
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(call.op(), "the called pool's handle", own.element_count(), 2));
+  DeviceOp op;
+  EditList list;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToVerb(verb, &op));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(op, ordinal, handle, epoch, lengths, spec));
+  KVPAGE_FFI_RETURN_IF_ERROR(ToEditList(call.op(), own, edits, copies, &list));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, list.num_copies > 0 ? cuda::CheckedBytes(0) : 0));
   const DeviceState::Queueing queueing(call.device, static_cast<cu::Stream>(stream));
   KVPAGE_FFI_RETURN_IF_ERROR(queueing.status());
-  return ToError(cuda::ChangeOwner(call.cache, own.typed_data(), slots.typed_data(),
-                                   static_cast<std::int64_t>(slots.element_count()), kOccupy, new_epoch->typed_data(),
-                                   new_lengths->typed_data(), stream));
+  return ToError(cuda::EditSlots(call.cache, own.typed_data(), list, new_epoch->typed_data(), new_lengths->typed_data(),
+                                 scratch->typed_data(), stream));
 }
 
 // What map_slots brings to the host, in pinned memory.
@@ -123,16 +126,17 @@ ffi::Error After(void* stream, std::int32_t ordinal, U32 epoch, ffi::RemainingAr
 XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(CudaBinding()));
 KVPAGE_DEFINE_CUDA_HANDLER(kAdvance, Advance, BindLengthChange(CudaBinding()));
 KVPAGE_DEFINE_CUDA_HANDLER(kSetLengths, SetLengths, BindLengthChange(CudaBinding()));
-KVPAGE_DEFINE_CUDA_HANDLER(kOccupy, ChangeOwner<true>, BindLengthChange(CudaBinding()));
-KVPAGE_DEFINE_CUDA_HANDLER(kVacate, ChangeOwner<false>, BindLengthChange(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kEditSlots, EditSlots, WithScratch(BindEditSlots(CudaBinding())));
 KVPAGE_DEFINE_CUDA_HANDLER(kAfter, After, BindAfter(CudaBinding()));
 
 }  // namespace
 
 std::vector<Target> CudaSlotTargets() {
-  return {{"jax_kvpage_map_slots", kMapSlots},     {"jax_kvpage_advance", kAdvance},
-          {"jax_kvpage_set_lengths", kSetLengths}, {"jax_kvpage_occupy", kOccupy},
-          {"jax_kvpage_vacate", kVacate},          {"jax_kvpage_after", kAfter}};
+  return {{"jax_kvpage_map_slots", kMapSlots},
+          {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths},
+          {"jax_kvpage_edit_slots", kEditSlots},
+          {"jax_kvpage_after", kAfter}};
 }
 
 }  // namespace kvpage

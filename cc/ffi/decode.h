@@ -8,6 +8,8 @@
 
 #include "base/dtype.h"
 #include "base/kv_view.h"
+#include "base/op_names.h"
+#include "base/slot_edits.h"
 #include "base/status.h"
 #include "cache/pool.h"
 #include "xla/ffi/api/ffi.h"
@@ -48,6 +50,10 @@ inline std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.di
 Status CheckQuery(const char* op, const Any& q, std::int64_t kv_heads, std::int64_t head_dim, DType* dtype);
 Status CheckKeysAndValues(const char* op, const Any& k, const Any& v, std::int64_t kv_heads, std::int64_t head_dim,
                           DType* dtype);
+// edit_slots: the verb that it was queued for, and its lists, which on CUDA lie in device memory. `own` is the handle
+// of the pool whose method was called.
+Status ToVerb(std::int32_t attribute, DeviceOp* verb);
+Status ToEditList(const char* op, const S32& own, const S32& edits, const S32& copies, EditList* list);
 // One entry for each slot.
 Status CheckPerSlot(const char* op, const S32& slots, const S32& values);
 // The view over page arrays [pages, page_size, heads, dim] ("NHD", layout 0) or [pages, heads, page_size, dim] ("HND",

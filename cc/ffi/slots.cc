@@ -1,10 +1,12 @@
-// Handlers that change which tokens a slot has: map_slots, advance, set_lengths, occupy, vacate, after.
+// Handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, after.
 #include <cstring>
 
 #include "cache/messages.h"
 #include "ffi/bindings.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
+#include "ffi/thread_pool.h"
+#include "kernels/cpu/kernels.h"
 
 namespace kvpage {
 namespace {
@@ -40,22 +42,26 @@ ffi::Error SetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values,
                                   new_epoch->typed_data(), new_lengths->typed_data()));
 }
 
-// acquire and release queue these: `own` is the handle of the pool whose method was called.
-template <bool kOccupy>
-ffi::Error ChangeOwner(S32 handle, U32 epoch, S32 lengths, S32 own, S32 slots, SpecAttr spec,
-                       ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
-  static const char* const kOp = kOccupy ? "acquire" : "release";
+// The host verbs (acquire, release) queue this.
+ffi::Error EditSlots(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits, S32 copies,
+                     SpecAttr spec, std::int32_t verb, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
+  DeviceOp op_code;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToVerb(verb, &op_code));
+  const char* const op = OpName(op_code);
   std::shared_ptr<Pool> pool;
-  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(kOp, handle, spec, &pool));
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
+  EditList list;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToEditList(op, own, edits, copies, &list));
   if (own.typed_data()[0] != handle.typed_data()[0]) {
-    return ToError(messages::ForeignCache(kOp, handle.typed_data()[0], own.typed_data()[0]));
+    return ToError(messages::ForeignCache(op, handle.typed_data()[0], own.typed_data()[0]));
   }
-  const std::int64_t count = static_cast<std::int64_t>(slots.element_count());
-  const CacheRef cache = Cache(handle, epoch, lengths);
-  return ToError(
-      kOccupy
-          ? pool->Occupy(kOp, cache, slots.typed_data(), count, new_epoch->typed_data(), new_lengths->typed_data())
-          : pool->Vacate(kOp, cache, slots.typed_data(), count, new_epoch->typed_data(), new_lengths->typed_data()));
+  PinnedSlots pinned;
+  KVPAGE_FFI_RETURN_IF_ERROR(pool->EditSlots(op, Cache(handle, epoch, lengths), list, &pinned, new_epoch->typed_data(),
+                                             new_lengths->typed_data()));
+  if (list.num_copies == 0) return ffi::Error::Success();
+  XlaParallel parallel(&threads);
+  cpu::CopyTokens(pool->View(), pool->geometry().num_layers, list.copies, list.num_copies, parallel);
+  return ffi::Error::Success();
 }
 
 // The values are operands so that XLA has computed them before whatever uses the returned epoch.
@@ -67,16 +73,17 @@ ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
 XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kAdvance, Advance, BindLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths, BindLengthChange(ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(kOccupy, ChangeOwner<true>, BindLengthChange(ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(kVacate, ChangeOwner<false>, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kEditSlots, EditSlots, BindEditSlots(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
 
 }  // namespace
 
 std::vector<Target> SlotTargets() {
-  return {{"jax_kvpage_map_slots", kMapSlots},     {"jax_kvpage_advance", kAdvance},
-          {"jax_kvpage_set_lengths", kSetLengths}, {"jax_kvpage_occupy", kOccupy},
-          {"jax_kvpage_vacate", kVacate},          {"jax_kvpage_after", kAfter}};
+  return {{"jax_kvpage_map_slots", kMapSlots},
+          {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths},
+          {"jax_kvpage_edit_slots", kEditSlots},
+          {"jax_kvpage_after", kAfter}};
 }
 
 }  // namespace kvpage

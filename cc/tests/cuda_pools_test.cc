@@ -18,9 +18,11 @@ struct Head {
   // An acquire of slot 0 by a program of pool `id`; what was recorded in the pool's record, or in nobody's.
   Fault Acquire(std::int32_t id, const SpecInts& spec, std::int32_t own) {
     const CacheBuffers buffers(id, 0, rows.entry().epoch, lengths);
-    const auto slots = Ints({0}), handle = Ints({own, 0});
-    CHECK_OK(cuda::ChangeOwner(buffers.Operands(DeviceOp::kAcquire, table, spec), handle.get(), slots.get(), 1, true,
-                               buffers.epoch.get(), buffers.lengths.get(), nullptr));
+    const auto handle = Ints({own, 0});
+    const auto edits = Exactly<SlotEdit>({{static_cast<std::int32_t>(SlotOpcode::kOccupy), 0, 0}});
+    CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, spec), handle.get(),
+                             {edits.get(), 1, nullptr, 0}, buffers.epoch.get(), buffers.lengths.get(), nullptr,
+                             nullptr));
     const Fault fault = rows.TakeFault();
     if (fault.set != 0) return fault;
     return PoolRows::Take(&table.entries[kMaxDevicePools], table.no_pool.get());
@@ -93,10 +95,9 @@ TEST(OldMarksAreDraggedAlong) {
   for (int slot = 0; slot < kSlots; ++slot) head.rows.slot(slot).since = slot == 1 ? 0xffffff00u : 0x100u + slot;
   head.lengths = {0, -1, -1, -1};
   const CacheBuffers buffers(5, 0, 0x3fffffffu, head.lengths);
-  const auto slots = Ints({2});
-  CHECK_OK(cuda::ChangeOwner(buffers.Operands(DeviceOp::kAcquire, head.table, head.geometry.spec()),
-                             buffers.handle.get(), slots.get(), 1, true, buffers.epoch.get(), buffers.lengths.get(),
-                             nullptr));
+  const auto edits = Exactly<SlotEdit>({{static_cast<std::int32_t>(SlotOpcode::kOccupy), 2, 0}});
+  CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, head.table, head.geometry.spec()), buffers.handle.get(),
+                           {edits.get(), 1, nullptr, 0}, buffers.epoch.get(), buffers.lengths.get(), nullptr, nullptr));
   CHECK_EQ(head.rows.TakeFault().kind, 0);
   CHECK_EQ(buffers.epoch[0], 0x40000000u);
   CHECK_EQ(head.rows.slot(0).since, 0x100u);

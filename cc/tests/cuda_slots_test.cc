@@ -106,11 +106,43 @@ void ReleaseSome(Twins& t) {
   for (const std::int32_t slot : slots) CHECK_EQ(t.rows().vacated(slot), 1u);
 }
 
+// Edits of every kind and copies in one list; mostly one that can run.
+void EditSome(Twins& t) {
+  Rng& rng = t.rng();
+  const std::vector<std::int32_t> slots = Occupied(t);
+  std::vector<SlotEdit> edits;
+  std::vector<TokenCopy> copies;
+  if (!slots.empty() && Pick(rng, 0, 1) == 0) {
+    const std::int32_t slot = Pick(rng, 0, 9) == 0 ? AnySlot(t) : slots[0];
+    const std::int32_t length = t.Exists(slot) ? t.value().lengths[slot] : 0;
+    // Occupying and vacating are the host's to decide (AcquireSome, ReleaseSome); here only what does not exist.
+    const bool known = Pick(rng, 0, 15) == 0;
+    edits.push_back({known ? Pick(rng, 3, 5) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
+                     length > 0 ? Pick(rng, 0, length + (Pick(rng, 0, 9) == 0)) : Pick(rng, -1, 0)});
+    if (Pick(rng, 0, 3) == 0) edits.push_back({0, -1, 0});
+    if (Pick(rng, 0, 12) == 0) edits.push_back(edits[0]);
+  }
+  const auto most = static_cast<int>(t.geometry().max_seq_len);
+  for (int n = Pick(rng, 0, 3); n > 0 && !slots.empty(); --n) {
+    const auto pick = [&] { return Pick(rng, 0, 15) == 0 ? AnySlot(t) : slots[rng() % slots.size()]; };
+    TokenCopy copy = {pick(), pick(), 0, 0};
+    const std::int32_t length = t.Exists(copy.source) ? std::max(t.value().lengths[copy.source], 0) : 0;
+    copy.first = Pick(rng, 0, 2) == 0 ? Pick(rng, 0, length) : 0;
+    copy.count = Pick(rng, 0, std::max(length - copy.first, 0));
+    if (Pick(rng, 0, 9) == 0) copy.count = Pick(rng, 0, 1) == 0 ? Pick(rng, 0, most) : Pick(rng, 0, 1) * (most + 2) - 1;
+    if (Pick(rng, 0, 23) == 0) copy.first = Pick(rng, -2, most + 1);
+    copies.push_back(copy);
+    if (Pick(rng, 0, 4) == 0) copies.push_back({-1, -1, -1, -1});
+  }
+  const DeviceOp op = Pick(rng, 0, 1) == 0 ? DeviceOp::kAcquire : DeviceOp::kRelease;
+  t.EditSlots(op, t.PickValue(), edits, copies);
+}
+
 void RandomOp(Twins& t) {
   Rng& rng = t.rng();
   const auto layers = static_cast<int>(t.geometry().num_layers);
   const int layer = Pick(rng, 0, 24) == 0 ? Pick(rng, -1, layers) : Pick(rng, 0, layers - 1);
-  switch (Pick(rng, 0, 11)) {
+  switch (Pick(rng, 0, 13)) {
     case 0:
     case 1:
       return AcquireSome(t);
@@ -149,6 +181,9 @@ void RandomOp(Twins& t) {
     case 10:
       if (Pick(rng, 0, 4) == 0) t.NewGeneration();
       return;
+    case 11:
+    case 12:
+      return EditSome(t);
     default: {  // reads what was written
       const std::vector<std::int32_t> slots = Occupied(t);
       if (slots.empty()) return;
@@ -166,7 +201,7 @@ TEST(RandomProgramsGetTheSameAnswers) {
     Twins twins(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, round % 3 == 0,
                 static_cast<std::uint64_t>(round));
     const int before = Failures();
-    for (int i = 0; i < 500 && Failures() == before; ++i) {
+    for (int i = 0; i < 600 && Failures() == before; ++i) {
       RandomOp(twins);
       if (i % 4 == 0) twins.CompareState();
     }
@@ -204,6 +239,11 @@ TEST(RandomProgramsGetTheSameAnswers) {
   met(DeviceOp::kSetLengths, FaultKind::kRaise);
   met(DeviceOp::kMapSlots, FaultKind::kMaxSeqLen);
   met(DeviceOp::kAcquire, FaultKind::kSlotTaken);
+  for (const FaultKind kind :
+       {FaultKind::kOpcode, FaultKind::kRaise, FaultKind::kCopyTokens, FaultKind::kCopyTwice, FaultKind::kCopyChain,
+        FaultKind::kMaxSeqLen, FaultKind::kUnmapped, FaultKind::kUnwritten}) {
+    met(DeviceOp::kAcquire, kind);
+  }
 }
 
 // A cache of the newest epoch may show a released slot as taken, when it went on from an older one.
@@ -223,6 +263,9 @@ TEST(ReleasedSlotsHaveNoRoom) {
   CHECK(twins.Advance(before, {{kept, gone}, {0, 0, 0}, 0}).find("stale") != std::string::npos);
   CHECK(twins.SetLengths(before, {{kept, gone}, {0, 0}}).find("stale") != std::string::npos);
   CHECK(twins.MapSlots(before, {{gone}, {50}}).find("stale") != std::string::npos);
+  for (const TokenCopy& copy : {TokenCopy{kept, gone, 0, 0}, TokenCopy{gone, kept, 0, 0}}) {
+    CHECK(twins.EditSlots(DeviceOp::kAcquire, before, {}, {copy}).find("stale") != std::string::npos);
+  }
   CHECK_EQ(twins.Begin(DeviceOp::kAppendKV, before, {{kept}, {0, 5}, 5}, 0), "");
   CHECK_EQ(twins.value().lengths[gone], 0);
   const std::string text = twins.Begin(DeviceOp::kAppendKV, twins.value(), {{gone}, {0, 5}, 5}, 0);

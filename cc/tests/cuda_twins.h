@@ -176,18 +176,35 @@ class Twins {
   }
 
   std::string ChangeOwner(const Value& value, const std::vector<std::int32_t>& slots, bool occupy) {
+    std::vector<SlotEdit> edits;
+    const SlotOpcode opcode = occupy ? SlotOpcode::kOccupy : SlotOpcode::kVacate;
+    for (const std::int32_t slot : slots) edits.push_back({static_cast<std::int32_t>(opcode), slot, 0});
+    return EditSlots(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, value, edits, {});
+  }
+
+  std::string EditSlots(DeviceOp op, const Value& value, const std::vector<SlotEdit>& edits,
+                        const std::vector<TokenCopy>& copies) {
     Value cpu = value;
-    const DeviceOp op = occupy ? DeviceOp::kAcquire : DeviceOp::kRelease;
-    const auto count = static_cast<std::int64_t>(slots.size());
-    const Status status =
-        occupy ? pool_->Occupy("acquire", Ref(value), slots.data(), count, &cpu.epoch, cpu.lengths.data())
-               : pool_->Vacate("release", Ref(value), slots.data(), count, &cpu.epoch, cpu.lengths.data());
+    const auto list = [&](const SlotEdit* e, const TokenCopy* c) {
+      return EditList{e, static_cast<std::int64_t>(edits.size()), c, static_cast<std::int64_t>(copies.size())};
+    };
+    Status status;
+    {
+      PinnedSlots pinned;
+      status = pool_->EditSlots(OpName(op), Ref(value), list(edits.data(), copies.data()), &pinned, &cpu.epoch,
+                                cpu.lengths.data());
+    }
     Value device = value;
-    const Operands operands(this, op, &device, slots, {});
+    const Operands operands(this, op, &device, {}, {});
     const auto own = Ints({kId, 1});
+    const auto device_edits = Exactly(edits);
+    const auto device_copies = Exactly(copies);
+    const auto scratch = Scratch(0);
     const std::vector<char> before = rows_.State();
-    CHECK_OK(cuda::ChangeOwner(operands.cache(), own.get(), operands.slots(), count, occupy, operands.new_epoch(),
-                               operands.new_lengths(), nullptr));
+    // Both sides have one memory: it is copied once, by the device.
+    CHECK_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),
+                             operands.new_epoch(), operands.new_lengths(), copies.empty() ? nullptr : scratch.get(),
+                             nullptr));
     std::string text = Finish(op, status, before, value, cpu, operands);
     // Repeating from a cache older than this is no longer allowed, if only because it shows other slots as taken.
     if (status.ok() && allow_stale()) history_.clear();

@@ -39,8 +39,9 @@ struct Kernels {
     return cache;
   }
   void ChangeOwner(Pool* pool, std::int32_t slot, bool occupy) {
-    CHECK_OK(cuda::ChangeOwner(Cache(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, pool), handle, &slot, 1, occupy,
-                               &epoch, lengths.data(), nullptr));
+    const SlotEdit edit = {static_cast<std::int32_t>(occupy ? SlotOpcode::kOccupy : SlotOpcode::kVacate), slot, 0};
+    CHECK_OK(cuda::EditSlots(Cache(occupy ? DeviceOp::kAcquire : DeviceOp::kRelease, pool), handle,
+                             {&edit, 1, nullptr, 0}, &epoch, lengths.data(), nullptr, nullptr));
   }
   // Appends `count` tokens in every layer and advances.
   void Write(Pool* pool, std::int32_t slot, std::int32_t count) {

@@ -53,7 +53,7 @@ TEST(CallsThatChangeNothingOnTheDeviceAskNothingOfTheDriver) {
   const std::int32_t slot = Acquire(pool.get(), &program, 100);
   const std::int64_t before = machine.fake().total_calls();
   for (int token = 1; token <= 100; ++token) CHECK_OK(pool->Extend({slot}, {token}).status);
-  CHECK_OK(pool->Commit(slot, 100));
+  CHECK_OK(pool->Commit(slot, std::vector<std::int32_t>(100, 7)));
   CHECK_OK(pool->TakeFault());
   CHECK_EQ(pool->Numbers().slots_occupied, 1);
   CHECK_OK(pool->StartRelease({slot}));
@@ -83,7 +83,7 @@ TEST(DrainingEndsWhenTheReleaseHasRun) {
   });
   Pause();
   CHECK(!drained);
-  CHECK_OK(pool->Commit(Acquire(pool.get(), &program, 0), 0));  // no lock is held meanwhile
+  CHECK_OK(pool->Commit(Acquire(pool.get(), &program, 0), {}));  // no lock is held meanwhile
   machine.fake().ReleaseStream(machine.stream());
   waiter.join();
   CHECK_EQ(pool->Numbers().slots_draining, 0);
@@ -150,7 +150,7 @@ TEST(NewLineWaitsForWhatPassedItsCheckAndRestoresLengths) {
   });
   Pause();
   CHECK(!done);
-  CHECK_OK(pool->Commit(a, 1));  // the slot table is not locked meanwhile
+  CHECK_OK(pool->Commit(a, {7}));  // the slot table is not locked meanwhile
   machine.fake().ReleaseStream(machine.stream());
   restart.join();
   CHECK_EQ(pool->Numbers().waits, 1);
@@ -211,7 +211,7 @@ TEST(FaultsAreRaisedOnceByTheNextCall) {
       [&] { return pool->Acquire({16}).status; },
       [&] { return pool->Extend({slot}, {1}).status; },
       [&] { return pool->StartRelease({slot}); },
-      [&] { return pool->Commit(slot, 1); },
+      [&] { return pool->Commit(slot, {7}); },
       [&] {
         std::int64_t freed = 0;
         return pool->Trim(&freed);

@@ -84,9 +84,17 @@ TEST(FaultsReadAsOnCpu) {
   const std::int32_t eleven = 11;
   same(Make(Op::kSetLengths, Kind::kRaise, a, 11, 10),
        pool->SetLengths("set_lengths", good, &a, &eleven, 1, &epoch, out.data()));
-  same(Make(Op::kAcquire, Kind::kSlotTaken, a), pool->Occupy("acquire", good, &a, 1, &epoch, out.data()));
-  const std::int32_t free_slot = 3;
-  same(Make(Op::kRelease, Kind::kSlotFree, 3), pool->Vacate("release", good, &free_slot, 1, &epoch, out.data()));
+  same(Make(Op::kAcquire, Kind::kSlotTaken, a), EditOne(pool.get(), "acquire", good, {0, a, 0}, &epoch, out.data()));
+  same(Make(Op::kRelease, Kind::kSlotFree, 3), EditOne(pool.get(), "release", good, {1, 3, 0}, &epoch, out.data()));
+  same(Make(Op::kRelease, Kind::kOpcode, a, 77), EditOne(pool.get(), "release", good, {77, a, 0}, &epoch, out.data()));
+  const auto copy = [&](const std::vector<TokenCopy>& copies) {
+    PinnedSlots pinned;
+    return pool->EditSlots("acquire", good, {nullptr, 0, copies.data(), static_cast<std::int64_t>(copies.size())},
+                           &pinned, &epoch, out.data());
+  };
+  same(Make(Op::kAcquire, Kind::kCopyTokens, b, -1, 4), copy({{a, b, -1, 4}}));
+  same(Make(Op::kAcquire, Kind::kCopyTwice, b), copy({{a, b, 0, 4}, {a, b, 0, 2}}));
+  same(Make(Op::kAcquire, Kind::kCopyChain, a), copy({{a, a, 0, 4}}));
   const std::int32_t many = 129;
   bool ok = false;
   same(Make(Op::kMapSlots, Kind::kMaxSeqLen, a, 129), pool->MapSlots("map_slots", good, &a, &many, 1, &ok, &epoch));

@@ -24,7 +24,7 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
     const std::int32_t slot = claim.slots[0];
     const std::int32_t offsets[] = {0, 4};
     // Two generations of one pool make each other's caches stale now and then: that is a status, never a race.
-    if (pool->Occupy("acquire", {1, epoch, lengths.data()}, &slot, 1, &epoch, lengths.data()).ok()) {
+    if (EditOne(pool, "acquire", {1, epoch, lengths.data()}, {0, slot, 0}, &epoch, lengths.data()).ok()) {
       for (std::int32_t tokens = 20; tokens <= 40; tokens += 20) {
         bool ok = false;
         static_cast<void>(pool->MapSlots("map_slots", {1, epoch, lengths.data()}, &slot, &tokens, 1, &ok, &epoch));
@@ -37,7 +37,7 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
       }
     }
     if (pool->StartRelease({slot}).ok()) {
-      static_cast<void>(pool->Vacate("release", {1, epoch, lengths.data()}, &slot, 1, &epoch, lengths.data()));
+      static_cast<void>(EditOne(pool, "release", {1, epoch, lengths.data()}, {1, slot, 0}, &epoch, lengths.data()));
     }
     newest->store(epoch);
     lengths.assign(kSlots, -1);

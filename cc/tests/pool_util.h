@@ -86,6 +86,12 @@ inline std::shared_ptr<Pool> MakePool(const Geometry& geometry, std::int64_t blo
   return pool;
 }
 
+inline Status EditOne(Pool* pool, const char* op, const CacheRef& cache, const SlotEdit& edit, std::uint32_t* epoch,
+                      std::int32_t* lengths) {
+  PinnedSlots pinned;
+  return pool->EditSlots(op, cache, {&edit, 1, nullptr, 0}, &pinned, epoch, lengths);
+}
+
 // A program's side of things: it keeps the cache value that the last op returned.
 class Program {
  public:
@@ -110,8 +116,8 @@ class Program {
     CHECK_OK(Occupy(claim.slots[0]));
     return claim.slots[0];
   }
-  Status Occupy(std::int32_t slot) { return pool_->Occupy("acquire", cache(), &slot, 1, &epoch_, lengths_.data()); }
-  Status Vacate(std::int32_t slot) { return pool_->Vacate("release", cache(), &slot, 1, &epoch_, lengths_.data()); }
+  Status Occupy(std::int32_t slot) { return Edit("acquire", SlotOpcode::kOccupy, slot); }
+  Status Vacate(std::int32_t slot) { return Edit("release", SlotOpcode::kVacate, slot); }
   void Release(std::int32_t slot) {
     CHECK_OK(pool_->StartRelease({slot}));
     CHECK_OK(Vacate(slot));
@@ -140,6 +146,10 @@ class Program {
   }
 
  private:
+  Status Edit(const char* op, SlotOpcode opcode, std::int32_t slot) {
+    return EditOne(pool_, op, cache(), {static_cast<std::int32_t>(opcode), slot, 0}, &epoch_, lengths_.data());
+  }
+
   Pool* const pool_;
   std::int32_t generation_ = 0;
   std::uint32_t epoch_ = 0;

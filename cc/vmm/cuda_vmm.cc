@@ -121,8 +121,8 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
     if (exists_[blocks[i]]) continue;  // could not be given back when it should have been
     if (Status status = CreateOne(blocks[i]); !status.ok()) {
       for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
-      return {status.code(),
-              "creating block " + std::to_string(i + 1) + " of " + std::to_string(count) + ": " + status.message()};
+      return status.WithMessage("creating block " + std::to_string(i + 1) + " of " + std::to_string(count) + ": " +
+                                status.message());
     }
     created.push_back(blocks[i]);
   }
@@ -178,7 +178,7 @@ Status CudaVmm::MapRun(std::int64_t place, const std::int32_t* blocks, std::int6
   if (status.ok()) return {};
   // What cannot be unmapped now is found in mapped_ when the place is wanted again, or when the range goes.
   for (std::int64_t i = 0; i < done; ++i) static_cast<void>(UnmapOne(place + i));
-  return {status.code(), "mapping " + std::to_string(count) + " blocks: " + status.message()};
+  return status.WithMessage("mapping " + std::to_string(count) + " blocks: " + status.message());
 }
 
 Status CudaVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
@@ -197,7 +197,7 @@ Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int6
     Status status = UnmapOne(place + i);
     if (status.ok()) continue;
     if (Status rollback = i > 0 ? MapRun(place, blocks, i) : Status(); !rollback.ok()) return Worse(status, rollback);
-    return {status.code(), "unmapping " + std::to_string(count) + " blocks: " + status.message()};
+    return status.WithMessage("unmapping " + std::to_string(count) + " blocks: " + status.message());
   }
   return {};
 }

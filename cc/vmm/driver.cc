@@ -76,7 +76,10 @@ Status Driver::Explain(cu::Result result, cu::Call call, const std::string& what
   message += " failed with " + std::string(name != nullptr ? name : "an unknown code") + " (" +
              std::to_string(static_cast<int>(result)) + (text != nullptr ? std::string(", ") + text : "") + ")";
   if (result == cu::Result::kOutOfMemory) message += Advice(*this, call);
-  return {CodeOf(result), std::move(message)};
+  // Virtual addresses and pinned host memory are no memory of the card's.
+  const bool of_card = call != cu::Call::kMemAddressReserve && call != cu::Call::kMemHostAlloc;
+  const bool full = result == cu::Result::kOutOfMemory && of_card;
+  return {CodeOf(result), std::move(message), full ? Reason::kOutOfDeviceMemory : Reason::kNone};
 }
 
 Status OpenDriverLibrary(const std::string& library, Driver* out) {

@@ -13,13 +13,19 @@ import jax
 from jax_kvpage import _native
 from jax_kvpage.spec import DTYPE_CODES, CacheSpec
 
-__all__ = ["attention", "attention_with_tables", "checked", "with_result"]
+__all__ = ["attention", "attention_with_tables", "checked", "copies", "with_result"]
 
 
 def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
     """Bytes for the checked batch that append_kv and gather_context begin with."""
     del params
     return _native.checked_scratch_bytes(operands[3].shape[0])
+
+
+def copies(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    """Bytes for what edit_slots hands to its copies; none without any."""
+    del params
+    return _native.checked_scratch_bytes(0) if operands[5].shape[0] else 0
 
 
 def _attention(

@@ -16,7 +16,7 @@ import jax
 import pytest
 
 import jax_kvpage as kvp
-from jax_kvpage._host import parse_bytes
+from jax_kvpage._capacity import parse_bytes
 
 _MOST = 4 * 2**30
 

@@ -4,6 +4,7 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/append.cc
   cc/kernels/cpu/attend.cc
   cc/kernels/cpu/context.cc
+  cc/kernels/cpu/copy.cc
   cc/kernels/cpu/gather.cc
   cc/kernels/cpu/isa.cc
   cc/kernels/cpu/isa_avx2.cc

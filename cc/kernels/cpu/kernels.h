@@ -1,4 +1,4 @@
-// CPU kernels over a KVView: attention, append and gather. No XLA, no Python, no pool.
+// CPU kernels over a KVView: attention, append, gather and copies. No XLA, no Python, no pool.
 #ifndef KVPAGE_KERNELS_CPU_KERNELS_H_
 #define KVPAGE_KERNELS_CPU_KERNELS_H_
 
@@ -8,6 +8,7 @@
 #include "base/dtype.h"
 #include "base/kv_view.h"
 #include "base/parallel.h"
+#include "base/slot_edits.h"
 #include "base/status.h"
 
 namespace kvpage::cpu {
@@ -65,6 +66,11 @@ struct GatherArgs {
 };
 
 void Gather(const GatherArgs& args, Parallel& parallel);
+
+// Copies tokens between slots in all layers, keys, values and scales, bit by bit. Targets are no sources and are
+// disjoint.
+void CopyTokens(const KVView& kv, std::int64_t num_layers, const TokenCopy* copies, std::int64_t num_copies,
+                Parallel& parallel);
 
 // Name of the instruction set that the kernels run with: "baseline", "avx2", "avx512", "avx512_bf16".
 const char* InstructionSet();

@@ -47,8 +47,20 @@ inline std::size_t CheckSharedBytes(const CacheOperands& cache) {
   return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[kSpecMaxSlots]) : 1);
 }
 
+// A check in a launch with one block.
+inline LaunchShape OneBlock(const CacheOperands& cache) { return {1, kCheckThreads, CheckSharedBytes(cache), false}; }
+
 // Stages of a check, in the order in which the CPU goes through them.
-enum class Stage : std::uint32_t { kHead = 0, kOffsets, kSlots, kLimits, kNothing = 0xffffffffu };
+enum class Stage : std::uint32_t {
+  kHead = 0,
+  kOffsets,
+  kSlots,
+  kLimits,
+  kCopies,   // edit_slots from here on
+  kTargets,  // a slot that is the target of two copies
+  kSources,  // one that is a source as well
+  kNothing = 0xffffffffu
+};
 
 // What a block shares while it checks.
 struct CheckShared {
@@ -103,11 +115,14 @@ class Checker {
     *length = args_.lengths[slot];
     if (shared_->marks[slot] < static_cast<std::uint32_t>(i))
       return Note(Stage::kSlots, i, FaultKind::kSlotTwice, slot);
+    return CheckSince(Stage::kSlots, i, slot);
+  }
+
+  // Any thread: whether the cache is no older than the slot's last destructive change.
+  __device__ bool CheckSince(Stage stage, std::int64_t i, std::int32_t slot) {
     const std::uint32_t since = shared_->slots[slot].since;
-    if (Before(shared_->cache_epoch, since)) {
-      return Note(Stage::kSlots, i, FaultKind::kSlotEpoch, slot, -1, -1, shared_->cache_epoch, since);
-    }
-    return true;
+    if (!Before(shared_->cache_epoch, since)) return true;
+    return Note(stage, i, FaultKind::kSlotEpoch, slot, -1, -1, shared_->cache_epoch, since);
   }
 
   // Any thread: something is wrong with entry i. A thread keeps the first of what it found. Returns false.
@@ -147,7 +162,10 @@ class Checker {
     return next;
   }
 
+  __device__ bool Exists(std::int32_t slot) const { return slot >= 0 && slot < args_.max_slots(); }
+  __device__ std::uint32_t* marks() const { return shared_->marks; }  // [max_slots]
   __device__ std::uint32_t cache_epoch() const { return shared_->cache_epoch; }
+  __device__ std::int32_t num_layers() const { return args_.num_layers(); }
   __device__ DevicePool* pool() const { return shared_->pool; }
   __device__ DeviceSlot& slot(std::int32_t slot) const { return shared_->slots[slot]; }
   __device__ std::int32_t* written(std::int32_t slot) const {
@@ -155,8 +173,6 @@ class Checker {
   }
 
  private:
-  __device__ bool Exists(std::int32_t slot) const { return slot >= 0 && slot < args_.max_slots(); }
-
   __device__ DevicePool* FindPool(std::int32_t id) const {
     for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
       DevicePool* const entry = &args_.pools[(id + i) % kMaxDevicePools];
@@ -237,6 +253,29 @@ class Checker {
   std::int32_t slot_ = -1, layer_ = -1, index_ = -1;
   std::int64_t wanted_ = 0, have_ = 0;
 };
+
+// Hands the lengths on: the op's own entries are written over them, by threads that have passed a barrier since.
+__device__ inline void CopyLengths(const CacheArgs& cache, std::int32_t* lengths) {
+  if (lengths == cache.lengths) return;
+  for (std::int32_t slot = threadIdx.x; slot < cache.max_slots(); slot += blockDim.x) {
+    lengths[slot] = cache.lengths[slot];
+  }
+}
+
+// Any thread, after the verdict: the slot has `length` tokens, and no more count as written.
+__device__ inline void SetLength(Checker* checker, std::int32_t slot, std::int32_t length) {
+  checker->slot(slot).length = length;
+  std::int32_t* const layers = checker->written(slot);
+  for (std::int32_t layer = 0; layer < checker->num_layers(); ++layer) layers[layer] = min(layers[layer], length);
+}
+
+// set_lengths, of one slot: destructive where the length becomes less.
+__device__ inline void LowerLength(Checker* checker, std::int32_t slot, std::int32_t length, std::uint32_t epoch,
+                                   std::int32_t* new_lengths) {
+  if (length < new_lengths[slot]) checker->slot(slot).since = epoch;
+  SetLength(checker, slot, length);
+  new_lengths[slot] = length;
+}
 
 }  // namespace kvpage::cuda
 

@@ -14,6 +14,7 @@
 #include "base/device_table.h"
 #include "base/dtype.h"
 #include "base/kv_view.h"
+#include "base/slot_edits.h"
 #include "base/status.h"
 
 namespace kvpage::cuda {
@@ -42,9 +43,11 @@ Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint
                std::int32_t* new_lengths, Stream stream);
 Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
                   std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
-// acquire (occupy) and release; `own` is the handle of the pool whose method was called.
-Status ChangeOwner(const CacheOperands& cache, const std::int32_t* own, const std::int32_t* slots, std::int64_t count,
-                   bool occupy, std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
+// edit_slots (edit_slots.cu), queued for the verb that cache.op names; `own` is the handle of the pool whose method was
+// called, the lists are device memory. Copies need CheckedBytes(0) of device scratch; without any `checked` is not
+// used.
+Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
+                 std::int32_t* new_lengths, void* checked, Stream stream);
 // The device's part of map_slots: checks slots and sizes as Pool::MapSlots does and sets *verdict (device memory) to 1
 // or 0; the host does the mapping.
 Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,

@@ -1,17 +1,9 @@
-// Ops on the slot table: advance, set_lengths, acquire, release, the device's part of map_slots; and the check of ops
-// on keys and values. Each is one block: it looks at a few numbers per slot, and what it costs is trips to memory.
+// Ops on the slot table that programs call: advance, set_lengths, the device's part of map_slots; and the check of ops
+// on keys and values. Each is one block: it looks at a few numbers per slot, and its cost is trips to memory.
 #include "kernels/cuda/check.cuh"
 
 namespace kvpage::cuda {
 namespace {
-
-// Hands the lengths on: the op's own entries are written over them, by threads that have passed a barrier since.
-__device__ void CopyLengths(const CacheArgs& cache, std::int32_t* lengths) {
-  if (lengths == cache.lengths) return;
-  for (std::int32_t slot = threadIdx.x; slot < cache.max_slots(); slot += blockDim.x) {
-    lengths[slot] = cache.lengths[slot];
-  }
-}
 
 __global__ void __launch_bounds__(kCheckThreads) BatchCheckKernel(const __grid_constant__ BatchCheckArgs args) {
   KVPAGE_SHARED(CheckShared, shared);
@@ -64,12 +56,12 @@ __global__ void __launch_bounds__(kCheckThreads) AdvanceKernel(const __grid_cons
   }
 }
 
-enum class Change { kSetLengths, kAcquire, kRelease, kMap };
+enum class Change { kSetLengths, kMap };
 
 struct ChangeArgs {
   CacheArgs cache;
   const std::int32_t* slots;
-  const std::int32_t* values;  // new lengths, or tokens to map; null for acquire and release
+  const std::int32_t* values;  // new lengths, or tokens to map
   std::int64_t count;
   std::uint32_t* new_epoch;
   std::int32_t* new_lengths;
@@ -80,39 +72,16 @@ template <Change change>
 __device__ void CheckEntry(Checker* checker, const ChangeArgs& args, std::int64_t i, std::int32_t slot) {
   std::int32_t length = 0;
   if (!checker->CheckSlot(i, slot, &length)) return;
-  if (change == Change::kAcquire) {
-    if (length >= 0) checker->Note(Stage::kSlots, i, FaultKind::kSlotTaken, slot);
-    return;
-  }
   if (length < 0) {
     checker->Note(Stage::kSlots, i, FaultKind::kSlotFree, slot);
     return;
   }
-  if (change == Change::kRelease) return;
   const std::int32_t value = args.values[i];
   if (change == Change::kSetLengths && (value < 0 || value > length)) {
     checker->Note(Stage::kSlots, i, FaultKind::kRaise, slot, -1, -1, value, length);
   }
   if (change == Change::kMap && (value < 0 || value > args.cache.max_seq_len())) {
     checker->Note(Stage::kSlots, i, FaultKind::kMaxSeqLen, slot, -1, -1, value);
-  }
-}
-
-// The slot's row as the change leaves it.
-template <Change change>
-__device__ void ChangeSlot(Checker* checker, const ChangeArgs& args, std::int64_t i, std::int32_t slot,
-                           std::uint32_t epoch) {
-  const std::int32_t length = change == Change::kSetLengths ? args.values[i] : 0;
-  DeviceSlot& row = checker->slot(slot);
-  if (change != Change::kSetLengths || length < args.new_lengths[slot]) row.since = epoch;
-  row.length = length;
-  if (change != Change::kSetLengths) row.released = change == Change::kRelease ? 1 : 0;
-  std::int32_t* const layers = checker->written(slot);
-  for (std::int32_t layer = 0; layer < args.cache.num_layers(); ++layer) layers[layer] = min(layers[layer], length);
-  args.new_lengths[slot] = change == Change::kRelease ? -1 : length;
-  if (change == Change::kRelease) {
-    __threadfence_system();  // the host may give the slot away at once
-    checker->pool()->vacated[slot] = 1;
   }
 }
 
@@ -138,11 +107,9 @@ __global__ void __launch_bounds__(kCheckThreads) ChangeKernel(const __grid_const
   __syncthreads();
   if (!ok) return;
   for (std::int64_t i = threadIdx.x; i < args.count; i += blockDim.x) {
-    if (args.slots[i] != -1) ChangeSlot<change>(&checker, args, i, args.slots[i], epoch);
+    if (args.slots[i] != -1) LowerLength(&checker, args.slots[i], args.values[i], epoch, args.new_lengths);
   }
 }
-
-LaunchShape OneBlock(const CacheOperands& cache) { return {1, kCheckThreads, CheckSharedBytes(cache), false}; }
 
 }  // namespace
 
@@ -161,13 +128,6 @@ Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const s
                   std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream) {
   const ChangeArgs args = {ToArgs(cache, true), slots, values, count, new_epoch, new_lengths, nullptr};
   return Launch("set_lengths", ChangeKernel<Change::kSetLengths>, OneBlock(cache), stream, args);
-}
-
-Status ChangeOwner(const CacheOperands& cache, const std::int32_t* own, const std::int32_t* slots, std::int64_t count,
-                   bool occupy, std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream) {
-  const ChangeArgs args = {ToArgs(cache, true, own), slots, nullptr, count, new_epoch, new_lengths, nullptr};
-  if (occupy) return Launch("acquire", ChangeKernel<Change::kAcquire>, OneBlock(cache), stream, args);
-  return Launch("release", ChangeKernel<Change::kRelease>, OneBlock(cache), stream, args);
 }
 
 Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,

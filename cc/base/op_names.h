@@ -1,0 +1,59 @@
+// The ops that programs queue, as messages name them. Host verbs (acquire, release) all queue one op, edit_slots, and
+// tell it their name as a number.
+#ifndef KVPAGE_BASE_OP_NAMES_H_
+#define KVPAGE_BASE_OP_NAMES_H_
+
+#include <cstdint>
+
+namespace kvpage {
+
+// The op that a message begins with. The numbers are part of compiled programs: append, never renumber.
+enum class DeviceOp : std::int32_t {
+  kMapSlots = 0,
+  kAppendKV,
+  kPagedAttention,
+  kUpdateAndAttend,
+  kGatherContext,
+  kAdvance,
+  kSetLengths,
+  kAcquire,
+  kRelease,
+};
+
+inline const char* OpName(DeviceOp op) {
+  switch (op) {
+    case DeviceOp::kMapSlots:
+      return "map_slots";
+    case DeviceOp::kAppendKV:
+      return "append_kv";
+    case DeviceOp::kPagedAttention:
+      return "paged_attention";
+    case DeviceOp::kUpdateAndAttend:
+      return "update_and_attend";
+    case DeviceOp::kGatherContext:
+      return "paged_attention (xla)";
+    case DeviceOp::kAdvance:
+      return "advance";
+    case DeviceOp::kSetLengths:
+      return "set_lengths";
+    case DeviceOp::kAcquire:
+      return "acquire";
+    case DeviceOp::kRelease:
+      return "release";
+  }
+  return "an op";
+}
+
+// The host verbs: what edit_slots may be queued for.
+inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease};
+
+inline bool IsHostVerb(DeviceOp op) {
+  for (const DeviceOp verb : kHostVerbs) {
+    if (verb == op) return true;
+  }
+  return false;
+}
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_BASE_OP_NAMES_H_

@@ -1,0 +1,45 @@
+// The operands of edit_slots, the one op that host verbs queue: a list of edits and a list of copies.
+//
+// The whole list is checked before anything changes: a slot may be named by one edit, a copy's target by one copy and
+// by no copy as its source. Edits come first, then the copies, between slots that are occupied after the edits.
+#ifndef KVPAGE_BASE_SLOT_EDITS_H_
+#define KVPAGE_BASE_SLOT_EDITS_H_
+
+#include <cstdint>
+
+namespace kvpage {
+
+// The numbers are part of compiled programs: append, never renumber.
+enum class SlotOpcode : std::int32_t {
+  kOccupy = 0,  // a free slot becomes an empty sequence: length 0, nothing written
+  kVacate,      // an occupied slot becomes free: length -1
+  kSetLength,   // an occupied slot's length is lowered to `length`
+};
+
+// A row of the operand int32[n, 3].
+struct SlotEdit {
+  std::int32_t opcode = 0;  // SlotOpcode
+  std::int32_t slot = -1;   // -1: padding
+  std::int32_t length = 0;  // kSetLength only
+};
+
+// A row of the operand int32[m, 4]: tokens first..first + count - 1 of all layers, keys and values with their scales,
+// from one slot to the same positions of another. The target counts as written that far.
+struct TokenCopy {
+  std::int32_t source = -1;  // -1: padding
+  std::int32_t target = -1;
+  std::int32_t first = 0;
+  std::int32_t count = 0;
+  std::int64_t end() const { return std::int64_t{first} + count; }
+};
+
+struct EditList {
+  const SlotEdit* edits = nullptr;
+  std::int64_t num_edits = 0;
+  const TokenCopy* copies = nullptr;
+  std::int64_t num_copies = 0;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_BASE_SLOT_EDITS_H_

@@ -1,0 +1,271 @@
+// edit_slots: the one op that host verbs (acquire, release) queue, as Pool::EditSlots (cache/pool_edits.cc) has it on
+// CPU. One block checks both lists and makes the edits; the copies follow in a launch behind it, if there are any.
+#include "kernels/cuda/check.cuh"
+#include "kernels/cuda/elements.cuh"
+
+namespace kvpage::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Blocks that share the tokens of one copy's keys or values in one layer: a partial block is small.
+constexpr int kPieces = 4;
+constexpr std::uint32_t kUnmarked = ~0u;
+
+struct EditArgs {
+  CacheArgs cache;
+  EditList list;
+  std::uint32_t* new_epoch;
+  std::int32_t* new_lengths;
+  CheckedBatch* checked;  // for the copies; null without any
+};
+
+// The slot's row as the edits leave it.
+struct EditedSlot {
+  std::int32_t length;
+  std::int32_t room;
+  std::int32_t written;  // in every layer
+};
+
+class Editor {
+ public:
+  __device__ Editor(const EditArgs& args, Checker* checker) : args_(args), checker_(*checker) {}
+
+  // Makes slots that two edits name findable, and what is edited findable from the copies' slots.
+  __device__ void Prepare() {
+    std::uint32_t* const marks = checker_.marks();
+    const auto clear = [&](std::int32_t slot) {
+      if (checker_.Exists(slot)) marks[slot] = kUnmarked;
+    };
+    for (std::int64_t i = threadIdx.x; i < args_.list.num_edits; i += blockDim.x) clear(args_.list.edits[i].slot);
+    ForCopies([&](std::int64_t, const TokenCopy& copy) {
+      clear(copy.source);
+      clear(copy.target);
+    });
+    __syncthreads();
+    for (std::int64_t i = threadIdx.x; i < args_.list.num_edits; i += blockDim.x) {
+      const std::int32_t slot = args_.list.edits[i].slot;
+      if (checker_.Exists(slot)) atomicMin(&marks[slot], static_cast<std::uint32_t>(i));
+    }
+    __syncthreads();
+  }
+
+  // Any thread: whether edit i may be made.
+  __device__ bool CheckEdit(std::int64_t i) {
+    const SlotEdit edit = args_.list.edits[i];
+    std::int32_t length = 0;
+    if (!checker_.CheckSlot(i, edit.slot, &length)) return false;
+    const auto wrong = [&](FaultKind kind, std::int64_t wanted = 0, std::int64_t have = 0) {
+      return checker_.Note(Stage::kSlots, i, kind, edit.slot, -1, -1, wanted, have);
+    };
+    switch (static_cast<SlotOpcode>(edit.opcode)) {
+      case SlotOpcode::kOccupy:
+        return length < 0 || wrong(FaultKind::kSlotTaken);
+      case SlotOpcode::kVacate:
+        return length >= 0 || wrong(FaultKind::kSlotFree);
+      case SlotOpcode::kSetLength:
+        if (length < 0) return wrong(FaultKind::kSlotFree);
+        return (edit.length >= 0 && edit.length <= length) || wrong(FaultKind::kRaise, edit.length, length);
+    }
+    return wrong(FaultKind::kOpcode, edit.opcode);
+  }
+
+  // Any thread: whether copy i may be made after the edits. Marks are those of Prepare.
+  __device__ bool CheckCopy(std::int64_t i, const TokenCopy& copy) {
+    const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
+      return checker_.Note(Stage::kCopies, i, kind, slot, -1, -1, wanted, have);
+    };
+    if (!checker_.Exists(copy.source)) return wrong(FaultKind::kSlotRange, copy.source);
+    if (!checker_.Exists(copy.target)) return wrong(FaultKind::kSlotRange, copy.target);
+    const EditedSlot source = After(copy.source), target = After(copy.target);
+    if (!checker_.CheckSince(Stage::kCopies, i, copy.source)) return false;
+    if (source.length < 0) return wrong(FaultKind::kSlotFree, copy.source);
+    if (!checker_.CheckSince(Stage::kCopies, i, copy.target)) return false;
+    if (target.length < 0) return wrong(FaultKind::kSlotFree, copy.target);
+    if (copy.first < 0 || copy.count < 0) return wrong(FaultKind::kCopyTokens, copy.target, copy.first, copy.count);
+    const std::int64_t end = std::int64_t{copy.first} + copy.count;
+    if (end > args_.cache.max_seq_len()) return wrong(FaultKind::kMaxSeqLen, copy.target, end);
+    if (end > source.room) return wrong(FaultKind::kUnmapped, copy.source, end, source.room);
+    if (end > target.room) return wrong(FaultKind::kUnmapped, copy.target, end, target.room);
+    if (end > source.written) return wrong(FaultKind::kUnwritten, copy.source, end, source.written);
+    // A gap would show its reader what an earlier owner of the memory left there.
+    if (copy.first > target.written) return wrong(FaultKind::kUnwritten, copy.target, copy.first, target.written);
+    return true;
+  }
+
+  // Copies must not depend on each other's order.
+  __device__ void CheckTargets() {
+    std::uint32_t* const marks = checker_.marks();
+    __syncthreads();  // the edits' marks have been read
+    ForCopies([&](std::int64_t, const TokenCopy& copy) {
+      if (checker_.Exists(copy.source)) marks[copy.source] = kUnmarked;
+      if (checker_.Exists(copy.target)) marks[copy.target] = kUnmarked;
+    });
+    __syncthreads();
+    ForCopies([&](std::int64_t i, const TokenCopy& copy) {
+      if (checker_.Exists(copy.target)) atomicMin(&marks[copy.target], static_cast<std::uint32_t>(i));
+    });
+    __syncthreads();
+    ForCopies([&](std::int64_t i, const TokenCopy& copy) {
+      if (checker_.Exists(copy.target) && marks[copy.target] < static_cast<std::uint32_t>(i)) {
+        checker_.Note(Stage::kTargets, i, FaultKind::kCopyTwice, copy.target);
+      }
+      if (checker_.Exists(copy.source) && marks[copy.source] != kUnmarked) {
+        checker_.Note(Stage::kSources, i, FaultKind::kCopyChain, copy.source);
+      }
+    });
+  }
+
+  // Any thread, after the verdict.
+  __device__ void Apply(const SlotEdit& edit, std::uint32_t epoch) {
+    if (edit.opcode == static_cast<std::int32_t>(SlotOpcode::kSetLength)) {
+      return LowerLength(&checker_, edit.slot, edit.length, epoch, args_.new_lengths);
+    }
+    const bool vacate = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kVacate);
+    checker_.slot(edit.slot).since = epoch;
+    checker_.slot(edit.slot).released = vacate ? 1 : 0;
+    SetLength(&checker_, edit.slot, 0);
+    args_.new_lengths[edit.slot] = vacate ? -1 : 0;
+    if (!vacate) return;
+    __threadfence_system();  // the host may give the slot away at once
+    checker_.pool()->vacated[edit.slot] = 1;
+  }
+
+  // The targets' marks are right already here: what reads these tokens is behind their copy on the stream.
+  __device__ void MarkCopied(const TokenCopy& copy, std::uint32_t epoch) {
+    checker_.slot(copy.target).since = epoch;
+    std::int32_t* const layers = checker_.written(copy.target);
+    for (std::int32_t layer = 0; layer < checker_.num_layers(); ++layer) {
+      layers[layer] = max(layers[layer], copy.first + copy.count);
+    }
+  }
+
+  // Calls fn(i, copy) for this thread's share of the copies.
+  template <class Fn>
+  __device__ void ForCopies(Fn&& fn) {
+    for (std::int64_t i = threadIdx.x; i < args_.list.num_copies; i += blockDim.x) {
+      const TokenCopy copy = args_.list.copies[i];
+      if (copy.source != -1) fn(i, copy);
+    }
+  }
+
+ private:
+  __device__ EditedSlot After(std::int32_t slot) const {
+    const DeviceSlot& row = checker_.slot(slot);
+    const std::int32_t* const layers = checker_.written(slot);
+    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, layers[0]};
+    for (std::int32_t layer = 1; layer < checker_.num_layers(); ++layer) {
+      after.written = min(after.written, layers[layer]);
+    }
+    const std::uint32_t mark = checker_.marks()[slot];
+    if (mark == kUnmarked) return after;
+    const SlotEdit edit = args_.list.edits[mark];
+    const bool occupy = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kOccupy);
+    const bool vacate = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kVacate);
+    after.length = occupy ? 0 : vacate ? -1 : edit.length;
+    if (occupy) after.room = row.room;
+    after.written = min(after.written, after.length);
+    return after;
+  }
+
+  const EditArgs& args_;
+  Checker& checker_;
+};
+
+__global__ void __launch_bounds__(kCheckThreads) EditKernel(const __grid_constant__ EditArgs args) {
+  KVPAGE_SHARED(CheckShared, shared);
+  KVPAGE_DYNAMIC_SHARED(marks);
+  LetNextKernelStart();
+  Checker checker(args.cache, &shared, reinterpret_cast<std::uint32_t*>(marks));
+  Editor editor(args, &checker);
+  if (checker.Enter()) {
+    editor.Prepare();
+    for (std::int64_t i = threadIdx.x; i < args.list.num_edits; i += blockDim.x) {
+      if (args.list.edits[i].slot != -1) editor.CheckEdit(i);
+    }
+    if (args.list.num_copies > 0) {
+      editor.ForCopies([&](std::int64_t i, const TokenCopy& copy) { editor.CheckCopy(i, copy); });
+      editor.CheckTargets();
+    }
+  }
+  const bool ok = checker.Verdict();
+  const std::uint32_t epoch = ok ? checker.NextEpoch() : checker.cache_epoch();
+  if (threadIdx.x == 0) {
+    *args.new_epoch = epoch;
+    if (args.checked != nullptr) {
+      args.checked->ok = ok ? 1 : 0;
+      if (ok) args.checked->view = checker.pool()->view;
+    }
+  }
+  CopyLengths(args.cache, args.new_lengths);
+  __syncthreads();
+  if (!ok) return;
+  for (std::int64_t i = threadIdx.x; i < args.list.num_edits; i += blockDim.x) {
+    if (args.list.edits[i].slot != -1) editor.Apply(args.list.edits[i], epoch);
+  }
+  if (args.list.num_copies == 0) return;
+  __syncthreads();
+  editor.ForCopies([&](std::int64_t, const TokenCopy& copy) { editor.MarkCopied(copy, epoch); });
+}
+
+struct CopyArgs {
+  const CheckedBatch* checked;
+  const TokenCopy* copies;
+  std::int32_t num_layers;
+  std::int32_t row_bytes;  // of one head of one token
+  bool scales;
+};
+
+// Every kPieces-th token of one copy's keys or values in one layer; N bytes at once.
+template <int N>
+__global__ void __launch_bounds__(kThreads) CopyTokensKernel(const __grid_constant__ CopyArgs args) {
+  using Bytes = Vector<std::uint8_t, N>;
+  WaitForPriorKernel();
+  const CheckedBatch& checked = *args.checked;
+  if (checked.ok == 0) return;
+  std::int64_t block = blockIdx.x;
+  const int piece = static_cast<int>(block % kPieces), kv = static_cast<int>(block / kPieces % 2);
+  block /= 2 * kPieces;
+  const std::int64_t layer = block % args.num_layers;
+  const TokenCopy copy = args.copies[block / args.num_layers];
+  if (copy.source == -1) return;
+  const KVView& view = checked.view;
+  const std::int64_t tokens = CeilDiv(copy.count - piece, kPieces), rows = tokens * view.num_kv_heads;
+  const auto token = [&](std::int64_t row) { return copy.first + piece + row / view.num_kv_heads * kPieces; };
+  const std::int64_t vectors = args.row_bytes / N;
+  for (std::int64_t i = threadIdx.x; i < rows * vectors; i += kThreads) {
+    const std::int64_t row = i / vectors, head = row % view.num_kv_heads, at = i % vectors * N;
+    const char* const from = view.At(copy.source, token(row), layer, kv, head) + at;
+    char* const to = view.At(copy.target, token(row), layer, kv, head) + at;
+    *reinterpret_cast<Bytes*>(to) = *reinterpret_cast<const Bytes*>(from);
+  }
+  if (!args.scales) return;
+  for (std::int64_t row = threadIdx.x; row < rows; row += kThreads) {
+    const std::int64_t head = row % view.num_kv_heads;
+    *view.Scale(copy.target, token(row), layer, kv, head) = *view.Scale(copy.source, token(row), layer, kv, head);
+  }
+}
+
+Status LaunchCopies(const CacheOperands& cache, const EditList& list, const CheckedBatch* checked, Stream stream) {
+  const auto dtype = static_cast<DType>(cache.spec[5]);
+  const CopyArgs args = {checked, list.copies, static_cast<std::int32_t>(cache.spec[0]),
+                         static_cast<std::int32_t>(cache.spec[2] * static_cast<std::int64_t>(ItemSize(dtype))),
+                         IsQuantized(dtype)};
+  const std::int64_t blocks = list.num_copies * args.num_layers * 2 * kPieces;
+  const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
+  // Rows begin at multiples of their length.
+  if (args.row_bytes % 16 == 0) return Launch("copy_tokens", CopyTokensKernel<16>, shape, stream, args);
+  if (args.row_bytes % 4 == 0) return Launch("copy_tokens", CopyTokensKernel<4>, shape, stream, args);
+  return Launch("copy_tokens", CopyTokensKernel<1>, shape, stream, args);
+}
+
+}  // namespace
+
+Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
+                 std::int32_t* new_lengths, void* checked, Stream stream) {
+  auto* const verdict = list.num_copies > 0 ? static_cast<CheckedBatch*>(checked) : nullptr;
+  const EditArgs args = {ToArgs(cache, true, own), list, new_epoch, new_lengths, verdict};
+  KVPAGE_RETURN_IF_ERROR(Launch(OpName(cache.op), EditKernel, OneBlock(cache), stream, args));
+  return list.num_copies > 0 ? LaunchCopies(cache, list, verdict, stream) : Status();
+}
+
+}  // namespace kvpage::cuda

@@ -1,0 +1,117 @@
+// Copies of edit_slots: on CPU and on the emulated device every byte of the target's tokens becomes the source's, and
+// nothing else changes.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "tests/check.h"
+#include "tests/cuda_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+constexpr std::int32_t kSlots = 3, kBlockTokens = 16, kMaxTokens = 60;
+
+Geometry CopyGeometry(std::int64_t head_dim, DType dtype, Layout layout) {
+  Geometry geometry;
+  const SpecInts spec = {
+      2,           2, head_dim, kSlots, kMaxTokens, static_cast<std::int64_t>(dtype), static_cast<std::int64_t>(layout),
+      kBlockTokens};
+  const std::int64_t row =
+      head_dim * static_cast<std::int64_t>(ItemSize(dtype)) + static_cast<std::int64_t>(ScaleSize(dtype));
+  const std::int64_t block = kBlockTokens * 2 * row * (layout == Layout::kFused ? 4 : 1);
+  CHECK_OK(Geometry::Make(spec, block, &geometry));
+  return geometry;
+}
+
+// As a copy is defined: element by element, through the view.
+void CopyPlainly(const KVView& view, const TokenCopy& copy, std::vector<char>* memory) {
+  KVView to = view;
+  to.base = memory->data();
+  const auto row = static_cast<std::size_t>(view.head_dim) * ItemSize(view.dtype);
+  for (std::int64_t token = copy.first; token < copy.end(); ++token) {
+    for (int layer = 0; layer < 2; ++layer) {
+      for (int kv = 0; kv < 2; ++kv) {
+        for (int head = 0; head < view.num_kv_heads; ++head) {
+          std::memcpy(to.At(copy.target, token, layer, kv, head), view.At(copy.source, token, layer, kv, head), row);
+          if (!IsQuantized(view.dtype)) continue;
+          std::memcpy(to.Scale(copy.target, token, layer, kv, head), view.Scale(copy.source, token, layer, kv, head),
+                      sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+struct Threads final : Parallel {
+  int num_workers() const override { return 3; }
+  void For(std::int64_t tasks, const std::function<void(std::int64_t, int)>& fn) override {
+    for (std::int64_t task = tasks - 1; task >= 0; --task) fn(task, static_cast<int>(task % 3));
+  }
+};
+
+void CheckCopies(const Geometry& geometry, const std::vector<TokenCopy>& copies, const std::string& what) {
+  std::vector<char> start(static_cast<std::size_t>(geometry.virtual_bytes()));
+  for (std::size_t i = 0; i < start.size(); ++i) start[i] = static_cast<char>(i * 2654435761u >> 13);
+  std::vector<char> cpu = start, device = start, wanted = start;
+  for (const TokenCopy& copy : copies) {
+    if (copy.source >= 0) CopyPlainly(geometry.View(start.data()), copy, &wanted);
+  }
+  Threads threads;
+  cpu::CopyTokens(geometry.View(cpu.data()), 2, copies.data(), static_cast<std::int64_t>(copies.size()), threads);
+  CHECK(cpu == wanted) << what;
+
+  DeviceTable table;
+  PoolRows rows = table.Add(geometry.spec(), geometry.View(device.data()), 5);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    rows.slot(slot).room = kMaxTokens;
+    for (int layer = 0; layer < 2; ++layer) rows.written(slot, layer) = slot == 0 ? 50 : 20;
+  }
+  const auto run = [&](std::int32_t generation) {
+    const CacheBuffers buffers(5, generation, rows.entry().epoch, {50, 20, 20});
+    const auto own = Ints({5, 0});
+    const auto list = Exactly(copies);
+    const auto scratch = Scratch(0);
+    CHECK_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, geometry.spec()), own.get(),
+                             {nullptr, 0, list.get(), static_cast<std::int64_t>(copies.size())}, buffers.epoch.get(),
+                             buffers.lengths.get(), scratch.get(), nullptr));
+    return rows.TakeFault().kind;
+  };
+  CHECK_EQ(run(1), static_cast<std::int32_t>(FaultKind::kGeneration));
+  CHECK(device == start) << what << "a failed check copied";
+  CHECK_EQ(run(0), 0);
+  CHECK(device == wanted) << what;
+  for (const TokenCopy& copy : copies) {
+    if (copy.source < 0) continue;
+    CHECK_EQ(rows.written(copy.target, 1), std::max(copy.target == 0 ? 50 : 20, copy.first + copy.count));
+    CHECK_EQ(rows.slot(copy.target).since, rows.entry().epoch);
+  }
+}
+
+TEST(CopiesAreBitIdentical) {
+  const std::vector<std::vector<TokenCopy>> lists = {
+      {{0, 1, 0, 50}, {0, 2, 0, 33}},                     // one source, several targets, across blocks
+      {{-1, -1, -1, -1}, {0, 2, 19, 1}, {0, 1, 16, 16}},  // ragged
+      {{0, 1, 15, 2}, {0, 2, 20, 0}},                     // a block's end; nothing
+      {{1, 0, 3, 14}},                                    // into what is written
+  };
+  for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+      for (const std::int64_t head_dim : {16, 4, 3}) {
+        const Geometry geometry = CopyGeometry(head_dim, dtype, layout);
+        for (std::size_t i = 0; i < lists.size(); ++i) {
+          CheckCopies(geometry, lists[i],
+                      std::string(Name(dtype)) + " " + std::to_string(head_dim) + " list " + std::to_string(i));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvpage::testing
+
+int main(int argc, char** argv) { return kvpage::testing::RunAll(argc, argv); }

@@ -1,0 +1,123 @@
+"""Calls into the compiled pool, and its failed statuses as this package's exceptions.
+
+The type of an exception follows from the status's reason, or from its code where there is none;
+nothing here looks into a message.
+"""
+
+from typing import Any
+
+import jax
+
+from jax_kvpage import _native
+from jax_kvpage._cuda import Place, memory_hint
+from jax_kvpage._native import Code, Reason
+from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["NativePool", "exception"]
+
+_BY_REASON: dict[Reason, type[Exception]] = {
+    Reason.CLOSED: PoolClosed,
+    Reason.FORKED: PoolClosed,
+    Reason.OUT_OF_BLOCKS: OutOfBlocks,
+    Reason.OUT_OF_SLOTS: OutOfSlots,
+    Reason.OUT_OF_DEVICE_MEMORY: OutOfBlocks,
+    Reason.DEVICE_FAULT: DeviceFault,
+}
+_BY_CODE: dict[Code, type[Exception]] = {
+    Code.INVALID_ARGUMENT: ValueError,
+    Code.OUT_OF_RANGE: ValueError,
+    Code.RESOURCE_EXHAUSTED: OutOfBlocks,
+}
+
+
+def exception(code: Code, reason: Reason, message: str) -> Exception:
+    """The exception that a failed status of a host call becomes."""
+    if reason is Reason.DEVICE_FAULT:  # as JAX writes what a program fails with on CPU
+        message = f"{code.name}: {message}"
+    return _BY_REASON.get(reason, _BY_CODE.get(code, KVPageError))(message)
+
+
+class NativePool:
+    """The compiled pool of a `KVPool`.
+
+    Attributes:
+        pool: `_native.Pool`; its methods are called through `call` or `claim`.
+        spec: resolved.
+        device: where the cache's arrays live.
+        place: the same for the compiled side.
+
+    Raises:
+        ValueError: a spec or capacity that cannot work.
+        KVPageError: the CUDA driver refused.
+        OutOfBlocks: more capacity than there is memory.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        capacity_bytes: int,
+        device: jax.Device,
+        place: Place,
+        allow_stale: bool,
+        poison: bool,
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.place = place
+        ints, block_bytes = spec.as_ints(), spec.block_bytes
+        options = (allow_stale, poison, place.backend, place.ordinal)
+        self.pool: _native.Pool = self.call(
+            _native.Pool, ints, block_bytes, capacity_bytes, *options
+        )
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """Calls into C++; a failed status becomes an exception."""
+        try:
+            return function(*args)
+        except _native.StatusError as error:
+            code, reason, message = error.args
+        raise exception(code, reason, self._explained(reason, message))
+
+    def raise_fault(self) -> None:
+        """Raises the pending device fault, if any. On CPU JAX raises what a program fails with."""
+        if self.place.backend == "cuda" and not self.pool.closed:
+            self.call(self.pool.take_fault)
+
+    def failed_claim(self, op: str, claim: _native.Claim) -> Exception:
+        """The exception for a claim that failed; for one that could not be met, with numbers.
+
+        Args:
+            op: the call's name.
+            claim: not ok.
+        """
+        if claim.code is not Code.RESOURCE_EXHAUSTED:
+            return exception(claim.code, claim.reason, claim.message)
+        numbers = {
+            "wanted": claim.wanted,
+            "free": claim.free,
+            "draining": claim.draining,
+            "reclaimable": claim.reclaimable,
+        }
+        wait = " or wait for those that drain (acquire(..., wait=True))" if claim.draining else ""
+        if claim.reason is Reason.OUT_OF_SLOTS:
+            return OutOfSlots(
+                f"{op}: {claim.wanted} slots wanted, {claim.free} free, {claim.draining} draining, "
+                f"{self.spec.max_slots} in all: release a request{wait}, or make the pool with a "
+                "larger max_slots",
+                **numbers,
+            )
+        live = [row for row in self.call(self.pool.rows) if not row.draining]
+        largest = max(live, key=lambda row: row.blocks, default=None)
+        hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
+        message = (
+            f"{op}: {claim.message}; a block is {self.spec.block_bytes} bytes: release a request"
+            f"{hint}{wait}, or take more memory with resize()"
+        )
+        return OutOfBlocks(self._explained(claim.reason, message), **numbers)
+
+    def _explained(self, reason: Reason, message: str) -> str:
+        """The message, with JAX's share of the card where the card is full."""
+        if self.place.backend == "cuda" and reason is Reason.OUT_OF_DEVICE_MEMORY:
+            return f"{message}. {memory_hint(self.device)}"
+        return message

@@ -1,0 +1,153 @@
+"""Host verbs: the host's decision, the program queued for it, and its undo, once for all verbs.
+
+A verb such as `acquire` decides in C++ and at once; the cache value follows when the queued program
+has run. All verbs queue the same op, `edit_slots`, each with its own list of edits and copies.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvpage import _native
+from jax_kvpage._compat import is_ready
+from jax_kvpage._native import Code
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops.edit_slots import VACATE, edit_slots
+
+__all__ = ["Queue"]
+
+# A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
+_WAIT_SLICE = 0.1
+
+
+@functools.cache
+def _program(verb: str, marked: bool) -> Any:
+    """The compiled program of a verb; `marked` adds an array that tells when it has run."""
+
+    def run(cache: KVCache, own: jax.Array, edits: jax.Array, copies: jax.Array) -> Any:
+        cache = edit_slots(cache, own, edits, copies, verb)
+        # Not the epoch itself: the cache may be donated on.
+        return cache, cache.epoch + jnp.uint32(0) if marked else None
+
+    return jax.jit(run)
+
+
+def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+    """Rows padded with -1 to a power of two, so that few programs are compiled."""
+    size = 1 << (len(rows) - 1).bit_length() if rows else 0
+    table = np.full((size, width), -1, np.int32)
+    if rows:
+        table[: len(rows)] = rows
+    return table
+
+
+class Queue:
+    """What `KVPool` queues on its device.
+
+    Attributes:
+        waits: claims that waited for slots to drain.
+    """
+
+    def __init__(self, native: NativePool) -> None:
+        self._native = native
+        self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
+        self._no_copies = self.put(_rows([], 4))
+        self._releases: list[jax.Array] = []
+        self.waits = 0
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """The array on the pool's device."""
+        return jax.device_put(array, self._native.device)
+
+    def check_cache(self, op: str, cache: KVCache) -> None:
+        """Raises a ValueError unless a host call can go on from this cache."""
+        if not isinstance(cache, KVCache):
+            raise ValueError(
+                f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
+            )
+        if isinstance(cache.epoch, jax.core.Tracer):
+            raise ValueError(
+                f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
+                "program map_slots makes room, and set_lengths and batch.mask change who takes part"
+            )
+        if cache.epoch.is_deleted():
+            raise ValueError(
+                f"{op}: this cache was donated to a program and is gone: pass the cache that the "
+                "program returned, or start a new generation with pool.cache()"
+            )
+        if cache.spec != self._native.spec:
+            raise ValueError(
+                f"{op}: the cache has another spec than <KVPool {self._native.pool.id} on "
+                f"{self._native.device}>: {cache.spec} against {self._native.spec}; pass the cache "
+                "that this pool's newest call returned"
+            )
+
+    def claim(self, op: str, attempt: Callable[[], _native.Claim], wait: bool = False) -> Any:
+        """Asks the pool for slots or blocks.
+
+        Args:
+            op: the call's name.
+            attempt: asks once, all or nothing.
+            wait: whether to wait for released slots to drain and try again.
+
+        Returns:
+            The claim, met.
+        """
+        waited = False
+        while True:
+            claim = self._native.call(attempt)
+            if claim.ok:
+                return claim
+            if claim.code is not Code.RESOURCE_EXHAUSTED or not wait or claim.draining == 0:
+                raise self._native.failed_claim(op, claim)
+            self.waits += not waited
+            waited = True
+            # A release whose program failed would drain for ever: say so instead of waiting.
+            for marker in [m for m in self._releases if is_ready(m)]:
+                jax.block_until_ready(marker)
+            self._native.call(self._native.pool.wait_for_drain, _WAIT_SLICE)
+
+    def run(
+        self,
+        verb: str,
+        cache: KVCache,
+        edits: Sequence[tuple[int, int, int]],
+        undo: Callable[[list[int]], None],
+        copies: Sequence[tuple[int, int, int, int]] = (),
+    ) -> KVCache:
+        """Queues a decision of the host's as a program.
+
+        Args:
+            verb: name of the call.
+            cache: the newest cache, checked.
+            edits: (opcode, slot, length) of each slot that the host decided about.
+            undo: takes the decision back, given these slots; called when nothing can be queued.
+            copies: (source, target, first token, number of tokens).
+
+        Returns:
+            The next cache.
+        """
+        if not edits and not copies:
+            return cache
+        program = _program(verb, any(opcode == VACATE for opcode, _, _ in edits))
+        try:
+            rows = self.put(_rows(copies, 4)) if copies else self._no_copies
+            cache, marker = program(cache, self._own, self.put(_rows(edits, 3)), rows)
+        except BaseException:
+            # A pool that was closed meanwhile has nothing to take back.
+            with contextlib.suppress(_native.StatusError):
+                undo([slot for _, slot, _ in edits])
+            raise
+        if marker is not None:
+            self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
+        return cache
+
+    def restart(self) -> None:
+        """Forgets programs of older generations."""
+        self._releases.clear()

@@ -1,0 +1,82 @@
+"""edit_slots: the one op that the pool's host verbs (acquire, release) queue (internal).
+
+The verb decides on the host what happens to which slot; this op makes it happen in the cache value,
+in the order of data dependence. A new verb is an opcode, or a combination, and not a new op.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_kvpage import _native
+from jax_kvpage._arrays import as_int32
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops import _batching, _lowering, _scratch
+from jax_kvpage.ops._checks import EPOCH, INT32, cache_operands, pool_checker, results
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["OCCUPY", "SET_LENGTH", "VACATE", "edit_slots"]
+
+# Opcodes (cc/base/slot_edits.h).
+OCCUPY, VACATE, SET_LENGTH = 0, 1, 2
+
+_NAMES = {number: name for name, number in _native.VERBS.items()}
+
+
+def _abstract(*avals: Any, spec: CacheSpec, verb: int) -> list[Any]:
+    handle, epoch, lengths, own, edits, copies = avals
+    check = pool_checker(f"KVPool.{_NAMES[verb]}", spec)
+    check.cache(handle, epoch, lengths)
+    check.array("own", own, (2,), INT32)
+    check.array("edits", edits, ("n", 3), INT32)
+    check.array("copies", copies, ("m", 4), INT32)
+    check.done()
+    return results(avals, EPOCH, ((spec.max_slots,), jnp.int32))
+
+
+edit_slots_p = _lowering.make_primitive("edit_slots", _abstract, static=("spec", "verb"))
+
+
+def edit_slots(cache: KVCache, own: Any, edits: Any, copies: Any, verb: str) -> KVCache:
+    """Changes who occupies slots and how long they are, then copies tokens between slots.
+
+    All or nothing: both lists are checked before anything changes.
+
+    Args:
+        cache: the cache.
+        own: int32[2], handle of the pool that acts; must be the cache's.
+        edits: int32[n, 3], rows of (opcode, slot, length); slot -1 is padding. A slot may be named
+            once. OCCUPY makes a free slot an empty sequence, VACATE frees one, SET_LENGTH lowers
+            the length of one.
+        copies: int32[m, 4], rows of (source slot, target slot, first token, number of tokens), -1
+            is padding: stored keys, values and scales of all layers, to the same positions of the
+            target, which then counts as written that far. Slots must be occupied after the edits.
+            A slot may be the target of one copy, and no source as well.
+        verb: name of the host call, which errors begin with.
+
+    Returns:
+        The next cache.
+    """
+    arrays = cache_operands(verb, cache)
+    operands = (
+        *arrays,
+        as_int32("own", own),
+        as_int32("edits", edits),
+        as_int32("copies", copies),
+    )
+    params = {"spec": cache.spec, "verb": _native.VERBS[verb]}
+    epoch, lengths = _lowering.bind(edit_slots_p, _abstract, operands, params)
+    return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
+
+
+_lowering.register_lowerings(edit_slots_p, aliases={1: 0, 2: 1}, scratch=_scratch.copies)
+
+
+def _refuse_batch(operands: Any, dims: Any, *, spec: CacheSpec, verb: int) -> Any:
+    del operands, dims, spec
+    name = _NAMES[verb]
+    raise ValueError(f"vmap of KVPool.{name}: {name} slots outside of vmap")
+
+
+_batching.register(edit_slots_p, _refuse_batch)

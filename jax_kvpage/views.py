@@ -1,0 +1,50 @@
+"""Zero-copy arrays over a pool's memory, for dense kernels (`KVPool.view`)."""
+
+import jax
+
+from jax_kvpage._native_pool import NativePool
+
+__all__ = ["view"]
+
+
+def _check(native: NativePool, slot: int | None) -> None:
+    spec = native.spec
+    if native.place.backend != "cpu" and not native.pool.closed:
+        raise ValueError(
+            f"view: <KVPool {native.pool.id} on {native.device}> lies in device memory, where the "
+            "part of a slot that is not mapped cannot be read, so no array may stand for it: read "
+            "the cache with paged_attention, or use a pool on a CPU device for views"
+        )
+    if spec.quantized:
+        raise ValueError(
+            f"view: {spec.dtype} storage keeps the scales of a block's tokens behind them, so "
+            "a slot is not one dense array: use float32, bfloat16 or float16 storage for "
+            "views, or read the cache with paged_attention"
+        )
+    if spec.layout != "per_layer":
+        raise ValueError(
+            "view: one layer's keys are one dense array in the 'per_layer' layout only, this "
+            f"pool has {spec.layout!r}: make it with CacheSpec(..., layout='per_layer')"
+        )
+    if slot is None and spec.blocks_per_range * (spec.block_tokens or 1) != spec.max_seq_len:
+        raise ValueError(
+            f"view: slots lie max_seq_len={spec.max_seq_len} tokens apart only if that is a "
+            f"multiple of block_tokens={spec.block_tokens}: view one slot at a time, or change "
+            "one of them"
+        )
+    if slot is not None and slot < 0:
+        raise ValueError(f"view: slot {slot} does not exist")
+
+
+def view(native: NativePool, layer: int, slot: int | None) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one layer, of one slot or of all; `KVPool.view` says what for.
+
+    Args:
+        native: the pool.
+        layer: which layer.
+        slot: an occupied slot; None for all slots.
+    """
+    _check(native, slot)
+    place = -1 if slot is None else slot
+    k, v = (native.call(native.pool.view, layer, kv, place) for kv in (0, 1))
+    return jax.dlpack.from_dlpack(k), jax.dlpack.from_dlpack(v)
