@@ -1,5 +1,5 @@
 // The check that every op on a pool begins with: one block compares the cache value that a program carries with the
-// pool's table, exactly as cache/pool_programs.cc does on CPU, and records the first thing that is wrong.
+// pool's table, exactly as cache/program_check.h does on CPU, and records the first thing that is wrong.
 //
 // "First" is what a loop over the sequences would have met first, whatever thread saw it: every finding has a key that
 // orders it (the stage of the check, then the sequence), and the smallest is recorded.
