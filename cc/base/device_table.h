@@ -65,7 +65,7 @@ struct Fault {
 };
 
 // acquire and release both leave a slot with length 0 and nothing written in any layer, so that no generation that the
-// host starts (which goes by what stands here) can show a slot's new owner what the last one left.
+// host starts (which copies these fields) can show a slot's new owner the tokens of the last one.
 struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change

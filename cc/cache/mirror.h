@@ -1,4 +1,4 @@
-// Mirror: the pool's table where programs run on a device of their own.
+// Mirror: a copy of the pool's table for programs that run on a device.
 //
 // On CPU the handlers call the pool (program_ops.h) and there is no mirror. On a device kernels check programs against
 // a copy of the table in device memory; the pool tells the mirror what the host decided and learns from it what

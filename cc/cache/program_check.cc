@@ -16,19 +16,14 @@ Status CheckOffsets(const char* op, const BatchRef& batch) {
 
 }  // namespace
 
-Status ProgramCheck::Begin(bool mutates) const {
+Status ProgramCheck::Refusal() const {
   SlotTable& table = *pool_.table;
   KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state_, op_));
   const DeviceProgress& progress = table.progress(state_);
   if (cache_.generation != progress.generation) {
     return messages::OtherGeneration(op_, table.id(), cache_.generation, progress.generation);
   }
-  const bool stale = mutates && !pool_.options.allow_stale && cache_.epoch != progress.epoch;
-  if (stale || Before(progress.epoch, cache_.epoch)) {
-    return messages::StaleEpoch(op_, table.id(), cache_.epoch, progress.epoch);
-  }
-  table.StartNaming(state_);
-  return {};
+  return messages::StaleEpoch(op_, table.id(), cache_.epoch, progress.epoch);
 }
 
 Status ProgramCheck::Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const {

@@ -21,7 +21,15 @@ class ProgramCheck {
       : pool_(pool), state_(state), op_(op), cache_(cache) {}
 
   // The pool is open, and generation and epoch allow an op that mutates the cache, or only reads it.
-  Status Begin(bool mutates) const;
+  Status Begin(bool mutates) const {
+    SlotTable& table = *pool_.table;
+    const DeviceProgress& progress = table.progress(state_);
+    const bool stale = mutates && !pool_.options.allow_stale && cache_.epoch != progress.epoch;
+    const bool other = cache_.generation != progress.generation;
+    if (table.closed(state_) || other || stale || Before(progress.epoch, cache_.epoch)) return Refusal();
+    table.StartNaming(state_);
+    return {};
+  }
   // The slot exists, was not named before in this call, and had no destructive change since the cache's epoch.
   Status Slot(std::int32_t slot) const {
     SlotTable& table = *pool_.table;
@@ -43,6 +51,9 @@ class ProgramCheck {
   Status Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const;
 
  private:
+  // Why Begin does not go on.
+  Status Refusal() const;
+
   const PoolParts& pool_;
   const StateLock& state_;
   const char* const op_;

@@ -1,7 +1,7 @@
 // SlotTable: the valid slot table. Who occupies each slot, how many tokens have room, are written, are final.
 //
-// Two parts that will multiply differently: HostSlot is what the host decided, once for a pool; DeviceProgress is what
-// programs did, once for a device. Which memory is mapped is supply's business (supply.h).
+// Two kinds of rows: HostSlot holds the host's decisions, once for a pool; DeviceProgress holds the work of programs,
+// once for a device. Which memory is mapped is supply's business (supply.h).
 //
 // The table owns the state mutex. It is held for moments only, never over a system call, so that mapping memory does
 // not delay programs that only read and write. A method that needs it takes a StateLock. Order of locks: mapping

@@ -183,8 +183,7 @@ Claim Supply::Reserve(const MappingLock& lock, const std::vector<Want>& wants, S
   bool system_short = false;
   claim.status = Apply(lock, *plan, &system_short);
   if (system_short) {
-    // On a GPU, JAX may hold the rest of the memory: what is mapped elsewhere and not needed there is memory that the
-    // system has.
+    // On a GPU, JAX may hold the rest of the memory. Blocks that are mapped and not needed have theirs already.
     SupplyPlan moving;
     if (Plan(lock, wants, Source::kDonors, &moving).status.ok() && moving.blocks_moved() > plan->blocks_moved()) {
       claim.status = Apply(lock, moving);

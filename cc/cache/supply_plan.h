@@ -27,7 +27,7 @@ struct Donor {
 struct Grant {
   std::int32_t slot = 0;
   std::int64_t wanted = 0;
-  std::int64_t before = 0;    // the slot had so many, which may be more than it wants
+  std::int64_t before = 0;    // blocks that the slot had, perhaps more than it wants
   std::int64_t claimed = 0;   // taken from the free blocks
   std::size_t moves_end = 0;  // its moves are those of the plan from the previous grant's end to here
 };
