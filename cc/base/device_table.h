@@ -12,6 +12,7 @@
 
 #include "base/kv_view.h"
 #include "base/op_names.h"
+#include "base/spec_fields.h"
 
 namespace kvpage {
 
@@ -28,7 +29,7 @@ enum class FaultKind : std::int32_t {
   kNone = 0,
   kNoPool,        // have: id in the handle; never a pool of this device
   kClosed,        // the pool is closed
-  kSpec,          // index: which of the eight numbers; wanted: the program's, have: the pool's
+  kSpec,          // index: which SpecField; wanted: the program's, have: the pool's
   kGeneration,    // wanted: the cache's generation, have: the pool's
   kEpoch,         // wanted: the cache's epoch, have: the pool's
   kSlotEpoch,     // slot; wanted: the cache's epoch, have: since[slot]
@@ -64,7 +65,7 @@ struct Fault {
 };
 
 // acquire and release both leave a slot with length 0 and nothing written in any layer, so that no generation that the
-// host starts (which goes by what stands here) can show a slot's new owner what the last one left.
+// host starts (which copies these fields) can show a slot's new owner the tokens of the last one.
 struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
@@ -76,18 +77,18 @@ struct DeviceSlot {
 };
 
 struct DevicePool {
-  std::int32_t id = kEmptyEntry;    // host
-  std::int32_t open = 0;            // host
-  std::int32_t generation = 0;      // host
-  std::int32_t allow_stale = 0;     // host
-  std::uint32_t epoch = 0;          // bumped by mutators
-  std::uint32_t faulted = 0;        // set by the first fault, cleared by the host
-  std::int64_t spec[8] = {};        // host; Geometry::spec()
-  KVView view;                      // host
-  DeviceSlot* slots = nullptr;      // [max_slots]
-  std::int32_t* written = nullptr;  // [max_slots, num_layers] tokens written by the slot's occupant
-  std::uint32_t* marks = nullptr;   // scratch of the checks, [max_slots]: finds slots named twice
-  Fault* fault = nullptr;           // pinned host memory
+  std::int32_t id = kEmptyEntry;           // host
+  std::int32_t open = 0;                   // host
+  std::int32_t generation = 0;             // host
+  std::int32_t allow_stale = 0;            // host
+  std::uint32_t epoch = 0;                 // bumped by mutators
+  std::uint32_t faulted = 0;               // set by the first fault, cleared by the host
+  std::int64_t spec[kNumSpecFields] = {};  // host; Geometry::spec()
+  KVView view;                             // host
+  DeviceSlot* slots = nullptr;             // [max_slots]
+  std::int32_t* written = nullptr;         // [max_slots, num_layers] tokens written by the slot's occupant
+  std::uint32_t* marks = nullptr;          // scratch of the checks, [max_slots]: finds slots named twice
+  Fault* fault = nullptr;                  // pinned host memory
   // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
   // host clears it when it hands the slot on. Reading it costs no driver call.
   volatile std::uint32_t* vacated = nullptr;

@@ -20,6 +20,57 @@ Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::un
   return {};
 }
 
+template <class Visit>
+void Arena::ForEachMapping(Visit visit) const {
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    for (std::int64_t range = 0; range < geometry_.num_ranges(); ++range) {
+      for (const std::int32_t block : block_map(slot, range)) visit(slot, block);
+    }
+  }
+}
+
+std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
+  most = std::min(most, num_blocks_[slot]);
+  if (pool_.num_shared() == 0) return most;
+  const auto exclusive = [&](std::int64_t logical) {
+    for (std::int64_t range = 0; range < geometry_.num_ranges(); ++range) {
+      if (pool_.references(block_map(slot, range)[logical]) > 1) return false;
+    }
+    return true;
+  };
+  std::int64_t run = 0;
+  while (run < most && exclusive(num_blocks_[slot] - 1 - run)) ++run;
+  return run;
+}
+
+std::int64_t Arena::FreedBy(const std::vector<std::int8_t>& given_up) const {
+  std::int64_t freed = 0;
+  if (pool_.num_shared() == 0) {
+    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) freed += given_up[slot] != 0 ? mappings(slot) : 0;
+    return freed;
+  }
+  std::vector<std::int32_t> dropped(pool_.num_blocks(), 0);  // references, of each block
+  ForEachMapping([&](std::int64_t slot, std::int32_t block) {
+    if (given_up[slot] != 0 && ++dropped[block] == pool_.references(block)) ++freed;
+  });
+  return freed;
+}
+
+std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const {
+  std::vector<std::int64_t> counts(num_classes, 0);
+  if (pool_.num_shared() == 0) {
+    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) counts[classes[slot]] += mappings(slot);
+    return counts;
+  }
+  std::vector<std::int8_t> lowest(pool_.num_blocks(), static_cast<std::int8_t>(num_classes));
+  ForEachMapping(
+      [&](std::int64_t slot, std::int32_t block) { lowest[block] = std::min(lowest[block], classes[slot]); });
+  for (const std::int8_t number : lowest) {
+    if (number < num_classes) ++counts[number];
+  }
+  return counts;
+}
+
 Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t old = num_blocks_[slot];
@@ -82,6 +133,28 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
     map.resize(blocks);
   }
   num_blocks_[slot] = blocks;
+  return {};
+}
+
+Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::int64_t old = num_blocks_[to], more = blocks - old;
+  if (more <= 0) return {};
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    Status status = vmm_->Map(geometry_.Offset(to, range, old), block_map(from, range).data() + old, more);
+    if (status.ok()) continue;
+    while (--range >= 0) {
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, old), block_map(from, range).data() + old, more));
+    }
+    return status;
+  }
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    const std::vector<std::int32_t>& source = blocks_[from * ranges + range];
+    std::vector<std::int32_t>& target = blocks_[to * ranges + range];
+    target.insert(target.end(), source.begin() + old, source.begin() + blocks);
+    for (std::int64_t i = old; i < blocks; ++i) pool_.AddReference(source[i]);
+  }
+  num_blocks_[to] = blocks;
   return {};
 }
 

@@ -1,8 +1,10 @@
 // Arena: blocks mapped into slots. It joins the numbers (BlockPool) and the page table (Vmm) so that each change is
 // made in both or in neither.
 //
-// Logical blocks 0..blocks(slot)-1 of a slot are mapped in every one of its ranges; the rest is a hole. Which slot may
-// have how much is the pool's business. No locks: the pool's mapping mutex guards it.
+// Logical blocks 0..blocks(slot)-1 of a slot are mapped in every one of its ranges; the rest is a hole. Several slots
+// may map one block: each mapping is a reference, and a block comes free with the last of them, so the blocks of two
+// slots must not be added up. Which slot may have how much is decided in supply.h. No locks: supply's mapping mutex
+// guards it.
 #ifndef KVPAGE_CACHE_ARENA_H_
 #define KVPAGE_CACHE_ARENA_H_
 
@@ -27,18 +29,30 @@ class Arena {
   const Vmm& vmm() const { return *vmm_; }
   char* base() const { return vmm_->base(); }
 
-  // Logical blocks mapped in each range of a slot, and how many physical blocks that takes.
+  // Logical blocks mapped in each range of a slot, and how many mappings of blocks that makes in all ranges.
   std::int64_t blocks(std::int64_t slot) const { return num_blocks_[slot]; }
-  std::int64_t physical_blocks(std::int64_t slot) const { return num_blocks_[slot] * geometry_.num_ranges(); }
+  std::int64_t mappings(std::int64_t slot) const { return num_blocks_[slot] * geometry_.num_ranges(); }
   // Physical block of each logical block of a range.
   const std::vector<std::int32_t>& block_map(std::int64_t slot, std::int64_t range) const {
     return blocks_[slot * geometry_.num_ranges() + range];
   }
 
+  // The run of logical blocks at the end of a slot that nobody else refers to, at most `most`: these can be moved
+  // elsewhere, and come free when they are unmapped.
+  std::int64_t ExclusiveTail(std::int64_t slot, std::int64_t most) const;
+  // Physical blocks that would come free if the slots with a nonzero entry in `given_up` were unmapped.
+  std::int64_t FreedBy(const std::vector<std::int8_t>& given_up) const;
+  // Physical blocks mapped by each class of slots, `classes[slot]` being below `num_classes`. A block that slots of
+  // several classes map counts once, for the lowest.
+  std::vector<std::int64_t> CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const;
+
   // Maps what is missing up to `blocks` logical blocks. All or nothing.
   Status Grow(std::int64_t slot, std::int64_t blocks);
   // Unmaps what is beyond `blocks` logical blocks and drops the references. All or nothing.
   Status Shrink(std::int64_t slot, std::int64_t blocks);
+  // Maps the blocks of one slot in another too, each at its own logical position, until that has `blocks` logical
+  // blocks. All or nothing.
+  Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks);
   // Takes the last `blocks` logical blocks of one slot and appends them to another, without giving them up in between.
   // All or nothing.
   Status Move(std::int64_t from, std::int64_t to, std::int64_t blocks);
@@ -54,6 +68,9 @@ class Arena {
 
  private:
   Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm);
+  // Calls visit(slot, block) for every mapping.
+  template <class Visit>
+  void ForEachMapping(Visit visit) const;
 
   const Geometry geometry_;
   BlockPool pool_;

@@ -1,10 +1,11 @@
-// BlockPool: the physical side as numbers. Which blocks exist, who counts on them, which to hand out next.
+// BlockPool: the physical side as numbers. Which blocks exist, how many references each has, which
+// to hand out next.
 //
 // A block is used (reference count above zero), warm (free, its memory still allocated) or cold (free, no memory). The
 // budget bounds used + warm; block numbers may go beyond it after a resize, so shrinking never moves data. Free blocks
 // stand in two intrusive lists, so taking any one of them (the neighbour of a slot's last block, say) is O(1).
 //
-// Bookkeeping only, no system calls and no locks: the arena maps and the pool locks.
+// Bookkeeping only, no system calls and no locks: the arena maps, and the mapping mutex of supply.h guards both.
 #ifndef KVPAGE_CACHE_BLOCK_POOL_H_
 #define KVPAGE_CACHE_BLOCK_POOL_H_
 
@@ -38,7 +39,7 @@ class BlockPool {
   void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
 
   void AddReference(std::int32_t block);
-  // Drops a reference; a block that nobody counts on is warm.
+  // Drops a reference; a block with none left is warm.
   void Release(std::int32_t block);
 
   // Up to `count` warm blocks turn cold; the caller destroys them.

@@ -14,25 +14,23 @@ Status Multiply(std::int64_t a, std::int64_t b, std::int64_t* out) {
 }  // namespace
 
 Status Geometry::Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* out) {
-  static const char* const kNames[] = {"num_layers",  "num_kv_heads", "head_dim", "max_slots",
-                                       "max_seq_len", "dtype",        "layout",   "block_tokens"};
-  for (int i = 0; i < 8; ++i) {
-    const bool code = i == 5 || i == 6;
-    if (spec[i] < (code ? 0 : 1) || spec[i] > std::numeric_limits<std::int32_t>::max()) {
-      return InvalidArgument(std::string(kNames[i]) + " is " + std::to_string(spec[i]) + ", wanted a positive int32");
+  for (int i = 0; i < kNumSpecFields; ++i) {
+    if (spec[i] < (IsSpecCode(i) ? 0 : 1) || spec[i] > std::numeric_limits<std::int32_t>::max()) {
+      return InvalidArgument(std::string(kSpecFieldNames[i]) + " is " + std::to_string(spec[i]) +
+                             ", wanted a positive int32");
     }
   }
-  if (spec[5] >= kNumDTypes) return InvalidArgument("unknown dtype code " + std::to_string(spec[5]));
-  if (spec[6] > 1) return InvalidArgument("unknown layout code " + std::to_string(spec[6]));
+  if (spec[kSpecDType] >= kNumDTypes) return InvalidArgument("unknown dtype code " + std::to_string(spec[kSpecDType]));
+  if (spec[kSpecLayout] > 1) return InvalidArgument("unknown layout code " + std::to_string(spec[kSpecLayout]));
   Geometry g;
-  g.num_layers = spec[0];
-  g.num_kv_heads = spec[1];
-  g.head_dim = spec[2];
-  g.max_slots = spec[3];
-  g.max_seq_len = spec[4];
-  g.dtype = static_cast<DType>(spec[5]);
-  g.layout = static_cast<Layout>(spec[6]);
-  g.block_tokens = spec[7];
+  g.num_layers = spec[kSpecNumLayers];
+  g.num_kv_heads = spec[kSpecNumKVHeads];
+  g.head_dim = spec[kSpecHeadDim];
+  g.max_slots = spec[kSpecMaxSlots];
+  g.max_seq_len = spec[kSpecMaxSeqLen];
+  g.dtype = static_cast<DType>(spec[kSpecDType]);
+  g.layout = static_cast<Layout>(spec[kSpecLayout]);
+  g.block_tokens = spec[kSpecBlockTokens];
   g.block_bytes = block_bytes;
 
   std::int64_t token = static_cast<std::int64_t>(ItemSize(g.dtype));
@@ -86,14 +84,12 @@ KVView Geometry::View(char* base) const {
 }
 
 std::string DescribeDifference(const SpecInts& program, const SpecInts& pool) {
-  static const char* const kNames[] = {"num_layers",  "num_kv_heads", "head_dim",    "max_slots",
-                                       "max_seq_len", "dtype code",   "layout code", "block_tokens"};
   std::string text;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kNumSpecFields; ++i) {
     if (program[i] == pool[i]) continue;
     if (!text.empty()) text += "; ";
-    text += std::string(kNames[i]) + " is " + std::to_string(program[i]) + " in the program, " +
-            std::to_string(pool[i]) + " in the pool";
+    text += std::string(kSpecFieldNames[i]) + (IsSpecCode(i) ? " code is " : " is ") + std::to_string(program[i]) +
+            " in the program, " + std::to_string(pool[i]) + " in the pool";
   }
   return text;
 }

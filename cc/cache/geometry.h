@@ -9,20 +9,17 @@
 #ifndef KVPAGE_CACHE_GEOMETRY_H_
 #define KVPAGE_CACHE_GEOMETRY_H_
 
-#include <array>
 #include <cstdint>
 #include <string>
 
 #include "base/dtype.h"
 #include "base/kv_view.h"
+#include "base/spec_fields.h"
 #include "base/status.h"
 
 namespace kvpage {
 
 enum class Layout : std::int32_t { kFused = 0, kPerLayer = 1 };
-
-// What a compiled program carries as its `spec` attribute; see CacheSpec.as_ints() in Python.
-using SpecInts = std::array<std::int64_t, 8>;
 
 struct Geometry {
   std::int64_t num_layers = 0;

@@ -1,11 +1,11 @@
-// Mirror: the pool's table where programs run on a device of their own.
+// Mirror: a copy of the pool's table for programs that run on a device.
 //
-// On CPU the handlers call the pool (pool_programs.cc) and there is no mirror. On a device kernels check programs
-// against a copy of the table in device memory; the pool tells the mirror what the host decided and learns from it what
-// programs did. None of the calls waits for the device unless it says so. The pool serialises them, but for Vacated,
-// ClearVacated and TakeFault, which may come while another call waits.
+// On CPU the handlers call the pool (program_ops.h) and there is no mirror. On a device kernels check programs against
+// a copy of the table in device memory; the pool tells the mirror what the host decided and learns from it what
+// programs did. None of the calls waits for the device unless it says so. The mapping mutex serialises them, except
+// Vacated, ClearVacated and TakeFault, which may come while another call waits.
 //
-// A mirror that ends waits for whatever may still look at it.
+// The destructor waits for programs that may still read the mirror.
 #ifndef KVPAGE_CACHE_MIRROR_H_
 #define KVPAGE_CACHE_MIRROR_H_
 
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/device_progress.h"
 
 namespace kvpage {
 
@@ -36,24 +37,15 @@ class Mirror {
   // The slot gets a new owner: forget that it was vacated.
   virtual void ClearVacated(std::int32_t slot) = 0;
 
-  // The first thing that went wrong in a program since the last call, in words; ok when nothing did.
+  // The first fault of a program since the last call, as a status; ok when there was none.
   virtual Status TakeFault() = 0;
 
-  struct SlotProgress {
-    std::int32_t length = 0;
-    std::uint32_t since = 0;
-    std::vector<std::int32_t> written;  // [num_layers]
-  };
-  struct GenerationState {
-    std::uint32_t epoch = 0;
-    std::vector<SlotProgress> slots;
-  };
   // From now on programs of older generations fail their check; then waits until those that passed it are done and
-  // reads what they left behind. When it fails, either generation may be the one that programs must have; a later call
-  // settles it.
-  virtual Status StartGeneration(std::int32_t generation, GenerationState* state) = 0;
+  // reads the epoch, lengths, marks and written tokens that they left. When it fails, either generation may be the one
+  // that programs must have; a later call settles it.
+  virtual Status StartGeneration(std::int32_t generation, DeviceProgress* progress) = 0;
   // The new generation's state, before any of its programs is queued.
-  virtual Status SetGeneration(const GenerationState& state) = 0;
+  virtual Status SetGeneration(const DeviceProgress& progress) = 0;
 
   // Programs fail from now on, naming the pool; waits until those that passed their check are done.
   virtual void Close() = 0;

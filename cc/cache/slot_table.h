@@ -1,47 +1,153 @@
-// SlotTable: the valid slot table. Who occupies each slot, how many tokens have room, are written, are done.
+// SlotTable: the valid slot table. Who occupies each slot, how many tokens have room, are written, are final.
 //
-// Life of a slot:  free -> occupied (acquire) -> draining (release) -> free, once the release program has run and no
-// handler and no view holds it. A free slot whose blocks are still mapped is parked. Data only: the pool's state mutex
-// guards it, and what is mapped is the arena's business.
+// Two kinds of rows: HostSlot holds the host's decisions, once for a pool; DeviceProgress holds the work of programs,
+// once for a device. Which memory is mapped is supply's business (supply.h).
+//
+// The table owns the state mutex. It is held for moments only, never over a system call, so that mapping memory does
+// not delay programs that only read and write. A method that needs it takes a StateLock. Order of locks: mapping
+// (MappingLock, supply.h), then state. Nothing here waits for Python.
 #ifndef KVPAGE_CACHE_SLOT_TABLE_H_
 #define KVPAGE_CACHE_SLOT_TABLE_H_
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "cache/device_progress.h"
+#include "cache/geometry.h"
+#include "cache/messages.h"
+#include "cache/types.h"
 
 namespace kvpage {
 
-enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
+class SlotTable;
 
-struct Slot {
-  SlotState state = SlotState::kFree;
-  bool vacated = false;                 // draining, and the release program has run
-  std::int32_t pins = 0;                // handlers running on it
-  std::int32_t views = 0;               // zero-copy arrays alive over it
-  std::uint32_t since = 0;              // epoch of the last destructive change
-  std::int32_t length = 0;              // as the last completed step left it
-  std::int64_t reserved = 0;            // tokens asked for
-  std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
-  std::vector<std::int32_t> committed;  // ids of tokens, as far as the host has named them
-  // Per layer, tokens written by this occupant: nobody reads further, so recycled memory shows nobody else's data.
-  std::vector<std::int32_t> written;
+// The state mutex, held. Take it after a MappingLock, never before.
+class StateLock {
+ public:
+  StateLock(const StateLock&) = delete;
+  StateLock& operator=(const StateLock&) = delete;
 
-  bool idle() const { return state == SlotState::kFree && views == 0; }
-
-  void Occupy(std::int64_t tokens) {
-    state = SlotState::kOccupied;
-    vacated = false;
-    length = 0;
-    reserved = tokens;
-    committed.clear();
-    std::fill(written.begin(), written.end(), 0);
-  }
-  std::int32_t WrittenInAllLayers() const { return *std::min_element(written.begin(), written.end()); }
+ private:
+  friend class SlotTable;
+  explicit StateLock(std::mutex* mutex) : lock_(*mutex) {}
+  std::unique_lock<std::mutex> lock_;
 };
 
-// Epochs are serial numbers that may wrap: a comes before b.
-inline bool Before(std::uint32_t a, std::uint32_t b) { return static_cast<std::int32_t>(a - b) < 0; }
+// What the host decided about one slot.
+struct HostSlot {
+  SlotState state = SlotState::kFree;
+  std::int32_t views = 0;               // zero-copy arrays alive over it
+  std::int64_t reserved = 0;            // tokens asked for
+  std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
+  std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
+
+  bool idle() const { return state == SlotState::kFree && views == 0; }
+};
+
+class SlotTable {
+ public:
+  explicit SlotTable(const Geometry& geometry);
+
+  const Geometry& geometry() const { return geometry_; }
+  std::int64_t num_slots() const { return geometry_.max_slots; }
+  // The pool's id, as messages name it. Set once, before other threads see the pool.
+  std::int32_t id() const { return id_; }
+  void set_id(std::int32_t id) { id_ = id; }
+
+  StateLock Lock() const { return StateLock(&mutex_); }
+  // Gives up the lock until `condition` holds: a handler has ended, a slot has drained or the pool was closed.
+  template <class Condition>
+  void Wait(StateLock* lock, Condition condition) const {
+    changed_.wait(lock->lock_, condition);
+  }
+  // As Wait, for at most `seconds`; returns what `condition` says then.
+  template <class Condition>
+  bool WaitFor(StateLock* lock, double seconds, Condition condition) const {
+    return changed_.wait_for(lock->lock_, std::chrono::duration<double>(seconds), condition);
+  }
+
+  // ---- rows ----
+  HostSlot& host(const StateLock&, std::int64_t slot) { return slots_[slot]; }
+  DeviceProgress& progress(const StateLock&) { return progress_; }
+  // Tokens that may be written: `reserved` rounded up to whole blocks, which are mapped and stay mapped.
+  std::int64_t Room(const StateLock&, std::int64_t slot) const {
+    return std::min(geometry_.BlocksFor(slots_[slot].reserved) * geometry_.block_tokens, geometry_.max_seq_len);
+  }
+  std::int64_t NumDraining(const StateLock&) const;
+
+  // ---- checks ----
+  bool closed(const StateLock&) const { return closed_; }
+  Status CheckOpen(const StateLock&, const char* op) const { return closed_ ? messages::Closed(op, id_) : Status(); }
+  Status CheckOccupied(const StateLock&, const char* op, std::int32_t slot) const;
+  // Finds slots that one call names twice: StartNaming, then Name for each. False: it was named before.
+  void StartNaming(const StateLock&) { ++stamp_; }
+  bool Name(const StateLock&, std::int32_t slot) { return std::exchange(named_[slot], stamp_) != stamp_; }
+  bool Named(const StateLock&, std::int32_t slot) const { return named_[slot] == stamp_; }
+
+  // ---- changes ----
+  void Occupy(const StateLock& lock, std::int32_t slot, std::int64_t tokens);
+  // A draining slot's release program has run.
+  void Vacate(const StateLock& lock, std::int32_t slot);
+  void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots
+  void RemoveView(const StateLock& lock, std::int32_t slot);
+  bool viewed(const StateLock&, std::int64_t slot) const { return views_of_all_ > 0 || slots_[slot].views > 0; }
+  void Pin(const StateLock&, const Pins& pins) {
+    for (const Sequence& sequence : pins.sequences) ++progress_.slots[sequence.slot].pins;
+    ++progress_.running;
+  }
+  void Unpin(const StateLock& lock, const Pins& pins);
+  void Close(const StateLock&);
+
+  // How often a call waited for programs.
+  void CountWait(const StateLock&) { ++waits_; }
+  std::int64_t waits(const StateLock&) const { return waits_; }
+
+ private:
+  void FinishDraining(std::int32_t slot);
+
+  const Geometry geometry_;
+  std::int32_t id_ = -1;
+
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  std::vector<HostSlot> slots_;
+  DeviceProgress progress_;
+  std::vector<std::uint64_t> named_;  // [slots] stamp of the last call that named it
+  std::uint64_t stamp_ = 0;
+  std::uint64_t parkings_ = 0;
+  std::int32_t views_of_all_ = 0;
+  std::int64_t waits_ = 0;
+  bool closed_ = false;
+};
+
+// A running handler: while it lives its slots are pinned, so neither their memory nor their owner changes.
+class PinnedSlots {
+ public:
+  PinnedSlots() = default;
+  ~PinnedSlots() {
+    if (table_ != nullptr) table_->Unpin(table_->Lock(), pins_);
+  }
+  PinnedSlots(const PinnedSlots&) = delete;
+  PinnedSlots& operator=(const PinnedSlots&) = delete;
+
+  void Pin(const StateLock& lock, SlotTable* table, Pins pins) {
+    pins_ = std::move(pins);
+    table_ = table;
+    table_->Pin(lock, pins_);
+  }
+  const std::vector<Sequence>& sequences() const { return pins_.sequences; }
+  std::uint32_t epoch() const { return pins_.epoch; }
+
+ private:
+  SlotTable* table_ = nullptr;
+  Pins pins_;
+};
 
 }  // namespace kvpage
 

@@ -123,35 +123,35 @@ Status DeviceMirror::Drain() {
   return status;
 }
 
-Status DeviceMirror::StartGeneration(std::int32_t generation, GenerationState* state) {
+Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* progress) {
   image_->generation = generation;
   KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::generation)}));
   KVPAGE_RETURN_IF_ERROR(Drain());
   Copy epoch = FieldCopy(&DevicePool::epoch);
   epoch.kind = Copy::kToHost;
   KVPAGE_RETURN_IF_ERROR(device_->Transfer({epoch, SlotsCopy(Copy::kToHost), WrittenCopy(Copy::kToHost)}));
-  state->epoch = image_->epoch;
-  state->slots.resize(geometry_.max_slots);
+  progress->generation = generation;
+  progress->epoch = image_->epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    const std::int32_t* written = written_ + slot * geometry_.num_layers;
-    state->slots[slot] = {slots_[slot].length, slots_[slot].since, {written, written + geometry_.num_layers}};
+    progress->slots[slot].length = slots_[slot].length;
+    progress->slots[slot].since = slots_[slot].since;
   }
+  std::copy_n(written_, progress->written.size(), progress->written.begin());
   return {};
 }
 
-Status DeviceMirror::SetGeneration(const GenerationState& state) {
-  image_->epoch = state.epoch;
+Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
+  image_->epoch = progress.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    const SlotProgress& row = state.slots[slot];
-    slots_[slot] = {rooms_[slot], row.since, row.length, 0};
-    std::copy(row.written.begin(), row.written.end(), written_ + slot * geometry_.num_layers);
+    slots_[slot] = {rooms_[slot], progress.slots[slot].since, progress.slots[slot].length, 0};
   }
+  std::copy(progress.written.begin(), progress.written.end(), written_);
   return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});
 }
 
 void DeviceMirror::Close() {
   image_->open = 0;
-  // A device that cannot be told has failed for good: nothing runs on it any more.
+  // A device that cannot be told has failed: nothing runs on it any more.
   if (entry_ < 0 || !device_->Transfer({FieldCopy(&DevicePool::open)}).ok()) return;
   static_cast<void>(Drain());
 }

@@ -33,8 +33,8 @@ class DeviceMirror final : public Mirror {
   bool Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;
-  Status StartGeneration(std::int32_t generation, GenerationState* state) override;
-  Status SetGeneration(const GenerationState& state) override;
+  Status StartGeneration(std::int32_t generation, DeviceProgress* progress) override;
+  Status SetGeneration(const DeviceProgress& progress) override;
   void Close() override;
   std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
 

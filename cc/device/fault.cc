@@ -20,7 +20,7 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::Closed(op, id);
     case FaultKind::kSpec: {
       SpecInts program = spec;
-      program[std::clamp(fault.index, 0, static_cast<std::int32_t>(program.size()) - 1)] = fault.wanted;
+      program[std::clamp(fault.index, 0, kNumSpecFields - 1)] = fault.wanted;
       return messages::OtherSpec(op, id, program, spec);
     }
     case FaultKind::kGeneration:
@@ -30,7 +30,7 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
     case FaultKind::kSlotEpoch:
       return messages::StaleSlot(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kSlotRange:
-      return messages::SlotRange(op, fault.slot, spec[3]);
+      return messages::SlotRange(op, fault.slot, spec[kSpecMaxSlots]);
     case FaultKind::kSlotTwice:
       return messages::SlotTwice(op, fault.slot);
     case FaultKind::kSlotFree:
@@ -44,9 +44,9 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
     case FaultKind::kOffsetsEnd:
       return messages::OffsetsEnd(op, fault.wanted, fault.have);
     case FaultKind::kLayer:
-      return messages::LayerRange(op, fault.wanted, spec[0]);
+      return messages::LayerRange(op, fault.wanted, spec[kSpecNumLayers]);
     case FaultKind::kMaxSeqLen:
-      return messages::MaxSeqLen(op, fault.slot, fault.wanted, spec[4]);
+      return messages::MaxSeqLen(op, fault.slot, fault.wanted, spec[kSpecMaxSeqLen]);
     case FaultKind::kUnmapped:
       return messages::Unmapped(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kUnwritten:

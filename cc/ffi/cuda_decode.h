@@ -10,6 +10,7 @@
 
 #include "base/device_table.h"
 #include "base/op_names.h"
+#include "base/spec_fields.h"
 #include "device/device_state.h"
 #include "ffi/decode.h"
 #include "kernels/cuda/kernels.h"
@@ -36,12 +37,12 @@ struct PoolOperands {
 // An op on a pool: where it runs and what it was given.
 struct CudaCall {
   // The numbers of the spec that shapes depend on.
-  std::int64_t num_layers() const { return cache.spec[0]; }
-  std::int64_t num_kv_heads() const { return cache.spec[1]; }
-  std::int64_t head_dim() const { return cache.spec[2]; }
-  std::int64_t max_slots() const { return cache.spec[3]; }
-  std::int64_t max_seq_len() const { return cache.spec[4]; }
-  DType dtype() const { return static_cast<DType>(cache.spec[5]); }
+  std::int64_t num_layers() const { return cache.spec[kSpecNumLayers]; }
+  std::int64_t num_kv_heads() const { return cache.spec[kSpecNumKVHeads]; }
+  std::int64_t head_dim() const { return cache.spec[kSpecHeadDim]; }
+  std::int64_t max_slots() const { return cache.spec[kSpecMaxSlots]; }
+  std::int64_t max_seq_len() const { return cache.spec[kSpecMaxSeqLen]; }
+  DType dtype() const { return static_cast<DType>(cache.spec[kSpecDType]); }
   const char* op() const { return OpName(cache.op); }
 
   // Finds the device and checks the shapes of the operands.

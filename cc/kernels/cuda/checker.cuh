@@ -1,5 +1,5 @@
 // The check that every op on a pool begins with: one block compares the cache value that a program carries with the
-// pool's table, exactly as cache/pool_programs.cc does on CPU, and records the first thing that is wrong.
+// pool's table, exactly as cache/program_check.h does on CPU, and records the first thing that is wrong.
 //
 // "First" is what a loop over the sequences would have met first, whatever thread saw it: every finding has a key that
 // orders it (the stage of the check, then the sequence), and the smallest is recorded.
@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/epoch.h"
+#include "base/spec_fields.h"
 #include "kernels/cuda/device.cuh"
 
 namespace kvpage::cuda {
@@ -24,25 +26,25 @@ struct CacheArgs {
   const std::uint32_t* epoch;
   const std::int32_t* lengths;
   const std::int32_t* own;  // handle of the pool that was called, or null
-  std::int64_t spec[8];
+  std::int64_t spec[kNumSpecFields];
   DeviceOp op;
   bool mutates;
 
-  __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[0]); }
-  __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[3]); }
-  __device__ std::int64_t max_seq_len() const { return spec[4]; }
+  __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[kSpecNumLayers]); }
+  __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[kSpecMaxSlots]); }
+  __device__ std::int64_t max_seq_len() const { return spec[kSpecMaxSeqLen]; }
 };
 
 inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int32_t* own = nullptr) {
   CacheArgs args = {cache.pools, cache.handle, cache.epoch, cache.lengths, own, {}, cache.op, mutates};
-  for (int i = 0; i < 8; ++i) args.spec[i] = cache.spec[i];
+  for (int i = 0; i < kNumSpecFields; ++i) args.spec[i] = cache.spec[i];
   return args;
 }
 
 // Dynamic shared memory of a check: the marks, or one that nobody uses.
 inline std::size_t CheckSharedBytes(const CacheOperands& cache) {
-  const bool shared = cache.spec[3] > 0 && cache.spec[3] <= kSharedMarks;
-  return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[3]) : 1);
+  const bool shared = cache.spec[kSpecMaxSlots] > 0 && cache.spec[kSpecMaxSlots] <= kSharedMarks;
+  return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[kSpecMaxSlots]) : 1);
 }
 
 // A check in a launch with one block.
@@ -71,11 +73,6 @@ struct CheckShared {
   std::uint32_t cache_epoch;
   DevicePool* reporter;  // whose record takes a fault
 };
-
-// Epochs are serial numbers that may wrap: a comes before b.
-__device__ __forceinline__ bool Before(std::uint32_t a, std::uint32_t b) {
-  return static_cast<std::int32_t>(a - b) < 0;
-}
 
 // All of the block's threads call these together, except where they say "any thread".
 class Checker {
@@ -156,11 +153,9 @@ class Checker {
   __device__ std::uint32_t NextEpoch() {
     const std::uint32_t next = shared_->pool_epoch + 1;
     if (threadIdx.x == 0) shared_->pool->epoch = next;
-    // Serial numbers compare right within 2^31 of each other: drag old marks along before they fall out of it.
-    if ((next & 0x3fffffffu) == 0) {
-      const std::uint32_t oldest = next - 0x40000000u;
+    if (MustRaiseStaleMarks(next)) {
       for (std::int32_t slot = threadIdx.x; slot < args_.max_slots(); slot += blockDim.x) {
-        if (Before(shared_->slots[slot].since, oldest)) shared_->slots[slot].since = oldest;
+        RaiseStaleMark(next, &shared_->slots[slot].since);
       }
       __syncthreads();
     }
@@ -201,9 +196,9 @@ class Checker {
     const std::uint32_t epoch = pool->epoch, cache_epoch = shared_->cache_epoch;
     shared_->slots = pool->slots;
     shared_->written = pool->written;
-    shared_->marks = args_.spec[3] <= kSharedMarks ? shared_marks_ : pool->marks;
+    shared_->marks = args_.spec[kSpecMaxSlots] <= kSharedMarks ? shared_marks_ : pool->marks;
     shared_->pool_epoch = epoch;
-    for (int i = 7; i >= 0; --i) {  // the last one noted has the smallest key
+    for (int i = kNumSpecFields - 1; i >= 0; --i) {  // the last one noted has the smallest key
       const std::int64_t have = pool->spec[i];
       if (have != args_.spec[i]) Note(Stage::kHead, 1 + i, FaultKind::kSpec, -1, -1, i, args_.spec[i], have);
     }

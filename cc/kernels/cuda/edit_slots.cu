@@ -1,4 +1,4 @@
-// edit_slots: the one op that host verbs (acquire, release) queue, as Pool::EditSlots (cache/pool_edits.cc) has it on
+// edit_slots: the one op that host verbs (acquire, release) queue, as Pool::EditSlots (cache/edit_ops.cc) has it on
 // CPU. One block checks both lists and makes the edits; the copies follow in a launch behind it, if there are any.
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/elements.cuh"
@@ -246,10 +246,11 @@ __global__ void __launch_bounds__(kThreads) CopyTokensKernel(const __grid_consta
 }
 
 Status LaunchCopies(const CacheOperands& cache, const EditList& list, const CheckedBatch* checked, Stream stream) {
-  const auto dtype = static_cast<DType>(cache.spec[5]);
-  const CopyArgs args = {checked, list.copies, static_cast<std::int32_t>(cache.spec[0]),
-                         static_cast<std::int32_t>(cache.spec[2] * static_cast<std::int64_t>(ItemSize(dtype))),
-                         IsQuantized(dtype)};
+  const auto dtype = static_cast<DType>(cache.spec[kSpecDType]);
+  const CopyArgs args = {
+      checked, list.copies, static_cast<std::int32_t>(cache.spec[kSpecNumLayers]),
+      static_cast<std::int32_t>(cache.spec[kSpecHeadDim] * static_cast<std::int64_t>(ItemSize(dtype))),
+      IsQuantized(dtype)};
   const std::int64_t blocks = list.num_copies * args.num_layers * 2 * kPieces;
   const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
   // Rows begin at multiples of their length.

@@ -1,0 +1,48 @@
+#include "cache/capacity.h"
+
+#include <string>
+
+namespace kvpage::capacity {
+namespace {
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+
+}  // namespace
+
+Status Trim(const PoolParts& pool, std::int64_t* freed_blocks) {
+  const MappingLock mapping = pool.supply->Lock();
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), "trim"));
+  KVPAGE_RETURN_IF_ERROR(pool.supply->Apply(mapping, pool.supply->PlanTrim(mapping)));
+  *freed_blocks = pool.supply->arena(mapping).Trim();
+  return {};
+}
+
+Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes) {
+  const Geometry& geometry = pool.table->geometry();
+  const MappingLock mapping = pool.supply->Lock();
+  if (Status status = Enter(pool, pool.table->Lock(), "resize"); !status.ok()) return FailedClaim(status);
+  const std::int64_t budget = capacity_bytes / geometry.block_bytes;
+  if (budget < geometry.num_ranges()) {
+    return FailedClaim(InvalidArgument("resize: capacity is " + Number(capacity_bytes) + " bytes, wanted at least " +
+                                       Number(geometry.num_ranges()) + " blocks of " + Number(geometry.block_bytes)));
+  }
+  if (Status status = pool.supply->CheckMapLimit(budget); !status.ok()) return FailedClaim(status);
+  Arena& arena = pool.supply->arena(mapping);
+  Claim claim;
+  claim.wanted = arena.pool().num_used() - budget;
+  if (claim.wanted > 0) {
+    pool.supply->Tally(mapping, {}, &claim);
+    if (claim.wanted > claim.reclaimable) {
+      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
+                                           " reclaimable, " + Number(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
+      return claim;
+    }
+    claim.status = pool.supply->Apply(mapping, pool.supply->PlanReclaim(mapping, claim.wanted));
+    if (!claim.status.ok()) return claim;
+  }
+  claim.status = arena.SetBudget(budget);
+  return claim;
+}
+
+}  // namespace kvpage::capacity

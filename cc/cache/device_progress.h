@@ -1,0 +1,84 @@
+// DeviceProgress: what programs did on one device, apart from what the host decided (slot_table.h).
+//
+// On CPU the handlers keep it up to date as they run. On a device the kernels do, in device memory, and a mirror copies
+// it when a generation starts. A pool over several devices has one for each.
+#ifndef KVPAGE_CACHE_DEVICE_PROGRESS_H_
+#define KVPAGE_CACHE_DEVICE_PROGRESS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "base/epoch.h"
+#include "cache/geometry.h"
+
+namespace kvpage {
+
+struct SlotProgress {
+  std::int32_t length = 0;  // as the last completed step left it
+  std::uint32_t since = 0;  // epoch of the last destructive change
+  std::int32_t pins = 0;    // handlers running on the slot
+  bool vacated = false;     // draining, and the release program has run
+};
+
+class DeviceProgress {
+ public:
+  explicit DeviceProgress(const Geometry& geometry)
+      : slots(geometry.max_slots),
+        written(geometry.max_slots * geometry.num_layers, 0),
+        num_layers_(geometry.num_layers) {}
+
+  // Tokens that a slot's occupant has written, [num_layers].
+  std::int32_t* Written(std::int64_t slot) { return &written[slot * num_layers_]; }
+  std::int32_t WrittenInAllLayers(std::int64_t slot) {
+    return *std::min_element(Written(slot), Written(slot) + num_layers_);
+  }
+  // From now on nothing beyond `length` tokens counts as written.
+  void LowerWritten(std::int64_t slot, std::int32_t length) {
+    for (std::int64_t layer = 0; layer < num_layers_; ++layer) {
+      std::int32_t& tokens = Written(slot)[layer];
+      tokens = std::min(tokens, length);
+    }
+  }
+  // Tokens below `end` count as written in every layer.
+  void RaiseWritten(std::int64_t slot, std::int32_t end) {
+    for (std::int64_t layer = 0; layer < num_layers_; ++layer) {
+      std::int32_t& tokens = Written(slot)[layer];
+      tokens = std::max(tokens, end);
+    }
+  }
+  // The slot gets a new occupant.
+  void Reset(std::int64_t slot) {
+    slots[slot].length = 0;
+    slots[slot].vacated = false;
+    LowerWritten(slot, 0);
+  }
+  // A generation starts at the current epoch: older caches may not read the slot. Tokens beyond its length may be half
+  // written, so they do not count.
+  void StartGeneration(std::int64_t slot) {
+    slots[slot].since = epoch;
+    LowerWritten(slot, slots[slot].length);
+  }
+
+  std::uint32_t NextEpoch() {
+    ++epoch;
+    if (MustRaiseStaleMarks(epoch)) {
+      for (SlotProgress& slot : slots) RaiseStaleMark(epoch, &slot.since);
+    }
+    return epoch;
+  }
+
+  std::int32_t generation = 0;  // what programs must name
+  std::uint32_t epoch = 0;
+  std::int32_t running = 0;         // handlers
+  std::vector<SlotProgress> slots;  // [max_slots]
+  // [max_slots, num_layers]: nobody reads further, so recycled memory shows nobody else's data.
+  std::vector<std::int32_t> written;
+
+ private:
+  std::int64_t num_layers_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_DEVICE_PROGRESS_H_

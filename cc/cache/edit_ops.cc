@@ -1,0 +1,153 @@
+// kernels/cuda/edit_slots.cu makes the same checks and changes on a device.
+#include "cache/edit_ops.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache/messages.h"
+#include "cache/program_check.h"
+
+namespace kvpage::edit_ops {
+namespace {
+
+// The length of an occupied slot after an edit.
+std::int32_t LengthAfter(const SlotEdit& edit) {
+  switch (static_cast<SlotOpcode>(edit.opcode)) {
+    case SlotOpcode::kOccupy:
+      return 0;
+    case SlotOpcode::kVacate:
+      return -1;
+    case SlotOpcode::kSetLength:
+      return edit.length;
+  }
+  return -1;
+}
+
+Status CheckEdit(const char* op, SlotState host, std::int32_t length, const SlotEdit& edit) {
+  const std::int32_t slot = edit.slot;
+  switch (static_cast<SlotOpcode>(edit.opcode)) {
+    case SlotOpcode::kOccupy:
+      // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
+      if (length < 0 && host != SlotState::kFree) return {};
+      return messages::SlotTaken(op, slot, length >= 0 ? "already occupied in this cache" : "free in the pool");
+    case SlotOpcode::kVacate:
+      if (length < 0) return messages::SlotFree(op, slot);
+      if (host == SlotState::kDraining) return {};
+      return FailedPrecondition(std::string(op) + ": slot " + std::to_string(slot) + " was not released by the host");
+    case SlotOpcode::kSetLength:
+      if (length < 0) return messages::SlotFree(op, slot);
+      if (edit.length < 0 || edit.length > length) return messages::NotLowered(op, slot, edit.length, length);
+      return {};
+  }
+  return messages::UnknownOpcode(op, slot, edit.opcode);
+}
+
+// Each target is named by one copy, and by no copy as its source.
+Status CheckTargets(SlotTable* table, const StateLock& state, const char* op, const EditList& list) {
+  table->StartNaming(state);
+  for (std::int64_t i = 0; i < list.num_copies; ++i) {
+    const TokenCopy& copy = list.copies[i];
+    if (copy.source != -1 && !table->Name(state, copy.target)) return messages::CopyTwice(op, copy.target);
+  }
+  for (std::int64_t i = 0; i < list.num_copies; ++i) {
+    const std::int32_t source = list.copies[i].source;
+    if (source != -1 && table->Named(state, source)) return messages::CopyChain(op, source);
+  }
+  return {};
+}
+
+Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck& check, const char* op,
+                   const CacheRef& cache, const EditList& list) {
+  if (list.num_copies == 0) return {};
+  const Geometry& geometry = table->geometry();
+  std::vector<std::int32_t> lengths(cache.lengths, cache.lengths + geometry.max_slots);
+  std::vector<std::int32_t> limits(geometry.max_slots, std::numeric_limits<std::int32_t>::max());
+  for (std::int64_t i = 0; i < list.num_edits; ++i) {
+    if (list.edits[i].slot == -1) continue;
+    lengths[list.edits[i].slot] = limits[list.edits[i].slot] = LengthAfter(list.edits[i]);
+  }
+  // Tokens written in every layer, once the edits are made.
+  const auto written = [&](std::int32_t slot) {
+    return std::min(table->progress(state).WrittenInAllLayers(slot), limits[slot]);
+  };
+  for (std::int64_t i = 0; i < list.num_copies; ++i) {
+    const TokenCopy& copy = list.copies[i];
+    if (copy.source == -1) continue;
+    for (const std::int32_t slot : {copy.source, copy.target}) {
+      if (slot < 0 || slot >= geometry.max_slots) return messages::SlotRange(op, slot, geometry.max_slots);
+    }
+    for (const std::int32_t slot : {copy.source, copy.target}) {
+      KVPAGE_RETURN_IF_ERROR(check.Fresh(slot));
+      if (lengths[slot] < 0) return messages::SlotFree(op, slot);
+    }
+    if (copy.first < 0 || copy.count < 0) return messages::CopyTokens(op, copy.target, copy.first, copy.count);
+    if (copy.end() > geometry.max_seq_len) {
+      return messages::MaxSeqLen(op, copy.target, copy.end(), geometry.max_seq_len);
+    }
+    for (const std::int32_t slot : {copy.source, copy.target}) {
+      const std::int64_t room = table->Room(state, slot);
+      if (copy.end() > room) return messages::Unmapped(op, slot, copy.end(), room);
+    }
+    if (copy.end() > written(copy.source)) {
+      return messages::UnwrittenSomewhere(op, copy.source, copy.end(), written(copy.source));
+    }
+    // A gap would show its reader what an earlier owner of the memory left there.
+    if (copy.first > written(copy.target)) {
+      return messages::UnwrittenSomewhere(op, copy.target, copy.first, written(copy.target));
+    }
+  }
+  return CheckTargets(table, state, op, list);
+}
+
+}  // namespace
+
+Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
+                 PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
+  SlotTable& table = *pool.table;
+  const StateLock state = table.Lock();
+  const ProgramCheck check(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
+  for (std::int64_t i = 0; i < list.num_edits; ++i) {
+    const SlotEdit& edit = list.edits[i];
+    if (edit.slot == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(check.Slot(edit.slot));
+    KVPAGE_RETURN_IF_ERROR(CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot], edit));
+  }
+  KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
+
+  DeviceProgress& progress = table.progress(state);
+  const std::uint32_t next = progress.NextEpoch();
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, table.num_slots(), lengths);
+  for (std::int64_t i = 0; i < list.num_edits; ++i) {
+    const SlotEdit& edit = list.edits[i];
+    if (edit.slot == -1) continue;
+    SlotProgress& row = progress.slots[edit.slot];
+    const auto opcode = static_cast<SlotOpcode>(edit.opcode);
+    const std::int32_t length = LengthAfter(edit);
+    if (opcode != SlotOpcode::kSetLength || length < lengths[edit.slot]) row.since = next;
+    lengths[edit.slot] = length;
+    if (opcode == SlotOpcode::kSetLength) {
+      row.length = length;
+      progress.LowerWritten(edit.slot, length);
+    }
+    if (opcode == SlotOpcode::kVacate) table.Vacate(state, edit.slot);
+  }
+  Pins pins;
+  for (std::int64_t i = 0; i < list.num_copies; ++i) {
+    const TokenCopy& copy = list.copies[i];
+    if (copy.source == -1) continue;
+    pins.sequences.push_back({copy.source, 0, 0, 0});
+    pins.sequences.push_back({copy.target, 0, copy.count, copy.first});
+    progress.slots[copy.target].since = next;  // what an older cache shows of it may be overwritten
+  }
+  *epoch = next;
+  if (pins.sequences.empty()) return {};
+  pins.written_layer = Pins::kAllLayers;
+  pinned->Pin(state, &table, std::move(pins));
+  return {};
+}
+
+}  // namespace kvpage::edit_ops

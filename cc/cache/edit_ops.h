@@ -1,0 +1,19 @@
+// edit_slots: the one op that host verbs (acquire, release) queue.
+#ifndef KVPAGE_CACHE_EDIT_OPS_H_
+#define KVPAGE_CACHE_EDIT_OPS_H_
+
+#include <cstdint>
+
+#include "base/slot_edits.h"
+#include "cache/parts.h"
+
+namespace kvpage::edit_ops {
+
+// Makes the edits, all or none. The slots of the copies are pinned for the caller to copy, and their targets count as
+// written when `pinned` ends.
+Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
+                 PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths);
+
+}  // namespace kvpage::edit_ops
+
+#endif  // KVPAGE_CACHE_EDIT_OPS_H_

@@ -1,0 +1,123 @@
+// With a mirror, its slow calls are made with the mapping mutex held and without the state mutex, so that a handler is
+// never delayed by the device. The one handler that takes the mapping mutex, map_slots, holds nothing then that the
+// device or another handler would need.
+#include "cache/generations.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+#include <vector>
+
+namespace kvpage::generations {
+namespace {
+
+Status StartOnDevice(const PoolParts& pool, Generation* out) {
+  SlotTable& table = *pool.table;
+  const MappingLock mapping = pool.supply->Lock();  // so no map_slots is at work
+  std::int32_t generation = 0;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));  // not Enter: a new generation is the way out of a fault
+    // Never the same number twice: when the following calls fail, nobody knows which one the device has.
+    generation = ++table.progress(state).generation;
+  }
+  DeviceProgress device(table.geometry());
+  KVPAGE_RETURN_IF_ERROR(pool.mirror->StartGeneration(generation, &device));
+  ++device.epoch;
+  std::vector<SlotState> states;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+    for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) states.push_back(table.host(state, slot).state);
+  }
+  for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
+    if (states[slot] != SlotState::kOccupied) device.slots[slot].length = 0;
+    device.StartGeneration(slot);
+  }
+  KVPAGE_RETURN_IF_ERROR(pool.mirror->SetGeneration(device));
+  const StateLock state = table.Lock();
+  table.progress(state).epoch = device.epoch;
+  out->generation = generation;
+  out->epoch = device.epoch;
+  for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
+    // A slot whose release began only now is still occupied in this generation. The release program of one that was
+    // draining belongs to the old generation and will be refused.
+    if (states[slot] == SlotState::kDraining && table.host(state, slot).state == SlotState::kDraining) {
+      table.Vacate(state, slot);
+    }
+    out->lengths.push_back(states[slot] == SlotState::kOccupied ? device.slots[slot].length : -1);
+  }
+  return {};
+}
+
+// Programs on a device wake nobody: their releases are looked for until one has run.
+bool PollForDrain(const PoolParts& pool, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  SlotTable& table = *pool.table;
+  const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  std::chrono::microseconds slice{20};
+  std::int64_t before = -1;
+  while (true) {
+    {
+      const StateLock state = table.Lock();
+      if (before < 0) before = table.NumDraining(state);
+      if (before == 0) return false;
+      CollectReleases(pool, state);
+      if (table.closed(state) || table.NumDraining(state) < before) return true;
+    }
+    // No lock held: a release that the device reports is seen by whoever calls next, this or another thread.
+    if (Clock::now() >= until) return false;
+    std::this_thread::sleep_for(slice);
+    slice = std::min(2 * slice, std::chrono::microseconds{1000});
+  }
+}
+
+}  // namespace
+
+Status Start(const PoolParts& pool, Generation* out) {
+  if (pool.mirror != nullptr) return StartOnDevice(pool, out);
+  SlotTable& table = *pool.table;
+  StateLock state = table.Lock();
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+  DeviceProgress& progress = table.progress(state);
+  if (progress.running > 0) table.CountWait(state);
+  table.Wait(&state, [&] { return progress.running == 0 || table.closed(state); });
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+  out->generation = ++progress.generation;
+  out->epoch = progress.NextEpoch();
+  for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
+    // The release program of a draining slot belongs to the old generation and will be refused.
+    if (table.host(state, slot).state == SlotState::kDraining) table.Vacate(state, slot);
+    progress.StartGeneration(slot);
+    const bool occupied = table.host(state, slot).state == SlotState::kOccupied;
+    out->lengths.push_back(occupied ? progress.slots[slot].length : -1);
+  }
+  return {};
+}
+
+bool WaitForDrain(const PoolParts& pool, double seconds) {
+  if (pool.mirror != nullptr) return PollForDrain(pool, seconds);
+  SlotTable& table = *pool.table;
+  StateLock state = table.Lock();
+  const std::int64_t before = table.NumDraining(state);
+  if (before == 0) return false;
+  return table.WaitFor(&state, seconds, [&] { return table.NumDraining(state) < before || table.closed(state); });
+}
+
+void Close(const PoolParts& pool) {
+  SlotTable& table = *pool.table;
+  {
+    StateLock state = table.Lock();
+    table.Close(state);
+    const DeviceProgress& progress = table.progress(state);
+    if (progress.running > 0) table.CountWait(state);
+    table.Wait(&state, [&] { return progress.running == 0; });
+  }
+  if (pool.mirror == nullptr) return;
+  // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
+  // while it holds it.
+  const MappingLock mapping = pool.supply->Lock();
+  pool.mirror->Close();
+}
+
+}  // namespace kvpage::generations

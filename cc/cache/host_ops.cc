@@ -1,0 +1,179 @@
+#include "cache/host_ops.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cache/messages.h"
+
+namespace kvpage::host_ops {
+namespace {
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+
+// Chooses a free slot for each request.
+Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int64_t>& tokens,
+                  std::vector<Want>* wants) {
+  const Geometry& geometry = pool.table->geometry();
+  std::vector<bool> taken(geometry.max_slots, false);
+  for (const std::int64_t n : tokens) {
+    const std::int64_t blocks = geometry.BlocksFor(n);
+    const std::int32_t slot = pool.supply->BestFit(mapping, blocks, taken);
+    if (slot < 0) {
+      Claim claim = FailedClaim(ResourceExhausted("no free slot", Reason::kOutOfSlots));
+      claim.wanted = static_cast<std::int64_t>(tokens.size());
+      claim.free = static_cast<std::int64_t>(wants->size());
+      claim.draining = pool.table->NumDraining(pool.table->Lock());
+      return claim;
+    }
+    taken[slot] = true;
+    wants->push_back({slot, blocks});
+  }
+  return {};
+}
+
+// Blanks the memory that the slots had before the plan. Supply blanks what it adds.
+Status BlankAdopted(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {
+  for (const Grant& grant : plan.grants) {
+    const std::int64_t end = std::min(grant.before, pool.supply->arena(mapping).blocks(grant.slot));
+    KVPAGE_RETURN_IF_ERROR(pool.supply->Blank(mapping, grant.slot, 0, end));
+  }
+  return {};
+}
+
+// Each slot is occupied and is named once.
+Status CheckSlots(SlotTable* table, const StateLock& state, const char* op, const std::vector<std::int32_t>& slots) {
+  table->StartNaming(state);
+  for (const std::int32_t slot : slots) {
+    KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, op, slot));
+    if (!table->Name(state, slot)) {
+      return InvalidArgument(std::string(op) + ": slot " + Number(slot) + " is named twice");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
+  SlotTable& table = *pool.table;
+  const MappingLock mapping = pool.supply->Lock();
+  if (Status status = Enter(pool, table.Lock(), "acquire"); !status.ok()) return FailedClaim(status);
+  const std::int64_t max_seq_len = table.geometry().max_seq_len;
+  for (const std::int64_t n : tokens) {
+    if (n >= 0 && n <= max_seq_len) continue;
+    return FailedClaim(InvalidArgument("acquire: num_tokens is " + Number(n) + ", wanted 0.." + Number(max_seq_len) +
+                                       " (max_seq_len)"));
+  }
+  std::vector<Want> wants;
+  if (Claim claim = ChooseSlots(pool, mapping, tokens, &wants); !claim.status.ok()) return claim;
+  SupplyPlan plan;
+  Claim claim = pool.supply->Reserve(mapping, wants, &plan);
+  if (!claim.status.ok()) return claim;
+  claim.status = BlankAdopted(pool, mapping, plan);
+  if (!claim.status.ok()) {
+    pool.supply->Undo(mapping, plan);
+    return claim;
+  }
+  claim.status = PublishRoom(pool, mapping, plan);
+  if (!claim.status.ok()) return claim;
+  const StateLock state = table.Lock();
+  for (std::size_t i = 0; i < wants.size(); ++i) {
+    table.Occupy(state, wants[i].slot, tokens[i]);
+    if (pool.mirror != nullptr) pool.mirror->ClearVacated(wants[i].slot);
+    claim.slots.push_back(wants[i].slot);
+  }
+  return claim;
+}
+
+Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
+  SlotTable& table = *pool.table;
+  const Geometry& geometry = table.geometry();
+  const auto check = [&](const StateLock& state) -> Status {
+    KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "extend"));
+    KVPAGE_RETURN_IF_ERROR(CheckSlots(&table, state, "extend", slots));
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      if (tokens[i] < 0 || tokens[i] > geometry.max_seq_len) {
+        return messages::MaxSeqLen("extend", slots[i], tokens[i], geometry.max_seq_len);
+      }
+    }
+    return {};
+  };
+  {
+    const StateLock state = table.Lock();
+    if (Status status = check(state); !status.ok()) return FailedClaim(status);
+    bool enough = true;
+    for (std::size_t i = 0; i < slots.size(); ++i) enough &= tokens[i] <= table.host(state, slots[i]).reserved;
+    if (enough) return {};
+  }
+  const MappingLock mapping = pool.supply->Lock();
+  std::vector<Want> wants;
+  {
+    const StateLock state = table.Lock();
+    if (Status status = check(state); !status.ok()) return FailedClaim(status);
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      const std::int64_t total = std::max(tokens[i], table.host(state, slots[i]).reserved);
+      wants.push_back({slots[i], geometry.BlocksFor(total)});
+    }
+  }
+  SupplyPlan plan;
+  Claim claim = pool.supply->Reserve(mapping, wants, &plan);
+  if (claim.status.ok()) claim.status = PublishRoom(pool, mapping, plan);
+  if (!claim.status.ok()) return claim;
+  const StateLock state = table.Lock();
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    HostSlot& row = table.host(state, slots[i]);
+    // A release may have begun meanwhile; the memory then parks with the slot.
+    if (row.state == SlotState::kOccupied) row.reserved = std::max(row.reserved, tokens[i]);
+  }
+  return claim;
+}
+
+Status StartRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+  SlotTable& table = *pool.table;
+  const StateLock state = table.Lock();
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "release"));
+  KVPAGE_RETURN_IF_ERROR(CheckSlots(&table, state, "release", slots));
+  for (const std::int32_t slot : slots) table.host(state, slot).state = SlotState::kDraining;
+  return {};
+}
+
+void UndoAcquire(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+  const StateLock state = pool.table->Lock();
+  for (const std::int32_t slot : slots) {
+    pool.table->host(state, slot).state = SlotState::kDraining;
+    pool.table->Vacate(state, slot);
+  }
+}
+
+void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+  const StateLock state = pool.table->Lock();
+  for (const std::int32_t slot : slots) {
+    HostSlot& row = pool.table->host(state, slot);
+    const bool vacated = pool.table->progress(state).slots[slot].vacated;
+    if (row.state == SlotState::kDraining && !vacated) row.state = SlotState::kOccupied;
+  }
+}
+
+Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
+  SlotTable& table = *pool.table;
+  const StateLock state = table.Lock();
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "commit"));
+  KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "commit", slot));
+  std::vector<std::int32_t>& committed = table.host(state, slot).committed;
+  const auto wanted = static_cast<std::int64_t>(committed.size() + token_ids.size());
+  const std::int64_t room = table.Room(state, slot);
+  if (wanted > room) {
+    return OutOfRange("commit: slot " + Number(slot) + ": " + Number(wanted) + " tokens wanted, " + Number(room) +
+                      " mapped: extend the slot before its tokens are written");
+  }
+  committed.insert(committed.end(), token_ids.begin(), token_ids.end());
+  return {};
+}
+
+std::vector<std::int32_t> Committed(const PoolParts& pool, std::int32_t slot) {
+  const StateLock state = pool.table->Lock();
+  if (!pool.table->CheckOccupied(state, "commit", slot).ok()) return {};
+  return pool.table->host(state, slot).committed;
+}
+
+}  // namespace kvpage::host_ops

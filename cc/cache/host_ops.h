@@ -1,0 +1,29 @@
+// The host verbs that change what slots hold: acquire, extend, release, commit. Accounting is atomic: a call that fails
+// changes nothing.
+#ifndef KVPAGE_CACHE_HOST_OPS_H_
+#define KVPAGE_CACHE_HOST_OPS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage::host_ops {
+
+// Occupies one slot per entry of `tokens` and maps room for that many; all or none.
+Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
+// Maps room for tokens[i] tokens in all in slots[i]; all or none.
+Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
+// Occupied slots start to drain; a queued program ends it.
+Status StartRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots);
+// Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
+void UndoAcquire(const PoolParts& pool, const std::vector<std::int32_t>& slots);
+void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots);
+// Names the ids of the next tokens of an occupied slot.
+Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids);
+// The ids named so far; none for a slot that is not occupied.
+std::vector<std::int32_t> Committed(const PoolParts& pool, std::int32_t slot);
+
+}  // namespace kvpage::host_ops
+
+#endif  // KVPAGE_CACHE_HOST_OPS_H_

@@ -1,0 +1,82 @@
+#include "cache/inspect.h"
+
+namespace kvpage::inspect {
+
+PoolNumbers Numbers(const PoolParts& pool) {
+  SlotTable& table = *pool.table;
+  const MappingLock mapping = pool.supply->Lock();
+  const StateLock state = table.Lock();
+  CollectReleases(pool, state);
+  const Arena& arena = pool.supply->arena(mapping);
+  const BlockPool& blocks = arena.pool();
+  PoolNumbers n;
+  n.blocks_total = blocks.budget();
+  n.blocks_free = blocks.num_free();
+  n.blocks_shared = blocks.num_shared();
+  n.blocks_peak = blocks.peak_used();
+  n.blocks_warm = blocks.num_warm();
+  // A block counts with the slot that will keep it longest.
+  enum Class : std::int8_t { kMapped = 0, kDraining, kParked, kNumClasses };
+  std::vector<std::int8_t> classes(table.num_slots());
+  for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
+    switch (table.host(state, slot).state) {
+      case SlotState::kOccupied:
+        classes[slot] = kMapped;
+        ++n.slots_occupied;
+        break;
+      case SlotState::kDraining:
+        classes[slot] = kDraining;
+        ++n.slots_draining;
+        break;
+      case SlotState::kFree:
+        classes[slot] = kParked;
+        n.slots_parked += arena.blocks(slot) > 0;
+        break;
+    }
+  }
+  const std::vector<std::int64_t> counts = arena.CountByClass(classes, kNumClasses);
+  n.blocks_mapped = counts[kMapped];
+  n.blocks_draining = counts[kDraining];
+  n.blocks_parked = counts[kParked];
+  n.block_bytes = table.geometry().block_bytes;
+  n.virtual_bytes = table.geometry().virtual_bytes();
+  n.physical_bytes = arena.vmm().PhysicalBytes();
+  n.system_calls = arena.vmm().system_calls();
+  n.waits = table.waits(state) + (pool.mirror != nullptr ? pool.mirror->waits() : 0);
+  return n;
+}
+
+std::vector<SlotRow> Rows(const PoolParts& pool) {
+  SlotTable& table = *pool.table;
+  const MappingLock mapping = pool.supply->Lock();
+  const StateLock state = table.Lock();
+  CollectReleases(pool, state);
+  std::vector<SlotRow> rows;
+  for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
+    const HostSlot& row = table.host(state, slot);
+    if (row.state == SlotState::kFree) continue;
+    rows.push_back({slot, row.state, pool.supply->arena(mapping).mappings(slot), row.reserved,
+                    static_cast<std::int64_t>(row.committed.size()), table.progress(state).slots[slot].length});
+  }
+  return rows;
+}
+
+Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {
+  const MappingLock mapping = pool.supply->Lock();
+  {
+    const StateLock state = pool.table->Lock();
+    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, "block_map"));
+    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "block_map", slot));
+  }
+  const Arena& arena = pool.supply->arena(mapping);
+  const std::int64_t ranges = pool.table->geometry().num_ranges();
+  out->assign(ranges, {});
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    for (const std::int32_t block : arena.block_map(slot, range)) {
+      (*out)[range].emplace_back(block, arena.pool().references(block));
+    }
+  }
+  return {};
+}
+
+}  // namespace kvpage::inspect

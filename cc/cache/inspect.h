@@ -1,0 +1,19 @@
+// Looking at a pool: numbers, the valid slot table, block maps.
+#ifndef KVPAGE_CACHE_INSPECT_H_
+#define KVPAGE_CACHE_INSPECT_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage::inspect {
+
+PoolNumbers Numbers(const PoolParts& pool);
+// The slots that are not free.
+std::vector<SlotRow> Rows(const PoolParts& pool);
+Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out);
+
+}  // namespace kvpage::inspect
+
+#endif  // KVPAGE_CACHE_INSPECT_H_

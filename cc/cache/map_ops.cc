@@ -1,0 +1,117 @@
+#include "cache/map_ops.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache/messages.h"
+#include "cache/program_check.h"
+
+namespace kvpage::map_ops {
+namespace {
+
+// Maps what pinned slots want: their owner stays while blocks are mapped without the state mutex.
+Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* op, const std::int32_t* slots,
+                 const std::int32_t* tokens, std::int64_t count, bool* ok) {
+  SlotTable& table = *pool.table;
+  std::vector<Want> wants(1);
+  SupplyPlan plan;
+  for (std::int64_t i = 0; i < count; ++i) {
+    ok[i] = true;
+    const std::int32_t slot = slots[i];
+    if (slot == -1) continue;
+    {
+      const StateLock state = table.Lock();
+      const std::int64_t total = std::max<std::int64_t>(tokens[i], table.host(state, slot).reserved);
+      wants[0] = {slot, table.geometry().BlocksFor(total)};
+    }
+    Claim claim = pool.supply->Reserve(mapping, wants, &plan);
+    if (claim.status.ok()) {
+      claim.status = PublishRoom(pool, mapping, plan);
+    } else if (claim.status.code() == Code::kResourceExhausted) {
+      ok[i] = false;
+      continue;
+    }
+    if (!claim.status.ok()) {
+      return claim.status.WithMessage(std::string(op) + ": slot " + std::to_string(slot) + ": " +
+                                      claim.status.message());
+    }
+    const StateLock state = table.Lock();
+    HostSlot& row = table.host(state, slot);
+    row.reserved = std::max<std::int64_t>(row.reserved, tokens[i]);
+  }
+  return {};
+}
+
+}  // namespace
+
+Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
+                const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch) {
+  SlotTable& table = *pool.table;
+  // `enough`: nothing needs to be mapped.
+  const auto check = [&](const StateLock& state, bool* enough) -> Status {
+    const ProgramCheck program(pool, state, op, cache);
+    KVPAGE_RETURN_IF_ERROR(program.Begin(/*mutates=*/true));
+    *enough = true;
+    for (std::int64_t i = 0; i < count; ++i) {
+      ok[i] = true;
+      if (slots[i] == -1) continue;
+      KVPAGE_RETURN_IF_ERROR(program.OccupiedSlot(slots[i]));
+      if (tokens[i] < 0 || tokens[i] > table.geometry().max_seq_len) {
+        return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
+      }
+      *enough &= tokens[i] <= table.host(state, slots[i]).reserved;
+    }
+    return {};
+  };
+  bool enough = true;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(check(state, &enough));
+    if (enough) {
+      *epoch = table.progress(state).NextEpoch();
+      return {};
+    }
+  }
+  // Pins are only ever taken with the mapping mutex already held here: views::Add waits for pins while it holds it.
+  const MappingLock mapping = pool.supply->Lock();
+  PinnedSlots pinned;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(check(state, &enough));
+    *epoch = table.progress(state).NextEpoch();
+    Pins pins;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (slots[i] != -1) pins.sequences.push_back({slots[i], 0, 0, 0});
+    }
+    pinned.Pin(state, &table, std::move(pins));
+  }
+  return MapPinned(pool, mapping, op, slots, tokens, count, ok);
+}
+
+Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation, const std::int32_t* slots,
+                  const std::int32_t* tokens, std::int64_t count, bool* ok) {
+  SlotTable& table = *pool.table;
+  const MappingLock mapping = pool.supply->Lock();
+  PinnedSlots pinned;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
+    table.CountWait(state);  // the handler has waited for the device's answer
+    // The host may have begun a new generation since the device looked: the slots may be somebody else's by now.
+    const std::int32_t current = table.progress(state).generation;
+    if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);
+    Pins pins;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (slots[i] == -1) continue;
+      if (slots[i] < 0 || slots[i] >= table.num_slots()) return messages::SlotRange(op, slots[i], table.num_slots());
+      if (table.host(state, slots[i]).state == SlotState::kFree) return messages::SlotFree(op, slots[i]);
+      pins.sequences.push_back({slots[i], 0, 0, 0});
+    }
+    pinned.Pin(state, &table, std::move(pins));
+  }
+  return MapPinned(pool, mapping, op, slots, tokens, count, ok);
+}
+
+}  // namespace kvpage::map_ops

@@ -1,0 +1,39 @@
+#include "cache/parts.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace kvpage {
+
+Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
+  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
+  if (pool.mirror == nullptr) return {};
+  CollectReleases(pool, state);
+  const Status fault = pool.mirror->TakeFault();
+  return fault.ok() ? fault : fault.WithReason(Reason::kDeviceFault);
+}
+
+void CollectReleases(const PoolParts& pool, const StateLock& state) {
+  if (pool.mirror == nullptr) return;
+  for (std::int32_t slot = 0; slot < pool.table->num_slots(); ++slot) {
+    if (pool.table->host(state, slot).state != SlotState::kDraining) continue;
+    if (pool.table->progress(state).slots[slot].vacated || !pool.mirror->Vacated(slot)) continue;
+    pool.table->Vacate(state, slot);
+  }
+}
+
+Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {
+  if (pool.mirror == nullptr) return {};
+  const Geometry& geometry = pool.table->geometry();
+  std::vector<Mirror::Room> rooms;
+  for (const Grant& grant : plan.grants) {
+    // Whole blocks, as SlotTable::Room has it.
+    const std::int64_t tokens = std::min(grant.wanted * geometry.block_tokens, geometry.max_seq_len);
+    rooms.push_back({grant.slot, static_cast<std::int32_t>(tokens)});
+  }
+  Status status = pool.mirror->SetRoom(rooms);
+  if (!status.ok()) pool.supply->Undo(mapping, plan);
+  return status;
+}
+
+}  // namespace kvpage

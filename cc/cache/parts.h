@@ -1,0 +1,33 @@
+// PoolParts: what the verbs of a pool work on. Each verb is a function over these, in a file by topic (host_ops,
+// capacity, generations, views, inspect, map_ops, program_ops); Pool (pool.h) owns the parts and forwards.
+#ifndef KVPAGE_CACHE_PARTS_H_
+#define KVPAGE_CACHE_PARTS_H_
+
+#include "base/status.h"
+#include "cache/mirror.h"
+#include "cache/slot_table.h"
+#include "cache/supply.h"
+#include "cache/types.h"
+
+namespace kvpage {
+
+struct PoolParts {
+  PoolOptions options;
+  SlotTable* table;
+  Supply* supply;
+  Mirror* mirror;  // null: programs run on CPU and call the pool as they run
+};
+
+// Begins every host call that changes something: the pool is open, finished releases are collected, and a pending
+// device fault is returned.
+Status Enter(const PoolParts& pool, const StateLock& state, const char* op);
+
+// Slots whose release has run on the device become free.
+void CollectReleases(const PoolParts& pool, const StateLock& state);
+
+// Tells the mirror what room the slots of an applied plan have; undoes the plan when that fails.
+Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_PARTS_H_

@@ -1,0 +1,18 @@
+#include "cache/process.h"
+
+#include <pthread.h>
+
+#include <atomic>
+
+namespace kvpage {
+namespace {
+
+std::atomic<int> g_fork_count{0};
+
+[[maybe_unused]] const int g_fork_hook = pthread_atfork(nullptr, nullptr, [] { g_fork_count.fetch_add(1); });
+
+}  // namespace
+
+int ForkCount() { return g_fork_count.load(); }
+
+}  // namespace kvpage

@@ -1,0 +1,90 @@
+#include "cache/program_ops.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache/messages.h"
+#include "cache/program_check.h"
+
+namespace kvpage::program_ops {
+
+Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer,
+             bool append, PinnedSlots* pinned) {
+  SlotTable& table = *pool.table;
+  const Geometry& geometry = table.geometry();
+  const StateLock state = table.Lock();
+  const ProgramCheck check(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/append));
+  if (layer < 0 || layer >= geometry.num_layers) return messages::LayerRange(op, layer, geometry.num_layers);
+  Pins pins;
+  KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &pins.sequences));
+  DeviceProgress& progress = table.progress(state);
+  for (const Sequence& sequence : pins.sequences) {
+    const std::int32_t slot = sequence.slot;
+    const std::int64_t end = std::int64_t{sequence.position} + sequence.query_length;
+    if (end > geometry.max_seq_len) return messages::MaxSeqLen(op, slot, end, geometry.max_seq_len);
+    const std::int64_t room = table.Room(state, slot);
+    if (end > room) return messages::Unmapped(op, slot, end, room);
+    if (append) continue;
+    const std::int32_t written = progress.Written(slot)[layer];
+    if (end > written) return messages::Unwritten(op, slot, layer, end, written);
+  }
+  if (append) {
+    pins.written_layer = layer;
+    pins.epoch = progress.NextEpoch();
+  }
+  pinned->Pin(state, &table, std::move(pins));
+  return {};
+}
+
+Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch,
+               std::uint32_t* epoch, std::int32_t* lengths) {
+  const StateLock state = pool.table->Lock();
+  const ProgramCheck check(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
+  std::vector<Sequence> sequences;
+  KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &sequences));
+  DeviceProgress& progress = pool.table->progress(state);
+  for (const Sequence& sequence : sequences) {
+    const std::int32_t written = progress.WrittenInAllLayers(sequence.slot);
+    // Otherwise a reader would find what an earlier owner of the memory left there.
+    const std::int32_t end = sequence.position + sequence.query_length;
+    if (end > written) return messages::UnwrittenSomewhere(op, sequence.slot, end, written);
+  }
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);
+  for (const Sequence& sequence : sequences) {
+    const std::int32_t end = sequence.position + sequence.query_length;
+    lengths[sequence.slot] = progress.slots[sequence.slot].length = end;
+  }
+  *epoch = progress.NextEpoch();
+  return {};
+}
+
+Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
+                  const std::int32_t* values, std::int64_t count, std::uint32_t* epoch, std::int32_t* lengths) {
+  const StateLock state = pool.table->Lock();
+  const ProgramCheck check(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (slots[i] == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(check.OccupiedSlot(slots[i]));
+    const std::int32_t length = cache.lengths[slots[i]];
+    if (values[i] < 0 || values[i] > length) return messages::NotLowered(op, slots[i], values[i], length);
+  }
+  DeviceProgress& progress = pool.table->progress(state);
+  const std::uint32_t next = progress.NextEpoch();
+  if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int32_t slot = slots[i];
+    if (slot == -1) continue;
+    if (values[i] < lengths[slot]) progress.slots[slot].since = next;
+    progress.LowerWritten(slot, values[i]);
+    lengths[slot] = progress.slots[slot].length = values[i];
+  }
+  *epoch = next;
+  return {};
+}
+
+}  // namespace kvpage::program_ops

@@ -1,0 +1,96 @@
+// Supply: where blocks come from. Free ones first, then those of parked slots and the tails that occupied slots have
+// beyond what they asked for.
+//
+// It owns the arena and the mapping mutex, which is held over system calls. A method that needs it takes a MappingLock.
+// Order of locks: mapping, then state (StateLock, slot_table.h); the methods here take the state mutex themselves, for
+// moments.
+//
+// Planning and applying are separate calls with a SupplyPlan in between. A donor gives only blocks that nobody else
+// refers to: a shared block could not be moved, and unmapping it in one slot would not free it.
+#ifndef KVPAGE_CACHE_SUPPLY_H_
+#define KVPAGE_CACHE_SUPPLY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/arena.h"
+#include "cache/slot_table.h"
+#include "cache/supply_plan.h"
+#include "cache/types.h"
+
+namespace kvpage {
+
+// The mapping mutex, held. Never take it while a StateLock is held.
+class MappingLock {
+ public:
+  MappingLock(const MappingLock&) = delete;
+  MappingLock& operator=(const MappingLock&) = delete;
+
+ private:
+  friend class Supply;
+  explicit MappingLock(std::mutex* mutex) : lock_(*mutex) {}
+  const std::lock_guard<std::mutex> lock_;
+};
+
+class Supply {
+ public:
+  // `map_limit`: memory mappings that the pool may use; 0: no limit known. `poison`: see PoolOptions.
+  Supply(SlotTable* table, std::unique_ptr<Arena> arena, std::int64_t map_limit, bool poison)
+      : table_(table), arena_(std::move(arena)), map_limit_(map_limit), poison_(poison) {}
+
+  MappingLock Lock() const { return MappingLock(&mutex_); }
+  Arena& arena(const MappingLock&) { return *arena_; }
+  char* base() const { return arena_->base(); }
+  // Whether the system allows the mappings that so large a budget may need.
+  Status CheckMapLimit(std::int64_t blocks) const;
+
+  // The free slot that suits a request for `blocks` logical blocks best, or -1; slots in `taken` are left out.
+  std::int32_t BestFit(const MappingLock&, std::int64_t blocks, const std::vector<bool>& taken);
+
+  // ---- plans ----
+  // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
+  // plan is of no use.
+  Claim Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan);
+  // Gives back at least `blocks` physical blocks, as far as nobody needs them.
+  SupplyPlan PlanReclaim(const MappingLock& lock, std::int64_t blocks);
+  // Unmaps everything that nobody needs.
+  SupplyPlan PlanTrim(const MappingLock& lock);
+
+  // ---- applying ----
+  // Makes the changes of a plan, made under the same lock. A failure undoes what was done before it.
+  // `system_short`: set when it was the system that had no memory for free blocks.
+  Status Apply(const MappingLock& lock, const SupplyPlan& plan, bool* system_short = nullptr);
+  // Takes back an applied plan: moved blocks return to their donors, claimed ones are free again.
+  void Undo(const MappingLock& lock, const SupplyPlan& plan);
+  // Plans and applies; plans again where the system has less memory than the capacity promises.
+  Claim Reserve(const MappingLock& lock, const std::vector<Want>& wants, SupplyPlan* plan);
+
+  // Sets the numbers of a claim that came to nothing.
+  void Tally(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim);
+  // Overwrites logical blocks [begin, end) with what their new owner may see: zeros under a view, NaN as poison.
+  Status Blank(const MappingLock& lock, std::int32_t slot, std::int64_t begin, std::int64_t end);
+
+ private:
+  // Which spare blocks of a slot count: all, or those at its end that nobody else refers to.
+  enum class Spare { kAll, kExclusive };
+  // The slots with spare blocks while `wants` are to be met, in the order in which they give. `draining`, if not null,
+  // is set to the number of physical blocks that come free with the slots that are draining.
+  std::vector<Donor> FindDonors(const MappingLock& lock, const std::vector<Want>& wants, Spare spare,
+                                std::int64_t* draining);
+  std::vector<Donor> TallyDonors(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim);
+  void UndoPart(const MappingLock& lock, const SupplyPlan& plan, std::size_t returns, std::size_t moves);
+
+  SlotTable* const table_;
+  const std::unique_ptr<Arena> arena_;
+  const std::int64_t map_limit_;
+  const bool poison_;
+  mutable std::mutex mutex_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_SUPPLY_H_

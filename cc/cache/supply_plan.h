@@ -1,0 +1,62 @@
+// SupplyPlan: who gives blocks to whom, as data. Planning looks at numbers only and maps nothing; supply.h applies the
+// plan. A pool over several devices applies one plan to the arena of each.
+#ifndef KVPAGE_CACHE_SUPPLY_PLAN_H_
+#define KVPAGE_CACHE_SUPPLY_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kvpage {
+
+// All numbers of blocks here are logical blocks, per range of a slot.
+
+// What a slot shall have at least.
+struct Want {
+  std::int32_t slot = 0;
+  std::int64_t blocks = 0;
+};
+
+// A slot that can give blocks from its end.
+struct Donor {
+  std::int32_t slot = 0;
+  std::int64_t blocks = 0;
+};
+
+// How one want is met: moves from donors first, the rest claimed from the free blocks.
+struct Grant {
+  std::int32_t slot = 0;
+  std::int64_t wanted = 0;
+  std::int64_t before = 0;    // blocks that the slot had, perhaps more than it wants
+  std::int64_t claimed = 0;   // taken from the free blocks
+  std::size_t moves_end = 0;  // its moves are those of the plan from the previous grant's end to here
+};
+
+struct BlockMove {
+  std::int32_t from = 0;
+  std::int32_t to = 0;
+  std::int64_t blocks = 0;
+};
+
+struct SupplyPlan {
+  std::vector<Grant> grants;     // in the order in which they are applied
+  std::vector<BlockMove> moves;  // in the order of the grants
+  std::vector<Donor> returns;    // blocks that go back to the free ones; applied first
+
+  std::int64_t blocks_moved() const;
+};
+
+// Which source comes first. kFree: donors give only when free blocks do not suffice. kDonors: for when the system has
+// less memory than the capacity promises; mapped blocks have theirs already.
+enum class Source { kFree, kDonors };
+
+// Fills in grants[i].claimed and the moves; grants[i].slot, wanted and before are given. `free`: free blocks, in
+// logical blocks. `donors` give in their order.
+void PlanGrants(std::int64_t free, const std::vector<Donor>& donors, Source first, SupplyPlan* plan);
+
+// The donors return at least `blocks`, as far as they have them.
+void PlanReturns(std::int64_t blocks, const std::vector<Donor>& donors, SupplyPlan* plan);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_SUPPLY_PLAN_H_

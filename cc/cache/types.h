@@ -1,0 +1,95 @@
+// What callers hand to a pool and get back from it: options, claims, numbers, rows, and the cache and the batch as
+// programs carry them. Data only.
+#ifndef KVPAGE_CACHE_TYPES_H_
+#define KVPAGE_CACHE_TYPES_H_
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "base/kv_view.h"
+#include "base/status.h"
+
+namespace kvpage {
+
+struct PoolOptions {
+  bool allow_stale = false;  // a step may be repeated from one cache as long as nothing destructive came between
+  bool poison = false;       // test mode: memory handed to a request is filled with NaN
+};
+
+// ---- host calls ----
+
+// Life of a slot:  free -> occupied (acquire) -> draining (release) -> free, once the release program has run and no
+// handler and no view holds it. A free slot whose blocks are still mapped is parked.
+enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
+
+// The result of asking for blocks. The numbers are set when there were not enough.
+struct Claim {
+  Status status;
+  std::vector<std::int32_t> slots;
+  std::int64_t wanted = 0;       // blocks; slots, for reason kOutOfSlots
+  std::int64_t free = 0;         // neither mapped nor otherwise referenced
+  std::int64_t draining = 0;     // will come free when running programs are done
+  std::int64_t reclaimable = 0;  // parked, or mapped beyond what their owner asked for; may be taken under pressure
+};
+
+inline Claim FailedClaim(Status status) {
+  Claim claim;
+  claim.status = std::move(status);
+  return claim;
+}
+
+// Blocks are counted once each, however many slots map them.
+struct PoolNumbers {
+  std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
+  std::int64_t blocks_shared = 0, blocks_peak = 0, blocks_warm = 0;
+  std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
+  std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
+};
+
+// One row of the valid slot table.
+struct SlotRow {
+  std::int32_t slot = 0;
+  SlotState state = SlotState::kFree;
+  std::int64_t blocks = 0;  // mapped by this slot; a shared block appears in several rows
+  std::int64_t reserved = 0, committed = 0, length = 0;
+};
+
+// For each range of a slot, its blocks in logical order: (physical block, references to it).
+using BlockReferences = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
+
+// A generation as the host sees it begin.
+struct Generation {
+  std::int32_t generation = 0;
+  std::uint32_t epoch = 0;
+  std::vector<std::int32_t> lengths;  // -1: the slot is free
+};
+
+// ---- programs ----
+
+// The cache as a program carries it.
+struct CacheRef {
+  std::int32_t generation = 0;
+  std::uint32_t epoch = 0;
+  const std::int32_t* lengths = nullptr;  // [max_slots]
+};
+
+// A ragged batch as a program carries it.
+struct BatchRef {
+  const std::int32_t* slots = nullptr;  // [num_sequences]
+  std::int64_t num_sequences = 0;
+  const std::int32_t* offsets = nullptr;  // [num_sequences + 1]
+  std::int64_t num_tokens = -1;           // rows of q, k, v; -1 when there are none to compare with
+};
+
+// What a running handler holds of the slot table.
+struct Pins {
+  static constexpr std::int64_t kNoLayer = -1, kAllLayers = -2;
+  std::vector<Sequence> sequences;
+  std::uint32_t epoch = 0;                // the cache's next epoch (mutators)
+  std::int64_t written_layer = kNoLayer;  // the layer in which the tokens count as written when the op ends
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_TYPES_H_

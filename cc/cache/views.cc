@@ -1,0 +1,52 @@
+#include "cache/views.h"
+
+#include <string>
+
+namespace kvpage::views {
+
+Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot) {
+  SlotTable& table = *pool.table;
+  const std::int64_t num_layers = table.geometry().num_layers;
+  const MappingLock mapping = pool.supply->Lock();
+  StateLock state = table.Lock();
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "view"));
+  if (pool.mirror != nullptr) {
+    return InvalidArgument(
+        "view: pool " + std::to_string(table.id()) +
+        " lies in device memory, where the part of a slot that is not mapped cannot be read, so no array may stand for "
+        "it: read the cache with paged_attention, or use a pool on a CPU device for views");
+  }
+  if (layer < 0 || layer >= num_layers) {
+    return OutOfRange("view: layer is " + std::to_string(layer) + ", wanted 0.." + std::to_string(num_layers - 1));
+  }
+  if (slot >= 0) {
+    KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "view", slot));
+  } else if (slot != -1) {
+    return InvalidArgument("view: slot " + std::to_string(slot) + " does not exist");
+  }
+  const std::int64_t begin = slot >= 0 ? slot : 0;
+  const std::int64_t end = slot >= 0 ? slot + 1 : table.num_slots();
+  DeviceProgress& progress = table.progress(state);
+  // Recycled memory beyond the tokens that its occupant has written is zeroed once; memory that is mapped while the
+  // view lives is zeroed as it comes (Supply::Blank). No handler may be writing meanwhile, hence the wait with the
+  // mapping lock held.
+  const auto busy = [&] {
+    for (std::int64_t s = begin; s < end; ++s) {
+      if (progress.slots[s].pins > 0) return true;
+    }
+    return false;
+  };
+  if (busy()) table.CountWait(state);
+  table.Wait(&state, [&] { return !busy() || table.closed(state); });
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "view"));
+  for (std::int64_t s = begin; s < end; ++s) {
+    const bool owned = table.host(state, s).state != SlotState::kFree;
+    pool.supply->arena(mapping).ZeroTail(s, layer, owned ? progress.Written(s)[layer] : 0);
+  }
+  table.AddView(state, slot);
+  return {};
+}
+
+void Remove(const PoolParts& pool, std::int32_t slot) { pool.table->RemoveView(pool.table->Lock(), slot); }
+
+}  // namespace kvpage::views
