@@ -118,7 +118,6 @@ class Queue:
         verb: str,
         cache: KVCache,
         edits: Sequence[tuple[int, int, int]],
-        undo: Callable[[list[int]], None],
         copies: Sequence[tuple[int, int, int, int]] = (),
     ) -> KVCache:
         """Queues a decision of the host's as a program.
@@ -126,8 +125,8 @@ class Queue:
         Args:
             verb: name of the call.
             cache: the newest cache, checked.
-            edits: (opcode, slot, length) of each slot that the host decided about.
-            undo: takes the decision back, given these slots; called when nothing can be queued.
+            edits: (opcode, slot, length) of each slot that the host has decided about; the decision
+                is undone when nothing can be queued.
             copies: (source, target, first token, number of tokens).
 
         Returns:
@@ -142,7 +141,7 @@ class Queue:
         except BaseException:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):
-                undo([slot for _, slot, _ in edits])
+                self._native.pool.undo_edits(verb, edits)
             raise
         if marker is not None:
             self._releases = [m for m in self._releases if not is_ready(m)] + [marker]

@@ -187,7 +187,7 @@ class KVPool:
         wanted, single = as_list(num_tokens, "num_tokens")
         slots = self._queue.claim("acquire", lambda: self._pool.acquire(wanted), wait).slots
         edits = [(OCCUPY, slot, 0) for slot in slots]
-        cache = self._queue.run("acquire", cache, edits, self._pool.undo_acquire)
+        cache = self._queue.run("acquire", cache, edits)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
@@ -230,9 +230,9 @@ class KVPool:
         """
         self._queue.check_cache("release", cache)
         slots, _ = as_list(slot, "slot")
-        self._native.call(self._pool.start_release, slots)
         edits = [(VACATE, one, 0) for one in slots]
-        return self._queue.run("release", cache, edits, self._pool.undo_release)
+        self._native.call(self._pool.start_edits, "release", edits)
+        return self._queue.run("release", cache, edits)
 
     def commit(self, slot: int, token_ids: Sequence[int]) -> None:
         """Tells the pool the ids of the next tokens whose K and V are written.

@@ -128,29 +128,38 @@ Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
   return claim;
 }
 
-Status StartRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+Status StartEdits(const PoolParts& pool, const char* verb, const std::vector<SlotEdit>& edits) {
   SlotTable& table = *pool.table;
+  std::vector<std::int32_t> slots;
+  for (const SlotEdit& edit : edits) {
+    slots.push_back(edit.slot);
+    if (edit.opcode == static_cast<std::int32_t>(SlotOpcode::kVacate)) continue;
+    return InvalidArgument(std::string(verb) + ": slot " + Number(edit.slot) +
+                           ": the host decides nothing for opcode " + Number(edit.opcode));
+  }
   const StateLock state = table.Lock();
-  KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "release"));
-  KVPAGE_RETURN_IF_ERROR(CheckSlots(&table, state, "release", slots));
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, state, verb));
+  KVPAGE_RETURN_IF_ERROR(CheckSlots(&table, state, verb, slots));
   for (const std::int32_t slot : slots) table.host(state, slot).state = SlotState::kDraining;
   return {};
 }
 
-void UndoAcquire(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
   const StateLock state = pool.table->Lock();
-  for (const std::int32_t slot : slots) {
-    pool.table->host(state, slot).state = SlotState::kDraining;
-    pool.table->Vacate(state, slot);
-  }
-}
-
-void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
-  const StateLock state = pool.table->Lock();
-  for (const std::int32_t slot : slots) {
-    HostSlot& row = pool.table->host(state, slot);
-    const bool vacated = pool.table->progress(state).slots[slot].vacated;
-    if (row.state == SlotState::kDraining && !vacated) row.state = SlotState::kOccupied;
+  for (const SlotEdit& edit : edits) {
+    HostSlot& row = pool.table->host(state, edit.slot);
+    const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
+    switch (static_cast<SlotOpcode>(edit.opcode)) {
+      case SlotOpcode::kOccupy:
+        row.state = SlotState::kDraining;
+        pool.table->Vacate(state, edit.slot);
+        break;
+      case SlotOpcode::kVacate:
+        if (row.state == SlotState::kDraining && !vacated) row.state = SlotState::kOccupied;
+        break;
+      case SlotOpcode::kSetLength:
+        break;
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/slot_edits.h"
 #include "cache/parts.h"
 
 namespace kvpage::host_ops {
@@ -14,11 +15,11 @@ namespace kvpage::host_ops {
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
 // Maps room for tokens[i] tokens in all in slots[i]; all or none.
 Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens);
-// Occupied slots start to drain; a queued program ends it.
-Status StartRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots);
-// Undoes an Acquire, or a StartRelease, whose program could not be queued: no cache value knows of it.
-void UndoAcquire(const PoolParts& pool, const std::vector<std::int32_t>& slots);
-void UndoRelease(const PoolParts& pool, const std::vector<std::int32_t>& slots);
+// The host's part of edits that a verb is about to queue, all or none: a slot to be vacated starts to drain. Slots to
+// be occupied are Acquire's to choose.
+Status StartEdits(const PoolParts& pool, const char* verb, const std::vector<SlotEdit>& edits);
+// Undoes a StartEdits, or an Acquire, whose edits could not be queued: no cache value knows of them.
+void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits);
 // Names the ids of the next tokens of an occupied slot.
 Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids);
 // The ids named so far; none for a slot that is not occupied.

@@ -49,9 +49,10 @@ class Pool {
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return host_ops::Extend(parts_, slots, tokens);
   }
-  Status StartRelease(const std::vector<std::int32_t>& slots) { return host_ops::StartRelease(parts_, slots); }
-  void UndoAcquire(const std::vector<std::int32_t>& slots) { host_ops::UndoAcquire(parts_, slots); }
-  void UndoRelease(const std::vector<std::int32_t>& slots) { host_ops::UndoRelease(parts_, slots); }
+  Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
+    return host_ops::StartEdits(parts_, verb, edits);
+  }
+  void UndoEdits(const std::vector<SlotEdit>& edits) { host_ops::UndoEdits(parts_, edits); }
   Status Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
     return host_ops::Commit(parts_, slot, token_ids);
   }

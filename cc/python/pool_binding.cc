@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -132,6 +133,23 @@ nb::ndarray<nb::array_api> View(const PoolReference& self, std::int64_t layer, i
   return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value, 0);
 }
 
+// (opcode, slot, length)
+using EditRows = std::vector<std::array<std::int32_t, 3>>;
+
+std::vector<SlotEdit> ToEdits(const EditRows& rows) {
+  std::vector<SlotEdit> edits;
+  for (const auto& [opcode, slot, length] : rows) edits.push_back({opcode, slot, length});
+  return edits;
+}
+
+void StartEdits(const PoolReference& self, const std::string& verb, const EditRows& rows) {
+  Call(self, verb.c_str(), [&](const PoolPtr& pool) { return pool->StartEdits(verb.c_str(), ToEdits(rows)); });
+}
+
+void UndoEdits(const PoolReference& self, const std::string& verb, const EditRows& rows) {
+  Call(self, verb.c_str(), [&](const PoolPtr& pool) { pool->UndoEdits(ToEdits(rows)); });
+}
+
 Claim Resize(const PoolReference& self, std::int64_t capacity_bytes) {
   return Call(self, "resize", [&](const PoolPtr& pool) {
     Claim claim;
@@ -197,11 +215,10 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("id", &PoolReference::id)
       .def_prop_ro("closed", [](const PoolReference& self) { return self.Get() == nullptr; })
       .def("close", &PoolReference::Close, nb::call_guard<nb::gil_scoped_release>())
-      // Decisions of the host, and how they are undone when their program could not be queued.
+      // Decisions of the host, and how they are undone when their edits could not be queued.
       .def("acquire", Method("acquire", &Pool::Acquire), "num_tokens"_a)
-      .def("undo_acquire", Method("acquire", &Pool::UndoAcquire), "slots"_a)
-      .def("start_release", Method("release", &Pool::StartRelease), "slots"_a)
-      .def("undo_release", Method("release", &Pool::UndoRelease), "slots"_a)
+      .def("start_edits", &StartEdits, "verb"_a, "edits"_a)
+      .def("undo_edits", &UndoEdits, "verb"_a, "edits"_a)
       // Calls that queue nothing.
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)

@@ -87,14 +87,14 @@ void AcquireSome(Twins& t) {
   const bool known = !t.Exists(other) || t.StateOf(other) != SlotState::kFree;
   if (known && Pick(t.rng(), 0, 4) == 0) slots.insert(slots.begin() + Pick(t.rng(), 0, 1), other);
   if (!t.ChangeOwner(t.PickValue(), slots, true).empty()) {
-    t.pool().UndoAcquire(claim.slots);
+    UndoAcquire(t.pool(), claim.slots);
   }
 }
 
 void ReleaseSome(Twins& t) {
   std::vector<std::int32_t> slots = Occupied(t);
   slots.resize(std::min<std::size_t>(slots.size(), Pick(t.rng(), 0, 2)));
-  if (!t.pool().StartRelease(slots).ok()) return;
+  if (!StartRelease(t.pool(), slots).ok()) return;
   std::vector<std::int32_t> named = slots;
   const std::int32_t other = AnySlot(t);
   // Not one that the host has not released: only the host knows that.
@@ -102,7 +102,7 @@ void ReleaseSome(Twins& t) {
   if (!slots.empty() && Pick(t.rng(), 0, 9) == 0) named.push_back(slots[0]);
   std::shuffle(named.begin(), named.end(), t.rng());
   if (!t.ChangeOwner(t.PickValue(), named, false).empty()) {
-    t.pool().UndoRelease(slots);
+    UndoRelease(t.pool(), slots);
     return;
   }
   for (const std::int32_t slot : slots) EXPECT_EQ(t.rows().vacated(slot), 1u);
@@ -256,7 +256,7 @@ TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, true), "");
   const Value before = twins.value();
   const std::int32_t gone = claim.slots[0], kept = claim.slots[1];
-  EXPECT_OK(twins.pool().StartRelease({gone}));
+  EXPECT_OK(StartRelease(twins.pool(), {gone}));
   EXPECT_EQ(twins.ChangeOwner(twins.value(), {gone}, false), "");
   // The older cache itself is too old for that slot, in every op.
   EXPECT_NE(twins.Begin(DeviceOp::kAppendKV, before, {{gone}, {0, 5}, 5}, 0).find("stale"), std::string::npos);
@@ -305,7 +305,7 @@ TEST(CudaSlotsTest, LargeBatches) {
       twins.Advance(twins.value(), wrong);
     }
     EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, true).empty(), false);
-    EXPECT_OK(twins.pool().StartRelease(claim.slots));
+    EXPECT_OK(StartRelease(twins.pool(), claim.slots));
     EXPECT_EQ(twins.ChangeOwner(twins.value(), claim.slots, false), "");
     EXPECT_EQ(twins.rows().vacated(claim.slots[649]), 1u);
   }

@@ -111,7 +111,7 @@ TEST(DeviceFaultsTest, HostCallsFailAtEveryDriverCallAndChangeNothing) {
       unchanged);
   EXPECT_GT(calls, 4) << calls;
   EXPECT_EQ(machine.Find(1)->slots[taken[0]].room, 48);
-  pool->UndoAcquire(taken);
+  UndoAcquire(*pool, taken);
   std::int64_t freed = 0;
   EXPECT_OK(pool->Trim(&freed));
   calls = AtEveryCall(
@@ -145,12 +145,12 @@ TEST(DeviceFaultsTest, ALineThatCannotBeStartedCanBeStartedLater) {
   const std::int32_t slot = Acquire(pool.get(), &program, 64);
   const std::int32_t gone = Acquire(pool.get(), &program, 16);
   program.Write(slot, 10);
-  EXPECT_OK(pool->StartRelease({gone}));
+  EXPECT_OK(StartRelease(*pool, {gone}));
   Pool::Generation generation;
   for (cu::Call call : {cu::Call::kCtxPushCurrent, cu::Call::kEventCreate, cu::Call::kEventRecord,
                         cu::Call::kMemcpyHtoDAsync, cu::Call::kMemcpyDtoHAsync, cu::Call::kStreamSynchronize}) {
     if (pool->Numbers().slots_draining == 0) {
-      EXPECT_OK(pool->StartRelease(pool->Acquire({16}).slots));
+      EXPECT_OK(StartRelease(*pool, pool->Acquire({16}).slots));
     }
     int failed = 0;
     for (int n = 1; n < 20; ++n) {

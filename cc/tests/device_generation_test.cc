@@ -22,7 +22,7 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
   program.Write(a, 10);
   program.Write(b, 16);
   Release(pool.get(), &program, b);
-  EXPECT_OK(pool->StartRelease({c}));  // its program will never come
+  EXPECT_OK(StartRelease(*pool, {c}));  // its program will never come
   program.Write(a, 5, /*advance=*/false);
 
   // A launch that has passed its check still writes when the new generation is asked for.
@@ -81,7 +81,7 @@ TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
   EXPECT_EQ(machine.Find(1)->written[slot * kLayers], 0);
   // Released without its program, then started over: the same.
   program.Write(slot, 20);
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   program.Restart(pool.get());
   EXPECT_EQ(program.length(slot), -1);
   EXPECT_EQ(pool->Acquire({64}).slots[0], slot);

@@ -105,7 +105,7 @@ TEST(DeviceKernelsTest, KernelsAndHostAgreeOnTheTable) {
                        "append_kv: stale cache: it belongs to generation 1 of pool 300, which is at generation 2"));
 
   // The release is seen by the host without a call of the driver's, and leaves nothing to the next owner.
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   const std::int64_t calls = machine.fake().total_calls();
   EXPECT_EQ(pool->Numbers().slots_draining, 1);
   program.ChangeOwner(pool.get(), slot, false);

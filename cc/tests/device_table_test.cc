@@ -25,7 +25,7 @@ TEST(DeviceTableTest, FaultsAreRaisedOnceByTheNextCall) {
   const std::vector<std::function<Status()>> calls = {
       [&] { return pool->Acquire({16}).status; },
       [&] { return pool->Extend({slot}, {1}).status; },
-      [&] { return pool->StartRelease({slot}); },
+      [&] { return StartRelease(*pool, {slot}); },
       [&] { return pool->Commit(slot, {7}); },
       [&] {
         std::int64_t freed = 0;

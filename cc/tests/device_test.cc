@@ -62,7 +62,7 @@ TEST(DeviceTest, CallsThatChangeNothingOnTheDeviceAskNothingOfTheDriver) {
   EXPECT_OK(pool->Commit(slot, std::vector<std::int32_t>(100, 7)));
   EXPECT_OK(pool->TakeFault());
   EXPECT_EQ(pool->Numbers().slots_occupied, 1);
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   EXPECT_EQ(machine.fake().total_calls(), before);
   program.Release(slot);
 }
@@ -114,11 +114,11 @@ TEST(DeviceTest, UndoneCallsLeaveNothingOnTheDevice) {
   program.Restart(pool.get());
   Claim claim = pool->Acquire({16});
   EXPECT_OK(claim.status);
-  pool->UndoAcquire(claim.slots);
+  UndoAcquire(*pool, claim.slots);
   EXPECT_EQ(pool->Numbers().slots_occupied, 0);
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
-  EXPECT_OK(pool->StartRelease({slot}));
-  pool->UndoRelease({slot});
+  EXPECT_OK(StartRelease(*pool, {slot}));
+  UndoRelease(*pool, {slot});
   program.Write(slot, 16);
   EXPECT_OK(pool->TakeFault());
   Release(pool.get(), &program, slot);

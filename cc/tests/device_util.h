@@ -22,6 +22,7 @@
 #include "device/device_state.h"
 #include "testing/fake_driver.h"
 #include "tests/expect_ok.h"
+#include "tests/host_verbs.h"
 #include "vmm/cuda_vmm.h"
 
 namespace kvpage::testing {
@@ -247,7 +248,7 @@ inline std::int32_t Acquire(Pool* pool, DeviceProgram* program, std::int64_t tok
   return claim.slots[0];
 }
 inline void Release(Pool* pool, DeviceProgram* program, std::int32_t slot) {
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   program->Release(slot);
 }
 

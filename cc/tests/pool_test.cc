@@ -142,7 +142,7 @@ TEST(PoolTest, DrainingIsNeverHandedOut) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   const Claim claim = pool->Acquire({16});
   EXPECT_EQ(claim.status.code(), Code::kResourceExhausted);
   EXPECT_EQ(claim.draining, 4);
@@ -177,7 +177,7 @@ TEST(PoolTest, AStepThatEndsDoesNotEndTheDraining) {
     PinnedSlots pinned;
     EXPECT_OK(program.Begin(slot, 1, 0, true, &pinned));
     program.SetEpoch(pinned.epoch());
-    EXPECT_OK(pool->StartRelease({slot}));
+    EXPECT_OK(StartRelease(*pool, {slot}));
   }
   EXPECT_EQ(pool->Numbers().slots_draining, 1) << "programs queued before the release may still come";
   EXPECT_OK(program.Vacate(slot));
@@ -264,7 +264,7 @@ TEST(PoolTest, ANewLineRestoresLengths) {
   const std::int32_t kept = program.Acquire(32);
   const std::int32_t gone = program.Acquire(16);
   EXPECT_OK(program.Write(kept, 5));
-  EXPECT_OK(pool->StartRelease({gone}));  // its program never runs
+  EXPECT_OK(StartRelease(*pool, {gone}));  // its program never runs
   const Program old = program;
   program.Restart();
   EXPECT_EQ(program.length(kept), 5);

@@ -39,7 +39,7 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
         }
       }
     }
-    if (pool->StartRelease({slot}).ok()) {
+    if (StartRelease(*pool, {slot}).ok()) {
       static_cast<void>(EditOne(pool, "release", {1, epoch, lengths.data()}, {1, slot, 0}, &epoch, lengths.data()));
     }
     newest->store(epoch);
@@ -97,7 +97,7 @@ TEST(PoolThreadsTest, AWaiterIsWoken) {
   auto pool = MakePool(SmallGeometry(), 4);
   Program program(pool.get());
   const std::int32_t slot = program.Acquire(64);
-  EXPECT_OK(pool->StartRelease({slot}));
+  EXPECT_OK(StartRelease(*pool, {slot}));
   std::atomic<bool> woken{false};
   std::thread waiter([&] { woken = pool->WaitForDrain(30.0); });
   EXPECT_OK(program.Vacate(slot));

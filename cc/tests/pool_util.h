@@ -15,6 +15,7 @@
 
 #include "cache/pool.h"
 #include "tests/expect_ok.h"
+#include "tests/host_verbs.h"
 #ifdef KVPAGE_TEST_FAKE_DRIVER
 #include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
@@ -123,7 +124,7 @@ class Program {
   Status Occupy(std::int32_t slot) { return Edit("acquire", SlotOpcode::kOccupy, slot); }
   Status Vacate(std::int32_t slot) { return Edit("release", SlotOpcode::kVacate, slot); }
   void Release(std::int32_t slot) {
-    EXPECT_OK(pool_->StartRelease({slot}));
+    EXPECT_OK(StartRelease(*pool_, {slot}));
     EXPECT_OK(Vacate(slot));
   }
 
