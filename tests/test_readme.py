@@ -1,0 +1,41 @@
+"""README's example runs as printed, and generates what a NumPy model without a cache would."""
+
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def _logits(params: dict[str, np.ndarray], text: list[int], heads: int, kv: int) -> np.ndarray:
+    """Logits [tokens, vocabulary] of README's toy model, in float64 over the whole text."""
+    x = params["embed"][text]
+    hidden = np.tri(len(text), dtype=bool)
+    for qkv, out in zip(params["qkv"], params["out"], strict=True):
+        q, k, v = np.split((x @ qkv).reshape(len(text), heads + 2 * kv, -1), (heads, heads + kv), 1)
+        k, v = (np.repeat(y, heads // kv, axis=1) for y in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
+        scores = np.where(hidden, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("hqk,khd->qhd", weights, v).reshape(len(text), -1) @ out
+    return x @ params["logits"]
+
+
+def test_the_example_runs_as_printed() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], str(README), "exec"), names)
+    assert len(names["prompts"]) == 2
+    params = {name: np.asarray(x, np.float64) for name, x in names["params"].items()}
+    for prompt, text in zip(names["prompts"], names["generated"], strict=True):
+        assert text[: len(prompt)] == prompt
+        assert len(text) == len(prompt) + 10
+        logits = _logits(params, text, names["HEADS"], names["KV_HEADS"])
+        for end in range(len(prompt), len(text)):
+            row = logits[end - 1]
+            # bfloat16 may prefer a token that is as good up to rounding.
+            assert row[text[end]] > row.max() - 0.05 * row.std(), (end, text)
