@@ -1,4 +1,4 @@
-// What moves keys and values: append (converts and scatters) and gather.
+// Moving keys and values: append (converts and scatters) and gather.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,8 +9,6 @@
 
 namespace kvpage::testing {
 namespace {
-
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
 TEST(AppendTest, AppendConvertsAndScatters) {
   Rng rng(9);

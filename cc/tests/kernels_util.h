@@ -1,5 +1,4 @@
-// What the kernel tests share: caches of every layout with poisoned free memory, random ragged batches, a reference in
-// double precision, a thread pool.
+// Shared by the kernel tests: random ragged batches, a reference in double precision, a thread pool.
 #ifndef KVPAGE_TESTS_KERNELS_UTIL_H_
 #define KVPAGE_TESTS_KERNELS_UTIL_H_
 
@@ -11,6 +10,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,161 +19,16 @@
 #include "base/parallel.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/kernels.h"
+#include "tests/kernels_cache.h"
+#include "tests/kernels_elements.h"
 
 namespace kvpage::testing {
 
-using Rng = std::mt19937_64;
+// Dtypes of queries, and those that keys and values are stored in.
+inline constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+inline constexpr DType kStored[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kI8, DType::kF8E4M3};
 
-inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
-template <class T>
-T PickOf(Rng& rng, std::initializer_list<T> values) {
-  return values.begin()[Pick(rng, 0, static_cast<int>(values.size()) - 1)];
-}
-
-// Elements of any dtype, one at a time, written independently of the kernels. Quantised ones without their scale.
-inline double Read(const char* p, DType dtype) {
-  if (dtype == DType::kF32) {
-    float x;
-    std::memcpy(&x, p, 4);
-    return x;
-  }
-  if (dtype == DType::kI8) return static_cast<signed char>(*p);
-  if (dtype == DType::kF8E4M3) {
-    const int code = static_cast<unsigned char>(*p), exponent = code >> 3 & 15, mantissa = code & 7;
-    if ((code & 127) == 127) return std::numeric_limits<double>::quiet_NaN();
-    const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(mantissa + 8, exponent - 10);
-    return code >= 128 ? -size : size;
-  }
-  std::uint16_t h;
-  std::memcpy(&h, p, 2);
-  const bool half = dtype == DType::kF16;
-  const int exponent_bits = half ? 5 : 8, mantissa_bits = half ? 10 : 7;
-  const int exponent = (h >> mantissa_bits) & ((1 << exponent_bits) - 1);
-  const int mantissa = h & ((1 << mantissa_bits) - 1);
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const double sign = (h & 0x8000) != 0 ? -1.0 : 1.0;
-  if (exponent == (1 << exponent_bits) - 1) {
-    return mantissa != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
-  }
-  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
-  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-}
-
-// Rounds to nearest even.
-inline void Write(char* p, DType dtype, float x) {
-  if (dtype == DType::kF32) {
-    std::memcpy(p, &x, 4);
-    return;
-  }
-  const bool half = dtype == DType::kF16;
-  const int mantissa_bits = half ? 10 : 7, bias = half ? 15 : 127, max_exponent = half ? 15 : 127;
-  std::uint16_t h = std::signbit(x) ? 0x8000 : 0;
-  const std::uint16_t infinity = static_cast<std::uint16_t>((2 * bias + 1) << mantissa_bits);
-  if (std::isnan(x)) {
-    h |= infinity | (1 << (mantissa_bits - 1));
-  } else if (std::isinf(x)) {
-    h |= infinity;
-  } else if (x != 0) {
-    int exponent;
-    std::frexp(std::fabs(static_cast<double>(x)), &exponent);
-    exponent = std::max(exponent - 1, 1 - bias);
-    const double units = std::nearbyint(std::ldexp(std::fabs(static_cast<double>(x)), mantissa_bits - exponent));
-    // The implicit bit carries into the exponent, and a mantissa that rounds up does too.
-    const long bits = static_cast<long>(units) + (static_cast<long>(exponent + bias - 1) << mantissa_bits);
-    h |= exponent > max_exponent || bits > infinity ? infinity : static_cast<std::uint16_t>(bits);
-  }
-  std::memcpy(p, &h, 2);
-}
-
-// A row of n elements as quantised storage keeps it; returns its scale. As jax_kvpage/quantize.py has it.
-inline float QuantizeRow(char* p, DType dtype, const float* x, int n) {
-  float amax = 0.0f;
-  bool finite = true;
-  for (int d = 0; d < n; ++d) {
-    finite = finite && std::isfinite(x[d]);
-    amax = std::max(amax, std::fabs(x[d]));
-    p[d] = 0;
-  }
-  const float scale = amax * (1.0f / (dtype == DType::kI8 ? 127.0f : 448.0f));
-  if (!finite) return std::nanf("");
-  if (scale < std::numeric_limits<float>::min()) return 0.0f;
-  const float inverse = 1.0f / scale;
-  for (int d = 0; d < n; ++d) {
-    const float y = x[d] * inverse;
-    if (dtype == DType::kI8) {
-      p[d] = static_cast<char>(std::nearbyint(y));
-      continue;
-    }
-    int exponent;
-    std::frexp(y, &exponent);
-    exponent = y == 0.0f ? -6 : std::max(exponent - 1, -6);
-    const int units = static_cast<int>(std::nearbyint(std::ldexp(std::fabs(static_cast<double>(y)), 3 - exponent)));
-    p[d] = static_cast<char>((std::signbit(y) ? 128 : 0) + units + ((exponent + 6) << 3));
-  }
-  return scale;
-}
-
-enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd };
-
-// Room for `slots` contexts of `max_tokens`, all of it NaN until something is written.
-struct Cache {
-  std::vector<char> memory;
-  std::vector<std::int32_t> table;
-  KVView view;
-  std::int64_t layer = 0;
-
-  Cache(Rng& rng, Layout layout, DType dtype, int heads, int head_dim, int slots, int max_tokens, int chunk) {
-    const auto item = static_cast<std::int64_t>(ItemSize(dtype));
-    const std::int64_t chunks = (max_tokens + chunk - 1) / chunk;
-    const int layers = layout == Layout::kFused || layout == Layout::kPerLayer ? 3 : 1;
-    layer = layers == 3 ? 1 : 0;
-    view.dtype = dtype;
-    view.num_kv_heads = heads;
-    view.head_dim = head_dim;
-    view.tokens_per_chunk = chunk;
-    const auto scale = static_cast<std::int64_t>(ScaleSize(dtype));
-    // A chunk's keys, or values, of one layer; scales behind them.
-    const std::int64_t data = heads * chunk * head_dim * item;
-    view.scale_base = scale == 0 ? data : (data + 3) / 4 * 4;
-    const std::int64_t plane = view.scale_base + heads * chunk * scale;
-    const std::int64_t all = slots * chunks * plane;
-    const bool head_major = layout == Layout::kFused || layout == Layout::kTableHnd;
-    view.token_stride = head_major ? head_dim * item : heads * head_dim * item;
-    view.head_stride = head_major ? chunk * head_dim * item : head_dim * item;
-    view.scale_token_stride = head_major ? scale : heads * scale;
-    view.scale_head_stride = head_major ? chunk * scale : scale;
-    if (layout == Layout::kFused) {
-      view.kv_stride = plane;
-      view.layer_stride = 2 * plane;
-      view.chunk_stride = layers * 2 * plane;
-      view.slot_stride = chunks * view.chunk_stride;
-    } else {
-      view.chunk_stride = plane;
-      view.slot_stride = chunks * plane;
-      view.kv_stride = all;
-      view.layer_stride = 2 * all;
-    }
-    memory.resize(layers * 2 * all);
-    std::memset(memory.data(), 0xff, memory.size());  // NaN in every dtype but int8, whose scales are
-    view.base = memory.data();
-    if (layout == Layout::kTableNhd || layout == Layout::kTableHnd) {
-      table.resize(slots * chunks);
-      std::iota(table.begin(), table.end(), 0);
-      std::shuffle(table.begin(), table.end(), rng);
-      view.table = table.data();
-      view.table_width = chunks;
-    }
-  }
-
-  char* At(int slot, std::int64_t token, int which, int head, int d = 0) const {
-    return view.At(slot, token, layer, which, head) + d * ItemSize(view.dtype);
-  }
-  float* ScaleAt(int slot, std::int64_t token, int which, int head) const {
-    return view.Scale(slot, token, layer, which, head);
-  }
-};
-
-// One test problem: shapes, options, queries, and what the keys and values of every sequence are.
+// One test problem: shapes, options, queries, and the keys and values of every sequence.
 struct Problem {
   int kv_heads = 1, group = 1, head_dim = 64, num_tokens = 0;
   DType dtype = DType::kF32, q_dtype = DType::kF32;
@@ -184,7 +39,7 @@ struct Problem {
   std::vector<Sequence> sequences;
   std::vector<char> q;
   std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
-  // Of each output element, by Reference: sum of weight * |value - output|, or weight * |value| of quantised values.
+  // Of each output element, by Reference: sum of weight * |value - output|, or weight * |value| of quantized values.
   std::vector<double> spread;
 
   int q_heads() const { return kv_heads * group; }
@@ -202,6 +57,16 @@ struct Problem {
     return contexts[s][((static_cast<std::int64_t>(which) * tokens(s) + token) * kv_heads + head) * head_dim + d];
   }
 };
+
+// The instruction set and the problem, for messages.
+inline std::string Describe(const Problem& p) {
+  std::ostringstream text;
+  text << cpu::InstructionSet() << " heads " << p.kv_heads << "x" << p.group << " dim " << p.head_dim << " "
+       << Name(p.dtype) << " q " << Name(p.q_dtype) << " window " << p.window << " cap " << p.soft_cap << " sinks "
+       << !p.sinks.empty() << " exact " << p.exact_weights << " alibi " << !p.slopes.empty() << " lengths";
+  for (const Sequence& s : p.sequences) text << " " << s.position << "+" << s.query_length;
+  return text.str();
+}
 
 // lengths: {tokens before, new tokens} of every sequence.
 inline void FillProblem(Rng& rng, Problem& p, const std::vector<std::pair<int, int>>& lengths, int gap) {
@@ -295,10 +160,10 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
   p.spread.assign(out->size(), 0.0);
   for (std::size_t s = 0; s < p.sequences.size(); ++s) {
     std::vector<double> stored(p.contexts[s].size());
-    std::vector<char> row_codes(p.head_dim);
+    std::vector<char> quantized_row(p.head_dim);
     for (std::size_t i = 0; IsQuantized(p.dtype) && i < stored.size(); i += p.head_dim) {
-      const double scale = QuantizeRow(row_codes.data(), p.dtype, &p.contexts[s][i], p.head_dim);
-      for (int d = 0; d < p.head_dim; ++d) stored[i + d] = Read(&row_codes[d], p.dtype) * scale;
+      const double scale = QuantizeRow(quantized_row.data(), p.dtype, &p.contexts[s][i], p.head_dim);
+      for (int d = 0; d < p.head_dim; ++d) stored[i + d] = Read(&quantized_row[d], p.dtype) * scale;
     }
     for (std::size_t i = 0; !IsQuantized(p.dtype) && i < stored.size(); ++i) {
       char element[4];
@@ -345,7 +210,7 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
   }
 }
 
-// Hands tasks to threads in an order that no kernel should care about.
+// Hands tasks to threads in an order that no kernel should depend on.
 class Threads final : public Parallel {
  public:
   explicit Threads(int count) : count_(count) {}

@@ -1,4 +1,4 @@
-// Prefill: what is particular to many query rows, whose weights may be rounded to bfloat16.
+// Prefill: properties of its weights, which may be rounded to bfloat16.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace kvpage::testing {
 namespace {
 
-// What is stored, and whether weights must be exact, where that makes a difference.
+// The stored dtype, and whether weights must be exact, where that makes a difference.
 struct Kind {
   DType dtype;
   bool exact_weights;
@@ -45,7 +45,7 @@ class Stored {
   double of_output_ = 0;
 };
 
-// What rounding weights to bfloat16 costs: less than rounding the output does; nothing where they must stay exact.
+// Rounding weights to bfloat16 costs less than rounding the output does; nothing where they must stay exact.
 // Contexts of all lengths up to 600.
 TEST(PrefillTest, RoundedWeightsLoseLittle) {
   Rng rng(8);
@@ -64,8 +64,8 @@ TEST(PrefillTest, RoundedWeightsLoseLittle) {
   }
 }
 
-// A first token that gets nearly all of the weight and has nearly no value, as models have them: what others bring
-// must be as exact as it is without it.
+// A first token that gets nearly all of the weight and has nearly no value, as models have them: the contribution of
+// other tokens must be as exact as without it.
 TEST(PrefillTest, ExactWeightsBesideASink) {
   Rng rng(12);
   Problem p;
@@ -114,7 +114,7 @@ TEST(PrefillTest, ExactWeightsOfValuesOfAnySize) {
   }
 }
 
-// Values that are all the same come out as they are: weights are divided by the sum of what multiplied the values.
+// Values that are all the same come out unchanged: weights are divided by the sum of the factors of the values.
 TEST(PrefillTest, WeightsAddUpToOne) {
   Rng rng(9);
   Inline here;
@@ -176,7 +176,7 @@ TEST(PrefillTest, BitsDoNotDependOnUnits) {
   }
 }
 
-// The last token's values change no bit of what other tokens get, whatever their size.
+// The last token's values, of any size, change no bit of the results of other tokens.
 TEST(PrefillTest, LaterValuesChangeNoBit) {
   Rng rng(14);
   Inline here;
@@ -203,7 +203,7 @@ TEST(PrefillTest, LaterValuesChangeNoBit) {
   }
 }
 
-// A NaN reaches the rows that see it, whatever its bits are, and no other: these have the bits that they have without.
+// A NaN of any bits reaches the rows that see it and no others, whose bits do not change.
 TEST(PrefillTest, NaNsOfAllBitsAreSeen) {
   Rng rng(11);
   Inline here;

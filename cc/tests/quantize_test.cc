@@ -1,4 +1,4 @@
-// Quantised storage: what append writes, bit by bit, and what gather reads back.
+// Quantized storage: the bits that append writes, and the values that gather reads back.
 #include <gtest/gtest.h>
 
 #include "tests/kernels_util.h"
@@ -6,11 +6,10 @@
 namespace kvpage::testing {
 namespace {
 
-constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 constexpr DType kQuantized[] = {DType::kI8, DType::kF8E4M3};
 constexpr Layout kLayouts[] = {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd};
 
-// Rows that are hard to quantise: zeros, subnormal and huge ones, exact ties, infinities and NaN.
+// Rows that are hard to quantize: zeros, subnormal and huge ones, exact ties, infinities and NaN.
 std::vector<float> HardRow(Rng& rng, int kind, int n) {
   std::normal_distribution<float> normal;
   std::vector<float> row(n);

@@ -1,5 +1,5 @@
-// Decode attention over quantised storage where its integers could go wrong: magnitudes at both ends, queries whose
-// elements differ much, what a row must not see.
+// Decode attention over quantized storage where its integers could go wrong: magnitudes at both ends, queries whose
+// elements differ much, tokens that a row must not see.
 #include <gtest/gtest.h>
 
 #include "tests/kernels_util.h"
@@ -24,7 +24,7 @@ double RelativeError(const Problem& p, const Result& result, const std::vector<d
   return worst / size;
 }
 
-TEST(CodesTest, QueriesKeysAndValuesOfAnyMagnitude) {
+TEST(QuantizedDecodeTest, QueriesKeysAndValuesOfAnyMagnitude) {
   Rng rng(1);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -54,7 +54,7 @@ TEST(CodesTest, QueriesKeysAndValuesOfAnyMagnitude) {
 }
 
 // The largest element has a small key, all others count: none of their bits may be lost to it.
-TEST(CodesTest, SmallElementsOfAQueryCount) {
+TEST(QuantizedDecodeTest, SmallElementsOfAQueryCount) {
   Rng rng(2);
   Inline here;
   for (const DType q_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -84,7 +84,7 @@ TEST(CodesTest, SmallElementsOfAQueryCount) {
 }
 
 // Just below a power of two integers of all-signed bytes are too small for their number of bits.
-TEST(CodesTest, LargestElementsBelowAPowerOfTwo) {
+TEST(QuantizedDecodeTest, LargestElementsBelowAPowerOfTwo) {
   Rng rng(5);
   Inline here;
   for (const DType q_dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -110,7 +110,7 @@ TEST(CodesTest, LargestElementsBelowAPowerOfTwo) {
   }
 }
 
-TEST(CodesTest, QueriesOfZeroAverage) {
+TEST(QuantizedDecodeTest, QueriesOfZeroAverage) {
   Rng rng(3);
   Inline here;
   for (const DType dtype : kQuantized) {
@@ -134,7 +134,7 @@ TEST(CodesTest, QueriesOfZeroAverage) {
 }
 
 // Three new tokens: what the last one holds, and what has left the window, changes no bit of the first one's result.
-TEST(CodesTest, WhatARowDoesNotSeeChangesNoBit) {
+TEST(QuantizedDecodeTest, WhatARowDoesNotSeeChangesNoBit) {
   Rng rng(4);
   Inline here;
   for (const DType dtype : kQuantized) {

@@ -1,4 +1,4 @@
-// Append: new keys and values into the cache, converted to what it stores.
+// Append: writes new keys and values into the cache, converted or quantized to its dtype.
 #include <algorithm>
 
 #include "kernels/cpu/isa.h"

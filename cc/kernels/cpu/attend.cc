@@ -1,4 +1,4 @@
-// Attention: plans a ragged batch (plan.h), runs its work items, reduces the states of what was shared out.
+// Attention: plans a ragged batch (plan.h), runs its work items, reduces the states of units that were shared out.
 //
 // Every span of a unit gives a softmax state, and states are merged in the order of the spans: by the item that ran
 // them all, or, when a long context was shared out, by the item of the unit that ends last. Both do the same

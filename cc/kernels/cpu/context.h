@@ -1,5 +1,5 @@
-// Context: what a run of KV heads of one sequence holds, as the kernels take it: addresses, scales side by side, and
-// what to prefetch of both.
+// Context: the keys, values and scales of some KV heads of one sequence in the form that the kernels read: addresses of
+// keys, scales copied side by side, and prefetches of both.
 #ifndef KVPAGE_KERNELS_CPU_CONTEXT_H_
 #define KVPAGE_KERNELS_CPU_CONTEXT_H_
 
@@ -16,10 +16,10 @@ class Context {
 
   // Appends the addresses of the first head's keys at the positions [begin, end); returns where they end.
   const char** ListKeys(std::int64_t begin, std::int64_t end, const char** keys) const;
-  // Scales of these positions, as SpanArgs has them.
+  // Copies the scales of these positions into the layout of SpanArgs::scales.
   void LoadScales(std::int64_t begin, std::int64_t end, float* scales) const;
   void PrefetchKeys(std::int64_t begin, std::int64_t end) const;
-  // Scales need it more than keys do: they are copied all at once, keys are prefetched by the kernels as they go.
+  // Scales need prefetching more than keys do: they are copied all at once, keys are prefetched by the kernels.
   void PrefetchScales(std::int64_t begin, std::int64_t end) const;
 
  private:

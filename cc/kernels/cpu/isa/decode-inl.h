@@ -77,7 +77,7 @@ KVPAGE_NOINLINE void DecodeScores(const DecodeTokens& tile, const float* queries
   }
 }
 
-// Accumulators of bfloat16 values hold every whole group of 2 W elements as LoadEvenOdd gives them, until the span
+// Accumulators of bfloat16 values hold every whole group of 2 W elements in the order of LoadEvenOdd, until the span
 // ends.
 template <class T>
 constexpr bool kEvenOdd = false;

@@ -1,4 +1,4 @@
-// The order in which decode reads a span's keys and values, and what it prefetches meanwhile: decode is bound by
+// The order in which decode reads a span's keys and values, and its prefetches: decode is bound by
 // memory, and this decides how much of the bandwidth it gets.
 #ifndef KVPAGE_KERNELS_CPU_ISA_DECODE_STREAM_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_DECODE_STREAM_INL_H_
@@ -71,7 +71,7 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(r, Count<R>) for groups of R of the query rows, which share what is loaded of keys and values.
+// Calls f(r, Count<R>) for groups of R of the query rows, which share the loads of keys and values.
 template <class F>
 KVPAGE_INLINE void ForRowGroups(int rows, const F& f) {
   int r = 0;

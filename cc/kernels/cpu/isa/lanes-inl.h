@@ -10,12 +10,12 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Stands for what rounding leaves of weights where nothing is rounded.
+// Stands for the residuals of rounded weights where nothing is rounded.
 struct NoResiduals {};
 
 struct FloatLanes {
   static constexpr int kElements = 1;  // of a lane
-  // Whether weights that are rounded to these lanes can be made exact again, and with what (see Softmax).
+  // Whether weights that are rounded to these lanes can have residuals, and their types (see Softmax).
   static constexpr bool kHasResiduals = false;
   using TileResiduals = NoResiduals;
   using BlockResiduals = NoResiduals;

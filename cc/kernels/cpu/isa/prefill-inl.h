@@ -16,7 +16,7 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Lanes of a dot product that are added up in one chain. Longer ones would be less exact than what XLA does.
+// Lanes of a dot product that are added up in one chain. Longer ones would be less exact than XLA's.
 constexpr int kScoreLanes = 64;
 constexpr float kOnes[kRowBlock] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
@@ -52,7 +52,7 @@ bool FinitePanels(const float* values, int size, int padded_dim) {
 }
 
 // One row over exactly the values it sees, for tiles where 0 * value would be NaN. The same products in the same order
-// as in Product, so what other tokens hold does not change a bit. panel: room for one.
+// as in Product, so that other tokens do not change a bit. panel: room for one.
 template <class L>
 void CarefulValues(const float* values, Visible visible, const float* weights, const float* correction, float* acc,
                    int padded_dim, float* panel) {
@@ -145,7 +145,7 @@ void PrefillSpan(const SpanArgs& args) {
   // Float32 rows, then bfloat16 rows (see QueryFloats).
   const int row_floats = padded_dim / L::kElements;
   const float* q = args.q + (L::kElements == 1 ? 0 : PaddedRows(rows) * padded_dim);
-  // One or two blocks of rows use what is packed once or twice: best while it is in the nearest cache.
+  // One or two blocks of rows use a packed tile only once or twice: best while it is in the nearest cache.
   const int tile_tokens = rows <= 2 * kRowBlock ? kPrefillTokens / 4 : kPrefillTokens;
   for (std::int64_t begin = args.begin; begin < args.end;) {
     const std::int64_t next = (begin / tile_tokens + 1) * tile_tokens;
@@ -164,7 +164,7 @@ void PrefillSpan(const SpanArgs& args) {
       const char* const* tokens = args.keys + (begin - args.begin);
       const int key_lanes = head_dim / L::kElements;
       PackKeys<typename L::template Stored<T>>(tokens, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
-      // Unless every row sees all of the tile.
+      // Whether some row does not see all of the tile.
       const bool mixed = size % L::kElements != 0 || args.positions[first] < end - 1 ||
                          (args.window > 0 && args.positions[last - 1] - args.window + 1 > begin);
       PackValues<T>(L{}, tokens, args.value_offset, size, head_dim, values);

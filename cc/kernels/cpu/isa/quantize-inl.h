@@ -21,8 +21,8 @@ namespace {
 constexpr float kLargestI8 = 127.0f;  // symmetric
 constexpr float kLargestF8E4M3 = 448.0f;
 
-// Both take the sign off before they add what rounds: the sum and the product
-// before it must not become one fused operation, which would round otherwise.
+// Both functions take the sign off before the addition that rounds: the sum and the product before it must not become
+// one fused operation, which would round differently.
 
 // |v| <= 127 and a little.
 KVPAGE_INLINE void StoreAs(I8, void* p, VF v) {

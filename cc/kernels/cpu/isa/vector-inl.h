@@ -1,4 +1,4 @@
-// Vectors: the primitives of the instruction set in use, and what is built from them.
+// Vectors: the primitives of the instruction set in use, and functions built from them.
 #ifndef KVPAGE_KERNELS_CPU_ISA_VECTOR_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_VECTOR_INL_H_
 

@@ -85,8 +85,8 @@ KVPAGE_INLINE void Float8Halves(VI codes, VI* low, VI* high) {
   *high = magnitude | (codes & static_cast<std::int32_t>(0x80808080u));
 }
 
-// The quarters at p[0][offset], p[4][offset], p[8][offset] and p[12][offset]: each is put in its place as it is loaded.
-// n is what is left of the rows there; what lies past it is not touched.
+// The quarters at p[0][offset], p[4][offset], p[8][offset] and p[12][offset]: each is loaded into its place.
+// n: bytes that are left of the rows there; memory past them is not touched.
 template <bool kWhole>
 KVPAGE_INLINE __m512i LoadQuarters(const char* const* p, std::int64_t offset, int n) {
   const auto quarter = [&](int i) {

@@ -33,7 +33,7 @@ constexpr int kWeightParts = L > 0 ? L : 2;
 // r * kQueryParts * line / 4, words are [line / 4][R][kQueryParts].
 struct QuantizedQuery {
   std::int32_t* words;
-  std::int32_t* start;     // int8: [rows][kQueryParts], what a sum of products must start from
+  std::int32_t* start;     // int8: [rows][kQueryParts], start of a sum of products
   float* unit;             // int8: [rows]
   std::int8_t* last_byte;  // int8: at r * line / 4, [line / 4]: whether the last byte of any of these words is not 0
 };

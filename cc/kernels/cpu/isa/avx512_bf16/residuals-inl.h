@@ -1,4 +1,5 @@
-// Exact weights with products of bfloat16: what rounding to bfloat16 leaves of softmax weights is multiplied too.
+// Exact weights with products of bfloat16: the residuals of softmax weights, which rounding to bfloat16 leaves, are
+// multiplied too.
 //
 // Products of bfloat16 pairs are twice as fast as those of floats, but rounding weights to 8 bits costs about as much
 // precision as rounding the result does. So the residual of every weight is multiplied as well. Its leading 7 bits and
@@ -125,8 +126,8 @@ KVPAGE_INLINE VF HalfOfPairs(VI pairs) {
   return (VF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)((Iota() + first) << 16), (__m512i)pairs);
 }
 
-// Stores what rounding the weights p and q of 2 W tokens from j on to `pairs` has left of them. Adds the residuals
-// times kByteBias to `sum`.
+// Stores the residuals of the weights p and q of 2 W tokens from j on, which were rounded to `pairs`. Adds the
+// residuals times kByteBias to `sum`.
 KVPAGE_INLINE void StoreResiduals(const BlockResiduals& residuals, int r, int j, VF p, VF q, VI pairs, __m256i* sum) {
   const float* units = residuals.value_units + j;
   const VF factor = Splat(residuals.factors[r]);
