@@ -84,7 +84,7 @@ NB_MODULE(_native, m) {
   // Pools may outlive the interpreter by design (programs in flight at exit).
   nb::set_leak_warnings(false);
 
-  nb::exception<StatusError>(m, "StatusError", PyExc_RuntimeError);
+  const nb::exception<StatusError> status_error(m, "StatusError", PyExc_RuntimeError);
   nb::register_exception_translator(
       [](const std::exception_ptr& p, void* type) {
         try {
