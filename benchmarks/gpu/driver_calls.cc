@@ -198,8 +198,10 @@ bool Parse(int count, char** values, Options* options) {
       continue;
     }
     if (i + 1 == count) return false;
-    const long number = std::atol(values[i + 1]);
-    if (number < 0 || (number == 0 && std::strcmp(values[i], "--device") != 0)) return false;
+    char* end = nullptr;
+    const long number = std::strtol(values[i + 1], &end, 10);
+    if (end == values[i + 1] || *end != '\0' || number < 0 || (number == 0 && std::strcmp(values[i], "--device") != 0))
+      return false;
     if (std::strcmp(values[i], "--device") == 0) {
       options->device = static_cast<int>(number);
     } else if (std::strcmp(values[i], "--blocks") == 0) {

@@ -109,7 +109,7 @@ __global__ void ReturnsKernel() {
   __syncthreads();
 }
 __global__ void TwoPlacesKernel() {
-  if (threadIdx.x < 32) {
+  if (threadIdx.x < 32) {  // NOLINT(bugprone-branch-clone): two places are the point
     __syncthreads();
   } else {
     __syncthreads();

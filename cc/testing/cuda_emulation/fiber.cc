@@ -70,7 +70,7 @@ Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(ar
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&Start);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  stack_pointer_ = top;
+  stack_pointer_ = static_cast<void*>(top);
 #else
   getcontext(&context_);
   context_.uc_stack.ss_sp = memory_ + page;
