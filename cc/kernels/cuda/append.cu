@@ -18,13 +18,16 @@ struct AppendArgs {
   std::int32_t head_dim;
 };
 
-// Where a token goes; false: nowhere.
+// Where a token goes.
 struct Target {
   std::int64_t position;
   std::int32_t slot;
 };
 
-__device__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
+// Waits for the check and finds the token's place; false: it has none.
+__device__ __forceinline__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
+  WaitForPriorKernel();
+  LetNextKernelStart();
   if (checked.ok == 0) return false;
   const std::int32_t s = SequenceOf(checked, token);
   if (s < 0) return false;
@@ -48,8 +51,6 @@ __device__ __forceinline__ Vector<To, N> Convert(const Vector<From, N>& from) {
 
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
-  WaitForPriorKernel();
-  LetNextKernelStart();
   const CheckedBatch& checked = *args.checked;
   const std::int64_t token = blockIdx.x;
   Target target;
@@ -91,8 +92,6 @@ __device__ __forceinline__ unsigned Quantize(float v) {
 // A warp for each row of head_dim elements, which share a scale.
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
-  WaitForPriorKernel();
-  LetNextKernelStart();
   const CheckedBatch& checked = *args.checked;
   const std::int64_t token = blockIdx.x;
   Target target;

@@ -12,6 +12,7 @@
 #include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/general_shared.cuh"
 #include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tokens.cuh"
 #include "kernels/cuda/work.cuh"
@@ -187,10 +188,8 @@ class GeneralAttention {
     }
     __syncthreads();
     // Where rows see different tokens, a value may be anything to the rows that do not see it.
-    const bool guarded =
-        unit.first_row / p_.group != (unit.first_row + unit.rows - 1) / p_.group &&
-        (begin + p_.tile_tokens > unit.sequence.position + unit.first_row / p_.group + 1 ||
-         begin < FirstVisible(unit.sequence.position + (unit.first_row + unit.rows - 1) / p_.group, window));
+    const std::int32_t first = RowPosition(p_, unit, 0), last = RowPosition(p_, unit, unit.rows - 1);
+    const bool guarded = first != last && VisibleRange::Of(first, last, window).Mixed(begin, p_.tile_tokens);
     if (guarded) {
       Values<kRows, true>(stage);
     } else {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/work.cuh"
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 
 namespace kvpage::cuda {
@@ -17,6 +18,11 @@ struct PrefillState {
   // As the fragments of products hold them (ptx.cuh). `sum` is this thread's part until the span ends.
   float values[kBlocks][kColumns][4];
   float max[kBlocks][2], sum[kBlocks][2];
+
+  // Row of the tile that a thread holds in the lower (0) or upper (1) half of fragment `block`.
+  __device__ __forceinline__ static int Row(int lane, int warp, int block, int half) {
+    return (warp * kBlocks + block) * 16 + lane / 4 + 8 * half;
+  }
 
   __device__ __forceinline__ void Reset() {
 #pragma unroll
@@ -69,42 +75,25 @@ struct PrefillState {
     }
   }
 
-  // This state becomes that in memory folded with it.
-  __device__ __forceinline__ void FoldKept(const float* before) {
+  // Merges this state with one in memory, which covers the tokens before this one's or those after.
+  template <bool kMemoryFirst>
+  __device__ __forceinline__ void Merge(const float* memory) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Fold fold(__ldcg(before + At(SumAt(m, half, 0))), __ldcg(before + At(SumAt(m, half, 1))), max[m][half],
-                        sum[m][half]);
+        const float other_max = __ldcg(memory + At(SumAt(m, half, 0))),
+                    other_sum = __ldcg(memory + At(SumAt(m, half, 1)));
+        const Fold fold = kMemoryFirst ? Fold(other_max, other_sum, max[m][half], sum[m][half])
+                                       : Fold(max[m][half], sum[m][half], other_max, other_sum);
         max[m][half] = fold.max;
         sum[m][half] = fold.sum;
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values[m][n][i] = fold(__ldcg(before + At(ValueAt(m, n, i))), values[m][n][i]);
-          }
-        }
-      }
-    }
-  }
-
-  // This state becomes it folded with that in memory.
-  __device__ __forceinline__ void FoldNext(const float* next) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Fold fold(max[m][half], sum[m][half], __ldcg(next + At(SumAt(m, half, 0))),
-                        __ldcg(next + At(SumAt(m, half, 1))));
-        max[m][half] = fold.max;
-        sum[m][half] = fold.sum;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values[m][n][i] = fold(values[m][n][i], __ldcg(next + At(ValueAt(m, n, i))));
+            const float other = __ldcg(memory + At(ValueAt(m, n, i)));
+            values[m][n][i] = kMemoryFirst ? fold(other, values[m][n][i]) : fold(values[m][n][i], other);
           }
         }
       }
@@ -123,6 +112,30 @@ struct PrefillState {
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[m][n][i] = __ldcg(from + At(ValueAt(m, n, i)));
+      }
+    }
+  }
+
+  // Writes the rows' outputs, normalized.
+  template <class T>
+  __device__ __forceinline__ void Write(const AttentionParams& p, const PrefillItem& work) const {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Row(lane, warp, m, half);
+        if (row >= work.rows) continue;
+        const std::int64_t index = RowIndex(p, work.sequence, work.head, work.first_row + row);
+        const std::int32_t q_head = RowHead(p, work.head, work.first_row + row);
+        const Finish finish(p, q_head, max[m][half], sum[m][half]);
+        T* out = static_cast<T*>(p.out) + index * kDim + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          *reinterpret_cast<std::uint32_t*>(out + n * 8) =
+              Pack<T>(values[m][n][2 * half] * finish.factor, values[m][n][2 * half + 1] * finish.factor);
+        }
+        if (lane % 4 == 0 && p.lse != nullptr) p.lse[index] = finish.lse;
       }
     }
   }

@@ -193,9 +193,8 @@ inline float Exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 #endif  // KVPAGE_EMULATED
 
-inline constexpr int kMaxStages = 8;
-
-// Waits until all but the newest stages - 2 groups of copies have arrived: the oldest stage of a full pipeline.
+// Waits until all but the newest stages - 2 groups of copies have arrived: the oldest stage of a full pipeline of 2 to
+// 8 stages.
 __device__ __forceinline__ void WaitForStage(int stages) {
   switch (stages) {
     case 2:

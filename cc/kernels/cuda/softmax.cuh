@@ -78,34 +78,6 @@ struct Finish {
   }
 };
 
-// Where row `row` of a unit lies in q and out, in rows of head_dim elements; the same in lse.
-__device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  const std::int32_t at = unit.first_row + row, token = at / p.group;
-  return (std::int64_t{unit.sequence.query_begin} + token) * p.num_q_heads + unit.head * p.group +
-         (at - token * p.group);
-}
-__device__ __forceinline__ std::int32_t RowHead(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  return unit.head * p.group + (unit.first_row + row) % p.group;
-}
-__device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  return unit.sequence.position + (unit.first_row + row) / p.group;
-}
-
-__device__ __forceinline__ void StoreElement(void* out, DType dtype, std::int64_t index, float x) {
-  if (dtype == DType::kF32) {
-    static_cast<float*>(out)[index] = x;
-  } else if (dtype == DType::kBF16) {
-    static_cast<__nv_bfloat16*>(out)[index] = FromFloat<__nv_bfloat16>(x);
-  } else {
-    static_cast<__half*>(out)[index] = FromFloat<__half>(x);
-  }
-}
-__device__ __forceinline__ float LoadElement(const void* p, DType dtype, std::int64_t index) {
-  if (dtype == DType::kF32) return static_cast<const float*>(p)[index];
-  if (dtype == DType::kBF16) return ToFloat(static_cast<const __nv_bfloat16*>(p)[index]);
-  return ToFloat(static_cast<const __half*>(p)[index]);
-}
-
 }  // namespace kvpage::cuda
 
 #endif  // KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/tokens.cuh"
 #include "kernels/cuda/work.cuh"
 
@@ -67,66 +68,9 @@ __device__ __forceinline__ void FetchQueries(const AttentionParams& p, const Seq
   const int unit = threadIdx.x % Rows::kUnits;
   for (int row = threadIdx.x / Rows::kUnits; row < kRows; row += kStep) {
     const bool valid = row < rows;
-    const std::int32_t at = valid ? first_row + row : first_row, token = at / p.group;
-    const std::int64_t index =
-        (std::int64_t{sequence.query_begin} + token) * p.num_q_heads + head * p.group + (at - token * p.group);
+    const std::int64_t index = RowIndex(p, sequence, head, valid ? first_row + row : first_row);
     CopyAsync16(to + Rows::Offset(row, unit), static_cast<const char*>(p.q) + index * Rows::kBytes + unit * 16, valid);
   }
-}
-
-// ---- infinities and NaN in values ----
-// A weight of 0 times such a value is NaN, so where rows of a tile see different tokens these values are taken out of
-// the product, and the rows that do see them get their infinity or NaN in a product of its own.
-
-template <class T>
-inline constexpr std::uint32_t kInfinityBits = 0;
-template <>
-inline constexpr std::uint32_t kInfinityBits<Bf16> = 0x7f80;
-template <>
-inline constexpr std::uint32_t kInfinityBits<F16> = 0x7c00;
-template <class T>
-inline constexpr std::uint32_t kOneBits = 0;
-template <>
-inline constexpr std::uint32_t kOneBits<Bf16> = 0x3f80;
-template <>
-inline constexpr std::uint32_t kOneBits<F16> = 0x3c00;
-
-// The sign bits of those of two elements that are infinite or NaN.
-template <class T>
-__device__ __forceinline__ std::uint32_t NonFinite(std::uint32_t pair) {
-  constexpr std::uint32_t kStep = 0x8000 - kInfinityBits<T>;
-  return ((pair & 0x7fff7fffu) + (kStep << 16 | kStep)) & 0x80008000u;
-}
-
-// Two elements with 0 for what is not finite.
-template <class T>
-__device__ __forceinline__ std::uint32_t KeepFinite(std::uint32_t pair) {
-  return pair & ~((NonFinite<T>(pair) >> 15) * 0xffffu);
-}
-
-// 1 where the element is NaN or the infinity of that sign, else 0.
-template <class T, bool kNegative>
-__device__ __forceinline__ std::uint32_t Marks(std::uint32_t pair) {
-  std::uint32_t marks = 0;
-#pragma unroll
-  for (int shift = 0; shift < 32; shift += 16) {
-    const std::uint32_t bits = pair >> shift & 0xffff, size = bits & 0x7fff;
-    if (size > kInfinityBits<T> || (size == kInfinityBits<T> && (bits >> 15 != 0) == kNegative)) {
-      marks |= kOneBits<T> << shift;
-    }
-  }
-  return marks;
-}
-
-// Whether a tile holds such values; all threads must call it.
-template <class T, int kDim, int kTokens>
-__device__ __forceinline__ bool AnyNonFinite(const unsigned char* tile) {
-  std::uint32_t found = 0;
-  for (int i = threadIdx.x; i < kTokens * kDim / 8; i += kThreads) {
-    const uint4 units = *reinterpret_cast<const uint4*>(tile + i * 16);
-    found |= NonFinite<T>(units.x) | NonFinite<T>(units.y) | NonFinite<T>(units.z) | NonFinite<T>(units.w);
-  }
-  return __syncthreads_or(found != 0) != 0;
 }
 
 }  // namespace kvpage::cuda

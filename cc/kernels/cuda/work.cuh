@@ -77,6 +77,20 @@ __device__ __forceinline__ std::int32_t FirstVisible(std::int32_t position, std:
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
+// Positions [begin, end) that any of some rows sees, and [all_begin, all_end) that all of them see.
+struct VisibleRange {
+  std::int32_t begin, end, all_begin, all_end;
+
+  // Of rows whose query tokens are at positions first to last.
+  __device__ __forceinline__ static VisibleRange Of(std::int32_t first, std::int32_t last, std::int32_t window) {
+    return {FirstVisible(first, window), last + 1, FirstVisible(last, window), first + 1};
+  }
+  // Whether the rows see different ones of `count` tokens.
+  __device__ __forceinline__ bool Mixed(std::int32_t token, int count) const {
+    return token < all_begin || token + count > all_end;
+  }
+};
+
 __device__ __forceinline__ int SpanShift(std::int32_t tokens, int shift, int max_spans) {
   // One more span where the first one starts before the context does.
   while (tokens > (std::int64_t{max_spans - 1} << shift)) ++shift;
