@@ -1,9 +1,9 @@
-// Attention of few rows on tensor cores: the decode path, bound by the bandwidth of memory.
+// The decode kernel: attention of up to 16 rows per sequence and KV head on tensor cores, bound by memory bandwidth.
 //
 // The rows of a unit (query tokens times heads of the group) are one tile of 16. Keys and values stream through a ring
 // of stages in shared memory; the next tile is requested before this one is used, across units and sequences, so that
-// memory always has something to do. Scores: every warp takes a quarter of the tile's tokens. Values: every warp takes
-// a quarter of the columns and all tokens, whose weights the warps exchange through shared memory.
+// memory is never idle. Scores: every warp computes a quarter of the tile's tokens. Values: every warp computes a
+// quarter of the columns over all tokens; the warps exchange the weights through shared memory.
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_CUH_
 
@@ -41,7 +41,7 @@ class DecodeAttention {
   static constexpr int kSteps = kDim / 16;                  // of a dot product
   static constexpr int kScoreTiles = kTokens / 8 / kWarps;  // of 8 tokens, a warp's
   static constexpr int kValueTiles = State::kTiles;
-  static constexpr bool kHoldQueries = kScoreTiles == 2;  // in registers, all of a unit
+  static constexpr bool kHoldQueries = kScoreTiles == 2;  // a unit's queries fit in registers
 
  public:
   __device__ __forceinline__ DecodeAttention(const AttentionParams& params, unsigned char* shared)
@@ -56,8 +56,8 @@ class DecodeAttention {
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
-    const Cut from = p_.plan.cuts[blockIdx.x], to = p_.plan.cuts[blockIdx.x + 1];
-    Walker walker, ahead;
+    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    WorkIterator walker, ahead;
     walker.Start(p_, from, to, kTokens);
     if (walker.done) return;
     ahead = walker;
@@ -69,7 +69,7 @@ class DecodeAttention {
       if (walker.FirstTile()) BeginUnit(walker.unit);
       Tile(walker.token, stage);
       const std::int32_t next = walker.token + kTokens;
-      const bool last = next >= walker.PieceEnd();
+      const bool last = next >= walker.ItemEnd();
       if (last || (next & ((1 << walker.unit.shift) - 1)) == 0) EndSpan(walker.unit, (next - 1) >> walker.unit.shift);
       if (last) {
         EndUnit(walker.unit);
@@ -84,12 +84,12 @@ class DecodeAttention {
  private:
   __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * Shape::kStageBytes; }
   __device__ __forceinline__ unsigned char* Values(int stage) const { return Keys(stage) + Shape::kTileBytes; }
-  // A ring of its own, by unit: a block is never further ahead in units than in tiles.
+  // A second ring, by unit: a block is never further ahead in units than in tiles.
   __device__ __forceinline__ unsigned char* Queries(int slot) const { return Keys(slot) + 2 * Shape::kTileBytes; }
 
-  __device__ __forceinline__ void Fetch(Walker& ahead, int stage, const Cut& from, const Cut& to) {
+  __device__ __forceinline__ void Fetch(WorkIterator& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
     if (!ahead.done) {
-      const Unit& unit = ahead.unit;
+      const WorkUnit& unit = ahead.unit;
       const Tokens tokens(p_.checked->view, unit.sequence.slot, p_.checked->layer, unit.head);
       FetchTile<kDim, kTokens>(map_, tokens, ahead.token, unit.begin, unit.end, Keys(stage), Values(stage));
       if (ahead.FirstTile()) {
@@ -108,7 +108,7 @@ class DecodeAttention {
     LoadMatrices(a, Queries(used_) + Rows::Offset(lane_ % 16, 2 * k + lane_ / 16));
   }
 
-  __device__ __forceinline__ void BeginUnit(const Unit& unit) {
+  __device__ __forceinline__ void BeginUnit(const WorkUnit& unit) {
     if constexpr (kHoldQueries) {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) LoadQueries(queries_[k], k);
@@ -204,7 +204,7 @@ class DecodeAttention {
     } else {
       static_assert(kScoreTiles == 1);
       const int row = first + lane_ % 8;
-      // Two sums, so that one product need not wait for the one before.
+      // Two accumulators, so that consecutive products are independent.
       float other[4] = {};
 #pragma unroll
       for (int k = 0; k < kSteps; k += 2) {
@@ -260,8 +260,8 @@ class DecodeAttention {
     }
   }
 
-  // Takes the span into the unit's state, or leaves it in memory for the block that folds the unit.
-  __device__ __forceinline__ void EndSpan(const Unit& unit, std::int32_t span) {
+  // Merges the span into the unit's state, or stores it for the block that reduces the unit.
+  __device__ __forceinline__ void EndSpan(const WorkUnit& unit, std::int32_t span) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       span_.sum[half] += __shfl_xor_sync(kFullMask, span_.sum[half], 1);
@@ -276,7 +276,7 @@ class DecodeAttention {
       for (int w = 0; w < kWarps; ++w) sum += sums_[w * kTileRows + State::Row(lane_, half)];
       span_.sum[half] = sum;
     }
-    if (unit.shared_index < 0 || IsFirstPiece(unit)) {
+    if (unit.split_index < 0 || IsFirstItem(unit)) {
       unit_.Merge(span_);
     } else {
       span_.Store(p_, unit, span - unit.first_span);
@@ -284,10 +284,10 @@ class DecodeAttention {
     span_.Reset();
   }
 
-  __device__ __forceinline__ void EndUnit(const Unit& unit) const {
-    if (unit.shared_index >= 0) {
-      if (IsFirstPiece(unit)) unit_.Store(p_, unit, 0);
-      EndPiece(p_, unit);
+  __device__ __forceinline__ void EndUnit(const WorkUnit& unit) const {
+    if (unit.split_index >= 0) {
+      if (IsFirstItem(unit)) unit_.Store(p_, unit, 0);
+      EndItem(p_, unit);
     } else {
       unit_.template Write<T>(p_, unit);
     }

@@ -15,7 +15,7 @@ template <int kDim>
 struct DecodeState {
   static constexpr int kTiles = kDim / 8 / kWarps;  // of 8 columns, a warp's
 
-  // As the fragments of products hold them (ptx.cuh): the lower half of the rows, then the upper half.
+  // As in fragment C (ptx.cuh); max and sum of the row in its lower and upper half.
   float values[kTiles][4];
   float max[2], sum[2];
 
@@ -36,13 +36,13 @@ struct DecodeState {
   __device__ __forceinline__ void Merge(const DecodeState& next) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Fold fold(max[half], sum[half], next.max[half], next.sum[half]);
-      max[half] = fold.max;
-      sum[half] = fold.sum;
+      const StateMerge merge(max[half], sum[half], next.max[half], next.sum[half]);
+      max[half] = merge.max;
+      sum[half] = merge.sum;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) values[n][i] = fold(values[n][i], next.values[n][i]);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) values[n][i] = merge(values[n][i], next.values[n][i]);
       }
     }
   }
@@ -54,38 +54,38 @@ struct DecodeState {
     return (warp * kTiles + n) * 8 + lane % 4 * 2;
   }
 
-  // Writes the state to memory, as state `slot` of the unit.
-  __device__ __forceinline__ void Store(const AttentionParams& p, const Unit& unit, std::int32_t slot) const {
+  // Writes the rows' partial states to memory, at `index` (merge.cuh).
+  __device__ __forceinline__ void Store(const AttentionParams& p, const WorkUnit& unit, std::int32_t index) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (Row(lane, half) >= unit.rows) continue;
-      const std::int64_t state = StateIndex(p, unit, Row(lane, half), slot);
+      const std::int64_t state = StateIndex(p, unit, Row(lane, half), index);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        *reinterpret_cast<float2*>(p.plan.values + state * kDim + Column(lane, warp, n)) =
+        *reinterpret_cast<float2*>(p.plan.partial_values + state * kDim + Column(lane, warp, n)) =
             make_float2(values[n][2 * half], values[n][2 * half + 1]);
       }
-      if (warp == 0 && lane % 4 == 0) p.plan.sums[state] = make_float2(max[half], sum[half]);
+      if (warp == 0 && lane % 4 == 0) p.plan.partial_sums[state] = make_float2(max[half], sum[half]);
     }
   }
 
-  // Writes the rows' outputs, normalized.
+  // Normalizes the rows and writes out and lse.
   template <class T>
-  __device__ __forceinline__ void Write(const AttentionParams& p, const Unit& unit) const {
+  __device__ __forceinline__ void Write(const AttentionParams& p, const WorkUnit& unit) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (Row(lane, half) >= unit.rows) continue;
-      const Finish finish(p, RowHead(p, unit, Row(lane, half)), max[half], sum[half]);
+      const Normalization norm(p, RowHead(p, unit, Row(lane, half)), max[half], sum[half]);
       const std::int64_t index = RowIndex(p, unit, Row(lane, half));
       T* out = static_cast<T*>(p.out) + index * kDim;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         *reinterpret_cast<std::uint32_t*>(out + Column(lane, warp, n)) =
-            Pack<T>(values[n][2 * half] * finish.factor, values[n][2 * half + 1] * finish.factor);
+            Pack<T>(values[n][2 * half] * norm.factor, values[n][2 * half + 1] * norm.factor);
       }
-      if (warp == 0 && lane % 4 == 0 && p.lse != nullptr) p.lse[index] = finish.lse;
+      if (warp == 0 && lane % 4 == 0 && p.lse != nullptr) p.lse[index] = norm.lse;
     }
   }
 };

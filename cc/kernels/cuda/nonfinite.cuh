@@ -34,7 +34,7 @@ __device__ __forceinline__ std::uint32_t NonFinite(std::uint32_t pair) {
   return ((pair & 0x7fff7fffu) + (kStep << 16 | kStep)) & 0x80008000u;
 }
 
-// Two elements with 0 for what is not finite.
+// Two elements, with 0 in place of infinities and NaN.
 template <class T>
 __device__ __forceinline__ std::uint32_t KeepFinite(std::uint32_t pair) {
   return pair & ~((NonFinite<T>(pair) >> 15) * 0xffffu);

@@ -1,4 +1,4 @@
-// Launches of the tensor core kernels: one instance for each head size, with as many pipeline stages as fit.
+// Launches of the tensor core kernels: dispatch on the head size, and as many pipeline stages as fit.
 #ifndef KVPAGE_KERNELS_CUDA_PIPELINE_LAUNCH_CUH_
 #define KVPAGE_KERNELS_CUDA_PIPELINE_LAUNCH_CUH_
 
@@ -13,7 +13,7 @@
 
 namespace kvpage::cuda {
 
-// Takes as many stages, 2 to Shape::kMaxStages, as leave room for a second block on the multiprocessor.
+// Launches with as many stages, from 2 to Shape::kMaxStages, as leave room for a second block on the multiprocessor.
 template <class Shape>
 Status LaunchPipelined(const char* name, void (*kernel)(AttentionParams), AttentionParams params, Stream stream) {
   SharedLimits limits;

@@ -1,10 +1,10 @@
-// Attention of many rows on tensor cores: prefill, chunks of it, and any sequence of a mixed batch with more rows than
-// one tile of decode.
+// The prefill kernel: attention on tensor cores for prompts, chunks of prompts, and all sequences of a mixed batch with
+// more rows than one tile of decode.
 //
 // A tile of 64 or 128 rows (query tokens times heads of the group) stays in shared memory; keys and values stream past
-// it. Every warp has rows of its own and all of the tokens, so weights go from one product to the next in registers.
-// Blocks take items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no row of
-// a warp sees are skipped.
+// it. Every warp computes its own rows over all tokens, so weights pass from one product to the next in registers.
+// Blocks take work items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no
+// row of a warp sees are skipped.
 #ifndef KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 #define KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 
@@ -12,7 +12,7 @@
 
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/nonfinite.cuh"
-#include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/prefill_queue.cuh"
 #include "kernels/cuda/prefill_state.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
@@ -55,13 +55,13 @@ class PrefillAttention {
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
-    // In shared memory: registers are what this kernel is short of.
+    // In shared memory, because this kernel is limited by registers.
     KVPAGE_SHARED(PrefillItem, work);
-    const PrefillItems items(p_);
+    const PrefillQueue items(p_);
     while (items.Take(p_, &work)) {
       if (work.from < work.to) {
         Attend(work);
-      } else if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) {
+      } else if (Arrive(&p_.plan.arrived[work.unit], work.items)) {
         Merge(work);
       }
     }
@@ -105,7 +105,7 @@ class PrefillAttention {
     state_.SumRows();
     if (work.split) {
       state_.Store(Memory(work.state));
-      if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) Merge(work);
+      if (Arrive(&p_.plan.arrived[work.unit], work.items)) Merge(work);
     } else {
       if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
       state_.template Write<T>(p_, work);
@@ -174,7 +174,7 @@ class PrefillAttention {
 
   __device__ __forceinline__ void Softmax(const PrefillItem& work, std::int32_t begin, bool masked, int m,
                                           float (&scores)[kScoreTiles][4], std::uint32_t (&weights)[kScoreTiles][2]) {
-    // A scale alone moves into the exponent, and the dot products are read as they are.
+    // Without cap and slopes, the scale moves into the exponent and the dot products stay unscaled.
     const float multiplier = plain_ ? rule_.factor : 1.0f;
     if (!plain_) {
       float slope[2] = {};
@@ -294,7 +294,7 @@ class PrefillAttention {
     return p_.plan.prefill_states + state * PrefillStateFloats(kDim);
   }
 
-  // A span ends and another one follows in this block.
+  // Ends a span that another one follows in this block.
   __device__ __forceinline__ void KeepSpan() {
     state_.SumRows();
     if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
@@ -303,9 +303,9 @@ class PrefillAttention {
     state_.Reset();
   }
 
-  // Folds the spans of a unit, which are all in memory, and writes the answer.
+  // Reduces the spans of a unit, which are all in memory, and writes the output.
   __device__ __forceinline__ void Merge(const PrefillItem& work) {
-    // Not folded into an empty state, so that a first span stays what it is, bit for bit.
+    // Loaded, not merged into an empty state, so that a first span stays bit-identical.
     state_.Load(Memory(work.first_state + work.first_span));
 #pragma unroll 1
     for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
@@ -319,7 +319,7 @@ class PrefillAttention {
   const bool plain_;
   const TokenMap map_;
   unsigned char* const queries_;
-  VisibleRange* const ranges_;  // of each warp's rows, and behind them of all
+  VisibleRange* const ranges_;  // [kWarps + 1] of each warp's rows, then of all rows
   unsigned char* const stages_;
   const int lane_, warp_;
 

@@ -25,13 +25,13 @@ __device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, co
 }
 
 // The same for row `row` of a unit's tile.
-__device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+__device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const WorkUnit& unit, std::int32_t row) {
   return RowIndex(p, unit.sequence, unit.head, unit.first_row + row);
 }
-__device__ __forceinline__ std::int32_t RowHead(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+__device__ __forceinline__ std::int32_t RowHead(const AttentionParams& p, const WorkUnit& unit, std::int32_t row) {
   return RowHead(p, unit.head, unit.first_row + row);
 }
-__device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, const Unit& unit, std::int32_t row) {
+__device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, const WorkUnit& unit, std::int32_t row) {
   return RowPosition(p, unit.sequence, unit.first_row + row);
 }
 

@@ -1,4 +1,5 @@
-// Scores to weights, and what becomes of states. All in base 2: a score is log2(e) times that of the natural softmax.
+// Scores, and the merge and normalization of softmax states. All in base 2: a score is log2(e) times that of the
+// natural softmax.
 #ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 #define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 
@@ -15,10 +16,11 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float NegativeInfinity() { return __int_as_float(static_cast<int>(0xff800000)); }
 
-// Turns dot products into scores: scale -> soft cap -> ALiBi. kExact: with the library's tanh, whose error is relative.
+// Turns dot products into scores: scale, soft cap, ALiBi. kExact: with the library's tanh, whose relative error is
+// small.
 template <bool kExact>
 struct ScoreRule {
-  float factor;  // of a dot product; with a soft cap of what becomes the cap's argument
+  float factor;  // of a dot product; with a soft cap, gives the argument of tanh or exp2
   float cap;     // log2(e) times the soft cap; 0: none
   bool alibi;
 
@@ -40,15 +42,15 @@ struct ScoreRule {
   }
 };
 
-// The exponent's base while no score is above -inf: weights are then 0, not 2^(-inf + inf).
+// The maximum to subtract in exponents: 0 while no score is above -inf, so that weights are 0, not 2^(-inf + inf).
 __device__ __forceinline__ float Base(float max) { return max == NegativeInfinity() ? 0.0f : max; }
 
-// How two states become one: values * a + other values * b. Written so that no compiler may fuse it differently in one
-// place than in another.
-struct Fold {
+// The merge of two states: values * a + other values * b. Uses intrinsics, so that the compiler cannot fuse it
+// differently in different places.
+struct StateMerge {
   float max, sum, a, b;
 
-  __device__ __forceinline__ Fold(float max_a, float sum_a, float max_b, float sum_b) {
+  __device__ __forceinline__ StateMerge(float max_a, float sum_a, float max_b, float sum_b) {
     max = fmaxf(max_a, max_b);
     const float base = Base(max);
     a = Exp2(__fsub_rn(max_a, base));
@@ -60,11 +62,11 @@ struct Fold {
   }
 };
 
-// What the values of a finished row are multiplied by, and the row's log-sum-exp.
-struct Finish {
+// The factor of a finished row's values, and the row's log-sum-exp.
+struct Normalization {
   float factor, lse;
 
-  __device__ __forceinline__ Finish(const AttentionParams& p, int q_head, float max, float sum) {
+  __device__ __forceinline__ Normalization(const AttentionParams& p, int q_head, float max, float sum) {
     factor = 1.0f;
     if (p.options.sinks != nullptr) {
       const float sink = p.options.sinks[q_head] * kLog2E;

@@ -1,4 +1,4 @@
-// Tiles of keys and values in shared memory, of 16-bit elements, and how they are brought there.
+// Tiles of 16-bit keys, values and queries in shared memory, and their asynchronous copies.
 #ifndef KVPAGE_KERNELS_CUDA_TILES_CUH_
 #define KVPAGE_KERNELS_CUDA_TILES_CUH_
 
@@ -11,8 +11,8 @@
 
 namespace kvpage::cuda {
 
-// Rows of kDim elements in units of 16 bytes, whose order within a row depends on the row: eight rows at one column
-// (what ldmatrix reads) and eight columns of one row lie in different banks.
+// Rows of kDim elements in units of 16 bytes, swizzled: eight rows at one column (as ldmatrix reads them) and eight
+// columns of one row lie in different banks.
 template <int kDim>
 struct TileRows {
   static constexpr int kBytes = kDim * 2;
@@ -24,7 +24,7 @@ struct TileRows {
   }
 };
 
-// Begins to copy kTokens keys and values from token `begin` on; zeros outside [from, to).
+// Starts copying kTokens keys and values from token `begin` on; zeros outside [from, to).
 template <int kDim, int kTokens>
 __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                           std::int32_t from, std::int32_t to, unsigned char* keys,
@@ -33,8 +33,8 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   constexpr int kStep = kThreads / Rows::kUnits;  // rows that the block copies at a time
   const int unit = threadIdx.x % Rows::kUnits, first = threadIdx.x / Rows::kUnits;
   if (map.chunk.divisor % kTokens == 0 || map.chunk.divisor == 0x7fffffff) {
-    // All of it in one chunk: one address, and a stride. What is not copied is given an address that exists all the
-    // same.
+    // The tile lies in one chunk: one address and a stride. Tokens that are not copied use another token's address,
+    // because it must be valid.
     const std::int32_t known = max(begin, from);
     const char* const safe = map.Key(tokens, known) + unit * 16;
     const char* key = safe + (begin - known + first) * map.token_stride;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   }
 }
 
-// Begins to copy the queries of kRows rows of a tile, zeros for those that it does not have.
+// Starts copying the queries of a tile of kRows rows; zeros from row `rows` on.
 template <int kDim, int kRows>
 __device__ __forceinline__ void FetchQueries(const AttentionParams& p, const Sequence& sequence, std::int32_t head,
                                              std::int32_t first_row, std::int32_t rows, unsigned char* to) {
