@@ -1,5 +1,5 @@
 // Driver: the CUDA driver as a table of function pointers, opened at run time, so that one build works with and without
-// a driver; tests replace it with a fake one (fake_driver.h).
+// a driver; tests put a fake one in its place (fake_driver.h).
 #ifndef KVPAGE_VMM_DRIVER_H_
 #define KVPAGE_VMM_DRIVER_H_
 
