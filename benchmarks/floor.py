@@ -1,8 +1,8 @@
 """The read floor: how fast all cores together can read as many bytes as an attention call reads.
 
 Memory bandwidth of a shared machine drifts by a factor of two within an hour, so speeds are only
-meaningful as fractions of a floor measured in the same process, just before and just after. `floor.cc` is
-compiled for this machine on first use.
+meaningful as fractions of a floor measured in the same process, just before and just after.
+`floor.cc` is compiled for this machine on first use.
 """
 
 from __future__ import annotations

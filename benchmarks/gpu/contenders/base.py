@@ -45,7 +45,7 @@ class Contender(abc.ABC):
         return None
 
     def chosen(self, case: Case, variant: str) -> bool:
-        """Whether this variant is timed on this case: some variants are informative on few shapes."""
+        """Whether this variant is timed on this case; some variants run on few shapes."""
         first = variant == self.variants[0] or variant in self.everywhere
         return first or is_core(case)
 

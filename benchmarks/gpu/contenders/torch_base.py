@@ -1,5 +1,5 @@
-"""Base of the contenders written in torch: a cycle is captured once as a CUDA graph and replayed, so
-that no figure contains the cost of Python.
+"""Base of the contenders written in torch: a cycle is captured once as a CUDA graph and replayed,
+so that no figure contains the cost of Python.
 """
 
 from __future__ import annotations
