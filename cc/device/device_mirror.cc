@@ -151,7 +151,7 @@ Status DeviceMirror::SetGeneration(const GenerationState& state) {
 
 void DeviceMirror::Close() {
   image_->open = 0;
-  // A device that rejects the copy has failed permanently and runs no more programs.
+  // A device that cannot be told has failed: nothing runs on it any more.
   if (entry_ < 0 || !device_->Transfer({FieldCopy(&DevicePool::open)}).ok()) return;
   static_cast<void>(Drain());
 }
