@@ -1,10 +1,10 @@
-"""What this package's ops add to the dispatch of a jitted step with many parameter arrays.
+"""Dispatch cost that this package's ops add to a jitted step with many parameter arrays.
 
 JAX keeps a program on its fast dispatch path only while nothing in it has an effect; our ops have
 none. This measures that: a step over 300 parameter arrays, with and without `update_and_attend` and
 `advance`, called in turns so that both see the same machine. Only the call is timed, not the
-computation that it starts: both steps contain a product that is large enough for XLA to run them on
-a thread of their own instead of inside the call.
+computation that it starts: both steps contain a matrix product that is large enough for XLA to run
+them on another thread instead of inside the call.
 
     python benchmarks/dispatch.py [--parameters 300] [--calls 2000] [--json]
 """
@@ -39,7 +39,7 @@ def plain_step(
     batch: tuple[jax.Array, ...],
     x: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The same arguments and results, without the ops: the state goes in and comes out."""
+    """The same arguments and results without the ops: the state is passed through."""
     handle, epoch, lengths = cache
     slots, _ = batch
     for _ in range(_LAYERS):
@@ -72,15 +72,15 @@ def _timed(call: Callable[[], object], calls: int) -> float:
 def measure(num_parameters: int, calls: int, calls_per_round: int = 5) -> dict[str, float]:
     """Times both steps in short, interleaved rounds.
 
-    The best rounds are compared, as `timeit` recommends: whatever else runs on the machine can only
-    add to them. Medians are reported beside them.
+    The best rounds are compared, as `timeit` recommends: other load on the machine can only add to
+    them. Medians are reported beside them.
     """
     params = [jnp.full((_WIDTH, _WIDTH), 1e-3)]
     params += [jnp.full((8,), 1e-3) for _ in range(num_parameters - 1)]
     spec = kvp.CacheSpec(_LAYERS, _HEADS, _DIM, 4, 512, dtype=jnp.float32)
     x = jnp.ones((2, _HEADS, _DIM))
-    # The same step again and again from one cache: sequences stay short, so that attention itself
-    # costs next to nothing.
+    # Every step starts from the same cache: sequences stay short, so that the cost of attention is
+    # negligible.
     with kvp.KVPool(spec, "16MiB", on_stale="allow") as pool:
         slots, cache = pool.acquire(pool.cache(), [16, 16])
         batch = kvp.Batch.decode(slots)

@@ -33,7 +33,7 @@ class PeerProcess:
     Args:
         name: module below `peers/`.
         python: interpreter that has the peer installed.
-        log: file for what it prints.
+        log: file for its output.
     """
 
     def __init__(self, name: str, python: str, log: pathlib.Path) -> None:
@@ -50,7 +50,7 @@ class PeerProcess:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits; a process that died answers `failed`."""
+        """Sends a request and waits; the answer of a dead process is `failed`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -76,17 +76,17 @@ class PeerProcess:
 
 
 class Duel:
-    """The peers that are there, checked, and what they measured.
+    """The available peers, checked, and their measurements.
 
     Args:
         pythons: interpreter of each peer, by name.
         folder: for the processes' logs.
-        say: told about progress.
+        say: called with progress messages.
 
     Attributes:
-        versions: of each peer that is there.
-        absent: why a peer is not there.
-        errors: largest error of each peer, variant and dtype against float64.
+        versions: of each available peer.
+        absent: why a peer is not available.
+        errors: the largest error of each peer, variant and dtype against float64.
         records: one for each case, peer and variant: see `summarise`.
     """
 
@@ -168,7 +168,7 @@ class Duel:
 
     @property
     def failures(self) -> list[dict[str, str]]:
-        """What was left out, and why."""
+        """Skipped cases and the reasons."""
         return [
             {"peer": contender[0], "variant": contender[1], "what": what, "reason": reason}
             for (contender, what), reason in self._given_up.items()

@@ -1,7 +1,7 @@
-// The floor under decode attention: how fast these cores read memory.
+// The read floor of decode attention: how fast these cores read memory.
 //
 // All threads read a buffer piece by piece (a piece is what one attention call reads), each its own share of a piece,
-// and meet after every piece as the threads of a kernel do. Three loops, of which the caller takes the fastest.
+// and synchronise after every piece as the threads of a kernel do. There are three loops; the caller takes the fastest.
 #include <immintrin.h>
 #include <sched.h>
 

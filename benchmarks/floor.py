@@ -1,8 +1,8 @@
-"""The read floor: the fastest that all cores together read as many bytes as an attention call does.
+"""The read floor: how fast all cores together can read as many bytes as an attention call reads.
 
-Memory bandwidth of a shared machine drifts by a factor of two within an hour, so that speeds are
-only worth something as fractions of a floor measured beside them, in the same process, just before
-and just after. `floor.cc` is compiled for this machine when it is first needed.
+Memory bandwidth of a shared machine drifts by a factor of two within an hour, so speeds are only
+meaningful as fractions of a floor measured in the same process, just before and just after.
+`floor.cc` is compiled for this machine on first use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 
 __all__ = ["Floor", "build"]
 
-# A process that starts others compiles once and hands the library on in this variable.
+# A process that starts others compiles once and passes the library on in this variable.
 LIBRARY_VARIABLE = "KVPAGE_BENCH_FLOOR"
 _SOURCE = pathlib.Path(__file__).with_name("floor.cc")
 _LOOPS = 3
@@ -60,7 +60,7 @@ class Floor:
             with tempfile.TemporaryDirectory() as folder:
                 self._library = ctypes.CDLL(build(folder))
         self._library.read_passes.restype = ctypes.c_uint64
-        # Anonymous memory, aligned to pages; the loops look ahead of the end of their shares.
+        # Anonymous memory, aligned to pages; the loops prefetch beyond the end of their shares.
         self._memory = mmap.mmap(-1, _BUFFER_BYTES + 4 * 2**20)
         self._memory.madvise(mmap.MADV_HUGEPAGE)
         ones = b"\1" * 2**20
@@ -85,7 +85,7 @@ class Floor:
         """Bytes per second of the fastest of three loops.
 
         Args:
-            piece_bytes: what one call reads; threads meet after each piece.
+            piece_bytes: bytes that one call reads; threads synchronise after each piece.
             passes: over a buffer far larger than the caches; their median counts.
         """
         piece = min(max(piece_bytes // 4096, 1) * 4096, _BUFFER_BYTES)

@@ -54,7 +54,7 @@ def _tokens(batch: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _contexts(rounds: int) -> list[dict[str, Any]]:
-    """One sequence at growing contexts, the same step again and again."""
+    """One sequence at growing contexts; each step is repeated."""
     spec = kvp.CacheSpec(_LAYERS, _KV_HEADS, _DIM, 1, max(_CONTEXTS) + 64, dtype=jnp.float32)
     q, k = _tokens(1)
     rows, previous = [], 0
@@ -89,7 +89,7 @@ def _walk(steps: int) -> Iterator[tuple[int, float]]:
     blocks = _WALK_BATCH * (-(-start // block) + -(-(steps + block) // block))
     q, k = _tokens(_WALK_BATCH)
     with kvp.KVPool(spec, blocks * spec.block_bytes) as pool:
-        # Others end while these run: their parked blocks are what these grow by, as in a server
+        # Others end while these run: these grow into their parked blocks, as in a server
         # that has been up for a while. No memory comes from the system.
         others, cache = pool.acquire(pool.cache(), [steps + block] * _WALK_BATCH)
         slots, cache = pool.acquire(cache, [start] * _WALK_BATCH)

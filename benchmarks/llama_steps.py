@@ -1,10 +1,10 @@
-"""Decode steps of a Llama from end to end, against JAX's static cache, and where the time goes.
+"""Decode steps of a Llama from end to end, against JAX's static cache, with a time split.
 
     python benchmarks/llama_steps.py [--quick] [--json]
 
 The model of `examples/llama` with random weights in float32: 56M parameters at 1.8k of context,
 and 1.1B (TinyLlama's shape). Both caches run the same layers and choose the same kind of token; the
-static one has room for the whole run and attends over all of it, as fixed shapes demand. Steps are
+static one has room for the whole run and attends over all of it, as fixed shapes require. Steps are
 taken in a Python loop that passes tokens on without reading them.
 """
 

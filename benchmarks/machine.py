@@ -1,4 +1,4 @@
-"""Where and when: what a reader must know to place the numbers."""
+"""Machine, date and commit, to put the numbers into context."""
 
 from __future__ import annotations
 

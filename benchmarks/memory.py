@@ -1,10 +1,10 @@
-"""What the memory calls cost: mapping, extending, recycling, and mapping nothing.
+"""Cost of the memory calls: mapping, extending, recycling, and mapping nothing.
 
     python benchmarks/memory.py [--quick] [--json]
 
 On the host: `acquire` of memory never used (the system zeroes it), of blocks parked by an earlier
 request (no system call) and `release`; `extend` with and without something to map. In programs:
-`map_slots` with nothing to map, against a program that does nothing but the same to an array.
+`map_slots` with nothing to map, against a program that only changes an array.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Timer:
 
 
 def _requests(rounds: int) -> list[dict[str, Any]]:
-    """Requests that come and go: the first ones find no memory, later ones that of the former."""
+    """Requests that come and go: the first ones find no memory, later ones reuse it."""
     spec = _SPEC.resolve("cpu")
     blocks = -(-_TOKENS // (spec.block_tokens or 1))
     megabytes = blocks * spec.block_bytes / 2**20
@@ -94,12 +94,12 @@ def _growth(rounds: int) -> list[dict[str, Any]]:
         slot, cache = pool.acquire(cache, block)
         for n in steps:
             cold(functools.partial(pool.extend, slot, n * block))
-            pool.extend(slot, n * block)  # brings the path back into the core's caches
+            pool.extend(slot, n * block)  # brings the code path back into the core's caches
             nothing(functools.partial(pool.extend, slot, n * block))
         cache = pool.release(cache, slot)
         jax.block_until_ready(cache)
         # A second sequence takes blocks that are parked elsewhere: no memory is allocated or
-        # zeroed. The first slot is adopted by a small request, so that its tail is up for taking.
+        # zeroed. The first slot is adopted by a small request, so that its tail can be taken.
         first, cache = pool.acquire(cache, len(steps) * block)
         cache = pool.release(cache, first)
         jax.block_until_ready(cache)

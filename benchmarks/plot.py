@@ -23,8 +23,8 @@ def plot(
     Args:
         records: measurements; of a peer that was run in several variants the fastest is shown.
         file: to write.
-        machine: said in the corner.
-        floor: what fractions are fractions of.
+        machine: description, printed in the corner.
+        floor: name of the reference that fractions are relative to.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Tables of the results, and the comparison with what the project wants to show."""
+"""Tables of the results, and the comparison with the project's goals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Goal", "goals", "print_goals", "print_records", "print_rows", "step_
 Record = dict[str, Any]
 Goal = tuple[str, str, str, bool | None]  # what, measured, wanted, met
 OURS = ("kvpage", "fused")
-# Below this a call is over in some 100 microseconds, most of it not reading.
+# Shorter contexts take some 100 microseconds a call, most of it not reading.
 LARGE_BYTES = 25e6
 _DECODE_GOALS = {"float32": (0.80, 0.74, 1.3), "bfloat16": (0.75, 0.68, 2.0)}
 
@@ -112,7 +112,7 @@ def _ratios(speeds: dict[str, dict[Any, float]], variant: str, base: str) -> lis
 
 
 def goals(records: list[Record]) -> list[Goal]:
-    """What is wanted of decode and prefill, and whether these records show it."""
+    """The goals of decode and prefill, and whether these records meet them."""
     result: list[Goal] = []
 
     def add(
@@ -161,7 +161,7 @@ def _tables(result: dict[str, Any], section: str) -> list[list[dict[str, Any]]]:
 
 
 def step_goals(result: dict[str, Any]) -> list[Goal]:
-    """What is wanted of growth and of whole steps."""
+    """The goals of growth and of whole steps."""
     rows: list[Goal] = []
 
     def add(what: str, value: float, wanted: float) -> None:

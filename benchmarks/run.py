@@ -2,9 +2,9 @@
 
     python benchmarks/run.py [--quick] [--only decode,prefill] [--json FILE] [--plot FILE.png]
 
-Attention is measured against other systems, each in a process of its own and in turns
-(`duel.py`). Those that are not installed are named as absent. Where they need an environment of
-their own, say which interpreter has them:
+Attention is measured against other systems, each in a separate process, in turns (`duel.py`).
+Systems that are not installed are reported as absent. For those that live in another environment,
+name the interpreter:
 
     python benchmarks/run.py --peer-python vllm_cpu=venvs/vllm/bin/python
 
@@ -37,7 +37,7 @@ _DUELS = {
     "prefill": shapes.prefill_cases,
     "mixed": shapes.mixed_cases,
 }
-# Scripts of their own, in processes of their own; each prints a JSON object last.
+# Separate scripts, run in separate processes; each prints a JSON object last.
 _SCRIPTS = ("memory", "growth", "dispatch", "llama_steps")
 _HERE = pathlib.Path(__file__).parent
 
@@ -116,7 +116,7 @@ def _scripts(arguments: argparse.Namespace, console: Console, result: dict[str, 
         result[name] = _script(name, sys.executable, options, console)
     tables = result.get("llama_steps", {}).get("tables")
     if tables and "vllm_cpu" in arguments.peers:
-        # The context at which the issue of speed is decided; in quick runs the one that was run.
+        # The context length of the goals; in quick runs the one that was run.
         speeds = next(iter(tables.values()))
         options = ["--context", str(speeds[0]["context"])]
         row = _script("llama_vllm", _pythons(arguments)["vllm_cpu"], options, console)
@@ -166,9 +166,9 @@ def _print(console: Console, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs what was asked for."""
+    """Runs the chosen sections."""
     arguments = _arguments()
-    # Tables are wider than the 80 columns that a pipe counts as.
+    # Tables are wider than the 80 columns assumed for a pipe.
     console = Console(width=None if sys.stdout.isatty() else 160)
     result: dict[str, Any] = {"machine": machine.describe(), "options": vars(arguments).copy()}
     del result["options"]["json"], result["options"]["plot"], result["options"]["peer_python"]

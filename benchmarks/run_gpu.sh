@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a machine with an NVIDIA GPU. Nothing is downloaded; every part ends by itself.
+# Builds, tests and measures on a machine with an NVIDIA GPU. Nothing is downloaded; every part has a time limit.
 #
 #   benchmarks/run_gpu.sh build    the package into build/gpu/site (ignored by git, used by the other two parts)
 #   benchmarks/run_gpu.sh test     tests marked gpu, the fake driver's suite, compute-sanitizer over the kernels
 #   benchmarks/run_gpu.sh bench    everything in benchmarks/gpu; JSON and a plot, a short table last
 #
-# --dry-run goes through the same steps on the CPU with tiny sizes and a CPU-only build: it shows mistakes in the
-# scripts, and nothing about speed. Results go to $OUT (default: benchmarks/results). PYTHON, JOBS and ARCHITECTURE
+# --dry-run runs the same steps on the CPU with tiny sizes and a CPU-only build: it finds mistakes in the scripts
+# and says nothing about speed. Results go to $OUT (default: benchmarks/results). PYTHON, JOBS and ARCHITECTURE
 # (of the kernels, "90a-real"; as nvidia-smi says by default) can be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."

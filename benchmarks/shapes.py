@@ -1,7 +1,7 @@
-"""What is measured: batches of sequences, their sizes, and the bytes and operations that count.
+"""The measured cases: batches of sequences, their sizes, and the bytes and operations counted.
 
 Llama-3-8B's attention: 32 query heads over 8 key/value heads of 128. A case is a plain value that
-travels to the peers' processes as JSON; its data is made there, the same for every peer.
+is sent to the peers' processes as JSON; its data is made there, the same for every peer.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the valid keys and values of one copy: what decoding has to read."""
+        """Bytes of the valid keys and values of one copy, which decoding has to read."""
         return 2 * sum(self.contexts) * self.kv_heads * self.dim * ITEM_BYTES[self.dtype]
 
     @property
     def flops(self) -> int:
-        """Operations of the two products of one copy, what causality hides not counted.
+        """Operations of the two products of one copy, masked pairs not counted.
 
         A whole prompt of S tokens counts as half of 4 S^2 D H, as is usual.
         """
@@ -85,7 +85,7 @@ class Case:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Case:
-        """The case that `to_json` gave."""
+        """The case from the result of `to_json`."""
         return cls(**values | {"contexts": tuple(values["contexts"]), "new": tuple(values["new"])})
 
 
@@ -123,7 +123,7 @@ def prefill_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
 
 
 def mixed_cases(dtypes: list[str], quick: bool = False) -> list[Case]:
-    """What a server runs: decodes beside a chunk of a prompt, and chunks alone."""
+    """A server's batches: decodes together with a chunk of a prompt, and chunks alone."""
     lots = 7 if quick else 31
     decodes = ragged(lots, 2048)
     return [

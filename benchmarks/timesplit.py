@@ -1,4 +1,4 @@
-"""Where a compiled step spends its time: XLA's matrix products, our kernels, everything else.
+"""Time split of a compiled step: XLA's matrix products, our kernels, everything else.
 
 From a trace of `jax.profiler`: XLA's CPU runtime records when each instruction of a program runs.
 An instruction is a matrix product when its text, or that of the computation it calls, has a `dot`.
@@ -52,10 +52,10 @@ def split(run: Callable[[], Any], steps: int, hlo: str, ours: str = "kvpage") ->
     """Runs `run` (which does `steps` steps, and waits for them) under the profiler.
 
     Args:
-        run: what to trace.
+        run: the function to trace.
         steps: how many steps it does.
-        hlo: text of the compiled program.
-        ours: how the names of our instructions begin.
+        hlo: the compiled program's HLO text.
+        ours: prefix of the names of our instructions.
 
     Returns:
         Milliseconds a step: total, products, kernels, rest (the total less the others: what

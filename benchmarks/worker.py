@@ -1,4 +1,4 @@
-"""A peer's process: obeys one JSON object a line on stdin, answers with one on stdout.
+"""A peer's process: reads requests from stdin and writes answers to stdout, one JSON object a line.
 
 {"op": "hello"}                             -> versions, variants
 {"op": "check", "case", "variant"}          -> largest error against float64
@@ -30,7 +30,7 @@ def _times(ready: Ready, seconds: float) -> list[float]:
     """Seconds a call, of one cycle each, until `seconds` are over; the first cycle warms up."""
     begin = time.perf_counter()
     ready.cycle()
-    # A peer that is slow beyond comparison gets one cycle more and no third.
+    # A very slow peer gets one more cycle, not two.
     fewest = _FEWEST_CYCLES if time.perf_counter() - begin < 2 * seconds else 1
     times: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", help="module below peers/")
     name = parser.parse_args().peer
-    # Libraries may print what they like; answers have a channel of their own.
+    # Libraries may print to stdout: answers go to a duplicate of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer: Peer | None = None

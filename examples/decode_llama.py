@@ -44,11 +44,11 @@ _PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 
 class InputError(ValueError):
-    """Something about the arguments that only shows when they are used."""
+    """Invalid arguments that are only detected when they are used."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, without the page of usage in front."""
+    """Reports mistakes in one line, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -105,7 +105,7 @@ def _positive(text: str) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, then those of the file; some of our own if there are none."""
+    """Prompts of the command line, then those of the file; built-in ones if there are none."""
     prompts = list(args.prompt)
     if args.prompt_file:
         try:
@@ -120,9 +120,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def choose_sampling(args: argparse.Namespace) -> Sampling:
-    """How to sample: greedy by default. The demonstration, which is what runs without a checkpoint
-    and without prompts, has a temperature of its own: so small a model repeats itself without
-    one."""
+    """How to sample: greedy by default. The demonstration (no checkpoint and no prompts) uses a
+    temperature, because so small a model repeats itself without one."""
     demonstration = args.checkpoint == _BUNDLED and not (args.prompt or args.prompt_file)
     temperature, top_p = (0.7, 0.9) if demonstration and args.temperature is None else (0.0, 1.0)
     return Sampling(
@@ -152,11 +151,11 @@ def make_requests(
 def make_pool(
     args: argparse.Namespace, config: LlamaConfig, requests: list[Request], max_seq_len: int
 ) -> jax_kvpage.KVPool:
-    """A pool of what --capacity says, or else of just what the requests can come to need."""
+    """A pool of --capacity, or by default of the most memory that the requests can need."""
     platform = jax.default_backend()
     block_tokens = args.block_tokens
     if block_tokens is None and args.checkpoint == _BUNDLED and args.layout is None:
-        # Blocks of the usual size would hold its whole context in a few: smaller ones show more.
+        # Its whole context fits a few blocks of the usual size: smaller ones show more.
         block_tokens = 16 if platform == "cpu" else None
     spec = jax_kvpage.CacheSpec(
         num_layers=config.num_hidden_layers,
@@ -185,7 +184,7 @@ def compute_dtype(args: argparse.Namespace, stored: str) -> str:
 
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
-    """What the library finds wrong with values that came from the command line is wrong input."""
+    """Turns the library's errors about command-line values into InputError."""
     try:
         yield
     except (ValueError, MemoryError, jax_kvpage.KVPageError) as error:
@@ -193,10 +192,10 @@ def _input_errors() -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Does what the arguments say; returns what --json prints.
+    """Runs the command; returns the figures for --json.
 
     Raises:
-      ValueError: With a line that says what is wrong with the input.
+      ValueError: With one line about the invalid input.
     """
     platform = jax.default_backend()
     supported = _IMPLEMENTATIONS.get(platform, ())

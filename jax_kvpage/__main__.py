@@ -1,4 +1,4 @@
-"""`python -m jax_kvpage`: the doctor. What was built, what this machine offers, what to do next."""
+"""`python -m jax_kvpage`: the doctor. Reports the build, the machine and the next steps."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Everything that depends on the platform, on the JAX version or on the FFI ABI.
 
-The rest of the package uses JAX's public API alone; what is not the same in all supported versions
-is here.
+The rest of the package uses only JAX's public API; differences between the supported versions are
+handled here.
 """
 
 import importlib
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def check_platform(platform: str = sys.platform) -> None:
-    """Refuses to go on where there is no memfd.
+    """Raises on systems without memfd.
 
     Raises:
         ImportError: not Linux.
@@ -42,7 +42,7 @@ def check_platform(platform: str = sys.platform) -> None:
 def running_ffi_api() -> tuple[int, int] | None:
     """Version of the XLA FFI API that the installed jaxlib implements.
 
-    jaxlib has no function that tells; its own headers do.
+    jaxlib has no function for it, so its headers are read.
 
     Returns:
         (major, minor), or None when jaxlib was installed without its headers.
@@ -62,8 +62,7 @@ def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> No
     """Compares the FFI API of the build with the running one.
 
     XLA loads handlers of the same major version whose minor version is not newer than its own. A
-    newer one would not fail here but when the first backend starts, and would take all of JAX with
-    it.
+    newer one would fail only when the first backend starts, and would break all of JAX.
 
     Raises:
         ImportError: handlers of this build cannot be loaded by the running jaxlib.
@@ -80,7 +79,7 @@ def check_ffi_api(built: tuple[int, int], running: tuple[int, int] | None) -> No
 
 
 def load_native() -> ModuleType:
-    """Imports the compiled module after checking that it can work here.
+    """Imports the compiled module after checking that it is compatible.
 
     Raises:
         ImportError: not Linux, not built, or built for another FFI API.
@@ -104,7 +103,7 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
 
     Under `shard_map` a result varies over all mesh axes that any operand varies over. A fresh
     abstract value would claim that it varies over none: scans would refuse it as a carry, and
-    `out_specs=P()` would accept it silently. The axes are only to be found on the operands' own
+    `out_specs=P()` would accept it silently. The axes are only available from the operands'
     abstract values, whose `manual_axis_type` has no documented constructor; hence this shim.
 
     Args:
@@ -133,13 +132,13 @@ def default_device() -> jax.Device:
 
 
 def matmul_precision() -> str | None:
-    """What `jax.default_matmul_precision` says now; JAX's declared type of its config is silent."""
+    """The current `jax.default_matmul_precision`; the type stubs of JAX's config omit it."""
     precision: str | None = getattr(jax.config, "jax_default_matmul_precision", None)
     return precision
 
 
 def platform_of(device: Any) -> str:
-    """The platform that programs for a device are lowered for: "cpu", "cuda", "rocm", "tpu".
+    """The lowering platform of programs for a device: "cpu", "cuda", "rocm", "tpu".
 
     JAX calls both kinds of GPU "gpu" on the device itself.
     """
@@ -152,5 +151,5 @@ def platform_of(device: Any) -> str:
 
 
 def is_ready(array: Any) -> bool:
-    """Whether an array has been computed. JAX's arrays know; their declared type does not."""
+    """Whether an array has been computed. The declared type of JAX's arrays lacks the method."""
     return bool(array.is_ready())

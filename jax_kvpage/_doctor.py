@@ -1,4 +1,4 @@
-"""What `python -m jax_kvpage` finds out: what was built, what this machine has, what to do next."""
+"""The report of `python -m jax_kvpage`: the build, the machine, and the next steps."""
 
 import dataclasses
 import platform
@@ -28,9 +28,9 @@ class Findings:
     """The doctor's report.
 
     Attributes:
-        rows: what was looked at, and what was found.
-        broken: what should work here and does not.
-        advice: what to do next.
+        rows: (subject, finding) pairs.
+        broken: features that should work here and do not.
+        advice: next steps.
     """
 
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -47,7 +47,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _try(device: jax.Device) -> str:
-    """Writes and reads one token through a pool on a device: "works", or what went wrong."""
+    """Writes and reads one token through a pool on a device: "works", or the error."""
     spec = CacheSpec(1, 1, 64, max_slots=1, max_seq_len=64, dtype=jnp.float32)
     try:
         with jax.default_device(device), KVPool(spec, "2MiB", device=device) as pool:
@@ -82,7 +82,7 @@ def _machine(found: Findings) -> None:
 
 
 def _driver(found: Findings) -> list[Any]:
-    """The cards that the driver sees and this package can use."""
+    """The GPUs that the driver sees and this package can use."""
     report = _native.cuda_report()
     version = report.driver_version
     if report.problem:
@@ -125,7 +125,7 @@ def _next_for_cuda(found: Findings, cards: list[Any], devices: list[Any]) -> Non
 
 
 def examine() -> Findings:
-    """Looks at the build and at the machine, and tries a token on each kind of device."""
+    """Inspects the build and the machine, and tries one token on each kind of device."""
     found = Findings()
     _software(found)
     devices = jax.devices()

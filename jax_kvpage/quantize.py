@@ -1,16 +1,16 @@
-"""What quantised storage (int8, float8_e4m3fn) keeps of keys and values.
+"""Quantized storage of keys and values (int8, float8_e4m3fn).
 
-This is the definition; the kernels write the same bits. Symmetric quantisation with one float32
+This is the definition; the kernels write the same bits. Symmetric quantization with one float32
 scale for each row, a token's key (or value) in one KV head:
 
 - scale = amax * (1 / largest), largest being 127 or 448; a scale below the smallest normal float32
   counts as 0, because programs that flush subnormal numbers could not read it.
 - element = x * (1 / scale), rounded to nearest even; 0 where the scale is 0. Rows of zeros thereby
   stay zeros.
-- A row with an infinity or a NaN in it has scale NaN and elements 0: all of it reads as NaN, so
-  that what went wrong shows wherever the token is looked at, and nowhere else.
+- A row that contains an infinity or a NaN has scale NaN and elements 0: the whole row reads as NaN,
+  so that the problem shows wherever the token is read, and nowhere else.
 
-Dequantised, an element is off by at most scale / 2 (int8), or by at most 1/16 of its own size or
+The error of a dequantized element is at most scale / 2 (int8), or at most 1/16 of its magnitude or
 scale / 1024, whichever is larger (float8_e4m3fn).
 """
 
@@ -22,12 +22,12 @@ import numpy as np
 
 __all__ = ["dequantize", "quantize"]
 
-# Largest magnitude that a row is scaled to. int8 leaves -128 out.
+# Largest magnitude of a scaled row. int8 does not use -128.
 _LARGEST = {np.dtype(jnp.int8): 127.0, np.dtype(jnp.float8_e4m3fn): 448.0}
 
 
 def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Quantises rows along the last axis.
+    """Quantizes rows along the last axis.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
@@ -46,7 +46,7 @@ def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(x), axis=-1)
     amax = jnp.max(jnp.abs(x), axis=-1, initial=0.0)
-    # The reciprocal is written out: XLA may turn a division by a row's scale into one, or not.
+    # An explicit reciprocal, because XLA may or may not turn a division into one.
     scale = amax * (np.float32(1) / np.float32(_LARGEST[dtype]))
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0.0, scale)
     stored = finite & (scale > 0)
@@ -57,7 +57,7 @@ def quantize(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantize(elements: jax.Array, scale: jax.Array) -> jax.Array:
-    """The values that quantised rows stand for.
+    """The values of quantized rows.
 
     Args:
         elements: [..., D], int8 or float8_e4m3fn.

@@ -1,7 +1,7 @@
-"""Ragged attention in plain JAX: the oracle behind implementation="xla".
+"""Ragged attention in pure JAX: the reference implementation behind implementation="xla".
 
-Written for being right and for using little memory, not for speed: tokens are taken a few at a
-time, each over the whole dense context of its sequence, in float32 at the highest precision.
+Written for correctness and low memory use, not for speed: tokens are processed a few at a time,
+each over the whole dense context of its sequence, in float32 at the highest precision.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 __all__ = ["ragged_attention", "token_owners"]
 
-# Tokens that are worked on at the same time; each holds a float32 copy of its context.
+# Tokens processed at the same time; each needs a float32 copy of its context.
 _TOKENS_AT_ONCE = 8
 
 
@@ -55,7 +55,7 @@ def ragged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of a ragged batch over dense contexts.
 
-    Whatever lies at positions that a token does not see may be anything, NaN included.
+    Keys and values at positions that a token does not see may be arbitrary, including NaN.
 
     Args:
         q: [T, Hq, D].
@@ -82,7 +82,7 @@ def ragged_attention(
     sequence, index, owned = token_owners(query_offsets, active, tokens)
     options = (window, sinks, alibi)
     attend = functools.partial(_attend_one, k, v, options, scale, soft_cap)
-    # Tokens that nobody owns see positions up to -1: nothing.
+    # Tokens without a sequence see positions up to -1, so none.
     position = jnp.where(owned, starts[sequence] + index, -1)
     out, lse = jax.lax.map(attend, (q, sequence, position), batch_size=min(_TOKENS_AT_ONCE, tokens))
     return out, lse if return_lse else lse[:0]
@@ -98,7 +98,7 @@ def _attend_one(
     key_position = jnp.arange(context, dtype=jnp.int32)
     visible = key_position <= position
     visible &= (window <= 0) | (key_position > position - window)
-    # Masked values must not only get weight 0: 0 * NaN is NaN.
+    # A weight of 0 is not enough for masked values: 0 * NaN is NaN.
     values = jnp.where(visible[:, None, None], v[sequence].astype(jnp.float32), 0.0)
     grouped = q.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum(
@@ -116,7 +116,7 @@ def _attend_one(
     largest = scores.max(axis=-1)
     if sinks.size:
         largest = jnp.maximum(largest, sinks)
-    # A row without anything visible has no finite maximum to subtract.
+    # A row that sees no position has no finite maximum to subtract.
     shift = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = jnp.exp(scores - shift[:, None])
     total = weights.sum(axis=-1)

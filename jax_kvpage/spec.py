@@ -1,7 +1,7 @@
-"""CacheSpec: what a KV cache holds, and how its memory is cut into slots, ranges and blocks.
+"""CacheSpec: shape of a KV cache, and the layout of its memory in slots, ranges and blocks.
 
-The arithmetic of DESIGN 1 and 4 lives here and nowhere else in Python; the C++ core computes the
-same numbers from the eight integers of `CacheSpec.as_ints` and the block size.
+The layout arithmetic is here and nowhere else in Python; the C++ core computes the same numbers
+from the eight integers of `CacheSpec.as_ints` and the block size.
 """
 
 import dataclasses
@@ -25,11 +25,10 @@ PER_LAYER_TARGET_BYTES = 64 * 1024
 MIN_DEFAULT_BLOCK_TOKENS = 32
 # Kernels walk a block in steps of this many tokens.
 TOKEN_MULTIPLE = 16
-# Where blocks may be padded up to the granule (fused, quantised), sizes without padding are
+# Where blocks may be padded up to the granule (fused, quantized), sizes without padding are
 # preferred as long as they need no more than this many times the tokens that the target asks for.
 MAX_GROWTH_AGAINST_PADDING = 4
-# Bytes of the smallest piece of memory that can be mapped: a page, or CUDA's allocation
-# granularity.
+# Bytes of the smallest mappable unit of memory: a page, or CUDA's allocation granularity.
 GRANULE_BYTES = {"cpu": 4096, "cuda": 2 * 1024 * 1024}
 DEFAULT_LAYOUT: dict[str, Layout] = {"cpu": "fused", "cuda": "fused"}
 
@@ -74,9 +73,9 @@ def _raise_all(what: str, reasons: list[str]) -> None:
 class CacheSpec:
     """Shape, storage and memory layout of a KV cache.
 
-    A spec is a hashable value: it travels as static metadata of `KVCache`, and programs compiled
-    for one spec serve every pool of that spec. It starts out with `layout` and `block_tokens` open;
-    `resolve` (which `KVPool` calls) closes them for a platform.
+    A spec is a hashable value and static metadata of `KVCache`; programs compiled for one spec
+    serve every pool of that spec. `layout` and `block_tokens` may be None at first; `resolve`
+    (which `KVPool` calls) chooses them for a platform.
 
     Attributes:
         num_layers: number of transformer layers L.
@@ -84,16 +83,16 @@ class CacheSpec:
         head_dim: elements of one head, the same for keys and values.
         max_slots: number of sequences that can live in the cache at the same time.
         max_seq_len: tokens that one slot has virtual memory for.
-        dtype: storage type: float32, bfloat16 or float16, or quantised as it is appended: int8 or
+        dtype: storage type: float32, bfloat16 or float16, or quantized on append: int8 or
             float8_e4m3fn, with a float32 scale for each token and head of keys and of values.
         layout: "fused" (a block holds some tokens of all layers), "per_layer" (each layer's K and V
-            are ranges of their own, dense arrays unless quantised) or None, the platform's default.
+            are separate ranges, dense arrays unless quantized) or None, the platform's default.
         block_tokens: tokens in one physical block, a multiple of 16, or None for a size that suits
             the model.
         granule: bytes of the smallest mappable piece of memory on the platform; set by `resolve`.
 
     Raises:
-        ValueError: listing everything that is wrong with the values.
+        ValueError: lists every invalid value.
     """
 
     num_layers: int
@@ -147,11 +146,11 @@ class CacheSpec:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
 
     def __hash__(self) -> int:
-        """Computed once: dispatching a jitted program hashes the static parts of its arguments."""
+        """Cached: dispatching a jitted program hashes the static parts of its arguments."""
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        """Equal values; the same object, as in every step of a loop, is found out at once."""
+        """Equal values; identical objects, as in every step of a loop, compare fast."""
         if self is other:
             return True
         if not isinstance(other, CacheSpec):
@@ -159,16 +158,16 @@ class CacheSpec:
         return hash(self) == hash(other) and self._values() == other._values()
 
     def __reduce__(self) -> Any:
-        """Leaves the cached hash behind: hashes of strings differ between processes."""
+        """Drops the cached hash: hashes of strings differ between processes."""
         return _rebuild, self._values()
 
     def resolve(self, platform: str, capacity: int | None = None) -> "CacheSpec":
-        """Chooses what is still open for a platform.
+        """Chooses the unset values for a platform.
 
         Args:
             platform: "cpu" or "cuda".
             capacity: bytes of physical memory that the pool will have. When given and
-                `block_tokens` is open, blocks are made large enough for their mappings to stay
+                `block_tokens` is None, blocks are made large enough for their mappings to stay
                 below half of the system's limit on mappings.
 
         Returns:
@@ -204,7 +203,7 @@ class CacheSpec:
 
     @property
     def _may_pad(self) -> bool:
-        """Whether blocks may end in padding: not where slots are dense arrays."""
+        """Whether blocks may end in padding; not possible where slots are dense arrays."""
         return self.layout == "fused" or self.quantized
 
     def _token_unit(self) -> int:
@@ -222,7 +221,7 @@ class CacheSpec:
         wanted = min(wanted, _round_up(self.max_seq_len, TOKEN_MULTIPLE))
         tokens = _round_up(wanted, unit)
         if self._may_pad and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
-            # Padding it is; then as many tokens as the granules hold.
+            # Padding is unavoidable; take as many tokens as the granules hold.
             held = _round_up(wanted * self._block_token_bytes(), self.granule)
             tokens = held // self._block_token_bytes() // TOKEN_MULTIPLE * TOKEN_MULTIPLE
             tokens = max(wanted, min(tokens, _round_up(self.max_seq_len, TOKEN_MULTIPLE)))
@@ -294,7 +293,7 @@ class CacheSpec:
 
     @property
     def tail_waste_bytes(self) -> int:
-        """The most that a slot can have mapped beyond the bytes of its own tokens.
+        """The most bytes that a slot can have mapped beyond those of its tokens.
 
         A slot of n tokens has b = ceil(n / block_tokens) blocks mapped in each range, so it wastes
         `b * block_bytes * num_ranges - n * token_bytes`. That is largest for a full slot whose last

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: batches of Llama-3-8B's attention (32 query heads over 8 of 128).
+"""The cases measured on a GPU: batches of Llama-3-8B's attention (32 query heads over 8 of 128).
 
 `shapes.Case` of the CPU suite, with sizes that fill the chip: every call's data comes from device
 memory, because the copies of a case together exceed the last level cache several times over.
@@ -37,7 +37,7 @@ def _case(section: str, label: str, contexts: tuple[int, ...], new: tuple[int, .
 
 
 def is_core(case: Case) -> bool:
-    """Whether variants that are not run on every shape are run on this one."""
+    """Whether variants that skip some shapes run on this one."""
     return case.section != "decode" or any(
         case.label.startswith(f"B{b} L{n} ") for b, n in (*_CORE, *_DRY)
     )
@@ -46,7 +46,7 @@ def is_core(case: Case) -> bool:
 def decode_cases(dry: bool = False) -> list[Case]:
     """One new token a sequence; full: all contexts are L, ragged: spread over [L / 2, L].
 
-    The shapes that matter most come first: a run that is out of time has measured those.
+    The most important shapes come first, so that a run that is cut short has measured them.
     """
     grid = [*_CORE, *((b, n) for n in _LENGTHS for b in _BATCHES if (b, n) not in _CORE)]
     if dry:

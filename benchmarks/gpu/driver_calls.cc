@@ -1,8 +1,8 @@
-// What the driver's virtual memory calls cost at several block sizes, and how fast the card copies: one JSON object.
+// Measures the driver's virtual memory calls at several block sizes and its copy bandwidth; prints one JSON object.
 //
 //   kvpage_driver_calls [--fake] [--device N] [--blocks N] [--rounds N] [--copy-mib N]
 //
-// --fake runs the fake driver: a check of this program, its times mean nothing.
+// --fake uses the fake driver, to check this program; its times are meaningless.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -90,8 +90,8 @@ cu::AllocationProp Prop(const DeviceDescription& device, int ordinal) {
   return prop;
 }
 
-// One life of `blocks` blocks. Access is granted block by block, as a slot that grows does it, and then, after the
-// blocks were unmapped and mapped anew, for all of them in one call, as an admission does it.
+// The life cycle of `blocks` blocks. Access is granted block by block, as for a growing slot, and then, after the blocks
+// were unmapped and mapped again, for all of them in one call, as at admission.
 Status Round(const Driver& driver, const cu::AllocationProp& prop, int device, std::int64_t bytes, std::int64_t blocks,
              Samples* samples) {
   const std::size_t size = static_cast<std::size_t>(bytes);

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/llama_graphs.py [--platform cuda] [--dry-run]
 
-A quarter of Llama-3-8B (8 of its 32 layers) with random bfloat16 weights, 8 sequences. Each mode is
-a process of its own, because XLA reads its flags once. Tokens of all modes must agree. The floor is
-the time in which the copy bandwidth reads weights, keys and values once.
+A quarter of Llama-3-8B (8 of its 32 layers) with random bfloat16 weights, 8 sequences. Each mode
+runs in a separate process, because XLA reads its flags once. Tokens of all modes must agree. The
+floor is the time to read weights, keys and values once at the copy bandwidth.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
     )
     blocks = batch * spec.blocks_per_range
     pool = kvp.KVPool(spec, blocks * spec.block_bytes)
-    # Mapped ahead: no step maps anything, so none waits.
+    # Mapped in advance: no step maps blocks, so none waits.
     slots, cache = pool.acquire(pool.cache(), [room] * batch)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -115,7 +115,8 @@ def _measure(platform: str, dry: bool) -> dict[str, Any]:
         "scan of 16 steps": lambda tokens, cache: scan(weights, cache, tokens),
         "Python loop that maps": lambda tokens, cache: loop(tokens, cache, True),
     }
-    # Where the pool is, as the tokens of later rounds are: otherwise they compile once more.
+    # On the device of the pool, like the tokens of later rounds: otherwise there is one more
+    # compilation.
     start = jax.device_put(jnp.arange(batch, dtype=jnp.int32), pool.device)
     lowered = functools.partial(kvp.set_lengths, slots=ids)
     result: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def _step(cache: kvp.KVCache, q: jax.Array, batch: kvp.Batch) -> jax.Array:
 
 
 class _Disturber:
-    """Calls `action` again and again in a thread, `pause` seconds apart, until it returns False or
+    """Calls `action` repeatedly in a thread, `pause` seconds apart, until it returns False or
     the block ends.
     """
 
@@ -130,7 +130,7 @@ class _Bench:
         jax.block_until_ready(_step(self.cache, self.q, self.batch))
 
     def steps_seconds(self) -> float:
-        """Seconds a step, of a queue of them."""
+        """Seconds per step of a queue of steps."""
         begin = time.perf_counter()
         out = self.q
         for _ in range(self.steps):
@@ -139,7 +139,7 @@ class _Bench:
         return (time.perf_counter() - begin) / self.steps
 
     def compare(self, what: str, action: Callable[[], bool], pause: float) -> dict[str, Any]:
-        """Steps with and without the action beside them."""
+        """Steps with and without the action running at the same time."""
         quiet, disturbed, calls = [], [], []
         for _ in range(self.rounds):
             quiet.append(self.steps_seconds())
@@ -189,7 +189,7 @@ def measure(platform: str, dry: bool) -> dict[str, Any]:
         bench.give_back(growth)
         if not pause:
             continue
-        # The blocks of the first round are parked: they are adopted or taken over now.
+        # The blocks of the first round are parked: this round adopts them or takes them over.
         growth = bench.grown()
         beside.append(bench.compare(f"parked blocks, {name}", growth.extend, pause))
         alone.append(bench.alone("a parked block", growth.extend, 100))

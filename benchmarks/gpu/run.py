@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/run.py --out benchmarks/results [--only driver,attention,mapping,llama]
 
-Contenders run one after the other, each in a process of its own, this package first and its most
-important shapes once more at the end, which shows how far the machine drifted. What is not
-installed, or fails, or is out of time, is named. Speeds are valid keys and values over the median
+Contenders run one after the other, each in a separate process, this package first and its most
+important shapes once more at the end, which shows how far the machine drifted. Contenders that are
+not installed, fail or run out of time are named. Speeds are valid keys and values over the median
 time, and fractions of the fastest copy that was measured in the same run (bytes read plus written).
 """
 
@@ -31,7 +31,7 @@ from rich.console import Console
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _SECTIONS = ("driver", "attention", "mapping", "llama")
-# Shares of the time that is left when a contender's turn comes.
+# Shares of the remaining time when a contender's turn comes.
 _SHARES = {
     "kvpage": 0.34,
     "torch_sdpa": 0.2,
@@ -43,7 +43,7 @@ _SHARES = {
 
 
 class Run:
-    """What was measured so far.
+    """The measurements so far.
 
     Args:
         arguments: of the command line.
@@ -68,7 +68,7 @@ class Run:
         }
 
     def left(self) -> float:
-        """Seconds that are left and not put aside for what must still run."""
+        """Seconds left, less those reserved for the parts that must still run."""
         return self._arguments.seconds - (time.monotonic() - self._begin) - self._reserved
 
     def say(self, text: str) -> None:
@@ -76,7 +76,7 @@ class Run:
         self._console.print(f"[{time.monotonic() - self._begin:4.0f} s] {text}", style="dim")
 
     def _call(self, command: list[str], limit: float, log: str) -> str:
-        """Runs a script; what it printed until it ended or was stopped."""
+        """Runs a script; returns its output up to its end or the time limit."""
         log_file = self._arguments.log
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         with log_file.open("a") as errors:
@@ -99,7 +99,7 @@ class Run:
         return output
 
     def driver(self) -> None:
-        """The driver's calls, and its own copy."""
+        """The driver's calls and its device-to-device copy."""
         tool = self._arguments.driver_calls
         if tool is None or not tool.exists():
             self.result["absent"]["driver calls"] = f"{tool} was not built"
@@ -159,7 +159,7 @@ class Run:
             self.result["errors"].append(answer)
 
     def all(self) -> None:
-        """Everything that was asked for; what comes last has its time put aside."""
+        """All chosen sections; time is reserved for the last ones."""
         only, dry = self._arguments.only, self._arguments.dry_run
         self._reserved = 45 * ("mapping" in only) + 95 * ("llama" in only)
         if "driver" in only:
@@ -213,7 +213,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450, help="for everything")
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
-    parser.add_argument("--log", type=pathlib.Path, help="what scripts print besides results")
+    parser.add_argument("--log", type=pathlib.Path, help="file for the scripts' other output")
     parser.add_argument("--driver-calls", type=pathlib.Path, help="the program of that name")
     arguments = parser.parse_args()
     for option, known in (("only", _SECTIONS), ("contenders", tuple(NAMES))):
@@ -226,7 +226,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs what was asked for."""
+    """Runs the chosen sections."""
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.log = arguments.log or arguments.out / "bench.log"

@@ -1,9 +1,9 @@
-"""Every kernel once or twice on small inputs, against float64: what compute-sanitizer runs over.
+"""Every kernel once or twice on small inputs, against float64, to be run under compute-sanitizer.
 
     compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py
 
-Small, because a checked kernel runs a hundred times slower; with sizes that are no multiples of
-anything, because that is where kernels reach too far.
+Inputs are small because a checked kernel runs a hundred times slower. Sizes are not multiples of
+any tile, because out-of-bounds accesses happen at the edges.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _tables() -> None:
 
 
 def _fault() -> None:
-    """A launch that fails its check must not touch anything either."""
+    """A launch that fails its check must not access invalid memory either."""
     spec = kvp.CacheSpec(1, 1, 64, 2, 64, dtype=jnp.float32)
     with kvp.KVPool(spec, "16MiB") as pool:
         slot, cache = pool.acquire(pool.cache(), 10)

@@ -1,4 +1,4 @@
-"""The results as tables: what a reader of the output sees last."""
+"""The results as tables, printed at the end of the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 __all__ = ["goals", "show"]
 
 Record = dict[str, Any]
-# What issue 4 wants to see, on this shape.
+# The shape of the goals.
 _GOAL_LABEL, _GOAL_FRACTION = "B64 L8192", 0.85
 
 
@@ -57,7 +57,7 @@ def _ours(records: list[Record], variant: str = "fused") -> dict[str, Record]:
 
 
 def goals(result: dict[str, Any]) -> list[dict[str, str]]:
-    """What was asked for, what was measured, and whether that meets it."""
+    """Each goal, its measurement, and whether it is met."""
     records = result["attention"]
     rows: list[dict[str, str]] = []
 

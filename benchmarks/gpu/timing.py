@@ -1,9 +1,9 @@
-"""Times device work with a host clock around queues long enough for its error not to matter.
+"""Times device work with a host clock, around queues long enough for its error to be negligible.
 
 A sample queues whole cycles (each goes over all copies of a case, so nothing is still in the cache
 when its turn comes again) until they take some 20 ms, and waits once at the end: the wait's 20
-microseconds are then a thousandth. What a call costs to launch is in the figure wherever the device
-runs dry, as it would be in a program.
+microseconds are then a thousandth. Launch costs are part of the figure wherever the device runs
+idle, as in a program.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Ready:
 
     Attributes:
         run: queues this many cycles over all copies.
-        wait: until everything that was queued is done.
+        wait: waits until all queued work is done.
         output: the result for the first copy, float32 `[tokens, q_heads, dim]`.
         calls: attention calls in a cycle; the number of copies.
-        close: gives everything back.
-        notes: what else a reader should know about this setup.
+        close: frees all memory.
+        notes: further facts about this setup.
     """
 
     run: Callable[[int], None]

@@ -1,9 +1,9 @@
-"""One contender's process: checks it against float64, then times it; a JSON object a line.
+"""One contender's process: checks it against float64, then times it; prints one JSON object a line.
 
     python benchmarks/gpu/worker.py kvpage [--sections decode,prefill] [--platform cuda]
 
-What is not installed says so and ends with status 0. Lines appear as they are measured, so that a
-process that is stopped loses nothing but the rest.
+A contender that is not installed says so and exits with status 0. Lines are printed as they are
+measured, so a process that is stopped loses only the remaining measurements.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Worker:
     Args:
         name: module below `contenders/`.
         platform: "cuda", or "cpu" to try the script.
-        answers: where lines go.
+        answers: stream for the lines.
     """
 
     def __init__(self, name: str, platform: str, answers: Any) -> None:
@@ -133,7 +133,7 @@ def _reason(problem: Exception) -> str:
 
 
 def main() -> int:
-    """Measures what was asked for."""
+    """Measures the chosen sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("contender")
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
@@ -146,7 +146,7 @@ def main() -> int:
     arguments = parser.parse_args()
     begin = time.monotonic()
     os.environ["JAX_PLATFORMS"] = "cpu" if arguments.platform == "cpu" else "cuda,cpu"
-    # Libraries may print what they like; answers have a channel of their own.
+    # Libraries may print to stdout: answers go to a duplicate of it.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""The systems that are measured, one file each; each runs in a process of its own (`worker.py`)."""
+"""The measured systems, one file and one process (`worker.py`) each."""
 
 NAMES: dict[str, str] = {
     "kvpage": "jax_kvpage",

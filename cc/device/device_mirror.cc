@@ -72,9 +72,9 @@ Status DeviceMirror::Allocate(char* base, bool allow_stale) {
 
 DeviceMirror::~DeviceMirror() {
   if (entry_ < 0) return;
-  // Programs that look the pool up from now on do not find it; those that had found it may still read its record.
+  // Programs can no longer look the pool up; those that already did may still read its memory.
   if (device_->RemoveEntry(entry_).ok() && Drain().ok()) return;
-  memory_.Abandon();  // the device cannot be asked who uses it
+  memory_.Abandon();  // programs may still use it, and the device cannot be asked
   pinned_.Abandon();
 }
 
@@ -94,7 +94,7 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   }
   if (copies.empty()) return {};
   if (Status status = device_->Transfer(copies); !status.ok()) {
-    // Some may have arrived: what was said before must hold again, for the memory behind the new room will go.
+    // Some copies may have arrived: restore the old values, because the caller unmaps the new room again.
     for (const Room& room : rooms) new_rooms_[room.slot] = rooms_[room.slot];
     static_cast<void>(device_->Transfer(copies));
     return status;
@@ -112,7 +112,7 @@ Status DeviceMirror::TakeFault() {
   if (entry_ >= 0 && device_->TakeFault(fault_, entry_, &fault)) {
     return DescribeFault(fault, image_->id, geometry_.spec());
   }
-  if (device_->TakeFaultOfNobody(&fault)) return DescribeFault(fault, -1, {});
+  if (device_->TakeUnownedFault(&fault)) return DescribeFault(fault, -1, {});
   return {};
 }
 

@@ -1,8 +1,8 @@
-// DeviceMirror: the mirror of one pool's table on a CUDA device.
+// DeviceMirror: the device-side copy of one pool's slot table.
 //
-// What kernels change (slots, tokens written, marks) lies in device memory, what they report (faults, releases) in
-// pinned memory where the host reads it without asking the driver. What the host changes goes the other way by small
-// copies on the device's own stream, which are waited for: programs queued afterwards see them.
+// State that kernels change (slots, tokens written, marks) is in device memory; their reports (faults, releases) are in
+// pinned memory, which the host reads without a driver call. Changes by the host are small synchronous copies on a
+// separate stream: programs queued afterwards see them.
 #ifndef KVPAGE_DEVICE_DEVICE_MIRROR_H_
 #define KVPAGE_DEVICE_DEVICE_MIRROR_H_
 
@@ -20,10 +20,10 @@ namespace kvpage {
 
 class DeviceMirror final : public Mirror {
  public:
-  // `base`: of the pool's memory, an address on the device.
+  // `base`: device address of the pool's memory.
   static Status Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
                      std::unique_ptr<DeviceMirror>* out);
-  // Takes the pool out of the table and waits for programs that may have found it there.
+  // Removes the pool from the table and waits for programs in flight that may use its entry.
   ~DeviceMirror() override;
   DeviceMirror(const DeviceMirror&) = delete;
   DeviceMirror& operator=(const DeviceMirror&) = delete;
@@ -38,7 +38,7 @@ class DeviceMirror final : public Mirror {
   void Close() override;
   std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
 
-  // Where the table has it; -1 before Open.
+  // Index in the table; -1 before Open.
   std::int32_t entry() const { return entry_; }
 
  private:
@@ -69,7 +69,7 @@ class DeviceMirror final : public Mirror {
   std::int32_t* new_rooms_ = nullptr;  // [max_slots]
   DeviceSlot* slots_ = nullptr;        // [max_slots]
   std::int32_t* written_ = nullptr;    // [max_slots, num_layers]
-  std::vector<std::int32_t> rooms_;    // as the device has them
+  std::vector<std::int32_t> rooms_;    // on the device
   std::int32_t entry_ = -1;
   std::atomic<std::int64_t> waits_{0};
 };

@@ -7,7 +7,7 @@
 namespace kvpage {
 namespace {
 
-// More than any machine has.
+// More than any machine has today.
 constexpr int kMaxDevices = 64;
 
 struct Devices {
@@ -139,14 +139,14 @@ Status DeviceState::Transfer(const std::vector<Copy>& copies) {
     return {};
   };
   Status status = queue();
-  // Also when one could not be queued: those before it may still be reading their source.
+  // Also after an error: copies queued before it may still be reading their source.
   const cu::Result done = driver().StreamSynchronize(stream_);
   if (!status.ok() || done == cu::Result::kSuccess) return status;
   return driver().Explain(done, cu::Call::kStreamSynchronize, "for the table of pools");
 }
 
 Status DeviceState::RecordEvents(std::vector<cu::Event>* events, bool* everything) {
-  // No handler is between its check and its other launches while this is held.
+  // While this is held, no handler is between its check and its other launches.
   const std::lock_guard<std::mutex> lock(queue_mutex_);
   *everything = captured_;
   if (captured_) return {};
@@ -218,11 +218,11 @@ bool DeviceState::TakeFault(Fault* record, std::int32_t entry, Fault* out) {
   if (__atomic_load_n(&record->set, __ATOMIC_ACQUIRE) == 0) return false;
   {
     const std::lock_guard<std::mutex> lock(table_mutex_);
-    if (__atomic_load_n(&record->set, __ATOMIC_ACQUIRE) == 0) return false;  // another call has taken it
+    if (__atomic_load_n(&record->set, __ATOMIC_ACQUIRE) == 0) return false;  // another call took it
     *out = *record;
     __atomic_store_n(&record->set, 0u, __ATOMIC_RELEASE);
   }
-  // Until this is done the device records no other fault: when it cannot be done the next call finds this one again.
+  // Until this copy is done the device records no other fault. If it fails, the next call finds this fault again.
   if (!Transfer({{Copy::kToDevice, Field(entry, &DevicePool::faulted), zero_, sizeof(*zero_)}}).ok()) {
     __atomic_store_n(&record->set, 1u, __ATOMIC_RELEASE);
   }

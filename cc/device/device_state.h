@@ -1,7 +1,7 @@
-// DeviceState: what all pools of one CUDA device share, for as long as the process lives.
+// DeviceState: the state that all pools of one CUDA device share, for the lifetime of the process.
 //
-// The table of pools that kernels look ids up in (base/device_table.h), the record for faults of unknown pools, a
-// stream of our own for small copies, and the knowledge of which streams XLA runs our handlers on.
+// It has the table in which kernels look up pool ids (base/device_table.h), the record for faults of unknown pools, a
+// stream for small copies, and the list of streams on which XLA calls our handlers.
 //
 // Locks: queue_mutex_ (handlers queueing), stream_mutex_ (our stream), table_mutex_ (entries). None is taken while
 // another is held, and none is held while waiting for work that handlers queued.
@@ -31,14 +31,14 @@ class DeviceState {
 
   const Driver& driver() const { return context_->driver(); }
   const std::shared_ptr<CudaContext>& context() const { return context_; }
-  // The table: an address on the device.
+  // The table: a device address.
   DevicePool* table() const { return reinterpret_cast<DevicePool*>(table_.address()); }
-  // Four bytes of device memory that anybody may write and nobody reads.
+  // Four bytes of device memory that kernels may write and that are never read.
   cu::DevicePtr spare_word() const { return table_.address() + kDeviceTableEntries * sizeof(DevicePool); }
 
   // ---- handlers ----
-  // While it lives a handler queues its launches: whoever drains the device sees all of them or none. Makes the
-  // device's context current.
+  // Held by a handler while it queues its launches, so that Drain waits for all of them or none. Makes the device's
+  // context current.
   class Queueing {
    public:
     Queueing(DeviceState* device, cu::Stream stream);
@@ -49,7 +49,7 @@ class DeviceState {
     const ContextScope scope_;
   };
 
-  // Memory that a handler reads the device's answers in; kept for the next one.
+  // Pinned memory through which a handler reads results from the device; reused by later handlers.
   class Staging {
    public:
     explicit Staging(DeviceState* device) : device_(device) {}
@@ -58,7 +58,7 @@ class DeviceState {
     Staging& operator=(const Staging&) = delete;
     Status Reserve(std::size_t bytes);
     char* data() const { return memory_.data(); }
-    // Where kernels find what lies at `host` in it.
+    // The device address of `host`, which points into it.
     template <class T>
     T* OnDevice(T* host) const {
       return memory_.OnDevice(host);
@@ -69,11 +69,11 @@ class DeviceState {
     PinnedMemory memory_;
   };
 
-  // Waits for a stream of XLA's, holding no lock.
+  // Waits for one of XLA's streams, holding no lock.
   Status Synchronize(cu::Stream stream);
-  // Copies pinned memory to the device on a stream of XLA's, and waits for it.
+  // Copies pinned memory to the device on one of XLA's streams, and waits for it.
   Status Upload(cu::DevicePtr to, const void* from, std::size_t bytes, cu::Stream stream);
-  // Queues a copy on a stream of XLA's.
+  // Queues a copy on one of XLA's streams.
   Status CopyOnDevice(cu::DevicePtr to, cu::DevicePtr from, std::size_t bytes, cu::Stream stream);
 
   // ---- mirrors ----
@@ -84,16 +84,16 @@ class DeviceState {
     void* host;  // pinned; null for kZero
     std::size_t bytes;
   };
-  // Makes the copies on our own stream, in order, and waits for that stream only.
+  // Makes the copies in order on the stream for small copies, and waits for that stream only.
   Status Transfer(const std::vector<Copy>& copies);
 
-  // Waits until everything is done that handlers have queued before. `waited`: whether anything was still running.
+  // Waits for all work that handlers have queued so far. `waited`: whether any was still running.
   Status Drain(bool* waited);
 
-  // Puts a pool into the table; `image` is pinned, its id set. `entry` is where.
+  // Adds a pool to the table, at *entry; `image` is pinned and has the id.
   Status AddEntry(DevicePool* image, std::int32_t* entry);
   Status RemoveEntry(std::int32_t entry);
-  // Where a field of an entry lies on the device: Field(entry, &DevicePool::generation).
+  // The device address of a field of an entry: Field(entry, &DevicePool::generation).
   template <class T>
   cu::DevicePtr Field(std::int32_t entry, T DevicePool::* field) const {
     static const DevicePool pool;
@@ -101,10 +101,10 @@ class DeviceState {
     return table_.address() + static_cast<cu::DevicePtr>(entry) * sizeof(DevicePool) +
            static_cast<cu::DevicePtr>(offset);
   }
-  // If `record` holds a fault: takes it and lets entry `entry` record the next one.
+  // If `record` holds a fault: moves it to *out and lets entry `entry` record the next one.
   bool TakeFault(Fault* record, std::int32_t entry, Fault* out);
   // The same for programs whose pool is not in the table.
-  bool TakeFaultOfNobody(Fault* out) { return TakeFault(fault_, kMaxDevicePools, out); }
+  bool TakeUnownedFault(Fault* out) { return TakeFault(fault_, kMaxDevicePools, out); }
 
  private:
   explicit DeviceState(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {}
@@ -115,13 +115,13 @@ class DeviceState {
   DeviceMemory table_;
   PinnedMemory shared_;            // the members below point into it
   Fault* fault_ = nullptr;         // of programs whose pool is not in the table
-  std::uint32_t* zero_ = nullptr;  // stays 0: what `faulted` is cleared with
+  std::uint32_t* zero_ = nullptr;  // stays 0; source of the copies that clear `faulted`
   std::int32_t* left_ = nullptr;   // stays kLeftEntry
   cu::Stream stream_ = nullptr;
 
   std::mutex queue_mutex_;
-  std::vector<cu::Stream> streams_;  // that handlers were called with
-  bool captured_ = false;            // some handler was captured into a graph, which may run on any stream
+  std::vector<cu::Stream> streams_;  // on which handlers were called
+  bool captured_ = false;            // a handler was captured into a graph, which can run on any stream
   std::mutex stream_mutex_;
   std::mutex table_mutex_;
   std::int32_t ids_[kMaxDevicePools];
@@ -129,9 +129,9 @@ class DeviceState {
   std::vector<PinnedMemory> staging_;
 };
 
-// The devices of this process, through the machine's driver. A device is opened by its first pool and never closed.
+// Opens a device with the system's driver at its first pool; it is never closed.
 Status OpenDevice(int ordinal, std::shared_ptr<DeviceState>* out);
-// Null where no pool was made.
+// Null if the process never had a pool there.
 DeviceState* FindDevice(int ordinal);
 
 }  // namespace kvpage

@@ -1,4 +1,4 @@
-// Memory that the driver hands out, owned: on the device, and pinned on the host where kernels can write it.
+// Owners of driver memory: on the device, and pinned on the host where kernels can write it.
 #ifndef KVPAGE_DEVICE_MEMORY_H_
 #define KVPAGE_DEVICE_MEMORY_H_
 
@@ -23,7 +23,7 @@ class DeviceMemory {
   static Status Make(std::shared_ptr<const CudaContext> context, std::size_t bytes, const std::string& what,
                      DeviceMemory* out);
   cu::DevicePtr address() const { return address_; }
-  // Forgets the memory without giving it back: something may still use it.
+  // Drops the memory without freeing it, because something may still use it.
   void Abandon() { address_ = 0; }
 
  private:
@@ -40,12 +40,12 @@ class PinnedMemory {
   PinnedMemory(PinnedMemory&& other) noexcept { *this = std::move(other); }
   PinnedMemory& operator=(PinnedMemory&& other) noexcept;
 
-  // Zero filled.
+  // Zero-filled.
   static Status Make(std::shared_ptr<const CudaContext> context, std::size_t bytes, const std::string& what,
                      PinnedMemory* out);
   char* data() const { return data_; }
   std::size_t size() const { return size_; }
-  // Where kernels find what lies at `host` in it.
+  // The device address of `host`, which points into it.
   template <class T>
   T* OnDevice(T* host) const {
     return reinterpret_cast<T*>(address_ +

@@ -42,7 +42,7 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
   return ffi::Error::Success();
 }
 
-// An op at work on one layer of a pool's slots: while it lives they are pinned.
+// An op on one layer of a pool's slots, which are pinned during its lifetime.
 struct LayerCall {
   // `num_tokens` is the number of rows of q or k; -1 when there are none.
   Status Start(const char* op, const S32& handle, const U32& epoch, const S32& lengths, const S32& slots,
@@ -103,7 +103,7 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, -1, /*append=*/false));
-  // Rows of the result stand in the order of the batch; `pinned` has the active ones.
+  // Rows of the result are in the order of the batch; `pinned` has only the active ones.
   std::vector<cpu::GatherArgs::Row> rows(slots.element_count());
   for (std::size_t s = 0, active = 0; s < rows.size(); ++s) {
     if (active == call.pinned.sequences().size() || call.pinned.sequences()[active].slot != slots.typed_data()[s])
@@ -123,7 +123,7 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
   return ffi::Error::Success();
 }
 
-// Over plain arrays: no pool, so what a table may say is checked here.
+// Over plain arrays there is no pool, so block tables are checked here.
 Status TableSequences(const S32& block_tables, const S32& lengths, const S32& offsets, std::int64_t num_tokens,
                       std::int64_t num_pages, std::int64_t page_size, std::vector<Sequence>* out) {
   static const std::string kOp = "paged_attention_with_tables: ";

@@ -132,7 +132,7 @@ ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epo
                       {slots, offsets, layer, -1}, queue);
 }
 
-// Touches no pool: nobody waits for it.
+// Uses no pool, so no Queueing: no drain needs to wait for it.
 ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
                             S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
                             std::int32_t exact_weights, std::int32_t kv_layout, ffi::Result<Any> out,

@@ -8,7 +8,7 @@
 namespace kvpage {
 namespace {
 
-// Outlives the call: a helper may start after all work is done and must still be able to see that.
+// Outlives the call, because a helper may start after all work is done.
 struct Work {
   std::atomic<std::int64_t> next{0};
   std::atomic<std::int64_t> done{0};
@@ -39,7 +39,7 @@ void XlaParallel::For(std::int64_t num_tasks, const std::function<void(std::int6
     pool_->Schedule([work] { work->Drain(work->workers.fetch_add(1, std::memory_order_relaxed)); });
   }
   work->Drain(0);
-  // What is left is running on other threads; it ends within one task's time.
+  // The remaining tasks run on other threads and end within the time of one task.
   for (int spins = 0; work->done.load(std::memory_order_acquire) < num_tasks; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }

@@ -1,7 +1,7 @@
-// XlaParallel: kernels' Parallel over XLA's intra-op thread pool.
+// XlaParallel: the Parallel interface of the kernels over XLA's intra-op thread pool.
 //
-// The calling thread works too and only ever waits for tasks that another thread has already begun, so it cannot
-// dead-lock on a pool that has one thread or is busy with other programs: helpers that come late find nothing to do.
+// The calling thread works too and waits only for tasks that another thread has already started, so it cannot deadlock
+// on a pool that has one thread or is busy with other programs: late helpers find no tasks left.
 #ifndef KVPAGE_FFI_THREAD_POOL_H_
 #define KVPAGE_FFI_THREAD_POOL_H_
 

@@ -1,4 +1,4 @@
-// Nothing but checks: cuda_abi.h against CUDA's own header, where there is one.
+// Compile-time checks of cuda_abi.h against CUDA's header, where that is found.
 #include "vmm/cuda_abi.h"
 
 #if __has_include(<cuda.h>)

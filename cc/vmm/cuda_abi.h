@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-// cuda.h's own tags: a stream here is the very type that XLA and the CUDA runtime hand out.
+// The tags of cuda.h, so that a stream here has the same type as in XLA and the CUDA runtime.
 struct CUctx_st;
 struct CUevent_st;
 struct CUstream_st;
@@ -21,7 +21,7 @@ using Device = int;
 using DevicePtr = unsigned long long;
 using MemHandle = unsigned long long;
 
-// The driver may answer with any other number: Driver::Explain asks it for the name.
+// The driver may return other numbers: Driver::Explain asks it for their names.
 enum class Result : std::int32_t {
   kSuccess = 0,
   kInvalidValue = 1,
@@ -88,7 +88,7 @@ struct AccessDesc {
 
 }  // namespace kvpage::cu
 
-// Every entry point: our name, the exported symbol, what it takes. All return a Result.
+// Every entry point: our name, the exported symbol, the parameters. All return a Result.
 #define KVPAGE_DRIVER_CALLS(X)                                                                                         \
   X(Init, cuInit, (unsigned int flags))                                                                                \
   X(DriverGetVersion, cuDriverGetVersion, (int* version))                                                              \

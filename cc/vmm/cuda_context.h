@@ -1,4 +1,4 @@
-// A device's primary context: the one that XLA and the CUDA runtime work in.
+// A device's primary context, which XLA and the CUDA runtime also use.
 #ifndef KVPAGE_VMM_CUDA_CONTEXT_H_
 #define KVPAGE_VMM_CUDA_CONTEXT_H_
 
@@ -15,7 +15,7 @@ namespace kvpage {
 // Holds the primary context of one device for as long as it lives.
 class CudaContext {
  public:
-  // `ordinal` counts the devices that CUDA_VISIBLE_DEVICES leaves, as JAX does.
+  // `ordinal` counts the devices that CUDA_VISIBLE_DEVICES makes visible, as in JAX.
   static Status Make(const Driver& driver, int ordinal, std::shared_ptr<CudaContext>* out);
   ~CudaContext();
   CudaContext(const CudaContext&) = delete;
@@ -36,7 +36,8 @@ class CudaContext {
   const cu::Context context_;
 };
 
-// Makes the context current on this thread and puts back what was current before. Ask status() before the first call.
+// Makes the context current on this thread and restores the previous one at its end. Check status() before the first
+// driver call.
 class ContextScope {
  public:
   explicit ContextScope(const CudaContext& context);
@@ -51,7 +52,7 @@ class ContextScope {
   Status status_;
 };
 
-// What a device can do, for the doctor and for choosing block sizes. Needs no context.
+// Capabilities of a device, for the doctor and for choosing block sizes. Needs no context.
 struct DeviceDescription {
   std::string name;
   int major = 0, minor = 0;  // compute capability

@@ -40,7 +40,7 @@ Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t vi
   }
   const ContextScope scope(*context);
   KVPAGE_RETURN_IF_ERROR(scope.status());
-  // Owned from here on: returning early gives back what there is.
+  // Owned from here on, so that an early return frees it.
   std::unique_ptr<CudaVmm> vmm(new CudaVmm(std::move(context), block_bytes));
   if (device.posix_handles) vmm->handle_type_ = cu::HandleType::kPosixFileDescriptor;
   vmm->mapped_.assign(virtual_bytes / block_bytes, -1);
@@ -56,7 +56,7 @@ Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t vi
 }
 
 CudaVmm::~CudaVmm() {
-  // Nobody is left to tell of an error; what the driver refuses to take back goes with the process.
+  // Errors cannot be reported any more; memory that the driver does not free stays until the process ends.
   const ContextScope scope(*context_);
   if (!scope.status().ok()) return;
   for (std::size_t place = 0; place < mapped_.size(); ++place) {
@@ -86,7 +86,7 @@ Status CudaVmm::CreateOne(std::int32_t block) {
     return driver().MemCreate(&handles_[block], static_cast<std::size_t>(block_bytes_), &prop, 0);
   };
   cu::Result result = create();
-  // Where exporting memory is forbidden (some containers), the device still says that it can.
+  // In some containers exporting memory is forbidden although the device reports support.
   if (num_handles_ == 0 && shareable() && result != cu::Result::kSuccess && result != cu::Result::kOutOfMemory) {
     prop.handle_type = cu::HandleType::kNone;
     if (create() == cu::Result::kSuccess) {
@@ -101,8 +101,8 @@ Status CudaVmm::CreateOne(std::int32_t block) {
 }
 
 Status CudaVmm::ReleaseOne(std::int32_t block) {
-  // Only a rollback that failed leaves a block mapped where the caller sees a hole. The driver would take the handle
-  // and keep the memory.
+  // A failed rollback can leave a block mapped where the caller sees a hole. The driver would then release the handle
+  // but keep the memory.
   for (std::size_t place = 0; places_[block] > 0 && place < mapped_.size(); ++place) {
     if (mapped_[place] == block) KVPAGE_RETURN_IF_ERROR(UnmapOne(static_cast<std::int64_t>(place)));
   }
@@ -118,7 +118,7 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
   KVPAGE_RETURN_IF_ERROR(scope.status());
   std::vector<std::int32_t> created;
   for (std::int64_t i = 0; i < count; ++i) {
-    if (exists_[blocks[i]]) continue;  // could not be given back when it should have been
+    if (exists_[blocks[i]]) continue;  // left over from a failed Destroy
     if (Status status = CreateOne(blocks[i]); !status.ok()) {
       for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
       return status.WithMessage("creating block " + std::to_string(i + 1) + " of " + std::to_string(count) + ": " +
@@ -143,7 +143,7 @@ Status CudaVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
 }
 
 Status CudaVmm::MapOne(std::int64_t place, std::int32_t block) {
-  // A rollback may have failed to unmap what is here.
+  // A failed rollback may have left a mapping here.
   if (mapped_[place] >= 0) KVPAGE_RETURN_IF_ERROR(UnmapOne(place));
   Count();
   KVPAGE_CU(driver(), MemMap, OfBytes(block_bytes_), Address(place), static_cast<std::size_t>(block_bytes_), 0,
@@ -176,7 +176,7 @@ Status CudaVmm::MapRun(std::int64_t place, const std::int32_t* blocks, std::int6
   while (done < count && (status = MapOne(place + done, blocks[done])).ok()) ++done;
   if (status.ok()) status = SetAccess(place, count);
   if (status.ok()) return {};
-  // What cannot be unmapped now is found in mapped_ when the place is wanted again, or when the range goes.
+  // Mappings that cannot be unmapped now stay in mapped_, for the next Map of the place or the destructor.
   for (std::int64_t i = 0; i < done; ++i) static_cast<void>(UnmapOne(place + i));
   return status.WithMessage("mapping " + std::to_string(count) + " blocks: " + status.message());
 }

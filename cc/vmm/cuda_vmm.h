@@ -1,8 +1,8 @@
 // CudaVmm: virtual memory slots on a CUDA device. One handle per block; cuMemMap places it.
 //
-// What cuMemMap maps, cuMemUnmap must unmap piece by piece, so every block is a mapping of its own; access is granted
-// once per call of Map. New memory holds whatever it held before. Calls are synchronous and need no stream; unmapping
-// what running programs may touch is the caller's to avoid.
+// cuMemUnmap must unmap exactly the ranges that cuMemMap mapped, so every block is mapped separately; access is granted
+// once per call of Map. New memory is uninitialized. Calls are synchronous and need no stream; the caller must not
+// unmap memory that running programs may access.
 #ifndef KVPAGE_VMM_CUDA_VMM_H_
 #define KVPAGE_VMM_CUDA_VMM_H_
 
@@ -26,7 +26,7 @@ class CudaVmm final : public Vmm {
   CudaVmm(const CudaVmm&) = delete;
   CudaVmm& operator=(const CudaVmm&) = delete;
 
-  // An address on the device.
+  // A device address.
   char* base() const override { return reinterpret_cast<char*>(base_); }
   Status Grow(std::int64_t num_blocks) override;
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
@@ -58,7 +58,7 @@ class CudaVmm final : public Vmm {
   cu::HandleType handle_type_ = cu::HandleType::kNone;
   cu::DevicePtr base_ = 0;
   std::int64_t reserved_bytes_ = 0;
-  cu::Stream stream_ = nullptr;         // Fill's
+  cu::Stream stream_ = nullptr;         // for Fill
   std::vector<cu::MemHandle> handles_;  // [blocks]; valid where exists_
   std::vector<bool> exists_;            // [blocks]
   std::vector<std::int32_t> places_;    // [blocks] how many places it is mapped at

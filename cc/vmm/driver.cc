@@ -10,7 +10,7 @@ namespace {
 
 constexpr char kLibrary[] = "libcuda.so.1";
 
-// Where it comes from and what to do about it, per call.
+// The cause of running out of memory and the way out, per call.
 std::string Advice(const Driver& driver, cu::Call call) {
   switch (call) {
     case cu::Call::kMemAddressReserve:
@@ -103,7 +103,7 @@ Status OpenDriverLibrary(const std::string& library, Driver* out) {
     return FailedPrecondition("the CUDA driver in " + library + " lacks " + missing +
                               ": a newer driver is wanted (CUDA 12 or later)");
   }
-  // From here on the library stays: handles into it outlive everything.
+  // From here on the library stays loaded, because handles into it have no bounded lifetime.
   if (const cu::Result result = out->Init(0); result != cu::Result::kSuccess) {
     Status status = out->Explain(result, cu::Call::kInit, "");
     const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
@@ -120,7 +120,7 @@ Status Driver::Open(const Driver** out) {
     Driver driver;
     Status status;
   };
-  // Left to the system at exit: pools may be destroyed later than statics.
+  // Never destroyed: pools may be destroyed later than statics.
   static const Opened* const opened = [] {
     auto* o = new Opened;
     o->status = OpenDriverLibrary(kLibrary, &o->driver);

@@ -13,7 +13,7 @@ namespace kvpage {
 
 namespace cu {
 
-// Which entry point: for messages, counts and injected faults.
+// Names an entry point in messages, counts and injected faults.
 enum class Call : std::int32_t {
 #define KVPAGE_ENUMERATE(name, symbol, args) k##name,
   KVPAGE_DRIVER_CALLS(KVPAGE_ENUMERATE)
@@ -44,16 +44,16 @@ struct Driver {
   KVPAGE_DRIVER_CALLS(KVPAGE_DECLARE)
 #undef KVPAGE_DECLARE
 
-  // The driver of this machine, opened and initialised by the first call, never closed. Without one: a status that says
-  // what was looked for and what to do.
+  // The system's driver, opened and initialised by the first call, never closed. Without one: a status with the library
+  // that was not found and the way out.
   static Status Open(const Driver** out);
 
-  // A failed call in words: the call, what it was asked for, the driver's code. `what` reads on after the symbol: "of
-  // 2097152 bytes". Running out of memory becomes RESOURCE_EXHAUSTED and tells what JAX holds of the card.
+  // The status of a failed call: the symbol, its operands and the driver's code. `what` continues the sentence after
+  // the symbol: "of 2097152 bytes". Out of memory becomes RESOURCE_EXHAUSTED and mentions JAX's share of the GPU.
   Status Explain(cu::Result result, cu::Call call, const std::string& what) const;
 };
 
-// Calls an entry point and returns from the function when it failed; `what` is only made up then:
+// Calls an entry point and returns from the function if it fails; `what` is evaluated only then:
 //   KVPAGE_CU(driver, MemFree, "of the table", address);
 #define KVPAGE_CU(driver, name, what, ...)                                                                            \
   do {                                                                                                                \
@@ -62,7 +62,7 @@ struct Driver {
     }                                                                                                                 \
   } while (false)
 
-// For tests: opens `library` instead of libcuda.so.1 and leaves nothing behind that Open would see.
+// For tests: opens `library` instead of libcuda.so.1, without effect on Open.
 Status OpenDriverLibrary(const std::string& library, Driver* out);
 
 }  // namespace kvpage

@@ -39,7 +39,7 @@ std::int64_t MemInfo(const std::string& root, const std::string& key) {
   return kUnknown;
 }
 
-// Page cache that reclaim would take before it kills: counted in a cgroup's usage, but not in anyone's way.
+// Page cache that the kernel reclaims before it kills: it counts as a cgroup's usage, but is available.
 std::int64_t InactiveFile(const std::string& dir) {
   std::ifstream file(dir + "/memory.stat");
   std::string name;
@@ -55,7 +55,7 @@ struct CgroupMemory {
   std::int64_t available = kUnlimited;
 };
 
-// Walks from this process's memory cgroup up to the root: every ancestor's limit holds.
+// Walks from this process's memory cgroup up to the root: every ancestor's limit applies.
 CgroupMemory ReadCgroups(const std::string& root) {
   CgroupMemory result;
   std::ifstream file(root + "/proc/self/cgroup");

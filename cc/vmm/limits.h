@@ -1,4 +1,4 @@
-// What the system lets this process have: pages, mappings, memory.
+// System limits of this process: pages, mappings, memory.
 #ifndef KVPAGE_VMM_LIMITS_H_
 #define KVPAGE_VMM_LIMITS_H_
 
@@ -12,10 +12,10 @@ std::int64_t PageBytes();
 std::int64_t MaxMapCount();
 // Mappings that this process has now.
 std::int64_t CurrentMapCount();
-// Memory that this process could ever have: the smaller of the machine's and of its cgroups' limits. -1: unknown.
-// `root` stands in front of /proc and /sys: tests lay out a system of their own there.
+// The most memory that this process can have: the smaller of the machine's memory and its cgroups' limits. -1: unknown.
+// `root` is a prefix of /proc and /sys, for tests.
 std::int64_t MemoryLimitBytes(const std::string& root = "");
-// Memory that it could take now without the OOM killer waking, likewise. -1: unknown.
+// Memory that it can allocate now without waking the OOM killer. -1: unknown.
 std::int64_t AvailableBytes(const std::string& root = "");
 
 }  // namespace kvpage

@@ -14,10 +14,10 @@
 namespace kvpage {
 namespace {
 
-// How much may be created between two looks at the system's free memory. A look reads a few files in /proc and
+// Bytes that may be created between two checks of the system's free memory. A check reads a few files in /proc and
 // /sys (tens of microseconds); zeroing 64 MiB takes milliseconds.
 constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
-// What Create leaves for everybody else, so that it fails before the OOM killer wakes.
+// Memory that Create leaves free for the rest of the system, so that it fails before the OOM killer wakes.
 constexpr std::int64_t kHeadroomReserve = std::int64_t{64} << 20;
 
 std::string Errno(const char* call, std::int64_t bytes) {
@@ -96,7 +96,7 @@ Status MemfdVmm::Create(const std::int32_t* blocks, std::int64_t count) {
     } while (rc != 0 && errno == EINTR);
     if (rc != 0) {
       Status status = ResourceExhausted(Errno("fallocate", bytes));
-      // Punches what this call had allocated, the failed run's beginning included.
+      // Frees everything that this call allocated, including the start of the failed run.
       static_cast<void>(Destroy(blocks, done + run));
       return status;
     }
@@ -123,8 +123,8 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
     const std::int64_t run = Run(blocks + done, count - done);
     const std::int64_t bytes = run * block_bytes_;
     Count();
-    // MAP_POPULATE: the page table entries are made here, on the thread that asked for room, rather than one fault
-    // at a time inside an attention kernel.
+    // MAP_POPULATE: page table entries are made here, on the calling thread, not by page faults inside an attention
+    // kernel.
     void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
                     MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, blocks[done] * block_bytes_);
     if (at == MAP_FAILED) {
@@ -133,7 +133,7 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
                                                                std::to_string(MaxMapCount()) +
                                                                " mappings): larger blocks need fewer"
                                                          : ""));
-      // A failed MAP_FIXED may already have torn down what was there: put the whole range back to a readable hole.
+      // A failed MAP_FIXED may already have removed the old mapping: turn the whole range back into a readable hole.
       static_cast<void>(Hole(offset, (done + run) * block_bytes_));
       return status;
     }
@@ -153,7 +153,7 @@ Status MemfdVmm::Hole(std::int64_t offset, std::int64_t bytes) {
 Status MemfdVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
   Status status = Hole(offset, count * block_bytes_);
   if (status.ok()) return status;
-  // Like Map's: what was there may be gone. Mapping a block where it is mapped already changes nothing.
+  // As in Map, the old mapping may be gone. Mapping a block again at the same place changes nothing.
   if (Status rollback = Map(offset, blocks, count); !rollback.ok()) {
     return Internal(status.message() + "; putting back what was mapped failed too (" + rollback.message() + ")");
   }
@@ -166,13 +166,13 @@ Status MemfdVmm::Move(std::int64_t from, std::int64_t to, const std::int32_t* bl
     const std::int64_t begin = from + done * block_bytes_, target = to + done * block_bytes_;
     const std::int64_t bytes = run * block_bytes_;
     Count();
-    // DONTUNMAP: the old addresses stay ours until the hole is there; nobody else's mapping can slip in between.
+    // DONTUNMAP: the old addresses stay reserved until the hole is there, so no other mapping can take them.
     void* at = mremap(base_ + begin, static_cast<std::size_t>(bytes), static_cast<std::size_t>(bytes),
                       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, base_ + target);
-    // Linux before 5.13 refuses this for shared memory: the long way round then.
+    // Linux before 5.13 does not support this for shared memory: map and unmap instead.
     Status status = at == MAP_FAILED ? Vmm::Move(begin, target, blocks + done, run) : Hole(begin, bytes);
     if (!status.ok()) {
-      // What had not been moved yet is still mapped where it was, this run included.
+      // Runs that were not moved, including this one, are still mapped at their old place.
       static_cast<void>(Hole(target, bytes));
       if (done > 0) static_cast<void>(Move(to, from, blocks, done));
       return status;

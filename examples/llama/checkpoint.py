@@ -22,7 +22,7 @@ __all__ = ["CheckpointError", "load_model", "save_model"]
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
-# In some old checkpoints: the rotary frequencies, which follow from the configuration.
+# Rotary frequencies, stored by some old checkpoints; they follow from the configuration.
 _IGNORED = ".rotary_emb.inv_freq"
 _LISTED = 8  # names in an error message
 
@@ -77,9 +77,7 @@ def save_model(model: Llama, path: str | pathlib.Path, *, dtype: jnp.dtype = jnp
 
 
 def _tensor_name(key_path: jax.tree_util.KeyPath) -> str:
-    """The checkpoint's name of a parameter: the model's attributes are named so that little is left
-    to translate.
-    """
+    """The checkpoint's name of a parameter: the model's attributes follow its names closely."""
     parts = [str(getattr(key, "key", getattr(key, "name", key))) for key in key_path]
     if parts[-1] == "value":
         parts.pop()

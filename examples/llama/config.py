@@ -1,7 +1,7 @@
 """Reads a Hugging Face Llama `config.json`.
 
 Only `model_type: "llama"` is accepted: a file of another architecture may look much the same and
-still need another forward pass. Whatever the model code would not honour is refused here, in words,
+still need another forward pass. Settings that the model code does not support raise an error here,
 before any weight is read.
 """
 
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 class RopeConfig:
     """Rotary position embedding.
 
-    `kind` is "default", "linear" or "llama3"; the other fields besides `theta` belong to the scaled
+    `kind` is "default", "linear" or "llama3"; all fields except `theta` belong to the scaled
     kinds.
     """
 
@@ -56,7 +56,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """What the model code needs of a `config.json`; names follow Hugging Face."""
+    """The settings of a `config.json` that the model code needs; names follow Hugging Face."""
 
     vocab_size: int
     hidden_size: int

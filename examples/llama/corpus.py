@@ -1,8 +1,8 @@
 """English text that every Python installation has: the language reference, docstrings and comments
 of the library.
 
-The bundled model is trained on it, so that nothing has to be downloaded or licensed anew (it is all
-under the PSF licence that comes with Python). The corpus is a function of the Python version alone:
+The bundled model is trained on it, so that nothing has to be downloaded or licensed separately (it
+is all under the PSF licence that comes with Python). The corpus depends only on the Python version:
 files are read in sorted order, from the standard library only, never from site-packages.
 """
 
@@ -85,8 +85,8 @@ def _comments(source: str) -> str:
 
 
 def _paragraphs(raw: str) -> Iterator[str]:
-    """Paragraphs of prose and headings, each on one line, without markup and without what is not
-    prose.
+    """Paragraphs of prose and headings, each on one line, without markup and other text that is
+    not prose.
     """
     for block in re.split(r"\n\s*\n", textwrap.dedent(raw.replace("\r", ""))):
         lines = block.splitlines()

@@ -1,11 +1,11 @@
-"""The engine: admits requests as blocks allow, prefills, decodes, and lets go of what has finished.
+"""The engine: admits requests as blocks allow, prefills, decodes, and releases finished requests.
 
-The schedule is the simplest that never wastes a block and never gives up early. Requests are served
-first come, first served; running ones take blocks before new ones are admitted. One that finds no
-block stalls, keeping what it has, and goes on when another finishes. When all are stalled, the last
-to come is preempted: its slot is released, and it is recomputed from its tokens later. Only a
-request that cannot go on alone ends early, with the reason "capacity". None of this changes what a
-request says.
+The schedule is the simplest that neither wastes a block nor ends a request early. Requests are
+served first come, first served; running ones take blocks before new ones are admitted. A request
+that finds no block stalls, keeps its blocks, and continues when another finishes. When all are
+stalled, the last to arrive is preempted: its slot is released, and it is recomputed from its tokens
+later. Only a request that cannot continue alone ends early, with the reason "capacity". Scheduling
+does not change the text of a request.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _SMALLEST_PREFILL = 16
 
 @dataclasses.dataclass
 class Request:
-    """One prompt and what has become of it.
+    """One prompt and its progress.
 
     Attributes:
       index: Place in the order of arrival; also the sequence's id for random numbers.
@@ -37,7 +37,7 @@ class Request:
       finish_reason: None while unfinished; "stop" (end of text), "length" (max_new_tokens, or the
         slot is full) or "capacity" (the pool cannot hold it even alone).
       slot: Slot in the cache while running, else -1.
-      preemptions: Times it was thrown out and recomputed.
+      preemptions: Times it was preempted and recomputed.
     """
 
     index: int
@@ -56,7 +56,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Memory at one moment: what is mapped, what of it belongs to running requests."""
+    """Memory at one moment: mapped bytes, and those of running requests."""
 
     seconds: float
     mapped_bytes: int
@@ -120,7 +120,7 @@ class Engine:
                 self._admit()
             may_admit = True
             if self._running and not self._decode():
-                # What is freed must go to those who wait with a slot, or it would be taken right
+                # Freed blocks must go to those who wait with a slot, or they would be taken right
                 # back.
                 self._make_room()
                 may_admit = False
@@ -133,8 +133,8 @@ class Engine:
             request = self._waiting[0]
             alone = not self._running and not admitted
             try:
-                # Room for the prompt and the first token to come. Alone there is nothing to do but
-                # to wait for released memory to drain.
+                # Room for the prompt and the first new token. With nothing else running the only
+                # option is to wait for released memory to drain.
                 request.slot, self._cache = self._pool.acquire(
                     self._cache, self._reserve(request), wait=alone
                 )
@@ -259,10 +259,10 @@ class Engine:
                 self._on_finish(request)
 
     def _make_room(self) -> None:
-        """All are stalled: throws out the last to come, or ends the only one there is."""
+        """All are stalled: preempts the last to arrive, or ends the only one."""
         draining = self._pool.stats().draining
         if draining:
-            # Released blocks are of use once the programs that knew them have run.
+            # Released blocks become usable once the programs that may use them have run.
             jax.block_until_ready(self._cache)
             if self._pool.stats().draining < draining:
                 return

@@ -1,9 +1,9 @@
 """Llama in Flax nnx, with attention left to a function.
 
-The layers never see how keys and values are kept: each calls `attend(q, k, v, state, layer)` and
-hands on the state it returns. Serving passes the paged cache as the state (`Llama.__call__`), so
-that prefill, chunked prefill and decode are the same code on a ragged batch; training passes
-nothing (`Llama.dense`).
+The layers do not depend on how keys and values are stored: each calls
+`attend(q, k, v, state, layer)` and passes on the state it returns. Serving passes the paged cache
+as the state (`Llama.__call__`), so that prefill, chunked prefill and decode are the same code on a
+ragged batch; training passes nothing (`Llama.dense`).
 
 The arithmetic follows transformers' LlamaForCausalLM: rotary embeddings that pair dimension i with
 i + D/2, norms and logits in float32.
@@ -92,7 +92,8 @@ class Layer(nnx.Module):
     """One transformer layer; attribute names are those of the checkpoint."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        # GPT-2's start: what writes to the residual stream begins smaller, the deeper the model.
+        # GPT-2's initialization: the deeper the model, the smaller the layers that write to the
+        # residual stream start.
         std_out = 0.02 / (2 * config.num_hidden_layers) ** 0.5
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs, std_out)
@@ -142,7 +143,7 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, jax_kvpage.KVCache]:
         """Runs a ragged batch of new tokens against the paged cache.
 
-        The caller advances the cache: a step that is to be repeated or measured does not move it.
+        The caller advances the cache, so that a step can be repeated or measured.
 
         Args:
           tokens: int32 `[T]`, the new tokens of all sequences, as `batch` divides them.

@@ -1,5 +1,5 @@
-"""The compiled programs of the engine: a step over a ragged batch, a decode step that maps its own
-blocks, and many of those in one scan.
+"""The compiled programs of the engine: a step over a ragged batch, a decode step that maps blocks,
+and many of those in one scan.
 
 All take the weights as a flat list of arrays, which dispatches faster than a Flax state, and the
 cache as a donated pytree of a few hundred bytes. Shapes are static, so a program is compiled once
@@ -27,7 +27,7 @@ __all__ = ["Programs", "ScanResult"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScanResult:
-    """What N decode steps in one program produced, for the lanes `[S]` of its batch.
+    """Output of N decode steps in one program, for the lanes `[S]` of its batch.
 
     Attributes:
       tokens: int32 `[N, S]`.
@@ -83,7 +83,7 @@ class Programs:
         Args:
           cache: Donated.
           tokens: int32 `[T]`.
-          batch: Of S sequences; prefill, chunked prefill and decode differ in nothing but this.
+          batch: Of S sequences; prefill, chunked prefill and decode differ only in this.
           rows: int32 `[S]`, each sequence's last token in this batch.
           sequence_ids: int32 `[S]`.
 
@@ -99,7 +99,7 @@ class Programs:
         slots: jax.Array,
         sequence_ids: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax_kvpage.KVCache]:
-        """Runs one decode step, which maps the blocks that it needs.
+        """Runs one decode step, which maps the blocks it needs.
 
         Args:
           cache: Donated.
@@ -161,7 +161,7 @@ class Programs:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
         logits, cache = model(tokens, cache, batch, rows=rows, implementation=self._implementation)
         cache = jax_kvpage.advance(cache, batch)
-        # The chosen token stands right after all that has been written.
+        # The chosen token comes right after all written ones.
         next_positions = cache.lengths[batch.slots]
         return sample(logits, sequence_ids, next_positions, self._sampling), cache
 

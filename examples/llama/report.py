@@ -1,6 +1,4 @@
-"""What a run cost: figures for the table and for `--json`, the table itself, and the plot of memory
-over time.
-"""
+"""Figures of a run for the table and for `--json`, the table, and the plot of memory over time."""
 
 import math
 import pathlib

@@ -1,8 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p.
 
-The random key of a token is a function of the seed, the sequence and the position alone. Who else
-is in the batch, whether a step was repeated, or whether a sequence was stalled or started again on
-the way does not change what it says.
+The random key of a token depends only on the seed, the sequence and the position. The text does not
+depend on the rest of the batch, on repeated steps, or on stalls and preemptions.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ class Sampling:
       temperature: 0 takes the most likely token; otherwise logits are divided by it.
       top_k: Only the k most likely tokens; 0 for all.
       top_p: Only the smallest set of most likely tokens whose probabilities reach p; 1 for all.
-      seed: Of the random numbers.
+      seed: Seed of the random numbers.
     """
 
     temperature: float = 0.0
@@ -47,7 +46,7 @@ def sample(
 
     Args:
       logits: float32 `[n, vocab]`.
-      sequence_ids: int32 `[n]`, what tells a request from all others of the run.
+      sequence_ids: int32 `[n]`, unique for each request of the run.
       positions: int32 `[n]`, the position that the new token will have.
       sampling: How to choose.
 

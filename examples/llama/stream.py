@@ -1,6 +1,4 @@
-"""Text as it comes: ids turned into pieces of text, and the pieces of several sequences onto one
-terminal.
-"""
+"""Streaming text: decodes ids piece by piece, and prints several sequences on one terminal."""
 
 import sys
 
@@ -9,19 +7,19 @@ from .tokenizer import Tokenizer
 
 __all__ = ["Printer", "TextStream"]
 
-_WINDOW = 8  # tokens of context that settle how the next one is spelled
+_WINDOW = 8  # tokens of context that determine how the next one is decoded
 
 
 class TextStream:
     """Turns ids that arrive one by one into pieces of text that add up to the whole.
 
-    A token may be part of a character, and some decoders change a token by what stands before it.
-    So a window of the last printed tokens is decoded with and without what is new, and the
-    difference is given out once it ends in a whole character.
+    A token may be part of a character, and some decoders change a token by its predecessors.
+    So a window of the last printed tokens is decoded with and without the new ones, and the
+    difference is returned once it ends in a whole character.
 
     Args:
       tokenizer: Of the model.
-      prompt_ids: What stands before the first piece; not given out again.
+      prompt_ids: Tokens before the first piece; not printed again.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
@@ -59,7 +57,7 @@ class Printer:
         self._next()
 
     def token(self, request: Request, token: int) -> None:
-        """Takes one token; what belongs to a later sequence is held back."""
+        """Takes one token; tokens of later sequences are held back."""
         piece = self._streams[request.index].push(token)
         if request.index == self._front:
             self._write(piece)

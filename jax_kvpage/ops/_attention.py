@@ -1,4 +1,4 @@
-"""The options that all attention ops take, and the checks and results they share."""
+"""Options, checks and results that all attention ops share."""
 
 import math
 from typing import Any
@@ -64,13 +64,13 @@ def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) ->
     )
 
 
-# Precisions and algorithms of matrix products that mean all of float32. (Those between it and 16
-# bits serve speed: nobody who asks for them wants attention to be slower.)
+# Precisions and algorithms of matrix products that mean full float32. (Those between it and 16 bits
+# serve speed: choosing one of them must not make attention slower.)
 _FULL = ("highest", "float32", "F32_F32_F32", "F64_F64_F64")
 
 
 def _wants_exact_weights() -> bool:
-    """Whether `jax.default_matmul_precision` asks for all of float32."""
+    """Whether `jax.default_matmul_precision` requires full float32."""
     return _compat.matmul_precision() in _FULL
 
 

@@ -1,7 +1,7 @@
-"""How vmap is served: more sequences for what changes the cache, a loop for what only reads it.
+"""Batching rules: more sequences for ops that change the cache, a loop for ops that only read it.
 
 One cache serves all elements of a vmapped axis. Their batches are laid end to end as one ragged
-batch with more sequences. A batched cache would be several caches, which one pool cannot be.
+batch with more sequences. A batched cache would be several caches, which one pool cannot provide.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,19 +38,19 @@ def front(operand: Any, dim: int | None, size: int) -> jax.Array:
 def refuse(
     op: str, names: Sequence[str], dims: Dims, wrong: Callable[[str, int | None], str]
 ) -> None:
-    """Raises one error for everything that is mapped, or not mapped, in a way the op cannot serve.
+    """Raises one error for all operands that are mapped, or unmapped, in an unsupported way.
 
     Args:
         op: name for the message.
         names: of the operands.
         dims: mapped axis of each, or None.
-        wrong: (name, dim) -> what is wrong with that operand, or "".
+        wrong: (name, dim) -> the problem with that operand, or "".
 
     Raises:
-        ValueError: listing all of it.
+        ValueError: lists all problems.
     """
     found = [text for name, dim in zip(names, dims, strict=True) if (text := wrong(name, dim))]
-    # The arrays of one cache are batched together: say it once.
+    # The arrays of one cache are batched together: report them once.
     reasons = dict.fromkeys(found)
     if reasons:
         raise ValueError("\n  - ".join([f"vmap of {op}:", *reasons]))
@@ -75,7 +75,7 @@ def never_mapped(name: str, dim: int | None) -> str:
 
 
 def must_be_mapped(*own: str) -> Callable[[str, int | None], str]:
-    """For `refuse` in ops that change the cache: each element needs slots of its own."""
+    """For `refuse` in ops that change the cache: each element needs separate slots."""
 
     def wrong(name: str, dim: int | None) -> str:
         if name in own and dim is None:
@@ -112,8 +112,8 @@ def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.
         end = jnp.full((1,), size * tokens, jnp.int32)
         folded = (begin[:, None] + offsets).reshape(-1)
         slots = jnp.concatenate([slots, jnp.full((size, 1), -1, jnp.int32)], axis=1)
-    # Offsets of a later element that do not begin at 0 would pass for padding of the one before it;
-    # hand the mistake on to the check at run time.
+    # Offsets of a later element that do not begin at 0 would look like padding of the one before
+    # it; pass the mistake on to the check at run time.
     folded = folded.at[0].set(jnp.where(jnp.all(offsets[:, 0] == 0), 0, -1))
     return slots.reshape(-1), jnp.concatenate([folded, end]).astype(jnp.int32)
 
@@ -125,7 +125,7 @@ def flatten_rows(operands: Sequence[Any], dims: Dims, size: int) -> list[jax.Arr
 
 
 def map_reader(op: str, names: Sequence[str], call: Callable[..., Sequence[Any]]) -> Any:
-    """The rule of an op that changes nothing: one call after the other.
+    """The rule of a read-only op: one call after the other.
 
     Args:
         op: name for messages.

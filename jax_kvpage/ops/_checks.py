@@ -36,10 +36,10 @@ Dim = int | str
 
 
 class Checker:
-    """Compares abstract values with what an op wants and remembers every difference.
+    """Compares abstract values with the requirements of an op and records every difference.
 
-    Dimensions are named: the first array to mention a name decides what it stands for, later ones
-    must agree, and messages show both the name and the number.
+    Dimensions are named: the first array that uses a name decides its value, later ones must agree,
+    and messages show both the name and the number.
     """
 
     def __init__(self, op: str, problems: Sequence[str] = (), **dims: int) -> None:
@@ -48,7 +48,7 @@ class Checker:
         self.dims: dict[str, int] = dict(dims)
 
     def add(self, problem: str) -> None:
-        """Remembers one more mistake."""
+        """Records one more mistake."""
         self.problems.append(problem)
 
     def _size(self, dim: Dim) -> int | None:
@@ -95,7 +95,7 @@ class Checker:
         self.array("batch.query_offsets", query_offsets, ("S+1",), INT32)
 
     def done(self) -> None:
-        """Raises what has been collected.
+        """Raises the collected mistakes.
 
         Raises:
             ValueError: there was at least one mistake.
@@ -163,7 +163,7 @@ def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
 
 
 def check_num_tokens(batch: Batch, actual: Any, name: str, problems: list[str]) -> None:
-    """A batch that says how many tokens it has must agree with the arrays."""
+    """A batch with a known number of tokens must agree with the arrays."""
     shape = np.shape(actual)
     if batch.num_tokens is not None and shape and shape[0] != batch.num_tokens:
         problems.append(

@@ -1,8 +1,8 @@
-"""What every primitive shares: eager calls, lowering rules, refused differentiation.
+"""Shared by all primitives: eager calls, lowering rules, the differentiation error.
 
 Primitives carry no JAX effect: an effect in the jaxpr takes every dispatch of the whole program off
 JAX's fast path. The side effect is declared on the custom call that a primitive is lowered to,
-which is where XLA needs it.
+where XLA needs it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from jax_kvpage.spec import CacheSpec
 __all__ = ["IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla")
-# Parameters that decide shapes or rules and are no attributes of the custom call.
+# Parameters that decide shapes or rules and are not attributes of the custom call.
 _NOT_ATTRIBUTES = ("return_lse", "implementation")
 
 Abstract = Callable[..., Sequence[Any]]
@@ -84,7 +84,7 @@ def _attribute(value: Any) -> Any:
 def _gathered(array: Any) -> Any:
     """The array in one piece where its type says that it is sharded (explicit mesh axes).
 
-    That is what XLA does around a custom call, and what the results' abstract values say.
+    XLA does the same around a custom call, and the results' abstract values assume it.
     """
     sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
@@ -93,7 +93,7 @@ def _gathered(array: Any) -> Any:
 
 
 def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
-    """Everything that keeps an op from being compiled for a platform, and the ways out."""
+    """All reasons why an op cannot be compiled for a platform, and the ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
     reasons, ways = [], []
     if implementation is not None and implementation != platform:
@@ -128,10 +128,10 @@ def register_lowerings(
         primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
         aliases: operand number -> result number that shares its buffer.
         side_effect: whether XLA must keep calls whose results look unused or equal.
-        xla: the op in plain JAX, `xla(*operands, **params)` without `implementation`; traced in
+        xla: the op in pure JAX, `xla(*operands, **params)` without `implementation`; traced in
             place of the custom call for implementation="xla".
-        xla_is_default: whether platforms without kernels use `xla` unasked.
-        scratch: bytes of device memory that the call takes on CUDA, `scratch(operands' abstract
+        xla_is_default: whether platforms without kernels use `xla` by default.
+        scratch: bytes of device memory that the call needs on CUDA, `scratch(operands' abstract
             values, params)`; one more result there.
     """
     op = primitive.name.removeprefix("kvpage_")
@@ -167,7 +167,7 @@ def register_lowerings(
         ):
             return lower_xla(ctx, operands, params)
         # A machine without CUDA may lower for one that has it (jax.export), and its build of this
-        # package may be without CUDA too. Where the program would run, the kernels must be here.
+        # package may be without CUDA too. Where the program can run, the kernels must exist.
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain)
@@ -191,7 +191,7 @@ def register_lowerings(
 
 
 def refuse_differentiation(primitive: Primitive) -> None:
-    """Makes jvp, grad and vjp through a primitive fail with the way out."""
+    """Makes jvp, grad and vjp of a primitive raise an error with the way out."""
     op = primitive.name.removeprefix("kvpage_")
 
     def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -214,5 +214,5 @@ def check_implementation(implementation: str | None, problems: list[str]) -> Non
 
 
 def absent() -> jax.Array:
-    """Stands for an optional per-head array that was not given."""
+    """Placeholder for an optional per-head array that was not given."""
     return jnp.zeros((0,), jnp.float32)

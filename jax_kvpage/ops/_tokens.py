@@ -1,4 +1,4 @@
-"""What ops over the tokens of a ragged batch share: their first six operands and how they fold."""
+"""Shared by ops over the tokens of a ragged batch: the first six operands and their batching."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ HEADER = 6
 def header(
     op: str, cache: KVCache, batch: Batch, layer: Any, **tokens: Any
 ) -> tuple[tuple[Any, ...], list[str]]:
-    """The operands that say where: cache, batch and layer.
+    """The operands for the place of the tokens: cache, batch and layer.
 
     Args:
         op: name for messages.
         cache: the cache.
         batch: the batch.
         layer: int or int32 scalar.
-        **tokens: arrays whose first axis must be what the batch says it is.
+        **tokens: arrays whose first axis must match the batch.
 
     Returns:
         The six operands, and the mistakes found in them.
@@ -61,7 +61,7 @@ def check_kv(check: Checker, k: Any, v: Any) -> None:
 
 
 def replaced(cache: KVCache, epoch: Any) -> KVCache:
-    """The next cache after an op that leaves lengths alone."""
+    """The next cache after an op that does not change lengths."""
     return dataclasses.replace(cache, epoch=epoch)
 
 

@@ -27,7 +27,7 @@ advance_p = _lowering.make_primitive("advance", _abstract)
 
 
 def advance(cache: KVCache, batch: Batch) -> KVCache:
-    """Raises the lengths by the new tokens of a batch: once a step, after all layers were written.
+    """Raises the lengths by the new tokens of a batch; once per step, after all layers are written.
 
     Args:
         cache: the cache.

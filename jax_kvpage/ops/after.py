@@ -1,4 +1,4 @@
-"""after: orders what follows on a cache behind a value that was computed from it."""
+"""after: orders later ops on a cache after a value that was computed from it."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,9 @@ after_p = _lowering.make_primitive("after", _abstract, static=())
 def after(cache: KVCache, value: Any) -> KVCache:
     """The same cache, but not before `value` has been computed.
 
-    A program that reads a cache and changes it destructively (lowers a length, say) without using
-    the one in the other leaves their order open. `cache = after(cache, out)` settles it.
+    If a program reads a cache and also changes it destructively (for instance lowers a length), and
+    neither result depends on the other, their order is undefined. `cache = after(cache, out)`
+    defines it.
 
     Args:
         cache: the cache.
@@ -41,14 +42,14 @@ def after(cache: KVCache, value: Any) -> KVCache:
     """
     _, epoch, _ = cache_operands("after", cache)
     arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
-    # The epoch is an integer: no gradient flows through it, and none is refused either.
+    # The epoch is an integer, so no gradient flows through it and none is an error.
     operands = (epoch, *(jax.lax.stop_gradient(_plain(x)) for x in arrays))
     (epoch,) = _lowering.bind(after_p, _abstract, operands, {})
     return dataclasses.replace(cache, epoch=epoch)
 
 
 def _plain(array: jax.Array) -> jax.Array:
-    """Keys of random numbers are no arrays to XLA; their data are."""
+    """Random keys are not arrays to XLA; their data are."""
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
 

@@ -35,8 +35,8 @@ def append_kv(
 
     Args:
         cache: the cache.
-        k: [T, Hkv, D], float32, bfloat16 or float16; converted to the cache's dtype, quantised as
-            `jax_kvpage.quantize` says if that is int8 or float8_e4m3fn.
+        k: [T, Hkv, D], float32, bfloat16 or float16; converted to the cache's dtype, quantized as
+            in `jax_kvpage.quantize` if that is int8 or float8_e4m3fn.
         v: like k.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.

@@ -23,7 +23,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
 
 
 # Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype, float32
-# where that is quantised: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
+# where that is quantized: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
 gather_context_p = _lowering.make_primitive("gather_context", _abstract)
 
 _lowering.register_lowerings(gather_context_p, scratch=_scratch.checked)

@@ -26,8 +26,8 @@ map_slots_p = _lowering.make_primitive("map_slots", _abstract)
 def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
 
-    Room that is there already costs nothing, and a token that fits into the last mapped block needs
-    no new one. A slot either gets all it wants or nothing.
+    Existing room costs nothing, and a token that fits into the last mapped block needs no new one.
+    A slot gets either all the blocks it needs or none.
 
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).

@@ -1,4 +1,4 @@
-"""paged_attention: causal attention of new tokens over what the cache holds."""
+"""paged_attention: causal attention of new tokens over the cached context."""
 
 from typing import Any
 
@@ -62,10 +62,10 @@ def paged_attention(
     mixture. The result for a sequence does not depend on the other sequences of the batch.
 
     A score is scaled, then soft-capped, then biased (ALiBi), then masked; the softmax follows.
-    Kernels may round its weights to 16 bits before they multiply the values, as kernels elsewhere
-    do. Under `jax.default_matmul_precision("highest")` (or "float32") nothing is lost that way, and
-    it is slower: on CPU prefill with bfloat16 queries takes 1.3 times as long over bfloat16 and
-    1.9 times over quantised storage; CUDA goes without tensor cores.
+    Kernels may round its weights to 16 bits before they multiply the values, as other attention
+    kernels do. Under `jax.default_matmul_precision("highest")` (or "float32") weights are not
+    rounded, which is slower: on CPU prefill with bfloat16 queries takes 1.3 times as long over
+    bfloat16 and 1.9 times over quantized storage; CUDA does not use tensor cores.
 
     Args:
         q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
@@ -77,11 +77,11 @@ def paged_attention(
             or a traced int32 scalar, where 0 or less means no window (layers with different windows
             can be scanned).
         logits_soft_cap: c in c * tanh(score / c) (Gemma 2). Static.
-        sinks: [Hq], one more logit for each head that only joins the softmax's denominator
+        sinks: [Hq], one more logit for each head, only in the softmax's denominator
             (attention sinks as in gpt-oss).
         alibi_slopes: [Hq], adds slope * (key position - query position) (Press et al., ALiBi).
         return_lse: whether to return the natural logarithm of the softmax's denominator.
-        implementation: "cpu", "cuda", "xla" (plain JAX over a gathered context: slow, for
+        implementation: "cpu", "cuda", "xla" (pure JAX over a gathered context: slow, for
             checking), or None, the best for the platform.
 
     Returns:
@@ -106,7 +106,7 @@ def paged_attention(
 
 
 def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
-    """The op in plain JAX, but for the gather that brings the context out of the arena."""
+    """The op in pure JAX, except for the gather that copies the context from the arena."""
     _, _, lengths, slots, query_offsets, _, q, *options = operands
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
     active = slots >= 0

@@ -1,4 +1,4 @@
-"""positions: where in its sequence each new token of a batch stands."""
+"""positions: the position of each new token of a batch in its sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,19 @@ __all__ = ["positions"]
 
 
 def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) -> jax.Array:
-    """Positions of the new tokens, lengths[slot] + i, as rotary embeddings want them.
+    """Positions of the new tokens, lengths[slot] + i, as rotary embeddings need them.
 
     Args:
         cache: the cache.
         batch: which tokens belong to which slot.
-        num_tokens: T, the length of the token axis. May be left out when the batch says it, and
-            outside of jit, where it is then the tokens that the sequences own.
+        num_tokens: T, the length of the token axis. Optional when the batch knows it, and outside
+            of jit, where it defaults to the number of tokens that the sequences own.
 
     Returns:
         int32[T]; 0 for padding tokens and masked sequences.
 
     Raises:
-        ValueError: T is unknown, or num_tokens is not what the batch says; or wrong shapes and
+        ValueError: T is unknown, or num_tokens differs from the batch; or wrong shapes and
             dtypes.
     """
     check = pool_checker("positions", cache.spec)

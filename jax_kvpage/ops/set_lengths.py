@@ -25,7 +25,7 @@ set_lengths_p = _lowering.make_primitive("set_lengths", _abstract)
 def set_lengths(cache: KVCache, slots: Any, lengths: Any) -> KVCache:
     """Lowers the lengths of sequences, for instance to drop rejected draft tokens.
 
-    Blocks stay mapped. The positions dropped count as unwritten from then on.
+    Blocks stay mapped. The dropped positions count as unwritten afterwards.
 
     Args:
         cache: the cache.

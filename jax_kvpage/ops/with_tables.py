@@ -1,4 +1,4 @@
-"""paged_attention_with_tables: the same attention over plain arrays and a block table, no pool."""
+"""paged_attention_with_tables: attention over plain arrays and a block table, without a pool."""
 
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ def paged_attention_with_tables(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """Attention over K and V in pages that a block table lists, all of them ordinary JAX arrays.
+    """Attention over K and V in pages behind a block table, all of them ordinary JAX arrays.
 
     Purely functional: no pool, no side effect. Semantics are those of `paged_attention`.
 
@@ -77,17 +77,17 @@ def paged_attention_with_tables(
         q: [T, Hq, D], float32, bfloat16 or float16.
         k_pages: [pages, page_size, Hkv, D] ("NHD") or [pages, Hkv, page_size, D] ("HND").
         v_pages: like k_pages.
-        block_tables: int32[S, B], page of each block of each sequence; entries beyond what a
-            sequence's length needs are not looked at.
+        block_tables: int32[S, B], page of each block of each sequence; entries beyond a
+            sequence's length are ignored.
         lengths: int32[S], tokens of each sequence in the pages, its new ones included. Token i of n
-            new ones stands at position lengths - n + i.
+            new ones is at position lengths - n + i.
         query_offsets: int32[S+1], sequence s owns tokens query_offsets[s]:query_offsets[s+1]; None
             is a decode step, one token for each sequence (T == S). Tokens past the last are
             padding.
         kv_layout: order of the axes of a page.
         scale, sliding_window, logits_soft_cap, sinks, alibi_slopes, return_lse: as in
             `paged_attention`.
-        implementation: "cpu", "xla" (plain JAX, every platform), or None, the best for the
+        implementation: "cpu", "xla" (pure JAX, every platform), or None, the best for the
             platform.
 
     Returns:

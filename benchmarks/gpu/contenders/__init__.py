@@ -1,4 +1,4 @@
-"""The systems that are measured on a GPU, one file each; each runs in a process of its own."""
+"""The systems measured on a GPU, one file and one process each."""
 
 NAMES: dict[str, str] = {
     "kvpage": "jax_kvpage",

@@ -1,4 +1,4 @@
-"""What a contender is, and what those that are written in JAX share."""
+"""The interface of a contender, and the base class of those written in JAX."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Contender(abc.ABC):
 
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
-        """Packages and settings that a reader needs to repeat the measurement."""
+        """Packages and settings needed to repeat the measurement."""
 
     @abc.abstractmethod
     def copy_bandwidth(self) -> float:
@@ -45,23 +45,23 @@ class Contender(abc.ABC):
         return None
 
     def chosen(self, case: Case, variant: str) -> bool:
-        """Whether this variant is timed on this case: not every one is worth every shape."""
+        """Whether this variant is timed on this case; some variants run on few shapes."""
         first = variant == self.variants[0] or variant in self.everywhere
         return first or is_core(case)
 
     @abc.abstractmethod
     def prepare(self, case: Case, variant: str, data: Data | None) -> Ready:
-        """Sets a case up: fills `case.copies` caches and compiles what there is to compile.
+        """Sets up a case: fills `case.copies` caches and compiles the programs.
 
         Args:
             case: what to attend over.
             variant: one of `variants`.
-            data: keys, values and queries to use; random ones made on the device when None.
+            data: keys, values and queries; None: random ones, made on the device.
         """
 
 
 def is_full(case: Case) -> bool:
-    """Whether all sequences are equally long: what a dense batch needs."""
+    """Whether all sequences are equally long, as a dense batch needs."""
     return len(set(case.contexts)) == 1 and len(set(case.new)) == 1
 
 

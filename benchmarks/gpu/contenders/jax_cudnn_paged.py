@@ -1,5 +1,5 @@
-"""cuDNN's paged attention as JAX wraps it. JAX keeps the wrapper to itself (`jax._src`): where it
-has moved, this contender is absent.
+"""cuDNN's paged attention through JAX's wrapper. The wrapper is private (`jax._src`): in versions
+of JAX that have moved it, this contender is absent.
 """
 
 from __future__ import annotations

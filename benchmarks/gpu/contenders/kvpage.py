@@ -154,7 +154,7 @@ class KVPage(JaxContender):
             return _attend(layers, cache, batch, q, jnp.int32(first))
 
         def close() -> None:
-            pool.check(cache)  # a fault on the device must not pass for a measurement
+            pool.check(cache)  # a fault on the device must not count as a measurement
             pool.close()
 
         notes = {
@@ -170,7 +170,7 @@ class KVPage(JaxContender):
         return self.random(12345, (case.tokens, case.kv_heads, case.dim))
 
     def _tables(self, case: Case, data: Data | None) -> Ready:
-        """Arrays of pages in random order, as kernels that know no slots are given them."""
+        """Arrays of pages in random order, for kernels that take a block table."""
         counts = [-(-n // _PAGE) for n in case.contexts]
         order = np.random.default_rng(2).permutation(sum(counts)).astype(np.int32)
         tables = np.zeros((len(counts), max(counts)), np.int32)

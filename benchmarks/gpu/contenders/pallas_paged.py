@@ -1,4 +1,4 @@
-"""The paged attention that comes with JAX's Pallas for GPUs (Triton); deprecated, but there."""
+"""The paged attention that comes with JAX's Pallas for GPUs (Triton); deprecated."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class PallasPaged(JaxContender):
     variants = tuple(_SPLITS)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """It decodes."""
+        """Decode only."""
         del variant
         return None if case.section == "decode" else "it decodes only"
 
     def prepare(self, case: Case, variant: str, data: Data | None) -> Ready:
         """Pages `[kv_heads, pages, 16, dim]` in random order."""
         splits = _SPLITS[variant]
-        # The table's width is a multiple of what one program reads at once, in every split.
+        # In every split the table's width is a multiple of the pages that one program reads.
         unit = splits * _PAGES_AT_ONCE
         width = -(-max(case.contexts) // (_PAGE * unit)) * unit
         used = [-(-n // _PAGE) for n in case.contexts]
@@ -86,7 +86,7 @@ class PallasPaged(JaxContender):
                     pages = np.pad(values, pads).reshape(count, _PAGE, case.kv_heads, case.dim)
                     pair[which][:, tables[s, :count]] = pages.transpose(2, 0, 1, 3)
             layers[0] = tuple(jnp.asarray(x, jnp.bfloat16) for x in pair)
-        # It multiplies by no scale of its own.
+        # The kernel applies no scale.
         q = jnp.asarray(queries(case, data) * case.dim**-0.5, jnp.bfloat16)
         operands = jnp.asarray(tables), jnp.asarray(case.contexts, jnp.int32)
         interpret = self.platform == "cpu"

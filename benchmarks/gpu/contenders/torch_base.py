@@ -1,5 +1,5 @@
-"""What the contenders that are written in torch share: a cycle is captured once as a CUDA graph and
-replayed, so that what Python costs is in no figure.
+"""Base of the contenders written in torch: a cycle is captured once as a CUDA graph and replayed,
+so that no figure contains the cost of Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TorchContender(Contender):
         }
 
     def wait(self) -> None:
-        """Until the device has done all."""
+        """Waits until the device is idle."""
         if self.platform == "cuda":
             torch.cuda.synchronize()
 
@@ -87,7 +87,7 @@ class TorchContender(Contender):
                 with torch.cuda.graph(graph):
                     cycle()
             except RuntimeError as error:
-                # A kernel that cannot be captured is timed as it is called.
+                # A kernel that cannot be captured is timed as a plain call.
                 notes = (notes or {}) | {"not captured": str(error).splitlines()[0]}
                 self.wait()
             else:

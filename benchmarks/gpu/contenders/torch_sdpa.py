@@ -2,7 +2,7 @@
 
 For decoding the query heads of a group are the rows of one small matrix, which is the fastest way
 to have them share keys and values. Batches whose lengths differ need a mask, which the flash and
-cuDNN backends do not take or do not like: they are measured where all lengths are equal.
+cuDNN backends reject or run slowly: they are measured where all lengths are equal.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ __all__ = ["CONTENDER"]
 
 # FlashAttention 2 takes pages of a multiple of 256 tokens.
 _PAGE = 256
-# What this torch's function takes: it has grown from version to version.
+# Parameters of this torch version's function: they differ between versions.
 _TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -30,7 +30,7 @@ class TorchVarlen(TorchContender):
     everywhere = ("paged",)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
-        """What this version's function does not take."""
+        """Cases that this version's function does not support."""
         if self.platform == "cpu":
             return "its kernels are for CUDA"
         if variant == "paged" and not {"block_table", "seqused_k"} <= _TAKES:

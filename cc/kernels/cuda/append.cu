@@ -1,4 +1,4 @@
-// Append: new keys and values into the cache, converted to what it stores. One block for each token.
+// Append: writes new keys and values to the cache, converted to its storage type. One block per token.
 #include <type_traits>
 
 #include "kernels/cuda/check.cuh"
@@ -18,13 +18,16 @@ struct AppendArgs {
   std::int32_t head_dim;
 };
 
-// Where a token goes; false: nowhere.
+// The place of a token in the cache.
 struct Target {
   std::int64_t position;
   std::int32_t slot;
 };
 
-__device__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
+// Waits for the check and finds the token's place; false: it has none.
+__device__ __forceinline__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
+  WaitForPriorKernel();
+  LetNextKernelStart();
   if (checked.ok == 0) return false;
   const std::int32_t s = SequenceOf(checked, token);
   if (s < 0) return false;
@@ -34,7 +37,7 @@ __device__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Targ
   return sequence.slot >= 0;
 }
 
-// Elements that a thread handles at once: at most 16 bytes on either side.
+// Elements that a thread converts at a time: at most 16 bytes of either type.
 template <class To, class From>
 constexpr int kAtOnce = 16 / static_cast<int>(sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
 
@@ -48,8 +51,6 @@ __device__ __forceinline__ Vector<To, N> Convert(const Vector<From, N>& from) {
 
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
-  WaitForPriorKernel();
-  LetNextKernelStart();
   const CheckedBatch& checked = *args.checked;
   const std::int64_t token = blockIdx.x;
   Target target;
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
     const From* const from = static_cast<const From*>(value ? args.v : args.k) + token * row + element;
     char* const to = to_k + (value ? checked.view.kv_stride : 0) + head * checked.view.head_stride;
     const Vector<From, N> loaded = LoadVector<From, N>(from);
-    if constexpr (std::is_same_v<To, From>) {  // keeps the bits of a NaN too
+    if constexpr (std::is_same_v<To, From>) {  // keeps the bits of a NaN
       StoreVector<To, N>(reinterpret_cast<To*>(to) + d, loaded);
     } else {
       StoreVector<To, N>(reinterpret_cast<To*>(to) + d, Convert<To, From, N>(loaded));
@@ -71,12 +72,12 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   }
 }
 
-// ---- quantised storage: jax_kvpage/quantize.py has the definition ----
+// ---- quantized storage: jax_kvpage/quantize.py has the definition ----
 
 template <class To>
 inline constexpr float kLargest = std::is_same_v<To, Int8> ? 127.0f : 448.0f;
 
-// The element's bits; |v| is at most the largest, and a little.
+// The element's bits; |v| exceeds the largest value by rounding errors at most.
 template <class To>
 __device__ __forceinline__ unsigned Quantize(float v) {
   if constexpr (std::is_same_v<To, Int8>) return static_cast<unsigned>(__float2int_rn(v)) & 0xffu;
@@ -88,11 +89,9 @@ __device__ __forceinline__ unsigned Quantize(float v) {
   return magnitude | (__float_as_uint(v) >> 24 & 0x80u);
 }
 
-// A warp for each row of head_dim elements, which share a scale.
+// One warp per row of head_dim elements, which share a scale.
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
-  WaitForPriorKernel();
-  LetNextKernelStart();
   const CheckedBatch& checked = *args.checked;
   const std::int64_t token = blockIdx.x;
   Target target;
@@ -133,16 +132,17 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant
   }
 }
 
-// Elements at once if every row begins at a multiple of what they take; one otherwise.
+// Vectorized if all rows are aligned to the vector, else one element at a time.
 template <class To, class From>
 Status LaunchFor(const AppendArgs& args, const LaunchShape& shape, Stream stream) {
-  constexpr int kMany = kIsQuantized<To> ? 4 : kAtOnce<To, From>;
+  constexpr int kVector = kIsQuantized<To> ? 4 : kAtOnce<To, From>;
   const auto address = reinterpret_cast<std::uintptr_t>(args.k) | reinterpret_cast<std::uintptr_t>(args.v);
-  const bool many = args.head_dim % kMany == 0 && address % (kMany * sizeof(From)) == 0;
+  const bool aligned = args.head_dim % kVector == 0 && address % (kVector * sizeof(From)) == 0;
   if constexpr (kIsQuantized<To>) {
-    return Launch("append", many ? QuantizeKernel<To, From, kMany> : QuantizeKernel<To, From, 1>, shape, stream, args);
+    return Launch("append", aligned ? QuantizeKernel<To, From, kVector> : QuantizeKernel<To, From, 1>, shape, stream,
+                  args);
   } else {
-    return Launch("append", many ? AppendKernel<To, From, kMany> : AppendKernel<To, From, 1>, shape, stream, args);
+    return Launch("append", aligned ? AppendKernel<To, From, kVector> : AppendKernel<To, From, 1>, shape, stream, args);
   }
 }
 

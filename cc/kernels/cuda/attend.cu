@@ -1,18 +1,18 @@
-// Attention on CUDA: the launches that a call consists of: the check, the append, the planner and the attention
-// kernels. Shapes alone decide what is launched, and with which grids.
+// Attention on CUDA: the launches of one call, which are the check, the append, the planner and the attention kernels.
+// Launches and grids depend on shapes only.
 #include <algorithm>
 
 #include "kernels/cuda/attend.h"
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/plan.cuh"
-#include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/prefill_queue.cuh"
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/tokens.cuh"
 
 namespace kvpage::cuda {
 namespace {
 
-// The planner behind a check of its own launch.
+// The planner, after a check in a separate launch.
 __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ AttentionParams p) {
   WaitForPriorKernel();
   LetNextKernelStart();
@@ -33,7 +33,7 @@ bool UsesTensorCores(const AttentionOperands& attention, bool aligned) {
   return aligned && HasTensorCoreKernels(attention);
 }
 
-// Everything but the checked batch's view and what a kernel's shape decides.
+// Fills the parameters, except those that depend on the kernel's shape.
 void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
           int num_sms, void* scratch, AttentionParams* p) {
   p->q = a.q;
@@ -46,27 +46,27 @@ void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t n
   p->num_kv_heads = a.num_kv_heads;
   p->group = a.num_q_heads / a.num_kv_heads;
   p->head_dim = a.head_dim;
-  p->few_rows = tensor_cores ? kTileRows : 0x7fffffff;
+  p->decode_rows = tensor_cores ? kTileRows : 0x7fffffff;
   p->prefill_rows = PrefillRows(a.head_dim);
   p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
   p->q_dtype = a.q_dtype;
 
   const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
-  p->span_slots = at.span_slots;
-  p->prefill_slots = at.prefill_slots;
+  p->partials_per_row = at.partials_per_row;
+  p->max_prefill_states = at.max_prefill_states;
   char* const base = static_cast<char*>(scratch);
   p->checked = static_cast<const CheckedBatch*>(scratch);
   p->plan.counts = reinterpret_cast<PlanCounts*>(base + at.counts);
-  p->plan.few = reinterpret_cast<Sequence*>(base + at.few);
-  p->plan.many = reinterpret_cast<Sequence*>(base + at.many);
-  p->plan.prefix = reinterpret_cast<std::int64_t*>(base + at.prefix);
-  p->plan.items = reinterpret_cast<std::int32_t*>(base + at.items);
-  p->plan.states = reinterpret_cast<std::int32_t*>(base + at.states);
-  p->plan.cuts = reinterpret_cast<Cut*>(base + at.cuts);
-  p->plan.shared = reinterpret_cast<Shared*>(base + at.shared);
+  p->plan.decode_sequences = reinterpret_cast<Sequence*>(base + at.decode_sequences);
+  p->plan.prefill_sequences = reinterpret_cast<Sequence*>(base + at.prefill_sequences);
+  p->plan.cost_prefix = reinterpret_cast<std::int64_t*>(base + at.cost_prefix);
+  p->plan.unit_prefix = reinterpret_cast<std::int32_t*>(base + at.unit_prefix);
+  p->plan.state_prefix = reinterpret_cast<std::int32_t*>(base + at.state_prefix);
+  p->plan.split_points = reinterpret_cast<SplitPoint*>(base + at.split_points);
+  p->plan.split_units = reinterpret_cast<SplitUnit*>(base + at.split_units);
   p->plan.arrived = reinterpret_cast<std::int32_t*>(base + at.arrived);
-  p->plan.values = reinterpret_cast<float*>(base + at.values);
-  p->plan.sums = reinterpret_cast<float2*>(base + at.sums);
+  p->plan.partial_values = reinterpret_cast<float*>(base + at.partial_values);
+  p->plan.partial_sums = reinterpret_cast<float2*>(base + at.partial_sums);
   p->plan.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
 }
 
@@ -80,20 +80,20 @@ Status GetSharedLimits(SharedLimits* limits) {
   KVPAGE_RETURN_IF_ERROR(ToStatus(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                                   "cudaDeviceGetAttribute"));
   limits->alone = alone;
-  // The system takes a kilobyte of every block, and what is not dynamic takes another.
+  // The system reserves a kilobyte per block, and static shared memory takes another.
   limits->beside = std::min(alone, all / kBlocksPerSm - 2048);
   return {};
 }
 
 namespace {
 
-// The attention kernels, behind the planner.
+// Launches the attention kernels after the planner.
 Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
                      Stream stream) {
   if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
-  // Nothing for prefill in batches so small.
+  // A batch of so few rows has no prefill.
   if (params.num_tokens * params.group <= kTileRows) return {};
   return half ? LaunchPrefillF16(params, stream) : LaunchPrefillBf16(params, stream);
 }
@@ -116,7 +116,7 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
               const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream) {
   int num_sms = 0;
   KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
-  // A pool lays out its blocks so that rows of the sizes that tensor cores take are aligned.
+  // In a pool, rows of all head sizes of the tensor core kernels are aligned.
   const bool tensor_cores = HasTensorCoreKernels(attention);
   AttentionParams params = {};
   Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, num_sms, scratch, &params);

@@ -1,4 +1,4 @@
-// Attention behind a check: what attend.cu puts together and the kernels' files launch.
+// The launch functions of attention, shared by attend.cu and the files of the kernels.
 #ifndef KVPAGE_KERNELS_CUDA_ATTEND_H_
 #define KVPAGE_KERNELS_CUDA_ATTEND_H_
 
@@ -16,18 +16,18 @@ struct AttentionParams;
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream);
 
-// One file each, so that they are compiled side by side. Each may change what the kernel's shape decides: the stages
-// of its pipeline and the like.
+// One file each, so that they compile in parallel. Each fills in the parameters that depend on the kernel's shape, such
+// as the number of pipeline stages.
 Status LaunchGeneral(DType storage, AttentionParams params, Stream stream);
 Status LaunchDecodeBf16(AttentionParams params, Stream stream);
 Status LaunchDecodeF16(AttentionParams params, Stream stream);
 Status LaunchPrefillBf16(AttentionParams params, Stream stream);
 Status LaunchPrefillF16(AttentionParams params, Stream stream);
 
-// Shared memory of the current device in bytes: that a block can have, and that it can have beside another one.
+// Shared memory available to a block of the current device, in bytes.
 struct SharedLimits {
-  std::int64_t alone = 0;
-  std::int64_t beside = 0;
+  std::int64_t alone = 0;   // with the multiprocessor to itself
+  std::int64_t beside = 0;  // with a second block on the multiprocessor
 };
 Status GetSharedLimits(SharedLimits* limits);
 

@@ -1,5 +1,5 @@
-// What an op over keys and values begins with: the check of its batch, which leaves a CheckedBatch for the kernels
-// behind it on the stream.
+// The check of a batch, the first step of an op over keys and values: it writes a CheckedBatch for the kernels after it
+// on the stream.
 #ifndef KVPAGE_KERNELS_CUDA_CHECK_CUH_
 #define KVPAGE_KERNELS_CUDA_CHECK_CUH_
 
@@ -9,8 +9,8 @@
 
 namespace kvpage::cuda {
 
-// A sequence that is not active has slot -1, or kWrongSequence where only its own answer is lost (tables). It keeps its
-// query tokens: their output is 0 and -inf, or NaN. Tokens past the last sequence's are padding.
+// The slot of an inactive sequence is -1, or kWrongSequence where only its own output is NaN (tables). It keeps its
+// query tokens: their output is 0 and -inf, or NaN. Tokens after the last sequence are padding.
 inline constexpr std::int32_t kWrongSequence = -2;
 
 struct BatchCheckArgs {
@@ -26,8 +26,8 @@ struct BatchCheckArgs {
   CheckedBatch* checked;
 };
 
-// The check itself, by all threads of one block; false when it failed. On return the CheckedBatch can be read by the
-// whole block.
+// Runs the check with all threads of one block; false when it failed. On return the whole block can read the
+// CheckedBatch.
 __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* shared, std::uint32_t* shared_marks) {
   Checker checker(args.cache, shared, shared_marks);
   const std::int32_t layer = *args.layer;
@@ -36,7 +36,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   if (checker.Enter()) {
     checker.Prepare(args.slots, args.num_sequences, args.offsets, args.num_tokens, layer);
     const bool layer_exists = layer >= 0 && layer < args.cache.num_layers();
-    // Before the verdict, so that this trip to memory is not one after it.
+    // Before the verdict, to overlap this access with the check.
     if (threadIdx.x == blockDim.x - 1) out->view = checker.pool()->view;
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
       const std::int32_t slot = args.slots[s], begin = args.offsets[s], count = args.offsets[s + 1] - begin;
@@ -69,7 +69,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   }
   const bool ok = checker.Verdict();
   if (ok) {
-    // Right already here: what reads these tokens is behind their append on the stream.
+    // Valid already here: kernels that read these tokens come after their append on the stream.
     for (std::int64_t s = threadIdx.x; args.append && s < args.num_sequences; s += blockDim.x) {
       const Sequence& sequence = sequences[s];
       if (sequence.slot < 0) continue;
@@ -90,8 +90,8 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   return ok;
 }
 
-// The arguments of a check of `batch`, to be launched as one block of kCheckThreads with CheckSharedBytes(cache) of
-// dynamic shared memory: see LaunchBatchCheck, or call CheckBatch in a kernel that goes on with the result.
+// The arguments of a check of `batch`, for one block of kCheckThreads with CheckSharedBytes(cache) of dynamic shared
+// memory: use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result.
 inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                              const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked) {
   return {ToArgs(cache, append),
@@ -106,16 +106,16 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
           static_cast<CheckedBatch*>(checked)};
 }
 
-// The check in a launch of its own (slots.cu).
+// The check in a separate launch (slots.cu).
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream);
 
-// The sequences of attention over plain page arrays as a CheckedBatch (tables.cu). A sequence whose length or table
-// cannot be right is a kWrongSequence; offsets that cannot be right fail all of it.
+// Writes the sequences of attention over plain page arrays as a CheckedBatch (tables.cu). A sequence with an invalid
+// length or table becomes a kWrongSequence; invalid offsets fail the whole batch.
 Status LaunchTableCheck(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const std::int32_t* window, void* checked, Stream stream);
 
-// Writes the new keys and values of a batch that a check before it on the stream has passed (append.cu).
+// Writes the new keys and values of a batch that passed a check earlier on the stream (append.cu).
 Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const AppendOperands& append, DType storage,
                     Stream stream);
 

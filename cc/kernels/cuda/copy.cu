@@ -1,29 +1,29 @@
-// Block copies at memory speed: a fork's partial tail, a swap's blocks.
+// Copies of whole blocks at memory bandwidth, for forks and swaps.
 #include "kernels/cuda/device.cuh"
 
 namespace kvpage::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 8;  // 16-byte loads that a thread has under way before it stores
-constexpr std::int64_t kPieceBytes = std::int64_t{kThreads} * kInFlight * 16;
+constexpr int kInFlight = 8;  // 16-byte loads that a thread issues before it stores
+constexpr std::int64_t kTileBytes = std::int64_t{kThreads} * kInFlight * 16;  // copied by a thread block
 
 __global__ void __launch_bounds__(kThreads)
-    CopyKernel(const BlockCopy* copies, std::int64_t pieces, std::int64_t block_bytes) {
-  const BlockCopy copy = copies[blockIdx.x / pieces];
-  const std::int64_t begin = blockIdx.x % pieces * kPieceBytes + threadIdx.x * 16;
+    CopyKernel(const BlockCopy* copies, std::int64_t tiles, std::int64_t block_bytes) {
+  const BlockCopy copy = copies[blockIdx.x / tiles];
+  const std::int64_t begin = blockIdx.x % tiles * kTileBytes + threadIdx.x * 16;
   const char* const from = static_cast<const char*>(copy.from);
   char* const to = static_cast<char*>(copy.to);
-  uint4 lines[kInFlight];
+  uint4 loaded[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
     const std::int64_t at = begin + i * (kThreads * 16);
-    if (at < block_bytes) lines[i] = __ldcs(reinterpret_cast<const uint4*>(from + at));
+    if (at < block_bytes) loaded[i] = __ldcs(reinterpret_cast<const uint4*>(from + at));
   }
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
     const std::int64_t at = begin + i * (kThreads * 16);
-    if (at < block_bytes) __stcs(reinterpret_cast<uint4*>(to + at), lines[i]);
+    if (at < block_bytes) __stcs(reinterpret_cast<uint4*>(to + at), loaded[i]);
   }
 }
 
@@ -34,9 +34,9 @@ Status CopyBlocks(const BlockCopy* copies, std::int64_t count, std::int64_t bloc
   if (block_bytes <= 0 || block_bytes % 16 != 0) {
     return InvalidArgument("block_bytes is " + std::to_string(block_bytes) + ", wanted a positive multiple of 16");
   }
-  const std::int64_t pieces = CeilDiv(block_bytes, kPieceBytes);
-  const LaunchShape shape = {static_cast<unsigned>(count * pieces), kThreads, 0, false};
-  return Launch("copy_blocks", CopyKernel, shape, stream, copies, pieces, block_bytes);
+  const std::int64_t tiles = CeilDiv(block_bytes, kTileBytes);
+  const LaunchShape shape = {static_cast<unsigned>(count * tiles), kThreads, 0, false};
+  return Launch("copy_blocks", CopyKernel, shape, stream, copies, tiles, block_bytes);
 }
 
 }  // namespace kvpage::cuda

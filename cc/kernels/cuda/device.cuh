@@ -1,9 +1,9 @@
-// What every CUDA kernel of the project builds on: launches that report what went wrong, shared memory, the number of
+// The base of every CUDA kernel of the project: launches with error messages, shared memory, the number of
 // multiprocessors.
 //
 // Kernel files are compiled twice: by nvcc, and as C++ (KVPAGE_EMULATED) against stand-ins for CUDA's headers, to be
-// tested on machines without a GPU. What the languages do not share goes through the macros here: no <<<>>>, no
-// __shared__ outside KVPAGE_SHARED, no inline PTX without an emulated twin.
+// tested on machines without a GPU. Differences between the languages are handled by the macros here: no <<<>>>, no
+// __shared__ outside KVPAGE_SHARED, no inline PTX without an emulated version.
 #ifndef KVPAGE_KERNELS_CUDA_DEVICE_CUH_
 #define KVPAGE_KERNELS_CUDA_DEVICE_CUH_
 
@@ -27,7 +27,7 @@ struct Identity {
 }  // namespace kvpage::cuda
 
 // KVPAGE_SHARED(float[4][32], sums): a __shared__ variable of that type, as a statement in a kernel.
-// KVPAGE_DYNAMIC_SHARED(smem): the unsigned char array that the launch asked for, aligned to 1024 bytes.
+// KVPAGE_DYNAMIC_SHARED(smem): the dynamic shared memory of the launch, an unsigned char array aligned to 1024 bytes.
 #ifdef KVPAGE_EMULATED
 #define KVPAGE_SHARED(type, name)                           \
   static ::kvpage::emulation::Shared<type> name##_storage_; \
@@ -42,16 +42,16 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
-// Shared memory that a kernel gets without being allowed more.
+// Dynamic shared memory that a kernel can have without opting in to more.
 inline constexpr std::size_t kDefaultSharedBytes = 48 << 10;
 
 struct LaunchShape {
   dim3 grid;
   dim3 block;
   std::size_t shared_bytes = 0;
-  // The kernel may be set up while the one before it on the stream still runs; every thread of it must call
-  // WaitForPriorKernel() before it touches what that kernel reads or writes. Only behind a kernel of the same op: what
-  // XLA queues knows nothing of this.
+  // The kernel may start while the previous one on the stream still runs (programmatic dependent launch): every thread
+  // must call WaitForPriorKernel() before it accesses memory that the previous kernel uses. Only after a kernel of the
+  // same op: kernels that XLA queues do not wait.
   bool overlap = false;
 };
 
@@ -65,7 +65,7 @@ inline std::string Describe(const char* name, const LaunchShape& shape) {
 
 inline Status ToStatus(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return {};
-  static_cast<void>(cudaGetLastError());  // reported here: whoever asks next must not find it again
+  static_cast<void>(cudaGetLastError());  // reported here, so clear it for the next caller
   return Internal(what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
@@ -76,7 +76,7 @@ Status Launch(const char* name, void (*kernel)(Params...), const LaunchShape& sh
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return ToStatus(error, Describe(name, shape) + " cannot have that much shared memory");
-    // Such kernels want as many blocks side by side as fit, not a large L1. A hint: what comes of it is no error.
+    // Such kernels need as many concurrent blocks as fit, not a large L1. This is a hint: its result is ignored.
     static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   }
@@ -102,15 +102,15 @@ inline Status NumSms(int* out) {
   return ToStatus(cudaDeviceGetAttribute(out, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
 }
 
-// See LaunchShape::overlap. Loads that the compiler may move (__ldg, const __restrict__) can pass this wait: read what
-// the prior kernel wrote with plain loads.
+// See LaunchShape::overlap. The compiler may move __ldg and const __restrict__ loads before this wait: use plain loads
+// for memory that the prior kernel wrote.
 __device__ __forceinline__ void WaitForPriorKernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the kernel behind this one be set up. It still waits for this one's end.
+// Lets the next kernel start early. It still waits for the end of this one.
 __device__ __forceinline__ void LetNextKernelStart() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

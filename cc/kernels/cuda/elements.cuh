@@ -12,7 +12,7 @@
 
 namespace kvpage::cuda {
 
-// Quantised elements, without their scale. The 8-bit float has 4 bits of exponent and 3 of mantissa; the code that
+// Quantized elements, without their scale. The 8-bit float has 4 bits of exponent and 3 of mantissa; the code that
 // would be NaN is never stored.
 struct Int8 {
   std::int8_t value;
@@ -55,7 +55,7 @@ __device__ __forceinline__ __half FromFloat<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// What kernels store in outputs that have no answer.
+// The value of outputs of failed ops.
 template <class T>
 __device__ __forceinline__ T NaN() {
   return FromFloat<T>(__int_as_float(0x7fc00000));

@@ -1,4 +1,4 @@
-// Rows that belong to no sequence, and those of sequences and batches that failed their check.
+// Fills the outputs of rows that belong to no sequence (0 and -inf) or failed their check (NaN).
 #ifndef KVPAGE_KERNELS_CUDA_FILL_CUH_
 #define KVPAGE_KERNELS_CUDA_FILL_CUH_
 
@@ -25,7 +25,7 @@ __device__ inline void FillRows(const AttentionParams& p, std::int64_t from, std
   for (std::int64_t i = from * p.num_q_heads + threadIdx.x; i < to * p.num_q_heads; i += kThreads) p.lse[i] = lse;
 }
 
-// What comes before sequence `index` in the batch and belongs to no sequence, and the sequence itself if it is bad.
+// Fills the rows between the previous active sequence and sequence `index`, and the sequence itself if it is bad.
 __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
   const Sequence* sequences = p.checked->sequences();
   const bool rest = index == p.num_sequences;
@@ -38,7 +38,7 @@ __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
     end = begin + s.query_length;
     bad = s.slot == kWrongSequence;
   }
-  // Where the last sequence before it ends: they are in ascending order.
+  // The end of the last active sequence before it: sequences are in ascending order.
   KVPAGE_SHARED(std::int32_t, owned);
   __syncthreads();
   if (threadIdx.x == 0) owned = 0;
@@ -55,7 +55,7 @@ __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
   if (bad) FillRows(p, begin, end, true);
 }
 
-// What the attention kernels leave, shared out over the blocks of one of them: 0 and -inf, or NaN.
+// Fills all rows that the attention kernels leave out, distributed over the blocks of one of them.
 __device__ inline void FillRest(const AttentionParams& p) {
   const int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   if (p.checked->ok != 0) {

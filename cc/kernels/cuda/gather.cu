@@ -1,5 +1,5 @@
-// Gather: contexts out of the cache into dense arrays, for the plain-jnp implementation and for tests. What is stored
-// quantised comes out as the float32 that it stands for.
+// Gather: copies contexts from the cache to dense arrays, for the pure-JAX implementation and for tests. Quantized
+// storage is converted to float32.
 #include <type_traits>
 
 #include "kernels/cuda/check.cuh"
@@ -16,7 +16,7 @@ struct GatherArgs {
   void* k;  // [num_sequences, row_tokens, num_kv_heads, head_dim]
   void* v;
   std::int64_t row_tokens;
-  std::int64_t pieces;  // blocks for each sequence
+  std::int64_t tiles;  // of kTokensPerBlock tokens, per sequence
   std::int32_t num_kv_heads;
   std::int32_t head_dim;
 };
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   using Out = Gathered<Stored>;
   WaitForPriorKernel();
   const CheckedBatch& checked = *args.checked;
-  const std::int64_t s = blockIdx.x / args.pieces, begin = blockIdx.x % args.pieces * kTokensPerBlock;
+  const std::int64_t s = blockIdx.x / args.tiles, begin = blockIdx.x % args.tiles * kTokensPerBlock;
   const std::int64_t end = begin + kTokensPerBlock < args.row_tokens ? begin + kTokensPerBlock : args.row_tokens;
   const bool ok = checked.ok != 0;
   const std::int32_t slot = ok ? checked.sequences()[s].slot : -1;
@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
 
 template <class Stored>
 Status LaunchGather(const GatherArgs& args, std::int64_t blocks, Stream stream) {
-  constexpr int kMany = kVectorElements<Gathered<Stored>>;
+  constexpr int kVector = kVectorElements<Gathered<Stored>>;
   const auto address = reinterpret_cast<std::uintptr_t>(args.k) | reinterpret_cast<std::uintptr_t>(args.v);
-  const bool many = args.head_dim % kMany == 0 && address % 16 == 0;
+  const bool aligned = args.head_dim % kVector == 0 && address % 16 == 0;
   const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
-  return Launch("gather", many ? GatherKernel<Stored, kMany> : GatherKernel<Stored, 1>, shape, stream, args);
+  return Launch("gather", aligned ? GatherKernel<Stored, kVector> : GatherKernel<Stored, 1>, shape, stream, args);
 }
 
 }  // namespace
@@ -77,11 +77,11 @@ Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, con
                      std::int64_t row_tokens, void* k, void* v, void* checked, Stream stream) {
   KVPAGE_RETURN_IF_ERROR(
       LaunchBatchCheck(cache, ToArgs(cache, batch, layer, nullptr, /*append=*/false, nullptr, checked), stream));
-  const std::int64_t pieces = CeilDiv(row_tokens, kTokensPerBlock);
+  const std::int64_t tiles = CeilDiv(row_tokens, kTokensPerBlock);
   const GatherArgs args = {
-      static_cast<const CheckedBatch*>(checked), k, v, row_tokens, pieces, static_cast<std::int32_t>(cache.spec[1]),
+      static_cast<const CheckedBatch*>(checked), k, v, row_tokens, tiles, static_cast<std::int32_t>(cache.spec[1]),
       static_cast<std::int32_t>(cache.spec[2])};
-  const std::int64_t blocks = batch.num_sequences * pieces;
+  const std::int64_t blocks = batch.num_sequences * tiles;
   if (blocks == 0) return {};
   return ForStorage(static_cast<DType>(cache.spec[5]),
                     [&](auto stored) { return LaunchGather<decltype(stored)>(args, blocks, stream); });

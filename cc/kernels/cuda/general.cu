@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMostStages = 4;
 
-// The largest tile that leaves room for a second block on the multiprocessor, else the largest one at all.
+// Chooses the largest tile that leaves room for a second block on the multiprocessor, else the largest that fits.
 bool Choose(std::int64_t item, const SharedLimits& limits, AttentionParams* params, std::int64_t* size) {
   const std::int64_t padded = (params->head_dim * item + 15) / 16 * 16;
   // An odd number of 16-byte units: lanes that read one row each then hit different banks.

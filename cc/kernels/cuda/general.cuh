@@ -1,9 +1,9 @@
-// The general kernel: float32 and quantised storage, any head size, any alignment, queries of another type than the
+// The general kernel: float32 and quantized storage, any head size and alignment, queries of another type than the
 // keys. CUDA cores, float32 arithmetic.
 //
-// A tile of tokens lies in shared memory as it is stored. Scores: a lane takes a token, a warp every fourth row.
-// Values: a thread takes every 128th column for all rows. The span's and the unit's weighted values are in shared
-// memory.
+// A tile of tokens lies in shared memory in its storage type. Scores: one lane per token, every fourth row per warp.
+// Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit are in
+// shared memory.
 #ifndef KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 #define KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 
@@ -12,6 +12,7 @@
 #include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/general_shared.cuh"
 #include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tokens.cuh"
 #include "kernels/cuda/work.cuh"
@@ -44,8 +45,8 @@ class GeneralAttention {
   }
 
   __device__ void Run() {
-    const Cut from = p_.plan.cuts[blockIdx.x], to = p_.plan.cuts[blockIdx.x + 1];
-    Walker walker, ahead;
+    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    WorkIterator walker, ahead;
     walker.Start(p_, from, to, p_.tile_tokens);
     ahead.Start(p_, from, to, p_.tile_tokens);
     for (int stage = 0; stage < p_.stages - 1; ++stage) Fetch(ahead, stage, from, to);
@@ -53,10 +54,10 @@ class GeneralAttention {
       WaitForStage(p_.stages);
       __syncthreads();
       Fetch(ahead, stage == 0 ? p_.stages - 1 : stage - 1, from, to);
-      const Unit& unit = walker.unit;
+      const WorkUnit& unit = walker.unit;
       if (walker.FirstTile()) BeginUnit(unit);
       const std::int32_t next = walker.token + p_.tile_tokens;
-      // The rows of a tile are few: the fewer, the less work a token makes.
+      // Tiles with fewer rows need less work per token.
       if (unit.rows <= kWarps) {
         Tile<1>(unit, walker.token, stage);
       } else if (unit.rows <= 2 * kWarps) {
@@ -64,7 +65,7 @@ class GeneralAttention {
       } else {
         Tile<4>(unit, walker.token, stage);
       }
-      const bool last = next >= walker.PieceEnd();
+      const bool last = next >= walker.ItemEnd();
       if (last || (next & ((1 << unit.shift) - 1)) == 0) EndSpan(unit, (next - 1) >> unit.shift);
       if (last) EndUnit(unit);
       walker.Next(p_, from, to, p_.tile_tokens);
@@ -79,10 +80,10 @@ class GeneralAttention {
   }
   __device__ float* Scales(int stage, int which) const { return scales_ + (stage * 2 + which) * kGeneralTokens; }
 
-  // Begins to load the next tile; zeros where no row of the unit looks.
-  __device__ void Fetch(Walker& ahead, int stage, const Cut& from, const Cut& to) {
+  // Starts loading the next tile; zeros where no row of the unit sees a token.
+  __device__ void Fetch(WorkIterator& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
     if (!ahead.done) {
-      const Unit& unit = ahead.unit;
+      const WorkUnit& unit = ahead.unit;
       const Tokens tokens(view_, unit.sequence.slot, layer_, unit.head);
       if (wide_) {
         FetchWide(tokens, unit, ahead.token, stage);
@@ -95,7 +96,7 @@ class GeneralAttention {
     CommitCopies();
   }
 
-  __device__ void FetchWide(const Tokens& tokens, const Unit& unit, std::int32_t begin, int stage) {
+  __device__ void FetchWide(const Tokens& tokens, const WorkUnit& unit, std::int32_t begin, int stage) {
     const int count = p_.tile_tokens * copies_.divisor;
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const int row = copies_.Divide(i), offset = (i - row * copies_.divisor) * 16;
@@ -107,7 +108,7 @@ class GeneralAttention {
     }
   }
 
-  __device__ void FetchElements(const Tokens& tokens, const Unit& unit, std::int32_t begin, int stage) {
+  __device__ void FetchElements(const Tokens& tokens, const WorkUnit& unit, std::int32_t begin, int stage) {
     for (int row = warp_; row < p_.tile_tokens; row += kWarps) {
       const std::int32_t token = begin + row;
       const bool valid = token >= unit.begin && token < unit.end;
@@ -120,7 +121,7 @@ class GeneralAttention {
     }
   }
 
-  __device__ void FetchScales(const Unit& unit, std::int32_t begin, int stage) {
+  __device__ void FetchScales(const WorkUnit& unit, std::int32_t begin, int stage) {
     if (static_cast<int>(threadIdx.x) >= 2 * kGeneralTokens) return;
     const int which = threadIdx.x / kGeneralTokens, row = threadIdx.x % kGeneralTokens;
     const std::int32_t token = begin + row;
@@ -129,7 +130,7 @@ class GeneralAttention {
                view_.Scale(unit.sequence.slot, valid ? token : unit.begin, layer_, which, unit.head), valid);
   }
 
-  __device__ void BeginUnit(const Unit& unit) {
+  __device__ void BeginUnit(const WorkUnit& unit) {
     for (int r = warp_; r < kTileRows; r += kWarps) {
       const std::int64_t index = r < unit.rows ? RowIndex(p_, unit, r) * p_.head_dim : 0;
       for (int d = lane_; d < columns_; d += kWarpSize) {
@@ -151,7 +152,7 @@ class GeneralAttention {
 
   // kRows: rows of a warp.
   template <int kRows>
-  __device__ void Tile(const Unit& unit, std::int32_t begin, int stage) {
+  __device__ void Tile(const WorkUnit& unit, std::int32_t begin, int stage) {
     float dots[kRows] = {};
     if (lane_ < p_.tile_tokens) Dots<kRows>(Row(stage, 0, lane_), dots);
     const std::int32_t window = p_.checked->sliding_window;
@@ -186,11 +187,9 @@ class GeneralAttention {
       if (lane_ == 0) factors_[row] = factor;
     }
     __syncthreads();
-    // Where rows see different tokens, a value may be anything to the rows that do not see it.
-    const bool guarded =
-        unit.first_row / p_.group != (unit.first_row + unit.rows - 1) / p_.group &&
-        (begin + p_.tile_tokens > unit.sequence.position + unit.first_row / p_.group + 1 ||
-         begin < FirstVisible(unit.sequence.position + (unit.first_row + unit.rows - 1) / p_.group, window));
+    // Where rows see different tokens, a value may be infinite or NaN for rows that do not see it.
+    const std::int32_t first = RowPosition(p_, unit, 0), last = RowPosition(p_, unit, unit.rows - 1);
+    const bool guarded = first != last && VisibleRange::Of(first, last, window).Mixed(begin, p_.tile_tokens);
     if (guarded) {
       Values<kRows, true>(stage);
     } else {
@@ -245,23 +244,23 @@ class GeneralAttention {
     }
   }
 
-  // Takes the span into the unit's state, or leaves it in memory for the block that folds the unit.
-  __device__ void EndSpan(const Unit& unit, std::int32_t span) {
-    const bool keep = unit.shared_index < 0 || IsFirstPiece(unit);
+  // Merges the span into the unit's state, or stores it for the block that reduces the unit.
+  __device__ void EndSpan(const WorkUnit& unit, std::int32_t span) {
+    const bool keep = unit.split_index < 0 || IsFirstItem(unit);
     __syncthreads();  // factors_ of the tile have been read
 #pragma unroll
     for (int i = 0; i < kTileRows / kWarps; ++i) {
       const int row = warp_ + i * kWarps;
       if (row < unit.rows && keep) {
-        const Fold fold(unit_max_[i], unit_sum_[i], max_[i], sum_[i]);
-        unit_max_[i] = fold.max;
-        unit_sum_[i] = fold.sum;
+        const StateMerge merge(unit_max_[i], unit_sum_[i], max_[i], sum_[i]);
+        unit_max_[i] = merge.max;
+        unit_sum_[i] = merge.sum;
         if (lane_ == 0) {
-          factors_[row] = fold.a;
-          factors_[kTileRows + row] = fold.b;
+          factors_[row] = merge.a;
+          factors_[kTileRows + row] = merge.b;
         }
       } else if (row < unit.rows && lane_ == 0) {
-        p_.plan.sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
+        p_.plan.partial_sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
       }
       max_[i] = NegativeInfinity();
       sum_[i] = 0.0f;
@@ -269,7 +268,8 @@ class GeneralAttention {
     __syncthreads();
     for (int row = 0; row < unit.rows; ++row) {
       const float a = factors_[row], b = factors_[kTileRows + row];
-      float* state = keep ? nullptr : p_.plan.values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
+      float* state =
+          keep ? nullptr : p_.plan.partial_values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
       for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
         const int at = row * p_.head_dim + d;
         if (keep) {
@@ -283,9 +283,9 @@ class GeneralAttention {
     __syncthreads();
   }
 
-  __device__ void EndUnit(const Unit& unit) {
-    const bool alone = unit.shared_index < 0;
-    if (alone || IsFirstPiece(unit)) {
+  __device__ void EndUnit(const WorkUnit& unit) {
+    const bool alone = unit.split_index < 0;
+    if (alone || IsFirstItem(unit)) {
 #pragma unroll
       for (int i = 0; i < kTileRows / kWarps; ++i) {
         const int row = warp_ + i * kWarps;
@@ -293,20 +293,20 @@ class GeneralAttention {
         if (!alone) {
           const std::int64_t state = StateIndex(p_, unit, row, 0);
           for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
-            p_.plan.values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
+            p_.plan.partial_values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
           }
-          if (lane_ == 0) p_.plan.sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
+          if (lane_ == 0) p_.plan.partial_sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
           continue;
         }
-        const Finish finish(p_, RowHead(p_, unit, row), unit_max_[i], unit_sum_[i]);
+        const Normalization norm(p_, RowHead(p_, unit, row), unit_max_[i], unit_sum_[i]);
         const std::int64_t index = RowIndex(p_, unit, row);
         for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
-          StoreElement(p_.out, p_.q_dtype, index * p_.head_dim + d, unit_[row * p_.head_dim + d] * finish.factor);
+          StoreElement(p_.out, p_.q_dtype, index * p_.head_dim + d, unit_[row * p_.head_dim + d] * norm.factor);
         }
-        if (lane_ == 0 && p_.lse != nullptr) p_.lse[index] = finish.lse;
+        if (lane_ == 0 && p_.lse != nullptr) p_.lse[index] = norm.lse;
       }
     }
-    if (!alone) EndPiece(p_, unit);
+    if (!alone) EndItem(p_, unit);
   }
 
   const AttentionParams& p_;
@@ -316,11 +316,11 @@ class GeneralAttention {
   const TokenMap map_;
   const int row_bytes_, columns_;
   const Divider copies_;
-  const bool wide_;  // rows may be copied 16 bytes at a time
+  const bool wide_;  // rows can be copied 16 bytes at a time
   const int lane_, warp_;
   float *queries_, *span_, *unit_, *weights_, *factors_, *scales_;
   unsigned char* tiles_;
-  // Of row warp_ + i * kWarps: the span's, and that of the spans before.
+  // Of row warp_ + i * kWarps: the span's state and that of the spans before.
   float max_[kTileRows / kWarps], sum_[kTileRows / kWarps];
   float unit_max_[kTileRows / kWarps], unit_sum_[kTileRows / kWarps];
   float slope_[kTileRows / kWarps];

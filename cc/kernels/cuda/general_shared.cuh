@@ -1,4 +1,4 @@
-// The shared memory of the general kernel (general.cuh).
+// Layout of the general kernel's shared memory (general.cuh).
 #ifndef KVPAGE_KERNELS_CUDA_GENERAL_SHARED_CUH_
 #define KVPAGE_KERNELS_CUDA_GENERAL_SHARED_CUH_
 
@@ -10,7 +10,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kGeneralTokens = kWarpSize;  // of a tile, at most
 
-// What lies where in a block's shared memory, in bytes.
+// Byte offsets in a block's shared memory.
 struct GeneralShared {
   std::int64_t queries;  // [kTileRows, columns] floats; columns: head_dim rounded up to 16 bytes as stored
   std::int64_t span;     // [kTileRows, head_dim] floats: weighted values of the span, of the spans before

@@ -1,9 +1,9 @@
 // CUDA kernels as plain C++ functions: what the FFI handlers call. Every function only queues work on the stream; all
-// operands are device memory and none is read on the host, so a call may be captured into a CUDA graph and replayed
-// (every function queues at least one launch: XLA refuses to capture nothing).
+// operands are device memory and none is read on the host, so a call can be captured into a CUDA graph and replayed
+// (every function queues at least one launch, because XLA rejects an empty capture).
 //
 // Every op on a pool begins with one launch that checks the cache value against the pool's table (base/device_table.h),
-// bumps the epoch where the op is a mutator, and leaves a CheckedBatch for the kernels behind it.
+// bumps the epoch where the op is a mutator, and writes a CheckedBatch for the kernels after it.
 #ifndef KVPAGE_KERNELS_CUDA_KERNELS_H_
 #define KVPAGE_KERNELS_CUDA_KERNELS_H_
 
@@ -22,7 +22,7 @@ namespace kvpage::cuda {
 
 using Stream = void*;  // CUstream
 
-// The cache as a program carries it, and what it was compiled for.
+// The cache as a program carries it, and the spec that the program was compiled for.
 struct CacheOperands {
   DeviceOp op = DeviceOp::kAdvance;
   DevicePool* pools = nullptr;            // the device's table, [kDeviceTableEntries]
@@ -36,7 +36,7 @@ struct BatchOperands {
   const std::int32_t* slots = nullptr;    // [num_sequences]
   const std::int32_t* offsets = nullptr;  // [num_sequences + 1]
   std::int64_t num_sequences = 0;
-  std::int64_t num_tokens = -1;  // rows of q, k, v; -1 when there are none to compare with
+  std::int64_t num_tokens = -1;  // rows of q, k, v; -1: not applicable
 };
 
 // ---- the slot table (slots.cu) ----
@@ -55,9 +55,9 @@ Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, cons
                      std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream);
 
 // ---- keys and values (append.cu, gather.cu, copy.cu) ----
-// Bytes of device scratch that every op below takes for its CheckedBatch. Scratch is an operand that XLA owns (the
-// custom call's last result): memory from XLA's scratch allocator would be gone when a captured graph is replayed. So
-// its size may depend on shapes only.
+// Bytes of device scratch memory for the CheckedBatch of every op below. Scratch is an operand that XLA owns (the
+// custom call's last result), because memory from XLA's scratch allocator would be freed before a captured graph is
+// replayed. Its size must depend on shapes only.
 std::size_t CheckedBytes(std::int64_t num_sequences);
 
 struct AppendOperands {
@@ -70,13 +70,13 @@ struct AppendOperands {
 Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const AppendOperands& append,
                 std::uint32_t* new_epoch, void* checked, Stream stream);
 
-// k, v: [num_sequences, row_tokens, num_kv_heads, head_dim] in the storage type (float32 where that is quantised):
-// what attention would read, zeros beyond, NaN when the check failed.
+// k, v: [num_sequences, row_tokens, num_kv_heads, head_dim] in the storage type (float32 where that is quantized): the
+// tokens that attention would read, zeros after them, NaN when the check failed.
 Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                      std::int64_t row_tokens, void* k, void* v, void* checked, Stream stream);
 
-// Copies tokens [0, tokens) of all layers from one place of a view to another, as a fork copies its partial tail: the
-// source and target chunks are device pointers to the first byte of a block (fused) or of each range's block.
+// Copies whole blocks. `from` and `to` are device pointers to the first byte of a block (fused layout) or of a range's
+// block (per-layer layout).
 struct BlockCopy {
   const void* from = nullptr;
   void* to = nullptr;
@@ -93,19 +93,19 @@ struct AttentionOperands {
   DType q_dtype = DType::kF32;
   DType kv_dtype = DType::kF32;
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::int64_t max_context = 0;  // tokens that one sequence can have at most: bounds the scratch
+  std::int64_t max_context = 0;  // most tokens of one sequence: bounds the scratch memory
   AttentionOptions options;
 };
 
-// Bytes of device scratch for attention over a batch of this shape: the CheckedBatch, the plan and partial results.
+// Bytes of device scratch memory for attention over a batch of this shape: CheckedBatch, plan and partial states.
 std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens);
 
 // paged_attention: `append` null. update_and_attend: keys and values are written first, in the same checked launch.
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
               const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream);
 
-// Over plain page arrays. `view` describes them (view.table and view.table_width set); `lengths` [num_sequences] count
-// the query tokens. A sequence whose table or length cannot be right gets NaN.
+// Attention over plain page arrays that `view` describes (with view.table and view.table_width); `lengths`
+// [num_sequences] include the query tokens. A sequence with an invalid table or length gets NaN.
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const AttentionOperands& attention, void* scratch, Stream stream);

@@ -1,4 +1,4 @@
-// The planner: one block shares out the work of a batch.
+// The planner: one block distributes the work of a batch over the grid of the attention kernels.
 #ifndef KVPAGE_KERNELS_CUDA_PLAN_CUH_
 #define KVPAGE_KERNELS_CUDA_PLAN_CUH_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage::cuda {
 
-inline constexpr int kPlanThreads = kCheckThreads;  // the check's block goes on as the planner
+inline constexpr int kPlanThreads = kCheckThreads;  // the check's block continues as the planner
 
 // Sum of `value` over the threads before this one; *total is that of all. Every thread must call it.
 __device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64_t* total) {
@@ -32,140 +32,144 @@ __device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64
   return before + sum - value;
 }
 
-// Tiles of 64 tokens that a unit reads, and something for beginning it.
+// The number of 64-token tiles that a unit reads, plus the cost of starting it.
 __device__ __forceinline__ std::int64_t UnitCost(const Extent& e) { return (e.end - 1) / 64 - e.begin / 64 + 2; }
 
-// Packs the active sequences into the plan's lists, with the cost of those before each.
+// Packs the active sequences into the plan's lists, with prefix sums of their costs.
 __device__ inline void PlanSequences(const AttentionParams& p, std::int64_t* total_cost) {
   const CheckedBatch& checked = *p.checked;
   const Plan& plan = p.plan;
-  std::int64_t few = 0, many = 0, cost_before = 0, units_before = 0, states_before = 0;
+  std::int64_t decode = 0, prefill = 0, cost_before = 0, units_before = 0, states_before = 0;
   for (std::int32_t base = 0; base < p.num_sequences; base += kPlanThreads) {
     const std::int32_t index = base + static_cast<std::int32_t>(threadIdx.x);
     Sequence s;
     s.slot = -1;
     if (index < p.num_sequences) s = checked.sequences()[index];
     const bool active = s.slot >= 0 && s.query_length > 0;
-    const bool is_few = active && std::int64_t{s.query_length} * p.group <= p.few_rows;
-    const bool is_many = active && !is_few;
+    const bool is_decode = active && std::int64_t{s.query_length} * p.group <= p.decode_rows;
+    const bool is_prefill = active && !is_decode;
     std::int64_t cost = 0, units = 0, states = 0;
-    if (is_few) {
-      const Extent e = FewExtent(s, checked.sliding_window, p.group);
+    if (is_decode) {
+      const Extent e = DecodeExtent(s, checked.sliding_window, p.group);
       cost = UnitCost(e) * e.tiles * p.num_kv_heads;
-    } else if (is_many) {
+    } else if (is_prefill) {
       const Extent e = PrefillExtent(s, checked.sliding_window, p);
       units = std::int64_t{e.tiles} * p.num_kv_heads;
       states = units * NumSpans(e);
     }
-    std::int64_t num_few, num_many, all_cost, all_units, all_states;
-    const std::int64_t at_few = few + SumBefore(is_few ? 1 : 0, &num_few);
-    const std::int64_t at_many = many + SumBefore(is_many ? 1 : 0, &num_many);
+    std::int64_t num_decode, num_prefill, all_cost, all_units, all_states;
+    const std::int64_t at_decode = decode + SumBefore(is_decode ? 1 : 0, &num_decode);
+    const std::int64_t at_prefill = prefill + SumBefore(is_prefill ? 1 : 0, &num_prefill);
     const std::int64_t at_cost = cost_before + SumBefore(cost, &all_cost);
     const std::int64_t at_units = units_before + SumBefore(units, &all_units);
     const std::int64_t at_states = states_before + SumBefore(states, &all_states);
-    if (is_few) {
-      plan.few[at_few] = s;
-      plan.prefix[at_few] = at_cost;
-    } else if (is_many) {
-      plan.many[at_many] = s;
-      plan.items[at_many] = static_cast<std::int32_t>(at_units);
-      plan.states[at_many] = static_cast<std::int32_t>(at_states);
+    if (is_decode) {
+      plan.decode_sequences[at_decode] = s;
+      plan.cost_prefix[at_decode] = at_cost;
+    } else if (is_prefill) {
+      plan.prefill_sequences[at_prefill] = s;
+      plan.unit_prefix[at_prefill] = static_cast<std::int32_t>(at_units);
+      plan.state_prefix[at_prefill] = static_cast<std::int32_t>(at_states);
     }
-    few += num_few;
-    many += num_many;
+    decode += num_decode;
+    prefill += num_prefill;
     cost_before += all_cost;
     units_before += all_units;
     states_before += all_states;
   }
   if (threadIdx.x == 0) {
     PlanCounts counts = {};
-    counts.few = static_cast<std::int32_t>(few);
-    counts.many = static_cast<std::int32_t>(many);
-    // One span at a time where units alone would leave blocks idle and their states fit.
-    counts.split = units_before < 2 * p.blocks && states_before <= p.prefill_slots && states_before > units_before;
+    counts.decode = static_cast<std::int32_t>(decode);
+    counts.prefill = static_cast<std::int32_t>(prefill);
+    // Items are single spans where whole units would leave blocks idle and the states fit.
+    counts.split = units_before < 2 * p.blocks && states_before <= p.max_prefill_states && states_before > units_before;
     counts.items = static_cast<std::int32_t>(counts.split != 0 ? states_before : units_before);
     *plan.counts = counts;
-    plan.prefix[few] = cost_before;
-    plan.items[many] = static_cast<std::int32_t>(units_before);
-    plan.states[many] = static_cast<std::int32_t>(states_before);
+    plan.cost_prefix[decode] = cost_before;
+    plan.unit_prefix[prefill] = static_cast<std::int32_t>(units_before);
+    plan.state_prefix[prefill] = static_cast<std::int32_t>(states_before);
   }
-  for (int i = threadIdx.x; i < p.prefill_slots; i += kPlanThreads) plan.arrived[i] = 0;
+  for (int i = threadIdx.x; i < p.max_prefill_states; i += kPlanThreads) plan.arrived[i] = 0;
   *total_cost = cost_before;
 }
 
-// Where on the line the cost before is `cost`, moved to the nearest start of a span.
-__device__ inline Cut FindCut(const AttentionParams& p, std::int64_t cost, std::int64_t total) {
+// The point of the work list with this cost before it, rounded to the nearest start of a span.
+__device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int64_t cost, std::int64_t total) {
   const Plan& plan = p.plan;
-  const std::int32_t count = plan.counts->few;
+  const std::int32_t count = plan.counts->decode;
   if (cost >= total) return {count, 0, 0, -1};
   std::int32_t low = 0, high = count;
   while (high - low > 1) {
     const std::int32_t middle = (low + high) / 2;
-    (plan.prefix[middle] <= cost ? low : high) = middle;
+    (plan.cost_prefix[middle] <= cost ? low : high) = middle;
   }
-  const Sequence s = plan.few[low];
-  const Extent e = FewExtent(s, p.checked->sliding_window, p.group);
-  const std::int64_t unit_cost = UnitCost(e), local = cost - plan.prefix[low];
-  Cut cut = {low, static_cast<std::int32_t>(local / unit_cost), 0, -1};
-  if (local % unit_cost == 0) return cut;
+  const Sequence s = plan.decode_sequences[low];
+  const Extent e = DecodeExtent(s, p.checked->sliding_window, p.group);
+  const std::int64_t unit_cost = UnitCost(e), local = cost - plan.cost_prefix[low];
+  SplitPoint point = {low, static_cast<std::int32_t>(local / unit_cost), 0, -1};
+  if (local % unit_cost == 0) return point;
   const std::int64_t position = (e.begin / 64 + local % unit_cost) * 64;
   const std::int64_t token = ((position + (std::int64_t{1} << e.shift >> 1)) >> e.shift) << e.shift;
-  // Inside what all tiles of rows see, so that no piece of a unit is empty.
+  // Only where all tiles of rows see tokens on both sides, so that no item of a unit is empty.
   const std::int32_t window = p.checked->sliding_window;
   const std::int32_t begin = FirstVisible(s.position + (e.tiles - 1) * kTileRows / p.group, window);
   const std::int32_t end = s.position + min((kTileRows - 1) / p.group + 1, s.query_length);
   if (token > begin && token < end) {
-    cut.token = static_cast<std::int32_t>(token);
-  } else if (token > begin && ++cut.unit == e.tiles * p.num_kv_heads) {
-    cut.unit = 0;
-    ++cut.sequence;
+    point.token = static_cast<std::int32_t>(token);
+  } else if (token > begin && ++point.unit == e.tiles * p.num_kv_heads) {
+    point.unit = 0;
+    ++point.sequence;
   }
-  return cut;
+  return point;
 }
 
-__device__ inline void PlanCuts(const AttentionParams& p, std::int64_t total) {
+__device__ inline void PlanSplits(const AttentionParams& p, std::int64_t total) {
   const Plan& plan = p.plan;
-  for (int i = threadIdx.x; i <= p.blocks; i += kPlanThreads) plan.cuts[i] = FindCut(p, total * i / p.blocks, total);
+  for (int i = threadIdx.x; i <= p.blocks; i += kPlanThreads)
+    plan.split_points[i] = FindSplitPoint(p, total * i / p.blocks, total);
   __syncthreads();
-  const auto same_unit = [&](const Cut& a, const Cut& b) { return a.sequence == b.sequence && a.unit == b.unit; };
+  const auto same_unit = [&](const SplitPoint& a, const SplitPoint& b) {
+    return a.sequence == b.sequence && a.unit == b.unit;
+  };
   std::int64_t first_row = 0;
   for (int base = 0; base < p.blocks; base += kPlanThreads) {
     const int i = base + static_cast<int>(threadIdx.x);
     std::int32_t rows = 0;
-    Shared shared = {};
-    if (i < p.blocks && plan.cuts[i].token > 0) {
-      const Cut cut = plan.cuts[i];
+    SplitUnit split = {};
+    if (i < p.blocks && plan.split_points[i].token > 0) {
+      const SplitPoint point = plan.split_points[i];
       int leader = i;
-      while (leader > 0 && plan.cuts[leader - 1].token > 0 && same_unit(plan.cuts[leader - 1], cut)) --leader;
-      plan.cuts[i].leader = leader;
+      while (leader > 0 && plan.split_points[leader - 1].token > 0 && same_unit(plan.split_points[leader - 1], point))
+        --leader;
+      plan.split_points[i].leader = leader;
       if (leader == i) {
-        shared.pieces = 2;
-        shared.token = cut.token;
-        std::int32_t token = cut.token;
+        split.items = 2;
+        split.token = point.token;
+        std::int32_t token = point.token;
         for (int next = i + 1; next < p.blocks; ++next) {
-          const Cut other = plan.cuts[next];
-          if (other.token == 0 || !same_unit(other, cut)) break;
-          if (other.token != token) ++shared.pieces;
+          const SplitPoint other = plan.split_points[next];
+          if (other.token == 0 || !same_unit(other, point)) break;
+          if (other.token != token) ++split.items;
           token = other.token;
         }
-        const Sequence s = plan.few[cut.sequence];
+        const Sequence s = plan.decode_sequences[point.sequence];
         const std::int64_t all = std::int64_t{s.query_length} * p.group;
         const std::int64_t tiles = (all + kTileRows - 1) / kTileRows;
-        const std::int64_t before = (tiles - 1 - cut.unit / p.num_kv_heads) * kTileRows;
+        const std::int64_t before = (tiles - 1 - point.unit / p.num_kv_heads) * kTileRows;
         rows = static_cast<std::int32_t>(min(std::int64_t{kTileRows}, all - before));
       }
     }
     std::int64_t all_rows;
     const std::int64_t at = first_row + SumBefore(rows, &all_rows);
     if (rows > 0) {
-      shared.first_row = static_cast<std::int32_t>(at);
-      plan.shared[i] = shared;
+      split.first_row = static_cast<std::int32_t>(at);
+      plan.split_units[i] = split;
     }
     first_row += all_rows;
   }
 }
 
-// All of it, by the threads of one block, which have seen the check's end.
+// Makes the plan, with all threads of one block after the check.
 __device__ inline void PlanBatch(const AttentionParams& p) {
   if (p.checked->ok == 0) {
     if (threadIdx.x == 0) *p.plan.counts = {};
@@ -174,7 +178,7 @@ __device__ inline void PlanBatch(const AttentionParams& p) {
   std::int64_t total = 0;
   PlanSequences(p, &total);
   __syncthreads();
-  PlanCuts(p, total);
+  PlanSplits(p, total);
 }
 
 }  // namespace kvpage::cuda

@@ -1,18 +1,20 @@
-// Attention of many rows on tensor cores: prefill, chunks of it, and any sequence of a mixed batch with more rows than
-// one tile of decode.
+// The prefill kernel: attention on tensor cores for prompts, chunks of prompts, and all sequences of a mixed batch with
+// more rows than one tile of decode.
 //
 // A tile of 64 or 128 rows (query tokens times heads of the group) stays in shared memory; keys and values stream past
-// it. Every warp has rows of its own and all of the tokens, so weights go from one product to the next in registers.
-// Blocks take items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no row of
-// a warp sees are skipped.
+// it. Every warp computes its own rows over all tokens, so weights pass from one product to the next in registers.
+// Blocks take work items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no
+// row of a warp sees are skipped.
 #ifndef KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 #define KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 
 #include <cstdint>
 
 #include "kernels/cuda/merge.cuh"
-#include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/nonfinite.cuh"
+#include "kernels/cuda/prefill_queue.cuh"
 #include "kernels/cuda/prefill_state.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tiles.cuh"
 #include "kernels/cuda/work.cuh"
@@ -24,28 +26,20 @@ struct PrefillShape {
   static constexpr int kRows = PrefillRows(kDim);
   static constexpr int kTokens = kDim > 128 ? 32 : 64;  // of a tile in shared memory
   static constexpr int kStep = 32;                      // tokens whose scores are in registers at a time
+  static constexpr int kMaxStages = 4;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kTileBytes = kTokens * kDim * 2;
+  static constexpr int kStageBytes = 2 * kTileBytes;     // keys and values
   static constexpr int kFixedBytes = kQueryBytes + 128;  // and ranges of positions
-};
-
-// Positions [begin, end) that any of some rows sees, and [all_begin, all_end) that all of them see.
-struct VisibleRange {
-  std::int32_t begin, end, all_begin, all_end;
-
-  // Whether the rows see different ones of `count` tokens.
-  __device__ __forceinline__ bool Mixed(std::int32_t token, int count) const {
-    return token < all_begin || token + count > all_end;
-  }
 };
 
 template <class T, int kDim>
 class PrefillAttention {
   using Shape = PrefillShape<kDim>;
+  using State = PrefillState<kDim>;
   using Rows = TileRows<kDim>;
   static constexpr int kTokens = Shape::kTokens, kStep = Shape::kStep;
-  static constexpr int kBlocks = Shape::kRows / 16 / kWarps;  // of 16 rows, a warp's
-  static constexpr int kColumns = kDim / 8;                   // of 8
+  static constexpr int kBlocks = State::kBlocks, kColumns = State::kColumns;
   static constexpr int kScoreTiles = kStep / 8;
 
  public:
@@ -61,25 +55,22 @@ class PrefillAttention {
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
-    // In shared memory: registers are what this kernel is short of.
+    // In shared memory, because this kernel is limited by registers.
     KVPAGE_SHARED(PrefillItem, work);
-    const PrefillItems items(p_);
+    const PrefillQueue items(p_);
     while (items.Take(p_, &work)) {
       if (work.from < work.to) {
         Attend(work);
-      } else if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) {
+      } else if (Arrive(&p_.plan.arrived[work.unit], work.items)) {
         Merge(work);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * 2 * Shape::kTileBytes; }
+  __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * Shape::kStageBytes; }
   __device__ __forceinline__ unsigned char* Values(int stage) const { return Keys(stage) + Shape::kTileBytes; }
-  // Row of the tile that this thread holds in the lower (0) or upper (1) half of its block's fragments.
-  __device__ __forceinline__ int Row(int block, int half) const {
-    return (warp_ * kBlocks + block) * 16 + lane_ / 4 + 8 * half;
-  }
+  __device__ __forceinline__ int Row(int block, int half) const { return State::Row(lane_, warp_, block, half); }
 
   __device__ __forceinline__ void Attend(const PrefillItem& work) {
     const Tokens tokens(p_.checked->view, work.sequence.slot, p_.checked->layer, work.head);
@@ -114,17 +105,17 @@ class PrefillAttention {
     state_.SumRows();
     if (work.split) {
       state_.Store(Memory(work.state));
-      if (Arrive(&p_.plan.arrived[work.unit], work.pieces)) Merge(work);
+      if (Arrive(&p_.plan.arrived[work.unit], work.items)) Merge(work);
     } else {
-      if (kept_) state_.FoldKept(Memory(blockIdx.x));
-      Write(work);
+      if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
+      state_.template Write<T>(p_, work);
     }
   }
 
   __device__ __forceinline__ void BeginItem(const PrefillItem& work) {
     const std::int32_t window = p_.checked->sliding_window;
     const auto position = [&](std::int32_t row) {
-      return work.sequence.position + (work.first_row + min(row, work.rows - 1)) / p_.group;
+      return RowPosition(p_, work.sequence, work.first_row + min(row, work.rows - 1));
     };
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
@@ -137,7 +128,7 @@ class PrefillAttention {
       const int rows = kBlocks * 16, all = kWarps * rows, warp = static_cast<int>(threadIdx.x);
       const std::int32_t first = position(warp == kWarps ? 0 : warp * rows);
       const std::int32_t last = position(warp == kWarps ? all - 1 : warp * rows + rows - 1);
-      ranges_[warp] = {FirstVisible(first, window), last + 1, FirstVisible(last, window), first + 1};
+      ranges_[warp] = VisibleRange::Of(first, last, window);
     }
     __syncthreads();
     kept_ = false;
@@ -183,15 +174,14 @@ class PrefillAttention {
 
   __device__ __forceinline__ void Softmax(const PrefillItem& work, std::int32_t begin, bool masked, int m,
                                           float (&scores)[kScoreTiles][4], std::uint32_t (&weights)[kScoreTiles][2]) {
-    // A scale alone moves into the exponent, and the dot products are read as they are.
+    // Without cap and slopes, the scale moves into the exponent and the dot products stay unscaled.
     const float multiplier = plain_ ? rule_.factor : 1.0f;
     if (!plain_) {
       float slope[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!rule_.alibi) break;
-        slope[half] =
-            p_.options.alibi_slopes[work.head * p_.group + (work.first_row + Row(m, half)) % p_.group] * kLog2E;
+        slope[half] = p_.options.alibi_slopes[RowHead(p_, work.head, work.first_row + Row(m, half))] * kLog2E;
       }
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
@@ -255,6 +245,11 @@ class PrefillAttention {
     a[3] = weights[2 * k + 1][1];
   }
 
+  // Values of 16 tokens from row `row` of the tile on, columns 8 n to 8 n + 15, as the right side of two.
+  __device__ __forceinline__ void LoadValues(std::uint32_t (&b)[4], const unsigned char* values, int row, int n) const {
+    LoadMatricesTransposed(b, values + Rows::Offset(row + lane_ % 16, n + lane_ / 16));
+  }
+
   __device__ __forceinline__ void AddValues(const unsigned char* values, int first,
                                             const std::uint32_t (&weights)[kBlocks][kScoreTiles][2]) {
 #pragma unroll
@@ -265,7 +260,7 @@ class PrefillAttention {
 #pragma unroll
       for (int n = 0; n < kColumns; n += 2) {
         std::uint32_t b[4];
-        LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
+        LoadValues(b, values, first + 16 * k, n);
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
           MultiplyAdd<T>(state_.values[m][n], a[m], b[0], b[1]);
@@ -275,31 +270,22 @@ class PrefillAttention {
     }
   }
 
-  // The same where some values are not finite: see tiles.cuh.
+  // The same where some values are not finite (nonfinite.cuh).
   __device__ __forceinline__ void AddGuardedValues(const unsigned char* values, int first,
                                                    const std::uint32_t (&weights)[kBlocks][kScoreTiles][2]) {
 #pragma unroll
     for (int n = 0; n < kColumns; n += 2) {
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
-        float plus[2][4] = {}, minus[2][4] = {};
+        MarkSums marks;
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) {
           std::uint32_t a[4], b[4];
           ToLeft(weights[m], k, a);
-          LoadMatricesTransposed(b, values + Rows::Offset(first + 16 * k + lane_ % 16, n + lane_ / 16));
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            MultiplyAdd<T>(state_.values[m][n + i], a, KeepFinite<T>(b[2 * i]), KeepFinite<T>(b[2 * i + 1]));
-            MultiplyAdd<T>(plus[i], a, Marks<T, false>(b[2 * i]), Marks<T, false>(b[2 * i + 1]));
-            MultiplyAdd<T>(minus[i], a, Marks<T, true>(b[2 * i]), Marks<T, true>(b[2 * i + 1]));
-          }
+          LoadValues(b, values, first + 16 * k, n);
+          AddGuarded<T>(&state_.values[m][n], marks, a, b);
         }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (plus[i / 4][i % 4] > 0.0f) state_.values[m][n + i / 4][i % 4] -= NegativeInfinity();
-          if (minus[i / 4][i % 4] > 0.0f) state_.values[m][n + i / 4][i % 4] += NegativeInfinity();
-        }
+        AddInfinities(&state_.values[m][n], marks);
       }
     }
   }
@@ -308,46 +294,24 @@ class PrefillAttention {
     return p_.plan.prefill_states + state * PrefillStateFloats(kDim);
   }
 
-  // A span ends and another one follows in this block.
+  // Ends a span that another one follows in this block.
   __device__ __forceinline__ void KeepSpan() {
     state_.SumRows();
-    if (kept_) state_.FoldKept(Memory(blockIdx.x));
+    if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
     state_.Store(Memory(blockIdx.x));
     kept_ = true;
     state_.Reset();
   }
 
-  // Folds the spans of a unit, which are all in memory, and writes the answer.
+  // Reduces the spans of a unit, which are all in memory, and writes the output.
   __device__ __forceinline__ void Merge(const PrefillItem& work) {
-    // Not folded into an empty state, so that a first span stays what it is, bit for bit.
+    // Loaded, not merged into an empty state, so that a first span stays bit-identical.
     state_.Load(Memory(work.first_state + work.first_span));
 #pragma unroll 1
     for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
-      state_.FoldNext(Memory(work.first_state + span));
+      state_.template Merge</*kMemoryFirst=*/false>(Memory(work.first_state + span));
     }
-    Write(work);
-  }
-
-  __device__ __forceinline__ void Write(const PrefillItem& work) const {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = Row(m, half);
-        if (row >= work.rows) continue;
-        const std::int32_t at = work.first_row + row, token = at / p_.group;
-        const std::int32_t q_head = work.head * p_.group + (at - token * p_.group);
-        const std::int64_t index = (std::int64_t{work.sequence.query_begin} + token) * p_.num_q_heads + q_head;
-        const Finish finish(p_, q_head, state_.max[m][half], state_.sum[m][half]);
-        T* out = static_cast<T*>(p_.out) + index * kDim + lane_ % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          *reinterpret_cast<std::uint32_t*>(out + n * 8) =
-              Pack<T>(state_.values[m][n][2 * half] * finish.factor, state_.values[m][n][2 * half + 1] * finish.factor);
-        }
-        if (lane_ % 4 == 0 && p_.lse != nullptr) p_.lse[index] = finish.lse;
-      }
-    }
+    state_.template Write<T>(p_, work);
   }
 
   const AttentionParams& p_;
@@ -355,11 +319,11 @@ class PrefillAttention {
   const bool plain_;
   const TokenMap map_;
   unsigned char* const queries_;
-  VisibleRange* const ranges_;  // of each warp's rows, and behind them of all
+  VisibleRange* const ranges_;  // [kWarps + 1] of each warp's rows, then of all rows
   unsigned char* const stages_;
   const int lane_, warp_;
 
-  PrefillState<kDim> state_;
+  State state_;
   std::int32_t position_[kBlocks][2];
   bool kept_;  // spans before this one are in memory
 };

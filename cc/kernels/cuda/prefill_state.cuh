@@ -1,10 +1,11 @@
-// What a block of prefill holds of its tile of rows: weighted values, max and sum, in registers and in memory.
+// The softmax state of a tile of rows in the prefill kernel: weighted values, max and sum, in registers and in memory.
 #ifndef KVPAGE_KERNELS_CUDA_PREFILL_STATE_CUH_
 #define KVPAGE_KERNELS_CUDA_PREFILL_STATE_CUH_
 
 #include <cstdint>
 
-#include "kernels/cuda/prefill_items.cuh"
+#include "kernels/cuda/prefill_queue.cuh"
+#include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 
 namespace kvpage::cuda {
@@ -14,9 +15,14 @@ struct PrefillState {
   static constexpr int kBlocks = PrefillRows(kDim) / 16 / kWarps;  // of 16 rows, a warp's
   static constexpr int kColumns = kDim / 8;                        // of 8
 
-  // As the fragments of products hold them (ptx.cuh). `sum` is this thread's part until the span ends.
+  // As in fragment C (ptx.cuh). `sum` is this thread's part until the span ends.
   float values[kBlocks][kColumns][4];
   float max[kBlocks][2], sum[kBlocks][2];
+
+  // Row of the tile that a thread holds in the lower (0) or upper (1) half of fragment `block`.
+  __device__ __forceinline__ static int Row(int lane, int warp, int block, int half) {
+    return (warp * kBlocks + block) * 16 + lane / 4 + 8 * half;
+  }
 
   __device__ __forceinline__ void Reset() {
 #pragma unroll
@@ -34,7 +40,7 @@ struct PrefillState {
     }
   }
 
-  // Makes each thread's part of the sums the rows' sums.
+  // Reduces each thread's part of the sums to the rows' sums.
   __device__ __forceinline__ void SumRows() {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
@@ -46,7 +52,7 @@ struct PrefillState {
     }
   }
 
-  // ---- states in memory, each thread's where only it looks ----
+  // ---- states in memory: every thread reads only its own part ----
   __device__ __forceinline__ static std::int64_t At(int index) { return std::int64_t{index} * kThreads + threadIdx.x; }
   __device__ __forceinline__ static constexpr int ValueAt(int m, int n, int i) { return (m * kColumns + n) * 4 + i; }
   __device__ __forceinline__ static constexpr int SumAt(int m, int half, int which) {
@@ -69,42 +75,25 @@ struct PrefillState {
     }
   }
 
-  // This state becomes that in memory folded with it.
-  __device__ __forceinline__ void FoldKept(const float* before) {
+  // Merges this state with one in memory, of tokens before (kMemoryFirst) or after this state's.
+  template <bool kMemoryFirst>
+  __device__ __forceinline__ void Merge(const float* memory) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Fold fold(__ldcg(before + At(SumAt(m, half, 0))), __ldcg(before + At(SumAt(m, half, 1))), max[m][half],
-                        sum[m][half]);
-        max[m][half] = fold.max;
-        sum[m][half] = fold.sum;
+        const float other_max = __ldcg(memory + At(SumAt(m, half, 0))),
+                    other_sum = __ldcg(memory + At(SumAt(m, half, 1)));
+        const StateMerge merge = kMemoryFirst ? StateMerge(other_max, other_sum, max[m][half], sum[m][half])
+                                              : StateMerge(max[m][half], sum[m][half], other_max, other_sum);
+        max[m][half] = merge.max;
+        sum[m][half] = merge.sum;
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values[m][n][i] = fold(__ldcg(before + At(ValueAt(m, n, i))), values[m][n][i]);
-          }
-        }
-      }
-    }
-  }
-
-  // This state becomes it folded with that in memory.
-  __device__ __forceinline__ void FoldNext(const float* next) {
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Fold fold(max[m][half], sum[m][half], __ldcg(next + At(SumAt(m, half, 0))),
-                        __ldcg(next + At(SumAt(m, half, 1))));
-        max[m][half] = fold.max;
-        sum[m][half] = fold.sum;
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            values[m][n][i] = fold(values[m][n][i], __ldcg(next + At(ValueAt(m, n, i))));
+            const float other = __ldcg(memory + At(ValueAt(m, n, i)));
+            values[m][n][i] = kMemoryFirst ? merge(other, values[m][n][i]) : merge(values[m][n][i], other);
           }
         }
       }
@@ -123,6 +112,30 @@ struct PrefillState {
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[m][n][i] = __ldcg(from + At(ValueAt(m, n, i)));
+      }
+    }
+  }
+
+  // Normalizes the rows and writes out and lse.
+  template <class T>
+  __device__ __forceinline__ void Write(const AttentionParams& p, const PrefillItem& work) const {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Row(lane, warp, m, half);
+        if (row >= work.rows) continue;
+        const std::int64_t index = RowIndex(p, work.sequence, work.head, work.first_row + row);
+        const std::int32_t q_head = RowHead(p, work.head, work.first_row + row);
+        const Normalization norm(p, q_head, max[m][half], sum[m][half]);
+        T* out = static_cast<T*>(p.out) + index * kDim + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          *reinterpret_cast<std::uint32_t*>(out + n * 8) =
+              Pack<T>(values[m][n][2 * half] * norm.factor, values[m][n][2 * half + 1] * norm.factor);
+        }
+        if (lane % 4 == 0 && p.lse != nullptr) p.lse[index] = norm.lse;
       }
     }
   }

@@ -1,4 +1,4 @@
-// The machine instructions that attention is made of, each with a twin for the emulated device.
+// The machine instructions of attention, each with a version for the emulated device.
 //
 // Fragments are those of mma.m16n8k16: with lane = 4 g + t, a thread of the warp holds
 //   A (16 x 16): rows g and g + 8, columns 2t, 2t + 1 and those + 8      [4 registers of two elements]
@@ -117,7 +117,7 @@ void WaitForCopies() {
   emulation::WaitForCopies(kLeft);
 }
 
-// What the lanes of a warp hand to a collective instruction.
+// The arguments of the lanes of a warp to a collective instruction.
 struct MatrixLoad {
   std::uint32_t* r;
   const unsigned char* row;
@@ -193,9 +193,8 @@ inline float Exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 #endif  // KVPAGE_EMULATED
 
-inline constexpr int kMaxStages = 8;
-
-// Waits until all but the newest stages - 2 groups of copies have arrived: the oldest stage of a full pipeline.
+// Waits until all but the newest stages - 2 groups of copies have arrived: the oldest stage of a full pipeline of 2 to
+// 8 stages.
 __device__ __forceinline__ void WaitForStage(int stages) {
   switch (stages) {
     case 2:

@@ -1,7 +1,7 @@
-"""What each CUDA kernel takes of a multiprocessor, from what ptxas says while it compiles (-v).
+"""Registers, spills and shared memory of each CUDA kernel, from the output of ptxas -v.
 
-record COMMAND...   runs the compiler, keeps what ptxas said in a file beside the object
-table FOLDER        prints a row for each kernel whose notes lie in the folder
+record COMMAND...   runs the compiler and saves the output of ptxas next to the object file
+table FOLDER        prints a row for each kernel with saved output in the folder
     --refuse-spills REGEX   exit status 1 if a kernel whose name it finds spills registers
     --json FILE             also writes the rows
 """
@@ -35,8 +35,8 @@ class Kernel:
 def record(command: list[str]) -> int:
     """Runs a compiler command; returns its exit status.
 
-    ptxas writes its notes where it writes its warnings: the notes go into a file, the rest is
-    passed on, so that a warning is not buried.
+    ptxas writes its notes and its warnings to the same stream: the notes go to a file, the rest is
+    passed on, so that warnings stay visible.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stdout.write(done.stdout)

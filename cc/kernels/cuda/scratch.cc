@@ -6,7 +6,7 @@ namespace kvpage::cuda {
 
 std::size_t CheckedBytes(std::int64_t num_sequences) {
   const auto bytes = sizeof(CheckedBatch) + static_cast<std::size_t>(num_sequences) * sizeof(Sequence);
-  return (bytes + 255) / 256 * 256;  // what a kernel puts behind it is aligned too
+  return (bytes + 255) / 256 * 256;  // aligned, for the arrays after it
 }
 
 bool HasTensorCoreKernels(const AttentionOperands& a) {
@@ -21,16 +21,16 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   AttentionScratch at;
   const std::int64_t context = std::max<std::int64_t>(a.max_context, 1);
   const std::int64_t group = a.num_q_heads / a.num_kv_heads;
-  // A unit that blocks share has kTileRows rows at most, and there are no more of them than blocks; and no row of the
-  // batch is in two.
+  // A split unit has at most kTileRows rows, there are at most as many split units as blocks, and no row of the batch
+  // is in two.
   const std::int64_t rows = std::min<std::int64_t>(num_tokens * a.num_q_heads, std::int64_t{blocks} * kTileRows);
-  at.span_slots = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxSpans, (context >> kSpanShift) + 2));
+  at.partials_per_row = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxSpans, (context >> kSpanShift) + 2));
   const std::int64_t units = std::min<std::int64_t>(
       (num_tokens * group / PrefillRows(a.head_dim) + num_sequences) * a.num_kv_heads, kMaxPrefillStates);
   const std::int64_t spans = std::min<std::int64_t>(kMaxPrefillSpans, (context >> kPrefillSpanShift) + 2);
-  // One state for each block too: its unit's spans so far.
+  // At least one state per block, for the spans of its current unit.
   const std::int64_t states = std::max<std::int64_t>(std::min<std::int64_t>(units * spans, kMaxPrefillStates), blocks);
-  at.prefill_slots = tensor_cores && context > (1 << kPrefillSpanShift) ? static_cast<std::int32_t>(states) : 0;
+  at.max_prefill_states = tensor_cores && context > (1 << kPrefillSpanShift) ? static_cast<std::int32_t>(states) : 0;
 
   at.bytes = CheckedBytes(num_sequences);
   const auto take = [&at](std::size_t size, std::int64_t count) {
@@ -39,17 +39,17 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
     return here;
   };
   at.counts = take(sizeof(PlanCounts), 1);
-  at.few = take(sizeof(Sequence), num_sequences);
-  at.many = take(sizeof(Sequence), num_sequences);
-  at.prefix = take(sizeof(std::int64_t), num_sequences + 1);
-  at.items = take(sizeof(std::int32_t), num_sequences + 1);
-  at.states = take(sizeof(std::int32_t), num_sequences + 1);
-  at.cuts = take(sizeof(Cut), blocks + 1);
-  at.shared = take(sizeof(Shared), blocks);
-  at.arrived = take(sizeof(std::int32_t), at.prefill_slots);
-  at.values = take(sizeof(float), rows * at.span_slots * a.head_dim);
-  at.sums = take(2 * sizeof(float), rows * at.span_slots);
-  at.prefill_states = take(sizeof(float), at.prefill_slots * PrefillStateFloats(a.head_dim));
+  at.decode_sequences = take(sizeof(Sequence), num_sequences);
+  at.prefill_sequences = take(sizeof(Sequence), num_sequences);
+  at.cost_prefix = take(sizeof(std::int64_t), num_sequences + 1);
+  at.unit_prefix = take(sizeof(std::int32_t), num_sequences + 1);
+  at.state_prefix = take(sizeof(std::int32_t), num_sequences + 1);
+  at.split_points = take(sizeof(SplitPoint), blocks + 1);
+  at.split_units = take(sizeof(SplitUnit), blocks);
+  at.arrived = take(sizeof(std::int32_t), at.max_prefill_states);
+  at.partial_values = take(sizeof(float), rows * at.partials_per_row * a.head_dim);
+  at.partial_sums = take(2 * sizeof(float), rows * at.partials_per_row);
+  at.prefill_states = take(sizeof(float), at.max_prefill_states * PrefillStateFloats(a.head_dim));
   return at;
 }
 

@@ -1,4 +1,5 @@
-// Scores to weights, and what becomes of states. All in base 2: a score is log2(e) times that of the natural softmax.
+// Scores, and the merge and normalization of softmax states. All in base 2: a score is log2(e) times that of the
+// natural softmax.
 #ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 #define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 
@@ -15,10 +16,11 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float NegativeInfinity() { return __int_as_float(static_cast<int>(0xff800000)); }
 
-// Turns dot products into scores: scale -> soft cap -> ALiBi. kExact: with the library's tanh, whose error is relative.
+// Turns dot products into scores: scale, soft cap, ALiBi. kExact: with the library's tanh, whose relative error is
+// small.
 template <bool kExact>
 struct ScoreRule {
-  float factor;  // of a dot product; with a soft cap of what becomes the cap's argument
+  float factor;  // of a dot product; with a soft cap, gives the argument of tanh or exp2
   float cap;     // log2(e) times the soft cap; 0: none
   bool alibi;
 
@@ -40,15 +42,15 @@ struct ScoreRule {
   }
 };
 
-// The exponent's base while no score is above -inf: weights are then 0, not 2^(-inf + inf).
+// The maximum to subtract in exponents: 0 while no score is above -inf, so that weights are 0, not 2^(-inf + inf).
 __device__ __forceinline__ float Base(float max) { return max == NegativeInfinity() ? 0.0f : max; }
 
-// How two states become one: values * a + other values * b. Written so that no compiler may fuse it differently in one
-// place than in another.
-struct Fold {
+// The merge of two states: values * a + other values * b. Uses intrinsics, so that the compiler cannot fuse it
+// differently in different places.
+struct StateMerge {
   float max, sum, a, b;
 
-  __device__ __forceinline__ Fold(float max_a, float sum_a, float max_b, float sum_b) {
+  __device__ __forceinline__ StateMerge(float max_a, float sum_a, float max_b, float sum_b) {
     max = fmaxf(max_a, max_b);
     const float base = Base(max);
     a = Exp2(__fsub_rn(max_a, base));
@@ -60,11 +62,11 @@ struct Fold {
   }
 };
 
-// What the values of a finished row are multiplied by, and the row's log-sum-exp.
-struct Finish {
+// The factor of a finished row's values, and the row's log-sum-exp.
+struct Normalization {
   float factor, lse;
 
-  __device__ __forceinline__ Finish(const AttentionParams& p, int q_head, float max, float sum) {
+  __device__ __forceinline__ Normalization(const AttentionParams& p, int q_head, float max, float sum) {
     factor = 1.0f;
     if (p.options.sinks != nullptr) {
       const float sink = p.options.sinks[q_head] * kLog2E;
@@ -77,34 +79,6 @@ struct Finish {
     lse = (Base(max) + log2f(sum)) * kLn2;
   }
 };
-
-// Where row `row` of a unit lies in q and out, in rows of head_dim elements; the same in lse.
-__device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  const std::int32_t at = unit.first_row + row, token = at / p.group;
-  return (std::int64_t{unit.sequence.query_begin} + token) * p.num_q_heads + unit.head * p.group +
-         (at - token * p.group);
-}
-__device__ __forceinline__ std::int32_t RowHead(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  return unit.head * p.group + (unit.first_row + row) % p.group;
-}
-__device__ __forceinline__ std::int32_t RowPosition(const AttentionParams& p, const Unit& unit, std::int32_t row) {
-  return unit.sequence.position + (unit.first_row + row) / p.group;
-}
-
-__device__ __forceinline__ void StoreElement(void* out, DType dtype, std::int64_t index, float x) {
-  if (dtype == DType::kF32) {
-    static_cast<float*>(out)[index] = x;
-  } else if (dtype == DType::kBF16) {
-    static_cast<__nv_bfloat16*>(out)[index] = FromFloat<__nv_bfloat16>(x);
-  } else {
-    static_cast<__half*>(out)[index] = FromFloat<__half>(x);
-  }
-}
-__device__ __forceinline__ float LoadElement(const void* p, DType dtype, std::int64_t index) {
-  if (dtype == DType::kF32) return static_cast<const float*>(p)[index];
-  if (dtype == DType::kBF16) return ToFloat(static_cast<const __nv_bfloat16*>(p)[index]);
-  return ToFloat(static_cast<const __half*>(p)[index]);
-}
 
 }  // namespace kvpage::cuda
 

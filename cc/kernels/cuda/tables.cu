@@ -1,5 +1,5 @@
-// The sequences of attention over plain page arrays: what lengths, offsets and block tables say, as far as it can be
-// right. There is no pool and no record of faults: what is wrong gives NaN.
+// Checks the lengths, offsets and block tables of attention over plain page arrays. There is no pool and no fault
+// record: an invalid sequence gets NaN.
 #include "kernels/cuda/check.cuh"
 
 namespace kvpage::cuda {
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// A block for each sequence; the first one looks at all offsets too.
+// One block per sequence; the first one checks all offsets too.
 __global__ void __launch_bounds__(kThreads)
     TableCheckKernel(const __grid_constant__ KVView view, std::int64_t num_pages, const std::int32_t* lengths,
                      const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,

@@ -1,4 +1,4 @@
-// Where tokens lie: addresses of a view without a division in the inner loop.
+// Addresses of tokens in a view, without divisions in the inner loop.
 #ifndef KVPAGE_KERNELS_CUDA_TOKENS_CUH_
 #define KVPAGE_KERNELS_CUDA_TOKENS_CUH_
 
@@ -49,12 +49,12 @@ struct Tokens {
   }
 };
 
-// What all slots and heads share.
+// The part of an address that does not depend on slot and head.
 struct TokenMap {
   Divider chunk;
   std::int64_t chunk_stride, token_stride, kv_stride;
 
-  // Chunks that follow each other without a gap are one.
+  // Chunks without gaps between them count as one.
   __device__ __forceinline__ explicit TokenMap(const KVView& view)
       : chunk(view.table == nullptr && view.chunk_stride == view.tokens_per_chunk * view.token_stride
                   ? 0x7fffffff

@@ -1,14 +1,15 @@
-// How attention is cut into work: what the planner (plan.cuh) writes and the kernels read.
+// Work units and the plan that the planner (plan.cuh) writes and the attention kernels read.
 //
-// A unit is a sequence, a KV head and a tile of rows; a row is one (query token, query head). Its context is cut into
-// spans at fixed positions that depend on the sequence alone. Every span gives a state of its own (max, sum, weighted
-// values), and states are folded from left to right, by the block that computed them all or, for a unit that several
-// blocks share, by whichever of them ends last. Both do the same arithmetic, so how the work was shared out never shows
-// in the result.
+// A work unit is a sequence, a KV head and a tile of rows; a row is one (query token, query head). Its context is cut
+// into spans at fixed positions that depend only on the sequence. Every span has its own softmax state (max, sum,
+// weighted values). States are merged from left to right, by the block that computed them all or, for a unit that
+// several blocks work on, by the last of these blocks. Both use the same arithmetic, so the distribution of work over
+// blocks never changes the result.
 //
-// Few rows (kTileRows at most in the fast decode kernel, tiles of as many in the general one): the spans of all units
-// form one line, which is cut into as many pieces of equal cost as there are blocks. Only a unit with a cut inside
-// leaves states in memory. Many rows (prefill.cuh): blocks take units, or single spans of them, from a queue.
+// Decode (sequences of at most kTileRows rows per KV head, and all sequences of the general kernel): the spans of all
+// units form one work list, which is split into as many items of equal cost as there are blocks. Only units with a
+// split point inside need partial states in memory. Prefill (all other sequences): blocks take work items, which are
+// whole units or single spans, from a queue.
 #ifndef KVPAGE_KERNELS_CUDA_WORK_CUH_
 #define KVPAGE_KERNELS_CUDA_WORK_CUH_
 
@@ -25,48 +26,48 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarps = kThreads / kWarpSize;
 
-// Pointers into the scratch memory.
+// Arrays in the scratch memory.
 struct Plan {
   PlanCounts* counts;
-  Sequence* few;          // [num_sequences] those with few rows, dense
-  Sequence* many;         // [num_sequences]
-  std::int64_t* prefix;   // [num_sequences + 1] cost of the sequences before
-  std::int32_t* items;    // [num_sequences + 1] prefill's units before
-  std::int32_t* states;   // [num_sequences + 1] prefill's spans of units before
-  Cut* cuts;              // [blocks + 1]
-  Shared* shared;         // [blocks]
-  std::int32_t* arrived;  // [prefill_slots] spans of the unit that are done, prefill
-  float* values;          // states of decode, [rows, span_slots, head_dim]
-  float2* sums;           // [rows, span_slots] max and sum
-  float* prefill_states;  // [prefill_slots, PrefillStateFloats]
+  Sequence* decode_sequences;   // [num_sequences], packed
+  Sequence* prefill_sequences;  // [num_sequences]
+  std::int64_t* cost_prefix;    // [num_sequences + 1] cost of the decode sequences before
+  std::int32_t* unit_prefix;    // [num_sequences + 1] units of the prefill sequences before
+  std::int32_t* state_prefix;   // [num_sequences + 1] spans of those units
+  SplitPoint* split_points;     // [blocks + 1], in the work list of decode
+  SplitUnit* split_units;       // [blocks], at the index of the first block that starts inside the unit
+  std::int32_t* arrived;        // [max_prefill_states] finished items of a unit of prefill
+  float* partial_values;        // [rows, partials_per_row, head_dim], decode
+  float2* partial_sums;         // [rows, partials_per_row] max and sum
+  float* prefill_states;        // [max_prefill_states, PrefillStateFloats]
 };
 
-// A kernel's parameters.
+// Parameters of every attention kernel.
 struct AttentionParams {
   const CheckedBatch* checked;
   Plan plan;
   const void* q;
   void* out;
   float* lse;                // or null
-  AttentionOptions options;  // the kernels read the window in the CheckedBatch
+  AttentionOptions options;  // its window is copied to the CheckedBatch, where the kernels read it
   std::int64_t num_tokens;
   std::int32_t num_sequences;
   std::int32_t num_q_heads;
   std::int32_t num_kv_heads;
   std::int32_t group;
   std::int32_t head_dim;
-  std::int32_t few_rows;      // sequences with more rows go to prefill
-  std::int32_t prefill_rows;  // rows of a tile there
+  std::int32_t decode_rows;   // sequences with more rows per KV head go to prefill
+  std::int32_t prefill_rows;  // rows of a tile of prefill
   std::int32_t blocks;        // of every attention kernel's grid
-  std::int32_t span_slots;
-  std::int32_t prefill_slots;
+  std::int32_t partials_per_row;
+  std::int32_t max_prefill_states;
   std::int32_t stages;       // of the pipeline
   std::int32_t tile_tokens;  // general.cuh
   std::int32_t row_stride;   // general.cuh: bytes of a key in shared memory
   DType q_dtype;
 };
 
-// What the rows of a sequence look at.
+// The positions that the rows of a sequence see, and their division.
 struct Extent {
   std::int32_t begin, end;  // positions that any row sees
   std::int32_t tiles;       // of rows
@@ -77,13 +78,27 @@ __device__ __forceinline__ std::int32_t FirstVisible(std::int32_t position, std:
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
+// Of a group of rows: positions [begin, end) that any row sees, and [all_begin, all_end) that all rows see.
+struct VisibleRange {
+  std::int32_t begin, end, all_begin, all_end;
+
+  // Of rows whose query tokens are at positions first to last.
+  __device__ __forceinline__ static VisibleRange Of(std::int32_t first, std::int32_t last, std::int32_t window) {
+    return {FirstVisible(first, window), last + 1, FirstVisible(last, window), first + 1};
+  }
+  // Whether the rows see different subsets of `count` tokens.
+  __device__ __forceinline__ bool Mixed(std::int32_t token, int count) const {
+    return token < all_begin || token + count > all_end;
+  }
+};
+
 __device__ __forceinline__ int SpanShift(std::int32_t tokens, int shift, int max_spans) {
-  // One more span where the first one starts before the context does.
+  // One span more, because the first one may start before the context does.
   while (tokens > (std::int64_t{max_spans - 1} << shift)) ++shift;
   return shift;
 }
 
-__device__ __forceinline__ Extent FewExtent(const Sequence& s, std::int32_t window, std::int32_t group) {
+__device__ __forceinline__ Extent DecodeExtent(const Sequence& s, std::int32_t window, std::int32_t group) {
   Extent e;
   e.begin = FirstVisible(s.position, window);
   e.end = s.position + s.query_length;
@@ -97,7 +112,7 @@ __device__ __forceinline__ Extent PrefillExtent(const Sequence& s, std::int32_t 
   e.begin = FirstVisible(s.position, window);
   e.end = s.position + s.query_length;
   e.tiles = static_cast<std::int32_t>((std::int64_t{s.query_length} * p.group + p.prefill_rows - 1) / p.prefill_rows);
-  e.shift = std::int64_t{e.tiles} * p.num_kv_heads >= kPlenty
+  e.shift = std::int64_t{e.tiles} * p.num_kv_heads >= kEnoughUnits
                 ? 30
                 : SpanShift(e.end - e.begin, kPrefillSpanShift, kMaxPrefillSpans);
   return e;
@@ -105,40 +120,42 @@ __device__ __forceinline__ Extent PrefillExtent(const Sequence& s, std::int32_t 
 
 __device__ __forceinline__ int NumSpans(const Extent& e) { return ((e.end - 1) >> e.shift) - (e.begin >> e.shift) + 1; }
 
-// The part of a unit that a block works on.
-struct Unit {
+// A work unit, and the item of it that a block works on.
+struct WorkUnit {
   Sequence sequence;
   std::int32_t head;
   std::int32_t first_row;  // of the tile; row r is token (first_row + r) / group
   std::int32_t rows;
   std::int32_t begin, end;  // positions that any row of the tile sees
   std::int32_t shift;
-  std::int32_t from, to;      // the piece: [max(from, begin), min(to, end))
-  std::int32_t first_span;    // of the sequence: states are counted from it
-  std::int32_t shared_index;  // in Plan::shared, -1 when this block does it all
+  std::int32_t from, to;     // the item: [max(from, begin), min(to, end))
+  std::int32_t first_span;   // of the sequence: partial states are counted from it
+  std::int32_t split_index;  // in Plan::split_units; -1: this block computes the whole unit
 };
 
-// Walks a block's piece of the line, tile by tile of `tokens` tokens, a power of two up to 128. All threads hold the
-// same.
-struct Walker {
-  Unit unit;
-  std::int32_t token;  // where the tile begins, a multiple of the tile's size
+// Iterates over a block's part of the work list in tiles of `tokens` tokens, a power of two up to 128. All threads hold
+// the same state.
+struct WorkIterator {
+  WorkUnit unit;
+  std::int32_t token;  // start of the tile, a multiple of its size
   bool done;
   std::int32_t sequence, index, units;
 
   __device__ __forceinline__ bool FirstTile() const { return token <= max(unit.from, unit.begin); }
-  __device__ __forceinline__ std::int32_t PieceEnd() const { return min(unit.to, unit.end); }
+  __device__ __forceinline__ std::int32_t ItemEnd() const { return min(unit.to, unit.end); }
 
-  __device__ __forceinline__ void Start(const AttentionParams& p, const Cut& from, const Cut& to, int tokens) {
+  __device__ __forceinline__ void Start(const AttentionParams& p, const SplitPoint& from, const SplitPoint& to,
+                                        int tokens) {
     sequence = from.sequence;
     index = from.unit;
     done = from.sequence == to.sequence && from.unit == to.unit && from.token == to.token;
     if (!done) Enter(p, from, to, tokens);
   }
 
-  __device__ __forceinline__ void Next(const AttentionParams& p, const Cut& from, const Cut& to, int tokens) {
+  __device__ __forceinline__ void Next(const AttentionParams& p, const SplitPoint& from, const SplitPoint& to,
+                                       int tokens) {
     token += tokens;
-    if (token < PieceEnd()) return;
+    if (token < ItemEnd()) return;
     if (++index == units) {
       index = 0;
       ++sequence;
@@ -148,12 +165,13 @@ struct Walker {
     if (!done) Enter(p, from, to, tokens);
   }
 
-  __device__ __forceinline__ void Enter(const AttentionParams& p, const Cut& from, const Cut& to, int tokens) {
-    unit.sequence = p.plan.few[sequence];
+  __device__ __forceinline__ void Enter(const AttentionParams& p, const SplitPoint& from, const SplitPoint& to,
+                                        int tokens) {
+    unit.sequence = p.plan.decode_sequences[sequence];
     const std::int32_t window = p.checked->sliding_window;
-    const Extent e = FewExtent(unit.sequence, window, p.group);
+    const Extent e = DecodeExtent(unit.sequence, window, p.group);
     units = e.tiles * p.num_kv_heads;
-    // The last rows first: theirs is the longest context.
+    // The last rows first, because they have the longest context.
     const std::int32_t tile = e.tiles - 1 - index / p.num_kv_heads;
     unit.head = index % p.num_kv_heads;
     unit.first_row = tile * kTileRows;
@@ -167,7 +185,7 @@ struct Walker {
     const bool last = sequence == to.sequence && index == to.unit;
     unit.from = first ? from.token : 0;
     unit.to = last ? to.token : 0x7fffffff;
-    unit.shared_index = first && from.token > 0 ? from.leader : (last ? to.leader : -1);
+    unit.split_index = first && from.token > 0 ? from.leader : (last ? to.leader : -1);
     token = max(unit.from, unit.begin) & ~(tokens - 1);
   }
 };

@@ -1,6 +1,6 @@
-// The items of prefill's queue, and the shape of the states that they leave in memory.
-#ifndef KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_
-#define KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_
+// The prefill kernel's queue of work items: whole units, or single spans of them.
+#ifndef KVPAGE_KERNELS_CUDA_PREFILL_QUEUE_CUH_
+#define KVPAGE_KERNELS_CUDA_PREFILL_QUEUE_CUH_
 
 #include <cstdint>
 
@@ -12,24 +12,25 @@ struct PrefillItem {
   Sequence sequence;
   std::int32_t head;
   std::int32_t first_row, rows;
-  std::int32_t from, to;     // tokens
+  std::int32_t from, to;     // positions
   std::int32_t shift;        // spans are 1 << shift tokens
-  bool split;                // one span of several
-  std::int32_t unit;         // in Plan::arrived; these only when split
-  std::int32_t pieces;       // of the unit, empty ones too
+  bool split;                // the item is one span of several
+  std::int32_t unit;         // index in Plan::arrived; this and the next three only when split
+  std::int32_t items;        // of the unit, empty ones too
   std::int32_t first_state;  // of the unit, for the sequence's first span
   std::int32_t state;
   std::int32_t first_span, last_span;  // that rows of the tile see, from the sequence's first on
 };
 
-struct PrefillItems {
+struct PrefillQueue {
   PlanCounts* counts;
   std::int32_t count;
 
-  __device__ __forceinline__ explicit PrefillItems(const AttentionParams& p)
+  __device__ __forceinline__ explicit PrefillQueue(const AttentionParams& p)
       : counts(p.plan.counts), count(p.plan.counts->items) {}
 
-  // Puts the next one into shared memory for the whole block, which is done with the one before; false: none is left.
+  // Writes the next item to shared memory for the whole block, which has finished the previous one; false: none is
+  // left.
   __device__ __forceinline__ bool Take(const AttentionParams& p, PrefillItem* work) const {
     KVPAGE_SHARED(std::int32_t, next);
     __syncthreads();
@@ -44,18 +45,19 @@ struct PrefillItems {
   __device__ inline PrefillItem At(const AttentionParams& p, std::int32_t item) const {
     const Plan& plan = p.plan;
     const bool split = counts->split != 0;
-    const std::int32_t* before = split ? plan.states : plan.items;
-    std::int32_t low = 0, high = counts->many;
+    const std::int32_t* before = split ? plan.state_prefix : plan.unit_prefix;
+    std::int32_t low = 0, high = counts->prefill;
     while (high - low > 1) {
       const std::int32_t middle = (low + high) / 2;
       (before[middle] <= item ? low : high) = middle;
     }
     PrefillItem work;
-    work.sequence = plan.many[low];
+    work.sequence = plan.prefill_sequences[low];
     const std::int32_t window = p.checked->sliding_window;
     const Extent e = PrefillExtent(work.sequence, window, p);
     const std::int32_t spans = NumSpans(e), origin = e.begin >> e.shift;
-    // The last rows first: theirs is the longest context. Heads last: blocks that work side by side.
+    // The last rows first, because they have the longest context. Heads vary fastest, so that concurrent blocks share
+    // a context.
     const std::int32_t local = item - before[low], rest = local / p.num_kv_heads;
     work.head = local % p.num_kv_heads;
     const std::int32_t index = split ? rest / spans : rest;
@@ -70,9 +72,9 @@ struct PrefillItems {
     work.split = split && spans > 1;
     if (work.split) {
       const std::int32_t unit = index * p.num_kv_heads + work.head, span = rest % spans;
-      work.unit = plan.items[low] + unit;
-      work.pieces = spans;
-      work.first_state = plan.states[low] + unit * spans;
+      work.unit = plan.unit_prefix[low] + unit;
+      work.items = spans;
+      work.first_state = plan.state_prefix[low] + unit * spans;
       work.state = work.first_state + span;
       work.from = max(work.from, (origin + span) << e.shift);
       work.to = static_cast<std::int32_t>(min(std::int64_t{work.to}, std::int64_t{origin + span + 1} << e.shift));
@@ -83,4 +85,4 @@ struct PrefillItems {
 
 }  // namespace kvpage::cuda
 
-#endif  // KVPAGE_KERNELS_CUDA_PREFILL_ITEMS_CUH_
+#endif  // KVPAGE_KERNELS_CUDA_PREFILL_QUEUE_CUH_

@@ -1,0 +1,95 @@
+// The softmax state of a tile of rows in the decode kernel: weighted values, max and sum, in registers.
+#ifndef KVPAGE_KERNELS_CUDA_DECODE_STATE_CUH_
+#define KVPAGE_KERNELS_CUDA_DECODE_STATE_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/softmax.cuh"
+#include "kernels/cuda/work.cuh"
+
+namespace kvpage::cuda {
+
+template <int kDim>
+struct DecodeState {
+  static constexpr int kTiles = kDim / 8 / kWarps;  // of 8 columns, a warp's
+
+  // As in fragment C (ptx.cuh); max and sum of the row in its lower and upper half.
+  float values[kTiles][4];
+  float max[2], sum[2];
+
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max[half] = NegativeInfinity();
+      sum[half] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[n][i] = 0.0f;
+    }
+  }
+
+  // Merges the state of the next span into this one.
+  __device__ __forceinline__ void Merge(const DecodeState& next) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const StateMerge merge(max[half], sum[half], next.max[half], next.sum[half]);
+      max[half] = merge.max;
+      sum[half] = merge.sum;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) values[n][i] = merge(values[n][i], next.values[n][i]);
+      }
+    }
+  }
+
+  // Row of the tile that a thread holds in the lower (0) or upper (1) half of a fragment.
+  __device__ __forceinline__ static int Row(int lane, int half) { return lane / 4 + 8 * half; }
+  // The first of the two columns that a thread holds of tile n.
+  __device__ __forceinline__ static int Column(int lane, int warp, int n) {
+    return (warp * kTiles + n) * 8 + lane % 4 * 2;
+  }
+
+  // Writes the rows' partial states to memory, at `index` (merge.cuh).
+  __device__ __forceinline__ void Store(const AttentionParams& p, const WorkUnit& unit, std::int32_t index) const {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (Row(lane, half) >= unit.rows) continue;
+      const std::int64_t state = StateIndex(p, unit, Row(lane, half), index);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        *reinterpret_cast<float2*>(p.plan.partial_values + state * kDim + Column(lane, warp, n)) =
+            make_float2(values[n][2 * half], values[n][2 * half + 1]);
+      }
+      if (warp == 0 && lane % 4 == 0) p.plan.partial_sums[state] = make_float2(max[half], sum[half]);
+    }
+  }
+
+  // Normalizes the rows and writes out and lse.
+  template <class T>
+  __device__ __forceinline__ void Write(const AttentionParams& p, const WorkUnit& unit) const {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (Row(lane, half) >= unit.rows) continue;
+      const Normalization norm(p, RowHead(p, unit, Row(lane, half)), max[half], sum[half]);
+      const std::int64_t index = RowIndex(p, unit, Row(lane, half));
+      T* out = static_cast<T*>(p.out) + index * kDim;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        *reinterpret_cast<std::uint32_t*>(out + Column(lane, warp, n)) =
+            Pack<T>(values[n][2 * half] * norm.factor, values[n][2 * half + 1] * norm.factor);
+      }
+      if (warp == 0 && lane % 4 == 0 && p.lse != nullptr) p.lse[index] = norm.lse;
+    }
+  }
+};
+
+}  // namespace kvpage::cuda
+
+#endif  // KVPAGE_KERNELS_CUDA_DECODE_STATE_CUH_
