@@ -136,7 +136,7 @@ run_tests() {
     in_background "fake driver" 330 env JAX_PLATFORMS=cpu "$python" -P -m pytest -q -p no:cacheprovider \
       ${spread:+-n 4} tests/test_fake_driver*.py
   fi
-  try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
+  try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --exhaustive --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
     -p no:cacheprovider --durations 5 --junitxml "$logs/gpu-tests.xml" tests/gpu
   gather 3
   for sanitizer in memcheck racecheck; do

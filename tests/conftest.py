@@ -1,7 +1,8 @@
-"""Fixtures and switches that every test file shares.
+"""Fixtures and options that all test files share.
 
 `--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns a skipped test into a failure: a run that must
 have every optional package shows it, instead of staying green on tests that never ran.
+`--exhaustive` (or JAX_KVPAGE_TEST_EXHAUSTIVE=1) runs all cases of all tests (covering.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import compiling
+import covering
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="report a skipped test as a failure",
     )
     parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        default=covering.is_exhaustive(),
+        help="all random cases and combinations of parameters, with XLA's optimizations",
+    )
+    parser.addoption(
         "--gpu-platform",
         choices=("cuda", "cpu"),
         default="cuda",
@@ -50,16 +59,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # By way of the environment, for the processes that tests start.
+    os.environ[covering.VARIABLE] = "1" if config.getoption("--exhaustive") else "0"
+    compiling.configure(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu are not there on a machine without one: neither run nor skipped."""
+    """Leaves out tests marked gpu on a machine without one, and what the default setting drops."""
+    left_out = set(covering.dropped_by_default(items))
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    try:
-        jax.devices(config.getoption("--gpu-platform"))
-    except RuntimeError:
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+    if marked:
+        try:
+            jax.devices(config.getoption("--gpu-platform"))
+        except RuntimeError:
+            left_out.update(marked)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    # Tests collect garbage often, and need not search what has been imported by now.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,6 +118,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if left:
         print(f"\nfake driver: {left} at the end of the run. {violation}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs() -> Iterator[None]:
+    """Compiled programs of one file are not kept for the next: together they take several GiB. What
+    both need is in the session's cache on disk.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

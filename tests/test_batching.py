@@ -56,6 +56,7 @@ def one(make_pool) -> _Setup:
     return _Setup(make_pool(spec))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
     s = setup
@@ -81,6 +82,7 @@ def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
         assert np.all(np.isneginf(lse[i, tokens:]))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_append_advance_and_attend(setup: _Setup, axis: int) -> None:
     s = setup

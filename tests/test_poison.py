@@ -74,6 +74,7 @@ def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str)
     np.testing.assert_array_equal(np.sort(values), np.sort(np.concatenate(want).ravel()))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | None) -> None:

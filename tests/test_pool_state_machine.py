@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import num_cases
 from harness import Rig
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -232,4 +233,7 @@ class PerLayerMachine(PoolMachine):
 
 @pytest.mark.parametrize("machine", [PoolMachine, PerLayerMachine])
 def test_pool_against_a_model(machine: Callable[[], PoolMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=30))
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=num_cases(12, exhaustive=80), stateful_step_count=30),
+    )

@@ -34,6 +34,7 @@ def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
     yield from two_sequences(make_pool(make_spec(request.param), poison=True))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("op", ["append", "attend", "update", "advance"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
 def test_bad_slots_in_a_batch(rig: Rig, op: str, case: str) -> None:
@@ -51,6 +52,7 @@ def test_bad_slots_in_a_batch(rig: Rig, op: str, case: str) -> None:
     fails(f"slot {bad}.*({words})", call)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("op", ["map_slots", "set_lengths"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
 def test_bad_slots_in_a_list(rig: Rig, op: str, case: str) -> None:
@@ -103,6 +105,7 @@ def test_negative_token_counts(rig: Rig) -> None:
     fails("-5", lambda: kvp.set_lengths(rig.cache, slot, jnp.asarray([-5])))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layer", [-1, LAYERS, 10**9])
 @pytest.mark.parametrize("op", [append, attend])
 def test_layer_out_of_range(rig: Rig, layer: int, op: Callable[..., object]) -> None:
@@ -113,6 +116,7 @@ def test_layer_out_of_range(rig: Rig, layer: int, op: Callable[..., object]) -> 
     fails(f"layer.*{layer}.*{LAYERS - 1}", lambda: op(rig.cache, batch, traced))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     "offsets", [[1, 2, 3], [0, 3, 2], [0, 4, 9], [-1, 0, 1], [0, -3, 2], [0, 2**30, 2**31 - 1]]
 )

@@ -38,6 +38,7 @@ def pool(request: pytest.FixtureRequest, make_pool) -> kvp.KVPool:
 Step = Callable[..., tuple[kvp.KVCache, jax.Array]]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("step", [unrolled, scanned_layers])
 @pytest.mark.parametrize("how", ["eager", "jit", "donated", "scan", "scan donated", "while"])
 def test_decode(pool: kvp.KVPool, step: Step, how: str) -> None:
