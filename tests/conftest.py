@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked gpu on a machine without one, and what the default setting drops."""
+    """Drops tests marked gpu where there is none, and combinations outside the default setting."""
     left_out = set(covering.dropped_by_default(items))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:

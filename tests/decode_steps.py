@@ -1,5 +1,5 @@
-"""Decode steps of two sequences over a small pool, and what they compute in float64: for the tests
-of JAX's transformations.
+"""Decode steps of two sequences over a small pool and their results in float64, for tests of JAX's
+transformations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A cache rig together with the plain model of what it holds, and jitted steps that pad every
-batch to one static shape.
+"""A cache rig with a plain model of its contents, and jitted steps that pad every batch to one
+static shape.
 
 Compiling dominates the time of a small test, so everything that may vary travels as data: the
-programs below are compiled once per spec, token count and set of static variants, whatever the
-batches look like.
+programs below are compiled once per spec, token count and set of static variants, and serve all
+batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ON_DEVICE: list[kvp.KVPool] = []
 
 
 def settle(value: Any) -> Any:
-    """Waits for a value, and raises what its programs failed with on whatever platform."""
+    """Waits for a value, and raises the failure of its programs on any platform."""
     jax.block_until_ready(value)
     for pool in ON_DEVICE:
         if not pool.closed:
@@ -118,7 +118,7 @@ def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
 
 
 class Rig:
-    """A pool's newest cache, and the model that says what it should contain."""
+    """A pool's newest cache, and a model of the expected contents."""
 
     def __init__(
         self,

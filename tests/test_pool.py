@@ -124,8 +124,8 @@ def test_the_best_fitting_parked_slot_is_adopted(pool: kvp.KVPool) -> None:
 
 
 def test_tails_are_stolen_only_under_pressure(pool: kvp.KVPool) -> None:
-    """Twelve of twenty blocks are parked: nine more do not fit beside them, so some are taken, and
-    no more than needed.
+    """Twelve of twenty blocks are parked and nine more are needed: one is stolen for each that is
+    missing.
     """
     spec = pool.spec
     slots, cache = pool.acquire(pool.cache(), [16 * 6, 16 * 6])

@@ -196,7 +196,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.total = wanted
 
     @rule()
-    def new_line(self) -> None:
+    def new_generation(self) -> None:
         """Also without a failure a new generation may be started at any time."""
         self.rig.cache = self.pool.cache()
         self.rig.check_lengths()

@@ -1,5 +1,5 @@
 """Every bad input gives a clear error, changes nothing, and leaves a pool whose next cache works
-for everybody else.
+for all other sequences.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_reading_what_was_not_written(rig: Rig) -> None:
 
 
 def test_a_new_line_forgets_what_was_not_advanced(rig: Rig) -> None:
-    """The program that wrote those tokens may have failed halfway: nobody may count on them."""
+    """The program that wrote those tokens may have failed halfway: they do not count."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 5)])
     rig.append([(slot, 5)])
@@ -130,8 +130,7 @@ def test_malformed_offsets(rig: Rig, offsets: list[int], op: str) -> None:
         "attend": lambda: attend(rig.cache, batch),
         "advance": lambda: kvp.advance(rig.cache, batch),
     }[op]
-    # `advance` has no token axis to compare the end with: what stops it is that nobody wrote so
-    # much.
+    # `advance` has no token axis to compare the end with: it fails as fewer tokens are written.
     fails("offsets|written" if op == "advance" else "offsets", call)
 
 
@@ -142,7 +141,7 @@ def test_raising_a_length_past_what_is_written(rig: Rig) -> None:
 
 
 def test_advancing_past_what_is_written(rig: Rig) -> None:
-    """Layer 1 is missing: advancing would let everybody read whatever was there before."""
+    """Layer 1 is missing: advancing would expose old contents of the memory."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 3)])
     k = jnp.zeros((8, KV_HEADS, DIM))

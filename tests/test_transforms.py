@@ -130,9 +130,7 @@ def test_masked_sequences_do_not_move(pool: kvp.KVPool) -> None:
 
 
 def test_padding_is_silent(pool: kvp.KVPool) -> None:
-    """Padding sequences with tokens of their own, tokens past the last sequence, and a batch of
-    nothing else.
-    """
+    """Padding sequences with tokens, tokens past the last sequence, a batch of padding alone."""
     slot, cache = pool.acquire(pool.cache(), 8)
     q, k, v = (x[0, 0] for x in random_tokens(steps=1))
     wide = [jnp.concatenate([x] * 4) for x in (q, k, v)]  # 8 tokens
@@ -169,7 +167,7 @@ def test_positions(pool: kvp.KVPool) -> None:
 
 
 def test_dropped_cache_means_no_write(pool: kvp.KVPool) -> None:
-    """No JAX effect: an op whose returned cache nobody uses does not happen, and the generation
+    """No JAX effect: an op whose returned cache is unused does not run, and the generation
     goes on from the old cache.
     """
     q, k, v = (x[0, 0] for x in random_tokens(steps=1))
