@@ -79,9 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    # Tests collect garbage often, and need not search what has been imported by now.
-    gc.collect()
-    gc.freeze()
+    _set_aside_what_lives()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -112,6 +110,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     from jax_kvpage import _native
 
+    gc.unfreeze()
     gc.collect()
     counts, violation = _native.fake_driver.report()
     left = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -120,13 +119,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def _set_aside_what_lives() -> None:
+    """Collects all garbage and exempts the rest from the collections of single tests: searching
+    modules and traced programs takes longer than most tests.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
-def release_programs() -> Iterator[None]:
-    """Compiled programs of one file are not kept for the next: together they take several GiB. What
-    both need is in the session's cache on disk.
+def clean_up() -> Iterator[None]:
+    """Compiled programs of one file are not kept for the next: together they take several GiB.
+    Those that both need are in the session's cache on disk.
     """
     yield
     jax.clear_caches()
+    _set_aside_what_lives()
 
 
 @pytest.fixture

@@ -288,15 +288,15 @@ class Rig:
                     self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
 
 
-# Rounds of `busy` that take about a second.
-_BUSY_ROUNDS = {"cpu": 2000, "gpu": 60000}
+# Rounds of `busy` that take about half a second on a CPU, a second on a GPU.
+_BUSY_ROUNDS = {"cpu": 1000, "gpu": 60000}
 
 
-def busy(seconds_or_so: int) -> jax.Array:
-    """A value that takes about that many seconds to compute: a program in flight (calls to it
+def busy(times: int) -> jax.Array:
+    """A value that takes `times` half seconds or more to compute: a program in flight (calls to it
     return at once).
     """
-    return _busy(seconds_or_so * _BUSY_ROUNDS[jax.default_backend()])
+    return _busy(times * _BUSY_ROUNDS[jax.default_backend()])
 
 
 @jax.jit

@@ -29,7 +29,7 @@ def rigs() -> Iterator[Rigs]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_cpu_equals_float64(rigs: Rigs, config: Config) -> None:
-    @settings(max_examples=num_cases(8, exhaustive=30))
+    @settings(max_examples=num_cases(6, exhaustive=30))
     @given(cases(config))
     def check(case: Case) -> None:
         rigs.check(config, case, "cpu")

@@ -181,7 +181,7 @@ def test_token_counts_out_of_range(pool: kvp.KVPool, tokens: int) -> None:
         pool.extend(slot, tokens)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("call", ["extend", "release", "block_map"])
 def test_free_and_invalid_slots_on_the_host(pool: kvp.KVPool, call: str) -> None:
     cache = pool.cache()
