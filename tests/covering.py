@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pytest
+from hypothesis import seed, settings
+
+Test = TypeVar("Test", bound=Callable[..., Any])
 
 VARIABLE = "JAX_KVPAGE_TEST_EXHAUSTIVE"
 
@@ -25,6 +30,17 @@ def is_exhaustive() -> bool:
 def num_cases(default: int, exhaustive: int) -> int:
     """The number of random cases to draw in this run."""
     return exhaustive if is_exhaustive() else default
+
+
+def own_cases(name: object) -> Callable[[Test], Test]:
+    """A decorator of a Hypothesis test: random cases that belong to `name`.
+
+    A derandomized profile draws the same cases each time a function is run. Over several
+    configurations other cases for each cover more.
+    """
+    if settings().derandomize:
+        return seed(zlib.crc32(str(name).encode()))
+    return lambda test: test
 
 
 def covering_subset(rows: Sequence[Mapping[str, object]], strength: int) -> list[int]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from covering import num_cases
+from covering import num_cases, own_cases
 from harness import RUN_TIME_ERRORS, Rig, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +73,7 @@ def test_equals_float64(config: str, kv_layout: str, implementation: str | None)
     storage, query, kv_heads, group, head_dim = _CONFIGS[config]
     heads = kv_heads * group
 
+    @own_cases((config, kv_layout, implementation))
     @settings(max_examples=num_cases(5, exhaustive=12))
     @given(
         seed=st.integers(0, 2**31),
