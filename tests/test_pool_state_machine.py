@@ -235,5 +235,5 @@ class PerLayerMachine(PoolMachine):
 def test_pool_against_a_model(machine: Callable[[], PoolMachine]) -> None:
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=num_cases(12, exhaustive=80), stateful_step_count=30),
+        settings=settings(max_examples=num_cases(40, exhaustive=80), stateful_step_count=30),
     )
