@@ -145,7 +145,7 @@ run_tests() {
   # The fake driver's tests need no GPU: they run on the other cores meanwhile.
   in_background "fake driver" 330 env JAX_PLATFORMS=cpu JAX_KVPAGE_REQUIRE_FAKE_DRIVER=1 PYTHONPATH="$testing_site" \
     "$python" -P -m pytest -q -p no:cacheprovider ${spread:+-n 4} tests/test_fake_driver*.py
-  try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
+  try "tests marked gpu" 300 "$python" -P -m pytest -q -m gpu --exhaustive --gpu-platform "$platform" "${spread[@]}" "${guard[@]}" \
     -p no:cacheprovider --durations 5 --junitxml "$logs/gpu-tests.xml" tests/gpu
   gather 3
   for sanitizer in memcheck racecheck; do

@@ -1,4 +1,4 @@
-"""Random ragged batches for attention, and the pools they run on, whatever the platform.
+"""Random ragged batches for attention, and the pools they run on, for all platforms.
 
 Sequences are any mixture of decode (one new token), prefill (nothing before), chunked prefill, no
 new token and padding; blocks are scattered by letting slots grow in turns; pools live through all
@@ -113,7 +113,7 @@ def cases(draw: st.DrawFn, config: Config, few_programs: bool = False) -> Case:
 
 
 class Rigs:
-    """One pool per configuration for a whole run: recycling is part of what is tested.
+    """One pool per configuration for a whole run: recycling is tested too.
 
     Args:
         capacity: of each pool.
@@ -128,7 +128,7 @@ class Rigs:
         while self._rigs:
             self._rigs.popitem()[1].pool.close()
 
-    def _line(self, config: Config) -> Rig:
+    def _rig(self, config: Config) -> Rig:
         if config in self._rigs:
             return self._rigs[config]
         spec = kvp.CacheSpec(
@@ -153,7 +153,7 @@ class Rigs:
 
     def check(self, config: Config, case: Case, implementation: str | None) -> None:
         """The case's step, against float64."""
-        rig = self._line(config)
+        rig = self._rig(config)
         rig.rng = np.random.default_rng(case.seed)
         live = [s for s, is_padding in enumerate(case.padding) if not is_padding]
         wanted = [case.before[s] + case.new[s] for s in live]

@@ -1,9 +1,10 @@
-"""Fixtures and switches that every test file shares.
+"""Fixtures and options that all test files share.
 
 `--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns a skipped test into a failure: a run that must
 have every optional package shows it, instead of staying green on tests that never ran.
 `--require-fake-driver` (or JAX_KVPAGE_REQUIRE_FAKE_DRIVER=1) does the same for tests marked
 fake_driver, which other runs leave out where the build has no fake driver.
+`--exhaustive` (or JAX_KVPAGE_TEST_EXHAUSTIVE=1) runs all cases of all tests (covering.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import compiling
+import covering
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,6 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail in a build without the fake driver (JAX_KVPAGE_TESTING=ON has it)",
     )
     parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        default=covering.is_exhaustive(),
+        help="all random cases and combinations of parameters, with XLA's optimizations",
+    )
+    parser.addoption(
         "--gpu-platform",
         choices=("cuda", "cpu"),
         default="cuda",
@@ -78,13 +87,28 @@ def _has_fake_driver(config: pytest.Config) -> bool:
     return False
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # By way of the environment, for the processes that tests start.
+    os.environ[covering.VARIABLE] = "1" if config.getoption("--exhaustive") else "0"
+    compiling.configure(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests whose marker names what is not here are left out: neither run nor skipped."""
+    """Deselects tests whose marker names something absent, and combinations outside the default.
+
+    They neither run nor count as skipped.
+    """
+    left_out = set(covering.dropped_by_default(items))
     for marker, is_here in (("gpu", _has_gpu), ("fake_driver", _has_fake_driver)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_here(config):
-            config.hook.pytest_deselected(items=marked)
-            items[:] = [item for item in items if item not in marked]
+            left_out.update(marked)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    _set_aside_what_lives()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -115,12 +139,32 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     from jax_kvpage import _native
 
+    gc.unfreeze()
     gc.collect()
     counts, violation = _native.fake_driver.report()
     left = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if left:
         print(f"\nfake driver: {left} at the end of the run. {violation}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _set_aside_what_lives() -> None:
+    """Collects all garbage and exempts the rest from the collections of single tests: searching
+    modules and traced programs takes longer than most tests.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clean_up() -> Iterator[None]:
+    """Compiled programs of one file are not kept for the next: together they take several GiB.
+    Those that both need are in the session's cache on disk.
+    """
+    yield
+    jax.clear_caches()
+    _set_aside_what_lives()
 
 
 @pytest.fixture

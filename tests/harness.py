@@ -1,9 +1,9 @@
-"""A cache rig together with the plain model of what it holds, and jitted steps that pad every
-batch to one static shape.
+"""A cache rig with a plain model of its contents, and jitted steps that pad every batch to one
+static shape.
 
 Compiling dominates the time of a small test, so everything that may vary travels as data: the
-programs below are compiled once per spec, token count and set of static variants, whatever the
-batches look like.
+programs below are compiled once per spec, token count and set of static variants, and serve all
+batches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ON_DEVICE: list[kvp.KVPool] = []
 
 
 def settle(value: Any) -> Any:
-    """Waits for a value, and raises what its programs failed with on whatever platform."""
+    """Waits for a value, and raises the failure of its programs on any platform."""
     jax.block_until_ready(value)
     for pool in ON_DEVICE:
         if not pool.closed:
@@ -118,7 +118,7 @@ def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
 
 
 class Rig:
-    """A pool's newest cache, and the model that says what it should contain."""
+    """A pool's newest cache, and a model of the expected contents."""
 
     def __init__(
         self,
@@ -288,15 +288,15 @@ class Rig:
                     self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
 
 
-# Rounds of `busy` that take about a second.
-_BUSY_ROUNDS = {"cpu": 2000, "gpu": 60000}
+# Rounds of `busy` that take about half a second on a CPU, a second on a GPU.
+_BUSY_ROUNDS = {"cpu": 1000, "gpu": 60000}
 
 
-def busy(seconds_or_so: int) -> jax.Array:
-    """A value that takes about that many seconds to compute: a program in flight (calls to it
+def busy(times: int) -> jax.Array:
+    """A value that takes `times` half seconds or more to compute: a program in flight (calls to it
     return at once).
     """
-    return _busy(seconds_or_so * _BUSY_ROUNDS[jax.default_backend()])
+    return _busy(times * _BUSY_ROUNDS[jax.default_backend()])
 
 
 @jax.jit

@@ -24,8 +24,8 @@ def make_spec(layout: str | None = None) -> kvp.CacheSpec:
 
 
 def two_sequences(pool: kvp.KVPool) -> Iterator[Rig]:
-    """Two sequences at work. Afterwards, whatever a test did to them, they must go on as if nothing
-    had happened.
+    """Two sequences at work. Afterwards they must go on as if the test had not
+    happened.
     """
     rig = Rig(pool, group=2)
     slots = [rig.acquire(60), rig.acquire(60)]

@@ -1,4 +1,4 @@
-"""Runs a piece of Python in a process of its own, for tests of what one process cannot do twice or
+"""Runs a piece of Python in a separate process, for tests that one process cannot run twice or
 survive.
 """
 
@@ -25,7 +25,7 @@ def run_python(
 
     Args:
         code: source, may be indented.
-        *arguments: what it finds in sys.argv[1:].
+        *arguments: its sys.argv[1:].
         env: variables to add to the environment.
         prefix: a command to run the interpreter under.
         timeout: seconds after which a process that hangs is killed and the test fails.

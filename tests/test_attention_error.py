@@ -96,6 +96,7 @@ def _check(runs: list[dict[str, np.ndarray]], rms_factor: float = _RMS_FACTOR) -
     assert ours.max() <= _MAX_FACTOR * plain.max(), f"{ours.max():.3e}, plain {plain.max():.3e}"
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
@@ -109,6 +110,7 @@ _PREFILL = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", _PREFILL, ids=str)
 def test_exact_prefill_is_as_exact_as_plain_jax(shape: Shape, dtype: str) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CONFIGS, XLA_CONFIGS, Case, Config, Rigs, cases
+from covering import num_cases, own_cases
 from harness import Rig, input_dtype
 from hypothesis import given, settings
 from reference_numpy import Variant, check_lse, check_output
@@ -28,7 +29,8 @@ def rigs() -> Iterator[Rigs]:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_cpu_equals_float64(rigs: Rigs, config: Config) -> None:
-    @settings(max_examples=30)
+    @own_cases(config)
+    @settings(max_examples=num_cases(6, exhaustive=30))
     @given(cases(config))
     def check(case: Case) -> None:
         rigs.check(config, case, "cpu")
@@ -38,7 +40,8 @@ def test_cpu_equals_float64(rigs: Rigs, config: Config) -> None:
 
 @pytest.mark.parametrize("config", XLA_CONFIGS, ids=str)
 def test_xla_equals_float64(rigs: Rigs, config: Config) -> None:
-    @settings(max_examples=15)
+    @own_cases(config)
+    @settings(max_examples=num_cases(4, exhaustive=15))
     @given(cases(config, few_programs=True))
     def check(case: Case) -> None:
         rigs.check(config, case, "xla")

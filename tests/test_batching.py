@@ -1,5 +1,5 @@
-"""vmap of every op: one call over all elements gives what calls for each element would have given,
-and what cannot work is refused before anything runs.
+"""vmap of every op: one call over all elements gives the results of a call for each element, and
+unsupported uses are refused before anything runs.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def one(make_pool) -> _Setup:
     return _Setup(make_pool(spec))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
     s = setup
@@ -81,6 +82,7 @@ def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
         assert np.all(np.isneginf(lse[i, tokens:]))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_append_advance_and_attend(setup: _Setup, axis: int) -> None:
     s = setup
@@ -103,7 +105,7 @@ def test_append_advance_and_attend(setup: _Setup, axis: int) -> None:
 
 
 def test_readers_map_over_what_does_not_fold(setup: _Setup) -> None:
-    """Queries without batches of their own, and options for each element."""
+    """One batch with queries and options for each element."""
     s, batch = setup, setup.elements[0]
     cache = kvp.append_kv(s.cache, s.k[0], s.v[0], batch, layer=0)
     sinks, windows = s.rng.standard_normal((3, _HEADS)), jnp.asarray([1, 0, 3], jnp.int32)
@@ -118,7 +120,7 @@ def test_readers_map_over_what_does_not_fold(setup: _Setup) -> None:
     each = [attend(*x) for x in zip(s.q, sinks, windows, strict=True)]
     for part, name in enumerate(["out", "lse"]):
         np.testing.assert_array_equal(got[part], jnp.stack([e[part] for e in each]), name)
-    # Batches of their own together with options of their own.
+    # A batch and an option for each element.
     cache = jax.vmap(lambda k, v, b: kvp.append_kv(cache, k, v, b, layer=0), out_axes=None)(
         s.k, s.v, s.batches
     )

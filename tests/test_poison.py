@@ -64,16 +64,17 @@ def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str)
     jax.block_until_ready(rig.cache)
     assert not np.any(np.isnan(raw()))
     rig.release(slot)
-    slot = rig.acquire(60)  # adopts what the other left behind
+    slot = rig.acquire(60)  # adopts the blocks of the other
     rig.write({slot: 10})
     jax.block_until_ready(rig.cache)
     assert np.count_nonzero(np.isnan(raw())) == 54 * token
-    # And what was written is there, and nothing else.
+    # The rest of the memory holds the written values and zeros.
     values = raw()[~np.isnan(raw()) & (raw() != 0)]
     want = [x for layer in range(_LAYERS) for x in rig.model.context(slot, layer)]
     np.testing.assert_array_equal(np.sort(values), np.sort(np.concatenate(want).ravel()))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | None) -> None:
@@ -91,7 +92,7 @@ def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | 
 
 
 def test_trimmed_memory_comes_back_empty(make_pool) -> None:
-    """What went back to the system is zeros when it is taken again: nobody's data."""
+    """Memory that went back to the system is zero when it is taken again."""
     rig, raw = _open(make_pool, "fused")
     slot = rig.acquire(128)
     rig.write({slot: 128})

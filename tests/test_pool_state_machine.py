@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import num_cases
 from harness import Rig
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -195,7 +196,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.total = wanted
 
     @rule()
-    def new_line(self) -> None:
+    def new_generation(self) -> None:
         """Also without a failure a new generation may be started at any time."""
         self.rig.cache = self.pool.cache()
         self.rig.check_lengths()
@@ -232,4 +233,7 @@ class PerLayerMachine(PoolMachine):
 
 @pytest.mark.parametrize("machine", [PoolMachine, PerLayerMachine])
 def test_pool_against_a_model(machine: Callable[[], PoolMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=30))
+    run_state_machine_as_test(
+        machine,
+        settings=settings(max_examples=num_cases(40, exhaustive=80), stateful_step_count=30),
+    )

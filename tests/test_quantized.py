@@ -78,6 +78,7 @@ def _hard_rows(rng: np.random.Generator, dim: int) -> NDArray[np.float32]:
     return x
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("head_dim", [64, 33])
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("dtype", _DTYPES)
@@ -162,6 +163,7 @@ def test_error_against_float32(make_pool, dtype: str) -> None:
         assert got < limit
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("implementation", [None, "xla"])

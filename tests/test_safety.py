@@ -1,5 +1,5 @@
 """Every bad input gives a clear error, changes nothing, and leaves a pool whose next cache works
-for everybody else.
+for all other sequences.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
     yield from two_sequences(make_pool(make_spec(request.param), poison=True))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("op", ["append", "attend", "update", "advance"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
 def test_bad_slots_in_a_batch(rig: Rig, op: str, case: str) -> None:
@@ -51,6 +52,7 @@ def test_bad_slots_in_a_batch(rig: Rig, op: str, case: str) -> None:
     fails(f"slot {bad}.*({words})", call)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("op", ["map_slots", "set_lengths"])
 @pytest.mark.parametrize("case", ["free", "too large", "too small", "twice"])
 def test_bad_slots_in_a_list(rig: Rig, op: str, case: str) -> None:
@@ -79,7 +81,7 @@ def test_reading_what_was_not_written(rig: Rig) -> None:
 
 
 def test_a_new_line_forgets_what_was_not_advanced(rig: Rig) -> None:
-    """The program that wrote those tokens may have failed halfway: nobody may count on them."""
+    """The program that wrote those tokens may have failed halfway: they do not count."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 5)])
     rig.append([(slot, 5)])
@@ -103,6 +105,7 @@ def test_negative_token_counts(rig: Rig) -> None:
     fails("-5", lambda: kvp.set_lengths(rig.cache, slot, jnp.asarray([-5])))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layer", [-1, LAYERS, 10**9])
 @pytest.mark.parametrize("op", [append, attend])
 def test_layer_out_of_range(rig: Rig, layer: int, op: Callable[..., object]) -> None:
@@ -113,6 +116,7 @@ def test_layer_out_of_range(rig: Rig, layer: int, op: Callable[..., object]) -> 
     fails(f"layer.*{layer}.*{LAYERS - 1}", lambda: op(rig.cache, batch, traced))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     "offsets", [[1, 2, 3], [0, 3, 2], [0, 4, 9], [-1, 0, 1], [0, -3, 2], [0, 2**30, 2**31 - 1]]
 )
@@ -126,8 +130,7 @@ def test_malformed_offsets(rig: Rig, offsets: list[int], op: str) -> None:
         "attend": lambda: attend(rig.cache, batch),
         "advance": lambda: kvp.advance(rig.cache, batch),
     }[op]
-    # `advance` has no token axis to compare the end with: what stops it is that nobody wrote so
-    # much.
+    # `advance` has no token axis to compare the end with: it fails as fewer tokens are written.
     fails("offsets|written" if op == "advance" else "offsets", call)
 
 
@@ -138,7 +141,7 @@ def test_raising_a_length_past_what_is_written(rig: Rig) -> None:
 
 
 def test_advancing_past_what_is_written(rig: Rig) -> None:
-    """Layer 1 is missing: advancing would let everybody read whatever was there before."""
+    """Layer 1 is missing: advancing would expose old contents of the memory."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 3)])
     k = jnp.zeros((8, KV_HEADS, DIM))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from covering import num_cases, own_cases
 from harness import RUN_TIME_ERRORS, Rig, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,7 @@ def _optional(x):
     return None if x is None else jnp.asarray(x)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("config", _CONFIGS)
@@ -71,7 +73,8 @@ def test_equals_float64(config: str, kv_layout: str, implementation: str | None)
     storage, query, kv_heads, group, head_dim = _CONFIGS[config]
     heads = kv_heads * group
 
-    @settings(max_examples=12)
+    @own_cases((config, kv_layout, implementation))
+    @settings(max_examples=num_cases(5, exhaustive=12))
     @given(
         seed=st.integers(0, 2**31),
         new=st.lists(st.sampled_from([0, 1, 1, 5, 11]), min_size=1, max_size=_SEQUENCES),

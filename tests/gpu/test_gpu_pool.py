@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from pool_checks import count_blocks, make_spec
 from test_batching import one as one
 from test_batching import setup as setup
 from test_batching import (
@@ -18,7 +19,6 @@ from test_batching import (
 )
 from test_batching import test_tables as test_tables_batched
 from test_batching import test_update_and_attend as test_update_and_attend
-from test_pool import _blocks, _spec
 from test_pool import (
     test_a_list_is_acquired_whole_or_not_at_all as test_a_list_is_acquired_whole_or_not_at_all,
 )
@@ -27,28 +27,30 @@ from test_pool import (
     test_acquire_maps_what_the_tokens_need as test_acquire_maps_what_the_tokens_need,
 )
 from test_pool import test_acquire_takes_lists as test_acquire_takes_lists
-from test_pool import (
-    test_acquire_waits_for_draining_blocks as test_acquire_waits_for_draining_blocks,
-)
 from test_pool import test_block_map_names_every_block_once as test_block_map_names_every_block_once
 from test_pool import test_commit_and_slot_table as test_commit_and_slot_table
-from test_pool import test_draining_is_not_handed_out as test_draining_is_not_handed_out
 from test_pool import (
     test_extend_keeps_the_mapping_while_there_is_room as test_extend_keeps_the_mapping,
 )
 from test_pool import (
     test_free_and_invalid_slots_on_the_host as test_free_and_invalid_slots_on_the_host,
 )
-from test_pool import test_map_slots_maps_inside_a_program as test_map_slots_maps_inside_a_program
-from test_pool import test_no_slot_left as test_no_slot_left
-from test_pool import test_out_of_blocks_carries_the_numbers as test_out_of_blocks
-from test_pool import test_peak as test_peak
 from test_pool import test_release_parks_and_acquire_adopts as test_release_parks_and_acquire_adopts
-from test_pool import test_resize as test_resize
-from test_pool import test_resized_pool_keeps_its_data as test_resized_pool_keeps_its_data
 from test_pool import test_tails_are_stolen_only_under_pressure as test_tails_are_stolen
 from test_pool import test_the_best_fitting_parked_slot_is_adopted as test_best_fitting_parked_slot
-from test_pool import test_trim_gives_memory_back as test_trim_gives_memory_back
+from test_pool_capacity import (
+    test_acquire_waits_for_draining_blocks as test_acquire_waits_for_draining_blocks,
+)
+from test_pool_capacity import test_draining_is_not_handed_out as test_draining_is_not_handed_out
+from test_pool_capacity import (
+    test_map_slots_maps_inside_a_program as test_map_slots_maps_inside_a_program,
+)
+from test_pool_capacity import test_no_slot_left as test_no_slot_left
+from test_pool_capacity import test_out_of_blocks_carries_the_numbers as test_out_of_blocks
+from test_pool_capacity import test_peak as test_peak
+from test_pool_capacity import test_resize as test_resize
+from test_pool_capacity import test_resized_pool_keeps_its_data as test_resized_pool_keeps_its_data
+from test_pool_capacity import test_trim_gives_memory_back as test_trim_gives_memory_back
 from test_pool_state_machine import PoolMachine
 from test_quantized import test_error_against_float32 as test_error_against_float32
 from test_quantized import (
@@ -76,8 +78,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def pool(make_pool, platform: str) -> kvp.KVPool:
     """20 blocks of 16 tokens: only the fused layout may pad them to what can be mapped here."""
-    spec = _spec("fused").resolve(platform)
-    return make_pool(spec, _blocks(spec, 16 * 20) * spec.block_bytes)
+    spec = make_spec("fused").resolve(platform)
+    return make_pool(spec, count_blocks(spec, 16 * 20) * spec.block_bytes)
 
 
 @pytest.fixture(params=["fused", "per_layer"])

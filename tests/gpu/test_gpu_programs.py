@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import Rig, busy, make_batch
+from test_mapped_programs import test_shard_map_keeps_types as test_shard_map_keeps_types
+from test_mapped_programs import (
+    test_vmap_folds_into_sequences as test_vmap_folds_into_sequences,
+)
 from test_transforms import pool as pool
 from test_transforms import (
     test_after_orders_a_read_before_a_destruction as test_after_orders_a_read,
@@ -26,11 +30,7 @@ from test_transforms import test_dropped_cache_means_no_write as test_dropped_ca
 from test_transforms import test_masked_sequences_do_not_move as test_masked_sequences_do_not_move
 from test_transforms import test_padding_is_silent as test_padding_is_silent
 from test_transforms import test_positions as test_positions
-from test_transforms import test_shard_map_keeps_types as test_shard_map_keeps_types
 from test_transforms import test_traced_window_can_be_scanned as test_traced_window_can_be_scanned
-from test_transforms import (
-    test_vmap_folds_into_sequences as test_vmap_folds_into_sequences,
-)
 
 import jax_kvpage as kvp
 
