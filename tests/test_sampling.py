@@ -5,16 +5,12 @@ alone.
 from __future__ import annotations
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from llama.sampling import Sampling, sample
-from llama.stream import TextStream
-from llama.tokenizer import Tokenizer
-from llama_models import write_byte_tokenizer
 
 _DRAWS = 4000
 
@@ -151,16 +147,3 @@ def test_seed_sequence_and_position_all_matter() -> None:
 def test_settings_that_mean_nothing(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)
-
-
-def test_streamed_text_adds_up_to_the_whole(tmp_path: pathlib.Path) -> None:
-    write_byte_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path, 256)
-    prompt, text = tokenizer.encode("So"), " weiß ich: naïve 字 and 🙂!"
-    stream = TextStream(tokenizer, prompt)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text
-    assert "" in pieces
-    assert "字" in pieces
-    assert "🙂" in pieces
-    assert tokenizer.continuation(prompt, tokenizer.encode(text)) == text
