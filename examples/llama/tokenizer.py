@@ -37,7 +37,8 @@ class Tokenizer:
                 "with AutoTokenizer.from_pretrained(...).save_pretrained of transformers"
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            # By content, as the library takes no path that is not UTF-8.
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
         # Some tokenizers pad or truncate by default; a prompt is neither.
