@@ -13,11 +13,12 @@ architectures, quantized weights, yarn, dynamic, longrope and partial RoPE, a sl
 other additional weights, such as those of q and k norms or of a bias of the output layer.
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
-
-from llama.arguments import InputError, parse_arguments
+import threading
+from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,13 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupt, and 141 a pipe that its reader has closed (the last two as shells report signals).
     Each but 0 comes with one line on standard error.
     """
+    with _imports():
+        from llama.arguments import InputError, parse_arguments
     try:
         if sys.stdout is not None and sys.stdout.errors == "strict":
             # Text that the terminal's encoding does not have is shown as escapes.
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse_arguments(argv, __doc__)
-        # JAX takes a second or two to import: after --help, and where an interrupt is handled.
-        from llama.run import run
+        # After the options have been read, since JAX takes a second or two to import.
+        with _imports():
+            from llama.run import run
 
         run(args)
         if sys.stdout is not None:
@@ -53,6 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return _fail(f"error: {error}", 1)
     return 0
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """Leaves at once on an interrupt: extension modules make other errors, or tracebacks, of a
+    KeyboardInterrupt while they are imported, and there is nothing to clean up yet."""
+
+    def leave(*_: object) -> None:
+        os.write(2, b"decode_llama.py: interrupted\n")
+        os._exit(130)
+
+    # Else it is ignored, as for a job in the background, or the caller handles it.
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message: str, status: int) -> int:

@@ -185,6 +185,8 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--max-seq-len", "2"], "a sequence may have 2 in all"),
         (["--capacity", "plenty"], "plenty"),
         (["--capacity", "1"], "capacity"),
+        (["--capacity", "9" * 30], "--capacity must be less than 2**63 bytes"),
+        (["--capacity", "\N{SUPERSCRIPT TWO}"], "capacity must be a positive number"),
         (["--block-tokens", "7"], "block_tokens"),
     ],
 )

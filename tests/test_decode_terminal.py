@@ -195,10 +195,35 @@ def test_what_ends_a_run_is_one_line(
     assert message in _line(capsys)
 
 
+def _environment(*folders: pathlib.Path) -> dict[str, str]:
+    """For the script in its own process, with `folders` first among the installed packages."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return env | {"PYTHONPATH": os.pathsep.join([*map(str, folders), *sys.path])}
+
+
+def test_an_interrupt_while_jax_is_imported(tmp_path: pathlib.Path) -> None:
+    """Extension modules turn KeyboardInterrupt into an ImportError."""
+    (tmp_path / "jax.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    signal.sigtimedwait([], 30)\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ImportError('cannot initialize the extension') from None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(_EXAMPLE)],
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "decode_llama.py: interrupted\n")
+
+
 def test_an_interrupt_and_a_closed_pipe_of_a_process(checkpoint: pathlib.Path) -> None:
     """Real signals and pipes, also while Python exits."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    env = _environment()
     command = [sys.executable, str(_EXAMPLE), "--checkpoint", str(checkpoint), "--prompt", "x"]
     processes = [
         subprocess.Popen(

@@ -84,9 +84,11 @@ def make_pool(
         size = spec.block_tokens or 1
         blocks = spec.num_ranges * sum(-(-end // size) for end in ends)
         capacity = blocks * spec.block_bytes
-    return jax_kvpage.KVPool(
-        spec, capacity=int(capacity) if str(capacity).isdecimal() else capacity
-    )
+    if str(capacity).isdecimal():
+        capacity = int(capacity)
+        if capacity >= 2**63:
+            raise InputError(f"--capacity must be less than 2**63 bytes, got {capacity}")
+    return jax_kvpage.KVPool(spec, capacity=capacity)
 
 
 def compute_dtype(args: argparse.Namespace, stored: str) -> str:
