@@ -93,7 +93,7 @@ def test_linear_rope_scaling_divides_all_frequencies() -> None:
         ({"model_type": "mistral"}, r"model_type is 'mistral'.*Llama architecture only"),
         ({"model_type": None}, r"model_type is None"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised weights \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized weights \(gptq\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads 4 .* num_key_value_heads 3"),
         ({"hidden_size": 66}, r"hidden_size 66 .* num_attention_heads 4 and no head_dim"),
         ({"head_dim": 15}, r"head_dim 15 is odd"),

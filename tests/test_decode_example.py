@@ -61,7 +61,9 @@ def _outputs(result: dict[str, Any]) -> list[list[int]]:
 
 def test_the_bundled_model_in_its_own_process() -> None:
     command = [sys.executable, str(_EXAMPLE), "--json", "--max-new-tokens", "40"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    # Python finds the modules next to the script, unless it is told not to.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["sequences"]) == result["num_sequences"] > 1
@@ -166,6 +168,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("arguments", "message"),
     [
         (["--max-new-tokens", "0"], "must be 1 or more, got 0"),
+        (["--max-slots", str(2**31)], "must be at most 2147483647, got 2147483648"),
         (["--max-slots", "many"], "must be a whole number, got 'many'"),
         (["--scan", "-1"], "--scan must be 0 (a Python loop) or more, got -1"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -177,10 +180,13 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--plot", "no/such/memory.png"], "there is no directory"),
         (["--prompt-file", "no-such-file"], "--prompt-file: "),
         (["--checkpoint", "no-such-dir"], "no config.json in no-such-dir"),
+        (["--checkpoint", "org/name"], "run `hf download org/name --local-dir name`"),
         (["--max-seq-len", "100000"], "is beyond the 512 positions"),
         (["--max-seq-len", "2"], "a sequence may have 2 in all"),
         (["--capacity", "plenty"], "plenty"),
         (["--capacity", "1"], "capacity"),
+        (["--capacity", "9" * 30], "--capacity must be less than 2**63 bytes"),
+        (["--capacity", "\N{SUPERSCRIPT TWO}"], "capacity must be a positive number"),
         (["--block-tokens", "7"], "block_tokens"),
     ],
 )

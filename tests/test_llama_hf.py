@@ -5,6 +5,7 @@ token by token.
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from llama.checkpoint import load_model
+from llama.config import parse_config
 from llama.model import Llama
 from llama_models import cache_spec, generate
 
@@ -196,3 +198,32 @@ def test_the_reference_s_own_generate_agrees(tmp_path: pathlib.Path) -> None:
     if output != expected:
         first = next(i for i in range(64) if output[i] != expected[i])
         _assert_greedy(reference, prompt, expected[: first + 1])
+
+
+def test_every_setting_of_the_reference_is_honoured_or_harmless(tmp_path: pathlib.Path) -> None:
+    """A field that a new version of transformers adds to its LlamaConfig shows up here."""
+    read = {*_settings_read(tmp_path), "rope_parameters"}
+    harmless = {
+        "attention_dropout",  # training only
+        "initializer_range",
+        "pad_token_id",
+        "pretraining_tp",  # order of the same sums, up to transformers 4
+        "use_cache",
+    }
+    fields = set(transformers.LlamaConfig.__annotations__) - {"model_type"}
+    fields = {name for name in fields if not name.startswith("base_model_")}
+    assert fields <= read | harmless
+
+
+def _settings_read(path: pathlib.Path) -> set[str]:
+    """Keys of the reference's config.json that `parse_config` looks at."""
+    seen = set()
+
+    class Watched(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            seen.add(name)
+            return super().get(name, default)
+
+    _reference_of("llama3").config.save_pretrained(path)
+    parse_config(Watched(json.loads((path / "config.json").read_text())))
+    return seen

@@ -5,16 +5,12 @@ alone.
 from __future__ import annotations
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from llama.sampling import Sampling, sample
-from llama.stream import TextStream
-from llama.tokenizer import Tokenizer
-from llama_models import write_byte_tokenizer
 
 _DRAWS = 4000
 
@@ -61,6 +57,52 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
         assert np.flatnonzero(found).tolist() == list(range(kept)), p
 
 
+def _drawn(rows: list[list[float]], how: Sampling) -> list[np.ndarray]:
+    """`_draws` of several rows of logits with one compiled program."""
+    count = 1000
+    logits = jnp.repeat(jnp.asarray(rows, jnp.float32), count, axis=0)
+    chosen = _sample(
+        logits, jnp.zeros(len(logits), jnp.int32), jnp.arange(len(logits)) % count, how
+    )
+    return [
+        np.bincount(part, minlength=len(rows[0])) / count
+        for part in np.split(np.asarray(chosen), len(rows))
+    ]
+
+
+# Token 0 was the answer whenever logits / temperature overflowed, or no probability was below p.
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1.1e-38, 1.2e-38, 1e-30])
+def test_a_low_temperature_takes_the_most_likely(temperature: float) -> None:
+    rows = [[-3.0, 0.5, 1.0, 0.9], [-2e38, 0.0, 1e38, 0.0], [-9.0, -8.5, -8.0, -8.0001]]
+    for found in _drawn(rows, Sampling(temperature, seed=2)):
+        assert found.tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 3e38, 1e39, 1e308])
+def test_a_high_temperature_takes_any(temperature: float) -> None:
+    (found,) = _drawn([[-30.0, 0.5, 100.0, -np.inf]], Sampling(temperature, seed=2))
+    np.testing.assert_allclose(found, [1 / 3, 1 / 3, 1 / 3, 0], atol=0.06)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-30])
+def test_equals_are_drawn_alike_however_cold(temperature: float) -> None:
+    rows = [[0.0, 2.0, -np.inf, 2.0], [-np.inf, np.inf, 1e38, np.inf]]
+    for found in _drawn(rows, Sampling(temperature, top_p=0.99)):
+        np.testing.assert_allclose(found, [0, 0.5, 0, 0.5], atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("p", "temperature", "top_k"),
+    [(5e-324, 0.7, 0), (1e-45, 1.0, 3), (1e-40, 1e-40, 0), (1.2e-38, 1.0, 0), (1e-30, 5e-324, 3)],
+)
+def test_any_top_p_keeps_the_most_likely(p: float, temperature: float, top_k: int) -> None:
+    first, second = _drawn(
+        [[0.1, 0.2, 0.7, 0.3], [0.0, 2.0, 1.0, 2.0]], Sampling(temperature, top_k, p)
+    )
+    assert first.tolist() == [0, 0, 1, 0]
+    assert np.flatnonzero(second).tolist() == [1, 3]  # equals of the last token kept stay
+
+
 def test_top_k_is_applied_before_top_p() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
     # Among the first two the larger one has 0.57 of the mass.
@@ -105,16 +147,3 @@ def test_seed_sequence_and_position_all_matter() -> None:
 def test_settings_that_mean_nothing(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)
-
-
-def test_streamed_text_adds_up_to_the_whole(tmp_path: pathlib.Path) -> None:
-    write_byte_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path, 256)
-    prompt, text = tokenizer.encode("So"), " weiß ich: naïve 字 and 🙂!"
-    stream = TextStream(tokenizer, prompt)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) == text
-    assert "" in pieces
-    assert "字" in pieces
-    assert "🙂" in pieces
-    assert tokenizer.continuation(prompt, tokenizer.encode(text)) == text

@@ -1,62 +1,52 @@
 """Reads a Hugging Face Llama `config.json`.
 
 Only `model_type: "llama"` is accepted: a file of another architecture may look much the same and
-still need another forward pass. Settings that the model code does not support raise an error here,
-before any weight is read.
+still need another forward pass. Every setting that changes the forward pass is honoured, or refused
+before any weight is read. Keys that only concern training or other programs are ignored.
 """
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from .rope import RopeConfig, parse_rope
+from .values import ConfigError, boolean, integer, number, read_object, same, shown, token_ids
 
 __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "load_config", "parse_config"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A `config.json` that is missing, malformed, or describes a model this package does not
-    run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    `kind` is "default", "linear" or "llama3"; all fields except `theta` belong to the scaled
-    kinds.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angles per position, float32 `[head_dim / 2]`.
-
-        "llama3" is the rule of Meta's Llama 3.1: long wavelengths are stretched by `factor`, short
-        ones are kept, and those between are blended.
-        """
-        frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.kind == "linear":
-            frequencies = frequencies / self.factor
-        elif self.kind == "llama3":
-            turns = self.original_max_position_embeddings * frequencies / (2 * np.pi)
-            span = self.high_freq_factor - self.low_freq_factor
-            keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-            frequencies = frequencies * (keep + (1.0 - keep) / self.factor)
-        return frequencies.astype(np.float32)
+_MOST_LAYERS = 4096  # a damaged number must not build a model of millions of layers
+# Settings of other architectures, and the values at which they leave a Llama as it is. Some
+# conversions keep model_type "llama" and still need them.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "no_rope_layers": ([],),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "pruned_heads": ({},),
+    "qk_layernorm": (False,),
+    "qk_norm": (False,),
+    "residual_multiplier": (1,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "use_parallel_residual": (False,),
+    "use_qk_norm": (False,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The settings of a `config.json` that the model code needs; names follow Hugging Face."""
+    """The part of a `config.json` that the model code needs; names follow Hugging Face."""
 
     vocab_size: int
     hidden_size: int
@@ -70,7 +60,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
@@ -110,54 +100,53 @@ def load_config(path: str | pathlib.Path) -> LlamaConfig:
       ConfigError: No such file, not JSON, another architecture, or a setting that the model does
         not support.
     """
-    file = pathlib.Path(path) / "config.json"
+    path = pathlib.Path(path)
+    file = path / "config.json"
     if not file.is_file():
-        raise ConfigError(
-            f"no config.json in {path}: --checkpoint wants a Hugging Face model directory"
-        )
-    values = _read_object(file)
+        raise ConfigError(_no_config(path))
     try:
-        config = parse_config(values)
+        config = parse_config(read_object(file))
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(_about(file, error)) from error
     # Chat models often name the end of a turn only here.
     generation = file.with_name("generation_config.json")
     if generation.is_file():
-        more = _read_object(generation).get("eos_token_id")
-        ids = dict.fromkeys((*config.eos_token_ids, *_ids(more)))
+        try:
+            more = token_ids(read_object(generation), "eos_token_id", config.vocab_size)
+        except ConfigError as error:
+            raise ConfigError(_about(generation, error)) from error
+        ids = dict.fromkeys((*config.eos_token_ids, *more))
         config = dataclasses.replace(config, eos_token_ids=tuple(ids))
     return config
 
 
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds a JSON {type(values).__name__}, expected an object")
-    return values
+def _about(file: pathlib.Path, error: ConfigError) -> str:
+    text = str(error)
+    return text if text.startswith(str(file)) else f"{file}: {text}"
 
 
-def parse_config(values: dict[str, Any]) -> LlamaConfig:
+def _no_config(path: pathlib.Path) -> str:
+    """The error for a path without a config.json: the name of a model on the Hub is a common
+    case."""
+    problem = f"no config.json in {path}"
+    if not path.is_dir():
+        problem += ", which is not a directory" if path.exists() else ", which does not exist"
+    hub_name = not path.exists() and not path.is_absolute() and len(path.parts) == 2
+    model = str(path) if hub_name else "ORG/NAME"
+    folder = path.name if hub_name else "NAME"
+    return (
+        f"{problem}: --checkpoint wants a Hugging Face model directory; to download a model from "
+        f"the Hub, run `hf download {model} --local-dir {folder}` (pip install huggingface_hub) "
+        f"and pass --checkpoint {folder}"
+    )
+
+
+def parse_config(values: Mapping[str, Any]) -> LlamaConfig:
     """The configuration in the JSON object `values`; raises ConfigError as `load_config` does."""
-    kind = values.get("model_type")
-    if kind != "llama":
-        raise ConfigError(
-            f"model_type is {kind!r}; this example runs the Llama architecture only ('llama')"
-        )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(
-            f"quantised weights ({method}) are not supported; use the float checkpoint"
-        )
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act is {activation!r}; only 'silu' is supported")
-
-    heads = _integer(values, "num_attention_heads")
-    hidden = _integer(values, "hidden_size")
-    kv_heads = _integer(values, "num_key_value_heads", heads)
+    _refuse_other_models(values)
+    heads = integer(values, "num_attention_heads")
+    hidden = integer(values, "hidden_size")
+    kv_heads = integer(values, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise ConfigError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -167,95 +156,81 @@ def parse_config(values: dict[str, Any]) -> LlamaConfig:
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} "
             "and no head_dim is given"
         )
-    head_dim = _integer(values, "head_dim", hidden // heads)
+    head_dim = integer(values, "head_dim", hidden // heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
-    max_positions = _integer(values, "max_position_embeddings", 2048)
-    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    max_positions = integer(values, "max_position_embeddings", 2048)
+    _refuse_sliding_window(values, max_positions)
+    vocab_size = integer(values, "vocab_size")
+    bos = values.get("bos_token_id")
+    if isinstance(bos, list):
+        raise ConfigError(f"bos_token_id is {shown(bos)}, expected one token id")
+    token_ids(values, "bos_token_id", vocab_size)
 
     return LlamaConfig(
-        vocab_size=_integer(values, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=_integer(values, "intermediate_size"),
-        num_hidden_layers=_integer(values, "num_hidden_layers"),
+        intermediate_size=integer(values, "intermediate_size"),
+        num_hidden_layers=integer(values, "num_hidden_layers", most=_MOST_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
+        rms_norm_eps=number(values, "rms_norm_eps", 1e-6),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        attention_bias=bool(values.get("attention_bias", False)),
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        rope=_rope(values, max_positions),
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=_ids(values.get("eos_token_id")),
-        dtype=dtype,
+        tie_word_embeddings=boolean(values, "tie_word_embeddings"),
+        attention_bias=boolean(values, "attention_bias"),
+        mlp_bias=boolean(values, "mlp_bias"),
+        rope=parse_rope(values, max_positions),
+        bos_token_id=bos,
+        eos_token_ids=token_ids(values, "eos_token_id", vocab_size),
+        dtype=_dtype(values),
     )
 
 
-def _integer(values: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = values.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, expected a positive integer")
-    return value
-
-
-def _number(values: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ConfigError(f"{name} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _ids(value: list[int] | int | None) -> tuple[int, ...]:
-    """Token ids that a configuration gives as one number, a list, or not at all."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _rope(values: dict[str, Any], max_positions: int) -> RopeConfig:
-    """Rope settings: `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling`
-    (before it).
-    """
-    settings: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        given = values.get(name) or {}
-        if not isinstance(given, dict):
-            raise ConfigError(f"{name} is {given!r}, expected an object")
-        settings |= given
-    theta = _number(values | settings, "rope_theta", 10000.0)
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind not in ("linear", "llama3"):
+def _refuse_other_models(values: Mapping[str, Any]) -> None:
+    """Refuses what needs another forward pass or another reader of weights."""
+    kind = values.get("model_type")
+    if kind != "llama":
         raise ConfigError(
-            f"rope scaling {kind!r} is not supported; there are 'default', 'linear' and 'llama3'"
+            f"model_type is {shown(kind)}; this example runs the Llama architecture only ('llama')"
         )
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor"]
-    missing = [name for name in needed if name not in settings]
-    if missing:
-        raise ConfigError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
-    scaled = RopeConfig(theta, kind, factor=_number(settings, "factor"))
-    if kind == "linear":
-        return scaled
-    low, high = (_number(settings, f"{end}_freq_factor") for end in ("low", "high"))
-    if high <= low:
+    for name in ("quantization_config", "compression_config"):
+        given = values.get(name)
+        if given is None or given == {}:
+            continue
+        method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
+        method = method if isinstance(method, str) else shown(method)
         raise ConfigError(
-            f"rope scaling: high_freq_factor {high} must exceed low_freq_factor {low}"
+            f"quantized weights ({method}) are not supported; use the float checkpoint"
         )
-    return dataclasses.replace(
-        scaled,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=_integer(
-            settings, "original_max_position_embeddings", max_positions
-        ),
-    )
+    activation = values.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
+        raise ConfigError(f"hidden_act is {shown(activation)}; only 'silu' is supported")
+    for name, neutral in _NEUTRAL.items():
+        value = values.get(name)
+        if value is not None and not any(same(value, item) for item in neutral):
+            raise ConfigError(
+                f"{name} is {shown(value)}; the Llama architecture has no such setting, and this "
+                "example would ignore it"
+            )
+
+
+def _refuse_sliding_window(values: Mapping[str, Any], max_positions: int) -> None:
+    window = values.get("sliding_window")
+    if window is None or same(values.get("use_sliding_window"), False):
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < max_positions:
+        raise ConfigError(
+            f"sliding_window is {shown(window)}; this example attends to the whole sequence"
+        )
+
+
+def _dtype(values: Mapping[str, Any]) -> str:
+    """`dtype` (transformers 5) or `torch_dtype` (earlier versions); float32 without either."""
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is not None:
+            if value not in _DTYPES:
+                raise ConfigError(f"{name} is {shown(value)}, expected one of {', '.join(_DTYPES)}")
+            return str(value)
+    return "float32"

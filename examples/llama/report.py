@@ -5,6 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 import jax_kvpage
 
 from .generate import Engine, Request
@@ -60,9 +63,6 @@ def figures(
 
 def print_table(values: dict[str, Any]) -> None:
     """Prints the figures as a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title="What it took", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

@@ -1,7 +1,8 @@
 """Choosing the next token: greedy, temperature, top-k, top-p.
 
-The random key of a token depends only on the seed, the sequence and the position. The text does not
-depend on the rest of the batch, on repeated steps, or on stalls and preemptions.
+The random key of a token is a function of the seed, the sequence and the position alone. Who else
+is in the batch, whether a step was repeated, or whether a sequence was stalled or started again on
+the way does not change what it says.
 """
 
 import dataclasses
@@ -11,16 +12,24 @@ import jax.numpy as jnp
 
 __all__ = ["Sampling", "sample"]
 
+# Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
+# reciprocal: both must be normal. At the upper end all finite logits are equal already.
+_SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST_TEMPERATURE = 2.0**126
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to choose. Static in compiled programs.
 
     Attributes:
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      temperature: 0 takes the most likely token, the first one of equals; otherwise logits are
+        divided by it. Below the smallest normal float32 (1.2e-38), the limit is taken: a random one
+        of the most likely tokens, which are rarely more than one.
       top_k: Only the k most likely tokens; 0 for all.
       top_p: Only the smallest set of most likely tokens whose probabilities reach p; 1 for all.
-      seed: Seed of the random numbers.
+        The most likely token always remains, however small p is.
+      seed: Of the random numbers.
     """
 
     temperature: float = 0.0
@@ -46,7 +55,7 @@ def sample(
 
     Args:
       logits: float32 `[n, vocab]`.
-      sequence_ids: int32 `[n]`, unique for each request of the run.
+      sequence_ids: int32 `[n]`, what tells a request from all others of the run.
       positions: int32 `[n]`, the position that the new token will have.
       sampling: How to choose.
 
@@ -55,13 +64,28 @@ def sample(
     """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = _keep_top_p(_keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+    logits = _scale(logits, sampling.temperature)
+    logits = _keep_top_p(_keep_top_k(logits, sampling.top_k), sampling.top_p)
 
     def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(sampling.seed), sequence)
         return jax.random.categorical(jax.random.fold_in(key, position), row)
 
     return jax.vmap(draw)(logits, sequence_ids, positions).astype(jnp.int32)
+
+
+def _scale(logits: jax.Array, temperature: float) -> jax.Array:
+    """Logits `[n, vocab]` divided by a temperature above 0, with the largest of a row at 0.
+
+    The maximum is subtracted first, so that a low temperature takes the others towards -inf and
+    leaves the largest finite; the result of sampling is the same.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # An infinite maximum minus itself would be NaN.
+    below = jnp.where(logits == top, 0.0, logits - top)
+    if temperature < _SMALLEST_TEMPERATURE:
+        return jnp.where(below == 0.0, 0.0, -jnp.inf)
+    return below / min(temperature, _LARGEST_TEMPERATURE)
 
 
 def _keep_top_k(logits: jax.Array, k: int) -> jax.Array:
@@ -79,8 +103,9 @@ def _keep_top_p(logits: jax.Array, p: float) -> jax.Array:
     if p >= 1.0:
         return logits
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(
-        ordered, axis=-1
-    )
-    smallest = jnp.min(jnp.where(before < p, ordered, jnp.inf), axis=-1, keepdims=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # Not `0 < p` for the first: a p below the normal float32 numbers may become zero.
+    kept = (before < p).at[:, 0].set(True)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)

@@ -1,42 +1,83 @@
-"""Streaming text: decodes ids piece by piece, and prints several sequences on one terminal."""
-
-import sys
+"""Streaming: ids become pieces of text, and the pieces of several sequences share one terminal."""
 
 from .generate import Request
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, common_start
 
 __all__ = ["Printer", "TextStream"]
 
-_WINDOW = 8  # tokens of context that determine how the next one is decoded
+_WINDOW = 48  # tokens decoded in a step at most, as a rule
+_KEPT = 16  # tokens of context left when the window is cut
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Turns ids that arrive one by one into pieces of text that add up to the whole.
+    """Turns ids that arrive one by one into pieces of text that add up to
+    `Tokenizer.continuation`.
 
-    A token may be part of a character, and some decoders change a token by its predecessors.
-    So a window of the last printed tokens is decoded with and without the new ones, and the
-    difference is returned once it ends in a whole character.
+    The text of a token depends on its neighbours: it may be part of a character, and decoders treat
+    the beginning of a text in a special way. So each step decodes a window of tokens, and gives out
+    what is new, except a U+FFFD at its end: it may be a character that is not complete yet. The
+    window grows until its older part can be cut off without a change to the text of the rest.
+    (`tokenizers.decoders.DecodeStream` follows the same idea, but it fails on ids that are not
+    valid UTF-8, and has no way to get at the text that it holds back at the end.)
 
     Args:
       tokenizer: Of the model.
-      prompt_ids: Tokens before the first piece; not printed again.
+      prompt_ids: The tokens before the first piece; their text is not given out again.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = prompt_ids[-_WINDOW:]
-        self._printed = len(self._window)
+        self._window = list(prompt_ids)
+        self._prompt: str | None = tokenizer.decode(prompt_ids)
+        self._given = 0  # characters of the window's text that need not be given out any more
+        self._limit = _WINDOW
+        self._text = self._prompt
+        self._shrink()
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; "" while a character is incomplete."""
+        """The text that `token` completes; "" while nothing is certain."""
         self._window.append(token)
-        before = self._tokenizer.decode(self._window[: self._printed])
-        after = self._tokenizer.decode(self._window)
-        if len(after) <= len(before) or after.endswith("\N{REPLACEMENT CHARACTER}"):
+        self._text = self._tokenizer.decode(self._window)
+        if self._tokenizer.rewrites:
             return ""
-        self._window = self._window[-_WINDOW:]
-        self._printed = len(self._window)
-        return after[len(before) :]
+        certain = len(self._text) - self._text.endswith(_UNKNOWN)
+        piece = self._give(certain)
+        self._shrink()
+        return piece
+
+    def finish(self) -> str:
+        """The text that has been held back, at the end of the sequence."""
+        return self._give(len(self._text))
+
+    def _give(self, end: int) -> str:
+        if self._prompt is not None:
+            self._given = common_start(self._prompt, self._text)
+        if end <= self._given:
+            return ""
+        piece = self._text[self._given : end]
+        self._given, self._prompt = end, None
+        return piece
+
+    def _shrink(self) -> None:
+        """Cuts off the older part of a long window, at a token where the rest decodes alike."""
+        if len(self._window) <= self._limit or self._tokenizer.rewrites:
+            return
+        given = self._given
+        if self._prompt is not None:
+            given = common_start(self._prompt, self._text)
+        for start in range(len(self._window) - _KEPT, len(self._window) - 2 * _KEPT, -1):
+            rest = self._tokenizer.decode(self._window[start:])
+            removed = len(self._text) - len(rest)
+            # One that begins with U+FFFD may begin inside a character.
+            whole_character = rest and rest[0] != _UNKNOWN
+            if whole_character and removed <= given and self._text.endswith(rest):
+                self._window = self._window[start:]
+                self._text, self._given = rest, self._given - removed
+                self._prompt = None if self._prompt is None else self._prompt[removed:]
+                self._limit = _WINDOW
+                return
+        self._limit *= 2  # such as for a long run of special tokens
 
 
 class Printer:
@@ -57,18 +98,21 @@ class Printer:
         self._next()
 
     def token(self, request: Request, token: int) -> None:
-        """Takes one token; tokens of later sequences are held back."""
-        piece = self._streams[request.index].push(token)
+        """Takes one token; what belongs to a later sequence is held back."""
+        self._show(request, self._streams[request.index].push(token))
+
+    def finish(self, request: Request) -> None:
+        """Takes the end of a sequence, and goes on to the next if it was the one being printed."""
+        self._show(request, self._streams[request.index].finish())
+        while self._front < len(self._requests) and self._requests[self._front].finish_reason:
+            self._write(f" [{self._requests[self._front].finish_reason}]\n\n")
+            self._next()
+
+    def _show(self, request: Request, piece: str) -> None:
         if request.index == self._front:
             self._write(piece)
         else:
             self._held[request.index] += piece
-
-    def finish(self, request: Request) -> None:
-        """Takes the end of a sequence, and goes on to the next if it was the one being printed."""
-        while self._front < len(self._requests) and self._requests[self._front].finish_reason:
-            self._write(f" [{self._requests[self._front].finish_reason}]\n\n")
-            self._next()
 
     def _next(self) -> None:
         self._front += 1
@@ -76,5 +120,4 @@ class Printer:
             self._write(f"> {self._prompts[self._front]}{self._held[self._front]}")
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)

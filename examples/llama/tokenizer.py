@@ -1,10 +1,17 @@
 """Text to token ids and back, through the checkpoint's own `tokenizer.json`."""
 
+import json
 import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tokenizers
 
-__all__ = ["Tokenizer", "TokenizerError"]
+__all__ = ["Tokenizer", "TokenizerError", "common_start"]
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenizerError(ValueError):
@@ -13,6 +20,9 @@ class TokenizerError(ValueError):
 
 class Tokenizer:
     """The tokenizer of the model directory `path`; ids must lie below `vocab_size`.
+
+    Attributes:
+      rewrites: Whether a new token may change text far back, which then cannot be streamed.
 
     Raises:
       TokenizerError: No tokenizer.json, one that cannot be read, or one with more ids than the
@@ -27,13 +37,19 @@ class Tokenizer:
                 "with AutoTokenizer.from_pretrained(...).save_pretrained of transformers"
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            # By content, as the library takes no path that is not UTF-8.
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
         # Some tokenizers pad or truncate by default; a prompt is neither.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._vocab_size = vocab_size
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content for token in added.values() if token.special}
+        steps = list(_decoder_steps(json.loads(self._tokenizer.to_str())["decoder"]))
+        self._byte_fallback = any(step["type"] == "ByteFallback" for step in steps)
+        self.rewrites = _rewrites(steps)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, with the special tokens that the tokenizer puts around it.
@@ -51,11 +67,84 @@ class Tokenizer:
             )
         return list(ids)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out.
+
+        Each byte that is no part of a character becomes U+FFFD, and so does a character that the
+        last id leaves incomplete. (The library would turn a whole run of byte tokens into U+FFFD
+        for a single wrong byte, complete characters included.)
+        """
+        if self._byte_fallback:
+            tokens = [self._tokenizer.id_to_token(token) for token in ids]
+            kept = [token for token in tokens if token is not None and token not in self._special]
+            mended = list(_mend_bytes(kept))
+            if mended != kept:
+                return str(self._tokenizer.decoder.decode(mended))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def continuation(self, prompt_ids: list[int], output_ids: list[int]) -> str:
         """Text of the output as it stands after the prompt (some decoders drop a leading space)."""
-        prompt, whole = self.decode(prompt_ids), self.decode(prompt_ids + output_ids)
-        return whole[len(prompt) :] if whole.startswith(prompt) else self.decode(output_ids)
+        whole = self.decode(prompt_ids + output_ids)
+        return whole[common_start(self.decode(prompt_ids), whole) :]
+
+
+def common_start(prompt: str, whole: str) -> int:
+    """Characters of `whole`, the text of prompt and output, that are the prompt's.
+
+    That is all of the prompt's text, unless the output changes its end: by completing a character,
+    or because the decoder treats the end of a text in a special way.
+    """
+    if whole.startswith(prompt):
+        return len(prompt)
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), len(whole))
+
+
+def _decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The decoders of a tokenizer.json in the order in which they run."""
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _decoder_steps(part)
+    else:
+        yield decoder
+
+
+def _rewrites(steps: list[dict[str, Any]]) -> bool:
+    """Whether a decoder replaces patterns in the whole text, so that more text may match earlier.
+
+    Before `Fuse` (or another decoder that joins the tokens), a replacement sees one token at a
+    time. One that matches a single character cannot depend on what follows either.
+    """
+    joined = False
+    for step in steps:
+        pattern = step.get("pattern", {})
+        if joined and step["type"] == "Replace" and len(pattern.get("String", "..")) > 1:
+            return True
+        joined = joined or step["type"] in ("Fuse", "ByteLevel")
+    return False
+
+
+def _mend_bytes(tokens: list[str]) -> Iterator[str]:
+    """The tokens with U+FFFD in place of byte tokens that form no character."""
+    run = b""
+    for token in [*tokens, ""]:
+        match = _BYTE.fullmatch(token)
+        if match:
+            run += bytes([int(match[1], 16)])
+            continue
+        position = 0
+        while position < len(run):
+            try:
+                good, bad = len(run), 0
+                run[position:].decode("utf-8")
+            except UnicodeDecodeError as error:
+                good, bad = position + error.start, error.end - error.start
+            yield from (f"<0x{byte:02X}>" for byte in run[position:good])
+            if bad:
+                yield _UNKNOWN
+            position = good + bad
+        run = b""
+        if token:
+            yield token

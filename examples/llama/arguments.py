@@ -1,0 +1,256 @@
+"""The command line of decode_llama.py: its options, and the prompts that they name.
+
+This module does not import JAX, so that `--help` and most mistakes are answered at once.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["BUNDLED", "InputError", "make_parser", "parse_arguments", "read_prompts"]
+
+BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "tiny_llama"
+_DEFAULT_PROMPTS = (
+    "This function is called when",
+    "If the file does not exist,",
+    "A class is",
+    "When a function is called,",
+)
+_DTYPES = ("float32", "bfloat16", "float16")
+_KV_DTYPES = (*_DTYPES, "int8", "float8_e4m3fn")
+_PLOT_ENDINGS = (".png", ".pdf", ".svg")
+_LARGEST = 2**31 - 1  # lengths and counts are int32 on the device
+
+
+class InputError(ValueError):
+    """A mistake in the arguments that shows only when they are used."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes in one line, without the page of usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all options; each describes itself with its default."""
+    parser = _Parser(
+        prog="decode_llama.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to generate")
+    what.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        default=BUNDLED,
+        metavar="DIR",
+        help="Hugging Face model directory (default: the small model of this repository)",
+    )
+    what.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"prompt to continue; repeatable (default: {len(_DEFAULT_PROMPTS)} built-in prompts)",
+    )
+    what.add_argument(
+        "--prompt-file",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="UTF-8 text with one prompt a line, after those of --prompt; blank lines are skipped "
+        "(default: none)",
+    )
+    what.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="most tokens to generate for a prompt (default: %(default)s)",
+    )
+    what.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of sampling; 0 takes the most likely token (default: 0, and 0.7 for the built-in "
+        "prompts with the small model)",
+    )
+    what.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens; 0 for all (default: %(default)s)",
+    )
+    what.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens that together reach probability P (default: 1, "
+        "and 0.9 for the built-in prompts with the small model)",
+    )
+    what.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the random numbers (default: %(default)s)",
+    )
+
+    how = parser.add_argument_group("how to run")
+    how.add_argument(
+        "--scan",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decode steps in one compiled program; 0 for a Python loop over single steps "
+        "(default: %(default)s)",
+    )
+    how.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="of weights and arithmetic (default: float32 on CPU, else as stored)",
+    )
+    how.add_argument(
+        "--kv-dtype",
+        choices=_KV_DTYPES,
+        help="of stored keys and values (default: as --dtype)",
+    )
+    how.add_argument(
+        "--layout",
+        choices=("fused", "per_layer"),
+        help="of the cache's memory (default: chosen by jax_kvpage for the platform)",
+    )
+    how.add_argument(
+        "--block-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens in a block (default: chosen by jax_kvpage; 16 for the small model on CPU)",
+    )
+    how.add_argument(
+        "--capacity",
+        metavar="SIZE",
+        help='physical memory of the pool, such as "64MiB" or a number of bytes (default: what '
+        "all prompts can need together)",
+    )
+    how.add_argument(
+        "--max-slots",
+        type=_positive,
+        metavar="N",
+        help="sequences that run at a time (default: the number of prompts)",
+    )
+    how.add_argument(
+        "--max-seq-len",
+        type=_positive,
+        metavar="N",
+        help="most tokens of a sequence, prompt included (default: the model's "
+        "max_position_embeddings)",
+    )
+    how.add_argument(
+        "--prefill-chunk",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="most prompt tokens in one step, at least 16 (default: %(default)s)",
+    )
+    how.add_argument(
+        "--implementation",
+        choices=("cpu", "cuda", "xla"),
+        help="of attention (default: cpu on CPU, cuda on GPU)",
+    )
+
+    out = parser.add_argument_group("what to show")
+    out.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object and nothing else (default: text as it comes, then a table)",
+    )
+    out.add_argument(
+        "--plot",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"draw memory over time; FILE ends in {', '.join(_PLOT_ENDINGS)} (default: no plot)",
+    )
+    return parser
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, description: str | None = None
+) -> argparse.Namespace:
+    """The command line; exits with status 2 on a mistake."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.scan < 0:
+        parser.error(f"--scan must be 0 (a Python loop) or more, got {args.scan}")
+    if args.plot:
+        problem = _plot_problem(args.plot)
+        if problem:
+            parser.error(f"--plot {args.plot}: {problem}")
+    return args
+
+
+def _plot_problem(file: pathlib.Path) -> str | None:
+    """Why a plot could not be written to `file` at the end of the run; None if it can be."""
+    if file.suffix not in _PLOT_ENDINGS:
+        return f"the name must end in one of {', '.join(_PLOT_ENDINGS)}"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "needs matplotlib (pip install matplotlib)"
+    try:
+        if not file.absolute().parent.is_dir():
+            return f"there is no directory {file.absolute().parent}"
+        # Permissions do not tell all (read-only and special file systems), so the file is opened.
+        existed = file.exists()
+        with file.open("ab"):
+            pass
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return None
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    if value > _LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {_LARGEST}, got {value}")
+    return value
+
+
+def _argument_text(prompt: str) -> str:
+    """A prompt from the command line. Python keeps bytes that the locale's encoding lacks as lone
+    surrogates; usually they are UTF-8 in a C locale."""
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"--prompt {prompt!a} is not valid UTF-8") from error
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of the command line, then those of the file; the built-in ones if there are none.
+
+    Raises:
+      InputError: A prompt that is not valid text, or a file that cannot be read or is blank.
+    """
+    prompts = [_argument_text(prompt) for prompt in args.prompt]
+    if args.prompt_file:
+        try:
+            text = args.prompt_file.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise InputError(f"--prompt-file: {error}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompt-file {args.prompt_file} is not UTF-8: {error}") from error
+        # Not str.splitlines(): it also splits at U+2028, form feed and others, which are text.
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            raise InputError(f"--prompt-file {args.prompt_file} holds no prompts")
+        prompts += lines
+    return prompts or list(_DEFAULT_PROMPTS)

@@ -1,0 +1,191 @@
+"""A run of the example: model, pool and engine from the command line's arguments, text and figures
+to standard output.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_kvpage
+
+from .arguments import BUNDLED, InputError, read_prompts
+from .checkpoint import CheckpointError, load_model
+from .config import ConfigError, LlamaConfig, load_config
+from .generate import Engine, Request
+from .programs import Programs
+from .report import figures, plot_memory, print_table
+from .sampling import Sampling
+from .stream import Printer
+from .tokenizer import Tokenizer, TokenizerError
+
+__all__ = ["run"]
+
+_IMPLEMENTATIONS = {"cpu": ("cpu", "xla"), "gpu": ("cuda", "xla")}
+
+
+def choose_sampling(args: argparse.Namespace) -> Sampling:
+    """How to sample: greedy by default, but not for the small model with the built-in prompts: a
+    greedy model of that size repeats itself."""
+    demonstration = args.checkpoint == BUNDLED and not (args.prompt or args.prompt_file)
+    temperature, top_p = (0.7, 0.9) if demonstration and args.temperature is None else (0.0, 1.0)
+    return Sampling(
+        temperature if args.temperature is None else args.temperature,
+        args.top_k,
+        top_p if args.top_p is None else args.top_p,
+        args.seed,
+    )
+
+
+def make_requests(
+    prompts: list[str], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int
+) -> list[Request]:
+    """A request for each prompt; raises InputError for one that leaves no room for a token."""
+    requests = []
+    for index, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt)
+        if len(ids) >= max_seq_len:
+            raise InputError(
+                f"prompt {index} has {len(ids)} tokens, but a sequence may have {max_seq_len} "
+                "in all; shorten it or raise --max-seq-len"
+            )
+        requests.append(Request(index, ids, max_new_tokens))
+    return requests
+
+
+def make_pool(
+    args: argparse.Namespace, config: LlamaConfig, requests: list[Request], max_seq_len: int
+) -> jax_kvpage.KVPool:
+    """A pool of the size of --capacity, or of what the requests can need together."""
+    platform = jax.default_backend()
+    block_tokens = args.block_tokens
+    if block_tokens is None and args.checkpoint == BUNDLED and args.layout is None:
+        # Blocks of the usual size would hold its whole context in a few: smaller ones show more.
+        block_tokens = 16 if platform == "cpu" else None
+    spec = jax_kvpage.CacheSpec(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_slots=args.max_slots or len(requests),
+        max_seq_len=max_seq_len,
+        dtype=jnp.dtype(args.kv_dtype or compute_dtype(args, config.dtype)),
+        layout=args.layout,
+        block_tokens=block_tokens,
+    ).resolve("cuda" if platform == "gpu" else platform)
+    capacity = args.capacity
+    if capacity is None:
+        ends = [min(len(r.prompt_ids) + r.max_new_tokens, max_seq_len) for r in requests]
+        size = spec.block_tokens or 1
+        blocks = spec.num_ranges * sum(-(-end // size) for end in ends)
+        capacity = blocks * spec.block_bytes
+    if str(capacity).isdecimal():
+        capacity = int(capacity)
+        if capacity >= 2**63:
+            raise InputError(f"--capacity must be less than 2**63 bytes, got {capacity}")
+    return jax_kvpage.KVPool(spec, capacity=capacity)
+
+
+def compute_dtype(args: argparse.Namespace, stored: str) -> str:
+    """Type of weights and arithmetic: as asked for, float32 on CPU (XLA's bfloat16 products are
+    slow there), else as stored."""
+    return args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Turns the library's errors about values from the command line into InputError."""
+    try:
+        yield
+    except (ValueError, MemoryError, jax_kvpage.KVPageError) as error:
+        raise InputError(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the arguments say, and prints text and figures or one JSON object.
+
+    Raises:
+      InputError: With a line that says what is wrong with the input.
+      OSError: The output or the plot cannot be written.
+    """
+    try:
+        _run(args)
+    except (ConfigError, CheckpointError, TokenizerError) as error:
+        raise InputError(str(error)) from error
+
+
+def _run(args: argparse.Namespace) -> None:
+    platform = jax.default_backend()
+    supported = _IMPLEMENTATIONS.get(platform, ())
+    if args.implementation and args.implementation not in supported:
+        raise InputError(
+            f"--implementation {args.implementation} does not run on {platform}, "
+            f"which has {' and '.join(supported)}"
+        )
+    with _input_errors():
+        sampling = choose_sampling(args)
+    prompts = read_prompts(args)
+    config = load_config(args.checkpoint)
+    tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
+    max_seq_len = args.max_seq_len or config.max_position_embeddings
+    if max_seq_len > config.max_position_embeddings:
+        raise InputError(
+            f"--max-seq-len {max_seq_len} is beyond the {config.max_position_embeddings} positions "
+            "that the model was made for (max_position_embeddings)"
+        )
+    requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len)
+    model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
+    with _input_errors():
+        pool = make_pool(args, config, requests, max_seq_len)
+    with pool:
+        programs = Programs(model, sampling, config.eos_token_ids, args.implementation)
+        printer = None if args.json else Printer(requests, prompts, tokenizer)
+        engine = Engine(
+            programs,
+            pool,
+            config.eos_token_ids,
+            scan_steps=args.scan,
+            prefill_chunk=args.prefill_chunk,
+            on_token=printer.token if printer else None,
+            on_finish=printer.finish if printer else None,
+        )
+        begin = time.monotonic()
+        engine.run(requests)
+        seconds = time.monotonic() - begin
+        values = figures(
+            engine, requests, pool.spec, pool.stats(), seconds, programs.compile_seconds
+        )
+    for request in requests:
+        if request.finish_reason == "capacity":
+            print(
+                f"decode_llama.py: sequence {request.index} ended at {len(request.tokens)} tokens: "
+                f"even alone it does not fit in {pool.spec.block_tokens}-token blocks of "
+                f"{values['capacity']} bytes in all; raise --capacity",
+                file=sys.stderr,
+            )
+    if args.json:
+        print(json.dumps({"sequences": _sequences(requests, tokenizer), **values}))
+    else:
+        print_table(values)
+    # Last: if it fails after all, the results have been shown.
+    if args.plot:
+        print(end="", flush=True)
+        plot_memory(engine, values, args.plot)
+
+
+def _sequences(requests: list[Request], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The results of all requests, as --json prints them."""
+    return [
+        {
+            "prompt_ids": request.prompt_ids,
+            "output_ids": request.output_ids,
+            "text": tokenizer.continuation(request.prompt_ids, request.output_ids),
+            "finish_reason": request.finish_reason,
+        }
+        for request in requests
+    ]

@@ -1,0 +1,109 @@
+"""Typed access to the JSON of a `config.json`: each reader returns a checked value or raises
+ConfigError with the name of the key, the value found and the value expected.
+
+JSON from Python may hold NaN and Infinity, and hand-edited files hold strings for numbers and
+booleans. Python would accept most of them and fail, or generate noise, much later.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "ConfigError",
+    "boolean",
+    "integer",
+    "number",
+    "read_object",
+    "same",
+    "shown",
+    "token_ids",
+]
+
+_LARGEST = 2**31 - 1  # shapes, positions and token ids are int32
+
+
+class ConfigError(ValueError):
+    """A `config.json` that is missing, malformed, or describes an unsupported model."""
+
+
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in `file`."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def integer(
+    values: Mapping[str, Any], name: str, default: int | None = None, *, most: int = _LARGEST
+) -> int:
+    """A positive integer; null and a missing key give the default, if there is one."""
+    value = values.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"{name} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {shown(value)}, expected a positive integer")
+    if value > most:
+        raise ConfigError(f"{name} is {shown(value)}, expected at most {most}")
+    return value
+
+
+def number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A positive number; null and a missing key give the default, if there is one."""
+    value = values.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"{name} is missing")
+    problem = f"{name} is {shown(value)}, expected a positive number"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(problem)
+    # The model computes in float32, where a larger value is infinite and a smaller one is zero.
+    limits = np.finfo(np.float32)
+    if not float(limits.smallest_subnormal) <= value <= float(limits.max):
+        raise ConfigError(f"{problem} in the range of float32")
+    return float(value)
+
+
+def boolean(values: Mapping[str, Any], name: str) -> bool:
+    """True or false; null and a missing key are false."""
+    value = values.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {shown(value)}, expected true or false")
+    return bool(value)
+
+
+def token_ids(values: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
+    """Token ids given as one integer, a list of integers, or null."""
+    value = values.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for item in ids:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise ConfigError(f"{name} is {shown(value)}, expected a token id or a list of them")
+        if not 0 <= item < vocab_size:
+            raise ConfigError(
+                f"{name} has {shown(item)}, expected ids from 0 to vocab_size - 1 = "
+                f"{vocab_size - 1}"
+            )
+    return tuple(dict.fromkeys(ids))
+
+
+def same(left: object, right: object) -> bool:
+    """Whether two JSON values are equal, where true is not 1 and 1.0 is 1."""
+    return left == right and isinstance(left, bool) == isinstance(right, bool)
+
+
+def shown(value: object) -> str:
+    """A value as an error message quotes it: one line, cut where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
+        return f"an integer of about 10**{int(math.log10(abs(value)))}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
