@@ -136,8 +136,9 @@ class Queue:
             return cache
         program = _program(verb, any(opcode == VACATE for opcode, _, _ in edits))
         try:
-            rows = self.put(_rows(copies, 4)) if copies else self._no_copies
-            cache, marker = program(cache, self._own, self.put(_rows(edits, 3)), rows)
+            # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
+            rows = _rows(copies, 4) if copies else self._no_copies
+            cache, marker = program(cache, self._own, _rows(edits, 3), rows)
         except BaseException:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):
