@@ -23,7 +23,7 @@ inline std::vector<Target> CpuTargets() {
   return targets;
 }
 
-// The same names on CUDA (cuda_*.cc); in a build without CUDA there are none.
+// The same names on CUDA (cuda/); in a build without CUDA there are none.
 std::vector<Target> CudaTargets();
 
 }  // namespace kvpage

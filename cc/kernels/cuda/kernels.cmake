@@ -3,8 +3,8 @@
 set(KVPAGE_CUDA_SOURCES append.cu attend.cu copy.cu decode_bf16.cu decode_f16.cu edit_slots.cu gather.cu general.cu
   prefill_bf16.cu prefill_f16.cu slots.cu tables.cu)
 list(TRANSFORM KVPAGE_CUDA_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/)
-set(KVPAGE_CUDA_HANDLERS cuda_attention.cc cuda_decode.cc cuda_slots.cc)
-list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/)
+set(KVPAGE_CUDA_HANDLERS attention.cc decode.cc slots.cc)
+list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/cuda/)
 
 # In every build: programs may be lowered for CUDA where there is none.
 add_library(kvpage_cuda_scratch STATIC ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/scratch.cc)

@@ -1,4 +1,4 @@
-#include "ffi/thread_pool.h"
+#include "ffi/cpu/thread_pool.h"
 
 #include <algorithm>
 #include <atomic>

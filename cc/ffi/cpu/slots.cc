@@ -3,9 +3,9 @@
 
 #include "cache/messages.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/thread_pool.h"
 #include "kernels/cpu/kernels.h"
 
 namespace kvpage {

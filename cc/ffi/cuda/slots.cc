@@ -4,7 +4,7 @@
 
 #include "cache/registry.h"
 #include "ffi/bindings.h"
-#include "ffi/cuda_decode.h"
+#include "ffi/cuda/decode.h"
 #include "ffi/handlers.h"
 
 namespace kvpage {

@@ -1,4 +1,4 @@
-#include "ffi/cuda_decode.h"
+#include "ffi/cuda/decode.h"
 
 #include <algorithm>
 

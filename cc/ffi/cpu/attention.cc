@@ -4,9 +4,9 @@
 
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
-#include "ffi/thread_pool.h"
 #include "kernels/cpu/kernels.h"
 
 namespace kvpage {

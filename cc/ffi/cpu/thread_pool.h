@@ -2,8 +2,8 @@
 //
 // The calling thread works too and waits only for tasks that another thread has already started, so it cannot deadlock
 // on a pool that has one thread or is busy with other programs: late helpers find no tasks left.
-#ifndef KVPAGE_FFI_THREAD_POOL_H_
-#define KVPAGE_FFI_THREAD_POOL_H_
+#ifndef KVPAGE_FFI_CPU_THREAD_POOL_H_
+#define KVPAGE_FFI_CPU_THREAD_POOL_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -30,4 +30,4 @@ class XlaParallel final : public Parallel {
 
 }  // namespace kvpage
 
-#endif  // KVPAGE_FFI_THREAD_POOL_H_
+#endif  // KVPAGE_FFI_CPU_THREAD_POOL_H_

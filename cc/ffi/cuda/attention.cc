@@ -4,7 +4,7 @@
 
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
-#include "ffi/cuda_decode.h"
+#include "ffi/cuda/decode.h"
 #include "ffi/handlers.h"
 
 namespace kvpage {
@@ -160,7 +160,7 @@ KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables, WithScratch(Bind
 
 }  // namespace
 
-std::vector<Target> CudaSlotTargets();  // cuda_slots.cc
+std::vector<Target> CudaSlotTargets();  // slots.cc
 
 std::vector<Target> CudaTargets() {
   std::vector<Target> targets = {{"jax_kvpage_append_kv", kAppendKV},
