@@ -90,8 +90,8 @@ cu::AllocationProp Prop(const DeviceDescription& device, int ordinal) {
   return prop;
 }
 
-// The life cycle of `blocks` blocks. Access is granted block by block, as for a growing slot, and then, after the blocks
-// were unmapped and mapped again, for all of them in one call, as at admission.
+// The life cycle of `blocks` blocks. Access is granted block by block, as for a growing slot, and then, after the
+// blocks were unmapped and mapped again, for all of them in one call, as at admission.
 Status Round(const Driver& driver, const cu::AllocationProp& prop, int device, std::int64_t bytes, std::int64_t blocks,
              Samples* samples) {
   const std::size_t size = static_cast<std::size_t>(bytes);
