@@ -24,7 +24,7 @@ void BindErrors(nb::module_& m) {
       .value("OUT_OF_SLOTS", Reason::kOutOfSlots)
       .value("OUT_OF_DEVICE_MEMORY", Reason::kOutOfDeviceMemory)
       .value("DEVICE_FAULT", Reason::kDeviceFault);
-  nb::exception<StatusError>(m, "StatusError", PyExc_RuntimeError);
+  const nb::exception<StatusError> status_error(m, "StatusError", PyExc_RuntimeError);
   nb::register_exception_translator(
       [](const std::exception_ptr& p, void* type) {
         try {
