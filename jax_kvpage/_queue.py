@@ -48,7 +48,7 @@ def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
 
 
 class Queue:
-    """What `KVPool` queues on its device.
+    """The programs that `KVPool` queues on its device.
 
     Attributes:
         waits: claims that waited for slots to drain.

@@ -1,6 +1,6 @@
 """What can go wrong on the host side of a pool, as exceptions that carry their numbers.
 
-What goes wrong inside a program is JAX's to report on CPU: an op that fails at run time (a stale
+On CPU, JAX reports errors inside programs: an op that fails at run time (a stale
 cache, a position that is not mapped) raises `jax.errors.JaxRuntimeError` where its results are
 waited for; a program so small that JAX runs it while dispatching it raises ValueError there, with
 the same text. On CUDA nothing may wait for a kernel to fail, so JAX never hears of it: the op's
@@ -34,7 +34,7 @@ class OutOfBlocks(KVPageError):
 
     Attributes:
         wanted: blocks that the request needs beyond what it has.
-        free: blocks that belong to nobody.
+        free: blocks without an owner.
         draining: blocks of released slots that a program in flight may still touch; they become
             available when those programs have run (`acquire(..., wait=True)` waits for them).
         reclaimable: parked blocks that could have been taken from released slots.

@@ -2,7 +2,7 @@
 
 The pool owns the memory; programs carry a `KVCache` that names it. Calls that change what programs
 see (`acquire`, `release`) take the cache and return the next one: the accounting happens at once in
-C++, and a small program that changes the cache value is queued behind whatever is running. Calls
+C++, and a small program that changes the cache value is queued behind running programs. Calls
 that only add or give back memory (`extend`, `trim`, `resize`) need no cache and never disturb
 running programs.
 """

@@ -20,9 +20,9 @@ class PoolStats:
     Attributes:
         capacity: the budget, in whole blocks.
         mapped: in slots that a live request occupies.
-        parked: mapped in slots that nobody occupies; the next request adopts them.
+        parked: mapped in unoccupied slots; the next request adopts them.
         draining: in released slots that a program in flight may still touch.
-        free: belongs to nobody.
+        free: without an owner.
         shared: in blocks that more than one slot maps.
         reserved_virtual: address space of all slots.
         peak: the most that was ever mapped, parked and draining together.

@@ -1,4 +1,4 @@
-"""A sequence's result is the same to the last bit whatever surrounds it: neighbours, order,
+"""A sequence's result is the same to the last bit in every surrounding: neighbours, order,
 padding, blocks, threads.
 """
 

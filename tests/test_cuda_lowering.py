@@ -107,7 +107,7 @@ def _op(name: str) -> Callable[[kvp.KVCache, kvp.Batch], Any]:
     return _OPS[name][0]
 
 
-# Ops that take device memory of their own, as their last result.
+# Ops with device scratch memory, as their last result.
 _WITH_SCRATCH = (
     "append_kv",
     "paged_attention",
@@ -198,7 +198,7 @@ def test_under_scan(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in _ALL if n != "edit_slots"])
 def test_under_vmap(name: str) -> None:
-    """Two elements with slots of their own over one cache, which comes back unbatched."""
+    """Two elements with different slots over one cache, which comes back unbatched."""
 
     def mapped(cache: kvp.KVCache, batch: kvp.Batch) -> Any:
         def element(slots: jax.Array, offsets: jax.Array) -> Any:

@@ -33,7 +33,7 @@ def edit(
 
 @pytest.fixture(params=["fused", "per_layer"])
 def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
-    """Slots 0 and 1 with 20 and 33 tokens; whatever a test did to them, they go on undisturbed."""
+    """Slots 0 and 1 with 20 and 33 tokens; after each test they must still work."""
     yield from two_sequences(make_pool(make_spec(request.param)))
 
 

@@ -1,4 +1,4 @@
-"""A failure in the middle of a step or of a scan costs the program it happened in, and nobody else
+"""A failure in the middle of a step or of a scan costs only the program it happened in
 a token or a bit.
 """
 

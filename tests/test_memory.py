@@ -35,7 +35,7 @@ def _virtual_bytes() -> int:
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_physical_follows_use(make_pool, layout: str) -> None:
     spec = kvp.CacheSpec(4, 2, 64, 64, 8192, dtype=jnp.bfloat16, layout=layout)
-    jax.block_until_ready(jnp.ones(8) + 1)  # JAX takes address space of its own when it starts
+    jax.block_until_ready(jnp.ones(8) + 1)  # JAX reserves address space when it starts
     files, virtual = _memfd_bytes(), _virtual_bytes()
     pool = make_pool(spec, "512MiB")
     assert pool.spec.virtual_bytes >= 64 * 8192 * pool.spec.token_bytes

@@ -80,7 +80,7 @@ def test_reading_what_was_not_written(rig: Rig) -> None:
     fails(f"slot {slot}.*25.*20", lambda: attend(cache, make_batch([(slot, 5)]), layer=0))
 
 
-def test_a_new_line_forgets_what_was_not_advanced(rig: Rig) -> None:
+def test_a_new_generation_forgets_what_was_not_advanced(rig: Rig) -> None:
     """The program that wrote those tokens may have failed halfway: they do not count."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 5)])

@@ -41,7 +41,7 @@ rows = P("x")
 operands = [put(x, s) for x, s in zip((q, k, v, tables, lengths), (rows, P(), P(), rows, rows))]
 mapped = jax.shard_map(attend, mesh=mesh, in_specs=(rows, P(), P(), rows, rows), out_specs=rows)
 np.testing.assert_allclose(jax.jit(mapped)(*operands), want, atol=1e-6)
-# Without shard_map the call works on all of it, whatever the operands' sharding.
+# Without shard_map the call works on all of it, regardless of the operands' sharding.
 np.testing.assert_allclose(jax.jit(attend)(*operands), want, atol=1e-6)
 """,
         env=_TWO_DEVICES,

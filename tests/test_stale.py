@@ -83,7 +83,7 @@ def test_a_released_slot_cannot_be_read_through_an_old_cache(rig: Rig) -> None:
     rig.pool.trim()
 
 
-def test_older_lines_are_stale(rig: Rig) -> None:
+def test_older_generations_are_stale(rig: Rig) -> None:
     old = rig.cache
     rig.cache = rig.pool.cache()
     fails("stale|generation", lambda: kvp.advance(old, make_batch([])))

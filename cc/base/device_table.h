@@ -70,7 +70,7 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire or generation: there is no room, whatever the host last said. With
+  // 1 from release to the next acquire or generation: there is no room, regardless of the host's last word. With
   // on_stale="allow" a cache value may be of the newest epoch and still show a slot that was released meanwhile, whose
   // memory may be gone.
   std::int32_t released = 0;
@@ -94,7 +94,7 @@ struct DevicePool {
   volatile std::uint32_t* vacated = nullptr;
 };
 
-// What the check that begins a launch hands to the kernels behind it.
+// The result of the check that begins a launch, for the kernels behind it.
 struct CheckedBatch {
   std::int32_t ok = 0;  // 0: write nothing, output NaN
   std::int32_t layer = 0;

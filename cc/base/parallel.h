@@ -1,7 +1,7 @@
 // Parallel: the one thing a CPU kernel may know about threads.
 //
 // The FFI layer implements it over XLA's intra-op thread pool, tests over std::thread or inline. Kernels must give
-// bit-identical results whatever the number of threads and whatever order the tasks run in.
+// bit-identical results for any number of threads and any order of the tasks.
 #ifndef KVPAGE_BASE_PARALLEL_H_
 #define KVPAGE_BASE_PARALLEL_H_
 

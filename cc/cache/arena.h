@@ -37,7 +37,7 @@ class Arena {
     return blocks_[slot * geometry_.num_ranges() + range];
   }
 
-  // The run of logical blocks at the end of a slot that nobody else refers to, at most `most`: these can be moved
+  // The run of logical blocks at the end of a slot without other references, at most `most`: these can be moved
   // elsewhere, and come free when they are unmapped.
   std::int64_t ExclusiveTail(std::int64_t slot, std::int64_t most) const;
   // Physical blocks that would come free if the slots with a nonzero entry in `given_up` were unmapped.

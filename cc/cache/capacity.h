@@ -8,7 +8,7 @@
 
 namespace kvpage::capacity {
 
-// Gives memory that nobody needs back to the system; `freed_blocks`: how many physical blocks that were.
+// Gives unneeded memory back to the system; `freed_blocks`: how many physical blocks that were.
 Status Trim(const PoolParts& pool, std::int64_t* freed_blocks);
 // Changes the budget; parked blocks are given up where it shrinks.
 Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes);

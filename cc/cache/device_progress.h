@@ -72,7 +72,7 @@ class DeviceProgress {
   std::uint32_t epoch = 0;
   std::int32_t running = 0;         // handlers
   std::vector<SlotProgress> slots;  // [max_slots]
-  // [max_slots, num_layers]: nobody reads further, so recycled memory shows nobody else's data.
+  // [max_slots, num_layers]: the limit of reads, so recycled memory never shows another request's data.
   std::vector<std::int32_t> written;
 
  private:

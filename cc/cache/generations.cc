@@ -18,7 +18,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   {
     const StateLock state = table.Lock();
     KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));  // not Enter: a new generation is the way out of a fault
-    // Never the same number twice: when the following calls fail, nobody knows which one the device has.
+    // Never the same number twice: when the following calls fail, it is unknown which one the device has.
     generation = ++table.progress(state).generation;
   }
   DeviceProgress device(table.geometry());
@@ -50,7 +50,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   return {};
 }
 
-// Programs on a device wake nobody: their releases are looked for until one has run.
+// Programs on a device do not notify waiters: their releases are polled until one has run.
 bool PollForDrain(const PoolParts& pool, double seconds) {
   using Clock = std::chrono::steady_clock;
   SlotTable& table = *pool.table;

@@ -1,5 +1,5 @@
-// What is said about a program that may not go on. CPU handlers say it as the program runs; a device records numbers
-// and the host says it later (cc/device/fault.cc): one text for both, so that they cannot drift apart.
+// Messages about programs that must not go on. CPU handlers return them as the program runs; a device records numbers
+// and the host returns them later (cc/device/fault.cc): one text for both, so that they cannot drift apart.
 //
 // `op` begins every message.
 #ifndef KVPAGE_CACHE_MESSAGES_H_

@@ -1,4 +1,4 @@
-// What programs do with a pool, called by the FFI handlers while a program runs. `op` begins every message.
+// The operations of programs on a pool, called by the FFI handlers while a program runs. `op` begins every message.
 #ifndef KVPAGE_CACHE_PROGRAM_OPS_H_
 #define KVPAGE_CACHE_PROGRAM_OPS_H_
 

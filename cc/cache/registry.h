@@ -1,6 +1,6 @@
 // Registry: pool ids, as programs carry them, to pools.
 //
-// Ids are never reused, so a program queued behind a close finds out instead of writing into somebody else's pool. The
+// Ids are never reused, so a program queued behind a close fails instead of writing into another pool. The
 // registry is never destroyed: programs may still be running when the process exits.
 #ifndef KVPAGE_CACHE_REGISTRY_H_
 #define KVPAGE_CACHE_REGISTRY_H_

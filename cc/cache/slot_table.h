@@ -39,7 +39,7 @@ class StateLock {
   std::unique_lock<std::mutex> lock_;
 };
 
-// What the host decided about one slot.
+// The host's decisions about one slot.
 struct HostSlot {
   SlotState state = SlotState::kFree;
   std::int32_t views = 0;               // zero-copy arrays alive over it

@@ -5,8 +5,8 @@
 // Order of locks: mapping, then state (StateLock, slot_table.h); the methods here take the state mutex themselves, for
 // moments.
 //
-// Planning and applying are separate calls with a SupplyPlan in between. A donor gives only blocks that nobody else
-// refers to: a shared block could not be moved, and unmapping it in one slot would not free it.
+// Planning and applying are separate calls with a SupplyPlan in between. A donor gives only blocks without other
+// references: a shared block could not be moved, and unmapping it in one slot would not free it.
 #ifndef KVPAGE_CACHE_SUPPLY_H_
 #define KVPAGE_CACHE_SUPPLY_H_
 
@@ -55,9 +55,9 @@ class Supply {
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
   // plan is of no use.
   Claim Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan);
-  // Gives back at least `blocks` physical blocks, as far as nobody needs them.
+  // Gives back at least `blocks` physical blocks, taking only unneeded ones.
   SupplyPlan PlanReclaim(const MappingLock& lock, std::int64_t blocks);
-  // Unmaps everything that nobody needs.
+  // Unmaps everything that is not needed.
   SupplyPlan PlanTrim(const MappingLock& lock);
 
   // ---- applying ----
@@ -75,7 +75,7 @@ class Supply {
   Status Blank(const MappingLock& lock, std::int32_t slot, std::int64_t begin, std::int64_t end);
 
  private:
-  // Which spare blocks of a slot count: all, or those at its end that nobody else refers to.
+  // Which spare blocks of a slot count: all, or those at its end without other references.
   enum class Spare { kAll, kExclusive };
   // The slots with spare blocks while `wants` are to be met, in the order in which they give. `draining`, if not null,
   // is set to the number of physical blocks that come free with the slots that are draining.

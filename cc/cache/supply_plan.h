@@ -11,7 +11,7 @@ namespace kvpage {
 
 // All numbers of blocks here are logical blocks, per range of a slot.
 
-// What a slot shall have at least.
+// The least number of blocks that a slot shall have.
 struct Want {
   std::int32_t slot = 0;
   std::int64_t blocks = 0;

@@ -1,4 +1,4 @@
-// What callers hand to a pool and get back from it: options, claims, numbers, rows, and the cache and the batch as
+// Arguments and results of a pool's calls: options, claims, numbers, rows, and the cache and the batch as
 // programs carry them. Data only.
 #ifndef KVPAGE_CACHE_TYPES_H_
 #define KVPAGE_CACHE_TYPES_H_
@@ -82,7 +82,7 @@ struct BatchRef {
   std::int64_t num_tokens = -1;           // rows of q, k, v; -1 when there are none to compare with
 };
 
-// What a running handler holds of the slot table.
+// The slots that a running handler pins.
 struct Pins {
   static constexpr std::int64_t kNoLayer = -1, kAllLayers = -2;
   std::vector<Sequence> sequences;

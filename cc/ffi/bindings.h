@@ -1,5 +1,5 @@
 // Operands, attributes and results of the custom calls, in the order in which lowering gives them. A platform begins
-// with what its handlers get besides (`base`) and may add results of its own.
+// with its handlers' additional arguments (`base`) and may add further results.
 #ifndef KVPAGE_FFI_BINDINGS_H_
 #define KVPAGE_FFI_BINDINGS_H_
 

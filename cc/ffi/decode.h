@@ -1,4 +1,4 @@
-// What every handler shares: from XLA's typed buffers to the pool's plain arguments, and from Status to ffi::Error.
+// Shared by all handlers: from XLA's typed buffers to the pool's plain arguments, and from Status to ffi::Error.
 #ifndef KVPAGE_FFI_DECODE_H_
 #define KVPAGE_FFI_DECODE_H_
 

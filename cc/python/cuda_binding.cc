@@ -82,7 +82,7 @@ void BindCuda(nb::module_& m) {
       .def_ro("problem", &DriverReport::problem)
       .def_ro("devices", &DriverReport::devices);
   m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
-  // What lowering for CUDA asks: device scratch that the custom calls take as their last result.
+  // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a);
   m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,
         "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a, "exact_weights"_a = false);

@@ -1,4 +1,4 @@
-// What Python sees of CUDA beside the pools: the report that the doctor prints, and the scratch that
+// CUDA in Python, apart from the pools: the report that the doctor prints, and the scratch that
 // custom calls need.
 #ifndef KVPAGE_PYTHON_CUDA_BINDING_H_
 #define KVPAGE_PYTHON_CUDA_BINDING_H_

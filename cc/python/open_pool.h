@@ -11,7 +11,7 @@
 
 namespace kvpage {
 
-// What the machine, its cgroup or the device has in all: no pool may have more capacity.
+// All memory of the machine, its cgroup or the device: the upper limit of a pool's capacity.
 struct MemoryLimit {
   std::int64_t bytes = -1;  // -1: unknown
   std::string owner;        // in words

@@ -70,7 +70,7 @@ class FakeDriver {
     std::int64_t pushed = 0;                             // contexts pushed and not popped
     std::int64_t queued = 0;                             // pieces of work that have not run
     std::int64_t used_bytes = 0;                         // of all devices
-    std::int64_t released_while_mapped = 0;              // the real driver allows it; nobody here should do it
+    std::int64_t released_while_mapped = 0;              // the real driver allows it; this library must not do it
     std::int64_t violations = 0;                         // calls that broke a rule
     std::string first_violation;
     bool empty() const;  // nothing alive, nothing wrong

@@ -84,7 +84,7 @@ struct NewTokens {
   }
 };
 
-// What append must write, one element at a time.
+// The expected result of append, one element at a time.
 void AppendPlainly(const Bench& bench, const NewTokens& batch, const Cache& cache) {
   const int heads = static_cast<int>(bench.spec[1]), head_dim = static_cast<int>(bench.spec[2]);
   const DType to = cache.view.dtype;

@@ -104,7 +104,7 @@ TEST(CudaAttentionTest, PrefillMatchesReference) {
   }
 }
 
-// The same bits whatever the number of multiprocessors (how units are cut into pieces), the order in which blocks and
+// The same bits for any number of multiprocessors (how units are cut into pieces), the order in which blocks and
 // threads run, the neighbours, and where the chunks lie.
 TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
   Rng rng(4);
@@ -154,7 +154,7 @@ TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
   }
 }
 
-// What a row does not see may be anything: infinities and NaN, in keys and in values.
+// Masked positions may hold anything: infinities and NaN, in keys and in values.
 TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
   Rng rng(5);
   const float infinity = std::numeric_limits<float>::infinity();

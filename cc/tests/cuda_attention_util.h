@@ -1,4 +1,4 @@
-// What the tests of attention on the emulated device share: a batch that passed its check, run over a cache, and the
+// Shared by the tests of attention on the emulated device: a batch that passed its check, run over a cache, and the
 // comparison with the reference.
 #ifndef KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
 #define KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_

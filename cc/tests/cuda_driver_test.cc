@@ -1,6 +1,6 @@
-// What CudaVmm counts on, asked of the driver of this machine; with --fake of the fake driver, which must give the same
-// answers. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it on machines with a GPU, where
-// that package may be missing.
+// The driver's properties that CudaVmm relies on, checked on this machine; with --fake on the fake driver, which must
+// give the same answers. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it on machines with
+// a GPU, where that package may be missing.
 #include <cstdio>
 #include <cstring>
 #include <memory>

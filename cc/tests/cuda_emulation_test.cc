@@ -131,7 +131,7 @@ __global__ void RaceKernel(int* out) {
   out[threadIdx.x] = numbers[63 - threadIdx.x];
 }
 
-// What a process prints in which the kernel runs, and whether it aborted.
+// The output of a process in which the kernel runs, and whether it aborted.
 std::string MessageOf(void (*kernel)()) {
   int ends[2];
   if (pipe(ends) != 0) return "no pipe";

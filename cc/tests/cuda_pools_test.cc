@@ -1,4 +1,4 @@
-// What the checks do that only a device has: finding the pool in the table, keeping the first fault, old epochs.
+// Checks that only a device has: finding the pool in the table, keeping the first fault, old epochs.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Head {
   PoolRows rows = table.Add(geometry.spec(), geometry.View(nullptr), 5);
   std::vector<std::int32_t> lengths = std::vector<std::int32_t>(kSlots, -1);
 
-  // An acquire of slot 0 by a program of pool `id`; what was recorded in the pool's record, or in nobody's.
+  // An acquire of slot 0 by a program of pool `id`; the fault in the pool's record, or in the record without a pool.
   Fault Acquire(std::int32_t id, const SpecInts& spec, std::int32_t own) {
     const CacheBuffers buffers(id, 0, rows.entry().epoch, lengths);
     const auto handle = Ints({own, 0});

@@ -278,7 +278,7 @@ class Twins {
     return {batch.slots.data(), static_cast<std::int64_t>(batch.slots.size()), batch.offsets.data(), batch.num_tokens};
   }
 
-  // What the device recorded against what the pool said.
+  // Compares the device's record with the pool's message.
   std::string Compare(DeviceOp op, const Status& status, const std::vector<char>& before) {
     const Fault fault = rows_.TakeFault();
     const Status recorded = fault.set == 0 ? Status() : DescribeFault(fault, kId, geometry_.spec());
@@ -314,7 +314,7 @@ class Twins {
     value_ = to;
   }
 
-  // What the check leaves for the kernels behind it.
+  // The check's result for the kernels behind it.
   void CheckSequences(const CheckedBatch& checked, const Ragged& batch, const Value& value, std::int32_t layer,
                       bool ok) {
     EXPECT_EQ(checked.ok, ok ? 1 : 0);

@@ -1,4 +1,4 @@
-// What the tests of CUDA kernels share: the device's table of pools as a host would set it up, in memory whose bounds
+// Shared by the tests of CUDA kernels: the device's table of pools as a host would set it up, in memory whose bounds
 // AddressSanitizer checks.
 #ifndef KVPAGE_TESTS_CUDA_UTIL_H_
 #define KVPAGE_TESTS_CUDA_UTIL_H_
@@ -16,7 +16,7 @@
 
 namespace kvpage::testing {
 
-// Exactly as many elements as asked for, in memory of their own.
+// Exactly as many elements as asked for, in a separate allocation.
 template <class T>
 std::unique_ptr<T[]> Exactly(std::size_t count, const T* from = nullptr) {
   std::unique_ptr<T[]> copy(new T[count]());

@@ -12,7 +12,7 @@
 namespace kvpage::testing {
 namespace {
 
-// What programs see of a pool, and what the host says of it.
+// A pool as programs see it and as the host reports it.
 std::string Snapshot(Machine* machine, Pool* pool) {
   const PoolNumbers n = pool->Numbers();
   std::string text;

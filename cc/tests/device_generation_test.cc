@@ -66,7 +66,7 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
 }
 
 TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
-  // A slot acquired on the host whose program never ran has length 0, whatever its last owner had.
+  // A slot acquired on the host whose program never ran has length 0, regardless of its last owner.
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -122,7 +122,7 @@ TEST(DeviceGenerationTest, CloseWaitsForTheProgramInFlightAndRefusesTheNext) {
   EXPECT_EQ(program.launches(), launches);
   EXPECT_EQ(machine.Find(1)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
   EXPECT_TRUE(Mentions(pool->Acquire({1}).status, "pool 1 is closed"));
-  // What looked the pool up before it left the table may still be running when the memory goes: it is waited for too.
+  // A launch that found the pool before it left the table may still run when the memory goes: close waits for it too.
   machine.fake().HoldStream(machine.stream());
   program.Write(slot, 1);
   std::thread last([&] { pool.reset(); });

@@ -1,5 +1,5 @@
-// What the tests of pools on a device share: the fake driver, pools with a mirror on it, and programs that run on its
-// streams and go by the table in its memory, as kernels do.
+// Shared by the tests of pools on a device: the fake driver, pools with a mirror on it, and programs that run on its
+// streams and read the table in its memory, as kernels do.
 #ifndef KVPAGE_TESTS_DEVICE_UTIL_H_
 #define KVPAGE_TESTS_DEVICE_UTIL_H_
 

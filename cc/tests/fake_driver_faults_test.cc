@@ -33,7 +33,7 @@ struct World {
     program.Release(third);
   }
 
-  // What requests can see, and what must add up.
+  // The data that requests can see, and accounts that must add up.
   std::vector<std::int64_t> State() {
     const PoolNumbers n = pool->Numbers();
     std::vector<std::int64_t> state = {n.blocks_total,   n.blocks_mapped,   n.blocks_parked + n.blocks_free,
@@ -134,7 +134,7 @@ TEST(FakeDriverFaultsTest, Trim) {
 TEST(FakeDriverFaultsTest, ResizeDown) {
   AtEveryCall(kBlocks, kTrims, [](World* world) {
     const Claim claim = world->pool->Resize(24 * 4096);
-    // Half-way memory may have gone, but never what anybody owns; the capacity changes last.
+    // Half-way memory may have gone, but never owned memory; the capacity changes last.
     return claim.status;
   });
 }

@@ -1,4 +1,4 @@
-// What the system allows: this machine's numbers, and cgroup trees laid out in a temporary folder.
+// Limits of the system: this machine's numbers, and cgroup trees laid out in a temporary folder.
 #include "vmm/limits.h"
 
 #include <gtest/gtest.h>

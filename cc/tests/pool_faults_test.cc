@@ -1,4 +1,4 @@
-// A page table that fails on demand: whatever goes wrong half-way, the pool is left as it was.
+// A page table that fails on demand: after every failure half-way the pool is unchanged.
 #include <gtest/gtest.h>
 
 #include <cstring>

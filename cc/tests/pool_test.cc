@@ -258,7 +258,7 @@ TEST(PoolTest, BadBatchesAreRefusedByName) {
   EXPECT_OK(begin({-1, slot}, {0, 1, 2}, 5));
 }
 
-TEST(PoolTest, ANewLineRestoresLengths) {
+TEST(PoolTest, ANewGenerationRestoresLengths) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
   const std::int32_t kept = program.Acquire(32);

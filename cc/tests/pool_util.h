@@ -1,4 +1,4 @@
-// What the pool tests share: small geometries, pools, a cache and a batch as a program would carry them.
+// Shared by the pool tests: small geometries, pools, a cache and a batch as a program would carry them.
 //
 // Pools lie on memfd, or, where KVPAGE_TEST_FAKE_DRIVER is defined, on CudaVmm over the fake driver: the same tests are
 // built twice.

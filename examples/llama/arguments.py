@@ -29,7 +29,7 @@ class InputError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, without the page of usage in front."""
+    """Reports mistakes in one line, without the usage page in front."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -17,7 +17,7 @@ __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "load_config", "parse_con
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_LAYERS = 4096  # a damaged number must not build a model of millions of layers
-# Settings of other architectures, and the values at which they leave a Llama as it is. Some
+# Settings of other architectures, and the values at which they do not change a Llama. Some
 # conversions keep model_type "llama" and still need them.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),

@@ -25,7 +25,7 @@ _HONOURED = {
         "original_max_position_embeddings",
     ),
 }
-# Keys that change nothing at this value, whatever the kind.
+# Keys that change nothing at this value, for every kind.
 _NEUTRAL = {"partial_rotary_factor": 1.0, "attention_factor": 1.0, "rope_interleaved": False}
 _NAMES = ("rope_theta", "rope_type", "type")
 _TOP_LEVEL = ("rope_theta", "rope_scaling", "rope_parameters")

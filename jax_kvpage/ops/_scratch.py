@@ -1,6 +1,6 @@
 """Device memory of an op's own on CUDA, by the shapes of its operands.
 
-It is the custom call's last result and nobody reads it. XLA could lend such memory to a handler as
+It is the custom call's last result and is never read. XLA could lend such memory to a handler as
 it runs, but a call that was captured into a CUDA graph writes to it whenever the graph is replayed,
 so XLA must count on it.
 """

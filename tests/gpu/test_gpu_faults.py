@@ -32,7 +32,7 @@ from test_safety import (
     test_a_failed_program_writes_nothing as test_a_failed_program_writes_nothing,
 )
 from test_safety import (
-    test_a_new_line_forgets_what_was_not_advanced as test_a_new_line_forgets,
+    test_a_new_generation_forgets_what_was_not_advanced as test_a_new_generation_forgets,
 )
 from test_safety import test_advancing_past_what_is_written as test_advancing_past_what_is_written
 from test_safety import test_bad_slots_in_a_batch as test_bad_slots_in_a_batch
@@ -51,7 +51,7 @@ from test_stale import (
     test_a_released_slot_cannot_be_read_through_an_old_cache as test_a_released_slot_cannot_be_read,
 )
 from test_stale import test_check_raises_what_went_wrong as test_check_raises_what_went_wrong
-from test_stale import test_older_lines_are_stale as test_older_lines_are_stale
+from test_stale import test_older_generations_are_stale as test_older_generations_are_stale
 from test_stale import test_on_stale_allow_repeats_a_step as test_on_stale_allow_repeats_a_step
 from test_stale import (
     test_readers_may_be_older_until_something_is_destroyed as test_readers_may_be_older,
@@ -61,7 +61,7 @@ from test_stale import test_stale_mutator as test_stale_mutator
 import jax_kvpage as kvp
 
 __all__ = [
-    "test_a_new_line_forgets",
+    "test_a_new_generation_forgets",
     "test_a_released_slot_cannot_be_read",
     "test_one_sequence_runs_out_of_memory",
     "test_programs_queued_behind_a_failure",

@@ -64,7 +64,7 @@ ffi::Error EditSlots(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths
   return ffi::Error::Success();
 }
 
-// The values are operands so that XLA has computed them before whatever uses the returned epoch.
+// The values are operands so that XLA has computed them before any use of the returned epoch.
 ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   std::memmove(new_epoch->typed_data(), epoch.typed_data(), sizeof(std::uint32_t));
   return ffi::Error::Success();

@@ -1,4 +1,4 @@
-// What the handlers for CUDA share. Operands lie in device memory: their shapes are checked here, their values by the
+// Shared by the handlers for CUDA. Operands lie in device memory: their shapes are checked here, their values by the
 // kernels. No handler reads a value back but map_slots.
 #ifndef KVPAGE_FFI_CUDA_DECODE_H_
 #define KVPAGE_FFI_CUDA_DECODE_H_
@@ -26,7 +26,7 @@ struct CudaPlace {
   std::int32_t ordinal = 0;
 };
 
-// What every op on a pool is given first, and the spec that it was compiled for.
+// The first operands of every op on a pool, and the spec that it was compiled for.
 struct PoolOperands {
   S32 handle;
   U32 epoch;
@@ -73,7 +73,7 @@ Status ToBatch(const char* op, const S32& slots, const S32& offsets, std::int64_
 
 Status CheckScratch(const char* op, Scratch scratch, std::size_t wanted);
 
-// What every handler is bound to first: the stream and the device's ordinal.
+// The first arguments of every handler: the stream and the device's ordinal.
 inline auto CudaBinding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>(); }
 
 // The scratch memory is the last result.

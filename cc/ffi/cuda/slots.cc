@@ -47,7 +47,7 @@ ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, 
   return QueueOnPool(op, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
-// What map_slots brings to the host, in pinned memory.
+// The data that map_slots brings to the host, in pinned memory.
 struct MapRequest {
   std::int32_t handle[2];
   std::int32_t verdict;
@@ -109,7 +109,7 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
                                      static_cast<std::size_t>(count), static_cast<cu::Stream>(stream)));
 }
 
-// The values are operands so that XLA has computed them before whatever uses the returned epoch. Something must be
+// The values are operands so that XLA has computed them before any use of the returned epoch. Something must be
 // queued even where both epochs are one buffer: XLA captures no call that queues nothing.
 ffi::Error After(void* stream, std::int32_t ordinal, U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   DeviceState* device = nullptr;

@@ -1,8 +1,8 @@
 // The check that every op on a pool begins with: one block compares the cache value that a program carries with the
 // pool's table, exactly as cache/program_check.h does on CPU, and records the first thing that is wrong.
 //
-// "First" is what a loop over the sequences would have met first, whatever thread saw it: every finding has a key that
-// orders it (the stage of the check, then the sequence), and the smallest is recorded.
+// "First" is what a loop over the sequences would have met first, regardless of the thread that saw it: every finding
+// has a key that orders it (the stage of the check, then the sequence), and the smallest is recorded.
 #ifndef KVPAGE_KERNELS_CUDA_CHECKER_CUH_
 #define KVPAGE_KERNELS_CUDA_CHECKER_CUH_
 
@@ -41,7 +41,7 @@ inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int
   return args;
 }
 
-// Dynamic shared memory of a check: the marks, or one that nobody uses.
+// Dynamic shared memory of a check: the marks, or one unused byte.
 inline std::size_t CheckSharedBytes(const CacheOperands& cache) {
   const bool shared = cache.spec[kSpecMaxSlots] > 0 && cache.spec[kSpecMaxSlots] <= kSharedMarks;
   return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[kSpecMaxSlots]) : 1);
@@ -62,7 +62,7 @@ enum class Stage : std::uint32_t {
   kNothing = 0xffffffffu
 };
 
-// What a block shares while it checks.
+// State that a block shares while it checks.
 struct CheckShared {
   unsigned long long first;  // key of the first fault
   DevicePool* pool;          // null: the head is wrong, nothing else may be looked at

@@ -1,4 +1,4 @@
-// Fiber: a stack of its own that can be switched to and from. One for each thread of an emulated block.
+// Fiber: a separate stack that can be switched to and from. One for each thread of an emulated block.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
 
@@ -22,7 +22,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Leaves `from`, which is running, for this one; returns when somebody switches to `from` again.
+  // Leaves `from`, which is running, for this one; returns on the next switch to `from`.
   void SwitchFrom(Fiber* from);
 
   // For the function that a new stack starts in.
@@ -39,7 +39,7 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  // What AddressSanitizer wants to know about a stack.
+  // AddressSanitizer's record of a stack.
   void* fake_stack_ = nullptr;
   const void* bottom_ = nullptr;
   std::size_t size_ = 0;
