@@ -31,22 +31,29 @@ class PeerProcess:
     """A peer's process (`worker.py`).
 
     Args:
-        name: module below `peers/`.
+        name: module below `peers/`, optionally followed by "@" and a label.
         python: interpreter that has the peer installed.
         log: file for its output.
+        environment: variables of the process in addition to this one's.
     """
 
-    def __init__(self, name: str, python: str, log: pathlib.Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        log: pathlib.Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.name = name
         self._log = log.open("w")
         # -u: the worker reads line by line; PYTHONPATH reaches interpreters that have our package.
         self._process = subprocess.Popen(
-            [python, "-u", str(_WORKER), name],
+            [python, "-u", str(_WORKER), name.partition("@")[0]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ,
+            env={**os.environ, **(environment or {})},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -82,6 +89,7 @@ class Duel:
         pythons: interpreter of each peer, by name.
         folder: for the processes' logs.
         say: called with progress messages.
+        environments: additional variables of a peer's process, by name.
 
     Attributes:
         versions: of each available peer.
@@ -91,7 +99,11 @@ class Duel:
     """
 
     def __init__(
-        self, pythons: dict[str, str], folder: pathlib.Path, say: Callable[[str], None]
+        self,
+        pythons: dict[str, str],
+        folder: pathlib.Path,
+        say: Callable[[str], None],
+        environments: dict[str, dict[str, str]] | None = None,
     ) -> None:
         self._say = say
         self._processes: dict[str, PeerProcess] = {}
@@ -103,7 +115,8 @@ class Duel:
         self.errors: list[dict[str, Any]] = []
         for name, python in pythons.items():
             try:
-                process = PeerProcess(name, python, folder / f"{name}.log")
+                environment = (environments or {}).get(name)
+                process = PeerProcess(name, python, folder / f"{name}.log", environment)
             except OSError as error:
                 self.absent[name] = f"its interpreter does not start: {error}"
                 continue
