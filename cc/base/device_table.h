@@ -50,6 +50,7 @@ enum class FaultKind : std::int32_t {
   kCopyTokens,    // slot: a copy's target; wanted: first token, have: number of tokens
   kCopyTwice,     // slot: the target of two copies
   kCopyChain,     // slot: the source and the target of copies
+  kLength,        // slot, layer; wanted: tokens that the cache says it has, have: written
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -70,9 +71,9 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire or generation: there is no room, whatever the host last said. With
-  // on_stale="allow" a cache value may be of the newest epoch and still show a slot that was released meanwhile, whose
-  // memory may be gone.
+  // 1 from release to the next acquire, and for every free slot when a generation starts: there is no room, even where
+  // the host's last word was another. A cache value may be of the newest epoch and still show such a slot as occupied
+  // (on_stale="allow", or lengths that a program changed); its memory may be gone.
   std::int32_t released = 0;
 };
 

@@ -26,7 +26,8 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
   return -1;
 }
 
-Status CheckEdit(const char* op, SlotState host, std::int32_t length, const SlotEdit& edit) {
+// `length`: of the slot in the cache; `written`: its tokens that are written in every layer.
+Status CheckEdit(const char* op, SlotState host, std::int32_t length, std::int32_t written, const SlotEdit& edit) {
   const std::int32_t slot = edit.slot;
   switch (static_cast<SlotOpcode>(edit.opcode)) {
     case SlotOpcode::kOccupy:
@@ -40,6 +41,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, const Slot
     case SlotOpcode::kSetLength:
       if (length < 0) return messages::SlotFree(op, slot);
       if (edit.length < 0 || edit.length > length) return messages::NotLowered(op, slot, edit.length, length);
+      if (edit.length > written) return messages::UnwrittenSomewhere(op, slot, edit.length, written);
       return {};
   }
   return messages::UnknownOpcode(op, slot, edit.opcode);
@@ -114,7 +116,8 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
     const SlotEdit& edit = list.edits[i];
     if (edit.slot == -1) continue;
     KVPAGE_RETURN_IF_ERROR(check.Slot(edit.slot));
-    KVPAGE_RETURN_IF_ERROR(CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot], edit));
+    KVPAGE_RETURN_IF_ERROR(CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot],
+                                     table.progress(state).WrittenInAllLayers(edit.slot), edit));
   }
   KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
 

@@ -106,6 +106,13 @@ Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t want
                             "update_and_attend for both)");
 }
 
+Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t length, std::int64_t written) {
+  return FailedPrecondition(Slot(op, slot) + ", layer " + Number(layer) + ": the cache says that it has " +
+                            Number(length) + " tokens, " + Number(written) +
+                            " written: only advance raises a length; go on from the cache that the newest call "
+                            "returned, or call pool.cache() for a new one");
+}
+
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written) {
   return FailedPrecondition(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, " + Number(written) +
                             " written in every layer: append_kv or update_and_attend must run for all layers first");

@@ -39,7 +39,9 @@ Status LayerRange(Op op, std::int64_t layer, std::int64_t num_layers);
 Status MaxSeqLen(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t max_seq_len);
 Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room);
 Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written);
-Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // advance: all layers
+// append: the cache says that the slot has more tokens than its occupant has written
+Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t length, std::int64_t written);
+Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // all layers
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);           // set_lengths
 
 // ---- edit_slots ----

@@ -187,7 +187,7 @@ Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
   {
     const std::lock_guard<std::mutex> lock(table_mutex_);
     for (std::int32_t i = 0; i < kMaxDevicePools && place < 0; ++i) {
-      const std::int32_t candidate = (image->id + i) % kMaxDevicePools;
+      const std::int32_t candidate = (image->id % kMaxDevicePools + i) % kMaxDevicePools;
       if (ids_[candidate] < 0) place = candidate;
     }
     if (place < 0) {

@@ -52,6 +52,8 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
     case FaultKind::kUnwritten:
       return fault.layer < 0 ? messages::UnwrittenSomewhere(op, fault.slot, fault.wanted, fault.have)
                              : messages::Unwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
+    case FaultKind::kLength:
+      return messages::LengthUnwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
     case FaultKind::kRaise:
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:

@@ -171,11 +171,17 @@ class Checker {
   __device__ std::int32_t* written(std::int32_t slot) const {
     return shared_->written + std::int64_t{slot} * args_.num_layers();
   }
+  __device__ std::int32_t WrittenInAllLayers(std::int32_t slot) const {
+    const std::int32_t* const layers = written(slot);
+    std::int32_t least = layers[0];
+    for (std::int32_t layer = 1; layer < args_.num_layers(); ++layer) least = min(least, layers[layer]);
+    return least;
+  }
 
  private:
   __device__ DevicePool* FindPool(std::int32_t id) const {
     for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
-      DevicePool* const entry = &args_.pools[(id + i) % kMaxDevicePools];
+      DevicePool* const entry = &args_.pools[(id % kMaxDevicePools + i) % kMaxDevicePools];
       if (entry->id == id) return entry;
       if (entry->id == kEmptyEntry) break;
     }

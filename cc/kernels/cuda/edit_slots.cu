@@ -64,7 +64,11 @@ class Editor {
         return length >= 0 || wrong(FaultKind::kSlotFree);
       case SlotOpcode::kSetLength:
         if (length < 0) return wrong(FaultKind::kSlotFree);
-        return (edit.length >= 0 && edit.length <= length) || wrong(FaultKind::kRaise, edit.length, length);
+        if (edit.length < 0 || edit.length > length) return wrong(FaultKind::kRaise, edit.length, length);
+        if (const std::int32_t written = checker_.WrittenInAllLayers(edit.slot); edit.length > written) {
+          return wrong(FaultKind::kUnwritten, edit.length, written);
+        }
+        return true;
     }
     return wrong(FaultKind::kOpcode, edit.opcode);
   }
@@ -151,11 +155,7 @@ class Editor {
  private:
   __device__ EditedSlot After(std::int32_t slot) const {
     const DeviceSlot& row = checker_.slot(slot);
-    const std::int32_t* const layers = checker_.written(slot);
-    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, layers[0]};
-    for (std::int32_t layer = 1; layer < checker_.num_layers(); ++layer) {
-      after.written = min(after.written, layers[layer]);
-    }
+    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, checker_.WrittenInAllLayers(slot)};
     const std::uint32_t mark = checker_.marks()[slot];
     if (mark == kUnmarked) return after;
     const SlotEdit edit = args_.list.edits[mark];
