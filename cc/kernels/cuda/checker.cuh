@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/epoch.h"
 #include "base/spec_fields.h"
@@ -246,6 +247,15 @@ class Checker {
     fault->index = index_;
     fault->wanted = wanted_;
     fault->have = have_;
+    if (kind_ == FaultKind::kUnwritten && layer_ < 0) {
+      const std::int32_t limit = index_ < 0 ? std::numeric_limits<std::int32_t>::max() : index_;
+      const WrittenRuns runs = FindWrittenRuns(written(slot_), args_.num_layers(), limit);
+      fault->runs.count = runs.count;
+      for (int i = 0; i < WrittenRuns::kMost; ++i) {
+        fault->runs.last_layer[i] = runs.last_layer[i];
+        fault->runs.tokens[i] = runs.tokens[i];
+      }
+    }
     __threadfence_system();
     fault->set = 1;
   }
