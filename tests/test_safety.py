@@ -4,6 +4,8 @@ for all other sequences.
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -25,6 +27,7 @@ from mistakes import (
     q,
     two_sequences,
 )
+from subprocesses import run_python
 
 import jax_kvpage as kvp
 
@@ -140,6 +143,89 @@ def test_raising_a_length_past_what_is_written(rig: Rig) -> None:
     fails(f"slot {slot}.*21.*20", lambda: kvp.set_lengths(rig.cache, ids, jnp.asarray([21])))
 
 
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("op", ["append", "update", "attend", "set_lengths", "advance"])
+def test_a_length_changed_in_the_pytree_shows_nothing(rig: Rig, op: str) -> None:
+    """A slot whose memory holds an earlier request's tokens, and a cache that counts them in."""
+    earlier = rig.acquire(60)
+    rig.write({earlier: 50})
+    rig.release(earlier)
+    slot = rig.acquire(60)
+    try:
+        cache = dataclasses.replace(rig.cache, lengths=rig.cache.lengths.at[slot].set(40))
+        batch = make_batch([(slot, 1)])
+        call: Callable[[], object] = {
+            "append": lambda: append(cache, batch),
+            "update": lambda: kvp.update_and_attend(q(), *kv(), cache, batch, layer=0)[0],
+            "attend": lambda: attend(cache, batch),
+            "set_lengths": lambda: kvp.set_lengths(cache, jnp.asarray([slot]), jnp.asarray([30])),
+            "advance": lambda: kvp.advance(cache, batch),
+        }[op]
+        fails(f"slot {slot}.*(30|4[01]) tokens.*\\b0\\b", call)
+    finally:
+        rig.cache = rig.pool.cache()
+        assert rig.cache.lengths[slot] == 0
+        rig.release(slot)
+        jax.block_until_ready(rig.cache)
+        rig.pool.trim()
+
+
+def test_room_for_a_slot_that_nobody_has(rig: Rig) -> None:
+    free = min(set(range(SLOTS)) - set(live(rig)))
+    cache = dataclasses.replace(rig.cache, lengths=rig.cache.lengths.at[free].set(0))
+    fails(f"slot {free}.*free", lambda: kvp.map_slots(cache, jnp.asarray([free]), 16))
+
+
+def test_a_cache_of_another_process_is_refused(tmp_path: pathlib.Path) -> None:
+    """Pools are numbered from another random number on in every process."""
+    file = tmp_path / "cache"
+    code = """
+        import pickle, sys
+        import jax
+        import jax_kvpage as kvp
+        spec = kvp.CacheSpec(1, 1, 16, max_slots=2, max_seq_len=64)
+        pools = [kvp.KVPool(spec, "1MiB") for _ in range(3)]
+        cache = pools[1].cache()
+        slot, cache = pools[1].acquire(cache, 16)
+        if len(sys.argv) == 2:
+            open(sys.argv[1], "wb").write(pickle.dumps(cache))
+        else:
+            other = pickle.loads(open(sys.argv[2], "rb").read())
+            try:
+                pools[1].check(kvp.advance(other, kvp.Batch.decode([slot])))
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                assert f"there is no pool {other.handle[0]} in this process" in str(error), error
+            else:
+                raise SystemExit("accepted")
+        for pool in pools:
+            pool.close()
+    """
+    run_python(code, str(file))
+    run_python(code, "read", str(file))
+
+
+def test_a_forked_child_numbers_its_pools_anew() -> None:
+    """Its pools must not have the numbers of those that the parent makes after the fork."""
+    run_python("""
+        import os
+        import jax_kvpage as kvp
+        from jax_kvpage import _native
+        spec = kvp.CacheSpec(1, 1, 16, max_slots=2, max_seq_len=64).resolve("cpu")
+        make = lambda: _native.Pool(spec.as_ints(), spec.block_bytes, 2**20, False, False, "cpu", 0)
+        pools = [make()]
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(write, str(make().id).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        pools.append(make())
+        ids = [pool.id for pool in pools]
+        assert all(0 < one < 2**31 for one in ids) and ids[1] == ids[0] + 1, ids
+        assert int(os.read(read, 99)) not in ids
+    """)
+
+
 def test_advancing_past_what_is_written(rig: Rig) -> None:
     """Layer 1 is missing: advancing would expose old contents of the memory."""
     slot = live(rig)[0]
@@ -148,7 +234,8 @@ def test_advancing_past_what_is_written(rig: Rig) -> None:
     cache = rig.cache
     for layer in (0, 2):
         cache = kvp.append_kv(cache, k, k, batch, layer=layer)
-    fails(f"slot {slot}.*(layer|written)", lambda: kvp.advance(cache, batch))
+    runs = "written in layer 0: 23, layer 1: 20, layer 2: 23"
+    fails(f"slot {slot}: 23 tokens wanted, {runs};", lambda: kvp.advance(cache, batch))
 
 
 def test_a_failed_program_writes_nothing(rig: Rig) -> None:

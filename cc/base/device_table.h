@@ -13,6 +13,7 @@
 #include "base/kv_view.h"
 #include "base/op_names.h"
 #include "base/spec_fields.h"
+#include "base/written_runs.h"
 
 namespace kvpage {
 
@@ -43,13 +44,15 @@ enum class FaultKind : std::int32_t {
   kLayer,         // wanted: the layer
   kMaxSeqLen,     // slot; wanted tokens
   kUnmapped,      // slot; wanted tokens, have: room
-  kUnwritten,     // slot, layer (-1: the least of all layers); wanted tokens, have: written
+  kUnwritten,     // slot, layer; wanted tokens, have: written. Layer -1, all of them: index: written counts up to here
+                  // only (-1: no limit), runs: what is written
   kRaise,         // slot: set_lengths; wanted: the new length, have: the present one
   kForeignCache,  // wanted: id of the cache's pool, have: id of the pool that was called
   kOpcode,        // slot; wanted: an opcode that edit_slots does not know
   kCopyTokens,    // slot: a copy's target; wanted: first token, have: number of tokens
   kCopyTwice,     // slot: the target of two copies
   kCopyChain,     // slot: the source and the target of copies
+  kLength,        // slot, layer; wanted: tokens that the cache says it has, have: written
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -62,6 +65,7 @@ struct Fault {
   std::int32_t index = -1;
   std::int64_t wanted = 0;
   std::int64_t have = 0;
+  WrittenRuns runs;
 };
 
 // acquire and release both leave a slot with length 0 and nothing written in any layer, so that no generation that the
@@ -70,9 +74,9 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire or generation: there is no room, regardless of the host's last word. With
-  // on_stale="allow" a cache value may be of the newest epoch and still show a slot that was released meanwhile, whose
-  // memory may be gone.
+  // 1 from release to the next acquire, and for every free slot when a generation starts: there is no room, even where
+  // the host's last word was another. A cache value may be of the newest epoch and still show such a slot as occupied
+  // (on_stale="allow", or lengths that a program changed); its memory may be gone.
   std::int32_t released = 0;
 };
 

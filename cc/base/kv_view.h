@@ -66,6 +66,9 @@ struct Sequence {
   std::int32_t query_begin = 0;  // its first new token in q, k, v and out
   std::int32_t query_length = 0;
   std::int32_t position = 0;  // position of its first new token = tokens before the new ones
+
+  // Tokens with the new ones.
+  KVPAGE_HOST_DEVICE std::int64_t end() const { return std::int64_t{position} + query_length; }
 };
 
 }  // namespace kvpage

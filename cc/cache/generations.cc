@@ -31,7 +31,8 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
     for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) states.push_back(table.host(state, slot).state);
   }
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
-    if (states[slot] != SlotState::kOccupied) device.slots[slot].length = 0;
+    device.slots[slot].vacated = states[slot] != SlotState::kOccupied;
+    if (device.slots[slot].vacated) device.slots[slot].length = 0;
     device.StartGeneration(slot);
   }
   KVPAGE_RETURN_IF_ERROR(pool.mirror->SetGeneration(device));

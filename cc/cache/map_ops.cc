@@ -58,6 +58,7 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
       ok[i] = true;
       if (slots[i] == -1) continue;
       KVPAGE_RETURN_IF_ERROR(program.OccupiedSlot(slots[i]));
+      if (table.Vacant(state, slots[i])) return messages::SlotFree(op, slots[i]);
       if (tokens[i] < 0 || tokens[i] > table.geometry().max_seq_len) {
         return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
       }

@@ -44,7 +44,7 @@ class Mirror {
   // reads the epoch, lengths, marks and written tokens that they left. When it fails, either generation may be the one
   // that programs must have; a later call settles it.
   virtual Status StartGeneration(std::int32_t generation, DeviceProgress* progress) = 0;
-  // The new generation's state, before any of its programs is queued.
+  // The new generation's state, before any of its programs is queued; `vacated` marks the slots that are free in it.
   virtual Status SetGeneration(const DeviceProgress& progress) = 0;
 
   // Programs fail from now on, naming the pool; waits until those that passed their check are done.

@@ -23,13 +23,16 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
   DeviceProgress& progress = table.progress(state);
   for (const Sequence& sequence : pins.sequences) {
     const std::int32_t slot = sequence.slot;
-    const std::int64_t end = std::int64_t{sequence.position} + sequence.query_length;
+    const std::int64_t end = sequence.end();
     if (end > geometry.max_seq_len) return messages::MaxSeqLen(op, slot, end, geometry.max_seq_len);
     const std::int64_t room = table.Room(state, slot);
     if (end > room) return messages::Unmapped(op, slot, end, room);
-    if (append) continue;
     const std::int32_t written = progress.Written(slot)[layer];
-    if (end > written) return messages::Unwritten(op, slot, layer, end, written);
+    if (append && sequence.position > written) {
+      // The context before the new tokens would be what an earlier owner of the memory left there.
+      return messages::LengthUnwritten(op, slot, layer, sequence.position, written);
+    }
+    if (!append && end > written) return messages::Unwritten(op, slot, layer, end, written);
   }
   if (append) {
     pins.written_layer = layer;
@@ -48,14 +51,14 @@ Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, con
   KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &sequences));
   DeviceProgress& progress = pool.table->progress(state);
   for (const Sequence& sequence : sequences) {
-    const std::int32_t written = progress.WrittenInAllLayers(sequence.slot);
     // Otherwise a reader would find what an earlier owner of the memory left there.
-    const std::int32_t end = sequence.position + sequence.query_length;
-    if (end > written) return messages::UnwrittenSomewhere(op, sequence.slot, end, written);
+    if (sequence.end() > progress.WrittenInAllLayers(sequence.slot)) {
+      return messages::UnwrittenSomewhere(op, sequence.slot, sequence.end(), progress.Runs(sequence.slot));
+    }
   }
   if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);
   for (const Sequence& sequence : sequences) {
-    const std::int32_t end = sequence.position + sequence.query_length;
+    const auto end = static_cast<std::int32_t>(sequence.end());
     lengths[sequence.slot] = progress.slots[sequence.slot].length = end;
   }
   *epoch = progress.NextEpoch();
@@ -67,13 +70,16 @@ Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, 
   const StateLock state = pool.table->Lock();
   const ProgramCheck check(pool, state, op, cache);
   KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
+  DeviceProgress& progress = pool.table->progress(state);
   for (std::int64_t i = 0; i < count; ++i) {
     if (slots[i] == -1) continue;
     KVPAGE_RETURN_IF_ERROR(check.OccupiedSlot(slots[i]));
     const std::int32_t length = cache.lengths[slots[i]];
     if (values[i] < 0 || values[i] > length) return messages::NotLowered(op, slots[i], values[i], length);
+    if (values[i] > progress.WrittenInAllLayers(slots[i])) {
+      return messages::UnwrittenSomewhere(op, slots[i], values[i], progress.Runs(slots[i]));
+    }
   }
-  DeviceProgress& progress = pool.table->progress(state);
   const std::uint32_t next = progress.NextEpoch();
   if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);
   for (std::int64_t i = 0; i < count; ++i) {

@@ -1,18 +1,64 @@
 #include "cache/registry.h"
 
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <limits>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "cache/messages.h"
+#include "cache/process.h"
 
 namespace kvpage {
 namespace {
 
+constexpr std::int32_t kMaxId = std::numeric_limits<std::int32_t>::max();
+
+// Ids that were given out one after the other: first..next - 1.
+struct Run {
+  std::int64_t first = 0, next = 0;
+  bool Has(std::int32_t id) const { return id >= first && id < next; }
+};
+
 struct Table {
   std::mutex mutex;
   std::unordered_map<std::int32_t, std::shared_ptr<Pool>> pools;
-  std::int32_t next_id = 1;
+  std::vector<Run> runs;
+  int fork_count = 0;  // of the process, when the last run began
+
+  bool WasGiven(std::int32_t id) const {
+    for (const Run& run : runs) {
+      if (run.Has(id)) return true;
+    }
+    return false;
+  }
 };
+
+// In 1..kMaxId, another one in every process.
+std::int32_t RandomId() {
+  std::uint64_t bits = 0;
+  if (getrandom(&bits, sizeof(bits), GRND_NONBLOCK) != sizeof(bits)) {
+    const auto now = std::chrono::system_clock::now().time_since_epoch().count();
+    bits = (static_cast<std::uint64_t>(now) ^ static_cast<std::uint64_t>(getpid()) << 40) * 0x9E3779B97F4A7C15u >> 16;
+  }
+  return static_cast<std::int32_t>(1 + bits % kMaxId);
+}
+
+// A forked child would go on with its parent's numbers: it begins a run at another place.
+std::int32_t NextId(Table* table) {
+  std::vector<Run>& runs = table->runs;
+  while (runs.empty() || table->fork_count != ForkCount() || runs.back().next > kMaxId ||
+         (runs.back().next > runs.back().first && table->WasGiven(static_cast<std::int32_t>(runs.back().next)))) {
+    const std::int32_t first = RandomId();
+    if (table->WasGiven(first)) continue;
+    runs.push_back({first, first});
+    table->fork_count = ForkCount();
+  }
+  return static_cast<std::int32_t>(runs.back().next++);
+}
 
 Table& TheTable() {
   static Table* const table = new Table;
@@ -20,7 +66,7 @@ Table& TheTable() {
 }
 
 Status Missing(const Table& table, const std::string& op, std::int32_t id) {
-  return id > 0 && id < table.next_id ? messages::Closed(op, id) : messages::NoPool(op, id);
+  return table.WasGiven(id) ? messages::Closed(op, id) : messages::NoPool(op, id);
 }
 
 }  // namespace
@@ -28,7 +74,7 @@ Status Missing(const Table& table, const std::string& op, std::int32_t id) {
 void Register(const std::shared_ptr<Pool>& pool) {
   Table& table = TheTable();
   const std::lock_guard<std::mutex> lock(table.mutex);
-  pool->set_id(table.next_id++);
+  pool->set_id(NextId(&table));
   table.pools.emplace(pool->id(), pool);
 }
 

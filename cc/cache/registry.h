@@ -1,7 +1,8 @@
 // Registry: pool ids, as programs carry them, to pools.
 //
-// Ids are never reused, so a program queued behind a close fails instead of writing into another pool. The
-// registry is never destroyed: programs may still be running when the process exits.
+// Ids are positive and never reused, so a program queued behind a close fails instead of writing into another
+// pool. They begin at a random number in every process: a cache that was pickled in another one names a pool
+// that is not here. The registry is never destroyed: programs may still be running when the process exits.
 #ifndef KVPAGE_CACHE_REGISTRY_H_
 #define KVPAGE_CACHE_REGISTRY_H_
 

@@ -32,6 +32,7 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
 
 void SlotTable::Vacate(const StateLock&, std::int32_t slot) {
   progress_.slots[slot].vacated = true;
+  progress_.LowerWritten(slot, 0);
   FinishDraining(slot);
 }
 
@@ -58,7 +59,7 @@ void SlotTable::RemoveView(const StateLock&, std::int32_t slot) {
 
 void SlotTable::Unpin(const StateLock&, const Pins& pins) {
   for (const Sequence& sequence : pins.sequences) {
-    const std::int32_t end = sequence.position + sequence.query_length;
+    const auto end = static_cast<std::int32_t>(sequence.end());  // at most max_seq_len
     if (pins.written_layer == Pins::kAllLayers) {
       progress_.RaiseWritten(sequence.slot, end);
     } else if (pins.written_layer != Pins::kNoLayer) {

@@ -84,6 +84,10 @@ class SlotTable {
   // ---- checks ----
   bool closed(const StateLock&) const { return closed_; }
   Status CheckOpen(const StateLock&, const char* op) const { return closed_ ? messages::Closed(op, id_) : Status(); }
+  // Nobody has the slot, or its release program has run: a cache that shows it as occupied is wrong.
+  bool Vacant(const StateLock&, std::int64_t slot) const {
+    return slots_[slot].state == SlotState::kFree || progress_.slots[slot].vacated;
+  }
   Status CheckOccupied(const StateLock&, const char* op, std::int32_t slot) const;
   // Finds slots that one call names twice: StartNaming, then Name for each. False: it was named before.
   void StartNaming(const StateLock&) { ++stamp_; }

@@ -143,7 +143,8 @@ Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* pr
 Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
   image_->epoch = progress.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    slots_[slot] = {rooms_[slot], progress.slots[slot].since, progress.slots[slot].length, 0};
+    const SlotProgress& row = progress.slots[slot];
+    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0};
   }
   std::copy(progress.written.begin(), progress.written.end(), written_);
   return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});

@@ -37,6 +37,7 @@ Status DeviceState::Start() {
   KVPAGE_RETURN_IF_ERROR(
       DeviceMemory::Make(context_, table_bytes + sizeof(std::uint32_t), "for the table of pools", &table_));
   KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, 256, "for faults", &shared_));
+  static_assert(sizeof(Fault) <= 128);
   fault_ = reinterpret_cast<Fault*>(shared_.data());
   zero_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 128);
   left_ = reinterpret_cast<std::int32_t*>(shared_.data() + 192);
@@ -187,7 +188,7 @@ Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
   {
     const std::lock_guard<std::mutex> lock(table_mutex_);
     for (std::int32_t i = 0; i < kMaxDevicePools && place < 0; ++i) {
-      const std::int32_t candidate = (image->id + i) % kMaxDevicePools;
+      const std::int32_t candidate = (image->id % kMaxDevicePools + i) % kMaxDevicePools;
       if (ids_[candidate] < 0) place = candidate;
     }
     if (place < 0) {

@@ -51,6 +51,13 @@ struct Bench {
     rows.entry().epoch = 5;
   }
   CacheBuffers Buffers() const { return {300, 0, 5, lengths}; }
+  // Every layer of a slot has been written up to its length.
+  void SetLengths(std::vector<std::int32_t> of) {
+    lengths = std::move(of);
+    for (int slot = 0; slot < kMaxSlots; ++slot) {
+      for (int layer = 0; layer < 3; ++layer) rows.written(slot, layer) = lengths[slot] < 0 ? 0 : lengths[slot];
+    }
+  }
 };
 
 struct NewTokens {
@@ -132,7 +139,7 @@ TEST(CudaAppendTest, AppendWritesWhatPlainLoopsWrite) {
           emulation::device().seed = rng() % 3;
           const int heads = head_dim == 64 ? 2 : 3;
           Bench bench(rng, layout, to, heads, head_dim);
-          bench.lengths = {3, -1, 0, 60, 16, 79};
+          bench.SetLengths({3, -1, 0, 60, 16, 79});
           Cache expected = bench.cache;
           expected.view.base = expected.memory.data();
           // An empty sequence, a masked one, padding at the end.
@@ -153,8 +160,8 @@ TEST(CudaAppendTest, AppendWritesWhatPlainLoopsWrite) {
               << static_cast<int>(layout) << " " << Name(from) << " to " << Name(to) << " " << head_dim;
           EXPECT_EQ(bench.rows.written(3, 1), 65);
           EXPECT_EQ(bench.rows.written(2, 1), 20);
-          EXPECT_EQ(bench.rows.written(0, 1), 0);
-          EXPECT_EQ(bench.rows.written(3, 0), 0);
+          EXPECT_EQ(bench.rows.written(0, 1), 3);
+          EXPECT_EQ(bench.rows.written(3, 0), 60);
         }
       }
     }
@@ -165,7 +172,7 @@ TEST(CudaAppendTest, AppendWritesWhatPlainLoopsWrite) {
 TEST(CudaAppendTest, OneTokenEachAndNothingAtAll) {
   Rng rng(2);
   Bench bench(rng, Layout::kFused, DType::kBF16, 2, 64);
-  bench.lengths = {3, 9, 0, 60, -1, 79};
+  bench.SetLengths({3, 9, 0, 60, -1, 79});
   Cache expected = bench.cache;
   expected.view.base = expected.memory.data();
   const NewTokens batch(rng, bench, DType::kBF16, {5, 0, 3, 1, 2}, {0, 1, 2, 3, 4, 5}, 5);
@@ -190,7 +197,7 @@ TEST(CudaAppendTest, OneTokenEachAndNothingAtAll) {
 TEST(CudaAppendTest, AFailedAppendWritesNothing) {
   Rng rng(3);
   Bench bench(rng, Layout::kPerLayer, DType::kF16, 2, 64);
-  bench.lengths = {3, -1, 0, 60, 16, 79};
+  bench.SetLengths({3, -1, 0, 60, 16, 79});
   const std::vector<char> before = bench.cache.memory;
   const NewTokens batch(rng, bench, DType::kF32, {0, 1}, {0, 4, 6}, 6);  // slot 1 is free
   const auto layer = Ints({1});
@@ -204,7 +211,7 @@ TEST(CudaAppendTest, AFailedAppendWritesNothing) {
                            scratch.get(), nullptr));
   EXPECT_EQ(bench.rows.TakeFault().kind, static_cast<std::int32_t>(FaultKind::kSlotFree));
   EXPECT_EQ(epoch[0], 5u);
-  EXPECT_EQ(bench.rows.written(0, 1), 0);
+  EXPECT_EQ(bench.rows.written(0, 1), 3);
   EXPECT_EQ(bench.cache.memory, before);
 }
 
@@ -217,7 +224,7 @@ TEST(CudaAppendTest, GatherReadsWhatPlainLoopsRead) {
         const int heads = head_dim == 64 ? 2 : 3, row_tokens = head_dim == 64 ? kMaxTokens : 37;
         const DType out_dtype = IsQuantized(dtype) ? DType::kF32 : dtype;
         Bench bench(rng, layout, dtype, heads, head_dim);
-        bench.lengths = {3, -1, 0, 60, 16, 79};
+        bench.SetLengths({3, -1, 0, 60, 16, 79});
         const std::vector<int> valid = {8, 0, 20, 61, 16, 79};
         for (int slot = 0; slot < kMaxSlots; ++slot) {
           for (int t = 0; t < valid[slot]; ++t) {

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "tests/cuda_util.h"
@@ -49,6 +50,10 @@ TEST(CudaPoolsTest, PoolsAreFoundByLookingOn) {
   head.table.entries[kMaxDevicePools - 1].id = kMaxDevicePools - 1;
   EXPECT_EQ(head.Kind(2 * kMaxDevicePools - 1, 2 * kMaxDevicePools - 1), FaultKind::kNone);
   EXPECT_EQ(late.entry().epoch, head.rows.entry().epoch + 1);
+  // The largest id of all begins its search at the last entry.
+  late.entry().id = std::numeric_limits<std::int32_t>::max();
+  late.entry().epoch = head.rows.entry().epoch;
+  EXPECT_EQ(head.Kind(late.entry().id, late.entry().id), FaultKind::kNone);
   for (int i = 0; i < kMaxDevicePools; ++i)
     head.table.entries[i].id = kLeftEntry;  // none is empty: it ends all the same
   EXPECT_EQ(head.Kind(5, 5), FaultKind::kNoPool);

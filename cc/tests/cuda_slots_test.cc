@@ -137,7 +137,7 @@ void EditSome(Twins& t) {
     if (Pick(rng, 0, 4) == 0) copies.push_back({-1, -1, -1, -1});
   }
   const DeviceOp op = Pick(rng, 0, 1) == 0 ? DeviceOp::kAcquire : DeviceOp::kRelease;
-  t.EditSlots(op, t.PickValue(), edits, copies);
+  t.EditSlots(op, t.PickForged(), edits, copies);
 }
 
 void RandomOp(Twins& t) {
@@ -157,10 +157,10 @@ void RandomOp(Twins& t) {
       return t.PublishRooms();
     }
     case 4:
-      t.Begin(DeviceOp::kAppendKV, t.PickValue(), RandomBatch(t, 6), layer);
+      t.Begin(DeviceOp::kAppendKV, t.PickForged(), RandomBatch(t, 6), layer);
       return;
     case 5:
-      t.Begin(DeviceOp::kPagedAttention, t.PickValue(), RandomBatch(t, 6), layer);
+      t.Begin(DeviceOp::kPagedAttention, t.PickForged(), RandomBatch(t, 6), layer);
       return;
     case 6: {  // a whole step, of which one part may be missing
       const Ragged batch = RandomBatch(t, 6);
@@ -168,17 +168,17 @@ void RandomOp(Twins& t) {
       for (int l = 0; l < layers; ++l) {
         if (l != left_out) t.Begin(DeviceOp::kAppendKV, t.value(), batch, l);
       }
-      t.Advance(t.PickValue(), batch);
+      t.Advance(t.PickForged(), batch);
       return;
     }
     case 7:
-      t.Advance(t.PickValue(), RandomBatch(t, 6));
+      t.Advance(t.PickForged(), RandomBatch(t, 6));
       return;
     case 8:
-      t.SetLengths(t.PickValue(), RandomNamed(t, 0));
+      t.SetLengths(t.PickForged(), RandomNamed(t, 0));
       return;
     case 9:
-      t.MapSlots(t.PickValue(), RandomNamed(t, static_cast<int>(t.geometry().max_seq_len)));
+      t.MapSlots(t.PickForged(), RandomNamed(t, static_cast<int>(t.geometry().max_seq_len)));
       return;
     case 10:
       if (Pick(rng, 0, 4) == 0) t.NewGeneration();
@@ -189,7 +189,7 @@ void RandomOp(Twins& t) {
     default: {  // reads what was written
       const std::vector<std::int32_t> slots = Occupied(t);
       if (slots.empty()) return;
-      t.Begin(DeviceOp::kPagedAttention, t.PickValue(), {{slots[0]}, {0, 1}, 1}, layer);
+      t.Begin(DeviceOp::kPagedAttention, t.PickForged(), {{slots[0]}, {0, 1}, 1}, layer);
       return;
     }
   }
@@ -235,6 +235,8 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
     met(op, FaultKind::kMaxSeqLen);
     met(op, FaultKind::kUnmapped);
   }
+  met(DeviceOp::kAppendKV, FaultKind::kLength);
+  met(DeviceOp::kSetLengths, FaultKind::kUnwritten);
   met(DeviceOp::kPagedAttention, FaultKind::kUnwritten);
   met(DeviceOp::kAdvance, FaultKind::kUnwritten);
   met(DeviceOp::kSetLengths, FaultKind::kRaise);

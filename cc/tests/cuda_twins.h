@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <random>
 #include <set>
@@ -84,6 +85,7 @@ class Twins {
     for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
       DeviceSlot& row = rows_.slot(slot);
       row.since = generation.epoch;
+      row.released = generation.lengths[slot] < 0 ? 1 : 0;
       EXPECT_TRUE(generation.lengths[slot] < 0 || row.length == generation.lengths[slot])
           << "slot " << slot << " " << row.length;
       for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
@@ -91,6 +93,7 @@ class Twins {
       }
     }
     history_.clear();
+    forged_ = false;
   }
 
   void PublishRooms() {
@@ -108,6 +111,16 @@ class Twins {
     if (kind < 4 && !history_.empty()) value = history_[rng_() % history_.size()];
     if (kind == 4) value.epoch += static_cast<std::uint32_t>(Pick(rng_, 1, 1000));
     if (kind == 5) value.generation += Pick(rng_, 0, 1) * 2 - 1;
+    return value;
+  }
+
+  // As PickValue; or the newest cache with one length that the program changed.
+  Value PickForged() {
+    if (Pick(rng_, 0, 9) != 0) return PickValue();
+    Value value = value_;
+    std::int32_t& length = value.lengths[rng_() % value.lengths.size()];
+    length = Pick(rng_, 0, 9) == 0 ? std::numeric_limits<std::int32_t>::max() : Pick(rng_, -2, 70);
+    forged_ = true;
     return value;
   }
 
@@ -312,6 +325,7 @@ class Twins {
     if (!ok) return;
     Keep(from);
     value_ = to;
+    if (forged_) NewGeneration();  // with the lengths of the pool's record
   }
 
   // The check's result for the kernels behind it.
@@ -343,6 +357,7 @@ class Twins {
   std::deque<Value> history_;
   std::set<std::string> kinds_;
   std::int64_t passed_ = 0;
+  bool forged_ = false;  // a cache with a changed length may have been used
 };
 
 }  // namespace kvpage::testing

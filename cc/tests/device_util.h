@@ -108,7 +108,7 @@ class Machine {
   DevicePool* Find(std::int32_t id, int device = 0) { return Find(devices_[device]->table(), id); }
   static DevicePool* Find(DevicePool* table, std::int32_t id) {
     for (std::int32_t i = 0; i < kMaxDevicePools; ++i) {
-      DevicePool& entry = table[(id + i) % kMaxDevicePools];
+      DevicePool& entry = table[(id % kMaxDevicePools + i) % kMaxDevicePools];
       if (entry.id == id) return &entry;
       if (entry.id == kEmptyEntry) return nullptr;
     }

@@ -74,6 +74,11 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   same(Make(Op::kAppendKV, Kind::kMaxSeqLen, a, 150), append(good, {a}, {0, 140}, 140));
   same(Make(Op::kUpdateAndAttend, Kind::kUnmapped, a, 33, 32),
        begin("update_and_attend", good, {a}, {0, 23}, 0, true, 23));
+  std::vector<std::int32_t> longer = lengths;
+  longer[b] = 7;
+  cache = good;
+  cache.lengths = longer.data();
+  same(Make(Op::kAppendKV, Kind::kLength, b, 7, 0, -1, 1), append(cache, {b}, {0, 1}, 100, 1));
   same(Make(Op::kPagedAttention, Kind::kUnwritten, a, 11, 10, -1, 1),
        begin("paged_attention", good, {a}, {0, 1}, 1, false, 1));
   same(Make(Op::kGatherContext, Kind::kUnwritten, b, 1, 0, -1, 0),
@@ -82,8 +87,10 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> out(kSlots);
   const std::int32_t offsets[] = {0, 3};
-  same(Make(Op::kAdvance, Kind::kUnwritten, a, 13, 10),
-       pool->Advance("advance", good, {&a, 1, offsets, -1}, &epoch, out.data()));
+  Fault unwritten = Make(Op::kAdvance, Kind::kUnwritten, a, 13, 10);
+  const std::int32_t both[] = {10, 10};
+  unwritten.runs = FindWrittenRuns(both, 2, 99);
+  same(unwritten, pool->Advance("advance", good, {&a, 1, offsets, -1}, &epoch, out.data()));
   const std::int32_t eleven = 11;
   same(Make(Op::kSetLengths, Kind::kRaise, a, 11, 10),
        pool->SetLengths("set_lengths", good, &a, &eleven, 1, &epoch, out.data()));
@@ -124,7 +131,8 @@ TEST(FaultTest, FaultsOfPoolsThatAreNotThere) {
   };
   EXPECT_TRUE(Mentions(describe(id), "lives on another device"));
   std::shared_ptr<Pool> found;
-  EXPECT_EQ(describe(id + 1000).message(), Find("advance", id + 1000, &found).message());
+  EXPECT_EQ(describe(id ^ 1).message(), Find("advance", id ^ 1, &found).message());
+  EXPECT_TRUE(Mentions(describe(-id), "there is no pool"));
   Unregister(id);
   EXPECT_EQ(describe(id).message(), Find("advance", id, &found).message());
   EXPECT_TRUE(Mentions(describe(id), "is closed: make a new pool"));

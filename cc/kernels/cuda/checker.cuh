@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/epoch.h"
 #include "base/spec_fields.h"
@@ -171,11 +172,17 @@ class Checker {
   __device__ std::int32_t* written(std::int32_t slot) const {
     return shared_->written + std::int64_t{slot} * args_.num_layers();
   }
+  __device__ std::int32_t WrittenInAllLayers(std::int32_t slot) const {
+    const std::int32_t* const layers = written(slot);
+    std::int32_t least = layers[0];
+    for (std::int32_t layer = 1; layer < args_.num_layers(); ++layer) least = min(least, layers[layer]);
+    return least;
+  }
 
  private:
   __device__ DevicePool* FindPool(std::int32_t id) const {
     for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
-      DevicePool* const entry = &args_.pools[(id + i) % kMaxDevicePools];
+      DevicePool* const entry = &args_.pools[(id % kMaxDevicePools + i) % kMaxDevicePools];
       if (entry->id == id) return entry;
       if (entry->id == kEmptyEntry) break;
     }
@@ -240,6 +247,15 @@ class Checker {
     fault->index = index_;
     fault->wanted = wanted_;
     fault->have = have_;
+    if (kind_ == FaultKind::kUnwritten && layer_ < 0) {
+      const std::int32_t limit = index_ < 0 ? std::numeric_limits<std::int32_t>::max() : index_;
+      const WrittenRuns runs = FindWrittenRuns(written(slot_), args_.num_layers(), limit);
+      fault->runs.count = runs.count;
+      for (int i = 0; i < WrittenRuns::kMost; ++i) {
+        fault->runs.last_layer[i] = runs.last_layer[i];
+        fault->runs.tokens[i] = runs.tokens[i];
+      }
+    }
     __threadfence_system();
     fault->set = 1;
   }

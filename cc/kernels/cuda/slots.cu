@@ -34,9 +34,7 @@ __global__ void __launch_bounds__(kCheckThreads) AdvanceKernel(const __grid_cons
       if (slot == -1 || !checker.CheckSlot(s, slot, &length)) continue;
       if (length < 0) checker.Note(Stage::kSlots, s, FaultKind::kSlotFree, slot);
       if (length < 0 || count <= 0) continue;
-      const std::int32_t* const layers = checker.written(slot);
-      std::int32_t written = layers[0];
-      for (std::int32_t layer = 1; layer < args.cache.num_layers(); ++layer) written = min(written, layers[layer]);
+      const std::int32_t written = checker.WrittenInAllLayers(slot);
       // Otherwise a reader would find what an earlier owner of the memory left there.
       const std::int64_t end = std::int64_t{length} + count;
       if (end > written) checker.Note(Stage::kLimits, s, FaultKind::kUnwritten, slot, -1, -1, end, written);
@@ -77,10 +75,19 @@ __device__ void CheckEntry(Checker* checker, const ChangeArgs& args, std::int64_
     return;
   }
   const std::int32_t value = args.values[i];
-  if (change == Change::kSetLengths && (value < 0 || value > length)) {
-    checker->Note(Stage::kSlots, i, FaultKind::kRaise, slot, -1, -1, value, length);
+  if (change == Change::kSetLengths) {
+    if (value < 0 || value > length) {
+      checker->Note(Stage::kSlots, i, FaultKind::kRaise, slot, -1, -1, value, length);
+    } else if (const std::int32_t written = checker->WrittenInAllLayers(slot); value > written) {
+      checker->Note(Stage::kSlots, i, FaultKind::kUnwritten, slot, -1, -1, value, written);
+    }
+    return;
   }
-  if (change == Change::kMap && (value < 0 || value > args.cache.max_seq_len())) {
+  if (checker->slot(slot).released != 0) {
+    checker->Note(Stage::kSlots, i, FaultKind::kSlotFree, slot);
+    return;
+  }
+  if (value < 0 || value > args.cache.max_seq_len()) {
     checker->Note(Stage::kSlots, i, FaultKind::kMaxSeqLen, slot, -1, -1, value);
   }
 }
