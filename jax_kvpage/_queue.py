@@ -25,6 +25,9 @@ __all__ = ["Queue"]
 # A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
 _WAIT_SLICE = 0.1
 
+_FIELDS = ("handle", "epoch", "lengths")
+_DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": np.dtype("int32")}
+
 
 @functools.cache
 def _program(verb: str, marked: bool) -> Any:
@@ -71,12 +74,20 @@ class Queue:
             raise ValueError(
                 f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
             )
-        if isinstance(cache.epoch, jax.core.Tracer):
+        arrays = (cache.handle, cache.epoch, cache.lengths)
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
             raise ValueError(
                 f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
                 "program map_slots makes room, and set_lengths and batch.mask change who takes part"
             )
-        if cache.epoch.is_deleted():
+        for array in arrays:
+            if not isinstance(array, jax.Array):
+                raise ValueError(
+                    f"{op}: wanted a cache made of JAX arrays, got one of {type(array).__name__}, "
+                    "as jax.device_get and jax.eval_shape return: pass the cache that this pool's "
+                    "newest call or a program returned, or start a new generation with pool.cache()"
+                )
+        if any(array.is_deleted() for array in arrays):
             raise ValueError(
                 f"{op}: this cache was donated to a program and is gone: pass the cache that the "
                 "program returned, or start a new generation with pool.cache()"
@@ -87,6 +98,14 @@ class Queue:
                 f"{self._native.device}>: {cache.spec} against {self._native.spec}; pass the cache "
                 "that this pool's newest call returned"
             )
+        # Here and not when the edits are queued: by then the pool has decided.
+        shapes = ((2,), (1,), (cache.spec.max_slots,))
+        for name, array, shape in zip(_FIELDS, arrays, shapes, strict=True):
+            if array.shape != shape or array.dtype != _DTYPES[name]:
+                raise ValueError(
+                    f"{op}: cache.{name}: wanted {_DTYPES[name]}{list(shape)}, got "
+                    f"{array.dtype}{list(array.shape)}"
+                )
 
     def claim(self, op: str, attempt: Callable[[], _native.Claim], wait: bool = False) -> Any:
         """Asks the pool for slots or blocks.
