@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
-from jax_kvpage._compat import is_ready
+from jax_kvpage._compat import is_ready, is_tracing, no_mesh
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
@@ -59,6 +59,7 @@ class Queue:
 
     def __init__(self, native: NativePool) -> None:
         self._native = native
+        self._devices = {native.device}
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
         self._no_copies = self.put(_rows([], 4))
         self._releases: list[jax.Array] = []
@@ -75,7 +76,7 @@ class Queue:
                 f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
             )
         arrays = (cache.handle, cache.epoch, cache.lengths)
-        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        if any(isinstance(array, jax.core.Tracer) for array in arrays) or is_tracing():
             raise ValueError(
                 f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
                 "program map_slots makes room, and set_lengths and batch.mask change who takes part"
@@ -105,6 +106,13 @@ class Queue:
                 raise ValueError(
                     f"{op}: cache.{name}: wanted {_DTYPES[name]}{list(shape)}, got "
                     f"{array.dtype}{list(array.shape)}"
+                )
+            if array.sharding.device_set != self._devices:
+                raise ValueError(
+                    f"{op}: cache.{name} lies on {sorted(map(str, array.sharding.device_set))}, "
+                    f"but the pool on {self._native.device}: a cache stays on its pool's device; "
+                    "with several devices make one KVPool on each, and run the step under "
+                    "jax.shard_map with that pool's cache in each shard"
                 )
 
     def claim(self, op: str, attempt: Callable[[], _native.Claim], wait: bool = False) -> Any:
@@ -157,7 +165,8 @@ class Queue:
         try:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
-            cache, marker = program(cache, self._own, _rows(edits, 3), rows)
+            with no_mesh():  # a mesh that the caller has set must not spread this over devices
+                cache, marker = program(cache, self._own, _rows(edits, 3), rows)
         except BaseException:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):

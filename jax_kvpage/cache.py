@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage._arrays import as_host_array, as_int32, host_int
+from jax_kvpage._compat import gathered
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
@@ -134,8 +135,8 @@ class Batch:
             ends = np.cumsum([0, *counts], dtype=np.int64)
             offsets = as_int32("Batch.from_lengths: sum of lengths", ends)
             return cls(slots, offsets, num_tokens=num_tokens)
-        zero = jnp.zeros(1, jnp.int32)
-        offsets = jnp.concatenate([zero, jnp.cumsum(counts, dtype=jnp.int32)])
+        # Padding in front and not a concatenation: an array of zeros would lie elsewhere.
+        offsets = jnp.pad(jnp.cumsum(gathered(counts), dtype=jnp.int32), (1, 0))
         return cls(slots, offsets, num_tokens=num_tokens)
 
     def mask(self, keep: jax.Array) -> "Batch":
@@ -159,4 +160,5 @@ class Batch:
                 f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each "
                 f"sequence), got {keep.dtype}{list(keep.shape)}"
             )
-        return dataclasses.replace(self, slots=jnp.where(keep, self.slots, -1))
+        slots = jnp.where(gathered(keep), gathered(self.slots), -1)
+        return dataclasses.replace(self, slots=slots)

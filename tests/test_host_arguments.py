@@ -110,7 +110,8 @@ def test_traced_integers(
         INTEGERS[call](at, make(x))
         return x
 
-    wanted = rf"{call}.*wanted an int.*(traced ~?int32\[|got list)"
+    op = call.partition(":")[0]
+    wanted = rf"{call}.*wanted an int.*(traced ~?int32\[|got list)|{op} is a host call"
     with pytest.raises(ValueError, match=wanted):
         jax.jit(traced)(at.slot)
 
@@ -196,6 +197,23 @@ def test_caches_with_one_field_gone_or_traced(
 
     with pytest.raises(ValueError, match=f"{call} is a host call"):
         jax.jit(traced)(getattr(at.cache, field))
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad])
+@pytest.mark.parametrize("call", CACHE_CALLS)
+def test_host_calls_in_a_traced_function(
+    at: At, unchanged: None, call: str, transform: Callable[..., Any]
+) -> None:
+    """Also with a cache that is not traced: the pool would decide once, the program do it each time
+    that it runs.
+    """
+
+    def traced(x: jax.Array) -> jax.Array:
+        CACHE_CALLS[call](at, at.cache)
+        return x
+
+    with pytest.raises(ValueError, match=f"{call} is a host call and cannot be traced"):
+        transform(traced)(jnp.ones(2) if transform is jax.vmap else 1.0)
 
 
 @pytest.mark.parametrize("wait", [1, "yes", None, np.int32(1)])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jax_kvpage import reference
 from jax_kvpage._arrays import host_int
+from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 
@@ -49,8 +50,9 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
     assert tokens is not None
     if slots.shape[0] == 0:
         return jnp.zeros((tokens,), jnp.int32)
+    slots, offsets, lengths = map(gathered, (slots, offsets, cache.lengths))
     sequence, index, owned = reference.token_owners(offsets, slots >= 0, tokens)
-    begin = cache.lengths[jnp.maximum(slots, 0)][sequence]
+    begin = lengths[jnp.maximum(slots, 0)][sequence]
     return jnp.where(owned, begin + index, 0)
 
 
