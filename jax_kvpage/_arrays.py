@@ -1,58 +1,167 @@
-"""Host integers: as int32 arrays without the silent wrap-around of NumPy and JAX, and as lists."""
+"""Integers from callers: as Python ints for host calls, as int32 arrays for operands of programs.
 
+Every host call converts its arguments here before it does anything else, so that a mistake is a
+ValueError and changes nothing. The silent wrap-around of NumPy and JAX is refused everywhere.
+"""
+
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_ids", "as_int32", "as_list"]
+__all__ = ["as_bool", "as_host_array", "as_int32", "host_int", "host_ints"]
+
+_MIN, _MAX = -(2**31), 2**31 - 1
 
 
-def as_int32(name: str, values: Any) -> jax.Array:
-    """Host integers (int, list, tuple, NumPy) as an int32 array; JAX arrays as they are.
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
-    What is not made of integers keeps its dtype: abstract evaluation names it among the other
-    mistakes. What does not fit cannot be shown there, for JAX would cut it down to 32 bits.
+
+def _wrong(name: str, wanted: str, value: Any) -> ValueError:
+    if isinstance(value, jax.core.Tracer):
+        return ValueError(
+            f"{name}: wanted {wanted} known to the host, got the traced {jax.typeof(value)}: make "
+            "this call outside of jit, scan and vmap, or give it a Python value"
+        )
+    return ValueError(f"{name}: wanted {wanted}, got {type(value).__name__} {_show(value)}")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.bool_
+
+
+def _int_of(value: Any) -> int | None:
+    """The integer that a value is; None for anything else, traced values and bools included."""
+    if type(value) is int:
+        return value
+    if _is_bool(value) or isinstance(value, jax.core.Tracer) or getattr(value, "ndim", 0) != 0:
+        return None
+    if isinstance(value, jax.Array):  # an explicit copy, which transfer guards permit
+        value = jax.device_get(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def host_int(name: str, value: Any, low: int = _MIN, high: int = _MAX) -> int:
+    """A Python int from an int, or from a scalar of NumPy or JAX.
+
+    Args:
+        name: what to call the value in an error, "commit: slot".
+        value: the argument.
+        low: the smallest value allowed.
+        high: the largest.
+
+    Raises:
+        ValueError: not an integer, traced, or out of bounds.
+    """
+    number = _int_of(value)
+    if number is None:
+        raise _wrong(name, "an int", value)
+    if not low <= number <= high:
+        raise ValueError(f"{name}: wanted an int from {low} to {high}, got {number}")
+    return number
+
+
+def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
+    """Python ints from one integer or from a sequence of them, and whether it was one.
+
+    Sequences are lists, tuples, ranges and one-dimensional arrays. Sets have no order and
+    generators can be read only once, so both are refused.
+
+    Args:
+        name: what to call the value in an error, "acquire: num_tokens".
+        value: the argument.
+
+    Raises:
+        ValueError: neither, or an integer that int32 cannot hold.
+    """
+    number = _int_of(value)
+    if number is not None:
+        return [host_int(name, number)], True
+    wanted = "an int, or a list, tuple or one-dimensional array of ints,"
+    array = isinstance(value, (np.ndarray, jax.Array))
+    if isinstance(value, jax.core.Tracer) or not (array or isinstance(value, (list, tuple, range))):
+        raise _wrong(name, wanted, value)
+    if array:
+        # An empty array has no elements that could be wrong; NumPy makes it float64 by default.
+        if value.ndim != 1 or (value.size and not jnp.issubdtype(value.dtype, jnp.integer)):
+            got = f"{value.dtype}{list(value.shape)}"
+            raise ValueError(f"{name}: wanted {wanted} got {got}")
+        value = jax.device_get(value).tolist()
+    return [host_int(f"{name}[{i}]", element) for i, element in enumerate(value)], False
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """A Python bool from a bool.
+
+    Raises:
+        ValueError: anything else; the truth of an int or a string is not asked.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong(name, "True or False", value)
+    return bool(value)
+
+
+def as_host_array(name: str, values: Any) -> Any:
+    """Integers as an int32 array: of NumPy where the host knows them, of JAX where it does not.
+
+    Numbers that are not integers keep their dtype: abstract evaluation reports them together with
+    an op's other mistakes. An integer out of range cannot wait for that, for JAX would cut it down
+    to 32 bits.
 
     Args:
         name: what to call the values in an error.
-        values: integers.
+        values: int, list, tuple, range or NumPy array; a JAX array is returned unchanged. Elements
+            of a list may be scalars of JAX, traced ones too.
 
     Raises:
-        ValueError: an integer that int32 cannot hold.
+        ValueError: an integer that int32 cannot hold, or no array of numbers.
     """
     if isinstance(values, jax.Array):
         return values
-    array = np.asarray(values)
+    wanted = "an int32 array, or a list of ints,"
+    if isinstance(values, (list, tuple)):
+        if any(isinstance(element, jax.core.Tracer) for element in values):
+            return _stacked(name, values)
+        values = [jax.device_get(x) if isinstance(x, jax.Array) else x for x in values]
+        if any(map(_is_bool, values)) and not all(map(_is_bool, values)):
+            raise _wrong(name, wanted, values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise _wrong(name, wanted, values) from error
+    if array.dtype.kind == "O" and not all(isinstance(x, int) for x in array.flat):
+        raise _wrong(name, wanted, values)
     if array.size and array.dtype.kind not in "iuO":
-        return jnp.asarray(array)
-    if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-        wrong = array.min() if array.min() < -(2**31) else array.max()
+        # Text, dates and records are nothing that an array of JAX could hold.
+        if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != np.bool_:
+            raise _wrong(name, wanted, values)
+        return array
+    if array.size and not _MIN <= array.min() <= array.max() <= _MAX:
+        wrong = array.min() if array.min() < _MIN else array.max()
         raise ValueError(f"{name}: wanted integers that fit int32, got {wrong}")
-    return jnp.asarray(array.astype(np.int32))
+    return array.astype(np.int32)
 
 
-def as_list(value: Any, name: str) -> tuple[list[int], bool]:
-    """A host int, or a sequence of them, as a list; and whether it was one int.
+def _stacked(name: str, values: Any) -> jax.Array:
+    """A list with traced scalars as an int32 array."""
+    elements = []
+    for i, value in enumerate(values):
+        if isinstance(value, jax.core.Tracer):
+            if value.ndim != 0 or not jnp.issubdtype(value.dtype, jnp.integer):
+                raise _wrong(f"{name}[{i}]", "an integer scalar", value)
+            elements.append(value.astype(jnp.int32))
+        else:
+            elements.append(jnp.int32(host_int(f"{name}[{i}]", value)))
+    return jnp.stack(elements)
 
-    Raises:
-        ValueError: neither.
-    """
-    array = np.asarray(value)
-    if array.ndim > 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name} must be an int or a list of ints, got {value!r}")
-    return [int(x) for x in array.reshape(-1)], array.ndim == 0
 
-
-def as_ids(value: Any, name: str) -> list[int]:
-    """Token ids as a list.
-
-    Raises:
-        ValueError: no integers, or one that int32 cannot hold.
-    """
-    ids, _ = as_list(value, name)
-    wrong = [i for i in ids if not -(2**31) <= i < 2**31]
-    if wrong:
-        raise ValueError(f"{name} must be integers that fit int32, got {wrong[0]}")
-    return ids
+def as_int32(name: str, values: Any) -> jax.Array:
+    """The same as `as_host_array`, as an array of JAX."""
+    return jnp.asarray(as_host_array(name, values))

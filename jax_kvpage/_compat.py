@@ -5,6 +5,7 @@ handled here.
 """
 
 import importlib
+import math
 import pathlib
 import re
 import sys
@@ -17,9 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 __all__ = [
     "default_device",
+    "gathered",
     "is_ready",
+    "is_tracing",
     "load_native",
     "matmul_precision",
+    "no_mesh",
+    "num_partitions",
     "platform_of",
     "result_aval",
 ]
@@ -121,6 +126,54 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
         sharding=NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(shape))),
         manual_axis_type=widest.manual_axis_type.update(varying=axes),
     )
+
+
+def gathered(array: Any) -> Any:
+    """The array in one piece where its type says that it is sharded (explicit mesh axes).
+
+    XLA does the same around a custom call; most functions of jax.numpy refuse sharded operands.
+    """
+    sharding = jax.typeof(array).sharding
+    if all(part is None for part in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def num_partitions(ctx: Any) -> int:
+    """Over how many devices the compiler would spread the code that is being lowered.
+
+    It is 1 inside `shard_map` over all axes of the mesh: there each device has a call to itself.
+
+    Args:
+        ctx: `jax.interpreters.mlir.LoweringRuleContext`. JAX documents neither kind of its
+            `axis_context`, which know the number of devices and the mesh; hence this shim.
+    """
+    axes = ctx.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return int(axes.num_devices)
+    sizes = axes.mesh.shape.items()
+    return math.prod(size for name, size in sizes if name not in axes.manual_axes)
+
+
+def no_mesh() -> Any:
+    """A context in which no mesh is set: for programs that run on one device in any case.
+
+    Raises:
+        ValueError: JAX is tracing.
+    """
+    return jax.set_mesh(None)
+
+
+def is_tracing() -> bool:
+    """Whether the caller runs inside of jit or another transformation.
+
+    JAX has no public function for it, but refuses to change the mesh there.
+    """
+    try:
+        with no_mesh():
+            return False
+    except ValueError:
+        return True
 
 
 def default_device() -> jax.Device:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
-from jax_kvpage._compat import is_ready
+from jax_kvpage._compat import is_ready, is_tracing, no_mesh
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
@@ -24,6 +24,9 @@ __all__ = ["Queue"]
 
 # A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
 _WAIT_SLICE = 0.1
+
+_FIELDS = ("handle", "epoch", "lengths")
+_DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": np.dtype("int32")}
 
 
 @functools.cache
@@ -56,6 +59,7 @@ class Queue:
 
     def __init__(self, native: NativePool) -> None:
         self._native = native
+        self._devices = {native.device}
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
         self._no_copies = self.put(_rows([], 4))
         self._releases: list[jax.Array] = []
@@ -71,12 +75,20 @@ class Queue:
             raise ValueError(
                 f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
             )
-        if isinstance(cache.epoch, jax.core.Tracer):
+        arrays = (cache.handle, cache.epoch, cache.lengths)
+        if any(isinstance(array, jax.core.Tracer) for array in arrays) or is_tracing():
             raise ValueError(
                 f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
                 "program map_slots makes room, and set_lengths and batch.mask change who takes part"
             )
-        if cache.epoch.is_deleted():
+        for array in arrays:
+            if not isinstance(array, jax.Array):
+                raise ValueError(
+                    f"{op}: wanted a cache made of JAX arrays, got one of {type(array).__name__}, "
+                    "as jax.device_get and jax.eval_shape return: pass the cache that this pool's "
+                    "newest call or a program returned, or start a new generation with pool.cache()"
+                )
+        if any(array.is_deleted() for array in arrays):
             raise ValueError(
                 f"{op}: this cache was donated to a program and is gone: pass the cache that the "
                 "program returned, or start a new generation with pool.cache()"
@@ -87,6 +99,21 @@ class Queue:
                 f"{self._native.device}>: {cache.spec} against {self._native.spec}; pass the cache "
                 "that this pool's newest call returned"
             )
+        # Here and not when the edits are queued: by then the pool has decided.
+        shapes = ((2,), (1,), (cache.spec.max_slots,))
+        for name, array, shape in zip(_FIELDS, arrays, shapes, strict=True):
+            if array.shape != shape or array.dtype != _DTYPES[name]:
+                raise ValueError(
+                    f"{op}: cache.{name}: wanted {_DTYPES[name]}{list(shape)}, got "
+                    f"{array.dtype}{list(array.shape)}"
+                )
+            if array.sharding.device_set != self._devices:
+                raise ValueError(
+                    f"{op}: cache.{name} lies on {sorted(map(str, array.sharding.device_set))}, "
+                    f"but the pool on {self._native.device}: a cache stays on its pool's device; "
+                    "with several devices make one KVPool on each, and run the step under "
+                    "jax.shard_map with that pool's cache in each shard"
+                )
 
     def claim(self, op: str, attempt: Callable[[], _native.Claim], wait: bool = False) -> Any:
         """Asks the pool for slots or blocks.
@@ -138,7 +165,8 @@ class Queue:
         try:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
-            cache, marker = program(cache, self._own, _rows(edits, 3), rows)
+            with no_mesh():  # a mesh that the caller has set must not spread this over devices
+                cache, marker = program(cache, self._own, _rows(edits, 3), rows)
         except BaseException:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):

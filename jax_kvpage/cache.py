@@ -7,16 +7,23 @@ through jit, scan, while, cond and donation like any other value.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage._arrays import as_int32
+from jax_kvpage._arrays import as_host_array, as_int32, host_int
+from jax_kvpage._compat import gathered
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
+
+
+def _one_axis(name: str, values: jax.Array) -> jax.Array:
+    if values.ndim != 1 or (values.size and not jnp.issubdtype(values.dtype, jnp.integer)):
+        got = f"{values.dtype}{list(values.shape)}"
+        raise ValueError(f"{name}: wanted int32[S], an element for each sequence, got {got}")
+    return values
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +74,11 @@ class Batch:
         for name in ("slots", "query_offsets"):
             value = getattr(self, name)
             # Tree functions rebuild batches with anything in these places: leave that alone.
-            if type(value) in (list, tuple, np.ndarray):
+            if type(value) in (list, tuple, range, np.ndarray):
                 object.__setattr__(self, name, as_int32(f"Batch.{name}", value))
+        if self.num_tokens is not None:
+            tokens = host_int("Batch.num_tokens", self.num_tokens, low=0)
+            object.__setattr__(self, "num_tokens", tokens)
 
     @classmethod
     def decode(cls, slots: jax.Array | Sequence[int]) -> "Batch":
@@ -76,8 +86,11 @@ class Batch:
 
         Args:
             slots: int32[S], or a list of ints; -1 is padding.
+
+        Raises:
+            ValueError: slots that are no integers, or not one-dimensional.
         """
-        slots = as_int32("Batch.decode: slots", slots)
+        slots = _one_axis("Batch.decode: slots", as_int32("Batch.decode: slots", slots))
         offsets = jnp.asarray(np.arange(slots.shape[0] + 1, dtype=np.int32))
         return cls(slots, offsets, num_tokens=slots.shape[0])
 
@@ -102,8 +115,10 @@ class Batch:
                 match slots, or whose sum is more than num_tokens.
         """
         slots = as_int32("Batch.from_lengths: slots", slots)
-        known = not isinstance(lengths, jax.Array)
-        counts: Any = np.asarray(lengths) if known else lengths
+        counts = as_host_array("Batch.from_lengths: lengths", lengths)
+        known = isinstance(counts, np.ndarray)
+        if num_tokens is not None:
+            num_tokens = host_int("Batch.from_lengths: num_tokens", num_tokens, low=0)
         reasons = []
         if counts.ndim != 1 or counts.shape != slots.shape:
             reasons.append(f"slots {slots.shape} and lengths {counts.shape} do not match")
@@ -117,10 +132,11 @@ class Batch:
             raise ValueError("\n  - ".join(["Batch.from_lengths:", *reasons]))
         if known:
             num_tokens = int(counts.sum()) if num_tokens is None else num_tokens
-            ends = as_int32("Batch.from_lengths: sum of lengths", np.cumsum([0, *counts]))
-            return cls(slots, ends, num_tokens=num_tokens)
-        zero = jnp.zeros(1, jnp.int32)
-        offsets = jnp.concatenate([zero, jnp.cumsum(counts, dtype=jnp.int32)])
+            ends = np.cumsum([0, *counts], dtype=np.int64)
+            offsets = as_int32("Batch.from_lengths: sum of lengths", ends)
+            return cls(slots, offsets, num_tokens=num_tokens)
+        # Padding in front and not a concatenation: an array of zeros would lie elsewhere.
+        offsets = jnp.pad(jnp.cumsum(gathered(counts), dtype=jnp.int32), (1, 0))
         return cls(slots, offsets, num_tokens=num_tokens)
 
     def mask(self, keep: jax.Array) -> "Batch":
@@ -135,10 +151,14 @@ class Batch:
         Raises:
             ValueError: keep has another shape or dtype.
         """
-        keep = jnp.asarray(keep)
+        try:
+            keep = jnp.asarray(keep)
+        except TypeError as error:
+            raise ValueError(f"Batch.mask: keep: wanted bool[S], got {keep!r}") from error
         if keep.shape != jnp.shape(self.slots) or keep.dtype != jnp.bool_:
             raise ValueError(
                 f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each "
                 f"sequence), got {keep.dtype}{list(keep.shape)}"
             )
-        return dataclasses.replace(self, slots=jnp.where(keep, self.slots, -1))
+        slots = jnp.where(gathered(keep), gathered(self.slots), -1)
+        return dataclasses.replace(self, slots=slots)

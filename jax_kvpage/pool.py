@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jax_kvpage import views
-from jax_kvpage._arrays import as_ids, as_list
+from jax_kvpage._arrays import as_bool, host_int, host_ints
 from jax_kvpage._capacity import parse_bytes
 from jax_kvpage._compat import default_device
 from jax_kvpage._cuda import place_of
@@ -84,6 +84,9 @@ class KVPool:
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         if on_stale not in ("error", "allow"):
             raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
+        poison = as_bool("KVPool: poison", poison)
+        if device is not None and not isinstance(device, jax.Device):
+            raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
         size = parse_bytes(capacity)
@@ -184,7 +187,8 @@ class KVPool:
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("acquire", cache)
-        wanted, single = as_list(num_tokens, "num_tokens")
+        wanted, single = host_ints("acquire: num_tokens", num_tokens)
+        wait = as_bool("acquire: wait", wait)
         slots = self._queue.claim("acquire", lambda: self._pool.acquire(wanted), wait).slots
         edits = [(OCCUPY, slot, 0) for slot in slots]
         cache = self._queue.run("acquire", cache, edits)
@@ -204,8 +208,8 @@ class KVPool:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        slots, _ = as_list(slot, "slot")
-        wanted, single = as_list(num_tokens, "num_tokens")
+        slots, _ = host_ints("extend: slot", slot)
+        wanted, single = host_ints("extend: num_tokens", num_tokens)
         if single:
             wanted = wanted * len(slots)
         if len(slots) != len(wanted):
@@ -229,19 +233,19 @@ class KVPool:
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("release", cache)
-        slots, _ = as_list(slot, "slot")
+        slots, _ = host_ints("release: slot", slot)
         edits = [(VACATE, one, 0) for one in slots]
         self._native.call(self._pool.start_edits, "release", edits)
         return self._queue.run("release", cache, edits)
 
-    def commit(self, slot: int, token_ids: Sequence[int]) -> None:
+    def commit(self, slot: int, token_ids: int | Sequence[int]) -> None:
         """Tells the pool the ids of the next tokens whose K and V are written.
 
         The host thereby knows what a slot holds without reading anything back from the device.
 
         Args:
             slot: an occupied slot.
-            token_ids: ids that follow those committed before.
+            token_ids: ids that follow those committed before; or one id.
 
         Raises:
             ValueError: more tokens than the slot has room for, or a slot that does not exist.
@@ -249,11 +253,16 @@ class KVPool:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        ids = as_ids(token_ids, "token_ids")
+        slot = host_int("commit: slot", slot)
+        ids, _ = host_ints("commit: token_ids", token_ids)
         self._native.call(self._pool.commit, slot, ids)
 
     def committed(self, slot: int) -> list[int]:
         """The token ids committed to a slot so far."""
+        slot = host_int("committed: slot", slot)
+        if not 0 <= slot < self.spec.max_slots:
+            last = self.spec.max_slots - 1
+            raise ValueError(f"committed: slot {slot} does not exist, slots are 0..{last}")
         return list(self._native.call(self._pool.committed, slot))
 
     def stats(self) -> PoolStats:
@@ -280,6 +289,7 @@ class KVPool:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
             layer 1, ... in the per-layer layout) a list of (physical block, reference count).
         """
+        slot = host_int("block_map: slot", slot)
         return self._native.call(self._pool.block_map, slot)
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:

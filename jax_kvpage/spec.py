@@ -6,7 +6,7 @@ from the eight integers of `CacheSpec.as_ints` and the block size.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +104,8 @@ class CacheSpec:
     layout: Layout | None = None
     block_tokens: int | None = None
     granule: int | None = dataclasses.field(default=None, kw_only=True)
-    _hash: int = dataclasses.field(default=0, init=False, repr=False)
+    # Not a field: `dataclasses.asdict` must give what the constructor takes.
+    _hash: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         """Checks and normalises all values."""
@@ -117,12 +118,12 @@ class CacheSpec:
                 object.__setattr__(self, name, int(value))
         try:
             dtype = np.dtype(self.dtype)
-        except TypeError:
+        except (TypeError, ValueError):
             dtype = None
         if dtype not in DTYPE_CODES:
             supported = ", ".join(d.name for d in DTYPE_CODES)
             reasons.append(f"dtype must be one of {supported}, got {self.dtype!r}")
-        if self.layout is not None and self.layout not in LAYOUT_CODES:
+        if self.layout is not None and self.layout not in tuple(LAYOUT_CODES):
             known = " or ".join(repr(name) for name in LAYOUT_CODES)
             reasons.append(f"layout must be {known} (or None for the default), got {self.layout!r}")
         tokens = self.block_tokens
@@ -143,7 +144,7 @@ class CacheSpec:
         object.__setattr__(self, "_hash", hash(self._values()))
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __hash__(self) -> int:
         """Cached: dispatching a jitted program hashes the static parts of its arguments."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -128,7 +129,9 @@ def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
     if not isinstance(cache, KVCache):
         got = type(cache).__name__
         raise TypeError(f"{op}: cache: wanted a KVCache (from pool.cache()), got {got}")
-    return cache.handle, cache.epoch, cache.lengths
+    arrays = (cache.handle, cache.epoch, cache.lengths)
+    _check_arrays(op, "cache", arrays)
+    return arrays
 
 
 def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
@@ -142,7 +145,18 @@ def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
             f"{op}: batch: wanted a Batch (Batch(slots, query_offsets), Batch.decode(slots), "
             f"Batch.from_lengths(slots, lengths)), got {type(batch).__name__}"
         )
-    return batch.slots, batch.query_offsets
+    arrays = (batch.slots, batch.query_offsets)
+    _check_arrays(op, "batch", arrays)
+    return arrays
+
+
+def _check_arrays(op: str, name: str, arrays: Sequence[Any]) -> None:
+    for array in arrays:
+        if not isinstance(array, (jax.Array, np.ndarray)):
+            raise ValueError(
+                f"{op}: {name}: wanted one made of arrays, got {type(array).__name__} in it (a "
+                "result of jax.eval_shape, or of jax.tree.map with another result, has none)"
+            )
 
 
 def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_kvpage import _compat
 from jax_kvpage import _cuda as cuda
 from jax_kvpage.ops import _scratch
 from jax_kvpage.spec import CacheSpec
@@ -81,15 +81,22 @@ def _attribute(value: Any) -> Any:
     return np.float32(value) if isinstance(value, float) else np.int32(value)
 
 
-def _gathered(array: Any) -> Any:
-    """The array in one piece where its type says that it is sharded (explicit mesh axes).
+def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
+    """Refuses an op on a pool in a program that the compiler spreads over several devices.
 
-    XLA does the same around a custom call, and the results' abstract values assume it.
+    XLA would end in an internal error about side effects and sharding.
+
+    Raises:
+        ValueError: the number of devices is not 1.
     """
-    sharding = jax.typeof(array).sharding
-    if all(part is None for part in sharding.spec):
-        return array
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+    count = _compat.num_partitions(ctx)
+    if count != 1:
+        raise ValueError(
+            f"{op}: the program is compiled for {count} devices (an array that it works on is "
+            "sharded or replicated over a mesh), but a pool and its cache live on one device: run "
+            "the step under jax.shard_map over all axes of the mesh, with one KVPool a device and "
+            "that pool's cache in each shard; or keep all arrays on the pool's device"
+        )
 
 
 def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
@@ -144,11 +151,14 @@ def register_lowerings(
         kept = {name: value for name, value in params.items() if name != "implementation"}
 
         def traced(*arrays: Any) -> Any:
-            return xla(*map(_gathered, arrays), **kept)
+            # The results' abstract values assume that the operands are in one piece.
+            return xla(*map(_compat.gathered, arrays), **kept)
 
         return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 
     def call(ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Any) -> Any:
+        if side_effect:
+            _refuse_partitions(op, ctx)
         attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
         return custom_call(ctx, *operands, **attributes)
 

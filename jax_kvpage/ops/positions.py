@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage import reference
+from jax_kvpage._arrays import host_int
+from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 
@@ -26,10 +28,13 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
         ValueError: T is unknown, or num_tokens differs from the batch; or wrong shapes and
             dtypes.
     """
+    arrays = cache_operands("positions", cache)
     check = pool_checker("positions", cache.spec)
-    check.cache(*map(jax.typeof, cache_operands("positions", cache)))
+    check.cache(*map(jax.typeof, arrays))
     slots, offsets = batch_operands("positions", batch)
     check.batch(jax.typeof(slots), jax.typeof(offsets))
+    if num_tokens is not None:
+        num_tokens = host_int("positions: num_tokens", num_tokens, low=0)
     if None not in (num_tokens, batch.num_tokens) and num_tokens != batch.num_tokens:
         check.add(f"num_tokens: got {num_tokens}, but batch.num_tokens is {batch.num_tokens}")
     tokens = batch.num_tokens if num_tokens is None else num_tokens
@@ -45,8 +50,9 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
     assert tokens is not None
     if slots.shape[0] == 0:
         return jnp.zeros((tokens,), jnp.int32)
+    slots, offsets, lengths = map(gathered, (slots, offsets, cache.lengths))
     sequence, index, owned = reference.token_owners(offsets, slots >= 0, tokens)
-    begin = cache.lengths[jnp.maximum(slots, 0)][sequence]
+    begin = lengths[jnp.maximum(slots, 0)][sequence]
     return jnp.where(owned, begin + index, 0)
 
 
