@@ -14,7 +14,7 @@ from jax_kvpage._compat import platform_of
 from jax_kvpage.cache import Batch
 from jax_kvpage.ops.update_and_attend import update_and_attend
 from jax_kvpage.pool import KVPool
-from jax_kvpage.spec import CacheSpec, max_map_count
+from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Findings", "examine"]
 
@@ -78,7 +78,8 @@ def _software(found: Findings) -> None:
 def _machine(found: Findings) -> None:
     found.add("memory limit (machine and cgroup)", _mebibytes(_native.memory_limit_bytes()))
     found.add("memory available now", _mebibytes(_native.available_bytes()))
-    found.add("mappings allowed (vm.max_map_count)", f"{max_map_count():,}")
+    found.add("mappings allowed (vm.max_map_count)", f"{_native.max_map_count():,}")
+    found.add("mappings left for pools here", f"{_native.mappings_left():,}")
 
 
 def _driver(found: Findings) -> list[Any]:

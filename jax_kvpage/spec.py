@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["CacheSpec", "max_map_count"]
+from jax_kvpage import _native
+
+__all__ = ["CacheSpec"]
 
 Layout = Literal["fused", "per_layer"]
 
@@ -44,16 +46,6 @@ DTYPE_CODES: dict[Any, int] = {
 QUANTIZED_DTYPES = frozenset({np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn)})
 SCALE_BYTES = 4
 _MAX_INT32 = 2**31 - 1
-_DEFAULT_MAX_MAP_COUNT = 65530
-
-
-def max_map_count() -> int:
-    """How many mappings this system allows a process (Linux `vm.max_map_count`)."""
-    try:
-        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return _DEFAULT_MAX_MAP_COUNT
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -167,9 +159,10 @@ class CacheSpec:
 
         Args:
             platform: "cpu" or "cuda".
-            capacity: bytes of physical memory that the pool will have. When given and
-                `block_tokens` is None, blocks are made large enough for their mappings to stay
-                below half of the system's limit on mappings.
+            capacity: bytes of physical memory that the pool will have. When given, on CPU and with
+                `block_tokens` None, blocks are made so large that the pool can need no more than
+                its share of the mappings that the system allows this process
+                (vm.max_map_count), less those promised to pools made before.
 
         Returns:
             A spec with layout, block_tokens and granule set.
@@ -187,7 +180,8 @@ class CacheSpec:
         spec = dataclasses.replace(self, layout=layout, granule=granule)
         unit = spec._token_unit()
         if self.block_tokens is None:
-            return spec._choose_block_tokens(unit, capacity)
+            # Memory on a device takes none of the process's mappings.
+            return spec._choose_block_tokens(unit, capacity if platform == "cpu" else None)
         if not spec._may_pad and self.block_tokens % unit:
             raise ValueError(
                 f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' "
@@ -228,15 +222,23 @@ class CacheSpec:
             tokens = max(wanted, min(tokens, _round_up(self.max_seq_len, TOKEN_MULTIPLE)))
             tokens = _round_up(tokens, TOKEN_MULTIPLE)
         spec = dataclasses.replace(self, block_tokens=tokens)
-        limit = max_map_count() // 2
-        while (
-            capacity is not None
-            and spec.blocks_per_range > 1
-            and capacity // spec.block_bytes + spec.max_slots * spec.num_ranges + 1 >= limit
-        ):
-            assert spec.block_tokens is not None
-            spec = dataclasses.replace(spec, block_tokens=2 * spec.block_tokens)
+        if capacity is None:
+            return spec
+        share = _native.mapping_share()
+        # Blocks of the longest sequence are the largest that are of use.
+        multiple = TOKEN_MULTIPLE if self._may_pad else unit
+        largest = min(_round_up(self.max_seq_len, multiple), _MAX_INT32 // multiple * multiple)
+        while tokens < largest and spec._worst_mappings(capacity) > share:
+            tokens = min(2 * tokens, largest)
+            spec = dataclasses.replace(spec, block_tokens=tokens)
         return spec
+
+    def _worst_mappings(self, capacity: int) -> int:
+        """The most mappings that a pool with this capacity may come to need."""
+        blocks = capacity // self.block_bytes
+        return _native.worst_mappings(
+            blocks, self.max_slots * self.num_ranges, self.blocks_per_range
+        )
 
     @property
     def resolved(self) -> bool:

@@ -1,11 +1,32 @@
 #include "cache/capacity.h"
 
+#include <algorithm>
 #include <string>
 
 namespace kvpage::capacity {
 namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
+
+// Changes the budget; parked blocks are given up where it shrinks.
+Claim SetBudget(const PoolParts& pool, const MappingLock& mapping, std::int64_t budget) {
+  Arena& arena = pool.supply->arena(mapping);
+  Claim claim;
+  claim.wanted = arena.pool().num_used() - budget;
+  if (claim.wanted > 0) {
+    pool.supply->Tally(mapping, {}, &claim);
+    if (claim.wanted > claim.reclaimable) {
+      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
+                                           " reclaimable, " + Number(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
+      return claim;
+    }
+    claim.status = pool.supply->Apply(mapping, pool.supply->PlanReclaim(mapping, claim.wanted));
+    if (!claim.status.ok()) return claim;
+  }
+  claim.status = arena.SetBudget(budget);
+  return claim;
+}
 
 }  // namespace
 
@@ -26,22 +47,13 @@ Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes) {
     return FailedClaim(InvalidArgument("resize: capacity is " + Number(capacity_bytes) + " bytes, wanted at least " +
                                        Number(geometry.num_ranges()) + " blocks of " + Number(geometry.block_bytes)));
   }
-  if (Status status = pool.supply->CheckMapLimit(budget); !status.ok()) return FailedClaim(status);
-  Arena& arena = pool.supply->arena(mapping);
-  Claim claim;
-  claim.wanted = arena.pool().num_used() - budget;
-  if (claim.wanted > 0) {
-    pool.supply->Tally(mapping, {}, &claim);
-    if (claim.wanted > claim.reclaimable) {
-      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
-                                           " reclaimable, " + Number(claim.draining) + " draining",
-                                       Reason::kOutOfBlocks);
-      return claim;
-    }
-    claim.status = pool.supply->Apply(mapping, pool.supply->PlanReclaim(mapping, claim.wanted));
-    if (!claim.status.ok()) return claim;
+  // Mappings are promised before the budget grows, and given back after it has shrunk.
+  const std::int64_t before = pool.supply->arena(mapping).pool().budget();
+  if (Status status = pool.supply->PromiseMappings(mapping, std::max(before, budget)); !status.ok()) {
+    return FailedClaim(status.WithMessage("resize: " + status.message()));
   }
-  claim.status = arena.SetBudget(budget);
+  Claim claim = SetBudget(pool, mapping, budget);
+  static_cast<void>(pool.supply->PromiseMappings(mapping, claim.status.ok() ? budget : before));
   return claim;
 }
 

@@ -8,16 +8,16 @@
 
 namespace kvpage {
 
-Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit,
+Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, MapAccount* account,
            std::unique_ptr<Mirror> mirror)
     : fork_count_(ForkCount()),
       table_(geometry),
-      supply_(&table_, std::move(arena), map_limit, options.poison),
+      supply_(&table_, std::move(arena), account, options.poison),
       mirror_(std::move(mirror)),
       parts_{options, &table_, &supply_, mirror_.get()} {}
 
 Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
-                  std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out,
+                  std::unique_ptr<Vmm> vmm, MapAccount* account, std::shared_ptr<Pool>* out,
                   std::unique_ptr<Mirror> mirror) {
   const std::int64_t blocks = capacity_bytes / geometry.block_bytes;
   if (blocks < geometry.num_ranges()) {
@@ -28,8 +28,8 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
   }
   std::unique_ptr<Arena> arena;
   KVPAGE_RETURN_IF_ERROR(Arena::Make(geometry, blocks, std::move(vmm), &arena));
-  std::shared_ptr<Pool> pool(new Pool(geometry, options, std::move(arena), map_limit, std::move(mirror)));
-  KVPAGE_RETURN_IF_ERROR(pool->supply_.CheckMapLimit(blocks));
+  std::shared_ptr<Pool> pool(new Pool(geometry, options, std::move(arena), account, std::move(mirror)));
+  KVPAGE_RETURN_IF_ERROR(pool->supply_.PromiseMappings(pool->supply_.Lock(), blocks));
   *out = std::move(pool);
   return {};
 }

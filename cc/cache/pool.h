@@ -30,9 +30,9 @@ class Pool {
  public:
   using Generation = kvpage::Generation;
 
-  // `map_limit`: memory mappings that the pool may use; 0: no limit known. `mirror`: where programs run on a device.
+  // `account`: whose memory mappings the pool uses; null: none. `mirror`: where programs run on a device.
   static Status Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
-                     std::unique_ptr<Vmm> vmm, std::int64_t map_limit, std::shared_ptr<Pool>* out,
+                     std::unique_ptr<Vmm> vmm, MapAccount* account, std::shared_ptr<Pool>* out,
                      std::unique_ptr<Mirror> mirror = nullptr);
 
   const Geometry& geometry() const { return table_.geometry(); }
@@ -110,7 +110,7 @@ class Pool {
   }
 
  private:
-  Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, std::int64_t map_limit,
+  Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, MapAccount* account,
        std::unique_ptr<Mirror> mirror);
 
   const int fork_count_;  // of the process, when the pool was made

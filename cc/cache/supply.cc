@@ -11,16 +11,23 @@ std::string Number(std::int64_t value) { return std::to_string(value); }
 
 }  // namespace
 
-Status Supply::CheckMapLimit(std::int64_t blocks) const {
+Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
   const Geometry& geometry = table_->geometry();
-  // At worst no two mapped blocks are neighbours, and every range that has some ends in a hole.
-  const std::int64_t worst = blocks + std::min(blocks, geometry.max_slots * geometry.num_ranges()) + 1;
-  if (map_limit_ <= 0 || worst <= map_limit_) return {};
-  const std::int64_t factor = (worst + map_limit_ - 1) / map_limit_;
+  const std::int64_t ranges = geometry.max_slots * geometry.num_ranges();
+  const std::int64_t worst = WorstMappings(blocks, ranges, geometry.max_blocks());
+  if (mappings_.Change(worst)) return {};
+  const std::int64_t left = mappings_.Most();
+  const std::int64_t most = MostBlocks(left, ranges);
+  std::string advice = "close other pools";
+  if (most >= geometry.num_ranges()) {
+    const std::int64_t factor = (blocks + most - 1) / most;
+    advice = "use block_tokens of at least " + Number(geometry.block_tokens * factor) +
+             " (None chooses), a capacity of at most " + Number(most * geometry.block_bytes) +
+             " bytes, close other pools";
+  }
   return InvalidArgument(Number(blocks) + " blocks of " + Number(geometry.block_bytes) + " bytes may need " +
-                         Number(worst) + " memory mappings; the system allows this process " + Number(map_limit_) +
-                         " more: use block_tokens of at least " + Number(geometry.block_tokens * factor) +
-                         ", a smaller capacity, or raise vm.max_map_count (sysctl)");
+                         Number(worst) + " memory mappings, " + Number(left) + " are left: " +
+                         mappings_.account()->Describe() + ": " + advice + ", or raise vm.max_map_count (sysctl)");
 }
 
 std::int32_t Supply::BestFit(const MappingLock&, std::int64_t blocks, const std::vector<bool>& taken) {

@@ -21,6 +21,7 @@
 #include "cache/slot_table.h"
 #include "cache/supply_plan.h"
 #include "cache/types.h"
+#include "vmm/mappings.h"
 
 namespace kvpage {
 
@@ -38,15 +39,15 @@ class MappingLock {
 
 class Supply {
  public:
-  // `map_limit`: memory mappings that the pool may use; 0: no limit known. `poison`: see PoolOptions.
-  Supply(SlotTable* table, std::unique_ptr<Arena> arena, std::int64_t map_limit, bool poison)
-      : table_(table), arena_(std::move(arena)), map_limit_(map_limit), poison_(poison) {}
+  // `account`: whose mappings the pool uses; null: none. `poison`: see PoolOptions.
+  Supply(SlotTable* table, std::unique_ptr<Arena> arena, MapAccount* account, bool poison)
+      : table_(table), mappings_(account), arena_(std::move(arena)), poison_(poison) {}
 
   MappingLock Lock() const { return MappingLock(&mutex_); }
   Arena& arena(const MappingLock&) { return *arena_; }
   char* base() const { return arena_->base(); }
-  // Whether the system allows the mappings that so large a budget may need.
-  Status CheckMapLimit(std::int64_t blocks) const;
+  // Has the account promise the mappings that a budget of so many blocks may need. A smaller one always succeeds.
+  Status PromiseMappings(const MappingLock&, std::int64_t blocks);
 
   // The free slot that suits a request for `blocks` logical blocks best, or -1; slots in `taken` are left out.
   std::int32_t BestFit(const MappingLock&, std::int64_t blocks, const std::vector<bool>& taken);
@@ -85,8 +86,8 @@ class Supply {
   void UndoPart(const MappingLock& lock, const SupplyPlan& plan, std::size_t returns, std::size_t moves);
 
   SlotTable* const table_;
+  MapPromise mappings_;  // ends after the memory does
   const std::unique_ptr<Arena> arena_;
-  const std::int64_t map_limit_;
   const bool poison_;
   mutable std::mutex mutex_;
 };

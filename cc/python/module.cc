@@ -13,6 +13,7 @@
 #include "python/errors.h"
 #include "python/pool_binding.h"
 #include "vmm/limits.h"
+#include "vmm/mappings.h"
 #ifdef KVPAGE_TESTING  // defined by CMake in a build with JAX_KVPAGE_TESTING
 #include "python/testing_binding.h"
 #endif
@@ -62,6 +63,10 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", &cpu::InstructionSet);
   m.def("memory_limit_bytes", [] { return MemoryLimitBytes(); });
   m.def("available_bytes", [] { return AvailableBytes(); });
+  m.def("max_map_count", &MaxMapCount);
+  m.def("worst_mappings", &WorstMappings, "blocks"_a, "ranges"_a, "blocks_per_range"_a);
+  m.def("mappings_left", [] { return ProcessMapAccount().Left(); });
+  m.def("mapping_share", [] { return ProcessMapAccount().Share(); });
   BindCuda(m);
 #ifdef KVPAGE_TESTING
   BindTesting(m);

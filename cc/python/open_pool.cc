@@ -9,23 +9,20 @@
 #include "python/host_backends.h"
 #include "vmm/cuda_vmm.h"
 #include "vmm/limits.h"
+#include "vmm/mappings.h"
 
 namespace kvpage {
 namespace {
-
-// Mappings left to the rest of the process: XLA's threads and buffers, Python.
-constexpr std::int64_t kMapReserve = 4096;
 
 // Where a pool's memory lies, and the mirror of its table where programs run on a device.
 struct PoolMemory {
   std::unique_ptr<Vmm> vmm;
   std::unique_ptr<Mirror> mirror;
-  std::int64_t map_limit = 0;
+  MapAccount* mappings = nullptr;  // null: the memory takes none of the process's
 };
 
 Status OnHost(const Geometry& geometry, MakeVmm make, PoolMemory* memory) {
-  const std::int64_t map_limit = MaxMapCount() - CurrentMapCount() - kMapReserve;
-  memory->map_limit = map_limit > 0 ? map_limit : 1;
+  memory->mappings = &ProcessMapAccount();
   return make(geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
 }
 
@@ -76,7 +73,7 @@ Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t cap
     KVPAGE_RETURN_IF_ERROR(OnHost(geometry, make_on_host, &memory));
   }
   std::shared_ptr<Pool> pool;
-  KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(memory.vmm), memory.map_limit, &pool,
+  KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(memory.vmm), memory.mappings, &pool,
                                     std::move(memory.mirror)));
   Register(pool);
   if (pool->mirrored()) {

@@ -195,7 +195,7 @@ TEST(FakeDriverFaultsTest, NothingIsLeftBehindWhateverFails) {
       std::unique_ptr<CudaVmm> vmm;
       std::shared_ptr<Pool> pool;
       if (CudaVmm::Make(context, geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok() &&
-          Pool::Make(geometry, 8 * geometry.block_bytes, {}, std::move(vmm), 0, &pool).ok()) {
+          Pool::Make(geometry, 8 * geometry.block_bytes, {}, std::move(vmm), nullptr, &pool).ok()) {
         static_cast<void>(pool->Acquire({33}));
         static_cast<void>(pool->Acquire({33}));
       }

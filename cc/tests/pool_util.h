@@ -86,7 +86,7 @@ inline std::shared_ptr<Pool> MakePool(const Geometry& geometry, std::int64_t blo
                                       std::unique_ptr<Vmm> vmm = nullptr) {
   if (vmm == nullptr) vmm = MakeVmm(geometry);
   std::shared_ptr<Pool> pool;
-  const Status status = Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), 0, &pool);
+  const Status status = Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), nullptr, &pool);
   if (!status.ok()) std::abort();
   return pool;
 }

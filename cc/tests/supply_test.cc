@@ -61,7 +61,7 @@ struct Fixture {
       : geometry(SmallGeometry(layout)), ranges(geometry.num_ranges()), table(geometry) {
     std::unique_ptr<Arena> made;
     EXPECT_OK(Arena::Make(geometry, blocks * ranges, MakeVmm(geometry), &made));
-    supply = std::make_unique<Supply>(&table, std::move(made), 0, false);
+    supply = std::make_unique<Supply>(&table, std::move(made), nullptr, false);
   }
   void Park(std::int32_t slot) {
     const StateLock state = table.Lock();

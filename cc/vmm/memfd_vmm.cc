@@ -38,7 +38,7 @@ Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std:
     return InvalidArgument("block_bytes is " + std::to_string(block_bytes) +
                            ", wanted a positive multiple of the page size " + std::to_string(PageBytes()));
   }
-  const int fd = memfd_create("jax_kvpage", MFD_CLOEXEC);
+  const int fd = memfd_create(kPoolMemory, MFD_CLOEXEC);
   if (fd < 0) return Internal(Errno("memfd_create", 0));
   // Anonymous, private and read-only: reads find the kernel's shared zero page, a stray write faults.
   void* base = mmap(nullptr, static_cast<std::size_t>(virtual_bytes), PROT_READ,

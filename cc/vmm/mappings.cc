@@ -1,0 +1,77 @@
+#include "vmm/mappings.h"
+
+#include <algorithm>
+
+#include "vmm/limits.h"
+
+namespace kvpage {
+namespace {
+
+// One part in this many of the limit is left to the process: a few mappings for each thread and each compiled program.
+constexpr std::int64_t kReservePart = 8;
+// Above every limit, and small enough to be doubled.
+constexpr std::int64_t kMany = std::int64_t{1} << 60;
+
+std::int64_t Allowed(const MapAccount::Limits& limits) {
+  return std::max<std::int64_t>(limits.total - limits.total / kReservePart - limits.others, 0);
+}
+
+}  // namespace
+
+std::int64_t WorstMappings(std::int64_t blocks, std::int64_t ranges, std::int64_t blocks_per_range) {
+  std::int64_t room = 0;
+  if (__builtin_mul_overflow(ranges, blocks_per_range, &room)) room = kMany;
+  const std::int64_t mapped = std::min({blocks, room, kMany});
+  return mapped + std::min(mapped, ranges) + 1;
+}
+
+std::int64_t MostBlocks(std::int64_t mappings, std::int64_t ranges) {
+  const std::int64_t rest = mappings - 1;
+  return std::max<std::int64_t>({rest / 2, rest - ranges, 0});
+}
+
+std::int64_t MapAccount::Left() const { return std::max<std::int64_t>(Allowed(read_()) - promised_, 0); }
+
+std::int64_t MapAccount::Share() const {
+  const Limits limits = read_();
+  const std::int64_t left = Allowed(limits) - promised_;
+  // A fixed part of the limit, halved while less is left than that and a quarter: the block size that follows is then
+  // the same in most processes. A little more than half, because capacities are powers of two and the default limit
+  // lies just below one.
+  std::int64_t share = limits.total / 16 * 9;
+  while (share > 1 && share + share / 4 > left) share /= 2;
+  return std::max<std::int64_t>(share, 1);
+}
+
+std::string MapAccount::Describe() const {
+  const Limits limits = read_();
+  const auto number = [](std::int64_t value) { return std::to_string(value); };
+  return "vm.max_map_count allows this process " + number(limits.total) + " mappings, " + number(promised_) +
+         " are promised to its pools, " + number(limits.others) + " are in use otherwise and " +
+         number(limits.total / kReservePart) + " stay reserved for threads and compiled programs";
+}
+
+MapAccount& ProcessMapAccount() {
+  // Never destroyed: pools may outlive static objects.
+  static auto* const account =
+      new MapAccount([] { return MapAccount::Limits{MaxMapCount(), CurrentMapCounts().others}; });
+  return *account;
+}
+
+bool MapPromise::Change(std::int64_t mappings) {
+  if (account_ == nullptr) return true;
+  const std::int64_t more = mappings - mappings_;
+  if (more <= 0) {
+    account_->promised_ += more;
+  } else {
+    const std::int64_t allowed = Allowed(account_->read_());
+    std::int64_t promised = account_->promised_;
+    do {
+      if (promised + more > allowed) return false;
+    } while (!account_->promised_.compare_exchange_weak(promised, promised + more));
+  }
+  mappings_ = mappings;
+  return true;
+}
+
+}  // namespace kvpage
