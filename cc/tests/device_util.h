@@ -91,8 +91,8 @@ class Machine {
     std::unique_ptr<DeviceMirror> mirror;
     KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(devices_[device], geometry, vmm->base(), options.allow_stale, &mirror));
     std::shared_ptr<Pool> pool;
-    KVPAGE_RETURN_IF_ERROR(
-        Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), nullptr, &pool, std::move(mirror)));
+    KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), nullptr, &pool,
+                                      std::move(mirror)));
     pool->set_id(id);
     KVPAGE_RETURN_IF_ERROR(pool->OpenMirror());
     *out = std::move(pool);
