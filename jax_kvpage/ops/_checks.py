@@ -147,7 +147,8 @@ def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
         )
     arrays = (batch.slots, batch.query_offsets)
     _check_arrays(op, "batch", arrays)
-    return arrays
+    slots, offsets = (as_int32(f"{op}: batch", array) for array in arrays)
+    return slots, offsets
 
 
 def _check_arrays(op: str, name: str, arrays: Sequence[Any]) -> None:
