@@ -4,6 +4,7 @@ Every host call converts its arguments here before it does anything else, so tha
 ValueError and changes nothing. The silent wrap-around of NumPy and JAX is refused everywhere.
 """
 
+import functools
 import operator
 from typing import Any
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["as_bool", "as_host_array", "as_int32", "host_int", "host_ints"]
+from jax_kvpage import _compat
+
+__all__ = ["as_bool", "as_host_array", "as_int32", "host_int", "host_ints", "to_device"]
 
 _MIN, _MAX = -(2**31), 2**31 - 1
 
@@ -117,14 +120,14 @@ def as_host_array(name: str, values: Any) -> Any:
 
     Args:
         name: what to call the values in an error.
-        values: int, list, tuple, range or NumPy array; a JAX array is returned unchanged. Elements
-            of a list may be scalars of JAX, traced ones too.
+        values: int, list, tuple, range or NumPy array, or a JAX array, whose dtype stays unless it
+            is int64. Elements of a list may be scalars of JAX, traced ones too.
 
     Raises:
         ValueError: an integer that int32 cannot hold, or no array of numbers.
     """
     if isinstance(values, jax.Array):
-        return values
+        return _narrowed(values)
     wanted = "an int32 array, or a list of ints,"
     if isinstance(values, (list, tuple)):
         if any(isinstance(element, jax.core.Tracer) for element in values):
@@ -162,6 +165,30 @@ def _stacked(name: str, values: Any) -> jax.Array:
     return jnp.stack(elements)
 
 
+def _narrowed(array: jax.Array) -> jax.Array:
+    """int64 as int32: under jax_enable_x64 that is what jax.numpy makes of integers.
+
+    Values out of range become the limits of int32, which the op refuses when it runs.
+    """
+    if array.dtype != np.int64:
+        return array
+    return _clipped(array)
+
+
+@functools.partial(jax.jit, inline=True)
+def _clipped(array: jax.Array) -> jax.Array:
+    return jnp.clip(array, _MIN, _MAX).astype(jnp.int32)
+
+
 def as_int32(name: str, values: Any) -> jax.Array:
     """The same as `as_host_array`, as an array of JAX."""
-    return jnp.asarray(as_host_array(name, values))
+    return to_device(as_host_array(name, values))
+
+
+def to_device(array: Any) -> jax.Array:
+    """A host array as one of JAX; an explicit transfer where transfer guards look at them."""
+    if isinstance(array, jax.Array):
+        return array
+    if _compat.guards_transfers() and not _compat.is_tracing():
+        return jax.device_put(array)
+    return jnp.asarray(array)

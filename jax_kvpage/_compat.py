@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 __all__ = [
     "default_device",
     "gathered",
+    "guards_transfers",
     "is_ready",
     "is_tracing",
     "load_native",
@@ -174,6 +175,13 @@ def is_tracing() -> bool:
             return False
     except ValueError:
         return True
+
+
+def guards_transfers() -> bool:
+    """Whether `jax.transfer_guard` looks at transfers to the device that are not explicit."""
+    level = getattr(jax.config, "jax_transfer_guard_host_to_device", None)
+    level = level or getattr(jax.config, "jax_transfer_guard", None)
+    return level not in (None, "allow")
 
 
 def default_device() -> jax.Device:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
-from jax_kvpage._compat import is_ready, is_tracing, no_mesh
+from jax_kvpage._compat import guards_transfers, is_ready, is_tracing, no_mesh
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
@@ -165,8 +165,11 @@ class Queue:
         try:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
+            table = _rows(edits, 3)
+            if guards_transfers():
+                table, rows = jax.device_put((table, rows), self._native.device)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
-                cache, marker = program(cache, self._own, _rows(edits, 3), rows)
+                cache, marker = program(cache, self._own, table, rows)
         except BaseException:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):

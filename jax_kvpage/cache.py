@@ -6,17 +6,39 @@ through jit, scan, while, cond and donation like any other value.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage._arrays import as_host_array, as_int32, host_int
+from jax_kvpage._arrays import as_host_array, as_int32, host_int, to_device
 from jax_kvpage._compat import gathered
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
+
+
+def _is_host(values: Any) -> bool:
+    """Whether values are a NumPy array, or a list of host values."""
+    if isinstance(values, (list, tuple)):
+        return not any(isinstance(value, jax.Array) for value in values)
+    return isinstance(values, np.ndarray)
+
+
+# Eager calls of these are one program each: then no scalar has to be moved to the device, which
+# transfer guards would see.
+@functools.partial(jax.jit, inline=True)
+def _offsets(counts: jax.Array) -> jax.Array:
+    # Padding in front and not a concatenation: an array of zeros would lie elsewhere.
+    return jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+
+
+@functools.partial(jax.jit, inline=True)
+def _masked(keep: jax.Array, slots: jax.Array) -> jax.Array:
+    return jnp.where(keep, slots, -1)
 
 
 def _one_axis(name: str, values: jax.Array) -> jax.Array:
@@ -91,7 +113,7 @@ class Batch:
             ValueError: slots that are no integers, or not one-dimensional.
         """
         slots = _one_axis("Batch.decode: slots", as_int32("Batch.decode: slots", slots))
-        offsets = jnp.asarray(np.arange(slots.shape[0] + 1, dtype=np.int32))
+        offsets = to_device(np.arange(slots.shape[0] + 1, dtype=np.int32))
         return cls(slots, offsets, num_tokens=slots.shape[0])
 
     @classmethod
@@ -135,9 +157,7 @@ class Batch:
             ends = np.cumsum([0, *counts], dtype=np.int64)
             offsets = as_int32("Batch.from_lengths: sum of lengths", ends)
             return cls(slots, offsets, num_tokens=num_tokens)
-        # Padding in front and not a concatenation: an array of zeros would lie elsewhere.
-        offsets = jnp.pad(jnp.cumsum(gathered(counts), dtype=jnp.int32), (1, 0))
-        return cls(slots, offsets, num_tokens=num_tokens)
+        return cls(slots, _offsets(gathered(counts)), num_tokens=num_tokens)
 
     def mask(self, keep: jax.Array) -> "Batch":
         """The same batch with only some of its sequences active; the others become padding.
@@ -152,7 +172,7 @@ class Batch:
             ValueError: keep has another shape or dtype.
         """
         try:
-            keep = jnp.asarray(keep)
+            keep = to_device(np.asarray(keep)) if _is_host(keep) else jnp.asarray(keep)
         except TypeError as error:
             raise ValueError(f"Batch.mask: keep: wanted bool[S], got {keep!r}") from error
         if keep.shape != jnp.shape(self.slots) or keep.dtype != jnp.bool_:
@@ -160,5 +180,5 @@ class Batch:
                 f"Batch.mask: keep: wanted bool{list(jnp.shape(self.slots))} (one for each "
                 f"sequence), got {keep.dtype}{list(keep.shape)}"
             )
-        slots = jnp.where(gathered(keep), gathered(self.slots), -1)
+        slots = _masked(gathered(keep), gathered(as_int32("Batch.mask: slots", self.slots)))
         return dataclasses.replace(self, slots=slots)

@@ -96,6 +96,7 @@ def _attend_one(
     heads, dim = q.shape
     context, kv_heads = k.shape[1:3]
     key_position = jnp.arange(context, dtype=jnp.int32)
+    # Ranks are made equal throughout, for `jax.numpy_rank_promotion("raise")`.
     visible = key_position <= position
     visible &= (window <= 0) | (key_position > position - window)
     # A weight of 0 is not enough for masked values: 0 * NaN is NaN.
@@ -111,8 +112,8 @@ def _attend_one(
     if soft_cap > 0:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     if alibi.size:
-        scores = scores + alibi[:, None] * (key_position - position).astype(jnp.float32)
-    scores = jnp.where(visible, scores, -jnp.inf)
+        scores = scores + alibi[:, None] * (key_position - position)[None].astype(jnp.float32)
+    scores = jnp.where(visible[None], scores, -jnp.inf)
     largest = scores.max(axis=-1)
     if sinks.size:
         largest = jnp.maximum(largest, sinks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -201,8 +202,71 @@ def test_not_a_cache_or_batch(op: str) -> None:
         "map": lambda: kvp.map_slots(None, [0], [1]),
         "after": lambda: kvp.after(make_q(), make_q()),
     }
-    with pytest.raises(TypeError, match=r"wanted a (KVCache|Batch)"):
+    with pytest.raises(ValueError, match=r"wanted a (KVCache|Batch)"):
         calls[op]()
+
+
+@pytest.mark.parametrize(
+    ("signature", "call"),
+    [
+        (
+            "append_kv(cache, k, v, batch, *, layer)",
+            lambda c, b, x: [
+                lambda: kvp.append_kv(x, x, c, b, layer=0),
+                lambda: kvp.append_kv(c, b, x, x, layer=0),
+                lambda: kvp.append_kv(c, x, b, x, layer=0),
+                lambda: kvp.append_kv(c, x, x, c, layer=0),
+                lambda: kvp.append_kv(b, x, x, c, layer=0),
+                lambda: kvp.append_kv(c, None, x, b, layer=0),
+            ],
+        ),
+        (
+            "paged_attention(q, cache, batch, *, layer)",
+            lambda c, b, x: [
+                lambda: kvp.paged_attention(c, x, b, layer=0),
+                lambda: kvp.paged_attention(c, b, x, layer=0),
+                lambda: kvp.paged_attention(x, b, c, layer=0),
+                lambda: kvp.paged_attention("q", c, b, layer=0),
+            ],
+        ),
+        (
+            "update_and_attend(q, k, v, cache, batch, *, layer)",
+            lambda c, b, x: [
+                lambda: kvp.update_and_attend(c, x, x, x, b, layer=0),
+                lambda: kvp.update_and_attend(x, c, x, x, b, layer=0),
+                lambda: kvp.update_and_attend(x, x, b, c, x, layer=0),
+                lambda: kvp.update_and_attend(x, x, x, b, c, layer=0),
+                lambda: kvp.update_and_attend(x, x, [x], c, b, layer=0),
+            ],
+        ),
+        ("advance(cache, batch)", lambda c, b, x: [lambda: kvp.advance(b, c)]),
+        ("positions(cache, batch)", lambda c, b, x: [lambda: kvp.positions(b, c)]),
+        ("after(cache, value)", lambda c, b, x: [lambda: kvp.after(x, c)]),
+        (
+            "map_slots(cache, slots, num_tokens)",
+            lambda c, b, x: [lambda: kvp.map_slots([0], c, 5)],
+        ),
+        (
+            "set_lengths(cache, slots, lengths)",
+            lambda c, b, x: [lambda: kvp.set_lengths([0], [5], c)],
+        ),
+        (
+            "paged_attention_with_tables(q, k_pages, v_pages, block_tables, lengths)",
+            lambda c, b, x: [
+                lambda: kvp.paged_attention_with_tables(c, x, x, b.slots, b.slots),
+                lambda: kvp.paged_attention_with_tables(x, x, x, b, b.slots),
+            ],
+        ),
+    ],
+)
+def test_arguments_in_another_order(signature: str, call: Any) -> None:
+    op = signature.partition("(")[0]
+    for traced in (False, True):
+        for mixed_up in call(abstract_cache(), BATCH, make_kv()):
+            run = jax.jit(mixed_up) if traced else mixed_up
+            wanted = rf"^{op}: \w+: wanted an? \w+.*, got .*{re.escape(signature)}"
+            with pytest.raises(ValueError, match=wanted):
+                run()
 
 
 def test_host_integers_become_int32() -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jax_kvpage
@@ -184,12 +183,13 @@ class Engine:
             tokens[begin : begin + length] = request.tokens[start : start + length]
             slots[lane], ids[lane] = request.slot, request.index
             offsets[lane + 1 :] = begin + length
-        batch = jax_kvpage.Batch(jnp.asarray(slots), jnp.asarray(offsets), num_tokens=width)
-        rows = np.maximum(offsets[1:] - 1, 0)
-        chosen, self._cache = self._programs.step(
-            self._cache, jnp.asarray(tokens), batch, jnp.asarray(rows), jnp.asarray(ids)
+        # Transfers are explicit, here and below, for `jax.transfer_guard("disallow")`.
+        slots, offsets, tokens, rows, ids = jax.device_put(
+            (slots, offsets, tokens, np.maximum(offsets[1:] - 1, 0), ids)
         )
-        return np.asarray(chosen)
+        batch = jax_kvpage.Batch(slots, offsets, num_tokens=width)
+        chosen, self._cache = self._programs.step(self._cache, tokens, batch, rows, ids)
+        return jax.device_get(chosen)
 
     def _decode(self) -> bool:
         """One step, or one scan; returns whether any sequence got further."""
@@ -205,12 +205,12 @@ class Engine:
             tokens[request.slot] = request.output_ids[-1]
             slots[request.slot] = request.slot
             ids[request.slot] = request.index
-        return jnp.asarray(tokens), jnp.asarray(slots), jnp.asarray(ids)
+        return jax.device_put((tokens, slots, ids))
 
     def _decode_step(self) -> bool:
         tokens, slots, ids = self._lanes(self._running)
         chosen, produced, self._cache = self._programs.decode(self._cache, tokens, slots, ids)
-        chosen, produced = np.asarray(chosen), np.asarray(produced)
+        chosen, produced = jax.device_get((chosen, produced))
         self.steps += int(produced.any())
         self.stalls += sum(not produced[request.slot] for request in self._running)
         for request in self._running:
@@ -224,10 +224,9 @@ class Engine:
         for request in self._running:
             remaining[request.slot] = self._remaining(request)
         result, self._cache = self._programs.scan(
-            self._scan_steps, self._cache, tokens, slots, jnp.asarray(remaining), ids
+            self._scan_steps, self._cache, tokens, slots, jax.device_put(remaining), ids
         )
-        out, produced = np.asarray(result.tokens), np.asarray(result.produced)
-        active = np.asarray(result.active)
+        out, produced, active = jax.device_get((result.tokens, result.produced, result.active))
         self.steps += int(produced.any(axis=1).sum())
         for token_row, produced_row in zip(out, produced, strict=True):
             for request in self._running:

@@ -36,7 +36,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...]
+        # Equal ranks, for `jax.numpy_rank_promotion("raise")`; the same holds for the angles below.
+        return wide.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
 
 
 def _linear(
@@ -181,7 +182,7 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         config = self.config
         frequencies = config.rope.inverse_frequencies(config.head_dim)
-        angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+        angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None]
         x = self.embed_tokens[...][tokens]
         for index, layer in enumerate(self.layers):
             x, state = layer(x, angles, attend, state, index)

@@ -135,6 +135,8 @@ class Programs:
         return self._call(self._scan, (num_steps,), cache, tokens, slots, remaining, sequence_ids)
 
     def _call(self, function: Callable[..., Any], static: tuple[int, ...], *args: Any) -> Any:
+        if jax.config.jax_disable_jit:  # then nothing can be compiled ahead of time
+            return function(*static, self._weights, *args)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
         key = (function.__name__, static, args[0].spec, shapes)
         compiled = self._compiled.get(key)
@@ -196,7 +198,7 @@ class Programs:
             mine = jnp.where(active, slots, -1)
             chosen, produced, cache = self._decode(weights, cache, tokens, mine, sequence_ids)
             tokens = jnp.where(produced, chosen, tokens)
-            remaining = remaining - produced
+            remaining = remaining - produced.astype(jnp.int32)
             stopped = (remaining <= 0) | jnp.isin(chosen, stop_ids)
             active = active & ~(produced & stopped)
             return (cache, tokens, remaining, active), (tokens, produced)

@@ -19,6 +19,7 @@ __all__ = [
     "Checker",
     "batch_operands",
     "cache_operands",
+    "check_arrays",
     "check_num_tokens",
     "layer_operand",
     "pool_checker",
@@ -120,15 +121,55 @@ def show(aval: Any) -> str:
     return f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"
 
 
+# The order of arguments differs: arrays that attention reads come before the cache.
+_SIGNATURES = {
+    "append_kv": "append_kv(cache, k, v, batch, *, layer)",
+    "paged_attention": "paged_attention(q, cache, batch, *, layer)",
+    "update_and_attend": "update_and_attend(q, k, v, cache, batch, *, layer)",
+    "advance": "advance(cache, batch)",
+    "positions": "positions(cache, batch)",
+    "map_slots": "map_slots(cache, slots, num_tokens)",
+    "set_lengths": "set_lengths(cache, slots, lengths)",
+    "after": "after(cache, value)",
+    "paged_attention_with_tables": (
+        "paged_attention_with_tables(q, k_pages, v_pages, block_tables, lengths)"
+    ),
+}
+
+
+def _misplaced(op: str, name: str, wanted: str, value: Any) -> ValueError:
+    array = isinstance(value, (jax.Array, np.ndarray))
+    got = f"an array {show(value)}" if array else type(value).__name__
+    signature = _SIGNATURES.get(op)
+    order = f"; the arguments are {signature}" if signature else ""
+    return ValueError(f"{op}: {name}: wanted {wanted}, got {got}{order}")
+
+
+def check_arrays(op: str, **arguments: Any) -> None:
+    """Refuses a cache, a batch or anything else that is no array, by argument name.
+
+    Args:
+        op: name for messages.
+        **arguments: what should be arrays.
+
+    Raises:
+        ValueError: shows the signature.
+    """
+    for name, value in arguments.items():
+        number = isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
+        if not number and not hasattr(value, "__jax_array__"):
+            raise _misplaced(op, name, "an array", value)
+
+
 def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
     """The arrays of a cache, in the order in which every primitive takes them.
 
     Raises:
-        TypeError: not a KVCache.
+        ValueError: not a KVCache, or one without arrays.
     """
     if not isinstance(cache, KVCache):
-        got = type(cache).__name__
-        raise TypeError(f"{op}: cache: wanted a KVCache (from pool.cache()), got {got}")
+        wanted = "a KVCache (from pool.cache())"
+        raise _misplaced(op, "cache", wanted, cache)
     arrays = (cache.handle, cache.epoch, cache.lengths)
     _check_arrays(op, "cache", arrays)
     return arrays
@@ -138,16 +179,18 @@ def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
     """The arrays of a batch.
 
     Raises:
-        TypeError: not a Batch.
+        ValueError: not a Batch, or one without arrays.
     """
     if not isinstance(batch, Batch):
-        raise TypeError(
-            f"{op}: batch: wanted a Batch (Batch(slots, query_offsets), Batch.decode(slots), "
-            f"Batch.from_lengths(slots, lengths)), got {type(batch).__name__}"
+        wanted = (
+            "a Batch (Batch(slots, query_offsets), Batch.decode(slots), "
+            "Batch.from_lengths(slots, lengths))"
         )
+        raise _misplaced(op, "batch", wanted, batch)
     arrays = (batch.slots, batch.query_offsets)
     _check_arrays(op, "batch", arrays)
-    return arrays
+    slots, offsets = (as_int32(f"{op}: batch", array) for array in arrays)
+    return slots, offsets
 
 
 def _check_arrays(op: str, name: str, arrays: Sequence[Any]) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from jax_kvpage import _compat
 from jax_kvpage import _cuda as cuda
+from jax_kvpage._arrays import to_device
 from jax_kvpage.ops import _scratch
 from jax_kvpage.spec import CacheSpec
 
@@ -42,6 +42,8 @@ def make_primitive(name: str, abstract: Abstract, static: Sequence[str] = ("spec
     compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
 
     def call_eagerly(*operands: Any, **params: Any) -> Any:
+        if _compat.guards_transfers():
+            operands = tuple(map(to_device, operands))
         # Without jit there is nothing to run, so disable_jit must not apply to this one call.
         with jax.disable_jit(False):
             return compiled(*operands, **params)
@@ -223,6 +225,6 @@ def check_implementation(implementation: str | None, problems: list[str]) -> Non
         problems.append(f"implementation: wanted {known} or None, got {implementation!r}")
 
 
-def absent() -> jax.Array:
+def absent() -> np.ndarray:
     """Placeholder for an optional per-head array that was not given."""
-    return jnp.zeros((0,), jnp.float32)
+    return np.zeros((0,), np.float32)

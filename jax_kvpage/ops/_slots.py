@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from jax_kvpage._arrays import as_int32
+from jax_kvpage._arrays import as_host_array, to_device
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops import _batching
 from jax_kvpage.ops._checks import INT32, Checker, cache_operands
@@ -17,11 +18,14 @@ __all__ = ["check", "flattened", "operands", "replaced"]
 def operands(op: str, cache: KVCache, slots: Any, name: str, values: Any) -> tuple[Any, ...]:
     """The cache's arrays, slots [n] and values [n], called `name`; scalars are spread out."""
     arrays = cache_operands(op, cache)
-    slots = jnp.atleast_1d(as_int32(f"{op}: slots", slots))
-    values = as_int32(f"{op}: {name}", values)
+    slots = as_host_array(f"{op}: slots", slots)
+    values = as_host_array(f"{op}: {name}", values)
+    if slots.ndim == 0:
+        slots = slots[None]
     if values.ndim == 0:
-        values = jnp.broadcast_to(values, slots.shape)
-    return *arrays, slots, values
+        spread = np.broadcast_to if isinstance(values, np.ndarray) else jnp.broadcast_to
+        values = spread(values, slots.shape)
+    return *arrays, to_device(slots), to_device(values)
 
 
 def check(checker: Checker, name: str, avals: Sequence[Any]) -> None:

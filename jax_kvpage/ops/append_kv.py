@@ -6,7 +6,7 @@ import jax
 
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _batching, _lowering, _scratch, _tokens
-from jax_kvpage.ops._checks import EPOCH, pool_checker, results
+from jax_kvpage.ops._checks import EPOCH, check_arrays, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["append_kv"]
@@ -49,6 +49,7 @@ def append_kv(
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
+    check_arrays("append_kv", k=k, v=v)
     header, problems = _tokens.header("append_kv", cache, batch, layer, k=k)
     params = {"spec": cache.spec}
     (epoch,) = _lowering.bind(append_kv_p, _abstract, (*header, k, v), params, problems)

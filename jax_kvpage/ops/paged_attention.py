@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_kvpage import reference
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _attention, _batching, _lowering, _scratch, _tokens
-from jax_kvpage.ops._checks import pool_checker, results
+from jax_kvpage.ops._checks import check_arrays, pool_checker, results
 from jax_kvpage.ops.gather_context import gather_context_p
 from jax_kvpage.spec import CacheSpec
 
@@ -94,6 +94,7 @@ def paged_attention(
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             malformed offsets, a layer out of range, or positions not mapped or not written.
     """
+    check_arrays("paged_attention", q=q)
     header, problems = _tokens.header("paged_attention", cache, batch, layer, q=q)
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     params = _attention.params(

@@ -1,10 +1,13 @@
 """positions: the position of each new token of a batch in its sequence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_kvpage import reference
-from jax_kvpage._arrays import host_int
+from jax_kvpage._arrays import host_int, to_device
 from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
@@ -49,8 +52,14 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
     check.done()
     assert tokens is not None
     if slots.shape[0] == 0:
-        return jnp.zeros((tokens,), jnp.int32)
+        return to_device(np.zeros((tokens,), np.int32))
     slots, offsets, lengths = map(gathered, (slots, offsets, cache.lengths))
+    return _positions(slots, offsets, lengths, tokens)
+
+
+# One program also when called eagerly: then no scalar has to be moved to the device.
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _positions(slots: jax.Array, offsets: jax.Array, lengths: jax.Array, tokens: int) -> jax.Array:
     sequence, index, owned = reference.token_owners(offsets, slots >= 0, tokens)
     begin = lengths[jnp.maximum(slots, 0)][sequence]
     return jnp.where(owned, begin + index, 0)
@@ -59,6 +68,6 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
 def _last_offset(offsets: jax.Array) -> int | None:
     """The number of tokens that sequences own, or None when offsets are traced."""
     try:
-        return int(offsets[-1])
-    except jax.errors.ConcretizationTypeError:
+        return int(np.asarray(offsets)[-1])
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return None

@@ -7,7 +7,7 @@ import jax
 
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _attention, _batching, _lowering, _scratch, _tokens
-from jax_kvpage.ops._checks import EPOCH, pool_checker, results
+from jax_kvpage.ops._checks import EPOCH, check_arrays, pool_checker, results
 from jax_kvpage.ops.append_kv import append_kv_p
 from jax_kvpage.ops.paged_attention import attend_gathered
 from jax_kvpage.spec import CacheSpec
@@ -74,6 +74,7 @@ def update_and_attend(
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
+    check_arrays("update_and_attend", q=q, k=k, v=v)
     header, problems = _tokens.header("update_and_attend", cache, batch, layer, q=q)
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     head_dim = cache.spec.head_dim

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_kvpage import reference
 from jax_kvpage.ops import _attention, _batching, _lowering, _scratch
-from jax_kvpage.ops._checks import FLOATS, INT32, Checker, results
+from jax_kvpage.ops._checks import FLOATS, INT32, Checker, check_arrays, results
 
 __all__ = ["paged_attention_with_tables"]
 
@@ -99,6 +99,8 @@ def paged_attention_with_tables(
         jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or
             a page number out of range.
     """
+    arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
+    check_arrays("paged_attention_with_tables", q=q, **arrays, lengths=lengths)
     problems: list[str] = []
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     head_dim = jnp.shape(q)[-1] if jnp.ndim(q) else 1
