@@ -18,6 +18,7 @@ from jax_kvpage._compat import is_ready
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import shortened, wait_for
 from jax_kvpage.ops.edit_slots import VACATE, edit_slots
 
 __all__ = ["Queue"]
@@ -110,7 +111,7 @@ class Queue:
             waited = True
             # A release whose program failed would drain for ever: say so instead of waiting.
             for marker in [m for m in self._releases if is_ready(m)]:
-                jax.block_until_ready(marker)
+                wait_for(marker)
             self._native.call(self._native.pool.wait_for_drain, _WAIT_SLICE)
 
     def run(
@@ -139,10 +140,13 @@ class Queue:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
             cache, marker = program(cache, self._own, _rows(edits, 3), rows)
-        except BaseException:
+        except BaseException as error:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):
                 self._native.pool.undo_edits(verb, edits)
+            short = shortened(error)
+            if short is not error:
+                raise short from None
             raise
         if marker is not None:
             self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
