@@ -110,9 +110,12 @@ class NativePool:
         live = [row for row in self.call(self.pool.rows) if not row.draining]
         largest = max(live, key=lambda row: row.blocks, default=None)
         hint = f" (slot {largest.slot} holds most, {largest.blocks} blocks)" if largest else ""
+        # Where the system has no memory, more capacity would not help.
+        more = claim.reason is Reason.OUT_OF_BLOCKS
+        resize = "take more memory" if more else "make the pool smaller"
         message = (
             f"{op}: {claim.message}; a block is {self.spec.block_bytes} bytes: release a request"
-            f"{hint}{wait}, or take more memory with resize()"
+            f"{hint}{wait}, or {resize} with resize()"
         )
         return OutOfBlocks(self._explained(claim.reason, message), **numbers)
 

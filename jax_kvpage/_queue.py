@@ -18,6 +18,7 @@ from jax_kvpage._compat import guards_transfers, is_ready, is_tracing, no_mesh
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import shortened, wait_for
 from jax_kvpage.ops.edit_slots import VACATE, edit_slots
 
 __all__ = ["Queue"]
@@ -137,7 +138,7 @@ class Queue:
             waited = True
             # A release whose program failed would drain for ever: say so instead of waiting.
             for marker in [m for m in self._releases if is_ready(m)]:
-                jax.block_until_ready(marker)
+                wait_for(marker)
             self._native.call(self._native.pool.wait_for_drain, _WAIT_SLICE)
 
     def run(
@@ -170,10 +171,13 @@ class Queue:
                 table, rows = jax.device_put((table, rows), self._native.device)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
                 cache, marker = program(cache, self._own, table, rows)
-        except BaseException:
+        except BaseException as error:
             # A pool that was closed meanwhile has nothing to take back.
             with contextlib.suppress(_native.StatusError):
                 self._native.pool.undo_edits(verb, edits)
+            short = shortened(error)
+            if short is not error:
+                raise short from None
             raise
         if marker is not None:
             self._releases = [m for m in self._releases if not is_ready(m)] + [marker]

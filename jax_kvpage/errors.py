@@ -8,9 +8,41 @@ results are NaN, and `KVPool.check` or the next call that changes the pool raise
 which is a `jax.errors.JaxRuntimeError` too.
 """
 
+import re
+from typing import Any
+
 import jax
 
-__all__ = ["DeviceFault", "KVPageError", "OutOfBlocks", "OutOfSlots", "PoolClosed"]
+__all__ = [
+    "DeviceFault",
+    "KVPageError",
+    "OutOfBlocks",
+    "OutOfSlots",
+    "PoolClosed",
+    "shortened",
+    "wait_for",
+]
+
+
+# XLA adds it for every program that was dispatched with the failed one's results.
+_REPEATED = re.compile(r"(Error dispatching computation: )\1+")
+
+
+def shortened(error: BaseException) -> BaseException:
+    """An error that JAX raised, without the repeated prefixes of its text."""
+    text = str(error)
+    short = _REPEATED.sub(r"\1", text)
+    if short == text:
+        return error
+    return type(error)(short).with_traceback(error.__traceback__)
+
+
+def wait_for(value: Any) -> None:
+    """Waits for arrays; raises what the programs that make them failed with."""
+    try:
+        jax.block_until_ready(value)
+    except (RuntimeError, ValueError) as error:
+        raise shortened(error) from None
 
 
 class KVPageError(RuntimeError):

@@ -24,7 +24,7 @@ from jax_kvpage._cuda import place_of
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import DeviceFault
+from jax_kvpage.errors import DeviceFault, wait_for
 from jax_kvpage.ops.edit_slots import OCCUPY, VACATE
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats, SlotInfo, make_rows, make_stats
@@ -63,7 +63,7 @@ class KVPool:
 
     Raises:
         ValueError: a capacity, spec or device that cannot work, with the numbers.
-        KVPageError: the CUDA driver refused.
+        KVPageError: the CUDA driver or the system refused.
         OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
             memory.
     """
@@ -278,6 +278,7 @@ class KVPool:
         lengths = None
         if cache is not None:
             self._queue.check_cache("slot_table", cache)
+            wait_for(cache.lengths)
             lengths = np.asarray(cache.lengths)
             self._native.raise_fault()
         return make_rows(self._native.call(self._pool.rows), self.spec, lengths)
@@ -346,5 +347,5 @@ class KVPool:
             jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
         """
         self._queue.check_cache("check", cache)
-        jax.block_until_ready((cache.epoch, cache.lengths))
+        wait_for((cache.epoch, cache.lengths))
         self._native.raise_fault()

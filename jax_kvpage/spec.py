@@ -11,25 +11,12 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage import _native
+from jax_kvpage._block_size import MAX_INT32, TOKEN_MULTIPLE, choose_block_tokens, round_up
 
 __all__ = ["CacheSpec"]
 
 Layout = Literal["fused", "per_layer"]
 
-# The size of one physical allocation is a compromise: small blocks waste little at the tail of a
-# sequence, large ones need fewer mappings and system calls. On CPU mapping costs the same 4 us for
-# 64 KiB as for 2 MiB and reading scattered 64 KiB blocks is within 5% of reading one dense array,
-# so the defaults are small. The fused layout maps one block a step where the per-layer layout maps
-# 2 * num_layers, therefore it can afford the larger one.
-FUSED_TARGET_BYTES = 128 * 1024
-PER_LAYER_TARGET_BYTES = 64 * 1024
-MIN_DEFAULT_BLOCK_TOKENS = 32
-# Kernels walk a block in steps of this many tokens.
-TOKEN_MULTIPLE = 16
-# Where blocks may be padded up to the granule (fused, quantized), sizes without padding are
-# preferred as long as they need no more than this many times the tokens that the target asks for.
-MAX_GROWTH_AGAINST_PADDING = 4
 # Bytes of the smallest mappable unit of memory: a page, or CUDA's allocation granularity.
 GRANULE_BYTES = {"cpu": 4096, "cuda": 2 * 1024 * 1024}
 DEFAULT_LAYOUT: dict[str, Layout] = {"cpu": "fused", "cuda": "fused"}
@@ -45,11 +32,18 @@ DTYPE_CODES: dict[Any, int] = {
 # Stored with a float32 scale for each token and KV head, for keys and for values (quantize.py).
 QUANTIZED_DTYPES = frozenset({np.dtype(jnp.int8), np.dtype(jnp.float8_e4m3fn)})
 SCALE_BYTES = 4
-_MAX_INT32 = 2**31 - 1
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+# The largest value of each size. Positions are int32, also those at the end of the last block; the
+# tables of a pool, on the host and in a program, have a row for each slot.
+_LARGEST = {
+    "num_layers": MAX_INT32,
+    "num_kv_heads": MAX_INT32,
+    "head_dim": MAX_INT32,
+    "max_slots": 2**20,
+    "max_seq_len": MAX_INT32 // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
+}
+# Ranges of all slots together: the host keeps a list of blocks for each.
+_MAX_RANGES = 2**26
+_MAX_INT64 = 2**63 - 1
 
 
 def _is_int(value: object) -> bool:
@@ -73,8 +67,8 @@ class CacheSpec:
         num_layers: number of transformer layers L.
         num_kv_heads: key/value heads of each layer.
         head_dim: elements of one head, the same for keys and values.
-        max_slots: number of sequences that can live in the cache at the same time.
-        max_seq_len: tokens that one slot has virtual memory for.
+        max_slots: number of sequences that can live in the cache at the same time, at most 2**20.
+        max_seq_len: tokens that one slot has virtual memory for, at most 2**31 - 16.
         dtype: storage type: float32, bfloat16 or float16, or quantized on append: int8 or
             float8_e4m3fn, with a float32 scale for each token and head of keys and of values.
         layout: "fused" (a block holds some tokens of all layers), "per_layer" (each layer's K and V
@@ -102,25 +96,26 @@ class CacheSpec:
     def __post_init__(self) -> None:
         """Checks and normalises all values."""
         reasons = []
-        for name in ("num_layers", "num_kv_heads", "head_dim", "max_slots", "max_seq_len"):
+        for name, most in _LARGEST.items():
             value = getattr(self, name)
-            if not _is_int(value) or not 1 <= value <= _MAX_INT32:
-                reasons.append(f"{name} must be an integer from 1 to {_MAX_INT32}, got {value!r}")
+            if not _is_int(value) or not 1 <= value <= most:
+                reasons.append(f"{name} must be an integer from 1 to {most}, got {value!r}")
             else:
                 object.__setattr__(self, name, int(value))
         try:
             dtype = np.dtype(self.dtype)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, SyntaxError, KeyError):  # as numpy says no
             dtype = None
         if dtype not in DTYPE_CODES:
             supported = ", ".join(d.name for d in DTYPE_CODES)
             reasons.append(f"dtype must be one of {supported}, got {self.dtype!r}")
-        if self.layout is not None and self.layout not in tuple(LAYOUT_CODES):
+        layout = self.layout
+        if layout is not None and not (isinstance(layout, str) and layout in LAYOUT_CODES):
             known = " or ".join(repr(name) for name in LAYOUT_CODES)
             reasons.append(f"layout must be {known} (or None for the default), got {self.layout!r}")
         tokens = self.block_tokens
         if tokens is not None:
-            if not _is_int(tokens) or not 1 <= tokens <= _MAX_INT32:
+            if not _is_int(tokens) or not 1 <= tokens <= MAX_INT32:
                 reasons.append(f"block_tokens must be a positive integer or None, got {tokens!r}")
             elif tokens % TOKEN_MULTIPLE:
                 reasons.append(
@@ -129,7 +124,9 @@ class CacheSpec:
                 )
             else:
                 object.__setattr__(self, "block_tokens", int(tokens))
-        if self.granule is not None and self.granule not in GRANULE_BYTES.values():
+        if self.granule is not None and (
+            not _is_int(self.granule) or self.granule not in GRANULE_BYTES.values()
+        ):
             reasons.append(f"granule is set by resolve(), got {self.granule!r}")
         _raise_all("CacheSpec", reasons)
         object.__setattr__(self, "dtype", dtype)
@@ -168,20 +165,37 @@ class CacheSpec:
             A spec with layout, block_tokens and granule set.
 
         Raises:
-            ValueError: the platform is unknown, or the given `block_tokens` cannot work there.
+            ValueError: the platform is unknown, the given `block_tokens` cannot work there, the
+                capacity is not a positive number, or the sizes are too large together.
         """
         if platform not in GRANULE_BYTES:
             known = " or ".join(repr(name) for name in GRANULE_BYTES)
             raise ValueError(f"CacheSpec.resolve: platform must be {known}, got {platform!r}")
+        if capacity is not None and (not _is_int(capacity) or not 1 <= capacity <= _MAX_INT64):
+            raise ValueError(
+                f"CacheSpec.resolve: capacity must be an integer from 1 to {_MAX_INT64}, "
+                f"got {capacity!r}"
+            )
         granule = GRANULE_BYTES[platform]
         if self.resolved and self.granule == granule:
+            self._check_sizes()
             return self
         layout = self.layout or DEFAULT_LAYOUT[platform]
         spec = dataclasses.replace(self, layout=layout, granule=granule)
         unit = spec._token_unit()
         if self.block_tokens is None:
-            # Memory on a device takes none of the process's mappings.
-            return spec._choose_block_tokens(unit, capacity if platform == "cpu" else None)
+            tokens = choose_block_tokens(
+                spec,
+                granule,
+                spec._block_token_bytes(),
+                unit,
+                spec._may_pad,
+                # Memory on a device takes none of the process's mappings.
+                int(capacity) if capacity is not None and platform == "cpu" else None,
+            )
+            spec = dataclasses.replace(spec, block_tokens=tokens)
+            spec._check_sizes()
+            return spec
         if not spec._may_pad and self.block_tokens % unit:
             raise ValueError(
                 f"CacheSpec: block_tokens={self.block_tokens} is impossible for layout 'per_layer' "
@@ -190,7 +204,25 @@ class CacheSpec:
                 f"works is {_nearest(self.block_tokens, unit)} (or leave it None, or use "
                 "layout='fused', which may pad)"
             )
+        spec._check_sizes()
         return spec
+
+    def _check_sizes(self) -> None:
+        """Raises a ValueError that names the sizes whose product is too large."""
+        reasons = []
+        if self.virtual_bytes > _MAX_INT64:
+            sizes = ", ".join(f"{name}={getattr(self, name)}" for name in _LARGEST)
+            reasons.append(
+                f"{sizes} and block_tokens={self.block_tokens} are {self.virtual_bytes} bytes of "
+                "virtual memory together, which do not fit 63 bits"
+            )
+        ranges = self.max_slots * self.num_ranges
+        if ranges > _MAX_RANGES:
+            reasons.append(
+                f"max_slots={self.max_slots} with {self.num_ranges} ranges a slot (2 * num_layers, "
+                f"num_layers={self.num_layers}) are {ranges} ranges, at most {_MAX_RANGES} work"
+            )
+        _raise_all("CacheSpec", reasons)
 
     def _block_token_bytes(self) -> int:
         """Bytes that one token takes in one block: all layers (fused), or one layer's K or V."""
@@ -206,39 +238,6 @@ class CacheSpec:
         assert self.granule is not None
         per_granule = self.granule // math.gcd(self.granule, self._block_token_bytes())
         return math.lcm(TOKEN_MULTIPLE, per_granule)
-
-    def _choose_block_tokens(self, unit: int, capacity: int | None) -> "CacheSpec":
-        assert self.granule is not None
-        fused = self.layout == "fused"
-        target = max(FUSED_TARGET_BYTES if fused else PER_LAYER_TARGET_BYTES, self.granule)
-        wanted = max(MIN_DEFAULT_BLOCK_TOKENS, -(-target // self._block_token_bytes()))
-        # A block larger than the longest sequence would only be padding.
-        wanted = min(wanted, _round_up(self.max_seq_len, TOKEN_MULTIPLE))
-        tokens = _round_up(wanted, unit)
-        if self._may_pad and tokens > MAX_GROWTH_AGAINST_PADDING * wanted:
-            # Padding is unavoidable; take as many tokens as the granules hold.
-            held = _round_up(wanted * self._block_token_bytes(), self.granule)
-            tokens = held // self._block_token_bytes() // TOKEN_MULTIPLE * TOKEN_MULTIPLE
-            tokens = max(wanted, min(tokens, _round_up(self.max_seq_len, TOKEN_MULTIPLE)))
-            tokens = _round_up(tokens, TOKEN_MULTIPLE)
-        spec = dataclasses.replace(self, block_tokens=tokens)
-        if capacity is None:
-            return spec
-        share = _native.mapping_share()
-        # Blocks of the longest sequence are the largest that are of use.
-        multiple = TOKEN_MULTIPLE if self._may_pad else unit
-        largest = min(_round_up(self.max_seq_len, multiple), _MAX_INT32 // multiple * multiple)
-        while tokens < largest and spec._worst_mappings(capacity) > share:
-            tokens = min(2 * tokens, largest)
-            spec = dataclasses.replace(spec, block_tokens=tokens)
-        return spec
-
-    def _worst_mappings(self, capacity: int) -> int:
-        """The most mappings that a pool with this capacity may come to need."""
-        blocks = capacity // self.block_bytes
-        return _native.worst_mappings(
-            blocks, self.max_slots * self.num_ranges, self.blocks_per_range
-        )
 
     @property
     def resolved(self) -> bool:
@@ -282,7 +281,7 @@ class CacheSpec:
     def block_bytes(self) -> int:
         """Bytes of one physical block, padding included."""
         block_tokens, granule = self._require_resolved("block_bytes")
-        return _round_up(block_tokens * self._block_token_bytes(), granule)
+        return round_up(block_tokens * self._block_token_bytes(), granule)
 
     @property
     def slot_bytes(self) -> int:
@@ -329,7 +328,7 @@ class CacheSpec:
 
 
 def _nearest(value: int, unit: int) -> str:
-    below, above = value // unit * unit, _round_up(value, unit)
+    below, above = value // unit * unit, round_up(value, unit)
     return f"{below} or {above}" if below else f"{above}"
 
 

@@ -14,7 +14,7 @@ import pytest
 from subprocesses import run_python
 
 import jax_kvpage as kvp
-from jax_kvpage import _native, spec
+from jax_kvpage import _block_size, _native
 
 # Layers, KV heads, head dim, longest sequence.
 _MODELS = {
@@ -106,8 +106,8 @@ def test_the_limit_on_mappings_is_no_matter_of_cuda(share: int, model: str, layo
         chosen = open_spec.resolve("cuda", capacity)
         assert chosen == open_spec.resolve("cuda")
         # One granule or the least number of tokens, and what is added against padding.
-        least = spec.MIN_DEFAULT_BLOCK_TOKENS * chosen.token_bytes // chosen.num_ranges
-        assert chosen.block_bytes <= spec.MAX_GROWTH_AGAINST_PADDING * max(2 * _MIB, least)
+        least = _block_size.MIN_DEFAULT_BLOCK_TOKENS * chosen.token_bytes // chosen.num_ranges
+        assert chosen.block_bytes <= _block_size.MAX_GROWTH_AGAINST_PADDING * max(2 * _MIB, least)
 
 
 def test_the_pools_of_the_report(share: int) -> None:

@@ -8,11 +8,11 @@ import pickle
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_kvpage as kvp
-from jax_kvpage import _native
-from jax_kvpage import spec as spec_module
+from jax_kvpage import _block_size, _native
 
 _MODELS = {
     "llama-8b": (32, 8, 128, 16, 8192),
@@ -55,9 +55,9 @@ def test_default_on_cpu_is_fused_and_near_its_target() -> None:
     assert spec.layout == "fused"
     assert spec.block_tokens == 32  # one block is far above the target, so the least tokens
     spec = kvp.CacheSpec(4, 2, 64, 8, 8192).resolve("cpu")  # 2 KiB a token
-    assert spec.block_bytes == spec_module.FUSED_TARGET_BYTES
+    assert spec.block_bytes == _block_size.FUSED_TARGET_BYTES
     spec = dataclasses.replace(kvp.CacheSpec(4, 2, 64, 8, 8192), layout="per_layer").resolve("cpu")
-    assert spec.block_bytes == spec_module.PER_LAYER_TARGET_BYTES
+    assert spec.block_bytes == _block_size.PER_LAYER_TARGET_BYTES
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
@@ -157,8 +157,8 @@ def test_all_mistakes_in_one_error() -> None:
         "num_layers must be an integer from 1 to 2147483647, got 0",
         "num_kv_heads must be an integer from 1 to 2147483647, got 1.5",
         "head_dim must be an integer from 1 to 2147483647, got -2",
-        "max_slots must be an integer from 1 to 2147483647, got True",
-        "max_seq_len must be an integer from 1 to 2147483647, got '8'",
+        "max_slots must be an integer from 1 to 1048576, got True",
+        "max_seq_len must be an integer from 1 to 2147483632, got '8'",
         "dtype must be one of float32, bfloat16, float16, int8, float8_e4m3fn, got",
         "layout must be 'fused' or 'per_layer' (or None for the default), got 'paged'",
         "block_tokens must be a multiple of 16, got 17: the nearest is 16 or 32",
@@ -226,3 +226,56 @@ def test_unknown_platform() -> None:
 
 def test_map_limit_is_read() -> None:
     assert 0 < _native.mapping_share() <= _native.max_map_count()
+
+
+_EXTREMES = (
+    *(0, 1, 2**31 - 1, 2**31, 2**62, 2**63, 2**70, -1, -(2**31)),
+    *(True, False, 1.0, 0.5, float("nan"), float("inf"), "8", None, [], {}),
+    *(np.int8(5), np.int64(-1), np.uint64(2**63), np.int64(2**31 - 1)),
+    *(np.float32(2), np.bool_(True), np.zeros(2, np.int32)),
+)
+_FIELDS = ["num_layers", "num_kv_heads", "head_dim", "max_slots", "max_seq_len"]
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+@pytest.mark.parametrize("field", [*_FIELDS, "block_tokens", "granule", "dtype", "layout"])
+def test_an_extreme_value_works_or_its_field_is_named(field: str, layout: Any) -> None:
+    values = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "max_slots": 2, "layout": layout}
+    usual: dict[str, Any] = values | {"max_seq_len": 64, "dtype": jnp.float32}
+    for value in _EXTREMES:
+        named = True
+        try:
+            spec = kvp.CacheSpec(**(usual | {field: value}))
+            chosen = getattr(spec, field)
+            assert isinstance(chosen, np.dtype) or type(chosen) in (int, str, type(None))
+            for platform in ("cpu", "cuda"):
+                spec.resolve(platform, capacity=2**24)
+            with kvp.KVPool(spec, "16MiB") as pool:
+                pool.acquire(pool.cache(), 1)
+        except ValueError as error:
+            named = field in str(error)
+        assert named, repr(value)
+
+
+@pytest.mark.parametrize("fields", [*itertools.combinations(_FIELDS, 3)])
+def test_sizes_that_are_too_large_together_are_named(fields: tuple[str, ...]) -> None:
+    usual = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "max_slots": 2, "max_seq_len": 64}
+    largest = {"max_slots": 2**20, "max_seq_len": 2**31 - 16}
+    sizes = usual | {field: largest.get(field, 2**31 - 1) for field in fields}
+    for layout, platform in itertools.product(["fused", "per_layer"], ["cpu", "cuda"]):
+        spec = kvp.CacheSpec(**sizes, layout=layout)
+        with pytest.raises(ValueError, match=f"{fields[0]}=") as caught:
+            spec.resolve(platform, capacity=2**40)
+        assert "63 bits" in str(caught.value) or "ranges" in str(caught.value)
+
+
+def test_a_longest_sequence_beyond_int32_is_named() -> None:
+    with pytest.raises(ValueError, match=r"max_seq_len must be .* to 2147483632, got 2147483647"):
+        kvp.CacheSpec(1, 1, 64, 1, 2**31 - 1)
+    assert kvp.CacheSpec(1, 1, 64, 1, 2**31 - 16).resolve("cpu").max_seq_len == 2**31 - 16
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2**63, 1.5, "1GiB", True])
+def test_resolve_refuses_other_capacities(capacity: Any) -> None:
+    with pytest.raises(ValueError, match="capacity must be an integer from 1 to"):
+        _spec().resolve("cpu", capacity=capacity)

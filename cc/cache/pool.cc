@@ -24,7 +24,8 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
     return InvalidArgument("capacity is " + std::to_string(capacity_bytes) + " bytes, " + std::to_string(blocks) +
                            " blocks; the first token of a request takes " + std::to_string(geometry.num_ranges()) +
                            " blocks of " + std::to_string(geometry.block_bytes) +
-                           " bytes: give more capacity or a smaller block_tokens");
+                           " bytes: give more capacity or a smaller block_tokens (a token takes " +
+                           std::to_string(geometry.token_bytes()) + " bytes: num_layers, num_kv_heads and head_dim)");
   }
   std::unique_ptr<Arena> arena;
   KVPAGE_RETURN_IF_ERROR(Arena::Make(geometry, blocks, std::move(vmm), &arena));

@@ -8,6 +8,7 @@
 #include "tests/expect_ok.h"
 #include "vmm/limits.h"
 #include "vmm/memfd_vmm.h"
+#include "vmm/system_error.h"
 
 namespace kvpage {
 namespace {
@@ -126,7 +127,24 @@ TEST(VmmTest, MoreThanThereIsIsAStatus) {
 TEST(VmmTest, OddBlockSizesAreRefused) {
   std::unique_ptr<MemfdVmm> vmm;
   EXPECT_EQ(MemfdVmm::Make(1 << 20, 5000, &vmm).code(), Code::kInvalidArgument);
-  EXPECT_EQ(MemfdVmm::Make(std::int64_t{1} << 62, 4096, &vmm).code(), Code::kResourceExhausted);
+  const Status status = MemfdVmm::Make(std::int64_t{1} << 62, 4096, &vmm);
+  EXPECT_EQ(status.code(), Code::kInvalidArgument);
+  EXPECT_NE(status.message().find("max_seq_len"), std::string::npos) << status.message();
+}
+
+TEST(VmmTest, OnlyShortMemoryIsResourceExhausted) {
+  for (const int error : {ENOMEM, ENOSPC, EAGAIN}) {
+    EXPECT_EQ(SystemError("fallocate", 4096, error).code(), Code::kResourceExhausted) << error;
+  }
+  for (const int error : {EPERM, EACCES, ENOSYS, EOPNOTSUPP}) {
+    const Status status = SystemError("memfd_create", -1, error);
+    EXPECT_EQ(status.code(), Code::kFailedPrecondition) << error;
+    EXPECT_EQ(status.message().rfind("memfd_create failed: ", 0), std::size_t{0}) << status.message();
+    EXPECT_NE(status.message().find("seccomp"), std::string::npos) << status.message();
+  }
+  EXPECT_NE(SystemError("memfd_create", -1, EMFILE).message().find("ulimit -n"), std::string::npos);
+  EXPECT_NE(SystemError("ftruncate", 4096, EFBIG).message().find("ulimit -f"), std::string::npos);
+  EXPECT_EQ(SystemError("fallocate", 4096, EIO).code(), Code::kInternal);
 }
 
 }  // namespace

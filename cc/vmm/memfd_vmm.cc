@@ -10,6 +10,7 @@
 #include <string>
 
 #include "vmm/limits.h"
+#include "vmm/system_error.h"
 
 namespace kvpage {
 namespace {
@@ -20,8 +21,9 @@ constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
 // Memory that Create leaves free for the rest of the system, so that it fails before the OOM killer wakes.
 constexpr std::int64_t kHeadroomReserve = std::int64_t{64} << 20;
 
-std::string Errno(const char* call, std::int64_t bytes) {
-  return std::string(call) + " of " + std::to_string(bytes) + " bytes failed: " + std::strerror(errno);
+// Giving memory back never fails for lack of blocks.
+Status NotMemory(Status status) {
+  return status.code() == Code::kResourceExhausted ? Internal(status.message()) : status;
 }
 
 // Length of the run of consecutive block numbers that starts at blocks[0].
@@ -39,13 +41,17 @@ Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std:
                            ", wanted a positive multiple of the page size " + std::to_string(PageBytes()));
   }
   const int fd = memfd_create(kPoolMemory, MFD_CLOEXEC);
-  if (fd < 0) return Internal(Errno("memfd_create", 0));
+  if (fd < 0) return SystemError("KVPool: memfd_create", -1, errno);
   // Anonymous, private and read-only: reads find the kernel's shared zero page, a stray write faults.
   void* base = mmap(nullptr, static_cast<std::size_t>(virtual_bytes), PROT_READ,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
-    Status status = ResourceExhausted(Errno("reserving virtual memory: mmap", virtual_bytes) +
-                                      "; use fewer slots or a smaller max_seq_len, or raise `ulimit -v`");
+    Status status = SystemError("KVPool: reserving virtual memory: mmap", virtual_bytes, errno);
+    if (status.code() == Code::kResourceExhausted) {
+      status = InvalidArgument(status.message() +
+                               ": that is the product of num_layers, num_kv_heads, head_dim, max_slots and max_seq_len "
+                               "in bytes; make one of them smaller, or raise `ulimit -v`");
+    }
     close(fd);
     return status;
   }
@@ -63,7 +69,7 @@ Status MemfdVmm::Grow(std::int64_t num_blocks) {
   if (num_blocks <= num_blocks_) return {};
   const std::int64_t bytes = num_blocks * block_bytes_;
   Count();
-  if (ftruncate(fd_, bytes) != 0) return ResourceExhausted(Errno("ftruncate", bytes));
+  if (ftruncate(fd_, bytes) != 0) return SystemError("ftruncate", bytes, errno);
   num_blocks_ = num_blocks;
   return {};
 }
@@ -75,10 +81,9 @@ Status MemfdVmm::CheckHeadroom(std::int64_t bytes) {
   }
   const std::int64_t available = AvailableBytes();
   if (available >= 0 && bytes + kHeadroomReserve > available) {
-    return ResourceExhausted(
-        "allocating " + std::to_string(bytes) + " bytes of blocks would leave the system under " +
-        std::to_string(kHeadroomReserve) + " bytes; " + std::to_string(available) +
-        " are available to this process: release requests, or make the pool smaller with resize()");
+    return ResourceExhausted("allocating " + std::to_string(bytes) + " bytes of blocks would leave the system under " +
+                             std::to_string(kHeadroomReserve) + " bytes; " + std::to_string(available) +
+                             " are available to this process");
   }
   unchecked_bytes_ = 0;
   return {};
@@ -95,7 +100,7 @@ Status MemfdVmm::Create(const std::int32_t* blocks, std::int64_t count) {
       rc = fallocate(fd_, 0, blocks[done] * block_bytes_, bytes);
     } while (rc != 0 && errno == EINTR);
     if (rc != 0) {
-      Status status = ResourceExhausted(Errno("fallocate", bytes));
+      Status status = SystemError("fallocate", bytes, errno);
       // Frees everything that this call allocated, including the start of the failed run.
       static_cast<void>(Destroy(blocks, done + run));
       return status;
@@ -111,7 +116,7 @@ Status MemfdVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
     Count();
     if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, blocks[done] * block_bytes_, run * block_bytes_) !=
         0) {
-      return Internal(Errno("fallocate(PUNCH_HOLE)", run * block_bytes_));
+      return NotMemory(SystemError("fallocate(PUNCH_HOLE)", run * block_bytes_, errno));
     }
     done += run;
   }
@@ -128,11 +133,12 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
     void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
                     MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, blocks[done] * block_bytes_);
     if (at == MAP_FAILED) {
-      Status status = ResourceExhausted(Errno("mapping blocks: mmap", bytes) +
-                                        (errno == ENOMEM ? "; the process may have reached vm.max_map_count (" +
-                                                               std::to_string(MaxMapCount()) +
-                                                               " mappings): larger blocks need fewer"
-                                                         : ""));
+      const int error = errno;
+      Status status = SystemError("mapping blocks: mmap", bytes, error);
+      if (error == ENOMEM) {
+        status = status.WithMessage(status.message() + ": the process may have reached vm.max_map_count (" +
+                                    std::to_string(MaxMapCount()) + " mappings); larger blocks need fewer");
+      }
       // A failed MAP_FIXED may already have removed the old mapping: turn the whole range back into a readable hole.
       static_cast<void>(Hole(offset, (done + run) * block_bytes_));
       return status;
@@ -146,7 +152,7 @@ Status MemfdVmm::Hole(std::int64_t offset, std::int64_t bytes) {
   Count();
   void* at = mmap(base_ + offset, static_cast<std::size_t>(bytes), PROT_READ,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  if (at == MAP_FAILED) return Internal(Errno("unmapping blocks: mmap", bytes));
+  if (at == MAP_FAILED) return NotMemory(SystemError("unmapping blocks: mmap", bytes, errno));
   return {};
 }
 
