@@ -285,11 +285,16 @@ class KVPool:
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.
 
-        The arrays have a constant shape and alias the cache: programs may take them as operands
-        alongside the cache and see what is written. What is not mapped or not written reads as
-        zeros. Never donate them, return them from a program or slice them outside of one: XLA would
-        copy the whole range. A slot with views stays draining after its release until they are
-        gone.
+        The arrays have a constant shape and alias the cache: a program that takes them as arguments
+        sees what earlier programs have written. What is not mapped or not written reads as zeros. A
+        slot with views stays draining after its release until they are gone.
+
+        A program that writes the cache and reads a view must read it with `read_views`. A direct
+        read there is wrong: XLA takes the view for a constant and may read it before the write,
+        without an error. `jax.lax.optimization_barrier` does not help.
+
+        Never donate a view, return it from a program or slice it outside of one: XLA would copy the
+        whole range.
 
         Args:
             layer: which layer.

@@ -88,3 +88,28 @@ traced.lower(*[jax.device_put(x, NamedSharding(mesh, rows)) for x in (q, kv, jnp
 """,
         env=_TWO_DEVICES,
     )
+
+
+def test_reads_of_views_keep_track_of_what_differs_between_shards() -> None:
+    """Also where the result varies over an axis that neither the cache nor the views vary over."""
+    run_python(
+        _PRELUDE
+        + """
+spec = kvp.CacheSpec(2, 2, 32, 4, 64, jnp.float32, layout="per_layer").resolve("cpu")
+cache = kvp.KVCache(
+    jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.uint32), jnp.zeros(4, jnp.int32), spec)
+
+def step(q, view):
+    out = kvp.read_views(cache, lambda keys: keys[:, 0, 0] @ q, view)
+    assert set(jax.typeof(out).manual_axis_type.varying) == {"x"}
+    return out
+
+for over_q, over_view in (2, 1), (1, 2), (2, 2):
+    specs = tuple(P("x") if n == 2 else P() for n in (over_q, over_view))
+    shapes = ((over_q * 32, 8), (over_view * 4, 64, 2, 32))
+    operands = [put(jnp.zeros(shape), s) for shape, s in zip(shapes, specs)]
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("x"))
+    assert jax.jit(mapped).lower(*operands).out_info.shape == (8, 8)
+""",
+        env=_TWO_DEVICES,
+    )

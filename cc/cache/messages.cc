@@ -116,6 +116,13 @@ Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t le
                     ": set_lengths lowers only (to 0 at least), advance raises");
 }
 
+Status NotAView(Op op, std::int64_t index, std::int32_t id) {
+  return InvalidArgument(op + ": array " + Number(index) + " of the views is not the memory of " + Pool(id) +
+                         " but a copy, or a view of another pool, and does not show what programs write: pass the "
+                         "arrays that this pool's view() returned to the jitted function as arguments (closed over, "
+                         "they are copied), and slice, gather or convert them inside the function that reads them");
+}
+
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode) {
   return InvalidArgument(Slot(op, slot) + ": this version of jax_kvpage knows no edit with opcode " + Number(opcode) +
                          ": compile the program again");

@@ -41,6 +41,7 @@ Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room
 Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written);
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // advance: all layers
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);           // set_lengths
+Status NotAView(Op op, std::int64_t index, std::int32_t id);
 
 // ---- edit_slots ----
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode);

@@ -81,7 +81,7 @@ class Pool {
     if (CheckProcess("view").ok()) views::Remove(parts_, slot);
   }
 
-  // ---- programs: program_ops.h, map_ops.h, edit_ops.h; `op` begins every message ----
+  // ---- programs: program_ops.h, map_ops.h, edit_ops.h, views.h; `op` begins every message ----
   // The program was compiled for this pool's spec and runs in its process.
   Status CheckProgram(const char* op, const SpecInts& spec) const;
   Status MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
@@ -107,6 +107,9 @@ class Pool {
   Status EditSlots(const char* op, const CacheRef& cache, const EditList& list, PinnedSlots* pinned,
                    std::uint32_t* epoch, std::int32_t* lengths) {
     return edit_ops::EditSlots(parts_, op, cache, list, pinned, epoch, lengths);
+  }
+  Status CheckViews(const char* op, const CacheRef& cache, const std::vector<views::ViewRef>& arrays) {
+    return views::Check(parts_, op, cache, arrays);
   }
 
  private:

@@ -2,7 +2,32 @@
 
 #include <string>
 
+#include "cache/messages.h"
+#include "cache/program_check.h"
+
 namespace kvpage::views {
+namespace {
+
+// The slot whose memory begins at the array, -1 for all slots, or kNoView.
+constexpr std::int64_t kNoView = -2;
+
+std::int64_t FindSlot(const Geometry& geometry, const KVView& memory, const ViewRef& array) {
+  const std::int64_t slot_bytes = geometry.max_seq_len * geometry.data_bytes();
+  const bool all = array.bytes == geometry.max_slots * slot_bytes;
+  if (!all && array.bytes != slot_bytes) return kNoView;
+  for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) {
+    for (const int kv : {0, 1}) {
+      const char* const begin = memory.Chunk(0, 0, layer, kv);
+      const std::int64_t offset = static_cast<const char*>(array.data) - begin;
+      if (all && offset == 0) return -1;
+      if (all || offset < 0 || offset >= geometry.max_slots * memory.slot_stride) continue;
+      if (offset % memory.slot_stride == 0) return offset / memory.slot_stride;
+    }
+  }
+  return kNoView;
+}
+
+}  // namespace
 
 Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot) {
   SlotTable& table = *pool.table;
@@ -48,5 +73,21 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot) {
 }
 
 void Remove(const PoolParts& pool, std::int32_t slot) { pool.table->RemoveView(pool.table->Lock(), slot); }
+
+Status Check(const PoolParts& pool, const char* op, const CacheRef& cache, const std::vector<ViewRef>& arrays) {
+  SlotTable& table = *pool.table;
+  const StateLock state = table.Lock();
+  const ProgramCheck check(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/false));
+  const KVView memory = table.geometry().View(pool.supply->base());
+  for (std::size_t i = 0; i < arrays.size(); ++i) {
+    const std::int64_t slot = FindSlot(table.geometry(), memory, arrays[i]);
+    if (slot == kNoView) return messages::NotAView(op, static_cast<std::int64_t>(i), table.id());
+    if (slot < 0) continue;
+    if (cache.lengths[slot] < 0) return messages::SlotFree(op, static_cast<std::int32_t>(slot));
+    KVPAGE_RETURN_IF_ERROR(check.Fresh(static_cast<std::int32_t>(slot)));
+  }
+  return {};
+}
 
 }  // namespace kvpage::views

@@ -50,6 +50,15 @@ auto BindAfter(B&& base) {
   return std::forward<B>(base).template Arg<U32>().RemainingArgs().template Ret<U32>();
 }
 
+// cache and the arrays; true
+template <class B>
+auto BindCheckViews(B&& base) {
+  return BindCache(std::forward<B>(base))
+      .RemainingArgs()
+      .template Attr<SpecAttr>("spec")
+      .template Ret<ffi::Buffer<ffi::PRED>>();
+}
+
 // cache, slots, query_offsets, layer
 template <class B>
 auto BindLayer(B&& base) {

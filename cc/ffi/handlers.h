@@ -13,17 +13,19 @@ struct Target {
   XLA_FFI_Handler* handler;
 };
 
-// Defined in slots.cc and attention.cc; `CpuTargets` is both.
+// Defined in slots.cc, attention.cc and views.cc; `CpuTargets` is all of them.
 std::vector<Target> SlotTargets();
 std::vector<Target> AttentionTargets();
+std::vector<Target> ViewTargets();
 
 inline std::vector<Target> CpuTargets() {
   std::vector<Target> targets = SlotTargets();
   for (const Target& target : AttentionTargets()) targets.push_back(target);
+  for (const Target& target : ViewTargets()) targets.push_back(target);
   return targets;
 }
 
-// The same names on CUDA (cuda/); in a build without CUDA there are none.
+// The same names on CUDA (cuda/), without those of views; in a build without CUDA there are none.
 std::vector<Target> CudaTargets();
 
 }  // namespace kvpage

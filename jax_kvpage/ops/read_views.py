@@ -1,0 +1,191 @@
+"""read_views: reads zero-copy views of a pool behind the writes of the same program.
+
+To XLA a view is an argument that nothing changes, so its reads may run before, or beside, the
+custom calls that write the same memory, and `optimization_barrier` orders values, not memory. Here
+the reads are a branch of a conditional, which runs only once its predicate is known, and the
+predicate comes from a custom call that takes the cache's epoch: to XLA it may be false. A second
+custom call, inside the branch, takes the views. XLA neither inlines a branch with such a side
+effect nor turns its conditional into a select, and the call compares addresses: a view that was
+copied on its way is an error, not an old value.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops import _batching, _lowering
+from jax_kvpage.ops._checks import Checker, cache_operands, pool_checker, results, show
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["read_views"]
+
+_Result = TypeVar("_Result")
+
+
+def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
+    check = pool_checker("read_views", spec)
+    check.cache(*avals[:3])
+    check.done()
+    return results(avals, ((), jnp.bool_))
+
+
+# Operands: the cache's arrays, then views; result: true, or the program fails.
+check_views_p = _lowering.make_primitive("check_views", _abstract)
+
+
+def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Result:
+    """Calls `read(*views)` behind everything that the program has written to the cache.
+
+    A program that changes a cache and reads a `KVPool.view` of the same pool must read through this
+    function: to XLA a view is a constant argument, and a direct read may show what was there before
+    the program's own writes. Nothing is copied. It works under jit, in scans, loops and
+    conditionals, with and without donation of the cache. There, hand the views to the jitted
+    function as arguments and close over them in the body; never carry them through a loop.
+
+    The order is that of a reader: behind the writes that `cache` has seen. If the program later
+    lowers a length, or releases what was read, order that behind the read with
+    `cache = after(cache, out)`.
+
+    Example:
+        def decode(cache, k_view, v_view, q, k, v, batch):  # one layer, one new token a sequence
+            cache = kvp.append_kv(cache, k, v, batch, layer=0)
+            lengths = cache.lengths[batch.slots] + 1
+
+            def attend(keys, values):
+                return jax.nn.dot_product_attention(
+                    q[:, None], keys[batch.slots], values[batch.slots],
+                    key_value_seq_lengths=lengths)
+
+            return cache, kvp.read_views(cache, attend, k_view, v_view)
+
+        cache, out = jax.jit(decode)(cache, *pool.view(0), q, k, v, batch)
+
+    Args:
+        cache: the cache that the last write returned.
+        read: computes a tree of arrays from the views. It may close over any other values, but
+            over nothing that was computed from a view outside of it. Slice, gather and convert the
+            views inside. It must not return a view itself.
+        *views: what `KVPool.view` returned, [max_slots, max_seq_len, kv heads, head_dim] or
+            [max_seq_len, kv heads, head_dim], in any number and in trees (for instance a list of
+            one (k, v) for each layer, between which `read` chooses with `lax.switch`).
+
+    Returns:
+        The result of `read`.
+
+    Raises:
+        ValueError: a cache whose pool has no views (layout, quantized storage, not on CPU), an
+            array without the shape and dtype of a view, no views, or a result that is a view.
+        jax.errors.JaxRuntimeError: an array is a copy of a view or belongs to another pool, the
+            cache is of an older generation, the pool is closed; or the slot of a view of one slot
+            is free, or has changed hands since the cache. Which slots `read` takes out of a view
+            of all slots is not known, so those are not checked.
+        TypeError: `cache` is not a KVCache, or `read` cannot be called.
+    """
+    state = cache_operands("read_views", cache)
+    if not callable(read):
+        raise TypeError(
+            f"read_views: read: wanted a function of the views, got {type(read).__name__}"
+        )
+    arrays = _check_arguments(cache, state, views)
+
+    def ordered() -> Any:
+        (checked,) = check_views_p.bind(*state, *arrays, spec=cache.spec)
+        out = read(*views)
+        _refuse_views(out, views)
+        # JAX drops a call whose result is not used.
+        return jax.tree.map(lambda x: jnp.where(checked, x, jnp.zeros_like(x)), out)
+
+    like = jax.eval_shape(ordered)
+
+    def never() -> Any:
+        return jax.tree.map(jnp.zeros_like, like)
+
+    (ready,) = check_views_p.bind(*state, spec=cache.spec)
+    result: _Result = jax.lax.cond(ready, ordered, never)
+    return result
+
+
+def _check_arguments(cache: KVCache, state: Sequence[Any], views: Sequence[Any]) -> list[Any]:
+    """The views as operands of check_views_p.
+
+    Raises:
+        ValueError: lists what is wrong with the cache's arrays, its spec and the views.
+    """
+    spec = cache.spec
+    check = pool_checker("read_views", spec)
+    check.cache(*map(jax.typeof, state))
+    if spec.layout != "per_layer" or spec.quantized:
+        check.add(
+            f"cache: a pool with layout {spec.layout!r} and {np.dtype(spec.dtype).name} storage "
+            "has no views: make it with CacheSpec(..., layout='per_layer') and float32, bfloat16 "
+            "or float16 storage, or read the cache with paged_attention"
+        )
+    else:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(views):
+            _check_view(check, f"views{jax.tree_util.keystr(path)}", leaf, spec)
+    leaves = jax.tree.leaves(views)
+    if not leaves:
+        check.add("views: got none: pass the arrays that pool.view returned, read(*views)")
+    check.done()
+    # Derivatives of what `read` computes are those of `read`.
+    return [jax.lax.stop_gradient(leaf) for leaf in leaves]
+
+
+def _refuse_views(out: Any, views: Any) -> None:
+    given = [id(leaf) for leaf in jax.tree.leaves(views)]
+    if any(id(leaf) in given for leaf in jax.tree.leaves(out)):
+        raise ValueError(
+            "read_views: read returned a view, all of which would be copied: return what is "
+            "computed from the views"
+        )
+
+
+def _check_view(check: Checker, name: str, leaf: Any, spec: CacheSpec) -> None:
+    one = (spec.max_seq_len, spec.num_kv_heads, spec.head_dim)
+    if isinstance(leaf, jax.Array):
+        if leaf.dtype == spec.dtype and leaf.shape in (one, (spec.max_slots, *one)):
+            return
+        got = show(jax.typeof(leaf))
+    else:
+        got = type(leaf).__name__
+    check.add(
+        f"{name}: wanted an array from pool.view, {np.dtype(spec.dtype).name} "
+        f"[max_slots={spec.max_slots}, max_seq_len={spec.max_seq_len}, Hkv={spec.num_kv_heads}, "
+        f"D={spec.head_dim}] or the same without max_slots, got {got}: slice, gather and convert "
+        "views inside read"
+    )
+
+
+_lowering.register_lowerings(check_views_p)
+
+
+def _lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    del operands, params
+    platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+    raise ValueError(
+        f"read_views: cannot be compiled for platform {platforms!r}: only pools on CPU have views. "
+        "Read the cache with paged_attention, or compile for cpu"
+    )
+
+
+mlir.register_lowering(check_views_p, _lower_elsewhere, platform="cuda")
+mlir.register_lowering(check_views_p, _lower_elsewhere)
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> Any:
+    def wrong(name: str, dim: int | None) -> str:
+        if name == "views" and dim is not None:
+            return "a view is batched, but must be the same for all elements (in_axes=None)"
+        return _batching.never_mapped(name, dim)
+
+    names = (*_batching.CACHE, *["views"] * (len(operands) - 3))
+    _batching.refuse("read_views", names, dims, wrong)
+    return check_views_p.bind(*operands, **params), [None]
+
+
+_batching.register(check_views_p, _batch)
