@@ -19,7 +19,7 @@ std::int64_t FindSlot(const Geometry& geometry, const KVView& memory, const View
     for (const int kv : {0, 1}) {
       const char* const begin = memory.Chunk(0, 0, layer, kv);
       const std::int64_t offset = static_cast<const char*>(array.data) - begin;
-      if (all && offset == 0) return geometry.max_slots == 1 ? 0 : -1;
+      if (all && offset == 0) return -1;
       if (all || offset < 0 || offset >= geometry.max_slots * memory.slot_stride) continue;
       if (offset % memory.slot_stride == 0) return offset / memory.slot_stride;
     }

@@ -52,7 +52,7 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
     `cache = after(cache, out)`.
 
     Example:
-        def step(cache, k_view, v_view, q, k, v, batch):  # jitted, one new token a sequence
+        def decode(cache, k_view, v_view, q, k, v, batch):  # one layer, one new token a sequence
             cache = kvp.append_kv(cache, k, v, batch, layer=0)
             lengths = cache.lengths[batch.slots] + 1
 
@@ -61,7 +61,9 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
                     q[:, None], keys[batch.slots], values[batch.slots],
                     key_value_seq_lengths=lengths)
 
-            return kvp.read_views(cache, attend, k_view, v_view), kvp.advance(cache, batch)
+            return cache, kvp.read_views(cache, attend, k_view, v_view)
+
+        cache, out = jax.jit(decode)(cache, *pool.view(0), q, k, v, batch)
 
     Args:
         cache: the cache that the last write returned.
@@ -77,10 +79,11 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
 
     Raises:
         ValueError: a cache whose pool has no views (layout, quantized storage, not on CPU), an
-            array that has not the shape and dtype of a view, no views, or a result that is a view.
-            When the program runs: an array that is a copy of a view, or of another pool.
-        jax.errors.JaxRuntimeError: the cache is stale, the pool is closed, or the slot of a view
-            of one slot is free.
+            array without the shape and dtype of a view, no views, or a result that is a view.
+        jax.errors.JaxRuntimeError: an array is a copy of a view or belongs to another pool, the
+            cache is of an older generation, the pool is closed; or the slot of a view of one slot
+            is free, or has changed hands since the cache. Which slots `read` takes out of a view
+            of all slots is not known, so those are not checked.
         TypeError: `cache` is not a KVCache, or `read` cannot be called.
     """
     state = cache_operands("read_views", cache)
