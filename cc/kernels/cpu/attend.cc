@@ -41,7 +41,8 @@ class Attention {
         kernels_(ActiveKernels()),
         group_(args.num_q_heads / args.kv.num_kv_heads),
         head_dim_(args.kv.head_dim),
-        window_(SlidingWindow(args)) {}
+        window_(SlidingWindow(args)),
+        state_scale_(StateScale(args.options.scale, args.options.soft_cap, args.options.alibi_slopes != nullptr)) {}
 
   bool Allocate(int num_workers);
   void Run(std::int64_t index, int worker) const;
@@ -68,6 +69,7 @@ class Attention {
   const int group_;
   const int head_dim_;
   const std::int32_t window_;
+  const float state_scale_;
   int num_workers_ = 1;
   ScratchpadLayout layout_;
   float* scratchpads_ = nullptr;
@@ -179,7 +181,7 @@ void Attention::RunPart(const WorkUnit& unit, std::int64_t begin, std::int64_t e
 void Attention::Merge(const WorkUnit& unit, float* into, const float* from) const {
   const std::int64_t stride = StateFloats(unit.rows, head_dim_);
   for (int h = 0; h < unit.heads; ++h) {
-    kernels_.merge(into + h * stride, from + h * stride, unit.rows, head_dim_);
+    kernels_.merge(into + h * stride, from + h * stride, unit.rows, head_dim_, state_scale_);
   }
 }
 
@@ -190,6 +192,7 @@ void Attention::Finish(const WorkUnit& unit, const float* state) const {
     finish.tile = Tile(unit);
     finish.kv_head = unit.kv_head + h;
     finish.state = state + h * stride;
+    finish.state_scale = state_scale_;
     finish.sinks = args_.options.sinks;
     finish.out = QueryRow(args_.out, unit);
     finish.dtype = args_.q_dtype;

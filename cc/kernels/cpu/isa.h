@@ -44,6 +44,17 @@ static constexpr int PaddedRows(int rows) {
 // Query and accumulator rows are zero-padded to whole vectors of any instruction set, in bfloat16 too.
 static constexpr int PaddedDim(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
+// Where nothing but a scale follows the dot products they stay unscaled, and so do the maxima of softmax states; the
+// scale multiplies differences. A scaled maximum would be rounded, by hundreds where scores are near 1e10, and could
+// overflow. (A scale below normal floats may count as 0, and masked scores times 0 are NaN.)
+static constexpr bool OnlyScales(float scale, float soft_cap, bool has_slopes) {
+  return scale >= 0x1p-126f && soft_cap <= 0.0f && !has_slopes;
+}
+// The maximum of a state times this is a score.
+static constexpr float StateScale(float scale, float soft_cap, bool has_slopes) {
+  return OnlyScales(scale, soft_cap, has_slopes) ? scale : 1.0f;
+}
+
 // The softmax state of a KV head over part of the context; isa/state-inl.h has the layout.
 static constexpr std::int64_t StateFloats(int rows, int head_dim) {
   return (static_cast<std::int64_t>(PaddedRows(rows)) * (PaddedDim(head_dim) + 3) + 15) / 16 * 16;
@@ -114,6 +125,7 @@ struct FinishArgs {
   QueryTile tile;
   int kv_head = 0;
   const float* state = nullptr;
+  float state_scale = 1.0f;      // StateScale of the call
   const float* sinks = nullptr;  // [num_q_heads] or null
   void* out = nullptr;           // of the sequence's first new token
   DType dtype = DType::kF32;
@@ -124,8 +136,8 @@ struct Kernels {
   const char* name;
   void (*load)(const LoadArgs& args);
   void (*attend)(const SpanArgs& args);
-  // into = into merged with from, both over `rows` rows.
-  void (*merge)(float* into, const float* from, int rows, int head_dim);
+  // into = into merged with from, both over `rows` rows. state_scale: StateScale of the call.
+  void (*merge)(float* into, const float* from, int rows, int head_dim, float state_scale);
   void (*finish)(const FinishArgs& args);
   // n elements, not quantized; rounds to nearest even.
   void (*convert)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);

@@ -14,10 +14,13 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/plan.cc
   cc/kernels/cpu/workspace.cc)
 target_link_libraries(kvpage_cpu_kernels PUBLIC kvpage_options)
+# Only Fma() fuses a product with a sum: elsewhere a product that is compared must be the one that is subtracted.
+set(arithmetic -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx2 ${arithmetic} -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512)
   set_source_files_properties(cc/kernels/cpu/isa/avx2.cc PROPERTIES COMPILE_OPTIONS "${avx2}")
   set_source_files_properties(cc/kernels/cpu/isa/avx512.cc PROPERTIES COMPILE_OPTIONS "${avx512}")
   set_source_files_properties(cc/kernels/cpu/isa/avx512_bf16.cc PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16;-mavx512vnni;-mavx512vbmi")
 endif()
+set_source_files_properties(cc/kernels/cpu/isa/baseline.cc PROPERTIES COMPILE_OPTIONS ${arithmetic})

@@ -119,7 +119,7 @@ class DecodeAttention {
       const int row = min(State::Row(lane_, half), unit.rows - 1);
       position_[half] = RowPosition(p_, unit, row);
       first_[half] = FirstVisible(position_[half], window);
-      slope_[half] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
+      slope_[half] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] : 0.0f;
     }
     span_.Reset();
     unit_.Reset();
@@ -162,7 +162,7 @@ class DecodeAttention {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) all = fmaxf(all, tops_[w * kTileRows + State::Row(lane_, half)]);
       base[half] = Base(all);
-      factor[half] = Exp2(span_.max[half] - base[half]);
+      factor[half] = Weight(span_.max[half], base[half], rule_.unit);
       span_.max[half] = all;
       span_.sum[half] *= factor[half];
     }
@@ -170,7 +170,8 @@ class DecodeAttention {
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float a = Exp2(scores[n][2 * half] - base[half]), b = Exp2(scores[n][2 * half + 1] - base[half]);
+        const float a = Weight(scores[n][2 * half], base[half], rule_.unit);
+        const float b = Weight(scores[n][2 * half + 1], base[half], rule_.unit);
         span_.sum[half] += a + b;
         unsigned char* to =
             weights_ + WeightRows::Offset(State::Row(lane_, half), warp_ * kScoreTiles + n) + lane_ % 4 * 4;
@@ -277,7 +278,7 @@ class DecodeAttention {
       span_.sum[half] = sum;
     }
     if (unit.split_index < 0 || IsFirstItem(unit)) {
-      unit_.Merge(span_);
+      unit_.Merge(span_, rule_.unit);
     } else {
       span_.Store(p_, unit, span - unit.first_span);
     }

@@ -33,10 +33,10 @@ struct DecodeState {
   }
 
   // Merges the state of the next span into this one.
-  __device__ __forceinline__ void Merge(const DecodeState& next) {
+  __device__ __forceinline__ void Merge(const DecodeState& next, float score_unit) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const StateMerge merge(max[half], sum[half], next.max[half], next.sum[half]);
+      const StateMerge merge(max[half], sum[half], next.max[half], next.sum[half], score_unit);
       max[half] = merge.max;
       sum[half] = merge.sum;
 #pragma unroll

@@ -145,7 +145,7 @@ class GeneralAttention {
       sum_[i] = unit_sum_[i] = 0.0f;
       const int row = min(warp_ + i * kWarps, unit.rows - 1);
       position_[i] = RowPosition(p_, unit, row);
-      slope_[i] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] * kLog2E : 0.0f;
+      slope_[i] = rule_.alibi ? p_.options.alibi_slopes[RowHead(p_, unit, row)] : 0.0f;
     }
     __syncthreads();
   }
@@ -177,8 +177,8 @@ class GeneralAttention {
       float top = score;
       for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, step));
       top = fmaxf(top, max_[i]);
-      const float base = Base(top), factor = Exp2(max_[i] - base);
-      const float weight = visible ? Exp2(score - base) : 0.0f;
+      const float base = Base(top), factor = Weight(max_[i], base, rule_.unit);
+      const float weight = visible ? Weight(score, base, rule_.unit) : 0.0f;
       float sum = weight;
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
       max_[i] = top;
@@ -252,7 +252,7 @@ class GeneralAttention {
     for (int i = 0; i < kTileRows / kWarps; ++i) {
       const int row = warp_ + i * kWarps;
       if (row < unit.rows && keep) {
-        const StateMerge merge(unit_max_[i], unit_sum_[i], max_[i], sum_[i]);
+        const StateMerge merge(unit_max_[i], unit_sum_[i], max_[i], sum_[i], rule_.unit);
         unit_max_[i] = merge.max;
         unit_sum_[i] = merge.sum;
         if (lane_ == 0) {

@@ -39,6 +39,7 @@ __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& 
   const std::int32_t end = ((unit.end - 1) >> unit.shift) - unit.first_span + 1;
   const int lane = threadIdx.x % kWarpSize;
   constexpr int kColumns = 4;
+  const float score_unit = ScoreUnit(p);
   for (std::int32_t row = threadIdx.x / kWarpSize; row < unit.rows; row += kWarps) {
     const std::int64_t state = StateIndex(p, unit, row, 0);
     const std::int64_t index = RowIndex(p, unit, row);
@@ -55,7 +56,7 @@ __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& 
 #pragma unroll 4
       for (std::int32_t span = first; span < end; ++span) {
         const float2 other = __ldcg(sums + span);
-        const StateMerge merge(sum.x, sum.y, other.x, other.y);
+        const StateMerge merge(sum.x, sum.y, other.x, other.y, score_unit);
         sum.x = merge.max;
         sum.y = merge.sum;
         const float* from = values + std::int64_t{span} * p.head_dim;

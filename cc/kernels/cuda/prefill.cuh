@@ -41,12 +41,13 @@ class PrefillAttention {
   static constexpr int kTokens = Shape::kTokens, kStep = Shape::kStep;
   static constexpr int kBlocks = State::kBlocks, kColumns = State::kColumns;
   static constexpr int kScoreTiles = kStep / 8;
+  static constexpr float kFusedScores = 512.0f;  // rounded by no more than 2^-15
 
  public:
   __device__ __forceinline__ PrefillAttention(const AttentionParams& params, unsigned char* shared)
       : p_(params),
-        rule_(params),
-        plain_(rule_.plain() && rule_.factor > 0.0f),
+        plain_(OnlyScales(params)),
+        unit_(ScoreUnit(params)),
         map_(params.checked->view),
         queries_(shared),
         ranges_(reinterpret_cast<VisibleRange*>(shared + Shape::kQueryBytes)),
@@ -107,7 +108,7 @@ class PrefillAttention {
       state_.Store(Memory(work.state));
       if (Arrive(&p_.plan.arrived[work.unit], work.items)) Merge(work);
     } else {
-      if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
+      if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x), unit_);
       state_.template Write<T>(p_, work);
     }
   }
@@ -174,21 +175,20 @@ class PrefillAttention {
 
   __device__ __forceinline__ void Softmax(const PrefillItem& work, std::int32_t begin, bool masked, int m,
                                           float (&scores)[kScoreTiles][4], std::uint32_t (&weights)[kScoreTiles][2]) {
-    // Without cap and slopes, the scale moves into the exponent and the dot products stay unscaled.
-    const float multiplier = plain_ ? rule_.factor : 1.0f;
     if (!plain_) {
+      const ScoreRule<false> rule(p_);
       float slope[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!rule_.alibi) break;
-        slope[half] = p_.options.alibi_slopes[RowHead(p_, work.head, work.first_row + Row(m, half))] * kLog2E;
+        if (!rule.alibi) break;
+        slope[half] = p_.options.alibi_slopes[RowHead(p_, work.head, work.first_row + Row(m, half))];
       }
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const std::int32_t token = begin + 8 * n + lane_ % 4 * 2 + i % 2;
-          scores[n][i] = rule_.Score(scores[n][i], slope[i / 2], token - position_[m][i / 2]);
+          scores[n][i] = rule.Score(scores[n][i], slope[i / 2], token - position_[m][i / 2]);
         }
       }
     }
@@ -203,7 +203,7 @@ class PrefillAttention {
         }
       }
     }
-    float base[2], factor[2];
+    float base[2], factor[2], shift[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = NegativeInfinity();
@@ -211,18 +211,33 @@ class PrefillAttention {
       for (int n = 0; n < kScoreTiles; ++n) top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
-      top = fmaxf(top * multiplier, state_.max[m][half]);
+      top = fmaxf(top, state_.max[m][half]);
       base[half] = Base(top);
-      factor[half] = Exp2(state_.max[m][half] - base[half]);
+      shift[half] = __fmul_rn(base[half], unit_);
+      factor[half] = Weight(state_.max[m][half], base[half], unit_);
       state_.max[m][half] = top;
       state_.sum[m][half] *= factor[half];
+    }
+    // Scores of ordinary size, of which a fused product loses nothing, save the subtraction. The choice is a row's, so
+    // that its bits do not depend on other rows.
+    if (!(fabsf(shift[0]) < kFusedScores && fabsf(shift[1]) < kFusedScores)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (fabsf(shift[half]) < kFusedScores) continue;
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; ++n) {
+          scores[n][2 * half] = __fsub_rn(scores[n][2 * half], base[half]);
+          scores[n][2 * half + 1] = __fsub_rn(scores[n][2 * half + 1], base[half]);
+        }
+        shift[half] = 0.0f;
+      }
     }
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float a = Exp2(fmaf(scores[n][2 * half], multiplier, -base[half]));
-        const float b = Exp2(fmaf(scores[n][2 * half + 1], multiplier, -base[half]));
+        const float a = Exp2(__fmaf_rn(scores[n][2 * half], unit_, -shift[half]));
+        const float b = Exp2(__fmaf_rn(scores[n][2 * half + 1], unit_, -shift[half]));
         state_.sum[m][half] += a + b;
         weights[n][half] = Pack<T>(a, b);
       }
@@ -297,7 +312,7 @@ class PrefillAttention {
   // Ends a span that another one follows in this block.
   __device__ __forceinline__ void KeepSpan() {
     state_.SumRows();
-    if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x));
+    if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x), unit_);
     state_.Store(Memory(blockIdx.x));
     kept_ = true;
     state_.Reset();
@@ -309,14 +324,14 @@ class PrefillAttention {
     state_.Load(Memory(work.first_state + work.first_span));
 #pragma unroll 1
     for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
-      state_.template Merge</*kMemoryFirst=*/false>(Memory(work.first_state + span));
+      state_.template Merge</*kMemoryFirst=*/false>(Memory(work.first_state + span), unit_);
     }
     state_.template Write<T>(p_, work);
   }
 
   const AttentionParams& p_;
-  const ScoreRule<false> rule_;
   const bool plain_;
+  const float unit_;  // of scores
   const TokenMap map_;
   unsigned char* const queries_;
   VisibleRange* const ranges_;  // [kWarps + 1] of each warp's rows, then of all rows

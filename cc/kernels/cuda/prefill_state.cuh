@@ -77,15 +77,16 @@ struct PrefillState {
 
   // Merges this state with one in memory, of tokens before (kMemoryFirst) or after this state's.
   template <bool kMemoryFirst>
-  __device__ __forceinline__ void Merge(const float* memory) {
+  __device__ __forceinline__ void Merge(const float* memory, float score_unit) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float other_max = __ldcg(memory + At(SumAt(m, half, 0))),
                     other_sum = __ldcg(memory + At(SumAt(m, half, 1)));
-        const StateMerge merge = kMemoryFirst ? StateMerge(other_max, other_sum, max[m][half], sum[m][half])
-                                              : StateMerge(max[m][half], sum[m][half], other_max, other_sum);
+        const StateMerge merge = kMemoryFirst
+                                     ? StateMerge(other_max, other_sum, max[m][half], sum[m][half], score_unit)
+                                     : StateMerge(max[m][half], sum[m][half], other_max, other_sum, score_unit);
         max[m][half] = merge.max;
         sum[m][half] = merge.sum;
 #pragma unroll

@@ -1,5 +1,8 @@
-// Scores, and the merge and normalization of softmax states. All in base 2: a score is log2(e) times that of the
-// natural softmax.
+// Scores, their weights, and the merge and normalization of softmax states.
+//
+// Weights are 2^((score - largest score) * unit). The difference comes first: it is 0 for the largest score and
+// negative for the others regardless of their size, where a fused score * unit - largest * unit is off by what rounding
+// took from the second product, which is hundreds where scores are near 1e10. Intrinsics keep the compiler from fusing.
 #ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 #define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 
@@ -16,31 +19,52 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float NegativeInfinity() { return __int_as_float(static_cast<int>(0xff800000)); }
 
+// Whether nothing but a scale follows the dot products. They stay unscaled then, and so do the largest scores of
+// states. (A scale below normal floats may count as 0, and masked scores times 0 are NaN.)
+__device__ __forceinline__ bool OnlyScales(const AttentionParams& p) {
+  return p.options.scale >= 1.17549435e-38f && !(p.options.soft_cap > 0.0f) && p.options.alibi_slopes == nullptr;
+}
+// A state's largest score times this is that of the natural softmax.
+__device__ __forceinline__ float StateScale(const AttentionParams& p) { return OnlyScales(p) ? p.options.scale : 1.0f; }
+// What differences of scores are multiplied by to be exponents of 2.
+__device__ __forceinline__ float ScoreUnit(const AttentionParams& p) { return StateScale(p) * kLog2E; }
+
 // Turns dot products into scores: scale, soft cap, ALiBi. kExact: with the library's tanh, whose relative error is
 // small.
 template <bool kExact>
 struct ScoreRule {
   float factor;  // of a dot product; with a soft cap, gives the argument of tanh or exp2
-  float cap;     // log2(e) times the soft cap; 0: none
+  float cap;     // 0: none
+  float unit;    // ScoreUnit
+  bool plain;    // OnlyScales: a dot product is the score
   bool alibi;
 
   __device__ __forceinline__ explicit ScoreRule(const AttentionParams& p) {
     const bool capped = p.options.soft_cap > 0.0f;
     // tanh(x / cap) = 1 - 2 / (1 + e^(2 x / cap))
-    factor = capped ? p.options.scale / p.options.soft_cap * (kExact ? 1.0f : 2.0f * kLog2E) : p.options.scale * kLog2E;
-    cap = capped ? p.options.soft_cap * kLog2E : 0.0f;
+    factor = capped ? p.options.scale / p.options.soft_cap * (kExact ? 1.0f : 2.0f * kLog2E) : p.options.scale;
+    cap = capped ? p.options.soft_cap : 0.0f;
+    unit = ScoreUnit(p);
+    plain = OnlyScales(p);
     alibi = p.options.alibi_slopes != nullptr;
   }
-  __device__ __forceinline__ bool plain() const { return cap == 0.0f && !alibi; }
 
-  // `slope` is log2(e) times the head's; `distance` is key position - query position.
+  // `distance` is key position - query position.
   __device__ __forceinline__ float Score(float dot, float slope, std::int32_t distance) const {
-    float x = dot * factor;
-    if (cap != 0.0f) x = kExact ? cap * tanhf(x) : cap - __fdividef(2.0f * cap, 1.0f + Exp2(x > 126.0f ? 126.0f : x));
-    if (alibi) x = fmaf(slope, static_cast<float>(distance), x);
+    if (plain) return dot;
+    float x = __fmul_rn(dot, factor);
+    if (cap != 0.0f) {
+      x = kExact ? __fmul_rn(cap, tanhf(x)) : cap - __fdividef(2.0f * cap, 1.0f + Exp2(x > 126.0f ? 126.0f : x));
+    }
+    if (alibi) x = __fmaf_rn(slope, static_cast<float>(distance), x);
     return x;
   }
 };
+
+// The weight of a score, none of which is above `base`.
+__device__ __forceinline__ float Weight(float score, float base, float unit) {
+  return Exp2(__fmul_rn(__fsub_rn(score, base), unit));
+}
 
 // The maximum to subtract in exponents: 0 while no score is above -inf, so that weights are 0, not 2^(-inf + inf).
 __device__ __forceinline__ float Base(float max) { return max == NegativeInfinity() ? 0.0f : max; }
@@ -50,11 +74,11 @@ __device__ __forceinline__ float Base(float max) { return max == NegativeInfinit
 struct StateMerge {
   float max, sum, a, b;
 
-  __device__ __forceinline__ StateMerge(float max_a, float sum_a, float max_b, float sum_b) {
+  __device__ __forceinline__ StateMerge(float max_a, float sum_a, float max_b, float sum_b, float unit) {
     max = fmaxf(max_a, max_b);
     const float base = Base(max);
-    a = Exp2(__fsub_rn(max_a, base));
-    b = Exp2(__fsub_rn(max_b, base));
+    a = Weight(max_a, base, unit);
+    b = Weight(max_b, base, unit);
     sum = __fmaf_rn(sum_a, a, __fmul_rn(sum_b, b));
   }
   __device__ __forceinline__ float operator()(float value_a, float value_b) const {
@@ -68,15 +92,17 @@ struct Normalization {
 
   __device__ __forceinline__ Normalization(const AttentionParams& p, int q_head, float max, float sum) {
     factor = 1.0f;
+    max = __fmul_rn(max, StateScale(p));
     if (p.options.sinks != nullptr) {
-      const float sink = p.options.sinks[q_head] * kLog2E;
+      const float sink = p.options.sinks[q_head];
       const float top = fmaxf(max, sink), base = Base(top);
-      factor = Exp2(max - base);
-      sum = fmaf(sum, factor, Exp2(sink - base));
+      factor = Weight(max, base, kLog2E);
+      sum = fmaf(sum, factor, Weight(sink, base, kLog2E));
       max = top;
     }
     factor = factor / sum;
-    lse = (Base(max) + log2f(sum)) * kLn2;
+    // A score that overflows makes the row's values NaN and its lse infinite, as in the reference implementation.
+    lse = max == -NegativeInfinity() ? max : Base(max) + log2f(sum) * kLn2;
   }
 };
 

@@ -85,8 +85,8 @@ void Attend(const SpanArgs& args) {
   }
 }
 
-void Merge(float* into, const float* from, int rows, int head_dim) {
-  MergeStates({into, rows, head_dim}, {from, rows, head_dim}, rows);
+void Merge(float* into, const float* from, int rows, int head_dim, float state_scale) {
+  MergeStates({into, rows, head_dim}, {from, rows, head_dim}, rows, state_scale);
 }
 
 template <class D>
@@ -103,19 +103,23 @@ void Finish(const FinishArgs& args) {
   const std::int64_t row_bytes = static_cast<std::int64_t>(head_dim) * (args.dtype == DType::kF32 ? 4 : 2);
   for (int r = 0; r < args.tile.rows; ++r) {
     const std::int64_t index = RowIndex(args.tile, args.kv_head, r);
-    float top = max[r], factor = 1.0f, extra = 0.0f;
+    const float largest = max[r] * args.state_scale;
+    float top = largest, factor = 1.0f, extra = 0.0f;
     if (args.sinks != nullptr) {
       const int head = args.kv_head * args.tile.group + static_cast<int>((args.tile.first_row + r) % args.tile.group);
-      const float sink = args.sinks[head] * kLog2E;
+      const float sink = args.sinks[head];
       if (sink > top || sink != sink) {
         top = sink;
-        factor = Exp2(max[r] - sink);
+        factor = Exp2((largest - sink) * kLog2E);
         extra = 1.0f;
       } else if (sink != -kInfinity) {
-        extra = Exp2(sink - top);
+        extra = Exp2((sink - top) * kLog2E);
       }
     }
-    if (args.lse != nullptr) args.lse[index] = top * kLn2 + Log(exact[r] * factor + extra);
+    if (args.lse != nullptr) {
+      // A score that overflows makes the row's values NaN and its lse infinite, as in the reference implementation.
+      args.lse[index] = top == kInfinity ? kInfinity : top + Log(exact[r] * factor + extra);
+    }
     const VF inverse = Splat(factor / (sum[r] * factor + extra));
     char* out = static_cast<char*>(args.out) + index * row_bytes;
     const float* acc = state.acc(r);

@@ -13,7 +13,6 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // For x < 128; exactly 0 below -126, where the result would be subnormal. The polynomial is good to 8e-8 (its constant
 // term is 1, so that 2^0 is), the result to little more than one unit in the last place.

@@ -43,7 +43,7 @@ struct SoftmaxArgs {
   const float* value_scales = nullptr;  // of quantized values; their weights are multiplied by them
 };
 
-// Soft cap and ALiBi of a row's scaled scores, in place, times log2(e).
+// Scale, soft cap and ALiBi of a row's scores, in place.
 KVPAGE_INLINE void BendScores(const SoftmaxArgs& args, int row, int padded, float* scores) {
   const SpanArgs& span = args.span;
   const float slope = args.slopes == nullptr ? 0.0f : args.slopes[(span.tile.first_row + row) % span.tile.group];
@@ -52,7 +52,7 @@ KVPAGE_INLINE void BendScores(const SoftmaxArgs& args, int row, int padded, floa
     VF s = LoadFloats(scores + j) * span.scale;
     if (span.soft_cap > 0.0f) s = Tanh(s / span.soft_cap) * span.soft_cap;
     if (slope != 0.0f) s = Fma(Splat(slope), __builtin_convertvector(Iota() + j, VF) + offset, s);
-    StoreFloats(scores + j, s * kLog2E);
+    StoreFloats(scores + j, s);
   }
 }
 
@@ -73,12 +73,17 @@ KVPAGE_INLINE VF MaskScores(Visible visible, int padded, float* scores, See&& se
   return top;
 }
 
-// Scores become weights 2^(score * multiplier + shift) in the lanes of L; returns their sum, and in *exact that of the
-// weights before they were rounded.
-KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF multiplier, VF shift, float* scores, float* exact) {
+// 2^((score - base) * unit), the weights of W scores of which none is above `base`. The difference comes first: it is 0
+// for the largest score and negative for the others regardless of their size, where a fused score * unit - base * unit
+// is off by what rounding took from base * unit.
+KVPAGE_INLINE VF Weights(const float* scores, VF base, VF unit) { return Exp2((LoadFloats(scores) - base) * unit); }
+
+// Scores become weights in the lanes of L; returns their sum, and in *exact that of the weights before they were
+// rounded.
+KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF base, VF unit, float* scores, float* exact) {
   VF total = {};
   for (int j = 0; j < padded; j += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
+    const VF p = Weights(scores + j, base, unit);
     StoreFloats(scores + j, p);
     total += p;
   }
@@ -92,21 +97,21 @@ KVPAGE_INLINE VF Scaled(VF weights, const float* scales, Visible visible, int j)
   const VF scaled = weights * LoadFloats(scales + j);
   return ((index >= visible.from) & (index < visible.to)) ? scaled : VF{};
 }
-KVPAGE_INLINE float WeighScaled(FloatLanes, const float* scales, Visible visible, int padded, VF multiplier, VF shift,
+KVPAGE_INLINE float WeighScaled(FloatLanes, const float* scales, Visible visible, int padded, VF base, VF unit,
                                 float* scores) {
   VF total = {};
   for (int j = 0; j < padded; j += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
+    const VF p = Weights(scores + j, base, unit);
     StoreFloats(scores + j, Scaled(p, scales, visible, j));
     total += p;
   }
   return SumOf(total);
 }
 
-// Turns the scores of rows first .. first + count - 1 into weights 2^(score - max), 0 where a row does not look, and
-// updates max and sums of `state`. Scores are scaled by log2(e) too. correction[r] is the factor for a row's
-// accumulator. The arrays start at row `first`; count <= kSoftmaxRows. residuals, where L has them and they are wanted,
-// get the difference between a weight and what it was rounded to; null where they are not wanted.
+// Turns the scores of rows first .. first + count - 1 into weights e^(score - max), 0 where a row does not look, and
+// updates max and sums of `state`. correction[r] is the factor for a row's accumulator. The arrays start at row
+// `first`; count <= kSoftmaxRows. residuals, where L has them and they are wanted, get the difference between a weight
+// and what it was rounded to; null where they are not wanted.
 template <class L>
 void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int count, const Visible* visible,
              float* scores, float* correction, typename L::BlockResiduals* residuals = nullptr) {
@@ -114,22 +119,21 @@ void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int 
   const int padded = (args.size + kStep - 1) / kStep * kStep;
   float *max = state.max() + first, *sum = state.sum() + first, *exact = state.exact_sum() + first;
   const bool with_residuals = L::kHasResiduals && residuals != nullptr;
-  // Nothing but a scale: it moves into the exponent, and the scores stay unscaled.
-  const bool plain = args.span.scale > 0.0f && args.span.soft_cap <= 0.0f && args.slopes == nullptr;
-  const float scale = plain ? args.span.scale * kLog2E : 1.0f;
+  const bool plain = OnlyScales(args.span.scale, args.span.soft_cap, args.slopes != nullptr);
+  const float unit = StateScale(args.span.scale, args.span.soft_cap, args.slopes != nullptr) * kLog2E;
   float top[kSoftmaxRows + W] = {}, base[kSoftmaxRows + W], before[kSoftmaxRows + W] = {}, factor[kSoftmaxRows + W];
-  float heaviest[kSoftmaxRows];  // the largest score and exponent of a value's unit, added up
+  float heaviest[kSoftmaxRows];  // the largest sum of a score, in base 2, and the exponent of its value's unit
   for (int r = 0; r < count; ++r) {
     float* s = scores + r * args.stride;
     if (!plain) BendScores(args, first + r, padded, s);
     before[r] = max[r];
     if (!with_residuals) {
-      top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [](int, VF) {}));
+      top[r] = MaxOf(MaskScores(visible[r], padded, s, [](int, VF) {}));
     } else if constexpr (L::kHasResiduals) {
       VF largest = Splat(-kInfinity);
-      top[r] = scale * MaxOf(MaskScores(visible[r], padded, s, [&](int j, VF seen) {
-                 largest = Max(Fma(seen, Splat(scale), LoadFloats(residuals->value_exponents + j)), largest);
-               }));
+      top[r] = MaxOf(MaskScores(visible[r], padded, s, [&](int j, VF seen) {
+        largest = Max(Fma(seen, Splat(unit), LoadFloats(residuals->value_exponents + j)), largest);
+      }));
       heaviest[r] = MaxOf(largest);
     }
   }
@@ -139,19 +143,19 @@ void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int 
     const VF empty = Splat(-kInfinity);
     // While every score so far is -inf the weights are 0, not exp(-inf - -inf).
     StoreFloats(base + r, largest == empty ? VF{} : largest);
-    StoreFloats(factor + r, largest == old ? Splat(1.0f) : (old == empty ? VF{} : Exp2(old - largest)));
+    StoreFloats(factor + r, largest == old ? Splat(1.0f) : (old == empty ? VF{} : Exp2((old - largest) * unit)));
     StoreFloats(top + r, largest);
   }
   for (int r = 0; r < count; ++r) {
     float* row = scores + r * args.stride;
     float total = 0.0f, unrounded = 0.0f;
     if (args.value_scales != nullptr) {
-      total = unrounded = WeighScaled(L{}, args.value_scales, visible[r], padded, Splat(scale), Splat(-base[r]), row);
+      total = unrounded = WeighScaled(L{}, args.value_scales, visible[r], padded, Splat(base[r]), Splat(unit), row);
     } else if (!with_residuals) {
-      total = Weigh(L{}, padded, Splat(scale), Splat(-base[r]), row, &unrounded);
+      total = Weigh(L{}, padded, Splat(base[r]), Splat(unit), row, &unrounded);
     } else if constexpr (L::kHasResiduals) {
-      ScaleResiduals(residuals, r, heaviest[r] - base[r]);
-      total = unrounded = WeighWithResiduals(L{}, residuals, r, padded, Splat(scale), Splat(-base[r]), row);
+      ScaleResiduals(residuals, r, heaviest[r], base[r] * unit);
+      total = unrounded = WeighWithResiduals(L{}, residuals, r, padded, Splat(base[r]), Splat(unit), row);
     }
     max[r] = top[r];
     sum[r] = sum[r] * factor[r] + total;
@@ -171,7 +175,7 @@ template <class T>
 KVPAGE_INLINE bool AllFinite(const char* const* rows, std::int64_t offset, int size, int head_dim) {
   VF bad = {};
   for (int i = 0; i < size; ++i) {
-    for (int d = 0; d < head_dim; d += W) bad += LoadAs(T{}, rows[i] + offset + d * T::kSize) * 0.0f;
+    for (int d = 0; d < head_dim; d += W) bad = Fma(LoadAs(T{}, rows[i] + offset + d * T::kSize), VF{}, bad);
   }
   const float sum = SumOf(bad);
   return sum == 0.0f;

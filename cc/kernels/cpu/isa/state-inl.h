@@ -21,7 +21,7 @@ class StateView {
 
   // Values times weights, of one row.
   KVPAGE_INLINE F* acc(int row) const { return acc_ + row * padded_dim_; }
-  // The largest score, in units of log2(e). -inf: nothing seen so far.
+  // The largest score, divided by StateScale. -inf: nothing seen so far.
   KVPAGE_INLINE F* max() const { return acc_ + padded_rows_ * padded_dim_; }
   // Sum of the weights that multiplied the values (perhaps rounded to bfloat16), so that they add up to one.
   KVPAGE_INLINE F* sum() const { return max() + padded_rows_; }
@@ -55,13 +55,14 @@ KVPAGE_INLINE void Clear(const SoftmaxState& state) {
 }
 
 // into = into merged with from, both over `rows` rows.
-KVPAGE_INLINE void MergeStates(const SoftmaxState& into, const ConstSoftmaxState& from, int rows) {
+KVPAGE_INLINE void MergeStates(const SoftmaxState& into, const ConstSoftmaxState& from, int rows, float state_scale) {
+  const float unit = state_scale * kLog2E;
   float *max = into.max(), *sum = into.sum(), *exact = into.exact_sum();
   const float *from_max = from.max(), *from_sum = from.sum(), *from_exact = from.exact_sum();
   for (int r = 0; r < rows; ++r) {
     const float top = from_max[r] > max[r] ? from_max[r] : max[r];
-    const float keep = max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2(max[r] - top);
-    const float take = from_max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2(from_max[r] - top);
+    const float keep = max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2((max[r] - top) * unit);
+    const float take = from_max[r] == -kInfinity ? (top == -kInfinity ? 1.0f : 0.0f) : Exp2((from_max[r] - top) * unit);
     float* a = into.acc(r);
     const float* b = from.acc(r);
     for (int d = 0; d < into.padded_dim(); d += W) {

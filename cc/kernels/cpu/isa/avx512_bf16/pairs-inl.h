@@ -82,13 +82,13 @@ void PackValues(PairLanes, const char* const* rows, std::int64_t offset, int siz
 }
 
 // Weights rounded to pairs; returns the sum of the rounded weights.
-KVPAGE_INLINE float Weigh(PairLanes, int padded, VF multiplier, VF shift, float* scores, float* exact) {
+KVPAGE_INLINE float Weigh(PairLanes, int padded, VF base, VF unit, float* scores, float* exact) {
   const VI ones = SplatInt(0x3f803f80);
   VF total = {}, rounded = {};
   float* to = scores;
   for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
+    const VF p = Weights(scores + j, base, unit);
+    const VF q = Weights(scores + j + W, base, unit);
     const VI pairs = (VI)_mm512_cvtne2ps_pbh(q, p);
     StoreBits(to, pairs);
     total += p + q;
@@ -98,13 +98,13 @@ KVPAGE_INLINE float Weigh(PairLanes, int padded, VF multiplier, VF shift, float*
   return SumOf(rounded);
 }
 
-KVPAGE_INLINE float WeighScaled(PairLanes, const float* scales, Visible visible, int padded, VF multiplier, VF shift,
+KVPAGE_INLINE float WeighScaled(PairLanes, const float* scales, Visible visible, int padded, VF base, VF unit,
                                 float* scores) {
   VF total = {};
   float* to = scores;
   for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
+    const VF p = Weights(scores + j, base, unit);
+    const VF q = Weights(scores + j + W, base, unit);
     StoreBits(to, (VI)_mm512_cvtne2ps_pbh(Scaled(q, scales, visible, j + W), Scaled(p, scales, visible, j)));
     total += p + q;
   }

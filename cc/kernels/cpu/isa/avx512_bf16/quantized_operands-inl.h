@@ -153,7 +153,7 @@ KVPAGE_INLINE void QuantizeWeights(const float* weights, const float* scales, in
   }
   if constexpr (L > 0) {
     VI n[4];
-    // Weights are at most 1, but for the rounding of large scores.
+    // Weights are at most 1, except for what Exp2 may round up.
     KVPAGE_UNROLL for (int s = 0; s < 4; ++s) n[s] = ToIntegers(_mm512_min_ps(w[s], Splat(kMostUnsigned<L>)));
     KVPAGE_UNROLL for (int l = 0; l < L; ++l) {
       words[l] = (n[0] >> (8 * l) & 0xff) | (n[1] >> (8 * l) & 0xff) << 8 | (n[2] >> (8 * l) & 0xff) << 16 |

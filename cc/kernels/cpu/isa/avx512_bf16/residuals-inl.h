@@ -27,6 +27,8 @@ namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
 constexpr float kMostByte = 127.0f;
+// Of a value's unit.
+constexpr float kMostExponent = 254 - 126 - 7;
 // Smaller ones are left out, because their factor could overflow.
 constexpr float kLeastResidual = 0x1p-118f;
 
@@ -53,10 +55,15 @@ struct BlockResiduals {
   std::int32_t starts[kRowBlock];  // start of a sum of products: takes the bias out
 };
 
-// The largest of row r's weights times units of values is 2^largest. Rounding takes no more than 1/256 of a weight.
-// (Scores beyond 2^18 are rounded so coarsely that a byte may wrap. An error as large as that rounding is no worse.)
-KVPAGE_INLINE void ScaleResiduals(BlockResiduals* residuals, int r, float largest) {
-  const float most = Exp2(largest - 8.0f);
+// The largest of row r's weights times units of values is 2^(heaviest - top), where `top` is the row's largest score in
+// base 2. Rounding takes no more than 1/256 of a weight. A large score takes bits from the exponent that was added to
+// it: the slack makes up for them, so that no byte wraps. From 2^24 on scores are whole numbers, so that weights are
+// powers of two and leave no residuals.
+KVPAGE_INLINE void ScaleResiduals(BlockResiduals* residuals, int r, float heaviest, float top) {
+  const float slack = __builtin_fabsf(top) * 0x1p-22f;
+  const float largest = heaviest - top + slack;
+  // Weights are at most 1: no more than the largest unit. Keeps Exp2 in its range; NaN stays.
+  const float most = Exp2((largest > kMostExponent ? kMostExponent : largest) - 8.0f);
   const bool any = most > kLeastResidual;  // not for NaN
   residuals->factors[r] = any ? kMostByte / most : 0.0f;
   residuals->units[r] = any ? most / kMostByte : 0.0f;
@@ -175,14 +182,14 @@ KVPAGE_INLINE void AddResiduals(const BlockResiduals& residuals, const TileResid
 }
 
 // Weigh for row r, with its residuals. Returns the sum of the weights before rounding.
-KVPAGE_INLINE float WeighWithResiduals(PairLanes, BlockResiduals* residuals, int r, int padded, VF multiplier, VF shift,
+KVPAGE_INLINE float WeighWithResiduals(PairLanes, BlockResiduals* residuals, int r, int padded, VF base, VF unit,
                                        float* scores) {
   VF total = {};
   __m256i sum = {};
   float* to = scores;
   for (int j = 0; j < padded; j += 2 * W, to += W) {
-    const VF p = Exp2(Fma(LoadFloats(scores + j), multiplier, shift));
-    const VF q = Exp2(Fma(LoadFloats(scores + j + W), multiplier, shift));
+    const VF p = Weights(scores + j, base, unit);
+    const VF q = Weights(scores + j + W, base, unit);
     const auto pairs = (VI)_mm512_cvtne2ps_pbh(q, p);
     StoreBits(to, pairs);
     StoreResiduals(*residuals, r, j, p, q, pairs, &sum);
