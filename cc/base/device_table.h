@@ -13,6 +13,7 @@
 #include "base/kv_view.h"
 #include "base/op_names.h"
 #include "base/spec_fields.h"
+#include "base/written_runs.h"
 
 namespace kvpage {
 
@@ -43,7 +44,8 @@ enum class FaultKind : std::int32_t {
   kLayer,         // wanted: the layer
   kMaxSeqLen,     // slot; wanted tokens
   kUnmapped,      // slot; wanted tokens, have: room
-  kUnwritten,     // slot, layer (-1: the least of all layers); wanted tokens, have: written
+  kUnwritten,     // slot, layer; wanted tokens, have: written. Layer -1, all of them: index: written counts up to here
+                  // only (-1: no limit), runs: what is written
   kRaise,         // slot: set_lengths; wanted: the new length, have: the present one
   kForeignCache,  // wanted: id of the cache's pool, have: id of the pool that was called
   kOpcode,        // slot; wanted: an opcode that edit_slots does not know
@@ -63,6 +65,7 @@ struct Fault {
   std::int32_t index = -1;
   std::int64_t wanted = 0;
   std::int64_t have = 0;
+  WrittenRuns runs;
 };
 
 // acquire and release both leave a slot with length 0 and nothing written in any layer, so that no generation that the

@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "base/epoch.h"
+#include "base/written_runs.h"
 #include "cache/geometry.h"
 
 namespace kvpage {
@@ -32,6 +34,9 @@ class DeviceProgress {
   std::int32_t* Written(std::int64_t slot) { return &written[slot * num_layers_]; }
   std::int32_t WrittenInAllLayers(std::int64_t slot) {
     return *std::min_element(Written(slot), Written(slot) + num_layers_);
+  }
+  WrittenRuns Runs(std::int64_t slot, std::int32_t limit = std::numeric_limits<std::int32_t>::max()) {
+    return FindWrittenRuns(Written(slot), num_layers_, limit);
   }
   // From now on nothing beyond `length` tokens counts as written.
   void LowerWritten(std::int64_t slot, std::int32_t length) {

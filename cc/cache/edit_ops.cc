@@ -26,8 +26,8 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
   return -1;
 }
 
-// `length`: of the slot in the cache; `written`: its tokens that are written in every layer.
-Status CheckEdit(const char* op, SlotState host, std::int32_t length, std::int32_t written, const SlotEdit& edit) {
+// `length`: of the slot in the cache.
+Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProgress* progress, const SlotEdit& edit) {
   const std::int32_t slot = edit.slot;
   switch (static_cast<SlotOpcode>(edit.opcode)) {
     case SlotOpcode::kOccupy:
@@ -41,7 +41,9 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, std::int32
     case SlotOpcode::kSetLength:
       if (length < 0) return messages::SlotFree(op, slot);
       if (edit.length < 0 || edit.length > length) return messages::NotLowered(op, slot, edit.length, length);
-      if (edit.length > written) return messages::UnwrittenSomewhere(op, slot, edit.length, written);
+      if (edit.length > progress->WrittenInAllLayers(slot)) {
+        return messages::UnwrittenSomewhere(op, slot, edit.length, progress->Runs(slot));
+      }
       return {};
   }
   return messages::UnknownOpcode(op, slot, edit.opcode);
@@ -72,8 +74,10 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
     lengths[list.edits[i].slot] = limits[list.edits[i].slot] = LengthAfter(list.edits[i]);
   }
   // Tokens written in every layer, once the edits are made.
-  const auto written = [&](std::int32_t slot) {
-    return std::min(table->progress(state).WrittenInAllLayers(slot), limits[slot]);
+  DeviceProgress& progress = table->progress(state);
+  const auto written = [&](std::int32_t slot) { return std::min(progress.WrittenInAllLayers(slot), limits[slot]); };
+  const auto unwritten = [&](std::int32_t slot, std::int64_t wanted) {
+    return messages::UnwrittenSomewhere(op, slot, wanted, progress.Runs(slot, limits[slot]));
   };
   for (std::int64_t i = 0; i < list.num_copies; ++i) {
     const TokenCopy& copy = list.copies[i];
@@ -93,13 +97,9 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
       const std::int64_t room = table->Room(state, slot);
       if (copy.end() > room) return messages::Unmapped(op, slot, copy.end(), room);
     }
-    if (copy.end() > written(copy.source)) {
-      return messages::UnwrittenSomewhere(op, copy.source, copy.end(), written(copy.source));
-    }
+    if (copy.end() > written(copy.source)) return unwritten(copy.source, copy.end());
     // A gap would show its reader what an earlier owner of the memory left there.
-    if (copy.first > written(copy.target)) {
-      return messages::UnwrittenSomewhere(op, copy.target, copy.first, written(copy.target));
-    }
+    if (copy.first > written(copy.target)) return unwritten(copy.target, copy.first);
   }
   return CheckTargets(table, state, op, list);
 }
@@ -116,8 +116,8 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
     const SlotEdit& edit = list.edits[i];
     if (edit.slot == -1) continue;
     KVPAGE_RETURN_IF_ERROR(check.Slot(edit.slot));
-    KVPAGE_RETURN_IF_ERROR(CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot],
-                                     table.progress(state).WrittenInAllLayers(edit.slot), edit));
+    KVPAGE_RETURN_IF_ERROR(
+        CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot], &table.progress(state), edit));
   }
   KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
 

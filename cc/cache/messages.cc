@@ -1,11 +1,25 @@
 #include "cache/messages.h"
 
+#include <algorithm>
+
 namespace kvpage::messages {
 namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 std::string Pool(std::int32_t id) { return "pool " + Number(id); }
 std::string Slot(Op op, std::int32_t slot) { return op + ": slot " + Number(slot); }
+
+// "layer 0: 5, layers 1..3: 0"
+std::string Runs(const WrittenRuns& runs) {
+  std::string text;
+  for (std::int32_t i = 0; i < std::min(runs.count, WrittenRuns::kMost); ++i) {
+    const std::int32_t first = i == 0 ? 0 : runs.last_layer[i - 1] + 1, last = runs.last_layer[i];
+    text += (i == 0 ? "" : ", ") +
+            (first == last ? "layer " + Number(first) : "layers " + Number(first) + ".." + Number(last));
+    text += ": " + Number(runs.tokens[i]);
+  }
+  return runs.count > WrittenRuns::kMost ? text + ", ..." : text;
+}
 
 }  // namespace
 
@@ -113,9 +127,9 @@ Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_
                             "returned, or call pool.cache() for a new one");
 }
 
-Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written) {
-  return FailedPrecondition(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, " + Number(written) +
-                            " written in every layer: append_kv or update_and_attend must run for all layers first");
+Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const WrittenRuns& written) {
+  return FailedPrecondition(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, written in " + Runs(written) +
+                            "; append_kv or update_and_attend must run once for every layer first");
 }
 
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length) {

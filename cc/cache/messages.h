@@ -9,6 +9,7 @@
 #include <string>
 
 #include "base/status.h"
+#include "base/written_runs.h"
 #include "cache/geometry.h"
 
 namespace kvpage::messages {
@@ -41,8 +42,9 @@ Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room
 Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written);
 // append: the cache says that the slot has more tokens than its occupant has written
 Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t length, std::int64_t written);
-Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t written);  // all layers
-Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);           // set_lengths
+// What every layer must have is not written in some: advance, set_lengths, copies.
+Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const WrittenRuns& written);
+Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);  // set_lengths
 
 // ---- edit_slots ----
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode);

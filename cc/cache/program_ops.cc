@@ -51,10 +51,10 @@ Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, con
   KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &sequences));
   DeviceProgress& progress = pool.table->progress(state);
   for (const Sequence& sequence : sequences) {
-    const std::int32_t written = progress.WrittenInAllLayers(sequence.slot);
     // Otherwise a reader would find what an earlier owner of the memory left there.
-    const std::int64_t end = sequence.end();
-    if (end > written) return messages::UnwrittenSomewhere(op, sequence.slot, end, written);
+    if (sequence.end() > progress.WrittenInAllLayers(sequence.slot)) {
+      return messages::UnwrittenSomewhere(op, sequence.slot, sequence.end(), progress.Runs(sequence.slot));
+    }
   }
   if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);
   for (const Sequence& sequence : sequences) {
@@ -76,8 +76,9 @@ Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, 
     KVPAGE_RETURN_IF_ERROR(check.OccupiedSlot(slots[i]));
     const std::int32_t length = cache.lengths[slots[i]];
     if (values[i] < 0 || values[i] > length) return messages::NotLowered(op, slots[i], values[i], length);
-    const std::int32_t written = progress.WrittenInAllLayers(slots[i]);
-    if (values[i] > written) return messages::UnwrittenSomewhere(op, slots[i], values[i], written);
+    if (values[i] > progress.WrittenInAllLayers(slots[i])) {
+      return messages::UnwrittenSomewhere(op, slots[i], values[i], progress.Runs(slots[i]));
+    }
   }
   const std::uint32_t next = progress.NextEpoch();
   if (lengths != cache.lengths) std::copy_n(cache.lengths, pool.table->num_slots(), lengths);

@@ -37,6 +37,7 @@ Status DeviceState::Start() {
   KVPAGE_RETURN_IF_ERROR(
       DeviceMemory::Make(context_, table_bytes + sizeof(std::uint32_t), "for the table of pools", &table_));
   KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, 256, "for faults", &shared_));
+  static_assert(sizeof(Fault) <= 128);
   fault_ = reinterpret_cast<Fault*>(shared_.data());
   zero_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 128);
   left_ = reinterpret_cast<std::int32_t*>(shared_.data() + 192);

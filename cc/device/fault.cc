@@ -50,7 +50,7 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
     case FaultKind::kUnmapped:
       return messages::Unmapped(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kUnwritten:
-      return fault.layer < 0 ? messages::UnwrittenSomewhere(op, fault.slot, fault.wanted, fault.have)
+      return fault.layer < 0 ? messages::UnwrittenSomewhere(op, fault.slot, fault.wanted, fault.runs)
                              : messages::Unwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
     case FaultKind::kLength:
       return messages::LengthUnwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);

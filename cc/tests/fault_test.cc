@@ -87,8 +87,10 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> out(kSlots);
   const std::int32_t offsets[] = {0, 3};
-  same(Make(Op::kAdvance, Kind::kUnwritten, a, 13, 10),
-       pool->Advance("advance", good, {&a, 1, offsets, -1}, &epoch, out.data()));
+  Fault unwritten = Make(Op::kAdvance, Kind::kUnwritten, a, 13, 10);
+  const std::int32_t both[] = {10, 10};
+  unwritten.runs = FindWrittenRuns(both, 2, 99);
+  same(unwritten, pool->Advance("advance", good, {&a, 1, offsets, -1}, &epoch, out.data()));
   const std::int32_t eleven = 11;
   same(Make(Op::kSetLengths, Kind::kRaise, a, 11, 10),
        pool->SetLengths("set_lengths", good, &a, &eleven, 1, &epoch, out.data()));

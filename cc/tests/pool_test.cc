@@ -231,7 +231,7 @@ TEST(PoolTest, NobodyReadsWhatWasNotWritten) {
   std::uint32_t epoch = 0;
   std::int32_t lengths[kSlots];
   EXPECT_TRUE(Mentions(pool->Advance("advance", program.cache(), {&slot, 1, offsets, -1}, &epoch, lengths),
-                       "written in every"));
+                       "1 tokens wanted, written in layers 0..1: 0; append_kv"));
 }
 
 // Lengths are part of the cache value, which a program may change: what they say beyond the pool's own record counts
@@ -279,6 +279,32 @@ TEST(PoolTest, LengthsBeyondWhatWasWrittenAreRefused) {
     EXPECT_EQ(program.length(slot), 3);
     EXPECT_OK(program.Write(slot, 2));
   }
+}
+
+TEST(PoolTest, AdvanceSaysWhichLayersAreWritten) {
+  Geometry geometry;
+  EXPECT_OK(Geometry::Make({8, 1, 16, kSlots, 128, 0, 0, 16}, 4 * 4096, &geometry));
+  auto pool = MakePool(geometry, 8);
+  Program program(pool.get());
+  const std::int32_t slot = program.Acquire(64);
+  EXPECT_OK(program.Write(slot, 5));
+  const std::int32_t three[] = {0, 3};
+  std::vector<std::int32_t> out(kSlots);
+  const auto advance = [&] {
+    std::uint32_t epoch = 0;
+    return pool->Advance("advance", program.cache(), {&slot, 1, three, -1}, &epoch, out.data());
+  };
+  const auto append = [&](std::int64_t layer) {
+    PinnedSlots pinned;
+    EXPECT_OK(program.Begin(slot, 3, layer, true, &pinned));
+    program.SetEpoch(pinned.epoch());
+  };
+  for (const std::int64_t layer : {0, 1, 2, 2, 4, 5, 6, 7}) append(layer);  // one twice instead of the next
+  EXPECT_TRUE(
+      Mentions(advance(), ": 8 tokens wanted, written in layers 0..2: 8, layer 3: 5, layers 4..7: 8; append_kv"));
+  program.Restart();
+  for (const std::int64_t layer : {0, 2, 4, 6}) append(layer);
+  EXPECT_TRUE(Mentions(advance(), "written in layer 0: 8, layer 1: 5, layer 2: 8, layer 3: 5, ...; append_kv"));
 }
 
 TEST(PoolTest, BadBatchesAreRefusedByName) {

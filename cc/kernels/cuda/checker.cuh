@@ -246,6 +246,16 @@ class Checker {
     fault->index = index_;
     fault->wanted = wanted_;
     fault->have = have_;
+    if (kind_ == FaultKind::kUnwritten && layer_ < 0) {
+      constexpr std::int32_t kNoLimit = 0x7fffffff;
+      const std::int32_t limit = index_ < 0 ? kNoLimit : index_;
+      const WrittenRuns runs = FindWrittenRuns(written(slot_), args_.num_layers(), limit);
+      fault->runs.count = runs.count;
+      for (int i = 0; i < WrittenRuns::kMost; ++i) {
+        fault->runs.last_layer[i] = runs.last_layer[i];
+        fault->runs.tokens[i] = runs.tokens[i];
+      }
+    }
     __threadfence_system();
     fault->set = 1;
   }

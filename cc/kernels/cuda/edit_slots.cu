@@ -24,6 +24,7 @@ struct EditedSlot {
   std::int32_t length;
   std::int32_t room;
   std::int32_t written;  // in every layer
+  std::int32_t limit;    // what is written counts up to here; -1: there is no limit
 };
 
 class Editor {
@@ -78,6 +79,9 @@ class Editor {
     const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
       return checker_.Note(Stage::kCopies, i, kind, slot, -1, -1, wanted, have);
     };
+    const auto unwritten = [&](std::int32_t slot, const EditedSlot& row, std::int64_t wanted) {
+      return checker_.Note(Stage::kCopies, i, FaultKind::kUnwritten, slot, -1, row.limit, wanted, row.written);
+    };
     if (!checker_.Exists(copy.source)) return wrong(FaultKind::kSlotRange, copy.source);
     if (!checker_.Exists(copy.target)) return wrong(FaultKind::kSlotRange, copy.target);
     const EditedSlot source = After(copy.source), target = After(copy.target);
@@ -90,9 +94,9 @@ class Editor {
     if (end > args_.cache.max_seq_len()) return wrong(FaultKind::kMaxSeqLen, copy.target, end);
     if (end > source.room) return wrong(FaultKind::kUnmapped, copy.source, end, source.room);
     if (end > target.room) return wrong(FaultKind::kUnmapped, copy.target, end, target.room);
-    if (end > source.written) return wrong(FaultKind::kUnwritten, copy.source, end, source.written);
+    if (end > source.written) return unwritten(copy.source, source, end);
     // A gap would show its reader what an earlier owner of the memory left there.
-    if (copy.first > target.written) return wrong(FaultKind::kUnwritten, copy.target, copy.first, target.written);
+    if (copy.first > target.written) return unwritten(copy.target, target, copy.first);
     return true;
   }
 
@@ -155,7 +159,8 @@ class Editor {
  private:
   __device__ EditedSlot After(std::int32_t slot) const {
     const DeviceSlot& row = checker_.slot(slot);
-    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, checker_.WrittenInAllLayers(slot)};
+    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, checker_.WrittenInAllLayers(slot),
+                        -1};
     const std::uint32_t mark = checker_.marks()[slot];
     if (mark == kUnmarked) return after;
     const SlotEdit edit = args_.list.edits[mark];
@@ -164,6 +169,7 @@ class Editor {
     after.length = occupy ? 0 : vacate ? -1 : edit.length;
     if (occupy) after.room = row.room;
     after.written = min(after.written, after.length);
+    after.limit = after.length;
     return after;
   }
 

@@ -1,0 +1,37 @@
+// WrittenRuns: how far a slot is written in each layer, short enough for a fault record: layers in order, neighbours
+// with the same number of tokens as one run. One forgotten layer makes three runs at most.
+#ifndef KVPAGE_BASE_WRITTEN_RUNS_H_
+#define KVPAGE_BASE_WRITTEN_RUNS_H_
+
+#include <cstdint>
+
+#include "base/host_device.h"
+
+namespace kvpage {
+
+struct WrittenRuns {
+  static constexpr int kMost = 4;
+  std::int32_t count = 0;               // runs there are; more than kMost: the others are not listed
+  std::int32_t last_layer[kMost] = {};  // of each run
+  std::int32_t tokens[kMost] = {};
+};
+
+// `written`: [num_layers] of one slot; no layer counts for more than `limit` tokens.
+KVPAGE_HOST_DEVICE inline WrittenRuns FindWrittenRuns(const std::int32_t* written, std::int64_t num_layers,
+                                                      std::int32_t limit) {
+  WrittenRuns runs;
+  std::int32_t last = -1;
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    const std::int32_t tokens = written[layer] < limit ? written[layer] : limit;
+    if (tokens != last) ++runs.count;
+    last = tokens;
+    if (runs.count > WrittenRuns::kMost) continue;
+    runs.last_layer[runs.count - 1] = static_cast<std::int32_t>(layer);
+    runs.tokens[runs.count - 1] = tokens;
+  }
+  return runs;
+}
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_BASE_WRITTEN_RUNS_H_
