@@ -245,6 +245,12 @@ def test_advancing_past_what_is_written(rig: Rig) -> None:
     fails(f"slot {slot}: 23 tokens wanted, {runs};", lambda: kvp.advance(cache, batch))
 
 
+def test_a_sum_of_tokens_beyond_int32(rig: Rig) -> None:
+    slot = live(rig)[0]
+    batch = kvp.Batch(slots=jnp.asarray([slot]), query_offsets=jnp.asarray([0, 2**31 - 1]))
+    fails(f"slot {slot}.*{20 + 2**31 - 1} tokens", lambda: kvp.advance(rig.cache, batch))
+
+
 def test_a_failed_program_writes_nothing(rig: Rig) -> None:
     """The batch names one good and one bad slot: the good one's memory is not touched either."""
     slots = live(rig)

@@ -1,7 +1,9 @@
 // The pool's state machine over real mappings: claims, releases, adoption, pressure, generations, stale caches.
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "tests/expect_ok.h"
 #include "tests/pool_util.h"
@@ -279,6 +281,23 @@ TEST(PoolTest, LengthsBeyondWhatWasWrittenAreRefused) {
     EXPECT_EQ(program.length(slot), 3);
     EXPECT_OK(program.Write(slot, 2));
   }
+}
+
+TEST(PoolTest, SumsOfTokensDoNotOverflow) {
+  auto pool = MakePool(SmallGeometry(), 8);
+  Program program(pool.get());
+  const std::int32_t slot = program.Acquire(64);
+  EXPECT_OK(program.Write(slot, 5));
+  const std::int32_t offsets[] = {0, std::numeric_limits<std::int32_t>::max()};
+  std::vector<std::int32_t> out(kSlots);
+  std::uint32_t epoch = 0;
+  EXPECT_TRUE(Mentions(pool->Advance("advance", program.cache(), {&slot, 1, offsets, -1}, &epoch, out.data()),
+                       "2147483652 tokens wanted"));
+  PinnedSlots pinned;
+  EXPECT_TRUE(Mentions(pool->Begin("append_kv", program.cache(), {&slot, 1, offsets, -1}, 0, true, &pinned),
+                       "2147483652 tokens wanted, max_seq_len is 128"));
+  EXPECT_OK(program.Write(slot, 5));  // the slot is as it was
+  EXPECT_EQ(program.length(slot), 10);
 }
 
 TEST(PoolTest, AdvanceSaysWhichLayersAreWritten) {
