@@ -4,6 +4,7 @@ The type of an exception follows from the status's reason, or from its code wher
 nothing here looks into a message.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -29,6 +30,18 @@ _BY_CODE: dict[Code, type[Exception]] = {
     Code.OUT_OF_RANGE: ValueError,
     Code.RESOURCE_EXHAUSTED: OutOfBlocks,
 }
+
+
+# How nanobind begins to say that a call's arguments do not convert.
+_SIGNATURE = re.compile(r"(\w+)\(\): incompatible function arguments")
+
+
+def _numbers(value: Any) -> str:
+    """The integers in a call's arguments that do not fit, for the beginning of a message."""
+    if isinstance(value, (list, tuple)):
+        return "".join(_numbers(item) for item in value)
+    fits = not isinstance(value, int) or -(2**31) <= value < 2**31
+    return "" if fits else f"{value} does not fit, "
 
 
 def exception(code: Code, reason: Reason, message: str) -> Exception:
@@ -72,9 +85,24 @@ class NativePool:
         )
 
     def call(self, function: Any, *args: Any) -> Any:
-        """Calls into C++; a failed status becomes an exception."""
+        """Calls into C++; a failed status becomes an exception.
+
+        Raises:
+            ValueError: also for an integer that C++ has no room for.
+        """
         try:
             return function(*args)
+        except TypeError as error:
+            found = _SIGNATURE.match(str(error))
+            if found is None or found[1] == "__init__":
+                raise
+            # What queues edits for a verb is called with the verb's name first.
+            name = args[0] if args and isinstance(args[0], str) else found[1]
+            raise ValueError(
+                f"{name}: {_numbers(args)}wanted integers: slots are "
+                f"0..{self.spec.max_slots - 1}, numbers of tokens at most {self.spec.max_seq_len}, "
+                "token ids int32"
+            ) from None
         except _native.StatusError as error:
             code, reason, message = error.args
         raise exception(code, reason, self._explained(reason, message))

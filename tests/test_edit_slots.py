@@ -128,7 +128,10 @@ def test_a_copy_sees_the_edits_of_its_list(rig: Rig) -> None:
     """A length that is lowered first bounds what may be copied."""
     target = rig.acquire(40)
     lowered = [(SET_LENGTH, 1, 10)]
-    fails("11 tokens wanted, 10 written", lambda: edit(rig.cache, lowered, [(1, target, 0, 11)]))
+    fails(
+        "11 tokens wanted, written in layers 0..2: 10",
+        lambda: edit(rig.cache, lowered, [(1, target, 0, 11)]),
+    )
     rig.cache = edit(rig.cache, lowered, [(1, target, 0, 10)])
     rig.model.truncate(1, 10)
     rig.cache = kvp.advance(rig.cache, kvp.Batch.from_lengths([target], [10]))
@@ -166,12 +169,20 @@ def test_a_copy_is_destructive(rig: Rig) -> None:
         ([], [(0, 1, 1, -1)], "takes -1 tokens from token 1"),
         ([], [(0, 1, 250, 7)], "257 tokens wanted, max_seq_len is 256"),
         ([], [(0, 1, 0, 65)], "slot 0: 65 tokens wanted, 64 mapped"),
-        ([], [(0, 1, 0, 21)], "slot 0: 21 tokens wanted, 20 written"),
-        ([], [(1, 0, 21, 2)], "slot 0: 21 tokens wanted, 20 written"),  # would leave a gap
+        ([], [(0, 1, 0, 21)], "slot 0: 21 tokens wanted, written in layers 0..2: 20"),
+        (
+            [],
+            [(1, 0, 21, 2)],
+            "slot 0: 21 tokens wanted, written in layers 0..2: 20",
+        ),  # would leave a gap
         ([], [(0, 1, 0, 2), (0, 1, 2, 2)], "slot 1 is the target of two copies"),
         ([], [(0, 1, 0, 2), (1, 0, 0, 2)], "is the source and the target"),
         ([], [(0, 0, 0, 2)], "slot 0 is the source and the target"),
-        ([(SET_LENGTH, 1, 3)], [(0, 1, 4, 2)], "slot 1: 4 tokens wanted, 3 written"),
+        (
+            [(SET_LENGTH, 1, 3)],
+            [(0, 1, 4, 2)],
+            "slot 1: 4 tokens wanted, written in layers 0..2: 3",
+        ),
     ],
 )
 def test_refusals_change_nothing(rig: Rig, edits, copies, words: str) -> None:

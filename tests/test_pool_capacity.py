@@ -168,3 +168,32 @@ def test_peak(pool: kvp.KVPool) -> None:
     pool.trim()
     assert pool.stats().mapped == 0
     assert pool.stats().peak == peak
+
+
+@pytest.mark.parametrize("capacity", [2**63, 2**70, "99999999999GiB", 2**400])
+def test_a_capacity_beyond_64_bits(pool: kvp.KVPool, capacity: int | str) -> None:
+    with pytest.raises(ValueError, match="capacity"):
+        kvp.KVPool(pool.spec, capacity)
+    with pytest.raises(ValueError, match="capacity"):
+        pool.resize(capacity)
+
+
+@pytest.mark.parametrize("number", [2**31, 2**40, -(2**40), 2**63])
+def test_integers_that_cpp_has_no_room_for(pool: kvp.KVPool, number: int) -> None:
+    slot, cache = pool.acquire(pool.cache(), 20)
+    before = pool.stats()
+    for name, call in {
+        "extend": lambda: pool.extend(number, 20),
+        "release": lambda: pool.release(cache, [slot, number]),
+        "commit": lambda: pool.commit(number, [1, 2]),
+        "committed": lambda: pool.committed(number),
+        "block_map": lambda: pool.block_map(number),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: .*slots are 0\.\.5|slot must be"):
+            call()
+    with pytest.raises(ValueError, match=r"num_tokens|tokens wanted|numbers of tokens"):
+        pool.extend(slot, number)
+    with pytest.raises(ValueError, match=r"num_tokens|tokens wanted|numbers of tokens"):
+        pool.acquire(cache, [1, number])
+    assert pool.stats() == before
+    pool.release(cache, slot)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import pytest
-from harness import Rig, make_batch
+from harness import Rig, make_batch, settle
 from mistakes import (
     DIM,
     KV_HEADS,
@@ -94,12 +94,19 @@ def test_a_new_generation_forgets_what_was_not_advanced(rig: Rig) -> None:
     fails(f"slot {slot}.*25.*20", lambda: kvp.advance(rig.cache, batch))
 
 
-def test_past_max_seq_len(rig: Rig) -> None:
-    slot = live(rig)[0]
-    fails(
-        f"{MAX + 1}.*{MAX}",
-        lambda: kvp.map_slots(rig.cache, jnp.asarray([slot]), jnp.asarray([MAX + 1])),
-    )
+@pytest.mark.parametrize("tokens", [MAX + 1, 2**31 - 1])
+def test_past_max_seq_len(rig: Rig, tokens: int) -> None:
+    """A sequence that is full does not fail the step of the others."""
+    full, other = slots = live(rig)
+    before = rig.pool.block_map(full)
+    program = jax.jit(kvp.map_slots)
+    rig.cache, ok = program(rig.cache, jnp.asarray([*slots, -1]), jnp.asarray([tokens, 64, tokens]))
+    assert ok.tolist() == [False, True, True]
+    rig.cache, ok = program(rig.cache, jnp.asarray([full, -1, -1]), jnp.full(3, tokens))
+    assert ok.tolist() == [False, True, True]
+    assert rig.pool.block_map(full) == before
+    batch = make_batch([(full, 1), (other, 1)]).mask(jnp.asarray([False, True]))
+    settle(append(rig.cache, batch))
 
 
 def test_negative_token_counts(rig: Rig) -> None:
@@ -236,6 +243,12 @@ def test_advancing_past_what_is_written(rig: Rig) -> None:
         cache = kvp.append_kv(cache, k, k, batch, layer=layer)
     runs = "written in layer 0: 23, layer 1: 20, layer 2: 23"
     fails(f"slot {slot}: 23 tokens wanted, {runs};", lambda: kvp.advance(cache, batch))
+
+
+def test_a_sum_of_tokens_beyond_int32(rig: Rig) -> None:
+    slot = live(rig)[0]
+    batch = kvp.Batch(slots=jnp.asarray([slot]), query_offsets=jnp.asarray([0, 2**31 - 1]))
+    fails(f"slot {slot}.*{20 + 2**31 - 1} tokens", lambda: kvp.advance(rig.cache, batch))
 
 
 def test_a_failed_program_writes_nothing(rig: Rig) -> None:

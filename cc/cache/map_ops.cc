@@ -11,6 +11,9 @@
 namespace kvpage::map_ops {
 namespace {
 
+// More tokens than a slot can ever have: that sequence gets ok=false, the others go on.
+bool Beyond(const SlotTable& table, std::int32_t tokens) { return tokens > table.geometry().max_seq_len; }
+
 // Maps what pinned slots want: their owner stays while blocks are mapped without the state mutex.
 Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* op, const std::int32_t* slots,
                  const std::int32_t* tokens, std::int64_t count, bool* ok) {
@@ -18,9 +21,9 @@ Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* 
   std::vector<Want> wants(1);
   SupplyPlan plan;
   for (std::int64_t i = 0; i < count; ++i) {
-    ok[i] = true;
     const std::int32_t slot = slots[i];
-    if (slot == -1) continue;
+    ok[i] = slot == -1 || !Beyond(table, tokens[i]);
+    if (slot == -1 || !ok[i]) continue;
     {
       const StateLock state = table.Lock();
       const std::int64_t total = std::max<std::int64_t>(tokens[i], table.host(state, slot).reserved);
@@ -55,14 +58,12 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
     KVPAGE_RETURN_IF_ERROR(program.Begin(/*mutates=*/true));
     *enough = true;
     for (std::int64_t i = 0; i < count; ++i) {
-      ok[i] = true;
+      ok[i] = slots[i] == -1 || !Beyond(table, tokens[i]);
       if (slots[i] == -1) continue;
       KVPAGE_RETURN_IF_ERROR(program.OccupiedSlot(slots[i]));
       if (table.Vacant(state, slots[i])) return messages::SlotFree(op, slots[i]);
-      if (tokens[i] < 0 || tokens[i] > table.geometry().max_seq_len) {
-        return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
-      }
-      *enough &= tokens[i] <= table.host(state, slots[i]).reserved;
+      if (tokens[i] < 0) return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
+      *enough &= !ok[i] || tokens[i] <= table.host(state, slots[i]).reserved;
     }
     return {};
   };

@@ -9,37 +9,17 @@
 #include <deque>
 #include <limits>
 #include <memory>
-#include <random>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "device/fault.h"
+#include "tests/cuda_twins_values.h"
 #include "tests/cuda_util.h"
 #include "tests/expect_ok.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
-
-using Rng = std::mt19937_64;
-
-inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
-
-struct Value {  // of a cache
-  std::int32_t generation = 0;
-  std::uint32_t epoch = 0;
-  std::vector<std::int32_t> lengths;
-};
-
-struct Named {  // slots and a number for each
-  std::vector<std::int32_t> slots, numbers;
-};
-
-// A batch, or several mistakes in one.
-struct Ragged {
-  std::vector<std::int32_t> slots, offsets;
-  std::int64_t num_tokens = 0;
-};
 
 // A pool and the same pool on the device. Every op runs on both; texts are what went wrong ("" for nothing).
 class Twins {

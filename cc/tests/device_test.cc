@@ -141,7 +141,13 @@ TEST(DeviceTest, MapSlotsIsMappedByTheHostOnceChecked) {
   EXPECT_FALSE(ok[2]);  // no blocks left for it
   EXPECT_EQ(machine.Find(1)->slots[a].room, 48);
   EXPECT_EQ(machine.Find(1)->slots[b].room, 16);
-  EXPECT_EQ(pool->Numbers().waits, 1);
+  const std::int32_t more_than_a_slot_has[] = {129, 1 << 30, 16};
+  EXPECT_OK(pool->MapChecked("map_slots", 1, slots, more_than_a_slot_has, 3, ok));
+  EXPECT_FALSE(ok[0]);
+  EXPECT_TRUE(ok[1]);
+  EXPECT_TRUE(ok[2]);
+  EXPECT_EQ(machine.Find(1)->slots[a].room, 48);
+  EXPECT_EQ(pool->Numbers().waits, 2);
   EXPECT_TRUE(
       Mentions(pool->MapChecked("map_slots", 0, slots, tokens, 3, ok), "stale cache: it belongs to generation 0"));
   const std::int32_t free_slot = 3;

@@ -32,17 +32,17 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).
         slots: int32[n], each at most once; -1 is padding. A single slot is fine too.
-        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition, at most
-            max_seq_len.
+        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition.
 
     Returns:
-        The next cache and ok, bool[n]: False where the pool ran out of blocks, for which nothing
-        was mapped; True for padding.
+        The next cache and ok, bool[n]: False where nothing was mapped, because the pool ran out of
+        blocks or because num_tokens is beyond `cache.spec.max_seq_len` (compare the two to tell
+        which); True for padding.
 
     Raises:
         ValueError: wrong shapes or dtypes, all of them in one message.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            or more tokens than max_seq_len, which could never succeed.
+            or a negative number of tokens.
     """
     operands = _slots.operands("map_slots", cache, slots, "num_tokens", num_tokens)
     epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})

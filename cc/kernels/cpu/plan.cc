@@ -59,7 +59,7 @@ int Planner::HeadsTogether() const {
   const KVView& kv = args_.kv;
   if (kv.num_kv_heads == 1 || kv.head_stride >= kv.token_stride) return 1;
   std::int64_t spans = 0;
-  for (const Sequence& s : *args_.sequences) spans += (s.position + s.query_length + kSpanTokens - 1) / kSpanTokens;
+  for (const Sequence& s : *args_.sequences) spans += (s.end() + kSpanTokens - 1) / kSpanTokens;
   int heads = std::min(kv.num_kv_heads, kMaxHeads);
   const std::int64_t wanted = num_workers_ == 1 ? 1 : kHeadItemsPerWorker * std::int64_t{num_workers_};
   while (heads > 2 && (kv.num_kv_heads + heads - 1) / heads * spans < wanted) heads = (heads + 1) / 2;
@@ -96,7 +96,7 @@ void Planner::ListUnits() {
   const std::vector<Sequence>& sequences = *args_.sequences;
   std::vector<std::int32_t>& order = plan_.order;
   for (std::size_t i = 0; i < sequences.size(); ++i) order.push_back(static_cast<std::int32_t>(i));
-  const auto end_of = [&](std::int32_t i) { return std::int64_t{sequences[i].position} + sequences[i].query_length; };
+  const auto end_of = [&](std::int32_t i) { return sequences[i].end(); };
   std::sort(order.begin(), order.end(),
             [&](std::int32_t a, std::int32_t b) { return end_of(a) != end_of(b) ? end_of(a) > end_of(b) : a < b; });
   const int heads_together = HeadsTogether();

@@ -39,11 +39,12 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
     // Before the verdict, to overlap this access with the check.
     if (threadIdx.x == blockDim.x - 1) out->view = checker.pool()->view;
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
-      const std::int32_t slot = args.slots[s], begin = args.offsets[s], count = args.offsets[s + 1] - begin;
+      const std::int32_t slot = args.slots[s], begin = args.offsets[s];
+      const std::int64_t count = std::int64_t{args.offsets[s + 1]} - begin;  // the offsets may be wrong
       Sequence sequence;
       sequence.slot = -1;
       sequence.query_begin = begin;
-      sequence.query_length = count;
+      sequence.query_length = static_cast<std::int32_t>(count);
       std::int32_t length = 0;
       if (slot != -1 && checker.CheckSlot(s, slot, &length)) {
         if (length < 0) {
@@ -51,7 +52,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
         } else if (count > 0) {
           sequence.slot = slot;
           sequence.position = length;
-          const std::int64_t end = std::int64_t{length} + count;
+          const std::int64_t end = length + count;
           const DeviceSlot row = checker.slot(slot);
           const std::int32_t room = row.released != 0 ? 0 : row.room;
           const std::int32_t written = layer_exists ? checker.written(slot)[layer] : 0;
@@ -76,7 +77,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
     for (std::int64_t s = threadIdx.x; args.append && s < args.num_sequences; s += blockDim.x) {
       const Sequence& sequence = sequences[s];
       if (sequence.slot < 0) continue;
-      atomicMax(&checker.written(sequence.slot)[layer], sequence.position + sequence.query_length);
+      atomicMax(&checker.written(sequence.slot)[layer], static_cast<std::int32_t>(sequence.end()));
     }
     const std::uint32_t next = args.append ? checker.NextEpoch() : 0;
     if (threadIdx.x == 0 && args.append) *args.new_epoch = next;

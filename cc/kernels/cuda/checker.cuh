@@ -248,7 +248,8 @@ class Checker {
     fault->wanted = wanted_;
     fault->have = have_;
     if (kind_ == FaultKind::kUnwritten && layer_ < 0) {
-      const std::int32_t limit = index_ < 0 ? std::numeric_limits<std::int32_t>::max() : index_;
+      constexpr std::int32_t kNoLimit = 0x7fffffff;
+      const std::int32_t limit = index_ < 0 ? kNoLimit : index_;
       const WrittenRuns runs = FindWrittenRuns(written(slot_), args_.num_layers(), limit);
       fault->runs.count = runs.count;
       for (int i = 0; i < WrittenRuns::kMost; ++i) {

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
   const std::int64_t end = begin + kTokensPerBlock < args.row_tokens ? begin + kTokensPerBlock : args.row_tokens;
   const bool ok = checked.ok != 0;
   const std::int32_t slot = ok ? checked.sequences()[s].slot : -1;
-  const std::int64_t valid = slot >= 0 ? checked.sequences()[s].position + checked.sequences()[s].query_length : 0;
+  const std::int64_t valid = slot >= 0 ? checked.sequences()[s].end() : 0;
   const Out filler = ok ? Out{} : NaN<Out>();
   const std::int64_t row = std::int64_t{args.num_kv_heads} * args.head_dim;
   for (std::int64_t i = threadIdx.x * N; i < 2 * (end - begin) * row; i += kThreads * N) {

@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads)
   Sequence sequence;
   sequence.slot = -1;
   sequence.query_begin = offsets[s];
-  sequence.query_length = offsets[s + 1] - offsets[s];
-  const std::int64_t length = lengths[s], queries = sequence.query_length;
+  // The offsets may be wrong: then this difference may be no int32.
+  const std::int64_t length = lengths[s], queries = std::int64_t{offsets[s + 1]} - offsets[s];
+  sequence.query_length = static_cast<std::int32_t>(queries);
   if (queries > 0 && length > 0) {
     const std::int64_t pages = CeilDiv(length, view.tokens_per_chunk);
     int wrong = length < queries || pages > view.table_width;
