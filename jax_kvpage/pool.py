@@ -323,11 +323,7 @@ class KVPool:
         return views.view(self._native, layer, slot)
 
     def trim(self) -> int:
-        """Gives all memory that no live request needs back to the system.
-
-        Returns:
-            Bytes given back.
-        """
+        """Gives all memory that no live request needs back to the system; returns its bytes."""
         return self._native.call(self._pool.trim) * self.spec.block_bytes
 
     def resize(self, capacity: int | str) -> None:

@@ -2,6 +2,7 @@
 
 import jax
 
+from jax_kvpage._arrays import host_int
 from jax_kvpage._native_pool import NativePool
 
 __all__ = ["view"]
@@ -44,6 +45,9 @@ def view(native: NativePool, layer: int, slot: int | None) -> tuple[jax.Array, j
         layer: which layer.
         slot: an occupied slot; None for all slots.
     """
+    layer = host_int("view: layer", layer)
+    if slot is not None:
+        slot = host_int("view: slot", slot)
     _check(native, slot)
     place = -1 if slot is None else slot
     k, v = (native.call(native.pool.view, layer, kv, place) for kv in (0, 1))
