@@ -55,9 +55,8 @@ INTEGERS: dict[str, Callable[[At, Any], Any]] = {
     "commit: token_ids": lambda at, x: at.pool.commit(at.slot, x),
     "committed: slot": lambda at, x: at.pool.committed(x),
     "block_map: slot": lambda at, x: at.pool.block_map(x),
-    "view: layer": lambda at, x: at.pool.view(x, at.slot),
 }
-ONE_INT = ("commit: slot", "committed: slot", "block_map: slot", "view: layer")
+ONE_INT = ("commit: slot", "committed: slot", "block_map: slot")
 
 NO_INTEGERS: dict[str, Any] = {
     "None": None,

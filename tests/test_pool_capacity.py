@@ -189,11 +189,11 @@ def test_integers_that_cpp_has_no_room_for(pool: kvp.KVPool, number: int) -> Non
         "committed": lambda: pool.committed(number),
         "block_map": lambda: pool.block_map(number),
     }.items():
-        with pytest.raises(ValueError, match=rf"{name}: .*slots are 0\.\.5|slot must be"):
+        with pytest.raises(ValueError, match=rf"{name}: slot.*{number}"):
             call()
-    with pytest.raises(ValueError, match=r"num_tokens|tokens wanted|numbers of tokens"):
+    with pytest.raises(ValueError, match=rf"num_tokens.*{number}"):
         pool.extend(slot, number)
-    with pytest.raises(ValueError, match=r"num_tokens|tokens wanted|numbers of tokens"):
+    with pytest.raises(ValueError, match=rf"num_tokens.*{number}"):
         pool.acquire(cache, [1, number])
     assert pool.stats() == before
     pool.release(cache, slot)

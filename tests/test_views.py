@@ -172,3 +172,12 @@ def test_views_out_of_range(rig: Rig, layer: int, slot: int | None) -> None:
     bad = layer if slot is None else slot
     with pytest.raises((ValueError, IndexError), match=str(bad)):
         rig.pool.view(layer, slot)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, "0", 2**40, [0], None])
+def test_layers_and_slots_of_the_wrong_kind(rig: Rig, wrong: object) -> None:
+    with pytest.raises(ValueError, match="view: layer: wanted"):
+        rig.pool.view(wrong)
+    if wrong is not None:
+        with pytest.raises(ValueError, match="view: slot: wanted"):
+            rig.pool.view(0, wrong)

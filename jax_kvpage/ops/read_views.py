@@ -78,17 +78,17 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
         The result of `read`.
 
     Raises:
-        ValueError: a cache whose pool has no views (layout, quantized storage, not on CPU), an
-            array without the shape and dtype of a view, no views, or a result that is a view.
+        ValueError: `cache` is not a KVCache, or `read` cannot be called; a cache whose pool has no
+            views (layout, quantized storage, not on CPU); an array without the shape and dtype of a
+            view; no views; or a result that is a view.
         jax.errors.JaxRuntimeError: an array is a copy of a view or belongs to another pool, the
             cache is of an older generation, the pool is closed; or the slot of a view of one slot
             is free, or has changed hands since the cache. Which slots `read` takes out of a view
             of all slots is not known, so those are not checked.
-        TypeError: `cache` is not a KVCache, or `read` cannot be called.
     """
     state = cache_operands("read_views", cache)
     if not callable(read):
-        raise TypeError(
+        raise ValueError(
             f"read_views: read: wanted a function of the views, got {type(read).__name__}"
         )
     arrays = _check_arguments(cache, state, views)
