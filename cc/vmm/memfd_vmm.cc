@@ -22,7 +22,7 @@ constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
 constexpr std::int64_t kHeadroomReserve = std::int64_t{64} << 20;
 
 // Giving memory back never fails for lack of blocks.
-Status NotMemory(Status status) {
+Status NotMemory(const Status& status) {
   return status.code() == Code::kResourceExhausted ? Internal(status.message()) : status;
 }
 
