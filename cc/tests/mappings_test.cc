@@ -46,7 +46,8 @@ TEST(MappingsTest, APoolNeedsNoMoreThanItsWorstCase) {
   const Geometry geometry = SmallGeometry(Layout::kPerLayer);
   const std::int64_t ranges = geometry.num_ranges();
   const std::int64_t blocks = kSlots * ranges * 4;
-  const std::int64_t before = CurrentMapCounts().all;
+  const auto of_pools = [] { return CurrentMapCounts().all - CurrentMapCounts().others; };
+  const std::int64_t before = of_pools();
   const auto pool = MakePool(geometry, blocks);
   Program program(pool.get());
   std::vector<std::int32_t> slots;
@@ -55,10 +56,9 @@ TEST(MappingsTest, APoolNeedsNoMoreThanItsWorstCase) {
     for (const std::int32_t slot : slots) EXPECT_OK(pool->Extend({slot}, {tokens}).status);
   }
   const std::int64_t worst = WorstMappings(blocks, kSlots * ranges, geometry.max_blocks());
-  const std::int64_t used = CurrentMapCounts().all - before;
+  const std::int64_t used = of_pools() - before;  // not what the allocator, or a sanitizer's, maps meanwhile
   EXPECT_LE(used, worst);
   EXPECT_GE(used, worst - kSlots * ranges) << "the bound is not far off";
-  EXPECT_LE(CurrentMapCounts().others - before, 2) << "what a pool maps is recognised as a pool's";
 }
 
 TEST(MappingsTest, PromisesAddUpAndAreGivenBack) {
