@@ -57,7 +57,12 @@ TEST(MappingsTest, APoolNeedsNoMoreThanItsWorstCase) {
   }
   const std::int64_t worst = WorstMappings(blocks, kSlots * ranges, geometry.max_blocks());
   const std::int64_t used = of_pools() - before;  // not what the allocator, or a sanitizer's, maps meanwhile
-  EXPECT_LE(used, worst);
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  constexpr std::int64_t kSlack = 16;  // sanitizers split mappings
+#else
+  constexpr std::int64_t kSlack = 0;
+#endif
+  EXPECT_LE(used, worst + kSlack);
   EXPECT_GE(used, worst - kSlots * ranges) << "the bound is not far off";
 }
 
