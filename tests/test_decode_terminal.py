@@ -201,6 +201,15 @@ def _environment(*folders: pathlib.Path) -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join([*map(str, folders), *sys.path])}
 
 
+# Runs its arguments with SIGINT at its default: a shell's background jobs start with it ignored.
+_INTERRUPTIBLE = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
 def test_an_interrupt_while_jax_is_imported(tmp_path: pathlib.Path) -> None:
     """Extension modules turn KeyboardInterrupt into an ImportError."""
     (tmp_path / "jax.py").write_text(
@@ -212,7 +221,7 @@ def test_an_interrupt_while_jax_is_imported(tmp_path: pathlib.Path) -> None:
         "    raise ImportError('cannot initialize the extension') from None\n"
     )
     done = subprocess.run(
-        [sys.executable, str(_EXAMPLE)],
+        [*_INTERRUPTIBLE, sys.executable, str(_EXAMPLE)],
         env=_environment(tmp_path),
         capture_output=True,
         text=True,
@@ -224,7 +233,8 @@ def test_an_interrupt_while_jax_is_imported(tmp_path: pathlib.Path) -> None:
 def test_an_interrupt_and_a_closed_pipe_of_a_process(checkpoint: pathlib.Path) -> None:
     """Real signals and pipes, also while Python exits."""
     env = _environment()
-    command = [sys.executable, str(_EXAMPLE), "--checkpoint", str(checkpoint), "--prompt", "x"]
+    command = [*_INTERRUPTIBLE, sys.executable, str(_EXAMPLE)]
+    command += ["--checkpoint", str(checkpoint), "--prompt", "x"]
     processes = [
         subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
