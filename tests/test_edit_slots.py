@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ _LAYERS, _HEADS, _DIM, _BLOCK = 2, 2, 64, 32
 def edit(
     cache: kvp.KVCache,
     edits: list[tuple[int, int, int]],
-    copies: list[tuple[int, int, int, int]] = [],  # noqa: B006
+    copies: Sequence[tuple[int, int, int, int]] = (),
 ) -> kvp.KVCache:
     return edit_slots(
         cache,
@@ -91,7 +91,10 @@ def _filled(make_pool, dtype: object, layout: str, tokens: int) -> tuple[Rig, in
 def _next_tokens(rig: Rig, slots: list[int]) -> np.ndarray:
     """Attention of one new token, the same for every slot, over its whole context."""
     rng = np.random.default_rng(5)
-    tile = lambda x: jnp.asarray(np.repeat(x, len(slots), 1))  # noqa: E731
+
+    def tile(x: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.repeat(x, len(slots), 1))
+
     shape = (_LAYERS, 1, _HEADS, _DIM)
     q = tile(rng.standard_normal((_LAYERS, 1, 2 * _HEADS, _DIM)).astype(np.float32))
     k, v = (tile(rng.standard_normal(shape).astype(np.float32)) for _ in range(2))

@@ -46,7 +46,7 @@ class Supply {
   MappingLock Lock() const { return MappingLock(&mutex_); }
   Arena& arena(const MappingLock&) { return *arena_; }
   char* base() const { return arena_->base(); }
-  // Has the account promise the mappings that a budget of so many blocks may need. A smaller one always succeeds.
+  // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
 
   // The free slot that suits a request for `blocks` logical blocks best, or -1; slots in `taken` are left out.

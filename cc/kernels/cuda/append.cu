@@ -1,6 +1,7 @@
 // Append: writes new keys and values to the cache, converted to its storage type. One block per token.
 #include <type_traits>
 
+#include "base/spec_fields.h"
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/elements.cuh"
 
@@ -163,7 +164,7 @@ Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const Ap
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(
       cache, ToArgs(cache, batch, append.layer, nullptr, /*append=*/true, new_epoch, checked), stream));
   return LaunchAppend(static_cast<const CheckedBatch*>(checked), batch.num_tokens, append,
-                      static_cast<DType>(cache.spec[5]), stream);
+                      static_cast<DType>(cache.spec[kSpecDType]), stream);
 }
 
 }  // namespace kvpage::cuda

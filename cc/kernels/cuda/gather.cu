@@ -2,6 +2,7 @@
 // storage is converted to float32.
 #include <type_traits>
 
+#include "base/spec_fields.h"
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/elements.cuh"
 
@@ -78,12 +79,16 @@ Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, con
   KVPAGE_RETURN_IF_ERROR(
       LaunchBatchCheck(cache, ToArgs(cache, batch, layer, nullptr, /*append=*/false, nullptr, checked), stream));
   const std::int64_t tiles = CeilDiv(row_tokens, kTokensPerBlock);
-  const GatherArgs args = {
-      static_cast<const CheckedBatch*>(checked), k, v, row_tokens, tiles, static_cast<std::int32_t>(cache.spec[1]),
-      static_cast<std::int32_t>(cache.spec[2])};
+  const GatherArgs args = {static_cast<const CheckedBatch*>(checked),
+                           k,
+                           v,
+                           row_tokens,
+                           tiles,
+                           static_cast<std::int32_t>(cache.spec[kSpecNumKVHeads]),
+                           static_cast<std::int32_t>(cache.spec[kSpecHeadDim])};
   const std::int64_t blocks = batch.num_sequences * tiles;
   if (blocks == 0) return {};
-  return ForStorage(static_cast<DType>(cache.spec[5]),
+  return ForStorage(static_cast<DType>(cache.spec[kSpecDType]),
                     [&](auto stored) { return LaunchGather<decltype(stored)>(args, blocks, stream); });
 }
 
