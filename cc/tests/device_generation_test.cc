@@ -143,10 +143,10 @@ TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
   const cu::Stream capture = machine.NewStream();
   const cu::Stream replay = machine.NewStream();
-  machine.fake().SetCapturing(capture, true);
+  machine.fake().BeginCapture(capture, FakeDriver::CaptureMode::kThreadLocal);
   program.set_stream(capture);
   program.Write(slot, 1);
-  machine.fake().SetCapturing(capture, false);
+  static_cast<void>(machine.fake().EndCapture(capture));
   machine.fake().HoldStream(replay);
   machine.fake().Enqueue(replay, [] {});
   std::atomic<bool> done{false};
