@@ -88,13 +88,15 @@ Status GetSharedLimits(SharedLimits* limits) {
 namespace {
 
 // Launches the attention kernels after the planner.
-Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
-                     Stream stream) {
+Status LaunchPlanned(const AttentionOperands& attention, AttentionParams params, bool tensor_cores, Stream stream) {
+  // A batch of so few rows has no prefill.
+  const bool prefill = tensor_cores && params.num_tokens * params.group > kTileRows;
+  params.last = !prefill;
   if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
-  // A batch of so few rows has no prefill.
-  if (params.num_tokens * params.group <= kTileRows) return {};
+  if (!prefill) return {};
+  params.last = true;
   return half ? LaunchPrefillF16(params, stream) : LaunchPrefillBf16(params, stream);
 }
 
@@ -120,15 +122,18 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   const bool tensor_cores = HasTensorCoreKernels(attention);
   AttentionParams params = {};
   Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, num_sms, scratch, &params);
-  const BatchCheckArgs args =
-      ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr, new_epoch, scratch);
+  const BatchCheckArgs args = ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr,
+                                     new_epoch, scratch, /*followers=*/params.blocks);
   const LaunchShape shape = {1, kCheckThreads, CheckSharedBytes(cache), /*overlap=*/false};
   KVPAGE_RETURN_IF_ERROR(Launch("check_and_plan", CheckAndPlanKernel, shape, stream, args, params));
-  if (append != nullptr) {
-    KVPAGE_RETURN_IF_ERROR(
-        LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append, attention.kv_dtype, stream));
-  }
-  return LaunchPlanned(attention, params, tensor_cores, stream);
+  const auto launch_rest = [&]() -> Status {
+    if (append != nullptr) {
+      KVPAGE_RETURN_IF_ERROR(LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append,
+                                          attention.kv_dtype, /*last=*/false, stream));
+    }
+    return LaunchPlanned(attention, params, tensor_cores, stream);
+  };
+  return CountOutUnless(launch_rest(), scratch, params.blocks, stream);
 }
 
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,

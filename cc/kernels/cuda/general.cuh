@@ -330,6 +330,7 @@ class GeneralAttention {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) GeneralKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
+  const CountedBlock counted(p.checked, p.last);
   WaitForPriorKernel();
   if (p.checked->ok != 0) GeneralAttention<T>(p, shared).Run();
   FillRest(p);
