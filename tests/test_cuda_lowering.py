@@ -146,6 +146,25 @@ def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
     assert [(op, call)] == cpu
 
 
+@pytest.mark.parametrize("name", _ALL)
+def test_operands_and_results_stand_behind_barriers(name: str) -> None:
+    """XLA's dynamic-slice fusion looks through no barrier over a single array.
+
+    It may leave a call in the program beside the copy that it made of it; tests/gpu/test_gpu_compiled.py
+    looks at what XLA makes of it.
+    """
+    text = _lowered(_op(name))
+    ((result, count, operands),) = re.findall(
+        r"(%\w+)(?::(\d+))? = stablehlo.custom_call @jax_kvpage_\w+\(([^)]*)\)", text
+    )
+    barriers = re.findall(r"(%\w+) = stablehlo.optimization_barrier (%[\w#]+) :", text)
+    assert set(operands.split(", ")) <= {value for value, _ in barriers}
+    results = {f"{result}#{i}" for i in range(int(count))} if count else {result}
+    used = set(re.findall(re.escape(result) + r"(?:#\d+)?\b", text.split("custom_call", 1)[1]))
+    assert used <= {operand for _, operand in barriers}
+    assert len(used) == len(results) - (name in _WITH_SCRATCH)
+
+
 def test_scratch_is_sized_by_shapes() -> None:
     """It is no more for a longer context than the spans that are kept apart, and it is bounded."""
 
