@@ -129,7 +129,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
         for title, rows in result.get(name, {}).get("tables", {}).items():
             print_rows(console, title, rows)
     if not result.get("llama_graphs", {}).get("same_tokens", True):
-        console.print("TOKENS DIFFER between modes: see digests in the JSON file")
+        console.print(
+            "tokens differ between modes (XLA rounds as it likes): see digests in the JSON"
+        )
     copy = f"copies move {result['copy_gbps']:.0f} GB/s, read plus written"
     records = result["attention"]
     _records(console, records, "mixed", "mixed batches: milliseconds")
