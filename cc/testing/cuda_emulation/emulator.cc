@@ -1,68 +1,44 @@
 #include "testing/cuda_emulation/emulator.h"
 
+#include <signal.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
-#include <string>
-#include <utility>
 #include <vector>
 
+#include "testing/cuda_emulation/block.h"
 #include "testing/cuda_emulation/cuda_runtime.h"
-#include "testing/cuda_emulation/fiber.h"
 
 namespace kvpage::emulation {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kBarriers = 16;
-constexpr int kIdleRounds = 100000;  // of yielding only, after which nothing will happen any more
+// While it lives an access to memory that does not exist ends the process with the message for early kernels.
+class FaultTrap {
+ public:
+  FaultTrap() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) {
+      Fail("the kernel accesses global memory before it waits for the prior kernel, which it may overlap");
+    };
+    sigaction(SIGSEGV, &action, &segmentation_);
+    sigaction(SIGBUS, &action, &bus_);
+  }
+  ~FaultTrap() {
+    sigaction(SIGSEGV, &segmentation_, nullptr);
+    sigaction(SIGBUS, &bus_, nullptr);
+  }
+  FaultTrap(const FaultTrap&) = delete;
+  FaultTrap& operator=(const FaultTrap&) = delete;
 
-enum class State { kDone, kReady, kBarrier, kWarp };
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes, valid;
+ private:
+  struct sigaction segmentation_ = {}, bus_ = {};
 };
-
-struct Thread {
-  std::unique_ptr<Fiber> fiber;
-  int index = 0;
-  State state = State::kDone;
-  Site site;
-  int barrier = 0;
-  unsigned mask = 0;
-  void* argument = nullptr;
-  std::vector<std::vector<Copy>> groups;  // committed copies
-  std::vector<Copy> open;
-};
-
-struct Barrier {
-  int arrived = 0, predicates = 0, result = 0;
-};
-
-// The block that runs. One at a time: the launch mutex is held.
-struct Block {
-  std::vector<std::unique_ptr<Thread>> threads;  // of the largest block so far
-  int size = 0;
-  Thread* running = nullptr;
-  std::unique_ptr<Fiber> scheduler;
-  const std::function<void()>* body = nullptr;
-  Barrier barriers[kBarriers];
-  unsigned char* dynamic_shared = nullptr;
-  bool progress = false;
-};
-
-Block& block() {
-  static Block* const block = new Block;  // fibers live as long as the process
-  return *block;
-}
 
 struct Range {
   void* p;
@@ -75,49 +51,12 @@ std::vector<Range>& SharedRanges() {
 
 std::int64_t launches = 0;
 
-std::string Describe(const Site& site) {
-  return std::string(site.what) + " (" + site.file + ":" + std::to_string(site.line) + ")";
-}
-
-// Nobody can run: says who waits where.
-[[noreturn]] void FailStuck() {
-  std::map<std::string, std::string> places;
-  for (int i = 0; i < block().size; ++i) {
-    const Thread& thread = *block().threads[i];
-    std::string place = "returned";
-    if (thread.state == State::kReady) place = "polls in " + Describe(thread.site);
-    if (thread.state == State::kBarrier) place = "waits in " + Describe(thread.site);
-    if (thread.state == State::kWarp) {
-      char mask[32];
-      std::snprintf(mask, sizeof(mask), ", mask %08x", thread.mask);
-      place = "waits in " + Describe(thread.site) + mask;
-    }
-    places[place] += " " + std::to_string(i);
-  }
-  std::string text = "threads wait for each other in vain:";
-  for (const auto& [place, threads] : places) text += "\n  " + place + ": threads" + threads;
-  Fail(text.c_str());
-}
-
-void Park() {  // until the scheduler comes back to this thread
-  Thread* const self = block().running;
-  block().scheduler->SwitchFrom(self->fiber.get());
-}
-
-void Finish(std::vector<Copy>* copies) {
-  for (const Copy& copy : *copies) {
-    std::memcpy(copy.to, copy.from, copy.valid);
-    std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
-  }
-  copies->clear();
-}
-
 void ThreadMain(void* argument) {
   auto* const self = static_cast<Thread*>(argument);
   for (;;) {
     (*block().body)();
+    CommitCopies();
     WaitForCopies(0);
-    Finish(&self->open);
     self->state = State::kDone;
     block().progress = true;
     Park();
@@ -132,6 +71,7 @@ void Resume(Thread* thread, const Index3& dim) {
   block().running = nullptr;
 }
 
+// Runs a block to its end; with Block::early until none of its threads can go on without the prior kernel.
 void RunBlock(const Index3& dim, std::size_t shared_bytes, std::mt19937_64* random) {
   Block& b = block();
   for (const Range& range : SharedRanges()) std::memset(range.p, 0xff, range.bytes);
@@ -161,11 +101,37 @@ void RunBlock(const Index3& dim, std::size_t shared_bytes, std::mt19937_64* rand
     }
     if (!left) return;
     idle = b.progress ? 0 : idle + 1;
+    if (!ran && b.early) return;
     if (!ran || idle > kIdleRounds) FailStuck();
   }
 }
 
+// Runs what a block of an overlapped kernel does before it waits: on a card that may be before the prior kernel has
+// done anything. What it leaves is in shared memory only, which the block's real start fills with NaN again.
+void RunEarly(const KernelLaunch& launch, std::mt19937_64* random) {
+  Block& b = block();
+  b.body = &launch.early;
+  b.early = true;
+  {
+    const FaultTrap trap;
+    RunBlock(launch.block, launch.shared_bytes, random);
+  }
+  b.early = false;
+  for (int i = 0; i < b.size; ++i) {
+    Thread& thread = *b.threads[i];
+    if (thread.state != State::kDone) thread.fiber->Reset();
+    thread.state = State::kDone;
+    thread.groups.clear();
+    thread.open.clear();
+  }
+}
+
 }  // namespace
+
+Block& block() {
+  static Block* const block = new Block;  // fibers live as long as the process
+  return *block;
+}
 
 Device& device() {
   static Device device;
@@ -174,14 +140,16 @@ Device& device() {
 
 std::int64_t NumLaunches() { return launches; }
 
-void Launch(Index3 grid, Index3 dim, std::size_t shared_bytes, const std::function<void()>& body) {
+void Run(const KernelLaunch& launch) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   ++launches;
+  const Index3 &grid = launch.grid, &dim = launch.block;
   Block& b = block();
-  b.body = &body;
   b.size = static_cast<int>(dim.x * dim.y * dim.z);
   b.scheduler = std::make_unique<Fiber>();
+  b.shared_variables.clear();
+  b.shared_variables_bytes = 0;
   for (auto i = static_cast<int>(b.threads.size()); i < b.size; ++i) {
     b.threads.push_back(std::make_unique<Thread>());
     b.threads.back()->index = i;
@@ -189,7 +157,9 @@ void Launch(Index3 grid, Index3 dim, std::size_t shared_bytes, const std::functi
   }
   // Exactly as large as asked for, so that AddressSanitizer sees what lies past its end.
   void* shared = nullptr;
-  if (shared_bytes > 0 && posix_memalign(&shared, 1024, shared_bytes) != 0) Fail("no memory for shared memory");
+  if (launch.shared_bytes > 0 && posix_memalign(&shared, 1024, launch.shared_bytes) != 0) {
+    Fail("no memory for shared memory");
+  }
   b.dynamic_shared = static_cast<unsigned char*>(shared);
   blockDim = {dim.x, dim.y, dim.z};
   gridDim = {grid.x, grid.y, grid.z};
@@ -198,13 +168,27 @@ void Launch(Index3 grid, Index3 dim, std::size_t shared_bytes, const std::functi
   std::vector<std::uint64_t> order(std::uint64_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
   if (shuffle != nullptr) std::shuffle(order.begin(), order.end(), random);
-  for (const std::uint64_t i : order) {
+  const auto enter = [&](std::uint64_t i) {
     blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                 static_cast<unsigned>(i / grid.x / grid.y)};
-    RunBlock(dim, shared_bytes, shuffle);
+  };
+  if (launch.overlap) {
+    enter(order[0]);
+    RunEarly(launch, shuffle);
+  }
+  b.body = &launch.body;
+  for (const std::uint64_t i : order) {
+    enter(i);
+    RunBlock(dim, launch.shared_bytes, shuffle);
   }
   std::free(shared);
   b.dynamic_shared = nullptr;
+}
+
+void WaitForPriorKernel() {
+  if (device().code_version < 90 || !block().early) return;
+  block().running->state = State::kPrior;
+  Park();  // for the last time
 }
 
 int LinearThread() { return block().running->index; }
@@ -214,97 +198,19 @@ unsigned char* DynamicShared() {
   return block().dynamic_shared;
 }
 
+void UseShared(const void* p, std::size_t bytes) {
+  std::vector<const void*>& used = block().shared_variables;
+  if (std::find(used.begin(), used.end(), p) != used.end()) return;
+  used.push_back(p);
+  block().shared_variables_bytes += bytes;
+  if (block().shared_variables_bytes > kStaticSharedBytes) {
+    Fail("the kernel has more static shared memory than kStaticSharedBytes");
+  }
+}
+
 void RegisterShared(void* p, std::size_t bytes) {
   std::memset(p, 0xff, bytes);
   SharedRanges().push_back({p, bytes});
-}
-
-int SyncBlock(int id, int count, bool predicate, const Site& site) {
-  if (id < 0 || id >= kBarriers) Fail("barriers are 0..15");
-  Block& b = block();
-  Barrier& barrier = b.barriers[id];
-  Thread* const self = b.running;
-  self->state = State::kBarrier;
-  self->barrier = id;
-  self->site = site;
-  ++barrier.arrived;
-  barrier.predicates += predicate;
-  if (barrier.arrived == (count < 0 ? b.size : count)) {
-    for (int i = 0; i < b.size; ++i) {
-      Thread& thread = *b.threads[i];
-      if (thread.state != State::kBarrier || thread.barrier != id) continue;
-      if (count < 0 && (thread.site.line != site.line || std::strcmp(thread.site.file, site.file) != 0)) FailStuck();
-      thread.state = State::kReady;
-    }
-    barrier.result = barrier.predicates;
-    barrier.arrived = barrier.predicates = 0;
-    b.progress = true;
-    return barrier.result;  // nobody has passed the next one before all have left this one
-  }
-  Park();
-  return barrier.result;
-}
-
-void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run) {
-  Block& b = block();
-  Thread* const self = b.running;
-  const int first = self->index / kWarp * kWarp;
-  if ((mask >> (self->index - first) & 1) == 0) {
-    Fail((Describe(site) + ": the calling lane is not in the mask").c_str());
-  }
-  self->state = State::kWarp;
-  self->mask = mask;
-  self->site = site;
-  self->argument = arg;
-  void* args[kWarp] = {};
-  bool complete = true;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    if (first + lane >= b.size || b.threads[first + lane]->state == State::kDone) {
-      Fail((Describe(site) + ": lane " + std::to_string(lane) + " is in the mask, but has returned or does not exist")
-               .c_str());
-    }
-    const Thread& other = *b.threads[first + lane];
-    // It may wait for others first, but not for this lane in another call.
-    if (other.state != State::kWarp || (other.mask >> (self->index - first) & 1) == 0) {
-      complete = false;
-      continue;
-    }
-    if (other.mask != mask || std::strcmp(other.site.what, site.what) != 0) FailStuck();
-    args[lane] = other.argument;
-  }
-  if (!complete) {
-    Park();
-    return;
-  }
-  run(args, mask);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if ((mask >> lane & 1) != 0) b.threads[first + lane]->state = State::kReady;
-  }
-  b.progress = true;
-}
-
-void Yield(const Site& site) {
-  block().running->site = site;
-  Park();
-}
-
-void CopyAsync(void* to, const void* from, int bytes, int valid) {
-  std::memset(to, 0xff, bytes);
-  block().running->open.push_back({to, from, bytes, valid});
-}
-
-void CommitCopies() {
-  Thread& self = *block().running;
-  self.groups.push_back(std::move(self.open));
-  self.open.clear();
-}
-
-void WaitForCopies(int groups_left) {
-  Thread& self = *block().running;
-  const auto done = std::max<std::int64_t>(static_cast<std::int64_t>(self.groups.size()) - groups_left, 0);
-  for (std::int64_t i = 0; i < done; ++i) Finish(&self.groups[i]);
-  self.groups.erase(self.groups.begin(), self.groups.begin() + done);
 }
 
 void Fail(const char* message) {
