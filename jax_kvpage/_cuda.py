@@ -23,7 +23,7 @@ __all__ = [
     "preallocation",
 ]
 
-# As CMake names them ("80;90a-real"); empty in a build without CUDA.
+# As CMake names them ("80-real,90a-real,90-virtual"); empty in a build without CUDA.
 ARCHITECTURES: str = _native.CUDA_ARCHITECTURES
 BUILT = bool(ARCHITECTURES)
 HOW_TO_BUILD = (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FFI_API_VERSION: tuple[int, int]
-# Architectures that the CUDA kernels were compiled for ("80;90a-real"); "" in a build without CUDA.
+# The CUDA kernels' architectures ("80-real,90a-real,90-virtual"); "" in a build without CUDA.
 CUDA_ARCHITECTURES: str
 
 # Host verbs that edit_slots may be queued for, by name.

@@ -53,7 +53,7 @@ def test_a_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], built: bool
 ) -> None:
     monkeypatch.setattr(_cuda, "BUILT", built)
-    monkeypatch.setattr(_cuda, "ARCHITECTURES", "80,90a-real" if built else "")
+    monkeypatch.setattr(_cuda, "ARCHITECTURES", "80-real,90a-real,90-virtual" if built else "")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     _driver(monkeypatch, _card(), _card(ordinal=1, name="Tesla V100", compute_capability=(7, 0)))
@@ -63,7 +63,7 @@ def test_a_card(
     assert "NVIDIA H100, compute capability 9.0, 81,920 MiB, blocks are multiples of 2 MiB" in text
     assert "V100, compute capability 7.0, 81,920 MiB; too old: 8.0" in text
     assert "75% of the card when it starts (the default)" in text
-    assert ("yes, for 80, 90a real" in text) == built
+    assert ("yes, for 80 real, 90a real, 90 virtual" in text) == built
     assert ("JAX_KVPAGE_CUDA=ON" in text) != built
 
 

@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cuda/device.cuh"
 #include "testing/cuda_emulation/kernels.h"
 #include "tests/cuda_attention_util.h"
 #include "tests/expect_ok.h"
@@ -47,6 +48,55 @@ CudaRun Unaligned() {
   CudaRun run;
   run.aligned = false;
   return run;
+}
+
+__global__ void CountsAfterItsWaitKernel(int* count) {
+  KVPAGE_SHARED(int, step);
+  if (threadIdx.x == 0) step = 1;
+  __syncthreads();
+  cuda::WaitForPriorKernel();
+  atomicAdd(count, step);
+}
+// A second one, because what code was loaded is found out once for each kernel.
+__global__ void CountsInOldCodeKernel(int* count) {
+  cuda::WaitForPriorKernel();
+  atomicAdd(count, 1);
+}
+__global__ void ReadsBeforeItsWaitKernel(int* count) {
+  const int before = *count;
+  cuda::WaitForPriorKernel();
+  *count = before + 1;
+}
+__global__ void CopiesBeforeItsWaitKernel(const int* from, int* to) {
+  KVPAGE_SHARED(int[4], tile);
+  emulation::CopyAsync(tile, from, 16, 16);
+  cuda::WaitForPriorKernel();
+  emulation::CommitCopies();
+  emulation::WaitForCopies(0);
+  to[0] = tile[0];
+}
+
+TEST(CudaLaunchTest, OverlappedKernelsTouchNothingBeforeTheyWait) {
+  const cuda::LaunchShape shape = {3, 64, 0, /*overlap=*/true};
+  std::vector<int> numbers(4);
+  EXPECT_OK(cuda::Launch<CountsAfterItsWaitKernel>("counts", shape, nullptr, numbers.data()));
+  EXPECT_EQ(numbers[0], 3 * 64);
+  EXPECT_DEATH(static_cast<void>(cuda::Launch<ReadsBeforeItsWaitKernel>("reads", shape, nullptr, numbers.data())),
+               "accesses global memory before it waits");
+  EXPECT_DEATH(static_cast<void>(
+                   cuda::Launch<CopiesBeforeItsWaitKernel>("copies", shape, nullptr, numbers.data(), numbers.data())),
+               "copies global memory before it waits");
+}
+
+// Code that was compiled for an older architecture does not wait: such kernels run one after the other.
+TEST(CudaLaunchTest, OldCodeDoesNotOverlap) {
+  const ScopedDevice device(4, 0);
+  emulation::device().major = 12;
+  emulation::device().code_version = 80;
+  const cuda::LaunchShape shape = {3, 64, 0, /*overlap=*/true};
+  int count = 0;
+  EXPECT_OK(cuda::Launch<CountsInOldCodeKernel>("counts", shape, nullptr, &count));
+  EXPECT_EQ(count, 3 * 64);
 }
 
 // Some take all of the 48 KiB that a kernel has without asking for more, where static shared memory counts too.

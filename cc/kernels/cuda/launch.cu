@@ -1,9 +1,12 @@
+#include <algorithm>
 #include <mutex>
 
 #include "kernels/cuda/launch.cuh"
 
 namespace kvpage::cuda {
 namespace {
+
+constexpr int kOldestOverlap = 90;  // compute capability 9.0 and the code for it: programmatic dependent launch
 
 KernelRecord* first_record = nullptr;  // a list; records are added while the library is loaded, by one thread
 
@@ -33,15 +36,20 @@ KernelRecord::KernelRecord(const void* kernel, SharedUse use) : kernel_(kernel),
   first_record = this;
 }
 
-Status KernelRecord::Load() {
+Status KernelRecord::Load(bool* may_overlap) {
   int device = 0;
   KVPAGE_RETURN_IF_ERROR(ToStatus(cudaGetDevice(&device), "cudaGetDevice"));
   if (device < 0 || device >= kMaxDevices) {
     return FailedPrecondition("CUDA device " + std::to_string(device) + " is beyond the " +
                               std::to_string(kMaxDevices) + " devices that jax_kvpage supports");
   }
-  if (states_[device].load(std::memory_order_acquire) != kUnloaded) return {};
-  return LoadOn(device);
+  State state = states_[device].load(std::memory_order_acquire);
+  if (state == kUnloaded) {
+    KVPAGE_RETURN_IF_ERROR(LoadOn(device));
+    state = states_[device].load(std::memory_order_relaxed);
+  }
+  *may_overlap = state == kMayOverlap;
+  return {};
 }
 
 Status KernelRecord::LoadOn(int device) {
@@ -62,13 +70,16 @@ Status KernelRecord::LoadOn(int device) {
     static_cast<void>(cudaFuncSetAttribute(kernel_, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   }
-  states_[device].store(kLoaded, std::memory_order_release);
+  // Code from PTX for an older architecture does not wait (WaitForPriorKernel), on a card of any age.
+  const bool waits = std::min(attributes.ptxVersion, attributes.binaryVersion) >= kOldestOverlap;
+  states_[device].store(waits ? kMayOverlap : kLoaded, std::memory_order_release);
   return {};
 }
 
 Status KernelRecord::LoadAll() {
   for (KernelRecord* record = first_record; record != nullptr; record = record->next_) {
-    KVPAGE_RETURN_IF_ERROR(record->Load());
+    bool may_overlap = false;
+    KVPAGE_RETURN_IF_ERROR(record->Load(&may_overlap));
   }
   return {};
 }

@@ -28,7 +28,8 @@ struct LaunchShape {
   std::size_t shared_bytes = 0;
   // The kernel may start while the previous one on the stream still runs (programmatic dependent launch): every thread
   // must call WaitForPriorKernel() before it accesses memory that the previous kernel uses. Only after a kernel of the
-  // same op: kernels that XLA queues do not wait.
+  // same op: kernels that XLA queues do not wait. Ignored where the kernel's code has no such wait
+  // (KernelRecord::Load).
   bool overlap = false;
 };
 
@@ -56,13 +57,14 @@ class KernelRecord {
   KernelRecord(const KernelRecord&) = delete;
   KernelRecord& operator=(const KernelRecord&) = delete;
 
-  // Loads the kernel on the current device and sets its attributes, unless that has been done. Any thread.
-  Status Load();
+  // Loads the kernel on the current device and sets its attributes, unless that has been done. *may_overlap: whether
+  // its code was compiled for an architecture that has the wait of LaunchShape::overlap. Any thread.
+  Status Load(bool* may_overlap);
   // The same for all kernels.
   static Status LoadAll();
 
  private:
-  enum State : int { kUnloaded, kLoaded };
+  enum State : int { kUnloaded, kLoaded, kMayOverlap };
 
   Status LoadOn(int device);
 
@@ -78,7 +80,8 @@ inline KernelRecord kernel_record(reinterpret_cast<const void*>(kKernel), kUse);
 // Queues the kernel; `name` is for messages. Arguments convert to the kernel's parameters.
 template <auto kKernel, SharedUse kUse = SharedUse::kDefault, class... Args>
 Status Launch(const char* name, const LaunchShape& shape, Stream stream, Args&&... args) {
-  if (Status status = kernel_record<kKernel, kUse>.Load(); !status.ok()) {
+  bool may_overlap = false;
+  if (Status status = kernel_record<kKernel, kUse>.Load(&may_overlap); !status.ok()) {
     return status.WithMessage(Describe(name, shape) + " could not be loaded: " + status.message());
   }
   cudaLaunchAttribute attribute = {};
@@ -90,7 +93,7 @@ Status Launch(const char* name, const LaunchShape& shape, Stream stream, Args&&.
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = shape.overlap ? 1 : 0;
+  config.numAttrs = shape.overlap && may_overlap ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, std::forward<Args>(args)...);
   if (error != cudaSuccess) return ToStatus(error, Describe(name, shape) + " could not be launched");
   return {};

@@ -134,7 +134,11 @@ Block& block() {
 }
 
 Device& device() {
-  static Device device;
+  static Device device = [] {
+    Device initial;
+    if (const char* version = std::getenv("KVPAGE_EMULATED_CODE")) initial.code_version = std::atoi(version);
+    return initial;
+  }();
   return device;
 }
 

@@ -33,7 +33,7 @@ struct Device {
   int shared_bytes_per_block = 227 << 10;  // static and dynamic, with the attribute set; 48 KiB without
   int major = 9, minor = 0;
   // The architecture that the kernels' code was compiled for. Below 90 it has no instruction that waits for the prior
-  // kernel, as in code that the driver compiles from older PTX for a newer card.
+  // kernel, as in code that the driver compiles from older PTX for a newer card. KVPAGE_EMULATED_CODE sets it.
   int code_version = 90;
   std::uint64_t seed = 0;  // 0: ascending order
 };
