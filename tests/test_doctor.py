@@ -67,6 +67,35 @@ def test_a_card(
     assert ("JAX_KVPAGE_CUDA=ON" in text) != built
 
 
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        (
+            12080,
+            "driver is for CUDA 12.8, older than the toolkit of this build (13.1), and does not",
+        ),
+        (13000, "older than the toolkit of this build (13.1): it runs the machine code"),
+        (13010, ""),
+        (13020, ""),
+        (14000, ""),
+    ],
+)
+def test_an_old_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: int, text: str
+) -> None:
+    monkeypatch.setattr(_cuda, "BUILT", True)
+    monkeypatch.setattr(_cuda, "TOOLKIT", 13010)
+    monkeypatch.setattr(_cuda, "ARCHITECTURES", "90a-real")
+    _driver(monkeypatch, _card(), version=version)
+    assert doctor.main() == 0
+    found = capsys.readouterr().out
+    assert "yes, for 90a real, with the toolkit of CUDA 13.1" in found
+    assert ("older than the toolkit" in found) == bool(text)
+    assert text in found
+    release = f"{version // 1000}.{version % 1000 // 10}"
+    assert (f"update the driver, or build jax_kvpage with nvcc {release}" in found) == bool(text)
+
+
 def test_cards_that_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,8 @@ Status KernelRecord::LoadOn(int device) {
   return {};
 }
 
+Status LoadKernels() { return KernelRecord::LoadAll(); }
+
 Status KernelRecord::LoadAll() {
   for (KernelRecord* record = first_record; record != nullptr; record = record->next_) {
     bool may_overlap = false;

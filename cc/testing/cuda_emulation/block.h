@@ -42,22 +42,32 @@ struct Barrier {
   int arrived = 0, predicates = 0, result = 0;
 };
 
-// The block that runs. One at a time: the launch mutex is held.
 struct Block {
+  const KernelLaunch* launch = nullptr;
+  Index3 index;                                  // blockIdx
   std::vector<std::unique_ptr<Thread>> threads;  // of the largest block so far
   int size = 0;
   Thread* running = nullptr;
-  std::unique_ptr<Fiber> scheduler;
+  Fiber* scheduler = nullptr;
   const std::function<void()>* body = nullptr;
   Barrier barriers[kBarriers];
   unsigned char* dynamic_shared = nullptr;
   bool progress = false;
+  int idle = 0;                               // rounds without progress
   bool early = false;                         // the prior kernel has not ended
-  std::vector<const void*> shared_variables;  // that the kernel has used
+  std::vector<unsigned char> shared_copy;     // its static shared memory, while another block runs
+  std::vector<const void*> shared_variables;  // that it has used
   std::size_t shared_variables_bytes = 0;
 };
 
-Block& block();
+// The block that runs, or null. One at a time: the launch mutex is held.
+Block* RunningBlock();
+inline Block& block() { return *RunningBlock(); }
+
+// The static shared memory of the block that runs. Its variables are those of all blocks, so another block's values are
+// copied in.
+void SaveShared(std::vector<unsigned char>* bytes);
+void RestoreShared(const std::vector<unsigned char>& bytes);
 
 // Leaves the running thread until the scheduler comes back to it.
 void Park();

@@ -1,15 +1,9 @@
 #include "testing/cuda_emulation/emulator.h"
 
-#include <signal.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #include "testing/cuda_emulation/block.h"
@@ -17,28 +11,6 @@
 
 namespace kvpage::emulation {
 namespace {
-
-// While it lives an access to memory that does not exist ends the process with the message for early kernels.
-class FaultTrap {
- public:
-  FaultTrap() {
-    struct sigaction action = {};
-    action.sa_handler = [](int) {
-      Fail("the kernel accesses global memory before it waits for the prior kernel, which it may overlap");
-    };
-    sigaction(SIGSEGV, &action, &segmentation_);
-    sigaction(SIGBUS, &action, &bus_);
-  }
-  ~FaultTrap() {
-    sigaction(SIGSEGV, &segmentation_, nullptr);
-    sigaction(SIGBUS, &bus_, nullptr);
-  }
-  FaultTrap(const FaultTrap&) = delete;
-  FaultTrap& operator=(const FaultTrap&) = delete;
-
- private:
-  struct sigaction segmentation_ = {}, bus_ = {};
-};
 
 struct Range {
   void* p;
@@ -49,89 +21,7 @@ std::vector<Range>& SharedRanges() {
   return *ranges;
 }
 
-std::int64_t launches = 0;
-
-void ThreadMain(void* argument) {
-  auto* const self = static_cast<Thread*>(argument);
-  for (;;) {
-    (*block().body)();
-    CommitCopies();
-    WaitForCopies(0);
-    self->state = State::kDone;
-    block().progress = true;
-    Park();
-  }
-}
-
-void Resume(Thread* thread, const Index3& dim) {
-  const auto i = static_cast<unsigned>(thread->index);
-  threadIdx = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
-  block().running = thread;
-  thread->fiber->SwitchFrom(block().scheduler.get());
-  block().running = nullptr;
-}
-
-// Runs a block to its end; with Block::early until none of its threads can go on without the prior kernel.
-void RunBlock(const Index3& dim, std::size_t shared_bytes, std::mt19937_64* random) {
-  Block& b = block();
-  for (const Range& range : SharedRanges()) std::memset(range.p, 0xff, range.bytes);
-  if (shared_bytes > 0) std::memset(b.dynamic_shared, 0xff, shared_bytes);
-  for (Barrier& barrier : b.barriers) barrier = {};
-  for (int i = 0; i < b.size; ++i) b.threads[i]->state = State::kReady;
-  const int warps = (b.size + kWarp - 1) / kWarp;
-  std::vector<int> warp_order(warps), lane_order(kWarp);
-  std::iota(warp_order.begin(), warp_order.end(), 0);
-  std::iota(lane_order.begin(), lane_order.end(), 0);
-  for (int idle = 0;;) {
-    bool ran = false, left = false;
-    b.progress = false;
-    if (random != nullptr) std::shuffle(warp_order.begin(), warp_order.end(), *random);
-    for (const int warp : warp_order) {
-      if (random != nullptr) std::shuffle(lane_order.begin(), lane_order.end(), *random);
-      for (const int lane : lane_order) {
-        const int i = warp * kWarp + lane;
-        if (i >= b.size) continue;
-        Thread* const thread = b.threads[i].get();
-        if (thread->state == State::kReady) {
-          Resume(thread, dim);
-          ran = true;
-        }
-        left |= thread->state != State::kDone;
-      }
-    }
-    if (!left) return;
-    idle = b.progress ? 0 : idle + 1;
-    if (!ran && b.early) return;
-    if (!ran || idle > kIdleRounds) FailStuck();
-  }
-}
-
-// Runs what a block of an overlapped kernel does before it waits: on a card that may be before the prior kernel has
-// done anything. What it leaves is in shared memory only, which the block's real start fills with NaN again.
-void RunEarly(const KernelLaunch& launch, std::mt19937_64* random) {
-  Block& b = block();
-  b.body = &launch.early;
-  b.early = true;
-  {
-    const FaultTrap trap;
-    RunBlock(launch.block, launch.shared_bytes, random);
-  }
-  b.early = false;
-  for (int i = 0; i < b.size; ++i) {
-    Thread& thread = *b.threads[i];
-    if (thread.state != State::kDone) thread.fiber->Reset();
-    thread.state = State::kDone;
-    thread.groups.clear();
-    thread.open.clear();
-  }
-}
-
 }  // namespace
-
-Block& block() {
-  static Block* const block = new Block;  // fibers live as long as the process
-  return *block;
-}
 
 Device& device() {
   static Device device = [] {
@@ -142,51 +32,22 @@ Device& device() {
   return device;
 }
 
-std::int64_t NumLaunches() { return launches; }
+void SaveShared(std::vector<unsigned char>* bytes) {
+  bytes->clear();
+  for (const Range& range : SharedRanges()) {
+    const auto* const from = static_cast<const unsigned char*>(range.p);
+    bytes->insert(bytes->end(), from, from + range.bytes);
+  }
+}
 
-void Run(const KernelLaunch& launch) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  ++launches;
-  const Index3 &grid = launch.grid, &dim = launch.block;
-  Block& b = block();
-  b.size = static_cast<int>(dim.x * dim.y * dim.z);
-  b.scheduler = std::make_unique<Fiber>();
-  b.shared_variables.clear();
-  b.shared_variables_bytes = 0;
-  for (auto i = static_cast<int>(b.threads.size()); i < b.size; ++i) {
-    b.threads.push_back(std::make_unique<Thread>());
-    b.threads.back()->index = i;
-    b.threads.back()->fiber = std::make_unique<Fiber>(&ThreadMain, b.threads.back().get());
+void RestoreShared(const std::vector<unsigned char>& bytes) {
+  std::size_t at = 0;
+  for (const Range& range : SharedRanges()) {  // variables that are newer than the copy have not been used by the block
+    const std::size_t saved = std::min(bytes.size() - at, range.bytes);
+    if (saved > 0) std::memcpy(range.p, bytes.data() + at, saved);
+    std::memset(static_cast<unsigned char*>(range.p) + saved, 0xff, range.bytes - saved);
+    at += saved;
   }
-  // Exactly as large as asked for, so that AddressSanitizer sees what lies past its end.
-  void* shared = nullptr;
-  if (launch.shared_bytes > 0 && posix_memalign(&shared, 1024, launch.shared_bytes) != 0) {
-    Fail("no memory for shared memory");
-  }
-  b.dynamic_shared = static_cast<unsigned char*>(shared);
-  blockDim = {dim.x, dim.y, dim.z};
-  gridDim = {grid.x, grid.y, grid.z};
-  std::mt19937_64 random(device().seed + static_cast<std::uint64_t>(launches));
-  std::mt19937_64* const shuffle = device().seed != 0 ? &random : nullptr;
-  std::vector<std::uint64_t> order(std::uint64_t{grid.x} * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0);
-  if (shuffle != nullptr) std::shuffle(order.begin(), order.end(), random);
-  const auto enter = [&](std::uint64_t i) {
-    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y)};
-  };
-  if (launch.overlap) {
-    enter(order[0]);
-    RunEarly(launch, shuffle);
-  }
-  b.body = &launch.body;
-  for (const std::uint64_t i : order) {
-    enter(i);
-    RunBlock(dim, launch.shared_bytes, shuffle);
-  }
-  std::free(shared);
-  b.dynamic_shared = nullptr;
 }
 
 void WaitForPriorKernel() {
@@ -218,8 +79,10 @@ void RegisterShared(void* p, std::size_t bytes) {
 }
 
 void Fail(const char* message) {
-  std::fprintf(stderr, "emulated CUDA: block (%u, %u, %u), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
-               block().running != nullptr ? block().running->index : -1, message);
+  const Block* const b = RunningBlock();
+  const int thread = b != nullptr && b->running != nullptr ? b->running->index : -1;
+  std::fprintf(stderr, "emulated CUDA: block (%u, %u, %u), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, thread,
+               message);
   std::abort();
 }
 

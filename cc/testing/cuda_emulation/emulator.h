@@ -1,18 +1,19 @@
-// The emulated device: runs kernels that were compiled as C++ on the calling thread, a block at a time, each of its
-// threads as a fiber that runs until it has to wait for others.
+// The emulated device: runs kernels that were compiled as C++ on the calling thread, each of a block's threads as a
+// fiber that runs until it has to wait for others.
 //
 // It shows mistakes rather than speed. Shared memory is NaN when a block starts. Threads that wait for each other in
 // vain, collective calls whose masks or places differ, and threads that return while others wait for them end the
-// process with a message. With a seed, blocks, warps and lanes run in a random order, so that what lacks a barrier
-// gives other results. Asynchronous copies arrive when they are waited for and not before. Global memory is the heap,
-// whose bounds AddressSanitizer checks. Kernels that may overlap their predecessor are run twice: first up to their
-// wait with parameters whose pointers fault, because nothing in global memory may be touched there.
+// process with a message. With a seed, blocks, warps and lanes run in a random order and blocks take turns, so that
+// what lacks a barrier gives other results. Asynchronous copies arrive when they are waited for and not before. Global
+// memory is the heap, whose bounds AddressSanitizer checks. Kernels that may overlap their predecessor are run twice:
+// first up to their wait with parameters whose pointers fault, because nothing in global memory may be touched there.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace kvpage::emulation {
 
@@ -55,7 +56,8 @@ struct KernelLaunch {
   std::function<void()> body;   // of one thread
   std::function<void()> early;  // the same with parameters whose pointers fault; called with `overlap` only
 };
-void Run(const KernelLaunch& launch);
+// Runs launches at the same time: their blocks take turns.
+void Run(const std::vector<const KernelLaunch*>& together);
 
 // ---- for device code ----
 // Where an overlapped kernel waits for the one before it.
@@ -93,8 +95,8 @@ int SyncBlock(int id, int count, bool predicate, const Site& site);
 using CollectiveFn = void (*)(void* const* args, unsigned mask);
 void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run);
 
-// For loops that wait until another thread of the block has done something. Never for another block: one runs at a
-// time.
+// For loops that wait until another thread of the block has done something. Never for another block: it may not have
+// started.
 void Yield(const Site& site);
 
 // cp.async: the target is NaN until the group that the copy belongs to has been waited for. Bytes from `valid` on are

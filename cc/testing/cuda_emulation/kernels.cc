@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -78,7 +79,17 @@ cudaError_t Graph::Instantiate() const {
 }
 
 void Graph::Launch() const {
-  for (const KernelLaunch& launch : launches_) Run(launch);
+  for (const KernelLaunch& launch : launches_) Run({&launch});
+}
+
+void Graph::LaunchTogether(const Graph& a, const Graph& b) {
+  for (std::size_t i = 0; i < std::max(a.size(), b.size()); ++i) {
+    std::vector<const KernelLaunch*> together;
+    for (const Graph* graph : {&a, &b}) {
+      if (i < graph->size()) together.push_back(&graph->launches_[i]);
+    }
+    Run(together);
+  }
 }
 
 int NumLoadsInCapture() {
@@ -98,7 +109,7 @@ cudaError_t Queue(const KernelLaunch& launch) {
       return cudaSuccess;
     }
   }
-  Run(launch);
+  Run({&launch});
   return cudaSuccess;
 }
 

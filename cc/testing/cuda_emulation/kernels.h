@@ -24,6 +24,8 @@ class Graph {
   // Checks each kernel's launch against the attributes that it has now.
   cudaError_t Instantiate() const;
   void Launch() const;
+  // Launches two on different streams: each kernel of one runs at the same time as the other's of that number.
+  static void LaunchTogether(const Graph& a, const Graph& b);
   std::size_t size() const { return launches_.size(); }
 
  private:
