@@ -146,14 +146,37 @@ def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
     assert [(op, call)] == cpu
 
 
+@pytest.mark.parametrize("name", _ALL)
+def test_operands_and_results_stand_behind_barriers(name: str) -> None:
+    """XLA's dynamic-slice fusion looks through no barrier over a single array.
+
+    It may leave a call in the program beside the copy that it made of it. What XLA makes of the
+    calls is tested in tests/gpu/test_gpu_compiled.py.
+    """
+    text = _lowered(_op(name))
+    ((result, count, operands),) = re.findall(
+        r"(%\w+)(?::(\d+))? = stablehlo.custom_call @jax_kvpage_\w+\(([^)]*)\)", text
+    )
+    barriers = re.findall(r"(%\w+) = stablehlo.optimization_barrier (%[\w#]+) :", text)
+    assert set(operands.split(", ")) <= {value for value, _ in barriers}
+    results = {f"{result}#{i}" for i in range(int(count))} if count else {result}
+    used = set(re.findall(re.escape(result) + r"(?:#\d+)?\b", text.split("custom_call", 1)[1]))
+    assert used <= {operand for _, operand in barriers}
+    assert len(used) == len(results) - (name in _WITH_SCRATCH)
+
+
 def test_scratch_is_sized_by_shapes() -> None:
     """It is no more for a longer context than the spans that are kept apart, and it is bounded."""
 
-    def attention(tokens: int, sequences: int, context: int) -> int:
-        return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens)
+    def attention(tokens: int, sequences: int, context: int, slots: int = 8) -> int:
+        return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens, slots)
 
-    assert _native.checked_scratch_bytes(0) > 0
-    assert _native.checked_scratch_bytes(1000) > _native.checked_scratch_bytes(10)
+    assert _native.checked_scratch_bytes(0, 8) > 0
+    assert _native.checked_scratch_bytes(1000, 8) > _native.checked_scratch_bytes(10, 8)
+    # Marks of the check, where there are too many slots for shared memory.
+    assert _native.checked_scratch_bytes(10, 8192) == _native.checked_scratch_bytes(10, 8)
+    assert _native.checked_scratch_bytes(10, 9000) >= _native.checked_scratch_bytes(10, 8) + 36000
+    assert attention(1, 1, 64, 9000) >= attention(1, 1, 64) + 36000
     assert attention(1, 1, 64) < attention(64, 64, 8192) <= attention(64, 64, 131072)
     assert attention(4096, 64, 131072) == attention(4096, 64, 1 << 20)
     assert attention(1 << 20, 64, 1 << 20) < 1 << 30

@@ -74,9 +74,9 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire, and for every free slot when a generation starts: there is no room, even where
-  // the host's last word was another. A cache value may be of the newest epoch and still show such a slot as occupied
-  // (on_stale="allow", or lengths that a program changed); its memory may be gone.
+  // 1 until the first acquire, from release to the next one, and for every free slot when a generation starts: there is
+  // no room, even where the host's last word was another. A cache value may be of the newest epoch and still show such
+  // a slot as occupied (on_stale="allow", or lengths that a program changed); its memory may be gone.
   std::int32_t released = 0;
 };
 
@@ -91,7 +91,7 @@ struct DevicePool {
   KVView view;                             // host
   DeviceSlot* slots = nullptr;             // [max_slots]
   std::int32_t* written = nullptr;         // [max_slots, num_layers] tokens written by the slot's occupant
-  std::uint32_t* marks = nullptr;          // scratch of the checks, [max_slots]: finds slots named twice
+  std::uint32_t* marks = nullptr;          // [max_slots], of checks without scratch memory: finds slots named twice
   Fault* fault = nullptr;                  // pinned host memory
   // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
   // host clears it when it hands the slot on. Reading it costs no driver call.

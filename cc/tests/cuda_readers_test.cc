@@ -1,136 +1,122 @@
-// The count of running ops in a pool's entry (kernels/cuda/readers.cuh): from the check to the end of the last kernel,
-// also where a launch fails, and what the host makes of it.
+// Ops that run at the same time on two streams of the emulated device: readers of one pool, and captures before
+// anything else has run.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
-#include <chrono>
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cuda/check.cuh"
-#include "testing/cuda_emulation/emulator.h"
+#include "testing/cuda_emulation/kernels.h"
 #include "tests/cuda_util.h"
-#include "tests/device_util.h"
 #include "tests/expect_ok.h"
 
 namespace kvpage::testing {
 namespace {
 
-constexpr std::int32_t kTokens = 3;
+constexpr std::int32_t kId = 7, kTokens = 40;
+constexpr std::int64_t kSequences = 600;
 
-// A pool on the fake driver with one occupied slot, and the operands of an append there.
-struct World {
-  Machine machine;
-  std::shared_ptr<Pool> pool = machine.MakePool(300, 16);
-  std::int32_t handle[2] = {300, 0};
-  std::uint32_t epoch = 0;
-  std::vector<std::int32_t> lengths;
-  std::int32_t slot = -1, layer = 0;
-  const std::int32_t offsets[2] = {0, kTokens};
-  const std::vector<float> values = std::vector<float>(kTokens * 16, 2.5f);
-  std::unique_ptr<char[]> scratch = Scratch(1);
-  cuda::BatchOperands batch = {&slot, offsets, 1, kTokens};
-  cuda::AppendOperands append = {&layer, values.data(), values.data(), DType::kF32, 1, 16};
+// A pool without memory: only checks read it.
+struct Readers {
+  explicit Readers(std::int64_t max_slots)
+      : spec{1, 1, 16, max_slots, 64, static_cast<std::int64_t>(DType::kF32), 0, 16}, rows(table.Add(spec, {}, kId)) {
+    for (std::int64_t slot = 0; slot < max_slots; ++slot) {
+      rows.slot(slot).room = kTokens;
+      rows.written(slot, 0) = kTokens;
+    }
+  }
 
-  World() {
-    Use(NewGeneration());
-    slot = pool->Acquire({kTokens}).slots[0];
-    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0};
-    EXPECT_OK(cuda::EditSlots(Cache(DeviceOp::kAcquire), handle, {&edit, 1, nullptr, 0}, &epoch, lengths.data(),
-                              nullptr, nullptr));
-    EXPECT_EQ(readers(), 0u);
-  }
-  Pool::Generation NewGeneration() {
-    Pool::Generation generation;
-    EXPECT_OK(pool->NewGeneration(&generation));
-    return generation;
-  }
-  void Use(const Pool::Generation& generation) {
-    handle[1] = generation.generation;
-    epoch = generation.epoch;
-    lengths = generation.lengths;
-  }
-  cuda::CacheOperands Cache(DeviceOp op) {
-    return {op, machine.device()->table(), handle, &epoch, lengths.data(), pool->geometry().spec()};
-  }
-  std::uint32_t readers() { return machine.Find(300)->readers; }
-  // The kernels of append_kv, one by one.
-  Status Check() {
-    const auto args = cuda::ToArgs(Cache(DeviceOp::kAppendKV), batch, &layer, nullptr, true, &epoch, scratch.get(),
-                                   /*followers=*/kTokens);
-    return cuda::LaunchBatchCheck(Cache(DeviceOp::kAppendKV), args, nullptr);
-  }
-  Status Append(bool last) {
-    return cuda::LaunchAppend(reinterpret_cast<CheckedBatch*>(scratch.get()), kTokens, append, DType::kF32, last,
-                              nullptr);
-  }
+  SpecInts spec;
+  DeviceTable table;
+  PoolRows rows;
 };
 
-TEST(CudaReadersTest, AnOpIsCountedFromItsCheckToTheEndOfItsLastKernel) {
-  World world;
-  EXPECT_OK(world.Check());
-  EXPECT_EQ(world.readers(), std::uint32_t{kTokens});
-  EXPECT_OK(world.Append(/*last=*/false));
-  EXPECT_EQ(world.readers(), std::uint32_t{kTokens});
-  EXPECT_OK(world.Append(/*last=*/true));
-  EXPECT_EQ(world.readers(), 0u);
-  const std::int64_t before = emulation::NumLaunches();
-  EXPECT_OK(cuda::AppendKV(world.Cache(DeviceOp::kAppendKV), world.batch, world.append, &world.epoch,
-                           world.scratch.get(), nullptr));
-  EXPECT_EQ(emulation::NumLaunches(), before + 2) << "the check and the append, nothing to count";
-  EXPECT_EQ(world.readers(), 0u);
+// The check of paged_attention over some slots.
+class Reader {
+ public:
+  Reader(Readers* pool, const std::vector<std::int32_t>& slots)
+      : pool_(pool),
+        cache_(kId, 0, 0, std::vector<std::int32_t>(static_cast<std::size_t>(pool->spec[3]), kTokens - 1)),
+        slots_(Exactly(slots)),
+        offsets_(Exactly<std::int32_t>(slots.size() + 1)),
+        scratch_(Scratch(static_cast<std::int64_t>(slots.size()), pool->spec[3])),
+        count_(static_cast<std::int64_t>(slots.size())) {
+    std::iota(offsets_.get(), offsets_.get() + count_ + 1, 0);
+  }
+
+  void Queue() {
+    const cuda::CacheOperands cache = cache_.Operands(DeviceOp::kPagedAttention, pool_->table, pool_->spec);
+    const cuda::BatchOperands batch = {slots_.get(), offsets_.get(), count_, count_};
+    EXPECT_OK(cuda::LaunchBatchCheck(
+        cache,
+        cuda::ToArgs(cache, batch, layer_.get(), nullptr, /*append=*/false, nullptr, scratch_.get(), /*followers=*/0),
+        nullptr));
+  }
+  bool passed() const { return reinterpret_cast<const CheckedBatch*>(scratch_.get())->ok != 0; }
+
+ private:
+  Readers* const pool_;
+  const CacheBuffers cache_;
+  const std::unique_ptr<std::int32_t[]> slots_, offsets_, layer_ = Ints({0});
+  const std::unique_ptr<char[]> scratch_;
+  const std::int64_t count_;
+};
+
+emulation::Graph Capture(Reader* reader) {
+  emulation::Graph graph;
+  graph.Begin();
+  reader->Queue();
+  graph.End();
+  return graph;
 }
 
-TEST(CudaReadersTest, RefusedOpsAreCountedOutByTheirCheck) {
-  World world;
-  world.handle[1] += 1;
-  EXPECT_OK(world.Check());
-  EXPECT_EQ(world.readers(), 0u);
-  EXPECT_OK(world.Append(/*last=*/true));
-  EXPECT_EQ(world.readers(), 0u);
-  world.handle[0] = 300 + kMaxDevicePools;  // its search begins at this pool's entry
-  EXPECT_OK(world.Check());
-  EXPECT_EQ(world.readers(), 0u);
-  EXPECT_TRUE(Mentions(world.pool->TakeFault(), "belongs to generation"));
-  EXPECT_TRUE(Mentions(world.pool->TakeFault(), "there is no pool 556"));
+// In a child process, because a kernel is loaded once: the kernels that are loaded inside a capture.
+int LoadsInCapture(bool load_before) {
+  const pid_t child = fork();
+  if (child == 0) {
+    if (load_before) static_cast<void>(cuda::LoadKernels());
+    Readers pool(8);
+    Reader reader(&pool, {1, 2});
+    static_cast<void>(Capture(&reader));
+    _exit(emulation::NumLoadsInCapture());
+  }
+  int state = 0;
+  waitpid(child, &state, 0);
+  return WIFEXITED(state) ? WEXITSTATUS(state) : -1;
 }
 
-TEST(CudaReadersTest, AnOpWhoseLaunchFailedIsCountedOut) {
-  World world;
-  EXPECT_OK(world.Check());
-  EXPECT_TRUE(
-      Mentions(cuda::CountOutUnless(Internal("no launch"), world.scratch.get(), kTokens, nullptr), "no launch"));
-  EXPECT_EQ(world.readers(), 0u);
-  world.handle[1] += 1;  // a refused op has nothing to count out
-  EXPECT_OK(world.Check());
-  EXPECT_FALSE(cuda::CountOutUnless(Internal("no launch"), world.scratch.get(), kTokens, nullptr).ok());
-  EXPECT_EQ(world.readers(), 0u);
-  world.handle[1] -= 1;
-  EXPECT_TRUE(Mentions(world.pool->TakeFault(), "belongs to generation"));
-  // A head that no block has shared memory for: found out after the check was launched.
-  cuda::AttentionOperands attention;
-  attention.layer = &world.layer;
-  attention.num_q_heads = attention.num_kv_heads = 1;
-  attention.head_dim = 1 << 16;
-  attention.max_context = 16;
-  const auto scratch = Exactly<char>(cuda::AttentionBytes(attention, 1, kTokens));
-  const Status status = cuda::Attend(world.Cache(DeviceOp::kUpdateAndAttend), world.batch, attention, &world.append,
-                                     &world.epoch, scratch.get(), nullptr);
-  EXPECT_TRUE(Mentions(status, "shared memory")) << status.message();
-  EXPECT_EQ(world.readers(), 0u);
+TEST(CudaReadersTest, KernelsAreLoadedBeforeTheFirstCapture) {
+  EXPECT_EQ(LoadsInCapture(true), 0);
+  EXPECT_EQ(LoadsInCapture(false), 1);  // works all the same
 }
 
-TEST(CudaReadersTest, AGenerationWaitsForTheKernelsThatPassed) {
-  World world;
-  world.machine.device()->set_wait_limit(std::chrono::milliseconds{1});
-  EXPECT_OK(world.Check());
-  Pool::Generation generation;
-  EXPECT_TRUE(Mentions(world.pool->NewGeneration(&generation), "still use the pool"));
-  EXPECT_OK(world.Append(/*last=*/true));
-  world.Use(world.NewGeneration());
-  EXPECT_EQ(world.machine.Find(300)->written[world.slot * kLayers], 0);
-  EXPECT_OK(world.Check());
-  EXPECT_OK(world.Append(/*last=*/true));
-  EXPECT_OK(world.pool->TakeFault());
+TEST(CudaReadersTest, TwoReadersOfOnePool) {
+  std::vector<std::int32_t> up(kSequences), down(kSequences);
+  EXPECT_OK(cuda::LoadKernels());
+  for (const std::int64_t max_slots : {8192, 9000}) {  // marks in shared memory and in scratch memory
+    Readers pool(max_slots);
+    std::iota(up.begin(), up.end(), static_cast<std::int32_t>(max_slots - kSequences));
+    std::reverse_copy(up.begin(), up.end(), down.begin());
+    std::vector<std::int32_t> twice = down;
+    twice[kSequences - 1] = twice[0];
+    for (std::uint64_t seed = 0; seed < 20; ++seed) {
+      emulation::device().seed = seed;
+      Reader first(&pool, up), second(&pool, down), wrong(&pool, twice);
+      emulation::Graph::LaunchTogether(Capture(&first), Capture(&second));
+      EXPECT_TRUE(first.passed() && second.passed()) << max_slots << " slots, seed " << seed;
+      EXPECT_EQ(pool.rows.TakeFault().kind, 0);
+      emulation::Graph::LaunchTogether(Capture(&first), Capture(&wrong));
+      EXPECT_TRUE(first.passed()) << max_slots << " slots, seed " << seed;
+      EXPECT_FALSE(wrong.passed()) << max_slots << " slots, seed " << seed;
+      EXPECT_EQ(static_cast<FaultKind>(pool.rows.TakeFault().kind), FaultKind::kSlotTwice);
+    }
+  }
+  emulation::device().seed = 0;
 }
 
 }  // namespace

@@ -101,6 +101,23 @@ def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
         )
 
 
+def _behind_barriers(ctx: mlir.LoweringRuleContext, avals: Sequence[Any], values: Any) -> Any:
+    """The same values, each behind a barrier that XLA's dynamic-slice fusion does not look through.
+
+    That fusion wraps a custom call whose operand is a slice, or whose result goes into a
+    dynamic-update-slice. In jaxlib 0.11 it leaves the call that it wraps in the program when the
+    call has a side effect or its result has another user, so the op would run twice. A barrier over
+    a single array stays until the program is scheduled, and costs nothing then; one over several
+    arrays would be looked through.
+    """
+
+    def barriers(*arrays: Any) -> list[Any]:
+        return [jax.lax.optimization_barrier(array) for array in arrays]
+
+    lower = mlir.lower_fun(barriers, multiple_results=True)
+    return lower(ctx.replace(primitive=None, avals_in=avals, avals_out=avals), *values)
+
+
 def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
     """All reasons why an op cannot be compiled for a platform, and the ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
@@ -183,10 +200,12 @@ def register_lowerings(
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain)
-        if scratch is None:
-            return call(ctx, operands, params)
-        ctx = _scratch.with_result(ctx, scratch(ctx.avals_in, params))
-        return call(ctx, operands, params)[:-1]
+        avals_out = ctx.avals_out
+        operands = _behind_barriers(ctx, ctx.avals_in, operands)
+        if scratch is not None:
+            ctx = _scratch.with_result(ctx, scratch(ctx.avals_in, params))
+        results = call(ctx, operands, params)[: len(avals_out)]
+        return _behind_barriers(ctx, avals_out, results)
 
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")

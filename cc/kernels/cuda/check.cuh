@@ -101,16 +101,12 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
 inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                              const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked,
                              std::int64_t followers) {
-  return {ToArgs(cache, append, nullptr, followers),
-          batch.slots,
-          batch.offsets,
-          batch.num_sequences,
-          batch.num_tokens,
-          layer,
-          window,
-          append,
-          new_epoch,
-          static_cast<CheckedBatch*>(checked)};
+  CacheArgs cache_args = ToArgs(cache, append, nullptr, followers);
+  if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
+    cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
+  }
+  return {cache_args, batch.slots, batch.offsets, batch.num_sequences, batch.num_tokens,
+          layer,      window,      append,        new_epoch,           static_cast<CheckedBatch*>(checked)};
 }
 
 // The check in a separate launch (slots.cu).

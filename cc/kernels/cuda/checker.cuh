@@ -18,8 +18,6 @@
 namespace kvpage::cuda {
 
 inline constexpr int kCheckThreads = 256;
-// Up to this many slots the marks that find duplicates lie in shared memory, else in DevicePool::marks.
-inline constexpr std::int64_t kSharedMarks = 8192;
 
 // CacheOperands as kernels take it.
 struct CacheArgs {
@@ -32,6 +30,7 @@ struct CacheArgs {
   DeviceOp op;
   bool mutates;
   std::uint32_t followers;  // blocks of the op's last kernel; 0: the check is the last one
+  std::uint32_t* marks;     // [max_slots], of this op alone; null: the pool's (kSharedMarks)
 
   __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[kSpecNumLayers]); }
   __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[kSpecMaxSlots]); }
@@ -42,7 +41,8 @@ inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int
                         std::int64_t followers = 0) {
   CacheArgs args = {cache.pools,   cache.handle, cache.epoch,
                     cache.lengths, own,          {},
-                    cache.op,      mutates,      static_cast<std::uint32_t>(followers)};
+                    cache.op,      mutates,      static_cast<std::uint32_t>(followers),
+                    nullptr};
   for (int i = 0; i < kNumSpecFields; ++i) args.spec[i] = cache.spec[i];
   return args;
 }
@@ -214,7 +214,8 @@ class Checker {
     const std::uint32_t cache_epoch = shared_->cache_epoch;
     shared_->slots = head.slots;
     shared_->written = head.written;
-    shared_->marks = args_.spec[kSpecMaxSlots] <= kSharedMarks ? shared_marks_ : head.marks;
+    shared_->marks = args_.marks != nullptr ? args_.marks : head.marks;
+    if (args_.spec[kSpecMaxSlots] <= kSharedMarks) shared_->marks = shared_marks_;
     shared_->pool_epoch = head.epoch;
     for (int i = kNumSpecFields - 1; i >= 0; --i) {  // the last one noted has the smallest key
       if (head.spec[i] != args_.spec[i]) {

@@ -56,7 +56,8 @@ class DecodeAttention {
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
-    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    SplitPoint from, to;
+    if (!FindPiece(p_, &from, &to)) return;
     WorkIterator walker, ahead;
     walker.Start(p_, from, to, kTokens);
     if (walker.done) return;

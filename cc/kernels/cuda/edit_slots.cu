@@ -265,9 +265,9 @@ Status LaunchCopies(const CacheOperands& cache, const EditList& list, const Chec
       IsQuantized(dtype)};
   const LaunchShape shape = {static_cast<unsigned>(NumCopyBlocks(cache, list)), kThreads, 0, /*overlap=*/true};
   // Rows begin at multiples of their length.
-  if (args.row_bytes % 16 == 0) return Launch("copy_tokens", CopyTokensKernel<16>, shape, stream, args);
-  if (args.row_bytes % 4 == 0) return Launch("copy_tokens", CopyTokensKernel<4>, shape, stream, args);
-  return Launch("copy_tokens", CopyTokensKernel<1>, shape, stream, args);
+  if (args.row_bytes % 16 == 0) return Launch<CopyTokensKernel<16>>("copy_tokens", shape, stream, args);
+  if (args.row_bytes % 4 == 0) return Launch<CopyTokensKernel<4>>("copy_tokens", shape, stream, args);
+  return Launch<CopyTokensKernel<1>>("copy_tokens", shape, stream, args);
 }
 
 }  // namespace
@@ -277,7 +277,7 @@ Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const Edit
   auto* const verdict = list.num_copies > 0 ? static_cast<CheckedBatch*>(checked) : nullptr;
   const std::int64_t blocks = NumCopyBlocks(cache, list);
   const EditArgs args = {ToArgs(cache, true, own, blocks), list, new_epoch, new_lengths, verdict};
-  KVPAGE_RETURN_IF_ERROR(Launch(OpName(cache.op), EditKernel, OneBlock(cache), stream, args));
+  KVPAGE_RETURN_IF_ERROR(Launch<EditKernel>(OpName(cache.op), OneBlock(cache), stream, args));
   if (blocks == 0) return {};
   return CountOutUnless(LaunchCopies(cache, list, verdict, stream), checked, blocks, stream);
 }
