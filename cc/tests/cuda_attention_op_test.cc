@@ -59,11 +59,13 @@ struct Pool {
     operands.max_slots = spec[3];
     const auto count = static_cast<std::int64_t>(slots.size());
     const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));
+    const auto plan = Exactly<char>(cuda::PlanBytes(count));
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);
     const DeviceOp op = append != nullptr ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention;
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, p.num_tokens};
-    EXPECT_OK(
-        cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, &new_epoch, scratch.get(), nullptr));
+    EXPECT_OK(cuda::PlanAttention(lengths.data(), batch, operands, plan.get(), nullptr));
+    EXPECT_OK(cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, plan.get(), &new_epoch,
+                           scratch.get(), nullptr));
     return result;
   }
 };
@@ -167,7 +169,7 @@ TEST(CudaAttentionOpTest, TablesOfAnyPageSize) {
         lengths.push_back(p.tokens(static_cast<std::size_t>(s)));
         offsets.push_back(p.sequences[s].query_begin + p.sequences[s].query_length);
       }
-      const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens));
+      const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens) + cuda::PlanBytes(n));
       const auto run = [&] {
         EXPECT_OK(cuda::AttendWithTables(cache.view, static_cast<std::int64_t>(cache.table.size()), lengths.data(),
                                          offsets.data(), n, p.num_tokens, operands, scratch.get(), nullptr));

@@ -69,7 +69,8 @@ class CudaBatch {
     result_.out.assign(p.q.size(), '\x55');
     result_.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
     operands_ = ToOperands(p, cache, &result_);
-    const std::size_t bytes = (cuda::AttentionBytes(operands_, num_sequences_, p.num_tokens) + 255) / 256 * 256;
+    const std::size_t bytes =
+        cuda::AttentionBytes(operands_, num_sequences_, p.num_tokens) + cuda::PlanBytes(num_sequences_);
     scratch_.reset(std::aligned_alloc(256, bytes));
     std::memset(scratch_.get(), 0xff, bytes);
     auto* const checked = new (scratch_.get()) CheckedBatch;

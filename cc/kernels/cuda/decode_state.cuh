@@ -63,10 +63,10 @@ struct DecodeState {
       const std::int64_t state = StateIndex(p, unit, Row(lane, half), index);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        *reinterpret_cast<float2*>(p.plan.partial_values + state * kDim + Column(lane, warp, n)) =
+        *reinterpret_cast<float2*>(p.state.partial_values + state * kDim + Column(lane, warp, n)) =
             make_float2(values[n][2 * half], values[n][2 * half + 1]);
       }
-      if (warp == 0 && lane % 4 == 0) p.plan.partial_sums[state] = make_float2(max[half], sum[half]);
+      if (warp == 0 && lane % 4 == 0) p.state.partial_sums[state] = make_float2(max[half], sum[half]);
     }
   }
 

@@ -261,7 +261,7 @@ class GeneralAttention {
           factors_[kTileRows + row] = merge.b;
         }
       } else if (row < unit.rows && lane_ == 0) {
-        p_.plan.partial_sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
+        p_.state.partial_sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
       }
       max_[i] = NegativeInfinity();
       sum_[i] = 0.0f;
@@ -270,7 +270,7 @@ class GeneralAttention {
     for (int row = 0; row < unit.rows; ++row) {
       const float a = factors_[row], b = factors_[kTileRows + row];
       float* state =
-          keep ? nullptr : p_.plan.partial_values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
+          keep ? nullptr : p_.state.partial_values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
       for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
         const int at = row * p_.head_dim + d;
         if (keep) {
@@ -294,9 +294,9 @@ class GeneralAttention {
         if (!alone) {
           const std::int64_t state = StateIndex(p_, unit, row, 0);
           for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
-            p_.plan.partial_values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
+            p_.state.partial_values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
           }
-          if (lane_ == 0) p_.plan.partial_sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
+          if (lane_ == 0) p_.state.partial_sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
           continue;
         }
         const Normalization norm(p_, RowHead(p_, unit, row), unit_max_[i], unit_sum_[i]);
