@@ -1,5 +1,5 @@
-// The general kernel: float32 and quantized storage, any head size and alignment, queries of another type than the
-// keys. CUDA cores, float32 arithmetic.
+// The general kernel: float32 storage or queries, any head size and alignment, queries of another 16-bit type than the
+// keys, exact weights. CUDA cores, float32 arithmetic.
 //
 // A tile of tokens lies in shared memory in its storage type. Scores: one lane per token, every fourth row per warp.
 // Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit are in

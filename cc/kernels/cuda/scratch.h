@@ -64,6 +64,8 @@ struct PlanCounts {
 
 // Whether the tensor core kernels support these types and this head size.
 bool HasTensorCoreKernels(const AttentionOperands& attention);
+// Of these: whether prefill has a kernel for this storage. Else decode serves it.
+inline bool HasPrefillKernel(DType storage) { return !IsQuantized(storage); }
 
 // Byte offsets of a Plan's arrays (work.cuh) after the CheckedBatch, and their sizes where these are not obvious.
 struct AttentionScratch {
