@@ -150,8 +150,8 @@ def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
 def test_operands_and_results_stand_behind_barriers(name: str) -> None:
     """XLA's dynamic-slice fusion looks through no barrier over a single array.
 
-    It may leave a call in the program beside the copy that it made of it; tests/gpu/test_gpu_compiled.py
-    looks at what XLA makes of it.
+    It may leave a call in the program beside the copy that it made of it. What XLA makes of the
+    calls is tested in tests/gpu/test_gpu_compiled.py.
     """
     text = _lowered(_op(name))
     ((result, count, operands),) = re.findall(

@@ -49,6 +49,8 @@ void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t n
   p->decode_rows = tensor_cores && HasPrefillKernel(a.kv_dtype) ? kTileRows : 0x7fffffff;
   p->prefill_rows = PrefillRows(a.head_dim);
   p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
+  p->heads_together = HeadsTogether(a.num_kv_heads, p->blocks);
+  p->pieces = p->blocks / p->heads_together;
   p->q_dtype = a.q_dtype;
 
   const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);

@@ -43,7 +43,8 @@ template <class Kernel, class T, int kDim, class Layout, bool kInterleaved>
 class DecodeLoop {
  public:
   __device__ __forceinline__ void Run() {
-    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    SplitPoint from, to;
+    if (!FindPiece(p_, &from, &to)) return;
     WorkIterator walker, ahead;
     walker.Start(p_, from, to, kTokens);
     if (walker.done) return;

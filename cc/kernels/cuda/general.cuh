@@ -45,7 +45,8 @@ class GeneralAttention {
   }
 
   __device__ void Run() {
-    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    SplitPoint from, to;
+    if (!FindPiece(p_, &from, &to)) return;
     WorkIterator walker, ahead;
     walker.Start(p_, from, to, p_.tile_tokens);
     ahead.Start(p_, from, to, p_.tile_tokens);

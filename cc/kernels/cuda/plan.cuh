@@ -51,7 +51,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int64_t* tot
     std::int64_t cost = 0, units = 0, states = 0;
     if (is_decode) {
       const Extent e = DecodeExtent(s, checked.sliding_window, p.group);
-      cost = UnitCost(e) * e.tiles * p.num_kv_heads;
+      cost = UnitCost(e) * e.tiles * (p.num_kv_heads / p.heads_together);
     } else if (is_prefill) {
       const Extent e = PrefillExtent(s, checked.sliding_window, p);
       units = std::int64_t{e.tiles} * p.num_kv_heads;
@@ -116,7 +116,7 @@ __device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int64
   const std::int32_t end = s.position + min((kTileRows - 1) / p.group + 1, s.query_length);
   if (token > begin && token < end) {
     point.token = static_cast<std::int32_t>(token);
-  } else if (token > begin && ++point.unit == e.tiles * p.num_kv_heads) {
+  } else if (token > begin && ++point.unit == e.tiles * (p.num_kv_heads / p.heads_together)) {
     point.unit = 0;
     ++point.sequence;
   }
@@ -125,18 +125,19 @@ __device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int64
 
 __device__ inline void PlanSplits(const AttentionParams& p, std::int64_t total) {
   const Plan& plan = p.plan;
-  for (int i = threadIdx.x; i <= p.blocks; i += kPlanThreads)
-    plan.split_points[i] = FindSplitPoint(p, total * i / p.blocks, total);
+  const std::int32_t heads = p.heads_together, groups = p.num_kv_heads / heads;
+  for (int i = threadIdx.x; i <= p.pieces; i += kPlanThreads)
+    plan.split_points[i] = FindSplitPoint(p, total * i / p.pieces, total);
   __syncthreads();
   const auto same_unit = [&](const SplitPoint& a, const SplitPoint& b) {
     return a.sequence == b.sequence && a.unit == b.unit;
   };
   std::int64_t first_row = 0;
-  for (int base = 0; base < p.blocks; base += kPlanThreads) {
+  for (int base = 0; base < p.pieces; base += kPlanThreads) {
     const int i = base + static_cast<int>(threadIdx.x);
     std::int32_t rows = 0;
     SplitUnit split = {};
-    if (i < p.blocks && plan.split_points[i].token > 0) {
+    if (i < p.pieces && plan.split_points[i].token > 0) {
       const SplitPoint point = plan.split_points[i];
       int leader = i;
       while (leader > 0 && plan.split_points[leader - 1].token > 0 && same_unit(plan.split_points[leader - 1], point))
@@ -146,7 +147,7 @@ __device__ inline void PlanSplits(const AttentionParams& p, std::int64_t total) 
         split.items = 2;
         split.token = point.token;
         std::int32_t token = point.token;
-        for (int next = i + 1; next < p.blocks; ++next) {
+        for (int next = i + 1; next < p.pieces; ++next) {
           const SplitPoint other = plan.split_points[next];
           if (other.token == 0 || !same_unit(other, point)) break;
           if (other.token != token) ++split.items;
@@ -155,15 +156,15 @@ __device__ inline void PlanSplits(const AttentionParams& p, std::int64_t total) 
         const Sequence s = plan.decode_sequences[point.sequence];
         const std::int64_t all = std::int64_t{s.query_length} * p.group;
         const std::int64_t tiles = (all + kTileRows - 1) / kTileRows;
-        const std::int64_t before = (tiles - 1 - point.unit / p.num_kv_heads) * kTileRows;
+        const std::int64_t before = (tiles - 1 - point.unit / groups) * kTileRows;
         rows = static_cast<std::int32_t>(min(std::int64_t{kTileRows}, all - before));
       }
     }
     std::int64_t all_rows;
-    const std::int64_t at = first_row + SumBefore(rows, &all_rows);
-    if (rows > 0) {
-      split.first_row = static_cast<std::int32_t>(at);
-      plan.split_units[i] = split;
+    const std::int64_t at = first_row + SumBefore(std::int64_t{rows} * heads, &all_rows);
+    for (std::int32_t head = 0; rows > 0 && head < heads; ++head) {
+      split.first_row = static_cast<std::int32_t>(at) + head * rows;
+      plan.split_units[i * heads + head] = split;
     }
     first_row += all_rows;
   }

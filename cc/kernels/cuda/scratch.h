@@ -37,15 +37,25 @@ KVPAGE_HOST_DEVICE constexpr std::int64_t PrefillStateFloats(int head_dim) {
   return std::int64_t{PrefillRows(head_dim)} * head_dim + std::int64_t{kThreads} * PrefillRows(head_dim) / 16;
 }
 
-// Start of a block's part of the work list.
+// KV heads whose blocks are neighbours in the grid and work on the same tokens at the same time: together they read
+// whole tokens, so that pages and DRAM rows are opened once. A divisor of num_kv_heads that leaves few of the blocks
+// without work.
+constexpr int HeadsTogether(int num_kv_heads, int blocks) {
+  for (int heads = 8; heads > 1; --heads) {
+    if (num_kv_heads % heads == 0 && blocks % heads * 32 <= blocks) return heads;
+  }
+  return 1;
+}
+
+// Start of a piece of the work list.
 struct SplitPoint {
   std::int32_t sequence;  // index in Plan::decode_sequences
-  std::int32_t unit;      // of the sequence
+  std::int32_t unit;      // of the sequence: a tile of rows and HeadsTogether KV heads
   std::int32_t token;     // 0: the unit's start; else the start of a span inside it
-  std::int32_t leader;    // first block that begins inside this unit; -1 when this one begins at a unit's start
+  std::int32_t leader;    // first piece that begins inside this unit; -1 when this one begins at a unit's start
 };
 
-// A unit that several blocks work on, at the index of its leader.
+// One KV head of a unit that several blocks work on: at its leader times HeadsTogether plus the head's index.
 struct SplitUnit {
   std::int32_t first_row;  // of its partial states
   std::int32_t items;
