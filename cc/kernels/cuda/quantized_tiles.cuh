@@ -25,31 +25,25 @@ struct QuantizedTile {
   __device__ __forceinline__ void Fetch(const KVView& view, const TokenMap& map, const Tokens& tokens,
                                         std::int32_t head, std::int32_t begin, std::int32_t from,
                                         std::int32_t to) const {
-    const char* const scales = tokens.first + view.scale_base + head * (view.scale_head_stride - view.head_stride);
-    const std::int32_t chunk = map.chunk.divisor;
-    const bool whole = begin >= from && begin + kTokens <= to;
-    if (whole && chunk % kTokens == 0) {
-      FetchRuns(map, tokens, begin, kTokens);
-      const Place place = map.Find(tokens, begin);
-      FetchScales(scales + place.chunk * map.chunk_stride + (place.token + Thread()) * view.scale_token_stride,
-                  map.kv_stride, true);
-      return;
-    }
-    // A tile begins at a multiple of such chunks.
-    if (whole && kTokens % chunk == 0 && chunk % kStep == 0) {
-      FetchRuns(map, tokens, begin, chunk);
+    // A tile begins at a multiple of such runs.
+    const std::int32_t chunk = map.chunk.divisor, run = chunk % kTokens == 0 ? kTokens : chunk;
+    if (begin >= from && begin + kTokens <= to && kTokens % run == 0 && run % kStep == 0) {
+      FetchRuns(map, tokens, begin, run);
     } else {
       FetchTile<kDim / 2, kTokens>(map, tokens, begin, from, to, keys, values);
     }
+    // The scales of one token a thread.
+    if (kTokens < kThreads && Thread() >= kTokens) return;
     const std::int32_t token = begin + Thread();
     const bool valid = token >= from && token < to;
-    const Place place = map.Find(tokens, valid ? token : from);
-    FetchScales(scales + place.chunk * map.chunk_stride + place.token * view.scale_token_stride, map.kv_stride, valid);
+    const TokenMap::Place place = map.Find(tokens, valid ? token : from);
+    const char* const scale = tokens.first + view.scale_base + head * (view.scale_head_stride - view.head_stride) +
+                              place.chunk * map.chunk_stride + place.token * view.scale_token_stride;
+    CopyAsync4(key_scales + Thread(), scale, valid);
+    CopyAsync4(value_scales + Thread(), scale + map.kv_stride, valid);
   }
 
  private:
-  using Place = TokenMap::Place;
-
   __device__ __forceinline__ static int Thread() { return static_cast<int>(threadIdx.x); }
 
   // All tokens of the tile, in runs of `run` tokens that lie in one chunk: a multiple of kStep.
@@ -65,13 +59,6 @@ struct QuantizedTile {
       CopyAsync16(values + offset, key + map.kv_stride, true);
       key += kStep * map.token_stride;
     }
-  }
-
-  // One token a thread.
-  __device__ __forceinline__ void FetchScales(const char* scale, std::int64_t kv_stride, bool valid) const {
-    if (kTokens < kThreads && Thread() >= kTokens) return;
-    CopyAsync4(key_scales + Thread(), scale, valid);
-    CopyAsync4(value_scales + Thread(), scale + kv_stride, valid);
   }
 };
 
