@@ -16,6 +16,7 @@ __all__ = [
     "ARCHITECTURES",
     "BUILT",
     "HOW_TO_BUILD",
+    "TOOLKIT",
     "Place",
     "memory_hint",
     "missing_here",
@@ -23,9 +24,11 @@ __all__ = [
     "preallocation",
 ]
 
-# As CMake names them ("80;90a-real"); empty in a build without CUDA.
+# As CMake names them ("80-real,90a-real,90-virtual"); empty in a build without CUDA.
 ARCHITECTURES: str = _native.CUDA_ARCHITECTURES
 BUILT = bool(ARCHITECTURES)
+# As the driver gives its own: 13000 for CUDA 13.0; 0 in a build without CUDA.
+TOOLKIT: int = _native.CUDA_TOOLKIT
 HOW_TO_BUILD = (
     "install jax_kvpage where nvcc is found (pip install --force-reinstall --no-deps "
     "-C cmake.define.JAX_KVPAGE_CUDA=ON . in a checkout)"

@@ -42,6 +42,11 @@ class Findings:
         self.rows.append((what, str(found)))
 
 
+def _release(version: int) -> str:
+    """A version of CUDA as people write it: 13.0 for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _mebibytes(count: int) -> str:
     return "unknown" if count < 0 else f"{count / 2**20:,.0f} MiB"
 
@@ -70,9 +75,8 @@ def _software(found: Findings) -> None:
     isa = _native.instruction_set()
     found.add("built: CPU kernels", f"{isa} here (JAX_KVPAGE_ISA chooses another)")
     architectures = ", ".join(_cuda.ARCHITECTURES.replace("-", " ").split(","))
-    found.add(
-        "built: CUDA backend", f"yes, for {architectures}" if _cuda.BUILT else "no (CPU only)"
-    )
+    built = f"yes, for {architectures}, with the toolkit of CUDA {_release(_cuda.TOOLKIT)}"
+    found.add("built: CUDA backend", built if _cuda.BUILT else "no (CPU only)")
 
 
 def _machine(found: Findings) -> None:
@@ -82,6 +86,26 @@ def _machine(found: Findings) -> None:
     found.add("mappings left for pools here", f"{_native.mappings_left():,}")
 
 
+def _compare_with_toolkit(found: Findings, version: int) -> None:
+    """Advises what to do about a driver that is older than the toolkit of the build."""
+    if not _cuda.BUILT or version >= _cuda.TOOLKIT:
+        return
+    older = (
+        f"The driver is for CUDA {_release(version)}, older than the toolkit of this build "
+        f"({_release(_cuda.TOOLKIT)})"
+    )
+    build = f"build jax_kvpage with nvcc {_release(version)} or older (CUDACXX names it)"
+    if version // 1000 < _cuda.TOOLKIT // 1000:
+        found.advice.append(
+            f"{older}, and does not run its kernels: update the driver, or {build}."
+        )
+    else:
+        found.advice.append(
+            f"{older}: it runs the machine code of this build but not its PTX, which cards need "
+            f"that are newer than compute capability 9.0. For those update the driver, or {build}."
+        )
+
+
 def _driver(found: Findings) -> list[Any]:
     """The GPUs that the driver sees and this package can use."""
     report = _native.cuda_report()
@@ -89,7 +113,8 @@ def _driver(found: Findings) -> list[Any]:
     if report.problem:
         found.add("CUDA driver", report.problem)
     else:
-        found.add("CUDA driver", f"for CUDA {version // 1000}.{version % 1000 // 10}")
+        found.add("CUDA driver", f"for CUDA {_release(version)}")
+        _compare_with_toolkit(found, version)
     usable = []
     for card in report.devices:
         major, minor = card.compute_capability

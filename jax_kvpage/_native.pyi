@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 FFI_API_VERSION: tuple[int, int]
-# Architectures that the CUDA kernels were compiled for ("80;90a-real"); "" in a build without CUDA.
+# The CUDA kernels' architectures ("80-real,90a-real,90-virtual"); "" in a build without CUDA.
 CUDA_ARCHITECTURES: str
+# Their toolkit's version (13000 for CUDA 13.0); 0 in a build without CUDA.
+CUDA_TOOLKIT: int
 
 # Host verbs that edit_slots may be queued for, by name.
 VERBS: dict[str, int]
@@ -190,7 +192,7 @@ fake_driver: FakeDriver
 
 # Bytes of device scratch that custom calls on CUDA take as their last result. dtypes are the spec's
 # codes.
-def checked_scratch_bytes(num_sequences: int) -> int: ...
+def checked_scratch_bytes(num_sequences: int, max_slots: int) -> int: ...
 def attention_scratch_bytes(
     q_dtype: int,
     kv_dtype: int,
@@ -200,6 +202,7 @@ def attention_scratch_bytes(
     max_context: int,
     num_sequences: int,
     num_tokens: int,
+    max_slots: int,
     exact_weights: bool = False,
 ) -> int: ...
 

@@ -290,8 +290,10 @@ class Rig:
 
 # Rounds of a CPU's `busy` that take about half a second.
 _BUSY_ROUNDS = 1000
-# Products of matrices of a GPU's `busy`: each is about 1.1 TFLOP, 20 ms in float32 on an H200.
+# Products of matrices of a GPU's `busy`, each 1.1 TFLOP or 20 ms in float32 on an H200, and how
+# often they are called: three seconds, because what a test calls meanwhile may have to be compiled.
 _BUSY_PRODUCTS = 25
+_BUSY_CALLS = 6
 _BUSY_WIDTH = 8192
 
 
@@ -303,7 +305,7 @@ def busy(times: int) -> jax.Array:
     if device.platform == "cpu":
         return _busy_cpu(times * _BUSY_ROUNDS)
     x = _busy_start(0.5)
-    for _ in range(times):
+    for _ in range(times * _BUSY_CALLS):
         x = _busy_gpu(x)
     return x[0, 0]
 

@@ -168,11 +168,15 @@ def test_operands_and_results_stand_behind_barriers(name: str) -> None:
 def test_scratch_is_sized_by_shapes() -> None:
     """It is no more for a longer context than the spans that are kept apart, and it is bounded."""
 
-    def attention(tokens: int, sequences: int, context: int) -> int:
-        return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens)
+    def attention(tokens: int, sequences: int, context: int, slots: int = 8) -> int:
+        return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens, slots)
 
-    assert _native.checked_scratch_bytes(0) > 0
-    assert _native.checked_scratch_bytes(1000) > _native.checked_scratch_bytes(10)
+    assert _native.checked_scratch_bytes(0, 8) > 0
+    assert _native.checked_scratch_bytes(1000, 8) > _native.checked_scratch_bytes(10, 8)
+    # Marks of the check, where there are too many slots for shared memory.
+    assert _native.checked_scratch_bytes(10, 8192) == _native.checked_scratch_bytes(10, 8)
+    assert _native.checked_scratch_bytes(10, 9000) >= _native.checked_scratch_bytes(10, 8) + 36000
+    assert attention(1, 1, 64, 9000) >= attention(1, 1, 64) + 36000
     assert attention(1, 1, 64) < attention(64, 64, 8192) <= attention(64, 64, 131072)
     assert attention(4096, 64, 131072) == attention(4096, 64, 1 << 20)
     assert attention(1 << 20, 64, 1 << 20) < 1 << 30

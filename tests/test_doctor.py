@@ -53,7 +53,7 @@ def test_a_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], built: bool
 ) -> None:
     monkeypatch.setattr(_cuda, "BUILT", built)
-    monkeypatch.setattr(_cuda, "ARCHITECTURES", "80,90a-real" if built else "")
+    monkeypatch.setattr(_cuda, "ARCHITECTURES", "80-real,90a-real,90-virtual" if built else "")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     _driver(monkeypatch, _card(), _card(ordinal=1, name="Tesla V100", compute_capability=(7, 0)))
@@ -63,8 +63,37 @@ def test_a_card(
     assert "NVIDIA H100, compute capability 9.0, 81,920 MiB, blocks are multiples of 2 MiB" in text
     assert "V100, compute capability 7.0, 81,920 MiB; too old: 8.0" in text
     assert "75% of the card when it starts (the default)" in text
-    assert ("yes, for 80, 90a real" in text) == built
+    assert ("yes, for 80 real, 90a real, 90 virtual" in text) == built
     assert ("JAX_KVPAGE_CUDA=ON" in text) != built
+
+
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        (
+            12080,
+            "driver is for CUDA 12.8, older than the toolkit of this build (13.1), and does not",
+        ),
+        (13000, "older than the toolkit of this build (13.1): it runs the machine code"),
+        (13010, ""),
+        (13020, ""),
+        (14000, ""),
+    ],
+)
+def test_an_old_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: int, text: str
+) -> None:
+    monkeypatch.setattr(_cuda, "BUILT", True)
+    monkeypatch.setattr(_cuda, "TOOLKIT", 13010)
+    monkeypatch.setattr(_cuda, "ARCHITECTURES", "90a-real")
+    _driver(monkeypatch, _card(), version=version)
+    assert doctor.main() == 0
+    found = capsys.readouterr().out
+    assert "yes, for 90a real, with the toolkit of CUDA 13.1" in found
+    assert ("older than the toolkit" in found) == bool(text)
+    assert text in found
+    release = f"{version // 1000}.{version % 1000 // 10}"
+    assert (f"update the driver, or build jax_kvpage with nvcc {release}" in found) == bool(text)
 
 
 def test_cards_that_cannot_be_used(

@@ -91,7 +91,7 @@ struct DevicePool {
   KVView view;                             // host
   DeviceSlot* slots = nullptr;             // [max_slots]
   std::int32_t* written = nullptr;         // [max_slots, num_layers] tokens written by the slot's occupant
-  std::uint32_t* marks = nullptr;          // scratch of the checks, [max_slots]: finds slots named twice
+  std::uint32_t* marks = nullptr;          // [max_slots], of checks without scratch memory: finds slots named twice
   Fault* fault = nullptr;                  // pinned host memory
   // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
   // host clears it when it hands the slot on. Reading it costs no driver call.

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "base/status.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace kvpage {
@@ -27,6 +28,9 @@ inline std::vector<Target> CpuTargets() {
 
 // The same names on CUDA (cuda/), without those of views; in a build without CUDA there are none.
 std::vector<Target> CudaTargets();
+
+// Loads the kernels of those on the current device; nothing in a build without CUDA.
+Status LoadCudaKernels();
 
 }  // namespace kvpage
 

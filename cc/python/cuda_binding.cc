@@ -51,7 +51,8 @@ DriverReport Report() {
 
 std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, std::int32_t num_q_heads,
                                   std::int32_t num_kv_heads, std::int32_t head_dim, std::int64_t max_context,
-                                  std::int64_t num_sequences, std::int64_t num_tokens, bool exact_weights) {
+                                  std::int64_t num_sequences, std::int64_t num_tokens, std::int64_t max_slots,
+                                  bool exact_weights) {
   cuda::AttentionOperands attention;
   attention.q_dtype = static_cast<DType>(q_dtype);
   attention.kv_dtype = static_cast<DType>(kv_dtype);
@@ -59,6 +60,7 @@ std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, s
   attention.num_kv_heads = num_kv_heads;
   attention.head_dim = head_dim;
   attention.max_context = max_context;
+  attention.max_slots = max_slots;
   attention.options.exact_weights = exact_weights;
   return cuda::AttentionBytes(attention, num_sequences, num_tokens);
 }
@@ -83,9 +85,9 @@ void BindCuda(nb::module_& m) {
       .def_ro("devices", &DriverReport::devices);
   m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
   // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
-  m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a);
+  m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a, "max_slots"_a);
   m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,
-        "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a, "exact_weights"_a = false);
+        "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a, "max_slots"_a, "exact_weights"_a = false);
 }
 
 }  // namespace kvpage

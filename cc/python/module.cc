@@ -23,11 +23,13 @@ using namespace nb::literals;
 
 namespace kvpage {
 
-#ifdef KVPAGE_CUDA_ARCHITECTURES  // defined by CMake in a build with CUDA
+#ifdef KVPAGE_CUDA_ARCHITECTURES  // defined by CMake in a build with CUDA, as is KVPAGE_CUDA_TOOLKIT
 #define KVPAGE_CUDA_BUILT KVPAGE_CUDA_ARCHITECTURES
 #else
 #define KVPAGE_CUDA_BUILT ""
+#define KVPAGE_CUDA_TOOLKIT 0
 std::vector<Target> CudaTargets() { return {}; }
+Status LoadCudaKernels() { return {}; }
 #endif
 
 namespace {
@@ -58,6 +60,7 @@ NB_MODULE(_native, m) {
   Raise(cpu::CheckInstructionSet());
   m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("CUDA_ARCHITECTURES") = KVPAGE_CUDA_BUILT;
+  m.attr("CUDA_TOOLKIT") = KVPAGE_CUDA_TOOLKIT;
   m.attr("VERBS") = Verbs();
   m.def("registrations", &Registrations, "platform"_a = "cpu");
   m.def("instruction_set", &cpu::InstructionSet);

@@ -35,6 +35,12 @@ Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolO
   }
   std::shared_ptr<DeviceState> device;
   KVPAGE_RETURN_IF_ERROR(OpenDevice(ordinal, &device));
+  {
+    // Here, because a program's first run may be the capture of a graph.
+    const ContextScope scope(*device->context());
+    KVPAGE_RETURN_IF_ERROR(scope.status());
+    KVPAGE_RETURN_IF_ERROR(LoadCudaKernels());
+  }
   DeviceDescription description;
   KVPAGE_RETURN_IF_ERROR(DescribeDevice(device->driver(), ordinal, &description));
   *limit = {description.total_bytes, "CUDA device " + std::to_string(ordinal)};

@@ -148,7 +148,7 @@ TEST(CudaAppendTest, AppendWritesWhatPlainLoopsWrite) {
           const CacheBuffers buffers = bench.Buffers();
           const auto layer = Ints({static_cast<std::int32_t>(bench.cache.layer)});
           const auto slots = Exactly(batch.slots), offsets = Exactly(batch.offsets);
-          const auto scratch = Scratch(6);
+          const auto scratch = Scratch(6, 0);
           const auto epoch = Exactly<std::uint32_t>(1);
           const cuda::AppendOperands append = {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), from, heads,
                                                head_dim};
@@ -179,7 +179,7 @@ TEST(CudaAppendTest, OneTokenEachAndNothingAtAll) {
   AppendPlainly(bench, batch, expected);
   const auto layer = Ints({1});
   const auto slots = Exactly(batch.slots), offsets = Exactly(batch.offsets);
-  const auto scratch = Scratch(5);
+  const auto scratch = Scratch(5, 0);
   auto epoch = Exactly<std::uint32_t>(1);
   const cuda::AppendOperands append = {layer.get(), batch.bytes[0].get(), batch.bytes[1].get(), DType::kBF16, 2, 64};
   const CacheBuffers buffers = bench.Buffers();
@@ -202,7 +202,7 @@ TEST(CudaAppendTest, AFailedAppendWritesNothing) {
   const NewTokens batch(rng, bench, DType::kF32, {0, 1}, {0, 4, 6}, 6);  // slot 1 is free
   const auto layer = Ints({1});
   const auto slots = Exactly(batch.slots), offsets = Exactly(batch.offsets);
-  const auto scratch = Scratch(2);
+  const auto scratch = Scratch(2, 0);
   const auto epoch = Exactly<std::uint32_t>(1);
   const CacheBuffers buffers = bench.Buffers();
   EXPECT_OK(cuda::AppendKV(buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec),
@@ -245,7 +245,7 @@ TEST(CudaAppendTest, GatherReadsWhatPlainLoopsRead) {
         const auto slots = Ints({3, 0, -1, 2, 4});
         auto offsets = Ints({0, 1, 6, 8, 28, 28});
         const std::vector<int> slot_of = {3, 0, -1, 2, -1}, tokens = {61, 8, 0, 20, 0};
-        const auto scratch = Scratch(5);
+        const auto scratch = Scratch(5, 0);
         const std::size_t bytes = 5ull * row_tokens * heads * head_dim * ItemSize(out_dtype);
         std::unique_ptr<char[]> out[2] = {Exactly<char>(bytes), Exactly<char>(bytes)};
         for (const bool fails : {false, true}) {

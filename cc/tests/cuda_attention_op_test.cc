@@ -63,6 +63,7 @@ struct Pool {
     operands.layer = layer.get();
     operands.options.sliding_window = window.get();
     operands.max_context = spec[4];
+    operands.max_slots = spec[3];
     const auto count = static_cast<std::int64_t>(slots.size());
     const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);

@@ -60,31 +60,53 @@ inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, 
   return a;
 }
 
+// A batch that has passed its check, and the memory of its attention.
+class CudaBatch {
+ public:
+  CudaBatch(const Problem& p, const Cache& cache, const std::vector<int>& slots, const CudaRun& options = {})
+      : num_sequences_(static_cast<std::int64_t>(slots.size()) + options.padding),
+        num_tokens_(p.num_tokens),
+        aligned_(options.aligned) {
+    result_.out.assign(p.q.size(), '\x55');
+    result_.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
+    operands_ = ToOperands(p, cache, &result_);
+    const std::size_t bytes = (cuda::AttentionBytes(operands_, num_sequences_, p.num_tokens) + 255) / 256 * 256;
+    scratch_.reset(std::aligned_alloc(256, bytes));
+    std::memset(scratch_.get(), 0xff, bytes);
+    auto* const checked = new (scratch_.get()) CheckedBatch;
+    checked->ok = options.failed ? 0 : 1;
+    checked->layer = static_cast<std::int32_t>(cache.layer);
+    checked->num_sequences = static_cast<std::int32_t>(num_sequences_);
+    checked->sliding_window = p.window;
+    checked->view = cache.view;
+    for (int i = 0; i < options.padding; ++i) checked->sequences()[i] = {-1, 0, 0, 0};
+    for (std::size_t s = 0; s < slots.size(); ++s) {
+      Sequence sequence = p.sequences[s];
+      sequence.slot = options.only >= 0 && options.only != static_cast<int>(s) ? -1 : slots[s];
+      checked->sequences()[options.padding + s] = sequence;
+    }
+  }
+  CudaBatch(const CudaBatch&) = delete;
+  CudaBatch& operator=(const CudaBatch&) = delete;
+
+  Status Launch() const {
+    return cuda::LaunchAttention(operands_, num_sequences_, num_tokens_, aligned_, scratch_.get(), nullptr);
+  }
+  const Result& result() const { return result_; }
+
+ private:
+  const std::int64_t num_sequences_, num_tokens_;
+  const bool aligned_;
+  Result result_;
+  cuda::AttentionOperands operands_;
+  std::unique_ptr<void, FreeScratch> scratch_;
+};
+
 inline Result RunCuda(const Problem& p, const Cache& cache, const std::vector<int>& slots,
                       const CudaRun& options = {}) {
-  Result result;
-  result.out.assign(p.q.size(), '\x55');
-  result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
-  const cuda::AttentionOperands operands = ToOperands(p, cache, &result);
-  const auto sequences = static_cast<std::int64_t>(slots.size()) + options.padding;
-  const std::size_t bytes = (cuda::AttentionBytes(operands, sequences, p.num_tokens) + 255) / 256 * 256;
-  const std::unique_ptr<void, FreeScratch> scratch(std::aligned_alloc(256, bytes));
-  std::memset(scratch.get(), 0xff, bytes);
-  auto* const checked = new (scratch.get()) CheckedBatch;
-  checked->ok = options.failed ? 0 : 1;
-  checked->layer = static_cast<std::int32_t>(cache.layer);
-  checked->num_sequences = static_cast<std::int32_t>(sequences);
-  checked->sliding_window = p.window;
-  checked->view = cache.view;
-  for (int i = 0; i < options.padding; ++i) checked->sequences()[i] = {-1, 0, 0, 0};
-  for (std::size_t s = 0; s < slots.size(); ++s) {
-    Sequence sequence = p.sequences[s];
-    sequence.slot = options.only >= 0 && options.only != static_cast<int>(s) ? -1 : slots[s];
-    checked->sequences()[options.padding + s] = sequence;
-  }
-  EXPECT_OK(cuda::LaunchAttention(operands, sequences, p.num_tokens, options.aligned, scratch.get(), nullptr))
-      << DescribeCuda(p);
-  return result;
+  const CudaBatch batch(p, cache, slots, options);
+  EXPECT_OK(batch.Launch()) << DescribeCuda(p);
+  return batch.result();
 }
 
 // Compares with the reference: rounding of the output's type, what float32 sums may lose, and for tensor cores the

@@ -76,7 +76,7 @@ void CheckCopies(const Geometry& geometry, const std::vector<TokenCopy>& copies,
     const CacheBuffers buffers(5, generation, rows.entry().epoch, {50, 20, 20});
     const auto own = Ints({5, 0});
     const auto list = Exactly(copies);
-    const auto scratch = Scratch(0);
+    const auto scratch = Scratch(0, 0);
     EXPECT_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kAcquire, table, geometry.spec()), own.get(),
                               {nullptr, 0, list.get(), static_cast<std::int64_t>(copies.size())}, buffers.epoch.get(),
                               buffers.lengths.get(), scratch.get(), nullptr));

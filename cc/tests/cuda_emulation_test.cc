@@ -43,7 +43,7 @@ TEST(CudaEmulationTest, BlocksAndWarpsComputeTogether) {
   for (const std::uint64_t seed : {0, 1, 2}) {
     emulation::device().seed = seed;
     int out = 0;
-    EXPECT_OK(Launch("sum", SumKernel, LaunchShape{8, 128, 128 * sizeof(int)}, nullptr, in.data(), &out, 1000));
+    EXPECT_OK(Launch<SumKernel>("sum", LaunchShape{8, 128, 128 * sizeof(int)}, nullptr, in.data(), &out, 1000));
     EXPECT_EQ(out, 500500);
   }
   emulation::device().seed = 0;
@@ -64,7 +64,7 @@ __global__ void CollectiveKernel(unsigned* out) {
 
 TEST(CudaEmulationTest, CollectivesOfSomeLanes) {
   std::vector<unsigned> out(192);
-  EXPECT_OK(Launch("collective", CollectiveKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  EXPECT_OK(Launch<CollectiveKernel>("collective", LaunchShape{1, 64}, nullptr, out.data()));
   for (unsigned i = 0; i < 64; ++i) {
     const unsigned lane = i % 32;
     EXPECT_EQ(out[i], lane % 2 == 0 ? 240u : 0xaaaa0000u & 0xfffe0000u);
@@ -96,9 +96,9 @@ __global__ void CopyKernel(const int* in, int* out) {
 
 TEST(CudaEmulationTest, PollingAndAsynchronousCopies) {
   std::vector<int> out(64), in = {1, 2, 3, 4, 5, 6, 7, 8};
-  EXPECT_OK(Launch("poll", PollKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  EXPECT_OK(Launch<PollKernel>("poll", LaunchShape{1, 64}, nullptr, out.data()));
   for (const int x : out) EXPECT_EQ(x, 7);
-  EXPECT_OK(Launch("copy", CopyKernel, LaunchShape{1, 1}, nullptr, in.data(), out.data()));
+  EXPECT_OK(Launch<CopyKernel>("copy", LaunchShape{1, 1}, nullptr, in.data(), out.data()));
   const int expected[] = {1, 2, 3, 4, -1, -1, -1, -1, 1, 2, 3, 4, 5, 6, 0, 0};
   for (int i = 0; i < 16; ++i) EXPECT_EQ(out[i], expected[i]);
 }
@@ -124,6 +124,11 @@ __global__ void AbsentKernel() {
 __global__ void SpinKernel() {
   while (true) __nanosleep(10);
 }
+__global__ void StaticSharedKernel() {
+  KVPAGE_SHARED(char[900], first);
+  KVPAGE_SHARED(char[900], second);
+  first[threadIdx.x] = second[threadIdx.x] = 0;
+}
 // Reads its neighbour's number without a barrier between.
 __global__ void RaceKernel(int* out) {
   KVPAGE_SHARED(int[64], numbers);
@@ -132,13 +137,14 @@ __global__ void RaceKernel(int* out) {
 }
 
 // The output of a process in which the kernel runs, and whether it aborted.
-std::string MessageOf(void (*kernel)()) {
+template <auto kKernel>
+std::string MessageOf() {
   int ends[2];
   if (pipe(ends) != 0) return "no pipe";
   const pid_t child = fork();
   if (child == 0) {
     dup2(ends[1], STDERR_FILENO);
-    static_cast<void>(Launch("wrong", kernel, LaunchShape{1, 64}, nullptr));
+    static_cast<void>(Launch<kKernel>("wrong", LaunchShape{1, 64}, nullptr));
     _exit(0);
   }
   close(ends[1]);
@@ -154,26 +160,27 @@ std::string MessageOf(void (*kernel)()) {
 bool Has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 TEST(CudaEmulationTest, MistakesEndInAMessage) {
-  const std::string returns = MessageOf(ReturnsKernel);
+  const std::string returns = MessageOf<ReturnsKernel>();
   EXPECT_TRUE(Has(returns, "in vain") && Has(returns, "returned: threads 3") && Has(returns, "__syncthreads"))
       << returns;
-  const std::string places = MessageOf(TwoPlacesKernel);
+  const std::string places = MessageOf<TwoPlacesKernel>();
   EXPECT_TRUE(Has(places, "in vain") && Has(places, "cuda_emulation_test.cc:")) << places;
-  EXPECT_TRUE(Has(MessageOf(MaskKernel), "in vain")) << MessageOf(MaskKernel);
-  EXPECT_TRUE(Has(MessageOf(AbsentKernel), "__syncwarp")) << MessageOf(AbsentKernel);
-  EXPECT_TRUE(Has(MessageOf(SpinKernel), "polls in __nanosleep")) << MessageOf(SpinKernel);
+  EXPECT_TRUE(Has(MessageOf<MaskKernel>(), "in vain")) << MessageOf<MaskKernel>();
+  EXPECT_TRUE(Has(MessageOf<AbsentKernel>(), "__syncwarp")) << MessageOf<AbsentKernel>();
+  EXPECT_TRUE(Has(MessageOf<StaticSharedKernel>(), "static shared memory")) << MessageOf<StaticSharedKernel>();
+  EXPECT_TRUE(Has(MessageOf<SpinKernel>(), "polls in __nanosleep")) << MessageOf<SpinKernel>();
 }
 
 TEST(CudaEmulationTest, MissingBarriersShow) {
   std::vector<int> out(64);
-  EXPECT_OK(Launch("race", RaceKernel, LaunchShape{1, 64}, nullptr, out.data()));
+  EXPECT_OK(Launch<RaceKernel>("race", LaunchShape{1, 64}, nullptr, out.data()));
   EXPECT_EQ(out[0], -1);  // shared memory was poisoned
 }
 
 TEST(CudaEmulationTest, LaunchesAreChecked) {
-  Status status = Launch("sum", SumKernel, LaunchShape{0, 128}, nullptr, nullptr, nullptr, 0);
+  Status status = Launch<SumKernel>("sum", LaunchShape{0, 128}, nullptr, nullptr, nullptr, 0);
   EXPECT_TRUE(!status.ok() && Has(status.message(), "kernel sum (0 x 1 x 1 blocks")) << status.message();
-  status = Launch("sum", SumKernel, LaunchShape{1, 128, 300 << 10}, nullptr, nullptr, nullptr, 0);
+  status = Launch<SumKernel>("sum", LaunchShape{1, 128, 300 << 10}, nullptr, nullptr, nullptr, 0);
   EXPECT_TRUE(!status.ok() && Has(status.message(), "307200 bytes of shared memory")) << status.message();
 }
 

@@ -30,7 +30,7 @@ struct Tables {
     view.table_width = kWidth;
     view.tokens_per_chunk = kPageTokens;
     const auto count = static_cast<std::int64_t>(lengths.size());
-    scratch = Scratch(count);
+    scratch = Scratch(count, 0);
     EXPECT_OK(cuda::LaunchTableCheck(view, kPages, length.get(), offset.get(), count, num_tokens, window.get(),
                                      scratch.get(), nullptr));
     return *reinterpret_cast<const CheckedBatch*>(scratch.get());

@@ -121,7 +121,7 @@ class Twins {
     Value device = value;
     const Operands operands(this, op, &device, batch.slots, batch.offsets);
     const auto at = Ints({layer});
-    const auto scratch = Scratch(static_cast<std::int64_t>(batch.slots.size()));
+    const auto scratch = Scratch(static_cast<std::int64_t>(batch.slots.size()), geometry_.max_slots);
     const cuda::BatchOperands batch_operands = {operands.slots(), operands.numbers(),
                                                 static_cast<std::int64_t>(batch.slots.size()), batch.num_tokens};
     const std::vector<char> before = rows_.State();
@@ -195,7 +195,7 @@ class Twins {
     const auto own = Ints({kId, 1});
     const auto device_edits = Exactly(edits);
     const auto device_copies = Exactly(copies);
-    const auto scratch = Scratch(0);
+    const auto scratch = Scratch(0, 0);
     const std::vector<char> before = rows_.State();
     // Both sides have one memory: it is copied once, by the device.
     EXPECT_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),

@@ -117,9 +117,9 @@ struct CacheBuffers {
   }
 };
 
-// Scratch of a batch's check.
-inline std::unique_ptr<char[]> Scratch(std::int64_t num_sequences) {
-  return Exactly<char>(cuda::CheckedBytes(num_sequences));
+// Scratch of the check of a batch, in a pool of `max_slots`.
+inline std::unique_ptr<char[]> Scratch(std::int64_t num_sequences, std::int64_t max_slots) {
+  return Exactly<char>(cuda::CheckedBytes(num_sequences, max_slots));
 }
 
 }  // namespace kvpage::testing

@@ -51,7 +51,7 @@ struct Kernels {
     const std::int32_t offsets[] = {0, count};
     const std::vector<float> rows(static_cast<std::size_t>(count) * 16, 2.5f);
     cuda::BatchOperands batch = {&slot, offsets, 1, count};
-    std::vector<char> scratch(cuda::CheckedBytes(1) + 256);
+    std::vector<char> scratch(cuda::CheckedBytes(1, 0) + 256);
     void* const checked = scratch.data() + (256 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 256);
     for (std::int32_t layer = 0; layer < kLayers; ++layer) {
       const cuda::AppendOperands append = {&layer, rows.data(), rows.data(), DType::kF32, 1, 16};

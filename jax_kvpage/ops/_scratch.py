@@ -1,4 +1,4 @@
-"""Device memory of an op's own on CUDA, by the shapes of its operands.
+"""Scratch memory of ops on CUDA, in bytes, by the shapes of their operands.
 
 It is the custom call's last result and is never read. XLA could lend such memory to a handler as
 it runs, but a call that was captured into a CUDA graph writes to it whenever the graph is replayed,
@@ -17,19 +17,28 @@ __all__ = ["attention", "attention_with_tables", "checked", "copies", "with_resu
 
 
 def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for the checked batch that append_kv and gather_context begin with."""
+    """Bytes for the checked batch that append_kv and gather_context begin with.
+
+    The cache's lengths, [max_slots], are operand 2, the batch's slots operand 3.
+    """
     del params
-    return _native.checked_scratch_bytes(operands[3].shape[0])
+    return _native.checked_scratch_bytes(operands[3].shape[0], operands[2].shape[0])
 
 
 def copies(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
     """Bytes for what edit_slots hands to its copies; none without any."""
     del params
-    return _native.checked_scratch_bytes(0) if operands[5].shape[0] else 0
+    return _native.checked_scratch_bytes(0, 0) if operands[5].shape[0] else 0
 
 
 def _attention(
-    q: Any, storage: Any, heads: int, max_context: int, sequences: int, exact_weights: bool
+    q: Any,
+    storage: Any,
+    heads: int,
+    max_context: int,
+    sequences: int,
+    max_slots: int,
+    exact_weights: bool,
 ) -> int:
     tokens, query_heads, dim = q.shape
     return _native.attention_scratch_bytes(
@@ -41,6 +50,7 @@ def _attention(
         max_context,
         sequences,
         tokens,
+        max_slots,
         exact_weights,
     )
 
@@ -55,6 +65,7 @@ def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
         spec.num_kv_heads,
         spec.max_seq_len,
         sequences,
+        spec.max_slots,
         params["exact_weights"],
     )
 
@@ -66,7 +77,13 @@ def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) ->
     if params["kv_layout"] == 1:
         size, heads = heads, size
     return _attention(
-        q, k_pages.dtype, heads, tables.shape[1] * size, lengths.shape[0], params["exact_weights"]
+        q,
+        k_pages.dtype,
+        heads,
+        tables.shape[1] * size,
+        lengths.shape[0],
+        0,
+        params["exact_weights"],
     )
 
 

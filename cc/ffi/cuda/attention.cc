@@ -57,6 +57,7 @@ struct LayerCall : CudaCall {
     KVPAGE_RETURN_IF_ERROR(
         ToAttention(op(), q, options, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
     attention.layer = layer;
+    attention.max_slots = max_slots();
     KVPAGE_RETURN_IF_ERROR(
         CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
     return cuda::Attend(cache, batch, attention, append, new_epoch, scratch->typed_data(), stream);
@@ -83,7 +84,8 @@ ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   const auto queue = [&](const LayerCall& call) -> Status {
     cuda::AppendOperands append;
     KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+    KVPAGE_RETURN_IF_ERROR(
+        CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences, call.max_slots())));
     return cuda::AppendKV(call.cache, call.batch, append, new_epoch->typed_data(), scratch->typed_data(), stream);
   };
   return QueueOnLayer(DeviceOp::kAppendKV, {stream, ordinal}, {handle, epoch, lengths, spec},
@@ -124,7 +126,8 @@ ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epo
       KVPAGE_RETURN_IF_ERROR(CheckCount(call.op(), "the gathered context", result->element_count(),
                                         call.batch.num_sequences * row_tokens * call.num_kv_heads() * call.head_dim()));
     }
-    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences)));
+    KVPAGE_RETURN_IF_ERROR(
+        CheckScratch(call.op(), scratch, cuda::CheckedBytes(call.batch.num_sequences, call.max_slots())));
     return cuda::GatherContext(call.cache, call.batch, call.layer, row_tokens, k->untyped_data(), v->untyped_data(),
                                scratch->typed_data(), stream);
   };
@@ -159,6 +162,8 @@ KVPAGE_DEFINE_CUDA_HANDLER(kGatherContext, GatherContext, WithScratch(BindGather
 KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables, WithScratch(BindAttendWithTables(CudaBinding())));
 
 }  // namespace
+
+Status LoadCudaKernels() { return cuda::LoadKernels(); }
 
 std::vector<Target> CudaSlotTargets();  // slots.cc
 

@@ -40,7 +40,7 @@ ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, 
   const auto queue = [&](const CudaCall& call) -> Status {
     EditList list;
     KVPAGE_RETURN_IF_ERROR(ToEditList(call.op(), own, edits, copies, &list));
-    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, list.num_copies > 0 ? cuda::CheckedBytes(0) : 0));
+    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, list.num_copies > 0 ? cuda::CheckedBytes(0, 0) : 0));
     return cuda::EditSlots(call.cache, own.typed_data(), list, new_epoch->typed_data(), new_lengths->typed_data(),
                            scratch->typed_data(), stream);
   };

@@ -140,10 +140,11 @@ Status LaunchFor(const AppendArgs& args, const LaunchShape& shape, Stream stream
   const auto address = reinterpret_cast<std::uintptr_t>(args.k) | reinterpret_cast<std::uintptr_t>(args.v);
   const bool aligned = args.head_dim % kVector == 0 && address % (kVector * sizeof(From)) == 0;
   if constexpr (kIsQuantized<To>) {
-    return Launch("append", aligned ? QuantizeKernel<To, From, kVector> : QuantizeKernel<To, From, 1>, shape, stream,
-                  args);
+    return aligned ? Launch<QuantizeKernel<To, From, kVector>>("append", shape, stream, args)
+                   : Launch<QuantizeKernel<To, From, 1>>("append", shape, stream, args);
   } else {
-    return Launch("append", aligned ? AppendKernel<To, From, kVector> : AppendKernel<To, From, 1>, shape, stream, args);
+    return aligned ? Launch<AppendKernel<To, From, kVector>>("append", shape, stream, args)
+                   : Launch<AppendKernel<To, From, 1>>("append", shape, stream, args);
   }
 }
 

@@ -81,9 +81,9 @@ Status GetSharedLimits(SharedLimits* limits) {
                                   "cudaDeviceGetAttribute"));
   KVPAGE_RETURN_IF_ERROR(ToStatus(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                                   "cudaDeviceGetAttribute"));
-  limits->alone = alone;
-  // The system reserves a kilobyte per block, and static shared memory takes another.
-  limits->beside = std::min(alone, all / kBlocksPerSm - 2048);
+  limits->alone = alone - kMaxStaticSharedBytes;
+  // The system reserves a kilobyte per block.
+  limits->beside = std::min<std::int64_t>(limits->alone, all / kBlocksPerSm - 1024 - kMaxStaticSharedBytes);
   return {};
 }
 
@@ -112,7 +112,7 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
   AttentionParams params = {};
   Fill(attention, num_sequences, num_tokens, tensor_cores, num_sms, scratch, &params);
   const LaunchShape shape = {1, kPlanThreads, 0, /*overlap=*/true};
-  KVPAGE_RETURN_IF_ERROR(Launch("plan", PlanKernel, shape, stream, params));
+  KVPAGE_RETURN_IF_ERROR(Launch<PlanKernel>("plan", shape, stream, params));
   return LaunchPlanned(attention, params, tensor_cores, stream);
 }
 
@@ -127,7 +127,7 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   const BatchCheckArgs args =
       ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr, new_epoch, scratch);
   const LaunchShape shape = {1, kCheckThreads, CheckSharedBytes(cache), /*overlap=*/false};
-  KVPAGE_RETURN_IF_ERROR(Launch("check_and_plan", CheckAndPlanKernel, shape, stream, args, params));
+  KVPAGE_RETURN_IF_ERROR(Launch<CheckAndPlanKernel>("check_and_plan", shape, stream, args, params));
   if (append != nullptr) {
     KVPAGE_RETURN_IF_ERROR(
         LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append, attention.kv_dtype, stream));

@@ -26,7 +26,7 @@ Status LaunchDecodeInt8(AttentionParams params, Stream stream);
 Status LaunchPrefillBf16(AttentionParams params, Stream stream);
 Status LaunchPrefillF16(AttentionParams params, Stream stream);
 
-// Shared memory available to a block of the current device, in bytes.
+// Dynamic shared memory available to a block of the current device, in bytes.
 struct SharedLimits {
   std::int64_t alone = 0;   // with the multiprocessor to itself
   std::int64_t beside = 0;  // with a second block on the multiprocessor

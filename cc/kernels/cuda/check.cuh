@@ -98,16 +98,12 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
 // memory: use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result.
 inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                              const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked) {
-  return {ToArgs(cache, append),
-          batch.slots,
-          batch.offsets,
-          batch.num_sequences,
-          batch.num_tokens,
-          layer,
-          window,
-          append,
-          new_epoch,
-          static_cast<CheckedBatch*>(checked)};
+  CacheArgs cache_args = ToArgs(cache, append);
+  if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
+    cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
+  }
+  return {cache_args, batch.slots, batch.offsets, batch.num_sequences, batch.num_tokens,
+          layer,      window,      append,        new_epoch,           static_cast<CheckedBatch*>(checked)};
 }
 
 // The check in a separate launch (slots.cu).

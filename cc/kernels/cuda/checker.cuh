@@ -17,8 +17,6 @@
 namespace kvpage::cuda {
 
 inline constexpr int kCheckThreads = 256;
-// Up to this many slots the marks that find duplicates lie in shared memory, else in DevicePool::marks.
-inline constexpr std::int64_t kSharedMarks = 8192;
 
 // CacheOperands as kernels take it.
 struct CacheArgs {
@@ -30,6 +28,7 @@ struct CacheArgs {
   std::int64_t spec[kNumSpecFields];
   DeviceOp op;
   bool mutates;
+  std::uint32_t* marks;  // [max_slots], of this op alone; null: the pool's (kSharedMarks)
 
   __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[kSpecNumLayers]); }
   __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[kSpecMaxSlots]); }
@@ -37,7 +36,7 @@ struct CacheArgs {
 };
 
 inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int32_t* own = nullptr) {
-  CacheArgs args = {cache.pools, cache.handle, cache.epoch, cache.lengths, own, {}, cache.op, mutates};
+  CacheArgs args = {cache.pools, cache.handle, cache.epoch, cache.lengths, own, {}, cache.op, mutates, nullptr};
   for (int i = 0; i < kNumSpecFields; ++i) args.spec[i] = cache.spec[i];
   return args;
 }
@@ -203,7 +202,8 @@ class Checker {
     const std::uint32_t epoch = pool->epoch, cache_epoch = shared_->cache_epoch;
     shared_->slots = pool->slots;
     shared_->written = pool->written;
-    shared_->marks = args_.spec[kSpecMaxSlots] <= kSharedMarks ? shared_marks_ : pool->marks;
+    shared_->marks = args_.marks != nullptr ? args_.marks : pool->marks;
+    if (args_.spec[kSpecMaxSlots] <= kSharedMarks) shared_->marks = shared_marks_;
     shared_->pool_epoch = epoch;
     for (int i = kNumSpecFields - 1; i >= 0; --i) {  // the last one noted has the smallest key
       const std::int64_t have = pool->spec[i];

@@ -36,7 +36,7 @@ Status CopyBlocks(const BlockCopy* copies, std::int64_t count, std::int64_t bloc
   }
   const std::int64_t tiles = CeilDiv(block_bytes, kTileBytes);
   const LaunchShape shape = {static_cast<unsigned>(count * tiles), kThreads, 0, false};
-  return Launch("copy_blocks", CopyKernel, shape, stream, copies, tiles, block_bytes);
+  return Launch<CopyKernel>("copy_blocks", shape, stream, copies, tiles, block_bytes);
 }
 
 }  // namespace kvpage::cuda

@@ -21,7 +21,7 @@ template <class T>
 Status LaunchDecode(const AttentionParams& params, Stream stream) {
   return ForHeadDim(params.head_dim, [&](auto head_dim) {
     constexpr int kDim = decltype(head_dim)::value;
-    return LaunchPipelined<DecodeShape<kDim>>("decode_attention", DecodeKernel<T, kDim>, params, stream);
+    return LaunchPipelined<DecodeShape<kDim>, DecodeKernel<T, kDim>>("decode_attention", params, stream);
   });
 }
 

@@ -21,8 +21,8 @@ template <class S, class T>
 Status LaunchDecodeQuantized(const AttentionParams& params, Stream stream) {
   return ForHeadDim(params.head_dim, [&](auto head_dim) {
     constexpr int kDim = decltype(head_dim)::value;
-    return LaunchPipelined<DecodeQuantizedShape<kDim>>("decode_quantized_attention", DecodeQuantizedKernel<S, T, kDim>,
-                                                       params, stream);
+    return LaunchPipelined<DecodeQuantizedShape<kDim>, DecodeQuantizedKernel<S, T, kDim>>("decode_quantized_attention",
+                                                                                          params, stream);
   });
 }
 

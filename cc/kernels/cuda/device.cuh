@@ -1,5 +1,5 @@
-// The base of every CUDA kernel of the project: launches with error messages, shared memory, the number of
-// multiprocessors.
+// The base of every CUDA kernel of the project: launches (launch.cuh), shared memory, the wait for the prior kernel,
+// the number of multiprocessors.
 //
 // Kernel files are compiled twice: by nvcc, and as C++ (KVPAGE_EMULATED) against stand-ins for CUDA's headers, to be
 // tested on machines without a GPU. Differences between the languages are handled by the macros here: no <<<>>>, no
@@ -11,11 +11,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <utility>
 
 #include "base/status.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace kvpage::cuda {
 
@@ -42,58 +41,6 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
-// Dynamic shared memory that a kernel can have without opting in to more.
-inline constexpr std::size_t kDefaultSharedBytes = 48 << 10;
-
-struct LaunchShape {
-  dim3 grid;
-  dim3 block;
-  std::size_t shared_bytes = 0;
-  // The kernel may start while the previous one on the stream still runs (programmatic dependent launch): every thread
-  // must call WaitForPriorKernel() before it accesses memory that the previous kernel uses. Only after a kernel of the
-  // same op: kernels that XLA queues do not wait.
-  bool overlap = false;
-};
-
-inline std::string Describe(const char* name, const LaunchShape& shape) {
-  const auto text = [](const dim3& d) {
-    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
-  };
-  return std::string("kernel ") + name + " (" + text(shape.grid) + " blocks of " + text(shape.block) + " threads, " +
-         std::to_string(shape.shared_bytes) + " bytes of shared memory)";
-}
-
-inline Status ToStatus(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return {};
-  static_cast<void>(cudaGetLastError());  // reported here, so clear it for the next caller
-  return Internal(what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
-}
-
-// Queues the kernel; `name` is for messages. Arguments convert to the kernel's parameters.
-template <class... Params, class... Args>
-Status Launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape, Stream stream, Args&&... args) {
-  if (shape.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return ToStatus(error, Describe(name, shape) + " cannot have that much shared memory");
-    // Such kernels need as many concurrent blocks as fit, not a large L1. This is a hint: its result is ignored.
-    static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           static_cast<int>(cudaSharedmemCarveoutMaxShared)));
-  }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.overlap ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-  if (error != cudaSuccess) return ToStatus(error, Describe(name, shape) + " could not be launched");
-  return {};
-}
 
 // Multiprocessors of the current device.
 inline Status NumSms(int* out) {
@@ -105,7 +52,9 @@ inline Status NumSms(int* out) {
 // See LaunchShape::overlap. The compiler may move __ldg and const __restrict__ loads before this wait: use plain loads
 // for memory that the prior kernel wrote.
 __device__ __forceinline__ void WaitForPriorKernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef KVPAGE_EMULATED
+  emulation::WaitForPriorKernel();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -260,9 +260,9 @@ Status LaunchCopies(const CacheOperands& cache, const EditList& list, const Chec
   const std::int64_t blocks = list.num_copies * args.num_layers * 2 * kPieces;
   const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
   // Rows begin at multiples of their length.
-  if (args.row_bytes % 16 == 0) return Launch("copy_tokens", CopyTokensKernel<16>, shape, stream, args);
-  if (args.row_bytes % 4 == 0) return Launch("copy_tokens", CopyTokensKernel<4>, shape, stream, args);
-  return Launch("copy_tokens", CopyTokensKernel<1>, shape, stream, args);
+  if (args.row_bytes % 16 == 0) return Launch<CopyTokensKernel<16>>("copy_tokens", shape, stream, args);
+  if (args.row_bytes % 4 == 0) return Launch<CopyTokensKernel<4>>("copy_tokens", shape, stream, args);
+  return Launch<CopyTokensKernel<1>>("copy_tokens", shape, stream, args);
 }
 
 }  // namespace
@@ -271,7 +271,7 @@ Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const Edit
                  std::int32_t* new_lengths, void* checked, Stream stream) {
   auto* const verdict = list.num_copies > 0 ? static_cast<CheckedBatch*>(checked) : nullptr;
   const EditArgs args = {ToArgs(cache, true, own), list, new_epoch, new_lengths, verdict};
-  KVPAGE_RETURN_IF_ERROR(Launch(OpName(cache.op), EditKernel, OneBlock(cache), stream, args));
+  KVPAGE_RETURN_IF_ERROR(Launch<EditKernel>(OpName(cache.op), OneBlock(cache), stream, args));
   return list.num_copies > 0 ? LaunchCopies(cache, list, verdict, stream) : Status();
 }
 

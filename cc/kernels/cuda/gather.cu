@@ -69,7 +69,8 @@ Status LaunchGather(const GatherArgs& args, std::int64_t blocks, Stream stream) 
   const auto address = reinterpret_cast<std::uintptr_t>(args.k) | reinterpret_cast<std::uintptr_t>(args.v);
   const bool aligned = args.head_dim % kVector == 0 && address % 16 == 0;
   const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
-  return Launch("gather", aligned ? GatherKernel<Stored, kVector> : GatherKernel<Stored, 1>, shape, stream, args);
+  return aligned ? Launch<GatherKernel<Stored, kVector>>("gather", shape, stream, args)
+                 : Launch<GatherKernel<Stored, 1>>("gather", shape, stream, args);
 }
 
 }  // namespace

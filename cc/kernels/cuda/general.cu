@@ -42,7 +42,7 @@ Status LaunchGeneral(DType storage, AttentionParams params, Stream stream) {
   return ForStorage(storage, [&](auto element) {
     using T = decltype(element);
     const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, static_cast<std::size_t>(size), true};
-    return Launch("general_attention", GeneralKernel<T>, shape, stream, params);
+    return Launch<GeneralKernel<T>, SharedUse::kAll>("general_attention", shape, stream, params);
   });
 }
 

@@ -22,6 +22,10 @@ namespace kvpage::cuda {
 
 using Stream = void*;  // CUstream
 
+// Loads the code of all kernels on the current device, which CUDA would do at their first launches (launch.cu). That
+// may block, and is better not done while a graph is captured: for whoever opens a device.
+Status LoadKernels();
+
 // The cache as a program carries it, and the spec that the program was compiled for.
 struct CacheOperands {
   DeviceOp op = DeviceOp::kAdvance;
@@ -45,7 +49,7 @@ Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint
 Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
                   std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
 // edit_slots (edit_slots.cu), queued for the verb that cache.op names; `own` is the handle of the pool whose method was
-// called, the lists are device memory. Copies need CheckedBytes(0) of device scratch; without any `checked` is not
+// called, the lists are device memory. Copies need CheckedBytes(0, 0) of device scratch; without any `checked` is not
 // used.
 Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
                  std::int32_t* new_lengths, void* checked, Stream stream);
@@ -55,10 +59,19 @@ Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, cons
                      std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream);
 
 // ---- keys and values (append.cu, gather.cu, copy.cu) ----
-// Bytes of device scratch memory for the CheckedBatch of every op below. Scratch is an operand that XLA owns (the
+// Bytes of device scratch memory for the CheckedBatch of every op below, and for its check's marks in a pool of many
+// slots. Scratch is an operand that XLA owns (the
 // custom call's last result), because memory from XLA's scratch allocator would be freed before a captured graph is
 // replayed. Its size must depend on shapes only.
-std::size_t CheckedBytes(std::int64_t num_sequences);
+std::size_t CheckedBytes(std::int64_t num_sequences, std::int64_t max_slots);
+
+// Up to this many slots the marks by which a check finds duplicates lie in shared memory. Beyond, they lie behind the
+// CheckedBatch where the op has one, because readers may run at the same time; else, in ops that change the cache and
+// so run one after the other, in DevicePool::marks.
+inline constexpr std::int64_t kSharedMarks = 8192;
+
+// Byte offset of those marks in an op's scratch memory.
+std::size_t MarksOffset(std::int64_t num_sequences);
 
 struct AppendOperands {
   const std::int32_t* layer = nullptr;  // [1]
@@ -94,6 +107,7 @@ struct AttentionOperands {
   DType kv_dtype = DType::kF32;
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
   std::int64_t max_context = 0;  // most tokens of one sequence: bounds the scratch memory
+  std::int64_t max_slots = 0;    // of the pool; 0 where there is none
   AttentionOptions options;
 };
 

@@ -19,7 +19,7 @@ template <class T>
 Status LaunchPrefill(const AttentionParams& params, Stream stream) {
   return ForHeadDim(params.head_dim, [&](auto head_dim) {
     constexpr int kDim = decltype(head_dim)::value;
-    return LaunchPipelined<PrefillShape<kDim>>("prefill_attention", PrefillKernel<T, kDim>, params, stream);
+    return LaunchPipelined<PrefillShape<kDim>, PrefillKernel<T, kDim>>("prefill_attention", params, stream);
   });
 }
 

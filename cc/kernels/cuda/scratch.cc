@@ -4,9 +4,19 @@
 
 namespace kvpage::cuda {
 
-std::size_t CheckedBytes(std::int64_t num_sequences) {
-  const auto bytes = sizeof(CheckedBatch) + static_cast<std::size_t>(num_sequences) * sizeof(Sequence);
-  return (bytes + 255) / 256 * 256;  // aligned, for the arrays after it
+namespace {
+
+std::size_t Aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }  // for the arrays after it
+
+}  // namespace
+
+std::size_t MarksOffset(std::int64_t num_sequences) {
+  return Aligned(sizeof(CheckedBatch) + static_cast<std::size_t>(num_sequences) * sizeof(Sequence));
+}
+
+std::size_t CheckedBytes(std::int64_t num_sequences, std::int64_t max_slots) {
+  const std::int64_t marks = max_slots > kSharedMarks ? max_slots : 0;
+  return MarksOffset(num_sequences) + Aligned(static_cast<std::size_t>(marks) * sizeof(std::uint32_t));
 }
 
 bool HasTensorCoreKernels(const AttentionOperands& a) {
@@ -33,10 +43,10 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   const bool prefill = tensor_cores && HasPrefillKernel(a.kv_dtype) && context > (1 << kPrefillSpanShift);
   at.max_prefill_states = prefill ? static_cast<std::int32_t>(states) : 0;
 
-  at.bytes = CheckedBytes(num_sequences);
+  at.bytes = CheckedBytes(num_sequences, a.max_slots);
   const auto take = [&at](std::size_t size, std::int64_t count) {
     const std::size_t here = at.bytes;
-    at.bytes += (static_cast<std::size_t>(count) * size + 255) / 256 * 256;
+    at.bytes += Aligned(static_cast<std::size_t>(count) * size);
     return here;
   };
   at.counts = take(sizeof(PlanCounts), 1);

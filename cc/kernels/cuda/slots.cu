@@ -123,26 +123,26 @@ __global__ void __launch_bounds__(kCheckThreads) ChangeKernel(const __grid_const
 }  // namespace
 
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream) {
-  return Launch("check", BatchCheckKernel, OneBlock(cache), stream, args);
+  return Launch<BatchCheckKernel>("check", OneBlock(cache), stream, args);
 }
 
 Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint32_t* new_epoch,
                std::int32_t* new_lengths, Stream stream) {
   const AdvanceArgs args = {ToArgs(cache, true), batch.slots, batch.offsets, batch.num_sequences,
                             batch.num_tokens,    new_epoch,   new_lengths};
-  return Launch("advance", AdvanceKernel, OneBlock(cache), stream, args);
+  return Launch<AdvanceKernel>("advance", OneBlock(cache), stream, args);
 }
 
 Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
                   std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream) {
   const ChangeArgs args = {ToArgs(cache, true), slots, values, count, new_epoch, new_lengths, nullptr};
-  return Launch("set_lengths", ChangeKernel<Change::kSetLengths>, OneBlock(cache), stream, args);
+  return Launch<ChangeKernel<Change::kSetLengths>>("set_lengths", OneBlock(cache), stream, args);
 }
 
 Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,
                      std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream) {
   const ChangeArgs args = {ToArgs(cache, true), slots, tokens, count, new_epoch, nullptr, verdict};
-  return Launch("map_slots", ChangeKernel<Change::kMap>, OneBlock(cache), stream, args);
+  return Launch<ChangeKernel<Change::kMap>>("map_slots", OneBlock(cache), stream, args);
 }
 
 }  // namespace kvpage::cuda

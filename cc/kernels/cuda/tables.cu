@@ -55,8 +55,8 @@ Status LaunchTableCheck(const KVView& view, std::int64_t num_pages, const std::i
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const std::int32_t* window, void* checked, Stream stream) {
   const LaunchShape shape = {static_cast<unsigned>(num_sequences > 0 ? num_sequences : 1), kThreads, 0, false};
-  return Launch("table_check", TableCheckKernel, shape, stream, view, num_pages, lengths, offsets, num_sequences,
-                num_tokens, window, static_cast<CheckedBatch*>(checked));
+  return Launch<TableCheckKernel>("table_check", shape, stream, view, num_pages, lengths, offsets, num_sequences,
+                                  num_tokens, window, static_cast<CheckedBatch*>(checked));
 }
 
 }  // namespace kvpage::cuda

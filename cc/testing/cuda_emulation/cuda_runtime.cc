@@ -1,38 +1,6 @@
 #include "testing/cuda_emulation/cuda_runtime.h"
 
 #include <cstring>
-#include <map>
-
-namespace kvpage::emulation {
-namespace {
-
-std::map<const void*, int>& SharedLimits() {
-  static auto* const limits = new std::map<const void*, int>;
-  return *limits;
-}
-
-}  // namespace
-
-cudaError_t CheckLaunch(const cudaLaunchConfig_t& config, const void* kernel) {
-  const dim3 &grid = config.gridDim, &block = config.blockDim;
-  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
-      threads == 0 || threads > 1024 || block.z > 64) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const auto limit = SharedLimits().find(kernel);
-  const std::size_t allowed = limit != SharedLimits().end() ? static_cast<std::size_t>(limit->second) : 48 << 10;
-  return config.dynamicSmemBytes > allowed ? cudaErrorInvalidValue : cudaSuccess;
-}
-
-cudaError_t SetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > device().shared_bytes_per_block) return cudaErrorInvalidValue;
-  SharedLimits()[kernel] = value;
-  return cudaSuccess;
-}
-
-}  // namespace kvpage::emulation
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memmove(to, from, bytes);

@@ -36,6 +36,16 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9
 };
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes = 0;
+  int maxDynamicSharedSizeBytes = 0;
+  int ptxVersion = 0, binaryVersion = 0;
+};
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -61,26 +71,33 @@ struct cudaLaunchConfig_t {
 };
 
 namespace kvpage::emulation {
-cudaError_t CheckLaunch(const cudaLaunchConfig_t& config, const void* kernel);
-cudaError_t SetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+// Runs or captures a kernel.
+cudaError_t Queue(const KernelLaunch& launch);
+// Makes accesses through the addresses among these bytes fault.
+void HidePointers(void* bytes, std::size_t size);
 }  // namespace kvpage::emulation
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  const cudaError_t error = kvpage::emulation::CheckLaunch(*config, reinterpret_cast<const void*>(kernel));
-  if (error != cudaSuccess) return error;
+  kvpage::emulation::KernelLaunch launch;
+  launch.kernel = reinterpret_cast<const void*>(kernel);
+  launch.grid = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
+  launch.block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
+  launch.shared_bytes = config->dynamicSmemBytes;
   // Every thread gets a copy, as every thread of a device has its own view of the parameters.
-  const std::tuple<Params...> params(static_cast<Params>(args)...);
-  kvpage::emulation::Launch({config->gridDim.x, config->gridDim.y, config->gridDim.z},
-                            {config->blockDim.x, config->blockDim.y, config->blockDim.z}, config->dynamicSmemBytes,
-                            [&] { std::apply(kernel, params); });
-  return cudaSuccess;
+  std::tuple<Params...> params(static_cast<Params>(args)...);
+  launch.body = [kernel, params] { std::apply(kernel, params); };
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    launch.overlap |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                      config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
+  if (launch.overlap) {
+    kvpage::emulation::HidePointers(&params, sizeof(params));
+    launch.early = [kernel, params] { std::apply(kernel, params); };
+  }
+  return kvpage::emulation::Queue(launch);
 }
 
-template <class... Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
-  return kvpage::emulation::SetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
-}
 template <class... Params>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Params...), int threads,
                                                           std::size_t shared_bytes) {
@@ -97,6 +114,13 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
 
 #include "testing/cuda_emulation/device_functions.h"
 

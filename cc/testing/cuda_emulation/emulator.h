@@ -1,17 +1,19 @@
-// The emulated device: runs kernels that were compiled as C++ on the calling thread, a block at a time, each of its
-// threads as a fiber that runs until it has to wait for others.
+// The emulated device: runs kernels that were compiled as C++ on the calling thread, each of a block's threads as a
+// fiber that runs until it has to wait for others.
 //
 // It shows mistakes rather than speed. Shared memory is NaN when a block starts. Threads that wait for each other in
 // vain, collective calls whose masks or places differ, and threads that return while others wait for them end the
-// process with a message. With a seed, blocks, warps and lanes run in a random order, so that what lacks a barrier
-// gives other results. Asynchronous copies arrive when they are waited for and not before. Global memory is the heap,
-// whose bounds AddressSanitizer checks.
+// process with a message. With a seed, blocks, warps and lanes run in a random order and blocks take turns, so that
+// what lacks a barrier gives other results. Asynchronous copies arrive when they are waited for and not before. Global
+// memory is the heap, whose bounds AddressSanitizer checks. Kernels that may overlap their predecessor are run twice:
+// first up to their wait with parameters whose pointers fault, because nothing in global memory may be touched there.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_EMULATOR_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace kvpage::emulation {
 
@@ -29,8 +31,11 @@ struct Site {
 // ---- what tests set ----
 struct Device {
   int num_sms = 4;
-  int shared_bytes_per_block = 227 << 10;  // with the attribute set; 48 KiB without
+  int shared_bytes_per_block = 227 << 10;  // static and dynamic, with the attribute set; 48 KiB without
   int major = 9, minor = 0;
+  // The architecture that the kernels' code was compiled for. Below 90 it has no instruction that waits for the prior
+  // kernel, as in code that the driver compiles from older PTX for a newer card. KVPAGE_EMULATED_CODE sets it.
+  int code_version = 90;
   std::uint64_t seed = 0;  // 0: ascending order
 };
 Device& device();
@@ -38,10 +43,26 @@ Device& device();
 // Kernels launched so far.
 std::int64_t NumLaunches();
 
-// ---- for cuda_runtime.h ----
-void Launch(Index3 grid, Index3 block, std::size_t shared_bytes, const std::function<void()>& body);
+// Static shared memory that is counted for every kernel, used or not: variables padded to the alignment of the dynamic
+// shared memory. A kernel that uses more ends the process.
+inline constexpr int kStaticSharedBytes = 1024;
+
+// ---- for the launches (kernels.cc) ----
+struct KernelLaunch {
+  const void* kernel = nullptr;
+  Index3 grid, block;
+  std::size_t shared_bytes = 0;
+  bool overlap = false;
+  std::function<void()> body;   // of one thread
+  std::function<void()> early;  // the same with parameters whose pointers fault; called with `overlap` only
+};
+// Runs launches at the same time: their blocks take turns.
+void Run(const std::vector<const KernelLaunch*>& together);
 
 // ---- for device code ----
+// Where an overlapped kernel waits for the one before it.
+void WaitForPriorKernel();
+
 int Lane();
 int LinearThread();
 unsigned char* DynamicShared();
@@ -49,12 +70,18 @@ unsigned char* DynamicShared();
 // Registers [p, p + bytes) as shared memory: filled with NaN at the start of every block.
 void RegisterShared(void* p, std::size_t bytes);
 
+// Counts `bytes` at p as static shared memory of the kernel that runs.
+void UseShared(const void* p, std::size_t bytes);
+
 // A __shared__ variable of a kernel.
 template <class T>
 class Shared {
  public:
   Shared() { RegisterShared(bytes_, sizeof(bytes_)); }
-  T& get() { return reinterpret_cast<T&>(bytes_); }
+  T& get() {
+    UseShared(bytes_, sizeof(bytes_));
+    return reinterpret_cast<T&>(bytes_);
+  }
 
  private:
   alignas(alignof(T) < 16 ? 16 : alignof(T)) unsigned char bytes_[sizeof(T)];
@@ -68,8 +95,8 @@ int SyncBlock(int id, int count, bool predicate, const Site& site);
 using CollectiveFn = void (*)(void* const* args, unsigned mask);
 void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run);
 
-// For loops that wait until another thread of the block has done something. Never for another block: one runs at a
-// time.
+// For loops that wait until another thread of the block has done something. Never for another block: it may not have
+// started.
 void Yield(const Site& site);
 
 // cp.async: the target is NaN until the group that the copy belongs to has been waited for. Bytes from `valid` on are

@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -42,6 +43,8 @@ kvpage_emulation_switch:
 namespace kvpage::emulation {
 namespace {
 
+std::size_t GuardBytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
+
 Fiber* starting = nullptr;
 Fiber* leaving = nullptr;
 
@@ -55,7 +58,7 @@ __attribute__((no_sanitize_address)) void Start() {
 Fiber::Fiber() = default;
 
 Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(argument) {
-  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t page = GuardBytes();
   void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     std::perror("emulated CUDA: no memory for a thread's stack");
@@ -64,25 +67,38 @@ Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(ar
   memory_ = static_cast<char*>(memory);
   bottom_ = memory_ + page;
   size_ = kStackBytes;
+  Prepare();
+}
+
+// The stack as it is before the first switch to it.
+void Fiber::Prepare() {
 #if defined(__x86_64__)
   // As if Start had been about to be returned to: at its first instruction the stack is 8 below a multiple of 16.
-  auto* top = reinterpret_cast<void**>(memory_ + page + kStackBytes);
+  auto* top = reinterpret_cast<void**>(memory_ + GuardBytes() + kStackBytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&Start);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   stack_pointer_ = static_cast<void*>(top);
 #else
   getcontext(&context_);
-  context_.uc_stack.ss_sp = memory_ + page;
+  context_.uc_stack.ss_sp = memory_ + GuardBytes();
   context_.uc_stack.ss_size = kStackBytes;
   context_.uc_link = nullptr;
   makecontext(&context_, &Start, 0);
 #endif
 }
 
+void Fiber::Reset() {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(bottom_, size_);  // the frames that were left
+  fake_stack_ = nullptr;
+#endif
+  Prepare();
+}
+
 Fiber::~Fiber() {
   if (memory_ == nullptr) return;
-  munmap(memory_, kStackBytes + static_cast<std::size_t>(sysconf(_SC_PAGESIZE)));
+  munmap(memory_, kStackBytes + GuardBytes());
 }
 
 void Fiber::Arrive() {

@@ -22,6 +22,9 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
+  // Forgets what it was running: the next switch to it starts `entry` again. Not for the fiber that runs.
+  void Reset();
+
   // Leaves `from`, which is running, for this one; returns on the next switch to `from`.
   void SwitchFrom(Fiber* from);
 
@@ -30,6 +33,7 @@ class Fiber {
 
  private:
   void Arrive();
+  void Prepare();
 
   void (*entry_)(void*) = nullptr;
   void* argument_ = nullptr;
@@ -39,8 +43,7 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  // AddressSanitizer's record of a stack.
-  void* fake_stack_ = nullptr;
+  void* fake_stack_ = nullptr;  // AddressSanitizer's
   const void* bottom_ = nullptr;
   std::size_t size_ = 0;
 };
