@@ -19,6 +19,13 @@ Problem SomeProblem(Rng& rng, DType dtype, DType q_dtype, int head_dim) {
   p.dtype = dtype;
   p.q_dtype = q_dtype;
   FillProblem(rng, p, {{130, 1}, {0, 25}, {40, 2}, {0, 1}}, 0);
+  for (std::vector<float>& context : p.contexts) {  // as appended
+    for (float& x : context) {
+      char element[4];
+      Write(element, q_dtype, x);
+      x = static_cast<float>(Read(element, q_dtype));
+    }
+  }
   return p;
 }
 
@@ -89,11 +96,10 @@ std::vector<char> NewTokens(Problem& p, int which, DType dtype) {
 
 TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
   Rng rng(1);
-  constexpr DType kTypes[][2] = {{DType::kBF16, DType::kBF16},
-                                 {DType::kF16, DType::kF16},
-                                 {DType::kF32, DType::kF32},
-                                 {DType::kI8, DType::kF32},
-                                 {DType::kF8E4M3, DType::kF32}};
+  constexpr DType kTypes[][2] = {{DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16},
+                                 {DType::kF32, DType::kF32},   {DType::kI8, DType::kF32},
+                                 {DType::kI8, DType::kBF16},   {DType::kF8E4M3, DType::kF32},
+                                 {DType::kF8E4M3, DType::kF16}};
   for (const auto& types : kTypes) {
     for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
       Problem p = SomeProblem(rng, types[0], types[1], 64);
@@ -103,7 +109,7 @@ TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
       Store(p, cache, in);
       std::vector<double> out, lse;
       Reference(p, &out, &lse);
-      const bool tensor_cores = !IsQuantized(p.dtype) && p.dtype != DType::kF32;
+      const bool tensor_cores = UsesTensorCores(p);
       // Not there until they are appended.
       for (std::size_t s = 0; s < in.size(); ++s) {
         for (int t = p.sequences[s].position; t < p.tokens(s); ++t) {

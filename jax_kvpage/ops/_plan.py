@@ -36,14 +36,13 @@ def appended(window: int) -> Lower:
         ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Mapping[str, Any]
     ) -> tuple[Any, Any]:
         spec: CacheSpec = params["spec"]
-        query = ctx.avals_in[_QUERY]
-        sequences = ctx.avals_in[_SLOTS].shape[0]
+        avals: Sequence[Any] = ctx.avals_in
+        query = avals[_QUERY]
+        sequences = avals[_SLOTS].shape[0]
         aval = jax.core.ShapedArray((_native.attention_plan_bytes(sequences),), np.uint8)
         chosen = (_LENGTHS, _SLOTS, _OFFSETS, window)
         (plan,) = custom_call(
-            ctx.replace(
-                primitive=None, avals_in=[ctx.avals_in[i] for i in chosen], avals_out=[aval]
-            ),
+            ctx.replace(primitive=None, avals_in=[avals[i] for i in chosen], avals_out=[aval]),
             *(operands[i] for i in chosen),
             spec=np.asarray(spec.as_ints(), np.int64),
             num_tokens=np.int64(query.shape[0]),

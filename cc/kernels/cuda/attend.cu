@@ -85,7 +85,7 @@ Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t
   p->num_kv_heads = a.num_kv_heads;
   p->group = a.num_q_heads / a.num_kv_heads;
   p->head_dim = a.head_dim;
-  p->decode_rows = tensor_cores ? kTileRows : 0x7fffffff;
+  p->decode_rows = tensor_cores && HasPrefillKernel(a.kv_dtype) ? kTileRows : 0x7fffffff;
   p->prefill_rows = PrefillRows(a.head_dim);
   p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
   p->heads_together = HeadsTogether(a.num_kv_heads, p->blocks);
@@ -133,6 +133,8 @@ namespace {
 Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
                      Stream stream) {
   if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
+  if (attention.kv_dtype == DType::kI8) return LaunchDecodeInt8(params, stream);
+  if (attention.kv_dtype == DType::kF8E4M3) return LaunchDecodeFloat8(params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
   // A batch of so few rows has no prefill.

@@ -21,6 +21,8 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
 Status LaunchGeneral(DType storage, AttentionParams params, Stream stream);
 Status LaunchDecodeBf16(AttentionParams params, Stream stream);
 Status LaunchDecodeF16(AttentionParams params, Stream stream);
+Status LaunchDecodeFloat8(AttentionParams params, Stream stream);
+Status LaunchDecodeInt8(AttentionParams params, Stream stream);
 Status LaunchPrefillBf16(AttentionParams params, Stream stream);
 Status LaunchPrefillF16(AttentionParams params, Stream stream);
 

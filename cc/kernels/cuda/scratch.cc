@@ -34,9 +34,9 @@ std::size_t CheckedBytes(std::int64_t num_sequences, std::int64_t max_slots) {
 }
 
 bool HasTensorCoreKernels(const AttentionOperands& a) {
-  // Tensor cores multiply weights in the storage type.
-  return !a.options.exact_weights && a.q_dtype == a.kv_dtype &&
-         (a.kv_dtype == DType::kBF16 || a.kv_dtype == DType::kF16) &&
+  // Tensor cores multiply weights in the type of the queries.
+  return !a.options.exact_weights && (a.q_dtype == a.kv_dtype || IsQuantized(a.kv_dtype)) &&
+         (a.q_dtype == DType::kBF16 || a.q_dtype == DType::kF16) &&
          (a.head_dim == 64 || a.head_dim == 128 || a.head_dim == 256);
 }
 
@@ -54,7 +54,8 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   const std::int64_t spans = std::min<std::int64_t>(kMaxPrefillSpans, (context >> kPrefillSpanShift) + 2);
   // At least one state per block, for the spans of its current unit.
   const std::int64_t states = std::max<std::int64_t>(std::min<std::int64_t>(units * spans, kMaxPrefillStates), blocks);
-  at.max_prefill_states = tensor_cores && context > (1 << kPrefillSpanShift) ? static_cast<std::int32_t>(states) : 0;
+  const bool prefill = tensor_cores && HasPrefillKernel(a.kv_dtype) && context > (1 << kPrefillSpanShift);
+  at.max_prefill_states = prefill ? static_cast<std::int32_t>(states) : 0;
 
   at.bytes = CheckedBytes(num_sequences, a.max_slots);
   const Placer take(&at.bytes);

@@ -71,6 +71,8 @@ struct PlanCounts {
 
 // Whether the tensor core kernels support these types and this head size.
 bool HasTensorCoreKernels(const AttentionOperands& attention);
+// Of these: whether prefill has a kernel for this storage. Else decode serves it.
+inline bool HasPrefillKernel(DType storage) { return !IsQuantized(storage); }
 
 // Byte offsets of a Plan's arrays (work.cuh). A plan depends on the batch's lengths, slots, offsets and window only.
 struct PlanLayout {
