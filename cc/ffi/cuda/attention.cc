@@ -98,9 +98,9 @@ ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
 }
 
 ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
-                          S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, U8 plan, SpecAttr spec,
-                          float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
-                          ffi::Result<F32> lse, Scratch scratch) {
+                          S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                          float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
+                          U8 plan, Scratch scratch) {
   const auto queue = [&](const LayerCall& call) {
     return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, nullptr, out, lse, nullptr,
                        scratch);
@@ -110,9 +110,9 @@ ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 ep
 }
 
 ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
-                           S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, U8 plan,
-                           SpecAttr spec, float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
-                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, Scratch scratch) {
+                           S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
+                           float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
+                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, U8 plan, Scratch scratch) {
   const auto queue = [&](const LayerCall& call) -> Status {
     cuda::AppendOperands append;
     KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));

@@ -83,7 +83,8 @@ auto WithScratch(B&& binding) {
   return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
 }
 
-// The plan is the last operand (PlanAttention).
+// The plan is the last operand (PlanAttention), and stands behind the results in the handler's parameters, which come
+// in the order of the binding.
 template <class B>
 auto WithPlan(B&& binding) {
   return std::forward<B>(binding).template Arg<U8>();
