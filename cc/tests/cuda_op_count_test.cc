@@ -112,9 +112,11 @@ TEST(CudaOpCountTest, AnOpWhoseLaunchFailedIsCountedOut) {
   attention.num_q_heads = attention.num_kv_heads = 1;
   attention.head_dim = 1 << 16;
   attention.max_context = 16;
+  attention.max_slots = kSlots;
+  const auto plan = Exactly<char>(cuda::PlanBytes(1));
   const auto scratch = Exactly<char>(cuda::AttentionBytes(attention, 1, kTokens));
   const Status status = cuda::Attend(world.Cache(DeviceOp::kUpdateAndAttend), world.batch, attention, &world.append,
-                                     &world.epoch, scratch.get(), nullptr);
+                                     plan.get(), &world.epoch, scratch.get(), nullptr);
   EXPECT_TRUE(Mentions(status, "shared memory")) << status.message();
   EXPECT_EQ(world.readers(), 0u);
 }

@@ -147,6 +147,7 @@ def register_lowerings(
     xla: Callable[..., Any] | None = None,
     xla_is_default: bool = False,
     scratch: Callable[[Sequence[Any], Mapping[str, Any]], int] | None = None,
+    plan: Callable[..., tuple[Any, Any]] | None = None,
 ) -> None:
     """Registers how a primitive is compiled on each platform: as the same custom call on all.
 
@@ -159,6 +160,8 @@ def register_lowerings(
         xla_is_default: whether platforms without kernels use `xla` by default.
         scratch: bytes of device memory that the call needs on CUDA, `scratch(operands' abstract
             values, params)`; one more result there.
+        plan: what the call needs beside its operands on CUDA, `plan(ctx, operands, params) ->
+            (value, abstract value)`; one more operand there.
     """
     op = primitive.name.removeprefix("kvpage_")
     custom_call = jax.ffi.ffi_lowering(
@@ -200,10 +203,14 @@ def register_lowerings(
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain)
-        avals_out = ctx.avals_out
+        avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None
+        if plan is not None:
+            value, aval = plan(ctx, operands, params)
+            operands = (*operands, value)
+            ctx = ctx.replace(avals_in=[*ctx.avals_in, aval])
         operands = _behind_barriers(ctx, ctx.avals_in, operands)
-        if scratch is not None:
-            ctx = _scratch.with_result(ctx, scratch(ctx.avals_in, params))
+        if in_scratch is not None:
+            ctx = _scratch.with_result(ctx, in_scratch)
         results = call(ctx, operands, params)[: len(avals_out)]
         return _behind_barriers(ctx, avals_out, results)
 

@@ -27,7 +27,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarps = kThreads / kWarpSize;
 
-// Arrays in the scratch memory.
+// What the planner writes.
 struct Plan {
   PlanCounts* counts;
   Sequence* decode_sequences;   // [num_sequences], packed
@@ -37,16 +37,28 @@ struct Plan {
   std::int32_t* state_prefix;   // [num_sequences + 1] spans of those units
   SplitPoint* split_points;     // [pieces + 1], in the work list of decode
   SplitUnit* split_units;       // [pieces * heads_together]
-  std::int32_t* arrived;        // [max_prefill_states] finished items of a unit of prefill
-  float* partial_values;        // [rows, partials_per_row, head_dim], decode
-  float2* partial_sums;         // [rows, partials_per_row] max and sum
-  float* prefill_states;        // [max_prefill_states, PrefillStateFloats]
+};
+
+// What the attention kernels of one call share. The counters are zero when they start.
+struct CallState {
+  std::int32_t* next_item;  // the next item of prefill for a block to take
+  std::int32_t* finished;   // [blocks] finished items of a split unit of decode
+  std::int32_t* arrived;    // [max_prefill_states] finished items of a unit of prefill
+  std::int32_t num_counters;
+  float* partial_values;  // [rows, partials_per_row, head_dim], decode
+  float2* partial_sums;   // [rows, partials_per_row] max and sum
+  float* prefill_states;  // [max_prefill_states, PrefillStateFloats]
+
+  __device__ __forceinline__ void ZeroCounters() const {
+    for (std::int32_t i = threadIdx.x; i < num_counters; i += blockDim.x) next_item[i] = 0;
+  }
 };
 
 // Parameters of every attention kernel.
 struct AttentionParams {
   const CheckedBatch* checked;
   Plan plan;
+  CallState state;
   const void* q;
   void* out;
   float* lse;                // or null
