@@ -27,6 +27,9 @@ Device& device() {
   static Device device = [] {
     Device initial;
     if (const char* version = std::getenv("KVPAGE_EMULATED_CODE")) initial.code_version = std::atoi(version);
+    if (const char* size = std::getenv("KVPAGE_EMULATED_SHARED_KIB")) {
+      initial.shared_bytes_per_block = std::atoi(size) << 10;
+    }
     return initial;
   }();
   return device;

@@ -31,7 +31,9 @@ struct Site {
 // ---- what tests set ----
 struct Device {
   int num_sms = 4;
-  int shared_bytes_per_block = 227 << 10;  // static and dynamic, with the attribute set; 48 KiB without
+  // Static and dynamic, with the attribute set; 48 KiB without. Not to be changed once a kernel has run:
+  // KVPAGE_EMULATED_SHARED_KIB sets it from the start.
+  int shared_bytes_per_block = 227 << 10;
   int major = 9, minor = 0;
   // The architecture that the kernels' code was compiled for. Below 90 it has no instruction that waits for the prior
   // kernel, as in code that the driver compiles from older PTX for a newer card. KVPAGE_EMULATED_CODE sets it.
