@@ -21,15 +21,20 @@ std::vector<Range>& SharedRanges() {
   return *ranges;
 }
 
+// The number in an environment variable, else `otherwise`.
+int FromEnvironment(const char* name, int otherwise) {
+  const char* const text = std::getenv(name);
+  return text != nullptr ? static_cast<int>(std::strtol(text, nullptr, 10)) : otherwise;
+}
+
 }  // namespace
 
 Device& device() {
   static Device device = [] {
     Device initial;
-    if (const char* version = std::getenv("KVPAGE_EMULATED_CODE")) initial.code_version = std::atoi(version);
-    if (const char* size = std::getenv("KVPAGE_EMULATED_SHARED_KIB")) {
-      initial.shared_bytes_per_block = std::atoi(size) << 10;
-    }
+    initial.code_version = FromEnvironment("KVPAGE_EMULATED_CODE", initial.code_version);
+    initial.shared_bytes_per_block = FromEnvironment("KVPAGE_EMULATED_SHARED_KIB", initial.shared_bytes_per_block >> 10)
+                                     << 10;
     return initial;
   }();
   return device;
