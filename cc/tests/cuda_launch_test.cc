@@ -126,8 +126,10 @@ TEST(CudaLaunchTest, LargeHeadsTakeAllSharedMemory) {
   }
 }
 
-TEST(CudaLaunchTest, TensorCoreKernelsHaveRoom) {
+// Tiles are swizzled so that their rows lie in different banks.
+TEST(CudaLaunchTest, TensorCoreKernelsHaveRoomAndNoBankConflicts) {
   Rng rng(15);
+  const std::int64_t before = emulation::NumBankConflicts();
   for (const int head_dim : {64, 128, 256}) {
     Problem p;
     p.kv_heads = 1;
@@ -141,6 +143,7 @@ TEST(CudaLaunchTest, TensorCoreKernelsHaveRoom) {
     Reference(p, &out, &lse);
     CheckCuda(p, RunCuda(p, cache, slots), out, lse, true);
   }
+  EXPECT_EQ(emulation::NumBankConflicts(), before);
 }
 
 // What a captured launch takes must still be allowed when its graph is instantiated, launches of other sizes between.

@@ -1,6 +1,7 @@
 #include "testing/cuda_emulation/emulator.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +21,8 @@ std::vector<Range>& SharedRanges() {
   static auto* const ranges = new std::vector<Range>;
   return *ranges;
 }
+
+std::int64_t bank_conflicts = 0;
 
 // The number in an environment variable, else `otherwise`.
 int FromEnvironment(const char* name, int otherwise) {
@@ -79,6 +82,22 @@ void UseShared(const void* p, std::size_t bytes) {
   if (block().shared_variables_bytes > kStaticSharedBytes) {
     Fail("the kernel has more static shared memory than kStaticSharedBytes");
   }
+}
+
+std::int64_t NumBankConflicts() { return bank_conflicts; }
+
+void CountBankConflicts(const void* const* rows, int count) {
+  constexpr int kWarpThreads = 32, kRowBytes = 16, kBankGroups = 128 / kRowBytes;
+  if (count > kWarpThreads) Fail("an access to shared memory is a warp's at most");
+  std::uintptr_t different[kWarpThreads];  // threads that name one address share it
+  int num_different = 0, passes[kBankGroups] = {}, most = 1;
+  for (int i = 0; i < count; ++i) {
+    const std::uintptr_t row = reinterpret_cast<std::uintptr_t>(rows[i]) / kRowBytes;
+    if (std::find(different, different + num_different, row) != different + num_different) continue;
+    different[num_different++] = row;
+    most = std::max(most, ++passes[row % kBankGroups]);
+  }
+  bank_conflicts += most - 1;
 }
 
 void RegisterShared(void* p, std::size_t bytes) {

@@ -45,6 +45,9 @@ Device& device();
 // Kernels launched so far.
 std::int64_t NumLaunches();
 
+// Accesses to shared memory by ldmatrix that had to be repeated, because rows lie in the same banks.
+std::int64_t NumBankConflicts();
+
 // Static shared memory that is counted for every kernel, used or not: variables padded to the alignment of the dynamic
 // shared memory. A kernel that uses more ends the process.
 inline constexpr int kStaticSharedBytes = 1024;
@@ -100,6 +103,9 @@ void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run
 // For loops that wait until another thread of the block has done something. Never for another block: it may not have
 // started.
 void Yield(const Site& site);
+
+// An access of `count` threads to 16 bytes each, which one pass serves if no two of them share a bank.
+void CountBankConflicts(const void* const* rows, int count);
 
 // cp.async: the target is NaN until the group that the copy belongs to has been waited for. Bytes from `valid` on are
 // zero.
