@@ -163,7 +163,7 @@ bench() {
   require_build
   local platform=(--platform cuda)
   [ -n "$dry" ] && platform=(--platform cpu --dry-run)
-  try "benchmarks" 470 "$python" benchmarks/gpu/run.py "${platform[@]}" --out "$out" --log "$logs/bench.log" --seconds 450 \
+  try "benchmarks" 560 "$python" benchmarks/gpu/run.py "${platform[@]}" --out "$out" --log "$logs/bench.log" --seconds 530 \
     --driver-calls "$work/cc/benchmarks/gpu/kvpage_driver_calls"
 }
 

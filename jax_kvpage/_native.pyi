@@ -193,6 +193,7 @@ fake_driver: FakeDriver
 # Bytes of device scratch that custom calls on CUDA take as their last result. dtypes are the spec's
 # codes.
 def checked_scratch_bytes(num_sequences: int, max_slots: int) -> int: ...
+def attention_plan_bytes(num_sequences: int) -> int: ...
 def attention_scratch_bytes(
     q_dtype: int,
     kv_dtype: int,

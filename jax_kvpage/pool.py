@@ -130,8 +130,9 @@ class KVPool:
         """Starts a new generation of caches: waits for running ops, makes every older cache stale.
 
         May be called at any time, also after a program failed: occupied slots have the length that
-        the last completed step left, released ones are free. On CUDA, faults of older generations
-        that no call has raised yet become a RuntimeWarning.
+        the last completed step left, released ones are free. On CUDA, a slot is also free if its
+        acquire did not run on the device (it was refused, or overtaken by the new generation), and
+        faults of older generations that no call has raised yet become a RuntimeWarning.
 
         Returns:
             The cache to go on from.

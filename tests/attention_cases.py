@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import Rig
@@ -116,11 +117,11 @@ class Rigs:
     """One pool per configuration for a whole run: recycling is tested too.
 
     Args:
-        capacity: of each pool.
+        capacity: of each pool; None: what all its slots can need.
         block_tokens: of pools of the fused layout, which may pad a block to what can be mapped.
     """
 
-    def __init__(self, capacity: str = "64MiB", block_tokens: int | None = None) -> None:
+    def __init__(self, capacity: str | None = "64MiB", block_tokens: int | None = None) -> None:
         self._capacity, self._block_tokens = capacity, block_tokens
         self._rigs: dict[Config, Rig] = {}
 
@@ -141,7 +142,12 @@ class Rigs:
             layout=config.layout,
             block_tokens=self._block_tokens if config.layout == "fused" else None,
         )
-        pool = kvp.KVPool(spec, self._capacity, poison=config.poison)
+        capacity: str | int | None = self._capacity
+        if capacity is None:
+            spec = spec.resolve("cuda" if jax.default_backend() == "gpu" else "cpu")
+            blocks = spec.max_slots * spec.num_ranges * spec.blocks_per_range
+            capacity = blocks * spec.block_bytes
+        pool = kvp.KVPool(spec, capacity, poison=config.poison)
         self._rigs[config] = Rig(
             pool,
             group=config.group,

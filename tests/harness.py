@@ -288,20 +288,46 @@ class Rig:
                     self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
 
 
-# Rounds of `busy` that take about half a second on a CPU, a second on a GPU.
-_BUSY_ROUNDS = {"cpu": 1000, "gpu": 60000}
+# Rounds of a CPU's `busy` that take about half a second.
+_BUSY_ROUNDS = 1000
+# Products of matrices of a GPU's `busy`, each 1.1 TFLOP or 20 ms in float32 on an H200, and how
+# often they are called: three seconds, because what a test calls meanwhile may have to be compiled.
+_BUSY_PRODUCTS = 25
+_BUSY_CALLS = 6
+_BUSY_WIDTH = 8192
 
 
 def busy(times: int) -> jax.Array:
     """A value that takes `times` half seconds or more to compute: a program in flight (calls to it
     return at once).
     """
-    return _busy(times * _BUSY_ROUNDS[jax.default_backend()])
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if device.platform == "cpu":
+        return _busy_cpu(times * _BUSY_ROUNDS)
+    x = _busy_start(0.5)
+    for _ in range(times * _BUSY_CALLS):
+        x = _busy_gpu(x)
+    return x[0, 0]
 
 
 @jax.jit
-def _busy(rounds: int) -> jax.Array:
+def _busy_cpu(rounds: int) -> jax.Array:
     def body(_: int, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ x)
 
     return jax.lax.fori_loop(0, rounds, body, jnp.ones((300, 300)))[0, 0]
+
+
+@jax.jit
+def _busy_start(phase: float) -> jax.Array:
+    return jnp.sin(phase + jnp.arange(_BUSY_WIDTH**2, dtype=jnp.float32)).reshape(_BUSY_WIDTH, -1)
+
+
+# On a GPU a loop whose number of rounds is traced makes the host wait for its condition: the call
+# would return when the value is ready. So this is a few large kernels, queued at once. Nothing is
+# gained by looking for the fastest of them.
+@functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+def _busy_gpu(x: jax.Array) -> jax.Array:
+    for _ in range(_BUSY_PRODUCTS):
+        x = jnp.tanh(jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
+    return x

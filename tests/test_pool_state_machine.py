@@ -197,7 +197,12 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def new_generation(self) -> None:
-        """Also without a failure a new generation may be started at any time."""
+        """Also without a failure a new generation may be started at any time.
+
+        On a GPU it refuses programs that have not begun, and the model cannot tell which those are.
+        """
+        if self.platform != "cpu":
+            jax.block_until_ready(self.rig.cache)
         self.rig.cache = self.pool.cache()
         self.rig.check_lengths()
 

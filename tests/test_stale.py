@@ -74,6 +74,7 @@ def test_a_released_slot_cannot_be_read_through_an_old_cache(rig: Rig) -> None:
     rig.append([(slot, 1)])
     old = rig.cache
     rig.release(slot)
+    jax.block_until_ready(rig.cache)
     again = rig.acquire(40)
     assert again == slot  # adopted at once, with the old request's data in it
     fails("stale", lambda: attend(old, make_batch([(slot, 1)])))

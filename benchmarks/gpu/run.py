@@ -1,11 +1,12 @@
 """Measures everything on one GPU, within a time limit; JSON and a plot, a short table last.
 
-    python benchmarks/gpu/run.py --out benchmarks/results [--only driver,attention,mapping,llama]
+    python benchmarks/gpu/run.py --out benchmarks/results [--only layers --seconds 60]
 
-Contenders run one after the other, each in a separate process, this package first and its most
-important shapes once more at the end, which shows how far the machine drifted. Contenders that are
-not installed, fail or run out of time are named. Speeds are valid keys and values over the median
-time, and fractions of the fastest copy that was measured in the same run (bytes read plus written).
+Sections are driver, layers, attention, mapping and llama. Contenders run one after the other, each
+in a separate process, this package first and its most important shapes once more at the end, which
+shows how far the machine drifted. Contenders that are not installed, fail or run out of time are
+named. Speeds are valid keys and values over the median time, and fractions of the fastest copy that
+was measured in the same run (bytes read plus written).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from plot import plot
 from rich.console import Console
 
 _HERE = pathlib.Path(__file__).resolve().parent
-_SECTIONS = ("driver", "attention", "mapping", "llama")
+_SECTIONS = ("driver", "layers", "attention", "mapping", "llama")
 # Shares of the remaining time when a contender's turn comes.
 _SHARES = {
     "kvpage": 0.34,
@@ -120,7 +121,7 @@ class Run:
         """A script of this folder whose last line is a JSON object."""
         self.say(name)
         command = [sys.executable, str(_HERE / f"{name}.py"), *self._extra]
-        if name == "llama_graphs":
+        if name in ("layers", "llama_graphs"):
             command += ["--limit", str(max(limit - 5, 1))]
         lines = self._call(command, limit, name).splitlines()
         try:
@@ -164,6 +165,8 @@ class Run:
         self._reserved = 45 * ("mapping" in only) + 95 * ("llama" in only)
         if "driver" in only:
             self.driver()
+        if "layers" in only:
+            self.script("layers", max(min(self.left(), 300 if dry else 110), 30))
         if "attention" in only:
             for name in self._arguments.contenders:
                 limit = 300 if dry else self.left() * _SHARES[name]

@@ -12,8 +12,8 @@ from rich.table import Table
 __all__ = ["goals", "show"]
 
 Record = dict[str, Any]
-# The shape of the goals.
-_GOAL_LABEL, _GOAL_FRACTION = "B64 L8192", 0.85
+# The shape of the goals: as a pool of one layer, and as a layer of a deep pool.
+_GOAL_LABEL, _GOAL_SHAPE, _GOAL_FRACTION = "B64 L8192", "64 x 8192", 0.85
 
 
 def _row_name(record: Record) -> str:
@@ -56,6 +56,11 @@ def _ours(records: list[Record], variant: str = "fused") -> dict[str, Record]:
     }
 
 
+def _best_peer(records: list[Record], label: str) -> Record | None:
+    peers = (r for r in records if r["label"] == label and r["peer"] != "kvpage")
+    return max(peers, key=lambda r: r["gbps"], default=None)
+
+
 def goals(result: dict[str, Any]) -> list[dict[str, str]]:
     """Each goal, its measurement, and whether it is met."""
     records = result["attention"]
@@ -65,16 +70,28 @@ def goals(result: dict[str, Any]) -> list[dict[str, str]]:
         met = "met" if value >= wanted else "NOT met"
         rows.append({"what": what, "measured": f"{value:.3f}", "wanted": f">= {wanted}", "": met})
 
+    layers = [r for r in result.get("layers", {}).get("records", []) if r["shape"] == _GOAL_SHAPE]
+    tables = next((r for r in layers if r["layout"] == "tables"), None)
+    for record in layers:
+        if record is tables:
+            continue
+        name = (
+            f"one of {record['layers']} layers, {_GOAL_SHAPE}, {record['layout']}, "
+            f"{record['blocks']} blocks"
+        )
+        add(f"{name}: fraction of the copy bandwidth", record["fraction"], _GOAL_FRACTION)
+        if tables:
+            add(f"{name}: speed against block tables", record["gbps"] / tables["gbps"], 1.0)
+        best = _best_peer(records, f"{_GOAL_LABEL} full")
+        if best:
+            what = f"{name}: speed against the fastest peer ({_row_name(best)})"
+            add(what, record["gbps"] / best["gbps"], 1.0)
     ours = _ours(records)
     for label, record in ours.items():
         if not label.startswith(_GOAL_LABEL):
             continue
         add(f"decode {label}: fraction of the copy bandwidth", record["fraction"], _GOAL_FRACTION)
-        best = max(
-            (r for r in records if r["label"] == label and r["peer"] != "kvpage"),
-            key=lambda r: r["gbps"],
-            default=None,
-        )
+        best = _best_peer(records, label)
         if best:
             name = f"decode {label}: speed against the fastest peer ({_row_name(best)})"
             add(name, record["gbps"] / best["gbps"], 1.0)
@@ -125,11 +142,16 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(f"left out: {where}: {reason.splitlines()[0][:110]}")
     if "driver" in result:
         print_rows(console, "the driver's calls", _driver_rows(result["driver"]))
-    for name in ("mapping", "llama_graphs"):
+    for row in result.get("layers", {}).get("left_out", []):
+        where = " ".join(str(row[k]) for k in ("part", "shape", "layout", "blocks") if k in row)
+        console.print(f"left out: layers: {where}: {row['reason'].splitlines()[0][:110]}")
+    for name in ("mapping", "llama_graphs", "layers"):
         for title, rows in result.get(name, {}).get("tables", {}).items():
             print_rows(console, title, rows)
     if not result.get("llama_graphs", {}).get("same_tokens", True):
-        console.print("TOKENS DIFFER between modes: see digests in the JSON file")
+        console.print(
+            "tokens differ between modes (XLA rounds as it likes): see digests in the JSON"
+        )
     copy = f"copies move {result['copy_gbps']:.0f} GB/s, read plus written"
     records = result["attention"]
     _records(console, records, "mixed", "mixed batches: milliseconds")

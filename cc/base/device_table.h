@@ -74,9 +74,9 @@ struct DeviceSlot {
   std::int32_t room = 0;    // host: tokens that may be written
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t length = 0;  // as the last completed step left it
-  // 1 from release to the next acquire, and for every free slot when a generation starts: there is no room, even where
-  // the host's last word was another. A cache value may be of the newest epoch and still show such a slot as occupied
-  // (on_stale="allow", or lengths that a program changed); its memory may be gone.
+  // 1 until the first acquire, from release to the next one, and for every free slot when a generation starts: there is
+  // no room, even where the host's last word was another. A cache value may be of the newest epoch and still show such
+  // a slot as occupied (on_stale="allow", or lengths that a program changed); its memory may be gone.
   std::int32_t released = 0;
 };
 

@@ -20,7 +20,7 @@ struct SlotProgress {
   std::int32_t length = 0;  // as the last completed step left it
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t pins = 0;    // handlers running on the slot
-  bool vacated = false;     // draining, and the release program has run
+  bool vacated = false;     // draining, and the release program has run; as a mirror reads it: free on the device
 };
 
 class DeviceProgress {

@@ -31,7 +31,9 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
     for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) states.push_back(table.host(state, slot).state);
   }
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
-    device.slots[slot].vacated = states[slot] != SlotState::kOccupied;
+    // A slot that the host holds occupied may be free on the device: its acquire was refused there, or was queued too
+    // late for the old generation. Nobody will run it again.
+    device.slots[slot].vacated |= states[slot] != SlotState::kOccupied;
     if (device.slots[slot].vacated) device.slots[slot].length = 0;
     device.StartGeneration(slot);
   }
@@ -43,10 +45,12 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
     // A slot whose release began only now is still occupied in this generation. The release program of one that was
     // draining belongs to the old generation and will be refused.
-    if (states[slot] == SlotState::kDraining && table.host(state, slot).state == SlotState::kDraining) {
+    HostSlot& row = table.host(state, slot);
+    if (device.slots[slot].vacated && row.state != SlotState::kFree) {
+      row.state = SlotState::kDraining;
       table.Vacate(state, slot);
     }
-    out->lengths.push_back(states[slot] == SlotState::kOccupied ? device.slots[slot].length : -1);
+    out->lengths.push_back(device.slots[slot].vacated ? -1 : device.slots[slot].length);
   }
   return {};
 }

@@ -66,6 +66,7 @@ Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) 
   {
     const StateLock state = pool.table->Lock();
     KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, "block_map"));
+    CollectReleases(pool, state);
     KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "block_map", slot));
   }
   const Arena& arena = pool.supply->arena(mapping);

@@ -101,6 +101,7 @@ Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation
     const StateLock state = table.Lock();
     KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
     table.CountWait(state);  // the handler has waited for the device's answer
+    CollectReleases(pool, state);
     // The host may have begun a new generation since the device looked: the slots may have other owners by now.
     const std::int32_t current = table.progress(state).generation;
     if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);

@@ -41,8 +41,8 @@ class Mirror {
   virtual Status TakeFault() = 0;
 
   // From now on programs of older generations fail their check; then waits until those that passed it are done and
-  // reads the epoch, lengths, marks and written tokens that they left. When it fails, either generation may be the one
-  // that programs must have; a later call settles it.
+  // reads the epoch, lengths, marks, written tokens and free slots that they left. When it fails, either generation may
+  // be the one that programs must have; a later call settles it.
   virtual Status StartGeneration(std::int32_t generation, DeviceProgress* progress) = 0;
   // The new generation's state, before any of its programs is queued; `vacated` marks the slots that are free in it.
   virtual Status SetGeneration(const DeviceProgress& progress) = 0;

@@ -67,7 +67,9 @@ Status DeviceMirror::Allocate(char* base, bool allow_stale) {
   image_->marks = reinterpret_cast<std::uint32_t*>(memory_.address() + marks);
   image_->fault = pinned_.OnDevice(fault_);
   image_->vacated = pinned_.OnDevice(vacated_);
-  return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}});
+  // No slot was acquired yet.
+  for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1};
+  return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}, SlotsCopy(Copy::kToDevice)});
 }
 
 DeviceMirror::~DeviceMirror() {
@@ -135,6 +137,7 @@ Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* pr
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     progress->slots[slot].length = slots_[slot].length;
     progress->slots[slot].since = slots_[slot].since;
+    progress->slots[slot].vacated = slots_[slot].released != 0;
   }
   std::copy_n(written_, progress->written.size(), progress->written.begin());
   return {};

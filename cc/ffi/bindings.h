@@ -106,6 +106,21 @@ auto BindUpdateAndAttend(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
       .template Ret<U32>();
 }
+// CUDA only. lengths, slots, query_offsets, window; the plan
+template <class B>
+auto BindPlanAttention(B&& base) {
+  return std::forward<B>(base)
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Attr<SpecAttr>("spec")
+      .template Attr<std::int64_t>("num_tokens")
+      .template Attr<std::int32_t>("num_q_heads")
+      .template Attr<std::int32_t>("q_dtype")
+      .template Attr<std::int32_t>("exact_weights")
+      .template Ret<ffi::Buffer<ffi::U8>>();
+}
 // q, k_pages, v_pages, block_tables, lengths, query_offsets
 template <class B>
 auto BindAttendWithTables(B&& base) {

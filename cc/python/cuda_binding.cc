@@ -86,6 +86,7 @@ void BindCuda(nb::module_& m) {
   m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
   // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a, "max_slots"_a);
+  m.def("attention_plan_bytes", &cuda::PlanBytes, "num_sequences"_a);
   m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,
         "head_dim"_a, "max_context"_a, "num_sequences"_a, "num_tokens"_a, "max_slots"_a, "exact_weights"_a = false);
 }

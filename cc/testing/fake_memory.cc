@@ -209,6 +209,8 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
 Result MemUnmap(DevicePtr address, std::size_t bytes) {
   KVPAGE_ENTRY(MemUnmap, Context);
   const auto it = entry->mappings.find(address);
+  // The real driver refuses a part of a mapping, but returns success for a range without mappings. Here that is a
+  // violation too: whoever unmaps a hole has lost track of its mappings.
   if (it == entry->mappings.end() || it->second.bytes != bytes) {
     return entry->Violation("cuMemUnmap: address and size must be those of one cuMemMap");
   }

@@ -19,6 +19,13 @@ Problem SomeProblem(Rng& rng, DType dtype, DType q_dtype, int head_dim) {
   p.dtype = dtype;
   p.q_dtype = q_dtype;
   FillProblem(rng, p, {{130, 1}, {0, 25}, {40, 2}, {0, 1}}, 0);
+  for (std::vector<float>& context : p.contexts) {  // as appended
+    for (float& x : context) {
+      char element[4];
+      Write(element, q_dtype, x);
+      x = static_cast<float>(Read(element, q_dtype));
+    }
+  }
   return p;
 }
 
@@ -59,11 +66,13 @@ struct Pool {
     operands.max_slots = spec[3];
     const auto count = static_cast<std::int64_t>(slots.size());
     const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));
+    const auto plan = Exactly<char>(cuda::PlanBytes(count));
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);
     const DeviceOp op = append != nullptr ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention;
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, p.num_tokens};
-    EXPECT_OK(
-        cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, &new_epoch, scratch.get(), nullptr));
+    EXPECT_OK(cuda::PlanAttention(lengths.data(), batch, operands, plan.get(), nullptr));
+    EXPECT_OK(cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, plan.get(), &new_epoch,
+                           scratch.get(), nullptr));
     return result;
   }
 };
@@ -87,11 +96,10 @@ std::vector<char> NewTokens(Problem& p, int which, DType dtype) {
 
 TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
   Rng rng(1);
-  constexpr DType kTypes[][2] = {{DType::kBF16, DType::kBF16},
-                                 {DType::kF16, DType::kF16},
-                                 {DType::kF32, DType::kF32},
-                                 {DType::kI8, DType::kF32},
-                                 {DType::kF8E4M3, DType::kF32}};
+  constexpr DType kTypes[][2] = {{DType::kBF16, DType::kBF16}, {DType::kF16, DType::kF16},
+                                 {DType::kF32, DType::kF32},   {DType::kI8, DType::kF32},
+                                 {DType::kI8, DType::kBF16},   {DType::kF8E4M3, DType::kF32},
+                                 {DType::kF8E4M3, DType::kF16}};
   for (const auto& types : kTypes) {
     for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
       Problem p = SomeProblem(rng, types[0], types[1], 64);
@@ -101,7 +109,7 @@ TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
       Store(p, cache, in);
       std::vector<double> out, lse;
       Reference(p, &out, &lse);
-      const bool tensor_cores = !IsQuantized(p.dtype) && p.dtype != DType::kF32;
+      const bool tensor_cores = UsesTensorCores(p);
       // Not there until they are appended.
       for (std::size_t s = 0; s < in.size(); ++s) {
         for (int t = p.sequences[s].position; t < p.tokens(s); ++t) {
@@ -167,7 +175,7 @@ TEST(CudaAttentionOpTest, TablesOfAnyPageSize) {
         lengths.push_back(p.tokens(static_cast<std::size_t>(s)));
         offsets.push_back(p.sequences[s].query_begin + p.sequences[s].query_length);
       }
-      const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens));
+      const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens) + cuda::PlanBytes(n));
       const auto run = [&] {
         EXPECT_OK(cuda::AttendWithTables(cache.view, static_cast<std::int64_t>(cache.table.size()), lengths.data(),
                                          offsets.data(), n, p.num_tokens, operands, scratch.get(), nullptr));

@@ -9,47 +9,6 @@ namespace {
 constexpr DType kQueries[] = {DType::kF32, DType::kBF16, DType::kF16};
 constexpr DType kStored[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kI8, DType::kF8E4M3};
 
-bool UsesTensorCores(const Problem& p) {
-  Result none;
-  cuda::AttentionOperands a;
-  a.q_dtype = p.q_dtype;
-  a.kv_dtype = p.dtype;
-  a.head_dim = p.head_dim;
-  a.options.exact_weights = p.exact_weights;
-  return cuda::HasTensorCoreKernels(a);
-}
-
-void AddOptions(Rng& rng, Problem& p) {
-  if (Pick(rng, 0, 2) == 0) p.window = PickOf(rng, {1, 2, 17, 64, 100, 513});
-  if (Pick(rng, 0, 2) == 0) p.soft_cap = PickOf(rng, {0.7f, 5.0f, 50.0f});
-  std::uniform_real_distribution<float> uniform(-2.0f, 4.0f);
-  for (int h = 0, sinks = Pick(rng, 0, 2); sinks == 0 && h < p.q_heads(); ++h) p.sinks.push_back(uniform(rng));
-  for (int h = 0, alibi = Pick(rng, 0, 2); alibi == 0 && h < p.q_heads(); ++h) p.slopes.push_back(uniform(rng) * 0.05f);
-}
-
-std::vector<std::pair<int, int>> RandomLengths(Rng& rng, int longest) {
-  std::vector<std::pair<int, int>> lengths;
-  for (int s = Pick(rng, 1, 4); s > 0; --s) {
-    const int before = PickOf(rng, {0, Pick(rng, 1, 63), Pick(rng, 64, 300), Pick(rng, 0, longest)});
-    lengths.emplace_back(before, PickOf(rng, {1, 1, 1, 2, Pick(rng, 3, 12)}));
-  }
-  if (Pick(rng, 0, 2) == 0) lengths.emplace_back(Pick(rng, 0, 90), Pick(rng, 20, 70));  // a prefill
-  return lengths;
-}
-
-// Stores the problem in a cache of a random layout and compares.
-void Check(Rng& rng, Problem& p, bool aligned) {
-  const Cache cache = RandomCache(rng, p);
-  const std::vector<int> slots = StoreAnywhere(rng, p, cache);
-  std::vector<double> out, lse;
-  Reference(p, &out, &lse);
-  const ScopedDevice device(Pick(rng, 1, 6), rng());
-  CudaRun run;
-  run.aligned = aligned;
-  run.padding = Pick(rng, 0, 2);
-  CheckCuda(p, RunCuda(p, cache, slots, run), out, lse, aligned && UsesTensorCores(p));
-}
-
 TEST(CudaAttentionTest, GeneralMatchesReference) {
   Rng rng(1);
   for (int round = 0; round < 24; ++round) {
@@ -61,7 +20,7 @@ TEST(CudaAttentionTest, GeneralMatchesReference) {
     p.q_dtype = kQueries[Pick(rng, 0, 2)];
     AddOptions(rng, p);
     FillProblem(rng, p, RandomLengths(rng, 700), Pick(rng, 0, 2));
-    Check(rng, p, false);
+    CheckAnywhere(rng, p, false);
   }
 }
 
@@ -81,7 +40,7 @@ TEST(CudaAttentionTest, DecodeMatchesReference) {
       lengths.emplace_back(before, Pick(rng, 1, 16 / p.group));
     }
     FillProblem(rng, p, lengths, Pick(rng, 0, 2));
-    Check(rng, p, true);
+    CheckAnywhere(rng, p, true);
   }
 }
 
@@ -100,7 +59,7 @@ TEST(CudaAttentionTest, PrefillMatchesReference) {
     for (int s = Pick(rng, 0, 2); s > 0; --s) lengths.emplace_back(Pick(rng, 0, 300), Pick(rng, 1, 30));
     std::shuffle(lengths.begin(), lengths.end(), rng);
     FillProblem(rng, p, lengths, Pick(rng, 0, 2));
-    Check(rng, p, true);
+    CheckAnywhere(rng, p, true);
   }
 }
 

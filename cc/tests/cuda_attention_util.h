@@ -13,6 +13,7 @@
 #include <new>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/attend.h"
@@ -69,7 +70,8 @@ class CudaBatch {
     result_.out.assign(p.q.size(), '\x55');
     result_.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
     operands_ = ToOperands(p, cache, &result_);
-    const std::size_t bytes = (cuda::AttentionBytes(operands_, num_sequences_, p.num_tokens) + 255) / 256 * 256;
+    const std::size_t bytes =
+        cuda::AttentionBytes(operands_, num_sequences_, p.num_tokens) + cuda::PlanBytes(num_sequences_);
     scratch_.reset(std::aligned_alloc(256, bytes));
     std::memset(scratch_.get(), 0xff, bytes);
     auto* const checked = new (scratch_.get()) CheckedBatch;
@@ -109,15 +111,17 @@ inline Result RunCuda(const Problem& p, const Cache& cache, const std::vector<in
 }
 
 // Compares with the reference: rounding of the output's type, what float32 sums may lose, and for tensor cores the
-// weights' rounding to the storage type, which averages out over the context.
+// weights' rounding to the queries' type, which averages out over the context. Where a value's scale multiplies its
+// weight, the largest weight is rounded too.
 inline void CheckCuda(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse,
                       bool tensor_cores, const std::string& what = "") {
   const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
   const double rounding = tensor_cores ? 1.5 * unit : 1e-5;
+  const double scaled = tensor_cores && IsQuantized(p.dtype) ? 0.5 * unit : 0.0;
   double worst = 0, worst_lse = 0, difference = 0, norm = 1e-30;
   for (std::size_t i = 0; i < out.size(); ++i) {
     const double got = Read(&result.out[i * ItemSize(p.q_dtype)], p.q_dtype);
-    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]) - rounding;
+    const double error = std::fabs(got - out[i]) - unit * std::fabs(out[i]) - rounding - scaled * p.spread[i];
     worst = std::isnan(error) ? 1e9 : std::max(worst, error);
     difference += (got - out[i]) * (got - out[i]);
     norm += out[i] * out[i];
@@ -147,6 +151,47 @@ class ScopedDevice {
  private:
   emulation::Device before_;
 };
+
+inline bool UsesTensorCores(const Problem& p) {
+  Result none;
+  cuda::AttentionOperands a;
+  a.q_dtype = p.q_dtype;
+  a.kv_dtype = p.dtype;
+  a.head_dim = p.head_dim;
+  a.options.exact_weights = p.exact_weights;
+  return cuda::HasTensorCoreKernels(a);
+}
+
+inline void AddOptions(Rng& rng, Problem& p) {
+  if (Pick(rng, 0, 2) == 0) p.window = PickOf(rng, {1, 2, 17, 64, 100, 513});
+  if (Pick(rng, 0, 2) == 0) p.soft_cap = PickOf(rng, {0.7f, 5.0f, 50.0f});
+  std::uniform_real_distribution<float> uniform(-2.0f, 4.0f);
+  for (int h = 0, sinks = Pick(rng, 0, 2); sinks == 0 && h < p.q_heads(); ++h) p.sinks.push_back(uniform(rng));
+  for (int h = 0, alibi = Pick(rng, 0, 2); alibi == 0 && h < p.q_heads(); ++h) p.slopes.push_back(uniform(rng) * 0.05f);
+}
+
+inline std::vector<std::pair<int, int>> RandomLengths(Rng& rng, int longest) {
+  std::vector<std::pair<int, int>> lengths;
+  for (int s = Pick(rng, 1, 4); s > 0; --s) {
+    const int before = PickOf(rng, {0, Pick(rng, 1, 63), Pick(rng, 64, 300), Pick(rng, 0, longest)});
+    lengths.emplace_back(before, PickOf(rng, {1, 1, 1, 2, Pick(rng, 3, 12)}));
+  }
+  if (Pick(rng, 0, 2) == 0) lengths.emplace_back(Pick(rng, 0, 90), Pick(rng, 20, 70));  // a prefill
+  return lengths;
+}
+
+// Stores the problem in a cache of a random layout and compares the kernels with the reference.
+inline void CheckAnywhere(Rng& rng, Problem& p, bool aligned) {
+  const Cache cache = RandomCache(rng, p);
+  const std::vector<int> slots = StoreAnywhere(rng, p, cache);
+  std::vector<double> out, lse;
+  Reference(p, &out, &lse);
+  const ScopedDevice device(Pick(rng, 1, 6), rng());
+  CudaRun run;
+  run.aligned = aligned;
+  run.padding = Pick(rng, 0, 2);
+  CheckCuda(p, RunCuda(p, cache, slots, run), out, lse, aligned && UsesTensorCores(p));
+}
 
 }  // namespace kvpage::testing
 

@@ -1,6 +1,6 @@
 // The driver's properties that CudaVmm relies on, checked on this machine; with --fake on the fake driver, which must
-// give the same answers. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it on machines with
-// a GPU, where that package may be missing.
+// give the same answers, or refuse more. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it
+// on machines with a GPU, where that package may be missing.
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -123,7 +123,9 @@ void TheDriverKeepsTheRulesThatTheFakeOneChecks() {
   Expect(driver.MemMap(at + 4096, grain, 0, one, 0) != Result::kSuccess, "off the grid");
   Expect(driver.MemMap(at + grain, 2 * grain, 0, two, 0) == Result::kSuccess);
   Expect(driver.MemUnmap(at + grain, grain) != Result::kSuccess, "a part of a mapping");
-  Expect(driver.MemUnmap(at + 4 * grain, grain) != Result::kSuccess, "a hole");
+  // The real driver accepts this and does nothing (580.159 on an H200). The fake one is stricter, because whoever
+  // unmaps a hole has lost track of its mappings.
+  Expect((driver.MemUnmap(at + 4 * grain, grain) == Result::kSuccess) == !g_fake_wanted, "a hole");
   cu::AccessDesc access;
   access.location.id = world.context->device();
   Expect(driver.MemSetAccess(at, 4 * grain, &access, 1) != Result::kSuccess, "into a hole");

@@ -29,10 +29,13 @@ void CheckKernels(Rng& rng, Problem& p, float size) {
 TEST(CudaLargeScoresTest, MatchReferenceUpToTheLimit) {
   Rng rng(1);
   for (const DType dtype : kStored) {
-    const DType q_dtype = IsQuantized(dtype) ? DType::kF32 : dtype;
-    for (const float size : Magnitudes(dtype, q_dtype)) {
-      Problem p = LargeScores(rng, dtype, q_dtype, 64, size, kLengths);
-      CheckKernels(rng, p, size);
+    std::vector<DType> queries = {dtype};
+    if (IsQuantized(dtype)) queries = {DType::kF32, DType::kBF16, DType::kF16};
+    for (const DType q_dtype : queries) {
+      for (const float size : Magnitudes(dtype, q_dtype)) {
+        Problem p = LargeScores(rng, dtype, q_dtype, 64, size, kLengths);
+        CheckKernels(rng, p, size);
+      }
     }
   }
 }

@@ -66,7 +66,7 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
 }
 
 TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
-  // A slot acquired on the host whose program never ran has length 0, regardless of its last owner.
+  // A slot acquired on the host whose program never ran is free, regardless of its last owner.
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -77,16 +77,60 @@ TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
   const Claim claim = pool->Acquire({64});
   EXPECT_EQ(claim.slots[0], slot);
   program.Restart(pool.get());
-  EXPECT_EQ(program.length(slot), 0);
+  EXPECT_EQ(program.length(slot), -1);
   EXPECT_EQ(machine.Find(1)->written[slot * kLayers], 0);
   // Released without its program, then started over: the same.
+  EXPECT_EQ(Acquire(pool.get(), &program, 64), slot);
   program.Write(slot, 20);
   EXPECT_OK(StartRelease(*pool, {slot}));
   program.Restart(pool.get());
   EXPECT_EQ(program.length(slot), -1);
-  EXPECT_EQ(pool->Acquire({64}).slots[0], slot);
+  EXPECT_EQ(Acquire(pool.get(), &program, 64), slot);
   program.Restart(pool.get());
   EXPECT_EQ(program.length(slot), 0);
+}
+
+TEST(DeviceGenerationTest, NewGenerationFreesSlotsWhoseAcquireTheDeviceRefused) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  DeviceProgram refused(&machine, 1);  // has a cache that is not this pool's
+  Pool::Generation foreign;
+  foreign.generation = 99;
+  foreign.lengths.assign(kSlots, -1);
+  refused.Use(foreign);
+  // In a pool that had no generation yet: the host learns of the fault only after it gave the slot away.
+  const std::int32_t lost = Acquire(pool.get(), &refused, 64);
+  EXPECT_TRUE(Mentions(pool->TakeFault(), "generation 99"));
+  EXPECT_EQ(pool->Numbers().slots_occupied, 1);
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(lost), -1);
+  EXPECT_EQ(pool->Numbers().slots_occupied, 0);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+
+  // The same beside a slot that was acquired on the device, and one that the host releases before it hears of the
+  // fault.
+  const std::int32_t kept = Acquire(pool.get(), &program, 16);
+  program.Write(kept, 9);
+  const Claim claim = pool->Acquire({64, 16});
+  EXPECT_OK(claim.status);
+  const std::int32_t second = claim.slots[0], third = claim.slots[1];
+  for (const std::int32_t slot : claim.slots) refused.Acquire(slot);
+  EXPECT_TRUE(Mentions(pool->TakeFault(), "generation 99"));
+  EXPECT_OK(StartRelease(*pool, {third}));  // its program was refused too
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(kept), 9);
+  EXPECT_EQ(program.length(second), -1);
+  EXPECT_EQ(program.length(third), -1);
+  EXPECT_EQ(pool->Numbers().slots_occupied, 1);
+  EXPECT_EQ(pool->Numbers().slots_draining, 0);
+  // Both can be had again, with all their room.
+  const std::int32_t again = Acquire(pool.get(), &program, 64);
+  program.Write(again, 64);
+  EXPECT_EQ(program.length(again), 64);
+  program.Write(kept, 1);
+  EXPECT_EQ(program.length(kept), 10);
+  EXPECT_OK(pool->TakeFault());
 }
 
 TEST(DeviceGenerationTest, CloseWaitsForTheProgramInFlightAndRefusesTheNext) {

@@ -107,6 +107,33 @@ TEST(DeviceTest, DrainingEndsWhenTheReleaseHasRun) {
   EXPECT_EQ(pool->Numbers().waits, 0);
 }
 
+// Whichever call comes first after a release has run must know it.
+TEST(DeviceTest, EveryCallSeesThatAReleaseHasRun) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 8);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const auto release_all = [&](std::int32_t slot) {
+    machine.fake().HoldStream(machine.stream());
+    Release(pool.get(), &program, slot);
+    machine.fake().ReleaseStream(machine.stream());
+  };
+  const std::int32_t small = Acquire(pool.get(), &program, 16), large = Acquire(pool.get(), &program, 112);
+  release_all(large);
+  BlockReferences blocks;
+  EXPECT_TRUE(Mentions(pool->BlockMap(large, &blocks), "slot " + std::to_string(large) + " is free"));
+
+  const std::int32_t again = Acquire(pool.get(), &program, 112);
+  release_all(again);
+  bool ok = false;
+  const std::int32_t tokens = 32;
+  EXPECT_OK(pool->MapChecked("map_slots", 1, &small, &tokens, 1, &ok));
+  EXPECT_TRUE(ok) << "the released slot's blocks can be had";
+
+  release_all(small);
+  EXPECT_TRUE(Mentions(pool->Commit(small, {1}), "slot " + std::to_string(small) + " is free"));
+}
+
 TEST(DeviceTest, UndoneCallsLeaveNothingOnTheDevice) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 8);

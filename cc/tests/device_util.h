@@ -151,12 +151,14 @@ class DeviceProgram {
   void Acquire(std::int32_t slot) {
     Launch(DeviceOp::kAcquire, slot, [slot](State* state, DevicePool* pool) {
       Empty(pool, slot);
+      pool->slots[slot].released = 0;
       state->lengths[slot] = 0;
     });
   }
   void Release(std::int32_t slot) {
     Launch(DeviceOp::kRelease, slot, [slot](State* state, DevicePool* pool) {
       Empty(pool, slot);
+      pool->slots[slot].released = 1;
       state->lengths[slot] = -1;
       __atomic_store_n(const_cast<std::uint32_t*>(&pool->vacated[slot]), 1u, __ATOMIC_RELEASE);
     });

@@ -101,6 +101,23 @@ def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
         )
 
 
+def _behind_barriers(ctx: mlir.LoweringRuleContext, avals: Sequence[Any], values: Any) -> Any:
+    """The same values, each behind a barrier that XLA's dynamic-slice fusion does not look through.
+
+    That fusion wraps a custom call whose operand is a slice, or whose result goes into a
+    dynamic-update-slice. In jaxlib 0.11 it leaves the call that it wraps in the program when the
+    call has a side effect or its result has another user, so the op would run twice. A barrier over
+    a single array stays until the program is scheduled, and costs nothing then; one over several
+    arrays would be looked through.
+    """
+
+    def barriers(*arrays: Any) -> list[Any]:
+        return [jax.lax.optimization_barrier(array) for array in arrays]
+
+    lower = mlir.lower_fun(barriers, multiple_results=True)
+    return lower(ctx.replace(primitive=None, avals_in=avals, avals_out=avals), *values)
+
+
 def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
     """All reasons why an op cannot be compiled for a platform, and the ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
@@ -130,6 +147,7 @@ def register_lowerings(
     xla: Callable[..., Any] | None = None,
     xla_is_default: bool = False,
     scratch: Callable[[Sequence[Any], Mapping[str, Any]], int] | None = None,
+    plan: Callable[..., tuple[Any, Any]] | None = None,
 ) -> None:
     """Registers how a primitive is compiled on each platform: as the same custom call on all.
 
@@ -142,6 +160,8 @@ def register_lowerings(
         xla_is_default: whether platforms without kernels use `xla` by default.
         scratch: bytes of device memory that the call needs on CUDA, `scratch(operands' abstract
             values, params)`; one more result there.
+        plan: what the call needs beside its operands on CUDA, `plan(ctx, operands, params) ->
+            (value, abstract value)`; one more operand there.
     """
     op = primitive.name.removeprefix("kvpage_")
     custom_call = jax.ffi.ffi_lowering(
@@ -183,10 +203,16 @@ def register_lowerings(
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain)
-        if scratch is None:
-            return call(ctx, operands, params)
-        ctx = _scratch.with_result(ctx, scratch(ctx.avals_in, params))
-        return call(ctx, operands, params)[:-1]
+        avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None
+        if plan is not None:
+            value, aval = plan(ctx, operands, params)
+            operands = (*operands, value)
+            ctx = ctx.replace(avals_in=[*ctx.avals_in, aval])
+        operands = _behind_barriers(ctx, ctx.avals_in, operands)
+        if in_scratch is not None:
+            ctx = _scratch.with_result(ctx, in_scratch)
+        results = call(ctx, operands, params)[: len(avals_out)]
+        return _behind_barriers(ctx, avals_out, results)
 
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")

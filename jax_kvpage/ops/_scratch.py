@@ -71,12 +71,15 @@ def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
 
 
 def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for attention over page arrays; the longest sequence is what a row of tables holds."""
+    """Bytes for attention over page arrays, with its plan.
+
+    The longest sequence is what a row of tables holds.
+    """
     q, k_pages, _, tables, lengths = operands[:5]
     size, heads = (k_pages.shape[1], k_pages.shape[2])
     if params["kv_layout"] == 1:
         size, heads = heads, size
-    return _attention(
+    call = _attention(
         q,
         k_pages.dtype,
         heads,
@@ -85,6 +88,7 @@ def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) ->
         0,
         params["exact_weights"],
     )
+    return call + _native.attention_plan_bytes(lengths.shape[0])
 
 
 def with_result(ctx: Any, num_bytes: int) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jax_kvpage import reference
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _attention, _batching, _lowering, _scratch, _tokens
+from jax_kvpage.ops import _attention, _batching, _lowering, _plan, _scratch, _tokens
 from jax_kvpage.ops._checks import check_arrays, pool_checker, results
 from jax_kvpage.ops.gather_context import gather_context_p
 from jax_kvpage.spec import CacheSpec
@@ -116,7 +116,9 @@ def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     return reference.ragged_attention(q, k, v, starts, query_offsets, active, *options, **params)
 
 
-_lowering.register_lowerings(paged_attention_p, xla=attend_gathered, scratch=_scratch.attention)
+_lowering.register_lowerings(
+    paged_attention_p, xla=attend_gathered, scratch=_scratch.attention, plan=_plan.appended(7)
+)
 _lowering.refuse_differentiation(paged_attention_p)
 _one_by_one = _batching.map_reader("paged_attention", _NAMES, paged_attention_p.bind)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _attention, _batching, _lowering, _scratch, _tokens
+from jax_kvpage.ops import _attention, _batching, _lowering, _plan, _scratch, _tokens
 from jax_kvpage.ops._checks import EPOCH, check_arrays, pool_checker, results
 from jax_kvpage.ops.append_kv import append_kv_p
 from jax_kvpage.ops.paged_attention import attend_gathered
@@ -101,7 +101,11 @@ def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
 
 
 _lowering.register_lowerings(
-    update_and_attend_p, aliases={1: 2}, xla=_append_then_gather, scratch=_scratch.attention
+    update_and_attend_p,
+    aliases={1: 2},
+    xla=_append_then_gather,
+    scratch=_scratch.attention,
+    plan=_plan.appended(9),
 )
 _lowering.refuse_differentiation(update_and_attend_p)
 

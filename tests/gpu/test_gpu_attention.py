@@ -39,9 +39,9 @@ _MORE = [
 
 
 @pytest.fixture(scope="module")
-def rigs(platform: str) -> Iterator[Rigs]:
+def rigs() -> Iterator[Rigs]:
     """Blocks of 32 tokens where the layout may pad them: a context is many mappings here too."""
-    rigs = Rigs("512MiB" if platform == "cuda" else "64MiB", block_tokens=32)
+    rigs = Rigs(None, block_tokens=32)
     yield rigs
     rigs.close()
 

@@ -84,12 +84,13 @@ def pool(make_pool, platform: str) -> kvp.KVPool:
 
 @pytest.fixture(params=["fused", "per_layer"])
 def default_pool(request: pytest.FixtureRequest, make_pool) -> kvp.KVPool:
-    """Blocks as the platform chooses them."""
-    return make_pool(kvp.CacheSpec(2, 2, 64, 4, 2000, jnp.bfloat16, request.param), "256MiB")
+    """Blocks as the platform chooses them: 2048 or 8192 tokens where they have 2 MiB."""
+    return make_pool(kvp.CacheSpec(2, 2, 64, 4, 20000, jnp.bfloat16, request.param), "256MiB")
 
 
 def test_default_blocks_are_whole_granules(default_pool: kvp.KVPool, platform: str) -> None:
     spec = default_pool.spec
+    assert spec.blocks_per_range > 1
     slot, cache = default_pool.acquire(default_pool.cache(), 1)
     assert spec.block_bytes % (2 * 2**20 if platform == "cuda" else 4096) == 0
     stats = default_pool.stats()
@@ -98,6 +99,9 @@ def test_default_blocks_are_whole_granules(default_pool: kvp.KVPool, platform: s
     calls = stats.system_calls
     default_pool.extend(slot, spec.block_tokens)
     assert default_pool.stats().system_calls == calls
+    default_pool.extend(slot, spec.block_tokens + 1)
+    assert default_pool.stats().system_calls > calls
+    assert default_pool.stats().blocks_mapped == 2 * spec.num_ranges
     default_pool.check(cache)
 
 

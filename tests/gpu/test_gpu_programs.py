@@ -250,13 +250,17 @@ def test_the_model_says_what_it_says_on_cpu(platform: str) -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_graphs_change_no_token(platform: str) -> None:
-    """The same decode without CUDA graphs, with them, and with loops as graphs too."""
+def test_graphs_change_no_logit(platform: str) -> None:
+    """The same decode without CUDA graphs, with them, and with loops as graphs too.
+
+    XLA may choose other matrix products in each, so the logits are equal up to float32's rounding.
+    """
     script = str(_ROOT / "benchmarks" / "gpu" / "llama_graphs.py")
     output = _run([script, "--platform", platform, "--dry-run", "--limit", "270"])
     result = json.loads(output.splitlines()[-1])
     assert result["left_out"] == {}
-    assert result["same_tokens"], result["digests"]
+    assert len(result["differences"]) == 9
+    assert max(result["differences"].values()) < 1e-4, result["differences"]
 
 
 def test_doctor() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import random
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
+from filling import acquire, neighbouring_share
 from peers.base import Data
 from timing import Ready
 
@@ -67,35 +66,6 @@ def _advance(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
     return kvp.advance(cache, batch)
 
 
-def _acquire(pool: kvp.KVPool, contexts: tuple[int, ...], scattered: bool) -> tuple[Any, Any]:
-    """Slots for all contexts; scattered ones grow a block at a time in random turns."""
-    cache = pool.cache()
-    if not scattered:
-        return pool.acquire(cache, list(contexts))
-    step = pool.spec.block_tokens or 1
-    # One more slot grows along, so that a single sequence is scattered too.
-    targets = [*contexts, max(contexts)]
-    slots, cache = pool.acquire(cache, [1] * len(targets))
-    turns = [i for i, n in enumerate(targets) for _ in range(1, -(-n // step))]
-    random.Random(0).shuffle(turns)
-    have = [step] * len(targets)
-    for i in turns:
-        have[i] = min(have[i] + step, targets[i])
-        pool.extend(slots[i], have[i])
-    return slots[:-1], pool.release(cache, slots[-1])
-
-
-def _neighbours(pool: kvp.KVPool, slots: list[int]) -> float:
-    """The share of blocks whose physical successor follows them in the slot too."""
-    pairs = [
-        b[0] == a[0] + 1
-        for slot in slots
-        for blocks in pool.block_map(slot)
-        for a, b in itertools.pairwise(blocks)
-    ]
-    return sum(pairs) / max(len(pairs), 1)
-
-
 class KVPage(JaxContender):
     """Variants: how blocks are laid out, what a program calls, what is stored."""
 
@@ -136,7 +106,7 @@ class KVPage(JaxContender):
         room = (*case.contexts, *([longest] if variant == "scattered" else []))
         blocks = sum(-(-n // (spec.block_tokens or 1)) for n in room)
         pool = kvp.KVPool(spec, blocks * spec.block_bytes * spec.num_ranges, on_stale="allow")
-        slots, cache = _acquire(pool, case.contexts, variant == "scattered")
+        slots, cache = acquire(pool, case.contexts, variant == "scattered")
         for s, slot in enumerate(slots):
             k, v = self._kv(case, data, s, longest)
             whole = kvp.Batch.from_lengths([slot], [case.contexts[s]], num_tokens=longest)
@@ -160,7 +130,7 @@ class KVPage(JaxContender):
         notes = {
             "block_tokens": spec.block_tokens or 0,
             "block_bytes": spec.block_bytes,
-            "neighbouring_blocks": _neighbours(pool, slots),
+            "neighbouring_blocks": neighbouring_share(pool, slots),
         }
         return self.ready(case, call, q, notes, close)
 

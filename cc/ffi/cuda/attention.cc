@@ -51,8 +51,8 @@ struct LayerCall : CudaCall {
     return {};
   }
   // `append` null: paged_attention.
-  Status Attend(const Any& q, const OptionOperands& options, const cuda::AppendOperands* append, ffi::Result<Any> out,
-                ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch) const {
+  Status Attend(const Any& q, const OptionOperands& options, const U8& plan, const cuda::AppendOperands* append,
+                ffi::Result<Any> out, ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch) const {
     cuda::AttentionOperands attention;
     KVPAGE_RETURN_IF_ERROR(
         ToAttention(op(), q, options, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
@@ -60,7 +60,12 @@ struct LayerCall : CudaCall {
     attention.max_slots = max_slots();
     KVPAGE_RETURN_IF_ERROR(
         CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
-    return cuda::Attend(cache, batch, attention, append, new_epoch, scratch->typed_data(), stream);
+    if (plan.element_count() < cuda::PlanBytes(batch.num_sequences)) {
+      return InvalidArgument(std::string(op()) + ": the program was compiled with a plan of " +
+                             std::to_string(plan.element_count()) + " bytes, this version takes " +
+                             std::to_string(cuda::PlanBytes(batch.num_sequences)) + ": compile it again");
+    }
+    return cuda::Attend(cache, batch, attention, append, plan.typed_data(), new_epoch, scratch->typed_data(), stream);
   }
 
   cuda::BatchOperands batch;
@@ -95,9 +100,10 @@ ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
 ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                           S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
                           float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
-                          Scratch scratch) {
+                          U8 plan, Scratch scratch) {
   const auto queue = [&](const LayerCall& call) {
-    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, nullptr, out, lse, nullptr, scratch);
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, nullptr, out, lse, nullptr,
+                       scratch);
   };
   return QueueOnLayer(DeviceOp::kPagedAttention, {stream, ordinal}, {handle, epoch, lengths, spec},
                       {slots, offsets, layer, Rows(q)}, queue);
@@ -106,15 +112,39 @@ ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 ep
 ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                            S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
                            float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
-                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, Scratch scratch) {
+                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, U8 plan, Scratch scratch) {
   const auto queue = [&](const LayerCall& call) -> Status {
     cuda::AppendOperands append;
     KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, &append, out, lse,
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, &append, out, lse,
                        new_epoch->typed_data(), scratch);
   };
   return QueueOnLayer(DeviceOp::kUpdateAndAttend, {stream, ordinal}, {handle, epoch, lengths, spec},
                       {slots, offsets, layer, Rows(q)}, queue);
+}
+
+// Uses no pool, only numbers that programs carry: lengths, slots and offsets. A pure function of them, so that XLA
+// makes one plan for all layers of a step.
+ffi::Error PlanAttention(void* stream, std::int32_t, S32 lengths, S32 slots, S32 offsets, S32 window, SpecAttr spec,
+                         std::int64_t num_tokens, std::int32_t num_q_heads, std::int32_t q_dtype,
+                         std::int32_t exact_weights, ffi::Result<U8> plan) {
+  static const char* const kOp = "attention's plan";
+  cuda::AttentionOperands attention;
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "the spec attribute", spec.size(), kNumSpecFields));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "the cache's lengths", lengths.element_count(), spec[kSpecMaxSlots]));
+  attention.q_dtype = static_cast<DType>(q_dtype);
+  attention.kv_dtype = static_cast<DType>(spec[kSpecDType]);
+  attention.num_q_heads = num_q_heads;
+  attention.num_kv_heads = static_cast<std::int32_t>(spec[kSpecNumKVHeads]);
+  attention.head_dim = static_cast<std::int32_t>(spec[kSpecHeadDim]);
+  attention.max_context = spec[kSpecMaxSeqLen];
+  attention.max_slots = spec[kSpecMaxSlots];
+  attention.options.sliding_window = window.element_count() > 0 ? window.typed_data() : nullptr;
+  attention.options.exact_weights = exact_weights != 0;
+  cuda::BatchOperands batch;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToBatch(kOp, slots, offsets, num_tokens, &batch));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, plan, cuda::PlanBytes(batch.num_sequences)));
+  return ToError(cuda::PlanAttention(lengths.typed_data(), batch, attention, plan->typed_data(), stream));
 }
 
 ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
@@ -150,14 +180,17 @@ ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any 
   KVPAGE_FFI_RETURN_IF_ERROR(ToAttention(kOp, q, {window, sinks, alibi, scale, soft_cap, exact_weights}, view.dtype,
                                          view.num_kv_heads, view.head_dim, view.table_width * view.tokens_per_chunk,
                                          &out, &lse, &attention));
-  KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, scratch, cuda::AttentionBytes(attention, sequences, Rows(q))));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      CheckScratch(kOp, scratch, cuda::AttentionBytes(attention, sequences, Rows(q)) + cuda::PlanBytes(sequences)));
   return ToError(cuda::AttendWithTables(view, Rows(k_pages), lengths.typed_data(), offsets.typed_data(), sequences,
                                         Rows(q), attention, scratch->typed_data(), stream));
 }
 
 KVPAGE_DEFINE_CUDA_HANDLER(kAppendKV, AppendKV, WithScratch(BindAppendKV(CudaBinding())));
-KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention, WithScratch(BindPagedAttention(CudaBinding())));
-KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend, WithScratch(BindUpdateAndAttend(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kPlanAttention, PlanAttention, BindPlanAttention(CudaBinding()));
+KVPAGE_DEFINE_CUDA_HANDLER(kPagedAttention, PagedAttention, WithScratch(WithPlan(BindPagedAttention(CudaBinding()))));
+KVPAGE_DEFINE_CUDA_HANDLER(kUpdateAndAttend, UpdateAndAttend,
+                           WithScratch(WithPlan(BindUpdateAndAttend(CudaBinding()))));
 KVPAGE_DEFINE_CUDA_HANDLER(kGatherContext, GatherContext, WithScratch(BindGatherContext(CudaBinding())));
 KVPAGE_DEFINE_CUDA_HANDLER(kAttendWithTables, AttendWithTables, WithScratch(BindAttendWithTables(CudaBinding())));
 
@@ -169,6 +202,7 @@ std::vector<Target> CudaSlotTargets();  // slots.cc
 
 std::vector<Target> CudaTargets() {
   std::vector<Target> targets = {{"jax_kvpage_append_kv", kAppendKV},
+                                 {"jax_kvpage_plan_attention", kPlanAttention},
                                  {"jax_kvpage_paged_attention", kPagedAttention},
                                  {"jax_kvpage_update_and_attend", kUpdateAndAttend},
                                  {"jax_kvpage_gather_context", kGatherContext},

@@ -18,7 +18,8 @@
 namespace kvpage {
 
 // Device memory of the call's own. A result, because XLA must know of it: a captured call writes to it at each replay.
-using Scratch = ffi::Result<ffi::Buffer<ffi::U8>>;
+using U8 = ffi::Buffer<ffi::U8>;
+using Scratch = ffi::Result<U8>;
 
 // The device and the stream that a handler was called for.
 struct CudaPlace {
@@ -80,6 +81,13 @@ inline auto CudaBinding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void
 template <class B>
 auto WithScratch(B&& binding) {
   return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
+}
+
+// The plan is the last operand (PlanAttention), and stands behind the results in the handler's parameters, which come
+// in the order of the binding.
+template <class B>
+auto WithPlan(B&& binding) {
+  return std::forward<B>(binding).template Arg<U8>();
 }
 
 // Launches kernels and does nothing else, so XLA may put it into a CUDA graph.

@@ -12,30 +12,69 @@
 namespace kvpage::cuda {
 namespace {
 
-// The planner, after a check in a separate launch.
-__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ AttentionParams p) {
+// The planner after a check of the same call, for a plan that serves this call only.
+__global__ void __launch_bounds__(kPlanThreads) PlanCheckedKernel(const __grid_constant__ AttentionParams p) {
   WaitForPriorKernel();
   LetNextKernelStart();
-  PlanBatch(p);
+  p.state.ZeroCounters();
+  if (p.checked->ok == 0) return;
+  const Sequence* const sequences = p.checked->sequences();
+  PlanBatch(p, p.checked->sliding_window, [&](std::int32_t index) { return sequences[index]; });
 }
 
-// Check and planner in one launch.
-__global__ void __launch_bounds__(kCheckThreads)
-    CheckAndPlanKernel(const __grid_constant__ BatchCheckArgs args, const __grid_constant__ AttentionParams p) {
-  KVPAGE_DYNAMIC_SHARED(marks);
-  KVPAGE_SHARED(CheckShared, shared);
-  LetNextKernelStart();
-  CheckBatch(args, &shared, reinterpret_cast<std::uint32_t*>(marks));
-  PlanBatch(p);
+struct PlanArgs {
+  const std::int32_t* lengths;  // [max_slots]
+  const std::int32_t* slots;    // [num_sequences]
+  const std::int32_t* offsets;  // [num_sequences + 1]
+  const std::int32_t* window;   // [1] or null
+  std::int64_t max_slots;
+  std::int64_t max_context;
+};
+
+// The sequence as CheckBatch has it where nothing is wrong with the batch.
+__device__ inline Sequence PlannedSequence(const PlanArgs& args, std::int64_t num_tokens, std::int32_t index) {
+  const std::int32_t slot = args.slots[index], begin = args.offsets[index];
+  const std::int64_t count = std::int64_t{args.offsets[index + 1]} - begin;
+  Sequence sequence;
+  sequence.slot = -1;
+  if (slot < 0 || slot >= args.max_slots || begin < 0 || count <= 0 || begin + count > num_tokens) return sequence;
+  const std::int32_t length = args.lengths[slot];
+  if (length < 0 || length + count > args.max_context) return sequence;
+  sequence.slot = slot;
+  sequence.position = length;
+  sequence.query_begin = begin;
+  sequence.query_length = static_cast<std::int32_t>(count);
+  return sequence;
+}
+
+__global__ void __launch_bounds__(kPlanThreads)
+    PlanKernel(const __grid_constant__ PlanArgs args, const __grid_constant__ AttentionParams p) {
+  const std::int32_t window = args.window != nullptr ? *args.window : 0;
+  PlanBatch(p, window, [&](std::int32_t index) { return PlannedSequence(args, p.num_tokens, index); });
 }
 
 bool UsesTensorCores(const AttentionOperands& attention, bool aligned) {
   return aligned && HasTensorCoreKernels(attention);
 }
 
-// Fills the parameters, except those that depend on the kernel's shape.
-void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
-          int num_sms, void* scratch, AttentionParams* p) {
+void PlacePlan(void* memory, std::int64_t num_sequences, int blocks, Plan* plan) {
+  const PlanLayout at = LayOutPlan(num_sequences, blocks);
+  char* const base = static_cast<char*>(memory);
+  plan->counts = reinterpret_cast<PlanCounts*>(base + at.counts);
+  plan->decode_sequences = reinterpret_cast<Sequence*>(base + at.decode_sequences);
+  plan->prefill_sequences = reinterpret_cast<Sequence*>(base + at.prefill_sequences);
+  plan->cost_prefix = reinterpret_cast<std::int64_t*>(base + at.cost_prefix);
+  plan->unit_prefix = reinterpret_cast<std::int32_t*>(base + at.unit_prefix);
+  plan->state_prefix = reinterpret_cast<std::int32_t*>(base + at.state_prefix);
+  plan->split_points = reinterpret_cast<SplitPoint*>(base + at.split_points);
+  plan->split_units = reinterpret_cast<SplitUnit*>(base + at.split_units);
+}
+
+// Fills the parameters, except those that depend on the kernel's shape and where plan and scratch memory are.
+Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
+            AttentionParams* p) {
+  int num_sms = 0;
+  KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
   p->q = a.q;
   p->out = a.out;
   p->lse = a.lse;
@@ -46,28 +85,31 @@ void Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t n
   p->num_kv_heads = a.num_kv_heads;
   p->group = a.num_q_heads / a.num_kv_heads;
   p->head_dim = a.head_dim;
-  p->decode_rows = tensor_cores ? kTileRows : 0x7fffffff;
+  p->decode_rows = tensor_cores && HasPrefillKernel(a.kv_dtype) ? kTileRows : 0x7fffffff;
   p->prefill_rows = PrefillRows(a.head_dim);
   p->blocks = kBlocksPerSm * std::min(num_sms, kMaxSms);
+  p->heads_together = HeadsTogether(a.num_kv_heads, p->blocks);
+  p->pieces = p->blocks / p->heads_together;
   p->q_dtype = a.q_dtype;
-
   const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
   p->partials_per_row = at.partials_per_row;
   p->max_prefill_states = at.max_prefill_states;
+  return {};
+}
+
+// Returns the bytes in use.
+std::size_t PlaceScratch(const AttentionOperands& a, bool tensor_cores, void* scratch, AttentionParams* p) {
+  const AttentionScratch at = LayOut(a, p->num_sequences, p->num_tokens, tensor_cores, p->blocks);
   char* const base = static_cast<char*>(scratch);
   p->checked = static_cast<const CheckedBatch*>(scratch);
-  p->plan.counts = reinterpret_cast<PlanCounts*>(base + at.counts);
-  p->plan.decode_sequences = reinterpret_cast<Sequence*>(base + at.decode_sequences);
-  p->plan.prefill_sequences = reinterpret_cast<Sequence*>(base + at.prefill_sequences);
-  p->plan.cost_prefix = reinterpret_cast<std::int64_t*>(base + at.cost_prefix);
-  p->plan.unit_prefix = reinterpret_cast<std::int32_t*>(base + at.unit_prefix);
-  p->plan.state_prefix = reinterpret_cast<std::int32_t*>(base + at.state_prefix);
-  p->plan.split_points = reinterpret_cast<SplitPoint*>(base + at.split_points);
-  p->plan.split_units = reinterpret_cast<SplitUnit*>(base + at.split_units);
-  p->plan.arrived = reinterpret_cast<std::int32_t*>(base + at.arrived);
-  p->plan.partial_values = reinterpret_cast<float*>(base + at.partial_values);
-  p->plan.partial_sums = reinterpret_cast<float2*>(base + at.partial_sums);
-  p->plan.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
+  p->state.next_item = reinterpret_cast<std::int32_t*>(base + at.counters);
+  p->state.finished = p->state.next_item + 1;
+  p->state.arrived = p->state.finished + p->blocks;
+  p->state.num_counters = static_cast<std::int32_t>(at.num_counters);
+  p->state.partial_values = reinterpret_cast<float*>(base + at.partial_values);
+  p->state.partial_sums = reinterpret_cast<float2*>(base + at.partial_sums);
+  p->state.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
+  return at.bytes;
 }
 
 }  // namespace
@@ -91,6 +133,8 @@ namespace {
 Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
                      Stream stream) {
   if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
+  if (attention.kv_dtype == DType::kI8) return LaunchDecodeInt8(params, stream);
+  if (attention.kv_dtype == DType::kF8E4M3) return LaunchDecodeFloat8(params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
   // A batch of so few rows has no prefill.
@@ -102,28 +146,44 @@ Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& 
 
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream) {
-  int num_sms = 0;
-  KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
   const bool tensor_cores = UsesTensorCores(attention, aligned);
   AttentionParams params = {};
-  Fill(attention, num_sequences, num_tokens, tensor_cores, num_sms, scratch, &params);
+  KVPAGE_RETURN_IF_ERROR(Fill(attention, num_sequences, num_tokens, tensor_cores, &params));
+  const std::size_t used = PlaceScratch(attention, tensor_cores, scratch, &params);
+  PlacePlan(static_cast<char*>(scratch) + used, num_sequences, params.blocks, &params.plan);
   const LaunchShape shape = {1, kPlanThreads, 0, /*overlap=*/true};
-  KVPAGE_RETURN_IF_ERROR(Launch<PlanKernel>("plan", shape, stream, params));
+  KVPAGE_RETURN_IF_ERROR(Launch<PlanCheckedKernel>("plan", shape, stream, params));
   return LaunchPlanned(attention, params, tensor_cores, stream);
 }
 
+Status PlanAttention(const std::int32_t* lengths, const BatchOperands& batch, const AttentionOperands& attention,
+                     void* plan, Stream stream) {
+  AttentionParams params = {};
+  KVPAGE_RETURN_IF_ERROR(
+      Fill(attention, batch.num_sequences, batch.num_tokens, HasTensorCoreKernels(attention), &params));
+  PlacePlan(plan, batch.num_sequences, params.blocks, &params.plan);
+  const PlanArgs args = {lengths,
+                         batch.slots,
+                         batch.offsets,
+                         attention.options.sliding_window,
+                         attention.max_slots,
+                         attention.max_context};
+  return Launch<PlanKernel>("plan", {1, kPlanThreads, 0, /*overlap=*/false}, stream, args, params);
+}
+
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
-              const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream) {
-  int num_sms = 0;
-  KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
+              const AppendOperands* append, const void* plan, std::uint32_t* new_epoch, void* scratch, Stream stream) {
   // In a pool, rows of all head sizes of the tensor core kernels are aligned.
   const bool tensor_cores = HasTensorCoreKernels(attention);
   AttentionParams params = {};
-  Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, num_sms, scratch, &params);
-  const BatchCheckArgs args =
+  KVPAGE_RETURN_IF_ERROR(Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, &params));
+  PlaceScratch(attention, tensor_cores, scratch, &params);
+  PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read it
+  BatchCheckArgs args =
       ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr, new_epoch, scratch);
-  const LaunchShape shape = {1, kCheckThreads, CheckSharedBytes(cache), /*overlap=*/false};
-  KVPAGE_RETURN_IF_ERROR(Launch<CheckAndPlanKernel>("check_and_plan", shape, stream, args, params));
+  args.counters = params.state.next_item;
+  args.num_counters = params.state.num_counters;
+  KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));
   if (append != nullptr) {
     KVPAGE_RETURN_IF_ERROR(
         LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append, attention.kv_dtype, stream));

@@ -11,8 +11,8 @@ namespace kvpage::cuda {
 
 struct AttentionParams;
 
-// Attention of a batch whose check left its CheckedBatch at the start of `scratch`. `aligned`: every key and value
-// begins at a multiple of 16 bytes.
+// Attention of a batch whose check left its CheckedBatch at the start of `scratch` (AttentionBytes and PlanBytes), with
+// a plan made for this call. `aligned`: every key and value begins at a multiple of 16 bytes.
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream);
 
@@ -21,6 +21,8 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
 Status LaunchGeneral(DType storage, AttentionParams params, Stream stream);
 Status LaunchDecodeBf16(AttentionParams params, Stream stream);
 Status LaunchDecodeF16(AttentionParams params, Stream stream);
+Status LaunchDecodeFloat8(AttentionParams params, Stream stream);
+Status LaunchDecodeInt8(AttentionParams params, Stream stream);
 Status LaunchPrefillBf16(AttentionParams params, Stream stream);
 Status LaunchPrefillF16(AttentionParams params, Stream stream);
 

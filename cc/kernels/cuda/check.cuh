@@ -24,6 +24,9 @@ struct BatchCheckArgs {
   bool append;                 // the new tokens are about to be written; else they must have been
   std::uint32_t* new_epoch;    // append only
   CheckedBatch* checked;
+  // Set to zero for the kernels after this one.
+  std::int32_t* counters;
+  std::int32_t num_counters;
 };
 
 // Runs the check with all threads of one block; false when it failed. On return the whole block can read the
@@ -32,6 +35,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   Checker checker(args.cache, shared, shared_marks);
   const std::int32_t layer = *args.layer;
   CheckedBatch* const out = args.checked;
+  for (std::int32_t i = threadIdx.x; i < args.num_counters; i += blockDim.x) args.counters[i] = 0;
   Sequence* const sequences = out->sequences();
   if (checker.Enter()) {
     checker.Prepare(args.slots, args.num_sequences, args.offsets, args.num_tokens, layer);
@@ -102,8 +106,12 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
   if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
     cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
   }
-  return {cache_args, batch.slots, batch.offsets, batch.num_sequences, batch.num_tokens,
-          layer,      window,      append,        new_epoch,           static_cast<CheckedBatch*>(checked)};
+  return {cache_args,       batch.slots,
+          batch.offsets,    batch.num_sequences,
+          batch.num_tokens, layer,
+          window,           append,
+          new_epoch,        static_cast<CheckedBatch*>(checked),
+          nullptr,          0};
 }
 
 // The check in a separate launch (slots.cu).

@@ -1,4 +1,4 @@
-// The softmax state of a tile of rows in the decode kernel: weighted values, max and sum, in registers.
+// The softmax state of a tile of rows in the decode kernels: weighted values, max and sum, in registers.
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_STATE_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_STATE_CUH_
 
@@ -11,7 +11,9 @@
 
 namespace kvpage::cuda {
 
-template <int kDim>
+// kInterleaved: tiles 2 n and 2 n + 1 are the even and the odd ones of 16 columns, so that a thread holds four
+// neighbours.
+template <int kDim, bool kInterleaved>
 struct DecodeState {
   static constexpr int kTiles = kDim / 8 / kWarps;  // of 8 columns, a warp's
 
@@ -49,9 +51,17 @@ struct DecodeState {
 
   // Row of the tile that a thread holds in the lower (0) or upper (1) half of a fragment.
   __device__ __forceinline__ static int Row(int lane, int half) { return lane / 4 + 8 * half; }
-  // The first of the two columns that a thread holds of tile n.
+  // Pair n of the neighbouring columns that a thread holds: its first column, and its values in a row.
   __device__ __forceinline__ static int Column(int lane, int warp, int n) {
+    if constexpr (kInterleaved) return (warp * kTiles + n / 2 * 2) * 8 + lane % 4 * 4 + n % 2 * 2;
     return (warp * kTiles + n) * 8 + lane % 4 * 2;
+  }
+  __device__ __forceinline__ float2 Pair(int n, int half) const {
+    if constexpr (kInterleaved) {
+      const int i = 2 * half + n % 2;
+      return make_float2(values[n / 2 * 2][i], values[n / 2 * 2 + 1][i]);
+    }
+    return make_float2(values[n][2 * half], values[n][2 * half + 1]);
   }
 
   // Writes the rows' partial states to memory, at `index` (merge.cuh).
@@ -63,10 +73,9 @@ struct DecodeState {
       const std::int64_t state = StateIndex(p, unit, Row(lane, half), index);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        *reinterpret_cast<float2*>(p.plan.partial_values + state * kDim + Column(lane, warp, n)) =
-            make_float2(values[n][2 * half], values[n][2 * half + 1]);
+        *reinterpret_cast<float2*>(p.state.partial_values + state * kDim + Column(lane, warp, n)) = Pair(n, half);
       }
-      if (warp == 0 && lane % 4 == 0) p.plan.partial_sums[state] = make_float2(max[half], sum[half]);
+      if (warp == 0 && lane % 4 == 0) p.state.partial_sums[state] = make_float2(max[half], sum[half]);
     }
   }
 
@@ -82,8 +91,9 @@ struct DecodeState {
       T* out = static_cast<T*>(p.out) + index * kDim;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        const float2 pair = Pair(n, half);
         *reinterpret_cast<std::uint32_t*>(out + Column(lane, warp, n)) =
-            Pack<T>(values[n][2 * half] * norm.factor, values[n][2 * half + 1] * norm.factor);
+            Pack<T>(pair.x * norm.factor, pair.y * norm.factor);
       }
       if (warp == 0 && lane % 4 == 0 && p.lse != nullptr) p.lse[index] = norm.lse;
     }

@@ -1,5 +1,5 @@
-// The general kernel: float32 and quantized storage, any head size and alignment, queries of another type than the
-// keys. CUDA cores, float32 arithmetic.
+// The general kernel: float32 storage or queries, any head size and alignment, queries of another 16-bit type than the
+// keys, exact weights. CUDA cores, float32 arithmetic.
 //
 // A tile of tokens lies in shared memory in its storage type. Scores: one lane per token, every fourth row per warp.
 // Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit are in
@@ -45,7 +45,8 @@ class GeneralAttention {
   }
 
   __device__ void Run() {
-    const SplitPoint from = p_.plan.split_points[blockIdx.x], to = p_.plan.split_points[blockIdx.x + 1];
+    SplitPoint from, to;
+    if (!FindPiece(p_, &from, &to)) return;
     WorkIterator walker, ahead;
     walker.Start(p_, from, to, p_.tile_tokens);
     ahead.Start(p_, from, to, p_.tile_tokens);
@@ -167,7 +168,7 @@ class GeneralAttention {
     for (int i = 0; i < kRows; ++i) {
       const int row = warp_ + i * kWarps;
       if (row >= unit.rows) {
-        weights_[lane_ * kTileRows + row] = 0.0f;
+        weights_[row * kGeneralTokens + lane_] = 0.0f;
         if (lane_ == 0) factors_[row] = 1.0f;
         continue;
       }
@@ -183,7 +184,7 @@ class GeneralAttention {
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
       max_[i] = top;
       sum_[i] = fmaf(sum_[i], factor, sum);
-      weights_[lane_ * kTileRows + row] = visible ? weight * value_scale : 0.0f;
+      weights_[row * kGeneralTokens + lane_] = visible ? weight * value_scale : 0.0f;
       if (lane_ == 0) factors_[row] = factor;
     }
     __syncthreads();
@@ -223,16 +224,21 @@ class GeneralAttention {
     const unsigned char* tile = Row(stage, 1, 0);
     for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
       float sums[kAll] = {};
-#pragma unroll 4
-      for (int token = 0; token < p_.tile_tokens; ++token) {
-        const float v = ToFloat(reinterpret_cast<const T*>(tile + token * p_.row_stride)[d]);
+#pragma unroll 2
+      for (int token = 0; token < p_.tile_tokens; token += 4) {
+        float v[4];
 #pragma unroll
-        for (int r = 0; r < kAll; r += 4) {
-          const float4 w = *reinterpret_cast<const float4*>(weights_ + token * kTileRows + r);
+        for (int i = 0; i < 4; ++i) {
+          const unsigned char* const row = tile + (token + i) * p_.row_stride;
+          v[i] = token + i < p_.tile_tokens ? ToFloat(reinterpret_cast<const T*>(row)[d]) : 0.0f;
+        }
+#pragma unroll
+        for (int r = 0; r < kAll; ++r) {
+          const float4 w = *reinterpret_cast<const float4*>(weights_ + r * kGeneralTokens + token);
           const float weight[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (!kGuarded || weight[i] != 0.0f) sums[r + i] = fmaf(weight[i], v, sums[r + i]);
+            if (!kGuarded || weight[i] != 0.0f) sums[r] = fmaf(weight[i], v[i], sums[r]);
           }
         }
       }
@@ -260,7 +266,7 @@ class GeneralAttention {
           factors_[kTileRows + row] = merge.b;
         }
       } else if (row < unit.rows && lane_ == 0) {
-        p_.plan.partial_sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
+        p_.state.partial_sums[StateIndex(p_, unit, row, span - unit.first_span)] = make_float2(max_[i], sum_[i]);
       }
       max_[i] = NegativeInfinity();
       sum_[i] = 0.0f;
@@ -269,7 +275,7 @@ class GeneralAttention {
     for (int row = 0; row < unit.rows; ++row) {
       const float a = factors_[row], b = factors_[kTileRows + row];
       float* state =
-          keep ? nullptr : p_.plan.partial_values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
+          keep ? nullptr : p_.state.partial_values + StateIndex(p_, unit, row, span - unit.first_span) * p_.head_dim;
       for (int d = threadIdx.x; d < p_.head_dim; d += kThreads) {
         const int at = row * p_.head_dim + d;
         if (keep) {
@@ -293,9 +299,9 @@ class GeneralAttention {
         if (!alone) {
           const std::int64_t state = StateIndex(p_, unit, row, 0);
           for (int d = lane_; d < p_.head_dim; d += kWarpSize) {
-            p_.plan.partial_values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
+            p_.state.partial_values[state * p_.head_dim + d] = unit_[row * p_.head_dim + d];
           }
-          if (lane_ == 0) p_.plan.partial_sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
+          if (lane_ == 0) p_.state.partial_sums[state] = make_float2(unit_max_[i], unit_sum_[i]);
           continue;
         }
         const Normalization norm(p_, RowHead(p_, unit, row), unit_max_[i], unit_sum_[i]);

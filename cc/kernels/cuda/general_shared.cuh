@@ -15,7 +15,7 @@ struct GeneralShared {
   std::int64_t queries;  // [kTileRows, columns] floats; columns: head_dim rounded up to 16 bytes as stored
   std::int64_t span;     // [kTileRows, head_dim] floats: weighted values of the span, of the spans before
   std::int64_t unit;
-  std::int64_t weights;  // [kGeneralTokens, kTileRows] floats
+  std::int64_t weights;  // [kTileRows, kGeneralTokens] floats
   std::int64_t factors;  // [2, kTileRows] floats
   std::int64_t scales;   // [stages, 2, kGeneralTokens] floats
   std::int64_t tiles;    // [stages, 2, tile_tokens, row_stride]

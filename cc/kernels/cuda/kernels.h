@@ -111,15 +111,25 @@ struct AttentionOperands {
   AttentionOptions options;
 };
 
-// Bytes of device scratch memory for attention over a batch of this shape: CheckedBatch, plan and partial states.
+// Bytes of device scratch memory for attention over a batch of this shape: CheckedBatch, counters and partial states.
 std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens);
 
-// paged_attention: `append` null. update_and_attend: keys and values are written first, in the same checked launch.
+// A plan shares the work of a batch out over the device. It depends on the batch, the lengths and the window only, so
+// one serves all layers of a step.
+std::size_t PlanBytes(std::int64_t num_sequences);
+// What is wrong with the batch is for the check to find: such a sequence is left out here. Of `attention` the shapes,
+// types, bounds and the window are used.
+Status PlanAttention(const std::int32_t* lengths, const BatchOperands& batch, const AttentionOperands& attention,
+                     void* plan, Stream stream);
+
+// paged_attention: `append` null. update_and_attend: keys and values are written first. `plan`: from PlanAttention of
+// the same lengths, batch and attention.
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
-              const AppendOperands* append, std::uint32_t* new_epoch, void* scratch, Stream stream);
+              const AppendOperands* append, const void* plan, std::uint32_t* new_epoch, void* scratch, Stream stream);
 
 // Attention over plain page arrays that `view` describes (with view.table and view.table_width); `lengths`
-// [num_sequences] include the query tokens. A sequence with an invalid table or length gets NaN.
+// [num_sequences] include the query tokens. A sequence with an invalid table or length gets NaN. `scratch`:
+// AttentionBytes and PlanBytes.
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const AttentionOperands& attention, void* scratch, Stream stream);

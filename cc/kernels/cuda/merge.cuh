@@ -43,8 +43,8 @@ __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& 
   for (std::int32_t row = threadIdx.x / kWarpSize; row < unit.rows; row += kWarps) {
     const std::int64_t state = StateIndex(p, unit, row, 0);
     const std::int64_t index = RowIndex(p, unit, row);
-    const float* values = p.plan.partial_values + state * p.head_dim;
-    const float2* sums = p.plan.partial_sums + state;
+    const float* values = p.state.partial_values + state * p.head_dim;
+    const float2* sums = p.state.partial_sums + state;
     for (std::int32_t base = 0; base < p.head_dim; base += kColumns * kWarpSize) {
       float2 sum = __ldcg(sums);
       float x[kColumns];
@@ -79,8 +79,7 @@ __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& 
 
 // Ends a block's item of a split unit after its partial states are written.
 __device__ inline void EndItem(const AttentionParams& p, const WorkUnit& unit) {
-  SplitUnit& split = p.plan.split_units[unit.split_index];
-  if (Arrive(&split.finished, split.items)) MergeSplitUnit(p, unit);
+  if (Arrive(&p.state.finished[unit.split_index], p.plan.split_units[unit.split_index].items)) MergeSplitUnit(p, unit);
 }
 
 }  // namespace kvpage::cuda

@@ -62,7 +62,7 @@ class PrefillAttention {
     while (items.Take(p_, &work)) {
       if (work.from < work.to) {
         Attend(work);
-      } else if (Arrive(&p_.plan.arrived[work.unit], work.items)) {
+      } else if (Arrive(&p_.state.arrived[work.unit], work.items)) {
         Merge(work);
       }
     }
@@ -106,7 +106,7 @@ class PrefillAttention {
     state_.SumRows();
     if (work.split) {
       state_.Store(Memory(work.state));
-      if (Arrive(&p_.plan.arrived[work.unit], work.items)) Merge(work);
+      if (Arrive(&p_.state.arrived[work.unit], work.items)) Merge(work);
     } else {
       if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x), unit_);
       state_.template Write<T>(p_, work);
@@ -306,7 +306,7 @@ class PrefillAttention {
   }
 
   __device__ __forceinline__ float* Memory(std::int64_t state) const {
-    return p_.plan.prefill_states + state * PrefillStateFloats(kDim);
+    return p_.state.prefill_states + state * PrefillStateFloats(kDim);
   }
 
   // Ends a span that another one follows in this block.

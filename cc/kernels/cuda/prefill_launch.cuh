@@ -11,7 +11,7 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrefillKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
   WaitForPriorKernel();
-  if (p.plan.counts->items == 0) return;
+  if (p.checked->ok == 0 || p.plan.counts->items == 0) return;
   PrefillAttention<T, kDim>(p, shared).Run();
 }
 

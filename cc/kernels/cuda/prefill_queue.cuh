@@ -15,7 +15,7 @@ struct PrefillItem {
   std::int32_t from, to;     // positions
   std::int32_t shift;        // spans are 1 << shift tokens
   bool split;                // the item is one span of several
-  std::int32_t unit;         // index in Plan::arrived; this and the next three only when split
+  std::int32_t unit;         // index in CallState::arrived; this and the next three only when split
   std::int32_t items;        // of the unit, empty ones too
   std::int32_t first_state;  // of the unit, for the sequence's first span
   std::int32_t state;
@@ -23,7 +23,7 @@ struct PrefillItem {
 };
 
 struct PrefillQueue {
-  PlanCounts* counts;
+  const PlanCounts* counts;
   std::int32_t count;
 
   __device__ __forceinline__ explicit PrefillQueue(const AttentionParams& p)
@@ -35,7 +35,7 @@ struct PrefillQueue {
     KVPAGE_SHARED(std::int32_t, next);
     __syncthreads();
     if (threadIdx.x == 0) {
-      next = atomicAdd(&counts->next, 1);
+      next = atomicAdd(p.state.next_item, 1);
       if (next < count) *work = At(p, next);
     }
     __syncthreads();

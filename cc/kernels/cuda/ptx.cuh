@@ -100,6 +100,39 @@ __device__ __forceinline__ void MultiplyAdd<F16>(float (&c)[4], const std::uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a b + c of two pairs, rounded once.
+template <class T>
+__device__ __forceinline__ std::uint32_t MultiplyAddPair(std::uint32_t a, std::uint32_t b, std::uint32_t c);
+template <>
+__device__ __forceinline__ std::uint32_t MultiplyAddPair<Bf16>(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <>
+__device__ __forceinline__ std::uint32_t MultiplyAddPair<F16>(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// Any function of the bits of a, b and c: what it makes of a = 0xf0, b = 0xcc, c = 0xaa is its table. The compiler
+// would split a function of two constants, to have both as immediate operands.
+template <int kTable>
+__device__ __forceinline__ std::uint32_t Logic(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, %4;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return d;
+}
+
+// Four bytes of `x`, one for each hexadecimal digit of the selector; a digit above 7 stands for the sign of byte
+// digit - 8, in all bits.
+__device__ __forceinline__ std::uint32_t Permute(std::uint32_t x, std::uint32_t selector) {
+  std::uint32_t y;
+  asm("prmt.b32 %0, %1, %1, %2;\n" : "=r"(y) : "r"(x), "r"(selector));
+  return y;
+}
+
 // 2^x; subnormal results are zero.
 __device__ __forceinline__ float Exp2(float x) {
   float y;
@@ -191,6 +224,20 @@ void MultiplyAdd(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, s
   MatrixProduct product = {c, a, {b0, b1}};
   emulation::WarpCollective(0xffffffffu, {"mma", "", 0}, &product, EmulateMultiplyAdd<T>);
 }
+
+template <class T>
+std::uint32_t MultiplyAddPair(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  float sums[2];
+  for (int i = 0; i < 2; ++i) sums[i] = std::fma(Element(T{}, a, i), Element(T{}, b, i), Element(T{}, c, i));
+  return Pack<T>(sums[0], sums[1]);
+}
+template <int kTable>
+std::uint32_t Logic(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t d = 0;
+  for (int i = 0; i < 32; ++i) d |= (kTable >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1u) << i;
+  return d;
+}
+inline std::uint32_t Permute(std::uint32_t x, std::uint32_t selector) { return __byte_perm(x, x, selector); }
 
 inline float Exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 

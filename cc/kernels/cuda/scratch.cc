@@ -8,6 +8,20 @@ namespace {
 
 std::size_t Aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }  // for the arrays after it
 
+// Gives arrays one after the other a place behind `*end` bytes.
+class Placer {
+ public:
+  explicit Placer(std::size_t* end) : end_(end) {}
+  std::size_t operator()(std::size_t size, std::int64_t count) const {
+    const std::size_t here = *end_;
+    *end_ += Aligned(static_cast<std::size_t>(count) * size);
+    return here;
+  }
+
+ private:
+  std::size_t* const end_;
+};
+
 }  // namespace
 
 std::size_t MarksOffset(std::int64_t num_sequences) {
@@ -20,9 +34,9 @@ std::size_t CheckedBytes(std::int64_t num_sequences, std::int64_t max_slots) {
 }
 
 bool HasTensorCoreKernels(const AttentionOperands& a) {
-  // Tensor cores multiply weights in the storage type.
-  return !a.options.exact_weights && a.q_dtype == a.kv_dtype &&
-         (a.kv_dtype == DType::kBF16 || a.kv_dtype == DType::kF16) &&
+  // Tensor cores multiply weights in the type of the queries.
+  return !a.options.exact_weights && (a.q_dtype == a.kv_dtype || IsQuantized(a.kv_dtype)) &&
+         (a.q_dtype == DType::kBF16 || a.q_dtype == DType::kF16) &&
          (a.head_dim == 64 || a.head_dim == 128 || a.head_dim == 256);
 }
 
@@ -40,14 +54,22 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   const std::int64_t spans = std::min<std::int64_t>(kMaxPrefillSpans, (context >> kPrefillSpanShift) + 2);
   // At least one state per block, for the spans of its current unit.
   const std::int64_t states = std::max<std::int64_t>(std::min<std::int64_t>(units * spans, kMaxPrefillStates), blocks);
-  at.max_prefill_states = tensor_cores && context > (1 << kPrefillSpanShift) ? static_cast<std::int32_t>(states) : 0;
+  const bool prefill = tensor_cores && HasPrefillKernel(a.kv_dtype) && context > (1 << kPrefillSpanShift);
+  at.max_prefill_states = prefill ? static_cast<std::int32_t>(states) : 0;
 
   at.bytes = CheckedBytes(num_sequences, a.max_slots);
-  const auto take = [&at](std::size_t size, std::int64_t count) {
-    const std::size_t here = at.bytes;
-    at.bytes += Aligned(static_cast<std::size_t>(count) * size);
-    return here;
-  };
+  const Placer take(&at.bytes);
+  at.num_counters = 1 + std::int64_t{blocks} + at.max_prefill_states;
+  at.counters = take(sizeof(std::int32_t), at.num_counters);
+  at.partial_values = take(sizeof(float), rows * at.partials_per_row * a.head_dim);
+  at.partial_sums = take(2 * sizeof(float), rows * at.partials_per_row);
+  at.prefill_states = take(sizeof(float), at.max_prefill_states * PrefillStateFloats(a.head_dim));
+  return at;
+}
+
+PlanLayout LayOutPlan(std::int64_t num_sequences, int blocks) {
+  PlanLayout at;
+  const Placer take(&at.bytes);
   at.counts = take(sizeof(PlanCounts), 1);
   at.decode_sequences = take(sizeof(Sequence), num_sequences);
   at.prefill_sequences = take(sizeof(Sequence), num_sequences);
@@ -56,12 +78,10 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   at.state_prefix = take(sizeof(std::int32_t), num_sequences + 1);
   at.split_points = take(sizeof(SplitPoint), blocks + 1);
   at.split_units = take(sizeof(SplitUnit), blocks);
-  at.arrived = take(sizeof(std::int32_t), at.max_prefill_states);
-  at.partial_values = take(sizeof(float), rows * at.partials_per_row * a.head_dim);
-  at.partial_sums = take(2 * sizeof(float), rows * at.partials_per_row);
-  at.prefill_states = take(sizeof(float), at.max_prefill_states * PrefillStateFloats(a.head_dim));
   return at;
 }
+
+std::size_t PlanBytes(std::int64_t num_sequences) { return LayOutPlan(num_sequences, kBlocksPerSm * kMaxSms).bytes; }
 
 std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens) {
   return LayOut(attention, num_sequences, num_tokens, HasTensorCoreKernels(attention), kBlocksPerSm * kMaxSms).bytes;

@@ -37,20 +37,29 @@ KVPAGE_HOST_DEVICE constexpr std::int64_t PrefillStateFloats(int head_dim) {
   return std::int64_t{PrefillRows(head_dim)} * head_dim + std::int64_t{kThreads} * PrefillRows(head_dim) / 16;
 }
 
-// Start of a block's part of the work list.
+// KV heads whose blocks are neighbours in the grid and work on the same tokens at the same time: together they read
+// whole tokens, so that pages and DRAM rows are opened once. A divisor of num_kv_heads that leaves few of the blocks
+// without work.
+constexpr int HeadsTogether(int num_kv_heads, int blocks) {
+  for (int heads = 8; heads > 1; --heads) {
+    if (num_kv_heads % heads == 0 && blocks % heads * 32 <= blocks) return heads;
+  }
+  return 1;
+}
+
+// Start of a piece of the work list.
 struct SplitPoint {
   std::int32_t sequence;  // index in Plan::decode_sequences
-  std::int32_t unit;      // of the sequence
+  std::int32_t unit;      // of the sequence: a tile of rows and HeadsTogether KV heads
   std::int32_t token;     // 0: the unit's start; else the start of a span inside it
-  std::int32_t leader;    // first block that begins inside this unit; -1 when this one begins at a unit's start
+  std::int32_t leader;    // first piece that begins inside this unit; -1 when this one begins at a unit's start
 };
 
-// A unit that several blocks work on, at the index of its leader.
+// One KV head of a unit that several blocks work on: at its leader times HeadsTogether plus the head's index.
 struct SplitUnit {
   std::int32_t first_row;  // of its partial states
   std::int32_t items;
-  std::int32_t finished;  // items that are done
-  std::int32_t token;     // start of the second item; the first one stores one merged state
+  std::int32_t token;  // start of the second item; the first one stores one merged state
 };
 
 struct PlanCounts {
@@ -58,23 +67,30 @@ struct PlanCounts {
   std::int32_t prefill;  // number of prefill sequences
   std::int32_t items;    // work items of prefill
   std::int32_t split;    // whether items are single spans, not whole units
-  std::int32_t next;     // the next item for a block to take
-  std::int32_t unused[3];
 };
 
 // Whether the tensor core kernels support these types and this head size.
 bool HasTensorCoreKernels(const AttentionOperands& attention);
+// Of these: whether prefill has a kernel for this storage. Else decode serves it.
+inline bool HasPrefillKernel(DType storage) { return !IsQuantized(storage); }
 
-// Byte offsets of a Plan's arrays (work.cuh) after the CheckedBatch, and their sizes where these are not obvious.
-struct AttentionScratch {
-  std::int32_t partials_per_row = 0;
-  std::int32_t max_prefill_states = 0;
+// Byte offsets of a Plan's arrays (work.cuh). A plan depends on the batch's lengths, slots, offsets and window only.
+struct PlanLayout {
   std::size_t counts = 0, decode_sequences = 0, prefill_sequences = 0, cost_prefix = 0, unit_prefix = 0,
-              state_prefix = 0, split_points = 0, split_units = 0, arrived = 0;
-  std::size_t partial_values = 0, partial_sums = 0, prefill_states = 0;
+              state_prefix = 0, split_points = 0, split_units = 0;
   std::size_t bytes = 0;
 };
 // `blocks`: of every attention kernel's grid.
+PlanLayout LayOutPlan(std::int64_t num_sequences, int blocks);
+
+// Byte offsets of the rest of an op's scratch memory after the CheckedBatch, and sizes where these are not obvious.
+struct AttentionScratch {
+  std::int32_t partials_per_row = 0;
+  std::int32_t max_prefill_states = 0;
+  std::int64_t num_counters = 0;
+  std::size_t counters = 0, partial_values = 0, partial_sums = 0, prefill_states = 0;
+  std::size_t bytes = 0;
+};
 AttentionScratch LayOut(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                         bool tensor_cores, int blocks);
 

@@ -32,14 +32,21 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   using Rows = TileRows<kDim>;
   constexpr int kStep = kThreads / Rows::kUnits;  // rows that the block copies at a time
   const int unit = threadIdx.x % Rows::kUnits, first = threadIdx.x / Rows::kUnits;
-  if (map.chunk.divisor % kTokens == 0 || map.chunk.divisor == 0x7fffffff) {
-    // The tile lies in one chunk: one address and a stride. Tokens that are not copied use another token's address,
-    // because it must be valid.
-    const std::int32_t known = max(begin, from);
-    const char* const safe = map.Key(tokens, known) + unit * 16;
-    const char* key = safe + (begin - known + first) * map.token_stride;
+  const std::int32_t chunk = map.chunk.divisor;
+  const bool in_one = chunk % kTokens == 0 || chunk == 0x7fffffff;
+  if (in_one || (kTokens % chunk == 0 && chunk % kStep == 0)) {
+    // One address and a stride for each run of tokens in one chunk; a tile begins at a multiple of both. Tokens that
+    // are not copied use another token's address, because it must be valid.
+    const std::int32_t run = in_one ? kTokens : chunk;
+    const char* safe = nullptr;
+    const char* key = nullptr;
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
+      if ((i * kStep & (run - 1)) == 0) {
+        const std::int32_t known = min(max(begin + i * kStep, from), to - 1);
+        safe = map.Key(tokens, known) + unit * 16;
+        key = safe + (begin + i * kStep - known + first) * map.token_stride;
+      }
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
       const char* const source = valid ? key : safe;

@@ -54,7 +54,7 @@ struct TokenMap {
   Divider chunk;
   std::int64_t chunk_stride, token_stride, kv_stride;
 
-  // Chunks without gaps between them count as one.
+  // Chunks without gaps between them count as one. (Chunks that hold scales have gaps.)
   __device__ __forceinline__ explicit TokenMap(const KVView& view)
       : chunk(view.table == nullptr && view.chunk_stride == view.tokens_per_chunk * view.token_stride
                   ? 0x7fffffff
@@ -63,10 +63,17 @@ struct TokenMap {
         token_stride(view.token_stride),
         kv_stride(view.kv_stride) {}
 
-  __device__ __forceinline__ const char* Key(const Tokens& tokens, std::int32_t token) const {
+  // The chunk of a token, and the token in it.
+  struct Place {
+    std::int32_t chunk, token;
+  };
+  __device__ __forceinline__ Place Find(const Tokens& tokens, std::int32_t token) const {
     const std::int32_t index = chunk.Divide(token), within = token - index * chunk.divisor;
-    const std::int32_t place = tokens.table != nullptr ? tokens.table[index] : index;
-    return tokens.first + place * chunk_stride + within * token_stride;
+    return {tokens.table != nullptr ? tokens.table[index] : index, within};
+  }
+  __device__ __forceinline__ const char* Key(const Tokens& tokens, std::int32_t token) const {
+    const Place place = Find(tokens, token);
+    return tokens.first + place.chunk * chunk_stride + place.token * token_stride;
   }
 };
 

@@ -6,10 +6,11 @@
 // several blocks work on, by the last of these blocks. Both use the same arithmetic, so the distribution of work over
 // blocks never changes the result.
 //
-// Decode (sequences of at most kTileRows rows per KV head, and all sequences of the general kernel): the spans of all
-// units form one work list, which is split into as many items of equal cost as there are blocks. Only units with a
-// split point inside need partial states in memory. Prefill (all other sequences): blocks take work items, which are
-// whole units or single spans, from a queue.
+// Decode (sequences of at most kTileRows rows per KV head, and all sequences of the general kernel): units of
+// neighbouring KV heads (heads_together) differ in the head only. The spans of all units of one such head form a work
+// list, which is split into pieces of equal cost; neighbouring blocks take the same piece of each of those heads. Only
+// units with a split point inside need partial states in memory. Prefill (all other sequences): blocks take work items,
+// which are whole units or single spans, from a queue.
 #ifndef KVPAGE_KERNELS_CUDA_WORK_CUH_
 #define KVPAGE_KERNELS_CUDA_WORK_CUH_
 
@@ -26,7 +27,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarps = kThreads / kWarpSize;
 
-// Arrays in the scratch memory.
+// What the planner writes.
 struct Plan {
   PlanCounts* counts;
   Sequence* decode_sequences;   // [num_sequences], packed
@@ -34,18 +35,30 @@ struct Plan {
   std::int64_t* cost_prefix;    // [num_sequences + 1] cost of the decode sequences before
   std::int32_t* unit_prefix;    // [num_sequences + 1] units of the prefill sequences before
   std::int32_t* state_prefix;   // [num_sequences + 1] spans of those units
-  SplitPoint* split_points;     // [blocks + 1], in the work list of decode
-  SplitUnit* split_units;       // [blocks], at the index of the first block that starts inside the unit
-  std::int32_t* arrived;        // [max_prefill_states] finished items of a unit of prefill
-  float* partial_values;        // [rows, partials_per_row, head_dim], decode
-  float2* partial_sums;         // [rows, partials_per_row] max and sum
-  float* prefill_states;        // [max_prefill_states, PrefillStateFloats]
+  SplitPoint* split_points;     // [pieces + 1], in the work list of decode
+  SplitUnit* split_units;       // [pieces * heads_together]
+};
+
+// What the attention kernels of one call share. The counters are zero when they start.
+struct CallState {
+  std::int32_t* next_item;  // the next item of prefill for a block to take
+  std::int32_t* finished;   // [blocks] finished items of a split unit of decode
+  std::int32_t* arrived;    // [max_prefill_states] finished items of a unit of prefill
+  std::int32_t num_counters;
+  float* partial_values;  // [rows, partials_per_row, head_dim], decode
+  float2* partial_sums;   // [rows, partials_per_row] max and sum
+  float* prefill_states;  // [max_prefill_states, PrefillStateFloats]
+
+  __device__ __forceinline__ void ZeroCounters() const {
+    for (std::int32_t i = threadIdx.x; i < num_counters; i += blockDim.x) next_item[i] = 0;
+  }
 };
 
 // Parameters of every attention kernel.
 struct AttentionParams {
   const CheckedBatch* checked;
   Plan plan;
+  CallState state;
   const void* q;
   void* out;
   float* lse;                // or null
@@ -59,6 +72,8 @@ struct AttentionParams {
   std::int32_t decode_rows;   // sequences with more rows per KV head go to prefill
   std::int32_t prefill_rows;  // rows of a tile of prefill
   std::int32_t blocks;        // of every attention kernel's grid
+  std::int32_t heads_together;
+  std::int32_t pieces;  // of the work list of decode: blocks / heads_together
   std::int32_t partials_per_row;
   std::int32_t max_prefill_states;
   std::int32_t stages;       // of the pipeline
@@ -133,8 +148,17 @@ struct WorkUnit {
   std::int32_t split_index;  // in Plan::split_units; -1: this block computes the whole unit
 };
 
-// Iterates over a block's part of the work list in tiles of `tokens` tokens, a power of two up to 128. All threads hold
-// the same state.
+// The piece of the work list that this block works on; false: none.
+__device__ __forceinline__ bool FindPiece(const AttentionParams& p, SplitPoint* from, SplitPoint* to) {
+  const auto piece = static_cast<std::int32_t>(blockIdx.x) / p.heads_together;
+  if (piece >= p.pieces) return false;
+  *from = p.plan.split_points[piece];
+  *to = p.plan.split_points[piece + 1];
+  return true;
+}
+
+// Iterates over a block's piece of the work list in tiles of `tokens` tokens, a power of two up to 128. All threads
+// hold the same state.
 struct WorkIterator {
   WorkUnit unit;
   std::int32_t token;  // start of the tile, a multiple of its size
@@ -170,10 +194,12 @@ struct WorkIterator {
     unit.sequence = p.plan.decode_sequences[sequence];
     const std::int32_t window = p.checked->sliding_window;
     const Extent e = DecodeExtent(unit.sequence, window, p.group);
-    units = e.tiles * p.num_kv_heads;
+    const std::int32_t groups = p.num_kv_heads / p.heads_together;
+    const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) % p.heads_together;
+    units = e.tiles * groups;
     // The last rows first, because they have the longest context.
-    const std::int32_t tile = e.tiles - 1 - index / p.num_kv_heads;
-    unit.head = index % p.num_kv_heads;
+    const std::int32_t tile = e.tiles - 1 - index / groups;
+    unit.head = index % groups * p.heads_together + head;
     unit.first_row = tile * kTileRows;
     unit.rows = static_cast<std::int32_t>(
         min(std::int64_t{kTileRows}, std::int64_t{unit.sequence.query_length} * p.group - unit.first_row));
@@ -185,7 +211,8 @@ struct WorkIterator {
     const bool last = sequence == to.sequence && index == to.unit;
     unit.from = first ? from.token : 0;
     unit.to = last ? to.token : 0x7fffffff;
-    unit.split_index = first && from.token > 0 ? from.leader : (last ? to.leader : -1);
+    const std::int32_t leader = first && from.token > 0 ? from.leader : (last ? to.leader : -1);
+    unit.split_index = leader < 0 ? -1 : leader * p.heads_together + head;
     token = max(unit.from, unit.begin) & ~(tokens - 1);
   }
 };

@@ -1,0 +1,226 @@
+"""Decode attention over one layer of a deep pool, against block tables, on the same tokens.
+
+    python benchmarks/gpu/layer_attention.py [--platform cuda] [--dry-run] [--limit 60]
+
+A pool of one layer in large blocks is a dense array. In one of 32 layers the tokens of a layer lie
+far apart: in the fused layout a page of 2 MiB holds 64 KiB of each layer, and the card's address
+translation decides. Blocks lie in a row or shuffled, calls read data that the L2 does not hold, and
+a copy is measured before and after. One JSON object a line; `layers.py` makes tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contenders.kvpage import KVPage
+from filling import HEAD_DIM, KV_HEADS, acquire, fill_pages, fill_slots, neighbouring_share
+from timing import measure
+
+import jax_kvpage as kvp
+
+_HEADS, _LAYERS, _PAGE = 32, 32, 64
+_TOKEN_BYTES = 2 * 2 * KV_HEADS * HEAD_DIM  # of one layer
+_SHAPES = ((64, 8192), (8, 8192), (1, 32768))
+_DRY_SHAPES = ((2, 128), (1, 256))
+_VARIANTS = (
+    ("fused", "contiguous"),
+    ("fused", "shuffled"),
+    ("tables", "shuffled"),
+    ("per_layer", "contiguous"),
+    ("per_layer", "shuffled"),
+)
+# Layers that take turns have at least this much together; the largest L2 holds 60 MB.
+_CYCLE_BYTES = 2**30
+_CALLS = 8  # in a program
+# For JAX's allocator and programs, beside the pool.
+_RESERVE = 10 * 10**9
+# Of the largest output: bfloat16 keeps 8 bits.
+_TOLERANCE = 0.03
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(calls: int, layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array) -> Any:
+    for i in range(calls):
+        q = kvp.paged_attention(q, cache, batch, layer=i % layers)
+    return q
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_pages(
+    calls: int, pages: Any, tables: jax.Array, lengths: jax.Array, offsets: jax.Array, q: jax.Array
+) -> Any:
+    for i in range(calls):
+        k, v = pages[i % len(pages)]
+        q = kvp.paged_attention_with_tables(q, k, v, tables, lengths, query_offsets=offsets)
+    return q
+
+
+def _free_bytes() -> float:
+    """Of the card, before this process takes any."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[0]) * 2**20
+
+
+class _Shape:
+    """One batch: sequences of equal length.
+
+    Args:
+        sequences: how many.
+        context: tokens of each, its new one included.
+        free: bytes of device memory for a pool.
+        layers: of the pool, if there is room.
+    """
+
+    def __init__(self, sequences: int, context: int, free: float, layers: int) -> None:
+        self.sequences, self.context = sequences, context
+        self.kv_bytes = sequences * context * _TOKEN_BYTES
+        # Shuffled blocks need one slot more.
+        self.layers = min(layers, int(free / (self.kv_bytes + context * _TOKEN_BYTES)))
+        if self.layers < 1:
+            raise ValueError(f"{free:.3g} bytes are too few for one layer")
+        self.turns = min(math.ceil(_CYCLE_BYTES / self.kv_bytes), self.layers, _CALLS)
+        self.q = jax.random.normal(jax.random.key(1), (sequences, _HEADS, HEAD_DIM), jnp.bfloat16)
+
+    def about(self) -> dict[str, Any]:
+        """The shape, for a record."""
+        return {
+            "shape": f"{self.sequences} x {self.context}",
+            "layers": self.layers,
+            "layers in turn": self.turns,
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+# A setup: runs so many calls, and frees its memory; with facts about it.
+_Setup = tuple[Callable[[int, jax.Array], jax.Array], Callable[[], None], dict[str, Any]]
+
+
+def _slots(shape: _Shape, platform: str, layout: str, scattered: bool) -> _Setup:
+    spec = kvp.CacheSpec(
+        shape.layers,
+        KV_HEADS,
+        HEAD_DIM,
+        shape.sequences + 1,
+        shape.context,
+        dtype=jnp.bfloat16,
+        layout=layout,
+    ).resolve(platform)
+    blocks = (shape.sequences + scattered) * spec.blocks_per_range * spec.num_ranges
+    pool = kvp.KVPool(spec, blocks * spec.block_bytes)
+    slots, cache = acquire(pool, [shape.context] * shape.sequences, scattered)
+    cache = fill_slots(cache, slots, shape.context)
+    batch = kvp.Batch.decode(slots)
+    pool.check(cache)
+
+    def close() -> None:
+        pool.check(cache)  # a fault on the device must not count as a measurement
+        pool.close()
+
+    facts = {
+        "block_tokens": spec.block_tokens,
+        "block_bytes": spec.block_bytes,
+        "neighbours": neighbouring_share(pool, slots),
+    }
+    return (lambda calls, q: _attend(calls, shape.turns, cache, batch, q)), close, facts
+
+
+def _tables(shape: _Shape) -> _Setup:
+    per_sequence = shape.context // _PAGE
+    order = np.random.default_rng(2).permutation(shape.sequences * per_sequence)
+    tables = order.reshape(shape.sequences, per_sequence).astype(np.int32)
+    pages = [fill_pages(tables, shape.context, _PAGE) for _ in range(shape.turns)]
+    operands = [
+        jnp.asarray(x, jnp.int32)
+        for x in (tables, [shape.context] * shape.sequences, np.arange(shape.sequences + 1))
+    ]
+    facts = {"block_tokens": _PAGE, "block_bytes": _PAGE * _TOKEN_BYTES, "neighbours": 0.0}
+    return (lambda calls, q: _attend_pages(calls, pages, *operands, q)), pages.clear, facts
+
+
+class _Bench:
+    """Measures shapes and prints what it finds."""
+
+    def __init__(self, platform: str, seconds: float, deadline: float) -> None:
+        self._platform, self._seconds, self._deadline = platform, seconds, deadline
+        self._expected: dict[str, np.ndarray] = {}
+
+    def measure(self, shape: _Shape, layout: str, blocks: str) -> None:
+        """One variant; a failure is told, and the others go on."""
+        about = shape.about() | {"layout": layout, "blocks": blocks}
+        if time.monotonic() > self._deadline:
+            say("left_out", **about, reason="out of time")
+            return
+        try:
+            say("record", **about, **self._time(shape, layout, blocks))
+        except Exception as problem:
+            say("left_out", **about, reason=f"{type(problem).__name__}: {problem}"[:500])
+        gc.collect()
+
+    def _time(self, shape: _Shape, layout: str, blocks: str) -> dict[str, Any]:
+        begin = time.monotonic()
+        if layout == "tables":
+            attend, close, facts = _tables(shape)
+        else:
+            attend, close, facts = _slots(shape, self._platform, layout, blocks == "shuffled")
+        try:
+            out = np.asarray(attend(1, shape.q), np.float32)
+            expected = self._expected.setdefault(shape.about()["shape"], out)
+            difference = float(np.abs(out - expected).max() / np.abs(expected).max())
+            if not difference < _TOLERANCE:
+                raise ValueError(f"other results than the first variant: {difference:.3g}")
+            last = [shape.q]
+
+            def run(times: int) -> None:
+                for _ in range(times):
+                    last[0] = attend(_CALLS, last[0])
+
+            setup = time.monotonic() - begin
+            result = measure(run, lambda: jax.block_until_ready(last[0]), _CALLS, self._seconds)
+        finally:
+            close()
+        return result | facts | {"difference": difference, "setup_seconds": setup}
+
+
+def say(kind: str, **values: Any) -> None:
+    """One line."""
+    print(json.dumps({"kind": kind, **values}), flush=True)
+
+
+def main() -> int:
+    """All shapes, the most important ones first."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each measurement")
+    parser.add_argument("--limit", type=float, default=60, help="no variant begins after this")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu" if arguments.platform == "cpu" else "cuda,cpu")
+    deadline = time.monotonic() + arguments.limit
+    dry = arguments.dry_run
+    free = 2**26 if arguments.platform == "cpu" else _free_bytes() - _RESERVE
+    copies = KVPage(arguments.platform)
+    say("copy", when="before", gbps=copies.copy_bandwidth() / 1e9)
+    bench = _Bench(arguments.platform, 0.01 if dry else arguments.seconds, deadline)
+    for sequences, context in _DRY_SHAPES if dry else _SHAPES:
+        shape = _Shape(sequences, context, free, 4 if dry else _LAYERS)
+        for layout, blocks in _VARIANTS:
+            bench.measure(shape, layout, blocks)
+    say("copy", when="after", gbps=copies.copy_bandwidth() / 1e9)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
