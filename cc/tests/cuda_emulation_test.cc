@@ -103,6 +103,22 @@ TEST(CudaEmulationTest, PollingAndAsynchronousCopies) {
   for (int i = 0; i < 16; ++i) EXPECT_EQ(out[i], expected[i]);
 }
 
+TEST(CudaEmulationTest, BankConflictsAreCounted) {
+  alignas(128) static unsigned char tile[8][128];
+  const auto conflicts = [](int stride) {
+    const void* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = &tile[0][0] + i * stride;
+    const std::int64_t before = emulation::NumBankConflicts();
+    emulation::CountBankConflicts(rows, 8);
+    return emulation::NumBankConflicts() - before;
+  };
+  EXPECT_EQ(conflicts(0), 0);    // one row for all
+  EXPECT_EQ(conflicts(16), 0);   // side by side
+  EXPECT_EQ(conflicts(32), 1);   // pairs meet
+  EXPECT_EQ(conflicts(112), 0);  // an odd number of rows apart
+  EXPECT_EQ(conflicts(128), 7);
+}
+
 // ---- mistakes ----
 __global__ void ReturnsKernel() {
   if (threadIdx.x == 3) return;

@@ -126,6 +126,26 @@ TEST(CudaLaunchTest, LargeHeadsTakeAllSharedMemory) {
   }
 }
 
+// Tiles are swizzled so that their rows lie in different banks.
+TEST(CudaLaunchTest, TensorCoreKernelsHaveRoomAndNoBankConflicts) {
+  Rng rng(15);
+  const std::int64_t before = emulation::NumBankConflicts();
+  for (const int head_dim : {64, 128, 256}) {
+    Problem p;
+    p.kv_heads = 1;
+    p.group = 2;
+    p.head_dim = head_dim;
+    p.dtype = p.q_dtype = DType::kBF16;
+    FillProblem(rng, p, {{70, 1}, {5, 40}}, 0);  // decode and prefill
+    const Cache cache = RandomCache(rng, p);
+    const std::vector<int> slots = StoreAnywhere(rng, p, cache);
+    std::vector<double> out, lse;
+    Reference(p, &out, &lse);
+    CheckCuda(p, RunCuda(p, cache, slots), out, lse, true);
+  }
+  EXPECT_EQ(emulation::NumBankConflicts(), before);
+}
+
 // What a captured launch takes must still be allowed when its graph is instantiated, launches of other sizes between.
 TEST(CudaLaunchTest, AGraphKeepsItsSharedMemory) {
   Rng rng(13);

@@ -76,7 +76,12 @@ Status KernelRecord::LoadOn(int device) {
   return {};
 }
 
-Status LoadKernels() { return KernelRecord::LoadAll(); }
+Status LoadKernels() {
+  const Status status = KernelRecord::LoadAll();
+  if (status.ok()) return status;
+  return status.WithMessage("the CUDA kernels could not be loaded: " + status.message() +
+                            " (python -m jax_kvpage tells what they were compiled for, and what is here)");
+}
 
 Status KernelRecord::LoadAll() {
   for (KernelRecord* record = first_record; record != nullptr; record = record->next_) {

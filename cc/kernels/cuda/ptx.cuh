@@ -160,6 +160,9 @@ template <bool kTransposed>
 void EmulateLoadMatrices(void* const* args, unsigned) {
   const auto lanes = reinterpret_cast<MatrixLoad* const*>(args);
   for (int matrix = 0; matrix < 4; ++matrix) {
+    const void* rows[8];
+    for (int row = 0; row < 8; ++row) rows[row] = lanes[8 * matrix + row]->row;
+    emulation::CountBankConflicts(rows, 8);
     for (int lane = 0; lane < 32; ++lane) {
       unsigned char pair[4];
       for (int i = 0; i < 2; ++i) {

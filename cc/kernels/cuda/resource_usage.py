@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-_SUFFIX = ".ptxas"
+SUFFIX = ".ptxas"  # of the notes that lie beside each object
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ def record(command: list[str]) -> int:
             sys.stderr.write(line)
     if "-o" in command and done.returncode == 0 and notes:
         output = pathlib.Path(command[command.index("-o") + 1])
-        output.with_name(output.name + _SUFFIX).write_text("".join(notes))
+        output.with_name(output.name + SUFFIX).write_text("".join(notes))
     return done.returncode
 
 
@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     kernels = [
         kernel
-        for path in sorted(options.folder.rglob(f"*{_SUFFIX}"))
+        for path in sorted(options.folder.rglob(f"*{SUFFIX}"))
         for kernel in parse(path.read_text())
     ]
     for kernel, name in zip(kernels, demangled([k.name for k in kernels]), strict=True):

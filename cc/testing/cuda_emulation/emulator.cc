@@ -1,6 +1,7 @@
 #include "testing/cuda_emulation/emulator.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,12 +22,22 @@ std::vector<Range>& SharedRanges() {
   return *ranges;
 }
 
+std::int64_t bank_conflicts = 0;
+
+// The number in an environment variable, else `otherwise`.
+int FromEnvironment(const char* name, int otherwise) {
+  const char* const text = std::getenv(name);
+  return text != nullptr ? static_cast<int>(std::strtol(text, nullptr, 10)) : otherwise;
+}
+
 }  // namespace
 
 Device& device() {
   static Device device = [] {
     Device initial;
-    if (const char* version = std::getenv("KVPAGE_EMULATED_CODE")) initial.code_version = std::atoi(version);
+    initial.code_version = FromEnvironment("KVPAGE_EMULATED_CODE", initial.code_version);
+    initial.shared_bytes_per_block = FromEnvironment("KVPAGE_EMULATED_SHARED_KIB", initial.shared_bytes_per_block >> 10)
+                                     << 10;
     return initial;
   }();
   return device;
@@ -71,6 +82,22 @@ void UseShared(const void* p, std::size_t bytes) {
   if (block().shared_variables_bytes > kStaticSharedBytes) {
     Fail("the kernel has more static shared memory than kStaticSharedBytes");
   }
+}
+
+std::int64_t NumBankConflicts() { return bank_conflicts; }
+
+void CountBankConflicts(const void* const* rows, int count) {
+  constexpr int kWarpThreads = 32, kRowBytes = 16, kBankGroups = 128 / kRowBytes;
+  if (count > kWarpThreads) Fail("an access to shared memory is a warp's at most");
+  std::uintptr_t different[kWarpThreads];  // threads that name one address share it
+  int num_different = 0, passes[kBankGroups] = {}, most = 1;
+  for (int i = 0; i < count; ++i) {
+    const std::uintptr_t row = reinterpret_cast<std::uintptr_t>(rows[i]) / kRowBytes;
+    if (std::find(different, different + num_different, row) != different + num_different) continue;
+    different[num_different++] = row;
+    most = std::max(most, ++passes[row % kBankGroups]);
+  }
+  bank_conflicts += most - 1;
 }
 
 void RegisterShared(void* p, std::size_t bytes) {

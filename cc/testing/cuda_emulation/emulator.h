@@ -31,7 +31,9 @@ struct Site {
 // ---- what tests set ----
 struct Device {
   int num_sms = 4;
-  int shared_bytes_per_block = 227 << 10;  // static and dynamic, with the attribute set; 48 KiB without
+  // Static and dynamic, with the attribute set; 48 KiB without. Not to be changed once a kernel has run:
+  // KVPAGE_EMULATED_SHARED_KIB sets it from the start.
+  int shared_bytes_per_block = 227 << 10;
   int major = 9, minor = 0;
   // The architecture that the kernels' code was compiled for. Below 90 it has no instruction that waits for the prior
   // kernel, as in code that the driver compiles from older PTX for a newer card. KVPAGE_EMULATED_CODE sets it.
@@ -42,6 +44,9 @@ Device& device();
 
 // Kernels launched so far.
 std::int64_t NumLaunches();
+
+// Accesses to shared memory by ldmatrix that had to be repeated, because rows lie in the same banks.
+std::int64_t NumBankConflicts();
 
 // Static shared memory that is counted for every kernel, used or not: variables padded to the alignment of the dynamic
 // shared memory. A kernel that uses more ends the process.
@@ -98,6 +103,9 @@ void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run
 // For loops that wait until another thread of the block has done something. Never for another block: it may not have
 // started.
 void Yield(const Site& site);
+
+// An access of `count` threads to 16 bytes each, which one pass serves if no two of them share a bank.
+void CountBankConflicts(const void* const* rows, int count);
 
 // cp.async: the target is NaN until the group that the copy belongs to has been waited for. Bytes from `valid` on are
 // zero.
