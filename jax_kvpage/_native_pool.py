@@ -5,6 +5,7 @@ nothing here looks into a message.
 """
 
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -107,10 +108,21 @@ class NativePool:
             code, reason, message = error.args
         raise exception(code, reason, self._explained(reason, message))
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether programs run on a GPU, apart from the host's table."""
+        return self.place.backend == "cuda"
+
     def raise_fault(self) -> None:
         """Raises the pending device fault, if any. On CPU JAX raises what a program fails with."""
-        if self.place.backend == "cuda" and not self.pool.closed:
+        if self.mirrored and not self.pool.closed:
+            self.warn()
             self.call(self.pool.take_fault)
+
+    def warn(self) -> None:
+        """Warns, once, of what programs on this device do wrong without failing."""
+        if text := self.pool.take_warning():
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def failed_claim(self, op: str, claim: _native.Claim) -> Exception:
         """The exception for a claim that failed; for one that could not be met, with numbers.

@@ -42,6 +42,12 @@ def _program(verb: str, marked: bool) -> Any:
     return jax.jit(run)
 
 
+@functools.cache
+def _marker() -> Any:
+    """A program of no meaning, to wait for."""
+    return jax.jit(lambda x: x + 1)
+
+
 def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
     """Rows padded with -1 to a power of two, so that few programs are compiled."""
     size = 1 << (len(rows) - 1).bit_length() if rows else 0
@@ -131,6 +137,8 @@ class Queue:
         while True:
             claim = self._native.call(attempt)
             if claim.ok:
+                if self._native.mirrored:
+                    self._native.warn()
                 return claim
             if claim.code is not Code.RESOURCE_EXHAUSTED or not wait or claim.draining == 0:
                 raise self._native.failed_claim(op, claim)
@@ -186,3 +194,10 @@ class Queue:
     def restart(self) -> None:
         """Forgets programs of older generations."""
         self._releases.clear()
+
+    def settle(self) -> None:
+        """Waits until the programs that are queued on the device have run."""
+        if is_tracing():
+            return
+        with no_mesh():
+            wait_for(_marker()(self.put(np.zeros((), np.int32))))

@@ -142,6 +142,8 @@ class KVPool:
         """
         generation, epoch, lengths = self._native.call(self._pool.new_generation)
         self._queue.restart()
+        if self._native.mirrored:  # programs of older generations are refused only when they run
+            self._queue.settle()
         try:
             self._native.raise_fault()
         except DeviceFault as fault:

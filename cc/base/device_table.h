@@ -96,6 +96,9 @@ struct DevicePool {
   // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
   // host clears it when it hands the slot on. Reading it costs no driver call.
   volatile std::uint32_t* vacated = nullptr;
+  // Blocks of running ops that may use the pool. It belongs to the entry, not to the pool: an op may be counted here
+  // for a moment before it sees that the pool is another. Last in the struct, because the host never writes it.
+  std::uint32_t readers = 0;
 };
 
 // The result of the check that begins a launch, for the kernels behind it.
@@ -105,6 +108,7 @@ struct CheckedBatch {
   std::int32_t num_sequences = 0;
   std::int32_t sliding_window = 0;
   KVView view;
+  std::uint32_t* readers = nullptr;  // where the blocks of the op's last kernel count themselves out; null: nowhere
   // [num_sequences] of the batch, in its order, at the address behind this struct; slot -1: inactive.
   KVPAGE_HOST_DEVICE Sequence* sequences() { return reinterpret_cast<Sequence*>(this + 1); }
   KVPAGE_HOST_DEVICE const Sequence* sequences() const { return reinterpret_cast<const Sequence*>(this + 1); }

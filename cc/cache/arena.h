@@ -28,6 +28,8 @@ class Arena {
   const BlockPool& pool() const { return pool_; }
   const Vmm& vmm() const { return *vmm_; }
   char* base() const { return vmm_->base(); }
+  // The memory outlives the arena: see Vmm::Abandon.
+  void Abandon() { vmm_->Abandon(); }
 
   // Logical blocks mapped in each range of a slot, and how many mappings of blocks that makes in all ranges.
   std::int64_t blocks(std::int64_t slot) const { return num_blocks_[slot]; }

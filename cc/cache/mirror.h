@@ -5,11 +5,12 @@
 // programs did. None of the calls waits for the device unless it says so. The mapping mutex serialises them, except
 // Vacated, ClearVacated and TakeFault, which may come while another call waits.
 //
-// The destructor waits for programs that may still read the mirror.
+// The destructor ends as Leave does.
 #ifndef KVPAGE_CACHE_MIRROR_H_
 #define KVPAGE_CACHE_MIRROR_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -49,6 +50,13 @@ class Mirror {
 
   // Programs fail from now on, naming the pool; waits until those that passed their check are done.
   virtual void Close() = 0;
+
+  // Programs no longer find the pool; waits for those that did. False: the device does not answer, or they do not end
+  // in time: they may still use the pool's memory, which must stay as it is.
+  virtual bool Leave() = 0;
+
+  // Something about programs on this device that the user should know, once; empty: nothing.
+  virtual std::string TakeWarning() = 0;
 
   // Times that a call here waited for the device.
   virtual std::int64_t waits() const = 0;

@@ -35,6 +35,10 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
   return {};
 }
 
+Pool::~Pool() {
+  if (mirror_ != nullptr && !mirror_->Leave()) supply_.arena(supply_.Lock()).Abandon();
+}
+
 Status Pool::CheckProcess(const char* op) const {
   if (ForkCount() == fork_count_) return {};
   return FailedPrecondition(

@@ -34,6 +34,8 @@ class Pool {
   static Status Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
                      std::unique_ptr<Vmm> vmm, MapAccount* account, std::shared_ptr<Pool>* out,
                      std::unique_ptr<Mirror> mirror = nullptr);
+  // Waits for programs that use the pool's memory. Where they do not end, the memory stays.
+  ~Pool();
 
   const Geometry& geometry() const { return table_.geometry(); }
   std::int32_t id() const { return table_.id(); }
@@ -68,6 +70,8 @@ class Pool {
   Status TakeFault() { return Enter(parts_, table_.Lock(), "check"); }
 
   // ---- with a mirror ----
+  // See Mirror::TakeWarning; empty without a mirror.
+  std::string TakeWarning() { return mirror_ != nullptr ? mirror_->TakeWarning() : ""; }
   bool mirrored() const { return mirror_ != nullptr; }
   // Makes the pool findable by programs under its id.
   Status OpenMirror();
@@ -119,7 +123,6 @@ class Pool {
   const int fork_count_;  // of the process, when the pool was made
   SlotTable table_;
   Supply supply_;
-  // Ends before the arena does: it waits for programs that may still touch the memory.
   const std::unique_ptr<Mirror> mirror_;
   const PoolParts parts_;
 };

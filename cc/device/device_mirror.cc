@@ -72,14 +72,6 @@ Status DeviceMirror::Allocate(char* base, bool allow_stale) {
   return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}, SlotsCopy(Copy::kToDevice)});
 }
 
-DeviceMirror::~DeviceMirror() {
-  if (entry_ < 0) return;
-  // Programs can no longer look the pool up; those that already did may still read its memory.
-  if (device_->RemoveEntry(entry_).ok() && Drain().ok()) return;
-  memory_.Abandon();  // programs may still use it, and the device cannot be asked
-  pinned_.Abandon();
-}
-
 Status DeviceMirror::Open(std::int32_t id) {
   image_->id = id;
   image_->open = 1;
@@ -118,17 +110,28 @@ Status DeviceMirror::TakeFault() {
   return {};
 }
 
-Status DeviceMirror::Drain() {
-  bool waited = false;
-  Status status = device_->Drain(&waited);
+std::string DeviceMirror::TakeWarning() {
+  if (!device_->TakeManyStreams()) return "";
+  return "ops of jax_kvpage run on several compute streams of one CUDA device: a release waits for its own stream's "
+         "work only, so programs on another stream may read a slot that has a new owner. Queue all programs of a pool "
+         "on one stream";
+}
+
+Status DeviceMirror::Counted(const Status& status, bool waited) {
   if (waited) waits_.fetch_add(1, std::memory_order_relaxed);
   return status;
+}
+
+Status DeviceMirror::WaitForReaders() {
+  bool waited = false;
+  const Status status = device_->WaitForReaders(entry_, &waited);
+  return Counted(status, waited);
 }
 
 Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* progress) {
   image_->generation = generation;
   KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::generation)}));
-  KVPAGE_RETURN_IF_ERROR(Drain());
+  KVPAGE_RETURN_IF_ERROR(WaitForReaders());
   Copy epoch = FieldCopy(&DevicePool::epoch);
   epoch.kind = Copy::kToHost;
   KVPAGE_RETURN_IF_ERROR(device_->Transfer({epoch, SlotsCopy(Copy::kToHost), WrittenCopy(Copy::kToHost)}));
@@ -155,9 +158,19 @@ Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
 
 void DeviceMirror::Close() {
   image_->open = 0;
-  // A device that cannot be told has failed: nothing runs on it any more.
   if (entry_ < 0 || !device_->Transfer({FieldCopy(&DevicePool::open)}).ok()) return;
-  static_cast<void>(Drain());
+  static_cast<void>(WaitForReaders());  // Leave asks again, before the memory goes
+}
+
+bool DeviceMirror::Leave() {
+  if (entry_ < 0) return true;
+  bool waited = false;
+  const Status status = device_->RemoveEntry(entry_, &waited);
+  entry_ = -1;
+  if (Counted(status, waited).ok()) return true;
+  memory_.Abandon();
+  pinned_.Abandon();
+  return false;
 }
 
 }  // namespace kvpage

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "base/device_table.h"
@@ -23,8 +24,7 @@ class DeviceMirror final : public Mirror {
   // `base`: device address of the pool's memory.
   static Status Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
                      std::unique_ptr<DeviceMirror>* out);
-  // Removes the pool from the table and waits for programs in flight that may use its entry.
-  ~DeviceMirror() override;
+  ~DeviceMirror() override { Leave(); }
   DeviceMirror(const DeviceMirror&) = delete;
   DeviceMirror& operator=(const DeviceMirror&) = delete;
 
@@ -36,6 +36,8 @@ class DeviceMirror final : public Mirror {
   Status StartGeneration(std::int32_t generation, DeviceProgress* progress) override;
   Status SetGeneration(const DeviceProgress& progress) override;
   void Close() override;
+  bool Leave() override;
+  std::string TakeWarning() override;
   std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
 
   // Index in the table; -1 before Open.
@@ -47,7 +49,8 @@ class DeviceMirror final : public Mirror {
   DeviceMirror(std::shared_ptr<DeviceState> device, const Geometry& geometry)
       : device_(std::move(device)), geometry_(geometry), rooms_(geometry.max_slots, 0) {}
   Status Allocate(char* base, bool allow_stale);
-  Status Drain();
+  Status Counted(const Status& status, bool waited);
+  Status WaitForReaders();
   template <class T>
   Copy FieldCopy(T DevicePool::* field) {
     return {Copy::kToDevice, device_->Field(entry_, field), &(image_->*field), sizeof(T)};

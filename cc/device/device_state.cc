@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <iterator>
+#include <thread>
 
 namespace kvpage {
 namespace {
@@ -36,12 +37,14 @@ Status DeviceState::Start() {
   const std::size_t table_bytes = kDeviceTableEntries * sizeof(DevicePool);
   KVPAGE_RETURN_IF_ERROR(
       DeviceMemory::Make(context_, table_bytes + sizeof(std::uint32_t), "for the table of pools", &table_));
-  KVPAGE_RETURN_IF_ERROR(PinnedMemory::Make(context_, 256, "for faults", &shared_));
+  KVPAGE_RETURN_IF_ERROR(
+      PinnedMemory::Make(context_, 256 + kMaxDevicePools * sizeof(std::uint32_t), "for faults", &shared_));
   static_assert(sizeof(Fault) <= 128);
   fault_ = reinterpret_cast<Fault*>(shared_.data());
   zero_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 128);
   left_ = reinterpret_cast<std::int32_t*>(shared_.data() + 192);
   *left_ = kLeftEntry;
+  readers_ = reinterpret_cast<std::uint32_t*>(shared_.data() + 256);
   {
     const ContextScope scope(*context_);
     KVPAGE_RETURN_IF_ERROR(scope.status());
@@ -64,16 +67,31 @@ DeviceState::~DeviceState() {
 
 DeviceState::Queueing::Queueing(DeviceState* device, cu::Stream stream)
     : lock_(device->queue_mutex_), scope_(*device->context_) {
-  if (!scope_.status().ok()) return;
+  if (scope_.status().ok() && stream != device->last_stream_) device->NoteStream(stream);
+}
+
+void DeviceState::NoteStream(cu::Stream stream) {
   auto capturing = cu::CaptureStatus::kNone;
-  // A captured call runs when its graph is launched, on a stream that no handler sees.
-  if (device->driver().StreamIsCapturing(stream, &capturing) != cu::Result::kSuccess ||
-      capturing != cu::CaptureStatus::kNone) {
-    device->captured_ = true;
+  // A captured call runs when its graph is launched, on another stream.
+  if (driver().StreamIsCapturing(stream, &capturing) != cu::Result::kSuccess || capturing != cu::CaptureStatus::kNone) {
     return;
   }
-  std::vector<cu::Stream>& streams = device->streams_;
-  if (std::find(streams.begin(), streams.end(), stream) == streams.end()) streams.push_back(stream);
+  unsigned long long id = 0;  // unlike its address no later stream has it
+  if (driver().StreamGetId(stream, &id) != cu::Result::kSuccess) return;
+  last_stream_ = stream;
+  const auto seen = std::find(stream_ids_.begin(), stream_ids_.end(), id);
+  if (seen != stream_ids_.end()) {
+    many_streams_ |= id != stream_ids_.back();
+    stream_ids_.erase(seen);
+  }
+  stream_ids_.push_back(id);
+}
+
+bool DeviceState::TakeManyStreams() {
+  const std::lock_guard<std::mutex> lock(queue_mutex_);
+  if (!many_streams_ || many_told_) return false;
+  many_told_ = true;
+  return true;
 }
 
 Status DeviceState::Staging::Reserve(std::size_t bytes) {
@@ -146,41 +164,24 @@ Status DeviceState::Transfer(const std::vector<Copy>& copies) {
   return driver().Explain(done, cu::Call::kStreamSynchronize, "for the table of pools");
 }
 
-Status DeviceState::RecordEvents(std::vector<cu::Event>* events, bool* everything) {
-  // While this is held, no handler is between its check and its other launches.
-  const std::lock_guard<std::mutex> lock(queue_mutex_);
-  *everything = captured_;
-  if (captured_) return {};
-  for (cu::Stream stream : streams_) {
-    cu::Event event = nullptr;
-    KVPAGE_CU(driver(), EventCreate, "for a stream of XLA's", &event, cu::kEventDisableTiming);
-    events->push_back(event);
-    KVPAGE_CU(driver(), EventRecord, "on a stream of XLA's", event, stream);
-  }
-  return {};
-}
-
-Status DeviceState::Drain(bool* waited) {
+Status DeviceState::WaitForReaders(std::int32_t entry, bool* waited) {
+  using Clock = std::chrono::steady_clock;
+  const auto until = Clock::now() + wait_limit_;
+  std::chrono::microseconds pause{10};
   *waited = false;
-  const ContextScope scope(*context_);
-  KVPAGE_RETURN_IF_ERROR(scope.status());
-  std::vector<cu::Event> events;
-  bool everything = false;
-  Status status = RecordEvents(&events, &everything);
-  for (cu::Event event : events) {
-    if (status.ok() && driver().EventQuery(event) != cu::Result::kSuccess) {
-      *waited = true;
-      if (const cu::Result result = driver().EventSynchronize(event); result != cu::Result::kSuccess) {
-        status = driver().Explain(result, cu::Call::kEventSynchronize, "for a stream of XLA's");
-      }
-    }
-    static_cast<void>(driver().EventDestroy(event));
-  }
-  if (status.ok() && everything) {
+  while (true) {
+    KVPAGE_RETURN_IF_ERROR(
+        Transfer({{Copy::kToHost, Field(entry, &DevicePool::readers), &readers_[entry], sizeof(readers_[entry])}}));
+    if (readers_[entry] == 0) return {};
     *waited = true;
-    KVPAGE_CU(driver(), CtxSynchronize, "for programs in CUDA graphs");
+    if (Clock::now() >= until) {
+      return Internal("programs on CUDA device " + std::to_string(context_->ordinal()) + " still use the pool after " +
+                      std::to_string(wait_limit_.count()) +
+                      " ms: the device has failed or is stopped, and the pool's memory is left to it");
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, std::chrono::microseconds{1000});
   }
-  return status;
 }
 
 Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
@@ -198,18 +199,21 @@ Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
     }
     ids_[place] = image->id;
   }
-  Status status =
-      Transfer({{Copy::kToDevice, table_.address() + place * sizeof(DevicePool), image, sizeof(DevicePool)}});
+  // All but the readers, which are the device's.
+  Status status = Transfer(
+      {{Copy::kToDevice, table_.address() + place * sizeof(DevicePool), image, offsetof(DevicePool, readers)}});
   if (!status.ok()) {
-    static_cast<void>(RemoveEntry(place));
+    bool waited = false;
+    static_cast<void>(RemoveEntry(place, &waited));
     return status;
   }
   *entry = place;
   return {};
 }
 
-Status DeviceState::RemoveEntry(std::int32_t entry) {
+Status DeviceState::RemoveEntry(std::int32_t entry, bool* waited) {
   KVPAGE_RETURN_IF_ERROR(Transfer({{Copy::kToDevice, Field(entry, &DevicePool::id), left_, sizeof(*left_)}}));
+  KVPAGE_RETURN_IF_ERROR(WaitForReaders(entry, waited));
   const std::lock_guard<std::mutex> lock(table_mutex_);
   ids_[entry] = kLeftEntry;
   return {};

@@ -1,13 +1,18 @@
 // DeviceState: the state that all pools of one CUDA device share, for the lifetime of the process.
 //
-// It has the table in which kernels look up pool ids (base/device_table.h), the record for faults of unknown pools, a
-// stream for small copies, and the list of streams on which XLA calls our handlers.
+// It has the table in which kernels look up pool ids (base/device_table.h), the record for faults of unknown pools, and
+// a stream for small copies.
+//
+// The host never synchronises a context, or a stream of XLA's that may be captured or destroyed, and needs no list of
+// such streams: running ops count themselves in the table (kernels/cuda/readers.cuh), wherever they run, and the host
+// polls the count with copies on its stream.
 //
 // Locks: queue_mutex_ (handlers queueing), stream_mutex_ (our stream), table_mutex_ (entries). None is taken while
 // another is held, and none is held while waiting for work that handlers queued.
 #ifndef KVPAGE_DEVICE_DEVICE_STATE_H_
 #define KVPAGE_DEVICE_DEVICE_STATE_H_
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -37,8 +42,8 @@ class DeviceState {
   cu::DevicePtr spare_word() const { return table_.address() + kDeviceTableEntries * sizeof(DevicePool); }
 
   // ---- handlers ----
-  // Held by a handler while it queues its launches, so that Drain waits for all of them or none. Makes the device's
-  // context current.
+  // Held by a handler while it queues its launches, so that those of one op follow each other on their stream. Makes
+  // the device's context current.
   class Queueing {
    public:
     Queueing(DeviceState* device, cu::Stream stream);
@@ -48,6 +53,9 @@ class DeviceState {
     const std::lock_guard<std::mutex> lock_;
     const ContextScope scope_;
   };
+  // Whether handlers came by turns on several streams outside of captures, asked for the first time: the release of a
+  // slot waits for its own stream's work only. A client that replaces another (jax.clear_backends) does not count.
+  bool TakeManyStreams();
 
   // Pinned memory through which a handler reads results from the device; reused by later handlers.
   class Staging {
@@ -87,12 +95,17 @@ class DeviceState {
   // Makes the copies in order on the stream for small copies, and waits for that stream only.
   Status Transfer(const std::vector<Copy>& copies);
 
-  // Waits for all work that handlers have queued so far. `waited`: whether any was still running.
-  Status Drain(bool* waited);
+  // Waits for the ops that were counted in before the caller's last change of the entry: none that comes later passes
+  // its check. Fails after a time that no op takes. `waited`: whether there was any.
+  Status WaitForReaders(std::int32_t entry, bool* waited);
+  // For tests.
+  void set_wait_limit(std::chrono::milliseconds limit) { wait_limit_ = limit; }
 
   // Adds a pool to the table, at *entry; `image` is pinned and has the id.
   Status AddEntry(DevicePool* image, std::int32_t* entry);
-  Status RemoveEntry(std::int32_t entry);
+  // Takes the pool off the table and waits for its readers. After a failure they may still use the pool's memory, and
+  // the entry is not used again.
+  Status RemoveEntry(std::int32_t entry, bool* waited);
   // The device address of a field of an entry: Field(entry, &DevicePool::generation).
   template <class T>
   cu::DevicePtr Field(std::int32_t entry, T DevicePool::* field) const {
@@ -109,19 +122,22 @@ class DeviceState {
  private:
   explicit DeviceState(std::shared_ptr<CudaContext> context) : context_(std::move(context)) {}
   Status Start();
-  Status RecordEvents(std::vector<cu::Event>* events, bool* everything);
+  void NoteStream(cu::Stream stream);
 
   const std::shared_ptr<CudaContext> context_;
   DeviceMemory table_;
-  PinnedMemory shared_;            // the members below point into it
-  Fault* fault_ = nullptr;         // of programs whose pool is not in the table
-  std::uint32_t* zero_ = nullptr;  // stays 0; source of the copies that clear `faulted`
-  std::int32_t* left_ = nullptr;   // stays kLeftEntry
+  PinnedMemory shared_;               // the members below point into it
+  Fault* fault_ = nullptr;            // of programs whose pool is not in the table
+  std::uint32_t* zero_ = nullptr;     // stays 0; source of the copies that clear `faulted`
+  std::int32_t* left_ = nullptr;      // stays kLeftEntry
+  std::uint32_t* readers_ = nullptr;  // [kMaxDevicePools] counts, as last copied
   cu::Stream stream_ = nullptr;
 
   std::mutex queue_mutex_;
-  std::vector<cu::Stream> streams_;  // on which handlers were called
-  bool captured_ = false;            // a handler was captured into a graph, which can run on any stream
+  cu::Stream last_stream_ = nullptr;            // of a handler that was not captured
+  std::vector<unsigned long long> stream_ids_;  // of all such streams, the last one's at the end
+  bool many_streams_ = false, many_told_ = false;
+  std::chrono::milliseconds wait_limit_{60000};
   std::mutex stream_mutex_;
   std::mutex table_mutex_;
   std::int32_t ids_[kMaxDevicePools];

@@ -232,6 +232,7 @@ void BindPool(nb::module_& m) {
       .def("trim", Getter<std::int64_t>("trim", &Pool::Trim))
       .def("resize", &Resize, "capacity_bytes"_a)
       .def("take_fault", Method("check", &Pool::TakeFault))
+      .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))
       .def("rows", Method("slot_table", &Pool::Rows))
       .def("block_map", Getter<BlockMap, std::int32_t>("block_map", &Pool::BlockMap), "slot"_a)

@@ -14,6 +14,27 @@ namespace {
 
 std::atomic<FakeDriver::Impl*> g_fake{nullptr};
 
+// Calls that CUDA restricts during a capture in another mode than relaxed ("potentially unsafe API calls"). Its list is
+// not public; these allocate, free, change mappings, or ask for the state of work outside the capture.
+bool Unsafe(cu::Call call) {
+  switch (call) {
+    case cu::Call::kMemAlloc:
+    case cu::Call::kMemFree:
+    case cu::Call::kMemHostAlloc:
+    case cu::Call::kMemFreeHost:
+    case cu::Call::kMemCreate:
+    case cu::Call::kMemRelease:
+    case cu::Call::kMemMap:
+    case cu::Call::kMemUnmap:
+    case cu::Call::kMemSetAccess:
+    case cu::Call::kEventQuery:
+    case cu::Call::kEventSynchronize:
+      return true;
+    default:
+      return false;
+  }
+}
+
 bool Counted(cu::Call call) {
   return call != cu::Call::kCtxPopCurrent && call != cu::Call::kGetErrorName && call != cu::Call::kGetErrorString;
 }
@@ -174,6 +195,8 @@ Entry::Entry(Call call, Needs needs) : fake_(g_fake.load()) {
     result_ = fake_->Violation(std::string(Symbol(call)) + " before cuInit", Result::kNotInitialized);
   } else if (needs == Needs::kContext && fake_->CurrentDevice() < 0) {
     result_ = fake_->Violation(std::string(Symbol(call)) + " without a current context", Result::kInvalidContext);
+  } else if (Unsafe(call)) {
+    result_ = fake_->CheckUnsafe(Symbol(call));
   }
 }
 

@@ -2,8 +2,9 @@
 //
 // Device memory is host memory, so device addresses may be read and written by the process. The rules of the real
 // driver are checked and answered with its codes: granularity, one unmap per map, no access before it is set (it would
-// fault), no mapping over a mapping, a current context. Every call is counted, and any can be made to fail. New memory
-// holds 0xFF bytes (NaN), never zeros. Work on a stream runs at once unless the stream is held back.
+// fault), no mapping over a mapping, a current context, no call that a stream capture forbids. Every call is counted,
+// and any can be made to fail. New memory holds 0xFF bytes (NaN), never zeros. Work on a stream runs at once unless the
+// stream is held back or captured.
 //
 // The real driver's functions have no room for a "this": one FakeDriver lives at a time. All calls may come from any
 // thread.
@@ -31,6 +32,8 @@ class FakeDriver {
     bool posix_handles = true;  // false: the devices say that they cannot
     // cuMemCreate refuses shareable handles although the device says that it can: what some containers do.
     bool posix_handles_denied = false;
+    // cuMemMap, cuMemUnmap and cuMemSetAccess return only when every stream is idle, as the real driver may do.
+    bool mapping_waits = false;
   };
 
   // Fails while another one lives.
@@ -58,10 +61,21 @@ class FakeDriver {
   // it, and whoever synchronises with it blocks until then.
   void HoldStream(cu::Stream stream);
   void ReleaseStream(cu::Stream stream);
-  // The stream says that it is being captured into a graph (and runs what is queued all the same).
-  void SetCapturing(cu::Stream stream, bool capturing);
   // Stands for a kernel: runs in the stream's order.
   void Enqueue(cu::Stream stream, std::function<void()> work);
+
+  // ---- captures ----
+  // CUstreamCaptureMode: whose calls a capture restricts besides those of the thread that began it.
+  enum class CaptureMode { kGlobal, kThreadLocal, kRelaxed };
+  // From now on the stream's work goes into a graph and does not run. The calling thread owns the capture.
+  void BeginCapture(cu::Stream stream, CaptureMode mode);
+  struct Graph;
+  // Null: a call that the capture forbids has invalidated it.
+  std::shared_ptr<Graph> EndCapture(cu::Stream stream);
+  // Queues the graph's work on a stream.
+  void LaunchGraph(const std::shared_ptr<Graph>& graph, cu::Stream stream);
+  // Stands for the module load that the CUDA runtime makes at a kernel's first use.
+  cu::Result LoadModule();
 
   // ---- what is left ----
   struct State {

@@ -1,4 +1,5 @@
-// The fake driver's state, shared by its entry points (fake_driver.cc, fake_memory.cc, fake_streams.cc).
+// The fake driver's state, shared by its entry points (fake_driver.cc, fake_memory.cc, fake_streams.cc,
+// fake_capture.cc).
 #ifndef KVPAGE_TESTING_FAKE_IMPL_H_
 #define KVPAGE_TESTING_FAKE_IMPL_H_
 
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "testing/fake_driver.h"
@@ -44,9 +46,11 @@ struct FakeDriver::Impl {
     std::size_t bytes = 0;
     int device = 0;
   };
+  struct Capture;
   struct EventState {
-    std::uint64_t recorded = 0;   // how often
-    std::uint64_t completed = 0;  // the newest record that has been reached
+    std::shared_ptr<Capture> capture;  // in which it was recorded last
+    std::uint64_t recorded = 0;        // how often
+    std::uint64_t completed = 0;       // the newest record that has been reached
   };
   struct Work {
     std::function<void()> run;
@@ -54,12 +58,21 @@ struct FakeDriver::Impl {
     std::shared_ptr<EventState> waits_for;
     std::uint64_t record = 0;  // of waits_for
   };
+  // Work on its way into a graph.
+  struct Capture {
+    std::thread::id owner;
+    CaptureMode mode = CaptureMode::kGlobal;
+    bool invalidated = false;
+    std::vector<Work> work;
+  };
   struct StreamState {
     std::deque<Work> queue;
+    std::shared_ptr<Capture> capture;
+    int device = -1;        // -1: the null stream, of every device
+    bool blocking = false;  // synchronises with the null stream
     bool held = false;
     bool running = false;
     bool destroyed = false;
-    bool capturing = false;
     bool idle() const { return queue.empty() && !running; }
   };
 
@@ -71,6 +84,14 @@ struct FakeDriver::Impl {
   cu::Result Queue(cu::Stream stream, Work work, std::unique_lock<std::mutex>* lock);
   bool Exists(cu::Stream stream) const;
   cu::Result Violation(const std::string& rule, cu::Result result = cu::Result::kInvalidValue);
+  // A call that breaks the captures of all streams for which `broken`(stream) holds: a violation if there are any.
+  cu::Result CheckCaptures(const std::string& call, cu::Result result,
+                           const std::function<bool(const StreamState&)>& broken);
+  // The same for calls that the driver documents as potentially unsafe during a capture.
+  cu::Result CheckUnsafe(const std::string& call);
+  // The same for work on the null stream, which waits for the work of blocking streams.
+  cu::Result CheckNullStream(const std::string& call, cu::Stream stream);
+  bool Idle() const;          // all streams
   int CurrentDevice() const;  // -1: no context is current
   // Whether the whole range may be accessed by the device.
   bool Accessible(cu::DevicePtr address, std::size_t bytes) const;
@@ -105,6 +126,10 @@ struct FakeDriver::Impl {
   std::uintptr_t last_id = 0x1000;  // of streams and events
   std::map<cu::Stream, StreamState> streams;
   std::map<cu::Event, std::shared_ptr<EventState>> events;
+};
+
+struct FakeDriver::Graph {
+  std::vector<Impl::Work> work;
 };
 
 namespace cu::fake {

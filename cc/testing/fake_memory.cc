@@ -78,6 +78,15 @@ bool FakeDriver::Impl::IsPinned(const void* host, std::size_t bytes) const {
 }
 
 namespace cu::fake {
+namespace {
+
+// A change of the page table may have to wait for all kernels: Options::mapping_waits.
+void WaitForKernels(Entry* entry) {
+  FakeDriver::Impl& fake = entry->fake();
+  if (fake.options.mapping_waits) fake.changed.wait(*entry->lock(), [&] { return fake.Idle(); });
+}
+
+}  // namespace
 
 Result MemGetInfo(std::size_t* free, std::size_t* total) {
   KVPAGE_ENTRY(MemGetInfo, Context);
@@ -182,6 +191,7 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
   if (bytes == 0 || bytes % granularity != 0 || address % granularity != 0 || offset != 0 || flags != 0) {
     return entry->Violation("cuMemMap: address and size must be multiples of the granularity, offset and flags 0");
   }
+  WaitForKernels(&entry);
   auto reservation = entry->reservations.upper_bound(address);
   if (reservation == entry->reservations.begin() ||
       (--reservation, address + bytes > reservation->first + reservation->second)) {
@@ -208,6 +218,7 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
 
 Result MemUnmap(DevicePtr address, std::size_t bytes) {
   KVPAGE_ENTRY(MemUnmap, Context);
+  WaitForKernels(&entry);
   const auto it = entry->mappings.find(address);
   // The real driver refuses a part of a mapping, but returns success for a range without mappings. Here that is a
   // violation too: whoever unmaps a hole has lost track of its mappings.
@@ -226,6 +237,7 @@ Result MemUnmap(DevicePtr address, std::size_t bytes) {
 
 Result MemSetAccess(DevicePtr address, std::size_t bytes, const AccessDesc* access, std::size_t count) {
   KVPAGE_ENTRY(MemSetAccess, Context);
+  WaitForKernels(&entry);
   if (bytes == 0 || count != 1 || access->location.type != LocationType::kDevice) {
     return entry->Violation("cuMemSetAccess: wanted one device's access to some bytes");
   }

@@ -15,7 +15,12 @@ bool FakeDriver::Impl::Exists(cu::Stream stream) const {
 }
 
 cu::Result FakeDriver::Impl::Queue(cu::Stream stream, Work work, std::unique_lock<std::mutex>* lock) {
-  streams.at(stream).queue.push_back(std::move(work));
+  StreamState& state = streams.at(stream);
+  if (state.capture != nullptr) {
+    state.capture->work.push_back(std::move(work));
+    return cu::Result::kSuccess;
+  }
+  state.queue.push_back(std::move(work));
   Pump(lock);
   return cu::Result::kSuccess;
 }
@@ -58,11 +63,6 @@ void FakeDriver::ReleaseStream(cu::Stream stream) {
   impl_->Pump(&lock);
 }
 
-void FakeDriver::SetCapturing(cu::Stream stream, bool capturing) {
-  const std::lock_guard<std::mutex> lock(impl_->mutex);
-  impl_->streams.at(stream).capturing = capturing;
-}
-
 void FakeDriver::Enqueue(cu::Stream stream, std::function<void()> work) {
   std::unique_lock<std::mutex> lock(impl_->mutex);
   Impl::Work kernel;
@@ -76,11 +76,23 @@ namespace {
 
 using Work = FakeDriver::Impl::Work;
 
+// As a copy engine does it, an aligned word goes over in one piece: a kernel may write it meanwhile.
+void CopyBytes(void* to, const void* from, std::size_t bytes) {
+  const auto places = reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from);
+  if (bytes != sizeof(std::uint32_t) || places % sizeof(std::uint32_t) != 0) {
+    std::memmove(to, from, bytes);
+    return;
+  }
+  const std::uint32_t word = __atomic_load_n(static_cast<const std::uint32_t*>(from), __ATOMIC_SEQ_CST);
+  __atomic_store_n(static_cast<std::uint32_t*>(to), word, __ATOMIC_SEQ_CST);
+}
+
 // Queues a copy or a fill of device memory. It is looked at twice: a range may be unmapped before its turn comes.
 Result QueueAccess(Entry* entry, const char* what, std::vector<std::pair<DevicePtr, std::size_t>> ranges,
                    std::function<void()> access, Stream stream) {
   FakeDriver::Impl* fake = &entry->fake();
   if (!fake->Exists(stream)) return fake->Violation(std::string(what) + ": no such stream", Result::kInvalidHandle);
+  if (const Result result = fake->CheckNullStream(what, stream); result != Result::kSuccess) return result;
   for (const auto& [address, bytes] : ranges) {
     if (!fake->Accessible(address, bytes)) {
       return fake->Violation(std::string(what) + ": memory that is not mapped or may not be accessed");
@@ -99,6 +111,12 @@ Result QueueAccess(Entry* entry, const char* what, std::vector<std::pair<DeviceP
   return fake->Queue(stream, std::move(work), entry->lock());
 }
 
+// An event that was recorded in a capture stands for a node of a graph: nobody can wait for it.
+Result CapturedEvent(Entry* entry, const char* what, const FakeDriver::Impl::EventState& event) {
+  event.capture->invalidated = true;
+  return (*entry)->Violation(std::string(what) + " of an event that was recorded in a capture", Result::kCapturedEvent);
+}
+
 }  // namespace
 
 Result MemcpyHtoDAsync(DevicePtr to, const void* from, std::size_t bytes, Stream stream) {
@@ -109,24 +127,22 @@ Result MemcpyHtoDAsync(DevicePtr to, const void* from, std::size_t bytes, Stream
   if (!pinned) staged.assign(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
   return QueueAccess(
       &entry, "cuMemcpyHtoDAsync", {{to, bytes}},
-      [=, staged = std::move(staged)] {
-        std::memcpy(reinterpret_cast<void*>(to), pinned ? from : staged.data(), bytes);
-      },
+      [=, staged = std::move(staged)] { CopyBytes(reinterpret_cast<void*>(to), pinned ? from : staged.data(), bytes); },
       stream);
 }
 
 Result MemcpyDtoHAsync(void* to, DevicePtr from, std::size_t bytes, Stream stream) {
   KVPAGE_ENTRY(MemcpyDtoHAsync, Context);
   return QueueAccess(
-      &entry, "cuMemcpyDtoHAsync", {{from, bytes}},
-      [=] { std::memcpy(to, reinterpret_cast<const void*>(from), bytes); }, stream);
+      &entry, "cuMemcpyDtoHAsync", {{from, bytes}}, [=] { CopyBytes(to, reinterpret_cast<const void*>(from), bytes); },
+      stream);
 }
 
 Result MemcpyDtoDAsync(DevicePtr to, DevicePtr from, std::size_t bytes, Stream stream) {
   KVPAGE_ENTRY(MemcpyDtoDAsync, Context);
   return QueueAccess(
       &entry, "cuMemcpyDtoDAsync", {{to, bytes}, {from, bytes}},
-      [=] { std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes); }, stream);
+      [=] { CopyBytes(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes); }, stream);
 }
 
 Result MemsetD8Async(DevicePtr to, unsigned char byte, std::size_t bytes, Stream stream) {
@@ -140,7 +156,9 @@ Result StreamCreate(Stream* stream, unsigned int flags) {
   if (flags > kStreamNonBlocking) return entry->Violation("cuStreamCreate: unknown flags");
   entry->last_id += 16;
   *stream = reinterpret_cast<Stream>(entry->last_id);
-  entry->streams[*stream] = {};
+  FakeDriver::Impl::StreamState& state = entry->streams[*stream];
+  state.device = entry->CurrentDevice();
+  state.blocking = flags != kStreamNonBlocking;
   return Result::kSuccess;
 }
 
@@ -148,6 +166,13 @@ Result StreamSynchronize(Stream stream) {
   KVPAGE_ENTRY(StreamSynchronize, Context);
   if (!entry->Exists(stream)) return entry->Violation("cuStreamSynchronize: no such stream", Result::kInvalidHandle);
   FakeDriver::Impl& fake = entry.fake();
+  const FakeDriver::Impl::StreamState& state = fake.streams.at(stream);
+  const Result captured = fake.CheckCaptures("cuStreamSynchronize", Result::kStreamCaptureUnsupported,
+                                             [&](const auto& other) { return &other == &state; });
+  if (captured != Result::kSuccess) return captured;
+  if (const Result result = fake.CheckNullStream("cuStreamSynchronize", stream); result != Result::kSuccess) {
+    return result;
+  }
   fake.changed.wait(*entry.lock(), [&] { return !fake.Exists(stream) || fake.streams.at(stream).idle(); });
   return Result::kSuccess;
 }
@@ -155,16 +180,29 @@ Result StreamSynchronize(Stream stream) {
 Result CtxSynchronize() {
   KVPAGE_ENTRY(CtxSynchronize, Context);
   FakeDriver::Impl& fake = entry.fake();
-  fake.changed.wait(*entry.lock(), [&] {
-    return std::all_of(fake.streams.begin(), fake.streams.end(), [](const auto& s) { return s.second.idle(); });
-  });
+  const int device = fake.CurrentDevice();
+  // No matter which thread captures, and in which mode: the context includes the captured stream.
+  const Result captured = fake.CheckCaptures("cuCtxSynchronize", Result::kStreamCaptureUnsupported,
+                                             [&](const auto& stream) { return stream.device == device; });
+  if (captured != Result::kSuccess) return captured;
+  fake.changed.wait(*entry.lock(), [&] { return fake.Idle(); });
   return Result::kSuccess;
 }
 
 Result StreamIsCapturing(Stream stream, CaptureStatus* status) {
   KVPAGE_ENTRY(StreamIsCapturing, Context);
   if (!entry->Exists(stream)) return entry->Violation("cuStreamIsCapturing: no such stream", Result::kInvalidHandle);
-  *status = entry->streams.at(stream).capturing ? CaptureStatus::kActive : CaptureStatus::kNone;
+  const auto& capture = entry->streams.at(stream).capture;
+  *status = capture == nullptr     ? CaptureStatus::kNone
+            : capture->invalidated ? CaptureStatus::kInvalidated
+                                   : CaptureStatus::kActive;
+  return Result::kSuccess;
+}
+
+Result StreamGetId(Stream stream, unsigned long long* id) {
+  KVPAGE_ENTRY(StreamGetId, Context);
+  if (!entry->Exists(stream)) return entry->Violation("cuStreamGetId: no such stream", Result::kInvalidHandle);
+  *id = reinterpret_cast<std::uintptr_t>(stream);  // the fake driver uses no address twice
   return Result::kSuccess;
 }
 
@@ -173,6 +211,10 @@ Result StreamWaitEvent(Stream stream, Event event, unsigned int flags) {
   const auto it = entry->events.find(event);
   if (!entry->Exists(stream) || it == entry->events.end() || flags != 0) {
     return entry->Violation("cuStreamWaitEvent: no such stream or event, or flags", Result::kInvalidHandle);
+  }
+  if (it->second->capture != entry->streams.at(stream).capture && it->second->capture != nullptr) {
+    return entry->Violation("cuStreamWaitEvent: the event belongs to a capture of another stream",
+                            Result::kStreamCaptureIsolation);
   }
   Work work;
   work.waits_for = it->second;
@@ -185,6 +227,7 @@ Result StreamDestroy(Stream stream) {
   if (stream == nullptr || !entry->Exists(stream)) {
     return entry->Violation("cuStreamDestroy: no such stream", Result::kInvalidHandle);
   }
+  if (entry->streams.at(stream).capture != nullptr) return entry->Violation("cuStreamDestroy during a capture");
   // Returns at once; what is queued still runs.
   const auto it = entry->streams.find(stream);
   it->second.destroyed = true;
@@ -204,10 +247,13 @@ Result EventCreate(Event* event, unsigned int) {
 Result EventRecord(Event event, Stream stream) {
   KVPAGE_ENTRY(EventRecord, Context);
   const auto it = entry->events.find(event);
-  if (!entry->Exists(stream) || it == entry->events.end()) {
-    return entry->Violation("cuEventRecord: no such stream or event", Result::kInvalidHandle);
+  if (it == entry->events.end()) return entry->Violation("cuEventRecord: no such event", Result::kInvalidHandle);
+  if (!entry->Exists(stream)) {
+    return entry->Violation("cuEventRecord on a stream that was destroyed", Result::kInvalidHandle);
   }
   const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
+  state->capture = entry->streams.at(stream).capture;
+  if (state->capture != nullptr) return Result::kSuccess;  // a node of the graph, not an event to wait for
   const std::uint64_t record = ++state->recorded;
   Work work;
   work.run = [state, record] { state->completed = std::max(state->completed, record); };
@@ -218,6 +264,7 @@ Result EventQuery(Event event) {
   KVPAGE_ENTRY(EventQuery, Context);
   const auto it = entry->events.find(event);
   if (it == entry->events.end()) return entry->Violation("cuEventQuery: no such event", Result::kInvalidHandle);
+  if (it->second->capture != nullptr) return CapturedEvent(&entry, "cuEventQuery", *it->second);
   return it->second->completed == it->second->recorded ? Result::kSuccess : Result::kNotReady;
 }
 
@@ -226,6 +273,7 @@ Result EventSynchronize(Event event) {
   const auto it = entry->events.find(event);
   if (it == entry->events.end()) return entry->Violation("cuEventSynchronize: no such event", Result::kInvalidHandle);
   const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
+  if (state->capture != nullptr) return CapturedEvent(&entry, "cuEventSynchronize", *state);
   const std::uint64_t record = state->recorded;
   entry->changed.wait(*entry.lock(), [&] { return state->completed >= record; });
   return Result::kSuccess;

@@ -100,8 +100,12 @@ TEST(CudaLaunchTest, OldCodeDoesNotOverlap) {
 }
 
 // Some take all of the 48 KiB that a kernel has without asking for more, where static shared memory counts too.
-TEST(CudaLaunchTest, EveryHeadSizeOfQuantizedStorage) {
+TEST(CudaLaunchTest, EveryHeadSizeAroundTheDefaultLimit) {
   Rng rng(11);
+  for (int head_dim = 38; head_dim <= 50; ++head_dim) {
+    Step step(rng, DType::kBF16, DType::kBF16, head_dim);
+    step.Check(RunCuda(step.problem, step.cache, step.slots, Unaligned()));
+  }
   for (const DType dtype : {DType::kI8, DType::kF8E4M3}) {
     for (int head_dim = 78; head_dim <= 98; ++head_dim) {
       Step step(rng, dtype, DType::kBF16, head_dim);
@@ -113,7 +117,7 @@ TEST(CudaLaunchTest, EveryHeadSizeOfQuantizedStorage) {
 // Some of these take the last kilobyte of the shared memory that is left beside static variables.
 TEST(CudaLaunchTest, LargeHeadsTakeAllSharedMemory) {
   Rng rng(12);
-  for (const int head_dim : {512, 592, 594, 595, 596, 600, 714, 1024, 1100}) {
+  for (const int head_dim : {388, 500, 512, 588, 592, 596, 600, 708, 788, 1018, 1056, 1100}) {
     Step step(rng, DType::kF32, DType::kF32, head_dim);
     const CudaBatch batch(step.problem, step.cache, step.slots, Unaligned());
     // Either there is room, or the message says so before anything is launched.

@@ -53,7 +53,9 @@ class Reader {
     const cuda::CacheOperands cache = cache_.Operands(DeviceOp::kPagedAttention, pool_->table, pool_->spec);
     const cuda::BatchOperands batch = {slots_.get(), offsets_.get(), count_, count_};
     EXPECT_OK(cuda::LaunchBatchCheck(
-        cache, cuda::ToArgs(cache, batch, layer_.get(), nullptr, /*append=*/false, nullptr, scratch_.get()), nullptr));
+        cache,
+        cuda::ToArgs(cache, batch, layer_.get(), nullptr, /*append=*/false, nullptr, scratch_.get(), /*followers=*/0),
+        nullptr));
   }
   bool passed() const { return reinterpret_cast<const CheckedBatch*>(scratch_.get())->ok != 0; }
 

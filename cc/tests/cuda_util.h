@@ -3,6 +3,8 @@
 #ifndef KVPAGE_TESTS_CUDA_UTIL_H_
 #define KVPAGE_TESTS_CUDA_UTIL_H_
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -95,6 +97,9 @@ struct DeviceTable {
   std::unique_ptr<Fault[]> no_pool = Exactly<Fault>(1);  // faults of programs whose pool is not here
 
   DeviceTable() { entries[kMaxDevicePools].fault = no_pool.get(); }
+  ~DeviceTable() {
+    for (std::int32_t i = 0; i < kDeviceTableEntries; ++i) EXPECT_EQ(entries[i].readers, 0u) << "entry " << i;
+  }
   PoolRows Add(const SpecInts& spec, const KVView& view, std::int32_t id) {
     return PoolRows(spec, view, id, &entries[id % kMaxDevicePools]);
   }

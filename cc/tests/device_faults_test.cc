@@ -147,8 +147,8 @@ TEST(DeviceFaultsTest, ALineThatCannotBeStartedCanBeStartedLater) {
   program.Write(slot, 10);
   EXPECT_OK(StartRelease(*pool, {gone}));
   Pool::Generation generation;
-  for (cu::Call call : {cu::Call::kCtxPushCurrent, cu::Call::kEventCreate, cu::Call::kEventRecord,
-                        cu::Call::kMemcpyHtoDAsync, cu::Call::kMemcpyDtoHAsync, cu::Call::kStreamSynchronize}) {
+  for (cu::Call call : {cu::Call::kCtxPushCurrent, cu::Call::kMemcpyHtoDAsync, cu::Call::kMemcpyDtoHAsync,
+                        cu::Call::kStreamSynchronize}) {
     if (pool->Numbers().slots_draining == 0) {
       EXPECT_OK(StartRelease(*pool, pool->Acquire({16}).slots));
     }

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -23,21 +24,18 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
   program.Write(b, 16);
   Release(pool.get(), &program, b);
   EXPECT_OK(StartRelease(*pool, {c}));  // its program will never come
-  program.Write(a, 5, /*advance=*/false);
 
-  // A launch that has passed its check still writes when the new generation is asked for.
-  machine.fake().HoldStream(machine.stream());
-  std::atomic<bool> ran{false};
-  {
-    const DeviceState::Queueing queueing(machine.device().get(), machine.stream());
-    machine.fake().Enqueue(machine.stream(), [&] { ran = true; });
-  }
+  // An op that has passed its check still writes when the new generation is asked for.
+  program.HoldAfterCheck(machine.stream());
+  program.Write(a, 5, /*advance=*/false);
   program.Write(a, 1);  // queued, but checked only after the generation is said to be over
+  const auto last = [&, view = pool->View()] { return *reinterpret_cast<const float*>(view.At(a, 14, 0, 0, 0)); };
+  EXPECT_NE(last(), 14.0f);
   std::atomic<bool> done{false};
   Pool::Generation generation;
   std::thread restart([&] {
     EXPECT_OK(pool->NewGeneration(&generation));
-    EXPECT_TRUE(ran);
+    EXPECT_EQ(last(), 14.0f);
     done = true;
   });
   Pause();
@@ -140,15 +138,9 @@ TEST(DeviceGenerationTest, CloseWaitsForTheProgramInFlightAndRefusesTheNext) {
   program.Restart(pool.get());
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
   const std::shared_ptr<Pool> other = machine.MakePool(2, 16);
-  machine.fake().HoldStream(machine.stream());
-  std::atomic<bool> touched{false};
-  {
-    const DeviceState::Queueing queueing(machine.device().get(), machine.stream());
-    machine.fake().Enqueue(machine.stream(), [&, view = pool->View()] {
-      *view.At(slot, 0, 0, 0, 0) = 1;  // the memory is still there
-      touched = true;
-    });
-  }
+  program.HoldAfterCheck(machine.stream());
+  program.Write(slot, 1);  // the memory is still there
+  EXPECT_EQ(program.length(slot), 0);
   std::atomic<bool> closed{false};
   std::thread closer([&] {
     pool->Close();
@@ -159,24 +151,76 @@ TEST(DeviceGenerationTest, CloseWaitsForTheProgramInFlightAndRefusesTheNext) {
   EXPECT_OK(other->Acquire({16}).status);  // nobody else waits
   machine.fake().ReleaseStream(machine.stream());
   closer.join();
-  EXPECT_TRUE(touched);
+  EXPECT_EQ(program.length(slot), 1);
   EXPECT_EQ(pool->Numbers().waits, 1);
   const int launches = program.launches();
   program.Write(slot, 1);
   EXPECT_EQ(program.launches(), launches);
   EXPECT_EQ(machine.Find(1)->fault->kind, static_cast<std::int32_t>(FaultKind::kClosed));
   EXPECT_TRUE(Mentions(pool->Acquire({1}).status, "pool 1 is closed"));
-  // A launch that found the pool before it left the table may still run when the memory goes: close waits for it too.
-  machine.fake().HoldStream(machine.stream());
-  program.Write(slot, 1);
-  std::thread last([&] { pool.reset(); });
-  Pause();
-  machine.fake().ReleaseStream(machine.stream());
-  last.join();
+  pool.reset();
   EXPECT_EQ(machine.Find(1), nullptr);
   program.Write(slot, 1);
   EXPECT_EQ(program.launches(), launches);
   EXPECT_TRUE(Mentions(other->TakeFault(), "pool 1"));
+}
+
+TEST(DeviceGenerationTest, MemoryWaitsForTheProgramThatFoundThePool) {
+  Machine machine;
+  std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 16);
+  program.HoldAfterCheck(machine.stream());
+  program.Write(slot, 1);
+  std::atomic<bool> gone{false};
+  std::thread last([&] {
+    pool.reset();  // never closed
+    gone = true;
+  });
+  Pause();
+  EXPECT_FALSE(gone);
+  // The entry is not given to another pool before its last reader is through.
+  const std::shared_ptr<Pool> next = machine.MakePool(1 + kMaxDevicePools, 16);
+  EXPECT_EQ(machine.Find(1 + kMaxDevicePools) - machine.device()->table(), 2);
+  machine.fake().ReleaseStream(machine.stream());
+  last.join();
+  EXPECT_EQ(program.length(slot), 1);
+  EXPECT_EQ(machine.Find(1), nullptr);
+}
+
+TEST(DeviceGenerationTest, AProgramThatDoesNotEndFailsThePoolAndKeepsItsMemory) {
+  Machine machine;
+  machine.device()->set_wait_limit(std::chrono::milliseconds{5});
+  std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 16);
+  Pool::Generation generation;
+  const auto hang = [&] {
+    program.HoldAfterCheck(machine.stream());
+    program.Write(slot, 1);
+  };
+  hang();
+  const Status status = pool->NewGeneration(&generation);
+  EXPECT_EQ(static_cast<int>(status.code()), static_cast<int>(Code::kInternal));
+  EXPECT_TRUE(Mentions(status, "programs on CUDA device 0 still use the pool after 5 ms")) << status.message();
+  machine.fake().ReleaseStream(machine.stream());  // a debugger had stopped it
+  EXPECT_OK(pool->NewGeneration(&generation));
+  EXPECT_EQ(generation.lengths[slot], 1);
+  program.Use(generation);
+  hang();
+  const FakeDriver::State before = machine.fake().Report();
+  pool->Close();
+  pool.reset();
+  const FakeDriver::State after = machine.fake().Report();
+  EXPECT_EQ(after.mappings, before.mappings);
+  EXPECT_EQ(after.reservations, before.reservations);
+  EXPECT_EQ(after.allocations, before.allocations);
+  EXPECT_EQ(after.host_allocations, before.host_allocations);
+  machine.fake().ReleaseStream(machine.stream());
+  EXPECT_EQ(program.length(slot), 2);
+  machine.LeaveTheRest();
 }
 
 TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
@@ -186,13 +230,14 @@ TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   program.Restart(pool.get());
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
   const cu::Stream capture = machine.NewStream();
-  const cu::Stream replay = machine.NewStream();
-  machine.fake().SetCapturing(capture, true);
+  const cu::Stream replay = machine.NewStream();  // no handler ever sees it
+  machine.fake().BeginCapture(capture, FakeDriver::CaptureMode::kThreadLocal);
   program.set_stream(capture);
   program.Write(slot, 1);
-  machine.fake().SetCapturing(capture, false);
-  machine.fake().HoldStream(replay);
-  machine.fake().Enqueue(replay, [] {});
+  const auto graph = machine.fake().EndCapture(capture);
+  EXPECT_EQ(program.length(slot), 0);
+  program.HoldAfterCheck(replay);
+  machine.fake().LaunchGraph(graph, replay);
   std::atomic<bool> done{false};
   std::thread restart([&] {
     Pool::Generation generation;
@@ -204,6 +249,7 @@ TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   machine.fake().ReleaseStream(replay);
   restart.join();
   EXPECT_EQ(pool->Numbers().waits, 1);
+  EXPECT_EQ(program.length(slot), 1);
 }
 
 }  // namespace kvpage::testing

@@ -118,7 +118,9 @@ TEST(DeviceTableTest, ADeviceHasRoomForSoManyPools) {
   const Status full = machine.device()->AddEntry(entry, &place);
   EXPECT_TRUE(Mentions(full, "CUDA device 0 has 256 pools of this process already, as many as it can: close one"))
       << full.message();
-  EXPECT_OK(machine.device()->RemoveEntry(17));
+  bool waited = true;
+  EXPECT_OK(machine.device()->RemoveEntry(17, &waited));
+  EXPECT_FALSE(waited);
   EXPECT_OK(machine.device()->AddEntry(entry, &place));
   EXPECT_EQ(place, 17);
   EXPECT_NE(machine.Find(3), nullptr);

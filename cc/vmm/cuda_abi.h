@@ -38,6 +38,11 @@ enum class Result : std::int32_t {
   kNotPermitted = 800,
   kNotSupported = 801,
   kSystemDriverMismatch = 803,
+  kStreamCaptureUnsupported = 900,
+  kStreamCaptureInvalidated = 901,
+  kStreamCaptureIsolation = 905,
+  kStreamCaptureImplicit = 906,
+  kCapturedEvent = 907,
   kUnknown = 999,
 };
 
@@ -129,6 +134,7 @@ struct AccessDesc {
   X(CtxSynchronize, cuCtxSynchronize, ())                                                                              \
   X(StreamSynchronize, cuStreamSynchronize, (Stream stream))                                                           \
   X(StreamIsCapturing, cuStreamIsCapturing, (Stream stream, CaptureStatus * status))                                   \
+  X(StreamGetId, cuStreamGetId, (Stream stream, unsigned long long* id))                                               \
   X(StreamWaitEvent, cuStreamWaitEvent, (Stream stream, Event event, unsigned int flags))                              \
   X(StreamDestroy, cuStreamDestroy_v2, (Stream stream))                                                                \
   X(EventCreate, cuEventCreate, (Event * event, unsigned int flags))                                                   \

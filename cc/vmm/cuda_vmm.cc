@@ -56,6 +56,7 @@ Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t vi
 }
 
 CudaVmm::~CudaVmm() {
+  if (abandoned_) return;
   // Errors cannot be reported any more; memory that the driver does not free stays until the process ends.
   const ContextScope scope(*context_);
   if (!scope.status().ok()) return;

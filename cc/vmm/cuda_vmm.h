@@ -34,6 +34,7 @@ class CudaVmm final : public Vmm {
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
+  void Abandon() override { abandoned_ = true; }
   std::int64_t PhysicalBytes() const override { return num_handles_ * block_bytes_; }
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
 
@@ -64,6 +65,7 @@ class CudaVmm final : public Vmm {
   std::vector<std::int32_t> places_;    // [blocks] how many places it is mapped at
   std::vector<std::int32_t> mapped_;    // [virtual_bytes / block_bytes] block mapped at this place, or -1
   std::int64_t num_handles_ = 0;
+  bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};
 };
 

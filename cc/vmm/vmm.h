@@ -48,6 +48,9 @@ class Vmm {
   // Overwrites mapped memory with one byte value. Synchronous.
   virtual Status Fill(std::int64_t offset, std::int64_t bytes, int byte) = 0;
 
+  // A device may still use the memory and cannot be stopped: the destructor is to leave all of it mapped.
+  virtual void Abandon() {}
+
   // Bytes allocated for the blocks, according to the system.
   virtual std::int64_t PhysicalBytes() const = 0;
   // System (or driver) calls made so far by the functions above.

@@ -35,6 +35,8 @@ _MORE = [
     Config("fused", "bfloat16", "bfloat16", 3, 1, 80),
     Config("fused", "int8", "bfloat16", 2, 4, 64),
     Config("fused", "float8_e4m3fn", "bfloat16", 2, 4, 128),
+    Config("per_layer", "int8", "float16", 2, 8, 128),
+    Config("fused", "float8_e4m3fn", "float16", 1, 2, 256),
 ]
 
 

@@ -17,6 +17,7 @@ struct AppendArgs {
   const void* v;
   std::int32_t num_kv_heads;
   std::int32_t head_dim;
+  bool last;  // no other kernel of the op follows
 };
 
 // The place of a token in the cache.
@@ -53,6 +54,7 @@ __device__ __forceinline__ Vector<To, N> Convert(const Vector<From, N>& from) {
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__ AppendArgs args) {
   const CheckedBatch& checked = *args.checked;
+  const CountedBlock counted(&checked, args.last);
   const std::int64_t token = blockIdx.x;
   Target target;
   if (!FindTarget(checked, token, &target)) return;
@@ -94,6 +96,7 @@ __device__ __forceinline__ unsigned Quantize(float v) {
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
   const CheckedBatch& checked = *args.checked;
+  const CountedBlock counted(&checked, args.last);
   const std::int64_t token = blockIdx.x;
   Target target;
   if (!FindTarget(checked, token, &target)) return;
@@ -151,9 +154,9 @@ Status LaunchFor(const AppendArgs& args, const LaunchShape& shape, Stream stream
 }  // namespace
 
 Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const AppendOperands& append, DType storage,
-                    Stream stream) {
+                    bool last, Stream stream) {
   if (num_tokens == 0) return {};
-  const AppendArgs args = {checked, append.k, append.v, append.num_kv_heads, append.head_dim};
+  const AppendArgs args = {checked, append.k, append.v, append.num_kv_heads, append.head_dim, last};
   const LaunchShape shape = {static_cast<unsigned>(num_tokens), kThreads, 0, /*overlap=*/true};
   return ForFloat(append.dtype, [&](auto from) {
     return ForStorage(storage, [&](auto to) { return LaunchFor<decltype(to), decltype(from)>(args, shape, stream); });
@@ -163,9 +166,11 @@ Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const 
 Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const AppendOperands& append,
                 std::uint32_t* new_epoch, void* checked, Stream stream) {
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(
-      cache, ToArgs(cache, batch, append.layer, nullptr, /*append=*/true, new_epoch, checked), stream));
-  return LaunchAppend(static_cast<const CheckedBatch*>(checked), batch.num_tokens, append,
-                      static_cast<DType>(cache.spec[kSpecDType]), stream);
+      cache, ToArgs(cache, batch, append.layer, nullptr, /*append=*/true, new_epoch, checked, batch.num_tokens),
+      stream));
+  const Status launched = LaunchAppend(static_cast<const CheckedBatch*>(checked), batch.num_tokens, append,
+                                       static_cast<DType>(cache.spec[kSpecDType]), /*last=*/true, stream);
+  return CountOutUnless(launched, checked, batch.num_tokens, stream);
 }
 
 }  // namespace kvpage::cuda

@@ -130,15 +130,18 @@ Status GetSharedLimits(SharedLimits* limits) {
 namespace {
 
 // Launches the attention kernels after the planner.
-Status LaunchPlanned(const AttentionOperands& attention, const AttentionParams& params, bool tensor_cores,
-                     Stream stream) {
+Status LaunchPlanned(const AttentionOperands& attention, AttentionParams params, bool tensor_cores, Stream stream) {
+  // A batch of so few rows has no prefill.
+  const bool prefill =
+      tensor_cores && HasPrefillKernel(attention.kv_dtype) && params.num_tokens * params.group > kTileRows;
+  params.last = !prefill;
   if (!tensor_cores) return LaunchGeneral(attention.kv_dtype, params, stream);
   if (attention.kv_dtype == DType::kI8) return LaunchDecodeInt8(params, stream);
   if (attention.kv_dtype == DType::kF8E4M3) return LaunchDecodeFloat8(params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
-  // A batch of so few rows has no prefill.
-  if (params.num_tokens * params.group <= kTileRows) return {};
+  if (!prefill) return {};
+  params.last = true;
   return half ? LaunchPrefillF16(params, stream) : LaunchPrefillBf16(params, stream);
 }
 
@@ -179,16 +182,19 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   KVPAGE_RETURN_IF_ERROR(Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, &params));
   PlaceScratch(attention, tensor_cores, scratch, &params);
   PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read it
-  BatchCheckArgs args =
-      ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr, new_epoch, scratch);
+  BatchCheckArgs args = ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr,
+                               new_epoch, scratch, /*followers=*/params.blocks);
   args.counters = params.state.next_item;
   args.num_counters = params.state.num_counters;
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));
-  if (append != nullptr) {
-    KVPAGE_RETURN_IF_ERROR(
-        LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append, attention.kv_dtype, stream));
-  }
-  return LaunchPlanned(attention, params, tensor_cores, stream);
+  const auto launch_rest = [&]() -> Status {
+    if (append != nullptr) {
+      KVPAGE_RETURN_IF_ERROR(LaunchAppend(static_cast<const CheckedBatch*>(scratch), batch.num_tokens, *append,
+                                          attention.kv_dtype, /*last=*/false, stream));
+    }
+    return LaunchPlanned(attention, params, tensor_cores, stream);
+  };
+  return CountOutUnless(launch_rest(), scratch, params.blocks, stream);
 }
 
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,

@@ -90,6 +90,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   }
   if (threadIdx.x == 0) {
     out->ok = ok ? 1 : 0;
+    out->readers = ok ? checker.readers() : nullptr;
     out->layer = layer;
     out->num_sequences = static_cast<std::int32_t>(args.num_sequences);
     out->sliding_window = args.window != nullptr ? *args.window : 0;
@@ -99,10 +100,12 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
 }
 
 // The arguments of a check of `batch`, for one block of kCheckThreads with CheckSharedBytes(cache) of dynamic shared
-// memory: use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result.
+// memory: use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result. `followers`: blocks of
+// the op's last kernel, each with a CountedBlock; 0: there is no kernel behind the check.
 inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
-                             const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked) {
-  CacheArgs cache_args = ToArgs(cache, append);
+                             const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked,
+                             std::int64_t followers) {
+  CacheArgs cache_args = ToArgs(cache, append, nullptr, followers);
   if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
     cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
   }
@@ -117,15 +120,19 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
 // The check in a separate launch (slots.cu).
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream);
 
+// `launched`, of the kernels behind a check. If one of them could not be launched, counts the op out in their place.
+Status CountOutUnless(const Status& launched, void* checked, std::int64_t followers, Stream stream);
+
 // Writes the sequences of attention over plain page arrays as a CheckedBatch (tables.cu). A sequence with an invalid
 // length or table becomes a kWrongSequence; invalid offsets fail the whole batch.
 Status LaunchTableCheck(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const std::int32_t* window, void* checked, Stream stream);
 
-// Writes the new keys and values of a batch that passed a check earlier on the stream (append.cu).
+// Writes the new keys and values of a batch that passed a check earlier on the stream (append.cu). `last`: whether no
+// other kernel of the op follows.
 Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const AppendOperands& append, DType storage,
-                    Stream stream);
+                    bool last, Stream stream);
 
 // Any thread: the sequence of the checked batch that token `token` belongs to, active or not; -1: padding.
 __device__ inline std::int32_t SequenceOf(const CheckedBatch& checked, std::int64_t token) {

@@ -13,6 +13,7 @@
 #include "base/epoch.h"
 #include "base/spec_fields.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/readers.cuh"
 
 namespace kvpage::cuda {
 
@@ -28,15 +29,20 @@ struct CacheArgs {
   std::int64_t spec[kNumSpecFields];
   DeviceOp op;
   bool mutates;
-  std::uint32_t* marks;  // [max_slots], of this op alone; null: the pool's (kSharedMarks)
+  std::uint32_t followers;  // blocks of the op's last kernel; 0: the check is the last one
+  std::uint32_t* marks;     // [max_slots], of this op alone; null: the pool's (kSharedMarks)
 
   __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[kSpecNumLayers]); }
   __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[kSpecMaxSlots]); }
   __device__ std::int64_t max_seq_len() const { return spec[kSpecMaxSeqLen]; }
 };
 
-inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int32_t* own = nullptr) {
-  CacheArgs args = {cache.pools, cache.handle, cache.epoch, cache.lengths, own, {}, cache.op, mutates, nullptr};
+inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int32_t* own = nullptr,
+                        std::int64_t followers = 0) {
+  CacheArgs args = {cache.pools,   cache.handle, cache.epoch,
+                    cache.lengths, own,          {},
+                    cache.op,      mutates,      static_cast<std::uint32_t>(followers),
+                    nullptr};
   for (int i = 0; i < kNumSpecFields; ++i) args.spec[i] = cache.spec[i];
   return args;
 }
@@ -72,6 +78,7 @@ struct CheckShared {
   std::uint32_t pool_epoch;
   std::uint32_t cache_epoch;
   DevicePool* reporter;  // whose record takes a fault
+  DevicePool* counted;   // whose readers include this op; null: the pool was not found
 };
 
 // All of the block's threads call these together, except where they say "any thread".
@@ -79,6 +86,14 @@ class Checker {
  public:
   __device__ Checker(const CacheArgs& args, CheckShared* shared, std::uint32_t* shared_marks)
       : args_(args), shared_(shared), shared_marks_(shared_marks) {}
+  // Counts out an op that was refused or has no other kernel.
+  __device__ ~Checker() {
+    if (passed_ && args_.followers > 0) return;
+    __syncthreads();
+    if (threadIdx.x == 0 && shared_->counted != nullptr) CountOut(&shared_->counted->readers, Blocks());
+  }
+  Checker(const Checker&) = delete;
+  Checker& operator=(const Checker&) = delete;
 
   // The pool, the spec, the generation and the epoch. False: only Verdict() may follow.
   __device__ bool Enter() {
@@ -144,9 +159,9 @@ class Checker {
   __device__ bool Verdict() {
     if (key_ != ~0ull) atomicMin(&shared_->first, key_);
     __syncthreads();
-    if (shared_->first == ~0ull) return true;
-    if (shared_->first == key_) Report();
-    return false;
+    passed_ = shared_->first == ~0ull;
+    if (!passed_ && shared_->first == key_) Report();
+    return passed_;
   }
 
   // Bumps the pool's epoch.
@@ -167,6 +182,8 @@ class Checker {
   __device__ std::uint32_t cache_epoch() const { return shared_->cache_epoch; }
   __device__ std::int32_t num_layers() const { return args_.num_layers(); }
   __device__ DevicePool* pool() const { return shared_->pool; }
+  // After a verdict of true: CheckedBatch::readers.
+  __device__ std::uint32_t* readers() const { return args_.followers > 0 ? &shared_->pool->readers : nullptr; }
   __device__ DeviceSlot& slot(std::int32_t slot) const { return shared_->slots[slot]; }
   __device__ std::int32_t* written(std::int32_t slot) const {
     return shared_->written + std::int64_t{slot} * args_.num_layers();
@@ -179,45 +196,40 @@ class Checker {
   }
 
  private:
-  __device__ DevicePool* FindPool(std::int32_t id) const {
-    for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
-      DevicePool* const entry = &args_.pools[(id % kMaxDevicePools + i) % kMaxDevicePools];
-      if (entry->id == id) return entry;
-      if (entry->id == kEmptyEntry) break;
-    }
-    return nullptr;
-  }
+  __device__ std::uint32_t Blocks() const { return args_.followers > 0 ? args_.followers : 1; }
 
   __device__ void CheckHead() {
+    // Read before the fence in EnterPool, behind which it would be another trip to memory.
     const std::int32_t id = args_.handle[0], generation = args_.handle[1];
+    const std::int32_t own = args_.own != nullptr ? *args_.own : id;
+    PoolHead head;
+    DevicePool* const pool = EnterPool(args_.pools, id, Blocks(), &head);
     shared_->pool = nullptr;
-    DevicePool* const pool = FindPool(id);
+    shared_->counted = pool;
     shared_->reporter = pool != nullptr ? pool : &args_.pools[kMaxDevicePools];
     if (pool == nullptr) {
       Note(Stage::kHead, 0, FaultKind::kNoPool, -1, -1, -1, 0, id);
       return;
     }
-    // Read together: each alone would be a trip to memory.
-    const std::int32_t open = pool->open, pool_generation = pool->generation, allow_stale = pool->allow_stale;
-    const std::uint32_t epoch = pool->epoch, cache_epoch = shared_->cache_epoch;
-    shared_->slots = pool->slots;
-    shared_->written = pool->written;
-    shared_->marks = args_.marks != nullptr ? args_.marks : pool->marks;
+    const std::uint32_t cache_epoch = shared_->cache_epoch;
+    shared_->slots = head.slots;
+    shared_->written = head.written;
+    shared_->marks = args_.marks != nullptr ? args_.marks : head.marks;
     if (args_.spec[kSpecMaxSlots] <= kSharedMarks) shared_->marks = shared_marks_;
-    shared_->pool_epoch = epoch;
+    shared_->pool_epoch = head.epoch;
     for (int i = kNumSpecFields - 1; i >= 0; --i) {  // the last one noted has the smallest key
-      const std::int64_t have = pool->spec[i];
-      if (have != args_.spec[i]) Note(Stage::kHead, 1 + i, FaultKind::kSpec, -1, -1, i, args_.spec[i], have);
+      if (head.spec[i] != args_.spec[i]) {
+        Note(Stage::kHead, 1 + i, FaultKind::kSpec, -1, -1, i, args_.spec[i], head.spec[i]);
+      }
     }
-    if (args_.own != nullptr && *args_.own != id) {
-      Note(Stage::kHead, 10, FaultKind::kForeignCache, -1, -1, -1, id, *args_.own);
+    if (own != id) Note(Stage::kHead, 10, FaultKind::kForeignCache, -1, -1, -1, id, own);
+    if (head.open == 0) Note(Stage::kHead, 11, FaultKind::kClosed);
+    if (generation != head.generation) {
+      Note(Stage::kHead, 12, FaultKind::kGeneration, -1, -1, -1, generation, head.generation);
     }
-    if (open == 0) Note(Stage::kHead, 11, FaultKind::kClosed);
-    if (generation != pool_generation)
-      Note(Stage::kHead, 12, FaultKind::kGeneration, -1, -1, -1, generation, pool_generation);
-    const bool stale = args_.mutates && allow_stale == 0 && cache_epoch != epoch;
-    if (stale || Before(epoch, cache_epoch)) {
-      Note(Stage::kHead, 13, FaultKind::kEpoch, -1, -1, -1, cache_epoch, epoch);
+    const bool stale = args_.mutates && head.allow_stale == 0 && cache_epoch != head.epoch;
+    if (stale || Before(head.epoch, cache_epoch)) {
+      Note(Stage::kHead, 13, FaultKind::kEpoch, -1, -1, -1, cache_epoch, head.epoch);
     }
     if (key_ == ~0ull) shared_->pool = pool;
   }
@@ -267,6 +279,7 @@ class Checker {
 
   unsigned long long key_ = ~0ull;
   FaultKind kind_ = FaultKind::kNone;
+  bool passed_ = false;
   std::int32_t slot_ = -1, layer_ = -1, index_ = -1;
   std::int64_t wanted_ = 0, have_ = 0;
 };

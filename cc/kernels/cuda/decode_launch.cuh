@@ -5,12 +5,14 @@
 #include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/pipeline_launch.cuh"
+#include "kernels/cuda/readers.cuh"
 
 namespace kvpage::cuda {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
+  const CountedBlock counted(p.checked, p.last);
   WaitForPriorKernel();
   LetNextKernelStart();
   if (p.checked->ok != 0) DecodeAttention<T, kDim>(p, shared).Run();

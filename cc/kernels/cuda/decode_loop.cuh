@@ -80,17 +80,6 @@ class DecodeLoop {
   static constexpr int kTokens = Layout::kTokens;
   static constexpr int kScoreTiles = kTokens / 8 / kWarps;  // of 8 tokens, a warp's
 
-  __device__ __forceinline__ DecodeLoop(const AttentionParams& params, unsigned char* shared)
-      : p_(params),
-        rule_(params),
-        map_(params.checked->view),
-        weights_(shared),
-        tops_(reinterpret_cast<float*>(shared + Layout::kWeightBytes)),
-        sums_(tops_ + kWarps * kTileRows),
-        stages_(shared + Layout::kFixedBytes),
-        lane_(threadIdx.x % kWarpSize),
-        warp_(threadIdx.x / kWarpSize) {}
-
   __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * Layout::kStageBytes; }
   __device__ __forceinline__ unsigned char* Values(int stage) const { return Keys(stage) + Layout::kTileBytes; }
   // A second ring, by unit: a block is never further ahead in units than in tiles.
@@ -225,6 +214,19 @@ class DecodeLoop {
   bool mixed_;         // rows see different tokens
 
  private:
+  friend Kernel;
+
+  __device__ __forceinline__ DecodeLoop(const AttentionParams& params, unsigned char* shared)
+      : p_(params),
+        rule_(params),
+        map_(params.checked->view),
+        weights_(shared),
+        tops_(reinterpret_cast<float*>(shared + Layout::kWeightBytes)),
+        sums_(tops_ + kWarps * kTileRows),
+        stages_(shared + Layout::kFixedBytes),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize) {}
+
   __device__ __forceinline__ Kernel& kernel() { return static_cast<Kernel&>(*this); }
 
   __device__ __forceinline__ void Fetch(WorkIterator& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {

@@ -5,6 +5,7 @@
 #include "kernels/cuda/decode_quantized.cuh"
 #include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/pipeline_launch.cuh"
+#include "kernels/cuda/readers.cuh"
 
 namespace kvpage::cuda {
 
@@ -12,6 +13,7 @@ template <class S, class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     DecodeQuantizedKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
+  const CountedBlock counted(p.checked, p.last);
   WaitForPriorKernel();
   if (p.checked->ok != 0) DecodeQuantized<S, T, kDim>(p, shared).Run();
   FillRest(p);

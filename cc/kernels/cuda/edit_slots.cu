@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kCheckThreads) EditKernel(const __grid_constan
     *args.new_epoch = epoch;
     if (args.checked != nullptr) {
       args.checked->ok = ok ? 1 : 0;
+      args.checked->readers = ok ? checker.readers() : nullptr;
       if (ok) args.checked->view = checker.pool()->view;
     }
   }
@@ -225,6 +226,7 @@ struct CopyArgs {
 template <int N>
 __global__ void __launch_bounds__(kThreads) CopyTokensKernel(const __grid_constant__ CopyArgs args) {
   using Bytes = Vector<std::uint8_t, N>;
+  const CountedBlock counted(args.checked, /*last=*/true);
   WaitForPriorKernel();
   const CheckedBatch& checked = *args.checked;
   if (checked.ok == 0) return;
@@ -251,14 +253,17 @@ __global__ void __launch_bounds__(kThreads) CopyTokensKernel(const __grid_consta
   }
 }
 
+std::int64_t NumCopyBlocks(const CacheOperands& cache, const EditList& list) {
+  return list.num_copies * cache.spec[kSpecNumLayers] * 2 * kPieces;
+}
+
 Status LaunchCopies(const CacheOperands& cache, const EditList& list, const CheckedBatch* checked, Stream stream) {
   const auto dtype = static_cast<DType>(cache.spec[kSpecDType]);
   const CopyArgs args = {
       checked, list.copies, static_cast<std::int32_t>(cache.spec[kSpecNumLayers]),
       static_cast<std::int32_t>(cache.spec[kSpecHeadDim] * static_cast<std::int64_t>(ItemSize(dtype))),
       IsQuantized(dtype)};
-  const std::int64_t blocks = list.num_copies * args.num_layers * 2 * kPieces;
-  const LaunchShape shape = {static_cast<unsigned>(blocks), kThreads, 0, /*overlap=*/true};
+  const LaunchShape shape = {static_cast<unsigned>(NumCopyBlocks(cache, list)), kThreads, 0, /*overlap=*/true};
   // Rows begin at multiples of their length.
   if (args.row_bytes % 16 == 0) return Launch<CopyTokensKernel<16>>("copy_tokens", shape, stream, args);
   if (args.row_bytes % 4 == 0) return Launch<CopyTokensKernel<4>>("copy_tokens", shape, stream, args);
@@ -270,9 +275,11 @@ Status LaunchCopies(const CacheOperands& cache, const EditList& list, const Chec
 Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
                  std::int32_t* new_lengths, void* checked, Stream stream) {
   auto* const verdict = list.num_copies > 0 ? static_cast<CheckedBatch*>(checked) : nullptr;
-  const EditArgs args = {ToArgs(cache, true, own), list, new_epoch, new_lengths, verdict};
+  const std::int64_t blocks = NumCopyBlocks(cache, list);
+  const EditArgs args = {ToArgs(cache, true, own, blocks), list, new_epoch, new_lengths, verdict};
   KVPAGE_RETURN_IF_ERROR(Launch<EditKernel>(OpName(cache.op), OneBlock(cache), stream, args));
-  return list.num_copies > 0 ? LaunchCopies(cache, list, verdict, stream) : Status();
+  if (blocks == 0) return {};
+  return CountOutUnless(LaunchCopies(cache, list, verdict, stream), checked, blocks, stream);
 }
 
 }  // namespace kvpage::cuda

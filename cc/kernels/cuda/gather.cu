@@ -28,6 +28,7 @@ using Gathered = std::conditional_t<kIsQuantized<Stored>, float, Stored>;
 template <class Stored, int N>
 __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__ GatherArgs args) {
   using Out = Gathered<Stored>;
+  const CountedBlock counted(args.checked, /*last=*/true);
   WaitForPriorKernel();
   const CheckedBatch& checked = *args.checked;
   const std::int64_t s = blockIdx.x / args.tiles, begin = blockIdx.x % args.tiles * kTokensPerBlock;
@@ -77,9 +78,9 @@ Status LaunchGather(const GatherArgs& args, std::int64_t blocks, Stream stream) 
 
 Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                      std::int64_t row_tokens, void* k, void* v, void* checked, Stream stream) {
-  KVPAGE_RETURN_IF_ERROR(
-      LaunchBatchCheck(cache, ToArgs(cache, batch, layer, nullptr, /*append=*/false, nullptr, checked), stream));
-  const std::int64_t tiles = CeilDiv(row_tokens, kTokensPerBlock);
+  const std::int64_t tiles = CeilDiv(row_tokens, kTokensPerBlock), blocks = batch.num_sequences * tiles;
+  KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(
+      cache, ToArgs(cache, batch, layer, nullptr, /*append=*/false, nullptr, checked, blocks), stream));
   const GatherArgs args = {static_cast<const CheckedBatch*>(checked),
                            k,
                            v,
@@ -87,10 +88,10 @@ Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, con
                            tiles,
                            static_cast<std::int32_t>(cache.spec[kSpecNumKVHeads]),
                            static_cast<std::int32_t>(cache.spec[kSpecHeadDim])};
-  const std::int64_t blocks = batch.num_sequences * tiles;
   if (blocks == 0) return {};
-  return ForStorage(static_cast<DType>(cache.spec[kSpecDType]),
-                    [&](auto stored) { return LaunchGather<decltype(stored)>(args, blocks, stream); });
+  const Status launched = ForStorage(static_cast<DType>(cache.spec[kSpecDType]),
+                                     [&](auto stored) { return LaunchGather<decltype(stored)>(args, blocks, stream); });
+  return CountOutUnless(launched, checked, blocks, stream);
 }
 
 }  // namespace kvpage::cuda

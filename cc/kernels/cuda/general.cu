@@ -1,10 +1,22 @@
-// Launches the general kernel (general.cuh).
+// The general kernel (general.cuh) and its launch.
 #include <algorithm>
 
 #include "kernels/cuda/attend.h"
+#include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/general.cuh"
+#include "kernels/cuda/readers.cuh"
 
 namespace kvpage::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) GeneralKernel(const __grid_constant__ AttentionParams p) {
+  KVPAGE_DYNAMIC_SHARED(shared);
+  const CountedBlock counted(p.checked, p.last);
+  WaitForPriorKernel();
+  if (p.checked->ok != 0) GeneralAttention<T>(p, shared).Run();
+  FillRest(p);
+}
+
 namespace {
 
 constexpr int kMostStages = 4;

@@ -1,15 +1,15 @@
 // The general kernel: float32 storage or queries, any head size and alignment, queries of another 16-bit type than the
 // keys, exact weights. CUDA cores, float32 arithmetic.
 //
-// A tile of tokens lies in shared memory in its storage type. Scores: one lane per token, every fourth row per warp.
-// Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit are in
-// shared memory.
+// A tile of tokens lies in shared memory in its storage type. Dot products: one lane per token, a quarter of the
+// columns per warp for all rows, so that keys are read and converted once. Scores: one lane per token, every fourth row
+// per warp. Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit
+// are in shared memory.
 #ifndef KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 #define KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 
 #include <cstdint>
 
-#include "kernels/cuda/fill.cuh"
 #include "kernels/cuda/general_shared.cuh"
 #include "kernels/cuda/merge.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -39,6 +39,7 @@ class GeneralAttention {
     span_ = reinterpret_cast<float*>(shared + at.span);
     unit_ = reinterpret_cast<float*>(shared + at.unit);
     weights_ = reinterpret_cast<float*>(shared + at.weights);
+    dots_ = reinterpret_cast<float*>(shared + at.dots);
     factors_ = reinterpret_cast<float*>(shared + at.factors);
     scales_ = reinterpret_cast<float*>(shared + at.scales);
     tiles_ = shared + at.tiles;
@@ -155,7 +156,15 @@ class GeneralAttention {
   template <int kRows>
   __device__ void Tile(const WorkUnit& unit, std::int32_t begin, int stage) {
     float dots[kRows] = {};
-    if (lane_ < p_.tile_tokens) Dots<kRows>(Row(stage, 0, lane_), dots);
+    if (lane_ < p_.tile_tokens) StoreDots<kRows * kWarps>(Row(stage, 0, lane_));
+    __syncthreads();
+    if (lane_ < p_.tile_tokens) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) dots[i] += *Dot(w, warp_ + i * kWarps);
+      }
+    }
     const std::int32_t window = p_.checked->sliding_window;
     const std::int32_t token = begin + lane_;
     const bool there = lane_ < p_.tile_tokens && token >= unit.begin && token < unit.end;
@@ -198,24 +207,27 @@ class GeneralAttention {
     }
   }
 
-  template <int kRows>
-  __device__ void Dots(const unsigned char* key, float (&dots)[kRows]) const {
+  // The part that warp `w` computes of the product of a row with the lane's key.
+  __device__ float* Dot(int w, int row) const { return dots_ + (w * kTileRows + row) * p_.tile_tokens + lane_; }
+
+  template <int kAll>
+  __device__ void StoreDots(const unsigned char* key) const {
     constexpr int kElements = kVectorElements<T>;
-#pragma unroll 2
-    for (int d = 0; d < columns_; d += kElements) {
+    float dots[kAll] = {};
+    for (int d = warp_ * kElements; d < columns_; d += kWarps * kElements) {
       const Vector<T, kElements> k = LoadVector<T, kElements>(reinterpret_cast<const T*>(key) + d);
 #pragma unroll
       for (int j = 0; j < kElements; j += 4) {
+        const float x[4] = {ToFloat(k.at[j]), ToFloat(k.at[j + 1]), ToFloat(k.at[j + 2]), ToFloat(k.at[j + 3])};
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const float4 q = *reinterpret_cast<const float4*>(queries_ + (warp_ + i * kWarps) * columns_ + d + j);
-          dots[i] = fmaf(q.x, ToFloat(k.at[j]), dots[i]);
-          dots[i] = fmaf(q.y, ToFloat(k.at[j + 1]), dots[i]);
-          dots[i] = fmaf(q.z, ToFloat(k.at[j + 2]), dots[i]);
-          dots[i] = fmaf(q.w, ToFloat(k.at[j + 3]), dots[i]);
+        for (int r = 0; r < kAll; ++r) {
+          const float4 q = *reinterpret_cast<const float4*>(queries_ + r * columns_ + d + j);
+          dots[r] = fmaf(q.w, x[3], fmaf(q.z, x[2], fmaf(q.y, x[1], fmaf(q.x, x[0], dots[r]))));
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < kAll; ++r) *Dot(warp_, r) = dots[r];
   }
 
   template <int kRows, bool kGuarded>
@@ -324,7 +336,7 @@ class GeneralAttention {
   const Divider copies_;
   const bool wide_;  // rows can be copied 16 bytes at a time
   const int lane_, warp_;
-  float *queries_, *span_, *unit_, *weights_, *factors_, *scales_;
+  float *queries_, *span_, *unit_, *weights_, *dots_, *factors_, *scales_;
   unsigned char* tiles_;
   // Of row warp_ + i * kWarps: the span's state and that of the spans before.
   float max_[kTileRows / kWarps], sum_[kTileRows / kWarps];
@@ -332,14 +344,6 @@ class GeneralAttention {
   float slope_[kTileRows / kWarps];
   std::int32_t position_[kTileRows / kWarps];
 };
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) GeneralKernel(const __grid_constant__ AttentionParams p) {
-  KVPAGE_DYNAMIC_SHARED(shared);
-  WaitForPriorKernel();
-  if (p.checked->ok != 0) GeneralAttention<T>(p, shared).Run();
-  FillRest(p);
-}
 
 }  // namespace kvpage::cuda
 

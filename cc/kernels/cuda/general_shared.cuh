@@ -16,6 +16,7 @@ struct GeneralShared {
   std::int64_t span;     // [kTileRows, head_dim] floats: weighted values of the span, of the spans before
   std::int64_t unit;
   std::int64_t weights;  // [kTileRows, kGeneralTokens] floats
+  std::int64_t dots;     // [kWarps, kTileRows, tile_tokens] floats: each warp's part of the dot products
   std::int64_t factors;  // [2, kTileRows] floats
   std::int64_t scales;   // [stages, 2, kGeneralTokens] floats
   std::int64_t tiles;    // [stages, 2, tile_tokens, row_stride]
@@ -35,6 +36,7 @@ __host__ __device__ inline GeneralShared PlaceGeneral(std::int64_t head_dim, std
   at.span = place(kTileRows * head_dim * 4);
   at.unit = place(kTileRows * head_dim * 4);
   at.weights = place(kGeneralTokens * kTileRows * 4);
+  at.dots = place(std::int64_t{kWarps} * kTileRows * tile_tokens * 4);
   at.factors = place(2 * kTileRows * 4);
   at.scales = place(std::int64_t{stages} * 2 * kGeneralTokens * 4);
   at.tiles = place(std::int64_t{stages} * 2 * tile_tokens * row_stride);

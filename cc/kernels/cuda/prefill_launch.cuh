@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/pipeline_launch.cuh"
 #include "kernels/cuda/prefill.cuh"
+#include "kernels/cuda/readers.cuh"
 
 namespace kvpage::cuda {
 
@@ -11,7 +12,10 @@ template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) PrefillKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);
   WaitForPriorKernel();
-  if (p.checked->ok == 0 || p.plan.counts->items == 0) return;
+  if (p.checked->ok == 0 || p.plan.counts->items == 0) {
+    if (threadIdx.x == 0) CountBlockOut(p.checked, p.last);
+    return;
+  }
   PrefillAttention<T, kDim>(p, shared).Run();
 }
 

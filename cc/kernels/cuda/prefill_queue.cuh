@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/readers.cuh"
 #include "kernels/cuda/work.cuh"
 
 namespace kvpage::cuda {
@@ -30,13 +31,17 @@ struct PrefillQueue {
       : counts(p.plan.counts), count(p.plan.counts->items) {}
 
   // Writes the next item to shared memory for the whole block, which has finished the previous one; false: none is
-  // left.
+  // left, and the block is counted out (here, because code behind the kernel's loop would cost it registers).
   __device__ __forceinline__ bool Take(const AttentionParams& p, PrefillItem* work) const {
     KVPAGE_SHARED(std::int32_t, next);
     __syncthreads();
     if (threadIdx.x == 0) {
       next = atomicAdd(p.state.next_item, 1);
-      if (next < count) *work = At(p, next);
+      if (next < count) {
+        *work = At(p, next);
+      } else {
+        CountBlockOut(p.checked, p.last);
+      }
     }
     __syncthreads();
     return next < count;

@@ -12,6 +12,11 @@ __global__ void __launch_bounds__(kCheckThreads) BatchCheckKernel(const __grid_c
   CheckBatch(args, &shared, reinterpret_cast<std::uint32_t*>(marks));
 }
 
+// What the blocks of a kernel that was never launched would have counted out.
+__global__ void CountOutKernel(const CheckedBatch* checked, std::uint32_t blocks) {
+  if (checked->readers != nullptr) CountOut(checked->readers, blocks);
+}
+
 struct AdvanceArgs {
   CacheArgs cache;
   const std::int32_t* slots;
@@ -124,6 +129,15 @@ __global__ void __launch_bounds__(kCheckThreads) ChangeKernel(const __grid_const
 
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream) {
   return Launch<BatchCheckKernel>("check", OneBlock(cache), stream, args);
+}
+
+Status CountOutUnless(const Status& launched, void* checked, std::int64_t followers, Stream stream) {
+  if (launched.ok() || followers == 0) return launched;
+  // If this fails too, the host waits in vain, and leaves the pool's memory alone.
+  static_cast<void>(Launch<CountOutKernel>("count_out", LaunchShape{1, 1, 0, false}, stream,
+                                           static_cast<const CheckedBatch*>(checked),
+                                           static_cast<std::uint32_t>(followers)));
+  return launched;
 }
 
 Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint32_t* new_epoch,

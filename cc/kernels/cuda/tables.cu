@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
       checked->num_sequences = static_cast<std::int32_t>(num_sequences);
       checked->sliding_window = window != nullptr ? *window : 0;
       checked->view = view;
+      checked->readers = nullptr;
     }
   }
   const std::int64_t s = blockIdx.x;

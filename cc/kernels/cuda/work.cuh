@@ -80,6 +80,7 @@ struct AttentionParams {
   std::int32_t tile_tokens;  // general.cuh
   std::int32_t row_stride;   // general.cuh: bytes of a key in shared memory
   DType q_dtype;
+  bool last;  // no other kernel of the op follows
 };
 
 // The positions that the rows of a sequence see, and their division.
