@@ -90,7 +90,7 @@ def _operands(steps: int) -> tuple[jax.Array, ...]:
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("donated", [False, True])
 def test_calls_are_neither_doubled_nor_dropped(
-    make_pool, step: Callable[..., Any], calls: int, steps: int, donated: bool
+    make_pool, platform: str, step: Callable[..., Any], calls: int, steps: int, donated: bool
 ) -> None:
     """Of the operands stacked over steps, a scan's body sees slices."""
     pool = make_pool(_SPEC, poison=True)
@@ -110,7 +110,8 @@ def test_calls_are_neither_doubled_nor_dropped(
     # A loop that XLA unrolls has the calls of each step.
     assert advances in (1, steps)
     assert len(found) - plans - advances == advances * calls
-    assert plans == (0 if step is _append else advances), "all layers of a step share one plan"
+    if platform == "cuda":
+        assert plans == (0 if step is _append else advances), "all layers of a step share one plan"
     epoch = int(cache.epoch[0])
     cache, outs = compiled(cache, *operands)
     assert int(cache.epoch[0]) == epoch + steps * (_LAYERS + 1), "each write counts once"
