@@ -24,6 +24,12 @@ _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _PAGE = 64
 
 
+@functools.cache
+def _scalar(value: int) -> jax.Array:
+    """On the device once: a transfer in each call would take longer than small batches do."""
+    return jnp.int32(value)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _attend(layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any) -> Any:
     for i in range(layers):
@@ -120,8 +126,8 @@ class KVPage(JaxContender):
 
         def call(q: jax.Array, first: int, layers: int) -> jax.Array:
             if new is not None:
-                return _update(layers, cache, batch, q, jnp.int32(first), new)
-            return _attend(layers, cache, batch, q, jnp.int32(first))
+                return _update(layers, cache, batch, q, _scalar(first), new)
+            return _attend(layers, cache, batch, q, _scalar(first))
 
         def close() -> None:
             pool.check(cache)  # a fault on the device must not count as a measurement

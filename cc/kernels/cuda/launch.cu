@@ -77,7 +77,7 @@ Status KernelRecord::LoadOn(int device) {
 }
 
 Status LoadKernels() {
-  const Status status = KernelRecord::LoadAll();
+  Status status = KernelRecord::LoadAll();
   if (status.ok()) return status;
   return status.WithMessage("the CUDA kernels could not be loaded: " + status.message() +
                             " (python -m jax_kvpage tells what they were compiled for, and what is here)");
