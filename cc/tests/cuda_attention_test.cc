@@ -100,7 +100,7 @@ TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
                 0)
           << "sequence " << s << " alone " << DescribeCuda(p);
     }
-    for (const int chunk : {48}) {
+    for (const int chunk : {12, 48, 200}) {
       const ScopedDevice device(3, rng());
       const Cache other(rng, PickOf(rng, {Layout::kPerLayer, Layout::kTableHnd}), p.dtype, 2, p.head_dim, n + 1,
                         p.max_tokens(), chunk);

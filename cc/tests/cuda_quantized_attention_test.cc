@@ -79,7 +79,7 @@ TEST(CudaQuantizedAttentionTest, ChunksOfAnySize) {
     std::vector<double> out, lse;
     Reference(p, &out, &lse);
     Result first;
-    for (const int chunk : {16, 32, 48, 64, 128, 256}) {
+    for (const int chunk : {8, 16, 32, 48, 64, 128, 200, 256}) {
       const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
       const Cache cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, 3, p.max_tokens(), chunk);
       Store(p, cache, Slots(3));

@@ -29,6 +29,8 @@ struct QuantizedTile {
     const std::int32_t chunk = map.chunk.divisor, run = chunk % kTokens == 0 ? kTokens : chunk;
     if (begin >= from && begin + kTokens <= to && kTokens % run == 0 && run % kStep == 0) {
       FetchRuns(map, tokens, begin, run);
+    } else if (chunk >= kStep) {
+      FetchAcrossChunks(map, tokens, begin, from, to);
     } else {
       FetchTile<kDim / 2, kTokens>(map, tokens, begin, from, to, keys, values);
     }
@@ -58,6 +60,37 @@ struct QuantizedTile {
       CopyAsync16(keys + offset, key, true);
       CopyAsync16(values + offset, key + map.kv_stride, true);
       key += kStep * map.token_stride;
+    }
+  }
+
+  // Any tile, where a chunk has at least kStep tokens (default blocks of quantized storage: 48, 240, 1984). A thread's
+  // rows are no further apart than that: from each it goes on to the next, in the same chunk or the one after.
+  __device__ __forceinline__ void FetchAcrossChunks(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
+                                                    std::int32_t from, std::int32_t to) const {
+    const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
+    const std::int32_t chunk = map.chunk.divisor;
+    const char* const safe = map.Key(tokens, max(begin, from)) + unit * 16;
+    const char* base = nullptr;
+    std::int32_t index = map.chunk.Divide(begin + first), within = begin + first - index * chunk, known = -1;
+    std::int64_t offset = within * map.token_stride + unit * 16;
+#pragma unroll 4
+    for (int i = 0; i < kTokens / kStep; ++i) {
+      const int row = first + i * kStep;
+      const bool valid = begin + row >= from && begin + row < to;
+      if (valid && index != known) {  // no table is read beyond the tokens
+        base = tokens.first + (tokens.table != nullptr ? tokens.table[index] : index) * map.chunk_stride;
+        known = index;
+      }
+      const char* const source = valid ? base + offset : safe;
+      CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
+      within += kStep;
+      offset += kStep * map.token_stride;
+      if (within >= chunk) {
+        within -= chunk;
+        offset -= chunk * map.token_stride;
+        ++index;
+      }
     }
   }
 };
