@@ -46,7 +46,7 @@ class _Bench:
             layers, KV_HEADS, HEAD_DIM, batch, context, dtype=jnp.bfloat16, layout=layout
         ).resolve(platform)
         blocks = batch * spec.blocks_per_range * spec.num_ranges
-        # Steps are repeated from one cache: contexts stay as long as they are.
+        # Every step starts from the same cache, so contexts do not grow.
         self.pool = kvp.KVPool(spec, blocks * spec.block_bytes, on_stale="allow")
         self.slots, self.cache = self.pool.acquire(self.pool.cache(), [context] * batch)
         self.cache = fill_slots(self.cache, self.slots, context)
@@ -77,7 +77,7 @@ class _Bench:
         self._last.block_until_ready()
 
     def shorten(self, context: int) -> None:
-        """From now on contexts have so many tokens, their new one included."""
+        """Sets the length of all contexts to `context` tokens, including the new one."""
         # Repeated steps have moved the pool's newest epoch on.
         self.cache = self.pool.cache()
         ids = jnp.asarray(self.slots, jnp.int32)

@@ -1,5 +1,4 @@
-"""Pools and pages for measurements: slots whose blocks lie in a row or scattered, and random tokens
-that a few large calls write.
+"""Random tokens for the pools and pages of measurements, written by a few large calls.
 
 Every contender that fills its memory from here holds the same tokens, so results can be compared.
 """
@@ -7,10 +6,7 @@ Every contender that fills its memory from here holds the same tokens, so result
 from __future__ import annotations
 
 import functools
-import itertools
-import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,45 +14,12 @@ import numpy as np
 
 import jax_kvpage as kvp
 
-__all__ = ["HEAD_DIM", "KV_HEADS", "acquire", "fill_pages", "fill_slots", "neighbouring_share"]
+__all__ = ["HEAD_DIM", "KV_HEADS", "fill_pages", "fill_slots"]
 
 # Llama-3-8B's.
 KV_HEADS, HEAD_DIM = 8, 128
 # Tokens that one call writes in each layer.
 _CALL_TOKENS = 65536
-
-
-def acquire(pool: kvp.KVPool, contexts: Sequence[int], scattered: bool) -> tuple[Any, Any]:
-    """Slots for all contexts, and the cache; scattered ones grow a block at a time in random turns,
-    so that blocks that are neighbours in a slot are not neighbours in physical memory.
-
-    A scattered pool needs one slot and room for the longest context more than its contexts.
-    """
-    cache = pool.cache()
-    if not scattered:
-        return pool.acquire(cache, list(contexts))
-    step = pool.spec.block_tokens or 1
-    # One more slot grows along, so that a single sequence is scattered too.
-    targets = [*contexts, max(contexts)]
-    slots, cache = pool.acquire(cache, [1] * len(targets))
-    turns = [i for i, n in enumerate(targets) for _ in range(1, -(-n // step))]
-    random.Random(0).shuffle(turns)
-    have = [step] * len(targets)
-    for i in turns:
-        have[i] = min(have[i] + step, targets[i])
-        pool.extend(slots[i], have[i])
-    return slots[:-1], pool.release(cache, slots[-1])
-
-
-def neighbouring_share(pool: kvp.KVPool, slots: Sequence[int]) -> float:
-    """The share of blocks whose physical successor follows them in the slot too."""
-    pairs = [
-        b[0] == a[0] + 1
-        for slot in slots
-        for blocks in pool.block_map(slot)
-        for a, b in itertools.pairwise(blocks)
-    ]
-    return sum(pairs) / max(len(pairs), 1)
 
 
 def _pieces(sequences: int, context: int, multiple: int = 1) -> Iterator[tuple[int, int]]:

@@ -15,17 +15,21 @@ import functools
 import gc
 import json
 import math
+import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blocks import acquire, neighbouring_share
 from contenders.kvpage import KVPage
-from filling import HEAD_DIM, KV_HEADS, acquire, fill_pages, fill_slots, neighbouring_share
+from filling import HEAD_DIM, KV_HEADS, fill_pages, fill_slots
 from timing import measure
 
 import jax_kvpage as kvp
@@ -104,7 +108,7 @@ class _Shape:
         }
 
 
-# A setup: runs so many calls, and frees its memory; with facts about it.
+# run(calls, q), a function that frees the memory, and facts for the record.
 _Setup = tuple[Callable[[int, jax.Array], jax.Array], Callable[[], None], dict[str, Any]]
 
 

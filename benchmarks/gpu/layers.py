@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from typing import Any
+
+from scripts import output_of, print_tables
 
 _HERE = pathlib.Path(__file__).resolve().parent
 # Script, options, and seconds that parts behind it need.
@@ -29,18 +29,7 @@ _PARTS: tuple[tuple[str, list[str], float], ...] = (
 
 def _lines(command: list[str], limit: float) -> tuple[list[dict[str, Any]], str]:
     """What a script has printed within the limit, and why it ended early ("" if it did not)."""
-    reason = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=max(limit, 1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            reason = f"stopped after {limit:.0f} s"
-    if not reason and process.returncode:
-        reason = f"ended with status {process.returncode}: see the log"
+    output, reason = output_of(command, limit)
     answers = []
     for line in output.splitlines():
         try:
@@ -141,11 +130,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=90, help="seconds for all parts")
     arguments = parser.parse_args()
     result = collect(arguments.platform, arguments.dry_run, arguments.limit)
-    for name, rows in result["tables"].items():
-        print(name)
-        for row in rows:
-            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print("  ", ", ".join(cells))
+    print_tables(result["tables"])
     for row in result["left_out"]:
         print("left out:", row)
     print(json.dumps(result))

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scripts import print_tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _FLAG = "--xla_gpu_enable_command_buffer"
@@ -234,11 +235,7 @@ def main() -> int:
         print(json.dumps(_measure(arguments.platform, arguments.dry_run)))
         return 0
     result = measure(arguments.platform, arguments.dry_run, arguments.limit)
-    for name, rows in result["tables"].items():
-        print(name)
-        for row in rows:
-            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print("  ", ", ".join(cells))
+    print_tables(result["tables"])
     print(json.dumps(result))
     return 0
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -29,6 +28,7 @@ import tables
 from contenders import NAMES
 from plot import plot
 from rich.console import Console
+from scripts import output_of
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _SECTIONS = ("driver", "layers", "attention", "mapping", "llama")
@@ -79,24 +79,14 @@ class Run:
     def _call(self, command: list[str], limit: float, log: str) -> str:
         """Runs a script; returns its output up to its end or the time limit."""
         log_file = self._arguments.log
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         with log_file.open("a") as errors:
             errors.write(f"\n=== {log}\n")
             errors.flush()
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            ) as process:
-                try:
-                    output, _ = process.communicate(timeout=max(limit, 1))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    output, _ = process.communicate()
-                    self.say(f"{log} was stopped after {limit:.0f} s")
-                if process.returncode not in (0, -9):
-                    self.say(f"{log} ended with status {process.returncode}: see the log")
-                    self.result["left_out"].append(
-                        {"peer": log, "reason": f"status {process.returncode}"}
-                    )
+            output, reason = output_of(command, limit, errors)
+        if reason:
+            self.say(f"{log}: {reason}, see the log")
+        if reason.startswith("status"):
+            self.result["left_out"].append({"peer": log, "reason": reason})
         return output
 
     def driver(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from blocks import acquire, neighbouring_share
 from shapes import LAYERS_PER_PROGRAM, Case
 
 import jax_kvpage as kvp
@@ -56,35 +55,6 @@ def _append(cache: kvp.KVCache, k: jax.Array, v: jax.Array, batch: kvp.Batch) ->
     return jax.lax.fori_loop(0, cache.spec.num_layers, body, cache)
 
 
-def _acquire(pool: kvp.KVPool, contexts: tuple[int, ...], scattered: bool) -> tuple[Any, Any]:
-    """Slots for all contexts; scattered ones grow a block at a time in random turns."""
-    cache = pool.cache()
-    if not scattered:
-        return pool.acquire(cache, list(contexts))
-    step = pool.spec.block_tokens or 1
-    # One more slot grows along, so that a single sequence is scattered too.
-    targets = [*contexts, max(contexts)]
-    slots, cache = pool.acquire(cache, [1] * len(targets))
-    turns = [i for i, n in enumerate(targets) for _ in range(1, -(-n // step))]
-    random.Random(0).shuffle(turns)
-    have = [step] * len(targets)
-    for i in turns:
-        have[i] = min(have[i] + step, targets[i])
-        pool.extend(slots[i], have[i])
-    return slots[:-1], pool.release(cache, slots[-1])
-
-
-def _neighbours(pool: kvp.KVPool, slots: list[int]) -> float:
-    """The share of blocks whose physical successor follows them in the slot too."""
-    pairs = [
-        b[0] == a[0] + 1
-        for slot in slots
-        for blocks in pool.block_map(slot)
-        for a, b in itertools.pairwise(blocks)
-    ]
-    return sum(pairs) / max(len(pairs), 1)
-
-
 class KVPage(Peer):
     """Variants: how blocks are laid out, and what a program calls."""
 
@@ -125,7 +95,7 @@ class KVPage(Peer):
             -(-n // (spec.block_tokens or 1)) for n in (*case.contexts, max(case.contexts))
         )
         pool = kvp.KVPool(spec, blocks * spec.block_bytes * spec.num_ranges, on_stale="allow")
-        slots, cache = _acquire(pool, case.contexts, variant == "scattered")
+        slots, cache = acquire(pool, case.contexts, variant == "scattered")
         for s, slot in enumerate(slots):
             k, v = (self._padded(x, max(case.contexts), dtype) for x in data.kv(s))
             cache = _append(
@@ -145,7 +115,7 @@ class KVPage(Peer):
             close=pool.close,
             notes={
                 "block_tokens": spec.block_tokens or 0,
-                "neighbouring_blocks": _neighbours(pool, slots),
+                "neighbouring_blocks": neighbouring_share(pool, slots),
             },
         )
 

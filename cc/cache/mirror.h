@@ -52,7 +52,7 @@ class Mirror {
   virtual void Close() = 0;
 
   // Programs no longer find the pool; waits for those that did. False: the device does not answer, or they do not end
-  // in time: they may still use the pool's memory, which must stay as it is.
+  // in time. They may still use the pool's memory, so it must stay mapped.
   virtual bool Leave() = 0;
 
   // Something about programs on this device that the user should know, once; empty: nothing.

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blocks import acquire, neighbouring_share
 from cases import Case
-from filling import acquire, neighbouring_share
 from peers.base import Data
 from timing import Ready
 

@@ -197,7 +197,7 @@ def check_ptx(text: str) -> list[str]:
 
 
 def entry_name(mangled: str) -> str:
-    """A kernel's name as it is in the source."""
+    """The kernel's name in the source."""
     return resource_usage.demangled([mangled])[0]
 
 

@@ -70,7 +70,7 @@ Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(ar
   Prepare();
 }
 
-// The stack as it is before the first switch to it.
+// Sets up the initial stack, for the first switch to it.
 void Fiber::Prepare() {
 #if defined(__x86_64__)
   // As if Start had been about to be returned to: at its first instruction the stack is 8 below a multiple of 16.
