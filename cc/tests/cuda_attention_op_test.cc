@@ -2,6 +2,12 @@
 // plain page arrays.
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "kernels/cuda/scratch.h"
 #include "tests/cuda_attention_util.h"
 #include "tests/cuda_util.h"
 #include "tests/expect_ok.h"
@@ -27,6 +33,13 @@ Problem SomeProblem(Rng& rng, DType dtype, DType q_dtype, int head_dim) {
     }
   }
   return p;
+}
+
+// Memory as XLA hands it over: what was there before.
+std::unique_ptr<char[]> Garbage(std::size_t bytes) {
+  auto memory = Exactly<char>(bytes);
+  std::memset(memory.get(), 0xa5, bytes);
+  return memory;
 }
 
 // A pool over the cache, the problem's sequences in its slots.
@@ -65,8 +78,8 @@ struct Pool {
     operands.max_context = spec[4];
     operands.max_slots = spec[3];
     const auto count = static_cast<std::int64_t>(slots.size());
-    const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, count, p.num_tokens));
-    const auto plan = Exactly<char>(cuda::PlanBytes(count));
+    const auto scratch = Garbage(cuda::AttentionBytes(operands, count, p.num_tokens));
+    const auto plan = Garbage(cuda::PlanBytes(count));
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);
     const DeviceOp op = append != nullptr ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention;
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, p.num_tokens};
@@ -92,6 +105,37 @@ std::vector<char> NewTokens(Problem& p, int which, DType dtype) {
     }
   }
   return rows;
+}
+
+// Whatever a program's numbers are, a plan reads only what they lead to: the check refuses the batch after it.
+TEST(CudaAttentionOpTest, APlanLeavesOutWhatIsWrong) {
+  constexpr std::int32_t kLeast = std::numeric_limits<std::int32_t>::min(), kMost = -(kLeast + 1);
+  struct Case {
+    std::int32_t slot, begin, end;
+    int planned;
+  };
+  const Case cases[] = {{0, 0, 1, 1},          {0, 0, 8, 1},          {2, 3, 4, 1},        {-1, 0, 1, 0}, {3, 0, 1, 0},
+                        {-5, 0, 1, 0},         {kMost, 0, 1, 0},      {kLeast, 0, 1, 0},   {1, 0, 1, 0},  {2, 0, 2, 0},
+                        {0, 0, 0, 0},          {0, 5, 4, 0},          {0, -1, 1, 0},       {0, 0, 9, 0},  {0, 8, 9, 0},
+                        {0, kLeast, kMost, 0}, {0, kMost, kLeast, 0}, {0, kMost, kMost, 0}};
+  cuda::AttentionOperands attention;
+  attention.num_q_heads = 4;
+  attention.num_kv_heads = 2;
+  attention.head_dim = 64;
+  attention.max_context = 100;
+  attention.max_slots = 3;
+  const auto lengths = Ints({10, -1, 99});
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    attention.kv_dtype = dtype;
+    attention.q_dtype = IsQuantized(dtype) ? DType::kBF16 : dtype;
+    for (const Case& c : cases) {
+      const auto slots = Ints({c.slot}), offsets = Ints({c.begin, c.end});
+      const auto plan = Garbage(cuda::PlanBytes(1));
+      EXPECT_OK(cuda::PlanAttention(lengths.get(), {slots.get(), offsets.get(), 1, 8}, attention, plan.get(), nullptr));
+      const auto& counts = *reinterpret_cast<const cuda::PlanCounts*>(plan.get());
+      EXPECT_EQ(counts.decode + counts.prefill, c.planned) << c.slot << " " << c.begin << " " << c.end;
+    }
+  }
 }
 
 TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
@@ -175,7 +219,7 @@ TEST(CudaAttentionOpTest, TablesOfAnyPageSize) {
         lengths.push_back(p.tokens(static_cast<std::size_t>(s)));
         offsets.push_back(p.sequences[s].query_begin + p.sequences[s].query_length);
       }
-      const auto scratch = Exactly<char>(cuda::AttentionBytes(operands, n, p.num_tokens) + cuda::PlanBytes(n));
+      const auto scratch = Garbage(cuda::AttentionBytes(operands, n, p.num_tokens) + cuda::PlanBytes(n));
       const auto run = [&] {
         EXPECT_OK(cuda::AttendWithTables(cache.view, static_cast<std::int64_t>(cache.table.size()), lengths.data(),
                                          offsets.data(), n, p.num_tokens, operands, scratch.get(), nullptr));
