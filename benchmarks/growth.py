@@ -3,18 +3,20 @@
     python benchmarks/growth.py [--quick] [--json]
 
 A decoded token should cost a constant plus its context's bytes, without a step where a new block
-begins. Appending should cost the same in a small pool and in a large one.
+begins. Appending should cost the same in a small pool and in a large one, and so should a slot that
+grows into parked blocks, a refusal, and the acquiring of a slot.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -173,13 +175,49 @@ def _pools(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    with contextlib.suppress(kvp.OutOfBlocks):
+        call()
+    return time.perf_counter() - begin
+
+
+def _pressure(rounds: int) -> list[dict[str, Any]]:
+    """Host calls in pools of more and more slots; no block is free, most are parked."""
+    rows = []
+    for slots in (1024, 8192, 65536):
+        spec = kvp.CacheSpec(1, 1, 64, slots, 1024, dtype=jnp.float32, block_tokens=16)
+        spec = spec.resolve("cpu")
+        with kvp.KVPool(spec, 1024 * spec.block_bytes) as pool:
+            mine, cache = pool.acquire(pool.cache(), [16] * 1024)
+            cache = pool.release(cache, mine[rounds:])
+            jax.block_until_ready(cache)
+            grows = [_seconds(functools.partial(pool.extend, slot, 32)) for slot in mine[:rounds]]
+            # More blocks than there are: nothing is mapped.
+            refused = functools.partial(pool.extend, mine[:32], [1024] * 32)
+            refusals = [_seconds(refused) for _ in range(rounds)]
+        with kvp.KVPool(spec, 1024 * spec.block_bytes) as pool:
+            cache = pool.cache()
+            acquire = _seconds(functools.partial(pool.acquire, cache, [0] * slots))
+        rows.append(
+            {
+                "slots": slots,
+                "us a slot that grows": statistics.median(grows) * 1e6,
+                "us a refusal of 32 slots": statistics.median(refusals) * 1e6,
+                "us a slot to acquire all": acquire / slots * 1e6,
+            }
+        )
+    return rows
+
+
 def measure(quick: bool) -> dict[str, Any]:
-    """The three tables."""
+    """The four tables."""
     return {
         "tables": {
             f"a decoded token, {_LAYERS} layers, float32": _contexts(3 if quick else 15),
             f"steps of {_WALK_BATCH} sequences from 1024 tokens": _boundaries(70 if quick else 330),
             "append_kv and the size of the pool": _pools(20 if quick else 400),
+            "host calls under pressure and the number of slots": _pressure(40 if quick else 400),
         }
     }
 

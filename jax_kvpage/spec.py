@@ -41,8 +41,9 @@ _LARGEST = {
     "max_slots": 2**20,
     "max_seq_len": MAX_INT32 // TOKEN_MULTIPLE * TOKEN_MULTIPLE,
 }
-# Ranges of all slots together: the host keeps a list of blocks for each.
-_MAX_RANGES = 2**26
+# Ranges of all slots together. The host's tables have four bytes for each slot and layer, half a
+# GiB at this limit; they name blocks only where some are mapped.
+_MAX_RANGES = 2**28
 _MAX_INT64 = 2**63 - 1
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
 
 namespace kvpage {
@@ -10,8 +11,8 @@ Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_p
     : geometry_(geometry),
       pool_(budget_blocks),
       vmm_(std::move(vmm)),
-      num_blocks_(geometry.max_slots, 0),
-      blocks_(geometry.max_slots * geometry.num_ranges()) {}
+      maps_(geometry.max_slots),
+      changes_(geometry.max_slots) {}
 
 Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
                    std::unique_ptr<Arena>* out) {
@@ -20,39 +21,57 @@ Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::un
   return {};
 }
 
-template <class Visit>
-void Arena::ForEachMapping(Visit visit) const {
-  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    for (std::int64_t range = 0; range < geometry_.num_ranges(); ++range) {
-      for (const std::int32_t block : block_map(slot, range)) visit(slot, block);
-    }
+std::vector<std::int32_t> Arena::Gather(std::int64_t slot, std::int64_t range, std::int64_t begin,
+                                        std::int64_t count) const {
+  const std::int64_t ranges = geometry_.num_ranges();
+  std::vector<std::int32_t> blocks(count);
+  for (std::int64_t i = 0; i < count; ++i) blocks[i] = maps_[slot][(begin + i) * ranges + range];
+  return blocks;
+}
+
+void Arena::Append(std::int64_t slot, const std::vector<std::int32_t>& blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::int64_t more = static_cast<std::int64_t>(blocks.size()) / ranges;
+  std::vector<std::int32_t>& map = maps_[slot];
+  for (std::int64_t i = 0; i < more; ++i) {
+    for (std::int64_t range = 0; range < ranges; ++range) map.push_back(blocks[range * more + i]);
   }
+  changes_.Note(slot);
+}
+
+void Arena::Truncate(std::int64_t slot, std::int64_t blocks) {
+  std::vector<std::int32_t>& map = maps_[slot];
+  map.resize(blocks * geometry_.num_ranges());
+  if (map.size() <= map.capacity() / 4) map.shrink_to_fit();
+  changes_.Note(slot);
 }
 
 std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
-  most = std::min(most, num_blocks_[slot]);
+  const std::int64_t ranges = geometry_.num_ranges(), last = blocks(slot) - 1;
+  most = std::min(most, last + 1);
   if (pool_.num_shared() == 0) return most;
   const auto exclusive = [&](std::int64_t logical) {
-    for (std::int64_t range = 0; range < geometry_.num_ranges(); ++range) {
-      if (pool_.references(block_map(slot, range)[logical]) > 1) return false;
-    }
-    return true;
+    const std::int32_t* const begin = &maps_[slot][logical * ranges];
+    return std::all_of(begin, begin + ranges, [&](std::int32_t block) { return pool_.references(block) == 1; });
   };
   std::int64_t run = 0;
-  while (run < most && exclusive(num_blocks_[slot] - 1 - run)) ++run;
+  while (run < most && exclusive(last - run)) ++run;
   return run;
 }
 
-std::int64_t Arena::FreedBy(const std::vector<std::int8_t>& given_up) const {
+std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
   std::int64_t freed = 0;
-  if (pool_.num_shared() == 0) {
-    for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) freed += given_up[slot] != 0 ? mappings(slot) : 0;
-    return freed;
+  std::unordered_map<std::int32_t, std::int32_t> dropped;  // references, of shared blocks
+  for (const std::int32_t slot : slots) {
+    if (pool_.num_shared() == 0) {
+      freed += mappings(slot);
+      continue;
+    }
+    for (const std::int32_t block : maps_[slot]) {
+      const std::int32_t references = pool_.references(block);
+      freed += references == 1 || ++dropped[block] == references;
+    }
   }
-  std::vector<std::int32_t> dropped(pool_.num_blocks(), 0);  // references, of each block
-  ForEachMapping([&](std::int64_t slot, std::int32_t block) {
-    if (given_up[slot] != 0 && ++dropped[block] == pool_.references(block)) ++freed;
-  });
   return freed;
 }
 
@@ -63,8 +82,9 @@ std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& cl
     return counts;
   }
   std::vector<std::int8_t> lowest(pool_.num_blocks(), static_cast<std::int8_t>(num_classes));
-  ForEachMapping(
-      [&](std::int64_t slot, std::int32_t block) { lowest[block] = std::min(lowest[block], classes[slot]); });
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    for (const std::int32_t block : maps_[slot]) lowest[block] = std::min(lowest[block], classes[slot]);
+  }
   for (const std::int8_t number : lowest) {
     if (number < num_classes) ++counts[number];
   }
@@ -73,15 +93,16 @@ std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& cl
 
 Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t old = num_blocks_[slot];
+  const std::int64_t old = this->blocks(slot);
   const std::int64_t more = blocks - old;
   if (more <= 0) return {};
   std::vector<std::int32_t> claimed;
   std::vector<std::int32_t> cold;
   claimed.reserve(more * ranges);
   for (std::int64_t range = 0; range < ranges; ++range) {
-    const std::vector<std::int32_t>& map = block_map(slot, range);
-    const std::int32_t after = !map.empty() ? map.back() : claimed.empty() ? -1 : claimed.back();
+    const std::int32_t after = old > 0           ? maps_[slot][(old - 1) * ranges + range]
+                               : claimed.empty() ? -1
+                                                 : claimed.back();
     if (!pool_.Claim(more, after, &claimed, &cold)) {
       pool_.Unclaim(claimed, cold);
       return ResourceExhausted(
@@ -104,67 +125,61 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
     pool_.Unclaim(claimed, {});  // created by now: they stay warm
     return status;
   }
-  for (std::int64_t range = 0; range < ranges; ++range) {
-    std::vector<std::int32_t>& map = blocks_[slot * ranges + range];
-    map.insert(map.end(), claimed.begin() + range * more, claimed.begin() + (range + 1) * more);
-  }
-  num_blocks_[slot] = blocks;
+  Append(slot, claimed);
   pool_.NotePeak();
   return {};
 }
 
 Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t fewer = num_blocks_[slot] - blocks;
+  const std::int64_t fewer = this->blocks(slot) - blocks;
   if (fewer <= 0) return {};
+  const auto tail = [&](std::int64_t range) { return Gather(slot, range, blocks, fewer); };
   for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), block_map(slot, range).data() + blocks, fewer);
+    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), tail(range).data(), fewer);
     if (status.ok()) continue;
     for (std::int64_t r = 0; r < range; ++r) {
-      const Status rollback = vmm_->Map(geometry_.Offset(slot, r, blocks), block_map(slot, r).data() + blocks, fewer);
+      const Status rollback = vmm_->Map(geometry_.Offset(slot, r, blocks), tail(r).data(), fewer);
       if (!rollback.ok()) status = Internal(status.message() + "; mapping again failed too: " + rollback.message());
     }
     return status;
   }
   for (std::int64_t range = 0; range < ranges; ++range) {
-    std::vector<std::int32_t>& map = blocks_[slot * ranges + range];
     // Backwards, so that the free list hands them out again in their old order.
-    for (std::int64_t i = static_cast<std::int64_t>(map.size()) - 1; i >= blocks; --i) pool_.Release(map[i]);
-    map.resize(blocks);
+    for (std::int64_t i = blocks + fewer - 1; i >= blocks; --i) pool_.Release(maps_[slot][i * ranges + range]);
   }
-  num_blocks_[slot] = blocks;
+  Truncate(slot, blocks);
   return {};
 }
 
 Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t old = num_blocks_[to], more = blocks - old;
+  const std::int64_t old = this->blocks(to), more = blocks - old;
   if (more <= 0) return {};
+  const auto shared = [&](std::int64_t range) { return Gather(from, range, old, more); };
   for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->Map(geometry_.Offset(to, range, old), block_map(from, range).data() + old, more);
+    Status status = vmm_->Map(geometry_.Offset(to, range, old), shared(range).data(), more);
     if (status.ok()) continue;
     while (--range >= 0) {
-      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, old), block_map(from, range).data() + old, more));
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, old), shared(range).data(), more));
     }
     return status;
   }
-  for (std::int64_t range = 0; range < ranges; ++range) {
-    const std::vector<std::int32_t>& source = blocks_[from * ranges + range];
-    std::vector<std::int32_t>& target = blocks_[to * ranges + range];
-    target.insert(target.end(), source.begin() + old, source.begin() + blocks);
-    for (std::int64_t i = old; i < blocks; ++i) pool_.AddReference(source[i]);
-  }
-  num_blocks_[to] = blocks;
+  const auto begin = maps_[from].begin() + old * ranges, end = maps_[from].begin() + blocks * ranges;
+  for (auto block = begin; block != end; ++block) pool_.AddReference(*block);
+  maps_[to].insert(maps_[to].end(), begin, end);
+  changes_.Note(to);
   return {};
 }
 
 Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   if (blocks <= 0) return {};
   const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t rest = num_blocks_[from] - blocks, old = num_blocks_[to];
+  const std::int64_t rest = this->blocks(from) - blocks, old = this->blocks(to);
   const auto move = [&](std::int64_t range, bool back) {
     const std::int64_t here = geometry_.Offset(from, range, rest), there = geometry_.Offset(to, range, old);
-    return vmm_->Move(back ? there : here, back ? here : there, block_map(from, range).data() + rest, blocks);
+    const std::vector<std::int32_t> moved = Gather(from, range, rest, blocks);
+    return vmm_->Move(back ? there : here, back ? here : there, moved.data(), blocks);
   };
   for (std::int64_t range = 0; range < ranges; ++range) {
     Status status = move(range, /*back=*/false);
@@ -172,14 +187,9 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
     while (--range >= 0) static_cast<void>(move(range, /*back=*/true));
     return status;
   }
-  for (std::int64_t range = 0; range < ranges; ++range) {
-    std::vector<std::int32_t>& source = blocks_[from * ranges + range];
-    std::vector<std::int32_t>& target = blocks_[to * ranges + range];
-    target.insert(target.end(), source.begin() + rest, source.end());
-    source.resize(rest);
-  }
-  num_blocks_[from] = rest;
-  num_blocks_[to] = old + blocks;
+  maps_[to].insert(maps_[to].end(), maps_[from].begin() + rest * ranges, maps_[from].end());
+  changes_.Note(to);
+  Truncate(from, rest);
   return {};
 }
 
@@ -194,7 +204,7 @@ Status Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int 
 void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) {
   const KVView view = geometry_.View(base());
   const std::int64_t row = geometry_.head_dim * static_cast<std::int64_t>(ItemSize(geometry_.dtype));
-  const std::int64_t end = num_blocks_[slot] * geometry_.block_tokens;
+  const std::int64_t end = blocks(slot) * geometry_.block_tokens;
   for (std::int64_t t = token; t < end; ++t) {
     for (std::int64_t head = 0; head < geometry_.num_kv_heads; ++head) {
       for (int kv = 0; kv < 2; ++kv) {

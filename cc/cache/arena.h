@@ -14,6 +14,7 @@
 
 #include "base/status.h"
 #include "cache/block_pool.h"
+#include "cache/changed_slots.h"
 #include "cache/geometry.h"
 #include "vmm/vmm.h"
 
@@ -32,18 +33,20 @@ class Arena {
   void Abandon() { vmm_->Abandon(); }
 
   // Logical blocks mapped in each range of a slot, and how many mappings of blocks that makes in all ranges.
-  std::int64_t blocks(std::int64_t slot) const { return num_blocks_[slot]; }
-  std::int64_t mappings(std::int64_t slot) const { return num_blocks_[slot] * geometry_.num_ranges(); }
+  std::int64_t blocks(std::int64_t slot) const { return mappings(slot) / geometry_.num_ranges(); }
+  std::int64_t mappings(std::int64_t slot) const { return static_cast<std::int64_t>(maps_[slot].size()); }
   // Physical block of each logical block of a range.
-  const std::vector<std::int32_t>& block_map(std::int64_t slot, std::int64_t range) const {
-    return blocks_[slot * geometry_.num_ranges() + range];
+  std::vector<std::int32_t> block_map(std::int64_t slot, std::int64_t range) const {
+    return Gather(slot, range, 0, blocks(slot));
   }
+  // The slots whose number of blocks has changed since the last call, once each, in no order.
+  std::vector<std::int32_t> TakeChanged() { return changes_.Take(); }
 
   // The run of logical blocks at the end of a slot without other references, at most `most`: these can be moved
   // elsewhere, and come free when they are unmapped.
   std::int64_t ExclusiveTail(std::int64_t slot, std::int64_t most) const;
-  // Physical blocks that would come free if the slots with a nonzero entry in `given_up` were unmapped.
-  std::int64_t FreedBy(const std::vector<std::int8_t>& given_up) const;
+  // Physical blocks that would come free if these slots, each named once, were unmapped.
+  std::int64_t FreedBy(const std::vector<std::int32_t>& slots) const;
   // Physical blocks mapped by each class of slots, `classes[slot]` being below `num_classes`. A block that slots of
   // several classes map counts once, for the lowest.
   std::vector<std::int64_t> CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const;
@@ -70,15 +73,20 @@ class Arena {
 
  private:
   Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm);
-  // Calls visit(slot, block) for every mapping.
-  template <class Visit>
-  void ForEachMapping(Visit visit) const;
+  // Physical blocks of `count` logical blocks of a range, from logical block `begin` on.
+  std::vector<std::int32_t> Gather(std::int64_t slot, std::int64_t range, std::int64_t begin, std::int64_t count) const;
+  // Appends logical blocks to a slot's map: of each range in turn, `blocks.size() / num_ranges` blocks.
+  void Append(std::int64_t slot, const std::vector<std::int32_t>& blocks);
+  // Drops what a slot's map has beyond `blocks` logical blocks.
+  void Truncate(std::int64_t slot, std::int64_t blocks);
 
   const Geometry geometry_;
   BlockPool pool_;
   std::unique_ptr<Vmm> vmm_;
-  std::vector<std::int64_t> num_blocks_;           // [slots]
-  std::vector<std::vector<std::int32_t>> blocks_;  // [slots * ranges]
+  // [slots] of [logical blocks, ranges]: the physical blocks, so that a slot without blocks has no memory here and its
+  // map grows and shrinks at its end.
+  std::vector<std::vector<std::int32_t>> maps_;
+  ChangedSlots changes_;
 };
 
 }  // namespace kvpage

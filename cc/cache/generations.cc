@@ -45,9 +45,8 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
     // A slot whose release began only now is still occupied in this generation. The release program of one that was
     // draining belongs to the old generation and will be refused.
-    HostSlot& row = table.host(state, slot);
-    if (device.slots[slot].vacated && row.state != SlotState::kFree) {
-      row.state = SlotState::kDraining;
+    if (device.slots[slot].vacated && table.host(state, slot).state != SlotState::kFree) {
+      table.StartDraining(state, slot);
       table.Vacate(state, slot);
     }
     out->lengths.push_back(device.slots[slot].vacated ? -1 : device.slots[slot].length);

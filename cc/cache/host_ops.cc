@@ -13,21 +13,19 @@ std::string Number(std::int64_t value) { return std::to_string(value); }
 // Chooses a free slot for each request.
 Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int64_t>& tokens,
                   std::vector<Want>* wants) {
-  const Geometry& geometry = pool.table->geometry();
-  std::vector<bool> taken(geometry.max_slots, false);
-  for (const std::int64_t n : tokens) {
-    const std::int64_t blocks = geometry.BlocksFor(n);
-    const std::int32_t slot = pool.supply->BestFit(mapping, blocks, taken);
-    if (slot < 0) {
-      Claim claim = FailedClaim(ResourceExhausted("no free slot", Reason::kOutOfSlots));
-      claim.wanted = static_cast<std::int64_t>(tokens.size());
-      claim.free = static_cast<std::int64_t>(wants->size());
-      claim.draining = pool.table->NumDraining(pool.table->Lock());
-      return claim;
-    }
-    taken[slot] = true;
-    wants->push_back({slot, blocks});
+  std::vector<std::int64_t> blocks;
+  blocks.reserve(tokens.size());
+  for (const std::int64_t n : tokens) blocks.push_back(pool.table->geometry().BlocksFor(n));
+  const std::vector<std::int32_t> slots = pool.supply->BestFits(mapping, blocks);
+  if (slots.size() < tokens.size()) {
+    Claim claim = FailedClaim(ResourceExhausted("no free slot", Reason::kOutOfSlots));
+    claim.wanted = static_cast<std::int64_t>(tokens.size());
+    claim.free = static_cast<std::int64_t>(slots.size());
+    claim.draining = pool.table->NumDraining(pool.table->Lock());
+    return claim;
   }
+  wants->reserve(slots.size());
+  for (std::size_t i = 0; i < slots.size(); ++i) wants->push_back({slots[i], blocks[i]});
   return {};
 }
 
@@ -121,9 +119,8 @@ Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
   if (!claim.status.ok()) return claim;
   const StateLock state = table.Lock();
   for (std::size_t i = 0; i < slots.size(); ++i) {
-    HostSlot& row = table.host(state, slots[i]);
     // A release may have begun meanwhile; the memory then parks with the slot.
-    if (row.state == SlotState::kOccupied) row.reserved = std::max(row.reserved, tokens[i]);
+    if (table.host(state, slots[i]).state == SlotState::kOccupied) table.Reserve(state, slots[i], tokens[i]);
   }
   return claim;
 }
@@ -140,22 +137,22 @@ Status StartEdits(const PoolParts& pool, const char* verb, const std::vector<Slo
   const StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, state, verb));
   KVPAGE_RETURN_IF_ERROR(CheckSlots(&table, state, verb, slots));
-  for (const std::int32_t slot : slots) table.host(state, slot).state = SlotState::kDraining;
+  for (const std::int32_t slot : slots) table.StartDraining(state, slot);
   return {};
 }
 
 void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
   const StateLock state = pool.table->Lock();
   for (const SlotEdit& edit : edits) {
-    HostSlot& row = pool.table->host(state, edit.slot);
+    const HostSlot& row = pool.table->host(state, edit.slot);
     const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
-        row.state = SlotState::kDraining;
+        pool.table->StartDraining(state, edit.slot);
         pool.table->Vacate(state, edit.slot);
         break;
       case SlotOpcode::kVacate:
-        if (row.state == SlotState::kDraining && !vacated) row.state = SlotState::kOccupied;
+        if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);
         break;
       case SlotOpcode::kSetLength:
         break;
@@ -168,7 +165,7 @@ Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::i
   const StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "commit"));
   KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "commit", slot));
-  std::vector<std::int32_t>& committed = table.host(state, slot).committed;
+  std::vector<std::int32_t>& committed = table.committed(state, slot);
   const auto wanted = static_cast<std::int64_t>(committed.size() + token_ids.size());
   const std::int64_t room = table.Room(state, slot);
   if (wanted > room) {

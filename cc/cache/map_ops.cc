@@ -40,9 +40,7 @@ Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* 
       return claim.status.WithMessage(std::string(op) + ": slot " + std::to_string(slot) + ": " +
                                       claim.status.message());
     }
-    const StateLock state = table.Lock();
-    HostSlot& row = table.host(state, slot);
-    row.reserved = std::max<std::int64_t>(row.reserved, tokens[i]);
+    table.Reserve(table.Lock(), slot, tokens[i]);
   }
   return {};
 }

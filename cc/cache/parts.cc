@@ -15,11 +15,11 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
 
 void CollectReleases(const PoolParts& pool, const StateLock& state) {
   if (pool.mirror == nullptr) return;
-  for (std::int32_t slot = 0; slot < pool.table->num_slots(); ++slot) {
-    if (pool.table->host(state, slot).state != SlotState::kDraining) continue;
-    if (pool.table->progress(state).slots[slot].vacated || !pool.mirror->Vacated(slot)) continue;
-    pool.table->Vacate(state, slot);
+  std::vector<std::int32_t> vacated;  // in order of slots, in which they then park
+  for (const std::int32_t slot : pool.table->draining(state)) {
+    if (!pool.table->progress(state).slots[slot].vacated && pool.mirror->Vacated(slot)) vacated.push_back(slot);
   }
+  for (const std::int32_t slot : vacated) pool.table->Vacate(state, slot);
 }
 
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {

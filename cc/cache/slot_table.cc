@@ -5,11 +5,11 @@
 namespace kvpage {
 
 SlotTable::SlotTable(const Geometry& geometry)
-    : geometry_(geometry), slots_(geometry.max_slots), progress_(geometry), named_(geometry.max_slots, 0) {}
-
-std::int64_t SlotTable::NumDraining(const StateLock&) const {
-  return std::count_if(slots_.begin(), slots_.end(), [](const HostSlot& s) { return s.state == SlotState::kDraining; });
-}
+    : geometry_(geometry),
+      slots_(geometry.max_slots),
+      changes_(geometry.max_slots),
+      progress_(geometry),
+      named_(geometry.max_slots, 0) {}
 
 Status SlotTable::CheckOccupied(const StateLock&, const char* op, std::int32_t slot) const {
   if (slot < 0 || slot >= geometry_.max_slots) {
@@ -22,12 +22,28 @@ Status SlotTable::CheckOccupied(const StateLock&, const char* op, std::int32_t s
       (slots_[slot].state == SlotState::kFree ? "free: acquire it first" : "draining: it was released"));
 }
 
+void SlotTable::SetState(std::int32_t slot, SlotState state) {
+  slots_[slot].state = state;
+  if (state == SlotState::kDraining) {
+    draining_.insert(slot);
+  } else {
+    draining_.erase(slot);
+  }
+  changes_.Note(slot);
+}
+
 void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens) {
   HostSlot& row = slots_[slot];
-  row.state = SlotState::kOccupied;
+  SetState(slot, SlotState::kOccupied);
   row.reserved = tokens;
   row.committed.clear();
   progress_.Reset(slot);
+}
+
+void SlotTable::Reserve(const StateLock&, std::int32_t slot, std::int64_t tokens) {
+  if (tokens <= slots_[slot].reserved) return;
+  slots_[slot].reserved = tokens;
+  changes_.Note(slot);
 }
 
 void SlotTable::Vacate(const StateLock&, std::int32_t slot) {
@@ -41,7 +57,7 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   HostSlot& row = slots_[slot];
   SlotProgress& progress = progress_.slots[slot];
   if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0) return;
-  row.state = SlotState::kFree;
+  SetState(slot, SlotState::kFree);
   row.reserved = 0;
   row.committed.clear();
   row.parked_at = ++parkings_;
@@ -50,11 +66,16 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   changed_.notify_all();
 }
 
-void SlotTable::AddView(const StateLock&, std::int32_t slot) { ++(slot >= 0 ? slots_[slot].views : views_of_all_); }
+void SlotTable::AddView(const StateLock&, std::int32_t slot) {
+  ++(slot >= 0 ? slots_[slot].views : views_of_all_);
+  if (slot >= 0) changes_.Note(slot);
+}
 
 void SlotTable::RemoveView(const StateLock&, std::int32_t slot) {
   --(slot >= 0 ? slots_[slot].views : views_of_all_);
-  if (slot >= 0) FinishDraining(slot);
+  if (slot < 0) return;
+  changes_.Note(slot);
+  FinishDraining(slot);
 }
 
 void SlotTable::Unpin(const StateLock&, const Pins& pins) {

@@ -6,6 +6,9 @@
 // The table owns the state mutex. It is held for moments only, never over a system call, so that mapping memory does
 // not delay programs that only read and write. A method that needs it takes a StateLock. Order of locks: mapping
 // (MappingLock, supply.h), then state. Nothing here waits for Python.
+//
+// Rows change through methods here only. Each change notes its slot, and the next claim, which has the mapping mutex,
+// brings its index of slots up to date with these (Supply::Refresh): handlers change rows without that mutex.
 #ifndef KVPAGE_CACHE_SLOT_TABLE_H_
 #define KVPAGE_CACHE_SLOT_TABLE_H_
 
@@ -14,10 +17,12 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cache/changed_slots.h"
 #include "cache/device_progress.h"
 #include "cache/geometry.h"
 #include "cache/messages.h"
@@ -73,13 +78,15 @@ class SlotTable {
   }
 
   // ---- rows ----
-  HostSlot& host(const StateLock&, std::int64_t slot) { return slots_[slot]; }
+  const HostSlot& host(const StateLock&, std::int64_t slot) const { return slots_[slot]; }
+  std::vector<std::int32_t>& committed(const StateLock&, std::int64_t slot) { return slots_[slot].committed; }
   DeviceProgress& progress(const StateLock&) { return progress_; }
   // Tokens that may be written: `reserved` rounded up to whole blocks, which are mapped and stay mapped.
   std::int64_t Room(const StateLock&, std::int64_t slot) const {
     return std::min(geometry_.BlocksFor(slots_[slot].reserved) * geometry_.block_tokens, geometry_.max_seq_len);
   }
-  std::int64_t NumDraining(const StateLock&) const;
+  const std::set<std::int32_t>& draining(const StateLock&) const { return draining_; }
+  std::int64_t NumDraining(const StateLock&) const { return static_cast<std::int64_t>(draining_.size()); }
 
   // ---- checks ----
   bool closed(const StateLock&) const { return closed_; }
@@ -96,6 +103,11 @@ class SlotTable {
 
   // ---- changes ----
   void Occupy(const StateLock& lock, std::int32_t slot, std::int64_t tokens);
+  // Raises what an occupant has asked for to at least `tokens`.
+  void Reserve(const StateLock&, std::int32_t slot, std::int64_t tokens);
+  // The host releases a slot, and takes that back.
+  void StartDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kDraining); }
+  void CancelDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kOccupied); }
   // A draining slot's release program has run.
   void Vacate(const StateLock& lock, std::int32_t slot);
   void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots
@@ -107,12 +119,15 @@ class SlotTable {
   }
   void Unpin(const StateLock& lock, const Pins& pins);
   void Close(const StateLock&);
+  // The slots whose row has changed since the last call, once each, in no order.
+  std::vector<std::int32_t> TakeChanged(const StateLock&) { return changes_.Take(); }
 
   // How often a call waited for programs.
   void CountWait(const StateLock&) { ++waits_; }
   std::int64_t waits(const StateLock&) const { return waits_; }
 
  private:
+  void SetState(std::int32_t slot, SlotState state);
   void FinishDraining(std::int32_t slot);
 
   const Geometry geometry_;
@@ -121,6 +136,8 @@ class SlotTable {
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::vector<HostSlot> slots_;
+  std::set<std::int32_t> draining_;
+  ChangedSlots changes_;
   DeviceProgress progress_;
   std::vector<std::uint64_t> named_;  // [slots] stamp of the last call that named it
   std::uint64_t stamp_ = 0;

@@ -1,13 +1,23 @@
 #include "cache/supply.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 namespace kvpage {
 namespace {
 
+constexpr std::int64_t kAllBlocks = std::numeric_limits<std::int64_t>::max();
+
 std::string Number(std::int64_t value) { return std::to_string(value); }
+
+std::int64_t CountBlocks(const std::vector<Donor>& donors) {
+  std::int64_t sum = 0;
+  for (const Donor& donor : donors) sum += donor.blocks;
+  return sum;
+}
 
 }  // namespace
 
@@ -30,65 +40,79 @@ Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
                          mappings_.account()->Describe() + ": " + advice + ", or raise vm.max_map_count (sysctl)");
 }
 
-std::int32_t Supply::BestFit(const MappingLock&, std::int64_t blocks, const std::vector<bool>& taken) {
-  // The smallest that suffices; failing that the largest. A request for nothing will grow: it prefers a warm slot too.
-  blocks = std::max<std::int64_t>(blocks, 1);
-  std::int32_t best = -1;
-  const StateLock state = table_->Lock();
-  for (std::int32_t slot = 0; slot < table_->num_slots(); ++slot) {
-    if (taken[slot] || !table_->host(state, slot).idle()) continue;
-    if (best < 0) {
-      best = slot;
-      continue;
-    }
-    const std::int64_t have = arena_->blocks(slot);
-    const std::int64_t held = arena_->blocks(best);
-    const bool better = held >= blocks ? have >= blocks && have < held : have > held;
-    if (better) best = slot;
-  }
-  return best;
-}
-
-std::vector<Donor> Supply::FindDonors(const MappingLock&, const std::vector<Want>& wants, Spare spare,
-                                      std::int64_t* draining) {
-  const std::int64_t num_slots = table_->num_slots();
-  std::vector<std::int64_t> keep(num_slots, 0);
-  for (const Want& want : wants) keep[want.slot] = std::max(keep[want.slot], want.blocks);
-  std::vector<std::int8_t> drains(num_slots, 0);
-  // The one parked for longest gives first; then occupied ones, whose tails may go beyond their request.
-  std::vector<std::pair<std::uint64_t, Donor>> order;
+void Supply::Refresh(const MappingLock&) {
+  std::vector<std::int32_t> changed = arena_->TakeChanged();
+  std::vector<Standing> standings;
   {
     const StateLock state = table_->Lock();
-    for (std::int32_t slot = 0; slot < num_slots; ++slot) {
+    const std::vector<std::int32_t> rows = table_->TakeChanged(state);
+    changed.insert(changed.end(), rows.begin(), rows.end());
+    standings.reserve(changed.size());
+    for (const std::int32_t slot : changed) {
       const HostSlot& row = table_->host(state, slot);
-      drains[slot] = row.state == SlotState::kDraining;
-      if (row.state == SlotState::kDraining || row.views > 0) continue;
+      Standing now;
+      now.idle = row.idle();
+      now.draining = row.state == SlotState::kDraining;
+      now.blocks = arena_->blocks(slot);
+      // The one parked for longest gives first; then occupied ones, whose tails may go beyond their request.
       const bool parked = row.state == SlotState::kFree;
-      if (!parked) keep[slot] = std::max(keep[slot], table_->geometry().BlocksFor(row.reserved));
-      const std::int64_t rest = arena_->blocks(slot) - keep[slot];
-      if (rest > 0) order.push_back({parked ? row.parked_at : ~std::uint64_t{0}, {slot, rest}});
+      now.order = parked ? row.parked_at : ~std::uint64_t{0};
+      const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
+      if (!now.draining && row.views == 0) now.spare = std::max<std::int64_t>(now.blocks - keep, 0);
+      standings.push_back(now);
     }
   }
-  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<Donor> donors;
-  for (const auto& [unused, donor] : order) {
-    const std::int64_t blocks = spare == Spare::kAll ? donor.blocks : arena_->ExclusiveTail(donor.slot, donor.blocks);
-    if (blocks > 0) donors.push_back({donor.slot, blocks});
-  }
-  if (draining != nullptr) *draining = arena_->FreedBy(drains);
-  return donors;
+  for (std::size_t i = 0; i < changed.size(); ++i) candidates_.Update(changed[i], standings[i]);
 }
 
-std::vector<Donor> Supply::TallyDonors(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim) {
-  std::vector<Donor> donors = FindDonors(lock, wants, Spare::kExclusive, &claim->draining);
-  claim->free = arena_->pool().num_free();
-  claim->reclaimable = 0;
-  for (const Donor& donor : donors) claim->reclaimable += donor.blocks * table_->geometry().num_ranges();
+std::vector<std::int32_t> Supply::BestFits(const MappingLock& lock, const std::vector<std::int64_t>& blocks) {
+  Refresh(lock);
+  return candidates_.BestFits(blocks);
+}
+
+std::int64_t Supply::SpareBlocks(const std::vector<Want>& wants) const {
+  std::int64_t spare = candidates_.spare();
+  for (const Want& want : wants) {  // they name different slots
+    const Standing slot = candidates_.standing(want.slot);
+    spare -= std::max<std::int64_t>(slot.spare - std::max<std::int64_t>(slot.blocks - want.blocks, 0), 0);
+  }
+  return spare;
+}
+
+std::vector<Donor> Supply::FindDonors(const std::vector<Want>& wants, Spare spare, std::int64_t enough) const {
+  std::vector<Donor> donors;
+  if (enough <= 0) return donors;
+  std::unordered_map<std::int32_t, std::int64_t> wanted;
+  for (const Want& want : wants) wanted.emplace(want.slot, want.blocks);
+  candidates_.ForEachDonor([&](Donor donor) {
+    if (const auto want = wanted.find(donor.slot); want != wanted.end()) {
+      donor.blocks = std::min(donor.blocks, candidates_.standing(donor.slot).blocks - want->second);
+    }
+    if (donor.blocks > 0 && spare == Spare::kExclusive) donor.blocks = arena_->ExclusiveTail(donor.slot, donor.blocks);
+    if (donor.blocks <= 0) return true;
+    donors.push_back(donor);
+    enough -= donor.blocks;
+    return enough > 0;
+  });
   return donors;
 }
 
 void Supply::Tally(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim) {
-  static_cast<void>(TallyDonors(lock, wants, claim));
+  Refresh(lock);
+  const std::int64_t ranges = table_->geometry().num_ranges();
+  claim->free = arena_->pool().num_free();
+  if (arena_->pool().num_shared() == 0) {
+    claim->reclaimable = SpareBlocks(wants) * ranges;
+    claim->draining = candidates_.draining() * ranges;
+    return;
+  }
+  claim->reclaimable = CountBlocks(FindDonors(wants, Spare::kExclusive, kAllBlocks)) * ranges;
+  std::vector<std::int32_t> draining;
+  {
+    const StateLock state = table_->Lock();
+    draining.assign(table_->draining(state).begin(), table_->draining(state).end());
+  }
+  claim->draining = arena_->FreedBy(draining);
 }
 
 Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan) {
@@ -96,20 +120,27 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
   Claim claim;
   *plan = {};
   plan->grants.reserve(wants.size());
+  std::int64_t missing = 0;
   for (const Want& want : wants) {
     const std::int64_t before = arena_->blocks(want.slot);
-    claim.wanted += std::max<std::int64_t>(want.blocks - before, 0) * ranges;
+    missing += std::max<std::int64_t>(want.blocks - before, 0);
     Grant grant;
     grant.slot = want.slot;
     grant.wanted = want.blocks;
     grant.before = before;
     plan->grants.push_back(grant);
   }
+  claim.wanted = missing * ranges;
   const std::int64_t free = arena_->pool().num_free();
   std::vector<Donor> donors;
   if (claim.wanted > free || first == Source::kDonors) {
-    donors = TallyDonors(lock, wants, &claim);
-    if (claim.wanted > claim.free + claim.reclaimable) {
+    Refresh(lock);
+    // Without a walk where it is clear that the donors do not suffice.
+    if (claim.wanted <= free + SpareBlocks(wants) * ranges) {
+      donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);
+    }
+    if (claim.wanted > free + CountBlocks(donors) * ranges) {
+      Tally(lock, wants, &claim);
       claim.status =
           ResourceExhausted(Number(claim.wanted) + " blocks wanted, " + Number(claim.free) + " free, " +
                                 Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining",
@@ -122,15 +153,18 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
 }
 
 SupplyPlan Supply::PlanReclaim(const MappingLock& lock, std::int64_t blocks) {
+  Refresh(lock);
   const std::int64_t ranges = table_->geometry().num_ranges();
+  const std::int64_t logical = (blocks + ranges - 1) / ranges;
   SupplyPlan plan;
-  PlanReturns((blocks + ranges - 1) / ranges, FindDonors(lock, {}, Spare::kExclusive, nullptr), &plan);
+  PlanReturns(logical, FindDonors({}, Spare::kExclusive, logical), &plan);
   return plan;
 }
 
 SupplyPlan Supply::PlanTrim(const MappingLock& lock) {
+  Refresh(lock);
   SupplyPlan plan;
-  plan.returns = FindDonors(lock, {}, Spare::kAll, nullptr);
+  plan.returns = FindDonors({}, Spare::kAll, kAllBlocks);
   return plan;
 }
 

@@ -5,7 +5,8 @@
 // Order of locks: mapping, then state (StateLock, slot_table.h); the methods here take the state mutex themselves, for
 // moments.
 //
-// Planning and applying are separate calls with a SupplyPlan in between. A donor gives only blocks without other
+// Planning and applying are separate calls with a SupplyPlan in between. Candidates (candidates.h) keeps the slots that
+// plans choose from in order. A donor gives only blocks without other
 // references: a shared block could not be moved, and unmapping it in one slot would not free it.
 #ifndef KVPAGE_CACHE_SUPPLY_H_
 #define KVPAGE_CACHE_SUPPLY_H_
@@ -18,6 +19,7 @@
 
 #include "base/status.h"
 #include "cache/arena.h"
+#include "cache/candidates.h"
 #include "cache/slot_table.h"
 #include "cache/supply_plan.h"
 #include "cache/types.h"
@@ -41,7 +43,7 @@ class Supply {
  public:
   // `account`: whose mappings the pool uses; null: none. `poison`: see PoolOptions.
   Supply(SlotTable* table, std::unique_ptr<Arena> arena, MapAccount* account, bool poison)
-      : table_(table), mappings_(account), arena_(std::move(arena)), poison_(poison) {}
+      : table_(table), mappings_(account), arena_(std::move(arena)), candidates_(table->num_slots()), poison_(poison) {}
 
   MappingLock Lock() const { return MappingLock(&mutex_); }
   Arena& arena(const MappingLock&) { return *arena_; }
@@ -49,8 +51,8 @@ class Supply {
   // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
 
-  // The free slot that suits a request for `blocks` logical blocks best, or -1; slots in `taken` are left out.
-  std::int32_t BestFit(const MappingLock&, std::int64_t blocks, const std::vector<bool>& taken);
+  // See Candidates::BestFits. The slots stay idle while the lock is held.
+  std::vector<std::int32_t> BestFits(const MappingLock& lock, const std::vector<std::int64_t>& blocks);
 
   // ---- plans ----
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
@@ -78,16 +80,19 @@ class Supply {
  private:
   // Which spare blocks of a slot count: all, or those at its end without other references.
   enum class Spare { kAll, kExclusive };
-  // The slots with spare blocks while `wants` are to be met, in the order in which they give. `draining`, if not null,
-  // is set to the number of physical blocks that come free with the slots that are draining.
-  std::vector<Donor> FindDonors(const MappingLock& lock, const std::vector<Want>& wants, Spare spare,
-                                std::int64_t* draining);
-  std::vector<Donor> TallyDonors(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim);
+  // Brings the candidates up to date with the slots that have changed.
+  void Refresh(const MappingLock& lock);
+  // Logical blocks that slots could give while `wants` are to be met, if no block is shared.
+  std::int64_t SpareBlocks(const std::vector<Want>& wants) const;
+  // The slots with spare blocks while `wants` are to be met, in the order in which they give: the first ones, which
+  // have at least `enough` logical blocks together, or all.
+  std::vector<Donor> FindDonors(const std::vector<Want>& wants, Spare spare, std::int64_t enough) const;
   void UndoPart(const MappingLock& lock, const SupplyPlan& plan, std::size_t returns, std::size_t moves);
 
   SlotTable* const table_;
   MapPromise mappings_;  // ends after the memory does
   const std::unique_ptr<Arena> arena_;
+  Candidates candidates_;
   const bool poison_;
   mutable std::mutex mutex_;
 };

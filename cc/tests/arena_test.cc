@@ -66,13 +66,13 @@ TEST(ArenaTest, EachBlockCountsInOneClass) {
 
 TEST(ArenaTest, ABlockComesFreeWithItsLastMapping) {
   const Shared s(Layout::kPerLayer);
-  EXPECT_EQ(s.arena->FreedBy(Classes{1, 0, 0, 0}), s.ranges) << "two of the three are still mapped by slot 1";
-  EXPECT_EQ(s.arena->FreedBy(Classes{0, 1, 0, 0}), s.ranges);
-  EXPECT_EQ(s.arena->FreedBy(Classes{1, 1, 0, 0}), 4 * s.ranges);
+  EXPECT_EQ(s.arena->FreedBy({0}), s.ranges) << "two of the three are still mapped by slot 1";
+  EXPECT_EQ(s.arena->FreedBy({1}), s.ranges);
+  EXPECT_EQ(s.arena->FreedBy({0, 1}), 4 * s.ranges);
   EXPECT_OK(s.arena->Shrink(0, 0));
   EXPECT_EQ(s.arena->pool().num_used(), 3 * s.ranges);
   EXPECT_EQ(s.arena->pool().num_shared(), 0);
-  EXPECT_EQ(s.arena->FreedBy(Classes{0, 1, 0, 0}), 3 * s.ranges);
+  EXPECT_EQ(s.arena->FreedBy({1}), 3 * s.ranges);
   EXPECT_OK(s.arena->Shrink(1, 0));
   EXPECT_EQ(s.arena->pool().num_free(), 8 * s.ranges);
 }

@@ -66,7 +66,7 @@ struct Fixture {
   void Park(std::int32_t slot) {
     const StateLock state = table.Lock();
     table.Occupy(state, slot, 0);
-    table.host(state, slot).state = SlotState::kDraining;
+    table.StartDraining(state, slot);
     table.Vacate(state, slot);
   }
   const Geometry geometry;
@@ -161,7 +161,7 @@ TEST(SupplyTest, DrainingBlocksThatALiveSlotMapsAreNotPromised) {
     const StateLock state = f.table.Lock();
     f.table.Occupy(state, 0, 0);
     f.table.Occupy(state, 1, 48);
-    f.table.host(state, 0).state = SlotState::kDraining;
+    f.table.StartDraining(state, 0);
   }
   Claim claim;
   f.supply->Tally(lock, {}, &claim);

@@ -1,0 +1,42 @@
+#include "cache/candidates.h"
+
+#include <algorithm>
+
+namespace kvpage {
+
+void Candidates::LearnNext() {
+  idle_.insert({0, static_cast<std::int32_t>(num_known())});
+  standings_.emplace_back();
+}
+
+void Candidates::Update(std::int32_t slot, const Standing& now) {
+  while (num_known() <= slot) LearnNext();
+  Standing& then = standings_[slot];
+  if (then.idle && !(now.idle && now.blocks == then.blocks)) idle_.erase({then.blocks, slot});
+  if (now.idle) idle_.insert({now.blocks, slot});
+  if (then.spare > 0 && !(now.spare > 0 && now.order == then.order)) donors_.erase({then.order, slot});
+  if (now.spare > 0) donors_.insert({now.order, slot});
+  spare_ += now.spare - then.spare;
+  draining_ += (now.draining ? now.blocks : 0) - (then.draining ? then.blocks : 0);
+  then = now;
+}
+
+std::vector<std::int32_t> Candidates::BestFits(const std::vector<std::int64_t>& blocks) {
+  std::vector<std::int32_t> slots;
+  std::vector<decltype(idle_)::node_type> chosen;  // out of the set while the others choose
+  for (std::int64_t wanted : blocks) {
+    // A slot behind the known ones is the choice only when these have all gone: it has no blocks and a higher number.
+    if (idle_.empty() && num_known() < num_slots_) LearnNext();
+    if (idle_.empty()) break;
+    // A request for nothing will grow: it prefers a slot with blocks too.
+    wanted = std::max<std::int64_t>(wanted, 1);
+    auto best = idle_.lower_bound({wanted, 0});
+    if (best == idle_.end()) best = idle_.lower_bound({idle_.rbegin()->first, 0});
+    slots.push_back(best->second);
+    chosen.push_back(idle_.extract(best));
+  }
+  for (auto& node : chosen) idle_.insert(std::move(node));
+  return slots;
+}
+
+}  // namespace kvpage
