@@ -6,6 +6,7 @@ from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots,
 from jax_kvpage.ops.advance import advance
 from jax_kvpage.ops.after import after
 from jax_kvpage.ops.append_kv import append_kv
+from jax_kvpage.ops.grow import grow
 from jax_kvpage.ops.map_slots import map_slots
 from jax_kvpage.ops.paged_attention import paged_attention
 from jax_kvpage.ops.positions import positions
@@ -31,6 +32,7 @@ __all__ = [
     "advance",
     "after",
     "append_kv",
+    "grow",
     "map_slots",
     "paged_attention",
     "paged_attention_with_tables",

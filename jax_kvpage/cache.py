@@ -37,6 +37,11 @@ def _offsets(counts: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)
+def _last_rows(offsets: jax.Array) -> jax.Array:
+    return jnp.where(jnp.diff(offsets) > 0, offsets[1:] - 1, 0)
+
+
+@functools.partial(jax.jit, inline=True)
 def _masked(keep: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.where(keep, slots, -1)
 
@@ -158,6 +163,20 @@ class Batch:
             offsets = as_int32("Batch.from_lengths: sum of lengths", ends)
             return cls(slots, offsets, num_tokens=num_tokens)
         return cls(slots, _offsets(gathered(counts)), num_tokens=num_tokens)
+
+    @property
+    def last_rows(self) -> jax.Array:
+        """int32[S], the row of each sequence's last new token: `logits[batch.last_rows]`.
+
+        0 for a sequence without new tokens, so that every row exists where there are any tokens. A
+        sequence that is masked keeps its row: whether it takes part is in `slots`.
+
+        Raises:
+            ValueError: query_offsets that are no integers, or not one-dimensional.
+        """
+        name = "Batch.last_rows: query_offsets"
+        offsets = _one_axis(name, as_int32(name, self.query_offsets))
+        return _last_rows(gathered(offsets))
 
     def mask(self, keep: jax.Array) -> "Batch":
         """The same batch with only some of its sequences active; the others become padding.

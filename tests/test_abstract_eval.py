@@ -240,6 +240,7 @@ def test_not_a_cache_or_batch(op: str) -> None:
             ],
         ),
         ("advance(cache, batch)", lambda c, b, x: [lambda: kvp.advance(b, c)]),
+        ("grow(cache, batch)", lambda c, b, x: [lambda: kvp.grow(b, c), lambda: kvp.grow(c, x)]),
         ("positions(cache, batch)", lambda c, b, x: [lambda: kvp.positions(b, c)]),
         ("after(cache, value)", lambda c, b, x: [lambda: kvp.after(x, c)]),
         (

@@ -162,12 +162,13 @@ cache = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), cache)
 
 def make(slots, lengths, keep):
     batch = kvp.Batch.from_lengths(slots, lengths, num_tokens=5)
-    return batch.query_offsets, kvp.positions(cache, batch), batch.mask(keep).slots
+    return batch.query_offsets, kvp.positions(cache, batch), batch.mask(keep).slots, batch.last_rows
 
 def check(made):
     np.testing.assert_array_equal(made[0], [0, 3, 4])
     np.testing.assert_array_equal(made[1], [0, 1, 2, 0, 0])
     np.testing.assert_array_equal(made[2], [-1, 0])
+    np.testing.assert_array_equal(made[3], [2, 3])
 
 for specs in ((P("x"), P("x")), (P(), P("x")), (P("x"), P()), (P(), P())):
     operands = [put(x, s) for x, s in zip((slots, lengths), specs)]

@@ -80,6 +80,8 @@ def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], 
         cache = kvp.set_lengths(cache, slots, [6, 5])
         pool.extend(slots, 20)
         kvp.positions(cache, kvp.Batch(decode.slots, decode.query_offsets))
+        cache, ok = kvp.grow(cache, ragged)
+        results += [ok, ragged.last_rows]
         assert [row.length for row in pool.slot_table(cache)] == [6, 5]
         cache = pool.release(cache, slots)
         pool.check(cache)

@@ -127,6 +127,7 @@ _SIGNATURES = {
     "paged_attention": "paged_attention(q, cache, batch, *, layer)",
     "update_and_attend": "update_and_attend(q, k, v, cache, batch, *, layer)",
     "advance": "advance(cache, batch)",
+    "grow": "grow(cache, batch)",
     "positions": "positions(cache, batch)",
     "map_slots": "map_slots(cache, slots, num_tokens)",
     "set_lengths": "set_lengths(cache, slots, lengths)",

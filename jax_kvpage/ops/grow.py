@@ -1,0 +1,52 @@
+"""grow: maps room for the new tokens of a batch, the first call of most steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvpage._compat import gathered
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
+from jax_kvpage.ops.map_slots import map_slots
+
+__all__ = ["grow"]
+
+_MAX_INT32 = 2**31 - 1
+
+
+def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
+    """Maps physical blocks until each sequence of a batch has room for its new tokens.
+
+    The same as `map_slots(cache, batch.slots, n)`, where n is the length of each sequence plus its
+    new tokens. `batch.mask(ok)` then leaves out the sequences that must wait.
+
+    Args:
+        cache: the cache; the slots must be occupied (`KVPool.acquire`).
+        batch: which tokens belong to which slot.
+
+    Returns:
+        The next cache and ok, bool[S]: False where nothing was mapped, because the pool ran out of
+        blocks or because the sequence would be longer than `cache.spec.max_seq_len`; True for
+        padding.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, all of them in one message.
+        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot.
+    """
+    arrays = cache_operands("grow", cache)
+    check = pool_checker("grow", cache.spec)
+    check.cache(*map(jax.typeof, arrays))
+    slots, offsets = batch_operands("grow", batch)
+    check.batch(jax.typeof(slots), jax.typeof(offsets))
+    check.done()
+    return map_slots(cache, slots, _totals(*map(gathered, (cache.lengths, slots, offsets))))
+
+
+# One program also when called eagerly: then no scalar has to be moved to the device.
+@functools.partial(jax.jit, inline=True)
+def _totals(lengths: jax.Array, slots: jax.Array, offsets: jax.Array) -> jax.Array:
+    before = jnp.maximum(lengths[jnp.maximum(slots, 0)], 0)
+    # Saturated: a sum beyond int32 would wrap around to a number that seems to fit.
+    total = before + jnp.minimum(jnp.diff(offsets), _MAX_INT32 - before)
+    return jnp.where(slots >= 0, total, 0)
