@@ -8,7 +8,7 @@ through jit, scan, while, cond and donation like any other value.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,14 @@ import numpy as np
 
 from jax_kvpage._arrays import as_host_array, as_int32, host_int, to_device
 from jax_kvpage._compat import gathered
+from jax_kvpage._padding import (
+    as_mask,
+    last_rows,
+    left_starts,
+    right_starts,
+    runs,
+    too_many_rows,
+)
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
@@ -53,6 +61,11 @@ def _one_axis(name: str, values: jax.Array) -> jax.Array:
     return values
 
 
+def _raise_all(what: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError("\n  - ".join([f"{what}:", *reasons]))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -84,10 +97,18 @@ class Batch:
     check it against q, and `positions` can do without being told. It is never guessed: under jit
     the offsets are not known while shapes are being worked out.
 
+    A padded batch (`Batch.padded`, `Batch.from_mask`) is for models whose activations are
+    [S, T, heads, dim], a row of T tokens for each sequence: append_kv, paged_attention and
+    update_and_attend take and return such arrays, positions is int32[S, T], and query_offsets only
+    counts the new tokens of each sequence. Padding inside of a row is neither written nor attended
+    to, and its output is 0.
+
     Attributes:
         slots: int32[S], slot of each sequence, or -1.
         query_offsets: int32[S+1], rising from 0.
         num_tokens: T, static, or None when the batch does not say.
+        starts: int32[S], where the new tokens of each sequence begin on the axis T of a padded
+            batch; None when the tokens are packed.
     """
 
     slots: jax.Array
@@ -95,10 +116,11 @@ class Batch:
     num_tokens: int | None = dataclasses.field(
         default=None, kw_only=True, metadata={"static": True}
     )
+    starts: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Takes host integers as well as arrays."""
-        for name in ("slots", "query_offsets"):
+        for name in ("slots", "query_offsets", "starts"):
             value = getattr(self, name)
             # Tree functions rebuild batches with anything in these places: leave that alone.
             if type(value) in (list, tuple, range, np.ndarray):
@@ -106,6 +128,8 @@ class Batch:
         if self.num_tokens is not None:
             tokens = host_int("Batch.num_tokens", self.num_tokens, low=0)
             object.__setattr__(self, "num_tokens", tokens)
+        elif self.starts is not None:
+            raise ValueError("Batch: starts: a padded batch needs num_tokens, the length of a row")
 
     @classmethod
     def decode(cls, slots: jax.Array | Sequence[int]) -> "Batch":
@@ -164,19 +188,90 @@ class Batch:
             return cls(slots, offsets, num_tokens=num_tokens)
         return cls(slots, _offsets(gathered(counts)), num_tokens=num_tokens)
 
+    @classmethod
+    def padded(
+        cls,
+        slots: jax.Array | Sequence[int],
+        lengths: jax.Array | Sequence[int],
+        num_tokens: int,
+        side: Literal["left", "right"] = "left",
+    ) -> "Batch":
+        """A batch for activations [S, T, heads, dim] whose rows are padded to one length.
+
+        Args:
+            slots: int32[S], or a list of ints; -1 is padding.
+            lengths: int32[S], or a list of ints: new tokens of each sequence, from 0 to T. Traced
+                lengths are checked when the program runs.
+            num_tokens: T, the length of a row.
+            side: where the padding is: "left" (the last token of each sequence is the last of its
+                row, as in Hugging Face's generation) or "right".
+
+        Raises:
+            ValueError: another side; lengths that are no integers or do not match slots; host
+                lengths that are negative or more than num_tokens.
+        """
+        op = "Batch.padded"
+        if side not in ("left", "right"):
+            raise ValueError(f"{op}: side: wanted 'left' or 'right', got {side!r}")
+        tokens = host_int(f"{op}: num_tokens", num_tokens, low=0)
+        slots = as_int32(f"{op}: slots", slots)
+        counts = as_host_array(f"{op}: lengths", lengths)
+        reasons = []
+        if counts.ndim != 1 or counts.shape != slots.shape:
+            reasons.append(f"slots {slots.shape} and lengths {counts.shape} do not match")
+        if counts.size and not jnp.issubdtype(counts.dtype, jnp.integer):
+            reasons.append(f"lengths must be integers, got {counts.dtype}")
+        elif isinstance(counts, np.ndarray) and counts.size:
+            low, high = counts.min(), counts.max()
+            if low < 0 or high > tokens:
+                wrong = low if low < 0 else high
+                reasons.append(f"lengths must be from 0 to num_tokens={tokens}, got {wrong}")
+        _raise_all(op, [*reasons, *too_many_rows(counts.shape, tokens)])
+        counts = gathered(to_device(counts))
+        starts = left_starts(counts, tokens) if side == "left" else right_starts(counts)
+        return cls(slots, _offsets(counts), num_tokens=tokens, starts=starts)
+
+    @classmethod
+    def from_mask(cls, slots: jax.Array | Sequence[int], mask: Any) -> "Batch":
+        """A padded batch whose new tokens are where a mask says, on either side of each row.
+
+        It is the mask of the new tokens alone: one that also covers tokens in the cache, such as
+        Hugging Face's attention_mask after the first step, must be cut to its last T columns.
+
+        Args:
+            slots: int32[S], or a list of ints; -1 is padding.
+            mask: [S, T], bool or integers 0 and 1, an array or nested lists. The tokens of a row
+                are one run without gaps, which may be empty.
+
+        Raises:
+            ValueError: another shape or dtype; a mask known to the host with a gap in a row. A
+                traced mask with a gap makes the ops fail when they run, as malformed query_offsets.
+        """
+        op = "Batch.from_mask"
+        slots = _one_axis(f"{op}: slots", as_int32(f"{op}: slots", slots))
+        mask = as_mask(f"{op}: mask", mask, slots.shape[0])
+        _raise_all(op, too_many_rows(slots.shape, mask.shape[1]))
+        starts, offsets = runs(gathered(mask))
+        return cls(slots, offsets, num_tokens=mask.shape[1], starts=starts)
+
     @property
     def last_rows(self) -> jax.Array:
         """int32[S], the row of each sequence's last new token: `logits[batch.last_rows]`.
 
         0 for a sequence without new tokens, so that every row exists where there are any tokens. A
-        sequence that is masked keeps its row: whether it takes part is in `slots`.
+        sequence that is masked keeps its row: whether it takes part is in `slots`. For a padded
+        batch these are rows of the activations as [S * T, ...]:
+        `logits.reshape(-1, vocabulary)[batch.last_rows]`.
 
         Raises:
-            ValueError: query_offsets that are no integers, or not one-dimensional.
+            ValueError: arrays that are no integers, or not one-dimensional.
         """
         name = "Batch.last_rows: query_offsets"
-        offsets = _one_axis(name, as_int32(name, self.query_offsets))
-        return _last_rows(gathered(offsets))
+        offsets = gathered(_one_axis(name, as_int32(name, self.query_offsets)))
+        if self.starts is None:
+            return _last_rows(offsets)
+        assert self.num_tokens is not None
+        return last_rows(gathered(self.starts), offsets, self.num_tokens)
 
     def mask(self, keep: jax.Array) -> "Batch":
         """The same batch with only some of its sequences active; the others become padding.

@@ -160,6 +160,17 @@ pool = kvp.KVPool(spec, "1MiB")
 _, cache = pool.acquire(pool.cache(), [16, 16, 16])
 cache = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), cache)
 
+def make_padded(slots, lengths, mask):
+    one = kvp.Batch.padded(slots, lengths, 4)
+    two = kvp.Batch.from_mask(slots, mask)
+    return [x for b in (one, two) for x in (b.starts, b.last_rows, kvp.positions(cache, b))]
+
+def check_padded(made):
+    for starts, rows, positions in (made[:3], made[3:]):
+        np.testing.assert_array_equal(starts, [1, 3])
+        np.testing.assert_array_equal(rows, [3, 7])
+        np.testing.assert_array_equal(positions, [[0, 0, 1, 2], [0] * 4])
+
 def make(slots, lengths, keep):
     batch = kvp.Batch.from_lengths(slots, lengths, num_tokens=5)
     return batch.query_offsets, kvp.positions(cache, batch), batch.mask(keep).slots, batch.last_rows
@@ -178,6 +189,9 @@ for specs in ((P("x"), P("x")), (P(), P("x")), (P("x"), P()), (P(), P())):
         check(jax.jit(make)(*operands, keep))
         with jax.set_mesh(mesh):
             check(jax.jit(make)(*operands, keep))
+    mask = put(np.asarray([[0, 1, 1, 1], [0, 0, 0, 1]], bool), specs[1])
+    check_padded(make_padded(*operands, mask))
+    check_padded(jax.jit(make_padded)(*operands, mask))
 with jax.set_mesh(mesh):
     check(make(list(slots), list(lengths), np.asarray([False, True])))
     offsets = put(np.int32([0, 3, 4, 4]), P())

@@ -65,6 +65,7 @@ def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], 
             outs += [out, jnp.where(jnp.isfinite(lse), lse, 0.0), plain]
         return positions, outs, kvp.advance(kvp.after(cache, outs), batch)
 
+    padded_inputs = [jnp.stack([x[:3], x[3:6]]) for x in inputs[0]]
     pages = [x[None] for x in inputs[0][1:]]
     lengths, tables = jax.device_put((np.int32([1, 2]), np.zeros((2, 1), np.int32)))
     results: list[Any] = []
@@ -77,6 +78,12 @@ def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], 
             positions, outs, cache = program(cache, q, k, v, decode if i else ragged)
             results += [positions, *outs]
         pool.commit(slots[0], list(range(8)))
+        for padded in (
+            kvp.Batch.padded(slots, [1, 3], 3),
+            kvp.Batch.from_mask(slots, np.tri(2, 3, dtype=bool)),
+        ):
+            positions, outs, cache = program(cache, *padded_inputs, padded)
+            results += [positions, *outs, padded.last_rows, kvp.positions(cache, padded)]
         cache = kvp.set_lengths(cache, slots, [6, 5])
         pool.extend(slots, 20)
         kvp.positions(cache, kvp.Batch(decode.slots, decode.query_offsets))

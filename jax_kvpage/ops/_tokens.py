@@ -4,6 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvpage._arrays import as_int32
+from jax_kvpage._compat import gathered
+from jax_kvpage._padding import with_padding
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _batching
 from jax_kvpage.ops._checks import (
@@ -16,36 +23,86 @@ from jax_kvpage.ops._checks import (
     layer_operand,
 )
 
-__all__ = ["check_header", "check_kv", "folded", "header", "replaced"]
+__all__ = ["check_header", "check_kv", "expanded", "folded", "like", "operands", "replaced"]
 
 # handle, epoch, lengths, slots, query_offsets, layer
 HEADER = 6
 
 
-def header(
+def operands(
     op: str, cache: KVCache, batch: Batch, layer: Any, **tokens: Any
 ) -> tuple[tuple[Any, ...], list[str]]:
-    """The operands for the place of the tokens: cache, batch and layer.
+    """The operands of an op over tokens: the header (cache, batch and layer), then the tokens.
+
+    Those of a padded batch become a ragged batch of S * T tokens (_padding.py).
 
     Args:
         op: name for messages.
         cache: the cache.
         batch: the batch.
         layer: int or int32 scalar.
-        **tokens: arrays whose first axis must match the batch.
+        **tokens: arrays [T, heads, dim], or [S, T, heads, dim] for a padded batch.
 
     Returns:
-        The six operands, and the mistakes found in them.
+        The operands, the tokens as [rows, heads, dim]; and the mistakes found in them.
     """
     problems: list[str] = []
-    arrays = (*cache_operands(op, cache), *batch_operands(op, batch))
-    for name, array in tokens.items():
+    slots, offsets = batch_operands(op, batch)
+    if batch.starts is not None:
+        slots, offsets = expanded(batch, slots, offsets, problems)
+        for name, array in tokens.items():
+            tokens[name] = _rows(batch, name, array, problems)
+    else:
+        name, array = next(iter(tokens.items()))
         check_num_tokens(batch, array, name, problems)
-    return (*arrays, layer_operand(layer, cache.spec, problems)), problems
+        if np.ndim(array) == 4:
+            problems.append(
+                f"{name}: {list(np.shape(array))} has an axis too many for a packed batch: for "
+                "[S, T, heads, dim] make the batch with Batch.padded or Batch.from_mask"
+            )
+    header = (*cache_operands(op, cache), slots, offsets)
+    return (*header, layer_operand(layer, cache.spec, problems), *tokens.values()), problems
+
+
+def expanded(
+    batch: Batch, slots: jax.Array, offsets: jax.Array, problems: list[str]
+) -> tuple[jax.Array, jax.Array]:
+    """A padded batch as a ragged one over S * T tokens; as it was if its shapes are wrong."""
+    assert batch.num_tokens is not None
+    starts = as_int32("batch.starts", batch.starts)
+    size = slots.shape[-1] if slots.ndim else 0
+    if starts.shape != (size,) or starts.dtype != np.int32:
+        got = f"{starts.dtype}{list(starts.shape)}"
+        problems.append(f"batch.starts: wanted int32 [S={size}], got {got}")
+    elif slots.shape == (size,) and offsets.shape == (size + 1,):
+        return with_padding(*map(gathered, (slots, offsets, starts)), batch.num_tokens)
+    return slots, offsets
+
+
+def _rows(batch: Batch, name: str, array: Any, problems: list[str]) -> Any:
+    """[S, T, heads, dim] -> [S * T, heads, dim]."""
+    wanted = (*np.shape(batch.slots), batch.num_tokens)
+    if np.ndim(array) != 4 or np.shape(array)[:2] != wanted:
+        problems.append(
+            f"{name}: wanted [S={wanted[0] if wanted[:-1] else '?'}, T={wanted[-1]}, heads, dim] "
+            f"for a padded batch, got {list(np.shape(array))}"
+        )
+        return array
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        array = jnp.asarray(array)
+    return gathered(array).reshape(-1, *array.shape[2:])
+
+
+def like(batch: Batch, rows: jax.Array) -> jax.Array:
+    """[S * T, ...] -> [S, T, ...] for a padded batch."""
+    if batch.starts is None:
+        return rows
+    assert batch.num_tokens is not None
+    return rows.reshape(batch.slots.shape[0], batch.num_tokens, *rows.shape[1:])
 
 
 def check_header(check: Checker, avals: Sequence[Any]) -> None:
-    """Checks the six operands of `header`."""
+    """Checks the six operands of the header."""
     handle, epoch, lengths, slots, query_offsets, layer = avals[:HEADER]
     check.cache(handle, epoch, lengths)
     check.batch(slots, query_offsets)

@@ -35,8 +35,9 @@ def append_kv(
 
     Args:
         cache: the cache.
-        k: [T, Hkv, D], float32, bfloat16 or float16; converted to the cache's dtype, quantized as
-            in `jax_kvpage.quantize` if that is int8 or float8_e4m3fn.
+        k: [T, Hkv, D], or [S, T, Hkv, D] for a padded batch, float32, bfloat16 or float16;
+            converted to the cache's dtype, quantized as in `jax_kvpage.quantize` if that is int8 or
+            float8_e4m3fn.
         v: like k.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
@@ -50,9 +51,9 @@ def append_kv(
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
     check_arrays("append_kv", k=k, v=v)
-    header, problems = _tokens.header("append_kv", cache, batch, layer, k=k)
+    operands, problems = _tokens.operands("append_kv", cache, batch, layer, k=k, v=v)
     params = {"spec": cache.spec}
-    (epoch,) = _lowering.bind(append_kv_p, _abstract, (*header, k, v), params, problems)
+    (epoch,) = _lowering.bind(append_kv_p, _abstract, operands, params, problems)
     return _tokens.replaced(cache, epoch)
 
 

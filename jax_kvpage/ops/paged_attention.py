@@ -68,7 +68,8 @@ def paged_attention(
     bfloat16 and 1.9 times over quantized storage; CUDA does not use tensor cores.
 
     Args:
-        q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
+        q: [T, Hq, D], or [S, T, Hq, D] for a padded batch, float32, bfloat16 or float16; Hq is a
+            multiple of the cache's heads.
         cache: the cache.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
@@ -85,8 +86,8 @@ def paged_attention(
             checking), or None, the best for the platform.
 
     Returns:
-        out [T, Hq, D] in q's dtype; with return_lse also lse, float32 [T, Hq]. Padding tokens and
-        masked sequences get 0 and -inf.
+        out, shaped like q, in q's dtype; with return_lse also lse, float32 [T, Hq] or [S, T, Hq].
+        Padding tokens and masked sequences get 0 and -inf.
 
     Raises:
         ValueError: unsupported arguments, all of them in one message; or an implementation that the
@@ -95,15 +96,16 @@ def paged_attention(
             malformed offsets, a layer out of range, or positions not mapped or not written.
     """
     check_arrays("paged_attention", q=q)
-    header, problems = _tokens.header("paged_attention", cache, batch, layer, q=q)
+    operands, problems = _tokens.operands("paged_attention", cache, batch, layer, q=q)
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     params = _attention.params(
         cache.spec.head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
     params["spec"] = cache.spec
-    operands = (*header, q, *options)
+    operands = (*operands, *options)
     out, lse = _lowering.bind(paged_attention_p, _abstract, operands, params, problems)
-    return (out, lse) if return_lse else out
+    out = _tokens.like(batch, out)
+    return (out, _tokens.like(batch, lse)) if return_lse else out
 
 
 def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:

@@ -10,6 +10,7 @@ from jax_kvpage import reference
 from jax_kvpage._arrays import host_int, to_device
 from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops import _tokens
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 
 __all__ = ["positions"]
@@ -25,7 +26,7 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
             of jit, where it defaults to the number of tokens that the sequences own.
 
     Returns:
-        int32[T]; 0 for padding tokens and masked sequences.
+        int32[T], or int32[S, T] for a padded batch; 0 for padding tokens and masked sequences.
 
     Raises:
         ValueError: T is unknown, or num_tokens differs from the batch; or wrong shapes and
@@ -51,10 +52,15 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
             )
     check.done()
     assert tokens is not None
+    rows = tokens
+    if batch.starts is not None:
+        rows *= slots.shape[0]
+        slots, offsets = _tokens.expanded(batch, slots, offsets, check.problems)
+        check.done()
     if slots.shape[0] == 0:
-        return to_device(np.zeros((tokens,), np.int32))
+        return _tokens.like(batch, to_device(np.zeros((rows,), np.int32)))
     slots, offsets, lengths = map(gathered, (slots, offsets, cache.lengths))
-    return _positions(slots, offsets, lengths, tokens)
+    return _tokens.like(batch, _positions(slots, offsets, lengths, rows))
 
 
 # One program also when called eagerly: then no scalar has to be moved to the device.

@@ -55,8 +55,9 @@ def update_and_attend(
     The same as `append_kv` followed by `paged_attention`, in one custom call.
 
     Args:
-        q: [T, Hq, D], float32, bfloat16 or float16; Hq is a multiple of the cache's heads.
-        k: [T, Hkv, D], any of these dtypes; converted to the cache's.
+        q: [T, Hq, D], or [S, T, Hq, D] for a padded batch, float32, bfloat16 or float16; Hq is a
+            multiple of the cache's heads.
+        k: [T, Hkv, D] or [S, T, Hkv, D], any of these dtypes; converted to the cache's.
         v: like k.
         cache: the cache, with room mapped for the new tokens.
         batch: which tokens belong to which slot.
@@ -65,8 +66,9 @@ def update_and_attend(
             in `paged_attention`.
 
     Returns:
-        (out, cache), or (out, lse, cache) with return_lse: out [T, Hq, D] in q's dtype, lse float32
-        [T, Hq], and the next cache. Padding tokens and masked sequences get 0 and -inf.
+        (out, cache), or (out, lse, cache) with return_lse: out, shaped like q, in q's dtype, lse
+        float32 [T, Hq] or [S, T, Hq], and the next cache. Padding tokens and masked sequences get 0
+        and -inf.
 
     Raises:
         ValueError: unsupported arguments, all of them in one message; or an implementation that the
@@ -75,7 +77,7 @@ def update_and_attend(
             malformed offsets, a layer out of range, or positions that are not mapped.
     """
     check_arrays("update_and_attend", q=q, k=k, v=v)
-    header, problems = _tokens.header("update_and_attend", cache, batch, layer, q=q)
+    operands, problems = _tokens.operands("update_and_attend", cache, batch, layer, q=q, k=k, v=v)
     options = _attention.operands(sliding_window, sinks, alibi_slopes, problems)
     head_dim = cache.spec.head_dim
     static = _attention.params(
@@ -84,12 +86,13 @@ def update_and_attend(
     out, lse, epoch = _lowering.bind(
         update_and_attend_p,
         _abstract,
-        (*header, q, k, v, *options),
+        (*operands, *options),
         {"spec": cache.spec, **static},
         problems,
     )
     cache = dataclasses.replace(cache, epoch=epoch)
-    return (out, lse, cache) if return_lse else (out, cache)
+    out = _tokens.like(batch, out)
+    return (out, _tokens.like(batch, lse), cache) if return_lse else (out, cache)
 
 
 def _append_then_gather(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
