@@ -10,6 +10,7 @@ from jax_kvpage.ops.grow import grow
 from jax_kvpage.ops.map_slots import map_slots
 from jax_kvpage.ops.paged_attention import paged_attention
 from jax_kvpage.ops.positions import positions
+from jax_kvpage.ops.read_kv import read_kv
 from jax_kvpage.ops.read_views import read_views
 from jax_kvpage.ops.set_lengths import set_lengths
 from jax_kvpage.ops.update_and_attend import update_and_attend
@@ -37,6 +38,7 @@ __all__ = [
     "paged_attention",
     "paged_attention_with_tables",
     "positions",
+    "read_kv",
     "read_views",
     "set_lengths",
     "update_and_attend",

@@ -241,6 +241,10 @@ def test_not_a_cache_or_batch(op: str) -> None:
         ),
         ("advance(cache, batch)", lambda c, b, x: [lambda: kvp.advance(b, c)]),
         ("grow(cache, batch)", lambda c, b, x: [lambda: kvp.grow(b, c), lambda: kvp.grow(c, x)]),
+        (
+            "read_kv(cache, batch_or_slots, layer)",
+            lambda c, b, x: [lambda: kvp.read_kv(b, c, 0), lambda: kvp.read_kv(c, c, 0)],
+        ),
         ("positions(cache, batch)", lambda c, b, x: [lambda: kvp.positions(b, c)]),
         ("after(cache, value)", lambda c, b, x: [lambda: kvp.after(x, c)]),
         (

@@ -88,7 +88,7 @@ def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], 
         pool.extend(slots, 20)
         kvp.positions(cache, kvp.Batch(decode.slots, decode.query_offsets))
         cache, ok = kvp.grow(cache, ragged)
-        results += [ok, ragged.last_rows]
+        results += [ok, ragged.last_rows, *kvp.read_kv(cache, slots, 1)]
         assert [row.length for row in pool.slot_table(cache)] == [6, 5]
         cache = pool.release(cache, slots)
         pool.check(cache)

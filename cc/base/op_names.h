@@ -31,7 +31,7 @@ inline const char* OpName(DeviceOp op) {
     case DeviceOp::kUpdateAndAttend:
       return "update_and_attend";
     case DeviceOp::kGatherContext:
-      return "paged_attention (xla)";
+      return "read_kv / paged_attention (xla)";
     case DeviceOp::kAdvance:
       return "advance";
     case DeviceOp::kSetLengths:

@@ -82,7 +82,7 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   same(Make(Op::kPagedAttention, Kind::kUnwritten, a, 11, 10, -1, 1),
        begin("paged_attention", good, {a}, {0, 1}, 1, false, 1));
   same(Make(Op::kGatherContext, Kind::kUnwritten, b, 1, 0, -1, 0),
-       begin("paged_attention (xla)", good, {b}, {0, 1}, 0, false, -1));
+       begin("read_kv / paged_attention (xla)", good, {b}, {0, 1}, 0, false, -1));
 
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> out(kSlots);

@@ -22,6 +22,7 @@ __all__ = [
     "check_arrays",
     "check_num_tokens",
     "layer_operand",
+    "misplaced",
     "pool_checker",
     "results",
     "show",
@@ -129,6 +130,7 @@ _SIGNATURES = {
     "advance": "advance(cache, batch)",
     "grow": "grow(cache, batch)",
     "positions": "positions(cache, batch)",
+    "read_kv": "read_kv(cache, batch_or_slots, layer)",
     "map_slots": "map_slots(cache, slots, num_tokens)",
     "set_lengths": "set_lengths(cache, slots, lengths)",
     "after": "after(cache, value)",
@@ -138,7 +140,7 @@ _SIGNATURES = {
 }
 
 
-def _misplaced(op: str, name: str, wanted: str, value: Any) -> ValueError:
+def misplaced(op: str, name: str, wanted: str, value: Any) -> ValueError:
     array = isinstance(value, (jax.Array, np.ndarray))
     got = f"an array {show(value)}" if array else type(value).__name__
     signature = _SIGNATURES.get(op)
@@ -159,7 +161,7 @@ def check_arrays(op: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         number = isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
         if not number and not hasattr(value, "__jax_array__"):
-            raise _misplaced(op, name, "an array", value)
+            raise misplaced(op, name, "an array", value)
 
 
 def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
@@ -170,7 +172,7 @@ def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
     """
     if not isinstance(cache, KVCache):
         wanted = "a KVCache (from pool.cache())"
-        raise _misplaced(op, "cache", wanted, cache)
+        raise misplaced(op, "cache", wanted, cache)
     arrays = (cache.handle, cache.epoch, cache.lengths)
     _check_arrays(op, "cache", arrays)
     return arrays
@@ -187,7 +189,7 @@ def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
             "a Batch (Batch(slots, query_offsets), Batch.decode(slots), "
             "Batch.from_lengths(slots, lengths))"
         )
-        raise _misplaced(op, "batch", wanted, batch)
+        raise misplaced(op, "batch", wanted, batch)
     arrays = (batch.slots, batch.query_offsets)
     _check_arrays(op, "batch", arrays)
     slots, offsets = (as_int32(f"{op}: batch", array) for array in arrays)

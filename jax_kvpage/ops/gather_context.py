@@ -1,4 +1,4 @@
-"""gather_context: copies sequences out of the arena into dense arrays (internal, for "xla")."""
+"""gather_context: copies sequences out of the arena into dense arrays, for `read_kv` and "xla"."""
 
 from typing import Any
 
@@ -8,13 +8,17 @@ from jax_kvpage.ops import _batching, _lowering, _scratch, _tokens
 from jax_kvpage.ops._checks import pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["gather_context_p"]
+__all__ = ["gather_context_abstract", "gather_context_p"]
 
-_NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer")
+# `read_kv` makes lengths that differ between elements; a cache that does has a batched handle too.
+_NAMES = ("cache.handle", "cache.epoch", "lengths", "slots", "query_offsets", "layer")
 
 
-def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
-    check = pool_checker("gather_context", spec)
+def gather_context_abstract(
+    *avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()
+) -> list[Any]:
+    """Abstract evaluation of the primitive."""
+    check = pool_checker("read_kv", spec, problems)
     _tokens.check_header(check, avals)
     check.done()
     shape = (avals[3].shape[0], spec.max_seq_len, spec.num_kv_heads, spec.head_dim)
@@ -24,7 +28,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
 
 # Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype, float32
 # where that is quantized: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
-gather_context_p = _lowering.make_primitive("gather_context", _abstract)
+gather_context_p = _lowering.make_primitive("gather_context", gather_context_abstract)
 
 _lowering.register_lowerings(gather_context_p, scratch=_scratch.checked)
 

@@ -99,7 +99,7 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
                          SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v) {
-  static const char* const kOp = "paged_attention (xla)";
+  static const char* const kOp = "read_kv / paged_attention (xla)";
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, -1, /*append=*/false));
