@@ -16,18 +16,17 @@ from typing import Any, Literal, Self, overload
 import jax
 import numpy as np
 
-from jax_kvpage import views
 from jax_kvpage._arrays import as_bool, host_int, host_ints
 from jax_kvpage._capacity import parse_bytes
 from jax_kvpage._compat import default_device
 from jax_kvpage._cuda import place_of
+from jax_kvpage._inspection import Inspection
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
 from jax_kvpage.ops.edit_slots import OCCUPY, VACATE
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.stats import PoolStats, SlotInfo, make_rows, make_stats
 
 __all__ = ["KVPool"]
 
@@ -43,7 +42,7 @@ def _close(pool: Any, label: str) -> None:
         pool.close()
 
 
-class KVPool:
+class KVPool(Inspection):
     """Physical blocks, virtual slots, and the table that joins them.
 
     Args:
@@ -259,71 +258,6 @@ class KVPool:
         slot = host_int("commit: slot", slot)
         ids, _ = host_ints("commit: token_ids", token_ids)
         self._native.call(self._pool.commit, slot, ids)
-
-    def committed(self, slot: int) -> list[int]:
-        """The token ids committed to a slot so far."""
-        slot = host_int("committed: slot", slot)
-        if not 0 <= slot < self.spec.max_slots:
-            last = self.spec.max_slots - 1
-            raise ValueError(f"committed: slot {slot} does not exist, slots are 0..{last}")
-        return list(self._native.call(self._pool.committed, slot))
-
-    def stats(self) -> PoolStats:
-        """A snapshot of the pool's accounts."""
-        return make_stats(self._native.call(self._pool.numbers), host_waits=self._queue.waits)
-
-    def slot_table(self, cache: KVCache | None = None) -> list[SlotInfo]:
-        """The valid slot table: a row for each occupied or draining slot.
-
-        Args:
-            cache: when given, the rows carry its lengths, which are waited for.
-        """
-        lengths = None
-        if cache is not None:
-            self._queue.check_cache("slot_table", cache)
-            wait_for(cache.lengths)
-            lengths = np.asarray(cache.lengths)
-            self._native.raise_fault()
-        return make_rows(self._native.call(self._pool.rows), self.spec, lengths)
-
-    def block_map(self, slot: int) -> list[list[tuple[int, int]]]:
-        """Which physical block each logical block of a slot is.
-
-        Returns:
-            For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
-            layer 1, ... in the per-layer layout) a list of (physical block, reference count).
-        """
-        slot = host_int("block_map: slot", slot)
-        return self._native.call(self._pool.block_map, slot)
-
-    def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
-        """Zero-copy arrays over one layer's keys and values, for dense kernels.
-
-        The arrays have a constant shape and alias the cache: a program that takes them as arguments
-        sees what earlier programs have written. What is not mapped or not written reads as zeros. A
-        slot with views stays draining after its release until they are gone.
-
-        A program that writes the cache and reads a view must read it with `read_views`. A direct
-        read there is wrong: XLA takes the view for a constant and may read it before the write,
-        without an error. `jax.lax.optimization_barrier` does not help.
-
-        Never donate a view, return it from a program or slice it outside of one: XLA would copy the
-        whole range.
-
-        Args:
-            layer: which layer.
-            slot: an occupied slot; None for all slots.
-
-        Returns:
-            (k, v), each [max_seq_len, kv heads, head_dim], or [max_slots, max_seq_len, kv heads,
-            head_dim] for all slots, in the storage dtype.
-
-        Raises:
-            ValueError: a pool in device memory, the fused layout, quantised storage, a layer out of
-                range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
-            KVPageError: the slot is not occupied.
-        """
-        return views.view(self._native, layer, slot)
 
     def trim(self) -> int:
         """Gives all memory that no live request needs back to the system; returns its bytes."""
