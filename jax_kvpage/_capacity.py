@@ -1,11 +1,19 @@
-"""Capacities as users write them."""
+"""Capacities as users write them: bytes, text, or a share of the memory that is available now."""
 
 import re
 from typing import Any
 
+from jax_kvpage import _native
 from jax_kvpage._arrays import host_int
+from jax_kvpage._cuda import Place
+from jax_kvpage._native_pool import checked
+from jax_kvpage.spec import CacheSpec
 
-__all__ = ["parse_bytes"]
+__all__ = ["DEFAULT_PERCENT", "capacity_bytes", "parse_bytes", "parse_percent"]
+
+# What None means. A card is there for the model and its cache; a machine's memory also serves other
+# programs, and the system kills those that ask for the last of it.
+DEFAULT_PERCENT = {"cpu": 50.0, "cuda": 80.0}
 
 _MAX_BYTES = 2**63 - 1
 _UNITS = {"": 1, "B": 1}
@@ -20,8 +28,9 @@ def parse_bytes(value: Any) -> int:
         ValueError: neither, not positive, or more than 64 bits can count.
     """
     wrong = ValueError(
-        "capacity must be a positive number of bytes (less than 2**63) or text such as '2GiB' or "
-        f"'512MB', got {value!r}"
+        "capacity must be a positive number of bytes (less than 2**63), text such as '2GiB' or "
+        "'512MB', a share of what is available such as '80%', or None for the default share, "
+        f"got {value!r}"
     )
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -33,3 +42,97 @@ def parse_bytes(value: Any) -> int:
         return host_int("capacity", value, low=1, high=_MAX_BYTES)
     except ValueError:
         raise wrong from None
+
+
+def parse_percent(value: Any) -> float | None:
+    """The percentage in text such as "80%" or "12.5 %"; None for anything else.
+
+    Raises:
+        ValueError: 0, or more than 100.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    if found is None:
+        return None
+    percent = float(found[1])
+    if not 0 < percent <= 100:
+        raise ValueError(f"capacity must be more than 0% and at most 100%, got {value!r}")
+    return percent
+
+
+def _available(place: Place) -> tuple[int, str]:
+    """Memory that a pool could take now, and whose it is."""
+    if place.backend == "cpu":
+        what = "this machine (or this process's cgroup)"
+        return _native.available_bytes(), what
+    if place.backend == "fake":
+        return _native.fake_driver.free_bytes(), "the fake device"
+    free: int = checked(_native.free_device_bytes, place.ordinal)
+    return free, f"CUDA device {place.ordinal}"
+
+
+def _default(spec: CacheSpec, place: Place, size: int, blocks: int) -> int:
+    """At most `size` bytes: no more than full slots take, nor than there are mappings for.
+
+    Args:
+        spec: resolved.
+        place: of the pool.
+        size: bytes.
+        blocks: that the pool's mappings are promised for already.
+    """
+    size = min(size, spec.virtual_bytes)
+    if place.backend != "cpu":
+        return size
+
+    def mappings(blocks: int) -> int:
+        ranges = spec.max_slots * spec.num_ranges
+        return _native.worst_mappings(blocks, ranges, spec.blocks_per_range)
+
+    most = _native.mapping_share() + (mappings(blocks) if blocks else 0)
+    low, high = spec.num_ranges, size // spec.block_bytes
+    while low < high:  # the most blocks for which the mappings suffice
+        middle = (low + high + 1) // 2
+        if mappings(middle) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    return low * spec.block_bytes
+
+
+def capacity_bytes(
+    op: str, value: Any, spec: CacheSpec, place: Place, held: int = 0, blocks: int = 0
+) -> int:
+    """The capacity of a pool in bytes.
+
+    Args:
+        op: the call, for messages.
+        value: what the caller gave: bytes, text, a share, or None.
+        spec: of the pool, resolved or not.
+        place: where the pool is, or will be.
+        held: bytes that the pool holds already; they count as available.
+        blocks: that its capacity is now.
+
+    Raises:
+        ValueError: no capacity; a share that is less than the smallest pool; or the available
+            memory is not known.
+        KVPageError: the CUDA driver refused.
+    """
+    percent = DEFAULT_PERCENT[place.platform] if value is None else parse_percent(value)
+    if percent is None:
+        return parse_bytes(value)
+    available, owner = _available(place)
+    if available < 0:
+        raise ValueError(
+            f"{op}: capacity={value!r}: the memory available on {owner} is not known here "
+            "(/proc/meminfo cannot be read): give a number of bytes"
+        )
+    size = min(int((available + held) * (percent / 100)), _MAX_BYTES)
+    resolved = spec.resolve(place.platform, capacity=max(size, 1))
+    least = resolved.num_ranges * resolved.block_bytes
+    if size < least:
+        holds = f" and {held} that the pool holds" if held else ""
+        raise ValueError(
+            f"{op}: capacity={value!r} is {size} bytes, {percent:g}% of the {available} bytes "
+            f"available now on {owner}{holds}, but the smallest pool has {resolved.num_ranges} "
+            f"blocks of {resolved.block_bytes} bytes: free memory, or use smaller blocks"
+        )
+    return size if value is not None else _default(resolved, place, size, blocks)

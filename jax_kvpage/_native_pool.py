@@ -16,7 +16,7 @@ from jax_kvpage._native import Code, Reason
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["NativePool", "exception"]
+__all__ = ["NativePool", "checked", "exception"]
 
 _BY_REASON: dict[Reason, type[Exception]] = {
     Reason.CLOSED: PoolClosed,
@@ -50,6 +50,15 @@ def exception(code: Code, reason: Reason, message: str) -> Exception:
     if reason is Reason.DEVICE_FAULT:  # as JAX writes what a program fails with on CPU
         message = f"{code.name}: {message}"
     return _BY_REASON.get(reason, _BY_CODE.get(code, KVPageError))(message)
+
+
+def checked(function: Any, *args: Any) -> Any:
+    """Calls into C++ apart from any pool; a failed status becomes an exception."""
+    try:
+        return function(*args)
+    except _native.StatusError as error:
+        failed = error.args
+    raise exception(*failed)
 
 
 class NativePool:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jax_kvpage._arrays import as_bool, host_int, host_ints
-from jax_kvpage._capacity import parse_bytes
+from jax_kvpage._capacity import capacity_bytes
 from jax_kvpage._compat import default_device
 from jax_kvpage._cuda import place_of
 from jax_kvpage._inspection import Inspection
@@ -47,8 +47,12 @@ class KVPool(Inspection):
 
     Args:
         spec: what the cache holds; resolved for the device's platform if it is not yet.
-        capacity: physical memory for blocks, in bytes or as text ("2GiB"). Rounded down to whole
-            blocks. Memory is taken from the system as it is needed and kept for reuse.
+        capacity: physical memory for blocks, in bytes, as text ("2GiB"), or as a share ("80%") of
+            what is available now: free memory of the card on CUDA; on CPU memory of the machine, or
+            of the process's cgroup, that can be had without swapping. None: 80% on CUDA, 50% on
+            CPU, but no more than full slots take or the system has memory mappings for. Rounded
+            down to whole blocks. Memory is taken from the system as it is needed and kept for
+            reuse.
         device: a `jax.Device` of platform cpu or cuda to live on; the default device if None.
         on_stale: "error" refuses an op that changes the cache from any but the newest cache;
             "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
@@ -73,7 +77,7 @@ class KVPool(Inspection):
     def __init__(
         self,
         spec: CacheSpec,
-        capacity: int | str,
+        capacity: int | str | None = None,
         device: jax.Device | None = None,
         *,
         on_stale: Literal["error", "allow"] = "error",
@@ -88,7 +92,7 @@ class KVPool(Inspection):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
-        size = parse_bytes(capacity)
+        size = capacity_bytes("KVPool", capacity, spec, place)
         self.spec = spec.resolve(place.platform, capacity=size)
         allow_stale = on_stale == "allow"
         self._native = NativePool(self.spec, size, self.device, place, allow_stale, poison)
@@ -263,14 +267,21 @@ class KVPool(Inspection):
         """Gives all memory that no live request needs back to the system; returns its bytes."""
         return self._native.call(self._pool.trim) * self.spec.block_bytes
 
-    def resize(self, capacity: int | str) -> None:
+    def resize(self, capacity: int | str | None) -> None:
         """Changes the budget while the pool is in use.
+
+        Args:
+            capacity: as for a new pool. A share, and None, are of what is available now and what
+                the pool holds already.
 
         Raises:
             OutOfBlocks: live requests hold more than the new capacity; nothing has changed.
             ValueError: a capacity that cannot work.
         """
-        size = parse_bytes(capacity)
+        stats, place = self.stats(), self._native.place
+        size = capacity_bytes(
+            "resize", capacity, self.spec, place, stats.physical, stats.blocks_total
+        )
         self._queue.claim("resize", lambda: self._pool.resize(size))
 
     def check(self, cache: KVCache) -> None:

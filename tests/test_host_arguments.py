@@ -226,7 +226,7 @@ def test_flags(at: At, unchanged: None, wait: Any) -> None:
 
 @pytest.mark.parametrize(
     "capacity",
-    [None, True, 2**63, 2**70, 0, -5, 1.5, {1}, [1], "many", "9" * 400 + "GiB", jnp.float32(3)],
+    ["120%", True, 2**63, 2**70, 0, -5, 1.5, {1}, [1], "many", "9" * 400 + "GiB", jnp.float32(3)],
 )
 def test_capacities(at: At, unchanged: None, capacity: Any) -> None:
     with pytest.raises(ValueError, match="capacity must be"):

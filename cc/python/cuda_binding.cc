@@ -6,11 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kernels/cuda/scratch.h"
+#include "python/errors.h"
 #include "vmm/cuda_context.h"
 #include "vmm/driver.h"
 
@@ -49,6 +51,16 @@ DriverReport Report() {
   return report;
 }
 
+std::int64_t FreeBytes(int ordinal) {
+  const Driver* driver = nullptr;
+  Raise(Driver::Open(&driver));
+  std::shared_ptr<CudaContext> context;
+  Raise(CudaContext::Make(*driver, ordinal, &context));
+  std::int64_t bytes = 0;
+  Raise(FreeDeviceBytes(*context, &bytes));
+  return bytes;
+}
+
 std::size_t AttentionScratchBytes(std::int32_t q_dtype, std::int32_t kv_dtype, std::int32_t num_q_heads,
                                   std::int32_t num_kv_heads, std::int32_t head_dim, std::int64_t max_context,
                                   std::int64_t num_sequences, std::int64_t num_tokens, std::int64_t max_slots,
@@ -84,6 +96,7 @@ void BindCuda(nb::module_& m) {
       .def_ro("problem", &DriverReport::problem)
       .def_ro("devices", &DriverReport::devices);
   m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
+  m.def("free_device_bytes", &FreeBytes, "ordinal"_a, nb::call_guard<nb::gil_scoped_release>());
   // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a, "max_slots"_a);
   m.def("attention_plan_bytes", &cuda::PlanBytes, "num_sequences"_a);

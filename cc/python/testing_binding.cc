@@ -110,6 +110,15 @@ void BindTesting(nb::module_& m) {
       .def(
           "fail_any", [](FakeHandle&, std::int64_t at, int code) { UseFake().FailAtAny(at, cu::Result{code}); }, "at"_a,
           "code"_a)
+      .def("free_bytes",
+           [](FakeHandle&) {
+             std::shared_ptr<CudaContext> context;
+             std::int64_t bytes = 0;
+             Status status = CudaContext::Make(UseFake().driver(), 0, &context);
+             if (status.ok()) status = FreeDeviceBytes(*context, &bytes);
+             if (!status.ok()) throw std::runtime_error(status.message());
+             return bytes;
+           })
       .def("clear_faults", [](FakeHandle&) { UseFake().ClearFaults(); })
       .def_prop_ro("faults", [](FakeHandle&) { return UseFake().faults(); })
       .def("calls",

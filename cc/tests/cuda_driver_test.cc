@@ -99,6 +99,9 @@ void BlocksAreMappedAliasedAndMoved() {
     // of this process, of which ThreadSanitizer leaves as little as half a TiB in one piece.)
     std::size_t free = 0, total = 0;
     Expect(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
+    std::int64_t free_bytes = 0;
+    ExpectOk(FreeDeviceBytes(*world.context, &free_bytes));
+    Expect(free_bytes > 0 && free_bytes <= static_cast<std::int64_t>(total));
     const std::int64_t far_more = 16 * static_cast<std::int64_t>(total) / bytes * bytes;
     std::unique_ptr<CudaVmm> large;
     ExpectOk(CudaVmm::Make(world.context, far_more, bytes, &large));

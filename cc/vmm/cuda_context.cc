@@ -47,6 +47,15 @@ ContextScope::~ContextScope() {
   if (status_.ok()) static_cast<void>(driver_.CtxPopCurrent(&popped));
 }
 
+Status FreeDeviceBytes(const CudaContext& context, std::int64_t* out) {
+  const ContextScope scope(context);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  std::size_t free = 0, total = 0;
+  KVPAGE_CU(context.driver(), MemGetInfo, OfDevice(context.ordinal()), &free, &total);
+  *out = static_cast<std::int64_t>(free);
+  return {};
+}
+
 Status DescribeDevice(const Driver& driver, int ordinal, DeviceDescription* out) {
   *out = {};
   cu::Device device = 0;

@@ -64,6 +64,8 @@ struct DeviceDescription {
   std::int64_t recommended_granularity = 0;
 };
 Status DescribeDevice(const Driver& driver, int ordinal, DeviceDescription* out);
+// Memory of the context's device that is free now, for the capacity of a pool that is to have a share of it.
+Status FreeDeviceBytes(const CudaContext& context, std::int64_t* out);
 Status CountDevices(const Driver& driver, int* count);
 
 }  // namespace kvpage
