@@ -1,11 +1,13 @@
 """The part of KVPool that only looks: accounts, tables, views."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
 from jax_kvpage import views
-from jax_kvpage._arrays import host_int
-from jax_kvpage._native import Pool
+from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._native import Code, Pool
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
@@ -23,6 +25,27 @@ class Inspection:
     _native: NativePool
     _pool: Pool
     _queue: Queue
+
+    def can_acquire(self, num_tokens: int | Sequence[int]) -> bool:
+        """Whether `acquire` of the same would succeed now, for schedulers. Changes nothing.
+
+        Slots that are draining do not count: `acquire(..., wait=True)` may succeed where this is
+        False. The pool's own accounts are asked: `acquire` can still fail where the system has less
+        memory than the capacity promises, or where another thread takes it first.
+
+        Args:
+            num_tokens: tokens to map room for, or a list of them, a slot for each.
+
+        Raises:
+            ValueError: num_tokens out of range.
+            DeviceFault: an earlier program failed on the device.
+            PoolClosed: the pool is closed.
+        """
+        wanted, _ = host_ints("can_acquire: num_tokens", num_tokens)
+        claim = self._native.call(self._pool.can_acquire, wanted)
+        if not claim.ok and claim.code is not Code.RESOURCE_EXHAUSTED:
+            raise self._native.failed_claim("can_acquire", claim)
+        return claim.ok
 
     def committed(self, slot: int) -> list[int]:
         """The token ids committed to a slot so far."""

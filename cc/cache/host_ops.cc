@@ -50,20 +50,34 @@ Status CheckSlots(SlotTable* table, const StateLock& state, const char* op, cons
   return {};
 }
 
+// What acquiring means before anything changes: a free slot and a number of blocks for each request.
+Claim ChooseChecked(const PoolParts& pool, const MappingLock& mapping, const char* op,
+                    const std::vector<std::int64_t>& tokens, std::vector<Want>* wants) {
+  if (Status status = Enter(pool, pool.table->Lock(), op); !status.ok()) return FailedClaim(status);
+  const std::int64_t max_seq_len = pool.table->geometry().max_seq_len;
+  for (const std::int64_t n : tokens) {
+    if (n >= 0 && n <= max_seq_len) continue;
+    return FailedClaim(InvalidArgument(std::string(op) + ": num_tokens is " + Number(n) + ", wanted 0.." +
+                                       Number(max_seq_len) + " (max_seq_len)"));
+  }
+  return ChooseSlots(pool, mapping, tokens, wants);
+}
+
 }  // namespace
+
+Claim CanAcquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
+  const MappingLock mapping = pool.supply->Lock();
+  std::vector<Want> wants;
+  if (Claim claim = ChooseChecked(pool, mapping, "can_acquire", tokens, &wants); !claim.status.ok()) return claim;
+  SupplyPlan plan;
+  return pool.supply->Plan(mapping, wants, Source::kFree, &plan);
+}
 
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
-  if (Status status = Enter(pool, table.Lock(), "acquire"); !status.ok()) return FailedClaim(status);
-  const std::int64_t max_seq_len = table.geometry().max_seq_len;
-  for (const std::int64_t n : tokens) {
-    if (n >= 0 && n <= max_seq_len) continue;
-    return FailedClaim(InvalidArgument("acquire: num_tokens is " + Number(n) + ", wanted 0.." + Number(max_seq_len) +
-                                       " (max_seq_len)"));
-  }
   std::vector<Want> wants;
-  if (Claim claim = ChooseSlots(pool, mapping, tokens, &wants); !claim.status.ok()) return claim;
+  if (Claim claim = ChooseChecked(pool, mapping, "acquire", tokens, &wants); !claim.status.ok()) return claim;
   SupplyPlan plan;
   Claim claim = pool.supply->Reserve(mapping, wants, &plan);
   if (!claim.status.ok()) return claim;

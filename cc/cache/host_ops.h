@@ -11,6 +11,8 @@
 
 namespace kvpage::host_ops {
 
+// Whether Acquire would have slots and blocks for `tokens` now: its claim, without slots. Changes nothing.
+Claim CanAcquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
 // Occupies one slot per entry of `tokens` and maps room for that many; all or none.
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
 // Maps room for tokens[i] tokens in all in slots[i]; all or none.

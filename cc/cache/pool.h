@@ -48,6 +48,7 @@ class Pool {
 
   // ---- host: host_ops.h, capacity.h, generations.h ----
   Claim Acquire(const std::vector<std::int64_t>& tokens) { return host_ops::Acquire(parts_, tokens); }
+  Claim CanAcquire(const std::vector<std::int64_t>& tokens) { return host_ops::CanAcquire(parts_, tokens); }
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return host_ops::Extend(parts_, slots, tokens);
   }

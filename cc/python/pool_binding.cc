@@ -217,6 +217,7 @@ void BindPool(nb::module_& m) {
       .def("close", &PoolReference::Close, nb::call_guard<nb::gil_scoped_release>())
       // Decisions of the host, and how they are undone when their edits could not be queued.
       .def("acquire", Method("acquire", &Pool::Acquire), "num_tokens"_a)
+      .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
       .def("start_edits", &StartEdits, "verb"_a, "edits"_a)
       .def("undo_edits", &UndoEdits, "verb"_a, "edits"_a)
       // Calls that queue nothing.
