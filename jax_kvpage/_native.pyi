@@ -112,6 +112,7 @@ class Pool:
         capacity_bytes: int,
         allow_stale: bool,
         poison: bool,
+        debug: bool,
         backend: str = "cpu",  # "cpu", "cuda", or in a build for tests "fake"
         device: int = 0,  # CUDA ordinal
     ) -> None: ...

@@ -6,17 +6,18 @@ nothing here looks into a message.
 
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 
 from jax_kvpage import _native
+from jax_kvpage._arrays import as_bool
 from jax_kvpage._cuda import Place, memory_hint
 from jax_kvpage._native import Code, Reason
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["NativePool", "checked", "exception"]
+__all__ = ["NativePool", "PoolOptions", "checked", "exception"]
 
 _BY_REASON: dict[Reason, type[Exception]] = {
     Reason.CLOSED: PoolClosed,
@@ -61,6 +62,32 @@ def checked(function: Any, *args: Any) -> Any:
     raise exception(*failed)
 
 
+class PoolOptions(NamedTuple):
+    """The modes of a pool, in the order in which `_native.Pool` takes them."""
+
+    allow_stale: bool
+    poison: bool
+    debug: bool
+
+    @classmethod
+    def checked(cls, on_stale: str, poison: bool, debug: bool) -> Self:
+        """The options that the arguments of `KVPool` ask for.
+
+        Raises:
+            ValueError: an argument that is no option, or two that exclude each other.
+        """
+        if on_stale not in ("error", "allow"):
+            raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
+        poison = as_bool("KVPool: poison", poison)
+        debug = as_bool("KVPool: debug", debug)
+        if debug and on_stale == "allow":
+            raise ValueError(
+                "KVPool: debug=True refuses to write a position twice, but steps repeated with "
+                "on_stale='allow' do so: give one of the two"
+            )
+        return cls(on_stale == "allow", poison or debug, debug)
+
+
 class NativePool:
     """The compiled pool of a `KVPool`.
 
@@ -82,16 +109,17 @@ class NativePool:
         capacity_bytes: int,
         device: jax.Device,
         place: Place,
-        allow_stale: bool,
-        poison: bool,
+        options: PoolOptions,
     ) -> None:
         self.spec = spec
         self.device = device
         self.place = place
         ints, block_bytes = spec.as_ints(), spec.block_bytes
-        options = (allow_stale, poison, place.backend, place.ordinal)
         self.pool: _native.Pool = self.call(
-            _native.Pool, ints, block_bytes, capacity_bytes, *options
+            _native.Pool,
+            *(ints, block_bytes, capacity_bytes),
+            *options,
+            *(place.backend, place.ordinal),
         )
 
     def call(self, function: Any, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from jax_kvpage._capacity import capacity_bytes
 from jax_kvpage._compat import default_device
 from jax_kvpage._cuda import place_of
 from jax_kvpage._inspection import Inspection
-from jax_kvpage._native_pool import NativePool
+from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
@@ -59,6 +59,8 @@ class KVPool(Inspection):
             release, rollback) came between, for timing loops.
         poison: test mode: memory that a request gets is filled with NaN first, so that a read of
             something never written shows.
+        debug: test mode: poison, and an append to a position that is already written in that layer
+            is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
 
     Attributes:
         spec: the resolved spec.
@@ -82,20 +84,18 @@ class KVPool(Inspection):
         *,
         on_stale: Literal["error", "allow"] = "error",
         poison: bool = False,
+        debug: bool = False,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
-        if on_stale not in ("error", "allow"):
-            raise ValueError(f"on_stale must be 'error' or 'allow', got {on_stale!r}")
-        poison = as_bool("KVPool: poison", poison)
+        options = PoolOptions.checked(on_stale, poison, debug)
         if device is not None and not isinstance(device, jax.Device):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
         size = capacity_bytes("KVPool", capacity, spec, place)
         self.spec = spec.resolve(place.platform, capacity=size)
-        allow_stale = on_stale == "allow"
-        self._native = NativePool(self.spec, size, self.device, place, allow_stale, poison)
+        self._native = NativePool(self.spec, size, self.device, place, options)
         self._pool = self._native.pool
         self._queue = Queue(self._native)
         self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))

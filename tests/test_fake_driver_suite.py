@@ -26,6 +26,7 @@ _VIEWS = "zero-copy views of device memory are refused (test_views_are_refused)"
 _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_pool.py": {},
     "test_pool_capacity.py": {},
+    "test_debug_mode.py": {},
     "test_pool_state_machine.py": {},
     "test_safety.py": {},
     "test_stale.py": {},

@@ -55,8 +55,9 @@ def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) ->
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
-def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str) -> None:
-    rig, raw = _open(make_pool, layout, poison=True)
+@pytest.mark.parametrize("mode", ["poison", "debug"])
+def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str, mode: str) -> None:
+    rig, raw = _open(make_pool, layout, **{mode: True})
     slot = rig.acquire(64)
     token = rig.spec.token_bytes // 4
     assert np.count_nonzero(np.isnan(raw())) == 64 * token

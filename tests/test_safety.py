@@ -218,7 +218,8 @@ def test_a_forked_child_numbers_its_pools_anew() -> None:
         import jax_kvpage as kvp
         from jax_kvpage import _native
         spec = kvp.CacheSpec(1, 1, 16, max_slots=2, max_seq_len=64).resolve("cpu")
-        make = lambda: _native.Pool(spec.as_ints(), spec.block_bytes, 2**20, False, False, "cpu", 0)
+        options = (False, False, False, "cpu", 0)
+        make = lambda: _native.Pool(spec.as_ints(), spec.block_bytes, 2**20, *options)
         pools = [make()]
         read, write = os.pipe()
         child = os.fork()

@@ -53,6 +53,7 @@ enum class FaultKind : std::int32_t {
   kCopyTwice,     // slot: the target of two copies
   kCopyChain,     // slot: the source and the target of copies
   kLength,        // slot, layer; wanted: tokens that the cache says it has, have: written
+  kWrittenTwice,  // slot, layer; wanted: the position of the first new token, which is already written
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -93,6 +94,7 @@ struct DevicePool {
   std::int32_t* written = nullptr;         // [max_slots, num_layers] tokens written by the slot's occupant
   std::uint32_t* marks = nullptr;          // [max_slots], of checks without scratch memory: finds slots named twice
   Fault* fault = nullptr;                  // pinned host memory
+  std::int32_t debug = 0;                  // host; PoolOptions::debug
   // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
   // host clears it when it hands the slot on. Reading it costs no driver call.
   volatile std::uint32_t* vacated = nullptr;

@@ -127,6 +127,13 @@ Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_
                             "returned, or call pool.cache() for a new one");
 }
 
+Status WrittenTwice(Op op, std::int32_t slot, std::int64_t layer, std::int64_t position) {
+  return FailedPrecondition(Slot(op, slot) + ", layer " + Number(layer) + ": position " + Number(position) +
+                            " is already written: advance(cache, batch) was probably forgotten after the previous "
+                            "step, or one layer was written twice with the same layer number. set_lengths allows new "
+                            "tokens from the slot's length on to be written again; KVPool(debug=True) checks this");
+}
+
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const WrittenRuns& written) {
   return FailedPrecondition(Slot(op, slot) + ": " + Number(wanted) + " tokens wanted, written in " + Runs(written) +
                             "; append_kv or update_and_attend must run once for every layer first");

@@ -42,6 +42,8 @@ Status Unmapped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t room
 Status Unwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t wanted, std::int64_t written);
 // append: the cache says that the slot has more tokens than its occupant has written
 Status LengthUnwritten(Op op, std::int32_t slot, std::int64_t layer, std::int64_t length, std::int64_t written);
+// append to a pool with KVPool(debug=True): the token at `position` is already written
+Status WrittenTwice(Op op, std::int32_t slot, std::int64_t layer, std::int64_t position);
 // advance, set_lengths, copies: tokens that every layer must have are missing in some layer
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const WrittenRuns& written);
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);  // set_lengths

@@ -32,6 +32,9 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
       // The context before the new tokens would be what an earlier owner of the memory left there.
       return messages::LengthUnwritten(op, slot, layer, sequence.position, written);
     }
+    if (append && pool.options.debug && sequence.position < written) {
+      return messages::WrittenTwice(op, slot, layer, sequence.position);
+    }
     if (!append && end > written) return messages::Unwritten(op, slot, layer, end, written);
   }
   if (append) {

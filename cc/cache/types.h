@@ -15,6 +15,7 @@ namespace kvpage {
 struct PoolOptions {
   bool allow_stale = false;  // a step may be repeated from one cache as long as nothing destructive came between
   bool poison = false;       // test mode: memory handed to a request is filled with NaN
+  bool debug = false;        // test mode: append refuses a token that the slot's occupant has already written
 };
 
 // ---- host calls ----

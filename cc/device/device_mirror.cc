@@ -26,15 +26,15 @@ class Carver {
 
 }  // namespace
 
-Status DeviceMirror::Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
-                          std::unique_ptr<DeviceMirror>* out) {
+Status DeviceMirror::Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base,
+                          const PoolOptions& options, std::unique_ptr<DeviceMirror>* out) {
   std::unique_ptr<DeviceMirror> mirror(new DeviceMirror(std::move(device), geometry));
-  KVPAGE_RETURN_IF_ERROR(mirror->Allocate(base, allow_stale));
+  KVPAGE_RETURN_IF_ERROR(mirror->Allocate(base, options));
   *out = std::move(mirror);
   return {};
 }
 
-Status DeviceMirror::Allocate(char* base, bool allow_stale) {
+Status DeviceMirror::Allocate(char* base, const PoolOptions& options) {
   const std::int64_t slots = geometry_.max_slots;
   const std::int64_t rows = slots * geometry_.num_layers;
   Carver on_device;
@@ -60,7 +60,8 @@ Status DeviceMirror::Allocate(char* base, bool allow_stale) {
 
   const SpecInts spec = geometry_.spec();
   std::copy(spec.begin(), spec.end(), image_->spec);
-  image_->allow_stale = allow_stale ? 1 : 0;
+  image_->allow_stale = options.allow_stale ? 1 : 0;
+  image_->debug = options.debug ? 1 : 0;
   image_->view = geometry_.View(base);
   image_->slots = reinterpret_cast<DeviceSlot*>(memory_.address());
   image_->written = reinterpret_cast<std::int32_t*>(memory_.address() + written);

@@ -15,6 +15,7 @@
 #include "base/device_table.h"
 #include "cache/geometry.h"
 #include "cache/mirror.h"
+#include "cache/types.h"
 #include "device/device_state.h"
 
 namespace kvpage {
@@ -22,8 +23,8 @@ namespace kvpage {
 class DeviceMirror final : public Mirror {
  public:
   // `base`: device address of the pool's memory.
-  static Status Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base, bool allow_stale,
-                     std::unique_ptr<DeviceMirror>* out);
+  static Status Make(std::shared_ptr<DeviceState> device, const Geometry& geometry, char* base,
+                     const PoolOptions& options, std::unique_ptr<DeviceMirror>* out);
   ~DeviceMirror() override { Leave(); }
   DeviceMirror(const DeviceMirror&) = delete;
   DeviceMirror& operator=(const DeviceMirror&) = delete;
@@ -48,7 +49,7 @@ class DeviceMirror final : public Mirror {
 
   DeviceMirror(std::shared_ptr<DeviceState> device, const Geometry& geometry)
       : device_(std::move(device)), geometry_(geometry), rooms_(geometry.max_slots, 0) {}
-  Status Allocate(char* base, bool allow_stale);
+  Status Allocate(char* base, const PoolOptions& options);
   Status Counted(const Status& status, bool waited);
   Status WaitForReaders();
   template <class T>

@@ -54,6 +54,8 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
                              : messages::Unwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
     case FaultKind::kLength:
       return messages::LengthUnwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
+    case FaultKind::kWrittenTwice:
+      return messages::WrittenTwice(op, fault.slot, fault.layer, fault.wanted);
     case FaultKind::kRaise:
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:

@@ -48,7 +48,7 @@ Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolO
   std::unique_ptr<CudaVmm> vmm;
   KVPAGE_RETURN_IF_ERROR(CudaVmm::Make(device->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));
   std::unique_ptr<DeviceMirror> mirror;
-  KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(device, geometry, vmm->base(), options.allow_stale, &mirror));
+  KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(device, geometry, vmm->base(), options, &mirror));
   memory->vmm = std::move(vmm);
   memory->mirror = std::move(mirror);
   return {};

@@ -205,12 +205,12 @@ void BindPool(nb::module_& m) {
       .def(
           "__init__",
           [](PoolReference* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
-             bool allow_stale, bool poison, const std::string& backend, int device) {
+             bool allow_stale, bool poison, bool debug, const std::string& backend, int device) {
             OpenedPool opened;
-            Raise(OpenPool(spec, block_bytes, capacity_bytes, {allow_stale, poison}, backend, device, &opened));
+            Raise(OpenPool(spec, block_bytes, capacity_bytes, {allow_stale, poison, debug}, backend, device, &opened));
             new (self) PoolReference(std::move(opened));
           },
-          "spec"_a, "block_bytes"_a, "capacity_bytes"_a, "allow_stale"_a, "poison"_a, "backend"_a = "cpu",
+          "spec"_a, "block_bytes"_a, "capacity_bytes"_a, "allow_stale"_a, "poison"_a, "debug"_a, "backend"_a = "cpu",
           "device"_a = 0)
       .def_prop_ro("id", &PoolReference::id)
       .def_prop_ro("closed", [](const PoolReference& self) { return self.Get() == nullptr; })

@@ -201,7 +201,7 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
     emulation::device().seed = static_cast<std::uint64_t>(round) % 4;
     const Layout layout = round % 2 == 0 ? Layout::kFused : Layout::kPerLayer;
     Twins twins(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, round % 3 == 0,
-                static_cast<std::uint64_t>(round));
+                static_cast<std::uint64_t>(round), /*debug=*/round % 3 == 1);
     for (int i = 0; i < 600 && !::testing::Test::HasFailure(); ++i) {
       RandomOp(twins);
       if (i % 4 == 0) twins.CompareState();
@@ -236,6 +236,7 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
     met(op, FaultKind::kUnmapped);
   }
   met(DeviceOp::kAppendKV, FaultKind::kLength);
+  met(DeviceOp::kAppendKV, FaultKind::kWrittenTwice);
   met(DeviceOp::kSetLengths, FaultKind::kUnwritten);
   met(DeviceOp::kPagedAttention, FaultKind::kUnwritten);
   met(DeviceOp::kAdvance, FaultKind::kUnwritten);

@@ -24,14 +24,15 @@ namespace kvpage::testing {
 // A pool and the same pool on the device. Every op runs on both; texts are what went wrong ("" for nothing).
 class Twins {
  public:
-  Twins(const Geometry& geometry, std::int64_t blocks, bool allow_stale, std::uint64_t seed)
+  Twins(const Geometry& geometry, std::int64_t blocks, bool allow_stale, std::uint64_t seed, bool debug = false)
       : geometry_(geometry),
-        options_{allow_stale, false},
+        options_{allow_stale, /*poison=*/false, debug},
         pool_(MakePool(geometry, blocks, options_)),
         rows_(table_.Add(geometry.spec(), pool_->View(), kId)),
         rng_(seed) {
     pool_->set_id(kId);
     rows_.entry().allow_stale = allow_stale;
+    rows_.entry().debug = debug;
     NewGeneration();
   }
 

@@ -13,6 +13,16 @@
 
 namespace kvpage::testing {
 
+TEST(DeviceTest, TableSaysThatThePoolIsInDebugMode) {
+  Machine machine;
+  PoolOptions options;
+  options.debug = true;
+  const std::shared_ptr<Pool> pool = machine.MakePool(7, 16, 0, options);
+  ASSERT_NE(machine.Find(7), nullptr);
+  EXPECT_EQ(machine.Find(7)->debug, 1);
+  EXPECT_EQ(machine.Find(7)->allow_stale, 0);
+}
+
 TEST(DeviceTest, TableSaysWhatTheHostDecided) {
   Machine machine;
   PoolOptions options;
@@ -23,6 +33,7 @@ TEST(DeviceTest, TableSaysWhatTheHostDecided) {
   if (entry == nullptr) return;
   EXPECT_EQ(entry->open, 1);
   EXPECT_EQ(entry->allow_stale, 1);
+  EXPECT_EQ(entry->debug, 0);
   EXPECT_EQ(entry->view.base, pool->View().base);
   EXPECT_EQ(entry->view.slot_stride, pool->View().slot_stride);
   for (int i = 0; i < 8; ++i) EXPECT_EQ(entry->spec[i], pool->geometry().spec()[i]);

@@ -94,7 +94,7 @@ class Machine {
     KVPAGE_RETURN_IF_ERROR(
         CudaVmm::Make(devices_[device]->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));
     std::unique_ptr<DeviceMirror> mirror;
-    KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(devices_[device], geometry, vmm->base(), options.allow_stale, &mirror));
+    KVPAGE_RETURN_IF_ERROR(DeviceMirror::Make(devices_[device], geometry, vmm->base(), options, &mirror));
     std::shared_ptr<Pool> pool;
     KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, blocks * geometry.block_bytes, options, std::move(vmm), nullptr, &pool,
                                       std::move(mirror)));

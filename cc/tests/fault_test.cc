@@ -79,6 +79,25 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   cache = good;
   cache.lengths = longer.data();
   same(Make(Op::kAppendKV, Kind::kLength, b, 7, 0, -1, 1), append(cache, {b}, {0, 1}, 100, 1));
+  {
+    const std::shared_ptr<Pool> debugging = MakePool(SmallGeometry(), 32, {false, /*poison=*/true, /*debug=*/true});
+    Program twice(debugging.get());
+    const std::int32_t slot = twice.Acquire(32);
+    EXPECT_OK(twice.Write(slot, 10));
+    const std::int32_t one[] = {0, 1};
+    const auto write = [&] {
+      PinnedSlots pinned;
+      return debugging->Begin("append_kv", twice.cache(), {&slot, 1, one, 1}, 1, true, &pinned);
+    };
+    EXPECT_OK(write());
+    twice.Restart();  // nothing behind the length counts as written
+    EXPECT_OK(write());
+    CacheRef next = twice.cache();
+    ++next.epoch;
+    PinnedSlots pinned;
+    same(Make(Op::kAppendKV, Kind::kWrittenTwice, slot, 10, 0, -1, 1),
+         debugging->Begin("append_kv", next, {&slot, 1, one, 1}, 1, true, &pinned));
+  }
   same(Make(Op::kPagedAttention, Kind::kUnwritten, a, 11, 10, -1, 1),
        begin("paged_attention", good, {a}, {0, 1}, 1, false, 1));
   same(Make(Op::kGatherContext, Kind::kUnwritten, b, 1, 0, -1, 0),

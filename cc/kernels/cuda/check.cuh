@@ -67,6 +67,9 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
           } else if (args.append && length > written) {
             // The context before the new tokens would be what an earlier owner of the memory left there.
             checker.Note(Stage::kLimits, s, FaultKind::kLength, slot, layer, -1, length, written);
+          } else if (args.append && length < written && checker.pool()->debug != 0) {
+            // The flag is read only here: programs that advance after each step never get to it.
+            checker.Note(Stage::kLimits, s, FaultKind::kWrittenTwice, slot, layer, -1, length);
           } else if (!args.append && end > written) {
             checker.Note(Stage::kLimits, s, FaultKind::kUnwritten, slot, layer, -1, end, written);
           }
