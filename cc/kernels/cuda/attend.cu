@@ -70,9 +70,10 @@ void PlacePlan(void* memory, std::int64_t num_sequences, int blocks, Plan* plan)
   plan->split_units = reinterpret_cast<SplitUnit*>(base + at.split_units);
 }
 
-// Fills the parameters, except those that depend on the kernel's shape and where plan and scratch memory are.
+// Fills the parameters, except those that depend on the kernel's shape and where plan and scratch memory are; `layout`
+// is the scratch memory's.
 Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
-            AttentionParams* p) {
+            AttentionParams* p, AttentionScratch* layout) {
   int num_sms = 0;
   KVPAGE_RETURN_IF_ERROR(NumSms(&num_sms));
   p->q = a.q;
@@ -91,15 +92,13 @@ Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t
   p->heads_together = HeadsTogether(a.num_kv_heads, p->blocks);
   p->pieces = p->blocks / p->heads_together;
   p->q_dtype = a.q_dtype;
-  const AttentionScratch at = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
-  p->partials_per_row = at.partials_per_row;
-  p->max_prefill_states = at.max_prefill_states;
+  *layout = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
+  p->partials_per_row = layout->partials_per_row;
+  p->max_prefill_states = layout->max_prefill_states;
   return {};
 }
 
-// Returns the bytes in use.
-std::size_t PlaceScratch(const AttentionOperands& a, bool tensor_cores, void* scratch, AttentionParams* p) {
-  const AttentionScratch at = LayOut(a, p->num_sequences, p->num_tokens, tensor_cores, p->blocks);
+void PlaceScratch(const AttentionScratch& at, void* scratch, AttentionParams* p) {
   char* const base = static_cast<char*>(scratch);
   p->checked = static_cast<const CheckedBatch*>(scratch);
   p->state.next_item = reinterpret_cast<std::int32_t*>(base + at.counters);
@@ -109,7 +108,6 @@ std::size_t PlaceScratch(const AttentionOperands& a, bool tensor_cores, void* sc
   p->state.partial_values = reinterpret_cast<float*>(base + at.partial_values);
   p->state.partial_sums = reinterpret_cast<float2*>(base + at.partial_sums);
   p->state.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
-  return at.bytes;
 }
 
 }  // namespace
@@ -151,9 +149,10 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
                        bool aligned, void* scratch, Stream stream) {
   const bool tensor_cores = UsesTensorCores(attention, aligned);
   AttentionParams params = {};
-  KVPAGE_RETURN_IF_ERROR(Fill(attention, num_sequences, num_tokens, tensor_cores, &params));
-  const std::size_t used = PlaceScratch(attention, tensor_cores, scratch, &params);
-  PlacePlan(static_cast<char*>(scratch) + used, num_sequences, params.blocks, &params.plan);
+  AttentionScratch layout;
+  KVPAGE_RETURN_IF_ERROR(Fill(attention, num_sequences, num_tokens, tensor_cores, &params, &layout));
+  PlaceScratch(layout, scratch, &params);
+  PlacePlan(static_cast<char*>(scratch) + layout.bytes, num_sequences, params.blocks, &params.plan);
   const LaunchShape shape = {1, kPlanThreads, 0, /*overlap=*/true};
   KVPAGE_RETURN_IF_ERROR(Launch<PlanCheckedKernel>("plan", shape, stream, params));
   return LaunchPlanned(attention, params, tensor_cores, stream);
@@ -162,8 +161,9 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
 Status PlanAttention(const std::int32_t* lengths, const BatchOperands& batch, const AttentionOperands& attention,
                      void* plan, Stream stream) {
   AttentionParams params = {};
+  AttentionScratch layout;  // partials_per_row and max_prefill_states shape the plan
   KVPAGE_RETURN_IF_ERROR(
-      Fill(attention, batch.num_sequences, batch.num_tokens, HasTensorCoreKernels(attention), &params));
+      Fill(attention, batch.num_sequences, batch.num_tokens, HasTensorCoreKernels(attention), &params, &layout));
   PlacePlan(plan, batch.num_sequences, params.blocks, &params.plan);
   const PlanArgs args = {lengths,
                          batch.slots,
@@ -179,8 +179,9 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   // In a pool, rows of all head sizes of the tensor core kernels are aligned.
   const bool tensor_cores = HasTensorCoreKernels(attention);
   AttentionParams params = {};
-  KVPAGE_RETURN_IF_ERROR(Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, &params));
-  PlaceScratch(attention, tensor_cores, scratch, &params);
+  AttentionScratch layout;
+  KVPAGE_RETURN_IF_ERROR(Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, &params, &layout));
+  PlaceScratch(layout, scratch, &params);
   PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read it
   BatchCheckArgs args = ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr,
                                new_epoch, scratch, /*followers=*/params.blocks);
