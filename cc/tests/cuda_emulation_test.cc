@@ -140,6 +140,16 @@ __global__ void AbsentKernel() {
 __global__ void SpinKernel() {
   while (true) __nanosleep(10);
 }
+// Neither polls: one always gets on to the next barrier, the other waits without saying so.
+__global__ void BarriersKernel() {
+  while (true) __syncthreads();
+}
+__global__ void ComputesKernel() {
+  KVPAGE_SHARED(volatile int, flag);
+  flag = 1;
+  while (flag != 0) {
+  }
+}
 __global__ void StaticSharedKernel() {
   KVPAGE_SHARED(char[900], first);
   KVPAGE_SHARED(char[900], second);
@@ -185,6 +195,16 @@ TEST(CudaEmulationTest, MistakesEndInAMessage) {
   EXPECT_TRUE(Has(MessageOf<AbsentKernel>(), "__syncwarp")) << MessageOf<AbsentKernel>();
   EXPECT_TRUE(Has(MessageOf<StaticSharedKernel>(), "static shared memory")) << MessageOf<StaticSharedKernel>();
   EXPECT_TRUE(Has(MessageOf<SpinKernel>(), "polls in __nanosleep")) << MessageOf<SpinKernel>();
+}
+
+TEST(CudaEmulationTest, KernelsThatDoNotEndFail) {
+  emulation::device().launch_seconds = 0.2;
+  const std::string barriers = MessageOf<BarriersKernel>();
+  const std::string computes = MessageOf<ComputesKernel>();
+  emulation::device().launch_seconds = emulation::Device().launch_seconds;
+  EXPECT_TRUE(Has(barriers, "does not end") && Has(barriers, "__syncthreads") && Has(barriers, "threads 0 1 2"))
+      << barriers;
+  EXPECT_TRUE(Has(computes, "thread 0: the kernel does not end") && Has(computes, "does not wait")) << computes;
 }
 
 TEST(CudaEmulationTest, MissingBarriersShow) {

@@ -72,8 +72,8 @@ void RestoreShared(const std::vector<unsigned char>& bytes);
 // Leaves the running thread until the scheduler comes back to it.
 void Park();
 
-// Nobody can run: ends the process with a message that says who waits where.
-[[noreturn]] void FailStuck();
+// Ends the process with a message that says who waits where.
+[[noreturn]] void FailStuck(const char* why = "threads wait for each other in vain");
 
 }  // namespace kvpage::emulation
 

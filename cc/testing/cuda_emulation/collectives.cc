@@ -27,7 +27,7 @@ void Finish(std::vector<Copy>* copies) {
 
 }  // namespace
 
-void FailStuck() {
+void FailStuck(const char* why) {
   std::map<std::string, std::string> places;
   for (int i = 0; i < block().size; ++i) {
     const Thread& thread = *block().threads[i];
@@ -41,7 +41,7 @@ void FailStuck() {
     }
     places[place] += " " + std::to_string(i);
   }
-  std::string text = "threads wait for each other in vain:";
+  std::string text = std::string(why) + ":";
   for (const auto& [place, threads] : places) text += "\n  " + place + ": threads" + threads;
   Fail(text.c_str());
 }

@@ -39,6 +39,8 @@ struct Device {
   // kernel, as in code that the driver compiles from older PTX for a newer card. KVPAGE_EMULATED_CODE sets it.
   int code_version = 90;
   std::uint64_t seed = 0;  // 0: ascending order
+  // Processor time that kernels launched together may take. They take milliseconds, with sanitizers a second.
+  double launch_seconds = 60;
 };
 Device& device();
 

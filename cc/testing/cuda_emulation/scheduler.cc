@@ -12,6 +12,7 @@
 
 #include "testing/cuda_emulation/block.h"
 #include "testing/cuda_emulation/cuda_runtime.h"
+#include "testing/cuda_emulation/watchdog.h"
 
 namespace kvpage::emulation {
 namespace {
@@ -171,6 +172,7 @@ class Scheduler {
     b->idle = b->progress ? 0 : b->idle + 1;
     if (!ran && b->early) return true;
     if (!ran || b->idle > kIdleRounds) FailStuck();
+    watchdog_.Look();
     return false;
   }
 
@@ -211,6 +213,7 @@ class Scheduler {
 
   std::mt19937_64 random_;
   const bool shuffles_;
+  const Watchdog watchdog_{device().launch_seconds};
   Fiber fiber_;  // of the calling thread
 };
 
