@@ -106,7 +106,7 @@ class Inspection:
             head_dim] for all slots, in the storage dtype.
 
         Raises:
-            ValueError: a pool in device memory, the fused layout, quantised storage, a layer out of
+            ValueError: a pool in device memory, the fused layout, quantized storage, a layer out of
                 range, or (all slots) a max_seq_len that is not a multiple of block_tokens.
             KVPageError: the slot is not occupied.
         """

@@ -113,7 +113,7 @@ def make_batch(sequences: Sequence[tuple[int, int]], num_sequences: int | None =
 
 
 def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
-    """What new keys and values are handed over as: as stored, float32 where that is quantised."""
+    """What new keys and values are handed over as: as stored, float32 where that is quantized."""
     return np.dtype(jnp.float32 if is_quantized(spec.dtype) else spec.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Quantised storage: what lies in memory, what comes out of it, how far that is from float32."""
+"""Quantized storage: what lies in memory, what comes out of it, how far that is from float32."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_tables_are_refused() -> None:
         )
 
 
-def test_new_tokens_come_unquantised(make_pool) -> None:
+def test_new_tokens_come_unquantized(make_pool) -> None:
     pool = make_pool(_spec("fused", "int8"))
     slot, cache = pool.acquire(pool.cache(), 1)
     k = jnp.zeros((1, _HEADS, 64), jnp.int8)

@@ -19,7 +19,7 @@ from peers.base import Data, Peer, Ready
 
 __all__ = ["PEER"]
 
-# Quantised storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
+# Quantized storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
 # speeds compare as times do: twice the fraction of the floor is half the time.
 _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 

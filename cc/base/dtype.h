@@ -1,4 +1,4 @@
-// Element types that keys, values and queries are stored in. The quantised ones store keys and values only: with one
+// Element types that keys, values and queries are stored in. The quantized ones store keys and values only: with one
 // float32 scale for each token and KV head, for keys and for values, that their elements are multiplied by.
 #ifndef KVPAGE_BASE_DTYPE_H_
 #define KVPAGE_BASE_DTYPE_H_

@@ -9,7 +9,7 @@
 // where a chunk is the run of tokens that lies at one stride. Without a table chunk i of a slot is at
 // slot * slot_stride + i * chunk_stride; with one it is at table[slot][i] * chunk_stride.
 //
-// Quantised storage (see dtype.h) has the scale of (slot, layer, K|V, head, token) in the same chunk, scale_base bytes
+// Quantized storage (see dtype.h) has the scale of (slot, layer, K|V, head, token) in the same chunk, scale_base bytes
 // after the chunk's first element of that layer and side:
 //
 //   Chunk(slot, token / tokens_per_chunk, layer, kv) + scale_base + head * scale_head_stride
@@ -33,7 +33,7 @@ struct KVView {
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
   std::int64_t tokens_per_chunk = 1;
-  std::int64_t scale_base = 0;  // these three only where dtype is quantised
+  std::int64_t scale_base = 0;  // these three only where dtype is quantized
   std::int64_t scale_head_stride = 0;
   std::int64_t scale_token_stride = 0;
   const std::int32_t* table = nullptr;  // [slots, table_width] physical chunk numbers, or null

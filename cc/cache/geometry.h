@@ -4,7 +4,7 @@
 // per_layer  2L ranges; range 2l is layer l's K and 2l+1 its V, each [slot][token][head][D], so that one layer's K is
 //            one dense array over all slots
 //
-// Quantised storage adds the scales of a block's part behind its data: [layer][K|V]([head][token][D] [head][token]) and
+// Quantized storage adds the scales of a block's part behind its data: [layer][K|V]([head][token][D] [head][token]) and
 // [block]([token][head][D] [token][head]). A per-layer slot is then no dense array, so its blocks may be padded too.
 #ifndef KVPAGE_CACHE_GEOMETRY_H_
 #define KVPAGE_CACHE_GEOMETRY_H_

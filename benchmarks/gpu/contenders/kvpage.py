@@ -18,7 +18,7 @@ from contenders.base import JaxContender, queries
 
 __all__ = ["CONTENDER"]
 
-# Quantised storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
+# Quantized storage under bfloat16 queries. Its bytes are counted as if they were bfloat16, so that
 # speeds compare as times do: twice the bandwidth is half the time.
 _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 _PAGE = 64
