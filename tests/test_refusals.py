@@ -43,6 +43,20 @@ _DENY = """
 """
 
 
+_ACQUIRE_DENIED = (
+    _DENY
+    + """
+    pool = kvp.KVPool(spec, "16MiB")
+    cache = pool.cache()
+    deny(error, call)
+    try:
+        pool.acquire(cache, 100)
+    except Exception as caught:
+        error = caught
+    """
+)
+
+
 def _assert_says(call: str, code: str) -> str:
     return f"""
     assert isinstance(error, kvp.KVPageError), repr(error)
@@ -74,16 +88,7 @@ def test_a_forbidden_memfd_create(code: str) -> None:
 @pytest.mark.parametrize("code", ["EPERM", "ENOSYS"])
 def test_a_forbidden_fallocate(code: str) -> None:
     run_python(
-        _DENY
-        + """
-    pool = kvp.KVPool(spec, "16MiB")
-    cache = pool.cache()
-    deny(error, call)
-    try:
-        pool.acquire(cache, 100)
-    except Exception as caught:
-        error = caught
-    """
+        _ACQUIRE_DENIED
         + _assert_says("fallocate", code)
         + """
     assert pool.stats().slots_occupied == 0
@@ -96,15 +101,10 @@ def test_a_forbidden_fallocate(code: str) -> None:
 
 def test_short_memory_does_not_ask_for_a_larger_pool() -> None:
     run_python(
-        _DENY
+        _ACQUIRE_DENIED
         + """
-    pool = kvp.KVPool(spec, "16MiB")
-    cache = pool.cache()
-    deny(error, call)
-    try:
-        pool.acquire(cache, 100)
-    except kvp.OutOfBlocks as caught:
-        text = str(caught)
+    assert isinstance(error, kvp.OutOfBlocks), repr(error)
+    text = str(error)
     assert "fallocate of" in text and "release a request" in text, text
     assert "make the pool smaller with resize()" in text and "take more" not in text, text
     """,

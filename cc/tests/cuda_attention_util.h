@@ -180,17 +180,32 @@ inline std::vector<std::pair<int, int>> RandomLengths(Rng& rng, int longest) {
   return lengths;
 }
 
-// Stores the problem in a cache of a random layout and compares the kernels with the reference.
+// A problem in a cache of a random layout, with the reference's results, on a device of a random size.
+class StoredProblem {
+ public:
+  StoredProblem(Rng& rng, Problem& p)
+      : p_(p), cache_(RandomCache(rng, p)), slots_(StoreAnywhere(rng, p, cache_)), device_(Pick(rng, 1, 6), rng()) {
+    Reference(p, &out_, &lse_);
+  }
+  // Compares the kernels with the reference; `tensor_cores`: how large the error may be.
+  void Check(const CudaRun& run, bool tensor_cores, const std::string& what = "") const {
+    CheckCuda(p_, RunCuda(p_, cache_, slots_, run), out_, lse_, tensor_cores, what);
+  }
+
+ private:
+  Problem& p_;
+  const Cache cache_;
+  const std::vector<int> slots_;
+  const ScopedDevice device_;
+  std::vector<double> out_, lse_;
+};
+
 inline void CheckAnywhere(Rng& rng, Problem& p, bool aligned) {
-  const Cache cache = RandomCache(rng, p);
-  const std::vector<int> slots = StoreAnywhere(rng, p, cache);
-  std::vector<double> out, lse;
-  Reference(p, &out, &lse);
-  const ScopedDevice device(Pick(rng, 1, 6), rng());
+  const StoredProblem stored(rng, p);
   CudaRun run;
   run.aligned = aligned;
   run.padding = Pick(rng, 0, 2);
-  CheckCuda(p, RunCuda(p, cache, slots, run), out, lse, aligned && UsesTensorCores(p));
+  stored.Check(run, aligned && UsesTensorCores(p));
 }
 
 }  // namespace kvpage::testing

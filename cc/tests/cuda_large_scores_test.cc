@@ -11,18 +11,12 @@ const std::vector<std::pair<int, int>> kLengths = {{560, 1}, {150, 20}, {0, 1}};
 
 // With the tensor core kernels where they exist, and with the general one.
 void CheckKernels(Rng& rng, Problem& p, float size) {
-  const Cache cache = RandomCache(rng, p);
-  const std::vector<int> slots = StoreAnywhere(rng, p, cache);
-  std::vector<double> out, lse;
-  Reference(p, &out, &lse);
-  const ScopedDevice device(Pick(rng, 1, 6), rng());
-  Result none;
-  const bool tensor_cores = cuda::HasTensorCoreKernels(ToOperands(p, cache, &none));
+  const StoredProblem stored(rng, p);
   for (const bool aligned : {true, false}) {
-    if (aligned && !tensor_cores) continue;
+    if (aligned && !UsesTensorCores(p)) continue;
     CudaRun run;
     run.aligned = aligned;
-    CheckCuda(p, RunCuda(p, cache, slots, run), out, lse, aligned, "size " + std::to_string(size));
+    stored.Check(run, aligned, "size " + std::to_string(size));
   }
 }
 
