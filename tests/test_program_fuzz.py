@@ -306,7 +306,7 @@ def test_nothing_that_a_program_tells_is_believed(kind: str) -> None:
 
     @own_cases(kind)
     # Not shrunk: that takes minutes, and most of the life of a pool is needed to fail.
-    @settings(max_examples=num_cases(40, exhaustive=600), phases=[Phase.generate])
+    @settings(max_examples=num_cases(40, exhaustive=120), phases=[Phase.generate])
     @given(st.data())
     def check(data: st.DataObject) -> None:
         world = World(layout, more == "views", more == "debug")
