@@ -251,6 +251,12 @@ def check_implementation(implementation: str | None, problems: list[str]) -> Non
         problems.append(f"implementation: wanted {known} or None, got {implementation!r}")
 
 
-def absent() -> np.ndarray:
-    """Placeholder for an optional per-head array that was not given."""
+def absent() -> Any:
+    """Placeholder for an optional per-head array that was not given.
+
+    In a program it is computed there: a constant becomes an argument of shard_map, and jaxlib
+    0.11's Shardy partitioner crashes on empty ones.
+    """
+    if _compat.is_tracing():
+        return jax.lax.full((0,), 0, np.float32)
     return np.zeros((0,), np.float32)
