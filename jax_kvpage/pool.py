@@ -58,7 +58,7 @@ class KVPool(Inspection):
             "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
             release, rollback) came between, for timing loops.
         poison: test mode: memory that a request gets is filled with NaN first, so that a read of
-            something never written shows.
+            something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
 
@@ -117,7 +117,7 @@ class KVPool(Inspection):
         self.close()
 
     def close(self) -> None:
-        """Gives everything back. Waits for running ops; programs queued behind it fail.
+        """Gives everything back. Waits for running ops; queued programs fail: `check` them before.
 
         Memory that a zero-copy view still covers goes when the view does. Closing twice is fine.
         """
@@ -248,6 +248,7 @@ class KVPool(Inspection):
         """Tells the pool the ids of the next tokens whose K and V are written.
 
         The host thereby knows what a slot holds without reading anything back from the device.
+        Commit what is final: a rollback (`set_lengths`) does not take committed ids back.
 
         Args:
             slot: an occupied slot.

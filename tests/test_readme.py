@@ -1,10 +1,9 @@
 """README's example runs as printed, and generates what a NumPy model without a cache would."""
 
 import pathlib
-import re
-from typing import Any
 
 import numpy as np
+from markdown_code import python_blocks, run_page
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -25,10 +24,8 @@ def _logits(params: dict[str, np.ndarray], text: list[int], heads: int, kv: int)
 
 
 def test_the_example_runs_as_printed() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    names: dict[str, Any] = {}
-    exec(compile(blocks[0], str(README), "exec"), names)
+    assert len(python_blocks(README)) == 1
+    names = run_page(README)
     assert len(names["prompts"]) == 2
     params = {name: np.asarray(x, np.float64) for name, x in names["params"].items()}
     for prompt, text in zip(names["prompts"], names["generated"], strict=True):

@@ -175,7 +175,7 @@ def test_closed_pool() -> None:
     ):
         with pytest.raises(kvp.PoolClosed, match="closed"):
             call()
-    fails("pool.*closed", lambda: append(cache, batch))
+    fails("pool.*closed.*after its programs", lambda: append(cache, batch))
     fails("pool.*closed", lambda: kvp.advance(cache, batch))
 
 

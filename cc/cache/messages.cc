@@ -35,7 +35,9 @@ Status OtherDevice(Op op, std::int32_t id) {
 }
 
 Status Closed(Op op, std::int32_t id) {
-  return FailedPrecondition(op + ": " + Pool(id) + " is closed: make a new pool", Reason::kClosed);
+  return FailedPrecondition(
+      op + ": " + Pool(id) + " is closed: make a new pool, or close this one after its programs' results are there",
+      Reason::kClosed);
 }
 
 Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool) {
