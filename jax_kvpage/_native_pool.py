@@ -6,6 +6,7 @@ nothing here looks into a message.
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -134,8 +135,8 @@ class NativePool:
             found = _SIGNATURE.match(str(error))
             if found is None or found[1] == "__init__":
                 raise
-            # What queues edits for a verb is called with the verb's name first.
-            name = args[0] if args and isinstance(args[0], str) else found[1]
+            # What queues edits for a verb is called with the verb's name.
+            name = next((arg for arg in args if isinstance(arg, str)), found[1])
             raise ValueError(
                 f"{name}: {_numbers(args)}wanted integers: slots are "
                 f"0..{self.spec.max_slots - 1}, numbers of tokens at most {self.spec.max_seq_len}, "
@@ -161,12 +162,16 @@ class NativePool:
         if text := self.pool.take_warning():
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
-    def failed_claim(self, op: str, claim: _native.Claim) -> Exception:
+    def failed_claim(
+        self, op: str, claim: _native.Claim, held: Sequence[int] = (), failed: Sequence[int] = ()
+    ) -> Exception:
         """The exception for a claim that failed; for one that could not be met, with numbers.
 
         Args:
             op: the call's name.
             claim: not ok.
+            held: released slots that views keep from draining, if nothing else drains.
+            failed: released slots whose release program failed, likewise.
         """
         if claim.code is not Code.RESOURCE_EXHAUSTED:
             return exception(claim.code, claim.reason, claim.message)
@@ -177,6 +182,18 @@ class NativePool:
             "reclaimable": claim.reclaimable,
         }
         wait = " or wait for those that drain (acquire(..., wait=True))" if claim.draining else ""
+        if held or failed:  # waiting would not end
+            wait = ""
+        if held:
+            wait += (
+                f", or drop the arrays from pool.view that hold the released slots {list(held)}: "
+                "they drain when their arrays are gone"
+            )
+        if failed:
+            wait += (
+                f", or start a new generation with pool.cache(), which frees the slots "
+                f"{list(failed)}: the program that was to release them failed"
+            )
         if claim.reason is Reason.OUT_OF_SLOTS:
             return OutOfSlots(
                 f"{op}: {claim.wanted} slots wanted, {claim.free} free, {claim.draining} draining, "

@@ -4,7 +4,6 @@ A verb such as `acquire` decides in C++ and at once; the cache value follows whe
 has run. All verbs queue the same op, `edit_slots`, each with its own list of edits and copies.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +68,8 @@ class Queue:
         self._devices = {native.device}
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
         self._no_copies = self.put(_rows([], 4))
-        self._releases: list[jax.Array] = []
+        # Of each slot that was released: an array that its release program makes.
+        self._releases: dict[int, jax.Array] = {}
         self.waits = 0
 
     def put(self, array: np.ndarray) -> jax.Array:
@@ -144,10 +144,59 @@ class Queue:
                 raise self._native.failed_claim(op, claim)
             self.waits += not waited
             waited = True
-            # A release whose program failed would drain for ever: say so instead of waiting.
-            for marker in [m for m in self._releases if is_ready(m)]:
-                wait_for(marker)
+            self._check_drains(op, claim)
             self._native.call(self._native.pool.wait_for_drain, _WAIT_SLICE)
+
+    def _check_drains(self, op: str, claim: _native.Claim) -> None:
+        """Raises if none of the draining slots can come free while the caller waits."""
+        done = {slot: marker for slot, marker in self._releases.items() if is_ready(marker)}
+        held, failed = [], []
+        for row in self._native.call(self._native.pool.rows):
+            if not row.draining:
+                continue
+            marker = done.get(row.slot)
+            # The same marker as before the rows were made: the slot was not released again since.
+            ran = marker is not None and self._releases.get(row.slot) is marker
+            if row.views:
+                held.append(row.slot)
+            elif ran and not row.vacated:
+                failed.append(row.slot)
+            else:
+                return
+        for slot in failed:
+            wait_for(done[slot])  # raises what its program failed with, on CPU
+        if held or failed:
+            raise self._native.failed_claim(op, claim, held, failed)
+
+    # A signal handler may raise when a call returns, also one that has changed the pool. It cannot
+    # raise between the end of `acquire` or `release` and the caller, where nothing is called.
+
+    def acquire(
+        self, cache: KVCache, num_tokens: list[int], wait: bool
+    ) -> tuple[list[int], KVCache]:
+        """Occupies a slot for each entry; all or none, and none if anything raises."""
+        decision = _native.Decision()
+        try:
+            attempt = functools.partial(self._native.pool.acquire, decision, num_tokens)
+            slots = self.claim("acquire", attempt, wait).slots
+            cache = self.run("acquire", cache, decision.edits)
+            return slots, cache
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
+
+    def release(self, cache: KVCache, slots: Sequence[int]) -> KVCache:
+        """Vacates slots; none if anything raises before the program is queued."""
+        decision = _native.Decision()
+        try:
+            for slot in slots:  # a marker in `_releases` belongs to the slot's latest release
+                self._releases.pop(slot, None)
+            edits = [(VACATE, slot, 0) for slot in slots]
+            self._native.call(self._native.pool.start_edits, decision, "release", edits)
+            return self.run("release", cache, decision.edits)
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
 
     def run(
         self,
@@ -161,8 +210,8 @@ class Queue:
         Args:
             verb: name of the call.
             cache: the newest cache, checked.
-            edits: (opcode, slot, length) of each slot that the host has decided about; the decision
-                is undone when nothing can be queued.
+            edits: (opcode, slot, length) of each slot that the host has decided about. The caller
+                undoes the decision when this raises.
             copies: (source, target, first token, number of tokens).
 
         Returns:
@@ -170,7 +219,8 @@ class Queue:
         """
         if not edits and not copies:
             return cache
-        program = _program(verb, any(opcode == VACATE for opcode, _, _ in edits))
+        vacated = [slot for opcode, slot, _ in edits if opcode == VACATE]
+        program = _program(verb, bool(vacated))
         try:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
@@ -179,16 +229,13 @@ class Queue:
                 table, rows = jax.device_put((table, rows), self._native.device)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
                 cache, marker = program(cache, self._own, table, rows)
-        except BaseException as error:
-            # A pool that was closed meanwhile has nothing to take back.
-            with contextlib.suppress(_native.StatusError):
-                self._native.pool.undo_edits(verb, edits)
+        except Exception as error:
             short = shortened(error)
             if short is not error:
                 raise short from None
             raise
         if marker is not None:
-            self._releases = [m for m in self._releases if not is_ready(m)] + [marker]
+            self._releases.update(dict.fromkeys(vacated, marker))
         return cache
 
     def restart(self) -> None:

@@ -25,7 +25,6 @@ from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
-from jax_kvpage.ops.edit_slots import OCCUPY, VACATE
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["KVPool"]
@@ -175,12 +174,13 @@ class KVPool(Inspection):
         """Occupies a slot for a new request and maps room for its first tokens.
 
         A free slot whose blocks are still mapped (parked) is adopted if one fits. All or nothing
-        for a list.
+        for a list. After a KeyboardInterrupt in here nothing is acquired; go on from `cache()`.
 
         Args:
             cache: the newest cache.
             num_tokens: tokens to map room for; a list of them acquires a slot for each.
-            wait: wait for released slots to drain when there is too little otherwise.
+            wait: wait for released slots to drain when there is too little otherwise. Slots that
+                views hold, and slots whose release failed, are not waited for.
 
         Returns:
             (slot, cache), or (slots, cache) for a list. The slot's length is 0.
@@ -195,9 +195,7 @@ class KVPool(Inspection):
         self._queue.check_cache("acquire", cache)
         wanted, single = host_ints("acquire: num_tokens", num_tokens)
         wait = as_bool("acquire: wait", wait)
-        slots = self._queue.claim("acquire", lambda: self._pool.acquire(wanted), wait).slots
-        edits = [(OCCUPY, slot, 0) for slot in slots]
-        cache = self._queue.run("acquire", cache, edits)
+        slots, cache = self._queue.acquire(cache, wanted, wait)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
@@ -240,9 +238,7 @@ class KVPool(Inspection):
         """
         self._queue.check_cache("release", cache)
         slots, _ = host_ints("release: slot", slot)
-        edits = [(VACATE, one, 0) for one in slots]
-        self._native.call(self._pool.start_edits, "release", edits)
-        return self._queue.run("release", cache, edits)
+        return self._queue.release(cache, slots)
 
     def commit(self, slot: int, token_ids: int | Sequence[int]) -> None:
         """Tells the pool the ids of the next tokens whose K and V are written.

@@ -55,8 +55,9 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
     const HostSlot& row = table.host(state, slot);
     if (row.state == SlotState::kFree) continue;
+    const SlotProgress& progress = table.progress(state).slots[slot];
     rows.push_back({slot, row.state, pool.supply->arena(mapping).mappings(slot), row.reserved,
-                    static_cast<std::int64_t>(row.committed.size()), table.progress(state).slots[slot].length});
+                    static_cast<std::int64_t>(row.committed.size()), progress.length, row.views, progress.vacated});
   }
   return rows;
 }

@@ -40,9 +40,12 @@ Pool::~Pool() {
 }
 
 Status Pool::CheckProcess(const char* op) const {
-  if (ForkCount() == fork_count_) return {};
+  return ForkCount() == fork_count_ ? Status() : OtherProcess(op, id());
+}
+
+Status Pool::OtherProcess(const char* op, std::int32_t id) {
   return FailedPrecondition(
-      std::string(op) + ": pool " + std::to_string(id()) +
+      std::string(op) + ": pool " + std::to_string(id) +
           " was made before this process was forked and works in its own process only: make a new "
           "pool here (with the `spawn` or `forkserver` start method, as JAX itself needs)",
       Reason::kForked);

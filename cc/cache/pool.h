@@ -45,6 +45,7 @@ class Pool {
   // An error in a forked child. Takes no lock, because one may have been held when the process was forked: ask this
   // before any other call from outside.
   Status CheckProcess(const char* op) const;
+  static Status OtherProcess(const char* op, std::int32_t id);
 
   // ---- host: host_ops.h, capacity.h, generations.h ----
   Claim Acquire(const std::vector<std::int64_t>& tokens) { return host_ops::Acquire(parts_, tokens); }
@@ -82,9 +83,7 @@ class Pool {
   std::vector<SlotRow> Rows() { return inspect::Rows(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
   Status AddView(std::int64_t layer, std::int32_t slot) { return views::Add(parts_, layer, slot); }
-  void RemoveView(std::int32_t slot) {
-    if (CheckProcess("view").ok()) views::Remove(parts_, slot);
-  }
+  void RemoveView(std::int32_t slot) { views::Remove(parts_, slot); }
 
   // ---- programs: program_ops.h, map_ops.h, edit_ops.h, views.h; `op` begins every message ----
   // The program was compiled for this pool's spec and runs in its process.

@@ -23,8 +23,7 @@ struct Run {
   bool Has(std::int32_t id) const { return id >= first && id < next; }
 };
 
-struct Table {
-  std::mutex mutex;
+struct Table {  // guarded by RegistryMutex
   std::unordered_map<std::int32_t, std::shared_ptr<Pool>> pools;
   std::vector<Run> runs;
   int fork_count = 0;  // of the process, when the last run began
@@ -73,7 +72,7 @@ Status Missing(const Table& table, const std::string& op, std::int32_t id) {
 
 void Register(const std::shared_ptr<Pool>& pool) {
   Table& table = TheTable();
-  const std::lock_guard<std::mutex> lock(table.mutex);
+  const std::lock_guard<std::mutex> lock(RegistryMutex());
   pool->set_id(NextId(&table));
   table.pools.emplace(pool->id(), pool);
 }
@@ -81,7 +80,7 @@ void Register(const std::shared_ptr<Pool>& pool) {
 void Unregister(std::int32_t id) {
   Table& table = TheTable();
   std::shared_ptr<Pool> last;  // the pool may end here: not under the lock
-  const std::lock_guard<std::mutex> lock(table.mutex);
+  const std::lock_guard<std::mutex> lock(RegistryMutex());
   const auto it = table.pools.find(id);
   if (it == table.pools.end()) return;
   last = std::move(it->second);
@@ -90,7 +89,7 @@ void Unregister(std::int32_t id) {
 
 Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out) {
   Table& table = TheTable();
-  const std::lock_guard<std::mutex> lock(table.mutex);
+  const std::lock_guard<std::mutex> lock(RegistryMutex());
   const auto it = table.pools.find(id);
   if (it != table.pools.end()) {
     *out = it->second;
@@ -101,7 +100,7 @@ Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out) {
 
 Status NotHere(const std::string& op, std::int32_t id) {
   Table& table = TheTable();
-  const std::lock_guard<std::mutex> lock(table.mutex);
+  const std::lock_guard<std::mutex> lock(RegistryMutex());
   return table.pools.count(id) > 0 ? messages::OtherDevice(op, id) : Missing(table, op, id);
 }
 

@@ -54,6 +54,8 @@ struct SlotRow {
   SlotState state = SlotState::kFree;
   std::int64_t blocks = 0;  // mapped by this slot; a shared block appears in several rows
   std::int64_t reserved = 0, committed = 0, length = 0;
+  std::int64_t views = 0;  // zero-copy arrays alive over it
+  bool vacated = false;    // draining, and its release program has run
 };
 
 // For each range of a slot, its blocks in logical order: (physical block, references to it).

@@ -13,6 +13,7 @@
 
 #include "kernels/cuda/scratch.h"
 #include "python/errors.h"
+#include "python/gil.h"
 #include "vmm/cuda_context.h"
 #include "vmm/driver.h"
 
@@ -95,8 +96,8 @@ void BindCuda(nb::module_& m) {
       .def_ro("driver_version", &DriverReport::version)
       .def_ro("problem", &DriverReport::problem)
       .def_ro("devices", &DriverReport::devices);
-  m.def("cuda_report", &Report, nb::call_guard<nb::gil_scoped_release>());
-  m.def("free_device_bytes", &FreeBytes, "ordinal"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("cuda_report", &Report, nb::call_guard<GilRelease>());
+  m.def("free_device_bytes", &FreeBytes, "ordinal"_a, nb::call_guard<GilRelease>());
   // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a, "max_slots"_a);
   m.def("attention_plan_bytes", &cuda::PlanBytes, "num_sequences"_a);

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -19,8 +20,10 @@
 
 #include "cache/messages.h"
 #include "cache/pool.h"
+#include "cache/process.h"
 #include "cache/registry.h"
 #include "python/errors.h"
+#include "python/gil.h"
 #include "python/open_pool.h"
 
 namespace nb = nanobind;
@@ -30,6 +33,10 @@ namespace kvpage {
 namespace {
 
 using PoolPtr = std::shared_ptr<Pool>;
+
+// Keeps a pool for ever: in a forked child its end could wait for a lock that nobody holds any more.
+void Leak(PoolPtr pool) { static_cast<void>(new PoolPtr(std::move(pool))); }
+
 // For each range of a slot (physical block, references) of each logical block.
 using BlockMap = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
 
@@ -38,31 +45,45 @@ class PoolReference {
  public:
   explicit PoolReference(OpenedPool opened)
       : id_(opened.pool->id()), memory_(std::move(opened.memory)), pool_(std::move(opened.pool)) {}
-  ~PoolReference() { Close(); }
+  ~PoolReference() {
+    Close();
+    if (!here()) Leak(std::move(pool_));
+  }
   PoolReference(const PoolReference&) = delete;
   PoolReference& operator=(const PoolReference&) = delete;
 
   std::int32_t id() const { return id_; }
   const MemoryLimit& memory() const { return memory_; }
-  PoolPtr Get() const {
+  bool closed() const { return closed_.load(); }
+  // The open pool of this process. In a forked child no lock is taken: another thread may have held it at the fork.
+  Status Get(const char* op, PoolPtr* out) const {
+    if (!here()) return closed() ? messages::Closed(op, id_) : Pool::OtherProcess(op, id_);
     const std::lock_guard<std::mutex> lock(mutex_);
-    return pool_;
+    if (closed()) return messages::Closed(op, id_);
+    *out = pool_;
+    return {};
   }
   // Waits for running handlers. Programs queued behind it fail and name the pool. Safe to call again.
   void Close() {
+    if (!here()) return;
     PoolPtr pool;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      closed_ = true;
       pool.swap(pool_);
     }
-    if (pool == nullptr || !pool->CheckProcess("close").ok()) return;
+    if (pool == nullptr) return;
     pool->Close();
     Unregister(id_);
   }
 
  private:
+  bool here() const { return ForkCount() == fork_count_; }
+
+  const int fork_count_ = ForkCount();
   const std::int32_t id_;
   const MemoryLimit memory_;
+  std::atomic<bool> closed_{false};
   mutable std::mutex mutex_;
   PoolPtr pool_;
 };
@@ -71,10 +92,9 @@ class PoolReference {
 // the messages.
 template <class Fn>
 auto Call(const PoolReference& self, const char* op, Fn&& fn) {
-  const nb::gil_scoped_release release;
-  const PoolPtr pool = self.Get();
-  if (pool == nullptr) Raise(messages::Closed(op, self.id()));
-  Raise(pool->CheckProcess(op));
+  const GilRelease release;
+  PoolPtr pool;
+  Raise(self.Get(op, &pool));
   if constexpr (std::is_same_v<decltype(fn(pool)), Status>) {
     Raise(fn(pool));
   } else {
@@ -103,10 +123,16 @@ auto Getter(const char* op, PoolMethod method) {
 // While it lives the arena stays mapped and the slot is not handed on.
 struct PoolView {
   PoolView(PoolPtr p, std::int32_t s) : pool(std::move(p)), slot(s) {}
-  ~PoolView() { pool->RemoveView(slot); }
+  ~PoolView() {
+    if (pool->CheckProcess("view").ok()) {
+      pool->RemoveView(slot);
+    } else {
+      Leak(std::move(pool));
+    }
+  }
   PoolView(const PoolView&) = delete;
   PoolView& operator=(const PoolView&) = delete;
-  const PoolPtr pool;
+  PoolPtr pool;
   const std::int32_t slot;
 };
 
@@ -142,12 +168,37 @@ std::vector<SlotEdit> ToEdits(const EditRows& rows) {
   return edits;
 }
 
-void StartEdits(const PoolReference& self, const std::string& verb, const EditRows& rows) {
-  Call(self, verb.c_str(), [&](const PoolPtr& pool) { return pool->StartEdits(verb.c_str(), ToEdits(rows)); });
+// The edits that the host has decided about in one call and that a program is to make. The caller has it before the
+// decision is made: a Python signal handler may raise when a call returns, and its result is lost then.
+struct Decision {
+  EditRows edits;
+};
+
+Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
+  return Call(self, "acquire", [&](const PoolPtr& pool) {
+    Claim claim = pool->Acquire(tokens);
+    for (const std::int32_t slot : claim.slots) {
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0});
+    }
+    return claim;
+  });
 }
 
-void UndoEdits(const PoolReference& self, const std::string& verb, const EditRows& rows) {
-  Call(self, verb.c_str(), [&](const PoolPtr& pool) { pool->UndoEdits(ToEdits(rows)); });
+void StartEdits(const PoolReference& self, Decision* decision, const std::string& verb, const EditRows& rows) {
+  Call(self, verb.c_str(), [&](const PoolPtr& pool) -> Status {
+    KVPAGE_RETURN_IF_ERROR(pool->StartEdits(verb.c_str(), ToEdits(rows)));
+    decision->edits.insert(decision->edits.end(), rows.begin(), rows.end());
+    return {};
+  });
+}
+
+// Takes a decision back; a pool that was closed meanwhile has nothing to take back.
+void Undo(const PoolReference& self, Decision* decision) {
+  const GilRelease release;
+  PoolPtr pool;
+  const EditRows rows = std::move(decision->edits);
+  decision->edits.clear();
+  if (self.Get("undo", &pool).ok()) pool->UndoEdits(ToEdits(rows));
 }
 
 Claim Resize(const PoolReference& self, std::int64_t capacity_bytes) {
@@ -194,7 +245,11 @@ void BindResults(nb::module_& m) {
       .def_ro("blocks", &SlotRow::blocks)
       .def_ro("reserved", &SlotRow::reserved)
       .def_ro("committed", &SlotRow::committed)
-      .def_ro("length", &SlotRow::length);
+      .def_ro("length", &SlotRow::length)
+      .def_ro("views", &SlotRow::views)
+      .def_ro("vacated", &SlotRow::vacated);
+
+  nb::class_<Decision>(m, "Decision").def(nb::init<>()).def_ro("edits", &Decision::edits);
 }
 
 }  // namespace
@@ -213,13 +268,13 @@ void BindPool(nb::module_& m) {
           "spec"_a, "block_bytes"_a, "capacity_bytes"_a, "allow_stale"_a, "poison"_a, "debug"_a, "backend"_a = "cpu",
           "device"_a = 0)
       .def_prop_ro("id", &PoolReference::id)
-      .def_prop_ro("closed", [](const PoolReference& self) { return self.Get() == nullptr; })
-      .def("close", &PoolReference::Close, nb::call_guard<nb::gil_scoped_release>())
-      // Decisions of the host, and how they are undone when their edits could not be queued.
-      .def("acquire", Method("acquire", &Pool::Acquire), "num_tokens"_a)
+      .def_prop_ro("closed", &PoolReference::closed)
+      .def("close", &PoolReference::Close, nb::call_guard<GilRelease>())
+      // Decisions of the host, and their undo where the caller does not come to know of them.
+      .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
       .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
-      .def("start_edits", &StartEdits, "verb"_a, "edits"_a)
-      .def("undo_edits", &UndoEdits, "verb"_a, "edits"_a)
+      .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
+      .def("undo", &Undo, "decision"_a)
       // Calls that queue nothing.
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)

@@ -99,6 +99,7 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   if (request->verdict != 0) {
     std::shared_ptr<Pool> pool;
     KVPAGE_FFI_RETURN_IF_ERROR(Find(call.op(), request->handle[0], &pool));
+    KVPAGE_FFI_RETURN_IF_ERROR(pool->CheckProcess(call.op()));
     KVPAGE_FFI_RETURN_IF_ERROR(
         pool->MapChecked(call.op(), request->handle[1], request->slots(), request->tokens(), count, request->ok()));
   } else {
