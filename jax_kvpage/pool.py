@@ -118,10 +118,11 @@ class KVPool(Inspection):
     def close(self) -> None:
         """Gives everything back. Waits for running ops; queued programs fail: `check` them before.
 
-        Memory that a zero-copy view still covers goes when the view does. Closing twice is fine.
+        Memory that a zero-copy view still covers goes when the view does. Closing twice is fine; a
+        wait that a signal handler ended goes on with the next call.
         """
-        self._finalizer.detach()
         self._pool.close()
+        self._finalizer.detach()
 
     @property
     def closed(self) -> bool:

@@ -168,3 +168,96 @@ def test_waiting_for_a_failed_release_behind_one_that_succeeded(make_pool: Any) 
     cache = pool.cache()
     slot, _ = pool.acquire(cache, 16, wait=True)
     assert slot == slots[0]
+
+
+@pytest.mark.parametrize("call", ["cache", "view", "close"])
+def test_a_wait_for_a_running_op_is_interrupted(call: str) -> None:
+    done = run_python(
+        """
+        import signal, sys, threading, time
+        import jax, jax.numpy as jnp
+        import jax_kvpage as kvp
+        from harness import make_batch
+
+        class Alarm(BaseException):
+            pass
+
+        def ring(*args):
+            raise Alarm
+
+        signal.signal(signal.SIGALRM, ring)
+        N = 4096
+        spec = kvp.CacheSpec(1, 8, 128, 2, N, dtype=jnp.float32, layout="per_layer")
+        pool = kvp.KVPool(spec, spec.resolve("cpu").slot_bytes)
+        slot, cache = pool.acquire(pool.cache(), N)
+        batch = make_batch([(slot, N)])
+        q, k = jnp.ones((N, 32, 128)), jnp.ones((N, 8, 128))
+        step = jax.jit(lambda cache: kvp.update_and_attend(q, k, k, cache, batch, layer=0))
+        step = step.lower(cache).compile()
+        # JAX runs so small a program while it is dispatched.
+        thread = threading.Thread(target=lambda: jax.block_until_ready(step(cache)))
+        thread.start()
+        time.sleep(0.3)  # the op is at work
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            pool.view(0, slot) if sys.argv[1] == "view" else getattr(pool, sys.argv[1])()
+            print("no alarm")
+        except Alarm:
+            print("alarm, op still at work:", thread.is_alive())
+        assert pool.closed == (sys.argv[1] == "close")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pool.close()
+        thread.join()
+        """,
+        call,
+    )
+    assert "alarm, op still at work: True" in done.stdout
+
+
+def test_reading_threads_starve_no_host_call() -> None:
+    done = run_python(
+        """
+        import threading, time
+        import jax, jax.numpy as jnp
+        import jax_kvpage as kvp
+        from harness import make_batch
+
+        spec = kvp.CacheSpec(1, 8, 128, 2, 4096, dtype=jnp.float32, layout="per_layer")
+        pool = kvp.KVPool(spec, 2 * spec.resolve("cpu").slot_bytes)
+        slot, cache = pool.acquire(pool.cache(), 4096)
+        batch, x = make_batch([(slot, 4000)]), jnp.ones((4000, 8, 128))
+        cache = kvp.advance(kvp.append_kv(cache, x, x, batch, layer=0), batch)
+        jax.block_until_ready(cache)
+        q = jnp.ones((300, 8, 128))
+        back = kvp.set_lengths(cache, jnp.asarray([slot]), jnp.asarray([3700]))
+        batch = make_batch([(slot, 300)])
+        back = kvp.append_kv(back, x[:300], x[:300], batch, layer=0)
+        read = jax.jit(lambda cache: kvp.paged_attention(q, cache, batch, layer=0))
+        jax.block_until_ready(read(back))
+        stop = threading.Event()
+
+        def work():
+            while not stop.is_set():
+                try:
+                    jax.block_until_ready(read(back))
+                except Exception as error:
+                    assert "generation" in str(error), error
+                    return
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        limit = threading.Timer(30, stop.set)
+        limit.daemon = True
+        limit.start()
+        time.sleep(0.2)
+        for call in (lambda: pool.view(0, slot), pool.stats, pool.cache):
+            call()
+            assert not stop.is_set(), "the call came when the readers had stopped"
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print("all came")
+        """
+    )
+    assert "all came" in done.stdout

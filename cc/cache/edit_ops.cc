@@ -109,7 +109,8 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
 Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
                  PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
   SlotTable& table = *pool.table;
-  const StateLock state = table.Lock();
+  StateLock state = table.Lock();
+  if (list.num_copies > 0) table.PassGate(&state);
   const ProgramCheck check(pool, state, op, cache);
   KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
   for (std::int64_t i = 0; i < list.num_edits; ++i) {

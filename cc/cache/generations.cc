@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace kvpage::generations {
@@ -76,27 +77,43 @@ bool PollForDrain(const PoolParts& pool, double seconds) {
   }
 }
 
-}  // namespace
-
-Status Start(const PoolParts& pool, Generation* out) {
-  if (pool.mirror != nullptr) return StartOnDevice(pool, out);
-  SlotTable& table = *pool.table;
-  StateLock state = table.Lock();
-  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
-  DeviceProgress& progress = table.progress(state);
-  if (progress.running > 0) table.CountWait(state);
-  table.Wait(&state, [&] { return progress.running == 0 || table.closed(state); });
-  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+// No handler runs.
+void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
+  DeviceProgress& progress = table->progress(state);
   out->generation = ++progress.generation;
   out->epoch = progress.NextEpoch();
-  for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
+  for (std::int32_t slot = 0; slot < table->num_slots(); ++slot) {
     // The release program of a draining slot belongs to the old generation and will be refused.
-    if (table.host(state, slot).state == SlotState::kDraining) table.Vacate(state, slot);
+    if (table->host(state, slot).state == SlotState::kDraining) table->Vacate(state, slot);
     progress.StartGeneration(slot);
-    const bool occupied = table.host(state, slot).state == SlotState::kOccupied;
+    const bool occupied = table->host(state, slot).state == SlotState::kOccupied;
     out->lengths.push_back(occupied ? progress.slots[slot].length : -1);
   }
-  return {};
+}
+
+}  // namespace
+
+Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
+  if (pool.mirror != nullptr) return StartOnDevice(pool, out);
+  SlotTable& table = *pool.table;
+  Patience patience(go_on);
+  bool waited = false;
+  while (true) {
+    {
+      const Gate gate(&table);
+      StateLock state = table.Lock();
+      KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+      const DeviceProgress& progress = table.progress(state);
+      if (progress.running > 0 && !std::exchange(waited, true)) table.CountWait(state);
+      const auto done = [&] { return progress.running == 0 || table.closed(state); };
+      if (table.WaitFor(&state, patience.seconds(), done)) {
+        KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+        StartNow(&table, state, out);
+        return {};
+      }
+    }
+    KVPAGE_RETURN_IF_ERROR(patience.Ask("cache"));
+  }
 }
 
 bool WaitForDrain(const PoolParts& pool, double seconds) {
@@ -108,20 +125,26 @@ bool WaitForDrain(const PoolParts& pool, double seconds) {
   return table.WaitFor(&state, seconds, [&] { return table.NumDraining(state) < before || table.closed(state); });
 }
 
-void Close(const PoolParts& pool) {
+Status Close(const PoolParts& pool, const GoOn& go_on) {
   SlotTable& table = *pool.table;
-  {
-    StateLock state = table.Lock();
-    table.Close(state);
-    const DeviceProgress& progress = table.progress(state);
-    if (progress.running > 0) table.CountWait(state);
-    table.Wait(&state, [&] { return progress.running == 0; });
+  Patience patience(go_on);
+  bool waited = false;
+  while (true) {
+    {
+      StateLock state = table.Lock();
+      table.Close(state);  // no handler starts from now on, so the gate stays open
+      const DeviceProgress& progress = table.progress(state);
+      if (progress.running > 0 && !std::exchange(waited, true)) table.CountWait(state);
+      if (table.WaitFor(&state, patience.seconds(), [&] { return progress.running == 0; })) break;
+    }
+    KVPAGE_RETURN_IF_ERROR(patience.Ask("close"));
   }
-  if (pool.mirror == nullptr) return;
+  if (pool.mirror == nullptr) return {};
   // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
   // while it holds it.
   const MappingLock mapping = pool.supply->Lock();
   pool.mirror->Close();
+  return {};
 }
 
 }  // namespace kvpage::generations

@@ -74,20 +74,26 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
       return {};
     }
   }
-  // Pins are only ever taken with the mapping mutex already held here: views::Add waits for pins while it holds it.
-  const MappingLock mapping = pool.supply->Lock();
-  PinnedSlots pinned;
-  {
-    const StateLock state = table.Lock();
-    KVPAGE_RETURN_IF_ERROR(check(state, &enough));
-    *epoch = table.progress(state).NextEpoch();
-    Pins pins;
-    for (std::int64_t i = 0; i < count; ++i) {
-      if (slots[i] != -1) pins.sequences.push_back({slots[i], 0, 0, 0});
+  while (true) {
+    {
+      StateLock state = table.Lock();
+      table.PassGate(&state);  // not below: views::Add keeps it closed until it has the mapping mutex
     }
-    pinned.Pin(state, &table, std::move(pins));
+    const MappingLock mapping = pool.supply->Lock();
+    PinnedSlots pinned;
+    {
+      const StateLock state = table.Lock();
+      if (table.gated(state)) continue;
+      KVPAGE_RETURN_IF_ERROR(check(state, &enough));
+      *epoch = table.progress(state).NextEpoch();
+      Pins pins;
+      for (std::int64_t i = 0; i < count; ++i) {
+        if (slots[i] != -1) pins.sequences.push_back({slots[i], 0, 0, 0});
+      }
+      pinned.Pin(state, &table, std::move(pins));
+    }
+    return MapPinned(pool, mapping, op, slots, tokens, count, ok);
   }
-  return MapPinned(pool, mapping, op, slots, tokens, count, ok);
 }
 
 Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation, const std::int32_t* slots,

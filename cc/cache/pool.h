@@ -63,10 +63,12 @@ class Pool {
   std::vector<std::int32_t> Committed(std::int32_t slot) { return host_ops::Committed(parts_, slot); }
   Status Trim(std::int64_t* freed_blocks) { return capacity::Trim(parts_, freed_blocks); }
   Claim Resize(std::int64_t capacity_bytes) { return capacity::Resize(parts_, capacity_bytes); }
-  Status NewGeneration(Generation* out) { return generations::Start(parts_, out); }
+  // `go_on`: see patience.h.
+  Status NewGeneration(Generation* out, const GoOn& go_on = {}) { return generations::Start(parts_, out, go_on); }
   bool WaitForDrain(double seconds) { return generations::WaitForDrain(parts_, seconds); }
   // The memory goes when the last reference to the pool does.
-  void Close() { generations::Close(parts_); }
+  Status Close(const GoOn& go_on) { return generations::Close(parts_, go_on); }
+  void Close() { static_cast<void>(Close(GoOn())); }
   // The pending device fault, if any, as the status that the program would have failed with on CPU. Calls that change
   // something return it too; NewGeneration, which is the way on after it, and calls that only look do not.
   Status TakeFault() { return Enter(parts_, table_.Lock(), "check"); }
@@ -82,7 +84,9 @@ class Pool {
   PoolNumbers Numbers() { return inspect::Numbers(parts_); }
   std::vector<SlotRow> Rows() { return inspect::Rows(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
-  Status AddView(std::int64_t layer, std::int32_t slot) { return views::Add(parts_, layer, slot); }
+  Status AddView(std::int64_t layer, std::int32_t slot, const GoOn& go_on = {}) {
+    return views::Add(parts_, layer, slot, go_on);
+  }
   void RemoveView(std::int32_t slot) { views::Remove(parts_, slot); }
 
   // ---- programs: program_ops.h, map_ops.h, edit_ops.h, views.h; `op` begins every message ----

@@ -14,7 +14,8 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
              bool append, PinnedSlots* pinned) {
   SlotTable& table = *pool.table;
   const Geometry& geometry = table.geometry();
-  const StateLock state = table.Lock();
+  StateLock state = table.Lock();
+  table.PassGate(&state);
   const ProgramCheck check(pool, state, op, cache);
   KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/append));
   if (layer < 0 || layer >= geometry.num_layers) return messages::LayerRange(op, layer, geometry.num_layers);

@@ -122,6 +122,17 @@ class SlotTable {
   // The slots whose row has changed since the last call, once each, in no order.
   std::vector<std::int32_t> TakeChanged(const StateLock&) { return changes_.Take(); }
 
+  // ---- the gate, which keeps handlers from starting while a host call waits for them (patience.h) ----
+  // Handlers pass it before they pin slots; no MappingLock may be held.
+  void PassGate(StateLock* lock) const {
+    if (gates_ > 0) Wait(lock, [this] { return gates_ == 0 || closed_; });
+  }
+  bool gated(const StateLock&) const { return gates_ > 0 && !closed_; }
+  void CloseGate(const StateLock&) { ++gates_; }
+  void OpenGate(const StateLock&) {
+    if (--gates_ == 0) changed_.notify_all();
+  }
+
   // How often a call waited for programs.
   void CountWait(const StateLock&) { ++waits_; }
   std::int64_t waits(const StateLock&) const { return waits_; }
@@ -143,6 +154,7 @@ class SlotTable {
   std::uint64_t stamp_ = 0;
   std::uint64_t parkings_ = 0;
   std::int32_t views_of_all_ = 0;
+  std::int32_t gates_ = 0;  // calls that keep the gate closed
   std::int64_t waits_ = 0;
   bool closed_ = false;
 };

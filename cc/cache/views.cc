@@ -1,6 +1,9 @@
 #include "cache/views.h"
 
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cache/messages.h"
 #include "cache/program_check.h"
@@ -27,13 +30,9 @@ std::int64_t FindSlot(const Geometry& geometry, const KVView& memory, const View
   return kNoView;
 }
 
-}  // namespace
-
-Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot) {
+Status CheckArguments(const PoolParts& pool, const StateLock& state, std::int64_t layer, std::int32_t slot) {
   SlotTable& table = *pool.table;
   const std::int64_t num_layers = table.geometry().num_layers;
-  const MappingLock mapping = pool.supply->Lock();
-  StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "view"));
   if (pool.mirror != nullptr) {
     return InvalidArgument(
@@ -44,32 +43,50 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot) {
   if (layer < 0 || layer >= num_layers) {
     return OutOfRange("view: layer is " + std::to_string(layer) + ", wanted 0.." + std::to_string(num_layers - 1));
   }
-  if (slot >= 0) {
-    KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "view", slot));
-  } else if (slot != -1) {
-    return InvalidArgument("view: slot " + std::to_string(slot) + " does not exist");
-  }
+  if (slot >= 0) return table.CheckOccupied(state, "view", slot);
+  if (slot == -1) return {};
+  return InvalidArgument("view: slot " + std::to_string(slot) + " does not exist");
+}
+
+}  // namespace
+
+Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const GoOn& go_on) {
+  SlotTable& table = *pool.table;
   const std::int64_t begin = slot >= 0 ? slot : 0;
   const std::int64_t end = slot >= 0 ? slot + 1 : table.num_slots();
-  DeviceProgress& progress = table.progress(state);
   // Recycled memory beyond the tokens that its occupant has written is zeroed once; memory that is mapped while the
-  // view lives is zeroed as it comes (Supply::Blank). No handler may be writing meanwhile, hence the wait with the
-  // mapping lock held.
-  const auto busy = [&] {
-    for (std::int64_t s = begin; s < end; ++s) {
-      if (progress.slots[s].pins > 0) return true;
-    }
-    return false;
+  // view lives is zeroed as it comes (Supply::Blank). No handler may be writing meanwhile.
+  const auto busy = [&](const StateLock& state) {
+    const std::vector<SlotProgress>& slots = table.progress(state).slots;
+    return std::any_of(slots.begin() + begin, slots.begin() + end, [](const SlotProgress& s) { return s.pins > 0; });
   };
-  if (busy()) table.CountWait(state);
-  table.Wait(&state, [&] { return !busy() || table.closed(state); });
-  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "view"));
-  for (std::int64_t s = begin; s < end; ++s) {
-    const bool owned = table.host(state, s).state != SlotState::kFree;
-    pool.supply->arena(mapping).ZeroTail(s, layer, owned ? progress.Written(s)[layer] : 0);
+  Patience patience(go_on);
+  bool waited = false;
+  while (true) {
+    {
+      const Gate gate(&table);
+      {
+        // Without the mapping mutex, which every look at the pool needs.
+        StateLock state = table.Lock();
+        KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));
+        if (busy(state) && !std::exchange(waited, true)) table.CountWait(state);
+        const auto done = [&] { return !busy(state) || table.closed(state); };
+        static_cast<void>(table.WaitFor(&state, patience.seconds(), done));
+      }
+      const MappingLock mapping = pool.supply->Lock();
+      const StateLock state = table.Lock();
+      KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));  // again: the slot may have been released
+      if (!busy(state)) {
+        for (std::int64_t s = begin; s < end; ++s) {
+          const bool owned = table.host(state, s).state != SlotState::kFree;
+          pool.supply->arena(mapping).ZeroTail(s, layer, owned ? table.progress(state).Written(s)[layer] : 0);
+        }
+        table.AddView(state, slot);
+        return {};
+      }
+    }
+    KVPAGE_RETURN_IF_ERROR(patience.Ask("view"));
   }
-  table.AddView(state, slot);
-  return {};
 }
 
 void Remove(const PoolParts& pool, std::int32_t slot) { pool.table->RemoveView(pool.table->Lock(), slot); }

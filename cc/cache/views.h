@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cache/parts.h"
+#include "cache/patience.h"
 
 namespace kvpage::views {
 
@@ -16,7 +17,8 @@ struct ViewRef {
 };
 
 // Pins what an array over one layer sees (slot -1: all slots): unwritten memory in it reads as zeros.
-Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot);
+// Waits for the handlers that run on these slots; a wait that `go_on` ends has changed nothing.
+Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const GoOn& go_on);
 void Remove(const PoolParts& pool, std::int32_t slot);
 // A program is about to read `arrays` behind `cache`: the cache is not stale, and each array is the memory of one layer
 // itself, of all slots or of one that is occupied in the cache. A copy would show what was there when it was made.

@@ -25,6 +25,13 @@ class GilRelease {
  public:
   GilRelease() : thread_(PyEval_SaveThread()) {}
   ~GilRelease() { TakeGil(thread_); }
+  // Takes the GIL for Python's signal handlers; false: one of them has raised, and the error is set.
+  bool CheckSignals() {
+    TakeGil(thread_);
+    const bool ok = PyErr_CheckSignals() == 0;
+    thread_ = PyEval_SaveThread();
+    return ok;
+  }
   GilRelease(const GilRelease&) = delete;
   GilRelease& operator=(const GilRelease&) = delete;
 

@@ -46,7 +46,7 @@ class PoolReference {
   explicit PoolReference(OpenedPool opened)
       : id_(opened.pool->id()), memory_(std::move(opened.memory)), pool_(std::move(opened.pool)) {}
   ~PoolReference() {
-    Close();
+    static_cast<void>(Close({}));
     if (!here()) Leak(std::move(pool_));
   }
   PoolReference(const PoolReference&) = delete;
@@ -64,17 +64,20 @@ class PoolReference {
     return {};
   }
   // Waits for running handlers. Programs queued behind it fail and name the pool. Safe to call again.
-  void Close() {
-    if (!here()) return;
+  Status Close(const GoOn& go_on) {
+    if (!here()) return {};
     PoolPtr pool;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       closed_ = true;
-      pool.swap(pool_);
+      pool = pool_;
     }
-    if (pool == nullptr) return;
-    pool->Close();
+    if (pool == nullptr) return {};
+    KVPAGE_RETURN_IF_ERROR(pool->Close(go_on));
     Unregister(id_);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pool_.reset();  // `pool` ends after the lock
+    return {};
   }
 
  private:
@@ -100,6 +103,29 @@ auto Call(const PoolReference& self, const char* op, Fn&& fn) {
   } else {
     return fn(pool);
   }
+}
+
+// Calls wait(go_on), which waits for programs, without the GIL. An exception of a signal handler ends the wait.
+template <class Wait>
+void Interruptibly(Wait&& wait) {
+  Status status;
+  bool interrupted = false;
+  {
+    GilRelease release;
+    status = wait([&] { return !(interrupted = !release.CheckSignals()); });
+  }
+  if (interrupted) throw nb::python_error();
+  Raise(status);
+}
+
+// As Interruptibly, with an open pool of this process.
+template <class Wait>
+void WaitOn(const PoolReference& self, const char* op, Wait&& wait) {
+  Interruptibly([&](const GoOn& go_on) -> Status {
+    PoolPtr pool;
+    KVPAGE_RETURN_IF_ERROR(self.Get(op, &pool));
+    return wait(pool, go_on);
+  });
 }
 
 // A method of the pool as a method of the Python object.
@@ -140,8 +166,8 @@ struct PoolView {
 // [max_slots, max_seq_len, heads, dim]. Holds the memory, and the slot's view pin, while it lives.
 nb::ndarray<nb::array_api> View(const PoolReference& self, std::int64_t layer, int kv, std::int32_t slot) {
   std::unique_ptr<PoolView> view;
-  Call(self, "view", [&](const PoolPtr& pool) -> Status {
-    KVPAGE_RETURN_IF_ERROR(pool->AddView(layer, slot));
+  WaitOn(self, "view", [&](const PoolPtr& pool, const GoOn& go_on) -> Status {
+    KVPAGE_RETURN_IF_ERROR(pool->AddView(layer, slot, go_on));
     view = std::make_unique<PoolView>(pool, slot);
     return {};
   });
@@ -269,7 +295,7 @@ void BindPool(nb::module_& m) {
           "device"_a = 0)
       .def_prop_ro("id", &PoolReference::id)
       .def_prop_ro("closed", &PoolReference::closed)
-      .def("close", &PoolReference::Close, nb::call_guard<GilRelease>())
+      .def("close", [](PoolReference& self) { Interruptibly([&](const GoOn& go_on) { return self.Close(go_on); }); })
       // Decisions of the host, and their undo where the caller does not come to know of them.
       .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
       .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
@@ -281,7 +307,9 @@ void BindPool(nb::module_& m) {
       .def("committed", Method("committed", &Pool::Committed), "slot"_a)
       .def("new_generation",
            [](const PoolReference& self) {
-             const Pool::Generation made = Getter<Pool::Generation>("cache", &Pool::NewGeneration)(self);
+             Pool::Generation made;
+             WaitOn(self, "cache",
+                    [&](const PoolPtr& pool, const GoOn& go_on) { return pool->NewGeneration(&made, go_on); });
              return std::make_tuple(made.generation, made.epoch, made.lengths);
            })
       .def("wait_for_drain", Method("acquire", &Pool::WaitForDrain), "seconds"_a)
