@@ -157,7 +157,7 @@ def test_capacity_strings(text: str | int, size: int) -> None:
         assert pool.stats().capacity == size // block * block
 
 
-@pytest.mark.parametrize("bad", ["", "lots", "12 parsecs", "-1MiB", 0, -4096, "3B", 1.5, None])
+@pytest.mark.parametrize("bad", ["", "lots", "12 parsecs", "-1MiB", 0, -4096, "3B", 1.5, "120%"])
 def test_bad_capacities(bad: object) -> None:
     with pytest.raises((ValueError, TypeError), match=r"(?i)capacity"):
         kvp.KVPool(kvp.CacheSpec(1, 1, 64, 2, 64), bad)

@@ -113,14 +113,14 @@ def _step(cache: kvp.KVCache, told: Any) -> tuple[Any, ...]:
 _OPS: dict[str, Callable[..., Any]] = {
     "append_kv": _append,
     "paged_attention": jax.jit(_attend),
-    "paged_attention (xla)": jax.jit(functools.partial(_attend, implementation="xla")),
+    "read_kv / paged_attention (xla)": jax.jit(functools.partial(_attend, implementation="xla")),
     "update_and_attend": _update,
     "advance": jax.jit(lambda cache, told: (kvp.advance(cache, told[0]),)),
     "set_lengths": jax.jit(lambda c, told: (kvp.set_lengths(c, told[0].slots, told[2]),)),
     "map_slots": jax.jit(lambda cache, told: kvp.map_slots(cache, told[0].slots, told[2])),
     "positions": jax.jit(lambda cache, told: kvp.positions(cache, told[0], num_tokens=_TOKENS)),
 }
-_ATTENDS = ("paged_attention", "paged_attention (xla)", "update_and_attend")
+_ATTENDS = ("paged_attention", "read_kv / paged_attention (xla)", "update_and_attend")
 _NAMES = "|".join([*map(re.escape, _OPS), "read_views"])
 _REFUSAL = re.compile(f"(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): ({_NAMES}): ")
 
