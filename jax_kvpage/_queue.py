@@ -191,9 +191,53 @@ class Queue:
         try:
             for slot in slots:  # a marker in `_releases` belongs to the slot's latest release
                 self._releases.pop(slot, None)
-            edits = [(VACATE, slot, 0) for slot in slots]
+            edits = [(VACATE, slot, 0, -1) for slot in slots]
             self._native.call(self._native.pool.start_edits, decision, "release", edits)
             return self.run("release", cache, decision.edits)
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
+
+    def fork(
+        self,
+        verb: str,
+        cache: KVCache,
+        requests: Sequence[tuple[int, int]],
+        released: Sequence[int],
+        arrange: Callable[[list[int]], list[int]] = list,
+    ) -> tuple[list[int], KVCache]:
+        """Forks (donor, tokens) and vacates slots; all or none, and none if anything raises.
+
+        `arrange` makes the call's result of the new slots.
+        """
+        decision = _native.Decision()
+        try:
+            for slot in released:
+                self._releases.pop(slot, None)
+            attempt = functools.partial(self._native.pool.fork, decision, verb, requests, released)
+            claim = self.claim(verb, attempt)
+            slots = arrange(claim.slots)
+            # Of each fork, the tokens that lie in blocks which are not shared.
+            copies = [
+                (donor, slot, shared, tokens - shared)
+                for (donor, _), slot, tokens, shared in zip(
+                    requests, claim.slots, claim.tokens, claim.shared, strict=True
+                )
+                if tokens > shared
+            ]
+            cache = self.run(verb, cache, decision.edits, copies)
+            return slots, cache
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
+
+    def truncate(self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]) -> KVCache:
+        """Cuts slots back; all or none, and none if anything raises."""
+        decision = _native.Decision()
+        try:
+            attempt = functools.partial(self._native.pool.truncate, decision, slots, num_tokens)
+            self.claim("truncate", attempt)
+            return self.run("truncate", cache, decision.edits)
         except BaseException:
             self._native.pool.undo(decision)
             raise
@@ -202,7 +246,7 @@ class Queue:
         self,
         verb: str,
         cache: KVCache,
-        edits: Sequence[tuple[int, int, int]],
+        edits: Sequence[tuple[int, int, int, int]],
         copies: Sequence[tuple[int, int, int, int]] = (),
     ) -> KVCache:
         """Queues a decision of the host's as a program.
@@ -210,8 +254,8 @@ class Queue:
         Args:
             verb: name of the call.
             cache: the newest cache, checked.
-            edits: (opcode, slot, length) of each slot that the host has decided about. The caller
-                undoes the decision when this raises.
+            edits: (opcode, slot, length, donor) of each slot that the host has decided about. The
+                caller undoes the decision when this raises.
             copies: (source, target, first token, number of tokens).
 
         Returns:
@@ -219,12 +263,12 @@ class Queue:
         """
         if not edits and not copies:
             return cache
-        vacated = [slot for opcode, slot, _ in edits if opcode == VACATE]
+        vacated = [slot for opcode, slot, *_ in edits if opcode == VACATE]
         program = _program(verb, bool(vacated))
         try:
             # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
             rows = _rows(copies, 4) if copies else self._no_copies
-            table = _rows(edits, 3)
+            table = _rows(edits, 4)
             if guards_transfers():
                 table, rows = jax.device_put((table, rows), self._native.device)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices

@@ -25,6 +25,7 @@ from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
+from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["KVPool"]
@@ -41,7 +42,7 @@ def _close(pool: Any, label: str) -> None:
         pool.close()
 
 
-class KVPool(Inspection):
+class KVPool(SharingCalls, Inspection):
     """Physical blocks, virtual slots, and the table that joins them.
 
     Args:
@@ -245,7 +246,8 @@ class KVPool(Inspection):
         """Tells the pool the ids of the next tokens whose K and V are written.
 
         The host thereby knows what a slot holds without reading anything back from the device.
-        Commit what is final: a rollback (`set_lengths`) does not take committed ids back.
+        Commit what is final: `fork` and `reorder` share committed tokens, and a rollback
+        (`set_lengths`) does not take them back. `truncate` does.
 
         Args:
             slot: an occupied slot.

@@ -15,11 +15,12 @@ __all__ = ["PoolStats", "SlotInfo", "make_rows", "make_stats"]
 class PoolStats:
     """A snapshot of a pool's accounts. Sizes are in bytes.
 
-    `capacity == mapped + parked + draining + free` (as long as no block is shared).
+    `capacity == mapped + parked + draining + free`: a block that several slots map counts once, for
+    the one that will keep it longest.
 
     Attributes:
         capacity: the budget, in whole blocks.
-        mapped: in slots that a live request occupies.
+        mapped: in slots that a live request occupies, or set aside for one (`truncate`).
         parked: mapped in unoccupied slots; the next request adopts them.
         draining: in released slots that a program in flight may still touch.
         free: without an owner.
@@ -34,6 +35,7 @@ class PoolStats:
         blocks_parked: parked in blocks.
         blocks_draining: draining in blocks.
         blocks_free: free in blocks.
+        blocks_shared: shared in blocks.
         slots_occupied: slots with a live request.
         slots_draining: released slots that are not free yet.
         slots_parked: free slots with blocks still mapped.
@@ -56,6 +58,7 @@ class PoolStats:
     blocks_parked: int
     blocks_draining: int
     blocks_free: int
+    blocks_shared: int
     slots_occupied: int
     slots_draining: int
     slots_parked: int
@@ -71,6 +74,8 @@ class SlotInfo:
         slot: its number.
         num_blocks: physical blocks mapped, over all ranges.
         bytes: the same in bytes.
+        shared_bytes: of these, in blocks that other slots have mapped too.
+        own_bytes: the others, which come free when the slot does.
         reserved_tokens: tokens that room was asked for.
         committed_tokens: tokens whose ids the host has named (`KVPool.commit`).
         draining: released, but a program in flight may still touch it.
@@ -80,6 +85,8 @@ class SlotInfo:
     slot: int
     num_blocks: int
     bytes: int
+    shared_bytes: int
+    own_bytes: int
     reserved_tokens: int
     committed_tokens: int
     draining: bool
@@ -110,6 +117,7 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         blocks_parked=n.blocks_parked,
         blocks_draining=n.blocks_draining,
         blocks_free=n.blocks_free,
+        blocks_shared=n.blocks_shared,
         slots_occupied=n.slots_occupied,
         slots_draining=n.slots_draining,
         slots_parked=n.slots_parked,
@@ -131,6 +139,8 @@ def make_rows(rows: Sequence[Any], spec: CacheSpec, lengths: np.ndarray | None) 
             slot=row.slot,
             num_blocks=row.blocks,
             bytes=row.blocks * spec.block_bytes,
+            shared_bytes=row.shared * spec.block_bytes,
+            own_bytes=(row.blocks - row.shared) * spec.block_bytes,
             reserved_tokens=row.reserved,
             committed_tokens=row.committed,
             draining=row.draining,

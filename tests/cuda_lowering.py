@@ -61,7 +61,9 @@ def attend_with_tables(cache: kvp.KVCache, batch: kvp.Batch, **options: Any) -> 
 
 
 def edit(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
-    edits = jnp.stack([jnp.full(TOKENS, OCCUPY), batch.slots, jnp.zeros(TOKENS, jnp.int32)], 1)
+    edits = jnp.stack(
+        [jnp.full(TOKENS, OCCUPY), batch.slots, jnp.zeros(TOKENS, jnp.int32), -batch.slots], 1
+    )
     copies = jnp.full((1, 4), -1, jnp.int32)
     return edit_slots(cache, np.zeros(2, np.int32), edits, copies, "acquire")
 

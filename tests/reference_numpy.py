@@ -182,6 +182,13 @@ class CacheModel:
         for layer in range(self.num_layers):
             self._k[slot, layer] = self._v[slot, layer] = self._empty
 
+    def fork(self, donor: int, slot: int, length: int) -> None:
+        self.acquire(slot)
+        self.lengths[slot] = length
+        for layer in range(self.num_layers):
+            self._k[slot, layer] = self._k[donor, layer][:length]
+            self._v[slot, layer] = self._v[donor, layer][:length]
+
     def release(self, slot: int) -> None:
         del self.lengths[slot]
 

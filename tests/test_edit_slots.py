@@ -25,7 +25,7 @@ def edit(
     return edit_slots(
         cache,
         cache.handle,
-        np.asarray(edits, np.int32).reshape(-1, 3),
+        np.asarray([(*row, -1) for row in edits], np.int32).reshape(-1, 4),
         np.asarray(copies, np.int32).reshape(-1, 4),
         "acquire",
     )
@@ -201,7 +201,7 @@ def test_an_older_cache_is_refused(rig: Rig) -> None:
 def test_another_pools_cache_is_refused(rig: Rig, make_pool) -> None:
     other = make_pool(make_spec(rig.spec.layout)).cache()
     none = np.zeros((0, 4), np.int32)
-    row = np.asarray([[SET_LENGTH, 0, 1]], np.int32)
+    row = np.asarray([[SET_LENGTH, 0, 1, -1]], np.int32)
     fails(
         "release: this cache belongs to pool",
         lambda: edit_slots(rig.cache, other.handle, row, none, "release").epoch,
@@ -218,7 +218,7 @@ def test_shapes_are_checked_together() -> None:
 
 
 def test_vmap_is_refused(rig: Rig) -> None:
-    rows = jnp.asarray([[[SET_LENGTH, 0, 1]], [[SET_LENGTH, 1, 1]]], jnp.int32)
+    rows = jnp.asarray([[[SET_LENGTH, 0, 1, -1]], [[SET_LENGTH, 1, 1, -1]]], jnp.int32)
     none = jnp.zeros((0, 4), jnp.int32)
 
     def one(edits: jax.Array) -> jax.Array:

@@ -54,6 +54,9 @@ enum class FaultKind : std::int32_t {
   kCopyChain,     // slot: the source and the target of copies
   kLength,        // slot, layer; wanted: tokens that the cache says it has, have: written
   kWrittenTwice,  // slot, layer; wanted: the position of the first new token, which is already written
+  kBelowShared,   // slot: set_lengths; wanted: the new length, have: where what other slots share ends
+  kShared,        // slot: append; wanted: the position, have: where what other slots share ends
+  kDonorEdited,   // slot: fork; have: the donor
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -79,6 +82,8 @@ struct DeviceSlot {
   // no room, even where the host's last word was another. A cache value may be of the newest epoch and still show such
   // a slot as occupied (on_stale="allow", or lengths that a program changed); its memory may be gone.
   std::int32_t released = 0;
+  // Positions below this are not the slot's alone: no program may write there, or lower the length below it.
+  std::int32_t shared = 0;
 };
 
 struct DevicePool {

@@ -18,6 +18,9 @@ enum class DeviceOp : std::int32_t {
   kSetLengths,
   kAcquire,
   kRelease,
+  kFork,
+  kReorder,
+  kTruncate,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -40,12 +43,19 @@ inline const char* OpName(DeviceOp op) {
       return "acquire";
     case DeviceOp::kRelease:
       return "release";
+    case DeviceOp::kFork:
+      return "fork";
+    case DeviceOp::kReorder:
+      return "reorder";
+    case DeviceOp::kTruncate:
+      return "truncate";
   }
   return "an op";
 }
 
 // The host verbs: what edit_slots may be queued for.
-inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease};
+inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease, DeviceOp::kFork, DeviceOp::kReorder,
+                                          DeviceOp::kTruncate};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

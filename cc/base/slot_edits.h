@@ -14,13 +14,17 @@ enum class SlotOpcode : std::int32_t {
   kOccupy = 0,  // a free slot becomes an empty sequence: length 0, nothing written
   kVacate,      // an occupied slot becomes free: length -1
   kSetLength,   // an occupied slot's length is lowered to `length`
+  kFork,  // a free slot becomes a sequence with the first `length` tokens of `donor`. Whole blocks of them are mapped
+          // in both slots by now and count as written; those of the last, partial block are a copy in the same list
+  kTruncate,  // as kSetLength, and what the slot has mapped from `length` on is its own: shared blocks are replaced
 };
 
-// A row of the operand int32[n, 3].
+// A row of the operand int32[n, 4].
 struct SlotEdit {
   std::int32_t opcode = 0;  // SlotOpcode
   std::int32_t slot = -1;   // -1: padding
-  std::int32_t length = 0;  // kSetLength only
+  std::int32_t length = 0;  // kSetLength, kFork and kTruncate
+  std::int32_t donor = -1;  // kFork only
 };
 
 // A row of the operand int32[m, 4]: tokens first..first + count - 1 of all layers, keys and values with their scales,

@@ -48,7 +48,7 @@ void Arena::Truncate(std::int64_t slot, std::int64_t blocks) {
 
 std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
   const std::int64_t ranges = geometry_.num_ranges(), last = blocks(slot) - 1;
-  most = std::min(most, last + 1);
+  most = std::min(most, last + 1 - ReadOnlyBlocks(slot));
   if (pool_.num_shared() == 0) return most;
   const auto exclusive = [&](std::int64_t logical) {
     const std::int32_t* const begin = &maps_[slot][logical * ranges];
@@ -149,26 +149,7 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
     for (std::int64_t i = blocks + fewer - 1; i >= blocks; --i) pool_.Release(maps_[slot][i * ranges + range]);
   }
   Truncate(slot, blocks);
-  return {};
-}
-
-Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
-  const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t old = this->blocks(to), more = blocks - old;
-  if (more <= 0) return {};
-  const auto shared = [&](std::int64_t range) { return Gather(from, range, old, more); };
-  for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->Map(geometry_.Offset(to, range, old), shared(range).data(), more);
-    if (status.ok()) continue;
-    while (--range >= 0) {
-      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, old), shared(range).data(), more));
-    }
-    return status;
-  }
-  const auto begin = maps_[from].begin() + old * ranges, end = maps_[from].begin() + blocks * ranges;
-  for (auto block = begin; block != end; ++block) pool_.AddReference(*block);
-  maps_[to].insert(maps_[to].end(), begin, end);
-  changes_.Note(to);
+  ForgetBeyond(slot, blocks);
   return {};
 }
 

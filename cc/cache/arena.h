@@ -9,6 +9,7 @@
 #define KVPAGE_CACHE_ARENA_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -55,9 +56,6 @@ class Arena {
   Status Grow(std::int64_t slot, std::int64_t blocks);
   // Unmaps what is beyond `blocks` logical blocks and drops the references. All or nothing.
   Status Shrink(std::int64_t slot, std::int64_t blocks);
-  // Maps the blocks of one slot in another too, each at its own logical position, until that has `blocks` logical
-  // blocks. All or nothing.
-  Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks);
   // Takes the last `blocks` logical blocks of one slot and appends them to another, without giving them up in between.
   // All or nothing.
   Status Move(std::int64_t from, std::int64_t to, std::int64_t blocks);
@@ -65,6 +63,31 @@ class Arena {
   Status Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int byte);
   // Zeroes the mapped tokens of one layer from `token` on, keys and values.
   void ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token);
+
+  // ---- sharing (arena_sharing.cc) ----
+  // Slots share blocks from their beginning, each at the same logical position: this many of a slot's are mapped in
+  // other slots too; and so many are mapped read-only, because they were another slot's first.
+  std::int64_t SharedBlocks(std::int64_t slot) const;
+  std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
+  // Maps the first `blocks` logical blocks of one slot in another, which has none, too. All or nothing.
+  Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks);
+  // A block that takes the place of another may split the mapping it stands in.
+  static constexpr std::int64_t kSplits = 2;
+  // Memory mappings that this may take; those that the slots may take beyond one for each block, now or once what is
+  // set aside for them is mapped.
+  std::int64_t AliasMappings(std::int64_t from, std::int64_t blocks) const;
+  std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
+  // Shared logical blocks of a slot from `begin` on for which no blocks are set aside.
+  std::vector<std::int64_t> Missing(std::int64_t slot, std::int64_t begin) const;
+  // Claims a block for each range of these logical blocks, to stand there once the slot has blocks of its own.
+  Status SetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
+  void DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
+  std::int64_t num_set_aside() const { return num_set_aside_; }
+  // Makes the logical blocks from `begin` on the slot's own, for writing: copies take the place of those that other
+  // slots share. Readers see the same bytes throughout. A failure leaves a part of them exchanged.
+  Status Separate(std::int64_t slot, std::int64_t begin);
+  // A slot that is of no use to another request as it is: blocks are read-only, or set aside for it.
+  bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
 
   // Gives the memory of all free blocks back to the system; returns how many there were.
   std::int64_t Trim();
@@ -80,6 +103,17 @@ class Arena {
   // Drops what a slot's map has beyond `blocks` logical blocks.
   void Truncate(std::int64_t slot, std::int64_t blocks);
 
+  void DropSetAsideFrom(std::int64_t slot, std::int64_t begin);
+  void Forget(std::int64_t slot);
+  // The slot has `blocks` logical blocks left.
+  void ForgetBeyond(std::int64_t slot, std::int64_t blocks);
+
+  struct Borrower {
+    std::int64_t read_only = 0;                                   // logical blocks
+    std::int64_t mappings = 0;                                    // its part of extra_mappings_
+    std::map<std::int64_t, std::vector<std::int32_t>> set_aside;  // [logical block] of [ranges]; -1: exchanged
+  };
+
   const Geometry geometry_;
   BlockPool pool_;
   std::unique_ptr<Vmm> vmm_;
@@ -87,6 +121,9 @@ class Arena {
   // map grows and shrinks at its end.
   std::vector<std::vector<std::int32_t>> maps_;
   ChangedSlots changes_;
+  std::map<std::int32_t, Borrower> borrowers_;
+  std::int64_t extra_mappings_ = 0;
+  std::int64_t num_set_aside_ = 0;  // physical blocks
 };
 
 }  // namespace kvpage

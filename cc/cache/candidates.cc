@@ -39,4 +39,20 @@ std::vector<std::int32_t> Candidates::BestFits(const std::vector<std::int64_t>& 
   return slots;
 }
 
+std::vector<std::int32_t> Candidates::FewestBlocks(std::size_t count) {
+  std::vector<std::int32_t> slots;
+  auto next = idle_.begin();
+  while (slots.size() < count) {
+    if ((next == idle_.end() || next->first > 0) && num_known() < num_slots_) {
+      LearnNext();
+      slots.push_back(static_cast<std::int32_t>(num_known() - 1));
+      continue;
+    }
+    if (next == idle_.end()) break;
+    slots.push_back(next->second);
+    ++next;
+  }
+  return slots;
+}
+
 }  // namespace kvpage

@@ -37,6 +37,9 @@ class Candidates {
   // The smallest that suffices; failing that the largest; among equals the lowest.
   std::vector<std::int32_t> BestFits(const std::vector<std::int64_t>& blocks);
 
+  // Idle slots with the fewest blocks; fewer than `count` when there are no more.
+  std::vector<std::int32_t> FewestBlocks(std::size_t count);
+
   // Calls visit(donor) for the slots with spare blocks, in the order in which they give, until it returns false.
   template <class Visit>
   void ForEachDonor(Visit visit) const {

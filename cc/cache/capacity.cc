@@ -12,9 +12,9 @@ std::string Number(std::int64_t value) { return std::to_string(value); }
 Claim SetBudget(const PoolParts& pool, const MappingLock& mapping, std::int64_t budget) {
   Arena& arena = pool.supply->arena(mapping);
   Claim claim;
-  claim.wanted = arena.pool().num_used() - budget;
+  if (arena.pool().num_used() > budget) pool.supply->Tally(mapping, {}, &claim);
+  claim.wanted = arena.pool().num_used() - budget;  // free slots that had shared blocks have given theirs up by now
   if (claim.wanted > 0) {
-    pool.supply->Tally(mapping, {}, &claim);
     if (claim.wanted > claim.reclaimable) {
       claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
                                            " reclaimable, " + Number(claim.draining) + " draining",

@@ -20,6 +20,8 @@ struct SlotProgress {
   std::int32_t length = 0;  // as the last completed step left it
   std::uint32_t since = 0;  // epoch of the last destructive change
   std::int32_t pins = 0;    // handlers running on the slot
+  std::int32_t shared = 0;  // positions below this are not the slot's alone: they may not be written
+  bool started = false;     // the program that occupies the slot (acquire, fork) has run; without a mirror
   bool vacated = false;     // draining, and the release program has run; as a mirror reads it: free on the device
 };
 
@@ -54,8 +56,8 @@ class DeviceProgress {
   }
   // The slot gets a new occupant.
   void Reset(std::int64_t slot) {
-    slots[slot].length = 0;
-    slots[slot].vacated = false;
+    slots[slot].length = slots[slot].shared = 0;
+    slots[slot].started = slots[slot].vacated = false;
     LowerWritten(slot, 0);
   }
   // A generation starts at the current epoch: older caches may not read the slot. Tokens beyond its length may be half

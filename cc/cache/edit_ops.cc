@@ -9,6 +9,7 @@
 
 #include "cache/messages.h"
 #include "cache/program_check.h"
+#include "cache/sharing.h"
 
 namespace kvpage::edit_ops {
 namespace {
@@ -21,9 +22,18 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
     case SlotOpcode::kVacate:
       return -1;
     case SlotOpcode::kSetLength:
+    case SlotOpcode::kFork:
+    case SlotOpcode::kTruncate:
       return edit.length;
   }
   return -1;
+}
+
+bool Is(const SlotEdit& edit, SlotOpcode opcode) { return edit.opcode == static_cast<std::int32_t>(opcode); }
+
+// The tokens that lie in whole blocks.
+std::int32_t WholeBlocks(const Geometry& geometry, std::int32_t tokens) {
+  return tokens - tokens % static_cast<std::int32_t>(geometry.block_tokens);
 }
 
 // `length`: of the slot in the cache.
@@ -31,6 +41,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
   const std::int32_t slot = edit.slot;
   switch (static_cast<SlotOpcode>(edit.opcode)) {
     case SlotOpcode::kOccupy:
+    case SlotOpcode::kFork:
       // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
       if (length < 0 && host != SlotState::kFree) return {};
       return messages::SlotTaken(op, slot, length >= 0 ? "already occupied in this cache" : "free in the pool");
@@ -39,6 +50,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
       if (host == SlotState::kDraining) return {};
       return FailedPrecondition(std::string(op) + ": slot " + std::to_string(slot) + " was not released by the host");
     case SlotOpcode::kSetLength:
+    case SlotOpcode::kTruncate:
       if (length < 0) return messages::SlotFree(op, slot);
       if (edit.length < 0 || edit.length > length) return messages::NotLowered(op, slot, edit.length, length);
       if (edit.length > progress->WrittenInAllLayers(slot)) {
@@ -47,6 +59,23 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
       return {};
   }
   return messages::UnknownOpcode(op, slot, edit.opcode);
+}
+
+// The donor has the tokens that the fork takes. Every edit's slot has been named.
+Status CheckFork(SlotTable* table, const StateLock& state, const ProgramCheck& check, const char* op,
+                 const CacheRef& cache, const SlotEdit& edit) {
+  const std::int32_t donor = edit.donor;
+  if (donor < 0 || donor >= table->num_slots()) return messages::SlotRange(op, donor, table->num_slots());
+  if (table->Named(state, donor)) return messages::DonorEdited(op, edit.slot, donor);
+  KVPAGE_RETURN_IF_ERROR(check.Fresh(donor));
+  if (cache.lengths[donor] < 0) return messages::SlotFree(op, donor);
+  const std::int64_t room = table->Room(state, edit.slot);
+  if (edit.length < 0 || edit.length > room) return messages::Unmapped(op, edit.slot, edit.length, room);
+  DeviceProgress& progress = table->progress(state);
+  if (edit.length > progress.WrittenInAllLayers(donor)) {
+    return messages::UnwrittenSomewhere(op, donor, edit.length, progress.Runs(donor));
+  }
+  return {};
 }
 
 // Each target is named by one copy, and by no copy as its source.
@@ -69,13 +98,24 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
   const Geometry& geometry = table->geometry();
   std::vector<std::int32_t> lengths(cache.lengths, cache.lengths + geometry.max_slots);
   std::vector<std::int32_t> limits(geometry.max_slots, std::numeric_limits<std::int32_t>::max());
+  std::vector<std::int32_t> forked(geometry.max_slots, 0);  // written by a fork
+  DeviceProgress& progress = table->progress(state);
+  std::vector<std::int32_t> shared;
+  for (const SlotProgress& slot : progress.slots) shared.push_back(slot.shared);
   for (std::int64_t i = 0; i < list.num_edits; ++i) {
-    if (list.edits[i].slot == -1) continue;
-    lengths[list.edits[i].slot] = limits[list.edits[i].slot] = LengthAfter(list.edits[i]);
+    const SlotEdit& edit = list.edits[i];
+    if (edit.slot == -1) continue;
+    lengths[edit.slot] = limits[edit.slot] = LengthAfter(edit);
+    if (Is(edit, SlotOpcode::kOccupy)) shared[edit.slot] = 0;
+    if (Is(edit, SlotOpcode::kFork)) forked[edit.slot] = shared[edit.slot];  // as the host has mapped it
+    if (Is(edit, SlotOpcode::kTruncate)) {
+      shared[edit.slot] = std::min(shared[edit.slot], WholeBlocks(geometry, edit.length));
+    }
   }
   // Tokens written in every layer, once the edits are made.
-  DeviceProgress& progress = table->progress(state);
-  const auto written = [&](std::int32_t slot) { return std::min(progress.WrittenInAllLayers(slot), limits[slot]); };
+  const auto written = [&](std::int32_t slot) {
+    return std::max(std::min(progress.WrittenInAllLayers(slot), limits[slot]), forked[slot]);
+  };
   const auto unwritten = [&](std::int32_t slot, std::int64_t wanted) {
     return messages::UnwrittenSomewhere(op, slot, wanted, progress.Runs(slot, limits[slot]));
   };
@@ -97,6 +137,9 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
       const std::int64_t room = table->Room(state, slot);
       if (copy.end() > room) return messages::Unmapped(op, slot, copy.end(), room);
     }
+    if (copy.count > 0 && copy.first < shared[copy.target]) {
+      return messages::Shared(op, copy.target, copy.first, shared[copy.target]);
+    }
     if (copy.end() > written(copy.source)) return unwritten(copy.source, copy.end());
     // A gap would show its reader what an earlier owner of the memory left there.
     if (copy.first > written(copy.target)) return unwritten(copy.target, copy.first);
@@ -108,6 +151,7 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
 
 Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
                  PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
+  KVPAGE_RETURN_IF_ERROR(sharing::Separate(pool, op, cache, list));
   SlotTable& table = *pool.table;
   StateLock state = table.Lock();
   if (list.num_copies > 0) table.PassGate(&state);
@@ -120,6 +164,11 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
     KVPAGE_RETURN_IF_ERROR(
         CheckEdit(op, table.host(state, edit.slot).state, cache.lengths[edit.slot], &table.progress(state), edit));
   }
+  for (std::int64_t i = 0; i < list.num_edits; ++i) {
+    const SlotEdit& edit = list.edits[i];
+    if (edit.slot == -1 || !Is(edit, SlotOpcode::kFork)) continue;
+    KVPAGE_RETURN_IF_ERROR(CheckFork(&table, state, check, op, cache, edit));
+  }
   KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
 
   DeviceProgress& progress = table.progress(state);
@@ -131,13 +180,22 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
     SlotProgress& row = progress.slots[edit.slot];
     const auto opcode = static_cast<SlotOpcode>(edit.opcode);
     const std::int32_t length = LengthAfter(edit);
-    if (opcode != SlotOpcode::kSetLength || length < lengths[edit.slot]) row.since = next;
+    const bool lowers = opcode == SlotOpcode::kSetLength || opcode == SlotOpcode::kTruncate;
+    if (!lowers || length < lengths[edit.slot]) row.since = next;
     lengths[edit.slot] = length;
-    if (opcode == SlotOpcode::kSetLength) {
-      row.length = length;
-      progress.LowerWritten(edit.slot, length);
+    if (lowers) progress.LowerWritten(edit.slot, length);
+    if (opcode == SlotOpcode::kTruncate) row.shared = std::min(row.shared, WholeBlocks(table.geometry(), length));
+    if (opcode == SlotOpcode::kFork) {
+      // From here on: programs that were queued before may still have to write these tokens.
+      progress.slots[edit.donor].shared = std::max(progress.slots[edit.donor].shared, row.shared);
+      progress.RaiseWritten(edit.slot, row.shared);
     }
-    if (opcode == SlotOpcode::kVacate) table.Vacate(state, edit.slot);
+    if (opcode == SlotOpcode::kVacate) {
+      table.Vacate(state, edit.slot);
+    } else {
+      row.length = length;
+      row.started = true;
+    }
   }
   Pins pins;
   for (std::int64_t i = 0; i < list.num_copies; ++i) {

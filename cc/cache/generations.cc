@@ -50,6 +50,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
       table.StartDraining(state, slot);
       table.Vacate(state, slot);
     }
+    table.CutCommitted(state, slot, device.slots[slot].length);
     out->lengths.push_back(device.slots[slot].vacated ? -1 : device.slots[slot].length);
   }
   return {};
@@ -83,10 +84,11 @@ void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
   out->generation = ++progress.generation;
   out->epoch = progress.NextEpoch();
   for (std::int32_t slot = 0; slot < table->num_slots(); ++slot) {
-    // The release program of a draining slot belongs to the old generation and will be refused.
-    if (table->host(state, slot).state == SlotState::kDraining) table->Vacate(state, slot);
-    progress.StartGeneration(slot);
+    table->StartGeneration(state, slot);
     const bool occupied = table->host(state, slot).state == SlotState::kOccupied;
+    progress.StartGeneration(slot);
+    // A program that was to write them has failed: such tokens are not final after all.
+    table->CutCommitted(state, slot, progress.slots[slot].length);
     out->lengths.push_back(occupied ? progress.slots[slot].length : -1);
   }
 }

@@ -24,6 +24,10 @@ Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::
     claim.draining = pool.table->NumDraining(pool.table->Lock());
     return claim;
   }
+  // A free slot that other slots share blocks with gives them up, whether it is occupied now or not.
+  for (const std::int32_t slot : slots) {
+    if (Status status = pool.supply->DropShared(mapping, slot); !status.ok()) return FailedClaim(status);
+  }
   wants->reserve(slots.size());
   for (std::size_t i = 0; i < slots.size(); ++i) wants->push_back({slots[i], blocks[i]});
   return {};
@@ -162,11 +166,18 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
     const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
+      case SlotOpcode::kFork:
         pool.table->StartDraining(state, edit.slot);
         pool.table->Vacate(state, edit.slot);
         break;
       case SlotOpcode::kVacate:
         if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);
+        break;
+      case SlotOpcode::kTruncate:
+        // Blocks that were set aside stay so, for the next truncation or until the slot is released.
+        if (row.state != SlotState::kOccupied) break;
+        pool.table->RestoreCommitted(state, edit.slot);
+        pool.table->EndTruncation(state, edit.slot);
         break;
       case SlotOpcode::kSetLength:
         break;

@@ -35,7 +35,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
     }
   }
   const std::vector<std::int64_t> counts = arena.CountByClass(classes, kNumClasses);
-  n.blocks_mapped = counts[kMapped];
+  n.blocks_mapped = counts[kMapped] + arena.num_set_aside();
   n.blocks_draining = counts[kDraining];
   n.blocks_parked = counts[kParked];
   n.block_bytes = table.geometry().block_bytes;
@@ -55,8 +55,10 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
     const HostSlot& row = table.host(state, slot);
     if (row.state == SlotState::kFree) continue;
+    const Arena& arena = pool.supply->arena(mapping);
+    const std::int64_t shared = arena.SharedBlocks(slot) * table.geometry().num_ranges();
     const SlotProgress& progress = table.progress(state).slots[slot];
-    rows.push_back({slot, row.state, pool.supply->arena(mapping).mappings(slot), row.reserved,
+    rows.push_back({slot, row.state, arena.mappings(slot), shared, row.reserved,
                     static_cast<std::int64_t>(row.committed.size()), progress.length, row.views, progress.vacated});
   }
   return rows;

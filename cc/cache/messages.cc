@@ -146,6 +146,24 @@ Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t le
                     ": set_lengths lowers only (to 0 at least), advance raises");
 }
 
+Status BelowShared(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t shared) {
+  return FailedPrecondition(Slot(op, slot) + ": length " + Number(wanted) +
+                            " wanted, but what other slots share of it ends at " + Number(shared) +
+                            ": pool.truncate(cache, slot, num_tokens) rolls it back");
+}
+
+Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shared) {
+  return FailedPrecondition(Slot(op, slot) + ": the cache says that it has " + Number(position) +
+                            " tokens, and what other slots share of it ends at " + Number(shared) +
+                            ": new tokens would overwrite theirs. pool.truncate(cache, slot, num_tokens) makes a "
+                            "private copy");
+}
+
+Status DonorEdited(Op op, std::int32_t slot, std::int32_t donor) {
+  return InvalidArgument(Slot(op, slot) + " takes tokens of slot " + Number(donor) +
+                         ", which the same call changes: change it in another call");
+}
+
 Status NotAView(Op op, std::int64_t index, std::int32_t id) {
   return InvalidArgument(op + ": array " + Number(index) + " of the views is not the memory of " + Pool(id) +
                          " but a copy, or a view of another pool, and does not show what programs write: pass the "

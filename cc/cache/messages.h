@@ -47,9 +47,14 @@ Status WrittenTwice(Op op, std::int32_t slot, std::int64_t layer, std::int64_t p
 // advance, set_lengths, copies: tokens that every layer must have are missing in some layer
 Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const WrittenRuns& written);
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);  // set_lengths
+// set_lengths: other slots share tokens behind the new length
+Status BelowShared(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t shared);
+// append: the tokens from this position on belong to blocks that other slots have mapped, or had
+Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shared);
 Status NotAView(Op op, std::int64_t index, std::int32_t id);
 
 // ---- edit_slots ----
+Status DonorEdited(Op op, std::int32_t slot, std::int32_t donor);  // fork: the same call changes the donor
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode);
 Status CopyTokens(Op op, std::int32_t target, std::int64_t first, std::int64_t count);  // one of them is negative
 Status CopyTwice(Op op, std::int32_t target);                                           // two copies into one slot

@@ -22,6 +22,7 @@
 #include "cache/map_ops.h"
 #include "cache/parts.h"
 #include "cache/program_ops.h"
+#include "cache/sharing.h"
 #include "cache/views.h"
 
 namespace kvpage {
@@ -53,6 +54,15 @@ class Pool {
   Claim Extend(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return host_ops::Extend(parts_, slots, tokens);
   }
+  Claim Fork(const char* verb, const std::vector<ForkRequest>& requests, const std::vector<std::int32_t>& released) {
+    return sharing::Fork(parts_, verb, requests, released);
+  }
+  Claim Truncate(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
+    return sharing::Truncate(parts_, slots, tokens);
+  }
+  Status SharesBehind(std::int32_t slot, std::int64_t tokens, bool* out) {
+    return sharing::SharesBehind(parts_, slot, tokens, out);
+  }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
     return host_ops::StartEdits(parts_, verb, edits);
   }
@@ -82,6 +92,7 @@ class Pool {
 
   // ---- looking: inspect.h, views.h ----
   PoolNumbers Numbers() { return inspect::Numbers(parts_); }
+  // What programs may change of a slot, as a mirror has it.
   std::vector<SlotRow> Rows() { return inspect::Rows(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
   Status AddView(std::int64_t layer, std::int32_t slot, const GoOn& go_on = {}) {

@@ -28,6 +28,8 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
     if (end > geometry.max_seq_len) return messages::MaxSeqLen(op, slot, end, geometry.max_seq_len);
     const std::int64_t room = table.Room(state, slot);
     if (end > room) return messages::Unmapped(op, slot, end, room);
+    const std::int64_t shared = append ? progress.slots[slot].shared : 0;
+    if (sequence.position < shared) return messages::Shared(op, slot, sequence.position, shared);
     const std::int32_t written = progress.Written(slot)[layer];
     if (append && sequence.position > written) {
       // The context before the new tokens would be what an earlier owner of the memory left there.
@@ -80,6 +82,8 @@ Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, 
     KVPAGE_RETURN_IF_ERROR(check.OccupiedSlot(slots[i]));
     const std::int32_t length = cache.lengths[slots[i]];
     if (values[i] < 0 || values[i] > length) return messages::NotLowered(op, slots[i], values[i], length);
+    const std::int32_t shared = progress.slots[slots[i]].shared;
+    if (values[i] < std::min(shared, length)) return messages::BelowShared(op, slots[i], values[i], shared);
     if (values[i] > progress.WrittenInAllLayers(slots[i])) {
       return messages::UnwrittenSomewhere(op, slots[i], values[i], progress.Runs(slots[i]));
     }

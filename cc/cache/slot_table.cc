@@ -36,6 +36,8 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   HostSlot& row = slots_[slot];
   SetState(slot, SlotState::kOccupied);
   row.reserved = tokens;
+  row.truncations = 0;
+  row.forked = false;
   row.committed.clear();
   progress_.Reset(slot);
 }
@@ -44,6 +46,53 @@ void SlotTable::Reserve(const StateLock&, std::int32_t slot, std::int64_t tokens
   if (tokens <= slots_[slot].reserved) return;
   slots_[slot].reserved = tokens;
   changes_.Note(slot);
+}
+
+std::int64_t SlotTable::Lendable(const StateLock&, std::int32_t donor, std::int64_t tokens) const {
+  const HostSlot& row = slots_[donor];
+  if (row.truncations > 0) tokens = std::min(tokens, row.truncated);
+  return tokens - tokens % geometry_.block_tokens;
+}
+
+void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_t donor, std::int64_t tokens) {
+  Occupy(lock, slot, 0);
+  HostSlot& row = slots_[slot];
+  const std::vector<std::int32_t>& ids = slots_[donor].committed;
+  row.forked = true;
+  row.committed.assign(ids.begin(), ids.begin() + tokens);
+  progress_.slots[slot].shared = static_cast<std::int32_t>(Lendable(lock, donor, tokens));
+}
+
+void SlotTable::StartTruncation(const StateLock&, std::int32_t slot, std::int64_t tokens) {
+  HostSlot& row = slots_[slot];
+  row.truncated = row.truncations++ > 0 ? std::min(row.truncated, tokens) : tokens;
+}
+
+void SlotTable::EndTruncation(const StateLock&, std::int32_t slot) {
+  HostSlot& row = slots_[slot];
+  row.truncations = std::max(row.truncations - 1, 0);
+}
+
+void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
+  slots_[slot].truncations = 0;
+  const bool never =
+      slots_[slot].state == SlotState::kOccupied && slots_[slot].forked && !progress_.slots[slot].started;
+  if (never) SetState(slot, SlotState::kDraining);
+  // The release program of a draining slot belongs to the old generation and will be refused.
+  if (slots_[slot].state == SlotState::kDraining) Vacate(lock, slot);
+}
+
+void SlotTable::CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens) {
+  HostSlot& row = slots_[slot];
+  const auto end = row.committed.begin() + std::min<std::int64_t>(tokens, row.committed.size());
+  row.cut.assign(end, row.committed.end());
+  row.committed.erase(end, row.committed.end());
+}
+
+void SlotTable::RestoreCommitted(const StateLock&, std::int32_t slot) {
+  HostSlot& row = slots_[slot];
+  row.committed.insert(row.committed.end(), row.cut.begin(), row.cut.end());
+  row.cut.clear();
 }
 
 void SlotTable::Vacate(const StateLock&, std::int32_t slot) {
@@ -58,7 +107,7 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   SlotProgress& progress = progress_.slots[slot];
   if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0) return;
   SetState(slot, SlotState::kFree);
-  row.reserved = 0;
+  row.reserved = row.truncations = 0;
   row.committed.clear();
   row.parked_at = ++parkings_;
   progress.vacated = false;

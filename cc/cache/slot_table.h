@@ -49,8 +49,12 @@ struct HostSlot {
   SlotState state = SlotState::kFree;
   std::int32_t views = 0;               // zero-copy arrays alive over it
   std::int64_t reserved = 0;            // tokens asked for
+  bool forked = false;                  // its occupant is a fork
+  std::int64_t truncated = 0;           // the fewest tokens that a truncation leaves it whose program has not run
+  std::int32_t truncations = 0;         // such programs
   std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
   std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
+  std::vector<std::int32_t> cut;        // those behind `committed` that the last truncation has taken away
 
   bool idle() const { return state == SlotState::kFree && views == 0; }
 };
@@ -108,6 +112,18 @@ class SlotTable {
   // The host releases a slot, and takes that back.
   void StartDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kDraining); }
   void CancelDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kOccupied); }
+  // Tokens, in whole blocks, that a fork with `tokens` of the donor's may map. Blocks that a queued truncation may
+  // replace are not among them.
+  std::int64_t Lendable(const StateLock&, std::int32_t donor, std::int64_t tokens) const;
+  // Occupies a slot with the first `tokens` committed tokens of its donor. Call Reserve once they are mapped.
+  void OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_t donor, std::int64_t tokens);
+  // A truncation's program is queued; it has run.
+  void StartTruncation(const StateLock&, std::int32_t slot, std::int64_t tokens);
+  void EndTruncation(const StateLock&, std::int32_t slot);
+  // A generation starts: programs that are queued will not run. A fork among them leaves its slot to nobody.
+  void StartGeneration(const StateLock& lock, std::int32_t slot);
+  void CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens);
+  void RestoreCommitted(const StateLock&, std::int32_t slot);
   // A draining slot's release program has run.
   void Vacate(const StateLock& lock, std::int32_t slot);
   void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots

@@ -25,7 +25,10 @@ Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
   const Geometry& geometry = table_->geometry();
   const std::int64_t ranges = geometry.max_slots * geometry.num_ranges();
   const std::int64_t worst = WorstMappings(blocks, ranges, geometry.max_blocks());
-  if (mappings_.Change(worst)) return {};
+  if (mappings_.Change(worst + arena_->extra_mappings())) {
+    worst_mappings_ = worst;
+    return {};
+  }
   const std::int64_t left = mappings_.Most();
   const std::int64_t most = MostBlocks(left, ranges);
   std::string advice = "close other pools";
@@ -40,13 +43,21 @@ Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
                          mappings_.account()->Describe() + ": " + advice + ", or raise vm.max_map_count (sysctl)");
 }
 
-void Supply::Refresh(const MappingLock&) {
+void Supply::Refresh(const MappingLock& lock) {
   std::vector<std::int32_t> changed = arena_->TakeChanged();
-  std::vector<Standing> standings;
   {
     const StateLock state = table_->Lock();
     const std::vector<std::int32_t> rows = table_->TakeChanged(state);
     changed.insert(changed.end(), rows.begin(), rows.end());
+  }
+  EmptyBorrowers(lock, changed);
+  // What forks have given up since, or were promised and did not get.
+  if (mappings_.mappings() > worst_mappings_ + arena_->extra_mappings()) {
+    static_cast<void>(PromiseAliases(lock, 0));
+  }
+  std::vector<Standing> standings;
+  {
+    const StateLock state = table_->Lock();
     standings.reserve(changed.size());
     for (const std::int32_t slot : changed) {
       const HostSlot& row = table_->host(state, slot);
@@ -59,6 +70,8 @@ void Supply::Refresh(const MappingLock&) {
       now.order = parked ? row.parked_at : ~std::uint64_t{0};
       const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
       if (!now.draining && row.views == 0) now.spare = std::max<std::int64_t>(now.blocks - keep, 0);
+      // What others share is of no use to a new owner.
+      if (now.idle && arena_->SharedBlocks(slot) > 0) now.blocks = 0;
       standings.push_back(now);
     }
   }
@@ -131,10 +144,11 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
     plan->grants.push_back(grant);
   }
   claim.wanted = missing * ranges;
-  const std::int64_t free = arena_->pool().num_free();
+  std::int64_t free = arena_->pool().num_free();
   std::vector<Donor> donors;
   if (claim.wanted > free || first == Source::kDonors) {
     Refresh(lock);
+    free = arena_->pool().num_free();  // free slots that had shared blocks have given theirs up (EmptyBorrowers)
     // Without a walk where it is clear that the donors do not suffice.
     if (claim.wanted <= free + SpareBlocks(wants) * ranges) {
       donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);

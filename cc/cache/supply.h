@@ -54,6 +54,23 @@ class Supply {
   // See Candidates::BestFits. The slots stay idle while the lock is held.
   std::vector<std::int32_t> BestFits(const MappingLock& lock, const std::vector<std::int64_t>& blocks);
 
+  // ---- sharing (supply_sharing.cc) ----
+  // Free slots with the fewest blocks; fewer than `count` when there are no more.
+  std::vector<std::int32_t> FewestBlocks(const MappingLock& lock, std::size_t count);
+  // See Arena::Alias, SetAside and Separate. Mappings of the process are reserved first, and blocks taken from donors.
+  // A failed Alias leaves some slots with blocks: empty them.
+  Status Alias(const MappingLock& lock, const std::vector<BlockMove>& aliases);
+  struct SetAsideBlocks {
+    std::int32_t slot = 0;
+    std::vector<std::int64_t> logical;
+  };
+  Claim SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks>& wanted);
+  Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
+  // A free slot gives up all its blocks if other slots share some, or had: they are not for a new owner to write.
+  Status DropShared(const MappingLock& lock, std::int32_t slot);
+  // The same for every free slot: a view of all slots must not show what live ones have.
+  Status DropFreeShared(const MappingLock& lock);
+
   // ---- plans ----
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
   // plan is of no use.
@@ -82,6 +99,10 @@ class Supply {
   enum class Spare { kAll, kExclusive };
   // Brings the candidates up to date with the slots that have changed.
   void Refresh(const MappingLock& lock);
+  // Slots among the changed ones that nobody has any more give up what they have from others.
+  void EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed);
+  // Reserves `more` mappings beyond those that blocks take which are mapped once.
+  Status PromiseAliases(const MappingLock& lock, std::int64_t more);
   // Logical blocks that slots could give while `wants` are to be met, if no block is shared.
   std::int64_t SpareBlocks(const std::vector<Want>& wants) const;
   // The slots with spare blocks while `wants` are to be met, in the order in which they give: the first ones, which
@@ -90,7 +111,8 @@ class Supply {
   void UndoPart(const MappingLock& lock, const SupplyPlan& plan, std::size_t returns, std::size_t moves);
 
   SlotTable* const table_;
-  MapPromise mappings_;  // ends after the memory does
+  MapPromise mappings_;              // ends after the memory does
+  std::int64_t worst_mappings_ = 0;  // of the budget's blocks, each mapped once
   const std::unique_ptr<Arena> arena_;
   Candidates candidates_;
   const bool poison_;

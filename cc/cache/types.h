@@ -28,10 +28,12 @@ enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
 struct Claim {
   Status status;
   std::vector<std::int32_t> slots;
-  std::int64_t wanted = 0;       // blocks; slots, for reason kOutOfSlots
-  std::int64_t free = 0;         // neither mapped nor otherwise referenced
-  std::int64_t draining = 0;     // will come free when running programs are done
-  std::int64_t reclaimable = 0;  // parked, or mapped beyond what their owner asked for; may be taken under pressure
+  std::vector<std::int64_t> tokens;  // fork: of each slot, what it has from its donor
+  std::vector<std::int64_t> shared;  // fork: of these, those in blocks that both map; the program copies the others
+  std::int64_t wanted = 0;           // blocks; slots, for reason kOutOfSlots
+  std::int64_t free = 0;             // neither mapped nor otherwise referenced
+  std::int64_t draining = 0;         // will come free when running programs are done
+  std::int64_t reclaimable = 0;      // parked, or mapped beyond what their owner asked for; may be taken under pressure
 };
 
 inline Claim FailedClaim(Status status) {
@@ -39,6 +41,12 @@ inline Claim FailedClaim(Status status) {
   claim.status = std::move(status);
   return claim;
 }
+
+// A new sequence with the first tokens of another.
+struct ForkRequest {
+  std::int32_t donor = 0;
+  std::int64_t tokens = -1;  // -1: all that are committed
+};
 
 // Blocks are counted once each, however many slots map them.
 struct PoolNumbers {
@@ -53,6 +61,7 @@ struct SlotRow {
   std::int32_t slot = 0;
   SlotState state = SlotState::kFree;
   std::int64_t blocks = 0;  // mapped by this slot; a shared block appears in several rows
+  std::int64_t shared = 0;  // of these, mapped in other slots too
   std::int64_t reserved = 0, committed = 0, length = 0;
   std::int64_t views = 0;  // zero-copy arrays alive over it
   bool vacated = false;    // draining, and its release program has run

@@ -74,12 +74,18 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const G
         static_cast<void>(table.WaitFor(&state, patience.seconds(), done));
       }
       const MappingLock mapping = pool.supply->Lock();
+      if (slot == -1) KVPAGE_RETURN_IF_ERROR(pool.supply->DropFreeShared(mapping));
       const StateLock state = table.Lock();
       KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));  // again: the slot may have been released
       if (!busy(state)) {
         for (std::int64_t s = begin; s < end; ++s) {
           const bool owned = table.host(state, s).state != SlotState::kFree;
-          pool.supply->arena(mapping).ZeroTail(s, layer, owned ? table.progress(state).Written(s)[layer] : 0);
+          const std::int64_t written = owned ? table.progress(state).Written(s)[layer] : 0;
+          const Arena& arena = pool.supply->arena(mapping);
+          // Not what other slots read.
+          const std::int64_t others = std::max(arena.SharedBlocks(s), arena.ReadOnlyBlocks(s));
+          const std::int64_t from = std::max(written, others * table.geometry().block_tokens);
+          pool.supply->arena(mapping).ZeroTail(s, layer, from);
         }
         table.AddView(state, slot);
         return {};

@@ -69,7 +69,7 @@ Status DeviceMirror::Allocate(char* base, const PoolOptions& options) {
   image_->fault = pinned_.OnDevice(fault_);
   image_->vacated = pinned_.OnDevice(vacated_);
   // No slot was acquired yet.
-  for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1};
+  for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1, 0};
   return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}, SlotsCopy(Copy::kToDevice)});
 }
 
@@ -141,6 +141,7 @@ Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* pr
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     progress->slots[slot].length = slots_[slot].length;
     progress->slots[slot].since = slots_[slot].since;
+    progress->slots[slot].shared = slots_[slot].shared;
     progress->slots[slot].vacated = slots_[slot].released != 0;
   }
   std::copy_n(written_, progress->written.size(), progress->written.begin());
@@ -151,7 +152,7 @@ Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
   image_->epoch = progress.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     const SlotProgress& row = progress.slots[slot];
-    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0};
+    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0, row.shared};
   }
   std::copy(progress.written.begin(), progress.written.end(), written_);
   return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});

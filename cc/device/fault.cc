@@ -56,6 +56,12 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::LengthUnwritten(op, fault.slot, fault.layer, fault.wanted, fault.have);
     case FaultKind::kWrittenTwice:
       return messages::WrittenTwice(op, fault.slot, fault.layer, fault.wanted);
+    case FaultKind::kBelowShared:
+      return messages::BelowShared(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kShared:
+      return messages::Shared(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kDonorEdited:
+      return messages::DonorEdited(op, fault.slot, number(fault.have));
     case FaultKind::kRaise:
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:

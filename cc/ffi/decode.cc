@@ -73,18 +73,18 @@ Status ToVerb(std::int32_t attribute, DeviceOp* verb) {
 }
 
 Status ToEditList(const char* op, const S32& own, const S32& edits, const S32& copies, EditList* list) {
-  static_assert(sizeof(SlotEdit) == 3 * sizeof(std::int32_t) && sizeof(TokenCopy) == 4 * sizeof(std::int32_t));
+  static_assert(sizeof(SlotEdit) == 4 * sizeof(std::int32_t) && sizeof(TokenCopy) == 4 * sizeof(std::int32_t));
   const auto rows = [](const S32& table, std::int64_t width) {
     const auto shape = table.dimensions();
     return shape.size() == 2 && shape[1] == width ? shape[0] : -1;
   };
   list->edits = reinterpret_cast<const SlotEdit*>(edits.typed_data());
-  list->num_edits = rows(edits, 3);
+  list->num_edits = rows(edits, 4);
   list->copies = reinterpret_cast<const TokenCopy*>(copies.typed_data());
   list->num_copies = rows(copies, 4);
   if (own.element_count() == 2 && list->num_edits >= 0 && list->num_copies >= 0) return {};
   return InvalidArgument(std::string(op) +
-                         ": the called pool's handle must be int32[2], edits int32[n, 3] and copies int32[m, 4]");
+                         ": the called pool's handle must be int32[2], edits int32[n, 4] and copies int32[m, 4]");
 }
 
 Status CheckPerSlot(const char* op, const S32& slots, const S32& values) {

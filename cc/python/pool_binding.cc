@@ -18,13 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "cache/messages.h"
-#include "cache/pool.h"
-#include "cache/process.h"
-#include "cache/registry.h"
-#include "python/errors.h"
-#include "python/gil.h"
-#include "python/open_pool.h"
+#include "python/decision_binding.h"
+#include "python/pool_reference.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -32,119 +27,8 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
-using PoolPtr = std::shared_ptr<Pool>;
-
-// Keeps a pool for ever: in a forked child its end could wait for a lock that nobody holds any more.
-void Leak(PoolPtr pool) { static_cast<void>(new PoolPtr(std::move(pool))); }
-
 // For each range of a slot (physical block, references) of each logical block.
 using BlockMap = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
-
-// The Python object's reference to its pool, until it is closed.
-class PoolReference {
- public:
-  explicit PoolReference(OpenedPool opened)
-      : id_(opened.pool->id()), memory_(std::move(opened.memory)), pool_(std::move(opened.pool)) {}
-  ~PoolReference() {
-    static_cast<void>(Close({}));
-    if (!here()) Leak(std::move(pool_));
-  }
-  PoolReference(const PoolReference&) = delete;
-  PoolReference& operator=(const PoolReference&) = delete;
-
-  std::int32_t id() const { return id_; }
-  const MemoryLimit& memory() const { return memory_; }
-  bool closed() const { return closed_.load(); }
-  // The open pool of this process. In a forked child no lock is taken: another thread may have held it at the fork.
-  Status Get(const char* op, PoolPtr* out) const {
-    if (!here()) return closed() ? messages::Closed(op, id_) : Pool::OtherProcess(op, id_);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (closed()) return messages::Closed(op, id_);
-    *out = pool_;
-    return {};
-  }
-  // Waits for running handlers. Programs queued behind it fail and name the pool. Safe to call again.
-  Status Close(const GoOn& go_on) {
-    if (!here()) return {};
-    PoolPtr pool;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      closed_ = true;
-      pool = pool_;
-    }
-    if (pool == nullptr) return {};
-    KVPAGE_RETURN_IF_ERROR(pool->Close(go_on));
-    Unregister(id_);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    pool_.reset();  // `pool` ends after the lock
-    return {};
-  }
-
- private:
-  bool here() const { return ForkCount() == fork_count_; }
-
-  const int fork_count_ = ForkCount();
-  const std::int32_t id_;
-  const MemoryLimit memory_;
-  std::atomic<bool> closed_{false};
-  mutable std::mutex mutex_;
-  PoolPtr pool_;
-};
-
-// Calls fn(pool) without the GIL, on an open pool of this process; a failed status becomes a StatusError. `op` begins
-// the messages.
-template <class Fn>
-auto Call(const PoolReference& self, const char* op, Fn&& fn) {
-  const GilRelease release;
-  PoolPtr pool;
-  Raise(self.Get(op, &pool));
-  if constexpr (std::is_same_v<decltype(fn(pool)), Status>) {
-    Raise(fn(pool));
-  } else {
-    return fn(pool);
-  }
-}
-
-// Calls wait(go_on), which waits for programs, without the GIL. An exception of a signal handler ends the wait.
-template <class Wait>
-void Interruptibly(Wait&& wait) {
-  Status status;
-  bool interrupted = false;
-  {
-    GilRelease release;
-    status = wait([&] { return !(interrupted = !release.CheckSignals()); });
-  }
-  if (interrupted) throw nb::python_error();
-  Raise(status);
-}
-
-// As Interruptibly, with an open pool of this process.
-template <class Wait>
-void WaitOn(const PoolReference& self, const char* op, Wait&& wait) {
-  Interruptibly([&](const GoOn& go_on) -> Status {
-    PoolPtr pool;
-    KVPAGE_RETURN_IF_ERROR(self.Get(op, &pool));
-    return wait(pool, go_on);
-  });
-}
-
-// A method of the pool as a method of the Python object.
-template <class Result, class... Args>
-auto Method(const char* op, Result (Pool::*method)(Args...)) {
-  return [op, method](const PoolReference& self, const std::decay_t<Args>&... args) {
-    return Call(self, op, [&](const PoolPtr& pool) { return (pool.get()->*method)(args...); });
-  };
-}
-
-// The same for a method whose last parameter takes the result, Status (Args..., Out*).
-template <class Out, class... Args, class PoolMethod>
-auto Getter(const char* op, PoolMethod method) {
-  return [op, method](const PoolReference& self, const std::decay_t<Args>&... args) {
-    Out out{};
-    Call(self, op, [&](const PoolPtr& pool) { return (pool.get()->*method)(args..., &out); });
-    return out;
-  };
-}
 
 // While it lives the arena stays mapped and the slot is not handed on.
 struct PoolView {
@@ -185,48 +69,6 @@ nb::ndarray<nb::array_api> View(const PoolReference& self, std::int64_t layer, i
   return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, dtype, nb::device::cpu::value, 0);
 }
 
-// (opcode, slot, length)
-using EditRows = std::vector<std::array<std::int32_t, 3>>;
-
-std::vector<SlotEdit> ToEdits(const EditRows& rows) {
-  std::vector<SlotEdit> edits;
-  for (const auto& [opcode, slot, length] : rows) edits.push_back({opcode, slot, length});
-  return edits;
-}
-
-// The edits that the host has decided about in one call and that a program is to make. The caller has it before the
-// decision is made: a Python signal handler may raise when a call returns, and its result is lost then.
-struct Decision {
-  EditRows edits;
-};
-
-Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
-  return Call(self, "acquire", [&](const PoolPtr& pool) {
-    Claim claim = pool->Acquire(tokens);
-    for (const std::int32_t slot : claim.slots) {
-      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0});
-    }
-    return claim;
-  });
-}
-
-void StartEdits(const PoolReference& self, Decision* decision, const std::string& verb, const EditRows& rows) {
-  Call(self, verb.c_str(), [&](const PoolPtr& pool) -> Status {
-    KVPAGE_RETURN_IF_ERROR(pool->StartEdits(verb.c_str(), ToEdits(rows)));
-    decision->edits.insert(decision->edits.end(), rows.begin(), rows.end());
-    return {};
-  });
-}
-
-// Takes a decision back; a pool that was closed meanwhile has nothing to take back.
-void Undo(const PoolReference& self, Decision* decision) {
-  const GilRelease release;
-  PoolPtr pool;
-  const EditRows rows = std::move(decision->edits);
-  decision->edits.clear();
-  if (self.Get("undo", &pool).ok()) pool->UndoEdits(ToEdits(rows));
-}
-
 Claim Resize(const PoolReference& self, std::int64_t capacity_bytes) {
   return Call(self, "resize", [&](const PoolPtr& pool) {
     Claim claim;
@@ -242,6 +84,8 @@ void BindResults(nb::module_& m) {
       .def_prop_ro("reason", [](const Claim& c) { return c.status.reason(); })
       .def_prop_ro("message", [](const Claim& c) { return c.status.message(); })
       .def_ro("slots", &Claim::slots)
+      .def_ro("tokens", &Claim::tokens)
+      .def_ro("shared", &Claim::shared)
       .def_ro("wanted", &Claim::wanted)
       .def_ro("free", &Claim::free)
       .def_ro("draining", &Claim::draining)
@@ -269,21 +113,21 @@ void BindResults(nb::module_& m) {
       .def_ro("slot", &SlotRow::slot)
       .def_prop_ro("draining", [](const SlotRow& r) { return r.state == SlotState::kDraining; })
       .def_ro("blocks", &SlotRow::blocks)
+      .def_ro("shared", &SlotRow::shared)
       .def_ro("reserved", &SlotRow::reserved)
       .def_ro("committed", &SlotRow::committed)
       .def_ro("length", &SlotRow::length)
       .def_ro("views", &SlotRow::views)
       .def_ro("vacated", &SlotRow::vacated);
-
-  nb::class_<Decision>(m, "Decision").def(nb::init<>()).def_ro("edits", &Decision::edits);
 }
 
 }  // namespace
 
 void BindPool(nb::module_& m) {
   BindResults(m);
-  nb::class_<PoolReference>(m, "Pool")
-      .def(
+  nb::class_<PoolReference> pool(m, "Pool");
+  BindDecisions(m, pool);
+  pool.def(
           "__init__",
           [](PoolReference* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
              bool allow_stale, bool poison, bool debug, const std::string& backend, int device) {
@@ -296,11 +140,6 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("id", &PoolReference::id)
       .def_prop_ro("closed", &PoolReference::closed)
       .def("close", [](PoolReference& self) { Interruptibly([&](const GoOn& go_on) { return self.Close(go_on); }); })
-      // Decisions of the host, and their undo where the caller does not come to know of them.
-      .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
-      .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
-      .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
-      .def("undo", &Undo, "decision"_a)
       // Calls that queue nothing.
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)

@@ -1,4 +1,4 @@
-// The arena's accounts where slots share blocks, through the arena itself: no verb of the pool shares blocks yet.
+// The arena's accounts where slots share blocks. The pool's verbs for this are in sharing_test.cc.
 #include "cache/arena.h"
 
 #include <gtest/gtest.h>
@@ -111,6 +111,35 @@ TEST(ArenaTest, ABlockMappedByThreeSlots) {
   EXPECT_EQ(s.arena->pool().num_shared(), 0);
   EXPECT_OK(s.arena->Shrink(0, 0));
   EXPECT_EQ(s.arena->pool().num_used(), 0);
+}
+
+TEST(ArenaTest, ASeparatedBlockIsACopy) {
+  for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
+    for (const int slot : {0, 1}) {
+      const Shared s(layout);
+      const KVView view = s.geometry.View(s.arena->base());
+      std::memset(view.At(0, 20, 1, 1, 0), 42, 8);
+      EXPECT_EQ(s.arena->Missing(slot, 1), std::vector<std::int64_t>{1});
+      EXPECT_EQ(s.arena->Separate(slot, 1).code(), Code::kInternal) << "nothing is set aside";
+      EXPECT_OK(s.arena->SetAside(slot, {1}));
+      EXPECT_EQ(s.arena->num_set_aside(), s.ranges);
+      EXPECT_TRUE(s.arena->Missing(slot, 1).empty());
+      const std::int64_t promised = s.arena->extra_mappings();
+      EXPECT_OK(s.arena->Separate(slot, 1));
+      EXPECT_LE(s.arena->extra_mappings(), promised);
+      EXPECT_EQ(s.arena->num_set_aside(), 0);
+      EXPECT_EQ(s.arena->pool().num_used(), 5 * s.ranges);
+      EXPECT_EQ(s.arena->SharedBlocks(0), 1);
+      EXPECT_EQ(s.arena->ReadOnlyBlocks(1), slot == 1 ? 1 : 2);
+      EXPECT_EQ(static_cast<int>(*view.At(slot, 20, 1, 1, 0)), 42);
+      std::memset(view.At(slot, 20, 1, 1, 0), 43, 8);
+      EXPECT_EQ(static_cast<int>(*view.At(1 - slot, 20, 1, 1, 0)), 42);
+      EXPECT_OK(s.arena->Shrink(0, 0));
+      EXPECT_OK(s.arena->Shrink(1, 0));
+      EXPECT_EQ(s.arena->pool().num_used(), 0);
+      EXPECT_EQ(s.arena->extra_mappings(), 0);
+    }
+  }
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ class Walk {
       std::int32_t best = -1;
       for (std::int32_t slot = 0; slot < kManySlots; ++slot) {
         if (taken[slot] || !table_.host(state_, slot).idle()) continue;
-        const std::int64_t have = arena_.blocks(slot), held = best < 0 ? -1 : arena_.blocks(best);
+        const std::int64_t have = Usable(slot), held = best < 0 ? -1 : Usable(best);
         if (best < 0 || (held >= blocks ? have >= blocks && have < held : have > held)) best = slot;
       }
       if (best < 0) break;
@@ -82,6 +82,9 @@ class Walk {
   }
 
  private:
+  // Blocks that a new owner of a free slot can use.
+  std::int64_t Usable(std::int32_t slot) const { return arena_.SharedBlocks(slot) > 0 ? 0 : arena_.blocks(slot); }
+
   const SlotTable& table_;
   const StateLock& state_;
   const Arena& arena_;
@@ -108,6 +111,7 @@ class Machine {
 
   void Step() {
     const MappingLock mapping = supply_->Lock();
+    static_cast<void>(supply_->BestFits(mapping, {}));  // free slots have given up what they had from others
     Compare(mapping);
     Change(mapping);
   }
@@ -241,9 +245,14 @@ class Machine {
         views_.pop_back();
         return;
       case 8: {
-        const auto other = static_cast<std::int32_t>(Pick(kManySlots));
-        if (!shares_ || other == slot || Pick(2) == 0) return;
-        EXPECT_OK(arena.Alias(slot, other, arena.blocks(slot)));
+        if (!shares_ || before != SlotState::kOccupied || Pick(2) == 0) return;
+        for (const std::int32_t fork : supply_->FewestBlocks(mapping, 1)) {
+          const std::int64_t blocks = arena.blocks(slot);
+          EXPECT_OK(arena.Shrink(fork, 0));
+          table_.OccupyFork(table_.Lock(), fork, slot, 0);
+          EXPECT_OK(supply_->Alias(mapping, {{slot, fork, blocks}}));
+          if (Pick(4) > 0) table_.Reserve(table_.Lock(), fork, blocks * geometry_.block_tokens);
+        }
         return;
       }
       case 9:

@@ -113,5 +113,98 @@ TEST(CudaEditSlotsTest, CopiesAreBitIdentical) {
   }
 }
 
+// A device's slot table in which slot 0 has 50 tokens, slot 1 has 20 and slot 2 is free.
+struct Forks {
+  explicit Forks(const Geometry& of)
+      : geometry(of), memory(static_cast<std::size_t>(of.virtual_bytes())), rows(Add()), lengths({50, 20, -1}) {
+    for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<char>(i * 2654435761u >> 13);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      rows.slot(slot).room = kMaxTokens;
+      rows.slot(slot).released = slot == 2 ? 1 : 0;
+      for (int layer = 0; layer < 2; ++layer) rows.written(slot, layer) = std::max(lengths[slot], 0);
+    }
+  }
+  PoolRows Add() { return table.Add(geometry.spec(), geometry.View(memory.data()), 5); }
+  FaultKind Run(const std::vector<SlotEdit>& edits, const std::vector<TokenCopy>& copies) {
+    const CacheBuffers buffers(5, 0, rows.entry().epoch, lengths);
+    const auto own = Ints({5, 0});
+    const auto edit_list = Exactly(edits);
+    const auto copy_list = Exactly(copies);
+    const auto scratch = Scratch(0, 0);
+    EXPECT_OK(cuda::EditSlots(buffers.Operands(DeviceOp::kFork, table, geometry.spec()), own.get(),
+                              {edit_list.get(), static_cast<std::int64_t>(edits.size()), copy_list.get(),
+                               static_cast<std::int64_t>(copies.size())},
+                              buffers.epoch.get(), buffers.lengths.get(), copies.empty() ? nullptr : scratch.get(),
+                              nullptr));
+    after.assign(buffers.lengths.get(), buffers.lengths.get() + kSlots);
+    return static_cast<FaultKind>(rows.TakeFault().kind);
+  }
+
+  const Geometry geometry;
+  std::vector<char> memory;
+  DeviceTable table;
+  PoolRows rows;
+  std::vector<std::int32_t> lengths, after;
+};
+
+SlotEdit ForkOf(std::int32_t donor, std::int32_t length, std::int32_t slot = 2) {
+  return {static_cast<std::int32_t>(SlotOpcode::kFork), slot, length, donor};
+}
+
+TEST(CudaEditSlotsTest, AForkCopiesTheLastBlocksTokens) {
+  for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
+    for (const DType dtype : {DType::kF32, DType::kI8}) {
+      Forks f(CopyGeometry(16, dtype, layout));
+      const TokenCopy copy = {0, 2, 32, 7};
+      std::vector<char> wanted = f.memory;
+      CopyPlainly(f.geometry.View(f.memory.data()), copy, &wanted);
+      EXPECT_EQ(f.Run({ForkOf(0, 39)}, {copy}), FaultKind{});
+      EXPECT_TRUE(f.memory == wanted);
+      EXPECT_EQ(f.after, (std::vector<std::int32_t>{50, 20, 39}));
+      EXPECT_EQ(f.rows.slot(2).length, 39);
+      EXPECT_EQ(f.rows.slot(2).released, 0);
+      EXPECT_EQ(f.rows.slot(2).since, f.rows.entry().epoch);
+      for (int layer = 0; layer < 2; ++layer) EXPECT_EQ(f.rows.written(2, layer), 39);
+    }
+  }
+}
+
+TEST(CudaEditSlotsTest, WholeBlocksCountAsWritten) {
+  Forks f(CopyGeometry(16, DType::kF32, Layout::kFused));
+  const std::vector<char> before = f.memory;
+  EXPECT_EQ(f.Run({ForkOf(0, 48)}, {}), FaultKind{});
+  EXPECT_EQ(f.rows.written(2, 1), 48);
+  f.lengths = f.after;
+  EXPECT_EQ(f.Run({{static_cast<std::int32_t>(SlotOpcode::kTruncate), 2, 5}}, {}), FaultKind{});
+  EXPECT_EQ(f.after, (std::vector<std::int32_t>{50, 20, 5}));
+  EXPECT_EQ(f.rows.written(2, 1), 5);
+  EXPECT_TRUE(f.memory == before);
+}
+
+TEST(CudaEditSlotsTest, DonorsAreChecked) {
+  Forks f(CopyGeometry(16, DType::kF32, Layout::kFused));
+  const std::vector<char> before = f.rows.State();
+  const std::int32_t set_length = static_cast<std::int32_t>(SlotOpcode::kSetLength);
+  EXPECT_EQ(f.Run({ForkOf(0, 39), {set_length, 0, 40}}, {}), FaultKind::kDonorEdited);
+  EXPECT_EQ(f.Run({{set_length, 0, 40}, ForkOf(0, 39)}, {}), FaultKind::kDonorEdited);
+  EXPECT_EQ(f.Run({ForkOf(2, 0)}, {}), FaultKind::kDonorEdited) << "itself";
+  EXPECT_EQ(f.Run({ForkOf(0, 39), {set_length, 1, 21}}, {}), FaultKind::kRaise) << "slots first, then donors";
+  EXPECT_EQ(f.Run({ForkOf(1, 21)}, {}), FaultKind::kUnwritten);
+  f.rows.written(1, 1) = 19;
+  EXPECT_EQ(f.Run({ForkOf(1, 20)}, {}), FaultKind::kUnwritten) << "in one layer";
+  f.rows.written(1, 1) = 20;
+  EXPECT_EQ(f.Run({ForkOf(0, kMaxTokens + 1)}, {}), FaultKind::kUnmapped);
+  EXPECT_EQ(f.Run({ForkOf(0, -1)}, {}), FaultKind::kUnmapped);
+  for (const std::int32_t donor : {-1, kSlots}) EXPECT_EQ(f.Run({ForkOf(donor, 0)}, {}), FaultKind::kSlotRange);
+  EXPECT_EQ(f.Run({ForkOf(0, 9, 1)}, {}), FaultKind::kSlotTaken);
+  f.lengths[0] = -1;
+  EXPECT_EQ(f.Run({ForkOf(0, 0)}, {}), FaultKind::kSlotFree);
+  f.lengths[0] = 50;
+  f.rows.slot(0).since = f.rows.entry().epoch + 1;
+  EXPECT_EQ(f.Run({ForkOf(0, 9)}, {}), FaultKind::kSlotEpoch);
+  f.rows.slot(0).since = 0;
+  EXPECT_TRUE(f.rows.State() == before);
+}
+
 }  // namespace
 }  // namespace kvpage::testing

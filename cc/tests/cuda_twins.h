@@ -67,6 +67,7 @@ class Twins {
       DeviceSlot& row = rows_.slot(slot);
       row.since = generation.epoch;
       row.released = generation.lengths[slot] < 0 ? 1 : 0;
+      if (row.released != 0) row.shared = 0;
       EXPECT_TRUE(generation.lengths[slot] < 0 || row.length == generation.lengths[slot])
           << "slot " << slot << " " << row.length;
       for (std::int64_t layer = 0; layer < geometry_.num_layers; ++layer) {
@@ -191,6 +192,7 @@ class Twins {
       status = pool_->EditSlots(OpName(op), Ref(value), list(edits.data(), copies.data()), &pinned, &cpu.epoch,
                                 cpu.lengths.data());
     }
+    PublishRooms();  // what a truncation has exchanged may be written
     Value device = value;
     const Operands operands(this, op, &device, {}, {});
     const auto own = Ints({kId, 1});
@@ -198,7 +200,7 @@ class Twins {
     const auto device_copies = Exactly(copies);
     const auto scratch = Scratch(0, 0);
     const std::vector<char> before = rows_.State();
-    // Both sides have one memory: it is copied once, by the device.
+    // One memory for both: the device copies.
     EXPECT_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),
                               operands.new_epoch(), operands.new_lengths(), copies.empty() ? nullptr : scratch.get(),
                               nullptr));

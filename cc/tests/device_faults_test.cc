@@ -200,7 +200,7 @@ TEST(DeviceFaultsTest, APoolThatCannotLeaveTheTableLeavesItsMemoryThere) {
     EXPECT_OK(DeviceState::Make(fake->driver(), 0, &device));
     const Geometry geometry = DeviceGeometry();
     std::unique_ptr<DeviceMirror> mirror;
-    EXPECT_OK(DeviceMirror::Make(device, geometry, nullptr, false, &mirror));
+    EXPECT_OK(DeviceMirror::Make(device, geometry, nullptr, PoolOptions(), &mirror));
     EXPECT_OK(mirror->Open(3));
     const FakeDriver::State before = fake->Report();
     fake->FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown, 100);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "tests/device_util.h"
 #include "tests/expect_ok.h"
@@ -60,6 +61,36 @@ TEST(DeviceTest, TableSaysWhatTheHostDecided) {
   EXPECT_EQ(pool->TakeFault().message(),
             "append_kv: slot " + std::to_string(a) +
                 ": 49 tokens wanted, 48 mapped: map_slots in the program or pool.extend before it makes room");
+}
+
+TEST(DeviceTest, ForksHaveRoomAndAFailedTransferUndoesThem) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(7, 32);
+  const DevicePool* entry = machine.Find(7);
+  ASSERT_NE(entry, nullptr);
+  DeviceProgram program(&machine, 7);
+  program.Restart(pool.get());
+  const std::int32_t donor = Acquire(pool.get(), &program, 48);
+  program.Write(donor, 40);
+  EXPECT_OK(pool->Commit(donor, std::vector<std::int32_t>(40, 7)));
+  const Claim claim = pool->Fork("fork", {{donor, 36}}, {});
+  EXPECT_OK(claim.status);
+  const std::int32_t fork = claim.slots[0];
+  EXPECT_EQ(entry->slots[fork].room, 48);
+  EXPECT_EQ(entry->slots[donor].shared, 0) << "programs that are queued may still write";
+
+  machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown);
+  EXPECT_FALSE(pool->Fork("fork", {{donor, 40}}, {}).status.ok());
+  machine.fake().ClearFaults();
+  EXPECT_EQ(pool->Numbers().slots_occupied, 2);
+  EXPECT_EQ(pool->Numbers().blocks_shared, 2 * pool->geometry().num_ranges());
+
+  // The programs of the fork never run: it is free in the next generation.
+  program.Restart(pool.get());
+  EXPECT_EQ(program.length(fork), -1);
+  EXPECT_EQ(pool->Numbers().slots_occupied, 1);
+  EXPECT_OK(pool->Truncate({donor}, {0}).status);
+  EXPECT_EQ(pool->Numbers().blocks_shared, 0);
 }
 
 TEST(DeviceTest, CallsThatChangeNothingOnTheDeviceAskNothingOfTheDriver) {

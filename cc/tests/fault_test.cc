@@ -127,15 +127,44 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   const std::int32_t negative = -1;
   bool ok = false;
   same(Make(Op::kMapSlots, Kind::kMaxSeqLen, a, -1), pool->MapSlots("map_slots", good, &a, &negative, 1, &ok, &epoch));
+  {
+    Program sharer(pool.get());
+    EXPECT_OK(pool->Commit(a, std::vector<std::int32_t>(10, 7)));
+    EXPECT_OK(sharer.Write(a, 8));
+    EXPECT_OK(pool->Commit(a, std::vector<std::int32_t>(8, 7)));
+    const Claim claim = pool->Fork("fork", {{a, 16}}, {});
+    EXPECT_OK(claim.status);
+    const std::int32_t slot = claim.slots[0];
+    const SlotEdit edits[] = {{static_cast<std::int32_t>(SlotOpcode::kFork), slot, 16, a},
+                              {static_cast<std::int32_t>(SlotOpcode::kSetLength), a, 3}};
+    {
+      PinnedSlots pinned;
+      same(Make(Op::kFork, Kind::kDonorEdited, slot, 0, a),
+           pool->EditSlots("fork", sharer.cache(), {edits, 2, nullptr, 0}, &pinned, &epoch, out.data()));
+    }
+    EXPECT_OK(sharer.RunFork(slot, a, 16));
+    const std::int32_t nine = 9;
+    same(Make(Op::kSetLengths, Kind::kBelowShared, a, 9, 16),
+         pool->SetLengths("set_lengths", sharer.cache(), &a, &nine, 1, &epoch, out.data()));
+    std::vector<std::int32_t> shorter(sharer.cache().lengths, sharer.cache().lengths + kSlots);
+    shorter[a] = 5;
+    CacheRef forged = sharer.cache();
+    forged.lengths = shorter.data();
+    same(Make(Op::kAppendKV, Kind::kShared, a, 5, 16), append(forged, {a}, {0, 1}));
+  }
   SpecInts other = pool->geometry().spec();
   other[3] = 8;
   same(Make(Op::kAdvance, Kind::kSpec, -1, 8, kSlots, 3), pool->CheckProgram("advance", other));
 
   // An old cache, after what it says of the slot was rolled back.
-  EXPECT_OK(program.SetLength(a, 5));
-  cache = good;
-  cache.lengths = lengths.data();
-  same(Make(Op::kPagedAttention, Kind::kSlotEpoch, a, good.epoch, program.cache().epoch),
+  program.Restart();
+  EXPECT_OK(pool->Truncate({a}, {5}).status);
+  const CacheRef late = program.cache();
+  const std::vector<std::int32_t> old_lengths(late.lengths, late.lengths + kSlots);
+  EXPECT_OK(program.RunTruncate(a, 5));
+  cache = late;
+  cache.lengths = old_lengths.data();
+  same(Make(Op::kPagedAttention, Kind::kSlotEpoch, a, late.epoch, program.cache().epoch),
        begin("paged_attention", cache, {a}, {0, 1}, 0, false, 1));
   pool->Close();
   same(Make(Op::kAppendKV, Kind::kClosed), append(program.cache(), {a}, {0, 1}));

@@ -5,54 +5,11 @@
 #include <utility>
 
 #include "tests/expect_ok.h"
+#include "tests/faulty_vmm.h"
 #include "tests/pool_util.h"
 
 namespace kvpage::testing {
 namespace {
-
-enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill };
-
-// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
-class FaultyVmm final : public Vmm {
- public:
-  explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}
-  void FailAt(Verb verb, int call) {
-    verb_ = verb;
-    calls_left_ = call;
-  }
-  bool failed() const { return calls_left_ < 0; }
-
-  char* base() const override { return inner_->base(); }
-  Status Grow(std::int64_t n) override { return inner_->Grow(n); }
-  Status Create(const std::int32_t* b, std::int64_t n) override {
-    return Fails(Verb::kCreate) ? Fault() : inner_->Create(b, n);
-  }
-  Status Destroy(const std::int32_t* b, std::int64_t n) override {
-    return Fails(Verb::kDestroy) ? Fault() : inner_->Destroy(b, n);
-  }
-  Status Map(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
-    return Fails(Verb::kMap) ? Fault() : inner_->Map(o, b, n);
-  }
-  Status Unmap(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
-    return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, b, n);
-  }
-  Status Move(std::int64_t a, std::int64_t b, const std::int32_t* blocks, std::int64_t n) override {
-    return Fails(Verb::kMove) ? Fault() : inner_->Move(a, b, blocks, n);
-  }
-  Status Fill(std::int64_t o, std::int64_t bytes, int byte) override {
-    return Fails(Verb::kFill) ? Fault() : inner_->Fill(o, bytes, byte);
-  }
-  std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
-  std::int64_t system_calls() const override { return inner_->system_calls(); }
-
- private:
-  bool Fails(Verb verb) { return verb == verb_ && calls_left_ >= 0 && calls_left_-- == 0; }
-  static Status Fault() { return ResourceExhausted("injected fault"); }
-
-  std::unique_ptr<Vmm> inner_;
-  Verb verb_ = Verb::kNone;
-  int calls_left_ = -1;
-};
 
 struct Fixture {
   explicit Fixture(std::int64_t blocks) : geometry(SmallGeometry(Layout::kPerLayer)) {

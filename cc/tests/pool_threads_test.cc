@@ -71,6 +71,50 @@ TEST(PoolThreadsTest, TwoLinesAndAnObserver) {
   EXPECT_GT(completed.load(), 0);
 }
 
+// One line of programs with forks and truncations, another that claims blocks, and an observer.
+TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
+  auto pool = MakePool(SmallGeometry(), 16);
+  Program program(pool.get());
+  const std::int32_t donor = program.Acquire(40);
+  EXPECT_OK(program.Write(donor, 40));
+  EXPECT_OK(pool->Commit(donor, std::vector<std::int32_t>(40, 7)));
+  std::atomic<bool> stop{false};
+  std::atomic<bool> adds_up{true};
+  std::thread claims([&] {
+    while (!stop.load()) {
+      const Claim claim = pool->Acquire({40});
+      if (claim.status.ok()) UndoAcquire(*pool, claim.slots);  // its program was never queued
+    }
+  });
+  std::thread observer([&] {
+    while (!stop.load()) {
+      const PoolNumbers n = pool->Numbers();
+      if (n.blocks_mapped + n.blocks_parked + n.blocks_draining + n.blocks_free != n.blocks_total) adds_up = false;
+      static_cast<void>(pool->Rows());
+      std::int64_t freed = 0;
+      static_cast<void>(pool->Trim(&freed));
+    }
+  });
+  int forks = 0;
+  for (int round = 0; round < kRounds / 4; ++round) {
+    const Claim claim = pool->Fork("fork", {{donor, -1}}, {});
+    if (!claim.status.ok()) continue;  // the other line has the blocks
+    const std::int32_t fork = claim.slots[0];
+    EXPECT_OK(program.RunFork(fork, donor, 40));
+    if (pool->Truncate({fork}, {round % 40}).status.ok()) {
+      EXPECT_OK(program.RunTruncate(fork, round % 40));
+      EXPECT_OK(program.Write(fork, 1));
+    }
+    program.Release(fork);
+    ++forks;
+  }
+  stop = true;
+  claims.join();
+  observer.join();
+  EXPECT_TRUE(adds_up.load());
+  EXPECT_GT(forks, 0);
+}
+
 TEST(PoolThreadsTest, CloseWaitsForRunningSteps) {
   for (int round = 0; round < 20; ++round) {
     auto pool = MakePool(SmallGeometry(), 8);

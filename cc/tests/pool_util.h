@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -126,6 +127,41 @@ class Program {
   void Release(std::int32_t slot) {
     EXPECT_OK(StartRelease(*pool_, {slot}));
     EXPECT_OK(Vacate(slot));
+  }
+
+  // Host and device side of a fork. -1: all tokens that are committed.
+  std::int32_t Fork(std::int32_t donor, std::int64_t tokens = -1) {
+    const Claim claim = pool_->Fork("fork", {{donor, tokens}}, {});
+    EXPECT_OK(claim.status);
+    if (!claim.status.ok()) return -1;
+    EXPECT_OK(RunFork(claim.slots[0], donor, static_cast<std::int32_t>(claim.tokens[0])));
+    return claim.slots[0];
+  }
+  // The program of a fork: whole blocks are mapped by now, the rest is copied.
+  Status RunFork(std::int32_t slot, std::int32_t donor, std::int32_t tokens) {
+    const auto block_tokens = static_cast<std::int32_t>(pool_->geometry().block_tokens);
+    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kFork), slot, tokens, donor};
+    const TokenCopy copy = {donor, slot, tokens - tokens % block_tokens, tokens % block_tokens};
+    PinnedSlots pinned;
+    Status status = pool_->EditSlots("fork", cache(), {&edit, 1, &copy, 1}, &pinned, &epoch_, lengths_.data());
+    if (!status.ok()) return status;
+    const KVView view = pool_->View();
+    for (std::int64_t token = copy.first; token < copy.end(); ++token) {
+      for (std::int64_t i = 0; i < 2 * pool_->geometry().num_layers; ++i) {
+        std::memcpy(view.At(slot, token, i / 2, i % 2, 0), view.At(donor, token, i / 2, i % 2, 0),
+                    static_cast<std::size_t>(view.head_dim) * sizeof(float));
+      }
+    }
+    return {};
+  }
+  // Host and device side of truncate.
+  void Truncate(std::int32_t slot, std::int32_t tokens) {
+    EXPECT_OK(pool_->Truncate({slot}, {tokens}).status);
+    EXPECT_OK(RunTruncate(slot, tokens));
+  }
+  Status RunTruncate(std::int32_t slot, std::int32_t tokens) {
+    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kTruncate), slot, tokens};
+    return EditOne(pool_, "truncate", cache(), edit, &epoch_, lengths_.data());
   }
 
   // Appends `count` tokens in every layer and advances.

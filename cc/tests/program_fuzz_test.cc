@@ -1,6 +1,7 @@
 // What the core is told by programs, at random: lengths, slots, offsets, epochs, generations, layers. Every op runs on
-// the pool and on the emulated device. Each occupant stamps what it appends, so a read that is let through must find
-// nothing but its own stamps; memory that comes from an earlier request carries others.
+// the pool and on the emulated device. Each occupant stamps what it appends, forks have the stamps of their donors, so
+// a read that is let through must find nothing but its own stamps; memory that comes from an earlier request carries
+// others.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -20,14 +21,16 @@ constexpr std::int32_t kMin = std::numeric_limits<std::int32_t>::min(), kMax = s
 class Fuzz {
  public:
   Fuzz(Layout layout, bool allow_stale, std::uint64_t seed)
-      : t_(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, allow_stale, seed), owners_(kSlots, 0.0f) {}
+      : t_(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, allow_stale, seed), owners_(kSlots, 0.0f) {
+    stamps_.assign(kSlots, Stamps(2 * kMaxTokens, kNothing));
+  }
 
   std::int64_t num_passed() const { return t_.num_passed(); }
   std::int64_t num_refused() const { return refused_; }
 
   void Run() {
     const std::int64_t before = t_.num_passed();
-    switch (Pick(rng(), 0, 11)) {
+    switch (Pick(rng(), 0, 13)) {
       case 0:
         return Acquire();
       case 1:
@@ -48,6 +51,10 @@ class Fuzz {
       case 8:
       case 9:
         return Append(AnyValue(), AnyBatch(), AnyLayer());
+      case 10:
+        return Fork();
+      case 11:
+        return Truncate();
       default:
         return Read(AnyValue(), AnyBatch(), AnyLayer());
     }
@@ -112,6 +119,36 @@ class Fuzz {
     t_.rows().vacated(slot) = 0;
     EXPECT_EQ(t_.ChangeOwner(t_.value(), {slot}, true), "");
     owners_[slot] = ++last_owner_;
+    stamps_[slot].assign(2 * kMaxTokens, kNothing);
+  }
+  // A new occupant that has its first tokens from another.
+  void Fork() {
+    const auto donor = Pick(rng(), 0, kSlots - 1);
+    const std::int32_t length = t_.value().lengths[donor];
+    const auto committed = static_cast<std::int32_t>(t_.pool().Committed(donor).size());
+    if (length > committed) {
+      static_cast<void>(t_.pool().Commit(donor, std::vector<std::int32_t>(length - committed, 7)));
+    }
+    const Claim claim = t_.pool().Fork("fork", {{donor, -1}}, {});
+    t_.PublishRooms();
+    if (!claim.status.ok()) return;
+    const std::int32_t slot = claim.slots[0], tokens = static_cast<std::int32_t>(claim.tokens[0]);
+    const std::int32_t whole = tokens / 16 * 16;
+    t_.rows().vacated(slot) = 0;
+    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kFork), slot, tokens, donor};
+    EXPECT_EQ(t_.EditSlots(DeviceOp::kFork, t_.value(), {edit}, {{donor, slot, whole, tokens - whole}}), "");
+    owners_[slot] = ++last_owner_;
+    stamps_[slot].assign(2 * kMaxTokens, kNothing);
+    std::copy_n(stamps_[donor].begin(), 2 * tokens, stamps_[slot].begin());
+  }
+  void Truncate() {
+    const auto slot = Pick(rng(), 0, kSlots - 1);
+    const std::int32_t tokens = Pick(rng(), 0, std::max(t_.value().lengths[slot], 0));
+    const bool ok = t_.pool().Truncate({slot}, {tokens}).status.ok();
+    t_.PublishRooms();
+    if (!ok) return;
+    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kTruncate), slot, tokens};
+    EXPECT_EQ(t_.EditSlots(DeviceOp::kTruncate, t_.value(), {edit}, {}), "");
   }
   void Release() {
     const auto slot = Pick(rng(), 0, kSlots - 1);
@@ -149,9 +186,9 @@ class Fuzz {
     const bool right = value.lengths == t_.value().lengths;
     const std::string text = t_.Begin(DeviceOp::kAppendKV, value, batch, layer);
     if (text.empty()) {
-      ForRows(value, batch, layer, false, [&](float* row, std::int32_t slot, std::int32_t) {
+      ForRows(value, batch, layer, false, [&](float* row, std::int32_t slot, std::int32_t token) {
         EXPECT_GT(owners_[slot], 0.0f) << "slot " << slot << " is nobody's";
-        *row = owners_[slot];
+        *row = stamps_[slot][2 * token + layer] = owners_[slot];
       });
     }
     if (!right || !text.empty()) Settle(text, before);
@@ -163,12 +200,18 @@ class Fuzz {
     refused_ += text.empty() ? 0 : 1;
     if (!text.empty()) return;
     ForRows(value, batch, layer, true, [&](const float* row, std::int32_t slot, std::int32_t token) {
-      EXPECT_EQ(*row, owners_[slot]) << "slot " << slot << ", token " << token << ": another request's";
+      EXPECT_EQ(*row, stamps_[slot][2 * token + layer])
+          << "slot " << slot << ", token " << token << ": another request's";
     });
   }
 
+  using Stamps = std::vector<float>;  // [tokens, layers]
+  static constexpr std::int32_t kMaxTokens = 128;
+  static constexpr float kNothing = -1.0f;
+
   Twins t_;
-  std::vector<float> owners_;  // the stamp of each slot's occupant; 0: it has none
+  std::vector<float> owners_;   // the stamp of each slot's occupant; 0: it has none
+  std::vector<Stamps> stamps_;  // [slots] what its occupant or those that it was forked from have written
   float last_owner_ = 0.0f;
   std::int64_t refused_ = 0;
 };

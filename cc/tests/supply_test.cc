@@ -121,19 +121,34 @@ TEST(SupplyTest, SharedBlocksAreNotCountedOnAndNotMoved) {
   Arena& arena = f.supply->arena(lock);
   EXPECT_OK(arena.Grow(0, 4));
   EXPECT_OK(arena.Alias(0, 1, 3));
+  f.table.Occupy(f.table.Lock(), 1, 48);
   f.Park(0);
-  f.Park(1);
   Claim claim;
   f.supply->Tally(lock, {}, &claim);
   EXPECT_EQ(claim.free, 4 * f.ranges);
   EXPECT_EQ(claim.reclaimable, f.ranges) << "unmapping a shared block in one slot does not free it";
   SupplyPlan plan;
   claim = f.supply->Plan(lock, {{2, 6}}, Source::kFree, &plan);
-  EXPECT_TRUE(claim.status.code() == Code::kResourceExhausted) << "7 slot-blocks are parked, but 4 blocks";
+  EXPECT_TRUE(claim.status.code() == Code::kResourceExhausted) << "4 blocks are parked, but 3 are shared";
   EXPECT_OK(f.supply->Reserve(lock, {{2, 5}}, &plan).status);
   EXPECT_EQ(plan.blocks_moved(), 1);
   EXPECT_EQ(arena.blocks(0), 3);
   EXPECT_EQ(arena.blocks(1), 3);
+}
+
+TEST(SupplyTest, AFreeSlotGivesUpWhatItHasFromOthers) {
+  Fixture f(8);
+  const MappingLock lock = f.supply->Lock();
+  Arena& arena = f.supply->arena(lock);
+  EXPECT_OK(arena.Grow(0, 4));
+  EXPECT_OK(arena.Alias(0, 1, 3));
+  f.Park(0);
+  f.Park(1);
+  Claim claim;
+  f.supply->Tally(lock, {}, &claim);
+  EXPECT_EQ(claim.reclaimable, 4 * f.ranges);
+  EXPECT_EQ(arena.blocks(1), 0);
+  EXPECT_EQ(arena.pool().num_shared(), 0);
 }
 
 TEST(SupplyTest, ReclaimingFreesWhatItPromises) {

@@ -1,6 +1,9 @@
 // memfd and mmap by themselves: real allocation, aliases, holes, giving memory back, counting calls.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <csignal>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -110,6 +113,73 @@ TEST(VmmTest, BlocksMoveWithTheirPageTableEntries) {
   EXPECT_OK(vmm->Map(8 * kBlock, blocks, 6));
   EXPECT_EQ(static_cast<int>(vmm->base()[10 * kBlock]), 7);
   EXPECT_EQ(vmm->PhysicalBytes(), 6 * kBlock);
+}
+
+// Whether a write of one byte kills the process that makes it, tried in a child.
+bool WriteFaults(char* at) {
+  const pid_t child = fork();
+  if (child == 0) {
+    signal(SIGSEGV, SIG_DFL);  // a sanitizer would report it
+    *static_cast<volatile char*>(at) = 1;
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV;
+}
+
+TEST(VmmTest, WritesThroughAReadOnlyMappingFault) {
+  auto vmm = MakeVmm(8, 4);
+  const std::int32_t blocks[] = {0, 1, 3}, own[] = {2};
+  EXPECT_OK(vmm->Create(blocks, 3));
+  EXPECT_OK(vmm->Create(own, 1));
+  EXPECT_OK(vmm->Map(0, blocks, 3));
+  const std::int64_t before = vmm->system_calls();
+  EXPECT_OK(vmm->MapReadOnly(4 * kBlock, blocks, 3));
+  EXPECT_EQ(vmm->system_calls() - before, 2) << "one for each run";
+  for (int i = 0; i < 3; ++i) {
+    std::memset(vmm->base() + i * kBlock, 40 + i, kBlock);
+    EXPECT_EQ(static_cast<int>(vmm->base()[(5 + i) * kBlock - 1]), 40 + i);
+    EXPECT_TRUE(WriteFaults(vmm->base() + (4 + i) * kBlock));
+    EXPECT_FALSE(WriteFaults(vmm->base() + i * kBlock));
+  }
+  // A copy takes the place of the middle one: the others stay, and stay protected.
+  EXPECT_OK(vmm->Copy(blocks + 1, own, 1));
+  EXPECT_OK(vmm->Remap(5 * kBlock, blocks + 1, own, 1));
+  EXPECT_EQ(static_cast<int>(vmm->base()[5 * kBlock + 9]), 41);
+  std::memset(vmm->base() + 5 * kBlock, 7, kBlock);
+  EXPECT_EQ(static_cast<int>(vmm->base()[kBlock + 9]), 41);
+  for (const int place : {4, 6}) EXPECT_TRUE(WriteFaults(vmm->base() + place * kBlock));
+  // The same block with another protection.
+  EXPECT_OK(vmm->Remap(6 * kBlock, blocks + 2, blocks + 2, 1));
+  EXPECT_FALSE(WriteFaults(vmm->base() + 6 * kBlock));
+  const std::int32_t now[] = {0, 2, 3};
+  EXPECT_OK(vmm->Unmap(4 * kBlock, now, 3));
+  EXPECT_EQ(static_cast<int>(vmm->base()[5 * kBlock]), 0);
+  EXPECT_EQ(vmm->PhysicalBytes(), 4 * kBlock);
+}
+
+TEST(VmmTest, TheWindowGrowsWithThePool) {
+  auto vmm = MakeVmm(4, 2);
+  const std::int32_t first[] = {0, 1}, late[] = {60, 63};
+  EXPECT_OK(vmm->Create(first, 2));
+  EXPECT_OK(vmm->Map(0, first, 1));
+  std::memset(vmm->base(), 5, kBlock);
+  EXPECT_OK(vmm->Copy(first, first + 1, 1));
+  const std::int64_t before = vmm->system_calls();
+  EXPECT_OK(vmm->Copy(first, first + 1, 1));
+  EXPECT_EQ(vmm->system_calls(), before) << "a copy is no call once the window is mapped";
+  EXPECT_EQ(vmm->PhysicalBytes(), 2 * kBlock);
+  EXPECT_OK(vmm->Grow(64));
+  EXPECT_OK(vmm->Create(late, 2));
+  EXPECT_OK(vmm->Copy(first + 1, late, 1));
+  EXPECT_OK(vmm->Copy(late, late + 1, 1));
+  EXPECT_OK(vmm->Map(kBlock, late, 2));
+  for (const int place : {1, 2}) EXPECT_EQ(static_cast<int>(vmm->base()[(place + 1) * kBlock - 1]), 5);
+  EXPECT_EQ(vmm->PhysicalBytes(), 4 * kBlock) << "blocks without memory get none";
+  EXPECT_OK(vmm->Unmap(kBlock, late, 2));
+  EXPECT_OK(vmm->Destroy(late, 2));
+  EXPECT_EQ(vmm->PhysicalBytes(), 2 * kBlock);
 }
 
 TEST(VmmTest, MoreThanThereIsIsAStatus) {

@@ -8,6 +8,9 @@ namespace {
 
 std::string OfBytes(std::int64_t bytes) { return "of " + std::to_string(bytes) + " bytes"; }
 
+// Places behind the virtual range: a block that is copied, and its copy.
+constexpr std::int64_t kCopyPlaces = 2;
+
 Status Worse(const Status& status, const Status& rollback) {
   return Internal(status.message() + "; putting back what was done before failed too (" + rollback.message() +
                   "): close the pool and make a new one");
@@ -43,14 +46,15 @@ Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t vi
   // Owned from here on, so that an early return frees it.
   std::unique_ptr<CudaVmm> vmm(new CudaVmm(std::move(context), block_bytes));
   if (device.posix_handles) vmm->handle_type_ = cu::HandleType::kPosixFileDescriptor;
-  vmm->mapped_.assign(virtual_bytes / block_bytes, -1);
+  const std::int64_t reserved = virtual_bytes + kCopyPlaces * block_bytes;
+  vmm->mapped_.assign(reserved / block_bytes, -1);
   vmm->Count(2);
   KVPAGE_CU(driver, StreamCreate, "", &vmm->stream_, cu::kStreamNonBlocking);
   cu::DevicePtr base = 0;
-  KVPAGE_CU(driver, MemAddressReserve, OfBytes(virtual_bytes), &base, static_cast<std::size_t>(virtual_bytes),
+  KVPAGE_CU(driver, MemAddressReserve, OfBytes(reserved), &base, static_cast<std::size_t>(reserved),
             static_cast<std::size_t>(granularity), 0, 0);
   vmm->base_ = base;
-  vmm->reserved_bytes_ = virtual_bytes;
+  vmm->reserved_bytes_ = reserved;
   *out = std::move(vmm);
   return {};
 }
@@ -200,6 +204,42 @@ Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int6
     if (Status rollback = i > 0 ? MapRun(place, blocks, i) : Status(); !rollback.ok()) return Worse(status, rollback);
     return status.WithMessage("unmapping " + std::to_string(count) + " blocks: " + status.message());
   }
+  return {};
+}
+
+Status CudaVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
+                      std::int64_t count) {
+  KVPAGE_RETURN_IF_ERROR(Unmap(offset, old_blocks, count));
+  Status status = Map(offset, blocks, count);
+  if (status.ok()) return {};
+  if (Status rollback = Map(offset, old_blocks, count); !rollback.ok()) return Worse(status, rollback);
+  return status;
+}
+
+Status CudaVmm::CopyOne(std::int32_t from, std::int32_t to) {
+  const std::int64_t place = static_cast<std::int64_t>(mapped_.size()) - kCopyPlaces;
+  const std::int32_t blocks[kCopyPlaces] = {from, to};
+  KVPAGE_RETURN_IF_ERROR(MapRun(place, blocks, kCopyPlaces));
+  const auto copy = [&]() -> Status {
+    Count(2);
+    KVPAGE_CU(driver(), MemcpyDtoDAsync, OfBytes(block_bytes_), Address(place + 1), Address(place),
+              static_cast<std::size_t>(block_bytes_), stream_);
+    KVPAGE_CU(driver(), StreamSynchronize, "after copying a block", stream_);
+    return {};
+  };
+  Status status = copy();
+  for (std::int64_t i = 0; i < kCopyPlaces; ++i) {
+    // A mapping that stays is undone by the next copy.
+    if (Status unmapped = UnmapOne(place + i); status.ok()) status = unmapped;
+  }
+  return status;
+}
+
+Status CudaVmm::Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) {
+  if (count == 0) return {};
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  for (std::int64_t i = 0; i < count; ++i) KVPAGE_RETURN_IF_ERROR(CopyOne(from[i], to[i]));
   return {};
 }
 

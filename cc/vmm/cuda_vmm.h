@@ -32,6 +32,10 @@ class CudaVmm final : public Vmm {
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  // No program may use the place meanwhile: the driver maps over nothing but a hole.
+  Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
+               std::int64_t count) override;
+  Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   void Abandon() override { abandoned_ = true; }
@@ -52,6 +56,7 @@ class CudaVmm final : public Vmm {
   Status MapOne(std::int64_t place, std::int32_t block);
   Status UnmapOne(std::int64_t place);
   Status SetAccess(std::int64_t place, std::int64_t count);
+  Status CopyOne(std::int32_t from, std::int32_t to);
   Status MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count);
 
   const std::shared_ptr<const CudaContext> context_;
@@ -59,11 +64,11 @@ class CudaVmm final : public Vmm {
   cu::HandleType handle_type_ = cu::HandleType::kNone;
   cu::DevicePtr base_ = 0;
   std::int64_t reserved_bytes_ = 0;
-  cu::Stream stream_ = nullptr;         // for Fill
+  cu::Stream stream_ = nullptr;         // for Fill and Copy
   std::vector<cu::MemHandle> handles_;  // [blocks]; valid where exists_
   std::vector<bool> exists_;            // [blocks]
   std::vector<std::int32_t> places_;    // [blocks] how many places it is mapped at
-  std::vector<std::int32_t> mapped_;    // [virtual_bytes / block_bytes] block mapped at this place, or -1
+  std::vector<std::int32_t> mapped_;    // [places] block mapped at this place, or -1; the last two are for Copy
   std::int64_t num_handles_ = 0;
   bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};

@@ -60,6 +60,7 @@ class MapPromise {
   MapPromise& operator=(const MapPromise&) = delete;
 
   MapAccount* account() const { return account_; }
+  std::int64_t mappings() const { return mappings_; }
   // Mappings that this promise could have.
   std::int64_t Most() const { return account_->Left() + mappings_; }
   // False, and nothing has changed, when more are wanted than are left. Fewer are always granted.

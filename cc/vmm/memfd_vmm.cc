@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -61,6 +62,7 @@ Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std:
 }
 
 MemfdVmm::~MemfdVmm() {
+  if (window_ != nullptr) munmap(window_, static_cast<std::size_t>(window_bytes_));
   munmap(base_, static_cast<std::size_t>(virtual_bytes_));
   close(fd_);
 }
@@ -124,13 +126,21 @@ Status MemfdVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
 }
 
 Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  return MapRuns(offset, blocks, count, PROT_READ | PROT_WRITE);
+}
+
+Status MemfdVmm::MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  return MapRuns(offset, blocks, count, PROT_READ);
+}
+
+Status MemfdVmm::MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection) {
   for (std::int64_t done = 0; done < count;) {
     const std::int64_t run = Run(blocks + done, count - done);
     const std::int64_t bytes = run * block_bytes_;
     Count();
     // MAP_POPULATE: page table entries are made here, on the calling thread, not by page faults inside an attention
     // kernel.
-    void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+    void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), protection,
                     MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, blocks[done] * block_bytes_);
     if (at == MAP_FAILED) {
       const int error = errno;
@@ -144,6 +154,55 @@ Status MemfdVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64
       return status;
     }
     done += run;
+  }
+  return {};
+}
+
+Status MemfdVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
+                       std::int64_t count) {
+  // One block at a time: a failed mapping may leave a hole, and only where it stood can the old one be put back.
+  for (std::int64_t i = 0; i < count; ++i) {
+    Status status = Map(offset + i * block_bytes_, blocks + i, 1);
+    for (std::int64_t back = i; !status.ok() && back >= 0; --back) {
+      if (Status rollback = MapReadOnly(offset + back * block_bytes_, old_blocks + back, 1); !rollback.ok()) {
+        return Internal(status.message() + "; putting back what was mapped failed too (" + rollback.message() + ")");
+      }
+    }
+    KVPAGE_RETURN_IF_ERROR(status);
+  }
+  return {};
+}
+
+Status MemfdVmm::ExtendWindow() {
+  if (windowed_blocks_ == num_blocks_) return {};
+  const std::int64_t bytes = num_blocks_ * block_bytes_;
+  if (bytes > window_bytes_) {
+    // At its new place the whole window is mapped again: nothing keeps addresses in it between two calls.
+    const std::int64_t wanted = std::max(2 * bytes, std::max<std::int64_t>(AvailableBytes(), 0));
+    Count();
+    void* window =
+        mmap(nullptr, static_cast<std::size_t>(wanted), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (window == MAP_FAILED) return SystemError("reserving the block window: mmap", wanted, errno);
+    if (window_ != nullptr) munmap(window_, static_cast<std::size_t>(window_bytes_));
+    window_ = static_cast<char*>(window);
+    window_bytes_ = wanted;
+    windowed_blocks_ = 0;
+  }
+  const std::int64_t begin = windowed_blocks_ * block_bytes_;
+  Count();
+  // Not populated: pages of blocks without memory must not get any.
+  void* at = mmap(window_ + begin, static_cast<std::size_t>(bytes - begin), PROT_READ | PROT_WRITE,
+                  MAP_SHARED | MAP_FIXED, fd_, begin);
+  if (at == MAP_FAILED) return SystemError("mapping the block window: mmap", bytes - begin, errno);
+  windowed_blocks_ = num_blocks_;
+  return {};
+}
+
+Status MemfdVmm::Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) {
+  KVPAGE_RETURN_IF_ERROR(ExtendWindow());
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::memcpy(window_ + to[i] * block_bytes_, window_ + from[i] * block_bytes_,
+                static_cast<std::size_t>(block_bytes_));
   }
   return {};
 }

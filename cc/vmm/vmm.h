@@ -34,6 +34,17 @@ class Vmm {
   // Maps created blocks, one after the other, from `offset` bytes into the range over a hole. All or none. The same
   // block may be mapped at several offsets.
   virtual Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) = 0;
+  // As Map, for blocks that another place has mapped for writing. Where the platform can, a write through this mapping
+  // faults.
+  virtual Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+    return Map(offset, blocks, count);
+  }
+  // Replaces the blocks mapped from `offset` on by others, for writing. Other threads may read there meanwhile: they
+  // see one or the other. `old_blocks` as in the call of Map. All or none.
+  virtual Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
+                       std::int64_t count) = 0;
+  // Copies the contents of created blocks, from[i] to to[i]. Synchronous.
+  virtual Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) = 0;
   // Unmaps `count` blocks that are mapped from `offset` on, leaving a hole; `blocks` as in the call of Map. All or
   // none.
   virtual Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) = 0;

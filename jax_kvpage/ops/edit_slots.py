@@ -1,4 +1,4 @@
-"""edit_slots: the one op that the pool's host verbs (acquire, release) queue (internal).
+"""edit_slots: the one op that the pool's host verbs (acquire, release, fork, ...) queue (internal).
 
 The verb decides on the host what happens to which slot; this op makes it happen in the cache value,
 in the order of data dependence. A new verb is an opcode, or a combination, and not a new op.
@@ -16,10 +16,10 @@ from jax_kvpage.ops import _batching, _lowering, _scratch
 from jax_kvpage.ops._checks import EPOCH, INT32, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["OCCUPY", "SET_LENGTH", "VACATE", "edit_slots"]
+__all__ = ["FORK", "OCCUPY", "SET_LENGTH", "TRUNCATE", "VACATE", "edit_slots"]
 
 # Opcodes (cc/base/slot_edits.h).
-OCCUPY, VACATE, SET_LENGTH = 0, 1, 2
+OCCUPY, VACATE, SET_LENGTH, FORK, TRUNCATE = range(5)
 
 _NAMES = {number: name for name, number in _native.VERBS.items()}
 
@@ -29,7 +29,7 @@ def _abstract(*avals: Any, spec: CacheSpec, verb: int) -> list[Any]:
     check = pool_checker(f"KVPool.{_NAMES[verb]}", spec)
     check.cache(handle, epoch, lengths)
     check.array("own", own, (2,), INT32)
-    check.array("edits", edits, ("n", 3), INT32)
+    check.array("edits", edits, ("n", 4), INT32)
     check.array("copies", copies, ("m", 4), INT32)
     check.done()
     return results(avals, EPOCH, ((spec.max_slots,), jnp.int32))
@@ -46,9 +46,10 @@ def edit_slots(cache: KVCache, own: Any, edits: Any, copies: Any, verb: str) -> 
     Args:
         cache: the cache.
         own: int32[2], handle of the pool that acts; must be the cache's.
-        edits: int32[n, 3], rows of (opcode, slot, length); slot -1 is padding. A slot may be named
-            once. OCCUPY makes a free slot an empty sequence, VACATE frees one, SET_LENGTH lowers
-            the length of one.
+        edits: int32[n, 4], rows of (opcode, slot, length, donor); slot -1 is padding. A slot may be
+            named once. OCCUPY makes a free slot an empty sequence, VACATE frees one, SET_LENGTH and
+            TRUNCATE lower the length of one, FORK makes a free slot a sequence with the first
+            `length` tokens of the slot `donor`.
         copies: int32[m, 4], rows of (source slot, target slot, first token, number of tokens), -1
             is padding: stored keys, values and scales of all layers, to the same positions of the
             target, which then counts as written that far. Slots must be occupied after the edits.

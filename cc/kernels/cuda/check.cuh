@@ -64,6 +64,8 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
             checker.Note(Stage::kLimits, s, FaultKind::kMaxSeqLen, slot, -1, -1, end);
           } else if (end > room) {
             checker.Note(Stage::kLimits, s, FaultKind::kUnmapped, slot, -1, -1, end, room);
+          } else if (args.append && length < row.shared) {
+            checker.Note(Stage::kLimits, s, FaultKind::kShared, slot, -1, -1, length, row.shared);
           } else if (args.append && length > written) {
             // The context before the new tokens would be what an earlier owner of the memory left there.
             checker.Note(Stage::kLimits, s, FaultKind::kLength, slot, layer, -1, length, written);

@@ -62,7 +62,8 @@ enum class Stage : std::uint32_t {
   kOffsets,
   kSlots,
   kLimits,
-  kCopies,   // edit_slots from here on
+  kForks,  // edit_slots from here on: donors, once every edit's slot is right
+  kCopies,
   kTargets,  // a slot that is the target of two copies
   kSources,  // one that is a source as well
   kNothing = 0xffffffffu

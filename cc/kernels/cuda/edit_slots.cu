@@ -25,6 +25,7 @@ struct EditedSlot {
   std::int32_t room;
   std::int32_t written;  // in every layer
   std::int32_t limit;    // what is written counts up to here; -1: there is no limit
+  std::int32_t shared;   // positions below this may not be written
 };
 
 class Editor {
@@ -42,6 +43,7 @@ class Editor {
       clear(copy.source);
       clear(copy.target);
     });
+    for (std::int64_t i = threadIdx.x; i < args_.list.num_edits; i += blockDim.x) clear(args_.list.edits[i].donor);
     __syncthreads();
     for (std::int64_t i = threadIdx.x; i < args_.list.num_edits; i += blockDim.x) {
       const std::int32_t slot = args_.list.edits[i].slot;
@@ -63,7 +65,10 @@ class Editor {
         return length < 0 || wrong(FaultKind::kSlotTaken);
       case SlotOpcode::kVacate:
         return length >= 0 || wrong(FaultKind::kSlotFree);
+      case SlotOpcode::kFork:
+        return length < 0 ? CheckFork(i, edit) : wrong(FaultKind::kSlotTaken);
       case SlotOpcode::kSetLength:
+      case SlotOpcode::kTruncate:
         if (length < 0) return wrong(FaultKind::kSlotFree);
         if (edit.length < 0 || edit.length > length) return wrong(FaultKind::kRaise, edit.length, length);
         if (const std::int32_t written = checker_.WrittenInAllLayers(edit.slot); edit.length > written) {
@@ -72,6 +77,21 @@ class Editor {
         return true;
     }
     return wrong(FaultKind::kOpcode, edit.opcode);
+  }
+
+  // Any thread: whether the slot of edit i may take its tokens from the donor. Marks are those of Prepare.
+  __device__ bool CheckFork(std::int64_t i, const SlotEdit& edit) {
+    const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
+      return checker_.Note(Stage::kForks, i, kind, slot, -1, -1, wanted, have);
+    };
+    if (!checker_.Exists(edit.donor)) return wrong(FaultKind::kSlotRange, edit.donor);
+    if (checker_.marks()[edit.donor] != kUnmarked) return wrong(FaultKind::kDonorEdited, edit.slot, 0, edit.donor);
+    if (!checker_.CheckSince(Stage::kForks, i, edit.donor)) return false;
+    if (args_.cache.lengths[edit.donor] < 0) return wrong(FaultKind::kSlotFree, edit.donor);
+    const std::int32_t room = checker_.slot(edit.slot).room, written = checker_.WrittenInAllLayers(edit.donor);
+    if (edit.length < 0 || edit.length > room) return wrong(FaultKind::kUnmapped, edit.slot, edit.length, room);
+    if (edit.length > written) return wrong(FaultKind::kUnwritten, edit.donor, edit.length, written);
+    return true;
   }
 
   // Any thread: whether copy i may be made after the edits. Marks are those of Prepare.
@@ -94,6 +114,9 @@ class Editor {
     if (end > args_.cache.max_seq_len()) return wrong(FaultKind::kMaxSeqLen, copy.target, end);
     if (end > source.room) return wrong(FaultKind::kUnmapped, copy.source, end, source.room);
     if (end > target.room) return wrong(FaultKind::kUnmapped, copy.target, end, target.room);
+    if (copy.count > 0 && copy.first < target.shared) {
+      return wrong(FaultKind::kShared, copy.target, copy.first, target.shared);
+    }
     if (end > source.written) return unwritten(copy.source, source, end);
     // A gap would show its reader what an earlier owner of the memory left there.
     if (copy.first > target.written) return unwritten(copy.target, target, copy.first);
@@ -125,14 +148,25 @@ class Editor {
 
   // Any thread, after the verdict.
   __device__ void Apply(const SlotEdit& edit, std::uint32_t epoch) {
-    if (edit.opcode == static_cast<std::int32_t>(SlotOpcode::kSetLength)) {
+    if (Is(edit, SlotOpcode::kSetLength) || Is(edit, SlotOpcode::kTruncate)) {
+      std::int32_t& shared = checker_.slot(edit.slot).shared;
+      if (Is(edit, SlotOpcode::kTruncate)) shared = min(shared, WholeBlocks(edit.length));
       return LowerLength(&checker_, edit.slot, edit.length, epoch, args_.new_lengths);
     }
-    const bool vacate = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kVacate);
+    const bool vacate = Is(edit, SlotOpcode::kVacate);
     checker_.slot(edit.slot).since = epoch;
     checker_.slot(edit.slot).released = vacate ? 1 : 0;
+    checker_.slot(edit.slot).shared = 0;
     SetLength(&checker_, edit.slot, 0);
     args_.new_lengths[edit.slot] = vacate ? -1 : 0;
+    if (Is(edit, SlotOpcode::kFork)) {
+      checker_.slot(edit.slot).length = args_.new_lengths[edit.slot] = edit.length;
+      RaiseWritten(edit.slot, WholeBlocks(edit.length));
+      // From here on: programs that were queued before may still have to write these tokens. One donor may have
+      // several.
+      checker_.slot(edit.slot).shared = WholeBlocks(edit.length);
+      atomicMax(&checker_.slot(edit.donor).shared, WholeBlocks(edit.length));
+    }
     if (!vacate) return;
     __threadfence_system();  // the host may give the slot away at once
     checker_.pool()->vacated[edit.slot] = 1;
@@ -141,10 +175,7 @@ class Editor {
   // The targets' marks are right already here: what reads these tokens is behind their copy on the stream.
   __device__ void MarkCopied(const TokenCopy& copy, std::uint32_t epoch) {
     checker_.slot(copy.target).since = epoch;
-    std::int32_t* const layers = checker_.written(copy.target);
-    for (std::int32_t layer = 0; layer < checker_.num_layers(); ++layer) {
-      layers[layer] = max(layers[layer], copy.first + copy.count);
-    }
+    RaiseWritten(copy.target, copy.first + copy.count);
   }
 
   // Calls fn(i, copy) for this thread's share of the copies.
@@ -157,19 +188,34 @@ class Editor {
   }
 
  private:
+  __device__ static bool Is(const SlotEdit& edit, SlotOpcode opcode) {
+    return edit.opcode == static_cast<std::int32_t>(opcode);
+  }
+
+  // The tokens that lie in whole blocks.
+  __device__ std::int32_t WholeBlocks(std::int32_t tokens) const {
+    return tokens - tokens % static_cast<std::int32_t>(args_.cache.spec[kSpecBlockTokens]);
+  }
+
+  __device__ void RaiseWritten(std::int32_t slot, std::int32_t end) {
+    std::int32_t* const layers = checker_.written(slot);
+    for (std::int32_t layer = 0; layer < checker_.num_layers(); ++layer) layers[layer] = max(layers[layer], end);
+  }
+
   __device__ EditedSlot After(std::int32_t slot) const {
     const DeviceSlot& row = checker_.slot(slot);
     EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, checker_.WrittenInAllLayers(slot),
-                        -1};
+                        -1, row.shared};
     const std::uint32_t mark = checker_.marks()[slot];
     if (mark == kUnmarked) return after;
     const SlotEdit edit = args_.list.edits[mark];
-    const bool occupy = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kOccupy);
-    const bool vacate = edit.opcode == static_cast<std::int32_t>(SlotOpcode::kVacate);
-    after.length = occupy ? 0 : vacate ? -1 : edit.length;
-    if (occupy) after.room = row.room;
-    after.written = min(after.written, after.length);
+    const bool fork = Is(edit, SlotOpcode::kFork), occupy = Is(edit, SlotOpcode::kOccupy);
+    after.length = occupy ? 0 : Is(edit, SlotOpcode::kVacate) ? -1 : edit.length;
+    if (occupy || fork) after.room = row.room;
+    after.written = fork ? WholeBlocks(edit.length) : min(after.written, after.length);
     after.limit = after.length;
+    if (occupy || fork) after.shared = fork ? after.written : 0;
+    if (Is(edit, SlotOpcode::kTruncate)) after.shared = min(after.shared, WholeBlocks(edit.length));
     return after;
   }
 

@@ -1,0 +1,161 @@
+// The part of Arena that maps one block in several slots, and takes that back.
+#include <algorithm>
+#include <string>
+
+#include "cache/arena.h"
+
+namespace kvpage {
+
+std::int64_t Arena::SharedBlocks(std::int64_t slot) const {
+  if (pool_.num_shared() == 0) return 0;
+  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  std::int64_t shared = 0;
+  while (shared < mapped && pool_.references(maps_[slot][shared * ranges]) > 1) ++shared;
+  return shared;
+}
+
+std::int64_t Arena::ReadOnlyBlocks(std::int64_t slot) const {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  return found == borrowers_.end() ? 0 : found->second.read_only;
+}
+
+std::int64_t Arena::AliasMappings(std::int64_t from, std::int64_t blocks) const {
+  const std::int64_t ranges = geometry_.num_ranges();
+  const std::vector<std::int32_t>& map = maps_[from];
+  std::int64_t mappings = blocks > 0 ? ranges : 0;  // what follows in a range is writable, or a hole
+  for (std::int64_t i = 0; i < blocks * ranges; ++i) mappings += i < ranges || map[i] != map[i - ranges] + 1;
+  return mappings;
+}
+
+Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  if (blocks <= 0) return {};
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), Gather(from, range, 0, blocks).data(), blocks);
+    if (status.ok()) continue;
+    while (--range >= 0) {
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, 0), Gather(from, range, 0, blocks).data(), blocks));
+    }
+    return status;
+  }
+  const auto begin = maps_[from].begin(), end = begin + blocks * ranges;
+  std::for_each(begin, end, [&](std::int32_t block) { pool_.AddReference(block); });
+  maps_[to].assign(begin, end);
+  Borrower& borrower = borrowers_[static_cast<std::int32_t>(to)];
+  borrower.read_only = blocks;
+  borrower.mappings = AliasMappings(from, blocks);
+  extra_mappings_ += borrower.mappings;
+  changes_.Note(static_cast<std::int32_t>(to));
+  return {};
+}
+
+std::vector<std::int64_t> Arena::Missing(std::int64_t slot, std::int64_t begin) const {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  std::vector<std::int64_t> missing;
+  for (std::int64_t logical = begin; logical < SharedBlocks(slot); ++logical) {
+    if (found == borrowers_.end() || found->second.set_aside.count(logical) == 0) missing.push_back(logical);
+  }
+  return missing;
+}
+
+Status Arena::SetAside(std::int64_t slot, const std::vector<std::int64_t>& missing) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  if (missing.empty()) return {};
+  const auto count = static_cast<std::int64_t>(missing.size());
+  std::vector<std::int32_t> claimed, cold;
+  if (!pool_.Claim(count * ranges, -1, &claimed, &cold)) {
+    return ResourceExhausted(
+        std::to_string(count * ranges) + " blocks wanted, " + std::to_string(pool_.num_free()) + " free",
+        Reason::kOutOfBlocks);
+  }
+  std::sort(cold.begin(), cold.end());
+  if (Status status = vmm_->Create(cold.data(), static_cast<std::int64_t>(cold.size())); !status.ok()) {
+    pool_.Unclaim(claimed, cold);
+    return status;
+  }
+  Borrower& borrower = borrowers_[static_cast<std::int32_t>(slot)];
+  for (std::int64_t i = 0; i < count; ++i) {
+    borrower.set_aside[missing[i]].assign(claimed.begin() + i * ranges, claimed.begin() + (i + 1) * ranges);
+  }
+  num_set_aside_ += count * ranges;
+  pool_.NotePeak();
+  return {};
+}
+
+void Arena::DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical) {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  if (found == borrowers_.end()) return;
+  for (const std::int64_t number : logical) {
+    const auto at = found->second.set_aside.find(number);
+    if (at == found->second.set_aside.end()) continue;
+    for (const std::int32_t block : at->second) {
+      if (block < 0) continue;
+      pool_.Release(block);
+      --num_set_aside_;
+    }
+    found->second.set_aside.erase(at);
+  }
+  if (found->second.set_aside.empty() && found->second.read_only == 0) Forget(slot);
+}
+
+void Arena::DropSetAsideFrom(std::int64_t slot, std::int64_t begin) {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  if (found == borrowers_.end()) return;
+  std::vector<std::int64_t> logical;
+  for (const auto& [number, unused] : found->second.set_aside) {
+    if (number >= begin) logical.push_back(number);
+  }
+  DropSetAside(slot, logical);
+}
+
+Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
+  // counts as shared by it (SharedBlocks).
+  for (std::int64_t logical = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot)); logical-- > begin;) {
+    Borrower& borrower = borrowers_[static_cast<std::int32_t>(slot)];
+    const auto set_aside = borrower.set_aside.find(logical);
+    for (std::int64_t range = ranges; range-- > 0;) {
+      std::int32_t& mapped = maps_[slot][logical * ranges + range];
+      const std::int32_t old_block = mapped;
+      std::int32_t block = old_block;  // nobody else has it any more: only the protection changes
+      if (pool_.references(old_block) > 1) {
+        if (set_aside == borrower.set_aside.end() || set_aside->second[range] < 0) {
+          return Internal("truncate: slot " + std::to_string(slot) + ": no block is set aside for block " +
+                          std::to_string(logical) + ", which other slots share");
+        }
+        block = set_aside->second[range];
+        KVPAGE_RETURN_IF_ERROR(vmm_->Copy(&old_block, &block, 1));
+      }
+      KVPAGE_RETURN_IF_ERROR(vmm_->Remap(geometry_.Offset(slot, range, logical), &old_block, &block, 1));
+      if (block == old_block) continue;
+      mapped = block;  // the reference of the one that was set aside is the slot's now
+      set_aside->second[range] = -1;
+      --num_set_aside_;
+      pool_.Release(old_block);
+      borrower.mappings += kSplits;
+      extra_mappings_ += kSplits;
+    }
+    borrower.read_only = std::min(borrower.read_only, logical);
+    DropSetAsideFrom(slot, logical);
+  }
+  DropSetAsideFrom(slot, begin);
+  return {};
+}
+
+void Arena::Forget(std::int64_t slot) {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  if (found == borrowers_.end()) return;
+  extra_mappings_ -= found->second.mappings;
+  borrowers_.erase(found);
+}
+
+void Arena::ForgetBeyond(std::int64_t slot, std::int64_t blocks) {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  if (found == borrowers_.end()) return;
+  found->second.read_only = std::min(found->second.read_only, blocks);
+  DropSetAsideFrom(slot, blocks);
+  if (blocks == 0) Forget(slot);
+}
+
+}  // namespace kvpage

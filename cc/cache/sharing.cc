@@ -1,0 +1,231 @@
+#include "cache/sharing.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cache/messages.h"
+#include "cache/program_check.h"
+
+namespace kvpage::sharing {
+namespace {
+
+std::string Number(std::int64_t value) { return std::to_string(value); }
+
+std::string Named(const char* verb, std::int32_t slot) { return std::string(verb) + ": slot " + Number(slot); }
+
+std::int64_t NumCommitted(const SlotTable& table, const StateLock& state, std::int32_t slot) {
+  return static_cast<std::int64_t>(table.host(state, slot).committed.size());
+}
+
+// Fills in requests[i].tokens.
+Status CheckFork(SlotTable* table, const StateLock& state, const char* verb, std::vector<ForkRequest>* requests,
+                 const std::vector<std::int32_t>& released) {
+  table->StartNaming(state);
+  for (const std::int32_t slot : released) {
+    KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, verb, slot));
+    if (!table->Name(state, slot)) return InvalidArgument(Named(verb, slot) + " is named twice");
+  }
+  for (ForkRequest& request : *requests) {
+    KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, verb, request.donor));
+    if (table->Named(state, request.donor)) {
+      return InvalidArgument(Named(verb, request.donor) + " is released by the same call");
+    }
+    const std::int64_t committed = NumCommitted(*table, state, request.donor);
+    if (request.tokens < 0) request.tokens = committed;
+    if (request.tokens > committed) {
+      return OutOfRange(Named(verb, request.donor) + ": " + Number(request.tokens) + " tokens wanted, " +
+                        Number(committed) + " committed: commit(slot, token_ids) names tokens that are written");
+    }
+  }
+  return {};
+}
+
+// A free slot for each request, without blocks. Those with the fewest are taken, which cost least to empty.
+Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t count) {
+  Claim claim;
+  claim.slots = pool.supply->FewestBlocks(mapping, count);
+  if (claim.slots.size() < count) {
+    claim.status = ResourceExhausted("no free slot", Reason::kOutOfSlots);
+    claim.wanted = static_cast<std::int64_t>(count);
+    claim.free = static_cast<std::int64_t>(claim.slots.size());
+    claim.draining = pool.table->NumDraining(pool.table->Lock());
+    return claim;
+  }
+  for (const std::int32_t slot : claim.slots) {
+    claim.status = pool.supply->arena(mapping).Shrink(slot, 0);
+    if (!claim.status.ok()) break;
+  }
+  return claim;
+}
+
+// Maps what the forks share and claims a block for what they copy.
+Claim MapForks(const PoolParts& pool, const MappingLock& mapping, const std::vector<ForkRequest>& requests,
+               const std::vector<std::int32_t>& slots) {
+  const Geometry& geometry = pool.table->geometry();
+  std::vector<Want> wants;
+  std::vector<BlockMove> aliases;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const auto [donor, tokens] = requests[i];
+    const std::int64_t lendable = pool.table->Lendable(pool.table->Lock(), donor, tokens);
+    aliases.push_back({donor, slots[i], lendable / geometry.block_tokens});
+    wants.push_back({slots[i], geometry.BlocksFor(tokens)});
+  }
+  if (Status status = pool.supply->Alias(mapping, aliases); !status.ok()) return FailedClaim(status);
+  SupplyPlan plan;
+  return pool.supply->Reserve(mapping, wants, &plan);
+}
+
+// Tells programs on a device how much room the new slots have.
+Status PublishForks(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
+  if (pool.mirror == nullptr) return {};
+  std::vector<Mirror::Room> rooms;
+  {
+    const StateLock state = pool.table->Lock();
+    for (const std::int32_t slot : slots) {
+      rooms.push_back({slot, static_cast<std::int32_t>(pool.table->Room(state, slot))});
+    }
+  }
+  return pool.mirror->SetRoom(rooms);
+}
+
+Status CheckTruncate(SlotTable* table, const StateLock& state, const std::vector<std::int32_t>& slots,
+                     const std::vector<std::int64_t>& tokens) {
+  table->StartNaming(state);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, "truncate", slots[i]));
+    if (!table->Name(state, slots[i])) return InvalidArgument(Named("truncate", slots[i]) + " is named twice");
+    const std::int64_t room = table->Room(state, slots[i]);
+    if (tokens[i] >= 0 && tokens[i] <= room) continue;
+    return OutOfRange(Named("truncate", slots[i]) + ": num_tokens is " + Number(tokens[i]) + ", wanted 0.." +
+                      Number(room) + ", for which there is room");
+  }
+  return {};
+}
+
+}  // namespace
+
+Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkRequest>& asked,
+           const std::vector<std::int32_t>& released) {
+  SlotTable& table = *pool.table;
+  std::vector<ForkRequest> requests = asked;
+  const MappingLock mapping = pool.supply->Lock();
+  {
+    const StateLock state = table.Lock();
+    if (Status status = Enter(pool, state, verb); !status.ok()) return FailedClaim(status);
+    if (Status status = CheckFork(&table, state, verb, &requests, released); !status.ok()) return FailedClaim(status);
+  }
+  const Claim empty = EmptySlots(pool, mapping, requests.size());
+  if (!empty.status.ok()) return empty;
+  const std::vector<std::int32_t>& slots = empty.slots;
+  {
+    // Before anything is mapped, so that no claim takes the slots for parked ones.
+    const StateLock state = table.Lock();
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      table.OccupyFork(state, slots[i], requests[i].donor, requests[i].tokens);
+    }
+  }
+  Claim claim = MapForks(pool, mapping, requests, slots);
+  if (claim.status.ok()) {
+    const StateLock state = table.Lock();
+    for (std::size_t i = 0; i < slots.size(); ++i) table.Reserve(state, slots[i], requests[i].tokens);
+  }
+  if (claim.status.ok()) claim.status = PublishForks(pool, slots);
+  if (!claim.status.ok()) {
+    for (const std::int32_t slot : slots) static_cast<void>(pool.supply->arena(mapping).Shrink(slot, 0));
+  }
+  const StateLock state = table.Lock();
+  if (!claim.status.ok()) {
+    for (const std::int32_t slot : slots) {
+      table.StartDraining(state, slot);
+      table.Vacate(state, slot);
+    }
+    return claim;
+  }
+  claim.slots = slots;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    claim.tokens.push_back(requests[i].tokens);
+    claim.shared.push_back(table.progress(state).slots[slots[i]].shared);
+    if (pool.mirror != nullptr) pool.mirror->ClearVacated(slots[i]);
+  }
+  for (const std::int32_t slot : released) {
+    // Another thread may have released it meanwhile: the program of one of the two fails.
+    if (table.host(state, slot).state == SlotState::kOccupied) table.StartDraining(state, slot);
+  }
+  return claim;
+}
+
+Status SharesBehind(const PoolParts& pool, std::int32_t slot, std::int64_t tokens, bool* out) {
+  const MappingLock mapping = pool.supply->Lock();
+  {
+    const StateLock state = pool.table->Lock();
+    KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "truncate"));
+    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "truncate", slot));
+  }
+  const std::int64_t begin = std::max<std::int64_t>(tokens, 0) / pool.table->geometry().block_tokens;
+  *out = begin < pool.supply->arena(mapping).SharedBlocks(slot);
+  return {};
+}
+
+Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
+  SlotTable& table = *pool.table;
+  const std::int64_t block_tokens = table.geometry().block_tokens;
+  const MappingLock mapping = pool.supply->Lock();
+  {
+    const StateLock state = table.Lock();
+    if (Status status = Enter(pool, state, "truncate"); !status.ok()) return FailedClaim(status);
+    if (Status status = CheckTruncate(&table, state, slots, tokens); !status.ok()) return FailedClaim(status);
+  }
+  const auto begin = [&](std::size_t i) { return tokens[i] / block_tokens; };
+  Arena& arena = pool.supply->arena(mapping);
+  std::vector<Supply::SetAsideBlocks> missing;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    if (arena.SharedBlocks(slots[i]) > begin(i)) {
+      // What only free slots share with it needs no copy.
+      if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
+    }
+    missing.push_back({slots[i], arena.Missing(slots[i], begin(i))});
+  }
+  Claim claim = pool.supply->SetAside(mapping, missing);
+  if (!claim.status.ok()) return claim;
+  claim.slots = slots;
+  for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
+    if (pool.supply->arena(mapping).SharedBlocks(slots[i]) <= begin(i)) continue;
+    table.CountWait(table.Lock());  // the caller has waited for the programs of the slot
+    claim.status = pool.supply->Separate(mapping, slots[i], begin(i));
+    if (!claim.status.ok()) return claim;
+  }
+  const StateLock state = table.Lock();
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    table.CutCommitted(state, slots[i], tokens[i]);
+    if (pool.mirror == nullptr) table.StartTruncation(state, slots[i], tokens[i]);  // else nothing is left to exchange
+  }
+  return claim;
+}
+
+Status Separate(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list) {
+  SlotTable& table = *pool.table;
+  const std::int64_t block_tokens = table.geometry().block_tokens;
+  const auto truncates = [](const SlotEdit& edit) {
+    return edit.slot != -1 && edit.opcode == static_cast<std::int32_t>(SlotOpcode::kTruncate);
+  };
+  if (std::none_of(list.edits, list.edits + list.num_edits, truncates)) return {};
+  const MappingLock mapping = pool.supply->Lock();
+  {
+    const StateLock state = table.Lock();
+    const ProgramCheck check(pool, state, op, cache);
+    KVPAGE_RETURN_IF_ERROR(check.Begin(/*mutates=*/true));
+    for (std::int64_t i = 0; i < list.num_edits; ++i) {
+      if (truncates(list.edits[i])) KVPAGE_RETURN_IF_ERROR(check.OccupiedSlot(list.edits[i].slot));
+    }
+  }
+  for (std::int64_t i = 0; i < list.num_edits; ++i) {
+    const SlotEdit& edit = list.edits[i];
+    if (!truncates(edit) || edit.length < 0) continue;
+    const std::int64_t begin = edit.length / block_tokens;
+    KVPAGE_RETURN_IF_ERROR(pool.supply->Separate(mapping, edit.slot, begin));
+    table.EndTruncation(table.Lock(), edit.slot);
+  }
+  return {};
+}
+
+}  // namespace kvpage::sharing

@@ -1,0 +1,90 @@
+// The part of Supply for sequences that share blocks: see sharing.h.
+#include <string>
+
+#include "cache/supply.h"
+
+namespace kvpage {
+
+std::vector<std::int32_t> Supply::FewestBlocks(const MappingLock& lock, std::size_t count) {
+  Refresh(lock);
+  return candidates_.FewestBlocks(count);
+}
+
+Status Supply::PromiseAliases(const MappingLock&, std::int64_t more) {
+  if (mappings_.Change(worst_mappings_ + arena_->extra_mappings() + more)) return {};
+  return FailedPrecondition("mapping blocks in another slot may take " + std::to_string(more) +
+                            " more memory mappings, " +
+                            std::to_string(mappings_.Most() - worst_mappings_ - arena_->extra_mappings()) +
+                            " are left: " + mappings_.account()->Describe() +
+                            ": release forks, use larger block_tokens, or raise vm.max_map_count (sysctl)");
+}
+
+Status Supply::Alias(const MappingLock& lock, const std::vector<BlockMove>& aliases) {
+  std::int64_t mappings = 0;
+  for (const BlockMove& alias : aliases) mappings += arena_->AliasMappings(alias.from, alias.blocks);
+  if (mappings == 0) return {};
+  KVPAGE_RETURN_IF_ERROR(PromiseAliases(lock, mappings));  // once a call: it reads /proc
+  for (const BlockMove& alias : aliases) KVPAGE_RETURN_IF_ERROR(arena_->Alias(alias.from, alias.to, alias.blocks));
+  return {};
+}
+
+Claim Supply::SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks>& wanted) {
+  const std::int64_t ranges = table_->geometry().num_ranges();
+  Claim claim;
+  for (const SetAsideBlocks& slot : wanted) claim.wanted += static_cast<std::int64_t>(slot.logical.size()) * ranges;
+  if (claim.wanted == 0) return claim;
+  Refresh(lock);
+  if (const std::int64_t short_of = claim.wanted - arena_->pool().num_free(); short_of > 0) {
+    Tally(lock, {}, &claim);
+    if (short_of > claim.reclaimable) {
+      claim.status = ResourceExhausted(std::to_string(claim.wanted) + " blocks wanted, " + std::to_string(claim.free) +
+                                           " free, " + std::to_string(claim.reclaimable) + " reclaimable, " +
+                                           std::to_string(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
+      return claim;
+    }
+  }
+  claim.status = PromiseAliases(lock, Arena::kSplits * claim.wanted);
+  if (!claim.status.ok()) return claim;
+  if (const std::int64_t short_of = claim.wanted - arena_->pool().num_free(); short_of > 0) {
+    claim.status = Apply(lock, PlanReclaim(lock, short_of));
+  }
+  std::size_t done = 0;
+  for (; claim.status.ok() && done < wanted.size(); ++done) {
+    claim.status = arena_->SetAside(wanted[done].slot, wanted[done].logical);
+  }
+  if (claim.status.ok()) return claim;
+  while (done-- > 0) arena_->DropSetAside(wanted[done].slot, wanted[done].logical);
+  if (claim.status.code() == Code::kResourceExhausted) Tally(lock, {}, &claim);
+  return claim;
+}
+
+Status Supply::DropShared(const MappingLock&, std::int32_t slot) {
+  const bool whole = arena_->SharedBlocks(slot) == 0 && !arena_->Borrows(slot);
+  return whole ? Status() : arena_->Shrink(slot, 0);
+}
+
+void Supply::EmptyBorrowers(const MappingLock&, const std::vector<std::int32_t>& changed) {
+  bool emptied = false;
+  for (const std::int32_t slot : changed) {
+    if (!arena_->Borrows(slot) || !table_->host(table_->Lock(), slot).idle()) continue;
+    static_cast<void>(arena_->Shrink(slot, 0));  // a slot that cannot be emptied is not adopted either (DropShared)
+    emptied = true;
+  }
+  if (emptied) static_cast<void>(arena_->TakeChanged());  // these slots are among the changed ones
+}
+
+Status Supply::DropFreeShared(const MappingLock& lock) {
+  if (arena_->pool().num_shared() == 0) return {};
+  for (std::int32_t slot = 0; slot < table_->num_slots(); ++slot) {
+    const bool idle = table_->host(table_->Lock(), slot).idle();
+    if (idle) KVPAGE_RETURN_IF_ERROR(DropShared(lock, slot));
+  }
+  return {};
+}
+
+Status Supply::Separate(const MappingLock&, std::int32_t slot, std::int64_t begin) {
+  return arena_->Separate(slot, begin);
+}
+
+}  // namespace kvpage

@@ -1,0 +1,110 @@
+#include "python/decision_binding.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpage {
+namespace {
+
+// (opcode, slot, length, donor)
+using EditRows = std::vector<std::array<std::int32_t, 4>>;
+
+std::vector<SlotEdit> ToEdits(const EditRows& rows) {
+  std::vector<SlotEdit> edits;
+  for (const auto& [opcode, slot, length, donor] : rows) edits.push_back({opcode, slot, length, donor});
+  return edits;
+}
+
+// The edits that the host has decided about in one call and that a program is to make. The caller has it before the
+// decision is made: a Python signal handler may raise when a call returns, and its result is lost then.
+struct Decision {
+  EditRows edits;
+};
+
+Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
+  return Call(self, "acquire", [&](const PoolPtr& pool) {
+    Claim claim = pool->Acquire(tokens);
+    for (const std::int32_t slot : claim.slots) {
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0, -1});
+    }
+    return claim;
+  });
+}
+
+void StartEdits(const PoolReference& self, Decision* decision, const std::string& verb, const EditRows& rows) {
+  Call(self, verb.c_str(), [&](const PoolPtr& pool) -> Status {
+    KVPAGE_RETURN_IF_ERROR(pool->StartEdits(verb.c_str(), ToEdits(rows)));
+    decision->edits.insert(decision->edits.end(), rows.begin(), rows.end());
+    return {};
+  });
+}
+
+// Takes a decision back; a pool that was closed meanwhile has nothing to take back.
+void Undo(const PoolReference& self, Decision* decision) {
+  const GilRelease release;
+  PoolPtr pool;
+  const EditRows rows = std::move(decision->edits);
+  decision->edits.clear();
+  if (self.Get("undo", &pool).ok()) pool->UndoEdits(ToEdits(rows));
+}
+
+// (donor, tokens)
+using ForkRows = std::vector<std::pair<std::int32_t, std::int64_t>>;
+
+Claim Fork(const PoolReference& self, Decision* decision, const std::string& verb, const ForkRows& rows,
+           const std::vector<std::int32_t>& released) {
+  std::vector<ForkRequest> requests;
+  for (const auto& [donor, tokens] : rows) requests.push_back({donor, tokens});
+  return Call(self, verb.c_str(), [&](const PoolPtr& pool) {
+    Claim claim = pool->Fork(verb.c_str(), requests, released);
+    if (!claim.status.ok()) return claim;
+    for (const std::int32_t slot : released) {
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kVacate), slot, 0, -1});
+    }
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      const auto tokens = static_cast<std::int32_t>(claim.tokens[i]);  // at most max_seq_len
+      decision->edits.push_back(
+          {static_cast<std::int32_t>(SlotOpcode::kFork), claim.slots[i], tokens, requests[i].donor});
+    }
+    return claim;
+  });
+}
+
+Claim Truncate(const PoolReference& self, Decision* decision, const std::vector<std::int32_t>& slots,
+               const std::vector<std::int64_t>& tokens) {
+  return Call(self, "truncate", [&](const PoolPtr& pool) {
+    Claim claim = pool->Truncate(slots, tokens);
+    for (std::size_t i = 0; i < claim.slots.size(); ++i) {
+      const auto length = static_cast<std::int32_t>(tokens[i]);
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kTruncate), slots[i], length, -1});
+    }
+    return claim;
+  });
+}
+
+}  // namespace
+
+void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
+  nb::class_<Decision>(m, "Decision").def(nb::init<>()).def_ro("edits", &Decision::edits);
+  pool
+      // Decisions of the host, and their undo where the caller does not come to know of them.
+      .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
+      .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
+      .def("fork", &Fork, "decision"_a, "verb"_a, "requests"_a, "released"_a)
+      .def("truncate", &Truncate, "decision"_a, "slots"_a, "num_tokens"_a)
+      .def("shares_behind", Getter<bool, std::int32_t, std::int64_t>("truncate", &Pool::SharesBehind), "slot"_a,
+           "num_tokens"_a)
+      .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
+      .def("undo", &Undo, "decision"_a);
+}
+
+}  // namespace kvpage

@@ -1,0 +1,68 @@
+// A page table that fails on demand.
+#ifndef KVPAGE_TESTS_FAULTY_VMM_H_
+#define KVPAGE_TESTS_FAULTY_VMM_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "vmm/vmm.h"
+
+namespace kvpage::testing {
+
+enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill, kMapReadOnly, kRemap, kCopy };
+
+// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
+class FaultyVmm final : public Vmm {
+ public:
+  explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}
+  void FailAt(Verb verb, int call) {
+    verb_ = verb;
+    calls_left_ = call;
+  }
+  bool failed() const { return calls_left_ < 0; }
+
+  char* base() const override { return inner_->base(); }
+  Status Grow(std::int64_t n) override { return inner_->Grow(n); }
+  Status Create(const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kCreate) ? Fault() : inner_->Create(b, n);
+  }
+  Status Destroy(const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kDestroy) ? Fault() : inner_->Destroy(b, n);
+  }
+  Status Map(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kMap) ? Fault() : inner_->Map(o, b, n);
+  }
+  Status MapReadOnly(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kMapReadOnly) ? Fault() : inner_->MapReadOnly(o, b, n);
+  }
+  Status Remap(std::int64_t o, const std::int32_t* a, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kRemap) ? Fault() : inner_->Remap(o, a, b, n);
+  }
+  Status Copy(const std::int32_t* a, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kCopy) ? Fault() : inner_->Copy(a, b, n);
+  }
+  Status Unmap(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
+    return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, b, n);
+  }
+  Status Move(std::int64_t a, std::int64_t b, const std::int32_t* blocks, std::int64_t n) override {
+    return Fails(Verb::kMove) ? Fault() : inner_->Move(a, b, blocks, n);
+  }
+  Status Fill(std::int64_t o, std::int64_t bytes, int byte) override {
+    return Fails(Verb::kFill) ? Fault() : inner_->Fill(o, bytes, byte);
+  }
+  std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
+  std::int64_t system_calls() const override { return inner_->system_calls(); }
+
+ private:
+  bool Fails(Verb verb) { return verb == verb_ && calls_left_ >= 0 && calls_left_-- == 0; }
+  static Status Fault() { return ResourceExhausted("injected fault"); }
+
+  std::unique_ptr<Vmm> inner_;
+  Verb verb_ = Verb::kNone;
+  int calls_left_ = -1;
+};
+
+}  // namespace kvpage::testing
+
+#endif  // KVPAGE_TESTS_FAULTY_VMM_H_

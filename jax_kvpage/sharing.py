@@ -1,0 +1,163 @@
+"""Host calls on sequences that share blocks: fork, reorder, truncate."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage._queue import Queue
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import wait_for
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["SharingCalls"]
+
+
+class SharingCalls:
+    """The part of `KVPool` that makes sequences from others.
+
+    Whole blocks of committed tokens are mapped in both slots: no bytes move, and no memory is
+    taken. The last, partial block is copied. Neither sequence can write what the other reads:
+    positions in shared blocks are refused. Block sharing and copy-on-write are those of vLLM's
+    PagedAttention (Kwon et al., 2023); here the page table does them, so that kernels see plain
+    contiguous slots.
+    """
+
+    spec: CacheSpec
+    _native: NativePool
+    _pool: Any
+    _queue: Queue
+
+    def fork(
+        self, cache: KVCache, slot: int, n: int, num_tokens: int | None = None
+    ) -> tuple[list[int], KVCache]:
+        """Makes `n` new sequences with the first tokens of another.
+
+        Nothing waits for the device. Each new slot has room for the tokens that it starts with;
+        `extend` or `map_slots` makes room for more, in blocks that are its own.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot, the donor.
+            n: how many sequences to make.
+            num_tokens: how many tokens they start with, at most what was committed (`commit`) to
+                the donor; None: all of those. Their keys and values must be written when the queued
+                program runs, or it fails and the donor is unchanged.
+
+        Returns:
+            (slots, cache). The slots have length `num_tokens` and the donor's committed ids.
+
+        Raises:
+            OutOfBlocks: no blocks for the partial copies; nothing has changed.
+            OutOfSlots: not enough slots; nothing has changed.
+            ValueError: more tokens than are committed, a slot that does not exist, a cache of
+                another spec.
+            KVPageError: the slot is not occupied, or the process has no memory mappings left.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
+        """
+        self._queue.check_cache("fork", cache)
+        slot = host_int("fork: slot", slot)
+        n = host_int("fork: n", n)
+        if n < 0:
+            raise ValueError(f"fork: n is {n}, wanted 0 or more new sequences")
+        tokens = -1 if num_tokens is None else host_int("fork: num_tokens", num_tokens)
+        if num_tokens is not None and tokens < 0:
+            raise ValueError(f"fork: num_tokens is {tokens}, wanted 0 or more")
+        return self._queue.fork("fork", cache, [(slot, tokens)] * n, [])
+
+    def reorder(
+        self, cache: KVCache, slots: Sequence[int], parents: Sequence[int]
+    ) -> tuple[list[int], KVCache]:
+        """Continues beams: sequence i of the result goes on from sequence `parents[i]`.
+
+        A parent's first child keeps its slot, the others are forks of it with all its committed
+        tokens, and sequences without children are released. The new forks need free slots before
+        the dead ones have drained: beams of width w take up to 2w slots.
+
+        Args:
+            cache: the newest cache.
+            slots: the beams' slots, each once.
+            parents: for each beam of the result an index into `slots`.
+
+        Returns:
+            (slots, cache): a slot for each entry of `parents`.
+
+        Raises:
+            OutOfBlocks: no blocks for the partial copies; nothing has changed.
+            OutOfSlots: not enough slots; nothing has changed.
+            ValueError: a parent that does not exist, a slot named twice, a cache of another spec.
+            KVPageError: a slot is not occupied, or the process has no memory mappings left.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
+        """
+        self._queue.check_cache("reorder", cache)
+        beams, _ = host_ints("reorder: slots", slots)
+        origins, _ = host_ints("reorder: parents", parents)
+        if len(set(beams)) != len(beams):
+            raise ValueError(f"reorder: slots: wanted each slot once, got {beams}")
+        for parent in origins:
+            if not 0 <= parent < len(beams):
+                raise ValueError(
+                    f"reorder: parents: {parent} is no index into the {len(beams)} slots"
+                )
+        first = {parent: i for i, parent in reversed(list(enumerate(origins)))}
+        forked = [i for i, parent in enumerate(origins) if first[parent] != i]
+        dead = [slot for i, slot in enumerate(beams) if i not in first]
+        requests = [(beams[origins[i]], -1) for i in forked]
+
+        def arrange(new: list[int]) -> list[int]:
+            result = [beams[parent] for parent in origins]
+            for i, slot in zip(forked, new, strict=True):
+                result[i] = slot
+            return result
+
+        return self._queue.fork("reorder", cache, requests, dead, arrange)
+
+    @overload
+    def truncate(self, cache: KVCache, slot: int, num_tokens: int) -> KVCache: ...
+
+    @overload
+    def truncate(
+        self, cache: KVCache, slot: Sequence[int], num_tokens: int | Sequence[int]
+    ) -> KVCache: ...
+
+    def truncate(self, cache: KVCache, slot: Any, num_tokens: Any) -> KVCache:
+        """Rolls sequences back to fewer tokens, committed ones too.
+
+        Unlike `set_lengths` in a program, this may go below what is committed or shared with other
+        sequences. Those keep their blocks; the slot gets a private copy of each block that it still
+        shares from the new length on. Blocks stay mapped. On CPU nothing waits; on CUDA a call that
+        must exchange blocks waits for the programs that are queued.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot, or a list.
+            num_tokens: the new length, at most the present one, or a list as long as slot's.
+
+        Returns:
+            The next cache. Programs that still read the old one fail as stale.
+
+        Raises:
+            OutOfBlocks: no blocks for the private copies; nothing has changed.
+            ValueError: a length beyond what is mapped, a slot that does not exist, a cache of
+                another spec.
+            KVPageError: the slot is not occupied.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
+        """
+        self._queue.check_cache("truncate", cache)
+        slots, _ = host_ints("truncate: slot", slot)
+        lengths, single = host_ints("truncate: num_tokens", num_tokens)
+        if single:
+            lengths = lengths * len(slots)
+        if len(slots) != len(lengths):
+            raise ValueError(f"truncate: {len(slots)} slots, but {len(lengths)} num_tokens")
+        if self._native.mirrored and any(
+            self._native.call(self._pool.shares_behind, *pair)
+            for pair in zip(slots, lengths, strict=True)
+        ):
+            # What lies behind the new length is unmapped here, and not by a program.
+            wait_for((cache.epoch, cache.lengths))
+            self._queue.settle()
+        return self._queue.truncate(cache, slots, lengths)

@@ -1,0 +1,431 @@
+"""fork, reorder and truncate: contents, accounting, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import Rig, busy, make_batch
+from mistakes import fails
+
+import jax_kvpage as kvp
+
+_BLOCK = 16
+
+
+def spec_of(layout: str, dtype: object = jnp.float32, **changes: object) -> kvp.CacheSpec:
+    fields = {
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "max_slots": 12,
+        "max_seq_len": 256,
+        "dtype": dtype,
+        "layout": layout,
+        "block_tokens": _BLOCK,
+    }
+    return kvp.CacheSpec(**{**fields, **changes})
+
+
+def pool_of(make_pool, spec: kvp.CacheSpec, blocks: int, **options: object) -> kvp.KVPool:
+    return make_pool(spec, spec.resolve("cpu").block_bytes * blocks, **options)
+
+
+def filled(pool: kvp.KVPool, tokens: int, **options: object) -> tuple[Rig, int]:
+    """A sequence of so many tokens, all committed."""
+    rig = Rig(pool, **options)
+    slot = rig.acquire(tokens)
+    rig.write({slot: tokens})
+    pool.commit(slot, range(tokens))
+    return rig, slot
+
+
+def fork(rig: Rig, slot: int, n: int, num_tokens: int | None = None) -> list[int]:
+    slots, rig.cache = rig.pool.fork(rig.cache, slot, n, num_tokens)
+    tokens = len(rig.pool.committed(slot)) if num_tokens is None else num_tokens
+    for new in slots:
+        rig.model.fork(slot, new, tokens)
+    return slots
+
+
+def grow(rig: Rig, slot: int, n: int = 1) -> None:
+    rig.pool.extend(slot, rig.model.lengths[slot] + n)
+
+
+def check(rig: Rig, slots: list[int]) -> None:
+    """Every sequence attends as the reference says, after its lengths are right."""
+    rig.check_lengths()
+    for slot in slots:
+        grow(rig, slot, 2)
+        out, _, want, _ = rig.step([(slot, 2)])
+        tolerance = 0.1 if np.dtype(rig.spec.dtype).itemsize < 4 else 1e-4
+        np.testing.assert_allclose(out[:, :2], want[:, :2], atol=tolerance)
+
+
+@pytest.fixture(params=["fused", "per_layer"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def rig(make_pool, layout: str) -> tuple[Rig, int]:
+    """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""
+    return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("tokens", [0, 5, 16, 48, 70])
+def test_a_fork_has_the_donors_tokens(make_pool, layout: str, dtype, tokens: int) -> None:
+    rig, slot = filled(pool_of(make_pool, spec_of(layout, dtype), 400), 70)
+    slots = fork(rig, slot, 3, tokens)
+    assert rig.pool.committed(slots[0]) == list(range(tokens))
+    check(rig, [slot, *slots])
+    check(rig, [*slots, slot])  # nobody has written where another reads
+
+
+def test_blocks_are_those_of_one_prefix_and_tails(make_pool, layout: str) -> None:
+    """32 forks of 2048 + 7 tokens: one prefix, 32 partial blocks, and not one more."""
+    spec = spec_of(layout, max_slots=40, max_seq_len=4096)
+    pool = pool_of(make_pool, spec, 2 * 2 * 2400)
+    rig, slot = filled(pool, 2055, max_tokens=512)
+    block, ranges = pool.spec.block_tokens, len(pool.block_map(slot))
+    before = pool.stats().blocks_mapped
+    assert before == -(-2055 // block) * ranges
+    slots = fork(rig, slot, 32)
+    assert pool.stats().blocks_mapped == before + 32 * ranges
+    assert pool.stats().blocks_shared == 2055 // block * ranges
+    row = next(row for row in pool.slot_table() if row.slot == slots[0])
+    assert row.own_bytes == ranges * pool.spec.block_bytes
+    assert row.shared_bytes == 2055 // block * ranges * pool.spec.block_bytes
+    assert {refs for _, refs in pool.block_map(slots[3])[0]} == {33, 1}
+    check(rig, [slot, slots[0], slots[31]])
+    rig.release(slot, *slots)
+    pool.check(rig.cache)
+    pool.trim()
+    assert pool.stats().blocks_free == pool.stats().blocks_total
+
+
+def test_donors_and_forks_may_end_in_any_order(rig) -> None:
+    rig, slot = rig
+    first, second = fork(rig, slot, 2)
+    third = fork(rig, first, 1, 40)[0]
+    rig.release(slot)
+    check(rig, [first, second, third])
+    other = rig.acquire(100)  # may take what the donor had, but not what the forks share
+    rig.write({other: 100})
+    check(rig, [first, second, third, other])
+    rig.release(first, third)
+    check(rig, [second, other])
+    rig.release(second)
+    again = rig.acquire(90)
+    rig.write({again: 90})
+    check(rig, [again, other])
+
+
+def test_memory_under_pressure(make_pool, layout: str) -> None:
+    """Parked donors and forks give their blocks to new requests, shared ones stay."""
+    pool = pool_of(make_pool, spec_of(layout), 4 * 12, poison=True)
+    rig, slot = filled(pool, 80)
+    fork(rig, slot, 2)
+    rig.release(slot)
+    kept = list(rig.model.lengths)
+    for _ in range(3):
+        new = rig.acquire(64)
+        rig.write({new: 64})
+        check(rig, kept[:1])
+        rig.release(new)
+    if layout == "per_layer":  # a block is a fourth of what it is in the other layout
+        with pytest.raises(kvp.OutOfBlocks):
+            pool.acquire(rig.cache, 200)
+    rig.release(*kept)
+    rig.write({rig.acquire(150): 150})
+    rig.check_lengths()
+
+
+def test_truncate_makes_private_copies(rig) -> None:
+    rig, slot = rig
+    other = fork(rig, slot, 1)[0]
+    before = rig.pool.stats().blocks_mapped
+    ranges = len(rig.pool.block_map(slot))
+    for target, length in ((slot, 40), (other, 33), (other, 5), (slot, 0)):
+        rig.cache = rig.pool.truncate(rig.cache, target, length)
+        rig.model.truncate(target, length)
+        assert rig.pool.committed(target) == list(range(length))
+        check(rig, [slot, other])
+        rig.cache = rig.pool.truncate(rig.cache, target, length)
+        rig.model.truncate(target, length)
+    rig.pool.check(rig.cache)
+    # Both have all of their blocks for themselves now.
+    assert rig.pool.stats().blocks_shared == 0
+    assert rig.pool.stats().blocks_mapped == before + 4 * ranges
+    check(rig, [slot, other])
+
+
+def test_truncate_of_an_unshared_sequence_copies_nothing(rig) -> None:
+    rig, slot = rig
+    before = rig.pool.stats()
+    rig.cache = rig.pool.truncate(rig.cache, [slot], [20])
+    rig.model.truncate(slot, 20)
+    after = rig.pool.stats()
+    assert (after.blocks_mapped, after.system_calls) == (before.blocks_mapped, before.system_calls)
+    check(rig, [slot])
+
+
+def test_truncate_under_queued_readers(rig) -> None:
+    """A program that reads the slot and one that truncates it are queued; both see the same."""
+    rig, slot = rig
+    other = fork(rig, slot, 1)[0]
+    q = rig.random_q(1)
+    grow(rig, slot)
+    rig.append([(slot, 1)])
+    late = kvp.after(
+        rig.cache, busy(1)
+    )  # the readers of this cache run after the truncation is queued
+    out = kvp.paged_attention(jnp.asarray(q[0]), late, make_batch([(slot, 1)]), layer=0)
+    rig.cache = rig.pool.truncate(kvp.after(late, out), slot, 17)
+    want, _ = rig.reference([(slot, 1)], q)
+    np.testing.assert_allclose(np.asarray(out), want[0], atol=1e-4)
+    rig.model.truncate(slot, 17)
+    check(rig, [slot, other])
+
+
+def test_a_truncation_that_finds_no_blocks_changes_nothing(make_pool, layout: str) -> None:
+    pool = pool_of(make_pool, spec_of(layout), 4 * 5)
+    rig, slot = filled(pool, 80)
+    if layout == "fused":
+        pool.resize(5 * pool.spec.block_bytes)
+    other = fork(rig, slot, 1)[0]
+    before = pool.stats()
+    with pytest.raises(kvp.OutOfBlocks, match=r"truncate: .* blocks wanted"):
+        pool.truncate(rig.cache, other, 10)
+    assert pool.stats() == before
+    assert len(pool.committed(other)) == 80
+    rig.release(slot)
+    pool.check(rig.cache)
+    rig.cache = pool.truncate(rig.cache, other, 10)  # nobody shares them any more
+    rig.model.truncate(other, 10)
+    pool.check(rig.cache)
+    check(rig, [other])
+
+
+def test_reorder_continues_beams(rig) -> None:
+    rig, slot = rig
+    beams = [slot, *fork(rig, slot, 3)]
+    for parents in ([0, 0, 2, 1], [3, 3, 3, 3], [1, 0, 3, 2], [2, 2, 0, 0]):
+        old = beams
+        beams, rig.cache = rig.pool.reorder(rig.cache, old, parents)
+        lengths = rig.model.lengths
+        for parent, new in zip(parents, beams, strict=True):
+            if new != old[parent]:
+                rig.model.fork(old[parent], new, lengths[old[parent]])
+        for dead in set(old) - set(beams):
+            rig.model.release(dead)
+        assert len(set(beams)) == 4
+        assert [
+            beams[i] for i in {p: i for i, p in reversed(list(enumerate(parents)))}.values()
+        ] == [old[p] for p in {p: i for i, p in reversed(list(enumerate(parents)))}]
+        check(rig, beams)
+        for beam in beams:
+            rig.pool.commit(beam, [1, 2])
+
+
+def test_programs_cannot_write_what_others_read(rig) -> None:
+    rig, slot = rig
+    other = fork(rig, slot, 1)[0]
+    k, v = (jnp.asarray(x[0]) for x in rig.random_kv(1))
+
+    def lower(one: int) -> jax.Array:
+        return kvp.set_lengths(rig.cache, [one], 63).lengths
+
+    def append_below(one: int) -> jax.Array:
+        """Nothing in the pytree is believed: the program makes up a length."""
+        forged = dataclasses.replace(rig.cache, lengths=rig.cache.lengths.at[one].set(20))
+        return kvp.append_kv(forged, k, v, make_batch([(one, 1)]), layer=0).epoch
+
+    ends = "what other slots share of it ends at 64"
+    for one in (slot, other):
+        fails(f"set_lengths: .*length 63 wanted, but {ends}.*truncate", lambda one=one: lower(one))
+        fails(f"append_kv: .*has 20 tokens, and {ends}", lambda one=one: append_below(one))
+    check(rig, [slot, other])
+
+
+def test_unwritten_tokens_are_not_shared(make_pool, layout: str) -> None:
+    """commit ran ahead of the programs: the fork fails, and the donor goes on."""
+    pool = pool_of(make_pool, spec_of(layout), 64)
+    rig, slot = filled(pool, 35)
+    pool.extend(slot, 60)
+    pool.commit(slot, range(20))
+    fails(
+        "fork: slot 0: 55 tokens wanted, written in .*35", lambda: pool.fork(rig.cache, slot, 1)[1]
+    )
+    assert pool.stats().slots_occupied == 1
+    queued = kvp.after(rig.cache, busy(1))
+    slots, cache = pool.fork(queued, slot, 1)
+    fails("fork: slot 0: 55 tokens wanted, written in .*35", lambda: cache)
+    assert slots == [1]
+    rig.cache = pool.cache()  # in which such a fork is free
+    rig.check_lengths()
+    assert len(pool.committed(slot)) == 35
+    check(rig, [slot])
+
+
+def test_blocks_of_a_released_fork_come_free(make_pool, layout: str) -> None:
+    """Its partial block is the last one that there is; extend finds it."""
+    ranges = 1 if layout == "fused" else 4
+    rig, slot = filled(pool_of(make_pool, spec_of(layout), 6 * ranges), 70)
+    rig.release(*fork(rig, slot, 1))
+    rig.pool.check(rig.cache)
+    rig.pool.extend(slot, 96)
+    rig.write({slot: 20})
+    check(rig, [slot])
+
+
+def test_a_fork_of_tokens_whose_program_is_queued(rig) -> None:
+    """The host is ahead: what the fork takes is written by a program in front of it."""
+    rig, slot = rig
+    rig.pool.extend(slot, 150)
+    rig.cache = kvp.after(rig.cache, busy(1))
+    rig.write({slot: 60})
+    rig.pool.commit(slot, range(60))
+    (other,) = fork(rig, slot, 1)
+    check(rig, [slot, other])
+    rig.cache = rig.pool.cache()
+    check(rig, [other, slot])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_fork_behind_a_queued_truncation(rig, shared: bool) -> None:
+    """Blocks that the truncation may yet replace are copied, and not mapped in the fork."""
+    rig, slot = rig
+    others = fork(rig, slot, 1) if shared else []
+    before = rig.pool.stats().blocks_mapped
+    rig.cache = kvp.after(rig.cache, busy(1))
+    rig.cache = rig.pool.truncate(rig.cache, slot, 20)
+    rig.model.truncate(slot, 20)
+    rig.write({slot: 50})
+    rig.pool.commit(slot, range(50))
+    others += fork(rig, slot, 1)
+    rig.pool.check(rig.cache)
+    ranges = len(rig.pool.block_map(slot))
+    assert rig.pool.stats().blocks_mapped - before == (4 + 3 * shared) * ranges
+    check(rig, [slot, *others])
+    others += fork(rig, slot, 1)  # the truncation has run: whole blocks are shared again
+    assert rig.pool.stats().blocks_shared >= 4 * ranges
+    check(rig, [slot, *others])
+
+
+def test_hosts_may_fork_before_the_prefill_has_run(make_pool, layout: str) -> None:
+    """commit and fork count on programs that are queued, and do not get in their way."""
+    pool = pool_of(make_pool, spec_of(layout), 64)
+    rig = Rig(pool, max_tokens=70)
+    slot = rig.acquire(70)
+    rig.write({slot: 20})
+    rig.cache = kvp.after(rig.cache, busy(1))
+    rig.cache = kvp.set_lengths(rig.cache, [slot], [0])  # a rollback that is queued is no fault
+    rig.model.truncate(slot, 0)
+    rig.write({slot: 70})
+    pool.commit(slot, range(70))
+    slots = fork(rig, slot, 2)
+    rig.cache = pool.truncate(rig.cache, slots[0], 30)
+    rig.model.truncate(slots[0], 30)
+    check(rig, [slot, *slots])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda p, c, s: p.fork(c, s, 1, 71),
+            "fork: slot 0: 71 tokens wanted, 70 committed: commit",
+        ),
+        (lambda p, c, s: p.fork(c, s, -1), "fork: n is -1"),
+        (lambda p, c, s: p.fork(c, 99, 1), "fork: slot 99 does not exist"),
+        (lambda p, c, s: p.fork(c, s, 1, -5), "num_tokens is -5"),
+        (lambda p, c, s: p.fork(c, s, 12), "fork: 12 slots wanted, 11 free"),
+        (lambda p, c, s: p.reorder(c, [s, s], [0, 1]), "wanted each slot once"),
+        (lambda p, c, s: p.reorder(c, [s], [1]), "1 is no index into the 1 slots"),
+        (lambda p, c, s: p.truncate(c, s, -1), "num_tokens is -1, wanted 0..80"),
+        (lambda p, c, s: p.truncate(c, s, 81), "num_tokens is 81, wanted 0..80"),
+        (lambda p, c, s: p.truncate(c, [s, s], 3), "named twice"),
+        (lambda p, c, s: p.truncate(c, [s], [3, 4]), "1 slots, but 2 num_tokens"),
+        (lambda p, c, s: p.fork(c, 3, 1), "fork: slot 3 is free"),
+    ],
+)
+def test_refusals_change_nothing(rig, call, words: str) -> None:
+    rig, slot = rig
+    before = rig.pool.stats(), rig.pool.slot_table()
+    with pytest.raises(Exception, match=words):
+        call(rig.pool, rig.cache, slot)
+    assert (rig.pool.stats(), rig.pool.slot_table()) == before
+    check(rig, [slot])
+
+
+def test_out_of_blocks_changes_nothing(make_pool, layout: str) -> None:
+    pool = pool_of(make_pool, spec_of(layout), 20)
+    rig, slot = filled(pool, 70)
+    if layout == "fused":
+        pool.resize(6 * pool.spec.block_bytes)
+    before = pool.stats().blocks_free, pool.slot_table()
+    with pytest.raises(kvp.OutOfBlocks, match=r"fork: .* blocks wanted"):
+        pool.fork(rig.cache, slot, 3)
+    assert (pool.stats().blocks_free, pool.slot_table()) == before
+    check(rig, [slot])
+
+
+def test_nothing_waits(make_pool, layout: str) -> None:
+    """With half a second of work in flight, fork, reorder and truncate return at once."""
+    rig, slot = filled(pool_of(make_pool, spec_of(layout), 200), 70)
+    beams = [slot, *fork(rig, slot, 1)]
+    beams2, rig.cache = rig.pool.reorder(rig.cache, beams, [0, 1])
+    rig.cache = rig.pool.truncate(rig.cache, beams[1], 66)  # everything is compiled
+    rig.model.truncate(beams[1], 66)
+    rig.pool.check(rig.cache)
+    assert beams2 == beams
+    waits = rig.pool.stats().waits
+    value = busy(2)
+    rig.cache = kvp.after(rig.cache, value)
+    new, rig.cache = rig.pool.fork(rig.cache, slot, 1)
+    rig.cache = rig.pool.truncate(rig.cache, beams[1], 20)
+    beams, rig.cache = rig.pool.reorder(rig.cache, [slot, beams[1], *new], [1, 1, 0])
+    assert not value.is_ready()
+    assert rig.pool.stats().waits == waits
+    rig.pool.check(rig.cache)
+    assert np.asarray(rig.cache.lengths)[beams].tolist() == [20, 20, 70]
+
+
+def test_views_of_shared_slots(make_pool) -> None:
+    """A view zeroes what nobody has written, but never what another slot reads."""
+    rig, slot = filled(pool_of(make_pool, spec_of("per_layer"), 200), 70)
+    other = fork(rig, slot, 1)[0]
+    freed = fork(rig, slot, 1, 32)[0]
+    rig.release(freed)
+    rig.pool.check(rig.cache)
+    k, _ = rig.pool.view(0, other)
+    every, _ = rig.pool.view(0)
+    want = np.zeros((256, 2, 64), np.float32)
+    want[:70] = rig.model.context(slot, 0)[0]
+    for array in (k, every[slot], every[other]):
+        np.testing.assert_array_equal(np.asarray(array), want)
+    assert not np.asarray(every[freed]).any()
+    check(rig, [slot, other])
+    del k, every
+
+
+def test_a_failed_queue_undoes_a_fork(rig, monkeypatch) -> None:
+    rig, slot = rig
+    before = rig.pool.stats().slots_occupied
+    with monkeypatch.context() as patch:
+        patch.setattr("jax_kvpage._queue._program", lambda *_: lambda *a: 1 / 0)
+        for call in (
+            lambda: rig.pool.fork(rig.cache, slot, 2),
+            lambda: rig.pool.truncate(rig.cache, slot, 10),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                call()
+    assert rig.pool.stats().slots_occupied == before
+    assert len(rig.pool.committed(slot)) == 70
+    check(rig, fork(rig, slot, 2))
+    jax.block_until_ready(rig.cache)
