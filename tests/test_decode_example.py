@@ -34,6 +34,7 @@ _FIGURES = {
     "bytes_static_cache": int,
     "bytes_reserved_virtual": int,
     "mapped_share_of_static": float,
+    "saved_by_sharing": float,
     "system_calls": int,
     "system_calls_per_token": float,
     "stalls": int,
@@ -92,6 +93,28 @@ def test_text_is_streamed_and_followed_by_a_table(
     for row in ("tokens/s", "blocks mapped", "static cache reserves", "system calls per token"):
         assert row in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_and_beams_share_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "The function returns a list of all names that are defined in the module, which"
+    common = ["--prompt", prompt, "--max-new-tokens", 30]
+    sampled = _json(capsys, *common, "--num-samples", 3, "--temperature", 0.9)
+    assert len({tuple(output) for output in _outputs(sampled)}) == sampled["num_sequences"] == 3
+    assert 0 < sampled["saved_by_sharing"] < 1
+    assert decode_llama.main(list(map(str, [*common, "--num-beams", 2]))) == 0
+    shown = capsys.readouterr().out
+    beams = _json(capsys, *common, "--num-beams", 2)
+    assert f"> {prompt}{beams['sequences'][0]['text']} [" in shown
+    assert "blocks saved by sharing" in shown
+    for options, words in (
+        (("--num-samples", 2), "needs a --temperature above 0"),
+        (("--num-beams", 2, "--max-slots", 3), "needs --max-slots 4"),
+    ):
+        assert decode_llama.main(list(map(str, [*common, *options]))) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        decode_llama.main(["--num-beams", "2", "--scan", "4"])
+    assert "leave out --num-samples" in capsys.readouterr().err
 
 
 def test_scan_and_loop_say_the_same(

@@ -99,6 +99,21 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         metavar="N",
         help="of the random numbers (default: %(default)s)",
     )
+    what.add_argument(
+        "--num-samples",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="sequences for each prompt, which is computed once (default: %(default)s)",
+    )
+    what.add_argument(
+        "--num-beams",
+        type=_positive,
+        default=1,
+        metavar="W",
+        help="beam search of width W, one prompt after the other; 1 for none "
+        "(default: %(default)s)",
+    )
 
     how = parser.add_argument_group("how to run")
     how.add_argument(
@@ -185,6 +200,13 @@ def parse_arguments(
     args = parser.parse_args(argv)
     if args.scan < 0:
         parser.error(f"--scan must be 0 (a Python loop) or more, got {args.scan}")
+    if args.num_beams > 1:
+        sampled = args.temperature or args.top_k or args.top_p is not None or args.num_samples > 1
+        if sampled or args.scan:
+            parser.error(
+                "--num-beams does not sample and runs single steps: leave out --num-samples, "
+                "--temperature, --top-k, --top-p and --scan"
+            )
     if args.plot:
         problem = _plot_problem(args.plot)
         if problem:

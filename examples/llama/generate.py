@@ -6,6 +6,9 @@ that finds no block stalls, keeps its blocks, and continues when another finishe
 stalled, the last to arrive is preempted: its slot is released, and it is recomputed from its tokens
 later. Only a request that cannot continue alone ends early, with the reason "capacity". Scheduling
 does not change the text of a request.
+
+Samples of one prompt are requests of a group. The first computes the prompt; the others are forks
+of one that is running, and share its blocks.
 """
 
 import dataclasses
@@ -18,8 +21,9 @@ import numpy as np
 import jax_kvpage
 
 from .programs import Programs
+from .sharing import SharingMeter
 
-__all__ = ["Engine", "Request", "Sample"]
+__all__ = ["Engine", "Request", "Sample", "memory_sample"]
 
 _SMALLEST_PREFILL = 16
 
@@ -37,6 +41,8 @@ class Request:
         slot is full) or "capacity" (the pool cannot hold it even alone).
       slot: Slot in the cache while running, else -1.
       preemptions: Times it was preempted and recomputed.
+      group: Number that requests with the same prompt have in common to share its blocks; None for
+        a request that shares nothing.
     """
 
     index: int
@@ -46,6 +52,7 @@ class Request:
     finish_reason: str | None = None
     slot: int = -1
     preemptions: int = 0
+    group: int | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -63,6 +70,13 @@ class Sample:
     running: int
 
 
+def memory_sample(pool: jax_kvpage.KVPool, seconds: float, running: int) -> Sample:
+    """The pool's memory now."""
+    stats = pool.stats()
+    mapped = stats.capacity - stats.free
+    return Sample(seconds, mapped, mapped - stats.parked - stats.draining, running)
+
+
 class Engine:
     """Generates text for a list of requests from one pool.
 
@@ -77,6 +91,7 @@ class Engine:
 
     Attributes:
       samples: Memory over time, one for each step or scan.
+      sharing: Memory saved by shared blocks, while requests of a group run.
       steps: Decode steps run (those inside scans included).
       stalls: Times that a sequence had to wait for blocks.
     """
@@ -105,6 +120,7 @@ class Engine:
         self._running: list[Request] = []
         self._begin = 0.0  # moves with the time that compiling takes
         self.samples: list[Sample] = []
+        self.sharing = SharingMeter()
         self.steps = 0
         self.stalls = 0
 
@@ -127,33 +143,79 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots to waiting requests, in order, and prefills them together."""
-        admitted: list[Request] = []
+        admitted: list[tuple[Request, int]] = []
         while self._waiting:
             request = self._waiting[0]
+            donor = self._with_prompt_of(request, self._running)
+            if donor is None and self._with_prompt_of(request, [r for r, _ in admitted]):
+                # The prompt that this request shares is computed first.
+                self._prefill(admitted)
+                admitted = []
+                continue
             alone = not self._running and not admitted
             try:
-                # Room for the prompt and the first new token. With nothing else running the only
-                # option is to wait for released memory to drain.
-                request.slot, self._cache = self._pool.acquire(
-                    self._cache, self._reserve(request), wait=alone
-                )
+                start = self._place(request, donor, wait=alone)
             except jax_kvpage.OutOfBlocks:
+                start = None
+            if start is None:
                 if not alone:
                     break
                 self._waiting.pop(0)
                 request.finish_reason = "capacity"
                 self._on_finish(request)
                 continue
-            admitted.append(self._waiting.pop(0))
-        self._running += admitted
+            admitted.append((self._waiting.pop(0), start))
         self._prefill(admitted)
+
+    @staticmethod
+    def _with_prompt_of(request: Request, others: Sequence[Request]) -> Request | None:
+        """One of `others` whose prompt the request may share."""
+        same = (other for other in others if other.group == request.group)
+        return None if request.group is None else next(same, None)
+
+    def _place(self, request: Request, donor: Request | None, wait: bool) -> int | None:
+        """Gives a request a slot with room for its tokens and one more.
+
+        With `wait`, when nothing else is running, released memory that drains is waited for.
+
+        Returns:
+          How many tokens the slot has already: with a donor all of the prompt but the last, whose
+          logits the request needs. None if there is no room beside the donor.
+
+        Raises:
+          OutOfBlocks: There is no room.
+        """
+        if donor is None:
+            request.slot, self._cache = self._pool.acquire(
+                self._cache, self._reserve(request), wait=wait
+            )
+            return 0
+        shared = len(request.prompt_ids) - 1
+        # Not by trying: what a failed try had taken would drain while running requests need it.
+        size, stats = self._spec.block_tokens or 1, self._pool.stats()
+        own = self._spec.num_ranges * (-(-self._reserve(request) // size) - shared // size)
+        if own > stats.blocks_free + stats.blocks_parked:
+            return None
+        (slot,), self._cache = self._pool.fork(self._cache, donor.slot, 1, shared)
+        try:
+            self._pool.extend(slot, self._reserve(request))
+        except jax_kvpage.OutOfBlocks:
+            self._cache = self._pool.release(self._cache, slot)
+            raise
+        request.slot = slot
+        return shared
 
     def _reserve(self, request: Request) -> int:
         return min(len(request.tokens) + 1, self._spec.max_seq_len)
 
-    def _prefill(self, requests: list[Request]) -> None:
-        """Runs prompts through the model, as many whole or partial ones a step as fit the chunk."""
-        todo = [(request, 0) for request in requests]
+    def _prefill(self, admitted: list[tuple[Request, int]]) -> None:
+        """Runs prompts through the model, as many whole or partial ones a step as fit the chunk.
+
+        Args:
+          admitted: Requests, each with the number of its tokens that its slot has already.
+        """
+        self._running += [request for request, _ in admitted]
+        todo = list(admitted)
         while todo:
             parts, room = [], self._prefill_chunk
             while todo and room:
@@ -166,6 +228,9 @@ class Engine:
             chosen = self._run_parts(parts)
             for (request, start, length), token in zip(parts, chosen, strict=False):
                 if start + length == len(request.tokens):
+                    if request.group is not None:  # only committed tokens can be shared
+                        known = len(self._pool.committed(request.slot))
+                        self._pool.commit(request.slot, request.prompt_ids[known:])
                     self._take(request, int(token))
             self._sample_memory()
         self._release_finished()
@@ -277,8 +342,7 @@ class Engine:
         self._waiting.insert(0, request)
 
     def _sample_memory(self) -> None:
-        stats = self._pool.stats()
         seconds = time.monotonic() - self._begin - self._programs.compile_seconds
-        mapped = stats.capacity - stats.free
-        occupied = mapped - stats.parked - stats.draining
-        self.samples.append(Sample(seconds, mapped, occupied, len(self._running)))
+        self.samples.append(memory_sample(self._pool, seconds, len(self._running)))
+        if any(request.group is not None for request in self._running):
+            self.sharing.sample(self._pool)

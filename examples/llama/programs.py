@@ -77,7 +77,7 @@ class Programs:
         batch: jax_kvpage.Batch,
         rows: jax.Array,
         sequence_ids: jax.Array,
-    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+    ) -> tuple[Any, jax_kvpage.KVCache]:
         """Runs new tokens `[T]` of a ragged batch and chooses each sequence's next token.
 
         Args:
@@ -98,7 +98,7 @@ class Programs:
         tokens: jax.Array,
         slots: jax.Array,
         sequence_ids: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax_kvpage.KVCache]:
+    ) -> tuple[Any, jax.Array, jax_kvpage.KVCache]:
         """Runs one decode step, which maps the blocks it needs.
 
         Args:
@@ -159,13 +159,17 @@ class Programs:
         batch: jax_kvpage.Batch,
         rows: jax.Array,
         sequence_ids: jax.Array,
-    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+    ) -> tuple[Any, jax_kvpage.KVCache]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
         logits, cache = model(tokens, cache, batch, rows=rows, implementation=self._implementation)
         cache = jax_kvpage.advance(cache, batch)
         # The chosen token comes right after all written ones.
         next_positions = cache.lengths[batch.slots]
-        return sample(logits, sequence_ids, next_positions, self._sampling), cache
+        return self._choose(logits, sequence_ids, next_positions), cache
+
+    def _choose(self, logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array) -> Any:
+        """The next tokens, from the logits; traced. Subclasses return something else."""
+        return sample(logits, sequence_ids, positions, self._sampling)
 
     def _decode(
         self,
@@ -174,7 +178,7 @@ class Programs:
         tokens: jax.Array,
         slots: jax.Array,
         sequence_ids: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax_kvpage.KVCache]:
+    ) -> tuple[Any, jax.Array, jax_kvpage.KVCache]:
         batch = jax_kvpage.Batch.decode(slots)
         cache, ok = jax_kvpage.map_slots(cache, slots, cache.lengths[slots] + 1)
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)

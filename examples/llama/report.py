@@ -10,13 +10,14 @@ from rich.table import Table
 
 import jax_kvpage
 
+from .beams import BeamEngine
 from .generate import Engine, Request
 
 __all__ = ["figures", "plot_memory", "print_table"]
 
 
 def figures(
-    engine: Engine,
+    engine: Engine | BeamEngine,
     requests: Sequence[Request],
     spec: jax_kvpage.CacheSpec,
     stats: jax_kvpage.PoolStats,
@@ -54,6 +55,7 @@ def figures(
         "bytes_static_cache": static,
         "bytes_reserved_virtual": stats.reserved_virtual,
         "mapped_share_of_static": round(stats.peak / static, 4),
+        "saved_by_sharing": round(engine.sharing.saved, 4),
         "system_calls": stats.system_calls,
         "system_calls_per_token": round(stats.system_calls / max(generated, 1), 4),
         "stalls": engine.stalls,
@@ -85,12 +87,16 @@ def print_table(values: dict[str, Any]) -> None:
         ("system calls per token", f"{values['system_calls_per_token']:.3f}"),
         ("stalls / preemptions", f"{values['stalls']} / {values['preemptions']}"),
     ]
+    if values["saved_by_sharing"]:
+        rows.insert(-2, ("blocks saved by sharing", f"{values['saved_by_sharing']:.1%}"))
     for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
 
 
-def plot_memory(engine: Engine, values: dict[str, Any], file: str | pathlib.Path) -> None:
+def plot_memory(
+    engine: Engine | BeamEngine, values: dict[str, Any], file: str | pathlib.Path
+) -> None:
     """Draws mapped memory over time against what a static cache would have reserved.
 
     Raises:

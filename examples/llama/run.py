@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import jax_kvpage
 
 from .arguments import BUNDLED, InputError, read_prompts
+from .beams import BeamEngine, BeamPrograms
 from .checkpoint import CheckpointError, load_model
 from .config import ConfigError, LlamaConfig, load_config
 from .generate import Engine, Request
+from .model import Llama
 from .programs import Programs
 from .report import figures, plot_memory, print_table
 from .sampling import Sampling
@@ -35,6 +37,10 @@ def choose_sampling(args: argparse.Namespace) -> Sampling:
     greedy model of that size repeats itself."""
     demonstration = args.checkpoint == BUNDLED and not (args.prompt or args.prompt_file)
     temperature, top_p = (0.7, 0.9) if demonstration and args.temperature is None else (0.0, 1.0)
+    if args.num_samples > 1 and not (temperature if args.temperature is None else args.temperature):
+        raise InputError(
+            "--num-samples needs a --temperature above 0: greedy samples are all equal"
+        )
     return Sampling(
         temperature if args.temperature is None else args.temperature,
         args.top_k,
@@ -44,9 +50,14 @@ def choose_sampling(args: argparse.Namespace) -> Sampling:
 
 
 def make_requests(
-    prompts: list[str], tokenizer: Tokenizer, max_new_tokens: int, max_seq_len: int
+    prompts: list[str],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    max_seq_len: int,
+    num_samples: int = 1,
 ) -> list[Request]:
-    """A request for each prompt; raises InputError for one that leaves no room for a token."""
+    """A request for each sample of each prompt; raises InputError for a prompt that leaves no room
+    for a token."""
     requests = []
     for index, prompt in enumerate(prompts):
         ids = tokenizer.encode(prompt)
@@ -55,7 +66,11 @@ def make_requests(
                 f"prompt {index} has {len(ids)} tokens, but a sequence may have {max_seq_len} "
                 "in all; shorten it or raise --max-seq-len"
             )
-        requests.append(Request(index, ids, max_new_tokens))
+        group = index if num_samples > 1 else None
+        requests += [
+            Request(index * num_samples + sample, ids, max_new_tokens, group=group)
+            for sample in range(num_samples)
+        ]
     return requests
 
 
@@ -68,11 +83,15 @@ def make_pool(
     if block_tokens is None and args.checkpoint == BUNDLED and args.layout is None:
         # Blocks of the usual size would hold its whole context in a few: smaller ones show more.
         block_tokens = 16 if platform == "cpu" else None
+    # Beams need new slots before old ones have drained.
+    slots = 2 * args.num_beams if args.num_beams > 1 else len(requests)
+    if args.num_beams > 1 and args.max_slots and args.max_slots < slots:
+        raise InputError(f"--num-beams {args.num_beams} needs --max-slots {slots} or more")
     spec = jax_kvpage.CacheSpec(
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        max_slots=args.max_slots or len(requests),
+        max_slots=args.max_slots or slots,
         max_seq_len=max_seq_len,
         dtype=jnp.dtype(args.kv_dtype or compute_dtype(args, config.dtype)),
         layout=args.layout,
@@ -82,7 +101,8 @@ def make_pool(
     if capacity is None:
         ends = [min(len(r.prompt_ids) + r.max_new_tokens, max_seq_len) for r in requests]
         size = spec.block_tokens or 1
-        blocks = spec.num_ranges * sum(-(-end // size) for end in ends)
+        needed = [-(-end // size) for end in ends]
+        blocks = spec.num_ranges * (sum(needed) if args.num_beams == 1 else slots * max(needed))
         capacity = blocks * spec.block_bytes
     if str(capacity).isdecimal():
         capacity = int(capacity)
@@ -95,6 +115,34 @@ def compute_dtype(args: argparse.Namespace, stored: str) -> str:
     """Type of weights and arithmetic: as asked for, float32 on CPU (XLA's bfloat16 products are
     slow there), else as stored."""
     return args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
+
+
+def make_engine(
+    args: argparse.Namespace,
+    model: Llama,
+    pool: jax_kvpage.KVPool,
+    sampling: Sampling,
+    config: LlamaConfig,
+    printer: Printer | None,
+) -> tuple[Programs, Engine | BeamEngine]:
+    """The engine that the arguments ask for, and its compiled programs."""
+    stop_ids = config.eos_token_ids
+    on_token = printer.token if printer else None
+    on_finish = printer.finish if printer else None
+    if args.num_beams > 1:
+        beams = BeamPrograms(model, args.num_beams, stop_ids, args.implementation)
+        return beams, BeamEngine(beams, pool, on_token=on_token, on_finish=on_finish)
+    programs = Programs(model, sampling, stop_ids, args.implementation)
+    engine = Engine(
+        programs,
+        pool,
+        stop_ids,
+        scan_steps=args.scan,
+        prefill_chunk=args.prefill_chunk,
+        on_token=on_token,
+        on_finish=on_finish,
+    )
+    return programs, engine
 
 
 @contextlib.contextmanager
@@ -138,22 +186,14 @@ def _run(args: argparse.Namespace) -> None:
             f"--max-seq-len {max_seq_len} is beyond the {config.max_position_embeddings} positions "
             "that the model was made for (max_position_embeddings)"
         )
-    requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len)
+    requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len, args.num_samples)
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
     with _input_errors():
         pool = make_pool(args, config, requests, max_seq_len)
     with pool:
-        programs = Programs(model, sampling, config.eos_token_ids, args.implementation)
-        printer = None if args.json else Printer(requests, prompts, tokenizer)
-        engine = Engine(
-            programs,
-            pool,
-            config.eos_token_ids,
-            scan_steps=args.scan,
-            prefill_chunk=args.prefill_chunk,
-            on_token=printer.token if printer else None,
-            on_finish=printer.finish if printer else None,
-        )
+        repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
+        printer = None if args.json else Printer(requests, repeated, tokenizer)
+        programs, engine = make_engine(args, model, pool, sampling, config, printer)
         begin = time.monotonic()
         engine.run(requests)
         seconds = time.monotonic() - begin
