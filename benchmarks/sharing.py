@@ -1,0 +1,303 @@
+"""What forks cost: a mapped block against the bare mmap calls, a copied one against memcpy, and
+the host calls; and the memory that 32 forks save.
+
+    python benchmarks/sharing.py [--quick] [--json]
+
+All ratios are of one run, where both sides take turns. Host calls and mappings are medians of the
+calling thread's CPU time; a fork's mapping is its time without that of a fork of no tokens, and
+"per further block" compares what more blocks add on both sides, without fixed costs. A copy runs on
+another thread: it is the shortest time until a fork of a partial block has run, without that of one
+which ends with a block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_kvpage as kvp
+
+__all__ = ["measure"]
+
+_BLOCK, _KV_HEADS, _DIM = 16, 8, 128
+_BEAMS = 4
+_SOURCE = pathlib.Path(__file__).with_name("sharing.cc")
+
+
+def _bare_calls(folder: str) -> ctypes.CDLL:
+    """The functions of sharing.cc, compiled for this machine."""
+    library = os.path.join(folder, "sharing.so")
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(_SOURCE), "-o", library]
+    subprocess.run(command, check=True)
+    calls = ctypes.CDLL(library)
+    calls.map_runs.restype = calls.copy_bytes.restype = ctypes.c_double
+    return calls
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(cache: kvp.KVCache, k: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    for layer in range(cache.spec.num_layers):
+        cache = kvp.append_kv(cache, k, k, batch, layer=layer)
+    return kvp.advance(cache, batch)
+
+
+def _donor(pool: kvp.KVPool, tokens: int) -> tuple[int, kvp.KVCache]:
+    slot, cache = pool.acquire(pool.cache(), tokens)
+    k = jnp.ones((tokens, _KV_HEADS, _DIM), pool.spec.dtype)
+    cache = jax.block_until_ready(_fill(cache, k, kvp.Batch.from_lengths([slot], [tokens])))
+    pool.commit(slot, range(tokens))
+    return slot, cache
+
+
+def _spec(layers: int, layout: str, slots: int, tokens: int) -> kvp.CacheSpec:
+    return kvp.CacheSpec(
+        layers,
+        _KV_HEADS,
+        _DIM,
+        slots,
+        tokens,
+        dtype=jnp.bfloat16,
+        layout=layout,
+        block_tokens=_BLOCK,
+    ).resolve("cpu")
+
+
+class _Runs:
+    """The first `count` blocks of each range of a slot, as runs of a file of bare blocks."""
+
+    def __init__(self, calls: ctypes.CDLL, pool: kvp.KVPool, slot: int, count: int) -> None:
+        size, runs = pool.spec.block_bytes, []
+        for index, blocks in enumerate(pool.block_map(slot)):
+            at = index * count
+            numbers = [number for number, _ in blocks[:count]]
+            for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+                members = [number for _, number in run]
+                runs.append((members[0] * size, len(members) * size, at * size))
+                at += len(members)
+        columns = np.asarray(runs, np.int64).T.copy()
+        self._offsets, self._lengths, self._places = (
+            column.ctypes.data_as(ctypes.c_void_p) for column in columns
+        )
+        self._calls, self._columns = calls, columns
+        self.count = len(runs)
+        self._file_bytes = ctypes.c_int64(int((columns[0] + columns[1]).max()))
+        self._fd = calls.make_blocks(
+            self._offsets, self._lengths, ctypes.c_int64(self.count), self._file_bytes
+        )
+        if self._fd < 0:
+            raise OSError("no memory for the bare blocks")
+
+    def map(self) -> float:
+        """Seconds of the bare mmap calls."""
+        bytes_mapped = ctypes.c_int64(int(self._columns[1].sum()))
+        return self._calls.map_runs(
+            self._fd,
+            self._offsets,
+            self._lengths,
+            self._places,
+            ctypes.c_int64(self.count),
+            bytes_mapped,
+        )
+
+    def close(self) -> None:
+        self._calls.free_blocks(self._fd)
+
+
+def _fork(
+    pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int
+) -> tuple[float, float, kvp.KVCache]:
+    """One fork, released again: CPU seconds of the call, and seconds until its program has run."""
+    begin, cpu = time.perf_counter(), time.thread_time()
+    slots, cache = pool.fork(cache, slot, 1, tokens)
+    called = time.thread_time() - cpu
+    jax.block_until_ready(cache)
+    done = time.perf_counter() - begin
+    cache = jax.block_until_ready(pool.release(cache, slots))
+    # The next fork unmaps what this one leaves in its slot: not the one that is measured next.
+    slots, cache = pool.fork(cache, slot, 1, 0)
+    return called, done, jax.block_until_ready(pool.release(cache, slots))
+
+
+def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
+    """Mapping of blocks that are shared, by layout, layers and blocks."""
+    rows = []
+    for layout, layers in (("fused", 4), ("fused", 32), ("per_layer", 4), ("per_layer", 32)):
+        first = None
+        for count in (1, 8, 64):
+            spec = _spec(layers, layout, 4, 2048)
+            capacity = 2 * spec.num_ranges * (count + 2) * spec.block_bytes
+            with kvp.KVPool(spec, capacity) as pool:
+                slot, cache = _donor(pool, count * _BLOCK + 1)
+                runs = _Runs(calls, pool, slot, count)
+                ours, empty, bare = [], [], []
+                for _ in range(rounds):
+                    seconds, _, cache = _fork(pool, cache, slot, count * _BLOCK)
+                    ours.append(seconds)
+                    bare.append(runs.map())
+                    seconds, _, cache = _fork(pool, cache, slot, 0)
+                    empty.append(seconds)
+                runs.close()
+            mapping = statistics.median(ours) - statistics.median(empty)
+            single = statistics.median(bare)
+            first = first or (mapping, single)
+            further = (mapping - first[0]) / (single - first[1]) if count > 1 else None
+            rows.append(
+                {
+                    "layout": layout,
+                    "layers": layers,
+                    "blocks a range": count,
+                    "mmap calls": runs.count,
+                    "us mapping": mapping * 1e6,
+                    "us bare": single * 1e6,
+                    "ratio": mapping / single,
+                    "per further block": further,
+                    "us a fork": statistics.median(ours) * 1e6,
+                }
+            )
+    return rows
+
+
+def _copies(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
+    """The copy of a partial block (all of its tokens but one)."""
+    rows = []
+    for layout, layers in (("fused", 4), ("fused", 32), ("per_layer", 4), ("per_layer", 32)):
+        spec = _spec(layers, layout, 4, 2048)
+        with kvp.KVPool(spec, 8 * spec.num_ranges * spec.block_bytes) as pool:
+            slot, cache = _donor(pool, 2 * _BLOCK)
+            size = (_BLOCK - 1) * spec.token_bytes
+            file_bytes = ctypes.c_int64(2 * _BLOCK * spec.token_bytes)
+            zero, all_of = np.zeros(1, np.int64), np.full(1, file_bytes.value)
+            fd = calls.make_blocks(
+                zero.ctypes.data_as(ctypes.c_void_p),
+                all_of.ctypes.data_as(ctypes.c_void_p),
+                ctypes.c_int64(1),
+                file_bytes,
+            )
+            partial, whole, bare = [], [], []
+            for _ in range(rounds):
+                _, seconds, cache = _fork(pool, cache, slot, 2 * _BLOCK - 1)
+                partial.append(seconds)
+                bare.append(calls.copy_bytes(fd, file_bytes, ctypes.c_int64(size)))
+                _, seconds, cache = _fork(pool, cache, slot, _BLOCK)
+                whole.append(seconds)
+            calls.free_blocks(fd)
+        copy = min(partial) - min(whole)
+        rows.append(
+            {
+                "layout": layout,
+                "layers": layers,
+                "KiB copied": size / 1024,
+                "us with its mapping": copy * 1e6,
+                "us memcpy": min(bare) * 1e6,
+                "ratio": copy / min(bare),
+            }
+        )
+    return rows
+
+
+def _calls(rounds: int) -> list[dict[str, Any]]:
+    """CPU time of fork and reorder of 4 beams with 1025 tokens, of which two change parents."""
+    rows = []
+    for layout in ("fused", "per_layer"):
+        spec = _spec(32, layout, 3 * _BEAMS, 2048)
+        blocks = 1024 // _BLOCK + 3 * _BEAMS
+        with kvp.KVPool(spec, spec.num_ranges * blocks * spec.block_bytes) as pool:
+            slot, cache = _donor(pool, 1025)
+            slots, cache = pool.fork(cache, slot, _BEAMS - 1)
+            beams, same, moved, forks = [slot, *slots], [], [], []
+            for _ in range(rounds):
+                for parents, times in (([0, 1, 2, 3], same), ([0, 0, 1, 1], moved)):
+                    begin = time.thread_time()
+                    beams, cache = pool.reorder(cache, beams, parents)
+                    times.append(time.thread_time() - begin)
+                    jax.block_until_ready(cache)
+                begin = time.thread_time()
+                new, cache = pool.fork(cache, beams[0], _BEAMS)
+                forks.append(time.thread_time() - begin)
+                cache = jax.block_until_ready(pool.release(cache, new))
+        rows.append(
+            {
+                "layout": layout,
+                "us fork of 4": statistics.median(forks) * 1e6,
+                "us reorder, 2 of 4 move": statistics.median(moved) * 1e6,
+                "us reorder, none moves": statistics.median(same) * 1e6,
+            }
+        )
+    return rows
+
+
+def _memory() -> list[dict[str, Any]]:
+    """32 forks of 2048 tokens, and of 2055: blocks in use over blocks that slots refer to."""
+    rows = []
+    for layout, tokens in itertools.product(("fused", "per_layer"), (2048, 2055)):
+        spec = _spec(4, layout, 33, 4096)
+        with kvp.KVPool(spec, 200 * spec.num_ranges * spec.block_bytes) as pool:
+            slot, cache = _donor(pool, tokens)
+            _, cache = jax.block_until_ready(pool.fork(cache, slot, 32))
+            referenced = sum(row.num_blocks for row in pool.slot_table())
+            used = pool.stats().blocks_mapped
+        rows.append(
+            {
+                "layout": layout,
+                "tokens": tokens,
+                "blocks referenced": referenced,
+                "blocks used": used,
+                "saved": 1 - used / referenced,
+            }
+        )
+    return rows
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """The four tables."""
+    rounds = 15 if quick else 40
+    with tempfile.TemporaryDirectory() as folder:
+        calls = _bare_calls(folder)
+        return {
+            "tables": {
+                "shared blocks and the bare mmap calls": _aliases(calls, rounds),
+                "a copied block and memcpy": _copies(calls, rounds),
+                "host calls": _calls(rounds),
+                "32 forks": _memory(),
+            }
+        }
+
+
+def main() -> None:
+    """Prints rows, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    arguments = parser.parse_args()
+    result = measure(arguments.quick)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, rows in result["tables"].items():
+        print(name)
+        for row in rows:
+            cells = (
+                f"{key} {value if isinstance(value, str) else format(value, '.4g')}"
+                for key, value in row.items()
+                if value is not None
+            )
+            print("  ", ", ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
