@@ -1,0 +1,166 @@
+"""A plain model of sequences that share blocks, for test_sharing_state_machine.py: tokens, lengths,
+and which logical blocks of two slots are one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from reference_numpy import Array, rounded
+
+HEADS, DIM, LAYERS = 1, 64, 2
+
+
+def stamped(stamp: int, position: int, layer: int) -> NDArray[np.float32]:
+    """Key and value of one token, [2, heads, head_dim]: no two tokens, positions or layers have
+    the same.
+    """
+    rng = np.random.default_rng((stamp, position, layer))
+    return rng.standard_normal((2, HEADS, DIM), np.float32)
+
+
+@dataclasses.dataclass
+class Sequence:
+    """One live slot.
+
+    Attributes:
+        reserved: tokens that room was asked for.
+        tokens: the stamp of each token up to the length.
+        ids: committed token ids.
+        blocks: a name for each logical block; slots that map the same block have the same name.
+        mark: programs may not write below this, because other slots have it or had it.
+    """
+
+    reserved: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ids: list[int] = dataclasses.field(default_factory=list)
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    mark: int = 0
+
+    @property
+    def floor(self) -> int:
+        return max(self.mark, len(self.ids))
+
+
+class SharingModel:
+    """All live sequences of a pool."""
+
+    def __init__(self, block_tokens: int, dtype: object) -> None:
+        self.block, self.dtype = block_tokens, dtype
+        self.live: dict[int, Sequence] = {}
+        self._names = itertools.count()
+        self._stamps = itertools.count(1)
+        self._contents: dict[tuple[int, int, int], Array] = {}
+
+    def count(self, tokens: int) -> int:
+        return math.ceil(tokens / self.block)
+
+    def distinct(self, without: Iterable[int] = ()) -> int:
+        """Logical blocks of all sequences, a shared one counted once."""
+        slots = self.live.keys() - set(without)
+        return len({name for slot in slots for name in self.live[slot].blocks})
+
+    def sharers(self, name: int) -> int:
+        return sum(name in seq.blocks for seq in self.live.values())
+
+    def _grow(self, seq: Sequence) -> None:
+        while len(seq.blocks) < self.count(seq.reserved):
+            seq.blocks.append(next(self._names))
+
+    def acquire(self, slot: int, tokens: int) -> None:
+        assert slot not in self.live, f"slot {slot} was handed out twice"
+        self.live[slot] = Sequence(tokens)
+        self._grow(self.live[slot])
+
+    def extend(self, slot: int, tokens: int) -> None:
+        seq = self.live[slot]
+        seq.reserved = max(seq.reserved, tokens)
+        self._grow(seq)
+
+    def whole(self, tokens: int) -> int:
+        return tokens - tokens % self.block
+
+    def fork(self, donor: int, slot: int, tokens: int, shared: int, *, ran: bool = True) -> None:
+        """Maps the donor's blocks of the first `shared` tokens.
+
+        `ran`: whether the queued program did.
+        """
+        assert slot not in self.live, f"slot {slot} was handed out twice"
+        parent = self.live[donor]
+        length = tokens if ran else shared
+        seq = Sequence(tokens, parent.tokens[:length], parent.ids[:length])
+        seq.blocks = parent.blocks[: shared // self.block]
+        seq.mark = shared
+        if ran:
+            parent.mark = max(parent.mark, shared)
+        self._grow(seq)
+        self.live[slot] = seq
+
+    def shared_behind(self, slot: int, tokens: int) -> int:
+        """Logical blocks that a truncation has to copy."""
+        names = self.live[slot].blocks[tokens // self.block :]
+        return sum(self.sharers(name) > 1 for name in names)
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        seq = self.live[slot]
+        first = tokens // self.block
+        for i in range(first, len(seq.blocks)):
+            if self.sharers(seq.blocks[i]) > 1:
+                seq.blocks[i] = next(self._names)
+        seq.mark = min(seq.mark, first * self.block)
+        del seq.tokens[tokens:], seq.ids[tokens:]
+
+    def append(self, slot: int, n: int) -> NDArray[np.float32]:
+        """Keys and values [layers, 2, n, heads, head_dim] of new tokens."""
+        seq, new = self.live[slot], next(self._stamps)
+        first = len(seq.tokens)
+        seq.tokens += [new] * n
+        values = np.zeros((LAYERS, 2, n, HEADS, DIM), np.float32)
+        for layer, i in itertools.product(range(LAYERS), range(n)):
+            values[layer, :, i] = stamped(new, first + i, layer)
+            stored = rounded(values[layer, :, i], self.dtype)
+            self._contents[new, first + i, layer] = stored
+        return values
+
+    def contents(self, slot: int, layer: int) -> Array:
+        """[2, tokens, heads, head_dim] as stored."""
+        tokens = [self._contents[s, i, layer] for i, s in enumerate(self.live[slot].tokens)]
+        return np.stack(tokens, 1) if tokens else np.zeros((2, 0, HEADS, DIM))
+
+    def check_blocks(
+        self, maps: Mapping[int, list[list[tuple[int, int]]]], *, exact: bool
+    ) -> set[int]:
+        """Slots map one block exactly where the model says so; every mapping is a reference.
+
+        Args:
+            maps: `KVPool.block_map` of every live slot.
+            exact: no free slot has any blocks.
+
+        Returns:
+            All physical blocks of live slots.
+        """
+        names: dict[int, tuple[int, int]] = {}
+        mapped: dict[tuple[int, int], int] = {}
+        references: dict[int, int] = {}
+        for slot, ranges in maps.items():
+            seq = self.live[slot]
+            for r, row in enumerate(ranges):
+                assert len(row) >= len(seq.blocks)
+                for i, (block, count) in enumerate(row):
+                    # Behind what was asked for, a slot may have blocks that it adopted.
+                    name = seq.blocks[i] if i < len(seq.blocks) else -1 - slot * 1000 - i
+                    assert names.setdefault(block, (name, r)) == (name, r), (slot, i)
+                    assert mapped.setdefault((name, r), block) == block, (slot, i)
+                    references[block] = references.get(block, 0) + 1
+                    assert count >= 1
+        for slot, ranges in maps.items():
+            for row in ranges:
+                for block, count in row:
+                    wanted = references[block]
+                    assert count == wanted if exact else count >= wanted, (slot, block, count)
+        return set(references)
