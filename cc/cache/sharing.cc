@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "cache/messages.h"
 #include "cache/program_check.h"
@@ -114,9 +115,9 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
     if (Status status = Enter(pool, state, verb); !status.ok()) return FailedClaim(status);
     if (Status status = CheckFork(&table, state, verb, &requests, released); !status.ok()) return FailedClaim(status);
   }
-  const Claim empty = EmptySlots(pool, mapping, requests.size());
+  Claim empty = EmptySlots(pool, mapping, requests.size());
   if (!empty.status.ok()) return empty;
-  const std::vector<std::int32_t>& slots = empty.slots;
+  const std::vector<std::int32_t> slots = std::move(empty.slots);
   {
     // Before anything is mapped, so that no claim takes the slots for parked ones.
     const StateLock state = table.Lock();

@@ -255,7 +255,7 @@ class Machine {
         }
         return;
       }
-      case 9:
+      default:
         if (Pick(8) > 0) return;
         EXPECT_OK(
             supply_->Apply(mapping, Pick(2) == 0 ? supply_->PlanTrim(mapping) : supply_->PlanReclaim(mapping, 9)));
