@@ -119,8 +119,8 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
   if (!empty.status.ok()) return empty;
   const std::vector<std::int32_t> slots = std::move(empty.slots);
   {
-    // Before anything is mapped, so that no claim takes the slots for parked ones. Checked again, because another thread
-    // may have released a donor meanwhile; while this lock is held none does.
+    // Before anything is mapped, so that no claim takes the slots for parked ones. Checked again, because another
+    // thread may have released a donor meanwhile; while this lock is held none does.
     const StateLock state = table.Lock();
     if (Status status = CheckFork(&table, state, verb, &requests, released); !status.ok()) return FailedClaim(status);
     for (std::size_t i = 0; i < slots.size(); ++i) {
