@@ -9,11 +9,9 @@ grows into parked blocks, a refusal, and the acquiring of a slot.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import jax_kvpage as kvp
 
@@ -222,21 +221,5 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints rows, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    arguments = parser.parse_args()
-    result = measure(arguments.quick)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name, rows in result["tables"].items():
-        print(name)
-        for row in rows:
-            print("  ", ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-
-
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, measure)

@@ -10,10 +10,8 @@ taken in a Python loop that passes tokens on without reading them.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 from flax import nnx
 from timesplit import split
 
@@ -214,22 +213,5 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Prints rows, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    arguments = parser.parse_args()
-    result = measure(arguments.quick)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name, rows in result["tables"].items():
-        print(name)
-        for row in rows:
-            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items())
-            print("  ", ", ".join(cells))
-
-
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, measure)

@@ -12,11 +12,9 @@ which ends with a block.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -28,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import jax_kvpage as kvp
 
@@ -278,26 +277,5 @@ def measure(quick: bool) -> dict[str, Any]:
         }
 
 
-def main() -> None:
-    """Prints rows, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    arguments = parser.parse_args()
-    result = measure(arguments.quick)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name, rows in result["tables"].items():
-        print(name)
-        for row in rows:
-            cells = (
-                f"{key} {value if isinstance(value, str) else format(value, '.4g')}"
-                for key, value in row.items()
-                if value is not None
-            )
-            print("  ", ", ".join(cells))
-
-
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, measure)
