@@ -6,6 +6,7 @@ All draws are the same for each step, so that none depends on what a program in 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import random
@@ -190,7 +191,7 @@ class SharingMachine(RuleBasedStateMachine):
     # ---- room ----
 
     def acquire(self, tokens: int) -> None:
-        call = lambda: self.pool.acquire(self.cache, tokens)  # noqa: E731
+        call = functools.partial(self.pool.acquire, self.cache, tokens)
         if (result := self._claim(self.model.count(tokens), 1, call)) is not None:
             slot, self.cache = result
             self.model.acquire(slot, tokens)
@@ -209,7 +210,11 @@ class SharingMachine(RuleBasedStateMachine):
             return
         slot = self._pick(which)
         more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
-        call = lambda: self.pool.extend(slot, tokens) or True  # noqa: E731
+
+        def call() -> bool:
+            self.pool.extend(slot, tokens)
+            return True
+
         if self._claim(more, 0, call):
             self.model.extend(slot, tokens)
 
@@ -308,7 +313,7 @@ class SharingMachine(RuleBasedStateMachine):
         if pending:
             self._try_pending(donor, n, tokens, num_tokens)
             return
-        call = lambda: self.pool.fork(self.cache, donor, n, num_tokens)  # noqa: E731
+        call = functools.partial(self.pool.fork, self.cache, donor, n, num_tokens)
         if (result := self._claim(blocks, n, call)) is not None:
             slots, self.cache = result
             assert len(slots) == n
@@ -332,7 +337,7 @@ class SharingMachine(RuleBasedStateMachine):
         forked = [p for i, p in enumerate(parents) if p in parents[:i]]
         tokens = [len(self.live[beams[p]].ids) for p in forked]
         blocks = sum(self.model.count(n) - n // _BLOCK for n in tokens)
-        call = lambda: self.pool.reorder(self.cache, beams, parents)  # noqa: E731
+        call = functools.partial(self.pool.reorder, self.cache, beams, parents)
         if (result := self._claim(blocks, len(forked), call)) is None:
             return
         slots, self.cache = result
@@ -353,7 +358,7 @@ class SharingMachine(RuleBasedStateMachine):
             self._settle()
         pairs = list(zip(slots, lengths, strict=True))
         blocks = sum(self.model.shared_behind(slot, n) for slot, n in pairs)
-        call = lambda: self.pool.truncate(self.cache, slots, lengths)  # noqa: E731
+        call = functools.partial(self.pool.truncate, self.cache, slots, lengths)
         if (result := self._claim(blocks - self._spare_copies(slots), 0, call)) is None:
             return
         self.cache = result
@@ -437,8 +442,9 @@ class SharingMachine(RuleBasedStateMachine):
         forged = self.cache.lengths.at[slot].set(below)
         forged_cache = kvp.KVCache(self.cache.handle, self.cache.epoch, forged, self.cache.spec)
         x = jnp.full((1, HEADS, DIM), 9.0, input_dtype(self.spec))
-        call = lambda: kvp.append_kv(forged_cache, x, x, make_batch([(slot, 1)]), layer=0)  # noqa: E731
-        fails("what other slots share of it ends at", lambda: call().epoch)
+        append = functools.partial(kvp.append_kv, forged_cache, x, x, layer=0)
+        batch = make_batch([(slot, 1)])
+        fails("what other slots share of it ends at", lambda: append(batch=batch).epoch)
 
     def failing_program(self, which: int, verbs: list[str]) -> None:
         """Host calls behind a program that fails never run; the next generation makes up for it."""
