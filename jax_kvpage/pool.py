@@ -51,7 +51,7 @@ class KVPool(SharingCalls, Inspection):
             what is available now: free memory of the card on CUDA; on CPU memory of the machine, or
             of the process's cgroup, that can be had without swapping. None: 80% on CUDA, 50% on
             CPU, but no more than full slots take or the system has memory mappings for. Rounded
-            down to whole blocks. Memory is taken from the system as it is needed and kept for
+            down to whole blocks. Memory is taken from the system on demand and kept for
             reuse.
         device: a `jax.Device` of platform cpu or cuda to live on; the default device if None.
         on_stale: "error" refuses an op that changes the cache from any but the newest cache;

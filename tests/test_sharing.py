@@ -35,7 +35,7 @@ def pool_of(make_pool, spec: kvp.CacheSpec, blocks: int, **options: object) -> k
 
 
 def filled(pool: kvp.KVPool, tokens: int, **options: object) -> tuple[Rig, int]:
-    """A sequence of so many tokens, all committed."""
+    """A sequence of `tokens` tokens, all committed."""
     rig = Rig(pool, **options)
     slot = rig.acquire(tokens)
     rig.write({slot: tokens})

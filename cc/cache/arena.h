@@ -65,8 +65,8 @@ class Arena {
   void ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token);
 
   // ---- sharing (arena_sharing.cc) ----
-  // Slots share blocks from their beginning, each at the same logical position: this many of a slot's are mapped in
-  // other slots too; and so many are mapped read-only, because they were another slot's first.
+  // Slots share blocks from their beginning, each block at the same logical position. SharedBlocks counts the logical
+  // blocks that other slots map too, ReadOnlyBlocks those that this slot took over from a donor.
   std::int64_t SharedBlocks(std::int64_t slot) const;
   std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
   // Maps the first `blocks` logical blocks of one slot in another, which has none, too. All or nothing.
@@ -79,14 +79,14 @@ class Arena {
   std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
   // Shared logical blocks of a slot from `begin` on for which no blocks are set aside.
   std::vector<std::int64_t> Missing(std::int64_t slot, std::int64_t begin) const;
-  // Claims a block for each range of these logical blocks, to stand there once the slot has blocks of its own.
+  // Claims a block for each range of these logical blocks, which Separate will map there.
   Status SetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
   void DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
   std::int64_t num_set_aside() const { return num_set_aside_; }
   // Makes the logical blocks from `begin` on the slot's own, for writing: copies take the place of those that other
   // slots share. Readers see the same bytes throughout. A failure leaves a part of them exchanged.
   Status Separate(std::int64_t slot, std::int64_t begin);
-  // A slot that is of no use to another request as it is: blocks are read-only, or set aside for it.
+  // Whether the slot has read-only blocks, or blocks set aside. Another request cannot adopt it before it is emptied.
   bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
 
   // Gives the memory of all free blocks back to the system; returns how many there were.

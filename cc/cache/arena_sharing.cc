@@ -52,7 +52,7 @@ Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
 std::vector<std::int64_t> Arena::Missing(std::int64_t slot, std::int64_t begin) const {
   const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
   std::vector<std::int64_t> missing;
-  for (std::int64_t logical = begin; logical < SharedBlocks(slot); ++logical) {
+  for (std::int64_t logical = begin, shared = SharedBlocks(slot); logical < shared; ++logical) {
     if (found == borrowers_.end() || found->second.set_aside.count(logical) == 0) missing.push_back(logical);
   }
   return missing;

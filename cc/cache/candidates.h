@@ -33,7 +33,8 @@ class Candidates {
   void Update(std::int32_t slot, const Standing& now);
   Standing standing(std::int32_t slot) const { return slot < num_known() ? standings_[slot] : Standing(); }
 
-  // An idle slot for each request for so many logical blocks, chosen one after the other; fewer when there are no more.
+  // One idle slot for each entry of `blocks` (the logical blocks of a request), chosen one after the other. Fewer when
+  // there are not enough idle slots.
   // The smallest that suffices; failing that the largest; among equals the lowest.
   std::vector<std::int32_t> BestFits(const std::vector<std::int64_t>& blocks);
 

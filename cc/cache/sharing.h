@@ -1,5 +1,5 @@
-// Sharing: sequences that have their first blocks in common. Fork makes one from another; truncate takes one back, with
-// blocks of its own in place of those that others still need.
+// Sharing: sequences that have their first blocks in common. Fork makes one from another; truncate rolls one back and
+// gives it private copies of the blocks that others still need.
 //
 // A block has one writer at most. Whole blocks of tokens that the host has committed are mapped in the fork too (CPU:
 // read-only); SlotProgress::shared keeps programs from writing them in either slot. The tokens of the last, partial

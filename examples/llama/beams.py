@@ -39,8 +39,8 @@ class BeamPrograms(Programs):
     Attributes:
       num_beams: Width of the search.
       stop_ids: Token ids that end a sequence.
-      candidates: Continuations looked at in a step, so many that W remain if all stop ids of all
-        beams are among them.
+      candidates: Continuations looked at in a step: enough for W to remain when every beam's stop
+        ids are among them.
     """
 
     def __init__(
