@@ -1,0 +1,45 @@
+// EvictionOrder: the entries of the prefix index that may be evicted next (no entry continues them and no pin holds
+// them) in the order of their values, and the choice of the entries to evict.
+#ifndef KVPAGE_CACHE_EVICTION_ORDER_H_
+#define KVPAGE_CACHE_EVICTION_ORDER_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "cache/eviction_policy.h"
+#include "cache/prefix_tree.h"
+
+namespace kvpage {
+
+class EvictionOrder {
+ public:
+  EvictionOrder(PrefixTree* tree, std::unique_ptr<EvictionPolicy> policy) : tree_(*tree), policy_(std::move(policy)) {}
+
+  EvictionPolicy& policy() { return *policy_; }
+  // Lists the entry where it belongs now. To be called when its children or pins have changed.
+  void Update(std::int32_t id);
+  // The entry was touched by the request that began last.
+  void Touch(std::int32_t id);
+  // The entry is about to be removed or gets a child.
+  void Leave(std::int32_t id);
+
+  // Chooses entries, the least valuable leaves first, until they free `enough` blocks. `count` says how many blocks an
+  // entry frees, -1 if it must stay.
+  std::vector<std::int32_t> Plan(std::int64_t enough, const std::function<std::int64_t(std::int32_t)>& count,
+                                 std::int64_t* freed) const;
+
+ private:
+  using Rank = std::pair<double, std::int32_t>;  // value, entry
+
+  PrefixTree& tree_;
+  const std::unique_ptr<EvictionPolicy> policy_;
+  std::set<Rank> leaves_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_EVICTION_ORDER_H_

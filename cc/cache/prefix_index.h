@@ -1,0 +1,103 @@
+// PrefixIndex: which token sequences have their keys and values in memory, and in which blocks.
+//
+// A tree for each namespace whose edges are the tokens of logical blocks: whole ones, and partial ones at the leaves. A
+// look-up matches whole blocks from the start and tokens in the last one. Hashes only find candidates: tokens decide.
+// Tokens are any numbers. Content that has none, an image for instance, is found by what stands in its place: negative
+// numbers that the caller derives from a hash of the content.
+//
+// An entry is one logical block of a stored sequence: its tokens, one physical block for each range of a slot, and its
+// owner: the slot that wrote it and still maps it, or none. The index knows no slots' states and maps nothing: the
+// caller counts a reference for each block that `Store` names, and drops those that a cut or an eviction names. No
+// locks: supply's mapping mutex guards it, look-ups included.
+#ifndef KVPAGE_CACHE_PREFIX_INDEX_H_
+#define KVPAGE_CACHE_PREFIX_INDEX_H_
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace kvpage {
+
+// Where a look-up ended. `blocks` and `owners` are those of the entries that the match goes through, the last of which
+// may be matched in part.
+struct PrefixMatch {
+  std::int64_t tokens = 0;
+  std::vector<std::int32_t> blocks;  // [ceil(tokens / block_tokens), ranges]
+  std::vector<std::int32_t> owners;  // [ceil(tokens / block_tokens)]; -1: none
+  std::int64_t behind = 0;           // tokens of the last entry behind the match
+  bool leaf = false;                 // no entry continues the last one
+};
+
+struct PrefixNumbers {
+  std::int64_t entries = 0;  // logical blocks
+  std::int64_t tokens = 0;
+  std::int64_t evictions = 0;  // logical blocks evicted so far
+  std::int64_t pinned = 0;     // entries that pins hold
+};
+
+struct PinOptions {
+  // Pins hold at most as many entries in all: a pin that would pass it holds the first tokens only.
+  std::int64_t most_entries = std::numeric_limits<std::int64_t>::max();
+  // When the pin goes by itself, on the clock of ExpirePins.
+  double expires = std::numeric_limits<double>::infinity();
+};
+
+class PrefixIndex {
+ public:
+  PrefixIndex(std::int64_t block_tokens, std::int64_t ranges);
+  ~PrefixIndex();
+
+  // The number of a namespace, made when it is new.
+  std::int32_t Namespace(const std::string& name);
+
+  // The longest prefix of `tokens` in a namespace. Among entries that match equally far, the one that ends there.
+  PrefixMatch Find(std::int32_t space, const std::int32_t* tokens, std::int64_t count) const;
+  // A request asked for `tokens` (hit or not): what eviction remembers of recency and frequency.
+  void Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
+
+  // A slot holds `count` tokens, in the blocks of `map` ([logical blocks, ranges]). Called again with more tokens as
+  // its sequence grows; the first tokens stay the same. Blocks whose tokens the index has already are not stored again.
+  // Appends the physical blocks that the index refers to from now on.
+  void Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
+             const std::int32_t* map, std::vector<std::int32_t>* referenced);
+  // Tokens of a slot as the index has them; 0: it has no sequence.
+  std::int64_t Tokens(std::int32_t slot) const;
+  // The slot is to write again from `tokens` on. Entries that it owns there go, with all that continues them, and an
+  // entry that the cut goes through keeps its first tokens. Entries of logical blocks below `keep_blocks` stay whole,
+  // without an owner: other slots map them. Appends the blocks to which the index no longer refers.
+  void Cut(std::int32_t slot, std::int64_t tokens, std::int64_t keep_blocks, std::vector<std::int32_t>* dropped);
+  // The slot no longer maps its sequence. Its entries stay, without an owner.
+  void Detach(std::int32_t slot);
+
+  // ---- eviction: the least valuable entries first, leaves before what they continue ----
+  struct Eviction {
+    std::int64_t entry = 0;
+  };
+  // How many physical blocks come free when the index drops these ([ranges], of an entry with this owner); -1: the
+  // entry must stay, because a live slot maps it.
+  using Freed = std::function<std::int64_t(const std::int32_t* blocks, std::int32_t owner)>;
+  // Chooses entries until `enough` physical blocks come free, or all that can go. `freed`: how many do.
+  std::vector<Eviction> PlanEviction(std::int64_t enough, const Freed& count, std::int64_t* freed) const;
+  // Removes them; what has been planned is valid until the next change. Appends the blocks that are dropped.
+  void Evict(const std::vector<Eviction>& plan, std::vector<std::int32_t>* dropped);
+  // Pinned entries are not evicted. A pin holds the entries that `tokens` go through now; entries that a cut removes
+  // are no longer held. Pins of the same tokens are counted. Returns how many of the tokens are found and pinned.
+  std::int64_t Pin(std::int32_t space, const std::int32_t* tokens, std::int64_t count, const PinOptions& options = {});
+  // Takes one pin of the same tokens away, the one that expires first; does nothing if there is none.
+  void Unpin(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
+  // Takes away the pins that expire at `now` or before, in seconds of any clock.
+  void ExpirePins(double now);
+
+  PrefixNumbers numbers() const;
+
+ private:
+  struct Impl;
+  const std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_PREFIX_INDEX_H_

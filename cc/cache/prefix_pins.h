@@ -1,0 +1,53 @@
+// PrefixPins: the prefixes that callers have pinned, and how many pins go through each entry of the tree.
+//
+// A pin holds the entries that its tokens went through when it was made. Pins of the same tokens are counted: what is
+// pinned twice is unpinned twice. The clock is the caller's.
+#ifndef KVPAGE_CACHE_PREFIX_PINS_H_
+#define KVPAGE_CACHE_PREFIX_PINS_H_
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "cache/prefix_tree.h"
+
+namespace kvpage {
+
+class PrefixPins {
+ public:
+  explicit PrefixPins(PrefixTree* tree) : tree_(*tree) {}
+
+  // Pins the entries of `path`, which `tokens` go through, as far as at most `most` entries are pinned in all.
+  // `expires`: when the pin goes by itself. Returns how many entries of the path are pinned.
+  std::size_t Add(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
+                  const std::vector<std::int32_t>& path, std::int64_t most, double expires);
+  // Takes one pin of these tokens away, the one that expires first. Returns the entry at its end, or kNoEntry.
+  std::int32_t Remove(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
+  // Takes away what has expired. Returns the entries at the ends.
+  std::vector<std::int32_t> Expire(double now);
+  // The entry is about to be removed: its pins end at its parent.
+  void Retreat(std::int32_t id);
+
+  std::int64_t num_pinned() const { return num_pinned_; }  // entries
+
+ private:
+  using Key = std::pair<std::int32_t, std::vector<std::int32_t>>;  // namespace, tokens
+  struct Record {
+    std::int32_t entry;             // the last one that is pinned; may be a root
+    std::multiset<double> expires;  // one for each pin
+  };
+
+  // Adds to the pins of the entries from `id` up to, not including, `end`.
+  void Count(std::int32_t id, std::int32_t end, std::int32_t difference);
+  std::int32_t TakeFirst(std::map<Key, Record>::iterator place);
+
+  PrefixTree& tree_;
+  std::map<Key, Record> records_;
+  std::int64_t num_pinned_ = 0;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_PREFIX_PINS_H_

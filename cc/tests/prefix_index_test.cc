@@ -1,0 +1,292 @@
+// The prefix index: random operations against a plain model, and single cases of matches, cuts, evictions and pins.
+#include "cache/prefix_index.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "tests/prefix_model.h"
+
+namespace kvpage::testing {
+namespace {
+
+constexpr std::int64_t kAll = std::numeric_limits<std::int64_t>::max();
+constexpr std::int32_t kSlots = 5;
+
+// An index and the model beside it. Every slot follows the rules of its caller: it writes its sequence on, cuts it
+// before it writes other tokens, and gets new physical blocks for what it writes.
+class Twins {
+ public:
+  Twins(std::uint32_t seed, std::int64_t block_tokens, std::int64_t ranges)
+      : random_(seed),
+        block_tokens_(block_tokens),
+        ranges_(ranges),
+        index_(block_tokens, ranges),
+        model_(block_tokens, ranges) {
+    for (const char* name : {"one", "another"}) index_.Namespace(name);
+  }
+
+  void Step() {
+    const std::int32_t slot = Below(kSlots);
+    switch (Below(8)) {
+      case 0:
+        return Detach(slot);
+      case 1:
+        return Cut(slot);
+      case 2:
+        return Evict();
+      case 3:
+        return Touch();
+      default:
+        return Store(slot);
+    }
+  }
+
+  void Check() {
+    for (int i = 0; i < 3; ++i) {
+      const std::int32_t space = Below(2);
+      const Tokens tokens = Sought(space);
+      const PrefixMatch found = index_.Find(space, tokens.data(), static_cast<std::int64_t>(tokens.size()));
+      const PrefixMatch expected = model_.Find(space, tokens);
+      ASSERT_EQ(found.tokens, expected.tokens);
+      ASSERT_EQ(found.blocks, expected.blocks);
+      ASSERT_EQ(found.owners, expected.owners);
+      ASSERT_EQ(found.behind, expected.behind);
+      ASSERT_EQ(found.leaf, expected.leaf);
+    }
+    ASSERT_EQ(references_, model_.Blocks());
+    std::int64_t tokens = 0;
+    for (const auto& [key, entry] : model_.entries()) tokens += key.second.size() - model_.Depth(key) * block_tokens_;
+    ASSERT_EQ(index_.numbers().tokens, tokens);
+    ASSERT_EQ(index_.numbers().entries, static_cast<std::int64_t>(model_.entries().size()));
+    for (std::int32_t slot = 0; slot < kSlots; ++slot) {
+      // The index may forget the tokens of a block of which it removed an entry, until they are stored again.
+      Slot& state = slots_[slot];
+      state.known = std::min(state.known, model_.Longest(state.space, state.tokens));
+      ASSERT_LE(index_.Tokens(slot), state.known);
+      ASSERT_GE(index_.Tokens(slot), state.known / block_tokens_ * block_tokens_);
+    }
+  }
+
+ private:
+  struct Slot {
+    std::int32_t space = 0;
+    Tokens tokens;
+    std::int64_t known = 0;  // of these, what the index has had ever since
+    std::vector<std::int32_t> map;
+    bool live = true;  // its entries stay
+  };
+
+  std::int32_t Below(std::int64_t bound) { return static_cast<std::int32_t>(random_() % bound); }
+
+  // Mostly tokens that are or continue something stored.
+  Tokens Sought(std::int32_t space) {
+    Tokens tokens;
+    if (!model_.entries().empty() && Below(4) > 0) {
+      const auto place = std::next(model_.entries().begin(), Below(model_.entries().size()));
+      if (place->first.first == space) tokens = place->first.second;
+      tokens.resize(tokens.size() - Below(tokens.size() + 1));
+    }
+    for (std::int32_t more = Below(2 * block_tokens_); more > 0; --more) tokens.push_back(Below(2) - 1);
+    return tokens;
+  }
+
+  void Store(std::int32_t slot) {
+    Slot& state = slots_[slot];
+    if (state.tokens.empty()) {
+      state.space = Below(2);
+      state.tokens = Sought(state.space);
+      state.live = true;
+    } else {
+      for (std::int32_t more = Below(2 * block_tokens_); more > 0; --more) state.tokens.push_back(Below(2) - 1);
+    }
+    const std::size_t blocks = (state.tokens.size() + block_tokens_ - 1) / block_tokens_ * ranges_;
+    while (state.map.size() < blocks) state.map.push_back(next_block_++);
+    std::vector<std::int32_t> referenced;
+    index_.Store(slot, state.space, state.tokens.data(), static_cast<std::int64_t>(state.tokens.size()),
+                 state.map.data(), &referenced);
+    references_.insert(referenced.begin(), referenced.end());
+    model_.Store(slot, state.space, state.tokens, state.map);
+    state.known = static_cast<std::int64_t>(state.tokens.size());
+    ASSERT_EQ(index_.Tokens(slot), state.known);
+  }
+  void Cut(std::int32_t slot) {
+    Slot& state = slots_[slot];
+    const std::int64_t tokens = Below(3) == 0 ? 0 : Below(state.tokens.size() + 1);
+    const std::int64_t keep = Below(2) == 0 ? 0 : Below(state.tokens.size() / block_tokens_ + 2);
+    std::vector<std::int32_t> dropped;
+    index_.Cut(slot, tokens, keep, &dropped);
+    Drop(dropped);
+    model_.Cut(slot, tokens, keep);
+    state.tokens.resize(tokens);
+    // From the first block that the slot writes again, others have the old ones.
+    state.map.resize(std::min<std::size_t>(state.map.size(), tokens / block_tokens_ * ranges_));
+    const std::size_t blocks = (tokens + block_tokens_ - 1) / block_tokens_ * ranges_;
+    while (state.map.size() < blocks) state.map.push_back(next_block_++);
+  }
+  void Detach(std::int32_t slot) {
+    index_.Detach(slot);
+    model_.Detach(slot);
+    slots_[slot] = Slot();
+    ASSERT_EQ(index_.Tokens(slot), 0);
+  }
+  void Touch() {
+    const std::int32_t space = Below(2);
+    const Tokens tokens = Sought(space);
+    index_.Touch(space, tokens.data(), static_cast<std::int64_t>(tokens.size()));
+    model_.Touch(space, tokens);
+  }
+  void Evict() {
+    for (Slot& slot : slots_) slot.live = Below(3) > 0;
+    const std::int64_t enough = Below(3) == 0 ? kAll : Below(6);
+    const auto frees = [&](std::int32_t owner) { return owner >= 0 && slots_[owner].live ? -1 : ranges_; };
+    std::int64_t freed;
+    const auto plan =
+        index_.PlanEviction(enough, [&](const std::int32_t*, std::int32_t owner) { return frees(owner); }, &freed);
+    std::vector<std::int32_t> dropped;
+    index_.Evict(plan, &dropped);
+    ASSERT_EQ(static_cast<std::int64_t>(dropped.size()), static_cast<std::int64_t>(plan.size()) * ranges_);
+    ASSERT_EQ(static_cast<std::int64_t>(dropped.size()), freed);
+    for (std::size_t i = 0; i < plan.size(); ++i) {
+      ASSERT_LT(static_cast<std::int64_t>(i) * ranges_, enough);  // no more than are needed
+      const PrefixModel::Key* evicted = nullptr;
+      std::int64_t oldest = kAll, last = 0;
+      for (const auto& [key, entry] : model_.entries()) {
+        if (frees(entry.owner) >= 0 && model_.Leaf(key)) oldest = std::min(oldest, entry.last);
+        if (entry.blocks[0] != dropped[i * ranges_]) continue;
+        evicted = &key;
+        last = entry.last;
+      }
+      ASSERT_NE(evicted, nullptr);
+      ASSERT_TRUE(model_.Leaf(*evicted));
+      ASSERT_EQ(last, oldest);
+      model_.Remove(PrefixModel::Key(*evicted));
+    }
+    if (freed < enough) {
+      for (const auto& [key, entry] : model_.entries()) ASSERT_FALSE(frees(entry.owner) >= 0 && model_.Leaf(key));
+    }
+    Drop(dropped);
+  }
+  void Drop(const std::vector<std::int32_t>& dropped) {
+    for (const std::int32_t block : dropped) {
+      const auto place = references_.find(block);
+      ASSERT_NE(place, references_.end());
+      references_.erase(place);
+    }
+  }
+
+  std::mt19937 random_;
+  const std::int64_t block_tokens_, ranges_;
+  PrefixIndex index_;
+  PrefixModel model_;
+  Slot slots_[kSlots];
+  std::multiset<std::int32_t> references_;
+  std::int32_t next_block_ = 0;
+};
+
+TEST(PrefixIndexTest, RandomOperationsAgreeWithTheModel) {
+  for (std::uint32_t seed = 0; seed < 60; ++seed) {
+    Twins twins(seed, 1 + seed % 5, 1 + seed % 3);
+    for (int step = 0; step < 400; ++step) {
+      twins.Step();
+      if (!HasFatalFailure()) twins.Check();
+      ASSERT_FALSE(HasFatalFailure()) << "seed " << seed << ", step " << step;
+    }
+  }
+}
+
+class PrefixIndexCases : public ::testing::Test {
+ protected:
+  std::int64_t Found(const Tokens& tokens) {
+    return index_.Find(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())).tokens;
+  }
+  void Touch(const Tokens& tokens) { index_.Touch(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())); }
+  void Store(std::int32_t slot, const Tokens& tokens) {
+    std::vector<std::int32_t> map(tokens.size()), referenced;
+    std::iota(map.begin(), map.end(), 100 * slot);
+    index_.Store(slot, space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), map.data(), &referenced);
+  }
+  std::int64_t Pin(const Tokens& tokens, const PinOptions& options = {}) {
+    return index_.Pin(space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), options);
+  }
+  void Unpin(const Tokens& tokens) { index_.Unpin(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())); }
+  std::int64_t EvictAll() {
+    std::int64_t freed;
+    std::vector<std::int32_t> dropped;
+    index_.Evict(index_.PlanEviction(
+                     kAll, [](const std::int32_t*, std::int32_t owner) { return owner < 0 ? 1 : -1; }, &freed),
+                 &dropped);
+    return freed;
+  }
+
+  PrefixIndex index_{2, 1};
+  const std::int32_t space_ = index_.Namespace("");
+};
+
+TEST_F(PrefixIndexCases, LongPromptsMatchAcrossWindowsOfTheWalk) {
+  Tokens tokens(1000);
+  std::iota(tokens.begin(), tokens.end(), -500);
+  Store(0, tokens);
+  EXPECT_EQ(Found(tokens), 1000);
+  for (const std::int64_t changed : {0, 1, 31, 32, 33, 500, 999}) {
+    Tokens other = tokens;
+    other[changed] = 1 << 30;
+    EXPECT_EQ(Found(other), changed);
+  }
+  EXPECT_EQ(index_.numbers().entries, 500);
+}
+
+TEST_F(PrefixIndexCases, APinnedPrefixStaysUntilItIsUnpinnedAsOften) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  index_.Detach(0);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 9}), 4);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 9}), 4);
+  EXPECT_EQ(index_.numbers().pinned, 2);
+  EXPECT_EQ(EvictAll(), 1);
+  Unpin({1, 2, 3, 4, 9});
+  Unpin({1, 2, 3, 4});  // no pin of these tokens
+  EXPECT_EQ(EvictAll(), 0);
+  Unpin({1, 2, 3, 4, 9});
+  EXPECT_EQ(index_.numbers().pinned, 0);
+  EXPECT_EQ(EvictAll(), 2);
+}
+
+TEST_F(PrefixIndexCases, PinsHaveACapAndExpire) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  Store(1, {7, 8, 9});
+  index_.Detach(0);
+  index_.Detach(1);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}, {2, 10.0}), 4);
+  EXPECT_EQ(Pin({7, 8, 9}, {2, 20.0}), 0);
+  EXPECT_EQ(Pin({7, 8, 9}, {4, 20.0}), 3);
+  index_.ExpirePins(9.9);
+  EXPECT_EQ(EvictAll(), 1);
+  index_.ExpirePins(10.0);
+  EXPECT_EQ(EvictAll(), 2);
+  index_.ExpirePins(20.0);
+  EXPECT_EQ(EvictAll(), 2);
+}
+
+TEST_F(PrefixIndexCases, ACutTakesPinnedEntriesAndThePinGoesBackToWhatIsLeft) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}), 6);
+  std::vector<std::int32_t> dropped;
+  index_.Cut(0, 3, 0, &dropped);
+  EXPECT_EQ(index_.numbers().pinned, 2);
+  index_.Cut(0, 2, 0, &dropped);
+  EXPECT_EQ(index_.numbers().pinned, 1);
+  index_.Detach(0);
+  EXPECT_EQ(EvictAll(), 0);
+  Unpin({1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(EvictAll(), 1);
+}
+
+}  // namespace
+}  // namespace kvpage::testing
