@@ -1,32 +1,49 @@
 #include "cache/eviction_order.h"
 
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <queue>
 #include <unordered_map>
 
 namespace kvpage {
 
+double EvictionOrder::Value(std::int32_t id) const {
+  return tree_.entry(id).dropped ? -std::numeric_limits<double>::infinity() : policy_->Value(id);
+}
+
 void EvictionOrder::Update(std::int32_t id) {
+  Leave(id);
   PrefixEntry& entry = tree_.entry(id);
-  const bool leaf = entry.tokens > 0 && entry.children.empty() && entry.pins == 0;
-  if (leaf == entry.listed) return;
-  if (leaf) {
-    leaves_.emplace(policy_->Value(id), id);
-    entry.listed = true;
-  } else {
-    Leave(id);
-  }
+  if (entry.tokens == 0 || !entry.children.empty() || entry.pins > 0) return;
+  if (id >= static_cast<std::int64_t>(listed_.size())) listed_.resize(std::max<std::size_t>(64, 2 * id));
+  listed_[id] = Value(id);
+  leaves_.emplace(listed_[id], id);
+  entry.listed = true;
 }
 
 void EvictionOrder::Touch(std::int32_t id) {
-  Leave(id);
-  policy_->Touched(id);
+  tree_.entry(id).dropped = false;
+  policy_->OnTouched(id);
   Update(id);
+  for (std::int32_t other; (other = policy_->TakeDemoted()) != kNoEntry;) Update(other);
+}
+
+void EvictionOrder::Drop(std::int32_t id) {
+  tree_.entry(id).dropped = true;
+  Update(id);
+}
+
+void EvictionOrder::Retain(std::int32_t id) {
+  tree_.entry(id).dropped = false;
+  policy_->OnRetained(id);
+  Update(id);
+  for (std::int32_t other; (other = policy_->TakeDemoted()) != kNoEntry;) Update(other);
 }
 
 void EvictionOrder::Leave(std::int32_t id) {
   PrefixEntry& entry = tree_.entry(id);
-  if (entry.listed) leaves_.erase(Rank(policy_->Value(id), id));
+  if (entry.listed) leaves_.erase(Rank(listed_[id], id));
   entry.listed = false;
 }
 
@@ -54,7 +71,7 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
     const std::int32_t parent = tree_.entry(id).parent;
     const PrefixEntry& before = tree_.entry(parent);
     if (before.tokens > 0 && before.pins == 0 && ++planned[parent] == before.children.size()) {
-      exposed.emplace(policy_->Value(parent), parent);
+      exposed.emplace(Value(parent), parent);
     }
   }
   return plan;

@@ -20,11 +20,15 @@ class EvictionOrder {
   EvictionOrder(PrefixTree* tree, std::unique_ptr<EvictionPolicy> policy) : tree_(*tree), policy_(std::move(policy)) {}
 
   EvictionPolicy& policy() { return *policy_; }
-  // Lists the entry where it belongs now. To be called when its children or pins have changed.
+  // Lists the entry where it belongs now. To be called when its children, its pins or its value have changed.
   void Update(std::int32_t id);
-  // The entry was touched by the request that began last.
+  // The request that began last asked for the entry.
   void Touch(std::int32_t id);
-  // The entry is about to be removed or gets a child.
+  // Hints: the entry goes before all that have no such hint, until it is touched; or counts as touched, and stays
+  // longer.
+  void Drop(std::int32_t id);
+  void Retain(std::int32_t id);
+  // The entry gets a child, or is about to be removed.
   void Leave(std::int32_t id);
 
   // Chooses entries, the least valuable leaves first, until they free `enough` blocks. `count` says how many blocks an
@@ -35,9 +39,12 @@ class EvictionOrder {
  private:
   using Rank = std::pair<double, std::int32_t>;  // value, entry
 
+  double Value(std::int32_t id) const;
+
   PrefixTree& tree_;
   const std::unique_ptr<EvictionPolicy> policy_;
   std::set<Rank> leaves_;
+  std::vector<double> listed_;  // by entry: the value under which it is in `leaves_`
 };
 
 }  // namespace kvpage

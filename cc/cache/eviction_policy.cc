@@ -1,25 +1,72 @@
 #include "cache/eviction_policy.h"
 
+#include <set>
+#include <utility>
+
 namespace kvpage {
 namespace {
 
+// Least recently used.
 class Lru final : public EvictionPolicy {
  public:
-  void NextRequest() override { ++now_; }
-  void Stored(std::int32_t entry) override {
-    if (entry >= static_cast<std::int64_t>(last_.size())) last_.resize(entry + 1);
-    last_[entry] = now_;
-  }
-  void Touched(std::int32_t entry) override { last_[entry] = now_; }
+  using EvictionPolicy::EvictionPolicy;
+  void OnTouched(std::int32_t entry) override { At(last_, entry) = now(); }
+  void OnRetained(std::int32_t entry) override { At(last_, entry) = now() + turnover(); }
   double Value(std::int32_t entry) const override { return last_[entry]; }
 
  private:
-  double now_ = 0;
+  void OnStored(std::int32_t entry) override { OnTouched(entry); }
+
   std::vector<double> last_;
+};
+
+// Segmented LRU: what has been touched since it was stored is protected, up to a share of the entries. The least
+// recently used of these goes back to the others, as if it had been touched now.
+class SegmentedLru final : public EvictionPolicy {
+ public:
+  using EvictionPolicy::EvictionPolicy;
+  void OnTouched(std::int32_t entry) override { Protect(entry, now()); }
+  void OnRetained(std::int32_t entry) override { Protect(entry, now() + turnover()); }
+  void OnRemoved(std::int32_t entry) override { protected_.erase(Rank(last_[entry], entry)); }
+  double Value(std::int32_t entry) const override {
+    constexpr double kProtected = 1e15;  // above all times
+    return last_[entry] + (protected_.count(Rank(last_[entry], entry)) > 0 ? kProtected : 0);
+  }
+  std::int32_t TakeDemoted() override {
+    constexpr double kShare = 0.8;
+    if (static_cast<double>(protected_.size()) <= kShare * turnover()) return kNoEntry;
+    const std::int32_t entry = protected_.begin()->second;
+    protected_.erase(protected_.begin());
+    last_[entry] = now();
+    return entry;
+  }
+
+ private:
+  using Rank = std::pair<double, std::int32_t>;  // last touched, entry
+
+  void OnStored(std::int32_t entry) override { At(last_, entry) = now(); }
+  void Protect(std::int32_t entry, double time) {
+    protected_.erase(Rank(last_[entry], entry));
+    last_[entry] = time;
+    protected_.emplace(time, entry);
+  }
+
+  std::vector<double> last_;
+  std::set<Rank> protected_;
 };
 
 }  // namespace
 
-std::unique_ptr<EvictionPolicy> MakeLru() { return std::make_unique<Lru>(); }
+std::unique_ptr<EvictionPolicy> MakePolicy(PrefixPolicy kind, const PrefixTree& tree) {
+  switch (kind) {
+    case PrefixPolicy::kLru:
+      return std::make_unique<Lru>(tree);
+    case PrefixPolicy::kSegmentedLru:
+      return std::make_unique<SegmentedLru>(tree);
+    case PrefixPolicy::kFrequency:
+      break;
+  }
+  return MakeFrequencyPolicy(tree);
+}
 
 }  // namespace kvpage

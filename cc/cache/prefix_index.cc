@@ -21,8 +21,8 @@ struct Sequence {
 };
 
 struct PrefixIndex::Impl {
-  Impl(std::int64_t block_tokens, std::int64_t ranges)
-      : tree(block_tokens, ranges), order(&tree, MakeLru()), pins(&tree) {}
+  Impl(std::int64_t block_tokens, std::int64_t ranges, PrefixPolicy policy)
+      : tree(block_tokens, ranges), order(&tree, MakePolicy(policy, tree)), pins(&tree) {}
 
   // The entries that `tokens` go through, into `path`; the last one may be matched in part. Returns the tokens matched.
   std::int64_t Match(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
@@ -118,13 +118,14 @@ void PrefixIndex::Impl::Remove(std::int32_t id, std::vector<std::int32_t>* dropp
     pins.Retreat(*each);
     dropped->insert(dropped->end(), tree.blocks(*each), tree.blocks(*each) + tree.ranges());
     order.Leave(*each);
+    order.policy().OnRemoved(*each);
     tree.Remove(*each);
   }
   order.Update(parent);
 }
 
-PrefixIndex::PrefixIndex(std::int64_t block_tokens, std::int64_t ranges)
-    : impl_(std::make_unique<Impl>(block_tokens, ranges)) {}
+PrefixIndex::PrefixIndex(std::int64_t block_tokens, std::int64_t ranges, PrefixPolicy policy)
+    : impl_(std::make_unique<Impl>(block_tokens, ranges, policy)) {}
 PrefixIndex::~PrefixIndex() = default;
 
 std::int32_t PrefixIndex::Namespace(const std::string& name) {
@@ -153,9 +154,19 @@ PrefixMatch PrefixIndex::Find(std::int32_t space, const std::int32_t* tokens, st
 }
 
 void PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count) {
-  impl_->order.policy().NextRequest();
-  impl_->Match(space, tokens, count);
-  for (const std::int32_t id : impl_->path) impl_->order.Touch(id);
+  const PrefixTree& tree = impl_->tree;
+  EvictionOrder& order = impl_->order;
+  order.policy().NextRequest();
+  const std::int64_t block_tokens = tree.block_tokens(), found = impl_->Match(space, tokens, count);
+  for (const std::int32_t id : impl_->path) {
+    if (2 * (found - impl_->Begin(id)) >= tree.entry(id).tokens) order.Touch(id);
+  }
+  std::int64_t end = found / block_tokens * block_tokens;
+  std::uint64_t hash = tree.entry(end == 0 ? impl_->roots[space] : impl_->path[end / block_tokens - 1]).hash;
+  for (; end + block_tokens <= count; end += block_tokens) {
+    hash = HashTokens(hash, tokens + end, block_tokens);
+    order.policy().OnMissed(hash);
+  }
 }
 
 void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
@@ -177,6 +188,7 @@ void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_
       if (!sequence.owned.empty() && tree.entry(sequence.owned.back()).depth == block) {
         found = sequence.owned.back();
         tree.Grow(found, key, length);
+        order.policy().OnResized(found);
       } else {
         order.Leave(at);
         found = tree.Add(at, key, length, map + block * tree.ranges());
@@ -219,6 +231,7 @@ void PrefixIndex::Impl::Cut(std::int32_t slot, std::int64_t tokens, std::int64_t
       const std::int32_t same = tree.Shorten(own, kept);
       if (same == kNoEntry) {
         MoveTips(own, own, tokens);
+        order.policy().OnResized(own);
         order.Update(own);
       } else {
         Disown(own);
@@ -255,6 +268,19 @@ std::vector<PrefixIndex::Eviction> PrefixIndex::PlanEviction(std::int64_t enough
 void PrefixIndex::Evict(const std::vector<Eviction>& plan, std::vector<std::int32_t>* dropped) {
   for (const Eviction& eviction : plan) impl_->Remove(static_cast<std::int32_t>(eviction.entry), dropped);
   impl_->evictions += static_cast<std::int64_t>(plan.size());
+}
+
+void PrefixIndex::Hint(std::int32_t space, const std::int32_t* tokens, std::int64_t count, PrefixHint hint) {
+  impl_->Match(space, tokens, count);
+  const std::vector<std::int32_t>& path = impl_->path;
+  for (auto id = path.rbegin(); id != path.rend(); ++id) {
+    if (hint == PrefixHint::kRetain) {
+      impl_->order.Retain(*id);
+    } else {
+      if (id != path.rbegin() && impl_->tree.entry(*id).children.size() > 1) break;
+      impl_->order.Drop(*id);
+    }
+  }
 }
 
 std::int64_t PrefixIndex::Pin(std::int32_t space, const std::int32_t* tokens, std::int64_t count,

@@ -38,6 +38,13 @@ struct PrefixNumbers {
   std::int64_t pinned = 0;     // entries that pins hold
 };
 
+// What eviction goes by: the least recently used; segmented LRU (what was touched again is protected, up to a share of
+// the entries); or, the default, recency and frequency that is remembered beyond eviction.
+enum class PrefixPolicy { kLru, kSegmentedLru, kFrequency };
+
+// What a caller knows of a sequence: it will be asked for again, or not.
+enum class PrefixHint { kRetain, kDrop };
+
 struct PinOptions {
   // Pins hold at most as many entries in all: a pin that would pass it holds the first tokens only.
   std::int64_t most_entries = std::numeric_limits<std::int64_t>::max();
@@ -47,7 +54,7 @@ struct PinOptions {
 
 class PrefixIndex {
  public:
-  PrefixIndex(std::int64_t block_tokens, std::int64_t ranges);
+  PrefixIndex(std::int64_t block_tokens, std::int64_t ranges, PrefixPolicy policy = PrefixPolicy::kFrequency);
   ~PrefixIndex();
 
   // The number of a namespace, made when it is new.
@@ -55,7 +62,8 @@ class PrefixIndex {
 
   // The longest prefix of `tokens` in a namespace. Among entries that match equally far, the one that ends there.
   PrefixMatch Find(std::int32_t space, const std::int32_t* tokens, std::int64_t count) const;
-  // A request asked for `tokens` (hit or not): what eviction remembers of recency and frequency.
+  // A request asked for `tokens` (hit or not): what eviction remembers of recency and frequency. To be called once a
+  // request. An entry of which less than half matches does not count.
   void Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
 
   // A slot holds `count` tokens, in the blocks of `map` ([logical blocks, ranges]). Called again with more tokens as
@@ -83,6 +91,10 @@ class PrefixIndex {
   std::vector<Eviction> PlanEviction(std::int64_t enough, const Freed& count, std::int64_t* freed) const;
   // Removes them; what has been planned is valid until the next change. Appends the blocks that are dropped.
   void Evict(const std::vector<Eviction>& plan, std::vector<std::int32_t>* dropped);
+  // kDrop: the entries of `tokens` are evicted before others, back to the last one that something else continues,
+  // unless a later request asks for them. kRetain: they count as touched now, and stay longer than what is touched
+  // once.
+  void Hint(std::int32_t space, const std::int32_t* tokens, std::int64_t count, PrefixHint hint);
   // Pinned entries are not evicted. A pin holds the entries that `tokens` go through now; entries that a cut removes
   // are no longer held. Pins of the same tokens are counted. Returns how many of the tokens are found and pinned.
   std::int64_t Pin(std::int32_t space, const std::int32_t* tokens, std::int64_t count, const PinOptions& options = {});

@@ -16,7 +16,7 @@ namespace kvpage {
 
 constexpr std::int32_t kNoEntry = -1;
 
-struct PrefixEntry {
+struct alignas(64) PrefixEntry {       // a cache line
   std::uint64_t hash = 0;              // of the prefix that ends with this block, once it is whole
   std::int32_t parent = kNoEntry;      // kNoEntry: a root
   std::int32_t depth = -1;             // the logical block's index; -1: a root
@@ -25,6 +25,7 @@ struct PrefixEntry {
   std::int32_t first_tip = -1;         // first of the slots whose sequence ends here (prefix_index.cc)
   std::int32_t pins = 0;               // pinned prefixes that go through it
   bool listed = false;                 // among those that may be evicted next
+  bool dropped = false;                // to be evicted before others (a hint)
   std::vector<std::int32_t> children;  // in the order of their tokens
 };
 

@@ -71,7 +71,12 @@ class PrefixModel {
   }
   void Touch(std::int32_t space, const Tokens& tokens) {
     ++now_;
-    for (const Key& key : Path(space, tokens, Longest(space, tokens))) entries_.at(key).last = now_;
+    const std::int64_t length = Longest(space, tokens);
+    for (const Key& key : Path(space, tokens, length)) {
+      const std::int64_t begin = Depth(key) * block_tokens_,
+                         size = static_cast<std::int64_t>(key.second.size()) - begin;
+      if (2 * (length - begin) >= size) entries_.at(key).last = now_;
+    }
   }
   void Store(std::int32_t slot, std::int32_t space, const Tokens& tokens, const std::vector<std::int32_t>& map) {
     const std::int64_t count = static_cast<std::int64_t>(tokens.size());

@@ -1,0 +1,162 @@
+// What eviction takes and what pins and hints keep, case by case; and that policies differ as they should.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cache/prefix_index.h"
+
+namespace kvpage::testing {
+namespace {
+
+using Tokens = std::vector<std::int32_t>;
+
+constexpr std::int64_t kAll = std::numeric_limits<std::int64_t>::max();
+
+class PrefixEvictionTest : public ::testing::Test {
+ protected:
+  std::int64_t Found(const Tokens& tokens) {
+    return index_.Find(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())).tokens;
+  }
+  void Touch(const Tokens& tokens) { index_.Touch(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())); }
+  void Store(std::int32_t slot, const Tokens& tokens) {
+    std::vector<std::int32_t> map(tokens.size()), referenced;
+    std::iota(map.begin(), map.end(), 100 * slot);
+    index_.Store(slot, space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), map.data(), &referenced);
+  }
+  std::int64_t Pin(const Tokens& tokens, const PinOptions& options = {}) {
+    return index_.Pin(space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), options);
+  }
+  void Unpin(const Tokens& tokens) { index_.Unpin(space_, tokens.data(), static_cast<std::int64_t>(tokens.size())); }
+  void Hint(const Tokens& tokens, PrefixHint hint) {
+    index_.Hint(space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), hint);
+  }
+  // Stored by a slot that goes on to something else.
+  void Leave(const Tokens& tokens) {
+    Touch(tokens);
+    Store(0, tokens);
+    index_.Detach(0);
+  }
+  std::int64_t EvictAll() { return Evict(kAll); }
+  std::int64_t Evict(std::int64_t enough) {
+    std::int64_t freed;
+    std::vector<std::int32_t> dropped;
+    index_.Evict(index_.PlanEviction(
+                     enough, [](const std::int32_t*, std::int32_t owner) { return owner < 0 ? 1 : -1; }, &freed),
+                 &dropped);
+    return freed;
+  }
+
+  PrefixIndex index_{2, 1};
+  const std::int32_t space_ = index_.Namespace("");
+};
+
+TEST_F(PrefixEvictionTest, APinnedPrefixStaysUntilItIsUnpinnedAsOften) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  index_.Detach(0);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 9}), 4);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 9}), 4);
+  EXPECT_EQ(index_.numbers().pinned, 2);
+  EXPECT_EQ(EvictAll(), 1);
+  Unpin({1, 2, 3, 4, 9});
+  Unpin({1, 2, 3, 4});  // no pin of these tokens
+  EXPECT_EQ(EvictAll(), 0);
+  Unpin({1, 2, 3, 4, 9});
+  EXPECT_EQ(index_.numbers().pinned, 0);
+  EXPECT_EQ(EvictAll(), 2);
+}
+
+TEST_F(PrefixEvictionTest, PinsHaveACapAndExpire) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  Store(1, {7, 8, 9});
+  index_.Detach(0);
+  index_.Detach(1);
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}, {2, 10.0}), 4);
+  EXPECT_EQ(Pin({7, 8, 9}, {2, 20.0}), 0);
+  EXPECT_EQ(Pin({7, 8, 9}, {4, 20.0}), 3);
+  index_.ExpirePins(9.9);
+  EXPECT_EQ(EvictAll(), 1);
+  index_.ExpirePins(10.0);
+  EXPECT_EQ(EvictAll(), 2);
+  index_.ExpirePins(20.0);
+  EXPECT_EQ(EvictAll(), 2);
+}
+
+TEST_F(PrefixEvictionTest, ACutTakesPinnedEntriesAndThePinGoesBackToWhatIsLeft) {
+  Store(0, {1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}), 6);
+  std::vector<std::int32_t> dropped;
+  index_.Cut(0, 3, 0, &dropped);
+  EXPECT_EQ(index_.numbers().pinned, 2);
+  index_.Cut(0, 2, 0, &dropped);
+  EXPECT_EQ(index_.numbers().pinned, 1);
+  index_.Detach(0);
+  EXPECT_EQ(EvictAll(), 0);
+  Unpin({1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(EvictAll(), 1);
+}
+
+TEST_F(PrefixEvictionTest, WhatIsDroppedGoesFirstBackToWhatOthersContinue) {
+  Leave({1, 2, 3, 4, 7, 8});
+  Leave({9, 9});
+  Leave({1, 2, 3, 4, 5, 6, 7, 8});
+  Hint({1, 2, 3, 4, 5, 6, 7, 8}, PrefixHint::kDrop);
+  EXPECT_EQ(Evict(2), 2);
+  EXPECT_EQ(Found({1, 2, 3, 4, 5, 6, 7, 8}), 4);
+  EXPECT_EQ(Found({1, 2, 3, 4, 7, 8}), 6);
+  EXPECT_EQ(Found({9, 9}), 2);
+  Hint({1, 2, 3, 4, 7, 8}, PrefixHint::kDrop);
+  Touch({1, 2, 3, 4, 7, 8});  // it is asked for after all
+  EXPECT_EQ(Evict(1), 1);
+  EXPECT_EQ(Found({9, 9}), 0);
+}
+
+TEST_F(PrefixEvictionTest, WhatIsRetainedOutlivesWhatCameLater) {
+  Leave({1, 2});
+  Leave({3, 4});
+  Hint({1, 2}, PrefixHint::kRetain);
+  Leave({5, 6});
+  EXPECT_EQ(Evict(2), 2);
+  EXPECT_EQ(Found({1, 2}), 2);
+}
+
+TEST_F(PrefixEvictionTest, FrequencyIsRememberedBeyondEviction) {
+  for (int times = 0; times < 3; ++times) Leave({1, 2});
+  EXPECT_EQ(EvictAll(), 1);
+  Leave({1, 2});
+  Leave({3, 4});
+  EXPECT_EQ(Evict(1), 1);
+  EXPECT_EQ(Found({1, 2}), 2);
+  EXPECT_EQ(Found({3, 4}), 0);
+}
+
+TEST_F(PrefixEvictionTest, PartialBlocksGoFirst) {
+  Leave({1, 2, 3, 4});
+  Leave({5});
+  EXPECT_EQ(Evict(1), 1);
+  EXPECT_EQ(Found({5}), 0);
+}
+
+TEST(PrefixPolicyTest, SegmentedLruProtectsAShareOfTheEntries) {
+  PrefixIndex index(1, 1, PrefixPolicy::kSegmentedLru);
+  const std::int32_t space = index.Namespace("");
+  const auto touch = [&](std::int32_t token) {
+    const std::int32_t block = token;
+    std::vector<std::int32_t> referenced;
+    index.Touch(space, &token, 1);
+    index.Store(0, space, &token, 1, &block, &referenced);
+    index.Detach(0);
+  };
+  for (std::int32_t token = 0; token < 5; ++token) touch(token);
+  for (std::int32_t token = 0; token < 5; ++token) touch(token);  // the last one makes 0 probationary again
+  touch(5);
+  std::int64_t freed;
+  std::vector<std::int32_t> dropped;
+  index.Evict(index.PlanEviction(6, [](const std::int32_t*, std::int32_t) { return 1; }, &freed), &dropped);
+  EXPECT_EQ(dropped, (std::vector<std::int32_t>{0, 5, 1, 2, 3, 4}));
+}
+
+}  // namespace
+}  // namespace kvpage::testing
