@@ -14,18 +14,22 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run(doc: str, measure: Callable[[bool], dict[str, Any]]) -> None:
+def run(doc: str, measure: Callable[..., dict[str, Any]], **options: str) -> None:
     """Prints the rows of `measure(quick)["tables"]`, or its result as one JSON object.
 
     Args:
         doc: the benchmark's docstring; its first line is the help text.
         measure: takes whether to be quick. Cells that are None are left out of the printed rows.
+        **options: further options by name, with their defaults; `measure` takes their values as
+            keywords.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
     arguments = parser.parse_args()
-    result = measure(arguments.quick)
+    result = measure(arguments.quick, **{name: getattr(arguments, name) for name in options})
     if arguments.json:
         print(json.dumps(result))
         return

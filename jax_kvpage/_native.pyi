@@ -4,6 +4,9 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 FFI_API_VERSION: tuple[int, int]
 # The CUDA kernels' architectures ("80-real,90a-real,90-virtual"); "" in a build without CUDA.
 CUDA_ARCHITECTURES: str
@@ -204,6 +207,67 @@ class CudaReport:
 
 # Opens the driver, but no context. Works in every build.
 def cuda_report() -> CudaReport: ...
+
+class PrefixMatch:
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def blocks(self) -> list[int]: ...  # for each logical block, one for each range
+    @property
+    def owners(self) -> list[int]: ...
+    @property
+    def behind(self) -> int: ...
+    @property
+    def leaf(self) -> bool: ...
+
+class PrefixNumbers:
+    @property
+    def entries(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def pinned(self) -> int: ...
+
+class PrefixIndex:
+    """The prefix index by itself, for tests and benchmarks (cc/cache/prefix_index.h).
+
+    Namespaces are numbers, made by `namespace`; 0 is that of "".
+    """
+
+    def __init__(
+        self,
+        block_tokens: int,
+        ranges: int = 1,
+        policy: str = "frequency",  # or "lru", "segmented_lru"
+    ) -> None: ...
+    def namespace(self, name: str) -> int: ...
+    def find(self, tokens: NDArray[np.int32], space: int = 0) -> PrefixMatch: ...
+    def touch(self, tokens: NDArray[np.int32], space: int = 0) -> None: ...
+    # Blocks that are referred to now.
+    def store(
+        self, slot: int, tokens: NDArray[np.int32], map: NDArray[np.int32], space: int = 0
+    ) -> NDArray[np.int32]: ...
+    def tokens(self, slot: int) -> int: ...
+    # Blocks that are no longer referred to.
+    def cut(self, slot: int, tokens: int, keep_blocks: int = 0) -> NDArray[np.int32]: ...
+    def detach(self, slot: int) -> None: ...
+    # The same, of entries without an owner; they free their blocks.
+    def evict(self, enough: int) -> NDArray[np.int32]: ...
+    # "retain" or "drop"
+    def hint(self, tokens: NDArray[np.int32], hint: str, space: int = 0) -> None: ...
+    def pin(
+        self,
+        tokens: NDArray[np.int32],
+        most_entries: int = ...,
+        expires: float = ...,
+        space: int = 0,
+    ) -> int: ...
+    def unpin(self, tokens: NDArray[np.int32], space: int = 0) -> None: ...
+    def expire_pins(self, now: float) -> None: ...
+    @property
+    def numbers(self) -> PrefixNumbers: ...
 
 # Only in a build with JAX_KVPAGE_TESTING.
 class FakeDriver:

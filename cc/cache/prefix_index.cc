@@ -180,6 +180,10 @@ void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_
   const std::int64_t block_tokens = tree.block_tokens();
   std::int64_t block = sequence.tokens / block_tokens;
   std::int32_t at = sequence.tokens % block_tokens == 0 ? sequence.tip : tree.entry(sequence.tip).parent;
+  impl_->path.clear();
+  tree.Walk(at, tokens + block * block_tokens, count - block * block_tokens, &impl_->path);
+  block += static_cast<std::int64_t>(impl_->path.size());
+  if (!impl_->path.empty()) at = impl_->path.back();
   for (; block * block_tokens < count; ++block) {
     const std::int32_t* const key = tokens + block * block_tokens;
     const std::int64_t length = std::min(block_tokens, count - block * block_tokens);

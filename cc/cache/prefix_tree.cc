@@ -114,13 +114,13 @@ void PrefixTree::Unlink(std::int32_t id) {
   if (unlinked.tokens == block_tokens_) Erase(id);
 }
 
-void PrefixTree::Walk(std::int32_t root, const std::int32_t* tokens, std::int64_t count,
+void PrefixTree::Walk(std::int32_t from, const std::int32_t* tokens, std::int64_t count,
                       std::vector<std::int32_t>* path) const {
   const std::int64_t blocks = count / block_tokens_;
   std::uint64_t hashes[kAhead];
   std::int32_t found[kAhead];
-  std::uint64_t hash = entry(root).hash;
-  std::int32_t parent = root;
+  std::uint64_t hash = entry(from).hash;
+  std::int32_t parent = from;
   for (std::int64_t first = 0; first < blocks; first += kAhead) {
     const std::int64_t window = std::min(kAhead, blocks - first);
     for (std::int64_t i = 0; i < window; ++i) {

@@ -54,8 +54,8 @@ class PrefixTree {
   // Removes an entry without children.
   void Remove(std::int32_t id);
 
-  // The entries of the whole blocks that `tokens` begin with, appended to `path`.
-  void Walk(std::int32_t root, const std::int32_t* tokens, std::int64_t count, std::vector<std::int32_t>* path) const;
+  // The entries of the whole blocks with which `tokens` continue an entry or a root, appended to `path`.
+  void Walk(std::int32_t from, const std::int32_t* tokens, std::int64_t count, std::vector<std::int32_t>* path) const;
   // The child that has most of the first tokens of `key` in common, and how many: at least one, or kNoEntry and 0.
   // Among equals, one that ends there if there is one, else the first.
   std::int32_t Nearest(std::int32_t parent, const std::int32_t* key, std::int64_t count, std::int64_t* common) const;

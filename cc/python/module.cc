@@ -12,6 +12,7 @@
 #include "python/cuda_binding.h"
 #include "python/errors.h"
 #include "python/pool_binding.h"
+#include "python/prefix_index_binding.h"
 #include "vmm/limits.h"
 #include "vmm/mappings.h"
 #ifdef KVPAGE_TESTING  // defined by CMake in a build with JAX_KVPAGE_TESTING
@@ -75,6 +76,7 @@ NB_MODULE(_native, m) {
   BindTesting(m);
 #endif
   BindPool(m);
+  BindPrefixIndex(m);
 }
 
 }  // namespace kvpage

@@ -1,0 +1,14 @@
+// The prefix index by itself, for tests and benchmarks: pools have one of their own.
+#ifndef KVPAGE_PYTHON_PREFIX_INDEX_BINDING_H_
+#define KVPAGE_PYTHON_PREFIX_INDEX_BINDING_H_
+
+#include <nanobind/nanobind.h>
+
+namespace kvpage {
+
+// Classes `PrefixIndex`, `PrefixMatch` and `PrefixNumbers`.
+void BindPrefixIndex(nanobind::module_& m);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_PYTHON_PREFIX_INDEX_BINDING_H_
