@@ -129,8 +129,9 @@ PrefixIndex::PrefixIndex(std::int64_t block_tokens, std::int64_t ranges, PrefixP
 PrefixIndex::~PrefixIndex() = default;
 
 std::int32_t PrefixIndex::Namespace(const std::string& name) {
-  const auto [place, added] = impl_->spaces.emplace(name, static_cast<std::int32_t>(impl_->roots.size()));
-  if (added) impl_->roots.push_back(impl_->tree.AddRoot(HashName(name)));
+  const std::int32_t next = static_cast<std::int32_t>(impl_->roots.size());
+  const auto [place, added] = impl_->spaces.emplace(name, next);
+  if (added) impl_->roots.push_back(impl_->tree.AddRoot(HashName(name), next));
   return place->second;
 }
 
@@ -304,6 +305,32 @@ void PrefixIndex::Unpin(std::int32_t space, const std::int32_t* tokens, std::int
 
 void PrefixIndex::ExpirePins(double now) {
   for (const std::int32_t end : impl_->pins.Expire(now)) impl_->order.Update(end);
+}
+
+void PrefixIndex::RecordEvents(std::int64_t most) { impl_->tree.events().Start(static_cast<std::size_t>(most)); }
+
+std::vector<PrefixEvent> PrefixIndex::TakeEvents() {
+  PrefixTree& tree = impl_->tree;
+  const bool incomplete = tree.events().incomplete();
+  std::vector<PrefixEvent> events = tree.events().Take();
+  if (!tree.events().recording() || !incomplete) return events;
+  events.emplace_back();  // kCleared
+  ForEach([&](std::int32_t, std::int32_t entry, std::int32_t, const std::int32_t*, std::int64_t) {
+    if (tree.Whole(entry)) events.push_back(tree.StoredEvent(entry));
+  });
+  return events;
+}
+
+void PrefixIndex::ForEach(const Visit& visit) const {
+  const PrefixTree& tree = impl_->tree;
+  std::vector<std::int32_t> next = impl_->roots;
+  while (!next.empty()) {
+    const std::int32_t id = next.back();
+    next.pop_back();
+    const PrefixEntry& entry = tree.entry(id);
+    next.insert(next.end(), entry.children.rbegin(), entry.children.rend());
+    if (entry.tokens > 0) visit(entry.space, id, entry.parent, tree.tokens(id), entry.tokens);
+  }
 }
 
 PrefixNumbers PrefixIndex::numbers() const {

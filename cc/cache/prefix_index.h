@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "cache/prefix_events.h"
+
 namespace kvpage {
 
 // Where a look-up ended. `blocks` and `owners` are those of the entries that the match goes through, the last of which
@@ -103,6 +105,18 @@ class PrefixIndex {
   // Takes away the pins that expire at `now` or before, in seconds of any clock.
   void ExpirePins(double now);
 
+  // ---- events ----
+  // Records up to `most` events; 0 (as in the beginning): none.
+  void RecordEvents(std::int64_t most);
+  // What happened since the last call. After RecordEvents, and when more happened than is recorded: kCleared, then all
+  // whole blocks as kStored, parents before what continues them.
+  std::vector<PrefixEvent> TakeEvents();
+
+  // Visits all entries, parents before what continues them: an entry's namespace, its number, its parent's (one that
+  // was not visited: a namespace) and its tokens.
+  using Visit = std::function<void(std::int32_t space, std::int32_t entry, std::int32_t parent,
+                                   const std::int32_t* tokens, std::int64_t count)>;
+  void ForEach(const Visit& visit) const;
   PrefixNumbers numbers() const;
 
  private:

@@ -38,10 +38,11 @@ std::int32_t PrefixTree::NewId() {
   return num_ids_++;
 }
 
-std::int32_t PrefixTree::AddRoot(std::uint64_t hash) {
+std::int32_t PrefixTree::AddRoot(std::uint64_t hash, std::int32_t space) {
   const std::int32_t id = NewId();
   entry(id) = PrefixEntry();
   entry(id).hash = hash;
+  entry(id).space = space;
   return id;
 }
 
@@ -52,6 +53,7 @@ std::int32_t PrefixTree::Add(std::int32_t parent, const std::int32_t* tokens, st
   added = PrefixEntry();
   added.parent = parent;
   added.depth = entry(parent).depth + 1;
+  added.space = entry(parent).space;
   added.tokens = static_cast<std::int32_t>(count);
   std::copy_n(tokens, count, Row(id));
   std::copy_n(blocks, ranges_, Row(id) + block_tokens_);
@@ -103,6 +105,7 @@ void PrefixTree::Link(std::int32_t id) {
   if (linked.tokens < block_tokens_) return;
   linked.hash = HashTokens(entry(linked.parent).hash, tokens(id), block_tokens_);
   Insert(id);
+  if (events_.recording()) events_.Add(StoredEvent(id));
 }
 
 void PrefixTree::Unlink(std::int32_t id) {
@@ -111,7 +114,16 @@ void PrefixTree::Unlink(std::int32_t id) {
   std::size_t place = LowerBound(siblings, tokens(id), unlinked.tokens);
   while (siblings[place] != id) ++place;  // equal ones exist for a moment in Shorten
   siblings.erase(siblings.begin() + place);
-  if (unlinked.tokens == block_tokens_) Erase(id);
+  if (unlinked.tokens < block_tokens_) return;
+  Erase(id);
+  if (events_.recording()) events_.Add(PrefixEvent{PrefixEvent::Kind::kRemoved, unlinked.hash, 0, 0, {}});
+}
+
+PrefixEvent PrefixTree::StoredEvent(std::int32_t id) const {
+  const PrefixEntry& stored = entry(id);
+  const std::uint64_t parent = stored.depth == 0 ? 0 : entry(stored.parent).hash;
+  return PrefixEvent{
+      PrefixEvent::Kind::kStored, stored.hash, stored.space, parent, {tokens(id), tokens(id) + block_tokens_}};
 }
 
 void PrefixTree::Walk(std::int32_t from, const std::int32_t* tokens, std::int64_t count,

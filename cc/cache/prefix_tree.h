@@ -12,6 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "cache/prefix_events.h"
+
 namespace kvpage {
 
 constexpr std::int32_t kNoEntry = -1;
@@ -24,6 +26,7 @@ struct alignas(64) PrefixEntry {       // a cache line
   std::int32_t owner = -1;             // the slot that wrote it and still maps it
   std::int32_t first_tip = -1;         // first of the slots whose sequence ends here (prefix_index.cc)
   std::int32_t pins = 0;               // pinned prefixes that go through it
+  std::int32_t space = -1;             // the number of its namespace
   bool listed = false;                 // among those that may be evicted next
   bool dropped = false;                // to be evicted before others (a hint)
   std::vector<std::int32_t> children;  // in the order of their tokens
@@ -43,7 +46,11 @@ class PrefixTree {
   std::int64_t block_tokens() const { return block_tokens_; }
   std::int64_t ranges() const { return ranges_; }
 
-  std::int32_t AddRoot(std::uint64_t hash);
+  // What becomes or ceases to be a whole block is recorded here.
+  PrefixEvents& events() { return events_; }
+  PrefixEvent StoredEvent(std::int32_t id) const;
+
+  std::int32_t AddRoot(std::uint64_t hash, std::int32_t space);
   // `tokens` continue `parent` and are no entry yet.
   std::int32_t Add(std::int32_t parent, const std::int32_t* tokens, std::int64_t count, const std::int32_t* blocks);
   // The entry goes on to `count` tokens in all, of which it has the first.
@@ -95,6 +102,7 @@ class PrefixTree {
   std::vector<Bucket> buckets_ = std::vector<Bucket>(64, Bucket{0, kNoEntry});
   std::size_t num_whole_ = 0;
   std::int64_t num_entries_ = 0, num_tokens_ = 0;
+  PrefixEvents events_;
 };
 
 }  // namespace kvpage

@@ -2,12 +2,14 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -91,6 +93,21 @@ class Index {
   }
   void Unpin(const Int32s& tokens, std::int32_t space) { index_.Unpin(Known(space), tokens.data(), Size(tokens)); }
   void ExpirePins(double now) { index_.ExpirePins(now); }
+  void RecordEvents(std::int64_t most) {
+    if (most < 0) throw nb::value_error("most must not be negative");
+    index_.RecordEvents(most);
+  }
+  std::vector<PrefixEvent> TakeEvents() { return index_.TakeEvents(); }
+  // (namespace, entry, its parent, its tokens)
+  using Entry = std::tuple<std::int32_t, std::int32_t, std::int32_t, std::vector<std::int32_t>>;
+  std::vector<Entry> Entries() const {
+    std::vector<Entry> entries;
+    index_.ForEach([&](std::int32_t space, std::int32_t entry, std::int32_t parent, const std::int32_t* tokens,
+                       std::int64_t count) {
+      entries.emplace_back(space, entry, parent, std::vector<std::int32_t>(tokens, tokens + count));
+    });
+    return entries;
+  }
   PrefixNumbers Numbers() const { return index_.numbers(); }
 
  private:
@@ -108,6 +125,18 @@ class Index {
   PrefixIndex index_;
 };
 
+const char* KindName(const PrefixEvent& event) {
+  switch (event.kind) {
+    case PrefixEvent::Kind::kStored:
+      return "stored";
+    case PrefixEvent::Kind::kRemoved:
+      return "removed";
+    case PrefixEvent::Kind::kCleared:
+      break;
+  }
+  return "cleared";
+}
+
 }  // namespace
 
 void BindPrefixIndex(nb::module_& m) {
@@ -122,6 +151,12 @@ void BindPrefixIndex(nb::module_& m) {
       .def_ro("tokens", &PrefixNumbers::tokens)
       .def_ro("evictions", &PrefixNumbers::evictions)
       .def_ro("pinned", &PrefixNumbers::pinned);
+  nb::class_<PrefixEvent>(m, "PrefixEvent")
+      .def_prop_ro("kind", &KindName)
+      .def_ro("hash", &PrefixEvent::hash)
+      .def_ro("space", &PrefixEvent::space)
+      .def_ro("parent", &PrefixEvent::parent)
+      .def_ro("tokens", &PrefixEvent::tokens);
   constexpr std::int64_t kNoCap = std::numeric_limits<std::int64_t>::max();
   constexpr double kNever = std::numeric_limits<double>::infinity();
   nb::class_<Index>(m, "PrefixIndex")
@@ -139,6 +174,9 @@ void BindPrefixIndex(nb::module_& m) {
       .def("pin", &Index::Pin, "tokens"_a, "most_entries"_a = kNoCap, "expires"_a = kNever, "space"_a = 0)
       .def("unpin", &Index::Unpin, "tokens"_a, "space"_a = 0)
       .def("expire_pins", &Index::ExpirePins, "now"_a)
+      .def("record_events", &Index::RecordEvents, "most"_a)
+      .def("take_events", &Index::TakeEvents)
+      .def("entries", &Index::Entries)
       .def_prop_ro("numbers", &Index::Numbers);
 }
 

@@ -6,7 +6,7 @@
 
 namespace kvpage {
 
-// Classes `PrefixIndex`, `PrefixMatch` and `PrefixNumbers`.
+// Class `PrefixIndex`, and those of its results.
 void BindPrefixIndex(nanobind::module_& m);
 
 }  // namespace kvpage

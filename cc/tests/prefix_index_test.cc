@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <numeric>
 #include <random>
 #include <set>
@@ -32,6 +33,7 @@ class Twins {
         index_(block_tokens, ranges, policy),
         model_(block_tokens, ranges) {
     for (const char* name : {"one", "another"}) index_.Namespace(name);
+    index_.RecordEvents(1 + seed % 11);  // sometimes fewer than happen
   }
 
   void Step() {
@@ -63,6 +65,7 @@ class Twins {
       ASSERT_EQ(found.leaf, expected.leaf);
     }
     ASSERT_EQ(references_, model_.Blocks());
+    CheckEvents();
     std::int64_t tokens = 0;
     for (const auto& [key, entry] : model_.entries()) tokens += key.second.size() - model_.Depth(key) * block_tokens_;
     ASSERT_EQ(index_.numbers().tokens, tokens);
@@ -97,6 +100,37 @@ class Twins {
     }
     for (std::int32_t more = Below(2 * block_tokens_); more > 0; --more) tokens.push_back(Below(2) - 1);
     return tokens;
+  }
+
+  // The events, replayed from the start, give the whole blocks.
+  void CheckEvents() {
+    if (Below(3) > 0) return;
+    for (const PrefixEvent& event : index_.TakeEvents()) {
+      switch (event.kind) {
+        case PrefixEvent::Kind::kCleared:
+          replayed_.clear();
+          break;
+        case PrefixEvent::Kind::kRemoved:
+          ASSERT_EQ(replayed_.erase(event.hash), 1u);
+          break;
+        case PrefixEvent::Kind::kStored: {
+          PrefixModel::Key key(event.space, {});
+          if (event.parent != 0) {
+            ASSERT_EQ(replayed_.count(event.parent), 1u);
+            key = replayed_[event.parent];
+          }
+          ASSERT_EQ(key.first, event.space);
+          key.second.insert(key.second.end(), event.tokens.begin(), event.tokens.end());
+          ASSERT_TRUE(replayed_.emplace(event.hash, key).second);
+        }
+      }
+    }
+    std::set<PrefixModel::Key> whole, replayed;
+    for (const auto& [hash, key] : replayed_) replayed.insert(key);
+    for (const auto& [key, entry] : model_.entries()) {
+      if (static_cast<std::int64_t>(key.second.size()) % block_tokens_ == 0) whole.insert(key);
+    }
+    ASSERT_EQ(replayed, whole);
   }
 
   void Store(std::int32_t slot) {
@@ -192,6 +226,7 @@ class Twins {
   PrefixModel model_;
   Slot slots_[kSlots];
   std::multiset<std::int32_t> references_;
+  std::map<std::uint64_t, PrefixModel::Key> replayed_;  // from events
   std::int32_t next_block_ = 0;
 };
 
