@@ -40,6 +40,8 @@ class PrefixTree {
   const PrefixEntry& entry(std::int32_t id) const { return entries_[id >> kChunkBits][id & kChunkMask]; }
   const std::int32_t* tokens(std::int32_t id) const { return Row(id); }
   const std::int32_t* blocks(std::int32_t id) const { return Row(id) + block_tokens_; }
+  // How many tokens there are before the entry's; less than 0 for a root.
+  std::int64_t Begin(std::int32_t id) const { return entry(id).depth * block_tokens_; }
   bool Whole(std::int32_t id) const { return entry(id).tokens == block_tokens_; }
   std::int64_t num_entries() const { return num_entries_; }  // without roots
   std::int64_t num_tokens() const { return num_tokens_; }

@@ -1,0 +1,58 @@
+// SlotSequences: the sequences of slots in the prefix tree. What a slot stores, cuts and leaves behind, and the removal
+// of entries, which shortens the sequences that go through them.
+#ifndef KVPAGE_CACHE_SLOT_SEQUENCES_H_
+#define KVPAGE_CACHE_SLOT_SEQUENCES_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/eviction_order.h"
+#include "cache/prefix_pins.h"
+#include "cache/prefix_tree.h"
+
+namespace kvpage {
+
+class SlotSequences {
+ public:
+  SlotSequences(PrefixTree* tree, EvictionOrder* order, PrefixPins* pins)
+      : tree_(*tree), order_(*order), pins_(*pins) {}
+
+  // As in PrefixIndex; `root` is that of the namespace.
+  void Store(std::int32_t slot, std::int32_t root, const std::int32_t* tokens, std::int64_t count,
+             const std::int32_t* map, std::vector<std::int32_t>* referenced);
+  std::int64_t Tokens(std::int32_t slot) const { return Known(slot) ? sequences_[slot].tokens : 0; }
+  void Cut(std::int32_t slot, std::int64_t tokens, std::int64_t keep_blocks, std::vector<std::int32_t>* dropped);
+  void Detach(std::int32_t slot);
+  // Removes an entry and all that continues it. Appends their blocks.
+  void Remove(std::int32_t id, std::vector<std::int32_t>* dropped);
+
+ private:
+  // What a slot's sequence is in the tree: the path of entries that ends at `tip`. Some of them are the slot's.
+  struct Sequence {
+    std::int32_t tip = kNoEntry;  // the entry with its last token, a root when there is none; kNoEntry: no sequence
+    std::int64_t tokens = 0;
+    std::int32_t before = -1, after = -1;  // neighbours among the slots with this tip
+    // The slot's own entries, at most one for a logical block, by depth. The last one may lie beside the path: the slot
+    // wrote the first tokens of a block of which another entry has more.
+    std::vector<std::int32_t> owned;
+  };
+
+  bool Known(std::int32_t slot) const { return slot < static_cast<std::int64_t>(sequences_.size()); }
+  void SetTip(std::int32_t slot, std::int32_t tip);
+  // The sequences that end at an entry end at another one now, at the latest at `end`. Those that have an entry of
+  // their own beside their path keep its tokens.
+  void MoveTips(std::int32_t from, std::int32_t to, std::int64_t end);
+  void Disown(std::int32_t id);
+  // An entry keeps what is before the first `tokens` of its sequence; what continues it is removed.
+  void Shorten(std::int32_t id, std::int64_t tokens, std::vector<std::int32_t>* dropped);
+
+  PrefixTree& tree_;
+  EvictionOrder& order_;
+  PrefixPins& pins_;
+  std::vector<Sequence> sequences_;  // by slot
+  std::vector<std::int32_t> path_;   // of the last Store
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_SLOT_SEQUENCES_H_
