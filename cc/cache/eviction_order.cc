@@ -5,6 +5,7 @@
 #include <limits>
 #include <queue>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace kvpage {
 
@@ -50,10 +51,14 @@ void EvictionOrder::Leave(std::int32_t id) {
 std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
                                               const std::function<std::int64_t(std::int32_t)>& count,
                                               std::int64_t* freed) const {
-  std::vector<std::int32_t> plan;
-  // Entries all of whose children are planned, and how many children of an entry are.
+  struct Chosen {
+    std::int32_t id;
+    std::int64_t blocks;
+  };
+  std::vector<Chosen> chosen;
+  // Entries all of whose children are chosen, and how many children of an entry are.
   std::priority_queue<Rank, std::vector<Rank>, std::greater<>> exposed;
-  std::unordered_map<std::int32_t, std::size_t> planned;
+  std::unordered_map<std::int32_t, std::size_t> children;
   auto next = leaves_.begin();
   *freed = 0;
   while (*freed < enough && (next != leaves_.end() || !exposed.empty())) {
@@ -67,13 +72,22 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
     const std::int64_t blocks = count(id);
     if (blocks < 0) continue;
     *freed += blocks;
-    plan.push_back(id);
+    chosen.push_back({id, blocks});
     const std::int32_t parent = tree_.entry(id).parent;
     const PrefixEntry& before = tree_.entry(parent);
-    if (before.tokens > 0 && before.pins == 0 && ++planned[parent] == before.children.size()) {
+    if (before.tokens > 0 && before.pins == 0 && ++children[parent] == before.children.size()) {
       exposed.emplace(Value(parent), parent);
     }
   }
+  // An entry that frees nothing goes only if one that it continues goes.
+  std::vector<std::int32_t> plan;
+  std::unordered_set<std::int32_t> planned;
+  for (auto each = chosen.rbegin(); each != chosen.rend(); ++each) {
+    if (each->blocks == 0 && planned.count(tree_.entry(each->id).parent) == 0) continue;
+    planned.insert(each->id);
+    plan.push_back(each->id);
+  }
+  std::reverse(plan.begin(), plan.end());
   return plan;
 }
 

@@ -32,7 +32,8 @@ class EvictionOrder {
   void Leave(std::int32_t id);
 
   // Chooses entries, the least valuable leaves first, until they free `enough` blocks. `count` says how many blocks an
-  // entry frees, -1 if it must stay.
+  // entry frees, -1 if it must stay. Entries that free nothing are chosen only where they continue one that
+  // frees some.
   std::vector<std::int32_t> Plan(std::int64_t enough, const std::function<std::int64_t(std::int32_t)>& count,
                                  std::int64_t* freed) const;
 

@@ -89,7 +89,8 @@ class PrefixIndex {
   // How many physical blocks come free when the index drops these ([ranges], of an entry with this owner); -1: the
   // entry must stay, because a live slot maps it.
   using Freed = std::function<std::int64_t(const std::int32_t* blocks, std::int32_t owner)>;
-  // Chooses entries until `enough` physical blocks come free, or all that can go. `freed`: how many do.
+  // Chooses entries until `enough` physical blocks come free, or all that can go; entries that free none only where
+  // they continue one that does. `freed`: how many come free.
   std::vector<Eviction> PlanEviction(std::int64_t enough, const Freed& count, std::int64_t* freed) const;
   // Removes them; what has been planned is valid until the next change. Appends the blocks that are dropped.
   void Evict(const std::vector<Eviction>& plan, std::vector<std::int32_t>* dropped);

@@ -132,6 +132,25 @@ TEST_F(PrefixEvictionTest, FrequencyIsRememberedBeyondEviction) {
   EXPECT_EQ(Found({3, 4}), 0);
 }
 
+TEST_F(PrefixEvictionTest, WhatFreesNothingStaysUnlessItContinuesWhatIsEvicted) {
+  Store(1, {9, 9});        // block 100
+  Store(2, {1, 2, 3, 4});  // blocks 200 and 201
+  index_.Detach(1);
+  index_.Detach(2);
+  std::int64_t freed;
+  const auto plan = [&](std::int32_t frees) {
+    const auto count = [frees](const std::int32_t* blocks, std::int32_t) { return blocks[0] == frees ? 1 : 0; };
+    return index_.PlanEviction(kAll, count, &freed);
+  };
+  EXPECT_TRUE(plan(-1).empty());
+  EXPECT_EQ(plan(201).size(), 1);
+  std::vector<std::int32_t> dropped;
+  index_.Evict(plan(200), &dropped);
+  EXPECT_EQ(dropped, (std::vector<std::int32_t>{201, 200}));
+  EXPECT_EQ(freed, 1);
+  EXPECT_EQ(Found({9, 9}), 2);
+}
+
 TEST_F(PrefixEvictionTest, PartialBlocksGoFirst) {
   Leave({1, 2, 3, 4});
   Leave({5});
