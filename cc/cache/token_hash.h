@@ -21,9 +21,10 @@ inline std::uint64_t MixHash(std::uint64_t a, std::uint64_t b) {
 inline std::uint64_t HashBytes(std::uint64_t parent, const void* data, std::size_t size) {
   constexpr std::uint64_t kA = 0xa0761d6478bd642f, kB = 0xe7037ed1a0b428db, kC = 0x8ebc6af09c88c6e3;
   const unsigned char* bytes = static_cast<const unsigned char*>(data);
+  constexpr std::size_t kStep = 2 * sizeof(std::uint64_t);
   std::uint64_t content = kC ^ size, words[2];
-  for (; size >= sizeof(words); size -= sizeof(words), bytes += sizeof(words)) {
-    std::memcpy(words, bytes, sizeof(words));
+  for (; size >= kStep; size -= kStep, bytes += kStep) {
+    std::memcpy(words, bytes, kStep);
     content = MixHash(content ^ words[0] ^ kA, words[1] ^ kB) + content;
   }
   words[0] = words[1] = 0;
