@@ -23,23 +23,25 @@ void EvictionOrder::Update(std::int32_t id) {
   entry.listed = true;
 }
 
-void EvictionOrder::Touch(std::int32_t id) {
+void EvictionOrder::Revalue(std::int32_t id) {
   tree_.entry(id).dropped = false;
-  policy_->OnTouched(id);
   Update(id);
   for (std::int32_t other; (other = policy_->TakeDemoted()) != kNoEntry;) Update(other);
+}
+
+void EvictionOrder::Touch(std::int32_t id) {
+  policy_->OnTouched(id);
+  Revalue(id);
+}
+
+void EvictionOrder::Retain(std::int32_t id) {
+  policy_->OnRetained(id);
+  Revalue(id);
 }
 
 void EvictionOrder::Drop(std::int32_t id) {
   tree_.entry(id).dropped = true;
   Update(id);
-}
-
-void EvictionOrder::Retain(std::int32_t id) {
-  tree_.entry(id).dropped = false;
-  policy_->OnRetained(id);
-  Update(id);
-  for (std::int32_t other; (other = policy_->TakeDemoted()) != kNoEntry;) Update(other);
 }
 
 void EvictionOrder::Leave(std::int32_t id) {

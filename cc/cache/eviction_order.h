@@ -24,8 +24,8 @@ class EvictionOrder {
   void Update(std::int32_t id);
   // The request that began last asked for the entry.
   void Touch(std::int32_t id);
-  // Hints: the entry goes before all that have no such hint, until it is touched; or counts as touched, and stays
-  // longer.
+  // Hints: the entry goes before all that have no such hint, until it is touched; or it counts as touched and
+  // stays longer.
   void Drop(std::int32_t id);
   void Retain(std::int32_t id);
   // The entry gets a child, or is about to be removed.
@@ -41,6 +41,9 @@ class EvictionOrder {
   using Rank = std::pair<double, std::int32_t>;  // value, entry
 
   double Value(std::int32_t id) const;
+  // After a change of its value by the policy: lists the entry anew, without a hint to drop it, and the entries that
+  // lost value by the change.
+  void Revalue(std::int32_t id);
 
   PrefixTree& tree_;
   const std::unique_ptr<EvictionPolicy> policy_;

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "cache/prefix_index.h"
+#include "cache/prefix_policy.h"
 #include "cache/prefix_tree.h"
 
 namespace kvpage {

@@ -1,8 +1,8 @@
 // The default policy: recency and frequency, the latter remembered beyond eviction.
 //
 // An entry is worth the time at which it was touched last, plus a bonus for how often its tokens were asked for, less a
-// malus for how far behind known tokens it was when it came. The malus keeps the first blocks of long new prompts,
-// which are needed for any hit, rather than all blocks of a few. Partial blocks go before whole ones. All in units of
+// penalty for how far behind known tokens it was when it was stored. The penalty keeps the first blocks of long new
+// prompts, which any hit needs, rather than all blocks of a few. Partial blocks go before whole ones. All in units of
 // the time in which the cache is refilled once; the constants do well on a public trace at sizes from a fortieth of
 // what it asks for to a tenth (benchmarks/prefix_hits.py).
 #include <algorithm>

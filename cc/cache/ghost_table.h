@@ -17,7 +17,7 @@ class GhostTable {
     std::uint32_t age = 0;    // the number of the Put
   };
 
-  // Makes room for at least so many prefixes.
+  // Makes room for `prefixes` prefixes or more.
   void Reserve(std::size_t prefixes) {
     if (prefixes <= ghosts_.size()) return;
     std::size_t size = kWays;
@@ -29,7 +29,7 @@ class GhostTable {
     }
   }
   void Put(std::uint64_t hash, std::uint32_t count) { Place(hash) = Ghost{hash, count, ++puts_}; }
-  // The prefix, as long as it is remembered, else null.
+  // Null when the prefix is not or no longer remembered.
   Ghost* Find(std::uint64_t hash) {
     if (ghosts_.empty()) return nullptr;
     Ghost* const set = Set(hash);

@@ -17,8 +17,8 @@ struct PrefixEvent {
   enum class Kind { kStored, kRemoved, kCleared };
 
   Kind kind = Kind::kCleared;
-  // Names the block and all before it, in all processes. Blocks with equal hashes may differ, if hardly ever: who needs
-  // to be sure compares tokens.
+  // Names the block together with all before it, in all processes. Different blocks may have equal hashes, though this
+  // is rare: compare tokens where it matters.
   std::uint64_t hash = 0;
   // Of a stored block:
   std::int32_t space = 0;

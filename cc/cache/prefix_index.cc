@@ -134,8 +134,11 @@ std::int64_t PrefixIndex::Pin(std::int32_t space, const std::int32_t* tokens, st
                               const PinOptions& options) {
   const std::int64_t found = impl_->Match(space, tokens, count);
   const std::vector<std::int32_t>& path = impl_->path;
-  const std::size_t pinned = impl_->pins.Add(space, tokens, count, path, options.most_entries, options.expires);
+  std::int32_t end_before;
+  const std::size_t pinned =
+      impl_->pins.Add(space, tokens, count, path, options.most_entries, options.expires, &end_before);
   if (pinned == 0) return 0;
+  if (end_before != kNoEntry) impl_->order.Update(end_before);
   impl_->order.Update(path[pinned - 1]);
   return pinned == path.size() ? found : static_cast<std::int64_t>(pinned) * impl_->tree.block_tokens();
 }

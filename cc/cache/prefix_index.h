@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cache/prefix_events.h"
+#include "cache/prefix_policy.h"
 
 namespace kvpage {
 
@@ -40,17 +41,13 @@ struct PrefixNumbers {
   std::int64_t pinned = 0;     // entries that pins hold
 };
 
-// What eviction goes by: the least recently used; segmented LRU (what was touched again is protected, up to a share of
-// the entries); or, the default, recency and frequency that is remembered beyond eviction.
-enum class PrefixPolicy { kLru, kSegmentedLru, kFrequency };
-
 // What a caller knows of a sequence: it will be asked for again, or not.
 enum class PrefixHint { kRetain, kDrop };
 
 struct PinOptions {
   // Pins hold at most as many entries in all: a pin that would pass it holds the first tokens only.
   std::int64_t most_entries = std::numeric_limits<std::int64_t>::max();
-  // When the pin goes by itself, on the clock of ExpirePins.
+  // When the pin ends without Unpin, on the clock of ExpirePins.
   double expires = std::numeric_limits<double>::infinity();
 };
 
@@ -73,11 +70,13 @@ class PrefixIndex {
   // Appends the physical blocks that the index refers to from now on.
   void Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
              const std::int32_t* map, std::vector<std::int32_t>* referenced);
-  // Tokens of a slot as the index has them; 0: it has no sequence.
+  // Tokens of a slot as the index has them; 0: it has no sequence. Fewer than were stored when entries that they go
+  // through have been evicted or cut: Store puts them in again, in the slot's blocks.
   std::int64_t Tokens(std::int32_t slot) const;
   // The slot is to write again from `tokens` on. Entries that it owns there go, with all that continues them, and an
   // entry that the cut goes through keeps its first tokens. Entries of logical blocks below `keep_blocks` stay whole,
-  // without an owner: other slots map them. Appends the blocks to which the index no longer refers.
+  // without an owner: other slots map them. First tokens that are another entry too are dropped with the rest. Appends
+  // the blocks to which the index no longer refers.
   void Cut(std::int32_t slot, std::int64_t tokens, std::int64_t keep_blocks, std::vector<std::int32_t>* dropped);
   // The slot no longer maps its sequence. Its entries stay, without an owner.
   void Detach(std::int32_t slot);
@@ -99,7 +98,8 @@ class PrefixIndex {
   // once.
   void Hint(std::int32_t space, const std::int32_t* tokens, std::int64_t count, PrefixHint hint);
   // Pinned entries are not evicted. A pin holds the entries that `tokens` go through now; entries that a cut removes
-  // are no longer held. Pins of the same tokens are counted. Returns how many of the tokens are found and pinned.
+  // are no longer held. Pins of the same tokens are counted, and hold what they go through when the last is made.
+  // Returns how many of the tokens are found and pinned.
   std::int64_t Pin(std::int32_t space, const std::int32_t* tokens, std::int64_t count, const PinOptions& options = {});
   // Takes one pin of the same tokens away, the one that expires first; does nothing if there is none.
   void Unpin(std::int32_t space, const std::int32_t* tokens, std::int64_t count);

@@ -12,7 +12,9 @@ void PrefixPins::Count(std::int32_t id, std::int32_t end, std::int32_t differenc
 }
 
 std::size_t PrefixPins::Add(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
-                            const std::vector<std::int32_t>& path, std::int64_t most, double expires) {
+                            const std::vector<std::int32_t>& path, std::int64_t most, double expires,
+                            std::int32_t* end_before) {
+  *end_before = kNoEntry;
   std::size_t length = 0;
   for (std::int64_t pinned = num_pinned_; length < path.size(); ++length) {
     if (tree_.entry(path[length]).pins == 0 && ++pinned > most) break;
@@ -20,8 +22,10 @@ std::size_t PrefixPins::Add(std::int32_t space, const std::int32_t* tokens, std:
   if (length == 0) return 0;
   const auto [place, added] = records_.try_emplace(Key(space, {tokens, tokens + count}), Record{kNoEntry, {}});
   Record& record = place->second;
-  if (added || tree_.entry(record.entry).depth < tree_.entry(path[length - 1]).depth) {
-    if (!added) Count(record.entry, kNoEntry, -1);
+  *end_before = record.entry;
+  // A cap that is lower than before does not shorten the pins that there are.
+  if (added || tree_.entry(record.entry).depth <= tree_.entry(path[length - 1]).depth) {
+    Count(record.entry, kNoEntry, -1);
     record.entry = path[length - 1];
     Count(record.entry, kNoEntry, 1);
   }

@@ -1,7 +1,7 @@
 // PrefixPins: the prefixes that callers have pinned, and how many pins go through each entry of the tree.
 //
-// A pin holds the entries that its tokens went through when it was made. Pins of the same tokens are counted: what is
-// pinned twice is unpinned twice. The clock is the caller's.
+// A pin holds the entries that its tokens went through when they were last pinned. Pins of the same tokens are counted:
+// what is pinned twice is unpinned twice. The clock is the caller's.
 #ifndef KVPAGE_CACHE_PREFIX_PINS_H_
 #define KVPAGE_CACHE_PREFIX_PINS_H_
 
@@ -20,9 +20,10 @@ class PrefixPins {
   explicit PrefixPins(PrefixTree* tree) : tree_(*tree) {}
 
   // Pins the entries of `path`, which `tokens` go through, as far as at most `most` entries are pinned in all.
-  // `expires`: when the pin goes by itself. Returns how many entries of the path are pinned.
+  // `expires`: when the pin ends without Remove. Returns how many entries of the path are pinned. `end_before`: where
+  // the pins of these tokens ended before, kNoEntry if there were none.
   std::size_t Add(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
-                  const std::vector<std::int32_t>& path, std::int64_t most, double expires);
+                  const std::vector<std::int32_t>& path, std::int64_t most, double expires, std::int32_t* end_before);
   // Takes one pin of these tokens away, the one that expires first. Returns the entry at its end, or kNoEntry.
   std::int32_t Remove(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
   // Takes away what has expired. Returns the entries at the ends.

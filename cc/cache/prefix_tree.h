@@ -24,7 +24,7 @@ struct alignas(64) PrefixEntry {       // a cache line
   std::int32_t depth = -1;             // the logical block's index; -1: a root
   std::int32_t tokens = 0;             // 0: a root, or no entry
   std::int32_t owner = -1;             // the slot that wrote it and still maps it
-  std::int32_t first_tip = -1;         // first of the slots whose sequence ends here (prefix_index.cc)
+  std::int32_t first_tip = -1;         // first of the slots whose sequence ends here (slot_sequences.h)
   std::int32_t pins = 0;               // pinned prefixes that go through it
   std::int32_t space = -1;             // the number of its namespace
   bool listed = false;                 // among those that may be evicted next

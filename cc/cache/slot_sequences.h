@@ -39,8 +39,8 @@ class SlotSequences {
 
   bool Known(std::int32_t slot) const { return slot < static_cast<std::int64_t>(sequences_.size()); }
   void SetTip(std::int32_t slot, std::int32_t tip);
-  // The sequences that end at an entry end at another one now, at the latest at `end`. Those that have an entry of
-  // their own beside their path keep its tokens.
+  // The sequences that end at an entry end at another one now, at the latest at `end`. A sequence
+  // whose slot owns an entry beside the path keeps that entry's tokens.
   void MoveTips(std::int32_t from, std::int32_t to, std::int64_t end);
   void Disown(std::int32_t id);
   // An entry keeps what is before the first `tokens` of its sequence; what continues it is removed.

@@ -1,4 +1,4 @@
-// The prefix index by itself, for tests and benchmarks: pools have one of their own.
+// The prefix index without a pool, for tests and benchmarks.
 #ifndef KVPAGE_PYTHON_PREFIX_INDEX_BINDING_H_
 #define KVPAGE_PYTHON_PREFIX_INDEX_BINDING_H_
 

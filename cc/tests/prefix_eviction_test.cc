@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <random>
+#include <utility>
 #include <vector>
 
 #include "cache/prefix_index.h"
@@ -68,6 +70,19 @@ TEST_F(PrefixEvictionTest, APinnedPrefixStaysUntilItIsUnpinnedAsOften) {
   EXPECT_EQ(EvictAll(), 2);
 }
 
+TEST_F(PrefixEvictionTest, PinsOfTheSameTokensHoldWhatTheLastOneFound) {
+  Leave({1, 2, 3});
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}), 3);
+  Leave({1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}), 6);
+  EXPECT_EQ(index_.numbers().pinned, 3);
+  EXPECT_EQ(EvictAll(), 1);  // {3}, which the first one held
+  Unpin({1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(EvictAll(), 0);
+  Unpin({1, 2, 3, 4, 5, 6});
+  EXPECT_EQ(EvictAll(), 3);
+}
+
 TEST_F(PrefixEvictionTest, PinsHaveACapAndExpire) {
   Store(0, {1, 2, 3, 4, 5, 6});
   Store(1, {7, 8, 9});
@@ -96,6 +111,47 @@ TEST_F(PrefixEvictionTest, ACutTakesPinnedEntriesAndThePinGoesBackToWhatIsLeft) 
   EXPECT_EQ(EvictAll(), 0);
   Unpin({1, 2, 3, 4, 5, 6});
   EXPECT_EQ(EvictAll(), 1);
+}
+
+TEST_F(PrefixEvictionTest, RandomPinsProtectAndLeaveNothingBehind) {
+  std::mt19937 random(0);
+  const auto below = [&](int bound) { return static_cast<std::int32_t>(random() % bound); };
+  std::vector<Tokens> pinned;
+  for (int step = 0; step < 3000; ++step) {
+    Tokens tokens(1 + below(7));
+    for (std::int32_t& token : tokens) token = below(2);
+    const std::int32_t slot = below(3);
+    std::vector<std::int32_t> dropped;
+    switch (below(6)) {
+      case 0:
+        if (Pin(tokens) > 0) pinned.push_back(tokens);
+        break;
+      case 1:
+        if (pinned.empty()) break;
+        std::swap(pinned[below(static_cast<int>(pinned.size()))], pinned.back());
+        Unpin(pinned.back());
+        pinned.pop_back();
+        break;
+      case 2:
+        index_.Cut(slot, below(4), 0, &dropped);
+        index_.Detach(slot);
+        break;
+      case 3:
+        for (std::int32_t other = 0; other < 3; ++other) index_.Detach(other);
+        EvictAll();
+        ASSERT_EQ(index_.numbers().entries, index_.numbers().pinned);
+        break;
+      default:
+        index_.Detach(slot);
+        Store(slot, tokens);
+    }
+    ASSERT_LE(index_.numbers().pinned, index_.numbers().entries);
+  }
+  for (const Tokens& tokens : pinned) Unpin(tokens);
+  EXPECT_EQ(index_.numbers().pinned, 0);
+  for (std::int32_t slot = 0; slot < 3; ++slot) index_.Detach(slot);
+  EvictAll();
+  EXPECT_EQ(index_.numbers().entries, 0);
 }
 
 TEST_F(PrefixEvictionTest, WhatIsDroppedGoesFirstBackToWhatOthersContinue) {
