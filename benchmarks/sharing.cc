@@ -39,18 +39,19 @@ extern "C" int make_blocks(const std::int64_t* offsets, const std::int64_t* leng
 
 extern "C" void free_blocks(int fd) { close(fd); }
 
-// CPU seconds to map the runs read-only, each where `places` says inside a reserved range of `bytes`; below 0 on
-// failure.
+// CPU seconds to map the runs read-only, each where `places` says inside a reserved range of `bytes`, with their page
+// table entries if `populate`; below 0 on failure.
 extern "C" double map_runs(int fd, const std::int64_t* offsets, const std::int64_t* lengths, const std::int64_t* places,
-                           std::int64_t runs, std::int64_t bytes) {
+                           std::int64_t runs, std::int64_t bytes, bool populate) {
+  const int flags = MAP_SHARED | MAP_FIXED | (populate ? MAP_POPULATE : 0);
   char* base = static_cast<char*>(
       mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (base == MAP_FAILED) return -1;
   bool failed = false;
   const double begin = ThreadSeconds();
   for (std::int64_t i = 0; i < runs; ++i) {
-    failed |= mmap(base + places[i], static_cast<std::size_t>(lengths[i]), PROT_READ,
-                   MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, offsets[i]) == MAP_FAILED;
+    failed |=
+        mmap(base + places[i], static_cast<std::size_t>(lengths[i]), PROT_READ, flags, fd, offsets[i]) == MAP_FAILED;
   }
   const double seconds = ThreadSeconds() - begin;
   munmap(base, static_cast<std::size_t>(bytes));

@@ -4,10 +4,11 @@ the host calls; and the memory that 32 forks save.
     python benchmarks/sharing.py [--quick] [--json]
 
 All ratios are of one run, where both sides take turns. Host calls and mappings are medians of the
-calling thread's CPU time; a fork's mapping is its time without that of a fork of no tokens, and
-"per further block" compares what more blocks add on both sides, without fixed costs. A copy runs on
-another thread: it is the shortest time until a fork of a partial block has run, without that of one
-which ends with a block.
+calling thread's CPU time; a fork's mapping is its time without that of a fork of no tokens. The
+page table entries of what it maps are made by page faults in the program that first reads it: the
+second table compares these with populating by the bare calls. A copy runs on another thread: it is
+the shortest time until a fork of a partial block has run, without that of one which ends with a
+block.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Runs:
     def __init__(self, calls: ctypes.CDLL, pool: kvp.KVPool, slot: int, count: int) -> None:
         size, runs = pool.spec.block_bytes, []
         for index, blocks in enumerate(pool.block_map(slot)):
-            at = index * count
+            at = index * (count + 1)  # in a pool holes follow the blocks of a range
             numbers = [number for number, _ in blocks[:count]]
             for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
                 members = [number for _, number in run]
@@ -92,7 +93,7 @@ class _Runs:
         self._offsets, self._lengths, self._places = (
             column.ctypes.data_as(ctypes.c_void_p) for column in columns
         )
-        self._calls, self._columns = calls, columns
+        self._calls, self._columns, self._size = calls, columns, size
         self.count = len(runs)
         self._file_bytes = ctypes.c_int64(int((columns[0] + columns[1]).max()))
         self._fd = calls.make_blocks(
@@ -101,16 +102,17 @@ class _Runs:
         if self._fd < 0:
             raise OSError("no memory for the bare blocks")
 
-    def map(self) -> float:
+    def map(self, populate: bool) -> float:
         """Seconds of the bare mmap calls."""
-        bytes_mapped = ctypes.c_int64(int(self._columns[1].sum()))
+        reserved = ctypes.c_int64(int((self._columns[1] + self._columns[2]).max()) + self._size)
         return self._calls.map_runs(
             self._fd,
             self._offsets,
             self._lengths,
             self._places,
             ctypes.c_int64(self.count),
-            bytes_mapped,
+            reserved,
+            ctypes.c_bool(populate),
         )
 
     def close(self) -> None:
@@ -121,14 +123,14 @@ def _fork(
     pool: kvp.KVPool, cache: kvp.KVCache, slot: int, tokens: int
 ) -> tuple[float, float, kvp.KVCache]:
     """One fork, released again: CPU seconds of the call, and seconds until its program has run."""
+    # A fork unmaps what the one before has left in its slot: not the fork that is measured.
+    slots, cache = pool.fork(cache, slot, 1, 0)
+    cache = jax.block_until_ready(pool.release(cache, slots))
     begin, cpu = time.perf_counter(), time.thread_time()
     slots, cache = pool.fork(cache, slot, 1, tokens)
     called = time.thread_time() - cpu
     jax.block_until_ready(cache)
     done = time.perf_counter() - begin
-    cache = jax.block_until_ready(pool.release(cache, slots))
-    # The next fork unmaps what this one leaves in its slot: not the one that is measured next.
-    slots, cache = pool.fork(cache, slot, 1, 0)
     return called, done, jax.block_until_ready(pool.release(cache, slots))
 
 
@@ -136,25 +138,23 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
     """Mapping of blocks that are shared, by layout, layers and blocks."""
     rows = []
     for layout, layers in (("fused", 4), ("fused", 32), ("per_layer", 4), ("per_layer", 32)):
-        first = None
         for count in (1, 8, 64):
             spec = _spec(layers, layout, 4, 2048)
             capacity = 2 * spec.num_ranges * (count + 2) * spec.block_bytes
             with kvp.KVPool(spec, capacity) as pool:
                 slot, cache = _donor(pool, count * _BLOCK + 1)
                 runs = _Runs(calls, pool, slot, count)
-                ours, empty, bare = [], [], []
+                ours, empty, bare, populated = [], [], [], []
                 for _ in range(rounds):
                     seconds, _, cache = _fork(pool, cache, slot, count * _BLOCK)
                     ours.append(seconds)
-                    bare.append(runs.map())
+                    bare.append(runs.map(populate=False))
+                    populated.append(runs.map(populate=True))
                     seconds, _, cache = _fork(pool, cache, slot, 0)
                     empty.append(seconds)
                 runs.close()
             mapping = statistics.median(ours) - statistics.median(empty)
             single = statistics.median(bare)
-            first = first or (mapping, single)
-            further = (mapping - first[0]) / (single - first[1]) if count > 1 else None
             rows.append(
                 {
                     "layout": layout,
@@ -163,11 +163,66 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
                     "mmap calls": runs.count,
                     "us mapping": mapping * 1e6,
                     "us bare": single * 1e6,
+                    "us populated": statistics.median(populated) * 1e6,
                     "ratio": mapping / single,
-                    "per further block": further,
                     "us a fork": statistics.median(ours) * 1e6,
                 }
             )
+    return rows
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _step(
+    cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch
+) -> tuple[kvp.KVCache, jax.Array]:
+    """The attention of a decode step; each layer waits for the one before."""
+    for layer in range(cache.spec.num_layers):
+        out, cache = kvp.update_and_attend(q, k, k, cache, batch, layer=layer)
+        q = q + 0.001 * out
+    return kvp.advance(cache, batch), q
+
+
+def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
+    """Wall time of a fork, of the step that first reads what it maps, and of the next one."""
+    rows = []
+    for layout, blocks, forks in itertools.product(("fused", "per_layer"), (8, 64), (1, 4)):
+        spec = _spec(32, layout, 2 * _BEAMS, 2048)
+        capacity = spec.num_ranges * (blocks + 2 + 3 * forks) * spec.block_bytes
+        with kvp.KVPool(spec, capacity) as pool:
+            slot, cache = _donor(pool, blocks * _BLOCK + 1)
+            runs = _Runs(calls, pool, slot, blocks)
+            q = jnp.ones((forks, 4 * _KV_HEADS, _DIM), jnp.bfloat16)
+            k = jnp.ones((forks, _KV_HEADS, _DIM), jnp.bfloat16)
+            times: list[list[float]] = []
+            populated = []
+            for _ in range(rounds + 1):  # the first one compiles
+                slots, cache = pool.fork(cache, slot, 1, 0)
+                cache = jax.block_until_ready(pool.release(cache, slots))
+                marks = [time.perf_counter()]
+                slots, cache = pool.fork(cache, slot, forks)
+                marks.append(time.perf_counter())
+                batch = kvp.Batch.from_lengths(slots, [1] * forks)
+                for _ in range(2):
+                    cache, _ = jax.block_until_ready(_step(cache, q, k, batch))
+                    marks.append(time.perf_counter())
+                times.append([end - begin for begin, end in itertools.pairwise(marks)])
+                cache = jax.block_until_ready(pool.release(cache, slots))
+                populated.append(runs.map(populate=True))
+            runs.close()
+        parts = zip(*times[1:], strict=True)
+        fork, first, second = (1e6 * statistics.median(part) for part in parts)
+        rows.append(
+            {
+                "layout": layout,
+                "blocks a range": blocks,
+                "forks": forks,
+                "us a fork": fork,
+                "us first step": first,
+                "us second step": second,
+                "us page faults": first - second,
+                "us populating": forks * 1e6 * statistics.median(populated),
+            }
+        )
     return rows
 
 
@@ -263,13 +318,14 @@ def _memory() -> list[dict[str, Any]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The four tables."""
+    """The five tables."""
     rounds = 15 if quick else 40
     with tempfile.TemporaryDirectory() as folder:
         calls = _bare_calls(folder)
         return {
             "tables": {
                 "shared blocks and the bare mmap calls": _aliases(calls, rounds),
+                "forks and the steps that read them": _first_steps(calls, rounds // 2),
                 "a copied block and memcpy": _copies(calls, rounds),
                 "host calls": _calls(rounds),
                 "32 forks": _memory(),

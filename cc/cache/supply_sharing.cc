@@ -11,7 +11,9 @@ std::vector<std::int32_t> Supply::FewestBlocks(const MappingLock& lock, std::siz
 }
 
 Status Supply::PromiseAliases(const MappingLock&, std::int64_t more) {
-  if (mappings_.Change(worst_mappings_ + arena_->extra_mappings() + more)) return {};
+  // On a recent reading of the process's mappings: a new one costs more than most aliases.
+  const std::int64_t wanted = worst_mappings_ + arena_->extra_mappings() + more;
+  if (mappings_.Change(wanted, MapAccount::Reading::kRecent)) return {};
   return FailedPrecondition("mapping blocks in another slot may take " + std::to_string(more) +
                             " more memory mappings, " +
                             std::to_string(mappings_.Most() - worst_mappings_ - arena_->extra_mappings()) +
@@ -23,7 +25,7 @@ Status Supply::Alias(const MappingLock& lock, const std::vector<BlockMove>& alia
   std::int64_t mappings = 0;
   for (const BlockMove& alias : aliases) mappings += arena_->AliasMappings(alias.from, alias.blocks);
   if (mappings == 0) return {};
-  KVPAGE_RETURN_IF_ERROR(PromiseAliases(lock, mappings));  // once a call: it reads /proc
+  KVPAGE_RETURN_IF_ERROR(PromiseAliases(lock, mappings));
   for (const BlockMove& alias : aliases) KVPAGE_RETURN_IF_ERROR(arena_->Alias(alias.from, alias.to, alias.blocks));
   return {};
 }

@@ -82,6 +82,34 @@ TEST(MappingsTest, PromisesAddUpAndAreGivenBack) {
   EXPECT_EQ(account.promised(), 0);
 }
 
+TEST(MappingsTest, RecentReadingsSufficeForHalfTheReserve) {
+  static std::int64_t others = 0, readings = 0;
+  others = readings = 0;
+  MapAccount account([] {
+    ++readings;
+    return MapAccount::Limits{8000, others};
+  });
+  constexpr auto kRecent = MapAccount::Reading::kRecent;
+  MapPromise promise(&account);
+  EXPECT_TRUE(promise.Change(5000, kRecent));
+  EXPECT_EQ(readings, 1) << "nothing was read before";
+  others = 2000;  // exactly as many as are promised are allowed now
+  EXPECT_TRUE(promise.Change(5200, kRecent));
+  EXPECT_TRUE(promise.Change(5000, kRecent));
+  EXPECT_TRUE(promise.Change(5300, kRecent));
+  EXPECT_EQ(readings, 1);
+  // 500 since the reading: one more would be over a sixteenth of the limit, although some were given back.
+  EXPECT_FALSE(promise.Change(5301, kRecent));
+  EXPECT_EQ(readings, 2);
+  EXPECT_EQ(promise.mappings(), 5300);
+  others = 1000;
+  EXPECT_TRUE(promise.Change(5301, kRecent)) << "the limits are read before a refusal";
+  EXPECT_EQ(readings, 3);
+  others = 3000;
+  EXPECT_FALSE(promise.Change(5302)) << "a promise for a budget never stands on an old reading";
+  EXPECT_EQ(account.promised(), 5301);
+}
+
 TEST(MappingsTest, SharesLeaveSomethingForPoolsToCome) {
   MapAccount account(&Plain);
   std::vector<std::unique_ptr<MapPromise>> promises;

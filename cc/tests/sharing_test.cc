@@ -241,14 +241,17 @@ TEST_P(SharingTest, TooFewBlocksChangeNothing) {
 }
 
 TEST_P(SharingTest, MappingsArePromisedAndGivenBack) {
+  static std::int64_t limit = 0;
+  MapAccount account([] { return MapAccount::Limits{limit, 0}; });
+  limit = 100000;
+  const std::int64_t before = [&] {
+    const Family f(GetParam(), 48, 24, &account);
+    return account.promised();
+  }();
   for (const std::int64_t more : {0, 1000}) {
-    static std::int64_t limit = 0;
-    limit = 100000;
-    MapAccount account([] { return MapAccount::Limits{limit, 0}; });
-    Family f(GetParam(), 48, 24, &account);
-    const std::int64_t before = account.promised();
-    const PoolNumbers numbers = f.pool->Numbers();
     limit = (before + more) * 8 / 7 + 1;
+    Family f(GetParam(), 48, 24, &account);
+    const PoolNumbers numbers = f.pool->Numbers();
     const Claim claim = f.pool->Fork("fork", {{f.donor, -1}}, {});
     if (more == 0) {
       EXPECT_EQ(claim.status.code(), Code::kFailedPrecondition);

@@ -9,6 +9,9 @@ namespace {
 
 // One part in this many of the limit is left to the process: a few mappings for each thread and each compiled program.
 constexpr std::int64_t kReservePart = 8;
+// One part in this many of the limit may be promised on one reading of what the process has mapped: half the reserve.
+// If the process maps much else meanwhile, pools take at most that half.
+constexpr std::int64_t kUnreadPart = 2 * kReservePart;
 // Above every limit, and small enough to be doubled.
 constexpr std::int64_t kMany = std::int64_t{1} << 60;
 
@@ -58,17 +61,33 @@ MapAccount& ProcessMapAccount() {
   return *account;
 }
 
-bool MapPromise::Change(std::int64_t mappings) {
+bool MapAccount::Promise(std::int64_t more, Reading reading) {
+  if (reading == Reading::kRecent) {
+    const std::int64_t unread = unread_.fetch_add(more) + more;
+    if (unread <= most_unread_ && Add(more, allowed_)) return true;
+  }
+  const Limits limits = read_();
+  allowed_ = Allowed(limits);
+  most_unread_ = limits.total / kUnreadPart;
+  unread_ = 0;
+  return Add(more, allowed_);
+}
+
+bool MapAccount::Add(std::int64_t more, std::int64_t allowed) {
+  std::int64_t promised = promised_;
+  do {
+    if (promised + more > allowed) return false;
+  } while (!promised_.compare_exchange_weak(promised, promised + more));
+  return true;
+}
+
+bool MapPromise::Change(std::int64_t mappings, MapAccount::Reading reading) {
   if (account_ == nullptr) return true;
   const std::int64_t more = mappings - mappings_;
   if (more <= 0) {
     account_->promised_ += more;
-  } else {
-    const std::int64_t allowed = Allowed(account_->read_());
-    std::int64_t promised = account_->promised_;
-    do {
-      if (promised + more > allowed) return false;
-    } while (!account_->promised_.compare_exchange_weak(promised, promised + more));
+  } else if (!account_->Promise(more, reading)) {
+    return false;
   }
   mappings_ = mappings;
   return true;

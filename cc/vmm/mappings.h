@@ -26,6 +26,9 @@ class MapAccount {
     std::int64_t total = 0;   // vm.max_map_count
     std::int64_t others = 0;  // mappings that the process has for something else than pools
   };
+  // kNow: the limits are read for this promise, about 1 ms for a process with JAX. kRecent: those of the last reading
+  // will do, if few mappings have been promised since.
+  enum class Reading { kNow, kRecent };
   using ReadLimits = Limits (*)();
 
   explicit MapAccount(ReadLimits read) : read_(read) {}
@@ -42,9 +45,17 @@ class MapAccount {
 
  private:
   friend class MapPromise;
+  bool Promise(std::int64_t more, Reading reading);
+  // Adds to promised_ unless that makes more than `allowed`.
+  bool Add(std::int64_t more, std::int64_t allowed);
 
   const ReadLimits read_;
   std::atomic<std::int64_t> promised_{0};
+  // The last reading: the mappings that it allowed all pools, how many may be promised without another one, and how
+  // many were promised since. What was given back in between is not subtracted.
+  std::atomic<std::int64_t> allowed_{0};
+  std::atomic<std::int64_t> most_unread_{0};
+  std::atomic<std::int64_t> unread_{0};
 };
 
 // The account of this process.
@@ -63,8 +74,9 @@ class MapPromise {
   std::int64_t mappings() const { return mappings_; }
   // Mappings that this promise could have.
   std::int64_t Most() const { return account_->Left() + mappings_; }
-  // False, and nothing has changed, when more are wanted than are left. Fewer are always granted.
-  bool Change(std::int64_t mappings);
+  // False, and nothing has changed, when more are wanted than are left; the limits are always read before a refusal.
+  // Fewer are always granted.
+  bool Change(std::int64_t mappings, MapAccount::Reading reading = MapAccount::Reading::kNow);
 
  private:
   MapAccount* const account_;

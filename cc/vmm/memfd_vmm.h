@@ -38,7 +38,7 @@ class MemfdVmm final : public Vmm {
   MemfdVmm(char* base, std::int64_t virtual_bytes, std::int64_t block_bytes, int fd)
       : base_(base), virtual_bytes_(virtual_bytes), block_bytes_(block_bytes), fd_(fd) {}
   Status CheckHeadroom(std::int64_t bytes);
-  Status MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection);
+  Status MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection, int flags);
   Status Hole(std::int64_t offset, std::int64_t bytes);
   Status ExtendWindow();
   void Count() { system_calls_.fetch_add(1, std::memory_order_relaxed); }
