@@ -77,11 +77,15 @@ class Arena {
   // set aside for them is mapped.
   std::int64_t AliasMappings(std::int64_t from, std::int64_t blocks) const;
   std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
-  // Shared logical blocks of a slot from `begin` on for which no blocks are set aside.
-  std::vector<std::int64_t> Missing(std::int64_t slot, std::int64_t begin) const;
+  // For each slot, the logical blocks from begins[i] on that need a copy and have no blocks set aside, if the slots are
+  // separated in this order. The last one that maps a block keeps it.
+  std::vector<std::vector<std::int64_t>> Missing(const std::vector<std::int32_t>& slots,
+                                                 const std::vector<std::int64_t>& begins) const;
   // Claims a block for each range of these logical blocks, which Separate will map there.
   Status SetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
   void DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
+  // The same for all logical blocks from `begin` on.
+  void DropSetAsideFrom(std::int64_t slot, std::int64_t begin);
   std::int64_t num_set_aside() const { return num_set_aside_; }
   // Makes the logical blocks from `begin` on the slot's own, for writing: copies take the place of those that other
   // slots share. Readers see the same bytes throughout. A failure leaves a part of them exchanged.
@@ -103,7 +107,6 @@ class Arena {
   // Drops what a slot's map has beyond `blocks` logical blocks.
   void Truncate(std::int64_t slot, std::int64_t blocks);
 
-  void DropSetAsideFrom(std::int64_t slot, std::int64_t begin);
   void Forget(std::int64_t slot);
   // The slot has `blocks` logical blocks left.
   void ForgetBeyond(std::int64_t slot, std::int64_t blocks);

@@ -1,6 +1,7 @@
 // The part of Arena that maps one block in several slots, and takes that back.
 #include <algorithm>
 #include <string>
+#include <unordered_map>
 
 #include "cache/arena.h"
 
@@ -49,11 +50,19 @@ Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   return {};
 }
 
-std::vector<std::int64_t> Arena::Missing(std::int64_t slot, std::int64_t begin) const {
-  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
-  std::vector<std::int64_t> missing;
-  for (std::int64_t logical = begin, shared = SharedBlocks(slot); logical < shared; ++logical) {
-    if (found == borrowers_.end() || found->second.set_aside.count(logical) == 0) missing.push_back(logical);
+std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int32_t>& slots,
+                                                      const std::vector<std::int64_t>& begins) const {
+  std::vector<std::vector<std::int64_t>> missing(slots.size());
+  std::unordered_map<std::int32_t, std::int32_t> left;  // references, of shared blocks
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    const std::vector<std::int32_t>& map = maps_[slots[i]];
+    const auto found = borrowers_.find(slots[i]);
+    for (std::int64_t logical = begins[i], shared = SharedBlocks(slots[i]); logical < shared; ++logical) {
+      const std::int32_t block = map[logical * geometry_.num_ranges()];
+      const bool last = left.emplace(block, pool_.references(block)).first->second-- == 1;
+      const bool set_aside = found != borrowers_.end() && found->second.set_aside.count(logical) > 0;
+      if (!last && !set_aside) missing[i].push_back(logical);
+    }
   }
   return missing;
 }

@@ -178,23 +178,26 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     if (Status status = Enter(pool, state, "truncate"); !status.ok()) return FailedClaim(status);
     if (Status status = CheckTruncate(&table, state, slots, tokens); !status.ok()) return FailedClaim(status);
   }
-  const auto begin = [&](std::size_t i) { return tokens[i] / block_tokens; };
+  std::vector<std::int64_t> begins;
+  for (const std::int64_t count : tokens) begins.push_back(count / block_tokens);
   Arena& arena = pool.supply->arena(mapping);
-  std::vector<Supply::SetAsideBlocks> missing;
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    if (arena.SharedBlocks(slots[i]) > begin(i)) {
-      // What only free slots share with it needs no copy.
-      if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
-    }
-    missing.push_back({slots[i], arena.Missing(slots[i], begin(i))});
+  const auto shares = [&](std::size_t i) { return arena.SharedBlocks(slots[i]) > begins[i]; };
+  bool any_shares = false;
+  for (std::size_t i = 0; i < slots.size(); ++i) any_shares |= shares(i);
+  if (any_shares) {
+    // What only free slots share with them needs no copy.
+    if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
   }
+  std::vector<std::vector<std::int64_t>> logical = arena.Missing(slots, begins);
+  std::vector<Supply::SetAsideBlocks> missing;
+  for (std::size_t i = 0; i < slots.size(); ++i) missing.push_back({slots[i], std::move(logical[i])});
   Claim claim = pool.supply->SetAside(mapping, missing);
   if (!claim.status.ok()) return claim;
   claim.slots = slots;
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
-    if (pool.supply->arena(mapping).SharedBlocks(slots[i]) <= begin(i)) continue;
+    if (!shares(i)) continue;       // e.g. the last of several sharers
     table.CountWait(table.Lock());  // the caller has waited for the programs of the slot
-    claim.status = pool.supply->Separate(mapping, slots[i], begin(i));
+    claim.status = pool.supply->Separate(mapping, slots[i], begins[i]);
     if (!claim.status.ok()) return claim;
   }
   const StateLock state = table.Lock();

@@ -14,6 +14,7 @@ namespace kvpage::testing {
 namespace {
 
 using Classes = std::vector<std::int8_t>;
+using Missing = std::vector<std::vector<std::int64_t>>;
 
 // The three classes that `stats` has.
 constexpr int kNumClasses = 3;
@@ -113,17 +114,29 @@ TEST(ArenaTest, ABlockMappedByThreeSlots) {
   EXPECT_EQ(s.arena->pool().num_used(), 0);
 }
 
+TEST(ArenaTest, OfSeveralSharersTheLastNeedsNoCopy) {
+  const Shared s(Layout::kPerLayer);  // slots 0 and 1 share two blocks
+  EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}), (Missing{{0, 1}, {}}));
+  EXPECT_EQ(s.arena->Missing({1, 0}, {0, 1}), (Missing{{0, 1}, {}}));
+  EXPECT_EQ(s.arena->Missing({0, 1}, {1, 0}), (Missing{{1}, {0}})) << "slot 0 keeps its first block";
+  EXPECT_OK(s.arena->SetAside(0, {1}));
+  EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}), (Missing{{0}, {}}));
+  EXPECT_OK(s.arena->Alias(0, 2, 1));
+  EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}), (Missing{{0}, {0}})) << "slot 2 needs the first one";
+  EXPECT_EQ(s.arena->Missing({2, 0, 1}, {0, 0, 0}), (Missing{{0}, {0}, {}}));
+}
+
 TEST(ArenaTest, ASeparatedBlockIsACopy) {
   for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
     for (const int slot : {0, 1}) {
       const Shared s(layout);
       const KVView view = s.geometry.View(s.arena->base());
       std::memset(view.At(0, 20, 1, 1, 0), 42, 8);
-      EXPECT_EQ(s.arena->Missing(slot, 1), std::vector<std::int64_t>{1});
+      EXPECT_EQ(s.arena->Missing({slot}, {1}), Missing{{1}});
       EXPECT_EQ(s.arena->Separate(slot, 1).code(), Code::kInternal) << "nothing is set aside";
       EXPECT_OK(s.arena->SetAside(slot, {1}));
       EXPECT_EQ(s.arena->num_set_aside(), s.ranges);
-      EXPECT_TRUE(s.arena->Missing(slot, 1).empty());
+      EXPECT_EQ(s.arena->Missing({slot}, {1}), Missing{{}});
       const std::int64_t promised = s.arena->extra_mappings();
       EXPECT_OK(s.arena->Separate(slot, 1));
       EXPECT_LE(s.arena->extra_mappings(), promised);

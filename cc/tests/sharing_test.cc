@@ -117,6 +117,25 @@ TEST_P(SharingTest, ATruncationSetsBlocksAsideUntilItRuns) {
   }
 }
 
+TEST_P(SharingTest, OfSharersTruncatedInOneCallTheLastKeepsTheBlocks) {
+  for (const bool donor_last : {false, true}) {
+    Family f(GetParam(), 48);
+    const std::int32_t fork = f.program->Fork(f.donor);
+    const std::int32_t first = donor_last ? fork : f.donor, last = donor_last ? f.donor : fork;
+    EXPECT_OK(f.pool->Truncate({first, last}, {5, 20}).status);
+    EXPECT_EQ(f.mapped(), 6) << "one copy of each";
+    EXPECT_OK(f.program->RunTruncate(first, 5));
+    EXPECT_OK(f.program->RunTruncate(last, 20));
+    EXPECT_EQ(f.mapped(), 6);
+    EXPECT_EQ(f.pool->Numbers().blocks_shared, 0);
+    WriteStamped(f.pool.get(), f.program.get(), first, 40, 2);
+    WriteStamped(f.pool.get(), f.program.get(), last, 20, 3);
+    EXPECT_EQ(f.Has(first, 0, 5, 1) + f.Has(last, 0, 20, 1), 25);
+    EXPECT_EQ(f.Has(first, 5, 45, 2) + f.Has(last, 20, 40, 3), 60);
+    EXPECT_TRUE(AddsUp(f.pool.get()));
+  }
+}
+
 TEST_P(SharingTest, WhatIsSetAsideGoesWithTheSlot) {
   Family f(GetParam(), 48);
   const std::int32_t fork = f.program->Fork(f.donor);
@@ -229,7 +248,7 @@ TEST_P(SharingTest, TooFewBlocksChangeNothing) {
   EXPECT_EQ(f.mapped(), 3);
   const Claim truncation = f.pool->Truncate({f.donor, fork}, {20, 0});
   EXPECT_EQ(truncation.status.code(), Code::kResourceExhausted);
-  EXPECT_EQ(truncation.wanted, 5 * f.ranges) << "of both slots";
+  EXPECT_EQ(truncation.wanted, 3 * f.ranges) << "of both slots; what both give up the last one keeps";
   EXPECT_EQ(f.mapped(), 3);
   EXPECT_EQ(f.pool->Committed(f.donor).size(), std::size_t{48});
   WriteStamped(f.pool.get(), f.program.get(), f.donor, 16, 2);
