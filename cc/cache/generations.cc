@@ -93,10 +93,7 @@ void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
   }
 }
 
-}  // namespace
-
-Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
-  if (pool.mirror != nullptr) return StartOnDevice(pool, out);
+Status StartOnHost(const PoolParts& pool, Generation* out, const GoOn& go_on) {
   SlotTable& table = *pool.table;
   Patience patience(go_on);
   bool waited = false;
@@ -116,6 +113,15 @@ Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
     }
     KVPAGE_RETURN_IF_ERROR(patience.Ask("cache"));
   }
+}
+
+}  // namespace
+
+Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
+  KVPAGE_RETURN_IF_ERROR(pool.mirror != nullptr ? StartOnDevice(pool, out) : StartOnHost(pool, out, go_on));
+  // Truncations of older generations will not run.
+  pool.supply->DropStaleSetAside(pool.supply->Lock());
+  return {};
 }
 
 bool WaitForDrain(const PoolParts& pool, double seconds) {

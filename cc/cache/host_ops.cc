@@ -160,8 +160,9 @@ Status StartEdits(const PoolParts& pool, const char* verb, const std::vector<Slo
 }
 
 void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
-  const StateLock state = pool.table->Lock();
+  const MappingLock mapping = pool.supply->Lock();
   for (const SlotEdit& edit : edits) {
+    const StateLock state = pool.table->Lock();
     const HostSlot& row = pool.table->host(state, edit.slot);
     const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
     switch (static_cast<SlotOpcode>(edit.opcode)) {
@@ -174,7 +175,6 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);
         break;
       case SlotOpcode::kTruncate:
-        // Blocks that were set aside stay so, for the next truncation or until the slot is released.
         if (row.state != SlotState::kOccupied) break;
         pool.table->RestoreCommitted(state, edit.slot);
         pool.table->EndTruncation(state, edit.slot);
@@ -183,6 +183,7 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         break;
     }
   }
+  pool.supply->DropStaleSetAside(mapping);
 }
 
 Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {

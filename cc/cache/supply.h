@@ -66,6 +66,8 @@ class Supply {
   };
   Claim SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks>& wanted);
   Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
+  // Blocks that are set aside for truncations whose programs will not run come free again.
+  void DropStaleSetAside(const MappingLock& lock);
   // A free slot gives up all its blocks if other slots share some, or had: they are not for a new owner to write.
   Status DropShared(const MappingLock& lock, std::int32_t slot);
   // The same for every free slot: a view of all slots must not show what live ones have.

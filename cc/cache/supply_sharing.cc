@@ -61,6 +61,13 @@ Claim Supply::SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks
   return claim;
 }
 
+void Supply::DropStaleSetAside(const MappingLock&) {
+  for (std::int32_t slot = 0; arena_->num_set_aside() > 0 && slot < table_->num_slots(); ++slot) {
+    const bool queued = table_->host(table_->Lock(), slot).truncations > 0;
+    if (!queued) arena_->DropSetAsideFrom(slot, 0);
+  }
+}
+
 Status Supply::DropShared(const MappingLock&, std::int32_t slot) {
   const bool whole = arena_->SharedBlocks(slot) == 0 && !arena_->Borrows(slot);
   return whole ? Status() : arena_->Shrink(slot, 0);

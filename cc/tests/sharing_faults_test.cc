@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +36,18 @@ struct Fixture {
   std::int64_t free_or_parked() {
     const PoolNumbers n = pool->Numbers();
     return n.blocks_free + n.blocks_parked;
+  }
+  // Blocks that the donor and its fork map.
+  std::int64_t in_maps() {
+    std::set<std::int32_t> blocks;
+    for (const std::int32_t slot : {donor, fork}) {
+      BlockReferences map;
+      EXPECT_OK(pool->BlockMap(slot, &map));
+      for (const auto& range : map) {
+        for (const auto& [block, references] : range) blocks.insert(block);
+      }
+    }
+    return static_cast<std::int64_t>(blocks.size());
   }
   // The pool is as a new one once everything is released.
   void Finish() {
@@ -124,6 +137,7 @@ TEST(SharingFaultsTest, ATruncationThatFailsCanBeRepeated) {
         EXPECT_TRUE(AddsUp(f.pool.get())) << At(verb, call);
         if (failed) {
           f.program->Restart();
+          EXPECT_EQ(f.pool->Numbers().blocks_mapped, f.in_maps()) << "nothing stays set aside, " << At(verb, call);
           f.program->Truncate(cut, 5);
         }
         EXPECT_EQ(f.pool->Numbers().blocks_shared, 0) << At(verb, call);

@@ -198,6 +198,25 @@ TEST_P(SharingTest, AForkWhoseProgramNeverRanIsFreeInTheNextGeneration) {
   EXPECT_TRUE(AddsUp(f.pool.get()));
 }
 
+TEST_P(SharingTest, ATruncationWhoseProgramNeverRanGivesItsBlocksBack) {
+  Family f(GetParam(), 48);
+  const std::int32_t fork = f.program->Fork(f.donor);
+  EXPECT_OK(f.pool->Truncate({f.donor}, {20}).status);
+  EXPECT_EQ(f.mapped(), 5);
+  Program old = *f.program;
+  f.program->Restart();
+  EXPECT_EQ(f.mapped(), 3);
+  EXPECT_TRUE(Mentions(old.RunTruncate(f.donor, 20), "generation"));
+  EXPECT_EQ(f.program->length(f.donor), 48) << "it has its tokens still";
+  EXPECT_EQ(f.Has(f.donor, 0, 48, 1) + f.Has(fork, 0, 48, 1), 96);
+  EXPECT_OK(f.pool->Truncate({fork}, {20}).status);
+  EXPECT_EQ(f.mapped(), 5);
+  EXPECT_OK(f.program->RunTruncate(fork, 20));
+  WriteStamped(f.pool.get(), f.program.get(), fork, 28, 2);
+  EXPECT_EQ(f.Has(fork, 0, 20, 1) + f.Has(fork, 20, 48, 2) + f.Has(f.donor, 0, 48, 1), 96);
+  EXPECT_TRUE(AddsUp(f.pool.get()));
+}
+
 TEST_P(SharingTest, UndoneForksAndTruncations) {
   Family f(GetParam(), 40);
   const std::int64_t free = f.pool->Numbers().blocks_free;
@@ -210,8 +229,11 @@ TEST_P(SharingTest, UndoneForksAndTruncations) {
   EXPECT_EQ(f.pool->Numbers().blocks_free, free);
   EXPECT_EQ(f.pool->Numbers().blocks_shared, 0);
   const std::int32_t fork = f.program->Fork(f.donor);
+  const std::int64_t mapped = f.mapped();
   EXPECT_OK(f.pool->Truncate({f.donor}, {3}).status);
+  EXPECT_EQ(f.mapped(), mapped + 2);
   f.pool->UndoEdits({{static_cast<std::int32_t>(SlotOpcode::kTruncate), f.donor, 3}});
+  EXPECT_EQ(f.mapped(), mapped);
   EXPECT_EQ(f.pool->Committed(f.donor).size(), std::size_t{40});
   EXPECT_EQ(f.Has(fork, 0, 40, 1) + f.Has(f.donor, 0, 40, 1), 80);
   EXPECT_TRUE(AddsUp(f.pool.get()));
