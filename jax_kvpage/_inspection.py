@@ -1,6 +1,7 @@
 """The part of KVPool that only looks: accounts, tables, views."""
 
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -13,7 +14,14 @@ from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import wait_for
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.stats import PoolStats, SlotInfo, make_rows, make_stats
+from jax_kvpage.stats import (
+    BlockInfo,
+    PoolStats,
+    SlotInfo,
+    make_block_map,
+    make_rows,
+    make_stats,
+)
 
 __all__ = ["Inspection"]
 
@@ -73,14 +81,34 @@ class Inspection:
             self._native.raise_fault()
         return make_rows(self._native.call(self._pool.rows), self.spec, lengths)
 
-    def block_map(self, slot: int) -> list[list[tuple[int, int]]]:
+    @overload
+    def block_map(
+        self, slot: int, *, owners: Literal[False] = False
+    ) -> list[list[tuple[int, int]]]: ...
+
+    @overload
+    def block_map(self, slot: int, *, owners: Literal[True]) -> list[list[BlockInfo]]: ...
+
+    def block_map(self, slot: int, *, owners: bool = False) -> Any:
         """Which physical block each logical block of a slot is.
+
+        Args:
+            slot: an occupied slot.
+            owners: tell for each block which slots map it, and which one for writing.
 
         Returns:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
-            layer 1, ... in the per-layer layout) a list of (physical block, reference count).
+            layer 1, ... in the per-layer layout) a list of (physical block, reference count), or
+            with `owners` of `BlockInfo`.
+
+        Raises:
+            ValueError: a slot that does not exist.
+            KVPageError: the slot is not occupied.
+            PoolClosed: the pool is closed.
         """
         slot = host_int("block_map: slot", slot)
+        if owners:
+            return make_block_map(self._native.call(self._pool.block_owners, slot))
         return self._native.call(self._pool.block_map, slot)
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""PoolStats and SlotInfo: what a pool tells about itself."""
+"""PoolStats, SlotInfo and BlockInfo: what a pool tells about itself."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["PoolStats", "SlotInfo", "make_rows", "make_stats"]
+__all__ = ["BlockInfo", "PoolStats", "SlotInfo", "make_block_map", "make_rows", "make_stats"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,26 @@ class SlotInfo:
     length: int | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockInfo:
+    """A physical block of a slot, and who else has it.
+
+    Attributes:
+        block: its number.
+        references: how often it is mapped. It comes free when none is left.
+        slots: the slots that map it, in ascending order; released ones too, until their blocks are
+            given up.
+        owner: of these, the one that maps it for writing; None when that slot has given it up. The
+            others borrow it (on CPU their mappings are read-only). While a block is shared, the
+            owner's programs are refused to write it too: `KVPool.truncate` makes private copies.
+    """
+
+    block: int
+    references: int
+    slots: tuple[int, ...]
+    owner: int | None
+
+
 def make_stats(n: Any, host_waits: int) -> PoolStats:
     """PoolStats from the compiled pool's numbers.
 
@@ -147,4 +167,17 @@ def make_rows(rows: Sequence[Any], spec: CacheSpec, lengths: np.ndarray | None) 
             length=None if lengths is None else int(lengths[row.slot]),
         )
         for row in rows
+    ]
+
+
+def make_block_map(rows: Sequence[Sequence[Any]]) -> list[list[BlockInfo]]:
+    """A block map with owners, from the compiled pool's `_native.BlockRow`s of each range."""
+    return [
+        [
+            BlockInfo(
+                row.block, row.references, tuple(row.slots), row.owner if row.owner >= 0 else None
+            )
+            for row in blocks
+        ]
+        for blocks in rows
     ]

@@ -51,6 +51,11 @@ def fork(rig: Rig, slot: int, n: int, num_tokens: int | None = None) -> list[int
     return slots
 
 
+def truncate(rig: Rig, slot: int, tokens: int) -> None:
+    rig.cache = rig.pool.truncate(rig.cache, slot, tokens)
+    rig.model.truncate(slot, tokens)
+
+
 def grow(rig: Rig, slot: int, n: int = 1) -> None:
     rig.pool.extend(slot, rig.model.lengths[slot] + n)
 
@@ -74,6 +79,33 @@ def layout(request: pytest.FixtureRequest) -> str:
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
     """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""
     return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
+
+
+def test_block_map_names_owners(rig: tuple[Rig, int]) -> None:
+    rig, slot = rig
+
+    def owners(of: int) -> list[tuple[set[int], int | None]]:
+        ranges = rig.pool.block_map(of, owners=True)
+        plain = rig.pool.block_map(of)
+        assert [[(row.block, row.references) for row in rows] for rows in ranges] == plain
+        assert all(len(row.slots) == row.references for rows in ranges for row in rows)
+        every = [[(set(row.slots), row.owner) for row in rows] for rows in ranges]
+        assert every.count(every[0]) == len(every)
+        return every[0]
+
+    assert owners(slot) == [({slot}, slot)] * 5
+    first, second = fork(rig, slot, 2)
+    shared = [({slot, first, second}, slot)] * 4
+    assert owners(slot) == [*shared, ({slot}, slot)]
+    assert owners(first) == [*shared, ({first}, first)]
+    truncate(rig, slot, 20)
+    assert owners(slot)[0] == shared[0]
+    assert owners(slot)[1:] == [({slot}, slot)] * 4
+    assert owners(first)[1:] == [({first, second}, None)] * 3 + [({first}, first)]
+    truncate(rig, first, 0)
+    assert owners(first) == [({first}, first)] * 5
+    assert owners(second)[:4] == [({slot, second}, slot), *[({second}, None)] * 3]
+    check(rig, [slot, first, second])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])

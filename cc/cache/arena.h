@@ -69,6 +69,8 @@ class Arena {
   // blocks that other slots map too, ReadOnlyBlocks those that this slot took over from a donor.
   std::int64_t SharedBlocks(std::int64_t slot) const;
   std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
+  // The slots that map the block at this place of a slot, in order.
+  std::vector<std::int32_t> Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const;
   // Maps the first `blocks` logical blocks of one slot in another, which has none, too. All or nothing.
   Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks);
   // A block that takes the place of another may split the mapping it stands in.

@@ -20,6 +20,17 @@ std::int64_t Arena::ReadOnlyBlocks(std::int64_t slot) const {
   return found == borrowers_.end() ? 0 : found->second.read_only;
 }
 
+std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const {
+  const auto at = static_cast<std::size_t>(logical * geometry_.num_ranges() + range);
+  const std::int32_t block = maps_[slot][at];
+  if (pool_.references(block) == 1) return {static_cast<std::int32_t>(slot)};
+  std::vector<std::int32_t> slots;
+  for (std::size_t other = 0; other < maps_.size(); ++other) {
+    if (at < maps_[other].size() && maps_[other][at] == block) slots.push_back(static_cast<std::int32_t>(other));
+  }
+  return slots;
+}
+
 std::int64_t Arena::AliasMappings(std::int64_t from, std::int64_t blocks) const {
   const std::int64_t ranges = geometry_.num_ranges();
   const std::vector<std::int32_t>& map = maps_[from];

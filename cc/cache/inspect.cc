@@ -1,6 +1,18 @@
 #include "cache/inspect.h"
 
+#include <utility>
+
 namespace kvpage::inspect {
+namespace {
+
+Status CheckBlockMap(const PoolParts& pool, std::int32_t slot) {
+  const StateLock state = pool.table->Lock();
+  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, "block_map"));
+  CollectReleases(pool, state);
+  return pool.table->CheckOccupied(state, "block_map", slot);
+}
+
+}  // namespace
 
 PoolNumbers Numbers(const PoolParts& pool) {
   SlotTable& table = *pool.table;
@@ -66,18 +78,35 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
 
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {
   const MappingLock mapping = pool.supply->Lock();
-  {
-    const StateLock state = pool.table->Lock();
-    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, "block_map"));
-    CollectReleases(pool, state);
-    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "block_map", slot));
-  }
+  KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot));
   const Arena& arena = pool.supply->arena(mapping);
   const std::int64_t ranges = pool.table->geometry().num_ranges();
   out->assign(ranges, {});
   for (std::int64_t range = 0; range < ranges; ++range) {
     for (const std::int32_t block : arena.block_map(slot, range)) {
       (*out)[range].emplace_back(block, arena.pool().references(block));
+    }
+  }
+  return {};
+}
+
+Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out) {
+  const MappingLock mapping = pool.supply->Lock();
+  KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot));
+  const Arena& arena = pool.supply->arena(mapping);
+  const std::int64_t ranges = pool.table->geometry().num_ranges();
+  out->assign(ranges, {});
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    const std::vector<std::int32_t> blocks = arena.block_map(slot, range);
+    for (std::int64_t logical = 0; logical < arena.blocks(slot); ++logical) {
+      BlockRow row;
+      row.block = blocks[logical];
+      row.references = arena.pool().references(row.block);
+      row.slots = arena.Mappers(slot, range, logical);
+      for (const std::int32_t mapper : row.slots) {
+        if (logical >= arena.ReadOnlyBlocks(mapper)) row.owner = mapper;
+      }
+      (*out)[range].push_back(std::move(row));
     }
   }
   return {};

@@ -70,6 +70,15 @@ struct SlotRow {
 // For each range of a slot, its blocks in logical order: (physical block, references to it).
 using BlockReferences = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
 
+// A physical block that a slot maps: who else does, and who has it mapped for writing (-1: nobody any more).
+struct BlockRow {
+  std::int32_t block = 0;
+  std::int32_t references = 0;
+  std::int32_t owner = -1;
+  std::vector<std::int32_t> slots;
+};
+using BlockRows = std::vector<std::vector<BlockRow>>;  // as BlockReferences
+
 // A generation as the host sees it begin.
 struct Generation {
   std::int32_t generation = 0;

@@ -27,9 +27,6 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
-// For each range of a slot (physical block, references) of each logical block.
-using BlockMap = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
-
 // While it lives the arena stays mapped and the slot is not handed on.
 struct PoolView {
   PoolView(PoolPtr p, std::int32_t s) : pool(std::move(p)), slot(s) {}
@@ -119,6 +116,11 @@ void BindResults(nb::module_& m) {
       .def_ro("length", &SlotRow::length)
       .def_ro("views", &SlotRow::views)
       .def_ro("vacated", &SlotRow::vacated);
+  nb::class_<BlockRow>(m, "BlockRow")
+      .def_ro("block", &BlockRow::block)
+      .def_ro("references", &BlockRow::references)
+      .def_ro("owner", &BlockRow::owner)
+      .def_ro("slots", &BlockRow::slots);
 }
 
 }  // namespace
@@ -158,7 +160,8 @@ void BindPool(nb::module_& m) {
       .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))
       .def("rows", Method("slot_table", &Pool::Rows))
-      .def("block_map", Getter<BlockMap, std::int32_t>("block_map", &Pool::BlockMap), "slot"_a)
+      .def("block_map", Getter<BlockReferences, std::int32_t>("block_map", &Pool::BlockMap), "slot"_a)
+      .def("block_owners", Getter<BlockRows, std::int32_t>("block_map", &Pool::BlockOwners), "slot"_a)
       .def("view", &View, "layer"_a, "kv"_a, "slot"_a);
 }
 
