@@ -1,4 +1,4 @@
-"""fork, reorder and truncate: contents, accounting, refusals."""
+"""fork and reorder: contents, accounting, refusals. Truncations are in test_truncate.py."""
 
 from __future__ import annotations
 
@@ -10,64 +10,9 @@ import numpy as np
 import pytest
 from harness import Rig, busy, make_batch
 from mistakes import fails
+from sharing_rig import check, filled, fork, pool_of, spec_of, truncate
 
 import jax_kvpage as kvp
-
-_BLOCK = 16
-
-
-def spec_of(layout: str, dtype: object = jnp.float32, **changes: object) -> kvp.CacheSpec:
-    fields = {
-        "num_layers": 2,
-        "num_kv_heads": 2,
-        "head_dim": 64,
-        "max_slots": 12,
-        "max_seq_len": 256,
-        "dtype": dtype,
-        "layout": layout,
-        "block_tokens": _BLOCK,
-    }
-    return kvp.CacheSpec(**{**fields, **changes})
-
-
-def pool_of(make_pool, spec: kvp.CacheSpec, blocks: int, **options: object) -> kvp.KVPool:
-    return make_pool(spec, spec.resolve("cpu").block_bytes * blocks, **options)
-
-
-def filled(pool: kvp.KVPool, tokens: int, **options: object) -> tuple[Rig, int]:
-    """A sequence of `tokens` tokens, all committed."""
-    rig = Rig(pool, **options)
-    slot = rig.acquire(tokens)
-    rig.write({slot: tokens})
-    pool.commit(slot, range(tokens))
-    return rig, slot
-
-
-def fork(rig: Rig, slot: int, n: int, num_tokens: int | None = None) -> list[int]:
-    slots, rig.cache = rig.pool.fork(rig.cache, slot, n, num_tokens)
-    tokens = len(rig.pool.committed(slot)) if num_tokens is None else num_tokens
-    for new in slots:
-        rig.model.fork(slot, new, tokens)
-    return slots
-
-
-def truncate(rig: Rig, slot: int, tokens: int) -> None:
-    rig.cache = rig.pool.truncate(rig.cache, slot, tokens)
-    rig.model.truncate(slot, tokens)
-
-
-def grow(rig: Rig, slot: int, n: int = 1) -> None:
-    rig.pool.extend(slot, rig.model.lengths[slot] + n)
-
-
-def check(rig: Rig, slots: list[int]) -> None:
-    """Every sequence attends as the reference says, after its lengths are right."""
-    rig.check_lengths()
-    for slot in slots:
-        grow(rig, slot, 2)
-        out, _, want, _ = rig.step([(slot, 2)])
-        tolerance = 0.1 if np.dtype(rig.spec.dtype).itemsize < 4 else 1e-4
-        np.testing.assert_allclose(out[:, :2], want[:, :2], atol=tolerance)
 
 
 @pytest.fixture(params=["fused", "per_layer"])
@@ -177,72 +122,6 @@ def test_memory_under_pressure(make_pool, layout: str) -> None:
     rig.check_lengths()
 
 
-def test_truncate_makes_private_copies(rig) -> None:
-    rig, slot = rig
-    other = fork(rig, slot, 1)[0]
-    before = rig.pool.stats().blocks_mapped
-    ranges = len(rig.pool.block_map(slot))
-    for target, length in ((slot, 40), (other, 33), (other, 5), (slot, 0)):
-        rig.cache = rig.pool.truncate(rig.cache, target, length)
-        rig.model.truncate(target, length)
-        assert rig.pool.committed(target) == list(range(length))
-        check(rig, [slot, other])
-        rig.cache = rig.pool.truncate(rig.cache, target, length)
-        rig.model.truncate(target, length)
-    rig.pool.check(rig.cache)
-    # Both have all of their blocks for themselves now.
-    assert rig.pool.stats().blocks_shared == 0
-    assert rig.pool.stats().blocks_mapped == before + 4 * ranges
-    check(rig, [slot, other])
-
-
-def test_truncate_of_an_unshared_sequence_copies_nothing(rig) -> None:
-    rig, slot = rig
-    before = rig.pool.stats()
-    rig.cache = rig.pool.truncate(rig.cache, [slot], [20])
-    rig.model.truncate(slot, 20)
-    after = rig.pool.stats()
-    assert (after.blocks_mapped, after.system_calls) == (before.blocks_mapped, before.system_calls)
-    check(rig, [slot])
-
-
-def test_truncate_under_queued_readers(rig) -> None:
-    """A program that reads the slot and one that truncates it are queued; both see the same."""
-    rig, slot = rig
-    other = fork(rig, slot, 1)[0]
-    q = rig.random_q(1)
-    grow(rig, slot)
-    rig.append([(slot, 1)])
-    late = kvp.after(
-        rig.cache, busy(1)
-    )  # the readers of this cache run after the truncation is queued
-    out = kvp.paged_attention(jnp.asarray(q[0]), late, make_batch([(slot, 1)]), layer=0)
-    rig.cache = rig.pool.truncate(kvp.after(late, out), slot, 17)
-    want, _ = rig.reference([(slot, 1)], q)
-    np.testing.assert_allclose(np.asarray(out), want[0], atol=1e-4)
-    rig.model.truncate(slot, 17)
-    check(rig, [slot, other])
-
-
-def test_a_truncation_that_finds_no_blocks_changes_nothing(make_pool, layout: str) -> None:
-    pool = pool_of(make_pool, spec_of(layout), 4 * 5)
-    rig, slot = filled(pool, 80)
-    if layout == "fused":
-        pool.resize(5 * pool.spec.block_bytes)
-    other = fork(rig, slot, 1)[0]
-    before = pool.stats()
-    with pytest.raises(kvp.OutOfBlocks, match=r"truncate: .* blocks wanted"):
-        pool.truncate(rig.cache, other, 10)
-    assert pool.stats() == before
-    assert len(pool.committed(other)) == 80
-    rig.release(slot)
-    pool.check(rig.cache)
-    rig.cache = pool.truncate(rig.cache, other, 10)  # nobody shares them any more
-    rig.model.truncate(other, 10)
-    pool.check(rig.cache)
-    check(rig, [other])
-
-
 def test_reorder_continues_beams(rig) -> None:
     rig, slot = rig
     beams = [slot, *fork(rig, slot, 3)]
@@ -328,44 +207,6 @@ def test_a_fork_of_tokens_whose_program_is_queued(rig) -> None:
     check(rig, [other, slot])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_fork_behind_a_queued_truncation(rig, shared: bool) -> None:
-    """Blocks that the truncation may yet replace are copied, and not mapped in the fork."""
-    rig, slot = rig
-    others = fork(rig, slot, 1) if shared else []
-    before = rig.pool.stats().blocks_mapped
-    rig.cache = kvp.after(rig.cache, busy(1))
-    rig.cache = rig.pool.truncate(rig.cache, slot, 20)
-    rig.model.truncate(slot, 20)
-    rig.write({slot: 50})
-    rig.pool.commit(slot, range(50))
-    others += fork(rig, slot, 1)
-    rig.pool.check(rig.cache)
-    ranges = len(rig.pool.block_map(slot))
-    assert rig.pool.stats().blocks_mapped - before == (4 + 3 * shared) * ranges
-    check(rig, [slot, *others])
-    others += fork(rig, slot, 1)  # the truncation has run: whole blocks are shared again
-    assert rig.pool.stats().blocks_shared >= 4 * ranges
-    check(rig, [slot, *others])
-
-
-def test_hosts_may_fork_before_the_prefill_has_run(make_pool, layout: str) -> None:
-    """commit and fork count on programs that are queued, and do not get in their way."""
-    pool = pool_of(make_pool, spec_of(layout), 64)
-    rig = Rig(pool, max_tokens=70)
-    slot = rig.acquire(70)
-    rig.write({slot: 20})
-    rig.cache = kvp.after(rig.cache, busy(1))
-    rig.cache = kvp.set_lengths(rig.cache, [slot], [0])  # a rollback that is queued is no fault
-    rig.model.truncate(slot, 0)
-    rig.write({slot: 70})
-    pool.commit(slot, range(70))
-    slots = fork(rig, slot, 2)
-    rig.cache = pool.truncate(rig.cache, slots[0], 30)
-    rig.model.truncate(slots[0], 30)
-    check(rig, [slot, *slots])
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -412,8 +253,7 @@ def test_nothing_waits(make_pool, layout: str) -> None:
     rig, slot = filled(pool_of(make_pool, spec_of(layout), 200), 70)
     beams = [slot, *fork(rig, slot, 1)]
     beams2, rig.cache = rig.pool.reorder(rig.cache, beams, [0, 1])
-    rig.cache = rig.pool.truncate(rig.cache, beams[1], 66)  # everything is compiled
-    rig.model.truncate(beams[1], 66)
+    truncate(rig, beams[1], 66)  # everything is compiled
     rig.pool.check(rig.cache)
     assert beams2 == beams
     waits = rig.pool.stats().waits
