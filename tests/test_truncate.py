@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Rig, busy, make_batch
+from harness import RUN_TIME_ERRORS, Rig, busy, make_batch
 from sharing_rig import check, filled, fork, grow, pool_of, spec_of, truncate
 
 import jax_kvpage as kvp
@@ -36,6 +36,39 @@ def test_truncate_makes_private_copies(rig) -> None:
     # Both have all of their blocks for themselves now.
     assert rig.pool.stats().blocks_shared == 0
     assert rig.pool.stats().blocks_mapped == before + 4 * ranges
+    check(rig, [slot, other])
+
+
+def test_the_last_sharer_of_one_call_needs_no_copies(rig) -> None:
+    rig, slot = rig
+    other = fork(rig, slot, 1)[0]
+    before = rig.pool.stats().blocks_mapped
+    rig.cache = rig.pool.truncate(rig.cache, [other, slot], [5, 20])
+    rig.model.truncate(other, 5)
+    rig.model.truncate(slot, 20)
+    assert rig.pool.stats().blocks_mapped == before + 4 * len(rig.pool.block_map(slot))
+    rig.pool.check(rig.cache)
+    assert rig.pool.stats().blocks_mapped == before + 4 * len(rig.pool.block_map(slot))
+    assert rig.pool.stats().blocks_shared == 0
+    check(rig, [slot, other])
+
+
+def test_a_truncation_whose_program_fails_gives_its_blocks_back(rig) -> None:
+    rig, slot = rig
+    other = fork(rig, slot, 1)[0]
+    rig.cache = kvp.set_lengths(rig.cache, [slot], [70])
+    truncate(rig, slot, 70)  # everything is compiled
+    rig.pool.check(rig.cache)
+    before = rig.pool.stats().blocks_mapped
+    failing = kvp.set_lengths(kvp.after(rig.cache, busy(1)), [slot], [99])
+    queued = rig.pool.truncate(failing, slot, 20)
+    assert rig.pool.stats().blocks_mapped == before + 3 * len(rig.pool.block_map(slot))
+    with pytest.raises(RUN_TIME_ERRORS):
+        rig.pool.check(queued)
+    rig.cache = rig.pool.cache()
+    assert rig.pool.stats().blocks_mapped == before
+    check(rig, [slot, other])
+    truncate(rig, slot, 20)
     check(rig, [slot, other])
 
 
