@@ -3,6 +3,7 @@
 #define KVPAGE_TESTS_FAULTY_VMM_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <utility>
 
@@ -12,7 +13,8 @@ namespace kvpage::testing {
 
 enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill, kMapReadOnly, kRemap, kCopy };
 
-// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing.
+// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
+// the first call of a verb it can do something else, what another thread might do at that moment.
 class FaultyVmm final : public Vmm {
  public:
   explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}
@@ -21,6 +23,10 @@ class FaultyVmm final : public Vmm {
     calls_left_ = call;
   }
   bool failed() const { return calls_left_ < 0; }
+  void Before(Verb verb, std::function<void()> meanwhile) {
+    meanwhile_verb_ = verb;
+    meanwhile_ = std::move(meanwhile);
+  }
 
   char* base() const override { return inner_->base(); }
   Status Grow(std::int64_t n) override { return inner_->Grow(n); }
@@ -55,12 +61,17 @@ class FaultyVmm final : public Vmm {
   std::int64_t system_calls() const override { return inner_->system_calls(); }
 
  private:
-  bool Fails(Verb verb) { return verb == verb_ && calls_left_ >= 0 && calls_left_-- == 0; }
+  bool Fails(Verb verb) {
+    if (verb == meanwhile_verb_ && meanwhile_ != nullptr) std::exchange(meanwhile_, nullptr)();
+    return verb == verb_ && calls_left_ >= 0 && calls_left_-- == 0;
+  }
   static Status Fault() { return ResourceExhausted("injected fault"); }
 
   std::unique_ptr<Vmm> inner_;
   Verb verb_ = Verb::kNone;
   int calls_left_ = -1;
+  Verb meanwhile_verb_ = Verb::kNone;
+  std::function<void()> meanwhile_;
 };
 
 }  // namespace kvpage::testing

@@ -6,6 +6,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -169,6 +170,44 @@ TEST(SharingFaultsTest, ABorrowerThatCannotBeEmptied) {
     }
     EXPECT_EQ(CountStamped(f.pool.get(), f.donor, 0, 40, 1), 40) << call;
     f.Finish();
+  }
+}
+
+// While a fork empties the slot that it takes, and while it maps blocks there.
+TEST(SharingFaultsTest, AnotherThreadReleasesTheDonorInsideFork) {
+  for (const Verb during : {Verb::kUnmap, Verb::kMapReadOnly}) {
+    for (const bool fork_runs_first : {false, true}) {
+      Fixture f;
+      bool released = false;
+      f.vmm->Before(during, [&] {
+        std::thread([&] { EXPECT_OK(StartRelease(*f.pool, {f.donor})); }).join();
+        released = true;
+      });
+      const Claim claim = f.pool->Fork("fork", {{f.donor, -1}}, {});
+      ASSERT_TRUE(released);
+      if (during == Verb::kUnmap) {
+        EXPECT_EQ(claim.status.code(), Code::kFailedPrecondition);
+        EXPECT_TRUE(Mentions(claim.status, "draining: it was released")) << claim.status.message();
+        EXPECT_EQ(f.pool->Numbers().slots_occupied, 1);
+        EXPECT_OK(f.program->Vacate(f.donor));
+      } else {
+        EXPECT_OK(claim.status);
+        ASSERT_FALSE(claim.slots.empty());
+        const std::int32_t fork = claim.slots[0];
+        if (fork_runs_first) {
+          EXPECT_OK(f.program->RunFork(fork, f.donor, 40));
+          EXPECT_OK(f.program->Vacate(f.donor));
+          EXPECT_EQ(CountStamped(f.pool.get(), fork, 0, 40, 1), 40);
+        } else {
+          EXPECT_OK(f.program->Vacate(f.donor));
+          EXPECT_TRUE(Mentions(f.program->RunFork(fork, f.donor, 40), "free"));
+          f.program->Restart();
+        }
+      }
+      EXPECT_EQ(CountStamped(f.pool.get(), f.fork, 0, 40, 1), 40);
+      EXPECT_TRUE(AddsUp(f.pool.get()));
+      f.Finish();
+    }
   }
 }
 
