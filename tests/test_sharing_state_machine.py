@@ -11,32 +11,23 @@ import inspect
 import os
 import random
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from covering import num_cases, own_cases
-from harness import RUN_TIME_ERRORS, append_all, input_dtype, make_batch
+from harness import RUN_TIME_ERRORS, input_dtype, make_batch
 from harness import _busy_cpu as busy_rounds
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from mistakes import fails
-from sharing_model import DIM, HEADS, LAYERS, SharingModel
+from sharing_machine import BLOCK, MAX_SEQ_LEN, NEW, SLOTS, SequencesMachine
+from sharing_model import DIM, HEADS, LAYERS
 
 import jax_kvpage as kvp
 
-_BLOCK, _MAX_SEQ_LEN, _SLOTS = 16, 96, 7
-_SHARE = st.floats(0, 1)
-_NEW = 40  # tokens in one batch
 _VERBS = [
     *["fork"] * 4, *["truncate"] * 4, *["write"] * 4, *["commit"] * 3, "reorder", "reorder",
     "acquire", "start", "start", "extend", "extend", "map_slots", "release", "trim", "resize",
@@ -46,126 +37,13 @@ _VERBS = [
     "rewrite", "new_generation", "refused", "failing_program",
 ]  # fmt: skip
 _HAS_VIEWS = os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") in ("", "0")
-_map_slots = jax.jit(kvp.map_slots)
 _read = jax.jit(lambda cache, slots: jnp.stack([
     jnp.stack(kvp.read_kv(cache, slots, layer)) for layer in range(LAYERS)
 ]))  # fmt: skip
 
 
-class SharingMachine(RuleBasedStateMachine):
-    """The model knows what must be shared; blocks of free slots are the pool's own affair."""
-
-    layout, dtype, debug = "fused", jnp.float32, False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spec = kvp.CacheSpec(
-            LAYERS, HEADS, DIM, _SLOTS, _MAX_SEQ_LEN,
-            dtype=self.dtype, layout=self.layout, block_tokens=_BLOCK,
-        ).resolve("cpu")  # fmt: skip
-        assert self.spec.block_tokens == _BLOCK
-        self.ranges = 1 if self.layout == "fused" else 2 * LAYERS
-        self.total = 20 * self.ranges
-        self.pool = kvp.KVPool(
-            self.spec, self.total * self.spec.block_bytes, poison=True, debug=self.debug
-        )
-        self.cache = self.pool.cache()
-        self.model = SharingModel(_BLOCK, self.dtype)
-        self.views: list[tuple[int, Any]] = []
-        self.slow: Any = None  # a value that the queued programs wait for
-        self.exact = False  # free slots have no blocks
-        self.aside = False  # truncations that never ran may have left blocks set aside
-        self.truncated: set[int] = set()  # slots whose truncation may not have run
-
-    def teardown(self) -> None:
-        self.views.clear()
-        self.pool.close()
-
-    # ---- what the rules share ----
-
-    @property
-    def live(self) -> dict[int, Any]:
-        return self.model.live
-
-    def _pick(self, which: int) -> int:
-        return sorted(self.live)[which % len(self.live)]
-
-    def _settle(self) -> None:
-        self.pool.check(self.cache)
-        self.slow = None
-        self.truncated.clear()
-
-    def _maps(self) -> dict[int, list[list[tuple[int, int]]]]:
-        return {slot: self.pool.block_map(slot) for slot in self.live}
-
-    def _account(self) -> object:
-        rows = [(row.slot, row.num_blocks, row.reserved_tokens, row.committed_tokens)
-                for row in self.pool.slot_table() if not row.draining]  # fmt: skip
-        maps = {s: [[b for b, _ in row] for row in m] for s, m in self._maps().items()}
-        return rows, maps
-
-    def _claim(self, blocks: int, slots: int, call: Callable[[], Any]) -> Any:
-        """The call's result, or None where it must and did fail; then nothing has changed.
-
-        With programs in flight, views or blocks set aside it may fail where it would not otherwise.
-        """
-        if self.slow is not None and self.slow.is_ready():
-            self._settle()
-        certain = self.slow is None and not self.views and not self.aside
-        before = None
-        if certain:
-            jax.block_until_ready(self.cache)
-            self.truncated.clear()
-            before = self._account()
-        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
-        fits = blocks * self.ranges <= left and slots <= _SLOTS - len(self.live)
-        try:
-            result = call()
-        except (kvp.OutOfBlocks, kvp.OutOfSlots):
-            if certain and (fits or self._account() != before):
-                raise
-            return None
-        assert fits, (blocks, left)
-        self.exact = False
-        return result
-
-    def _set_aside(self) -> int:
-        if not self.aside:
-            return 0
-        mapped = {b for rows in self._maps().values() for row in rows for b, _ in row}
-        return max(self.pool.stats().blocks_mapped - len(mapped), 0)
-
-    def _batch(self, sequences: list[tuple[int, int]]) -> None:
-        """Appends tokens to (slot, n) and advances."""
-        k, v = np.zeros((2, LAYERS, _NEW, HEADS, DIM), np.float32)
-        done = 0
-        for slot, n in sequences:
-            values = self.model.append(slot, n)
-            k[:, done : done + n], v[:, done : done + n] = values[:, 0], values[:, 1]
-            done += n
-        dtype = input_dtype(self.spec)
-        self.cache = append_all(
-            self.cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), make_batch(sequences, 2)
-        )
-
-    def _forked(self, pairs: list[tuple[int, int]], tokens: list[int]) -> None:
-        """The model of forks (donor, slot)."""
-        for (donor, slot), n in zip(pairs, tokens, strict=True):
-            shared = self.model.whole(n)
-            if donor in self.truncated:
-                # Whether the truncation has run by now decides what is mapped and what is copied.
-                self._settle()
-                rows = zip(
-                    self.pool.block_map(donor)[0], self.pool.block_map(slot)[0], strict=False
-                )
-                same = next((i for i, (a, b) in enumerate(rows) if a[0] != b[0]), 99)
-                shared = min(shared, same * _BLOCK)
-            self.model.fork(donor, slot, n, shared)
-
-    @initialize(share=_SHARE)
-    def begin(self, share: float) -> None:
-        self.start(share)
-        self.start(1.0)
+class SharingMachine(SequencesMachine):
+    """Adds what the sequences have in common, and programs in flight."""
 
     @rule(verb=st.sampled_from(_VERBS), seed=st.integers(0, 1 << 30))
     def act(self, verb: str, seed: int) -> None:
@@ -177,127 +55,16 @@ class SharingMachine(RuleBasedStateMachine):
         rng = random.Random(seed)
         share = rng.random()
         arguments = {
-            "which": rng.randrange(_SLOTS),
-            "several": {rng.randrange(_SLOTS) for _ in range(rng.randint(1, 3))},
+            "which": rng.randrange(SLOTS),
+            "several": {rng.randrange(SLOTS) for _ in range(rng.randint(1, 3))},
             "share": share,
             "n": rng.randrange(4),
-            "tokens": int(rng.random() * _MAX_SEQ_LEN),
+            "tokens": int(rng.random() * MAX_SEQ_LEN),
             "verbs": rng.choices(["fork", "truncate", "acquire", "release"], k=rng.randrange(4)),
         }
         method = getattr(self, verb)
         wanted = inspect.signature(method).parameters
         method(**{name: value for name, value in arguments.items() if name in wanted})
-
-    # ---- room ----
-
-    def acquire(self, tokens: int) -> None:
-        call = functools.partial(self.pool.acquire, self.cache, tokens)
-        if (result := self._claim(self.model.count(tokens), 1, call)) is not None:
-            slot, self.cache = result
-            self.model.acquire(slot, tokens)
-
-    def start(self, share: float) -> None:
-        """A sequence that is written and committed, as donors are."""
-        tokens = 1 + int(share * (_NEW - 1))
-        before = set(self.live)
-        self.acquire(min(tokens + 20, _MAX_SEQ_LEN))
-        for slot in set(self.live) - before:
-            self._batch([(slot, tokens)])
-            self.commit(sorted(self.live).index(slot), 1.0)
-
-    def extend(self, which: int, tokens: int) -> None:
-        if not (self.live):
-            return
-        slot = self._pick(which)
-        more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
-
-        def call() -> bool:
-            self.pool.extend(slot, tokens)
-            return True
-
-        if self._claim(more, 0, call):
-            self.model.extend(slot, tokens)
-
-    def map_slots(self, which: int, tokens: int) -> None:
-        if not (self.live and self.slow is None):
-            return
-        slot = self._pick(which)
-        self.exact = False
-        self.cache, ok = _map_slots(
-            self.cache, jnp.asarray([slot], jnp.int32), jnp.asarray([tokens], jnp.int32)
-        )
-        more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
-        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
-        if bool(ok[0]):
-            assert more * self.ranges <= left
-            self.model.extend(slot, tokens)
-        else:
-            assert more * self.ranges > left or self.views
-
-    def release(self, several: set[int]) -> None:
-        if not (self.live):
-            return
-        slots = sorted({self._pick(i) for i in several})[:2]
-        self.cache = self.pool.release(self.cache, slots)
-        self.exact = False
-        for slot in slots:
-            del self.live[slot]
-
-    def trim(self) -> None:
-        self._settle()
-        self.pool.trim()
-        if not self.views:
-            assert self.pool.stats().blocks_parked == 0
-            self.exact = True
-
-    def resize(self, share: float) -> None:
-        self._settle()
-        wanted = int(14 + 12 * share) * self.ranges
-        fits = self.ranges * self.model.distinct() + self._set_aside() <= wanted
-        try:
-            self.pool.resize(wanted * self.spec.block_bytes)
-        except (ValueError, kvp.OutOfBlocks):
-            assert not fits or self.views
-        else:
-            assert fits
-            self.total = wanted
-
-    # ---- tokens ----
-
-    def write(self, several: set[int], share: float) -> None:
-        if not (self.live):
-            return
-        slots = sorted({self._pick(i) for i in several})[:2]
-        room = {s: self.live[s].reserved - len(self.live[s].tokens) for s in slots}
-        sequences = [
-            (s, min(1 + int(share * (room[s] - 1)), _NEW // 2)) for s in slots if room[s] > 0
-        ]
-        if sequences:
-            self._batch(sequences)
-
-    def commit(self, which: int, share: float) -> None:
-        if not (self.live):
-            return
-        slot = self._pick(which)
-        seq = self.live[slot]
-        new = int(min(2 * share, 1) * (len(seq.tokens) - len(seq.ids)))
-        ids = [7 * stamp % 1000 for stamp in seq.tokens[len(seq.ids) : len(seq.ids) + new]]
-        self.pool.commit(slot, ids)
-        seq.ids += ids
-
-    def set_lengths(self, which: int, share: float) -> None:
-        """A rollback behind what is final."""
-        if not (self.live):
-            return
-        if self.slow is not None:
-            self._settle()  # what is committed later binds programs that are queued
-        slot = self._pick(which)
-        seq = self.live[slot]
-        lowest = min(seq.floor, len(seq.tokens))
-        length = lowest + int(share * (len(seq.tokens) - lowest))
-        self.cache = kvp.set_lengths(self.cache, [slot], [length])
-        jax.block_until_ready(self.cache)
-        del seq.tokens[length:]
 
     # ---- sharing ----
 
@@ -309,7 +76,7 @@ class SharingMachine(RuleBasedStateMachine):
         num_tokens = None if share > 0.5 else int(2 * share * tokens)
         tokens = tokens if num_tokens is None else num_tokens
         pending = donor in self.truncated and self.slow is not None
-        blocks = n * (self.model.count(tokens) - tokens // _BLOCK)
+        blocks = n * (self.model.count(tokens) - tokens // BLOCK)
         if pending:
             self._try_pending(donor, n, tokens, num_tokens)
             return
@@ -336,7 +103,7 @@ class SharingMachine(RuleBasedStateMachine):
             self._settle()
         forked = [p for i, p in enumerate(parents) if p in parents[:i]]
         tokens = [len(self.live[beams[p]].ids) for p in forked]
-        blocks = sum(self.model.count(n) - n // _BLOCK for n in tokens)
+        blocks = sum(self.model.count(n) - n // BLOCK for n in tokens)
         call = functools.partial(self.pool.reorder, self.cache, beams, parents)
         if (result := self._claim(blocks, len(forked), call)) is None:
             return
@@ -414,7 +181,7 @@ class SharingMachine(RuleBasedStateMachine):
         slot = self._pick(which)
         self.truncate({which}, share, 0)
         if (room := self.live[slot].reserved - len(self.live[slot].tokens)) > 0:
-            self._batch([(slot, min(room, _NEW))])
+            self._batch([(slot, min(room, NEW))])
         self.commit(which, 1.0)
         self.fork(which, 1, 1.0)
 
@@ -533,10 +300,10 @@ class SharingMachine(RuleBasedStateMachine):
         if self.slow is not None:
             return
         slots = sorted(self.live)
-        lengths = np.full(_SLOTS, -1)
+        lengths = np.full(SLOTS, -1)
         lengths[slots] = [len(self.live[slot].tokens) for slot in slots]
         np.testing.assert_array_equal(np.asarray(self.cache.lengths), lengths)
-        padded = jnp.asarray(slots + [-1] * (_SLOTS - len(slots)), jnp.int32)
+        padded = jnp.asarray(slots + [-1] * (SLOTS - len(slots)), jnp.int32)
         found = np.asarray(_read(self.cache, padded))
         for i, slot in enumerate(slots):
             for layer in range(LAYERS):

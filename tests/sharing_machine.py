@@ -1,0 +1,251 @@
+"""The part of the sharing state machine (test_sharing_state_machine.py) that serves single
+sequences: the pool and its model, room, tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import append_all, input_dtype, make_batch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize
+from sharing_model import DIM, HEADS, LAYERS, SharingModel
+
+import jax_kvpage as kvp
+
+BLOCK, SLOTS = 16, 7
+MAX_SEQ_LEN = 96
+NEW = 40  # tokens in one batch
+_map_slots = jax.jit(kvp.map_slots)
+
+
+class SequencesMachine(RuleBasedStateMachine):
+    """The model knows what must be shared; blocks of free slots are the pool's own affair."""
+
+    layout, dtype, debug = "fused", jnp.float32, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = kvp.CacheSpec(
+            LAYERS, HEADS, DIM, SLOTS, MAX_SEQ_LEN,
+            dtype=self.dtype, layout=self.layout, block_tokens=BLOCK,
+        ).resolve("cpu")  # fmt: skip
+        assert self.spec.block_tokens == BLOCK
+        self.ranges = 1 if self.layout == "fused" else 2 * LAYERS
+        self.total = 20 * self.ranges
+        self.pool = kvp.KVPool(
+            self.spec, self.total * self.spec.block_bytes, poison=True, debug=self.debug
+        )
+        self.cache = self.pool.cache()
+        self.model = SharingModel(BLOCK, self.dtype)
+        self.views: list[tuple[int, Any]] = []
+        self.slow: Any = None  # a value that the queued programs wait for
+        self.exact = False  # free slots have no blocks
+        self.aside = False  # truncations that never ran may have left blocks set aside
+        self.truncated: set[int] = set()  # slots whose truncation may not have run
+
+    def teardown(self) -> None:
+        self.views.clear()
+        self.pool.close()
+
+    # ---- what the rules share ----
+
+    @property
+    def live(self) -> dict[int, Any]:
+        return self.model.live
+
+    def _pick(self, which: int) -> int:
+        return sorted(self.live)[which % len(self.live)]
+
+    def _settle(self) -> None:
+        self.pool.check(self.cache)
+        self.slow = None
+        self.truncated.clear()
+
+    def _maps(self) -> dict[int, list[list[tuple[int, int]]]]:
+        return {slot: self.pool.block_map(slot) for slot in self.live}
+
+    def _account(self) -> object:
+        rows = [(row.slot, row.num_blocks, row.reserved_tokens, row.committed_tokens)
+                for row in self.pool.slot_table() if not row.draining]  # fmt: skip
+        maps = {s: [[b for b, _ in row] for row in m] for s, m in self._maps().items()}
+        return rows, maps
+
+    def _claim(self, blocks: int, slots: int, call: Callable[[], Any]) -> Any:
+        """The call's result, or None where it must and did fail; then nothing has changed.
+
+        With programs in flight, views or blocks set aside it may fail where it would not otherwise.
+        """
+        if self.slow is not None and self.slow.is_ready():
+            self._settle()
+        certain = self.slow is None and not self.views and not self.aside
+        before = None
+        if certain:
+            jax.block_until_ready(self.cache)
+            self.truncated.clear()
+            before = self._account()
+        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
+        fits = blocks * self.ranges <= left and slots <= SLOTS - len(self.live)
+        try:
+            result = call()
+        except (kvp.OutOfBlocks, kvp.OutOfSlots):
+            if certain and (fits or self._account() != before):
+                raise
+            return None
+        assert fits, (blocks, left)
+        self.exact = False
+        return result
+
+    def _set_aside(self) -> int:
+        if not self.aside:
+            return 0
+        mapped = {b for rows in self._maps().values() for row in rows for b, _ in row}
+        return max(self.pool.stats().blocks_mapped - len(mapped), 0)
+
+    def _batch(self, sequences: list[tuple[int, int]]) -> None:
+        """Appends tokens to (slot, n) and advances."""
+        k, v = np.zeros((2, LAYERS, NEW, HEADS, DIM), np.float32)
+        done = 0
+        for slot, n in sequences:
+            values = self.model.append(slot, n)
+            k[:, done : done + n], v[:, done : done + n] = values[:, 0], values[:, 1]
+            done += n
+        dtype = input_dtype(self.spec)
+        self.cache = append_all(
+            self.cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), make_batch(sequences, 2)
+        )
+
+    def _forked(self, pairs: list[tuple[int, int]], tokens: list[int]) -> None:
+        """The model of forks (donor, slot)."""
+        for (donor, slot), n in zip(pairs, tokens, strict=True):
+            shared = self.model.whole(n)
+            if donor in self.truncated:
+                # Whether the truncation has run by now decides what is mapped and what is copied.
+                self._settle()
+                rows = zip(
+                    self.pool.block_map(donor)[0], self.pool.block_map(slot)[0], strict=False
+                )
+                same = next((i for i, (a, b) in enumerate(rows) if a[0] != b[0]), 99)
+                shared = min(shared, same * BLOCK)
+            self.model.fork(donor, slot, n, shared)
+
+    @initialize(share=st.floats(0, 1))
+    def begin(self, share: float) -> None:
+        self.start(share)
+        self.start(1.0)
+
+    # ---- room ----
+
+    def acquire(self, tokens: int) -> None:
+        call = functools.partial(self.pool.acquire, self.cache, tokens)
+        if (result := self._claim(self.model.count(tokens), 1, call)) is not None:
+            slot, self.cache = result
+            self.model.acquire(slot, tokens)
+
+    def start(self, share: float) -> None:
+        """A sequence that is written and committed, as donors are."""
+        tokens = 1 + int(share * (NEW - 1))
+        before = set(self.live)
+        self.acquire(min(tokens + 20, MAX_SEQ_LEN))
+        for slot in set(self.live) - before:
+            self._batch([(slot, tokens)])
+            self.commit(sorted(self.live).index(slot), 1.0)
+
+    def extend(self, which: int, tokens: int) -> None:
+        if not (self.live):
+            return
+        slot = self._pick(which)
+        more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
+
+        def call() -> bool:
+            self.pool.extend(slot, tokens)
+            return True
+
+        if self._claim(more, 0, call):
+            self.model.extend(slot, tokens)
+
+    def map_slots(self, which: int, tokens: int) -> None:
+        if not (self.live and self.slow is None):
+            return
+        slot = self._pick(which)
+        self.exact = False
+        self.cache, ok = _map_slots(
+            self.cache, jnp.asarray([slot], jnp.int32), jnp.asarray([tokens], jnp.int32)
+        )
+        more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
+        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
+        if bool(ok[0]):
+            assert more * self.ranges <= left
+            self.model.extend(slot, tokens)
+        else:
+            assert more * self.ranges > left or self.views
+
+    def release(self, several: set[int]) -> None:
+        if not (self.live):
+            return
+        slots = sorted({self._pick(i) for i in several})[:2]
+        self.cache = self.pool.release(self.cache, slots)
+        self.exact = False
+        for slot in slots:
+            del self.live[slot]
+
+    def trim(self) -> None:
+        self._settle()
+        self.pool.trim()
+        if not self.views:
+            assert self.pool.stats().blocks_parked == 0
+            self.exact = True
+
+    def resize(self, share: float) -> None:
+        self._settle()
+        wanted = int(14 + 12 * share) * self.ranges
+        fits = self.ranges * self.model.distinct() + self._set_aside() <= wanted
+        try:
+            self.pool.resize(wanted * self.spec.block_bytes)
+        except (ValueError, kvp.OutOfBlocks):
+            assert not fits or self.views
+        else:
+            assert fits
+            self.total = wanted
+
+    # ---- tokens ----
+
+    def write(self, several: set[int], share: float) -> None:
+        if not (self.live):
+            return
+        slots = sorted({self._pick(i) for i in several})[:2]
+        room = {s: self.live[s].reserved - len(self.live[s].tokens) for s in slots}
+        sequences = [
+            (s, min(1 + int(share * (room[s] - 1)), NEW // 2)) for s in slots if room[s] > 0
+        ]
+        if sequences:
+            self._batch(sequences)
+
+    def commit(self, which: int, share: float) -> None:
+        if not (self.live):
+            return
+        slot = self._pick(which)
+        seq = self.live[slot]
+        new = int(min(2 * share, 1) * (len(seq.tokens) - len(seq.ids)))
+        ids = [7 * stamp % 1000 for stamp in seq.tokens[len(seq.ids) : len(seq.ids) + new]]
+        self.pool.commit(slot, ids)
+        seq.ids += ids
+
+    def set_lengths(self, which: int, share: float) -> None:
+        """A rollback behind what is final."""
+        if not (self.live):
+            return
+        if self.slow is not None:
+            self._settle()  # what is committed later binds programs that are queued
+        slot = self._pick(which)
+        seq = self.live[slot]
+        lowest = min(seq.floor, len(seq.tokens))
+        length = lowest + int(share * (len(seq.tokens) - lowest))
+        self.cache = kvp.set_lengths(self.cache, [slot], [length])
+        jax.block_until_ready(self.cache)
+        del seq.tokens[length:]
