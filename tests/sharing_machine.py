@@ -4,20 +4,24 @@ sequences: the pool and its model, room, tokens.
 
 from __future__ import annotations
 
+import collections
 import functools
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import append_all, input_dtype, make_batch
+from harness import RUN_TIME_ERRORS, append_all, input_dtype, make_batch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize
 from sharing_model import DIM, HEADS, LAYERS, SharingModel
 
 import jax_kvpage as kvp
+from jax_kvpage import _native
 
+HAS_FAKE_DRIVER = os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") not in ("", "0")
 BLOCK, SLOTS = 16, 7
 MAX_SEQ_LEN = 96
 NEW = 40  # tokens in one batch
@@ -28,6 +32,8 @@ class SequencesMachine(RuleBasedStateMachine):
     """The model knows what must be shared; blocks of free slots are the pool's own affair."""
 
     layout, dtype, debug = "fused", jnp.float32, False
+    # Calls that a fault of the driver has struck, by the machine's name.
+    faults: ClassVar[collections.Counter[str]] = collections.Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +52,7 @@ class SequencesMachine(RuleBasedStateMachine):
         self.views: list[tuple[int, Any]] = []
         self.slow: Any = None  # a value that the queued programs wait for
         self.exact = False  # free slots have no blocks
-        self.aside = False  # truncations that never ran may have left blocks set aside
+        self.fault: tuple[int, int] | None = None  # of this step: which driver call, CUresult
         self.truncated: set[int] = set()  # slots whose truncation may not have run
 
     def teardown(self) -> None:
@@ -76,23 +82,23 @@ class SequencesMachine(RuleBasedStateMachine):
         maps = {s: [[b for b, _ in row] for row in m] for s, m in self._maps().items()}
         return rows, maps
 
-    def _claim(self, blocks: int, slots: int, call: Callable[[], Any]) -> Any:
+    def _claim(self, blocks: int, slots: int, call: Callable[[kvp.KVCache], Any]) -> Any:
         """The call's result, or None where it must and did fail; then nothing has changed.
 
-        With programs in flight, views or blocks set aside it may fail where it would not otherwise.
+        With programs in flight or views it may fail where it would not otherwise.
         """
         if self.slow is not None and self.slow.is_ready():
             self._settle()
-        certain = self.slow is None and not self.views and not self.aside
+        certain = self.slow is None and not self.views
         before = None
         if certain:
             jax.block_until_ready(self.cache)
             self.truncated.clear()
             before = self._account()
-        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
+        left = self.total - self.ranges * self.model.distinct()
         fits = blocks * self.ranges <= left and slots <= SLOTS - len(self.live)
         try:
-            result = call()
+            result = self._call(call, before)
         except (kvp.OutOfBlocks, kvp.OutOfSlots):
             if certain and (fits or self._account() != before):
                 raise
@@ -101,11 +107,31 @@ class SequencesMachine(RuleBasedStateMachine):
         self.exact = False
         return result
 
-    def _set_aside(self) -> int:
-        if not self.aside:
-            return 0
-        mapped = {b for rows in self._maps().values() for row in rows for b, _ in row}
-        return max(self.pool.stats().blocks_mapped - len(mapped), 0)
+    def _call(self, call: Callable[[kvp.KVCache], Any], before: object) -> Any:
+        """The result of a call, of which the driver refuses a part if this step has a fault.
+
+        A refusal on the host changes nothing. A program that fails is made up for by a new
+        generation. Either way a second call succeeds.
+        """
+        if self.fault is None or before is None:
+            return call(self.cache)
+        faults = _native.fake_driver.faults
+        _native.fake_driver.fail_any(*self.fault)
+        try:
+            return jax.block_until_ready(call(self.cache))
+        except RUN_TIME_ERRORS:
+            if _native.fake_driver.faults == faults:
+                raise
+            _native.fake_driver.clear_faults()
+            self.cache = self.pool.cache()
+        except RuntimeError:
+            if _native.fake_driver.faults == faults:
+                raise
+            assert self._account() == before
+        finally:
+            _native.fake_driver.clear_faults()
+        self.faults[type(self).__name__] += 1
+        return call(self.cache)
 
     def _batch(self, sequences: list[tuple[int, int]]) -> None:
         """Appends tokens to (slot, n) and advances."""
@@ -142,7 +168,7 @@ class SequencesMachine(RuleBasedStateMachine):
     # ---- room ----
 
     def acquire(self, tokens: int) -> None:
-        call = functools.partial(self.pool.acquire, self.cache, tokens)
+        call = functools.partial(self.pool.acquire, num_tokens=tokens)
         if (result := self._claim(self.model.count(tokens), 1, call)) is not None:
             slot, self.cache = result
             self.model.acquire(slot, tokens)
@@ -162,7 +188,7 @@ class SequencesMachine(RuleBasedStateMachine):
         slot = self._pick(which)
         more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
 
-        def call() -> bool:
+        def call(_: kvp.KVCache) -> bool:
             self.pool.extend(slot, tokens)
             return True
 
@@ -178,7 +204,7 @@ class SequencesMachine(RuleBasedStateMachine):
             self.cache, jnp.asarray([slot], jnp.int32), jnp.asarray([tokens], jnp.int32)
         )
         more = max(0, self.model.count(tokens) - len(self.live[slot].blocks))
-        left = self.total - self.ranges * self.model.distinct() - self._set_aside()
+        left = self.total - self.ranges * self.model.distinct()
         if bool(ok[0]):
             assert more * self.ranges <= left
             self.model.extend(slot, tokens)
@@ -204,7 +230,7 @@ class SequencesMachine(RuleBasedStateMachine):
     def resize(self, share: float) -> None:
         self._settle()
         wanted = int(14 + 12 * share) * self.ranges
-        fits = self.ranges * self.model.distinct() + self._set_aside() <= wanted
+        fits = self.ranges * self.model.distinct() <= wanted
         try:
             self.pool.resize(wanted * self.spec.block_bytes)
         except (ValueError, kvp.OutOfBlocks):

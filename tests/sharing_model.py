@@ -101,10 +101,15 @@ class SharingModel:
         self._grow(seq)
         self.live[slot] = seq
 
-    def shared_behind(self, slot: int, tokens: int) -> int:
-        """Logical blocks that a truncation has to copy."""
-        names = self.live[slot].blocks[tokens // self.block :]
-        return sum(self.sharers(name) > 1 for name in names)
+    def copies(self, truncations: Iterable[tuple[int, int]]) -> int:
+        """Logical blocks that truncations (slot, tokens) in this order have to copy."""
+        left: dict[int, int] = {}  # slots that have a block
+        copied = 0
+        for slot, tokens in truncations:
+            for name in self.live[slot].blocks[tokens // self.block :]:
+                copied += left.setdefault(name, self.sharers(name)) > 1
+                left[name] -= 1
+        return copied
 
     def truncate(self, slot: int, tokens: int) -> None:
         seq = self.live[slot]

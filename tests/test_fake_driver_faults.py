@@ -51,6 +51,10 @@ _SWEEP = (
     RANGES = 1 if sys.argv[1] == "fused" else 4
     BLOCKS = spec.resolve("cpu").block_bytes * RANGES  # bytes that 32 tokens take
 
+    def fork(rig, slots):
+        (new,), rig.cache = rig.pool.fork(rig.cache, slots[0], 1)
+        rig.model.fork(slots[0], new, 35)
+
     # What is asked for while two slots are occupied and a third one occupied or parked.
     OPERATIONS = dict(
         acquire=lambda rig, slots: rig.acquire(100),
@@ -62,6 +66,7 @@ _SWEEP = (
         shrink=lambda rig, slots: rig.pool.resize(6 * BLOCKS),
         grow=lambda rig, slots: rig.pool.resize("8MiB"),
         steal=lambda rig, slots: rig.pool.extend(slots[0], 256),
+        fork=fork,
     )
     PARKED = ("adopt", "adopt_more", "trim", "shrink", "steal")
     CAPACITY = dict(steal=12 * BLOCKS)  # less than is free: it takes what is parked
@@ -85,6 +90,7 @@ _SWEEP = (
         slots = [rig.acquire(40), rig.acquire(33)]
         third = rig.acquire(140)
         rig.write({slots[0]: 35, slots[1]: 20, third: 130})
+        pool.commit(slots[0], range(35))
         if name in PARKED:
             rig.release(third)
         pool.check(rig.cache)

@@ -30,6 +30,7 @@ _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_pool_state_machine.py": {},
     "test_safety.py": {},
     "test_sharing.py": {"test_views_of_shared_slots": _VIEWS},
+    "test_sharing_state_machine.py": {},
     "test_truncate.py": {},
     "test_stale.py": {},
     "test_failure_recovery.py": {},

@@ -1,5 +1,6 @@
 """Random forks, reorders, truncations and everything around them against a plain model: who shares
-which block with whom, what each sequence holds, and that all accounts add up.
+which block with whom, what each sequence holds, and that all accounts add up. On the fake driver
+(test_fake_driver_suite.py) the driver refuses some of its calls in the middle of them.
 
 All draws are the same for each step, so that none depends on what a program in flight has got to.
 """
@@ -8,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import random
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from mistakes import fails
-from sharing_machine import BLOCK, MAX_SEQ_LEN, NEW, SLOTS, SequencesMachine
+from sharing_machine import BLOCK, HAS_FAKE_DRIVER, MAX_SEQ_LEN, NEW, SLOTS, SequencesMachine
 from sharing_model import DIM, HEADS, LAYERS
 
 import jax_kvpage as kvp
@@ -36,7 +35,6 @@ _VERBS = [
     "rewrite",
     "rewrite", "new_generation", "refused", "failing_program",
 ]  # fmt: skip
-_HAS_VIEWS = os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") in ("", "0")
 _read = jax.jit(lambda cache, slots: jnp.stack([
     jnp.stack(kvp.read_kv(cache, slots, layer)) for layer in range(LAYERS)
 ]))  # fmt: skip
@@ -62,6 +60,9 @@ class SharingMachine(SequencesMachine):
             "tokens": int(rng.random() * MAX_SEQ_LEN),
             "verbs": rng.choices(["fork", "truncate", "acquire", "release"], k=rng.randrange(4)),
         }
+        self.fault = None
+        if HAS_FAKE_DRIVER:  # one of the next calls runs out of memory or fails otherwise
+            self.fault = 1 + int(12 * rng.random() ** 2), rng.choice([2, 999])
         method = getattr(self, verb)
         wanted = inspect.signature(method).parameters
         method(**{name: value for name, value in arguments.items() if name in wanted})
@@ -80,7 +81,7 @@ class SharingMachine(SequencesMachine):
         if pending:
             self._try_pending(donor, n, tokens, num_tokens)
             return
-        call = functools.partial(self.pool.fork, self.cache, donor, n, num_tokens)
+        call = functools.partial(self.pool.fork, slot=donor, n=n, num_tokens=num_tokens)
         if (result := self._claim(blocks, n, call)) is not None:
             slots, self.cache = result
             assert len(slots) == n
@@ -104,7 +105,7 @@ class SharingMachine(SequencesMachine):
         forked = [p for i, p in enumerate(parents) if p in parents[:i]]
         tokens = [len(self.live[beams[p]].ids) for p in forked]
         blocks = sum(self.model.count(n) - n // BLOCK for n in tokens)
-        call = functools.partial(self.pool.reorder, self.cache, beams, parents)
+        call = functools.partial(self.pool.reorder, slots=beams, parents=parents)
         if (result := self._claim(blocks, len(forked), call)) is None:
             return
         slots, self.cache = result
@@ -124,18 +125,14 @@ class SharingMachine(SequencesMachine):
         if self.truncated & set(slots):
             self._settle()
         pairs = list(zip(slots, lengths, strict=True))
-        blocks = sum(self.model.shared_behind(slot, n) for slot, n in pairs)
-        call = functools.partial(self.pool.truncate, self.cache, slots, lengths)
-        if (result := self._claim(blocks - self._spare_copies(slots), 0, call)) is None:
+        blocks = self.model.copies(pairs)
+        call = functools.partial(self.pool.truncate, slot=slots, num_tokens=lengths)
+        if (result := self._claim(blocks, 0, call)) is None:
             return
         self.cache = result
         self.truncated.update(slots)
         for slot, n in pairs:
             self.model.truncate(slot, n)
-
-    def _spare_copies(self, slots: list[int]) -> int:
-        """Blocks that an earlier truncation, which never ran, has set aside: up to all of them."""
-        return 10 * len(slots) if self.aside else 0
 
     # ---- views ----
 
@@ -144,7 +141,7 @@ class SharingMachine(SequencesMachine):
             self.live
             and self.layout == "per_layer"
             and len(self.views) < 3
-            and _HAS_VIEWS
+            and not HAS_FAKE_DRIVER
             and self.dtype == jnp.float32
         ):
             return
@@ -249,7 +246,6 @@ class SharingMachine(SequencesMachine):
                     cache = self.pool.truncate(cache, slot, len(seq.tokens) // 2)
                     del seq.ids[len(seq.tokens) // 2 :]
                     self.truncated.add(slot)
-                    self.aside = True
             except (kvp.OutOfBlocks, kvp.OutOfSlots):
                 pass
             except RUN_TIME_ERRORS:  # a program that has failed by now is refused at once
@@ -282,9 +278,7 @@ class SharingMachine(SequencesMachine):
         self._settle()
         maps, stats = self._maps(), self.pool.stats()
         blocks = self.model.check_blocks(maps, exact=self.exact)
-        assert stats.blocks_mapped == len(blocks) + self._set_aside()
-        if not self.aside:
-            assert stats.blocks_mapped == len(blocks)
+        assert stats.blocks_mapped == len(blocks)  # nothing is set aside any more
         shared = {b for rows in maps.values() for row in rows for b, count in row if count > 1}
         assert stats.blocks_shared >= len(shared)
         if self.exact:
@@ -327,13 +321,14 @@ class QuantizedPerLayerMachine(SharingMachine):
 @pytest.mark.parametrize(
     "machine", [SharingMachine, PerLayerMachine, QuantizedMachine, QuantizedPerLayerMachine]
 )
-def test_sharing_against_a_model(machine: Callable[[], SharingMachine]) -> None:
+def test_sharing_against_a_model(machine: type[SharingMachine]) -> None:
     test = own_cases(machine.__name__)(machine)
     run_state_machine_as_test(
         test,
         settings=settings(
             phases=[Phase.generate],
-            max_examples=num_cases(12, exhaustive=30),
+            max_examples=num_cases(6 if HAS_FAKE_DRIVER else 12, exhaustive=30),
             stateful_step_count=40,
         ),
     )
+    assert not HAS_FAKE_DRIVER or machine.faults[machine.__name__] > 5
