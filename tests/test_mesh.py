@@ -46,8 +46,9 @@ table = pool.slot_table()
 ops = {
     "append_kv": lambda c, q, kv: kvp.append_kv(c, kv, kv, batch, layer=0),
     "paged_attention": lambda c, q, kv: kvp.paged_attention(q, c, batch, layer=0),
-    "gather_context": lambda c, q, kv: kvp.paged_attention(
+    "read_kv / paged_attention .xla.": lambda c, q, kv: kvp.paged_attention(
         q, c, batch, layer=0, implementation="xla"),
+    "read_kv": lambda c, q, kv: kvp.read_kv(c, slots, 0),
     "update_and_attend": lambda c, q, kv: kvp.update_and_attend(q, kv, kv, c, batch, layer=0),
     "advance": lambda c, q, kv: kvp.advance(c, batch),
     "map_slots": lambda c, q, kv: kvp.map_slots(c, slots, 20),
@@ -59,7 +60,7 @@ for q_spec in (P(), P("x"), P(None, "x")):
     operands = spread, put(q[0], q_spec), put(kv[0], q_spec)
     for name, op in ops.items():
         for call in (op, jax.jit(op)):
-            wanted = f"^{name}: .*2 devices.*jax.shard_map.*one KVPool"
+            wanted = f"^{name}.*: .*2 devices.*jax.shard_map.*one KVPool"
             with pytest.raises(ValueError, match=wanted):
                 call(*operands)
 # shard_map over some of the axes leaves the others to the compiler.

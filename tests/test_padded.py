@@ -234,6 +234,12 @@ def test_shapes_that_do_not_match_are_one_error(make_pool) -> None:
         kvp.append_kv(cache, k[:, :2], k[:1], batch, layer=9)
     with pytest.raises(ValueError, match=r"k: \[2, 3, 2, 32\] has an axis too many.*Batch\.padded"):
         kvp.append_kv(cache, k, k, kvp.Batch.decode([-1, -1]), layer=0)
+    with pytest.raises(ValueError, match="axis too many") as error:
+        kvp.update_and_attend(q, k, k[0], cache, kvp.Batch.decode([-1] * 6), layer=0)
+    problems = str(error.value).split("\n  - ")[1:]
+    assert len(problems) == 2, problems
+    assert problems[0].startswith("q: [2, 3, 4, 32] has an axis too many for a packed batch, k: [2")
+    assert problems[1].startswith("v: wanted float32")
     wrong = kvp.Batch([-1, -1], [0, 1, 2], num_tokens=3, starts=[0])
     with pytest.raises(ValueError, match=r"batch\.starts: wanted int32 \[S=2\]"):
         kvp.update_and_attend(q, k, k, cache, wrong, layer=0)

@@ -82,6 +82,9 @@ def test_vmap_scan_and_one_slot(make_pool) -> None:
     rig.write(dict(zip(slots, [5, 17, 30, 1], strict=True)))
     pairs = jnp.asarray(slots).reshape(2, 2)
     k, v = jax.vmap(lambda s: kvp.read_kv(rig.cache, s, 0))(pairs)
+    several = jax.tree.map(lambda x: x[None], rig.cache)
+    with pytest.raises(ValueError, match=r"^vmap of read_kv:\n  - the cache is batched"):
+        jax.vmap(lambda cache: kvp.read_kv(cache, pairs[0], 0))(several)
     want = kvp.read_kv(rig.cache, slots, 0)
     np.testing.assert_array_equal(k.reshape(want[0].shape), want[0])
     np.testing.assert_array_equal(v.reshape(want[1].shape), want[1])

@@ -142,6 +142,7 @@ def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> V
 def register_lowerings(
     primitive: Primitive,
     *,
+    name: str | None = None,
     aliases: Mapping[int, int] | None = None,
     side_effect: bool = True,
     xla: Callable[..., Any] | None = None,
@@ -153,6 +154,7 @@ def register_lowerings(
 
     Args:
         primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
+        name: for messages, where users know the op by another name than <op>.
         aliases: operand number -> result number that shares its buffer.
         side_effect: whether XLA must keep calls whose results look unused or equal.
         xla: the op in pure JAX, `xla(*operands, **params)` without `implementation`; traced in
@@ -180,7 +182,7 @@ def register_lowerings(
 
     def call(ctx: mlir.LoweringRuleContext, operands: Sequence[Any], params: Any) -> Any:
         if side_effect:
-            _refuse_partitions(op, ctx)
+            _refuse_partitions(name or op, ctx)
         attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
         return custom_call(ctx, *operands, **attributes)
 

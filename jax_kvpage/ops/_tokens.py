@@ -54,14 +54,30 @@ def operands(
             tokens[name] = _rows(batch, name, array, problems)
     else:
         name, array = next(iter(tokens.items()))
-        check_num_tokens(batch, array, name, problems)
-        if np.ndim(array) == 4:
-            problems.append(
-                f"{name}: {list(np.shape(array))} has an axis too many for a packed batch: for "
-                "[S, T, heads, dim] make the batch with Batch.padded or Batch.from_mask"
-            )
+        if np.ndim(array) != 4:
+            check_num_tokens(batch, array, name, problems)
+        _check_packed(tokens, problems)
     header = (*cache_operands(op, cache), slots, offsets)
     return (*header, layer_operand(layer, cache.spec, problems), *tokens.values()), problems
+
+
+def _check_packed(tokens: dict[str, Any], problems: list[str]) -> None:
+    """Notes as one problem that arrays have a padded batch's shape; drops the axis from these.
+
+    So that the checks that follow find only what else is wrong with them.
+    """
+    shapes = {name: list(np.shape(x)) for name, x in tokens.items() if np.ndim(x) == 4}
+    if not shapes:
+        return
+    (name, shape), *rest = shapes.items()
+    others = "".join(f", {other}: {like} too" for other, like in rest)
+    problems.append(
+        f"{name}: {shape} has an axis too many for a packed batch{others}: for "
+        "[S, T, heads, dim] make the batch with Batch.padded or Batch.from_mask"
+    )
+    for name in shapes:
+        array = gathered(jnp.asarray(tokens[name]))
+        tokens[name] = array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
 
 def expanded(

@@ -30,8 +30,10 @@ def gather_context_abstract(
 # where that is quantized: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
 gather_context_p = _lowering.make_primitive("gather_context", gather_context_abstract)
 
-_lowering.register_lowerings(gather_context_p, scratch=_scratch.checked)
-
-_batching.register(
-    gather_context_p, _batching.map_reader("gather_context", _NAMES, gather_context_p.bind)
+# In messages it has the names of the ops that use it, as in those of the handlers.
+_lowering.register_lowerings(
+    gather_context_p, name="read_kv / paged_attention (xla)", scratch=_scratch.checked
 )
+
+# paged_attention has a rule for itself.
+_batching.register(gather_context_p, _batching.map_reader("read_kv", _NAMES, gather_context_p.bind))
