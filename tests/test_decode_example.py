@@ -104,7 +104,12 @@ def test_samples_and_beams_share_blocks(capsys: pytest.CaptureFixture[str]) -> N
     assert decode_llama.main(list(map(str, [*common, "--num-beams", 2]))) == 0
     shown = capsys.readouterr().out
     beams = _json(capsys, *common, "--num-beams", 2)
-    assert f"> {prompt}{beams['sequences'][0]['text']} [" in shown
+    (sequence,) = beams["sequences"]
+    assert f"> {prompt}{sequence['text']} [" in shown
+    best, second = sequence["beams"]
+    assert best["output_ids"] == sequence["output_ids"] != second["output_ids"]
+    assert 0 > best["score"] >= second["score"]
+    assert "beams" not in sampled["sequences"][0]
     assert "blocks saved by sharing" in shown
     for options, words in (
         (("--num-samples", 2), "needs a --temperature above 0"),

@@ -23,7 +23,6 @@ from .sharing import SharingMeter
 
 __all__ = ["BeamEngine", "BeamPrograms", "Hypothesis"]
 
-_SMALLEST_PREFILL = 16
 _NEVER = np.float32(-1e9)  # log probability of beams that do not exist yet
 
 
@@ -218,16 +217,7 @@ class BeamEngine:
 
     def _prefill(self, slot: int, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Runs the prompt in the first lane, and returns its most likely next tokens."""
-        width = max(_SMALLEST_PREFILL, 1 << (len(prompt) - 1).bit_length())
-        tokens = np.zeros(width, np.int32)
-        tokens[: len(prompt)] = prompt
-        slots = np.full(self._width, -1, np.int32)
-        slots[0] = slot
-        offsets = np.full(self._width + 1, len(prompt), np.int32)
-        offsets[0] = 0
-        tokens, slots, offsets, rows = jax.device_put((tokens, slots, offsets, offsets[1:] - 1))
-        batch = jax_kvpage.Batch(slots, offsets, num_tokens=width)
-        likely, self._cache = self._programs.step(self._cache, tokens, batch, rows, self._ids)
+        likely, self._cache = self._programs.prefill(self._cache, [(slot, prompt, 0)], self._width)
         self._pool.commit(slot, prompt)
         self._sample_memory(1)
         return jax.device_get(likely)

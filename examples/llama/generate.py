@@ -20,12 +20,10 @@ import numpy as np
 
 import jax_kvpage
 
-from .programs import Programs
+from .programs import SMALLEST_PREFILL, Programs
 from .sharing import SharingMeter
 
 __all__ = ["Engine", "Request", "Sample", "memory_sample"]
-
-_SMALLEST_PREFILL = 16
 
 
 @dataclasses.dataclass
@@ -113,7 +111,7 @@ class Engine:
         self._cache = pool.cache()
         self._stop_ids = frozenset(stop_ids)
         self._scan_steps = scan_steps
-        self._prefill_chunk = max(prefill_chunk, _SMALLEST_PREFILL)
+        self._prefill_chunk = max(prefill_chunk, SMALLEST_PREFILL)
         self._on_token = on_token or (lambda request, token: None)
         self._on_finish = on_finish or (lambda request: None)
         self._waiting: list[Request] = []
@@ -237,23 +235,11 @@ class Engine:
 
     def _run_parts(self, parts: list[tuple[Request, int, int]]) -> np.ndarray:
         """One step over some tokens of some sequences; returns the next token of each part."""
-        total = sum(length for _, _, length in parts)
-        width = max(_SMALLEST_PREFILL, 1 << (total - 1).bit_length())
-        lanes = self._spec.max_slots
-        tokens = np.zeros(width, np.int32)
-        slots, ids = np.full(lanes, -1, np.int32), np.zeros(lanes, np.int32)
-        offsets = np.zeros(lanes + 1, np.int32)
-        for lane, (request, start, length) in enumerate(parts):
-            begin = offsets[lane]
-            tokens[begin : begin + length] = request.tokens[start : start + length]
-            slots[lane], ids[lane] = request.slot, request.index
-            offsets[lane + 1 :] = begin + length
-        # Transfers are explicit, here and below, for `jax.transfer_guard("disallow")`.
-        slots, offsets, tokens, rows, ids = jax.device_put(
-            (slots, offsets, tokens, np.maximum(offsets[1:] - 1, 0), ids)
+        chosen, self._cache = self._programs.prefill(
+            self._cache,
+            [(r.slot, r.tokens[start : start + n], r.index) for r, start, n in parts],
+            self._spec.max_slots,
         )
-        batch = jax_kvpage.Batch(slots, offsets, num_tokens=width)
-        chosen, self._cache = self._programs.step(self._cache, tokens, batch, rows, ids)
         return jax.device_get(chosen)
 
     def _decode(self) -> bool:

@@ -9,11 +9,12 @@ padding.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import jax_kvpage
@@ -21,7 +22,9 @@ import jax_kvpage
 from .model import Llama
 from .sampling import Sampling, sample
 
-__all__ = ["Programs", "ScanResult"]
+__all__ = ["SMALLEST_PREFILL", "Programs", "ScanResult"]
+
+SMALLEST_PREFILL = 16  # tokens of the smallest program for prompts
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +94,38 @@ class Programs:
           int32 `[S]`, meaningless for padding, and the advanced cache.
         """
         return self._call(self._step, (), cache, tokens, batch, rows, sequence_ids)
+
+    def prefill(
+        self,
+        cache: jax_kvpage.KVCache,
+        parts: Sequence[tuple[int, Sequence[int], int]],
+        lanes: int,
+    ) -> tuple[Any, jax_kvpage.KVCache]:
+        """As `step`, for new tokens of some sequences.
+
+        The number of tokens is padded to a power of two, so that few programs are compiled.
+
+        Args:
+          cache: Donated.
+          parts: For each sequence its slot, new tokens and id.
+          lanes: S; those behind the parts are padding.
+        """
+        total = sum(len(tokens) for _, tokens, _ in parts)
+        width = max(SMALLEST_PREFILL, 1 << (total - 1).bit_length())
+        tokens = np.zeros(width, np.int32)
+        slots, ids = np.full(lanes, -1, np.int32), np.zeros(lanes, np.int32)
+        offsets = np.zeros(lanes + 1, np.int32)
+        for lane, (slot, new, sequence_id) in enumerate(parts):
+            end = offsets[lane] + len(new)
+            tokens[offsets[lane] : end] = new
+            slots[lane], ids[lane] = slot, sequence_id
+            offsets[lane + 1 :] = end
+        # Transfers are explicit, for `jax.transfer_guard("disallow")`.
+        slots, offsets, tokens, rows, ids = jax.device_put(
+            (slots, offsets, tokens, np.maximum(offsets[1:] - 1, 0), ids)
+        )
+        batch = jax_kvpage.Batch(slots, offsets, num_tokens=width)
+        return self.step(cache, tokens, batch, rows, ids)
 
     def decode(
         self,

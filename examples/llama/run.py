@@ -4,6 +4,7 @@ to standard output.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -209,7 +210,7 @@ def _run(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     if args.json:
-        print(json.dumps({"sequences": _sequences(requests, tokenizer), **values}))
+        print(json.dumps({"sequences": _sequences(requests, engine, tokenizer), **values}))
     else:
         print_table(values)
     # Last: if it fails after all, the results have been shown.
@@ -218,9 +219,13 @@ def _run(args: argparse.Namespace) -> None:
         plot_memory(engine, values, args.plot)
 
 
-def _sequences(requests: list[Request], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The results of all requests, as --json prints them."""
-    return [
+def _sequences(
+    requests: list[Request], engine: Engine | BeamEngine, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The results of all requests, as --json prints them; with --num-beams also all finished
+    sequences of the search and their scores, the best first.
+    """
+    sequences: list[dict[str, Any]] = [
         {
             "prompt_ids": request.prompt_ids,
             "output_ids": request.output_ids,
@@ -229,3 +234,7 @@ def _sequences(requests: list[Request], tokenizer: Tokenizer) -> list[dict[str, 
         }
         for request in requests
     ]
+    if isinstance(engine, BeamEngine):
+        for sequence, found in zip(sequences, engine.hypotheses, strict=True):
+            sequence["beams"] = [dataclasses.asdict(hypothesis) for hypothesis in found]
+    return sequences
