@@ -4,6 +4,7 @@ Every host call converts its arguments here before it does anything else, so tha
 ValueError and changes nothing. The silent wrap-around of NumPy and JAX is refused everywhere.
 """
 
+import contextlib
 import functools
 import operator
 from typing import Any
@@ -14,7 +15,15 @@ import numpy as np
 
 from jax_kvpage import _compat
 
-__all__ = ["as_bool", "as_host_array", "as_int32", "host_int", "host_ints", "to_device"]
+__all__ = [
+    "as_bool",
+    "as_host_array",
+    "as_int32",
+    "host_int",
+    "host_ints",
+    "to_device",
+    "token_ids_of",
+]
 
 _MIN, _MAX = -(2**31), 2**31 - 1
 
@@ -98,6 +107,41 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
             raise ValueError(f"{name}: wanted {wanted} got {got}")
         value = jax.device_get(value).tolist()
     return [host_int(f"{name}[{i}]", element) for i, element in enumerate(value)], False
+
+
+def token_ids_of(name: str, value: Any) -> tuple[list[np.ndarray], bool]:
+    """Token ids as int32 arrays, one for each sequence, and whether it was one sequence.
+
+    Args:
+        name: what to call the value in an error, "acquire_prefix: token_ids".
+        value: ids (a list, tuple, range or one-dimensional array of ints), or a list of such.
+
+    Raises:
+        ValueError: neither, or an id that int32 cannot hold.
+    """
+    nested = isinstance(value, (list, tuple)) and any(not _is_scalar(x) for x in value[:1])
+    if not nested:
+        return [_token_ids(name, value)], True
+    return [_token_ids(f"{name}[{i}]", ids) for i, ids in enumerate(value)], False
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) is int or getattr(value, "ndim", None) == 0
+
+
+def _token_ids(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray) and value.dtype == np.int32 and value.ndim == 1:
+        return np.ascontiguousarray(value)
+    if isinstance(value, list):  # of plain ints in range, as tokenizers make them
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            array = np.array(value)
+            plain = array.dtype == np.int64 and array.ndim == 1
+            if plain and (array.size == 0 or (array.min() >= _MIN and array.max() <= _MAX)):
+                return array.astype(np.int32)
+    ids, single = host_ints(name, value)
+    if single:
+        raise _wrong(name, "a list, tuple or one-dimensional array of ints,", value)
+    return np.asarray(ids, np.int32)
 
 
 def as_bool(name: str, value: Any) -> bool:

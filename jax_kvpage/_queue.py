@@ -6,7 +6,7 @@ has run. All verbs queue the same op, `edit_slots`, each with its own list of ed
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,17 @@ def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
     if rows:
         table[: len(rows)] = rows
     return table
+
+
+class PrefixRequest(NamedTuple):
+    """Arguments of `acquire_prefix`, in the order of the compiled call."""
+
+    ids: list[np.ndarray]
+    num_tokens: list[int]
+    space: str
+    whole: bool
+    unit: int
+    least: int
 
 
 class Queue:
@@ -227,6 +238,30 @@ class Queue:
             ]
             cache = self.run(verb, cache, decision.edits, copies)
             return slots, cache
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
+
+    def acquire_prefix(self, cache: KVCache, request: PrefixRequest) -> tuple[Any, KVCache]:
+        """Occupies slots with what is found of each request; all or none, none if anything raises.
+
+        Returns:
+            The claim (slots, tokens, leaders) and the next cache.
+        """
+        verb = "acquire_prefix"
+        decision = _native.Decision()
+        try:
+            attempt = functools.partial(self._native.pool.acquire_prefix, decision, *request)
+            claim = self.claim(verb, attempt)
+            # Of each fork, the tokens that lie in blocks which are not shared.
+            copies = [
+                (donor, slot, shared, tokens - shared)
+                for donor, slot, tokens, shared in zip(
+                    claim.sources, claim.slots, claim.tokens, claim.shared, strict=True
+                )
+                if donor >= 0 and tokens > shared
+            ]
+            return claim, self.run(verb, cache, decision.edits, copies)
         except BaseException:
             self._native.pool.undo(decision)
             raise

@@ -25,6 +25,7 @@ from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
+from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 
@@ -42,7 +43,7 @@ def _close(pool: Any, label: str) -> None:
         pool.close()
 
 
-class KVPool(SharingCalls, Inspection):
+class KVPool(PrefixCalls, SharingCalls, Inspection):
     """Physical blocks, virtual slots, and the table that joins them.
 
     Args:

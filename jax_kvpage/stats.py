@@ -21,10 +21,12 @@ class PoolStats:
     Attributes:
         capacity: the budget, in whole blocks.
         mapped: in slots that a live request occupies, or set aside for one (`truncate`).
-        parked: mapped in unoccupied slots; the next request adopts them.
+        parked: mapped in unoccupied slots, where the next request adopts them, or kept for the
+            prefix cache.
         draining: in released slots that a program in flight may still touch.
         free: without an owner.
         shared: in blocks that more than one slot maps.
+        cached: in blocks that the prefix cache can find, mapped or not.
         reserved_virtual: address space of all slots.
         peak: the most that was ever mapped, parked and draining together.
         physical: memory that the system says is allocated for blocks (free blocks stay allocated,
@@ -36,11 +38,16 @@ class PoolStats:
         blocks_draining: draining in blocks.
         blocks_free: free in blocks.
         blocks_shared: shared in blocks.
+        blocks_cached: cached in blocks.
         slots_occupied: slots with a live request.
         slots_draining: released slots that are not free yet.
         slots_parked: free slots with blocks still mapped.
         system_calls: calls into the system's memory management so far (mmap, fallocate, ...).
         waits: how often a host call had to wait for programs.
+        prefix_queries: tokens that requests of `acquire_prefix` have asked for.
+        prefix_hits: of these, tokens that were found.
+        prefix_tokens: tokens that can be found now.
+        prefix_evictions: blocks of tokens that had to make room so far.
     """
 
     capacity: int
@@ -49,6 +56,7 @@ class PoolStats:
     draining: int
     free: int
     shared: int
+    cached: int
     reserved_virtual: int
     peak: int
     physical: int
@@ -59,11 +67,16 @@ class PoolStats:
     blocks_draining: int
     blocks_free: int
     blocks_shared: int
+    blocks_cached: int
     slots_occupied: int
     slots_draining: int
     slots_parked: int
     system_calls: int
     waits: int
+    prefix_queries: int
+    prefix_hits: int
+    prefix_tokens: int
+    prefix_evictions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +141,7 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         draining=n.blocks_draining * size,
         free=n.blocks_free * size,
         shared=n.blocks_shared * size,
+        cached=n.blocks_cached * size,
         reserved_virtual=n.virtual_bytes,
         peak=n.blocks_peak * size,
         physical=n.physical_bytes,
@@ -138,11 +152,16 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         blocks_draining=n.blocks_draining,
         blocks_free=n.blocks_free,
         blocks_shared=n.blocks_shared,
+        blocks_cached=n.blocks_cached,
         slots_occupied=n.slots_occupied,
         slots_draining=n.slots_draining,
         slots_parked=n.slots_parked,
         system_calls=n.system_calls,
         waits=n.waits + host_waits,
+        prefix_queries=n.prefix_queries,
+        prefix_hits=n.prefix_hits,
+        prefix_tokens=n.prefix_tokens,
+        prefix_evictions=n.prefix_evictions,
     )
 
 

@@ -29,6 +29,8 @@ _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_debug_mode.py": {},
     "test_pool_state_machine.py": {},
     "test_safety.py": {},
+    "test_prefix.py": {},
+    "test_prefix_state_machine.py": {},
     "test_sharing.py": {"test_views_of_shared_slots": _VIEWS},
     "test_sharing_state_machine.py": {},
     "test_truncate.py": {},

@@ -100,8 +100,9 @@ struct DevicePool {
   std::uint32_t* marks = nullptr;          // [max_slots], of checks without scratch memory: finds slots named twice
   Fault* fault = nullptr;                  // pinned host memory
   std::int32_t debug = 0;                  // host; PoolOptions::debug
-  // Pinned host memory, [max_slots]: set to 1 by release when everything queued before it on the stream is done. The
-  // host clears it when it hands the slot on. Reading it costs no driver call.
+  // Pinned host memory, [max_slots]: set by release when everything queued before it on the stream is done, to one more
+  // than the tokens that were written in every layer. The host clears it when it hands the slot on. Reading it costs no
+  // driver call.
   volatile std::uint32_t* vacated = nullptr;
   // Blocks of running ops that may use the pool. It belongs to the entry, not to the pool: an op may be counted here
   // for a moment before it sees that the pool is another. Last in the struct, because the host never writes it.

@@ -21,6 +21,7 @@ enum class DeviceOp : std::int32_t {
   kFork,
   kReorder,
   kTruncate,
+  kAcquirePrefix,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -49,13 +50,15 @@ inline const char* OpName(DeviceOp op) {
       return "reorder";
     case DeviceOp::kTruncate:
       return "truncate";
+    case DeviceOp::kAcquirePrefix:
+      return "acquire_prefix";
   }
   return "an op";
 }
 
 // The host verbs: what edit_slots may be queued for.
 inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease, DeviceOp::kFork, DeviceOp::kReorder,
-                                          DeviceOp::kTruncate};
+                                          DeviceOp::kTruncate, DeviceOp::kAcquirePrefix};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

@@ -49,10 +49,11 @@ void Arena::Truncate(std::int64_t slot, std::int64_t blocks) {
 std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
   const std::int64_t ranges = geometry_.num_ranges(), last = blocks(slot) - 1;
   most = std::min(most, last + 1 - ReadOnlyBlocks(slot));
-  if (pool_.num_shared() == 0) return most;
+  if (pool_.num_shared() == 0 && pool_.num_cached() == 0) return most;
   const auto exclusive = [&](std::int64_t logical) {
     const std::int32_t* const begin = &maps_[slot][logical * ranges];
-    return std::all_of(begin, begin + ranges, [&](std::int32_t block) { return pool_.references(block) == 1; });
+    return std::all_of(begin, begin + ranges,
+                       [&](std::int32_t block) { return pool_.references(block) == 1 && !pool_.cached(block); });
   };
   std::int64_t run = 0;
   while (run < most && exclusive(last - run)) ++run;
@@ -63,11 +64,12 @@ std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
   std::int64_t freed = 0;
   std::unordered_map<std::int32_t, std::int32_t> dropped;  // references, of shared blocks
   for (const std::int32_t slot : slots) {
-    if (pool_.num_shared() == 0) {
+    if (pool_.num_shared() == 0 && pool_.num_cached() == 0) {
       freed += mappings(slot);
       continue;
     }
     for (const std::int32_t block : maps_[slot]) {
+      if (pool_.cached(block)) continue;
       const std::int32_t references = pool_.references(block);
       freed += references == 1 || ++dropped[block] == references;
     }

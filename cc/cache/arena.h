@@ -66,18 +66,23 @@ class Arena {
 
   // ---- sharing (arena_sharing.cc) ----
   // Slots share blocks from their beginning, each block at the same logical position. SharedBlocks counts the logical
-  // blocks that other slots map too, ReadOnlyBlocks those that this slot took over from a donor.
+  // blocks that other slots map too, or that the prefix index refers to and another slot has written; ReadOnlyBlocks
+  // those that this slot took over from a donor or from the index.
   std::int64_t SharedBlocks(std::int64_t slot) const;
   std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
   // The slots that map the block at this place of a slot, in order.
   std::vector<std::int32_t> Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const;
-  // Maps the first `blocks` logical blocks of one slot in another, which has none, too. All or nothing.
-  Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks);
+  // The physical blocks of a slot, [logical blocks, ranges].
+  const std::int32_t* map(std::int64_t slot) const { return maps_[slot].data(); }
+  // Maps these blocks, [blocks, ranges], as the first logical blocks of a slot that has none. All or nothing.
+  Status Alias(std::int64_t to, const std::int32_t* map, std::int64_t blocks);
+  // The same with the first blocks of another slot.
+  Status Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) { return Alias(to, map(from), blocks); }
   // A block that takes the place of another may split the mapping it stands in.
   static constexpr std::int64_t kSplits = 2;
   // Memory mappings that this may take; those that the slots may take beyond one for each block, now or once what is
   // set aside for them is mapped.
-  std::int64_t AliasMappings(std::int64_t from, std::int64_t blocks) const;
+  std::int64_t AliasMappings(const std::int32_t* map, std::int64_t blocks) const;
   std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
   // For each slot, the logical blocks from begins[i] on that need a copy and have no blocks set aside, if the slots are
   // separated in this order. The last one that maps a block keeps it.
@@ -94,6 +99,27 @@ class Arena {
   Status Separate(std::int64_t slot, std::int64_t begin);
   // Whether the slot has read-only blocks, or blocks set aside. Another request cannot adopt it before it is emptied.
   bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
+
+  // ---- blocks that the prefix index refers to ----
+  void SetCached(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.SetCached(block);
+  }
+  void DropCached(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.DropCached(block);
+  }
+  // Keeps cached blocks that no slot maps while a claim goes on, and no longer.
+  void Hold(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.AddReference(block);
+  }
+  void Drop(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.Release(block);
+  }
+  // Whether a slot maps a cached block, from logical block `begin` on.
+  bool HasCached(std::int64_t slot, std::int64_t begin = 0) const;
+  // The run of logical blocks at the end of a slot that are not cached.
+  std::int64_t UncachedTail(std::int64_t slot) const;
+  // Overwrites a logical block with the bytes of others, [ranges].
+  Status CopyBlock(std::int64_t slot, std::int64_t logical, const std::int32_t* from);
 
   // Gives the memory of all free blocks back to the system; returns how many there were.
   std::int64_t Trim();

@@ -8,11 +8,35 @@
 namespace kvpage {
 
 std::int64_t Arena::SharedBlocks(std::int64_t slot) const {
-  if (pool_.num_shared() == 0) return 0;
-  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  if (pool_.num_shared() == 0 && pool_.num_cached() == 0) return 0;
+  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot), read_only = ReadOnlyBlocks(slot);
+  const auto others = [&](std::int64_t logical) {
+    const std::int32_t block = maps_[slot][logical * ranges];
+    return pool_.references(block) > 1 || (logical < read_only && pool_.cached(block));
+  };
   std::int64_t shared = 0;
-  while (shared < mapped && pool_.references(maps_[slot][shared * ranges]) > 1) ++shared;
+  while (shared < mapped && others(shared)) ++shared;
   return shared;
+}
+
+bool Arena::HasCached(std::int64_t slot, std::int64_t begin) const {
+  if (pool_.num_cached() == 0) return false;
+  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  while (begin < mapped && !pool_.cached(maps_[slot][begin * ranges])) ++begin;
+  return begin < mapped;
+}
+
+std::int64_t Arena::UncachedTail(std::int64_t slot) const {
+  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  if (pool_.num_cached() == 0) return mapped;
+  std::int64_t run = 0;
+  while (run < mapped && !pool_.cached(maps_[slot][(mapped - run - 1) * ranges])) ++run;
+  return run;
+}
+
+Status Arena::CopyBlock(std::int64_t slot, std::int64_t logical, const std::int32_t* from) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  return vmm_->Copy(from, &maps_[slot][logical * ranges], ranges);
 }
 
 std::int64_t Arena::ReadOnlyBlocks(std::int64_t slot) const {
@@ -31,31 +55,34 @@ std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, 
   return slots;
 }
 
-std::int64_t Arena::AliasMappings(std::int64_t from, std::int64_t blocks) const {
+std::int64_t Arena::AliasMappings(const std::int32_t* map, std::int64_t blocks) const {
   const std::int64_t ranges = geometry_.num_ranges();
-  const std::vector<std::int32_t>& map = maps_[from];
   std::int64_t mappings = blocks > 0 ? ranges : 0;  // what follows in a range is writable, or a hole
   for (std::int64_t i = 0; i < blocks * ranges; ++i) mappings += i < ranges || map[i] != map[i - ranges] + 1;
   return mappings;
 }
 
-Status Arena::Alias(std::int64_t from, std::int64_t to, std::int64_t blocks) {
+Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   if (blocks <= 0) return {};
+  const auto gather = [&](std::int64_t range) {
+    std::vector<std::int32_t> run(blocks);
+    for (std::int64_t i = 0; i < blocks; ++i) run[i] = map[i * ranges + range];
+    return run;
+  };
   for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), Gather(from, range, 0, blocks).data(), blocks);
+    Status status = vmm_->MapReadOnly(geometry_.Offset(to, range, 0), gather(range).data(), blocks);
     if (status.ok()) continue;
     while (--range >= 0) {
-      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, 0), Gather(from, range, 0, blocks).data(), blocks));
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(to, range, 0), gather(range).data(), blocks));
     }
     return status;
   }
-  const auto begin = maps_[from].begin(), end = begin + blocks * ranges;
-  std::for_each(begin, end, [&](std::int32_t block) { pool_.AddReference(block); });
-  maps_[to].assign(begin, end);
+  std::for_each(map, map + blocks * ranges, [&](std::int32_t block) { pool_.AddReference(block); });
+  maps_[to].assign(map, map + blocks * ranges);
   Borrower& borrower = borrowers_[static_cast<std::int32_t>(to)];
   borrower.read_only = blocks;
-  borrower.mappings = AliasMappings(from, blocks);
+  borrower.mappings = AliasMappings(map, blocks);
   extra_mappings_ += borrower.mappings;
   changes_.Note(static_cast<std::int32_t>(to));
   return {};
@@ -70,7 +97,9 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
     const auto found = borrowers_.find(slots[i]);
     for (std::int64_t logical = begins[i], shared = SharedBlocks(slots[i]); logical < shared; ++logical) {
       const std::int32_t block = map[logical * geometry_.num_ranges()];
-      const bool last = left.emplace(block, pool_.references(block)).first->second-- == 1;
+      // The prefix index counts as one that maps the block: nobody keeps what it refers to.
+      const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
+      const bool last = left.emplace(block, references).first->second-- == 1;
       const bool set_aside = found != borrowers_.end() && found->second.set_aside.count(logical) > 0;
       if (!last && !set_aside) missing[i].push_back(logical);
     }
@@ -132,15 +161,21 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
   const std::int64_t ranges = geometry_.num_ranges();
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).
-  for (std::int64_t logical = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot)); logical-- > begin;) {
+  std::int64_t end = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot));
+  if (const auto found = borrowers_.find(static_cast<std::int32_t>(slot)); found != borrowers_.end()) {
+    // What others shared when the blocks were set aside may be cached still, and is not the slot's to write.
+    if (!found->second.set_aside.empty()) end = std::max(end, found->second.set_aside.rbegin()->first + 1);
+  }
+  for (std::int64_t logical = end; logical-- > begin;) {
     Borrower& borrower = borrowers_[static_cast<std::int32_t>(slot)];
     const auto set_aside = borrower.set_aside.find(logical);
+    const bool has_copy = set_aside != borrower.set_aside.end();
     for (std::int64_t range = ranges; range-- > 0;) {
       std::int32_t& mapped = maps_[slot][logical * ranges + range];
       const std::int32_t old_block = mapped;
       std::int32_t block = old_block;  // nobody else has it any more: only the protection changes
-      if (pool_.references(old_block) > 1) {
-        if (set_aside == borrower.set_aside.end() || set_aside->second[range] < 0) {
+      if (pool_.references(old_block) > 1 || (has_copy && pool_.cached(old_block))) {
+        if (!has_copy || set_aside->second[range] < 0) {
           return Internal("truncate: slot " + std::to_string(slot) + ": no block is set aside for block " +
                           std::to_string(logical) + ", which other slots share");
         }

@@ -71,13 +71,33 @@ void BlockPool::Unclaim(const std::vector<std::int32_t>& blocks, const std::vect
 }
 
 void BlockPool::AddReference(std::int32_t block) {
-  if (++blocks_[block].references == 2) ++num_shared_;
+  const std::int32_t now = ++blocks_[block].references;
+  if (now == 2) ++num_shared_;
+  if (now == 1) --num_detached_;  // only a cached block had none
 }
 
 void BlockPool::Release(std::int32_t block) {
   const std::int32_t left = --blocks_[block].references;
   if (left == 1) --num_shared_;
   if (left > 0) return;
+  if (!blocks_[block].cached) return Free(block);
+  ++num_detached_;
+}
+
+void BlockPool::SetCached(std::int32_t block) {
+  blocks_[block].cached = true;
+  ++num_cached_;
+}
+
+void BlockPool::DropCached(std::int32_t block) {
+  blocks_[block].cached = false;
+  --num_cached_;
+  if (blocks_[block].references > 0) return;
+  --num_detached_;
+  Free(block);
+}
+
+void BlockPool::Free(std::int32_t block) {
   --num_used_;
   PushFront(kWarm, block);
 }

@@ -1,7 +1,8 @@
 // BlockPool: the physical side as numbers. Which blocks exist, how many references each has, which
 // to hand out next.
 //
-// A block is used (reference count above zero), warm (free, its memory still allocated) or cold (free, no memory). The
+// A block is used (mapped by a slot, or cached: the prefix index refers to it), warm (free, its memory still allocated)
+// or cold (free, no memory). The
 // budget bounds used + warm; block numbers may go beyond it after a resize, so shrinking never moves data. Free blocks
 // stand in two intrusive lists, so taking any one of them (the neighbour of a slot's last block, say) is O(1).
 //
@@ -27,8 +28,13 @@ class BlockPool {
   // Most blocks in use at any NotePeak(): claims that came to something, not those that were undone.
   std::int64_t peak_used() const { return peak_used_; }
   void NotePeak() { peak_used_ = num_used_ > peak_used_ ? num_used_ : peak_used_; }
-  std::int64_t num_shared() const { return num_shared_; }
+  // Mappings of a block, and the blocks that have more than one.
   std::int32_t references(std::int32_t block) const { return blocks_[block].references; }
+  std::int64_t num_shared() const { return num_shared_; }
+  bool cached(std::int32_t block) const { return blocks_[block].cached; }
+  std::int64_t num_cached() const { return num_cached_; }
+  // Cached blocks that no slot maps.
+  std::int64_t num_detached() const { return num_detached_; }
 
   // Takes `count` blocks with one reference each, or none and false. Blocks that must be created by the caller (they
   // were cold) are appended to `cold` too. Warm blocks go first, and among equals the
@@ -39,8 +45,11 @@ class BlockPool {
   void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
 
   void AddReference(std::int32_t block);
-  // Drops a reference; a block with none left is warm.
+  // Drops a reference; a block with none left is warm, unless it is cached.
   void Release(std::int32_t block);
+  // The prefix index refers to a used block from now on, or no longer.
+  void SetCached(std::int32_t block);
+  void DropCached(std::int32_t block);
 
   // Up to `count` warm blocks turn cold; the caller destroys them.
   std::vector<std::int32_t> Cool(std::int64_t count);
@@ -55,6 +64,7 @@ class BlockPool {
     std::int32_t previous = -1;
     std::int32_t next = -1;
     Kind kind = kCold;
+    bool cached = false;
   };
   struct List {
     std::int32_t head = -1;
@@ -64,6 +74,7 @@ class BlockPool {
   void PushFront(Kind kind, std::int32_t block);
   void PushBack(Kind kind, std::int32_t block);
   void Remove(std::int32_t block);
+  void Free(std::int32_t block);
   std::int32_t Pick(std::int32_t after) const;
 
   std::vector<Block> blocks_;
@@ -72,6 +83,8 @@ class BlockPool {
   std::int64_t num_used_ = 0;
   std::int64_t peak_used_ = 0;
   std::int64_t num_shared_ = 0;
+  std::int64_t num_cached_ = 0;
+  std::int64_t num_detached_ = 0;
 };
 
 }  // namespace kvpage

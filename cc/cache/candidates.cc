@@ -1,6 +1,7 @@
 #include "cache/candidates.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace kvpage {
 
@@ -12,8 +13,8 @@ void Candidates::LearnNext() {
 void Candidates::Update(std::int32_t slot, const Standing& now) {
   while (num_known() <= slot) LearnNext();
   Standing& then = standings_[slot];
-  if (then.idle && !(now.idle && now.blocks == then.blocks)) idle_.erase({then.blocks, slot});
-  if (now.idle) idle_.insert({now.blocks, slot});
+  if (then.idle && !(now.idle && now.fit == then.fit)) idle_.erase({then.fit, slot});
+  if (now.idle) idle_.insert({now.fit, slot});
   if (then.spare > 0 && !(now.spare > 0 && now.order == then.order)) donors_.erase({then.order, slot});
   if (now.spare > 0) donors_.insert({now.order, slot});
   spare_ += now.spare - then.spare;
@@ -26,7 +27,7 @@ std::vector<std::int32_t> Candidates::BestFits(const std::vector<std::int64_t>& 
   std::vector<decltype(idle_)::node_type> chosen;  // out of the set while the others choose
   for (std::int64_t wanted : blocks) {
     // A slot behind the known ones is the choice only when these have all gone: it has no blocks and a higher number.
-    if (idle_.empty() && num_known() < num_slots_) LearnNext();
+    if ((idle_.empty() || idle_.rbegin()->first < 0) && num_known() < num_slots_) LearnNext();
     if (idle_.empty()) break;
     // A request for nothing will grow: it prefers a slot with blocks too.
     wanted = std::max<std::int64_t>(wanted, 1);
@@ -41,7 +42,7 @@ std::vector<std::int32_t> Candidates::BestFits(const std::vector<std::int64_t>& 
 
 std::vector<std::int32_t> Candidates::FewestBlocks(std::size_t count) {
   std::vector<std::int32_t> slots;
-  auto next = idle_.begin();
+  auto next = idle_.lower_bound({0, 0});
   while (slots.size() < count) {
     if ((next == idle_.end() || next->first > 0) && num_known() < num_slots_) {
       LearnNext();
@@ -51,6 +52,11 @@ std::vector<std::int32_t> Candidates::FewestBlocks(std::size_t count) {
     if (next == idle_.end()) break;
     slots.push_back(next->second);
     ++next;
+  }
+  // Then those that must give up what they have.
+  for (auto last = std::make_reverse_iterator(idle_.lower_bound({0, 0})); last != idle_.rend(); ++last) {
+    if (slots.size() == count) break;
+    slots.push_back(last->second);
   }
   return slots;
 }

@@ -21,6 +21,7 @@ struct Standing {
   bool idle = true;         // nobody has it and no view holds it: it may be adopted
   bool draining = false;    // its blocks come free by themselves
   std::int64_t blocks = 0;  // logical blocks mapped
+  std::int64_t fit = 0;     // the same, as far as a new owner may have them; below 0: it must give them up first
   std::int64_t spare = 0;   // of these, the last ones that it does not need
   std::uint64_t order = 0;  // donors with smaller numbers give first, among equals lower slots
 };
@@ -35,7 +36,8 @@ class Candidates {
 
   // One idle slot for each entry of `blocks` (the logical blocks of a request), chosen one after the other. Fewer when
   // there are not enough idle slots.
-  // The smallest that suffices; failing that the largest; among equals the lowest.
+  // The smallest that suffices; failing that the largest; among equals the lowest. Slots that must give up what they
+  // have come last.
   std::vector<std::int32_t> BestFits(const std::vector<std::int64_t>& blocks);
 
   // Idle slots with the fewest blocks; fewer than `count` when there are no more.
@@ -60,7 +62,7 @@ class Candidates {
   // The first slots only, as far as one has ever changed: those behind are idle and without blocks. A pool of a million
   // slots is made at once, and one that uses few of them stays small.
   std::vector<Standing> standings_;
-  std::set<std::pair<std::int64_t, std::int32_t>> idle_;     // (blocks, slot)
+  std::set<std::pair<std::int64_t, std::int32_t>> idle_;     // (fit, slot)
   std::set<std::pair<std::uint64_t, std::int32_t>> donors_;  // (order, slot)
   std::int64_t spare_ = 0;
   std::int64_t draining_ = 0;

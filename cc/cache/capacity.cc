@@ -21,7 +21,7 @@ Claim SetBudget(const PoolParts& pool, const MappingLock& mapping, std::int64_t 
                                        Reason::kOutOfBlocks);
       return claim;
     }
-    claim.status = pool.supply->Apply(mapping, pool.supply->PlanReclaim(mapping, claim.wanted));
+    claim.status = pool.supply->Reclaim(mapping, claim.wanted);
     if (!claim.status.ok()) return claim;
   }
   claim.status = arena.SetBudget(budget);

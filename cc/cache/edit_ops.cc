@@ -24,6 +24,7 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
     case SlotOpcode::kSetLength:
     case SlotOpcode::kFork:
     case SlotOpcode::kTruncate:
+    case SlotOpcode::kFound:
       return edit.length;
   }
   return -1;
@@ -42,6 +43,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
   switch (static_cast<SlotOpcode>(edit.opcode)) {
     case SlotOpcode::kOccupy:
     case SlotOpcode::kFork:
+    case SlotOpcode::kFound:
       // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
       if (length < 0 && host != SlotState::kFree) return {};
       return messages::SlotTaken(op, slot, length >= 0 ? "already occupied in this cache" : "free in the pool");
@@ -98,7 +100,7 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
   const Geometry& geometry = table->geometry();
   std::vector<std::int32_t> lengths(cache.lengths, cache.lengths + geometry.max_slots);
   std::vector<std::int32_t> limits(geometry.max_slots, std::numeric_limits<std::int32_t>::max());
-  std::vector<std::int32_t> forked(geometry.max_slots, 0);  // written by a fork
+  std::vector<std::int32_t> forked(geometry.max_slots, 0);  // of a new sequence: what its memory has by now
   DeviceProgress& progress = table->progress(state);
   std::vector<std::int32_t> shared;
   for (const SlotProgress& slot : progress.slots) shared.push_back(slot.shared);
@@ -107,6 +109,7 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
     if (edit.slot == -1) continue;
     lengths[edit.slot] = limits[edit.slot] = LengthAfter(edit);
     if (Is(edit, SlotOpcode::kOccupy)) shared[edit.slot] = 0;
+    if (Is(edit, SlotOpcode::kFound)) shared[edit.slot] = forked[edit.slot] = edit.length;
     if (Is(edit, SlotOpcode::kFork)) forked[edit.slot] = shared[edit.slot];  // as the host has mapped it
     if (Is(edit, SlotOpcode::kTruncate)) {
       shared[edit.slot] = std::min(shared[edit.slot], WholeBlocks(geometry, edit.length));
@@ -166,8 +169,11 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
   }
   for (std::int64_t i = 0; i < list.num_edits; ++i) {
     const SlotEdit& edit = list.edits[i];
-    if (edit.slot == -1 || !Is(edit, SlotOpcode::kFork)) continue;
-    KVPAGE_RETURN_IF_ERROR(CheckFork(&table, state, check, op, cache, edit));
+    if (edit.slot == -1) continue;
+    if (Is(edit, SlotOpcode::kFork)) KVPAGE_RETURN_IF_ERROR(CheckFork(&table, state, check, op, cache, edit));
+    if (!Is(edit, SlotOpcode::kFound)) continue;
+    const std::int64_t room = table.Room(state, edit.slot);
+    if (edit.length < 0 || edit.length > room) return messages::Unmapped(op, edit.slot, edit.length, room);
   }
   KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
 
@@ -189,6 +195,10 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
       // From here on: programs that were queued before may still have to write these tokens.
       progress.slots[edit.donor].shared = std::max(progress.slots[edit.donor].shared, row.shared);
       progress.RaiseWritten(edit.slot, row.shared);
+    }
+    if (opcode == SlotOpcode::kFound) {
+      row.shared = length;
+      progress.RaiseWritten(edit.slot, length);
     }
     if (opcode == SlotOpcode::kVacate) {
       table.Vacate(state, edit.slot);

@@ -31,7 +31,9 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
     KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
     for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) states.push_back(table.host(state, slot).state);
   }
+  std::vector<std::int32_t> written;  // of each slot
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
+    written.push_back(std::min(device.slots[slot].length, device.WrittenInAllLayers(slot)));
     // A slot that the host holds occupied may be free on the device: its acquire was refused there, or was queued too
     // late for the old generation. Nobody will run it again.
     device.slots[slot].vacated |= states[slot] != SlotState::kOccupied;
@@ -48,9 +50,11 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
     // draining belongs to the old generation and will be refused.
     if (device.slots[slot].vacated && table.host(state, slot).state != SlotState::kFree) {
       table.StartDraining(state, slot);
-      table.Vacate(state, slot);
+      table.Vacate(state, slot, written[slot]);
     }
-    table.CutCommitted(state, slot, device.slots[slot].length);
+    if (table.host(state, slot).state == SlotState::kOccupied) {
+      table.CutCommitted(state, slot, device.slots[slot].length);
+    }
     out->lengths.push_back(device.slots[slot].vacated ? -1 : device.slots[slot].length);
   }
   return {};
@@ -88,7 +92,7 @@ void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
     const bool occupied = table->host(state, slot).state == SlotState::kOccupied;
     progress.StartGeneration(slot);
     // A program that was to write them has failed: such tokens are not final after all.
-    table->CutCommitted(state, slot, progress.slots[slot].length);
+    if (occupied) table->CutCommitted(state, slot, progress.slots[slot].length);
     out->lengths.push_back(occupied ? progress.slots[slot].length : -1);
   }
 }

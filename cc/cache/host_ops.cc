@@ -171,6 +171,9 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         pool.table->StartDraining(state, edit.slot);
         pool.table->Vacate(state, edit.slot);
         break;
+      case SlotOpcode::kFound:
+        pool.table->UndoFound(state, edit.slot);
+        break;
       case SlotOpcode::kVacate:
         if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);
         break;
@@ -191,14 +194,13 @@ Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::i
   const StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "commit"));
   KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "commit", slot));
-  std::vector<std::int32_t>& committed = table.committed(state, slot);
-  const auto wanted = static_cast<std::int64_t>(committed.size() + token_ids.size());
+  const auto wanted = static_cast<std::int64_t>(table.host(state, slot).committed.size() + token_ids.size());
   const std::int64_t room = table.Room(state, slot);
   if (wanted > room) {
     return OutOfRange("commit: slot " + Number(slot) + ": " + Number(wanted) + " tokens wanted, " + Number(room) +
                       " mapped: extend the slot before its tokens are written");
   }
-  committed.insert(committed.end(), token_ids.begin(), token_ids.end());
+  table.Commit(state, slot, token_ids);
   return {};
 }
 

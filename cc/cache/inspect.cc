@@ -17,11 +17,18 @@ Status CheckBlockMap(const PoolParts& pool, std::int32_t slot) {
 PoolNumbers Numbers(const PoolParts& pool) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
+  CollectReleases(pool, table.Lock());
+  pool.supply->SyncIndex(mapping);
   const StateLock state = table.Lock();
-  CollectReleases(pool, state);
   const Arena& arena = pool.supply->arena(mapping);
   const BlockPool& blocks = arena.pool();
   PoolNumbers n;
+  if (const PrefixIndex* const index = pool.supply->index(mapping)) {
+    n.prefix_evictions = index->numbers().evictions;
+    n.prefix_tokens = index->numbers().tokens;
+  }
+  n.prefix_queries = pool.supply->counts(mapping).queries;
+  n.prefix_hits = pool.supply->counts(mapping).hits;
   n.blocks_total = blocks.budget();
   n.blocks_free = blocks.num_free();
   n.blocks_shared = blocks.num_shared();
@@ -49,7 +56,8 @@ PoolNumbers Numbers(const PoolParts& pool) {
   const std::vector<std::int64_t> counts = arena.CountByClass(classes, kNumClasses);
   n.blocks_mapped = counts[kMapped] + arena.num_set_aside();
   n.blocks_draining = counts[kDraining];
-  n.blocks_parked = counts[kParked];
+  n.blocks_parked = counts[kParked] + blocks.num_detached();
+  n.blocks_cached = blocks.num_cached();
   n.block_bytes = table.geometry().block_bytes;
   n.virtual_bytes = table.geometry().virtual_bytes();
   n.physical_bytes = arena.vmm().PhysicalBytes();

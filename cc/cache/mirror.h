@@ -33,8 +33,9 @@ class Mirror {
   // was said before is mapped by now; a slot's room never shrinks while it is occupied.
   virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
 
-  // Whether the release of this slot has run, with everything that was queued before it. Cheap: asked on every call.
-  virtual bool Vacated(std::int32_t slot) = 0;
+  // Once the release of this slot has run, with everything that was queued before it: the tokens that its occupant had
+  // written in every layer; -1 before. Cheap: asked on every call.
+  virtual std::int32_t Vacated(std::int32_t slot) = 0;
   // The slot gets a new owner: forget that it was vacated.
   virtual void ClearVacated(std::int32_t slot) = 0;
 

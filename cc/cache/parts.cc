@@ -1,6 +1,7 @@
 #include "cache/parts.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace kvpage {
@@ -15,11 +16,12 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
 
 void CollectReleases(const PoolParts& pool, const StateLock& state) {
   if (pool.mirror == nullptr) return;
-  std::vector<std::int32_t> vacated;  // in order of slots, in which they then park
+  std::vector<std::pair<std::int32_t, std::int32_t>> vacated;  // in order of slots, in which they then park
   for (const std::int32_t slot : pool.table->draining(state)) {
-    if (!pool.table->progress(state).slots[slot].vacated && pool.mirror->Vacated(slot)) vacated.push_back(slot);
+    if (pool.table->progress(state).slots[slot].vacated) continue;
+    if (const std::int32_t written = pool.mirror->Vacated(slot); written >= 0) vacated.emplace_back(slot, written);
   }
-  for (const std::int32_t slot : vacated) pool.table->Vacate(state, slot);
+  for (const auto& [slot, written] : vacated) pool.table->Vacate(state, slot, written);
 }
 
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "base/kv_view.h"
@@ -21,6 +22,8 @@
 #include "cache/inspect.h"
 #include "cache/map_ops.h"
 #include "cache/parts.h"
+#include "cache/prefix.h"
+#include "cache/prefix_ops.h"
 #include "cache/program_ops.h"
 #include "cache/sharing.h"
 #include "cache/views.h"
@@ -57,6 +60,21 @@ class Pool {
   Claim Fork(const char* verb, const std::vector<ForkRequest>& requests, const std::vector<std::int32_t>& released) {
     return sharing::Fork(parts_, verb, requests, released);
   }
+  Claim AcquirePrefix(const std::vector<prefix::Request>& requests, const prefix::Options& options) {
+    return prefix::Acquire(parts_, requests, options);
+  }
+  Status FindPrefix(const std::string& space, const prefix::TokenIds& ids, bool whole, std::int64_t* tokens) {
+    return prefix::Find(parts_, space, ids, whole, tokens);
+  }
+  Status Pin(const std::string& space, const prefix::TokenIds& ids, double share, double seconds,
+             std::int64_t* tokens) {
+    return prefix::Pin(parts_, space, ids, share, seconds, tokens);
+  }
+  Status Unpin(const std::string& space, const prefix::TokenIds& ids) { return prefix::Unpin(parts_, space, ids); }
+  Status Hint(const std::string& space, const prefix::TokenIds& ids, PrefixHint hint) {
+    return prefix::Hint(parts_, space, ids, hint);
+  }
+  Status Evict(std::int64_t blocks, std::int64_t* freed) { return prefix::Evict(parts_, blocks, freed); }
   Claim Truncate(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return sharing::Truncate(parts_, slots, tokens);
   }

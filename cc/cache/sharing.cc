@@ -53,7 +53,7 @@ Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t 
     return claim;
   }
   for (const std::int32_t slot : claim.slots) {
-    claim.status = pool.supply->arena(mapping).Shrink(slot, 0);
+    claim.status = pool.supply->Empty(mapping, slot);
     if (!claim.status.ok()) break;
   }
   return claim;
@@ -64,11 +64,11 @@ Claim MapForks(const PoolParts& pool, const MappingLock& mapping, const std::vec
                const std::vector<std::int32_t>& slots) {
   const Geometry& geometry = pool.table->geometry();
   std::vector<Want> wants;
-  std::vector<BlockMove> aliases;
+  std::vector<Supply::AliasRun> aliases;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const auto [donor, tokens] = requests[i];
     const std::int64_t lendable = pool.table->Lendable(pool.table->Lock(), donor, tokens);
-    aliases.push_back({donor, slots[i], lendable / geometry.block_tokens});
+    aliases.push_back({slots[i], pool.supply->arena(mapping).map(donor), lendable / geometry.block_tokens});
     wants.push_back({slots[i], geometry.BlocksFor(tokens)});
   }
   if (Status status = pool.supply->Alias(mapping, aliases); !status.ok()) return FailedClaim(status);
@@ -188,6 +188,12 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     // What only free slots share with them needs no copy.
     if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
   }
+  // What is to be written again must not be found. Should this call fail, the next look-up restores it.
+  pool.supply->SyncIndex(mapping);
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    pool.supply->CutIndex(mapping, slots[i], tokens[i]);
+    table.NoteCommit(table.Lock(), slots[i]);
+  }
   std::vector<std::vector<std::int64_t>> logical = arena.Missing(slots, begins);
   std::vector<Supply::SetAsideBlocks> missing;
   for (std::size_t i = 0; i < slots.size(); ++i) missing.push_back({slots[i], std::move(logical[i])});
@@ -195,8 +201,8 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
   if (!claim.status.ok()) return claim;
   claim.slots = slots;
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
-    if (!shares(i)) continue;       // e.g. the last of several sharers
-    table.CountWait(table.Lock());  // the caller has waited for the programs of the slot
+    if (!shares(i) && missing[i].logical.empty()) continue;  // e.g. the last of several sharers
+    table.CountWait(table.Lock());                           // the caller has waited for the programs of the slot
     claim.status = pool.supply->Separate(mapping, slots[i], begins[i]);
     if (!claim.status.ok()) return claim;
   }

@@ -8,6 +8,7 @@ SlotTable::SlotTable(const Geometry& geometry)
     : geometry_(geometry),
       slots_(geometry.max_slots),
       changes_(geometry.max_slots),
+      commits_(geometry.max_slots),
       progress_(geometry),
       named_(geometry.max_slots, 0) {}
 
@@ -39,7 +40,15 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   row.truncations = 0;
   row.forked = false;
   row.committed.clear();
+  row.space = -1;
+  row.prompt = row.found = row.fewest = 0;
   progress_.Reset(slot);
+}
+
+void SlotTable::Commit(const StateLock&, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
+  HostSlot& row = slots_[slot];
+  row.committed.insert(row.committed.end(), token_ids.begin(), token_ids.end());
+  if (row.space >= 0) commits_.Note(slot);
 }
 
 void SlotTable::Reserve(const StateLock&, std::int32_t slot, std::int64_t tokens) {
@@ -60,7 +69,38 @@ void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_
   const std::vector<std::int32_t>& ids = slots_[donor].committed;
   row.forked = true;
   row.committed.assign(ids.begin(), ids.begin() + tokens);
+  row.space = slots_[donor].space;
+  if (row.space >= 0) commits_.Note(slot);
   progress_.slots[slot].shared = static_cast<std::int32_t>(Lendable(lock, donor, tokens));
+}
+
+void SlotTable::OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
+                            std::int64_t found) {
+  HostSlot& row = slots_[slot];
+  // What a parked sequence has behind, in its last block: for UndoFound.
+  const std::int64_t kept =
+      std::min<std::int64_t>(row.committed.size(), geometry_.BlocksFor(found) * geometry_.block_tokens);
+  row.cut.clear();
+  if (row.space == space && kept > found) row.cut.assign(row.committed.begin() + found, row.committed.begin() + kept);
+  Occupy(lock, slot, 0);
+  row.forked = found > 0;
+  row.committed.assign(ids, ids + found);
+  row.space = space;
+  row.found = row.fewest = found;
+  progress_.slots[slot].shared = static_cast<std::int32_t>(found);
+  commits_.Note(slot);
+}
+
+void SlotTable::UndoFound(const StateLock& lock, std::int32_t slot) {
+  SetState(slot, SlotState::kDraining);
+  Vacate(lock, slot);
+  RestoreCommitted(lock, slot);
+}
+
+void SlotTable::ForgetSequence(const StateLock&, std::int32_t slot) {
+  HostSlot& row = slots_[slot];
+  row.space = -1;
+  row.committed = {};
 }
 
 void SlotTable::StartTruncation(const StateLock&, std::int32_t slot, std::int64_t tokens) {
@@ -71,6 +111,7 @@ void SlotTable::StartTruncation(const StateLock&, std::int32_t slot, std::int64_
 void SlotTable::EndTruncation(const StateLock&, std::int32_t slot) {
   HostSlot& row = slots_[slot];
   row.truncations = std::max(row.truncations - 1, 0);
+  if (row.space >= 0) commits_.Note(slot);
 }
 
 void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
@@ -87,15 +128,27 @@ void SlotTable::CutCommitted(const StateLock&, std::int32_t slot, std::int64_t t
   const auto end = row.committed.begin() + std::min<std::int64_t>(tokens, row.committed.size());
   row.cut.assign(end, row.committed.end());
   row.committed.erase(end, row.committed.end());
+  row.fewest = std::min<std::int64_t>(row.fewest, row.committed.size());
+  row.found = std::min<std::int64_t>(row.found, row.committed.size());
+  if (row.space >= 0) commits_.Note(slot);
 }
 
 void SlotTable::RestoreCommitted(const StateLock&, std::int32_t slot) {
   HostSlot& row = slots_[slot];
   row.committed.insert(row.committed.end(), row.cut.begin(), row.cut.end());
   row.cut.clear();
+  if (row.space >= 0) commits_.Note(slot);
 }
 
-void SlotTable::Vacate(const StateLock&, std::int32_t slot) {
+void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written) {
+  HostSlot& row = slots_[slot];
+  if (row.space >= 0) {
+    // What was found is there, whether the program that occupies the slot has run or not.
+    if (written < 0) written = progress_.WrittenInAllLayers(slot);
+    const std::int64_t kept = std::min<std::int64_t>(std::max(written, row.found), row.committed.size());
+    row.committed.resize(kept);
+    row.fewest = std::min(row.fewest, kept);
+  }
   progress_.slots[slot].vacated = true;
   progress_.LowerWritten(slot, 0);
   FinishDraining(slot);
@@ -108,8 +161,9 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0) return;
   SetState(slot, SlotState::kFree);
   row.reserved = row.truncations = 0;
-  row.committed.clear();
+  if (row.space < 0) row.committed.clear();
   row.parked_at = ++parkings_;
+  if (row.space >= 0) commits_.Note(slot);
   progress.vacated = false;
   progress.length = 0;
   changed_.notify_all();

@@ -55,6 +55,11 @@ struct HostSlot {
   std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
   std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
   std::vector<std::int32_t> cut;        // those behind `committed` that the last truncation has taken away
+  // Of a sequence that the prefix index has, or will have: its namespace, the length of the prompt that it was acquired
+  // with, the tokens that were found then, and the fewest committed ones since the index was last brought up to date.
+  // A free slot keeps them, with `committed` cut back to what programs have written.
+  std::int32_t space = -1;
+  std::int64_t prompt = 0, found = 0, fewest = 0;
 
   bool idle() const { return state == SlotState::kFree && views == 0; }
 };
@@ -83,7 +88,8 @@ class SlotTable {
 
   // ---- rows ----
   const HostSlot& host(const StateLock&, std::int64_t slot) const { return slots_[slot]; }
-  std::vector<std::int32_t>& committed(const StateLock&, std::int64_t slot) { return slots_[slot].committed; }
+  // The host names the next tokens of a slot.
+  void Commit(const StateLock&, std::int32_t slot, const std::vector<std::int32_t>& token_ids);
   DeviceProgress& progress(const StateLock&) { return progress_; }
   // Tokens that may be written: `reserved` rounded up to whole blocks, which are mapped and stay mapped.
   std::int64_t Room(const StateLock&, std::int64_t slot) const {
@@ -117,6 +123,28 @@ class SlotTable {
   std::int64_t Lendable(const StateLock&, std::int32_t donor, std::int64_t tokens) const;
   // Occupies a slot with the first `tokens` committed tokens of its donor. Call Reserve once they are mapped.
   void OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_t donor, std::int64_t tokens);
+  // Occupies a slot that begins with `found` tokens, whose keys and values are there. Call Reserve once they are
+  // mapped.
+  void OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
+                   std::int64_t found);
+  void SetPrompt(const StateLock&, std::int32_t slot, std::int64_t tokens) { slots_[slot].prompt = tokens; }
+  // The program that occupies such a slot was not queued: the slot is free, with what was found.
+  void UndoFound(const StateLock&, std::int32_t slot);
+  // The slot is free and has lost its blocks: nothing is left of its sequence.
+  void ForgetSequence(const StateLock&, std::int32_t slot);
+  // A free slot keeps the first `tokens` tokens of its sequence only.
+  void KeepTokens(const StateLock&, std::int32_t slot, std::int64_t tokens) {
+    std::vector<std::int32_t>& ids = slots_[slot].committed;
+    ids.resize(std::min<std::size_t>(ids.size(), tokens));
+  }
+  // The prefix index must be told of the slot again.
+  void NoteCommit(const StateLock&, std::int32_t slot) {
+    if (slots_[slot].space >= 0) commits_.Note(slot);
+  }
+  // The prefix index is brought up to date with what is committed now.
+  void NoteStored(const StateLock&, std::int32_t slot) {
+    slots_[slot].fewest = static_cast<std::int64_t>(slots_[slot].committed.size());
+  }
   // A truncation's program is queued; it has run.
   void StartTruncation(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void EndTruncation(const StateLock&, std::int32_t slot);
@@ -124,8 +152,9 @@ class SlotTable {
   void StartGeneration(const StateLock& lock, std::int32_t slot);
   void CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void RestoreCommitted(const StateLock&, std::int32_t slot);
-  // A draining slot's release program has run.
-  void Vacate(const StateLock& lock, std::int32_t slot);
+  // A draining slot's release program has run. `written`: the tokens that programs had written in every layer by then,
+  // where a mirror knows them.
+  void Vacate(const StateLock& lock, std::int32_t slot, std::int64_t written = -1);
   void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots
   void RemoveView(const StateLock& lock, std::int32_t slot);
   bool viewed(const StateLock&, std::int64_t slot) const { return views_of_all_ > 0 || slots_[slot].views > 0; }
@@ -135,6 +164,9 @@ class SlotTable {
   }
   void Unpin(const StateLock& lock, const Pins& pins);
   void Close(const StateLock&);
+  // The slots whose sequences the prefix index must be told of: tokens were committed or cut, or the slot has come
+  // free. Once each, in no order.
+  std::vector<std::int32_t> TakeCommits(const StateLock&) { return commits_.Take(); }
   // The slots whose row has changed since the last call, once each, in no order.
   std::vector<std::int32_t> TakeChanged(const StateLock&) { return changes_.Take(); }
 
@@ -164,7 +196,7 @@ class SlotTable {
   mutable std::condition_variable changed_;
   std::vector<HostSlot> slots_;
   std::set<std::int32_t> draining_;
-  ChangedSlots changes_;
+  ChangedSlots changes_, commits_;
   DeviceProgress progress_;
   std::vector<std::uint64_t> named_;  // [slots] stamp of the last call that named it
   std::uint64_t stamp_ = 0;

@@ -50,6 +50,7 @@ void Supply::Refresh(const MappingLock& lock) {
     const std::vector<std::int32_t> rows = table_->TakeChanged(state);
     changed.insert(changed.end(), rows.begin(), rows.end());
   }
+  SyncIndex(lock);
   EmptyBorrowers(lock, changed);
   // What forks have given up since, or were promised and did not get.
   if (mappings_.mappings() > worst_mappings_ + arena_->extra_mappings()) {
@@ -70,8 +71,12 @@ void Supply::Refresh(const MappingLock& lock) {
       now.order = parked ? row.parked_at : ~std::uint64_t{0};
       const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
       if (!now.draining && row.views == 0) now.spare = std::max<std::int64_t>(now.blocks - keep, 0);
-      // What others share is of no use to a new owner.
-      if (now.idle && arena_->SharedBlocks(slot) > 0) now.blocks = 0;
+      now.fit = now.blocks;
+      if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot))) {
+        // Of no use to a new owner, and adopted last of all; among such slots the one parked for longest goes first.
+        now.blocks = 0;
+        now.fit = -1 - static_cast<std::int64_t>(row.parked_at);
+      }
       standings.push_back(now);
     }
   }
@@ -101,7 +106,10 @@ std::vector<Donor> Supply::FindDonors(const std::vector<Want>& wants, Spare spar
     if (const auto want = wanted.find(donor.slot); want != wanted.end()) {
       donor.blocks = std::min(donor.blocks, candidates_.standing(donor.slot).blocks - want->second);
     }
-    if (donor.blocks > 0 && spare == Spare::kExclusive) donor.blocks = arena_->ExclusiveTail(donor.slot, donor.blocks);
+    if (donor.blocks > 0) {
+      donor.blocks = spare == Spare::kExclusive ? arena_->ExclusiveTail(donor.slot, donor.blocks)
+                                                : std::min(donor.blocks, arena_->UncachedTail(donor.slot));
+    }
     if (donor.blocks <= 0) return true;
     donors.push_back(donor);
     enough -= donor.blocks;
@@ -114,12 +122,15 @@ void Supply::Tally(const MappingLock& lock, const std::vector<Want>& wants, Clai
   Refresh(lock);
   const std::int64_t ranges = table_->geometry().num_ranges();
   claim->free = arena_->pool().num_free();
-  if (arena_->pool().num_shared() == 0) {
+  if (arena_->pool().num_shared() == 0 && arena_->pool().num_cached() == 0) {
     claim->reclaimable = SpareBlocks(wants) * ranges;
     claim->draining = candidates_.draining() * ranges;
     return;
   }
-  claim->reclaimable = CountBlocks(FindDonors(wants, Spare::kExclusive, kAllBlocks)) * ranges;
+  std::int64_t evictable = 0;
+  std::vector<std::int32_t> owners;
+  PlanEviction(lock, kAllBlocks, &evictable, &owners);
+  claim->reclaimable = CountBlocks(FindDonors(wants, Spare::kExclusive, kAllBlocks)) * ranges + evictable;
   std::vector<std::int32_t> draining;
   {
     const StateLock state = table_->Lock();
@@ -128,7 +139,8 @@ void Supply::Tally(const MappingLock& lock, const std::vector<Want>& wants, Clai
   claim->draining = arena_->FreedBy(draining);
 }
 
-Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan) {
+Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan,
+                   bool evict) {
   const std::int64_t ranges = table_->geometry().num_ranges();
   Claim claim;
   *plan = {};
@@ -153,8 +165,15 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
     if (claim.wanted <= free + SpareBlocks(wants) * ranges) {
       donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);
     }
-    if (claim.wanted > free + CountBlocks(donors) * ranges) {
+    const std::int64_t short_of = claim.wanted - free - CountBlocks(donors) * ranges;
+    if (short_of > 0 && evict && Evict(lock, short_of) > 0) {
+      // Now there are enough.
+      Refresh(lock);
+      free = arena_->pool().num_free();
+      donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);
+    } else if (short_of > 0) {
       Tally(lock, wants, &claim);
+      if (!evict && claim.wanted <= claim.free + claim.reclaimable) return claim;
       claim.status =
           ResourceExhausted(Number(claim.wanted) + " blocks wanted, " + Number(claim.free) + " free, " +
                                 Number(claim.reclaimable) + " reclaimable, " + Number(claim.draining) + " draining",
@@ -173,6 +192,13 @@ SupplyPlan Supply::PlanReclaim(const MappingLock& lock, std::int64_t blocks) {
   SupplyPlan plan;
   PlanReturns(logical, FindDonors({}, Spare::kExclusive, logical), &plan);
   return plan;
+}
+
+Status Supply::Reclaim(const MappingLock& lock, std::int64_t blocks) {
+  SupplyPlan plan = PlanReclaim(lock, blocks);
+  const std::int64_t short_of = blocks - CountBlocks(plan.returns) * table_->geometry().num_ranges();
+  if (short_of > 0) plan = PlanReclaim(lock, blocks - Evict(lock, short_of));
+  return Apply(lock, plan);
 }
 
 SupplyPlan Supply::PlanTrim(const MappingLock& lock) {
@@ -233,14 +259,15 @@ void Supply::UndoPart(const MappingLock&, const SupplyPlan& plan, std::size_t re
 }
 
 Claim Supply::Reserve(const MappingLock& lock, const std::vector<Want>& wants, SupplyPlan* plan) {
-  Claim claim = Plan(lock, wants, Source::kFree, plan);
+  Claim claim = Plan(lock, wants, Source::kFree, plan, /*evict=*/true);
   if (!claim.status.ok()) return claim;
   bool system_short = false;
   claim.status = Apply(lock, *plan, &system_short);
   if (system_short) {
     // On a GPU, JAX may hold the rest of the memory. Blocks that are mapped and not needed have theirs already.
     SupplyPlan moving;
-    if (Plan(lock, wants, Source::kDonors, &moving).status.ok() && moving.blocks_moved() > plan->blocks_moved()) {
+    if (Plan(lock, wants, Source::kDonors, &moving, /*evict=*/true).status.ok() &&
+        moving.blocks_moved() > plan->blocks_moved()) {
       claim.status = Apply(lock, moving);
       *plan = std::move(moving);
     }

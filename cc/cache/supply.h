@@ -20,6 +20,7 @@
 #include "base/status.h"
 #include "cache/arena.h"
 #include "cache/candidates.h"
+#include "cache/prefix_index.h"
 #include "cache/slot_table.h"
 #include "cache/supply_plan.h"
 #include "cache/types.h"
@@ -59,7 +60,12 @@ class Supply {
   std::vector<std::int32_t> FewestBlocks(const MappingLock& lock, std::size_t count);
   // See Arena::Alias, SetAside and Separate. Mappings of the process are reserved first, and blocks taken from donors.
   // A failed Alias leaves some slots with blocks: empty them.
-  Status Alias(const MappingLock& lock, const std::vector<BlockMove>& aliases);
+  struct AliasRun {
+    std::int32_t slot = 0;
+    const std::int32_t* map = nullptr;  // [blocks, ranges]
+    std::int64_t blocks = 0;
+  };
+  Status Alias(const MappingLock& lock, const std::vector<AliasRun>& runs);
   struct SetAsideBlocks {
     std::int32_t slot = 0;
     std::vector<std::int64_t> logical;
@@ -70,16 +76,46 @@ class Supply {
   void DropStaleSetAside(const MappingLock& lock);
   // A free slot gives up all its blocks if other slots share some, or had: they are not for a new owner to write.
   Status DropShared(const MappingLock& lock, std::int32_t slot);
-  // The same for every free slot: a view of all slots must not show what live ones have.
+  // Free slots give up what live ones share: a truncation need not copy it then.
   Status DropFreeShared(const MappingLock& lock);
+  // The same, and what the prefix index refers to: a view of all slots must not show it.
+  Status DropFreeCached(const MappingLock& lock);
+
+  // ---- the prefix index (supply_prefix.cc) ----
+  // Made at the first call. Sequences are in it that were acquired by their tokens, and their forks.
+  PrefixIndex& OpenIndex(const MappingLock& lock);
+  const PrefixIndex* index(const MappingLock&) const { return index_.get(); }
+  // Tokens that requests asked for by their ids, and those that were found.
+  struct PrefixCounts {
+    std::int64_t queries = 0, hits = 0;
+  };
+  PrefixCounts& counts(const MappingLock&) { return counts_; }
+  // Tells the index what slots hold now. Every look-up begins with this.
+  void SyncIndex(const MappingLock& lock);
+  // A slot is to write again from `tokens` on: the index drops what it has of it there.
+  void CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens);
+  // An idle slot gives up all its blocks. The index keeps those that it refers to.
+  Status Empty(const MappingLock& lock, std::int32_t slot);
+  // Whether the process has so many memory mappings left for Alias.
+  bool CanAlias(const MappingLock& lock, std::int64_t mappings);
+  // Makes the index drop entries until at least `blocks` physical blocks come free. Returns how many. Where there are
+  // not enough, all that there are with `partial`; else nothing is dropped.
+  std::int64_t Evict(const MappingLock& lock, std::int64_t blocks, bool partial = false);
+  // The clock of pins, in seconds.
+  static double Now();
 
   // ---- plans ----
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
-  // plan is of no use.
-  Claim Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan);
-  // Gives back at least `blocks` physical blocks, taking only unneeded ones.
+  // plan is of no use. `evict`: whether the prefix index may be made to drop entries now where that is needed; without,
+  // the claim only says whether it would suffice.
+  Claim Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan,
+             bool evict = false);
+  // Gives back at least `blocks` physical blocks, taking only unneeded ones that the prefix index does not refer to.
   SupplyPlan PlanReclaim(const MappingLock& lock, std::int64_t blocks);
-  // Unmaps everything that is not needed.
+  // Frees at least `blocks` physical blocks, if there are as many that are not needed; what the prefix index refers to
+  // last.
+  Status Reclaim(const MappingLock& lock, std::int64_t blocks);
+  // Unmaps everything that is not needed and that the prefix index does not refer to.
   SupplyPlan PlanTrim(const MappingLock& lock);
 
   // ---- applying ----
@@ -105,6 +141,11 @@ class Supply {
   void EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed);
   // Reserves `more` mappings beyond those that blocks take which are mapped once.
   Status PromiseAliases(const MappingLock& lock, std::int64_t more);
+  // See PrefixIndex::Cut.
+  void Cut(const MappingLock& lock, std::int32_t slot, std::int64_t tokens, std::int64_t keep);
+  // Entries whose loss frees at least `enough` blocks, or all that can go; `owners`: parked slots that map them.
+  std::vector<PrefixIndex::Eviction> PlanEviction(const MappingLock& lock, std::int64_t enough, std::int64_t* freed,
+                                                  std::vector<std::int32_t>* owners) const;
   // Logical blocks that slots could give while `wants` are to be met, if no block is shared.
   std::int64_t SpareBlocks(const std::vector<Want>& wants) const;
   // The slots with spare blocks while `wants` are to be met, in the order in which they give: the first ones, which
@@ -117,6 +158,8 @@ class Supply {
   std::int64_t worst_mappings_ = 0;  // of the budget's blocks, each mapped once
   const std::unique_ptr<Arena> arena_;
   Candidates candidates_;
+  std::unique_ptr<PrefixIndex> index_;
+  PrefixCounts counts_;
   const bool poison_;
   mutable std::mutex mutex_;
 };

@@ -21,12 +21,12 @@ Status Supply::PromiseAliases(const MappingLock&, std::int64_t more) {
                             ": release forks, use larger block_tokens, or raise vm.max_map_count (sysctl)");
 }
 
-Status Supply::Alias(const MappingLock& lock, const std::vector<BlockMove>& aliases) {
+Status Supply::Alias(const MappingLock& lock, const std::vector<AliasRun>& runs) {
   std::int64_t mappings = 0;
-  for (const BlockMove& alias : aliases) mappings += arena_->AliasMappings(alias.from, alias.blocks);
+  for (const AliasRun& run : runs) mappings += arena_->AliasMappings(run.map, run.blocks);
   if (mappings == 0) return {};
   KVPAGE_RETURN_IF_ERROR(PromiseAliases(lock, mappings));
-  for (const BlockMove& alias : aliases) KVPAGE_RETURN_IF_ERROR(arena_->Alias(alias.from, alias.to, alias.blocks));
+  for (const AliasRun& run : runs) KVPAGE_RETURN_IF_ERROR(arena_->Alias(run.slot, run.map, run.blocks));
   return {};
 }
 
@@ -49,7 +49,7 @@ Claim Supply::SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks
   claim.status = PromiseAliases(lock, Arena::kSplits * claim.wanted);
   if (!claim.status.ok()) return claim;
   if (const std::int64_t short_of = claim.wanted - arena_->pool().num_free(); short_of > 0) {
-    claim.status = Apply(lock, PlanReclaim(lock, short_of));
+    claim.status = Reclaim(lock, short_of);
   }
   std::size_t done = 0;
   for (; claim.status.ok() && done < wanted.size(); ++done) {
@@ -68,16 +68,19 @@ void Supply::DropStaleSetAside(const MappingLock&) {
   }
 }
 
-Status Supply::DropShared(const MappingLock&, std::int32_t slot) {
-  const bool whole = arena_->SharedBlocks(slot) == 0 && !arena_->Borrows(slot);
-  return whole ? Status() : arena_->Shrink(slot, 0);
+Status Supply::DropShared(const MappingLock& lock, std::int32_t slot) {
+  if (arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot)) return Empty(lock, slot);
+  if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);  // equal tokens in blocks of another slot
+  return {};
 }
 
-void Supply::EmptyBorrowers(const MappingLock&, const std::vector<std::int32_t>& changed) {
+void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed) {
   bool emptied = false;
   for (const std::int32_t slot : changed) {
     if (!arena_->Borrows(slot) || !table_->host(table_->Lock(), slot).idle()) continue;
-    static_cast<void>(arena_->Shrink(slot, 0));  // a slot that cannot be emptied is not adopted either (DropShared)
+    // What it has written itself may be found again.
+    if (arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) continue;
+    static_cast<void>(Empty(lock, slot));  // a slot that cannot be emptied is not adopted either (DropShared)
     emptied = true;
   }
   if (emptied) static_cast<void>(arena_->TakeChanged());  // these slots are among the changed ones
@@ -85,6 +88,16 @@ void Supply::EmptyBorrowers(const MappingLock&, const std::vector<std::int32_t>&
 
 Status Supply::DropFreeShared(const MappingLock& lock) {
   if (arena_->pool().num_shared() == 0) return {};
+  for (std::int32_t slot = 0; slot < table_->num_slots(); ++slot) {
+    if (arena_->SharedBlocks(slot) == 0 || !table_->host(table_->Lock(), slot).idle()) continue;
+    KVPAGE_RETURN_IF_ERROR(Empty(lock, slot));
+  }
+  return {};
+}
+
+Status Supply::DropFreeCached(const MappingLock& lock) {
+  if (arena_->pool().num_shared() == 0 && arena_->pool().num_cached() == 0) return {};
+  SyncIndex(lock);
   for (std::int32_t slot = 0; slot < table_->num_slots(); ++slot) {
     const bool idle = table_->host(table_->Lock(), slot).idle();
     if (idle) KVPAGE_RETURN_IF_ERROR(DropShared(lock, slot));

@@ -28,12 +28,15 @@ enum class SlotState : std::int8_t { kFree = 0, kOccupied = 1, kDraining = 2 };
 struct Claim {
   Status status;
   std::vector<std::int32_t> slots;
-  std::vector<std::int64_t> tokens;  // fork: of each slot, what it has from its donor
-  std::vector<std::int64_t> shared;  // fork: of these, those in blocks that both map; the program copies the others
-  std::int64_t wanted = 0;           // blocks; slots, for reason kOutOfSlots
-  std::int64_t free = 0;             // neither mapped nor otherwise referenced
-  std::int64_t draining = 0;         // will come free when running programs are done
-  std::int64_t reclaimable = 0;      // parked, or mapped beyond what their owner asked for; may be taken under pressure
+  // fork, acquire_prefix: of each slot the tokens that it begins with; fork: of these, those in blocks that it shares
+  // with the donor, whose program copies the others.
+  std::vector<std::int64_t> tokens, shared;
+  std::vector<std::int32_t> sources;  // acquire_prefix: the donor, if the slot is a fork; else -1
+  std::vector<std::int32_t> leaders;  // acquire_prefix: without a slot, the request to wait for; else -1
+  std::int64_t wanted = 0;            // blocks; slots, for reason kOutOfSlots
+  std::int64_t free = 0;              // neither mapped nor otherwise referenced
+  std::int64_t draining = 0;          // will come free when running programs are done
+  std::int64_t reclaimable = 0;  // parked, or mapped beyond what their owner asked for; may be taken under pressure
 };
 
 inline Claim FailedClaim(Status status) {
@@ -51,8 +54,9 @@ struct ForkRequest {
 // Blocks are counted once each, however many slots map them.
 struct PoolNumbers {
   std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
-  std::int64_t blocks_shared = 0, blocks_peak = 0, blocks_warm = 0;
+  std::int64_t blocks_shared = 0, blocks_cached = 0, blocks_peak = 0, blocks_warm = 0;
   std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
+  std::int64_t prefix_queries = 0, prefix_hits = 0, prefix_tokens = 0, prefix_evictions = 0;
   std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
 };
 

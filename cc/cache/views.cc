@@ -74,7 +74,7 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const G
         static_cast<void>(table.WaitFor(&state, patience.seconds(), done));
       }
       const MappingLock mapping = pool.supply->Lock();
-      if (slot == -1) KVPAGE_RETURN_IF_ERROR(pool.supply->DropFreeShared(mapping));
+      if (slot == -1) KVPAGE_RETURN_IF_ERROR(pool.supply->DropFreeCached(mapping));
       const StateLock state = table.Lock();
       KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));  // again: the slot may have been released
       if (!busy(state)) {

@@ -98,7 +98,9 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   return {};
 }
 
-bool DeviceMirror::Vacated(std::int32_t slot) { return __atomic_load_n(&vacated_[slot], __ATOMIC_ACQUIRE) != 0; }
+std::int32_t DeviceMirror::Vacated(std::int32_t slot) {
+  return static_cast<std::int32_t>(__atomic_load_n(&vacated_[slot], __ATOMIC_ACQUIRE)) - 1;
+}
 
 void DeviceMirror::ClearVacated(std::int32_t slot) { __atomic_store_n(&vacated_[slot], 0u, __ATOMIC_RELEASE); }
 

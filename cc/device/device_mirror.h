@@ -31,7 +31,7 @@ class DeviceMirror final : public Mirror {
 
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
-  bool Vacated(std::int32_t slot) override;
+  std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;
   Status StartGeneration(std::int32_t generation, DeviceProgress* progress) override;

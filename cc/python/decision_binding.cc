@@ -1,5 +1,6 @@
 #include "python/decision_binding.h"
 
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -79,6 +80,30 @@ Claim Fork(const PoolReference& self, Decision* decision, const std::string& ver
   });
 }
 
+using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Claim AcquirePrefix(const PoolReference& self, Decision* decision, const std::vector<Ids>& ids,
+                    const std::vector<std::int64_t>& tokens, const std::string& space, bool whole, std::int64_t unit,
+                    std::int64_t least) {
+  std::vector<prefix::Request> requests;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    requests.push_back({{ids[i].data(), ids[i].data() + ids[i].size()}, tokens[i]});
+  }
+  const prefix::Options options = {space, whole, unit, least};
+  return Call(self, "acquire_prefix", [&](const PoolPtr& pool) {
+    Claim claim = pool->AcquirePrefix(requests, options);
+    for (std::size_t i = 0; i < claim.slots.size(); ++i) {
+      if (claim.slots[i] < 0) continue;
+      const auto found = static_cast<std::int32_t>(claim.tokens[i]);  // at most max_seq_len
+      const SlotOpcode opcode = claim.sources[i] >= 0 ? SlotOpcode::kFork
+                                : found > 0           ? SlotOpcode::kFound
+                                                      : SlotOpcode::kOccupy;
+      decision->edits.push_back({static_cast<std::int32_t>(opcode), claim.slots[i], found, claim.sources[i]});
+    }
+    return claim;
+  });
+}
+
 Claim Truncate(const PoolReference& self, Decision* decision, const std::vector<std::int32_t>& slots,
                const std::vector<std::int64_t>& tokens) {
   return Call(self, "truncate", [&](const PoolPtr& pool) {
@@ -100,6 +125,8 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
       .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
       .def("fork", &Fork, "decision"_a, "verb"_a, "requests"_a, "released"_a)
+      .def("acquire_prefix", &AcquirePrefix, "decision"_a, "ids"_a, "num_tokens"_a, "space"_a, "whole"_a, "unit"_a,
+           "least"_a)
       .def("truncate", &Truncate, "decision"_a, "slots"_a, "num_tokens"_a)
       .def("shares_behind", Getter<bool, std::int32_t, std::int64_t>("truncate", &Pool::SharesBehind), "slot"_a,
            "num_tokens"_a)

@@ -83,6 +83,8 @@ void BindResults(nb::module_& m) {
       .def_ro("slots", &Claim::slots)
       .def_ro("tokens", &Claim::tokens)
       .def_ro("shared", &Claim::shared)
+      .def_ro("sources", &Claim::sources)
+      .def_ro("leaders", &Claim::leaders)
       .def_ro("wanted", &Claim::wanted)
       .def_ro("free", &Claim::free)
       .def_ro("draining", &Claim::draining)
@@ -95,6 +97,11 @@ void BindResults(nb::module_& m) {
       .def_ro("blocks_draining", &PoolNumbers::blocks_draining)
       .def_ro("blocks_free", &PoolNumbers::blocks_free)
       .def_ro("blocks_shared", &PoolNumbers::blocks_shared)
+      .def_ro("blocks_cached", &PoolNumbers::blocks_cached)
+      .def_ro("prefix_queries", &PoolNumbers::prefix_queries)
+      .def_ro("prefix_hits", &PoolNumbers::prefix_hits)
+      .def_ro("prefix_tokens", &PoolNumbers::prefix_tokens)
+      .def_ro("prefix_evictions", &PoolNumbers::prefix_evictions)
       .def_ro("blocks_peak", &PoolNumbers::blocks_peak)
       .def_ro("blocks_warm", &PoolNumbers::blocks_warm)
       .def_ro("slots_occupied", &PoolNumbers::slots_occupied)
@@ -143,6 +150,19 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("closed", &PoolReference::closed)
       .def("close", [](PoolReference& self) { Interruptibly([&](const GoOn& go_on) { return self.Close(go_on); }); })
       // Calls that queue nothing.
+      .def("find_prefix", Getter<std::int64_t, std::string, prefix::TokenIds, bool>("find_prefix", &Pool::FindPrefix),
+           "space"_a, "ids"_a, "whole"_a)
+      .def("pin", Getter<std::int64_t, std::string, prefix::TokenIds, double, double>("pin", &Pool::Pin), "space"_a,
+           "ids"_a, "share"_a, "seconds"_a)
+      .def("unpin", Method("unpin", &Pool::Unpin), "space"_a, "ids"_a)
+      .def(
+          "hint",
+          [](const PoolReference& self, const std::string& space, const prefix::TokenIds& ids, bool retain) {
+            const PrefixHint hint = retain ? PrefixHint::kRetain : PrefixHint::kDrop;
+            Call(self, "hint", [&](const PoolPtr& pool) { return pool->Hint(space, ids, hint); });
+          },
+          "space"_a, "ids"_a, "retain"_a)
+      .def("evict", Getter<std::int64_t, std::int64_t>("evict", &Pool::Evict), "blocks"_a)
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)
       .def("committed", Method("committed", &Pool::Committed), "slot"_a)

@@ -83,7 +83,11 @@ class Walk {
 
  private:
   // Blocks that a new owner of a free slot can use.
-  std::int64_t Usable(std::int32_t slot) const { return arena_.SharedBlocks(slot) > 0 ? 0 : arena_.blocks(slot); }
+  // A slot that must give up what it has comes last; the one that has been parked for longest is the first of them.
+  std::int64_t Usable(std::int32_t slot) const {
+    if (arena_.SharedBlocks(slot) == 0) return arena_.blocks(slot);
+    return -1 - static_cast<std::int64_t>(table_.host(state_, slot).parked_at);
+  }
 
   const SlotTable& table_;
   const StateLock& state_;
@@ -250,7 +254,7 @@ class Machine {
           const std::int64_t blocks = arena.blocks(slot);
           EXPECT_OK(arena.Shrink(fork, 0));
           table_.OccupyFork(table_.Lock(), fork, slot, 0);
-          EXPECT_OK(supply_->Alias(mapping, {{slot, fork, blocks}}));
+          EXPECT_OK(supply_->Alias(mapping, {{fork, supply_->arena(mapping).map(slot), blocks}}));
           if (Pick(4) > 0) table_.Reserve(table_.Lock(), fork, blocks * geometry_.block_tokens);
         }
         return;
@@ -305,7 +309,7 @@ TEST(CandidatesTest, ChooseAsAWalkOverAllSlotsDoes) {
 TEST(CandidatesTest, ASlotIsChosenOnceAndStaysIdle) {
   Candidates candidates(3);
   Standing two;
-  two.blocks = 2;
+  two.blocks = two.fit = 2;
   candidates.Update(1, two);
   EXPECT_EQ(candidates.BestFits({0, 9, 1, 1}), (std::vector<std::int32_t>{1, 0, 2})) << "three are all there are";
   EXPECT_EQ(candidates.BestFits({2}), (std::vector<std::int32_t>{1}));

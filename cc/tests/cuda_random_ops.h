@@ -99,11 +99,17 @@ inline void ReleaseSome(Twins& t) {
   if (!t.Exists(other) || (!t.allow_stale() && t.StateOf(other) == SlotState::kFree)) named.push_back(other);
   if (!slots.empty() && Pick(t.rng(), 0, 9) == 0) named.push_back(slots[0]);
   std::shuffle(named.begin(), named.end(), t.rng());
+  std::vector<std::uint32_t> vacated;
+  for (const std::int32_t slot : slots) {
+    std::int32_t written = t.rows().written(slot, 0);
+    for (std::int64_t l = 1; l < t.geometry().num_layers; ++l) written = std::min(written, t.rows().written(slot, l));
+    vacated.push_back(static_cast<std::uint32_t>(written) + 1);
+  }
   if (!t.ChangeOwner(t.PickValue(), named, false).empty()) {
     UndoRelease(t.pool(), slots);
     return;
   }
-  for (const std::int32_t slot : slots) EXPECT_EQ(t.rows().vacated(slot), 1u);
+  for (std::size_t i = 0; i < slots.size(); ++i) EXPECT_EQ(t.rows().vacated(slots[i]), vacated[i]);
 }
 
 // Edits of every kind and copies in one list; mostly one that can run.
@@ -117,7 +123,7 @@ inline void EditSome(Twins& t) {
     const std::int32_t length = t.Exists(slot) ? t.value().lengths[slot] : 0;
     // Occupying and vacating are the host's to decide (AcquireSome, ReleaseSome); here only what does not exist.
     const bool unknown = Pick(rng, 0, 15) == 0;
-    edits.push_back({unknown ? Pick(rng, 5, 7) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
+    edits.push_back({unknown ? Pick(rng, 6, 8) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
                      length > 0 ? Pick(rng, 0, length + (Pick(rng, 0, 9) == 0)) : Pick(rng, -1, 0)});
     if (Pick(rng, 0, 3) == 0) edits.push_back({0, -1, 0});
     if (Pick(rng, 0, 12) == 0) edits.push_back(edits[0]);
@@ -165,7 +171,7 @@ inline void ForkSome(Twins& t) {
   const SlotEdit right = {static_cast<std::int32_t>(SlotOpcode::kFork), slot, tokens, donor};
   std::vector<SlotEdit> edits = {right};
   std::vector<TokenCopy> copies = {{donor, slot, whole, tokens - whole}};
-  const int mistake = Pick(rng, 0, 24);
+  const int mistake = Pick(rng, 0, 15);
   if (mistake == 0) edits[0].donor = AnySlot(t);
   if (mistake == 1) edits[0].length = Pick(rng, -1, 140);
   if (mistake == 2) edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSetLength), donor, 0});
@@ -184,6 +190,52 @@ inline void ForkSome(Twins& t) {
     return;
   }
   t.pool().UndoEdits({right});
+  t.PublishRooms();
+}
+
+// Requests that begin alike, as the host queues them; sometimes with a mistake in the list. What they write is
+// committed by ForkSome.
+inline void AcquirePrefixes(Twins& t) {
+  Rng& rng = t.rng();
+  std::vector<prefix::Request> requests(static_cast<std::size_t>(Pick(rng, 1, 2)));
+  for (prefix::Request& request : requests) {
+    request.ids.assign(static_cast<std::size_t>(Pick(rng, 0, 60)), 7);
+    request.tokens = Pick(rng, 0, 70);
+  }
+  prefix::Options options;
+  options.followers = Pick(rng, 0, 1) == 0;
+  const Claim claim = t.pool().AcquirePrefix(requests, options);
+  t.PublishRooms();
+  if (!claim.status.ok()) return;
+  std::vector<SlotEdit> edits;
+  std::vector<TokenCopy> copies;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const std::int32_t slot = claim.slots[i], donor = claim.sources[i];
+    if (slot < 0) continue;
+    t.rows().vacated(slot) = 0;
+    const auto found = static_cast<std::int32_t>(claim.tokens[i]), shared = static_cast<std::int32_t>(claim.shared[i]);
+    const SlotOpcode opcode = donor >= 0 ? SlotOpcode::kFork : found > 0 ? SlotOpcode::kFound : SlotOpcode::kOccupy;
+    edits.push_back({static_cast<std::int32_t>(opcode), slot, found, donor});
+    if (donor >= 0) copies.push_back({donor, slot, shared, found - shared});
+  }
+  const std::vector<SlotEdit> right = edits;
+  const int mistake = Pick(rng, 0, 9);
+  if (mistake == 0 && !edits.empty()) edits[0].length = Pick(rng, 0, 1) == 0 ? -1 : 140;
+  if (mistake == 1 && !edits.empty()) {
+    const std::int32_t other = AnySlot(t);
+    // Only the host knows of one that is free and was not acquired.
+    if (!t.Exists(other) || t.StateOf(other) != SlotState::kFree) edits[0].slot = other;
+  }
+  if (t.EditSlots(DeviceOp::kAcquirePrefix, t.PickValue(), edits, copies).empty()) {
+    const SlotEdit edit = edits.empty() ? SlotEdit() : edits[0];
+    if (edit.opcode != static_cast<std::int32_t>(SlotOpcode::kFound) || edit.slot < 0) return;
+    // A program that changed the cache's lengths, to write what was found.
+    Value forged = t.value();
+    forged.lengths[edit.slot] = Pick(rng, 0, edit.length - 1);
+    EXPECT_NE(t.Begin(DeviceOp::kAppendKV, forged, {{edit.slot}, {0, 1}, 1}, 0), "");
+    return;
+  }
+  t.pool().UndoEdits(right);
   t.PublishRooms();
 }
 
@@ -206,7 +258,7 @@ inline void RandomOp(Twins& t) {
   Rng& rng = t.rng();
   const auto layers = static_cast<int>(t.geometry().num_layers);
   const int layer = Pick(rng, 0, 24) == 0 ? Pick(rng, -1, layers) : Pick(rng, 0, layers - 1);
-  switch (Pick(rng, 0, 15)) {
+  switch (Pick(rng, 0, 17)) {
     case 0:
     case 1:
       return AcquireSome(t);
@@ -252,6 +304,9 @@ inline void RandomOp(Twins& t) {
       return ForkSome(t);
     case 14:
       return TruncateSome(t);
+    case 15:
+    case 16:
+      return AcquirePrefixes(t);
     default: {  // reads what was written
       const std::vector<std::int32_t> slots = Occupied(t);
       if (slots.empty()) return;

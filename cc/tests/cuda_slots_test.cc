@@ -66,6 +66,8 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
                                FaultKind::kUnwritten, FaultKind::kUnmapped}) {
     met(DeviceOp::kFork, kind);
   }
+  met(DeviceOp::kAcquirePrefix, FaultKind::kSlotTaken);
+  met(DeviceOp::kAcquirePrefix, FaultKind::kUnmapped);
   met(DeviceOp::kTruncate, FaultKind::kRaise);
   met(DeviceOp::kTruncate, FaultKind::kEpoch);
   met(DeviceOp::kMapSlots, FaultKind::kMaxSeqLen);

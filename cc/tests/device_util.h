@@ -168,10 +168,12 @@ class DeviceProgram {
   }
   void Release(std::int32_t slot) {
     Launch(DeviceOp::kRelease, slot, [slot](State* state, DevicePool* pool) {
+      const std::int32_t* const layers = pool->written + slot * kLayers;
+      const auto written = static_cast<std::uint32_t>(*std::min_element(layers, layers + kLayers));
       Empty(pool, slot);
       pool->slots[slot].released = 1;
       state->lengths[slot] = -1;
-      __atomic_store_n(const_cast<std::uint32_t*>(&pool->vacated[slot]), 1u, __ATOMIC_RELEASE);
+      __atomic_store_n(const_cast<std::uint32_t*>(&pool->vacated[slot]), written + 1, __ATOMIC_RELEASE);
     });
   }
   // Appends in every layer and advances.

@@ -154,6 +154,21 @@ class Program {
     }
     return {};
   }
+  // Host and device side of acquire_prefix. Returns the claim; the first slot is occupied.
+  Claim AcquirePrefix(const std::vector<std::int32_t>& ids, std::int64_t tokens = 0) {
+    Claim claim = pool_->AcquirePrefix({{ids, tokens}}, {});
+    if (claim.status.ok()) {
+      EXPECT_OK(RunPrefix(claim));
+    }
+    return claim;
+  }
+  Status RunPrefix(const Claim& claim) {
+    const std::int32_t slot = claim.slots[0], donor = claim.sources[0];
+    const auto found = static_cast<std::int32_t>(claim.tokens[0]);
+    if (donor >= 0) return RunFork(slot, donor, found);
+    return EditOne(pool_, "acquire_prefix", cache(), {static_cast<std::int32_t>(SlotOpcode::kFound), slot, found},
+                   &epoch_, lengths_.data());
+  }
   // Host and device side of truncate.
   void Truncate(std::int32_t slot, std::int32_t tokens) {
     EXPECT_OK(pool_->Truncate({slot}, {tokens}).status);

@@ -63,6 +63,12 @@ class Editor {
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
         return length < 0 || wrong(FaultKind::kSlotTaken);
+      case SlotOpcode::kFound: {
+        if (length >= 0) return wrong(FaultKind::kSlotTaken);
+        const std::int32_t room = checker_.slot(edit.slot).room;
+        if (edit.length >= 0 && edit.length <= room) return true;
+        return checker_.Note(Stage::kForks, i, FaultKind::kUnmapped, edit.slot, -1, -1, edit.length, room);
+      }
       case SlotOpcode::kVacate:
         return length >= 0 || wrong(FaultKind::kSlotFree);
       case SlotOpcode::kFork:
@@ -154,6 +160,7 @@ class Editor {
       return LowerLength(&checker_, edit.slot, edit.length, epoch, args_.new_lengths);
     }
     const bool vacate = Is(edit, SlotOpcode::kVacate);
+    const std::int32_t written = vacate ? checker_.WrittenInAllLayers(edit.slot) : 0;
     checker_.slot(edit.slot).since = epoch;
     checker_.slot(edit.slot).released = vacate ? 1 : 0;
     checker_.slot(edit.slot).shared = 0;
@@ -167,9 +174,13 @@ class Editor {
       checker_.slot(edit.slot).shared = WholeBlocks(edit.length);
       atomicMax(&checker_.slot(edit.donor).shared, WholeBlocks(edit.length));
     }
+    if (Is(edit, SlotOpcode::kFound)) {
+      checker_.slot(edit.slot).length = args_.new_lengths[edit.slot] = checker_.slot(edit.slot).shared = edit.length;
+      RaiseWritten(edit.slot, edit.length);
+    }
     if (!vacate) return;
     __threadfence_system();  // the host may give the slot away at once
-    checker_.pool()->vacated[edit.slot] = 1;
+    checker_.pool()->vacated[edit.slot] = static_cast<std::uint32_t>(written) + 1;
   }
 
   // The targets' marks are right already here: what reads these tokens is behind their copy on the stream.
@@ -210,11 +221,12 @@ class Editor {
     if (mark == kUnmarked) return after;
     const SlotEdit edit = args_.list.edits[mark];
     const bool fork = Is(edit, SlotOpcode::kFork), occupy = Is(edit, SlotOpcode::kOccupy);
+    const bool found = Is(edit, SlotOpcode::kFound);
     after.length = occupy ? 0 : Is(edit, SlotOpcode::kVacate) ? -1 : edit.length;
-    if (occupy || fork) after.room = row.room;
-    after.written = fork ? WholeBlocks(edit.length) : min(after.written, after.length);
+    if (occupy || fork || found) after.room = row.room;
+    after.written = fork ? WholeBlocks(edit.length) : found ? edit.length : min(after.written, after.length);
     after.limit = after.length;
-    if (occupy || fork) after.shared = fork ? after.written : 0;
+    if (occupy || fork || found) after.shared = occupy ? 0 : after.written;
     if (Is(edit, SlotOpcode::kTruncate)) after.shared = min(after.shared, WholeBlocks(edit.length));
     return after;
   }

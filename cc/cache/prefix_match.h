@@ -1,0 +1,29 @@
+// PrefixMatch to Hit: how much of what the prefix index finds for a request can be had, and from where.
+#ifndef KVPAGE_CACHE_PREFIX_MATCH_H_
+#define KVPAGE_CACHE_PREFIX_MATCH_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage::prefix {
+
+// What one request gets, and from where.
+struct Hit {
+  enum Kind { kNone, kAdopt, kFork, kAlias } kind = kNone;
+  std::int64_t tokens = 0;
+  std::int32_t slot = -1;            // the request's; as FindHit returns it, the free slot that has the tokens, or -1
+  std::int32_t source = -1;          // kFork: the donor
+  std::vector<std::int32_t> blocks;  // kAlias: of the tokens, [logical blocks, ranges]
+  std::int32_t leader = -1;          // the request that this one waits for
+};
+
+// The longest prefix of the first `limit` ids whose keys and values are there (kAlias), or will be when a program that
+// is queued now runs (kFork). The index must be up to date (Supply::SyncIndex).
+Hit FindHit(const PoolParts& pool, const MappingLock& mapping, std::int32_t space, const std::int32_t* ids,
+            std::int64_t limit);
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_MATCH_H_

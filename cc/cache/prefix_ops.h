@@ -1,0 +1,30 @@
+// Host calls about what the prefix index keeps: look, pin, hint, evict.
+#ifndef KVPAGE_CACHE_PREFIX_OPS_H_
+#define KVPAGE_CACHE_PREFIX_OPS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage::prefix {
+
+using TokenIds = std::vector<std::int32_t>;
+
+// Tokens that Acquire would find for a request now. Changes nothing.
+Status Find(const PoolParts& pool, const std::string& space, const TokenIds& ids, bool whole, std::int64_t* tokens);
+// Keeps the blocks of these tokens from eviction, as far as they are found, for `seconds` (below 0: until Unpin).
+// At most `share` of the pool's blocks are pinned in all. `tokens`: those that are pinned.
+Status Pin(const PoolParts& pool, const std::string& space, const TokenIds& ids, double share, double seconds,
+           std::int64_t* tokens);
+Status Unpin(const PoolParts& pool, const std::string& space, const TokenIds& ids);
+// Whether the tokens will be asked for again.
+Status Hint(const PoolParts& pool, const std::string& space, const TokenIds& ids, PrefixHint hint);
+// Makes the index drop entries, the least valuable first, until `blocks` physical blocks have come free, or all that
+// no live slot maps and no pin holds. Returns how many have.
+Status Evict(const PoolParts& pool, std::int64_t blocks, std::int64_t* freed);
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_OPS_H_

@@ -1,0 +1,132 @@
+// The part of Supply for sequences that the prefix index has (prefix_index.h): it keeps the index up to date with what
+// slots hold, and evicts from it.
+#include <algorithm>
+#include <chrono>
+#include <unordered_map>
+#include <utility>
+
+#include "cache/supply.h"
+
+namespace kvpage {
+
+PrefixIndex& Supply::OpenIndex(const MappingLock&) {
+  const Geometry& geometry = table_->geometry();
+  if (index_ == nullptr) index_ = std::make_unique<PrefixIndex>(geometry.block_tokens, geometry.num_ranges());
+  return *index_;
+}
+
+void Supply::SyncIndex(const MappingLock& lock) {
+  if (index_ == nullptr) return;
+  struct Row {
+    std::int32_t slot = 0, space = -1;
+    std::int64_t fewest = 0;
+    std::vector<std::int32_t> ids;
+  };
+  std::vector<Row> rows;
+  {
+    const StateLock state = table_->Lock();
+    for (const std::int32_t slot : table_->TakeCommits(state)) {
+      const HostSlot& host = table_->host(state, slot);
+      if (host.space < 0 || host.state == SlotState::kDraining) continue;  // noted again when it is free
+      Row row{slot, host.space, host.fewest, host.committed};
+      // Blocks that a queued truncation may replace are not the sequence's for long.
+      const auto most = static_cast<std::int64_t>(row.ids.size());
+      if (host.truncations > 0) row.ids.resize(table_->Lendable(state, slot, most));
+      table_->NoteStored(state, slot);
+      rows.push_back(std::move(row));
+    }
+  }
+  for (const Row& row : rows) {
+    // Such tokens were never written: nobody may find them, though another slot may map their blocks still.
+    if (index_->Tokens(row.slot) > row.fewest) Cut(lock, row.slot, row.fewest, /*keep=*/0);
+    const std::int64_t mapped = arena_->blocks(row.slot) * table_->geometry().block_tokens;
+    const std::int64_t count = std::min<std::int64_t>(row.ids.size(), mapped);
+    std::vector<std::int32_t> referenced;
+    index_->Store(row.slot, row.space, row.ids.data(), count, arena_->map(row.slot), &referenced);
+    arena_->SetCached(referenced);
+  }
+}
+
+void Supply::CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens) {
+  if (index_ == nullptr || index_->Tokens(slot) <= tokens) return;
+  // Others may find what they share, as far as it is written. With a mirror it is not known how far that is.
+  const std::int64_t written = table_->progress(table_->Lock()).WrittenInAllLayers(slot);
+  Cut(lock, slot, tokens, std::min(arena_->SharedBlocks(slot), written / table_->geometry().block_tokens));
+}
+
+void Supply::Cut(const MappingLock&, std::int32_t slot, std::int64_t tokens, std::int64_t keep) {
+  std::vector<std::int32_t> dropped;
+  index_->Cut(slot, tokens, keep, &dropped);
+  arena_->DropCached(dropped);
+}
+
+Status Supply::Empty(const MappingLock&, std::int32_t slot) {
+  KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, 0));
+  if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);
+  table_->ForgetSequence(table_->Lock(), slot);
+  return {};
+}
+
+bool Supply::CanAlias(const MappingLock& lock, std::int64_t mappings) { return PromiseAliases(lock, mappings).ok(); }
+
+std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std::int64_t enough, std::int64_t* freed,
+                                                        std::vector<std::int32_t>* owners) const {
+  *freed = 0;
+  if (index_ == nullptr || arena_->pool().num_cached() == 0 || enough <= 0) return {};
+  const std::int64_t ranges = table_->geometry().num_ranges();
+  const BlockPool& pool = arena_->pool();
+  const StateLock state = table_->Lock();
+  std::unordered_map<std::int32_t, std::int32_t> dropped;  // mappings that go with slots which will be emptied
+  std::unordered_map<std::int32_t, std::int64_t> ends;     // of parked slots: logical blocks that they will have left
+  // Leaves go first, so a parked slot loses its blocks from its end.
+  const auto count = [&](const std::int32_t* blocks, std::int32_t owner) -> std::int64_t {
+    const bool parked = owner >= 0 && table_->host(state, owner).idle();
+    for (std::int64_t range = 0; range < ranges; ++range) {
+      const auto found = dropped.find(blocks[range]);
+      const std::int32_t gone = (found == dropped.end() ? 0 : found->second) + (parked ? 1 : 0);
+      if (pool.references(blocks[range]) > gone) return -1;
+    }
+    if (!parked) return ranges;
+    const std::int32_t* const map = arena_->map(owner);
+    std::int64_t& end = ends.try_emplace(owner, arena_->blocks(owner)).first->second;
+    std::int64_t at = end - 1;
+    while (at >= 0 && map[at * ranges] != blocks[0]) --at;
+    if (at < 0) return -1;
+    end = at;
+    const std::int64_t read_only = arena_->ReadOnlyBlocks(owner);
+    while (end > read_only && !pool.cached(map[(end - 1) * ranges])) --end;
+    if (end > read_only) return ranges;
+    for (std::int64_t i = 0; i < read_only * ranges; ++i) ++dropped[map[i]];
+    return ranges;
+  };
+  std::vector<PrefixIndex::Eviction> plan = index_->PlanEviction(enough, count, freed);
+  for (const auto& [slot, unused] : ends) owners->push_back(slot);
+  return plan;
+}
+
+double Supply::Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool partial) {
+  if (index_ == nullptr) return 0;
+  index_->ExpirePins(Now());
+  std::int64_t freed = 0;
+  std::vector<std::int32_t> owners, dropped;
+  const std::vector<PrefixIndex::Eviction> plan = PlanEviction(lock, blocks, &freed, &owners);
+  if (freed < blocks && !partial) return 0;
+  index_->Evict(plan, &dropped);
+  arena_->DropCached(dropped);
+  for (const std::int32_t slot : owners) {
+    // What stays mapped behind the cached blocks would not come free by itself.
+    if (!arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) {
+      static_cast<void>(Empty(lock, slot));
+      continue;
+    }
+    static_cast<void>(arena_->Shrink(slot, arena_->blocks(slot) - arena_->UncachedTail(slot)));
+    table_->KeepTokens(table_->Lock(), slot, index_->Tokens(slot));
+  }
+  return freed;
+}
+
+}  // namespace kvpage

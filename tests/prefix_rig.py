@@ -1,0 +1,112 @@
+"""A pool whose sequences are acquired by their tokens, and what they must hold."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+from reference_numpy import rounded
+
+import jax_kvpage as kvp
+
+LAYERS, HEADS, DIM, BLOCK = 2, 2, 64, 16
+_STEP = 64  # tokens that one program writes
+
+_append = jax.jit(
+    lambda cache, k, v, batch: kvp.advance(
+        functools.reduce(
+            lambda c, layer: kvp.append_kv(c, k[layer], v[layer], batch, layer=layer),
+            range(LAYERS),
+            cache,
+        ),
+        batch,
+    )
+)
+_read = jax.jit(
+    lambda cache, slots: jnp.stack([
+        jnp.stack(kvp.read_kv(cache, slots, layer)) for layer in range(LAYERS)
+    ])
+)  # fmt: skip
+
+
+def spec_of(layout: str, dtype: object = jnp.float32, **changes: object) -> kvp.CacheSpec:
+    fields = {"max_slots": 8, "max_seq_len": 512, "layout": layout, "block_tokens": BLOCK}
+    return kvp.CacheSpec(LAYERS, HEADS, DIM, dtype=dtype, **{**fields, **changes})
+
+
+@functools.cache
+def _token_rows(token: int, position: int) -> NDArray[np.float32]:
+    """Keys and values of a token, [2, layers, heads, head_dim], a function of id and position."""
+    rng = np.random.default_rng((token & 0xFFFFFFFF, position))
+    return rng.standard_normal((2, LAYERS, HEADS, DIM), np.float32)
+
+
+def contents(ids: Sequence[int], begin: int = 0) -> NDArray[np.float32]:
+    """Keys and values of the tokens from `begin` on, [2, layers, tokens, heads, head_dim]."""
+    rows = [_token_rows(int(ids[i]), i) for i in range(begin, len(ids))]
+    empty = np.zeros((2, LAYERS, 0, HEADS, DIM), np.float32)
+    return np.stack(rows, axis=2) if rows else empty
+
+
+class PrefixRig:
+    """A pool and its newest cache.
+
+    Attributes:
+        ids: of each live slot, the tokens that have been written.
+    """
+
+    def __init__(self, pool: kvp.KVPool) -> None:
+        self.pool = pool
+        self.cache = pool.cache()
+        self.ids: dict[int, list[int]] = {}
+
+    def acquire(self, ids: Sequence[int], **options: object) -> tuple[int, int]:
+        """A slot for a request, with all its tokens written and committed; and what was found."""
+        ids = [int(token) for token in ids]
+        slot, cached, self.cache = self.pool.acquire_prefix(self.cache, ids, **options)
+        self.ids[slot] = ids[:cached]
+        self.write(slot, ids[cached:])
+        return slot, cached
+
+    def write(self, slot: int, ids: Sequence[int], commit: bool = True) -> None:
+        """Appends tokens to a sequence."""
+        ids = list(ids)
+        self.pool.extend(slot, len(self.ids[slot]) + len(ids))
+        for begin in range(0, len(ids), _STEP):
+            part = ids[begin : begin + _STEP]
+            rows = np.zeros((2, LAYERS, _STEP, HEADS, DIM), np.float32)
+            old = self.ids[slot]
+            rows[:, :, : len(part)] = contents([*old, *part], len(old))
+            batch = kvp.Batch(jnp.asarray([slot]), jnp.asarray([0, len(part)]))
+            k, v = (jnp.asarray(x, self.input_dtype) for x in rows)
+            self.cache = _append(self.cache, k, v, batch)
+            self.ids[slot] = old + part
+        if commit and ids:
+            self.pool.commit(slot, ids)
+
+    @property
+    def input_dtype(self) -> object:
+        dtype = np.dtype(self.pool.spec.dtype)
+        return jnp.float32 if dtype.itemsize == 1 else dtype
+
+    def release(self, *slots: int) -> None:
+        """Ends sequences, and waits until they have drained."""
+        self.cache = self.pool.release(self.cache, list(slots))
+        for slot in slots:
+            del self.ids[slot]
+        self.pool.check(self.cache)
+
+    def check(self) -> None:
+        """Every live sequence holds what was written, as it is stored."""
+        for slot, ids in self.ids.items():
+            lengths = np.asarray(self.cache.lengths)
+            assert lengths[slot] == len(ids), f"slot {slot}: {lengths[slot]} != {len(ids)}"
+            got = np.asarray(_read(self.cache, jnp.asarray([slot])), np.float32)
+            want = rounded(contents(ids), self.pool.spec.dtype)
+            # Scales are applied in float32.
+            got = got[:, :, 0, : len(ids)].swapaxes(0, 1)
+            np.testing.assert_allclose(got, want, rtol=3e-7, atol=0)

@@ -1,0 +1,229 @@
+"""Random host calls on the prefix cache against a plain model: which tokens were written, by whom,
+and what a request must find of them.
+"""
+
+from __future__ import annotations
+
+import covering
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from prefix_rig import BLOCK, PrefixRig, spec_of
+
+import jax_kvpage as kvp
+
+_ROOM = 96
+_SLOTS = 5
+# A few texts that begin alike: what random requests ask for must meet what others have left.
+_TEXTS = [
+    [7, *np.repeat(head, 20).tolist(), *np.repeat(tail, 40).tolist(), *range(tail, tail + 20)]
+    for head in (1, 2)
+    for tail in (3, 4)
+]
+_TOKENS = st.tuples(st.sampled_from(_TEXTS), st.integers(1, 80)).map(lambda x: x[0][: x[1]])
+_SPACE = st.sampled_from([None, "other"])
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+class PrefixMachine(RuleBasedStateMachine):
+    """`blocks` is large enough for everything, so that nothing is evicted by itself, or small."""
+
+    layout, blocks = "fused", 400
+
+    def __init__(self) -> None:
+        super().__init__()
+        spec = spec_of(self.layout, max_slots=_SLOTS, max_seq_len=_ROOM)
+        resolved = spec.resolve("cpu")
+        ranges = resolved.slot_bytes // (resolved.block_bytes * (_ROOM // BLOCK))
+        self.pool = kvp.KVPool(spec, resolved.block_bytes * self.blocks * ranges, poison=True)
+        self.rig = PrefixRig(self.pool)
+        self.space: dict[int, str | None] = {}
+        # Sequences that were written once, by namespace: nothing else may be found.
+        self.written: dict[str | None, list[list[int]]] = {None: [], "other": []}
+        # Those of released slots that must still be found.
+        self.kept: dict[str | None, list[list[int]]] = {None: [], "other": []}
+
+    def teardown(self) -> None:
+        self.pool.close()
+
+    @property
+    def large(self) -> bool:
+        return self.blocks >= 400
+
+    def _slot(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.rig.ids)), label="slot")
+
+    def _found(self, space: str | None, ids: list[int], every: bool) -> int:
+        """Tokens that a request finds: the most that it may, or the most that it must."""
+        live = [x for slot, x in self.rig.ids.items() if self.space[slot] == space]
+        others = self.written[space] if every else self.kept[space] + live
+        return min(max([_common(x, ids) for x in others], default=0), len(ids) - 1)
+
+    # ---- requests ----
+
+    @precondition(lambda self: len(self.rig.ids) < _SLOTS)
+    @rule(ids=_TOKENS, space=_SPACE, extra=st.integers(0, 16))
+    def acquire(self, ids: list[int], space: str | None, extra: int) -> None:
+        must, may = self._found(space, ids, every=False), self._found(space, ids, every=True)
+        probe = self.pool.find_prefix(ids, space)
+        try:
+            slot, cached = self.rig.acquire(ids, num_tokens=len(ids) + extra, namespace=space)
+        except kvp.OutOfBlocks:
+            assert not self.large
+            return
+        assert cached <= may
+        assert cached <= probe if not self.large else cached == probe
+        if self.large:
+            assert cached >= must, f"{cached} of {must} tokens found"
+        self.space[slot] = space
+        self.written[space].append(list(ids))
+
+    @precondition(lambda self: self.rig.ids)
+    @rule(data=st.data(), n=st.integers(1, 12), token=st.integers(3, 4))
+    def append(self, data: st.DataObject, n: int, token: int) -> None:
+        slot = self._slot(data)
+        n = min(n, _ROOM - len(self.rig.ids[slot]))
+        try:
+            self.rig.write(slot, [token] * n)
+        except kvp.OutOfBlocks:
+            assert not self.large
+            return
+        self.written[self.space[slot]].append(list(self.rig.ids[slot]))
+
+    @precondition(lambda self: self.rig.ids)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot = self._slot(data)
+        space = self.space.pop(slot)
+        self.kept[space].append(list(self.rig.ids[slot]))
+        self.rig.release(slot)
+
+    @precondition(lambda self: 0 < len(self.rig.ids) < _SLOTS)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        slot = self._slot(data)
+        n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
+        try:
+            (new,), self.rig.cache = self.pool.fork(self.rig.cache, slot, 1, n)
+        except kvp.OutOfBlocks:
+            assert not self.large
+            return
+        self.rig.ids[new] = self.rig.ids[slot][:n]
+        self.space[new] = self.space[slot]
+
+    @precondition(lambda self: self.rig.ids)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        slot = self._slot(data)
+        n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
+        try:
+            self.rig.cache = self.pool.truncate(self.rig.cache, slot, n)
+        except kvp.OutOfBlocks:
+            assert not self.large
+            return
+        old, self.rig.ids[slot] = self.rig.ids[slot], self.rig.ids[slot][:n]
+        # What continued the entries that were cut has gone with them, and so may copies of others.
+        self._forget(self.space[slot], old, n)
+
+    def _forget(self, space: str | None, ids: list[int], n: int) -> None:
+        self.kept[space] = [x[: _common(x, ids[:n])] if _common(x, ids) > n else x
+                            for x in self.kept[space]]  # fmt: skip
+
+    # ---- what goes wrong ----
+
+    @precondition(lambda self: len(self.rig.ids) < _SLOTS)
+    @rule(ids=_TOKENS)
+    def commit_what_is_not_written(self, ids: list[int]) -> None:
+        """Ends with a new generation, in which nobody may find it."""
+        try:
+            slot, cached, self.rig.cache = self.pool.acquire_prefix(self.rig.cache, ids)
+        except kvp.OutOfBlocks:
+            return
+        self.pool.commit(slot, ids[cached:])
+        self.rig.ids[slot] = ids[:cached]
+        self.space[slot] = None
+        self.generation()
+
+    @rule()
+    def generation(self) -> None:
+        self.pool.check(self.rig.cache)
+        self.rig.cache = self.pool.cache()
+
+    # ---- memory ----
+
+    @rule(blocks=st.integers(0, 6))
+    def evict(self, blocks: int) -> None:
+        self.pool.evict(blocks * self.pool.spec.block_bytes)
+        if blocks:
+            self._may_be_gone()
+
+    @rule()
+    def trim(self) -> None:
+        self.pool.trim()
+
+    @rule(ids=_TOKENS, space=_SPACE)
+    def pin(self, ids: list[int], space: str | None) -> None:
+        pinned = self.pool.pin(ids, space, max_share=0.1)
+        self.pool.evict(2**40)
+        assert self.pool.find_prefix(ids[:pinned], space, whole=True) == pinned
+        self.pool.unpin(ids, space)
+        self._may_be_gone()
+
+    @rule(ids=_TOKENS, space=_SPACE, what=st.sampled_from(["retain", "drop"]))
+    def hint(self, ids: list[int], space: str | None, what: str) -> None:
+        self.pool.hint(ids, what, space)
+
+    def _may_be_gone(self) -> None:
+        self.kept = {None: [], "other": []}
+
+    # ---- what holds at all times ----
+
+    @invariant()
+    def contents(self) -> None:
+        self.rig.check()
+
+    @invariant()
+    def accounts(self) -> None:
+        stats = self.pool.stats()
+        assert stats.blocks_total == (
+            stats.blocks_mapped + stats.blocks_parked + stats.blocks_draining + stats.blocks_free
+        )
+        assert stats.slots_occupied == len(self.rig.ids)
+        assert stats.blocks_cached <= stats.blocks_mapped + stats.blocks_parked
+        for slot, ids in self.rig.ids.items():
+            assert self.pool.committed(slot) == ids
+
+
+class SmallPool(PrefixMachine):
+    blocks = 14
+
+
+class PerLayer(PrefixMachine):
+    layout = "per_layer"
+
+
+class SmallPerLayer(SmallPool):
+    layout = "per_layer"
+
+
+@pytest.mark.parametrize("machine", [PrefixMachine, SmallPool, PerLayer, SmallPerLayer])
+def test_prefix_cache(machine: type[PrefixMachine]) -> None:
+    examples = 30 if covering.is_exhaustive() else 8
+    test = machine.TestCase
+    test.settings = settings(max_examples=examples, stateful_step_count=25)
+    test().runTest()
+
+
+def test_texts_share_beginnings() -> None:
+    """The control: requests of these texts do find each other."""
+    assert {_common(a, b) for a in _TEXTS for b in _TEXTS if a is not b} >= {1, 21}
+    assert jnp.int32(len(_TEXTS[0])) >= 80
