@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -30,23 +31,27 @@ def compilations() -> Iterator[list[str]]:
     active = False
 
 
-@jax.jit
-def _step(cache: kvp.KVCache, slots: jax.Array) -> tuple[kvp.KVCache, jax.Array]:
+@functools.partial(jax.jit, static_argnames="addressing")
+def _step(
+    cache: kvp.KVCache, slots: jax.Array, addressing: str = "slots"
+) -> tuple[kvp.KVCache, jax.Array]:
     batch = kvp.Batch.decode(slots)
     x = jnp.ones((2, 2, 64))
     cache, ok = kvp.map_slots(cache, slots, cache.lengths[slots] + 1)
     batch = batch.mask(ok)
     for layer in range(2):
-        out, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
+        out, cache = kvp.update_and_attend(
+            x, x, x, cache, batch, layer=layer, addressing=addressing
+        )
     return kvp.advance(cache, batch), out
 
 
-def _life(pool: kvp.KVPool) -> None:
+def _life(pool: kvp.KVPool, addressing: str) -> None:
     """Requests of all lengths come, grow and go."""
     cache = pool.cache()
     slots, cache = pool.acquire(cache, [1, 17])
     for i in range(_MAX):
-        cache, _ = _step(cache, jnp.asarray(slots, jnp.int32))
+        cache, _ = _step(cache, jnp.asarray(slots, jnp.int32), addressing)
         pool.extend(slots[0], min(i + 5, _MAX))
     assert [int(cache.lengths[slot]) for slot in slots] == [_MAX, _MAX]
     cache = pool.release(cache, slots)
@@ -56,13 +61,14 @@ def _life(pool: kvp.KVPool) -> None:
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
-def test_nothing_is_compiled_twice(make_pool, layout: str) -> None:
+@pytest.mark.parametrize("addressing", ["slots", "table"])
+def test_nothing_is_compiled_twice(make_pool, layout: str, addressing: str) -> None:
     spec = kvp.CacheSpec(2, 2, 64, 4, _MAX, dtype=jnp.float32, layout=layout, block_tokens=16)
     with compilations() as first:
-        _life(make_pool(spec, "8MiB"))
+        _life(make_pool(spec, "8MiB"), addressing)
     assert first, "the counter does not count"
     with compilations() as again:
-        _life(make_pool(spec, "4MiB"))  # another pool, another capacity
+        _life(make_pool(spec, "4MiB"), addressing)  # another pool, another capacity
     assert again == []
 
 

@@ -80,18 +80,18 @@ def _append(cache: kvp.KVCache, told: Any) -> tuple[Any, ...]:
     return (kvp.append_kv(cache, x, x, batch, layer=layer),)
 
 
-def _attend(cache: kvp.KVCache, told: Any, implementation: str | None = None) -> tuple[Any, ...]:
+def _attend(cache: kvp.KVCache, told: Any, **static: str) -> tuple[Any, ...]:
     batch, layer, _, _ = told
-    return kvp.paged_attention(
-        _ONES, cache, batch, layer=layer, implementation=implementation, **_OPTIONS
-    )
+    return kvp.paged_attention(_ONES, cache, batch, layer=layer, **static, **_OPTIONS)
 
 
-@jax.jit
-def _update(cache: kvp.KVCache, told: Any) -> tuple[Any, ...]:
+@functools.partial(jax.jit, static_argnames="addressing")
+def _update(cache: kvp.KVCache, told: Any, addressing: str = "slots") -> tuple[Any, ...]:
     batch, layer, _, stamps = told
     x = _stamped(cache, batch, stamps)
-    return kvp.update_and_attend(_ONES, x, x, cache, batch, layer=layer, **_OPTIONS)
+    return kvp.update_and_attend(
+        _ONES, x, x, cache, batch, layer=layer, addressing=addressing, **_OPTIONS
+    )
 
 
 @jax.jit
@@ -119,6 +119,10 @@ _OPS: dict[str, Callable[..., Any]] = {
     "set_lengths": jax.jit(lambda c, told: (kvp.set_lengths(c, told[0].slots, told[2]),)),
     "map_slots": jax.jit(lambda cache, told: kvp.map_slots(cache, told[0].slots, told[2])),
     "positions": jax.jit(lambda cache, told: kvp.positions(cache, told[0], num_tokens=_TOKENS)),
+}
+_BY_TABLE: dict[str, Callable[..., Any]] = {
+    "paged_attention": jax.jit(functools.partial(_attend, addressing="table")),
+    "update_and_attend": functools.partial(_update, addressing="table"),
 }
 _ATTENDS = ("paged_attention", "read_kv / paged_attention (xla)", "update_and_attend")
 _NAMES = "|".join([*map(re.escape, _OPS), "read_views"])
@@ -217,12 +221,14 @@ class World:
             found, _ = self.pool.acquire(cache, 20)
             self._renamed([found])
 
-    def run(self, op: str, told: Told) -> bool:
-        """Whether the op passed; its results are checked."""
+    def run(self, op: str, told: Told, by_table: bool) -> bool:
+        """Whether the op passed; its results are checked. `by_table`: where the op can."""
         before = check_totals(self.neighbour)
         cache, batch = told.cache(self.spec), told.batch()
         arguments: tuple[Any, ...] = (self._told(batch, told.layer, told.numbers),)
         function = _OPS.get(op, _read_new)
+        if by_table:
+            function = _BY_TABLE.get(op, function)
         if function is _read_new:
             arguments += (self.views,)
         try:
@@ -314,7 +320,8 @@ def test_nothing_that_a_program_tells_is_believed(kind: str) -> None:
             for op in data.draw(st.permutations(ops)):
                 if data.draw(st.integers(0, 2)) == 0:
                     world.renew(data.draw(st.integers(0, _SLOTS - 1)))
-                counts = passed if world.run(op, data.draw(_lies(world))) else refused
+                told, by_table = data.draw(_lies(world)), data.draw(st.booleans())
+                counts = passed if world.run(op, told, by_table) else refused
                 counts[op] += 1
                 world.verify()
         finally:

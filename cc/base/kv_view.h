@@ -7,7 +7,8 @@
 //        + head * head_stride + (token % tokens_per_chunk) * token_stride
 //
 // where a chunk is the run of tokens that lies at one stride. Without a table chunk i of a slot is at
-// slot * slot_stride + i * chunk_stride; with one it is at table[slot][i] * chunk_stride.
+// slot * slot_stride + i * chunk_stride; with one it is at table[slot][i] * chunk_stride, or, where keys and values lie
+// in different physical chunks, at table[slot][kv][i] * chunk_stride (values_apart).
 //
 // Quantized storage (see dtype.h) has the scale of (slot, layer, K|V, head, token) in the same chunk, scale_base bytes
 // after the chunk's first element of that layer and side:
@@ -36,16 +37,21 @@ struct KVView {
   std::int64_t scale_base = 0;  // these three only where dtype is quantized
   std::int64_t scale_head_stride = 0;
   std::int64_t scale_token_stride = 0;
-  const std::int32_t* table = nullptr;  // [slots, table_width] physical chunk numbers, or null
+  // [slots, table_width] physical chunk numbers, or null. Values have theirs table_kv_stride numbers after their keys'.
+  const std::int32_t* table = nullptr;
   std::int64_t table_width = 0;
+  std::int64_t table_kv_stride = 0;
   DType dtype = DType::kF32;
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;  // elements of one head lie next to each other
 
+  // Whether a value may lie anywhere, not kv_stride bytes after its key.
+  KVPAGE_HOST_DEVICE bool values_apart() const { return table_kv_stride != 0; }
   // Start of chunk `chunk` of `slot` for head 0 and token 0 of the chunk; kv is 0 for keys, 1 for values.
   KVPAGE_HOST_DEVICE char* Chunk(std::int64_t slot, std::int64_t chunk, std::int64_t layer, int kv) const {
-    const std::int64_t place = table != nullptr ? std::int64_t{table[slot * table_width + chunk]} * chunk_stride
-                                                : slot * slot_stride + chunk * chunk_stride;
+    const std::int64_t place =
+        table != nullptr ? std::int64_t{table[slot * table_width + kv * table_kv_stride + chunk]} * chunk_stride
+                         : slot * slot_stride + chunk * chunk_stride;
     return base + place + layer * layer_stride + kv * kv_stride;
   }
   KVPAGE_HOST_DEVICE char* At(std::int64_t slot, std::int64_t token, std::int64_t layer, int kv,

@@ -11,7 +11,7 @@ Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_p
     : geometry_(geometry),
       pool_(budget_blocks),
       vmm_(std::move(vmm)),
-      maps_(geometry.max_slots),
+      maps_(geometry.max_slots, geometry.num_ranges()),
       changes_(geometry.max_slots) {}
 
 Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
@@ -30,19 +30,12 @@ std::vector<std::int32_t> Arena::Gather(std::int64_t slot, std::int64_t range, s
 }
 
 void Arena::Append(std::int64_t slot, const std::vector<std::int32_t>& blocks) {
-  const std::int64_t ranges = geometry_.num_ranges();
-  const std::int64_t more = static_cast<std::int64_t>(blocks.size()) / ranges;
-  std::vector<std::int32_t>& map = maps_[slot];
-  for (std::int64_t i = 0; i < more; ++i) {
-    for (std::int64_t range = 0; range < ranges; ++range) map.push_back(blocks[range * more + i]);
-  }
+  maps_.Append(slot, blocks);
   changes_.Note(slot);
 }
 
 void Arena::Truncate(std::int64_t slot, std::int64_t blocks) {
-  std::vector<std::int32_t>& map = maps_[slot];
-  map.resize(blocks * geometry_.num_ranges());
-  if (map.size() <= map.capacity() / 4) map.shrink_to_fit();
+  maps_.Truncate(slot, blocks);
   changes_.Note(slot);
 }
 
@@ -79,7 +72,7 @@ std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
 
 std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const {
   std::vector<std::int64_t> counts(num_classes, 0);
-  if (pool_.num_shared() == 0) {
+  if (pool_.num_shared() == 0 && held_.empty()) {
     for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) counts[classes[slot]] += mappings(slot);
     return counts;
   }
@@ -87,6 +80,7 @@ std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& cl
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     for (const std::int32_t block : maps_[slot]) lowest[block] = std::min(lowest[block], classes[slot]);
   }
+  for (const Held& held : held_) lowest[held.block] = std::min(lowest[held.block], classes[held.slot]);
   for (const std::int8_t number : lowest) {
     if (number < num_classes) ++counts[number];
   }
@@ -170,7 +164,7 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
     while (--range >= 0) static_cast<void>(move(range, /*back=*/true));
     return status;
   }
-  maps_[to].insert(maps_[to].end(), maps_[from].begin() + rest * ranges, maps_[from].end());
+  maps_.AppendFrom(to, from, rest);
   changes_.Note(to);
   Truncate(from, rest);
   return {};
@@ -198,6 +192,13 @@ void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) 
   }
 }
 
+Status Arena::OpenWindow() {
+  char* window = nullptr;
+  KVPAGE_RETURN_IF_ERROR(vmm_->Window(&window));
+  window_.store(window, std::memory_order_release);
+  return {};
+}
+
 std::int64_t Arena::Trim() {
   const std::vector<std::int32_t> cooled = pool_.Cool(pool_.num_warm());
   // A punch that fails leaves the memory allocated and the block cold: creating it again is harmless.
@@ -206,7 +207,11 @@ std::int64_t Arena::Trim() {
 }
 
 Status Arena::SetBudget(std::int64_t budget_blocks) {
-  if (budget_blocks > pool_.num_blocks()) KVPAGE_RETURN_IF_ERROR(vmm_->Grow(budget_blocks));
+  if (budget_blocks > pool_.num_blocks()) {
+    KVPAGE_RETURN_IF_ERROR(vmm_->Grow(budget_blocks));
+    // Before any slot gets a block that only the extended window has.
+    if (window() != nullptr) KVPAGE_RETURN_IF_ERROR(OpenWindow());
+  }
   const std::int64_t excess = pool_.num_used() + pool_.num_warm() - budget_blocks;
   if (excess > 0) {
     const std::vector<std::int32_t> cooled = pool_.Cool(excess);

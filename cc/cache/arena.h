@@ -8,6 +8,7 @@
 #ifndef KVPAGE_CACHE_ARENA_H_
 #define KVPAGE_CACHE_ARENA_H_
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -15,6 +16,7 @@
 
 #include "base/status.h"
 #include "cache/block_pool.h"
+#include "cache/block_table.h"
 #include "cache/changed_slots.h"
 #include "cache/geometry.h"
 #include "vmm/vmm.h"
@@ -30,6 +32,11 @@ class Arena {
   const BlockPool& pool() const { return pool_; }
   const Vmm& vmm() const { return *vmm_; }
   char* base() const { return vmm_->base(); }
+  // See Vmm::Window. Reserves it at the first call; from then on window() is its start, for any thread. A thread that
+  // has copied rows of the block table before it asks for the start finds all their blocks there.
+  Status OpenWindow();
+  char* window() const { return window_.load(std::memory_order_acquire); }
+  const BlockTable& block_table() const { return maps_; }
   // The memory outlives the arena: see Vmm::Abandon.
   void Abandon() { vmm_->Abandon(); }
 
@@ -49,7 +56,7 @@ class Arena {
   // Physical blocks that would come free if these slots, each named once, were unmapped.
   std::int64_t FreedBy(const std::vector<std::int32_t>& slots) const;
   // Physical blocks mapped by each class of slots, `classes[slot]` being below `num_classes`. A block that slots of
-  // several classes map counts once, for the lowest.
+  // several classes map counts once, for the lowest. A held block counts with its slot.
   std::vector<std::int64_t> CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const;
 
   // Maps what is missing up to `blocks` logical blocks. All or nothing.
@@ -96,7 +103,17 @@ class Arena {
   std::int64_t num_set_aside() const { return num_set_aside_; }
   // Makes the logical blocks from `begin` on the slot's own, for writing: copies take the place of those that other
   // slots share. Readers see the same bytes throughout. A failure leaves a part of them exchanged.
-  Status Separate(std::int64_t slot, std::int64_t begin);
+  // With `hold` the slot keeps its references to the shared blocks until ReleaseHeld, for readers that know them by
+  // number.
+  Status Separate(std::int64_t slot, std::int64_t begin, bool hold = false);
+  // A block that a slot no longer maps and that readers of the slot may still use.
+  struct Held {
+    std::int32_t slot = 0;
+    std::int32_t block = 0;
+  };
+  const std::vector<Held>& held() const { return held_; }
+  // Drops the references that these slots hold, [slots].
+  void ReleaseHeld(const std::vector<bool>& slots);
   // Whether the slot has read-only blocks, or blocks set aside. Another request cannot adopt it before it is emptied.
   bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
 
@@ -130,9 +147,8 @@ class Arena {
   Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm);
   // Physical blocks of `count` logical blocks of a range, from logical block `begin` on.
   std::vector<std::int32_t> Gather(std::int64_t slot, std::int64_t range, std::int64_t begin, std::int64_t count) const;
-  // Appends logical blocks to a slot's map: of each range in turn, `blocks.size() / num_ranges` blocks.
+  // As in BlockTable; the slot counts as changed.
   void Append(std::int64_t slot, const std::vector<std::int32_t>& blocks);
-  // Drops what a slot's map has beyond `blocks` logical blocks.
   void Truncate(std::int64_t slot, std::int64_t blocks);
 
   void Forget(std::int64_t slot);
@@ -148,9 +164,9 @@ class Arena {
   const Geometry geometry_;
   BlockPool pool_;
   std::unique_ptr<Vmm> vmm_;
-  // [slots] of [logical blocks, ranges]: the physical blocks, so that a slot without blocks has no memory here and its
-  // map grows and shrinks at its end.
-  std::vector<std::vector<std::int32_t>> maps_;
+  BlockTable maps_;
+  std::atomic<char*> window_{nullptr};
+  std::vector<Held> held_;
   ChangedSlots changes_;
   std::map<std::int32_t, Borrower> borrowers_;
   std::int64_t extra_mappings_ = 0;

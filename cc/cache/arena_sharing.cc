@@ -49,7 +49,7 @@ std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, 
   const std::int32_t block = maps_[slot][at];
   if (pool_.references(block) == 1) return {static_cast<std::int32_t>(slot)};
   std::vector<std::int32_t> slots;
-  for (std::size_t other = 0; other < maps_.size(); ++other) {
+  for (std::int64_t other = 0; other < geometry_.max_slots; ++other) {
     if (at < maps_[other].size() && maps_[other][at] == block) slots.push_back(static_cast<std::int32_t>(other));
   }
   return slots;
@@ -79,7 +79,7 @@ Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t block
     return status;
   }
   std::for_each(map, map + blocks * ranges, [&](std::int32_t block) { pool_.AddReference(block); });
-  maps_[to].assign(map, map + blocks * ranges);
+  maps_.Assign(to, map, blocks);
   Borrower& borrower = borrowers_[static_cast<std::int32_t>(to)];
   borrower.read_only = blocks;
   borrower.mappings = AliasMappings(map, blocks);
@@ -157,7 +157,7 @@ void Arena::DropSetAsideFrom(std::int64_t slot, std::int64_t begin) {
   DropSetAside(slot, logical);
 }
 
-Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
+Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   const std::int64_t ranges = geometry_.num_ranges();
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).
@@ -171,8 +171,7 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
     const auto set_aside = borrower.set_aside.find(logical);
     const bool has_copy = set_aside != borrower.set_aside.end();
     for (std::int64_t range = ranges; range-- > 0;) {
-      std::int32_t& mapped = maps_[slot][logical * ranges + range];
-      const std::int32_t old_block = mapped;
+      const std::int32_t old_block = maps_[slot][logical * ranges + range];
       std::int32_t block = old_block;  // nobody else has it any more: only the protection changes
       if (pool_.references(old_block) > 1 || (has_copy && pool_.cached(old_block))) {
         if (!has_copy || set_aside->second[range] < 0) {
@@ -184,10 +183,14 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
       }
       KVPAGE_RETURN_IF_ERROR(vmm_->Remap(geometry_.Offset(slot, range, logical), &old_block, &block, 1));
       if (block == old_block) continue;
-      mapped = block;  // the reference of the one that was set aside is the slot's now
+      maps_.Replace(slot, logical, range, block);  // the reference of the one that was set aside is the slot's now
       set_aside->second[range] = -1;
       --num_set_aside_;
-      pool_.Release(old_block);
+      if (hold) {
+        held_.push_back({static_cast<std::int32_t>(slot), old_block});
+      } else {
+        pool_.Release(old_block);
+      }
       borrower.mappings += kSplits;
       extra_mappings_ += kSplits;
     }
@@ -196,6 +199,14 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin) {
   }
   DropSetAsideFrom(slot, begin);
   return {};
+}
+
+void Arena::ReleaseHeld(const std::vector<bool>& slots) {
+  const auto released = [&](const Held& held) {
+    if (slots[held.slot]) pool_.Release(held.block);
+    return slots[held.slot];
+  };
+  held_.erase(std::remove_if(held_.begin(), held_.end(), released), held_.end());
 }
 
 void Arena::Forget(std::int64_t slot) {

@@ -17,12 +17,13 @@
 namespace kvpage {
 
 struct SlotProgress {
-  std::int32_t length = 0;  // as the last completed step left it
-  std::uint32_t since = 0;  // epoch of the last destructive change
-  std::int32_t pins = 0;    // handlers running on the slot
-  std::int32_t shared = 0;  // positions below this are not the slot's alone: they may not be written
-  bool started = false;     // the program that occupies the slot (acquire, fork) has run; without a mirror
-  bool vacated = false;     // draining, and the release program has run; as a mirror reads it: free on the device
+  std::int32_t length = 0;    // as the last completed step left it
+  std::uint32_t since = 0;    // epoch of the last destructive change
+  std::int32_t pins = 0;      // handlers running on the slot
+  std::int32_t by_block = 0;  // of these, those with a copy of its row of the block table
+  std::int32_t shared = 0;    // positions below this are not the slot's alone: they may not be written
+  bool started = false;       // the program that occupies the slot (acquire, fork) has run; without a mirror
+  bool vacated = false;       // draining, and the release program has run; as a mirror reads it: free on the device
 };
 
 class DeviceProgress {

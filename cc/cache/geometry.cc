@@ -83,6 +83,13 @@ KVView Geometry::View(char* base) const {
   return view;
 }
 
+KVView Geometry::TableView(char* window) const {
+  KVView view = View(window);
+  view.slot_stride = 0;
+  if (layout == Layout::kPerLayer) view.kv_stride = view.layer_stride = 0;  // the table says where a layer's blocks are
+  return view;
+}
+
 std::string DescribeDifference(const SpecInts& program, const SpecInts& pool) {
   std::string text;
   for (int i = 0; i < kNumSpecFields; ++i) {

@@ -63,6 +63,14 @@ struct Geometry {
   }
 
   KVView View(char* base) const;
+  // The view of one layer through a block table, whose chunks are blocks in the window: see KVView::table. The caller
+  // sets the table.
+  KVView TableView(char* window) const;
+  // The ranges of a layer that a table has rows for: of the keys, and of the values where they lie in other blocks.
+  std::int64_t table_ranges() const { return layout == Layout::kFused ? 1 : 2; }
+  std::int64_t TableRange(std::int64_t layer, std::int64_t kind) const {
+    return layout == Layout::kFused ? 0 : 2 * layer + kind;
+  }
 };
 
 // "max_slots is 8 in the program, 4 in the pool; ..." or "" when equal.

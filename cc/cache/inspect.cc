@@ -17,6 +17,7 @@ Status CheckBlockMap(const PoolParts& pool, std::int32_t slot) {
 PoolNumbers Numbers(const PoolParts& pool) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
+  pool.supply->ReleaseHeld(mapping);
   CollectReleases(pool, table.Lock());
   pool.supply->SyncIndex(mapping);
   const StateLock state = table.Lock();
@@ -69,6 +70,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
 std::vector<SlotRow> Rows(const PoolParts& pool) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
+  pool.supply->ReleaseHeld(mapping);
   const StateLock state = table.Lock();
   CollectReleases(pool, state);
   std::vector<SlotRow> rows;
@@ -86,6 +88,7 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
 
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {
   const MappingLock mapping = pool.supply->Lock();
+  pool.supply->ReleaseHeld(mapping);
   KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot));
   const Arena& arena = pool.supply->arena(mapping);
   const std::int64_t ranges = pool.table->geometry().num_ranges();

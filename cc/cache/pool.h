@@ -131,8 +131,8 @@ class Pool {
     return map_ops::MapChecked(parts_, op, generation, slots, tokens, count, ok);
   }
   Status Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
-               PinnedSlots* pinned) {
-    return program_ops::Begin(parts_, op, cache, batch, layer, append, pinned);
+               PinnedSlots* pinned, TableCall* by_block = nullptr) {
+    return program_ops::Begin(parts_, op, cache, batch, layer, append, pinned, by_block);
   }
   Status Advance(const char* op, const CacheRef& cache, const BatchRef& batch, std::uint32_t* epoch,
                  std::int32_t* lengths) {

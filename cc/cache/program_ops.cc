@@ -11,7 +11,8 @@
 namespace kvpage::program_ops {
 
 Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer,
-             bool append, PinnedSlots* pinned) {
+             bool append, PinnedSlots* pinned, TableCall* by_block) {
+  if (by_block != nullptr) KVPAGE_RETURN_IF_ERROR(pool.supply->OpenWindow());
   SlotTable& table = *pool.table;
   const Geometry& geometry = table.geometry();
   StateLock state = table.Lock();
@@ -39,6 +40,11 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
       return messages::WrittenTwice(op, slot, layer, sequence.position);
     }
     if (!append && end > written) return messages::Unwritten(op, slot, layer, end, written);
+  }
+  if (by_block != nullptr) {
+    by_block->sequences = pins.sequences;
+    KVPAGE_RETURN_IF_ERROR(pool.supply->CopyTable(state, layer, by_block));
+    pins.by_block = true;
   }
   if (append) {
     pins.written_layer = layer;

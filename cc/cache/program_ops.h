@@ -9,8 +9,9 @@
 namespace kvpage::program_ops {
 
 // Starts reading (append false) or writing and possibly reading (append true) one layer; it ends with `pinned`.
+// `by_block`: how to address the blocks by number; null: the handler uses the slots.
 Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer,
-             bool append, PinnedSlots* pinned);
+             bool append, PinnedSlots* pinned, TableCall* by_block = nullptr);
 Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch,
                std::uint32_t* epoch, std::int32_t* lengths);
 Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,

@@ -191,6 +191,7 @@ void SlotTable::Unpin(const StateLock&, const Pins& pins) {
       written = std::max(written, end);
     }
     --progress_.slots[sequence.slot].pins;
+    progress_.slots[sequence.slot].by_block -= pins.by_block;
     FinishDraining(sequence.slot);
   }
   --progress_.running;

@@ -159,7 +159,11 @@ class SlotTable {
   void RemoveView(const StateLock& lock, std::int32_t slot);
   bool viewed(const StateLock&, std::int64_t slot) const { return views_of_all_ > 0 || slots_[slot].views > 0; }
   void Pin(const StateLock&, const Pins& pins) {
-    for (const Sequence& sequence : pins.sequences) ++progress_.slots[sequence.slot].pins;
+    for (const Sequence& sequence : pins.sequences) {
+      SlotProgress& slot = progress_.slots[sequence.slot];
+      ++slot.pins;
+      slot.by_block += pins.by_block;
+    }
     ++progress_.running;
   }
   void Unpin(const StateLock& lock, const Pins& pins);

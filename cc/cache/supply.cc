@@ -44,6 +44,7 @@ Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
 }
 
 void Supply::Refresh(const MappingLock& lock) {
+  ReleaseHeld(lock);
   std::vector<std::int32_t> changed = arena_->TakeChanged();
   {
     const StateLock state = table_->Lock();

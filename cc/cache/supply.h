@@ -49,6 +49,16 @@ class Supply {
   MappingLock Lock() const { return MappingLock(&mutex_); }
   Arena& arena(const MappingLock&) { return *arena_; }
   char* base() const { return arena_->base(); }
+
+  // ---- blocks by number (supply_tables.cc), for handlers ----
+  // Makes the block window ready. Takes the mapping mutex at the first call.
+  Status OpenWindow();
+  // Copies the rows of the block table that `call->sequences` need in one layer. The caller pins their slots under the
+  // same lock, with Pins::by_block.
+  Status CopyTable(const StateLock& state, std::int64_t layer, TableCall* call) const;
+  // Gives up what slots hold for handlers that have ended since.
+  void ReleaseHeld(const MappingLock& lock);
+
   // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
 

@@ -105,8 +105,10 @@ Status Supply::DropFreeCached(const MappingLock& lock) {
   return {};
 }
 
-Status Supply::Separate(const MappingLock&, std::int32_t slot, std::int64_t begin) {
-  return arena_->Separate(slot, begin);
+Status Supply::Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin) {
+  const Status status = arena_->Separate(slot, begin, /*hold=*/true);
+  ReleaseHeld(lock);
+  return status;
 }
 
 }  // namespace kvpage

@@ -111,8 +111,16 @@ struct BatchRef {
 struct Pins {
   static constexpr std::int64_t kNoLayer = -1, kAllLayers = -2;
   std::vector<Sequence> sequences;
+  bool by_block = false;                  // the handler addresses blocks by number: it has a copy of the block table
   std::uint32_t epoch = 0;                // the cache's next epoch (mutators)
   std::int64_t written_layer = kNoLayer;  // the layer in which the tokens count as written when the op ends
+};
+
+// The sequences of a handler that addresses blocks by number, as kernels take them.
+struct TableCall {
+  KVView view;                       // of one layer; its table is `blocks`
+  std::vector<std::int32_t> blocks;  // a row for each sequence
+  std::vector<Sequence> sequences;   // those of the pins, with their rows as slots
 };
 
 }  // namespace kvpage

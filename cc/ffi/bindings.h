@@ -90,10 +90,12 @@ auto BindScores(B&& base) {
       .template Attr<float>("soft_cap")
       .template Attr<std::int32_t>("exact_weights");
 }
-// The rest of attention on a pool's slots, behind q (and k and v): options, attributes, out and lse.
+// The rest of attention on a pool, behind q (and k and v): options, attributes, out and lse.
+// addressing: 0 slots, 1 table.
 template <class B>
 auto BindPoolAttention(B&& base) {
   return BindScores(BindOptions(std::forward<B>(base)).template Attr<SpecAttr>("spec"))
+      .template Attr<std::int32_t>("addressing")
       .template Ret<Any>()
       .template Ret<F32>();
 }

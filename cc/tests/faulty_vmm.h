@@ -11,7 +11,7 @@
 
 namespace kvpage::testing {
 
-enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill, kMapReadOnly, kRemap, kCopy };
+enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill, kMapReadOnly, kRemap, kCopy, kWindow };
 
 // Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
 // the first call of a verb it can do something else, what another thread might do at that moment.
@@ -29,6 +29,7 @@ class FaultyVmm final : public Vmm {
   }
 
   char* base() const override { return inner_->base(); }
+  Status Window(char** out) override { return Fails(Verb::kWindow) ? Fault() : inner_->Window(out); }
   Status Grow(std::int64_t n) override { return inner_->Grow(n); }
   Status Create(const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kCreate) ? Fault() : inner_->Create(b, n);

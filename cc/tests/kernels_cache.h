@@ -23,7 +23,10 @@ T PickOf(Rng& rng, std::initializer_list<T> values) {
   return values.begin()[Pick(rng, 0, static_cast<int>(values.size()) - 1)];
 }
 
-enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd };
+// kTableApart: a token's value lies in another chunk than its key, at no fixed distance.
+enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd, kTableApart };
+
+inline bool HasTable(Layout layout) { return layout != Layout::kFused && layout != Layout::kPerLayer; }
 
 // Room for `slots` contexts of `max_tokens`, all of it NaN until something is written.
 struct Cache {
@@ -35,7 +38,7 @@ struct Cache {
   Cache(Rng& rng, Layout layout, DType dtype, int heads, int head_dim, int slots, int max_tokens, int chunk) {
     const auto item = static_cast<std::int64_t>(ItemSize(dtype));
     const std::int64_t chunks = (max_tokens + chunk - 1) / chunk;
-    const int layers = layout == Layout::kFused || layout == Layout::kPerLayer ? 3 : 1;
+    const int layers = HasTable(layout) ? 1 : 3;
     layer = layers == 3 ? 1 : 0;
     view.dtype = dtype;
     view.num_kv_heads = heads;
@@ -66,12 +69,17 @@ struct Cache {
     memory.resize(layers * 2 * all);
     std::memset(memory.data(), 0xff, memory.size());  // NaN in every dtype but int8, whose scales are
     view.base = memory.data();
-    if (layout == Layout::kTableNhd || layout == Layout::kTableHnd) {
-      table.resize(slots * chunks);
+    if (layout == Layout::kTableApart) {
+      view.kv_stride = 0;
+      view.table_kv_stride = chunks;
+    }
+    if (HasTable(layout)) {
+      const std::int64_t kinds = layout == Layout::kTableApart ? 2 : 1;
+      table.resize(slots * kinds * chunks);
       std::iota(table.begin(), table.end(), 0);
       std::shuffle(table.begin(), table.end(), rng);
       view.table = table.data();
-      view.table_width = chunks;
+      view.table_width = kinds * chunks;
     }
   }
 

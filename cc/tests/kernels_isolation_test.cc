@@ -48,7 +48,8 @@ TEST(KernelsIsolationTest, BitsDoNotDependOnSurroundings) {
                                                                                      {Layout::kPerLayer, 32},
                                                                                      {Layout::kPerLayer, 4096},
                                                                                      {Layout::kTableNhd, 1},
-                                                                                     {Layout::kTableHnd, 7}}) {
+                                                                                     {Layout::kTableHnd, 7},
+                                                                                     {Layout::kTableApart, 16}}) {
       const Cache away(rng, layout, p.dtype, 2, p.head_dim, n + 2, p.max_tokens(), chunk);
       std::vector<int> slots = Slots(n + 2);
       std::shuffle(slots.begin(), slots.end(), rng);

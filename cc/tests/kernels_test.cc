@@ -68,7 +68,7 @@ TEST(KernelsTest, RandomBatchesMatchReference) {
   for (int round = 0; round < 80; ++round) {
     Problem p = RandomProblem(rng);
     p.exact_weights = round % 3 == 0;
-    const Cache cache = RandomCache(rng, p);
+    const Cache cache = RandomCache(rng, p, /*apart=*/true);
     const std::vector<int> slots = StoreAnywhere(rng, p, cache);
     std::vector<double> out, lse;
     Reference(p, &out, &lse);

@@ -244,10 +244,12 @@ inline std::vector<int> Slots(std::size_t n) {
   return slots;
 }
 
-// A cache of any layout, with room for one sequence more than the problem has.
-inline Cache RandomCache(Rng& rng, const Problem& p) {
-  const Layout layout = PickOf(rng, {Layout::kFused, Layout::kPerLayer, Layout::kTableNhd, Layout::kTableHnd});
-  const bool table = layout == Layout::kTableNhd || layout == Layout::kTableHnd;
+// A cache of any layout, with room for one sequence more than the problem has. `apart`: also one whose values lie apart
+// from their keys, which CUDA kernels do not read.
+inline Cache RandomCache(Rng& rng, const Problem& p, bool apart = false) {
+  const Layout layout =
+      static_cast<Layout>(Pick(rng, 0, static_cast<int>(apart ? Layout::kTableApart : Layout::kTableHnd)));
+  const bool table = HasTable(layout);
   const int chunk = table ? PickOf(rng, {1, 3, 16, 100}) : 16 * Pick(rng, 1, 8);
   return Cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, static_cast<int>(p.sequences.size()) + 1,
                p.max_tokens() + 5, chunk);

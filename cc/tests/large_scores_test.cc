@@ -33,7 +33,7 @@ void CheckLarge(Problem& p, const Result& result, const std::vector<double>& out
 
 void CheckOnEverySet(Rng& rng, Problem& p, float size) {
   Inline here;
-  const Cache cache = RandomCache(rng, p);
+  const Cache cache = RandomCache(rng, p, /*apart=*/true);
   const std::vector<int> slots = StoreAnywhere(rng, p, cache);
   std::vector<double> out, lse;
   Reference(p, &out, &lse);
@@ -88,7 +88,7 @@ TEST(LargeScoresTest, OverflowIsNotSilent) {
         const int before = 600, key = before + added - 1;  // the last row sees it
         FillProblem(rng, p, {{before, added}}, 0);
         SetElements(p, 1e20f, [&](int t) { return t == key ? 1 : (t % 5 == 0 ? -1 : 1e-20); });
-        const Cache cache = RandomCache(rng, p);
+        const Cache cache = RandomCache(rng, p, /*apart=*/true);
         const std::vector<int> slots = StoreAnywhere(rng, p, cache);
         for (const char* name : InstructionSets()) {
           cpu::ForceInstructionSet(name);

@@ -49,6 +49,40 @@ TEST(VmmTest, TheSameBlockAtTwoAddresses) {
   EXPECT_EQ(vmm->PhysicalBytes(), 2 * kBlock);
 }
 
+TEST(VmmTest, TheWindowShowsEachBlockAtItsNumber) {
+  auto vmm = MakeVmm(8, 4);
+  const std::int32_t blocks[] = {3, 1};
+  EXPECT_OK(vmm->Create(blocks, 2));
+  EXPECT_OK(vmm->MapReadOnly(0, blocks, 2));
+  char* window = nullptr;
+  EXPECT_OK(vmm->Window(&window));
+  std::memset(window + 3 * kBlock, 42, kBlock);
+  EXPECT_EQ(static_cast<int>(vmm->base()[5]), 42);
+  EXPECT_EQ(vmm->PhysicalBytes(), 2 * kBlock) << "blocks 0 and 2 have no memory";
+  char* again = nullptr;
+  EXPECT_OK(vmm->Grow(8));
+  EXPECT_OK(vmm->Window(&again));
+  EXPECT_EQ(again, window) << "reserved for what the machine could hold";
+  const std::int32_t last = 7;
+  EXPECT_OK(vmm->Create(&last, 1));
+  EXPECT_OK(vmm->Map(4 * kBlock, &last, 1));
+  std::memset(vmm->base() + 4 * kBlock, 43, kBlock);
+  EXPECT_EQ(static_cast<int>(window[7 * kBlock + 9]), 43);
+}
+
+TEST(VmmTest, AWindowThatIsOutgrownStaysForThoseWhoUseIt) {
+  auto vmm = MakeVmm(4, 2);
+  char *window = nullptr, *larger = nullptr;
+  EXPECT_OK(vmm->Window(&window));
+  const std::int32_t block = 1;
+  EXPECT_OK(vmm->Create(&block, 1));
+  EXPECT_OK(vmm->Grow(4 * AvailableBytes() / kBlock));  // costs address space only
+  EXPECT_OK(vmm->Window(&larger));
+  EXPECT_NE(larger, window);
+  std::memset(larger + kBlock, 42, kBlock);
+  EXPECT_EQ(static_cast<int>(window[kBlock + 1]), 42);
+}
+
 TEST(VmmTest, HolesCostNothing) {
   auto vmm = MakeVmm(std::int64_t{1} << 20, 1);  // 16 GiB
   std::int64_t sum = 0;

@@ -63,6 +63,7 @@ Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std:
 
 MemfdVmm::~MemfdVmm() {
   if (window_ != nullptr) munmap(window_, static_cast<std::size_t>(window_bytes_));
+  for (const auto& [window, bytes] : old_windows_) munmap(window, static_cast<std::size_t>(bytes));
   munmap(base_, static_cast<std::size_t>(virtual_bytes_));
   close(fd_);
 }
@@ -72,7 +73,17 @@ Status MemfdVmm::Grow(std::int64_t num_blocks) {
   const std::int64_t bytes = num_blocks * block_bytes_;
   Count();
   if (ftruncate(fd_, bytes) != 0) return SystemError("ftruncate", bytes, errno);
+  const std::int64_t before = num_blocks_;
   num_blocks_ = num_blocks;
+  if (window_ == nullptr) return {};
+  Status status = ExtendWindow();
+  if (!status.ok()) num_blocks_ = before;  // a file that is too long has no memory for it
+  return status;
+}
+
+Status MemfdVmm::Window(char** out) {
+  KVPAGE_RETURN_IF_ERROR(ExtendWindow());
+  *out = window_;
   return {};
 }
 
@@ -180,13 +191,12 @@ Status MemfdVmm::ExtendWindow() {
   if (windowed_blocks_ == num_blocks_) return {};
   const std::int64_t bytes = num_blocks_ * block_bytes_;
   if (bytes > window_bytes_) {
-    // At its new place the whole window is mapped again: nothing keeps addresses in it between two calls.
     const std::int64_t wanted = std::max(2 * bytes, std::max<std::int64_t>(AvailableBytes(), 0));
     Count();
     void* window =
         mmap(nullptr, static_cast<std::size_t>(wanted), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (window == MAP_FAILED) return SystemError("reserving the block window: mmap", wanted, errno);
-    if (window_ != nullptr) munmap(window_, static_cast<std::size_t>(window_bytes_));
+    if (window_ != nullptr) old_windows_.emplace_back(window_, window_bytes_);
     window_ = static_cast<char*>(window);
     window_bytes_ = wanted;
     windowed_blocks_ = 0;

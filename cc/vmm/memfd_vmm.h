@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "vmm/vmm.h"
 
@@ -19,6 +21,7 @@ class MemfdVmm final : public Vmm {
   MemfdVmm& operator=(const MemfdVmm&) = delete;
 
   char* base() const override { return base_; }
+  Status Window(char** out) override;
   Status Grow(std::int64_t num_blocks) override;
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
@@ -49,10 +52,12 @@ class MemfdVmm final : public Vmm {
   const int fd_;
   std::int64_t num_blocks_ = 0;
   // The block window: block b at window_ + b * block_bytes_. Reserved at its first use for all blocks that this machine
-  // could hold; the first windowed_blocks_ are mapped, by one mapping.
+  // could hold; the first windowed_blocks_ are mapped, by one mapping. Kernels may still use those that it has
+  // outgrown.
   char* window_ = nullptr;
   std::int64_t window_bytes_ = 0;
   std::int64_t windowed_blocks_ = 0;
+  std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their bytes
   std::int64_t unchecked_bytes_ = -1;  // created since the last check of free memory; -1: never checked
   std::atomic<std::int64_t> system_calls_{0};
 };

@@ -9,9 +9,9 @@ import numpy as np
 
 from jax_kvpage import _compat
 from jax_kvpage.ops._checks import FLOATS, Checker, show
-from jax_kvpage.ops._lowering import absent, check_implementation
+from jax_kvpage.ops._lowering import ADDRESSINGS, absent, check_implementation
 
-__all__ = ["check_attention", "operands", "params", "results_of", "split_lse"]
+__all__ = ["check_addressing", "check_attention", "operands", "params", "results_of", "split_lse"]
 
 
 def _positive_number(name: str, value: Any, default: float, problems: list[str]) -> float:
@@ -87,6 +87,21 @@ def params(
         "return_lse": bool(lse),
         "implementation": implementation,
     }
+
+
+def check_addressing(addressing: Any, implementation: Any, problems: list[str]) -> str:
+    """The static option of ops on a pool; adds a problem where it is unknown or unsupported."""
+    if not isinstance(addressing, str) or addressing not in ADDRESSINGS:
+        problems.append(
+            f"addressing: wanted {' or '.join(map(repr, ADDRESSINGS))}, got {addressing!r}"
+        )
+        return ADDRESSINGS[0]
+    if addressing == "table" and implementation == "xla":
+        problems.append(
+            "addressing: 'table' is for kernels, but implementation='xla' copies the context out "
+            "of the slots; leave out one of the two"
+        )
+    return addressing
 
 
 def check_attention(check: Checker, q: Any, window: Any, sinks: Any, alibi: Any) -> None:

@@ -19,9 +19,11 @@ from jax_kvpage._arrays import to_device
 from jax_kvpage.ops import _scratch
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
+__all__ = ["ADDRESSINGS", "IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla")
+# How kernels find keys and values. The number in a compiled program is the index.
+ADDRESSINGS = ("slots", "table")
 # Parameters that decide shapes or rules and are not attributes of the custom call.
 _NOT_ATTRIBUTES = ("return_lse", "implementation")
 
@@ -80,6 +82,8 @@ def _attribute(value: Any) -> Any:
     """A parameter in the width that the C++ handlers declare."""
     if isinstance(value, CacheSpec):
         return np.asarray(value.as_ints(), np.int64)
+    if isinstance(value, str):
+        return np.int32(ADDRESSINGS.index(value))
     return np.float32(value) if isinstance(value, float) else np.int32(value)
 
 
@@ -118,7 +122,9 @@ def _behind_barriers(ctx: mlir.LoweringRuleContext, avals: Sequence[Any], values
     return lower(ctx.replace(primitive=None, avals_in=avals, avals_out=avals), *values)
 
 
-def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> ValueError:
+def _refusal(
+    op: str, implementation: str | None, platform: str, xla: bool, by_table: bool
+) -> ValueError:
     """All reasons why an op cannot be compiled for a platform, and the ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
     reasons, ways = [], []
@@ -131,7 +137,10 @@ def _refusal(op: str, implementation: str | None, platform: str, xla: bool) -> V
     if platform not in ("cpu", "cuda"):
         reasons.append("there are kernels for 'cpu' and 'cuda' only")
         ways.append("compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))")
-    if xla:
+    if by_table and platform != "cpu":
+        reasons.append("addressing='table' is for 'cpu' only")
+        ways.append("use addressing='slots' (the same result)")
+    if xla and not by_table:
         ways.append("use implementation='xla'")
     return ValueError(
         f"{op}: {asked} cannot be compiled for platform {platform!r}: {'; '.join(reasons)}. "
@@ -186,12 +195,15 @@ def register_lowerings(
         attributes = {n: _attribute(v) for n, v in params.items() if n not in _NOT_ATTRIBUTES}
         return custom_call(ctx, *operands, **attributes)
 
+    def by_table(params: Mapping[str, Any]) -> bool:
+        return bool(params.get("addressing") == "table")
+
     def lower_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")
         if implementation == "xla":
             return lower_xla(ctx, operands, params)
         if implementation not in (None, "cpu"):
-            raise _refusal(op, implementation, "cpu", xla is not None)
+            raise _refusal(op, implementation, "cpu", xla is not None, by_table(params))
         return call(ctx, operands, params)
 
     def lower_cuda(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -202,9 +214,9 @@ def register_lowerings(
             return lower_xla(ctx, operands, params)
         # A machine without CUDA may lower for one that has it (jax.export), and its build of this
         # package may be without CUDA too. Where the program can run, the kernels must exist.
-        if implementation not in (None, "cuda") or cuda.missing_here():
+        if implementation not in (None, "cuda") or cuda.missing_here() or by_table(params):
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
-            raise _refusal(op, implementation, "cuda", plain)
+            raise _refusal(op, implementation, "cuda", plain, by_table(params))
         avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None
         if plan is not None:
             value, aval = plan(ctx, operands, params)
@@ -223,7 +235,7 @@ def register_lowerings(
         if xla_is_default and implementation in (None, "xla"):
             return lower_xla(ctx, operands, params)
         platforms = ctx.platforms or ctx.module_context.platforms
-        raise _refusal(op, implementation, ", ".join(platforms), xla_is_default)
+        raise _refusal(op, implementation, ", ".join(platforms), xla_is_default, by_table(params))
 
     mlir.register_lowering(primitive, lower_cpu, platform="cpu")
     mlir.register_lowering(primitive, lower_cuda, platform="cuda")

@@ -1,6 +1,6 @@
 """paged_attention: causal attention of new tokens over the cached context."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,15 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["paged_attention"]
 
-_STATIC = ("spec", "scale", "soft_cap", "exact_weights", "return_lse", "implementation")
+_STATIC = (
+    "spec",
+    "scale",
+    "soft_cap",
+    "exact_weights",
+    "return_lse",
+    "implementation",
+    "addressing",
+)
 _NAMES = (
     *_batching.CACHE,
     "slots",
@@ -54,6 +62,7 @@ def paged_attention(
     alibi_slopes: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    addressing: Literal["slots", "table"] = "slots",
 ) -> Any:
     """Attention of new tokens over their sequences' context, the new tokens' own K and V included.
 
@@ -84,6 +93,10 @@ def paged_attention(
         return_lse: whether to return the natural logarithm of the softmax's denominator.
         implementation: "cpu", "cuda", "xla" (pure JAX over a gathered context: slow, for
             checking), or None, the best for the platform.
+        addressing: how the kernels find keys and values. "slots": in the slots' contiguous virtual
+            memory. "table": by block number, through the pool's own block table, as paged attention
+            does elsewhere. The result is the same to the last bit; the table is no operand, and
+            growth compiles nothing. On CPU only, not with "xla". Static.
 
     Returns:
         out, shaped like q, in q's dtype; with return_lse also lse, float32 [T, Hq] or [S, T, Hq].
@@ -101,6 +114,7 @@ def paged_attention(
     params = _attention.params(
         cache.spec.head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
+    params["addressing"] = _attention.check_addressing(addressing, implementation, problems)
     params["spec"] = cache.spec
     operands = (*operands, *options)
     out, lse = _lowering.bind(paged_attention_p, _abstract, operands, params, problems)
@@ -114,7 +128,7 @@ def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
     active = slots >= 0
     starts = jnp.where(active, lengths[jnp.maximum(slots, 0)], 0)
-    params.pop("exact_weights")  # weights are float32 here
+    del params["exact_weights"], params["addressing"]  # weights are float32, kernels none
     return reference.ragged_attention(q, k, v, starts, query_offsets, active, *options, **params)
 
 

@@ -1,7 +1,7 @@
 """update_and_attend: append_kv and paged_attention in one call, the decode path."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -14,7 +14,15 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["update_and_attend"]
 
-_STATIC = ("spec", "scale", "soft_cap", "exact_weights", "return_lse", "implementation")
+_STATIC = (
+    "spec",
+    "scale",
+    "soft_cap",
+    "exact_weights",
+    "return_lse",
+    "implementation",
+    "addressing",
+)
 _OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
 _NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
 
@@ -49,6 +57,7 @@ def update_and_attend(
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
+    addressing: Literal["slots", "table"] = "slots",
 ) -> Any:
     """Writes k and v of new tokens into one layer of the cache and attends over the result.
 
@@ -62,8 +71,8 @@ def update_and_attend(
         cache: the cache, with room mapped for the new tokens.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
-        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation: as
-            in `paged_attention`.
+        scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation,
+            addressing: as in `paged_attention`. With "table" k and v are written through it too.
 
     Returns:
         (out, cache), or (out, lse, cache) with return_lse: out, shaped like q, in q's dtype, lse
@@ -83,6 +92,7 @@ def update_and_attend(
     static = _attention.params(
         head_dim, scale, logits_soft_cap, return_lse, implementation, problems
     )
+    static["addressing"] = _attention.check_addressing(addressing, implementation, problems)
     out, lse, epoch = _lowering.bind(
         update_and_attend_p,
         _abstract,

@@ -42,18 +42,26 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
   return ffi::Error::Success();
 }
 
-// An op on one layer of a pool's slots, which are pinned during its lifetime.
+// An op on one layer of a pool's slots, which are pinned during its lifetime. `view` and `sequences` address them.
 struct LayerCall {
   // `num_tokens` is the number of rows of q or k; -1 when there are none.
   Status Start(const char* op, const S32& handle, const U32& epoch, const S32& lengths, const S32& slots,
-               const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append) {
+               const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append,
+               bool by_block = false) {
     KVPAGE_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
     layer = layer_operand.typed_data()[0];
-    return pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer, append, &pinned);
+    KVPAGE_RETURN_IF_ERROR(pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer,
+                                       append, &pinned, by_block ? &table : nullptr));
+    view = by_block ? table.view : pool->View();
+    sequences = by_block ? &table.sequences : &pinned.sequences();
+    return {};
   }
 
   std::shared_ptr<Pool> pool;  // outlives the pins
   PinnedSlots pinned;
+  TableCall table;
+  KVView view;
+  const std::vector<Sequence>* sequences = nullptr;
   std::int64_t layer = 0;
 };
 
@@ -65,36 +73,36 @@ ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths,
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(k), /*append=*/true));
   new_epoch->typed_data()[0] = call.pinned.epoch();
   XlaParallel parallel(&threads);
-  return Append(kOp, call.pool->View(), call.layer, call.pinned.sequences(), k, v, parallel);
+  return Append(kOp, call.view, call.layer, *call.sequences, k, v, parallel);
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                           S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                          float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse) {
+                          float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
+                          ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention";
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false));
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false, addressing != 0));
   XlaParallel parallel(&threads);
-  return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
-                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
+  return Attend(kOp, call.view, call.layer, *call.sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights},
+                out, lse, parallel);
 }
 
 ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                            S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                           float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
-                           ffi::Result<U32> new_epoch) {
+                           float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
+                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch) {
   static const char* const kOp = "update_and_attend";
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/true));
+      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/true, addressing != 0));
   new_epoch->typed_data()[0] = call.pinned.epoch();
   XlaParallel parallel(&threads);
-  if (ffi::Error error = Append(kOp, call.pool->View(), call.layer, call.pinned.sequences(), k, v, parallel);
-      error.failure())
+  if (ffi::Error error = Append(kOp, call.view, call.layer, *call.sequences, k, v, parallel); error.failure())
     return error;
-  return Attend(kOp, call.pool->View(), call.layer, call.pinned.sequences(), q,
-                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
+  return Attend(kOp, call.view, call.layer, *call.sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights},
+                out, lse, parallel);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -112,7 +120,7 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
     rows[s] = {sequence.slot, sequence.position + sequence.query_length};
   }
   cpu::GatherArgs args;
-  args.kv = call.pool->View();
+  args.kv = call.view;
   args.layer = call.layer;
   args.rows = &rows;
   args.row_tokens = k->dimensions()[1];

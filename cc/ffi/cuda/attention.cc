@@ -1,5 +1,6 @@
 // CUDA handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
 // attention over plain page arrays (attend_with_tables).
+#include <string>
 #include <utility>
 
 #include "ffi/attention_options.h"
@@ -29,6 +30,11 @@ Status ToAttention(const char* op, const Any& q, const OptionOperands& options, 
   attention->head_dim = static_cast<std::int32_t>(head_dim);
   attention->max_context = max_context;
   return {};
+}
+
+// Lowering refuses the other one.
+Status CheckAddressing(const char* op, std::int32_t addressing) {
+  return addressing == 0 ? Status() : InvalidArgument(std::string(op) + ": CUDA kernels address slots only");
 }
 
 // An op on one layer of a pool's slots.
@@ -99,9 +105,10 @@ ffi::Error AppendKV(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
 
 ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                           S32 offsets, S32 layer, Any q, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                          float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out, ffi::Result<F32> lse,
-                          U8 plan, Scratch scratch) {
-  const auto queue = [&](const LayerCall& call) {
+                          float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
+                          ffi::Result<F32> lse, U8 plan, Scratch scratch) {
+  const auto queue = [&](const LayerCall& call) -> Status {
+    KVPAGE_RETURN_IF_ERROR(CheckAddressing(call.op(), addressing));
     return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, nullptr, out, lse, nullptr,
                        scratch);
   };
@@ -111,9 +118,11 @@ ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 ep
 
 ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots,
                            S32 offsets, S32 layer, Any q, Any k, Any v, S32 window, F32 sinks, F32 alibi, SpecAttr spec,
-                           float scale, float soft_cap, std::int32_t exact_weights, ffi::Result<Any> out,
-                           ffi::Result<F32> lse, ffi::Result<U32> new_epoch, U8 plan, Scratch scratch) {
+                           float scale, float soft_cap, std::int32_t exact_weights, std::int32_t addressing,
+                           ffi::Result<Any> out, ffi::Result<F32> lse, ffi::Result<U32> new_epoch, U8 plan,
+                           Scratch scratch) {
   const auto queue = [&](const LayerCall& call) -> Status {
+    KVPAGE_RETURN_IF_ERROR(CheckAddressing(call.op(), addressing));
     cuda::AppendOperands append;
     KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
     return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, &append, out, lse,

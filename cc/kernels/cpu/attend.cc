@@ -28,6 +28,7 @@ struct ScratchpadLayout {
   std::int64_t scratch = 0;
   std::int64_t positions = 0;
   std::int64_t keys = 0;
+  std::int64_t values = 0;
   std::int64_t scales = 0;
   std::int64_t size = 0;
 };
@@ -99,7 +100,9 @@ bool Attention::Allocate(int num_workers) {
   layout_.span_state = place(plan_.state_floats);
   layout_.scratch = place(plan_.scratch_floats);
   layout_.positions = place(kMaxRows);
-  layout_.keys = place((kSpanTokens + kLookahead) * static_cast<std::int64_t>(sizeof(char*) / sizeof(float)));
+  constexpr auto kListFloats = (kSpanTokens + kLookahead) * static_cast<std::int64_t>(sizeof(char*) / sizeof(float));
+  layout_.keys = place(kListFloats);
+  layout_.values = args_.kv.values_apart() ? place(kListFloats) : layout_.keys;
   layout_.scales = place(plan_.scale_floats);
   scratchpads_ = workspace_.Floats(layout_.size * num_workers + plan_.partial_floats);
   if (scratchpads_ == nullptr) return false;
@@ -145,17 +148,24 @@ void Attention::RunPart(const WorkUnit& unit, std::int64_t begin, std::int64_t e
   span_args.tile = Tile(unit);
   span_args.begin = begin;
   span_args.end = end;
-  const auto keys = reinterpret_cast<const char**>(scratchpad + layout_.keys);
   const Context context = ContextOf(unit);
-  const char** last = context.ListKeys(begin, end, keys);
-  // The keys to prefetch after it.
+  // What is to be prefetched after it.
   const WorkUnit& next_unit = next == nullptr ? unit : plan_.units[next->unit];
   const Context next_context = ContextOf(next_unit);
   const std::int64_t next_begin = next == nullptr ? end : FirstPosition(next_unit, *next);
-  last = next_context.ListKeys(next_begin, std::min(next_unit.end, next_begin + kLookahead), last);
-  span_args.readable = begin + (last - keys);
-  span_args.keys = keys;
+  const std::int64_t next_end = std::min(next_unit.end, next_begin + kLookahead);
+  const auto list = [&](int which, std::int64_t place) {
+    const auto rows = reinterpret_cast<const char**>(scratchpad + place);
+    next_context.List(which, next_begin, next_end, context.List(which, begin, end, rows));
+    return rows;
+  };
+  span_args.keys = span_args.values = list(0, layout_.keys);
+  span_args.readable = end + std::max<std::int64_t>(next_end - next_begin, 0);
   span_args.value_offset = kv.kv_stride;
+  if (kv.values_apart()) {
+    span_args.values = list(1, layout_.values);
+    span_args.value_offset = 0;
+  }
   span_args.head_stride = kv.head_stride;
   if (IsQuantized(kv.dtype)) {
     context.LoadScales(begin, end, scratchpad + layout_.scales);

@@ -18,13 +18,13 @@ std::int64_t Context::ChunkEnd(std::int64_t token, std::int64_t end) const {
   return std::min((token / kv_.tokens_per_chunk + 1) * kv_.tokens_per_chunk, end);
 }
 
-const char** Context::ListKeys(std::int64_t begin, std::int64_t end, const char** keys) const {
+const char** Context::List(int kv, std::int64_t begin, std::int64_t end, const char** rows) const {
   for (std::int64_t token = begin; token < end;) {
     const std::int64_t chunk_end = ChunkEnd(token, end);
-    const char* key = kv_.At(slot_, token, layer_, 0, kv_head_);
-    for (; token < chunk_end; ++token, key += kv_.token_stride) *keys++ = key;
+    const char* row = kv_.At(slot_, token, layer_, kv, kv_head_);
+    for (; token < chunk_end; ++token, row += kv_.token_stride) *rows++ = row;
   }
-  return keys;
+  return rows;
 }
 
 void Context::LoadScales(std::int64_t begin, std::int64_t end, float* scales) const {

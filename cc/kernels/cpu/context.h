@@ -14,8 +14,9 @@ class Context {
   Context(const KVView& kv, std::int64_t layer, std::int32_t slot, int kv_head, int heads)
       : kv_(kv), layer_(layer), slot_(slot), kv_head_(kv_head), heads_(heads) {}
 
-  // Appends the addresses of the first head's keys at the positions [begin, end); returns where they end.
-  const char** ListKeys(std::int64_t begin, std::int64_t end, const char** keys) const;
+  // Appends the addresses of the first head's keys (kv 0) or values (1) at the positions [begin, end); returns where
+  // they end.
+  const char** List(int kv, std::int64_t begin, std::int64_t end, const char** rows) const;
   // Copies the scales of these positions into the layout of SpanArgs::scales.
   void LoadScales(std::int64_t begin, std::int64_t end, float* scales) const;
   void PrefetchKeys(std::int64_t begin, std::int64_t end) const;

@@ -98,10 +98,13 @@ struct SpanArgs {
   // keys[i] is the address of the key at position begin + i of the first KV head. Those from end up to readable are
   // only prefetched: the following positions, or the keys that will probably be read next.
   const char* const* keys = nullptr;
+  // The value at position begin + i is at values[i] + value_offset. Where all values lie at one distance from their
+  // keys this is the list of keys.
+  const char* const* values = nullptr;
+  std::int64_t value_offset = 0;
   std::int64_t begin = 0;
   std::int64_t end = 0;
   std::int64_t readable = 0;
-  std::int64_t value_offset = 0;  // from a key to its value
   std::int64_t head_stride = 0;
   // [heads][K|V][kSpanScales] from position begin on, times ElementUnit; zeros past the end. Null where dtype is not
   // quantized.

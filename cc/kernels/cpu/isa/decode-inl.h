@@ -100,7 +100,7 @@ KVPAGE_NOINLINE void DecodeValues(const DecodeTokens& tile, std::int64_t offset,
   KVPAGE_UNROLL for (int r = 0; r < R; ++r) { KVPAGE_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = VF{}; }
   offset += d * T::kSize;
   for (int i = from; i < to; ++i) {
-    const char* value = tile.tokens[i] + tile.value_offset + offset;
+    const char* value = tile.values[i] + tile.value_offset + offset;
     const char* ahead = AheadOfValue(tile, i) + offset;
     KVPAGE_UNROLL for (int line = 0; line < V * W * T::kSize; line += 64) Prefetch(ahead + line);
     VF x[V];
@@ -152,10 +152,16 @@ void StageTile(const char* const* tokens, std::int64_t offset, int size, int hea
   }
 }
 
-// One tile of tile.heads KV heads from `head` on; keys and values lie as T in whole vectors. interleaved: the same
-// tokens in the order of ListInterleaved, or null. scores: room for kTileTokens of every head and row.
+// The same tokens in the order of ListInterleaved.
+struct InterleavedTokens {
+  const char* const* tokens;
+  const char* const* values;
+};
+
+// One tile of tile.heads KV heads from `head` on; keys and values lie as T in whole vectors. interleaved: null members
+// where there is no other order. scores: room for kTileTokens of every head and row.
 template <class T, class L>
-void DecodeTile(const SpanArgs& args, DecodeTokens tile, const char* const* interleaved, std::int64_t begin, int head,
+void DecodeTile(const SpanArgs& args, DecodeTokens tile, InterleavedTokens interleaved, std::int64_t begin, int head,
                 float* scores) {
   const int rows = args.tile.rows, head_dim = (args.tile.head_dim + W - 1) / W * W;
   const int padded_dim = PaddedDim(args.tile.head_dim);
@@ -166,8 +172,11 @@ void DecodeTile(const SpanArgs& args, DecodeTokens tile, const char* const* inte
     visible[r] = VisibleTo(args.positions[r], args.window, begin, tile.size);
     mixed = mixed || visible[r].from > 0 || visible[r].to < tile.size;
   }
-  if (interleaved != nullptr && !mixed && tile.size == kTileTokens && args.slopes == nullptr && args.scales == nullptr)
-    tile.tokens = interleaved;
+  if (interleaved.tokens != nullptr && !mixed && tile.size == kTileTokens && args.slopes == nullptr &&
+      args.scales == nullptr) {
+    tile.tokens = interleaved.tokens;
+    tile.values = interleaved.values;
+  }
   const float* q = args.q + head * q_stride + (L::kElements == 1 ? 0 : rows * padded_dim);  // see QueryFloats
   ForRowGroups(rows, [&](int r, auto count) {
     DecodeScores<T, L, decltype(count)::value>(tile, q + r * (padded_dim / L::kElements), q_stride, padded_dim,
@@ -185,7 +194,7 @@ void DecodeTile(const SpanArgs& args, DecodeTokens tile, const char* const* inte
     SoftmaxArgs softmax = {args, slopes, begin, tile.size};
     if (scales != nullptr) softmax.value_scales = scales + kSpanScales;
     Softmax<FloatLanes>(softmax, StateOf(args, head + h), 0, rows, visible, weights, correction + h * kDecodeRows);
-    finite[h] = !mixed || AllFinite<T>(tile.tokens, tile.value_offset + h * tile.head_stride, tile.size, head_dim);
+    finite[h] = !mixed || AllFinite<T>(tile.values, tile.value_offset + h * tile.head_stride, tile.size, head_dim);
   }
 
   for (int i = 0; i < tile.size; i += kValueTokens) {
@@ -218,34 +227,41 @@ void DecodeSpan(const SpanArgs& args) {
   float* scores = args.scratch;
   float* staged = scores + args.heads * PaddedRows(rows) * (kTileTokens + 1);
   const char* staged_rows[2 * kTileTokens];
+  const bool two_lists = args.values != args.keys;
   const char* interleaved[kSpanTokens + kLookahead];
-  ListInterleaved(args, interleaved);
+  const char* interleaved_values[kSpanTokens + kLookahead];
+  ListInterleaved(args, args.keys, interleaved);
+  if (two_lists) ListInterleaved(args, args.values, interleaved_values);
   for (std::int64_t begin = args.begin; begin < args.end;) {
     const std::int64_t next = (begin / kTileTokens + 1) * kTileTokens;
     const std::int64_t end = next < args.end ? next : args.end;
     const int size = static_cast<int>(end - begin);
-    const char* const* keys = args.keys + (begin - args.begin);
+    const std::int64_t first = begin - args.begin;
+    const char* const* keys = args.keys + first;
+    const char* const* values = args.values + first;
     if (head_dim % W == 0) {
       const int bytes = args.heads > 1 ? kPrefetchBytesOfHeads : kPrefetchBytes;
       const int ahead = bytes / (args.heads * head_dim * T::kSize);
       const DecodeTokens tile = {
           keys,
+          values,
           args.value_offset,
           size,
           static_cast<int>(args.readable - begin),
           ahead < kPrefetchTokens ? kPrefetchTokens : (ahead < kTileTokens ? ahead : kTileTokens),
           args.heads,
           args.head_stride};
-      DecodeTile<T, L>(args, tile, interleaved + (begin - args.begin), begin, 0, scores);
+      const InterleavedTokens other = {interleaved + first, (two_lists ? interleaved_values : interleaved) + first};
+      DecodeTile<T, L>(args, tile, other, begin, 0, scores);
     } else {
       for (int h = 0; h < args.heads; ++h) {
         const std::int64_t offset = h * args.head_stride;
         const std::int64_t value_distance = static_cast<std::int64_t>(kTileTokens) * padded_dim * 4;
         StageTile<T>(keys, offset, size, head_dim, staged, staged_rows);
-        StageTile<T>(keys, offset + args.value_offset, size, head_dim, staged + kTileTokens * padded_dim,
+        StageTile<T>(values, offset + args.value_offset, size, head_dim, staged + kTileTokens * padded_dim,
                      staged_rows + kTileTokens);
-        const DecodeTokens tile = {staged_rows, value_distance, size, 0, kTileTokens, 1, 0};
-        DecodeTile<F32, FloatLanes>(args, tile, nullptr, begin, h, scores);
+        const DecodeTokens tile = {staged_rows, staged_rows, value_distance, size, 0, kTileTokens, 1, 0};
+        DecodeTile<F32, FloatLanes>(args, tile, {}, begin, h, scores);
       }
     }
     begin = end;

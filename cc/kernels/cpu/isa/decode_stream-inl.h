@@ -27,24 +27,25 @@ KVPAGE_INLINE void Prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
 constexpr int kStreams = 4;
 KVPAGE_INLINE int Interleaved(int i, int length) { return i % kStreams * length + i / kStreams; }
 
-// Lists a span's keys in that order: whole tiles interleaved; an incomplete tile and the tokens to prefetch keep their
-// order. walk: room for all of them.
-KVPAGE_INLINE void ListInterleaved(const SpanArgs& args, const char** walk) {
+// Lists a span's keys (or values) in that order: whole tiles interleaved; an incomplete tile and the tokens to prefetch
+// keep their order. walk: room for all of them.
+KVPAGE_INLINE void ListInterleaved(const SpanArgs& args, const char* const* rows, const char** walk) {
   const auto readable = static_cast<int>(args.readable - args.begin);
   for (int i = 0; i < readable;) {
     if ((args.begin + i) % kTileTokens == 0 && i + kTileTokens <= readable) {
-      for (int k = 0; k < kTileTokens; ++k) walk[i + k] = args.keys[i + Interleaved(k, kTileTokens / kStreams)];
+      for (int k = 0; k < kTileTokens; ++k) walk[i + k] = rows[i + Interleaved(k, kTileTokens / kStreams)];
       i += kTileTokens;
     } else {
-      walk[i] = args.keys[i];
+      walk[i] = rows[i];
       ++i;
     }
   }
 }
 
-// Keys, and at value_offset from them values, of a tile, in the order in which they are read.
+// Keys and values of a tile, in the order in which they are read; see SpanArgs.
 struct DecodeTokens {
-  const char* const* tokens;
+  const char* const* tokens;  // keys
+  const char* const* values;
   std::int64_t value_offset;
   int size;
   int readable;  // tokens from `size` on are the next tile's
@@ -58,12 +59,12 @@ struct DecodeTokens {
 KVPAGE_INLINE const char* AheadOfKey(const DecodeTokens& tile, int i) {
   i += tile.ahead;
   if (i < tile.size) return tile.tokens[i];
-  return tile.tokens[i - tile.size < tile.size ? i - tile.size : tile.size - 1] + tile.value_offset;
+  return tile.values[i - tile.size < tile.size ? i - tile.size : tile.size - 1] + tile.value_offset;
 }
 KVPAGE_INLINE const char* AheadOfValue(const DecodeTokens& tile, int i) {
-  if (i + tile.ahead < tile.size) return tile.tokens[i + tile.ahead] + tile.value_offset;
+  if (i + tile.ahead < tile.size) return tile.values[i + tile.ahead] + tile.value_offset;
   if (i + tile.ahead < tile.readable) return tile.tokens[i + tile.ahead];
-  return tile.tokens[i] + tile.value_offset;
+  return tile.values[i] + tile.value_offset;
 }
 
 template <int N>

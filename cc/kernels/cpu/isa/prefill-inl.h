@@ -162,12 +162,13 @@ void PrefillSpan(const SpanArgs& args) {
       last = (last + kRowBlock - 1) / kRowBlock * kRowBlock;
       last = last < rows ? last : rows;
       const char* const* tokens = args.keys + (begin - args.begin);
+      const char* const* value_rows = args.values + (begin - args.begin);
       const int key_lanes = head_dim / L::kElements;
       PackKeys<typename L::template Stored<T>>(tokens, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
       // Whether some row does not see all of the tile.
       const bool mixed = size % L::kElements != 0 || args.positions[first] < end - 1 ||
                          (args.window > 0 && args.positions[last - 1] - args.window + 1 > begin);
-      PackValues<T>(L{}, tokens, args.value_offset, size, head_dim, values);
+      PackValues<T>(L{}, value_rows, args.value_offset, size, head_dim, values);
       PackedTile<L> packed = {begin,
                               size,
                               keys,
@@ -179,7 +180,7 @@ void PrefillSpan(const SpanArgs& args) {
       if constexpr (L::kHasResiduals) {
         if (args.exact_weights) {  // pairs take half of the room for values
           float* room = values + kPrefillTokens * padded_dim / 2;
-          packed.residuals = PackResidualValues(L{}, tokens, args.value_offset, size, head_dim, room);
+          packed.residuals = PackResidualValues(L{}, value_rows, args.value_offset, size, head_dim, room);
         }
       }
       for (int block = first; block < last; block += kRowBlock) {

@@ -22,13 +22,15 @@ namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
 // A tile is cut into four streams of `length` tokens (a multiple of four; the last may lack some), and `tokens` lists
-// the tokens 0, length, 2 length, 3 length, 1, length + 1, ...: groups of four. See Interleaved().
+// the tokens 0, length, 2 length, 3 length, 1, length + 1, ...: groups of four. See Interleaved(). `values` lists their
+// values in this order; see SpanArgs.
 struct QuantizedTile {
-  const char* const* tokens;
+  const char* const* tokens;  // keys
+  const char* const* values;
   std::int64_t value_offset;
   int length;
-  // Keys of one head to prefetch while keys (values) are used, a token's heads side by side: they are asked for in the
-  // order of their addresses, regardless of the order of the arithmetic.
+  // Rows of one head to prefetch while keys (values) are used, values (keys), a token's heads side by side: they are
+  // asked for in the order of their addresses, regardless of the order of the arithmetic.
   const char* const* after_keys;
   const char* const* after_values;
 };
@@ -127,7 +129,7 @@ KVPAGE_NOINLINE void QuantizedValues(const QuantizedTile& tile, std::int64_t off
   for (int g = 0; g < tile.length; ++g) {
     VI x[4];
     KVPAGE_UNROLL for (int j = 0; j < 4; ++j) {
-      x[j] = LoadHalfLine(tile.tokens[4 * g + j] + tile.value_offset + offset, kWhole ? 2 * W : head_dim - d);
+      x[j] = LoadHalfLine(tile.values[4 * g + j] + tile.value_offset + offset, kWhole ? 2 * W : head_dim - d);
     }
     Prefetch(after[2 * g] + d / 64 * 64);
     Prefetch(after[2 * g + 1] + d / 64 * 64);
@@ -249,8 +251,11 @@ void DecodeQuantizedSpan(const SpanArgs& args) {
     });
   }
 
+  const bool two_lists = args.values != args.keys;
   const char* walk[kSpanTokens + kLookahead];
-  ListInterleaved(args, walk);
+  const char* values_walk[kSpanTokens + kLookahead];
+  ListInterleaved(args, args.keys, walk);
+  if (two_lists) ListInterleaved(args, args.values, values_walk);
   const auto readable = static_cast<int>(args.readable - args.begin);
   QuantizedTile tile;
   tile.value_offset = args.value_offset;
@@ -260,25 +265,28 @@ void DecodeQuantizedSpan(const SpanArgs& args) {
     const std::int64_t end = after < args.end ? after : args.end;
     const int size = static_cast<int>(end - begin), first = static_cast<int>(begin - args.begin);
     tile.tokens = walk + first;
+    tile.values = (two_lists ? values_walk : walk) + first;
     tile.length = kTileTokens / 4;
-    const char* part[kTileTokens];
+    const char *part[kTileTokens], *values_part[kTileTokens];
     if (size < kTileTokens) {  // tokens that a stream lacks are the last one, with a weight of zero
       tile.length = (size + W - 1) / W * 4;
       for (int k = 0; k < 4 * tile.length; ++k) {
-        const int token = Interleaved(k, tile.length);
-        part[k] = args.keys[first + (token < size ? token : size - 1)];
+        const int token = Interleaved(k, tile.length), at = first + (token < size ? token : size - 1);
+        part[k] = args.keys[at];
+        values_part[k] = args.values[at];
       }
       tile.tokens = part;
+      tile.values = values_part;
     }
     // Values while keys are used, and then the next tile's keys.
     const int listed = 4 * tile.length;
-    tile.after_keys = tile.tokens;
+    tile.after_keys = tile.values;
     tile.after_values = first + size + listed <= readable ? walk + first + size : tile.tokens;
     if (args.heads > 1) {
       for (int k = 0; k < listed; ++k) {
-        const char *key = tile.after_keys[k], *next_key = tile.after_values[k];
+        const char *value = tile.after_keys[k], *next_key = tile.after_values[k];
         for (int h = 0; h < args.heads; ++h) {
-          later[0][k * args.heads + h] = key + h * args.head_stride;
+          later[0][k * args.heads + h] = value + h * args.head_stride;
           later[1][k * args.heads + h] = next_key + h * args.head_stride;
         }
       }
