@@ -7,6 +7,7 @@ All draws are the same for each step, so that none depends on what a program in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import random
@@ -38,6 +39,19 @@ _VERBS = [
 _read = jax.jit(lambda cache, slots: jnp.stack([
     jnp.stack(kvp.read_kv(cache, slots, layer)) for layer in range(LAYERS)
 ]))  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="addressing")
+def _attend(cache: kvp.KVCache, slots: jax.Array, addressing: str) -> jax.Array:
+    """Attention of each sequence's last token, in all layers."""
+    has_tokens = (slots >= 0) & (cache.lengths[slots] > 0)
+    batch = kvp.Batch.decode(jnp.where(has_tokens, slots, -1))
+    before = dataclasses.replace(cache, lengths=cache.lengths - 1)
+    q = jnp.ones((SLOTS, HEADS, DIM), jnp.float32)
+    return jnp.stack([
+        kvp.paged_attention(q, before, batch, layer=layer, addressing=addressing)
+        for layer in range(LAYERS)
+    ])  # fmt: skip
 
 
 class SharingMachine(SequencesMachine):
@@ -299,6 +313,9 @@ class SharingMachine(SequencesMachine):
         np.testing.assert_array_equal(np.asarray(self.cache.lengths), lengths)
         padded = jnp.asarray(slots + [-1] * (SLOTS - len(slots)), jnp.int32)
         found = np.asarray(_read(self.cache, padded))
+        if not HAS_FAKE_DRIVER:
+            by_slot, by_table = (_attend(self.cache, padded, a) for a in ("slots", "table"))
+            assert np.asarray(by_slot).tobytes() == np.asarray(by_table).tobytes()
         for i, slot in enumerate(slots):
             for layer in range(LAYERS):
                 want = self.model.contents(slot, layer)

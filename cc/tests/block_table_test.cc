@@ -2,15 +2,18 @@
 // table fails.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "tests/expect_ok.h"
 #include "tests/faulty_vmm.h"
+#include "tests/host_verbs.h"
 #include "tests/pool_util.h"
 #include "tests/sharing_util.h"
 
@@ -178,6 +181,40 @@ TEST_P(BlockTableTest, APoolThatGrowsTakesItsWindowAlong) {
   }
   for (int i = 0; i < 3; ++i) EXPECT_EQ(f.Sees(slots[i], 128, static_cast<float>(2 + i)), 128);
   EXPECT_EQ(f.Sees(f.slot, 40, 1), 40);
+}
+
+// Readers in a thread, and meanwhile truncations, appends and claims. For ThreadSanitizer too.
+TEST_P(BlockTableTest, ReadersBesideChanges) {
+  Fixture f(GetParam());
+  std::atomic<bool> stop{false};
+  std::thread claims([&] {
+    while (!stop.load()) {
+      const Claim claim = f.pool->Acquire({64});
+      if (claim.status.ok()) UndoAcquire(*f.pool, claim.slots);  // its program was never queued
+      std::this_thread::yield();
+    }
+  });
+  for (int round = 0; round < 40; ++round) {
+    WriteStamped(f.pool.get(), f.program.get(), f.slot, 40 - f.program->length(f.slot), 1);
+    const std::int32_t fork = f.program->Fork(f.slot, 32);
+    std::optional<PinnedSlots> pinned(std::in_place);
+    TableCall call;
+    EXPECT_OK(f.Read({fork}, 32, 1, &call, &*pinned));
+    std::thread reader([&] {
+      for (int i = 0; i < 20; ++i) EXPECT_EQ(Fixture::Seen(call, 0, 1, 32, 1), 32) << round;
+      pinned.reset();
+    });
+    f.program->Truncate(fork, 8);
+    f.program->Truncate(f.slot, 8);
+    WriteStamped(f.pool.get(), f.program.get(), f.slot, 30, 2);
+    WriteStamped(f.pool.get(), f.program.get(), fork, 30, 3);
+    reader.join();
+    f.program->Truncate(f.slot, 8);
+    f.program->Release(fork);
+  }
+  stop = true;
+  claims.join();
+  EXPECT_TRUE(AddsUp(f.pool.get()));
 }
 
 // Every failure of the page table leaves slots and table saying the same.
