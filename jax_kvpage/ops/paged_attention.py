@@ -128,7 +128,7 @@ def attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
     k, v = gather_context_p.bind(*operands[:6], spec=spec)
     active = slots >= 0
     starts = jnp.where(active, lengths[jnp.maximum(slots, 0)], 0)
-    del params["exact_weights"], params["addressing"]  # weights are float32, kernels none
+    del params["exact_weights"], params["addressing"]  # for kernels; weights are float32 here
     return reference.ragged_attention(q, k, v, starts, query_offsets, active, *options, **params)
 
 
