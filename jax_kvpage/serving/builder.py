@@ -1,0 +1,137 @@
+"""A plan in the making."""
+
+import numpy as np
+
+from jax_kvpage.serving.plan import Admission, Fork, StepPlan
+from jax_kvpage.serving.request import Sequence, SequenceGroup
+from jax_kvpage.serving.rows import Rows
+
+__all__ = ["StepBuilder"]
+
+_NONE = np.zeros(0, np.int32)
+
+
+class StepBuilder:
+    """Collects what a step does.
+
+    Args:
+        usable: free blocks that memory is believed to give.
+        promised: blocks of these that siblings will need.
+        coming: blocks that come free without a decision.
+        slots: free slots.
+        budget: tokens that the step may run.
+
+    Attributes:
+        usable: see above.
+        free: blocks that nobody was promised; negative if promises cannot be kept now.
+        coming: see above.
+        slots: free slots that nobody was promised.
+        budget: tokens that may still be added.
+        blocked: groups whose siblings cannot be forked yet.
+        preempted: victims.
+        forks: see `StepPlan`.
+        admissions: see `StepPlan`.
+        decodes: int32[s]: rows that decode.
+        decode_sequences: their sequences.
+        grown: rows that grow, the tokens they get room for, and their room before, int32[e] each.
+        num_stalled: see `StepPlan`.
+    """
+
+    def __init__(self, usable: int, promised: int, coming: int, slots: int, budget: int) -> None:
+        self.usable = usable
+        self.free = usable - promised
+        self.coming = coming
+        self.slots = slots
+        self.budget = budget
+        self.blocked: list[SequenceGroup] = []
+        self.preempted: list[SequenceGroup] = []
+        self.forks: list[Fork] = []
+        self.admissions: list[Admission] = []
+        self.decodes = _NONE
+        self.decode_sequences: tuple[Sequence, ...] = ()
+        self.grown = _NONE, _NONE, _NONE
+        self.num_stalled = 0
+        self._parts: list[tuple[Sequence, int, int, int, bool]] = []
+
+    def grow(self, rows: np.ndarray, num_tokens: np.ndarray, room: np.ndarray, size: int) -> None:
+        """Maps room for more tokens.
+
+        Args:
+            rows: [e] that grow.
+            num_tokens: [e]: tokens in all.
+            room: [rows]: what every row has; those that grow are changed.
+            size: tokens in a block.
+        """
+        rows = rows.astype(np.int32)
+        self.grown = rows, num_tokens.astype(np.int32), room[rows]
+        room[rows] = -(-num_tokens // size) * size
+
+    def preempt(self, group: SequenceGroup) -> None:
+        """Notes a victim."""
+        self.preempted.append(group)
+        if group in self.blocked:
+            self.blocked.remove(group)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the step computes parts of prompts."""
+        return bool(self._parts)
+
+    def run(self, rows: Rows, sequence: Sequence) -> None:
+        """Adds the next part of a prompt, as far as the budget goes."""
+        begin = int(rows.computed[sequence.row])
+        left = int(rows.known[sequence.row]) - begin
+        count = min(left, self.budget)
+        self._parts.append((sequence, sequence.row, begin, count, count == left))
+        self.budget -= count
+
+    def build(
+        self,
+        step: int,
+        finished: list[SequenceGroup],
+        released: list[int],
+        computed: np.ndarray,
+        drafts: np.ndarray | None,
+    ) -> StepPlan:
+        """The plan.
+
+        Args:
+            step: its number.
+            finished: groups.
+            released: rows.
+            computed: int32[rows]: tokens computed before the step.
+            drafts: int32[rows]: tokens to verify; None if there are none.
+        """
+        decodes, sequences = self.decodes, self.decode_sequences
+        counts = np.ones(len(decodes), np.int32)
+        if drafts is not None:
+            counts += drafts[decodes]
+        begins, samples, rows = computed[decodes], np.ones(len(decodes), bool), decodes
+        if self._parts:
+            parts, part_rows, part_begins, part_counts, part_samples = zip(
+                *self._parts, strict=True
+            )
+            rows = np.append(rows, np.asarray(part_rows, np.int32))
+            begins = np.append(begins, np.asarray(part_begins, np.int32))
+            counts = np.append(counts, np.asarray(part_counts, np.int32))
+            samples = np.append(samples, part_samples)
+            sequences = sequences + parts
+        return StepPlan(
+            step=step,
+            finished=tuple(finished),
+            preempted=tuple(self.preempted),
+            release=tuple(released),
+            forks=tuple(self.forks),
+            admissions=tuple(self.admissions),
+            extend_rows=self.grown[0],
+            extend_tokens=self.grown[1],
+            rows=rows,
+            begins=begins,
+            counts=counts,
+            samples=samples,
+            sequences=sequences,
+            num_decodes=len(decodes),
+            ending=(),
+            num_stalled=self.num_stalled,
+            free_blocks=self.usable,
+        )

@@ -1,0 +1,53 @@
+"""Requests that can never run are refused before they are queued."""
+
+from jax_kvpage.serving.memory import Memory
+from jax_kvpage.serving.request import Request, RequestRefused
+
+__all__ = ["limit_of"]
+
+
+def limit_of(request: Request, memory: Memory, max_num_seqs: int) -> tuple[int, str]:
+    """How far a request can get.
+
+    Args:
+        request: to be added.
+        memory: that it will live in.
+        max_num_seqs: sequences that may run at one time.
+
+    Returns:
+        (limit, reason): tokens at which its sequences end, prompt included, and the finish reason
+        then: "length", or "capacity" if all of the memory holds no more.
+
+    Raises:
+        RequestRefused: it cannot produce one token.
+    """
+    n, prompt, size = request.n, request.num_prompt_tokens, memory.block_tokens
+    name = f"request {request.request_id!r}"
+    if request.slots > max_num_seqs:
+        raise RequestRefused(
+            f"{name} takes {request.slots} slots, but max_num_seqs is {max_num_seqs}",
+            wanted=request.slots,
+            available=max_num_seqs,
+        )
+    least = max(prompt + 1, request.reserve_tokens)
+    if least > memory.max_seq_len:
+        raise RequestRefused(
+            f"{name} needs room for {least} tokens ({prompt} of the prompt), but max_seq_len is "
+            f"{memory.max_seq_len}",
+            wanted=least,
+            available=memory.max_seq_len,
+        )
+    # The last token of a sequence is never stored.
+    stored = max(prompt, request.reserve_tokens)
+    shared = request.num_shared_tokens // size
+    most = (shared + (memory.capacity - shared) // n) * size
+    if stored > most:
+        wanted = shared + n * (-(-stored // size) - shared)
+        raise RequestRefused(
+            f"{name} needs {wanted} blocks of {size} tokens for {stored} tokens in each of {n} "
+            f"sequences, but there are {memory.capacity} blocks in all",
+            wanted=wanted,
+            available=memory.capacity,
+        )
+    longest = min(prompt + request.max_tokens, memory.max_seq_len)
+    return (longest, "length") if longest <= most + 1 else (most + 1, "capacity")

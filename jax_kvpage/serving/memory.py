@@ -1,0 +1,145 @@
+"""What the scheduler asks about memory, and a counted budget that answers without a pool.
+
+Blocks here are logical: one holds `block_tokens` tokens of a sequence in all layers, however many
+physical blocks the layout makes of it.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from jax_kvpage.serving.plan import StepPlan
+
+__all__ = ["BlockBudget", "Memory"]
+
+
+class Memory(Protocol):
+    """Memory as the scheduler sees it. The engine answers from its pool.
+
+    Asked once at the start of each step, when all of the previous plan has been carried out.
+
+    Attributes:
+        block_tokens: tokens in a block.
+        max_seq_len: tokens in a sequence at most.
+        capacity: blocks in all.
+    """
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in a block."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens in a sequence at most."""
+
+    @property
+    def capacity(self) -> int:
+        """Blocks in all."""
+
+    def free_blocks(self) -> int:
+        """Blocks that a plan may take now, those that a cache would give up included."""
+
+    def draining_blocks(self) -> int:
+        """Blocks of released sequences that come free when running programs end."""
+
+    def free_slots(self) -> int:
+        """Sequences that can get a slot now."""
+
+
+class BlockBudget:
+    """A number of blocks, counted. Carries out plans in simulations and tests.
+
+    Args:
+        capacity: blocks in all.
+        block_tokens: tokens in a block.
+        max_seq_len: tokens in a sequence at most.
+        max_slots: sequences at most.
+        drain_steps: steps after which released blocks and slots come free.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        block_tokens: int,
+        max_seq_len: int,
+        max_slots: int,
+        drain_steps: int = 0,
+    ) -> None:
+        self.capacity = capacity
+        self.block_tokens = block_tokens
+        self.max_seq_len = max_seq_len
+        self.free = capacity
+        self._slots = max_slots
+        self._draining: list[tuple[int, int]] = [(0, 0)] * drain_steps
+        self._blocks = np.zeros(max_slots, np.int64)  # own blocks of a row
+        self._owners: dict[int, list[int]] = {}  # row -> [blocks shared, rows that share them]
+        self._held = 0
+
+    def free_blocks(self) -> int:
+        """Blocks without an owner."""
+        return self.free
+
+    def draining_blocks(self) -> int:
+        """Released blocks that are not free yet."""
+        return sum(blocks for blocks, _ in self._draining)
+
+    def free_slots(self) -> int:
+        """Rows without an owner."""
+        return self._slots - self._held - sum(slots for _, slots in self._draining)
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Blocks that hold some tokens."""
+        return -(-num_tokens // self.block_tokens)
+
+    def carry_out(self, plan: StepPlan) -> None:
+        """Gives and takes what a plan says, in its order."""
+        self.release(plan.release)
+        for fork in plan.forks:
+            rows = tuple(child.row for child in fork.children)
+            self.fork(fork.parent.row, rows, fork.num_tokens)
+            self.extend(np.asarray(rows), np.asarray(fork.room))
+        for admission in plan.admissions:
+            self.acquire(admission.sequence.row, admission.num_tokens)
+        self.extend(plan.extend_rows, plan.extend_tokens)
+
+    def release(self, rows: tuple[int, ...]) -> None:
+        """Ends a step's releases; blocks released `drain_steps` steps ago come free."""
+        blocks = 0
+        for row in rows:
+            blocks += int(self._blocks[row])
+            self._blocks[row] = 0
+            shared = self._owners.pop(row, None)
+            if shared is not None:
+                shared[1] -= 1
+                blocks += shared[0] if shared[1] == 0 else 0
+        self._held -= len(rows)
+        self._draining.append((blocks, len(rows)))
+        self.free += self._draining.pop(0)[0]
+
+    def acquire(self, row: int, num_tokens: int) -> None:
+        """Gives a row room for tokens."""
+        self._held += 1
+        self._take(row, self.blocks_of(num_tokens))
+
+    def fork(self, parent: int, rows: tuple[int, ...], num_tokens: int) -> None:
+        """Shares the whole blocks of a row's first tokens with others; partial ones are copied."""
+        whole = num_tokens // self.block_tokens
+        self._blocks[parent] -= whole
+        shared = [whole, 1 + len(rows)]
+        self._owners[parent] = shared
+        for row in rows:
+            self._owners[row] = shared
+            self._take(row, self.blocks_of(num_tokens) - whole)
+        self._held += len(rows)
+
+    def extend(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Gives rows room for more tokens, [n] each."""
+        for row, tokens in zip(rows.tolist(), num_tokens.tolist(), strict=True):
+            shared = self._owners.get(row, (0, 0))[0]
+            self._take(row, self.blocks_of(tokens) - shared - int(self._blocks[row]))
+
+    def _take(self, row: int, blocks: int) -> None:
+        if blocks > self.free:
+            raise RuntimeError(f"row {row} takes {blocks} blocks, but {self.free} are free")
+        self.free -= blocks
+        self._blocks[row] += blocks

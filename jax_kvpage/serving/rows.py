@@ -1,0 +1,164 @@
+"""Arrays over the sequences that have memory: one row each, reused when a sequence leaves.
+
+All per-token bookkeeping is NumPy over these arrays; Python handles only sequences and groups whose
+state changes.
+"""
+
+import numpy as np
+
+from jax_kvpage.serving.preemption import Candidates
+from jax_kvpage.serving.request import Sequence, SequenceGroup
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """Counts of tokens by row, and of shared blocks by running group.
+
+    Args:
+        size: rows.
+        block_tokens: tokens in a block.
+
+    Attributes:
+        known: int32[rows]: tokens whose ids exist, or will when the last plan has run.
+        computed: int32[rows]: tokens whose keys and values exist, likewise.
+        room: int32[rows]: tokens that fit into mapped blocks.
+        limit: int32[rows]: known tokens at which the sequence ends.
+        prompt: int32[rows]: tokens of the prompt.
+        drafts: int32[rows]: speculated tokens that the next step verifies.
+        decoding: bool[rows]: computed == known - 1.
+        sequences: by row, None in free rows.
+        groups: by group index, None where free.
+        shared: int32[groups]: blocks that all sequences of the group share.
+        promised: int32[groups]: blocks kept free for sequences that are not forked yet.
+    """
+
+    def __init__(self, size: int, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = np.zeros(
+            (6, size), np.int32
+        )
+        self.decoding = np.zeros(size, bool)
+        self.sequences: list[Sequence | None] = [None] * size
+        self.groups: list[SequenceGroup | None] = [None] * size
+        self.shared, self.promised = np.zeros((2, size), np.int32)
+        self._group = np.zeros(size, np.int32)  # of a row
+        self._occupied = np.zeros(size, bool)
+        self._free_rows = list(range(size - 1, -1, -1))
+        self._free_groups = list(range(size - 1, -1, -1))
+        self._decodes: tuple[np.ndarray, tuple[Sequence, ...]] | None = None
+
+    @property
+    def num_free(self) -> int:
+        """Rows without a sequence."""
+        return len(self._free_rows)
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks that hold some tokens."""
+        return -(-num_tokens // self.block_tokens)
+
+    def add_group(self, group: SequenceGroup) -> None:
+        """Numbers a group."""
+        group.index = self._free_groups.pop()
+        self.groups[group.index] = group
+        self.shared[group.index] = self.promised[group.index] = 0
+
+    def remove_group(self, group: SequenceGroup) -> None:
+        """Takes the number back."""
+        self.groups[group.index] = None
+        self._free_groups.append(group.index)
+        group.index = -1
+
+    def add(self, sequence: Sequence, computed: int, room: int) -> None:
+        """Gives a sequence a row.
+
+        Args:
+            sequence: of a group that has a number.
+            computed: tokens that its slot starts with.
+            room: tokens to map room for.
+        """
+        row = sequence.row = self._free_rows.pop()
+        group = sequence.group
+        self.sequences[row] = sequence
+        self.known[row], self.computed[row] = sequence.num_tokens, computed
+        self.room[row] = self.blocks(room) * self.block_tokens
+        self.limit[row], self.prompt[row] = group.limit, group.request.num_prompt_tokens
+        self.drafts[row] = 0
+        self._group[row] = group.index
+        self._occupied[row] = True
+
+    def remove(self, sequence: Sequence) -> int:
+        """Takes the row of a sequence back, and returns it."""
+        row, sequence.row = sequence.row, -1
+        sequence.num_tokens = int(self.known[row])
+        self.set_decoding(row, False)
+        self.sequences[row] = None
+        self._occupied[row] = False
+        self._free_rows.append(row)
+        return row
+
+    def set_decoding(self, row: int, decoding: bool) -> None:
+        """Says whether the sequence in a row runs one token a step."""
+        if self.decoding[row] != decoding:
+            self.decoding[row] = decoding
+            self._decodes = None
+
+    def own_blocks(self, row: int) -> int:
+        """Blocks that only this row holds."""
+        return int(self.room[row]) // self.block_tokens - int(self.shared[self._group[row]])
+
+    def trim_drafts(self, budget: int) -> None:
+        """Drops drafts that a limit or the token budget has no room for."""
+        drafts = np.minimum(self.drafts, self.limit - self.known - 1)
+        drafts[~self.decoding] = 0
+        np.maximum(drafts, 0, out=drafts)
+        spare = budget - np.count_nonzero(self.decoding)
+        drafts[np.cumsum(drafts) > spare] = 0
+        self.drafts[:] = drafts
+
+    def num_computed(self, group: SequenceGroup) -> int:
+        """Tokens that the group has computed; shared ones count once."""
+        rows = [sequence.row for sequence in group.sequences if sequence.row >= 0]
+        shared = int(self.shared[group.index]) * self.block_tokens
+        return int(self.computed[rows].sum()) - max(len(rows) - 1, 0) * shared
+
+    def decodes(self) -> tuple[np.ndarray, tuple[Sequence, ...]]:
+        """Rows that decode, int32[s], and their sequences; made anew only after changes."""
+        if self._decodes is None:
+            rows = np.flatnonzero(self.decoding).astype(np.int32)
+            rows.flags.writeable = False
+            self._decodes = rows, self.at(rows)
+        return self._decodes
+
+    def at(self, rows: np.ndarray) -> tuple[Sequence, ...]:
+        """The sequences in some rows, which are occupied."""
+        every = self.sequences
+        return tuple([every[row] for row in rows.tolist()])
+
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """Group index of each row."""
+        return self._group[rows]
+
+    def occupied(self) -> np.ndarray:
+        """Rows with a sequence."""
+        return np.flatnonzero(self._occupied)
+
+    def candidates(self, indices: np.ndarray, needs: np.ndarray) -> Candidates:
+        """What it would cost to preempt groups, and what it would bring.
+
+        Args:
+            indices: [g] of groups.
+            needs: int[size]: blocks that each group, by index, needs in this step.
+        """
+        rows = self.occupied()
+        group, size = self._group[rows], len(self.groups)
+        shared = self.shared[group]
+        own = np.bincount(group, self.room[rows] // self.block_tokens - shared, size)
+        tokens = np.bincount(group, self.computed[rows] - shared * self.block_tokens, size)
+        everyone = self.groups
+        arrival = [everyone[i].arrival for i in indices.tolist()]
+        blocks = own[indices] + self.shared[indices] + self.promised[indices] + needs[indices]
+        cost = tokens[indices] + self.shared[indices] * self.block_tokens
+        return Candidates(
+            np.asarray(arrival, np.int64), cost.astype(np.int64), blocks.astype(np.int64)
+        )

@@ -1,0 +1,243 @@
+"""The groups that have memory: how they start, fork, lose it and end.
+
+Counts of blocks are kept here only as far as they concern promises: what siblings will need when
+the prompt that they share is computed, and what released rows are about to give back.
+"""
+
+import bisect
+from collections.abc import Hashable, Iterable
+
+from jax_kvpage.serving.plan import Admission, Fork
+from jax_kvpage.serving.request import Sequence, SequenceGroup, Status
+from jax_kvpage.serving.rows import Rows
+
+__all__ = ["RunningSet"]
+
+
+class RunningSet:
+    """Running groups, and the rows of their sequences.
+
+    Args:
+        rows: the arrays.
+        max_seq_len: tokens in a sequence at most.
+        max_preemptions: a group that was preempted as often gets the room for its limit at once.
+
+    Attributes:
+        groups: in the order of the schedule.
+        prefilling: sequences with more than one token to compute, in the order of the schedule.
+        forking: groups with siblings that wait for the prompt.
+        promised: blocks that those siblings will need.
+        promised_slots: slots that running groups may still take.
+        released: rows that have lost their sequence since the last plan.
+        releasing: blocks that come free with them.
+        done_prefixes: prefix keys whose group no longer computes the prompt.
+    """
+
+    def __init__(self, rows: Rows, max_seq_len: int, max_preemptions: int) -> None:
+        self._rows = rows
+        self._max_seq_len = max_seq_len
+        self._max_preemptions = max_preemptions
+        self.groups: list[SequenceGroup] = []
+        self.prefilling: list[Sequence] = []
+        self.forking: list[SequenceGroup] = []
+        self.promised = 0
+        self.promised_slots = 0
+        self.released: list[int] = []
+        self.releasing = 0
+        self.done_prefixes: list[Hashable] = []
+        self._computing: dict[Hashable, SequenceGroup] = {}
+
+    @property
+    def num_unforked(self) -> int:
+        """Sequences of running groups that have no row yet."""
+        return sum(len(group.unforked) for group in self.forking)
+
+    def is_protected(self, group: SequenceGroup) -> bool:
+        """Whether the group was preempted so often that it is not again."""
+        return group.num_preemptions >= self._max_preemptions
+
+    def room(self, sequence: Sequence) -> int:
+        """Tokens to map room for when a sequence starts: its own, and one more if there may be."""
+        group = sequence.group
+        last = group.limit - 1  # the last token is never computed
+        if self.is_protected(group):
+            return last
+        tokens = max(sequence.num_tokens, group.request.num_shared_tokens + 1)
+        wanted = max(min(tokens + 1, last), group.request.reserve_tokens)
+        return min(wanted, self._max_seq_len)
+
+    def shared_blocks(self, group: SequenceGroup) -> int:
+        """Whole blocks that the group's unfinished sequences will share when they start."""
+        if len(group.live) < 2:
+            return 0
+        return group.request.num_shared_tokens // self._rows.block_tokens
+
+    def blocks_to_start(self, group: SequenceGroup) -> int:
+        """Blocks that the group needs to start, those of its siblings included."""
+        every = sum(self._rows.blocks(self.room(sequence)) for sequence in group.live)
+        return every - (len(group.live) - 1) * self.shared_blocks(group)
+
+    def start(self, group: SequenceGroup, num_cached: int) -> Admission:
+        """Gives the first sequence a row; the others follow when the prompt is computed.
+
+        Args:
+            group: waiting.
+            num_cached: tokens that its slot will start with.
+        """
+        rows, leader = self._rows, group.live[0]
+        blocks, shared = self.blocks_to_start(group), self.shared_blocks(group)
+        group.status = Status.RUNNING
+        rows.add_group(group)
+        rows.shared[group.index] = shared
+        bisect.insort(self.groups, group, key=lambda other: other.order)
+        room = self.room(leader)
+        rows.add(leader, num_cached, room)
+        self.prefills(leader)
+        group.unforked = group.live[1:]
+        if group.unforked:
+            group.donor = leader
+            self.forking.append(group)
+        self._promise(group, blocks - rows.blocks(room))
+        self.promised_slots += group.request.slots - group.request.n + len(group.unforked)
+        key, size = group.request.prefix_key, rows.block_tokens
+        if key is not None and num_cached < self._prefix_tokens(group) // size * size:
+            self._computing.setdefault(key, group)
+        return Admission(leader, room, num_cached)
+
+    def computes(self, prefix_key: Hashable) -> bool:
+        """Whether a running group computes this prefix."""
+        return prefix_key is not None and prefix_key in self._computing
+
+    def prefills(self, sequence: Sequence) -> None:
+        """Lets a sequence compute more than one token."""
+        bisect.insort(self.prefilling, sequence, key=lambda s: (s.group.order, s.index))
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """Hears that a sequence has one token left to compute: it decodes from now on."""
+        self.prefilling.remove(sequence)
+        self._rows.set_decoding(sequence.row, not sequence.finish_reason)
+
+    def advanced(self, sequence: Sequence) -> None:
+        """Hears that a part of a prompt was computed: its followers may be able to use it."""
+        if self._computing and self._rows.computed[sequence.row] >= self._prefix_tokens(
+            sequence.group
+        ):
+            self._end_prefix(sequence.group)
+
+    def fork(self, group: SequenceGroup) -> Fork:
+        """Gives the siblings rows. The donor's row is released if that has ended in between."""
+        rows, shared, donor = self._rows, group.request.num_shared_tokens, group.donor
+        assert donor is not None
+        children = tuple(group.unforked)
+        room = tuple(self.room(child) for child in children)
+        for child, tokens in zip(children, room, strict=True):
+            child.num_tokens = max(child.num_tokens, shared + 1)
+            rows.add(child, shared, tokens)
+            if child.num_tokens == shared + 1:
+                rows.set_decoding(child.row, True)
+            else:
+                self.prefills(child)
+        self._forked(group)
+        return Fork(donor, children, shared, room)
+
+    def unfork(self, fork: Fork) -> None:
+        """Takes a fork back that memory refused."""
+        group = fork.parent.group
+        blocks = 0
+        for child, room in zip(fork.children, fork.room, strict=True):
+            blocks += self._rows.blocks(room) - int(self._rows.shared[group.index])
+            if child in self.prefilling:
+                self.prefilling.remove(child)
+            self._rows.remove(child)
+        group.unforked, group.donor = list(fork.children), fork.parent
+        self.forking.append(group)
+        self._promise(group, blocks)
+        self.promised_slots += len(group.unforked)
+
+    def end(self, sequence: Sequence, reason: str) -> bool:
+        """Ends one sequence; returns whether the group has ended with it."""
+        group = sequence.group
+        sequence.finish_reason = reason
+        group.live.remove(sequence)
+        if sequence in group.unforked:
+            shared = int(self._rows.shared[group.index])
+            group.unforked.remove(sequence)
+            self._promise(group, shared - self._rows.blocks(self.room(sequence)))
+            self.promised_slots -= 1
+            if not group.unforked:
+                donor = group.donor
+                self._forked(group)
+                if donor is not None and donor.finish_reason:
+                    self._drop(donor)
+        elif sequence is group.donor:
+            # The siblings still need its slot.
+            self._rows.set_decoding(sequence.row, False)
+        elif sequence.row >= 0:
+            self._drop(sequence)
+        if group.live:
+            return False
+        if group.status is Status.RUNNING:
+            self._leave(group)
+        group.status = Status.FINISHED
+        return True
+
+    def preempt(self, group: SequenceGroup) -> None:
+        """Takes the memory of a group."""
+        group.num_lost_tokens = self._rows.num_computed(group)
+        self._leave(group)
+        group.status = Status.PREEMPTED
+        group.num_preemptions += 1
+
+    def unstart(self, group: SequenceGroup) -> None:
+        """Takes a start back that memory refused: there is nothing to release."""
+        released, releasing = list(self.released), self.releasing
+        self._leave(group)
+        self.released, self.releasing = released, releasing
+        group.status = Status.PREEMPTED if group.num_preemptions else Status.WAITING
+
+    def release_donors(self, forks: Iterable[Fork]) -> None:
+        """Releases, with the next plan, donors that ended before their siblings were forked."""
+        for fork in forks:
+            if fork.parent.finish_reason and fork.parent.row >= 0:
+                self._drop(fork.parent)
+
+    def _promise(self, group: SequenceGroup, blocks: int) -> None:
+        self._rows.promised[group.index] += blocks
+        self.promised += blocks
+
+    def _forked(self, group: SequenceGroup) -> None:
+        self._promise(group, -int(self._rows.promised[group.index]))
+        self.promised_slots -= len(group.unforked)
+        group.unforked, group.donor = [], None
+        self.forking.remove(group)
+
+    def _drop(self, sequence: Sequence) -> None:
+        group = sequence.group
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        self.releasing += self._rows.own_blocks(sequence.row)
+        self.released.append(self._rows.remove(sequence))
+        if all(other.row < 0 for other in group.sequences):
+            self.releasing += int(self._rows.shared[group.index])
+
+    def _leave(self, group: SequenceGroup) -> None:
+        """Removes a group and all that it has."""
+        if group.unforked:
+            self._forked(group)
+        for sequence in group.sequences:
+            if sequence.row >= 0:
+                self._drop(sequence)
+        del self.groups[bisect.bisect_left(self.groups, group.order, key=lambda g: g.order)]
+        self.promised_slots -= group.request.slots - group.request.n
+        self._end_prefix(group)
+        self._rows.remove_group(group)
+
+    @staticmethod
+    def _prefix_tokens(group: SequenceGroup) -> int:
+        return group.request.num_prefix_tokens or group.request.num_prompt_tokens
+
+    def _end_prefix(self, group: SequenceGroup) -> None:
+        key = group.request.prefix_key
+        if key is not None and self._computing.get(key) is group:
+            del self._computing[key]
+            self.done_prefixes.append(key)

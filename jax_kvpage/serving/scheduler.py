@@ -1,0 +1,347 @@
+"""The scheduler: which sequences run in each step, and which memory they get for it.
+
+A request travels from `add` through the queue to its row: it is admitted when blocks and a slot are
+there, computes its prompt in parts that fit the token budget, beside the sequences that decode, and
+then runs a token a step. When blocks run out, it may wait with its memory for a few steps, or lose
+it and come back. It ends at its limit, or when the caller says so.
+
+Each step serves unfinished sequences first and new ones after them, first come first served, as in
+vLLM (Kwon et al., 2023). A plan is carried out before the next is asked for, but its results need
+not be known: the scheduler hears only of sequences that change state. Nothing here depends on
+clocks, hashes or random numbers: equal calls give equal plans.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from jax_kvpage.serving.admission import AdmissionPolicy, Load, Watermark
+from jax_kvpage.serving.advance import advance, take_back, without
+from jax_kvpage.serving.builder import StepBuilder
+from jax_kvpage.serving.door import limit_of
+from jax_kvpage.serving.forking import fork_ready
+from jax_kvpage.serving.growth import Growth
+from jax_kvpage.serving.memory import Memory
+from jax_kvpage.serving.plan import Fork, StepPlan
+from jax_kvpage.serving.preemption import CostAware, PreemptionPolicy
+from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup, Status
+from jax_kvpage.serving.rows import Rows
+from jax_kvpage.serving.running import RunningSet
+from jax_kvpage.serving.stats import SchedulerStats
+from jax_kvpage.serving.trust import Trust
+from jax_kvpage.serving.waiting import Deadlines, WaitingQueue
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Plans steps.
+
+    Args:
+        memory: what it may give away.
+        max_num_seqs: sequences that run at one time at most: rows.
+        max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
+        preemption: chooses victims; `CostAware()` if None.
+        admission: decides when a group may start; `Watermark()` if None.
+        max_preemptions: a group that was preempted as often is admitted only with the room for its
+            limit, and is not preempted again.
+        max_num_waiting: groups in the queue at most; None for no bound.
+        find_prefix: tokens of a group that the prefix cache has, and how many of their blocks are
+            shared with running sequences, so that they cost no free block; None without a cache.
+
+    Attributes:
+        stats: counts.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        preemption: PreemptionPolicy | None = None,
+        admission: AdmissionPolicy | None = None,
+        max_preemptions: int = 4,
+        max_num_waiting: int | None = None,
+        find_prefix: Callable[[SequenceGroup], tuple[int, int]] | None = None,
+    ) -> None:
+        if not 1 <= max_num_seqs <= max_num_batched_tokens:
+            raise ValueError(
+                f"Scheduler: max_num_seqs is {max_num_seqs} and max_num_batched_tokens "
+                f"{max_num_batched_tokens}: wanted 1 <= max_num_seqs <= max_num_batched_tokens"
+            )
+        self.stats = SchedulerStats()
+        self._memory = memory
+        self._max_num_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._admission = admission or Watermark()
+        self._max_num_waiting = max_num_waiting
+        self._find_prefix = find_prefix
+        self._rows = Rows(max_num_seqs, memory.block_tokens)
+        self._running = RunningSet(self._rows, memory.max_seq_len, max_preemptions)
+        self._growth = Growth(self._rows, self._running, preemption or CostAware())
+        self._queue = WaitingQueue()
+        self._deadlines = Deadlines()
+        self._arrivals = 0
+        self._finished: list[SequenceGroup] = []
+        self._ending: list[Sequence] = []  # reach their limit with the last plan
+        self._forks: tuple[Fork, ...] = ()  # of the last plan
+        self._room_before: dict[int, int] = {}  # of rows that grow in the last plan
+        self._has_drafts = False
+        self._trust = Trust()
+        self._ran = False  # whether the last plan ran anything
+
+    @property
+    def num_running(self) -> int:
+        """Groups that have memory."""
+        return len(self._running.groups)
+
+    @property
+    def num_waiting(self) -> int:
+        """Groups in the queue."""
+        return self._queue.num_waiting
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything left to plan, releases included."""
+        running = self._running
+        return bool(running.groups or self.num_waiting or running.released or self._finished)
+
+    def running(self) -> tuple[SequenceGroup, ...]:
+        """Groups that have memory, in the order of the schedule."""
+        return tuple(self._running.groups)
+
+    def waiting(self) -> tuple[SequenceGroup, ...]:
+        """Groups in the queue, in the order of the schedule."""
+        return tuple(sorted(self._queue, key=lambda group: group.order))
+
+    def num_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a sequence whose ids exist when the last plan has run."""
+        return int(self._rows.known[sequence.row]) if sequence.row >= 0 else sequence.num_tokens
+
+    def add(self, request: Request) -> SequenceGroup:
+        """Queues a request.
+
+        Returns:
+            Its sequences. A sequence ends at max_tokens, at the memory's max_seq_len ("length"), or
+            where all of the memory would not hold more ("capacity").
+
+        Raises:
+            RequestRefused: it can never run, or the queue is full.
+        """
+        try:
+            limit, reason = limit_of(request, self._memory, self._max_num_seqs)
+            waiting, most = self.num_waiting, self._max_num_waiting
+            if most is not None and waiting >= most:
+                raise RequestRefused(
+                    f"request {request.request_id!r}: {waiting} requests wait already, and "
+                    f"max_num_waiting is {most}",
+                    wanted=waiting + 1,
+                    available=most,
+                )
+        except RequestRefused:
+            self.stats.refused_requests += 1
+            raise
+        group = SequenceGroup(request, self._arrivals, limit, reason)
+        self._arrivals += 1
+        self._queue.push(group)
+        self._deadlines.push(group)
+        return group
+
+    def finish(self, sequence: Sequence, reason: str = "stop") -> None:
+        """Ends a sequence. Its slot is released by the next plan.
+
+        A sequence that has reached its limit keeps ending there, but takes the reason: the limit is
+        known a step before the token.
+        """
+        if sequence.finish_reason is None:
+            self._end(sequence, reason)
+        elif sequence.finish_reason == sequence.group.limit_reason:
+            sequence.finish_reason = reason
+
+    def cancel(self, group: SequenceGroup, reason: str = "cancelled") -> None:
+        """Ends all unfinished sequences of a group, wherever it stands."""
+        for sequence in list(group.live):
+            self._end(sequence, reason)
+
+    def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Lets sequences verify speculated tokens in the next plan, behind their newest one.
+
+        Args:
+            rows: int[s]: rows that decode.
+            counts: int[s]: tokens speculated. The plan's counts say how many of them run: fewer at
+                a sequence's limit, beyond the token budget, and when blocks are short.
+        """
+        self._rows.drafts[rows] = counts
+        self._has_drafts = True
+
+    def add_tokens(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Hears that the last plan brought sequences more than the one token that it counts on.
+
+        Args:
+            rows: int[s]: rows that decode, each once.
+            counts: int[s]: drafts that were accepted. Those rejected must be rolled back.
+        """
+        arrays = self._rows
+        arrays.known[rows] += counts
+        arrays.computed[rows] += counts
+        for row in rows[arrays.known[rows] >= arrays.limit[rows]].tolist():
+            sequence = arrays.sequences[row]
+            if sequence is not None and sequence.finish_reason is None:
+                self._end(sequence, sequence.group.limit_reason)
+
+    def schedule(self, now: float = float("-inf")) -> StepPlan:
+        """Plans the next step. All of the plan before must have been carried out, or refused.
+
+        Args:
+            now: the time, for deadlines.
+        """
+        if self._ran:
+            self._trust.ran()
+        for sequence in self._ending:
+            if sequence.finish_reason is None:
+                self._end(sequence, sequence.group.limit_reason)
+        self._ending = []
+        self._running.release_donors(self._forks)
+        for group in self._deadlines.passed(now):
+            self.cancel(group, "deadline")
+        step = self._begin()
+        fork_ready(self._rows, self._running, step, self._end)
+        self._growth.decode(step)
+        self._prefill(step)
+        if step.num_stalled or step.blocked or step.preempted:
+            # Freed blocks go to those who wait with their memory, not to newcomers.
+            self._requeue(step)
+        else:
+            self._admit(step)
+        return self._complete(step)
+
+    def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
+        """Hears, before anything else, that memory did not give what the last plan promised.
+
+        The groups of those sequences do not run in this step, and keep what they have; newly
+        admitted ones go back to their places in the queue. Until memory has freed more blocks than
+        the plan counted on, or some steps have passed, nothing else is promised from them. A group
+        that cannot go on even alone, with nothing draining, ends after some tries ("capacity").
+
+        Args:
+            plan: the last one. Its `release` has been carried out.
+            sequences: those of its `extend_rows`, of its admissions, or children of its forks, that
+                got no memory.
+
+        Returns:
+            The plan to carry out instead.
+        """
+        refused = list(sequences)
+        groups = dict.fromkeys(sequence.group for sequence in refused)
+        left = without(plan, groups, refused)
+        for sequence in refused:
+            if sequence.row in self._room_before:
+                self._rows.room[sequence.row] = self._room_before[sequence.row]
+        for group in take_back(self._rows, self._running, plan, groups):
+            self._queue.push(group)
+        self._forks = left.forks
+        self._ending = [left.sequences[position] for position in left.ending]
+        self._trust.refused(plan.free_blocks)
+        self.stats.refused_plans += 1
+        self._ran = not left.is_empty
+        if self._trust.is_final(left.is_empty and not self._memory.draining_blocks()):
+            self.cancel(next(iter(groups)), "capacity")
+        return left
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        group, waits = sequence.group, sequence.group.status is not Status.RUNNING
+        produced = self.num_tokens(sequence) - group.request.num_prompt_tokens
+        if reason not in ("cancelled", "deadline", "capacity"):
+            self._admission.observe(produced)
+        if self._running.end(sequence, reason):
+            self._finished.append(group)
+            if waits:
+                self._queue.leave()
+
+    def _begin(self) -> StepBuilder:
+        memory, running = self._memory, self._running
+        coming = memory.draining_blocks() + running.releasing
+        usable = self._trust.usable(memory.free_blocks())
+        slots = memory.free_slots() - running.promised_slots
+        if self._has_drafts:
+            self._rows.trim_drafts(self._budget)
+        return StepBuilder(usable, running.promised, coming, slots, self._budget)
+
+    def _prefill(self, step: StepBuilder) -> None:
+        """Computes prompts in parts, with what the decodes leave of the budget."""
+        step.budget -= len(step.decodes)
+        if self._has_drafts:
+            step.budget -= int(self._rows.drafts[step.decodes].sum())
+        for sequence in self._running.prefilling:
+            if step.budget <= 0:
+                break
+            step.run(self._rows, sequence)
+
+    def _requeue(self, step: StepBuilder) -> None:
+        """Puts victims back into the queue; if nothing can go on, the oldest group ends."""
+        for group in step.preempted:
+            self._queue.push(group)
+        idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
+        if idle and self._trust.is_full and self._running.groups:
+            self.cancel(self._running.groups[0], "capacity")
+
+    def _admit(self, step: StepBuilder) -> None:
+        """Starts groups in order while a row, a slot, blocks and tokens are there."""
+        running, memory = self._running, self._memory
+        while step.budget > 0 and (group := self._queue.head()) is not None:
+            key = group.request.prefix_key
+            if self._find_prefix is not None and running.computes(key):
+                self._queue.hold(key)
+                continue
+            rows = self._rows.num_free - running.num_unforked
+            if len(group.live) > rows or group.request.slots > step.slots:
+                break
+            cached, spared = self._find_prefix(group) if self._find_prefix else (0, 0)
+            cached = min(cached, group.live[0].num_tokens - 1)
+            blocks = running.blocks_to_start(group) - spared
+            if not running.groups and not step.coming:
+                if blocks > step.free:
+                    if not self._trust.is_full:
+                        break
+                    self.cancel(group, "capacity")
+                    continue
+            elif blocks > step.free or not self._admission.admits(
+                Load(self._rows, memory.capacity, step.free, step.coming), group, blocks
+            ):
+                break
+            self._queue.pop()
+            self.stats.admissions += 1
+            if group.num_preemptions:
+                self.stats.recomputed_tokens += max(group.num_lost_tokens - cached, 0)
+            step.free -= blocks
+            step.slots -= group.request.slots
+            step.admissions.append(running.start(group, cached))
+            step.run(self._rows, group.live[0])
+
+    def _complete(self, step: StepBuilder) -> StepPlan:
+        """Makes the plan, and counts its tokens as computed."""
+        rows, running = self._rows, self._running
+        plan = step.build(
+            self.stats.steps,
+            self._finished,
+            running.released,
+            rows.computed,
+            rows.drafts if self._has_drafts else None,
+        )
+        plan = advance(rows, running, plan)
+        self._finished, running.released, running.releasing = [], [], 0
+        self._forks = plan.forks
+        self._ending = [plan.sequences[position] for position in plan.ending]
+        self._room_before = dict(zip(step.grown[0].tolist(), step.grown[2].tolist(), strict=True))
+        for key in running.done_prefixes:
+            self._queue.let_go(key)
+        running.done_prefixes.clear()
+        if self._has_drafts:
+            rows.drafts[:] = 0
+            self._has_drafts = False
+        self._ran = not plan.is_empty
+        self.stats.steps += 1
+        self.stats.preemptions += len(plan.preempted)
+        self.stats.stalled += plan.num_stalled
+        return plan

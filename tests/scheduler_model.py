@@ -1,0 +1,233 @@
+"""A plain model of what a scheduler's plans do, which checks each of them.
+
+Memory is lists of block numbers, sequences are counts of tokens; nothing is shared with the code
+under test but the plans. `Server` carries plans out and plays the model that produces tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from jax_kvpage.serving import (
+    Request,
+    Scheduler,
+    Sequence,
+    SequenceGroup,
+    Status,
+    StepPlan,
+)
+
+
+class PlainMemory:
+    """Blocks by number: who has which, and which are draining."""
+
+    def __init__(
+        self, capacity: int, block_tokens: int, max_seq_len: int, max_slots: int, drain_steps: int
+    ) -> None:
+        self.capacity, self.block_tokens, self.max_seq_len = capacity, block_tokens, max_seq_len
+        self.slots = max_slots
+        self.of: dict[Sequence, list[int]] = {}
+        self.draining: list[tuple[set[int], int]] = [(set(), 0) for _ in range(drain_steps)]
+
+    def used(self) -> set[int]:
+        return {block for blocks in self.of.values() for block in blocks}
+
+    def _drains(self) -> set[int]:
+        return {b for blocks, _ in self.draining for b in blocks}
+
+    def free_blocks(self) -> int:
+        return self.capacity - len(self.used() | self._drains())
+
+    def draining_blocks(self) -> int:
+        return len(self._drains())
+
+    def free_slots(self) -> int:
+        return self.slots - len(self.of) - sum(slots for _, slots in self.draining)
+
+    def release(self, sequences: list[Sequence]) -> None:
+        given = {block for sequence in sequences for block in self.of.pop(sequence)}
+        self.draining.append((given - self.used(), len(sequences)))
+        self.draining.pop(0)
+
+    def extend(self, sequence: Sequence, tokens: int) -> None:
+        have = self.of.setdefault(sequence, [])
+        free = iter(sorted(set(range(self.capacity)) - self.used() - self._drains()))
+        while len(have) * self.block_tokens < tokens:
+            block = next(free, None)
+            assert block is not None, "a plan takes blocks that are not there"
+            have.append(block)
+        assert self.free_slots() >= 0, "a plan takes slots that are not there"
+
+    def fork(self, parent: Sequence, child: Sequence, tokens: int) -> None:
+        self.of[child] = self.of[parent][: tokens // self.block_tokens]
+
+
+class Server:
+    """Runs a scheduler step by step.
+
+    Args:
+        memory: to be used.
+        wants: how many tokens a sequence produces before it stops, by request and sequence.
+        options: of the scheduler.
+    """
+
+    def __init__(self, memory: PlainMemory, seed: int = 0, **options: Any) -> None:
+        self.memory = memory
+        self.scheduler = Scheduler(memory, **options)
+        self.options = options
+        self.groups: list[SequenceGroup] = []
+        self.rows: dict[int, Sequence] = {}
+        self.computed: dict[Sequence, int] = {}
+        self.known: dict[Sequence, int] = {}
+        self.wanted: dict[Sequence, int] = {}
+        self.reported: list[SequenceGroup] = []
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.steps = 0
+        self.recomputed = 0
+        self.plans: list[Any] = []
+
+    def add(self, wanted: int = 1 << 30, **request: Any) -> SequenceGroup:
+        """Adds a request whose sequences stop after `wanted` tokens."""
+        group = self.scheduler.add(Request(request_id=len(self.groups), **request))
+        self.groups.append(group)
+        for sequence in group.sequences:
+            self.known[sequence] = group.request.num_prompt_tokens
+            self.wanted[sequence] = wanted
+        return group
+
+    def step(self, refusals: float = 0.0) -> StepPlan:
+        """One plan, carried out and checked.
+
+        Args:
+            refusals: share of the plan's claims that memory refuses.
+        """
+        waiting = [g for g in self.groups if g.status in (Status.WAITING, Status.PREEMPTED)]
+        stopped = {s for s in self.computed if s.finish_reason}
+        plan = self.scheduler.schedule(self.now)
+        self.plans.append((plan.release, plan.rows.tolist(), plan.counts.tolist()))
+        self.steps += 1
+        self.reported += plan.finished
+        self._release(plan, stopped)
+        claims = [a.sequence for a in plan.admissions]
+        claims += [child for fork in plan.forks for child in fork.children]
+        claims += [self.rows[row] for row in plan.extend_rows.tolist()]
+        refused = [claim for claim in claims if self.random.random() < refusals]
+        if refused:
+            plan = self.scheduler.refuse(plan, refused)
+        else:
+            self._check_order(plan, waiting)
+        self._claim(plan)
+        self._run(plan)
+        return plan
+
+    def run(self, most: int = 20000, refusals: float = 0.0) -> None:
+        """Steps until everything has ended."""
+        while self.scheduler.has_unfinished:
+            self.step(refusals)
+            assert self.steps < most, "no end"
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Nothing is left, and every request has ended once, with a reason."""
+        for _ in range(len(self.memory.draining) + 1):
+            self.step()
+        assert not self.memory.of
+        assert self.memory.free_blocks() == self.memory.capacity
+        assert self.memory.free_slots() == self.memory.slots
+        assert sorted(g.arrival for g in self.reported) == [g.arrival for g in self.groups]
+        assert all(s.finish_reason for group in self.groups for s in group.sequences)
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+
+    def _release(self, plan: StepPlan, stopped: set[Sequence]) -> None:
+        assert len(set(plan.release)) == len(plan.release)
+        gone = [self.rows.pop(row) for row in plan.release]
+        lost = {s for group in plan.preempted for s in group.sequences}
+        for sequence in gone:
+            del self.computed[sequence]
+            assert sequence in lost or sequence.finish_reason or sequence in stopped
+        for group in plan.preempted:  # the whole group goes
+            assert not any(s in self.computed for s in group.sequences)
+        self.memory.release(gone)
+
+    def _claim(self, plan: StepPlan) -> None:
+        for fork in plan.forks:
+            assert self.computed[fork.parent] >= fork.num_tokens
+            for child, room in zip(fork.children, fork.room, strict=True):
+                self._enter(child, fork.num_tokens)
+                self.memory.fork(fork.parent, child, fork.num_tokens)
+                self.memory.extend(child, room)
+                self.known[child] = max(self.known[child], fork.num_tokens + 1)
+        for admission in plan.admissions:
+            self._enter(admission.sequence, admission.num_cached)
+            self.memory.extend(admission.sequence, admission.num_tokens)
+        for row, tokens in zip(plan.extend_rows.tolist(), plan.extend_tokens.tolist(), strict=True):
+            self.memory.extend(self.rows[row], tokens)
+
+    def _enter(self, sequence: Sequence, computed: int) -> None:
+        assert sequence.row not in self.rows
+        self.rows[sequence.row] = sequence
+        self.computed[sequence] = computed
+
+    def _run(self, plan: StepPlan) -> None:
+        assert plan.num_tokens <= self.options["max_num_batched_tokens"]
+        assert len(self.rows) <= self.options["max_num_seqs"]
+        assert len(set(plan.rows.tolist())) == len(plan.rows)
+        ending = []
+        for i, sequence in enumerate(plan.sequences):
+            begin, count = int(plan.begins[i]), int(plan.counts[i])
+            assert self.rows[int(plan.rows[i])] is sequence
+            assert begin == self.computed[sequence]
+            assert 1 <= count <= self.known[sequence] - begin
+            assert begin + count <= len(self.memory.of[sequence]) * self.memory.block_tokens
+            assert bool(plan.samples[i]) == (begin + count == self.known[sequence])
+            assert (i < plan.num_decodes) <= (count == 1)
+            self.computed[sequence] += count
+            if plan.samples[i]:
+                self.known[sequence] += 1
+                if self.known[sequence] == sequence.group.limit:
+                    ending.append(i)
+        assert tuple(ending) == tuple(sorted(plan.ending))
+        self._check_groups(plan)
+        for i, sequence in enumerate(plan.sequences):
+            produced = self.known[sequence] - sequence.group.request.num_prompt_tokens
+            if plan.samples[i] and produced >= self.wanted[sequence]:
+                self.scheduler.finish(sequence)
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        """Sequences of a group that decode all run, or none does."""
+        runs = set(plan.sequences)
+        for group in {s.group for s in self.computed}:
+            ready = [
+                s in runs
+                for s in group.sequences
+                if s in self.computed and not s.finish_reason
+                and self.known[s] - self.computed[s] - (s not in runs) in (0, 1)
+                and self._decodes(s, plan)
+            ]  # fmt: skip
+            assert len(set(ready)) <= 1, "a part of a group runs"
+
+    def _decodes(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Whether a sequence runs, or could have run, its newest token only."""
+        if sequence in plan.sequences:
+            return plan.sequences.index(sequence) < plan.num_decodes
+        return self.known[sequence] - self.computed[sequence] == 1
+
+    def _check_order(self, plan: StepPlan, waiting: list[SequenceGroup]) -> None:
+        """Nobody is overtaken, neither in the queue nor where blocks are short."""
+        for admission in plan.admissions:
+            group = admission.sequence.group
+            for other in waiting:
+                if other.status in (Status.WAITING, Status.PREEMPTED):
+                    assert group.order < other.order, f"{group} overtakes {other}"
+        if plan.num_stalled:
+            assert not plan.admissions
+            grows = {self.rows[row].group.order for row in plan.extend_rows.tolist()}
+            runs = {s.group.index for s in plan.sequences}
+            stalled = {
+                s.group.order
+                for s in self.computed
+                if s.group.index not in runs and not s.finish_reason and not s.group.unforked
+            }
+            assert not grows or not stalled or max(grows) < min(stalled)
