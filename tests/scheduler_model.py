@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
+
 from jax_kvpage.serving import (
     Request,
     Scheduler,
@@ -68,7 +70,7 @@ class Server:
 
     Args:
         memory: to be used.
-        wants: how many tokens a sequence produces before it stops, by request and sequence.
+        seed: of refusals and drafts.
         options: of the scheduler.
     """
 
@@ -97,12 +99,17 @@ class Server:
             self.wanted[sequence] = wanted
         return group
 
-    def step(self, refusals: float = 0.0) -> StepPlan:
+    def step(self, refusals: float = 0.0, drafts: int = 0) -> StepPlan:
         """One plan, carried out and checked.
 
         Args:
             refusals: share of the plan's claims that memory refuses.
+            drafts: tokens that a sequence speculates at most.
         """
+        if drafts and self.rows:
+            rows = np.asarray(sorted(self.rows))
+            counts = [self.random.randint(0, drafts) for _ in rows]
+            self.scheduler.set_drafts(rows, np.asarray(counts))
         waiting = [g for g in self.groups if g.status in (Status.WAITING, Status.PREEMPTED)]
         stopped = {s for s in self.computed if s.finish_reason}
         plan = self.scheduler.schedule(self.now)
@@ -179,21 +186,34 @@ class Server:
             begin, count = int(plan.begins[i]), int(plan.counts[i])
             assert self.rows[int(plan.rows[i])] is sequence
             assert begin == self.computed[sequence]
-            assert 1 <= count <= self.known[sequence] - begin
+            drafts = count - 1 if i < plan.num_decodes else 0
+            assert 1 <= count - drafts <= self.known[sequence] - begin
+            assert begin + count <= sequence.group.limit - 1
             assert begin + count <= len(self.memory.of[sequence]) * self.memory.block_tokens
-            assert bool(plan.samples[i]) == (begin + count == self.known[sequence])
-            assert (i < plan.num_decodes) <= (count == 1)
-            self.computed[sequence] += count
+            assert bool(plan.samples[i]) == (begin + count - drafts == self.known[sequence])
+            self.computed[sequence] += count - drafts
             if plan.samples[i]:
                 self.known[sequence] += 1
                 if self.known[sequence] == sequence.group.limit:
                     ending.append(i)
         assert tuple(ending) == tuple(sorted(plan.ending))
         self._check_groups(plan)
+        self._accept(plan)
         for i, sequence in enumerate(plan.sequences):
             produced = self.known[sequence] - sequence.group.request.num_prompt_tokens
             if plan.samples[i] and produced >= self.wanted[sequence]:
                 self.scheduler.finish(sequence)
+
+    def _accept(self, plan: StepPlan) -> None:
+        """A random number of each sequence's drafts turns out right."""
+        speculating = np.flatnonzero(plan.counts[: plan.num_decodes] > 1)
+        if not speculating.size:
+            return
+        accepted = [self.random.randint(0, int(plan.counts[i]) - 1) for i in speculating]
+        for i, more in zip(speculating.tolist(), accepted, strict=True):
+            self.known[plan.sequences[i]] += more
+            self.computed[plan.sequences[i]] += more
+        self.scheduler.add_tokens(plan.rows[speculating], np.asarray(accepted))
 
     def _check_groups(self, plan: StepPlan) -> None:
         """Sequences of a group that decode all run, or none does."""
@@ -202,10 +222,8 @@ class Server:
             ready = [
                 s in runs
                 for s in group.sequences
-                if s in self.computed and not s.finish_reason
-                and self.known[s] - self.computed[s] - (s not in runs) in (0, 1)
-                and self._decodes(s, plan)
-            ]  # fmt: skip
+                if s in self.computed and not s.finish_reason and self._decodes(s, plan)
+            ]
             assert len(set(ready)) <= 1, "a part of a group runs"
 
     def _decodes(self, sequence: Sequence, plan: StepPlan) -> bool:
@@ -219,7 +237,8 @@ class Server:
         for admission in plan.admissions:
             group = admission.sequence.group
             for other in waiting:
-                if other.status in (Status.WAITING, Status.PREEMPTED):
+                follows = other.request.prefix_key is not None  # may wait for its leader
+                if other.status in (Status.WAITING, Status.PREEMPTED) and not follows:
                     assert group.order < other.order, f"{group} overtakes {other}"
         if plan.num_stalled:
             assert not plan.admissions

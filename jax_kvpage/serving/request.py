@@ -110,7 +110,7 @@ class Sequence:
             was given.
     """
 
-    group: "SequenceGroup"
+    group: "SequenceGroup" = dataclasses.field(repr=False)
     index: int
     num_tokens: int
     row: int = -1

@@ -207,6 +207,8 @@ class Scheduler:
             self.cancel(group, "deadline")
         step = self._begin()
         fork_ready(self._rows, self._running, step, self._end)
+        if self._has_drafts:
+            self._rows.trim_drafts(self._budget)
         self._growth.decode(step)
         self._prefill(step)
         if step.num_stalled or step.blocked or step.preempted:
@@ -264,8 +266,6 @@ class Scheduler:
         coming = memory.draining_blocks() + running.releasing
         usable = self._trust.usable(memory.free_blocks())
         slots = memory.free_slots() - running.promised_slots
-        if self._has_drafts:
-            self._rows.trim_drafts(self._budget)
         return StepBuilder(usable, running.promised, coming, slots, self._budget)
 
     def _prefill(self, step: StepBuilder) -> None:
