@@ -28,7 +28,7 @@ _FOLDER = pathlib.Path(__file__).resolve().parent.parent / "jax_kvpage"
 
 def _server(capacity: int = 100, drain: int = 0, seqs: int = 8, **options: Any) -> Server:
     memory = PlainMemory(capacity, 16, 1024, seqs + 4, drain)
-    options.setdefault("max_num_batched_tokens", 64)
+    options = {"max_num_batched_tokens": 64, "admission": Watermark()} | options
     return Server(memory, max_num_seqs=seqs, **options)
 
 
@@ -371,20 +371,30 @@ def test_speculated_tokens() -> None:
     assert scheduler.schedule().release == (0,)
 
 
-def test_expected_growth_keeps_room() -> None:
-    policy = ExpectedGrowth(0.0)
-    for length in (100, 120, 140):
+def test_survival() -> None:
+    policy = ExpectedGrowth()
+    produced, remaining = np.asarray([0, 0, 16]), np.asarray([999, 10, 999])
+    # Without a history any length up to the limit is as likely as another, within reason.
+    assert policy.survival(produced, remaining)[:2, 1].tolist() == [1 - 4 / 512, 1 - 4 / 10]
+    for length in (2, 10, 20, 40):
         policy.observe(length)
-    produced, remaining = np.asarray([0, 110, 130, 500]), np.asarray([999, 999, 5, 100])
-    assert policy.expected(produced, remaining).tolist() == [120, 20, 5, 50]
+    likely = policy.survival(produced, remaining)
+    assert likely[0, :4].tolist() == [1.0, 0.75, 0.5, 0.25]  # 1, 4, 16, 32 tokens ahead
+    assert likely[1, :4].tolist() == [1.0, 0.75, 0.0, 0.0]
+    assert likely[2, :3].tolist() == [1.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match="deviations"):
+        ExpectedGrowth(-1)
+
+
+def test_expected_growth_keeps_room() -> None:
     preemptions = {}
-    for name, admission in (("growth", ExpectedGrowth(0.0)), ("free", Watermark(0.0))):
+    for name, admission in (("growth", ExpectedGrowth()), ("free", Watermark(0.0))):
         server = _server(capacity=40, admission=admission, preemption=CostAware(0))
         for _ in range(40):
             server.add(num_prompt_tokens=30, max_tokens=120)
         server.run()
         preemptions[name] = server.scheduler.stats.preemptions
-    assert preemptions["growth"] < preemptions["free"]
+    assert preemptions["growth"] * 2 < preemptions["free"]
 
 
 def test_equal_calls_give_equal_plans() -> None:

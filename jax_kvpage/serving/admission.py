@@ -1,6 +1,5 @@
 """When a new group may start: enough blocks must stay free for those that run already."""
 
-import bisect
 import collections
 from typing import Protocol
 
@@ -20,6 +19,9 @@ class Load:
         capacity: blocks in all.
         free: blocks that can be taken now and that nobody was promised.
         coming: blocks that are about to come free.
+
+    Attributes:
+        expected: for the policy, to keep what it has found out about this step.
     """
 
     def __init__(self, rows: Rows, capacity: int, free: int, coming: int) -> None:
@@ -27,21 +29,24 @@ class Load:
         self.free = free
         self.coming = coming
         self.block_tokens = rows.block_tokens
+        self.expected: np.ndarray | None = None
         self._rows = rows
-        self._occupied = rows.occupied()
 
     def held(self) -> np.ndarray:
         """int[s]: blocks that only this sequence holds, for each that runs."""
-        shared = self._rows.shared[self._rows.groups_of(self._occupied)]
-        return self._rows.room[self._occupied] // self.block_tokens - shared
+        occupied = self._rows.occupied()
+        shared = self._rows.shared[self._rows.groups_of(occupied)]
+        return self._rows.room[occupied] // self.block_tokens - shared
 
     def produced(self) -> np.ndarray:
         """int[s]: tokens it has produced."""
-        return self._rows.known[self._occupied] - self._rows.prompt[self._occupied]
+        occupied = self._rows.occupied()
+        return self._rows.known[occupied] - self._rows.prompt[occupied]
 
     def remaining(self) -> np.ndarray:
         """int[s]: tokens it may still produce."""
-        return self._rows.limit[self._occupied] - self._rows.known[self._occupied]
+        occupied = self._rows.occupied()
+        return self._rows.limit[occupied] - self._rows.known[occupied]
 
 
 class AdmissionPolicy(Protocol):
@@ -58,6 +63,12 @@ class AdmissionPolicy(Protocol):
 
     def observe(self, num_output_tokens: int) -> None:
         """Hears how many tokens a finished sequence has produced."""
+
+
+# Tokens ahead at which memory is looked at.
+_AHEAD = np.asarray([1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
+# Without experience, sequences are expected to end within this many tokens.
+_GUESS = 512
 
 
 def _fraction(name: str, value: float) -> float:
@@ -85,58 +96,84 @@ class Watermark:
 
 
 class ExpectedGrowth:
-    """The memory that running sequences are expected to need at their peak stays free.
+    """Memory is expected to suffice at every time ahead, with some certainty.
 
-    How much a sequence will still produce is the mean of those recent ones that produced more than
-    it has so far. The peak is the largest sum over the moments at which one is expected to end, as
-    in LightLLM's past-future scheduler (Gong et al., 2025).
+    A sequence that has produced some tokens is still there after some more with the probability
+    that recent ones of its length were. Mean and variance of the blocks in use follow for a row of
+    times ahead; the mean and `deviations` standard deviations must fit. The idea is that of
+    LightLLM's past-future scheduler (Gong et al., 2025).
 
     Args:
-        fraction: of the capacity, to stay free on top for sequences that grow more than expected.
+        deviations: more of them waste more memory, and preempt less.
         window: finished sequences to remember.
     """
 
-    def __init__(self, fraction: float = 0.01, window: int = 1000) -> None:
-        self._fraction = _fraction("ExpectedGrowth", fraction)
+    def __init__(self, deviations: float = 2.0, window: int = 1000) -> None:
+        if deviations < 0 or window < 1:
+            raise ValueError(
+                f"ExpectedGrowth: deviations is {deviations} and window {window}, wanted 0 or more "
+                "and 1 or more"
+            )
+        self._deviations = deviations
         self._recent: collections.deque[int] = collections.deque(maxlen=window)
-        self._sorted: list[int] = []
-        self._tails: tuple[np.ndarray, np.ndarray] | None = None
+        self._survivors: np.ndarray | None = None
+        self._refused: SequenceGroup | None = None
+        self._refused_room = 0
 
     def observe(self, num_output_tokens: int) -> None:
         """Remembers a length, and forgets the oldest."""
-        if len(self._recent) == self._recent.maxlen:
-            self._sorted.pop(bisect.bisect_left(self._sorted, self._recent[0]))
         self._recent.append(num_output_tokens)
-        bisect.insort(self._sorted, num_output_tokens)
-        self._tails = None
+        self._survivors = None
 
-    def expected(self, produced: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        """Tokens that sequences will still produce, [s], of those that they may."""
-        if self._tails is None:
-            lengths = np.asarray(self._sorted, np.float64)
-            sums = np.append(np.cumsum(lengths[::-1])[::-1], 0.0)
-            self._tails = lengths, sums
-        lengths, sums = self._tails
-        at = np.searchsorted(lengths, produced, side="right")
-        longer = len(lengths) - at
-        mean = sums[at] / np.maximum(longer, 1) - produced
-        # Nobody produced as much: half of what it may is as good a guess as any.
-        return np.minimum(np.where(longer > 0, mean, remaining / 2), remaining)
+    def survival(self, produced: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+        """How likely sequences still run after each of the times ahead.
+
+        Args:
+            produced: int[s]: tokens produced.
+            remaining: int[s]: tokens that may follow.
+
+        Returns:
+            float64[s, times].
+        """
+        if self._survivors is None:
+            lengths = np.bincount(np.asarray(self._recent, np.int64), minlength=1)
+            self._survivors = len(self._recent) - np.cumsum(lengths)
+        last = len(self._survivors) - 1
+        later = produced[:, None] + _AHEAD
+        now = self._survivors[np.minimum(produced, last)][:, None]
+        then = self._survivors[np.minimum(later, last)]
+        # Nobody produced as much: any length within reason is as likely as another.
+        guess = 1 - _AHEAD / np.clip(remaining, 1, _GUESS)[:, None]
+        found = np.where(now > 0, then / np.maximum(now, 1), np.maximum(guess, 0.0))
+        return np.where(remaining[:, None] > _AHEAD, found, 0.0)
 
     def admits(self, load: Load, group: SequenceGroup, blocks: int) -> bool:
         """See `AdmissionPolicy`."""
-        if load.free < blocks:
-            return False
+        room = load.free + load.coming
+        if load.free < blocks or (group is self._refused and room <= self._refused_room):
+            return False  # nothing has come free since
+        if load.expected is None:
+            held = load.held()
+            load.expected = self._moments(load, held, load.produced(), load.remaining())
+            # Shared and promised blocks stay.
+            load.expected[0] += max(load.capacity - room - held.sum(), 0)
         known = np.asarray([sequence.num_tokens for sequence in group.live])
-        own, before = np.zeros(len(known), np.int64), load.held()
+        own = np.zeros(len(known), np.int64)
         own[0] = blocks
-        ahead = self.expected(
-            np.append(load.produced(), known - group.request.num_prompt_tokens),
-            np.append(load.remaining(), group.limit - known),
-        )
-        held = np.append(before, own)
-        latest_first = np.argsort(-ahead, kind="stable")
-        growth = ahead[latest_first] / load.block_tokens * np.arange(1, len(ahead) + 1)
-        peak = (np.cumsum(held[latest_first]) + growth).max()
-        others = load.capacity - load.free - load.coming - before.sum()
-        return bool(peak + max(others, 0) <= load.capacity * (1 - self._fraction))
+        prompt = group.request.num_prompt_tokens
+        more = self._moments(load, own, known - prompt, group.limit - known)
+        mean, variance = load.expected + more
+        if (mean + self._deviations * np.sqrt(variance)).max() > load.capacity:
+            self._refused, self._refused_room = group, room
+            return False
+        load.expected = load.expected + more
+        return True
+
+    def _moments(
+        self, load: Load, held: np.ndarray, produced: np.ndarray, remaining: np.ndarray
+    ) -> np.ndarray:
+        """Mean and variance of the blocks that sequences hold at the times ahead, [2, times]."""
+        likely = self.survival(produced, remaining)
+        size = held[:, None] + _AHEAD / load.block_tokens
+        mean = likely * size
+        return np.stack([mean.sum(0), (mean * size * (1 - likely)).sum(0)])

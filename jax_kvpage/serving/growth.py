@@ -71,50 +71,41 @@ class Growth:
                 stalled = self._stalled_rows(waiting)
         self._waited += stalled.size
         step.num_stalled = stalled.size
-        granted = rows.decoding[short] & ~np.isin(short, stalled)
-        step.grow(short[granted], wanted[granted], rows.room, rows.block_tokens)
-        step.free -= int(blocks[granted].sum())
         runs = rows.decoding.copy()
         runs[stalled] = False
+        granted = runs[short]
+        step.grow(short[granted], wanted[granted], rows.room, rows.block_tokens)
+        step.free -= int(blocks[granted].sum())
         step.decodes = np.flatnonzero(runs).astype(np.int32)
         step.decode_sequences = rows.at(step.decodes)
 
     def _waiting(self, step: StepBuilder, needs: np.ndarray) -> np.ndarray:
-        """Indices of groups that wait: all from the first on whose blocks are not there."""
-        everyone = self._rows.groups
-        short = [everyone[index] for index in np.flatnonzero(needs).tolist()]
-        ordered = sorted((g for g in short if g is not None), key=lambda group: group.order)
-        left, found = step.free, []
-        blocked = {group.index for group in step.blocked}
-        for group in ordered:
-            if group.index in blocked:
-                continue
-            left -= int(needs[group.index])
-            if left < 0:
-                found.append(group.index)
-        return np.asarray(sorted(blocked | set(found)), np.int32)
+        """bool[groups]: those that wait: all from the first on whose blocks are not there."""
+        rows = self._rows
+        waits = np.zeros(len(needs), bool)
+        waits[[group.index for group in step.blocked]] = True
+        short = np.flatnonzero((needs > 0) & ~waits)
+        ordered = short[np.lexsort((rows.arrival[short], rows.priority[short]))]
+        waits[ordered[np.cumsum(needs[ordered]) > step.free]] = True
+        return waits
 
-    def _stalled_rows(self, waiting: np.ndarray) -> np.ndarray:
+    def _stalled_rows(self, waits: np.ndarray) -> np.ndarray:
         """Decoding rows of groups that wait: the whole group does."""
         rows = np.flatnonzero(self._rows.decoding)
-        return rows[np.isin(self._rows.groups_of(rows), waiting)]
+        return rows[waits[self._rows.groups_of(rows)]]
 
     def _victims(
         self, step: StepBuilder, needs: np.ndarray, deficit: int, must: bool
     ) -> list[SequenceGroup]:
-        groups = self._running.groups
+        rows, groups = self._rows, self._running.groups
         lowest = groups[-1].request.priority
-        forked = {fork.parent.group.index for fork in step.forks}
-        eligible = [
-            group
-            for group in groups[1:]
-            if group.request.priority == lowest
-            and group.index not in forked
-            and not self._running.is_protected(group)
-        ]
-        if not eligible:
+        eligible = rows.preemptable & (rows.priority == lowest)
+        eligible[groups[0].index] = False
+        eligible[[fork.parent.group.index for fork in step.forks]] = False
+        indices = np.flatnonzero(eligible)
+        if not indices.size:
             return []
-        indices = np.asarray([group.index for group in eligible])
-        candidates = self._rows.candidates(indices, needs)
+        candidates = rows.candidates(indices, needs)
         chosen = self._policy.victims(candidates, deficit, self._waited, must)
-        return [eligible[index] for index in chosen]
+        found = (rows.groups[index] for index in indices[chosen].tolist())
+        return [group for group in found if group is not None]

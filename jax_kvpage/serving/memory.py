@@ -47,7 +47,7 @@ class Memory(Protocol):
 
 
 class BlockBudget:
-    """A number of blocks, counted. Carries out plans in simulations and tests.
+    """Counted blocks and the tokens stored in them. Carries out plans in simulations.
 
     Args:
         capacity: blocks in all.
@@ -55,6 +55,9 @@ class BlockBudget:
         max_seq_len: tokens in a sequence at most.
         max_slots: sequences at most.
         drain_steps: steps after which released blocks and slots come free.
+
+    Attributes:
+        stored: tokens whose keys and values are in blocks; shared ones count once.
     """
 
     def __init__(
@@ -68,16 +71,17 @@ class BlockBudget:
         self.capacity = capacity
         self.block_tokens = block_tokens
         self.max_seq_len = max_seq_len
-        self.free = capacity
+        self.stored = 0
+        self._free = capacity
         self._slots = max_slots
         self._draining: list[tuple[int, int]] = [(0, 0)] * drain_steps
-        self._blocks = np.zeros(max_slots, np.int64)  # own blocks of a row
+        self._blocks, self._tokens = np.zeros((2, max_slots), np.int64)  # a row's own
         self._owners: dict[int, list[int]] = {}  # row -> [blocks shared, rows that share them]
         self._held = 0
 
     def free_blocks(self) -> int:
         """Blocks without an owner."""
-        return self.free
+        return self._free
 
     def draining_blocks(self) -> int:
         """Released blocks that are not free yet."""
@@ -101,20 +105,24 @@ class BlockBudget:
         for admission in plan.admissions:
             self.acquire(admission.sequence.row, admission.num_tokens)
         self.extend(plan.extend_rows, plan.extend_tokens)
+        self.compute(plan.rows, plan.counts)
 
     def release(self, rows: tuple[int, ...]) -> None:
         """Ends a step's releases; blocks released `drain_steps` steps ago come free."""
-        blocks = 0
+        index = list(rows)
+        blocks = int(self._blocks[index].sum())
+        self.stored -= int(self._tokens[index].sum())
+        self._blocks[index] = self._tokens[index] = 0
         for row in rows:
-            blocks += int(self._blocks[row])
-            self._blocks[row] = 0
             shared = self._owners.pop(row, None)
             if shared is not None:
                 shared[1] -= 1
-                blocks += shared[0] if shared[1] == 0 else 0
+                if not shared[1]:
+                    blocks += shared[0]
+                    self.stored -= shared[0] * self.block_tokens
         self._held -= len(rows)
         self._draining.append((blocks, len(rows)))
-        self.free += self._draining.pop(0)[0]
+        self._free += self._draining.pop(0)[0]
 
     def acquire(self, row: int, num_tokens: int) -> None:
         """Gives a row room for tokens."""
@@ -125,21 +133,29 @@ class BlockBudget:
         """Shares the whole blocks of a row's first tokens with others; partial ones are copied."""
         whole = num_tokens // self.block_tokens
         self._blocks[parent] -= whole
+        self._tokens[parent] -= whole * self.block_tokens
         shared = [whole, 1 + len(rows)]
         self._owners[parent] = shared
         for row in rows:
             self._owners[row] = shared
             self._take(row, self.blocks_of(num_tokens) - whole)
+            self._tokens[row] = num_tokens - whole * self.block_tokens
+            self.stored += int(self._tokens[row])
         self._held += len(rows)
 
     def extend(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
         """Gives rows room for more tokens, [n] each."""
         for row, tokens in zip(rows.tolist(), num_tokens.tolist(), strict=True):
             shared = self._owners.get(row, (0, 0))[0]
-            self._take(row, self.blocks_of(tokens) - shared - int(self._blocks[row]))
+            self._take(row, max(self.blocks_of(tokens) - shared - int(self._blocks[row]), 0))
+
+    def compute(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Stores the tokens that rows run, [n] each."""
+        self._tokens[rows] += counts
+        self.stored += int(counts.sum())
 
     def _take(self, row: int, blocks: int) -> None:
-        if blocks > self.free:
-            raise RuntimeError(f"row {row} takes {blocks} blocks, but {self.free} are free")
-        self.free -= blocks
+        if blocks > self._free:
+            raise RuntimeError(f"row {row} takes {blocks} blocks, but {self._free} are free")
+        self._free -= blocks
         self._blocks[row] += blocks

@@ -60,15 +60,15 @@ class CostAware:
     """Victims that cost the fewest tokens to compute again, and only once waiting has cost as much.
 
     Sequences that find no block first wait with their memory, since others end soon. How long
-    follows the rule for renting or buying: until the steps waited cost as much as the victims
-    would. The total is then at most twice that of the best choice in hindsight.
+    follows the rule for renting or buying: until the steps they have waited cost as much as the
+    victims would.
 
     Args:
         tokens_per_wait: what a sequence's waiting for one step costs, in tokens computed again; 0
             preempts at once.
     """
 
-    def __init__(self, tokens_per_wait: float = 1.0) -> None:
+    def __init__(self, tokens_per_wait: float = 8.0) -> None:
         if tokens_per_wait < 0:
             raise ValueError(f"CostAware: tokens_per_wait is {tokens_per_wait}, wanted 0 or more")
         self._tokens_per_wait = tokens_per_wait

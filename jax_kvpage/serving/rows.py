@@ -31,6 +31,9 @@ class Rows:
         groups: by group index, None where free.
         shared: int32[groups]: blocks that all sequences of the group share.
         promised: int32[groups]: blocks kept free for sequences that are not forked yet.
+        arrival: int64[groups]: their order of arrival.
+        priority: int64[groups]: lower numbers go first.
+        preemptable: bool[groups]: whether the number is a group's, and it may be preempted.
     """
 
     def __init__(self, size: int, block_tokens: int) -> None:
@@ -42,6 +45,8 @@ class Rows:
         self.sequences: list[Sequence | None] = [None] * size
         self.groups: list[SequenceGroup | None] = [None] * size
         self.shared, self.promised = np.zeros((2, size), np.int32)
+        self.arrival, self.priority = np.zeros((2, size), np.int64)
+        self.preemptable = np.zeros(size, bool)
         self._group = np.zeros(size, np.int32)  # of a row
         self._occupied = np.zeros(size, bool)
         self._free_rows = list(range(size - 1, -1, -1))
@@ -57,15 +62,24 @@ class Rows:
         """Blocks that hold some tokens."""
         return -(-num_tokens // self.block_tokens)
 
-    def add_group(self, group: SequenceGroup) -> None:
-        """Numbers a group."""
-        group.index = self._free_groups.pop()
-        self.groups[group.index] = group
-        self.shared[group.index] = self.promised[group.index] = 0
+    def add_group(self, group: SequenceGroup, shared: int, preemptable: bool) -> None:
+        """Numbers a group.
+
+        Args:
+            group: without a number.
+            shared: blocks that its sequences will share.
+            preemptable: whether it may be preempted.
+        """
+        index = group.index = self._free_groups.pop()
+        self.groups[index] = group
+        self.shared[index], self.promised[index] = shared, 0
+        self.arrival[index], self.priority[index] = group.arrival, group.request.priority
+        self.preemptable[index] = preemptable
 
     def remove_group(self, group: SequenceGroup) -> None:
         """Takes the number back."""
         self.groups[group.index] = None
+        self.preemptable[group.index] = False
         self._free_groups.append(group.index)
         group.index = -1
 
@@ -155,10 +169,7 @@ class Rows:
         shared = self.shared[group]
         own = np.bincount(group, self.room[rows] // self.block_tokens - shared, size)
         tokens = np.bincount(group, self.computed[rows] - shared * self.block_tokens, size)
-        everyone = self.groups
-        arrival = [everyone[i].arrival for i in indices.tolist()]
         blocks = own[indices] + self.shared[indices] + self.promised[indices] + needs[indices]
         cost = tokens[indices] + self.shared[indices] * self.block_tokens
-        return Candidates(
-            np.asarray(arrival, np.int64), cost.astype(np.int64), blocks.astype(np.int64)
-        )
+        arrival = self.arrival[indices]
+        return Candidates(arrival, cost.astype(np.int64), blocks.astype(np.int64))

@@ -87,8 +87,7 @@ class RunningSet:
         rows, leader = self._rows, group.live[0]
         blocks, shared = self.blocks_to_start(group), self.shared_blocks(group)
         group.status = Status.RUNNING
-        rows.add_group(group)
-        rows.shared[group.index] = shared
+        rows.add_group(group, shared, not self.is_protected(group))
         bisect.insort(self.groups, group, key=lambda other: other.order)
         room = self.room(leader)
         rows.add(leader, num_cached, room)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jax_kvpage.serving.admission import AdmissionPolicy, Load, Watermark
+from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load
 from jax_kvpage.serving.advance import advance, take_back, without
 from jax_kvpage.serving.builder import StepBuilder
 from jax_kvpage.serving.door import limit_of
@@ -42,7 +42,7 @@ class Scheduler:
         max_num_seqs: sequences that run at one time at most: rows.
         max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
         preemption: chooses victims; `CostAware()` if None.
-        admission: decides when a group may start; `Watermark()` if None.
+        admission: decides when a group may start; `ExpectedGrowth()` if None.
         max_preemptions: a group that was preempted as often is admitted only with the room for its
             limit, and is not preempted again.
         max_num_waiting: groups in the queue at most; None for no bound.
@@ -74,7 +74,7 @@ class Scheduler:
         self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
-        self._admission = admission or Watermark()
+        self._admission = admission or ExpectedGrowth()
         self._max_num_waiting = max_num_waiting
         self._find_prefix = find_prefix
         self._rows = Rows(max_num_seqs, memory.block_tokens)
@@ -288,7 +288,8 @@ class Scheduler:
 
     def _admit(self, step: StepBuilder) -> None:
         """Starts groups in order while a row, a slot, blocks and tokens are there."""
-        running, memory = self._running, self._memory
+        running = self._running
+        load = Load(self._rows, self._memory.capacity, step.free, step.coming)
         while step.budget > 0 and (group := self._queue.head()) is not None:
             key = group.request.prefix_key
             if self._find_prefix is not None and running.computes(key):
@@ -306,15 +307,14 @@ class Scheduler:
                         break
                     self.cancel(group, "capacity")
                     continue
-            elif blocks > step.free or not self._admission.admits(
-                Load(self._rows, memory.capacity, step.free, step.coming), group, blocks
-            ):
+            elif blocks > step.free or not self._admission.admits(load, group, blocks):
                 break
             self._queue.pop()
             self.stats.admissions += 1
             if group.num_preemptions:
                 self.stats.recomputed_tokens += max(group.num_lost_tokens - cached, 0)
             step.free -= blocks
+            load.free = step.free
             step.slots -= group.request.slots
             step.admissions.append(running.start(group, cached))
             step.run(self._rows, group.live[0])

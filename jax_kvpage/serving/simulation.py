@@ -1,0 +1,261 @@
+"""A server without a model: the scheduler runs requests whose lengths are known, on counted blocks.
+
+What a step takes is a linear function of its tokens and their contexts. With that, policies can be
+compared, and sizes planned that no machine at hand has.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from jax_kvpage.serving.memory import BlockBudget
+from jax_kvpage.serving.plan import StepPlan
+from jax_kvpage.serving.request import Request, RequestRefused, Sequence
+from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.serving.workloads import Workload
+
+__all__ = ["Reservation", "SimulationResult", "StepTime", "simulate"]
+
+Reservation = Literal["blocks", "maximum", "power_of_two", "oracle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step. The defaults are of the size of an 8B model in bfloat16 on an H100.
+
+    Attributes:
+        fixed: of every step: reading the weights.
+        per_token: for each token that runs.
+        per_context_token: for each token that is attended to.
+    """
+
+    fixed: float = 7e-3
+    per_token: float = 30e-6
+    per_context_token: float = 45e-9
+
+    def __call__(self, tokens: int, context: int) -> float:
+        """Seconds of a step.
+
+        Args:
+            tokens: that run.
+            context: tokens of all sequences that run.
+        """
+        return self.fixed + self.per_token * tokens + self.per_context_token * context
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationResult:
+    """What a simulation has measured.
+
+    Attributes:
+        seconds: simulated time.
+        steps: steps that ran something.
+        finished: requests that ran to their end.
+        refused: requests that could never run.
+        output_tokens: tokens produced.
+        computed_tokens: tokens that steps ran, those computed again included.
+        recomputed_tokens: tokens computed again after preemptions.
+        preemptions: groups that lost their memory.
+        stalled: steps that sequences waited for blocks, added up.
+        running: sequences with memory while others waited, averaged over time; over all the time
+            if none ever did.
+        waste: of the memory reserved, the part that held no token, averaged over time.
+        first_token: float64[finished]: seconds from arrival to the first token.
+        latency: float64[finished]: seconds from arrival to the end.
+    """
+
+    seconds: float
+    steps: int
+    finished: int
+    refused: int
+    output_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    preemptions: int
+    stalled: int
+    running: float
+    waste: float
+    first_token: np.ndarray
+    latency: np.ndarray
+
+    @property
+    def throughput(self) -> float:
+        """Tokens produced a second."""
+        return self.output_tokens / self.seconds
+
+
+@dataclasses.dataclass
+class _Meter:
+    """Sums over time."""
+
+    busy: float = 0.0
+    busy_rows: float = 0.0
+    time: float = 0.0
+    rows: float = 0.0
+    reserved: float = 0.0
+    stored: float = 0.0
+
+    def add(self, seconds: float, rows: int, waits: bool, reserved: int, stored: int) -> None:
+        self.time += seconds
+        self.rows += rows * seconds
+        self.busy += waits * seconds
+        self.busy_rows += waits * rows * seconds
+        self.reserved += reserved * seconds
+        self.stored += stored * seconds
+
+
+def _index(sequence: Sequence) -> int:
+    """Number of a sequence's request in the workload."""
+    return cast(int, sequence.group.request.request_id)
+
+
+class _Server:
+    """One simulation."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        memory: BlockBudget,
+        reservation: Reservation,
+        step_time: StepTime,
+        options: dict[str, Any],
+    ) -> None:
+        self.workload = workload
+        self.memory = memory
+        self.reservation = reservation
+        self.step_time = step_time
+        self.scheduler = Scheduler(memory, **options)
+        self.now = 0.0
+        self.meter = _Meter()
+        self.refused = self.computed = self.produced = self.steps = self.rows = 0
+        self.stop_at = np.zeros(options["max_num_seqs"], np.int64)
+        self.first_token, self.ended = np.full((2, len(workload)), np.nan)
+
+    def run(self) -> None:
+        arrivals, scheduler, added = self.workload.arrivals, self.scheduler, 0
+        while added < len(arrivals) or scheduler.has_unfinished:
+            if not scheduler.has_unfinished:
+                self.now = max(self.now, float(arrivals[added]))
+            while added < len(arrivals) and arrivals[added] <= self.now:
+                self._add(added)
+                added += 1
+            plan = scheduler.schedule(self.now)
+            self.memory.carry_out(plan)
+            self._run(plan)
+
+    def _add(self, index: int) -> None:
+        prompt = int(self.workload.prompts[index])
+        output = int(self.workload.outputs[index])
+        longest = self.memory.max_seq_len
+        reserve = {
+            "blocks": 0,
+            "maximum": longest,
+            "power_of_two": min(prompt + (1 << (output - 1).bit_length()), longest),
+            "oracle": prompt + output,
+        }[self.reservation]
+        try:
+            self.scheduler.add(
+                Request(
+                    request_id=index,
+                    num_prompt_tokens=prompt,
+                    max_tokens=max(longest - prompt, 1),
+                    n=self.workload.n,
+                    reserve_tokens=reserve,
+                )
+            )
+        except RequestRefused:
+            self.refused += 1
+
+    def _run(self, plan: StepPlan) -> None:
+        for admission in plan.admissions:
+            self._enter(admission.sequence)
+        for fork in plan.forks:
+            for child in fork.children:
+                self._enter(child)
+        self.rows -= len(plan.release)
+        after = plan.begins + plan.counts
+        tokens = plan.num_tokens
+        seconds = self.step_time(tokens, int(after.sum())) if tokens else 0.0
+        self.now += seconds
+        memory, scheduler = self.memory, self.scheduler
+        reserved = (memory.capacity - memory.free_blocks()) * memory.block_tokens
+        self.meter.add(seconds, self.rows, scheduler.num_waiting > 0, reserved, memory.stored)
+        self.computed += tokens
+        self.steps += int(not plan.is_empty)
+        self.produced += int(plan.samples.sum())
+        for position in range(plan.num_decodes, len(plan.rows)):
+            index = _index(plan.sequences[position])
+            if plan.samples[position] and math.isnan(self.first_token[index]):
+                self.first_token[index] = self.now
+        stops = plan.samples & (after + 1 >= self.stop_at[plan.rows])
+        for position in np.flatnonzero(stops).tolist():
+            self._stop(plan.sequences[position])
+
+    def _enter(self, sequence: Sequence) -> None:
+        index = _index(sequence)
+        stop = int(self.workload.prompts[index] + self.workload.outputs[index])
+        self.stop_at[sequence.row] = stop
+        self.rows += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        if not sequence.group.live:
+            self.ended[_index(sequence)] = self.now
+
+
+def simulate(
+    workload: Workload,
+    *,
+    capacity_tokens: int,
+    max_seq_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    block_tokens: int = 16,
+    drain_steps: int = 0,
+    reservation: Reservation = "blocks",
+    step_time: StepTime | None = None,
+    **options: Any,
+) -> SimulationResult:
+    """Serves a workload.
+
+    Args:
+        workload: the requests.
+        capacity_tokens: memory, in tokens.
+        max_seq_len: tokens in a sequence at most.
+        max_num_seqs: sequences that run at one time at most.
+        max_num_batched_tokens: tokens in a step at most.
+        block_tokens: tokens in a block.
+        drain_steps: steps until released blocks come free.
+        reservation: what a sequence gets when it starts: "blocks" for its tokens, and more as it
+            grows; or room for "maximum" length, for its output rounded up to a "power_of_two", or
+            for exactly what it will need ("oracle"), as servers without paging reserve. Those have
+            no fragmentation here, so they are shown better than they are.
+        step_time: what a step takes.
+        **options: of `Scheduler`.
+    """
+    memory = BlockBudget(
+        capacity_tokens // block_tokens, block_tokens, max_seq_len, max_num_seqs, drain_steps
+    )
+    options |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    server = _Server(workload, memory, reservation, step_time or StepTime(), options)
+    server.run()
+    meter, stats, done = server.meter, server.scheduler.stats, ~np.isnan(server.ended)
+    return SimulationResult(
+        seconds=meter.time,
+        steps=server.steps,
+        finished=int(done.sum()),
+        refused=server.refused,
+        output_tokens=server.produced,
+        computed_tokens=server.computed,
+        recomputed_tokens=stats.recomputed_tokens,
+        preemptions=stats.preemptions,
+        stalled=stats.stalled,
+        running=(
+            meter.busy_rows / meter.busy if meter.busy else meter.rows / max(meter.time, 1e-9)
+        ),
+        waste=1 - meter.stored / max(meter.reserved, 1e-9),
+        first_token=(server.first_token - workload.arrivals)[done],
+        latency=(server.ended - workload.arrivals)[done],
+    )
