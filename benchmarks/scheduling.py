@@ -20,9 +20,19 @@ from typing import Any
 import numpy as np
 import script
 
-from jax_kvpage.serving import CostAware, ExpectedGrowth, LastComeFirst, Watermark
-from jax_kvpage.serving.simulation import SimulationResult, StepTime, simulate
-from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
+from jax_kvpage.serving import (
+    CostAware,
+    ExpectedGrowth,
+    LastComeFirst,
+    SimulationResult,
+    StepTime,
+    Watermark,
+    Workload,
+    azure_trace,
+    mooncake_trace,
+    simulate,
+    synthetic,
+)
 
 __all__ = ["measure"]
 

@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_kvpage.serving import CostAware, LastComeFirst, Watermark
-from jax_kvpage.serving.simulation import SimulationResult, StepTime, simulate
-from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
+from jax_kvpage.serving import (
+    CostAware,
+    LastComeFirst,
+    SimulationResult,
+    StepTime,
+    Watermark,
+    Workload,
+    azure_trace,
+    mooncake_trace,
+    simulate,
+    synthetic,
+)
 
 _AT_ONCE = math.inf
 

@@ -1,5 +1,7 @@
 """A plan in the making."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from jax_kvpage.serving.plan import Admission, Fork, StepPlan
@@ -84,6 +86,14 @@ class StepBuilder:
         count = min(left, self.budget)
         self._parts.append((sequence, sequence.row, begin, count, count == left))
         self.budget -= count
+
+    def prefill(self, rows: Rows, sequences: Iterable[Sequence]) -> None:
+        """Adds parts of prompts, in order, with what the decodes leave of the budget."""
+        self.budget -= len(self.decodes) + int(rows.drafts[self.decodes].sum())
+        for sequence in sequences:
+            if self.budget <= 0:
+                break
+            self.run(rows, sequence)
 
     def build(
         self,

@@ -3,7 +3,27 @@
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.request import Request, RequestRefused
 
-__all__ = ["limit_of"]
+__all__ = ["check_queue", "limit_of"]
+
+
+def check_queue(request: Request, waiting: int, most: int | None) -> None:
+    """Refuses a request that finds the queue full.
+
+    Args:
+        request: to be added.
+        waiting: groups in the queue.
+        most: that may be; None for no bound.
+
+    Raises:
+        RequestRefused: there are as many.
+    """
+    if most is not None and waiting >= most:
+        raise RequestRefused(
+            f"request {request.request_id!r}: {waiting} requests wait already, and "
+            f"max_num_waiting is {most}",
+            wanted=waiting + 1,
+            available=most,
+        )
 
 
 def limit_of(request: Request, memory: Memory, max_num_seqs: int) -> tuple[int, str]:

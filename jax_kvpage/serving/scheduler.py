@@ -18,7 +18,7 @@ import numpy as np
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load
 from jax_kvpage.serving.advance import advance, take_back, without
 from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.door import limit_of
+from jax_kvpage.serving.door import check_queue, limit_of
 from jax_kvpage.serving.forking import fork_ready
 from jax_kvpage.serving.growth import Growth
 from jax_kvpage.serving.memory import Memory
@@ -36,6 +36,19 @@ __all__ = ["Scheduler"]
 
 class Scheduler:
     """Plans steps.
+
+    A server's loop, in which step k may still run while step k + 1 is planned:
+
+        while scheduler.has_unfinished:
+            plan = scheduler.schedule(time.monotonic())
+            refused = [...]  # carry out release, forks, admissions, extensions, in this order
+            if refused:
+                plan = scheduler.refuse(plan, refused)
+            ...  # queue the step; then read the tokens of the step before it, and `finish`
+                 # sequences that stopped
+
+    A sequence that stops is hence in one plan too many, whose token is ignored. A preempted one
+    still gets the token of the step in flight, and is computed again by a later plan.
 
     Args:
         memory: what it may give away.
@@ -131,14 +144,7 @@ class Scheduler:
         """
         try:
             limit, reason = limit_of(request, self._memory, self._max_num_seqs)
-            waiting, most = self.num_waiting, self._max_num_waiting
-            if most is not None and waiting >= most:
-                raise RequestRefused(
-                    f"request {request.request_id!r}: {waiting} requests wait already, and "
-                    f"max_num_waiting is {most}",
-                    wanted=waiting + 1,
-                    available=most,
-                )
+            check_queue(request, self.num_waiting, self._max_num_waiting)
         except RequestRefused:
             self.stats.refused_requests += 1
             raise
@@ -210,7 +216,7 @@ class Scheduler:
         if self._has_drafts:
             self._rows.trim_drafts(self._budget)
         self._growth.decode(step)
-        self._prefill(step)
+        step.prefill(self._rows, self._running.prefilling)
         if step.num_stalled or step.blocked or step.preempted:
             # Freed blocks go to those who wait with their memory, not to newcomers.
             self._requeue(step)
@@ -229,7 +235,7 @@ class Scheduler:
         Args:
             plan: the last one. Its `release` has been carried out.
             sequences: those of its `extend_rows`, of its admissions, or children of its forks, that
-                got no memory.
+                got no memory, or found fewer tokens in the prefix cache than the plan says.
 
         Returns:
             The plan to carry out instead.
@@ -267,16 +273,6 @@ class Scheduler:
         usable = self._trust.usable(memory.free_blocks())
         slots = memory.free_slots() - running.promised_slots
         return StepBuilder(usable, running.promised, coming, slots, self._budget)
-
-    def _prefill(self, step: StepBuilder) -> None:
-        """Computes prompts in parts, with what the decodes leave of the budget."""
-        step.budget -= len(step.decodes)
-        if self._has_drafts:
-            step.budget -= int(self._rows.drafts[step.decodes].sum())
-        for sequence in self._running.prefilling:
-            if step.budget <= 0:
-                break
-            step.run(self._rows, sequence)
 
     def _requeue(self, step: StepBuilder) -> None:
         """Puts victims back into the queue; if nothing can go on, the oldest group ends."""
