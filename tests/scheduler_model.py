@@ -112,10 +112,12 @@ class Server:
             self.scheduler.set_drafts(rows, np.asarray(counts))
         waiting = [g for g in self.groups if g.status in (Status.WAITING, Status.PREEMPTED)]
         stopped = {s for s in self.computed if s.finish_reason}
+        before = [g for g in self.groups if g.status is Status.RUNNING]
         plan = self.scheduler.schedule(self.now)
         self.plans.append((plan.release, plan.rows.tolist(), plan.counts.tolist()))
         self.steps += 1
         self.reported += plan.finished
+        self._check_victims(plan, before)
         self._release(plan, stopped)
         claims = [a.sequence for a in plan.admissions]
         claims += [child for fork in plan.forks for child in fork.children]
@@ -146,6 +148,16 @@ class Server:
         assert sorted(g.arrival for g in self.reported) == [g.arrival for g in self.groups]
         assert all(s.finish_reason for group in self.groups for s in group.sequences)
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+
+    def _check_victims(self, plan: StepPlan, before: list[SequenceGroup]) -> None:
+        """Not the oldest, nor one of a higher priority, nor one that was preempted too often."""
+        running = [g for g in before if g not in plan.finished]
+        for group in plan.preempted:
+            assert group.order > min(g.order for g in running)
+            assert group.request.priority == max(g.request.priority for g in running)
+            assert group.num_preemptions <= self.options.get("max_preemptions", 4)
+        if plan.preempted or plan.num_stalled:
+            assert not plan.admissions
 
     def _release(self, plan: StepPlan, stopped: set[Sequence]) -> None:
         assert len(set(plan.release)) == len(plan.release)
@@ -241,7 +253,6 @@ class Server:
                 if other.status in (Status.WAITING, Status.PREEMPTED) and not follows:
                     assert group.order < other.order, f"{group} overtakes {other}"
         if plan.num_stalled:
-            assert not plan.admissions
             grows = {self.rows[row].group.order for row in plan.extend_rows.tolist()}
             runs = {s.group.index for s in plan.sequences}
             stalled = {

@@ -55,11 +55,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     policy = "cost"
     budget = 24
 
-    @initialize(drain=st.integers(0, 2), capacity=st.integers(14, 40), seed=st.integers(0, 1 << 30))
-    def begin(self, drain: int, capacity: int, seed: int) -> None:
+    @initialize(
+        drain=st.integers(0, 2),
+        capacity=st.integers(14, 40),
+        slots=st.integers(6, 9),
+        seed=st.integers(0, 1 << 30),
+    )
+    def begin(self, drain: int, capacity: int, slots: int, seed: int) -> None:
         preemption, admission = (make() for make in _POLICIES[self.policy])
         self.server = Server(
-            PlainMemory(capacity, 16, 256, 9, drain),
+            PlainMemory(capacity, 16, 256, slots, drain),
             seed,
             max_num_seqs=6,
             max_num_batched_tokens=self.budget,

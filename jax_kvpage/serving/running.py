@@ -164,10 +164,7 @@ class RunningSet:
             self._promise(group, shared - self._rows.blocks(self.room(sequence)))
             self.promised_slots -= 1
             if not group.unforked:
-                donor = group.donor
                 self._forked(group)
-                if donor is not None and donor.finish_reason:
-                    self._drop(donor)
         elif sequence is group.donor:
             # The siblings still need its slot.
             self._rows.set_decoding(sequence.row, False)
