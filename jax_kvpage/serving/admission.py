@@ -38,6 +38,11 @@ class Load:
         shared = self._rows.shared[self._rows.groups_of(occupied)]
         return self._rows.room[occupied] // self.block_tokens - shared
 
+    def spare(self) -> np.ndarray:
+        """int[s]: tokens that it has room for beyond its own."""
+        occupied = self._rows.occupied()
+        return self._rows.room[occupied] - self._rows.known[occupied]
+
     def produced(self) -> np.ndarray:
         """int[s]: tokens it has produced."""
         occupied = self._rows.occupied()
@@ -154,14 +159,17 @@ class ExpectedGrowth:
             return False  # nothing has come free since
         if load.expected is None:
             held = load.held()
-            load.expected = self._moments(load, held, load.produced(), load.remaining())
+            load.expected = self._moments(
+                load.block_tokens, held, load.spare(), load.produced(), load.remaining()
+            )
             # Shared and promised blocks stay.
             load.expected[0] += max(load.capacity - room - held.sum(), 0)
         known = np.asarray([sequence.num_tokens for sequence in group.live])
-        own = np.zeros(len(known), np.int64)
+        own, spare = np.zeros((2, len(known)), np.int64)
         own[0] = blocks
+        spare[:] = max(blocks * load.block_tokens - int(known.sum()), 0) // len(known)
         prompt = group.request.num_prompt_tokens
-        more = self._moments(load, own, known - prompt, group.limit - known)
+        more = self._moments(load.block_tokens, own, spare, known - prompt, group.limit - known)
         mean, variance = load.expected + more
         if (mean + self._deviations * np.sqrt(variance)).max() > load.capacity:
             self._refused, self._refused_room = group, room
@@ -170,10 +178,15 @@ class ExpectedGrowth:
         return True
 
     def _moments(
-        self, load: Load, held: np.ndarray, produced: np.ndarray, remaining: np.ndarray
+        self,
+        block_tokens: int,
+        held: np.ndarray,
+        spare: np.ndarray,
+        produced: np.ndarray,
+        remaining: np.ndarray,
     ) -> np.ndarray:
         """Mean and variance of the blocks that sequences hold at the times ahead, [2, times]."""
         likely = self.survival(produced, remaining)
-        size = held[:, None] + _AHEAD / load.block_tokens
+        size = held[:, None] + np.maximum(_AHEAD - spare[:, None], 0) / block_tokens
         mean = likely * size
         return np.stack([mean.sum(0), (mean * size * (1 - likely)).sum(0)])

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from jax_kvpage.serving.admission import Watermark
 from jax_kvpage.serving.memory import BlockBudget
 from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.request import Request, RequestRefused, Sequence
@@ -230,14 +231,16 @@ def simulate(
         drain_steps: steps until released blocks come free.
         reservation: what a sequence gets when it starts: "blocks" for its tokens, and more as it
             grows; or room for "maximum" length, for its output rounded up to a "power_of_two", or
-            for exactly what it will need ("oracle"), as servers without paging reserve. Those have
-            no fragmentation here, so they are shown better than they are.
+            for exactly what it will need ("oracle"), as servers without paging reserve. Those use
+            all of the memory, without fragmentation, so they are shown better than they are.
         step_time: what a step takes.
         **options: of `Scheduler`.
     """
     memory = BlockBudget(
         capacity_tokens // block_tokens, block_tokens, max_seq_len, max_num_seqs, drain_steps
     )
+    if reservation != "blocks":
+        options.setdefault("admission", Watermark(0.0))  # nothing grows
     options |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
     server = _Server(workload, memory, reservation, step_time or StepTime(), options)
     server.run()
