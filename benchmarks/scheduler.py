@@ -5,7 +5,8 @@
 Processor time of `Scheduler.schedule`, without a model and without a pool: plans are carried out on
 a counted budget, outside of what is timed. "steady" steps decode all sequences, of which one in 16
 grows by a block. In "turnover" steps others are admitted for those that end, about one in 200 a
-step. In "short" steps sequences wait for blocks, or are preempted.
+step, by expected growth or by a watermark. In "short" steps sequences wait for blocks, or are
+preempted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import script
 
-from jax_kvpage.serving import BlockBudget, Request, Scheduler, StepPlan, Watermark
+from jax_kvpage.serving import AdmissionPolicy, BlockBudget, Request, Scheduler, StepPlan, Watermark
 
 __all__ = ["measure"]
 
@@ -29,7 +30,7 @@ def _steps(
     blocks: int,
     lengths: Iterator[tuple[int, int]],
     requests: int,
-    watermark: float = 0.01,
+    admission: AdmissionPolicy | None = None,
 ) -> Iterator[tuple[float, StepPlan]]:
     """Seconds and plan of each step in which most rows are taken."""
     memory = BlockBudget(blocks, _BLOCK, _MAX_SEQ_LEN, running)
@@ -37,7 +38,7 @@ def _steps(
         memory,
         max_num_seqs=running,
         max_num_batched_tokens=running + 8192,
-        admission=Watermark(watermark),
+        admission=admission,
     )
     for i in range(requests):
         prompt, output = next(lengths)
@@ -62,11 +63,11 @@ def _steady(running: int, steps: int) -> list[float]:
     return found
 
 
-def _turnover(running: int, steps: int) -> list[float]:
+def _turnover(running: int, steps: int, admission: AdmissionPolicy | None = None) -> list[float]:
     requests = running * 4
     lengths = ((100 + 7 * i % 300, 2 + 37 * i % 400) for i in range(requests))
     found = []
-    for seconds, plan in _steps(running, running * 256, lengths, requests):
+    for seconds, plan in _steps(running, running * 256, lengths, requests, admission):
         if plan.admissions:
             found.append(seconds)
         if len(found) == steps:
@@ -77,7 +78,7 @@ def _turnover(running: int, steps: int) -> list[float]:
 def _short(running: int, steps: int) -> list[float]:
     lengths = ((100 + 7 * i % 300, 500 + 37 * i % 400) for i in range(running * 4))
     found = []
-    for seconds, plan in _steps(running, running * 32, lengths, running * 4, 0.0):
+    for seconds, plan in _steps(running, running * 32, lengths, running * 4, Watermark(0.0)):
         if plan.num_stalled or plan.preempted:
             found.append(seconds)
         if len(found) == steps:
@@ -89,7 +90,13 @@ def measure(quick: bool) -> dict[str, Any]:
     """One table; times are medians and 99th percentiles."""
     steps = 100 if quick else 1000
     rows = []
-    for kind, run in (("steady", _steady), ("turnover", _turnover), ("short", _short)):
+    kinds = {
+        "steady": _steady,
+        "turnover": _turnover,
+        "turnover, watermark": lambda *sizes: _turnover(*sizes, Watermark()),
+        "short": _short,
+    }
+    for kind, run in kinds.items():
         for running in (64, 256, 1024, 2048):
             times = run(running, steps)
             rows.append(
