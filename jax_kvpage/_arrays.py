@@ -135,8 +135,8 @@ def _token_ids(name: str, value: Any) -> np.ndarray:
     if isinstance(value, list):  # of plain ints in range, as tokenizers make them
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             array = np.array(value)
-            plain = array.dtype == np.int64 and array.ndim == 1
-            if plain and (array.size == 0 or (array.min() >= _MIN and array.max() <= _MAX)):
+            flat = array.dtype == np.int64 and array.ndim == 1
+            if flat and (array.size == 0 or (array.min() >= _MIN and array.max() <= _MAX)):
                 return array.astype(np.int32)
     ids, single = host_ints(name, value)
     if single:

@@ -282,6 +282,14 @@ class PrefixEvent:
     @property
     def tokens(self) -> list[int]: ...
 
+class PrefixEvents:
+    """What the index of a pool stored and removed since the last call."""
+
+    @property
+    def events(self) -> list[PrefixEvent]: ...
+    @property
+    def spaces(self) -> list[str]: ...  # names of namespaces, by number
+
 class PrefixIndex:
     """The prefix index by itself, for tests and benchmarks (cc/cache/prefix_index.h).
 

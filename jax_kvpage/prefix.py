@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
+
+from jax_kvpage import events as kv_events
 from jax_kvpage._arrays import as_bool, host_int, host_ints, token_ids_of
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import PrefixRequest, Queue
@@ -34,7 +37,7 @@ class PrefixSlots(_PrefixSlots):
     def __new__(
         cls, slots: Any, num_cached: Any, cache: KVCache, wait_for: list[int | None]
     ) -> "PrefixSlots":
-        """The tuple, with `wait_for` beside it."""
+        """A tuple of the first three."""
         made = super().__new__(cls, slots, num_cached, cache)
         made.wait_for = wait_for
         return made
@@ -49,6 +52,7 @@ class PrefixCalls:
     """
 
     spec: CacheSpec
+    device: jax.Device
     _native: NativePool
     _pool: Any
     _queue: Queue
@@ -233,6 +237,25 @@ class PrefixCalls:
             wanted = host_int("evict: num_bytes", num_bytes, low=0, high=2**62)
             blocks = -(-wanted // self.spec.block_bytes)
         return self._native.call(self._pool.evict, blocks) * self.spec.block_bytes
+
+    def events(self) -> list[kv_events.Event]:
+        """What the prefix cache stored and removed since the last call.
+
+        Replaying all events gives the whole blocks that can be found; partial blocks are not
+        published. The pool records from the first call on. That call, and one before which more
+        happened than is kept (65,536 blocks), begin with `AllBlocksCleared` and store all blocks.
+        `jax_kvpage.events.encode` writes events for vLLM's readers.
+
+        Returns:
+            `BlockStored`, `BlockRemoved` and `AllBlocksCleared` of `jax_kvpage.events`, in order.
+
+        Raises:
+            DeviceFault: an earlier program failed on the device.
+            PoolClosed: the pool is closed.
+        """
+        record = self._native.call(self._pool.events)
+        medium = "CPU" if self.device.platform == "cpu" else "GPU"
+        return kv_events.of_native(record, self.spec.block_tokens or 1, medium)
 
 
 def _namespace(call: str, name: Any) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from reference_numpy import rounded
 
 import jax_kvpage as kvp
+from jax_kvpage import events
 
 LAYERS, HEADS, DIM, BLOCK = 2, 2, 64, 16
 _STEP = 64  # tokens that one program writes
@@ -43,6 +44,45 @@ def _token_rows(token: int, position: int) -> NDArray[np.float32]:
     """Keys and values of a token, [2, layers, heads, head_dim], a function of id and position."""
     rng = np.random.default_rng((token & 0xFFFFFFFF, position))
     return rng.standard_normal((2, LAYERS, HEADS, DIM), np.float32)
+
+
+class Replay:
+    """A copy of a pool's index, kept up to date by its events.
+
+    Attributes:
+        blocks: of each block its namespace, its parent's hash and its tokens.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[str | None, int | None, tuple[int, ...]]] = {}
+
+    def read(self, batch: Sequence[events.Event]) -> None:
+        for event in batch:
+            if isinstance(event, events.AllBlocksCleared):
+                self.blocks.clear()
+            elif isinstance(event, events.BlockRemoved):
+                for name in event.block_hashes:
+                    del self.blocks[name]
+            else:
+                size, parent = event.block_size, event.parent_block_hash
+                assert len(event.token_ids) == size * len(event.block_hashes)
+                assert parent is None or parent in self.blocks
+                for i, name in enumerate(event.block_hashes):
+                    assert name not in self.blocks
+                    ids = event.token_ids[i * size : (i + 1) * size]
+                    self.blocks[name] = (event.namespace, parent, ids)
+                    parent = name
+
+    def sequences(self) -> set[tuple[str | None, tuple[int, ...]]]:
+        """The namespace and all tokens up to the end of each block."""
+        found = set()
+        for space, parent, ids in self.blocks.values():
+            while parent is not None:
+                owner, parent, before = self.blocks[parent]
+                assert owner == space
+                ids = before + ids
+            found.add((space, ids))
+        return found
 
 
 def contents(ids: Sequence[int], begin: int = 0) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from prefix_rig import BLOCK, PrefixRig, spec_of
+from prefix_rig import BLOCK, PrefixRig, Replay, spec_of
 
 import jax_kvpage as kvp
 
@@ -46,6 +46,7 @@ class PrefixMachine(RuleBasedStateMachine):
         ranges = resolved.slot_bytes // (resolved.block_bytes * (_ROOM // BLOCK))
         self.pool = kvp.KVPool(spec, resolved.block_bytes * self.blocks * ranges, poison=True)
         self.rig = PrefixRig(self.pool)
+        self.replay = Replay()
         self.space: dict[int, str | None] = {}
         # Sequences that were written once, by namespace: nothing else may be found.
         self.written: dict[str | None, list[list[int]]] = {None: [], "other": []}
@@ -201,6 +202,18 @@ class PrefixMachine(RuleBasedStateMachine):
         assert stats.blocks_cached <= stats.blocks_mapped + stats.blocks_parked
         for slot, ids in self.rig.ids.items():
             assert self.pool.committed(slot) == ids
+
+    @invariant()
+    def events(self) -> None:
+        """Replayed events are what can be found, in whole blocks: no less and no more."""
+        self.replay.read(self.pool.events())
+        replayed = self.replay.sequences()
+        for space, ids in replayed:
+            assert self.pool.find_prefix(ids, space, whole=True) == len(ids)
+        for space, texts in self.written.items():
+            for ids in texts:
+                found = self.pool.find_prefix(ids, space, whole=True) // BLOCK * BLOCK
+                assert found == 0 or (space, tuple(ids[:found])) in replayed
 
 
 class SmallPool(PrefixMachine):

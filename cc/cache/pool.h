@@ -75,6 +75,7 @@ class Pool {
     return prefix::Hint(parts_, space, ids, hint);
   }
   Status Evict(std::int64_t blocks, std::int64_t* freed) { return prefix::Evict(parts_, blocks, freed); }
+  Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
   Claim Truncate(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return sharing::Truncate(parts_, slots, tokens);
   }

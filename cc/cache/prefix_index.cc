@@ -54,6 +54,12 @@ std::int32_t PrefixIndex::Namespace(const std::string& name) {
   return place->second;
 }
 
+std::vector<std::string> PrefixIndex::Namespaces() const {
+  std::vector<std::string> names(impl_->roots.size());
+  for (const auto& [name, number] : impl_->spaces) names[number] = name;
+  return names;
+}
+
 PrefixMatch PrefixIndex::Find(std::int32_t space, const std::int32_t* tokens, std::int64_t count) const {
   const PrefixTree& tree = impl_->tree;
   PrefixMatch match;
@@ -153,6 +159,8 @@ void PrefixIndex::ExpirePins(double now) {
 }
 
 void PrefixIndex::RecordEvents(std::int64_t most) { impl_->tree.events().Start(static_cast<std::size_t>(most)); }
+
+bool PrefixIndex::recording() const { return impl_->tree.events().recording(); }
 
 std::vector<PrefixEvent> PrefixIndex::TakeEvents() {
   PrefixTree& tree = impl_->tree;

@@ -58,6 +58,8 @@ class PrefixIndex {
 
   // The number of a namespace, made when it is new.
   std::int32_t Namespace(const std::string& name);
+  // The names of all namespaces, by number.
+  std::vector<std::string> Namespaces() const;
 
   // The longest prefix of `tokens` in a namespace. Among entries that match equally far, the one that ends there.
   PrefixMatch Find(std::int32_t space, const std::int32_t* tokens, std::int64_t count) const;
@@ -109,6 +111,7 @@ class PrefixIndex {
   // ---- events ----
   // Records up to `most` events; 0 (as in the beginning): none.
   void RecordEvents(std::int64_t most);
+  bool recording() const;
   // What happened since the last call. After RecordEvents, and when more happened than is recorded: kCleared, then all
   // whole blocks as kStored, parents before what continues them.
   std::vector<PrefixEvent> TakeEvents();

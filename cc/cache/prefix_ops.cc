@@ -8,6 +8,9 @@
 namespace kvpage::prefix {
 namespace {
 
+// Events that are kept between two calls of Events; with blocks of 64 tokens they take about 20 MB.
+constexpr std::int64_t kMostEvents = 1 << 16;
+
 std::int64_t Length(const TokenIds& ids) { return static_cast<std::int64_t>(ids.size()); }
 
 // The index, up to date.
@@ -65,6 +68,16 @@ Status Evict(const PoolParts& pool, std::int64_t blocks, std::int64_t* freed) {
   PrefixIndex* index = nullptr;
   KVPAGE_RETURN_IF_ERROR(OpenIndex(pool, mapping, "evict", &index));
   *freed = pool.supply->Evict(mapping, blocks, /*partial=*/true);
+  return {};
+}
+
+Status Events(const PoolParts& pool, EventList* out) {
+  const MappingLock mapping = pool.supply->Lock();
+  PrefixIndex* index = nullptr;
+  KVPAGE_RETURN_IF_ERROR(OpenIndex(pool, mapping, "events", &index));
+  if (!index->recording()) index->RecordEvents(kMostEvents);
+  out->events = index->TakeEvents();
+  out->spaces = index->Namespaces();
   return {};
 }
 

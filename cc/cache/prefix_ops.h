@@ -1,4 +1,4 @@
-// Host calls about what the prefix index keeps: look, pin, hint, evict.
+// Host calls about what the prefix index keeps: look, pin, hint, evict, events.
 #ifndef KVPAGE_CACHE_PREFIX_OPS_H_
 #define KVPAGE_CACHE_PREFIX_OPS_H_
 
@@ -24,6 +24,13 @@ Status Hint(const PoolParts& pool, const std::string& space, const TokenIds& ids
 // Makes the index drop entries, the least valuable first, until `blocks` physical blocks have come free, or all that
 // no live slot maps and no pin holds. Returns how many have.
 Status Evict(const PoolParts& pool, std::int64_t blocks, std::int64_t* freed);
+
+struct EventList {
+  std::vector<PrefixEvent> events;
+  std::vector<std::string> spaces;  // names of the namespaces, by number
+};
+// What the index stored and removed since the last call (PrefixIndex::TakeEvents). The first call starts the record.
+Status Events(const PoolParts& pool, EventList* out);
 
 }  // namespace kvpage::prefix
 

@@ -163,6 +163,7 @@ void BindPool(nb::module_& m) {
           },
           "space"_a, "ids"_a, "retain"_a)
       .def("evict", Getter<std::int64_t, std::int64_t>("evict", &Pool::Evict), "blocks"_a)
+      .def("events", Getter<prefix::EventList>("events", &Pool::PrefixEvents))
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)
       .def("committed", Method("committed", &Pool::Committed), "slot"_a)

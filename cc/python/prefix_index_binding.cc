@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cache/prefix_index.h"
+#include "cache/prefix_ops.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -157,6 +158,9 @@ void BindPrefixIndex(nb::module_& m) {
       .def_ro("space", &PrefixEvent::space)
       .def_ro("parent", &PrefixEvent::parent)
       .def_ro("tokens", &PrefixEvent::tokens);
+  nb::class_<prefix::EventList>(m, "PrefixEvents")
+      .def_ro("events", &prefix::EventList::events)
+      .def_ro("spaces", &prefix::EventList::spaces);
   constexpr std::int64_t kNoCap = std::numeric_limits<std::int64_t>::max();
   constexpr double kNever = std::numeric_limits<double>::infinity();
   nb::class_<Index>(m, "PrefixIndex")
