@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from jax_kvpage import events as kv_events
 from jax_kvpage._arrays import as_bool, host_int, host_ints, token_ids_of
@@ -268,11 +269,11 @@ def _namespace(call: str, name: Any) -> str:
     return f"={name}"  # never the one of None
 
 
-def _one(call: str, value: Any) -> list[int]:
+def _one(call: str, value: Any) -> np.ndarray:
     ids, single = token_ids_of(f"{call}: token_ids", value)
     if not single:
         raise ValueError(f"{call}: token_ids: wanted the ids of one sequence, got {len(ids)} lists")
-    return ids[0].tolist()
+    return ids[0]
 
 
 def _number(name: str, value: Any, high: float) -> float:

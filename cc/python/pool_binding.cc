@@ -27,6 +27,11 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
+// An array converts faster than a list.
+using TokenArray = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+prefix::TokenIds ToIds(const TokenArray& ids) { return {ids.data(), ids.data() + ids.size()}; }
+
 // While it lives the arena stays mapped and the slot is not handed on.
 struct PoolView {
   PoolView(PoolPtr p, std::int32_t s) : pool(std::move(p)), slot(s) {}
@@ -150,16 +155,30 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("closed", &PoolReference::closed)
       .def("close", [](PoolReference& self) { Interruptibly([&](const GoOn& go_on) { return self.Close(go_on); }); })
       // Calls that queue nothing.
-      .def("find_prefix", Getter<std::int64_t, std::string, prefix::TokenIds, bool>("find_prefix", &Pool::FindPrefix),
-           "space"_a, "ids"_a, "whole"_a)
-      .def("pin", Getter<std::int64_t, std::string, prefix::TokenIds, double, double>("pin", &Pool::Pin), "space"_a,
-           "ids"_a, "share"_a, "seconds"_a)
-      .def("unpin", Method("unpin", &Pool::Unpin), "space"_a, "ids"_a)
+      .def(
+          "find_prefix",
+          [](const PoolReference& self, const std::string& space, const TokenArray& ids, bool whole) {
+            return Getter<std::int64_t, std::string, prefix::TokenIds, bool>("find_prefix", &Pool::FindPrefix)(
+                self, space, ToIds(ids), whole);
+          },
+          "space"_a, "ids"_a, "whole"_a)
+      .def(
+          "pin",
+          [](const PoolReference& self, const std::string& space, const TokenArray& ids, double share, double seconds) {
+            return Getter<std::int64_t, std::string, prefix::TokenIds, double, double>("pin", &Pool::Pin)(
+                self, space, ToIds(ids), share, seconds);
+          },
+          "space"_a, "ids"_a, "share"_a, "seconds"_a)
+      .def(
+          "unpin",
+          [](const PoolReference& self, const std::string& space, const TokenArray& ids) {
+            Method("unpin", &Pool::Unpin)(self, space, ToIds(ids));
+          },
+          "space"_a, "ids"_a)
       .def(
           "hint",
-          [](const PoolReference& self, const std::string& space, const prefix::TokenIds& ids, bool retain) {
-            const PrefixHint hint = retain ? PrefixHint::kRetain : PrefixHint::kDrop;
-            Call(self, "hint", [&](const PoolPtr& pool) { return pool->Hint(space, ids, hint); });
+          [](const PoolReference& self, const std::string& space, const TokenArray& ids, bool retain) {
+            Method("hint", &Pool::Hint)(self, space, ToIds(ids), retain ? PrefixHint::kRetain : PrefixHint::kDrop);
           },
           "space"_a, "ids"_a, "retain"_a)
       .def("evict", Getter<std::int64_t, std::int64_t>("evict", &Pool::Evict), "blocks"_a)
