@@ -1,4 +1,4 @@
-"""README's example runs as printed, and generates what a NumPy model without a cache would."""
+"""README's examples run as printed; the first one generates what a NumPy model does."""
 
 import pathlib
 
@@ -23,8 +23,8 @@ def _logits(params: dict[str, np.ndarray], text: list[int], heads: int, kv: int)
     return x @ params["logits"]
 
 
-def test_the_example_runs_as_printed() -> None:
-    assert len(python_blocks(README)) == 1
+def test_the_examples_run_as_printed() -> None:
+    assert len(python_blocks(README)) == 2
     names = run_page(README)
     assert len(names["prompts"]) == 2
     params = {name: np.asarray(x, np.float64) for name, x in names["params"].items()}
