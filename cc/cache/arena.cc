@@ -12,7 +12,8 @@ Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_p
       pool_(budget_blocks),
       vmm_(std::move(vmm)),
       maps_(geometry.max_slots, geometry.num_ranges()),
-      changes_(geometry.max_slots) {}
+      changes_(geometry.max_slots),
+      shared_runs_(geometry.max_slots, geometry.block_tokens) {}
 
 Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
                    std::unique_ptr<Arena>* out) {
@@ -30,7 +31,9 @@ std::vector<std::int32_t> Arena::Gather(std::int64_t slot, std::int64_t range, s
 }
 
 void Arena::Append(std::int64_t slot, const std::vector<std::int32_t>& blocks) {
+  const std::int64_t old = this->blocks(slot);
   maps_.Append(slot, blocks);
+  NoteWriter(slot, old);
   changes_.Note(slot);
 }
 
@@ -131,6 +134,7 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t fewer = this->blocks(slot) - blocks;
   if (fewer <= 0) return {};
   const auto tail = [&](std::int64_t range) { return Gather(slot, range, blocks, fewer); };
+  shared_runs_.Cut(slot, blocks);
   for (std::int64_t range = 0; range < ranges; ++range) {
     Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), tail(range).data(), fewer);
     if (status.ok()) continue;
@@ -153,6 +157,7 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   if (blocks <= 0) return {};
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t rest = this->blocks(from) - blocks, old = this->blocks(to);
+  shared_runs_.Cut(from, rest);
   const auto move = [&](std::int64_t range, bool back) {
     const std::int64_t here = geometry_.Offset(from, range, rest), there = geometry_.Offset(to, range, old);
     const std::vector<std::int32_t> moved = Gather(from, range, rest, blocks);
@@ -165,6 +170,7 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
     return status;
   }
   maps_.AppendFrom(to, from, rest);
+  NoteWriter(to, old);
   changes_.Note(to);
   Truncate(from, rest);
   return {};

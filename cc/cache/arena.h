@@ -19,6 +19,7 @@
 #include "cache/block_table.h"
 #include "cache/changed_slots.h"
 #include "cache/geometry.h"
+#include "cache/shared_runs.h"
 #include "vmm/vmm.h"
 
 namespace kvpage {
@@ -116,6 +117,8 @@ class Arena {
   void ReleaseHeld(const std::vector<bool>& slots);
   // Whether the slot has read-only blocks, or blocks set aside. Another request cannot adopt it before it is emptied.
   bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
+  // May be asked at any time, by any thread.
+  const SharedRuns& shared_runs() const { return shared_runs_; }
 
   // ---- blocks that the prefix index refers to ----
   void SetCached(const std::vector<std::int32_t>& blocks) {
@@ -151,6 +154,10 @@ class Arena {
   void Append(std::int64_t slot, const std::vector<std::int32_t>& blocks);
   void Truncate(std::int64_t slot, std::int64_t blocks);
 
+  // Keeps shared_runs_: from now on the slot is the one that writes its blocks from `begin` on; a slot was given these
+  // blocks of others.
+  void NoteWriter(std::int64_t slot, std::int64_t begin);
+  void NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t blocks);
   void Forget(std::int64_t slot);
   // The slot has `blocks` logical blocks left.
   void ForgetBeyond(std::int64_t slot, std::int64_t blocks);
@@ -168,6 +175,8 @@ class Arena {
   std::atomic<char*> window_{nullptr};
   std::vector<Held> held_;
   ChangedSlots changes_;
+  SharedRuns shared_runs_;
+  std::vector<std::int32_t> writers_;  // [blocks] of a first range: the slot that was given it for writing
   std::map<std::int32_t, Borrower> borrowers_;
   std::int64_t extra_mappings_ = 0;
   std::int64_t num_set_aside_ = 0;  // physical blocks

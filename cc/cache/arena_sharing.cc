@@ -80,6 +80,7 @@ Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t block
   }
   std::for_each(map, map + blocks * ranges, [&](std::int32_t block) { pool_.AddReference(block); });
   maps_.Assign(to, map, blocks);
+  NoteShared(to, map, blocks);
   Borrower& borrower = borrowers_[static_cast<std::int32_t>(to)];
   borrower.read_only = blocks;
   borrower.mappings = AliasMappings(map, blocks);
@@ -159,6 +160,7 @@ void Arena::DropSetAsideFrom(std::int64_t slot, std::int64_t begin) {
 
 Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   const std::int64_t ranges = geometry_.num_ranges();
+  shared_runs_.Cut(slot, begin);
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).
   std::int64_t end = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot));
@@ -198,6 +200,7 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
     DropSetAsideFrom(slot, logical);
   }
   DropSetAsideFrom(slot, begin);
+  NoteWriter(slot, begin);
   return {};
 }
 
@@ -207,6 +210,32 @@ void Arena::ReleaseHeld(const std::vector<bool>& slots) {
     return slots[held.slot];
   };
   held_.erase(std::remove_if(held_.begin(), held_.end(), released), held_.end());
+}
+
+void Arena::NoteWriter(std::int64_t slot, std::int64_t begin) {
+  const std::vector<std::int32_t>& map = maps_[slot];
+  for (auto at = static_cast<std::size_t>(begin * geometry_.num_ranges()); at < map.size();
+       at += static_cast<std::size_t>(geometry_.num_ranges())) {
+    if (map[at] >= static_cast<std::int64_t>(writers_.size())) writers_.resize(pool_.num_blocks(), -1);
+    writers_[map[at]] = static_cast<std::int32_t>(slot);
+  }
+}
+
+// Slots that map some of the blocks have runs already, or write them.
+void Arena::NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t blocks) {
+  const std::int64_t ranges = geometry_.num_ranges();
+  std::int32_t last = -1;
+  for (std::int64_t i = 0; i < blocks; ++i) {
+    const auto block = static_cast<std::size_t>(map[i * ranges]);
+    const std::int32_t writer = block < writers_.size() ? writers_[block] : -1;
+    if (writer < 0 || writer == last || writer == to) continue;
+    last = writer;
+    std::int64_t common = 0;
+    const std::int64_t most = std::min(blocks, this->blocks(writer));
+    while (common < most && maps_[writer][common * ranges] == map[common * ranges]) ++common;
+    shared_runs_.Set(writer, map, ranges, common);
+  }
+  shared_runs_.Set(to, map, ranges, blocks);
 }
 
 void Arena::Forget(std::int64_t slot) {

@@ -45,6 +45,8 @@ class Pool {
   std::int32_t id() const { return table_.id(); }
   void set_id(std::int32_t id) { table_.set_id(id); }
   KVView View() const { return geometry().View(supply_.base()); }
+  // Which slots begin with the same blocks.
+  const SharedRuns& shared_runs() const { return supply_.shared_runs(); }
 
   // An error in a forked child. Takes no lock, because one may have been held when the process was forked: ask this
   // before any other call from outside.

@@ -49,6 +49,7 @@ class Supply {
   MappingLock Lock() const { return MappingLock(&mutex_); }
   Arena& arena(const MappingLock&) { return *arena_; }
   char* base() const { return arena_->base(); }
+  const SharedRuns& shared_runs() const { return arena_->shared_runs(); }
 
   // ---- blocks by number (supply_tables.cc), for handlers ----
   // Makes the block window ready. Takes the mapping mutex at the first call.

@@ -126,9 +126,9 @@ inline AttentionOptions ToOptions(const Problem& p) {
   return options;
 }
 
-// Runs over the cache, sequence s in slots[s]; `only` keeps one sequence.
+// Runs over the cache, sequence s in slots[s]; `only` keeps one sequence. `prefixes`: see AttentionArgs.
 inline Result RunAttention(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
-                           int only = -1) {
+                           int only = -1, const SharedPrefixes* prefixes = nullptr) {
   Result result;
   result.out.assign(p.q.size(), '\x55');
   result.lse.assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), 12345.0f);
@@ -148,6 +148,7 @@ inline Result RunAttention(const Problem& p, const Cache& cache, const std::vect
   args.num_tokens = p.num_tokens;
   args.num_q_heads = p.q_heads();
   args.sequences = &sequences;
+  args.prefixes = prefixes;
   args.options = ToOptions(p);
   if (!cpu::Attend(args, parallel).ok()) result.out.clear();
   return result;

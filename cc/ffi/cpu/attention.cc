@@ -2,6 +2,7 @@
 // over plain page arrays (attend_with_tables).
 #include <vector>
 
+#include "cache/shared_runs.h"
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
 #include "ffi/cpu/thread_pool.h"
@@ -12,8 +13,10 @@
 namespace kvpage {
 namespace {
 
-ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any q,
-                  const OptionOperands& options, ffi::Result<Any> out, ffi::Result<F32> lse, Parallel& parallel) {
+// `runs`: of the pool whose slots the view addresses, or null.
+ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences,
+                  const SharedRuns* runs, Any q, const OptionOperands& options, ffi::Result<Any> out,
+                  ffi::Result<F32> lse, Parallel& parallel) {
   cpu::AttentionArgs args;
   KVPAGE_FFI_RETURN_IF_ERROR(CheckQuery(op, q, view.num_kv_heads, view.head_dim, &args.q_dtype));
   const auto shape = q.dimensions();
@@ -26,7 +29,11 @@ ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const 
   args.num_q_heads = static_cast<std::int32_t>(shape[1]);
   args.sequences = &sequences;
   KVPAGE_FFI_RETURN_IF_ERROR(ToOptions(op, options, args.num_q_heads, &args.options));
-  return ToError(cpu::Attend(args, parallel));
+  const auto attend = [&](const SharedPrefixes& prefixes) {
+    args.prefixes = &prefixes;
+    return cpu::Attend(args, parallel);
+  };
+  return ToError(runs != nullptr ? runs->ReadTogether(sequences, attend) : attend({}));
 }
 
 ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences, Any k,
@@ -57,6 +64,9 @@ struct LayerCall {
     return {};
   }
 
+  // What the sequences have in common; with table addressing they have no slots by which that could be told.
+  const SharedRuns* shared_runs() const { return sequences == &table.sequences ? nullptr : &pool->shared_runs(); }
+
   std::shared_ptr<Pool> pool;  // outlives the pins
   PinnedSlots pinned;
   TableCall table;
@@ -85,8 +95,8 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 le
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false, addressing != 0));
   XlaParallel parallel(&threads);
-  return Attend(kOp, call.view, call.layer, *call.sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights},
-                out, lse, parallel);
+  return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
+                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
 ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
@@ -101,8 +111,8 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
   XlaParallel parallel(&threads);
   if (ffi::Error error = Append(kOp, call.view, call.layer, *call.sequences, k, v, parallel); error.failure())
     return error;
-  return Attend(kOp, call.view, call.layer, *call.sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights},
-                out, lse, parallel);
+  return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
+                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -181,7 +191,8 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
   KVPAGE_FFI_RETURN_IF_ERROR(
       TableSequences(block_tables, lengths, offsets, Rows(q), Rows(k_pages), view.tokens_per_chunk, &sequences));
   XlaParallel parallel(&threads);
-  return Attend(kOp, view, 0, sequences, q, {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
+  return Attend(kOp, view, 0, sequences, nullptr, q, {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse,
+                parallel);
 }
 
 auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }

@@ -14,6 +14,7 @@ class Context {
   Context(const KVView& kv, std::int64_t layer, std::int32_t slot, int kv_head, int heads)
       : kv_(kv), layer_(layer), slot_(slot), kv_head_(kv_head), heads_(heads) {}
 
+  int heads() const { return heads_; }
   // Appends the addresses of the first head's keys (kv 0) or values (1) at the positions [begin, end); returns where
   // they end.
   const char** List(int kv, std::int64_t begin, std::int64_t end, const char** rows) const;

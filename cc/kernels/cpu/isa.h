@@ -122,6 +122,7 @@ struct SpanArgs {
   float* scratch = nullptr;  // ScratchFloats
   float* state = nullptr;    // [heads] of StateFloats
   bool resume = false;       // whether the state already covers earlier positions; else it is overwritten
+  bool more = false;         // decode: whether a call with `resume` follows, until which nobody reads the state
 };
 
 struct FinishArgs {

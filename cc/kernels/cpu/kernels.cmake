@@ -3,6 +3,7 @@
 add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/append.cc
   cc/kernels/cpu/attend.cc
+  cc/kernels/cpu/attend_group.cc
   cc/kernels/cpu/context.cc
   cc/kernels/cpu/copy.cc
   cc/kernels/cpu/gather.cc
@@ -12,6 +13,7 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/isa/avx512_bf16.cc
   cc/kernels/cpu/isa/baseline.cc
   cc/kernels/cpu/plan.cc
+  cc/kernels/cpu/prefix_groups.cc
   cc/kernels/cpu/workspace.cc)
 target_link_libraries(kvpage_cpu_kernels PUBLIC kvpage_options)
 # Only Fma() fuses a product with a sum: elsewhere a product that is compared must be the one that is subtracted.

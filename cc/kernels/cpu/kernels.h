@@ -9,6 +9,7 @@
 #include "base/dtype.h"
 #include "base/kv_view.h"
 #include "base/parallel.h"
+#include "base/shared_prefixes.h"
 #include "base/slot_edits.h"
 #include "base/status.h"
 
@@ -27,6 +28,8 @@ struct AttentionArgs {
 
   // Active sequences, disjoint and ascending in query_begin. Tokens that none of them owns get out = 0, lse = -inf.
   const std::vector<Sequence>* sequences = nullptr;
+  // Which of them begin with the same memory; null: not known. A block table says that by itself.
+  const SharedPrefixes* prefixes = nullptr;
 
   AttentionOptions options;
 };

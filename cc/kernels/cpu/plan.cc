@@ -36,8 +36,14 @@ class Planner {
  private:
   int HeadsTogether() const;
   void AddUnits(std::int32_t index, int heads_together);
-  void AddItems(std::size_t index, double pieces);
-  double Cost(const WorkUnit& unit) const;
+  void AddGroup(const PrefixGroup& group, double wanted);
+  void AddGroupItems(std::int32_t first_member, std::int32_t num_members, const PrefixGroup& group, int pieces);
+  void AddItems(std::size_t index, double wanted);
+  void NoteItem(WorkUnit* unit, const WorkItem& item);
+  void AddPartials(WorkUnit* unit);
+  double Cost(std::int64_t tokens, int heads, std::int64_t rows) const;
+  double OwnCost(const WorkUnit& unit) const;
+  double GroupCost(const PrefixGroup& group) const;
 
   const AttentionArgs& args_;
   const int num_workers_;
@@ -47,10 +53,24 @@ class Planner {
   const std::int32_t window_;
 };
 
-double Planner::Cost(const WorkUnit& unit) const {
-  // Reading the context, and the arithmetic of every row on it.
-  const double tokens = static_cast<double>(unit.end - unit.begin);
-  return tokens * unit.heads * head_dim_ * (2.0 * ItemSize(args_.kv.dtype) + unit.rows);
+// Reading the context, and the arithmetic of every row on it.
+double Planner::Cost(std::int64_t tokens, int heads, std::int64_t rows) const {
+  return static_cast<double>(tokens) * heads * head_dim_ * (2.0 * ItemSize(args_.kv.dtype) + static_cast<double>(rows));
+}
+
+// The cost of what a unit's own items do.
+double Planner::OwnCost(const WorkUnit& unit) const {
+  const std::int64_t begin = std::max(unit.begin, unit.grouped_end * SpanTokens(unit));
+  return begin < unit.end ? Cost(unit.end - begin, unit.heads, unit.rows) : 0.0;
+}
+
+// The cost of a group, all heads.
+double Planner::GroupCost(const PrefixGroup& group) const {
+  std::int64_t rows = 0;
+  for (std::int32_t i = 0; i < group.count; ++i) {
+    rows += (*args_.sequences)[plan_.prefix_groups.order[group.first + i]].query_length * std::int64_t{group_};
+  }
+  return Cost(std::int64_t{group.span_end - group.span_begin} * kSpanTokens, args_.kv.num_kv_heads, rows);
 }
 
 // Decode is bound by memory: where the heads of a token are neighbours they are read together, unless the contexts are
@@ -100,34 +120,101 @@ void Planner::ListUnits() {
   std::sort(order.begin(), order.end(),
             [&](std::int32_t a, std::int32_t b) { return end_of(a) != end_of(b) ? end_of(a) > end_of(b) : a < b; });
   const int heads_together = HeadsTogether();
-  for (const std::int32_t index : order) AddUnits(index, heads_together);
+  plan_.first_unit.resize(sequences.size());
+  for (const std::int32_t index : order) {
+    plan_.first_unit[index] = static_cast<std::int32_t>(plan_.units.size());
+    AddUnits(index, heads_together);
+  }
 }
 
-// Cuts a unit into about `pieces` items of whole spans.
-void Planner::AddItems(std::size_t index, double pieces) {
+// Counts an item that takes some spans of a unit, if it does.
+void Planner::NoteItem(WorkUnit* unit, const WorkItem& item) {
+  const std::int32_t first = FirstSpan(*unit), last = LastSpan(*unit);
+  const std::int32_t begin = std::max(item.span_begin, first), end = std::min(item.span_end, last);
+  if (begin >= end) return;
+  if (begin == first) unit->folded = end - first;
+  unit->unfinished.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Planner::AddPartials(WorkUnit* unit) {
+  unit->partials = plan_.partial_floats;
+  plan_.partial_floats += (LastSpan(*unit) - FirstSpan(*unit) - unit->folded + 1) * UnitStateFloats(*unit, head_dim_);
+}
+
+// Cuts the rest of a unit into items of whole spans, each about as much work as `wanted`; 0: into one item.
+void Planner::AddItems(std::size_t index, double wanted) {
   WorkUnit& unit = plan_.units[index];
-  const auto first = static_cast<std::int32_t>(unit.begin / SpanTokens(unit));
-  const auto last = static_cast<std::int32_t>((unit.end - 1) / SpanTokens(unit) + 1);
+  const std::int32_t first = std::max(FirstSpan(unit), unit.grouped_end), last = LastSpan(unit);
+  const double pieces = wanted > 0 ? OwnCost(unit) / wanted : 1.0;
   const int spans = last - first;
   const int spans_per_item = pieces <= 1.0 ? spans : std::max(1, static_cast<int>(spans / pieces));
   for (int span = first; span < last; span += spans_per_item) {
     plan_.items.push_back({static_cast<std::int32_t>(index), span, std::min(span + spans_per_item, last)});
+    NoteItem(&unit, plan_.items.back());
   }
-  const int items = (spans + spans_per_item - 1) / spans_per_item;
-  if (items > 1) {
-    unit.partials = plan_.partial_floats;
-    plan_.partial_floats += spans * UnitStateFloats(unit, head_dim_);
-    unit.unfinished.store(items, std::memory_order_relaxed);
+  if (unit.grouped_end > 0 || unit.unfinished.load(std::memory_order_relaxed) > 1) AddPartials(&unit);
+}
+
+// Cuts the spans of a group into `pieces` items, for some of its members.
+void Planner::AddGroupItems(std::int32_t first_member, std::int32_t num_members, const PrefixGroup& group, int pieces) {
+  const int spans = group.span_end - group.span_begin;
+  const int spans_per_item = (spans + pieces - 1) / pieces;
+  for (int span = group.span_begin; span < group.span_end; span += spans_per_item) {
+    const std::int32_t end = std::min(span + spans_per_item, group.span_end);
+    plan_.items.push_back({plan_.members[first_member], span, end, first_member, num_members});
+    for (std::int32_t i = 0; i < num_members; ++i) {
+      NoteItem(&plan_.units[plan_.members[first_member + i]], plan_.items.back());
+    }
+  }
+  plan_.most_members = std::max(plan_.most_members, num_members);
+  for (std::int32_t i = 0; i < num_members; ++i) {
+    const WorkUnit& unit = plan_.units[plan_.members[first_member + i]];
+    plan_.member_query_floats = std::max(plan_.member_query_floats, unit.heads * QueryFloats(unit.rows, head_dim_));
+    plan_.member_state_floats = std::max(plan_.member_state_floats, UnitStateFloats(unit, head_dim_));
+  }
+}
+
+// Cuts a group as its units are cut by heads, then by spans, then by members.
+void Planner::AddGroup(const PrefixGroup& group, double wanted) {
+  const std::vector<std::int32_t>& order = plan_.prefix_groups.order;
+  const int spans = group.span_end - group.span_begin;
+  const std::int32_t first_unit = plan_.first_unit[order[group.first]];
+  const int heads = plan_.units[first_unit].heads, blocks = (args_.kv.num_kv_heads + heads - 1) / heads;
+  const int pieces = wanted > 0 ? std::max(1, static_cast<int>(GroupCost(group) / blocks / wanted)) : 1;
+  const int span_pieces = std::min(pieces, spans);
+  const int most_members = heads > 1 ? kMaxMembersOfHeads : kMaxMembers;
+  int chunks = (pieces + span_pieces - 1) / span_pieces;
+  chunks = std::max(std::min(chunks, group.count / 2), (group.count + most_members - 1) / most_members);
+  const int size = (group.count + chunks - 1) / chunks;
+  for (int block = 0; block < blocks; ++block) {
+    for (int at = 0; at < group.count; at += size) {
+      const auto first_member = static_cast<std::int32_t>(plan_.members.size());
+      const int count = std::min(size, group.count - at);
+      for (int i = 0; i < count; ++i) plan_.members.push_back(plan_.first_unit[order[group.first + at + i]] + block);
+      AddGroupItems(first_member, count, group, span_pieces);
+    }
   }
 }
 
 void Planner::ListItems() {
-  for (const WorkUnit& unit : plan_.units) plan_.cost += Cost(unit);
-  const double wanted = plan_.cost / (double{kItemsPerWorker} * num_workers_);
+  const std::vector<PrefixGroup>& groups = plan_.prefix_groups.groups;
+  for (const PrefixGroup& group : groups) {
+    plan_.cost += GroupCost(group);
+    for (std::int32_t i = 0; i < group.count; ++i) {
+      const std::int32_t sequence = plan_.prefix_groups.order[group.first + i];
+      for (std::int32_t u = plan_.first_unit[sequence], head = 0; head < args_.kv.num_kv_heads; ++u) {
+        plan_.units[u].grouped_end = std::min(group.span_end, LastSpan(plan_.units[u]));
+        head += plan_.units[u].heads;
+      }
+    }
+  }
+  for (const WorkUnit& unit : plan_.units) plan_.cost += OwnCost(unit);
   const bool share = num_workers_ > 1 && plan_.cost >= kInlineCost;
+  const double wanted = share ? plan_.cost / (double{kItemsPerWorker} * num_workers_) : 0.0;
+  for (const PrefixGroup& group : groups) AddGroup(group, wanted);
   for (std::size_t i = 0; i < plan_.units.size(); ++i) {
     const WorkUnit& unit = plan_.units[i];
-    AddItems(i, share ? Cost(unit) / wanted : 1.0);
+    AddItems(i, wanted);
     plan_.query_floats = std::max(plan_.query_floats, unit.heads * QueryFloats(unit.rows, head_dim_));
     plan_.state_floats = std::max(plan_.state_floats, UnitStateFloats(unit, head_dim_));
     plan_.scratch_floats = std::max(plan_.scratch_floats, ScratchFloats(unit.rows, head_dim_, unit.heads));
@@ -147,6 +234,10 @@ std::int64_t UnitStateFloats(const WorkUnit& unit, int head_dim) {
   return unit.heads * StateFloats(unit.rows, head_dim);
 }
 
+std::int32_t FirstSpan(const WorkUnit& unit) { return static_cast<std::int32_t>(unit.begin / SpanTokens(unit)); }
+
+std::int32_t LastSpan(const WorkUnit& unit) { return static_cast<std::int32_t>((unit.end - 1) / SpanTokens(unit) + 1); }
+
 std::int64_t FirstPosition(const WorkUnit& unit, const WorkItem& item) {
   return std::max<std::int64_t>(unit.begin, item.span_begin * SpanTokens(unit));
 }
@@ -159,8 +250,12 @@ void MakePlan(const AttentionArgs& args, int num_workers, Plan* plan) {
   plan->units.clear();
   plan->items.clear();
   plan->order.clear();
+  plan->members.clear();
+  plan->most_members = 0;
+  plan->member_query_floats = plan->member_state_floats = 0;
   plan->cost = 0;
   plan->query_floats = plan->state_floats = plan->scratch_floats = plan->scale_floats = plan->partial_floats = 0;
+  FindPrefixGroups(args, &plan->prefix_groups);
   Planner planner(args, num_workers, plan);
   planner.ListUnits();
   planner.ListItems();

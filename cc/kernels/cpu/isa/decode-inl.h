@@ -78,7 +78,7 @@ KVPAGE_NOINLINE void DecodeScores(const DecodeTokens& tile, const float* queries
 }
 
 // Accumulators of bfloat16 values hold every whole group of 2 W elements in the order of LoadEvenOdd, until the span
-// ends.
+// has ended.
 template <class T>
 constexpr bool kEvenOdd = false;
 template <>
@@ -266,7 +266,7 @@ void DecodeSpan(const SpanArgs& args) {
     }
     begin = end;
   }
-  if (kEvenOdd<T> && head_dim % W == 0) {
+  if (kEvenOdd<T> && head_dim % W == 0 && !args.more) {
     for (int h = 0; h < args.heads; ++h) {
       for (int r = 0; r < rows; ++r) RestoreOrder(StateOf(args, h).acc(r), head_dim);
     }

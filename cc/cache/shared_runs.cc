@@ -1,0 +1,45 @@
+#include "cache/shared_runs.h"
+
+#include <algorithm>
+
+namespace kvpage {
+
+void SharedRuns::Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::int32_t>& blocks = runs_[slot].blocks;
+  if (blocks.empty() && count > 0) size_.fetch_add(1, std::memory_order_relaxed);
+  for (auto i = static_cast<std::int64_t>(blocks.size()); i < count; ++i) blocks.push_back(map[i * stride]);
+}
+
+void SharedRuns::Cut(std::int64_t slot, std::int64_t blocks) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Run& run = runs_[slot];
+  if (static_cast<std::int64_t>(run.blocks.size()) <= blocks) return;
+  run.cut_at = ++cuts_;
+  run.blocks.resize(blocks);
+  if (blocks > 0) return;
+  run.blocks.shrink_to_fit();
+  size_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+std::uint64_t SharedRuns::Find(const std::vector<Sequence>& sequences, SharedPrefixes* out) const {
+  out->Clear();
+  if (sequences.size() < 2 || size_.load(std::memory_order_relaxed) < 2) return 0;
+  std::vector<BlockRun> runs;
+  runs.reserve(sequences.size());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const Sequence& sequence : sequences) {
+    const std::vector<std::int32_t>& blocks = runs_[sequence.slot].blocks;
+    runs.push_back({blocks.data(), static_cast<std::int64_t>(blocks.size())});
+  }
+  FindSharedPrefixes(runs, block_tokens_, out);
+  return cuts_;
+}
+
+bool SharedRuns::Changed(const std::vector<Sequence>& sequences, std::uint64_t since) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::any_of(sequences.begin(), sequences.end(),
+                     [&](const Sequence& sequence) { return runs_[sequence.slot].cut_at > since; });
+}
+
+}  // namespace kvpage
