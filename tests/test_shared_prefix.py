@@ -21,9 +21,17 @@ _KV_HEADS, _DIM, _BLOCK = 8, 128, 16
 _SHARED = {"float32": 1040, "bfloat16": 1040, "float16": 1040, "int8": 2064, "float8_e4m3fn": 2064}
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def _attend(cache: kvp.KVCache, q: jax.Array, batch: kvp.Batch, window: int | None) -> jax.Array:
-    return kvp.paged_attention(q, cache, batch, layer=1, sliding_window=window)
+@functools.partial(jax.jit, static_argnames=("window", "addressing"))
+def _attend(
+    cache: kvp.KVCache,
+    q: jax.Array,
+    batch: kvp.Batch,
+    window: int | None,
+    addressing: str = "slots",
+) -> jax.Array:
+    return kvp.paged_attention(
+        q, cache, batch, layer=1, sliding_window=window, addressing=addressing
+    )
 
 
 class _Sequences:
@@ -64,7 +72,9 @@ class _Sequences:
         self.lengths.update(dict.fromkeys(slots, self.lengths[donor]))
         return slots
 
-    def check(self, tokens: dict[int, int], window: int | None = None) -> None:
+    def check(
+        self, tokens: dict[int, int], window: int | None = None, addressing: str = "slots"
+    ) -> None:
         """Attention over the last tokens of the sequences, together and one by one."""
         lengths = np.asarray(self.cache.lengths).copy()
         for slot, n in tokens.items():
@@ -77,7 +87,7 @@ class _Sequences:
             spec=self.cache.spec,
         )
         q = self.random(sum(tokens.values()), 2 * _KV_HEADS)
-        together = _attend(before, q, make_batch(list(tokens.items())), window)
+        together = _attend(before, q, make_batch(list(tokens.items())), window, addressing)
         begin = 0
         for slot, n in tokens.items():
             alone = _attend(before, q[begin : begin + n], make_batch([(slot, n)]), window)
@@ -105,14 +115,15 @@ def test_a_batch_of_two_families_and_others(make_pool, layout: str, dtype: str) 
     s.check(batch, window=_SHARED[dtype] - 100)
 
 
-def test_prefixes_of_prefixes(make_pool, layout: str) -> None:
+@pytest.mark.parametrize("addressing", ["slots", "table"])
+def test_prefixes_of_prefixes(make_pool, layout: str, addressing: str) -> None:
     s = _Sequences(make_pool, layout, "float32")
     root = s.acquire(530)
     branches = s.fork(root, 2)
     s.append({branches[0]: 530, branches[1]: 5})
     leaves = s.fork(branches[0], 2)
     s.append({leaves[0]: 3, leaves[1]: 20})
-    s.check(dict.fromkeys([root, *branches, *leaves], 1))
+    s.check(dict.fromkeys([root, *branches, *leaves], 1), addressing=addressing)
 
 
 def test_after_truncate_reorder_and_release(make_pool, layout: str) -> None:

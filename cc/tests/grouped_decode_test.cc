@@ -221,10 +221,10 @@ TEST(GroupedDecodeTest, BitsAreThoseOfTheSequenceAlone) {
   }
 }
 
-// A block table says by itself what is shared.
+// A block table says by itself what is shared; where values have a separate table, both must.
 TEST(GroupedDecodeTest, TablesThatNameTheSameChunks) {
   Rng rng(5);
-  for (const Layout layout : {Layout::kTableNhd, Layout::kTableHnd}) {
+  for (const Layout layout : {Layout::kTableNhd, Layout::kTableHnd, Layout::kTableApart}) {
     Problem p = Wide();
     p.group = 2;
     SharedPrefixes prefixes;
@@ -233,9 +233,15 @@ TEST(GroupedDecodeTest, TablesThatNameTheSameChunks) {
     Cache cache(rng, layout, p.dtype, p.kv_heads, p.head_dim, 6, p.max_tokens(), kChunk);
     Store(p, cache, Slots(6));
     EXPECT_EQ(NumGroups(p, cache, nullptr), 0);
-    const auto row = [&](int s) { return cache.table.begin() + s * cache.view.table_width; };
-    for (const int s : {1, 2}) std::copy_n(row(0), 1040 / kChunk, row(s));
-    std::copy_n(row(3), 1024 / kChunk, row(4));
+    const bool apart = cache.view.values_apart();
+    for (int kind = 0; kind < (apart ? 2 : 1); ++kind) {
+      EXPECT_EQ(NumGroups(p, cache, nullptr), 0) << "keys alone";
+      const auto row = [&](int s) {
+        return cache.table.begin() + s * cache.view.table_width + kind * cache.view.table_kv_stride;
+      };
+      for (const int s : {1, 2}) std::copy_n(row(0), 1040 / kChunk, row(s));
+      std::copy_n(row(3), 1024 / kChunk, row(4));
+    }
     EXPECT_EQ(NumGroups(p, cache, nullptr), 2);
     ExpectSameBits(p, cache, Slots(6), nullptr);
   }

@@ -33,8 +33,15 @@ const SharedPrefixes& InTable(const AttentionArgs& args, PrefixGroups* out) {
     const std::int64_t chunks = (s.end() + kv.tokens_per_chunk - 1) / kv.tokens_per_chunk;
     out->rows.push_back({kv.table + s.slot * kv.table_width, chunks});
   }
-  FindSharedPrefixes(out->rows, kv.tokens_per_chunk, &out->in_table);
-  return out->in_table;
+  SharedPrefixes& found = out->in_table;
+  FindSharedPrefixes(out->rows, kv.tokens_per_chunk, &found);
+  for (std::size_t i = 1; kv.values_apart() && i < found.order.size(); ++i) {
+    const std::int32_t* const before = out->rows[found.order[i - 1]].blocks + kv.table_kv_stride;
+    const std::int32_t* const end = before + found.common[i] / kv.tokens_per_chunk;
+    const std::int32_t* const values = out->rows[found.order[i]].blocks + kv.table_kv_stride;
+    found.common[i] = (std::mismatch(before, end, values).first - before) * kv.tokens_per_chunk;
+  }
+  return found;
 }
 
 }  // namespace
