@@ -1,11 +1,17 @@
-"""Continuous batching on top of a pool: a scheduler that imports no JAX, and its simulation.
+"""Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
 
-`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `simulate` runs
-it on a `Workload` without a model, to compare policies and to plan sizes.
+`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `Engine` runs its
+plans with a model on a `KVPool`; what needs JAX is imported when it is first asked for. `simulate`
+runs the scheduler on a `Workload` without a model, to compare policies and to plan sizes.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load, Watermark
 from jax_kvpage.serving.memory import BlockBudget, Memory
+from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.plan import Admission, Fork, StepPlan
 from jax_kvpage.serving.preemption import Candidates, CostAware, LastComeFirst, PreemptionPolicy
 from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup, Status
@@ -14,21 +20,34 @@ from jax_kvpage.serving.simulation import Reservation, SimulationResult, StepTim
 from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
 
+if TYPE_CHECKING:
+    from jax_kvpage.serving.engine import Engine, EngineConfig, EngineStats
+
+_NEED_JAX = ("Engine", "EngineConfig", "EngineStats")
+
 __all__ = [
     "Admission",
     "AdmissionPolicy",
     "BlockBudget",
     "Candidates",
+    "CompletionOutput",
     "CostAware",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
     "ExpectedGrowth",
     "Fork",
     "LastComeFirst",
     "Load",
+    "Logprob",
     "Memory",
     "PreemptionPolicy",
     "Request",
+    "RequestMetrics",
+    "RequestOutput",
     "RequestRefused",
     "Reservation",
+    "SamplingParams",
     "Scheduler",
     "SchedulerStats",
     "Sequence",
@@ -44,3 +63,9 @@ __all__ = [
     "simulate",
     "synthetic",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_JAX:
+        return getattr(importlib.import_module("jax_kvpage.serving.engine"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

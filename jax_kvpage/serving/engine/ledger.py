@@ -1,0 +1,138 @@
+"""Requests from their arrival to their end: who waits for what, and what callers have not heard."""
+
+from collections.abc import Callable, Sequence
+
+from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.runner import StepFailed, Token
+from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
+from jax_kvpage.serving.outputs import RequestOutput
+from jax_kvpage.serving.params import SamplingParams
+from jax_kvpage.serving.request import Sequence as ScheduledSequence
+from jax_kvpage.serving.request import SequenceGroup
+
+__all__ = ["Ledger", "check_params", "token_ids"]
+
+
+class Ledger:
+    """The unfinished requests, and outputs that have changed.
+
+    Args:
+        clock: seconds.
+
+    Attributes:
+        states: of the scheduler's sequences.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._requests: dict[SequenceGroup, RequestState] = {}
+        self._by_output: dict[int, RequestState] = {}
+        self._changed: dict[int, RequestOutput] = {}
+        self.states: dict[ScheduledSequence, SequenceState] = {}
+
+    def add(self, request: RequestState, group: SequenceGroup) -> None:
+        """Takes a request that the scheduler has accepted."""
+        request.start(group)
+        self._requests[group] = request
+        self._by_output[id(request.output)] = request
+        self.states.update((state.sequence, state) for state in request.sequences)
+
+    def find(self, output: RequestOutput) -> RequestState | None:
+        """The request of an output; None once it is forgotten."""
+        return self._by_output.get(id(output))
+
+    def requests(self) -> list[RequestState]:
+        """Those that the scheduler has not given up yet."""
+        return list(self._requests.values())
+
+    def preempted(self, groups: Sequence[SequenceGroup]) -> None:
+        """Counts preemptions."""
+        for group in groups:
+            self._requests[group].output.metrics.num_preemptions += 1
+
+    def take(self, token: Token, now: float) -> bool:
+        """Adds a token to its sequence; returns whether it ends the sequence before its limit."""
+        state = token.state
+        output, metrics = state.request.output, state.request.output.metrics
+        self._changed[id(output)] = output
+        if metrics.first_token is None:
+            metrics.first_token = now
+        if state.output.index == 0:
+            metrics.token_times.append(now)
+        if not state.append(token.token, token.logprobs):
+            return False
+        self._finish(state.request)
+        return len(state.ids) < state.sequence.group.limit
+
+    def end(self, request: RequestState, reason: str) -> None:
+        """Ends those sequences of a request that have not."""
+        for state in request.sequences:
+            if not state.ended:
+                state.end(reason)
+        self._finish(request)
+
+    def fail(self, failure: StepFailed) -> list[RequestState]:
+        """Ends the requests of a step that failed twice, and returns them."""
+        requests = list(dict.fromkeys(state.request for state in failure.flight.states))
+        for request in requests:
+            request.output.error = f"{type(failure.reason).__name__}: {failure.reason}"
+            self.end(request, "error")
+        return requests
+
+    def forget(self, groups: Sequence[SequenceGroup]) -> None:
+        """Forgets groups that the scheduler has ended, and whose steps are read back."""
+        for group in groups:
+            request = self._requests.pop(group)
+            del self._by_output[id(request.output)]
+            for state in request.sequences:
+                if not state.ended:
+                    state.end(state.sequence.finish_reason or "cancelled")
+                del self.states[state.sequence]
+            self._finish(request)
+
+    def changed(self) -> list[RequestOutput]:
+        """Outputs with new tokens or an end since the call before."""
+        changed, self._changed = list(self._changed.values()), {}
+        return changed
+
+    def _finish(self, request: RequestState) -> None:
+        output = request.output
+        if not output.finished and all(state.ended for state in request.sequences):
+            output.finished = True
+            output.metrics.finished = self._clock()
+            self._changed[id(output)] = output
+
+
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt, checked."""
+    if isinstance(prompt, str):
+        raise ValueError("Engine: prompt is text, wanted token ids")
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError("Engine: the prompt is empty, wanted at least one token")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError(f"Engine: prompt: wanted token ids, got {min(ids)} to {max(ids)}")
+    return ids
+
+
+def check_params(params: SamplingParams, config: EngineConfig, has_text: bool) -> None:
+    """Raises a ValueError for parameters that an engine cannot serve.
+
+    Args:
+        params: of a request.
+        config: of the engine.
+        has_text: whether it has a detokenizer.
+    """
+    reasons = []
+    most = config.max_logprobs
+    if params.logprobs is not None and params.logprobs > most:
+        reasons.append(f"logprobs is {params.logprobs}, but max_logprobs is {most}")
+    if params.stop and not has_text:
+        reasons.append("stop strings need an engine with `detokenize`")
+    most = config.max_stop_token_ids
+    eos = () if params.ignore_eos else config.eos_token_ids
+    stops = len({*params.stop_token_ids, *eos})
+    if params.min_tokens and stops > most:
+        reasons.append(f"min_tokens with {stops} stop tokens: max_stop_token_ids is {most}")
+    if reasons:
+        raise ValueError("\n  - ".join(["Engine.add_request:", *reasons]))

@@ -1,0 +1,217 @@
+"""Choosing tokens on the device, each sequence with its own parameters.
+
+All parameters are arrays, so that one program serves every mixture of them. Costly parts (sorting
+the vocabulary, counting the tokens so far) run only in steps in which a sequence needs them. A row
+depends on nothing but itself: its random numbers are a function of the seed, the continuation's
+index and the position.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["NUM_FLOATS", "NUM_INTS", "RowParams", "Sampled", "SamplerState", "sample"]
+
+# Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
+# reciprocal: both must be normal. At the upper end all finite logits are equal already.
+_SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST_TEMPERATURE = 2.0**126
+
+NUM_FLOATS = 6
+NUM_INTS = 6
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplerState:
+    """What stays on the device between steps, by scheduler row.
+
+    Attributes:
+        last: int32[rows], the newest token.
+        history: int32[rows, max_seq_len], tokens so far, of sequences with penalties.
+    """
+
+    last: jax.Array
+    history: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+    """Parameters of the sequences of a step.
+
+    Attributes:
+        floats: float32[NUM_FLOATS, S]: temperature, top_p, min_p, presence, frequency and
+            repetition penalty.
+        ints: int32[NUM_INTS, S]: top_k, seed, index, prompt tokens, position at which stop tokens
+            are allowed, whether log probabilities are wanted.
+        banned: int32[K, S]: tokens not allowed before that position, -1 for none.
+        rows: int32[S]: scheduler row; padding is out of range.
+        positions: int32[S]: the position that the new token will have.
+    """
+
+    floats: jax.Array
+    ints: jax.Array
+    banned: jax.Array
+    rows: jax.Array
+    positions: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What is read back after a step.
+
+    Attributes:
+        tokens: int32[S].
+        valid: bool[S]: whether the logits held no NaN. NaN is also what a failed CUDA op leaves.
+        logprobs: float32[S]: of the tokens, where wanted.
+        ranks: int32[S]: their ranks, from 1.
+        top_ids: int32[S, M]: the most likely tokens.
+        top_logprobs: float32[S, M].
+    """
+
+    tokens: jax.Array
+    valid: jax.Array
+    logprobs: jax.Array
+    ranks: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def sample(
+    logits: jax.Array, params: RowParams, state: SamplerState, max_logprobs: int
+) -> tuple[Sampled, SamplerState]:
+    """The next token of each sequence.
+
+    Args:
+        logits: float[S, vocabulary].
+        params: of the sequences.
+        state: the newest; used for penalties.
+        max_logprobs: M, static.
+
+    Returns:
+        The tokens, and the state with them in it.
+    """
+    raw = logits.astype(jnp.float32)
+    temperature, top_p, min_p, presence, frequency, repetition = params.floats
+    top_k, seed, index, _, allowed, wanted = params.ints
+    penalized = (presence != 0) | (frequency != 0) | (repetition != 1)
+    scores = jax.lax.cond(
+        jnp.any(penalized), _penalize, lambda scores, params, history: scores, raw, params,
+        state.history,
+    )  # fmt: skip
+    early = params.positions < allowed
+    scores = jax.lax.cond(
+        jnp.any(early & (params.banned >= 0).any(axis=0)),
+        _ban, lambda scores, banned, early: scores, scores, params.banned, early,
+    )  # fmt: skip
+    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def draw(scores: jax.Array) -> jax.Array:
+        scaled = _scale(scores, temperature)
+        filtered = jnp.any(((top_k > 0) | (top_p < 1)) & (temperature > 0))
+        scaled = jax.lax.cond(
+            filtered, _keep_top, lambda scaled, k, p: scaled, scaled, top_k, top_p
+        )
+        # The largest is at 0; log(0) keeps everything.
+        scaled = jnp.where(scaled < jnp.log(min_p)[:, None], -jnp.inf, scaled)
+        drawn = jax.vmap(_categorical)(scaled, seed, index, params.positions)
+        return jnp.where(temperature > 0, drawn, greedy)
+
+    tokens = jax.lax.cond(jnp.any(temperature > 0), draw, lambda scores: greedy, scores)
+    valid = ~jnp.isnan(raw).any(axis=-1)
+    none = _no_logprobs(raw.shape[0], max_logprobs)
+    described = jax.lax.cond(
+        jnp.any(wanted > 0),
+        lambda raw, tokens: _logprobs(raw, tokens, max_logprobs),
+        lambda raw, tokens: none,
+        raw,
+        tokens,
+    )
+    history = state.history
+    history = history.at[params.rows, params.positions].set(tokens, mode="drop")
+    state = SamplerState(state.last.at[params.rows].set(tokens, mode="drop"), history)
+    return Sampled(tokens, valid, *described), state
+
+
+def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
+    """Lowers the scores [S, vocabulary] of tokens that a sequence contains."""
+    presence, frequency, repetition = params.floats[3:]
+    prompt = params.ints[3]
+    ids = history.at[params.rows].get(mode="fill", fill_value=0)
+    place = jnp.arange(ids.shape[1])[None]
+    known = place < params.positions[:, None]
+    produced = known & (place >= prompt[:, None])
+    rows = jnp.arange(ids.shape[0])[:, None]
+    zeros = jnp.zeros(scores.shape, jnp.int32)
+    counts = zeros.at[rows, ids].add(produced.astype(jnp.int32))
+    seen = zeros.at[rows, ids].add(known.astype(jnp.int32)) > 0
+    factor = jnp.where(seen, repetition[:, None], 1.0)
+    scores = jnp.where(scores > 0, scores / factor, scores * factor)
+    scores -= frequency[:, None] * counts
+    return scores - presence[:, None] * (counts > 0)
+
+
+def _ban(scores: jax.Array, banned: jax.Array, early: jax.Array) -> jax.Array:
+    """Removes tokens [K, S] from the scores of sequences that are too short to end."""
+    ids = jnp.where((banned >= 0) & early[None], banned, scores.shape[1])
+    rows = jnp.arange(scores.shape[0])[None]
+    return scores.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def _scale(scores: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Scores [S, vocabulary] divided by a temperature, with the largest of a row at 0.
+
+    The maximum is subtracted first, so that a low temperature takes the others towards -inf and
+    leaves the largest finite.
+    """
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    # An infinite maximum minus itself would be NaN.
+    below = jnp.where(scores == top, 0.0, scores - top)
+    divisor = jnp.clip(temperature, _SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE)[:, None]
+    cold = temperature[:, None] < _SMALLEST_TEMPERATURE
+    return jnp.where(cold, jnp.where(below == 0.0, 0.0, -jnp.inf), below / divisor)
+
+
+def _keep_top(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Scores [S, vocabulary] with those outside of top_k and then top_p at -inf.
+
+    Equals of the last one kept stay; the largest always does.
+    """
+    ordered = jnp.sort(scores, axis=-1, descending=True)
+    place = jnp.arange(scores.shape[1])[None]
+    last = jnp.clip(jnp.where(top_k > 0, top_k, scores.shape[1]), 1, scores.shape[1]) - 1
+    smallest = jnp.take_along_axis(ordered, last[:, None], axis=1)
+    # Equals of the last one belong to the distribution that top_p is taken of.
+    probabilities = jax.nn.softmax(jnp.where(ordered < smallest, -jnp.inf, ordered), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p[:, None]) | (place == 0) | (top_p >= 1)[:, None]
+    cut = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores < jnp.maximum(smallest, cut), -jnp.inf, scores)
+
+
+def _categorical(
+    scores: jax.Array, seed: jax.Array, index: jax.Array, position: jax.Array
+) -> jax.Array:
+    key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
+    key = jax.random.fold_in(jax.random.fold_in(key, index), position)
+    return jax.random.categorical(key, scores).astype(jnp.int32)
+
+
+def _no_logprobs(size: int, most: int) -> tuple[jax.Array, ...]:
+    return (
+        jnp.zeros(size, jnp.float32),
+        jnp.zeros(size, jnp.int32),
+        jnp.zeros((size, most), jnp.int32),
+        jnp.zeros((size, most), jnp.float32),
+    )
+
+
+def _logprobs(raw: jax.Array, tokens: jax.Array, most: int) -> tuple[jax.Array, ...]:
+    logprobs = jax.nn.log_softmax(raw, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
+    ranks = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
+    values, ids = jax.lax.top_k(logprobs, most)
+    return chosen[:, 0], ranks, ids.astype(jnp.int32), values

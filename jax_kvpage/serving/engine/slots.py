@@ -1,0 +1,229 @@
+"""The pool as the scheduler sees it, and what its plans do to it.
+
+Rows are the scheduler's, slots are the pool's. Calls that need the cache are made only when every
+step has been read back: then all tokens of a sequence are known and can be committed for the prefix
+cache before its slot goes, and a call never meets a step that failed. If the cache is of no use all
+the same, a call is made once more from a new generation.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import OutOfBlocks
+from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.tracking import SequenceState
+from jax_kvpage.serving.plan import Fork, StepPlan
+from jax_kvpage.serving.request import Sequence
+from jax_kvpage.serving.scheduler import Scheduler
+
+__all__ = ["PoolMemory", "Slots"]
+
+
+class PoolMemory:
+    """Answers the scheduler's questions from a pool, in blocks of all layers.
+
+    Args:
+        pool: the memory.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        spec = pool.spec
+        assert spec.block_tokens is not None
+        self._pool = pool
+        self._ranges = spec.num_ranges
+        self._max_slots = spec.max_slots
+        self.block_tokens = spec.block_tokens
+        self.max_seq_len = spec.max_seq_len
+        self.look()
+
+    def look(self) -> None:
+        """Takes a snapshot of the pool's accounts; to be called before each plan."""
+        self._stats = self._pool.stats()
+
+    @property
+    def capacity(self) -> int:
+        """Blocks in all."""
+        return self._stats.blocks_total // self._ranges
+
+    def free_blocks(self) -> int:
+        """Free blocks, and those that parked slots and the prefix cache would give up."""
+        return (self._stats.blocks_free + self._stats.blocks_parked) // self._ranges
+
+    def draining_blocks(self) -> int:
+        """Blocks that come free without a decision."""
+        return self._stats.blocks_draining // self._ranges
+
+    def free_slots(self) -> int:
+        """Slots that can be acquired now."""
+        return self._max_slots - self._stats.slots_occupied - self._stats.slots_draining
+
+
+class Slots:
+    """Gives slots to sequences and takes them back, as plans say.
+
+    Args:
+        pool: the memory.
+        memory: the scheduler's view of it.
+        num_rows: sequences at one time.
+        prefix_caching: whether sequences are found by their tokens.
+
+    Attributes:
+        states: by row, the sequence that has it.
+        slot: int32[rows], its slot.
+        cache: the newest.
+        recover: starts a new generation; set by the runner.
+    """
+
+    def __init__(
+        self, pool: KVPool, memory: PoolMemory, num_rows: int, prefix_caching: bool
+    ) -> None:
+        self._pool = pool
+        self._block_tokens = memory.block_tokens
+        self._prefix_caching = prefix_caching
+        self.states: list[SequenceState | None] = [None] * num_rows
+        self.slot = np.full(num_rows, -1, np.int32)
+        self.cache: KVCache = pool.cache()
+        self.recover: Callable[[], None]
+
+    def occupied(self) -> list[SequenceState]:
+        """Sequences that have a row."""
+        return [state for state in self.states if state is not None]
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Commits what sequences have computed, and releases their slots. Nothing is in flight."""
+        gone = [state for row in rows if (state := self.states[row]) is not None]
+        if not gone:
+            return
+        for state in gone:
+            self.commit(state)
+        self._release([state.slot for state in gone])
+        for state in gone:
+            self.states[state.row], self.slot[state.row] = None, -1
+            state.slot = state.row = -1
+            state.computed = state.committed = 0
+
+    def claim(
+        self, plan: StepPlan, scheduler: Scheduler, states: dict[Sequence, SequenceState]
+    ) -> StepPlan:
+        """Gets the memory of a plan; what is refused is left out.
+
+        Args:
+            plan: the last one.
+            scheduler: which made it.
+            states: of its sequences.
+
+        Returns:
+            The plan to run.
+        """
+        refused: list[Sequence] = []
+        for fork in plan.forks:
+            if states[fork.parent].computed < fork.num_tokens:
+                continue  # the step that computed the prompt has failed, and its requests with it
+            if not self._fork(fork, states):
+                refused += fork.children
+        for admission in plan.admissions:
+            if not self.acquire(states[admission.sequence], admission.num_tokens):
+                refused.append(admission.sequence)
+        refused += self._extend(plan)
+        if not refused:
+            return plan
+        new = [a.sequence for a in plan.admissions]
+        new += [child for fork in plan.forks for child in fork.children]
+        rows = {sequence: sequence.row for sequence in new}
+        left = scheduler.refuse(plan, refused)
+        groups = {sequence.group for sequence in refused}
+        # Of a group that does not run, those that did get their memory.
+        self.release(rows[s] for s in new if s.group in groups and states[s].row >= 0)
+        return left
+
+    def acquire(self, state: SequenceState, room: int) -> bool:
+        """Gives a sequence a slot that starts with what is in memory of its tokens."""
+        cached = 0
+        try:
+            if self._prefix_caching:
+                ids = np.asarray(state.ids, np.int32)
+                slot, cached, self.cache = self._call(
+                    lambda cache: self._pool.acquire_prefix(cache, ids, room)
+                )
+            else:
+                slot, self.cache = self._call(
+                    lambda cache: self._pool.acquire(cache, max(room, len(state.ids)))
+                )
+        except OutOfBlocks:
+            return False
+        self._enter(state, slot, cached, max(room, len(state.ids)))
+        state.request.output.metrics.num_cached_tokens += cached
+        return True
+
+    def commit(self, state: SequenceState) -> None:
+        """Tells the pool the tokens of a sequence whose keys and values exist."""
+        if state.final > state.committed:
+            self._pool.commit(state.slot, state.ids[state.committed : state.final])
+            state.committed = state.final
+
+    def commit_blocks(self, state: SequenceState) -> None:
+        """Like `commit`, once a block is full."""
+        size = self._block_tokens
+        if state.slot >= 0 and state.final // size > state.committed // size:
+            self.commit(state)
+
+    def _call(self, verb: Callable[[KVCache], Any]) -> Any:
+        """Makes a call that goes on from the newest cache; one that fails changes nothing."""
+        try:
+            return verb(self.cache)
+        except (jax.errors.JaxRuntimeError, ValueError):
+            self.recover()
+            return verb(self.cache)
+
+    def _release(self, slots: list[int]) -> None:
+        self.cache = self._call(lambda cache: self._pool.release(cache, slots))
+
+    def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
+        row = state.sequence.row
+        state.slot, state.row, state.room = slot, row, room
+        state.computed = state.committed = computed
+        self.states[row], self.slot[row] = state, slot
+
+    def _fork(self, fork: Fork, states: dict[Sequence, SequenceState]) -> bool:
+        parent, room = states[fork.parent], list(fork.room)
+        slots: list[int] = []
+        try:
+            self.commit(parent)
+            slots, self.cache = self._call(
+                lambda cache: self._pool.fork(cache, parent.slot, len(room), fork.num_tokens)
+            )
+            self._pool.extend(slots, room)
+        except OutOfBlocks:
+            if slots:
+                self._release(slots)
+            return False
+        for child, slot, tokens in zip(fork.children, slots, room, strict=True):
+            self._enter(states[child], slot, fork.num_tokens, tokens)
+        return True
+
+    def _extend(self, plan: StepPlan) -> list[Sequence]:
+        """Maps more room; returns the sequences that got none."""
+        rows, tokens = plan.extend_rows.tolist(), plan.extend_tokens.tolist()
+        every = [self.states[row] for row in rows]
+        pairs = [(s, n) for s, n in zip(every, tokens, strict=True) if s is not None]
+        try:
+            if pairs:
+                self._pool.extend([s.slot for s, _ in pairs], [n for _, n in pairs])
+            got = pairs
+        except OutOfBlocks:
+            got = [pair for pair in pairs if self._extend_one(*pair)]
+        for state, room in got:
+            state.room = room
+        lucky = {id(state) for state, _ in got}
+        return [state.sequence for state, _ in pairs if id(state) not in lucky]
+
+    def _extend_one(self, state: SequenceState, room: int) -> bool:
+        try:
+            self._pool.extend(state.slot, room)
+        except OutOfBlocks:
+            return False
+        return True

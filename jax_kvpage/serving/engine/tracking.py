@@ -1,0 +1,180 @@
+"""What the engine knows of a request: its tokens, its text and whether a token ends it."""
+
+import numpy as np
+
+from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
+from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestOutput
+from jax_kvpage.serving.params import SamplingParams
+from jax_kvpage.serving.request import Sequence, SequenceGroup
+from jax_kvpage.serving.text import Detokenize, TextBuilder
+
+__all__ = ["RequestState", "SequenceState"]
+
+
+class SequenceState:
+    """One continuation.
+
+    Args:
+        request: that it belongs to.
+        sequence: of the scheduler.
+        output: what the caller sees.
+
+    Attributes:
+        ids: prompt and output tokens that have been read back.
+        slot: of the pool; -1 without memory.
+        row: of the scheduler's arrays, as long as it has a slot.
+        computed: tokens whose keys and values exist, as far as steps have been read back.
+        committed: tokens that the pool knows.
+        room: tokens that its slot has room for.
+    """
+
+    def __init__(
+        self, request: "RequestState", sequence: Sequence, output: CompletionOutput
+    ) -> None:
+        self.request = request
+        self.sequence = sequence
+        self.output = output
+        self.ids = list(request.output.prompt_token_ids)
+        self.slot = self.row = -1
+        self.computed = self.committed = self.room = 0
+        params = request.params
+        self._text: TextBuilder | None = None
+        if request.detokenize is not None:
+            self._text = TextBuilder(request.detokenize, self.ids, params.stop)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the caller has seen its end."""
+        return self.output.finish_reason is not None
+
+    @property
+    def final(self) -> int:
+        """Of the computed tokens, those that can be committed now."""
+        known = len(self.ids) - 1 if self.ended else len(self.ids)
+        return min(self.computed, known)
+
+    def append(self, token: int, logprobs: tuple[dict[int, Logprob], float] | None) -> bool:
+        """Takes a token; returns whether it ends the sequence.
+
+        Args:
+            token: sampled.
+            logprobs: by token id, and that of the token; None if they were not asked for.
+        """
+        output = self.output
+        self.ids.append(token)
+        output.token_ids.append(token)
+        if logprobs is not None:
+            assert output.logprobs is not None
+            output.logprobs.append(logprobs[0])
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[1]
+        searched = 0
+        if self._text is not None:
+            searched = len(self._text.text)
+            self._text.push(token)
+        if self._ends(token, searched):
+            return True
+        if len(self.ids) >= self.sequence.group.limit:
+            self.end(self.sequence.group.limit_reason)
+            return True
+        if self._text is not None:
+            output.text = self._text.shown
+        return False
+
+    def end(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """Sets the finish reason and completes the text."""
+        self.output.finish_reason = reason
+        self.output.stop_reason = stop_reason
+        if self._text is not None and not isinstance(stop_reason, str):
+            self._text.finish()
+            self.output.text = self._text.text
+
+    def _ends(self, token: int, searched: int) -> bool:
+        params = self.request.params
+        if len(self.output.token_ids) < params.min_tokens:
+            return False
+        if token in params.stop_token_ids:
+            self.end("stop", token)
+            return True
+        if token in self.request.eos:
+            self.end("stop")
+            return True
+        found = self._text.find_stop(searched) if self._text is not None else None
+        if found is None:
+            return False
+        text, begin = found
+        end = begin + len(text) if params.include_stop_str_in_output else begin
+        assert self._text is not None
+        self.output.text = self._text.text[:end]
+        self.end("stop", text)
+        return True
+
+
+class RequestState:
+    """A request and its continuations.
+
+    Args:
+        output: what the caller sees.
+        params: how to sample.
+        seed: of its random numbers.
+        eos: tokens that end it, those of stop_token_ids aside.
+        detokenize: None for ids only.
+
+    Attributes:
+        group: the scheduler's.
+        sequences: all n.
+    """
+
+    def __init__(
+        self,
+        output: RequestOutput,
+        params: SamplingParams,
+        seed: int,
+        eos: tuple[int, ...],
+        detokenize: Detokenize | None,
+    ) -> None:
+        self.output = output
+        self.params = params
+        self.seed = seed
+        self.eos = frozenset() if params.ignore_eos else frozenset(eos)
+        self.detokenize = detokenize
+        self.group: SequenceGroup
+        self.sequences: list[SequenceState] = []
+
+    def start(self, group: SequenceGroup) -> None:
+        """Takes the scheduler's sequences."""
+        self.group = group
+        for sequence in group.sequences:
+            output = CompletionOutput(sequence.index)
+            if self.params.logprobs is not None:
+                output.logprobs, output.cumulative_logprob = [], 0.0
+            self.output.outputs.append(output)
+            self.sequences.append(SequenceState(self, sequence, output))
+
+    def sampling_column(self, index: int, num_banned: int) -> np.ndarray:
+        """The device's parameters of one continuation, int32[...]; see `RowParams`."""
+        params, prompt = self.params, len(self.output.prompt_token_ids)
+        column = np.full(NUM_FLOATS + NUM_INTS + num_banned, -1, np.int32)
+        floats = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        column[:NUM_FLOATS] = np.asarray(floats, np.float32).view(np.int32)
+        seed = int(np.asarray(self.seed, np.uint32).view(np.int32))
+        allowed = prompt + params.min_tokens - 1 if params.min_tokens else 0
+        wanted = 0 if params.logprobs is None else 1
+        column[NUM_FLOATS : NUM_FLOATS + NUM_INTS] = (
+            max(params.top_k, 0),
+            seed,
+            index,
+            prompt,
+            allowed,
+            wanted,
+        )
+        if params.min_tokens:
+            banned = sorted({*params.stop_token_ids, *self.eos})
+            column[NUM_FLOATS + NUM_INTS :][: len(banned)] = banned
+        return column

@@ -1,0 +1,156 @@
+"""Compiles what the engine will run: each bucket's step, and the programs of the pool's calls.
+
+Those programs are compiled by making the calls, on a few tokens in a namespace that no request
+finds. Their tables are padded to powers of two, so there are only a few.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import OutOfBlocks
+from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.programs import Programs
+from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
+
+__all__ = ["warm_up"]
+
+_NAMESPACE = "jax_kvpage.serving warm-up"
+
+
+def warm_up(
+    pool: KVPool,
+    cache: KVCache,
+    programs: Programs,
+    num_rows: int,
+    num_banned: int,
+    progress: Callable[[int, int], None] | None,
+) -> KVCache:
+    """Compiles every program; returns the newest cache.
+
+    Args:
+        pool: without live requests.
+        cache: the newest.
+        programs: of the engine.
+        num_rows: sequences at one time.
+        num_banned: see `EngineConfig.max_stop_token_ids`.
+        progress: called with the number of programs done and the number of all.
+    """
+    rig = _Rig(pool, cache, programs, num_rows, num_banned)
+    sizes = _sizes(num_rows)
+    jobs: list[Callable[[], None]] = [
+        lambda shape=shape: rig.compile(shape)  # type: ignore[misc]
+        for shape in programs.shapes
+    ]
+    jobs += [rig.small_programs, rig.prefixes]
+    jobs += [lambda n=n: rig.releases(n) for n in sizes]  # type: ignore[misc]
+    jobs += [lambda n=n: rig.forks(n) for n in sizes]  # type: ignore[misc]
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs))
+        try:
+            job()
+        except OutOfBlocks:  # then it cannot happen later either
+            rig.release_all()
+    if progress is not None:
+        progress(len(jobs), len(jobs))
+    rig.release_all()
+    return rig.cache
+
+
+def _sizes(most: int) -> list[int]:
+    """Numbers of rows from 1 to `most`, one for each power of two that they are padded to."""
+    return sorted({min(1 << bit, most) for bit in range((most - 1).bit_length() + 1)})
+
+
+class _Rig:
+    """A pool with slots to try calls on."""
+
+    def __init__(
+        self, pool: KVPool, cache: KVCache, programs: Programs, num_rows: int, num_banned: int
+    ) -> None:
+        self._pool = pool
+        self._programs = programs
+        self._num_rows = num_rows
+        self._num_fields = NUM_FLOATS + NUM_INTS + num_banned
+        self._state = programs.initial_state(pool.spec.max_seq_len, pool.device)
+        self._slots: list[int] = []
+        self.cache = cache
+
+    def compile(self, shape: tuple[int, int]) -> None:
+        """The step of a bucket."""
+        self._programs.compile(shape, self.cache, self._state)
+
+    def small_programs(self) -> None:
+        """Those that change the sampler's state, and lengths."""
+        self._state = self._programs.set_history(self._state, 0, [0])
+        none = np.zeros(0, np.int32)
+        self.cache = self._programs.set_lengths(self.cache, none, none)
+
+    def prefixes(self) -> None:
+        """Acquires slots with nothing, whole blocks, and a copied token found."""
+        ids = self._prompt()
+        for prompt in (ids, [*ids[:-1], 2], [*ids, 1]):
+            slot, found, self.cache = self._pool.acquire_prefix(
+                self.cache, prompt[: self._pool.spec.max_seq_len], namespace=_NAMESPACE
+            )
+            self._slots.append(slot)
+            self._write(slot, prompt[found : self._pool.spec.max_seq_len])
+            jax.block_until_ready(self.cache)
+        self.release_all()
+
+    def releases(self, n: int) -> None:
+        """Releases several slots at once."""
+        for _ in range(n):
+            slot, self.cache = self._pool.acquire(self.cache, 0, wait=True)
+            self._slots.append(slot)
+        self.release_all()
+
+    def forks(self, n: int) -> None:
+        """Forks several siblings, with whole blocks and with a copied token."""
+        if n >= self._num_rows:
+            n = self._num_rows - 1
+        if not n:
+            return
+        ids = self._prompt()
+        donor, self.cache = self._pool.acquire(self.cache, len(ids), wait=True)
+        self._slots.append(donor)
+        self._write(donor, ids)
+        for num_tokens in (len(ids) - 1, len(ids)):
+            slots, self.cache = self._pool.fork(self.cache, donor, n, num_tokens)
+            self.cache = self._pool.release(self.cache, slots)
+            jax.block_until_ready(self.cache)
+        self.release_all()
+
+    def release_all(self) -> None:
+        """Releases what is left, and waits."""
+        slots, self._slots = self._slots, []
+        if slots:
+            self.cache = self._pool.release(self.cache, slots)
+        jax.block_until_ready(self.cache)
+
+    def _prompt(self) -> list[int]:
+        """A block and one token, as far as a sequence may be."""
+        size = self._pool.spec.block_tokens
+        assert size is not None
+        return [0] * min(size + 1, self._pool.spec.max_seq_len)
+
+    def _write(self, slot: int, ids: list[int]) -> None:
+        """Runs tokens and commits them."""
+        most = self._programs.shapes[-1][0]
+        for begin in range(0, len(ids), most):
+            part = np.asarray(ids[begin : begin + most], np.int32)
+            shape = self._programs.bucket(len(part), 1)
+            packed = self._programs.pack(
+                shape,
+                part,
+                np.asarray([0, len(part)], np.int32),
+                np.asarray([slot], np.int32),
+                np.asarray([self._num_rows], np.int32),
+                np.zeros(1, np.int32),
+                np.zeros((self._num_fields, 1), np.int32),
+            )
+            self.cache, self._state, _ = self._programs.run(shape, self.cache, self._state, packed)
+        self._pool.commit(slot, ids)

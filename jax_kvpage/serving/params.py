@@ -1,0 +1,113 @@
+"""How a request is sampled and where it ends, in vLLM's words."""
+
+import dataclasses
+import math
+from typing import Any
+
+__all__ = ["SamplingParams"]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and where its sequences end.
+
+    Attributes:
+        n: continuations of the prompt, which is computed once.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_k: only the k most likely tokens; 0 or -1 for all.
+        top_p: only the smallest set of most likely tokens whose probabilities reach p.
+        min_p: only tokens at least this fraction as likely as the most likely one.
+        presence_penalty: subtracted from the logits of tokens that the output contains.
+        frequency_penalty: subtracted as many times as the output contains them.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
+            the prompt or the output contains.
+        seed: of the random numbers, from 0 to 2**32 - 1; None lets the engine choose one. A token
+            depends on the seed, the continuation's index and the position alone.
+        max_tokens: tokens to produce at most.
+        min_tokens: tokens to produce before a stop token or stop string may end the output.
+        stop: strings that end the output and are left out of its text (needs a detokenizer).
+        stop_token_ids: tokens that end the output.
+        ignore_eos: go on after the engine's end-of-sequence tokens.
+        include_stop_str_in_output: keep the stop string in the text.
+        logprobs: also return the log probabilities of this many most likely tokens and of the token
+            chosen, before penalties and temperature; None for none at all, 0 for the chosen token.
+
+    Raises:
+        ValueError: values out of range; one error lists all of them.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        reasons = self._reasons()
+        if reasons:
+            raise ValueError("\n  - ".join(["SamplingParams:", *reasons]))
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    def _reasons(self) -> list[str]:
+        """Everything that is wrong."""
+        reasons = []
+
+        def want(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                reasons.append(f"{name} is {getattr(self, name)!r}, wanted {wanted}")
+
+        def within(name: str, low: float, high: float) -> bool:
+            return _number(getattr(self, name)) and low <= getattr(self, name) <= high
+
+        want(_integer(self.n) and self.n >= 1, "n", "1 or more")
+        want(within("temperature", 0, math.inf), "temperature", "0 (greedy) or more")
+        want(_integer(self.top_k) and self.top_k >= -1, "top_k", "0 or -1 (all), or more")
+        want(within("top_p", 0, 1) and self.top_p > 0, "top_p", "above 0 and at most 1")
+        want(within("min_p", 0, 1), "min_p", "from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            want(within(name, -2, 2), name, "from -2 to 2")
+        positive = within("repetition_penalty", 0, math.inf) and self.repetition_penalty > 0
+        want(positive, "repetition_penalty", "above 0")
+        seeded = _integer(self.seed) and 0 <= self.seed < 2**32  # type: ignore[operator]
+        want(self.seed is None or seeded, "seed", "None, or from 0 to 2**32 - 1")
+        limited = _integer(self.max_tokens) and self.max_tokens >= 1
+        want(limited, "max_tokens", "1 or more")
+        want(_integer(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "0 or more")
+        if limited and _integer(self.min_tokens):
+            most = f"at most max_tokens ({self.max_tokens})"
+            want(self.min_tokens <= self.max_tokens, "min_tokens", most)
+        texts = all(isinstance(text, str) and text for text in self.stop)
+        want(texts, "stop", "strings that are not empty")
+        ids = all(_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids)
+        want(ids, "stop_token_ids", "token ids")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            want(isinstance(getattr(self, name), bool), name, "True or False")
+        counted = self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0)
+        want(counted, "logprobs", "None, or 0 or more")
+        return reasons

@@ -1,0 +1,40 @@
+"""Which requests wait for each other: those that begin with the same tokens, while they are new."""
+
+from collections.abc import Hashable, Sequence
+
+__all__ = ["PrefixKeys"]
+
+_MOST = 4096  # prefixes remembered
+
+
+class PrefixKeys:
+    """Finds, for a prompt, the newest one that begins with the same block.
+
+    Args:
+        block_tokens: tokens in a block; shorter prefixes do not count.
+    """
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._newest: dict[tuple[int, ...], Sequence[int]] = {}
+
+    def find(self, ids: Sequence[int]) -> tuple[Hashable, int]:
+        """See `Request.prefix_key` and `Request.num_prefix_tokens`.
+
+        Returns:
+            (key, tokens): what the prompt has in common with the newest one that shares its first
+            block; all of it if there is none; (None, 0) if it is shorter than a block.
+        """
+        size = self._block_tokens
+        if len(ids) < size:
+            return None, 0
+        key = tuple(ids[:size])
+        other = self._newest.pop(key, ())
+        common = next(
+            (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
+            min(len(ids), len(other)),
+        )
+        if len(self._newest) >= _MOST:
+            del self._newest[next(iter(self._newest))]
+        self._newest[key] = ids
+        return key, common or len(ids)

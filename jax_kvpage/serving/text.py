@@ -1,0 +1,72 @@
+"""Text of a sequence, token by token, and the strings that end it."""
+
+from collections.abc import Callable, Sequence
+
+__all__ = ["Detokenize", "TextBuilder"]
+
+Detokenize = Callable[[Sequence[int]], str]
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT = 5  # tokens before the first that is decoded for its text
+
+
+class TextBuilder:
+    """Decodes tokens as they come and looks for stop strings.
+
+    The text of a token depends on its neighbours, so the newest tokens are decoded together with
+    those before them, and U+FFFD at the end is held back: it may be an incomplete character.
+
+    Args:
+        detokenize: from ids to text.
+        prompt: the tokens before the first one.
+        stop: strings that end the text.
+
+    Attributes:
+        text: all that is certain.
+    """
+
+    def __init__(self, detokenize: Detokenize, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._detokenize = detokenize
+        self._stop = tuple(stop)
+        self._held = max((len(text) for text in self._stop), default=1) - 1
+        self._ids = list(prompt[-_CONTEXT:])
+        self._begin, self._read = 0, len(self._ids)
+        self.text = ""
+
+    @property
+    def shown(self) -> str:
+        """The text without what may turn out to belong to a stop string."""
+        return self.text[: len(self.text) - self._held] if self._held else self.text
+
+    def push(self, token: int) -> None:
+        """Adds a token."""
+        self._ids.append(token)
+        self._decode(final=False)
+
+    def finish(self) -> None:
+        """Adds what was held back as incomplete."""
+        self._decode(final=True)
+
+    def find_stop(self, num_before: int) -> tuple[str, int] | None:
+        """The stop string that ends the text first.
+
+        Args:
+            num_before: characters that were searched before.
+
+        Returns:
+            (string, where it begins), or None.
+        """
+        begin = max(num_before - self._held, 0)
+        found = [(self.text.find(text, begin), text) for text in self._stop]
+        found = [(place, text) for place, text in found if place >= 0]
+        if not found:
+            return None
+        place, text = min(found, key=lambda pair: pair[0] + len(pair[1]))
+        return text, place
+
+    def _decode(self, final: bool) -> None:
+        before = self._detokenize(self._ids[self._begin : self._read])
+        now = self._detokenize(self._ids[self._begin :])
+        if final or (len(now) > len(before) and not now.endswith(_UNKNOWN)):
+            self.text += now[len(before) :]
+            self._begin, self._read = self._read, len(self._ids)

@@ -1,0 +1,78 @@
+"""A small random transformer and the engine around it, for tests of `jax_kvpage.serving`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_kvpage as kvp
+from jax_kvpage.serving import EngineConfig, RequestOutput
+
+VOCABULARY = 64
+LAYERS, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
+WIDTH = HEADS * DIM
+BLOCK = 16
+
+
+@functools.cache
+def params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+
+    def weights(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+    return {
+        "embed": weights(VOCABULARY, WIDTH) * 8,
+        "qkv": weights(LAYERS, WIDTH, (HEADS + 2 * KV_HEADS) * DIM),
+        "out": weights(LAYERS, WIDTH, WIDTH) * 2,
+        "logits": weights(WIDTH, VOCABULARY) * 2,
+        "places": weights(256, WIDTH) * 8,
+    }
+
+
+def step(
+    params: dict[str, jax.Array], cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch
+) -> tuple[jax.Array, kvp.KVCache]:
+    """The model: attention with residuals, without a feed-forward part."""
+    place = kvp.positions(cache, batch, num_tokens=tokens.shape[0])
+    x = params["embed"][tokens] + params["places"][place % 256]
+    for layer in range(LAYERS):
+        qkv = (x @ params["qkv"][layer]).reshape(tokens.shape[0], -1, DIM)
+        q, k, v = jnp.split(qkv, (HEADS, HEADS + KV_HEADS), axis=1)
+        out, cache = kvp.update_and_attend(q, k, v, cache, batch, layer=layer)
+        x = jnp.tanh(x + out.reshape(tokens.shape[0], -1) @ params["out"][layer])
+    return x[batch.last_rows] @ params["logits"], cache
+
+
+def spec(max_slots: int = 8, max_seq_len: int = 128, layout: str = "fused") -> kvp.CacheSpec:
+    made = kvp.CacheSpec(
+        LAYERS, KV_HEADS, DIM, max_slots, max_seq_len,
+        dtype=jnp.float32, layout=layout, block_tokens=BLOCK,
+    )  # fmt: skip
+    return made.resolve("cpu")
+
+
+def pool(blocks: int = 64, **options: Any) -> kvp.KVPool:
+    made = spec(**options)
+    return kvp.KVPool(made, blocks * made.num_ranges * made.block_bytes)
+
+
+def config(**options: Any) -> EngineConfig:
+    """One bucket, so that results are bit-identical whatever runs beside."""
+    options.setdefault("max_num_batched_tokens", 32)
+    rows = options.setdefault("max_num_seqs", 4)
+    options.setdefault("buckets", ((options["max_num_batched_tokens"], rows),))
+    return EngineConfig(**options)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+def tokens(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
+    return [[each.token_ids for each in output.outputs] for output in outputs]
