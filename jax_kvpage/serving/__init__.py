@@ -21,13 +21,14 @@ from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
 
 if TYPE_CHECKING:
-    from jax_kvpage.serving.engine import Engine, EngineConfig, EngineStats
+    from jax_kvpage.serving.engine import AsyncEngine, Engine, EngineConfig, EngineStats
 
-_NEED_JAX = ("Engine", "EngineConfig", "EngineStats")
+_NEED_JAX = ("AsyncEngine", "Engine", "EngineConfig", "EngineStats")
 
 __all__ = [
     "Admission",
     "AdmissionPolicy",
+    "AsyncEngine",
     "BlockBudget",
     "Candidates",
     "CompletionOutput",

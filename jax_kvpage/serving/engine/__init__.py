@@ -1,7 +1,8 @@
 """The engine: runs the scheduler's plans with a model, on a pool."""
 
+from jax_kvpage.serving.engine.async_engine import AsyncEngine
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.engine import Engine
 from jax_kvpage.serving.engine.stats import EngineStats
 
-__all__ = ["Engine", "EngineConfig", "EngineStats"]
+__all__ = ["AsyncEngine", "Engine", "EngineConfig", "EngineStats"]

@@ -1,38 +1,15 @@
-"""The engine: continuous batching of requests on one pool.
+"""The engine: lists and streams of requests, on top of `EngineCore`."""
 
-Each call of `step` plans a step, gives and takes memory for it, dispatches it, and reads the one
-before it back. Calls come from one thread; `AsyncEngine` runs an engine in a thread for others.
-"""
+from collections.abc import Iterator, Sequence
 
-import itertools
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Self
-
-import jax
-import numpy as np
-
-from jax_kvpage.pool import KVPool
-from jax_kvpage.serving.engine.config import EngineConfig
-from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
-from jax_kvpage.serving.engine.programs import Programs, Step
-from jax_kvpage.serving.engine.runner import Runner, StepFailed
-from jax_kvpage.serving.engine.slots import PoolMemory, Slots
-from jax_kvpage.serving.engine.stats import EngineStats
-from jax_kvpage.serving.engine.tracking import RequestState
-from jax_kvpage.serving.engine.warm_up import warm_up
-from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
+from jax_kvpage.serving.engine.core import EngineCore
+from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
-from jax_kvpage.serving.prefixes import PrefixKeys
-from jax_kvpage.serving.request import Request, SequenceGroup
-from jax_kvpage.serving.scheduler import Scheduler
-from jax_kvpage.serving.text import Detokenize
 
 __all__ = ["Engine"]
 
 
-class Engine:
+class Engine(EngineCore):
     """Generates tokens for requests that come and go.
 
     A context manager; `close` ends all requests and gives their memory back. The pool stays open.
@@ -50,187 +27,11 @@ class Engine:
     Attributes:
         config: the options.
         scheduler: decides what runs.
+        closed: whether `close` was called.
 
     Raises:
         ValueError: options that do not fit each other or the pool.
     """
-
-    def __init__(
-        self,
-        step: Step,
-        params: Any,
-        pool: KVPool,
-        config: EngineConfig | None = None,
-        *,
-        detokenize: Detokenize | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.config = config = config or EngineConfig()
-        rows = config.rows(pool.spec.max_slots)
-        self._pool = pool
-        self._detokenize = detokenize
-        self._clock = clock
-        self._memory = PoolMemory(pool)
-        self.scheduler = Scheduler(
-            self._memory,
-            max_num_seqs=rows,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            preemption=config.preemption,
-            admission=config.admission,
-            max_num_waiting=config.max_num_waiting,
-            find_prefix=_unknown_prefix if config.prefix_caching else None,
-        )
-        self._programs = Programs(
-            step,
-            params,
-            config.shapes(rows),
-            rows,
-            config.max_logprobs,
-            config.max_stop_token_ids,
-        )
-        self._num_rows = rows
-        self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
-        self._runner = self._new_runner()
-        self._prefixes = PrefixKeys(self._memory.block_tokens)
-        self._ledger = Ledger(clock)
-        self._ends: list[Callable[[], None]] = []  # what the scheduler is told after a step
-        self._seeds = np.random.default_rng(config.seed)
-        self._ids = itertools.count()
-        self.closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def has_unfinished(self) -> bool:
-        """Whether `step` has anything left to do."""
-        return bool(self.scheduler.has_unfinished or self._runner.flights)
-
-    @property
-    def stats(self) -> EngineStats:
-        """Counts so far, and what runs now."""
-        return EngineStats.of(self.scheduler, self._runner, self._programs)
-
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles everything that the engine runs, so that nothing is compiled later.
-
-        Args:
-            progress: called with the number of programs done and the number of all.
-
-        Raises:
-            RuntimeError: requests are unfinished.
-        """
-        if self.has_unfinished:
-            raise RuntimeError("Engine.warm_up: wanted no unfinished requests")
-        self._slots.cache = warm_up(
-            self._pool,
-            self._slots.cache,
-            self._programs,
-            self._num_rows,
-            self.config.max_stop_token_ids,
-            progress,
-        )
-        self._runner = self._new_runner()
-
-    def add_request(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        request_id: object = None,
-        priority: int = 0,
-        deadline: float | None = None,
-    ) -> RequestOutput:
-        """Queues a request.
-
-        Args:
-            prompt: token ids, at least one.
-            params: `SamplingParams()` if None.
-            request_id: for the output; None numbers requests.
-            priority: lower numbers go first.
-            deadline: when it ends with the reason "deadline", in the engine's clock.
-
-        Returns:
-            Its output, which `step` fills.
-
-        Raises:
-            ValueError: a prompt or parameters that the engine cannot serve.
-            RequestRefused: it can never run, or the queue is full.
-            RuntimeError: the engine is closed.
-        """
-        if self.closed:
-            raise RuntimeError("Engine: closed")
-        params = params or SamplingParams()
-        ids = token_ids(prompt)
-        check_params(params, self.config, self._detokenize is not None)
-        request_id = next(self._ids) if request_id is None else request_id
-        key, shared = None, 0
-        if self.config.prefix_caching:
-            key, shared = self._prefixes.find(ids)
-        request = Request(
-            request_id=request_id,
-            num_prompt_tokens=len(ids),
-            max_tokens=params.max_tokens,
-            n=params.n,
-            priority=priority,
-            deadline=deadline,
-            prefix_key=key,
-            num_prefix_tokens=shared,
-        )
-        group = self.scheduler.add(request)
-        seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-        output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        state = RequestState(output, params, seed, self.config.eos_token_ids, self._detokenize)
-        self._ledger.add(state, group)
-        return output
-
-    def cancel(self, output: RequestOutput, reason: str = "cancelled") -> None:
-        """Ends a request at once. Its memory comes back with the next step.
-
-        Args:
-            output: what `add_request` returned; a finished one stays as it is.
-            reason: its finish reason.
-        """
-        request = self._ledger.find(output)
-        if request is not None and not output.finished:
-            self.scheduler.cancel(request.group, reason)
-            self._ledger.end(request, reason)
-
-    def step(self) -> list[RequestOutput]:
-        """Runs a step.
-
-        Returns:
-            Requests that have new tokens, or have ended, since the call before.
-        """
-        self._memory.look()
-        plan = self.scheduler.schedule(self._clock())
-        if plan.is_empty or plan.release or plan.finished or plan.forks or plan.admissions:
-            self._read_all()
-        self._slots.release(plan.release)
-        self._ledger.preempted(plan.preempted)
-        states = self._ledger.states
-        new = [a.sequence for a in plan.admissions]
-        new += [child for fork in plan.forks for child in fork.children]
-        plan = self._slots.claim(plan, self.scheduler, states)
-        for sequence in new:
-            if states[sequence].row >= 0:
-                self._runner.enter(states[sequence])
-        self._ledger.forget(plan.finished)
-        waits = plan.is_empty and self.scheduler.has_unfinished
-        if not plan.is_empty:
-            self._runner.launch(plan, [states[sequence] for sequence in plan.sequences])
-        while len(self._runner.flights) > 1:
-            self._read()
-        # Not before: a plan may be refused only while the scheduler has heard of nothing else.
-        for end in self._ends:
-            end()
-        self._ends.clear()
-        if waits and self._memory.draining_blocks():
-            jax.block_until_ready(self._slots.cache)  # released blocks drain
-        return self._ledger.changed()
 
     def generate(
         self,
@@ -250,67 +51,69 @@ class Engine:
             ValueError: a prompt or parameters that the engine cannot serve; nothing has run.
             RequestRefused: a request can never run, or the queue is full; nothing has run.
         """
+        outputs = self._add_all(prompts, params)
+        try:
+            while not all(output.finished for output in outputs):
+                self.step()
+        finally:  # an exception or Ctrl-C
+            for output in outputs:
+                self.cancel(output)
+        return outputs
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Runs requests and yields each one's output whenever it has more tokens.
+
+        Requests are added at the first `next`. Ending the iteration cancels what is unfinished.
+        Several streams may be read in turn: each serves the others' requests too.
+
+        Args:
+            prompts: token ids of each.
+            params: for all, or for each.
+
+        Yields:
+            The output of one of the requests: the same object every time, with all tokens so far.
+
+        Raises:
+            ValueError: as for `generate`.
+            RequestRefused: as for `generate`.
+        """
+        outputs = self._add_all(prompts, params)
+        try:
+            left = dict.fromkeys(range(len(outputs)), 0)
+            while left:
+                for i in list(left):
+                    output = outputs[i]
+                    count = sum(len(each.token_ids) for each in output.outputs)
+                    more = count > left[i] or output.finished
+                    left[i] = count
+                    if output.finished:
+                        del left[i]
+                    if more:
+                        yield output
+                if left:
+                    self.step()
+        finally:
+            for output in outputs:
+                self.cancel(output)
+
+    def _add_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        """Adds requests; none if one is refused."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         outputs: list[RequestOutput] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
                 outputs.append(self.add_request(prompt, each))
-            while not all(output.finished for output in outputs):
-                self.step()
-        finally:  # an exception or Ctrl-C
+        except BaseException:
             for output in outputs:
-                if not output.finished:
-                    self.cancel(output)
+                self.cancel(output)
+            raise
         return outputs
-
-    def close(self) -> None:
-        """Ends all requests ("cancelled") and gives their memory back. Closing twice is fine."""
-        self.closed = True
-        for request in self._ledger.requests():
-            self.cancel(request.output)
-        while self.has_unfinished:
-            self.step()
-
-    def _new_runner(self) -> Runner:
-        return Runner(
-            self._programs,
-            self._pool,
-            self._slots,
-            self._num_rows,
-            self.config.max_stop_token_ids,
-            self.config.max_num_batched_tokens,
-        )
-
-    def _read_all(self) -> None:
-        while self._runner.flights:
-            self._read()
-
-    def _read(self) -> None:
-        """Reads the oldest step back and hands out its tokens."""
-        flight = self._runner.flights[0]
-        try:
-            tokens = self._runner.read()
-        except StepFailed as failure:
-            self._fail(failure)
-            return
-        now = self._clock()
-        for token in tokens:
-            # One that has ended may have run one step too many.
-            if not token.state.ended and self._ledger.take(token, now):
-                self._ends.append(partial(self.scheduler.finish, token.state.sequence, "stop"))
-        for state in flight.states:
-            self._slots.commit_blocks(state)
-
-    def _fail(self, failure: StepFailed) -> None:
-        """Ends the requests of a step that failed twice."""
-        requests = self._ledger.fail(failure)
-        for request in requests:
-            self._ends.append(partial(self.scheduler.cancel, request.group, "error"))
-        self._runner.forget([state for request in requests for state in request.sequences])
-
-
-def _unknown_prefix(group: SequenceGroup) -> tuple[int, int]:
-    """What the prefix cache has of a group is known when its slot is acquired, and not before."""
-    del group
-    return 0, 0

@@ -1,0 +1,221 @@
+"""The engine for asyncio: it runs in a thread, requests and their tokens cross by messages.
+
+The engine itself is only touched by its thread. A step's tokens reach an event loop in one call,
+however many requests it has; a reader that is slower than the engine sees several tokens at once.
+"""
+
+import asyncio
+import copy
+import dataclasses
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Self
+
+from jax_kvpage.serving.engine.engine import Engine
+from jax_kvpage.serving.outputs import RequestOutput
+from jax_kvpage.serving.params import SamplingParams
+
+__all__ = ["AsyncEngine"]
+
+
+class AsyncEngine:
+    """Serves requests of asyncio tasks. An asynchronous context manager.
+
+    Args:
+        engine: not used by anyone else from now on; `close` closes it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._condition = threading.Condition()
+        self._jobs: list[Callable[[], None]] = []
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._readers: dict[int, _Reader] = {}
+        self._thread = threading.Thread(target=self._run, name="jax_kvpage engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
+        """Runs a request to its end. Cancelling the task cancels the request.
+
+        Args:
+            prompt: token ids.
+            params: as for `Engine.add_request`.
+            **options: as for `Engine.add_request`.
+
+        Raises:
+            ValueError: a prompt or parameters that the engine cannot serve (`RequestRefused` for
+                those that can never run, or find the queue full).
+            RuntimeError: the engine is closed, or has stopped for an error.
+        """
+        last = None
+        async for output in self.stream(prompt, params, **options):
+            last = output
+        assert last is not None
+        return last
+
+    async def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the request's output whenever it has more tokens; the last one is finished.
+
+        Ending the iteration early, or cancelling the task, cancels the request. For arguments and
+        errors see `generate`.
+        """
+        reader = _Reader(asyncio.get_running_loop())
+
+        def add() -> None:
+            try:
+                reader.output = self._engine.add_request(prompt, params, **options)
+            except Exception as error:
+                reader.post(error)
+            else:
+                self._readers[id(reader.output)] = reader
+
+        self._submit(add)
+        try:
+            while True:
+                output = await reader.get()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            if not reader.finished:
+                self._cancel(reader)
+
+    async def close(self) -> None:
+        """Ends all requests ("cancelled"), gives their memory back and ends the thread."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Has a function called by the engine's thread."""
+        with self._condition:
+            if self._failure is not None:
+                raise RuntimeError(f"AsyncEngine: stopped: {self._failure}") from self._failure
+            if self._closing:
+                raise RuntimeError("AsyncEngine: closed")
+            self._jobs.append(job)
+            self._condition.notify()
+
+    def _cancel(self, reader: "_Reader") -> None:
+        def cancel() -> None:
+            if reader.output is not None:
+                self._readers.pop(id(reader.output), None)
+                self._engine.cancel(reader.output)
+
+        with self._condition:
+            self._jobs.append(cancel)
+            self._condition.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._work():
+                pass
+        except BaseException as error:
+            with self._condition:
+                self._failure = error
+                jobs, self._jobs = self._jobs, []
+            for job in jobs:
+                job()
+            self._answer_all(RuntimeError(f"AsyncEngine: stopped: {error}"))
+
+    def _work(self) -> bool:
+        """One turn of the engine's thread; returns whether there is another."""
+        with self._condition:
+            while not (self._jobs or self._closing or self._engine.has_unfinished):
+                self._condition.wait()
+            jobs, self._jobs = self._jobs, []
+            closing = self._closing
+        for job in jobs:
+            job()
+        if closing:
+            outputs = [reader.output for reader in self._readers.values()]
+            self._engine.close()
+            self._deliver([output for output in outputs if output is not None])
+            return False
+        if self._engine.has_unfinished:
+            self._deliver(self._engine.step())
+        return True
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Hands snapshots to the readers, each event loop in one call."""
+        posts: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, RequestOutput]]] = {}
+        for output in outputs:
+            reader = self._readers.get(id(output))
+            if reader is None:
+                continue
+            if output.finished:
+                del self._readers[id(output)]
+            posts.setdefault(reader.loop, []).append((reader, _snapshot(output)))
+        for loop, found in posts.items():
+            _call(loop, _post_all, found)
+
+    def _answer_all(self, error: BaseException) -> None:
+        for reader in self._readers.values():
+            reader.post(error)
+        self._readers.clear()
+
+
+class _Reader:
+    """Where the newest output of a request waits for its task."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.output: RequestOutput | None = None  # the engine's; only for its thread
+        self.finished = False
+        self._ready = asyncio.Event()
+        self._newest: RequestOutput | BaseException | None = None
+
+    def post(self, newest: RequestOutput | BaseException) -> None:
+        """Called by the engine's thread."""
+        _call(self.loop, self.put, newest)
+
+    def put(self, newest: RequestOutput | BaseException) -> None:
+        """Called by the event loop. The output holds everything so far: it replaces the last."""
+        self._newest = newest
+        self.finished = isinstance(newest, BaseException) or newest.finished
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        """Waits for more."""
+        await self._ready.wait()
+        self._ready.clear()
+        newest = self._newest
+        assert newest is not None
+        if isinstance(newest, BaseException):
+            raise newest
+        return newest
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # the loop is closed, and its tasks gone
+        return
+
+
+def _post_all(found: list[tuple[_Reader, RequestOutput]]) -> None:
+    for reader, output in found:
+        reader.put(output)
+
+
+def _snapshot(output: RequestOutput) -> RequestOutput:
+    """An output that the engine will not change."""
+    outputs = []
+    for each in output.outputs:
+        logprobs = None if each.logprobs is None else list(each.logprobs)
+        outputs.append(dataclasses.replace(each, token_ids=list(each.token_ids), logprobs=logprobs))
+    metrics = copy.copy(output.metrics)
+    metrics.token_times = list(metrics.token_times)
+    return dataclasses.replace(output, outputs=outputs, metrics=metrics)

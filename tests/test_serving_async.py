@@ -1,0 +1,142 @@
+"""Streams of the engine, in one thread and through asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import jax
+import pytest
+import serving_rig as rig
+
+from jax_kvpage.serving import AsyncEngine, Engine, RequestRefused, SamplingParams
+
+_PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17, 33)]
+_PARAMS = [SamplingParams(seed=i, max_tokens=6 + 3 * i) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[list[int]]]:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        return rig.tokens(engine.generate(_PROMPTS, _PARAMS))
+
+
+def test_a_stream_yields_every_token(expected) -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        seen: dict[object, list[list[int]]] = {}
+        for output in engine.stream(_PROMPTS, _PARAMS):
+            seen.setdefault(output.request_id, []).append(list(output.outputs[0].token_ids))
+        for pieces, (whole,) in zip(seen.values(), expected, strict=True):
+            assert pieces[-1] == whole
+            assert all(piece == whole[: len(piece)] for piece in pieces)
+            assert [len(piece) for piece in pieces] == list(range(1, len(whole) + 1))
+
+
+def test_streams_are_read_in_turn_and_may_end_early(expected) -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        first = engine.stream([_PROMPTS[3]], _PARAMS[3])
+        second = engine.stream([_PROMPTS[2]], _PARAMS[2])
+        early = engine.stream([_PROMPTS[1]], _PARAMS[1])
+        cut = next(early)
+        next(first)
+        early.close()
+        assert cut.outputs[0].finish_reason == "cancelled"
+        *_, last = second
+        assert [last.outputs[0].token_ids] == expected[2]
+        *_, last = first
+        assert [last.outputs[0].token_ids] == expected[3]
+        assert not engine.scheduler.num_running
+
+
+def _serve(task: Callable[[AsyncEngine], Coroutine[Any, Any, None]], blocks: int = 64) -> None:
+    """Runs a task with an engine, which must leave nothing behind."""
+
+    async def main() -> None:
+        async with AsyncEngine(Engine(rig.step, rig.params(), pool, rig.config())) as engine:
+            await asyncio.wait_for(task(engine), 60)
+
+    with rig.pool(blocks) as pool:
+        asyncio.run(main())
+        jax.block_until_ready(pool.cache())
+        stats = pool.stats()
+        assert (stats.blocks_mapped, stats.blocks_draining) == (0, 0)
+
+
+def test_tasks_share_an_engine(expected) -> None:
+    async def task(engine: AsyncEngine) -> None:
+        outputs = await asyncio.gather(
+            *(engine.generate(p, s) for p, s in zip(_PROMPTS, _PARAMS, strict=True))
+        )
+        assert rig.tokens(outputs) == expected
+        seen = []
+        async for output in engine.stream(_PROMPTS[3], _PARAMS[3]):
+            seen.append(output)
+        assert [seen[-1].outputs[0].token_ids] == expected[3]
+        lengths = [len(output.outputs[0].token_ids) for output in seen]
+        assert lengths == sorted(lengths), "snapshots do not change"
+        assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
+
+    _serve(task)
+
+
+def test_refusals_reach_the_task(expected) -> None:
+    async def task(engine: AsyncEngine) -> None:
+        with pytest.raises(RequestRefused):
+            await engine.generate(rig.prompt(128))
+        with pytest.raises(ValueError, match="empty"):
+            await engine.generate([])
+        output = await engine.generate(_PROMPTS[0], _PARAMS[0])
+        assert rig.tokens([output]) == [expected[0]]
+
+    _serve(task)
+
+
+def test_a_cancelled_task_cancels_its_request() -> None:
+    async def task(engine: AsyncEngine) -> None:
+        long = SamplingParams(max_tokens=100)
+        started = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in engine.stream(_PROMPTS[0], long):
+                started.set()
+
+        reader = asyncio.create_task(read())
+        await started.wait()
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        # Memory for one of the two: it is there only because the other one has ended.
+        output = await engine.generate(rig.prompt(40), SamplingParams(max_tokens=60))
+        assert output.outputs[0].finish_reason == "length"
+        assert output.metrics.num_preemptions == 0
+
+    _serve(task, blocks=8)
+
+
+def test_closing_ends_the_tasks() -> None:
+    async def task(engine: AsyncEngine) -> None:
+        running = asyncio.create_task(engine.generate(_PROMPTS[0], SamplingParams(max_tokens=100)))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        output = await running
+        assert output.outputs[0].finish_reason in ("cancelled", "length")
+        with pytest.raises(RuntimeError, match="closed"):
+            await engine.generate(_PROMPTS[0])
+
+    _serve(task)
+
+
+def test_an_engine_that_stops_says_so() -> None:
+    async def main() -> None:
+        pool = rig.pool()
+        engine = AsyncEngine(Engine(rig.step, rig.params(), pool, rig.config()))
+        await engine.generate(_PROMPTS[0], _PARAMS[0])
+        pool.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(engine.generate(_PROMPTS[0]), 60)
+        with pytest.raises(RuntimeError, match="stopped"):
+            await engine.generate(_PROMPTS[0])
+        await engine.close()
+
+    asyncio.run(main())
