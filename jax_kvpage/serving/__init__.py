@@ -21,9 +21,15 @@ from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
 
 if TYPE_CHECKING:
-    from jax_kvpage.serving.engine import AsyncEngine, Engine, EngineConfig, EngineStats
+    from jax_kvpage.serving.engine import (
+        AsyncEngine,
+        Engine,
+        EngineConfig,
+        EngineStats,
+        SequenceMemory,
+    )
 
-_NEED_JAX = ("AsyncEngine", "Engine", "EngineConfig", "EngineStats")
+_NEED_JAX = ("AsyncEngine", "Engine", "EngineConfig", "EngineStats", "SequenceMemory", "Step")
 
 __all__ = [
     "Admission",
@@ -54,7 +60,9 @@ __all__ = [
     "Sequence",
     "SequenceGroup",
     "SimulationResult",
+    "SequenceMemory",
     "Status",
+    "Step",
     "StepPlan",
     "StepTime",
     "Watermark",

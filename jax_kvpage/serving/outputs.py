@@ -54,6 +54,7 @@ class RequestMetrics:
         token_times: when each token of its first continuation was there.
         num_cached_tokens: tokens found in the prefix cache, over all admissions.
         num_computed_tokens: tokens run through the model.
+        num_recomputed_tokens: of these, tokens that had been computed before a preemption.
         num_preemptions: times that it lost its memory and was computed again.
     """
 
@@ -63,6 +64,7 @@ class RequestMetrics:
     token_times: list[float] = dataclasses.field(default_factory=list)
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
+    num_recomputed_tokens: int = 0
     num_preemptions: int = 0
 
 

@@ -3,6 +3,7 @@
 from jax_kvpage.serving.engine.async_engine import AsyncEngine
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.engine import Engine
-from jax_kvpage.serving.engine.stats import EngineStats
+from jax_kvpage.serving.engine.programs import Step
+from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
 
-__all__ = ["AsyncEngine", "Engine", "EngineConfig", "EngineStats"]
+__all__ = ["AsyncEngine", "Engine", "EngineConfig", "EngineStats", "SequenceMemory", "Step"]

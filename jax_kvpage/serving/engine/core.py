@@ -19,7 +19,7 @@ from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.runner import Runner, StepFailed
 from jax_kvpage.serving.engine.slots import PoolMemory, Slots
-from jax_kvpage.serving.engine.stats import EngineStats
+from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.engine.warm_up import warm_up
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
@@ -98,7 +98,20 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """Counts so far, and what runs now."""
-        return EngineStats.of(self.scheduler, self._runner, self._programs)
+        return EngineStats(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            steps=self._runner.steps,
+            failures=self._runner.failures,
+            generations=self._runner.generations,
+            preemptions=self.scheduler.stats.preemptions,
+            stalled=self.scheduler.stats.stalled,
+            programs=self._programs.num_compiled,
+        )
+
+    def memory(self) -> list[SequenceMemory]:
+        """What each running sequence stores, and what it has room for."""
+        return self._slots.memory()
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles everything that the engine runs, so that nothing is compiled later.

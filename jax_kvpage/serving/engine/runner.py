@@ -160,8 +160,7 @@ class Runner:
             raise StepFailed(flight, shortened(error)) from error
         self.flights.pop(0)
         for state, begin, count in zip(flight.states, flight.begins, flight.counts, strict=True):
-            state.computed = int(begin + count)
-            state.request.output.metrics.num_computed_tokens += int(count)
+            state.ran(int(begin), int(count))
         for token in tokens:
             if token.state.row >= 0:
                 self._newest[token.state.row] = token.token

@@ -15,6 +15,7 @@ import numpy as np
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import OutOfBlocks
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.stats import SequenceMemory
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.plan import Fork, StepPlan
 from jax_kvpage.serving.request import Sequence
@@ -93,6 +94,19 @@ class Slots:
         """Sequences that have a row."""
         return [state for state in self.states if state is not None]
 
+    def memory(self) -> list[SequenceMemory]:
+        """What each sequence stores and has room for."""
+        size = self._block_tokens
+        return [
+            SequenceMemory(
+                state.request.output.request_id,
+                state.output.index,
+                state.computed,
+                -(-state.room // size) * size,
+            )
+            for state in self.occupied()
+        ]
+
     def release(self, rows: Iterable[int]) -> None:
         """Commits what sequences have computed, and releases their slots. Nothing is in flight."""
         gone = [state for row in rows if (state := self.states[row]) is not None]
@@ -166,9 +180,12 @@ class Slots:
             state.committed = state.final
 
     def commit_blocks(self, state: SequenceState) -> None:
-        """Like `commit`, once a block is full."""
-        size = self._block_tokens
-        if state.slot >= 0 and state.final // size > state.committed // size:
+        """Like `commit`, once a block is full, or the prompt is computed."""
+        if state.slot < 0:
+            return
+        size, prompt = self._block_tokens, len(state.request.output.prompt_token_ids)
+        full = state.final // size > state.committed // size
+        if full or state.committed < prompt <= state.final:
             self.commit(state)
 
     def _call(self, verb: Callable[[KVCache], Any]) -> Any:

@@ -1,13 +1,8 @@
 """What an engine has done so far."""
 
 import dataclasses
-from typing import Self
 
-from jax_kvpage.serving.engine.programs import Programs
-from jax_kvpage.serving.engine.runner import Runner
-from jax_kvpage.serving.scheduler import Scheduler
-
-__all__ = ["EngineStats"]
+__all__ = ["EngineStats", "SequenceMemory"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,16 +29,19 @@ class EngineStats:
     stalled: int
     programs: int
 
-    @classmethod
-    def of(cls, scheduler: Scheduler, runner: Runner, programs: Programs) -> Self:
-        """A snapshot."""
-        return cls(
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            steps=runner.steps,
-            failures=runner.failures,
-            generations=runner.generations,
-            preemptions=scheduler.stats.preemptions,
-            stalled=scheduler.stats.stalled,
-            programs=programs.num_compiled,
-        )
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceMemory:
+    """The memory of a running sequence.
+
+    Attributes:
+        request_id: of its request.
+        index: of the continuation.
+        num_tokens: tokens whose keys and values are stored.
+        num_reserved: tokens that its blocks have room for; shared blocks count for each.
+    """
+
+    request_id: object
+    index: int
+    num_tokens: int
+    num_reserved: int

@@ -24,6 +24,7 @@ class SequenceState:
         slot: of the pool; -1 without memory.
         row: of the scheduler's arrays, as long as it has a slot.
         computed: tokens whose keys and values exist, as far as steps have been read back.
+        furthest: tokens that were ever computed.
         committed: tokens that the pool knows.
         room: tokens that its slot has room for.
     """
@@ -36,7 +37,7 @@ class SequenceState:
         self.output = output
         self.ids = list(request.output.prompt_token_ids)
         self.slot = self.row = -1
-        self.computed = self.committed = self.room = 0
+        self.computed = self.committed = self.room = self.furthest = 0
         params = request.params
         self._text: TextBuilder | None = None
         if request.detokenize is not None:
@@ -46,6 +47,14 @@ class SequenceState:
     def ended(self) -> bool:
         """Whether the caller has seen its end."""
         return self.output.finish_reason is not None
+
+    def ran(self, begin: int, count: int) -> None:
+        """Hears that tokens from a position on were computed."""
+        self.computed = begin + count
+        metrics = self.request.output.metrics
+        metrics.num_computed_tokens += count
+        metrics.num_recomputed_tokens += max(min(self.furthest - begin, count), 0)
+        self.furthest = max(self.furthest, self.computed)
 
     @property
     def final(self) -> int:

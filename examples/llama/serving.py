@@ -1,0 +1,210 @@
+"""Serves jobs with the library's engine, and measures it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jax_kvpage
+from jax_kvpage.serving import Engine, RequestOutput, RequestRefused, SamplingParams, Step
+
+from .model import Llama
+from .workload import Job
+
+__all__ = ["Result", "Sample", "figures", "model_step", "plot_occupancy", "serve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Memory at one moment.
+
+    Attributes:
+      seconds: After the start.
+      stored: Tokens stored.
+      reserved: Tokens that mapped blocks have room for.
+      requests: Tokens reserved by each running request, by its number.
+    """
+
+    seconds: float
+    stored: int
+    reserved: int
+    requests: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+      outputs: Of each job; None if it was refused.
+      refusals: Messages of those.
+      samples: Memory over time.
+      seconds: Duration.
+    """
+
+    outputs: list[RequestOutput | None]
+    refusals: list[str]
+    samples: list[Sample]
+    seconds: float
+
+
+def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, Any]:
+    """The model as the engine wants it: a function, and its weights as a flat list."""
+    graph, state = nnx.split(model)
+    weights, tree = jax.tree.flatten(state)
+
+    def step(
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        merged = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+        rows = batch.last_rows
+        return merged(tokens, cache, batch, rows=rows, implementation=implementation)
+
+    return step, weights
+
+
+def serve(
+    engine: Engine,
+    jobs: Sequence[Job],
+    params: SamplingParams,
+    on_finish: Callable[[int], None],
+    sample_every: int = 8,
+) -> Result:
+    """Runs jobs as they arrive.
+
+    Args:
+      engine: Warmed up.
+      jobs: By arrival.
+      params: For all; max_tokens is that of the job, seeds are counted up.
+      on_finish: Called with the number of jobs that have just ended.
+      sample_every: Steps between two samples of memory.
+    """
+    outputs: list[RequestOutput | None] = [None] * len(jobs)
+    refusals: list[str] = []
+    samples: list[Sample] = []
+    begin = time.monotonic()
+    following, steps = 0, 0
+    while following < len(jobs) or engine.has_unfinished:
+        now = time.monotonic() - begin
+        while following < len(jobs) and jobs[following].arrival <= now:
+            job = jobs[following]
+            seed = None if params.seed is None else params.seed + following
+            each = dataclasses.replace(params, max_tokens=job.max_tokens, seed=seed)
+            try:
+                outputs[following] = engine.add_request(job.prompt_ids, each, request_id=following)
+            except RequestRefused as refusal:
+                refusals.append(str(refusal))
+                on_finish(1)
+            following += 1
+        if not engine.has_unfinished:
+            time.sleep(max(jobs[following].arrival - now, 0) if following < len(jobs) else 0)
+            continue
+        on_finish(sum(output.finished for output in engine.step()))
+        if steps % sample_every == 0:
+            samples.append(_sample(engine, time.monotonic() - begin))
+        steps += 1
+    return Result(outputs, refusals, samples, time.monotonic() - begin)
+
+
+def _sample(engine: Engine, seconds: float) -> Sample:
+    memory = engine.memory()
+    requests: dict[int, int] = {}
+    for each in memory:
+        number = int(str(each.request_id))
+        requests[number] = requests.get(number, 0) + each.num_reserved
+    stored = sum(each.num_tokens for each in memory)
+    return Sample(seconds, stored, sum(requests.values()), requests)
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """p50 and p99 in milliseconds; 0 without values."""
+    if not values:
+        return 0.0, 0.0
+    middle, high = np.percentile(np.asarray(values) * 1000, (50, 99))
+    return round(float(middle), 3), round(float(high), 3)
+
+
+def figures(
+    result: Result,
+    engine: Engine,
+    spec: jax_kvpage.CacheSpec,
+    stats: jax_kvpage.PoolStats,
+    compile_seconds: float,
+) -> dict[str, Any]:
+    """The figures of a run, as plain numbers and strings."""
+    outputs = [output for output in result.outputs if output is not None]
+    metrics = [output.metrics for output in outputs]
+    reasons: dict[str, int] = {}
+    for output in outputs:
+        for each in output.outputs:
+            reason = str(each.finish_reason)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    generated = sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    first = [m.first_token - m.arrival for m in metrics if m.first_token is not None]
+    between = [gap for m in metrics for gap in np.diff(m.token_times).tolist()]
+    reserved = sum(sample.reserved for sample in result.samples)
+    stored = sum(sample.stored for sample in result.samples)
+    prompts = sum(len(output.prompt_token_ids) for output in outputs)
+    (first50, first99), (between50, between99) = _percentiles(first), _percentiles(between)
+    return {
+        "requests": len(result.outputs),
+        "refused": len(result.refusals),
+        "finish_reasons": reasons,
+        "prompt_tokens": prompts,
+        "generated_tokens": generated,
+        "cached_tokens": sum(m.num_cached_tokens for m in metrics),
+        "computed_tokens": sum(m.num_computed_tokens for m in metrics),
+        "recomputed_tokens": sum(m.num_recomputed_tokens for m in metrics),
+        "preemptions": engine.stats.preemptions,
+        "steps": engine.stats.steps,
+        "seconds": round(result.seconds, 4),
+        "compile_seconds": round(compile_seconds, 4),
+        "generated_per_second": round(generated / result.seconds, 2),
+        "tokens_per_second": round((prompts + generated) / result.seconds, 2),
+        "first_token_ms_p50": first50,
+        "first_token_ms_p99": first99,
+        "between_tokens_ms_p50": between50,
+        "between_tokens_ms_p99": between99,
+        "capacity": stats.capacity,
+        "peak": stats.peak,
+        "static_cache": spec.max_slots * spec.max_seq_len * spec.token_bytes,
+        "waste": round(1 - stored / reserved, 4) if reserved else 0.0,
+        "running_mean": round(
+            float(np.mean([len(sample.requests) for sample in result.samples] or [0])), 2
+        ),
+    }
+
+
+def plot_occupancy(result: Result, file: Any) -> None:
+    """Draws the tokens that each request has room for over time, one above the other.
+
+    Raises:
+      OSError: The file cannot be written.
+      ValueError: matplotlib does not know the file's ending.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    numbers = sorted({number for sample in result.samples for number in sample.requests})
+    seconds = [sample.seconds for sample in result.samples]
+    heights = [[sample.requests.get(n, 0) for sample in result.samples] for n in numbers]
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    if numbers:
+        colors = [matplotlib.colormaps["tab20"](n % 20) for n in numbers]
+        axes.stackplot(seconds, heights, colors=colors, step="post")
+    stored = [sample.stored for sample in result.samples]
+    axes.step(seconds, stored, where="post", color="black", linewidth=1, label="stored")
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("tokens of mapped blocks, by request")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,110 @@
+"""Requests to serve: prompts of a file, or the lengths and times of a trace with random tokens."""
+
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from datetime import datetime
+
+import numpy as np
+
+from .arguments import InputError
+
+__all__ = ["Job", "read_trace", "trace_jobs"]
+
+_SPAN = 512  # tokens that a hash id of a Mooncake trace stands for
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request to come.
+
+    Attributes:
+      arrival: Seconds after the start.
+      prompt_ids: The prompt.
+      max_tokens: Tokens to generate.
+    """
+
+    arrival: float
+    prompt_ids: list[int]
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    spans: tuple[int, ...]
+
+
+def read_trace(path: pathlib.Path, most: int) -> list[_Row]:
+    """The first rows of a trace, gzipped or not.
+
+    Known are the Azure LLM inference traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) and
+    Mooncake's (JSON lines: timestamp, input_length, output_length, hash_ids).
+
+    Raises:
+      InputError: It cannot be read, or has another form.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"--trace {path}: {error}") from error
+    jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+    try:
+        parse = _mooncake(text) if jsonl else _azure(text)
+        rows = [row for row, _ in zip(parse, range(most), strict=False)]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"--trace {path}: not a known trace: {error!r}") from error
+    if not rows:
+        raise InputError(f"--trace {path} holds no requests")
+    return rows
+
+
+def _azure(text: str) -> Iterator[_Row]:
+    first = None
+    for row in csv.DictReader(io.StringIO(text)):
+        # Seven digits of a second: one more than Python reads.
+        now = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        first = first or now
+        seconds = (now - first).total_seconds()
+        yield _Row(seconds, int(row["ContextTokens"]), int(row["GeneratedTokens"]), ())
+
+
+def _mooncake(text: str) -> Iterator[_Row]:
+    for line in text.splitlines():
+        row = json.loads(line)
+        yield _Row(
+            row["timestamp"] / 1000, row["input_length"], row["output_length"],
+            tuple(row["hash_ids"]),
+        )  # fmt: skip
+
+
+def trace_jobs(
+    rows: list[_Row], vocab_size: int, shrink: int, speed: float, seed: int
+) -> list[Job]:
+    """Requests with random tokens; equal hash ids give equal tokens.
+
+    Args:
+      rows: Of `read_trace`.
+      vocab_size: Of the model.
+      shrink: Divides all lengths, for models with a short context.
+      speed: Divides all times; 0 lets all requests arrive at the start.
+      seed: Of the tokens.
+    """
+    jobs = []
+    for number, row in enumerate(rows):
+        length = max(row.prompt_tokens // shrink, 1)
+        span = max(_SPAN // shrink, 1)
+        keys = [(seed, 0, key) for key in row.spans] or [(seed, 1, number)]
+        size = span if row.spans else length
+        parts = [np.random.default_rng(key).integers(0, vocab_size, size) for key in keys]
+        ids = np.concatenate(parts)[:length].tolist()
+        arrival = row.seconds / speed if speed else 0.0
+        jobs.append(Job(arrival, ids, max(row.output_tokens // shrink, 1)))
+    return jobs

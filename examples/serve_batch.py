@@ -1,0 +1,210 @@
+"""Serves many requests with `jax_kvpage.serving.Engine`, and prints what it took.
+
+    python examples/serve_batch.py                                  # built-in prompts, small model
+    python examples/serve_batch.py --num-requests 64 --capacity 1MiB --plot occupancy.png
+    python examples/serve_batch.py --prompt-file prompts.txt --checkpoint DIR
+    python examples/serve_batch.py --trace azure2023_conv.csv.gz --shrink 16 --speed 10
+
+A trace gives lengths and arrival times (Azure's LLM inference traces, Mooncake's JSON lines); its
+tokens are random. DIR is a model as for decode_llama.py.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from llama.arguments import BUNDLED, InputError, read_prompts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 2 for a mistake in the input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        values, texts = _run(args)
+    except (InputError, OSError) as error:
+        print(f"serve_batch.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("serve_batch.py: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps({**values, "texts": texts}))
+    else:
+        _print(values, texts)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "serve_batch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    what = "Hugging Face model directory (default: the small model of this repository)"
+    add("--checkpoint", type=pathlib.Path, default=BUNDLED, metavar="DIR", help=what)
+    add("--prompt", action="append", default=[], metavar="TEXT", help="prompt; repeatable")
+    what = "UTF-8 text with one prompt a line"
+    add("--prompt-file", type=pathlib.Path, metavar="FILE", help=what)
+    what = "lengths and arrival times, in place of prompts"
+    add("--trace", type=pathlib.Path, metavar="FILE", help=what)
+    what = "requests; prompts are repeated (default: each prompt once, 100 of a trace)"
+    add("--num-requests", type=_positive, metavar="N", help=what)
+    what = "divides all lengths of a trace (default: %(default)s)"
+    add("--shrink", type=_positive, default=1, metavar="N", help=what)
+    what = "divides all times of a trace; 0: all arrive at the start (default: %(default)s)"
+    add("--speed", type=_not_negative, default=0.0, metavar="X", help=what)
+    what = "tokens to generate for a prompt (default: %(default)s)"
+    add("--max-new-tokens", type=_positive, default=128, metavar="N", help=what)
+    what = "0 takes the most likely token (default: %(default)s)"
+    add("--temperature", type=float, default=0.7, metavar="T", help=what)
+    add("--top-k", type=int, default=0, metavar="K", help="only the K most likely; 0 for all")
+    add("--top-p", type=float, default=0.9, metavar="P", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    what = "sequences at one time (default: %(default)s)"
+    add("--max-num-seqs", type=_positive, default=16, metavar="N", help=what)
+    what = "tokens in a step at most (default: %(default)s)"
+    add("--max-num-batched-tokens", type=_positive, default=128, metavar="N", help=what)
+    what = "most tokens of a sequence (default: the model's max_position_embeddings)"
+    add("--max-seq-len", type=_positive, metavar="N", help=what)
+    what = "physical memory of the pool (default: half of what all slots could take)"
+    add("--capacity", metavar="SIZE", help=what)
+    what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
+    add("--block-tokens", type=_positive, metavar="N", help=what)
+    add("--no-prefix-caching", action="store_true", help="compute every prompt")
+    add("--json", action="store_true", help="print one JSON object")
+    what = "draw the occupancy of blocks over time, by request (needs matplotlib)"
+    add("--plot", type=pathlib.Path, metavar="FILE", help=what)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Runs the engine; returns the figures and the text of each request of a prompt."""
+    import jax.numpy as jnp
+    from llama.checkpoint import CheckpointError, load_model
+    from llama.config import ConfigError, load_config
+    from llama.serving import figures, model_step, plot_occupancy, serve
+    from llama.tokenizer import Tokenizer, TokenizerError
+    from rich.console import Console
+    from rich.progress import Progress
+
+    import jax_kvpage
+    from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
+
+    try:
+        config = load_config(args.checkpoint)
+        tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
+        model = load_model(args.checkpoint, dtype=jnp.float32)
+        jobs = _jobs(args, tokenizer, config.vocab_size)
+        params = SamplingParams(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            ignore_eos=args.trace is not None,
+        )
+        max_seq_len = args.max_seq_len or config.max_position_embeddings
+        block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
+        spec = jax_kvpage.CacheSpec(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            args.max_num_seqs,
+            max_seq_len,
+            dtype=jnp.float32,
+            block_tokens=block_tokens,
+        )
+        capacity = args.capacity or args.max_num_seqs * max_seq_len * spec.token_bytes // 2
+        pool = jax_kvpage.KVPool(spec, int(capacity) if str(capacity).isdecimal() else capacity)
+    except (ConfigError, CheckpointError, TokenizerError, ValueError) as error:
+        raise InputError(str(error)) from error
+    step, weights = model_step(model)
+    options = EngineConfig(
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max(args.max_num_batched_tokens, args.max_num_seqs),
+        eos_token_ids=tuple(config.eos_token_ids),
+        prefix_caching=not args.no_prefix_caching,
+    )
+    detokenize = None if args.trace else tokenizer.decode
+    progress = Progress(console=Console(stderr=True), disable=args.json)
+    with pool, Engine(step, weights, pool, options, detokenize=detokenize) as engine, progress:
+        begin = time.monotonic()
+        compiling = progress.add_task("compiling", total=None)
+        engine.warm_up(lambda done, total: progress.update(compiling, completed=done, total=total))
+        compile_seconds = time.monotonic() - begin
+        serving = progress.add_task("requests", total=len(jobs))
+        result = serve(engine, jobs, params, lambda count: progress.advance(serving, count))
+        values = figures(result, engine, pool.spec, pool.stats(), compile_seconds)
+    for refusal in result.refusals:
+        print(f"serve_batch.py: refused: {refusal}", file=sys.stderr)
+    if args.plot:
+        plot_occupancy(result, args.plot)
+    texts = [output.outputs[0].text for output in result.outputs if output is not None]
+    return values, [] if args.trace else texts
+
+
+def _jobs(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[Any]:
+    from llama.workload import Job, read_trace, trace_jobs
+
+    if args.trace:
+        rows = read_trace(args.trace, args.num_requests or 100)
+        return trace_jobs(rows, vocab_size, args.shrink, args.speed, args.seed)
+    prompts = read_prompts(args)
+    count = args.num_requests or len(prompts)
+    ids = [tokenizer.encode(prompts[i % len(prompts)]) for i in range(count)]
+    return [Job(0.0, each, args.max_new_tokens) for each in ids]
+
+
+def _print(values: dict[str, Any], texts: list[str]) -> None:
+    """Some of the texts, and the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for text in texts[:3]:
+        print(f"> {text.strip()}\n")
+    table = Table(title="What it took", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    v = values
+    reasons = ", ".join(f"{count} {reason}" for reason, count in v["finish_reasons"].items())
+    for name, value in (
+        ("requests", f"{v['requests']} ({reasons}; {v['refused']} refused)"),
+        ("prompt tokens", f"{v['prompt_tokens']:,}, {v['cached_tokens']:,} cached"),
+        ("generated tokens", f"{v['generated_tokens']:,}"),
+        ("time", f"{v['seconds']:.2f} s (and {v['compile_seconds']:.2f} s compiling)"),
+        ("generated tokens/s", f"{v['generated_per_second']:,.1f}"),
+        ("all tokens/s", f"{v['tokens_per_second']:,.1f}"),
+        ("first token, p50 / p99", f"{v['first_token_ms_p50']} / {v['first_token_ms_p99']} ms"),
+        (
+            "between tokens, p50 / p99",
+            f"{v['between_tokens_ms_p50']} / {v['between_tokens_ms_p99']} ms",
+        ),
+        ("steps", f"{v['steps']:,} with {v['running_mean']} requests on average"),
+        ("memory, peak of capacity", f"{v['peak']:,} of {v['capacity']:,} bytes"),
+        ("a static cache reserves", f"{v['static_cache']:,} bytes"),
+        ("reserved and unused", f"{v['waste']:.1%}"),
+        ("preemptions", f"{v['preemptions']}"),
+        ("recomputed tokens", f"{v['recomputed_tokens']:,} of {v['computed_tokens']:,} computed"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

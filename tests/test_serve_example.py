@@ -1,0 +1,97 @@
+"""examples/serve_batch.py: its figures, traces, and how it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import serve_batch
+from llama.arguments import InputError
+from llama.workload import read_trace, trace_jobs
+from llama_models import UNTIED, write_checkpoint
+
+_SMALL = [
+    "--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-seq-len", "128",
+    "--block-tokens", "16", "--json",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, UNTIED)
+    return path
+
+
+def _serve(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert serve_batch.main([*_SMALL, *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_prompts(checkpoint, tmp_path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "occupancy.png"
+    values = _serve(
+        capsys, "--checkpoint", checkpoint, "--prompt", "ab" * 20, "--prompt", "x" * 200,
+        "--num-requests", 6, "--max-new-tokens", 5, "--plot", plot, "--temperature", 0,
+    )  # fmt: skip
+    assert (values["requests"], values["refused"]) == (6, 3)
+    assert values["finish_reasons"] == {"length": 3}
+    assert values["generated_tokens"] == 15
+    assert len(set(values["texts"])) == 1
+    assert values["cached_tokens"] == 2 * 39
+    assert values["computed_tokens"] == 40 + 2 + 3 * 4
+    assert values["first_token_ms_p50"] > 0 < values["between_tokens_ms_p99"]
+    assert 0 < values["waste"] < 1
+    assert plot.stat().st_size > 1000
+
+
+def test_a_trace_under_pressure(checkpoint, tmp_path, capsys) -> None:
+    trace = tmp_path / "trace.csv.gz"
+    rows = [f"2023-11-16 18:15:4{i}.6805900,{600 + 50 * i},400" for i in range(5)]
+    text = "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows])
+    trace.write_bytes(gzip.compress(text.encode()))
+    values = _serve(
+        capsys, "--checkpoint", checkpoint, "--trace", trace, "--shrink", 10, "--speed", 40,
+        "--capacity", 9 * 16 * 1024,
+    )  # fmt: skip
+    assert values["prompt_tokens"] == sum(60 + 5 * i for i in range(5))
+    assert values["finish_reasons"] == {"length": 5}
+    assert values["generated_tokens"] == 200
+    assert values["texts"] == []
+    assert values["capacity"] == 9 * 16 * 1024
+    extra = values["recomputed_tokens"]
+    prompts, generated = values["prompt_tokens"], values["generated_tokens"]
+    assert values["computed_tokens"] == prompts + generated - 5 + extra
+
+
+def test_equal_hash_ids_of_a_mooncake_trace_give_equal_tokens(tmp_path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 2000 * i, "input_length": 1500, "output_length": 7, "hash_ids": [0, i, 9]}
+        for i in range(2)
+    ]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    first, second = trace_jobs(read_trace(trace, 5), 256, 1, 0.5, 0)
+    assert (first.arrival, second.arrival, first.max_tokens) == (0, 4, 7)
+    assert first.prompt_ids[:512] == second.prompt_ids[:512]
+    assert first.prompt_ids[512:1024] != second.prompt_ids[512:1024]
+    assert first.prompt_ids[1024:] == second.prompt_ids[1024:]
+    assert len(first.prompt_ids) == 1500
+    trace.write_text('{"timestamp": 0}')
+    with pytest.raises(InputError, match="not a known trace"):
+        read_trace(trace, 5)
+
+
+def test_mistakes_in_the_input(checkpoint, tmp_path, capsys) -> None:
+    for arguments in (
+        ["--trace", tmp_path / "absent.csv"],
+        ["--checkpoint", tmp_path],
+        ["--checkpoint", checkpoint, "--top-p", 2],
+        ["--checkpoint", checkpoint, "--capacity", "much"],
+    ):
+        assert serve_batch.main([*_SMALL, *map(str, arguments)]) == 2
+        assert capsys.readouterr().err.startswith("serve_batch.py: error:")
