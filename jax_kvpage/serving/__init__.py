@@ -1,8 +1,8 @@
 """Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
 
-`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `Engine` runs its
-plans with a model on a `KVPool`; what needs JAX is imported when it is first asked for. `simulate`
-runs the scheduler on a `Workload` without a model, to compare policies and to plan sizes.
+`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `Engine` runs
+its plans with a model on a `KVPool`; what needs JAX is imported when it is first asked for.
+`simulate` runs the scheduler on a `Workload` without a model, to compare policies and sizes.
 """
 
 import importlib
@@ -59,8 +59,8 @@ __all__ = [
     "SchedulerStats",
     "Sequence",
     "SequenceGroup",
-    "SimulationResult",
     "SequenceMemory",
+    "SimulationResult",
     "Status",
     "Step",
     "StepPlan",

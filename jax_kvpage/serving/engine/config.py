@@ -24,6 +24,12 @@ class EngineConfig:
         max_logprobs: most `SamplingParams.logprobs` that a request may ask for.
         max_stop_token_ids: most tokens that may end a request with `min_tokens`.
         max_num_waiting: requests in the queue at most; None for no bound.
+        num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 for
+            none. The engine then reads each step back before the next. Outputs stay the same.
+            Sequences with penalties are not guessed.
+        prompt_lookup_min: newest tokens that must have occurred in the sequence before, for a guess
+            of what followed them.
+        prompt_lookup_max: newest tokens that are looked for at most.
         seed: of the seeds that requests without one get.
         preemption: chooses victims when memory runs out; the scheduler's default if None.
         admission: decides when requests may start; the scheduler's default if None.
@@ -37,6 +43,9 @@ class EngineConfig:
     max_logprobs: int = 5
     max_stop_token_ids: int = 8
     max_num_waiting: int | None = None
+    num_speculative_tokens: int = 0
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 3
     seed: int = 0
     preemption: PreemptionPolicy | None = None
     admission: AdmissionPolicy | None = None
@@ -47,9 +56,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 reasons.append(f"{name} is {value}, wanted 1 or more")
-        for name in ("max_logprobs", "max_stop_token_ids", "seed"):
+        for name in ("max_logprobs", "max_stop_token_ids", "num_speculative_tokens", "seed"):
             if getattr(self, name) < 0:
                 reasons.append(f"{name} is {getattr(self, name)}, wanted 0 or more")
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            reasons.append(
+                f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max "
+                f"{self.prompt_lookup_max}, wanted 1 <= min <= max"
+            )
         if reasons:
             raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
 
@@ -81,6 +95,10 @@ class EngineConfig:
         largest = (self.max_num_batched_tokens, rows)
         if self.buckets is None:
             decode = {(size, size) for size in _doubling(1, rows)}
+            if self.num_speculative_tokens:
+                each = self.num_speculative_tokens + 1
+                verify = {(size * each, size) for size in _doubling(1, rows)}
+                decode |= {shape for shape in verify if shape[0] <= largest[0]}
             small = min(rows, 8)
             mixed = {
                 (tokens, sequences)

@@ -15,13 +15,15 @@ import numpy as np
 
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.flight import StepFailed
 from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
 from jax_kvpage.serving.engine.programs import Programs, Step
-from jax_kvpage.serving.engine.runner import Runner, StepFailed
+from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import PoolMemory, Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
-from jax_kvpage.serving.engine.tracking import RequestState
+from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
+from jax_kvpage.serving.lookup import NgramIndex
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.prefixes import PrefixKeys
@@ -73,6 +75,7 @@ class EngineCore:
             rows,
             config.max_logprobs,
             config.max_stop_token_ids,
+            config.num_speculative_tokens,
         )
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
@@ -102,6 +105,7 @@ class EngineCore:
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
             steps=self._runner.steps,
+            accepted=self._runner.accepted,
             failures=self._runner.failures,
             generations=self._runner.generations,
             preemptions=self.scheduler.stats.preemptions,
@@ -122,8 +126,10 @@ class EngineCore:
         Raises:
             RuntimeError: requests are unfinished.
         """
-        if self.has_unfinished:
+        if not all(request.output.finished for request in self._ledger.requests()):
             raise RuntimeError("Engine.warm_up: wanted no unfinished requests")
+        while self.has_unfinished:  # releases
+            self.step()
         self._slots.cache = warm_up(
             self._pool,
             self._slots.cache,
@@ -205,6 +211,7 @@ class EngineCore:
             Requests that have new tokens, or have ended, since the call before.
         """
         self._memory.look()
+        guesses = self._guess() if self.config.num_speculative_tokens else {}
         plan = self.scheduler.schedule(self._clock())
         if plan.is_empty or plan.release or plan.finished or plan.forks or plan.admissions:
             self._read_all()
@@ -220,8 +227,9 @@ class EngineCore:
         self._ledger.forget(plan.finished)
         waits = plan.is_empty and self.scheduler.has_unfinished
         if not plan.is_empty:
-            self._runner.launch(plan, [states[sequence] for sequence in plan.sequences])
-        while len(self._runner.flights) > 1:
+            self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
+        ahead = 0 if self.config.num_speculative_tokens else 1
+        while len(self._runner.flights) > ahead:
             self._read()
         # Not before: a plan may be refused only while the scheduler has heard of nothing else.
         for end in self._ends:
@@ -247,7 +255,26 @@ class EngineCore:
             self._num_rows,
             self.config.max_stop_token_ids,
             self.config.max_num_batched_tokens,
+            self.config.num_speculative_tokens,
         )
+
+    def _guess(self) -> dict[SequenceState, list[int]]:
+        """Guesses the next tokens of sequences that decode; every step is read back."""
+        config, found = self.config, {}
+        for state in self._slots.occupied():
+            decodes = state.computed == len(state.ids) - 1
+            if state.ended or not decodes or state.request.params.has_penalties:
+                continue
+            if state.lookup is None:
+                state.lookup = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
+            guess = state.lookup.guess(state.ids, config.num_speculative_tokens)
+            if guess:
+                found[state] = guess
+        if found:
+            rows = np.asarray([state.row for state in found], np.int32)
+            counts = np.asarray([len(guess) for guess in found.values()], np.int32)
+            self.scheduler.set_drafts(rows, counts)
+        return found
 
     def _read_all(self) -> None:
         while self._runner.flights:
@@ -261,6 +288,11 @@ class EngineCore:
         except StepFailed as failure:
             self._fail(failure)
             return
+        if flight.accepted is not None and flight.accepted.any():
+            more = flight.accepted > 0
+            self._ends.append(
+                partial(self.scheduler.add_tokens, flight.rows[more], flight.accepted[more])
+            )
         now = self._clock()
         for token in tokens:
             # One that has ended may have run one step too many.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from jax_kvpage.serving.engine.config import EngineConfig
-from jax_kvpage.serving.engine.runner import StepFailed, Token
+from jax_kvpage.serving.engine.flight import StepFailed, Token
 from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams

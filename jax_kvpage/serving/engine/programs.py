@@ -1,9 +1,14 @@
 """The compiled programs of the engine: a step for each bucket, and two small ones.
 
+With speculation each bucket has a second step, which also verifies tokens that were guessed: the
+model gives logits for each of them, and the first that differs from what is sampled there is where
+the sequence is rolled back to.
+
 A step's operands travel as one int32 array, because every transfer costs as much as the next. The
 cache and the sampler's state are donated.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +25,44 @@ from jax_kvpage.serving.engine.sampling import (
     RowParams,
     Sampled,
     SamplerState,
+    remember,
     sample,
 )
 
-__all__ = ["Programs", "Step"]
+__all__ = ["Outcome", "Programs", "Step"]
 
 # (params, cache, tokens [T], batch) -> (logits [S, vocabulary] of batch.last_rows, cache)
 Step = Callable[[Any, KVCache, jax.Array, Batch], tuple[jax.Array, KVCache]]
+
+_FIELDS = 5  # of a sequence, before its sampling parameters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is read back after a step.
+
+    Attributes:
+        sampled: for each sequence a token behind each of its guesses and one more: S * (K + 1).
+        accepted: int32[S], guesses that were right, from the first on.
+    """
+
+    sampled: Sampled
+    accepted: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _VerifiedBatch(Batch):
+    """A batch whose `last_rows` are those of all tokens whose logits are wanted."""
+
+    rows: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def last_rows(self) -> jax.Array:
+        """int32[S * (K + 1)]."""
+        assert self.rows is not None
+        return self.rows
 
 
 class Programs:
@@ -39,9 +75,11 @@ class Programs:
         num_rows: sequences at one time.
         max_logprobs: see `EngineConfig`.
         num_banned: see `EngineConfig.max_stop_token_ids`.
+        num_guesses: K, tokens of a sequence to verify at most.
 
     Attributes:
-        num_compiled: steps compiled so far, at most one for each bucket.
+        num_compiled: steps compiled so far, at most one for each bucket, or two with speculation.
+        variants: (bucket, guesses) of all of them.
     """
 
     def __init__(
@@ -52,14 +90,16 @@ class Programs:
         num_rows: int,
         max_logprobs: int,
         num_banned: int,
+        num_guesses: int,
     ) -> None:
+        self.variants = [(shape, guesses) for guesses in {0, num_guesses} for shape in shapes]
         self._step = step
         self._params = params
         self.shapes = shapes
         self._num_rows = num_rows
         self._max_logprobs = max_logprobs
         self._num_banned = num_banned
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self._compiled: dict[tuple[tuple[int, int], int], Any] = {}
         self._set_history = jax.jit(_set_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
 
@@ -89,6 +129,7 @@ class Programs:
         slots: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
+        guesses: np.ndarray,
         sampling: np.ndarray,
     ) -> np.ndarray:
         """The operands of a step as one array, padded to a bucket.
@@ -99,42 +140,51 @@ class Programs:
             offsets: int32[s + 1].
             slots: int32[s].
             rows: int32[s], of sequences that do not sample the number of rows.
-            positions: int32[s] of the new tokens.
+            positions: int32[s] of the new tokens, if all guesses are right.
+            guesses: int32[s], how many of the tokens are guesses.
             sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
         """
         num_tokens, size = shape
         s, fields = len(slots), sampling.shape[0]
-        packed = np.zeros(num_tokens + 1 + (4 + fields) * size, np.int32)
+        packed = np.zeros(num_tokens + 1 + (_FIELDS + fields) * size, np.int32)
         packed[: len(tokens)] = tokens
         packed[num_tokens] = 0
-        table = packed[num_tokens + 1 :].reshape(4 + fields, size)
+        table = packed[num_tokens + 1 :].reshape(_FIELDS + fields, size)
         table[0, :s], table[0, s:] = offsets[1:], offsets[-1]
         table[1, :s], table[1, s:] = slots, -1
         table[2, :s], table[2, s:] = rows, self._num_rows
         table[3, :s] = positions
-        table[4:, :s] = sampling
+        table[4, :s] = guesses
+        table[_FIELDS:, :s] = sampling
         return packed
 
     def run(
-        self, shape: tuple[int, int], cache: KVCache, state: SamplerState, packed: np.ndarray
-    ) -> tuple[KVCache, SamplerState, Sampled]:
-        """Runs a step. The cache and the state are donated."""
-        program = self._compiled.get(shape)
+        self,
+        shape: tuple[int, int],
+        num_guesses: int,
+        cache: KVCache,
+        state: SamplerState,
+        packed: np.ndarray,
+    ) -> tuple[KVCache, SamplerState, Outcome]:
+        """Runs a step of one of the variants. The cache and the state are donated."""
+        program = self._compiled.get((shape, num_guesses))
         if program is None:
-            program = self.compile(shape, cache, state)
+            program = self.compile(shape, num_guesses, cache, state)
         return program(self._params, cache, state, packed)
 
-    def compile(self, shape: tuple[int, int], cache: KVCache, state: SamplerState) -> Any:
-        """Compiles a bucket's program without running it."""
+    def compile(
+        self, shape: tuple[int, int], num_guesses: int, cache: KVCache, state: SamplerState
+    ) -> Any:
+        """Compiles a variant without running it."""
         fields = NUM_FLOATS + NUM_INTS + self._num_banned
-        packed = jax.ShapeDtypeStruct((shape[0] + 1 + (4 + fields) * shape[1],), jnp.int32)
+        packed = jax.ShapeDtypeStruct((shape[0] + 1 + (_FIELDS + fields) * shape[1],), jnp.int32)
 
         def run(params: Any, cache: KVCache, state: SamplerState, packed: jax.Array) -> Any:
-            return self._run(shape, params, cache, state, packed)
+            return self._run(shape, num_guesses, params, cache, state, packed)
 
         program = jax.jit(run, donate_argnums=(1, 2))
         compiled = program.lower(self._params, cache, state, packed).compile()
-        self._compiled[shape] = compiled
+        self._compiled[shape, num_guesses] = compiled
         return compiled
 
     def set_history(self, state: SamplerState, row: int, ids: list[int]) -> SamplerState:
@@ -153,30 +203,53 @@ class Programs:
     def _run(
         self,
         shape: tuple[int, int],
+        num_guesses: int,
         params: Any,
         cache: KVCache,
         state: SamplerState,
         packed: jax.Array,
-    ) -> tuple[KVCache, SamplerState, Sampled]:
+    ) -> tuple[KVCache, SamplerState, Outcome]:
         num_tokens, size = shape
         tokens = packed[:num_tokens]
         table = packed[num_tokens + 1 :].reshape(-1, size)
         offsets = packed[num_tokens : num_tokens + 1 + size]
         newest = state.last[jnp.clip(-1 - tokens, 0, self._num_rows - 1)]
         tokens = jnp.where(tokens < 0, newest, tokens)
-        batch = Batch(table[1], offsets, num_tokens=num_tokens)
+        _, slots, rows, positions, guesses = table[:_FIELDS]
+        batch = Batch(slots, offsets, num_tokens=num_tokens)
+        each, behind = num_guesses + 1, jnp.zeros((size, 1), jnp.int32)
+        last = batch.last_rows[:, None]
+        if num_guesses:  # how far each wanted token is behind the sequence's last
+            behind = jnp.maximum(guesses[:, None] - jnp.arange(each)[None], 0)
+            last = last - behind
+            batch = _VerifiedBatch(slots, offsets, num_tokens=num_tokens, rows=last.reshape(-1))
         logits, cache = self._step(params, cache, tokens, batch)
-        if logits.ndim != 2 or logits.shape[0] != size:
+        if logits.ndim != 2 or logits.shape[0] != size * each:
             raise ValueError(
-                f"Engine: step returned logits {list(logits.shape)}, wanted [{size}, vocabulary]: "
-                "those of batch.last_rows"
+                f"Engine: step returned logits {list(logits.shape)}, wanted "
+                f"[{size * each}, vocabulary]: those of batch.last_rows"
             )
         cache = advance(cache, batch)
-        floats, ints, banned = jnp.split(table[4:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
-        floats = jax.lax.bitcast_convert_type(floats, jnp.float32)
-        rows = RowParams(floats, ints, banned, table[2], table[3])
-        sampled, state = sample(logits, rows, state, self._max_logprobs)
-        return cache, state, sampled
+        parts = jnp.split(table[_FIELDS:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
+        floats, ints, banned = (jnp.repeat(part, each, axis=1) for part in parts)
+        wanted = RowParams(
+            jax.lax.bitcast_convert_type(floats, jnp.float32),
+            ints,
+            banned,
+            jnp.repeat(rows, each),
+            (positions[:, None] - behind).reshape(-1),
+        )
+        sampled = sample(logits, wanted, state.history, self._max_logprobs)
+        chosen = sampled.tokens.reshape(size, each)
+        right = tokens[jnp.minimum(last + 1, num_tokens - 1)] == chosen
+        right = jnp.cumprod(right & (behind > 0), axis=1, dtype=jnp.int32)
+        accepted = jnp.sum(right, axis=1, dtype=jnp.int32)
+        positions = positions - guesses + accepted
+        if num_guesses:
+            cache = set_lengths(cache, jnp.where(accepted < guesses, slots, -1), positions)
+        newest = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
+        state = remember(state, rows, positions, newest)
+        return cache, state, Outcome(sampled, accepted)
 
 
 def _set_history(state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:

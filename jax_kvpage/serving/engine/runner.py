@@ -5,7 +5,7 @@ the device. A step that fails is run once more from a new generation of caches, 
 dispatched after it.
 """
 
-import dataclasses
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 import jax
@@ -13,50 +13,15 @@ import numpy as np
 
 from jax_kvpage.errors import shortened
 from jax_kvpage.pool import KVPool
-from jax_kvpage.serving.engine.programs import Programs
-from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS, Sampled
+from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
+from jax_kvpage.serving.engine.programs import Outcome, Programs
+from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.outputs import Logprob
 from jax_kvpage.serving.plan import StepPlan
 
-__all__ = ["Flight", "Runner", "Token"]
-
-
-@dataclasses.dataclass(eq=False)
-class Flight:
-    """A step between its dispatch and its read-back.
-
-    Attributes:
-        states: its sequences.
-        rows: int32[s], of the scheduler.
-        begins: int32[s], position of the first token.
-        counts: int32[s], tokens.
-        samples: bool[s], whether a token is sampled.
-        num_decodes: sequences that run their newest token.
-        sampled: on the device; None if the dispatch failed.
-        error: why it failed.
-        retried: whether it was run again after a failure.
-    """
-
-    states: list[SequenceState]
-    rows: np.ndarray
-    begins: np.ndarray
-    counts: np.ndarray
-    samples: np.ndarray
-    num_decodes: int
-    sampled: Sampled | None = None
-    error: BaseException | None = None
-    retried: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Token:
-    """A sampled token: the sequence, the id, and log probabilities if it has them."""
-
-    state: SequenceState
-    token: int
-    logprobs: tuple[dict[int, Logprob], float] | None
+__all__ = ["Runner"]
 
 
 class Runner:
@@ -69,10 +34,12 @@ class Runner:
         num_rows: sequences at one time.
         num_banned: see `EngineConfig.max_stop_token_ids`.
         max_tokens: tokens in a step at most.
+        num_guesses: tokens of a sequence to verify at most.
 
     Attributes:
         flights: steps that are not read back yet, oldest first.
         steps: dispatched so far, those of recoveries aside.
+        accepted: guessed tokens that were right.
         failures: steps that failed.
         generations: started after a failure of a step or of a call.
     """
@@ -85,6 +52,7 @@ class Runner:
         num_rows: int,
         num_banned: int,
         max_tokens: int,
+        num_guesses: int,
     ) -> None:
         self._programs = programs
         self._pool = pool
@@ -92,6 +60,7 @@ class Runner:
         self._num_rows = num_rows
         self._num_banned = num_banned
         self._max_tokens = max_tokens
+        self._num_guesses = num_guesses
         self._state = programs.initial_state(pool.spec.max_seq_len, pool.device)
         self._columns = np.zeros((NUM_FLOATS + NUM_INTS + num_banned, num_rows), np.int32)
         self._newest = np.zeros(num_rows, np.int32)
@@ -99,6 +68,7 @@ class Runner:
         slots.recover = self._recover
         self.flights: list[Flight] = []
         self.steps = 0
+        self.accepted = 0
         self.failures = 0
         self.generations = 0
 
@@ -112,28 +82,40 @@ class Runner:
         if state.request.params.has_penalties:
             self._state = self._programs.set_history(self._state, row, state.ids)
 
-    def launch(self, plan: StepPlan, states: Items[SequenceState]) -> None:
+    def launch(
+        self,
+        plan: StepPlan,
+        states: Items[SequenceState],
+        guesses: Mapping[SequenceState, list[int]],
+    ) -> None:
         """Dispatches a step; an error is kept for the read-back.
 
         Args:
             plan: carried out, with something to run.
             states: of its sequences.
+            guesses: tokens that may follow; the plan says how many of them are verified.
         """
         begins, ends = plan.begins.copy(), plan.begins + plan.counts
         for i in range(plan.num_decodes, len(states)):
             begins[i] = max(begins[i], states[i].computed)  # what was found is not run
         ended = np.fromiter((state.ended for state in states), bool, len(states))
-        keep = np.flatnonzero((ends > begins) & ~ended)
-        if not keep.size:
+        keep = np.flatnonzero((ends > begins) & ~ended).tolist()
+        if not keep:
             return
+        drafts = [
+            guesses.get(state, [])[: count - 1]
+            for state, count in zip(states, plan.counts[: plan.num_decodes].tolist(), strict=False)
+        ]
         flight = Flight(
-            [states[i] for i in keep.tolist()],
-            plan.rows[keep],
-            begins[keep],
-            (ends - begins)[keep],
-            plan.samples[keep],
-            int(np.count_nonzero(keep < plan.num_decodes)),
+            list(states),
+            plan.rows,
+            begins,
+            ends - begins,
+            plan.samples,
+            plan.num_decodes,
+            drafts,
         )
+        flight.keep(keep)
         self.flights.append(flight)
         self.steps += 1
         self._dispatch(flight)
@@ -142,14 +124,14 @@ class Runner:
         """Waits for the oldest step, and runs it again if it failed.
 
         Returns:
-            Its tokens.
+            Its tokens, those of a sequence in order.
 
         Raises:
             StepFailed: it failed again.
         """
         flight = self.flights[0]
         try:
-            tokens = self._fetch(flight)
+            tokens, accepted = self._fetch(flight)
         except (RuntimeError, ValueError) as error:
             self.failures += 1
             if not flight.retried:
@@ -159,8 +141,13 @@ class Runner:
             self.flights.pop(0)
             raise StepFailed(flight, shortened(error)) from error
         self.flights.pop(0)
-        for state, begin, count in zip(flight.states, flight.begins, flight.counts, strict=True):
-            state.ran(int(begin), int(count))
+        kept = flight.counts - flight.num_guesses + accepted
+        for state, begin, count in zip(
+            flight.states, flight.begins.tolist(), kept.tolist(), strict=True
+        ):
+            state.ran(begin, count)
+        flight.accepted = accepted
+        self.accepted += int(accepted.sum())
         for token in tokens:
             if token.state.row >= 0:
                 self._newest[token.state.row] = token.token
@@ -172,32 +159,35 @@ class Runner:
         flights = []
         for flight in self.flights:
             keep = [i for i, state in enumerate(flight.states) if id(state) not in gone]
-            flight.num_decodes = sum(i < flight.num_decodes for i in keep)
-            flight.states = [flight.states[i] for i in keep]
-            for name in ("rows", "begins", "counts", "samples"):
-                setattr(flight, name, getattr(flight, name)[keep])
             if keep:
+                flight.keep(keep)
                 flights.append(flight)
         self.flights = flights
         self._recover()
 
     def _dispatch(self, flight: Flight) -> None:
         rows, decodes = flight.rows, flight.rows[: flight.num_decodes]
-        tokens = [np.where(self._on_device[decodes], -1 - decodes, self._newest[decodes])]
+        newest = np.where(self._on_device[decodes], -1 - decodes, self._newest[decodes])
+        tokens = [newest]
+        if any(flight.guesses):
+            tokens = [
+                np.asarray([token, *guesses], np.int32)
+                for token, guesses in zip(newest, flight.guesses, strict=True)
+            ]
         for i in range(flight.num_decodes, len(flight.states)):
             begin = int(flight.begins[i])
             ids = flight.states[i].ids[begin : begin + int(flight.counts[i])]
             tokens.append(np.asarray(ids, np.int32))
-        sampling = np.where(flight.samples, self._columns[:, rows], 0)
-        flight.sampled, flight.error = None, None
+        flight.outcome, flight.error = None, None
         try:
-            flight.sampled = self._run(
+            flight.outcome = self._run(
                 np.concatenate(tokens),
                 flight.counts,
                 self._slots.slot[rows],
                 np.where(flight.samples, rows, self._num_rows),
                 flight.begins + flight.counts,
-                sampling,
+                flight.num_guesses,
+                np.where(flight.samples, self._columns[:, rows], 0),
             )
         except (RuntimeError, ValueError, TypeError) as error:
             flight.error = error
@@ -210,28 +200,34 @@ class Runner:
         slots: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
+        guesses: np.ndarray,
         sampling: np.ndarray,
-    ) -> Sampled:
+    ) -> Outcome:
         offsets = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=offsets[1:])
         shape = self._programs.bucket(len(tokens), len(slots))
-        packed = self._programs.pack(shape, tokens, offsets, slots, rows, positions, sampling)
-        cache, self._state, sampled = self._programs.run(
-            shape, self._slots.cache, self._state, packed
+        packed = self._programs.pack(
+            shape, tokens, offsets, slots, rows, positions, guesses, sampling
+        )
+        variant = self._num_guesses if guesses.any() else 0
+        cache, self._state, outcome = self._programs.run(
+            shape, variant, self._slots.cache, self._state, packed
         )
         self._slots.cache = cache
-        return sampled
+        return outcome
 
-    def _fetch(self, flight: Flight) -> list[Token]:
-        """The tokens of a step; raises what it failed with."""
-        if flight.sampled is None:
+    def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray]:
+        """The tokens of a step, and how many guesses were right; raises what it failed with."""
+        if flight.outcome is None:
             assert flight.error is not None
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
-        sampled = flight.sampled
+        sampled = flight.outcome.sampled
         wanted = any(state.request.params.logprobs is not None for state in flight.states)
-        tokens, valid = jax.device_get((sampled.tokens, sampled.valid))
-        if not valid[: len(flight.states)][flight.samples].all():
-            raise RuntimeError("the logits of a sequence are NaN")
+        tokens, valid, accepted = jax.device_get(
+            (sampled.tokens, sampled.valid, flight.outcome.accepted)
+        )
+        each = len(tokens) // len(accepted)
+        accepted = np.where(flight.samples, accepted[: len(flight.states)], 0)
         details = None
         if wanted:
             details = jax.device_get(
@@ -239,19 +235,15 @@ class Runner:
             )
         found = []
         for i in np.flatnonzero(flight.samples).tolist():
-            state, token = flight.states[i], int(tokens[i])
-            count = state.request.params.logprobs
-            logprobs = None
-            if count is not None and details is not None:
-                own, rank, ids, values = (array[i] for array in details)
-                table = {
-                    int(ids[place]): Logprob(float(values[place]), place + 1)
-                    for place in range(count)
-                }
-                table.setdefault(token, Logprob(float(own), int(rank)))
-                logprobs = table, float(own)
-            found.append(Token(state, token, logprobs))
-        return found
+            for place in range(i * each, i * each + int(accepted[i]) + 1):
+                if not valid[place]:
+                    raise RuntimeError("the logits of a sequence are NaN")
+                state, token = flight.states[i], int(tokens[place])
+                count, logprobs = state.request.params.logprobs, None
+                if count is not None and details is not None:
+                    logprobs = _logprobs(token, count, *(array[place] for array in details))
+                found.append(Token(state, token, logprobs))
+        return found, accepted
 
     def _recover(self) -> None:
         """Starts a new generation and runs all steps again that are not read back."""
@@ -262,7 +254,7 @@ class Runner:
             self._restore()
         except (RuntimeError, ValueError, TypeError) as error:
             for flight in self.flights:
-                flight.sampled, flight.error = None, error
+                flight.outcome, flight.error = None, error
             return
         for flight in self.flights:
             self._dispatch(flight)
@@ -301,20 +293,16 @@ class Runner:
                 np.asarray([state.slot], np.int32),
                 np.asarray([self._num_rows], np.int32),
                 np.zeros(1, np.int32),
+                np.zeros(1, np.int32),
                 np.zeros((self._columns.shape[0], 1), np.int32),
             )
             begin += len(ids)
 
 
-class StepFailed(RuntimeError):
-    """A step failed twice.
-
-    Attributes:
-        flight: the step.
-        reason: why, the second time.
-    """
-
-    def __init__(self, flight: Flight, reason: BaseException) -> None:
-        super().__init__(str(reason))
-        self.flight = flight
-        self.reason = reason
+def _logprobs(
+    token: int, count: int, own: np.ndarray, rank: np.ndarray, ids: np.ndarray, values: np.ndarray
+) -> tuple[dict[int, Logprob], float]:
+    """The log probabilities of a token and of the `count` most likely ones, and its own."""
+    table = {int(ids[place]): Logprob(float(values[place]), place + 1) for place in range(count)}
+    table.setdefault(token, Logprob(float(own), int(rank)))
+    return table, float(own)

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NUM_FLOATS", "NUM_INTS", "RowParams", "Sampled", "SamplerState", "sample"]
+__all__ = ["NUM_FLOATS", "NUM_INTS", "RowParams", "Sampled", "SamplerState", "remember", "sample"]
 
 # Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
 # reciprocal: both must be normal. At the upper end all finite logits are equal already.
@@ -61,7 +61,7 @@ class RowParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """What is read back after a step.
+    """Tokens and their log probabilities.
 
     Attributes:
         tokens: int32[S].
@@ -80,19 +80,14 @@ class Sampled:
     top_logprobs: jax.Array
 
 
-def sample(
-    logits: jax.Array, params: RowParams, state: SamplerState, max_logprobs: int
-) -> tuple[Sampled, SamplerState]:
+def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprobs: int) -> Sampled:
     """The next token of each sequence.
 
     Args:
         logits: float[S, vocabulary].
         params: of the sequences.
-        state: the newest; used for penalties.
+        history: of `SamplerState`; used for penalties.
         max_logprobs: M, static.
-
-    Returns:
-        The tokens, and the state with them in it.
     """
     raw = logits.astype(jnp.float32)
     temperature, top_p, min_p, presence, frequency, repetition = params.floats
@@ -100,7 +95,7 @@ def sample(
     penalized = (presence != 0) | (frequency != 0) | (repetition != 1)
     scores = jax.lax.cond(
         jnp.any(penalized), _penalize, lambda scores, params, history: scores, raw, params,
-        state.history,
+        history,
     )  # fmt: skip
     early = params.positions < allowed
     scores = jax.lax.cond(
@@ -130,10 +125,15 @@ def sample(
         raw,
         tokens,
     )
-    history = state.history
-    history = history.at[params.rows, params.positions].set(tokens, mode="drop")
-    state = SamplerState(state.last.at[params.rows].set(tokens, mode="drop"), history)
-    return Sampled(tokens, valid, *described), state
+    return Sampled(tokens, valid, *described)
+
+
+def remember(
+    state: SamplerState, rows: jax.Array, positions: jax.Array, tokens: jax.Array
+) -> SamplerState:
+    """The state with new tokens in it; see `RowParams` for rows and positions."""
+    history = state.history.at[rows, positions].set(tokens, mode="drop")
+    return SamplerState(state.last.at[rows].set(tokens, mode="drop"), history)
 
 
 def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:

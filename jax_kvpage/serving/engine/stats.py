@@ -13,6 +13,7 @@ class EngineStats:
         running: requests that have memory now.
         waiting: requests in the queue now.
         steps: steps run.
+        accepted: guessed tokens that were right (speculation).
         failures: steps that failed, those run again with success included.
         generations: new generations of caches after failures.
         preemptions: times that a request lost its memory.
@@ -23,6 +24,7 @@ class EngineStats:
     running: int
     waiting: int
     steps: int
+    accepted: int
     failures: int
     generations: int
     preemptions: int

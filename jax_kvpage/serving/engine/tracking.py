@@ -3,6 +3,7 @@
 import numpy as np
 
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
+from jax_kvpage.serving.lookup import NgramIndex
 from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.request import Sequence, SequenceGroup
@@ -27,6 +28,7 @@ class SequenceState:
         furthest: tokens that were ever computed.
         committed: tokens that the pool knows.
         room: tokens that its slot has room for.
+        lookup: guesses its next tokens; None without speculation.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class SequenceState:
         self.slot = self.row = -1
         self.computed = self.committed = self.room = self.furthest = 0
         params = request.params
+        self.lookup: NgramIndex | None = None
         self._text: TextBuilder | None = None
         if request.detokenize is not None:
             self._text = TextBuilder(request.detokenize, self.ids, params.stop)

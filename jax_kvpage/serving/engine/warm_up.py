@@ -41,8 +41,8 @@ def warm_up(
     rig = _Rig(pool, cache, programs, num_rows, num_banned)
     sizes = _sizes(num_rows)
     jobs: list[Callable[[], None]] = [
-        lambda shape=shape: rig.compile(shape)  # type: ignore[misc]
-        for shape in programs.shapes
+        lambda variant=variant: rig.compile(*variant)  # type: ignore[misc]
+        for variant in programs.variants
     ]
     jobs += [rig.small_programs, rig.prefixes]
     jobs += [lambda n=n: rig.releases(n) for n in sizes]  # type: ignore[misc]
@@ -79,9 +79,9 @@ class _Rig:
         self._slots: list[int] = []
         self.cache = cache
 
-    def compile(self, shape: tuple[int, int]) -> None:
+    def compile(self, shape: tuple[int, int], num_guesses: int) -> None:
         """The step of a bucket."""
-        self._programs.compile(shape, self.cache, self._state)
+        self._programs.compile(shape, num_guesses, self.cache, self._state)
 
     def small_programs(self) -> None:
         """Those that change the sampler's state, and lengths."""
@@ -150,7 +150,10 @@ class _Rig:
                 np.asarray([slot], np.int32),
                 np.asarray([self._num_rows], np.int32),
                 np.zeros(1, np.int32),
+                np.zeros(1, np.int32),
                 np.zeros((self._num_fields, 1), np.int32),
             )
-            self.cache, self._state, _ = self._programs.run(shape, self.cache, self._state, packed)
+            self.cache, self._state, _ = self._programs.run(
+                shape, 0, self.cache, self._state, packed
+            )
         self._pool.commit(slot, ids)
