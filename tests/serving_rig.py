@@ -14,7 +14,7 @@ import jax_kvpage as kvp
 from jax_kvpage.serving import EngineConfig, RequestOutput
 
 VOCABULARY = 64
-LAYERS, HEADS, KV_HEADS, DIM = 2, 2, 1, 16
+LAYERS, HEADS, KV_HEADS, DIM = 2, 2, 1, 64
 WIDTH = HEADS * DIM
 BLOCK = 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -199,7 +200,7 @@ def test_it_ends_at_stop_tokens() -> None:
     late = SamplingParams(temperature=0, max_tokens=20, min_tokens=at + 2)
     (output,) = _generate([_PROMPTS[0]], late, eos_token_ids=(ids[at],))
     assert output.outputs[0].token_ids[:at] == ids[:at]
-    assert ids[at] not in output.outputs[0].token_ids[: at + 1]
+    assert ids[at] not in output.outputs[0].token_ids[: at + 2]
 
 
 def test_stop_strings_and_text() -> None:
@@ -412,3 +413,34 @@ def test_a_failing_sample_ends_its_siblings() -> None:
         assert other.finished
         engine.close()
         _check_empty(pool)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_at_once(alone, seed: int) -> None:
+    """Pressure, failures, cancellation, prefixes, samples and speculation change no token."""
+    rng = random.Random(seed)
+    options = rig.config(num_speculative_tokens=2 * (seed % 2), preemption=LastComeFirst())
+    with rig.pool(10, layout=("fused", "per_layer")[seed // 2]) as pool:
+        with Engine(rig.step, rig.params(), pool, options) as engine:
+            outputs: list[tuple[int, RequestOutput]] = []
+            while len(outputs) < 25 or engine.has_unfinished:
+                while len(outputs) < 25 and rng.random() < 0.8:
+                    which = rng.randrange(len(_PROMPTS))
+                    n = rng.choice([1, 1, 2])
+                    params = dataclasses.replace(_MIXED[which], n=n)
+                    outputs.append((which, engine.add_request(_PROMPTS[which], params)))
+                engine.step()
+                if rng.random() < 0.04:
+                    pool.cache()
+                if outputs and rng.random() < 0.05:
+                    engine.cancel(rng.choice(outputs)[1])
+            assert engine.stats.generations > 2
+            assert engine.stats.preemptions > 0
+        _check_empty(pool)
+    reasons = set()
+    for which, output in outputs:
+        first, (expected,) = output.outputs[0], alone[which]
+        assert first.token_ids == expected[: len(first.token_ids)]
+        assert first.finish_reason != "length" or first.token_ids == expected
+        reasons |= {each.finish_reason for each in output.outputs}
+    assert reasons == {"length", "cancelled"}

@@ -32,7 +32,8 @@ class SamplingParams:
         seed: of the random numbers, from 0 to 2**32 - 1; None lets the engine choose one. A token
             depends on the seed, the continuation's index and the position alone.
         max_tokens: tokens to produce at most.
-        min_tokens: tokens to produce before a stop token or stop string may end the output.
+        min_tokens: tokens to produce before one that may end the output: until then stop tokens are
+            not chosen, and stop strings do not count.
         stop: strings that end the output and are left out of its text (needs a detokenizer).
         stop_token_ids: tokens that end the output.
         ignore_eos: go on after the engine's end-of-sequence tokens.

@@ -102,7 +102,7 @@ class SequenceState:
 
     def _ends(self, token: int, searched: int) -> bool:
         params = self.request.params
-        if len(self.output.token_ids) < params.min_tokens:
+        if len(self.output.token_ids) <= params.min_tokens:
             return False
         if token in params.stop_token_ids:
             self.end("stop", token)
@@ -176,7 +176,7 @@ class RequestState:
         )
         column[:NUM_FLOATS] = np.asarray(floats, np.float32).view(np.int32)
         seed = int(np.asarray(self.seed, np.uint32).view(np.int32))
-        allowed = prompt + params.min_tokens - 1 if params.min_tokens else 0
+        allowed = prompt + params.min_tokens
         wanted = 0 if params.logprobs is None else 1
         column[NUM_FLOATS : NUM_FLOATS + NUM_INTS] = (
             max(params.top_k, 0),

@@ -1,0 +1,180 @@
+"""Sampling on the device against NumPy, and the text and prefix helpers of the engine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_kvpage.serving import SamplingParams
+from jax_kvpage.serving.engine.sampling import RowParams, Sampled, sample
+from jax_kvpage.serving.prefixes import PrefixKeys
+from jax_kvpage.serving.text import TextBuilder
+
+_V, _L = 50, 32
+_sample = jax.jit(functools.partial(sample, max_logprobs=3))
+
+
+def _run(
+    logits: np.ndarray, rows: list[SamplingParams], positions: list[int], history: np.ndarray,
+    prompt: int = 4,
+) -> Sampled:  # fmt: skip
+    """Samples a token of each row."""
+    floats = [
+        (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
+         p.repetition_penalty)
+        for p in rows
+    ]  # fmt: skip
+    ints = [(p.top_k, p.seed or 0, 0, prompt, prompt + p.min_tokens, 1) for p in rows]
+    banned = np.full((2, len(rows)), -1, np.int32)
+    for i, params in enumerate(rows):
+        banned[: len(params.stop_token_ids), i] = params.stop_token_ids
+    params = RowParams(
+        jnp.asarray(floats, jnp.float32).T,
+        jnp.asarray(ints, jnp.int32).T,
+        jnp.asarray(banned),
+        jnp.arange(len(rows)),
+        jnp.asarray(positions, jnp.int32),
+    )
+    return _sample(jnp.asarray(logits, jnp.float32), params, jnp.asarray(history, jnp.int32))
+
+
+def _distribution(row: np.ndarray, p: SamplingParams, seen: list[int], prompt: int) -> np.ndarray:
+    """Probabilities of the next token, in float64."""
+    scores = row.astype(np.float64).copy()
+    for token in set(seen):
+        scores[token] *= 1 / p.repetition_penalty if scores[token] > 0 else p.repetition_penalty
+    for token in seen[prompt:]:
+        scores[token] -= p.frequency_penalty
+    for token in set(seen[prompt:]):
+        scores[token] -= p.presence_penalty
+    if len(seen) - prompt < p.min_tokens:
+        scores[list(p.stop_token_ids)] = -np.inf
+    if p.temperature == 0:
+        return np.eye(len(row))[np.argmax(scores)]
+    scores = np.exp((scores - scores.max()) / p.temperature)
+    order = np.argsort(-scores, kind="stable")
+    keep = np.ones(len(row), bool)
+    if p.top_k:
+        keep[order[p.top_k :]] = False
+    mass = np.where(keep, scores, 0)[order] / scores[keep].sum()
+    keep[order[1:]] &= (np.cumsum(mass) - mass)[1:] < p.top_p
+    keep &= scores >= p.min_p * scores.max()
+    scores = np.where(keep, scores, 0)
+    return scores / scores.sum()
+
+
+_CASES = [
+    {},
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 3.0, "frequency_penalty": 1.0},
+    {"temperature": 0.5, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.5},
+    {"top_k": 12, "top_p": 0.7, "min_p": 0.05},
+    {"min_p": 0.2},
+    {"presence_penalty": 2.0, "frequency_penalty": -1.0},
+    {"repetition_penalty": 0.3, "top_p": 0.9},
+    {"min_tokens": 8, "stop_token_ids": [3, 7], "max_tokens": 20},
+    {"temperature": 0, "min_tokens": 6, "max_tokens": 20},
+    {"temperature": 1e-42},
+]
+
+
+def test_tokens_have_the_probabilities_that_numpy_says() -> None:
+    """All cases in one batch, many times: no row disturbs another."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(len(_CASES), _V)) * 2
+    history = rng.integers(0, _V, (len(_CASES), _L))
+    best = [int(np.argmax(row)) for row in logits]
+    _CASES[10]["stop_token_ids"] = [best[10]]
+    history[:, 5] = best  # the output has the best token already
+    params = [SamplingParams(**case) for case in _CASES]  # type: ignore[arg-type]
+    expected = np.asarray(
+        [
+            _distribution(row, p, seen[:10].tolist(), 4)
+            for row, p, seen in zip(logits, params, history, strict=True)
+        ]
+    )
+    tries = 2000
+    counts = np.zeros((len(_CASES), _V))
+    repeated = np.repeat(logits, 50, axis=0)
+    histories = np.repeat(history, 50, axis=0)
+    for seed in range(tries // 50):
+        rows = [
+            SamplingParams(**{**case, "seed": seed * 50 + i})  # type: ignore[arg-type]
+            for case in _CASES
+            for i in range(50)
+        ]
+        tokens = np.asarray(_run(repeated, rows, [10] * len(rows), histories).tokens)
+        np.add.at(counts, (np.repeat(np.arange(len(_CASES)), 50), tokens), 1)
+    assert (counts[expected == 0] == 0).all(), "a token outside of the kept ones"
+    error = np.abs(counts / tries - expected)
+    assert (error < 5 * np.sqrt(expected * (1 - expected) / tries) + 1e-6).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    rng = np.random.default_rng(1)
+    logits, history = rng.normal(size=(12, _V)), rng.integers(0, _V, (12, _L))
+    rows = [SamplingParams(**{**case, "seed": 5}) for case in _CASES]  # type: ignore[arg-type]
+    together = np.asarray(_run(logits, rows, [9] * 12, history).tokens)
+    for i in range(12):
+        place = [i] * 12
+        same = _run(logits[place], [rows[i]] * 12, [9] * 12, history[place])
+        assert set(np.asarray(same.tokens).tolist()) == {together[i]}
+
+
+def test_nan_is_told() -> None:
+    logits = np.zeros((12, _V))
+    logits[3, 7] = np.nan
+    rows = [SamplingParams(temperature=i % 2) for i in range(12)]
+    sampled = _run(logits, rows, [9] * 12, np.zeros((12, _L)))
+    assert np.asarray(sampled.valid).tolist() == [i != 3 for i in range(12)]
+    assert 0 <= int(sampled.tokens[3]) < _V
+
+
+def _decode(ids: Any) -> str:
+    return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("text", ["plain", "añb€c\N{GRINNING FACE}", "x\N{REPLACEMENT CHARACTER}"])
+def test_text_comes_in_whole_characters(text: str) -> None:
+    builder = TextBuilder(_decode, list("é".encode()), ())
+    seen = [""]
+    for byte in text.encode():
+        builder.push(byte)
+        assert text.startswith(builder.text)
+        assert builder.text.startswith(seen[-1])
+        seen.append(builder.text)
+    builder.finish()
+    assert builder.text == text
+    assert len(set(seen)) >= len(text) - 1
+
+
+def test_stop_strings_across_tokens() -> None:
+    builder = TextBuilder(_decode, [], ("end", "nd of"))
+    before = 0
+    for i, byte in enumerate(b"the end of"):
+        builder.push(byte)
+        found = builder.find_stop(before)
+        before = len(builder.text)
+        assert (found is not None) == (i >= 6)
+        if i < 6:
+            assert "the ".startswith(builder.shown), "what may be a stop string is held back"
+        if found is not None:
+            assert found == ("end", 4)
+            break
+
+
+def test_prefix_keys() -> None:
+    keys = PrefixKeys(4)
+    assert keys.find([1, 2, 3]) == (None, 0)
+    key, tokens = keys.find([1, 2, 3, 4, 5, 6])
+    assert tokens == 6
+    assert keys.find([1, 2, 3, 4, 5, 9, 9]) == (key, 5)
+    other, tokens = keys.find([2, 2, 3, 4])
+    assert other != key
+    assert tokens == 4
