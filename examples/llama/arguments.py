@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
-__all__ = ["BUNDLED", "InputError", "make_parser", "parse_arguments", "read_prompts"]
+__all__ = ["BUNDLED", "InputError", "make_parser", "parse_arguments", "read_prompts", "read_turns"]
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "tiny_llama"
 _DEFAULT_PROMPTS = (
@@ -62,6 +62,14 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=pathlib.Path,
         metavar="FILE",
         help="UTF-8 text with one prompt a line, after those of --prompt; blank lines are skipped "
+        "(default: none)",
+    )
+    what.add_argument(
+        "--turn",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what each conversation goes on with after the answer; repeatable, one answer to each "
         "(default: none)",
     )
     what.add_argument(
@@ -207,6 +215,8 @@ def parse_arguments(
                 "--num-beams does not sample and runs single steps: leave out --num-samples, "
                 "--temperature, --top-k, --top-p and --scan"
             )
+    if args.turn and (args.num_beams > 1 or args.num_samples > 1):
+        parser.error("--turn goes on after one answer: leave out --num-samples and --num-beams")
     if args.plot:
         problem = _plot_problem(args.plot)
         if problem:
@@ -246,13 +256,13 @@ def _positive(text: str) -> int:
     return value
 
 
-def _argument_text(prompt: str) -> str:
-    """A prompt from the command line. Python keeps bytes that the locale's encoding lacks as lone
+def _argument_text(option: str, prompt: str) -> str:
+    """A text from the command line. Python keeps bytes that the locale's encoding lacks as lone
     surrogates; usually they are UTF-8 in a C locale."""
     try:
         return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError as error:
-        raise InputError(f"--prompt {prompt!a} is not valid UTF-8") from error
+        raise InputError(f"{option} {prompt!a} is not valid UTF-8") from error
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -261,7 +271,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
       InputError: A prompt that is not valid text, or a file that cannot be read or is blank.
     """
-    prompts = [_argument_text(prompt) for prompt in args.prompt]
+    prompts = [_argument_text("--prompt", prompt) for prompt in args.prompt]
     if args.prompt_file:
         try:
             text = args.prompt_file.read_bytes().decode("utf-8-sig")
@@ -276,3 +286,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--prompt-file {args.prompt_file} holds no prompts")
         prompts += lines
     return prompts or list(_DEFAULT_PROMPTS)
+
+
+def read_turns(args: argparse.Namespace) -> list[str]:
+    """What the conversations go on with, turn by turn.
+
+    Raises:
+      InputError: One that is not valid text.
+    """
+    return [_argument_text("--turn", turn) for turn in args.turn]

@@ -13,7 +13,7 @@ import jax_kvpage
 from .beams import BeamEngine
 from .generate import Engine, Request
 
-__all__ = ["figures", "plot_memory", "print_table"]
+__all__ = ["figures", "plot_memory", "print_table", "turn_figures"]
 
 
 def figures(
@@ -38,7 +38,7 @@ def figures(
     running = max(seconds - compile_seconds, 1e-9)
     static = spec.max_slots * spec.max_seq_len * spec.token_bytes
     return {
-        "num_sequences": len(requests),
+        "num_sequences": len({request.index for request in requests}),
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
         "generated_tokens": generated,
         "seconds": round(running, 4),
@@ -61,6 +61,19 @@ def figures(
         "stalls": engine.stalls,
         "preemptions": sum(request.preemptions for request in requests),
     }
+
+
+def turn_figures(turns: Sequence[Sequence[Request]]) -> list[dict[str, int]]:
+    """Of each turn: tokens that its requests consist of, those of them that were cached, and
+    generated ones."""
+    return [
+        {
+            "prompt_tokens": sum(len(request.prompt_ids) for request in turn),
+            "cached_tokens": sum(request.cached_tokens for request in turn),
+            "generated_tokens": sum(len(request.output_ids) for request in turn),
+        }
+        for turn in turns
+    ]
 
 
 def print_table(values: dict[str, Any]) -> None:
@@ -89,6 +102,9 @@ def print_table(values: dict[str, Any]) -> None:
     ]
     if values["saved_by_sharing"]:
         rows.insert(-2, ("blocks saved by sharing", f"{values['saved_by_sharing']:.1%}"))
+    for number, turn in enumerate(values.get("turns", []), start=1):
+        counts = f"{turn['prompt_tokens']:,} / {turn['cached_tokens']:,}"
+        rows.append((f"turn {number}: tokens read / cached", counts))
     for name, value in rows:
         table.add_row(name, value)
     Console().print(table)

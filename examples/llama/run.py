@@ -16,17 +16,18 @@ import jax.numpy as jnp
 
 import jax_kvpage
 
-from .arguments import BUNDLED, InputError, read_prompts
+from .arguments import BUNDLED, InputError, read_prompts, read_turns
 from .beams import BeamEngine, BeamPrograms
 from .checkpoint import CheckpointError, load_model
 from .config import ConfigError, LlamaConfig, load_config
 from .generate import Engine, Request
 from .model import Llama
 from .programs import Programs
-from .report import figures, plot_memory, print_table
+from .report import figures, plot_memory, print_table, turn_figures
 from .sampling import Sampling
 from .stream import Printer
 from .tokenizer import Tokenizer, TokenizerError
+from .turns import ConversationEngine, next_turn
 
 __all__ = ["run"]
 
@@ -75,10 +76,31 @@ def make_requests(
     return requests
 
 
+def tokens_of_turns(turns: list[list[int]], requests: list[Request], max_seq_len: int) -> int:
+    """Tokens by which later turns may make a sequence longer; raises InputError if they may not
+    fit."""
+    if not turns:
+        return 0
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    more = sum(len(ids) + longest.max_new_tokens for ids in turns)
+    if len(longest.prompt_ids) + more >= max_seq_len:
+        raise InputError(
+            f"with {len(turns)} more turns the conversation of prompt {longest.index} may ask for "
+            f"{len(longest.prompt_ids) + more} tokens, but a sequence may have {max_seq_len} in "
+            "all; lower --max-new-tokens or raise --max-seq-len"
+        )
+    return more
+
+
 def make_pool(
-    args: argparse.Namespace, config: LlamaConfig, requests: list[Request], max_seq_len: int
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    requests: list[Request],
+    max_seq_len: int,
+    later: int,
 ) -> jax_kvpage.KVPool:
-    """A pool of the size of --capacity, or of what the requests can need together."""
+    """A pool of the size of --capacity, or of what the requests can need together, with `later`
+    tokens of each in later turns."""
     platform = jax.default_backend()
     block_tokens = args.block_tokens
     if block_tokens is None and args.checkpoint == BUNDLED and args.layout is None:
@@ -100,7 +122,7 @@ def make_pool(
     ).resolve("cuda" if platform == "gpu" else platform)
     capacity = args.capacity
     if capacity is None:
-        ends = [min(len(r.prompt_ids) + r.max_new_tokens, max_seq_len) for r in requests]
+        ends = [min(len(r.prompt_ids) + r.max_new_tokens + later, max_seq_len) for r in requests]
         size = spec.block_tokens or 1
         needed = [-(-end // size) for end in ends]
         blocks = spec.num_ranges * (sum(needed) if args.num_beams == 1 else slots * max(needed))
@@ -134,7 +156,7 @@ def make_engine(
         beams = BeamPrograms(model, args.num_beams, stop_ids, args.implementation)
         return beams, BeamEngine(beams, pool, on_token=on_token, on_finish=on_finish)
     programs = Programs(model, sampling, stop_ids, args.implementation)
-    engine = Engine(
+    engine = (ConversationEngine if args.turn else Engine)(
         programs,
         pool,
         stop_ids,
@@ -188,19 +210,31 @@ def _run(args: argparse.Namespace) -> None:
             "that the model was made for (max_position_embeddings)"
         )
     requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len, args.num_samples)
+    texts = read_turns(args)
+    turns = [tokenizer.encode(text, special=False) for text in texts]
+    later = tokens_of_turns(turns, requests, max_seq_len)
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
     with _input_errors():
-        pool = make_pool(args, config, requests, max_seq_len)
+        pool = make_pool(args, config, requests, max_seq_len, later)
     with pool:
         repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
         printer = None if args.json else Printer(requests, repeated, tokenizer)
         programs, engine = make_engine(args, model, pool, sampling, config, printer)
         begin = time.monotonic()
         engine.run(requests)
+        answered = [requests]
+        for text, ids in zip(texts, turns, strict=True):
+            answered.append(next_turn(answered[-1], ids))
+            if printer:
+                printer.start(answered[-1], [text] * len(requests))
+            engine.run(answered[-1])
+        requests = [request for turn in answered for request in turn]
         seconds = time.monotonic() - begin
         values = figures(
             engine, requests, pool.spec, pool.stats(), seconds, programs.compile_seconds
         )
+    if turns:
+        values["turns"] = turn_figures(answered)
     for request in requests:
         if request.finish_reason == "capacity":
             print(
@@ -223,7 +257,8 @@ def _sequences(
     requests: list[Request], engine: Engine | BeamEngine, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The results of all requests, as --json prints them; with --num-beams also all finished
-    sequences of the search and their scores, the best first.
+    sequences of the search and their scores, the best first. With --turn the requests of the turns
+    follow each other, each with the number of its tokens that the cache had.
     """
     sequences: list[dict[str, Any]] = [
         {
@@ -234,6 +269,9 @@ def _sequences(
         }
         for request in requests
     ]
+    if isinstance(engine, ConversationEngine):
+        for sequence, request in zip(sequences, requests, strict=True):
+            sequence["cached_tokens"] = request.cached_tokens
     if isinstance(engine, BeamEngine):
         for sequence, found in zip(sequences, engine.hypotheses, strict=True):
             sequence["beams"] = [dataclasses.asdict(hypothesis) for hypothesis in found]

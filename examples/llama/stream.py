@@ -91,8 +91,13 @@ class Printer:
     """
 
     def __init__(self, requests: list[Request], prompts: list[str], tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.start(requests, prompts)
+
+    def start(self, requests: list[Request], prompts: list[str]) -> None:
+        """Goes on with other requests, when all of those before have finished."""
         self._requests, self._prompts = requests, prompts
-        self._streams = [TextStream(tokenizer, request.prompt_ids) for request in requests]
+        self._streams = [TextStream(self._tokenizer, request.prompt_ids) for request in requests]
         self._held = [""] * len(requests)
         self._front = -1
         self._next()

@@ -51,13 +51,14 @@ class Tokenizer:
         self._byte_fallback = any(step["type"] == "ByteFallback" for step in steps)
         self.rewrites = _rewrites(steps)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the special tokens that the tokenizer puts around it.
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a prompt, with the special tokens that the tokenizer puts around it; without
+        those (`special=False`), of a text that continues another.
 
         Raises:
           TokenizerError: The text has no tokens, or an id that the model has no embedding for.
         """
-        ids = self._tokenizer.encode(text).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
             raise TokenizerError(f"the prompt {text!r} has no tokens")
         if max(ids) >= self._vocab_size:
