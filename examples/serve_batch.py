@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity", metavar="SIZE", help=what)
     what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
     add("--block-tokens", type=_positive, metavar="N", help=what)
+    what = "tokens to guess by prompt lookup and verify in a step (default: none)"
+    add("--num-speculative-tokens", type=_positive, default=0, metavar="N", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
     add("--json", action="store_true", help="print one JSON object")
     what = "draw the occupancy of blocks over time, by request (needs matplotlib)"
@@ -140,6 +142,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         max_num_batched_tokens=max(args.max_num_batched_tokens, args.max_num_seqs),
         eos_token_ids=tuple(config.eos_token_ids),
         prefix_caching=not args.no_prefix_caching,
+        num_speculative_tokens=args.num_speculative_tokens,
     )
     detokenize = None if args.trace else tokenizer.decode
     progress = Progress(console=Console(stderr=True), disable=args.json)
@@ -196,6 +199,7 @@ def _print(values: dict[str, Any], texts: list[str]) -> None:
             f"{v['between_tokens_ms_p50']} / {v['between_tokens_ms_p99']} ms",
         ),
         ("steps", f"{v['steps']:,} with {v['running_mean']} requests on average"),
+        ("guesses accepted", f"{v['accepted_guesses']:,}"),
         ("memory, peak of capacity", f"{v['peak']:,} of {v['capacity']:,} bytes"),
         ("a static cache reserves", f"{v['static_cache']:,} bytes"),
         ("reserved and unused", f"{v['waste']:.1%}"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_kvpage as kvp
-from jax_kvpage.serving import EngineConfig, RequestOutput
+from jax_kvpage.serving import EngineConfig, RequestOutput, Watermark
 
 VOCABULARY = 64
 LAYERS, HEADS, KV_HEADS, DIM = 2, 2, 1, 64
@@ -63,7 +63,10 @@ def pool(blocks: int = 64, **options: Any) -> kvp.KVPool:
 
 
 def config(**options: Any) -> EngineConfig:
-    """One bucket, so that results are bit-identical whatever runs beside."""
+    """One bucket, so that results are bit-identical with any neighbours. Requests are admitted
+    without regard to their growth, so that little memory makes preemptions.
+    """
+    options.setdefault("admission", Watermark())
     options.setdefault("max_num_batched_tokens", 32)
     rows = options.setdefault("max_num_seqs", 4)
     options.setdefault("buckets", ((options["max_num_batched_tokens"], rows),))

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import serve_batch
 from llama.arguments import InputError
+from llama.serving import model_step
 from llama.workload import read_trace, trace_jobs
-from llama_models import UNTIED, write_checkpoint
+from llama_models import UNTIED, cache_spec, generate, random_model, write_checkpoint
+
+import jax_kvpage as kvp
+from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
 
 _SMALL = [
     "--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-seq-len", "128",
@@ -37,6 +41,7 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
     values = _serve(
         capsys, "--checkpoint", checkpoint, "--prompt", "ab" * 20, "--prompt", "x" * 200,
         "--num-requests", 6, "--max-new-tokens", 5, "--plot", plot, "--temperature", 0,
+        "--num-speculative-tokens", 2, "--max-num-seqs", 1,
     )  # fmt: skip
     assert (values["requests"], values["refused"]) == (6, 3)
     assert values["finish_reasons"] == {"length": 3}
@@ -44,6 +49,7 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
     assert len(set(values["texts"])) == 1
     assert values["cached_tokens"] == 2 * 39
     assert values["computed_tokens"] == 40 + 2 + 3 * 4
+    assert 0 <= values["accepted_guesses"] <= 12
     assert values["first_token_ms_p50"] > 0 < values["between_tokens_ms_p99"]
     assert 0 < values["waste"] < 1
     assert plot.stat().st_size > 1000
@@ -84,6 +90,17 @@ def test_equal_hash_ids_of_a_mooncake_trace_give_equal_tokens(tmp_path) -> None:
     trace.write_text('{"timestamp": 0}')
     with pytest.raises(InputError, match="not a known trace"):
         read_trace(trace, 5)
+
+
+def test_a_llama_says_what_it_says_in_the_other_example() -> None:
+    model, spec = random_model(UNTIED), cache_spec(UNTIED, max_slots=4)
+    prompts = [list(range(start, start + 30 - start)) for start in (1, 9, 20)]
+    expected = generate(model, prompts, spec=spec, max_new_tokens=12).outputs
+    step, weights = model_step(model)
+    options = EngineConfig(max_num_batched_tokens=32, buckets=((32, 4),))
+    with kvp.KVPool(spec, spec.virtual_bytes) as pool, Engine(step, weights, pool, options) as e:
+        outputs = e.generate(prompts, SamplingParams(temperature=0, max_tokens=12))
+    assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
 def test_mistakes_in_the_input(checkpoint, tmp_path, capsys) -> None:

@@ -286,6 +286,29 @@ def test_a_failed_step_is_run_again(alone) -> None:
         _check_empty(pool)
 
 
+def test_a_call_may_be_the_first_to_hear_of_a_fault(alone, monkeypatch) -> None:
+    """As on CUDA, where a failed step is told to any call, once."""
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        told: list[str] = []
+
+        def fail_once(name: str) -> None:
+            real = getattr(pool, name)
+
+            def call(*args: Any) -> None:
+                if name not in told:
+                    told.append(name)
+                    raise kvp.DeviceFault("from an earlier step")
+                real(*args)
+
+            monkeypatch.setattr(pool, name, call)
+
+        fail_once("extend")
+        fail_once("commit")
+        outputs = engine.generate(_PROMPTS[:4], _MIXED[:4])
+        assert rig.tokens(outputs) == alone[:4]
+        assert sorted(told) == ["commit", "extend"]
+
+
 def _poisoned(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
     """A model that has no answer after token 63."""
     logits, cache = rig.step(params, cache, tokens, batch)

@@ -164,6 +164,7 @@ def figures(
         "recomputed_tokens": sum(m.num_recomputed_tokens for m in metrics),
         "preemptions": engine.stats.preemptions,
         "steps": engine.stats.steps,
+        "accepted_guesses": engine.stats.accepted,
         "seconds": round(result.seconds, 4),
         "compile_seconds": round(compile_seconds, 4),
         "generated_per_second": round(generated / result.seconds, 2),

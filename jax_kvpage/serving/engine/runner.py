@@ -66,6 +66,7 @@ class Runner:
         self._newest = np.zeros(num_rows, np.int32)
         self._on_device = np.zeros(num_rows, bool)
         slots.recover = self._recover
+        self._recovering = False
         self.flights: list[Flight] = []
         self.steps = 0
         self.accepted = 0
@@ -246,16 +247,25 @@ class Runner:
         return found, accepted
 
     def _recover(self) -> None:
-        """Starts a new generation and runs all steps again that are not read back."""
+        """Starts a new generation and runs all steps again that are not read back.
+
+        Raises:
+            RuntimeError: a call that is part of a recovery asks for another.
+        """
+        if self._recovering:
+            raise RuntimeError("a call on the pool failed while the engine recovered")
         self.generations += 1
         self._slots.cache = self._pool.cache()
         self._state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
+        self._recovering = True
         try:
             self._restore()
         except (RuntimeError, ValueError, TypeError) as error:
             for flight in self.flights:
                 flight.outcome, flight.error = None, error
             return
+        finally:
+            self._recovering = False
         for flight in self.flights:
             self._dispatch(flight)
 

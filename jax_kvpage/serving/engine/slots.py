@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import OutOfBlocks
+from jax_kvpage.errors import DeviceFault, OutOfBlocks
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.stats import SequenceMemory
 from jax_kvpage.serving.engine.tracking import SequenceState
@@ -176,7 +176,8 @@ class Slots:
     def commit(self, state: SequenceState) -> None:
         """Tells the pool the tokens of a sequence whose keys and values exist."""
         if state.final > state.committed:
-            self._pool.commit(state.slot, state.ids[state.committed : state.final])
+            ids = state.ids[state.committed : state.final]
+            _past_fault(lambda: self._pool.commit(state.slot, ids))
             state.committed = state.final
 
     def commit_blocks(self, state: SequenceState) -> None:
@@ -229,7 +230,8 @@ class Slots:
         pairs = [(s, n) for s, n in zip(every, tokens, strict=True) if s is not None]
         try:
             if pairs:
-                self._pool.extend([s.slot for s, _ in pairs], [n for _, n in pairs])
+                slots, rooms = [s.slot for s, _ in pairs], [n for _, n in pairs]
+                _past_fault(lambda: self._pool.extend(slots, rooms))
             got = pairs
         except OutOfBlocks:
             got = [pair for pair in pairs if self._extend_one(*pair)]
@@ -244,3 +246,15 @@ class Slots:
         except OutOfBlocks:
             return False
         return True
+
+
+def _past_fault(call: Callable[[], None]) -> None:
+    """Makes a call that needs no cache.
+
+    On CUDA it may be the first to hear, once, that a step in flight has failed. That is dealt with
+    when the step is read back.
+    """
+    try:
+        call()
+    except DeviceFault:
+        call()
