@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import EngineConfig, RequestOutput, Watermark
+from jax_kvpage.serving.engine.programs import Programs
 
 VOCABULARY = 64
 LAYERS, HEADS, KV_HEADS, DIM = 2, 2, 1, 64
@@ -71,6 +73,24 @@ def config(**options: Any) -> EngineConfig:
     rows = options.setdefault("max_num_seqs", 4)
     options.setdefault("buckets", ((options["max_num_batched_tokens"], rows),))
     return EngineConfig(**options)
+
+
+_PROGRAMS: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of one model and one shape share their compiled programs, to save time."""
+    compile_one = Programs.compile
+
+    def compile_once(self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any) -> Any:
+        key = (self._step, self._num_rows, self._num_banned, shape, num_guesses, cache.spec)
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state)
+        self._compiled[shape, num_guesses] = _PROGRAMS[key]
+        return _PROGRAMS[key]
+
+    monkeypatch.setattr(Programs, "compile", compile_once)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

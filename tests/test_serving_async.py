@@ -9,8 +9,11 @@ from typing import Any
 import jax
 import pytest
 import serving_rig as rig
+from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving import AsyncEngine, Engine, RequestRefused, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 _PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17, 33)]
 _PARAMS = [SamplingParams(seed=i, max_tokens=6 + 3 * i) for i in range(4)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving_rig as rig
+from serving_rig import shared_programs  # noqa: F401
 from test_compile_count import compilations
 
 import jax_kvpage as kvp
@@ -24,6 +25,8 @@ from jax_kvpage.serving import (
     SamplingParams,
     Watermark,
 )
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 _GREEDY = SamplingParams(temperature=0, max_tokens=20)
 _SAMPLED = SamplingParams(seed=7, max_tokens=20, top_k=20, top_p=0.9, min_p=0.01)
