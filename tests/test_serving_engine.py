@@ -400,6 +400,37 @@ def test_an_exception_in_generate_cancels_its_requests() -> None:
         assert engine.stats.steps == 20
 
 
+@pytest.mark.parametrize("name", ["extend", "acquire_prefix", "release", "fork"])
+def test_an_interrupt_ends_the_requests_of_its_step(alone, monkeypatch, name: str) -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        real, calls = getattr(pool, name), iter(range(100))
+
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        monkeypatch.setattr(pool, name, call)
+        params = [dataclasses.replace(each, n=2) for each in _MIXED]
+        outputs = [engine.add_request(p, s) for p, s in zip(_PROMPTS, params, strict=True)]
+        interrupts = 0
+        while engine.has_unfinished:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 1
+        reasons = []
+        for output, (expected,) in zip(outputs, alone, strict=True):
+            reasons.append({each.finish_reason for each in output.outputs})
+            assert reasons[-1] <= {"length", "error"}
+            assert reasons[-1] == {"error"} or output.outputs[0].token_ids == expected
+        assert {"length"} in reasons
+        assert any("error" in found for found in reasons)
+        engine.close()
+        _check_empty(pool)
+
+
 def test_a_sequence_ends_where_the_slot_or_the_memory_does() -> None:
     (output,) = _generate([rig.prompt(120)], SamplingParams(max_tokens=100))
     assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (8, "length")

@@ -6,7 +6,7 @@ before it back. Calls come from one thread; `AsyncEngine` runs an engine in a th
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.flight import StepFailed
+from jax_kvpage.serving.engine.guessing import guess
 from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.runner import Runner
@@ -23,9 +24,9 @@ from jax_kvpage.serving.engine.slots import PoolMemory, Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
 from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
-from jax_kvpage.serving.lookup import NgramIndex
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
 from jax_kvpage.serving.params import SamplingParams
+from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.prefixes import PrefixKeys
 from jax_kvpage.serving.request import Request, SequenceGroup
 from jax_kvpage.serving.scheduler import Scheduler
@@ -83,6 +84,8 @@ class EngineCore:
         self._prefixes = PrefixKeys(self._memory.block_tokens)
         self._ledger = Ledger(clock)
         self._ends: list[Callable[[], None]] = []  # what the scheduler is told after a step
+        self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
+        self._gave_up = False  # whether a plan was not carried out
         self._seeds = np.random.default_rng(config.seed)
         self._ids = itertools.count()
         self.closed = False
@@ -209,33 +212,26 @@ class EngineCore:
 
         Returns:
             Requests that have new tokens, or have ended, since the call before.
+
+        Raises:
+            PoolClosed: the pool is closed. After any exception, Ctrl-C included, the requests that
+                this step would have run have ended with the reason "error"; others go on.
         """
         self._memory.look()
-        guesses = self._guess() if self.config.num_speculative_tokens else {}
+        guesses: dict[SequenceState, list[int]] = {}
+        if self.config.num_speculative_tokens:
+            guesses = guess(self._slots.occupied(), self.config)
+            rows = np.asarray([state.row for state in guesses], np.int32)
+            counts = np.asarray([len(each) for each in guesses.values()], np.int32)
+            self.scheduler.set_drafts(rows, counts)
         plan = self.scheduler.schedule(self._clock())
-        if plan.is_empty or plan.release or plan.finished or plan.forks or plan.admissions:
-            self._read_all()
-        self._slots.release(plan.release)
-        self._ledger.preempted(plan.preempted)
-        states = self._ledger.states
-        new = [a.sequence for a in plan.admissions]
-        new += [child for fork in plan.forks for child in fork.children]
-        plan = self._slots.claim(plan, self.scheduler, states)
-        for sequence in new:
-            if states[sequence].row >= 0:
-                self._runner.enter(states[sequence])
-        self._ledger.forget(plan.finished)
-        waits = plan.is_empty and self.scheduler.has_unfinished
-        if not plan.is_empty:
-            self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
-        ahead = 0 if self.config.num_speculative_tokens else 1
-        while len(self._runner.flights) > ahead:
-            self._read()
-        # Not before: a plan may be refused only while the scheduler has heard of nothing else.
-        for end in self._ends:
-            end()
-        self._ends.clear()
-        if waits and self._memory.draining_blocks():
+        self._finished += plan.finished
+        try:
+            plan = self._carry_out(plan, guesses)
+        except BaseException as error:  # such as Ctrl-C, or a pool that was closed
+            self._give_up(plan, error)
+            raise
+        if plan.is_empty and self.scheduler.has_unfinished and self._memory.draining_blocks():
             jax.block_until_ready(self._slots.cache)  # released blocks drain
         return self._ledger.changed()
 
@@ -258,23 +254,49 @@ class EngineCore:
             self.config.num_speculative_tokens,
         )
 
-    def _guess(self) -> dict[SequenceState, list[int]]:
-        """Guesses the next tokens of sequences that decode; every step is read back."""
-        config, found = self.config, {}
-        for state in self._slots.occupied():
-            decodes = state.computed == len(state.ids) - 1
-            if state.ended or not decodes or state.request.params.has_penalties:
-                continue
-            if state.lookup is None:
-                state.lookup = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
-            guess = state.lookup.guess(state.ids, config.num_speculative_tokens)
-            if guess:
-                found[state] = guess
-        if found:
-            rows = np.asarray([state.row for state in found], np.int32)
-            counts = np.asarray([len(guess) for guess in found.values()], np.int32)
-            self.scheduler.set_drafts(rows, counts)
-        return found
+    def _carry_out(self, plan: StepPlan, guesses: Mapping[SequenceState, list[int]]) -> StepPlan:
+        """Gives and takes memory, dispatches the step, and reads the one before it back.
+
+        Returns:
+            The plan without what memory refused.
+        """
+        release = bool(plan.release) or self._gave_up
+        if plan.is_empty or release or self._finished or plan.forks or plan.admissions:
+            self._read_all()
+        if release:
+            self._slots.release_dropped()
+            self._gave_up = False
+        self._ledger.preempted(plan.preempted)
+        states = self._ledger.states
+        new = [a.sequence for a in plan.admissions]
+        new += [child for fork in plan.forks for child in fork.children]
+        plan = self._slots.claim(plan, self.scheduler, states)
+        for sequence in new:
+            if states[sequence].row >= 0:
+                self._runner.enter(states[sequence])
+        self._ledger.forget(self._finished)
+        self._finished.clear()
+        if not plan.is_empty:
+            self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
+        ahead = 0 if self.config.num_speculative_tokens else 1
+        while len(self._runner.flights) > ahead:
+            self._read()
+        # Not before: a plan may be refused only while the scheduler has heard of nothing else.
+        for end in self._ends:
+            end()
+        self._ends.clear()
+        return plan
+
+    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
+        """Ends the requests of a plan that was not carried out to its end."""
+        self._gave_up = True
+        sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
+        for group in dict.fromkeys(sequence.group for sequence in sequences):
+            request = self._ledger.request(group)
+            if request is not None and not request.output.finished:
+                request.output.error = f"{type(error).__name__}: {error}"
+                self._ledger.end(request, "error")
+            self.scheduler.cancel(group, "error")
 
     def _read_all(self) -> None:
         while self._runner.flights:

@@ -41,6 +41,10 @@ class Ledger:
         """The request of an output; None once it is forgotten."""
         return self._by_output.get(id(output))
 
+    def request(self, group: SequenceGroup) -> RequestState | None:
+        """The request of a group; None once it is forgotten."""
+        return self._requests.get(group)
+
     def requests(self) -> list[RequestState]:
         """Those that the scheduler has not given up yet."""
         return list(self._requests.values())

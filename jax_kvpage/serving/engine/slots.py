@@ -107,6 +107,11 @@ class Slots:
             for state in self.occupied()
         ]
 
+    def release_dropped(self) -> None:
+        """Releases the slots of sequences whose row the scheduler has taken back."""
+        everyone = enumerate(self.states)
+        self.release(row for row, s in everyone if s is not None and s.sequence.row != row)
+
     def release(self, rows: Iterable[int]) -> None:
         """Commits what sequences have computed, and releases their slots. Nothing is in flight."""
         gone = [state for row in rows if (state := self.states[row]) is not None]
@@ -215,9 +220,11 @@ class Slots:
                 lambda cache: self._pool.fork(cache, parent.slot, len(room), fork.num_tokens)
             )
             self._pool.extend(slots, room)
-        except OutOfBlocks:
+        except BaseException as error:
             if slots:
                 self._release(slots)
+            if not isinstance(error, OutOfBlocks):
+                raise
             return False
         for child, slot, tokens in zip(fork.children, slots, room, strict=True):
             self._enter(states[child], slot, fork.num_tokens, tokens)
