@@ -57,8 +57,8 @@ inline const char* OpName(DeviceOp op) {
 }
 
 // The host verbs: what edit_slots may be queued for.
-inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease, DeviceOp::kFork, DeviceOp::kReorder,
-                                          DeviceOp::kTruncate, DeviceOp::kAcquirePrefix};
+inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease,  DeviceOp::kFork,
+                                          DeviceOp::kReorder, DeviceOp::kTruncate, DeviceOp::kAcquirePrefix};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

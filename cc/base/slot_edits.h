@@ -17,7 +17,8 @@ enum class SlotOpcode : std::int32_t {
   kFork,  // a free slot becomes a sequence with the first `length` tokens of `donor`. Whole blocks of them are mapped
           // in both slots by now and count as written; those of the last, partial block are a copy in the same list
   kTruncate,  // as kSetLength, and what the slot has mapped from `length` on is its own: shared blocks are replaced
-  kFound,  // a free slot becomes a sequence with `length` tokens, which its memory has by now and which it may not write
+  kFound,     // a free slot becomes a sequence with `length` tokens, which its memory has by now and which it may not
+              // write
 };
 
 // A row of the operand int32[n, 4].
