@@ -32,11 +32,12 @@ class Acquisition {
     PrefixIndex& index = supply_.OpenIndex(mapping_);
     space_ = index.Namespace(options_.space);
     Claim claim = Attempt();
-    if (claim.status.reason() == Reason::kOutOfBlocks) {
-      pressed_ = true;
+    while (!claim.status.ok()) {
+      const bool short_of_blocks = claim.status.reason() == Reason::kOutOfBlocks && !pressed_;
+      if (!donor_gone_ && !short_of_blocks) return claim;
+      pressed_ = pressed_ || short_of_blocks;
       claim = Attempt();
     }
-    if (!claim.status.ok()) return claim;
     Finish(&claim);
     for (std::size_t i = 0; i < hits_.size(); ++i) {
       if (hits_[i].leader >= 0) continue;  // it will ask again
@@ -53,6 +54,7 @@ class Acquisition {
 
   Claim Attempt() {
     hits_.assign(requests_.size(), {});
+    donor_gone_ = false;
     supply_.SyncIndex(mapping_);
     for (std::size_t i = 0; i < hits_.size(); ++i) Find(i);
     Adopt();
@@ -183,12 +185,18 @@ class Acquisition {
     for (std::size_t n = 0; n < empty.size(); ++n) {
       Hit& hit = hits_[empty[n]];
       if (Status status = supply_.Empty(mapping_, fewest[n]); !status.ok()) return FailedClaim(status);
-      hit.slot = fewest[n];
       if (hit.kind == Hit::kAlias) {
+        hit.slot = fewest[n];
         OccupyFound(empty[n]);
         continue;
       }
       const StateLock state = table_.Lock();
+      const HostSlot& donor = table_.host(state, hit.source);
+      // Another thread may have released it, or started a new generation; while this lock is held none does.
+      donor_gone_ =
+          donor.state != SlotState::kOccupied || static_cast<std::int64_t>(donor.committed.size()) < hit.tokens;
+      if (donor_gone_) return FailedClaim(Internal("acquire_prefix: a donor was released meanwhile"));
+      hit.slot = fewest[n];
       table_.OccupyFork(state, hit.slot, hit.source, hit.tokens);
     }
     std::vector<std::int64_t> blocks;
@@ -297,6 +305,7 @@ class Acquisition {
   std::vector<std::int32_t> occupied_;  // slots, by OccupyFound
   SupplyPlan plan_;
   bool planned_ = false;
+  bool donor_gone_ = false;
   bool pressed_ = false;  // blocks were short: a sequence that would be evicted may as well be adopted
 };
 

@@ -10,6 +10,7 @@
 
 #include "tests/expect_ok.h"
 #include "tests/faulty_vmm.h"
+#include "tests/host_verbs.h"
 #include "tests/pool_util.h"
 #include "tests/sharing_util.h"
 
@@ -134,6 +135,37 @@ TEST_P(PrefixTest, AFailureChangesNothing) {
       EXPECT_TRUE(!failed || !claim.status.ok() || verb == Verb::kMap) << at;
     }
     EXPECT_GT(failures, 0) << "no call of verb " << static_cast<int>(verb);
+  }
+}
+
+// A release needs no lock that acquire_prefix holds throughout.
+TEST_P(PrefixTest, ADonorMayBeReleasedMeanwhile) {
+  Fixture f(GetParam());
+  const Claim live = f.program->AcquirePrefix(Sevens(41, 8));  // adopts
+  WriteStamped(f.pool.get(), f.program.get(), live.slots[0], 8, 1);
+  for (const bool vacated : {false, true}) {
+    // Every free slot has blocks, so that one must give them up after the donor was found.
+    std::vector<std::int32_t> slots;
+    for (std::int64_t n = 1; n < f.geometry.max_slots; ++n) slots.push_back(f.program->Acquire(16));
+    for (const std::int32_t slot : slots) f.program->Release(slot);
+    bool released = false;
+    f.vmm->Before(Verb::kUnmap, [&] {
+      EXPECT_OK(StartRelease(*f.pool, live.slots));
+      if (vacated) {
+        EXPECT_OK(f.program->Vacate(live.slots[0]));
+      }
+      released = true;
+    });
+    const Claim claim = f.pool->AcquirePrefix({{Sevens(46, 9), 0}}, {});
+    EXPECT_TRUE(released);
+    ASSERT_TRUE(claim.status.ok()) << claim.status.message();
+    EXPECT_LT(claim.sources[0], 0) << "not a fork";
+    // What drains cannot be had yet; what is free can.
+    EXPECT_EQ(claim.tokens[0], vacated ? 45 : 0);
+    EXPECT_TRUE(AddsUp(f.pool.get()));
+    EXPECT_OK(f.program->RunPrefix(claim));
+    f.program->Release(claim.slots[0]);
+    if (!vacated) UndoRelease(*f.pool, live.slots);
   }
 }
 
