@@ -17,8 +17,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens in a step at most. Longer prompts take several steps.
         buckets: shapes (tokens, sequences) of steps; a step runs in the smallest that holds it, and
             each is one compiled program. None chooses some: powers of two for steps that only
-            decode, and a few larger ones. One shape alone makes results bit-identical whatever else
-            runs, at the price of padding.
+            decode, and a few larger ones. A single shape makes results bit-identical with any other
+            requests beside, at the price of padding.
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         prefix_caching: whether requests start with what is in memory of their tokens.
         max_logprobs: most `SamplingParams.logprobs` that a request may ask for.

@@ -199,7 +199,7 @@ class EngineCore:
         """Ends a request at once. Its memory comes back with the next step.
 
         Args:
-            output: what `add_request` returned; a finished one stays as it is.
+            output: what `add_request` returned; a finished one does not change.
             reason: its finish reason.
         """
         request = self._ledger.find(output)

@@ -16,8 +16,9 @@ class Engine(EngineCore):
 
     Args:
         step: the model: `step(params, cache, tokens, batch) -> (logits, cache)` with tokens
-            int32[T], a ragged `Batch` of S sequences, and logits float[S, vocabulary] of
-            `batch.last_rows`. It is compiled for each bucket, and must not call `advance`.
+            int32[T], a ragged `Batch` of S sequences, and logits float[n, vocabulary] of
+            the rows `batch.last_rows`: S of them, and more where guesses are verified. It is
+            compiled for each bucket, and must not call `advance`.
         params: its first argument, any pytree of arrays.
         pool: the memory. While the engine runs, only the engine makes caches of it.
         config: options.
