@@ -164,9 +164,10 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).
   std::int64_t end = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot));
-  if (const auto found = borrowers_.find(static_cast<std::int32_t>(slot)); found != borrowers_.end()) {
+  const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+  if (found != borrowers_.end() && !found->second.set_aside.empty()) {
     // What others shared when the blocks were set aside may be cached still, and is not the slot's to write.
-    if (!found->second.set_aside.empty()) end = std::max(end, found->second.set_aside.rbegin()->first + 1);
+    end = std::max(end, found->second.set_aside.rbegin()->first + 1);
   }
   for (std::int64_t logical = end; logical-- > begin;) {
     Borrower& borrower = borrowers_[static_cast<std::int32_t>(slot)];
