@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -73,10 +74,12 @@ class Arena {
   void ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token);
 
   // ---- sharing (arena_sharing.cc) ----
-  // Slots share blocks from their beginning, each block at the same logical position. SharedBlocks counts the logical
-  // blocks that other slots map too, or that the prefix index refers to and another slot has written; ReadOnlyBlocks
-  // those that this slot took over from a donor or from the index.
+  // Slots share blocks at the same logical positions. SharedBlocks: the end of the last logical block that another slot
+  // maps too, or that this one took over and the prefix index refers to. ReadOnlyBlocks: those that this slot took over
+  // from a donor or from the index, from its beginning.
   std::int64_t SharedBlocks(std::int64_t slot) const;
+  // Logical blocks that another slot maps too.
+  std::int64_t CountShared(std::int64_t slot) const;
   std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
   // The slots that map the block at this place of a slot, in order.
   std::vector<std::int32_t> Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const;
@@ -92,10 +95,14 @@ class Arena {
   // set aside for them is mapped.
   std::int64_t AliasMappings(const std::int32_t* map, std::int64_t blocks) const;
   std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
+  // Whether the prefix index has an entry for a logical block that is the slot's: it may write behind its tokens.
+  using OwnsEntry = std::function<bool(std::int32_t slot, std::int64_t logical)>;
   // For each slot, the logical blocks from begins[i] on that need a copy and have no blocks set aside, if the slots are
-  // separated in this order. The last one that maps a block keeps it.
+  // separated in this order. The last one that maps a block keeps it, unless the prefix index refers to the block
+  // beyond an entry of that slot.
   std::vector<std::vector<std::int64_t>> Missing(const std::vector<std::int32_t>& slots,
-                                                 const std::vector<std::int64_t>& begins) const;
+                                                 const std::vector<std::int64_t>& begins,
+                                                 const OwnsEntry& owns_entry = nullptr) const;
   // Claims a block for each range of these logical blocks, which Separate will map there.
   Status SetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
   void DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);

@@ -14,9 +14,17 @@ std::int64_t Arena::SharedBlocks(std::int64_t slot) const {
     const std::int32_t block = maps_[slot][logical * ranges];
     return pool_.references(block) > 1 || (logical < read_only && pool_.cached(block));
   };
-  std::int64_t shared = 0;
-  while (shared < mapped && others(shared)) ++shared;
+  std::int64_t shared = mapped;
+  while (shared > 0 && !others(shared - 1)) --shared;
   return shared;
+}
+
+std::int64_t Arena::CountShared(std::int64_t slot) const {
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; pool_.num_shared() > 0 && i < mappings(slot); i += geometry_.num_ranges()) {
+    count += pool_.references(maps_[slot][i]) > 1;
+  }
+  return count;
 }
 
 bool Arena::HasCached(std::int64_t slot, std::int64_t begin) const {
@@ -90,14 +98,18 @@ Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t block
 }
 
 std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int32_t>& slots,
-                                                      const std::vector<std::int64_t>& begins) const {
+                                                      const std::vector<std::int64_t>& begins,
+                                                      const OwnsEntry& owns_entry) const {
   std::vector<std::vector<std::int64_t>> missing(slots.size());
   std::unordered_map<std::int32_t, std::int32_t> left;  // references, of shared blocks
   for (std::size_t i = 0; i < slots.size(); ++i) {
     const std::vector<std::int32_t>& map = maps_[slots[i]];
     const auto found = borrowers_.find(slots[i]);
-    for (std::int64_t logical = begins[i], shared = SharedBlocks(slots[i]); logical < shared; ++logical) {
+    const std::int64_t end = pool_.num_cached() > 0 ? blocks(slots[i]) : SharedBlocks(slots[i]);
+    for (std::int64_t logical = begins[i]; logical < end; ++logical) {
       const std::int32_t block = map[logical * geometry_.num_ranges()];
+      const bool writes = pool_.references(block) == 1 && pool_.cached(block) && owns_entry != nullptr;
+      if (writes && owns_entry(slots[i], logical)) continue;
       // The prefix index counts as one that maps the block: nobody keeps what it refers to.
       const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
       const bool last = left.emplace(block, references).first->second-- == 1;

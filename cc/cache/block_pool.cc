@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <unordered_set>
+#include <utility>
 
 namespace kvpage {
 
@@ -85,12 +86,12 @@ void BlockPool::Release(std::int32_t block) {
 }
 
 void BlockPool::SetCached(std::int32_t block) {
-  blocks_[block].cached = true;
+  if (std::exchange(blocks_[block].cached, true)) return;
   ++num_cached_;
 }
 
 void BlockPool::DropCached(std::int32_t block) {
-  blocks_[block].cached = false;
+  if (!std::exchange(blocks_[block].cached, false)) return;
   --num_cached_;
   if (blocks_[block].references > 0) return;
   --num_detached_;

@@ -24,6 +24,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   }
   DeviceProgress device(table.geometry());
   KVPAGE_RETURN_IF_ERROR(pool.mirror->StartGeneration(generation, &device));
+  CollectReleases(pool, table.Lock());  // with what their sequences had written
   ++device.epoch;
   std::vector<SlotState> states;
   {
@@ -104,15 +105,24 @@ Status StartOnHost(const PoolParts& pool, Generation* out, const GoOn& go_on) {
   while (true) {
     {
       const Gate gate(&table);
-      StateLock state = table.Lock();
-      KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
-      const DeviceProgress& progress = table.progress(state);
-      if (progress.running > 0 && !std::exchange(waited, true)) table.CountWait(state);
-      const auto done = [&] { return progress.running == 0 || table.closed(state); };
-      if (table.WaitFor(&state, patience.seconds(), done)) {
+      bool drained = false;
+      {
+        StateLock state = table.Lock();
         KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
-        StartNow(&table, state, out);
-        return {};
+        const DeviceProgress& progress = table.progress(state);
+        if (progress.running > 0 && !std::exchange(waited, true)) table.CountWait(state);
+        const auto done = [&] { return progress.running == 0 || table.closed(state); };
+        drained = table.WaitFor(&state, patience.seconds(), done);
+      }
+      if (drained) {
+        // Not between the steps of another call, which may have occupied slots that have no blocks yet.
+        const MappingLock mapping = pool.supply->Lock();
+        const StateLock state = table.Lock();
+        KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
+        if (table.progress(state).running == 0) {
+          StartNow(&table, state, out);
+          return {};
+        }
       }
     }
     KVPAGE_RETURN_IF_ERROR(patience.Ask("cache"));

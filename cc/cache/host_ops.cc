@@ -10,7 +10,7 @@ namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Chooses a free slot for each request.
+// Chooses a free slot for each request. Changes nothing.
 Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int64_t>& tokens,
                   std::vector<Want>* wants) {
   std::vector<std::int64_t> blocks;
@@ -23,10 +23,6 @@ Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::
     claim.free = static_cast<std::int64_t>(slots.size());
     claim.draining = pool.table->NumDraining(pool.table->Lock());
     return claim;
-  }
-  // A free slot that other slots share blocks with gives them up, whether it is occupied now or not.
-  for (const std::int32_t slot : slots) {
-    if (Status status = pool.supply->DropShared(mapping, slot); !status.ok()) return FailedClaim(status);
   }
   wants->reserve(slots.size());
   for (std::size_t i = 0; i < slots.size(); ++i) wants->push_back({slots[i], blocks[i]});
@@ -73,8 +69,25 @@ Claim CanAcquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens)
   const MappingLock mapping = pool.supply->Lock();
   std::vector<Want> wants;
   if (Claim claim = ChooseChecked(pool, mapping, "can_acquire", tokens, &wants); !claim.status.ok()) return claim;
+  // What a slot must give up before somebody has it counts as any other memory that is not needed.
+  std::vector<Want> kept;
+  std::int64_t given_up = 0;
+  for (const Want& want : wants) {
+    if (pool.supply->GivesUp(mapping, want.slot)) {
+      given_up += want.blocks * pool.table->geometry().num_ranges();
+    } else {
+      kept.push_back(want);
+    }
+  }
   SupplyPlan plan;
-  return pool.supply->Plan(mapping, wants, Source::kFree, &plan);
+  Claim claim = pool.supply->Plan(mapping, kept, Source::kFree, &plan);
+  if (given_up == 0 || !claim.status.ok()) return claim;
+  claim.wanted += given_up;
+  pool.supply->Tally(mapping, kept, &claim);
+  if (claim.wanted > claim.free + claim.reclaimable) {
+    claim.status = ResourceExhausted(Number(claim.wanted) + " blocks wanted", Reason::kOutOfBlocks);
+  }
+  return claim;
 }
 
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
@@ -82,6 +95,9 @@ Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
   const MappingLock mapping = pool.supply->Lock();
   std::vector<Want> wants;
   if (Claim claim = ChooseChecked(pool, mapping, "acquire", tokens, &wants); !claim.status.ok()) return claim;
+  for (const Want& want : wants) {
+    if (Status status = pool.supply->DropShared(mapping, want.slot); !status.ok()) return FailedClaim(status);
+  }
   SupplyPlan plan;
   Claim claim = pool.supply->Reserve(mapping, wants, &plan);
   if (!claim.status.ok()) return claim;
@@ -165,14 +181,16 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
     const StateLock state = pool.table->Lock();
     const HostSlot& row = pool.table->host(state, edit.slot);
     const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
+    const bool occupied = row.state == SlotState::kOccupied;  // else a new generation has undone it
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
       case SlotOpcode::kFork:
+        if (!occupied) break;
         pool.table->StartDraining(state, edit.slot);
         pool.table->Vacate(state, edit.slot);
         break;
       case SlotOpcode::kFound:
-        pool.table->UndoFound(state, edit.slot);
+        if (occupied) pool.table->UndoFound(state, edit.slot);
         break;
       case SlotOpcode::kVacate:
         if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);

@@ -78,7 +78,7 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
     const HostSlot& row = table.host(state, slot);
     if (row.state == SlotState::kFree) continue;
     const Arena& arena = pool.supply->arena(mapping);
-    const std::int64_t shared = arena.SharedBlocks(slot) * table.geometry().num_ranges();
+    const std::int64_t shared = arena.CountShared(slot) * table.geometry().num_ranges();
     const SlotProgress& progress = table.progress(state).slots[slot];
     rows.push_back({slot, row.state, arena.mappings(slot), shared, row.reserved,
                     static_cast<std::int64_t>(row.committed.size()), progress.length, row.views, progress.vacated});

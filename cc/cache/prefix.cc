@@ -99,6 +99,7 @@ class Acquisition {
       const std::vector<std::int32_t>& blocks = hits_[j].blocks;
       const auto most = std::min<std::int64_t>(blocks.size() / ranges, arena.blocks(slot));
       if (j != i) shared = std::max(shared, CommonBlocks(blocks.data(), arena.map(slot), most));
+      if (hits_[j].kind == Hit::kAdopt && hits_[j].slot == slot) return false;
     }
     if (shared * geometry_.block_tokens > hit.tokens) return false;
     const StateLock state = table_.Lock();
@@ -108,11 +109,11 @@ class Acquisition {
     return row.idle() && (behind <= 1 || same || pressed_);
   }
 
+  // The end of the last block that two maps have in common.
   std::int64_t CommonBlocks(const std::int32_t* a, const std::int32_t* b, std::int64_t most) const {
     const std::int64_t ranges = geometry_.num_ranges();
-    std::int64_t common = 0;
-    while (common < most && a[common * ranges] == b[common * ranges]) ++common;
-    return common;
+    while (most > 0 && a[(most - 1) * ranges] != b[(most - 1) * ranges]) --most;
+    return most;
   }
 
   void Adopt() {
@@ -173,10 +174,7 @@ class Acquisition {
     std::vector<std::size_t> empty, fresh;
     for (std::size_t i = 0; i < hits_.size(); ++i) {
       const Hit& hit = hits_[i];
-      if (hit.kind == Hit::kAdopt) {
-        supply_.CutIndex(mapping_, hit.slot, hit.tokens);
-        OccupyFound(i);
-      }
+      if (hit.kind == Hit::kAdopt) OccupyFound(i);
       if (hit.kind == Hit::kFork || hit.kind == Hit::kAlias) empty.push_back(i);
       if (hit.kind == Hit::kNone && hit.leader < 0) fresh.push_back(i);
     }
@@ -235,6 +233,7 @@ class Acquisition {
     if (!claim.status.ok()) return claim;
     planned_ = true;
     for (const Grant& grant : plan_.grants) {
+      blanked_ = blanked_ || supply_.Blanks(mapping_, grant.slot);
       const auto hit = std::find_if(hits_.begin(), hits_.end(), [&](const Hit& h) { return h.slot == grant.slot; });
       claim.status = supply_.Blank(mapping_, grant.slot, geometry_.BlocksFor(hit->tokens),
                                    std::min(grant.before, arena.blocks(grant.slot)));
@@ -266,10 +265,11 @@ class Acquisition {
     const StateLock state = table_.Lock();
     for (const Hit& hit : hits_) {
       if (hit.slot < 0 || (hit.kind != Hit::kFork && !Occupied(hit.slot))) continue;
-      table_.UndoFound(state, hit.slot);
+      table_.UndoFound(state, hit.slot, /*whole=*/!blanked_);
       if (hit.kind != Hit::kAdopt) table_.ForgetSequence(state, hit.slot);
     }
     occupied_.clear();
+    blanked_ = false;
   }
 
   bool Occupied(std::int32_t slot) const {
@@ -277,6 +277,9 @@ class Acquisition {
   }
 
   void Finish(Claim* claim) {
+    for (const Hit& hit : hits_) {
+      if (hit.kind == Hit::kAdopt) supply_.CutIndex(mapping_, hit.slot, hit.tokens);
+    }
     const StateLock state = table_.Lock();
     for (std::size_t i = 0; i < hits_.size(); ++i) {
       const Hit& hit = hits_[i];
@@ -288,6 +291,7 @@ class Acquisition {
       if (hit.slot < 0) continue;
       table_.Reserve(state, hit.slot, Room(i));
       table_.SetPrompt(state, hit.slot, Length(requests_[i]));
+      table_.NoteCommit(state, hit.slot);
       if (pool_.mirror != nullptr) pool_.mirror->ClearVacated(hit.slot);
     }
   }
@@ -305,6 +309,7 @@ class Acquisition {
   std::vector<std::int32_t> occupied_;  // slots, by OccupyFound
   SupplyPlan plan_;
   bool planned_ = false;
+  bool blanked_ = false;  // what adopted slots had behind their last block may be overwritten
   bool donor_gone_ = false;
   bool pressed_ = false;  // blocks were short: a sequence that would be evicted may as well be adopted
 };

@@ -96,9 +96,11 @@ void PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int
 }
 
 void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
-                        const std::int32_t* map, std::vector<std::int32_t>* referenced) {
-  impl_->sequences.Store(slot, impl_->roots[space], tokens, count, map, referenced);
+                        const std::int32_t* map, std::vector<std::int32_t>* referenced, std::int64_t own_from) {
+  impl_->sequences.Store(slot, impl_->roots[space], tokens, count, map, own_from, referenced);
 }
+
+bool PrefixIndex::Owns(std::int32_t slot, std::int64_t block) const { return impl_->sequences.Owns(slot, block); }
 
 std::int64_t PrefixIndex::Tokens(std::int32_t slot) const { return impl_->sequences.Tokens(slot); }
 

@@ -69,9 +69,13 @@ class PrefixIndex {
 
   // A slot holds `count` tokens, in the blocks of `map` ([logical blocks, ranges]). Called again with more tokens as
   // its sequence grows; the first tokens stay the same. Blocks whose tokens the index has already are not stored again.
-  // Appends the physical blocks that the index refers to from now on.
+  // Entries without an owner become the slot's where they have its blocks, from logical block `own_from` on: it may
+  // write those. Appends the physical blocks that the index refers to from now on.
   void Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
-             const std::int32_t* map, std::vector<std::int32_t>* referenced);
+             const std::int32_t* map, std::vector<std::int32_t>* referenced,
+             std::int64_t own_from = std::numeric_limits<std::int64_t>::max());
+  // Whether an entry for this logical block is the slot's.
+  bool Owns(std::int32_t slot, std::int64_t block) const;
   // Tokens of a slot as the index has them; 0: it has no sequence. Fewer than were stored when entries that they go
   // through have been evicted or cut: Store puts them in again, in the slot's blocks.
   std::int64_t Tokens(std::int32_t slot) const;

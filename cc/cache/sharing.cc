@@ -188,18 +188,22 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     // What only free slots share with them needs no copy.
     if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
   }
-  // What is to be written again must not be found. Should this call fail, the next look-up restores it.
   pool.supply->SyncIndex(mapping);
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    pool.supply->CutIndex(mapping, slots[i], tokens[i]);
-    table.NoteCommit(table.Lock(), slots[i]);
-  }
-  std::vector<std::vector<std::int64_t>> logical = arena.Missing(slots, begins);
+  std::vector<std::vector<std::int64_t>> logical =
+      arena.Missing(slots, begins, [&](std::int32_t slot, std::int64_t logical) {
+        return pool.supply->index(mapping) != nullptr && pool.supply->index(mapping)->Owns(slot, logical);
+      });
   std::vector<Supply::SetAsideBlocks> missing;
   for (std::size_t i = 0; i < slots.size(); ++i) missing.push_back({slots[i], std::move(logical[i])});
   Claim claim = pool.supply->SetAside(mapping, missing);
   if (!claim.status.ok()) return claim;
   claim.slots = slots;
+  // What is to be written again must not be found. Should the rest fail, or be taken back, the next look-up stores it
+  // again. No look-up comes before the committed tokens are cut too.
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    pool.supply->CutIndex(mapping, slots[i], tokens[i]);
+    table.NoteCommit(table.Lock(), slots[i]);
+  }
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
     if (!shares(i) && missing[i].logical.empty()) continue;  // e.g. the last of several sharers
     table.CountWait(table.Lock());                           // the caller has waited for the programs of the slot

@@ -49,6 +49,23 @@ void SlotSequences::Disown(std::int32_t id) {
   entry.owner = -1;
 }
 
+void SlotSequences::OwnAgain(std::int32_t slot, std::int32_t id, const std::int32_t* blocks) {
+  PrefixEntry& entry = tree_.entry(id);
+  std::vector<std::int32_t>& owned = sequences_[slot].owned;
+  if (entry.owner >= 0 || !std::equal(blocks, blocks + tree_.ranges(), tree_.blocks(id))) return;
+  if (!owned.empty() && tree_.entry(owned.back()).depth >= entry.depth) return;
+  entry.owner = slot;
+  owned.push_back(id);
+}
+
+bool SlotSequences::Owns(std::int32_t slot, std::int64_t block) const {
+  if (!Known(slot)) return false;
+  const std::vector<std::int32_t>& owned = sequences_[slot].owned;
+  const auto at = std::lower_bound(owned.begin(), owned.end(), block,
+                                   [&](std::int32_t id, std::int64_t depth) { return tree_.entry(id).depth < depth; });
+  return at != owned.end() && tree_.entry(*at).depth == block;
+}
+
 void SlotSequences::Remove(std::int32_t id, std::vector<std::int32_t>* dropped) {
   const std::int32_t parent = tree_.entry(id).parent;
   const std::int64_t end = tree_.Begin(id);
@@ -70,7 +87,7 @@ void SlotSequences::Remove(std::int32_t id, std::vector<std::int32_t>* dropped) 
 }
 
 void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32_t* tokens, std::int64_t count,
-                          const std::int32_t* map, std::vector<std::int32_t>* referenced) {
+                          const std::int32_t* map, std::int64_t own_from, std::vector<std::int32_t>* referenced) {
   if (!Known(slot)) sequences_.resize(slot + 1);
   Sequence& sequence = sequences_[slot];
   if (count <= sequence.tokens) return;
@@ -80,20 +97,29 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
   std::int32_t at = sequence.tokens % block_tokens == 0 ? sequence.tip : tree_.entry(sequence.tip).parent;
   path_.clear();
   tree_.Walk(at, tokens + block * block_tokens, count - block * block_tokens, &path_);
-  block += static_cast<std::int64_t>(path_.size());
+  for (const std::int32_t id : path_) {
+    if (block >= own_from) OwnAgain(slot, id, map + block * tree_.ranges());
+    ++block;
+  }
   if (!path_.empty()) at = path_.back();
   for (; block * block_tokens < count; ++block) {
     const std::int32_t* const key = tokens + block * block_tokens;
     const std::int64_t length = std::min(block_tokens, count - block * block_tokens);
     std::int32_t found = tree_.Covering(at, key, length);
     if (found == kNoEntry) {
-      if (!sequence.owned.empty() && tree_.entry(sequence.owned.back()).depth == block) {
-        found = sequence.owned.back();
+      const std::int32_t* const blocks = map + block * tree_.ranges();
+      const std::int32_t last = sequence.owned.empty() ? kNoEntry : sequence.owned.back();
+      const bool has_own = last != kNoEntry && tree_.entry(last).depth == block;
+      // A truncation may have exchanged its blocks: what follows is not in the old ones.
+      const bool moved = has_own && !std::equal(blocks, blocks + tree_.ranges(), tree_.blocks(last));
+      if (moved) Disown(last);
+      if (has_own && !moved) {
+        found = last;
         tree_.Grow(found, key, length);
         order_.policy().OnResized(found);
       } else {
         order_.Leave(at);
-        found = tree_.Add(at, key, length, map + block * tree_.ranges());
+        found = tree_.Add(at, key, length, blocks);
         tree_.entry(found).owner = slot;
         sequence.owned.push_back(found);
         order_.policy().Stored(found);

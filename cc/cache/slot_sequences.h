@@ -19,8 +19,9 @@ class SlotSequences {
 
   // As in PrefixIndex; `root` is that of the namespace.
   void Store(std::int32_t slot, std::int32_t root, const std::int32_t* tokens, std::int64_t count,
-             const std::int32_t* map, std::vector<std::int32_t>* referenced);
+             const std::int32_t* map, std::int64_t own_from, std::vector<std::int32_t>* referenced);
   std::int64_t Tokens(std::int32_t slot) const { return Known(slot) ? sequences_[slot].tokens : 0; }
+  bool Owns(std::int32_t slot, std::int64_t block) const;
   void Cut(std::int32_t slot, std::int64_t tokens, std::int64_t keep_blocks, std::vector<std::int32_t>* dropped);
   void Detach(std::int32_t slot);
   // Removes an entry and all that continues it. Appends their blocks.
@@ -43,6 +44,8 @@ class SlotSequences {
   // whose slot owns an entry beside the path keeps that entry's tokens.
   void MoveTips(std::int32_t from, std::int32_t to, std::int64_t end);
   void Disown(std::int32_t id);
+  // An entry without an owner becomes the slot's if it has the slot's blocks, [ranges].
+  void OwnAgain(std::int32_t slot, std::int32_t id, const std::int32_t* blocks);
   // An entry keeps what is before the first `tokens` of its sequence; what continues it is removed.
   void Shorten(std::int32_t id, std::int64_t tokens, std::vector<std::int32_t>* dropped);
 

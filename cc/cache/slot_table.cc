@@ -77,24 +77,27 @@ void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_
 void SlotTable::OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
                             std::int64_t found) {
   HostSlot& row = slots_[slot];
-  // What a parked sequence has behind, in its last block: for UndoFound.
-  const std::int64_t kept =
-      std::min<std::int64_t>(row.committed.size(), geometry_.BlocksFor(found) * geometry_.block_tokens);
+  // What a parked sequence has behind, for UndoFound.
   row.cut.clear();
-  if (row.space == space && kept > found) row.cut.assign(row.committed.begin() + found, row.committed.begin() + kept);
+  if (row.space == space && static_cast<std::int64_t>(row.committed.size()) > found) {
+    row.cut.assign(row.committed.begin() + found, row.committed.end());
+  }
   Occupy(lock, slot, 0);
   row.forked = found > 0;
   row.committed.assign(ids, ids + found);
   row.space = space;
   row.found = row.fewest = found;
   progress_.slots[slot].shared = static_cast<std::int32_t>(found);
-  commits_.Note(slot);
 }
 
-void SlotTable::UndoFound(const StateLock& lock, std::int32_t slot) {
+void SlotTable::UndoFound(const StateLock& lock, std::int32_t slot, bool whole) {
+  HostSlot& row = slots_[slot];
+  const std::int64_t end = geometry_.BlocksFor(row.found) * geometry_.block_tokens;
+  if (!whole) row.cut.resize(std::min<std::int64_t>(row.cut.size(), end - row.found));
   SetState(slot, SlotState::kDraining);
   Vacate(lock, slot);
   RestoreCommitted(lock, slot);
+  row.fewest = static_cast<std::int64_t>(row.committed.size());
 }
 
 void SlotTable::ForgetSequence(const StateLock&, std::int32_t slot) {

@@ -128,8 +128,9 @@ class SlotTable {
   void OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
                    std::int64_t found);
   void SetPrompt(const StateLock&, std::int32_t slot, std::int64_t tokens) { slots_[slot].prompt = tokens; }
-  // The program that occupies such a slot was not queued: the slot is free, with what was found.
-  void UndoFound(const StateLock&, std::int32_t slot);
+  // The program that occupies such a slot was not queued: the slot is free, with what was found; and, if it had a
+  // sequence, with what that has in the last block, or the `whole` of it.
+  void UndoFound(const StateLock&, std::int32_t slot, bool whole = false);
   // The slot is free and has lost its blocks: nothing is left of its sequence.
   void ForgetSequence(const StateLock&, std::int32_t slot);
   // A free slot keeps the first `tokens` tokens of its sequence only.

@@ -163,7 +163,7 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
     Refresh(lock);
     free = arena_->pool().num_free();  // free slots that had shared blocks have given theirs up (EmptyBorrowers)
     // Without a walk where it is clear that the donors do not suffice.
-    if (claim.wanted <= free + SpareBlocks(wants) * ranges) {
+    if (claim.wanted <= free + SpareBlocks(wants) * ranges || arena_->pool().num_cached() > 0) {
       donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);
     }
     const std::int64_t short_of = claim.wanted - free - CountBlocks(donors) * ranges;

@@ -85,7 +85,11 @@ class Supply {
   Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
   // Blocks that are set aside for truncations whose programs will not run come free again.
   void DropStaleSetAside(const MappingLock& lock);
-  // A free slot gives up all its blocks if other slots share some, or had: they are not for a new owner to write.
+  // A free slot gives up all its blocks if other slots share some, or had, or the prefix index refers to some: they are
+  // not for a new owner to write.
+  bool GivesUp(const MappingLock&, std::int32_t slot) const {
+    return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot);
+  }
   Status DropShared(const MappingLock& lock, std::int32_t slot);
   // Free slots give up what live ones share: a truncation need not copy it then.
   Status DropFreeShared(const MappingLock& lock);
@@ -138,6 +142,8 @@ class Supply {
   // Plans and applies; plans again where the system has less memory than the capacity promises.
   Claim Reserve(const MappingLock& lock, const std::vector<Want>& wants, SupplyPlan* plan);
 
+  // Whether Blank overwrites what a slot has.
+  bool Blanks(const MappingLock&, std::int32_t slot) const { return poison_ || table_->viewed(table_->Lock(), slot); }
   // Sets the numbers of a claim that came to nothing.
   void Tally(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim);
   // Overwrites logical blocks [begin, end) with what their new owner may see: zeros under a view, NaN as poison.

@@ -42,7 +42,8 @@ void Supply::SyncIndex(const MappingLock& lock) {
     const std::int64_t mapped = arena_->blocks(row.slot) * table_->geometry().block_tokens;
     const std::int64_t count = std::min<std::int64_t>(row.ids.size(), mapped);
     std::vector<std::int32_t> referenced;
-    index_->Store(row.slot, row.space, row.ids.data(), count, arena_->map(row.slot), &referenced);
+    index_->Store(row.slot, row.space, row.ids.data(), count, arena_->map(row.slot), &referenced,
+                  arena_->ReadOnlyBlocks(row.slot));
     arena_->SetCached(referenced);
   }
 }
@@ -75,12 +76,12 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
   if (index_ == nullptr || arena_->pool().num_cached() == 0 || enough <= 0) return {};
   const std::int64_t ranges = table_->geometry().num_ranges();
   const BlockPool& pool = arena_->pool();
-  const StateLock state = table_->Lock();
   std::unordered_map<std::int32_t, std::int32_t> dropped;  // mappings that go with slots which will be emptied
   std::unordered_map<std::int32_t, std::int64_t> ends;     // of parked slots: logical blocks that they will have left
   // Leaves go first, so a parked slot loses its blocks from its end.
   const auto count = [&](const std::int32_t* blocks, std::int32_t owner) -> std::int64_t {
-    const bool parked = owner >= 0 && table_->host(state, owner).idle();
+    // Nobody occupies a free slot while the mapping mutex is held.
+    const bool parked = owner >= 0 && table_->host(table_->Lock(), owner).idle();
     for (std::int64_t range = 0; range < ranges; ++range) {
       const auto found = dropped.find(blocks[range]);
       const std::int32_t gone = (found == dropped.end() ? 0 : found->second) + (parked ? 1 : 0);
@@ -110,6 +111,7 @@ double Supply::Now() {
 
 std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool partial) {
   if (index_ == nullptr) return 0;
+  Refresh(lock);  // parked slots give up what they only share
   index_->ExpirePins(Now());
   std::int64_t freed = 0;
   std::vector<std::int32_t> owners, dropped;

@@ -69,8 +69,10 @@ void Supply::DropStaleSetAside(const MappingLock&) {
 }
 
 Status Supply::DropShared(const MappingLock& lock, std::int32_t slot) {
-  if (arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot)) return Empty(lock, slot);
+  if (GivesUp(lock, slot)) return Empty(lock, slot);
   if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);  // equal tokens in blocks of another slot
+  // A release may have ended since the index was last told: the slot gets a new occupant, who may write.
+  table_->ForgetSequence(table_->Lock(), slot);
   return {};
 }
 

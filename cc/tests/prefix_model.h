@@ -85,8 +85,12 @@ class PrefixModel {
       if (Having(space, tokens, end)) continue;
       const auto blocks = map.begin() + begin / block_tokens_ * ranges_;
       Entry entry{slot, {blocks, blocks + ranges_}, now_};
-      for (const auto& [key, own] : entries_) {
+      for (auto& [key, own] : entries_) {
         if (own.owner != slot || Depth(key) != begin / block_tokens_) continue;
+        if (own.blocks != entry.blocks) {
+          own.owner = -1;  // the slot has other blocks there by now
+          break;
+        }
         entry = own;
         entries_.erase(key);
         break;
