@@ -11,7 +11,7 @@ _CONTEXT = 5  # tokens before the first that is decoded for its text
 
 
 class TextBuilder:
-    """Decodes tokens as they come and looks for stop strings.
+    """Decodes tokens as they arrive and searches their text for stop strings.
 
     The text of a token depends on its neighbours, so the newest tokens are decoded together with
     those before them, and U+FFFD at the end is held back: it may be an incomplete character.
@@ -22,7 +22,7 @@ class TextBuilder:
         stop: strings that end the text.
 
     Attributes:
-        text: all that is certain.
+        text: the text without incomplete characters.
     """
 
     def __init__(self, detokenize: Detokenize, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -35,8 +35,8 @@ class TextBuilder:
 
     @property
     def shown(self) -> str:
-        """The text without what may turn out to belong to a stop string."""
-        return self.text[: len(self.text) - self._held] if self._held else self.text
+        """The text without the end that may turn out to be part of a stop string."""
+        return self.text[: max(len(self.text) - self._held, 0)]
 
     def push(self, token: int) -> None:
         """Adds a token."""
@@ -51,13 +51,17 @@ class TextBuilder:
         """The stop string that ends the text first.
 
         Args:
-            num_before: characters that were searched before.
+            num_before: characters that were known before; a stop string that they contain whole
+                does not count.
 
         Returns:
             (string, where it begins), or None.
         """
-        begin = max(num_before - self._held, 0)
-        found = [(self.text.find(text, begin), text) for text in self._stop]
+        begins = [max(num_before - len(text) + 1, 0) for text in self._stop]
+        found = [
+            (self.text.find(text, begin), text)
+            for text, begin in zip(self._stop, begins, strict=True)
+        ]
         found = [(place, text) for place, text in found if place >= 0]
         if not found:
             return None
