@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jax_kvpage.serving import SamplingParams
-from jax_kvpage.serving.engine.sampling import RowParams, Sampled, sample
+from jax_kvpage.serving.engine import sampling
+from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS, RowParams, Sampled, sample
 from jax_kvpage.serving.prefixes import PrefixKeys
 from jax_kvpage.serving.text import TextBuilder
 
@@ -90,9 +91,9 @@ def test_tokens_have_the_probabilities_that_numpy_says() -> None:
     logits = rng.normal(size=(len(_CASES), _V)) * 2
     history = rng.integers(0, _V, (len(_CASES), _L))
     best = [int(np.argmax(row)) for row in logits]
-    _CASES[10]["stop_token_ids"] = [best[10]]
+    cases = [*_CASES[:10], {**_CASES[10], "stop_token_ids": [best[10]]}, *_CASES[11:]]
     history[:, 5] = best  # the output has the best token already
-    params = [SamplingParams(**case) for case in _CASES]  # type: ignore[arg-type]
+    params = [SamplingParams(**case) for case in cases]  # type: ignore[arg-type]
     expected = np.asarray(
         [
             _distribution(row, p, seen[:10].tolist(), 4)
@@ -106,7 +107,7 @@ def test_tokens_have_the_probabilities_that_numpy_says() -> None:
     for seed in range(tries // 50):
         rows = [
             SamplingParams(**{**case, "seed": seed * 50 + i})  # type: ignore[arg-type]
-            for case in _CASES
+            for case in cases
             for i in range(50)
         ]
         tokens = np.asarray(_run(repeated, rows, [10] * len(rows), histories).tokens)
@@ -125,6 +126,31 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         place = [i] * 12
         same = _run(logits[place], [rows[i]] * 12, [9] * 12, history[place])
         assert set(np.asarray(same.tokens).tolist()) == {together[i]}
+
+
+@pytest.mark.parametrize("penalty", ["presence", "frequency", "repetition", None])
+def test_only_real_rows_cause_work_for_penalties(
+    penalty: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step as `Programs` pads it: every parameter of a row of padding is 0."""
+
+    def penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
+        return scores.at[:, 7].set(100.0)  # shows that it ran
+
+    monkeypatch.setattr(sampling, "_penalize", penalize)
+    floats, ints = np.zeros((NUM_FLOATS, 3), np.float32), np.zeros((NUM_INTS, 3), np.int32)
+    floats[1, :2] = floats[5, :2] = 1.0
+    if penalty is not None:
+        floats[["presence", "frequency", "repetition"].index(penalty) + 3, 1] = 1.5
+    params = RowParams(
+        jnp.asarray(floats),
+        jnp.asarray(ints),
+        jnp.full((1, 3), -1),
+        jnp.asarray([0, 1, 2]),  # of two rows
+        jnp.asarray([5, 5, 0]),
+    )
+    sampled = sample(jnp.zeros((3, _V)), params, jnp.zeros((2, _L), jnp.int32), 1)
+    assert np.asarray(sampled.tokens)[:2].tolist() == ([0, 0] if penalty is None else [7, 7])
 
 
 def test_nan_is_told() -> None:

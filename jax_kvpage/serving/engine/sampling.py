@@ -2,7 +2,7 @@
 
 All parameters are arrays, so that one program serves every mixture of them. Costly parts (sorting
 the vocabulary, counting the tokens so far) run only in steps in which a sequence needs them. A row
-depends on nothing but itself: its random numbers are a function of the seed, the continuation's
+does not depend on the others: its random numbers are a function of the seed, the continuation's
 index and the position.
 """
 
@@ -25,7 +25,7 @@ NUM_INTS = 6
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """What stays on the device between steps, by scheduler row.
+    """State on the device between steps, by scheduler row.
 
     Attributes:
         last: int32[rows], the newest token.
@@ -65,7 +65,7 @@ class Sampled:
 
     Attributes:
         tokens: int32[S].
-        valid: bool[S]: whether the logits held no NaN. NaN is also what a failed CUDA op leaves.
+        valid: bool[S]: whether the logits held no NaN. A failed CUDA op leaves NaN too.
         logprobs: float32[S]: of the tokens, where wanted.
         ranks: int32[S]: their ranks, from 1.
         top_ids: int32[S, M]: the most likely tokens.
@@ -93,6 +93,8 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
     temperature, top_p, min_p, presence, frequency, repetition = params.floats
     top_k, seed, index, _, allowed, wanted = params.ints
     penalized = (presence != 0) | (frequency != 0) | (repetition != 1)
+    # All parameters of padding are 0, which is a penalty where 1 is neutral.
+    penalized &= params.rows < history.shape[0]
     scores = jax.lax.cond(
         jnp.any(penalized), _penalize, lambda scores, params, history: scores, raw, params,
         history,
@@ -176,15 +178,15 @@ def _scale(scores: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def _keep_top(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Scores [S, vocabulary] with those outside of top_k and then top_p at -inf.
+    """Scores [S, vocabulary], with -inf for those outside top_k, and then outside top_p.
 
-    Equals of the last one kept stay; the largest always does.
+    Tokens as likely as the last one are kept, and so is the most likely one.
     """
     ordered = jnp.sort(scores, axis=-1, descending=True)
     place = jnp.arange(scores.shape[1])[None]
     last = jnp.clip(jnp.where(top_k > 0, top_k, scores.shape[1]), 1, scores.shape[1]) - 1
     smallest = jnp.take_along_axis(ordered, last[:, None], axis=1)
-    # Equals of the last one belong to the distribution that top_p is taken of.
+    # Tokens as likely as the last one belong to the distribution that top_p cuts.
     probabilities = jax.nn.softmax(jnp.where(ordered < smallest, -jnp.inf, ordered), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p[:, None]) | (place == 0) | (top_p >= 1)[:, None]
