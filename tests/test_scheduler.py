@@ -371,6 +371,33 @@ def test_speculated_tokens() -> None:
     assert scheduler.schedule().release == (0,)
 
 
+@pytest.mark.parametrize("newcomer_comes", ["before", "after"])
+def test_drafts_leave_room_for_prompts(newcomer_comes: str) -> None:
+    """Sequences that decode could fill every step with drafts."""
+    memory = BlockBudget(100, 16, 1024, 8)
+    scheduler = Scheduler(memory, max_num_seqs=4, max_num_batched_tokens=16)
+    for i in range(2):
+        scheduler.add(Request(request_id=i, num_prompt_tokens=3, max_tokens=100))
+    memory.carry_out(scheduler.schedule())
+    newcomer = Request(request_id=2, num_prompt_tokens=20, max_tokens=1)
+    if newcomer_comes == "before":  # its prompt has begun, else it waits
+        scheduler.add(newcomer)
+        memory.carry_out(plan := scheduler.schedule())
+        assert plan.counts.tolist() == [1, 1, 14]
+    else:
+        scheduler.add(newcomer)
+    counts = []
+    for _ in range(3):
+        scheduler.set_drafts(np.asarray([0, 1]), np.asarray([7, 7]))
+        memory.carry_out(plan := scheduler.schedule())
+        counts.append(plan.counts.tolist())
+    # Two tokens decode. Of the other 14 the prompt has half, while it needs them.
+    if newcomer_comes == "before":
+        assert counts == [[8, 1, 6], [8, 8], [8, 8]]
+    else:
+        assert counts == [[8, 1, 7], [8, 1, 7], [8, 1, 6]]
+
+
 def test_survival() -> None:
     policy = ExpectedGrowth()
     produced, remaining = np.asarray([0, 0, 16]), np.asarray([999, 10, 999])

@@ -121,12 +121,19 @@ class Rows:
         """Blocks that only this row holds."""
         return int(self.room[row]) // self.block_tokens - int(self.shared[self._group[row]])
 
-    def trim_drafts(self, budget: int) -> None:
-        """Drops drafts that a limit or the token budget has no room for."""
+    def trim_drafts(self, budget: int, pending: int) -> None:
+        """Drops drafts that a limit or the token budget has no room for.
+
+        Args:
+            budget: tokens in the step.
+            pending: tokens of prompts that wait to be computed. They keep up to half of the budget
+                that sequences which decode leave, so that drafts cannot starve them.
+        """
         drafts = np.minimum(self.drafts, self.limit - self.known - 1)
         drafts[~self.decoding] = 0
         np.maximum(drafts, 0, out=drafts)
-        spare = budget - np.count_nonzero(self.decoding)
+        spare = budget - int(np.count_nonzero(self.decoding))
+        spare -= min(pending, spare - spare // 2)
         drafts[np.cumsum(drafts) > spare] = 0
         self.drafts[:] = drafts
 

@@ -52,6 +52,12 @@ class RunningSet:
         """Sequences of running groups that have no row yet."""
         return sum(len(group.unforked) for group in self.forking)
 
+    @property
+    def num_pending(self) -> int:
+        """Tokens of prompts that running sequences have yet to compute."""
+        rows = [sequence.row for sequence in self.prefilling]
+        return int((self._rows.known[rows] - self._rows.computed[rows]).sum())
+
     def is_protected(self, group: SequenceGroup) -> bool:
         """Whether the group was preempted so often that it is not again."""
         return group.num_preemptions >= self._max_preemptions

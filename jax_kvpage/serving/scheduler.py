@@ -124,10 +124,6 @@ class Scheduler:
         """Groups that have memory, in the order of the schedule."""
         return tuple(self._running.groups)
 
-    def waiting(self) -> tuple[SequenceGroup, ...]:
-        """Groups in the queue, in the order of the schedule."""
-        return tuple(sorted(self._queue, key=lambda group: group.order))
-
     def num_tokens(self, sequence: Sequence) -> int:
         """Tokens of a sequence whose ids exist when the last plan has run."""
         return int(self._rows.known[sequence.row]) if sequence.row >= 0 else sequence.num_tokens
@@ -176,7 +172,8 @@ class Scheduler:
         Args:
             rows: int[s]: rows that decode.
             counts: int[s]: tokens speculated. The plan's counts say how many of them run: fewer at
-                a sequence's limit, beyond the token budget, and when blocks are short.
+                a sequence's limit, beyond the token budget, and when blocks are short. Prompts that
+                wait to be computed keep half of the budget that is left beside the decodes.
         """
         self._rows.drafts[rows] = counts
         self._has_drafts = True
@@ -214,7 +211,10 @@ class Scheduler:
         step = self._begin()
         fork_ready(self._rows, self._running, step, self._end)
         if self._has_drafts:
-            self._rows.trim_drafts(self._budget)
+            can_start = self._rows.num_free > self._running.num_unforked
+            newcomers = can_start and self._queue.head() is not None
+            pending = self._budget if newcomers else self._running.num_pending
+            self._rows.trim_drafts(self._budget, pending)
         self._growth.decode(step)
         step.prefill(self._rows, self._running.prefilling)
         if step.num_stalled or step.blocked or step.preempted:

@@ -55,11 +55,6 @@ class WaitingQueue:
             if _waits(group):
                 heapq.heappush(self._heap, (group.order, group))
 
-    def __iter__(self) -> Iterator[SequenceGroup]:
-        yield from (group for _, group in self._heap if _waits(group))
-        for followers in self._followers.values():
-            yield from (group for group in followers if _waits(group))
-
 
 class Deadlines:
     """Groups by deadline."""
