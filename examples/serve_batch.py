@@ -17,24 +17,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama.arguments import BUNDLED, InputError, read_prompts
+from llama.arguments import BUNDLED, InputError, plot_problem, read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a mistake in the input, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        values, texts = _run(args)
+        _run(args)
     except (InputError, OSError) as error:
         print(f"serve_batch.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("serve_batch.py: interrupted", file=sys.stderr)
         return 130
-    if args.json:
-        print(json.dumps({**values, "texts": texts}))
-    else:
-        _print(values, texts)
     return 0
 
 
@@ -96,11 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Runs the engine; returns the figures and the text of each request of a prompt."""
+def _run(args: argparse.Namespace) -> None:
+    """Runs the engine, and prints the figures and the texts of prompts."""
+    problem = plot_problem(args.plot) if args.plot else None
+    if problem:
+        raise InputError(f"--plot {args.plot}: {problem}")
     import jax.numpy as jnp
     from llama.checkpoint import CheckpointError, load_model
     from llama.config import ConfigError, load_config
+    from llama.run import input_errors
     from llama.serving import figures, model_step, plot_occupancy, serve
     from llama.tokenizer import Tokenizer, TokenizerError
     from rich.console import Console
@@ -114,6 +114,9 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
         model = load_model(args.checkpoint, dtype=jnp.float32)
         jobs = _jobs(args, tokenizer, config.vocab_size)
+    except (ConfigError, CheckpointError, TokenizerError) as error:
+        raise InputError(str(error)) from error
+    with input_errors():
         params = SamplingParams(
             temperature=args.temperature,
             top_k=args.top_k,
@@ -134,8 +137,6 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         )
         capacity = args.capacity or args.max_num_seqs * max_seq_len * spec.token_bytes // 2
         pool = jax_kvpage.KVPool(spec, int(capacity) if str(capacity).isdecimal() else capacity)
-    except (ConfigError, CheckpointError, TokenizerError, ValueError) as error:
-        raise InputError(str(error)) from error
     step, weights = model_step(model)
     options = EngineConfig(
         max_num_seqs=args.max_num_seqs,
@@ -156,10 +157,16 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         values = figures(result, engine, pool.spec, pool.stats(), compile_seconds)
     for refusal in result.refusals:
         print(f"serve_batch.py: refused: {refusal}", file=sys.stderr)
+    outputs = [] if args.trace else [output for output in result.outputs if output is not None]
+    texts = [output.outputs[0].text for output in outputs]
+    if args.json:
+        print(json.dumps({**values, "texts": texts}))
+    else:
+        _print(values, texts)
+    # Last: if it fails after all, the results have been shown.
     if args.plot:
+        print(end="", flush=True)
         plot_occupancy(result, args.plot)
-    texts = [output.outputs[0].text for output in result.outputs if output is not None]
-    return values, [] if args.trace else texts
 
 
 def _jobs(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import serve_batch
+from llama import serving
 from llama.arguments import InputError
 from llama.serving import model_step
 from llama.workload import read_trace, trace_jobs
@@ -40,16 +41,16 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
     plot = tmp_path / "occupancy.png"
     values = _serve(
         capsys, "--checkpoint", checkpoint, "--prompt", "ab" * 20, "--prompt", "x" * 200,
-        "--num-requests", 6, "--max-new-tokens", 5, "--plot", plot, "--temperature", 0,
+        "--num-requests", 6, "--max-new-tokens", 9, "--plot", plot, "--temperature", 0,
         "--num-speculative-tokens", 2, "--max-num-seqs", 1,
     )  # fmt: skip
     assert (values["requests"], values["refused"]) == (6, 3)
     assert values["finish_reasons"] == {"length": 3}
-    assert values["generated_tokens"] == 15
+    assert values["generated_tokens"] == 27
     assert len(set(values["texts"])) == 1
     assert values["cached_tokens"] == 2 * 39
-    assert values["computed_tokens"] == 40 + 2 + 3 * 4
-    assert 0 <= values["accepted_guesses"] <= 12
+    assert values["computed_tokens"] == 40 + 2 + 3 * 8
+    assert 0 < values["accepted_guesses"] < 3 * 8  # the text repeats itself
     assert values["first_token_ms_p50"] > 0 < values["between_tokens_ms_p99"]
     assert 0 < values["waste"] < 1
     assert plot.stat().st_size > 1000
@@ -104,11 +105,39 @@ def test_a_llama_says_what_it_says_in_the_other_example() -> None:
 
 
 def test_mistakes_in_the_input(checkpoint, tmp_path, capsys) -> None:
+    corrupt = tmp_path / "corrupt.csv.gz"
+    packed = bytearray(gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens" * 9))
+    packed[12] ^= 0xFF  # in the compressed data
+    corrupt.write_bytes(packed)
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"timestamp": 0, "input_length": "x", "output_length": 1, "hash_ids": []}')
     for arguments in (
         ["--trace", tmp_path / "absent.csv"],
+        ["--checkpoint", checkpoint, "--trace", corrupt],
+        ["--checkpoint", checkpoint, "--trace", words],
         ["--checkpoint", tmp_path],
         ["--checkpoint", checkpoint, "--top-p", 2],
         ["--checkpoint", checkpoint, "--capacity", "much"],
+        ["--checkpoint", checkpoint, "--capacity", "100TiB"],
+        ["--checkpoint", checkpoint, "--plot", tmp_path / "plot.foo"],
+        ["--checkpoint", checkpoint, "--plot", tmp_path / "absent" / "plot.png"],
     ):
         assert serve_batch.main([*_SMALL, *map(str, arguments)]) == 2
-        assert capsys.readouterr().err.startswith("serve_batch.py: error:")
+        out, err = capsys.readouterr()
+        assert err.startswith("serve_batch.py: error:")
+        assert not out
+
+
+def test_results_are_printed_before_the_plot(checkpoint, tmp_path, capsys, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+
+    def fail(result: serving.Result, file: pathlib.Path) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(serving, "plot_occupancy", fail)
+    arguments = ["--checkpoint", checkpoint, "--prompt", "ab", "--max-new-tokens", 2]
+    arguments += ["--plot", tmp_path / "plot.png"]
+    assert serve_batch.main([*_SMALL, *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["generated_tokens"] == 2
+    assert err == "serve_batch.py: error: the disk is full\n"

@@ -9,7 +9,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
-__all__ = ["BUNDLED", "InputError", "make_parser", "parse_arguments", "read_prompts", "read_turns"]
+__all__ = [
+    "BUNDLED",
+    "InputError",
+    "make_parser",
+    "parse_arguments",
+    "plot_problem",
+    "read_prompts",
+    "read_turns",
+]
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "tiny_llama"
 _DEFAULT_PROMPTS = (
@@ -218,13 +226,13 @@ def parse_arguments(
     if args.turn and (args.num_beams > 1 or args.num_samples > 1):
         parser.error("--turn goes on after one answer: leave out --num-samples and --num-beams")
     if args.plot:
-        problem = _plot_problem(args.plot)
+        problem = plot_problem(args.plot)
         if problem:
             parser.error(f"--plot {args.plot}: {problem}")
     return args
 
 
-def _plot_problem(file: pathlib.Path) -> str | None:
+def plot_problem(file: pathlib.Path) -> str | None:
     """Why a plot could not be written to `file` at the end of the run; None if it can be."""
     if file.suffix not in _PLOT_ENDINGS:
         return f"the name must end in one of {', '.join(_PLOT_ENDINGS)}"

@@ -169,7 +169,7 @@ def make_engine(
 
 
 @contextlib.contextmanager
-def _input_errors() -> Iterator[None]:
+def input_errors() -> Iterator[None]:
     """Turns the library's errors about values from the command line into InputError."""
     try:
         yield
@@ -198,7 +198,7 @@ def _run(args: argparse.Namespace) -> None:
             f"--implementation {args.implementation} does not run on {platform}, "
             f"which has {' and '.join(supported)}"
         )
-    with _input_errors():
+    with input_errors():
         sampling = choose_sampling(args)
     prompts = read_prompts(args)
     config = load_config(args.checkpoint)
@@ -214,7 +214,7 @@ def _run(args: argparse.Namespace) -> None:
     turns = [tokenizer.encode(text, special=False) for text in texts]
     later = tokens_of_turns(turns, requests, max_seq_len)
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
-    with _input_errors():
+    with input_errors():
         pool = make_pool(args, config, requests, max_seq_len, later)
     with pool:
         repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pathlib
+import zlib
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -53,7 +54,7 @@ def read_trace(path: pathlib.Path, most: int) -> list[_Row]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"--trace {path}: {error}") from error
     jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
     try:
@@ -80,7 +81,7 @@ def _mooncake(text: str) -> Iterator[_Row]:
     for line in text.splitlines():
         row = json.loads(line)
         yield _Row(
-            row["timestamp"] / 1000, row["input_length"], row["output_length"],
+            row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]),
             tuple(row["hash_ids"]),
         )  # fmt: skip
 
