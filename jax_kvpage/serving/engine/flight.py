@@ -24,7 +24,7 @@ class Flight:
         num_decodes: sequences that run their newest token.
         guesses: for each of those, tokens to verify behind it.
         outcome: on the device; None if the dispatch failed.
-        error: why it failed.
+        error: why it failed; None as well if an interrupt cut it short.
         retried: whether it was run again after a failure.
         accepted: int32[s], guesses that were right; once it is read back.
     """

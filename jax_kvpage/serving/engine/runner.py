@@ -133,7 +133,7 @@ class Runner:
         flight = self.flights[0]
         try:
             tokens, accepted = self._fetch(flight)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             self.failures += 1
             if not flight.retried:
                 flight.retried = True
@@ -180,6 +180,7 @@ class Runner:
             ids = flight.states[i].ids[begin : begin + int(flight.counts[i])]
             tokens.append(np.asarray(ids, np.int32))
         flight.outcome, flight.error = None, None
+        self._on_device[rows[flight.samples]] = True
         try:
             flight.outcome = self._run(
                 np.concatenate(tokens),
@@ -190,9 +191,8 @@ class Runner:
                 flight.num_guesses,
                 np.where(flight.samples, self._columns[:, rows], 0),
             )
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # tracing runs the caller's code, which may raise anything
             flight.error = error
-        self._on_device[rows[flight.samples]] = True
 
     def _run(
         self,
@@ -220,7 +220,8 @@ class Runner:
     def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray]:
         """The tokens of a step, and how many guesses were right; raises what it failed with."""
         if flight.outcome is None:
-            assert flight.error is not None
+            if flight.error is None:  # Ctrl-C while it was compiled
+                raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
         sampled = flight.outcome.sampled
         wanted = any(state.request.params.logprobs is not None for state in flight.states)
@@ -260,7 +261,7 @@ class Runner:
         self._recovering = True
         try:
             self._restore()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             for flight in self.flights:
                 flight.outcome, flight.error = None, error
             return

@@ -1,0 +1,76 @@
+"""The engine goes on after faults: of the model, of the caller's functions, of the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import pytest
+import serving_rig as rig
+from serving_rig import shared_programs  # noqa: F401
+
+import jax_kvpage as kvp
+from jax_kvpage.serving import Engine, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+_GREEDY = SamplingParams(temperature=0, max_tokens=6)
+_PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[list[int]]]:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        return rig.tokens(engine.generate(_PROMPTS, _GREEDY))
+
+
+def _check_empty(pool: kvp.KVPool) -> None:
+    jax.block_until_ready(pool.cache())
+    stats = pool.stats()
+    assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
+
+
+def _raising(error: BaseException, times: int) -> Any:
+    """The model, whose first traces raise."""
+    left = iter(range(times))
+
+    def step(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
+        if next(left, None) is not None:
+            raise error
+        return rig.step(params, cache, tokens, batch)
+
+    return step
+
+
+def test_a_model_that_raises_once_is_traced_again(expected) -> None:
+    step = _raising(KeyError("layer"), 1)
+    with rig.pool() as pool, Engine(step, rig.params(), pool, rig.config()) as engine:
+        assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        assert engine.stats.failures == 1
+        engine.close()
+        _check_empty(pool)
+
+
+def test_a_model_that_always_raises_ends_its_requests() -> None:
+    step = _raising(KeyError("layer"), 1000)
+    with rig.pool() as pool, Engine(step, rig.params(), pool, rig.config()) as engine:
+        for output in engine.generate(_PROMPTS, _GREEDY):
+            assert output.outputs[0].finish_reason == "error"
+            assert "KeyError: 'layer'" in str(output.error)
+        assert not engine.scheduler.num_running
+        engine.close()
+        _check_empty(pool)
+
+
+def test_an_interrupt_of_the_first_compile(expected) -> None:
+    step = _raising(KeyboardInterrupt(), 1)
+    with rig.pool() as pool, Engine(step, rig.params(), pool, rig.config()) as engine:
+        outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert outputs[0].outputs[0].finish_reason == "error"
+        while engine.has_unfinished:
+            engine.step()
+        assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        engine.close()
+        _check_empty(pool)
