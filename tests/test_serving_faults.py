@@ -74,3 +74,50 @@ def test_an_interrupt_of_the_first_compile(expected) -> None:
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
         _check_empty(pool)
+
+
+def test_engines_of_different_models_share_a_pool_and_nothing_else(expected) -> None:
+    other = jax.tree.map(lambda weights: -weights, rig.params())
+    prompts = [[*_PROMPTS[1], *rig.prompt(9)]]
+    with rig.pool() as pool, Engine(rig.step, other, pool, rig.config()) as engine:
+        wanted = rig.tokens(engine.generate(prompts, _GREEDY))
+    with rig.pool() as pool:
+        with Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+            assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        with Engine(rig.step, other, pool, rig.config()) as engine:
+            (output,) = engine.generate(prompts, _GREEDY)
+            assert output.metrics.num_cached_tokens == 0
+            assert rig.tokens([output]) == wanted
+        _check_empty(pool)
+
+
+def test_engines_of_one_model_share_what_has_their_namespace() -> None:
+    with rig.pool() as pool:
+        with Engine(rig.step, rig.params(), pool, rig.config(namespace="model")) as engine:
+            engine.generate([_PROMPTS[1]], _GREEDY)
+        with Engine(rig.step, rig.params(), pool, rig.config(namespace="model")) as engine:
+            (output,) = engine.generate([_PROMPTS[1]], _GREEDY)
+            assert output.metrics.num_cached_tokens == 39
+    for wrong in ("two\nlines", 3):
+        with pytest.raises(ValueError, match="namespace is"):
+            rig.config(namespace=wrong)
+
+
+def test_tenants_do_not_find_each_other() -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        cached = []
+        for name in ("a", "b", None, "a", None):
+            output = engine.add_request(_PROMPTS[1], _GREEDY, namespace=name)
+            while not output.finished:
+                engine.step()
+            cached.append(output.metrics.num_cached_tokens)
+        assert cached == [0, 0, 0, 39, 39]
+        assert pool.find_prefix(_PROMPTS[1], engine.namespace_of("b")) == 39
+        # Nor do they wait for each other: both prompts are computed at once.
+        prompt = rig.prompt(20, 9)
+        for name in ("a", "b"):
+            engine.add_request(prompt, _GREEDY, namespace=name)
+        engine.step()
+        assert engine.stats.running == 2
+        with pytest.raises(ValueError, match="namespace"):
+            engine.add_request([1], namespace=3)  # type: ignore[arg-type]

@@ -16,10 +16,14 @@ class PrefixKeys:
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._newest: dict[tuple[int, ...], Sequence[int]] = {}
+        self._newest: dict[Hashable, Sequence[int]] = {}
 
-    def find(self, ids: Sequence[int]) -> tuple[Hashable, int]:
+    def find(self, ids: Sequence[int], namespace: str = "") -> tuple[Hashable, int]:
         """See `Request.prefix_key` and `Request.num_prefix_tokens`.
+
+        Args:
+            ids: the prompt.
+            namespace: prompts of others have nothing in common with it.
 
         Returns:
             (key, tokens): what the prompt has in common with the newest one that shares its first
@@ -28,7 +32,7 @@ class PrefixKeys:
         size = self._block_tokens
         if len(ids) < size:
             return None, 0
-        key = tuple(ids[:size])
+        key = namespace, tuple(ids[:size])
         other = self._newest.pop(key, ())
         common = next(
             (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),

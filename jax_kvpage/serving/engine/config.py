@@ -21,6 +21,10 @@ class EngineConfig:
             requests beside, at the price of padding.
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         prefix_caching: whether requests start with what is in memory of their tokens.
+        namespace: of the prefix cache, in which this engine stores and finds tokens. Engines of the
+            same model and parameters, one after the other on a pool, share what they computed under
+            one name. None makes a new name for each engine: what another model has computed is
+            never found.
         max_logprobs: most `SamplingParams.logprobs` that a request may ask for.
         max_stop_token_ids: most tokens that may end a request with `min_tokens`.
         max_num_waiting: requests in the queue at most; None for no bound.
@@ -40,6 +44,7 @@ class EngineConfig:
     buckets: tuple[tuple[int, int], ...] | None = None
     eos_token_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
+    namespace: str | None = None
     max_logprobs: int = 5
     max_stop_token_ids: int = 8
     max_num_waiting: int | None = None
@@ -64,6 +69,10 @@ class EngineConfig:
                 f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max "
                 f"{self.prompt_lookup_max}, wanted 1 <= min <= max"
             )
+        if self.namespace is not None and not (
+            isinstance(self.namespace, str) and "\n" not in self.namespace
+        ):
+            reasons.append(f"namespace is {self.namespace!r}, wanted a str of one line, or None")
         if reasons:
             raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
 

@@ -6,6 +6,7 @@ before it back. Calls come from one thread; `AsyncEngine` runs an engine in a th
 
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -81,6 +82,9 @@ class EngineCore:
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
         self._runner = self._new_runner()
+        self._namespace = config.namespace or ""
+        if config.namespace is None:
+            self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
         self._prefixes = PrefixKeys(self._memory.block_tokens)
         self._ledger = Ledger(clock)
         self._ends: list[Callable[[], None]] = []  # what the scheduler is told after a step
@@ -151,6 +155,7 @@ class EngineCore:
         request_id: object = None,
         priority: int = 0,
         deadline: float | None = None,
+        namespace: str | None = None,
     ) -> RequestOutput:
         """Queues a request.
 
@@ -160,6 +165,8 @@ class EngineCore:
             request_id: for the output; None numbers requests.
             priority: lower numbers go first.
             deadline: when it ends with the reason "deadline", in the engine's clock.
+            namespace: requests find tokens of earlier ones with the same name only (a tenant, an
+                adapter); None is a name too. The pool knows them by `namespace_of`.
 
         Returns:
             Its output, which `step` fills.
@@ -172,12 +179,12 @@ class EngineCore:
         if self.closed:
             raise RuntimeError("Engine: closed")
         params = params or SamplingParams()
-        ids = token_ids(prompt)
+        ids, space = token_ids(prompt), self.namespace_of(namespace)
         check_params(params, self.config, self._detokenize is not None)
         request_id = next(self._ids) if request_id is None else request_id
         key, shared = None, 0
         if self.config.prefix_caching:
-            key, shared = self._prefixes.find(ids)
+            key, shared = self._prefixes.find(ids, space)
         request = Request(
             request_id=request_id,
             num_prompt_tokens=len(ids),
@@ -191,9 +198,17 @@ class EngineCore:
         group = self.scheduler.add(request)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        state = RequestState(output, params, seed, self.config.eos_token_ids, self._detokenize)
+        state = RequestState(
+            output, params, seed, self.config.eos_token_ids, self._detokenize, space
+        )
         self._ledger.add(state, group)
         return output
+
+    def namespace_of(self, name: str | None = None) -> str:
+        """The pool's namespace of requests with this `namespace`, for `KVPool.pin` and `hint`."""
+        if not isinstance(name, str | None):
+            raise ValueError(f"Engine: namespace: wanted a str or None, got {name!r}")
+        return self._namespace if name is None else f"{self._namespace}\n{name}"
 
     def cancel(self, output: RequestOutput, reason: str = "cancelled") -> None:
         """Ends a request at once. Its memory comes back with the next step.

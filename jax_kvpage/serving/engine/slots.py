@@ -164,9 +164,9 @@ class Slots:
         cached = 0
         try:
             if self._prefix_caching:
-                ids = np.asarray(state.ids, np.int32)
+                ids, space = np.asarray(state.ids, np.int32), state.request.namespace
                 slot, cached, self.cache = self._call(
-                    lambda cache: self._pool.acquire_prefix(cache, ids, room)
+                    lambda cache: self._pool.acquire_prefix(cache, ids, room, space)
                 )
             else:
                 slot, self.cache = self._call(

@@ -130,6 +130,7 @@ class RequestState:
         seed: of its random numbers.
         eos: tokens that end it, those of stop_token_ids aside.
         detokenize: None for ids only.
+        namespace: in which the pool finds its tokens.
 
     Attributes:
         group: the scheduler's.
@@ -143,12 +144,14 @@ class RequestState:
         seed: int,
         eos: tuple[int, ...],
         detokenize: Detokenize | None,
+        namespace: str,
     ) -> None:
         self.output = output
         self.params = params
         self.seed = seed
         self.eos = frozenset() if params.ignore_eos else frozenset(eos)
         self.detokenize = detokenize
+        self.namespace = namespace
         self.group: SequenceGroup
         self.sequences: list[SequenceState] = []
 
