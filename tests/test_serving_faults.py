@@ -121,3 +121,37 @@ def test_tenants_do_not_find_each_other() -> None:
         assert engine.stats.running == 2
         with pytest.raises(ValueError, match="namespace"):
             engine.add_request([1], namespace=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", range(7, 12, 2))
+def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> None:
+    """The scheduler hears of them, and not of rows that other sequences have by then."""
+    prompts = [rig.prompt(4 + i % 3, i) * 4 for i in range(8)]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    options = rig.config(num_speculative_tokens=3, prompt_lookup_min=1, max_num_seqs=2)
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, options) as engine:
+        wanted = rig.tokens(engine.generate(prompts, params))
+        assert engine.stats.accepted > 5
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, options) as engine:
+        real, calls = pool.commit, iter(range(1000))
+
+        def commit(*args: Any) -> None:
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            real(*args)
+
+        monkeypatch.setattr(pool, "commit", commit)
+        outputs = [engine.add_request(prompt, params) for prompt in prompts]
+        interrupts = 0
+        while engine.has_unfinished:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 1
+        for output, (expected,) in zip(outputs, wanted, strict=True):
+            found = output.outputs[0]
+            assert found.finish_reason == "error" or found.token_ids == expected
+        assert sum(output.outputs[0].finish_reason == "length" for output in outputs) >= 5
+        engine.close()
+        _check_empty(pool)

@@ -8,7 +8,6 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -16,10 +15,10 @@ import numpy as np
 
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
-from jax_kvpage.serving.engine.flight import StepFailed
 from jax_kvpage.serving.engine.guessing import guess
 from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
 from jax_kvpage.serving.engine.programs import Programs, Step
+from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import PoolMemory, Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
@@ -81,13 +80,12 @@ class EngineCore:
         )
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
-        self._runner = self._new_runner()
+        self._ledger = Ledger(clock)
+        self._start()
         self._namespace = config.namespace or ""
         if config.namespace is None:
             self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
         self._prefixes = PrefixKeys(self._memory.block_tokens)
-        self._ledger = Ledger(clock)
-        self._ends: list[Callable[[], None]] = []  # what the scheduler is told after a step
         self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
         self._gave_up = False  # whether a plan was not carried out
         self._seeds = np.random.default_rng(config.seed)
@@ -145,7 +143,7 @@ class EngineCore:
             self.config.max_stop_token_ids,
             progress,
         )
-        self._runner = self._new_runner()
+        self._start()
 
     def add_request(
         self,
@@ -258,8 +256,9 @@ class EngineCore:
         while self.has_unfinished:
             self.step()
 
-    def _new_runner(self) -> Runner:
-        return Runner(
+    def _start(self) -> None:
+        """Begins with no steps."""
+        self._runner = Runner(
             self._programs,
             self._pool,
             self._slots,
@@ -268,6 +267,7 @@ class EngineCore:
             self.config.max_num_batched_tokens,
             self.config.num_speculative_tokens,
         )
+        self._reader = Reader(self._runner, self.scheduler, self._ledger, self._slots, self._clock)
 
     def _carry_out(self, plan: StepPlan, guesses: Mapping[SequenceState, list[int]]) -> StepPlan:
         """Gives and takes memory, dispatches the step, and reads the one before it back.
@@ -277,7 +277,7 @@ class EngineCore:
         """
         release = bool(plan.release) or self._gave_up
         if plan.is_empty or release or self._finished or plan.forks or plan.admissions:
-            self._read_all()
+            self._reader.read()
         if release:
             self._slots.release_dropped()
             self._gave_up = False
@@ -293,57 +293,20 @@ class EngineCore:
         self._finished.clear()
         if not plan.is_empty:
             self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
-        ahead = 0 if self.config.num_speculative_tokens else 1
-        while len(self._runner.flights) > ahead:
-            self._read()
-        # Not before: a plan may be refused only while the scheduler has heard of nothing else.
-        for end in self._ends:
-            end()
-        self._ends.clear()
+        self._reader.read(ahead=0 if self.config.num_speculative_tokens else 1)
+        self._reader.tell()
         return plan
 
     def _give_up(self, plan: StepPlan, error: BaseException) -> None:
         """Ends the requests of a plan that was not carried out to its end."""
+        self._reader.tell()
         self._gave_up = True
         sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
         for group in dict.fromkeys(sequence.group for sequence in sequences):
             request = self._ledger.request(group)
-            if request is not None and not request.output.finished:
-                request.output.error = f"{type(error).__name__}: {error}"
-                self._ledger.end(request, "error")
+            if request is not None:
+                self._ledger.fail(request, error)
             self.scheduler.cancel(group, "error")
-
-    def _read_all(self) -> None:
-        while self._runner.flights:
-            self._read()
-
-    def _read(self) -> None:
-        """Reads the oldest step back and hands out its tokens."""
-        flight = self._runner.flights[0]
-        try:
-            tokens = self._runner.read()
-        except StepFailed as failure:
-            self._fail(failure)
-            return
-        if flight.accepted is not None and flight.accepted.any():
-            more = flight.accepted > 0
-            self._ends.append(
-                partial(self.scheduler.add_tokens, flight.rows[more], flight.accepted[more])
-            )
-        now = self._clock()
-        for token in tokens:
-            # One that has ended may have run one step too many.
-            if not token.state.ended and self._ledger.take(token, now):
-                self._ends.append(partial(self.scheduler.finish, token.state.sequence, "stop"))
-        for state in flight.states:
-            self._slots.commit_blocks(state)
-
-    def _fail(self, failure: StepFailed) -> None:
-        """Ends the requests of a step that failed twice."""
-        requests = self._ledger.fail(failure)
-        for request in requests:
-            self._ends.append(partial(self.scheduler.cancel, request.group, "error"))
-        self._runner.forget([state for request in requests for state in request.sequences])
 
 
 def _unknown_prefix(group: SequenceGroup) -> tuple[int, int]:

@@ -70,11 +70,9 @@ class StepFailed(RuntimeError):
     """A step failed twice.
 
     Attributes:
-        flight: the step.
         reason: why, the second time.
     """
 
-    def __init__(self, flight: Flight, reason: BaseException) -> None:
+    def __init__(self, reason: BaseException) -> None:
         super().__init__(str(reason))
-        self.flight = flight
         self.reason = reason

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from jax_kvpage.serving.engine.config import EngineConfig
-from jax_kvpage.serving.engine.flight import StepFailed, Token
+from jax_kvpage.serving.engine.flight import Token
 from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
@@ -75,13 +75,11 @@ class Ledger:
                 state.end(reason)
         self._finish(request)
 
-    def fail(self, failure: StepFailed) -> list[RequestState]:
-        """Ends the requests of a step that failed twice, and returns them."""
-        requests = list(dict.fromkeys(state.request for state in failure.flight.states))
-        for request in requests:
-            request.output.error = f"{type(failure.reason).__name__}: {failure.reason}"
+    def fail(self, request: RequestState, error: BaseException) -> None:
+        """Ends a request with the reason "error", unless it has ended."""
+        if not request.output.finished:
+            request.output.error = f"{type(error).__name__}: {error}"
             self.end(request, "error")
-        return requests
 
     def forget(self, groups: Sequence[SequenceGroup]) -> None:
         """Forgets groups that the scheduler has ended, and whose steps are read back."""

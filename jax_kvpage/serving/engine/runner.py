@@ -140,7 +140,7 @@ class Runner:
                 self._recover()
                 return self.read()
             self.flights.pop(0)
-            raise StepFailed(flight, shortened(error)) from error
+            raise StepFailed(shortened(error)) from error
         self.flights.pop(0)
         kept = flight.counts - flight.num_guesses + accepted
         for state, begin, count in zip(

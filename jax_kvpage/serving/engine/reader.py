@@ -1,0 +1,93 @@
+"""Reads steps back: hands out their tokens, and keeps what the scheduler has to hear of them.
+
+A plan may be refused only while the scheduler has heard of nothing else. It is therefore told what
+a step brought when the plan has been carried out, or given up.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+
+from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
+from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.runner import Runner
+from jax_kvpage.serving.engine.slots import Slots
+from jax_kvpage.serving.engine.tracking import RequestState
+from jax_kvpage.serving.scheduler import Scheduler
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """Reads steps back.
+
+    Args:
+        runner: dispatches them.
+        scheduler: to tell.
+        ledger: the requests.
+        slots: of their sequences.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        ledger: Ledger,
+        slots: Slots,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._ledger = ledger
+        self._slots = slots
+        self._clock = clock
+        self._news: list[Callable[[], None]] = []
+
+    def read(self, ahead: int = 0) -> None:
+        """Reads steps back until so many are left."""
+        while len(self._runner.flights) > ahead:
+            self._read()
+
+    def tell(self) -> None:
+        """Tells the scheduler all that it has not heard yet."""
+        news, self._news = self._news, []
+        for tell in news:
+            tell()
+
+    def _read(self) -> None:
+        """Reads the oldest step back and hands out its tokens."""
+        flight = self._runner.flights[0]
+        try:
+            tokens = self._runner.read()
+        except StepFailed as failure:
+            requests = self._fail((state.request for state in flight.states), failure.reason)
+            self._runner.forget([state for request in requests for state in request.sequences])
+            return
+        if flight.accepted is not None and flight.accepted.any():
+            self._news.append(partial(self._tell_accepted, flight, flight.accepted))
+        now = self._clock()
+        for token in tokens:
+            if not token.state.ended:  # one that has ended may have run one step too many
+                self._take(token, now)
+        for state in flight.states:
+            self._slots.commit_blocks(state)
+
+    def _take(self, token: Token, now: float) -> None:
+        if self._ledger.take(token, now):
+            self._news.append(partial(self._scheduler.finish, token.state.sequence, "stop"))
+
+    def _tell_accepted(self, flight: Flight, accepted: np.ndarray) -> None:
+        rows = [state.sequence.row for state in flight.states]
+        # A sequence that was given up has lost its row, and another one may have it.
+        kept = (accepted > 0) & (flight.rows == rows)
+        self._scheduler.add_tokens(flight.rows[kept], accepted[kept])
+
+    def _fail(self, requests: Iterable[RequestState], error: BaseException) -> list[RequestState]:
+        """Ends requests with the reason "error"."""
+        found = list(dict.fromkeys(requests))
+        for request in found:
+            self._ledger.fail(request, error)
+            self._news.append(partial(self._scheduler.cancel, request.group, "error"))
+        return found
