@@ -155,3 +155,53 @@ def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> Non
         assert sum(output.outputs[0].finish_reason == "length" for output in outputs) >= 5
         engine.close()
         _check_empty(pool)
+
+
+def test_a_detokenizer_that_raises_ends_its_request_alone(expected) -> None:
+    bad = expected[1][0][2]
+
+    def text(ids: Any) -> str:
+        if bad in ids:
+            raise LookupError(f"no text for {bad}")
+        return "".join(f"<{token}>" for token in ids)
+
+    others = [i for i in (0, 2) if bad not in [*_PROMPTS[i], *expected[i][0]]]
+    assert others, "the model says other things now"
+    with rig.pool() as pool:
+        with Engine(rig.step, rig.params(), pool, rig.config(), detokenize=text) as engine:
+            outputs = engine.generate([_PROMPTS[i] for i in (1, *others)], _GREEDY)
+            assert outputs[0].outputs[0].finish_reason == "error"
+            assert str(outputs[0].error) == f"LookupError: no text for {bad}"
+            assert rig.tokens(outputs)[1:] == [expected[i] for i in others]
+            output = engine.add_request(_PROMPTS[0], SamplingParams(max_tokens=60))
+            while not output.outputs[0].token_ids:
+                engine.step()
+            bad = output.outputs[0].token_ids[0]
+            engine.cancel(output)
+            assert output.finished
+            assert output.outputs[0].finish_reason == "error"
+        _check_empty(pool)
+
+
+def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
+    calls = iter(range(1000))
+
+    def text(ids: Any) -> str:
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return "".join(f"<{token}>" for token in ids)
+
+    with rig.pool() as pool:
+        with Engine(rig.step, rig.params(), pool, rig.config(), detokenize=text) as engine:
+            outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
+            interrupts = 0
+            while engine.has_unfinished:
+                try:
+                    engine.step()
+                except KeyboardInterrupt:
+                    interrupts += 1
+            assert interrupts == 1
+            for output, tokens in zip(outputs, expected, strict=True):
+                found = output.outputs[0]
+                assert found.finish_reason == "error" or [found.token_ids] == tokens
+        _check_empty(pool)

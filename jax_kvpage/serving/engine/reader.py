@@ -68,14 +68,23 @@ class Reader:
         if flight.accepted is not None and flight.accepted.any():
             self._news.append(partial(self._tell_accepted, flight, flight.accepted))
         now = self._clock()
-        for token in tokens:
-            if not token.state.ended:  # one that has ended may have run one step too many
-                self._take(token, now)
+        try:
+            for token in tokens:
+                if not token.state.ended:  # one that has ended may have run one step too many
+                    self._take(token, now)
+        except BaseException as error:  # Ctrl-C: some tokens are lost
+            self._fail((state.request for state in flight.states), error)
+            raise
         for state in flight.states:
             self._slots.commit_blocks(state)
 
     def _take(self, token: Token, now: float) -> None:
-        if self._ledger.take(token, now):
+        try:
+            ends = self._ledger.take(token, now)
+        except Exception as error:  # of the caller's `detokenize`
+            self._fail([token.state.request], error)
+            return
+        if ends:
             self._news.append(partial(self._scheduler.finish, token.state.sequence, "stop"))
 
     def _tell_accepted(self, flight: Flight, accepted: np.ndarray) -> None:

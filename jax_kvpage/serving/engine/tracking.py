@@ -96,9 +96,14 @@ class SequenceState:
         """Sets the finish reason and completes the text."""
         self.output.finish_reason = reason
         self.output.stop_reason = stop_reason
-        if self._text is not None and not isinstance(stop_reason, str):
+        if self._text is None or isinstance(stop_reason, str):
+            return
+        try:
             self._text.finish()
-            self.output.text = self._text.text
+        except Exception as error:  # of the caller's `detokenize`: the text so far remains
+            self.output.finish_reason, output = "error", self.request.output
+            output.error = output.error or f"{type(error).__name__}: {error}"
+        self.output.text = self._text.text
 
     def _ends(self, token: int, searched: int) -> bool:
         params = self.request.params
