@@ -205,3 +205,67 @@ def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
                 found = output.outputs[0]
                 assert found.finish_reason == "error" or [found.token_ids] == tokens
         _check_empty(pool)
+
+
+def test_an_interrupted_last_release_is_made_up_for(monkeypatch) -> None:
+    with rig.pool() as pool:
+        engine = Engine(rig.step, rig.params(), pool, rig.config())
+        output = engine.add_request(_PROMPTS[0], _GREEDY)
+        real = pool.release
+
+        def release(*args: Any) -> Any:
+            monkeypatch.setattr(pool, "release", real)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pool, "release", release)
+        while not output.finished:
+            engine.step()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert engine.has_unfinished, "a slot to release"
+        engine.close()
+        assert not engine.has_unfinished
+        _check_empty(pool)
+
+
+def test_an_interrupt_while_another_is_cleared_up(expected, monkeypatch) -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
+        real, left = pool.release, iter(range(3))
+
+        def release(*args: Any) -> Any:
+            if next(left, None) is not None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(pool, "release", release)
+        interrupts = 0
+        while engine.has_unfinished:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 3
+        assert all(output.finished for output in outputs)
+        assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        engine.close()
+        _check_empty(pool)
+
+
+def test_a_closed_pool_ends_every_request() -> None:
+    pool = rig.pool()
+    engine = Engine(rig.step, rig.params(), pool, rig.config())
+    outputs = [engine.add_request(prompt, _GREEDY) for prompt in [*_PROMPTS, *_PROMPTS]]
+    for _ in range(3):
+        engine.step()
+    pool.close()
+    with pytest.raises(kvp.PoolClosed):
+        engine.step()
+    assert {output.outputs[0].finish_reason for output in outputs} == {"error"}
+    assert all("PoolClosed" in str(output.error) for output in outputs)
+    assert not engine.has_unfinished
+    late = engine.add_request(_PROMPTS[0], _GREEDY)
+    engine.close()
+    assert late.outputs[0].finish_reason == "cancelled"
+    assert not engine.has_unfinished
+    engine.close()

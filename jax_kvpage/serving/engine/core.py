@@ -4,15 +4,17 @@ Each call of `step` plans a step, gives and takes memory for it, dispatches it, 
 before it back. Calls come from one thread; `AsyncEngine` runs an engine in a thread for others.
 """
 
+import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import numpy as np
 
+from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guessing import guess
@@ -101,7 +103,8 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self.scheduler.has_unfinished or self._runner.flights)
+        left = self.scheduler.has_unfinished or self._runner.flights or self._finished
+        return bool(left or self._gave_up)
 
     @property
     def stats(self) -> EngineStats:
@@ -227,10 +230,17 @@ class EngineCore:
             Requests that have new tokens, or have ended, since the call before.
 
         Raises:
-            PoolClosed: the pool is closed. After any exception, Ctrl-C included, the requests that
-                this step would have run have ended with the reason "error"; others go on.
+            PoolClosed: the pool is closed. All requests have ended with the reason "error". After
+                another exception, Ctrl-C included, those that this step would have run have; others
+                go on.
         """
-        self._memory.look()
+        try:
+            self._memory.look()
+        except PoolClosed as error:
+            self._abandon(error)
+            raise
+        if self._gave_up:
+            self._clean_up()
         guesses: dict[SequenceState, list[int]] = {}
         if self.config.num_speculative_tokens:
             guesses = guess(self._slots.occupied(), self.config)
@@ -242,7 +252,8 @@ class EngineCore:
         try:
             plan = self._carry_out(plan, guesses)
         except BaseException as error:  # such as Ctrl-C, or a pool that was closed
-            self._give_up(plan, error)
+            sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
+            self._give_up((sequence.group for sequence in sequences), error)
             raise
         if plan.is_empty and self.scheduler.has_unfinished and self._memory.draining_blocks():
             jax.block_until_ready(self._slots.cache)  # released blocks drain
@@ -253,8 +264,9 @@ class EngineCore:
         self.closed = True
         for request in self._ledger.requests():
             self.cancel(request.output)
-        while self.has_unfinished:
-            self.step()
+        with contextlib.suppress(PoolClosed):  # then there is nothing to give back
+            while self.has_unfinished:
+                self.step()
 
     def _start(self) -> None:
         """Begins with no steps."""
@@ -275,12 +287,10 @@ class EngineCore:
         Returns:
             The plan without what memory refused.
         """
-        release = bool(plan.release) or self._gave_up
-        if plan.is_empty or release or self._finished or plan.forks or plan.admissions:
+        if plan.is_empty or plan.release or self._finished or plan.forks or plan.admissions:
             self._reader.read()
-        if release:
+        if plan.release:
             self._slots.release_dropped()
-            self._gave_up = False
         self._ledger.preempted(plan.preempted)
         states = self._ledger.states
         new = [a.sequence for a in plan.admissions]
@@ -297,16 +307,36 @@ class EngineCore:
         self._reader.tell()
         return plan
 
-    def _give_up(self, plan: StepPlan, error: BaseException) -> None:
-        """Ends the requests of a plan that was not carried out to its end."""
+    def _give_up(self, groups: Iterable[SequenceGroup], error: BaseException) -> None:
+        """Ends requests whose step was not carried out to its end."""
         self._reader.tell()
         self._gave_up = True
-        sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
-        for group in dict.fromkeys(sequence.group for sequence in sequences):
+        for group in dict.fromkeys(groups):
             request = self._ledger.request(group)
             if request is not None:
                 self._ledger.fail(request, error)
             self.scheduler.cancel(group, "error")
+
+    def _clean_up(self) -> None:
+        """Releases what a step that was given up has left, before rows go to other sequences."""
+        try:
+            self._reader.read()
+            self._reader.tell()
+            self._slots.release_dropped()
+        except BaseException as error:
+            self._give_up(self.scheduler.running(), error)
+            raise
+        self._gave_up = False
+
+    def _abandon(self, error: BaseException) -> None:
+        """Ends all requests, and forgets what they had of a pool that is closed."""
+        self._runner.flights.clear()
+        self._give_up((request.group for request in self._ledger.requests()), error)
+        self._finished += self.scheduler.schedule(self._clock()).finished
+        self._ledger.forget(self._finished)
+        self._finished.clear()
+        self._slots.abandon()
+        self._gave_up = False
 
 
 def _unknown_prefix(group: SequenceGroup) -> tuple[int, int]:

@@ -84,7 +84,9 @@ class Ledger:
     def forget(self, groups: Sequence[SequenceGroup]) -> None:
         """Forgets groups that the scheduler has ended, and whose steps are read back."""
         for group in groups:
-            request = self._requests.pop(group)
+            request = self._requests.pop(group, None)
+            if request is None:  # forgotten before an interrupt
+                continue
             del self._by_output[id(request.output)]
             for state in request.sequences:
                 if not state.ended:

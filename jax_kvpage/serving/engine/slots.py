@@ -121,9 +121,12 @@ class Slots:
             self.commit(state)
         self._release([state.slot for state in gone])
         for state in gone:
-            self.states[state.row], self.slot[state.row] = None, -1
-            state.slot = state.row = -1
-            state.computed = state.committed = 0
+            self._leave(state)
+
+    def abandon(self) -> None:
+        """Forgets all slots: the pool is closed."""
+        for state in self.occupied():
+            self._leave(state)
 
     def claim(
         self, plan: StepPlan, scheduler: Scheduler, states: dict[Sequence, SequenceState]
@@ -204,6 +207,11 @@ class Slots:
 
     def _release(self, slots: list[int]) -> None:
         self.cache = self._call(lambda cache: self._pool.release(cache, slots))
+
+    def _leave(self, state: SequenceState) -> None:
+        self.states[state.row], self.slot[state.row] = None, -1
+        state.slot = state.row = -1
+        state.computed = state.committed = 0
 
     def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
         row = state.sequence.row
