@@ -88,6 +88,30 @@ class PrefixMachine(RuleBasedStateMachine):
         self.space[slot] = space
         self.written[space].append(list(ids))
 
+    @precondition(lambda self: len(self.rig.ids) < _SLOTS - 1)
+    @rule(texts=st.lists(_TOKENS, min_size=2, max_size=2), space=_SPACE)
+    def acquire_two(self, texts: list[list[int]], space: str | None) -> None:
+        may = [self._found(space, ids, every=True) for ids in texts]
+        try:
+            got = self.pool.acquire_prefix(self.rig.cache, texts, namespace=space)
+        except kvp.OutOfBlocks:
+            assert not self.large
+            return
+        slots, cached, self.rig.cache = got
+        taken = [slot for slot in slots if slot is not None]
+        assert len(set(taken)) == len(taken)
+        for i, (slot, ids) in enumerate(zip(slots, texts, strict=True)):
+            if slot is None:
+                assert got.wait_for[i] == 0
+                continue
+            assert cached[i] <= may[i]
+            self.rig.ids[slot] = ids[: cached[i]]
+            self.space[slot] = space
+        for slot, ids in zip(slots, texts, strict=True):
+            if slot is not None:
+                self.rig.write(slot, ids[len(self.rig.ids[slot]) :])
+                self.written[space].append(list(ids))
+
     @precondition(lambda self: self.rig.ids)
     @rule(data=st.data(), n=st.integers(1, 12), token=st.integers(3, 4))
     def append(self, data: st.DataObject, n: int, token: int) -> None:
