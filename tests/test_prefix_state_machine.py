@@ -50,7 +50,8 @@ class PrefixMachine(RuleBasedStateMachine):
         self.space: dict[int, str | None] = {}
         # Sequences that were written once, by namespace: nothing else may be found.
         self.written: dict[str | None, list[list[int]]] = {None: [], "other": []}
-        # Those of released slots that must still be found.
+        # Those of released slots; they must still be found while nothing was cut or evicted.
+        self.complete = True
         self.kept: dict[str | None, list[list[int]]] = {None: [], "other": []}
 
     def teardown(self) -> None:
@@ -83,8 +84,10 @@ class PrefixMachine(RuleBasedStateMachine):
             return
         assert cached <= may
         assert cached <= probe if not self.large else cached == probe
-        if self.large:
+        if self.large and self.complete:
             assert cached >= must, f"{cached} of {must} tokens found"
+        if cached == len(ids) - 1:
+            self._may_be_gone()  # what an adopted slot had behind its prompt
         self.space[slot] = space
         self.written[space].append(list(ids))
 
@@ -105,6 +108,8 @@ class PrefixMachine(RuleBasedStateMachine):
                 assert got.wait_for[i] == 0
                 continue
             assert cached[i] <= may[i]
+            if cached[i] == len(ids) - 1:
+                self._may_be_gone()
             self.rig.ids[slot] = ids[: cached[i]]
             self.space[slot] = space
         for slot, ids in zip(slots, texts, strict=True):
@@ -155,13 +160,8 @@ class PrefixMachine(RuleBasedStateMachine):
         except kvp.OutOfBlocks:
             assert not self.large
             return
-        old, self.rig.ids[slot] = self.rig.ids[slot], self.rig.ids[slot][:n]
-        # What continued the entries that were cut has gone with them, and so may copies of others.
-        self._forget(self.space[slot], old, n)
-
-    def _forget(self, space: str | None, ids: list[int], n: int) -> None:
-        self.kept[space] = [x[: _common(x, ids[:n])] if _common(x, ids) > n else x
-                            for x in self.kept[space]]  # fmt: skip
+        self.rig.ids[slot] = self.rig.ids[slot][:n]
+        self._may_be_gone()
 
     # ---- what goes wrong ----
 
@@ -177,6 +177,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.rig.ids[slot] = ids[:cached]
         self.space[slot] = None
         self.generation()
+        self._may_be_gone()
 
     @rule()
     def generation(self) -> None:
@@ -208,7 +209,10 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.hint(ids, what, space)
 
     def _may_be_gone(self) -> None:
-        self.kept = {None: [], "other": []}
+        """Entries were cut or evicted. What other slots have of the same tokens, in blocks that are
+        their own, is found again only when more is committed to them.
+        """
+        self.complete = False
 
     # ---- what holds at all times ----
 
