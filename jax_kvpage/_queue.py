@@ -56,6 +56,25 @@ def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
     return table
 
 
+def _unshared_tokens(donors: Sequence[int], claim: Any) -> list[tuple[int, int, int, int]]:
+    """The copies that complete forks: of each, the tokens in blocks that are not shared.
+
+    Args:
+        donors: for each slot of the claim, the slot that it is forked from; negative for none.
+        claim: (slots, tokens, shared) of the native pool.
+
+    Returns:
+        See `Queue.run`.
+    """
+    return [
+        (donor, slot, shared, tokens - shared)
+        for donor, slot, tokens, shared in zip(
+            donors, claim.slots, claim.tokens, claim.shared, strict=True
+        )
+        if donor >= 0 and tokens > shared
+    ]
+
+
 class PrefixRequest(NamedTuple):
     """Arguments of `acquire_prefix`, in the order of the compiled call."""
 
@@ -228,14 +247,7 @@ class Queue:
             attempt = functools.partial(self._native.pool.fork, decision, verb, requests, released)
             claim = self.claim(verb, attempt)
             slots = arrange(claim.slots)
-            # Of each fork, the tokens that lie in blocks which are not shared.
-            copies = [
-                (donor, slot, shared, tokens - shared)
-                for (donor, _), slot, tokens, shared in zip(
-                    requests, claim.slots, claim.tokens, claim.shared, strict=True
-                )
-                if tokens > shared
-            ]
+            copies = _unshared_tokens([donor for donor, _ in requests], claim)
             cache = self.run(verb, cache, decision.edits, copies)
             return slots, cache
         except BaseException:
@@ -253,14 +265,7 @@ class Queue:
         try:
             attempt = functools.partial(self._native.pool.acquire_prefix, decision, *request)
             claim = self.claim(verb, attempt)
-            # Of each fork, the tokens that lie in blocks which are not shared.
-            copies = [
-                (donor, slot, shared, tokens - shared)
-                for donor, slot, tokens, shared in zip(
-                    claim.sources, claim.slots, claim.tokens, claim.shared, strict=True
-                )
-                if donor >= 0 and tokens > shared
-            ]
+            copies = _unshared_tokens(claim.sources, claim)
             return claim, self.run(verb, cache, decision.edits, copies)
         except BaseException:
             self._native.pool.undo(decision)

@@ -214,7 +214,7 @@ class PrefixCalls:
         """
         if what not in ("retain", "drop"):
             raise ValueError(f"hint: wanted 'retain' or 'drop', got {what!r}")
-        ids, space = _one("hint", session), _namespace("hint", namespace)
+        ids, space = _one("hint", session, "session"), _namespace("hint", namespace)
         self._native.call(self._pool.hint, space, ids, what == "retain")
 
     def evict(self, num_bytes: int | None = None) -> int:
@@ -269,10 +269,10 @@ def _namespace(call: str, name: Any) -> str:
     return f"={name}"  # never the one of None
 
 
-def _one(call: str, value: Any) -> np.ndarray:
-    ids, single = token_ids_of(f"{call}: token_ids", value)
+def _one(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
+    ids, single = token_ids_of(f"{call}: {name}", value)
     if not single:
-        raise ValueError(f"{call}: token_ids: wanted the ids of one sequence, got {len(ids)} lists")
+        raise ValueError(f"{call}: {name}: wanted the ids of one sequence, got {len(ids)} lists")
     return ids[0]
 
 

@@ -264,6 +264,8 @@ def test_mistakes(rig) -> None:
         rig.pool.acquire_prefix(rig.cache, [2**31])
     with pytest.raises(ValueError, match="token_ids"):
         rig.pool.acquire_prefix(rig.cache, 7)
+    with pytest.raises(ValueError, match="hint: session: wanted the ids of one sequence"):
+        rig.pool.hint([[1], [2]], "drop")
     with pytest.raises(ValueError, match="namespace"):
         rig.pool.acquire_prefix(rig.cache, [7], namespace=3)
     with pytest.raises(ValueError, match="512"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from scheduler_model import PlainMemory, Server
 
+from jax_kvpage import serving
 from jax_kvpage.serving import (
     BlockBudget,
     CostAware,
@@ -44,6 +46,13 @@ for path in {sorted(path.stem for path in (_FOLDER / "serving").glob("*.py"))!r}
 assert not [name for name in sys.modules if name.startswith(("jax.", "jaxlib."))]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_type_checkers_see_the_names_that_are_imported_late() -> None:
+    tree = ast.parse((_FOLDER / "serving" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name for node in imports for alias in node.names}
+    assert set(serving.__all__) <= seen
 
 
 def test_a_request_from_add_to_finish() -> None:

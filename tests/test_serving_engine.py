@@ -458,6 +458,9 @@ def test_refusals_list_every_reason() -> None:
             for prompt in ([], [-1], "text"):
                 with pytest.raises(ValueError, match="prompt"):
                     engine.add_request(prompt)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="Engine: 2 prompts, but 1 params"):
+                engine.generate([[1], [2]], [SamplingParams()])
+            assert not engine.has_unfinished
 
 
 def test_a_failing_sample_ends_its_siblings() -> None:

@@ -1,7 +1,7 @@
 """Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
 
 `Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `Engine` runs
-its plans with a model on a `KVPool`; what needs JAX is imported when it is first asked for.
+its plans with a model on a `KVPool`. Names that need JAX are imported when they are first used.
 `simulate` runs the scheduler on a `Workload` without a model, to compare policies and sizes.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         EngineConfig,
         EngineStats,
         SequenceMemory,
+        Step,
     )
 
 _NEED_JAX = ("AsyncEngine", "Engine", "EngineConfig", "EngineStats", "SequenceMemory", "Step")

@@ -109,6 +109,8 @@ class Engine(EngineCore):
         """Adds requests; none if one is refused."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"Engine: {len(prompts)} prompts, but {len(params)} params")
         outputs: list[RequestOutput] = []
         try:
             for prompt, each in zip(prompts, params, strict=True):
