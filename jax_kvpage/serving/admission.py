@@ -12,16 +12,16 @@ __all__ = ["AdmissionPolicy", "ExpectedGrowth", "Load", "Watermark"]
 
 
 class Load:
-    """What runs, and what is free.
+    """Running sequences and free blocks, for policies.
 
     Args:
         rows: the running sequences.
         capacity: blocks in all.
-        free: blocks that can be taken now and that nobody was promised.
+        free: blocks that can be taken now and are not promised.
         coming: blocks that are about to come free.
 
     Attributes:
-        expected: for the policy, to keep what it has found out about this step.
+        expected: for the policy, which may keep its results for this step here.
     """
 
     def __init__(self, rows: Rows, capacity: int, free: int, coming: int) -> None:
@@ -39,38 +39,38 @@ class Load:
         return self._rows.room[occupied] // self.block_tokens - shared
 
     def spare(self) -> np.ndarray:
-        """int[s]: tokens that it has room for beyond its own."""
+        """int[s]: tokens that each has room for beyond its own."""
         occupied = self._rows.occupied()
         return self._rows.room[occupied] - self._rows.known[occupied]
 
     def produced(self) -> np.ndarray:
-        """int[s]: tokens it has produced."""
+        """int[s]: tokens that each has produced."""
         occupied = self._rows.occupied()
         return self._rows.known[occupied] - self._rows.prompt[occupied]
 
     def remaining(self) -> np.ndarray:
-        """int[s]: tokens it may still produce."""
+        """int[s]: tokens that each may still produce."""
         occupied = self._rows.occupied()
         return self._rows.limit[occupied] - self._rows.known[occupied]
 
 
 class AdmissionPolicy(Protocol):
-    """Decides on the group at the head of the queue. Not asked when nothing runs."""
+    """Decides on the group at the head of the queue. It is not called when nothing runs."""
 
     def admits(self, load: Load, group: SequenceGroup, blocks: int) -> bool:
         """Whether the group may start now.
 
         Args:
-            load: what runs.
-            group: what waits.
-            blocks: that it needs to start.
+            load: running sequences and free blocks.
+            group: the head of the queue.
+            blocks: blocks that it needs to start.
         """
 
     def observe(self, num_output_tokens: int) -> None:
-        """Hears how many tokens a finished sequence has produced."""
+        """Records how many tokens a finished sequence has produced."""
 
 
-# Tokens ahead at which memory is looked at.
+# Later times at which memory is checked, in tokens.
 _AHEAD = np.asarray([1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
 # Without experience, sequences are expected to end within this many tokens.
 _GUESS = 512
@@ -83,7 +83,7 @@ def _fraction(name: str, value: float) -> float:
 
 
 class Watermark:
-    """A part of the capacity stays free for sequences that run, as in vLLM.
+    """Keeps a part of the capacity free for running sequences, as in vLLM.
 
     Args:
         fraction: of the capacity.
@@ -97,19 +97,19 @@ class Watermark:
         return load.free - blocks >= self._fraction * load.capacity
 
     def observe(self, num_output_tokens: int) -> None:
-        """Learns nothing."""
+        """Does nothing."""
 
 
 class ExpectedGrowth:
-    """Memory is expected to suffice at every time ahead, with some certainty.
+    """Admits a group if memory is expected to suffice at all later times, with some certainty.
 
-    A sequence that has produced some tokens is still there after some more with the probability
-    that recent ones of its length were. Mean and variance of the blocks in use follow for a row of
-    times ahead; the mean and `deviations` standard deviations must fit. The idea is that of
-    LightLLM's past-future scheduler (Gong et al., 2025).
+    The probability that a sequence produces more tokens is estimated from the lengths of recent
+    ones. It gives the mean and the variance of the blocks in use at several later times; the mean
+    plus `deviations` standard deviations must fit. The idea is that of LightLLM's past-future
+    scheduler (Gong et al., 2025).
 
     Args:
-        deviations: more of them waste more memory, and preempt less.
+        deviations: a higher value leaves more memory unused and preempts less.
         window: finished sequences to remember.
     """
 
@@ -131,7 +131,7 @@ class ExpectedGrowth:
         self._survivors = None
 
     def survival(self, produced: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        """How likely sequences still run after each of the times ahead.
+        """Probability that sequences still run at each of the later times.
 
         Args:
             produced: int[s]: tokens produced.
@@ -147,7 +147,7 @@ class ExpectedGrowth:
         later = produced[:, None] + _AHEAD
         now = self._survivors[np.minimum(produced, last)][:, None]
         then = self._survivors[np.minimum(later, last)]
-        # Nobody produced as much: any length within reason is as likely as another.
+        # No recent sequence was as long: assume a uniform distribution of the length.
         guess = 1 - _AHEAD / np.clip(remaining, 1, _GUESS)[:, None]
         found = np.where(now > 0, then / np.maximum(now, 1), np.maximum(guess, 0.0))
         return np.where(remaining[:, None] > _AHEAD, found, 0.0)
@@ -185,7 +185,7 @@ class ExpectedGrowth:
         produced: np.ndarray,
         remaining: np.ndarray,
     ) -> np.ndarray:
-        """Mean and variance of the blocks that sequences hold at the times ahead, [2, times]."""
+        """Mean and variance of the blocks that sequences hold at the later times, [2, times]."""
         likely = self.survival(produced, remaining)
         size = held[:, None] + np.maximum(_AHEAD - spare[:, None], 0) / block_tokens
         mean = likely * size

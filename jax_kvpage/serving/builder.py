@@ -1,4 +1,4 @@
-"""A plan in the making."""
+"""A plan under construction."""
 
 from collections.abc import Iterable
 
@@ -14,20 +14,20 @@ _NONE = np.zeros(0, np.int32)
 
 
 class StepBuilder:
-    """Collects what a step does.
+    """Collects the parts of a plan.
 
     Args:
-        usable: free blocks that memory is believed to give.
-        promised: blocks of these that siblings will need.
+        usable: free blocks that the plan may use.
+        promised: those of them that siblings will need.
         coming: blocks that come free without a decision.
         slots: free slots.
         budget: tokens that the step may run.
 
     Attributes:
         usable: see above.
-        free: blocks that nobody was promised; negative if promises cannot be kept now.
+        free: blocks that are not promised; negative if promises cannot be kept now.
         coming: see above.
-        slots: free slots that nobody was promised.
+        slots: free slots that are not promised.
         budget: tokens that may still be added.
         blocked: groups whose siblings cannot be forked yet.
         preempted: victims.
@@ -80,7 +80,7 @@ class StepBuilder:
         return bool(self._parts)
 
     def run(self, rows: Rows, sequence: Sequence) -> None:
-        """Adds the next part of a prompt, as far as the budget goes."""
+        """Adds the next part of a prompt, as far as the budget allows."""
         begin = int(rows.computed[sequence.row])
         left = int(rows.known[sequence.row]) - begin
         count = min(left, self.budget)
@@ -88,7 +88,7 @@ class StepBuilder:
         self.budget -= count
 
     def prefill(self, rows: Rows, sequences: Iterable[Sequence]) -> None:
-        """Adds parts of prompts, in order, with what the decodes leave of the budget."""
+        """Adds parts of prompts, in order, with the budget that the decodes leave."""
         self.budget -= len(self.decodes) + int(rows.drafts[self.decodes].sum())
         for sequence in sequences:
             if self.budget <= 0:

@@ -12,10 +12,10 @@ def check_queue(request: Request, waiting: int, most: int | None) -> None:
     Args:
         request: to be added.
         waiting: groups in the queue.
-        most: that may be; None for no bound.
+        most: limit of the queue; None for no limit.
 
     Raises:
-        RequestRefused: there are as many.
+        RequestRefused: the queue is full.
     """
     if most is not None and waiting >= most:
         raise RequestRefused(
@@ -27,11 +27,11 @@ def check_queue(request: Request, waiting: int, most: int | None) -> None:
 
 
 def limit_of(request: Request, memory: Memory, max_num_seqs: int) -> tuple[int, str]:
-    """How far a request can get.
+    """The length at which a request ends.
 
     Args:
         request: to be added.
-        memory: that it will live in.
+        memory: where it will run.
         max_num_seqs: sequences that may run at one time.
 
     Returns:

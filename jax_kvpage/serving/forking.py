@@ -18,7 +18,7 @@ def fork_ready(
     Args:
         rows: the arrays.
         running: the groups.
-        step: what to add the forks to.
+        step: the plan to add the forks to.
         end: ends siblings that have nothing left to compute.
     """
     usable, slots = step.usable, step.slots + running.promised_slots

@@ -1,4 +1,4 @@
-"""What the scheduler asks about memory, and a counted budget that answers without a pool.
+"""Memory as the scheduler sees it, and a counted budget for simulations.
 
 Blocks here are logical: one holds `block_tokens` tokens of a sequence in all layers, however many
 physical blocks the layout makes of it.
@@ -16,7 +16,7 @@ __all__ = ["BlockBudget", "Memory"]
 class Memory(Protocol):
     """Memory as the scheduler sees it. The engine answers from its pool.
 
-    Asked once at the start of each step, when all of the previous plan has been carried out.
+    Read once at the start of each step, when the previous plan has been carried out.
 
     Attributes:
         block_tokens: tokens in a block.
@@ -37,7 +37,7 @@ class Memory(Protocol):
         """Blocks in all."""
 
     def free_blocks(self) -> int:
-        """Blocks that a plan may take now, those that a cache would give up included."""
+        """Blocks that a plan may take now, including those that a cache would give up."""
 
     def draining_blocks(self) -> int:
         """Blocks of released sequences that come free when running programs end."""
@@ -92,7 +92,7 @@ class BlockBudget:
         return self._slots - self._held - sum(slots for _, slots in self._draining)
 
     def blocks_of(self, num_tokens: int) -> int:
-        """Blocks that hold some tokens."""
+        """Blocks that this many tokens take."""
         return -(-num_tokens // self.block_tokens)
 
     def carry_out(self, plan: StepPlan) -> None:

@@ -1,4 +1,4 @@
-"""What the engine returns."""
+"""Outputs of the engine."""
 
 import dataclasses
 
@@ -48,14 +48,14 @@ class RequestMetrics:
     """Times, in seconds of `time.monotonic`, and counts.
 
     Attributes:
-        arrival: when it was added.
-        first_token: when its first token was there; None before.
+        arrival: when the request was added.
+        first_token: when its first token was produced; None before.
         finished: when it ended; None before.
-        token_times: when each token of its first continuation was there.
+        token_times: when each token of its first continuation was produced.
         num_cached_tokens: tokens found in the prefix cache, over all admissions.
         num_computed_tokens: tokens run through the model.
         num_recomputed_tokens: of these, tokens that had been computed before a preemption.
-        num_preemptions: times that it lost its memory and was computed again.
+        num_preemptions: how often it lost its memory and was computed again.
     """
 
     arrival: float

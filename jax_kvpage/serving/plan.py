@@ -1,4 +1,4 @@
-"""What a step does: the memory it gives and takes, and the tokens that each sequence runs."""
+"""The plan of a step: changes of memory, and the tokens that each sequence runs."""
 
 import dataclasses
 
@@ -16,8 +16,8 @@ class Admission:
     Attributes:
         sequence: it has its row already.
         num_tokens: room to map.
-        num_cached: of its first tokens, those found in the prefix cache; the others run in this
-            plan's rows and those of later plans.
+        num_cached: its first tokens that are in the prefix cache; the others run in this plan and
+            later ones.
     """
 
     sequence: Sequence
@@ -32,7 +32,7 @@ class Fork:
     Attributes:
         parent: the sequence that computed the prompt, in an earlier plan.
         children: sequences that get slots.
-        num_tokens: tokens that they take over.
+        num_tokens: tokens that they share.
         room: tokens to map room for, for each child.
     """
 
@@ -48,12 +48,12 @@ class StepPlan:
 
     Row i of the batch is a sequence that runs `counts[i]` tokens from position `begins[i]` on. The
     first `num_decodes` rows are sequences that run their newest token, and their drafts; they are
-    sorted by row. The others run parts of prompts, or of what a preemption made them lose.
+    sorted by row. The others run parts of prompts, or of tokens lost in a preemption.
 
     Attributes:
         step: number of the plan.
-        finished: groups that ended since the plan before.
-        preempted: groups that lose their memory now and come back later.
+        finished: groups that ended since the previous plan.
+        preempted: groups that lose their memory now and return to the queue.
         release: rows whose slots are released, those of preempted groups included.
         forks: slots that share a prompt.
         admissions: new slots.

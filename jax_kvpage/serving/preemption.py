@@ -1,4 +1,4 @@
-"""Who gives up its memory when blocks run out.
+"""Choice of the groups that lose their memory when blocks run out.
 
 A preempted group is computed again from its tokens, so a victim costs the tokens that it has
 computed, and yields the blocks that only it holds.
@@ -17,7 +17,7 @@ class Candidates:
     """Groups that may be preempted: never the oldest, nor one that was preempted too often.
 
     Attributes:
-        arrival: int64[g]: order of arrival; the last came last.
+        arrival: int64[g]: order of arrival.
         cost: int64[g]: tokens to compute again.
         blocks: int64[g]: blocks that come free, and those that it would need in this step.
     """

@@ -1,4 +1,4 @@
-"""Which requests wait for each other: those that begin with the same tokens, while they are new."""
+"""Keys of new prefixes: requests that begin with the same tokens wait for the first of them."""
 
 from collections.abc import Hashable, Sequence
 

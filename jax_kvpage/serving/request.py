@@ -1,4 +1,4 @@
-"""Requests as callers describe them, and the sequences that the scheduler makes of them.
+"""Requests to the scheduler, and their sequences.
 
 A request asks for one or more continuations of a prompt. Its sequences form a group: they share the
 prompt's blocks, are admitted together, wait for blocks together and are preempted together. Token
@@ -16,8 +16,8 @@ class RequestRefused(ValueError):
     """A request that can never be scheduled, or that finds the queue full. Nothing has changed.
 
     Attributes:
-        wanted: what the request needs at least (tokens, blocks, sequences or places in the queue).
-        available: what there is in all.
+        wanted: minimum that it needs (of tokens, blocks, sequences or places in the queue).
+        available: how many there are in all.
     """
 
     def __init__(self, message: str, *, wanted: int, available: int) -> None:
@@ -28,7 +28,7 @@ class RequestRefused(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Request:
-    """What a caller asks for.
+    """A request to the scheduler.
 
     Attributes:
         request_id: the caller's name for it.
@@ -87,7 +87,7 @@ class Request:
 
 
 class Status(enum.Enum):
-    """Where a group stands."""
+    """State of a group."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -122,12 +122,12 @@ class SequenceGroup:
     """The sequences of one request and their place in the schedule.
 
     Attributes:
-        request: what was asked for.
+        request: the caller's request.
         arrival: place in the order of arrival.
         limit: tokens at which a sequence ends, prompt included.
         limit_reason: why it ends there, "length" or "capacity".
         sequences: all n.
-        status: where it stands.
+        status: its state.
         num_preemptions: times that it lost its memory.
         num_lost_tokens: tokens that it had computed when it last did.
         live: sequences that are not finished.

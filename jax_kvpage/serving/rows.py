@@ -20,7 +20,7 @@ class Rows:
         block_tokens: tokens in a block.
 
     Attributes:
-        known: int32[rows]: tokens whose ids exist, or will when the last plan has run.
+        known: int32[rows]: tokens whose ids exist, or will exist when the last plan has run.
         computed: int32[rows]: tokens whose keys and values exist, likewise.
         room: int32[rows]: tokens that fit into mapped blocks.
         limit: int32[rows]: known tokens at which the sequence ends.
@@ -33,7 +33,7 @@ class Rows:
         promised: int32[groups]: blocks kept free for sequences that are not forked yet.
         arrival: int64[groups]: their order of arrival.
         priority: int64[groups]: lower numbers go first.
-        preemptable: bool[groups]: whether the number is a group's, and it may be preempted.
+        preemptable: bool[groups]: whether the number is in use and its group may be preempted.
     """
 
     def __init__(self, size: int, block_tokens: int) -> None:
@@ -59,7 +59,7 @@ class Rows:
         return len(self._free_rows)
 
     def blocks(self, num_tokens: int) -> int:
-        """Blocks that hold some tokens."""
+        """Blocks that this many tokens take."""
         return -(-num_tokens // self.block_tokens)
 
     def add_group(self, group: SequenceGroup, shared: int, preemptable: bool) -> None:
@@ -144,7 +144,7 @@ class Rows:
         return int(self.computed[rows].sum()) - max(len(rows) - 1, 0) * shared
 
     def decodes(self) -> tuple[np.ndarray, tuple[Sequence, ...]]:
-        """Rows that decode, int32[s], and their sequences; made anew only after changes."""
+        """Rows that decode, int32[s], and their sequences; computed only after changes."""
         if self._decodes is None:
             rows = np.flatnonzero(self.decoding).astype(np.int32)
             rows.flags.writeable = False
@@ -165,7 +165,7 @@ class Rows:
         return np.flatnonzero(self._occupied)
 
     def candidates(self, indices: np.ndarray, needs: np.ndarray) -> Candidates:
-        """What it would cost to preempt groups, and what it would bring.
+        """Costs and gains of preempting groups.
 
         Args:
             indices: [g] of groups.

@@ -1,7 +1,7 @@
 """The groups that have memory: how they start, fork, lose it and end.
 
-Counts of blocks are kept here only as far as they concern promises: what siblings will need when
-the prompt that they share is computed, and what released rows are about to give back.
+Counts of blocks are kept here only for promises: blocks that siblings will need when the prompt
+that they share is computed, and blocks that released rows are about to give back.
 """
 
 import bisect
@@ -20,7 +20,7 @@ class RunningSet:
     Args:
         rows: the arrays.
         max_seq_len: tokens in a sequence at most.
-        max_preemptions: a group that was preempted as often gets the room for its limit at once.
+        max_preemptions: a group preempted this many times gets the room for its limit at once.
 
     Attributes:
         groups: in the order of the schedule.
@@ -59,11 +59,11 @@ class RunningSet:
         return int((self._rows.known[rows] - self._rows.computed[rows]).sum())
 
     def is_protected(self, group: SequenceGroup) -> bool:
-        """Whether the group was preempted so often that it is not again."""
+        """Whether the group has been preempted too often to be preempted again."""
         return group.num_preemptions >= self._max_preemptions
 
     def room(self, sequence: Sequence) -> int:
-        """Tokens to map room for when a sequence starts: its own, and one more if there may be."""
+        """Tokens to map room for at the start: one more than the sequence has, if it may grow."""
         group = sequence.group
         last = group.limit - 1  # the last token is never computed
         if self.is_protected(group):
@@ -118,19 +118,19 @@ class RunningSet:
         bisect.insort(self.prefilling, sequence, key=lambda s: (s.group.order, s.index))
 
     def prefilled(self, sequence: Sequence) -> None:
-        """Hears that a sequence has one token left to compute: it decodes from now on."""
+        """Moves a sequence with one token left to compute to those that decode."""
         self.prefilling.remove(sequence)
         self._rows.set_decoding(sequence.row, not sequence.finish_reason)
 
     def advanced(self, sequence: Sequence) -> None:
-        """Hears that a part of a prompt was computed: its followers may be able to use it."""
+        """Lets the followers of a prefix start once a sequence has computed all of it."""
         if self._computing and self._rows.computed[sequence.row] >= self._prefix_tokens(
             sequence.group
         ):
             self._end_prefix(sequence.group)
 
     def fork(self, group: SequenceGroup) -> Fork:
-        """Gives the siblings rows. The donor's row is released if that has ended in between."""
+        """Gives the siblings rows. `release_donors` follows when memory has carried it out."""
         rows, shared, donor = self._rows, group.request.num_shared_tokens, group.donor
         assert donor is not None
         children = tuple(group.unforked)
@@ -146,7 +146,7 @@ class RunningSet:
         return Fork(donor, children, shared, room)
 
     def unfork(self, fork: Fork) -> None:
-        """Takes a fork back that memory refused."""
+        """Undoes a fork that memory refused."""
         group = fork.parent.group
         blocks = 0
         for child, room in zip(fork.children, fork.room, strict=True):
@@ -191,7 +191,7 @@ class RunningSet:
         group.num_preemptions += 1
 
     def unstart(self, group: SequenceGroup) -> None:
-        """Takes a start back that memory refused: there is nothing to release."""
+        """Undoes a start that memory refused: there is nothing to release."""
         released, releasing = list(self.released), self.releasing
         self._leave(group)
         self.released, self.releasing = released, releasing

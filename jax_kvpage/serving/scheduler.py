@@ -1,4 +1,4 @@
-"""The scheduler: which sequences run in each step, and which memory they get for it.
+"""The scheduler: which sequences run in each step, and the memory they get.
 
 A request travels from `add` through the queue to its row: it is admitted when blocks and a slot are
 there, computes its prompt in parts that fit the token budget, beside the sequences that decode, and
@@ -7,7 +7,7 @@ it and come back. It ends at its limit, or when the caller says so.
 
 Each step serves unfinished sequences first and new ones after them, first come first served, as in
 vLLM (Kwon et al., 2023). A plan is carried out before the next is asked for, but its results need
-not be known: the scheduler hears only of sequences that change state. Nothing here depends on
+not be known: the scheduler needs calls only for sequences that change state. Nothing depends on
 clocks, hashes or random numbers: equal calls give equal plans.
 """
 
@@ -56,7 +56,7 @@ class Scheduler:
         max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
         preemption: chooses victims; `CostAware()` if None.
         admission: decides when a group may start; `ExpectedGrowth()` if None.
-        max_preemptions: a group that was preempted as often is admitted only with the room for its
+        max_preemptions: a group preempted this many times is admitted only with the room for its
             limit, and is not preempted again.
         max_num_waiting: groups in the queue at most; None for no bound.
         find_prefix: tokens of a group that the prefix cache has, and how many of their blocks are
@@ -179,7 +179,7 @@ class Scheduler:
         self._has_drafts = True
 
     def add_tokens(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Hears that the last plan brought sequences more than the one token that it counts on.
+        """Adds the tokens that the last plan produced beyond one for each sequence.
 
         Args:
             rows: int[s]: rows that decode, each once.
@@ -194,7 +194,7 @@ class Scheduler:
                 self._end(sequence, sequence.group.limit_reason)
 
     def schedule(self, now: float = float("-inf")) -> StepPlan:
-        """Plans the next step. All of the plan before must have been carried out, or refused.
+        """Plans the next step. The previous plan must have been carried out, or refused.
 
         Args:
             now: the time, for deadlines.
@@ -225,7 +225,7 @@ class Scheduler:
         return self._complete(step)
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
-        """Hears, before anything else, that memory did not give what the last plan promised.
+        """Takes back the part of the last plan that memory has refused. Must be the next call.
 
         The groups of those sequences do not run in this step, and keep what they have; newly
         admitted ones go back to their places in the queue. Until memory has freed more blocks than
@@ -283,7 +283,7 @@ class Scheduler:
             self.cancel(self._running.groups[0], "capacity")
 
     def _admit(self, step: StepBuilder) -> None:
-        """Starts groups in order while a row, a slot, blocks and tokens are there."""
+        """Starts groups in order while there are a row, a slot, blocks and tokens for them."""
         running = self._running
         load = Load(self._rows, self._memory.capacity, step.free, step.coming)
         while step.budget > 0 and (group := self._queue.head()) is not None:

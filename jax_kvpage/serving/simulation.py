@@ -1,7 +1,7 @@
 """A server without a model: the scheduler runs requests whose lengths are known, on counted blocks.
 
-What a step takes is a linear function of its tokens and their contexts. With that, policies can be
-compared, and sizes planned that no machine at hand has.
+The duration of a step is modeled as a linear function of its tokens and their contexts. This allows
+comparing policies, and planning for hardware that is not available.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class StepTime:
     """Seconds of a step. The defaults are of the size of an 8B model in bfloat16 on an H100.
 
     Attributes:
-        fixed: of every step: reading the weights.
+        fixed: for every step: reading the weights.
         per_token: for each token that runs.
         per_context_token: for each token that is attended to.
     """
@@ -48,7 +48,7 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class SimulationResult:
-    """What a simulation has measured.
+    """Measurements of a simulation.
 
     Attributes:
         seconds: simulated time.
@@ -59,10 +59,10 @@ class SimulationResult:
         computed_tokens: tokens that steps ran, those computed again included.
         recomputed_tokens: tokens computed again after preemptions.
         preemptions: groups that lost their memory.
-        stalled: steps that sequences waited for blocks, added up.
-        running: sequences with memory while others waited, averaged over time; over all the time
-            if none ever did.
-        waste: of the memory reserved, the part that held no token, averaged over time.
+        stalled: steps that sequences waited for blocks, summed over sequences.
+        running: sequences with memory, averaged over the time in which others waited, or over all
+            of it if none did.
+        waste: share of the reserved memory that held no token, averaged over time.
         first_token: float64[finished]: seconds from arrival to the first token.
         latency: float64[finished]: seconds from arrival to the end.
     """
@@ -233,7 +233,7 @@ def simulate(
             grows; or room for "maximum" length, for its output rounded up to a "power_of_two", or
             for exactly what it will need ("oracle"), as servers without paging reserve. Those use
             all of the memory, without fragmentation, so they are shown better than they are.
-        step_time: what a step takes.
+        step_time: duration of a step; `StepTime()` if None.
         **options: of `Scheduler`.
     """
     memory = BlockBudget(

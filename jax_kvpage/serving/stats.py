@@ -1,4 +1,4 @@
-"""What a scheduler has done so far."""
+"""Counters of the scheduler."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ __all__ = ["SchedulerStats"]
 
 @dataclasses.dataclass(slots=True)
 class SchedulerStats:
-    """Counts since the scheduler was made.
+    """Counts since the scheduler was created.
 
     Attributes:
         steps: plans.
-        admissions: groups that started, those that came back included.
+        admissions: groups that started, including those that returned after a preemption.
         preemptions: groups that lost their memory.
-        recomputed_tokens: tokens to compute again after that, without those found in a cache.
-        stalled: steps that sequences waited for blocks, added up over sequences.
+        recomputed_tokens: tokens computed again after preemptions, without those found in a cache.
+        stalled: steps that sequences waited for blocks, summed over sequences.
         refused_requests: requests that `add` refused.
         refused_plans: plans that memory refused in part.
     """

@@ -1,18 +1,20 @@
-"""How many of the blocks that memory calls free a plan may count on, after refusals."""
+"""Back-off after refusals: how many of the free blocks a plan may use."""
 
 __all__ = ["Trust"]
 
 
 class Trust:
-    """Backs off after memory has refused blocks that it called free.
+    """Backs off after memory has refused blocks that it reported as free.
 
-    As many as it called free then are not counted on; half of them are again after each step.
+    After a refusal, the number of blocks that were reported as free is withheld from plans. Each
+    step halves it.
 
     Args:
-        max_refusals: steps in a row in which nothing ran for a refusal, until it is final.
+        max_refusals: consecutive steps in which nothing ran because of a refusal, until a refusal
+            is final.
 
     Attributes:
-        is_full: whether the step counts on all blocks that memory calls free.
+        is_full: whether the step may use all blocks that memory reports as free.
     """
 
     def __init__(self, max_refusals: int = 8) -> None:
@@ -22,25 +24,25 @@ class Trust:
         self._refusals = 0
 
     def usable(self, free: int) -> int:
-        """Blocks to count on in the next step, of those that memory calls free."""
+        """Blocks that the next step may use, of those that memory reports as free."""
         self.is_full = self._withheld == 0
         usable = max(free - self._withheld, 0)
         self._withheld //= 2
         return usable
 
     def refused(self, usable: int) -> None:
-        """Hears of a refusal in a step that counted on some blocks."""
+        """Records a refusal in a step that could use this many blocks."""
         self._withheld = max(self._withheld, usable)
 
     def is_final(self, idle: bool) -> bool:
-        """Whether the refusal just heard of is the last of too many.
+        """Whether the latest refusal is final: too many came in a row.
 
         Args:
-            idle: whether nothing runs or drains, so that the next try will be no different.
+            idle: whether nothing runs or drains, so that the next attempt can only fail again.
         """
         self._refusals = self._refusals + 1 if idle else 0
         return self._refusals >= self._max_refusals
 
     def ran(self) -> None:
-        """Hears that a plan ran."""
+        """Records that a plan ran."""
         self._refusals = 0

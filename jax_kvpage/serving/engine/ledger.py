@@ -95,7 +95,7 @@ class Ledger:
             self._finish(request)
 
     def changed(self) -> list[RequestOutput]:
-        """Outputs with new tokens or an end since the call before."""
+        """Outputs with new tokens or an end since the previous call."""
         changed, self._changed = list(self._changed.values()), {}
         return changed
 

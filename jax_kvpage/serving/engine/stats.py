@@ -1,4 +1,4 @@
-"""What an engine has done so far."""
+"""Counters of the engine."""
 
 import dataclasses
 

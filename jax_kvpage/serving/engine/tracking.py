@@ -1,4 +1,4 @@
-"""What the engine knows of a request: its tokens, its text and whether a token ends it."""
+"""State of a request in the engine: its tokens, its text and whether a token ends it."""
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class SequenceState:
         return self.output.finish_reason is not None
 
     def ran(self, begin: int, count: int) -> None:
-        """Hears that tokens from a position on were computed."""
+        """Records that `count` tokens from position `begin` on were computed."""
         self.computed = begin + count
         metrics = self.request.output.metrics
         metrics.num_computed_tokens += count
