@@ -30,6 +30,11 @@ def _check_empty(pool: kvp.KVPool) -> None:
     assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
 
 
+def _run(engine: Engine) -> None:
+    while engine.has_unfinished:
+        engine.step()
+
+
 def _raising(error: BaseException, times: int) -> Any:
     """The model, whose first traces raise."""
     left = iter(range(times))
@@ -218,10 +223,9 @@ def test_an_interrupted_last_release_is_made_up_for(monkeypatch) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(pool, "release", release)
-        while not output.finished:
-            engine.step()
         with pytest.raises(KeyboardInterrupt):
-            engine.step()
+            _run(engine)
+        assert output.finished
         assert engine.has_unfinished, "a slot to release"
         engine.close()
         assert not engine.has_unfinished
