@@ -11,6 +11,7 @@ import pytest
 import serving_rig as rig
 from serving_rig import shared_programs  # noqa: F401
 
+import jax_kvpage as kvp
 from jax_kvpage.serving import AsyncEngine, Engine, RequestRefused, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -140,6 +141,64 @@ def test_an_engine_that_stops_says_so() -> None:
             await asyncio.wait_for(engine.generate(_PROMPTS[0]), 60)
         with pytest.raises(RuntimeError, match="stopped"):
             await engine.generate(_PROMPTS[0])
-        await engine.close()
+        with pytest.raises(RuntimeError, match="stopped"):
+            await engine.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("times", [1, 7])
+def test_an_exception_in_a_step(expected, monkeypatch, times: int) -> None:
+    """It ends the requests of the step, and no others."""
+
+    async def main(pool: kvp.KVPool) -> None:
+        engine = AsyncEngine(Engine(rig.step, rig.params(), pool, rig.config()))
+        real, left = pool.extend, iter(range(times))
+
+        def extend(*args: Any) -> None:
+            if next(left, None) is not None:
+                raise MemoryError("mapping")
+            real(*args)
+
+        monkeypatch.setattr(pool, "extend", extend)
+        for _ in range(times):  # extends a slot at its last token
+            output = await asyncio.wait_for(
+                engine.generate(_PROMPTS[1][:14], SamplingParams(max_tokens=9)), 60
+            )
+            assert output.outputs[0].finish_reason == "error"
+            assert output.error == "MemoryError: mapping"
+        outputs = [await engine.generate(_PROMPTS[0], _PARAMS[0])]
+        assert rig.tokens(outputs) == expected[:1]
+        await engine.close()
+
+    with rig.pool() as pool:
+        asyncio.run(main(pool))
+        jax.block_until_ready(pool.cache())
+        assert pool.stats().slots_occupied == 0
+
+
+def test_an_engine_that_stops_gives_memory_back(monkeypatch) -> None:
+    async def main(pool: kvp.KVPool) -> None:
+        inner = Engine(rig.step, rig.params(), pool, rig.config())
+        engine = AsyncEngine(inner)
+        outputs = engine.stream(_PROMPTS[1], SamplingParams(max_tokens=80))
+        await anext(outputs)
+
+        real = inner.step
+
+        def step() -> None:
+            monkeypatch.setattr(inner, "step", real)
+            raise SystemExit("not an Exception")
+
+        monkeypatch.setattr(inner, "step", step)
+        with pytest.raises(RuntimeError, match="stopped: not an Exception"):
+            async for _ in outputs:
+                pass
+        assert inner.closed
+        with pytest.raises(RuntimeError, match="stopped"):
+            await engine.close()
+
+    with rig.pool() as pool:
+        asyncio.run(main(pool))
+        jax.block_until_ready(pool.cache())
+        assert pool.stats().slots_occupied == 0

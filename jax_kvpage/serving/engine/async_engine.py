@@ -5,21 +5,28 @@ however many requests it has; a reader that is slower than the engine sees sever
 """
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
+from jax_kvpage.errors import PoolClosed
 from jax_kvpage.serving.engine.engine import Engine
 from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 
 __all__ = ["AsyncEngine"]
 
+_MOST_FAILURES = 8  # steps in a row that raise, until the engine stops
+
 
 class AsyncEngine:
     """Serves requests of asyncio tasks. An asynchronous context manager.
+
+    An exception in a step ends the requests of that step ("error"), and the engine goes on. It
+    stops when the pool is closed, or when several steps in a row have raised.
 
     Args:
         engine: not used by anyone else from now on; `close` closes it.
@@ -31,6 +38,7 @@ class AsyncEngine:
         self._jobs: list[Callable[[], None]] = []
         self._closing = False
         self._failure: BaseException | None = None
+        self._num_failures = 0  # steps in a row
         self._readers: dict[int, _Reader] = {}
         self._thread = threading.Thread(target=self._run, name="jax_kvpage engine", daemon=True)
         self._thread.start()
@@ -92,17 +100,25 @@ class AsyncEngine:
                 self._cancel(reader)
 
     async def close(self) -> None:
-        """Ends all requests ("cancelled"), gives their memory back and ends the thread."""
+        """Ends all requests ("cancelled"), gives their memory back and ends the thread.
+
+        Raises:
+            RuntimeError: the engine had stopped for an error.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._check_failure()
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"AsyncEngine: stopped: {self._failure}") from self._failure
 
     def _submit(self, job: Callable[[], None]) -> None:
         """Has a function called by the engine's thread."""
         with self._condition:
-            if self._failure is not None:
-                raise RuntimeError(f"AsyncEngine: stopped: {self._failure}") from self._failure
+            self._check_failure()
             if self._closing:
                 raise RuntimeError("AsyncEngine: closed")
             self._jobs.append(job)
@@ -126,6 +142,8 @@ class AsyncEngine:
             with self._condition:
                 self._failure = error
                 jobs, self._jobs = self._jobs, []
+            with contextlib.suppress(BaseException):  # the first one is told
+                self._engine.close()
             for job in jobs:
                 job()
             self._answer_all(RuntimeError(f"AsyncEngine: stopped: {error}"))
@@ -145,8 +163,21 @@ class AsyncEngine:
             self._deliver([output for output in outputs if output is not None])
             return False
         if self._engine.has_unfinished:
-            self._deliver(self._engine.step())
+            self._deliver(self._step())
         return True
+
+    def _step(self) -> list[RequestOutput]:
+        """Runs a step; returns the outputs that have changed."""
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._num_failures += 1
+            if isinstance(error, PoolClosed) or self._num_failures == _MOST_FAILURES:
+                raise
+            every = [reader.output for reader in self._readers.values()]
+            return [output for output in every if output is not None and output.finished]
+        self._num_failures = 0
+        return outputs
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         """Hands snapshots to the readers, each event loop in one call."""
