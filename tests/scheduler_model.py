@@ -119,6 +119,10 @@ class Server:
         self.reported += plan.finished
         self._check_victims(plan, before)
         self._release(plan, stopped)
+        for admission in plan.admissions:
+            if admission.num_cached and self.random.random() < refusals:
+                less = self.random.randrange(admission.num_cached)
+                plan = self.scheduler.found(plan, admission.sequence, less)
         claims = [a.sequence for a in plan.admissions]
         claims += [child for fork in plan.forks for child in fork.children]
         claims += [self.rows[row] for row in plan.extend_rows.tolist()]

@@ -10,7 +10,7 @@ from jax_kvpage.serving.request import Sequence, SequenceGroup
 from jax_kvpage.serving.rows import Rows
 from jax_kvpage.serving.running import RunningSet
 
-__all__ = ["advance", "take_back", "without"]
+__all__ = ["advance", "start_from", "take_back", "without"]
 
 
 def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
@@ -40,6 +40,37 @@ def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
     for position in ending:
         rows.set_decoding(int(plan.rows[position]), False)
     return dataclasses.replace(plan, ending=tuple(ending))
+
+
+def start_from(
+    rows: Rows, running: RunningSet, plan: StepPlan, sequence: Sequence, num_cached: int
+) -> StepPlan:
+    """Lets an admitted sequence run as many tokens as a plan says, but from an earlier one on.
+
+    It has more to compute than was planned, so it does not sample.
+
+    Returns:
+        The plan that says so.
+    """
+    position = plan.sequences.index(sequence)
+    begins, samples = plan.begins.copy(), plan.samples.copy()
+    rows.computed[sequence.row] = num_cached + plan.counts[position]
+    if samples[position]:
+        rows.known[sequence.row] -= 1
+        rows.set_decoding(sequence.row, False)
+        running.prefills(sequence)
+    running.caches(sequence.group, num_cached)
+    begins[position], samples[position] = num_cached, False
+    return dataclasses.replace(
+        plan,
+        admissions=tuple(
+            dataclasses.replace(a, num_cached=num_cached) if a.sequence is sequence else a
+            for a in plan.admissions
+        ),
+        begins=begins,
+        samples=samples,
+        ending=tuple(place for place in plan.ending if place != position),
+    )
 
 
 def take_back(

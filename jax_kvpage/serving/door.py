@@ -3,7 +3,16 @@
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.request import Request, RequestRefused
 
-__all__ = ["check_queue", "limit_of"]
+__all__ = ["check_queue", "check_sizes", "limit_of"]
+
+
+def check_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Raises a ValueError for a scheduler whose steps could not run all that decode."""
+    if not 1 <= max_num_seqs <= max_num_batched_tokens:
+        raise ValueError(
+            f"Scheduler: max_num_seqs is {max_num_seqs} and max_num_batched_tokens "
+            f"{max_num_batched_tokens}: wanted 1 <= max_num_seqs <= max_num_batched_tokens"
+        )
 
 
 def check_queue(request: Request, waiting: int, most: int | None) -> None:

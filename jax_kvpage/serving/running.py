@@ -104,10 +104,19 @@ class RunningSet:
             self.forking.append(group)
         self._promise(group, blocks - rows.blocks(room))
         self.promised_slots += group.request.slots - group.request.n + len(group.unforked)
-        key, size = group.request.prefix_key, rows.block_tokens
-        if key is not None and num_cached < self._prefix_tokens(group) // size * size:
-            self._computing.setdefault(key, group)
+        self.caches(group, num_cached)
         return Admission(leader, room, num_cached)
+
+    def caches(self, group: SequenceGroup, num_cached: int) -> None:
+        """Hears how many of its first tokens a group has found: it may have to compute a prefix."""
+        key = group.request.prefix_key
+        if key is not None and num_cached < self.prefix_to_cache(group):
+            self._computing.setdefault(key, group)
+
+    def prefix_to_cache(self, group: SequenceGroup) -> int:
+        """Tokens of a group that followers wait for: whole blocks, and never its last token."""
+        whole = self._prefix_tokens(group) // self._rows.block_tokens * self._rows.block_tokens
+        return min(whole, group.live[0].num_tokens - 1)
 
     def computes(self, prefix_key: Hashable) -> bool:
         """Whether a running group computes this prefix."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load
-from jax_kvpage.serving.advance import advance, take_back, without
+from jax_kvpage.serving.advance import advance, start_from, take_back, without
 from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.door import check_queue, limit_of
+from jax_kvpage.serving.door import check_queue, check_sizes, limit_of
 from jax_kvpage.serving.forking import fork_ready
 from jax_kvpage.serving.growth import Growth
 from jax_kvpage.serving.memory import Memory
@@ -78,11 +78,7 @@ class Scheduler:
         max_num_waiting: int | None = None,
         find_prefix: Callable[[SequenceGroup], tuple[int, int]] | None = None,
     ) -> None:
-        if not 1 <= max_num_seqs <= max_num_batched_tokens:
-            raise ValueError(
-                f"Scheduler: max_num_seqs is {max_num_seqs} and max_num_batched_tokens "
-                f"{max_num_batched_tokens}: wanted 1 <= max_num_seqs <= max_num_batched_tokens"
-            )
+        check_sizes(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
         self._memory = memory
         self._max_num_seqs = max_num_seqs
@@ -235,7 +231,7 @@ class Scheduler:
         Args:
             plan: the last one. Its `release` has been carried out.
             sequences: those of its `extend_rows`, of its admissions, or children of its forks, that
-                got no memory, or found fewer tokens in the prefix cache than the plan says.
+                got no memory.
 
         Returns:
             The plan to carry out instead.
@@ -243,9 +239,8 @@ class Scheduler:
         refused = list(sequences)
         groups = dict.fromkeys(sequence.group for sequence in refused)
         left = without(plan, groups, refused)
-        for sequence in refused:
-            if sequence.row in self._room_before:
-                self._rows.room[sequence.row] = self._room_before[sequence.row]
+        for row in {sequence.row for sequence in refused} & self._room_before.keys():
+            self._rows.room[row] = self._room_before[row]
         for group in take_back(self._rows, self._running, plan, groups):
             self._queue.push(group)
         self._forks = left.forks
@@ -256,6 +251,20 @@ class Scheduler:
         if self._trust.is_final(left.is_empty and not self._memory.draining_blocks()):
             self.cancel(next(iter(groups)), "capacity")
         return left
+
+    def found(self, plan: StepPlan, sequence: Sequence, num_cached: int) -> StepPlan:
+        """Hears, before a refusal, that a sequence starts with fewer tokens than planned.
+
+        Args:
+            plan: the last one, which admits the sequence.
+            sequence: that has its memory.
+            num_cached: tokens that it has found in the prefix cache.
+
+        Returns:
+            The plan to carry out instead, in which it runs as many tokens from there.
+        """
+        self._ending = [other for other in self._ending if other is not sequence]
+        return start_from(self._rows, self._running, plan, sequence, num_cached)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         group, waits = sequence.group, sequence.group.status is not Status.RUNNING
@@ -269,10 +278,10 @@ class Scheduler:
 
     def _begin(self) -> StepBuilder:
         memory, running = self._memory, self._running
+        free = self._trust.usable(memory.free_blocks())
         coming = memory.draining_blocks() + running.releasing
-        usable = self._trust.usable(memory.free_blocks())
         slots = memory.free_slots() - running.promised_slots
-        return StepBuilder(usable, running.promised, coming, slots, self._budget)
+        return StepBuilder(free, running.promised, coming, slots, self._budget)
 
     def _requeue(self, step: StepBuilder) -> None:
         """Puts victims back into the queue; if nothing can go on, the oldest group ends."""
@@ -288,14 +297,18 @@ class Scheduler:
         load = Load(self._rows, self._memory.capacity, step.free, step.coming)
         while step.budget > 0 and (group := self._queue.head()) is not None:
             key = group.request.prefix_key
-            if self._find_prefix is not None and running.computes(key):
-                self._queue.hold(key)
-                continue
-            rows = self._rows.num_free - running.num_unforked
-            if len(group.live) > rows or group.request.slots > step.slots:
+            full = len(group.live) > self._rows.num_free - running.num_unforked
+            full = full or group.request.slots > step.slots
+            waits = self._find_prefix is not None and running.computes(key)
+            if full and not waits:
                 break
             cached, spared = self._find_prefix(group) if self._find_prefix else (0, 0)
             cached = min(cached, group.live[0].num_tokens - 1)
+            if waits and cached < running.prefix_to_cache(group):
+                self._queue.hold(key)
+                continue
+            if full:
+                break
             blocks = running.blocks_to_start(group) - spared
             if not running.groups and not step.coming:
                 if blocks > step.free:
@@ -306,11 +319,8 @@ class Scheduler:
             elif blocks > step.free or not self._admission.admits(load, group, blocks):
                 break
             self._queue.pop()
-            self.stats.admissions += 1
-            if group.num_preemptions:
-                self.stats.recomputed_tokens += max(group.num_lost_tokens - cached, 0)
-            step.free -= blocks
-            load.free = step.free
+            self.stats.restarts(group, cached)
+            load.free = step.free = step.free - blocks
             step.slots -= group.request.slots
             step.admissions.append(running.start(group, cached))
             step.run(self._rows, group.live[0])
@@ -333,11 +343,8 @@ class Scheduler:
         for key in running.done_prefixes:
             self._queue.let_go(key)
         running.done_prefixes.clear()
-        if self._has_drafts:
-            rows.drafts[:] = 0
-            self._has_drafts = False
+        rows.drafts[:] = 0
+        self._has_drafts = False
         self._ran = not plan.is_empty
-        self.stats.steps += 1
-        self.stats.preemptions += len(plan.preempted)
-        self.stats.stalled += plan.num_stalled
+        self.stats.planned(plan)
         return plan

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from jax_kvpage.serving.plan import StepPlan
+from jax_kvpage.serving.request import SequenceGroup
+
 __all__ = ["SchedulerStats"]
 
 
@@ -26,3 +29,15 @@ class SchedulerStats:
     stalled: int = 0
     refused_requests: int = 0
     refused_plans: int = 0
+
+    def planned(self, plan: StepPlan) -> None:
+        """Counts a plan."""
+        self.steps += 1
+        self.admissions += len(plan.admissions)
+        self.preemptions += len(plan.preempted)
+        self.stalled += plan.num_stalled
+
+    def restarts(self, group: SequenceGroup, num_cached: int) -> None:
+        """Counts what a group that lost its memory computes again."""
+        if group.num_preemptions:
+            self.recomputed_tokens += max(group.num_lost_tokens - num_cached, 0)

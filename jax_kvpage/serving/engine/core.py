@@ -69,7 +69,7 @@ class EngineCore:
             preemption=config.preemption,
             admission=config.admission,
             max_num_waiting=config.max_num_waiting,
-            find_prefix=_unknown_prefix if config.prefix_caching else None,
+            find_prefix=self._find_prefix if config.prefix_caching else None,
         )
         self._programs = Programs(
             step,
@@ -268,6 +268,10 @@ class EngineCore:
             while self.has_unfinished:
                 self.step()
 
+    def _find_prefix(self, group: SequenceGroup) -> tuple[int, int]:
+        """What the prefix cache has of a group; which blocks cost no free one is not known."""
+        return self._slots.find(self._ledger.states[group.live[0]]), 0
+
     def _start(self) -> None:
         """Begins with no steps."""
         self._runner = Runner(
@@ -337,9 +341,3 @@ class EngineCore:
         self._finished.clear()
         self._slots.abandon()
         self._gave_up = False
-
-
-def _unknown_prefix(group: SequenceGroup) -> tuple[int, int]:
-    """What the prefix cache has of a group is known when its slot is acquired, and not before."""
-    del group
-    return 0, 0

@@ -7,7 +7,7 @@ the same, a call is made once more from a new generation.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from jax_kvpage.serving.request import Sequence
 from jax_kvpage.serving.scheduler import Scheduler
 
 __all__ = ["PoolMemory", "Slots"]
+
+_T = TypeVar("_T")
 
 
 class PoolMemory:
@@ -148,8 +150,11 @@ class Slots:
             if not self._fork(fork, states):
                 refused += fork.children
         for admission in plan.admissions:
-            if not self.acquire(states[admission.sequence], admission.num_tokens):
+            state = states[admission.sequence]
+            if not self.acquire(state, admission.num_tokens):
                 refused.append(admission.sequence)
+            elif state.computed < admission.num_cached:  # the others were evicted in between
+                plan = scheduler.found(plan, admission.sequence, state.computed)
         refused += self._extend(plan)
         if not refused:
             return plan
@@ -161,6 +166,11 @@ class Slots:
         # Of a group that does not run, those that did get their memory.
         self.release(rows[s] for s in new if s.group in groups and states[s].row >= 0)
         return left
+
+    def find(self, state: SequenceState) -> int:
+        """Tokens that `acquire` will find in memory, if nothing is evicted before."""
+        ids = np.asarray(state.ids, np.int32)
+        return _past_fault(lambda: self._pool.find_prefix(ids, state.request.namespace))
 
     def acquire(self, state: SequenceState, room: int) -> bool:
         """Gives a sequence a slot that starts with what is in memory of its tokens."""
@@ -263,13 +273,13 @@ class Slots:
         return True
 
 
-def _past_fault(call: Callable[[], None]) -> None:
+def _past_fault(call: Callable[[], _T]) -> _T:
     """Makes a call that needs no cache.
 
     On CUDA it may be the first to hear, once, that a step in flight has failed. That is dealt with
     when the step is read back.
     """
     try:
-        call()
+        return call()
     except DeviceFault:
-        call()
+        return call()
