@@ -11,6 +11,7 @@ from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import Engine, SamplingParams
+from jax_kvpage.serving.engine.programs import Programs
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -273,3 +274,64 @@ def test_a_closed_pool_ends_every_request() -> None:
     assert late.outputs[0].finish_reason == "cancelled"
     assert not engine.has_unfinished
     engine.close()
+
+
+@pytest.mark.parametrize("guesses", [0, 1], ids=["in-flight", "read-back"])
+def test_a_slot_that_was_to_be_released_is_lost(expected, monkeypatch, guesses: int) -> None:
+    """As on CUDA, where the slot of an acquire that did not run is free in a new generation."""
+    options = rig.config(num_speculative_tokens=guesses)
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, options) as engine:
+        real, slots = pool.acquire_prefix, []
+
+        def acquire(*args: Any) -> Any:
+            found = real(*args)
+            slots.append(found[0])
+            return found
+
+        monkeypatch.setattr(pool, "acquire_prefix", acquire)
+        outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
+        for _ in range(3):
+            engine.step()
+        engine.cancel(outputs[0])
+        fresh = pool.cache
+
+        def cache() -> kvp.KVCache:
+            monkeypatch.setattr(pool, "cache", fresh)
+            return pool.release(fresh(), slots[0])
+
+        fresh()  # the next call fails, and the step in flight if there is one
+        monkeypatch.setattr(pool, "cache", cache)
+        _run(engine)
+        assert engine.stats.generations == 1
+        assert rig.tokens(outputs)[1:] == expected[1:]
+        engine.close()
+        _check_empty(pool)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lengths"), KeyboardInterrupt()])
+def test_a_recovery_that_fails_is_made_again(expected, monkeypatch, error: BaseException) -> None:
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        set_lengths, release = Programs.set_lengths, pool.release
+        outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
+
+        def failing_set(*args: Any) -> Any:
+            monkeypatch.setattr(Programs, "set_lengths", set_lengths)
+            raise error
+
+        def failing_release(*args: Any) -> Any:
+            monkeypatch.setattr(pool, "release", release)
+            pool.cache()
+            return release(*args)
+
+        monkeypatch.setattr(Programs, "set_lengths", failing_set)
+        monkeypatch.setattr(pool, "release", failing_release)
+        with pytest.raises(type(error)):
+            _run(engine)
+        _run(engine)
+        assert engine.stats.generations == 2
+        for output, tokens in zip(outputs, expected, strict=True):
+            found = output.outputs[0]
+            assert found.finish_reason == "error" or [found.token_ids] == tokens
+        assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
+        engine.close()
+        _check_empty(pool)

@@ -291,6 +291,7 @@ class EngineCore:
         Returns:
             The plan without what memory refused.
         """
+        self._runner.settle()
         if plan.is_empty or plan.release or self._finished or plan.forks or plan.admissions:
             self._reader.read()
         if plan.release:
@@ -324,6 +325,7 @@ class EngineCore:
     def _clean_up(self) -> None:
         """Releases what a step that was given up has left, before rows go to other sequences."""
         try:
+            self._runner.settle()
             self._reader.read()
             self._reader.tell()
             self._slots.release_dropped()

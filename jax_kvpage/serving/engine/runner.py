@@ -67,6 +67,7 @@ class Runner:
         self._on_device = np.zeros(num_rows, bool)
         slots.recover = self._recover
         self._recovering = False
+        self._restored = True  # whether slots and rows are those of the newest generation
         self.flights: list[Flight] = []
         self.steps = 0
         self.accepted = 0
@@ -120,6 +121,11 @@ class Runner:
         self.flights.append(flight)
         self.steps += 1
         self._dispatch(flight)
+
+    def settle(self) -> None:
+        """Tries a recovery again that failed; nothing can go on before."""
+        if not (self._restored or self.flights):  # reading flights back does it, too
+            self._recover()
 
     def read(self) -> list[Token]:
         """Waits for the oldest step, and runs it again if it failed.
@@ -250,30 +256,40 @@ class Runner:
     def _recover(self) -> None:
         """Starts a new generation and runs all steps again that are not read back.
 
+        If slots cannot be restored, all those steps fail.
+
         Raises:
-            RuntimeError: a call that is part of a recovery asks for another.
+            RuntimeError: a call that is part of a recovery asks for another, or there is no step to
+                fail.
         """
         if self._recovering:
             raise RuntimeError("a call on the pool failed while the engine recovered")
         self.generations += 1
         self._slots.cache = self._pool.cache()
         self._state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
-        self._recovering = True
+        self._recovering, self._restored = True, False
         try:
             self._restore()
-        except Exception as error:
+        except BaseException as error:
             for flight in self.flights:
                 flight.outcome, flight.error = None, error
+            if not self.flights or not isinstance(error, Exception):
+                raise
             return
         finally:
             self._recovering = False
+        self._restored = True
         for flight in self.flights:
             self._dispatch(flight)
 
     def _restore(self) -> None:
         """Brings slots and rows to where the last step that was read back has left them."""
-        states = self._slots.occupied()
         lengths = np.asarray(jax.device_get(self._slots.cache.lengths))
+        runs = {id(state) for flight in self.flights for state in flight.states}
+        for state in self._slots.occupied():
+            if state.is_dropped and lengths[state.slot] < 0 and id(state) not in runs:
+                self._slots.leave(state)  # its slot was to be released
+        states = self._slots.occupied()
         have = {}
         for state in states:
             self._newest[state.row], self._on_device[state.row] = state.ids[-1], False

@@ -112,7 +112,7 @@ class Slots:
     def release_dropped(self) -> None:
         """Releases the slots of sequences whose row the scheduler has taken back."""
         everyone = enumerate(self.states)
-        self.release(row for row, s in everyone if s is not None and s.sequence.row != row)
+        self.release(row for row, s in everyone if s is not None and s.is_dropped)
 
     def release(self, rows: Iterable[int]) -> None:
         """Commits what sequences have computed, and releases their slots. Nothing is in flight."""
@@ -121,14 +121,21 @@ class Slots:
             return
         for state in gone:
             self.commit(state)
-        self._release([state.slot for state in gone])
+        self._release(lambda: [state.slot for state in gone if state.slot >= 0])
         for state in gone:
-            self._leave(state)
+            if state.row >= 0:
+                self.leave(state)
+
+    def leave(self, state: SequenceState) -> None:
+        """Hears that the slot of a sequence is free."""
+        self.states[state.row], self.slot[state.row] = None, -1
+        state.slot = state.row = -1
+        state.computed = state.committed = 0
 
     def abandon(self) -> None:
         """Forgets all slots: the pool is closed."""
         for state in self.occupied():
-            self._leave(state)
+            self.leave(state)
 
     def claim(
         self, plan: StepPlan, scheduler: Scheduler, states: dict[Sequence, SequenceState]
@@ -215,16 +222,18 @@ class Slots:
             self.recover()
             return verb(self.cache)
 
-    def _release(self, slots: list[int]) -> None:
-        self.cache = self._call(lambda cache: self._pool.release(cache, slots))
+    def _release(self, slots: Callable[[], list[int]]) -> None:
+        """Releases slots; asks again which ones they are after a recovery."""
 
-    def _leave(self, state: SequenceState) -> None:
-        self.states[state.row], self.slot[state.row] = None, -1
-        state.slot = state.row = -1
-        state.computed = state.committed = 0
+        def release(cache: KVCache) -> KVCache:
+            found = slots()
+            return self._pool.release(cache, found) if found else cache
+
+        self.cache = self._call(release)
 
     def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
-        row = state.sequence.row
+        # A recovery gives a slot to a sequence that may have lost its row to the scheduler since.
+        row = state.row if state.row >= 0 else state.sequence.row
         state.slot, state.row, state.room = slot, row, room
         state.computed = state.committed = computed
         self.states[row], self.slot[row] = state, slot
@@ -240,13 +249,18 @@ class Slots:
             self._pool.extend(slots, room)
         except BaseException as error:
             if slots:
-                self._release(slots)
+                self._release(lambda: self._unused(slots))
             if not isinstance(error, OutOfBlocks):
                 raise
             return False
         for child, slot, tokens in zip(fork.children, slots, room, strict=True):
             self._enter(states[child], slot, fork.num_tokens, tokens)
         return True
+
+    def _unused(self, slots: list[int]) -> list[int]:
+        """Those of some slots that are acquired, and that no sequence has."""
+        lengths = np.asarray(jax.device_get(self.cache.lengths))
+        return [slot for slot in slots if lengths[slot] >= 0 and slot not in self.slot]
 
     def _extend(self, plan: StepPlan) -> list[Sequence]:
         """Maps more room; returns the sequences that got none."""

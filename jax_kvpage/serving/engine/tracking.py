@@ -47,6 +47,11 @@ class SequenceState:
             self._text = TextBuilder(request.detokenize, self.ids, params.stop)
 
     @property
+    def is_dropped(self) -> bool:
+        """Whether the scheduler has taken its row back, so that its slot is to be released."""
+        return self.sequence.row != self.row
+
+    @property
     def ended(self) -> bool:
         """Whether the caller has seen its end."""
         return self.output.finish_reason is not None
