@@ -1,11 +1,28 @@
 """What an engine is told once."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from jax_kvpage.serving.admission import AdmissionPolicy
 from jax_kvpage.serving.preemption import PreemptionPolicy
 
 __all__ = ["EngineConfig"]
+
+_NUMBERS = {  # the least that each may be
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_num_waiting": 1,
+    "max_logprobs": 0,
+    "max_stop_token_ids": 0,
+    "num_speculative_tokens": 0,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 1,
+    "seed": 0,
+}
+_OPTIONAL = ("max_num_seqs", "max_num_waiting")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +42,8 @@ class EngineConfig:
             same model and parameters, one after the other on a pool, share what they computed under
             one name. None makes a new name for each engine: what another model has computed is
             never found.
-        max_logprobs: most `SamplingParams.logprobs` that a request may ask for.
+        max_logprobs: most `SamplingParams.logprobs` that a request may ask for. If it is more than
+            the model's vocabulary, requests get all of that.
         max_stop_token_ids: most tokens that may end a request with `min_tokens`.
         max_num_waiting: requests in the queue at most; None for no bound.
         num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 for
@@ -56,15 +74,17 @@ class EngineConfig:
     admission: AdmissionPolicy | None = None
 
     def __post_init__(self) -> None:
-        reasons = []
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+        reasons: list[str] = []
+        for name, low in _NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                reasons.append(f"{name} is {value}, wanted 1 or more")
-        for name in ("max_logprobs", "max_stop_token_ids", "num_speculative_tokens", "seed"):
-            if getattr(self, name) < 0:
-                reasons.append(f"{name} is {getattr(self, name)}, wanted 0 or more")
-        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            if value is None and name in _OPTIONAL:
+                continue
+            if not _integer(value) or value < low:
+                reasons.append(f"{name} is {value!r}, wanted {low} or more")
+        reasons += self._normalize("eos_token_ids", _token_ids, "a tuple of token ids")
+        if self.buckets is not None:
+            reasons += self._normalize("buckets", _pairs, "pairs of 1 or more tokens, sequences")
+        if not reasons and not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
             reasons.append(
                 f"prompt_lookup_min is {self.prompt_lookup_min} and prompt_lookup_max "
                 f"{self.prompt_lookup_max}, wanted 1 <= min <= max"
@@ -75,6 +95,15 @@ class EngineConfig:
             reasons.append(f"namespace is {self.namespace!r}, wanted a str of one line, or None")
         if reasons:
             raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
+
+    def _normalize(self, name: str, convert: Callable[[Any], Any], wanted: str) -> list[str]:
+        """Converts an option to tuples; returns what is wrong with it."""
+        value = getattr(self, name)
+        try:
+            object.__setattr__(self, name, convert(value))
+        except (TypeError, ValueError):
+            return [f"{name} is {value!r}, wanted {wanted}"]
+        return []
 
     def rows(self, max_slots: int) -> int:
         """Sequences at one time, for a pool.
@@ -116,13 +145,33 @@ class EngineConfig:
                 if tokens > sequences
             }
             return sorted(decode | mixed | {largest})
-        shapes = sorted({(int(tokens), int(sequences)) for tokens, sequences in self.buckets})
+        shapes = sorted(set(self.buckets))
         if not any(tokens >= largest[0] and sequences >= rows for tokens, sequences in shapes):
             raise ValueError(
                 f"EngineConfig: buckets {shapes} have none for {largest[0]} tokens "
                 f"(max_num_batched_tokens) of {rows} sequences"
             )
         return shapes
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _token_ids(values: Any) -> tuple[int, ...]:
+    """Token ids; raises a TypeError or ValueError for anything else."""
+    ids = tuple(values)
+    if not all(_integer(token) and 0 <= token < 2**31 for token in ids):
+        raise ValueError
+    return tuple(map(int, ids))
+
+
+def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
+    """Shapes; raises a TypeError or ValueError for anything else."""
+    pairs = tuple((tokens, sequences) for tokens, sequences in values)
+    if not all(_integer(number) and number >= 1 for pair in pairs for number in pair):
+        raise ValueError
+    return tuple((int(tokens), int(sequences)) for tokens, sequences in pairs)
 
 
 def _doubling(first: int, last: int, factor: int = 2) -> list[int]:

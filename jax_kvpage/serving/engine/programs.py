@@ -239,7 +239,8 @@ class Programs:
             jnp.repeat(rows, each),
             (positions[:, None] - behind).reshape(-1),
         )
-        sampled = sample(logits, wanted, state.history, self._max_logprobs)
+        max_logprobs = min(self._max_logprobs, logits.shape[1])
+        sampled = sample(logits, wanted, state.history, max_logprobs)
         chosen = sampled.tokens.reshape(size, each)
         right = tokens[jnp.minimum(last + 1, num_tokens - 1)] == chosen
         right = jnp.cumprod(right & (behind > 0), axis=1, dtype=jnp.int32)
