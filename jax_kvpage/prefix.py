@@ -72,7 +72,8 @@ class PrefixCalls:
         """Occupies a slot that begins with as many of the request's tokens as are in memory.
 
         What counts as in memory: tokens that were committed (`commit`) to sequences of the same
-        namespace which this call has acquired, and to their forks, running or released. The slot
+        namespace which this call has acquired, and to their forks, running or released; a released
+        one once its slot has drained (`pool.check` of the cache waits for that). The slot
         that holds them is adopted where its sequence goes on or is asked for again, which costs no
         system call and no copy; otherwise whole blocks are mapped read-only in an empty slot, and
         the tokens of the last, partial one are copied. Blocks of released sequences stay until

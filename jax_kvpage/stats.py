@@ -37,6 +37,8 @@ class PoolStats:
         blocks_parked: parked in blocks.
         blocks_draining: draining in blocks.
         blocks_free: free in blocks.
+        blocks_spare: of those mapped, blocks that live requests have beyond what they asked for;
+            others get them under pressure.
         blocks_shared: shared in blocks.
         blocks_cached: cached in blocks.
         slots_occupied: slots with a live request.
@@ -66,6 +68,7 @@ class PoolStats:
     blocks_parked: int
     blocks_draining: int
     blocks_free: int
+    blocks_spare: int
     blocks_shared: int
     blocks_cached: int
     slots_occupied: int
@@ -151,6 +154,7 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         blocks_parked=n.blocks_parked,
         blocks_draining=n.blocks_draining,
         blocks_free=n.blocks_free,
+        blocks_spare=n.blocks_spare,
         blocks_shared=n.blocks_shared,
         blocks_cached=n.blocks_cached,
         slots_occupied=n.slots_occupied,

@@ -504,3 +504,16 @@ def test_everything_at_once(alone, seed: int) -> None:
         assert first.finish_reason != "length" or first.token_ids == expected
         reasons |= {each.finish_reason for each in output.outputs}
     assert reasons == {"length", "cancelled"}
+
+
+def test_a_sequence_may_use_what_its_slot_had_before() -> None:
+    """A parked slot that a request adopts may have more blocks than it asked for."""
+    with rig.pool(4) as pool:
+        options = rig.config(prefix_caching=False)
+        with Engine(rig.step, rig.params(), pool, options) as engine:
+            for seed in range(3):
+                (output,) = engine.generate(
+                    [rig.prompt(40, seed)], SamplingParams(temperature=0, max_tokens=15)
+                )
+                assert output.outputs[0].finish_reason == "length"
+                assert len(output.outputs[0].token_ids) == 15

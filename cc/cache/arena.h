@@ -8,6 +8,7 @@
 #ifndef KVPAGE_CACHE_ARENA_H_
 #define KVPAGE_CACHE_ARENA_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -55,6 +56,10 @@ class Arena {
   // The run of logical blocks at the end of a slot without other references, at most `most`: these can be moved
   // elsewhere, and come free when they are unmapped.
   std::int64_t ExclusiveTail(std::int64_t slot, std::int64_t most) const;
+  // Physical blocks that would come free if the slot kept its first `blocks` logical blocks only.
+  std::int64_t SpareOf(std::int64_t slot, std::int64_t blocks) const {
+    return ExclusiveTail(slot, std::max<std::int64_t>(this->blocks(slot) - blocks, 0)) * geometry_.num_ranges();
+  }
   // Physical blocks that would come free if these slots, each named once, were unmapped.
   std::int64_t FreedBy(const std::vector<std::int32_t>& slots) const;
   // Physical blocks mapped by each class of slots, `classes[slot]` being below `num_classes`. A block that slots of

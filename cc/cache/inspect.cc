@@ -43,6 +43,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
       case SlotState::kOccupied:
         classes[slot] = kMapped;
         ++n.slots_occupied;
+        n.blocks_spare += arena.SpareOf(slot, table.geometry().BlocksFor(table.host(state, slot).reserved));
         break;
       case SlotState::kDraining:
         classes[slot] = kDraining;

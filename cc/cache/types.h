@@ -54,7 +54,7 @@ struct ForkRequest {
 // Blocks are counted once each, however many slots map them.
 struct PoolNumbers {
   std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
-  std::int64_t blocks_shared = 0, blocks_cached = 0, blocks_peak = 0, blocks_warm = 0;
+  std::int64_t blocks_spare = 0, blocks_shared = 0, blocks_cached = 0, blocks_peak = 0, blocks_warm = 0;
   std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
   std::int64_t prefix_queries = 0, prefix_hits = 0, prefix_tokens = 0, prefix_evictions = 0;
   std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;

@@ -101,6 +101,7 @@ void BindResults(nb::module_& m) {
       .def_ro("blocks_parked", &PoolNumbers::blocks_parked)
       .def_ro("blocks_draining", &PoolNumbers::blocks_draining)
       .def_ro("blocks_free", &PoolNumbers::blocks_free)
+      .def_ro("blocks_spare", &PoolNumbers::blocks_spare)
       .def_ro("blocks_shared", &PoolNumbers::blocks_shared)
       .def_ro("blocks_cached", &PoolNumbers::blocks_cached)
       .def_ro("prefix_queries", &PoolNumbers::prefix_queries)

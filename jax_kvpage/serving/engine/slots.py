@@ -53,8 +53,9 @@ class PoolMemory:
         return self._stats.blocks_total // self._ranges
 
     def free_blocks(self) -> int:
-        """Free blocks, and those that parked slots and the prefix cache would give up."""
-        return (self._stats.blocks_free + self._stats.blocks_parked) // self._ranges
+        """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
+        stats = self._stats
+        return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
 
     def draining_blocks(self) -> int:
         """Blocks that come free without a decision."""
