@@ -28,7 +28,9 @@ def _state(stop: Sequence[str], min_tokens: int, include: bool) -> SequenceState
     params = SamplingParams(
         max_tokens=100, stop=tuple(stop), min_tokens=min_tokens, include_stop_str_in_output=include
     )
-    request = RequestState(RequestOutput(0, [0], [], RequestMetrics(0.0)), params, 0, (), _decode)
+    request = RequestState(
+        RequestOutput(0, [0], [], RequestMetrics(0.0)), params, 0, (), _decode, ""
+    )
     request.start(
         SequenceGroup(Request(request_id=0, num_prompt_tokens=1, max_tokens=100), 0, 101, "length")
     )

@@ -265,9 +265,10 @@ class Runner:
         if self._recovering:
             raise RuntimeError("a call on the pool failed while the engine recovered")
         self.generations += 1
+        self._restored = False
         self._slots.cache = self._pool.cache()
         self._state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
-        self._recovering, self._restored = True, False
+        self._recovering = True
         try:
             self._restore()
         except BaseException as error:
