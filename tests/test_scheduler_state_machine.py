@@ -123,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 def test_against_a_plain_model(policy: str) -> None:
     machine = type("Machine", (SchedulerMachine,), {"policy": policy})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=num_cases(40, 2000), stateful_step_count=15)
+        machine, settings=settings(max_examples=num_cases(40, 400), stateful_step_count=15)
     )
 
 
