@@ -59,7 +59,7 @@ BUDGETS = [
     Budget(r"CountOutKernel", False, 32),
     Budget(r"PlanCheckedKernel", True, 80),
     Budget(r"PlanKernel", False, 80),
-    Budget(r"BatchCheckKernel", False, 48),
+    Budget(r"BatchCheckKernel", False, 48, spills=16),  # it copies a whole KVView
     Budget(r"(Advance|Change|Edit|TableCheck)Kernel(<.*>)?", False, 64),
     Budget(r"DecodeKernel<.*, 64>", True, 255, tile=3200),
     Budget(r"DecodeKernel<.*, 128>", True, 255, tile=4700),
