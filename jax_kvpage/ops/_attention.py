@@ -11,7 +11,26 @@ from jax_kvpage import _compat
 from jax_kvpage.ops._checks import FLOATS, Checker, show
 from jax_kvpage.ops._lowering import ADDRESSINGS, absent, check_implementation
 
-__all__ = ["check_addressing", "check_attention", "operands", "params", "results_of", "split_lse"]
+__all__ = [
+    "STATIC",
+    "check_addressing",
+    "check_attention",
+    "operands",
+    "params",
+    "results_of",
+    "split_lse",
+]
+
+# Static parameters of the attention primitives.
+STATIC = (
+    "spec",
+    "scale",
+    "soft_cap",
+    "exact_weights",
+    "return_lse",
+    "implementation",
+    "addressing",
+)
 
 
 def _positive_number(name: str, value: Any, default: float, problems: list[str]) -> float:

@@ -14,15 +14,6 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["paged_attention"]
 
-_STATIC = (
-    "spec",
-    "scale",
-    "soft_cap",
-    "exact_weights",
-    "return_lse",
-    "implementation",
-    "addressing",
-)
 _NAMES = (
     *_batching.CACHE,
     "slots",
@@ -46,7 +37,7 @@ def _abstract(
     return results(avals, *_attention.results_of(q, return_lse))
 
 
-paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _STATIC)
+paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _attention.STATIC)
 
 
 def paged_attention(

@@ -14,15 +14,6 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["update_and_attend"]
 
-_STATIC = (
-    "spec",
-    "scale",
-    "soft_cap",
-    "exact_weights",
-    "return_lse",
-    "implementation",
-    "addressing",
-)
 _OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
 _NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "q", "k", "v", *_OPTIONS)
 
@@ -39,7 +30,7 @@ def _abstract(
     return results(avals, *_attention.results_of(q, return_lse), EPOCH)
 
 
-update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _STATIC)
+update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _attention.STATIC)
 
 
 def update_and_attend(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = ["SamplingParams"]
 
@@ -11,7 +11,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _integer(value: Any) -> bool:
+def _integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -95,7 +95,7 @@ class SamplingParams:
             want(within(name, -2, 2), name, "from -2 to 2")
         positive = within("repetition_penalty", 0, math.inf) and self.repetition_penalty > 0
         want(positive, "repetition_penalty", "above 0")
-        seeded = _integer(self.seed) and 0 <= self.seed < 2**32  # type: ignore[operator]
+        seeded = _integer(self.seed) and 0 <= self.seed < 2**32
         want(self.seed is None or seeded, "seed", "None, or from 0 to 2**32 - 1")
         limited = _integer(self.max_tokens) and self.max_tokens >= 1
         want(limited, "max_tokens", "1 or more")

@@ -4,6 +4,7 @@ Those programs are compiled by making the calls, on a few tokens in a namespace 
 finds. Their tables are padded to powers of two, so there are only a few.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -41,12 +42,11 @@ def warm_up(
     rig = _Rig(pool, cache, programs, num_rows, num_banned)
     sizes = _sizes(num_rows)
     jobs: list[Callable[[], None]] = [
-        lambda variant=variant: rig.compile(*variant)  # type: ignore[misc]
-        for variant in programs.variants
+        functools.partial(rig.compile, *variant) for variant in programs.variants
     ]
     jobs += [rig.small_programs, rig.prefixes]
-    jobs += [lambda n=n: rig.releases(n) for n in sizes]  # type: ignore[misc]
-    jobs += [lambda n=n: rig.forks(n) for n in sizes]  # type: ignore[misc]
+    jobs += [functools.partial(rig.releases, n) for n in sizes]
+    jobs += [functools.partial(rig.forks, n) for n in sizes]
     for done, job in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs))
