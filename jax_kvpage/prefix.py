@@ -161,7 +161,7 @@ class PrefixCalls:
         ttl: float | None = None,
         max_share: float = 0.2,
     ) -> int:
-        """Keeps the blocks of these tokens in memory, as far as they are there now.
+        """Protects the blocks of those tokens that are in memory now from eviction.
 
         Args:
             token_ids: ids of the first tokens of a sequence, a system prompt for instance.

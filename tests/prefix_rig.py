@@ -141,7 +141,7 @@ class PrefixRig:
         self.pool.check(self.cache)
 
     def check(self) -> None:
-        """Every live sequence holds what was written, as it is stored."""
+        """Checks that every live sequence holds the tokens written to it, rounded as stored."""
         for slot, ids in self.ids.items():
             lengths = np.asarray(self.cache.lengths)
             assert lengths[slot] == len(ids), f"slot {slot}: {lengths[slot]} != {len(ids)}"

@@ -14,7 +14,7 @@ using TokenIds = std::vector<std::int32_t>;
 
 // Tokens that Acquire would find for a request now. Changes nothing.
 Status Find(const PoolParts& pool, const std::string& space, const TokenIds& ids, bool whole, std::int64_t* tokens);
-// Keeps the blocks of these tokens from eviction, as far as they are found, for `seconds` (below 0: until Unpin).
+// Protects the blocks of the tokens that are found from eviction, for `seconds` (negative: until Unpin).
 // At most `share` of the pool's blocks are pinned in all. `tokens`: those that are pinned.
 Status Pin(const PoolParts& pool, const std::string& space, const TokenIds& ids, double share, double seconds,
            std::int64_t* tokens);

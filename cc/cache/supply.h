@@ -111,7 +111,7 @@ class Supply {
   void CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens);
   // An idle slot gives up all its blocks. The index keeps those that it refers to.
   Status Empty(const MappingLock& lock, std::int32_t slot);
-  // Whether the process has so many memory mappings left for Alias.
+  // Whether the process has enough memory mappings left for an Alias that needs this many.
   bool CanAlias(const MappingLock& lock, std::int64_t mappings);
   // Makes the index drop entries until at least `blocks` physical blocks come free. Returns how many. Where there are
   // not enough, all that there are with `partial`; else nothing is dropped.

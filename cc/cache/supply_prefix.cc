@@ -50,7 +50,7 @@ void Supply::SyncIndex(const MappingLock& lock) {
 
 void Supply::CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens) {
   if (index_ == nullptr || index_->Tokens(slot) <= tokens) return;
-  // Others may find what they share, as far as it is written. With a mirror it is not known how far that is.
+  // Shared blocks stay findable if they are written. With a mirror the host does not know which ones are.
   const std::int64_t written = table_->progress(table_->Lock()).WrittenInAllLayers(slot);
   Cut(lock, slot, tokens, std::min(arena_->SharedBlocks(slot), written / table_->geometry().block_tokens));
 }

@@ -46,7 +46,7 @@ class Reader:
         self._news: list[Callable[[], None]] = []
 
     def read(self, ahead: int = 0) -> None:
-        """Reads steps back until so many are left."""
+        """Reads the oldest steps back until the given number is left."""
         while len(self._runner.flights) > ahead:
             self._read()
 
