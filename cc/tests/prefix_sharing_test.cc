@@ -144,7 +144,9 @@ TEST_P(PrefixSharingTest, ParkedAndCachedBlocksMeetOneClaim) {
   EXPECT_EQ(pool_->Numbers().blocks_free, 0);
   EXPECT_OK(pool_->CanAcquire({128}).status);
   EXPECT_EQ(Found(Same(64, 7)), 64) << "can_acquire changes nothing";
-  EXPECT_OK(program_->Occupy(pool_->Acquire({128}).slots[0]));
+  const Claim claim = pool_->Acquire({128});
+  ASSERT_TRUE(claim.status.ok()) << claim.status.message();
+  EXPECT_OK(program_->Occupy(claim.slots[0]));
   EXPECT_EQ(Found(Same(64, 7)), 0);
 }
 
