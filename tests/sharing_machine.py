@@ -77,9 +77,13 @@ class SequencesMachine(RuleBasedStateMachine):
         return {slot: self.pool.block_map(slot) for slot in self.live}
 
     def _account(self) -> object:
-        rows = [(row.slot, row.num_blocks, row.reserved_tokens, row.committed_tokens)
+        """What the sequences have. Blocks beyond a reservation are spare: a call that fails may have
+        taken some for others.
+        """
+        rows = [(row.slot, row.reserved_tokens, row.committed_tokens)
                 for row in self.pool.slot_table() if not row.draining]  # fmt: skip
-        maps = {s: [[b for b, _ in row] for row in m] for s, m in self._maps().items()}
+        kept = {slot: self.model.count(reserved) for slot, reserved, _ in rows}
+        maps = {s: [[b for b, _ in row[: kept[s]]] for row in m] for s, m in self._maps().items()}
         return rows, maps
 
     def _claim(self, blocks: int, slots: int, call: Callable[[kvp.KVCache], Any]) -> Any:
