@@ -204,3 +204,20 @@ def test_prefix_keys() -> None:
     other, tokens = keys.find([2, 2, 3, 4])
     assert other != key
     assert tokens == 4
+
+
+@pytest.mark.parametrize("width", [1, 2, 127, 128, 129, 1000, 4096])
+def test_argmax_is_the_first_of_the_largest(width: int) -> None:
+    scores = np.random.default_rng(width).integers(-3, 3, (8, width)).astype(np.float32)
+    scores[0], scores[1], scores[2, -1] = -np.inf, np.inf, 5
+    found = jax.jit(sampling._argmax)(scores)
+    np.testing.assert_array_equal(found, np.argmax(scores, axis=-1))
+
+
+def test_draws_are_those_of_jax() -> None:
+    scores = np.random.default_rng(0).standard_normal((300, _V)).astype(np.float32)
+    seeds, index = np.arange(300, dtype=np.int32), jnp.zeros(300, jnp.int32)
+    found = jax.vmap(sampling._categorical)(scores, jnp.asarray(seeds), index, index)
+    for seed, row, token in zip(seeds.tolist(), scores, np.asarray(found).tolist(), strict=True):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
+        assert token == int(jax.random.categorical(key, row))
