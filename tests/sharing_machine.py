@@ -77,8 +77,8 @@ class SequencesMachine(RuleBasedStateMachine):
         return {slot: self.pool.block_map(slot) for slot in self.live}
 
     def _account(self) -> object:
-        """What the sequences have. Blocks beyond a reservation are spare: a call that fails may have
-        taken some for others.
+        """What the sequences have, without blocks beyond a reservation: those are spare, and a call
+        that fails may have taken some for others.
         """
         rows = [(row.slot, row.reserved_tokens, row.committed_tokens)
                 for row in self.pool.slot_table() if not row.draining]  # fmt: skip
