@@ -89,6 +89,54 @@ _STEPS = """
 """
 
 
+_TURNS = """
+    import os
+    import sys
+    import jax, jax.numpy as jnp
+    import jax_kvpage as kvp
+
+    spec = kvp.CacheSpec(2, 2, 64, 4, 1024, dtype=jnp.float32, layout=sys.argv[1])
+    pool = kvp.KVPool(spec, "32MiB")
+    cache = pool.cache()
+    x = jnp.ones((1, 100, 2, 64))
+
+    @jax.jit
+    def write(cache, batch):
+        for layer in range(2):
+            _, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
+        return kvp.advance(cache, batch)
+
+    mark = os.open(os.devnull, os.O_WRONLY)
+    ids = [3 * i + 7 for i in range(400)]
+    # The first conversation compiles everything; each asks again, and then goes on.
+    for name, first in ("warm-up", 0), ("turns", 5000):
+        prompt = [first + token for token in ids]
+        slot, cached, cache = pool.acquire_prefix(cache, prompt[:100], 800)
+        assert cached == 0
+        cache = write(cache, kvp.Batch.padded([slot], [100], 100))
+        pool.commit(slot, prompt[:100])
+        cache = pool.release(cache, slot)
+        pool.check(cache)
+        calls = pool.stats().system_calls
+        os.write(mark, name.encode() + b" begin")
+        # The prompt is repeated; then there are two more turns.
+        for asked, found in (100, 99), (200, 100), (300, 200):
+            again, cached, cache = pool.acquire_prefix(cache, prompt[:asked], 800)
+            assert (again, cached) == (slot, found)
+            cache = write(cache, kvp.Batch.padded([slot], [asked - found], 100))
+            pool.commit(slot, prompt[found:asked])
+            cache = pool.release(cache, slot)
+            pool.check(cache)
+        os.write(mark, name.encode() + b" end")
+        assert pool.stats().system_calls == calls
+    slot, _, cache = pool.acquire_prefix(cache, prompt, 800)
+    os.write(mark, b"growth begin")  # the control
+    pool.extend(slot, 1024)
+    os.write(mark, b"growth end")
+    pool.close()
+"""
+
+
 def _between(trace: str, name: str) -> list[str]:
     """Memory calls of all threads between two marks."""
     start, end = trace.index(f'"{name} begin"'), trace.index(f'"{name} end"')
@@ -96,18 +144,24 @@ def _between(trace: str, name: str) -> list[str]:
     return [line for line in trace[start:end].splitlines() if pattern.search(line)]
 
 
-@pytest.mark.parametrize("layout", ["fused", "per_layer"])
-def test_strace_agrees(tmp_path: pathlib.Path, layout: str) -> None:
+def _trace(script: str, folder: pathlib.Path, *arguments: str) -> str:
+    """What strace saw of a script's calls about memory, and of its marks."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
-    log = tmp_path / "trace"
+    log = folder / "trace"
     trace = ",".join((*_CALLS, "write"))
-    run_python(
-        _STEPS,
-        layout,
-        "control",
-        prefix=("strace", "-f", "-o", str(log), "-e", f"trace={trace}"),
-    )
+    run_python(script, *arguments, prefix=("strace", "-f", "-o", str(log), "-e", f"trace={trace}"))
     text = log.read_text()
     assert _between(text, "growth"), "strace did not see the calls of a step that maps"
-    assert _between(text, "steady") == []
+    return text
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_strace_agrees(tmp_path: pathlib.Path, layout: str) -> None:
+    assert _between(_trace(_STEPS, tmp_path, layout, "control"), "steady") == []
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+def test_strace_sees_nothing_of_what_was_cached(tmp_path: pathlib.Path, layout: str) -> None:
+    """A repeated prompt and further turns in a slot that is still parked."""
+    assert _between(_trace(_TURNS, tmp_path, layout), "turns") == []
