@@ -59,7 +59,8 @@ def split(run: Callable[[], Any], steps: int, hlo: str, ours: str = "kvpage") ->
 
     Returns:
         Milliseconds a step: total, products, kernels, rest (the total less the others: what
-        neither ran), and `rest_share`, plus what the largest of the rest are.
+        neither ran), and `rest_share`, idle (no instruction ran), plus what the largest of the
+        rest are.
     """
     dots = products(hlo)
     kinds: dict[str, list[Interval]] = {"products": [], "kernels": [], "other": []}
@@ -92,5 +93,6 @@ def split(run: Callable[[], Any], steps: int, hlo: str, ours: str = "kvpage") ->
         "kernels ms": _length(kinds["kernels"]) * scale,
         "rest ms": (total - busy) * scale,
         "rest_share": (total - busy) / total if total else float("nan"),
+        "idle ms": (total - _length([each for kind in kinds.values() for each in kind])) * scale,
         "largest of the rest": ", ".join(f"{n} {t * scale:.2f} ms" for n, t in largest),
     }

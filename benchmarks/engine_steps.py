@@ -1,0 +1,138 @@
+"""Steady decoding in the engine: what a step costs its thread, and whether the device waits for it.
+
+    python benchmarks/engine_steps.py [--quick] [--json]
+
+The 56M Llama of `llama_steps.py` in float32, 8 sequences, greedy. The engine's thread is timed by
+its processor clock; the rest of a step it waits for the device. In a second run under the profiler
+`idle` is the time in which no instruction of a step ran. The same compiled step called in a loop
+that reads nothing shows how much of that is XLA's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import llama_steps
+import numpy as np
+import script
+from flax import nnx
+from timesplit import split
+
+import jax_kvpage as kvp
+from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+
+from llama.serving import model_step
+
+__all__ = ["measure"]
+
+_BATCH = 8
+_MODEL = "56M"
+_RUNS = [(64, 200), (1792, 100)]  # context, steps
+_QUICK = [(64, 20)]
+
+
+def _engine(context: int, room: int) -> tuple[Engine, kvp.KVPool]:
+    config = llama_steps._MODELS[_MODEL]
+    graph, tree, weights = llama_steps._weights(config)
+    step, weights = model_step(nnx.merge(graph, jax.tree.unflatten(tree, weights)))
+    spec = kvp.CacheSpec(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        _BATCH,
+        context + room,
+        dtype=jnp.float32,
+    )
+    pool = kvp.KVPool(spec, f"{-(-_BATCH * (context + room + 64) * spec.token_bytes >> 20)}MiB")
+    shapes = ((_BATCH, _BATCH), (512, _BATCH))
+    engine = Engine(step, weights, pool, EngineConfig(buckets=shapes, prefix_caching=False))
+    engine.warm_up()
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
+    outputs = [
+        engine.add_request(rng.integers(100, 30000, context).tolist(), params)
+        for _ in range(_BATCH)
+    ]
+    while not all(output.outputs and output.outputs[0].token_ids for output in outputs):
+        engine.step()
+    return engine, pool
+
+
+def _steps(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
+    # The last one is still in flight; so was one before the first.
+
+
+def _bare(engine: Engine, count: int) -> None:
+    """The compiled decode step, over and over, at the lengths where the engine left off."""
+    runner, programs = engine._runner, engine._programs
+    program = programs._compiled[(_BATCH, _BATCH), 0]
+    cache, state = engine._slots.cache, runner._state
+    slots = np.asarray([each.slot for each in engine._slots.occupied()], np.int32)
+    rows = np.arange(_BATCH, dtype=np.int32)
+    positions = np.asarray(jax.device_get(cache.lengths))[slots] + 1
+    for i in range(count):
+        packed = programs.pack(
+            (_BATCH, _BATCH), -1 - rows, np.arange(_BATCH + 1, dtype=np.int32), slots, rows,
+            positions + i, np.zeros(_BATCH, np.int32), runner._columns[:, :_BATCH],
+        )  # fmt: skip
+        cache, state, _ = program(engine._programs._params, cache, state, packed)
+    engine._slots.cache, runner._state = jax.block_until_ready((cache, state))
+
+
+def _row(context: int, steps: int) -> list[dict[str, Any]]:
+    engine, pool = _engine(context, 4 * steps + 64)
+    with pool:
+        _steps(engine, 8)
+        begin, processor = time.perf_counter(), time.thread_time()
+        _steps(engine, steps)
+        seconds, processor = time.perf_counter() - begin, time.thread_time() - processor
+        hlo = engine._programs._compiled[(_BATCH, _BATCH), 0].as_text()
+        traced = split(functools.partial(_steps, engine, steps), steps, hlo)
+        jax.block_until_ready(engine._slots.cache)
+        for sequence in engine._slots.occupied():
+            pool.extend(sequence.slot, context + 3 * steps + 64)
+        begin = time.perf_counter()
+        _bare(engine, steps // 2)
+        bare = (time.perf_counter() - begin) / (steps // 2)
+        loop = split(functools.partial(_bare, engine, steps // 2), steps // 2, hlo)
+    about: dict[str, Any] = {"model": _MODEL, "context": context}
+    return [
+        about
+        | {
+            "steps": "in the engine",
+            "ms": seconds / steps * 1e3,
+            "thread ms": processor / steps * 1e3,
+            "thread share": processor / seconds,
+            "idle share": traced["idle ms"] / traced["step ms"],
+            "products ms": traced["products ms"],
+            "kernels ms": traced["kernels ms"],
+        },
+        about
+        | {
+            "steps": "in a loop",
+            "ms": bare * 1e3,
+            "idle share": loop["idle ms"] / loop["step ms"],
+            "products ms": loop["products ms"],
+            "kernels ms": loop["kernels ms"],
+        },
+    ]
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """A table: steps in the engine, and the same program in a loop."""
+    rows = [row for run in (_QUICK if quick else _RUNS) for row in _row(*run)]
+    return {"tables": {f"decode steps of {_BATCH} sequences, float32": rows}}
+
+
+if __name__ == "__main__":
+    script.run(__doc__, measure)
