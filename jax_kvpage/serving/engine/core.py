@@ -5,9 +5,7 @@ before it back. Calls come from one thread; `AsyncEngine` runs an engine in a th
 """
 
 import contextlib
-import itertools
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -18,19 +16,19 @@ from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guessing import guess
-from jax_kvpage.serving.engine.ledger import Ledger, check_params, token_ids
+from jax_kvpage.serving.engine.intake import Intake
+from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import PoolMemory, Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
-from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
+from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
-from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
+from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.plan import StepPlan
-from jax_kvpage.serving.prefixes import PrefixKeys
-from jax_kvpage.serving.request import Request, SequenceGroup
+from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.text import Detokenize
 
@@ -59,7 +57,6 @@ class EngineCore:
         self.config = config = config or EngineConfig()
         rows = config.rows(pool.spec.max_slots)
         self._pool = pool
-        self._detokenize = detokenize
         self._clock = clock
         self._memory = PoolMemory(pool)
         self.scheduler = Scheduler(
@@ -84,14 +81,11 @@ class EngineCore:
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
         self._ledger = Ledger(clock)
         self._start()
-        self._namespace = config.namespace or ""
-        if config.namespace is None:
-            self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
-        self._prefixes = PrefixKeys(self._memory.block_tokens)
+        self._intake = Intake(
+            config, self.scheduler, self._ledger, self._memory.block_tokens, detokenize, clock
+        )
         self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
         self._gave_up = False  # whether a plan was not carried out
-        self._seeds = np.random.default_rng(config.seed)
-        self._ids = itertools.count()
         self.closed = False
 
     def __enter__(self) -> Self:
@@ -179,37 +173,18 @@ class EngineCore:
         """
         if self.closed:
             raise RuntimeError("Engine: closed")
-        params = params or SamplingParams()
-        ids, space = token_ids(prompt), self.namespace_of(namespace)
-        check_params(params, self.config, self._detokenize is not None)
-        request_id = next(self._ids) if request_id is None else request_id
-        key, shared = None, 0
-        if self.config.prefix_caching:
-            key, shared = self._prefixes.find(ids, space)
-        request = Request(
+        return self._intake.add(
+            prompt,
+            params or SamplingParams(),
             request_id=request_id,
-            num_prompt_tokens=len(ids),
-            max_tokens=params.max_tokens,
-            n=params.n,
             priority=priority,
             deadline=deadline,
-            prefix_key=key,
-            num_prefix_tokens=shared,
+            namespace=namespace,
         )
-        group = self.scheduler.add(request)
-        seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-        output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        state = RequestState(
-            output, params, seed, self.config.eos_token_ids, self._detokenize, space
-        )
-        self._ledger.add(state, group)
-        return output
 
     def namespace_of(self, name: str | None = None) -> str:
         """The pool's namespace of requests with this `namespace`, for `KVPool.pin` and `hint`."""
-        if not isinstance(name, str | None):
-            raise ValueError(f"Engine: namespace: wanted a str or None, got {name!r}")
-        return self._namespace if name is None else f"{self._namespace}\n{name}"
+        return self._intake.namespace_of(name)
 
     def cancel(self, output: RequestOutput, reason: str = "cancelled") -> None:
         """Ends a request at once. Its memory comes back with the next step.

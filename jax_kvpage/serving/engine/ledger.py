@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.flight import Token
 from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.outputs import RequestOutput
-from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.request import Sequence as ScheduledSequence
 from jax_kvpage.serving.request import SequenceGroup
 
-__all__ = ["Ledger", "check_params", "token_ids"]
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -105,38 +103,3 @@ class Ledger:
             output.finished = True
             output.metrics.finished = self._clock()
             self._changed[id(output)] = output
-
-
-def token_ids(prompt: Sequence[int]) -> list[int]:
-    """A prompt, checked."""
-    if isinstance(prompt, str):
-        raise ValueError("Engine: prompt is text, wanted token ids")
-    ids = [int(token) for token in prompt]
-    if not ids:
-        raise ValueError("Engine: the prompt is empty, wanted at least one token")
-    if min(ids) < 0 or max(ids) >= 2**31:
-        raise ValueError(f"Engine: prompt: wanted token ids, got {min(ids)} to {max(ids)}")
-    return ids
-
-
-def check_params(params: SamplingParams, config: EngineConfig, has_text: bool) -> None:
-    """Raises a ValueError for parameters that an engine cannot serve.
-
-    Args:
-        params: of a request.
-        config: of the engine.
-        has_text: whether it has a detokenizer.
-    """
-    reasons = []
-    most = config.max_logprobs
-    if params.logprobs is not None and params.logprobs > most:
-        reasons.append(f"logprobs is {params.logprobs}, but max_logprobs is {most}")
-    if params.stop and not has_text:
-        reasons.append("stop strings need an engine with `detokenize`")
-    most = config.max_stop_token_ids
-    eos = () if params.ignore_eos else config.eos_token_ids
-    stops = len({*params.stop_token_ids, *eos})
-    if params.min_tokens and stops > most:
-        reasons.append(f"min_tokens with {stops} stop tokens: max_stop_token_ids is {most}")
-    if reasons:
-        raise ValueError("\n  - ".join(["Engine.add_request:", *reasons]))

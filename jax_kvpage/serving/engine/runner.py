@@ -14,11 +14,11 @@ import numpy as np
 from jax_kvpage.errors import shortened
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
+from jax_kvpage.serving.engine.logprobs import logprob_table
 from jax_kvpage.serving.engine.programs import Outcome, Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.tracking import SequenceState
-from jax_kvpage.serving.outputs import Logprob
 from jax_kvpage.serving.plan import StepPlan
 
 __all__ = ["Runner"]
@@ -249,7 +249,7 @@ class Runner:
                 state, token = flight.states[i], int(tokens[place])
                 count, logprobs = state.request.params.logprobs, None
                 if count is not None and details is not None:
-                    logprobs = _logprobs(token, count, *(array[place] for array in details))
+                    logprobs = logprob_table(token, count, *(array[place] for array in details))
                 found.append(Token(state, token, logprobs))
         return found, accepted
 
@@ -325,15 +325,3 @@ class Runner:
                 np.zeros((self._columns.shape[0], 1), np.int32),
             )
             begin += len(ids)
-
-
-def _logprobs(
-    token: int, count: int, own: np.ndarray, rank: np.ndarray, ids: np.ndarray, values: np.ndarray
-) -> tuple[dict[int, Logprob], float]:
-    """The log probabilities of a token and of the `count` most likely ones, and its own."""
-    table = {
-        int(ids[place]): Logprob(float(values[place]), place + 1)
-        for place in range(min(count, len(ids)))
-    }
-    table.setdefault(token, Logprob(float(own), int(rank)))
-    return table, float(own)

@@ -1,0 +1,132 @@
+"""Where requests enter the engine: prompts and parameters are checked and completed.
+
+Nothing changes for a request that is refused.
+"""
+
+import itertools
+import uuid
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.tracking import RequestState
+from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
+from jax_kvpage.serving.params import SamplingParams
+from jax_kvpage.serving.prefixes import PrefixKeys
+from jax_kvpage.serving.request import Request
+from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.serving.text import Detokenize
+
+__all__ = ["Intake"]
+
+
+class Intake:
+    """Queues requests.
+
+    Args:
+        config: of the engine.
+        scheduler: decides whether they can run.
+        ledger: of those accepted.
+        block_tokens: tokens in a block.
+        detokenize: of the engine.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Scheduler,
+        ledger: Ledger,
+        block_tokens: int,
+        detokenize: Detokenize | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._ledger = ledger
+        self._detokenize = detokenize
+        self._clock = clock
+        self._namespace = config.namespace or ""
+        if config.namespace is None:
+            self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
+        self._prefixes = PrefixKeys(block_tokens)
+        self._seeds = np.random.default_rng(config.seed)
+        self._ids = itertools.count()
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: object,
+        priority: int,
+        deadline: float | None,
+        namespace: str | None,
+    ) -> RequestOutput:
+        """See `EngineCore.add_request`."""
+        config = self._config
+        ids, space = _token_ids(prompt), self.namespace_of(namespace)
+        _check_params(params, config, self._detokenize is not None)
+        request_id = next(self._ids) if request_id is None else request_id
+        key, shared = None, 0
+        if config.prefix_caching:
+            key, shared = self._prefixes.find(ids, space)
+        request = Request(
+            request_id=request_id,
+            num_prompt_tokens=len(ids),
+            max_tokens=params.max_tokens,
+            n=params.n,
+            priority=priority,
+            deadline=deadline,
+            prefix_key=key,
+            num_prefix_tokens=shared,
+        )
+        group = self._scheduler.add(request)
+        seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
+        output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
+        state = RequestState(output, params, seed, config.eos_token_ids, self._detokenize, space)
+        self._ledger.add(state, group)
+        return output
+
+    def namespace_of(self, name: str | None) -> str:
+        """See `EngineCore.namespace_of`."""
+        if not isinstance(name, str | None):
+            raise ValueError(f"Engine: namespace: wanted a str or None, got {name!r}")
+        return self._namespace if name is None else f"{self._namespace}\n{name}"
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt, checked."""
+    if isinstance(prompt, str):
+        raise ValueError("Engine: prompt is text, wanted token ids")
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError("Engine: the prompt is empty, wanted at least one token")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError(f"Engine: prompt: wanted token ids, got {min(ids)} to {max(ids)}")
+    return ids
+
+
+def _check_params(params: SamplingParams, config: EngineConfig, has_text: bool) -> None:
+    """Raises a ValueError for parameters that an engine cannot serve.
+
+    Args:
+        params: of a request.
+        config: of the engine.
+        has_text: whether it has a detokenizer.
+    """
+    reasons = []
+    most = config.max_logprobs
+    if params.logprobs is not None and params.logprobs > most:
+        reasons.append(f"logprobs is {params.logprobs}, but max_logprobs is {most}")
+    if params.stop and not has_text:
+        reasons.append("stop strings need an engine with `detokenize`")
+    most = config.max_stop_token_ids
+    eos = () if params.ignore_eos else config.eos_token_ids
+    stops = len({*params.stop_token_ids, *eos})
+    if params.min_tokens and stops > most:
+        reasons.append(f"min_tokens with {stops} stop tokens: max_stop_token_ids is {most}")
+    if reasons:
+        raise ValueError("\n  - ".join(["Engine.add_request:", *reasons]))
