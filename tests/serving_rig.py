@@ -84,7 +84,8 @@ def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_one = Programs.compile
 
     def compile_once(self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any) -> Any:
-        key = (self._step, self._num_rows, self._num_banned, shape, num_guesses, cache.spec)
+        sizes = (self._num_rows, self._num_banned, self.num_words, self._max_logprobs)
+        key = (self._step, sizes, shape, num_guesses, cache.spec)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state)
         self._compiled[shape, num_guesses] = _PROGRAMS[key]

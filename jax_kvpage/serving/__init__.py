@@ -18,6 +18,7 @@ from jax_kvpage.serving.request import Request, RequestRefused, Sequence, Sequen
 from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.simulation import Reservation, SimulationResult, StepTime, simulate
 from jax_kvpage.serving.stats import SchedulerStats
+from jax_kvpage.serving.structured import StructuredOutputsParams
 from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ __all__ = [
     "Step",
     "StepPlan",
     "StepTime",
+    "StructuredOutputsParams",
     "Watermark",
     "Workload",
     "azure_trace",

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, TypeGuard
 
+from jax_kvpage.serving.structured import StructuredOutputsParams
+
 __all__ = ["SamplingParams"]
 
 
@@ -40,6 +42,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         logprobs: also return the log probabilities of this many most likely tokens and of the token
             chosen, before penalties and temperature; None for none at all, 0 for the chosen token.
+        structured_outputs: what the output must look like (needs an engine with `tokenizer`). It
+            ends ("stop") where nothing may follow. Log probabilities are those without it.
 
     Raises:
         ValueError: values out of range; one error lists all of them.
@@ -61,6 +65,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -111,4 +116,6 @@ class SamplingParams:
             want(isinstance(getattr(self, name), bool), name, "True or False")
         counted = self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0)
         want(counted, "logprobs", "None, or 0 or more")
+        known = isinstance(self.structured_outputs, StructuredOutputsParams | None)
+        want(known, "structured_outputs", "StructuredOutputsParams, or None")
         return reasons

@@ -78,6 +78,9 @@ class AsyncEngine:
         Ending the iteration early, or cancelling the task, cancels the request. For arguments and
         errors see `generate`.
         """
+        if params is not None and params.structured_outputs is not None:
+            # The engine's thread then finds it compiled, and other requests do not wait.
+            await asyncio.to_thread(self._engine.compile_grammar, params.structured_outputs)
         reader = _Reader(asyncio.get_running_loop())
 
         def add() -> None:

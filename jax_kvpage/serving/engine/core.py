@@ -16,6 +16,7 @@ from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guessing import guess
+from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.programs import Programs, Step
@@ -30,6 +31,7 @@ from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.serving.structured import StructuredOutputsParams
 from jax_kvpage.serving.text import Detokenize
 
 __all__ = ["EngineCore"]
@@ -52,6 +54,7 @@ class EngineCore:
         config: EngineConfig | None = None,
         *,
         detokenize: Detokenize | None = None,
+        tokenizer: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config = config or EngineConfig()
@@ -68,6 +71,8 @@ class EngineCore:
             max_num_waiting=config.max_num_waiting,
             find_prefix=self._find_prefix if config.prefix_caching else None,
         )
+        eos = config.eos_token_ids
+        guidance = None if tokenizer is None else Guidance(tokenizer, eos)
         self._programs = Programs(
             step,
             params,
@@ -76,13 +81,15 @@ class EngineCore:
             config.max_logprobs,
             config.max_stop_token_ids,
             config.num_speculative_tokens,
+            0 if guidance is None else guidance.num_words,
         )
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
         self._ledger = Ledger(clock)
         self._start()
+        size = self._memory.block_tokens
         self._intake = Intake(
-            config, self.scheduler, self._ledger, self._memory.block_tokens, detokenize, clock
+            config, self.scheduler, self._ledger, size, detokenize, clock, guidance
         )
         self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
         self._gave_up = False  # whether a plan was not carried out
@@ -181,6 +188,14 @@ class EngineCore:
             deadline=deadline,
             namespace=namespace,
         )
+
+    def compile_grammar(self, wanted: StructuredOutputsParams) -> None:
+        """Compiles a grammar ahead of the requests that use it. Any thread may call this.
+
+        Raises:
+            ValueError: the grammar is wrong, or the engine has no tokenizer.
+        """
+        self._intake.guidance().compile(wanted)
 
     def namespace_of(self, name: str | None = None) -> str:
         """The pool's namespace of requests with this `namespace`, for `KVPool.pin` and `hint`."""
@@ -283,7 +298,7 @@ class EngineCore:
         self._finished.clear()
         if not plan.is_empty:
             self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
-        self._reader.read(ahead=0 if self.config.num_speculative_tokens else 1)
+        self._reader.read(ahead=0 if self._runner.in_lockstep else 1)
         self._reader.tell()
         return plan
 

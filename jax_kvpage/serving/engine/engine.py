@@ -23,6 +23,8 @@ class Engine(EngineCore):
         pool: the memory. While the engine runs, only the engine makes caches of it.
         config: options.
         detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
+        tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,
+            or an `llguidance.LLTokenizer`. Needs llguidance: `pip install 'jax_kvpage[guided]'`.
         clock: seconds, for deadlines and metrics.
 
     Attributes:
@@ -32,6 +34,7 @@ class Engine(EngineCore):
 
     Raises:
         ValueError: options that do not fit each other or the pool.
+        ModuleNotFoundError: a tokenizer without llguidance.
     """
 
     def generate(

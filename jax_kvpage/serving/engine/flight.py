@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from jax_kvpage.serving.engine.guidance import Guide
 from jax_kvpage.serving.engine.programs import Outcome
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.outputs import Logprob
@@ -47,6 +48,14 @@ class Flight:
         found = np.zeros(len(self.states), np.int32)
         found[: self.num_decodes] = [len(each) for each in self.guesses]
         return found
+
+    def guided(self) -> list[tuple[int, Guide, list[int]]]:
+        """Places of sequences that sample from a mask, their guides and guesses."""
+        return [
+            (i, guide, self.guesses[i] if i < self.num_decodes else [])
+            for i, state in enumerate(self.states)
+            if (guide := state.guide) is not None and self.samples[i]
+        ]
 
     def keep(self, places: list[int]) -> None:
         """Leaves all other sequences out."""

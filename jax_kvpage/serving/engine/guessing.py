@@ -30,6 +30,8 @@ def guess(states: Iterable[SequenceState], config: EngineConfig) -> dict[Sequenc
         if state.lookup is None:
             state.lookup = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)
         tokens = state.lookup.guess(state.ids, config.num_speculative_tokens)
+        if tokens and state.guide is not None:
+            tokens = state.guide.cut(tokens)
         if tokens:
             found[state] = tokens
     return found

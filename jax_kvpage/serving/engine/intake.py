@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
@@ -32,6 +33,7 @@ class Intake:
         block_tokens: tokens in a block.
         detokenize: of the engine.
         clock: seconds.
+        guidance: for constrained decoding; None without a tokenizer.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Intake:
         block_tokens: int,
         detokenize: Detokenize | None,
         clock: Callable[[], float],
+        guidance: Guidance | None,
     ) -> None:
         self._config = config
         self._scheduler = scheduler
         self._ledger = ledger
         self._detokenize = detokenize
         self._clock = clock
+        self._guidance = guidance
         self._namespace = config.namespace or ""
         if config.namespace is None:
             self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
@@ -69,6 +73,9 @@ class Intake:
         config = self._config
         ids, space = _token_ids(prompt), self.namespace_of(namespace)
         _check_params(params, config, self._detokenize is not None)
+        guide = None
+        if params.structured_outputs is not None:
+            guide = self.guidance().guide(params)
         request_id = next(self._ids) if request_id is None else request_id
         key, shared = None, 0
         if config.prefix_caching:
@@ -86,9 +93,19 @@ class Intake:
         group = self._scheduler.add(request)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        state = RequestState(output, params, seed, config.eos_token_ids, self._detokenize, space)
+        state = RequestState(
+            output, params, seed, config.eos_token_ids, self._detokenize, space, guide
+        )
         self._ledger.add(state, group)
         return output
+
+    def guidance(self) -> Guidance:
+        """Compiles grammars; raises a ValueError without a tokenizer."""
+        if self._guidance is None:
+            raise ValueError(
+                "Engine.add_request: structured_outputs needs an engine with `tokenizer`"
+            )
+        return self._guidance
 
     def namespace_of(self, name: str | None) -> str:
         """See `EngineCore.namespace_of`."""

@@ -76,6 +76,7 @@ class Programs:
         max_logprobs: see `EngineConfig`.
         num_banned: see `EngineConfig.max_stop_token_ids`.
         num_guesses: K, tokens of a sequence to verify at most.
+        num_words: of the masks of constrained decoding; 0 without it.
 
     Attributes:
         num_compiled: steps compiled so far, at most one for each bucket, or two with speculation.
@@ -91,6 +92,7 @@ class Programs:
         max_logprobs: int,
         num_banned: int,
         num_guesses: int,
+        num_words: int = 0,
     ) -> None:
         self.variants = [(shape, guesses) for guesses in {0, num_guesses} for shape in shapes]
         self._step = step
@@ -99,6 +101,8 @@ class Programs:
         self._num_rows = num_rows
         self._max_logprobs = max_logprobs
         self._num_banned = num_banned
+        self.num_words = num_words
+        self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[tuple[tuple[int, int], int], Any] = {}
         self._set_history = jax.jit(_set_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
@@ -165,12 +169,31 @@ class Programs:
         cache: KVCache,
         state: SamplerState,
         packed: np.ndarray,
+        masks: np.ndarray | None = None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
-        """Runs a step of one of the variants. The cache and the state are donated."""
+        """Runs a step of one of the variants. The cache and the state are donated.
+
+        Args:
+            shape: the bucket.
+            num_guesses: 0 or K.
+            cache: the newest.
+            state: the newest.
+            packed: see `pack`.
+            masks: int32[S * (num_guesses + 1), num_words]; None if no sequence has one.
+        """
         program = self._compiled.get((shape, num_guesses))
         if program is None:
             program = self.compile(shape, num_guesses, cache, state)
-        return program(self._params, cache, state, packed)
+        if masks is None:
+            masks = self._unmasked(shape[1] * (num_guesses + 1), state)
+        return program(self._params, cache, state, packed, masks)
+
+    def _unmasked(self, num_rows: int, state: SamplerState) -> Any:
+        """Masks that do not count. They stay on the device, as most steps have no others."""
+        if num_rows not in self._no_masks:
+            masks = np.full((num_rows, self.num_words), -1, np.int32)
+            self._no_masks[num_rows] = jax.device_put(masks, next(iter(state.last.devices())))
+        return self._no_masks[num_rows]
 
     def compile(
         self, shape: tuple[int, int], num_guesses: int, cache: KVCache, state: SamplerState
@@ -178,12 +201,15 @@ class Programs:
         """Compiles a variant without running it."""
         fields = NUM_FLOATS + NUM_INTS + self._num_banned
         packed = jax.ShapeDtypeStruct((shape[0] + 1 + (_FIELDS + fields) * shape[1],), jnp.int32)
+        masks = jax.ShapeDtypeStruct((shape[1] * (num_guesses + 1), self.num_words), jnp.int32)
 
-        def run(params: Any, cache: KVCache, state: SamplerState, packed: jax.Array) -> Any:
-            return self._run(shape, num_guesses, params, cache, state, packed)
+        def run(
+            params: Any, cache: KVCache, state: SamplerState, packed: jax.Array, masks: jax.Array
+        ) -> Any:
+            return self._run(shape, num_guesses, params, cache, state, packed, masks)
 
         program = jax.jit(run, donate_argnums=(1, 2))
-        compiled = program.lower(self._params, cache, state, packed).compile()
+        compiled = program.lower(self._params, cache, state, packed, masks).compile()
         self._compiled[shape, num_guesses] = compiled
         return compiled
 
@@ -208,6 +234,7 @@ class Programs:
         cache: KVCache,
         state: SamplerState,
         packed: jax.Array,
+        masks: jax.Array,
     ) -> tuple[KVCache, SamplerState, Outcome]:
         num_tokens, size = shape
         tokens = packed[:num_tokens]
@@ -238,6 +265,7 @@ class Programs:
             banned,
             jnp.repeat(rows, each),
             (positions[:, None] - behind).reshape(-1),
+            masks if self.num_words else None,
         )
         max_logprobs = min(self._max_logprobs, logits.shape[1])
         sampled = sample(logits, wanted, state.history, max_logprobs)

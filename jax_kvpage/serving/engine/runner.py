@@ -14,6 +14,7 @@ import numpy as np
 from jax_kvpage.errors import shortened
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
+from jax_kvpage.serving.engine.guidance import Guide, fill_masks
 from jax_kvpage.serving.engine.logprobs import logprob_table
 from jax_kvpage.serving.engine.programs import Outcome, Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
@@ -73,6 +74,12 @@ class Runner:
         self.accepted = 0
         self.failures = 0
         self.generations = 0
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether the newest step must be read back before the next one is dispatched."""
+        guided = self._programs.num_words and self.flights and self.flights[-1].guided()
+        return bool(self._num_guesses or guided)
 
     def enter(self, state: SequenceState) -> None:
         """Prepares the row of a sequence that got a slot. Nothing is in flight."""
@@ -196,6 +203,7 @@ class Runner:
                 flight.begins + flight.counts,
                 flight.num_guesses,
                 np.where(flight.samples, self._columns[:, rows], 0),
+                flight.guided() if self._programs.num_words else [],
             )
         except Exception as error:  # tracing runs the caller's code, which may raise anything
             flight.error = error
@@ -209,6 +217,7 @@ class Runner:
         positions: np.ndarray,
         guesses: np.ndarray,
         sampling: np.ndarray,
+        guided: Items[tuple[int, Guide, Items[int]]] = (),
     ) -> Outcome:
         offsets = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=offsets[1:])
@@ -217,8 +226,11 @@ class Runner:
             shape, tokens, offsets, slots, rows, positions, guesses, sampling
         )
         variant = self._num_guesses if guesses.any() else 0
+        masks = None
+        if guided:
+            masks = fill_masks(guided, shape[1], variant + 1, self._programs.num_words)
         cache, self._state, outcome = self._programs.run(
-            shape, variant, self._slots.cache, self._state, packed
+            shape, variant, self._slots.cache, self._state, packed, masks
         )
         self._slots.cache = cache
         return outcome

@@ -51,6 +51,8 @@ class RowParams:
         banned: int32[K, S]: tokens not allowed before that position, -1 for none.
         rows: int32[S]: scheduler row; padding is out of range.
         positions: int32[S]: the position that the new token will have.
+        masks: int32[S, W + 1]: bits of the tokens that are allowed, in the first W words; the last
+            is 0 if the mask counts. None if no program of the engine has masks.
     """
 
     floats: jax.Array
@@ -58,6 +60,7 @@ class RowParams:
     banned: jax.Array
     rows: jax.Array
     positions: jax.Array
+    masks: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +109,11 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
         jnp.any(early & (params.banned >= 0).any(axis=0)),
         _ban, lambda scores, banned, early: scores, scores, params.banned, early,
     )  # fmt: skip
+    if params.masks is not None:
+        scores = jax.lax.cond(
+            jnp.any(params.masks[:, -1] == 0),
+            _keep_allowed, lambda scores, masks: scores, scores, params.masks,
+        )  # fmt: skip
     greedy = _argmax(scores)
 
     def draw(scores: jax.Array) -> jax.Array:
@@ -163,6 +171,14 @@ def _ban(scores: jax.Array, banned: jax.Array, early: jax.Array) -> jax.Array:
     ids = jnp.where((banned >= 0) & early[None], banned, scores.shape[1])
     rows = jnp.arange(scores.shape[0])[None]
     return scores.at[rows, ids].set(-jnp.inf, mode="drop")
+
+
+def _keep_allowed(scores: jax.Array, masks: jax.Array) -> jax.Array:
+    """Scores [S, vocabulary], with -inf for tokens outside a mask; see `RowParams`."""
+    place = jnp.arange(scores.shape[1])
+    word = jnp.minimum(place // 32, masks.shape[1] - 1)  # tokens beyond the mask get its last word
+    allowed = (masks[:, word] >> (place % 32)) & 1
+    return jnp.where(allowed == 1, scores, -jnp.inf)
 
 
 def _scale(scores: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_kvpage.serving.engine.guidance import Guide
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.lookup import NgramIndex
 from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestOutput
@@ -29,6 +30,7 @@ class SequenceState:
         committed: tokens that the pool knows.
         room: tokens that its slot has room for.
         lookup: guesses its next tokens; None without speculation.
+        guide: its place in the grammar of the request; None without one.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SequenceState:
         self.computed = self.committed = self.room = self.furthest = 0
         params = request.params
         self.lookup: NgramIndex | None = None
+        self.guide = None if request.guide is None else request.guide.copy()
         self._text: TextBuilder | None = None
         if request.detokenize is not None:
             self._text = TextBuilder(request.detokenize, self.ids, params.stop)
@@ -78,6 +81,8 @@ class SequenceState:
             logprobs: by token id, and that of the token; None if they were not asked for.
         """
         output = self.output
+        if self.guide is not None:
+            self.guide.take(token)
         self.ids.append(token)
         output.token_ids.append(token)
         if logprobs is not None:
@@ -89,6 +94,9 @@ class SequenceState:
             searched = len(self._text.text)
             self._text.push(token)
         if self._ends(token, searched):
+            return True
+        if self.guide is not None and self.guide.is_done:
+            self.end("stop")
             return True
         if len(self.ids) >= self.sequence.group.limit:
             self.end(self.sequence.group.limit_reason)
@@ -141,6 +149,7 @@ class RequestState:
         eos: tokens that end it, those of stop_token_ids aside.
         detokenize: None for ids only.
         namespace: in which the pool finds its tokens.
+        guide: at the beginning of its grammar; None without one.
 
     Attributes:
         group: the scheduler's.
@@ -155,6 +164,7 @@ class RequestState:
         eos: tuple[int, ...],
         detokenize: Detokenize | None,
         namespace: str,
+        guide: Guide | None = None,
     ) -> None:
         self.output = output
         self.params = params
@@ -162,6 +172,7 @@ class RequestState:
         self.eos = frozenset() if params.ignore_eos else frozenset(eos)
         self.detokenize = detokenize
         self.namespace = namespace
+        self.guide = guide
         self.group: SequenceGroup
         self.sequences: list[SequenceState] = []
 
