@@ -2,7 +2,7 @@
 
     python examples/serve_batch.py                                  # built-in prompts, small model
     python examples/serve_batch.py --num-requests 64 --capacity 1MiB --plot occupancy.png
-    python examples/serve_batch.py --prompt-file prompts.txt --checkpoint DIR
+    python examples/serve_batch.py --prompt-file prompts.txt --checkpoint DIR --draft DIR2
     python examples/serve_batch.py --trace azure2023_conv.csv.gz --shrink 16 --speed 10
 
 A trace gives lengths and arrival times (Azure's LLM inference traces, Mooncake's JSON lines); its
@@ -10,6 +10,7 @@ tokens are random. DIR is a model as for decode_llama.py.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
@@ -83,8 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity", metavar="SIZE", help=what)
     what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
     add("--block-tokens", type=_positive, metavar="N", help=what)
-    what = "tokens to guess by prompt lookup and verify in a step (default: none)"
-    add("--num-speculative-tokens", type=_positive, default=0, metavar="N", help=what)
+    what = "tokens to guess by prompt lookup and verify in a step (default: none, 4 with --draft)"
+    add("--num-speculative-tokens", type=_positive, metavar="N", help=what)
+    what = "a smaller model with the same tokens that guesses in place of prompt lookup"
+    add("--draft", type=pathlib.Path, metavar="DIR", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
     add("--json", action="store_true", help="print one JSON object")
     what = "draw the occupancy of blocks over time, by request (needs matplotlib)"
@@ -106,14 +109,15 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    import jax_kvpage
-    from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
+    from jax_kvpage.serving import DraftModel, Engine, EngineConfig, SamplingParams
 
     try:
         config = load_config(args.checkpoint)
         tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
         model = load_model(args.checkpoint, dtype=jnp.float32)
         jobs = _jobs(args, tokenizer, config.vocab_size)
+        draft_config = load_config(args.draft) if args.draft else None
+        draft_model = load_model(args.draft, dtype=jnp.float32) if args.draft else None
     except (ConfigError, CheckpointError, TokenizerError) as error:
         raise InputError(str(error)) from error
     with input_errors():
@@ -126,28 +130,31 @@ def _run(args: argparse.Namespace) -> None:
         )
         max_seq_len = args.max_seq_len or config.max_position_embeddings
         block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
-        spec = jax_kvpage.CacheSpec(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            args.max_num_seqs,
-            max_seq_len,
-            dtype=jnp.float32,
-            block_tokens=block_tokens,
-        )
-        capacity = args.capacity or args.max_num_seqs * max_seq_len * spec.token_bytes // 2
-        pool = jax_kvpage.KVPool(spec, int(capacity) if str(capacity).isdecimal() else capacity)
+        pool = _pool(config, args.max_num_seqs, max_seq_len, block_tokens, args.capacity)
+        draft = None
+        if draft_config is not None and draft_model is not None:
+            if draft_config.vocab_size != config.vocab_size:
+                raise InputError(
+                    f"--draft {args.draft}: its vocabulary has {draft_config.vocab_size} tokens, "
+                    f"the model's {config.vocab_size}"
+                )
+            length = min(max_seq_len, draft_config.max_position_embeddings)
+            # What all slots could take: a draft without memory guesses nothing.
+            own = _pool(draft_config, args.max_num_seqs, length, block_tokens, None, 1)
+            draft_step, draft_weights = model_step(draft_model)
+            draft = DraftModel(step=draft_step, params=draft_weights, pool=own)
     step, weights = model_step(model)
     options = EngineConfig(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max(args.max_num_batched_tokens, args.max_num_seqs),
         eos_token_ids=tuple(config.eos_token_ids),
         prefix_caching=not args.no_prefix_caching,
-        num_speculative_tokens=args.num_speculative_tokens,
+        num_speculative_tokens=args.num_speculative_tokens or (4 if draft else 0),
     )
     detokenize = None if args.trace else tokenizer.decode
     progress = Progress(console=Console(stderr=True), disable=args.json)
-    with pool, Engine(step, weights, pool, options, detokenize=detokenize) as engine, progress:
+    engine = Engine(step, weights, pool, options, detokenize=detokenize, draft=draft)
+    with pool, draft.pool if draft else contextlib.nullcontext(), engine, progress:
         begin = time.monotonic()
         compiling = progress.add_task("compiling", total=None)
         engine.warm_up(lambda done, total: progress.update(compiling, completed=done, total=total))
@@ -167,6 +174,32 @@ def _run(args: argparse.Namespace) -> None:
     if args.plot:
         print(end="", flush=True)
         plot_occupancy(result, args.plot)
+
+
+def _pool(
+    config: Any,
+    slots: int,
+    max_seq_len: int,
+    block_tokens: int | None,
+    capacity: str | None,
+    share: float = 0.5,
+) -> Any:
+    """A pool for a model; without a capacity, a share of what all slots could take."""
+    import jax.numpy as jnp
+
+    import jax_kvpage
+
+    spec = jax_kvpage.CacheSpec(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        slots,
+        max_seq_len,
+        dtype=jnp.float32,
+        block_tokens=block_tokens,
+    )
+    size: int | str = capacity or int(slots * max_seq_len * spec.token_bytes * share)
+    return jax_kvpage.KVPool(spec, int(size) if str(size).isdecimal() else size)
 
 
 def _jobs(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[Any]:
@@ -206,7 +239,7 @@ def _print(values: dict[str, Any], texts: list[str]) -> None:
             f"{v['between_tokens_ms_p50']} / {v['between_tokens_ms_p99']} ms",
         ),
         ("steps", f"{v['steps']:,} with {v['running_mean']} requests on average"),
-        ("guesses accepted", f"{v['accepted_guesses']:,}"),
+        ("guesses accepted", f"{v['accepted_guesses']:,} of {v['guesses']:,}"),
         ("memory, peak of capacity", f"{v['peak']:,} of {v['capacity']:,} bytes"),
         ("a static cache reserves", f"{v['static_cache']:,} bytes"),
         ("reserved and unused", f"{v['waste']:.1%}"),

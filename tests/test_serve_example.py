@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -54,6 +55,22 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
     assert values["first_token_ms_p50"] > 0 < values["between_tokens_ms_p99"]
     assert 0 < values["waste"] < 1
     assert plot.stat().st_size > 1000
+
+
+def test_a_draft_model(checkpoint, tmp_path, capsys) -> None:
+    """A draft equal to the model is right but for the ends of outputs; another one is refused."""
+    options = ["--checkpoint", checkpoint, "--prompt", "abcdefgh", "--max-new-tokens", 9]
+    options += ["--temperature", 0]
+    values = _serve(capsys, *options, "--draft", checkpoint)
+    assert values["guesses"] > 0
+    assert values["accepted_guesses"] == values["guesses"]
+    assert values["texts"] == _serve(capsys, *options)["texts"]
+    small = tmp_path / "small"
+    write_checkpoint(small, dataclasses.replace(UNTIED, vocab_size=UNTIED.vocab_size - 8))
+    assert serve_batch.main([*_SMALL, *map(str, [*options, "--draft", small])]) == 2
+    error = capsys.readouterr().err
+    assert "--draft" in error
+    assert str(UNTIED.vocab_size - 8) in error
 
 
 def test_a_trace_under_pressure(checkpoint, tmp_path, capsys) -> None:

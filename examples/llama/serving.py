@@ -164,6 +164,7 @@ def figures(
         "recomputed_tokens": sum(m.num_recomputed_tokens for m in metrics),
         "preemptions": engine.stats.preemptions,
         "steps": engine.stats.steps,
+        "guesses": engine.stats.drafted,
         "accepted_guesses": engine.stats.accepted,
         "seconds": round(result.seconds, 4),
         "compile_seconds": round(compile_seconds, 4),

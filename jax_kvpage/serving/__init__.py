@@ -24,6 +24,7 @@ from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, 
 if TYPE_CHECKING:
     from jax_kvpage.serving.engine import (
         AsyncEngine,
+        DraftModel,
         Engine,
         EngineConfig,
         EngineStats,
@@ -31,7 +32,15 @@ if TYPE_CHECKING:
         Step,
     )
 
-_NEED_JAX = ("AsyncEngine", "Engine", "EngineConfig", "EngineStats", "SequenceMemory", "Step")
+_NEED_JAX = (
+    "AsyncEngine",
+    "DraftModel",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "SequenceMemory",
+    "Step",
+)
 
 __all__ = [
     "Admission",
@@ -41,6 +50,7 @@ __all__ = [
     "Candidates",
     "CompletionOutput",
     "CostAware",
+    "DraftModel",
     "Engine",
     "EngineConfig",
     "EngineStats",

@@ -48,7 +48,8 @@ class EngineConfig:
         max_num_waiting: requests in the queue at most; None for no bound.
         num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 for
             none. The engine then reads each step back before the next. Outputs stay the same.
-            Sequences with penalties are not guessed.
+            Sequences with penalties are not guessed. Without a draft model, guesses are what
+            followed the newest tokens where they occurred before (prompt lookup).
         prompt_lookup_min: newest tokens that must have occurred in the sequence before, for a guess
             of what followed them.
         prompt_lookup_max: newest tokens that are looked for at most.

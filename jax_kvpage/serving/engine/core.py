@@ -15,7 +15,8 @@ import numpy as np
 from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
-from jax_kvpage.serving.engine.guessing import guess
+from jax_kvpage.serving.engine.draft import Draft, DraftModel
+from jax_kvpage.serving.engine.guessing import Guesser, PromptLookup
 from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
 from jax_kvpage.serving.engine.ledger import Ledger
@@ -55,6 +56,7 @@ class EngineCore:
         *,
         detokenize: Detokenize | None = None,
         tokenizer: Any = None,
+        draft: DraftModel | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config = config or EngineConfig()
@@ -83,6 +85,10 @@ class EngineCore:
             config.num_speculative_tokens,
             0 if guidance is None else guidance.num_words,
         )
+        if draft is not None and draft.pool is pool:
+            raise ValueError("Engine: draft: wanted a pool that is not the engine's")
+        guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
+        self._guesser = guesser
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
         self._ledger = Ledger(clock)
@@ -114,6 +120,7 @@ class EngineCore:
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
             steps=self._runner.steps,
+            drafted=self._runner.drafted,
             accepted=self._runner.accepted,
             failures=self._runner.failures,
             generations=self._runner.generations,
@@ -130,7 +137,8 @@ class EngineCore:
         """Compiles everything that the engine runs, so that nothing is compiled later.
 
         Args:
-            progress: called with the number of programs done and the number of all.
+            progress: called with the number of programs done and the number of all; a draft
+                model's come first, and are counted by themselves.
 
         Raises:
             RuntimeError: requests are unfinished.
@@ -139,6 +147,7 @@ class EngineCore:
             raise RuntimeError("Engine.warm_up: wanted no unfinished requests")
         while self.has_unfinished:  # releases
             self.step()
+        self._guesser.warm_up(progress)
         self._slots.cache = warm_up(
             self._pool,
             self._slots.cache,
@@ -231,9 +240,9 @@ class EngineCore:
             raise
         if self._gave_up:
             self._clean_up()
-        guesses: dict[SequenceState, list[int]] = {}
-        if self.config.num_speculative_tokens:
-            guesses = guess(self._slots.occupied(), self.config)
+        speculates = self.config.num_speculative_tokens > 0
+        guesses = self._guesser.guess(self._slots.occupied()) if speculates else {}
+        if guesses:
             rows = np.asarray([state.row for state in guesses], np.int32)
             counts = np.asarray([len(each) for each in guesses.values()], np.int32)
             self.scheduler.set_drafts(rows, counts)
@@ -245,6 +254,8 @@ class EngineCore:
             sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
             self._give_up((sequence.group for sequence in sequences), error)
             raise
+        if speculates:
+            self._guesser.follow(self._slots.occupied())
         if plan.is_empty and self.scheduler.has_unfinished and self._memory.draining_blocks():
             jax.block_until_ready(self._slots.cache)  # released blocks drain
         return self._ledger.changed()
@@ -257,6 +268,7 @@ class EngineCore:
         with contextlib.suppress(PoolClosed):  # then there is nothing to give back
             while self.has_unfinished:
                 self.step()
+        self._guesser.follow([])
 
     def _find_prefix(self, group: SequenceGroup) -> tuple[int, int]:
         """What the prefix cache has of a group; which blocks cost no free one is not known."""

@@ -25,6 +25,8 @@ class Engine(EngineCore):
         detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
         tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,
             or an `llguidance.LLTokenizer`. Needs llguidance: `pip install 'jax_kvpage[guided]'`.
+        draft: a smaller model that guesses the tokens that a step verifies, in place of prompt
+            lookup. What the engine samples decides: outputs stay the same.
         clock: seconds, for deadlines and metrics.
 
     Attributes:

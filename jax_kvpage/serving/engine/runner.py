@@ -40,7 +40,8 @@ class Runner:
     Attributes:
         flights: steps that are not read back yet, oldest first.
         steps: dispatched so far, those of recoveries aside.
-        accepted: guessed tokens that were right.
+        drafted: guessed tokens that were verified.
+        accepted: those that were right.
         failures: steps that failed.
         generations: started after a failure of a step or of a call.
     """
@@ -71,6 +72,7 @@ class Runner:
         self._restored = True  # whether slots and rows are those of the newest generation
         self.flights: list[Flight] = []
         self.steps = 0
+        self.drafted = 0
         self.accepted = 0
         self.failures = 0
         self.generations = 0
@@ -161,6 +163,7 @@ class Runner:
         ):
             state.ran(begin, count)
         flight.accepted = accepted
+        self.drafted += int(flight.num_guesses.sum())
         self.accepted += int(accepted.sum())
         for token in tokens:
             if token.state.row >= 0:

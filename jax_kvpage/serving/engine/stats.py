@@ -13,7 +13,8 @@ class EngineStats:
         running: requests that have memory now.
         waiting: requests in the queue now.
         steps: steps run.
-        accepted: guessed tokens that were right (speculation).
+        drafted: guessed tokens that were verified (speculation).
+        accepted: those that were right.
         failures: steps that failed, those run again with success included.
         generations: new generations of caches after failures.
         preemptions: times that a request lost its memory.
@@ -24,6 +25,7 @@ class EngineStats:
     running: int
     waiting: int
     steps: int
+    drafted: int
     accepted: int
     failures: int
     generations: int

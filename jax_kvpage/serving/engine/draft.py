@@ -1,0 +1,302 @@
+"""Guesses by a smaller model, with keys and values in a pool of its own.
+
+Slots of that pool follow the sequences of the engine: they come with the first guess, are forked
+for samples of one prompt, and are released when a sequence ends or loses its memory. Before each
+step the draft computes what it has not seen of its sequences, as far as the token budget of a step
+allows, and then as many tokens as are guessed, each from the one before it on the device. What the
+last step rejected is rolled back first.
+
+The draft never decides on an output. Where it has no memory, a sequence runs without guesses; a
+failure costs the guesses of that step, and a second one in a row ends guessing with a warning.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import OutOfBlocks, shortened
+from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.programs import Programs, Step
+from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS, SamplerState
+from jax_kvpage.serving.engine.tracking import SequenceState
+from jax_kvpage.serving.engine.warm_up import warm_up
+
+__all__ = ["Draft", "DraftModel"]
+
+_MOST_FAILURES = 2  # in a row
+# Temperature, top_p, min_p, presence, frequency and repetition penalty: the most likely token.
+_GREEDY = np.asarray((0, 1, 0, 0, 0, 1), np.float32).view(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftModel:
+    """A model that guesses tokens for another one; see `Engine`.
+
+    Attributes:
+        step: the model, as for `Engine`. It must have the same token ids.
+        params: its first argument.
+        pool: its keys and values. Nothing else may use it while the engine runs.
+    """
+
+    step: Step
+    params: Any
+    pool: KVPool
+
+
+@dataclasses.dataclass(eq=False)
+class _Follower:
+    """What the draft has of a sequence.
+
+    Attributes:
+        state: the sequence.
+        slot: of the draft's pool.
+        room: tokens that the slot has room for.
+        known: tokens of the sequence whose keys and values exist.
+        guessed: guesses that follow them, whose keys and values exist too.
+        committed: tokens that the pool knows.
+    """
+
+    state: SequenceState
+    slot: int
+    room: int
+    known: int
+    guessed: list[int] = dataclasses.field(default_factory=list)
+    committed: int = 0
+
+
+class Draft:
+    """Guesses with a draft model.
+
+    Args:
+        model: the draft.
+        config: of the engine.
+        num_rows: sequences at one time.
+
+    Raises:
+        ValueError: the engine does not speculate.
+    """
+
+    def __init__(self, model: DraftModel, config: EngineConfig, num_rows: int) -> None:
+        if not config.num_speculative_tokens:
+            raise ValueError("Engine: draft: num_speculative_tokens is 0, wanted 1 or more")
+        self._pool = model.pool
+        self._programs = Programs(
+            model.step, model.params, config.shapes(num_rows), num_rows, 0, 0, 0
+        )
+        self._num_rows = num_rows
+        self._most = config.num_speculative_tokens
+        self._budget = config.max_num_batched_tokens
+        self._followers: dict[SequenceState, _Follower] = {}
+        self._failures = 0  # in a row
+        self._is_whole = True
+        self._cache: KVCache = self._pool.cache()
+        self._state = self._initial_state()
+
+    def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
+        """Compiles everything; see `EngineCore.warm_up`."""
+        self._cache = warm_up(self._pool, self._cache, self._programs, self._num_rows, 0, progress)
+
+    def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
+        """Guesses the next tokens of sequences that decode.
+
+        Sequences with penalties are left out: their scores depend on tokens that are not verified.
+
+        Args:
+            states: sequences that have memory. Every step has been read back.
+
+        Returns:
+            Those with a guess.
+        """
+        found: dict[SequenceState, list[int]] = {}
+        wanted = [s for s in states if not (s.ended or s.request.params.has_penalties)]
+        self._guarded(lambda: found.update(self._guess(wanted)))
+        for state, tokens in found.items():
+            if state.guide is not None:
+                found[state] = state.guide.cut(tokens)
+        return {state: tokens for state, tokens in found.items() if tokens}
+
+    def follow(self, states: Iterable[SequenceState]) -> None:
+        """Releases the slots of sequences that have ended, or are not among those with memory."""
+        kept = {state for state in states if not state.ended}
+        gone = [each for state, each in self._followers.items() if state not in kept]
+        if gone:
+            self._guarded(lambda: self._release(gone))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Does something with the pool. A failure ends in a new generation without followers."""
+        if self._failures >= _MOST_FAILURES:
+            return
+        try:
+            if not self._is_whole:
+                self._restart()
+            self._is_whole = False  # until the work is done: Ctrl-C may come at any time
+            work()
+        except Exception as error:  # tracing runs the caller's code, which may raise anything
+            self._failures += 1
+            if self._failures == _MOST_FAILURES:
+                self._followers.clear()
+                short = shortened(error)
+                warnings.warn(
+                    "Engine: the draft model has failed twice; requests go on without guesses: "
+                    f"{type(short).__name__}: {short}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        else:
+            self._is_whole = True
+
+    def _restart(self) -> None:
+        """Begins with a new cache and no slots."""
+        self._cache, self._state = self._pool.cache(), self._initial_state()
+        self._followers.clear()
+        lengths = np.asarray(jax.device_get(self._cache.lengths))
+        slots = np.flatnonzero(lengths >= 0).tolist()
+        if slots:
+            self._cache = self._pool.release(self._cache, slots)
+        self._is_whole = True
+
+    def _initial_state(self) -> SamplerState:
+        return self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
+
+    def _release(self, gone: Sequence[_Follower]) -> None:
+        self._cache = self._pool.release(self._cache, [each.slot for each in gone])
+        for each in gone:
+            del self._followers[each.state]
+
+    def _guess(self, states: Sequence[SequenceState]) -> dict[SequenceState, list[int]]:
+        self._roll_back()
+        ready = [each for state in states if (each := self._ready(state)) is not None]
+        ready.sort(
+            key=lambda each: len(each.state.ids) - each.known
+        )  # those that decode come first
+        parts: list[tuple[_Follower, int]] = []
+        budget = self._budget
+        for each in ready:
+            last = len(each.state.ids) - (not _decodes(each.state))
+            count = min(last - each.known, budget)
+            if count > 0:
+                parts.append((each, count))
+                budget -= count
+        if not parts:
+            return {}
+        guessing = [each for each, n in parts if each.known + n == len(each.state.ids)]
+        chosen = set(map(id, guessing))
+        outcomes = [
+            self._run(
+                np.concatenate([each.state.ids[each.known : each.known + n] for each, n in parts]),
+                parts,
+                [each.state.row if id(each) in chosen else self._num_rows for each, _ in parts],
+            )
+        ]
+        places = [i for i, (each, _) in enumerate(parts) if id(each) in chosen]
+        for each, count in parts:
+            each.known += count
+        if not guessing:
+            jax.block_until_ready(outcomes[0][0])
+            self._failures = 0
+            return {}
+        rows = [each.state.row for each in guessing]
+        newest = -1 - np.asarray(rows, np.int32)
+        ones = [(each, 1) for each in guessing]
+        for _ in range(self._most - 1):
+            outcomes.append(self._run(newest, ones, rows))
+        first, *others = jax.device_get(outcomes)
+        found = [tuple(array[places] for array in first)]
+        found += [tuple(array[: len(guessing)] for array in other) for other in others]
+        if not all(valid.all() for _, valid in found):
+            raise RuntimeError("the logits of the draft model are NaN")
+        self._failures = 0
+        guesses = np.stack([tokens for tokens, _ in found], axis=1).tolist()
+        for each, tokens in zip(guessing, guesses, strict=True):
+            each.guessed = tokens[:-1]  # the last one was not run
+        return {each.state: tokens for each, tokens in zip(guessing, guesses, strict=True)}
+
+    def _roll_back(self) -> None:
+        """Drops guesses that were wrong. The newest token of a sequence is always left to run."""
+        slots, lengths = [], []
+        for each in self._followers.values():
+            ids, had = each.state.ids, each.known + len(each.guessed)
+            for token in each.guessed:
+                if each.known >= len(ids) or ids[each.known] != token:
+                    break
+                each.known += 1
+            each.known, each.guessed = min(each.known, len(ids) - 1), []
+            if each.known < had:
+                slots.append(each.slot)
+                lengths.append(each.known)
+        if slots:
+            self._cache = self._programs.set_lengths(
+                self._cache, np.asarray(slots, np.int32), np.asarray(lengths, np.int32)
+            )
+
+    def _ready(self, state: SequenceState) -> _Follower | None:
+        """The follower of a sequence, with room for its guesses; None if it cannot have any."""
+        room = len(state.ids) + self._most - 1
+        if room > self._pool.spec.max_seq_len or len(state.ids) + 1 >= state.sequence.group.limit:
+            return None
+        each = self._followers.get(state)
+        try:
+            if each is None:
+                each = self._enter(state)
+            if each is not None and each.room < room:
+                self._pool.extend(each.slot, room)
+                each.room = room
+        except OutOfBlocks:
+            return None
+        return each
+
+    def _enter(self, state: SequenceState) -> _Follower | None:
+        """Gives a sequence a slot: a fork of a sibling's, once that has computed the prompt."""
+        prompt = len(state.request.output.prompt_token_ids)
+        every = (self._followers.get(other) for other in state.request.sequences)
+        sibling = next((each for each in every if each is not None), None)
+        if sibling is None:
+            slot, self._cache = self._pool.acquire(self._cache, len(state.ids))
+            follower = _Follower(state, slot, len(state.ids), 0)
+        else:
+            shared = min(prompt, len(state.ids) - 1)
+            if sibling.known < shared:
+                return None
+            if sibling.committed < shared:
+                self._pool.commit(sibling.slot, state.ids[sibling.committed : shared])
+                sibling.committed = shared
+            (slot,), self._cache = self._pool.fork(self._cache, sibling.slot, 1, shared)
+            follower = _Follower(state, slot, shared, shared, committed=shared)
+        self._followers[state] = follower
+        return follower
+
+    def _run(
+        self, tokens: np.ndarray, parts: Sequence[tuple[_Follower, int]], rows: Sequence[int]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Dispatches a step; returns the sequences' tokens, and whether their logits are valid."""
+        size = len(parts)
+        counts = np.asarray([n for _, n in parts], np.int32)
+        offsets = np.zeros(size + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        sampling = np.zeros((NUM_FLOATS + NUM_INTS, size), np.int32)
+        sampling[:NUM_FLOATS] = _GREEDY[:, None]
+        shape = self._programs.bucket(len(tokens), size)
+        packed = self._programs.pack(
+            shape,
+            tokens,
+            offsets,
+            np.asarray([each.slot for each, _ in parts], np.int32),
+            np.asarray(rows, np.int32),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            sampling,
+        )
+        self._cache, self._state, outcome = self._programs.run(
+            shape, 0, self._cache, self._state, packed
+        )
+        return outcome.sampled.tokens, outcome.sampled.valid
+
+
+def _decodes(state: SequenceState) -> bool:
+    return state.computed == len(state.ids) - 1
