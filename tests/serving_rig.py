@@ -83,12 +83,14 @@ def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of one model and one shape share their compiled programs, to save time."""
     compile_one = Programs.compile
 
-    def compile_once(self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any) -> Any:
+    def compile_once(
+        self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any, scores: bool = False
+    ) -> Any:
         sizes = (self._num_rows, self._num_banned, self.num_words, self._max_logprobs)
-        key = (self._step, sizes, shape, num_guesses, cache.spec)
+        key = (self._step, sizes, shape, num_guesses, scores, cache.spec)
         if key not in _PROGRAMS:
-            _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state)
-        self._compiled[shape, num_guesses] = _PROGRAMS[key]
+            _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state, scores)
+        self._compiled[shape, num_guesses, scores] = _PROGRAMS[key]
         return _PROGRAMS[key]
 
     monkeypatch.setattr(Programs, "compile", compile_once)

@@ -79,6 +79,8 @@ class RequestOutput:
         metrics: times and counts.
         finished: whether all of them have ended.
         error: what went wrong, if a finish_reason is "error".
+        prompt_logprobs: for each token of the prompt, by token id, those that were asked for, and
+            None for the first; None without, and until the prompt is computed.
     """
 
     request_id: object
@@ -87,3 +89,4 @@ class RequestOutput:
     metrics: RequestMetrics
     finished: bool = False
     error: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -42,6 +42,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         logprobs: also return the log probabilities of this many most likely tokens and of the token
             chosen, before penalties and temperature; None for none at all, 0 for the chosen token.
+        prompt_logprobs: likewise for each token of the prompt but the first. The prompt is then
+            computed whole, and other requests do not find it in the prefix cache.
         structured_outputs: what the output must look like (needs an engine with `tokenizer`). It
             ends ("stop") where nothing may follow. Log probabilities are those without it.
 
@@ -65,6 +67,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -114,8 +117,9 @@ class SamplingParams:
         want(ids, "stop_token_ids", "token ids")
         for name in ("ignore_eos", "include_stop_str_in_output"):
             want(isinstance(getattr(self, name), bool), name, "True or False")
-        counted = self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0)
-        want(counted, "logprobs", "None, or 0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            want(count is None or (_integer(count) and count >= 0), name, "None, or 0 or more")
         known = isinstance(self.structured_outputs, StructuredOutputsParams | None)
         want(known, "structured_outputs", "StructuredOutputsParams, or None")
         return reasons

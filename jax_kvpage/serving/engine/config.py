@@ -42,8 +42,10 @@ class EngineConfig:
             same model and parameters, one after the other on a pool, share what they computed under
             one name. None makes a new name for each engine: what another model has computed is
             never found.
-        max_logprobs: most `SamplingParams.logprobs` that a request may ask for. If it is more than
-            the model's vocabulary, requests get all of that.
+        max_logprobs: most `logprobs` and `prompt_logprobs` that a request may ask for. If it is
+            more than the model's vocabulary, requests get all of that.
+        prompt_logprobs: whether requests may ask for `SamplingParams.prompt_logprobs`. Each bucket
+            then has another program, which gives logits for all of its tokens.
         max_stop_token_ids: most tokens that may end a request with `min_tokens`.
         max_num_waiting: requests in the queue at most; None for no bound.
         num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 for
@@ -65,6 +67,7 @@ class EngineConfig:
     prefix_caching: bool = True
     namespace: str | None = None
     max_logprobs: int = 5
+    prompt_logprobs: bool = False
     max_stop_token_ids: int = 8
     max_num_waiting: int | None = None
     num_speculative_tokens: int = 0

@@ -84,6 +84,7 @@ class EngineCore:
             config.max_stop_token_ids,
             config.num_speculative_tokens,
             0 if guidance is None else guidance.num_words,
+            config.prompt_logprobs,
         )
         if draft is not None and draft.pool is pool:
             raise ValueError("Engine: draft: wanted a pool that is not the engine's")

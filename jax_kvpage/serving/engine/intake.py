@@ -78,7 +78,10 @@ class Intake:
             guide = self.guidance().guide(params)
         request_id = next(self._ids) if request_id is None else request_id
         key, shared = None, 0
-        if config.prefix_caching:
+        if params.prompt_logprobs is not None:
+            # It finds its own tokens only, after a preemption: those have been scored.
+            space = f"{space}\nprompt_logprobs {uuid.uuid4().hex}"
+        elif config.prefix_caching:
             key, shared = self._prefixes.find(ids, space)
         request = Request(
             request_id=request_id,
@@ -138,6 +141,10 @@ def _check_params(params: SamplingParams, config: EngineConfig, has_text: bool) 
     most = config.max_logprobs
     if params.logprobs is not None and params.logprobs > most:
         reasons.append(f"logprobs is {params.logprobs}, but max_logprobs is {most}")
+    if params.prompt_logprobs is not None and not config.prompt_logprobs:
+        reasons.append("prompt_logprobs needs EngineConfig(prompt_logprobs=True)")
+    elif params.prompt_logprobs is not None and params.prompt_logprobs > most:
+        reasons.append(f"prompt_logprobs is {params.prompt_logprobs}, but max_logprobs is {most}")
     if params.stop and not has_text:
         reasons.append("stop strings need an engine with `detokenize`")
     most = config.max_stop_token_ids

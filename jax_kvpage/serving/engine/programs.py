@@ -2,7 +2,8 @@
 
 With speculation each bucket has a second step, which also verifies tokens that were guessed: the
 model gives logits for each of them, and the first that differs from what is sampled there is where
-the sequence is rolled back to.
+the sequence is rolled back to. Where prompts may be scored, a further step gives logits for all of
+its tokens.
 
 A step's operands travel as one int32 array, because every transfer costs as much as the next. The
 cache and the sampler's state are donated.
@@ -25,6 +26,7 @@ from jax_kvpage.serving.engine.sampling import (
     RowParams,
     Sampled,
     SamplerState,
+    log_probabilities,
     remember,
     sample,
 )
@@ -45,10 +47,13 @@ class Outcome:
     Attributes:
         sampled: for each sequence a token behind each of its guesses and one more: S * (K + 1).
         accepted: int32[S], guesses that were right, from the first on.
+        scores: of a step that scores, for each of its tokens the log probability and rank of the
+            one that follows, and the most likely ones: [T], [T], [T, M] and [T, M].
     """
 
     sampled: Sampled
     accepted: jax.Array
+    scores: tuple[jax.Array, ...] | None
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +65,7 @@ class _VerifiedBatch(Batch):
 
     @property
     def last_rows(self) -> jax.Array:
-        """int32[S * (K + 1)]."""
+        """int32[S * (K + 1)], or int32[T]."""
         assert self.rows is not None
         return self.rows
 
@@ -77,10 +82,12 @@ class Programs:
         num_banned: see `EngineConfig.max_stop_token_ids`.
         num_guesses: K, tokens of a sequence to verify at most.
         num_words: of the masks of constrained decoding; 0 without it.
+        scores: whether steps may score prompts.
 
     Attributes:
-        num_compiled: steps compiled so far, at most one for each bucket, or two with speculation.
-        variants: (bucket, guesses) of all of them.
+        num_compiled: steps compiled so far, at most one for each bucket, one more with speculation
+            and one more for scores.
+        variants: (bucket, guesses, whether it scores) of all of them.
     """
 
     def __init__(
@@ -93,8 +100,10 @@ class Programs:
         num_banned: int,
         num_guesses: int,
         num_words: int = 0,
+        scores: bool = False,
     ) -> None:
-        self.variants = [(shape, guesses) for guesses in {0, num_guesses} for shape in shapes]
+        kinds = {(0, False), (num_guesses, False)} | ({(num_guesses, True)} if scores else set())
+        self.variants = [(shape, *kind) for kind in sorted(kinds) for shape in shapes]
         self._step = step
         self._params = params
         self.shapes = shapes
@@ -103,7 +112,7 @@ class Programs:
         self._num_banned = num_banned
         self.num_words = num_words
         self._no_masks: dict[int, jax.Array] = {}
-        self._compiled: dict[tuple[tuple[int, int], int], Any] = {}
+        self._compiled: dict[tuple[tuple[int, int], int, bool], Any] = {}
         self._set_history = jax.jit(_set_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
 
@@ -170,6 +179,7 @@ class Programs:
         state: SamplerState,
         packed: np.ndarray,
         masks: np.ndarray | None = None,
+        targets: np.ndarray | None = None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
         """Runs a step of one of the variants. The cache and the state are donated.
 
@@ -180,13 +190,18 @@ class Programs:
             state: the newest.
             packed: see `pack`.
             masks: int32[S * (num_guesses + 1), num_words]; None if no sequence has one.
+            targets: int32[t], for a step that scores: the token that follows each.
         """
-        program = self._compiled.get((shape, num_guesses))
+        scores = targets is not None
+        program = self._compiled.get((shape, num_guesses, scores))
         if program is None:
-            program = self.compile(shape, num_guesses, cache, state)
+            program = self.compile(shape, num_guesses, cache, state, scores)
         if masks is None:
             masks = self._unmasked(shape[1] * (num_guesses + 1), state)
-        return program(self._params, cache, state, packed, masks)
+        following = np.zeros(shape[0] if scores else 0, np.int32)
+        if targets is not None:
+            following[: len(targets)] = targets
+        return program(self._params, cache, state, packed, masks, following)
 
     def _unmasked(self, num_rows: int, state: SamplerState) -> Any:
         """Masks that do not count. They stay on the device, as most steps have no others."""
@@ -196,21 +211,26 @@ class Programs:
         return self._no_masks[num_rows]
 
     def compile(
-        self, shape: tuple[int, int], num_guesses: int, cache: KVCache, state: SamplerState
+        self,
+        shape: tuple[int, int],
+        num_guesses: int,
+        cache: KVCache,
+        state: SamplerState,
+        scores: bool = False,
     ) -> Any:
         """Compiles a variant without running it."""
         fields = NUM_FLOATS + NUM_INTS + self._num_banned
         packed = jax.ShapeDtypeStruct((shape[0] + 1 + (_FIELDS + fields) * shape[1],), jnp.int32)
         masks = jax.ShapeDtypeStruct((shape[1] * (num_guesses + 1), self.num_words), jnp.int32)
 
-        def run(
-            params: Any, cache: KVCache, state: SamplerState, packed: jax.Array, masks: jax.Array
-        ) -> Any:
-            return self._run(shape, num_guesses, params, cache, state, packed, masks)
+        targets = jax.ShapeDtypeStruct((shape[0] if scores else 0,), jnp.int32)
+
+        def run(*operands: Any) -> Any:
+            return self._run(shape, num_guesses, scores, *operands)
 
         program = jax.jit(run, donate_argnums=(1, 2))
-        compiled = program.lower(self._params, cache, state, packed, masks).compile()
-        self._compiled[shape, num_guesses] = compiled
+        compiled = program.lower(self._params, cache, state, packed, masks, targets).compile()
+        self._compiled[shape, num_guesses, scores] = compiled
         return compiled
 
     def set_history(self, state: SamplerState, row: int, ids: list[int]) -> SamplerState:
@@ -230,11 +250,13 @@ class Programs:
         self,
         shape: tuple[int, int],
         num_guesses: int,
+        scores: bool,
         params: Any,
         cache: KVCache,
         state: SamplerState,
         packed: jax.Array,
         masks: jax.Array,
+        targets: jax.Array,
     ) -> tuple[KVCache, SamplerState, Outcome]:
         num_tokens, size = shape
         tokens = packed[:num_tokens]
@@ -249,14 +271,20 @@ class Programs:
         if num_guesses:  # how far each wanted token is behind the sequence's last
             behind = jnp.maximum(guesses[:, None] - jnp.arange(each)[None], 0)
             last = last - behind
-            batch = _VerifiedBatch(slots, offsets, num_tokens=num_tokens, rows=last.reshape(-1))
+        wanted_rows = jnp.arange(num_tokens) if scores else last.reshape(-1)
+        if num_guesses or scores:
+            batch = _VerifiedBatch(slots, offsets, num_tokens=num_tokens, rows=wanted_rows)
         logits, cache = self._step(params, cache, tokens, batch)
-        if logits.ndim != 2 or logits.shape[0] != size * each:
+        if logits.ndim != 2 or logits.shape[0] != len(wanted_rows):
             raise ValueError(
                 f"Engine: step returned logits {list(logits.shape)}, wanted "
-                f"[{size * each}, vocabulary]: those of batch.last_rows"
+                f"[{len(wanted_rows)}, vocabulary]: those of batch.last_rows"
             )
         cache = advance(cache, batch)
+        scored, max_logprobs = None, min(self._max_logprobs, logits.shape[1])
+        if scores:
+            scored = log_probabilities(logits.astype(jnp.float32), targets, max_logprobs)
+            logits = logits[last.reshape(-1)]
         parts = jnp.split(table[_FIELDS:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
         floats, ints, banned = (jnp.repeat(part, each, axis=1) for part in parts)
         wanted = RowParams(
@@ -267,7 +295,6 @@ class Programs:
             (positions[:, None] - behind).reshape(-1),
             masks if self.num_words else None,
         )
-        max_logprobs = min(self._max_logprobs, logits.shape[1])
         sampled = sample(logits, wanted, state.history, max_logprobs)
         chosen = sampled.tokens.reshape(size, each)
         right = tokens[jnp.minimum(last + 1, num_tokens - 1)] == chosen
@@ -278,7 +305,7 @@ class Programs:
             cache = set_lengths(cache, jnp.where(accepted < guesses, slots, -1), positions)
         newest = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
         state = remember(state, rows, positions, newest)
-        return cache, state, Outcome(sampled, accepted)
+        return cache, state, Outcome(sampled, accepted, scored)
 
 
 def _set_history(state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:

@@ -18,6 +18,7 @@ from jax_kvpage.serving.engine.guidance import Guide, fill_masks
 from jax_kvpage.serving.engine.logprobs import logprob_table
 from jax_kvpage.serving.engine.programs import Outcome, Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
+from jax_kvpage.serving.engine.scoring import take_scores, targets_of
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.plan import StepPlan
@@ -207,6 +208,7 @@ class Runner:
                 flight.num_guesses,
                 np.where(flight.samples, self._columns[:, rows], 0),
                 flight.guided() if self._programs.num_words else [],
+                targets_of(flight),
             )
         except Exception as error:  # tracing runs the caller's code, which may raise anything
             flight.error = error
@@ -221,6 +223,7 @@ class Runner:
         guesses: np.ndarray,
         sampling: np.ndarray,
         guided: Items[tuple[int, Guide, Items[int]]] = (),
+        targets: np.ndarray | None = None,
     ) -> Outcome:
         offsets = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=offsets[1:])
@@ -228,12 +231,12 @@ class Runner:
         packed = self._programs.pack(
             shape, tokens, offsets, slots, rows, positions, guesses, sampling
         )
-        variant = self._num_guesses if guesses.any() else 0
+        variant = self._num_guesses if guesses.any() or targets is not None else 0
         masks = None
         if guided:
             masks = fill_masks(guided, shape[1], variant + 1, self._programs.num_words)
         cache, self._state, outcome = self._programs.run(
-            shape, variant, self._slots.cache, self._state, packed, masks
+            shape, variant, self._slots.cache, self._state, packed, masks, targets
         )
         self._slots.cache = cache
         return outcome
@@ -251,6 +254,8 @@ class Runner:
         )
         each = len(tokens) // len(accepted)
         accepted = np.where(flight.samples, accepted[: len(flight.states)], 0)
+        if flight.outcome.scores is not None:
+            take_scores(flight, jax.device_get(flight.outcome.scores))
         details = None
         if wanted:
             details = jax.device_get(

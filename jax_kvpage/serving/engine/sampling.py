@@ -11,7 +11,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-__all__ = ["NUM_FLOATS", "NUM_INTS", "RowParams", "Sampled", "SamplerState", "remember", "sample"]
+__all__ = [
+    "NUM_FLOATS",
+    "NUM_INTS",
+    "RowParams",
+    "Sampled",
+    "SamplerState",
+    "log_probabilities",
+    "remember",
+    "sample",
+]
 
 # Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
 # reciprocal: both must be normal. At the upper end all finite logits are equal already.
@@ -132,7 +141,7 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
     none = _no_logprobs(raw.shape[0], max_logprobs)
     described = jax.lax.cond(
         jnp.any(wanted > 0),
-        lambda raw, tokens: _logprobs(raw, tokens, max_logprobs),
+        lambda raw, tokens: log_probabilities(raw, tokens, max_logprobs),
         lambda raw, tokens: none,
         raw,
         tokens,
@@ -146,6 +155,19 @@ def remember(
     """The state with new tokens in it; see `RowParams` for rows and positions."""
     history = state.history.at[rows, positions].set(tokens, mode="drop")
     return SamplerState(state.last.at[rows].set(tokens, mode="drop"), history)
+
+
+def log_probabilities(raw: jax.Array, tokens: jax.Array, most: int) -> tuple[jax.Array, ...]:
+    """Of a token in each row of logits [S, vocabulary], and of the most likely ones.
+
+    Returns:
+        The log probabilities of the tokens, their ranks, and the most likely tokens with theirs.
+    """
+    logprobs = jax.nn.log_softmax(raw, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
+    ranks = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
+    values, ids = jax.lax.top_k(logprobs, most)
+    return chosen[:, 0], ranks, ids.astype(jnp.int32), values
 
 
 def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
@@ -243,11 +265,3 @@ def _no_logprobs(size: int, most: int) -> tuple[jax.Array, ...]:
         jnp.zeros((size, most), jnp.int32),
         jnp.zeros((size, most), jnp.float32),
     )
-
-
-def _logprobs(raw: jax.Array, tokens: jax.Array, most: int) -> tuple[jax.Array, ...]:
-    logprobs = jax.nn.log_softmax(raw, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
-    ranks = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
-    values, ids = jax.lax.top_k(logprobs, most)
-    return chosen[:, 0], ranks, ids.astype(jnp.int32), values

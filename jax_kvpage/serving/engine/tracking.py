@@ -154,6 +154,7 @@ class RequestState:
     Attributes:
         group: the scheduler's.
         sequences: all n.
+        scores: by position, log probabilities of tokens of the prompt.
     """
 
     def __init__(
@@ -175,6 +176,14 @@ class RequestState:
         self.guide = guide
         self.group: SequenceGroup
         self.sequences: list[SequenceState] = []
+        self.scores: dict[int, dict[int, Logprob]] = {}
+        if params.prompt_logprobs is not None and len(output.prompt_token_ids) == 1:
+            output.prompt_logprobs = [None]
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log probabilities of the prompt are wanted and not complete."""
+        return self.params.prompt_logprobs is not None and self.output.prompt_logprobs is None
 
     def start(self, group: SequenceGroup) -> None:
         """Takes the scheduler's sequences."""

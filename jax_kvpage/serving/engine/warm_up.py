@@ -79,9 +79,9 @@ class _Rig:
         self._slots: list[int] = []
         self.cache = cache
 
-    def compile(self, shape: tuple[int, int], num_guesses: int) -> None:
+    def compile(self, shape: tuple[int, int], num_guesses: int, scores: bool) -> None:
         """The step of a bucket."""
-        self._programs.compile(shape, num_guesses, self.cache, self._state)
+        self._programs.compile(shape, num_guesses, self.cache, self._state, scores)
 
     def small_programs(self) -> None:
         """Those that change the sampler's state, and lengths."""

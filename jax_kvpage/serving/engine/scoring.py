@@ -1,0 +1,58 @@
+"""Log probabilities of the tokens of a prompt, collected while it is computed in parts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_kvpage.serving.engine.flight import Flight
+from jax_kvpage.serving.engine.logprobs import logprob_table
+from jax_kvpage.serving.engine.tracking import SequenceState
+
+__all__ = ["take_scores", "targets_of"]
+
+
+def targets_of(flight: Flight) -> np.ndarray | None:
+    """The token that follows each token of a step, int32[t]; None if the step scores no prompt."""
+    scoring = _scoring(flight)
+    if not scoring:
+        return None
+    targets = np.zeros(int(flight.counts.sum()), np.int32)
+    for state, place, begin, end in scoring:
+        following = state.ids[begin + 1 : end + 1]
+        targets[place : place + len(following)] = following
+    return targets
+
+
+def take_scores(flight: Flight, scores: Sequence[np.ndarray]) -> None:
+    """Hands the scores of a step, [t, ...] each, to the requests.
+
+    Raises:
+        RuntimeError: one of them is NaN.
+    """
+    for state, place, begin, end in _scoring(flight):
+        request, prompt = state.request, state.request.output.prompt_token_ids
+        count = request.params.prompt_logprobs
+        assert count is not None
+        for position in range(begin + 1, min(end + 1, len(prompt))):
+            row = [array[place + position - begin - 1] for array in scores]
+            if np.isnan(row[0]):
+                raise RuntimeError("the logits of a prompt are NaN")
+            request.scores[position] = logprob_table(prompt[position], count, *row)[0]
+        if len(request.scores) == len(prompt) - 1:
+            tables = (request.scores[position] for position in range(1, len(prompt)))
+            request.output.prompt_logprobs = [None, *tables]
+
+
+def _scoring(flight: Flight) -> list[tuple[SequenceState, int, int, int]]:
+    """Sequences whose part of a prompt is scored: place of the part, begin and end position.
+
+    One that decodes runs the last token of the prompt at the earliest, which no other follows.
+    """
+    found, first = [], flight.num_decodes
+    place = int(flight.counts[:first].sum())
+    for i, state in enumerate(flight.states[first:], first):
+        begin, count = int(flight.begins[i]), int(flight.counts[i])
+        if state.request.is_scoring:
+            found.append((state, place, begin, begin + count))
+        place += count
+    return found
