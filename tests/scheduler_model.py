@@ -241,6 +241,9 @@ class Server:
                 if s in self.computed and not s.finish_reason and self._decodes(s, plan)
             ]
             assert len(set(ready)) <= 1, "a part of a group runs"
+            if group.request.lockstep and any(ready):
+                assert not group.unforked, "a sequence runs ahead of its siblings"
+                assert len(ready) == len(group.live), "a sequence runs ahead of its siblings"
 
     def _decodes(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Whether a sequence runs, or could have run, its newest token only."""

@@ -125,17 +125,17 @@ def test_the_head_of_the_queue_is_not_overtaken() -> None:
     assert server.reported.index(big) < server.reported.index(small)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_samples_share_their_prompt(whole: bool) -> None:
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_samples_share_their_prompt(lockstep: bool) -> None:
     server = _server(capacity=12)
-    group = server.add(num_prompt_tokens=64, max_tokens=8, n=4, fork_whole_prompt=whole)
-    server.step()
+    group = server.add(num_prompt_tokens=64, max_tokens=8, n=4, lockstep=lockstep)
+    assert server.step().num_tokens == 64 - lockstep
     plan = server.step()
     (fork,) = plan.forks
-    assert fork.num_tokens == 64 - (not whole)
+    assert fork.num_tokens == 63
     assert set(plan.sequences) == set(group.sequences)
-    # 64 tokens in 4 blocks, of which 3 or 4 are shared.
-    assert len(server.memory.used()) == 4 + 4 if whole else 3 + 4 * 2
+    # 64 tokens in 4 blocks, of which 3 are shared.
+    assert len(server.memory.used()) == 3 + 4 * 2
     server.run()
     assert {s.finish_reason for s in group.sequences} == {"length"}
 
@@ -152,10 +152,10 @@ def test_a_donor_that_ends_at_once_keeps_its_slot_until_the_fork() -> None:
     server.run()
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_samples_of_one_token(whole: bool) -> None:
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_samples_of_one_token(lockstep: bool) -> None:
     server = _server()
-    group = server.add(num_prompt_tokens=40, max_tokens=1, n=3, fork_whole_prompt=whole)
+    group = server.add(num_prompt_tokens=40, max_tokens=1, n=3, lockstep=lockstep)
     server.run()
     assert {s.finish_reason for s in group.sequences} == {"length"}
 

@@ -43,7 +43,7 @@ _requests = st.fixed_dictionaries(
         "prefix_key": st.sampled_from([None, None, "a", "b"]),
         "reserve_tokens": st.sampled_from([0, 0, 0, 200]),
         "num_slots": st.sampled_from([0, 0, 4]),
-        "fork_whole_prompt": st.booleans(),
+        "lockstep": st.booleans(),
         "wanted": st.integers(1, 150),
     }
 )

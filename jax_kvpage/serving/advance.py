@@ -35,6 +35,8 @@ def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
             running.prefilled(sequence)
             if rows.known[row] >= rows.limit[row]:
                 ending.append(position)
+        elif sequence.group.request.lockstep and rows.computed[row] == rows.known[row] - 1:
+            running.prefilled(sequence)
     if not ending:
         return plan
     for position in ending:
@@ -52,15 +54,16 @@ def start_from(
     Returns:
         The plan that says so.
     """
-    position = plan.sequences.index(sequence)
     begins, samples = plan.begins.copy(), plan.samples.copy()
-    rows.computed[sequence.row] = num_cached + plan.counts[position]
-    if samples[position]:
-        rows.known[sequence.row] -= 1
-        rows.set_decoding(sequence.row, False)
-        running.prefills(sequence)
+    position = plan.sequences.index(sequence) if sequence in plan.sequences else -1
+    rows.computed[sequence.row] = num_cached
+    if position >= 0:
+        rows.computed[sequence.row] += plan.counts[position]
+        rows.known[sequence.row] -= samples[position]
+        begins[position], samples[position] = num_cached, False
+    if sequence not in running.prefilling:
+        running.unprefilled(sequence)
     running.caches(sequence.group, num_cached)
-    begins[position], samples[position] = num_cached, False
     return dataclasses.replace(
         plan,
         admissions=tuple(
@@ -89,9 +92,8 @@ def take_back(
         rows.known[row] -= plan.samples[position]
         if position < plan.num_decodes:
             rows.set_decoding(row, not sequence.finish_reason)
-        elif plan.samples[position]:
-            rows.set_decoding(row, False)
-            running.prefills(sequence)
+        elif sequence not in running.prefilling:
+            running.unprefilled(sequence)
     for fork in plan.forks:
         if fork.parent.group in groups:
             running.unfork(fork)

@@ -81,11 +81,13 @@ class StepBuilder:
 
     def run(self, rows: Rows, sequence: Sequence) -> None:
         """Adds the next part of a prompt, as far as the budget allows."""
-        begin = int(rows.computed[sequence.row])
-        left = int(rows.known[sequence.row]) - begin
+        begin, lockstep = int(rows.computed[sequence.row]), sequence.group.request.lockstep
+        left = int(rows.known[sequence.row]) - begin - lockstep
         count = min(left, self.budget)
-        self._parts.append((sequence, sequence.row, begin, count, count == left))
-        self.budget -= count
+        if count:  # in lockstep all may be computed but the newest token
+            part = sequence, sequence.row, begin, count, count == left and not lockstep
+            self._parts.append(part)
+            self.budget -= count
 
     def prefill(self, rows: Rows, sequences: Iterable[Sequence]) -> None:
         """Adds parts of prompts, in order, with the budget that the decodes leave."""

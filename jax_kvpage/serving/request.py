@@ -44,9 +44,9 @@ class Request:
         reserve_tokens: room that each sequence gets at admission, if that is more than its tokens
             and one.
         num_slots: slots of the pool to keep for it, at least n. Beam search over w beams needs 2w.
-        fork_whole_prompt: siblings start after the whole prompt, and the caller chooses their first
-            token too (beam search). Otherwise each computes the prompt's last token, and its first
-            token is sampled from logits of its row.
+        lockstep: no sequence runs its newest token before all siblings can, the first time after
+            the prompt and later ones after a preemption (beam search). The others then wait with
+            their memory.
     """
 
     request_id: Hashable
@@ -59,7 +59,7 @@ class Request:
     num_prefix_tokens: int = 0
     reserve_tokens: int = 0
     num_slots: int = 0
-    fork_whole_prompt: bool = False
+    lockstep: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_prompt_tokens", "max_tokens", "n"):
@@ -80,10 +80,12 @@ class Request:
 
     @property
     def num_shared_tokens(self) -> int:
-        """Tokens that siblings take over from the sequence that computes the prompt."""
-        if self.n == 1:
-            return 0
-        return self.num_prompt_tokens - (not self.fork_whole_prompt)
+        """Tokens that siblings take over from the sequence that computes the prompt.
+
+        Each computes the last token of the prompt: its first token is sampled from logits of its
+        row.
+        """
+        return self.num_prompt_tokens - 1 if self.n > 1 else 0
 
 
 class Status(enum.Enum):

@@ -97,14 +97,16 @@ class RunningSet:
         bisect.insort(self.groups, group, key=lambda other: other.order)
         room = self.room(leader)
         rows.add(leader, num_cached, room)
-        self.prefills(leader)
         group.unforked = group.live[1:]
+        if not group.request.lockstep or rows.known[leader.row] - num_cached > 1:
+            self.prefills(leader)
         if group.unforked:
             group.donor = leader
             self.forking.append(group)
         self._promise(group, blocks - rows.blocks(room))
         self.promised_slots += group.request.slots - group.request.n + len(group.unforked)
         self.caches(group, num_cached)
+        self._level(group)
         return Admission(leader, room, num_cached)
 
     def caches(self, group: SequenceGroup, num_cached: int) -> None:
@@ -129,14 +131,29 @@ class RunningSet:
     def prefilled(self, sequence: Sequence) -> None:
         """Moves a sequence with one token left to compute to those that decode."""
         self.prefilling.remove(sequence)
-        self._rows.set_decoding(sequence.row, not sequence.finish_reason)
+        if sequence.group.request.lockstep:
+            self._level(sequence.group)
+        else:
+            self._rows.set_decoding(sequence.row, not sequence.finish_reason)
+
+    def unprefilled(self, sequence: Sequence) -> None:
+        """Undoes `prefilled`: in lockstep, siblings do not decode either."""
+        group = sequence.group
+        for each in group.sequences if group.request.lockstep else (sequence,):
+            if each.row >= 0:
+                self._rows.set_decoding(each.row, False)
+        self.prefills(sequence)
 
     def advanced(self, sequence: Sequence) -> None:
         """Lets the followers of a prefix start once a sequence has computed all of it."""
-        if self._computing and self._rows.computed[sequence.row] >= self._prefix_tokens(
-            sequence.group
-        ):
-            self._end_prefix(sequence.group)
+        if not self._computing:
+            return
+        group = sequence.group
+        wanted = self._prefix_tokens(group)
+        if group.request.lockstep:  # the last token of the prompt runs with the siblings
+            wanted = min(wanted, group.request.num_prompt_tokens - 1)
+        if self._rows.computed[sequence.row] >= wanted:
+            self._end_prefix(group)
 
     def fork(self, group: SequenceGroup) -> Fork:
         """Gives the siblings rows. `release_donors` follows when memory has carried it out."""
@@ -147,11 +164,12 @@ class RunningSet:
         for child, tokens in zip(children, room, strict=True):
             child.num_tokens = max(child.num_tokens, shared + 1)
             rows.add(child, shared, tokens)
-            if child.num_tokens == shared + 1:
-                rows.set_decoding(child.row, True)
-            else:
+            if child.num_tokens > shared + 1:
                 self.prefills(child)
+            elif not group.request.lockstep:
+                rows.set_decoding(child.row, True)
         self._forked(group)
+        self._level(group)
         return Fork(donor, children, shared, room)
 
     def unfork(self, fork: Fork) -> None:
@@ -163,6 +181,10 @@ class RunningSet:
             if child in self.prefilling:
                 self.prefilling.remove(child)
             self._rows.remove(child)
+        if group.request.lockstep:
+            for sequence in group.live:
+                if sequence.row >= 0:
+                    self._rows.set_decoding(sequence.row, False)
         group.unforked, group.donor = list(fork.children), fork.parent
         self.forking.append(group)
         self._promise(group, blocks)
@@ -186,6 +208,7 @@ class RunningSet:
         elif sequence.row >= 0:
             self._drop(sequence)
         if group.live:
+            self._level(group)
             return False
         if group.status is Status.RUNNING:
             self._leave(group)
@@ -221,6 +244,15 @@ class RunningSet:
         self.promised_slots -= len(group.unforked)
         group.unforked, group.donor = [], None
         self.forking.remove(group)
+
+    def _level(self, group: SequenceGroup) -> None:
+        """Lets sequences that run in lockstep decode, once no sibling is behind."""
+        if not group.request.lockstep or group.unforked or group.status is not Status.RUNNING:
+            return
+        rows = [sequence.row for sequence in group.live]
+        level = (self._rows.computed[rows] == self._rows.known[rows] - 1).all()
+        for row in rows if level else ():
+            self._rows.set_decoding(row, True)
 
     def _drop(self, sequence: Sequence) -> None:
         group = sequence.group
