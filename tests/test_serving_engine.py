@@ -451,9 +451,9 @@ def test_refusals_list_every_reason() -> None:
             Engine(rig.step, rig.params(), pool, rig.config(max_num_seqs=9))
         with Engine(rig.step, rig.params(), pool, rig.config()) as engine:
             params = SamplingParams(
-                logprobs=9, stop="x", min_tokens=1, stop_token_ids=list(range(9))
+                logprobs=21, stop="x", min_tokens=1, stop_token_ids=list(range(9))
             )
-            with pytest.raises(ValueError, match=r"(?s)logprobs is 9.*stop strings.*min_tokens"):
+            with pytest.raises(ValueError, match=r"(?s)logprobs is 21.*stop strings.*min_tokens"):
                 engine.add_request([1], params)
             for prompt in ([], [-1], "text"):
                 with pytest.raises(ValueError, match="prompt"):

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load, Watermark
+from jax_kvpage.serving.beams import BeamSearchParams
 from jax_kvpage.serving.memory import BlockBudget, Memory
 from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jax_kvpage.serving.params import SamplingParams
@@ -46,6 +47,7 @@ __all__ = [
     "Admission",
     "AdmissionPolicy",
     "AsyncEngine",
+    "BeamSearchParams",
     "BlockBudget",
     "Candidates",
     "CompletionOutput",

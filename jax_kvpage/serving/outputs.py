@@ -28,7 +28,8 @@ class CompletionOutput:
         text: their text without the stop string; "" without a detokenizer. While the output is
             unfinished, characters that may change or belong to a stop string are held back.
         logprobs: for each token, by token id, those that were asked for; None without.
-        cumulative_logprob: sum over the tokens chosen; None without logprobs.
+        cumulative_logprob: sum over the tokens chosen; None without logprobs or beam search.
+        score: by which the continuations of a beam search are ranked; else None.
         finish_reason: None while unfinished; "stop" (a stop token or stop string), "length",
             "capacity" (memory holds no more), "cancelled", "deadline" or "error".
         stop_reason: the token id or string that ended it; None for the end-of-sequence token.
@@ -39,6 +40,7 @@ class CompletionOutput:
     text: str = ""
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    score: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Self
 
 from jax_kvpage.errors import PoolClosed
+from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.engine import Engine
 from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
@@ -50,7 +51,7 @@ class AsyncEngine:
         await self.close()
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
+        self, prompt: Sequence[int], params: Params | None = None, **options: Any
     ) -> RequestOutput:
         """Runs a request to its end. Cancelling the task cancels the request.
 
@@ -71,14 +72,14 @@ class AsyncEngine:
         return last
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
+        self, prompt: Sequence[int], params: Params | None = None, **options: Any
     ) -> AsyncIterator[RequestOutput]:
         """Yields the request's output whenever it has more tokens; the last one is finished.
 
         Ending the iteration early, or cancelling the task, cancels the request. For arguments and
         errors see `generate`.
         """
-        if params is not None and params.structured_outputs is not None:
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             # The engine's thread then finds it compiled, and other requests do not wait.
             await asyncio.to_thread(self._engine.compile_grammar, params.structured_outputs)
         reader = _Reader(asyncio.get_running_loop())

@@ -42,8 +42,9 @@ class EngineConfig:
             same model and parameters, one after the other on a pool, share what they computed under
             one name. None makes a new name for each engine: what another model has computed is
             never found.
-        max_logprobs: most `logprobs` and `prompt_logprobs` that a request may ask for. If it is
-            more than the model's vocabulary, requests get all of that.
+        max_logprobs: most `logprobs` and `prompt_logprobs` that a request may ask for, and
+            candidates of each beam in a search: twice its width, or more with several stop tokens.
+            If it is more than the model's vocabulary, requests get all of that.
         prompt_logprobs: whether requests may ask for `SamplingParams.prompt_logprobs`. Each bucket
             then has another program, which gives logits for all of its tokens.
         max_stop_token_ids: most tokens that may end a request with `min_tokens`.
@@ -66,7 +67,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
     namespace: str | None = None
-    max_logprobs: int = 5
+    max_logprobs: int = 20
     prompt_logprobs: bool = False
     max_stop_token_ids: int = 8
     max_num_waiting: int | None = None

@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.draft import Draft, DraftModel
 from jax_kvpage.serving.engine.guessing import Guesser, PromptLookup
@@ -162,7 +163,7 @@ class EngineCore:
     def add_request(
         self,
         prompt: Sequence[int],
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         request_id: object = None,
         priority: int = 0,
@@ -173,7 +174,7 @@ class EngineCore:
 
         Args:
             prompt: token ids, at least one.
-            params: `SamplingParams()` if None.
+            params: of sampling or of beam search; `SamplingParams()` if None.
             request_id: for the output; None numbers requests.
             priority: lower numbers go first.
             deadline: when it ends with the reason "deadline", in the engine's clock.
@@ -311,7 +312,8 @@ class EngineCore:
         self._finished.clear()
         if not plan.is_empty:
             self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)
-        self._reader.read(ahead=0 if self._runner.in_lockstep else 1)
+        lockstep = self._runner.in_lockstep or self._ledger.num_searches
+        self._reader.read(ahead=0 if lockstep else 1)
         self._reader.tell()
         return plan
 

@@ -105,16 +105,14 @@ class Draft:
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
         """Guesses the next tokens of sequences that decode.
 
-        Sequences with penalties are left out: their scores depend on tokens that are not verified.
-
         Args:
             states: sequences that have memory. Every step has been read back.
 
         Returns:
-            Those with a guess.
+            Those with a guess; see `Guesser`.
         """
         found: dict[SequenceState, list[int]] = {}
-        wanted = [s for s in states if not (s.ended or s.request.params.has_penalties)]
+        wanted = [s for s in states if s.request.can_be_guessed and not s.ended]
         self._guarded(lambda: found.update(self._guess(wanted)))
         for state, tokens in found.items():
             if state.guide is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.core import EngineCore
 from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
@@ -42,7 +43,7 @@ class Engine(EngineCore):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] | None = None,
     ) -> list[RequestOutput]:
         """Runs requests to their end.
 
@@ -69,7 +70,7 @@ class Engine(EngineCore):
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: Params | Sequence[Params] | None = None,
     ) -> Iterator[RequestOutput]:
         """Runs requests and yields each one's output whenever it has more tokens.
 
@@ -109,10 +110,10 @@ class Engine(EngineCore):
     def _add_all(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: Params | Sequence[Params] | None,
     ) -> list[RequestOutput]:
         """Adds requests; none if one is refused."""
-        if params is None or isinstance(params, SamplingParams):
+        if params is None or isinstance(params, Params):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"Engine: {len(prompts)} prompts, but {len(params)} params")

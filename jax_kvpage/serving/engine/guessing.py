@@ -17,7 +17,7 @@ class Guesser(Protocol):
         """Guesses the next tokens of sequences that decode.
 
         Penalties depend on the tokens so far, which are not known on the device before guesses are
-        verified: such sequences are left out.
+        verified, and the host chooses the tokens of beams: such sequences are left out.
 
         Args:
             states: sequences that have memory.
@@ -48,7 +48,7 @@ class PromptLookup:
         config, found = self._config, {}
         for state in states:
             decodes = state.computed == len(state.ids) - 1
-            if state.ended or not decodes or state.request.params.has_penalties:
+            if state.ended or not decodes or not state.request.can_be_guessed:
                 continue
             if state.lookup is None:
                 state.lookup = NgramIndex(config.prompt_lookup_min, config.prompt_lookup_max)

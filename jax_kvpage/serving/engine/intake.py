@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jax_kvpage.serving.beams import BeamSearchParams, Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.ledger import Ledger
@@ -62,7 +63,7 @@ class Intake:
     def add(
         self,
         prompt: Sequence[int],
-        params: SamplingParams,
+        wanted: Params,
         *,
         request_id: object,
         priority: int,
@@ -72,7 +73,8 @@ class Intake:
         """See `EngineCore.add_request`."""
         config = self._config
         ids, space = _token_ids(prompt), self.namespace_of(namespace)
-        _check_params(params, config, self._detokenize is not None)
+        searched = wanted if isinstance(wanted, BeamSearchParams) else None
+        params = _checked(wanted, config, self._detokenize is not None)
         guide = None
         if params.structured_outputs is not None:
             guide = self.guidance().guide(params)
@@ -92,13 +94,14 @@ class Intake:
             deadline=deadline,
             prefix_key=key,
             num_prefix_tokens=shared,
+            num_slots=2 * params.n if searched else 0,
+            lockstep=searched is not None,
         )
         group = self._scheduler.add(request)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        state = RequestState(
-            output, params, seed, config.eos_token_ids, self._detokenize, space, guide
-        )
+        eos = config.eos_token_ids
+        state = RequestState(output, params, seed, eos, self._detokenize, space, guide, searched)
         self._ledger.add(state, group)
         return output
 
@@ -129,17 +132,28 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
     return ids
 
 
-def _check_params(params: SamplingParams, config: EngineConfig, has_text: bool) -> None:
+def _checked(params: Params, config: EngineConfig, has_text: bool) -> SamplingParams:
     """Raises a ValueError for parameters that an engine cannot serve.
 
     Args:
         params: of a request.
         config: of the engine.
         has_text: whether it has a detokenizer.
+
+    Returns:
+        Those of the sampler.
     """
     reasons = []
     most = config.max_logprobs
-    if params.logprobs is not None and params.logprobs > most:
+    if isinstance(params, BeamSearchParams):
+        eos = () if params.ignore_eos else config.eos_token_ids
+        params = params.sampling(len({*params.stop_token_ids, *eos}))
+        if params.logprobs is not None and params.logprobs > most:
+            reasons.append(
+                f"beam_width {params.n} looks at {params.logprobs} candidates of each beam, but "
+                f"max_logprobs is {most}"
+            )
+    elif params.logprobs is not None and params.logprobs > most:
         reasons.append(f"logprobs is {params.logprobs}, but max_logprobs is {most}")
     if params.prompt_logprobs is not None and not config.prompt_logprobs:
         reasons.append("prompt_logprobs needs EngineConfig(prompt_logprobs=True)")
@@ -154,3 +168,4 @@ def _check_params(params: SamplingParams, config: EngineConfig, has_text: bool) 
         reasons.append(f"min_tokens with {stops} stop tokens: max_stop_token_ids is {most}")
     if reasons:
         raise ValueError("\n  - ".join(["Engine.add_request:", *reasons]))
+    return params

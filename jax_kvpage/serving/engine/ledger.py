@@ -19,6 +19,7 @@ class Ledger:
 
     Attributes:
         states: of the scheduler's sequences.
+        num_searches: requests by beam search, which need each step read back before the next.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -27,10 +28,12 @@ class Ledger:
         self._by_output: dict[int, RequestState] = {}
         self._changed: dict[int, RequestOutput] = {}
         self.states: dict[ScheduledSequence, SequenceState] = {}
+        self.num_searches = 0
 
     def add(self, request: RequestState, group: SequenceGroup) -> None:
         """Takes a request that the scheduler has accepted."""
         request.start(group)
+        self.num_searches += request.search is not None
         self._requests[group] = request
         self._by_output[id(request.output)] = request
         self.states.update((state.sequence, state) for state in request.sequences)
@@ -66,6 +69,16 @@ class Ledger:
         self._finish(state.request)
         return len(state.ids) < state.sequence.group.limit
 
+    def take_beams(self, request: RequestState, now: float) -> None:
+        """Adds the continuations that a beam search has found, and ends the request."""
+        assert request.search is not None
+        output, found = request.output, request.search.finished
+        output.metrics.first_token = now
+        output.metrics.token_times += [now] * len(found[0].token_ids) if found else []
+        for state, hypothesis in zip(request.sequences, found, strict=False):
+            state.conclude(hypothesis)
+        self.end(request, "stop")  # those for which the vocabulary has too few tokens
+
     def end(self, request: RequestState, reason: str) -> None:
         """Ends those sequences of a request that have not."""
         for state in request.sequences:
@@ -86,6 +99,7 @@ class Ledger:
             if request is None:  # forgotten before an interrupt
                 continue
             del self._by_output[id(request.output)]
+            self.num_searches -= request.search is not None
             for state in request.sequences:
                 if not state.ended:
                     state.end(state.sequence.finish_reason or "cancelled")

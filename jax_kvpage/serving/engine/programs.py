@@ -85,6 +85,7 @@ class Programs:
         scores: whether steps may score prompts.
 
     Attributes:
+        max_logprobs: see above.
         num_compiled: steps compiled so far, at most one for each bucket, one more with speculation
             and one more for scores.
         variants: (bucket, guesses, whether it scores) of all of them.
@@ -108,7 +109,7 @@ class Programs:
         self._params = params
         self.shapes = shapes
         self._num_rows = num_rows
-        self._max_logprobs = max_logprobs
+        self.max_logprobs = max_logprobs
         self._num_banned = num_banned
         self.num_words = num_words
         self._no_masks: dict[int, jax.Array] = {}
@@ -281,7 +282,7 @@ class Programs:
                 f"[{len(wanted_rows)}, vocabulary]: those of batch.last_rows"
             )
         cache = advance(cache, batch)
-        scored, max_logprobs = None, min(self._max_logprobs, logits.shape[1])
+        scored, max_logprobs = None, min(self.max_logprobs, logits.shape[1])
         if scores:
             scored = log_probabilities(logits.astype(jnp.float32), targets, max_logprobs)
             logits = logits[last.reshape(-1)]

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from jax_kvpage.serving.engine.beams import Beams
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.runner import Runner
@@ -43,6 +44,7 @@ class Reader:
         self._ledger = ledger
         self._slots = slots
         self._clock = clock
+        self._beams = Beams(slots, ledger, runner.choose)
         self._news: list[Callable[[], None]] = []
 
     def read(self, ahead: int = 0) -> None:
@@ -69,9 +71,16 @@ class Reader:
             self._news.append(partial(self._tell_accepted, flight, flight.accepted))
         now = self._clock()
         try:
+            searches: dict[RequestState, list[Token]] = {}
             for token in tokens:
-                if not token.state.ended:  # one that has ended may have run one step too many
+                if token.state.ended:  # it may have run one step too many
+                    continue
+                if token.state.request.search is not None:
+                    searches.setdefault(token.state.request, []).append(token)
+                else:
                     self._take(token, now)
+            for request, found in searches.items():
+                self._search(request, found, now)
         except BaseException as error:  # Ctrl-C: some tokens are lost
             self._fail((state.request for state in flight.states), error)
             raise
@@ -86,6 +95,15 @@ class Reader:
             return
         if ends:
             self._news.append(partial(self._scheduler.finish, token.state.sequence, "stop"))
+
+    def _search(self, request: RequestState, tokens: list[Token], now: float) -> None:
+        try:
+            ends = self._beams.go_on(request, tokens, now)
+        except Exception as error:  # of `detokenize`, or a pool that has lost its memory to others
+            self._fail([request], error)
+            return
+        for state in request.sequences if ends else ():
+            self._news.append(partial(self._scheduler.finish, state.sequence, "stop"))
 
     def _tell_accepted(self, flight: Flight, accepted: np.ndarray) -> None:
         rows = [state.sequence.row for state in flight.states]

@@ -90,9 +90,13 @@ class Runner:
         self._columns[:, row] = state.request.sampling_column(
             state.sequence.index, self._num_banned
         )
-        self._newest[row], self._on_device[row] = state.ids[-1], False
+        self.choose(state)
         if state.request.params.has_penalties:
             self._state = self._programs.set_history(self._state, row, state.ids)
+
+    def choose(self, state: SequenceState) -> None:
+        """Hears that the host knows the newest token of a sequence, and the device may not."""
+        self._newest[state.row], self._on_device[state.row] = state.ids[-1], False
 
     def launch(
         self,
@@ -313,7 +317,7 @@ class Runner:
         states = self._slots.occupied()
         have = {}
         for state in states:
-            self._newest[state.row], self._on_device[state.row] = state.ids[-1], False
+            self.choose(state)
             if state.request.params.has_penalties:
                 self._state = self._programs.set_history(self._state, state.row, state.ids)
             length, computed = int(lengths[state.slot]), state.computed

@@ -7,6 +7,7 @@ the same, a call is made once more from a new generation.
 """
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from typing import Any, TypeVar
 
 import jax
@@ -175,6 +176,39 @@ class Slots:
         self.release(rows[s] for s in new if s.group in groups and states[s].row >= 0)
         return left
 
+    def take_over(self, heirs: Items[tuple[SequenceState, SequenceState]]) -> None:
+        """Gives sequences forks of others' slots in place of their own. Nothing is in flight.
+
+        They need no more memory than they had: what a fork does not share, the slot before did not
+        share either. But that one may have to drain first.
+
+        Args:
+            heirs: each sequence and the one whose tokens it takes over. Those keep theirs.
+        """
+        donors = list(dict.fromkeys(donor for _, donor in heirs))
+        parents = [*range(len(donors)), *(donors.index(donor) for _, donor in heirs)]
+        for donor in donors:
+            self.commit(donor)
+        lost = [state for state, _ in heirs]
+        rooms = [state.room for state in lost]
+        try:
+            slots = self._reorder([*donors, *lost], parents)
+        except OutOfBlocks:
+            self._release(lambda: [state.slot for state in lost if state.slot >= 0])
+            for state in lost:
+                self.leave(state)
+            jax.block_until_ready(self.cache)
+            slots = self._reorder(donors, parents)
+        slots = slots[len(donors) :]
+        for (state, donor), slot, room in zip(heirs, slots, rooms, strict=True):
+            self._enter(state, slot, donor.computed, room)
+            state.ids = list(donor.ids)
+        try:
+            _past_fault(lambda: self._pool.extend(slots, rooms))
+        except OutOfBlocks:
+            jax.block_until_ready(self.cache)
+            _past_fault(lambda: self._pool.extend(slots, rooms))
+
     def find(self, state: SequenceState) -> int:
         """Tokens that `acquire` will find in memory, if nothing is evicted before."""
         ids = np.asarray(state.ids, np.int32)
@@ -222,6 +256,13 @@ class Slots:
         except (jax.errors.JaxRuntimeError, ValueError):
             self.recover()
             return verb(self.cache)
+
+    def _reorder(self, states: list[SequenceState], parents: list[int]) -> list[int]:
+        """New slots, which go on from those of `parents`."""
+        slots, self.cache = self._call(
+            lambda cache: self._pool.reorder(cache, [state.slot for state in states], parents)
+        )
+        return list(slots)
 
     def _release(self, slots: Callable[[], list[int]]) -> None:
         """Releases slots; asks again which ones they are after a recovery."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jax_kvpage.serving.beams import BeamSearch, BeamSearchParams, Hypothesis
 from jax_kvpage.serving.engine.guidance import Guide
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.lookup import NgramIndex
@@ -105,6 +106,21 @@ class SequenceState:
             output.text = self._text.shown
         return False
 
+    def conclude(self, found: Hypothesis) -> None:
+        """Shows a continuation that beam search has found, and its end."""
+        output, last = self.output, found.token_ids[-1]
+        output.token_ids = found.token_ids
+        output.cumulative_logprob, output.score = found.logprob, found.score
+        if self._text is not None:
+            for token in found.token_ids:
+                self._text.push(token)
+        if last in self.request.params.stop_token_ids:
+            self.end("stop", last)
+        elif last in self.request.eos:
+            self.end("stop")
+        else:
+            self.end(self.sequence.group.limit_reason)
+
     def end(self, reason: str, stop_reason: int | str | None = None) -> None:
         """Sets the finish reason and completes the text."""
         self.output.finish_reason = reason
@@ -150,11 +166,14 @@ class RequestState:
         detokenize: None for ids only.
         namespace: in which the pool finds its tokens.
         guide: at the beginning of its grammar; None without one.
+        searched: by beam search, with these parameters; None for sampling.
 
     Attributes:
         group: the scheduler's.
         sequences: all n.
         scores: by position, log probabilities of tokens of the prompt.
+        search: the beam search; None for sampling.
+        beams: its sequences, as the search numbers them.
     """
 
     def __init__(
@@ -166,6 +185,7 @@ class RequestState:
         detokenize: Detokenize | None,
         namespace: str,
         guide: Guide | None = None,
+        searched: BeamSearchParams | None = None,
     ) -> None:
         self.output = output
         self.params = params
@@ -179,21 +199,34 @@ class RequestState:
         self.scores: dict[int, dict[int, Logprob]] = {}
         if params.prompt_logprobs is not None and len(output.prompt_token_ids) == 1:
             output.prompt_logprobs = [None]
+        self.search: BeamSearch | None = None
+        self.beams: list[SequenceState] = []
+        self._searched = searched
 
     @property
     def is_scoring(self) -> bool:
         """Whether log probabilities of the prompt are wanted and not complete."""
         return self.params.prompt_logprobs is not None and self.output.prompt_logprobs is None
 
+    @property
+    def can_be_guessed(self) -> bool:
+        """Whether its tokens follow from the sequence and the model alone."""
+        return self._searched is None and not self.params.has_penalties
+
     def start(self, group: SequenceGroup) -> None:
         """Takes the scheduler's sequences."""
         self.group = group
         for sequence in group.sequences:
             output = CompletionOutput(sequence.index)
-            if self.params.logprobs is not None:
+            if self.params.logprobs is not None and self._searched is None:
                 output.logprobs, output.cumulative_logprob = [], 0.0
             self.output.outputs.append(output)
             self.sequences.append(SequenceState(self, sequence, output))
+        if self._searched is not None:
+            stops = self.eos | set(self.params.stop_token_ids)
+            most = group.limit - len(self.output.prompt_token_ids)
+            self.search = BeamSearch(self._searched, stops, most)
+            self.beams = list(self.sequences)
 
     def sampling_column(self, index: int, num_banned: int) -> np.ndarray:
         """The device's parameters of one continuation, int32[...]; see `RowParams`."""

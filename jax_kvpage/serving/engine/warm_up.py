@@ -41,12 +41,14 @@ def warm_up(
     """
     rig = _Rig(pool, cache, programs, num_rows, num_banned)
     sizes = _sizes(num_rows)
+    widest = min(num_rows, programs.max_logprobs) // 2  # beams that a request may have
     jobs: list[Callable[[], None]] = [
         functools.partial(rig.compile, *variant) for variant in programs.variants
     ]
     jobs += [rig.small_programs, rig.prefixes]
     jobs += [functools.partial(rig.releases, n) for n in sizes]
     jobs += [functools.partial(rig.forks, n) for n in sizes]
+    jobs += [functools.partial(rig.beams, n) for n in _sizes(widest - 1) if widest > 1]
     for done, job in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs))
@@ -123,6 +125,20 @@ class _Rig:
             self.cache = self._pool.release(self.cache, slots)
             jax.block_until_ready(self.cache)
         self.release_all()
+
+    def beams(self, n: int) -> None:
+        """Replaces several beams by forks, at the end of a block and behind it, where a token is
+        copied; also those whose slots were released before."""
+        ids = self._prompt()
+        for prompt in {len(ids): ids, len(ids) - 1: ids[:-1]}.values():
+            donor, self.cache = self._pool.acquire(self.cache, len(prompt), wait=True)
+            self._slots.append(donor)
+            self._write(donor, prompt)
+            beams, self.cache = self._pool.reorder(self.cache, [donor], [0] * (n + 1))
+            self._slots = list(beams)
+            beams, self.cache = self._pool.reorder(self.cache, beams, [0] * (n + 1))
+            self._slots = list(beams)
+            self.release_all()
 
     def release_all(self) -> None:
         """Releases what is left, and waits."""

@@ -1,0 +1,195 @@
+"""Beam search on the host: which continuations of which beams go on, from the most likely next
+tokens of each.
+
+The rules are those of transformers' `generate(num_beams=W, do_sample=False)`: a step looks at the
+best continuations of all beams; those that end are kept if they are among the first W, the W best
+of the others go on, and the search ends when no beam can become better than the worst of W finished
+ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, Literal
+
+import numpy as np
+
+from jax_kvpage.serving.params import SamplingParams
+
+__all__ = ["BeamSearch", "BeamSearchParams", "Hypothesis", "Params"]
+
+_NEVER = np.float32(-1e9)  # log probability of beams that do not exist yet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How a request is searched, and where its sequences end.
+
+    The search is deterministic. The output has `beam_width` continuations, the best first, each
+    with its `CompletionOutput.score`; they appear when the search ends.
+
+    Attributes:
+        beam_width: sequences that go on in each step, and continuations in the result. The pool
+            keeps twice as many slots for the request.
+        max_tokens: tokens to produce at most.
+        ignore_eos: go on after the engine's end-of-sequence tokens.
+        stop_token_ids: more tokens that end a continuation.
+        length_penalty: a score is the sum of log probabilities over the number of tokens to this
+            power; above 0 it favors long continuations, below 0 short ones.
+        early_stopping: when the search ends. True: as soon as there are `beam_width` finished
+            continuations. False: when the best running beam, at its present length, is no better
+            than the worst of them. "never": when it cannot become better at any length up to
+            max_tokens.
+
+    Raises:
+        ValueError: values out of range; one error lists all of them.
+    """
+
+    beam_width: int
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        reasons = [
+            f"{name} is {getattr(self, name)!r}, wanted 1 or more"
+            for name in ("beam_width", "max_tokens")
+            if not _integer(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if not isinstance(self.ignore_eos, bool):
+            reasons.append(f"ignore_eos is {self.ignore_eos!r}, wanted True or False")
+        if not all(_integer(token) and 0 <= token < 2**31 for token in self.stop_token_ids):
+            reasons.append(f"stop_token_ids is {self.stop_token_ids!r}, wanted token ids")
+        power = self.length_penalty
+        if (
+            isinstance(power, bool)
+            or not isinstance(power, (int, float))
+            or not math.isfinite(power)
+        ):
+            reasons.append(f"length_penalty is {power!r}, wanted a finite number")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            reasons.append(f"early_stopping is {self.early_stopping!r}, wanted a bool or 'never'")
+        if reasons:
+            raise ValueError("\n  - ".join(["BeamSearchParams:", *reasons]))
+
+    def num_candidates(self, num_stops: int) -> int:
+        """Continuations looked at in a step: enough for W to go on if the others end.
+
+        Args:
+            num_stops: different tokens that end a continuation.
+        """
+        return max(2, 1 + num_stops) * self.beam_width
+
+    def sampling(self, num_stops: int) -> SamplingParams:
+        """The parameters by which the sampler gives the candidates of each beam."""
+        return SamplingParams(
+            n=self.beam_width,
+            temperature=0,
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.num_candidates(num_stops),
+        )
+
+
+Params = SamplingParams | BeamSearchParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished continuation.
+
+    Attributes:
+        token_ids: its tokens, the one that ended it included.
+        logprob: sum of their log probabilities.
+        score: that over the number of tokens to the power of length_penalty.
+    """
+
+    token_ids: list[int]
+    logprob: float
+    score: float
+
+
+class BeamSearch:
+    """The running beams and the best finished continuations of one prompt, without their memory.
+
+    Args:
+        params: of the request.
+        stop_ids: tokens that end a continuation.
+        max_tokens: tokens in a continuation at most.
+
+    Attributes:
+        tokens: output of each running beam, W lists.
+        finished: at most W, the best first.
+        done: whether the search has ended.
+    """
+
+    def __init__(
+        self, params: BeamSearchParams, stop_ids: Collection[int], max_tokens: int
+    ) -> None:
+        self._params = params
+        self._width = params.beam_width
+        self._stop_ids = frozenset(stop_ids)
+        self._candidates = params.num_candidates(len(self._stop_ids))
+        self._most = max_tokens
+        # Only the first beam counts in the first step: the others have the same tokens.
+        self._totals = np.full(self._width, _NEVER, np.float32)
+        self._totals[0] = 0
+        self.tokens: list[list[int]] = [[] for _ in range(self._width)]
+        self.finished: list[Hypothesis] = []
+        self.done = False
+
+    def take(self, logprobs: np.ndarray, ids: np.ndarray) -> list[int]:
+        """Goes on by a token.
+
+        Args:
+            logprobs: float32[W, K], of the most likely next tokens of each beam, in falling order.
+                A search needs `BeamSearchParams.num_candidates` of each, or all there are.
+            ids: int32[W, K], the tokens.
+
+        Returns:
+            The parents of the beams that go on, W indices; empty at the end of the search.
+        """
+        totals = (logprobs + self._totals[:, None]).ravel()
+        order = np.argsort(-totals, kind="stable")[: self._candidates]
+        parents, tokens = order // logprobs.shape[1], ids.ravel()[order]
+        length = len(self.tokens[0]) + 1
+        outputs = [
+            [*self.tokens[parent], int(token)]
+            for parent, token in zip(parents, tokens, strict=True)
+        ]
+        ends = [length == self._most or output[-1] in self._stop_ids for output in outputs]
+        for i in range(min(self._width, len(outputs))):
+            if ends[i]:
+                total = totals[order[i]]
+                score = float(total / self._penalty(length))
+                self.finished.append(Hypothesis(outputs[i], float(total), score))
+        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.finished[self._width :]
+        kept = [i for i, end in enumerate(ends) if not end][: self._width]
+        if len(kept) < self._width:  # all end here, or the vocabulary has nothing else
+            self.done = True
+            return []
+        self.tokens = [outputs[i] for i in kept]
+        self._totals = totals[order[kept]]
+        self.done = len(self.finished) == self._width and not self._may_improve(length)
+        return [] if self.done else [int(parents[i]) for i in kept]
+
+    def _may_improve(self, length: int) -> bool:
+        """Whether a beam may become better than the worst of W finished continuations."""
+        early = self._params.early_stopping
+        if early is True:
+            return False
+        if early == "never" and self._params.length_penalty > 0:
+            length = self._most
+        return float(self._totals[0] / self._penalty(length)) > self.finished[-1].score
+
+    def _penalty(self, length: int) -> np.float32:
+        return np.float32(length**self._params.length_penalty)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

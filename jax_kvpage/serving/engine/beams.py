@@ -1,0 +1,77 @@
+"""Beam search in the engine: the sequences of a request are the running beams.
+
+They decode in lockstep, so each step that is read back has the most likely next tokens of all of
+them. Beams that are given up take over the tokens of others, as forks of their slots.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jax_kvpage.serving.engine.flight import Token
+from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.slots import Slots
+from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
+
+__all__ = ["Beams"]
+
+
+class Beams:
+    """Goes on with beam searches.
+
+    Args:
+        slots: of the sequences.
+        ledger: the requests.
+        choose: hears of sequences whose newest token the host has chosen.
+    """
+
+    def __init__(
+        self, slots: Slots, ledger: Ledger, choose: Callable[[SequenceState], None]
+    ) -> None:
+        self._slots = slots
+        self._ledger = ledger
+        self._choose = choose
+
+    def go_on(self, request: RequestState, tokens: Sequence[Token], now: float) -> bool:
+        """Takes a step of a search; nothing is in flight.
+
+        Args:
+            request: unfinished.
+            tokens: the most likely one of each beam, with the log probabilities of the candidates.
+            now: seconds.
+
+        Returns:
+            Whether the search has ended.
+        """
+        search = request.search
+        assert search is not None
+        found = {token.state: token.logprobs for token in tokens}
+        rows = [table[0] for beam in request.beams if (table := found[beam]) is not None]
+        logprobs = np.asarray([[each.logprob for each in row.values()] for row in rows], np.float32)
+        parents = search.take(logprobs, np.asarray([list(row) for row in rows], np.int32))
+        if search.done:
+            self._ledger.take_beams(request, now)
+            return True
+        request.beams = self._reorder(request.beams, parents)
+        for beam, output in zip(request.beams, search.tokens, strict=True):
+            beam.ids.append(output[-1])
+            self._choose(beam)
+        return False
+
+    def _reorder(self, beams: list[SequenceState], parents: list[int]) -> list[SequenceState]:
+        """Beams that go on from `parents`: a parent's first child keeps its slot, the others get
+        those of beams without children."""
+        kept = {beams[parent] for parent in parents}
+        unused = iter([beam for beam in beams if beam not in kept])
+        following, heirs = [], []
+        for parent in parents:
+            donor = beams[parent]
+            if donor in kept:
+                kept.remove(donor)
+                following.append(donor)
+            else:
+                heirs.append((next(unused), donor))
+                following.append(heirs[-1][0])
+        if heirs:
+            self._slots.take_over(heirs)
+        return following
