@@ -184,7 +184,27 @@ def test_a_draft_that_always_fails_is_given_up_with_a_warning(
             outputs = engine.generate(_PROMPTS, _MIXED)
         assert len(caught) == 1
         assert engine.stats.drafted == 0
+        _check_empty(draft_pool)
     assert rig.tokens(outputs) == expected
+
+
+def test_a_failure_just_before_a_release(expected, draft_pool) -> None:
+    """The sequences whose slots were to be released have lost them to the restart."""
+    with rig.pool() as pool, _engine(pool, draft_pool, rig.params()) as engine:
+        first, other = [engine.add_request(_PROMPTS[i], _GREEDY) for i in (0, 3)]
+        while engine.stats.accepted < 6:
+            engine.step()
+        draft_pool.cache()  # fails the next guess
+        engine.cancel(first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine.step()
+            before = engine.stats.drafted
+            while engine.has_unfinished:
+                engine.step()
+        assert engine.stats.drafted > before
+    assert rig.tokens([other]) == [expected[3]]
+    _check_empty(draft_pool)
 
 
 def test_an_interrupt_of_the_draft(expected, draft_pool, monkeypatch) -> None:

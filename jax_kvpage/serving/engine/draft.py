@@ -10,6 +10,7 @@ The draft never decides on an output. Where it has no memory, a sequence runs wi
 failure costs the guesses of that step, and a second one in a row ends guessing with a warning.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -122,9 +123,8 @@ class Draft:
     def follow(self, states: Iterable[SequenceState]) -> None:
         """Releases the slots of sequences that have ended, or are not among those with memory."""
         kept = {state for state in states if not state.ended}
-        gone = [each for state, each in self._followers.items() if state not in kept]
-        if gone:
-            self._guarded(lambda: self._release(gone))
+        if not self._followers.keys() <= kept:
+            self._guarded(lambda: self._keep(kept))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Does something with the pool. A failure ends in a new generation without followers."""
@@ -138,7 +138,8 @@ class Draft:
         except Exception as error:  # tracing runs the caller's code, which may raise anything
             self._failures += 1
             if self._failures == _MOST_FAILURES:
-                self._followers.clear()
+                with contextlib.suppress(Exception):  # the first one is told
+                    self._restart()
                 short = shortened(error)
                 warnings.warn(
                     "Engine: the draft model has failed twice; requests go on without guesses: "
@@ -162,17 +163,18 @@ class Draft:
     def _initial_state(self) -> SamplerState:
         return self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
 
-    def _release(self, gone: Sequence[_Follower]) -> None:
-        self._cache = self._pool.release(self._cache, [each.slot for each in gone])
+    def _keep(self, kept: set[SequenceState]) -> None:
+        """Releases the slots of all other sequences; a restart before has released every slot."""
+        gone = [each for state, each in self._followers.items() if state not in kept]
+        if gone:
+            self._cache = self._pool.release(self._cache, [each.slot for each in gone])
         for each in gone:
             del self._followers[each.state]
 
     def _guess(self, states: Sequence[SequenceState]) -> dict[SequenceState, list[int]]:
         self._roll_back()
         ready = [each for state in states if (each := self._ready(state)) is not None]
-        ready.sort(
-            key=lambda each: len(each.state.ids) - each.known
-        )  # those that decode come first
+        ready.sort(key=lambda each: len(each.state.ids) - each.known)  # those that decode first
         parts: list[tuple[_Follower, int]] = []
         budget = self._budget
         for each in ready:
