@@ -86,7 +86,7 @@ def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_once(
         self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any, scores: bool = False
     ) -> Any:
-        sizes = (self._num_rows, self._num_banned, self.num_words, self._max_logprobs)
+        sizes = (self._num_rows, self._num_banned, self.num_words, self.max_logprobs)
         key = (self._step, sizes, shape, num_guesses, scores, cache.spec)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state, scores)
