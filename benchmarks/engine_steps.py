@@ -75,7 +75,6 @@ def _steps(engine: Engine, count: int) -> None:
 def _bare(engine: Engine, count: int) -> None:
     """The compiled decode step, over and over, at the lengths where the engine left off."""
     runner, programs = engine._runner, engine._programs
-    program = programs._compiled[(_BATCH, _BATCH), 0]
     cache, state = engine._slots.cache, runner._state
     slots = np.asarray([each.slot for each in engine._slots.occupied()], np.int32)
     rows = np.arange(_BATCH, dtype=np.int32)
@@ -85,7 +84,7 @@ def _bare(engine: Engine, count: int) -> None:
             (_BATCH, _BATCH), -1 - rows, np.arange(_BATCH + 1, dtype=np.int32), slots, rows,
             positions + i, np.zeros(_BATCH, np.int32), runner._columns[:, :_BATCH],
         )  # fmt: skip
-        cache, state, _ = program(engine._programs._params, cache, state, packed)
+        cache, state, _ = programs.run((_BATCH, _BATCH), 0, cache, state, packed)
     engine._slots.cache, runner._state = jax.block_until_ready((cache, state))
 
 
@@ -96,7 +95,7 @@ def _row(context: int, steps: int) -> list[dict[str, Any]]:
         begin, processor = time.perf_counter(), time.thread_time()
         _steps(engine, steps)
         seconds, processor = time.perf_counter() - begin, time.thread_time() - processor
-        hlo = engine._programs._compiled[(_BATCH, _BATCH), 0].as_text()
+        hlo = engine._programs._compiled[(_BATCH, _BATCH), 0, False].as_text()
         traced = split(functools.partial(_steps, engine, steps), steps, hlo)
         jax.block_until_ready(engine._slots.cache)
         for sequence in engine._slots.occupied():

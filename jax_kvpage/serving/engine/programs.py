@@ -45,14 +45,16 @@ class Outcome:
     """What is read back after a step.
 
     Attributes:
-        sampled: for each sequence a token behind each of its guesses and one more: S * (K + 1).
-        accepted: int32[S], guesses that were right, from the first on.
+        chosen: int32[S, K + 2], all that most steps need: of each sequence a token behind each of
+            its guesses and one more, -1 where the logits held NaN, and how many guesses were
+            right, from the first on.
+        sampled: the same tokens, S * (K + 1), with their log probabilities.
         scores: of a step that scores, for each of its tokens the log probability and rank of the
             one that follows, and the most likely ones: [T], [T], [T, M] and [T, M].
     """
 
+    chosen: jax.Array
     sampled: Sampled
-    accepted: jax.Array
     scores: tuple[jax.Array, ...] | None
 
 
@@ -112,7 +114,7 @@ class Programs:
         self.max_logprobs = max_logprobs
         self._num_banned = num_banned
         self.num_words = num_words
-        self._no_masks: dict[int, jax.Array] = {}
+        self._nothing: dict[int, tuple[Any, Any]] = {}
         self._compiled: dict[tuple[tuple[int, int], int, bool], Any] = {}
         self._set_history = jax.jit(_set_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
@@ -197,19 +199,22 @@ class Programs:
         program = self._compiled.get((shape, num_guesses, scores))
         if program is None:
             program = self.compile(shape, num_guesses, cache, state, scores)
-        if masks is None:
-            masks = self._unmasked(shape[1] * (num_guesses + 1), state)
-        following = np.zeros(shape[0] if scores else 0, np.int32)
+        no_masks, following = self._absent(shape[1] * (num_guesses + 1), state)
         if targets is not None:
+            following = np.zeros(shape[0], np.int32)
             following[: len(targets)] = targets
+        masks = no_masks if masks is None else masks
         return program(self._params, cache, state, packed, masks, following)
 
-    def _unmasked(self, num_rows: int, state: SamplerState) -> Any:
-        """Masks that do not count. They stay on the device, as most steps have no others."""
-        if num_rows not in self._no_masks:
+    def _absent(self, num_rows: int, state: SamplerState) -> tuple[Any, Any]:
+        """Masks that do not count, and no targets. They stay on the device: most steps have no
+        others.
+        """
+        if num_rows not in self._nothing:
             masks = np.full((num_rows, self.num_words), -1, np.int32)
-            self._no_masks[num_rows] = jax.device_put(masks, next(iter(state.last.devices())))
-        return self._no_masks[num_rows]
+            device = next(iter(state.last.devices()))
+            self._nothing[num_rows] = jax.device_put((masks, np.zeros(0, np.int32)), device)
+        return self._nothing[num_rows]
 
     def compile(
         self,
@@ -306,7 +311,9 @@ class Programs:
             cache = set_lengths(cache, jnp.where(accepted < guesses, slots, -1), positions)
         newest = jnp.take_along_axis(chosen, accepted[:, None], axis=1)[:, 0]
         state = remember(state, rows, positions, newest)
-        return cache, state, Outcome(sampled, accepted, scored)
+        found = jnp.where(sampled.valid.reshape(size, each), chosen, -1)
+        found = jnp.concatenate([found, accepted[:, None]], axis=1)
+        return cache, state, Outcome(found, sampled, scored)
 
 
 def _set_history(state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:

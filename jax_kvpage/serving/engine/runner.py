@@ -251,27 +251,22 @@ class Runner:
             if flight.error is None:  # Ctrl-C while it was compiled
                 raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
-        sampled = flight.outcome.sampled
         wanted = any(state.request.params.logprobs is not None for state in flight.states)
-        tokens, valid, accepted = jax.device_get(
-            (sampled.tokens, sampled.valid, flight.outcome.accepted)
-        )
-        each = len(tokens) // len(accepted)
-        accepted = np.where(flight.samples, accepted[: len(flight.states)], 0)
+        # One array: each costs as much to read back as the next.
+        chosen = np.asarray(flight.outcome.chosen)[: len(flight.states)]
+        each = chosen.shape[1] - 1
+        accepted = np.where(flight.samples, chosen[:, -1], 0)
         if flight.outcome.scores is not None:
             take_scores(flight, jax.device_get(flight.outcome.scores))
-        details = None
-        if wanted:
-            details = jax.device_get(
-                (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
-            )
-        found = []
+        details = jax.device_get(flight.outcome.sampled.details) if wanted else None
+        found, rows = [], chosen.tolist()
         for i in np.flatnonzero(flight.samples).tolist():
-            for place in range(i * each, i * each + int(accepted[i]) + 1):
-                if not valid[place]:
+            state = flight.states[i]
+            count = state.request.params.logprobs
+            for place, token in enumerate(rows[i][: rows[i][-1] + 1], i * each):
+                if token < 0:
                     raise RuntimeError("the logits of a sequence are NaN")
-                state, token = flight.states[i], int(tokens[place])
-                count, logprobs = state.request.params.logprobs, None
+                logprobs = None
                 if count is not None and details is not None:
                     logprobs = logprob_table(token, count, *(array[place] for array in details))
                 found.append(Token(state, token, logprobs))

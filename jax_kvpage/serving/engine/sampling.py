@@ -93,6 +93,11 @@ class Sampled:
     top_ids: jax.Array
     top_logprobs: jax.Array
 
+    @property
+    def details(self) -> tuple[jax.Array, ...]:
+        """What `logprob_table` takes."""
+        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+
 
 def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprobs: int) -> Sampled:
     """The next token of each sequence.
