@@ -1,14 +1,11 @@
 // edit_slots: the one op that host verbs (acquire, release) queue, as Pool::EditSlots (cache/edit_ops.cc) has it on
 // CPU. One block checks both lists and makes the edits; the copies follow in a launch behind it, if there are any.
 #include "kernels/cuda/check.cuh"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/copy_tokens.cuh"
 
 namespace kvpage::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-// Blocks that share the tokens of one copy's keys or values in one layer: a partial block is small.
-constexpr int kPieces = 4;
 constexpr std::uint32_t kUnmarked = ~0u;
 
 struct EditArgs {
@@ -270,62 +267,6 @@ __global__ void __launch_bounds__(kCheckThreads) EditKernel(const __grid_constan
   if (args.list.num_copies == 0) return;
   __syncthreads();
   editor.ForCopies([&](std::int64_t, const TokenCopy& copy) { editor.MarkCopied(copy, epoch); });
-}
-
-struct CopyArgs {
-  const CheckedBatch* checked;
-  const TokenCopy* copies;
-  std::int32_t num_layers;
-  std::int32_t row_bytes;  // of one head of one token
-  bool scales;
-};
-
-// Every kPieces-th token of one copy's keys or values in one layer; N bytes at once.
-template <int N>
-__global__ void __launch_bounds__(kThreads) CopyTokensKernel(const __grid_constant__ CopyArgs args) {
-  using Bytes = Vector<std::uint8_t, N>;
-  const CountedBlock counted(args.checked, /*last=*/true);
-  WaitForPriorKernel();
-  const CheckedBatch& checked = *args.checked;
-  if (checked.ok == 0) return;
-  std::int64_t block = blockIdx.x;
-  const int piece = static_cast<int>(block % kPieces), kv = static_cast<int>(block / kPieces % 2);
-  block /= 2 * kPieces;
-  const std::int64_t layer = block % args.num_layers;
-  const TokenCopy copy = args.copies[block / args.num_layers];
-  if (copy.source == -1) return;
-  const KVView& view = checked.view;
-  const std::int64_t tokens = CeilDiv(copy.count - piece, kPieces), rows = tokens * view.num_kv_heads;
-  const auto token = [&](std::int64_t row) { return copy.first + piece + row / view.num_kv_heads * kPieces; };
-  const std::int64_t vectors = args.row_bytes / N;
-  for (std::int64_t i = threadIdx.x; i < rows * vectors; i += kThreads) {
-    const std::int64_t row = i / vectors, head = row % view.num_kv_heads, at = i % vectors * N;
-    const char* const from = view.At(copy.source, token(row), layer, kv, head) + at;
-    char* const to = view.At(copy.target, token(row), layer, kv, head) + at;
-    *reinterpret_cast<Bytes*>(to) = *reinterpret_cast<const Bytes*>(from);
-  }
-  if (!args.scales) return;
-  for (std::int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    const std::int64_t head = row % view.num_kv_heads;
-    *view.Scale(copy.target, token(row), layer, kv, head) = *view.Scale(copy.source, token(row), layer, kv, head);
-  }
-}
-
-std::int64_t NumCopyBlocks(const CacheOperands& cache, const EditList& list) {
-  return list.num_copies * cache.spec[kSpecNumLayers] * 2 * kPieces;
-}
-
-Status LaunchCopies(const CacheOperands& cache, const EditList& list, const CheckedBatch* checked, Stream stream) {
-  const auto dtype = static_cast<DType>(cache.spec[kSpecDType]);
-  const CopyArgs args = {
-      checked, list.copies, static_cast<std::int32_t>(cache.spec[kSpecNumLayers]),
-      static_cast<std::int32_t>(cache.spec[kSpecHeadDim] * static_cast<std::int64_t>(ItemSize(dtype))),
-      IsQuantized(dtype)};
-  const LaunchShape shape = {static_cast<unsigned>(NumCopyBlocks(cache, list)), kThreads, 0, /*overlap=*/true};
-  // Rows begin at multiples of their length.
-  if (args.row_bytes % 16 == 0) return Launch<CopyTokensKernel<16>>("copy_tokens", shape, stream, args);
-  if (args.row_bytes % 4 == 0) return Launch<CopyTokensKernel<4>>("copy_tokens", shape, stream, args);
-  return Launch<CopyTokensKernel<1>>("copy_tokens", shape, stream, args);
 }
 
 }  // namespace
