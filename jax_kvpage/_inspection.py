@@ -99,7 +99,7 @@ class Inspection:
         Returns:
             For each range of the slot (one in the fused layout; K and V of layer 0, K and V of
             layer 1, ... in the per-layer layout) a list of (physical block, reference count), or
-            with `owners` of `BlockInfo`.
+            with `owners` of `BlockInfo`; (-1, 0) for blocks that were dropped (`drop_before`).
 
         Raises:
             ValueError: a slot that does not exist.

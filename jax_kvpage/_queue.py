@@ -282,6 +282,20 @@ class Queue:
             self._native.pool.undo(decision)
             raise
 
+    def drop_before(
+        self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]
+    ) -> KVCache:
+        """Drops the beginnings of slots; all or none, and none if anything raises. On CUDA what is
+        dropped by then stays dropped.
+        """
+        decision = _native.Decision()
+        try:
+            self._native.call(self._native.pool.drop_before, decision, slots, num_tokens)
+            return self.run("drop_before", cache, decision.edits)
+        except BaseException:
+            self._native.pool.undo(decision)
+            raise
+
     def run(
         self,
         verb: str,

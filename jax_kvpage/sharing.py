@@ -1,7 +1,9 @@
-"""Host calls on sequences that share blocks: fork, reorder, truncate."""
+"""Host calls on sequences that share blocks or give some up."""
 
 from collections.abc import Sequence
 from typing import Any, overload
+
+import numpy as np
 
 from jax_kvpage._arrays import host_int, host_ints
 from jax_kvpage._native_pool import NativePool
@@ -11,6 +13,17 @@ from jax_kvpage.errors import wait_for
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["SharingCalls"]
+
+
+def _per_slot(op: str, slot: Any, num_tokens: Any) -> tuple[list[int], list[int]]:
+    """Slots, and a number of tokens for each."""
+    slots, _ = host_ints(f"{op}: slot", slot)
+    tokens, single = host_ints(f"{op}: num_tokens", num_tokens)
+    if single:
+        tokens = tokens * len(slots)
+    if len(slots) != len(tokens):
+        raise ValueError(f"{op}: {len(slots)} slots, but {len(tokens)} num_tokens")
+    return slots, tokens
 
 
 class SharingCalls:
@@ -147,12 +160,7 @@ class SharingCalls:
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("truncate", cache)
-        slots, _ = host_ints("truncate: slot", slot)
-        lengths, single = host_ints("truncate: num_tokens", num_tokens)
-        if single:
-            lengths = lengths * len(slots)
-        if len(slots) != len(lengths):
-            raise ValueError(f"truncate: {len(slots)} slots, but {len(lengths)} num_tokens")
+        slots, lengths = _per_slot("truncate", slot, num_tokens)
         if self._native.mirrored and any(
             self._native.call(self._pool.shares_behind, *pair)
             for pair in zip(slots, lengths, strict=True)
@@ -161,3 +169,63 @@ class SharingCalls:
             wait_for((cache.epoch, cache.lengths))
             self._queue.settle()
         return self._queue.truncate(cache, slots, lengths)
+
+    @overload
+    def drop_before(self, cache: KVCache, slot: int, num_tokens: int) -> KVCache: ...
+
+    @overload
+    def drop_before(
+        self, cache: KVCache, slot: Sequence[int], num_tokens: int | Sequence[int]
+    ) -> KVCache: ...
+
+    def drop_before(self, cache: KVCache, slot: Any, num_tokens: Any) -> KVCache:
+        """Gives back the blocks that the sliding window of a model has left behind.
+
+        Whole blocks of tokens below `num_tokens` return to the pool while the sequence goes on.
+        Positions do not change: its length still counts from 0, and the slot begins with a hole.
+        With window W, a step whose first new token is at position p needs the tokens from
+        p - W + 1 on; so after a step that ended at length n, `drop_before(cache, slot, n - W + 1)`
+        keeps what the next one needs. Call it every few blocks, not for every token: each call that
+        gives something back queues a small program, and on CUDA it waits for the programs that are
+        queued (counted in `stats().waits`). On CPU nothing waits.
+
+        From then on every attention over the slot must have a `sliding_window` that begins behind
+        what was dropped, in all layers: any other read fails (on CUDA it is a recorded fault). That
+        includes `read_kv` and `implementation="xla"`, which copy the whole slot. Views show zeros
+        there. The sequence can no longer be forked, found by `acquire_prefix`, or become shorter
+        than what was dropped; it can be extended, committed, reordered without being forked, and
+        released, and then its blocks go back to the pool. Blocks that other sequences share, or
+        that the prefix cache refers to, stay with those.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot, or a list.
+            num_tokens: the first token that is still needed, at most the length, or a list as long
+                as slot's. The same or less than in an earlier call does nothing; nor does a
+                negative number.
+
+        Returns:
+            The next cache. Programs may still read through the old one, within the same limits.
+
+        Raises:
+            ValueError: num_tokens beyond what is mapped (on CUDA: beyond the length), a slot that
+                does not exist or is named twice, a cache of another spec.
+            KVPageError: the slot is not occupied.
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
+        """
+        self._queue.check_cache("drop_before", cache)
+        slots, begins = _per_slot("drop_before", slot, num_tokens)
+        pairs = list(zip(slots, begins, strict=True))
+        if self._native.mirrored and any(self._native.call(self._pool.drops, *p) for p in pairs):
+            # The blocks are unmapped here, and not by a program.
+            wait_for((cache.epoch, cache.lengths))
+            self._queue.settle()
+            lengths = np.asarray(cache.lengths)
+            for slot, begin in pairs:
+                if begin > lengths[slot]:
+                    raise ValueError(
+                        f"drop_before: slot {slot}: its tokens below {begin} were to be dropped, "
+                        f"but it has {lengths[slot]}"
+                    )
+        return self._queue.drop_before(cache, slots, begins)

@@ -94,6 +94,7 @@ class SlotInfo:
         own_bytes: the others, which come free when the slot does.
         reserved_tokens: tokens that room was asked for.
         committed_tokens: tokens whose ids the host has named (`KVPool.commit`).
+        dropped_tokens: tokens at its beginning that it no longer has (`KVPool.drop_before`).
         draining: released, but a program in flight may still touch it.
         length: tokens in the slot according to a cache; None when no cache was given.
     """
@@ -105,6 +106,7 @@ class SlotInfo:
     own_bytes: int
     reserved_tokens: int
     committed_tokens: int
+    dropped_tokens: int
     draining: bool
     length: int | None = None
 
@@ -114,7 +116,7 @@ class BlockInfo:
     """A physical block of a slot, and who else has it.
 
     Attributes:
-        block: its number.
+        block: its number; -1: dropped (`KVPool.drop_before`).
         references: how often it is mapped. It comes free when none is left.
         slots: the slots that map it, in ascending order; released ones too, until their blocks are
             given up.
@@ -186,6 +188,7 @@ def make_rows(rows: Sequence[Any], spec: CacheSpec, lengths: np.ndarray | None) 
             own_bytes=(row.blocks - row.shared) * spec.block_bytes,
             reserved_tokens=row.reserved,
             committed_tokens=row.committed,
+            dropped_tokens=row.dropped,
             draining=row.draining,
             length=None if lengths is None else int(lengths[row.slot]),
         )

@@ -1,5 +1,5 @@
 """The part of the sharing state machine (test_sharing_state_machine.py) that serves single
-sequences: the pool and its model, room, tokens.
+sequences: the pool and its model, room, tokens, views.
 """
 
 from __future__ import annotations
@@ -279,3 +279,32 @@ class SequencesMachine(RuleBasedStateMachine):
         self.cache = kvp.set_lengths(self.cache, [slot], [length])
         jax.block_until_ready(self.cache)
         del seq.tokens[length:]
+
+    # ---- views ----
+
+    def view(self, which: int, n: int) -> None:
+        if not (
+            self.live
+            and self.layout == "per_layer"
+            and len(self.views) < 3
+            and not HAS_FAKE_DRIVER
+            and self.dtype == jnp.float32
+        ):
+            return
+        self._settle()
+        self.exact = False
+        every, layer = n > 1, n % LAYERS
+        slot = self._pick(which)
+        both = self.pool.view(layer, None if every else slot)
+        self.views.append((slot, both))
+        for kv, array in enumerate(both):
+            shown = np.asarray(array[slot] if every else array)
+            assert np.isfinite(shown).all()
+            want = self.model.contents(slot, layer)[kv]
+            want[: self.live[slot].dropped] = 0
+            np.testing.assert_array_equal(shown[: len(want)], want)
+
+    def drop_views(self) -> None:
+        if not (self.views):
+            return
+        self.views.clear()

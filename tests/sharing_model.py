@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from reference_numpy import Array, rounded
 
 HEADS, DIM, LAYERS = 1, 64, 2
+HOLE = -1  # the name of a block that was dropped
 
 
 def stamped(stamp: int, position: int, layer: int) -> NDArray[np.float32]:
@@ -34,6 +35,7 @@ class Sequence:
         ids: committed token ids.
         blocks: a name for each logical block; slots that map the same block have the same name.
         mark: programs may not write below this, because other slots have it or had it.
+        dropped: tokens that are gone, in whole blocks.
     """
 
     reserved: int
@@ -41,10 +43,11 @@ class Sequence:
     ids: list[int] = dataclasses.field(default_factory=list)
     blocks: list[int] = dataclasses.field(default_factory=list)
     mark: int = 0
+    dropped: int = 0
 
     @property
     def floor(self) -> int:
-        return max(self.mark, len(self.ids))
+        return max(self.mark, len(self.ids), self.dropped)
 
 
 class SharingModel:
@@ -63,7 +66,7 @@ class SharingModel:
     def distinct(self, without: Iterable[int] = ()) -> int:
         """Logical blocks of all sequences, a shared one counted once."""
         slots = self.live.keys() - set(without)
-        return len({name for slot in slots for name in self.live[slot].blocks})
+        return len({name for slot in slots for name in self.live[slot].blocks} - {HOLE})
 
     def sharers(self, name: int) -> int:
         return sum(name in seq.blocks for seq in self.live.values())
@@ -120,6 +123,12 @@ class SharingModel:
         seq.mark = min(seq.mark, first * self.block)
         del seq.tokens[tokens:], seq.ids[tokens:]
 
+    def drop(self, slot: int, tokens: int) -> None:
+        seq = self.live[slot]
+        seq.dropped = max(seq.dropped, self.whole(tokens))
+        blocks = seq.dropped // self.block
+        seq.blocks[:blocks] = [HOLE] * blocks
+
     def append(self, slot: int, n: int) -> NDArray[np.float32]:
         """Keys and values [layers, 2, n, heads, head_dim] of new tokens."""
         seq, new = self.live[slot], next(self._stamps)
@@ -156,7 +165,9 @@ class SharingModel:
             seq = self.live[slot]
             for r, row in enumerate(ranges):
                 assert len(row) >= len(seq.blocks)
-                for i, (block, count) in enumerate(row):
+                hole = seq.dropped // self.block
+                assert row[:hole] == [(-1, 0)] * hole
+                for i, (block, count) in enumerate(row[hole:], hole):
                     # Behind what was asked for, a slot may have blocks that it adopted.
                     name = seq.blocks[i] if i < len(seq.blocks) else -1 - slot * 1000 - i
                     assert names.setdefault(block, (name, r)) == (name, r), (slot, i)
@@ -166,6 +177,8 @@ class SharingModel:
         for slot, ranges in maps.items():
             for row in ranges:
                 for block, count in row:
+                    if block < 0:
+                        continue
                     wanted = references[block]
                     assert count == wanted if exact else count >= wanted, (slot, block, count)
         return set(references)

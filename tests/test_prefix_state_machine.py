@@ -66,7 +66,11 @@ class PrefixMachine(RuleBasedStateMachine):
 
     def _found(self, space: str | None, ids: list[int], every: bool) -> int:
         """Tokens that a request finds: the most that it may, or the most that it must."""
-        live = [x for slot, x in self.rig.ids.items() if self.space[slot] == space]
+        live = [
+            ids
+            for slot, ids in self.rig.ids.items()
+            if self.space[slot] == space and not self.rig.dropped.get(slot)
+        ]
         others = self.written[space] if every else self.kept[space] + live
         return min(max([_common(x, ids) for x in others], default=0), len(ids) - 1)
 
@@ -134,7 +138,8 @@ class PrefixMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         slot = self._slot(data)
         space = self.space.pop(slot)
-        self.kept[space].append(list(self.rig.ids[slot]))
+        if not self.rig.dropped.get(slot):
+            self.kept[space].append(list(self.rig.ids[slot]))
         self.rig.release(slot)
 
     @precondition(lambda self: 0 < len(self.rig.ids) < _SLOTS)
@@ -142,6 +147,10 @@ class PrefixMachine(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         slot = self._slot(data)
         n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
+        if self.rig.dropped.get(slot):
+            with pytest.raises(kvp.KVPageError, match="has dropped its tokens"):
+                self.pool.fork(self.rig.cache, slot, 1, n)
+            return
         try:
             (new,), self.rig.cache = self.pool.fork(self.rig.cache, slot, 1, n)
         except kvp.OutOfBlocks:
@@ -154,7 +163,8 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         slot = self._slot(data)
-        n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
+        least = self.rig.dropped.get(slot, 0)
+        n = data.draw(st.integers(least, len(self.rig.ids[slot])), label="tokens")
         try:
             self.rig.cache = self.pool.truncate(self.rig.cache, slot, n)
         except kvp.OutOfBlocks:
@@ -162,6 +172,16 @@ class PrefixMachine(RuleBasedStateMachine):
             return
         self.rig.ids[slot] = self.rig.ids[slot][:n]
         self._may_be_gone()
+
+    @precondition(lambda self: self.rig.ids)
+    @rule(data=st.data())
+    def drop_before(self, data: st.DataObject) -> None:
+        """From now on nobody finds what only this slot has."""
+        slot = self._slot(data)
+        n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
+        self.rig.drop(slot, n)
+        if self.rig.dropped.get(slot):
+            self._may_be_gone()
 
     # ---- what goes wrong ----
 
@@ -230,6 +250,8 @@ class PrefixMachine(RuleBasedStateMachine):
         assert stats.blocks_cached <= stats.blocks_mapped + stats.blocks_parked
         for slot, ids in self.rig.ids.items():
             assert self.pool.committed(slot) == ids
+        for row in self.pool.slot_table():
+            assert row.dropped_tokens == self.rig.dropped.get(row.slot, 0)
 
     @invariant()
     def events(self) -> None:

@@ -23,7 +23,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from mistakes import fails
-from sharing_machine import BLOCK, HAS_FAKE_DRIVER, MAX_SEQ_LEN, NEW, SLOTS, SequencesMachine
+from sharing_drops import DroppingMachine
+from sharing_machine import BLOCK, HAS_FAKE_DRIVER, MAX_SEQ_LEN, NEW, SLOTS
 from sharing_model import DIM, HEADS, LAYERS
 
 import jax_kvpage as kvp
@@ -32,6 +33,7 @@ _VERBS = [
     *["fork"] * 4, *["truncate"] * 4, *["write"] * 4, *["commit"] * 3, "reorder", "reorder",
     "acquire", "start", "start", "extend", "extend", "map_slots", "release", "trim", "resize",
     "set_lengths", "view", "drop_views", "wait_for_something_slow", "wait_for_something_slow",
+    "drop_before", "drop_before", "drop_before",
     "settle",
     "rewrite",
     "rewrite", "new_generation", "refused", "failing_program",
@@ -54,7 +56,7 @@ def _attend(cache: kvp.KVCache, slots: jax.Array, addressing: str) -> jax.Array:
     ])  # fmt: skip
 
 
-class SharingMachine(SequencesMachine):
+class SharingMachine(DroppingMachine):
     """Adds what the sequences have in common, and programs in flight."""
 
     @rule(verb=st.sampled_from(_VERBS), seed=st.integers(0, 1 << 30))
@@ -72,7 +74,9 @@ class SharingMachine(SequencesMachine):
             "share": share,
             "n": rng.randrange(4),
             "tokens": int(rng.random() * MAX_SEQ_LEN),
-            "verbs": rng.choices(["fork", "truncate", "acquire", "release"], k=rng.randrange(4)),
+            "verbs": rng.choices(
+                ["fork", "truncate", "drop_before", "acquire", "release"], k=rng.randrange(4)
+            ),
         }
         self.fault = None
         if HAS_FAKE_DRIVER:  # one of the next calls runs out of memory or fails otherwise
@@ -90,6 +94,10 @@ class SharingMachine(SequencesMachine):
         tokens = len(self.live[donor].ids)
         num_tokens = None if share > 0.5 else int(2 * share * tokens)
         tokens = tokens if num_tokens is None else num_tokens
+        if self.live[donor].dropped:
+            with pytest.raises(kvp.KVPageError, match="has dropped its tokens"):
+                self.pool.fork(self.cache, donor, 1, num_tokens)
+            return
         pending = donor in self.truncated and self.slow is not None
         blocks = n * (self.model.count(tokens) - tokens // BLOCK)
         if pending:
@@ -117,6 +125,10 @@ class SharingMachine(SequencesMachine):
         if self.truncated & set(beams):
             self._settle()
         forked = [p for i, p in enumerate(parents) if p in parents[:i]]
+        if any(self.live[beams[p]].dropped for p in forked):
+            with pytest.raises(kvp.KVPageError, match="has dropped its tokens"):
+                self.pool.reorder(self.cache, beams, parents)
+            return
         tokens = [len(self.live[beams[p]].ids) for p in forked]
         blocks = sum(self.model.count(n) - n // BLOCK for n in tokens)
         call = functools.partial(self.pool.reorder, slots=beams, parents=parents)
@@ -136,6 +148,7 @@ class SharingMachine(SequencesMachine):
         share = 1.0 if n == 3 else share
         slots = sorted({self._pick(i) for i in several})[: 1 + n]
         lengths = [int(share * len(self.live[slot].tokens)) for slot in slots]
+        lengths = [max(n, self.live[slot].dropped) for n, slot in zip(lengths, slots, strict=True)]
         if self.truncated & set(slots):
             self._settle()
         pairs = list(zip(slots, lengths, strict=True))
@@ -147,34 +160,6 @@ class SharingMachine(SequencesMachine):
         self.truncated.update(slots)
         for slot, n in pairs:
             self.model.truncate(slot, n)
-
-    # ---- views ----
-
-    def view(self, which: int, n: int) -> None:
-        if not (
-            self.live
-            and self.layout == "per_layer"
-            and len(self.views) < 3
-            and not HAS_FAKE_DRIVER
-            and self.dtype == jnp.float32
-        ):
-            return
-        self._settle()
-        self.exact = False
-        every, layer = n > 1, n % LAYERS
-        slot = self._pick(which)
-        both = self.pool.view(layer, None if every else slot)
-        self.views.append((slot, both))
-        for kv, array in enumerate(both):
-            shown = np.asarray(array[slot] if every else array)
-            assert np.isfinite(shown).all()
-            want = self.model.contents(slot, layer)[kv]
-            np.testing.assert_array_equal(shown[: len(want)], want)
-
-    def drop_views(self) -> None:
-        if not (self.views):
-            return
-        self.views.clear()
 
     # ---- programs in flight, and programs that fail ----
 
@@ -236,6 +221,7 @@ class SharingMachine(SequencesMachine):
             return
         self.exact = False
         unborn: set[int] = set()  # forks that will not have run
+        dropping: set[int] = set()  # slots that will not have dropped anything
         for verb in verbs:
             if not self.live:
                 break
@@ -245,7 +231,7 @@ class SharingMachine(SequencesMachine):
                 if verb == "fork":
                     tokens = len(seq.ids)
                     shared = self.model.whole(tokens)
-                    if slot in self.truncated | unborn:
+                    if slot in self.truncated | unborn | dropping or seq.dropped:
                         continue
                     (new,), cache = self.pool.fork(cache, slot, 1)
                     self.model.fork(slot, new, tokens, shared, ran=False)
@@ -253,12 +239,16 @@ class SharingMachine(SequencesMachine):
                 elif verb == "acquire":
                     new, cache = self.pool.acquire(cache, 30)
                     self.model.acquire(new, 30)
+                elif verb == "drop_before":
+                    cache = self.pool.drop_before(cache, slot, len(seq.tokens) // 4)
+                    dropping.add(slot)
                 elif verb == "release":
                     cache = self.pool.release(cache, slot)
                     del self.live[slot]
                 else:
-                    cache = self.pool.truncate(cache, slot, len(seq.tokens) // 2)
-                    del seq.ids[len(seq.tokens) // 2 :]
+                    length = max(len(seq.tokens) // 2, seq.dropped)
+                    cache = self.pool.truncate(cache, slot, length)
+                    del seq.ids[length:]
                     self.truncated.add(slot)
             except (kvp.OutOfBlocks, kvp.OutOfSlots):
                 pass
@@ -299,7 +289,8 @@ class SharingMachine(SequencesMachine):
             assert stats.blocks_shared == len(shared)
         for row in self.pool.slot_table():
             if not row.draining:
-                counts = [count for line in maps[row.slot] for _, count in line]
+                counts = [count for line in maps[row.slot] for block, count in line if block >= 0]
+                assert row.dropped_tokens == self.live[row.slot].dropped
                 assert row.num_blocks == len(counts)
                 assert row.shared_bytes == sum(c > 1 for c in counts) * self.spec.block_bytes
 
@@ -311,6 +302,8 @@ class SharingMachine(SequencesMachine):
         lengths = np.full(SLOTS, -1)
         lengths[slots] = [len(self.live[slot].tokens) for slot in slots]
         np.testing.assert_array_equal(np.asarray(self.cache.lengths), lengths)
+        self.check_rests()
+        slots = [slot for slot in slots if not self.live[slot].dropped]
         padded = jnp.asarray(slots + [-1] * (SLOTS - len(slots)), jnp.int32)
         found = np.asarray(_read(self.cache, padded))
         if not HAS_FAKE_DRIVER:

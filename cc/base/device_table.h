@@ -57,6 +57,9 @@ enum class FaultKind : std::int32_t {
   kBelowShared,   // slot: set_lengths; wanted: the new length, have: where what other slots share ends
   kShared,        // slot: append; wanted: the position, have: where what other slots share ends
   kDonorEdited,   // slot: fork; have: the donor
+  kDropped,       // slot; wanted: the first position that the op needs, have: dropped
+  kBelowDropped,  // slot: set_lengths, truncate; wanted: the new length, have: dropped
+  kDropBeyond,    // slot: drop_before; wanted: its first token that stays, have: the length
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -84,6 +87,8 @@ struct DeviceSlot {
   std::int32_t released = 0;
   // Positions below this are not the slot's alone: no program may write there, or lower the length below it.
   std::int32_t shared = 0;
+  // Positions below this have no memory. The host writes it before it unmaps them; acquire clears it.
+  std::int32_t dropped = 0;
 };
 
 struct DevicePool {

@@ -75,6 +75,11 @@ struct Sequence {
 
   // Tokens with the new ones.
   KVPAGE_HOST_DEVICE std::int64_t end() const { return std::int64_t{position} + query_length; }
+  // The first position that attention with this window (<= 0: none) shows any of the new tokens. Kernels read none
+  // before it.
+  KVPAGE_HOST_DEVICE std::int64_t FirstVisible(std::int32_t window) const {
+    return window > 0 && position >= window ? std::int64_t{position} - window + 1 : 0;
+  }
 };
 
 }  // namespace kvpage

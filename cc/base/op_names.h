@@ -22,6 +22,7 @@ enum class DeviceOp : std::int32_t {
   kReorder,
   kTruncate,
   kAcquirePrefix,
+  kDropBefore,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -52,13 +53,16 @@ inline const char* OpName(DeviceOp op) {
       return "truncate";
     case DeviceOp::kAcquirePrefix:
       return "acquire_prefix";
+    case DeviceOp::kDropBefore:
+      return "drop_before";
   }
   return "an op";
 }
 
 // The host verbs: what edit_slots may be queued for.
-inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire, DeviceOp::kRelease,  DeviceOp::kFork,
-                                          DeviceOp::kReorder, DeviceOp::kTruncate, DeviceOp::kAcquirePrefix};
+inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire,   DeviceOp::kRelease,  DeviceOp::kFork,
+                                          DeviceOp::kReorder,   DeviceOp::kTruncate, DeviceOp::kAcquirePrefix,
+                                          DeviceOp::kDropBefore};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

@@ -12,6 +12,7 @@ Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_p
       pool_(budget_blocks),
       vmm_(std::move(vmm)),
       maps_(geometry.max_slots, geometry.num_ranges()),
+      holes_(geometry.max_slots, 0),
       changes_(geometry.max_slots),
       shared_runs_(geometry.max_slots, geometry.block_tokens) {}
 
@@ -39,12 +40,13 @@ void Arena::Append(std::int64_t slot, const std::vector<std::int32_t>& blocks) {
 
 void Arena::Truncate(std::int64_t slot, std::int64_t blocks) {
   maps_.Truncate(slot, blocks);
+  holes_[slot] = std::min(holes_[slot], blocks);
   changes_.Note(slot);
 }
 
 std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
   const std::int64_t ranges = geometry_.num_ranges(), last = blocks(slot) - 1;
-  most = std::min(most, last + 1 - ReadOnlyBlocks(slot));
+  most = std::min(most, last + 1 - std::max(ReadOnlyBlocks(slot), hole(slot)));
   if (pool_.num_shared() == 0 && pool_.num_cached() == 0) return most;
   const auto exclusive = [&](std::int64_t logical) {
     const std::int32_t* const begin = &maps_[slot][logical * ranges];
@@ -65,7 +67,7 @@ std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
       continue;
     }
     for (const std::int32_t block : maps_[slot]) {
-      if (pool_.cached(block)) continue;
+      if (block < 0 || pool_.cached(block)) continue;
       const std::int32_t references = pool_.references(block);
       freed += references == 1 || ++dropped[block] == references;
     }
@@ -81,7 +83,9 @@ std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& cl
   }
   std::vector<std::int8_t> lowest(pool_.num_blocks(), static_cast<std::int8_t>(num_classes));
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
-    for (const std::int32_t block : maps_[slot]) lowest[block] = std::min(lowest[block], classes[slot]);
+    for (const std::int32_t block : maps_[slot]) {
+      if (block >= 0) lowest[block] = std::min(lowest[block], classes[slot]);
+    }
   }
   for (const Held& held : held_) lowest[held.block] = std::min(lowest[held.block], classes[held.slot]);
   for (const std::int8_t number : lowest) {
@@ -133,20 +137,21 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t fewer = this->blocks(slot) - blocks;
   if (fewer <= 0) return {};
-  const auto tail = [&](std::int64_t range) { return Gather(slot, range, blocks, fewer); };
+  const std::int64_t begin = std::max(blocks, hole(slot)), count = blocks + fewer - begin;
+  const auto tail = [&](std::int64_t range) { return Gather(slot, range, begin, count); };
   shared_runs_.Cut(slot, blocks);
-  for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->Unmap(geometry_.Offset(slot, range, blocks), tail(range).data(), fewer);
+  for (std::int64_t range = 0; count > 0 && range < ranges; ++range) {
+    Status status = vmm_->Unmap(geometry_.Offset(slot, range, begin), tail(range).data(), count);
     if (status.ok()) continue;
     for (std::int64_t r = 0; r < range; ++r) {
-      const Status rollback = vmm_->Map(geometry_.Offset(slot, r, blocks), tail(r).data(), fewer);
+      const Status rollback = vmm_->Map(geometry_.Offset(slot, r, begin), tail(r).data(), count);
       if (!rollback.ok()) status = Internal(status.message() + "; mapping again failed too: " + rollback.message());
     }
     return status;
   }
   for (std::int64_t range = 0; range < ranges; ++range) {
     // Backwards, so that the free list hands them out again in their old order.
-    for (std::int64_t i = blocks + fewer - 1; i >= blocks; --i) pool_.Release(maps_[slot][i * ranges + range]);
+    for (std::int64_t i = begin + count - 1; i >= begin; --i) pool_.Release(maps_[slot][i * ranges + range]);
   }
   Truncate(slot, blocks);
   ForgetBeyond(slot, blocks);
@@ -188,7 +193,7 @@ void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) 
   const KVView view = geometry_.View(base());
   const std::int64_t row = geometry_.head_dim * static_cast<std::int64_t>(ItemSize(geometry_.dtype));
   const std::int64_t end = blocks(slot) * geometry_.block_tokens;
-  for (std::int64_t t = token; t < end; ++t) {
+  for (std::int64_t t = std::max(token, hole(slot) * geometry_.block_tokens); t < end; ++t) {
     for (std::int64_t head = 0; head < geometry_.num_kv_heads; ++head) {
       for (int kv = 0; kv < 2; ++kv) {
         std::memset(view.At(slot, t, layer, kv, head), 0, static_cast<std::size_t>(row));

@@ -1,10 +1,10 @@
 // Arena: blocks mapped into slots. It joins the numbers (BlockPool) and the page table (Vmm) so that each change is
 // made in both or in neither.
 //
-// Logical blocks 0..blocks(slot)-1 of a slot are mapped in every one of its ranges; the rest is a hole. Several slots
-// may map one block: each mapping is a reference, and a block comes free with the last of them, so the blocks of two
-// slots must not be added up. Which slot may have how much is decided in supply.h. No locks: supply's mapping mutex
-// guards it.
+// Logical blocks hole(slot)..blocks(slot)-1 of a slot are mapped in every one of its ranges. What is before them was
+// dropped, what is behind them is not mapped yet. Several slots may map one block: each mapping is a reference, and a
+// block comes free with the last of them, so the blocks of two slots must not be added up. Which slot may have how much
+// is decided in supply.h. No locks: supply's mapping mutex guards it.
 #ifndef KVPAGE_CACHE_ARENA_H_
 #define KVPAGE_CACHE_ARENA_H_
 
@@ -43,10 +43,14 @@ class Arena {
   // The memory outlives the arena: see Vmm::Abandon.
   void Abandon() { vmm_->Abandon(); }
 
-  // Logical blocks mapped in each range of a slot, and how many mappings of blocks that makes in all ranges.
-  std::int64_t blocks(std::int64_t slot) const { return mappings(slot) / geometry_.num_ranges(); }
-  std::int64_t mappings(std::int64_t slot) const { return static_cast<std::int64_t>(maps_[slot].size()); }
-  // Physical block of each logical block of a range.
+  // The end of the logical blocks that a slot maps in each range, and their beginning; and how many mappings of blocks
+  // that makes in all ranges.
+  std::int64_t blocks(std::int64_t slot) const {
+    return static_cast<std::int64_t>(maps_[slot].size()) / geometry_.num_ranges();
+  }
+  std::int64_t hole(std::int64_t slot) const { return holes_[slot]; }
+  std::int64_t mappings(std::int64_t slot) const { return (blocks(slot) - hole(slot)) * geometry_.num_ranges(); }
+  // Physical block of each logical block of a range; -1: dropped.
   std::vector<std::int32_t> block_map(std::int64_t slot, std::int64_t range) const {
     return Gather(slot, range, 0, blocks(slot));
   }
@@ -70,6 +74,8 @@ class Arena {
   Status Grow(std::int64_t slot, std::int64_t blocks);
   // Unmaps what is beyond `blocks` logical blocks and drops the references. All or nothing.
   Status Shrink(std::int64_t slot, std::int64_t blocks);
+  // Unmaps the logical blocks before `blocks`, which stay a hole until the slot has no blocks. All or nothing.
+  Status DropBefore(std::int64_t slot, std::int64_t blocks);
   // Takes the last `blocks` logical blocks of one slot and appends them to another, without giving them up in between.
   // All or nothing.
   Status Move(std::int64_t from, std::int64_t to, std::int64_t blocks);
@@ -88,7 +94,7 @@ class Arena {
   std::int64_t ReadOnlyBlocks(std::int64_t slot) const;
   // The slots that map the block at this place of a slot, in order.
   std::vector<std::int32_t> Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const;
-  // The physical blocks of a slot, [logical blocks, ranges].
+  // The physical blocks of a slot, [logical blocks, ranges]; -1: dropped.
   const std::int32_t* map(std::int64_t slot) const { return maps_[slot].data(); }
   // Maps these blocks, [blocks, ranges], as the first logical blocks of a slot that has none. All or nothing.
   Status Alias(std::int64_t to, const std::int32_t* map, std::int64_t blocks);
@@ -184,6 +190,7 @@ class Arena {
   BlockPool pool_;
   std::unique_ptr<Vmm> vmm_;
   BlockTable maps_;
+  std::vector<std::int64_t> holes_;  // [slots] logical blocks at the beginning that are dropped
   std::atomic<char*> window_{nullptr};
   std::vector<Held> held_;
   ChangedSlots changes_;

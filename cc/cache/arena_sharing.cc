@@ -15,14 +15,14 @@ std::int64_t Arena::SharedBlocks(std::int64_t slot) const {
     return pool_.references(block) > 1 || (logical < read_only && pool_.cached(block));
   };
   std::int64_t shared = mapped;
-  while (shared > 0 && !others(shared - 1)) --shared;
-  return shared;
+  while (shared > hole(slot) && !others(shared - 1)) --shared;
+  return shared > hole(slot) ? shared : 0;
 }
 
 std::int64_t Arena::CountShared(std::int64_t slot) const {
   std::int64_t count = 0;
-  for (std::int64_t i = 0; pool_.num_shared() > 0 && i < mappings(slot); i += geometry_.num_ranges()) {
-    count += pool_.references(maps_[slot][i]) > 1;
+  for (std::int64_t i = hole(slot); pool_.num_shared() > 0 && i < blocks(slot); ++i) {
+    count += pool_.references(maps_[slot][i * geometry_.num_ranges()]) > 1;
   }
   return count;
 }
@@ -30,15 +30,16 @@ std::int64_t Arena::CountShared(std::int64_t slot) const {
 bool Arena::HasCached(std::int64_t slot, std::int64_t begin) const {
   if (pool_.num_cached() == 0) return false;
   const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  begin = std::max(begin, hole(slot));
   while (begin < mapped && !pool_.cached(maps_[slot][begin * ranges])) ++begin;
   return begin < mapped;
 }
 
 std::int64_t Arena::UncachedTail(std::int64_t slot) const {
-  const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot);
+  const std::int64_t ranges = geometry_.num_ranges(), end = blocks(slot), mapped = end - hole(slot);
   if (pool_.num_cached() == 0) return mapped;
   std::int64_t run = 0;
-  while (run < mapped && !pool_.cached(maps_[slot][(mapped - run - 1) * ranges])) ++run;
+  while (run < mapped && !pool_.cached(maps_[slot][(end - run - 1) * ranges])) ++run;
   return run;
 }
 
@@ -55,6 +56,7 @@ std::int64_t Arena::ReadOnlyBlocks(std::int64_t slot) const {
 std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, std::int64_t logical) const {
   const auto at = static_cast<std::size_t>(logical * geometry_.num_ranges() + range);
   const std::int32_t block = maps_[slot][at];
+  if (block < 0) return {};
   if (pool_.references(block) == 1) return {static_cast<std::int32_t>(slot)};
   std::vector<std::int32_t> slots;
   for (std::int64_t other = 0; other < geometry_.max_slots; ++other) {
@@ -172,6 +174,7 @@ void Arena::DropSetAsideFrom(std::int64_t slot, std::int64_t begin) {
 
 Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   const std::int64_t ranges = geometry_.num_ranges();
+  begin = std::max(begin, hole(slot));
   shared_runs_.Cut(slot, begin);
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).

@@ -1,5 +1,7 @@
 #include "cache/block_table.h"
 
+#include <algorithm>
+
 namespace kvpage {
 
 void BlockTable::Append(std::int64_t slot, const std::vector<std::int32_t>& blocks) {
@@ -26,6 +28,11 @@ void BlockTable::AppendFrom(std::int64_t slot, std::int64_t from, std::int64_t b
 void BlockTable::Assign(std::int64_t slot, const std::int32_t* map, std::int64_t blocks) {
   const std::lock_guard<std::mutex> lock(mutex_);
   rows_[slot].assign(map, map + blocks * num_ranges_);
+}
+
+void BlockTable::Drop(std::int64_t slot, std::int64_t blocks) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::fill_n(rows_[slot].begin(), blocks * num_ranges_, -1);
 }
 
 void BlockTable::Replace(std::int64_t slot, std::int64_t logical, std::int64_t range, std::int32_t block) {

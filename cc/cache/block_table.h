@@ -29,10 +29,12 @@ class BlockTable {
   void AppendFrom(std::int64_t slot, std::int64_t from, std::int64_t begin);
   // A slot without blocks gets these, [blocks, ranges]; they may be those of another slot.
   void Assign(std::int64_t slot, const std::int32_t* map, std::int64_t blocks);
+  // The first `blocks` logical blocks are no longer mapped: -1.
+  void Drop(std::int64_t slot, std::int64_t blocks);
   void Replace(std::int64_t slot, std::int64_t logical, std::int64_t range, std::int32_t block);
 
   // ---- from any thread ----
-  // Copies the first `count` blocks of a range; false when the slot has fewer.
+  // Copies the first `count` blocks of a range, -1 for dropped ones; false when the slot has fewer.
   bool Copy(std::int64_t slot, std::int64_t range, std::int64_t count, std::int32_t* out) const;
 
  private:

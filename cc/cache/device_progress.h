@@ -22,6 +22,7 @@ struct SlotProgress {
   std::int32_t pins = 0;      // handlers running on the slot
   std::int32_t by_block = 0;  // of these, those with a copy of its row of the block table
   std::int32_t shared = 0;    // positions below this are not the slot's alone: they may not be written
+  std::int32_t dropped = 0;   // positions below this are gone or about to be: nothing may use them; without a mirror
   bool started = false;       // the program that occupies the slot (acquire, fork) has run; without a mirror
   bool vacated = false;       // draining, and the release program has run; as a mirror reads it: free on the device
 };
@@ -57,7 +58,7 @@ class DeviceProgress {
   }
   // The slot gets a new occupant.
   void Reset(std::int64_t slot) {
-    slots[slot].length = slots[slot].shared = 0;
+    slots[slot].length = slots[slot].shared = slots[slot].dropped = 0;
     slots[slot].started = slots[slot].vacated = false;
     LowerWritten(slot, 0);
   }

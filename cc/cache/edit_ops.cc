@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cache/dropping.h"
 #include "cache/messages.h"
 #include "cache/program_check.h"
 #include "cache/sharing.h"
@@ -26,6 +27,8 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
     case SlotOpcode::kTruncate:
     case SlotOpcode::kFound:
       return edit.length;
+    case SlotOpcode::kDrop:  // stays as it is
+      break;
   }
   return -1;
 }
@@ -55,10 +58,16 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
     case SlotOpcode::kTruncate:
       if (length < 0) return messages::SlotFree(op, slot);
       if (edit.length < 0 || edit.length > length) return messages::NotLowered(op, slot, edit.length, length);
+      if (const std::int32_t dropped = progress->slots[slot].dropped; edit.length < dropped) {
+        return messages::BelowDropped(op, slot, edit.length, dropped);
+      }
       if (edit.length > progress->WrittenInAllLayers(slot)) {
         return messages::UnwrittenSomewhere(op, slot, edit.length, progress->Runs(slot));
       }
       return {};
+    case SlotOpcode::kDrop:
+      if (length < 0) return messages::SlotFree(op, slot);
+      return edit.length > length ? messages::DropBeyond(op, slot, edit.length, length) : Status();
   }
   return messages::UnknownOpcode(op, slot, edit.opcode);
 }
@@ -104,9 +113,15 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
   DeviceProgress& progress = table->progress(state);
   std::vector<std::int32_t> shared;
   for (const SlotProgress& slot : progress.slots) shared.push_back(slot.shared);
+  std::vector<std::int32_t> dropped;
+  for (const SlotProgress& slot : progress.slots) dropped.push_back(slot.dropped);
   for (std::int64_t i = 0; i < list.num_edits; ++i) {
     const SlotEdit& edit = list.edits[i];
     if (edit.slot == -1) continue;
+    if (Is(edit, SlotOpcode::kDrop)) {
+      dropped[edit.slot] = std::max(dropped[edit.slot], edit.length);
+      continue;
+    }
     lengths[edit.slot] = limits[edit.slot] = LengthAfter(edit);
     if (Is(edit, SlotOpcode::kOccupy)) shared[edit.slot] = 0;
     if (Is(edit, SlotOpcode::kFound)) shared[edit.slot] = forked[edit.slot] = edit.length;
@@ -140,6 +155,9 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
       const std::int64_t room = table->Room(state, slot);
       if (copy.end() > room) return messages::Unmapped(op, slot, copy.end(), room);
     }
+    for (const std::int32_t slot : {copy.source, copy.target}) {
+      if (copy.count > 0 && copy.first < dropped[slot]) return messages::Dropped(op, slot, copy.first, dropped[slot]);
+    }
     if (copy.count > 0 && copy.first < shared[copy.target]) {
       return messages::Shared(op, copy.target, copy.first, shared[copy.target]);
     }
@@ -150,11 +168,9 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
   return CheckTargets(table, state, op, list);
 }
 
-}  // namespace
-
-Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
+// What EditSlots does under the state mutex.
+Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
                  PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
-  KVPAGE_RETURN_IF_ERROR(sharing::Separate(pool, op, cache, list));
   SlotTable& table = *pool.table;
   StateLock state = table.Lock();
   if (list.num_copies > 0) table.PassGate(&state);
@@ -185,6 +201,10 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
     if (edit.slot == -1) continue;
     SlotProgress& row = progress.slots[edit.slot];
     const auto opcode = static_cast<SlotOpcode>(edit.opcode);
+    if (opcode == SlotOpcode::kDrop) {
+      row.dropped = std::max(row.dropped, edit.length);
+      continue;
+    }
     const std::int32_t length = LengthAfter(edit);
     const bool lowers = opcode == SlotOpcode::kSetLength || opcode == SlotOpcode::kTruncate;
     if (!lowers || length < lengths[edit.slot]) row.since = next;
@@ -219,6 +239,16 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
   if (pins.sequences.empty()) return {};
   pins.written_layer = Pins::kAllLayers;
   pinned->Pin(state, &table, std::move(pins));
+  return {};
+}
+
+}  // namespace
+
+Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
+                 PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
+  KVPAGE_RETURN_IF_ERROR(sharing::Separate(pool, op, cache, list));
+  KVPAGE_RETURN_IF_ERROR(MakeEdits(pool, op, cache, list, pinned, epoch, lengths));
+  dropping::Unmap(pool, list);
   return {};
 }
 

@@ -200,6 +200,10 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         pool.table->RestoreCommitted(state, edit.slot);
         pool.table->EndTruncation(state, edit.slot);
         break;
+      case SlotOpcode::kDrop:
+        // With a mirror the blocks are gone already.
+        if (row.state == SlotState::kOccupied && pool.mirror == nullptr) pool.table->UndoDrop(state, edit.slot);
+        break;
       case SlotOpcode::kSetLength:
         break;
     }

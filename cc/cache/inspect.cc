@@ -17,7 +17,7 @@ Status CheckBlockMap(const PoolParts& pool, std::int32_t slot) {
 PoolNumbers Numbers(const PoolParts& pool) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
-  pool.supply->ReleaseHeld(mapping);
+  pool.supply->FinishChanges(mapping);
   CollectReleases(pool, table.Lock());
   pool.supply->SyncIndex(mapping);
   const StateLock state = table.Lock();
@@ -51,7 +51,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
         break;
       case SlotState::kFree:
         classes[slot] = kParked;
-        n.slots_parked += arena.blocks(slot) > 0;
+        n.slots_parked += arena.mappings(slot) > 0;
         break;
     }
   }
@@ -71,7 +71,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
 std::vector<SlotRow> Rows(const PoolParts& pool) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
-  pool.supply->ReleaseHeld(mapping);
+  pool.supply->FinishChanges(mapping);
   const StateLock state = table.Lock();
   CollectReleases(pool, state);
   std::vector<SlotRow> rows;
@@ -82,21 +82,22 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
     const std::int64_t shared = arena.CountShared(slot) * table.geometry().num_ranges();
     const SlotProgress& progress = table.progress(state).slots[slot];
     rows.push_back({slot, row.state, arena.mappings(slot), shared, row.reserved,
-                    static_cast<std::int64_t>(row.committed.size()), progress.length, row.views, progress.vacated});
+                    static_cast<std::int64_t>(row.committed.size()), progress.length, row.views, progress.vacated,
+                    row.dropped});
   }
   return rows;
 }
 
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {
   const MappingLock mapping = pool.supply->Lock();
-  pool.supply->ReleaseHeld(mapping);
+  pool.supply->FinishChanges(mapping);
   KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot));
   const Arena& arena = pool.supply->arena(mapping);
   const std::int64_t ranges = pool.table->geometry().num_ranges();
   out->assign(ranges, {});
   for (std::int64_t range = 0; range < ranges; ++range) {
     for (const std::int32_t block : arena.block_map(slot, range)) {
-      (*out)[range].emplace_back(block, arena.pool().references(block));
+      (*out)[range].emplace_back(block, block < 0 ? 0 : arena.pool().references(block));
     }
   }
   return {};
@@ -104,6 +105,7 @@ Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) 
 
 Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out) {
   const MappingLock mapping = pool.supply->Lock();
+  pool.supply->FinishChanges(mapping);
   KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot));
   const Arena& arena = pool.supply->arena(mapping);
   const std::int64_t ranges = pool.table->geometry().num_ranges();
@@ -113,7 +115,7 @@ Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out) {
     for (std::int64_t logical = 0; logical < arena.blocks(slot); ++logical) {
       BlockRow row;
       row.block = blocks[logical];
-      row.references = arena.pool().references(row.block);
+      if (row.block >= 0) row.references = arena.pool().references(row.block);
       row.slots = arena.Mappers(slot, range, logical);
       for (const std::int32_t mapper : row.slots) {
         if (logical >= arena.ReadOnlyBlocks(mapper)) row.owner = mapper;

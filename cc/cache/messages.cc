@@ -159,6 +159,23 @@ Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shar
                             "private copy");
 }
 
+Status Dropped(Op op, std::int32_t slot, std::int64_t position, std::int64_t dropped) {
+  return FailedPrecondition(Slot(op, slot) + ": tokens from position " + Number(position) +
+                            " on wanted, but those below " + Number(dropped) +
+                            " were dropped (pool.drop_before): only attention with a sliding_window that begins at or "
+                            "after them can read the slot; read_kv and implementation=\"xla\" copy all of it");
+}
+
+Status BelowDropped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t dropped) {
+  return FailedPrecondition(Slot(op, slot) + ": length " + Number(wanted) + " wanted, but its tokens below " +
+                            Number(dropped) + " were dropped (pool.drop_before): it cannot become shorter than that");
+}
+
+Status DropBeyond(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length) {
+  return OutOfRange(Slot(op, slot) + ": its tokens below " + Number(wanted) + " were to be dropped, but it has " +
+                    Number(length));
+}
+
 Status DonorEdited(Op op, std::int32_t slot, std::int32_t donor) {
   return InvalidArgument(Slot(op, slot) + " takes tokens of slot " + Number(donor) +
                          ", which the same call changes: change it in another call");

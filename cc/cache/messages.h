@@ -54,6 +54,11 @@ Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shar
 Status NotAView(Op op, std::int64_t index, std::int32_t id);
 
 // ---- edit_slots ----
+// What programs need of a slot begins at `position`, or a length is to become `wanted`, and tokens below `dropped` are
+// gone; or they were to go, and the slot has only `length`.
+Status Dropped(Op op, std::int32_t slot, std::int64_t position, std::int64_t dropped);
+Status BelowDropped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t dropped);
+Status DropBeyond(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);
 Status DonorEdited(Op op, std::int32_t slot, std::int32_t donor);  // fork: the same call changes the donor
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode);
 Status CopyTokens(Op op, std::int32_t target, std::int64_t first, std::int64_t count);  // one of them is negative

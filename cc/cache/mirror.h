@@ -25,13 +25,16 @@ class Mirror {
   // Makes the pool findable by programs under this id.
   virtual Status Open(std::int32_t id) = 0;
 
-  struct Room {
+  struct Room {  // where it ends, or begins
     std::int32_t slot = 0;
     std::int32_t tokens = 0;
   };
   // Tokens that may be written in these slots, visible to every program that is queued from now on. Memory beyond what
   // was said before is mapped by now; a slot's room never shrinks while it is occupied.
   virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
+
+  // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.
+  virtual Status Drop(const std::vector<Room>& begins) = 0;
 
   // Once the release of this slot has run, with everything that was queued before it: the tokens that its occupant had
   // written in every layer; -1 before. Cheap: asked on every call.

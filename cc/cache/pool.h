@@ -16,6 +16,7 @@
 #include "base/kv_view.h"
 #include "base/status.h"
 #include "cache/capacity.h"
+#include "cache/dropping.h"
 #include "cache/edit_ops.h"
 #include "cache/generations.h"
 #include "cache/host_ops.h"
@@ -84,6 +85,11 @@ class Pool {
   Status SharesBehind(std::int32_t slot, std::int64_t tokens, bool* out) {
     return sharing::SharesBehind(parts_, slot, tokens, out);
   }
+  Status DropBefore(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens,
+                    std::vector<std::int64_t>* dropped) {
+    return dropping::Start(parts_, slots, tokens, dropped);
+  }
+  Status Drops(std::int32_t slot, std::int64_t tokens, bool* out) { return dropping::Drops(parts_, slot, tokens, out); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
     return host_ops::StartEdits(parts_, verb, edits);
   }

@@ -91,7 +91,7 @@ class Acquisition {
   bool Adoptable(std::size_t i, std::int32_t slot) const {
     const Hit& hit = hits_[i];
     const Arena& arena = supply_.arena(mapping_);
-    if (slot < 0 || arena.blocks(slot) < geometry_.BlocksFor(hit.tokens)) return false;
+    if (slot < 0 || arena.hole(slot) > 0 || arena.blocks(slot) < geometry_.BlocksFor(hit.tokens)) return false;
     // It may write behind the match: nobody else may have blocks there, no other request of this call either.
     const std::int64_t ranges = geometry_.num_ranges();
     std::int64_t shared = std::max(arena.SharedBlocks(slot), arena.ReadOnlyBlocks(slot));

@@ -31,6 +31,10 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
     if (end > room) return messages::Unmapped(op, slot, end, room);
     const std::int64_t shared = append ? progress.slots[slot].shared : 0;
     if (sequence.position < shared) return messages::Shared(op, slot, sequence.position, shared);
+    const bool reads = !append || batch.attends;
+    const std::int64_t first = reads ? sequence.FirstVisible(batch.window) : sequence.position;
+    const std::int32_t dropped = progress.slots[slot].dropped;
+    if (first < dropped) return messages::Dropped(op, slot, first, dropped);
     const std::int32_t written = progress.Written(slot)[layer];
     if (append && sequence.position > written) {
       // The context before the new tokens would be what an earlier owner of the memory left there.
@@ -90,6 +94,9 @@ Status SetLengths(const PoolParts& pool, const char* op, const CacheRef& cache, 
     if (values[i] < 0 || values[i] > length) return messages::NotLowered(op, slots[i], values[i], length);
     const std::int32_t shared = progress.slots[slots[i]].shared;
     if (values[i] < std::min(shared, length)) return messages::BelowShared(op, slots[i], values[i], shared);
+    if (const std::int32_t dropped = progress.slots[slots[i]].dropped; values[i] < dropped) {
+      return messages::BelowDropped(op, slots[i], values[i], dropped);
+    }
     if (values[i] > progress.WrittenInAllLayers(slots[i])) {
       return messages::UnwrittenSomewhere(op, slots[i], values[i], progress.Runs(slots[i]));
     }

@@ -31,6 +31,10 @@ Status CheckFork(SlotTable* table, const StateLock& state, const char* verb, std
     if (table->Named(state, request.donor)) {
       return InvalidArgument(Named(verb, request.donor) + " is released by the same call");
     }
+    if (const std::int64_t dropped = table->host(state, request.donor).dropped; dropped > 0) {
+      return FailedPrecondition(Named(verb, request.donor) + " has dropped its tokens below " + Number(dropped) +
+                                " (pool.drop_before): fork a sequence before that");
+    }
     const std::int64_t committed = NumCommitted(*table, state, request.donor);
     if (request.tokens < 0) request.tokens = committed;
     if (request.tokens > committed) {
@@ -95,6 +99,9 @@ Status CheckTruncate(SlotTable* table, const StateLock& state, const std::vector
   for (std::size_t i = 0; i < slots.size(); ++i) {
     KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, "truncate", slots[i]));
     if (!table->Name(state, slots[i])) return InvalidArgument(Named("truncate", slots[i]) + " is named twice");
+    if (const std::int64_t dropped = table->host(state, slots[i]).dropped; tokens[i] < dropped) {
+      return messages::BelowDropped("truncate", slots[i], tokens[i], dropped);
+    }
     const std::int64_t room = table->Room(state, slots[i]);
     if (tokens[i] >= 0 && tokens[i] <= room) continue;
     return OutOfRange(Named("truncate", slots[i]) + ": num_tokens is " + Number(tokens[i]) + ", wanted 0.." +

@@ -38,6 +38,7 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   SetState(slot, SlotState::kOccupied);
   row.reserved = tokens;
   row.truncations = 0;
+  row.dropped = row.dropped_before = 0;
   row.forked = false;
   row.committed.clear();
   row.space = -1;
@@ -117,8 +118,20 @@ void SlotTable::EndTruncation(const StateLock&, std::int32_t slot) {
   if (row.space >= 0) commits_.Note(slot);
 }
 
+void SlotTable::StartDrop(const StateLock&, std::int32_t slot, std::int64_t tokens) {
+  HostSlot& row = slots_[slot];
+  row.dropped_before = std::exchange(row.dropped, tokens);
+}
+
+void SlotTable::UndoDrop(const StateLock&, std::int32_t slot) {
+  HostSlot& row = slots_[slot];
+  row.dropped = row.dropped_before;
+  if (row.space >= 0) commits_.Note(slot);
+}
+
 void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
   slots_[slot].truncations = 0;
+  slots_[slot].dropped = slots_[slot].dropped_before = progress_.slots[slot].dropped;
   const bool never =
       slots_[slot].state == SlotState::kOccupied && slots_[slot].forked && !progress_.slots[slot].started;
   if (never) SetState(slot, SlotState::kDraining);

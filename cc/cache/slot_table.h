@@ -52,6 +52,8 @@ struct HostSlot {
   bool forked = false;                  // its occupant is a fork
   std::int64_t truncated = 0;           // the fewest tokens that a truncation leaves it whose program has not run
   std::int32_t truncations = 0;         // such programs
+  std::int64_t dropped = 0;             // tokens at its beginning that the host has given up
+  std::int64_t dropped_before = 0;      // the same before the last such call
   std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
   std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
   std::vector<std::int32_t> cut;        // those behind `committed` that the last truncation has taken away
@@ -149,6 +151,9 @@ class SlotTable {
   // A truncation's program is queued; it has run.
   void StartTruncation(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void EndTruncation(const StateLock&, std::int32_t slot);
+  // The host gives up the tokens below `tokens`, and takes that back.
+  void StartDrop(const StateLock&, std::int32_t slot, std::int64_t tokens);
+  void UndoDrop(const StateLock&, std::int32_t slot);
   // A generation starts: programs that are queued will not run. A fork among them leaves its slot to nobody.
   void StartGeneration(const StateLock& lock, std::int32_t slot);
   void CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens);

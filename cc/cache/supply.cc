@@ -44,7 +44,7 @@ Status Supply::PromiseMappings(const MappingLock&, std::int64_t blocks) {
 }
 
 void Supply::Refresh(const MappingLock& lock) {
-  ReleaseHeld(lock);
+  FinishChanges(lock);
   std::vector<std::int32_t> changed = arena_->TakeChanged();
   {
     const StateLock state = table_->Lock();
@@ -66,14 +66,14 @@ void Supply::Refresh(const MappingLock& lock) {
       Standing now;
       now.idle = row.idle();
       now.draining = row.state == SlotState::kDraining;
-      now.blocks = arena_->blocks(slot);
+      now.blocks = arena_->blocks(slot) - (now.draining ? arena_->hole(slot) : 0);
       // The one parked for longest gives first; then occupied ones, whose tails may go beyond their request.
       const bool parked = row.state == SlotState::kFree;
       now.order = parked ? row.parked_at : ~std::uint64_t{0};
       const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
       if (!now.draining && row.views == 0) now.spare = std::max<std::int64_t>(now.blocks - keep, 0);
       now.fit = now.blocks;
-      if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot))) {
+      if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot) || arena_->hole(slot) > 0)) {
         // Of no use to a new owner, and adopted last of all; among such slots the one parked for longest goes first.
         now.blocks = 0;
         now.fit = -1 - static_cast<std::int64_t>(row.parked_at);

@@ -60,6 +60,17 @@ class Supply {
   // Gives up what slots hold for handlers that have ended since.
   void ReleaseHeld(const MappingLock& lock);
 
+  // ---- dropped beginnings (supply_drop.cc) ----
+  // The slot no longer needs what is below its `dropped`, once handlers that run now have ended.
+  void NoteDrop(const MappingLock&, std::int32_t slot) { drops_.push_back(slot); }
+  // Unmaps what no handler uses any more of these slots.
+  void FinishDrops(const MappingLock& lock);
+  // What waits for handlers that have ended since: ReleaseHeld and FinishDrops.
+  void FinishChanges(const MappingLock& lock) {
+    ReleaseHeld(lock);
+    FinishDrops(lock);
+  }
+
   // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
 
@@ -86,9 +97,9 @@ class Supply {
   // Blocks that are set aside for truncations whose programs will not run come free again.
   void DropStaleSetAside(const MappingLock& lock);
   // A free slot gives up all its blocks if other slots share some, or had, or the prefix index refers to some: they are
-  // not for a new owner to write.
+  // not for a new owner to write. So does one that has dropped its beginning.
   bool GivesUp(const MappingLock&, std::int32_t slot) const {
-    return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot);
+    return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot) || arena_->hole(slot) > 0;
   }
   Status DropShared(const MappingLock& lock, std::int32_t slot);
   // Free slots give up what live ones share: a truncation need not copy it then.
@@ -175,6 +186,7 @@ class Supply {
   std::int64_t worst_mappings_ = 0;  // of the budget's blocks, each mapped once
   const std::unique_ptr<Arena> arena_;
   Candidates candidates_;
+  std::vector<std::int32_t> drops_;  // slots that may have something left to unmap
   std::unique_ptr<PrefixIndex> index_;
   PrefixCounts counts_;
   const bool poison_;

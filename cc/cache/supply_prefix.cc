@@ -28,6 +28,7 @@ void Supply::SyncIndex(const MappingLock& lock) {
     for (const std::int32_t slot : table_->TakeCommits(state)) {
       const HostSlot& host = table_->host(state, slot);
       if (host.space < 0 || host.state == SlotState::kDraining) continue;  // noted again when it is free
+      if (host.dropped > 0) continue;
       Row row{slot, host.space, host.fewest, host.committed};
       // Blocks that a queued truncation may replace are not the sequence's for long.
       const auto most = static_cast<std::int64_t>(row.ids.size());

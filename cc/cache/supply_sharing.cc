@@ -79,9 +79,10 @@ Status Supply::DropShared(const MappingLock& lock, std::int32_t slot) {
 void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed) {
   bool emptied = false;
   for (const std::int32_t slot : changed) {
-    if (!arena_->Borrows(slot) || !table_->host(table_->Lock(), slot).idle()) continue;
+    const bool hole = arena_->hole(slot) > 0;
+    if (!(arena_->Borrows(slot) || hole) || !table_->host(table_->Lock(), slot).idle()) continue;
     // What it has written itself may be found again.
-    if (arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) continue;
+    if (!hole && arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) continue;
     static_cast<void>(Empty(lock, slot));  // a slot that cannot be emptied is not adopted either (DropShared)
     emptied = true;
   }

@@ -67,14 +67,16 @@ struct SlotRow {
   std::int64_t blocks = 0;  // mapped by this slot; a shared block appears in several rows
   std::int64_t shared = 0;  // of these, mapped in other slots too
   std::int64_t reserved = 0, committed = 0, length = 0;
-  std::int64_t views = 0;  // zero-copy arrays alive over it
-  bool vacated = false;    // draining, and its release program has run
+  std::int64_t views = 0;    // zero-copy arrays alive over it
+  bool vacated = false;      // draining, and its release program has run
+  std::int64_t dropped = 0;  // tokens at its beginning that it no longer has
 };
 
-// For each range of a slot, its blocks in logical order: (physical block, references to it).
+// For each range of a slot, its blocks in logical order: (physical block, references to it); (-1, 0) for dropped ones.
 using BlockReferences = std::vector<std::vector<std::pair<std::int32_t, std::int32_t>>>;
 
-// A physical block that a slot maps: who else does, and who has it mapped for writing (-1: nobody any more).
+// A physical block that a slot maps: who else does, and who has it mapped for writing (-1: nobody any more). Block -1
+// was dropped.
 struct BlockRow {
   std::int32_t block = 0;
   std::int32_t references = 0;
@@ -105,6 +107,9 @@ struct BatchRef {
   std::int64_t num_sequences = 0;
   const std::int32_t* offsets = nullptr;  // [num_sequences + 1]
   std::int64_t num_tokens = -1;           // rows of q, k, v; -1 when there are none to compare with
+  // Of ops that read: the sliding window, <= 0: they read everything. An op that appends reads only if it attends.
+  std::int32_t window = 0;
+  bool attends = false;
 };
 
 // The slots that a running handler pins.

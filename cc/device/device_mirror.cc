@@ -69,7 +69,7 @@ Status DeviceMirror::Allocate(char* base, const PoolOptions& options) {
   image_->fault = pinned_.OnDevice(fault_);
   image_->vacated = pinned_.OnDevice(vacated_);
   // No slot was acquired yet.
-  for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1, 0};
+  for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1, 0, 0};
   return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}, SlotsCopy(Copy::kToDevice)});
 }
 
@@ -96,6 +96,18 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   }
   for (const Room& room : rooms) rooms_[room.slot] = room.tokens;
   return {};
+}
+
+Status DeviceMirror::Drop(const std::vector<Room>& begins) {
+  std::vector<Copy> copies;
+  for (const Room& begin : begins) {
+    new_rooms_[begin.slot] = begin.tokens;
+    const cu::DevicePtr place = slots_address() + begin.slot * sizeof(DeviceSlot) + offsetof(DeviceSlot, dropped);
+    copies.push_back({Copy::kToDevice, place, &new_rooms_[begin.slot], sizeof(std::int32_t)});
+  }
+  // After a failure some slots may be refused more than they need be; nothing is unmapped.
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer(copies));
+  return WaitForReaders();
 }
 
 std::int32_t DeviceMirror::Vacated(std::int32_t slot) {
@@ -144,6 +156,7 @@ Status DeviceMirror::StartGeneration(std::int32_t generation, DeviceProgress* pr
     progress->slots[slot].length = slots_[slot].length;
     progress->slots[slot].since = slots_[slot].since;
     progress->slots[slot].shared = slots_[slot].shared;
+    progress->slots[slot].dropped = slots_[slot].dropped;
     progress->slots[slot].vacated = slots_[slot].released != 0;
   }
   std::copy_n(written_, progress->written.size(), progress->written.begin());
@@ -154,7 +167,7 @@ Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
   image_->epoch = progress.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     const SlotProgress& row = progress.slots[slot];
-    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0, row.shared};
+    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0, row.shared, row.dropped};
   }
   std::copy(progress.written.begin(), progress.written.end(), written_);
   return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});

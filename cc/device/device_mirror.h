@@ -31,6 +31,7 @@ class DeviceMirror final : public Mirror {
 
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
+  Status Drop(const std::vector<Room>& begins) override;
   std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;

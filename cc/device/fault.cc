@@ -62,6 +62,12 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::Shared(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kDonorEdited:
       return messages::DonorEdited(op, fault.slot, number(fault.have));
+    case FaultKind::kDropped:
+      return messages::Dropped(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kBelowDropped:
+      return messages::BelowDropped(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kDropBeyond:
+      return messages::DropBeyond(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kRaise:
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:

@@ -116,6 +116,20 @@ Claim Truncate(const PoolReference& self, Decision* decision, const std::vector<
   });
 }
 
+void DropBefore(const PoolReference& self, Decision* decision, const std::vector<std::int32_t>& slots,
+                const std::vector<std::int64_t>& tokens) {
+  Call(self, "drop_before", [&](const PoolPtr& pool) -> Status {
+    std::vector<std::int64_t> dropped;
+    KVPAGE_RETURN_IF_ERROR(pool->DropBefore(slots, tokens, &dropped));
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+      if (dropped[i] == 0) continue;
+      const auto begin = static_cast<std::int32_t>(dropped[i]);  // at most max_seq_len
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kDrop), slots[i], begin, -1});
+    }
+    return {};
+  });
+}
+
 }  // namespace
 
 void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
@@ -130,6 +144,8 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("truncate", &Truncate, "decision"_a, "slots"_a, "num_tokens"_a)
       .def("shares_behind", Getter<bool, std::int32_t, std::int64_t>("truncate", &Pool::SharesBehind), "slot"_a,
            "num_tokens"_a)
+      .def("drop_before", &DropBefore, "decision"_a, "slots"_a, "num_tokens"_a)
+      .def("drops", Getter<bool, std::int32_t, std::int64_t>("drop_before", &Pool::Drops), "slot"_a, "num_tokens"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);
 }

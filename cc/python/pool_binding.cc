@@ -128,7 +128,8 @@ void BindResults(nb::module_& m) {
       .def_ro("committed", &SlotRow::committed)
       .def_ro("length", &SlotRow::length)
       .def_ro("views", &SlotRow::views)
-      .def_ro("vacated", &SlotRow::vacated);
+      .def_ro("vacated", &SlotRow::vacated)
+      .def_ro("dropped", &SlotRow::dropped);
   nb::class_<BlockRow>(m, "BlockRow")
       .def_ro("block", &BlockRow::block)
       .def_ro("references", &BlockRow::references)

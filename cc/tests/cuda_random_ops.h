@@ -123,7 +123,7 @@ inline void EditSome(Twins& t) {
     const std::int32_t length = t.Exists(slot) ? t.value().lengths[slot] : 0;
     // Occupying and vacating are the host's to decide (AcquireSome, ReleaseSome); here only what does not exist.
     const bool unknown = Pick(rng, 0, 15) == 0;
-    edits.push_back({unknown ? Pick(rng, 6, 8) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
+    edits.push_back({unknown ? Pick(rng, 7, 9) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
                      length > 0 ? Pick(rng, 0, length + (Pick(rng, 0, 9) == 0)) : Pick(rng, -1, 0)});
     if (Pick(rng, 0, 3) == 0) edits.push_back({0, -1, 0});
     if (Pick(rng, 0, 12) == 0) edits.push_back(edits[0]);
@@ -254,11 +254,27 @@ inline void TruncateSome(Twins& t) {
   t.PublishRooms();
 }
 
-inline void RandomOp(Twins& t) {
+inline void DropSome(Twins& t) {
+  Rng& rng = t.rng();
+  const std::vector<std::int32_t> slots = Occupied(t);
+  if (slots.empty()) return;
+  const std::int32_t slot = slots[0], length = t.value().lengths[slot];
+  std::vector<std::int64_t> dropped;
+  const Status status = t.pool().DropBefore({slot}, {Pick(rng, 0, length + 20 * (Pick(rng, 0, 9) == 0))}, &dropped);
+  if (!status.ok() || dropped[0] == 0) return;
+  const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kDrop), slot, static_cast<std::int32_t>(dropped[0])};
+  if (t.EditSlots(DeviceOp::kDropBefore, t.PickValue(), {edit}, {}).empty()) return;
+  t.pool().UndoEdits({edit});
+}
+
+// `drops`: with drops in place of prefixes.
+inline void RandomOp(Twins& t, bool drops = false) {
   Rng& rng = t.rng();
   const auto layers = static_cast<int>(t.geometry().num_layers);
   const int layer = Pick(rng, 0, 24) == 0 ? Pick(rng, -1, layers) : Pick(rng, 0, layers - 1);
-  switch (Pick(rng, 0, 17)) {
+  const int op = Pick(rng, 0, 17);
+  if (drops && (op == 15 || op == 16)) return DropSome(t);
+  switch (op) {
     case 0:
     case 1:
       return AcquireSome(t);

@@ -79,6 +79,29 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
   }
 }
 
+TEST(CudaSlotsTest, RandomProgramsWithDropsGetTheSameAnswers) {
+  std::set<std::string> kinds;
+  for (int round = 0; round < 8; ++round) {
+    const Layout layout = round % 2 == 0 ? Layout::kFused : Layout::kPerLayer;
+    Twins twins(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, round % 3 == 0,
+                static_cast<std::uint64_t>(round));
+    for (int i = 0; i < 600 && !::testing::Test::HasFailure(); ++i) {
+      RandomOp(twins, /*drops=*/true);
+      if (i % 8 == 0) twins.CompareState();
+    }
+    EXPECT_FALSE(::testing::Test::HasFailure()) << "round " << round;
+    EXPECT_GT(twins.num_passed(), 150) << twins.num_passed();
+    kinds.insert(twins.kinds().begin(), twins.kinds().end());
+  }
+  const auto met = [&](DeviceOp op, FaultKind kind) {
+    EXPECT_EQ(kinds.count(std::string(OpName(op)) + " " + std::to_string(static_cast<int>(kind))), 1)
+        << OpName(op) << " " << static_cast<int>(kind);
+  };
+  met(DeviceOp::kDropBefore, FaultKind::kDropBeyond);
+  met(DeviceOp::kSetLengths, FaultKind::kBelowDropped);
+  met(DeviceOp::kPagedAttention, FaultKind::kDropped);
+}
+
 // A cache of the newest epoch may show a released slot as taken, when it went on from an older one.
 TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   Twins twins(SmallGeometry(), 20, /*allow_stale=*/true, 1);

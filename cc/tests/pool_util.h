@@ -179,6 +179,12 @@ class Program {
     return EditOne(pool_, "truncate", cache(), edit, &epoch_, lengths_.data());
   }
 
+  // The program of drop_before.
+  Status RunDrop(std::int32_t slot, std::int32_t tokens) {
+    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kDrop), slot, tokens};
+    return EditOne(pool_, "drop_before", cache(), edit, &epoch_, lengths_.data());
+  }
+
   // Appends `count` tokens in every layer and advances.
   Status Write(std::int32_t slot, std::int32_t count) {
     for (std::int64_t layer = 0; layer < pool_->geometry().num_layers; ++layer) {

@@ -51,14 +51,17 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
 
 // An op on one layer of a pool's slots, which are pinned during its lifetime. `view` and `sequences` address them.
 struct LayerCall {
-  // `num_tokens` is the number of rows of q or k; -1 when there are none.
+  // `num_tokens` is the number of rows of q or k; -1 when there are none. `window`: of attention; null for other ops.
   Status Start(const char* op, const S32& handle, const U32& epoch, const S32& lengths, const S32& slots,
                const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append,
-               bool by_block = false) {
+               const S32* window = nullptr, bool by_block = false) {
     KVPAGE_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
     layer = layer_operand.typed_data()[0];
-    KVPAGE_RETURN_IF_ERROR(pool->Begin(op, Cache(handle, epoch, lengths), Batch(slots, offsets, num_tokens), layer,
-                                       append, &pinned, by_block ? &table : nullptr));
+    BatchRef batch = Batch(slots, offsets, num_tokens);
+    batch.attends = window != nullptr;
+    if (batch.attends && window->element_count() > 0) batch.window = window->typed_data()[0];
+    KVPAGE_RETURN_IF_ERROR(
+        pool->Begin(op, Cache(handle, epoch, lengths), batch, layer, append, &pinned, by_block ? &table : nullptr));
     view = by_block ? table.view : pool->View();
     sequences = by_block ? &table.sequences : &pinned.sequences();
     return {};
@@ -92,8 +95,8 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 le
                           ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention";
   LayerCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/false, addressing != 0));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q),
+                                        /*append=*/false, &window, addressing != 0));
   XlaParallel parallel(&threads);
   return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
                 {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
@@ -105,8 +108,8 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
                            ffi::Result<F32> lse, ffi::Result<U32> new_epoch) {
   static const char* const kOp = "update_and_attend";
   LayerCall call;
-  KVPAGE_FFI_RETURN_IF_ERROR(
-      call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q), /*append=*/true, addressing != 0));
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q),
+                                        /*append=*/true, &window, addressing != 0));
   new_epoch->typed_data()[0] = call.pinned.epoch();
   XlaParallel parallel(&threads);
   if (ffi::Error error = Append(kOp, call.view, call.layer, *call.sequences, k, v, parallel); error.failure())

@@ -31,7 +31,9 @@ const SharedPrefixes& InTable(const AttentionArgs& args, PrefixGroups* out) {
   out->rows.clear();
   for (const Sequence& s : *args.sequences) {
     const std::int64_t chunks = (s.end() + kv.tokens_per_chunk - 1) / kv.tokens_per_chunk;
-    out->rows.push_back({kv.table + s.slot * kv.table_width, chunks});
+    const std::int32_t* const blocks = kv.table + s.slot * kv.table_width;
+    // A sequence that has dropped its beginning shares none.
+    out->rows.push_back({blocks, blocks[0] < 0 ? 0 : chunks});
   }
   SharedPrefixes& found = out->in_table;
   FindSharedPrefixes(out->rows, kv.tokens_per_chunk, &found);

@@ -39,6 +39,8 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   Sequence* const sequences = out->sequences();
   if (checker.Enter()) {
     checker.Prepare(args.slots, args.num_sequences, args.offsets, args.num_tokens, layer);
+    const bool reads = args.cache.op != DeviceOp::kAppendKV;
+    const std::int32_t window = args.window != nullptr ? *args.window : 0;
     const bool layer_exists = layer >= 0 && layer < args.cache.num_layers();
     // Before the verdict, to overlap this access with the check.
     if (threadIdx.x == blockDim.x - 1) out->view = checker.pool()->view;
@@ -66,6 +68,9 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
             checker.Note(Stage::kLimits, s, FaultKind::kUnmapped, slot, -1, -1, end, room);
           } else if (args.append && length < row.shared) {
             checker.Note(Stage::kLimits, s, FaultKind::kShared, slot, -1, -1, length, row.shared);
+          } else if (const auto first = static_cast<std::int32_t>(reads ? sequence.FirstVisible(window) : length);
+                     first < row.dropped) {
+            checker.Note(Stage::kLimits, s, FaultKind::kDropped, slot, -1, -1, first, row.dropped);
           } else if (args.append && length > written) {
             // The context before the new tokens would be what an earlier owner of the memory left there.
             checker.Note(Stage::kLimits, s, FaultKind::kLength, slot, layer, -1, length, written);

@@ -23,6 +23,7 @@ struct EditedSlot {
   std::int32_t written;  // in every layer
   std::int32_t limit;    // what is written counts up to here; -1: there is no limit
   std::int32_t shared;   // positions below this may not be written
+  std::int32_t dropped;  // positions below this are gone
 };
 
 class Editor {
@@ -74,10 +75,16 @@ class Editor {
       case SlotOpcode::kTruncate:
         if (length < 0) return wrong(FaultKind::kSlotFree);
         if (edit.length < 0 || edit.length > length) return wrong(FaultKind::kRaise, edit.length, length);
+        if (const std::int32_t dropped = checker_.slot(edit.slot).dropped; edit.length < dropped) {
+          return wrong(FaultKind::kBelowDropped, edit.length, dropped);
+        }
         if (const std::int32_t written = checker_.WrittenInAllLayers(edit.slot); edit.length > written) {
           return wrong(FaultKind::kUnwritten, edit.length, written);
         }
         return true;
+      case SlotOpcode::kDrop:
+        if (length < 0) return wrong(FaultKind::kSlotFree);
+        return edit.length <= length || wrong(FaultKind::kDropBeyond, edit.length, length);
     }
     return wrong(FaultKind::kOpcode, edit.opcode);
   }
@@ -117,6 +124,12 @@ class Editor {
     if (end > args_.cache.max_seq_len()) return wrong(FaultKind::kMaxSeqLen, copy.target, end);
     if (end > source.room) return wrong(FaultKind::kUnmapped, copy.source, end, source.room);
     if (end > target.room) return wrong(FaultKind::kUnmapped, copy.target, end, target.room);
+    if (copy.count > 0 && copy.first < source.dropped) {
+      return wrong(FaultKind::kDropped, copy.source, copy.first, source.dropped);
+    }
+    if (copy.count > 0 && copy.first < target.dropped) {
+      return wrong(FaultKind::kDropped, copy.target, copy.first, target.dropped);
+    }
     if (copy.count > 0 && copy.first < target.shared) {
       return wrong(FaultKind::kShared, copy.target, copy.first, target.shared);
     }
@@ -156,11 +169,16 @@ class Editor {
       if (Is(edit, SlotOpcode::kTruncate)) shared = min(shared, WholeBlocks(edit.length));
       return LowerLength(&checker_, edit.slot, edit.length, epoch, args_.new_lengths);
     }
+    if (Is(edit, SlotOpcode::kDrop)) {
+      std::int32_t& dropped = checker_.slot(edit.slot).dropped;
+      dropped = max(dropped, edit.length);
+      return;
+    }
     const bool vacate = Is(edit, SlotOpcode::kVacate);
     const std::int32_t written = vacate ? checker_.WrittenInAllLayers(edit.slot) : 0;
     checker_.slot(edit.slot).since = epoch;
     checker_.slot(edit.slot).released = vacate ? 1 : 0;
-    checker_.slot(edit.slot).shared = 0;
+    checker_.slot(edit.slot).shared = checker_.slot(edit.slot).dropped = 0;
     SetLength(&checker_, edit.slot, 0);
     args_.new_lengths[edit.slot] = vacate ? -1 : 0;
     if (Is(edit, SlotOpcode::kFork)) {
@@ -212,17 +230,26 @@ class Editor {
 
   __device__ EditedSlot After(std::int32_t slot) const {
     const DeviceSlot& row = checker_.slot(slot);
-    EditedSlot after = {args_.cache.lengths[slot], row.released != 0 ? 0 : row.room, checker_.WrittenInAllLayers(slot),
-                        -1, row.shared};
+    EditedSlot after = {args_.cache.lengths[slot],
+                        row.released != 0 ? 0 : row.room,
+                        checker_.WrittenInAllLayers(slot),
+                        -1,
+                        row.shared,
+                        row.dropped};
     const std::uint32_t mark = checker_.marks()[slot];
     if (mark == kUnmarked) return after;
     const SlotEdit edit = args_.list.edits[mark];
+    if (Is(edit, SlotOpcode::kDrop)) {
+      after.dropped = max(after.dropped, edit.length);
+      return after;
+    }
     const bool fork = Is(edit, SlotOpcode::kFork), occupy = Is(edit, SlotOpcode::kOccupy);
     const bool found = Is(edit, SlotOpcode::kFound);
     after.length = occupy ? 0 : Is(edit, SlotOpcode::kVacate) ? -1 : edit.length;
     if (occupy || fork || found) after.room = row.room;
     after.written = fork ? WholeBlocks(edit.length) : found ? edit.length : min(after.written, after.length);
     after.limit = after.length;
+    if (occupy || fork || found) after.dropped = 0;
     if (occupy || fork || found) after.shared = occupy ? 0 : after.written;
     if (Is(edit, SlotOpcode::kTruncate)) after.shared = min(after.shared, WholeBlocks(edit.length));
     return after;

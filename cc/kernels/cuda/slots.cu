@@ -86,6 +86,8 @@ __device__ void CheckEntry(Checker* checker, const ChangeArgs& args, std::int64_
       checker->Note(Stage::kSlots, i, FaultKind::kRaise, slot, -1, -1, value, length);
     } else if (const std::int32_t shared = checker->slot(slot).shared; value < min(shared, length)) {
       checker->Note(Stage::kSlots, i, FaultKind::kBelowShared, slot, -1, -1, value, shared);
+    } else if (const std::int32_t dropped = checker->slot(slot).dropped; value < dropped) {
+      checker->Note(Stage::kSlots, i, FaultKind::kBelowDropped, slot, -1, -1, value, dropped);
     } else if (const std::int32_t written = checker->WrittenInAllLayers(slot); value > written) {
       checker->Note(Stage::kSlots, i, FaultKind::kUnwritten, slot, -1, -1, value, written);
     }
