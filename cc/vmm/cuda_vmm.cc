@@ -1,5 +1,6 @@
 #include "vmm/cuda_vmm.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -18,8 +19,11 @@ Status Worse(const Status& status, const Status& rollback) {
 
 }  // namespace
 
-CudaVmm::CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes)
-    : context_(std::move(context)), block_bytes_(block_bytes) {}
+CudaVmm::CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes, std::int64_t device_bytes)
+    : context_(std::move(context)),
+      block_bytes_(block_bytes),
+      device_bytes_(device_bytes),
+      window_(*context_, block_bytes, &system_calls_) {}
 
 Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t virtual_bytes, std::int64_t block_bytes,
                      std::unique_ptr<CudaVmm>* out) {
@@ -44,7 +48,7 @@ Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t vi
   const ContextScope scope(*context);
   KVPAGE_RETURN_IF_ERROR(scope.status());
   // Owned from here on, so that an early return frees it.
-  std::unique_ptr<CudaVmm> vmm(new CudaVmm(std::move(context), block_bytes));
+  std::unique_ptr<CudaVmm> vmm(new CudaVmm(std::move(context), block_bytes, device.total_bytes));
   if (device.posix_handles) vmm->handle_type_ = cu::HandleType::kPosixFileDescriptor;
   const std::int64_t reserved = virtual_bytes + kCopyPlaces * block_bytes;
   vmm->mapped_.assign(reserved / block_bytes, -1);
@@ -67,6 +71,7 @@ CudaVmm::~CudaVmm() {
   for (std::size_t place = 0; place < mapped_.size(); ++place) {
     if (mapped_[place] >= 0) static_cast<void>(UnmapOne(static_cast<std::int64_t>(place)));
   }
+  window_.Free();
   for (std::size_t block = 0; block < handles_.size(); ++block) {
     if (exists_[block]) static_cast<void>(driver().MemRelease(handles_[block]));
   }
@@ -76,9 +81,34 @@ CudaVmm::~CudaVmm() {
 
 Status CudaVmm::Grow(std::int64_t num_blocks) {
   if (num_blocks <= static_cast<std::int64_t>(handles_.size())) return {};
+  if (window_.reserved() && num_blocks > window_.capacity()) {
+    return FailedPrecondition("the block window has room for " + std::to_string(window_.capacity()) + " blocks " +
+                              OfBytes(block_bytes_) + ", more than the device's memory: " + std::to_string(num_blocks) +
+                              " wanted: give a smaller capacity");
+  }
   handles_.resize(num_blocks, 0);
   exists_.resize(num_blocks, false);
   places_.resize(num_blocks, 0);
+  return {};
+}
+
+Status CudaVmm::Window(char** out) {
+  const ContextScope scope(*context_);
+  KVPAGE_RETURN_IF_ERROR(scope.status());
+  const auto blocks = static_cast<std::int64_t>(handles_.size());
+  if (!window_.reserved()) {
+    KVPAGE_RETURN_IF_ERROR(window_.Reserve(std::max({blocks, device_bytes_ / block_bytes_, std::int64_t{1}})));
+  }
+  std::vector<std::int32_t> created;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    if (exists_[block]) created.push_back(static_cast<std::int32_t>(block));
+  }
+  const Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_);
+  if (!status.ok()) {
+    window_.Free();
+    return status;
+  }
+  *out = window_.base();
   return {};
 }
 
@@ -111,6 +141,7 @@ Status CudaVmm::ReleaseOne(std::int32_t block) {
   for (std::size_t place = 0; places_[block] > 0 && place < mapped_.size(); ++place) {
     if (mapped_[place] == block) KVPAGE_RETURN_IF_ERROR(UnmapOne(static_cast<std::int64_t>(place)));
   }
+  KVPAGE_RETURN_IF_ERROR(window_.Unmap(block));
   Count();
   KVPAGE_CU(driver(), MemRelease, OfBytes(block_bytes_), handles_[block]);
   exists_[block] = false;
@@ -131,7 +162,11 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
     }
     created.push_back(blocks[i]);
   }
-  return {};
+  if (!window_.reserved()) return {};
+  Status status = window_.Map(blocks, count, handles_);
+  if (status.ok()) return {};
+  for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
+  return status;
 }
 
 Status CudaVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {

@@ -1,7 +1,8 @@
 // CudaVmm: virtual memory slots on a CUDA device. One handle per block; cuMemMap places it.
 //
 // cuMemUnmap must unmap exactly the ranges that cuMemMap mapped, so every block is mapped separately; access is granted
-// once per call of Map. New memory is uninitialized. Calls are synchronous and need no stream; the caller must not
+// once per call of Map. The block window (cuda_window.h) costs a mapping more for each block, and exists only once it
+// was asked for. New memory is uninitialized. Calls are synchronous and need no stream; the caller must not
 // unmap memory that running programs may access.
 #ifndef KVPAGE_VMM_CUDA_VMM_H_
 #define KVPAGE_VMM_CUDA_VMM_H_
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "vmm/cuda_context.h"
+#include "vmm/cuda_window.h"
 #include "vmm/vmm.h"
 
 namespace kvpage {
@@ -28,6 +30,8 @@ class CudaVmm final : public Vmm {
 
   // A device address.
   char* base() const override { return reinterpret_cast<char*>(base_); }
+  // Has room for all of the device's memory, so it never moves.
+  Status Window(char** out) override;
   Status Grow(std::int64_t num_blocks) override;
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
@@ -46,7 +50,7 @@ class CudaVmm final : public Vmm {
   bool shareable() const { return handle_type_ != cu::HandleType::kNone; }
 
  private:
-  CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes);
+  CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_bytes, std::int64_t device_bytes);
   const Driver& driver() const { return context_->driver(); }
   cu::DevicePtr Address(std::int64_t place) const { return base_ + static_cast<cu::DevicePtr>(place * block_bytes_); }
   void Count(std::int64_t calls = 1) { system_calls_.fetch_add(calls, std::memory_order_relaxed); }
@@ -61,6 +65,7 @@ class CudaVmm final : public Vmm {
 
   const std::shared_ptr<const CudaContext> context_;
   const std::int64_t block_bytes_;
+  const std::int64_t device_bytes_;
   cu::HandleType handle_type_ = cu::HandleType::kNone;
   cu::DevicePtr base_ = 0;
   std::int64_t reserved_bytes_ = 0;
@@ -72,6 +77,7 @@ class CudaVmm final : public Vmm {
   std::int64_t num_handles_ = 0;
   bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};
+  CudaWindow window_;
 };
 
 }  // namespace kvpage

@@ -24,8 +24,8 @@ class Vmm {
 
   // Start of the block window: created block b lies b * block_bytes bytes behind it, for reading and writing, wherever
   // else it is mapped. Reserved by the first call; Grow extends it, and then it may begin elsewhere: ask again. What an
-  // earlier call has returned stays valid for the blocks that there were then. An error where the platform has none.
-  virtual Status Window(char**) { return FailedPrecondition("this platform has no block window"); }
+  // earlier call has returned stays valid for the blocks that there were then.
+  virtual Status Window(char** out) = 0;
 
   // Makes block numbers below `num_blocks` valid. Never shrinks; Destroy frees memory.
   virtual Status Grow(std::int64_t num_blocks) = 0;

@@ -1,0 +1,59 @@
+// CudaWindow: a reserved range of a device's address space in which every created block is mapped at its own number,
+// for reading and writing, wherever else it is mapped.
+//
+// Reserved once, for as many blocks as fit into the card's memory, so that it never moves. As in CudaVmm every block is
+// mapped separately, and access is granted once for each run of neighbours.
+#ifndef KVPAGE_VMM_CUDA_WINDOW_H_
+#define KVPAGE_VMM_CUDA_WINDOW_H_
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "vmm/cuda_context.h"
+
+namespace kvpage {
+
+// The context is current in every call.
+class CudaWindow {
+ public:
+  // Not reserved yet. `block_bytes` is a multiple of the driver's granularity; `calls` counts the driver calls.
+  CudaWindow(const CudaContext& context, std::int64_t block_bytes, std::atomic<std::int64_t>* calls)
+      : context_(context), block_bytes_(block_bytes), calls_(calls) {}
+  CudaWindow(const CudaWindow&) = delete;
+  CudaWindow& operator=(const CudaWindow&) = delete;
+
+  // Reserves room for `blocks` blocks. Call once.
+  Status Reserve(std::int64_t blocks);
+  // Unmaps everything and gives the range back. Where a block cannot be unmapped, the range stays reserved.
+  void Free();
+
+  bool reserved() const { return base_ != 0; }
+  char* base() const { return reinterpret_cast<char*>(base_); }
+  std::int64_t capacity() const { return static_cast<std::int64_t>(states_.size()); }
+
+  // Maps those of the blocks that are not there yet; handles[block] is the memory of a block. All or none.
+  Status Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles);
+  // Nothing happens to a block that is not mapped.
+  Status Unmap(std::int32_t block);
+
+ private:
+  // kMapped: a failed call could neither grant access nor unmap it again.
+  enum class State : std::int8_t { kHole, kMapped, kAccessible };
+
+  cu::DevicePtr Address(std::int64_t block) const { return base_ + static_cast<cu::DevicePtr>(block * block_bytes_); }
+  Status MapOne(std::int32_t block, cu::MemHandle handle);
+  // `blocks`: sorted.
+  Status Allow(const std::vector<std::int32_t>& blocks);
+  void Count() { calls_->fetch_add(1, std::memory_order_relaxed); }
+
+  const CudaContext& context_;
+  const std::int64_t block_bytes_;
+  std::atomic<std::int64_t>* const calls_;
+  cu::DevicePtr base_ = 0;
+  std::vector<State> states_;  // [capacity]
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_CUDA_WINDOW_H_
