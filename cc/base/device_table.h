@@ -60,6 +60,7 @@ enum class FaultKind : std::int32_t {
   kDropped,       // slot; wanted: the first position that the op needs, have: dropped
   kBelowDropped,  // slot: set_lengths, truncate; wanted: the new length, have: dropped
   kDropBeyond,    // slot: drop_before; wanted: its first token that stays, have: the length
+  kNoTable,       // addressing="table": the pool has no block table on this device
 };
 
 // Pinned host memory: the first fault since the host last looked.
@@ -100,11 +101,15 @@ struct DevicePool {
   std::uint32_t faulted = 0;               // set by the first fault, cleared by the host
   std::int64_t spec[kNumSpecFields] = {};  // host; Geometry::spec()
   KVView view;                             // host
-  DeviceSlot* slots = nullptr;             // [max_slots]
-  std::int32_t* written = nullptr;         // [max_slots, num_layers] tokens written by the slot's occupant
-  std::uint32_t* marks = nullptr;          // [max_slots], of checks without scratch memory: finds slots named twice
-  Fault* fault = nullptr;                  // pinned host memory
-  std::int32_t debug = 0;                  // host; PoolOptions::debug
+  // Host. The same blocks through the block table, of layer 0; its table is null until some program needs it
+  // (Mirror::OpenTable). The numbers of the next layer begin table_layer_stride behind.
+  KVView table_view;
+  std::int64_t table_layer_stride = 0;
+  DeviceSlot* slots = nullptr;      // [max_slots]
+  std::int32_t* written = nullptr;  // [max_slots, num_layers] tokens written by the slot's occupant
+  std::uint32_t* marks = nullptr;   // [max_slots], of checks without scratch memory: finds slots named twice
+  Fault* fault = nullptr;           // pinned host memory
+  std::int32_t debug = 0;           // host; PoolOptions::debug
   // Pinned host memory, [max_slots]: set by release when everything queued before it on the stream is done, to one more
   // than the tokens that were written in every layer. The host clears it when it hands the slot on. Reading it costs no
   // driver call.

@@ -40,6 +40,11 @@ Status Closed(Op op, std::int32_t id) {
       Reason::kClosed);
 }
 
+Status NoTable(Op op, std::int32_t id) {
+  return FailedPrecondition(op + ": " + Pool(id) +
+                            " had no block table on its device yet when the program ran: run it again");
+}
+
 Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool) {
   return FailedPrecondition(op + ": this cache belongs to " + Pool(cache_pool) + ", but " + Pool(called_pool) +
                             " was called: pass the cache that this pool's newest call returned");

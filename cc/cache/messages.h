@@ -20,6 +20,8 @@ using Op = const std::string&;
 Status NoPool(Op op, std::int32_t id);
 Status OtherDevice(Op op, std::int32_t id);
 Status Closed(Op op, std::int32_t id);
+// addressing="table" on a device: the program is older than the pool, and ran before the pool had a block table there
+Status NoTable(Op op, std::int32_t id);
 Status ForeignCache(Op op, std::int32_t cache_pool, std::int32_t called_pool);
 Status OtherSpec(Op op, std::int32_t id, const SpecInts& program, const SpecInts& pool);
 

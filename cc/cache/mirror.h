@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/block_table.h"
 #include "cache/device_progress.h"
 
 namespace kvpage {
@@ -30,11 +31,16 @@ class Mirror {
     std::int32_t tokens = 0;
   };
   // Tokens that may be written in these slots, visible to every program that is queued from now on. Memory beyond what
-  // was said before is mapped by now; a slot's room never shrinks while it is occupied.
+  // was said before is mapped by now; a slot's room never shrinks while it is occupied. Where the block table is open,
+  // a program that sees the room also sees the slots' blocks as they are now.
   virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
 
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.
   virtual Status Drop(const std::vector<Room>& begins) = 0;
+
+  // Gives the device a copy of the block table, for programs that address blocks by number; `window`: see Vmm::Window.
+  // From now on SetRoom keeps it up to date. Nothing happens after the first success.
+  virtual Status OpenTable(char* window, const BlockTable* table) = 0;
 
   // Once the release of this slot has run, with everything that was queued before it: the tokens that its occupant had
   // written in every layer; -1 before. Cheap: asked on every call.

@@ -5,6 +5,20 @@
 #include <vector>
 
 namespace kvpage {
+namespace {
+
+Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vector<Mirror::Room>& rooms) {
+  KVPAGE_RETURN_IF_ERROR(pool.mirror->SetRoom(rooms));
+  {
+    // No program finds blocks in these slots any more that a truncation has exchanged (sharing.cc).
+    const StateLock state = pool.table->Lock();
+    for (const Mirror::Room& room : rooms) pool.table->progress(state).slots[room.slot].by_block = 0;
+  }
+  pool.supply->ReleaseHeld(mapping);
+  return {};
+}
+
+}  // namespace
 
 Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
   KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
@@ -33,9 +47,30 @@ Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const Supp
     const std::int64_t tokens = std::min(grant.wanted * geometry.block_tokens, geometry.max_seq_len);
     rooms.push_back({grant.slot, static_cast<std::int32_t>(tokens)});
   }
-  Status status = pool.mirror->SetRoom(rooms);
+  Status status = Publish(pool, mapping, rooms);
   if (!status.ok()) pool.supply->Undo(mapping, plan);
   return status;
+}
+
+Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots) {
+  if (pool.mirror == nullptr) return {};
+  std::vector<Mirror::Room> rooms;
+  {
+    const StateLock state = pool.table->Lock();
+    for (const std::int32_t slot : slots) {
+      rooms.push_back({slot, static_cast<std::int32_t>(pool.table->Room(state, slot))});
+    }
+  }
+  return Publish(pool, mapping, rooms);
+}
+
+Status OpenTable(const PoolParts& pool) {
+  if (pool.mirror == nullptr) return {};
+  const MappingLock mapping = pool.supply->Lock();
+  if (pool.table->closed(pool.table->Lock())) return {};
+  Arena& arena = pool.supply->arena(mapping);
+  if (arena.window() == nullptr) KVPAGE_RETURN_IF_ERROR(arena.OpenWindow());
+  return pool.mirror->OpenTable(arena.window(), &arena.block_table());
 }
 
 }  // namespace kvpage

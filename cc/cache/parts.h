@@ -3,6 +3,9 @@
 #ifndef KVPAGE_CACHE_PARTS_H_
 #define KVPAGE_CACHE_PARTS_H_
 
+#include <cstdint>
+#include <vector>
+
 #include "base/status.h"
 #include "cache/mirror.h"
 #include "cache/slot_table.h"
@@ -25,8 +28,14 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op);
 // Slots whose release has run on the device become free.
 void CollectReleases(const PoolParts& pool, const StateLock& state);
 
-// Tells the mirror what room the slots of an applied plan have; undoes the plan when that fails.
+// Tells the mirror what room the slots of an applied plan have, and which blocks; undoes the plan when that fails.
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan);
+// The same for slots as they are now.
+Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots);
+
+// Programs on a device address blocks by number from now on: opens the block window, and gives the mirror the block
+// table. Nothing happens without a mirror.
+Status OpenTable(const PoolParts& pool);
 
 }  // namespace kvpage
 

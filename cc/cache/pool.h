@@ -116,6 +116,8 @@ class Pool {
   bool mirrored() const { return mirror_ != nullptr; }
   // Makes the pool findable by programs under its id.
   Status OpenMirror();
+  // See parts.h. Nothing happens in a forked child, to a pool that is closed, or without a mirror.
+  Status OpenTable() { return CheckProcess("").ok() ? kvpage::OpenTable(parts_) : Status(); }
 
   // ---- looking: inspect.h, views.h ----
   PoolNumbers Numbers() { return inspect::Numbers(parts_); }

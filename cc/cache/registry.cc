@@ -3,6 +3,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <limits>
 #include <mutex>
@@ -59,6 +60,8 @@ std::int32_t NextId(Table* table) {
   return static_cast<std::int32_t>(runs.back().next++);
 }
 
+std::atomic<bool> tables_wanted{false}, tables_open{false};
+
 Table& TheTable() {
   static Table* const table = new Table;
   return *table;
@@ -103,5 +106,21 @@ Status NotHere(const std::string& op, std::int32_t id) {
   const std::lock_guard<std::mutex> lock(RegistryMutex());
   return table.pools.count(id) > 0 ? messages::OtherDevice(op, id) : Missing(table, op, id);
 }
+
+Status OpenDeviceTables() {
+  if (device_tables_open()) return {};
+  tables_wanted = true;  // before the pools are listed: whoever registers later sees it
+  std::vector<std::shared_ptr<Pool>> pools;
+  {
+    const std::lock_guard<std::mutex> lock(RegistryMutex());
+    for (const auto& [id, pool] : TheTable().pools) pools.push_back(pool);
+  }
+  for (const std::shared_ptr<Pool>& pool : pools) KVPAGE_RETURN_IF_ERROR(pool->OpenTable());
+  tables_open.store(true, std::memory_order_release);
+  return {};
+}
+
+bool device_tables_wanted() { return tables_wanted; }
+bool device_tables_open() { return tables_open.load(std::memory_order_acquire); }
 
 }  // namespace kvpage

@@ -22,6 +22,13 @@ Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out);
 // Why a program on a device did not find its pool there: it is closed, it never was, or it lives on another device.
 Status NotHere(const std::string& op, std::int32_t id);
 
+// Some program addresses blocks by number on a device. A handler does not know the pool that it is for, so every pool
+// with a mirror opens its block table (Pool::OpenTable), and those that are made from now on do too
+// (device_tables_wanted). Nothing happens after the first success.
+Status OpenDeviceTables();
+bool device_tables_wanted();
+bool device_tables_open();  // OpenDeviceTables has nothing to do
+
 }  // namespace kvpage
 
 #endif  // KVPAGE_CACHE_REGISTRY_H_

@@ -80,17 +80,14 @@ Claim MapForks(const PoolParts& pool, const MappingLock& mapping, const std::vec
   return pool.supply->Reserve(mapping, wants, &plan);
 }
 
-// Tells programs on a device how much room the new slots have.
-Status PublishForks(const PoolParts& pool, const std::vector<std::int32_t>& slots) {
-  if (pool.mirror == nullptr) return {};
-  std::vector<Mirror::Room> rooms;
-  {
-    const StateLock state = pool.table->Lock();
-    for (const std::int32_t slot : slots) {
-      rooms.push_back({slot, static_cast<std::int32_t>(pool.table->Room(state, slot))});
-    }
-  }
-  return pool.mirror->SetRoom(rooms);
+// Exchanges the blocks that a slot shares from `begin` on, of whose programs none runs, and tells the mirror. Until the
+// mirror has the new numbers the slot keeps the old blocks (supply_tables.cc): programs may find them by number.
+Status SeparateOnDevice(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, std::int64_t begin) {
+  SlotTable& table = *pool.table;
+  table.progress(table.Lock()).slots[slot].by_block = 1;
+  const Status separated = pool.supply->Separate(mapping, slot, begin);
+  const Status published = PublishSlots(pool, mapping, {slot});  // some may have been exchanged
+  return separated.ok() ? published : separated;
 }
 
 Status CheckTruncate(SlotTable* table, const StateLock& state, const std::vector<std::int32_t>& slots,
@@ -139,7 +136,7 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
     const StateLock state = table.Lock();
     for (std::size_t i = 0; i < slots.size(); ++i) table.Reserve(state, slots[i], requests[i].tokens);
   }
-  if (claim.status.ok()) claim.status = PublishForks(pool, slots);
+  if (claim.status.ok()) claim.status = PublishSlots(pool, mapping, slots);
   if (!claim.status.ok()) {
     for (const std::int32_t slot : slots) static_cast<void>(pool.supply->arena(mapping).Shrink(slot, 0));
   }
@@ -212,9 +209,10 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     table.NoteCommit(table.Lock(), slots[i]);
   }
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
-    if (!shares(i) && missing[i].logical.empty()) continue;  // e.g. the last of several sharers
-    table.CountWait(table.Lock());                           // the caller has waited for the programs of the slot
-    claim.status = pool.supply->Separate(mapping, slots[i], begins[i]);
+    const bool unpublished = table.progress(table.Lock()).slots[slots[i]].by_block != 0;  // by a call that failed
+    if (!shares(i) && missing[i].logical.empty() && !unpublished) continue;  // e.g. the last of several sharers
+    table.CountWait(table.Lock());  // the caller has waited for the programs of the slot
+    claim.status = SeparateOnDevice(pool, mapping, slots[i], begins[i]);
     if (!claim.status.ok()) return claim;
   }
   const StateLock state = table.Lock();

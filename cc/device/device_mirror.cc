@@ -81,6 +81,11 @@ Status DeviceMirror::Open(std::int32_t id) {
 
 Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   std::vector<Copy> copies;
+  // Blocks first, in the order of the stream: a kernel that sees the room sees them too.
+  for (const Room& room : rooms) {
+    if (table_ != nullptr) table_->Update(room.slot, &copies);
+  }
+  const auto first_room = static_cast<std::ptrdiff_t>(copies.size());
   for (const Room& room : rooms) {
     if (rooms_[room.slot] == room.tokens) continue;
     new_rooms_[room.slot] = room.tokens;
@@ -88,9 +93,13 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
     copies.push_back({Copy::kToDevice, place, &new_rooms_[room.slot], sizeof(std::int32_t)});
   }
   if (copies.empty()) return {};
-  if (Status status = device_->Transfer(copies); !status.ok()) {
-    // Some copies may have arrived: restore the old values, because the caller unmaps the new room again.
+  Status status = device_->Transfer(copies);
+  if (table_ != nullptr) table_->Arrived(status.ok());
+  if (!status.ok()) {
+    // Some copies may have arrived: restore the old rooms, because the caller unmaps the new room again. Numbers of
+    // blocks beyond them are not read.
     for (const Room& room : rooms) new_rooms_[room.slot] = rooms_[room.slot];
+    copies.erase(copies.begin(), copies.begin() + first_room);
     static_cast<void>(device_->Transfer(copies));
     return status;
   }
@@ -108,6 +117,26 @@ Status DeviceMirror::Drop(const std::vector<Room>& begins) {
   // After a failure some slots may be refused more than they need be; nothing is unmapped.
   KVPAGE_RETURN_IF_ERROR(device_->Transfer(copies));
   return WaitForReaders();
+}
+
+Status DeviceMirror::OpenTable(char* window, const BlockTable* table) {
+  if (table_ != nullptr) return {};
+  std::unique_ptr<BlockTableMirror> copy;
+  KVPAGE_RETURN_IF_ERROR(BlockTableMirror::Make(device_.get(), geometry_, table, &copy));
+  image_->table_view = copy->View(window);
+  image_->table_layer_stride = copy->layer_stride();
+  if (entry_ >= 0) {
+    const Status status =
+        device_->Transfer({FieldCopy(&DevicePool::table_layer_stride), FieldCopy(&DevicePool::table_view)});
+    if (!status.ok()) {
+      // What has arrived must not be used: the memory goes.
+      image_->table_view = {};
+      static_cast<void>(device_->Transfer({FieldCopy(&DevicePool::table_view)}));
+      return status;
+    }
+  }
+  table_ = std::move(copy);
+  return {};
 }
 
 std::int32_t DeviceMirror::Vacated(std::int32_t slot) {
@@ -187,6 +216,7 @@ bool DeviceMirror::Leave() {
   if (Counted(status, waited).ok()) return true;
   memory_.Abandon();
   pinned_.Abandon();
+  if (table_ != nullptr) table_->Abandon();
   return false;
 }
 

@@ -16,6 +16,7 @@
 #include "cache/geometry.h"
 #include "cache/mirror.h"
 #include "cache/types.h"
+#include "device/block_table_mirror.h"
 #include "device/device_state.h"
 
 namespace kvpage {
@@ -32,6 +33,7 @@ class DeviceMirror final : public Mirror {
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
   Status Drop(const std::vector<Room>& begins) override;
+  Status OpenTable(char* window, const BlockTable* table) override;
   std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;
@@ -70,11 +72,12 @@ class DeviceMirror final : public Mirror {
   PinnedMemory pinned_;  // the members below point into it
   DevicePool* image_ = nullptr;
   Fault* fault_ = nullptr;
-  std::uint32_t* vacated_ = nullptr;   // [max_slots]
-  std::int32_t* new_rooms_ = nullptr;  // [max_slots]
-  DeviceSlot* slots_ = nullptr;        // [max_slots]
-  std::int32_t* written_ = nullptr;    // [max_slots, num_layers]
-  std::vector<std::int32_t> rooms_;    // on the device
+  std::uint32_t* vacated_ = nullptr;         // [max_slots]
+  std::int32_t* new_rooms_ = nullptr;        // [max_slots]
+  DeviceSlot* slots_ = nullptr;              // [max_slots]
+  std::int32_t* written_ = nullptr;          // [max_slots, num_layers]
+  std::vector<std::int32_t> rooms_;          // on the device
+  std::unique_ptr<BlockTableMirror> table_;  // null: no program has needed it
   std::int32_t entry_ = -1;
   std::atomic<std::int64_t> waits_{0};
 };

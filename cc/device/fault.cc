@@ -68,6 +68,8 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::BelowDropped(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kDropBeyond:
       return messages::DropBeyond(op, fault.slot, fault.wanted, fault.have);
+    case FaultKind::kNoTable:
+      return messages::NoTable(op, id);
     case FaultKind::kRaise:
       return messages::NotLowered(op, fault.slot, fault.wanted, fault.have);
     case FaultKind::kForeignCache:

@@ -83,7 +83,9 @@ Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t cap
                                     std::move(memory.mirror)));
   Register(pool);
   if (pool->mirrored()) {
-    if (Status status = pool->OpenMirror(); !status.ok()) {
+    Status status = pool->OpenMirror();
+    if (status.ok() && device_tables_wanted()) status = pool->OpenTable();
+    if (!status.ok()) {
       Unregister(pool->id());
       return status;
     }

@@ -1,8 +1,9 @@
 // The fake driver's stream captures, and the rules that they put on everybody's calls.
 //
 // As CUDA has it: nobody may wait for a captured stream or for a context that has one; "potentially unsafe" calls are
-// forbidden to the thread that captures, and to every thread during a capture in global mode; work on the null stream
-// is forbidden while a blocking stream is captured. Each of these invalidates the capture.
+// forbidden to the thread that captures, and to every thread during a capture in global mode, except where the thread
+// is in relaxed mode; work on the null stream is forbidden while a blocking stream is captured. Each of these
+// invalidates the capture.
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -24,7 +25,13 @@ cu::Result FakeDriver::Impl::CheckCaptures(const std::string& call, cu::Result r
   return any ? Violation(call + " during a capture that forbids it", result) : cu::Result::kSuccess;
 }
 
+cu::CaptureMode& FakeDriver::Impl::ThreadMode() {
+  thread_local cu::CaptureMode mode = cu::CaptureMode::kGlobal;
+  return mode;
+}
+
 cu::Result FakeDriver::Impl::CheckUnsafe(const std::string& call) {
+  if (ThreadMode() == cu::CaptureMode::kRelaxed) return cu::Result::kSuccess;
   return CheckCaptures(call, cu::Result::kStreamCaptureUnsupported, [](const StreamState& stream) {
     const Capture& capture = *stream.capture;
     const bool mine = capture.owner == std::this_thread::get_id();

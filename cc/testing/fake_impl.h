@@ -89,6 +89,8 @@ struct FakeDriver::Impl {
                            const std::function<bool(const StreamState&)>& broken);
   // The same for calls that the driver documents as potentially unsafe during a capture.
   cu::Result CheckUnsafe(const std::string& call);
+  // The calling thread's; in relaxed mode no call of its is unsafe.
+  static cu::CaptureMode& ThreadMode();
   // The same for work on the null stream, which waits for the work of blocking streams.
   cu::Result CheckNullStream(const std::string& call, cu::Stream stream);
   bool Idle() const;          // all streams

@@ -222,6 +222,12 @@ Result StreamWaitEvent(Stream stream, Event event, unsigned int flags) {
   return entry->Queue(stream, std::move(work), entry.lock());
 }
 
+Result ThreadExchangeStreamCaptureMode(CaptureMode* mode) {
+  KVPAGE_ENTRY(ThreadExchangeStreamCaptureMode, Init);
+  std::swap(*mode, FakeDriver::Impl::ThreadMode());
+  return Result::kSuccess;
+}
+
 Result StreamDestroy(Stream stream) {
   KVPAGE_ENTRY(StreamDestroy, Context);
   if (stream == nullptr || !entry->Exists(stream)) {

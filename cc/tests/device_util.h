@@ -89,7 +89,10 @@ class Machine {
   // As OpenPool does it, `id` apart. Null and a status when something fails.
   Status Open(std::int32_t id, std::int64_t blocks, std::shared_ptr<Pool>* out, int device = 0,
               PoolOptions options = {}) {
-    const Geometry geometry = DeviceGeometry();
+    return Open(id, DeviceGeometry(), blocks, out, device, options);
+  }
+  Status Open(std::int32_t id, const Geometry& geometry, std::int64_t blocks, std::shared_ptr<Pool>* out,
+              int device = 0, PoolOptions options = {}) {
     std::unique_ptr<CudaVmm> vmm;
     KVPAGE_RETURN_IF_ERROR(
         CudaVmm::Make(devices_[device]->context(), geometry.virtual_bytes(), geometry.block_bytes, &vmm));

@@ -62,6 +62,7 @@ enum class HandleType : std::int32_t { kNone = 0, kPosixFileDescriptor = 1 };
 enum class Access : std::int32_t { kNone = 0, kRead = 1, kReadWrite = 3 };
 enum class Granularity : std::int32_t { kMinimum = 0, kRecommended = 1 };
 enum class CaptureStatus : std::int32_t { kNone = 0, kActive = 1, kInvalidated = 2 };
+enum class CaptureMode : std::int32_t { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
 
 inline constexpr unsigned int kStreamNonBlocking = 1;
 inline constexpr unsigned int kEventDisableTiming = 2;
@@ -134,6 +135,7 @@ struct AccessDesc {
   X(CtxSynchronize, cuCtxSynchronize, ())                                                                              \
   X(StreamSynchronize, cuStreamSynchronize, (Stream stream))                                                           \
   X(StreamIsCapturing, cuStreamIsCapturing, (Stream stream, CaptureStatus * status))                                   \
+  X(ThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, (CaptureMode * mode))                          \
   X(StreamGetId, cuStreamGetId, (Stream stream, unsigned long long* id))                                               \
   X(StreamWaitEvent, cuStreamWaitEvent, (Stream stream, Event event, unsigned int flags))                              \
   X(StreamDestroy, cuStreamDestroy_v2, (Stream stream))                                                                \

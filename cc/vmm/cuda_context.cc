@@ -47,6 +47,13 @@ ContextScope::~ContextScope() {
   if (status_.ok()) static_cast<void>(driver_.CtxPopCurrent(&popped));
 }
 
+UncapturedScope::UncapturedScope(const Driver& driver)
+    : driver_(driver), exchanged_(driver.ThreadExchangeStreamCaptureMode(&mode_) == cu::Result::kSuccess) {}
+
+UncapturedScope::~UncapturedScope() {
+  if (exchanged_) static_cast<void>(driver_.ThreadExchangeStreamCaptureMode(&mode_));
+}
+
 Status FreeDeviceBytes(const CudaContext& context, std::int64_t* out) {
   const ContextScope scope(context);
   KVPAGE_RETURN_IF_ERROR(scope.status());

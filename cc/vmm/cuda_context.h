@@ -52,6 +52,21 @@ class ContextScope {
   Status status_;
 };
 
+// While it lives, this thread may make any call although it captures a stream: what is mapped and copied is no work of
+// the captured stream.
+class UncapturedScope {
+ public:
+  explicit UncapturedScope(const Driver& driver);
+  ~UncapturedScope();
+  UncapturedScope(const UncapturedScope&) = delete;
+  UncapturedScope& operator=(const UncapturedScope&) = delete;
+
+ private:
+  const Driver& driver_;
+  cu::CaptureMode mode_ = cu::CaptureMode::kRelaxed;  // then the thread's before
+  const bool exchanged_;
+};
+
 // Capabilities of a device, for the doctor and for choosing block sizes. Needs no context.
 struct DeviceDescription {
   std::string name;

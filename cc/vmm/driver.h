@@ -30,6 +30,7 @@ struct Driver {
   // Argument types are named as in namespace cu.
   using Access = cu::Access;
   using AccessDesc = cu::AccessDesc;
+  using CaptureMode = cu::CaptureMode;
   using CaptureStatus = cu::CaptureStatus;
   using AllocationProp = cu::AllocationProp;
   using Attribute = cu::Attribute;

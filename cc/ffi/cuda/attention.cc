@@ -3,10 +3,12 @@
 #include <string>
 #include <utility>
 
+#include "cache/registry.h"
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
 #include "ffi/cuda/decode.h"
 #include "ffi/handlers.h"
+#include "vmm/cuda_context.h"
 
 namespace kvpage {
 namespace {
@@ -32,9 +34,15 @@ Status ToAttention(const char* op, const Any& q, const OptionOperands& options, 
   return {};
 }
 
-// Lowering refuses the other one.
-Status CheckAddressing(const char* op, std::int32_t addressing) {
-  return addressing == 0 ? Status() : InvalidArgument(std::string(op) + ": CUDA kernels address slots only");
+// For an op with addressing="table", before it queues anything: pools have block tables then. The first time this maps
+// and copies, perhaps while a graph is captured on this thread.
+Status OpenTables(DeviceOp op, std::int32_t ordinal) {
+  if (device_tables_open()) return {};
+  DeviceState* device = nullptr;
+  KVPAGE_RETURN_IF_ERROR(FindDeviceFor(OpName(op), ordinal, &device));
+  const UncapturedScope uncaptured(device->driver());
+  const Status status = OpenDeviceTables();
+  return status.ok() ? status : status.WithMessage(std::string(OpName(op)) + ": " + status.message());
 }
 
 // An op on one layer of a pool's slots.
@@ -57,13 +65,15 @@ struct LayerCall : CudaCall {
     return {};
   }
   // `append` null: paged_attention.
-  Status Attend(const Any& q, const OptionOperands& options, const U8& plan, const cuda::AppendOperands* append,
-                ffi::Result<Any> out, ffi::Result<F32> lse, std::uint32_t* new_epoch, Scratch scratch) const {
+  Status Attend(const Any& q, const OptionOperands& options, bool by_table, const U8& plan,
+                const cuda::AppendOperands* append, ffi::Result<Any> out, ffi::Result<F32> lse,
+                std::uint32_t* new_epoch, Scratch scratch) const {
     cuda::AttentionOperands attention;
     KVPAGE_RETURN_IF_ERROR(
         ToAttention(op(), q, options, dtype(), num_kv_heads(), head_dim(), max_seq_len(), &out, &lse, &attention));
     attention.layer = layer;
     attention.max_slots = max_slots();
+    attention.by_table = by_table;
     KVPAGE_RETURN_IF_ERROR(
         CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
     if (plan.element_count() < cuda::PlanBytes(batch.num_sequences)) {
@@ -108,10 +118,10 @@ ffi::Error PagedAttention(void* stream, std::int32_t ordinal, S32 handle, U32 ep
                           float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
                           ffi::Result<F32> lse, U8 plan, Scratch scratch) {
   const auto queue = [&](const LayerCall& call) -> Status {
-    KVPAGE_RETURN_IF_ERROR(CheckAddressing(call.op(), addressing));
-    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, nullptr, out, lse, nullptr,
-                       scratch);
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, addressing != 0, plan, nullptr, out,
+                       lse, nullptr, scratch);
   };
+  if (addressing != 0) KVPAGE_FFI_RETURN_IF_ERROR(OpenTables(DeviceOp::kPagedAttention, ordinal));
   return QueueOnLayer(DeviceOp::kPagedAttention, {stream, ordinal}, {handle, epoch, lengths, spec},
                       {slots, offsets, layer, Rows(q)}, queue);
 }
@@ -122,12 +132,12 @@ ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 e
                            ffi::Result<Any> out, ffi::Result<F32> lse, ffi::Result<U32> new_epoch, U8 plan,
                            Scratch scratch) {
   const auto queue = [&](const LayerCall& call) -> Status {
-    KVPAGE_RETURN_IF_ERROR(CheckAddressing(call.op(), addressing));
     cuda::AppendOperands append;
     KVPAGE_RETURN_IF_ERROR(call.ToAppend(k, v, &append));
-    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, plan, &append, out, lse,
-                       new_epoch->typed_data(), scratch);
+    return call.Attend(q, {window, sinks, alibi, scale, soft_cap, exact_weights}, addressing != 0, plan, &append, out,
+                       lse, new_epoch->typed_data(), scratch);
   };
+  if (addressing != 0) KVPAGE_FFI_RETURN_IF_ERROR(OpenTables(DeviceOp::kUpdateAndAttend, ordinal));
   return QueueOnLayer(DeviceOp::kUpdateAndAttend, {stream, ordinal}, {handle, epoch, lengths, spec},
                       {slots, offsets, layer, Rows(q)}, queue);
 }

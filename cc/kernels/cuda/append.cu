@@ -60,12 +60,13 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   if (!FindTarget(checked, token, &target)) return;
   const unsigned row = static_cast<unsigned>(args.num_kv_heads * args.head_dim);
   char* const to_k = checked.view.At(target.slot, target.position, checked.layer, 0, 0);
+  const std::int64_t apart = checked.view.At(target.slot, target.position, checked.layer, 1, 0) - to_k;
   for (unsigned i = threadIdx.x * N; i < 2 * row; i += kThreads * N) {
     const bool value = i >= row;
     const unsigned element = value ? i - row : i;
     const unsigned head = element / static_cast<unsigned>(args.head_dim), d = element % args.head_dim;
     const From* const from = static_cast<const From*>(value ? args.v : args.k) + token * row + element;
-    char* const to = to_k + (value ? checked.view.kv_stride : 0) + head * checked.view.head_stride;
+    char* const to = to_k + (value ? apart : 0) + head * checked.view.head_stride;
     const Vector<From, N> loaded = LoadVector<From, N>(from);
     if constexpr (std::is_same_v<To, From>) {  // keeps the bits of a NaN
       StoreVector<To, N>(reinterpret_cast<To*>(to) + d, loaded);

@@ -185,6 +185,7 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read it
   BatchCheckArgs args = ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr,
                                new_epoch, scratch, /*followers=*/params.blocks);
+  args.by_table = attention.by_table;
   args.counters = params.state.next_item;
   args.num_counters = params.state.num_counters;
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));

@@ -24,10 +24,26 @@ struct BatchCheckArgs {
   bool append;                 // the new tokens are about to be written; else they must have been
   std::uint32_t* new_epoch;    // append only
   CheckedBatch* checked;
+  bool by_table;  // the kernels after this one address blocks through the table
   // Set to zero for the kernels after this one.
   std::int32_t* counters;
   std::int32_t num_counters;
 };
+
+// One thread: the view of a layer that the kernels after the check use.
+__device__ inline void CopyView(bool by_table, std::int32_t layer, Checker* checker, KVView* view) {
+  const DevicePool* const pool = checker->pool();
+  if (!by_table) {
+    *view = pool->view;
+    return;
+  }
+  *view = pool->table_view;
+  if (view->table == nullptr) {
+    checker->Note(Stage::kHead, 15, FaultKind::kNoTable);
+  } else {
+    view->table += layer * pool->table_layer_stride;
+  }
+}
 
 // Runs the check with all threads of one block; false when it failed. On return the whole block can read the
 // CheckedBatch.
@@ -43,7 +59,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
     const std::int32_t window = args.window != nullptr ? *args.window : 0;
     const bool layer_exists = layer >= 0 && layer < args.cache.num_layers();
     // Before the verdict, to overlap this access with the check.
-    if (threadIdx.x == blockDim.x - 1) out->view = checker.pool()->view;
+    if (threadIdx.x == blockDim.x - 1) CopyView(args.by_table, layer_exists ? layer : 0, &checker, &out->view);
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
       const std::int32_t slot = args.slots[s], begin = args.offsets[s];
       const std::int64_t count = std::int64_t{args.offsets[s + 1]} - begin;  // the offsets may be wrong
@@ -119,12 +135,19 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
   if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
     cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
   }
-  return {cache_args,       batch.slots,
-          batch.offsets,    batch.num_sequences,
-          batch.num_tokens, layer,
-          window,           append,
-          new_epoch,        static_cast<CheckedBatch*>(checked),
-          nullptr,          0};
+  return {cache_args,
+          batch.slots,
+          batch.offsets,
+          batch.num_sequences,
+          batch.num_tokens,
+          layer,
+          window,
+          append,
+          new_epoch,
+          static_cast<CheckedBatch*>(checked),
+          false,
+          nullptr,
+          0};
 }
 
 // The check in a separate launch (slots.cu).

@@ -108,6 +108,7 @@ struct AttentionOperands {
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
   std::int64_t max_context = 0;  // most tokens of one sequence: bounds the scratch memory
   std::int64_t max_slots = 0;    // of the pool; 0 where there is none
+  bool by_table = false;         // keys and values are found through the pool's block table, and written so
   AttentionOptions options;
 };
 

@@ -40,9 +40,9 @@ struct QuantizedTile {
     const bool valid = token >= from && token < to;
     const TokenMap::Place place = map.Find(tokens, valid ? token : from);
     const char* const scale = tokens.first + view.scale_base + head * (view.scale_head_stride - view.head_stride) +
-                              place.chunk * map.chunk_stride + place.token * view.scale_token_stride;
+                              place.chunk.keys * map.chunk_stride + place.token * view.scale_token_stride;
     CopyAsync4(key_scales + Thread(), scale, valid);
-    CopyAsync4(value_scales + Thread(), scale + map.kv_stride, valid);
+    CopyAsync4(value_scales + Thread(), scale + place.chunk.apart, valid);
   }
 
  private:
@@ -53,12 +53,17 @@ struct QuantizedTile {
                                             std::int32_t run) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
     const char* key = nullptr;
+    std::int64_t apart = 0;  // from keys to values
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
-      if ((i * kStep & (run - 1)) == 0) key = map.Key(tokens, begin + i * kStep) + first * map.token_stride + unit * 16;
+      if ((i * kStep & (run - 1)) == 0) {
+        const TokenMap::Address at = map.At(tokens, begin + i * kStep);
+        apart = at.apart;
+        key = at.key + first * map.token_stride + unit * 16;
+      }
       const int offset = Rows::Offset(first + i * kStep, unit);
       CopyAsync16(keys + offset, key, true);
-      CopyAsync16(values + offset, key + map.kv_stride, true);
+      CopyAsync16(values + offset, key + apart, true);
       key += kStep * map.token_stride;
     }
   }
@@ -69,8 +74,8 @@ struct QuantizedTile {
                                                     std::int32_t from, std::int32_t to) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
     const std::int32_t chunk = map.chunk.divisor;
-    const char* const safe = map.Key(tokens, max(begin, from)) + unit * 16;
-    const char* base = nullptr;
+    const TokenMap::Address safe = map.At(tokens, max(begin, from));
+    TokenMap::Address base = {nullptr, 0};
     std::int32_t index = map.chunk.Divide(begin + first), within = begin + first - index * chunk, known = -1;
     std::int64_t offset = within * map.token_stride + unit * 16;
 #pragma unroll 4
@@ -78,12 +83,13 @@ struct QuantizedTile {
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
       if (valid && index != known) {  // no table is read beyond the tokens
-        base = tokens.first + (tokens.table != nullptr ? tokens.table[index] : index) * map.chunk_stride;
+        const TokenMap::Chunk found = map.Look(tokens, index);
+        base = {tokens.first + found.keys * map.chunk_stride, found.apart};
         known = index;
       }
-      const char* const source = valid ? base + offset : safe;
+      const char* const source = valid ? base.key + offset : safe.key + unit * 16;
       CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
-      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + (valid ? base.apart : safe.apart), valid);
       within += kStep;
       offset += kStep * map.token_stride;
       if (within >= chunk) {

@@ -40,18 +40,21 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
     const std::int32_t run = in_one ? kTokens : chunk;
     const char* safe = nullptr;
     const char* key = nullptr;
+    std::int64_t apart = 0;  // from keys to values
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
       if ((i * kStep & (run - 1)) == 0) {
         const std::int32_t known = min(max(begin + i * kStep, from), to - 1);
-        safe = map.Key(tokens, known) + unit * 16;
+        const TokenMap::Address at = map.At(tokens, known);
+        apart = at.apart;
+        safe = at.key + unit * 16;
         key = safe + (begin + i * kStep - known + first) * map.token_stride;
       }
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
       const char* const source = valid ? key : safe;
       CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
-      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + apart, valid);
       key += kStep * map.token_stride;
     }
     return;
@@ -60,9 +63,9 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   for (int i = 0; i < kTokens / kStep; ++i) {
     const int row = first + i * kStep;
     const bool valid = begin + row >= from && begin + row < to;
-    const char* key = map.Key(tokens, valid ? begin + row : from) + unit * 16;
-    CopyAsync16(keys + Rows::Offset(row, unit), key, valid);
-    CopyAsync16(values + Rows::Offset(row, unit), key + map.kv_stride, valid);
+    const TokenMap::Address at = map.At(tokens, valid ? begin + row : from);
+    CopyAsync16(keys + Rows::Offset(row, unit), at.key + unit * 16, valid);
+    CopyAsync16(values + Rows::Offset(row, unit), at.key + unit * 16 + at.apart, valid);
   }
 }
 

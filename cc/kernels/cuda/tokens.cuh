@@ -34,7 +34,7 @@ struct Divider {
   }
 };
 
-// The keys of one slot and KV head; a value lies kv_stride bytes after its key.
+// The keys of one slot and KV head.
 struct Tokens {
   const char* first;          // of chunk 0, or of physical chunk 0 with a table
   const std::int32_t* table;  // the slot's row, or null
@@ -49,10 +49,12 @@ struct Tokens {
   }
 };
 
-// The part of an address that does not depend on slot and head.
+// The part of an address that does not depend on slot and head. A value lies kv_stride bytes after its key, unless a
+// table says where values are.
 struct TokenMap {
   Divider chunk;
   std::int64_t chunk_stride, token_stride, kv_stride;
+  std::int32_t table_kv_stride;
 
   // Chunks without gaps between them count as one. (Chunks that hold scales have gaps.)
   __device__ __forceinline__ explicit TokenMap(const KVView& view)
@@ -61,19 +63,36 @@ struct TokenMap {
                   : static_cast<std::int32_t>(min(view.tokens_per_chunk, std::int64_t{0x7fffffff}))),
         chunk_stride(view.chunk_stride),
         token_stride(view.token_stride),
-        kv_stride(view.kv_stride) {}
+        kv_stride(view.kv_stride),
+        table_kv_stride(static_cast<std::int32_t>(view.table_kv_stride)) {}
 
+  // The physical chunk of the keys of chunk `index`, and how far behind its keys' its values lie.
+  struct Chunk {
+    std::int32_t keys;
+    std::int64_t apart;
+  };
+  __device__ __forceinline__ Chunk Look(const Tokens& tokens, std::int32_t index) const {
+    if (tokens.table == nullptr) return {index, kv_stride};
+    const std::int32_t keys = tokens.table[index], values = tokens.table[index + table_kv_stride];
+    return {keys, kv_stride + (values - keys) * chunk_stride};
+  }
   // The chunk of a token, and the token in it.
   struct Place {
-    std::int32_t chunk, token;
+    Chunk chunk;
+    std::int32_t token;
   };
   __device__ __forceinline__ Place Find(const Tokens& tokens, std::int32_t token) const {
-    const std::int32_t index = chunk.Divide(token), within = token - index * chunk.divisor;
-    return {tokens.table != nullptr ? tokens.table[index] : index, within};
+    const std::int32_t index = chunk.Divide(token);
+    return {Look(tokens, index), token - index * chunk.divisor};
   }
-  __device__ __forceinline__ const char* Key(const Tokens& tokens, std::int32_t token) const {
+  // A token's key; its value lies `apart` bytes behind.
+  struct Address {
+    const char* key;
+    std::int64_t apart;
+  };
+  __device__ __forceinline__ Address At(const Tokens& tokens, std::int32_t token) const {
     const Place place = Find(tokens, token);
-    return tokens.first + place.chunk * chunk_stride + place.token * token_stride;
+    return {tokens.first + place.chunk.keys * chunk_stride + place.token * token_stride, place.chunk.apart};
   }
 };
 

@@ -1,0 +1,221 @@
+// The block table that programs on a device see, against the slots: it follows every host call, and a call that fails
+// leaves no program with the number of a block that is somebody else's.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/device_util.h"
+#include "tests/expect_ok.h"
+
+namespace kvpage::testing {
+namespace {
+
+constexpr std::int32_t kId = 5;
+
+// Blocks of one page and 16 tokens in either layout.
+Geometry GeometryOf(Layout layout) {
+  Geometry geometry;
+  const std::int64_t dim = layout == Layout::kFused ? 16 : 64;
+  EXPECT_OK(Geometry::Make({kLayers, 1, dim, kSlots, 128, 0, static_cast<std::int64_t>(layout), 16}, 4096, &geometry));
+  return geometry;
+}
+
+struct Fixture {
+  explicit Fixture(Layout layout, bool open = true) : ranges(GeometryOf(layout).num_ranges()), program(&machine, kId) {
+    EXPECT_OK(machine.Open(kId, GeometryOf(layout), 20 * ranges, &pool));
+    program.Restart(pool.get());
+    first = Acquire(pool.get(), &program, 60);
+    second = Acquire(pool.get(), &program, 20);
+    for (const std::int32_t slot : {first, second}) Stamp(slot);
+    if (open) {
+      EXPECT_OK(pool->OpenTable());
+    }
+  }
+
+  const DevicePool& entry() { return *machine.Find(kId); }
+  // Calls see(through the slots, through the table) for a token of each block that programs may use.
+  void ForEach(std::int32_t slot, const std::function<void(float*, float*)>& see) {
+    const KVView slots = pool->View();
+    for (std::int32_t layer = 0; layer < kLayers; ++layer) {
+      KVView table = entry().table_view;
+      table.table += layer * entry().table_layer_stride;
+      for (std::int64_t token = 3; token < entry().slots[slot].room; token += 16) {
+        for (const int kv : {0, 1}) {
+          see(reinterpret_cast<float*>(slots.At(slot, token, layer, kv, 0)),
+              reinterpret_cast<float*>(table.At(slot, token, layer, kv, 0)));
+        }
+      }
+    }
+  }
+  void Stamp(std::int32_t slot) {
+    const KVView slots = pool->View();
+    for (std::int64_t token = 3; token < 20; token += 16) *Element(slots, slot, token) = 100.0f + slot;
+  }
+  static float* Element(const KVView& view, std::int32_t slot, std::int64_t token) {
+    return reinterpret_cast<float*>(view.At(slot, token, 1, 1, 0));
+  }
+  // Whether the table finds the memory of the slot.
+  bool Follows(std::int32_t slot) {
+    bool same = true;
+    ForEach(slot, [&](float* a, float* b) {
+      const float before = *a;
+      *a = ++stamp;
+      same &= *b == stamp;
+      *a = before;
+    });
+    return same;
+  }
+  // Whether it finds the same bytes.
+  bool Shows(std::int32_t slot) {
+    bool same = true;
+    ForEach(slot, [&](const float* a, const float* b) { same &= *a == *b || (*a != *a && *b != *b); });
+    return same;
+  }
+  std::int32_t Fork(std::int32_t donor, std::int32_t tokens) {
+    const auto committed = static_cast<std::int32_t>(pool->Committed(donor).size());
+    EXPECT_OK(pool->Commit(donor, std::vector<std::int32_t>(std::max(tokens - committed, 0), 7)));
+    const Claim claim = pool->Fork("fork", {{donor, tokens}}, {});
+    EXPECT_OK(claim.status);
+    return claim.slots.at(0);
+  }
+
+  Machine machine;
+  const std::int64_t ranges;
+  std::shared_ptr<Pool> pool;
+  DeviceProgram program;
+  std::int32_t first = -1, second = -1;
+  float stamp = 1.0f;
+};
+
+class DeviceBlockTableTest : public ::testing::TestWithParam<Layout> {};
+INSTANTIATE_TEST_SUITE_P(Layouts, DeviceBlockTableTest, ::testing::Values(Layout::kFused, Layout::kPerLayer));
+
+TEST_P(DeviceBlockTableTest, FollowsTheSlots) {
+  Fixture f(GetParam());
+  for (const std::int32_t slot : {f.first, f.second}) EXPECT_TRUE(f.Follows(slot));
+  EXPECT_OK(f.pool->Extend({f.second, f.first}, {100, 70}).status);
+  for (const std::int32_t slot : {f.first, f.second}) EXPECT_TRUE(f.Follows(slot));
+  const std::int32_t fork = f.Fork(f.first, 48);
+  EXPECT_TRUE(f.Follows(fork));
+  EXPECT_OK(f.pool->Truncate({fork}, {20}).status);
+  for (const std::int32_t slot : {f.first, fork}) EXPECT_TRUE(f.Follows(slot));
+  Release(f.pool.get(), &f.program, f.second);
+  const std::int32_t next = Acquire(f.pool.get(), &f.program, 128);  // adopts, and takes what is parked
+  for (const std::int32_t slot : {f.first, fork, next}) EXPECT_TRUE(f.Follows(slot));
+  EXPECT_OK(f.pool->Resize(40 * f.ranges * 4096).status);
+  const std::int32_t last = Acquire(f.pool.get(), &f.program, 128);
+  for (const std::int32_t slot : {f.first, fork, next, last}) EXPECT_TRUE(f.Follows(slot));
+}
+
+TEST_P(DeviceBlockTableTest, CostsNothingBeforeItIsOpenAndLittleAfterwards) {
+  Fixture f(GetParam(), /*open=*/false);
+  EXPECT_EQ(f.entry().table_view.table, nullptr);
+  const FakeDriver::State before = f.machine.fake().Report();
+  EXPECT_OK(f.pool->OpenTable());
+  const FakeDriver::State after = f.machine.fake().Report();
+  EXPECT_EQ(after.mappings - before.mappings, (4 + 2) * f.ranges);
+  EXPECT_EQ(after.reservations, before.reservations + 1);
+  const std::int64_t copies = f.machine.fake().calls(cu::Call::kMemcpyHtoDAsync);
+  EXPECT_OK(f.pool->Extend({f.first}, {100}).status);
+  EXPECT_EQ(f.machine.fake().calls(cu::Call::kMemcpyHtoDAsync), copies + 2) << "the new blocks, and the room";
+  EXPECT_OK(f.pool->OpenTable());
+  EXPECT_EQ(f.machine.fake().Report().allocations, after.allocations);
+}
+
+// A fault at each driver call of a host call in turn.
+TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
+  const std::vector<std::pair<const char*, std::function<Status(Fixture*, std::int32_t)>>> calls = {
+      {"open", [](Fixture* f, std::int32_t) { return f->pool->OpenTable(); }},
+      {"extend", [](Fixture* f, std::int32_t) { return f->pool->Extend({f->first, f->second}, {100, 70}).status; }},
+      {"fork", [](Fixture* f, std::int32_t) { return f->pool->Fork("fork", {{f->first, 60}}, {}).status; }},
+      {"truncate", [](Fixture* f, std::int32_t fork) { return f->pool->Truncate({fork}, {8}).status; }},
+      {"acquire", [](Fixture* f, std::int32_t) { return f->pool->Acquire({100}).status; }}};
+  for (const auto& [name, call] : calls) {
+    const bool opens = std::string(name) == "open";
+    bool struck = true;
+    for (int n = 1; struck && n < 200; ++n) {
+      Fixture f(GetParam(), !opens);
+      const std::int32_t fork = f.Fork(f.first, 48);
+      EXPECT_OK(f.pool->Commit(f.first, std::vector<std::int32_t>(12, 7)));
+      f.machine.fake().FailAtAny(n, cu::Result::kUnknown);
+      const Status status = call(&f, fork);
+      struck = f.machine.fake().faults() > 0;
+      f.machine.fake().ClearFaults();
+      EXPECT_EQ(status.ok(), !struck) << name << " " << n;
+      if (opens && struck) {
+        EXPECT_EQ(f.entry().table_view.table, nullptr) << n;
+        EXPECT_OK(f.pool->OpenTable());
+      }
+      for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Shows(slot)) << name << " " << n;
+      // What a program finds by number is not given to anybody else. (More than is there: 20 blocks in each range.)
+      std::vector<std::int32_t> others;
+      for (std::int64_t tokens = 128; tokens > 0; tokens -= 16) {
+        const Claim claim = f.pool->Acquire({tokens});
+        if (!claim.status.ok()) continue;
+        f.program.Acquire(claim.slots[0]);
+        f.ForEach(claim.slots[0], [](float* a, float*) { *a = -1.0f; });
+        others.push_back(claim.slots[0]);
+      }
+      for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Shows(slot)) << name << " " << n;
+      for (const std::int32_t slot : others) Release(f.pool.get(), &f.program, slot);
+      if (!struck) break;
+      EXPECT_OK(call(&f, fork)) << name << " " << n;
+      for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Follows(slot)) << name << " " << n;
+    }
+    EXPECT_FALSE(struck) << name << " never came through";
+  }
+}
+
+// A truncation of which the device is not told, whose old blocks the slot then keeps until it is.
+TEST_P(DeviceBlockTableTest, BlocksStayUntilTheDeviceKnowsTheNewOnes) {
+  Fixture f(GetParam());
+  const std::int32_t fork = f.Fork(f.first, 48);
+  f.machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown);
+  EXPECT_FALSE(f.pool->Truncate({fork}, {8}).status.ok());
+  f.machine.fake().ClearFaults();
+  const std::int64_t used = f.pool->Numbers().blocks_mapped;
+  EXPECT_TRUE(f.Shows(fork));
+  EXPECT_FALSE(f.Follows(fork));
+  Release(f.pool.get(), &f.program, f.first);
+  EXPECT_OK(f.pool->Truncate({fork}, {8}).status);
+  EXPECT_TRUE(f.Follows(fork));
+  EXPECT_LT(f.pool->Numbers().blocks_mapped, used) << "the old blocks are free";
+}
+
+TEST_P(DeviceBlockTableTest, OpensDuringACaptureOfTheSameThread) {
+  Fixture f(GetParam(), /*open=*/false);
+  const cu::Stream stream = f.machine.NewStream();
+  f.machine.fake().BeginCapture(stream, FakeDriver::CaptureMode::kThreadLocal);
+  {
+    const UncapturedScope uncaptured(f.machine.fake().driver());
+    EXPECT_OK(f.pool->OpenTable());
+  }
+  EXPECT_NE(f.machine.fake().EndCapture(stream), nullptr);
+  EXPECT_TRUE(f.Follows(f.first));
+}
+
+// Last: from here on every pool of the process has a table.
+TEST(DeviceTablesTest, OneProgramOpensThoseOfAllPools) {
+  Fixture f(Layout::kFused, /*open=*/false);
+  std::shared_ptr<Pool> other = f.machine.MakePool(6, 4), closed = f.machine.MakePool(7, 4);
+  for (const std::shared_ptr<Pool>& pool : {f.pool, other, closed}) Register(pool);
+  closed->Close();
+  EXPECT_FALSE(device_tables_wanted());
+  f.machine.fake().FailAt(cu::Call::kMemAddressReserve, 2, cu::Result::kOutOfMemory);
+  EXPECT_TRUE(Mentions(OpenDeviceTables(), "in the block window"));
+  EXPECT_TRUE(device_tables_wanted());
+  EXPECT_FALSE(device_tables_open());
+  EXPECT_OK(OpenDeviceTables());
+  EXPECT_TRUE(device_tables_open());
+  for (const std::int32_t id : {kId, 6}) EXPECT_NE(f.machine.Find(id)->table_view.table, nullptr);
+  EXPECT_EQ(f.machine.Find(7)->table_view.table, nullptr);
+  for (const std::shared_ptr<Pool>& pool : {f.pool, other, closed}) Unregister(pool->id());
+}
+
+}  // namespace
+}  // namespace kvpage::testing
