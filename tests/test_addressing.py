@@ -269,14 +269,3 @@ def test_refusals(make_pool) -> None:
         assert "scale: wanted a positive finite number" in text
         assert "wanted 'slots' or 'table', got 'pages'" in refusal(op, *arrays, addressing="pages")
         assert "got None" in refusal(op, *arrays, addressing=None)
-
-
-def test_cuda_is_refused(make_pool) -> None:
-    spec = kvp.CacheSpec(1, 2, 64, 2, 64, dtype=jnp.float32)
-    cache, q = make_pool(spec).cache(), jnp.ones((1, 2, 64))
-
-    def attend(cache: kvp.KVCache, q: jax.Array) -> jax.Array:
-        return kvp.paged_attention(q, cache, kvp.Batch.decode([0]), layer=0, addressing="table")
-
-    with pytest.raises(ValueError, match=r"addressing='table' is for 'cpu' only.*'slots'"):
-        jax.jit(attend).trace(cache, q).lower(lowering_platforms=("cuda",))

@@ -4,6 +4,7 @@ kernels, and exported on machines that have no GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,14 @@ def test_options_of_attention(op: Callable[..., Any]) -> None:
     assert "scale = 5.000000e-01 : f32" in rest
     assert "soft_cap = 3.000000e+01 : f32" in rest
     assert f"tensor<{TOKENS}x{HEADS}xf32>" in rest  # lse
+
+
+@pytest.mark.parametrize("op", [attend, update])
+def test_table_addressing_is_an_attribute(op: Callable[..., Any]) -> None:
+    """And nothing else: the same operands, results and plan."""
+    slots, table = (lowered(functools.partial(op, addressing=a)) for a in ("slots", "table"))
+    assert "addressing = 0 : i32" in slots
+    assert table.replace("addressing = 1 : i32", "addressing = 0 : i32") == slots != table
 
 
 @pytest.mark.parametrize("op", [attend, update])

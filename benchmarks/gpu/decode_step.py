@@ -34,6 +34,8 @@ MODES = {
 }
 _HEADS = 32
 _PROFILED_STEPS = 3
+# Through the pool's own block table.
+_BY_TABLE = " + table"
 
 
 class _Bench:
@@ -41,9 +43,16 @@ class _Bench:
 
     def __init__(self, platform: str, layout: str, layers: int, batch: int, context: int) -> None:
         self.platform = platform
+        addressing: Any = "table" if layout.endswith(_BY_TABLE) else "slots"
         self.layers, self.token_bytes = layers, 2 * 2 * KV_HEADS * HEAD_DIM
         spec = kvp.CacheSpec(
-            layers, KV_HEADS, HEAD_DIM, batch, context, dtype=jnp.bfloat16, layout=layout
+            layers,
+            KV_HEADS,
+            HEAD_DIM,
+            batch,
+            context,
+            dtype=jnp.bfloat16,
+            layout=layout.removesuffix(_BY_TABLE),
         ).resolve(platform)
         blocks = batch * spec.blocks_per_range * spec.num_ranges
         # Every step starts from the same cache, so contexts do not grow.
@@ -62,7 +71,9 @@ class _Bench:
             cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, kv: jax.Array
         ) -> tuple[jax.Array, kvp.KVCache]:
             for layer in range(layers):
-                q, cache = kvp.update_and_attend(q, kv, kv, cache, batch, layer=layer)
+                q, cache = kvp.update_and_attend(
+                    q, kv, kv, cache, batch, layer=layer, addressing=addressing
+                )
             return q, kvp.advance(cache, batch)
 
         self._step = step
@@ -155,7 +166,7 @@ def say(kind: str, **values: Any) -> None:
 
 
 def main() -> int:
-    """Both layouts."""
+    """Both layouts, through slots and through the pool's block table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--mode", choices=tuple(MODES), default="graph")
@@ -166,7 +177,7 @@ def main() -> int:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {MODES[arguments.mode]}".strip()
     os.environ["XLA_FLAGS"] = flags
     jax.config.update("jax_platforms", "cpu" if arguments.platform == "cpu" else "cuda,cpu")
-    for layout in ("fused", "per_layer"):
+    for layout in ("fused", "per_layer", f"fused{_BY_TABLE}", f"per_layer{_BY_TABLE}"):
         try:
             _layout(arguments, layout)
         except Exception as problem:

@@ -38,12 +38,17 @@ _HEADS, _LAYERS, _PAGE = 32, 32, 64
 _TOKEN_BYTES = 2 * 2 * KV_HEADS * HEAD_DIM  # of one layer
 _SHAPES = ((64, 8192), (8, 8192), (1, 32768))
 _DRY_SHAPES = ((2, 128), (1, 256))
+_BY_TABLE = " + table"
+# "+ table": through the pool's own block table; "tables": through one over arrays of pages.
 _VARIANTS = (
     ("fused", "contiguous"),
     ("fused", "shuffled"),
     ("tables", "shuffled"),
     ("per_layer", "contiguous"),
     ("per_layer", "shuffled"),
+    ("fused + table", "contiguous"),
+    ("fused + table", "shuffled"),
+    ("per_layer + table", "shuffled"),
 )
 # Layers that take turns have at least this much together; the largest L2 holds 60 MB.
 _CYCLE_BYTES = 2**30
@@ -54,10 +59,17 @@ _RESERVE = 10 * 10**9
 _TOLERANCE = 0.03
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend(calls: int, layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attend(
+    calls: int,
+    layers: int,
+    addressing: Any,
+    cache: kvp.KVCache,
+    batch: kvp.Batch,
+    q: jax.Array,
+) -> Any:
     for i in range(calls):
-        q = kvp.paged_attention(q, cache, batch, layer=i % layers)
+        q = kvp.paged_attention(q, cache, batch, layer=i % layers, addressing=addressing)
     return q
 
 
@@ -120,7 +132,7 @@ def _slots(shape: _Shape, platform: str, layout: str, scattered: bool) -> _Setup
         shape.sequences + 1,
         shape.context,
         dtype=jnp.bfloat16,
-        layout=layout,
+        layout=layout.removesuffix(_BY_TABLE),
     ).resolve(platform)
     blocks = (shape.sequences + scattered) * spec.blocks_per_range * spec.num_ranges
     pool = kvp.KVPool(spec, blocks * spec.block_bytes)
@@ -138,7 +150,8 @@ def _slots(shape: _Shape, platform: str, layout: str, scattered: bool) -> _Setup
         "block_bytes": spec.block_bytes,
         "neighbours": neighbouring_share(pool, slots),
     }
-    return (lambda calls, q: _attend(calls, shape.turns, cache, batch, q)), close, facts
+    addressing = "table" if layout.endswith(_BY_TABLE) else "slots"
+    return (lambda calls, q: _attend(calls, shape.turns, addressing, cache, batch, q)), close, facts
 
 
 def _tables(shape: _Shape) -> _Setup:

@@ -17,7 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "tests"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Rig, make_batch
+from harness import Rig, input_dtype, make_batch
 from reference_numpy import Variant, attend_ragged, check_lse, check_output, rounded
 
 import jax_kvpage as kvp
@@ -60,6 +60,7 @@ def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
             out, lse, want_out, want_lse = rig.step(batch, variant, one_call=variant.scale is None)
             check_output(out, want_out, jnp.dtype(query), 6.0, config)
             check_lse(lse, want_lse, config)
+        _by_table(rig, slots[0], spec)
         rig.cache = kvp.set_lengths(rig.cache, jnp.asarray([slots[0]]), jnp.asarray([9]))
         rig.model.truncate(slots[0], 9)
         rig.release(slots[1])
@@ -68,6 +69,18 @@ def _pool_ops(config: tuple[str, str, str, int, int, int]) -> None:
         out, _, want_out, _ = rig.step([(slots[0], 2), (slots[2], 1)], implementation="xla")
         check_output(out, want_out, jnp.dtype(query), 6.0, config)
         pool.check(rig.cache)
+
+
+def _by_table(rig: Rig, slot: int, spec: kvp.CacheSpec) -> None:
+    """One sequence's next tokens, written and read through the pool's block table."""
+    n = 19
+    k, v = (jnp.asarray(x[0], input_dtype(spec)) for x in rig.random_kv(n))
+    q = jnp.asarray(rig.random_q(n)[0], rig.query_dtype)
+    batch = make_batch([(slot, n)])
+    out, cache = kvp.update_and_attend(q, k, v, rig.cache, batch, layer=0, addressing="table")
+    again = kvp.paged_attention(q, cache, batch, layer=0)
+    assert np.asarray(out).tobytes() == np.asarray(again).tobytes()
+    rig.cache = cache  # not advanced: the next step writes these tokens again
 
 
 def _tables() -> None:

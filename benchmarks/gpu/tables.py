@@ -97,7 +97,9 @@ def goals(result: dict[str, Any]) -> list[dict[str, str]]:
             add(name, record["gbps"] / best["gbps"], 1.0)
     for variant, what in (
         ("per_layer", "layout per_layer against fused"),
-        ("tables", "block tables against contiguous slots"),
+        ("table", "the pool's block table against its slots"),
+        ("table_per_layer", "the pool's block table with layout per_layer against slots, fused"),
+        ("tables", "block tables over arrays of pages against contiguous slots"),
         ("scattered", "scattered blocks against blocks in a row"),
         ("update", "append and attention in one call against attention alone"),
         ("int8", "int8 storage against bfloat16"),

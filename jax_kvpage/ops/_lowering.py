@@ -137,9 +137,6 @@ def _refusal(
     if platform not in ("cpu", "cuda"):
         reasons.append("there are kernels for 'cpu' and 'cuda' only")
         ways.append("compile for cpu (jax.jit under jax.default_device(jax.devices('cpu')[0]))")
-    if by_table and platform != "cpu":
-        reasons.append("addressing='table' is for 'cpu' only")
-        ways.append("use addressing='slots' (the same result)")
     if xla and not by_table:
         ways.append("use implementation='xla'")
     return ValueError(
@@ -214,7 +211,7 @@ def register_lowerings(
             return lower_xla(ctx, operands, params)
         # A machine without CUDA may lower for one that has it (jax.export), and its build of this
         # package may be without CUDA too. Where the program can run, the kernels must exist.
-        if implementation not in (None, "cuda") or cuda.missing_here() or by_table(params):
+        if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain, by_table(params))
         avals_out, in_scratch = ctx.avals_out, scratch(ctx.avals_in, params) if scratch else None

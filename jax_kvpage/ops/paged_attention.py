@@ -87,7 +87,8 @@ def paged_attention(
         addressing: how the kernels find keys and values. "slots": in the slots' contiguous virtual
             memory. "table": by block number, through the pool's own block table, as paged attention
             does elsewhere. The result is the same to the last bit; the table is no operand, and
-            growth compiles nothing. On CPU only, not with "xla". Static.
+            growth compiles nothing. On CUDA the first such program maps every block of the
+            process's pools a second time, at its number. Not with "xla". Static.
 
     Returns:
         out, shaped like q, in q's dtype; with return_lse also lse, float32 [T, Hq] or [S, T, Hq].

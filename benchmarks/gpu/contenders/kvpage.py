@@ -30,10 +30,12 @@ def _scalar(value: int) -> jax.Array:
     return jnp.int32(value)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attend(layers: int, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(
+    layers: int, addressing: Any, cache: kvp.KVCache, batch: kvp.Batch, q: jax.Array, first: Any
+) -> Any:
     for i in range(layers):
-        q = kvp.paged_attention(q, cache, batch, layer=first + i)
+        q = kvp.paged_attention(q, cache, batch, layer=first + i, addressing=addressing)
     return q
 
 
@@ -73,9 +75,16 @@ def _advance(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
 
 
 class KVPage(JaxContender):
-    """Variants: how blocks are laid out, what a program calls, what is stored."""
+    """Variants: how blocks are laid out and found, what a program calls, what is stored.
 
-    variants = ("fused", "per_layer", "tables", "update", "scattered", *_STORED)
+    "table" and "table_per_layer" go through the pool's own block table, "tables" through one over
+    plain arrays of pages.
+    """
+
+    variants = (
+        *("fused", "per_layer", "table", "table_per_layer", "tables", "update", "scattered"),
+        *_STORED,
+    )
     everywhere = ("per_layer",)
 
     def unsupported(self, case: Case, variant: str) -> str | None:
@@ -107,7 +116,7 @@ class KVPage(JaxContender):
             max_slots=len(case.contexts) + 1,
             max_seq_len=longest,
             dtype=_STORED.get(variant, jnp.bfloat16),
-            layout="per_layer" if variant == "per_layer" else "fused",
+            layout="per_layer" if variant.endswith("per_layer") else "fused",
         ).resolve(self.platform)
         room = (*case.contexts, *([longest] if variant == "scattered" else []))
         blocks = sum(-(-n // (spec.block_tokens or 1)) for n in room)
@@ -127,7 +136,8 @@ class KVPage(JaxContender):
         def call(q: jax.Array, first: int, layers: int) -> jax.Array:
             if new is not None:
                 return _update(layers, cache, batch, q, _scalar(first), new)
-            return _attend(layers, cache, batch, q, _scalar(first))
+            addressing = "table" if variant.startswith("table") else "slots"
+            return _attend(layers, addressing, cache, batch, q, _scalar(first))
 
         def close() -> None:
             pool.check(cache)  # a fault on the device must not count as a measurement
