@@ -33,16 +33,10 @@ struct BatchCheckArgs {
 // One thread: the view of a layer that the kernels after the check use.
 __device__ inline void CopyView(bool by_table, std::int32_t layer, Checker* checker, KVView* view) {
   const DevicePool* const pool = checker->pool();
-  if (!by_table) {
-    *view = pool->view;
-    return;
-  }
-  *view = pool->table_view;
-  if (view->table == nullptr) {
-    checker->Note(Stage::kHead, 15, FaultKind::kNoTable);
-  } else {
-    view->table += layer * pool->table_layer_stride;
-  }
+  *view = by_table ? pool->table_view : pool->view;
+  if (!by_table) return;
+  if (pool->table_view.table == nullptr) checker->Note(Stage::kHead, 15, FaultKind::kNoTable);
+  view->table += layer * pool->table_layer_stride;
 }
 
 // Runs the check with all threads of one block; false when it failed. On return the whole block can read the

@@ -104,9 +104,9 @@ class GeneralAttention {
       const int row = copies_.Divide(i), offset = (i - row * copies_.divisor) * 16;
       const std::int32_t token = begin + row;
       const bool valid = token >= unit.begin && token < unit.end;
-      const auto [key, apart] = map_.At(tokens, valid ? token : unit.begin);
-      CopyAsync16(Row(stage, 0, row) + offset, key + offset, valid);
-      CopyAsync16(Row(stage, 1, row) + offset, key + offset + apart, valid);
+      const char* key = map_.Key(tokens, valid ? token : unit.begin) + offset;
+      CopyAsync16(Row(stage, 0, row) + offset, key, valid);
+      CopyAsync16(Row(stage, 1, row) + offset, key + map_.ToValue(tokens, valid ? token : unit.begin), valid);
     }
   }
 
@@ -114,8 +114,8 @@ class GeneralAttention {
     for (int row = warp_; row < p_.tile_tokens; row += kWarps) {
       const std::int32_t token = begin + row;
       const bool valid = token >= unit.begin && token < unit.end;
-      auto [key, apart] = map_.At(tokens, valid ? token : unit.begin);
-      for (int which = 0; which < 2; ++which, key += apart) {
+      const char* key = map_.Key(tokens, valid ? token : unit.begin);
+      for (int which = 0; which < 2; ++which, key += map_.ToValue(tokens, valid ? token : unit.begin)) {
         const T* from = reinterpret_cast<const T*>(key);
         T* to = reinterpret_cast<T*>(Row(stage, which, row));
         for (int d = lane_; d < columns_; d += kWarpSize) to[d] = valid && d < p_.head_dim ? from[d] : T{};

@@ -27,7 +27,9 @@ struct QuantizedTile {
                                         std::int32_t to) const {
     // A tile begins at a multiple of such runs.
     const std::int32_t chunk = map.chunk.divisor, run = chunk % kTokens == 0 ? kTokens : chunk;
-    if (begin >= from && begin + kTokens <= to && kTokens % run == 0 && run % kStep == 0) {
+    if (map.apart()) {
+      FetchTileApart<kDim / 2, kTokens>(map, tokens, begin, from, to, keys, values);
+    } else if (begin >= from && begin + kTokens <= to && kTokens % run == 0 && run % kStep == 0) {
       FetchRuns(map, tokens, begin, run);
     } else if (chunk >= kStep) {
       FetchAcrossChunks(map, tokens, begin, from, to);
@@ -40,9 +42,9 @@ struct QuantizedTile {
     const bool valid = token >= from && token < to;
     const TokenMap::Place place = map.Find(tokens, valid ? token : from);
     const char* const scale = tokens.first + view.scale_base + head * (view.scale_head_stride - view.head_stride) +
-                              place.chunk.keys * map.chunk_stride + place.token * view.scale_token_stride;
+                              place.chunk * map.chunk_stride + place.token * view.scale_token_stride;
     CopyAsync4(key_scales + Thread(), scale, valid);
-    CopyAsync4(value_scales + Thread(), scale + place.chunk.apart, valid);
+    CopyAsync4(value_scales + Thread(), scale + map.ToValue(tokens, valid ? token : from), valid);
   }
 
  private:
@@ -53,17 +55,12 @@ struct QuantizedTile {
                                             std::int32_t run) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
     const char* key = nullptr;
-    std::int64_t apart = 0;  // from keys to values
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
-      if ((i * kStep & (run - 1)) == 0) {
-        const TokenMap::Address at = map.At(tokens, begin + i * kStep);
-        apart = at.apart;
-        key = at.key + first * map.token_stride + unit * 16;
-      }
+      if ((i * kStep & (run - 1)) == 0) key = map.Key(tokens, begin + i * kStep) + first * map.token_stride + unit * 16;
       const int offset = Rows::Offset(first + i * kStep, unit);
       CopyAsync16(keys + offset, key, true);
-      CopyAsync16(values + offset, key + apart, true);
+      CopyAsync16(values + offset, key + map.kv_stride, true);
       key += kStep * map.token_stride;
     }
   }
@@ -74,8 +71,8 @@ struct QuantizedTile {
                                                     std::int32_t from, std::int32_t to) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
     const std::int32_t chunk = map.chunk.divisor;
-    const TokenMap::Address safe = map.At(tokens, max(begin, from));
-    TokenMap::Address base = {nullptr, 0};
+    const char* const safe = map.Key(tokens, max(begin, from)) + unit * 16;
+    const char* base = nullptr;
     std::int32_t index = map.chunk.Divide(begin + first), within = begin + first - index * chunk, known = -1;
     std::int64_t offset = within * map.token_stride + unit * 16;
 #pragma unroll 4
@@ -83,13 +80,12 @@ struct QuantizedTile {
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
       if (valid && index != known) {  // no table is read beyond the tokens
-        const TokenMap::Chunk found = map.Look(tokens, index);
-        base = {tokens.first + found.keys * map.chunk_stride, found.apart};
+        base = tokens.first + (tokens.table != nullptr ? tokens.table[index] : index) * map.chunk_stride;
         known = index;
       }
-      const char* const source = valid ? base.key + offset : safe.key + unit * 16;
+      const char* const source = valid ? base + offset : safe;
       CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
-      CopyAsync16(values + Rows::Offset(row, unit), source + (valid ? base.apart : safe.apart), valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
       within += kStep;
       offset += kStep * map.token_stride;
       if (within >= chunk) {

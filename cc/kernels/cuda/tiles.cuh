@@ -24,11 +24,37 @@ struct TileRows {
   }
 };
 
+// As FetchTile, where keys and values lie in different chunks. Not unrolled: kernels have it beside the other.
+template <int kDim, int kTokens>
+__device__ __forceinline__ void FetchTileApart(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
+                                               std::int32_t from, std::int32_t to, unsigned char* keys,
+                                               unsigned char* values) {
+  using Rows = TileRows<kDim>;
+  const int unit = threadIdx.x % Rows::kUnits;
+  std::int32_t known = -1;
+  const char* base = nullptr;  // of the chunk's keys
+  std::int64_t apart = 0;
+#pragma unroll 1
+  for (int row = threadIdx.x / Rows::kUnits; row < kTokens; row += kThreads / Rows::kUnits) {
+    const bool valid = begin + row >= from && begin + row < to;
+    const std::int32_t token = valid ? begin + row : from, index = map.chunk.Divide(token);
+    if (index != known) {
+      base = tokens.first + tokens.table[index] * map.chunk_stride + unit * 16;
+      apart = map.Apart(tokens, index);
+      known = index;
+    }
+    const char* const key = base + (token - index * map.chunk.divisor) * map.token_stride;
+    CopyAsync16(keys + Rows::Offset(row, unit), key, valid);
+    CopyAsync16(values + Rows::Offset(row, unit), key + apart, valid);
+  }
+}
+
 // Starts copying kTokens keys and values from token `begin` on; zeros outside [from, to).
 template <int kDim, int kTokens>
 __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                           std::int32_t from, std::int32_t to, unsigned char* keys,
                                           unsigned char* values) {
+  if (map.apart()) return FetchTileApart<kDim, kTokens>(map, tokens, begin, from, to, keys, values);
   using Rows = TileRows<kDim>;
   constexpr int kStep = kThreads / Rows::kUnits;  // rows that the block copies at a time
   const int unit = threadIdx.x % Rows::kUnits, first = threadIdx.x / Rows::kUnits;
@@ -40,21 +66,18 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
     const std::int32_t run = in_one ? kTokens : chunk;
     const char* safe = nullptr;
     const char* key = nullptr;
-    std::int64_t apart = 0;  // from keys to values
 #pragma unroll
     for (int i = 0; i < kTokens / kStep; ++i) {
       if ((i * kStep & (run - 1)) == 0) {
         const std::int32_t known = min(max(begin + i * kStep, from), to - 1);
-        const TokenMap::Address at = map.At(tokens, known);
-        apart = at.apart;
-        safe = at.key + unit * 16;
+        safe = map.Key(tokens, known) + unit * 16;
         key = safe + (begin + i * kStep - known + first) * map.token_stride;
       }
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
       const char* const source = valid ? key : safe;
       CopyAsync16(keys + Rows::Offset(row, unit), source, valid);
-      CopyAsync16(values + Rows::Offset(row, unit), source + apart, valid);
+      CopyAsync16(values + Rows::Offset(row, unit), source + map.kv_stride, valid);
       key += kStep * map.token_stride;
     }
     return;
@@ -63,9 +86,9 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   for (int i = 0; i < kTokens / kStep; ++i) {
     const int row = first + i * kStep;
     const bool valid = begin + row >= from && begin + row < to;
-    const TokenMap::Address at = map.At(tokens, valid ? begin + row : from);
-    CopyAsync16(keys + Rows::Offset(row, unit), at.key + unit * 16, valid);
-    CopyAsync16(values + Rows::Offset(row, unit), at.key + unit * 16 + at.apart, valid);
+    const char* key = map.Key(tokens, valid ? begin + row : from) + unit * 16;
+    CopyAsync16(keys + Rows::Offset(row, unit), key, valid);
+    CopyAsync16(values + Rows::Offset(row, unit), key + map.kv_stride, valid);
   }
 }
 

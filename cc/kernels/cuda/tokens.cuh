@@ -34,7 +34,8 @@ struct Divider {
   }
 };
 
-// The keys of one slot and KV head.
+// The keys of one slot and KV head; a value lies kv_stride bytes after its key, unless a table says where values are
+// (TokenMap::apart).
 struct Tokens {
   const char* first;          // of chunk 0, or of physical chunk 0 with a table
   const std::int32_t* table;  // the slot's row, or null
@@ -49,8 +50,7 @@ struct Tokens {
   }
 };
 
-// The part of an address that does not depend on slot and head. A value lies kv_stride bytes after its key, unless a
-// table says where values are.
+// The part of an address that does not depend on slot and head.
 struct TokenMap {
   Divider chunk;
   std::int64_t chunk_stride, token_stride, kv_stride;
@@ -66,33 +66,28 @@ struct TokenMap {
         kv_stride(view.kv_stride),
         table_kv_stride(static_cast<std::int32_t>(view.table_kv_stride)) {}
 
-  // The physical chunk of the keys of chunk `index`, and how far behind its keys' its values lie.
-  struct Chunk {
-    std::int32_t keys;
-    std::int64_t apart;
-  };
-  __device__ __forceinline__ Chunk Look(const Tokens& tokens, std::int32_t index) const {
-    if (tokens.table == nullptr) return {index, kv_stride};
-    const std::int32_t keys = tokens.table[index], values = tokens.table[index + table_kv_stride];
-    return {keys, kv_stride + (values - keys) * chunk_stride};
+  // Keys and values lie in different physical chunks: KVView::values_apart.
+  __device__ __forceinline__ bool apart() const { return table_kv_stride != 0; }
+  // Bytes from the keys of chunk `index` to its values, where they are apart.
+  __device__ __forceinline__ std::int64_t Apart(const Tokens& tokens, std::int32_t index) const {
+    return (tokens.table[index + table_kv_stride] - tokens.table[index]) * chunk_stride;
   }
+  // The same from the key of a token to its value, in every view.
+  __device__ __forceinline__ std::int64_t ToValue(const Tokens& tokens, std::int32_t token) const {
+    return apart() ? Apart(tokens, chunk.Divide(token)) : kv_stride;
+  }
+
   // The chunk of a token, and the token in it.
   struct Place {
-    Chunk chunk;
-    std::int32_t token;
+    std::int32_t chunk, token;
   };
   __device__ __forceinline__ Place Find(const Tokens& tokens, std::int32_t token) const {
-    const std::int32_t index = chunk.Divide(token);
-    return {Look(tokens, index), token - index * chunk.divisor};
+    const std::int32_t index = chunk.Divide(token), within = token - index * chunk.divisor;
+    return {tokens.table != nullptr ? tokens.table[index] : index, within};
   }
-  // A token's key; its value lies `apart` bytes behind.
-  struct Address {
-    const char* key;
-    std::int64_t apart;
-  };
-  __device__ __forceinline__ Address At(const Tokens& tokens, std::int32_t token) const {
+  __device__ __forceinline__ const char* Key(const Tokens& tokens, std::int32_t token) const {
     const Place place = Find(tokens, token);
-    return {tokens.first + place.chunk.keys * chunk_stride + place.token * token_stride, place.chunk.apart};
+    return tokens.first + place.chunk * chunk_stride + place.token * token_stride;
   }
 };
 
