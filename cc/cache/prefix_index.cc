@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <unordered_map>
 
+#include "base/token_hash.h"
 #include "cache/eviction_order.h"
 #include "cache/prefix_pins.h"
 #include "cache/prefix_tree.h"
 #include "cache/slot_sequences.h"
-#include "cache/token_hash.h"
 
 namespace kvpage {
 

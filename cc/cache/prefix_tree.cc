@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cache/token_hash.h"
+#include "base/token_hash.h"
 
 namespace kvpage {
 namespace {

@@ -1,4 +1,5 @@
-// EXPECT_OK(status): GoogleTest's expectation that a Status is ok, with the message of one that is not.
+// EXPECT_OK(status), ASSERT_OK(status): GoogleTest's expectation that a Status is ok, with the message of one that is
+// not.
 #ifndef KVPAGE_TESTS_EXPECT_OK_H_
 #define KVPAGE_TESTS_EXPECT_OK_H_
 
@@ -16,5 +17,6 @@ inline ::testing::AssertionResult IsOk(const char* expression, const Status& sta
 }  // namespace kvpage::testing
 
 #define EXPECT_OK(expression) EXPECT_PRED_FORMAT1(::kvpage::testing::IsOk, expression)
+#define ASSERT_OK(expression) ASSERT_PRED_FORMAT1(::kvpage::testing::IsOk, expression)
 
 #endif  // KVPAGE_TESTS_EXPECT_OK_H_

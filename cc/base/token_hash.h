@@ -1,8 +1,8 @@
 // Hashes of token sequences, block by block: the hash of a prefix is made of that of the prefix before its last block
 // and of the block's tokens. They only find candidates (the index compares tokens) and name prefixes in events and in
 // what eviction remembers. The same in all processes.
-#ifndef KVPAGE_CACHE_TOKEN_HASH_H_
-#define KVPAGE_CACHE_TOKEN_HASH_H_
+#ifndef KVPAGE_BASE_TOKEN_HASH_H_
+#define KVPAGE_BASE_TOKEN_HASH_H_
 
 #include <cstdint>
 #include <cstring>
@@ -41,4 +41,4 @@ inline std::uint64_t HashName(const std::string& name) { return HashBytes(0, nam
 
 }  // namespace kvpage
 
-#endif  // KVPAGE_CACHE_TOKEN_HASH_H_
+#endif  // KVPAGE_BASE_TOKEN_HASH_H_

@@ -1,0 +1,44 @@
+// One block file: written whole or not at all, read in pieces, its blocks checked as they are read.
+#ifndef KVPAGE_STORE_BLOCK_FILE_H_
+#define KVPAGE_STORE_BLOCK_FILE_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "store/file_header.h"
+#include "store/file_io.h"
+#include "store/folder.h"
+
+namespace kvpage::store {
+
+// Blocks are written and read in pieces of at least this many bytes.
+constexpr std::int64_t kPieceBytes = std::int64_t{2} << 20;
+
+// Writes the blocks at `sources`, [blocks, ranges], and fills in header->checksums, which has a place for each. The
+// file gets its name when all of it is on disk.
+Status WriteBlockFile(FileIo* io, const Folder& folder, FileHeader* header, const char* const* sources,
+                      std::string* name, std::int64_t* bytes);
+
+// An open file whose header has been checked.
+class BlockFile {
+ public:
+  Problem Open(FileIo* io, const Folder& folder, const std::string& name);
+  const FileHeader& header() const { return header_; }
+  std::int64_t bytes() const { return data_begin_ + header_.data_bytes(); }
+  // Reads `count` blocks from the `begin`-th of the file on to `destinations`, [count, ranges]. `good`: the first ones
+  // that are what was written.
+  Problem Read(FileIo* io, std::int64_t begin, std::int64_t count, char* const* destinations, std::int64_t* good) const;
+  // The file counts as used now.
+  void Touch() const;
+
+ private:
+  Fd fd_;
+  FileHeader header_;
+  std::int64_t data_begin_ = 0;
+};
+
+}  // namespace kvpage::store
+
+#endif  // KVPAGE_STORE_BLOCK_FILE_H_

@@ -1,0 +1,164 @@
+#include "store/catalog.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include "store/block_file.h"
+
+namespace kvpage::store {
+namespace {
+
+// A change right after a listing may leave the folder's time where it was.
+constexpr double kClockTick = 2;
+// How many rounds of Maintain pass between two looks for what dead writers left.
+constexpr std::int64_t kOrphanRounds = 64;
+
+}  // namespace
+
+Catalog::Catalog(Folder folder, const StoreOptions& options) : folder_(std::move(folder)), options_(options) {
+  numbers_.limit_bytes = options.limit_bytes;
+  numbers_.missed.resize(kNumProblems);
+}
+
+std::vector<StoredPart> Catalog::Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return directory_.Find(identity, tokens, count);
+}
+
+std::int64_t Catalog::LookUp(const Identity& identity, const std::int32_t* tokens, std::int64_t count) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::vector<StoredPart> parts = directory_.Find(identity, tokens, count);
+  const std::int64_t found = parts.empty() ? 0 : parts.back().end * identity.shape.block_tokens;
+  if (found == 0 && directory_.OtherShape(identity)) ++numbers_.missed[static_cast<int>(Problem::kGeometry)];
+  ++numbers_.lookups;
+  numbers_.tokens_asked += count;
+  numbers_.tokens_found += found;
+  return found;
+}
+
+std::vector<StoredRun> Catalog::Runs(const BlockShape& shape) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return directory_.Runs(shape, options_.fingerprint);
+}
+
+void Catalog::Add(const std::string& name, std::int64_t bytes, const FileHeader& header) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  directory_.Add(name, bytes, header);
+}
+
+void Catalog::NoteProblem(const std::string& name, Problem problem) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++numbers_.missed[static_cast<int>(problem)];
+  if (problem == Problem::kClosed || !directory_.Has(name)) return;
+  if (problem == Problem::kGone) {
+    directory_.Remove(name);
+  } else {
+    directory_.Refuse(name, problem);
+  }
+}
+
+void Catalog::NoteError(const Status& status) {
+  if (status.ok()) return;
+  Count([&](StoreNumbers* numbers) { numbers->last_error = status.message(); });
+}
+
+bool Catalog::Changed() {
+  const double now = folder_.ChangeTime();
+  if (now == changed_ && Folder::Now() - now > kClockTick) return false;
+  changed_ = now;
+  return true;
+}
+
+Status Catalog::Refresh(bool force) {
+  const std::lock_guard<std::mutex> refresh(refresh_mutex_);
+  if (!Changed() && !force) return {};
+  std::vector<FolderEntry> entries;
+  KVPAGE_RETURN_IF_ERROR(folder_.List(&entries));
+  std::map<std::string, std::uint64_t> inodes;
+  for (const FolderEntry& entry : entries) {
+    inodes[entry.name] = entry.inode;
+    // A file that this process wrote since the last time is listed already.
+    const auto known = inodes_.find(entry.name);
+    const bool same = known == inodes_.end() || known->second == entry.inode;
+    if (same && Usable(entry.name)) continue;
+    BlockFile file;
+    const Problem problem = file.Open(options_.io.get(), folder_, entry.name);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (problem == Problem::kGone) {
+      directory_.Remove(entry.name);
+    } else if (problem != Problem::kNone) {
+      directory_.AddRefused(entry.name, entry.bytes, problem);
+    } else {
+      directory_.Add(entry.name, entry.bytes, file.header());
+    }
+  }
+  inodes_.swap(inodes);
+  std::vector<std::string> gone;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    gone = directory_.Names();
+  }
+  // A file may have been written since the listing.
+  const auto here = [&](const std::string& name) { return inodes_.count(name) > 0 || folder_.Has(name); };
+  gone.erase(std::remove_if(gone.begin(), gone.end(), here), gone.end());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const std::string& name : gone) directory_.Remove(name);
+  return {};
+}
+
+bool Catalog::Usable(const std::string& name) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const Problem problem = directory_.ProblemOf(name);
+  // What the system refused to read once is tried again.
+  return problem != Problem::kGone && problem != Problem::kUnreadable;
+}
+
+std::int64_t Catalog::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return directory_.bytes();
+}
+
+void Catalog::Evict(std::int64_t limit) {
+  if (bytes() <= limit) return;
+  const Fd held = folder_.TryLock();
+  if (!held.ok()) return;  // whoever evicts now removes enough, or the next one does
+  NoteError(Refresh(/*force=*/true));
+  std::vector<FolderEntry> entries;
+  if (const Status status = folder_.List(&entries); !status.ok()) return NoteError(status);
+  std::map<std::string, double> used;
+  for (const FolderEntry& entry : entries) used[entry.name] = entry.used;
+  std::vector<std::string> plan;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plan = directory_.PlanEviction(limit, used);
+  }
+  for (const std::string& name : plan) {
+    if (!folder_.Remove(name)) {
+      NoteError(FileError("remove " + name + " from " + folder_.path(), errno));
+      continue;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::int64_t before = directory_.bytes();
+    directory_.Remove(name);
+    ++numbers_.files_evicted;
+    numbers_.bytes_evicted += before - directory_.bytes();
+  }
+}
+
+void Catalog::Maintain() {
+  NoteError(Refresh(/*force=*/false));
+  Evict(options_.limit_bytes);
+  if (rounds_++ % kOrphanRounds == 0) folder_.RemoveOrphans();
+}
+
+StoreNumbers Catalog::Numbers() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  StoreNumbers numbers = numbers_;
+  numbers.files = directory_.num_files();
+  numbers.bytes = directory_.bytes();
+  numbers.refused = directory_.CountRefused();
+  numbers.refused[static_cast<int>(Problem::kFingerprint)] += directory_.CountForeign(options_.fingerprint);
+  return numbers;
+}
+
+}  // namespace kvpage::store

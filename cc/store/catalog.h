@@ -1,0 +1,73 @@
+// Catalog: the directory of a store (directory.h) and its folder, kept equal; and the counts of what happens to both.
+#ifndef KVPAGE_STORE_CATALOG_H_
+#define KVPAGE_STORE_CATALOG_H_
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "store/block_store.h"
+#include "store/directory.h"
+#include "store/folder.h"
+
+namespace kvpage::store {
+
+class Catalog {
+ public:
+  Catalog(Folder folder, const StoreOptions& options);
+
+  const Folder& folder() const { return folder_; }
+  Identity MakeIdentity(const BlockShape& shape, const std::string& space) const {
+    return {shape, options_.fingerprint, space};
+  }
+
+  std::vector<StoredPart> Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const;
+  // The same for a caller that asks what is stored: it is counted.
+  std::int64_t LookUp(const Identity& identity, const std::int32_t* tokens, std::int64_t count);
+  std::vector<StoredRun> Runs(const BlockShape& shape) const;
+
+  // A file was written.
+  void Add(const std::string& name, std::int64_t bytes, const FileHeader& header);
+  // A read came to nothing; what is wrong with the file is known by now.
+  void NoteProblem(const std::string& name, Problem problem);
+  // Changes the counts under the lock.
+  template <class Change>
+  void Count(const Change& change) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    change(&numbers_);
+  }
+  void NoteError(const Status& status);
+
+  // Makes the directory equal to the folder, if that has changed or `force`.
+  Status Refresh(bool force);
+  // Removes files until at most `limit` bytes are left, as far as this process may.
+  void Evict(std::int64_t limit);
+  // What the store's thread does from time to time.
+  void Maintain();
+  StoreNumbers Numbers() const;
+
+ private:
+  // Whether files may have come or gone since the last listing.
+  bool Changed();
+  // Whether a file is in the directory and need not be opened again.
+  bool Usable(const std::string& name) const;
+  std::int64_t bytes() const;
+
+  const Folder folder_;
+  const StoreOptions& options_;
+  std::mutex refresh_mutex_;                     // taken before mutex_
+  std::map<std::string, std::uint64_t> inodes_;  // of the files that the last refresh found
+  double changed_ = -1;                          // the folder's time at the last listing
+  std::int64_t rounds_ = 0;                      // of Maintain
+
+  mutable std::mutex mutex_;
+  Directory directory_;
+  StoreNumbers numbers_;
+};
+
+}  // namespace kvpage::store
+
+#endif  // KVPAGE_STORE_CATALOG_H_

@@ -1,0 +1,61 @@
+// ReadTicket: how far a read of stored blocks has come.
+#ifndef KVPAGE_STORE_READ_TICKET_H_
+#define KVPAGE_STORE_READ_TICKET_H_
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+#include "store/file_header.h"
+
+namespace kvpage::store {
+
+class ReadTicket {
+ public:
+  // `blocks` are asked for, in `pieces`.
+  ReadTicket(std::int64_t blocks, std::int64_t pieces, Problem problem)
+      : problem_(problem), good_(blocks), pieces_(pieces) {}
+
+  bool ready() const { return Wait(0); }
+  // Whether it is ready within some seconds.
+  bool Wait(double seconds) const {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return pieces_ == 0; });
+  }
+  // Once it is ready: how many of the blocks have been read, from the first one on, and why not all. Those behind may
+  // hold anything.
+  std::int64_t blocks() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return good_;
+  }
+  Problem problem() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return problem_;
+  }
+
+  // A piece is done. With a problem only the blocks before `good` are there.
+  void Finish(Problem problem, std::int64_t good) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (problem != Problem::kNone && good < good_) {
+        good_ = good;
+        problem_ = problem;
+      }
+      --pieces_;
+    }
+    changed_.notify_all();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  Problem problem_;
+  std::int64_t good_;
+  std::int64_t pieces_;
+};
+
+}  // namespace kvpage::store
+
+#endif  // KVPAGE_STORE_READ_TICKET_H_

@@ -1,0 +1,110 @@
+// WorkQueue: items that threads of the queue work on, first come first served, up to a limit of bytes.
+#ifndef KVPAGE_STORE_WORK_QUEUE_H_
+#define KVPAGE_STORE_WORK_QUEUE_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace kvpage::store {
+
+template <class Item>
+class WorkQueue {
+ public:
+  // Items count until their work is done; they may have `most_bytes` together. The queue takes one larger item when it
+  // has no other.
+  WorkQueue(int threads, std::int64_t most_bytes, std::function<void(Item&)> work)
+      : most_bytes_(most_bytes), work_(std::move(work)) {
+    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+  }
+  ~WorkQueue() { static_cast<void>(Stop()); }
+  WorkQueue(const WorkQueue&) = delete;
+  WorkQueue& operator=(const WorkQueue&) = delete;
+
+  // Never waits. Returns false, and leaves the item alone, if the queue is full or stopped.
+  bool Offer(Item& item, std::int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (stopped_ || !Fits(bytes)) return false;
+      bytes_ += bytes;
+      items_.push_back({std::move(item), bytes});
+    }
+    changed_.notify_all();
+    return true;
+  }
+  // Whether an item of this size fits within some seconds; a stopped queue takes none.
+  bool WaitForRoom(std::int64_t bytes, double seconds) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return Wait(lock, seconds, [&] { return stopped_ || Fits(bytes); }) && !stopped_;
+  }
+  std::int64_t bytes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return bytes_;
+  }
+  // Waits for what is being worked on. Returns the items that nobody has begun with.
+  std::vector<Item> Stop() {
+    std::vector<Item> left;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopped_ = true;
+      for (Entry& entry : items_) left.push_back(std::move(entry.item));
+      items_.clear();
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) {
+      if (thread.joinable()) thread.join();
+    }
+    return left;
+  }
+
+ private:
+  struct Entry {
+    Item item;
+    std::int64_t bytes;
+  };
+
+  bool Fits(std::int64_t bytes) const { return bytes_ == 0 || bytes <= most_bytes_ - bytes_; }
+
+  template <class Condition>
+  bool Wait(std::unique_lock<std::mutex>& lock, double seconds, const Condition& condition) {
+    return changed_.wait_for(lock, std::chrono::duration<double>(seconds), condition);
+  }
+
+  void Run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [&] { return stopped_ || !items_.empty(); });
+      if (stopped_) return;
+      Entry entry = std::move(items_.front());
+      items_.pop_front();
+      lock.unlock();
+      work_(entry.item);
+      const std::int64_t bytes = entry.bytes;
+      {
+        const Item gone = std::move(entry.item);
+      }  // what it holds goes before its bytes no longer count
+      lock.lock();
+      bytes_ -= bytes;
+      changed_.notify_all();
+    }
+  }
+
+  const std::int64_t most_bytes_;
+  const std::function<void(Item&)> work_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Entry> items_;
+  std::int64_t bytes_ = 0;
+  bool stopped_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace kvpage::store
+
+#endif  // KVPAGE_STORE_WORK_QUEUE_H_
