@@ -18,9 +18,11 @@ from jax_kvpage.ops.with_tables import paged_attention_with_tables
 from jax_kvpage.pool import KVPool
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats
+from jax_kvpage.store import BlockStore
 
 __all__ = [
     "Batch",
+    "BlockStore",
     "CacheSpec",
     "DeviceFault",
     "KVCache",

@@ -1,12 +1,18 @@
-"""`python -m jax_kvpage`: the doctor. Reports the build, the machine and the next steps."""
+"""`python -m jax_kvpage`: the doctor. Reports the build, the machine and the next steps.
+
+`python -m jax_kvpage store PATH` looks after the files of a store.
+"""
 
 import sys
 
 from jax_kvpage._doctor import examine
+from jax_kvpage._store_command import run
 
 
 def main() -> int:
     """Prints the report; returns the exit status."""
+    if sys.argv[1:2] == ["store"]:
+        return run(sys.argv[2:])
     found = examine()
     width = max(len(name) for name, _ in found.rows)
     for name, value in found.rows:

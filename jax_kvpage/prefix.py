@@ -14,7 +14,7 @@ from jax_kvpage._queue import PrefixRequest, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["PrefixCalls", "PrefixSlots"]
+__all__ = ["PrefixCalls", "PrefixSlots", "namespace_key"]
 
 
 class _PrefixSlots(NamedTuple):
@@ -121,7 +121,7 @@ class PrefixCalls:
         request = PrefixRequest(
             ids,
             rooms,
-            _namespace("acquire_prefix", namespace),
+            namespace_key("acquire_prefix", namespace),
             as_bool("acquire_prefix: whole", whole),
             host_int("acquire_prefix: match_unit", match_unit, low=1),
             host_int("acquire_prefix: min_cached", min_cached, low=0),
@@ -149,7 +149,7 @@ class PrefixCalls:
             PoolClosed: the pool is closed.
         """
         ids = _one("find_prefix", token_ids)
-        space = _namespace("find_prefix", namespace)
+        space = namespace_key("find_prefix", namespace)
         whole = as_bool("find_prefix: whole", whole)
         return self._native.call(self._pool.find_prefix, space, ids, whole)
 
@@ -179,7 +179,7 @@ class PrefixCalls:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        ids, space = _one("pin", token_ids), _namespace("pin", namespace)
+        ids, space = _one("pin", token_ids), namespace_key("pin", namespace)
         seconds = -1.0 if ttl is None else _number("pin: ttl", ttl, math.inf)
         share = _number("pin: max_share", max_share, 1.0)
         return self._native.call(self._pool.pin, space, ids, share, seconds)
@@ -193,7 +193,7 @@ class PrefixCalls:
             PoolClosed: the pool is closed.
         """
         self._native.call(
-            self._pool.unpin, _namespace("unpin", namespace), _one("unpin", token_ids)
+            self._pool.unpin, namespace_key("unpin", namespace), _one("unpin", token_ids)
         )
 
     def hint(
@@ -215,7 +215,7 @@ class PrefixCalls:
         """
         if what not in ("retain", "drop"):
             raise ValueError(f"hint: wanted 'retain' or 'drop', got {what!r}")
-        ids, space = _one("hint", session, "session"), _namespace("hint", namespace)
+        ids, space = _one("hint", session, "session"), namespace_key("hint", namespace)
         self._native.call(self._pool.hint, space, ids, what == "retain")
 
     def evict(self, num_bytes: int | None = None) -> int:
@@ -260,7 +260,12 @@ class PrefixCalls:
         return kv_events.of_native(record, self.spec.block_tokens or 1, medium)
 
 
-def _namespace(call: str, name: Any) -> str:
+def namespace_key(call: str, name: Any) -> str:
+    """The compiled index's name of a namespace.
+
+    Raises:
+        ValueError: neither a str nor None.
+    """
     if name is None:
         return ""
     if not isinstance(name, str):

@@ -145,6 +145,9 @@ class Arena {
   void DropCached(const std::vector<std::int32_t>& blocks) {
     for (const std::int32_t block : blocks) pool_.DropCached(block);
   }
+  // Blocks with one reference each that no slot maps. The caller fills them through the window; then they become
+  // cached, and in any case it drops its references. All or nothing.
+  Status Claim(std::int64_t count, std::vector<std::int32_t>* blocks);
   // Keeps cached blocks that no slot maps while a claim goes on, and no longer.
   void Hold(const std::vector<std::int32_t>& blocks) {
     for (const std::int32_t block : blocks) pool_.AddReference(block);

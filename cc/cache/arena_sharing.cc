@@ -122,27 +122,33 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
   return missing;
 }
 
+Status Arena::Claim(std::int64_t count, std::vector<std::int32_t>* blocks) {
+  std::vector<std::int32_t> cold;
+  if (!pool_.Claim(count, -1, blocks, &cold)) {
+    return ResourceExhausted(std::to_string(count) + " blocks wanted, " + std::to_string(pool_.num_free()) + " free",
+                             Reason::kOutOfBlocks);
+  }
+  std::sort(cold.begin(), cold.end());
+  if (Status status = vmm_->Create(cold.data(), static_cast<std::int64_t>(cold.size())); !status.ok()) {
+    pool_.Unclaim(*blocks, cold);
+    blocks->clear();
+    return status;
+  }
+  pool_.NotePeak();
+  return {};
+}
+
 Status Arena::SetAside(std::int64_t slot, const std::vector<std::int64_t>& missing) {
   const std::int64_t ranges = geometry_.num_ranges();
   if (missing.empty()) return {};
   const auto count = static_cast<std::int64_t>(missing.size());
-  std::vector<std::int32_t> claimed, cold;
-  if (!pool_.Claim(count * ranges, -1, &claimed, &cold)) {
-    return ResourceExhausted(
-        std::to_string(count * ranges) + " blocks wanted, " + std::to_string(pool_.num_free()) + " free",
-        Reason::kOutOfBlocks);
-  }
-  std::sort(cold.begin(), cold.end());
-  if (Status status = vmm_->Create(cold.data(), static_cast<std::int64_t>(cold.size())); !status.ok()) {
-    pool_.Unclaim(claimed, cold);
-    return status;
-  }
+  std::vector<std::int32_t> claimed;
+  KVPAGE_RETURN_IF_ERROR(Claim(count * ranges, &claimed));
   Borrower& borrower = borrowers_[static_cast<std::int32_t>(slot)];
   for (std::int64_t i = 0; i < count; ++i) {
     borrower.set_aside[missing[i]].assign(claimed.begin() + i * ranges, claimed.begin() + (i + 1) * ranges);
   }
   num_set_aside_ += count * ranges;
-  pool_.NotePeak();
   return {};
 }
 

@@ -25,6 +25,7 @@
 #include "cache/parts.h"
 #include "cache/prefix.h"
 #include "cache/prefix_ops.h"
+#include "cache/prefix_store.h"
 #include "cache/program_ops.h"
 #include "cache/sharing.h"
 #include "cache/views.h"
@@ -79,6 +80,14 @@ class Pool {
   }
   Status Evict(std::int64_t blocks, std::int64_t* freed) { return prefix::Evict(parts_, blocks, freed); }
   Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
+  // These wait for the store, and hold no lock meanwhile.
+  Status SavePrefixes(store::BlockStore* store, const prefix::SaveRequest& request, const GoOn& go_on,
+                      prefix::Saved* out) {
+    return prefix::Save(parts_, store, request, go_on, out);
+  }
+  Status LoadPrefixes(store::BlockStore* store, const GoOn& go_on, prefix::Loaded* out) {
+    return prefix::Load(parts_, store, go_on, out);
+  }
   Claim Truncate(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens) {
     return sharing::Truncate(parts_, slots, tokens);
   }

@@ -100,6 +100,11 @@ void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_
   impl_->sequences.Store(slot, impl_->roots[space], tokens, count, map, own_from, referenced);
 }
 
+void PrefixIndex::Add(std::int32_t space, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
+                      const std::int32_t* blocks) {
+  impl_->sequences.Add(impl_->roots[space], tokens, first_block, count, blocks);
+}
+
 bool PrefixIndex::Owns(std::int32_t slot, std::int64_t block) const { return impl_->sequences.Owns(slot, block); }
 
 std::int64_t PrefixIndex::Tokens(std::int32_t slot) const { return impl_->sequences.Tokens(slot); }

@@ -74,6 +74,11 @@ class PrefixIndex {
   void Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
              const std::int32_t* map, std::vector<std::int32_t>* referenced,
              std::int64_t own_from = std::numeric_limits<std::int64_t>::max());
+  // Blocks that no slot maps hold the tokens of `count` logical blocks from `first_block` on ([count, ranges]), whole
+  // ones. The sequence has entries before them, and none there. As for Store, the index refers to the blocks from now
+  // on.
+  void Add(std::int32_t space, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
+           const std::int32_t* blocks);
   // Whether an entry for this logical block is the slot's.
   bool Owns(std::int32_t slot, std::int64_t block) const;
   // Tokens of a slot as the index has them; 0: it has no sequence. Fewer than were stored when entries that they go

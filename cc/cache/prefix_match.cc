@@ -1,16 +1,12 @@
 #include "cache/prefix_match.h"
 
 namespace kvpage::prefix {
-namespace {
 
-// Whether entries of this owner, or of none, are written up to a token.
 bool Written(const PoolParts& pool, const StateLock& state, std::int32_t owner, std::int64_t tokens) {
   if (owner < 0 || pool.table->host(state, owner).state == SlotState::kFree) return true;
   // What programs on a device have written is not known before their slot is released.
   return pool.mirror == nullptr && pool.table->progress(state).WrittenInAllLayers(owner) >= tokens;
 }
-
-}  // namespace
 
 Hit FindHit(const PoolParts& pool, const MappingLock& mapping, std::int32_t space, const std::int32_t* ids,
             std::int64_t limit) {

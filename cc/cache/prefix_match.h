@@ -19,6 +19,9 @@ struct Hit {
   std::int32_t leader = -1;          // the request that this one waits for
 };
 
+// Whether entries of this owner, or of none, are written up to a token.
+bool Written(const PoolParts& pool, const StateLock& state, std::int32_t owner, std::int64_t tokens);
+
 // The longest prefix of the first `limit` ids whose keys and values are there (kAlias), or will be when a program that
 // is queued now runs (kFork). The index must be up to date (Supply::SyncIndex).
 Hit FindHit(const PoolParts& pool, const MappingLock& mapping, std::int32_t space, const std::int32_t* ids,

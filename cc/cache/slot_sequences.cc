@@ -133,6 +133,20 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
   sequence.tokens = count;
 }
 
+void SlotSequences::Add(std::int32_t root, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
+                        const std::int32_t* blocks) {
+  const std::int64_t block_tokens = tree_.block_tokens();
+  path_.clear();
+  tree_.Walk(root, tokens, first_block * block_tokens, &path_);
+  std::int32_t at = path_.empty() ? root : path_.back();
+  for (std::int64_t i = 0; i < count; ++i) {
+    order_.Leave(at);
+    at = tree_.Add(at, tokens + (first_block + i) * block_tokens, block_tokens, blocks + i * tree_.ranges());
+    order_.policy().Stored(at);
+  }
+  order_.Update(at);
+}
+
 void SlotSequences::Shorten(std::int32_t id, std::int64_t tokens, std::vector<std::int32_t>* dropped) {
   while (!tree_.entry(id).children.empty()) Remove(tree_.entry(id).children.back(), dropped);
   order_.Leave(id);

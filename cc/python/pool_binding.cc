@@ -20,6 +20,7 @@
 
 #include "python/decision_binding.h"
 #include "python/pool_reference.h"
+#include "python/store_binding.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -143,6 +144,7 @@ void BindPool(nb::module_& m) {
   BindResults(m);
   nb::class_<PoolReference> pool(m, "Pool");
   BindDecisions(m, pool);
+  BindStore(m, pool);
   pool.def(
           "__init__",
           [](PoolReference* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,

@@ -1,0 +1,34 @@
+// Helpers that saving (prefix_save.cc) and loading (prefix_load.cc) have in common.
+#ifndef KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
+#define KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
+
+#include <string>
+
+#include "cache/parts.h"
+
+namespace kvpage::prefix {
+
+// How long a wait for the store lasts before its caller is asked whether to go on.
+constexpr double kStoreWaitSeconds = 0.1;
+
+inline Status Interrupted(const char* op) {
+  return FailedPrecondition(std::string(op) + ": interrupted while it waited for the store");
+}
+
+inline Status CheckPlatform(const PoolParts& pool, const char* op) {
+  if (pool.mirror == nullptr) return {};
+  return {Code::kUnimplemented, std::string(op) + ": pools on CPU only"};
+}
+
+// The index, up to date, and blocks at their numbers in the window.
+inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping, const char* op, PrefixIndex** index) {
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), op));
+  KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).OpenWindow());
+  *index = &pool.supply->OpenIndex(mapping);
+  pool.supply->SyncIndex(mapping);
+  return {};
+}
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_STORE_PARTS_H_

@@ -1,0 +1,152 @@
+#include "python/store_binding.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "store/block_store.h"
+#include "store/inspect.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpage {
+namespace {
+
+using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A store whose calls wait without the GIL.
+class Store {
+ public:
+  Store(const std::string& path, std::int64_t limit_bytes, std::string fingerprint) {
+    const GilRelease release;
+    store::StoreOptions options;
+    options.limit_bytes = limit_bytes;
+    options.fingerprint = std::move(fingerprint);
+    Raise(store::BlockStore::Open(path, std::move(options), &store_));
+  }
+  ~Store() {
+    const GilRelease release;
+    store_.reset();
+  }
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+
+  store::BlockStore* get() const { return store_.get(); }
+  void Close() {
+    const GilRelease release;
+    store_->Close();
+  }
+  void Refresh() {
+    const GilRelease release;
+    Raise(store_->Refresh());
+  }
+  store::StoreNumbers Numbers() {
+    const GilRelease release;
+    Raise(store_->Check("stats"));
+    return store_->Numbers();
+  }
+
+ private:
+  std::unique_ptr<store::BlockStore> store_;
+};
+
+// Counts by the name of the problem, those that are not 0.
+nb::dict ByProblem(const std::vector<std::int64_t>& counts) {
+  nb::dict result;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] != 0) result[Name(static_cast<store::Problem>(i))] = counts[i];
+  }
+  return result;
+}
+
+prefix::Saved SavePrefixes(const PoolReference& self, Store& store, const std::string& space,
+                           const std::vector<Ids>& ids, bool all) {
+  prefix::SaveRequest request{all, space, {}};
+  for (const Ids& each : ids) request.ids.emplace_back(each.data(), each.data() + each.size());
+  prefix::Saved saved;
+  WaitOn(self, "save_prefixes", [&](const PoolPtr& pool, const GoOn& go_on) {
+    return pool->SavePrefixes(store.get(), request, go_on, &saved);
+  });
+  return saved;
+}
+
+prefix::Loaded LoadPrefixes(const PoolReference& self, Store& store) {
+  prefix::Loaded loaded;
+  WaitOn(self, "load_prefixes",
+         [&](const PoolPtr& pool, const GoOn& go_on) { return pool->LoadPrefixes(store.get(), go_on, &loaded); });
+  return loaded;
+}
+
+std::vector<store::FileReport> ListFiles(const std::string& path, bool verify) {
+  const GilRelease release;
+  std::vector<store::FileReport> reports;
+  Raise(store::ListFiles(path, verify, &reports));
+  return reports;
+}
+
+std::vector<std::string> Prune(const std::string& path, std::int64_t limit_bytes, double used_before) {
+  const GilRelease release;
+  std::vector<std::string> removed;
+  Raise(store::Prune(path, limit_bytes, used_before, &removed));
+  return removed;
+}
+
+void BindInspection(nb::module_& m) {
+  using store::FileReport;
+  nb::class_<FileReport>(m, "StoreFile")
+      .def_ro("name", &FileReport::name)
+      .def_ro("bytes", &FileReport::bytes)
+      .def_ro("used", &FileReport::used)
+      .def_prop_ro("problem", [](const FileReport& r) { return std::string(Name(r.problem)); })
+      .def_prop_ro("layout", [](const FileReport& r) { return r.header.identity.shape.layout; })
+      .def_prop_ro("fingerprint", [](const FileReport& r) { return r.header.identity.fingerprint; })
+      .def_prop_ro("space", [](const FileReport& r) { return r.header.identity.space; })
+      .def_prop_ro("block_tokens", [](const FileReport& r) { return r.header.identity.shape.block_tokens; })
+      .def_prop_ro("first_block", [](const FileReport& r) { return r.header.first_block; })
+      .def_prop_ro("tokens", [](const FileReport& r) { return r.header.tokens; });
+  m.def("store_files", &ListFiles, "path"_a, "verify"_a);
+  m.def("store_prune", &Prune, "path"_a, "limit_bytes"_a, "used_before"_a);
+}
+
+}  // namespace
+
+void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
+  using Numbers = store::StoreNumbers;
+  nb::class_<Numbers>(m, "StoreNumbers")
+      .def_ro("files", &Numbers::files)
+      .def_ro("bytes", &Numbers::bytes)
+      .def_ro("limit_bytes", &Numbers::limit_bytes)
+      .def_ro("bytes_written", &Numbers::bytes_written)
+      .def_ro("bytes_read", &Numbers::bytes_read)
+      .def_ro("failed_writes", &Numbers::failed_writes)
+      .def_ro("files_evicted", &Numbers::files_evicted)
+      .def_ro("bytes_evicted", &Numbers::bytes_evicted)
+      .def_prop_ro("refused", [](const Numbers& n) { return ByProblem(n.refused); })
+      .def_prop_ro("missed", [](const Numbers& n) { return ByProblem(n.missed); })
+      .def_ro("last_error", &Numbers::last_error);
+  nb::class_<Store>(m, "Store")
+      .def(nb::init<const std::string&, std::int64_t, std::string>(), "path"_a, "limit_bytes"_a, "fingerprint"_a)
+      .def("close", &Store::Close)
+      .def("refresh", &Store::Refresh)
+      .def("numbers", &Store::Numbers);
+  nb::class_<prefix::Saved>(m, "Saved")
+      .def_ro("tokens", &prefix::Saved::tokens)
+      .def_ro("written", &prefix::Saved::written);
+  nb::class_<prefix::Loaded>(m, "Loaded")
+      .def_ro("tokens", &prefix::Loaded::tokens)
+      .def_ro("present", &prefix::Loaded::present)
+      .def_ro("no_room", &prefix::Loaded::no_room)
+      .def_ro("lost", &prefix::Loaded::lost);
+  BindInspection(m);
+  pool.def("save_prefixes", &SavePrefixes, "store"_a, "space"_a, "ids"_a, "all"_a)
+      .def("load_prefixes", &LoadPrefixes, "store"_a);
+}
+
+}  // namespace kvpage

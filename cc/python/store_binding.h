@@ -1,0 +1,15 @@
+// The store of blocks as a Python object, and a pool's calls that use one.
+#ifndef KVPAGE_PYTHON_STORE_BINDING_H_
+#define KVPAGE_PYTHON_STORE_BINDING_H_
+
+#include <nanobind/nanobind.h>
+
+#include "python/pool_reference.h"
+
+namespace kvpage {
+
+void BindStore(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_PYTHON_STORE_BINDING_H_

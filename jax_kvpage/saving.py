@@ -1,0 +1,139 @@
+"""Host calls that move prefixes between a pool and a store."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_kvpage._arrays import token_ids_of
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage.prefix import namespace_key
+from jax_kvpage.store import BlockStore
+
+__all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls"]
+
+
+class SavedPrefixes(NamedTuple):
+    """What `save_prefixes` did.
+
+    Attributes:
+        tokens: tokens that the store has now of what was to be saved. What two sequences have in
+            common counts once.
+        written: those of them that it did not have before.
+    """
+
+    tokens: int
+    written: int
+
+
+class LoadedPrefixes(NamedTuple):
+    """What `load_prefixes` did, in tokens.
+
+    Attributes:
+        tokens: loaded: `acquire_prefix` finds them from now on.
+        present: in the pool's memory already. Of what two files hold one counts here.
+        no_room: not loaded, because no blocks were free.
+        lost: not loaded, because a file was damaged or gone, or what comes before is not there.
+    """
+
+    tokens: int
+    present: int
+    no_room: int
+    lost: int
+
+
+class SavingCalls:
+    """The part of `KVPool` that saves and loads prefixes."""
+
+    _native: NativePool
+    _pool: Any
+
+    def save_prefixes(
+        self,
+        store: BlockStore | str | os.PathLike[str],
+        token_ids: Any = None,
+        namespace: str | None = None,
+        *,
+        fingerprint: str | None = None,
+    ) -> SavedPrefixes:
+        """Writes prefixes that are in memory to a store, for other pools and processes.
+
+        Whole blocks are saved, of tokens that were committed and whose keys and values programs
+        have written: `pool.check(cache)` waits for those in flight. Blocks that are stored already
+        are not written again. Other threads may use the pool meanwhile. On CPU only.
+
+        Args:
+            store: an open store; or the path of a directory, which gets no limit.
+            token_ids: ids of one sequence, or a list of several: the part of them that is in
+                memory is saved. None: all that `acquire_prefix` could find, in all namespaces.
+            namespace: that of the sequences, as for `acquire_prefix`.
+            fingerprint: with a path, that of `BlockStore`.
+
+        Returns:
+            How many tokens are stored now, and how many of them were written.
+
+        Raises:
+            ValueError: ids that int32 cannot hold, a namespace without token_ids, a fingerprint
+                beside an open store.
+            OutOfBlocks: the disk, or the store with its limit, is full.
+            KVPageError: a write failed otherwise, or the pool lives on a GPU.
+            DeviceFault: an earlier program failed on the device.
+            PoolClosed: the pool or the store is closed.
+        """
+        space = namespace_key("save_prefixes", namespace)
+        ids: list[np.ndarray] = []
+        if token_ids is not None:
+            ids, _ = token_ids_of("save_prefixes: token_ids", token_ids)
+        elif namespace is not None:
+            raise ValueError("save_prefixes: namespace: give the token_ids that it is for as well")
+        with _opened("save_prefixes", store, fingerprint) as opened:
+            saved = self._native.call(
+                self._pool.save_prefixes, opened, space, ids, token_ids is None
+            )
+        return SavedPrefixes(saved.tokens, saved.written)
+
+    def load_prefixes(
+        self,
+        store: BlockStore | str | os.PathLike[str],
+        *,
+        fingerprint: str | None = None,
+    ) -> LoadedPrefixes:
+        """Reads all prefixes that a store has for this pool, so that `acquire_prefix` finds them.
+
+        Files of a cache with other layers, heads, storage type, layout or block size are left
+        alone, as are those with another fingerprint. Free blocks are filled; nothing is evicted
+        for what is loaded, which may be evicted later as anything cached. Other threads may use
+        the pool meanwhile. On CPU only.
+
+        Args:
+            store: an open store, or the path of a directory.
+            fingerprint: with a path, that of `BlockStore`.
+
+        Returns:
+            How many tokens were loaded, and how many were not and why.
+
+        Raises:
+            ValueError: a fingerprint beside an open store.
+            KVPageError: the directory cannot be read, or the pool lives on a GPU.
+            DeviceFault: an earlier program failed on the device.
+            PoolClosed: the pool or the store is closed.
+        """
+        with _opened("load_prefixes", store, fingerprint) as opened:
+            loaded = self._native.call(self._pool.load_prefixes, opened)
+        return LoadedPrefixes(loaded.tokens, loaded.present, loaded.no_room, loaded.lost)
+
+
+@contextmanager
+def _opened(call: str, store: Any, fingerprint: str | None) -> Iterator[Any]:
+    """The compiled store; one that was given as a path is closed at the end."""
+    if isinstance(store, BlockStore):
+        if fingerprint is not None:
+            raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")
+        yield store.native
+        return
+    if not isinstance(store, (str, os.PathLike)):
+        raise ValueError(f"{call}: store: wanted a BlockStore or a path, got {store!r}")
+    with BlockStore(store, None, "" if fingerprint is None else fingerprint) as opened:
+        yield opened.native
