@@ -96,6 +96,24 @@ def test_refusals_reach_the_task(expected) -> None:
     _serve(task)
 
 
+def test_inspect_runs_between_steps() -> None:
+    async def task(engine: AsyncEngine) -> None:
+        outputs = engine.stream(_PROMPTS[0], SamplingParams(max_tokens=100))
+        await anext(outputs)
+        stats, memory = await engine.inspect(lambda each: (each.stats, each.memory()))
+        assert (stats.running, stats.waiting) == (1, 0)
+        assert [each.num_tokens >= len(_PROMPTS[0]) for each in memory] == [True]
+        with pytest.raises(ZeroDivisionError):
+            await engine.inspect(lambda each: 1 // 0)
+        await outputs.aclose()
+        assert (await engine.inspect(lambda each: each.stats)).running == 0
+        await engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await engine.inspect(lambda each: each.stats)
+
+    _serve(task)
+
+
 def test_a_cancelled_task_cancels_its_request() -> None:
     async def task(engine: AsyncEngine) -> None:
         long = SamplingParams(max_tokens=100)

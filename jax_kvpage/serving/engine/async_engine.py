@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from jax_kvpage.errors import PoolClosed
 from jax_kvpage.serving.beams import Params
@@ -19,6 +19,8 @@ from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 
 __all__ = ["AsyncEngine"]
+
+_T = TypeVar("_T")
 
 _MOST_FAILURES = 8  # steps in a row that raise, until the engine stops
 
@@ -102,6 +104,43 @@ class AsyncEngine:
         finally:
             if not reader.finished:
                 self._cancel(reader)
+
+    async def inspect(self, read: Callable[[Engine], _T]) -> _T:
+        """Calls a function with the engine, in its thread and between two steps.
+
+        For counters and for the memory of running sequences. The function must be short, because no
+        step runs meanwhile, and must not add, cancel or step.
+
+        Args:
+            read: what to call.
+
+        Returns:
+            Its result; what it raises is raised.
+
+        Raises:
+            RuntimeError: the engine is closed, or has stopped for an error.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = loop.create_future()
+
+        def settle(value: _T | None, error: Exception | None) -> None:
+            if answer.done():  # cancelled
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(cast(_T, value))
+
+        def job() -> None:
+            try:
+                value = read(self._engine)
+            except Exception as error:
+                _call(loop, settle, None, error)
+            else:
+                _call(loop, settle, value, None)
+
+        self._submit(job)
+        return await answer
 
     async def close(self) -> None:
         """Ends all requests ("cancelled"), gives their memory back and ends the thread.
