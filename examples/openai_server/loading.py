@@ -1,0 +1,117 @@
+"""A checkpoint becomes an engine and what the server must know of its model."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from llama.arguments import BUNDLED, InputError
+from llama.checkpoint import CheckpointError, load_model
+from llama.config import ConfigError, load_config
+from llama.run import input_errors
+from llama.serving import model_step
+from llama.tokenizer import Tokenizer, TokenizerError
+
+import jax_kvpage
+from jax_kvpage.serving import Engine, EngineConfig
+
+from .model import ServedModel
+
+__all__ = ["Loaded", "Options", "load"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes of an engine.
+
+    Attributes:
+      max_num_seqs: Sequences at one time.
+      max_num_batched_tokens: Tokens in a step at most.
+      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
+      capacity: Physical memory of the pool; None for half of what all slots could take.
+      block_tokens: Tokens in a block; None for a choice.
+      buckets: Shapes of steps; None for a choice.
+      max_logprobs: Of a token.
+      num_speculative_tokens: To guess by prompt lookup.
+      prefix_caching: Whether prompts start with what is in memory of their tokens.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 128
+    max_seq_len: int | None = None
+    capacity: str | None = None
+    block_tokens: int | None = None
+    buckets: tuple[tuple[int, int], ...] | None = None
+    max_logprobs: int = 20
+    num_speculative_tokens: int = 0
+    prefix_caching: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What `load` yields.
+
+    Attributes:
+      engine: Not warmed up.
+      pool: Its memory.
+      model: For the server.
+    """
+
+    engine: Engine
+    pool: jax_kvpage.KVPool
+    model: ServedModel
+
+
+@contextlib.contextmanager
+def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) -> Iterator[Loaded]:
+    """Loads a checkpoint; closes the engine and the pool at the end.
+
+    Args:
+      checkpoint: A Hugging Face model directory.
+      options: Sizes.
+      name: For requests; the directory's by default.
+
+    Raises:
+      InputError: The checkpoint or the sizes cannot be served.
+    """
+    try:
+        config = load_config(checkpoint)
+        tokenizer = Tokenizer(checkpoint, config.vocab_size)
+        template = ServedModel.find_template(checkpoint)
+        model = load_model(checkpoint, dtype=jnp.float32)
+    except (ConfigError, CheckpointError, TokenizerError) as error:
+        raise InputError(str(error)) from error
+    with input_errors():
+        max_seq_len = options.max_seq_len or config.max_position_embeddings
+        spec = jax_kvpage.CacheSpec(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            options.max_num_seqs,
+            max_seq_len,
+            dtype=jnp.float32,
+            block_tokens=options.block_tokens or (16 if checkpoint == BUNDLED else None),
+        )
+        half = options.max_num_seqs * max_seq_len * spec.token_bytes // 2
+        capacity = options.capacity or str(half)
+        pool = jax_kvpage.KVPool(spec, int(capacity) if capacity.isdecimal() else capacity)
+    engine_config = EngineConfig(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
+        buckets=options.buckets,
+        eos_token_ids=tuple(config.eos_token_ids),
+        max_logprobs=options.max_logprobs,
+        num_speculative_tokens=options.num_speculative_tokens,
+        prefix_caching=options.prefix_caching,
+    )
+    step, weights = model_step(model)
+    served = ServedModel(
+        name=name or checkpoint.resolve().name,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        max_seq_len=max_seq_len,
+        template=template,
+    )
+    with pool, Engine(step, weights, pool, engine_config, detokenize=tokenizer.decode) as engine:
+        yield Loaded(engine, pool, served)

@@ -1,0 +1,132 @@
+"""The server's life: uvicorn in an event loop, from the first request to a graceful end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from jax_kvpage.serving import AsyncEngine
+
+from .app import make_app
+from .loading import Loaded
+from .service import Limits, Service
+
+__all__ = ["Started", "bind", "run"]
+
+_GRACE = 5.0  # seconds for the answers that tell clients of the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A server that runs.
+
+    Attributes:
+      port: Where it listens.
+      service: Runs the requests, in the server's event loop.
+      stop: Ends the server; any thread may call it.
+    """
+
+    port: int
+    service: Service
+    stop: Callable[[], None]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which does not listen yet.
+
+    Args:
+      host: Name or number.
+      port: 0 for any.
+
+    Raises:
+      OSError: There is no such address, or another process has the port.
+    """
+    (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def run(
+    loaded: Loaded,
+    limits: Limits,
+    listener: socket.socket,
+    *,
+    api_key: str | None = None,
+    shutdown_seconds: float = 30.0,
+    on_start: Callable[[Started], None],
+) -> None:
+    """Serves until SIGTERM, SIGINT or a call of `Started.stop`.
+
+    Then new requests are refused; those that run have `shutdown_seconds` to finish and are ended
+    after that. A second signal ends them at once.
+
+    Args:
+      loaded: A model, warmed up.
+      limits: For clients.
+      listener: From `bind`.
+      api_key: For clients of `/v1`.
+      shutdown_seconds: For requests that run at the end.
+      on_start: Called when it listens.
+    """
+    async with AsyncEngine(loaded.engine) as engine:
+        service = Service(engine, loaded.pool, loaded.model, limits)
+        config = uvicorn.Config(
+            make_app(service, api_key),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            # Beyond this many connections uvicorn answers 503 itself.
+            limit_concurrency=2 * limits.max_requests + 64,
+            timeout_graceful_shutdown=int(shutdown_seconds + _GRACE) + 1,
+        )
+        server = _Server(config)
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if server.should_exit:
+                service.end()
+                return
+            service.stop()
+            server.should_exit = True
+            loop.call_later(shutdown_seconds, service.end)
+
+        port = listener.getsockname()[1]
+        server.on_start = lambda: on_start(Started(port, service, lambda: _call(loop, stop)))
+        with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop)
+        await server.serve([listener])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `run`: uvicorn would end the process by the signal, not with status 0."""
+
+    on_start: Callable[[], None]
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Changes no signal handlers."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says so."""
+        await super().startup(sockets)
+        self.on_start()
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(function)

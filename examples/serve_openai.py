@@ -1,0 +1,152 @@
+"""Serves a model to OpenAI's clients, on `jax_kvpage.serving.AsyncEngine`.
+
+    python examples/serve_openai.py                                 # small model, port 8000
+    python examples/serve_openai.py --checkpoint DIR --port 8080 --api-key SECRET
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"model": "tiny_llama", "prompt": "A class is", "max_tokens": 32}'
+
+It has /v1/completions, /v1/chat/completions (for checkpoints with a chat template), /v1/models,
+/health and /metrics (Prometheus, vLLM's names). DIR is a model as for decode_llama.py. It needs
+`pip install '.[serve]'`.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from llama.arguments import BUNDLED, InputError
+
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 2 for a mistake in the input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except (InputError, OSError) as error:
+        print(f"serve_openai.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the server has started
+        print("serve_openai.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be 0 or more seconds, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "serve_openai.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    what = "Hugging Face model directory (default: the small model of this repository)"
+    add("--checkpoint", type=pathlib.Path, default=BUNDLED, metavar="DIR", help=what)
+    what = "the model's name in requests (default: the directory's)"
+    add("--served-model-name", metavar="NAME", help=what)
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: %(default)s)")
+    add("--port", type=_port, default=8000, metavar="N", help="0 for any (default: %(default)s)")
+    what = "that /v1 requires as a bearer token (default: $JAX_KVPAGE_API_KEY, or none)"
+    add("--api-key", default=os.environ.get("JAX_KVPAGE_API_KEY"), metavar="KEY", help=what)
+    what = "sequences at one time (default: %(default)s)"
+    add("--max-num-seqs", type=_positive, default=16, metavar="N", help=what)
+    what = "tokens in a step at most (default: %(default)s)"
+    add("--max-num-batched-tokens", type=_positive, default=128, metavar="N", help=what)
+    what = "most tokens of a sequence (default: the model's max_position_embeddings)"
+    add("--max-seq-len", type=_positive, metavar="N", help=what)
+    what = "physical memory of the pool (default: half of what all slots could take)"
+    add("--capacity", metavar="SIZE", help=what)
+    what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
+    add("--block-tokens", type=_positive, metavar="N", help=what)
+    what = "tokens to guess by prompt lookup and verify in a step (default: none)"
+    add("--num-speculative-tokens", type=_positive, default=0, metavar="N", help=what)
+    add("--no-prefix-caching", action="store_true", help="compute every prompt")
+    what = "requests that run or wait; further ones are answered 429 (default: %(default)s)"
+    add("--max-requests", type=_positive, default=256, metavar="N", help=what)
+    what = "most logprobs of a token (default: %(default)s)"
+    add("--max-logprobs", type=_positive, default=20, metavar="N", help=what)
+    what = "of a request's body (default: %(default)s)"
+    add("--max-body-bytes", type=_positive, default=4 << 20, metavar="N", help=what)
+    what = "of a request, in seconds (default: %(default)g)"
+    add("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help=what)
+    what = "for running requests at SIGTERM, in seconds (default: %(default)g)"
+    add("--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help=what)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"needs {', '.join(missing)}: pip install 'jax_kvpage[serve]'")
+    if args.api_key is not None and not (args.api_key and args.api_key.isascii()):
+        raise InputError("--api-key: wanted ASCII characters, one or more")
+    from openai_server.loading import Options, load
+    from openai_server.running import Started, bind, run
+    from openai_server.service import Limits
+
+    options = Options(
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_seq_len=args.max_seq_len,
+        capacity=args.capacity,
+        block_tokens=args.block_tokens,
+        max_logprobs=args.max_logprobs,
+        num_speculative_tokens=args.num_speculative_tokens,
+        prefix_caching=not args.no_prefix_caching,
+    )
+    limits = Limits(
+        max_body_bytes=args.max_body_bytes,
+        max_requests=args.max_requests,
+        max_logprobs=args.max_logprobs,
+        seconds=args.timeout,
+    )
+
+    def started(server: Started) -> None:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"serving {loaded.model.name} at http://{host}:{server.port}", flush=True)
+
+    try:
+        listener = bind(args.host, args.port)
+    except OSError as error:
+        raise InputError(f"{args.host}, port {args.port}: {error.strerror}") from error
+    with listener, load(args.checkpoint, options, args.served_model_name) as loaded:
+        loaded.engine.warm_up()
+        asyncio.run(
+            run(
+                loaded,
+                limits,
+                listener,
+                api_key=args.api_key,
+                shutdown_seconds=args.shutdown_timeout,
+                on_start=started,
+            )
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
