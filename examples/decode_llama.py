@@ -7,13 +7,12 @@
     python examples/decode_llama.py --prompt "The module" --turn "If it" --turn "In this case"
     python examples/decode_llama.py --checkpoint DIR --prompt "Once upon a time" --scan 16
 
-DIR is a directory with a Hugging Face model of the Llama architecture: config.json, safetensors,
+DIR is a directory with a Hugging Face model of Llama's shape: config.json, safetensors,
 tokenizer.json. `hf download ORG/NAME --local-dir DIR` (pip install huggingface_hub) makes one from
-a model of the Hub. Supported are model_type "llama", weights in float32, bfloat16 or float16, RoPE
-of the kinds default, linear and llama3, grouped-query heads, tied embeddings, and biases of the
-attention and MLP projections. Everything else is refused before the weights are read: other
-architectures, quantized weights, yarn, dynamic, longrope and partial RoPE, a sliding window, and
-other additional weights, such as those of q and k norms or of a bias of the output layer.
+a model of the Hub. Supported are Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3 and SmolLM3, with
+weights in float32, bfloat16 or float16, and RoPE default, linear, dynamic, yarn or llama3.
+Everything else is refused before the weights are read: other architectures, quantized weights,
+longrope and partial RoPE, and additional weights, such as a bias of the output layer.
 """
 
 import contextlib

@@ -90,7 +90,7 @@ def test_linear_rope_scaling_divides_all_frequencies() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, r"model_type is 'mistral'.*Llama architecture only"),
+        ({"model_type": "gemma3_text"}, r"model_type is 'gemma3_text'.*Llama's shape: llama"),
         ({"model_type": None}, r"model_type is None"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized weights \(gptq\)"),
@@ -102,7 +102,7 @@ def test_linear_rope_scaling_divides_all_frequencies() -> None:
         ({"rms_norm_eps": "tiny"}, r"rms_norm_eps is 'tiny', expected a positive number"),
         ({"torch_dtype": "int8"}, r"dtype is 'int8', expected one of float32, bfloat16, float16"),
         ({"rope_scaling": "llama3"}, r"rope_scaling is 'llama3', expected an object"),
-        ({"rope_scaling": {"type": "yarn"}}, r"'yarn' is not supported.*'llama3'"),
+        ({"rope_scaling": {"type": "longrope"}}, r"'longrope' is not supported.*'llama3'"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, r"lacks low_freq_factor, high_freq"),
         (
             {"rope_scaling": {"type": "llama3", **_LLAMA3, "high_freq_factor": 1.0}},

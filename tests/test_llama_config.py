@@ -117,8 +117,15 @@ def test_quantized_weights(given: object) -> None:
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope scaling 'yarn' is not supported"),
-        ({"rope_type": "dynamic", "factor": 4.0}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_type": "longrope", "factor": 4.0}, "rope scaling 'longrope' is not supported"),
+        ({"rope_type": "yarn"}, "rope scaling 'yarn' lacks factor"),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": "1"}, "mscale is '1', expected a positive"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": 1}, "truncate is 1, expected true or"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}, "beta_fast 0.5 must not be below"),
+        ({"rope_type": "yarn", "factor": 4.0, "alpha": 2}, "rope setting alpha = 2"),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}, "rope_theta is 1.0; yarn needs"),
+        ({"rope_type": "dynamic"}, "rope scaling 'dynamic' lacks factor"),
+        ({"rope_type": "dynamic", "factor": 2.0, "alpha": 8}, "rope setting alpha = 8"),
         ({"rope_type": ["linear"]}, "rope scaling ['linear'] is not supported"),
         ({"type": "linear", "rope_type": "llama3"}, "rope_type is 'llama3', but type is 'linear'"),
         ({"type": "linear"}, "rope scaling 'linear' lacks factor"),
@@ -185,6 +192,76 @@ def test_two_spellings_must_agree() -> None:
 )
 def test_settings_of_other_architectures(changes: dict[str, Any], name: str) -> None:
     assert _refusal(_BASE | changes).startswith(f"{name} is ")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+        {"model_type": "phi3"},
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+        {"model_type": "qwen2_moe"},
+        {"model_type": ["llama"]},
+        {"model_type": None, "architectures": ["PhiForCausalLM"]},
+        {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "llama", "architectures": ["MistralForCausalLM"]},
+        {"model_type": None, "architectures": []},
+    ],
+)
+def test_models_of_another_shape(other: dict[str, Any]) -> None:
+    message = _refusal(_BASE | other)
+    named = "model_type" if other["model_type"] not in (None, "llama") else "architectures"
+    assert message.startswith(f"{named} is {other[named]!r}; ")
+    for served in ("llama (Llama, SmolLM2)", "mistral", "qwen2", "qwen3", "smollm3"):
+        assert served in message
+
+
+def test_a_family_is_found_by_its_class() -> None:
+    for name in ("LlamaForCausalLM", "LLaMAForCausalLM"):
+        named = {"model_type": None, "architectures": [name]}
+        assert parse_config(_BASE | named) == parse_config(_BASE)
+    assert "architectures is 'Llama'" in _refusal(_BASE | {"architectures": "Llama"})
+
+
+_SLIDING = "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama", "layer_types": [_SLIDING] * 2}, "layer_types is ['sliding_"),
+        ({"model_type": "llama", "no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]; only"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True; in the"),
+        ({"model_type": "mistral", "use_sliding_window": False}, "use_sliding_window is False"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types is"),
+        ({"model_type": "qwen2", "attention_bias": False}, "attention_bias is False; in the"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is True"),
+        ({"model_type": "qwen2", "layer_types": [_SLIDING] * 2}, "layer_types names 'sliding_"),
+        ({"model_type": "qwen2", "layer_types": [_SLIDING]}, "for each of 2 layers"),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 2}, "layer_types is"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers is -1, expected an integer from 0",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "a 0 or a 1 for each of 2 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "a 0 or a 1 for each"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ],
+)
+def test_settings_of_layers(changes: dict[str, Any], message: str) -> None:
+    assert message in _refusal(_BASE | {"num_key_value_heads": 2} | changes)
+
+
+def test_how_long_sequences_may_be() -> None:
+    def longest(**rope: Any) -> int:
+        return parse_config(_BASE | {"rope_scaling": rope or None}).longest_sequence
+
+    assert longest() == longest(**_LLAMA3) == 2048
+    assert longest(rope_type="linear", factor=2.0) == 4096
+    assert longest(rope_type="dynamic", factor=2.0) == 4096
+    assert longest(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024) == 4096
 
 
 def test_settings_that_change_nothing() -> None:

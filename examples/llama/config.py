@@ -1,8 +1,8 @@
-"""Reads a Hugging Face Llama `config.json`.
+"""Reads the `config.json` of a Hugging Face model of Llama's shape.
 
-Only `model_type: "llama"` is accepted: a file of another architecture may look much the same and
-still need another forward pass. Every setting that changes the forward pass is honoured, or refused
-before any weight is read. Keys that only concern training or other programs are ignored.
+Only the families of families.py are accepted: a file of another architecture may look much the same
+and still need another forward pass. Every setting that changes the forward pass is honoured, or
+refused before any weight is read. Keys that only concern training or other programs are ignored.
 """
 
 import dataclasses
@@ -10,6 +10,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from .families import (
+    FAMILIES,
+    Family,
+    family_of,
+    layer_settings,
+    layer_windows,
+    rotated_layers,
+)
 from .rope import RopeConfig, parse_rope
 from .values import ConfigError, boolean, integer, number, read_object, same, shown, token_ids
 
@@ -17,8 +25,8 @@ __all__ = ["ConfigError", "LlamaConfig", "RopeConfig", "load_config", "parse_con
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _MOST_LAYERS = 4096  # a damaged number must not build a model of millions of layers
-# Settings of other architectures, and the values at which they do not change a Llama. Some
-# conversions keep model_type "llama" and still need them.
+# Settings of other architectures, and the values at which they do not change the model. Some
+# conversions keep the model_type and still need them.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "alibi": (False,),
@@ -30,7 +38,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "logit_scale": (1,),
     "logits_scaling": (1,),
-    "no_rope_layers": ([],),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "pruned_heads": ({},),
@@ -46,7 +53,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The part of a `config.json` that the model code needs; names follow Hugging Face."""
+    """The part of a `config.json` that the model code needs; most names follow Hugging Face.
+
+    `attention_bias` is that of q, k and v. `windows` holds the sliding window of each layer (None:
+    the whole sequence), `rotated` whether each layer has a rotary embedding; empty means that all
+    layers attend to everything, and rotate.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -61,33 +73,51 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    model_type: str = "llama"
+    windows: tuple[int | None, ...] = ()
+    rotated: tuple[bool, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+
+    @property
+    def family(self) -> Family:
+        """What this model's architecture has beyond Llama's."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence may have: the trained positions, stretched by the RoPE scaling."""
+        return self.rope.longest_sequence(self.max_position_embeddings)
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer; None if it attends to the whole sequence."""
+        return self.windows[layer] if self.windows else None
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer has a rotary embedding."""
+        return self.rotated[layer] if self.rotated else True
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` of this model, with the older names that every version of transformers
         reads.
         """
-        scaling: dict[str, Any] = {}
-        if self.rope.kind != "default":
-            scaling = {"rope_type": self.rope.kind, "factor": self.rope.factor}
-        if self.rope.kind == "llama3":
-            fields = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            scaling |= {name: getattr(self.rope, name) for name in fields}
         eos: int | list[int] | None = list(self.eos_token_ids)
         if len(self.eos_token_ids) <= 1:
             eos = next(iter(self.eos_token_ids), None)
         values = dataclasses.asdict(self)
-        for name in ("rope", "eos_token_ids", "dtype"):
+        for name in ("rope", "eos_token_ids", "dtype", "windows", "rotated"):
             del values[name]
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(self.family, name) is not None:
+                del values[name]  # the architecture has no such setting
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.family.architecture],
             "hidden_act": "silu",
             **values,
+            **layer_settings(self.family, self.windows, self.rotated, self.num_hidden_layers),
             "rope_theta": self.rope.theta,
-            "rope_scaling": scaling or None,
+            "rope_scaling": self.rope.to_json() or None,
             "eos_token_id": eos,
             "torch_dtype": self.dtype,
         }
@@ -143,24 +173,30 @@ def _no_config(path: pathlib.Path) -> str:
 
 def parse_config(values: Mapping[str, Any]) -> LlamaConfig:
     """The configuration in the JSON object `values`; raises ConfigError as `load_config` does."""
+    family = family_of(values)
     _refuse_other_models(values)
+    defaults = family.defaults
     heads = integer(values, "num_attention_heads")
     hidden = integer(values, "hidden_size")
-    kv_heads = integer(values, "num_key_value_heads", heads)
+    kv_default = min(defaults.get("num_key_value_heads", heads), heads)
+    kv_heads = integer(values, "num_key_value_heads", kv_default)
     if heads % kv_heads:
         raise ConfigError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if values.get("head_dim") is None and hidden % heads:
+    head_default = defaults.get("head_dim", hidden // heads)
+    if values.get("head_dim") is None and "head_dim" not in defaults and hidden % heads:
         raise ConfigError(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} "
             "and no head_dim is given"
         )
-    head_dim = integer(values, "head_dim", hidden // heads)
+    head_dim = integer(values, "head_dim", head_default)
     if head_dim % 2:
         raise ConfigError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
-    max_positions = integer(values, "max_position_embeddings", 2048)
-    _refuse_sliding_window(values, max_positions)
+    max_positions = integer(
+        values, "max_position_embeddings", defaults.get("max_position_embeddings", 2048)
+    )
+    layers = integer(values, "num_hidden_layers", most=_MOST_LAYERS)
     vocab_size = integer(values, "vocab_size")
     bos = values.get("bos_token_id")
     if isinstance(bos, list):
@@ -171,29 +207,40 @@ def parse_config(values: Mapping[str, Any]) -> LlamaConfig:
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=integer(values, "intermediate_size"),
-        num_hidden_layers=integer(values, "num_hidden_layers", most=_MOST_LAYERS),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=number(values, "rms_norm_eps", 1e-6),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=boolean(values, "tie_word_embeddings"),
-        attention_bias=boolean(values, "attention_bias"),
-        mlp_bias=boolean(values, "mlp_bias"),
-        rope=parse_rope(values, max_positions),
+        tie_word_embeddings=boolean(
+            values, "tie_word_embeddings", defaults.get("tie_word_embeddings", False)
+        ),
+        attention_bias=_bias(family, values, "attention_bias"),
+        mlp_bias=_bias(family, values, "mlp_bias"),
+        rope=parse_rope(values, max_positions, defaults.get("rope_theta", 10000.0)),
+        model_type=family.model_type,
+        windows=layer_windows(family, values, layers, max_positions),
+        rotated=rotated_layers(family, values, layers),
         bos_token_id=bos,
         eos_token_ids=token_ids(values, "eos_token_id", vocab_size),
         dtype=_dtype(values),
     )
 
 
+def _bias(family: Family, values: Mapping[str, Any], name: str) -> bool:
+    """Whether projections have a bias, which only some architectures leave to `config.json`."""
+    fixed = getattr(family, name)
+    given = boolean(values, name, bool(fixed))
+    if fixed is not None and given != fixed:
+        raise ConfigError(
+            f"{name} is {shown(given)}; in the architecture {family.model_type} it is {fixed}"
+        )
+    return given
+
+
 def _refuse_other_models(values: Mapping[str, Any]) -> None:
     """Refuses what needs another forward pass or another reader of weights."""
-    kind = values.get("model_type")
-    if kind != "llama":
-        raise ConfigError(
-            f"model_type is {shown(kind)}; this example runs the Llama architecture only ('llama')"
-        )
     for name in ("quantization_config", "compression_config"):
         given = values.get(name)
         if given is None or given == {}:
@@ -210,19 +257,9 @@ def _refuse_other_models(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not any(same(value, item) for item in neutral):
             raise ConfigError(
-                f"{name} is {shown(value)}; the Llama architecture has no such setting, and this "
-                "example would ignore it"
+                f"{name} is {shown(value)}; Llama's shape has no such setting, and this example "
+                "would ignore it"
             )
-
-
-def _refuse_sliding_window(values: Mapping[str, Any], max_positions: int) -> None:
-    window = values.get("sliding_window")
-    if window is None or same(values.get("use_sliding_window"), False):
-        return
-    if isinstance(window, bool) or not isinstance(window, int) or window < max_positions:
-        raise ConfigError(
-            f"sliding_window is {shown(window)}; this example attends to the whole sequence"
-        )
 
 
 def _dtype(values: Mapping[str, Any]) -> str:

@@ -1,11 +1,12 @@
-"""Llama in Flax nnx, with attention left to a function.
+"""Llama, and the families of its shape (families.py), in Flax nnx, with attention left to a
+function.
 
 The layers do not depend on how keys and values are stored: each calls
 `attend(q, k, v, state, layer)` and passes on the state it returns. Serving passes the paged cache
 as the state (`Llama.__call__`), so that prefill, chunked prefill and decode are the same code on a
 ragged batch; training passes nothing (`Llama.dense`).
 
-The arithmetic follows transformers' LlamaForCausalLM: rotary embeddings that pair dimension i with
+The arithmetic follows transformers: rotary embeddings that pair dimension i with
 i + D/2, norms and logits in float32.
 """
 
@@ -21,6 +22,9 @@ import jax_kvpage
 from .config import LlamaConfig
 
 __all__ = ["Attend", "Llama", "dense_causal_attention", "rotate"]
+
+# cos and sin of the angles, float32 [T, 1, D / 2]
+Rotation = tuple[jax.Array, jax.Array]
 
 # (q [..., T, Hq, D], k and v [..., T, Hkv, D], state, layer) -> (out [..., T, Hq, D], state)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
@@ -50,25 +54,35 @@ def _linear(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: projections and rotary embedding around an `Attend` function."""
+    """Grouped-query attention: projections, norms of queries and keys (Qwen3) and rotary embedding
+    around an `Attend` function.
+    """
 
     def __init__(
-        self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
+        self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
     ) -> None:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         size, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.head_dim = dim
+        self.rotates = config.rotates(layer)
         self.q_proj = _linear(size, heads * dim, bias, dtype, rngs, 0.02)
         self.k_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
         self.v_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
-        self.o_proj = _linear(heads * dim, size, bias, dtype, rngs, std_out)
+        output_bias = bias and config.family.output_bias
+        self.o_proj = _linear(heads * dim, size, output_bias, dtype, rngs, std_out)
+        norms = config.family.qk_norm
+        self.q_norm = nnx.data(RMSNorm(dim, config.rms_norm_eps, dtype) if norms else None)
+        self.k_norm = nnx.data(RMSNorm(dim, config.rms_norm_eps, dtype) if norms else None)
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, attend: Attend, state: Any, layer: int
+        self, x: jax.Array, rotation: Rotation, attend: Attend, state: Any, layer: int
     ) -> tuple[jax.Array, Any]:
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q = rotate(self.q_proj(x).reshape(shape), angles)
-        k = rotate(self.k_proj(x).reshape(shape), angles)
+        q, k = self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         v = self.v_proj(x).reshape(shape)
         out, state = attend(q, k, v, state, layer)
         return self.o_proj(out.reshape(*x.shape[:-1], -1)), state
@@ -92,19 +106,19 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One transformer layer; attribute names are those of the checkpoint."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         # GPT-2's initialization: the deeper the model, the smaller the layers that write to the
         # residual stream start.
         std_out = 0.02 / (2 * config.num_hidden_layers) ** 0.5
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype, rngs, std_out)
+        self.self_attn = Attention(config, layer, dtype, rngs, std_out)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, rngs, std_out)
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, attend: Attend, state: Any, layer: int
+        self, x: jax.Array, rotation: Rotation, attend: Attend, state: Any, layer: int
     ) -> tuple[jax.Array, Any]:
-        out, state = self.self_attn(self.input_layernorm(x), angles, attend, state, layer)
+        out, state = self.self_attn(self.input_layernorm(x), rotation, attend, state, layer)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), state
 
@@ -125,7 +139,7 @@ class Llama(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype))
         self.layers = nnx.List(
-            [Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)]
+            [Layer(config, index, dtype, rngs) for index in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         head = None
@@ -162,30 +176,53 @@ class Llama(nnx.Module):
             q: jax.Array, k: jax.Array, v: jax.Array, cache: jax_kvpage.KVCache, layer: int
         ) -> tuple[jax.Array, jax_kvpage.KVCache]:
             return jax_kvpage.update_and_attend(
-                q, k, v, cache, batch, layer=layer, implementation=implementation
+                q,
+                k,
+                v,
+                cache,
+                batch,
+                layer=layer,
+                sliding_window=self.config.window(layer),
+                implementation=implementation,
             )
 
         positions = jax_kvpage.positions(cache, batch, num_tokens=tokens.shape[0])
-        x, cache = self._hidden(tokens, positions, attend, cache)
+        dynamic = self.config.rope.kind == "dynamic"
+        lengths = _lengths_after(positions, batch) if dynamic else None
+        x, cache = self._hidden(tokens, positions, lengths, attend, cache)
         return self._logits(x if rows is None else x[rows]), cache
 
     def dense(self, tokens: jax.Array) -> jax.Array:
         """Logits, float32 `[..., T, vocab]`, of whole sequences `[..., T]` without a cache: for
         training.
         """
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, state: None, layer: int
+        ) -> tuple[jax.Array, None]:
+            return dense_causal_attention(q, k, v, state, layer, window=self.config.window(layer))
+
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
-        x, _ = self._hidden(tokens, positions, dense_causal_attention, None)
+        lengths = jnp.full_like(positions, tokens.shape[-1])
+        x, _ = self._hidden(tokens, positions, lengths, attend, None)
         return self._logits(x)
 
     def _hidden(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, state: Any
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        attend: Attend,
+        state: Any,
     ) -> tuple[jax.Array, Any]:
-        config = self.config
-        frequencies = config.rope.inverse_frequencies(config.head_dim)
-        angles = positions.astype(jnp.float32)[:, None, None] * frequencies[None, None]
+        rope = self.config.rope
+        angles = rope.angles(positions, lengths, self.config.head_dim)
+        rotation = jnp.cos(angles), jnp.sin(angles)
+        if rope.attention_factor != 1.0:
+            rotation = tuple(part * rope.attention_factor for part in rotation)
         x = self.embed_tokens[...][tokens]
         for index, layer in enumerate(self.layers):
-            x, state = layer(x, angles, attend, state, index)
+            x, state = layer(x, rotation, attend, state, index)
         return self.norm(x), state
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -193,19 +230,33 @@ class Llama(nnx.Module):
         return jnp.einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotary embedding of x `[..., T, H, D]` by angles `[T, 1, D / 2]`; i pairs with i + D / 2."""
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotary embedding of x `[..., T, H, D]` by cosines and sines; i pairs with i + D / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = rotation
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
+def _lengths_after(positions: jax.Array, batch: jax_kvpage.Batch) -> jax.Array:
+    """The length that each token's sequence has after this batch, int32 `[T]`."""
+    after = positions[batch.last_rows] + 1
+    rows = jnp.arange(positions.shape[0], dtype=jnp.int32)
+    owner = jnp.searchsorted(batch.query_offsets[1:], rows, side="right")
+    return after[jnp.minimum(owner, after.shape[0] - 1)]  # padding belongs to none
+
+
 def dense_causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: None, layer: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    state: None,
+    layer: int,
+    *,
+    window: int | None = None,
 ) -> tuple[jax.Array, None]:
     """Causal attention of whole sequences, plain jnp and differentiable: an `Attend` that keeps
-    nothing.
+    nothing. With `window` a token sees itself and the `window` - 1 tokens before it.
     """
     del layer
     *lead, tokens, heads, dim = q.shape
@@ -217,6 +268,8 @@ def dense_causal_attention(
     scores = jnp.einsum("...qd,...sd->...qs", q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(*lead, heads, tokens, tokens)
     causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    if window is not None:
+        causal &= ~jnp.tril(causal, -window)
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v.dtype)
     out = jnp.einsum("...qs,...sd->...qd", weights.reshape(*lead, kv_heads, -1, tokens), v)
     return jnp.moveaxis(out.reshape(*lead, heads, tokens, dim), -3, -2), state

@@ -2,40 +2,64 @@
 
 A setting of RoPE that is silently ignored gives a model that reads well for a few tokens and then
 drifts. Every key is therefore honoured or refused.
+
+Dynamic NTK scaling makes the frequencies depend on the length that a sequence has after the step,
+once that exceeds the trained length. Keys are cached after their rotation, and keep the frequencies
+of the step that computed them, as in transformers. Hence the text of such a sequence may depend on
+how its prompt is divided into steps: it equals that of transformers with the same division.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from .values import ConfigError, integer, number, same, shown
+from .values import ConfigError, boolean, integer, number, same, shown
 
 __all__ = ["RopeConfig", "parse_rope"]
 
+_LENGTH = "original_max_position_embeddings"
 # The keys that each kind honours.
 _HONOURED = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
+    "dynamic": ("factor",),
+    "yarn": (
         "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        _LENGTH,
     ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
 }
+_REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
 # Keys that change nothing at this value, for every kind.
 _NEUTRAL = {"partial_rotary_factor": 1.0, "attention_factor": 1.0, "rope_interleaved": False}
 _NAMES = ("rope_theta", "rope_type", "type")
-_TOP_LEVEL = ("rope_theta", "rope_scaling", "rope_parameters")
+# Keys of a config.json with "rope" in their name that are read elsewhere.
+_TOP_LEVEL = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding.
 
-    `kind` is "default", "linear" or "llama3"; the fields after it belong to the scaled kinds.
+    `kind` is "default", "linear", "dynamic", "yarn" or "llama3"; the fields after it belong to the
+    scaled kinds. Queries and keys are multiplied by `attention_factor`, which only yarn sets.
     """
 
     theta: float = 10000.0
@@ -44,12 +68,17 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angles per position, float32 `[head_dim / 2]`.
+        """Angles per position, float32 `[head_dim / 2]`; with dynamic scaling those up to the
+        trained length.
 
         "llama3" is the rule of Meta's Llama 3.1: long wavelengths are stretched by `factor`, short
-        ones are kept, and those between are blended.
+        ones are kept, and those between are blended. "yarn" blends by the index of the dimension.
         """
         frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.kind == "linear":
@@ -59,10 +88,63 @@ class RopeConfig:
             span = self.high_freq_factor - self.low_freq_factor
             keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
             frequencies = frequencies * (keep + (1.0 - keep) / self.factor)
+        elif self.kind == "yarn":
+            low, high = (
+                self._dimension(turns, head_dim) for turns in (self.beta_fast, self.beta_slow)
+            )
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            span = high - low if high != low else 0.001
+            stretched = np.clip((np.arange(head_dim // 2) - low) / span, 0.0, 1.0)
+            frequencies = frequencies * (1.0 - stretched + stretched / self.factor)
         return frequencies.astype(np.float32)
 
+    def angles(self, positions: jax.Array, lengths: jax.Array | None, head_dim: int) -> jax.Array:
+        """Angles of tokens, float32 `[T, 1, head_dim / 2]`.
 
-def parse_rope(values: Mapping[str, Any], max_positions: int) -> RopeConfig:
+        Args:
+          positions: int32 `[T]`.
+          lengths: int32 `[T]`, the length of each token's sequence after this step; only dynamic
+            scaling reads it.
+          head_dim: Size of a head.
+        """
+        frequencies = jnp.asarray(self.inverse_frequencies(head_dim))[None, None]
+        if self.kind == "dynamic":
+            assert lengths is not None
+            trained = self.original_max_position_embeddings
+            longer = jnp.maximum(lengths, trained).astype(jnp.float32) / trained
+            # theta * stretch ** (d / (d - 2)), as a factor of each frequency: 1 up to `trained`.
+            stretch = (self.factor * longer - (self.factor - 1.0))[:, None, None]
+            powers = np.arange(0, head_dim, 2, dtype=np.float32) / max(head_dim - 2, 1)
+            frequencies = frequencies * stretch ** -powers[None, None]
+        return positions.astype(jnp.float32)[:, None, None] * frequencies
+
+    def longest_sequence(self, max_positions: int) -> int:
+        """Tokens that a sequence may have, for a model of `max_position_embeddings`."""
+        if self.kind in ("linear", "dynamic"):
+            return max(max_positions, int(max_positions * self.factor))
+        if self.kind == "yarn":
+            return max(max_positions, int(self.original_max_position_embeddings * self.factor))
+        return max_positions
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `rope_scaling` of a `config.json`; empty for the default kind."""
+        if self.kind == "default":
+            return {}
+        # mscale and mscale_all_dim only give attention_factor.
+        honoured = [name for name in _HONOURED[self.kind] if hasattr(self, name)]
+        return {"rope_type": self.kind} | {name: getattr(self, name) for name in honoured}
+
+    def _dimension(self, turns: float, head_dim: int) -> float:
+        """The dimension whose angle turns so often over the trained length (yarn)."""
+        length = self.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(self.theta))
+
+
+def parse_rope(
+    values: Mapping[str, Any], max_positions: int, default_theta: float = 10000.0
+) -> RopeConfig:
     """The settings in a `config.json`: `rope_parameters` (transformers 5), or `rope_theta` with
     `rope_scaling` (earlier versions).
 
@@ -71,15 +153,15 @@ def parse_rope(values: Mapping[str, Any], max_positions: int) -> RopeConfig:
     """
     settings = _settings(values)
     kind = _kind(settings)
-    theta = number(settings, "rope_theta", number(values, "rope_theta", 10000.0))
-    missing = [name for name in _HONOURED[kind] if name not in settings and name.endswith("factor")]
+    theta = number(settings, "rope_theta", number(values, "rope_theta", default_theta))
+    missing = [name for name in _HONOURED[kind] if name in _REQUIRED and name not in settings]
     if missing:
         raise ConfigError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
     for name, value in settings.items():
         if name in _NAMES or name in _HONOURED[kind]:
             continue
-        if name == "original_max_position_embeddings":
-            integer(settings, name)  # a record of the training length; only llama3 computes with it
+        if name == _LENGTH:
+            integer(settings, name)  # a record of the training length; few kinds compute with it
         elif name == "factor" and kind == "default" and same(value, 1.0):
             continue
         elif name not in _NEUTRAL or not same(value, _NEUTRAL[name]):
@@ -89,18 +171,44 @@ def parse_rope(values: Mapping[str, Any], max_positions: int) -> RopeConfig:
     scaled = RopeConfig(theta, kind, factor=number(settings, "factor"))
     if kind == "linear":
         return scaled
-    low, high = (number(settings, f"{end}_freq_factor") for end in ("low", "high"))
-    if high <= low:
-        raise ConfigError(
-            f"rope scaling: high_freq_factor {high} must exceed low_freq_factor {low}"
-        )
+    # transformers measures dynamic scaling by max_position_embeddings, even beside the other key.
+    known = {} if kind == "dynamic" else settings
+    scaled = dataclasses.replace(
+        scaled, original_max_position_embeddings=integer(known, _LENGTH, max_positions)
+    )
+    if kind == "yarn":
+        return _yarn(scaled, settings)
+    if kind == "llama3":
+        low, high = (number(settings, f"{end}_freq_factor") for end in ("low", "high"))
+        if high <= low:
+            raise ConfigError(
+                f"rope scaling: high_freq_factor {high} must exceed low_freq_factor {low}"
+            )
+        scaled = dataclasses.replace(scaled, low_freq_factor=low, high_freq_factor=high)
+    return scaled
+
+
+def _yarn(scaled: RopeConfig, settings: Mapping[str, Any]) -> RopeConfig:
+    """The settings of yarn; its attention factor follows from the others unless it is given."""
+    if scaled.theta <= 1.0:
+        raise ConfigError(f"rope_theta is {scaled.theta}; yarn needs one above 1")
+
+    def growth(scale: float) -> float:
+        return 1.0 if scaled.factor <= 1 else 0.1 * scale * math.log(scaled.factor) + 1.0
+
+    attention = growth(1.0)
+    scales = [number(settings, name, 1.0) for name in ("mscale", "mscale_all_dim")]
+    if "mscale" in settings and "mscale_all_dim" in settings:
+        attention = growth(scales[0]) / growth(scales[1])
+    fast, slow = number(settings, "beta_fast", 32.0), number(settings, "beta_slow", 1.0)
+    if fast < slow:
+        raise ConfigError(f"rope scaling: beta_fast {fast} must not be below beta_slow {slow}")
     return dataclasses.replace(
         scaled,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=integer(
-            settings, "original_max_position_embeddings", max_positions
-        ),
+        attention_factor=number(settings, "attention_factor", attention),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=boolean(settings, "truncate", True),
     )
 
 
@@ -144,7 +252,7 @@ def _kind(settings: Mapping[str, Any]) -> str:
     kind = names[0] if names else "default"
     if not isinstance(kind, str) or kind not in _HONOURED:
         raise ConfigError(
-            f"rope scaling {shown(kind)} is not supported; there are 'default', 'linear' and "
-            "'llama3'"
+            f"rope scaling {shown(kind)} is not supported; there are "
+            f"{', '.join(map(repr, _HONOURED))}"
         )
     return kind

@@ -204,9 +204,9 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
     max_seq_len = args.max_seq_len or config.max_position_embeddings
-    if max_seq_len > config.max_position_embeddings:
+    if max_seq_len > config.longest_sequence:
         raise InputError(
-            f"--max-seq-len {max_seq_len} is beyond the {config.max_position_embeddings} positions "
+            f"--max-seq-len {max_seq_len} is beyond the {config.longest_sequence} positions "
             "that the model was made for (max_position_embeddings)"
         )
     requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len, args.num_samples)

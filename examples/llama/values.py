@@ -43,15 +43,21 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def integer(
-    values: Mapping[str, Any], name: str, default: int | None = None, *, most: int = _LARGEST
+    values: Mapping[str, Any],
+    name: str,
+    default: int | None = None,
+    *,
+    least: int = 1,
+    most: int = _LARGEST,
 ) -> int:
-    """A positive integer; null and a missing key give the default, if there is one."""
+    """An integer, positive by default; null and a missing key give the default, if there is one."""
     value = values.get(name)
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {shown(value)}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer from {least} on"
+        raise ConfigError(f"{name} is {shown(value)}, expected {wanted}")
     if value > most:
         raise ConfigError(f"{name} is {shown(value)}, expected at most {most}")
     return value
@@ -73,12 +79,12 @@ def number(values: Mapping[str, Any], name: str, default: float | None = None) -
     return float(value)
 
 
-def boolean(values: Mapping[str, Any], name: str) -> bool:
-    """True or false; null and a missing key are false."""
+def boolean(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false; null and a missing key give the default."""
     value = values.get(name)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"{name} is {shown(value)}, expected true or false")
-    return bool(value)
+    return default if value is None else value
 
 
 def token_ids(values: Mapping[str, Any], name: str, vocab_size: int) -> tuple[int, ...]:
