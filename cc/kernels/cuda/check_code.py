@@ -59,14 +59,14 @@ BUDGETS = [
     Budget(r"CountOutKernel", False, 32),
     Budget(r"PlanCheckedKernel", True, 80),
     Budget(r"PlanKernel", False, 80),
-    Budget(r"BatchCheckKernel", False, 48, spills=16),  # it copies a whole KVView
+    Budget(r"BatchCheckKernel", False, 64),  # it copies a whole KVView
     Budget(r"(Advance|Change|Edit|TableCheck)Kernel(<.*>)?", False, 64),
     Budget(r"DecodeKernel<.*, 64>", True, 255, tile=3200),
     Budget(r"DecodeKernel<.*, 128>", True, 255, tile=4700),
     Budget(r"DecodeKernel<.*, 256>", True, 255, tile=4850),
-    Budget(r"DecodeQuantizedKernel<.*, 64>", True, 255, tile=4050),
-    Budget(r"DecodeQuantizedKernel<.*, 128>", True, 255, tile=5100),
-    Budget(r"DecodeQuantizedKernel<.*, 256>", True, 255, tile=4200),
+    Budget(r"DecodeQuantizedKernel<.*, 64>", True, 255, tile=4150),
+    Budget(r"DecodeQuantizedKernel<.*, 128>", True, 255, tile=5250),
+    Budget(r"DecodeQuantizedKernel<.*, 256>", True, 255, tile=4300),
     Budget(r"PrefillKernel<.*, 64>", True, 255),
     Budget(r"PrefillKernel<.*, 128>", True, 255, spills=40),
     Budget(r"PrefillKernel<.*, 256>", True, 255, spills=224),
