@@ -110,7 +110,7 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
     const std::int64_t end = pool_.num_cached() > 0 ? blocks(slots[i]) : SharedBlocks(slots[i]);
     for (std::int64_t logical = begins[i]; logical < end; ++logical) {
       const std::int32_t block = map[logical * geometry_.num_ranges()];
-      const bool writes = pool_.references(block) == 1 && pool_.cached(block) && owns_entry != nullptr;
+      const bool writes = pool_.references(block) == 1 && pool_.entries(block) == 1 && owns_entry != nullptr;
       if (writes && owns_entry(slots[i], logical)) continue;
       // The prefix index counts as one that maps the block: nobody keeps what it refers to.
       const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
@@ -258,6 +258,33 @@ void Arena::NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t bl
     shared_runs_.Set(writer, map, ranges, common);
   }
   shared_runs_.Set(to, map, ranges, blocks);
+}
+
+Status Arena::Audit() const {
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(pool_.num_blocks()));
+  const auto count = [&](std::int32_t block) {
+    if (block >= 0) ++counts[block];
+  };
+  for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
+    std::for_each(maps_[slot].begin(), maps_[slot].end(), count);
+  }
+  for (const Held& held : held_) count(held.block);
+  for (const auto& [slot, borrower] : borrowers_) {
+    for (const auto& [logical, blocks] : borrower.set_aside) std::for_each(blocks.begin(), blocks.end(), count);
+  }
+  std::int64_t used = 0;
+  for (std::int32_t block = 0; block < static_cast<std::int32_t>(counts.size()); ++block) {
+    used += counts[block] > 0 || pool_.cached(block);
+    if (pool_.entries(block) > 1) {
+      return Internal("block " + std::to_string(block) + " has " + std::to_string(pool_.entries(block)) +
+                      " entries of the prefix index, at most 1 is expected");
+    }
+    if (counts[block] == pool_.references(block)) continue;
+    return Internal("block " + std::to_string(block) + " has " + std::to_string(pool_.references(block)) +
+                    " references, but is mapped, held or set aside " + std::to_string(counts[block]) + " times");
+  }
+  if (used == pool_.num_used()) return {};
+  return Internal(std::to_string(pool_.num_used()) + " blocks count as used, " + std::to_string(used) + " are");
 }
 
 void Arena::Forget(std::int64_t slot) {

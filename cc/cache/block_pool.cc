@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <unordered_set>
-#include <utility>
 
 namespace kvpage {
 
@@ -81,17 +80,16 @@ void BlockPool::Release(std::int32_t block) {
   const std::int32_t left = --blocks_[block].references;
   if (left == 1) --num_shared_;
   if (left > 0) return;
-  if (!blocks_[block].cached) return Free(block);
+  if (!cached(block)) return Free(block);
   ++num_detached_;
 }
 
 void BlockPool::SetCached(std::int32_t block) {
-  if (std::exchange(blocks_[block].cached, true)) return;
-  ++num_cached_;
+  if (++blocks_[block].entries == 1) ++num_cached_;
 }
 
 void BlockPool::DropCached(std::int32_t block) {
-  if (!std::exchange(blocks_[block].cached, false)) return;
+  if (--blocks_[block].entries > 0) return;
   --num_cached_;
   if (blocks_[block].references > 0) return;
   --num_detached_;

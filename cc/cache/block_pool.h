@@ -31,7 +31,9 @@ class BlockPool {
   // Mappings of a block, and the blocks that have more than one.
   std::int32_t references(std::int32_t block) const { return blocks_[block].references; }
   std::int64_t num_shared() const { return num_shared_; }
-  bool cached(std::int32_t block) const { return blocks_[block].cached; }
+  bool cached(std::int32_t block) const { return blocks_[block].entries > 0; }
+  // How many entries of the prefix index refer to a block: some may have fewer of its tokens than others.
+  std::int32_t entries(std::int32_t block) const { return blocks_[block].entries; }
   std::int64_t num_cached() const { return num_cached_; }
   // Cached blocks that no slot maps.
   std::int64_t num_detached() const { return num_detached_; }
@@ -47,7 +49,7 @@ class BlockPool {
   void AddReference(std::int32_t block);
   // Drops a reference; a block with none left is warm, unless it is cached.
   void Release(std::int32_t block);
-  // The prefix index refers to a used block from now on, or no longer.
+  // One more entry of the prefix index refers to a used block, or one fewer.
   void SetCached(std::int32_t block);
   void DropCached(std::int32_t block);
 
@@ -61,10 +63,10 @@ class BlockPool {
   enum Kind : std::int8_t { kWarm = 0, kCold = 1, kUsed = 2 };
   struct Block {
     std::int32_t references = 0;
+    std::int32_t entries = 0;
     std::int32_t previous = -1;
     std::int32_t next = -1;
     Kind kind = kCold;
-    bool cached = false;
   };
   struct List {
     std::int32_t head = -1;

@@ -88,6 +88,11 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
   return rows;
 }
 
+Status Audit(const PoolParts& pool) {
+  const MappingLock mapping = pool.supply->Lock();
+  return pool.supply->arena(mapping).Audit();
+}
+
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {
   const MappingLock mapping = pool.supply->Lock();
   pool.supply->FinishChanges(mapping);

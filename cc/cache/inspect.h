@@ -12,6 +12,8 @@ namespace kvpage::inspect {
 PoolNumbers Numbers(const PoolParts& pool);
 // The slots that are not free.
 std::vector<SlotRow> Rows(const PoolParts& pool);
+// See Arena::Audit.
+Status Audit(const PoolParts& pool);
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out);
 // The same with the slots that map each block.
 Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out);

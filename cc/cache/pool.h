@@ -132,6 +132,7 @@ class Pool {
   PoolNumbers Numbers() { return inspect::Numbers(parts_); }
   // What programs may change of a slot, as a mirror has it.
   std::vector<SlotRow> Rows() { return inspect::Rows(parts_); }
+  Status Audit() { return inspect::Audit(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
   Status BlockOwners(std::int32_t slot, BlockRows* out) { return inspect::BlockOwners(parts_, slot, out); }
   Status AddView(std::int64_t layer, std::int32_t slot, const GoOn& go_on = {}) {

@@ -96,8 +96,9 @@ void PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int
 }
 
 void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
-                        const std::int32_t* map, std::vector<std::int32_t>* referenced, std::int64_t own_from) {
-  impl_->sequences.Store(slot, impl_->roots[space], tokens, count, map, own_from, referenced);
+                        const std::int32_t* map, std::vector<std::int32_t>* referenced, std::int64_t own_from,
+                        const IsCached& is_cached, std::vector<std::int32_t>* dropped) {
+  impl_->sequences.Store(slot, impl_->roots[space], tokens, count, map, own_from, is_cached, referenced, dropped);
 }
 
 void PrefixIndex::Add(std::int32_t space, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,

@@ -70,10 +70,13 @@ class PrefixIndex {
   // A slot holds `count` tokens, in the blocks of `map` ([logical blocks, ranges]). Called again with more tokens as
   // its sequence grows; the first tokens stay the same. Blocks whose tokens the index has already are not stored again.
   // Entries without an owner become the slot's where they have its blocks, from logical block `own_from` on: it may
-  // write those. Appends the physical blocks that the index refers to from now on.
+  // write those. Appends the physical blocks that the index refers to from now on. An entry that has fewer of the
+  // tokens in a block that is cached already goes (`dropped`, as for Cut): a block has one entry.
+  using IsCached = std::function<bool(std::int32_t block)>;
   void Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
              const std::int32_t* map, std::vector<std::int32_t>* referenced,
-             std::int64_t own_from = std::numeric_limits<std::int64_t>::max());
+             std::int64_t own_from = std::numeric_limits<std::int64_t>::max(), const IsCached& is_cached = nullptr,
+             std::vector<std::int32_t>* dropped = nullptr);
   // Blocks that no slot maps hold the tokens of `count` logical blocks from `first_block` on ([count, ranges]), whole
   // ones. The sequence has entries before them, and none there. As for Store, the index refers to the blocks from now
   // on.

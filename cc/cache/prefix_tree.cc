@@ -177,6 +177,21 @@ std::int32_t PrefixTree::Covering(std::int32_t parent, const std::int32_t* key, 
   return Common(tokens(child), entry(child).tokens, key, count) == count ? child : kNoEntry;
 }
 
+std::int32_t PrefixTree::Shorter(std::int32_t parent, const std::int32_t* key, std::int64_t count,
+                                 const std::int32_t* blocks) const {
+  const std::vector<std::int32_t>& children = entry(parent).children;
+  for (std::int64_t length = count - 1; length > 0; --length) {
+    const std::size_t place = LowerBound(children, key, length);
+    if (place == children.size()) continue;
+    const std::int32_t child = children[place];
+    if (entry(child).tokens == length && Common(tokens(child), length, key, length) == length &&
+        std::equal(blocks, blocks + ranges_, this->blocks(child))) {
+      return child;
+    }
+  }
+  return kNoEntry;
+}
+
 bool PrefixTree::Same(std::int32_t id, std::int32_t parent, const std::int32_t* key) const {
   return entry(id).parent == parent && std::memcmp(tokens(id), key, block_tokens_ * sizeof(*key)) == 0;
 }

@@ -70,6 +70,10 @@ class PrefixTree {
   std::int32_t Nearest(std::int32_t parent, const std::int32_t* key, std::int64_t count, std::int64_t* common) const;
   // A child that begins with these tokens (at most a block), or kNoEntry.
   std::int32_t Covering(std::int32_t parent, const std::int32_t* key, std::int64_t count) const;
+  // A child that has fewer of these tokens, and no others, in these blocks; or kNoEntry. Not for every block stored: it
+  // looks for each number of tokens.
+  std::int32_t Shorter(std::int32_t parent, const std::int32_t* key, std::int64_t count,
+                       const std::int32_t* blocks) const;
 
  private:
   static constexpr int kChunkBits = 9, kChunkMask = (1 << kChunkBits) - 1;

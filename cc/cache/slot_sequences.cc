@@ -87,7 +87,8 @@ void SlotSequences::Remove(std::int32_t id, std::vector<std::int32_t>* dropped) 
 }
 
 void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32_t* tokens, std::int64_t count,
-                          const std::int32_t* map, std::int64_t own_from, std::vector<std::int32_t>* referenced) {
+                          const std::int32_t* map, std::int64_t own_from, const IsCached& is_cached,
+                          std::vector<std::int32_t>* referenced, std::vector<std::int32_t>* dropped) {
   if (!Known(slot)) sequences_.resize(slot + 1);
   Sequence& sequence = sequences_[slot];
   if (count <= sequence.tokens) return;
@@ -118,6 +119,10 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
         tree_.Grow(found, key, length);
         order_.policy().OnResized(found);
       } else {
+        // An entry of fewer of these tokens in the same block, such as another slot has left there, gives way.
+        const std::int32_t shorter =
+            is_cached != nullptr && is_cached(blocks[0]) ? tree_.Shorter(at, key, length, blocks) : kNoEntry;
+        if (shorter != kNoEntry) Remove(shorter, dropped);
         order_.Leave(at);
         found = tree_.Add(at, key, length, blocks);
         tree_.entry(found).owner = slot;

@@ -4,6 +4,7 @@
 #define KVPAGE_CACHE_SLOT_SEQUENCES_H_
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cache/eviction_order.h"
@@ -17,9 +18,12 @@ class SlotSequences {
   SlotSequences(PrefixTree* tree, EvictionOrder* order, PrefixPins* pins)
       : tree_(*tree), order_(*order), pins_(*pins) {}
 
+  using IsCached = std::function<bool(std::int32_t block)>;
+
   // As in PrefixIndex; `root` is that of the namespace.
   void Store(std::int32_t slot, std::int32_t root, const std::int32_t* tokens, std::int64_t count,
-             const std::int32_t* map, std::int64_t own_from, std::vector<std::int32_t>* referenced);
+             const std::int32_t* map, std::int64_t own_from, const IsCached& is_cached,
+             std::vector<std::int32_t>* referenced, std::vector<std::int32_t>* dropped);
   void Add(std::int32_t root, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
            const std::int32_t* blocks);
   std::int64_t Tokens(std::int32_t slot) const { return Known(slot) ? sequences_[slot].tokens : 0; }

@@ -42,10 +42,12 @@ void Supply::SyncIndex(const MappingLock& lock) {
     if (index_->Tokens(row.slot) > row.fewest) Cut(lock, row.slot, row.fewest, /*keep=*/0);
     const std::int64_t mapped = arena_->blocks(row.slot) * table_->geometry().block_tokens;
     const std::int64_t count = std::min<std::int64_t>(row.ids.size(), mapped);
-    std::vector<std::int32_t> referenced;
+    std::vector<std::int32_t> referenced, dropped;
+    const auto is_cached = [&](std::int32_t block) { return arena_->pool().cached(block); };
     index_->Store(row.slot, row.space, row.ids.data(), count, arena_->map(row.slot), &referenced,
-                  arena_->ReadOnlyBlocks(row.slot));
+                  arena_->ReadOnlyBlocks(row.slot), is_cached, &dropped);
     arena_->SetCached(referenced);
+    arena_->DropCached(dropped);
   }
 }
 

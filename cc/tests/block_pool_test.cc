@@ -73,6 +73,29 @@ TEST(BlockPoolTest, WarmBlocksStayWithinAShrunkBudget) {
   EXPECT_FALSE(pool.Claim(1, -1, &more, &more_cold));
 }
 
+TEST(BlockPoolTest, ABlockIsCachedAsLongAsAnEntryRefersToIt) {
+  BlockPool pool(4);
+  std::vector<std::int32_t> blocks, cold;
+  ASSERT_TRUE(pool.Claim(1, -1, &blocks, &cold));
+  const std::int32_t block = blocks[0];
+  pool.SetCached(block);
+  pool.SetCached(block);
+  EXPECT_EQ(pool.entries(block), 2);
+  EXPECT_EQ(pool.num_cached(), 1);
+  pool.Release(block);
+  EXPECT_EQ(pool.num_detached(), 1);
+  pool.DropCached(block);
+  EXPECT_TRUE(pool.cached(block));
+  EXPECT_EQ(pool.num_free(), 3);
+  pool.AddReference(block);
+  pool.DropCached(block);
+  EXPECT_FALSE(pool.cached(block));
+  EXPECT_EQ(pool.num_free(), 3);
+  pool.Release(block);
+  EXPECT_EQ(pool.num_free(), 4);
+  EXPECT_EQ(pool.num_detached(), 0);
+}
+
 TEST(BlockPoolTest, RandomOperationsLoseNothing) {
   std::mt19937 random(7);
   BlockPool pool(64);

@@ -23,6 +23,7 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
                 static_cast<std::uint64_t>(round), /*debug=*/round % 3 == 1);
     for (int i = 0; i < 600 && !::testing::Test::HasFailure(); ++i) {
       RandomOp(twins);
+      EXPECT_OK(twins.pool().Audit()) << "op " << i;
       if (i % 4 == 0) twins.CompareState();
     }
     EXPECT_FALSE(::testing::Test::HasFailure()) << "round " << round;
@@ -87,6 +88,7 @@ TEST(CudaSlotsTest, RandomProgramsWithDropsGetTheSameAnswers) {
                 static_cast<std::uint64_t>(round));
     for (int i = 0; i < 600 && !::testing::Test::HasFailure(); ++i) {
       RandomOp(twins, /*drops=*/true);
+      EXPECT_OK(twins.pool().Audit()) << "op " << i;
       if (i % 8 == 0) twins.CompareState();
     }
     EXPECT_FALSE(::testing::Test::HasFailure()) << "round " << round;

@@ -243,6 +243,32 @@ TEST(PrefixIndexTest, RandomOperationsAgreeWithTheModel) {
   }
 }
 
+TEST(PrefixIndexTest, ABlockHasOneEntryThoughItsSharersKnowDifferentNumbersOfTokens) {
+  PrefixIndex index(/*block_tokens=*/4, /*ranges=*/2);
+  const std::int32_t space = index.Namespace("");
+  const Tokens tokens = {7, 7, 7, 7, 8};
+  const std::vector<std::int32_t> map = {5, 6, 9, 10};
+  std::set<std::int32_t> cached;
+  const auto store = [&](std::int32_t slot, std::int64_t count) {
+    std::vector<std::int32_t> referenced, dropped;
+    index.Store(
+        slot, space, tokens.data(), count, map.data(), &referenced, kAll,
+        [&](std::int32_t block) { return cached.count(block) > 0; }, &dropped);
+    cached.insert(referenced.begin(), referenced.end());
+    return std::make_pair(referenced, dropped);
+  };
+  // A failed program has left the first slot with 2 tokens of a block that another one shares with 4.
+  EXPECT_EQ(store(0, 2), std::make_pair(Tokens({5, 6}), Tokens()));
+  EXPECT_EQ(store(1, 5), std::make_pair(Tokens({5, 6, 9, 10}), Tokens({5, 6})));
+  EXPECT_EQ(index.numbers().entries, 2);
+  EXPECT_EQ(index.numbers().tokens, 5);
+  EXPECT_EQ(index.Tokens(0), 0);
+  EXPECT_FALSE(index.Owns(0, 0));
+  EXPECT_EQ(store(0, 2), std::make_pair(Tokens(), Tokens()));  // found in the other's entry
+  EXPECT_EQ(index.Tokens(0), 2);
+  EXPECT_EQ(index.Find(space, tokens.data(), 5).blocks, map);
+}
+
 TEST(PrefixIndexTest, LongPromptsMatchAcrossWindowsOfTheWalk) {
   PrefixIndex index(2, 1);
   const std::int32_t space = index.Namespace("");
