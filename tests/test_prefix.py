@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prefix_rig import BLOCK, PrefixRig, spec_of
+from prefix_rig import BLOCK, DIM, HEADS, LAYERS, PrefixRig, spec_of
 
 import jax_kvpage as kvp
 
@@ -62,6 +62,41 @@ def test_a_released_sequence_is_found(make_pool, layout: str, dtype) -> None:
     third, cached = rig.acquire(ids + text(30, 9) + text(3, 4))
     assert (third, cached) == (first, 100), "the conversation goes on in its slot"
     rig.check()
+
+
+def test_blocks_that_a_running_sequence_continues_make_room(make_pool) -> None:
+    """Two sequences have computed the same tokens; the first one's blocks are parked."""
+    spec = spec_of("fused").resolve("cpu")
+    pool = make_pool(spec, 8 * spec.block_bytes)
+    ids = text(96)
+    first, cached, cache = pool.acquire_prefix(pool.cache(), ids[:48])
+    second, cached_too, cache = pool.acquire_prefix(cache, ids[:48])
+    assert (cached, cached_too) == (0, 0)
+
+    def write(slot: int, begin: int, end: int) -> None:
+        nonlocal cache
+        x = jnp.ones((end - begin, HEADS, DIM))
+        batch = kvp.Batch.from_lengths([slot], [end - begin])
+        for layer in range(LAYERS):
+            cache = kvp.append_kv(cache, x, x, batch, layer=layer)
+        cache = kvp.advance(cache, batch)
+        pool.commit(slot, ids[begin:end])
+
+    write(first, 0, 48)
+    jax.block_until_ready(cache)
+    assert pool.find_prefix([*ids[:48], 1]) == 48
+    write(second, 0, 48)
+    cache = pool.release(cache, first)
+    pool.check(cache)
+    pool.extend(second, 64)
+    write(second, 48, 64)
+    stats = pool.stats()
+    assert (stats.blocks_mapped, stats.blocks_parked, stats.blocks_free) == (4, 3, 1)
+    pool.extend(second, 96)
+    write(second, 64, 96)
+    pool.check(cache)
+    assert pool.find_prefix([*ids, 1]) == 96
+    cache = pool.release(cache, second)
 
 
 def test_a_second_turn_and_a_repeated_prompt_cost_no_system_call(rig) -> None:

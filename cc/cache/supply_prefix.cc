@@ -82,20 +82,21 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
   std::unordered_map<std::int32_t, std::int32_t> dropped;  // mappings that go with slots which will be emptied
   std::unordered_map<std::int32_t, std::int64_t> ends;     // of parked slots: logical blocks that they will have left
   // Leaves go first, so a parked slot loses its blocks from its end.
+  constexpr std::int64_t kInUse = -1, kStays = -2;
   const auto count = [&](const std::int32_t* blocks, std::int32_t owner) -> std::int64_t {
     // Nobody occupies a free slot while the mapping mutex is held.
     const bool parked = owner >= 0 && table_->host(table_->Lock(), owner).idle();
     for (std::int64_t range = 0; range < ranges; ++range) {
       const auto found = dropped.find(blocks[range]);
       const std::int32_t gone = (found == dropped.end() ? 0 : found->second) + (parked ? 1 : 0);
-      if (pool.references(blocks[range]) > gone) return -1;
+      if (pool.references(blocks[range]) > gone) return kInUse;
     }
     if (!parked) return ranges;
     const std::int32_t* const map = arena_->map(owner);
     std::int64_t& end = ends.try_emplace(owner, arena_->blocks(owner)).first->second;
     std::int64_t at = end - 1;
     while (at >= 0 && map[at * ranges] != blocks[0]) --at;
-    if (at < 0) return -1;
+    if (at < 0) return kStays;
     end = at;
     const std::int64_t read_only = arena_->ReadOnlyBlocks(owner);
     while (end > read_only && !pool.cached(map[(end - 1) * ranges])) --end;
@@ -104,6 +105,17 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
     return ranges;
   };
   std::vector<PrefixIndex::Eviction> plan = index_->PlanEviction(enough, count, freed);
+  if (*freed < enough) {
+    // A running sequence may continue entries whose blocks are another's, if both have computed the same tokens. Its
+    // entries go with those, and are stored again in its own blocks when it commits more.
+    dropped.clear();
+    ends.clear();
+    const auto through = [&](const std::int32_t* blocks, std::int32_t owner) {
+      const std::int64_t number = count(blocks, owner);
+      return number == kInUse ? 0 : number;
+    };
+    plan = index_->PlanEviction(enough, through, freed);
+  }
   for (const auto& [slot, unused] : ends) owners->push_back(slot);
   return plan;
 }
