@@ -73,7 +73,9 @@ BlockStore::BlockStore(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 BlockStore::~BlockStore() {
   Close();
   // In a forked child its threads are missing, and its locks may be held for ever.
-  if (!impl_->here()) static_cast<void>(new std::unique_ptr<Impl>(std::move(impl_)));
+  if (!impl_->here()) {
+    [[maybe_unused]] const Impl* const left_alive = impl_.release();
+  }
 }
 
 Status BlockStore::Open(const std::string& path, StoreOptions options, std::unique_ptr<BlockStore>* out) {

@@ -103,7 +103,7 @@ Status CudaVmm::Window(char** out) {
   for (std::int64_t block = 0; block < blocks; ++block) {
     if (exists_[block]) created.push_back(static_cast<std::int32_t>(block));
   }
-  const Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_);
+  Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_);
   if (!status.ok()) {
     window_.Free();
     return status;
