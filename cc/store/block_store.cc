@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -40,9 +41,9 @@ class BlockStore::Impl {
       closed_ = true;
     }
     ended_.notify_all();
+    const std::lock_guard<std::mutex> join(join_mutex_);  // several threads may close it
     writer_.Stop();
     reader_.Stop();
-    const std::lock_guard<std::mutex> join(join_mutex_);
     if (thread_.joinable()) thread_.join();
   }
 
@@ -82,10 +83,14 @@ Status BlockStore::Open(const std::string& path, StoreOptions options, std::uniq
   Folder folder;
   KVPAGE_RETURN_IF_ERROR(Folder::Open(path, &folder));
   if (options.io == nullptr) options.io = std::make_shared<FileIo>();
-  auto impl = std::make_unique<Impl>(std::move(folder), std::move(options));
-  KVPAGE_RETURN_IF_ERROR(impl->catalog().Refresh(/*force=*/true));
-  impl->StartMaintaining();
-  out->reset(new BlockStore(std::move(impl)));
+  try {
+    auto impl = std::make_unique<Impl>(std::move(folder), std::move(options));
+    KVPAGE_RETURN_IF_ERROR(impl->catalog().Refresh(/*force=*/true));
+    impl->StartMaintaining();
+    out->reset(new BlockStore(std::move(impl)));
+  } catch (const std::system_error& error) {
+    return ResourceExhausted(std::string("the threads of a store could not be started: ") + error.what());
+  }
   return {};
 }
 

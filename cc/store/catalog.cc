@@ -62,18 +62,18 @@ void Catalog::NoteError(const Status& status) {
   Count([&](StoreNumbers* numbers) { numbers->last_error = status.message(); });
 }
 
-bool Catalog::Changed() {
-  const double now = folder_.ChangeTime();
-  if (now == changed_ && Folder::Now() - now > kClockTick) return false;
-  changed_ = now;
-  return true;
+bool Catalog::Changed(double* time) const {
+  *time = folder_.ChangeTime();
+  return *time != changed_ || Folder::Now() - *time <= kClockTick;
 }
 
 Status Catalog::Refresh(bool force) {
   const std::lock_guard<std::mutex> refresh(refresh_mutex_);
-  if (!Changed() && !force) return {};
+  double time;
+  if (!Changed(&time) && !force) return {};
   std::vector<FolderEntry> entries;
   KVPAGE_RETURN_IF_ERROR(folder_.List(&entries));
+  changed_ = time;
   std::map<std::string, std::uint64_t> inodes;
   for (const FolderEntry& entry : entries) {
     inodes[entry.name] = entry.inode;
@@ -118,19 +118,22 @@ std::int64_t Catalog::bytes() const {
   return directory_.bytes();
 }
 
-void Catalog::Evict(std::int64_t limit) {
-  if (bytes() <= limit) return;
-  const Fd held = folder_.TryLock();
-  if (!held.ok()) return;  // whoever evicts now removes enough, or the next one does
+bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
+  if (bytes() <= limit) return true;
+  const FolderLock held = folder_.TryLock();
+  if (!held.ok()) return true;  // whoever evicts now removes enough, or the next one does
   NoteError(Refresh(/*force=*/true));
   std::vector<FolderEntry> entries;
-  if (const Status status = folder_.List(&entries); !status.ok()) return NoteError(status);
+  if (const Status status = folder_.List(&entries); !status.ok()) {
+    NoteError(status);
+    return true;
+  }
   std::map<std::string, double> used;
   for (const FolderEntry& entry : entries) used[entry.name] = entry.used;
   std::vector<std::string> plan;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    plan = directory_.PlanEviction(limit, used);
+    plan = directory_.PlanEviction(limit, used, kept);
   }
   for (const std::string& name : plan) {
     if (!folder_.Remove(name)) {
@@ -143,11 +146,12 @@ void Catalog::Evict(std::int64_t limit) {
     ++numbers_.files_evicted;
     numbers_.bytes_evicted += before - directory_.bytes();
   }
+  return bytes() <= limit;
 }
 
 void Catalog::Maintain() {
   NoteError(Refresh(/*force=*/false));
-  Evict(options_.limit_bytes);
+  static_cast<void>(Evict(options_.limit_bytes));
   if (rounds_++ % kOrphanRounds == 0) folder_.RemoveOrphans();
 }
 

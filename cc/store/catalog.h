@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -43,15 +44,16 @@ class Catalog {
 
   // Makes the directory equal to the folder, if that has changed or `force`.
   Status Refresh(bool force);
-  // Removes files until at most `limit` bytes are left, as far as this process may.
-  void Evict(std::int64_t limit);
+  // Removes files until at most `limit` bytes are left, but none of `kept` nor what those continue. Returns whether at
+  // most so many are left, or another process is about it.
+  bool Evict(std::int64_t limit, const std::set<std::string>& kept = {});
   // What the store's thread does from time to time.
   void Maintain();
   StoreNumbers Numbers() const;
 
  private:
-  // Whether files may have come or gone since the last listing.
-  bool Changed();
+  // Whether files may have come or gone since the last listing; `time` is the folder's now.
+  bool Changed(double* time) const;
   // Whether a file is in the directory and need not be opened again.
   bool Usable(const std::string& name) const;
   std::int64_t bytes() const;

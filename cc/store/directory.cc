@@ -1,6 +1,7 @@
 #include "store/directory.h"
 
 #include <algorithm>
+#include <limits>
 #include <set>
 #include <tuple>
 
@@ -206,7 +207,8 @@ std::int64_t Directory::CountForeign(const std::string& fingerprint) const {
   });
 }
 
-std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::map<std::string, double>& used) const {
+std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::map<std::string, double>& used,
+                                                 const std::set<std::string>& kept) const {
   // What each file continues: those that hold the block before its first one.
   const auto parents = [&](const File& file) {
     std::set<std::int32_t> found;
@@ -222,9 +224,13 @@ std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::
   }
   std::set<std::pair<double, std::int32_t>> leaves;
   const auto list = [&](std::int32_t number) {
-    const auto when = used.find(slots_[number].name);
-    const bool refused = slots_[number].last < 0;
-    leaves.emplace(refused || when == used.end() ? 0 : when->second, number);
+    const File& file = slots_[number];
+    if (kept.count(file.name) > 0) return;
+    const auto when = used.find(file.name);
+    // What only this process or this version cannot read may serve others.
+    const bool useless = file.problem == Problem::kDamaged || file.problem == Problem::kTruncated;
+    const double newest = std::numeric_limits<double>::infinity();
+    leaves.emplace(useless ? 0 : when == used.end() ? newest : when->second, number);
   };
   for (const auto& [name, number] : files_) {
     if (children[number] == 0) list(number);

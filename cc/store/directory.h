@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -62,8 +63,10 @@ class Directory {
   std::int64_t CountForeign(const std::string& fingerprint) const;
 
   // Which files to remove until at most `limit` bytes are left, least recently used first, but none before those that
-  // continue it. `used`: of all files.
-  std::vector<std::string> PlanEviction(std::int64_t limit, const std::map<std::string, double>& used) const;
+  // continue it, and none of `kept` nor what those continue. `used`: when each file was used; one that is not there has
+  // just been written.
+  std::vector<std::string> PlanEviction(std::int64_t limit, const std::map<std::string, double>& used,
+                                        const std::set<std::string>& kept = {}) const;
 
  private:
   struct Node {

@@ -113,10 +113,15 @@ Status Folder::MakeTemporary(std::string* name, Fd* out) const {
 
 bool Folder::Remove(const std::string& name) const { return unlinkat(fd(), name.c_str(), 0) == 0 || errno == ENOENT; }
 
-Fd Folder::TryLock() const {
-  Fd lock(openat(fd(), kLock, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600));
-  if (lock.ok() && flock(lock.get(), LOCK_EX | LOCK_NB) != 0) lock.Reset();
-  return lock;
+FolderLock Folder::TryLock() const {
+  Fd file(openat(fd(), kLock, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600));
+  if (file.ok() && flock(file.get(), LOCK_EX | LOCK_NB) != 0) file.Reset();
+  return FolderLock(std::move(file));
+}
+
+void FolderLock::Reset() {
+  if (file_.ok()) flock(file_.get(), LOCK_UN);
+  file_.Reset();
 }
 
 void Folder::RemoveOrphans() const {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -19,11 +20,25 @@ struct FolderEntry {
   std::uint64_t inode = 0;
 };
 
+// The lock of the process that evicts. It ends with this object, though a forked child may hold the descriptor still.
+class FolderLock {
+ public:
+  explicit FolderLock(Fd file) : file_(std::move(file)) {}
+  ~FolderLock() { Reset(); }
+  FolderLock(FolderLock&&) = default;
+  FolderLock& operator=(FolderLock&&) = delete;
+  bool ok() const { return file_.ok(); }
+  void Reset();
+
+ private:
+  Fd file_;
+};
+
 class Folder {
  public:
   // The directory is made if it is missing (its parent is not), for its user alone.
   static Status Open(const std::string& path, Folder* out);
-  // One that there is.
+  // The same for a directory that exists; an error if it does not.
   static Status Find(const std::string& path, Folder* out);
 
   const std::string& path() const { return path_; }
@@ -40,8 +55,8 @@ class Folder {
   Status MakeTemporary(std::string* name, Fd* out) const;
   // Whether the file is gone now.
   bool Remove(const std::string& name) const;
-  // One process at a time evicts: its lock, which ends with the descriptor; not ok when another process has it.
-  Fd TryLock() const;
+  // One process at a time evicts; not ok when another one does.
+  FolderLock TryLock() const;
   // Removes what writers left that have ended.
   void RemoveOrphans() const;
 

@@ -54,7 +54,7 @@ Status ListFiles(const std::string& path, bool verify, std::vector<FileReport>* 
 Status Prune(const std::string& path, std::int64_t limit, double used_before, std::vector<std::string>* removed) {
   Folder folder;
   KVPAGE_RETURN_IF_ERROR(Folder::Find(path, &folder));
-  const Fd lock = folder.TryLock();
+  const FolderLock lock = folder.TryLock();
   if (!lock.ok()) return FailedPrecondition("another process removes files from " + path + ": try again");
   std::vector<FileReport> reports;
   KVPAGE_RETURN_IF_ERROR(Examine(folder, /*verify=*/false, &reports));

@@ -21,7 +21,12 @@ class WorkQueue {
   // has no other.
   WorkQueue(int threads, std::int64_t most_bytes, std::function<void(Item&)> work)
       : most_bytes_(most_bytes), work_(std::move(work)) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+    try {
+      for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Run(); });
+    } catch (...) {  // the system has no more threads
+      static_cast<void>(Stop());
+      throw;
+    }
   }
   ~WorkQueue() { static_cast<void>(Stop()); }
   WorkQueue(const WorkQueue&) = delete;

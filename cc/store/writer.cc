@@ -1,6 +1,8 @@
 #include "store/writer.h"
 
 #include <algorithm>
+#include <exception>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,7 +32,12 @@ bool Writer::Write(WriteRun& run) {
 }
 
 void Writer::Work(WriteRun& run) {
-  const Status status = WriteFiles(run);
+  Status status;
+  try {
+    status = WriteFiles(run);
+  } catch (const std::exception& error) {  // such as std::bad_alloc
+    status = Internal(std::string("writing blocks to a store: ") + error.what());
+  }
   if (!status.ok()) {
     catalog_->NoteError(status);
     catalog_->Count([](StoreNumbers* numbers) { ++numbers->failed_writes; });
@@ -57,7 +64,17 @@ Status Writer::WriteFiles(const WriteRun& run) {
       return ResourceExhausted("a file of " + std::to_string(bytes) + " bytes does not fit in a store of " +
                                std::to_string(options_.limit_bytes));
     }
-    catalog_->Evict(options_.limit_bytes - bytes);
+    // What this file continues must stay: nobody would find it otherwise.
+    std::set<std::string> kept;
+    for (const StoredPart& part :
+         catalog_->Find(header.identity, run.tokens.data(), static_cast<std::int64_t>(run.tokens.size()))) {
+      kept.insert(part.file);
+    }
+    if (!catalog_->Evict(options_.limit_bytes - bytes, kept)) {
+      return ResourceExhausted("a sequence does not fit in a store of " + std::to_string(options_.limit_bytes) +
+                               " bytes: " + std::to_string(bytes) + " more are wanted for block " +
+                               std::to_string(begin) + " on, beside the files that it continues");
+    }
     std::string name;
     std::int64_t written = 0;
     const char* const* const sources = run.sources.data() + (begin - run.first_block) * shape.ranges;

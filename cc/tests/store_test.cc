@@ -162,6 +162,25 @@ TEST(StoreTest, TheLimitEvictsTheLeastRecentlyUsedButNoPrefixBeforeWhatContinues
   EXPECT_EQ(WriteNow(store.get(), MakeRun(SmallShape(), MakeTokens(40, 5))).code(), Code::kResourceExhausted);
 }
 
+TEST(StoreTest, WhatASequenceContinuesIsNotEvictedForIt) {
+  const TemporaryFolder folder;
+  StoreOptions options = SmallOptions();
+  options.limit_bytes = 3 * (4096 + 4 * 2000) + 100;  // three files
+  options.refresh_seconds = 1000;
+  const auto store = OpenStore(folder, options);
+  const Tokens a = MakeTokens(16, 1), other = MakeTokens(4, 2);
+  ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 16))));
+  ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 32), 4)));
+  ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), other)));
+  // The newer file of another sequence goes, not those that the third part continues.
+  ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 48), 8)));
+  EXPECT_EQ(FoundTokens(store.get(), a), 48);
+  EXPECT_EQ(FoundTokens(store.get(), other), 0);
+  EXPECT_EQ(WriteNow(store.get(), MakeRun(SmallShape(), a, 12)).code(), Code::kResourceExhausted);
+  EXPECT_EQ(FoundTokens(store.get(), a), 48);
+  EXPECT_EQ(folder.files().size(), 3u);
+}
+
 TEST(StoreTest, OneProcessEvictsAtATime) {
   const TemporaryFolder folder;
   StoreOptions options = SmallOptions();
@@ -169,7 +188,7 @@ TEST(StoreTest, OneProcessEvictsAtATime) {
   const auto store = OpenStore(folder, options);
   Folder other;
   ASSERT_OK(Folder::Find(folder.path(), &other));
-  Fd lock = other.TryLock();
+  FolderLock lock = other.TryLock();
   ASSERT_TRUE(lock.ok());
   for (std::uint32_t i = 0; i < 4; ++i) ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), MakeTokens(4, i))));
   EXPECT_EQ(folder.files().size(), 4u);
