@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from llama.model import Llama
+from llama.model import Llama, _lengths_after
 from llama.sampling import Sampling
 from llama_models import UNTIED, Outcome, cache_spec, generate, random_model
+
+from jax_kvpage.serving.engine.programs import _VerifiedBatch
 
 _GREEDY = Sampling()
 _SAMPLED = Sampling(0.9, top_k=60, seed=5)
@@ -164,3 +167,12 @@ def test_memory_follows_the_sequences() -> None:
     assert blocks[-2:] == [7, 0]
     assert max(blocks) <= 8
     assert outcome.stats.slots_occupied == 0
+
+
+def test_dynamic_rope_asks_for_lengths_of_sequences_not_of_wanted_rows() -> None:
+    """Where an engine verifies guesses, `last_rows` has several rows of each sequence."""
+    batch = _VerifiedBatch(
+        jnp.asarray([0, 1]), jnp.asarray([0, 3, 4]), num_tokens=6, rows=jnp.asarray([2, 1, 0, 3])
+    )
+    after = _lengths_after(jnp.asarray([5, 6, 7, 9, 0, 0]), batch)
+    np.testing.assert_array_equal(after[:4], [8, 8, 8, 10])

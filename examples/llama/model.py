@@ -240,7 +240,8 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 def _lengths_after(positions: jax.Array, batch: jax_kvpage.Batch) -> jax.Array:
     """The length that each token's sequence has after this batch, int32 `[T]`."""
-    after = positions[batch.last_rows] + 1
+    # Not batch.last_rows, which has more than one row a sequence where guesses are verified.
+    after = positions[jnp.maximum(batch.query_offsets[1:] - 1, 0)] + 1
     rows = jnp.arange(positions.shape[0], dtype=jnp.int32)
     owner = jnp.searchsorted(batch.query_offsets[1:], rows, side="right")
     return after[jnp.minimum(owner, after.shape[0] - 1)]  # padding belongs to none

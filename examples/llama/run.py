@@ -207,7 +207,7 @@ def _run(args: argparse.Namespace) -> None:
     if max_seq_len > config.longest_sequence:
         raise InputError(
             f"--max-seq-len {max_seq_len} is beyond the {config.longest_sequence} positions "
-            "that the model was made for (max_position_embeddings)"
+            "that the model was made for"
         )
     requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len, args.num_samples)
     texts = read_turns(args)

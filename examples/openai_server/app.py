@@ -125,7 +125,7 @@ class _Generation:
 
         Raises:
           ApiError: It is too large, or of another type. Browsers ask before they send JSON to
-            another site, so that a page cannot use the server unasked.
+            another site.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":

@@ -18,6 +18,9 @@ Prompt = str | list[int]
 
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
+_MOST_STOP_IDS = 128
+_MOST_PROMPTS = 1024
+_LONGEST_SALT = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,11 @@ def _common(fields: Fields, logprobs: int | None, max_tokens: int | None) -> dic
         "seed": fields.integer("seed", high=2**32 - 1),
         "min_tokens": fields.integer("min_tokens", 0),
         "stop": _stops(fields.any("stop")),
-        "stop_token_ids": _ids(fields.any("stop_token_ids") or [], "stop_token_ids"),
+        "stop_token_ids": _at_most(
+            _ids(fields.any("stop_token_ids") or [], "stop_token_ids"),
+            _MOST_STOP_IDS,
+            "stop_token_ids",
+        ),
         "ignore_eos": fields.boolean("ignore_eos"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "logprobs": logprobs,
@@ -152,7 +159,7 @@ def _common(fields: Fields, logprobs: int | None, max_tokens: int | None) -> dic
         "stream": stream,
         "include_usage": include_usage,
         "token_ids": fields.boolean("return_token_ids"),
-        "namespace": fields.string("cache_salt"),
+        "namespace": _at_most(fields.string("cache_salt"), _LONGEST_SALT, "cache_salt"),
         "priority": fields.integer("priority", 0, low=-(2**31)),
     }
     fields.finish()
@@ -170,11 +177,23 @@ def _prompts(value: Any) -> list[Prompt]:
             code="invalid_type" if value else "missing_required_parameter",
         )
     if isinstance(value[0], str | list):
+        _at_most(value, _MOST_PROMPTS, "prompt")
         return [
             check_text(each, "prompt") if isinstance(each, str) else _ids(each, "prompt")
             for each in value
         ]
     return [_ids(value, "prompt")]
+
+
+def _at_most(value: Any, most: int, param: str) -> Any:
+    """The value, or an error if it is too long."""
+    if value is not None and len(value) > most:
+        raise ApiError(
+            f"{param}: wanted a length of {most} at most, got {len(value)}",
+            param=param,
+            code="invalid_value",
+        )
+    return value
 
 
 def _ids(value: Any, param: str) -> list[int]:

@@ -84,6 +84,11 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
         raise InputError(str(error)) from error
     with input_errors():
         max_seq_len = options.max_seq_len or config.max_position_embeddings
+        if max_seq_len > config.longest_sequence:
+            raise InputError(
+                f"--max-seq-len {max_seq_len} is beyond the {config.longest_sequence} positions "
+                "that the model was made for"
+            )
         spec = jax_kvpage.CacheSpec(
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -93,8 +98,12 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
             dtype=jnp.float32,
             block_tokens=options.block_tokens or (16 if checkpoint == BUNDLED else None),
         )
-        half = options.max_num_seqs * max_seq_len * spec.token_bytes // 2
-        capacity = options.capacity or str(half)
+        # Half of all slots, and at least one sequence of full length.
+        size = max(
+            options.max_num_seqs * max_seq_len * spec.token_bytes // 2,
+            spec.resolve("cpu").slot_bytes,
+        )
+        capacity = options.capacity or str(size)
         pool = jax_kvpage.KVPool(spec, int(capacity) if capacity.isdecimal() else capacity)
     engine_config = EngineConfig(
         max_num_seqs=options.max_num_seqs,

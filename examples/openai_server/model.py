@@ -98,6 +98,7 @@ class ServedModel:
     async def _encode(self, text: str, param: str, special: bool = True) -> list[int]:
         try:
             if len(text) <= _SHORT:
+                await asyncio.sleep(0)  # others have their turn between many prompts
                 return self.tokenizer.encode(text, special)
             return await asyncio.to_thread(self.tokenizer.encode, text, special)
         except TokenizerError as error:

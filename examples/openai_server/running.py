@@ -85,6 +85,8 @@ async def run(
         config = uvicorn.Config(
             make_app(service, api_key),
             lifespan="off",
+            http="h11",  # which limits headers
+            ws="none",
             log_config=None,
             log_level="warning",
             server_header=False,
