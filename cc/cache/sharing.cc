@@ -96,13 +96,14 @@ Status CheckTruncate(SlotTable* table, const StateLock& state, const std::vector
   for (std::size_t i = 0; i < slots.size(); ++i) {
     KVPAGE_RETURN_IF_ERROR(table->CheckOccupied(state, "truncate", slots[i]));
     if (!table->Name(state, slots[i])) return InvalidArgument(Named("truncate", slots[i]) + " is named twice");
+    const std::int64_t room = table->Room(state, slots[i]);
+    if (tokens[i] < 0 || tokens[i] > room) {
+      return OutOfRange(Named("truncate", slots[i]) + ": num_tokens is " + Number(tokens[i]) + ", wanted 0.." +
+                        Number(room) + ", for which there is room");
+    }
     if (const std::int64_t dropped = table->host(state, slots[i]).dropped; tokens[i] < dropped) {
       return messages::BelowDropped("truncate", slots[i], tokens[i], dropped);
     }
-    const std::int64_t room = table->Room(state, slots[i]);
-    if (tokens[i] >= 0 && tokens[i] <= room) continue;
-    return OutOfRange(Named("truncate", slots[i]) + ": num_tokens is " + Number(tokens[i]) + ", wanted 0.." +
-                      Number(room) + ", for which there is room");
   }
   return {};
 }
