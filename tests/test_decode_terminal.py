@@ -37,7 +37,7 @@ def test_help_describes_every_option_with_its_default() -> None:
         assert action.help, action.dest
         assert "(default: " in action.help, action.dest
     shown = make_parser(decode_llama.__doc__).format_help()
-    for text in ("hf download", "quantized", "yarn", "biases"):
+    for text in ("hf download", "quantized", "longrope", "Qwen3", "a bias of the output"):
         assert text in shown
     shown.encode("ascii")
 
