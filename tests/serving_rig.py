@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_kvpage as kvp
-from jax_kvpage.serving import EngineConfig, RequestOutput, Watermark
+from jax_kvpage.serving import Engine, EngineConfig, RequestOutput, SamplingParams, Watermark
 from jax_kvpage.serving.engine.programs import Programs
 
 VOCABULARY = 64
@@ -96,9 +96,36 @@ def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Programs, "compile", compile_once)
 
 
+def check_empty(pool: kvp.KVPool) -> None:
+    """Nothing is left of any request once all programs have run."""
+    jax.block_until_ready(pool.cache())
+    stats = pool.stats()
+    assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
 
 
 def tokens(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
     return [[each.token_ids for each in output.outputs] for output in outputs]
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+SAMPLED = SamplingParams(seed=7, max_tokens=20, top_k=20, top_p=0.9, min_p=0.01)
+PENALIZED = SamplingParams(
+    seed=8, max_tokens=20, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.3
+)
+PROMPTS = [prompt(n, n) for n in (5, 40, 17, 70, 1, 33, 20, 64)]
+MIXED = [GREEDY, SAMPLED, PENALIZED, GREEDY, SAMPLED, PENALIZED, SAMPLED, GREEDY]
+
+
+@functools.cache
+def alone() -> list[list[list[int]]]:
+    """Tokens of PROMPTS, each in an engine that runs nothing else and has memory for everything."""
+    options = config(prefix_caching=False)
+    with pool() as memory, Engine(step, params(), memory, options) as engine:
+        return [
+            tokens(engine.generate([ids], each))[0]
+            for ids, each in zip(PROMPTS, MIXED, strict=True)
+        ]

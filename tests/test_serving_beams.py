@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import serving_rig as rig
@@ -76,12 +75,6 @@ def _check_same(outputs: Sequence[RequestOutput], alone: Results, exact: bool = 
             assert score == (wanted if exact or wanted is None else pytest.approx(wanted, abs=1e-4))
 
 
-def _check_empty(pool: kvp.KVPool) -> None:
-    jax.block_until_ready(pool.cache())
-    stats = pool.stats()
-    assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
-
-
 @pytest.fixture(scope="module")
 def alone() -> Results:
     """Each request in an engine that runs nothing else and has memory for everything."""
@@ -120,7 +113,7 @@ def test_beams_do_not_depend_on_what_else_runs(alone, options: dict[str, Any]) -
     with _pool(options.pop("blocks", 64)) as pool:
         with _engine(pool, **options) as engine:
             outputs = engine.generate(_PROMPTS, _MIXED)
-        _check_empty(pool)
+        rig.check_empty(pool)
     _check_same(outputs, alone, exact="preemption" not in options)
     preempted = [output.metrics.num_preemptions for output in outputs]
     beams = [i for i, params in enumerate(_MIXED) if isinstance(params, BeamSearchParams)]
@@ -143,7 +136,7 @@ def test_beams_without_spare_slots_or_blocks(alone, monkeypatch: pytest.MonkeyPa
         _check_same(engine.generate(_PROMPTS, _MIXED), alone)
         assert refused > 10
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_failed_steps_are_run_again(alone) -> None:
@@ -159,7 +152,7 @@ def test_failed_steps_are_run_again(alone) -> None:
         assert engine.stats.failures >= 5
         _check_same(outputs, alone)
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 @pytest.mark.parametrize("what", ["cancel", "interrupt", "closed"])
@@ -195,7 +188,7 @@ def test_an_end_at_any_step(alone, monkeypatch: pytest.MonkeyPatch, what: str) -
             wanted = {"cancel": "cancelled", "interrupt": "error", "closed": "cancelled"}[what]
             assert reasons == {"length"} if when == 25 else reasons == {wanted}
             engine.close()
-            _check_empty(pool)
+            rig.check_empty(pool)
 
 
 def _interrupt(*args: Any) -> Any:
@@ -211,7 +204,7 @@ def test_a_model_that_always_fails_ends_its_searches() -> None:
         assert [each.finish_reason for each in output.outputs] == ["error"] * 3
         assert "KeyError: 'layer'" in str(output.error)
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_memory_that_holds_no_more_ends_the_search() -> None:
@@ -221,7 +214,7 @@ def test_memory_that_holds_no_more_ends_the_search() -> None:
         assert [each.finish_reason for each in output.outputs] == ["capacity"] * 3
         assert all(len(each.token_ids) > 10 for each in output.outputs)
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_nothing_is_compiled_after_warm_up() -> None:
@@ -241,7 +234,7 @@ def test_asyncio_tasks(alone) -> None:
 
     with _pool() as pool:
         _check_same(asyncio.run(run(pool)), alone)
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_text_and_stops() -> None:
@@ -256,7 +249,7 @@ def test_text_and_stops() -> None:
             (output,) = engine.generate(_PROMPTS[:1], params)
             free = BeamSearchParams(beam_width=4, max_tokens=30, ignore_eos=True)
             (longest,) = engine.generate(_PROMPTS[:1], free)
-        _check_empty(pool)
+        rig.check_empty(pool)
     assert {each.finish_reason for each in output.outputs} == {"stop"}
     for each in output.outputs:
         last = each.token_ids[-1]
@@ -358,7 +351,7 @@ def test_results_are_those_of_transformers() -> None:
     with kvp.KVPool(spec, spec.virtual_bytes) as pool:
         with Engine(step, weights, pool, options) as engine:
             outputs = engine.generate(prompts, params)
-        _check_empty(pool)
+        rig.check_empty(pool)
     early = 0
     for prompt, each, output in zip(prompts, params, outputs, strict=True):
         sequences, scores = _reference(prompt, each, config.eos_token_ids)

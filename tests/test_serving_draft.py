@@ -52,12 +52,6 @@ def _engine(pool: kvp.KVPool, draft: kvp.KVPool, params: Any, **options: Any) ->
     return Engine(rig.step, rig.params(), pool, rig.config(**options), draft=model)
 
 
-def _check_empty(pool: kvp.KVPool) -> None:
-    jax.block_until_ready(pool.cache())
-    stats = pool.stats()
-    assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
-
-
 @pytest.fixture(scope="module")
 def expected() -> list[list[list[int]]]:
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
@@ -95,8 +89,8 @@ def test_a_draft_changes_no_token(expected, same: bool, blocks: tuple[int, int])
             assert stats.accepted > stats.drafted * 0.35
         else:
             assert stats.accepted < stats.drafted * 0.2
-        _check_empty(pool)
-        _check_empty(draft)
+        rig.check_empty(pool)
+        rig.check_empty(draft)
 
 
 def test_samples_fork_the_drafts_prompt(draft_pool, monkeypatch) -> None:
@@ -114,7 +108,7 @@ def test_samples_fork_the_drafts_prompt(draft_pool, monkeypatch) -> None:
         assert engine.stats.accepted > 0
     assert forks.count((1, 40)) == 3
     assert forks.count((1, 20)) == 3
-    _check_empty(draft_pool)
+    rig.check_empty(draft_pool)
 
 
 def test_prompts_are_computed_in_parts(draft_pool) -> None:
@@ -141,7 +135,7 @@ def test_cancelled_requests_give_the_drafts_memory_back(expected, draft_pool) ->
                 engine.cancel(rng.choice(outputs)[1])
             if rng.random() < 0.05:
                 pool.cache()  # the engine's step fails, and is run again
-        _check_empty(draft_pool)
+        rig.check_empty(draft_pool)
     for which, output in outputs:
         (first,) = output.outputs
         assert first.finish_reason in ("length", "cancelled")
@@ -164,7 +158,7 @@ def test_a_failure_costs_guesses_only(expected, draft_pool) -> None:
         assert engine.stats.drafted > before
         assert (engine.stats.failures, engine.stats.generations) == (0, 0)
     assert rig.tokens(outputs) == expected
-    _check_empty(draft_pool)
+    rig.check_empty(draft_pool)
 
 
 @pytest.mark.parametrize("kind", ["raises", "nan"])
@@ -184,7 +178,7 @@ def test_a_draft_that_always_fails_is_given_up_with_a_warning(
             outputs = engine.generate(_PROMPTS, _MIXED)
         assert len(caught) == 1
         assert engine.stats.drafted == 0
-        _check_empty(draft_pool)
+        rig.check_empty(draft_pool)
     assert rig.tokens(outputs) == expected
 
 
@@ -204,7 +198,7 @@ def test_a_failure_just_before_a_release(expected, draft_pool) -> None:
                 engine.step()
         assert engine.stats.drafted > before
     assert rig.tokens([other]) == [expected[3]]
-    _check_empty(draft_pool)
+    rig.check_empty(draft_pool)
 
 
 def test_an_interrupt_of_the_draft(expected, draft_pool, monkeypatch) -> None:
@@ -230,7 +224,7 @@ def test_an_interrupt_of_the_draft(expected, draft_pool, monkeypatch) -> None:
         assert times == 4
         assert engine.stats.accepted > 0
     assert rig.tokens(outputs) == expected
-    _check_empty(draft_pool)
+    rig.check_empty(draft_pool)
 
 
 def test_nothing_is_compiled_after_warm_up(draft_pool, monkeypatch) -> None:
@@ -252,7 +246,7 @@ def test_tasks_and_a_draft(expected, draft_pool) -> None:
 
     with rig.pool() as pool:
         assert rig.tokens(asyncio.run(serve(pool))) == expected
-    _check_empty(draft_pool)
+    rig.check_empty(draft_pool)
 
 
 def test_refusals(draft_pool) -> None:

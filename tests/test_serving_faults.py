@@ -25,12 +25,6 @@ def expected() -> list[list[list[int]]]:
         return rig.tokens(engine.generate(_PROMPTS, _GREEDY))
 
 
-def _check_empty(pool: kvp.KVPool) -> None:
-    jax.block_until_ready(pool.cache())
-    stats = pool.stats()
-    assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
-
-
 def _run(engine: Engine) -> None:
     while engine.has_unfinished:
         engine.step()
@@ -54,7 +48,7 @@ def test_a_model_that_raises_once_is_traced_again(expected) -> None:
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         assert engine.stats.failures == 1
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_a_model_that_always_raises_ends_its_requests() -> None:
@@ -65,7 +59,7 @@ def test_a_model_that_always_raises_ends_its_requests() -> None:
             assert "KeyError: 'layer'" in str(output.error)
         assert not engine.scheduler.num_running
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_an_interrupt_of_the_first_compile(expected) -> None:
@@ -79,7 +73,7 @@ def test_an_interrupt_of_the_first_compile(expected) -> None:
             engine.step()
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_engines_of_different_models_share_a_pool_and_nothing_else(expected) -> None:
@@ -94,7 +88,7 @@ def test_engines_of_different_models_share_a_pool_and_nothing_else(expected) -> 
             (output,) = engine.generate(prompts, _GREEDY)
             assert output.metrics.num_cached_tokens == 0
             assert rig.tokens([output]) == wanted
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_engines_of_one_model_share_what_has_their_namespace() -> None:
@@ -160,7 +154,7 @@ def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> Non
             assert found.finish_reason == "error" or found.token_ids == expected
         assert sum(output.outputs[0].finish_reason == "length" for output in outputs) >= 5
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_a_detokenizer_that_raises_ends_its_request_alone(expected) -> None:
@@ -186,7 +180,7 @@ def test_a_detokenizer_that_raises_ends_its_request_alone(expected) -> None:
             engine.cancel(output)
             assert output.finished
             assert output.outputs[0].finish_reason == "error"
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
@@ -210,7 +204,7 @@ def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
             for output, tokens in zip(outputs, expected, strict=True):
                 found = output.outputs[0]
                 assert found.finish_reason == "error" or [found.token_ids] == tokens
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_an_interrupted_last_release_is_made_up_for(monkeypatch) -> None:
@@ -230,7 +224,7 @@ def test_an_interrupted_last_release_is_made_up_for(monkeypatch) -> None:
         assert engine.has_unfinished, "a slot to release"
         engine.close()
         assert not engine.has_unfinished
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_an_interrupt_while_another_is_cleared_up(expected, monkeypatch) -> None:
@@ -254,7 +248,7 @@ def test_an_interrupt_while_another_is_cleared_up(expected, monkeypatch) -> None
         assert all(output.finished for output in outputs)
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 def test_a_closed_pool_ends_every_request() -> None:
@@ -305,7 +299,7 @@ def test_a_slot_that_was_to_be_released_is_lost(expected, monkeypatch, guesses: 
         assert engine.stats.generations == 1
         assert rig.tokens(outputs)[1:] == expected[1:]
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("lengths"), KeyboardInterrupt()])
@@ -334,4 +328,4 @@ def test_a_recovery_that_fails_is_made_again(expected, monkeypatch, error: BaseE
             assert found.finish_reason == "error" or [found.token_ids] == tokens
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()
-        _check_empty(pool)
+        rig.check_empty(pool)
