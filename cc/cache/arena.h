@@ -162,8 +162,8 @@ class Arena {
   // Overwrites a logical block with the bytes of others, [ranges].
   Status CopyBlock(std::int64_t slot, std::int64_t logical, const std::int32_t* from);
 
-  // For tests: an error unless each block has as many references as it is mapped, held or set aside, one entry of the
-  // prefix index at most, and counts as used accordingly.
+  // For tests. Checks the counts of every block: a reference for each mapping, for each hold and for being set aside;
+  // at most one entry of the prefix index; used if it has either.
   Status Audit() const;
   // Gives the memory of all free blocks back to the system; returns how many there were.
   std::int64_t Trim();

@@ -23,7 +23,7 @@ struct SlotProgress {
   std::int32_t by_block = 0;  // of these, those with a copy of its row of the block table. With a mirror 1 where its
                               // copy may name blocks that the slot has no more
   std::int32_t shared = 0;    // positions below this are not the slot's alone: they may not be written
-  std::int32_t dropped = 0;   // positions below this are gone or about to be: nothing may use them; without a mirror
+  std::int32_t dropped = 0;   // positions below this are gone or about to be: nothing may use them
   bool started = false;       // the program that occupies the slot (acquire, fork) has run; without a mirror
   bool vacated = false;       // draining, and the release program has run; as a mirror reads it: free on the device
 };

@@ -1,6 +1,6 @@
 // Dropping: a sequence whose attention has a sliding window gives up the blocks that the window has left behind.
 //
-// Positions and lengths stay as they are; the beginning of the slot becomes a hole. From then on programs may read the
+// Positions and lengths do not change; the beginning of the slot becomes a hole. From then on programs may read the
 // slot only through windows that begin behind it (program_ops.h), and it can neither be forked, nor be made shorter
 // than the hole, nor be found by its tokens. Blocks that others share, or that the prefix index refers to, stay with
 // those.

@@ -27,7 +27,7 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
     case SlotOpcode::kTruncate:
     case SlotOpcode::kFound:
       return edit.length;
-    case SlotOpcode::kDrop:  // stays as it is
+    case SlotOpcode::kDrop:  // does not change the length: callers do not ask
       break;
   }
   return -1;

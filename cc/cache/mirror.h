@@ -32,7 +32,7 @@ class Mirror {
   };
   // Tokens that may be written in these slots, visible to every program that is queued from now on. Memory beyond what
   // was said before is mapped by now; a slot's room never shrinks while it is occupied. Where the block table is open,
-  // a program that sees the room also sees the slots' blocks as they are now.
+  // a program that sees the room also sees the current blocks of the slots.
   virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
 
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.

@@ -30,7 +30,7 @@ void CollectReleases(const PoolParts& pool, const StateLock& state);
 
 // Tells the mirror what room the slots of an applied plan have, and which blocks; undoes the plan when that fails.
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan);
-// The same for slots as they are now.
+// The same for the current room and blocks of some slots.
 Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots);
 
 // Programs on a device address blocks by number from now on: opens the block window, and gives the mirror the block

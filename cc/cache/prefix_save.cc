@@ -172,7 +172,7 @@ class Saving {
     return writes_->Wait(0, &done);
   }
 
-  // Copies blocks [*copied, stop) as far as they are in memory and written.
+  // Copies blocks from *copied to `stop`, up to the first one that is not in memory or not yet written.
   Status Copy(const Run& run, std::int64_t stop, char* out, std::int64_t* copied) {
     const MappingLock mapping = pool_.supply->Lock();
     PrefixIndex* index = nullptr;

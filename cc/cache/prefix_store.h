@@ -20,7 +20,7 @@ store::BlockShape StoredShape(const Geometry& geometry);
 
 struct SaveRequest {
   bool all = true;    // everything that the index has; else:
-  std::string space;  // the first tokens of these sequences, as far as they are in memory
+  std::string space;  // of these sequences, whose first tokens are saved if they are in memory
   std::vector<std::vector<std::int32_t>> ids;
 };
 struct Saved {
