@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama.arguments import BUNDLED, InputError, plot_problem, read_prompts
+from llama.arguments import BUNDLED, InputError, plot_problem, positive, read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("serve_batch.py: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
 
 
 def _not_negative(text: str) -> float:
@@ -62,30 +55,30 @@ def _parser() -> argparse.ArgumentParser:
     what = "lengths and arrival times, in place of prompts"
     add("--trace", type=pathlib.Path, metavar="FILE", help=what)
     what = "requests; prompts are repeated (default: each prompt once, 100 of a trace)"
-    add("--num-requests", type=_positive, metavar="N", help=what)
+    add("--num-requests", type=positive, metavar="N", help=what)
     what = "divides all lengths of a trace (default: %(default)s)"
-    add("--shrink", type=_positive, default=1, metavar="N", help=what)
+    add("--shrink", type=positive, default=1, metavar="N", help=what)
     what = "divides all times of a trace; 0: all arrive at the start (default: %(default)s)"
     add("--speed", type=_not_negative, default=0.0, metavar="X", help=what)
     what = "tokens to generate for a prompt (default: %(default)s)"
-    add("--max-new-tokens", type=_positive, default=128, metavar="N", help=what)
+    add("--max-new-tokens", type=positive, default=128, metavar="N", help=what)
     what = "0 takes the most likely token (default: %(default)s)"
     add("--temperature", type=float, default=0.7, metavar="T", help=what)
     add("--top-k", type=int, default=0, metavar="K", help="only the K most likely; 0 for all")
     add("--top-p", type=float, default=0.9, metavar="P", help="(default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     what = "sequences at one time (default: %(default)s)"
-    add("--max-num-seqs", type=_positive, default=16, metavar="N", help=what)
+    add("--max-num-seqs", type=positive, default=16, metavar="N", help=what)
     what = "tokens in a step at most (default: %(default)s)"
-    add("--max-num-batched-tokens", type=_positive, default=128, metavar="N", help=what)
+    add("--max-num-batched-tokens", type=positive, default=128, metavar="N", help=what)
     what = "most tokens of a sequence (default: the model's max_position_embeddings)"
-    add("--max-seq-len", type=_positive, metavar="N", help=what)
+    add("--max-seq-len", type=positive, metavar="N", help=what)
     what = "physical memory of the pool (default: half of what all slots could take)"
     add("--capacity", metavar="SIZE", help=what)
     what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
-    add("--block-tokens", type=_positive, metavar="N", help=what)
+    add("--block-tokens", type=positive, metavar="N", help=what)
     what = "tokens to guess by prompt lookup and verify in a step (default: none, 4 with --draft)"
-    add("--num-speculative-tokens", type=_positive, metavar="N", help=what)
+    add("--num-speculative-tokens", type=positive, metavar="N", help=what)
     what = "a smaller model with the same tokens that guesses in place of prompt lookup"
     add("--draft", type=pathlib.Path, metavar="DIR", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
@@ -104,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     from llama.checkpoint import CheckpointError, load_model
     from llama.config import ConfigError, load_config
     from llama.run import input_errors
-    from llama.serving import figures, model_step, plot_occupancy, serve
+    from llama.serving import figures, make_pool, model_step, plot_occupancy, serve
     from llama.tokenizer import Tokenizer, TokenizerError
     from rich.console import Console
     from rich.progress import Progress
@@ -128,9 +121,9 @@ def _run(args: argparse.Namespace) -> None:
             seed=args.seed,
             ignore_eos=args.trace is not None,
         )
-        max_seq_len = args.max_seq_len or config.max_position_embeddings
         block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
-        pool = _pool(config, args.max_num_seqs, max_seq_len, block_tokens, args.capacity)
+        rows = args.max_num_seqs
+        pool = make_pool(config, rows, args.max_seq_len, block_tokens, args.capacity)
         draft = None
         if draft_config is not None and draft_model is not None:
             if draft_config.vocab_size != config.vocab_size:
@@ -138,9 +131,9 @@ def _run(args: argparse.Namespace) -> None:
                     f"--draft {args.draft}: its vocabulary has {draft_config.vocab_size} tokens, "
                     f"the model's {config.vocab_size}"
                 )
-            length = min(max_seq_len, draft_config.max_position_embeddings)
+            length = min(pool.spec.max_seq_len, draft_config.max_position_embeddings)
             # What all slots could take: a draft without memory guesses nothing.
-            own = _pool(draft_config, args.max_num_seqs, length, block_tokens, None, 1)
+            own = make_pool(draft_config, rows, length, block_tokens, share=1)
             draft_step, draft_weights = model_step(draft_model)
             draft = DraftModel(step=draft_step, params=draft_weights, pool=own)
     step, weights = model_step(model)
@@ -174,32 +167,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.plot:
         print(end="", flush=True)
         plot_occupancy(result, args.plot)
-
-
-def _pool(
-    config: Any,
-    slots: int,
-    max_seq_len: int,
-    block_tokens: int | None,
-    capacity: str | None,
-    share: float = 0.5,
-) -> Any:
-    """A pool for a model; without a capacity, a share of what all slots could take."""
-    import jax.numpy as jnp
-
-    import jax_kvpage
-
-    spec = jax_kvpage.CacheSpec(
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        config.head_dim,
-        slots,
-        max_seq_len,
-        dtype=jnp.float32,
-        block_tokens=block_tokens,
-    )
-    size: int | str = capacity or int(slots * max_seq_len * spec.token_bytes * share)
-    return jax_kvpage.KVPool(spec, int(size) if str(size).isdecimal() else size)
 
 
 def _jobs(args: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[Any]:

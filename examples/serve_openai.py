@@ -18,7 +18,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from llama.arguments import BUNDLED, InputError
+from llama.arguments import BUNDLED, InputError, positive
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client", "jinja2")
 
@@ -35,13 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("serve_openai.py: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
 
 
 def _port(text: str) -> int:
@@ -74,24 +67,24 @@ def _parser() -> argparse.ArgumentParser:
     what = "that /v1 requires as a bearer token (default: $JAX_KVPAGE_API_KEY, or none)"
     add("--api-key", default=os.environ.get("JAX_KVPAGE_API_KEY"), metavar="KEY", help=what)
     what = "sequences at one time (default: %(default)s)"
-    add("--max-num-seqs", type=_positive, default=16, metavar="N", help=what)
+    add("--max-num-seqs", type=positive, default=16, metavar="N", help=what)
     what = "tokens in a step at most (default: %(default)s)"
-    add("--max-num-batched-tokens", type=_positive, default=128, metavar="N", help=what)
+    add("--max-num-batched-tokens", type=positive, default=128, metavar="N", help=what)
     what = "most tokens of a sequence (default: the model's max_position_embeddings)"
-    add("--max-seq-len", type=_positive, metavar="N", help=what)
+    add("--max-seq-len", type=positive, metavar="N", help=what)
     what = "physical memory of the pool (default: half of what all slots could take)"
     add("--capacity", metavar="SIZE", help=what)
     what = "tokens in a block (default: 16 for the small model, else chosen by jax_kvpage)"
-    add("--block-tokens", type=_positive, metavar="N", help=what)
+    add("--block-tokens", type=positive, metavar="N", help=what)
     what = "tokens to guess by prompt lookup and verify in a step (default: none)"
-    add("--num-speculative-tokens", type=_positive, default=0, metavar="N", help=what)
+    add("--num-speculative-tokens", type=positive, default=0, metavar="N", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
     what = "requests that run or wait; further ones are answered 429 (default: %(default)s)"
-    add("--max-requests", type=_positive, default=256, metavar="N", help=what)
+    add("--max-requests", type=positive, default=256, metavar="N", help=what)
     what = "most logprobs of a token (default: %(default)s)"
-    add("--max-logprobs", type=_positive, default=20, metavar="N", help=what)
+    add("--max-logprobs", type=positive, default=20, metavar="N", help=what)
     what = "of a request's body (default: %(default)s)"
-    add("--max-body-bytes", type=_positive, default=4 << 20, metavar="N", help=what)
+    add("--max-body-bytes", type=positive, default=4 << 20, metavar="N", help=what)
     what = "of a request, in seconds (default: %(default)g)"
     add("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help=what)
     what = "for running requests at SIGTERM, in seconds (default: %(default)g)"

@@ -15,6 +15,7 @@ __all__ = [
     "make_parser",
     "parse_arguments",
     "plot_problem",
+    "positive",
     "read_prompts",
     "read_turns",
 ]
@@ -82,7 +83,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--max-new-tokens",
-        type=_positive,
+        type=positive,
         default=128,
         metavar="N",
         help="most tokens to generate for a prompt (default: %(default)s)",
@@ -117,14 +118,14 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--num-samples",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="sequences for each prompt, which is computed once (default: %(default)s)",
     )
     what.add_argument(
         "--num-beams",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="W",
         help="beam search of width W, one prompt after the other; 1 for none "
@@ -157,7 +158,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--block-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens in a block (default: chosen by jax_kvpage; 16 for the small model on CPU)",
     )
@@ -169,20 +170,20 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--max-slots",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="sequences that run at a time (default: the number of prompts)",
     )
     how.add_argument(
         "--max-seq-len",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="most tokens of a sequence, prompt included (default: the model's "
         "max_position_embeddings)",
     )
     how.add_argument(
         "--prefill-chunk",
-        type=_positive,
+        type=positive,
         default=512,
         metavar="N",
         help="most prompt tokens in one step, at least 16 (default: %(default)s)",
@@ -252,7 +253,8 @@ def plot_problem(file: pathlib.Path) -> str | None:
     return None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
     try:
         value = int(text)
     except ValueError:

@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import jax_kvpage
 from jax_kvpage.serving import Engine, RequestOutput, RequestRefused, SamplingParams, Step
 
+from .arguments import InputError
+from .config import LlamaConfig
 from .model import Llama
 from .workload import Job
 
-__all__ = ["Result", "Sample", "figures", "model_step", "plot_occupancy", "serve"]
+__all__ = ["Result", "Sample", "figures", "make_pool", "model_step", "plot_occupancy", "serve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,48 @@ class Result:
     refusals: list[str]
     samples: list[Sample]
     seconds: float
+
+
+def make_pool(
+    config: LlamaConfig,
+    slots: int,
+    max_seq_len: int | None = None,
+    block_tokens: int | None = None,
+    capacity: str | None = None,
+    share: float = 0.5,
+) -> jax_kvpage.KVPool:
+    """A pool for a model, in float32.
+
+    Args:
+      config: The model.
+      slots: Sequences at one time.
+      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
+      block_tokens: Tokens in a block; None for a choice.
+      capacity: Physical memory; None for `share` of what all slots could take, and one sequence of
+        full length at least.
+      share: See above.
+
+    Raises:
+      InputError: The sequences are longer than the model was made for.
+    """
+    length = max_seq_len or config.max_position_embeddings
+    if length > config.longest_sequence:
+        raise InputError(
+            f"--max-seq-len {length} is beyond the {config.longest_sequence} positions that the "
+            "model was made for"
+        )
+    spec = jax_kvpage.CacheSpec(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        slots,
+        length,
+        dtype=jnp.float32,
+        block_tokens=block_tokens,
+    )
+    size = max(int(slots * length * spec.token_bytes * share), spec.resolve("cpu").slot_bytes)
+    chosen = capacity or str(size)
+    return jax_kvpage.KVPool(spec, int(chosen) if chosen.isdecimal() else chosen)
 
 
 def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, Any]:

@@ -10,7 +10,7 @@ from llama.arguments import BUNDLED, InputError
 from llama.checkpoint import CheckpointError, load_model
 from llama.config import ConfigError, load_config
 from llama.run import input_errors
-from llama.serving import model_step
+from llama.serving import make_pool, model_step
 from llama.tokenizer import Tokenizer, TokenizerError
 
 import jax_kvpage
@@ -83,28 +83,13 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
     except (ConfigError, CheckpointError, TokenizerError) as error:
         raise InputError(str(error)) from error
     with input_errors():
-        max_seq_len = options.max_seq_len or config.max_position_embeddings
-        if max_seq_len > config.longest_sequence:
-            raise InputError(
-                f"--max-seq-len {max_seq_len} is beyond the {config.longest_sequence} positions "
-                "that the model was made for"
-            )
-        spec = jax_kvpage.CacheSpec(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
+        pool = make_pool(
+            config,
             options.max_num_seqs,
-            max_seq_len,
-            dtype=jnp.float32,
-            block_tokens=options.block_tokens or (16 if checkpoint == BUNDLED else None),
+            options.max_seq_len,
+            options.block_tokens or (16 if checkpoint == BUNDLED else None),
+            options.capacity,
         )
-        # Half of all slots, and at least one sequence of full length.
-        size = max(
-            options.max_num_seqs * max_seq_len * spec.token_bytes // 2,
-            spec.resolve("cpu").slot_bytes,
-        )
-        capacity = options.capacity or str(size)
-        pool = jax_kvpage.KVPool(spec, int(capacity) if capacity.isdecimal() else capacity)
     engine_config = EngineConfig(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
@@ -119,7 +104,7 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
         name=name or checkpoint.resolve().name,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
-        max_seq_len=max_seq_len,
+        max_seq_len=pool.spec.max_seq_len,
         template=template,
     )
     with pool, Engine(step, weights, pool, engine_config, detokenize=tokenizer.decode) as engine:
