@@ -26,9 +26,10 @@ from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
 from jax_kvpage.prefix import PrefixCalls
-from jax_kvpage.saving import SavingCalls
+from jax_kvpage.saving import SavingCalls, check_store
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
+from jax_kvpage.store import BlockStore
 
 __all__ = ["KVPool"]
 
@@ -63,20 +64,24 @@ class KVPool(PrefixCalls, SavingCalls, SharingCalls, Inspection):
             something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
+        store: what lies below memory: `save_prefixes` and `load_prefixes` use it unless they are
+            given another. Close it after the pool. On CPU only.
 
     Attributes:
         spec: the resolved spec.
         device: where the cache's arrays live.
+        store: what lies below memory; None: nothing.
 
     Raises:
-        ValueError: a capacity, spec or device that cannot work, with the numbers.
-        KVPageError: the CUDA driver or the system refused.
+        ValueError: a capacity, spec, device or store that cannot work, with the numbers.
+        KVPageError: the CUDA driver or the system refused; a store for a pool on a GPU.
         OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
             memory.
     """
 
     spec: CacheSpec
     device: jax.Device
+    store: BlockStore | None
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class KVPool(PrefixCalls, SavingCalls, SharingCalls, Inspection):
         on_stale: Literal["error", "allow"] = "error",
         poison: bool = False,
         debug: bool = False,
+        store: BlockStore | None = None,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
@@ -95,10 +101,14 @@ class KVPool(PrefixCalls, SavingCalls, SharingCalls, Inspection):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
+        check_store(store, place)
+        self.store = store
         size = capacity_bytes("KVPool", capacity, spec, place)
         self.spec = spec.resolve(place.platform, capacity=size)
         self._native = NativePool(self.spec, size, self.device, place, options)
         self._pool = self._native.pool
+        if store is not None:
+            self._native.call(self._pool.set_store, store.native)
         self._queue = Queue(self._native)
         self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))
         # At exit programs may be in flight: memory is then left to the system.

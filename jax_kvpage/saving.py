@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_kvpage._arrays import token_ids_of
+from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import NativePool
+from jax_kvpage.errors import KVPageError
 from jax_kvpage.prefix import namespace_key
 from jax_kvpage.store import BlockStore
 
-__all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls"]
+__all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls", "check_store"]
 
 
 class SavedPrefixes(NamedTuple):
@@ -49,10 +51,11 @@ class SavingCalls:
 
     _native: NativePool
     _pool: Any
+    store: BlockStore | None
 
     def save_prefixes(
         self,
-        store: BlockStore | str | os.PathLike[str],
+        store: BlockStore | str | os.PathLike[str] | None = None,
         token_ids: Any = None,
         namespace: str | None = None,
         *,
@@ -65,7 +68,8 @@ class SavingCalls:
         are not written again. Other threads may use the pool meanwhile. On CPU only.
 
         Args:
-            store: an open store; or the path of a directory, which gets no limit.
+            store: an open store; or the path of a directory, which gets no limit. None: the
+                pool's store.
             token_ids: ids of one sequence, or a list of several: the part of them that is in
                 memory is saved. None: all that `acquire_prefix` could find, in all namespaces.
             namespace: that of the sequences, as for `acquire_prefix`.
@@ -76,7 +80,7 @@ class SavingCalls:
 
         Raises:
             ValueError: ids that int32 cannot hold, a namespace without token_ids, a fingerprint
-                beside an open store.
+                beside an open store, no store where the pool has none.
             OutOfBlocks: the disk, or the store with its limit, is full.
             KVPageError: a write failed otherwise, or the pool lives on a GPU.
             DeviceFault: an earlier program failed on the device.
@@ -88,7 +92,7 @@ class SavingCalls:
             ids, _ = token_ids_of("save_prefixes: token_ids", token_ids)
         elif namespace is not None:
             raise ValueError("save_prefixes: namespace: give the token_ids that it is for as well")
-        with _opened("save_prefixes", store, fingerprint) as opened:
+        with _opened("save_prefixes", store, self.store, fingerprint) as opened:
             saved = self._native.call(
                 self._pool.save_prefixes, opened, space, ids, token_ids is None
             )
@@ -96,7 +100,7 @@ class SavingCalls:
 
     def load_prefixes(
         self,
-        store: BlockStore | str | os.PathLike[str],
+        store: BlockStore | str | os.PathLike[str] | None = None,
         *,
         fingerprint: str | None = None,
     ) -> LoadedPrefixes:
@@ -108,26 +112,47 @@ class SavingCalls:
         the pool meanwhile. On CPU only.
 
         Args:
-            store: an open store, or the path of a directory.
+            store: an open store, or the path of a directory. None: the pool's store.
             fingerprint: with a path, that of `BlockStore`.
 
         Returns:
             How many tokens were loaded, and how many were not and why.
 
         Raises:
-            ValueError: a fingerprint beside an open store.
+            ValueError: a fingerprint beside an open store, no store where the pool has none.
             KVPageError: the directory cannot be read, or the pool lives on a GPU.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or the store is closed.
         """
-        with _opened("load_prefixes", store, fingerprint) as opened:
+        with _opened("load_prefixes", store, self.store, fingerprint) as opened:
             loaded = self._native.call(self._pool.load_prefixes, opened)
         return LoadedPrefixes(loaded.tokens, loaded.present, loaded.no_room, loaded.lost)
 
 
+def check_store(store: Any, place: Place) -> None:
+    """Refuses what cannot lie below a new pool's memory.
+
+    Raises:
+        ValueError: not a store.
+        KVPageError: the pool is to live on a GPU.
+    """
+    if store is None:
+        return
+    if not isinstance(store, BlockStore):
+        raise ValueError(f"KVPool: store: wanted a BlockStore or None, got {store!r}")
+    if place.backend != "cpu":
+        raise KVPageError("KVPool: store: pools on CPU only; leave it out for a pool on a GPU")
+
+
 @contextmanager
-def _opened(call: str, store: Any, fingerprint: str | None) -> Iterator[Any]:
+def _opened(
+    call: str, store: Any, default: BlockStore | None, fingerprint: str | None
+) -> Iterator[Any]:
     """The compiled store; one that was given as a path is closed at the end."""
+    if store is None:
+        if default is None:
+            raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")
+        store = default
     if isinstance(store, BlockStore):
         if fingerprint is not None:
             raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")

@@ -300,3 +300,37 @@ def test_mistakes_are_named(make_pool, tmp_path: pathlib.Path) -> None:
     pool.close()
     with pytest.raises(kvp.PoolClosed):
         pool.save_prefixes(tmp_path)
+
+
+def test_a_pool_with_a_store_saves_there_and_loads_from_there(
+    make_pool, tmp_path: pathlib.Path
+) -> None:
+    spec = spec_of("fused", jnp.float32).resolve("cpu")
+    size = spec.block_bytes * 64
+    with kvp.BlockStore(tmp_path) as store:
+        first, second = (PrefixRig(make_pool(spec, size, store=store)) for _ in range(2))
+        assert first.pool.store is store
+        first.acquire(text(100))
+        first.pool.check(first.cache)
+        saved = first.pool.save_prefixes()
+        assert saved.tokens == saved.written == 100 // BLOCK * BLOCK
+        assert second.pool.load_prefixes().tokens == saved.tokens
+        assert store.stats().files == len(files(tmp_path)) == 1
+
+
+def test_stores_that_cannot_lie_below_a_pool_are_refused(make_pool, tmp_path: pathlib.Path) -> None:
+    spec = spec_of("fused", jnp.float32).resolve("cpu")
+    with pytest.raises(ValueError, match="KVPool: store: wanted a BlockStore or None, got"):
+        make_pool(spec, spec.block_bytes * 64, store=str(tmp_path))
+    store = kvp.BlockStore(tmp_path)
+    store.close()
+    with pytest.raises(kvp.PoolClosed, match=r"KVPool: store.* closed"):
+        make_pool(spec, spec.block_bytes * 64, store=store)
+    pool = make_pool(spec, spec.block_bytes * 64)
+    assert pool.store is None
+    with pytest.raises(
+        ValueError, match=r"save_prefixes: store: give one, or .*KVPool\(store=\.\.\.\)"
+    ):
+        pool.save_prefixes()
+    with pytest.raises(ValueError, match="load_prefixes: store: give one"):
+        pool.load_prefixes()

@@ -4,6 +4,7 @@
 #define KVPAGE_CACHE_PARTS_H_
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/status.h"
@@ -11,6 +12,7 @@
 #include "cache/slot_table.h"
 #include "cache/supply.h"
 #include "cache/types.h"
+#include "store/block_store.h"
 
 namespace kvpage {
 
@@ -18,7 +20,8 @@ struct PoolParts {
   PoolOptions options;
   SlotTable* table;
   Supply* supply;
-  Mirror* mirror;  // null: programs run on CPU and call the pool as they run
+  Mirror* mirror;                                      // null: programs run on CPU and call the pool as they run
+  std::shared_ptr<store::BlockStore> store = nullptr;  // below memory; null: none
 };
 
 // Begins every host call that changes something: the pool is open, finished releases are collected, and a pending
