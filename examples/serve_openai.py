@@ -51,6 +51,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _positive_seconds(text: str) -> float:
+    value = _seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds: no request ends in no time")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "serve_openai.py",
@@ -86,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     what = "of a request's body (default: %(default)s)"
     add("--max-body-bytes", type=positive, default=4 << 20, metavar="N", help=what)
     what = "of a request, in seconds (default: %(default)g)"
-    add("--timeout", type=_seconds, default=600.0, metavar="SECONDS", help=what)
+    add("--timeout", type=_positive_seconds, default=600.0, metavar="SECONDS", help=what)
+    what = "for a request's body to arrive, in seconds (default: %(default)g)"
+    add("--body-timeout", type=_positive_seconds, default=30.0, metavar="SECONDS", help=what)
+    what = "let requests set their priority, in front of others"
+    add("--allow-priority", action="store_true", help=what)
+    what = "a name of this server in Host headers; on localhost, others are refused; repeatable"
+    add("--allowed-host", action="append", default=[], metavar="NAME", help=what)
     what = "for running requests at SIGTERM, in seconds (default: %(default)g)"
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help=what)
     return parser
@@ -98,9 +111,9 @@ def _run(args: argparse.Namespace) -> None:
         raise InputError(f"needs {', '.join(missing)}: pip install 'jax_kvpage[serve]'")
     if args.api_key is not None and not (args.api_key and args.api_key.isascii()):
         raise InputError("--api-key: wanted ASCII characters, one or more")
+    from openai_server.limits import Limits
     from openai_server.loading import Options, load
     from openai_server.running import Started, bind, run
-    from openai_server.service import Limits
 
     options = Options(
         max_num_seqs=args.max_num_seqs,
@@ -117,6 +130,8 @@ def _run(args: argparse.Namespace) -> None:
         max_requests=args.max_requests,
         max_logprobs=args.max_logprobs,
         seconds=args.timeout,
+        body_seconds=args.body_timeout,
+        priorities=args.allow_priority,
     )
 
     def started(server: Started) -> None:
@@ -135,6 +150,7 @@ def _run(args: argparse.Namespace) -> None:
                 limits,
                 listener,
                 api_key=args.api_key,
+                host_names=args.allowed_host,
                 shutdown_seconds=args.shutdown_timeout,
                 on_start=started,
             )

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import openai
 from llama.arguments import BUNDLED
+from openai_server.limits import Limits
 from openai_server.loading import Loaded, Options, load
 from openai_server.running import Started, bind, run
-from openai_server.service import Limits
 from prometheus_client.parser import text_string_to_metric_families
 
 from jax_kvpage.serving import Engine

@@ -1,9 +1,8 @@
 """The HTTP side: routes, bodies, streams by server-sent events, and clients that vanish."""
 
 import asyncio
-import hmac
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jax_kvpage.serving import RequestOutput
 
@@ -20,20 +19,25 @@ from .answers import Answer
 from .calls import Call, parse_chat, parse_completion
 from .errors import ApiError
 from .fields import parse_object
+from .guards import CheckHost, RequireKey
+from .limits import Limits
 from .metrics import CONTENT_TYPE
-from .service import Service
+from .service import Place, Service
 
 __all__ = ["make_app"]
 
-_Parse = Callable[[dict[str, Any], int], Call]
+_Parse = Callable[[dict[str, Any], Limits], Call]
 
 
-def make_app(service: Service, api_key: str | None = None) -> Starlette:
+def make_app(
+    service: Service, api_key: str | None = None, hosts: Collection[str] | None = None
+) -> Starlette:
     """The application.
 
     Args:
       service: Runs the requests.
       api_key: What clients of `/v1` must send as a bearer token; None for no key.
+      hosts: Names that the Host header may have; None for any.
     """
 
     async def models(request: Request) -> Response:
@@ -67,7 +71,11 @@ def make_app(service: Service, api_key: str | None = None) -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    middleware = [Middleware(_RequireKey, key=api_key)] if api_key is not None else []
+    middleware = []
+    if hosts is not None:
+        middleware.append(Middleware(CheckHost, hosts=hosts))
+    if api_key is not None:
+        middleware.append(Middleware(RequireKey, key=api_key))
     handlers: dict[Any, Any] = {
         ApiError: lambda request, error: error.response(),
         HTTPException: _http_error,
@@ -81,28 +89,6 @@ def _http_error(request: Request, error: HTTPException) -> Response:
     return ApiError(error.detail, status=error.status_code, headers=error.headers).response()
 
 
-class _RequireKey:
-    """Refuses requests to `/v1` without the key."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app = app
-        self._wanted = f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
-                error = ApiError(
-                    "wrong API key, or none",
-                    status=401,
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await error.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 class _Generation:
     """An endpoint that runs requests on the engine."""
 
@@ -113,10 +99,11 @@ class _Generation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(scope, send)
         try:
-            async with self._service.limited():
-                body = await self._read(Request(scope, receive))
+            async with self._service.limited() as place:
+                async with self._service.receiving():
+                    body = await self._read(Request(scope, receive))
                 if body is not None:
-                    await _unless_client_leaves(receive, self._answer(body, reply))
+                    await _unless_client_leaves(receive, self._answer(place, body, reply))
         except ApiError as error:
             await reply.fail(error)
 
@@ -148,14 +135,14 @@ class _Generation:
             if not message.get("more_body", False):
                 return bytes(body)
 
-    async def _answer(self, body: bytes, reply: "_Reply") -> None:
+    async def _answer(self, place: Place, body: bytes, reply: "_Reply") -> None:
         service, model = self._service, self._service.model
-        call = self._parse(parse_object(body), service.limits.max_logprobs)
-        prompts = await model.encode(call)
-        echoes = [
-            prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-            for prompt in (call.prompts if call.echo else ())
-        ]
+
+        def prepare() -> tuple[Call, list[list[int]], list[str]]:
+            call = self._parse(parse_object(body), service.limits)
+            return call, model.encode(call), model.echoes(call)
+
+        call, prompts, echoes = await service.in_thread(prepare)
         answer = Answer(call, model.tokenizer.decode, echoes)
         newest: dict[int, RequestOutput] = {}
 
@@ -164,7 +151,7 @@ class _Generation:
             if call.stream:
                 await reply.events(answer.pieces(number, output))
 
-        await service.run(call, prompts, keep)
+        await service.run(place, call, prompts, keep)
         outputs = [newest[number] for number in range(len(prompts))]
         if not call.stream:
             await reply.whole(answer.whole(outputs))

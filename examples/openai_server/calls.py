@@ -11,6 +11,7 @@ from jax_kvpage.serving import SamplingParams
 
 from .errors import ApiError
 from .fields import Fields, check_text
+from .limits import Limits
 
 __all__ = ["Call", "Prompt", "parse_chat", "parse_completion"]
 
@@ -74,7 +75,7 @@ class Call:
             raise ApiError(reason, param=reason.split()[0], code="invalid_value") from error
 
 
-def parse_completion(values: dict[str, Any], max_logprobs: int) -> Call:
+def parse_completion(values: dict[str, Any], limits: Limits) -> Call:
     """The body of `/v1/completions`.
 
     Raises:
@@ -83,18 +84,18 @@ def parse_completion(values: dict[str, Any], max_logprobs: int) -> Call:
     fields = Fields(values)
     prompts = _prompts(fields.any("prompt"))
     echo = fields.boolean("echo")
-    logprobs = fields.integer("logprobs", high=max_logprobs)
+    logprobs = fields.integer("logprobs", high=limits.max_logprobs)
     if echo and logprobs is not None:
         raise fields.error(
             "echo", "the prompt has no logprobs on this server", "unsupported_parameter"
         )
     fields.expect("suffix", "")
     fields.expect("best_of", 1)
-    common = _common(fields, logprobs, fields.integer("max_tokens", low=1))
+    common = _common(fields, limits, logprobs, fields.integer("max_tokens", low=1))
     return Call(prompts=prompts, echo=echo, **common)
 
 
-def parse_chat(values: dict[str, Any], max_logprobs: int) -> Call:
+def parse_chat(values: dict[str, Any], limits: Limits) -> Call:
     """The body of `/v1/chat/completions`.
 
     Raises:
@@ -103,7 +104,7 @@ def parse_chat(values: dict[str, Any], max_logprobs: int) -> Call:
     fields = Fields(values)
     messages = _messages(fields.any("messages"))
     wanted = fields.boolean("logprobs")
-    top = fields.integer("top_logprobs", high=max_logprobs)
+    top = fields.integer("top_logprobs", high=limits.max_logprobs)
     if top is not None and not wanted:
         raise fields.error("top_logprobs", "wanted logprobs to be true")
     first = fields.integer("max_completion_tokens", low=1)
@@ -115,11 +116,13 @@ def parse_chat(values: dict[str, Any], max_logprobs: int) -> Call:
     fields.expect("tools", [])
     fields.expect("tool_choice", "none")
     template_values = fields.object("chat_template_kwargs")
-    common = _common(fields, (top or 0) if wanted else None, first or second)
+    common = _common(fields, limits, (top or 0) if wanted else None, first or second)
     return Call(messages=messages, template_values=template_values, **common)
 
 
-def _common(fields: Fields, logprobs: int | None, max_tokens: int | None) -> dict[str, Any]:
+def _common(
+    fields: Fields, limits: Limits, logprobs: int | None, max_tokens: int | None
+) -> dict[str, Any]:
     """The fields of both; takes the last ones."""
     model = fields.string("model")
     if not model:
@@ -160,10 +163,15 @@ def _common(fields: Fields, logprobs: int | None, max_tokens: int | None) -> dic
         "include_usage": include_usage,
         "token_ids": fields.boolean("return_token_ids"),
         "namespace": _at_most(fields.string("cache_salt"), _LONGEST_SALT, "cache_salt"),
-        "priority": fields.integer("priority", 0, low=-(2**31)),
+        "priority": _priority(fields) if limits.priorities else 0,
     }
+    fields.expect("priority", 0)
     fields.finish()
     return common
+
+
+def _priority(fields: Fields) -> int:
+    return fields.integer("priority", 0, low=-(2**31)) or 0
 
 
 def _prompts(value: Any) -> list[Prompt]:

@@ -1,11 +1,13 @@
 """The served model, as far as the server sees it: its name, its tokenizer and its chat template."""
 
-import asyncio
 import dataclasses
+import json
+import logging
 import pathlib
 import time
 from collections.abc import Sequence
 
+import jinja2
 from llama.chat import ChatTemplate
 from llama.tokenizer import Tokenizer, TokenizerError
 
@@ -14,7 +16,7 @@ from .errors import ApiError
 
 __all__ = ["ServedModel"]
 
-_SHORT = 4096  # characters that are encoded without a thread
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +41,36 @@ class ServedModel:
 
     @staticmethod
     def find_template(checkpoint: pathlib.Path) -> ChatTemplate | None:
-        """The chat template of a model directory; None if it has none.
+        """The chat template of a model directory.
+
+        Returns:
+          None for a model that has none, or several of which none is the default.
 
         Raises:
           TokenizerError: There is one, but it is not valid.
         """
-        files = (checkpoint / "chat_template.jinja", checkpoint / "tokenizer_config.json")
-        if files[0].is_file() or (
-            files[1].is_file() and b'"chat_template"' in files[1].read_bytes()
-        ):
+        if (checkpoint / "chat_template.jinja").is_file():
             return ChatTemplate(checkpoint)
-        return None
+        file = checkpoint / "tokenizer_config.json"
+        try:
+            config = json.loads(file.read_bytes()) if file.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise TokenizerError(f"{file} is not JSON: {error}") from error
+        given = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(given, list):
+            names = [each.get("name") for each in given if isinstance(each, dict)]
+            return ChatTemplate(checkpoint) if "default" in names else None
+        if given is None:
+            return None
+        if not isinstance(given, str):
+            raise TokenizerError(
+                f"{file}: chat_template is a JSON {type(given).__name__}, expected a string or a "
+                "list of named templates"
+            )
+        return ChatTemplate(checkpoint)
 
-    async def encode(self, call: Call) -> list[list[int]]:
-        """The token ids of a request's prompts.
+    def encode(self, call: Call) -> list[list[int]]:
+        """The token ids of a request's prompts. Any thread may call this.
 
         Raises:
           ApiError: Another model, no chat model, or prompts that it cannot take.
@@ -65,17 +83,23 @@ class ServedModel:
                 code="model_not_found",
             )
         if call.is_chat:
-            text = self._render(call)
             # The template writes the special tokens itself.
-            prompts = [await self._encode(text, "messages", special=False)]
+            prompts = [self._encode(self._render(call), "messages", special=False)]
         else:
             prompts = [
-                await self._encode(prompt, "prompt") if isinstance(prompt, str) else prompt
+                self._encode(prompt, "prompt") if isinstance(prompt, str) else prompt
                 for prompt in call.prompts
             ]
         for ids in prompts:
             self._check(ids, call)
         return prompts
+
+    def echoes(self, call: Call) -> list[str]:
+        """Texts of the prompts for answers that begin with them; empty for other requests."""
+        return [
+            prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+            for prompt in (call.prompts if call.echo else ())
+        ]
 
     def max_tokens(self, call: Call, ids: Sequence[int]) -> int:
         """Tokens to produce at most; by default 16, in a chat all that there is room for."""
@@ -92,17 +116,27 @@ class ServedModel:
             )
         try:
             return self.template.render(call.messages, **call.template_values)
-        except (TokenizerError, TypeError) as error:  # a name that render itself has
-            raise ApiError(str(error)[:1000], param="messages", code="invalid_value") from error
-
-    async def _encode(self, text: str, param: str, special: bool = True) -> list[int]:
-        try:
-            if len(text) <= _SHORT:
-                await asyncio.sleep(0)  # others have their turn between many prompts
-                return self.tokenizer.encode(text, special)
-            return await asyncio.to_thread(self.tokenizer.encode, text, special)
+        except TypeError as error:
+            # The template's variables are arguments of `render`, which has some names itself.
+            reason = "chat_template_kwargs: wanted other names than those of the messages"
+            raise ApiError(reason, param="messages", code="invalid_value") from error
         except TokenizerError as error:
-            raise ApiError(str(error)[:1000], param=param, code="invalid_value") from error
+            cause = error.__cause__
+            # A template refuses messages by `raise_exception`, in words for the user. The texts of
+            # other errors show the file and the code of the template.
+            if type(cause) is jinja2.TemplateError:
+                reason = f"the chat template refuses the messages: {cause}"
+            else:
+                reason = "the chat template cannot render the messages"
+                _log.warning("%s", error)
+            raise ApiError(reason[:1000], param="messages", code="invalid_value") from error
+
+    def _encode(self, text: str, param: str, special: bool = True) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, special)
+        except TokenizerError as error:
+            reason = "the text has no tokens, or some that the model does not have"
+            raise ApiError(reason, param=param, code="invalid_value") from error
 
     def _check(self, ids: Sequence[int], call: Call) -> None:
         param = "messages" if call.is_chat else "prompt"

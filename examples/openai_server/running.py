@@ -5,15 +5,17 @@ import contextlib
 import dataclasses
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 
 import uvicorn
 
 from jax_kvpage.serving import AsyncEngine
 
 from .app import make_app
+from .guards import allowed_hosts
+from .limits import Limits
 from .loading import Loaded
-from .service import Limits, Service
+from .service import Service
 
 __all__ = ["Started", "bind", "run"]
 
@@ -64,6 +66,7 @@ async def run(
     listener: socket.socket,
     *,
     api_key: str | None = None,
+    host_names: Collection[str] = (),
     shutdown_seconds: float = 30.0,
     on_start: Callable[[Started], None],
 ) -> None:
@@ -77,13 +80,15 @@ async def run(
       limits: For clients.
       listener: From `bind`.
       api_key: For clients of `/v1`.
+      host_names: Names of the server that the Host header may have. Those of localhost are always
+        allowed, and without others a server that is not on localhost checks nothing.
       shutdown_seconds: For requests that run at the end.
       on_start: Called when it listens.
     """
     async with AsyncEngine(loaded.engine) as engine:
         service = Service(engine, loaded.pool, loaded.model, limits)
         config = uvicorn.Config(
-            make_app(service, api_key),
+            make_app(service, api_key, allowed_hosts(listener.getsockname()[0], host_names)),
             lifespan="off",
             http="h11",  # which limits headers
             ws="none",
@@ -110,7 +115,10 @@ async def run(
         with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop)
-        await server.serve([listener])
+        try:
+            await server.serve([listener])
+        finally:
+            service.close()
 
 
 class _Server(uvicorn.Server):

@@ -1,41 +1,42 @@
 """Requests of HTTP on the engine: how many at a time, for how long, and what happens at the end."""
 
 import asyncio
+import concurrent.futures
 import contextlib
-import dataclasses
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import jax_kvpage
 from jax_kvpage.serving import AsyncEngine, RequestOutput, RequestRefused, SamplingParams
 
 from .calls import Call
 from .errors import ApiError, busy, stopping
+from .limits import Limits
 from .metrics import Metrics, Snapshot, Watch
 from .model import ServedModel
 
-__all__ = ["Limits", "OnOutput", "Service"]
+__all__ = ["OnOutput", "Place", "Service"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # Called with the number of a prompt and its output so far.
 OnOutput = Callable[[int, RequestOutput], Awaitable[None]]
 
 _ANSWER_SECONDS = 10.0  # for the engine to say how it is
+_NUM_THREADS = 2  # that parse, render and tokenize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What clients may ask for.
+class Place:
+    """A request's place in the server, which counts as one request of the engine or more.
 
     Attributes:
-      max_body_bytes: Of a request's body.
-      max_requests: Requests that run or wait; each prompt of a list counts.
-      max_logprobs: Of a token.
-      seconds: From the first byte of a request's body to the last of its answer.
+      count: As how many it counts.
     """
 
-    max_body_bytes: int = 4 << 20
-    max_requests: int = 256
-    max_logprobs: int = 20
-    seconds: float = 600.0
+    def __init__(self) -> None:
+        self.count = 1
 
 
 class Service:
@@ -61,9 +62,10 @@ class Service:
         self.metrics = Metrics(model.name)
         self._engine = engine
         self._pool = pool
-        self._active = 0  # requests of the engine
+        self._active = 0  # requests, as they count
         self._scopes: set[asyncio.Timeout] = set()
         self._stopping = self._ending = False
+        self._threads = concurrent.futures.ThreadPoolExecutor(_NUM_THREADS, "requests")
 
     def stop(self) -> None:
         """Refuses requests from now on."""
@@ -76,15 +78,40 @@ class Service:
             scope.reschedule(asyncio.get_running_loop().time())
 
     @contextlib.asynccontextmanager
-    async def limited(self) -> AsyncIterator[None]:
-        """The time of one request.
+    async def limited(self) -> AsyncIterator[Place]:
+        """The time of one request, and its place among the others.
 
         Raises:
-          ApiError: The time is over, or the server is shutting down.
+          ApiError: There are too many requests, the time is over, or the server is shutting down.
         """
         if self._stopping:
             raise stopping()
-        scope = asyncio.timeout(self.limits.seconds)
+        place = Place()
+        self._count(place, 0, 1)
+        try:
+            async with self._timed(self.limits.seconds):
+                yield place
+        finally:
+            self._active -= place.count
+
+    @contextlib.asynccontextmanager
+    async def receiving(self) -> AsyncIterator[None]:
+        """The time in which a body has to arrive.
+
+        Raises:
+          ApiError: It is over.
+        """
+        if self.limits.body_seconds >= self.limits.seconds:
+            yield
+            return
+        async with self._timed(self.limits.body_seconds, "the body took", status=408):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _timed(
+        self, seconds: float, what: str = "the request took", status: int = 504
+    ) -> AsyncIterator[None]:
+        scope = asyncio.timeout(seconds)
         try:
             async with scope:
                 self._scopes.add(scope)
@@ -97,16 +124,37 @@ class Service:
                 raise
             if self._ending:
                 raise stopping() from error
-            raise ApiError(
-                f"the request took more than {self.limits.seconds:g} seconds",
-                status=504,
-                code="timeout",
-            ) from error
+            reason = f"{what} more than {seconds:g} seconds"
+            raise ApiError(reason, status=status, code="timeout") from error
 
-    async def run(self, call: Call, prompts: list[list[int]], on_output: OnOutput) -> None:
+    def _count(self, place: Place, old: int, new: int) -> None:
+        others, most = self._active - old, self.limits.max_requests
+        if others + new > most:
+            raise busy(f"{others} other requests run or wait, and at most {most} may in all")
+        self._active = others + new
+        place.count = new
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Runs a part of a request that takes long on large bodies.
+
+        Few threads do this; other requests wait for them, and the event loop does not.
+
+        Args:
+          work: What to call. What it raises is raised.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Ends the threads. No request may run any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def run(
+        self, place: Place, call: Call, prompts: list[list[int]], on_output: OnOutput
+    ) -> None:
         """Runs a request; each of its prompts is one of the engine's.
 
         Args:
+          place: From `limited`.
           call: The request.
           prompts: Token ids.
           on_output: Called with every output that has more tokens. While it runs, outputs of the
@@ -123,17 +171,13 @@ class Service:
                 code="invalid_value",
             )
         params = [call.params(self.model.max_tokens(call, ids)) for ids in prompts]
-        if self._active + count > most:
-            raise busy(f"{self._active} requests run or wait, and at most {most} may")
-        self._active += count
+        self._count(place, place.count, count)
         try:
             async with asyncio.TaskGroup() as group:
                 for number, (ids, each) in enumerate(zip(prompts, params, strict=True)):
                     group.create_task(self._follow(call, number, ids, each, on_output))
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
-        finally:
-            self._active -= count
 
     async def _follow(
         self, call: Call, number: int, ids: list[int], params: SamplingParams, on_output: OnOutput
@@ -153,7 +197,8 @@ class Service:
             raise ApiError(str(error), code="invalid_value") from error
         except RuntimeError as error:
             watch.close()
-            raise ApiError(f"the engine has stopped: {error}", status=500) from error
+            _log.error("%s", error)
+            raise ApiError("the engine has stopped", status=500) from error
         except BaseException:
             watch.close()
             raise
@@ -168,8 +213,8 @@ class Service:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 return await self._engine.inspect(lambda engine: Snapshot.of(engine, self._pool))
         except (TimeoutError, RuntimeError, jax_kvpage.PoolClosed) as error:
-            reason = str(error) or "no answer"
-            raise ApiError(f"the engine has stopped: {reason}", status=503) from error
+            _log.error("%s", error or "the engine does not answer")
+            raise ApiError("the engine has stopped", status=503) from error
 
     async def check_health(self) -> None:
         """Raises an ApiError if the server takes no requests."""
@@ -182,7 +227,8 @@ def _check(output: RequestOutput) -> None:
     """Raises for a request that the engine ended before its time."""
     reasons = {each.finish_reason for each in output.outputs}
     if "error" in reasons:
-        raise ApiError(f"the request has failed: {output.error}", status=500, code="engine_error")
+        _log.error("a request has failed: %s", output.error)  # for the operator, not for clients
+        raise ApiError("the request has failed", status=500, code="engine_error")
     if "cancelled" in reasons:
         raise stopping()
 
