@@ -12,11 +12,13 @@ It has /v1/completions, /v1/chat/completions (for checkpoints with a chat templa
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from llama.arguments import BUNDLED, InputError, positive
 
@@ -100,9 +102,42 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-priority", action="store_true", help=what)
     what = "a name of this server in Host headers; on localhost, others are refused; repeatable"
     add("--allowed-host", action="append", default=[], metavar="NAME", help=what)
+    what = "ZeroMQ address of KV events, such as tcp://127.0.0.1:5557 (default: no events)"
+    add("--kv-events-endpoint", metavar="ADDRESS", help=what)
+    what = "ZeroMQ address for subscribers that have missed events, such as tcp://127.0.0.1:5558"
+    add("--kv-events-replay-endpoint", metavar="ADDRESS", help=what)
+    add("--kv-events-topic", default="", metavar="TEXT", help="(default: empty)")
+    what = "map as vLLM 0.32 writes events, array as older ones (default: %(default)s)"
+    add("--kv-events-form", choices=("map", "array"), default="map", help=what)
     what = "for running requests at SIGTERM, in seconds (default: %(default)g)"
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="SECONDS", help=what)
     return parser
+
+
+@contextlib.contextmanager
+def _publisher(args: argparse.Namespace) -> Iterator[Any]:
+    """Publishes KV events if the options want it; yields None if not."""
+    if args.kv_events_endpoint is None:
+        if args.kv_events_replay_endpoint is not None:
+            raise InputError("--kv-events-replay-endpoint: wanted --kv-events-endpoint with it")
+        yield None
+        return
+    if args.no_prefix_caching:
+        raise InputError("--kv-events-endpoint: --no-prefix-caching leaves no events")
+    missing = [name for name in ("zmq", "msgspec") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--kv-events-endpoint needs {', '.join(missing)}: pip install 'jax_kvpage[events]'"
+        )
+    from openai_server.kv_events import EventPublisher
+
+    with EventPublisher(
+        args.kv_events_endpoint,
+        args.kv_events_replay_endpoint,
+        topic=args.kv_events_topic,
+        form=args.kv_events_form,
+    ) as publisher:
+        yield publisher
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -142,7 +177,11 @@ def _run(args: argparse.Namespace) -> None:
         listener = bind(args.host, args.port)
     except OSError as error:
         raise InputError(f"{args.host}, port {args.port}: {error.strerror}") from error
-    with listener, load(args.checkpoint, options, args.served_model_name) as loaded:
+    with (
+        listener,
+        _publisher(args) as publisher,
+        load(args.checkpoint, options, args.served_model_name) as loaded,
+    ):
         loaded.engine.warm_up()
         asyncio.run(
             run(
@@ -151,6 +190,7 @@ def _run(args: argparse.Namespace) -> None:
                 listener,
                 api_key=args.api_key,
                 host_names=args.allowed_host,
+                publisher=publisher,
                 shutdown_seconds=args.shutdown_timeout,
                 on_start=started,
             )

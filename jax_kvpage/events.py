@@ -8,11 +8,11 @@ vLLM's events read these too.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jax_kvpage import _native
 
-__all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "Event", "encode"]
+__all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "Event", "Form", "encode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,32 @@ class AllBlocksCleared:
 
 Event = BlockStored | BlockRemoved | AllBlocksCleared
 
+Form = Literal["array", "map"]
 
-def encode(events: Sequence[Event], ts: float | None = None) -> bytes:
+
+def encode(
+    events: Sequence[Event],
+    ts: float | None = None,
+    *,
+    form: Form = "array",
+    data_parallel_rank: int | None = None,
+) -> bytes:
     """Events in the form that vLLM publishes: an `EventBatch` in MessagePack.
 
-    Structures are arrays, an event's name comes first. The fields of `BlockStored` are
+    The batch is an array. An event is an array with its name first, as vLLM wrote it up to 0.23, or
+    a map with the name under "type", as vLLM 0.32 does. The fields of `BlockStored` are
     block_hashes, parent_block_hash, token_ids, block_size, lora_id (always None), medium and
     lora_name, which holds the namespace.
 
     Args:
         events: what `KVPool.events` returned.
         ts: when, in seconds of Unix time; None: now.
+        form: of an event, "array" or "map".
+        data_parallel_rank: which of several engines this is; None: not told.
 
     Raises:
         ImportError: msgspec is not installed.
-        ValueError: not a list of events.
+        ValueError: not a list of events, or another form.
     """
     try:
         import msgspec
@@ -79,29 +90,35 @@ def encode(events: Sequence[Event], ts: float | None = None) -> bytes:
         raise ImportError(
             "events.encode needs msgspec: pip install msgspec, or 'jax_kvpage[events]'"
         ) from error
-    rows = [_row(event) for event in events]
-    return msgspec.msgpack.encode([time.time() if ts is None else float(ts), rows])
+    if form not in ("array", "map"):
+        raise ValueError(f"encode: form: wanted 'array' or 'map', got {form!r}")
+    fields = [_fields(event) for event in events]
+    rows = [list(each.values()) if form == "array" else each for each in fields]
+    batch: list[Any] = [time.time() if ts is None else float(ts), rows]
+    if data_parallel_rank is not None:
+        batch.append(data_parallel_rank)
+    return msgspec.msgpack.encode(batch)
 
 
-def _row(event: Event) -> list[Any]:
+def _fields(event: Event) -> dict[str, Any]:
+    """An event's fields by vLLM's names, in order; those at vLLM's defaults are left out."""
     name = type(event).__name__
     match event:
         case BlockStored():
-            hashes, parent, ids = event.block_hashes, event.parent_block_hash, event.token_ids
-            return [
-                name,
-                hashes,
-                parent,
-                ids,
-                event.block_size,
-                None,
-                event.medium,
-                event.namespace,
-            ]
+            return {
+                "type": name,
+                "block_hashes": event.block_hashes,
+                "parent_block_hash": event.parent_block_hash,
+                "token_ids": event.token_ids,
+                "block_size": event.block_size,
+                "lora_id": None,
+                "medium": event.medium,
+                "lora_name": event.namespace,
+            }
         case BlockRemoved():
-            return [name, event.block_hashes, event.medium]
+            return {"type": name, "block_hashes": event.block_hashes, "medium": event.medium}
         case AllBlocksCleared():
-            return [name]
+            return {"type": name}
     raise ValueError(f"encode: wanted events of KVPool.events, got {event!r}")
 
 

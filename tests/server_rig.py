@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 from llama.arguments import BUNDLED
+from openai_server.kv_events import EventPublisher
 from openai_server.limits import Limits
 from openai_server.loading import Loaded, Options, load
 from openai_server.running import Started, bind, run
@@ -98,6 +99,7 @@ def serve(
     *,
     key: str | None = None,
     before: Callable[[Engine], None] | None = None,
+    publisher: EventPublisher | None = None,
 ) -> Iterator[RunningServer]:
     """Runs a server; checks that it ends well and leaves no memory in use.
 
@@ -106,6 +108,7 @@ def serve(
         limits: for clients.
         key: of the API.
         before: called with the engine before the server has it.
+        publisher: gets its events.
     """
     started = threading.Event()
     servers: list[Started] = []
@@ -118,7 +121,10 @@ def serve(
     def main() -> None:
         limited = limits or Limits(max_logprobs=5)
         try:
-            asyncio.run(run(loaded, limited, listener, api_key=key, on_start=on_start))
+            serving = run(
+                loaded, limited, listener, api_key=key, publisher=publisher, on_start=on_start
+            )
+            asyncio.run(serving)
         except BaseException as error:
             failures.append(error)
         finally:

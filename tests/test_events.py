@@ -103,6 +103,34 @@ class _Batch(msgspec.Struct, array_like=True, omit_defaults=True):
     data_parallel_rank: int | None = None
 
 
+# The same of vLLM 0.32: events are maps, in a batch that is an array.
+
+
+class _MapStored(msgspec.Struct, tag="BlockStored", forbid_unknown_fields=True):
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+
+
+class _MapRemoved(msgspec.Struct, tag="BlockRemoved", forbid_unknown_fields=True):
+    block_hashes: list[int | bytes]
+    medium: str | None
+
+
+class _MapCleared(msgspec.Struct, tag="AllBlocksCleared", forbid_unknown_fields=True):
+    pass
+
+
+class _MapBatch(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[_MapStored | _MapRemoved | _MapCleared]
+    data_parallel_rank: int | None = None
+
+
 def test_encoded_events_are_those_of_vllm(rig: PrefixRig) -> None:
     slot, _ = rig.acquire(_ids(2 * BLOCK), namespace="adapter")
     batch = rig.pool.events()
@@ -120,6 +148,23 @@ def test_encoded_events_are_those_of_vllm(rig: PrefixRig) -> None:
         ],
     )
     assert msgspec.msgpack.decode(events.encode([]), type=_Batch).ts > 1e9
+
+
+def test_events_as_maps_are_those_of_newer_vllm(rig: PrefixRig) -> None:
+    slot, _ = rig.acquire(_ids(2 * BLOCK), namespace="adapter")
+    batch = rig.pool.events()
+    rig.release(slot)
+    rig.pool.evict()
+    batch += rig.pool.events()
+    cleared, stored, removed = msgspec.msgpack.decode(
+        events.encode(batch, form="map", data_parallel_rank=3), type=_MapBatch
+    ).events
+    names, ids = list(batch[1].block_hashes), list(batch[1].token_ids)
+    assert isinstance(cleared, _MapCleared)
+    assert stored == _MapStored(names, None, ids, BLOCK, None, "CPU", "adapter")
+    assert removed == _MapRemoved(names[::-1], "CPU")
+    with pytest.raises(ValueError, match="wanted 'array' or 'map', got 'list'"):
+        events.encode(batch, form="list")  # type: ignore[arg-type]
 
 
 def test_encode_refuses_what_is_no_event() -> None:

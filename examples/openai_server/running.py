@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import signal
 import socket
-from collections.abc import Callable, Collection, Generator
+from collections.abc import AsyncIterator, Callable, Collection, Generator
+from typing import TYPE_CHECKING, Optional
 
 import uvicorn
 
@@ -16,6 +17,9 @@ from .guards import allowed_hosts
 from .limits import Limits
 from .loading import Loaded
 from .service import Service
+
+if TYPE_CHECKING:  # it needs pyzmq, which other servers do without
+    from .kv_events import EventPublisher
 
 __all__ = ["Started", "bind", "run"]
 
@@ -67,6 +71,7 @@ async def run(
     *,
     api_key: str | None = None,
     host_names: Collection[str] = (),
+    publisher: Optional["EventPublisher"] = None,
     shutdown_seconds: float = 30.0,
     on_start: Callable[[Started], None],
 ) -> None:
@@ -82,6 +87,7 @@ async def run(
       api_key: For clients of `/v1`.
       host_names: Names of the server that the Host header may have. Those of localhost are always
         allowed, and without others a server that is not on localhost checks nothing.
+      publisher: Gets the events of the prefix cache; the caller closes it.
       shutdown_seconds: For requests that run at the end.
       on_start: Called when it listens.
     """
@@ -116,9 +122,29 @@ async def run(
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop)
         try:
-            await server.serve([listener])
+            async with _publishing(engine, loaded, publisher):
+                await server.serve([listener])
         finally:
             service.close()
+
+
+@contextlib.asynccontextmanager
+async def _publishing(
+    engine: AsyncEngine, loaded: Loaded, publisher: Optional["EventPublisher"]
+) -> AsyncIterator[None]:
+    """Publishes events meanwhile."""
+    if publisher is None:
+        yield
+        return
+    from .kv_events import publish_events
+
+    task = asyncio.create_task(publish_events(engine, loaded.pool, publisher))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 class _Server(uvicorn.Server):
