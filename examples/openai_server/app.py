@@ -23,6 +23,7 @@ from .guards import CheckHost, RequireKey
 from .limits import Limits
 from .metrics import CONTENT_TYPE
 from .service import Place, Service
+from .status import status_routes
 
 __all__ = ["make_app"]
 
@@ -70,6 +71,7 @@ def make_app(
         Route("/v1/models/{name:path}", models),
         Route("/health", health),
         Route("/metrics", metrics),
+        *status_routes(service),
     ]
     middleware = []
     if hosts is not None:

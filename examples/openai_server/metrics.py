@@ -72,11 +72,15 @@ class Metrics:
 
     Args:
       model: Name of the served model, for the label.
+
+    Attributes:
+      num_generated: Tokens generated so far.
     """
 
     def __init__(self, model: str) -> None:
         self._registry = prometheus_client.CollectorRegistry()
         self._values = values = (model, "0")
+        self.num_generated = 0
         self._engine = _EngineCollector(values)
         self._registry.register(self._engine)
 
@@ -144,6 +148,7 @@ class Watch:
         metrics, times = self._metrics, output.metrics
         total = sum(len(each.token_ids) for each in output.outputs)
         metrics.generation_tokens.inc(total - self._tokens)
+        metrics.num_generated += total - self._tokens
         self._tokens = total
         if self._prompt == 0 and times.first_token is not None:
             self._prompt = len(output.prompt_token_ids)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import jax_kvpage
-from jax_kvpage.serving import AsyncEngine, RequestOutput, RequestRefused, SamplingParams
+from jax_kvpage.serving import AsyncEngine, Engine, RequestOutput, RequestRefused, SamplingParams
 
 from .calls import Call
 from .errors import ApiError, busy, stopping
@@ -209,9 +209,17 @@ class Service:
         Raises:
           ApiError: It does not answer.
         """
+        return await self.inspect(Snapshot.of)
+
+    async def inspect(self, read: Callable[[Engine, jax_kvpage.KVPool], _T]) -> _T:
+        """Calls a short function with the engine and its pool between two steps.
+
+        Raises:
+          ApiError: It does not answer.
+        """
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                return await self._engine.inspect(lambda engine: Snapshot.of(engine, self._pool))
+                return await self._engine.inspect(lambda engine: read(engine, self._pool))
         except (TimeoutError, RuntimeError, jax_kvpage.PoolClosed) as error:
             _log.error("%s", error or "the engine does not answer")
             raise ApiError("the engine has stopped", status=503) from error
