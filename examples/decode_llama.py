@@ -4,7 +4,9 @@
     python examples/decode_llama.py --prompt "The module" --temperature 0.8 --seed 3
     python examples/decode_llama.py --prompt "The module" --temperature 0.8 --num-samples 8
     python examples/decode_llama.py --prompt "The module" --num-beams 4
+    python examples/decode_llama.py --prompt "The module" --prompt-lookup 3
     python examples/decode_llama.py --prompt "The module" --turn "If it" --turn "In this case"
+    python examples/decode_llama.py --checkpoint DIR --chat
     python examples/decode_llama.py --checkpoint DIR --prompt "Once upon a time" --scan 16
 
 DIR is a directory with a Hugging Face model of Llama's shape: config.json, safetensors,

@@ -97,20 +97,25 @@ def _run(args: argparse.Namespace) -> None:
     from llama.checkpoint import CheckpointError, load_model
     from llama.config import ConfigError, load_config
     from llama.run import input_errors
-    from llama.serving import figures, make_pool, model_step, plot_occupancy, serve
+    from llama.serving import (
+        figures,
+        make_draft,
+        make_pool,
+        model_step,
+        plot_occupancy,
+        serve,
+    )
     from llama.tokenizer import Tokenizer, TokenizerError
     from rich.console import Console
     from rich.progress import Progress
 
-    from jax_kvpage.serving import DraftModel, Engine, EngineConfig, SamplingParams
+    from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
 
     try:
         config = load_config(args.checkpoint)
         tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
         model = load_model(args.checkpoint, dtype=jnp.float32)
         jobs = _jobs(args, tokenizer, config.vocab_size)
-        draft_config = load_config(args.draft) if args.draft else None
-        draft_model = load_model(args.draft, dtype=jnp.float32) if args.draft else None
     except (ConfigError, CheckpointError, TokenizerError) as error:
         raise InputError(str(error)) from error
     with input_errors():
@@ -124,18 +129,7 @@ def _run(args: argparse.Namespace) -> None:
         block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
         rows = args.max_num_seqs
         pool = make_pool(config, rows, args.max_seq_len, block_tokens, args.capacity)
-        draft = None
-        if draft_config is not None and draft_model is not None:
-            if draft_config.vocab_size != config.vocab_size:
-                raise InputError(
-                    f"--draft {args.draft}: its vocabulary has {draft_config.vocab_size} tokens, "
-                    f"the model's {config.vocab_size}"
-                )
-            length = min(pool.spec.max_seq_len, draft_config.max_position_embeddings)
-            # What all slots could take: a draft without memory guesses nothing.
-            own = make_pool(draft_config, rows, length, block_tokens, share=1)
-            draft_step, draft_weights = model_step(draft_model)
-            draft = DraftModel(step=draft_step, params=draft_weights, pool=own)
+        draft = make_draft(args.draft, config, pool, block_tokens) if args.draft else None
     step, weights = model_step(model)
     options = EngineConfig(
         max_num_seqs=args.max_num_seqs,

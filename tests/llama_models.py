@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ import numpy as np
 from flax import nnx
 from llama.checkpoint import save_model
 from llama.config import LlamaConfig
+from llama.engine import ServedEngine
 from llama.generate import Engine, Request
 from llama.model import Llama
 from llama.programs import Programs
 from llama.sampling import Sampling
+from llama.serving import model_step
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -119,7 +122,7 @@ class Outcome:
     reasons: list[str | None]
     requests: list[Request]
     order: list[int]  # which request each token belongs to, as they came
-    engine: Engine
+    engine: Engine | ServedEngine
     stats: kvp.PoolStats
 
 
@@ -129,6 +132,10 @@ def _programs(
 ) -> Programs:
     """Compiled programs serve every pool of one spec, so tests share them."""
     return Programs(model, sampling, stop_ids, implementation)
+
+
+# One function for each model: tests that share compiled programs know them by it.
+served_step = functools.lru_cache(maxsize=4)(model_step)
 
 
 def generate(
@@ -144,24 +151,28 @@ def generate(
     prefill_chunk: int = 512,
     implementation: str | None = None,
 ) -> Outcome:
-    """Runs the engine over `prompts` in a pool of `blocks` blocks (None: enough for all)."""
+    """Runs an engine over `prompts` in a pool of `blocks` blocks (None: enough for all): the
+    library's, or with `scan_steps` the one of --scan.
+    """
     limits = np.broadcast_to(np.asarray(max_new_tokens), len(prompts))
     requests = [
         Request(index, list(prompt), int(limit))
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     capacity = spec.virtual_bytes if blocks is None else blocks * spec.block_bytes
-    programs = _programs(model, sampling or Sampling(), stop_ids, implementation)
-    order: list[int] = []
+    sampling, order = sampling or Sampling(), list[int]()
+    options: dict[str, Any] = {
+        "prefill_chunk": prefill_chunk,
+        "on_token": lambda request, token: order.append(request.index),
+    }
+    engine: Engine | ServedEngine
     with kvp.KVPool(spec, capacity) as pool:
-        engine = Engine(
-            programs,
-            pool,
-            stop_ids,
-            scan_steps=scan_steps,
-            prefill_chunk=prefill_chunk,
-            on_token=lambda request, token: order.append(request.index),
-        )
+        if scan_steps:
+            programs = _programs(model, sampling, stop_ids, implementation)
+            engine = Engine(programs, pool, stop_ids, scan_steps=scan_steps, **options)
+        else:
+            step = served_step(model, implementation)
+            engine = ServedEngine(*step, pool, sampling, stop_ids, **options)
         engine.run(requests)
         stats = pool.stats()
     return Outcome(

@@ -1,5 +1,6 @@
 """Beams by `reorder` and samples by `fork` on the shipped Llama: against transformers' beam search,
-against separate runs, and to the last bit against decoding without shared blocks.
+against separate runs, and to the last bit against decoding without shared blocks. The rules of the
+search are in test_serving_beams.py.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ import jax
 import numpy as np
 import pytest
 from llama.arguments import BUNDLED
-from llama.beams import BeamEngine, BeamPrograms
 from llama.checkpoint import load_model
 from llama.config import LlamaConfig, load_config
+from llama.engine import ServedEngine
 from llama.generate import Engine, Request
 from llama.model import Llama
 from llama.programs import Programs
 from llama.sampling import Sampling
 from llama.tokenizer import Tokenizer
-from llama_models import cache_spec, random_model
+from llama_models import cache_spec, random_model, served_step
+from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
+from jax_kvpage.serving import BeamSearchParams
+from jax_kvpage.serving.beams import BeamSearch
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 _BLOCK = 16
 _WIDTH = 4
@@ -34,7 +40,7 @@ _TEXT = (
     "The function returns a list of all names that are defined in the module, in the order in "
     "which they were read from the file. If the file does not exist, an error is raised when"
 )
-_SAMPLING = Sampling(temperature=0.9, top_p=0.95, seed=11)
+_SAMPLING = Sampling(temperature=0.9, top_p=0.95, seed=11, num_samples=_SAMPLES)
 
 
 @pytest.fixture(params=["fused", "per_layer"])
@@ -57,11 +63,6 @@ def _prompt(tokens: int) -> list[int]:
     ids = Tokenizer(BUNDLED, _config().vocab_size).encode(_TEXT)
     assert len(ids) >= tokens
     return ids[:tokens]
-
-
-@functools.cache
-def _beam_programs() -> BeamPrograms:
-    return BeamPrograms(_model(), _WIDTH, _config().eos_token_ids)
 
 
 def _pool(layout: str, slots: int, blocks: int | None = None) -> kvp.KVPool:
@@ -101,23 +102,31 @@ def _reference_beams(
     return outputs, found.sequences_scores.tolist()
 
 
-def _assert_beams(engine: BeamEngine, want: tuple[list[list[int]], list[float]]) -> None:
-    found = engine.hypotheses[0]
-    assert [hypothesis.output_ids for hypothesis in found] == want[0]
-    scores = [hypothesis.score for hypothesis in found]
+def _engine(
+    pool: kvp.KVPool, model: Llama | None = None, stops: tuple[int, ...] = (), width: int = _WIDTH
+) -> ServedEngine:
+    step = served_step(model or _model())
+    stops = stops or _config().eos_token_ids
+    return ServedEngine(*step, pool, Sampling(), stops, num_beams=width)
+
+
+def _assert_beams(found: list[dict[str, Any]], want: tuple[list[list[int]], list[float]]) -> None:
+    assert [each["output_ids"] for each in found] == want[0]
+    scores = [each["score"] for each in found]
     np.testing.assert_allclose(scores, want[1], rtol=0, atol=_TOLERANCE)
 
 
-# Prompts end before, at and behind the end of a block; outputs cross up to four.
-@pytest.mark.parametrize(("tokens", "new"), [(5, 1), (15, 40), (16, 20), (17, 33), (31, 64)])
-def test_beams_are_those_of_transformers(layout: str, tokens: int, new: int) -> None:
+def test_beams_are_those_of_transformers(layout: str) -> None:
+    """Prompts end before, at and behind the end of a block; outputs cross up to four."""
+    cases = [(5, 1), (15, 40), (16, 20), (17, 33), (31, 64)]
     with _pool(layout, 2 * _WIDTH) as pool:
-        engine = BeamEngine(_beam_programs(), pool)
-        request = Request(0, _prompt(tokens), new)
-        engine.run([request])
+        engine = _engine(pool)
+        requests = [Request(i, _prompt(n), new) for i, (n, new) in enumerate(cases)]
+        engine.run(requests)
         assert pool.stats().slots_occupied == 0
-    _assert_beams(engine, _reference_beams(tokens, new))
-    assert request.output_ids == engine.hypotheses[0][0].output_ids
+    for request, found, case in zip(requests, engine.hypotheses, cases, strict=True):
+        _assert_beams(found, _reference_beams(*case))
+        assert request.output_ids == found[0]["output_ids"]
 
 
 def test_finished_beams_are_those_of_transformers(layout: str) -> None:
@@ -127,14 +136,14 @@ def test_finished_beams_are_those_of_transformers(layout: str) -> None:
     want = _reference_beams(31, 64, stop)
     assert any(len(output) < 64 for output in want[0])
     with _pool(layout, 2 * _WIDTH) as pool:
-        engine = BeamEngine(BeamPrograms(_model(), _WIDTH, (stop,)), pool)
+        engine = _engine(pool, stops=(stop,))
         engine.run([Request(0, _prompt(31), 64)])
-    _assert_beams(engine, want)
+    _assert_beams(engine.hypotheses[0], want)
 
 
 def test_beams_share_memory(layout: str) -> None:
     with _pool(layout, 2 * _WIDTH) as pool:
-        engine = BeamEngine(_beam_programs(), pool)
+        engine = _engine(pool)
         engine.run([Request(0, _prompt(35), 64), Request(1, _prompt(17), 40)])
         assert 0.38 < engine.sharing.saved < 0.75
         pool.trim()
@@ -143,7 +152,7 @@ def test_beams_share_memory(layout: str) -> None:
 
 def test_beams_without_blocks_end_with_capacity(layout: str) -> None:
     with _pool(layout, 2 * _WIDTH, blocks=5) as pool:
-        engine = BeamEngine(_beam_programs(), pool)
+        engine = _engine(pool)
         request, small = Request(0, _prompt(35), 64), Request(1, _prompt(5), 3)
         engine.run([request, small])
         assert (request.finish_reason, request.output_ids) == ("capacity", [])
@@ -151,11 +160,11 @@ def test_beams_without_blocks_end_with_capacity(layout: str) -> None:
         assert len(small.output_ids) == 3
 
 
-class _RecordedBeams(BeamPrograms):
+class _Recorded(Programs):
     """Keeps the log probabilities of the whole vocabulary that each beam's history had."""
 
-    def __init__(self, pool: kvp.KVPool, **options: Any) -> None:
-        super().__init__(_model(), _WIDTH, _config().eos_token_ids, **options)
+    def __init__(self, pool: kvp.KVPool) -> None:
+        super().__init__(_model(), Sampling(), _config().eos_token_ids)
         self._pool = pool
         self.lanes: dict[tuple[int, ...], tuple[int, Any]] = {}
 
@@ -163,46 +172,62 @@ class _RecordedBeams(BeamPrograms):
         del sequence_ids, positions
         return jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), logits.shape[-1])
 
-    def decode(self, cache: kvp.KVCache, tokens: Any, slots: Any, sequence_ids: Any) -> Any:
-        result = super().decode(cache, tokens, slots, sequence_ids)
-        likely = jax.device_get(result[0])
-        for lane, (token, slot) in enumerate(zip(tokens.tolist(), slots.tolist(), strict=True)):
-            history = (*self._pool.committed(slot), token) if slot >= 0 else ()
-            self.lanes[history] = lane, [part[lane] for part in likely]
-        return result
+    def run(
+        self, cache: kvp.KVCache, slots: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[list[np.ndarray], kvp.KVCache]:
+        """Decodes a token in each lane, and commits it; slot -1 is an idle lane."""
+        operands = (np.asarray(tokens, np.int32), np.asarray(slots, np.int32))
+        zeros = np.zeros(len(slots), np.int32)
+        likely, _, cache = self.decode(cache, *jax.device_put((*operands, zeros)))
+        likely = [np.asarray(part) for part in jax.device_get(likely)]
+        for lane, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
+            if slot >= 0:
+                history = (*self._pool.committed(slot), token)
+                self.lanes.setdefault(history, (lane, [part[lane] for part in likely]))
+                self._pool.commit(slot, token)
+        return likely, cache
+
+    def start(self, cache: kvp.KVCache, prompt: list[int]) -> tuple[int, Any, kvp.KVCache]:
+        """A slot with a prompt."""
+        slot, cache = self._pool.acquire(cache, len(prompt), wait=True)
+        likely, cache = self.prefill(cache, [(slot, prompt, 0)], _WIDTH)
+        self._pool.commit(slot, prompt)
+        return slot, jax.device_get(likely), cache
 
 
 def test_beams_are_bit_identical_to_decoding_alone(layout: str) -> None:
     """Each running beam, decoded again in a slot that shares nothing, by the same programs."""
-    prompt = _prompt(29)
+    prompt, params = _prompt(29), BeamSearchParams(beam_width=_WIDTH, max_tokens=40)
     with _pool(layout, 2 * _WIDTH) as pool:
-        programs = _RecordedBeams(pool)
-        engine = BeamEngine(programs, pool)
-        engine.run([Request(0, prompt, 40)])
-        assert engine.sharing.saved > 0
+        programs = _Recorded(pool)
+        search = BeamSearch(params, _config().eos_token_ids, 40)
+        slot, likely, cache = programs.start(pool.cache(), prompt)
+        slots, shared = [slot], 0
+        while parents := search.take(*likely):
+            slots, cache = pool.reorder(cache, slots, parents)
+            shared = max(shared, pool.stats().blocks_shared)
+            likely, cache = programs.run(cache, slots, [beam[-1] for beam in search.tokens])
+        cache = pool.release(cache, slots)
+        assert shared > 0
         recorded = dict(programs.lanes)
         longest = max(map(len, recorded))
         finals = [history for history in recorded if len(history) == longest]
         assert len(finals) == _WIDTH
         moved = 0
         for history in finals:
-            slot, engine._cache = pool.acquire(engine._cache, len(prompt))
-            engine._prefill(slot, prompt)
+            slot, _, cache = programs.start(cache, prompt)
             before = None
             for end in range(len(prompt) + 1, longest + 1):
                 lane, want = recorded[history[:end]]
                 moved += before not in (None, lane)
                 before = lane
-                slots, tokens = np.full((2, _WIDTH), -1, np.int32)
+                slots, tokens = [-1] * _WIDTH, [0] * _WIDTH
                 slots[lane], tokens[lane] = slot, history[end - 1]
-                likely, _, engine._cache = programs.decode(
-                    engine._cache, *jax.device_put((tokens, slots)), engine._ids
-                )
-                pool.commit(slot, history[end - 1])
+                found, cache = programs.run(cache, slots, tokens)
                 assert pool.stats().blocks_shared == 0
-                for found, part in zip(jax.device_get(likely), want, strict=True):
-                    assert found[lane].tobytes() == part.tobytes(), end
-            engine._cache = pool.release(engine._cache, slot)
+                for part, wanted in zip(found, want, strict=True):
+                    assert part[lane].tobytes() == wanted.tobytes(), end
+            cache = pool.release(cache, slot)
         assert moved  # reorders have changed the order of beams
 
 
@@ -275,11 +300,15 @@ def _sampled(stop_ids: tuple[int, ...]) -> Programs:
 
 
 def _samples(
-    layout: str, requests: Sequence[Request], blocks: int | None = None, **options: Any
-) -> Engine:
+    layout: str, requests: Sequence[Request], blocks: int | None = None, scan_steps: int = 0
+) -> Engine | ServedEngine:
     stop_ids = _config().eos_token_ids
+    engine: Engine | ServedEngine
     with _pool(layout, _SAMPLES, blocks) as pool:
-        engine = Engine(_sampled(stop_ids), pool, stop_ids, **options)
+        if scan_steps:
+            engine = Engine(_sampled(stop_ids), pool, stop_ids, scan_steps=scan_steps)
+        else:
+            engine = ServedEngine(*served_step(_model()), pool, _SAMPLING, stop_ids)
         engine.run(requests)
         pool.trim()
         assert pool.stats().blocks_free == pool.stats().blocks_total
@@ -290,15 +319,17 @@ def _samples(
 def _separate(layout: str) -> list[list[int]]:
     requests = [Request(index, _prompt(35), 50) for index in range(_SAMPLES)]
     for request in requests:
-        assert _samples(layout, [request]).sharing.saved == 0
+        assert _samples(layout, [request], scan_steps=7).sharing.saved == 0
     return [request.output_ids for request in requests]
 
 
-@pytest.mark.parametrize(("blocks", "scan_steps"), [(None, 0), (None, 7), (16, 0), (16, 7)])
+@pytest.mark.parametrize(("blocks", "scan_steps"), [(None, 0), (None, 7), (16, 7)])
 def test_the_engine_s_samples_equal_separate_runs(
     layout: str, blocks: int | None, scan_steps: int
 ) -> None:
-    """Also where there is so little memory that samples wait and are recomputed."""
+    """Also where there is so little memory that samples wait and are recomputed. (The library's
+    engine schedules them together: test_serving_engine.py.)
+    """
     requests = [Request(index, _prompt(35), 50, group=0) for index in range(_SAMPLES)]
     engine = _samples(layout, requests, blocks, scan_steps=scan_steps)
     assert [request.output_ids for request in requests] == _separate(layout)
@@ -318,7 +349,7 @@ def test_the_engine_computes_a_prompt_once(layout: str, monkeypatch: pytest.Monk
         return step(self, cache, tokens, batch, *rest)
 
     monkeypatch.setattr(Programs, "step", counted)
-    _samples(layout, requests)
+    _samples(layout, requests, scan_steps=7)
     assert counts == [[40], [1, 1, 39], [1, 1, 11]]
     assert all(
         len(request.output_ids) == 9 or request.finish_reason == "stop" for request in requests
@@ -326,14 +357,12 @@ def test_the_engine_computes_a_prompt_once(layout: str, monkeypatch: pytest.Monk
 
 
 def test_a_random_model_has_beams_too(layout: str) -> None:
-    """Another shape, where the candidates of a lane are the whole vocabulary: K is cut to it."""
+    """Another shape, where the candidates of a beam are the whole vocabulary: K is cut to it."""
     model = random_model()
     spec = cache_spec(model.config, max_slots=6, layout=layout, block_tokens=32)
     with kvp.KVPool(spec, spec.virtual_bytes) as pool:
-        programs = BeamPrograms(model, 3, tuple(range(0, 256, 2)))
-        engine = BeamEngine(programs, pool)
-        request = Request(0, list(range(20)), 30)
-        engine.run([request])
-    found = engine.hypotheses[0]
+        engine = _engine(pool, model, tuple(range(0, 256, 2)), width=3)
+        engine.run([Request(0, list(range(20)), 30)])
+    (found,) = engine.hypotheses
     assert len(found) == 3
-    assert found == sorted(found, key=lambda hypothesis: -hypothesis.score)
+    assert found == sorted(found, key=lambda each: -each["score"])

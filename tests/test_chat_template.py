@@ -1,15 +1,49 @@
-"""Chat templates: what they render, where they are found, and what they may not do."""
+"""Chat templates: what they render, where they are found, and what they may not do. The text is
+that of `apply_chat_template` of transformers.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
+import jinja2
 import pytest
+from chat_templates import TEMPLATES
 from llama.chat import ChatTemplate
 from llama.tokenizer import TokenizerError
+from llama_models import write_byte_tokenizer
+from tokenizers import Tokenizer as Fast
 
 _MESSAGES = [{"role": "user", "content": "<b> & 'c'"}]
+
+_TALK = [
+    {"role": "user", "content": "  Who <are> you & why?\n"},
+    {
+        "role": "assistant",
+        "content": "<think>\nHm.\n</think>\n\n I'm a model.  ",
+        "reasoning_content": None,
+    },
+    {"role": "user", "content": "naïve \N{SNOWMAN} 'quotes' \"too\""},
+]
+_SYSTEM = {"role": "system", "content": " Be brief. "}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "<b>The</b> weather \N{SNOWMAN}",
+            "parameters": {"type": "object", "properties": {"z": {"type": "string"}, "a": {}}},
+        },
+    }
+]
+_CALL = {
+    "role": "assistant",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"z": "<Ulm>"}}}
+    ],
+}
 
 
 def _template(folder: pathlib.Path, source: str) -> ChatTemplate:
@@ -56,3 +90,41 @@ def test_templates_that_fail(tmp_path, source: str) -> None:
 def test_a_template_that_is_not_valid(tmp_path) -> None:
     with pytest.raises(TokenizerError, match="is not a chat template"):
         _template(tmp_path, "{% for")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("jinja_file", [False, True], ids=["config", "file"])
+def test_text_is_that_of_transformers(tmp_path: pathlib.Path, name: str, jinja_file: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    write_byte_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Fast.from_file(str(tmp_path / "tokenizer.json")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=TEMPLATES[name],
+    )
+    theirs.save_pretrained(tmp_path, save_jinja_files=jinja_file)
+    assert (tmp_path / "chat_template.jinja").is_file() == jinja_file
+    ours = ChatTemplate(tmp_path)
+    talks = [_TALK[:1], _TALK[:2], _TALK, [_SYSTEM, *_TALK]]
+    options: list[dict[str, Any]] = [{}, {"enable_thinking": False}, {"date_string": "1 Jan"}]
+    if name in ("llama3", "qwen2.5"):
+        talks.append([_TALK[0], _CALL])
+        options.append({"tools": _TOOLS})
+    texts = set()
+    for talk in talks:
+        for values in options:
+            for prompt in (False, True):
+                expected = theirs.apply_chat_template(
+                    talk, tokenize=False, add_generation_prompt=prompt, **values
+                )
+                assert ours.render(talk, add_generation_prompt=prompt, **values) == expected
+                texts.add(expected)
+    assert len(texts) >= len(talks)
+    wrong = {"mistral": [_TALK[0], _TALK[0]], "llama3": [_TALK[0], {**_CALL, "tool_calls": []}]}
+    if name in wrong:
+        with pytest.raises(jinja2.TemplateError) as caught:
+            theirs.apply_chat_template(wrong[name], tokenize=False)
+        with pytest.raises(TokenizerError, match=str(caught.value)):
+            ours.render(wrong[name])

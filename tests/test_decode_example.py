@@ -13,7 +13,7 @@ from typing import Any
 
 import decode_llama
 import pytest
-from llama_models import UNTIED, edit_json, write_checkpoint
+from llama_models import TINY, UNTIED, edit_json, write_checkpoint
 
 _EXAMPLE = pathlib.Path(decode_llama.__file__)
 _FIGURES = {
@@ -39,6 +39,7 @@ _FIGURES = {
     "system_calls_per_token": float,
     "stalls": int,
     "preemptions": int,
+    "accepted_guesses": int,
 }
 
 
@@ -114,12 +115,57 @@ def test_samples_and_beams_share_blocks(capsys: pytest.CaptureFixture[str]) -> N
     for options, words in (
         (("--num-samples", 2), "needs a --temperature above 0"),
         (("--num-beams", 2, "--max-slots", 3), "needs --max-slots 4"),
+        (
+            ("--num-samples", 4, "--temperature", 1, "--max-slots", 3),
+            "--num-samples 4 needs --max-slots 4",
+        ),
     ):
         assert decode_llama.main(list(map(str, [*common, *options]))) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         decode_llama.main(["--num-beams", "2", "--scan", "4"])
     assert "leave out --num-samples" in capsys.readouterr().err
+
+
+def test_guesses_change_no_token(
+    capsys: pytest.CaptureFixture[str], checkpoint: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    # With random weights and a tied head, text repeats itself: what followed is a good guess.
+    write_checkpoint(tmp_path, TINY)
+    common = ["--checkpoint", tmp_path, "--prompt", "some words", "--max-new-tokens", 30]
+    plain = _json(capsys, *common)
+    looked_up = _json(capsys, *common, "--prompt-lookup", 3)
+    drafted = _json(capsys, *common, "--draft", tmp_path)  # it guesses what it says itself
+    for guessed in (looked_up, drafted):
+        assert _outputs(guessed) == _outputs(plain)
+        assert guessed["accepted_guesses"] > plain["accepted_guesses"] == 0
+        assert guessed["decode_steps"] < plain["decode_steps"] == 29
+    # A draft that is often wrong costs steps, not tokens.
+    other = _json(capsys, *common, "--draft", checkpoint)
+    assert _outputs(other) == _outputs(plain)
+    assert other["accepted_guesses"] < drafted["accepted_guesses"]
+    assert decode_llama.main(list(map(str, ["--prompt", "x", "--draft", checkpoint]))) == 2
+    assert "its vocabulary has 256 tokens, the model's 2048" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--prompt-lookup 3 --scan 2", "--prompt-lookup guesses for single steps: leave out"),
+        ("--draft x --beams 2", "--draft guesses for single steps: leave out"),
+        ("--draft x --prompt-lookup 3", "leave one of them out"),
+        ("--chat --turn x", "--turn follows a prompt"),
+        ("--chat --scan 4", "leave out --scan, --num-samples and --num-beams"),
+        ("--chat --num-beams 2", "leave out --scan, --num-samples and --num-beams"),
+    ],
+)
+def test_options_that_exclude_each_other(
+    capsys: pytest.CaptureFixture[str], options: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        decode_llama.main(options.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_scan_and_loop_say_the_same(
@@ -198,7 +244,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--max-new-tokens", "0"], "must be 1 or more, got 0"),
         (["--max-slots", str(2**31)], "must be at most 2147483647, got 2147483648"),
         (["--max-slots", "many"], "must be a whole number, got 'many'"),
-        (["--scan", "-1"], "--scan must be 0 (a Python loop) or more, got -1"),
+        (["--scan", "-1"], "--scan must be 0 (single steps) or more, got -1"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--layout", "paged"], "invalid choice: 'paged'"),
         (["--temperature", "-1"], "temperature must be 0 (greedy) or more"),

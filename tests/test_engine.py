@@ -1,4 +1,4 @@
-"""The example's engine: text does not depend on scans, chunks, neighbours, stalls or preemption;
+"""The example's engines: text does not depend on scans, chunks, neighbours, stalls or preemption;
 memory comes back.
 """
 
@@ -12,8 +12,11 @@ import pytest
 from llama.model import Llama, _lengths_after
 from llama.sampling import Sampling
 from llama_models import UNTIED, Outcome, cache_spec, generate, random_model
+from serving_rig import shared_programs  # noqa: F401
 
 from jax_kvpage.serving.engine.programs import _VerifiedBatch
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 _GREEDY = Sampling()
 _SAMPLED = Sampling(0.9, top_k=60, seed=5)

@@ -180,7 +180,7 @@ def test_the_printer_shows_the_held_end_of_every_sequence(
     tokenizer, _ = _tokenizer("llama 2")
     prompts, texts = ["a", "hello"], [f" 日本{_SIGN}", "語"]
     requests = [Request(i, tokenizer.encode(prompt), 99) for i, prompt in enumerate(prompts)]
-    printer = Printer(requests, prompts, tokenizer)
+    printer = Printer(requests, [f"> {prompt}" for prompt in prompts], tokenizer)
     outputs = [tokenizer.encode(p + t) for p, t in zip(prompts, texts, strict=True)]
     for request, ids in reversed(list(zip(requests, outputs, strict=True))):
         for token in ids[len(request.prompt_ids) :][: None if request.index == 0 else -1]:

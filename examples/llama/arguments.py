@@ -18,6 +18,8 @@ __all__ = [
     "positive",
     "read_prompts",
     "read_turns",
+    "talks",
+    "valid_text",
 ]
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "tiny_llama"
@@ -82,6 +84,12 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         "(default: none)",
     )
     what.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts and turns are messages for the checkpoint's chat template; without --prompt "
+        "they come from standard input, one a line, up to Ctrl-D (default: text to continue)",
+    )
+    what.add_argument(
         "--max-new-tokens",
         type=positive,
         default=128,
@@ -125,11 +133,11 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--num-beams",
+        "--beams",
         type=positive,
         default=1,
         metavar="W",
-        help="beam search of width W, one prompt after the other; 1 for none "
-        "(default: %(default)s)",
+        help="beam search of width W; 1 for none (default: %(default)s)",
     )
 
     how = parser.add_argument_group("how to run")
@@ -138,8 +146,23 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="decode steps in one compiled program; 0 for a Python loop over single steps "
-        "(default: %(default)s)",
+        help="decode steps in one compiled program; 0 for jax_kvpage.serving, which runs single "
+        "steps (default: %(default)s)",
+    )
+    how.add_argument(
+        "--prompt-lookup",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="guess N tokens of each sequence where it repeats itself, and verify them in one step "
+        "(default: none)",
+    )
+    how.add_argument(
+        "--draft",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a smaller model with the same tokens, which guesses 4 tokens of each sequence to be "
+        "verified in one step (default: none)",
     )
     how.add_argument(
         "--dtype",
@@ -216,7 +239,12 @@ def parse_arguments(
     parser = make_parser(description)
     args = parser.parse_args(argv)
     if args.scan < 0:
-        parser.error(f"--scan must be 0 (a Python loop) or more, got {args.scan}")
+        parser.error(f"--scan must be 0 (single steps) or more, got {args.scan}")
+    option = "--draft" if args.draft else "--prompt-lookup"
+    if args.prompt_lookup and args.draft:
+        parser.error("--prompt-lookup and --draft both guess: leave one of them out")
+    if (args.prompt_lookup or args.draft) and (args.scan or args.num_beams > 1):
+        parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
     if args.num_beams > 1:
         sampled = args.temperature or args.top_k or args.top_p is not None or args.num_samples > 1
         if sampled or args.scan:
@@ -226,11 +254,22 @@ def parse_arguments(
             )
     if args.turn and (args.num_beams > 1 or args.num_samples > 1):
         parser.error("--turn goes on after one answer: leave out --num-samples and --num-beams")
+    if talks(args):
+        if args.turn:
+            parser.error("--turn follows a prompt: with --chat, name one by --prompt")
+        if args.scan or args.num_beams > 1 or args.num_samples > 1:
+            wrong = "leave out --scan, --num-samples and --num-beams"
+            parser.error(f"--chat without --prompt streams one answer after the other: {wrong}")
     if args.plot:
         problem = plot_problem(args.plot)
         if problem:
             parser.error(f"--plot {args.plot}: {problem}")
     return args
+
+
+def talks(args: argparse.Namespace) -> bool:
+    """Whether messages are read from standard input."""
+    return bool(args.chat and not (args.prompt or args.prompt_file))
 
 
 def plot_problem(file: pathlib.Path) -> str | None:
@@ -266,13 +305,17 @@ def positive(text: str) -> int:
     return value
 
 
-def _argument_text(option: str, prompt: str) -> str:
-    """A text from the command line. Python keeps bytes that the locale's encoding lacks as lone
-    surrogates; usually they are UTF-8 in a C locale."""
+def valid_text(name: str, text: str) -> str:
+    """A text from the command line or standard input. Python keeps bytes that the locale's encoding
+    lacks as lone surrogates; usually they are UTF-8 in a C locale.
+
+    Raises:
+      InputError: They are not; the message begins with `name`.
+    """
     try:
-        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError as error:
-        raise InputError(f"{option} {prompt!a} is not valid UTF-8") from error
+        raise InputError(f"{name} {text!a} is not valid UTF-8") from error
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -281,7 +324,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     Raises:
       InputError: A prompt that is not valid text, or a file that cannot be read or is blank.
     """
-    prompts = [_argument_text("--prompt", prompt) for prompt in args.prompt]
+    prompts = [valid_text("--prompt", prompt) for prompt in args.prompt]
     if args.prompt_file:
         try:
             text = args.prompt_file.read_bytes().decode("utf-8-sig")
@@ -304,4 +347,4 @@ def read_turns(args: argparse.Namespace) -> list[str]:
     Raises:
       InputError: One that is not valid text.
     """
-    return [_argument_text("--turn", turn) for turn in args.turn]
+    return [valid_text("--turn", turn) for turn in args.turn]

@@ -74,9 +74,14 @@ class ChatTemplate:
           TokenizerError: The template refuses the conversation, or fails.
         """
         given = {"tools": None, "documents": None, **self._tokens, **values}
+        # Templates distinguish absent keys from others, and would print a None.
+        present = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in messages
+        ]
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=present,
                 add_generation_prompt=add_generation_prompt,
                 **given,
             )

@@ -1,4 +1,6 @@
-"""The engine: admits requests as blocks allow, prefills, decodes, and releases finished requests.
+"""Runs requests by programs that decode many steps: admits as blocks allow, prefills, scans, and
+releases finished requests. Without --scan the library's engine does all this (engine.py): it takes
+every step's decisions on the host, where a scanned program maps its own blocks.
 
 The schedule is the simplest that neither wastes a block nor ends a request early. Requests are
 served first come, first served; running ones take blocks before new ones are admitted. A request
@@ -84,15 +86,15 @@ class Engine:
       programs: The compiled model.
       pool: The memory. The engine expects to be its only user while it runs.
       stop_ids: Token ids that end a sequence.
-      scan_steps: Decode steps in one compiled program; 0 for a Python loop over single steps.
+      scan_steps: Decode steps in one compiled program.
       prefill_chunk: Most prompt tokens in one step; longer prompts take several.
       on_token: Called with a request and each token it produces, in order.
       on_finish: Called with each request when it has its finish_reason.
 
     Attributes:
-      samples: Memory over time, one for each step or scan.
+      samples: Memory over time, one for each scan.
       sharing: Memory saved by shared blocks, while requests of a group run.
-      steps: Decode steps run (those inside scans included).
+      steps: Decode steps run.
       stalls: Times that a sequence had to wait for blocks.
     """
 
@@ -102,7 +104,7 @@ class Engine:
         pool: jax_kvpage.KVPool,
         stop_ids: tuple[int, ...],
         *,
-        scan_steps: int = 0,
+        scan_steps: int,
         prefill_chunk: int = 512,
         on_token: Callable[[Request, int], None] | None = None,
         on_finish: Callable[[Request], None] | None = None,
@@ -123,6 +125,11 @@ class Engine:
         self.sharing = SharingMeter()
         self.steps = 0
         self.stalls = 0
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent tracing and compiling so far, which throughput leaves out."""
+        return self._programs.compile_seconds
 
     def run(self, requests: Sequence[Request]) -> None:
         """Runs all requests to their end; results are in the requests."""
@@ -245,12 +252,6 @@ class Engine:
         )
         return jax.device_get(chosen)
 
-    def _decode(self) -> bool:
-        """One step, or one scan; returns whether any sequence got further."""
-        produced = self._decode_scan() if self._scan_steps else self._decode_step()
-        self._release_finished()
-        return produced
-
     def _lanes(self, requests: list[Request]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Newest tokens, slots and sequence ids; a sequence's lane is its slot."""
         tokens, ids = np.zeros((2, self._spec.max_slots), np.int32)
@@ -261,18 +262,8 @@ class Engine:
             ids[request.slot] = request.index
         return jax.device_put((tokens, slots, ids))
 
-    def _decode_step(self) -> bool:
-        tokens, slots, ids = self._lanes(self._running)
-        chosen, produced, self._cache = self._programs.decode(self._cache, tokens, slots, ids)
-        chosen, produced = jax.device_get((chosen, produced))
-        self.steps += int(produced.any())
-        self.stalls += sum(not produced[request.slot] for request in self._running)
-        for request in self._running:
-            if produced[request.slot]:
-                self._take(request, int(chosen[request.slot]))
-        return bool(produced.any())
-
-    def _decode_scan(self) -> bool:
+    def _decode(self) -> bool:
+        """One scan; returns whether any sequence got further."""
         tokens, slots, ids = self._lanes(self._running)
         remaining = np.zeros(self._spec.max_slots, np.int32)
         for request in self._running:
@@ -288,6 +279,7 @@ class Engine:
                     self._take(request, int(token_row[request.slot]))
         waits = [request for request in self._running if active[request.slot]]
         self.stalls += sum(not produced[-1, request.slot] for request in waits)
+        self._release_finished()
         return bool(produced.any())
 
     def _take(self, request: Request, token: int) -> None:

@@ -10,19 +10,18 @@ from rich.table import Table
 
 import jax_kvpage
 
-from .beams import BeamEngine
+from .engine import ServedEngine
 from .generate import Engine, Request
 
 __all__ = ["figures", "plot_memory", "print_table", "turn_figures"]
 
 
 def figures(
-    engine: Engine | BeamEngine,
+    engine: Engine | ServedEngine,
     requests: Sequence[Request],
     spec: jax_kvpage.CacheSpec,
     stats: jax_kvpage.PoolStats,
     seconds: float,
-    compile_seconds: float,
 ) -> dict[str, Any]:
     """The figures of a run, as plain numbers and strings.
 
@@ -32,17 +31,16 @@ def figures(
       spec: The pool's, resolved.
       stats: The pool's, after the run.
       seconds: Duration of the run, compiling included.
-      compile_seconds: How much of it was compiling.
     """
     generated = sum(len(request.output_ids) for request in requests)
-    running = max(seconds - compile_seconds, 1e-9)
+    running = max(seconds - engine.compile_seconds, 1e-9)
     static = spec.max_slots * spec.max_seq_len * spec.token_bytes
     return {
         "num_sequences": len({request.index for request in requests}),
         "prompt_tokens": sum(len(request.prompt_ids) for request in requests),
         "generated_tokens": generated,
         "seconds": round(running, 4),
-        "compile_seconds": round(compile_seconds, 4),
+        "compile_seconds": round(engine.compile_seconds, 4),
         "tokens_per_second": round(generated / running, 2),
         "decode_steps": engine.steps,
         "layout": spec.layout,
@@ -60,6 +58,7 @@ def figures(
         "system_calls_per_token": round(stats.system_calls / max(generated, 1), 4),
         "stalls": engine.stalls,
         "preemptions": sum(request.preemptions for request in requests),
+        "accepted_guesses": engine.accepted if isinstance(engine, ServedEngine) else 0,
     }
 
 
@@ -102,6 +101,8 @@ def print_table(values: dict[str, Any]) -> None:
     ]
     if values["saved_by_sharing"]:
         rows.insert(-2, ("blocks saved by sharing", f"{values['saved_by_sharing']:.1%}"))
+    if values["accepted_guesses"]:
+        rows.append(("tokens by prompt lookup", f"{values['accepted_guesses']:,}"))
     for number, turn in enumerate(values.get("turns", []), start=1):
         counts = f"{turn['prompt_tokens']:,} / {turn['cached_tokens']:,}"
         rows.append((f"turn {number}: tokens read / cached", counts))
@@ -111,7 +112,7 @@ def print_table(values: dict[str, Any]) -> None:
 
 
 def plot_memory(
-    engine: Engine | BeamEngine, values: dict[str, Any], file: str | pathlib.Path
+    engine: Engine | ServedEngine, values: dict[str, Any], file: str | pathlib.Path
 ) -> None:
     """Draws mapped memory over time against what a static cache would have reserved.
 

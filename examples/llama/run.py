@@ -4,7 +4,6 @@ to standard output.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -15,22 +14,26 @@ import jax
 import jax.numpy as jnp
 
 import jax_kvpage
+from jax_kvpage.serving import DraftModel
 
-from .arguments import BUNDLED, InputError, read_prompts, read_turns
-from .beams import BeamEngine, BeamPrograms
+from .arguments import BUNDLED, InputError, talks
 from .checkpoint import CheckpointError, load_model
 from .config import ConfigError, LlamaConfig, load_config
+from .engine import ServedEngine
 from .generate import Engine, Request
 from .model import Llama
 from .programs import Programs
 from .report import figures, plot_memory, print_table, turn_figures
 from .sampling import Sampling
+from .script import make_script
+from .serving import make_draft, make_spec, model_step, open_pool, sequence_length
 from .stream import Printer
 from .tokenizer import Tokenizer, TokenizerError
-from .turns import ConversationEngine, next_turn
+from .turns import ConversationEngine
 
 __all__ = ["run"]
 
+_DRAFTED = 4  # tokens that a draft model guesses for a step
 _IMPLEMENTATIONS = {"cpu": ("cpu", "xla"), "gpu": ("cuda", "xla")}
 
 
@@ -48,48 +51,8 @@ def choose_sampling(args: argparse.Namespace) -> Sampling:
         args.top_k,
         top_p if args.top_p is None else args.top_p,
         args.seed,
+        args.num_samples,
     )
-
-
-def make_requests(
-    prompts: list[str],
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    max_seq_len: int,
-    num_samples: int = 1,
-) -> list[Request]:
-    """A request for each sample of each prompt; raises InputError for a prompt that leaves no room
-    for a token."""
-    requests = []
-    for index, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt)
-        if len(ids) >= max_seq_len:
-            raise InputError(
-                f"prompt {index} has {len(ids)} tokens, but a sequence may have {max_seq_len} "
-                "in all; shorten it or raise --max-seq-len"
-            )
-        group = index if num_samples > 1 else None
-        requests += [
-            Request(index * num_samples + sample, ids, max_new_tokens, group=group)
-            for sample in range(num_samples)
-        ]
-    return requests
-
-
-def tokens_of_turns(turns: list[list[int]], requests: list[Request], max_seq_len: int) -> int:
-    """Tokens by which later turns may make a sequence longer; raises InputError if they may not
-    fit."""
-    if not turns:
-        return 0
-    longest = max(requests, key=lambda request: len(request.prompt_ids))
-    more = sum(len(ids) + longest.max_new_tokens for ids in turns)
-    if len(longest.prompt_ids) + more >= max_seq_len:
-        raise InputError(
-            f"with {len(turns)} more turns the conversation of prompt {longest.index} may ask for "
-            f"{len(longest.prompt_ids) + more} tokens, but a sequence may have {max_seq_len} in "
-            "all; lower --max-new-tokens or raise --max-seq-len"
-        )
-    return more
 
 
 def make_pool(
@@ -100,38 +63,34 @@ def make_pool(
     later: int,
 ) -> jax_kvpage.KVPool:
     """A pool of the size of --capacity, or of what the requests can need together, with `later`
-    tokens of each in later turns."""
-    platform = jax.default_backend()
-    block_tokens = args.block_tokens
-    if block_tokens is None and args.checkpoint == BUNDLED and args.layout is None:
-        # Blocks of the usual size would hold its whole context in a few: smaller ones show more.
-        block_tokens = 16 if platform == "cpu" else None
+    tokens of each in later turns; without requests, of one sequence's full length."""
     # Beams need new slots before old ones have drained.
-    slots = 2 * args.num_beams if args.num_beams > 1 else len(requests)
+    slots = 2 * args.num_beams if args.num_beams > 1 else max(len(requests), 1)
     if args.num_beams > 1 and args.max_slots and args.max_slots < slots:
         raise InputError(f"--num-beams {args.num_beams} needs --max-slots {slots} or more")
-    spec = jax_kvpage.CacheSpec(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_slots=args.max_slots or slots,
-        max_seq_len=max_seq_len,
-        dtype=jnp.dtype(args.kv_dtype or compute_dtype(args, config.dtype)),
-        layout=args.layout,
-        block_tokens=block_tokens,
-    ).resolve("cuda" if platform == "gpu" else platform)
+    if not args.scan and args.max_slots and args.max_slots < args.num_samples:
+        raise InputError(
+            f"the samples of a prompt run together: --num-samples {args.num_samples} needs "
+            f"--max-slots {args.num_samples} or more"
+        )
+    dtype = args.kv_dtype or compute_dtype(args, config.dtype)
+    most, size = args.max_slots or slots, block_tokens(args)
+    spec = make_spec(config, most, max_seq_len, size, dtype, args.layout)
     capacity = args.capacity
     if capacity is None:
         ends = [min(len(r.prompt_ids) + r.max_new_tokens + later, max_seq_len) for r in requests]
         size = spec.block_tokens or 1
-        needed = [-(-end // size) for end in ends]
+        needed = [-(-end // size) for end in ends or [max_seq_len]]
         blocks = spec.num_ranges * (sum(needed) if args.num_beams == 1 else slots * max(needed))
-        capacity = blocks * spec.block_bytes
-    if str(capacity).isdecimal():
-        capacity = int(capacity)
-        if capacity >= 2**63:
-            raise InputError(f"--capacity must be less than 2**63 bytes, got {capacity}")
-    return jax_kvpage.KVPool(spec, capacity=capacity)
+        capacity = str(blocks * spec.block_bytes)
+    return open_pool(spec, capacity)
+
+
+def block_tokens(args: argparse.Namespace) -> int | None:
+    """Tokens in a block. Blocks of the usual size would hold the small model's whole context in a
+    few: smaller ones show more."""
+    small = args.checkpoint == BUNDLED and args.layout is None and jax.default_backend() == "cpu"
+    return args.block_tokens or (16 if small else None)
 
 
 def compute_dtype(args: argparse.Namespace, stored: str) -> str:
@@ -147,16 +106,28 @@ def make_engine(
     sampling: Sampling,
     config: LlamaConfig,
     printer: Printer | None,
-) -> tuple[Programs, Engine | BeamEngine]:
-    """The engine that the arguments ask for, and its compiled programs."""
+    draft: DraftModel | None,
+) -> Engine | ServedEngine:
+    """The engine that the arguments ask for."""
     stop_ids = config.eos_token_ids
     on_token = printer.token if printer else None
     on_finish = printer.finish if printer else None
-    if args.num_beams > 1:
-        beams = BeamPrograms(model, args.num_beams, stop_ids, args.implementation)
-        return beams, BeamEngine(beams, pool, on_token=on_token, on_finish=on_finish)
+    if not args.scan:
+        return ServedEngine(
+            *model_step(model, args.implementation),
+            pool,
+            sampling,
+            stop_ids,
+            num_beams=args.num_beams,
+            prefill_chunk=args.prefill_chunk,
+            num_guesses=_DRAFTED if draft else args.prompt_lookup,
+            draft=draft,
+            conversations=bool(args.turn) or talks(args),
+            on_token=on_token,
+            on_finish=on_finish,
+        )
     programs = Programs(model, sampling, stop_ids, args.implementation)
-    engine = (ConversationEngine if args.turn else Engine)(
+    return (ConversationEngine if args.turn else Engine)(
         programs,
         pool,
         stop_ids,
@@ -165,7 +136,6 @@ def make_engine(
         on_token=on_token,
         on_finish=on_finish,
     )
-    return programs, engine
 
 
 @contextlib.contextmanager
@@ -200,40 +170,40 @@ def _run(args: argparse.Namespace) -> None:
         )
     with input_errors():
         sampling = choose_sampling(args)
-    prompts = read_prompts(args)
     config = load_config(args.checkpoint)
     tokenizer = Tokenizer(args.checkpoint, config.vocab_size)
-    max_seq_len = args.max_seq_len or config.max_position_embeddings
-    if max_seq_len > config.longest_sequence:
-        raise InputError(
-            f"--max-seq-len {max_seq_len} is beyond the {config.longest_sequence} positions "
-            "that the model was made for"
-        )
-    requests = make_requests(prompts, tokenizer, args.max_new_tokens, max_seq_len, args.num_samples)
-    texts = read_turns(args)
-    turns = [tokenizer.encode(text, special=False) for text in texts]
-    later = tokens_of_turns(turns, requests, max_seq_len)
+    max_seq_len = sequence_length(config, args.max_seq_len)
+    script = make_script(args, config, tokenizer, max_seq_len)
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
-    with input_errors():
-        pool = make_pool(args, config, requests, max_seq_len, later)
-    with pool:
-        repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-        printer = None if args.json else Printer(requests, repeated, tokenizer)
-        programs, engine = make_engine(args, model, pool, sampling, config, printer)
-        begin = time.monotonic()
-        engine.run(requests)
-        answered = [requests]
-        for text, ids in zip(texts, turns, strict=True):
-            answered.append(next_turn(answered[-1], ids))
+    with contextlib.ExitStack() as stack:
+        with input_errors():
+            pool = make_pool(args, config, script.first, max_seq_len, script.later)
+            stack.enter_context(pool)
+            draft = None
+            if args.draft:
+                draft = make_draft(args.draft, config, pool, block_tokens(args))
+                stack.enter_context(draft.pool)
+        printer = None if args.json else Printer([], [], tokenizer)
+        engine = make_engine(args, model, pool, sampling, config, printer, draft)
+        if isinstance(engine, ServedEngine):
+            stack.enter_context(engine)
+        answered, seconds = [], 0.0
+        for requests, leads in script.turns():
+            begin = time.monotonic()
             if printer:
-                printer.start(answered[-1], [text] * len(requests))
-            engine.run(answered[-1])
+                printer.start(requests, leads)
+            if isinstance(engine, ServedEngine):
+                engine.run(requests, script.interrupted)
+            else:
+                engine.run(requests)
+            answered.append(requests)
+            seconds += time.monotonic() - begin
+        if not answered:
+            return  # Ctrl-D in place of the first message
         requests = [request for turn in answered for request in turn]
-        seconds = time.monotonic() - begin
-        values = figures(
-            engine, requests, pool.spec, pool.stats(), seconds, programs.compile_seconds
-        )
-    if turns:
+        values = figures(engine, requests, pool.spec, pool.stats(), seconds)
+    conversations = bool(args.turn) or talks(args)
+    if conversations:
         values["turns"] = turn_figures(answered)
     for request in requests:
         if request.finish_reason == "capacity":
@@ -244,7 +214,8 @@ def _run(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     if args.json:
-        print(json.dumps({"sequences": _sequences(requests, engine, tokenizer), **values}))
+        sequences = _sequences(requests, engine, tokenizer, conversations)
+        print(json.dumps({"sequences": sequences, **values}))
     else:
         print_table(values)
     # Last: if it fails after all, the results have been shown.
@@ -254,7 +225,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _sequences(
-    requests: list[Request], engine: Engine | BeamEngine, tokenizer: Tokenizer
+    requests: list[Request],
+    engine: Engine | ServedEngine,
+    tokenizer: Tokenizer,
+    conversations: bool,
 ) -> list[dict[str, Any]]:
     """The results of all requests, as --json prints them; with --num-beams also all finished
     sequences of the search and their scores, the best first. With --turn the requests of the turns
@@ -269,10 +243,10 @@ def _sequences(
         }
         for request in requests
     ]
-    if isinstance(engine, ConversationEngine):
+    if conversations:
         for sequence, request in zip(sequences, requests, strict=True):
             sequence["cached_tokens"] = request.cached_tokens
-    if isinstance(engine, BeamEngine):
+    if isinstance(engine, ServedEngine) and engine.hypotheses:
         for sequence, found in zip(sequences, engine.hypotheses, strict=True):
-            sequence["beams"] = [dataclasses.asdict(hypothesis) for hypothesis in found]
+            sequence["beams"] = found
     return sequences

@@ -1,7 +1,8 @@
 """Choosing the next token: greedy, temperature, top-k, top-p.
 
-The random key of a token is a function of the seed, the sequence and the position alone. Who else
-is in the batch, whether a step was repeated, or whether a sequence was stalled or started again on
+Programs of --scan use it; `jax_kvpage.serving` samples by itself, with the same random numbers. The
+random key of a token is a function of the seed, the sequence and the position alone. Who else is in
+the batch, whether a step was repeated, or whether a sequence was stalled or started again on
 the way does not change what it says.
 """
 
@@ -30,12 +31,15 @@ class Sampling:
       top_p: Only the smallest set of most likely tokens whose probabilities reach p; 1 for all.
         The most likely token always remains, however small p is.
       seed: Of the random numbers.
+      num_samples: Sequences of each prompt: sequence ids count the samples of the first prompt,
+        then those of the second.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    num_samples: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -46,6 +50,10 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+
+    def seed_of(self, sequence: int) -> int:
+        """The seed that `jax_kvpage.serving.SamplingParams` takes for a sequence's prompt."""
+        return (self.seed + sequence // self.num_samples) % 2**32
 
 
 def sample(
@@ -68,8 +76,11 @@ def sample(
     logits = _keep_top_p(_keep_top_k(logits, sampling.top_k), sampling.top_p)
 
     def draw(row: jax.Array, sequence: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(sampling.seed), sequence)
-        return jax.random.categorical(jax.random.fold_in(key, position), row)
+        # As in `jax_kvpage.serving`: a seed for each prompt, then the number of the sample.
+        prompt, number = jnp.divmod(sequence, jnp.int32(sampling.num_samples))
+        key = jax.random.key(jnp.uint32(sampling.seed) + prompt.astype(jnp.uint32))
+        key = jax.random.fold_in(jax.random.fold_in(key, number), position)
+        return jax.random.categorical(key, row)
 
     return jax.vmap(draw)(logits, sequence_ids, positions).astype(jnp.int32)
 

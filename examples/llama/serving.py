@@ -1,6 +1,7 @@
 """Serves jobs with the library's engine, and measures it."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +12,34 @@ import numpy as np
 from flax import nnx
 
 import jax_kvpage
-from jax_kvpage.serving import Engine, RequestOutput, RequestRefused, SamplingParams, Step
+from jax_kvpage.serving import (
+    DraftModel,
+    Engine,
+    RequestOutput,
+    RequestRefused,
+    SamplingParams,
+    Step,
+)
 
 from .arguments import InputError
-from .config import LlamaConfig
+from .checkpoint import load_model
+from .config import LlamaConfig, load_config
 from .model import Llama
 from .workload import Job
 
-__all__ = ["Result", "Sample", "figures", "make_pool", "model_step", "plot_occupancy", "serve"]
+__all__ = [
+    "Result",
+    "Sample",
+    "figures",
+    "make_draft",
+    "make_pool",
+    "make_spec",
+    "model_step",
+    "open_pool",
+    "plot_occupancy",
+    "sequence_length",
+    "serve",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +76,61 @@ class Result:
     seconds: float
 
 
+def sequence_length(config: LlamaConfig, wanted: int | None) -> int:
+    """Most tokens of a sequence: as wanted, or the model's max_position_embeddings.
+
+    Raises:
+      InputError: That is longer than the model was made for.
+    """
+    length = wanted or config.max_position_embeddings
+    if length > config.longest_sequence:
+        raise InputError(
+            f"--max-seq-len {length} is beyond the {config.longest_sequence} positions that the "
+            "model was made for"
+        )
+    return length
+
+
+def make_spec(
+    config: LlamaConfig,
+    slots: int,
+    max_seq_len: int | None = None,
+    block_tokens: int | None = None,
+    dtype: str = "float32",
+    layout: str | None = None,
+) -> jax_kvpage.CacheSpec:
+    """The cache of a model, resolved for this platform.
+
+    Raises:
+      InputError: See `sequence_length`.
+    """
+    platform = jax.default_backend()
+    return jax_kvpage.CacheSpec(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        slots,
+        sequence_length(config, max_seq_len),
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+        block_tokens=block_tokens,
+    ).resolve("cuda" if platform == "gpu" else platform)
+
+
+def open_pool(spec: jax_kvpage.CacheSpec, capacity: str) -> jax_kvpage.KVPool:
+    """A pool with physical memory of a size such as "64MiB" or a number of bytes.
+
+    Raises:
+      InputError: The number is too large.
+    """
+    if not capacity.isdecimal():
+        return jax_kvpage.KVPool(spec, capacity)
+    size = int(capacity)
+    if size >= 2**63:
+        raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
+    return jax_kvpage.KVPool(spec, size)
+
+
 def make_pool(
     config: LlamaConfig,
     slots: int,
@@ -77,24 +153,38 @@ def make_pool(
     Raises:
       InputError: The sequences are longer than the model was made for.
     """
-    length = max_seq_len or config.max_position_embeddings
-    if length > config.longest_sequence:
+    spec = make_spec(config, slots, max_seq_len, block_tokens)
+    size = max(int(slots * spec.max_seq_len * spec.token_bytes * share), spec.slot_bytes)
+    return open_pool(spec, capacity or str(size))
+
+
+def make_draft(
+    path: pathlib.Path, config: LlamaConfig, pool: jax_kvpage.KVPool, block_tokens: int | None
+) -> DraftModel:
+    """The model directory `path` as a draft, in float32, with a pool of its own.
+
+    Args:
+      path: Of the draft.
+      config: Of the model that it guesses for.
+      pool: Of that model.
+      block_tokens: As for `make_pool`.
+
+    Raises:
+      ConfigError: The directory holds no model that is supported.
+      CheckpointError: Nor does it hold its weights.
+      InputError: The models have different tokens.
+    """
+    own = load_config(path)
+    if own.vocab_size != config.vocab_size:
         raise InputError(
-            f"--max-seq-len {length} is beyond the {config.longest_sequence} positions that the "
-            "model was made for"
+            f"--draft {path}: its vocabulary has {own.vocab_size} tokens, the model's "
+            f"{config.vocab_size}"
         )
-    spec = jax_kvpage.CacheSpec(
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        config.head_dim,
-        slots,
-        length,
-        dtype=jnp.float32,
-        block_tokens=block_tokens,
-    )
-    size = max(int(slots * length * spec.token_bytes * share), spec.resolve("cpu").slot_bytes)
-    chosen = capacity or str(size)
-    return jax_kvpage.KVPool(spec, int(chosen) if chosen.isdecimal() else chosen)
+    step, weights = model_step(load_model(path, dtype=jnp.dtype("float32")))
+    length = min(pool.spec.max_seq_len, own.max_position_embeddings)
+    # What all slots could take: a draft without memory guesses nothing.
+    memory = make_pool(own, pool.spec.max_slots, length, block_tokens, share=1)
+    return DraftModel(step=step, params=weights, pool=memory)
 
 
 def model_step(model: Llama, implementation: str | None = None) -> tuple[Step, Any]:

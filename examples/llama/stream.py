@@ -86,17 +86,17 @@ class Printer:
 
     Args:
       requests: In the order to print, before any has run.
-      prompts: Their texts.
+      leads: What is printed in front of each.
       tokenizer: Of the model.
     """
 
-    def __init__(self, requests: list[Request], prompts: list[str], tokenizer: Tokenizer) -> None:
+    def __init__(self, requests: list[Request], leads: list[str], tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.start(requests, prompts)
+        self.start(requests, leads)
 
-    def start(self, requests: list[Request], prompts: list[str]) -> None:
+    def start(self, requests: list[Request], leads: list[str]) -> None:
         """Goes on with other requests, when all of those before have finished."""
-        self._requests, self._prompts = requests, prompts
+        self._requests, self._leads = requests, leads
         self._streams = [TextStream(self._tokenizer, request.prompt_ids) for request in requests]
         self._held = [""] * len(requests)
         self._front = -1
@@ -122,7 +122,7 @@ class Printer:
     def _next(self) -> None:
         self._front += 1
         if self._front < len(self._requests):
-            self._write(f"> {self._prompts[self._front]}{self._held[self._front]}")
+            self._write(f"{self._leads[self._front]}{self._held[self._front]}")
 
     def _write(self, text: str) -> None:
         print(text, end="", flush=True)

@@ -74,8 +74,7 @@ class EngineCore:
             max_num_waiting=config.max_num_waiting,
             find_prefix=self._find_prefix if config.prefix_caching else None,
         )
-        eos = config.eos_token_ids
-        guidance = None if tokenizer is None else Guidance(tokenizer, eos)
+        guidance = None if tokenizer is None else Guidance(tokenizer, config.eos_token_ids)
         self._programs = Programs(
             step,
             params,
@@ -129,6 +128,7 @@ class EngineCore:
             preemptions=self.scheduler.stats.preemptions,
             stalled=self.scheduler.stats.stalled,
             programs=self._programs.num_compiled,
+            compile_seconds=self._programs.compile_seconds + self._guesser.compile_seconds,
         )
 
     def memory(self) -> list[SequenceMemory]:

@@ -99,6 +99,11 @@ class Draft:
         self._cache: KVCache = self._pool.cache()
         self._state = self._initial_state()
 
+    @property
+    def compile_seconds(self) -> float:
+        """See `Guesser`."""
+        return self._programs.compile_seconds
+
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
         """Compiles everything; see `EngineCore.warm_up`."""
         self._cache = warm_up(self._pool, self._cache, self._programs, self._num_rows, 0, progress)

@@ -13,6 +13,10 @@ __all__ = ["Guesser", "PromptLookup"]
 class Guesser(Protocol):
     """Guesses tokens; every step is read back before the next guess."""
 
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling what guesses need."""
+
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
         """Guesses the next tokens of sequences that decode.
 
@@ -42,6 +46,7 @@ class PromptLookup:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self.compile_seconds = 0.0  # the host searches
 
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
         """See `Guesser`."""
@@ -63,4 +68,4 @@ class PromptLookup:
         """Does nothing: an index goes with its sequence."""
 
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
-        """Does nothing: the host searches."""
+        """Does nothing."""

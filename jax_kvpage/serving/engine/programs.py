@@ -10,6 +10,7 @@ cache and the sampler's state are donated.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,7 @@ class Programs:
 
     Attributes:
         max_logprobs: see above.
+        compile_seconds: time spent tracing and compiling them.
         num_compiled: steps compiled so far, at most one for each bucket, one more with speculation
             and one more for scores.
         variants: (bucket, guesses, whether it scores) of all of them.
@@ -116,6 +118,7 @@ class Programs:
         self.num_words = num_words
         self._nothing: dict[int, tuple[Any, Any]] = {}
         self._compiled: dict[tuple[tuple[int, int], int, bool], Any] = {}
+        self.compile_seconds = 0.0
         self._set_history = jax.jit(_set_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
 
@@ -234,8 +237,10 @@ class Programs:
         def run(*operands: Any) -> Any:
             return self._run(shape, num_guesses, scores, *operands)
 
+        begin = time.monotonic()
         program = jax.jit(run, donate_argnums=(1, 2))
         compiled = program.lower(self._params, cache, state, packed, masks, targets).compile()
+        self.compile_seconds += time.monotonic() - begin
         self._compiled[shape, num_guesses, scores] = compiled
         return compiled
 

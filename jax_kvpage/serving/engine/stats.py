@@ -20,6 +20,7 @@ class EngineStats:
         preemptions: times that a request lost its memory.
         stalled: steps that sequences waited for blocks, added up over sequences.
         programs: step programs compiled.
+        compile_seconds: time spent tracing and compiling them, and those of a draft model.
     """
 
     running: int
@@ -32,6 +33,7 @@ class EngineStats:
     preemptions: int
     stalled: int
     programs: int
+    compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

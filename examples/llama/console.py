@@ -1,0 +1,85 @@
+"""The user's side of an interactive chat: messages from a terminal or a pipe, and Ctrl-C."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+from .arguments import InputError, valid_text
+
+__all__ = ["Console"]
+
+
+class Console:
+    """Standard input, one message a line; blank lines are skipped.
+
+    Args:
+      json: Whether standard output is for JSON only, so that nobody is asked for a message.
+
+    Attributes:
+      interactive: Whether a person types the messages. Then the terminal shows them already, and
+        Ctrl-C ends an answer, not the program.
+    """
+
+    def __init__(self, json: bool) -> None:
+        streams = (sys.stdin, sys.stdout)
+        self.interactive = not json and all(stream and stream.isatty() for stream in streams)
+        self._pressed = False
+
+    def messages(self) -> Iterator[str]:
+        """The user's messages, up to the end of the file or Ctrl-D.
+
+        Raises:
+          InputError: A message that is not valid text, or no message in a pipe or a file.
+        """
+        count = 0
+        try:
+            for line in self._lines():
+                if line.strip():
+                    count += 1
+                    yield valid_text("the message", line)
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error}") from error
+        if not count and not self.interactive:
+            raise InputError(
+                "--chat without --prompt reads messages from standard input, which has none"
+            )
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C has been pressed since the newest message.
+
+        A second Ctrl-C is a KeyboardInterrupt as usual. So is the first in a run that is not
+        interactive.
+        """
+        return self._pressed
+
+    def _lines(self) -> Iterator[str]:
+        if not self.interactive:
+            for line in sys.stdin or ():
+                yield line.rstrip("\r\n")
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (editing and history for `input`)
+        # Elsewhere it is the caller's affair, or ignored.
+        ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        try:
+            while True:
+                self._pressed = False
+                try:
+                    line = input("> ")
+                except EOFError:
+                    print()
+                    return
+                if ours:
+                    signal.signal(signal.SIGINT, self._press)
+                yield line
+                if ours:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _press(self, *_: object) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True

@@ -1,0 +1,107 @@
+"""decode_llama.py --chat with a person at a terminal: Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import decode_llama
+import pytest
+from llama_models import UNTIED, write_checkpoint
+
+_CTRL_C, _CTRL_D = "\x03", "\x04"
+_SECONDS = 120
+
+
+class _Terminal:
+    """A process at a terminal of its own, and the text that it has shown."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._keys, theirs = pty.openpty()
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        env |= {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"}
+        # A session whose controlling terminal this is: Ctrl-C becomes a signal.
+        start = (
+            "import fcntl, os, signal, sys, termios; os.setsid(); "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start, str(pathlib.Path(decode_llama.__file__)), *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=env,
+        )
+        os.close(theirs)
+        self._unread = ""
+
+    def press(self, keys: str) -> None:
+        os.write(self._keys, keys.encode())
+
+    def read_until(self, words: str) -> str:
+        """What is shown up to `words`, which are included."""
+        deadline = time.monotonic() + _SECONDS
+        while words not in self._unread:
+            ready, _, _ = select.select([self._keys], [], [], deadline - time.monotonic())
+            assert ready, f"{words!r} is not in {self._unread!r}"
+            try:
+                more = os.read(self._keys, 4096)
+            except OSError:  # the process has ended
+                more = b""
+            assert more, f"{words!r} is not in {self._unread!r}"
+            self._unread += more.decode(errors="replace")
+        end = self._unread.index(words) + len(words)
+        shown, self._unread = self._unread[:end], self._unread[end:]
+        return shown
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._keys)
+
+
+@pytest.fixture
+def terminal(tmp_path: pathlib.Path) -> Iterator[_Terminal]:
+    write_checkpoint(tmp_path, UNTIED)
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    arguments = ["--checkpoint", str(tmp_path), "--chat", "--max-seq-len", "256"]
+    opened = _Terminal(*arguments, "--max-new-tokens", "200")
+    yield opened
+    opened.close()
+
+
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(terminal: _Terminal) -> None:
+    terminal.read_until("> ")
+    terminal.press("hi\n")
+    terminal.read_until("hi\r\n")
+    terminal.press(_CTRL_C)  # while the model's first step is compiled
+    assert "[cancelled]" in terminal.read_until("\n> ")
+    terminal.press("and\n")
+    terminal.read_until("[length]")  # the conversation goes on
+    terminal.read_until("> ")
+    terminal.press(_CTRL_D)
+    table = terminal.read_until("turn 2: tokens read / cached")
+    assert "What it took" in table
+    assert terminal.process.wait(_SECONDS) == 0
+
+
+def test_ctrl_c_at_the_prompt_is_an_interrupt(terminal: _Terminal) -> None:
+    terminal.read_until("> ")
+    terminal.press(_CTRL_C)
+    terminal.read_until("decode_llama.py: interrupted")
+    assert terminal.process.wait(_SECONDS) == 130
+
+
+def test_ctrl_d_in_place_of_a_message(terminal: _Terminal) -> None:
+    terminal.read_until("> ")
+    terminal.press(_CTRL_D)
+    assert terminal.process.wait(_SECONDS) == 0
