@@ -87,7 +87,17 @@ def _has_fake_driver(config: pytest.Config) -> bool:
     return False
 
 
+def _runs_on_fake_driver() -> bool:
+    return os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") not in ("", "0")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if _runs_on_fake_driver() and config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            "JAX_KVPAGE_FAKE_DRIVER with -n: only a run in one process checks the driver at its end"
+        )
+    if config.getoption("--require-fake-driver"):
+        _has_fake_driver(config)  # a run in several processes reports the error here only
     # By way of the environment, for the processes that tests start.
     os.environ[covering.VARIABLE] = "1" if config.getoption("--exhaustive") else "0"
     compiling.configure(config)
@@ -135,7 +145,7 @@ def pytest_make_collect_report(
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """On the fake driver: nothing is left alive, and none of the driver's rules was broken."""
-    if os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") in ("", "0"):
+    if not _runs_on_fake_driver():
         return
     from jax_kvpage import _native
 
