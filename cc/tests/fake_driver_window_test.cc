@@ -136,6 +136,28 @@ TEST(FakeDriverWindowTest, ABlockThatCannotBeGivenBackComesBackWhole) {
   }
 }
 
+// A block that has memory and is not in the window, because neither its mapping nor its release succeeded: asking for
+// the window again maps it. If that fails too, the window stays for those who have its address.
+TEST(FakeDriverWindowTest, AFailureLeavesAWindowThatIsInUse) {
+  Windowed world;
+  world.fake->FailAt(Call::kMemMap, 1, Result::kUnknown);
+  world.fake->FailAt(Call::kMemRelease, 1, Result::kUnknown);
+  EXPECT_FALSE(world.Create({9}).ok());
+  world.fake->ClearFaults();
+  EXPECT_EQ(world.vmm->PhysicalBytes(), 7 * kBlock) << "block 9 has memory";
+  const FakeDriver::State before = world.fake->Report();
+  world.fake->FailAt(Call::kMemMap, 1, Result::kOutOfMemory);
+  char* again = nullptr;
+  EXPECT_FALSE(world.vmm->Window(&again).ok());
+  world.fake->ClearFaults();
+  ASSERT_EQ(world.fake->Report().reservations, before.reservations);
+  ASSERT_EQ(world.fake->Report().mappings, before.mappings);
+  world.ExpectBlocks();
+  EXPECT_OK(world.vmm->Window(&again));
+  EXPECT_EQ(again, world.window);
+  EXPECT_EQ(world.fake->Report().mappings, before.mappings + 1) << "block 9";
+}
+
 // Access cannot be set, and then one of the mappings cannot be undone: it must not pass for a usable one.
 TEST(FakeDriverWindowTest, AFailedRollbackIsMadeUpForLater) {
   for (const bool open : {false, true}) {

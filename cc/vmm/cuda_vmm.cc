@@ -105,9 +105,11 @@ Status CudaVmm::Window(char** out) {
   }
   Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_);
   if (!status.ok()) {
-    window_.Free();
+    // Once a caller has its address, programs may use the blocks that are there already.
+    if (!window_given_) window_.Free();
     return status;
   }
+  window_given_ = true;
   *out = window_.base();
   return {};
 }

@@ -78,6 +78,7 @@ class CudaVmm final : public Vmm {
   bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};
   CudaWindow window_;
+  bool window_given_ = false;  // a caller has its address: it stays for as long as this does
 };
 
 }  // namespace kvpage
