@@ -120,6 +120,11 @@ class Arena {
   // The same for all logical blocks from `begin` on.
   void DropSetAsideFrom(std::int64_t slot, std::int64_t begin);
   std::int64_t num_set_aside() const { return num_set_aside_; }
+  // Whether blocks are set aside for the slot, so that Separate may exchange some.
+  bool HasSetAside(std::int64_t slot) const {
+    const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
+    return found != borrowers_.end() && !found->second.set_aside.empty();
+  }
   // Makes the logical blocks from `begin` on the slot's own, for writing: copies take the place of those that other
   // slots share. Readers see the same bytes throughout. A failure leaves a part of them exchanged.
   // With `hold` the slot keeps its references to the shared blocks until ReleaseHeld, for readers that know them by

@@ -12,6 +12,19 @@
 namespace kvpage::generations {
 namespace {
 
+// What truncations have exchanged and could not publish: no program runs that has found the old blocks by number.
+Status PublishSeparated(const PoolParts& pool, const MappingLock& mapping) {
+  std::vector<std::int32_t> slots;
+  {
+    const StateLock state = pool.table->Lock();
+    const std::vector<SlotProgress>& rows = pool.table->progress(state).slots;
+    for (std::int32_t slot = 0; slot < pool.table->num_slots(); ++slot) {
+      if (rows[slot].by_block != 0) slots.push_back(slot);
+    }
+  }
+  return slots.empty() ? Status() : PublishSlots(pool, mapping, slots, /*stopped=*/true);
+}
+
 Status StartOnDevice(const PoolParts& pool, Generation* out) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();  // so no map_slots is at work
@@ -25,6 +38,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   DeviceProgress device(table.geometry());
   KVPAGE_RETURN_IF_ERROR(pool.mirror->StartGeneration(generation, &device));
   CollectReleases(pool, table.Lock());  // with what their sequences had written
+  KVPAGE_RETURN_IF_ERROR(PublishSeparated(pool, mapping));
   ++device.epoch;
   std::vector<SlotState> states;
   {

@@ -31,9 +31,13 @@ class Mirror {
     std::int32_t tokens = 0;
   };
   // Tokens that may be written in these slots, visible to every program that is queued from now on. Memory beyond what
-  // was said before is mapped by now; a slot's room never shrinks while it is occupied. Where the block table is open,
+  // was said before is mapped by now; only StopReaders shrinks that of an occupied slot. Where the block table is open,
   // a program that sees the room also sees the current blocks of the slots.
   virtual Status SetRoom(const std::vector<Room>& rooms) = 0;
+
+  // From now on programs may use nothing from `tokens` on in these slots: waits for those that passed their check
+  // before. SetRoom ends that.
+  virtual Status StopReaders(const std::vector<Room>& ends) = 0;
 
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.
   virtual Status Drop(const std::vector<Room>& begins) = 0;

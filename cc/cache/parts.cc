@@ -7,7 +7,19 @@
 namespace kvpage {
 namespace {
 
-Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vector<Mirror::Room>& rooms) {
+Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vector<Mirror::Room>& rooms,
+               bool stopped) {
+  if (!stopped) {
+    // A truncation was not published: programs may have found the old blocks by number since.
+    std::vector<Mirror::Room> unpublished;
+    {
+      const StateLock state = pool.table->Lock();
+      for (const Mirror::Room& room : rooms) {
+        if (pool.table->progress(state).slots[room.slot].by_block != 0) unpublished.push_back({room.slot, 0});
+      }
+    }
+    if (!unpublished.empty()) KVPAGE_RETURN_IF_ERROR(pool.mirror->StopReaders(unpublished));
+  }
   KVPAGE_RETURN_IF_ERROR(pool.mirror->SetRoom(rooms));
   {
     // No program finds blocks in these slots any more that a truncation has exchanged (sharing.cc).
@@ -47,12 +59,13 @@ Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const Supp
     const std::int64_t tokens = std::min(grant.wanted * geometry.block_tokens, geometry.max_seq_len);
     rooms.push_back({grant.slot, static_cast<std::int32_t>(tokens)});
   }
-  Status status = Publish(pool, mapping, rooms);
+  Status status = Publish(pool, mapping, rooms, /*stopped=*/false);
   if (!status.ok()) pool.supply->Undo(mapping, plan);
   return status;
 }
 
-Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots) {
+Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots,
+                    bool stopped) {
   if (pool.mirror == nullptr) return {};
   std::vector<Mirror::Room> rooms;
   {
@@ -61,7 +74,7 @@ Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std
       rooms.push_back({slot, static_cast<std::int32_t>(pool.table->Room(state, slot))});
     }
   }
-  return Publish(pool, mapping, rooms);
+  return Publish(pool, mapping, rooms, stopped);
 }
 
 Status OpenTable(const PoolParts& pool) {

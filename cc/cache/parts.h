@@ -33,8 +33,10 @@ void CollectReleases(const PoolParts& pool, const StateLock& state);
 
 // Tells the mirror what room the slots of an applied plan have, and which blocks; undoes the plan when that fails.
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan);
-// The same for the current room and blocks of some slots.
-Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots);
+// The same for the current room and blocks of some slots. `stopped`: Mirror::StopReaders has stopped the programs that
+// use what changes in them.
+Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots,
+                    bool stopped = false);
 
 // Programs on a device address blocks by number from now on: opens the block window, and gives the mirror the block
 // table. Nothing happens without a mirror.

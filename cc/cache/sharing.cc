@@ -80,14 +80,37 @@ Claim MapForks(const PoolParts& pool, const MappingLock& mapping, const std::vec
   return pool.supply->Reserve(mapping, wants, &plan);
 }
 
-// Exchanges the blocks that a slot shares from `begin` on, of whose programs none runs, and tells the mirror. Until the
-// mirror has the new numbers the slot keeps the old blocks (supply_tables.cc): programs may find them by number.
-Status SeparateOnDevice(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, std::int64_t begin) {
+// The blocks of a slot from `begin` on.
+struct Tail {
+  std::int32_t slot = 0;
+  std::int64_t begin = 0;
+};
+
+// Makes the blocks of these tails the slots' own, and tells the mirror. Where blocks are exchanged no program may read
+// them meanwhile, also none of another thread: the tail has no room while that lasts. Until the mirror has the new
+// numbers the slot keeps the old blocks (supply_tables.cc): programs may find them by number.
+Status SeparateOnDevice(const PoolParts& pool, const MappingLock& mapping, const std::vector<Tail>& tails) {
   SlotTable& table = *pool.table;
-  table.progress(table.Lock()).slots[slot].by_block = 1;
-  const Status separated = pool.supply->Separate(mapping, slot, begin);
-  const Status published = PublishSlots(pool, mapping, {slot});  // some may have been exchanged
-  return separated.ok() ? published : separated;
+  std::vector<std::int32_t> slots;
+  std::vector<Mirror::Room> stopped;
+  {
+    const StateLock state = table.Lock();
+    for (const auto& [slot, begin] : tails) {
+      slots.push_back(slot);
+      std::int32_t& unpublished = table.progress(state).slots[slot].by_block;
+      if (unpublished != 0 || pool.supply->arena(mapping).HasSetAside(slot)) {
+        stopped.push_back({slot, static_cast<std::int32_t>(begin * table.geometry().block_tokens)});
+      }
+      unpublished = 1;
+    }
+    table.CountWait(state);  // the caller has waited for the programs of the slots
+  }
+  Status status = stopped.empty() ? Status() : pool.mirror->StopReaders(stopped);
+  for (const auto& [slot, begin] : tails) {
+    if (status.ok()) status = pool.supply->Separate(mapping, slot, begin);
+  }
+  const Status published = PublishSlots(pool, mapping, slots, /*stopped=*/true);  // some may have been exchanged
+  return status.ok() ? published : status;
 }
 
 Status CheckTruncate(SlotTable* table, const StateLock& state, const std::vector<std::int32_t>& slots,
@@ -170,7 +193,9 @@ Status SharesBehind(const PoolParts& pool, std::int32_t slot, std::int64_t token
     KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "truncate", slot));
   }
   const std::int64_t begin = std::max<std::int64_t>(tokens, 0) / pool.table->geometry().block_tokens;
-  *out = begin < pool.supply->arena(mapping).SharedBlocks(slot);
+  // With a mirror: what a call that failed has exchanged is still to be published.
+  const bool unpublished = pool.mirror != nullptr && pool.table->progress(pool.table->Lock()).slots[slot].by_block != 0;
+  *out = unpublished || begin < pool.supply->arena(mapping).SharedBlocks(slot);
   return {};
 }
 
@@ -209,13 +234,13 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     pool.supply->CutIndex(mapping, slots[i], tokens[i]);
     table.NoteCommit(table.Lock(), slots[i]);
   }
+  std::vector<Tail> tails;
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
     const bool unpublished = table.progress(table.Lock()).slots[slots[i]].by_block != 0;  // by a call that failed
-    if (!shares(i) && missing[i].logical.empty() && !unpublished) continue;  // e.g. the last of several sharers
-    table.CountWait(table.Lock());  // the caller has waited for the programs of the slot
-    claim.status = SeparateOnDevice(pool, mapping, slots[i], begins[i]);
-    if (!claim.status.ok()) return claim;
+    if (shares(i) || !missing[i].logical.empty() || unpublished) tails.push_back({slots[i], begins[i]});
   }
+  if (!tails.empty()) claim.status = SeparateOnDevice(pool, mapping, tails);
+  if (!claim.status.ok()) return claim;
   const StateLock state = table.Lock();
   for (std::size_t i = 0; i < slots.size(); ++i) {
     table.CutCommitted(state, slots[i], tokens[i]);

@@ -89,8 +89,7 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   for (const Room& room : rooms) {
     if (rooms_[room.slot] == room.tokens) continue;
     new_rooms_[room.slot] = room.tokens;
-    const cu::DevicePtr place = slots_address() + room.slot * sizeof(DeviceSlot) + offsetof(DeviceSlot, room);
-    copies.push_back({Copy::kToDevice, place, &new_rooms_[room.slot], sizeof(std::int32_t)});
+    copies.push_back(NewRoomCopy(room.slot, offsetof(DeviceSlot, room)));
   }
   if (copies.empty()) return {};
   Status status = device_->Transfer(copies);
@@ -98,13 +97,24 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   if (!status.ok()) {
     // Some copies may have arrived: restore the old rooms, because the caller unmaps the new room again. Numbers of
     // blocks beyond them are not read.
-    for (const Room& room : rooms) new_rooms_[room.slot] = rooms_[room.slot];
+    for (const Room& room : rooms) new_rooms_[room.slot] = std::max(rooms_[room.slot], 0);
     copies.erase(copies.begin(), copies.begin() + first_room);
     static_cast<void>(device_->Transfer(copies));
     return status;
   }
   for (const Room& room : rooms) rooms_[room.slot] = room.tokens;
   return {};
+}
+
+Status DeviceMirror::StopReaders(const std::vector<Room>& ends) {
+  std::vector<Copy> copies;
+  for (const Room& end : ends) {
+    rooms_[end.slot] = -1;
+    new_rooms_[end.slot] = end.tokens;
+    copies.push_back(NewRoomCopy(end.slot, offsetof(DeviceSlot, room)));
+  }
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer(copies));
+  return WaitForReaders();
 }
 
 Status DeviceMirror::Drop(const std::vector<Room>& begins) {
@@ -196,7 +206,7 @@ Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
   image_->epoch = progress.epoch;
   for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) {
     const SlotProgress& row = progress.slots[slot];
-    slots_[slot] = {rooms_[slot], row.since, row.length, row.vacated ? 1 : 0, row.shared, row.dropped};
+    slots_[slot] = {std::max(rooms_[slot], 0), row.since, row.length, row.vacated ? 1 : 0, row.shared, row.dropped};
   }
   std::copy(progress.written.begin(), progress.written.end(), written_);
   return device_->Transfer({FieldCopy(&DevicePool::epoch), SlotsCopy(Copy::kToDevice), WrittenCopy(Copy::kToDevice)});

@@ -32,6 +32,7 @@ class DeviceMirror final : public Mirror {
 
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
+  Status StopReaders(const std::vector<Room>& ends) override;
   Status Drop(const std::vector<Room>& begins) override;
   Status OpenTable(char* window, const BlockTable* table) override;
   std::int32_t Vacated(std::int32_t slot) override;
@@ -63,6 +64,11 @@ class DeviceMirror final : public Mirror {
   Copy WrittenCopy(Copy::Kind kind) {
     return {kind, written_address(), written_, geometry_.max_slots * geometry_.num_layers * sizeof(std::int32_t)};
   }
+  // Of new_rooms_, to a field of the slot's row.
+  Copy NewRoomCopy(std::int32_t slot, std::size_t field) {
+    const cu::DevicePtr row = slots_address() + static_cast<cu::DevicePtr>(slot) * sizeof(DeviceSlot);
+    return {Copy::kToDevice, row + field, &new_rooms_[slot], sizeof(std::int32_t)};
+  }
   cu::DevicePtr slots_address() const { return memory_.address(); }
   cu::DevicePtr written_address() const { return reinterpret_cast<cu::DevicePtr>(image_->written); }
 
@@ -76,7 +82,7 @@ class DeviceMirror final : public Mirror {
   std::int32_t* new_rooms_ = nullptr;        // [max_slots]
   DeviceSlot* slots_ = nullptr;              // [max_slots]
   std::int32_t* written_ = nullptr;          // [max_slots, num_layers]
-  std::vector<std::int32_t> rooms_;          // on the device
+  std::vector<std::int32_t> rooms_;          // on the device; -1: StopReaders has set another, or tried to
   std::unique_ptr<BlockTableMirror> table_;  // null: no program has needed it
   std::int32_t entry_ = -1;
   std::atomic<std::int64_t> waits_{0};

@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "tests/device_util.h"
@@ -171,20 +173,110 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
   }
 }
 
-// A truncation of which the device is not told, whose old blocks the slot then keeps until it is.
-TEST_P(DeviceBlockTableTest, BlocksStayUntilTheDeviceKnowsTheNewOnes) {
+// An op on another stream that is between its check and its end, and a call that must wait for it.
+void ExpectWaits(Fixture* f, std::int32_t slot, const std::function<void()>& call,
+                 const std::function<void()>& meanwhile) {
+  const cu::Stream other = f->machine.NewStream();
+  f->program.set_stream(other);
+  f->program.HoldAfterCheck(other);
+  f->program.Write(slot, 1);
+  f->program.set_stream(f->machine.stream());
+  std::atomic<bool> done{false};
+  std::thread caller([&] {
+    call();
+    done = true;
+  });
+  Pause();
+  EXPECT_FALSE(done);
+  meanwhile();
+  f->machine.fake().ReleaseStream(other);
+  caller.join();
+}
+
+// Another thread queues readers while a truncation exchanges blocks: those that have passed their check end first, and
+// none passes it before the new blocks are mapped.
+TEST_P(DeviceBlockTableTest, TruncationKeepsReadersOut) {
   Fixture f(GetParam());
   const std::int32_t fork = f.Fork(f.first, 48);
-  f.machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 1, cu::Result::kUnknown);
-  EXPECT_FALSE(f.pool->Truncate({fork}, {8}).status.ok());
-  f.machine.fake().ClearFaults();
-  const std::int64_t used = f.pool->Numbers().blocks_mapped;
-  EXPECT_TRUE(f.Shows(fork));
-  EXPECT_FALSE(f.Follows(fork));
-  Release(f.pool.get(), &f.program, f.first);
-  EXPECT_OK(f.pool->Truncate({fork}, {8}).status);
+  f.program.Acquire(fork);
+  BlockReferences before, now;
+  EXPECT_OK(f.pool->BlockMap(fork, &before));
+  const std::int32_t room = f.entry().slots[fork].room;
+  const auto truncate = [&] { EXPECT_OK(f.pool->Truncate({fork}, {20}).status); };
+  ExpectWaits(&f, fork, truncate, [&] {
+    EXPECT_EQ(f.entry().slots[fork].room, 16) << "the first block does not change";
+    const int launches = f.program.launches();
+    f.program.Write(fork, 17);
+    EXPECT_EQ(f.program.launches(), launches);
+    f.program.Write(fork, 16, /*advance=*/false);
+    EXPECT_EQ(f.program.launches(), launches + 1);
+    EXPECT_TRUE(Mentions(f.pool->TakeFault(), "17 tokens wanted, 16 mapped"));
+  });
+  EXPECT_EQ(f.entry().slots[fork].room, room);
+  EXPECT_OK(f.pool->BlockMap(fork, &now));
+  EXPECT_NE(now, before);
   EXPECT_TRUE(f.Follows(fork));
-  EXPECT_LT(f.pool->Numbers().blocks_mapped, used) << "the old blocks are free";
+}
+
+// The last of several sharers keeps its blocks: nothing is mapped, and nobody waits.
+TEST_P(DeviceBlockTableTest, TruncationLeavesBlocksThatDoNotChange) {
+  Fixture f(GetParam());
+  const std::int32_t fork = f.Fork(f.first, 48);
+  f.machine.fake().FailAt(cu::Call::kMemcpyDtoDAsync, 1, cu::Result::kUnknown);
+  EXPECT_FALSE(f.pool->Truncate({fork}, {8}).status.ok());  // blocks stay set aside
+  f.machine.fake().ClearFaults();
+  Release(f.pool.get(), &f.program, f.first);
+  const std::int64_t calls = f.machine.fake().calls(cu::Call::kMemMap);
+  EXPECT_OK(f.pool->Truncate({fork}, {8}).status);
+  EXPECT_EQ(f.machine.fake().calls(cu::Call::kMemMap), calls);
+  EXPECT_TRUE(f.Follows(fork));
+}
+
+// A truncation of which the device is not told: no program uses the slot, and it keeps the old blocks until a call that
+// has waited for programs tells the device.
+struct Unpublished : Fixture {
+  explicit Unpublished(Layout layout) : Fixture(layout), fork(Fork(first, 48)) {
+    machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 2, cu::Result::kUnknown);
+    EXPECT_FALSE(pool->Truncate({fork}, {8}).status.ok());
+    machine.fake().ClearFaults();
+    EXPECT_EQ(entry().slots[fork].room, 0);
+    Release(pool.get(), &program, first);
+    std::int64_t freed = 0;
+    EXPECT_OK(pool->Trim(&freed));
+    used = pool->Numbers().blocks_mapped;
+  }
+  void ExpectWhole() {
+    EXPECT_EQ(entry().slots[fork].room, 48);
+    EXPECT_TRUE(Follows(fork));
+    EXPECT_LT(pool->Numbers().blocks_mapped, used) << "the old blocks are free";
+    bool shares = true;
+    EXPECT_OK(pool->SharesBehind(fork, 8, &shares));
+    EXPECT_FALSE(shares);
+  }
+
+  const std::int32_t fork;
+  std::int64_t used = 0;
+};
+
+TEST_P(DeviceBlockTableTest, BlocksStayUntilTheDeviceKnowsTheNewOnes) {
+  const std::vector<std::function<void(Unpublished*)>> calls = {
+      [](Unpublished* f) { EXPECT_OK(f->pool->Truncate({f->fork}, {8}).status); },
+      [](Unpublished* f) { EXPECT_OK(f->pool->Extend({f->fork}, {49}).status); }};
+  for (const auto& call : calls) {
+    Unpublished f(GetParam());
+    bool shares = false;
+    EXPECT_OK(f.pool->SharesBehind(f.fork, 8, &shares));
+    EXPECT_TRUE(shares) << "a caller that tries again must wait";
+    ExpectWaits(&f, f.second, [&] { call(&f); }, [] {});
+    if (&call == &calls.front()) {
+      f.ExpectWhole();
+    } else {
+      EXPECT_TRUE(f.Follows(f.fork));
+    }
+  }
+  Unpublished f(GetParam());
+  f.program.Restart(f.pool.get());
+  EXPECT_EQ(f.entry().slots[f.fork].room, 48) << "a new generation tells the device too";
 }
 
 TEST_P(DeviceBlockTableTest, OpensDuringACaptureOfTheSameThread) {

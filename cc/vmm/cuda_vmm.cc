@@ -246,6 +246,7 @@ Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int6
 
 Status CudaVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                       std::int64_t count) {
+  if (std::equal(blocks, blocks + count, old_blocks)) return {};  // they are mapped for writing already
   KVPAGE_RETURN_IF_ERROR(Unmap(offset, old_blocks, count));
   Status status = Map(offset, blocks, count);
   if (status.ok()) return {};

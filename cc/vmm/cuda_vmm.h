@@ -36,7 +36,7 @@ class CudaVmm final : public Vmm {
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
-  // No program may use the place meanwhile: the driver maps over nothing but a hole.
+  // No program may use a block that changes meanwhile: the driver maps over nothing but a hole.
   Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                std::int64_t count) override;
   Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
