@@ -283,14 +283,28 @@ class Queue:
             raise
 
     def drop_before(
-        self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        num_tokens: Sequence[int],
+        stamp: tuple[int, int],
     ) -> KVCache:
         """Drops the beginnings of slots; all or none, and none if anything raises. On CUDA what is
         dropped by then stays dropped.
+
+        Args:
+            cache: the newest cache, checked.
+            slots: occupied slots.
+            num_tokens: of each, the first token that stays.
+            stamp: on CUDA the cache's generation and epoch, which are checked before anything is
+                unmapped.
+
+        Returns:
+            The next cache.
         """
         decision = _native.Decision()
         try:
-            self._native.call(self._native.pool.drop_before, decision, slots, num_tokens)
+            self._native.call(self._native.pool.drop_before, decision, slots, num_tokens, *stamp)
             return self.run("drop_before", cache, decision.edits)
         except BaseException:
             self._native.pool.undo(decision)

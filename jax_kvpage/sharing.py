@@ -210,22 +210,24 @@ class SharingCalls:
         Raises:
             ValueError: num_tokens beyond what is mapped (on CUDA: beyond the length), a slot that
                 does not exist or is named twice, a cache of another spec.
-            KVPageError: the slot is not occupied.
+            KVPageError: the slot is not occupied; on CUDA also: the cache is stale.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("drop_before", cache)
         slots, begins = _per_slot("drop_before", slot, num_tokens)
         pairs = list(zip(slots, begins, strict=True))
+        stamp = (0, 0)  # without a mirror the program checks the cache
         if self._native.mirrored and any(self._native.call(self._pool.drops, *p) for p in pairs):
             # The blocks are unmapped here, and not by a program.
             wait_for((cache.epoch, cache.lengths))
             self._queue.settle()
             lengths = np.asarray(cache.lengths)
+            stamp = (int(np.asarray(cache.handle)[1]), int(np.asarray(cache.epoch)[0]))
             for slot, begin in pairs:
                 if begin > lengths[slot]:
                     raise ValueError(
                         f"drop_before: slot {slot}: its tokens below {begin} were to be dropped, "
                         f"but it has {lengths[slot]}"
                     )
-        return self._queue.drop_before(cache, slots, begins)
+        return self._queue.drop_before(cache, slots, begins, stamp)

@@ -46,7 +46,7 @@ Status Drops(const PoolParts& pool, std::int32_t slot, std::int64_t tokens, bool
 }
 
 Status Start(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens,
-             std::vector<std::int64_t>* dropped) {
+             const CacheRef& cache, std::vector<std::int64_t>* dropped) {
   SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
   KVPAGE_RETURN_IF_ERROR(CheckAll(pool, table.Lock(), slots, tokens, dropped));
@@ -57,7 +57,7 @@ Status Start(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
   if (begins.empty()) return {};
   if (pool.mirror != nullptr) {
     table.CountWait(table.Lock());  // the caller has waited for the programs of the slots
-    KVPAGE_RETURN_IF_ERROR(pool.mirror->Drop(begins));
+    KVPAGE_RETURN_IF_ERROR(pool.mirror->Drop(begins, cache));
   }
   // Nobody may find the sequence from now on: the next look-up passes over slots that have dropped something.
   pool.supply->SyncIndex(mapping);

@@ -18,9 +18,10 @@ namespace kvpage::dropping {
 // ---- host ----
 // The slots no longer need what lies before tokens[i]. All or nothing. (*dropped)[i]: the tokens, in whole blocks, that
 // the queued program is to drop; 0: none beyond those that are dropped already. The program unmaps them; with a mirror,
-// whose programs of the slots have all run by now, this call does.
+// whose programs of the slots have all run by now, this call does, if `cache` is the newest value (its lengths are not
+// used). Without one the program checks that.
 Status Start(const PoolParts& pool, const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens,
-             std::vector<std::int64_t>* dropped);
+             const CacheRef& cache, std::vector<std::int64_t>* dropped);
 // Whether Start would drop anything of the slot.
 Status Drops(const PoolParts& pool, std::int32_t slot, std::int64_t tokens, bool* out);
 

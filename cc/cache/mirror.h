@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "cache/block_table.h"
 #include "cache/device_progress.h"
+#include "cache/types.h"
 
 namespace kvpage {
 
@@ -40,7 +41,8 @@ class Mirror {
   virtual Status StopReaders(const std::vector<Room>& ends) = 0;
 
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.
-  virtual Status Drop(const std::vector<Room>& begins) = 0;
+  // Fails, and changes nothing, unless `cache` is the newest value and the slots have as many tokens on the device.
+  virtual Status Drop(const std::vector<Room>& begins, const CacheRef& cache) = 0;
 
   // Gives the device a copy of the block table, for programs that address blocks by number; `window`: see Vmm::Window.
   // From now on SetRoom keeps it up to date. Nothing happens after the first success.

@@ -99,8 +99,8 @@ class Pool {
     return sharing::SharesBehind(parts_, slot, tokens, out);
   }
   Status DropBefore(const std::vector<std::int32_t>& slots, const std::vector<std::int64_t>& tokens,
-                    std::vector<std::int64_t>* dropped) {
-    return dropping::Start(parts_, slots, tokens, dropped);
+                    std::vector<std::int64_t>* dropped, const CacheRef& cache = {}) {
+    return dropping::Start(parts_, slots, tokens, cache, dropped);
   }
   Status Drops(std::int32_t slot, std::int64_t tokens, bool* out) { return dropping::Drops(parts_, slot, tokens, out); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {

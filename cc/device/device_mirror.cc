@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <memory>
 
+#include "base/epoch.h"
+#include "cache/messages.h"
 #include "device/fault.h"
 
 namespace kvpage {
@@ -117,16 +119,44 @@ Status DeviceMirror::StopReaders(const std::vector<Room>& ends) {
   return WaitForReaders();
 }
 
-Status DeviceMirror::Drop(const std::vector<Room>& begins) {
-  std::vector<Copy> copies;
-  for (const Room& begin : begins) {
-    new_rooms_[begin.slot] = begin.tokens;
-    const cu::DevicePtr place = slots_address() + begin.slot * sizeof(DeviceSlot) + offsetof(DeviceSlot, dropped);
-    copies.push_back({Copy::kToDevice, place, &new_rooms_[begin.slot], sizeof(std::int32_t)});
+Status DeviceMirror::CheckDrop(const std::vector<Room>& begins, const CacheRef& cache) {
+  static const char* const kOp = "drop_before";
+  if (cache.generation != image_->generation) {
+    return messages::OtherGeneration(kOp, image_->id, cache.generation, image_->generation);
   }
-  // After a failure some slots may be refused more than they need be; nothing is unmapped.
+  Copy epoch = FieldCopy(&DevicePool::epoch);
+  epoch.kind = Copy::kToHost;
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer({epoch, SlotsCopy(Copy::kToHost)}));
+  const bool stale = image_->allow_stale == 0 && cache.epoch != image_->epoch;
+  if (stale || Before(image_->epoch, cache.epoch)) {
+    return messages::StaleEpoch(kOp, image_->id, cache.epoch, image_->epoch);
+  }
+  for (const Room& begin : begins) {
+    const DeviceSlot& slot = slots_[begin.slot];
+    if (Before(cache.epoch, slot.since)) return messages::StaleSlot(kOp, begin.slot, cache.epoch, slot.since);
+    if (begin.tokens > slot.length) return messages::DropBeyond(kOp, begin.slot, begin.tokens, slot.length);
+  }
+  return {};
+}
+
+Status DeviceMirror::Drop(const std::vector<Room>& begins, const CacheRef& cache) {
+  KVPAGE_RETURN_IF_ERROR(CheckDrop(begins, cache));
+  std::vector<Copy> copies;
+  std::vector<std::int32_t> before;
+  for (const Room& begin : begins) {
+    before.push_back(slots_[begin.slot].dropped);
+    new_rooms_[begin.slot] = begin.tokens;
+    copies.push_back(NewRoomCopy(begin.slot, offsetof(DeviceSlot, dropped)));
+  }
+  // After a failure of the driver some slots may be refused more than they need be; nothing is unmapped.
   KVPAGE_RETURN_IF_ERROR(device_->Transfer(copies));
-  return WaitForReaders();
+  KVPAGE_RETURN_IF_ERROR(WaitForReaders());
+  // Once more: another thread's program may have run since. None that comes later can shorten the slots further.
+  Status status = CheckDrop(begins, cache);
+  if (status.ok()) return status;
+  for (std::size_t i = 0; i < begins.size(); ++i) new_rooms_[begins[i].slot] = before[i];
+  static_cast<void>(device_->Transfer(copies));
+  return status;
 }
 
 Status DeviceMirror::OpenTable(char* window, const BlockTable* table) {

@@ -33,7 +33,7 @@ class DeviceMirror final : public Mirror {
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
   Status StopReaders(const std::vector<Room>& ends) override;
-  Status Drop(const std::vector<Room>& begins) override;
+  Status Drop(const std::vector<Room>& begins, const CacheRef& cache) override;
   Status OpenTable(char* window, const BlockTable* table) override;
   std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
@@ -56,6 +56,8 @@ class DeviceMirror final : public Mirror {
   Status Allocate(char* base, const PoolOptions& options);
   Status Counted(const Status& status, bool waited);
   Status WaitForReaders();
+  // Reads the slots. Whether programs with this cache could drop what lies before these begins.
+  Status CheckDrop(const std::vector<Room>& begins, const CacheRef& cache);
   template <class T>
   Copy FieldCopy(T DevicePool::* field) {
     return {Copy::kToDevice, device_->Field(entry_, field), &(image_->*field), sizeof(T)};

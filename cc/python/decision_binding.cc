@@ -117,10 +117,10 @@ Claim Truncate(const PoolReference& self, Decision* decision, const std::vector<
 }
 
 void DropBefore(const PoolReference& self, Decision* decision, const std::vector<std::int32_t>& slots,
-                const std::vector<std::int64_t>& tokens) {
+                const std::vector<std::int64_t>& tokens, std::int32_t generation, std::uint32_t epoch) {
   Call(self, "drop_before", [&](const PoolPtr& pool) -> Status {
     std::vector<std::int64_t> dropped;
-    KVPAGE_RETURN_IF_ERROR(pool->DropBefore(slots, tokens, &dropped));
+    KVPAGE_RETURN_IF_ERROR(pool->DropBefore(slots, tokens, &dropped, {generation, epoch}));
     for (std::size_t i = 0; i < slots.size(); ++i) {
       if (dropped[i] == 0) continue;
       const auto begin = static_cast<std::int32_t>(dropped[i]);  // at most max_seq_len
@@ -144,7 +144,7 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("truncate", &Truncate, "decision"_a, "slots"_a, "num_tokens"_a)
       .def("shares_behind", Getter<bool, std::int32_t, std::int64_t>("truncate", &Pool::SharesBehind), "slot"_a,
            "num_tokens"_a)
-      .def("drop_before", &DropBefore, "decision"_a, "slots"_a, "num_tokens"_a)
+      .def("drop_before", &DropBefore, "decision"_a, "slots"_a, "num_tokens"_a, "generation"_a, "epoch"_a)
       .def("drops", Getter<bool, std::int32_t, std::int64_t>("drop_before", &Pool::Drops), "slot"_a, "num_tokens"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);

@@ -252,4 +252,48 @@ TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   EXPECT_EQ(program.length(slot), 1);
 }
 
+// drop_before unmaps nothing beneath a cache value that the device would refuse, also where the value becomes stale
+// while the call waits.
+TEST(DeviceGenerationTest, DroppingChecksTheCacheBeforeItUnmaps) {
+  Machine machine;
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  DeviceProgram program(&machine, 1);
+  program.Restart(pool.get());
+  const std::int32_t slot = Acquire(pool.get(), &program, 64);
+  program.Write(slot, 40);
+  const auto drop = [&](std::int64_t tokens, std::int32_t generation, std::uint32_t epoch) {
+    std::vector<std::int64_t> dropped;
+    return pool->DropBefore({slot}, {tokens}, &dropped, {generation, epoch});
+  };
+  const auto refused = [&](const Status& status, const std::string& text) {
+    EXPECT_TRUE(Mentions(status, text)) << status.message();
+    EXPECT_EQ(machine.Find(1)->slots[slot].dropped, 0);
+    EXPECT_EQ(pool->Rows()[0].dropped, 0);
+    EXPECT_EQ(pool->Numbers().blocks_mapped, 4);
+  };
+  refused(drop(32, 1, program.epoch() - 1), "drop_before: stale cache");
+  refused(drop(32, 2, program.epoch()), "drop_before: stale cache");
+  refused(drop(48, 1, program.epoch()), "but it has 40");
+
+  const cu::Stream other = machine.NewStream();
+  program.set_stream(other);
+  program.HoldAfterCheck(other);
+  program.Write(slot, 1, /*advance=*/false);
+  program.set_stream(machine.stream());
+  const std::uint32_t epoch = program.epoch();
+  Status status;
+  std::thread caller([&] { status = drop(32, 1, epoch); });
+  Pause();
+  EXPECT_EQ(machine.Find(1)->slots[slot].dropped, 32) << "it waits for the other program";
+  program.Write(slot, 1);  // of another thread
+  machine.fake().ReleaseStream(other);
+  caller.join();
+  refused(status, "drop_before: stale cache");
+
+  EXPECT_OK(drop(32, 1, program.epoch()));
+  EXPECT_EQ(machine.Find(1)->slots[slot].dropped, 32);
+  EXPECT_EQ(pool->Numbers().blocks_mapped, 2);
+  EXPECT_OK(pool->TakeFault());
+}
+
 }  // namespace kvpage::testing
