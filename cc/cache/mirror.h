@@ -48,6 +48,9 @@ class Mirror {
   // From now on SetRoom keeps it up to date. Nothing happens after the first success.
   virtual Status OpenTable(char* window, const BlockTable* table) = 0;
 
+  // The device's number, as JAX counts them.
+  virtual int device() const = 0;
+
   // Once the release of this slot has run, with everything that was queued before it: the tokens that its occupant had
   // written in every layer; -1 before. Cheap: asked on every call.
   virtual std::int32_t Vacated(std::int32_t slot) = 0;

@@ -127,6 +127,7 @@ class Pool {
   // See Mirror::TakeWarning; empty without a mirror.
   std::string TakeWarning() { return mirror_ != nullptr ? mirror_->TakeWarning() : ""; }
   bool mirrored() const { return mirror_ != nullptr; }
+  int device() const { return mirror_ != nullptr ? mirror_->device() : -1; }
   // Makes the pool findable by programs under its id.
   Status OpenMirror();
   // See parts.h. Nothing happens in a forked child, to a pool that is closed, or without a mirror.

@@ -60,7 +60,11 @@ std::int32_t NextId(Table* table) {
   return static_cast<std::int32_t>(runs.back().next++);
 }
 
-std::atomic<bool> tables_wanted{false}, tables_open{false};
+// More than any machine has today (device_state.cc).
+constexpr int kMostDevices = 64;
+std::atomic<bool> tables_wanted[kMostDevices] = {}, tables_open[kMostDevices] = {};
+
+bool Counts(int device) { return device >= 0 && device < kMostDevices; }
 
 Table& TheTable() {
   static Table* const table = new Table;
@@ -107,20 +111,22 @@ Status NotHere(const std::string& op, std::int32_t id) {
   return table.pools.count(id) > 0 ? messages::OtherDevice(op, id) : Missing(table, op, id);
 }
 
-Status OpenDeviceTables() {
-  if (device_tables_open()) return {};
-  tables_wanted = true;  // before the pools are listed: whoever registers later sees it
+void OpenDeviceTables(int device) {
+  if (device_tables_open(device) || !Counts(device)) return;
+  tables_wanted[device] = true;  // before the pools are listed: whoever registers later sees it
   std::vector<std::shared_ptr<Pool>> pools;
   {
     const std::lock_guard<std::mutex> lock(RegistryMutex());
-    for (const auto& [id, pool] : TheTable().pools) pools.push_back(pool);
+    for (const auto& [id, pool] : TheTable().pools) {
+      if (pool->device() == device) pools.push_back(pool);
+    }
   }
-  for (const std::shared_ptr<Pool>& pool : pools) KVPAGE_RETURN_IF_ERROR(pool->OpenTable());
-  tables_open.store(true, std::memory_order_release);
-  return {};
+  bool all = true;
+  for (const std::shared_ptr<Pool>& pool : pools) all &= pool->OpenTable().ok();
+  if (all) tables_open[device].store(true, std::memory_order_release);
 }
 
-bool device_tables_wanted() { return tables_wanted; }
-bool device_tables_open() { return tables_open.load(std::memory_order_acquire); }
+bool device_tables_wanted(int device) { return Counts(device) && tables_wanted[device]; }
+bool device_tables_open(int device) { return Counts(device) && tables_open[device].load(std::memory_order_acquire); }
 
 }  // namespace kvpage

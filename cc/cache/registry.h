@@ -22,12 +22,14 @@ Status Find(const char* op, std::int32_t id, std::shared_ptr<Pool>* out);
 // Why a program on a device did not find its pool there: it is closed, it never was, or it lives on another device.
 Status NotHere(const std::string& op, std::int32_t id);
 
-// Some program addresses blocks by number on a device. A handler does not know the pool that it is for, so every pool
-// with a mirror opens its block table (Pool::OpenTable), and those that are made from now on do too
-// (device_tables_wanted). Nothing happens after the first success.
-Status OpenDeviceTables();
-bool device_tables_wanted();
-bool device_tables_open();  // OpenDeviceTables has nothing to do
+// Some program addresses blocks by number on this device. A handler does not know the pool that it is for, so every
+// pool there opens its block table (Pool::OpenTable), and those that are made from now on do too
+// (device_tables_wanted). Where one cannot, only its own programs fail, and the next call tries again. Nothing happens
+// once all have tables. Pools of other devices are left alone: their host calls may wait for programs that wait for
+// this handler.
+void OpenDeviceTables(int device);
+bool device_tables_wanted(int device);
+bool device_tables_open(int device);  // OpenDeviceTables has nothing to do
 
 }  // namespace kvpage
 

@@ -35,6 +35,7 @@ class DeviceMirror final : public Mirror {
   Status StopReaders(const std::vector<Room>& ends) override;
   Status Drop(const std::vector<Room>& begins, const CacheRef& cache) override;
   Status OpenTable(char* window, const BlockTable* table) override;
+  int device() const override { return device_->context()->ordinal(); }
   std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
   Status TakeFault() override;

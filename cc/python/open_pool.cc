@@ -84,7 +84,7 @@ Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t cap
   Register(pool);
   if (pool->mirrored()) {
     Status status = pool->OpenMirror();
-    if (status.ok() && device_tables_wanted()) status = pool->OpenTable();
+    if (status.ok() && device_tables_wanted(pool->device())) status = pool->OpenTable();
     if (!status.ok()) {
       Unregister(pool->id());
       return status;

@@ -291,22 +291,31 @@ TEST_P(DeviceBlockTableTest, OpensDuringACaptureOfTheSameThread) {
   EXPECT_TRUE(f.Follows(f.first));
 }
 
-// Last: from here on every pool of the process has a table.
-TEST(DeviceTablesTest, OneProgramOpensThoseOfAllPools) {
-  Fixture f(Layout::kFused, /*open=*/false);
-  std::shared_ptr<Pool> other = f.machine.MakePool(6, 4), closed = f.machine.MakePool(7, 4);
-  for (const std::shared_ptr<Pool>& pool : {f.pool, other, closed}) Register(pool);
+// Last: from here on every pool of device 0 has a table. A pool that cannot have one keeps no other from it, and pools
+// of another device are not asked.
+TEST(DeviceTablesTest, OneProgramOpensThoseOfItsDevice) {
+  Machine machine(2);
+  const std::shared_ptr<Pool> a = machine.MakePool(5, 4), b = machine.MakePool(6, 4), closed = machine.MakePool(7, 4);
+  const std::shared_ptr<Pool> elsewhere = machine.MakePool(8, 4, /*device=*/1);
+  const std::vector<std::shared_ptr<Pool>> pools = {a, b, closed, elsewhere};
+  for (const std::shared_ptr<Pool>& pool : pools) Register(pool);
   closed->Close();
-  EXPECT_FALSE(device_tables_wanted());
-  f.machine.fake().FailAt(cu::Call::kMemAddressReserve, 2, cu::Result::kOutOfMemory);
-  EXPECT_TRUE(Mentions(OpenDeviceTables(), "in the block window"));
-  EXPECT_TRUE(device_tables_wanted());
-  EXPECT_FALSE(device_tables_open());
-  EXPECT_OK(OpenDeviceTables());
-  EXPECT_TRUE(device_tables_open());
-  for (const std::int32_t id : {kId, 6}) EXPECT_NE(f.machine.Find(id)->table_view.table, nullptr);
-  EXPECT_EQ(f.machine.Find(7)->table_view.table, nullptr);
-  for (const std::shared_ptr<Pool>& pool : {f.pool, other, closed}) Unregister(pool->id());
+  const auto has_table = [&](std::int32_t id, int device = 0) {
+    return machine.Find(id, device)->table_view.table != nullptr;
+  };
+  EXPECT_FALSE(device_tables_wanted(0));
+  machine.fake().FailAt(cu::Call::kMemAddressReserve, 1, cu::Result::kOutOfMemory);
+  OpenDeviceTables(0);
+  EXPECT_TRUE(device_tables_wanted(0));
+  EXPECT_FALSE(device_tables_open(0));
+  EXPECT_EQ(has_table(5) + has_table(6), 1);
+  OpenDeviceTables(0);
+  EXPECT_TRUE(device_tables_open(0));
+  EXPECT_TRUE(has_table(5) && has_table(6));
+  EXPECT_FALSE(has_table(7));
+  EXPECT_FALSE(has_table(8, 1));
+  EXPECT_FALSE(device_tables_wanted(1));
+  for (const std::shared_ptr<Pool>& pool : pools) Unregister(pool->id());
 }
 
 }  // namespace

@@ -34,15 +34,16 @@ Status ToAttention(const char* op, const Any& q, const OptionOperands& options, 
   return {};
 }
 
-// For an op with addressing="table", before it queues anything: pools have block tables then. The first time this maps
-// and copies, perhaps while a graph is captured on this thread.
+// For an op with addressing="table", before it queues anything: pools of its device have block tables then, or the op's
+// check finds that its own has none. The first time this maps and copies, perhaps while a graph is captured on this
+// thread.
 Status OpenTables(DeviceOp op, std::int32_t ordinal) {
-  if (device_tables_open()) return {};
+  if (device_tables_open(ordinal)) return {};
   DeviceState* device = nullptr;
   KVPAGE_RETURN_IF_ERROR(FindDeviceFor(OpName(op), ordinal, &device));
   const UncapturedScope uncaptured(device->driver());
-  const Status status = OpenDeviceTables();
-  return status.ok() ? status : status.WithMessage(std::string(OpName(op)) + ": " + status.message());
+  OpenDeviceTables(ordinal);
+  return {};
 }
 
 // An op on one layer of a pool's slots.
