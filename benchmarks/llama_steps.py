@@ -144,10 +144,11 @@ def _static(
         model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
         frequencies = config.rope.inverse_frequencies(dim)
         angles = jnp.full(_BATCH, length).astype(jnp.float32)[:, None, None] * frequencies
+        rotation = jnp.cos(angles), jnp.sin(angles)
         x, state = model.embed_tokens[...][tokens], (caches, length)
         for index, layer in enumerate(model.layers):
-            x, state = layer(x, angles, attend, state, index)
-        logits = jnp.einsum("td,vd->tv", model.norm(x), model.lm_head[...])
+            x, state = layer(x, rotation, attend, state, index)
+        logits = model.logits(model.norm(x))
         return jnp.argmax(logits, -1).astype(jnp.int32), state[0], length + 1
 
     state = [jnp.zeros(_BATCH, jnp.int32), caches, jnp.int32(context)]

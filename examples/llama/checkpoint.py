@@ -1,10 +1,14 @@
-"""Reads and writes the weights of a Hugging Face Llama: safetensors, in one file or sharded.
+"""Reads and writes the weights of a Hugging Face model: safetensors, in one file or sharded.
 
-Tensors go straight from the file to the model, one at a time: a checkpoint of several gigabytes is
-never held twice. Every problem of the whole checkpoint is found before the first tensor is read,
-and reported at once.
+Tensors are read straight into the model's arrays (tensors.py), also those that the model keeps as
+one: a checkpoint of several gigabytes is never held twice. Every problem of the whole checkpoint is
+found before the first tensor is read, and reported at once.
 """
 
+import concurrent.futures
+import contextlib
+import functools
+import itertools
 import json
 import pathlib
 
@@ -16,6 +20,7 @@ from safetensors.flax import save_file
 
 from .config import LlamaConfig, load_config
 from .model import Llama
+from .tensors import TensorFile, aligned_empty
 
 __all__ = ["CheckpointError", "load_model", "save_model"]
 
@@ -25,6 +30,8 @@ _DTYPES = {"F32", "F16", "BF16"}
 # Rotary frequencies, stored by some old checkpoints; they follow from the configuration.
 _IGNORED = ".rotary_emb.inv_freq"
 _LISTED = 8  # names in an error message
+
+_Tensor = tuple[str, tuple[int, ...]]  # its name in the checkpoint, and its shape
 
 
 class CheckpointError(ValueError):
@@ -47,18 +54,31 @@ def load_model(path: str | pathlib.Path, *, dtype: jnp.dtype | None = None) -> L
     files = _tensor_files(path)
     graph, state = nnx.split(model)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    names = [_tensor_name(key_path) for key_path, _ in leaves]
-    shapes = {
-        name: _file_shape(name, leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)
-    }
-    _check(path, config, shapes, files)
-    weights = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            for name in (name for name in names if files[name] == file):
-                array = tensors.get_tensor(name)
-                weights[name] = jnp.asarray(array.T if _is_transposed(name) else array, chosen)
-    return nnx.merge(graph, jax.tree.unflatten(tree, [weights[name] for name in names]))
+    parameters = [_tensors(config, key_path, leaf.shape) for key_path, leaf in leaves]
+    _check(path, config, dict(itertools.chain.from_iterable(parameters)), files)
+    with contextlib.ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(TensorFile(file)) for file in sorted(set(files.values()))
+        }
+        readers = {name: opened[file] for name, file in files.items()}
+        # Two threads: the kernel copies for one while the other gets memory or converts.
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+        read = functools.partial(_read, readers, dtype=chosen)
+        weights = list(threads.map(read, parameters))
+    return nnx.merge(graph, jax.tree.unflatten(tree, weights))
+
+
+def _read(readers: dict[str, TensorFile], tensors: list[_Tensor], dtype: jnp.dtype) -> jax.Array:
+    """A parameter of the model: one tensor of a file, or several one after another."""
+    (_, (_, *inner)) = tensors[0]
+    rows = [shape[0] for _, shape in tensors]
+    whole = aligned_empty((sum(rows), *inner), dtype)
+    end = 0
+    for (name, _), count in zip(tensors, rows, strict=True):
+        readers[name].read_into(name, whole[end : end + count])
+        end += count
+    # On CPU JAX takes over the array's memory; elsewhere it is copied to the device and freed.
+    return jax.device_put(whole)
 
 
 def save_model(model: Llama, path: str | pathlib.Path, *, dtype: jnp.dtype = jnp.bfloat16) -> None:
@@ -71,32 +91,45 @@ def save_model(model: Llama, path: str | pathlib.Path, *, dtype: jnp.dtype = jnp
     (path / "config.json").write_text(text, encoding="utf-8")
     tensors = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-        name = _tensor_name(key_path)
-        tensors[name] = jnp.asarray(leaf.T if _is_transposed(name) else leaf, dtype)
+        end = 0
+        for name, shape in _tensors(model.config, key_path, leaf.shape):
+            tensors[name] = jnp.asarray(leaf[end : end + shape[0]], dtype)
+            end += shape[0]
     save_file(tensors, str(path / _FILE), metadata={"format": "pt"})
 
 
-def _tensor_name(key_path: jax.tree_util.KeyPath) -> str:
-    """The checkpoint's name of a parameter: the model's attributes follow its names closely."""
+def _tensors(
+    config: LlamaConfig, key_path: jax.tree_util.KeyPath, shape: tuple[int, ...]
+) -> list[_Tensor]:
+    """The checkpoint's tensors that a parameter consists of: the model's attributes follow the
+    checkpoint's names closely.
+    """
     parts = [str(getattr(key, "key", getattr(key, "name", key))) for key in key_path]
     if parts[-1] == "value":
         parts.pop()
-    if parts[-1] in ("kernel", "scale"):
+    if parts[-1] == "scale":
         parts[-1] = "weight"
     elif parts[-1] in ("embed_tokens", "lm_head"):
         parts.append("weight")
-    return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])
+    if parts[0] != "lm_head":
+        parts.insert(0, "model")
+    *module, projection, kind = parts
+    rows = _FUSED[projection](config) if projection in _FUSED else {projection: shape[0]}
+    return [(".".join([*module, name, kind]), (count, *shape[1:])) for name, count in rows.items()]
 
 
-def _is_transposed(name: str) -> bool:
-    """Flax keeps the weight of a projection as `[inputs, outputs]`, the file as `[outputs,
-    inputs]`.
-    """
-    return name.endswith("_proj.weight")
+def _qkv_rows(config: LlamaConfig) -> dict[str, int]:
+    dim = config.head_dim
+    keys = config.num_key_value_heads * dim
+    return {"q_proj": config.num_attention_heads * dim, "k_proj": keys, "v_proj": keys}
 
 
-def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if _is_transposed(name) else shape
+def _gate_up_rows(config: LlamaConfig) -> dict[str, int]:
+    return dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+
+
+# The projections that the model computes as one, with the rows of each.
+_FUSED = {"qkv_proj": _qkv_rows, "gate_up_proj": _gate_up_rows}
 
 
 def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:

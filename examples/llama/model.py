@@ -20,6 +20,7 @@ from flax import nnx
 import jax_kvpage
 
 from .config import LlamaConfig
+from .linear import Linear, product
 
 __all__ = ["Attend", "Llama", "dense_causal_attention", "rotate"]
 
@@ -44,15 +45,6 @@ class RMSNorm(nnx.Module):
         return wide.astype(x.dtype) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
 
 
-def _linear(
-    inputs: int, outputs: int, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs, std: float
-) -> nnx.Linear:
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(
-        inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs
-    )
-
-
 class Attention(nnx.Module):
     """Grouped-query attention: projections, norms of queries and keys (Qwen3) and rotary embedding
     around an `Attend` function.
@@ -65,11 +57,10 @@ class Attention(nnx.Module):
         size, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.head_dim = dim
         self.rotates = config.rotates(layer)
-        self.q_proj = _linear(size, heads * dim, bias, dtype, rngs, 0.02)
-        self.k_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
-        self.v_proj = _linear(size, kv_heads * dim, bias, dtype, rngs, 0.02)
+        parts = (heads * dim, kv_heads * dim, kv_heads * dim)
+        self.qkv_proj = Linear(size, parts, bias, dtype, rngs, 0.02)
         output_bias = bias and config.family.output_bias
-        self.o_proj = _linear(heads * dim, size, output_bias, dtype, rngs, std_out)
+        self.o_proj = Linear(heads * dim, (size,), output_bias, dtype, rngs, std_out)
         norms = config.family.qk_norm
         self.q_norm = nnx.data(RMSNorm(dim, config.rms_norm_eps, dtype) if norms else None)
         self.k_norm = nnx.data(RMSNorm(dim, config.rms_norm_eps, dtype) if norms else None)
@@ -78,14 +69,14 @@ class Attention(nnx.Module):
         self, x: jax.Array, rotation: Rotation, attend: Attend, state: Any, layer: int
     ) -> tuple[jax.Array, Any]:
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k = self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape)
+        q, k, v = (part.reshape(shape) for part in self.qkv_proj(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        v = self.v_proj(x).reshape(shape)
         out, state = attend(q, k, v, state, layer)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), state
+        (out,) = self.o_proj(out.reshape(*x.shape[:-1], -1))
+        return out, state
 
 
 class MLP(nnx.Module):
@@ -95,16 +86,19 @@ class MLP(nnx.Module):
         self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs, std_out: float
     ) -> None:
         size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _linear(size, inner, bias, dtype, rngs, 0.02)
-        self.up_proj = _linear(size, inner, bias, dtype, rngs, 0.02)
-        self.down_proj = _linear(inner, size, bias, dtype, rngs, std_out)
+        self.gate_up_proj = Linear(size, (inner, inner), bias, dtype, rngs, 0.02)
+        self.down_proj = Linear(inner, (size,), bias, dtype, rngs, std_out)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x)
+        (out,) = self.down_proj(jax.nn.silu(gate) * up)
+        return out
 
 
 class Layer(nnx.Module):
-    """One transformer layer; attribute names are those of the checkpoint."""
+    """One transformer layer; attribute names are those of the checkpoint, except for projections
+    of one input, which are one product (`qkv_proj`, `gate_up_proj`).
+    """
 
     def __init__(self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         # GPT-2's initialization: the deeper the model, the smaller the layers that write to the
@@ -190,7 +184,7 @@ class Llama(nnx.Module):
         dynamic = self.config.rope.kind == "dynamic"
         lengths = _lengths_after(positions, batch) if dynamic else None
         x, cache = self._hidden(tokens, positions, lengths, attend, cache)
-        return self._logits(x if rows is None else x[rows]), cache
+        return self.logits(x if rows is None else x[rows]), cache
 
     def dense(self, tokens: jax.Array) -> jax.Array:
         """Logits, float32 `[..., T, vocab]`, of whole sequences `[..., T]` without a cache: for
@@ -205,7 +199,7 @@ class Llama(nnx.Module):
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
         lengths = jnp.full_like(positions, tokens.shape[-1])
         x, _ = self._hidden(tokens, positions, lengths, attend, None)
-        return self._logits(x)
+        return self.logits(x)
 
     def _hidden(
         self,
@@ -225,9 +219,12 @@ class Llama(nnx.Module):
             x, state = layer(x, rotation, attend, state, index)
         return self.norm(x), state
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Logits, float32 `[..., vocab]`, of the last layer's output after its norm, `[...,
+        hidden]`.
+        """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
+        return product(x, head[...], jnp.float32)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

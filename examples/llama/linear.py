@@ -1,0 +1,76 @@
+"""Projections of the example's model: several of one input as one product, weights as in the file.
+
+Weights are `[outputs, inputs]`, as checkpoints store them: loading is a plain read, and one
+embedding serves as a tied head without a second copy. Fused projections are the rows of their parts
+one after another.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+__all__ = ["Linear", "product"]
+
+# On CPU, up to this number of tokens the weight is the left operand of a product.
+_FEW_TOKENS = 64
+
+
+class Linear(nnx.Module):
+    """Linear maps of one input, computed as one product.
+
+    Args:
+      inputs: Size of the input.
+      parts: Size of each map's output.
+      bias: Whether the maps have one, zero at first.
+      dtype: Type of the weights and the product.
+      rngs: Source of the random weights: normal deviates, drawn for one part after another as
+        `[inputs, outputs]` like Flax's own layer does, so that a seed gives both the same weights.
+      std: Standard deviation of the weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        parts: Sequence[int],
+        bias: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        std: float,
+    ) -> None:
+        self.parts = tuple(parts)
+        init = nnx.initializers.normal(std)
+        drawn = [init(rngs.params(), (inputs, outputs), dtype).T for outputs in parts]
+        self.weight = nnx.Param(jnp.concatenate(drawn))
+        self.bias = nnx.data(nnx.Param(jnp.zeros(sum(parts), dtype)) if bias else None)
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """The output of each map, `[..., outputs]`, for x `[..., inputs]`."""
+        out = product(x, self.weight[...], x.dtype)
+        if self.bias is not None:
+            out += jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
+        ends = itertools.accumulate(self.parts[:-1])
+        return jnp.split(out, list(ends), axis=-1)
+
+
+def product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x @ weight.T`, in `dtype`, for x `[..., inputs]` and weight `[outputs, inputs]`."""
+
+    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=dtype)
+
+    def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1])
+        out = jnp.einsum("vd,td->vt", weight, rows, preferred_element_type=dtype)
+        # Without the barrier XLA turns the product around again.
+        return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
+
+    if math.prod(x.shape[:-1]) > _FEW_TOKENS:
+        return plain(x, weight)
+    # Measured on CPU with 8 tokens in float32: with the weight as the right operand the products of
+    # a small model take 1.0 to 2.1 times as long. With 512 tokens the order makes no difference in
+    # float32, and in bfloat16 the weight on the left is slower.
+    return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=plain)
