@@ -46,6 +46,31 @@ class _Terminal:
     def press(self, keys: str) -> None:
         os.write(self._keys, keys.encode())
 
+    def press_until(self, keys: str, words: str) -> str:
+        """Presses keys each second until `words` are shown. Python's readline may miss a signal
+        that comes after it has shown its prompt and before it waits for a key.
+        """
+        for _ in range(_SECONDS):
+            self.press(keys)
+            if self._wait(1):
+                return self.read_until(words)
+        raise AssertionError(f"{words!r} is not shown")
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether something is shown within some seconds, apart from the keys."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            ready, _, _ = select.select([self._keys], [], [], left)
+            if not ready:
+                return False
+            try:
+                self._unread += os.read(self._keys, 4096).decode(errors="replace")
+            except OSError:  # the process has ended
+                return True
+            if self._unread.replace("^C", "").strip():
+                return True
+        return False
+
     def read_until(self, words: str) -> str:
         """What is shown up to `words`, which are included."""
         deadline = time.monotonic() + _SECONDS
@@ -83,6 +108,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(terminal: _Terminal) -> None:
     terminal.read_until("> ")
     terminal.press("hi\n")
     terminal.read_until("hi\r\n")
+    time.sleep(0.3)  # the terminal shows the line before the program has it
     terminal.press(_CTRL_C)  # while the model's first step is compiled
     assert "[cancelled]" in terminal.read_until("\n> ")
     terminal.press("and\n")
@@ -96,8 +122,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(terminal: _Terminal) -> None:
 
 def test_ctrl_c_at_the_prompt_is_an_interrupt(terminal: _Terminal) -> None:
     terminal.read_until("> ")
-    terminal.press(_CTRL_C)
-    terminal.read_until("decode_llama.py: interrupted")
+    terminal.press_until(_CTRL_C, "decode_llama.py: interrupted")
     assert terminal.process.wait(_SECONDS) == 130
 
 
