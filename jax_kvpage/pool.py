@@ -75,6 +75,7 @@ class KVPool(PrefixCalls, SavingCalls, SharingCalls, Inspection):
     Raises:
         ValueError: a capacity, spec, device or store that cannot work, with the numbers.
         KVPageError: the CUDA driver or the system refused; a store for a pool on a GPU.
+        PoolClosed: the store is closed.
         OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
             memory.
     """
@@ -107,8 +108,6 @@ class KVPool(PrefixCalls, SavingCalls, SharingCalls, Inspection):
         self.spec = spec.resolve(place.platform, capacity=size)
         self._native = NativePool(self.spec, size, self.device, place, options)
         self._pool = self._native.pool
-        if store is not None:
-            self._native.call(self._pool.set_store, store.native)
         self._queue = Queue(self._native)
         self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))
         # At exit programs may be in flight: memory is then left to the system.

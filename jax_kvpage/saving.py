@@ -135,6 +135,7 @@ def check_store(store: Any, place: Place) -> None:
     Raises:
         ValueError: not a store.
         KVPageError: the pool is to live on a GPU.
+        PoolClosed: the store is closed.
     """
     if store is None:
         return
@@ -142,6 +143,7 @@ def check_store(store: Any, place: Place) -> None:
         raise ValueError(f"KVPool: store: wanted a BlockStore or None, got {store!r}")
     if place.backend != "cpu":
         raise KVPageError("KVPool: store: pools on CPU only; leave it out for a pool on a GPU")
+    store.stats()
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 #define KVPAGE_CACHE_PARTS_H_
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "base/status.h"
@@ -12,7 +11,6 @@
 #include "cache/slot_table.h"
 #include "cache/supply.h"
 #include "cache/types.h"
-#include "store/block_store.h"
 
 namespace kvpage {
 
@@ -20,8 +18,7 @@ struct PoolParts {
   PoolOptions options;
   SlotTable* table;
   Supply* supply;
-  Mirror* mirror;                                      // null: programs run on CPU and call the pool as they run
-  std::shared_ptr<store::BlockStore> store = nullptr;  // below memory; null: none
+  Mirror* mirror;  // null: programs run on CPU and call the pool as they run
 };
 
 // Begins every host call that changes something: the pool is open, finished releases are collected, and a pending

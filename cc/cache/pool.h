@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "base/kv_view.h"
@@ -50,9 +49,6 @@ class Pool {
   KVView View() const { return geometry().View(supply_.base()); }
   // Which slots begin with the same blocks.
   const SharedRuns& shared_runs() const { return supply_.shared_runs(); }
-
-  // What lies below memory. Before any other thread knows the pool.
-  void SetStore(std::shared_ptr<store::BlockStore> store) { parts_.store = std::move(store); }
 
   // An error in a forked child. Takes no lock, because one may have been held when the process was forked: ask this
   // before any other call from outside.
@@ -184,7 +180,7 @@ class Pool {
   SlotTable table_;
   Supply supply_;
   const std::unique_ptr<Mirror> mirror_;
-  PoolParts parts_;
+  const PoolParts parts_;
 };
 
 }  // namespace kvpage

@@ -29,9 +29,7 @@ class Store {
     store::StoreOptions options;
     options.limit_bytes = limit_bytes;
     options.fingerprint = std::move(fingerprint);
-    std::unique_ptr<store::BlockStore> opened;
-    Raise(store::BlockStore::Open(path, std::move(options), &opened));
-    store_ = std::move(opened);
+    Raise(store::BlockStore::Open(path, std::move(options), &store_));
   }
   ~Store() {
     const GilRelease release;
@@ -40,7 +38,7 @@ class Store {
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
-  const std::shared_ptr<store::BlockStore>& get() const { return store_; }
+  store::BlockStore* get() const { return store_.get(); }
   void Close() {
     const GilRelease release;
     store_->Close();
@@ -56,17 +54,8 @@ class Store {
   }
 
  private:
-  std::shared_ptr<store::BlockStore> store_;
+  std::unique_ptr<store::BlockStore> store_;
 };
-
-// Gives a new pool the store below its memory.
-void SetStore(const PoolReference& self, const Store& store) {
-  Call(self, "KVPool", [&](const PoolPtr& pool) -> Status {
-    KVPAGE_RETURN_IF_ERROR(store.get()->Check("KVPool: store"));
-    pool->SetStore(store.get());
-    return {};
-  });
-}
 
 // Counts by the name of the problem, those that are not 0.
 nb::dict ByProblem(const std::vector<std::int64_t>& counts) {
@@ -83,7 +72,7 @@ prefix::Saved SavePrefixes(const PoolReference& self, Store& store, const std::s
   for (const Ids& each : ids) request.ids.emplace_back(each.data(), each.data() + each.size());
   prefix::Saved saved;
   WaitOn(self, "save_prefixes", [&](const PoolPtr& pool, const GoOn& go_on) {
-    return pool->SavePrefixes(store.get().get(), request, go_on, &saved);
+    return pool->SavePrefixes(store.get(), request, go_on, &saved);
   });
   return saved;
 }
@@ -91,7 +80,7 @@ prefix::Saved SavePrefixes(const PoolReference& self, Store& store, const std::s
 prefix::Loaded LoadPrefixes(const PoolReference& self, Store& store) {
   prefix::Loaded loaded;
   WaitOn(self, "load_prefixes",
-         [&](const PoolPtr& pool, const GoOn& go_on) { return pool->LoadPrefixes(store.get().get(), go_on, &loaded); });
+         [&](const PoolPtr& pool, const GoOn& go_on) { return pool->LoadPrefixes(store.get(), go_on, &loaded); });
   return loaded;
 }
 
@@ -156,8 +145,7 @@ void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_ro("no_room", &prefix::Loaded::no_room)
       .def_ro("lost", &prefix::Loaded::lost);
   BindInspection(m);
-  pool.def("set_store", &SetStore, "store"_a)
-      .def("save_prefixes", &SavePrefixes, "store"_a, "space"_a, "ids"_a, "all"_a)
+  pool.def("save_prefixes", &SavePrefixes, "store"_a, "space"_a, "ids"_a, "all"_a)
       .def("load_prefixes", &LoadPrefixes, "store"_a);
 }
 
