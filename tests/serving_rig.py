@@ -75,6 +75,17 @@ def config(**options: Any) -> EngineConfig:
     return EngineConfig(**options)
 
 
+def run_through_interrupts(engine: Engine) -> int:
+    """Steps until all requests have ended; returns how many steps a KeyboardInterrupt ended."""
+    interrupts = 0
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    return interrupts
+
+
 _PROGRAMS: dict[Any, Any] = {}
 
 

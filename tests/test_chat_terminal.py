@@ -21,7 +21,7 @@ _SECONDS = 120
 
 
 class _Terminal:
-    """A process at a terminal of its own, and the text that it has shown."""
+    """A process at its own terminal, and the text shown there."""
 
     def __init__(self, *arguments: str) -> None:
         self._keys, theirs = pty.openpty()

@@ -71,14 +71,11 @@ def test_events_of_a_closed_pool() -> None:
         pool.events()
 
 
-# What vLLM's readers decode with (vllm/distributed/kv_events.py).
+# What vLLM's readers decode with (vllm/distributed/kv_events.py): events as arrays, and as maps in
+# 0.32. A batch is an array in both.
 
 
-class _Event(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
-    pass
-
-
-class BlockStored(_Event):
+class _StoredFields(msgspec.Struct):
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
     token_ids: list[int]
@@ -88,12 +85,20 @@ class BlockStored(_Event):
     lora_name: str | None
 
 
-class BlockRemoved(_Event):
+class _RemovedFields(msgspec.Struct):
     block_hashes: list[int | bytes]
     medium: str | None
 
 
-class AllBlocksCleared(_Event):
+class BlockStored(_StoredFields, array_like=True, omit_defaults=True, tag=True):
+    pass
+
+
+class BlockRemoved(_RemovedFields, array_like=True, omit_defaults=True, tag=True):
+    pass
+
+
+class AllBlocksCleared(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
     pass
 
 
@@ -103,22 +108,12 @@ class _Batch(msgspec.Struct, array_like=True, omit_defaults=True):
     data_parallel_rank: int | None = None
 
 
-# The same of vLLM 0.32: events are maps, in a batch that is an array.
+class _MapStored(_StoredFields, tag="BlockStored", forbid_unknown_fields=True):
+    pass
 
 
-class _MapStored(msgspec.Struct, tag="BlockStored", forbid_unknown_fields=True):
-    block_hashes: list[int | bytes]
-    parent_block_hash: int | bytes | None
-    token_ids: list[int]
-    block_size: int
-    lora_id: int | None
-    medium: str | None
-    lora_name: str | None
-
-
-class _MapRemoved(msgspec.Struct, tag="BlockRemoved", forbid_unknown_fields=True):
-    block_hashes: list[int | bytes]
-    medium: str | None
+class _MapRemoved(_RemovedFields, tag="BlockRemoved", forbid_unknown_fields=True):
+    pass
 
 
 class _MapCleared(msgspec.Struct, tag="AllBlocksCleared", forbid_unknown_fields=True):
@@ -131,12 +126,17 @@ class _MapBatch(msgspec.Struct, array_like=True):
     data_parallel_rank: int | None = None
 
 
-def test_encoded_events_are_those_of_vllm(rig: PrefixRig) -> None:
+def _one_of_each(rig: PrefixRig) -> list[events.Event]:
+    """All cleared, two blocks stored, and both removed."""
     slot, _ = rig.acquire(_ids(2 * BLOCK), namespace="adapter")
     batch = rig.pool.events()
     rig.release(slot)
     rig.pool.evict()
-    batch += rig.pool.events()
+    return [*batch, *rig.pool.events()]
+
+
+def test_encoded_events_are_those_of_vllm(rig: PrefixRig) -> None:
+    batch = _one_of_each(rig)
     read = msgspec.msgpack.decode(events.encode(batch, ts=12.5), type=_Batch)
     names, ids = list(batch[1].block_hashes), list(batch[1].token_ids)
     assert read == _Batch(
@@ -151,11 +151,7 @@ def test_encoded_events_are_those_of_vllm(rig: PrefixRig) -> None:
 
 
 def test_events_as_maps_are_those_of_newer_vllm(rig: PrefixRig) -> None:
-    slot, _ = rig.acquire(_ids(2 * BLOCK), namespace="adapter")
-    batch = rig.pool.events()
-    rig.release(slot)
-    rig.pool.evict()
-    batch += rig.pool.events()
+    batch = _one_of_each(rig)
     cleared, stored, removed = msgspec.msgpack.decode(
         events.encode(batch, form="map", data_parallel_rank=3), type=_MapBatch
     ).events

@@ -142,13 +142,7 @@ def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> Non
 
         monkeypatch.setattr(pool, "commit", commit)
         outputs = [engine.add_request(prompt, params) for prompt in prompts]
-        interrupts = 0
-        while engine.has_unfinished:
-            try:
-                engine.step()
-            except KeyboardInterrupt:
-                interrupts += 1
-        assert interrupts == 1
+        assert rig.run_through_interrupts(engine) == 1
         for output, (expected,) in zip(outputs, wanted, strict=True):
             found = output.outputs[0]
             assert found.finish_reason == "error" or found.token_ids == expected
@@ -194,13 +188,7 @@ def test_an_interrupt_between_tokens_loses_no_token_of_others(expected) -> None:
     with rig.pool() as pool:
         with Engine(rig.step, rig.params(), pool, rig.config(), detokenize=text) as engine:
             outputs = [engine.add_request(prompt, _GREEDY) for prompt in _PROMPTS]
-            interrupts = 0
-            while engine.has_unfinished:
-                try:
-                    engine.step()
-                except KeyboardInterrupt:
-                    interrupts += 1
-            assert interrupts == 1
+            assert rig.run_through_interrupts(engine) == 1
             for output, tokens in zip(outputs, expected, strict=True):
                 found = output.outputs[0]
                 assert found.finish_reason == "error" or [found.token_ids] == tokens
@@ -238,13 +226,7 @@ def test_an_interrupt_while_another_is_cleared_up(expected, monkeypatch) -> None
             return real(*args)
 
         monkeypatch.setattr(pool, "release", release)
-        interrupts = 0
-        while engine.has_unfinished:
-            try:
-                engine.step()
-            except KeyboardInterrupt:
-                interrupts += 1
-        assert interrupts == 3
+        assert rig.run_through_interrupts(engine) == 3
         assert all(output.finished for output in outputs)
         assert rig.tokens(engine.generate(_PROMPTS, _GREEDY)) == expected
         engine.close()

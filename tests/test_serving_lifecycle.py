@@ -170,13 +170,7 @@ def test_an_interrupt_ends_the_requests_of_its_step(alone, monkeypatch, name: st
         monkeypatch.setattr(pool, name, call)
         params = [dataclasses.replace(each, n=2) for each in rig.MIXED]
         outputs = [engine.add_request(p, s) for p, s in zip(rig.PROMPTS, params, strict=True)]
-        interrupts = 0
-        while engine.has_unfinished:
-            try:
-                engine.step()
-            except KeyboardInterrupt:
-                interrupts += 1
-        assert interrupts == 1
+        assert rig.run_through_interrupts(engine) == 1
         reasons = []
         for output, (expected,) in zip(outputs, alone, strict=True):
             reasons.append({each.finish_reason for each in output.outputs})

@@ -102,7 +102,7 @@ def print_table(values: dict[str, Any]) -> None:
     if values["saved_by_sharing"]:
         rows.insert(-2, ("blocks saved by sharing", f"{values['saved_by_sharing']:.1%}"))
     if values["accepted_guesses"]:
-        rows.append(("tokens by prompt lookup", f"{values['accepted_guesses']:,}"))
+        rows.append(("guessed tokens that were right", f"{values['accepted_guesses']:,}"))
     for number, turn in enumerate(values.get("turns", []), start=1):
         counts = f"{turn['prompt_tokens']:,} / {turn['cached_tokens']:,}"
         rows.append((f"turn {number}: tokens read / cached", counts))

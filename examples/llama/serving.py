@@ -161,7 +161,7 @@ def make_pool(
 def make_draft(
     path: pathlib.Path, config: LlamaConfig, pool: jax_kvpage.KVPool, block_tokens: int | None
 ) -> DraftModel:
-    """The model directory `path` as a draft, in float32, with a pool of its own.
+    """The model directory `path` as a draft, in float32, with its own pool.
 
     Args:
       path: Of the draft.
