@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/max_devices.h"
 #include "cache/messages.h"
 #include "cache/process.h"
 
@@ -60,11 +61,9 @@ std::int32_t NextId(Table* table) {
   return static_cast<std::int32_t>(runs.back().next++);
 }
 
-// More than any machine has today (device_state.cc).
-constexpr int kMostDevices = 64;
-std::atomic<bool> tables_wanted[kMostDevices] = {}, tables_open[kMostDevices] = {};
+std::atomic<bool> tables_wanted[kMaxDevices] = {}, tables_open[kMaxDevices] = {};
 
-bool Counts(int device) { return device >= 0 && device < kMostDevices; }
+bool Counts(int device) { return device >= 0 && device < kMaxDevices; }
 
 Table& TheTable() {
   static Table* const table = new Table;

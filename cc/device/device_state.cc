@@ -5,11 +5,10 @@
 #include <iterator>
 #include <thread>
 
+#include "base/max_devices.h"
+
 namespace kvpage {
 namespace {
-
-// More than any machine has today.
-constexpr int kMaxDevices = 64;
 
 struct Devices {
   std::mutex mutex;

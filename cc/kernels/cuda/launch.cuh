@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "base/max_devices.h"
 #include "base/status.h"
 #include "kernels/cuda/kernels.h"
 
@@ -51,8 +52,6 @@ enum class SharedUse {
 // What the host knows of one kernel, on every device. Records live as long as the process.
 class KernelRecord {
  public:
-  static constexpr int kMaxDevices = 64;  // more than any machine has today
-
   KernelRecord(const void* kernel, SharedUse use);
   KernelRecord(const KernelRecord&) = delete;
   KernelRecord& operator=(const KernelRecord&) = delete;
