@@ -18,6 +18,7 @@ from jax_kvpage.serving import (
     SequenceGroup,
     Status,
     StepPlan,
+    Watermark,
 )
 
 
@@ -268,3 +269,10 @@ class Server:
                 if s.group.index not in runs and not s.finish_reason and not s.group.unforked
             }
             assert not grows or not stalled or max(grows) < min(stalled)
+
+
+def small_server(capacity: int = 100, drain: int = 0, seqs: int = 8, **options: Any) -> Server:
+    """A server with little memory and a small budget."""
+    memory = PlainMemory(capacity, 16, 1024, seqs + 4, drain)
+    options = {"max_num_batched_tokens": 64, "admission": Watermark()} | options
+    return Server(memory, max_num_seqs=seqs, **options)

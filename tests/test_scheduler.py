@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_model import PlainMemory, Server
+from scheduler_model import small_server
 
 from jax_kvpage import serving
 from jax_kvpage.serving import (
     BlockBudget,
     CostAware,
-    ExpectedGrowth,
-    LastComeFirst,
     Request,
     RequestRefused,
     Scheduler,
@@ -26,12 +24,6 @@ from jax_kvpage.serving import (
 )
 
 _FOLDER = pathlib.Path(__file__).resolve().parent.parent / "jax_kvpage"
-
-
-def _server(capacity: int = 100, drain: int = 0, seqs: int = 8, **options: Any) -> Server:
-    memory = PlainMemory(capacity, 16, 1024, seqs + 4, drain)
-    options = {"max_num_batched_tokens": 64, "admission": Watermark()} | options
-    return Server(memory, max_num_seqs=seqs, **options)
 
 
 def test_the_modules_import_without_jax() -> None:
@@ -56,7 +48,7 @@ def test_type_checkers_see_the_names_that_are_imported_late() -> None:
 
 
 def test_a_request_from_add_to_finish() -> None:
-    server = _server()
+    server = small_server()
     group = server.add(num_prompt_tokens=100, max_tokens=3)
     first = server.step()
     assert [a.sequence for a in first.admissions] == group.sequences
@@ -81,7 +73,7 @@ def test_a_request_from_add_to_finish() -> None:
 
 
 def test_prompts_share_the_budget_with_decodes() -> None:
-    server = _server()
+    server = small_server()
     server.add(num_prompt_tokens=10, max_tokens=50)
     server.step()
     server.add(num_prompt_tokens=100, max_tokens=5)
@@ -92,7 +84,7 @@ def test_prompts_share_the_budget_with_decodes() -> None:
 
 
 def test_a_sequence_grows_only_when_its_last_block_is_full() -> None:
-    server = _server()
+    server = small_server()
     server.add(num_prompt_tokens=14, max_tokens=40)
     grown = []
     while server.scheduler.has_unfinished:
@@ -103,7 +95,7 @@ def test_a_sequence_grows_only_when_its_last_block_is_full() -> None:
 
 
 def test_first_come_first_served_and_priorities() -> None:
-    server = _server(seqs=1, max_num_batched_tokens=32)
+    server = small_server(seqs=1, max_num_batched_tokens=32)
     server.add(num_prompt_tokens=5, max_tokens=2)
     groups = [server.add(num_prompt_tokens=5, max_tokens=2, priority=p) for p in (1, 0, 1, 0)]
     server.run()
@@ -113,7 +105,7 @@ def test_first_come_first_served_and_priorities() -> None:
 
 
 def test_the_head_of_the_queue_is_not_overtaken() -> None:
-    server = _server(capacity=10)
+    server = small_server(capacity=10)
     server.add(num_prompt_tokens=60, max_tokens=40)
     server.step()
     big = server.add(num_prompt_tokens=140, max_tokens=2)
@@ -127,7 +119,7 @@ def test_the_head_of_the_queue_is_not_overtaken() -> None:
 
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_samples_share_their_prompt(lockstep: bool) -> None:
-    server = _server(capacity=12)
+    server = small_server(capacity=12)
     group = server.add(num_prompt_tokens=64, max_tokens=8, n=4, lockstep=lockstep)
     assert server.step().num_tokens == 64 - lockstep
     plan = server.step()
@@ -141,7 +133,7 @@ def test_samples_share_their_prompt(lockstep: bool) -> None:
 
 
 def test_a_donor_that_ends_at_once_keeps_its_slot_until_the_fork() -> None:
-    server = _server()
+    server = small_server()
     group = server.add(num_prompt_tokens=40, max_tokens=8, n=2)
     server.step()
     server.scheduler.finish(group.sequences[0])
@@ -154,7 +146,7 @@ def test_a_donor_that_ends_at_once_keeps_its_slot_until_the_fork() -> None:
 
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_samples_of_one_token(lockstep: bool) -> None:
-    server = _server()
+    server = small_server()
     group = server.add(num_prompt_tokens=40, max_tokens=1, n=3, lockstep=lockstep)
     server.run()
     assert {s.finish_reason for s in group.sequences} == {"length"}
@@ -162,7 +154,7 @@ def test_samples_of_one_token(lockstep: bool) -> None:
 
 def test_cancellation_anywhere_returns_the_blocks() -> None:
     for when in range(8):
-        server = _server(capacity=20, drain=2)
+        server = small_server(capacity=20, drain=2)
         groups = [server.add(num_prompt_tokens=40, max_tokens=200, n=2) for _ in range(4)]
         for _ in range(when):
             server.step()
@@ -173,7 +165,7 @@ def test_cancellation_anywhere_returns_the_blocks() -> None:
 
 
 def test_deadlines() -> None:
-    server = _server(seqs=1)
+    server = small_server(seqs=1)
     runs = server.add(num_prompt_tokens=5, max_tokens=500, deadline=3.0)
     waits = server.add(num_prompt_tokens=5, max_tokens=500, deadline=1.0)
     ends = server.add(num_prompt_tokens=5, max_tokens=5, deadline=100.0)
@@ -187,7 +179,7 @@ def test_deadlines() -> None:
 
 
 def test_a_stop_in_the_last_token_replaces_the_limit() -> None:
-    server = _server()
+    server = small_server()
     group = server.add(num_prompt_tokens=5, max_tokens=2)
     while not server.reported:
         server.step()
@@ -208,7 +200,7 @@ def test_a_stop_in_the_last_token_replaces_the_limit() -> None:
     ],
 )
 def test_refused_at_the_door(request_: Any, wanted: int, available: int, text: str) -> None:
-    server = _server(capacity=10)
+    server = small_server(capacity=10)
     with pytest.raises(RequestRefused, match=text) as error:
         server.scheduler.add(Request(request_id="x", max_tokens=9, **request_))
     assert (error.value.wanted, error.value.available) == (wanted, available)
@@ -217,99 +209,13 @@ def test_refused_at_the_door(request_: Any, wanted: int, available: int, text: s
 
 
 def test_a_full_queue_refuses() -> None:
-    server = _server(max_num_waiting=2)
+    server = small_server(max_num_waiting=2)
     server.add(num_prompt_tokens=5, max_tokens=5)
     server.add(num_prompt_tokens=5, max_tokens=5)
     with pytest.raises(RequestRefused, match="max_num_waiting is 2"):
         server.add(num_prompt_tokens=5, max_tokens=5)
     server.step()
     server.add(num_prompt_tokens=5, max_tokens=5)
-    server.run()
-
-
-def test_a_request_ends_where_memory_does() -> None:
-    server = _server(capacity=4)
-    group = server.add(num_prompt_tokens=20, max_tokens=500)
-    server.run()
-    assert group.sequences[0].finish_reason == "capacity"
-    assert server.known[group.sequences[0]] == 4 * 16 + 1
-
-
-@pytest.mark.parametrize("policy", [CostAware(), CostAware(0), LastComeFirst()])
-@pytest.mark.parametrize("drain", [0, 1, 3])
-def test_pressure(policy: Any, drain: int) -> None:
-    server = _server(capacity=30, drain=drain, preemption=policy, admission=Watermark(0.0))
-    for i in range(40):
-        server.add(num_prompt_tokens=20 + i, max_tokens=100, n=1 + 2 * (i % 3 == 0))
-    server.run()
-    assert server.scheduler.stats.preemptions > 0
-    assert max(g.num_preemptions for g in server.groups) <= 4
-
-
-def test_one_preempted_too_often_comes_back_with_its_maximum() -> None:
-    server = _server(capacity=12, preemption=LastComeFirst(), max_preemptions=1)
-    for _ in range(3):
-        server.add(num_prompt_tokens=40, max_tokens=100)
-    rooms = []
-    while server.scheduler.has_unfinished:
-        plan = server.step()
-        rooms += [a.num_tokens for a in plan.admissions if a.sequence.group.num_preemptions]
-    assert rooms
-    assert set(rooms) == {139}
-
-
-def test_the_oldest_is_never_preempted() -> None:
-    server = _server(capacity=12, preemption=CostAware(0))
-    oldest = server.add(num_prompt_tokens=20, max_tokens=150)
-    for _ in range(3):
-        server.add(num_prompt_tokens=40, max_tokens=100)
-    server.run()
-    assert oldest.num_preemptions == 0
-    assert server.scheduler.stats.preemptions > 0
-
-
-def test_waiting_for_blocks_before_preempting() -> None:
-    """A group that ends soon is waited for; nothing is computed twice."""
-    results = {}
-    for name, policy in (("wait", CostAware()), ("at once", CostAware(0))):
-        server = _server(capacity=8, preemption=policy, admission=Watermark(0.0))
-        server.add(num_prompt_tokens=50, max_tokens=14)
-        server.add(num_prompt_tokens=60, max_tokens=20)
-        server.run()
-        results[name] = server.scheduler.stats
-    assert results["wait"].preemptions == 0
-    assert results["wait"].stalled > 0
-    assert results["at once"].recomputed_tokens > 0
-
-
-def test_refusals_of_memory_lose_nothing() -> None:
-    for seed in range(5):
-        server = _server(capacity=30, drain=seed % 3)
-        server.random.seed(seed)
-        for i in range(20):
-            server.add(num_prompt_tokens=20 + i, max_tokens=60, n=1 + 2 * (i % 3 == 0))
-        server.run(refusals=0.3)
-        assert server.scheduler.stats.refused_plans > 0
-        assert {s.finish_reason for g in server.groups for s in g.sequences} == {"length"}
-
-
-def test_memory_that_always_refuses_ends_requests() -> None:
-    server = _server()
-    groups = [server.add(num_prompt_tokens=20, max_tokens=5) for _ in range(3)]
-    server.run(refusals=1.0)
-    assert {g.sequences[0].finish_reason for g in groups} == {"capacity"}
-
-
-def test_a_refusal_is_not_repeated_while_memory_is_the_same() -> None:
-    server = _server(capacity=40)
-    server.add(num_prompt_tokens=50, max_tokens=100)
-    server.step()
-    server.add(num_prompt_tokens=50, max_tokens=100)
-    server.step(refusals=1.0)
-    plans = [server.step() for _ in range(10)]
-    admitted = [i for i, plan in enumerate(plans) if plan.admissions]
-    assert admitted
-    assert admitted[0] > 0
     server.run()
 
 
@@ -347,7 +253,7 @@ def test_followers_of_a_new_prefix_wait_for_it() -> None:
 
 
 def test_a_cancelled_leader_lets_its_followers_go() -> None:
-    server = _server(find_prefix=lambda group: (0, 0))
+    server = small_server(find_prefix=lambda group: (0, 0))
     groups = [server.add(num_prompt_tokens=100, max_tokens=5, prefix_key="a") for _ in range(2)]
     server.step()
     assert groups[1].status is Status.WAITING
@@ -407,36 +313,10 @@ def test_drafts_leave_room_for_prompts(newcomer_comes: str) -> None:
         assert counts == [[8, 1, 7], [8, 1, 7], [8, 1, 6]]
 
 
-def test_survival() -> None:
-    policy = ExpectedGrowth()
-    produced, remaining = np.asarray([0, 0, 16]), np.asarray([999, 10, 999])
-    # Without a history any length up to the limit is as likely as another, within reason.
-    assert policy.survival(produced, remaining)[:2, 1].tolist() == [1 - 4 / 512, 1 - 4 / 10]
-    for length in (2, 10, 20, 40):
-        policy.observe(length)
-    likely = policy.survival(produced, remaining)
-    assert likely[0, :4].tolist() == [1.0, 0.75, 0.5, 0.25]  # 1, 4, 16, 32 tokens ahead
-    assert likely[1, :4].tolist() == [1.0, 0.75, 0.0, 0.0]
-    assert likely[2, :3].tolist() == [1.0, 0.5, 0.5]
-    with pytest.raises(ValueError, match="deviations"):
-        ExpectedGrowth(-1)
-
-
-def test_expected_growth_keeps_room() -> None:
-    preemptions = {}
-    for name, admission in (("growth", ExpectedGrowth()), ("free", Watermark(0.0))):
-        server = _server(capacity=40, admission=admission, preemption=CostAware(0))
-        for _ in range(40):
-            server.add(num_prompt_tokens=30, max_tokens=120)
-        server.run()
-        preemptions[name] = server.scheduler.stats.preemptions
-    assert preemptions["growth"] * 2 < preemptions["free"]
-
-
 def test_equal_calls_give_equal_plans() -> None:
     plans = []
     for _ in range(2):
-        server = _server(capacity=30, drain=1)
+        server = small_server(capacity=30, drain=1)
         for i in range(30):
             server.add(num_prompt_tokens=20 + i, max_tokens=100, n=1 + i % 2, priority=i % 3)
         server.run(refusals=0.1)

@@ -2,79 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import pathlib
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import llguidance
 import pytest
 import serving_rig as rig
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from guided_rig import Words, decode, guided_engine, guided_params, tokenizer
 from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import (
-    AsyncEngine,
     Engine,
-    EngineConfig,
     LastComeFirst,
-    RequestOutput,
     SamplingParams,
     StructuredOutputsParams,
     Watermark,
 )
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
-
-_SINGLES = 'abcdefghijklmnopqrstuvwxyz0123456789{}[]":,. -_+'
-_LONGER = ["ab", "12", '":', '{"', "true", "false", "null", "é", "the", "00", '",', "<f", "x>"]
-
-
-class _Words:
-    """A tokenizer of the rig's vocabulary; token 0 ends a text."""
-
-    eos_token_id, bos_token_id, special_token_ids = 0, None, (0,)
-    tokens = tuple(
-        text.encode() for text in ["</s>", *_SINGLES, *_LONGER, "<", ">", "A"][: rig.VOCABULARY]
-    )
-
-    def __call__(self, text: bytes) -> list[int]:
-        ids = []
-        while text:
-            best = max((t for t in self.tokens[1:] if text.startswith(t)), key=len)
-            ids.append(self.tokens.index(best))
-            text = text[len(best) :]
-        return ids
-
-
-def _decode(ids: Sequence[int]) -> str:
-    return b"".join(_Words.tokens[i] for i in ids if i).decode(errors="replace")
-
-
-def _tokenizer() -> Any:
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words()))
-
-
-def _engine(pool: kvp.KVPool, **options: Any) -> Engine:
-    config = rig.config(eos_token_ids=(0,), **options)
-    return Engine(rig.step, rig.params(), pool, config, detokenize=_decode, tokenizer=_tokenizer())
-
-
-def _params(**options: Any) -> SamplingParams:
-    """Splits the constraint from the rest."""
-    names = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-    names += ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
-    wanted = {name: options.pop(name) for name in names if name in options}
-    options.setdefault("max_tokens", 60)
-    return SamplingParams(structured_outputs=StructuredOutputsParams(**wanted), **options)
-
 
 _SCHEMA = {
     "type": "object",
@@ -131,7 +80,7 @@ _CASES: list[tuple[dict[str, Any], Any]] = [
 
 def _cases(**options: Any) -> list[SamplingParams]:
     return [
-        _params(**{"seed": i, "n": 1 + i % 2, **case, **options})
+        guided_params(**{"seed": i, "n": 1 + i % 2, **case, **options})
         for i, (case, _) in enumerate(_CASES)
     ]
 
@@ -142,7 +91,7 @@ _PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17, 33, 1, 21, 9, 50, 15)]
 @pytest.fixture(scope="module")
 def alone() -> list[list[list[int]]]:
     """Each request, and one without a constraint, with nothing else beside it."""
-    with rig.pool() as pool, _engine(pool, prefix_caching=False) as engine:
+    with rig.pool() as pool, guided_engine(pool, prefix_caching=False) as engine:
         params = [*_cases(), SamplingParams(seed=3, max_tokens=30)]
         prompts = [*_PROMPTS, _PROMPTS[0]]
         return [
@@ -162,7 +111,7 @@ def alone() -> list[list[list[int]]]:
 )
 def test_outputs_have_their_form_and_do_not_depend_on_the_batch(alone, options) -> None:
     options = {"admission": Watermark(0.0), **options}
-    with rig.pool(options.pop("blocks", 64)) as pool, _engine(pool, **options) as engine:
+    with rig.pool(options.pop("blocks", 64)) as pool, guided_engine(pool, **options) as engine:
         params = [*_cases(), SamplingParams(seed=3, max_tokens=30)]
         outputs = [engine.add_request(*each) for each in zip(
             [*_PROMPTS, _PROMPTS[0]], params, strict=True)]  # fmt: skip
@@ -185,8 +134,8 @@ def test_outputs_have_their_form_and_do_not_depend_on_the_batch(alone, options) 
 
 
 def test_a_structural_tag_is_met_where_its_trigger_is() -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
-        params = [_params(structural_tag=_TAG, seed=i, max_tokens=110) for i in range(12)]
+    with rig.pool() as pool, guided_engine(pool) as engine:
+        params = [guided_params(structural_tag=_TAG, seed=i, max_tokens=110) for i in range(12)]
         found = 0
         for output in engine.generate([_PROMPTS[0]] * 12, params):
             for inner in re.findall("<fx>(.*?)<fx>", output.outputs[0].text, re.DOTALL):
@@ -197,8 +146,8 @@ def test_a_structural_tag_is_met_where_its_trigger_is() -> None:
 
 
 def test_any_json_object() -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
-        params = [_params(json_object=True, seed=i, max_tokens=100) for i in range(8)]
+    with rig.pool() as pool, guided_engine(pool) as engine:
+        params = [guided_params(json_object=True, seed=i, max_tokens=100) for i in range(8)]
         outputs = engine.generate([_PROMPTS[0]] * 8, params)
     ended = [each for output in outputs for each in output.outputs if each.finish_reason == "stop"]
     assert ended
@@ -206,12 +155,12 @@ def test_any_json_object() -> None:
 
 
 def _one(engine: Engine, **options: Any) -> Any:
-    (output,) = engine.generate([_PROMPTS[0]], _params(**{"seed": 1, **options}))
+    (output,) = engine.generate([_PROMPTS[0]], guided_params(**{"seed": 1, **options}))
     return output.outputs[0]
 
 
 def test_where_outputs_end() -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
+    with rig.pool() as pool, guided_engine(pool) as engine:
         full = _one(engine, regex="[a-z]{20}", max_tokens=7)
         assert (full.finish_reason, len(full.token_ids)) == ("length", 7)
         # End-of-sequence tokens wait for min_tokens, and are not chosen at all with ignore_eos.
@@ -227,13 +176,13 @@ def test_where_outputs_end() -> None:
         assert (empty.finish_reason, empty.token_ids) == ("stop", [0])
         stopped = _one(engine, regex="[b-z]{3}a{2,9}", stop="aa")
         assert (stopped.stop_reason, len(stopped.text)) == ("aa", 3)
-        token = _Words.tokens.index(b"{")
+        token = Words.tokens.index(b"{")
         stopped = _one(engine, regex="[b-z]{3}[{][{]", stop_token_ids=[token])
         assert (stopped.stop_reason, len(stopped.token_ids)) == (token, 4)
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
+    with rig.pool() as pool, guided_engine(pool) as engine:
         output = _one(engine, regex="[0-9]{6}", logprobs=2)
         prompt = [*_PROMPTS[0], output.token_ids[0]]
         free = SamplingParams(temperature=0, max_tokens=1, logprobs=2)
@@ -245,12 +194,12 @@ def test_log_probabilities_are_those_of_the_model() -> None:
 
 
 def test_others_stay_one_step_ahead() -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
+    with rig.pool() as pool, guided_engine(pool) as engine:
         free = engine.add_request(_PROMPTS[0], SamplingParams(seed=3, max_tokens=30))
         for _ in range(3):
             engine.step()
         assert len(engine._runner.flights) == 1
-        guided = engine.add_request(_PROMPTS[1], _params(regex="[a-z]{3}"))
+        guided = engine.add_request(_PROMPTS[1], guided_params(regex="[a-z]{3}"))
         while not guided.finished:
             engine.step()
         assert not engine._runner.flights
@@ -266,11 +215,9 @@ def test_a_model_without_an_allowed_token_ends_that_request_alone() -> None:
 
     config = rig.config(eos_token_ids=(0,))
     with rig.pool() as pool:
-        engine = Engine(
-            step, rig.params(), pool, config, detokenize=_decode, tokenizer=_tokenizer()
-        )
+        engine = Engine(step, rig.params(), pool, config, detokenize=decode, tokenizer=tokenizer())
         with engine:
-            params = [_params(regex="[a-d]{4}"), _params(regex="zz")]
+            params = [guided_params(regex="[a-d]{4}"), guided_params(regex="zz")]
             good, bad = engine.generate(_PROMPTS[:2], params)
     assert good.outputs[0].finish_reason == "stop"
     assert bad.outputs[0].finish_reason == "error"
@@ -289,9 +236,9 @@ def test_a_model_without_an_allowed_token_ends_that_request_alone() -> None:
     ],
 )
 def test_wrong_grammars_are_refused_at_the_door(wanted: dict[str, Any], message: str) -> None:
-    with rig.pool() as pool, _engine(pool) as engine:
+    with rig.pool() as pool, guided_engine(pool) as engine:
         with pytest.raises(ValueError, match=f"(?s)structured_outputs: .*{message}"):
-            engine.add_request([1], _params(**wanted))
+            engine.add_request([1], guided_params(**wanted))
         assert not engine.has_unfinished
 
 
@@ -309,98 +256,9 @@ def test_refusals(monkeypatch) -> None:
             Engine(rig.step, rig.params(), pool, rig.config()) as engine,
             pytest.raises(ValueError, match="needs an engine with `tokenizer`"),
         ):
-            engine.add_request([1], _params(regex="a"))
+            engine.add_request([1], guided_params(regex="a"))
         with pytest.raises(ValueError, match="Engine: tokenizer"):
             Engine(rig.step, rig.params(), pool, rig.config(), tokenizer="{}")
         monkeypatch.setitem(sys.modules, "llguidance", None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'jax_kvpage\[guided\]'"):
             Engine(rig.step, rig.params(), pool, rig.config(), tokenizer="{}")
-
-
-_PATTERNS = st.recursive(
-    st.sampled_from(["a", "b", "1", "[a-f]", "[^a-z]", "the", "é", "x?"]),
-    lambda inner: st.one_of(
-        st.tuples(inner, inner).map("".join),
-        st.tuples(inner, inner).map("({0[0]}|{0[1]})".format),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}"])).map(
-            "({0[0]}){0[1]}".format
-        ),
-    ),
-    max_leaves=8,
-)
-
-
-def test_random_expressions(request: pytest.FixtureRequest) -> None:
-    exhaustive = request.config.getoption("--exhaustive")
-
-    with rig.pool() as pool, _engine(pool, num_speculative_tokens=2) as engine:
-
-        @settings(
-            max_examples=300 if exhaustive else 12,
-            deadline=None,
-            suppress_health_check=[HealthCheck.function_scoped_fixture],
-        )
-        @given(st.lists(_PATTERNS, min_size=4, max_size=4), st.integers(0, 2**32 - 1))
-        def check(patterns: list[str], seed: int) -> None:
-            params = [_params(regex=each, seed=seed, max_tokens=12) for each in patterns]
-            for pattern, output in zip(
-                patterns, engine.generate(_PROMPTS[:4], params), strict=True
-            ):
-                each = output.outputs[0]
-                assert each.finish_reason in ("stop", "length"), output.error
-                if each.finish_reason == "stop":
-                    assert re.fullmatch(pattern, each.text), (pattern, each.text)
-
-        check()
-
-
-_TINY = pathlib.Path(__file__).parents[1] / "examples" / "tiny_llama"
-
-
-def test_the_shipped_model_writes_json() -> None:
-    from llama.checkpoint import load_model
-    from llama.config import load_config
-    from llama.serving import model_step
-    from llama.tokenizer import Tokenizer
-
-    config = load_config(_TINY)
-    text = Tokenizer(_TINY, config.vocab_size)
-    spec = kvp.CacheSpec(
-        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, 4, 256,
-        dtype=jnp.float32, block_tokens=16,
-    )  # fmt: skip
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 20},
-            "lines": {"type": "integer", "minimum": 1, "maximum": 500},
-        },
-        "required": ["name", "lines"],
-        "additionalProperties": False,
-    }
-    params = _params(json=schema, n=2, seed=1, disable_any_whitespace=True, max_tokens=80)
-    options = EngineConfig(
-        max_num_batched_tokens=64, buckets=((64, 4),), eos_token_ids=tuple(config.eos_token_ids)
-    )
-    step, weights = model_step(load_model(_TINY, dtype=jnp.float32))
-
-    async def serve(pool: kvp.KVPool) -> list[RequestOutput]:
-        source = (_TINY / "tokenizer.json").read_text(encoding="utf-8")
-        engine = Engine(step, weights, pool, options, detokenize=text.decode, tokenizer=source)
-        async with AsyncEngine(engine) as server:
-            with pytest.raises(ValueError, match="unclosed"):
-                await server.generate([1], _params(regex="["))
-            prompts = ["A function that", "The module"]
-            return await asyncio.gather(
-                *(server.generate(text.encode(prompt), params) for prompt in prompts)
-            )
-
-    with kvp.KVPool(spec, "16MiB") as pool:
-        outputs = asyncio.run(serve(pool))
-    for output in outputs:
-        for each in output.outputs:
-            assert each.finish_reason == "stop"
-            value = json.loads(each.text)
-            assert set(value) == {"name", "lines"}
-            assert len(value["name"]) <= 20
-            assert 1 <= value["lines"] <= 500
