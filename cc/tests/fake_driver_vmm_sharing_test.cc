@@ -23,6 +23,17 @@ TEST(FakeDriverVmmSharingTest, CopiesTakeThePlaceOfSharedBlocks) {
   EXPECT_EQ(world.fake->Report().mappings, before.mappings);
 }
 
+// Programs may use such a block meanwhile: between an unmap and a map it would be gone.
+TEST(FakeDriverVmmSharingTest, ABlockThatDoesNotChangeStaysMapped) {
+  Mapped world;
+  EXPECT_OK(world.vmm->MapReadOnly(16 * kBlock, Blocks{2, 4}.data(), 2));
+  const std::int64_t calls = world.vmm->system_calls();
+  EXPECT_OK(world.vmm->Remap(16 * kBlock, Blocks{2, 4}.data(), Blocks{2, 4}.data(), 2));
+  EXPECT_EQ(world.vmm->system_calls(), calls);
+  std::memset(world.At(17), 9, kBlock);
+  EXPECT_EQ(static_cast<int>(world.At(2)[0]), 9) << "and may be written";
+}
+
 TEST(FakeDriverVmmSharingTest, ExchangesThatFailLeaveWhatWasMapped) {
   for (const Call call : {Call::kMemMap, Call::kMemUnmap, Call::kMemSetAccess, Call::kMemcpyDtoDAsync}) {
     bool failed = true;
