@@ -289,6 +289,16 @@ inline void Release(Pool* pool, DeviceProgram* program, std::int32_t slot) {
 
 inline void Pause() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
 
+// Waits for another thread to write `wanted` to a word of device memory; false after ten seconds.
+inline bool Becomes(const std::int32_t& word, std::int32_t wanted) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (__atomic_load_n(&word, __ATOMIC_SEQ_CST) != wanted) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
 }  // namespace kvpage::testing
 
 #endif  // KVPAGE_TESTS_DEVICE_UTIL_H_
