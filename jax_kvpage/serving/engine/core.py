@@ -16,10 +16,12 @@ from jax_kvpage.errors import PoolClosed
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.counters import collect
 from jax_kvpage.serving.engine.draft import Draft, DraftModel
 from jax_kvpage.serving.engine.guessing import Guesser, PromptLookup
 from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
+from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
@@ -117,19 +119,7 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """Counts so far, and what runs now."""
-        return EngineStats(
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            steps=self._runner.steps,
-            drafted=self._runner.drafted,
-            accepted=self._runner.accepted,
-            failures=self._runner.failures,
-            generations=self._runner.generations,
-            preemptions=self.scheduler.stats.preemptions,
-            stalled=self.scheduler.stats.stalled,
-            programs=self._programs.num_compiled,
-            compile_seconds=self._programs.compile_seconds + self._guesser.compile_seconds,
-        )
+        return collect(self.scheduler, self._runner, self._programs, self._guesser)
 
     def memory(self) -> list[SequenceMemory]:
         """What each running sequence stores, and what it has room for."""
@@ -219,10 +209,11 @@ class EngineCore:
             output: what `add_request` returned; a finished one does not change.
             reason: its finish reason.
         """
-        request = self._ledger.find(output)
-        if request is not None and not output.finished:
-            self.scheduler.cancel(request.group, reason)
-            self._ledger.end(request, reason)
+        with HeldInterrupts():
+            request = self._ledger.find(output)
+            if request is not None and not output.finished:
+                self.scheduler.cancel(request.group, reason)
+                self._ledger.end(request, reason)
 
     def step(self) -> list[RequestOutput]:
         """Runs a step.
@@ -232,9 +223,26 @@ class EngineCore:
 
         Raises:
             PoolClosed: the pool is closed. All requests have ended with the reason "error". After
-                another exception, Ctrl-C included, those that this step would have run have; others
-                go on.
+                another exception those that this step would have run have; others go on.
+            KeyboardInterrupt: Ctrl-C. The step has run to its end, and requests go on. A second
+                Ctrl-C does not wait for the end: then it is as after another exception.
         """
+        with HeldInterrupts():
+            self._step()
+        return self._ledger.changed()
+
+    def close(self) -> None:
+        """Ends all requests ("cancelled") and gives their memory back. Closing twice is fine."""
+        with HeldInterrupts():
+            self.closed = True
+            for request in self._ledger.requests():
+                self.cancel(request.output)
+            with contextlib.suppress(PoolClosed):  # then there is nothing to give back
+                while self.has_unfinished:
+                    self.step()
+            self._guesser.follow([])
+
+    def _step(self) -> None:
         try:
             self._memory.look()
         except PoolClosed as error:
@@ -260,17 +268,6 @@ class EngineCore:
             self._guesser.follow(self._slots.occupied())
         if plan.is_empty and self.scheduler.has_unfinished and self._memory.draining_blocks():
             jax.block_until_ready(self._slots.cache)  # released blocks drain
-        return self._ledger.changed()
-
-    def close(self) -> None:
-        """Ends all requests ("cancelled") and gives their memory back. Closing twice is fine."""
-        self.closed = True
-        for request in self._ledger.requests():
-            self.cancel(request.output)
-        with contextlib.suppress(PoolClosed):  # then there is nothing to give back
-            while self.has_unfinished:
-                self.step()
-        self._guesser.follow([])
 
     def _find_prefix(self, group: SequenceGroup) -> tuple[int, int]:
         """What the prefix cache has of a group; which blocks cost no free one is not known."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax_kvpage.serving.beams import BeamSearchParams, Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guidance import Guidance
+from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
@@ -97,12 +98,22 @@ class Intake:
             num_slots=2 * params.n if searched else 0,
             lockstep=searched is not None,
         )
-        group = self._scheduler.add(request)
-        seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         output = RequestOutput(request_id, ids, [], RequestMetrics(self._clock()))
-        eos = config.eos_token_ids
-        state = RequestState(output, params, seed, eos, self._detokenize, space, guide, searched)
-        self._ledger.add(state, group)
+        group = state = None
+        try:
+            with HeldInterrupts():
+                group = self._scheduler.add(request)
+                seed = params.seed
+                seed = int(self._seeds.integers(2**32)) if seed is None else seed
+                eos, text = config.eos_token_ids, self._detokenize
+                state = RequestState(output, params, seed, eos, text, space, guide, searched)
+                self._ledger.add(state, group)
+        except BaseException:  # such as Ctrl-C: the caller will never hear of this request
+            if group is not None:
+                self._scheduler.cancel(group)
+            if state is not None:
+                self._ledger.end(state, "cancelled")
+            raise
         return output
 
     def guidance(self) -> Guidance:
