@@ -19,14 +19,12 @@ import tempfile
 from typing import Any
 
 import numpy as np
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+from random_llama import VOCABULARY, write_checkpoint
 
 __all__ = ["measure"]
 
 _WORKER = pathlib.Path(__file__).with_name("engine_worker.py")
 _MAX_SEQ_LEN = 2048
-_VOCABULARY = 32000
 # requests, common tokens, further tokens of each prompt, new tokens
 _WORKLOADS = {
     "8 x (64 + 128)": (8, 0, 64, 128),
@@ -34,29 +32,6 @@ _WORKLOADS = {
     "32 x (1024 common + 64 + 32)": (32, 1024, 64, 32),
 }
 _QUICK = {"8 x (64 + 16)": (8, 0, 64, 16)}
-
-
-def _write_checkpoint(folder: str) -> None:
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-    from llama.checkpoint import save_model
-    from llama.config import LlamaConfig
-    from llama.model import Llama
-
-    config = LlamaConfig(_VOCABULARY, 512, 1408, 8, 8, 4, 64, max_position_embeddings=4096)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    rng = np.random.default_rng(0)
-    values = jax.tree.map(
-        lambda leaf: (
-            jnp.asarray(0.05 * rng.standard_normal(leaf.shape, np.float32))
-            if len(leaf.shape) > 1
-            else jnp.ones(leaf.shape)
-        ),
-        state,
-    )
-    save_model(nnx.merge(graph, values), folder, dtype=jnp.float32)
 
 
 class _Process:
@@ -108,7 +83,7 @@ def measure(vllm_python: str, repeats: int, quick: bool = False, only: str = "")
     workloads = _QUICK if quick else {k: v for k, v in _WORKLOADS.items() if only in k}
     rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        _write_checkpoint(folder)
+        write_checkpoint(folder)
         log = pathlib.Path(folder)
         engines = {
             name: _Process(name, python, folder, log / f"{name}.log")
@@ -116,9 +91,9 @@ def measure(vllm_python: str, repeats: int, quick: bool = False, only: str = "")
         }
         for repeat in range(repeats + 1):
             for name, (requests, common, more, new) in workloads.items():
-                start = rng.integers(100, _VOCABULARY, common).tolist()
+                start = rng.integers(100, VOCABULARY, common).tolist()
                 prompts = [
-                    start + rng.integers(100, _VOCABULARY, more).tolist() for _ in range(requests)
+                    start + rng.integers(100, VOCABULARY, more).tolist() for _ in range(requests)
                 ]
                 for engine in list(engines)[:: 1 if repeat % 2 else -1]:
                     result = engines[engine].run(prompts, new)

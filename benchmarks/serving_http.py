@@ -2,27 +2,36 @@
 
     pip install '.[serve]' httpx
     python benchmarks/serving_http.py [--checkpoint DIR] [--concurrency N]
+    python benchmarks/serving_http.py --random-llama --vllm-python venvs/vllm/bin/python
 
-The engine runs in this process behind `AsyncEngine`, the server in another; the rounds of both
-alternate, and the idle one waits without work. All requests are streamed, with prompts of random
-ids that no cache has. Prints one JSON object: medians over the rounds of generated tokens per
-second and of the time to the first token, as the client sees it, and what HTTP adds.
+The engine runs in this process behind `AsyncEngine`, the server in another, and vLLM's server in a
+third; their rounds alternate, and the idle ones wait without work. All requests are streamed, with
+prompts of random ids that no cache has. Prints one JSON object: medians over the rounds of
+generated tokens per second and of the time to the first token, as the client sees it, what HTTP
+adds, and how much of vLLM's throughput the server has.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
+import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
+from random_llama import write_checkpoint
 
 _EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 sys.path.append(str(_EXAMPLES))
@@ -43,7 +52,23 @@ def main() -> None:
     add("--prompt-tokens", type=int, default=64, help="(default: %(default)s)")
     add("--max-tokens", type=int, default=64, help="(default: %(default)s)")
     add("--rounds", type=int, default=5, help="of each (default: %(default)s)")
+    add("--random-llama", action="store_true", help="serve 56M random weights in float32")
+    add("--vllm-python", help="interpreter with vllm, whose server is measured too")
     args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if args.random_llama:
+            args.checkpoint = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_checkpoint(str(args.checkpoint))
+        urls = {"http": stack.enter_context(_own_server(args))}
+        if args.vllm_python:
+            urls["vllm"] = stack.enter_context(_vllm_server(args))
+        figures = asyncio.run(_compare(args, urls))
+    name = "random llama" if args.random_llama else args.checkpoint.name
+    print(json.dumps(vars(args) | {"checkpoint": name} | figures))
+
+
+@contextlib.contextmanager
+def _own_server(args: argparse.Namespace) -> Iterator[str]:
     command = [sys.executable, str(_EXAMPLES / "serve_openai.py"), "--port", "0"]
     command += ["--checkpoint", str(args.checkpoint), "--served-model-name", "model"]
     command += ["--max-num-seqs", str(args.concurrency)]
@@ -54,13 +79,48 @@ def main() -> None:
             found = re.search(r"http://\S+", line)
             if found is None:
                 raise SystemExit(f"the server did not start: {line!r}")
-            figures = asyncio.run(_compare(args, found[0]))
+            yield found[0]
         finally:
             server.terminate()
-    print(json.dumps(vars(args) | {"checkpoint": args.checkpoint.name} | figures))
 
 
-async def _compare(args: argparse.Namespace, url: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _vllm_server(args: argparse.Namespace) -> Iterator[str]:
+    """vLLM's on all cores; by default it leaves one of them idle."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--model", str(args.checkpoint), "--dtype", "float32"]
+    command += ["--served-model-name", "model", "--max-num-seqs", str(args.concurrency)]
+    command += ["--max-model-len", "2048", "--disable-uvicorn-access-log"]
+    url = f"http://127.0.0.1:{port}"
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log) as server,
+    ):
+        try:
+            while not _answers(f"{url}/health"):
+                if server.poll() is not None:
+                    log.seek(0)
+                    raise SystemExit(f"vLLM's server did not start:\n{log.read()[-2000:]}")
+                time.sleep(1)
+            yield url
+        finally:
+            server.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+async def _compare(args: argparse.Namespace, urls: dict[str, str]) -> dict[str, Any]:
     import httpx
     from openai_server.loading import Options, load
 
@@ -72,7 +132,7 @@ async def _compare(args: argparse.Namespace, url: str) -> dict[str, Any]:
         loaded.engine.warm_up()
         async with (
             AsyncEngine(loaded.engine) as engine,
-            httpx.AsyncClient(base_url=url, timeout=600) as client,
+            httpx.AsyncClient(timeout=600) as client,
         ):
 
             async def direct(ids: list[int]) -> tuple[float, int]:
@@ -82,12 +142,12 @@ async def _compare(args: argparse.Namespace, url: str) -> dict[str, Any]:
                     count = len(output.outputs[0].token_ids)
                 return first, count
 
-            async def http(ids: list[int]) -> tuple[float, int]:
+            async def http(url: str, ids: list[int]) -> tuple[float, int]:
                 body = {"model": "model", "prompt": ids, "max_tokens": args.max_tokens}
                 body |= {"temperature": 0, "ignore_eos": True, "stream": True}
                 body |= {"stream_options": {"include_usage": True}}
                 begin, first, last = time.perf_counter(), 0.0, ""
-                async with client.stream("POST", "/v1/completions", json=body) as response:
+                async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
                     response.raise_for_status()
                     async for line in response.aiter_lines():
                         if line.startswith("data: {"):
@@ -95,9 +155,11 @@ async def _compare(args: argparse.Namespace, url: str) -> dict[str, Any]:
                             last = line
                 return first, json.loads(last[6:])["usage"]["completion_tokens"]
 
-            results: dict[str, list[tuple[float, float]]] = {"engine": [], "http": []}
+            requests: dict[str, _Request] = {"engine": direct}
+            requests |= {name: functools.partial(http, url) for name, url in urls.items()}
+            results: dict[str, list[tuple[float, float]]] = {name: [] for name in requests}
             for number in range(args.rounds + 1):
-                for name, request in (("engine", direct), ("http", http)):
+                for name, request in requests.items():
                     shape = (args.num_requests, args.prompt_tokens)
                     prompts = rng.integers(3, loaded.model.vocab_size, shape).tolist()
                     measured = await _round(request, prompts, args.concurrency)
@@ -110,7 +172,11 @@ async def _compare(args: argparse.Namespace, url: str) -> dict[str, Any]:
         figures[f"{name}_first_token_ms"] = round(float(first) * 1000, 2)
     ratio = figures["http_tokens_per_second"] / figures["engine_tokens_per_second"]
     added = figures["http_first_token_ms"] - figures["engine_first_token_ms"]
-    return figures | {"throughput_ratio": round(ratio, 3), "first_token_added_ms": round(added, 2)}
+    figures |= {"throughput_ratio": round(ratio, 3), "first_token_added_ms": round(added, 2)}
+    if "vllm" in results:
+        ratio = figures["http_tokens_per_second"] / figures["vllm_tokens_per_second"]
+        figures["throughput_ratio_to_vllm"] = round(ratio, 3)
+    return figures
 
 
 async def _round(

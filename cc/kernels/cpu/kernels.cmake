@@ -16,6 +16,9 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/prefix_groups.cc
   cc/kernels/cpu/workspace.cc)
 target_link_libraries(kvpage_cpu_kernels PUBLIC kvpage_options)
+if(JAX_KVPAGE_SANITIZE)
+  target_compile_options(kvpage_cpu_kernels PRIVATE -O2)
+endif()
 # Only Fma() fuses a product with a sum: elsewhere a product that is compared must be the one that is subtracted.
 set(arithmetic -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
