@@ -47,15 +47,6 @@ def _marker() -> Any:
     return jax.jit(lambda x: x + 1)
 
 
-def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
-    """Rows padded with -1 to a power of two, so that few programs are compiled."""
-    size = 1 << (len(rows) - 1).bit_length() if rows else 0
-    table = np.full((size, width), -1, np.int32)
-    if rows:
-        table[: len(rows)] = rows
-    return table
-
-
 def _unshared_tokens(donors: Sequence[int], claim: Any) -> list[tuple[int, int, int, int]]:
     """The copies that complete forks: of each, the tokens in blocks that are not shared.
 
@@ -97,10 +88,19 @@ class Queue:
         self._native = native
         self._devices = {native.device}
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
-        self._no_copies = self.put(_rows([], 4))
+        self._no_copies = self.put(self.rows([], 4))
         # Of each slot that was released: an array that its release program makes.
         self._releases: dict[int, jax.Array] = {}
         self.waits = 0
+
+    @staticmethod
+    def rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+        """Rows padded with -1 to a power of two, so that few programs are compiled."""
+        size = 1 << (len(rows) - 1).bit_length() if rows else 0
+        table = np.full((size, width), -1, np.int32)
+        if rows:
+            table[: len(rows)] = rows
+        return table
 
     def put(self, array: np.ndarray) -> jax.Array:
         """The array on the pool's device."""
@@ -332,23 +332,26 @@ class Queue:
         if not edits and not copies:
             return cache
         vacated = [slot for opcode, slot, *_ in edits if opcode == VACATE]
+        rows = self.rows(copies, 4) if copies else self._no_copies
         program = _program(verb, bool(vacated))
+        cache, marker = self.call(program, cache, self.rows(edits, 4), rows)
+        if marker is not None:
+            self._releases.update(dict.fromkeys(vacated, marker))
+        return cache
+
+    def call(self, program: Any, cache: KVCache, *arrays: Any) -> Any:
+        """Calls a program of (cache, handle of this pool, *arrays) on the pool's device."""
         try:
-            # As NumPy arrays: jit moves them to the cache's device faster than device_put does.
-            rows = _rows(copies, 4) if copies else self._no_copies
-            table = _rows(edits, 4)
+            # NumPy arrays stay such: jit moves them to the device faster than device_put does.
             if guards_transfers():
-                table, rows = jax.device_put((table, rows), self._native.device)
+                arrays = jax.device_put(arrays, self._native.device)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
-                cache, marker = program(cache, self._own, table, rows)
+                return program(cache, self._own, *arrays)
         except Exception as error:
             short = shortened(error)
             if short is not error:
                 raise short from None
             raise
-        if marker is not None:
-            self._releases.update(dict.fromkeys(vacated, marker))
-        return cache
 
     def restart(self) -> None:
         """Forgets programs of older generations."""

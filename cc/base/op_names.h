@@ -23,6 +23,7 @@ enum class DeviceOp : std::int32_t {
   kTruncate,
   kAcquirePrefix,
   kDropBefore,
+  kReuseSegment,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -55,6 +56,8 @@ inline const char* OpName(DeviceOp op) {
       return "acquire_prefix";
     case DeviceOp::kDropBefore:
       return "drop_before";
+    case DeviceOp::kReuseSegment:
+      return "reuse_segment";
   }
   return "an op";
 }

@@ -212,4 +212,11 @@ Status CopyChain(Op op, std::int32_t slot) {
                          " is the source and the target of copies in one call: queue the second one in another call");
 }
 
+Status CommittedAhead(Op op, std::int32_t slot, std::int64_t committed, std::int64_t length) {
+  return FailedPrecondition(Slot(op, slot) + ": " + Number(committed) + " tokens are committed, but it has " +
+                            Number(length) +
+                            ": commit the tokens of a segment after the call that copies it, or other requests could "
+                            "find them as a prefix");
+}
+
 }  // namespace kvpage::messages

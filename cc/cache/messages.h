@@ -67,6 +67,10 @@ Status CopyTokens(Op op, std::int32_t target, std::int64_t first, std::int64_t c
 Status CopyTwice(Op op, std::int32_t target);                                           // two copies into one slot
 Status CopyChain(Op op, std::int32_t slot);  // a copy's source is the target of a copy
 
+// ---- copy_rotated ----
+// More of the target's tokens are committed than it has before the copy.
+Status CommittedAhead(Op op, std::int32_t slot, std::int64_t committed, std::int64_t length);
+
 }  // namespace kvpage::messages
 
 #endif  // KVPAGE_CACHE_MESSAGES_H_

@@ -27,6 +27,7 @@
 #include "cache/prefix_ops.h"
 #include "cache/prefix_store.h"
 #include "cache/program_ops.h"
+#include "cache/reuse.h"
 #include "cache/sharing.h"
 #include "cache/views.h"
 
@@ -99,6 +100,10 @@ class Pool {
     return dropping::Start(parts_, slots, tokens, cache, dropped);
   }
   Status Drops(std::int32_t slot, std::int64_t tokens, bool* out) { return dropping::Drops(parts_, slot, tokens, out); }
+  Status StartReuse(std::vector<SegmentCopy>* copies, std::vector<reuse::Mark>* before) {
+    return reuse::Start(parts_, copies, before);
+  }
+  void UndoReuse(const std::vector<reuse::Mark>& before) { reuse::Undo(parts_, before); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
     return host_ops::StartEdits(parts_, verb, edits);
   }
@@ -167,6 +172,10 @@ class Pool {
   Status EditSlots(const char* op, const CacheRef& cache, const EditList& list, PinnedSlots* pinned,
                    std::uint32_t* epoch, std::int32_t* lengths) {
     return edit_ops::EditSlots(parts_, op, cache, list, pinned, epoch, lengths);
+  }
+  Status CopyRotated(const char* op, const CacheRef& cache, const SegmentList& list, PinnedSlots* pinned,
+                     std::uint32_t* epoch, std::int32_t* lengths, std::vector<std::int32_t>* to) {
+    return reuse::CopyRotated(parts_, op, cache, list, pinned, epoch, lengths, to);
   }
   Status CheckViews(const char* op, const CacheRef& cache, const std::vector<views::ViewRef>& arrays) {
     return views::Check(parts_, op, cache, arrays);

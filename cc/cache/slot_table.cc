@@ -1,6 +1,7 @@
 #include "cache/slot_table.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace kvpage {
 
@@ -43,6 +44,7 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   row.committed.clear();
   row.space = -1;
   row.prompt = row.found = row.fewest = 0;
+  row.exact = std::numeric_limits<std::int64_t>::max();
   progress_.Reset(slot);
 }
 
@@ -71,6 +73,7 @@ void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_
   row.forked = true;
   row.committed.assign(ids.begin(), ids.begin() + tokens);
   row.space = slots_[donor].space;
+  row.exact = slots_[donor].exact;
   if (row.space >= 0) commits_.Note(slot);
   progress_.slots[slot].shared = static_cast<std::int32_t>(Lendable(lock, donor, tokens));
 }
@@ -161,7 +164,8 @@ void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written
   if (row.space >= 0) {
     // What was found is there, whether the program that occupies the slot has run or not.
     if (written < 0) written = progress_.WrittenInAllLayers(slot);
-    const std::int64_t kept = std::min<std::int64_t>(std::max(written, row.found), row.committed.size());
+    const auto committed = std::min<std::int64_t>(row.exact, row.committed.size());
+    const std::int64_t kept = std::min(std::max(written, row.found), committed);
     row.committed.resize(kept);
     row.fewest = std::min(row.fewest, kept);
   }

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <string>
@@ -62,6 +63,9 @@ struct HostSlot {
   // A free slot keeps them, with `committed` cut back to what programs have written.
   std::int32_t space = -1;
   std::int64_t prompt = 0, found = 0, fewest = 0;
+  // The index may have the tokens below this only: those behind depend on a segment that was computed elsewhere
+  // (reuse.h). A free slot keeps none of these.
+  std::int64_t exact = std::numeric_limits<std::int64_t>::max();
 
   bool idle() const { return state == SlotState::kFree && views == 0; }
 };
@@ -154,6 +158,8 @@ class SlotTable {
   // The host gives up the tokens below `tokens`, and takes that back.
   void StartDrop(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void UndoDrop(const StateLock&, std::int32_t slot);
+  // See HostSlot::exact.
+  void SetExact(const StateLock&, std::int32_t slot, std::int64_t tokens) { slots_[slot].exact = tokens; }
   // A generation starts: programs that are queued will not run. A fork among them leaves its slot to nobody.
   void StartGeneration(const StateLock& lock, std::int32_t slot);
   void CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens);

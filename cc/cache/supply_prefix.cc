@@ -30,8 +30,9 @@ void Supply::SyncIndex(const MappingLock& lock) {
       if (host.space < 0 || host.state == SlotState::kDraining) continue;  // noted again when it is free
       if (host.dropped > 0) continue;
       Row row{slot, host.space, host.fewest, host.committed};
+      const auto most = std::min<std::int64_t>(row.ids.size(), host.exact);
+      row.ids.resize(most);
       // Blocks that a queued truncation may replace are not the sequence's for long.
-      const auto most = static_cast<std::int64_t>(row.ids.size());
       if (host.truncations > 0) row.ids.resize(table_->Lendable(state, slot, most));
       table_->NoteStored(state, slot);
       rows.push_back(std::move(row));

@@ -45,6 +45,18 @@ auto BindEditSlots(B&& base) {
       .template Ret<U32>()
       .template Ret<S32>();
 }
+// own, copies, inv_freq; the new epoch and lengths
+template <class B>
+auto BindCopyRotated(B&& base) {
+  return BindCache(std::forward<B>(base))
+      .template Arg<S32>()
+      .template Arg<S32>()
+      .template Arg<F32>()
+      .template Attr<SpecAttr>("spec")
+      .template Attr<std::int32_t>("interleaved")
+      .template Ret<U32>()
+      .template Ret<S32>();
+}
 template <class B>
 auto BindAfter(B&& base) {
   return std::forward<B>(base).template Arg<U32>().RemainingArgs().template Ret<U32>();

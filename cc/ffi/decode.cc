@@ -87,6 +87,27 @@ Status ToEditList(const char* op, const S32& own, const S32& edits, const S32& c
                          ": the called pool's handle must be int32[2], edits int32[n, 4] and copies int32[m, 4]");
 }
 
+Status ToSegmentList(const char* op, const S32& own, const S32& copies, SegmentList* list) {
+  static_assert(sizeof(SegmentCopy) == 5 * sizeof(std::int32_t));
+  const auto shape = copies.dimensions();
+  if (own.element_count() != 2 || shape.size() != 2 || shape[1] != 5) {
+    return InvalidArgument(std::string(op) + ": the called pool's handle must be int32[2] and copies int32[n, 5]");
+  }
+  *list = {reinterpret_cast<const SegmentCopy*>(copies.typed_data()), shape[0]};
+  return {};
+}
+
+Status ToRotation(const char* op, const F32& inv_freq, std::int32_t interleaved, std::int64_t num_layers,
+                  std::int64_t head_dim, Rotation* rotation) {
+  const auto shape = inv_freq.dimensions();
+  if (shape.size() != 2 || shape[0] != num_layers || 2 * shape[1] > head_dim) {
+    return InvalidArgument(std::string(op) + ": inv_freq must be float32[" + std::to_string(num_layers) +
+                           ", n] with n at most head_dim / 2, " + std::to_string(head_dim / 2));
+  }
+  *rotation = {inv_freq.typed_data(), static_cast<std::int32_t>(shape[1]), interleaved != 0};
+  return {};
+}
+
 Status CheckPerSlot(const char* op, const S32& slots, const S32& values) {
   if (slots.element_count() == values.element_count()) return {};
   return InvalidArgument(std::string(op) + ": operands must have one entry per slot");

@@ -10,6 +10,7 @@
 #include "base/dtype.h"
 #include "base/kv_view.h"
 #include "base/op_names.h"
+#include "base/segment_copies.h"
 #include "base/slot_edits.h"
 #include "base/status.h"
 #include "cache/pool.h"
@@ -58,6 +59,10 @@ Status CheckKeysAndValues(const char* op, const Any& k, const Any& v, std::int64
 // of the pool whose method was called.
 Status ToVerb(std::int32_t attribute, DeviceOp* verb);
 Status ToEditList(const char* op, const S32& own, const S32& edits, const S32& copies, EditList* list);
+// copy_rotated: its list and its rotation, which on CUDA lie in device memory.
+Status ToSegmentList(const char* op, const S32& own, const S32& copies, SegmentList* list);
+Status ToRotation(const char* op, const F32& inv_freq, std::int32_t interleaved, std::int64_t num_layers,
+                  std::int64_t head_dim, Rotation* rotation);
 // One entry for each slot.
 Status CheckPerSlot(const char* op, const S32& slots, const S32& values);
 // The view over page arrays [pages, page_size, heads, dim] ("NHD", layout 0) or [pages, heads, page_size, dim] ("HND",

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -29,6 +30,7 @@ std::vector<SlotEdit> ToEdits(const EditRows& rows) {
 // decision is made: a Python signal handler may raise when a call returns, and its result is lost then.
 struct Decision {
   EditRows edits;
+  std::vector<reuse::Mark> marks;  // reuse_segment
 };
 
 Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
@@ -53,9 +55,11 @@ void StartEdits(const PoolReference& self, Decision* decision, const std::string
 void Undo(const PoolReference& self, Decision* decision) {
   const GilRelease release;
   PoolPtr pool;
-  const EditRows rows = std::move(decision->edits);
-  decision->edits.clear();
-  if (self.Get("undo", &pool).ok()) pool->UndoEdits(ToEdits(rows));
+  const EditRows rows = std::exchange(decision->edits, {});
+  const std::vector<reuse::Mark> marks = std::exchange(decision->marks, {});
+  if (!self.Get("undo", &pool).ok()) return;
+  pool->UndoEdits(ToEdits(rows));
+  pool->UndoReuse(marks);
 }
 
 // (donor, tokens)
@@ -130,6 +134,20 @@ void DropBefore(const PoolReference& self, Decision* decision, const std::vector
   });
 }
 
+// (source, target, begin, count)
+using SegmentRows = std::vector<std::array<std::int32_t, 4>>;
+
+// The rows of the program's operand: those given, and for each the target's committed tokens.
+std::vector<std::array<std::int32_t, 5>> StartReuse(const PoolReference& self, Decision* decision,
+                                                    const SegmentRows& rows) {
+  std::vector<SegmentCopy> copies;
+  for (const auto& [source, target, begin, count] : rows) copies.push_back({source, target, begin, count, 0});
+  Call(self, "reuse_segment", [&](const PoolPtr& pool) { return pool->StartReuse(&copies, &decision->marks); });
+  std::vector<std::array<std::int32_t, 5>> operand;
+  for (const SegmentCopy& c : copies) operand.push_back({c.source, c.target, c.begin, c.count, c.committed});
+  return operand;
+}
+
 }  // namespace
 
 void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
@@ -146,6 +164,7 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
            "num_tokens"_a)
       .def("drop_before", &DropBefore, "decision"_a, "slots"_a, "num_tokens"_a, "generation"_a, "epoch"_a)
       .def("drops", Getter<bool, std::int32_t, std::int64_t>("drop_before", &Pool::Drops), "slot"_a, "num_tokens"_a)
+      .def("start_reuse", &StartReuse, "decision"_a, "copies"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);
 }

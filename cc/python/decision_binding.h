@@ -1,4 +1,4 @@
-// Host verbs that decide about slots: acquire, release, fork, truncate; and their undo.
+// Host verbs that decide about slots: acquire, release, fork, truncate, reuse; and their undo.
 #ifndef KVPAGE_PYTHON_DECISION_BINDING_H_
 #define KVPAGE_PYTHON_DECISION_BINDING_H_
 

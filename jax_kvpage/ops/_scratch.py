@@ -13,7 +13,7 @@ import jax
 from jax_kvpage import _native
 from jax_kvpage.spec import DTYPE_CODES, CacheSpec
 
-__all__ = ["attention", "attention_with_tables", "checked", "copies", "with_result"]
+__all__ = ["attention", "attention_with_tables", "checked", "copies", "segments", "with_result"]
 
 
 def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
@@ -29,6 +29,12 @@ def copies(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
     """Bytes for what edit_slots hands to its copies; none without any."""
     del params
     return _native.checked_scratch_bytes(0, 0) if operands[5].shape[0] else 0
+
+
+def segments(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    """Bytes for what copy_rotated hands to its copies."""
+    del operands, params
+    return _native.checked_scratch_bytes(0, 0)
 
 
 def _attention(

@@ -1,5 +1,6 @@
-// Handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, after.
+// Handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, copy_rotated, after.
 #include <cstring>
+#include <vector>
 
 #include "cache/messages.h"
 #include "ffi/bindings.h"
@@ -64,6 +65,29 @@ ffi::Error EditSlots(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths
   return ffi::Error::Success();
 }
 
+ffi::Error CopyRotated(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 own, S32 copies, F32 inv_freq,
+                       SpecAttr spec, std::int32_t interleaved, ffi::Result<U32> new_epoch,
+                       ffi::Result<S32> new_lengths) {
+  const char* const op = OpName(DeviceOp::kReuseSegment);
+  std::shared_ptr<Pool> pool;
+  KVPAGE_FFI_RETURN_IF_ERROR(Resolve(op, handle, spec, &pool));
+  SegmentList list;
+  Rotation rotation;
+  KVPAGE_FFI_RETURN_IF_ERROR(ToSegmentList(op, own, copies, &list));
+  KVPAGE_FFI_RETURN_IF_ERROR(
+      ToRotation(op, inv_freq, interleaved, pool->geometry().num_layers, pool->geometry().head_dim, &rotation));
+  if (own.typed_data()[0] != handle.typed_data()[0]) {
+    return ToError(messages::ForeignCache(op, handle.typed_data()[0], own.typed_data()[0]));
+  }
+  PinnedSlots pinned;
+  std::vector<std::int32_t> to;
+  KVPAGE_FFI_RETURN_IF_ERROR(pool->CopyRotated(op, Cache(handle, epoch, lengths), list, &pinned,
+                                               new_epoch->typed_data(), new_lengths->typed_data(), &to));
+  XlaParallel parallel(&threads);
+  cpu::CopyRotated(pool->View(), pool->geometry().num_layers, list, to, rotation, parallel);
+  return ffi::Error::Success();
+}
+
 // The values are operands so that XLA has computed them before any use of the returned epoch.
 ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   std::memmove(new_epoch->typed_data(), epoch.typed_data(), sizeof(std::uint32_t));
@@ -74,16 +98,15 @@ XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kAdvance, Advance, BindLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths, BindLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kEditSlots, EditSlots, BindEditSlots(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kCopyRotated, CopyRotated, BindCopyRotated(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
 
 }  // namespace
 
 std::vector<Target> SlotTargets() {
-  return {{"jax_kvpage_map_slots", kMapSlots},
-          {"jax_kvpage_advance", kAdvance},
-          {"jax_kvpage_set_lengths", kSetLengths},
-          {"jax_kvpage_edit_slots", kEditSlots},
-          {"jax_kvpage_after", kAfter}};
+  return {{"jax_kvpage_map_slots", kMapSlots},       {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths},   {"jax_kvpage_edit_slots", kEditSlots},
+          {"jax_kvpage_copy_rotated", kCopyRotated}, {"jax_kvpage_after", kAfter}};
 }
 
 }  // namespace kvpage

@@ -6,6 +6,7 @@ add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/attend_group.cc
   cc/kernels/cpu/context.cc
   cc/kernels/cpu/copy.cc
+  cc/kernels/cpu/copy_rotated.cc
   cc/kernels/cpu/gather.cc
   cc/kernels/cpu/isa.cc
   cc/kernels/cpu/isa/avx2.cc
@@ -28,4 +29,4 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set_source_files_properties(cc/kernels/cpu/isa/avx512.cc PROPERTIES COMPILE_OPTIONS "${avx512}")
   set_source_files_properties(cc/kernels/cpu/isa/avx512_bf16.cc PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16;-mavx512vnni;-mavx512vbmi")
 endif()
-set_source_files_properties(cc/kernels/cpu/isa/baseline.cc PROPERTIES COMPILE_OPTIONS ${arithmetic})
+set_source_files_properties(cc/kernels/cpu/copy_rotated.cc cc/kernels/cpu/isa/baseline.cc PROPERTIES COMPILE_OPTIONS ${arithmetic})

@@ -9,6 +9,7 @@
 #include "base/dtype.h"
 #include "base/kv_view.h"
 #include "base/parallel.h"
+#include "base/segment_copies.h"
 #include "base/shared_prefixes.h"
 #include "base/slot_edits.h"
 #include "base/status.h"
@@ -70,6 +71,11 @@ void Gather(const GatherArgs& args, Parallel& parallel);
 // disjoint.
 void CopyTokens(const KVView& kv, std::int64_t num_layers, const TokenCopy* copies, std::int64_t num_copies,
                 Parallel& parallel);
+
+// Copies segments to position to[i] on of their targets in all layers: values bit by bit, keys rotated in float32, and
+// bit by bit as well where the position stays the same. Targets are no sources and are disjoint.
+void CopyRotated(const KVView& kv, std::int64_t num_layers, const SegmentList& list,
+                 const std::vector<std::int32_t>& to, const Rotation& rotation, Parallel& parallel);
 
 // Name of the instruction set that the kernels run with: "baseline", "avx2", "avx512", "avx512_bf16".
 const char* InstructionSet();

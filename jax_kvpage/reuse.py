@@ -1,0 +1,160 @@
+"""The host call that reuses computed segments at other positions."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, overload
+
+import jax
+import numpy as np
+
+from jax_kvpage import _native
+from jax_kvpage._arrays import as_bool, host_ints
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage._queue import Queue
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops.copy_rotated import copy_rotated
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["ReuseCalls"]
+
+
+@functools.cache
+def _program(interleaved: bool) -> Any:
+    def run(cache: KVCache, own: jax.Array, copies: jax.Array, inv_freq: jax.Array) -> KVCache:
+        return copy_rotated(cache, own, copies, inv_freq, interleaved)
+
+    return jax.jit(run)
+
+
+def _frequencies(inv_freq: Any, spec: CacheSpec) -> np.ndarray:
+    """inv_freq as float32 [num_layers, pairs]."""
+    array = np.asarray(inv_freq)
+    most = spec.head_dim // 2
+    shape = array.shape[:-1] in ((), (spec.num_layers,)) and array.ndim > 0
+    if not shape or not np.issubdtype(array.dtype, np.floating) or array.shape[-1] > most:
+        raise ValueError(
+            f"reuse_segment: inv_freq: wanted floats [n] or [num_layers={spec.num_layers}, n] with "
+            f"n at most head_dim / 2 = {most}, got {array.dtype}{list(array.shape)}"
+        )
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("reuse_segment: inv_freq: wanted finite numbers")
+    return np.ascontiguousarray(np.broadcast_to(array, (spec.num_layers, array.shape[-1])))
+
+
+class ReuseCalls:
+    """The part of `KVPool` that copies what sequences have computed to other positions.
+
+    The idea is that of CacheBlend (Yao et al., 2024) and EPIC (Hu et al., 2024): texts that many
+    requests quote, retrieved documents for instance, are computed once, and later found anywhere in
+    a prompt.
+    """
+
+    spec: CacheSpec
+    _native: NativePool
+    _pool: Any
+    _queue: Queue
+
+    @overload
+    def reuse_segment(
+        self,
+        cache: KVCache,
+        slot: int,
+        source: int,
+        begin: int,
+        count: int,
+        *,
+        inv_freq: Any,
+        interleaved: bool = False,
+    ) -> KVCache: ...
+
+    @overload
+    def reuse_segment(
+        self,
+        cache: KVCache,
+        slot: Sequence[int],
+        source: Sequence[int],
+        begin: Sequence[int],
+        count: Sequence[int],
+        *,
+        inv_freq: Any,
+        interleaved: bool = False,
+    ) -> KVCache: ...
+
+    def reuse_segment(
+        self,
+        cache: KVCache,
+        slot: Any,
+        source: Any,
+        begin: Any,
+        count: Any,
+        *,
+        inv_freq: Any,
+        interleaved: bool = False,
+    ) -> KVCache:
+        """Extends sequences by segments of others, at other positions: an approximation.
+
+        Tokens `begin` to `begin + count - 1` of `source` become the next `count` tokens of `slot`,
+        in all layers, without running the model. Their positions are right: keys are rotated by the
+        distance (RoPE). Their contents are not what the model would have computed: each token has
+        seen the tokens before it in `source`, and not those before it in `slot`. The error falls
+        when the first tokens of the segment are run through the model in place, and only the rest
+        is reused; `benchmarks/README.md` has figures. With a different context before it, no part
+        of the segment is exact.
+
+        The prefix cache does not learn of the result: whatever is committed to `slot` from now on
+        is not found by `acquire_prefix`, nor saved. The same holds for its forks. What was
+        committed before still is. Commit the ids of the segment after this call.
+
+        Models: the angle of each pair of key elements must be position times a constant. That
+        holds for plain RoPE, "linear", "llama3" and "yarn" scaling, whose factor on queries and
+        keys changes nothing here; with "dynamic" scaling it holds up to the trained length. The
+        model must have no other notion of position, such as ALiBi slopes, that is not computed from
+        the cache's positions when it is read.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot, or a list; of each, room for `count` more tokens must be mapped
+                (`extend`).
+            source: another occupied slot, or a list. It stays unchanged, and is not released
+                before the call.
+            begin: first token to copy, or a list.
+            count: number of tokens, or a list. They must be committed to `source`.
+            inv_freq: floats [n] or [num_layers, n], n at most head_dim / 2: the angle between two
+                neighbouring positions, for each pair of elements of a key. Zeros for layers without
+                RoPE. Elements behind the first 2n are copied (partial rotary embedding).
+            interleaved: whether a pair is elements 2i and 2i + 1 (GPT-J) and not i and i + n.
+
+        Returns:
+            The next cache, in which the slots are `count` tokens longer.
+
+        Raises:
+            ValueError: a list of another length, more tokens than are committed, a slot that does
+                not exist or is named twice, a slot that is a target and a source, a malformed
+                inv_freq, a cache of another spec.
+            KVPageError: a slot is not occupied, or the tokens were dropped (`drop_before`).
+            DeviceFault: an earlier program failed on the device; nothing has changed.
+            PoolClosed: the pool is closed.
+            jax.errors.JaxRuntimeError: when run: a stale cache, no room, tokens that are not
+                written, or a slot with more committed tokens than it has. On CUDA it is a recorded
+                fault.
+        """
+        self._queue.check_cache("reuse_segment", cache)
+        named = {"slot": slot, "source": source, "begin": begin, "count": count}
+        lists = {name: host_ints(f"reuse_segment: {name}", x)[0] for name, x in named.items()}
+        if len({len(x) for x in lists.values()}) != 1:
+            sizes = ", ".join(f"{len(x)} of {name}" for name, x in lists.items())
+            raise ValueError(f"reuse_segment: wanted one number of each kind a copy, got {sizes}")
+        frequencies = _frequencies(inv_freq, self.spec)
+        program = _program(as_bool("reuse_segment: interleaved", interleaved))
+        targets, sources, begins, counts = lists.values()
+        copies = list(zip(sources, targets, begins, counts, strict=True))
+        if not copies:
+            return cache
+        decision = _native.Decision()
+        try:
+            rows = self._native.call(self._pool.start_reuse, decision, copies)
+            return self._queue.call(program, cache, self._queue.rows(rows, 5), frequencies)
+        except BaseException:
+            self._pool.undo(decision)
+            raise
