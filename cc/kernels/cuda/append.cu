@@ -3,13 +3,12 @@
 
 #include "base/spec_fields.h"
 #include "kernels/cuda/check.cuh"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/quantize.cuh"
 
 namespace kvpage::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kMagnitude = 0x7fffffffu;  // of a float's bits
 
 struct AppendArgs {
   const CheckedBatch* checked;
@@ -76,23 +75,6 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   }
 }
 
-// ---- quantized storage: jax_kvpage/quantize.py has the definition ----
-
-template <class To>
-inline constexpr float kLargest = std::is_same_v<To, Int8> ? 127.0f : 448.0f;
-
-// The element's bits; |v| exceeds the largest value by rounding errors at most.
-template <class To>
-__device__ __forceinline__ unsigned Quantize(float v) {
-  if constexpr (std::is_same_v<To, Int8>) return static_cast<unsigned>(__float2int_rn(v)) & 0xffu;
-  const unsigned bits = __float_as_uint(v) & kMagnitude;
-  const unsigned normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3);
-  // Below 2^-6 elements are multiples of 2^-9, which is the last place of 2^14.
-  const unsigned small = __float_as_uint(__fadd_rn(__uint_as_float(bits), 16384.0f)) & 0xffu;
-  const unsigned magnitude = bits < ((127 - 6) << 23) ? small : normal;
-  return magnitude | (__float_as_uint(v) >> 24 & 0x80u);
-}
-
 // One warp per row of head_dim elements, which share a scale.
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
@@ -106,34 +88,27 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant
     const int which = r / args.num_kv_heads, head = r % args.num_kv_heads;
     const From* const from = static_cast<const From*>(which == 0 ? args.k : args.v) +
                              (token * args.num_kv_heads + head) * std::int64_t{args.head_dim};
-    // Bits of floats without their sign are ordered as the floats are, infinity and NaN on top.
     unsigned top = 0;
     for (int d = lane * N; d < args.head_dim; d += kWarpSize * N) {
       const Vector<From, N> loaded = LoadVector<From, N>(from + d);
 #pragma unroll
-      for (int i = 0; i < N; ++i) top = max(top, __float_as_uint(ToFloat(loaded.at[i])) & kMagnitude);
+      for (int i = 0; i < N; ++i) top = max(top, Magnitude(ToFloat(loaded.at[i])));
     }
-    top = __reduce_max_sync(kFullMask, top);
-    const bool finite = top < 0x7f800000u;
-    float scale = __fmul_rn(__uint_as_float(top), 1.0f / kLargest<To>);
-    const bool stored = finite && scale >= 1.17549435e-38f;
-    if (!stored) scale = finite ? 0.0f : __uint_as_float(0x7fc00000u);
-    const float inverse = stored ? __frcp_rn(scale) : 0.0f;
+    const RowScale<To> scale(__reduce_max_sync(kFullMask, top));
     auto* const to =
         reinterpret_cast<std::uint8_t*>(checked.view.At(target.slot, target.position, checked.layer, which, head));
     for (int d = lane * N; d < args.head_dim; d += kWarpSize * N) {
       const Vector<From, N> loaded = LoadVector<From, N>(from + d);
       unsigned codes = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) codes |= Quantize<To>(__fmul_rn(ToFloat(loaded.at[i]), inverse)) << 8 * i;
-      if (!stored) codes = 0;
+      for (int i = 0; i < N; ++i) codes |= scale.Bits(ToFloat(loaded.at[i])) << 8 * i;
       if constexpr (N == 4) {
         *reinterpret_cast<unsigned*>(to + d) = codes;
       } else {
         to[d] = static_cast<std::uint8_t>(codes);
       }
     }
-    if (lane == 0) *checked.view.Scale(target.slot, target.position, checked.layer, which, head) = scale;
+    if (lane == 0) *checked.view.Scale(target.slot, target.position, checked.layer, which, head) = scale.scale;
   }
 }
 
