@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_kvpage as kvp
+from jax_kvpage.ops.copy_rotated import copy_rotated
 from jax_kvpage.ops.edit_slots import OCCUPY, edit_slots
 from jax_kvpage.ops.gather_context import gather_context_p
 
@@ -68,6 +69,12 @@ def edit(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
     return edit_slots(cache, np.zeros(2, np.int32), edits, copies, "acquire")
 
 
+def reuse(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
+    copies = jnp.stack([batch.slots, batch.slots + 1, *[jnp.ones(TOKENS, jnp.int32)] * 3], 1)
+    frequencies = np.ones((SPEC.num_layers, DIM // 2), np.float32)
+    return copy_rotated(cache, np.zeros(2, np.int32), copies, frequencies)
+
+
 # The op, and how its operands share buffers with its results: {operand: result}.
 OPS: dict[str, tuple[Callable[[kvp.KVCache, kvp.Batch], Any], dict[int, int]]] = {
     "map_slots": (lambda c, b: kvp.map_slots(c, b.slots, 40), {1: 0}),
@@ -77,6 +84,7 @@ OPS: dict[str, tuple[Callable[[kvp.KVCache, kvp.Batch], Any], dict[int, int]]] =
     "advance": (kvp.advance, {1: 0, 2: 1}),
     "set_lengths": (lambda c, b: kvp.set_lengths(c, b.slots, 0), {1: 0, 2: 1}),
     "edit_slots": (edit, {1: 0, 2: 1}),
+    "copy_rotated": (reuse, {1: 0, 2: 1}),
     "after": (lambda c, b: kvp.after(c, b.slots), {0: 0}),
     "gather_context": (gather, {}),
 }
@@ -126,6 +134,7 @@ WITH_SCRATCH = (
     "paged_attention",
     "update_and_attend",
     "edit_slots",
+    "copy_rotated",
     "gather_context",
     "attend_with_tables",
 )

@@ -33,6 +33,7 @@ _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_safety.py": {},
     "test_prefix.py": {},
     "test_prefix_state_machine.py": {},
+    "test_reuse_prefix.py": {},
     "test_drop_before.py": {"test_views_show_zeros": _VIEWS},
     "test_sharing.py": {"test_views_of_shared_slots": _VIEWS},
     "test_sharing_state_machine.py": {},

@@ -61,6 +61,7 @@ enum class FaultKind : std::int32_t {
   kBelowDropped,  // slot: set_lengths, truncate; wanted: the new length, have: dropped
   kDropBeyond,    // slot: drop_before; wanted: its first token that stays, have: the length
   kNoTable,       // addressing="table": the pool has no block table on this device
+  kCommittedAhead,  // slot: the target of a segment; wanted: its committed tokens, have: its length
 };
 
 // Pinned host memory: the first fault since the host last looked.

@@ -82,6 +82,8 @@ Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec) 
       return messages::CopyTwice(op, fault.slot);
     case FaultKind::kCopyChain:
       return messages::CopyChain(op, fault.slot);
+    case FaultKind::kCommittedAhead:
+      return messages::CommittedAhead(op, fault.slot, fault.wanted, fault.have);
   }
   return Internal(op + ": the device recorded a fault of unknown kind " + std::to_string(fault.kind));
 }

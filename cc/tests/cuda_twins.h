@@ -241,7 +241,7 @@ class Twins {
     }
   }
 
- private:
+ protected:  // for tests of one more op
   // Operands in device memory. Results lie in the operands' own memory or apart, as XLA may have it.
   class Operands {
    public:
@@ -330,6 +330,7 @@ class Twins {
     }
   }
 
+ private:
   const Geometry geometry_;
   const PoolOptions options_;
   std::shared_ptr<Pool> pool_;

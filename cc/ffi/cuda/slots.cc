@@ -1,4 +1,4 @@
-// CUDA handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, after.
+// CUDA handlers that change which tokens a slot has: map_slots, advance, set_lengths, edit_slots, copy_rotated, after.
 #include <algorithm>
 #include <vector>
 
@@ -45,6 +45,21 @@ ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, 
                            scratch->typed_data(), stream);
   };
   return QueueOnPool(op, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
+}
+
+ffi::Error CopyRotated(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 copies,
+                       F32 inv_freq, SpecAttr spec, std::int32_t interleaved, ffi::Result<U32> new_epoch,
+                       ffi::Result<S32> new_lengths, Scratch scratch) {
+  const auto queue = [&](const CudaCall& call) -> Status {
+    SegmentList list;
+    Rotation rotation;
+    KVPAGE_RETURN_IF_ERROR(ToSegmentList(call.op(), own, copies, &list));
+    KVPAGE_RETURN_IF_ERROR(ToRotation(call.op(), inv_freq, interleaved, call.num_layers(), call.head_dim(), &rotation));
+    KVPAGE_RETURN_IF_ERROR(CheckScratch(call.op(), scratch, cuda::CheckedBytes(0, 0)));
+    return cuda::CopyRotated(call.cache, own.typed_data(), list, rotation, new_epoch->typed_data(),
+                             new_lengths->typed_data(), scratch->typed_data(), stream);
+  };
+  return QueueOnPool(DeviceOp::kReuseSegment, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
 // The data that map_slots brings to the host, in pinned memory.
@@ -125,16 +140,15 @@ XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(CudaBinding()));
 KVPAGE_DEFINE_CUDA_HANDLER(kAdvance, Advance, BindLengthChange(CudaBinding()));
 KVPAGE_DEFINE_CUDA_HANDLER(kSetLengths, SetLengths, BindLengthChange(CudaBinding()));
 KVPAGE_DEFINE_CUDA_HANDLER(kEditSlots, EditSlots, WithScratch(BindEditSlots(CudaBinding())));
+KVPAGE_DEFINE_CUDA_HANDLER(kCopyRotated, CopyRotated, WithScratch(BindCopyRotated(CudaBinding())));
 KVPAGE_DEFINE_CUDA_HANDLER(kAfter, After, BindAfter(CudaBinding()));
 
 }  // namespace
 
 std::vector<Target> CudaSlotTargets() {
-  return {{"jax_kvpage_map_slots", kMapSlots},
-          {"jax_kvpage_advance", kAdvance},
-          {"jax_kvpage_set_lengths", kSetLengths},
-          {"jax_kvpage_edit_slots", kEditSlots},
-          {"jax_kvpage_after", kAfter}};
+  return {{"jax_kvpage_map_slots", kMapSlots},       {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_set_lengths", kSetLengths},   {"jax_kvpage_edit_slots", kEditSlots},
+          {"jax_kvpage_copy_rotated", kCopyRotated}, {"jax_kvpage_after", kAfter}};
 }
 
 }  // namespace kvpage

@@ -1,8 +1,8 @@
 // Copies of segments to other positions, as copy_rotated asks for them: values keep their bits, keys are rotated.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
+#include "base/cosine.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/kernels.h"
 
@@ -33,8 +33,9 @@ Turn MakeTurn(const SegmentCopy& copy, std::int32_t to, std::int64_t layer, cons
   for (std::int32_t i = 0; i < rotation.pairs; ++i) {
     const double angle = distance * inv_freq[i];
     turn.rotates = turn.rotates || angle != 0.0;
-    turn.cosines.push_back(static_cast<float>(std::cos(angle)));
-    turn.sines.push_back(static_cast<float>(std::sin(angle)));
+    const CosineAndSine at = CosineAndSineOf(angle);
+    turn.cosines.push_back(at.cosine);
+    turn.sines.push_back(at.sine);
   }
   return turn;
 }

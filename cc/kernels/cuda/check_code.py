@@ -60,7 +60,8 @@ BUDGETS = [
     Budget(r"PlanCheckedKernel", True, 80),
     Budget(r"PlanKernel", False, 80),
     Budget(r"BatchCheckKernel", False, 64),  # it copies a whole KVView
-    Budget(r"(Advance|Change|Edit|TableCheck)Kernel(<.*>)?", False, 64),
+    Budget(r"RotateKernel<.*>", True, 72),
+    Budget(r"(Advance|Change|Edit|Reuse|TableCheck)Kernel(<.*>)?", False, 64),
     Budget(r"DecodeKernel<.*, 64>", True, 255, tile=3200),
     Budget(r"DecodeKernel<.*, 128>", True, 255, tile=4700),
     Budget(r"DecodeKernel<.*, 256>", True, 255, tile=4850),

@@ -15,6 +15,7 @@
 #include "base/device_table.h"
 #include "base/dtype.h"
 #include "base/kv_view.h"
+#include "base/segment_copies.h"
 #include "base/slot_edits.h"
 #include "base/status.h"
 
@@ -53,6 +54,11 @@ Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const s
 // used.
 Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
                  std::int32_t* new_lengths, void* checked, Stream stream);
+// copy_rotated (copy_rotated.cu): the list and the frequencies are device memory. Needs CheckedBytes(0, 0) of device
+// scratch.
+Status CopyRotated(const CacheOperands& cache, const std::int32_t* own, const SegmentList& list,
+                   const Rotation& rotation, std::uint32_t* new_epoch, std::int32_t* new_lengths, void* checked,
+                   Stream stream);
 // The device's part of map_slots: checks slots and sizes as Pool::MapSlots does and sets *verdict (device memory) to 1
 // or 0; the host does the mapping.
 Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* tokens,
