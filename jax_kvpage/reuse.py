@@ -97,10 +97,10 @@ class ReuseCalls:
         Tokens `begin` to `begin + count - 1` of `source` become the next `count` tokens of `slot`,
         in all layers, without running the model. Their positions are right: keys are rotated by the
         distance (RoPE). Their contents are not what the model would have computed: each token has
-        seen the tokens before it in `source`, and not those before it in `slot`. The error falls
-        when the first tokens of the segment are run through the model in place, and only the rest
-        is reused; `benchmarks/README.md` has figures. With a different context before it, no part
-        of the segment is exact.
+        seen the tokens before it in `source`, and not those before it in `slot`. The first tokens
+        of a segment may be run through the model in place, and only the rest be reused, which
+        lowers the error; `benchmarks/README.md` has figures. As long as the context before the
+        segment differs, no reused token is exact.
 
         The prefix cache does not learn of the result: whatever is committed to `slot` from now on
         is not found by `acquire_prefix`, nor saved. The same holds for its forks. What was
@@ -108,9 +108,8 @@ class ReuseCalls:
 
         Models: the angle of each pair of key elements must be position times a constant. That
         holds for plain RoPE, "linear", "llama3" and "yarn" scaling, whose factor on queries and
-        keys changes nothing here; with "dynamic" scaling it holds up to the trained length. The
-        model must have no other notion of position, such as ALiBi slopes, that is not computed from
-        the cache's positions when it is read.
+        keys changes nothing here; with "dynamic" scaling it holds up to the trained length. ALiBi
+        slopes are applied when keys are read: with these, frequencies of 0 are right.
 
         Args:
             cache: the newest cache.
