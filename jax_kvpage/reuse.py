@@ -102,9 +102,10 @@ class ReuseCalls:
         lowers the error; `benchmarks/README.md` has figures. As long as the context before the
         segment differs, no reused token is exact.
 
-        The prefix cache does not learn of the result: whatever is committed to `slot` from now on
-        is not found by `acquire_prefix`, nor saved. The same holds for its forks. What was
-        committed before still is. Commit the ids of the segment after this call.
+        The prefix cache does not learn of the result: what is committed to this sequence from now
+        on is never found by `acquire_prefix`, nor saved. The same holds for forks that take such
+        tokens. What was committed before is still found. Commit the ids of the segment after this
+        call.
 
         Models: the angle of each pair of key elements must be position times a constant. That
         holds for plain RoPE, "linear", "llama3" and "yarn" scaling, whose factor on queries and

@@ -56,6 +56,18 @@ def test_only_what_was_computed_is_found(rig: PrefixRig) -> None:
     assert _found(rig, [*_DOCUMENT, 5]) == len(_DOCUMENT), "the source is still found"
 
 
+def test_forks_of_what_was_computed_have_no_bound(rig: PrefixRig) -> None:
+    """As acquire_prefix makes them while the sequence runs."""
+    slot, _ = rig.acquire(_QUESTION)
+    _quote(rig, slot)
+    ids = [*_QUESTION, *range(2000, 2040)]
+    other, cached = rig.acquire(ids)
+    assert (cached, other == slot) == (len(_QUESTION), False)
+    assert _found(rig, [*ids, 1]) == len(ids)
+    rig.release(other)
+    assert _found(rig, [*ids, 1]) == len(ids)
+
+
 def test_a_slot_is_indexed_again_by_its_next_owner(rig: PrefixRig) -> None:
     slot, _ = rig.acquire(_QUESTION)
     _quote(rig, slot)

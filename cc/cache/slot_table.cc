@@ -73,7 +73,7 @@ void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_
   row.forked = true;
   row.committed.assign(ids.begin(), ids.begin() + tokens);
   row.space = slots_[donor].space;
-  row.exact = slots_[donor].exact;
+  if (tokens > slots_[donor].exact) row.exact = slots_[donor].exact;
   if (row.space >= 0) commits_.Note(slot);
   progress_.slots[slot].shared = static_cast<std::int32_t>(Lendable(lock, donor, tokens));
 }
