@@ -9,7 +9,7 @@ from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import checked
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["DEFAULT_PERCENT", "capacity_bytes", "parse_bytes", "parse_percent"]
+__all__ = ["DEFAULT_PERCENT", "bytes_of", "capacity_bytes", "parse_bytes", "parse_percent"]
 
 # What None means. A card is there for the model and its cache; a machine's memory also serves other
 # programs, and the system kills those that ask for the last of it.
@@ -42,6 +42,16 @@ def parse_bytes(value: Any) -> int:
         return host_int("capacity", value, low=1, high=_MAX_BYTES)
     except ValueError:
         raise wrong from None
+
+
+def bytes_of(name: str, value: Any) -> int:
+    """As `parse_bytes`, for an argument of this name that is no capacity."""
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}: wanted a positive number of bytes, or text such as '8GiB', got {value!r}"
+        ) from None
 
 
 def parse_percent(value: Any) -> float | None:

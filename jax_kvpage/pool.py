@@ -26,6 +26,7 @@ from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault, wait_for
 from jax_kvpage.prefix import PrefixCalls
+from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
 from jax_kvpage.saving import SavingCalls, check_store
 from jax_kvpage.sharing import SharingCalls
@@ -46,7 +47,7 @@ def _close(pool: Any, label: str) -> None:
         pool.close()
 
 
-class KVPool(PrefixCalls, ReuseCalls, SavingCalls, SharingCalls, Inspection):
+class KVPool(PrefixCalls, RelocationCalls, ReuseCalls, SavingCalls, SharingCalls, Inspection):
     """Physical blocks, virtual slots, and the table that joins them.
 
     Args:

@@ -4,10 +4,10 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from jax_kvpage import _native
-from jax_kvpage._capacity import parse_bytes
+from jax_kvpage._capacity import bytes_of
 from jax_kvpage._native_pool import checked
 
 __all__ = ["BlockStore", "StoreStats", "StoredFile", "list_files", "prune"]
@@ -102,7 +102,7 @@ class BlockStore:
         fingerprint: str = "",
     ) -> None:
         self._path = pathlib.Path(path)
-        self._limit = None if limit is None else _bytes("BlockStore: limit", limit)
+        self._limit = None if limit is None else bytes_of("BlockStore: limit", limit)
         if not isinstance(fingerprint, str):
             raise ValueError(f"BlockStore: fingerprint: wanted a str, got {fingerprint!r}")
         self._fingerprint = fingerprint
@@ -205,7 +205,7 @@ def prune(
     """
     most = _NO_LIMIT
     if limit is not None:
-        most = 0 if limit == 0 and not isinstance(limit, bool) else _bytes("prune: limit", limit)
+        most = 0 if limit == 0 and not isinstance(limit, bool) else bytes_of("prune: limit", limit)
     used_before = 0.0
     if older_than is not None:
         if isinstance(older_than, bool) or not isinstance(older_than, (int, float)):
@@ -215,15 +215,6 @@ def prune(
         used_before = time.time() - older_than
     removed: list[str] = checked(_native.store_prune, os.fspath(path), most, used_before)
     return removed
-
-
-def _bytes(name: str, value: Any) -> int:
-    try:
-        return parse_bytes(value)
-    except ValueError:
-        raise ValueError(
-            f"{name}: wanted a positive number of bytes, or text such as '8GiB', got {value!r}"
-        ) from None
 
 
 def _file(found: _native.StoreFile) -> StoredFile:

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from prefix_rig import BLOCK, PrefixRig, Replay, spec_of
+from sharing_machine import HAS_FAKE_DRIVER
 
 import jax_kvpage as kvp
 
@@ -215,6 +216,11 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule()
     def trim(self) -> None:
         self.pool.trim()
+
+    @rule(blocks=st.integers(1, 40))
+    def relocate(self, blocks: int) -> None:
+        if not HAS_FAKE_DRIVER:
+            self.pool.relocate(blocks * self.pool.spec.block_bytes)
 
     @rule(ids=_TOKENS, space=_SPACE)
     def pin(self, ids: list[int], space: str | None) -> None:

@@ -32,6 +32,7 @@ import jax_kvpage as kvp
 _VERBS = [
     *["fork"] * 4, *["truncate"] * 4, *["write"] * 4, *["commit"] * 3, "reorder", "reorder",
     "acquire", "start", "start", "extend", "extend", "map_slots", "release", "trim", "resize",
+    "relocate", "relocate",
     "set_lengths", "view", "drop_views", "wait_for_something_slow", "wait_for_something_slow",
     "drop_before", "drop_before", "drop_before",
     "settle",

@@ -167,6 +167,23 @@ class Arena {
   // Overwrites a logical block with the bytes of others, [ranges].
   Status CopyBlock(std::int64_t slot, std::int64_t logical, const std::int32_t* from);
 
+  // ---- relocation (arena_relocate.cc) ----
+  // A place in the slots that map a block: all of them map it at the same one.
+  struct Place {
+    std::int64_t range = 0;
+    std::int64_t logical = 0;
+  };
+  // Puts a free block in the place of another, which comes free, with its contents, references and entry. `mappers`:
+  // all slots that map it; none, and `at` does not matter, for a cached block without a slot. Readers see the same
+  // bytes throughout; nobody may write. `holders`, some of the slots, keep a reference to the old block until
+  // ReleaseHeld. `created`: one more block has memory now. All or nothing.
+  Status Exchange(std::int32_t from, std::int32_t to, const Place& at, const std::vector<std::int32_t>& mappers,
+                  const std::vector<std::int32_t>& holders, bool* created);
+  // Gives the memory of a free block back to the system.
+  void Cool(std::int32_t block);
+  // Memory mappings of all slots' blocks, if none merges with one of another slot.
+  std::int64_t CountMemoryMappings() const;
+
   // For tests. Checks the counts of every block: a reference for each mapping, for each hold and for being set aside;
   // at most one entry of the prefix index; used if it has either.
   Status Audit() const;

@@ -70,6 +70,24 @@ void BlockPool::Unclaim(const std::vector<std::int32_t>& blocks, const std::vect
   }
 }
 
+bool BlockPool::ClaimBlock(std::int32_t block, bool* cold) {
+  if (num_free() == 0 || !free(block)) return false;
+  *cold = blocks_[block].kind == kCold;
+  Remove(block);
+  blocks_[block].references = 1;
+  ++num_used_;
+  return true;
+}
+
+void BlockPool::Replace(std::int32_t from, std::int32_t to, std::int32_t held) {
+  blocks_[to].references = blocks_[from].references;
+  blocks_[to].entries = blocks_[from].entries;
+  blocks_[from].references = held;
+  blocks_[from].entries = 0;
+  if (held > 1) ++num_shared_;
+  if (held == 0) Free(from);
+}
+
 void BlockPool::AddReference(std::int32_t block) {
   const std::int32_t now = ++blocks_[block].references;
   if (now == 2) ++num_shared_;
@@ -112,6 +130,11 @@ std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {
   std::sort(cooled.begin(), cooled.end());
   for (auto it = cooled.rbegin(); it != cooled.rend(); ++it) PushFront(kCold, *it);
   return cooled;
+}
+
+void BlockPool::CoolBlock(std::int32_t block) {
+  Remove(block);
+  PushFront(kCold, block);
 }
 
 void BlockPool::SetBudget(std::int64_t budget) {

@@ -46,6 +46,14 @@ class BlockPool {
   // Undoes a claim whose cold blocks could not be created: those become cold again, the others warm.
   void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
 
+  // Takes one free block with one reference; whether it was cold. Takes none, and false, from a pool without free
+  // blocks.
+  bool ClaimBlock(std::int32_t block, bool* cold);
+  // A claimed block takes the references and entries of another one, which keeps `held` references and is warm if these
+  // are none.
+  void Replace(std::int32_t from, std::int32_t to, std::int32_t held);
+  bool free(std::int32_t block) const { return blocks_[block].kind != kUsed; }
+
   void AddReference(std::int32_t block);
   // Drops a reference; a block with none left is warm, unless it is cached.
   void Release(std::int32_t block);
@@ -55,6 +63,8 @@ class BlockPool {
 
   // Up to `count` warm blocks turn cold; the caller destroys them.
   std::vector<std::int32_t> Cool(std::int64_t count);
+  // One warm block turns cold.
+  void CoolBlock(std::int32_t block);
 
   // Used and warm blocks must fit (Cool first). Growing adds block numbers.
   void SetBudget(std::int64_t budget);

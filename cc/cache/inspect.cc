@@ -20,10 +20,11 @@ PoolNumbers Numbers(const PoolParts& pool) {
   pool.supply->FinishChanges(mapping);
   CollectReleases(pool, table.Lock());
   pool.supply->SyncIndex(mapping);
-  const StateLock state = table.Lock();
   const Arena& arena = pool.supply->arena(mapping);
-  const BlockPool& blocks = arena.pool();
   PoolNumbers n;
+  if (pool.mirror == nullptr) n.memory_mappings = arena.CountMemoryMappings();
+  const StateLock state = table.Lock();
+  const BlockPool& blocks = arena.pool();
   if (const PrefixIndex* const index = pool.supply->index(mapping)) {
     n.prefix_evictions = index->numbers().evictions;
     n.prefix_tokens = index->numbers().tokens;

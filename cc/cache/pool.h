@@ -27,6 +27,7 @@
 #include "cache/prefix_ops.h"
 #include "cache/prefix_store.h"
 #include "cache/program_ops.h"
+#include "cache/relocation.h"
 #include "cache/reuse.h"
 #include "cache/sharing.h"
 #include "cache/views.h"
@@ -114,6 +115,9 @@ class Pool {
   std::vector<std::int32_t> Committed(std::int32_t slot) { return host_ops::Committed(parts_, slot); }
   Status Trim(std::int64_t* freed_blocks) { return capacity::Trim(parts_, freed_blocks); }
   Claim Resize(std::int64_t capacity_bytes) { return capacity::Resize(parts_, capacity_bytes); }
+  Status Relocate(const relocation::Options& options, relocation::Report* report) {
+    return relocation::Relocate(parts_, options, report);
+  }
   // `go_on`: see patience.h.
   Status NewGeneration(Generation* out, const GoOn& go_on = {}) { return generations::Start(parts_, out, go_on); }
   bool WaitForDrain(double seconds) { return generations::WaitForDrain(parts_, seconds); }

@@ -194,6 +194,14 @@ void PrefixIndex::ForEach(const Visit& visit) const {
   }
 }
 
+PrefixIndex::Place PrefixIndex::PlaceOf(std::int32_t entry) const {
+  return {impl_->tree.blocks(entry), impl_->tree.entry(entry).depth};
+}
+
+bool PrefixIndex::IsIn(std::int32_t block) const { return impl_->tree.EntryIn(block) != kNoEntry; }
+
+void PrefixIndex::ReplaceBlock(std::int32_t from, std::int32_t to) { impl_->tree.ReplaceBlock(from, to); }
+
 PrefixNumbers PrefixIndex::numbers() const {
   return PrefixNumbers{impl_->tree.num_entries(), impl_->tree.num_tokens(), impl_->evictions, impl_->pins.num_pinned()};
 }

@@ -133,6 +133,15 @@ class PrefixIndex {
   using Visit = std::function<void(std::int32_t space, std::int32_t entry, std::int32_t parent,
                                    const std::int32_t* tokens, std::int64_t count)>;
   void ForEach(const Visit& visit) const;
+  // Where an entry is: its physical blocks, [ranges], and which logical block of a sequence it is.
+  struct Place {
+    const std::int32_t* blocks = nullptr;
+    std::int64_t logical = 0;
+  };
+  Place PlaceOf(std::int32_t entry) const;
+  // Whether an entry is in a physical block; its contents are in another one now.
+  bool IsIn(std::int32_t block) const;
+  void ReplaceBlock(std::int32_t from, std::int32_t to);
   PrefixNumbers numbers() const;
 
  private:

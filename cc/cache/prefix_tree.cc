@@ -38,6 +38,20 @@ std::int32_t PrefixTree::NewId() {
   return num_ids_++;
 }
 
+void PrefixTree::NoteEntryIn(std::int32_t block, std::int32_t id) {
+  if (block >= static_cast<std::int64_t>(entries_in_.size())) entries_in_.resize(block + 1, kNoEntry);
+  entries_in_[block] = id;
+}
+
+void PrefixTree::ReplaceBlock(std::int32_t from, std::int32_t to) {
+  const std::int32_t id = EntryIn(from);
+  if (id == kNoEntry) return;
+  std::int32_t* const row = Row(id) + block_tokens_;
+  std::replace(row, row + ranges_, from, to);
+  entries_in_[from] = kNoEntry;
+  NoteEntryIn(to, id);
+}
+
 std::int32_t PrefixTree::AddRoot(std::uint64_t hash, std::int32_t space) {
   const std::int32_t id = NewId();
   entry(id) = PrefixEntry();
@@ -57,6 +71,7 @@ std::int32_t PrefixTree::Add(std::int32_t parent, const std::int32_t* tokens, st
   added.tokens = static_cast<std::int32_t>(count);
   std::copy_n(tokens, count, Row(id));
   std::copy_n(blocks, ranges_, Row(id) + block_tokens_);
+  for (std::int64_t range = 0; range < ranges_; ++range) NoteEntryIn(blocks[range], id);
   Link(id);
   ++num_entries_;
   num_tokens_ += count;
@@ -82,6 +97,10 @@ std::int32_t PrefixTree::Shorten(std::int32_t id, std::int64_t count) {
 
 void PrefixTree::Remove(std::int32_t id) {
   Unlink(id);
+  for (std::int64_t range = 0; range < ranges_; ++range) {
+    const std::int32_t block = blocks(id)[range];
+    if (entries_in_[block] == id) entries_in_[block] = kNoEntry;
+  }
   --num_entries_;
   num_tokens_ -= entry(id).tokens;
   entry(id) = PrefixEntry();

@@ -63,6 +63,13 @@ class PrefixTree {
   // Removes an entry without children.
   void Remove(std::int32_t id);
 
+  // The entry in this physical block, or kNoEntry.
+  std::int32_t EntryIn(std::int32_t block) const {
+    return block < static_cast<std::int64_t>(entries_in_.size()) ? entries_in_[block] : kNoEntry;
+  }
+  // The contents of a physical block are in another one now.
+  void ReplaceBlock(std::int32_t from, std::int32_t to);
+
   // The entries of the whole blocks with which `tokens` continue an entry or a root, appended to `path`.
   void Walk(std::int32_t from, const std::int32_t* tokens, std::int64_t count, std::vector<std::int32_t>* path) const;
   // The child that has most of the first tokens of `key` in common, and how many: at least one, or kNoEntry and 0.
@@ -86,6 +93,7 @@ class PrefixTree {
     return rows_[id >> kChunkBits].get() + (id & kChunkMask) * (block_tokens_ + ranges_);
   }
   std::int32_t NewId();
+  void NoteEntryIn(std::int32_t block, std::int32_t id);
   // The place of the first child whose tokens are not before `key`.
   std::size_t LowerBound(const std::vector<std::int32_t>& children, const std::int32_t* key, std::int64_t count) const;
   void Link(std::int32_t id);
@@ -104,6 +112,7 @@ class PrefixTree {
   std::vector<std::unique_ptr<PrefixEntry[]>> entries_;  // chunks, so that nothing moves when the tree grows
   std::vector<std::unique_ptr<std::int32_t[]>> rows_;    // of an entry: its tokens, then its blocks
   std::vector<std::int32_t> unused_;                     // ids of entries that were removed
+  std::vector<std::int32_t> entries_in_;                 // [physical blocks]
   std::int32_t num_ids_ = 0;
   std::vector<Bucket> buckets_ = std::vector<Bucket>(64, Bucket{0, kNoEntry});
   std::size_t num_whole_ = 0;

@@ -22,6 +22,14 @@ void SharedRuns::Cut(std::int64_t slot, std::int64_t blocks) {
   size_.fetch_sub(1, std::memory_order_relaxed);
 }
 
+void SharedRuns::Replace(std::int64_t logical, std::int32_t from, std::int32_t to) {
+  if (size_.load(std::memory_order_relaxed) == 0) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (Run& run : runs_) {
+    if (logical < static_cast<std::int64_t>(run.blocks.size()) && run.blocks[logical] == from) run.blocks[logical] = to;
+  }
+}
+
 std::uint64_t SharedRuns::Find(const std::vector<Sequence>& sequences, SharedPrefixes* out) const {
   out->Clear();
   if (sequences.size() < 2 || size_.load(std::memory_order_relaxed) < 2) return 0;

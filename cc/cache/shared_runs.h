@@ -26,6 +26,8 @@ class SharedRuns {
   void Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count);
   // From logical block `blocks` on, the slot's mappings are about to change.
   void Cut(std::int64_t slot, std::int64_t blocks);
+  // Logical block `logical` has another physical block with the same contents in every slot that maps `from` there.
+  void Replace(std::int64_t logical, std::int32_t from, std::int32_t to);
 
   // What the sequences, whose slots are pinned, share. Returns the time to ask Changed about.
   std::uint64_t Find(const std::vector<Sequence>& sequences, SharedPrefixes* out) const;

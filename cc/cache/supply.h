@@ -130,6 +130,12 @@ class Supply {
   // The clock of pins, in seconds.
   static double Now();
 
+  // ---- relocation (supply_relocate.cc) ----
+  // Puts the contents of block `from`, which a slot maps at a place, or no slot (-1), into the free block `to`. Does
+  // nothing, and `moved` is false, where things are different or a program could write the block.
+  Status MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena::Place& at, std::int32_t from,
+                   std::int32_t to, bool* moved);
+
   // ---- plans ----
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
   // plan is of no use. `evict`: whether the prefix index may be made to drop entries now where that is needed; without,

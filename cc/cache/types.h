@@ -58,6 +58,7 @@ struct PoolNumbers {
   std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
   std::int64_t prefix_queries = 0, prefix_hits = 0, prefix_tokens = 0, prefix_evictions = 0;
   std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
+  std::int64_t memory_mappings = 0;  // of the process, for slots' blocks; none with a mirror
 };
 
 // One row of the valid slot table.

@@ -118,7 +118,8 @@ void BindResults(nb::module_& m) {
       .def_ro("virtual_bytes", &PoolNumbers::virtual_bytes)
       .def_ro("physical_bytes", &PoolNumbers::physical_bytes)
       .def_ro("system_calls", &PoolNumbers::system_calls)
-      .def_ro("waits", &PoolNumbers::waits);
+      .def_ro("waits", &PoolNumbers::waits)
+      .def_ro("memory_mappings", &PoolNumbers::memory_mappings);
 
   nb::class_<SlotRow>(m, "SlotRow")
       .def_ro("slot", &SlotRow::slot)
@@ -131,6 +132,11 @@ void BindResults(nb::module_& m) {
       .def_ro("views", &SlotRow::views)
       .def_ro("vacated", &SlotRow::vacated)
       .def_ro("dropped", &SlotRow::dropped);
+  nb::class_<relocation::Report>(m, "RelocationReport")
+      .def_ro("blocks_moved", &relocation::Report::blocks_moved)
+      .def_ro("bytes_copied", &relocation::Report::bytes_copied)
+      .def_ro("mappings_before", &relocation::Report::mappings_before)
+      .def_ro("mappings_after", &relocation::Report::mappings_after);
   nb::class_<BlockRow>(m, "BlockRow")
       .def_ro("block", &BlockRow::block)
       .def_ro("references", &BlockRow::references)
@@ -200,6 +206,14 @@ void BindPool(nb::module_& m) {
       .def("wait_for_drain", Method("acquire", &Pool::WaitForDrain), "seconds"_a)
       .def("trim", Getter<std::int64_t>("trim", &Pool::Trim))
       .def("resize", &Resize, "capacity_bytes"_a)
+      .def(
+          "relocate",
+          [](const PoolReference& self, std::int64_t most_bytes, bool everything,
+             const std::vector<std::int32_t>& slots) {
+            return Getter<relocation::Report, relocation::Options>("relocate", &Pool::Relocate)(
+                self, {most_bytes, everything, slots});
+          },
+          "most_bytes"_a, "everything"_a, "slots"_a)
       .def("take_fault", Method("check", &Pool::TakeFault))
       .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))

@@ -46,6 +46,34 @@ TEST(BlockPoolTest, UnclaimRemembersWhatWasCold) {
   EXPECT_EQ(pool.num_warm(), 2);
 }
 
+TEST(BlockPoolTest, ABlockTakesThePlaceOfAnother) {
+  BlockPool pool(4);
+  Blocks taken, unused;
+  EXPECT_TRUE(pool.Claim(1, -1, &taken, &unused));
+  pool.AddReference(0);
+  pool.SetCached(0);
+  bool cold = false;
+  EXPECT_FALSE(pool.ClaimBlock(0, &cold)) << "it is used";
+  EXPECT_TRUE(pool.ClaimBlock(3, &cold));
+  EXPECT_TRUE(cold);
+  pool.Replace(0, 3, /*held=*/0);
+  EXPECT_TRUE(pool.free(0) && !pool.free(3));
+  EXPECT_EQ(pool.references(3), 2);
+  EXPECT_TRUE(pool.cached(3) && !pool.cached(0));
+  EXPECT_EQ(pool.num_used(), 1);
+  EXPECT_EQ(pool.num_warm(), 1);
+  EXPECT_TRUE(pool.ClaimBlock(0, &cold));
+  EXPECT_FALSE(cold);
+  pool.Replace(3, 0, /*held=*/2);
+  EXPECT_EQ(pool.num_shared(), 2);
+  EXPECT_EQ(pool.num_used(), 2);
+  pool.Release(3);
+  pool.Release(3);
+  EXPECT_EQ(pool.num_shared(), 1);
+  pool.CoolBlock(3);
+  EXPECT_EQ(pool.num_warm(), 0);
+}
+
 TEST(BlockPoolTest, SharedBlocksAreFreedWithTheLastReference) {
   BlockPool pool(2);
   Blocks taken, cold;

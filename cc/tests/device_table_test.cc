@@ -77,6 +77,15 @@ TEST(DeviceTableTest, FaultsOfUnknownPoolsAreRaisedByAnyPoolOfTheDevice) {
       Mentions(elsewhere->TakeFault(), "pool " + std::to_string(registered->id()) + " is closed: make a new pool"));
 }
 
+TEST(DeviceTableTest, NothingIsRelocated) {
+  Machine machine(1);
+  const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
+  relocation::Report report;
+  const Status status = pool->Relocate({1 << 20, true, {}}, &report);
+  EXPECT_EQ(status.code(), Code::kUnimplemented);
+  EXPECT_TRUE(Mentions(status, "relocate: pool 1 lies in device memory")) << status.message();
+}
+
 TEST(DeviceTableTest, PoolsWhoseIdsCollideKeepTheirEntries) {
   Machine machine(2);
   std::vector<std::shared_ptr<Pool>> pools;

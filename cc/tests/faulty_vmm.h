@@ -11,7 +11,20 @@
 
 namespace kvpage::testing {
 
-enum class Verb { kNone, kCreate, kMap, kUnmap, kMove, kDestroy, kFill, kMapReadOnly, kRemap, kCopy, kWindow };
+enum class Verb {
+  kNone,
+  kCreate,
+  kMap,
+  kUnmap,
+  kMove,
+  kDestroy,
+  kFill,
+  kMapReadOnly,
+  kRemap,
+  kCopy,
+  kWindow,
+  kExchange
+};
 
 // Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
 // the first call of a verb it can do something else, what another thread might do at that moment.
@@ -45,6 +58,9 @@ class FaultyVmm final : public Vmm {
   }
   Status Remap(std::int64_t o, const std::int32_t* a, const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kRemap) ? Fault() : inner_->Remap(o, a, b, n);
+  }
+  Status Exchange(std::int64_t o, std::int32_t a, std::int32_t b, bool writable) override {
+    return Fails(Verb::kExchange) ? Fault() : inner_->Exchange(o, a, b, writable);
   }
   Status Copy(const std::int32_t* a, const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kCopy) ? Fault() : inner_->Copy(a, b, n);

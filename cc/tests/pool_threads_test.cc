@@ -71,7 +71,8 @@ TEST(PoolThreadsTest, TwoLinesAndAnObserver) {
   EXPECT_GT(completed.load(), 0);
 }
 
-// One line of programs with forks and truncations, another that claims blocks, and an observer.
+// One line of programs with forks and truncations, another that claims blocks, an observer, and a thread that moves
+// blocks (on CPU).
 TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
   auto pool = MakePool(SmallGeometry(), 16);
   Program program(pool.get());
@@ -95,6 +96,13 @@ TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
       static_cast<void>(pool->Trim(&freed));
     }
   });
+  std::atomic<bool> sound{true};
+  std::thread mover([&] {
+    while (kHolesAreReadable && !stop.load()) {
+      relocation::Report report;
+      if (!pool->Relocate({1 << 20, true, {}}, &report).ok() || !pool->Audit().ok()) sound = false;
+    }
+  });
   int forks = 0;
   for (int round = 0; round < kRounds / 4; ++round) {
     const Claim claim = pool->Fork("fork", {{donor, -1}}, {});
@@ -111,6 +119,8 @@ TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
   stop = true;
   claims.join();
   observer.join();
+  mover.join();
+  EXPECT_TRUE(sound.load());
   EXPECT_TRUE(adds_up.load());
   EXPECT_GT(forks, 0);
 }

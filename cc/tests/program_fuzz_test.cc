@@ -27,6 +27,7 @@ class Fuzz {
 
   std::int64_t num_passed() const { return t_.num_passed(); }
   std::int64_t num_refused() const { return refused_; }
+  std::int64_t num_moved() const { return moved_; }
 
   void Run() {
     const std::int64_t before = t_.num_passed();
@@ -58,6 +59,14 @@ class Fuzz {
       default:
         return Read(AnyValue(), AnyBatch(), AnyLayer());
     }
+  }
+
+  // Idle blocks change places, at most `most` of them: no program notices.
+  void Relocate(std::int64_t most) {
+    relocation::Report report;
+    EXPECT_OK(t_.pool().Relocate({4096 * most, true, {}}, &report));
+    EXPECT_OK(t_.pool().Audit());
+    moved_ += report.blocks_moved;
   }
 
  private:
@@ -213,22 +222,27 @@ class Fuzz {
   std::vector<float> owners_;   // the stamp of each slot's occupant; 0: it has none
   std::vector<Stamps> stamps_;  // [slots] what its occupant or those that it was forked from have written
   float last_owner_ = 0.0f;
-  std::int64_t refused_ = 0;
+  std::int64_t refused_ = 0, moved_ = 0;
 };
 
 TEST(ProgramFuzzTest, NothingIsReadThatTheOccupantHasNotWritten) {
-  std::int64_t passed = 0, refused = 0;
+  std::int64_t passed = 0, refused = 0, moved = 0;
   for (int round = 0; round < 20 && !::testing::Test::HasFailure(); ++round) {
     emulation::device().seed = static_cast<std::uint64_t>(round) % 4;
     Fuzz fuzz(round % 2 == 0 ? Layout::kFused : Layout::kPerLayer, round % 3 == 0, static_cast<std::uint64_t>(round));
-    for (int i = 0; i < 700 && !::testing::Test::HasFailure(); ++i) fuzz.Run();
+    for (int i = 0; i < 700 && !::testing::Test::HasFailure(); ++i) {
+      fuzz.Run();
+      if (i % 5 == 0) fuzz.Relocate(i % 31);
+    }
     EXPECT_FALSE(::testing::Test::HasFailure()) << "round " << round;
     passed += fuzz.num_passed();
     refused += fuzz.num_refused();
+    moved += fuzz.num_moved();
   }
   emulation::device().seed = 0;
   EXPECT_GT(passed, 2000);
   EXPECT_GT(refused, 2000);
+  EXPECT_GT(moved, 100);
   EXPECT_GT(passed + refused, 10000);
 }
 

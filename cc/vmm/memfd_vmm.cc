@@ -187,6 +187,23 @@ Status MemfdVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, cons
   return {};
 }
 
+Status MemfdVmm::Exchange(std::int64_t offset, std::int32_t old_block, std::int32_t block, bool writable) {
+  // Populated in both cases: the old block's pages were mapped, and no kernel is to fault for the new ones. Not through
+  // MapRuns, which leaves a hole after a failure: a handler may be reading here.
+  const auto map = [&](std::int32_t number) {
+    Count();
+    void* at = mmap(base_ + offset, static_cast<std::size_t>(block_bytes_), PROT_READ | (writable ? PROT_WRITE : 0),
+                    MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, number * block_bytes_);
+    return at == MAP_FAILED ? SystemError("mapping a block again: mmap", block_bytes_, errno) : Status();
+  };
+  const Status status = map(block);
+  if (status.ok()) return status;
+  if (Status rollback = map(old_block); !rollback.ok()) {
+    return Internal(status.message() + "; putting back what was mapped failed too (" + rollback.message() + ")");
+  }
+  return status;
+}
+
 Status MemfdVmm::ExtendWindow() {
   if (windowed_blocks_ == num_blocks_) return {};
   const std::int64_t bytes = num_blocks_ * block_bytes_;

@@ -29,6 +29,7 @@ class MemfdVmm final : public Vmm {
   Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                std::int64_t count) override;
+  Status Exchange(std::int64_t offset, std::int32_t old_block, std::int32_t block, bool writable) override;
   Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // Moves the page table entries (mremap): 25 us for 4 MiB, where unmapping and mapping again take 900.

@@ -48,6 +48,11 @@ class Vmm {
   // see one or the other. `old_blocks` as in the call of Map. All or none.
   virtual Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                        std::int64_t count) = 0;
+  // Replaces the block mapped at `offset` by one with the same contents, mapped for writing or for reading as before.
+  // Other threads may read there meanwhile. All or nothing.
+  virtual Status Exchange(std::int64_t offset, std::int32_t old_block, std::int32_t block, bool /*writable*/) {
+    return Remap(offset, &old_block, &block, 1);
+  }
   // Copies the contents of created blocks, from[i] to to[i]. Synchronous.
   virtual Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) = 0;
   // Unmaps `count` blocks that are mapped from `offset` on, leaving a hole; `blocks` as in the call of Map. All or
