@@ -38,7 +38,16 @@ _DUELS = {
     "mixed": shapes.mixed_cases,
 }
 # Separate scripts, run in separate processes; each prints a JSON object last.
-_SCRIPTS = ("memory", "growth", "dispatch", "sharing", "shared_prefix", "prefix", "llama_steps")
+_SCRIPTS = (
+    "memory",
+    "growth",
+    "dispatch",
+    "sharing",
+    "relocation",
+    "shared_prefix",
+    "prefix",
+    "llama_steps",
+)
 _HERE = pathlib.Path(__file__).parent
 
 

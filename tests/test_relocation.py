@@ -104,3 +104,30 @@ def test_bounds_and_refusals(make_pool) -> None:
     rig.pool.close()
     with pytest.raises(kvp.PoolClosed):
         rig.pool.relocate()
+
+
+def test_huge_pages_are_made_or_refused_in_words(make_pool) -> None:
+    """Prefixes of 1024 tokens fill a huge page. Whether the system makes one, it says."""
+    spec = spec_of("fused", max_seq_len=2048)
+    rig = PrefixRig(make_pool(spec, 200 * spec.resolve("cpu").block_bytes))
+    texts = [[head, *range(1049)] for head in (1000, 2000)]
+    slots = [rig.acquire(text[:BLOCK])[0] for text in texts]
+    for end in range(BLOCK, 1050, 64):
+        for slot, text in zip(slots, texts, strict=True):
+            rig.write(slot, text[end : min(end + 64, 1050)])
+    rig.release(*slots)
+    plain = rig.pool.relocate()
+    assert (plain.huge_pages, plain.huge_refused) == (0, None)
+    report = rig.pool.relocate(huge_pages=True)
+    assert (report.huge_pages == 0) == (report.huge_refused is not None), report
+    assert report.mappings_after <= plain.mappings_after + 2
+    slot, found = rig.acquire([*texts[0], 5])
+    assert found == 1050
+    (fork,), rig.cache = rig.pool.fork(rig.cache, slot, 1)
+    rig.ids[fork] = list(rig.ids[slot])
+    assert rig.acquire(texts[1])[1] >= 1024
+    rig.check()
+    rig.write(fork, range(20))
+    rig.check()
+    with pytest.raises(ValueError, match="relocate: huge_pages"):
+        rig.pool.relocate(huge_pages="yes")

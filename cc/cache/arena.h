@@ -179,6 +179,8 @@ class Arena {
   // ReleaseHeld. `created`: one more block has memory now. All or nothing.
   Status Exchange(std::int32_t from, std::int32_t to, const Place& at, const std::vector<std::int32_t>& mappers,
                   const std::vector<std::int32_t>& holders, bool* created);
+  // Puts used blocks from `first` on into huge pages. See Vmm::Collapse.
+  Status Collapse(std::int32_t first, std::int64_t count) { return vmm_->Collapse(first, count); }
   // Gives the memory of a free block back to the system.
   void Cool(std::int32_t block);
   // Memory mappings of all slots' blocks, if none merges with one of another slot.

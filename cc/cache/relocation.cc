@@ -19,10 +19,28 @@ constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
 // at once.
 constexpr std::chrono::microseconds kPause{50};
 
+// Blocks that make up a huge page, or 0, and why.
+std::int64_t BlocksInHugePage(const Geometry& geometry, std::int64_t huge, std::string* refused) {
+  const auto number = [](std::int64_t value) { return std::to_string(value); };
+  if (huge == 0) {
+    *refused = "the system has no transparent huge pages, or had no address space to align slots to them";
+  } else if (huge % geometry.block_bytes != 0) {
+    *refused = "blocks of " + number(geometry.block_bytes) + " bytes do not divide a huge page of " + number(huge);
+  } else if (geometry.range_bytes() % huge != 0) {
+    *refused = "slots lie " + number(geometry.range_bytes()) + " bytes apart, not a multiple of a huge page of " +
+               number(huge) + ": choose max_seq_len as a multiple of " +
+               number(huge / geometry.block_bytes * geometry.block_tokens) + " tokens";
+  } else {
+    return huge / geometry.block_bytes;
+  }
+  return 0;
+}
+
 // Where a chain of the plan begins. All its blocks are in one range, in the same slot or in none.
 struct Origin {
   std::int32_t slot = -1;
   Arena::Place first;
+  bool huge = false;  // it has blocks that could fill a huge page
 };
 
 struct Snapshot {
@@ -42,7 +60,8 @@ class SnapshotMaker {
     for (std::int64_t slot = 0; slot < table_.num_slots(); ++slot) idle_[slot] = table_.host(state, slot).idle();
   }
 
-  Snapshot Make(const Options& options) {
+  // `huge`: blocks in a huge page, or 0 for none.
+  Snapshot Make(const Options& options, std::int64_t huge) {
     CountMappers();
     std::vector<bool> named(idle_.size(), options.everything);
     for (const std::int32_t slot : options.slots) named[slot] = true;
@@ -54,6 +73,7 @@ class SnapshotMaker {
     for (std::size_t slot = 0; slot < idle_.size(); ++slot) {
       if (named[slot] && !idle_[slot]) AddSlot(static_cast<std::int32_t>(slot), arena_.ReadOnlyBlocks(slot));
     }
+    if (huge > 0) AlignShared(huge);
     return std::move(snapshot_);
   }
 
@@ -134,6 +154,20 @@ class SnapshotMaker {
     index_->ForEach(visit);
   }
 
+  // Chains that begin with shared or cached blocks and have whole huge pages of `huge` blocks are to lie accordingly.
+  void AlignShared(std::int64_t huge) {
+    for (std::size_t i = 0; i < snapshot_.origins.size(); ++i) {
+      RelocationTask::Chain& chain = snapshot_.task.chains[i];
+      const std::int64_t phase = snapshot_.origins[i].first.logical % huge;
+      const std::int32_t block = chain.blocks[0];
+      if (!blocks().cached(block) && blocks().references(block) < 2) continue;
+      if ((huge - phase) % huge + huge > static_cast<std::int64_t>(chain.blocks.size())) continue;
+      snapshot_.origins[i].huge = true;
+      chain.align = static_cast<std::int32_t>(huge);
+      chain.phase = static_cast<std::int32_t>(phase);
+    }
+  }
+
   const SlotTable& table_;
   const Arena& arena_;
   const PrefixIndex* const index_;
@@ -153,22 +187,51 @@ Status CheckSlots(const SlotTable& table, const std::vector<std::int32_t>& slots
 }
 
 // Makes planned moves from *next on, as many as one piece has. Those that are no longer possible are left out.
-Status MovePiece(const PoolParts& pool, const Snapshot& snapshot, const std::vector<PlannedMove>& moves,
-                 std::size_t* next, Report* report) {
+Status MovePiece(const PoolParts& pool, Snapshot* snapshot, const std::vector<PlannedMove>& moves, std::size_t* next,
+                 Report* report) {
   const MappingLock mapping = pool.supply->Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), kVerb));
   const std::int64_t block_bytes = pool.table->geometry().block_bytes;
   for (std::int64_t copied = 0; *next < moves.size() && copied < kPieceBytes; ++*next) {
     const PlannedMove& move = moves[*next];
-    const Origin& origin = snapshot.origins[move.chain];
+    const Origin& origin = snapshot->origins[move.chain];
     const Arena::Place at{origin.first.range, origin.first.logical + move.index};
     bool moved = false;
     KVPAGE_RETURN_IF_ERROR(pool.supply->MoveBlock(mapping, origin.slot, at, move.from, move.to, &moved));
     if (!moved) continue;
+    snapshot->task.chains[move.chain].blocks[move.index] = move.to;
     ++report->blocks_moved;
     report->bytes_copied += block_bytes;
     copied += block_bytes;
   }
+  return {};
+}
+
+// Makes huge pages of what lies in order now; ends with the first one that the system refuses.
+Status Collapse(const PoolParts& pool, const Snapshot& snapshot, std::int64_t huge, Report* report) {
+  for (std::size_t chain = 0; chain < snapshot.origins.size(); ++chain) {
+    if (!snapshot.origins[chain].huge) continue;
+    const std::vector<std::int32_t>& blocks = snapshot.task.chains[chain].blocks;
+    const std::int64_t begin = (huge - snapshot.task.chains[chain].phase) % huge;
+    for (std::int64_t i = begin; i + huge <= static_cast<std::int64_t>(blocks.size()); i += huge) {
+      const std::int32_t first = blocks[i];
+      const MappingLock mapping = pool.supply->Lock();
+      KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), kVerb));
+      Arena& arena = pool.supply->arena(mapping);
+      bool whole = first % huge == 0;
+      for (std::int64_t j = 0; whole && j < huge; ++j) {
+        // One that has come free since may have no memory, and is not to get any.
+        whole = blocks[i + j] == first + j && !arena.pool().free(blocks[i + j]);
+      }
+      if (!whole) continue;
+      if (const Status status = arena.Collapse(first, huge); !status.ok()) {
+        report->huge_refused = status.message();
+        return {};
+      }
+      ++report->huge_pages;
+    }
+  }
+  if (report->huge_pages == 0) report->huge_refused = "no cached or shared blocks fill a huge page";
   return {};
 }
 
@@ -183,20 +246,26 @@ Status Relocate(const PoolParts& pool, const Options& options, Report* report) {
   }
   KVPAGE_RETURN_IF_ERROR(CheckSlots(table, options.slots));
   Snapshot snapshot;
+  std::int64_t huge = 0;
   {
     const MappingLock mapping = pool.supply->Lock();
     KVPAGE_RETURN_IF_ERROR(Enter(pool, table.Lock(), kVerb));
     pool.supply->FinishChanges(mapping);
     pool.supply->SyncIndex(mapping);
     report->mappings_before = pool.supply->arena(mapping).CountMemoryMappings();
-    snapshot = SnapshotMaker(pool, mapping).Make(options);
+    const Arena& arena = pool.supply->arena(mapping);
+    if (options.huge_pages) {
+      huge = BlocksInHugePage(table.geometry(), arena.vmm().huge_page_bytes(), &report->huge_refused);
+    }
+    snapshot = SnapshotMaker(pool, mapping).Make(options, huge);
   }
   snapshot.task.most_moves = options.most_bytes / table.geometry().block_bytes;
   const std::vector<PlannedMove> moves = PlanRelocation(snapshot.task);
   for (std::size_t next = 0; next < moves.size();) {
     if (next > 0) std::this_thread::sleep_for(kPause);
-    KVPAGE_RETURN_IF_ERROR(MovePiece(pool, snapshot, moves, &next, report));
+    KVPAGE_RETURN_IF_ERROR(MovePiece(pool, &snapshot, moves, &next, report));
   }
+  if (huge > 0) KVPAGE_RETURN_IF_ERROR(Collapse(pool, snapshot, huge, report));
   const MappingLock mapping = pool.supply->Lock();
   report->mappings_after = pool.supply->arena(mapping).CountMemoryMappings();
   return {};

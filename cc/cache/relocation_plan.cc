@@ -73,8 +73,12 @@ class Planner {
       if (window.cost <= Left() && (align > 1 || window.cost <= kMostCopies * breaks)) {
         return Fill(chain, begin, count, window.begin);
       }
-      const std::int64_t half = align > 1 ? (count / 2 + align - 1) / align * align : Break(places, begin, count);
-      if (count <= align || half <= 0 || half >= count) return;
+      std::int64_t half = Break(places, begin, count);
+      if (align > 1) {
+        // Only where a part that is aligned may begin, so that huge pages stay whole.
+        half = (Phase(chain, begin) + count / 2 + align - 1) / align * align - Phase(chain, begin);
+      }
+      if (half <= 0 || half >= count) return;
       Place(chain, begin, half);
       Place(chain, begin + half, count - half);
       return;

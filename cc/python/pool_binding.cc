@@ -136,7 +136,9 @@ void BindResults(nb::module_& m) {
       .def_ro("blocks_moved", &relocation::Report::blocks_moved)
       .def_ro("bytes_copied", &relocation::Report::bytes_copied)
       .def_ro("mappings_before", &relocation::Report::mappings_before)
-      .def_ro("mappings_after", &relocation::Report::mappings_after);
+      .def_ro("mappings_after", &relocation::Report::mappings_after)
+      .def_ro("huge_pages", &relocation::Report::huge_pages)
+      .def_ro("huge_refused", &relocation::Report::huge_refused);
   nb::class_<BlockRow>(m, "BlockRow")
       .def_ro("block", &BlockRow::block)
       .def_ro("references", &BlockRow::references)
@@ -209,11 +211,11 @@ void BindPool(nb::module_& m) {
       .def(
           "relocate",
           [](const PoolReference& self, std::int64_t most_bytes, bool everything,
-             const std::vector<std::int32_t>& slots) {
+             const std::vector<std::int32_t>& slots, bool huge_pages) {
             return Getter<relocation::Report, relocation::Options>("relocate", &Pool::Relocate)(
-                self, {most_bytes, everything, slots});
+                self, {most_bytes, everything, slots, huge_pages});
           },
-          "most_bytes"_a, "everything"_a, "slots"_a)
+          "most_bytes"_a, "everything"_a, "slots"_a, "huge_pages"_a)
       .def("take_fault", Method("check", &Pool::TakeFault))
       .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))

@@ -81,7 +81,7 @@ TEST(DeviceTableTest, NothingIsRelocated) {
   Machine machine(1);
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   relocation::Report report;
-  const Status status = pool->Relocate({1 << 20, true, {}}, &report);
+  const Status status = pool->Relocate({1 << 20, true, {}, false}, &report);
   EXPECT_EQ(status.code(), Code::kUnimplemented);
   EXPECT_TRUE(Mentions(status, "relocate: pool 1 lies in device memory")) << status.message();
 }

@@ -23,7 +23,8 @@ enum class Verb {
   kRemap,
   kCopy,
   kWindow,
-  kExchange
+  kExchange,
+  kCollapse
 };
 
 // Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
@@ -64,6 +65,10 @@ class FaultyVmm final : public Vmm {
   }
   Status Copy(const std::int32_t* a, const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kCopy) ? Fault() : inner_->Copy(a, b, n);
+  }
+  std::int64_t huge_page_bytes() const override { return inner_->huge_page_bytes(); }
+  Status Collapse(std::int32_t b, std::int64_t n) override {
+    return Fails(Verb::kCollapse) ? Fault() : inner_->Collapse(b, n);
   }
   Status Unmap(std::int64_t o, const std::int32_t* b, std::int64_t n) override {
     return Fails(Verb::kUnmap) ? Fault() : inner_->Unmap(o, b, n);

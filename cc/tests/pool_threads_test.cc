@@ -100,7 +100,7 @@ TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
   std::thread mover([&] {
     while (kHolesAreReadable && !stop.load()) {
       relocation::Report report;
-      if (!pool->Relocate({1 << 20, true, {}}, &report).ok() || !pool->Audit().ok()) sound = false;
+      if (!pool->Relocate({1 << 20, true, {}, false}, &report).ok() || !pool->Audit().ok()) sound = false;
     }
   });
   int forks = 0;

@@ -64,7 +64,7 @@ class Fuzz {
   // Idle blocks change places, at most `most` of them: no program notices.
   void Relocate(std::int64_t most) {
     relocation::Report report;
-    EXPECT_OK(t_.pool().Relocate({4096 * most, true, {}}, &report));
+    EXPECT_OK(t_.pool().Relocate({4096 * most, true, {}, false}, &report));
     EXPECT_OK(t_.pool().Audit());
     moved_ += report.blocks_moved;
   }

@@ -51,7 +51,7 @@ class RelocationTest : public ::testing::TestWithParam<Layout> {
   Status Relocate(Report* report = nullptr, std::vector<std::int32_t> slots = {}, std::int64_t bytes = kEverything) {
     Report unused;
     const bool everything = slots.empty();
-    return pool_->Relocate({bytes, everything, std::move(slots)}, report != nullptr ? report : &unused);
+    return pool_->Relocate({bytes, everything, std::move(slots), huge_pages_}, report != nullptr ? report : &unused);
   }
   std::int64_t Found(std::int32_t id) {
     std::int64_t tokens = 0;
@@ -90,6 +90,7 @@ class RelocationTest : public ::testing::TestWithParam<Layout> {
 
   const Geometry geometry_ = SmallGeometry(GetParam());
   const std::int64_t ranges_ = geometry_.num_ranges();
+  bool huge_pages_ = false;
   FaultyVmm* vmm_ = nullptr;
   std::shared_ptr<Pool> pool_;
   std::unique_ptr<Program> program_;

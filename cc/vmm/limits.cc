@@ -94,6 +94,12 @@ std::int64_t PageBytes() {
   return bytes;
 }
 
+std::int64_t HugePageBytes() {
+  static const std::int64_t bytes =
+      std::max<std::int64_t>(ReadNumber("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"), 0);
+  return bytes;
+}
+
 std::int64_t MaxMapCount() {
   const std::int64_t count = ReadNumber("/proc/sys/vm/max_map_count");
   return count == kUnknown ? 65530 : count;

@@ -8,6 +8,8 @@
 namespace kvpage {
 
 std::int64_t PageBytes();
+// Of a transparent huge page; 0: the system has none.
+std::int64_t HugePageBytes();
 // vm.max_map_count, or its default when it cannot be read.
 std::int64_t MaxMapCount();
 // Mappings that this process has now: all of them, and those that are neither blocks of a pool (its memory is named

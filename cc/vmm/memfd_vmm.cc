@@ -27,6 +27,41 @@ Status NotMemory(const Status& status) {
   return status.code() == Code::kResourceExhausted ? Internal(status.message()) : status;
 }
 
+// Linux 6.1; older headers do not name it.
+constexpr int kMadvCollapse = 25;
+// A page that another thread has in its hands for a moment makes the kernel give up.
+constexpr int kCollapseTries = 10;
+
+// Bytes behind the last address that is a multiple of a huge page; 0 where there are none.
+std::int64_t Misalignment(const void* at) {
+  const auto huge = static_cast<std::uintptr_t>(HugePageBytes());
+  return huge == 0 ? 0 : static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(at) % huge);
+}
+
+// Reserves address space that begins at a multiple of a huge page, if it is large enough to hold one. MAP_FAILED, and
+// errno, as mmap.
+void* Reserve(std::int64_t bytes, int protection) {
+  const auto map = [&](std::int64_t count) {
+    return mmap(nullptr, static_cast<std::size_t>(count), protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                0);
+  };
+  const auto unmap = [](char* begin, std::int64_t count) {
+    if (count > 0) munmap(begin, static_cast<std::size_t>(count));
+  };
+  void* const reserved = map(bytes);
+  const std::int64_t huge = HugePageBytes(), size = (bytes + PageBytes() - 1) / PageBytes() * PageBytes();
+  if (reserved == MAP_FAILED || huge == 0 || bytes < huge) return reserved;
+  if (Misalignment(reserved) == 0) return reserved;
+  void* const larger = map(size + huge);
+  if (larger == MAP_FAILED) return reserved;  // works too, with small pages
+  unmap(static_cast<char*>(reserved), bytes);
+  const std::int64_t before = (huge - Misalignment(larger)) % huge;
+  char* const begin = static_cast<char*>(larger) + before;
+  unmap(static_cast<char*>(larger), before);
+  unmap(begin + size, huge - before);
+  return begin;
+}
+
 // Length of the run of consecutive block numbers that starts at blocks[0].
 std::int64_t Run(const std::int32_t* blocks, std::int64_t count) {
   std::int64_t n = 1;
@@ -44,8 +79,7 @@ Status MemfdVmm::Make(std::int64_t virtual_bytes, std::int64_t block_bytes, std:
   const int fd = memfd_create(kPoolMemory, MFD_CLOEXEC);
   if (fd < 0) return SystemError("KVPool: memfd_create", -1, errno);
   // Anonymous, private and read-only: reads find the kernel's shared zero page, a stray write faults.
-  void* base = mmap(nullptr, static_cast<std::size_t>(virtual_bytes), PROT_READ,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base = Reserve(virtual_bytes, PROT_READ);
   if (base == MAP_FAILED) {
     Status status = SystemError("KVPool: reserving virtual memory: mmap", virtual_bytes, errno);
     if (status.code() == Code::kResourceExhausted) {
@@ -210,8 +244,7 @@ Status MemfdVmm::ExtendWindow() {
   if (bytes > window_bytes_) {
     const std::int64_t wanted = std::max(2 * bytes, std::max<std::int64_t>(AvailableBytes(), 0));
     Count();
-    void* window =
-        mmap(nullptr, static_cast<std::size_t>(wanted), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* window = Reserve(wanted, PROT_NONE);
     if (window == MAP_FAILED) return SystemError("reserving the block window: mmap", wanted, errno);
     if (window_ != nullptr) old_windows_.emplace_back(window_, window_bytes_);
     window_ = static_cast<char*>(window);
@@ -235,6 +268,21 @@ Status MemfdVmm::Copy(const std::int32_t* from, const std::int32_t* to, std::int
                 static_cast<std::size_t>(block_bytes_));
   }
   return {};
+}
+
+std::int64_t MemfdVmm::huge_page_bytes() const { return Misalignment(base_) == 0 ? HugePageBytes() : 0; }
+
+Status MemfdVmm::Collapse(std::int32_t first, std::int64_t count) {
+  KVPAGE_RETURN_IF_ERROR(ExtendWindow());
+  // Through the window: what other places have mapped of these pages is found by the next access there.
+  for (int tries = 1;; ++tries) {
+    Count();
+    if (madvise(window_ + first * block_bytes_, static_cast<std::size_t>(count * block_bytes_), kMadvCollapse) == 0) {
+      return {};
+    }
+    if (errno == EAGAIN && tries < kCollapseTries) continue;
+    return NotMemory(SystemError("madvise(MADV_COLLAPSE)", count * block_bytes_, errno));
+  }
 }
 
 Status MemfdVmm::Hole(std::int64_t offset, std::int64_t bytes) {

@@ -34,6 +34,8 @@ class MemfdVmm final : public Vmm {
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // Moves the page table entries (mremap): 25 us for 4 MiB, where unmapping and mapping again take 900.
   Status Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) override;
+  std::int64_t huge_page_bytes() const override;
+  Status Collapse(std::int32_t first, std::int64_t count) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   std::int64_t PhysicalBytes() const override;
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }

@@ -66,6 +66,14 @@ class Vmm {
     if (!status.ok()) static_cast<void>(Unmap(to, blocks, count));
     return status;
   }
+  // Bytes of a huge page, which one entry of the page table maps where address and place in the file agree modulo this;
+  // 0: there are none, or the reserved range does not begin at a multiple of it.
+  virtual std::int64_t huge_page_bytes() const { return 0; }
+  // Puts created blocks from `first` on, which fill whole huge pages of the file, into such pages. Other threads may
+  // read and write there meanwhile. A failure changes nothing.
+  virtual Status Collapse(std::int32_t /*first*/, std::int64_t /*count*/) {
+    return {Code::kUnimplemented, "this memory has no huge pages"};
+  }
   // Overwrites mapped memory with one byte value. Synchronous.
   virtual Status Fill(std::int64_t offset, std::int64_t bytes, int byte) = 0;
 
