@@ -32,6 +32,12 @@ class Planner {
   }
 
   std::vector<PlannedMove> Run() {
+    // What is in order makes no room for others.
+    for (std::size_t chain = 0; chain < places_.size(); ++chain) {
+      const std::vector<std::int32_t>& places = places_[chain];
+      const auto count = static_cast<std::int64_t>(places.size());
+      if (count > 1 && InOrder(static_cast<std::int32_t>(chain), 0, count)) Fix(places, 0, count);
+    }
     for (std::size_t chain = 0; chain < places_.size() && !free_.empty(); ++chain) {
       Place(static_cast<std::int32_t>(chain), 0, static_cast<std::int64_t>(places_[chain].size()));
     }
@@ -62,27 +68,36 @@ class Planner {
   void Place(std::int32_t chain, std::int64_t begin, std::int64_t count) {
     if (Left() <= 0 || count < 2) return;
     const std::vector<std::int32_t>& places = places_[chain];
+    if (InOrder(chain, begin, count)) return Fix(places, begin, count);
+    if (work_ > kMostWork) return;
+    work_ += num_blocks();
+    const std::int64_t align = task_.chains[chain].align;
+    const Window window = FindWindow(chain, begin, count);
+    if (window.cost <= Left() && (align > 1 || window.cost <= kMostCopies * Breaks(places, begin, count))) {
+      return Fill(chain, begin, count, window.begin);
+    }
+    std::int64_t half = Break(places, begin, count);
+    if (align > 1) {
+      // Only where a part that is aligned may begin, so that huge pages stay whole.
+      half = (Phase(chain, begin) + count / 2 + align - 1) / align * align - Phase(chain, begin);
+    }
+    if (half <= 0 || half >= count) return;
+    Place(chain, begin, half);
+    Place(chain, begin + half, count - half);
+  }
+
+  static std::int64_t Breaks(const std::vector<std::int32_t>& places, std::int64_t begin, std::int64_t count) {
     std::int64_t breaks = 0;
     for (std::int64_t i = begin + 1; i < begin + count; ++i) breaks += places[i] != places[i - 1] + 1;
-    const std::int64_t align = task_.chains[chain].align;
-    const bool aligned = (places[begin] - Phase(chain, begin)) % align == 0;
-    if (breaks > 0 || !aligned) {
-      if (work_ > kMostWork) return;
-      work_ += num_blocks();
-      const Window window = FindWindow(chain, begin, count);
-      if (window.cost <= Left() && (align > 1 || window.cost <= kMostCopies * breaks)) {
-        return Fill(chain, begin, count, window.begin);
-      }
-      std::int64_t half = Break(places, begin, count);
-      if (align > 1) {
-        // Only where a part that is aligned may begin, so that huge pages stay whole.
-        half = (Phase(chain, begin) + count / 2 + align - 1) / align * align - Phase(chain, begin);
-      }
-      if (half <= 0 || half >= count) return;
-      Place(chain, begin, half);
-      Place(chain, begin + half, count - half);
-      return;
-    }
+    return breaks;
+  }
+
+  bool InOrder(std::int32_t chain, std::int64_t begin, std::int64_t count) const {
+    const std::vector<std::int32_t>& places = places_[chain];
+    return (places[begin] - Phase(chain, begin)) % task_.chains[chain].align == 0 && Breaks(places, begin, count) == 0;
+  }
+
+  void Fix(const std::vector<std::int32_t>& places, std::int64_t begin, std::int64_t count) {
     for (std::int64_t i = begin; i < begin + count; ++i) uses_[places[i]] = BlockUse::kFixed;
   }
 

@@ -66,6 +66,11 @@ TEST(RelocationPlanTest, OneFreeBlockIsEnough) {
   for (const auto& places : Carry(task, PlanRelocation(task))) EXPECT_EQ(Runs(places), 1);
 }
 
+TEST(RelocationPlanTest, WhatIsInOrderMakesNoRoom) {
+  const RelocationTask task = Task(9, {{{8, 0, 7}}, {{2, 3, 4, 5}}}, {1, 6});
+  EXPECT_EQ(Carry(task, PlanRelocation(task))[1], task.chains[1].blocks);
+}
+
 TEST(RelocationPlanTest, WithoutAFreeBlockNothingMoves) {
   EXPECT_TRUE(PlanRelocation(Task(8, {{{0, 2, 4, 6}}, {{1, 3, 5, 7}}}, {})).empty());
 }

@@ -193,6 +193,46 @@ TEST(VmmTest, WritesThroughAReadOnlyMappingFault) {
   EXPECT_EQ(vmm->PhysicalBytes(), 4 * kBlock);
 }
 
+TEST(VmmTest, AnExchangedBlockIsMappedAsBefore) {
+  auto vmm = MakeVmm(4, 4);
+  const std::int32_t blocks[] = {0, 1, 2};
+  EXPECT_OK(vmm->Create(blocks, 3));
+  EXPECT_OK(vmm->Map(0, blocks, 1));
+  EXPECT_OK(vmm->MapReadOnly(kBlock, blocks, 1));
+  std::memset(vmm->base(), 42, kBlock);
+  EXPECT_OK(vmm->Copy(blocks, blocks + 1, 1));
+  EXPECT_OK(vmm->Exchange(0, 0, 1, /*writable=*/true));
+  EXPECT_OK(vmm->Exchange(kBlock, 0, 1, /*writable=*/false));
+  for (const std::int64_t place : {0, 1}) EXPECT_EQ(static_cast<int>(vmm->base()[place * kBlock + 100]), 42);
+  vmm->base()[100] = 43;
+  EXPECT_EQ(static_cast<int>(vmm->base()[kBlock + 100]), 43) << "both are block 1";
+  EXPECT_TRUE(WriteFaults(vmm->base() + kBlock));
+  EXPECT_FALSE(vmm->Exchange(0, 1, -1, true).ok());
+  EXPECT_EQ(static_cast<int>(vmm->base()[100]), 43) << "what was there is there again";
+}
+
+TEST(VmmTest, HugePagesAgreeWithTheFile) {
+  std::unique_ptr<MemfdVmm> vmm;
+  const std::int64_t huge = HugePageBytes();
+  if (huge == 0 || huge % kBlock != 0) return;
+  EXPECT_OK(MemfdVmm::Make(2 * huge, kBlock, &vmm));
+  ASSERT_EQ(vmm->huge_page_bytes(), huge);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(vmm->base()) % static_cast<std::uintptr_t>(huge), 0u);
+  const auto count = static_cast<std::int32_t>(huge / kBlock);
+  EXPECT_OK(vmm->Grow(count));
+  std::vector<std::int32_t> blocks;
+  for (std::int32_t i = 0; i < count; ++i) blocks.push_back(i);
+  EXPECT_OK(vmm->Create(blocks.data(), count));
+  EXPECT_OK(vmm->Map(huge, blocks.data(), count));
+  std::memset(vmm->base() + huge, 42, static_cast<std::size_t>(huge));
+  static_cast<void>(vmm->Collapse(0, count));  // the system may refuse
+  EXPECT_EQ(static_cast<int>(vmm->base()[2 * huge - 1]), 42);
+  EXPECT_EQ(vmm->PhysicalBytes(), huge);
+  EXPECT_OK(vmm->Unmap(huge, blocks.data(), count));
+  EXPECT_OK(vmm->Destroy(blocks.data(), count));
+  EXPECT_EQ(vmm->PhysicalBytes(), 0);
+}
+
 TEST(VmmTest, TheWindowGrowsWithThePool) {
   auto vmm = MakeVmm(4, 2);
   const std::int32_t first[] = {0, 1}, late[] = {60, 63};
