@@ -19,6 +19,8 @@ from jax_kvpage.pool import KVPool
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats
 from jax_kvpage.store import BlockStore
+from jax_kvpage.swapping import Swapped
+from jax_kvpage.tickets import Ticket
 
 __all__ = [
     "Batch",
@@ -32,6 +34,8 @@ __all__ = [
     "OutOfSlots",
     "PoolClosed",
     "PoolStats",
+    "Swapped",
+    "Ticket",
     "advance",
     "after",
     "append_kv",

@@ -20,10 +20,10 @@ from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import shortened, wait_for
 from jax_kvpage.ops.edit_slots import VACATE, edit_slots
 
-__all__ = ["Queue"]
+__all__ = ["WAIT_SLICE", "Queue"]
 
 # A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
-_WAIT_SLICE = 0.1
+WAIT_SLICE = 0.1
 
 _FIELDS = ("handle", "epoch", "lengths")
 _DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": np.dtype("int32")}
@@ -175,10 +175,12 @@ class Queue:
             self.waits += not waited
             waited = True
             self._check_drains(op, claim)
-            self._native.call(self._native.pool.wait_for_drain, _WAIT_SLICE)
+            self._native.call(self._native.pool.wait_for_drain, WAIT_SLICE)
 
     def _check_drains(self, op: str, claim: _native.Claim) -> None:
         """Raises if none of the draining slots can come free while the caller waits."""
+        if self._native.pool.swap_writes() > 0:
+            return
         done = {slot: marker for slot, marker in self._releases.items() if is_ready(marker)}
         held, failed = [], []
         for row in self._native.call(self._native.pool.rows):
@@ -219,8 +221,8 @@ class Queue:
         """Vacates slots; none if anything raises before the program is queued."""
         decision = _native.Decision()
         try:
-            for slot in slots:  # a marker in `_releases` belongs to the slot's latest release
-                self._releases.pop(slot, None)
+            for slot in slots:
+                self.forget_release(slot)
             edits = [(VACATE, slot, 0, -1) for slot in slots]
             self._native.call(self._native.pool.start_edits, decision, "release", edits)
             return self.run("release", cache, decision.edits)
@@ -243,7 +245,7 @@ class Queue:
         decision = _native.Decision()
         try:
             for slot in released:
-                self._releases.pop(slot, None)
+                self.forget_release(slot)
             attempt = functools.partial(self._native.pool.fork, decision, verb, requests, released)
             claim = self.claim(verb, attempt)
             slots = arrange(claim.slots)
@@ -309,6 +311,15 @@ class Queue:
         except BaseException:
             self._native.pool.undo(decision)
             raise
+
+    def forget_release(self, slot: int) -> None:
+        """A slot is about to be released: a marker in `_releases` belongs to its latest release."""
+        self._releases.pop(slot, None)
+
+    def released(self, slot: int) -> jax.Array | None:
+        """What the program makes that releases a slot, once it has run or failed; else None."""
+        marker = self._releases.get(slot)
+        return marker if marker is not None and is_ready(marker) else None
 
     def run(
         self,

@@ -32,6 +32,7 @@ from jax_kvpage.saving import SavingCalls, check_store
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.store import BlockStore
+from jax_kvpage.swapping import SwappingCalls
 
 __all__ = ["KVPool"]
 
@@ -47,7 +48,9 @@ def _close(pool: Any, label: str) -> None:
         pool.close()
 
 
-class KVPool(PrefixCalls, RelocationCalls, ReuseCalls, SavingCalls, SharingCalls, Inspection):
+class KVPool(
+    PrefixCalls, RelocationCalls, ReuseCalls, SavingCalls, SharingCalls, SwappingCalls, Inspection
+):
     """Physical blocks, virtual slots, and the table that joins them.
 
     Args:
@@ -66,8 +69,9 @@ class KVPool(PrefixCalls, RelocationCalls, ReuseCalls, SavingCalls, SharingCalls
             something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
-        store: what lies below memory: `save_prefixes` and `load_prefixes` use it unless they are
-            given another. Close it after the pool. On CPU only.
+        store: what lies below memory: `swap_out` writes to it, and `save_prefixes` and
+            `load_prefixes` use it unless they are given another. Close it after the pool. On CPU
+            only.
 
     Attributes:
         spec: the resolved spec.

@@ -20,10 +20,12 @@ class PoolStats:
 
     Attributes:
         capacity: the budget, in whole blocks.
-        mapped: in slots that a live request occupies, or set aside for one (`truncate`).
+        mapped: in slots that a live request occupies, set aside for one (`truncate`), or kept for
+            a swapped one.
         parked: mapped in unoccupied slots, where the next request adopts them, or kept for the
             prefix cache.
-        draining: in released slots that a program in flight may still touch.
+        draining: in released slots that a program in flight may still touch, or on the way to the
+            store (`swap_out`).
         free: without an owner.
         shared: in blocks that more than one slot maps.
         cached: in blocks that the prefix cache can find, mapped or not.
@@ -52,6 +54,13 @@ class PoolStats:
         prefix_hits: of these, tokens that were found.
         prefix_tokens: tokens that can be found now.
         prefix_evictions: blocks of tokens that had to make room so far.
+        sequences_swapped: sequences that are swapped out now.
+        blocks_swapped: blocks in memory that these have: shared ones, and those that are not
+            written, or read already.
+        swapped_out: sequences that were swapped out so far.
+        swapped_in: sequences that were swapped in so far.
+        bytes_swapped_out: keys and values of them that were written to the store.
+        bytes_swapped_in: keys and values of them that were read from it.
     """
 
     capacity: int
@@ -83,6 +92,12 @@ class PoolStats:
     prefix_hits: int
     prefix_tokens: int
     prefix_evictions: int
+    sequences_swapped: int
+    blocks_swapped: int
+    swapped_out: int
+    swapped_in: int
+    bytes_swapped_out: int
+    bytes_swapped_in: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +187,12 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         prefix_hits=n.prefix_hits,
         prefix_tokens=n.prefix_tokens,
         prefix_evictions=n.prefix_evictions,
+        sequences_swapped=n.sequences_swapped,
+        blocks_swapped=n.blocks_swapped,
+        swapped_out=n.swapped_out,
+        swapped_in=n.swapped_in,
+        bytes_swapped_out=n.bytes_swapped_out,
+        bytes_swapped_in=n.bytes_swapped_in,
     )
 
 

@@ -21,7 +21,8 @@ class StoreStats(NamedTuple):
     Attributes:
         files: block files in the directory.
         bytes: their sizes.
-        limit: the most that they may take in all; None: no limit.
+        bytes_swapped: keys and values of swapped sequences, in files without names.
+        limit: the most that all of these may take; None: no limit.
         bytes_written: keys and values written.
         bytes_read: keys and values read and checked.
         failed_writes: runs of blocks that could not be written.
@@ -36,6 +37,7 @@ class StoreStats(NamedTuple):
 
     files: int
     bytes: int
+    bytes_swapped: int
     limit: int | None
     bytes_written: int
     bytes_read: int
@@ -135,6 +137,7 @@ class BlockStore:
         return StoreStats(
             numbers.files,
             numbers.bytes,
+            numbers.bytes_swapped,
             self._limit,
             numbers.bytes_written,
             numbers.bytes_read,

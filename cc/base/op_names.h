@@ -24,6 +24,8 @@ enum class DeviceOp : std::int32_t {
   kAcquirePrefix,
   kDropBefore,
   kReuseSegment,
+  kSwapOut,
+  kSwapIn,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -58,14 +60,18 @@ inline const char* OpName(DeviceOp op) {
       return "drop_before";
     case DeviceOp::kReuseSegment:
       return "reuse_segment";
+    case DeviceOp::kSwapOut:
+      return "swap_out";
+    case DeviceOp::kSwapIn:
+      return "swap_in";
   }
   return "an op";
 }
 
 // The host verbs: what edit_slots may be queued for.
-inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire,   DeviceOp::kRelease,  DeviceOp::kFork,
-                                          DeviceOp::kReorder,   DeviceOp::kTruncate, DeviceOp::kAcquirePrefix,
-                                          DeviceOp::kDropBefore};
+inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire,    DeviceOp::kRelease,  DeviceOp::kFork,
+                                          DeviceOp::kReorder,    DeviceOp::kTruncate, DeviceOp::kAcquirePrefix,
+                                          DeviceOp::kDropBefore, DeviceOp::kSwapOut,  DeviceOp::kSwapIn};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

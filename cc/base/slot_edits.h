@@ -20,13 +20,14 @@ enum class SlotOpcode : std::int32_t {
   kFound,     // a free slot becomes a sequence with `length` tokens, which its memory has by now and which it may not
               // write
   kDrop,      // an occupied slot no longer has its tokens below `length`, which begin whole blocks
+  kSwapIn,    // a free slot becomes a sequence with `length` tokens, which its memory has by now. On CPU only
 };
 
 // A row of the operand int32[n, 4].
 struct SlotEdit {
   std::int32_t opcode = 0;  // SlotOpcode
   std::int32_t slot = -1;   // -1: padding
-  std::int32_t length = 0;  // kSetLength, kFork, kTruncate, kFound and kDrop
+  std::int32_t length = 0;  // kSetLength, kFork, kTruncate, kFound, kDrop and kSwapIn
   std::int32_t donor = -1;  // kFork only
 };
 

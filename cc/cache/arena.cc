@@ -75,9 +75,10 @@ std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
   return freed;
 }
 
-std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const {
+std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& classes, int num_classes,
+                                              const std::vector<Classed>& others) const {
   std::vector<std::int64_t> counts(num_classes, 0);
-  if (pool_.num_shared() == 0 && held_.empty()) {
+  if (pool_.num_shared() == 0 && held_.empty() && others.empty()) {
     for (std::int64_t slot = 0; slot < geometry_.max_slots; ++slot) counts[classes[slot]] += mappings(slot);
     return counts;
   }
@@ -88,6 +89,7 @@ std::vector<std::int64_t> Arena::CountByClass(const std::vector<std::int8_t>& cl
     }
   }
   for (const Held& held : held_) lowest[held.block] = std::min(lowest[held.block], classes[held.slot]);
+  for (const auto& [block, number] : others) lowest[block] = std::min(lowest[block], number);
   for (const std::int8_t number : lowest) {
     if (number < num_classes) ++counts[number];
   }
@@ -130,6 +132,24 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
   }
   Append(slot, claimed);
   pool_.NotePeak();
+  return {};
+}
+
+Status Arena::Adopt(std::int64_t slot, const std::int32_t* map, std::int64_t count) {
+  const std::int64_t ranges = geometry_.num_ranges(), old = blocks(slot);
+  if (count <= 0) return {};
+  std::vector<std::int32_t> adopted(static_cast<std::size_t>(count * ranges));  // [ranges, blocks]
+  for (std::int64_t i = 0; i < count * ranges; ++i) adopted[i % ranges * count + i / ranges] = map[i];
+  for (std::int64_t range = 0; range < ranges; ++range) {
+    Status status = vmm_->Map(geometry_.Offset(slot, range, old), &adopted[range * count], count);
+    if (status.ok()) continue;
+    while (--range >= 0) {
+      static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, range, old), &adopted[range * count], count));
+    }
+    return status;
+  }
+  for (const std::int32_t block : adopted) pool_.AddReference(block);
+  Append(slot, adopted);
   return {};
 }
 
@@ -191,15 +211,9 @@ Status Arena::Fill(std::int64_t slot, std::int64_t begin, std::int64_t end, int 
 
 void Arena::ZeroTail(std::int64_t slot, std::int64_t layer, std::int64_t token) {
   const KVView view = geometry_.View(base());
-  const std::int64_t row = geometry_.head_dim * static_cast<std::int64_t>(ItemSize(geometry_.dtype));
   const std::int64_t end = blocks(slot) * geometry_.block_tokens;
   for (std::int64_t t = std::max(token, hole(slot) * geometry_.block_tokens); t < end; ++t) {
-    for (std::int64_t head = 0; head < geometry_.num_kv_heads; ++head) {
-      for (int kv = 0; kv < 2; ++kv) {
-        std::memset(view.At(slot, t, layer, kv, head), 0, static_cast<std::size_t>(row));
-        if (IsQuantized(view.dtype)) *view.Scale(slot, t, layer, kv, head) = 0.0f;
-      }
-    }
+    geometry_.ZeroToken(view, slot, t, layer);
   }
 }
 

@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -67,11 +68,17 @@ class Arena {
   // Physical blocks that would come free if these slots, each named once, were unmapped.
   std::int64_t FreedBy(const std::vector<std::int32_t>& slots) const;
   // Physical blocks mapped by each class of slots, `classes[slot]` being below `num_classes`. A block that slots of
-  // several classes map counts once, for the lowest. A held block counts with its slot.
-  std::vector<std::int64_t> CountByClass(const std::vector<std::int8_t>& classes, int num_classes) const;
+  // several classes map counts once, for the lowest. A held block counts with its slot. `others`: blocks that swapped
+  // sequences have, and their classes.
+  using Classed = std::pair<std::int32_t, std::int8_t>;
+  std::vector<std::int64_t> CountByClass(const std::vector<std::int8_t>& classes, int num_classes,
+                                         const std::vector<Classed>& others = {}) const;
 
   // Maps what is missing up to `blocks` logical blocks. All or nothing.
   Status Grow(std::int64_t slot, std::int64_t blocks);
+  // Maps used blocks, [count, ranges], for writing behind those that the slot has. They get a reference each. All or
+  // nothing.
+  Status Adopt(std::int64_t slot, const std::int32_t* map, std::int64_t count);
   // Unmaps what is beyond `blocks` logical blocks and drops the references. All or nothing.
   Status Shrink(std::int64_t slot, std::int64_t blocks);
   // Unmaps the logical blocks before `blocks`, which stay a hole until the slot has no blocks. All or nothing.
@@ -187,8 +194,9 @@ class Arena {
   std::int64_t CountMemoryMappings() const;
 
   // For tests. Checks the counts of every block: a reference for each mapping, for each hold and for being set aside;
-  // at most one entry of the prefix index; used if it has either.
-  Status Audit() const;
+  // at most one entry of the prefix index; used if it has either. `others`: blocks that swapped sequences have, once
+  // for each reference.
+  Status Audit(const std::vector<std::int32_t>& others = {}) const;
   // Gives the memory of all free blocks back to the system; returns how many there were.
   std::int64_t Trim();
   // Changes the budget; what is used must fit.

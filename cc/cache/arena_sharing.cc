@@ -260,7 +260,7 @@ void Arena::NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t bl
   shared_runs_.Set(to, map, ranges, blocks);
 }
 
-Status Arena::Audit() const {
+Status Arena::Audit(const std::vector<std::int32_t>& others) const {
   std::vector<std::int32_t> counts(static_cast<std::size_t>(pool_.num_blocks()));
   const auto count = [&](std::int32_t block) {
     if (block >= 0) ++counts[block];
@@ -272,6 +272,7 @@ Status Arena::Audit() const {
   for (const auto& [slot, borrower] : borrowers_) {
     for (const auto& [logical, blocks] : borrower.set_aside) std::for_each(blocks.begin(), blocks.end(), count);
   }
+  std::for_each(others.begin(), others.end(), count);
   std::int64_t used = 0;
   for (std::int32_t block = 0; block < static_cast<std::int32_t>(counts.size()); ++block) {
     used += counts[block] > 0 || pool_.cached(block);
@@ -281,7 +282,8 @@ Status Arena::Audit() const {
     }
     if (counts[block] == pool_.references(block)) continue;
     return Internal("block " + std::to_string(block) + " has " + std::to_string(pool_.references(block)) +
-                    " references, but is mapped, held or set aside " + std::to_string(counts[block]) + " times");
+                    " references, but is mapped, held, set aside or swapped " + std::to_string(counts[block]) +
+                    " times");
   }
   if (used == pool_.num_used()) return {};
   return Internal(std::to_string(pool_.num_used()) + " blocks count as used, " + std::to_string(used) + " are");

@@ -11,6 +11,7 @@
 #include "cache/messages.h"
 #include "cache/program_check.h"
 #include "cache/sharing.h"
+#include "cache/swapping.h"
 
 namespace kvpage::edit_ops {
 namespace {
@@ -26,6 +27,7 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
     case SlotOpcode::kFork:
     case SlotOpcode::kTruncate:
     case SlotOpcode::kFound:
+    case SlotOpcode::kSwapIn:
       return edit.length;
     case SlotOpcode::kDrop:  // does not change the length: callers do not ask
       break;
@@ -47,6 +49,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
     case SlotOpcode::kOccupy:
     case SlotOpcode::kFork:
     case SlotOpcode::kFound:
+    case SlotOpcode::kSwapIn:
       // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
       if (length < 0 && host != SlotState::kFree) return {};
       return messages::SlotTaken(op, slot, length >= 0 ? "already occupied in this cache" : "free in the pool");
@@ -125,6 +128,7 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
     lengths[edit.slot] = limits[edit.slot] = LengthAfter(edit);
     if (Is(edit, SlotOpcode::kOccupy)) shared[edit.slot] = 0;
     if (Is(edit, SlotOpcode::kFound)) shared[edit.slot] = forked[edit.slot] = edit.length;
+    if (Is(edit, SlotOpcode::kSwapIn)) forked[edit.slot] = edit.length;
     if (Is(edit, SlotOpcode::kFork)) forked[edit.slot] = shared[edit.slot];  // as the host has mapped it
     if (Is(edit, SlotOpcode::kTruncate)) {
       shared[edit.slot] = std::min(shared[edit.slot], WholeBlocks(geometry, edit.length));
@@ -187,7 +191,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
     const SlotEdit& edit = list.edits[i];
     if (edit.slot == -1) continue;
     if (Is(edit, SlotOpcode::kFork)) KVPAGE_RETURN_IF_ERROR(CheckFork(&table, state, check, op, cache, edit));
-    if (!Is(edit, SlotOpcode::kFound)) continue;
+    if (!Is(edit, SlotOpcode::kFound) && !Is(edit, SlotOpcode::kSwapIn)) continue;
     const std::int64_t room = table.Room(state, edit.slot);
     if (edit.length < 0 || edit.length > room) return messages::Unmapped(op, edit.slot, edit.length, room);
   }
@@ -220,6 +224,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
       row.shared = length;
       progress.RaiseWritten(edit.slot, length);
     }
+    if (opcode == SlotOpcode::kSwapIn) progress.RaiseWritten(edit.slot, length);  // `shared` is as the host has set it
     if (opcode == SlotOpcode::kVacate) {
       table.Vacate(state, edit.slot);
     } else {
@@ -249,6 +254,7 @@ Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, c
   KVPAGE_RETURN_IF_ERROR(sharing::Separate(pool, op, cache, list));
   KVPAGE_RETURN_IF_ERROR(MakeEdits(pool, op, cache, list, pinned, epoch, lengths));
   dropping::Unmap(pool, list);
+  swapping::Continue(pool, list);
   return {};
 }
 

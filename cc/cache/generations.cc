@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "cache/swapping.h"
+
 namespace kvpage::generations {
 namespace {
 
@@ -149,6 +151,7 @@ Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
   KVPAGE_RETURN_IF_ERROR(pool.mirror != nullptr ? StartOnDevice(pool, out) : StartOnHost(pool, out, go_on));
   // Truncations of older generations will not run.
   pool.supply->DropStaleSetAside(pool.supply->Lock());
+  swapping::Continue(pool);
   return {};
 }
 
@@ -156,9 +159,10 @@ bool WaitForDrain(const PoolParts& pool, double seconds) {
   if (pool.mirror != nullptr) return PollForDrain(pool, seconds);
   SlotTable& table = *pool.table;
   StateLock state = table.Lock();
-  const std::int64_t before = table.NumDraining(state);
+  const auto draining = [&] { return table.NumDraining(state) + table.swap_writes(state); };
+  const std::int64_t before = draining();
   if (before == 0) return false;
-  return table.WaitFor(&state, seconds, [&] { return table.NumDraining(state) < before || table.closed(state); });
+  return table.WaitFor(&state, seconds, [&] { return draining() < before || table.closed(state); });
 }
 
 Status Close(const PoolParts& pool, const GoOn& go_on) {
@@ -175,7 +179,10 @@ Status Close(const PoolParts& pool, const GoOn& go_on) {
     }
     KVPAGE_RETURN_IF_ERROR(patience.Ask("close"));
   }
-  if (pool.mirror == nullptr) return {};
+  if (pool.mirror == nullptr) {
+    swapping::DropAll(pool);
+    return {};
+  }
   // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
   // while it holds it.
   const MappingLock mapping = pool.supply->Lock();

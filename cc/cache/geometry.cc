@@ -1,5 +1,6 @@
 #include "cache/geometry.h"
 
+#include <cstring>
 #include <limits>
 
 namespace kvpage {
@@ -81,6 +82,27 @@ KVView Geometry::View(char* base) const {
     view.scale_token_stride = layout == Layout::kFused ? scale : num_kv_heads * scale;
   }
   return view;
+}
+
+void Geometry::ZeroToken(const KVView& view, std::int64_t slot, std::int64_t token, std::int64_t layer) const {
+  const auto row = static_cast<std::size_t>(head_dim) * ItemSize(dtype);
+  for (std::int64_t head = 0; head < num_kv_heads; ++head) {
+    for (int kv = 0; kv < 2; ++kv) {
+      std::memset(view.At(slot, token, layer, kv, head), 0, row);
+      if (IsQuantized(dtype)) *view.Scale(slot, token, layer, kv, head) = 0.0f;
+    }
+  }
+}
+
+void Geometry::ZeroTokens(char* block, std::int64_t first) const {
+  KVView view = View(block);
+  if (layout == Layout::kPerLayer) {
+    view.kv_stride = block_bytes;
+    view.layer_stride = 2 * block_bytes;
+  }
+  for (std::int64_t token = first; token < block_tokens; ++token) {
+    for (std::int64_t layer = 0; layer < num_layers; ++layer) ZeroToken(view, 0, token, layer);
+  }
 }
 
 KVView Geometry::TableView(char* window) const {

@@ -63,6 +63,10 @@ struct Geometry {
   }
 
   KVView View(char* base) const;
+  // Zeroes the key and the value of a token, and their scales, through a view.
+  void ZeroToken(const KVView& view, std::int64_t slot, std::int64_t token, std::int64_t layer) const;
+  // Zeroes the tokens from `first` on of a logical block whose ranges lie one after the other.
+  void ZeroTokens(char* block, std::int64_t first) const;
   // The view of one layer through a block table, whose chunks are blocks in the window: see KVView::table. The caller
   // sets the table.
   KVView TableView(char* window) const;

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cache/messages.h"
+#include "cache/swapping.h"
 
 namespace kvpage::host_ops {
 namespace {
@@ -193,7 +194,9 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         if (occupied) pool.table->UndoFound(state, edit.slot);
         break;
       case SlotOpcode::kVacate:
-        if (row.state == SlotState::kDraining && !vacated) pool.table->CancelDraining(state, edit.slot);
+        if (row.state != SlotState::kDraining || vacated) break;
+        if (row.swapping) swapping::UndoOut(pool, mapping, edit.slot);
+        pool.table->CancelDraining(state, edit.slot);
         break;
       case SlotOpcode::kTruncate:
         if (row.state != SlotState::kOccupied) break;
@@ -205,6 +208,7 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         if (row.state == SlotState::kOccupied && pool.mirror == nullptr) pool.table->UndoDrop(state, edit.slot);
         break;
       case SlotOpcode::kSetLength:
+      case SlotOpcode::kSwapIn:  // swapping::UndoIn
         break;
     }
   }

@@ -1,5 +1,6 @@
 #include "cache/inspect.h"
 
+#include <set>
 #include <utility>
 
 namespace kvpage::inspect {
@@ -56,7 +57,17 @@ PoolNumbers Numbers(const PoolParts& pool) {
         break;
     }
   }
-  const std::vector<std::int64_t> counts = arena.CountByClass(classes, kNumClasses);
+  const SwapTable& swaps = pool.supply->swaps(mapping);
+  const SwapTable::Blocks swapped = swaps.FindBlocks(table.geometry().num_ranges());
+  std::vector<Arena::Classed> others;
+  for (const std::int32_t block : swapped.held) others.emplace_back(block, kMapped);
+  for (const std::int32_t block : swapped.writing) others.emplace_back(block, kDraining);
+  const std::vector<std::int64_t> counts = arena.CountByClass(classes, kNumClasses, others);
+  std::set<std::int32_t> different(swapped.held.begin(), swapped.held.end());
+  different.insert(swapped.writing.begin(), swapped.writing.end());
+  n.blocks_swapped = static_cast<std::int64_t>(different.size());
+  n.sequences_swapped = static_cast<std::int64_t>(swaps.swaps().size());
+  n.swaps = swaps.counts();
   n.blocks_mapped = counts[kMapped] + arena.num_set_aside();
   n.blocks_draining = counts[kDraining];
   n.blocks_parked = counts[kParked] + blocks.num_detached();
@@ -91,7 +102,10 @@ std::vector<SlotRow> Rows(const PoolParts& pool) {
 
 Status Audit(const PoolParts& pool) {
   const MappingLock mapping = pool.supply->Lock();
-  return pool.supply->arena(mapping).Audit();
+  const SwapTable::Blocks swapped = pool.supply->swaps(mapping).FindBlocks(pool.table->geometry().num_ranges());
+  std::vector<std::int32_t> blocks = swapped.held;
+  blocks.insert(blocks.end(), swapped.writing.begin(), swapped.writing.end());
+  return pool.supply->arena(mapping).Audit(blocks);
 }
 
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) {

@@ -30,11 +30,12 @@
 #include "cache/relocation.h"
 #include "cache/reuse.h"
 #include "cache/sharing.h"
+#include "cache/swapping.h"
 #include "cache/views.h"
 
 namespace kvpage {
 
-class Pool {
+class Pool : public std::enable_shared_from_this<Pool> {
  public:
   using Generation = kvpage::Generation;
 
@@ -105,6 +106,13 @@ class Pool {
     return reuse::Start(parts_, copies, before);
   }
   void UndoReuse(const std::vector<reuse::Mark>& before) { reuse::Undo(parts_, before); }
+  Status SwapOut(std::int32_t slot, store::BlockStore* store, SwapPtr* out) {
+    return swapping::Out(parts_, slot, store, weak_from_this(), out);
+  }
+  Claim Prefetch(const SwapPtr& swap) { return swapping::Prefetch(parts_, swap); }
+  Claim SwapIn(const SwapPtr& swap) { return swapping::In(parts_, swap); }
+  void UndoSwapIn(const SwapPtr& swap, std::int32_t slot) { swapping::UndoIn(parts_, swap, slot); }
+  void DropSwapped(const SwapPtr& swap) { swapping::Drop(parts_, swap); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
     return host_ops::StartEdits(parts_, verb, edits);
   }
@@ -120,6 +128,8 @@ class Pool {
   }
   // `go_on`: see patience.h.
   Status NewGeneration(Generation* out, const GoOn& go_on = {}) { return generations::Start(parts_, out, go_on); }
+  // Swapped sequences that are being written, whose blocks will come free.
+  std::int64_t SwapWrites() { return table_.swap_writes(table_.Lock()); }
   bool WaitForDrain(double seconds) { return generations::WaitForDrain(parts_, seconds); }
   // The memory goes when the last reference to the pool does.
   Status Close(const GoOn& go_on) { return generations::Close(parts_, go_on); }

@@ -40,7 +40,8 @@ void SlotTable::Occupy(const StateLock&, std::int32_t slot, std::int64_t tokens)
   row.reserved = tokens;
   row.truncations = 0;
   row.dropped = row.dropped_before = 0;
-  row.forked = false;
+  row.forked = row.swapping = false;
+  row.restored = -1;
   row.committed.clear();
   row.space = -1;
   row.prompt = row.found = row.fewest = 0;
@@ -94,6 +95,18 @@ void SlotTable::OccupyFound(const StateLock& lock, std::int32_t slot, std::int32
   progress_.slots[slot].shared = static_cast<std::int32_t>(found);
 }
 
+void SlotTable::OccupySwapped(const StateLock& lock, std::int32_t slot, const std::vector<std::int32_t>& ids,
+                              std::int32_t space, std::int64_t prompt, std::int64_t shared) {
+  Occupy(lock, slot, 0);
+  HostSlot& row = slots_[slot];
+  row.restored = row.fewest = static_cast<std::int64_t>(ids.size());
+  row.committed = ids;
+  row.space = space;
+  row.prompt = prompt;
+  if (space >= 0) commits_.Note(slot);
+  progress_.slots[slot].shared = static_cast<std::int32_t>(shared);
+}
+
 void SlotTable::UndoFound(const StateLock& lock, std::int32_t slot, bool whole) {
   HostSlot& row = slots_[slot];
   const std::int64_t end = geometry_.BlocksFor(row.found) * geometry_.block_tokens;
@@ -138,6 +151,13 @@ void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
   const bool never =
       slots_[slot].state == SlotState::kOccupied && slots_[slot].forked && !progress_.slots[slot].started;
   if (never) SetState(slot, SlotState::kDraining);
+  const HostSlot& row = slots_[slot];
+  if (row.state == SlotState::kOccupied && row.restored >= 0 && !progress_.slots[slot].started) {
+    // The slot has had its sequence since the host swapped it in, whether the program has run or not.
+    progress_.slots[slot].started = true;
+    progress_.slots[slot].length = static_cast<std::int32_t>(row.restored);
+    progress_.RaiseWritten(slot, static_cast<std::int32_t>(row.restored));
+  }
   // The release program of a draining slot belongs to the old generation and will be refused.
   if (slots_[slot].state == SlotState::kDraining) Vacate(lock, slot);
 }
@@ -161,7 +181,7 @@ void SlotTable::RestoreCommitted(const StateLock&, std::int32_t slot) {
 
 void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written) {
   HostSlot& row = slots_[slot];
-  if (row.space >= 0) {
+  if (row.space >= 0 || row.swapping) {
     // What was found is there, whether the program that occupies the slot has run or not.
     if (written < 0) written = progress_.WrittenInAllLayers(slot);
     const auto committed = std::min<std::int64_t>(row.exact, row.committed.size());
@@ -178,7 +198,9 @@ void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written
 void SlotTable::FinishDraining(std::int32_t slot) {
   HostSlot& row = slots_[slot];
   SlotProgress& progress = progress_.slots[slot];
-  if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0) return;
+  if (row.state != SlotState::kDraining || !progress.vacated || progress.pins > 0 || row.views > 0 || row.swapping) {
+    return;
+  }
   SetState(slot, SlotState::kFree);
   row.reserved = row.truncations = 0;
   if (row.space < 0) row.committed.clear();

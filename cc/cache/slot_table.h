@@ -51,6 +51,8 @@ struct HostSlot {
   std::int32_t views = 0;               // zero-copy arrays alive over it
   std::int64_t reserved = 0;            // tokens asked for
   bool forked = false;                  // its occupant is a fork
+  bool swapping = false;                // draining, and its sequence is swapped out: it has still to be taken
+  std::int64_t restored = -1;           // tokens that its occupant was swapped in with; -1: it was not
   std::int64_t truncated = 0;           // the fewest tokens that a truncation leaves it whose program has not run
   std::int32_t truncations = 0;         // such programs
   std::int64_t dropped = 0;             // tokens at its beginning that the host has given up
@@ -123,7 +125,26 @@ class SlotTable {
   void Reserve(const StateLock&, std::int32_t slot, std::int64_t tokens);
   // The host releases a slot, and takes that back.
   void StartDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kDraining); }
-  void CancelDraining(const StateLock&, std::int32_t slot) { SetState(slot, SlotState::kOccupied); }
+  void CancelDraining(const StateLock&, std::int32_t slot) {
+    slots_[slot].swapping = false;
+    SetState(slot, SlotState::kOccupied);
+  }
+  // The same for a sequence that is swapped out: the slot does not come free before EndSwap.
+  void StartSwap(const StateLock&, std::int32_t slot) {
+    slots_[slot].swapping = true;
+    SetState(slot, SlotState::kDraining);
+  }
+  void EndSwap(const StateLock&, std::int32_t slot) {
+    slots_[slot].swapping = false;
+    FinishDraining(slot);
+  }
+  // Blocks of a swapped sequence are being written, and will come free. Waiters for slots that drain wait for these.
+  void StartSwapWrite(const StateLock&) { ++swap_writes_; }
+  void EndSwapWrite(const StateLock&) {
+    --swap_writes_;
+    changed_.notify_all();
+  }
+  std::int64_t swap_writes(const StateLock&) const { return swap_writes_; }
   // Tokens, in whole blocks, that a fork with `tokens` of the donor's may map. Blocks that a queued truncation may
   // replace are not among them.
   std::int64_t Lendable(const StateLock&, std::int32_t donor, std::int64_t tokens) const;
@@ -133,6 +154,10 @@ class SlotTable {
   // mapped.
   void OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
                    std::int64_t found);
+  // Occupies a slot with a sequence that was swapped out, whose memory it has soon: positions below `shared` are not
+  // its to write. Call Reserve once they are mapped.
+  void OccupySwapped(const StateLock& lock, std::int32_t slot, const std::vector<std::int32_t>& ids, std::int32_t space,
+                     std::int64_t prompt, std::int64_t shared);
   void SetPrompt(const StateLock&, std::int32_t slot, std::int64_t tokens) { slots_[slot].prompt = tokens; }
   // The program that occupies such a slot was not queued: the slot is free, with what was found; and, if it had a
   // sequence, with what that has in the last block, or the `whole` of it.
@@ -220,6 +245,7 @@ class SlotTable {
   std::int32_t views_of_all_ = 0;
   std::int32_t gates_ = 0;  // calls that keep the gate closed
   std::int64_t waits_ = 0;
+  std::int64_t swap_writes_ = 0;
   bool closed_ = false;
 };
 

@@ -125,7 +125,7 @@ void Supply::Tally(const MappingLock& lock, const std::vector<Want>& wants, Clai
   claim->free = arena_->pool().num_free();
   if (arena_->pool().num_shared() == 0 && arena_->pool().num_cached() == 0) {
     claim->reclaimable = SpareBlocks(wants) * ranges;
-    claim->draining = candidates_.draining() * ranges;
+    claim->draining = candidates_.draining() * ranges + swaps_.CountWriting(*arena_);
     return;
   }
   std::int64_t evictable = 0;
@@ -137,7 +137,7 @@ void Supply::Tally(const MappingLock& lock, const std::vector<Want>& wants, Clai
     const StateLock state = table_->Lock();
     draining.assign(table_->draining(state).begin(), table_->draining(state).end());
   }
-  claim->draining = arena_->FreedBy(draining);
+  claim->draining = arena_->FreedBy(draining) + swaps_.CountWriting(*arena_);
 }
 
 Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan,

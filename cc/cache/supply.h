@@ -23,6 +23,7 @@
 #include "cache/prefix_index.h"
 #include "cache/slot_table.h"
 #include "cache/supply_plan.h"
+#include "cache/swap_table.h"
 #include "cache/types.h"
 #include "vmm/mappings.h"
 
@@ -65,11 +66,20 @@ class Supply {
   void NoteDrop(const MappingLock&, std::int32_t slot) { drops_.push_back(slot); }
   // Unmaps what no handler uses any more of these slots.
   void FinishDrops(const MappingLock& lock);
-  // What waits for handlers that have ended since: ReleaseHeld and FinishDrops.
+  // What waits for handlers that have ended since.
   void FinishChanges(const MappingLock& lock) {
     ReleaseHeld(lock);
     FinishDrops(lock);
+    FinishSwaps(lock);
   }
+
+  // ---- swapped sequences (supply_swap.cc) ----
+  SwapTable& swaps(const MappingLock&) { return swaps_; }
+  // The slot's sequence has been taken: it comes free, without blocks, once no handler and no view uses it.
+  void NoteSwap(const MappingLock&, std::int32_t slot) { emptying_.push_back(slot); }
+  void FinishSwaps(const MappingLock& lock);
+  // Blocks with one reference each that no slot maps, taken from donors and the prefix index where none is free.
+  Claim ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks);
 
   // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
@@ -193,6 +203,8 @@ class Supply {
   const std::unique_ptr<Arena> arena_;
   Candidates candidates_;
   std::vector<std::int32_t> drops_;  // slots that may have something left to unmap
+  SwapTable swaps_;
+  std::vector<std::int32_t> emptying_;  // slots whose sequences were swapped out
   std::unique_ptr<PrefixIndex> index_;
   PrefixCounts counts_;
   const bool poison_;

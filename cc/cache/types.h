@@ -51,12 +51,20 @@ struct ForkRequest {
   std::int64_t tokens = -1;  // -1: all that are committed
 };
 
+// Since the pool was made.
+struct SwapCounts {
+  std::int64_t swapped_out = 0, swapped_in = 0;              // sequences
+  std::int64_t bytes_swapped_out = 0, bytes_swapped_in = 0;  // written to the store, read from it
+};
+
 // Blocks are counted once each, however many slots map them.
 struct PoolNumbers {
   std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
   std::int64_t blocks_spare = 0, blocks_shared = 0, blocks_cached = 0, blocks_peak = 0, blocks_warm = 0;
   std::int64_t slots_occupied = 0, slots_draining = 0, slots_parked = 0;
   std::int64_t prefix_queries = 0, prefix_hits = 0, prefix_tokens = 0, prefix_evictions = 0;
+  std::int64_t sequences_swapped = 0, blocks_swapped = 0;  // now; in memory
+  SwapCounts swaps;
   std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
   std::int64_t memory_mappings = 0;  // of the process, for slots' blocks; none with a mirror
 };

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "python/swap_binding.h"
+
 namespace nb = nanobind;
 using namespace nb::literals;
 
@@ -31,6 +33,7 @@ std::vector<SlotEdit> ToEdits(const EditRows& rows) {
 struct Decision {
   EditRows edits;
   std::vector<reuse::Mark> marks;  // reuse_segment
+  SwapPtr swapped_out, swapped_in;
 };
 
 Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
@@ -60,6 +63,8 @@ void Undo(const PoolReference& self, Decision* decision) {
   if (!self.Get("undo", &pool).ok()) return;
   pool->UndoEdits(ToEdits(rows));
   pool->UndoReuse(marks);
+  if (decision->swapped_out != nullptr) pool->DropSwapped(decision->swapped_out);
+  if (decision->swapped_in != nullptr) pool->UndoSwapIn(decision->swapped_in, rows.front()[1]);
 }
 
 // (donor, tokens)
@@ -148,6 +153,28 @@ std::vector<std::array<std::int32_t, 5>> StartReuse(const PoolReference& self, D
   return operand;
 }
 
+void SwapOut(const PoolReference& self, Decision* decision, SwapReference& swapped, std::int32_t slot) {
+  store::BlockStore* const store = swapped.store();
+  Call(self, "swap_out", [&](const PoolPtr& pool) -> Status {
+    KVPAGE_RETURN_IF_ERROR(pool->SwapOut(slot, store, &decision->swapped_out));
+    swapped.Set(pool, decision->swapped_out);
+    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kVacate), slot, 0, -1});
+    return {};
+  });
+}
+
+Claim SwapIn(const PoolReference& self, Decision* decision, const SwapReference& swapped) {
+  return Call(self, "swap_in", [&](const PoolPtr& pool) {
+    if (Status status = swapped.Check("swap_in", pool); !status.ok()) return FailedClaim(status);
+    Claim claim = pool->SwapIn(swapped.swap());
+    if (!claim.status.ok()) return claim;
+    decision->swapped_in = swapped.swap();
+    const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);  // at most max_seq_len
+    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens, -1});
+    return claim;
+  });
+}
+
 }  // namespace
 
 void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
@@ -165,6 +192,8 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("drop_before", &DropBefore, "decision"_a, "slots"_a, "num_tokens"_a, "generation"_a, "epoch"_a)
       .def("drops", Getter<bool, std::int32_t, std::int64_t>("drop_before", &Pool::Drops), "slot"_a, "num_tokens"_a)
       .def("start_reuse", &StartReuse, "decision"_a, "copies"_a)
+      .def("swap_out", &SwapOut, "decision"_a, "swapped"_a, "slot"_a)
+      .def("swap_in", &SwapIn, "decision"_a, "swapped"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);
 }

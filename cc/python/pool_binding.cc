@@ -21,6 +21,7 @@
 #include "python/decision_binding.h"
 #include "python/pool_reference.h"
 #include "python/store_binding.h"
+#include "python/swap_binding.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -109,6 +110,12 @@ void BindResults(nb::module_& m) {
       .def_ro("prefix_hits", &PoolNumbers::prefix_hits)
       .def_ro("prefix_tokens", &PoolNumbers::prefix_tokens)
       .def_ro("prefix_evictions", &PoolNumbers::prefix_evictions)
+      .def_ro("sequences_swapped", &PoolNumbers::sequences_swapped)
+      .def_ro("blocks_swapped", &PoolNumbers::blocks_swapped)
+      .def_prop_ro("swapped_out", [](const PoolNumbers& n) { return n.swaps.swapped_out; })
+      .def_prop_ro("swapped_in", [](const PoolNumbers& n) { return n.swaps.swapped_in; })
+      .def_prop_ro("bytes_swapped_out", [](const PoolNumbers& n) { return n.swaps.bytes_swapped_out; })
+      .def_prop_ro("bytes_swapped_in", [](const PoolNumbers& n) { return n.swaps.bytes_swapped_in; })
       .def_ro("blocks_peak", &PoolNumbers::blocks_peak)
       .def_ro("blocks_warm", &PoolNumbers::blocks_warm)
       .def_ro("slots_occupied", &PoolNumbers::slots_occupied)
@@ -153,6 +160,7 @@ void BindPool(nb::module_& m) {
   nb::class_<PoolReference> pool(m, "Pool");
   BindDecisions(m, pool);
   BindStore(m, pool);
+  BindSwapping(m, pool);
   pool.def(
           "__init__",
           [](PoolReference* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,
@@ -205,6 +213,7 @@ void BindPool(nb::module_& m) {
                     [&](const PoolPtr& pool, const GoOn& go_on) { return pool->NewGeneration(&made, go_on); });
              return std::make_tuple(made.generation, made.epoch, made.lengths);
            })
+      .def("swap_writes", Method("acquire", &Pool::SwapWrites))
       .def("wait_for_drain", Method("acquire", &Pool::WaitForDrain), "seconds"_a)
       .def("trim", Getter<std::int64_t>("trim", &Pool::Trim))
       .def("resize", &Resize, "capacity_bytes"_a)
@@ -219,6 +228,7 @@ void BindPool(nb::module_& m) {
       .def("take_fault", Method("check", &Pool::TakeFault))
       .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))
+      .def("audit", Method("audit", &Pool::Audit))  // for tests
       .def("rows", Method("slot_table", &Pool::Rows))
       .def("block_map", Getter<BlockReferences, std::int32_t>("block_map", &Pool::BlockMap), "slot"_a)
       .def("block_owners", Getter<BlockRows, std::int32_t>("block_map", &Pool::BlockOwners), "slot"_a)

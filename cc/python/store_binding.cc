@@ -117,11 +117,14 @@ void BindInspection(nb::module_& m) {
 
 }  // namespace
 
+store::BlockStore* ToStore(nb::handle object) { return nb::cast<Store&>(object).get(); }
+
 void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
   using Numbers = store::StoreNumbers;
   nb::class_<Numbers>(m, "StoreNumbers")
       .def_ro("files", &Numbers::files)
       .def_ro("bytes", &Numbers::bytes)
+      .def_ro("bytes_swapped", &Numbers::bytes_swapped)
       .def_ro("limit_bytes", &Numbers::limit_bytes)
       .def_ro("bytes_written", &Numbers::bytes_written)
       .def_ro("bytes_read", &Numbers::bytes_read)

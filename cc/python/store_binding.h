@@ -8,6 +8,9 @@
 
 namespace kvpage {
 
+// The store in a Python object of class `Store`.
+store::BlockStore* ToStore(nanobind::handle object);
+
 void BindStore(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
 
 }  // namespace kvpage

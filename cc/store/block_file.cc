@@ -10,16 +10,6 @@
 namespace kvpage::store {
 namespace {
 
-// Checksum of a block whose ranges lie apart.
-std::uint32_t Checksum(const BlockShape& shape, const char* const* ranges) {
-  std::uint32_t checksum = 0;
-  for (std::int64_t range = 0; range < shape.ranges; ++range) {
-    const auto* bytes = reinterpret_cast<const std::uint8_t*>(ranges[range]);
-    checksum = crc32c::Extend(checksum, bytes, static_cast<std::size_t>(shape.block_bytes));
-  }
-  return checksum;
-}
-
 std::vector<iovec> Parts(const BlockShape& shape, const char* const* ranges, std::int64_t blocks) {
   std::vector<iovec> parts;
   for (std::int64_t i = 0; i < blocks * shape.ranges; ++i) {
@@ -51,6 +41,26 @@ class Unfinished {
 };
 
 }  // namespace
+
+std::uint32_t Checksum(const BlockShape& shape, const char* const* ranges) {
+  std::uint32_t checksum = 0;
+  for (std::int64_t range = 0; range < shape.ranges; ++range) {
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(ranges[range]);
+    checksum = crc32c::Extend(checksum, bytes, static_cast<std::size_t>(shape.block_bytes));
+  }
+  return checksum;
+}
+
+Problem ReadBlocks(FileIo* io, int fd, const BlockShape& shape, std::int64_t offset, std::int64_t count,
+                   char* const* destinations, const std::uint32_t* checksums, std::int64_t* good) {
+  *good = 0;
+  const int error = ReadAll(io, fd, Parts(shape, destinations, count), offset);
+  if (error != 0) return error == kEndOfFile ? Problem::kTruncated : Problem::kUnreadable;
+  for (; *good < count; ++*good) {
+    if (Checksum(shape, destinations + *good * shape.ranges) != checksums[*good]) return Problem::kDamaged;
+  }
+  return Problem::kNone;
+}
 
 Status WriteBlockFile(FileIo* io, const Folder& folder, FileHeader* header, const char* const* sources,
                       std::string* name, std::int64_t* bytes) {
@@ -106,15 +116,8 @@ Problem BlockFile::Open(FileIo* io, const Folder& folder, const std::string& nam
 Problem BlockFile::Read(FileIo* io, std::int64_t begin, std::int64_t count, char* const* destinations,
                         std::int64_t* good) const {
   const BlockShape& shape = header_.identity.shape;
-  *good = 0;
-  const int error = ReadAll(io, fd_.get(), Parts(shape, destinations, count), data_begin_ + begin * shape.bytes());
-  if (error != 0) return error == kEndOfFile ? Problem::kTruncated : Problem::kUnreadable;
-  for (; *good < count; ++*good) {
-    if (Checksum(shape, destinations + *good * shape.ranges) != header_.checksums[begin + *good]) {
-      return Problem::kDamaged;
-    }
-  }
-  return Problem::kNone;
+  return ReadBlocks(io, fd_.get(), shape, data_begin_ + begin * shape.bytes(), count, destinations,
+                    &header_.checksums[begin], good);
 }
 
 void BlockFile::Touch() const { static_cast<void>(futimens(fd_.get(), nullptr)); }

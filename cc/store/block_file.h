@@ -16,6 +16,13 @@ namespace kvpage::store {
 // Blocks are written and read in pieces of at least this many bytes.
 constexpr std::int64_t kPieceBytes = std::int64_t{2} << 20;
 
+// crc32c of a block whose ranges lie apart.
+std::uint32_t Checksum(const BlockShape& shape, const char* const* ranges);
+// Reads `count` blocks that lie one after the other from `offset` on to `destinations`, [count, ranges], and compares
+// their checksums. `good`: the first ones that are right.
+Problem ReadBlocks(FileIo* io, int fd, const BlockShape& shape, std::int64_t offset, std::int64_t count,
+                   char* const* destinations, const std::uint32_t* checksums, std::int64_t* good);
+
 // Writes the blocks at `sources`, [blocks, ranges], and fills in header->checksums, which has a place for each. The
 // file gets its name when all of it is on disk.
 Status WriteBlockFile(FileIo* io, const Folder& folder, FileHeader* header, const char* const* sources,

@@ -12,6 +12,7 @@
 
 #include "store/catalog.h"
 #include "store/reader.h"
+#include "store/swapper.h"
 #include "store/writer.h"
 
 namespace kvpage::store {
@@ -22,7 +23,8 @@ class BlockStore::Impl {
       : options_(std::move(options)),
         catalog_(std::move(folder), options_),
         reader_(&catalog_, options_),
-        writer_(&catalog_, options_) {}
+        writer_(&catalog_, options_),
+        swapper_(&catalog_, options_) {}
 
   void StartMaintaining() {
     thread_ = std::thread([this] { Maintain(); });
@@ -34,6 +36,7 @@ class BlockStore::Impl {
   const Catalog& catalog() const { return catalog_; }
   Reader& reader() { return reader_; }
   Writer& writer() { return writer_; }
+  Swapper& swapper() { return swapper_; }
 
   void Close() {
     {
@@ -44,6 +47,7 @@ class BlockStore::Impl {
     const std::lock_guard<std::mutex> join(join_mutex_);  // several threads may close it
     writer_.Stop();
     reader_.Stop();
+    swapper_.Stop();
     if (thread_.joinable()) thread_.join();
   }
 
@@ -63,6 +67,7 @@ class BlockStore::Impl {
   Catalog catalog_;
   Reader reader_;
   Writer writer_;
+  Swapper swapper_;
   std::mutex mutex_, join_mutex_;
   std::condition_variable ended_;
   std::atomic<bool> closed_{false};
@@ -134,6 +139,16 @@ bool BlockStore::WaitForRoom(std::int64_t bytes, double seconds) {
 std::shared_ptr<ReadTicket> BlockStore::Read(ReadRequest request) {
   if (Check("read").ok()) return impl_->reader().Read(std::move(request));
   return std::make_shared<ReadTicket>(0, 0, Problem::kClosed);
+}
+
+void BlockStore::WriteSwapped(SwapWrite write) {
+  if (const Status status = Check("swap_out"); !status.ok()) return write.done(status, nullptr);
+  impl_->swapper().Write(std::move(write));
+}
+
+void BlockStore::ReadSwapped(SwapRead read) {
+  if (!Check("swap_in").ok()) return read.done(Problem::kClosed, 0);
+  impl_->swapper().Read(std::move(read));
 }
 
 Status BlockStore::Refresh() {

@@ -19,6 +19,7 @@
 #include "store/file_header.h"
 #include "store/file_io.h"
 #include "store/read_ticket.h"
+#include "store/swap_file.h"
 
 namespace kvpage::store {
 
@@ -55,8 +56,25 @@ struct ReadRequest {
   std::shared_ptr<const void> keep;  // lives as long as something may be read
 };
 
+// Blocks that this process will read again, and no other.
+struct SwapWrite {
+  BlockShape shape;
+  std::int64_t blocks = 0;
+  SwapFile::CopyBlocks copy;  // called by a thread of the store until it refuses or all blocks are copied
+  // Called once, by a thread of the store or, when that is closed, by the one that calls or closes it. Without a file
+  // and without an error: `copy` has refused.
+  std::function<void(const Status&, std::shared_ptr<SwapFile>)> done;
+};
+struct SwapRead {
+  std::shared_ptr<const SwapFile> file;
+  std::vector<char*> destinations;  // [blocks, ranges]
+  // Called once, as that of SwapWrite. `good`: the blocks from the first one on that are what was written.
+  std::function<void(Problem, std::int64_t good)> done;
+};
+
 struct StoreNumbers {
   std::int64_t files = 0, bytes = 0, limit_bytes = 0;
+  std::int64_t bytes_swapped = 0;  // in files without names
   std::int64_t lookups = 0, tokens_asked = 0, tokens_found = 0;
   std::int64_t bytes_written = 0, bytes_read = 0;
   std::int64_t blocks_written = 0, blocks_read = 0;
@@ -94,6 +112,10 @@ class BlockStore {
 
   // Begins to read; never null.
   std::shared_ptr<ReadTicket> Read(ReadRequest request);
+
+  // These do not wait, and take any number of bytes: the memory behind them is the pool's.
+  void WriteSwapped(SwapWrite write);
+  void ReadSwapped(SwapRead read);
 
   // Looks for files of other processes now.
   Status Refresh();

@@ -115,7 +115,19 @@ bool Catalog::Usable(const std::string& name) const {
 
 std::int64_t Catalog::bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return directory_.bytes();
+  return directory_.bytes() + swapped_bytes_;
+}
+
+bool Catalog::ReserveSwapped(std::int64_t bytes) {
+  const auto count = [&](std::int64_t more) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    swapped_bytes_ += more;
+    return swapped_bytes_ <= options_.limit_bytes;
+  };
+  if (count(bytes) && (bytes <= 0 || Evict(options_.limit_bytes))) return true;
+  if (bytes <= 0) return true;
+  count(-bytes);
+  return false;
 }
 
 bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
@@ -133,7 +145,7 @@ bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
   std::vector<std::string> plan;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    plan = directory_.PlanEviction(limit, used, kept);
+    plan = directory_.PlanEviction(limit - swapped_bytes_, used, kept);
   }
   for (const std::string& name : plan) {
     if (!folder_.Remove(name)) {
@@ -160,6 +172,7 @@ StoreNumbers Catalog::Numbers() const {
   StoreNumbers numbers = numbers_;
   numbers.files = directory_.num_files();
   numbers.bytes = directory_.bytes();
+  numbers.bytes_swapped = swapped_bytes_;
   numbers.refused = directory_.CountRefused();
   numbers.refused[static_cast<int>(Problem::kFingerprint)] += directory_.CountForeign(options_.fingerprint);
   return numbers;

@@ -42,10 +42,14 @@ class Catalog {
   }
   void NoteError(const Status& status);
 
+  // Makes room below the limit for what only this process has on disk, before block files, and counts it; false: there
+  // is not enough. A negative number gives it back.
+  bool ReserveSwapped(std::int64_t bytes);
+
   // Makes the directory equal to the folder, if that has changed or `force`.
   Status Refresh(bool force);
-  // Removes files until at most `limit` bytes are left, but none of `kept` nor what those continue. Returns whether at
-  // most so many are left, or another process is about it.
+  // Removes files until at most `limit` bytes are left with what ReserveSwapped has counted, but none of `kept` nor
+  // what those continue. Returns whether at most so many are left, or another process is about it.
   bool Evict(std::int64_t limit, const std::set<std::string>& kept = {});
   // What the store's thread does from time to time.
   void Maintain();
@@ -56,7 +60,7 @@ class Catalog {
   bool Changed(double* time) const;
   // Whether a file is in the directory and need not be opened again.
   bool Usable(const std::string& name) const;
-  std::int64_t bytes() const;
+  std::int64_t bytes() const;  // with swapped ones
 
   const Folder folder_;
   const StoreOptions& options_;
@@ -68,6 +72,7 @@ class Catalog {
   mutable std::mutex mutex_;
   Directory directory_;
   StoreNumbers numbers_;
+  std::int64_t swapped_bytes_ = 0;
 };
 
 }  // namespace kvpage::store

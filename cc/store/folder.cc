@@ -101,7 +101,7 @@ Status Folder::MakeTemporary(std::string* name, Fd* out) const {
   static std::atomic<std::uint64_t> counter{0};
   for (int tries = 0; tries < 100; ++tries) {
     *name = kTemporary + std::to_string(getpid()) + "-" + std::to_string(counter.fetch_add(1));
-    Fd made(openat(fd(), name->c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
+    Fd made(openat(fd(), name->c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
     if (!made.ok() && errno == EEXIST) continue;  // another process had this number, perhaps in another container
     if (!made.ok()) return FileError("make a file in " + path_, errno);
     flock(made.get(), LOCK_EX | LOCK_NB);

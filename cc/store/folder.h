@@ -51,7 +51,7 @@ class Folder {
   bool Has(const std::string& name) const;
   // For reading; not ok with errno set.
   Fd OpenFile(const std::string& name) const;
-  // A new file for writing that no look-up finds, locked while it is open.
+  // A new file, for reading and writing, that no look-up finds, locked while it is open.
   Status MakeTemporary(std::string* name, Fd* out) const;
   // Whether the file is gone now.
   bool Remove(const std::string& name) const;

@@ -112,6 +112,11 @@ class Program {
   }
   CacheRef cache() const { return {generation_, epoch_, lengths_.data()}; }
   void SetEpoch(std::uint32_t epoch) { epoch_ = epoch; }
+  // What an op has returned that this class has no method for.
+  void Set(std::uint32_t epoch, std::vector<std::int32_t> lengths) {
+    epoch_ = epoch;
+    lengths_ = std::move(lengths);
+  }
   std::int32_t length(std::int32_t slot) const { return lengths_[slot]; }
 
   // Host and device side of acquire and release.

@@ -16,10 +16,20 @@ from jax_kvpage.ops import _batching, _lowering, _scratch
 from jax_kvpage.ops._checks import EPOCH, INT32, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["DROP", "FORK", "FOUND", "OCCUPY", "SET_LENGTH", "TRUNCATE", "VACATE", "edit_slots"]
+__all__ = [
+    "DROP",
+    "FORK",
+    "FOUND",
+    "OCCUPY",
+    "SET_LENGTH",
+    "SWAP_IN",
+    "TRUNCATE",
+    "VACATE",
+    "edit_slots",
+]
 
 # Opcodes (cc/base/slot_edits.h).
-OCCUPY, VACATE, SET_LENGTH, FORK, TRUNCATE, FOUND, DROP = range(7)
+OCCUPY, VACATE, SET_LENGTH, FORK, TRUNCATE, FOUND, DROP, SWAP_IN = range(8)
 
 _NAMES = {number: name for name, number in _native.VERBS.items()}
 
@@ -50,7 +60,8 @@ def edit_slots(cache: KVCache, own: Any, edits: Any, copies: Any, verb: str) -> 
             named once. OCCUPY makes a free slot an empty sequence, VACATE frees one, SET_LENGTH and
             TRUNCATE lower the length of one, FORK makes a free slot a sequence with the first
             `length` tokens of the slot `donor`, FOUND one with `length` tokens that its memory has,
-            DROP takes the tokens below `length` away from one.
+            DROP takes the tokens below `length` away from one, SWAP_IN makes a free slot a
+            sequence with `length` tokens that its memory has (CPU only).
         copies: int32[m, 4], rows of (source slot, target slot, first token, number of tokens), -1
             is padding: stored keys, values and scales of all layers, to the same positions of the
             target, which then counts as written that far. Slots must be occupied after the edits.

@@ -85,6 +85,8 @@ class Editor {
       case SlotOpcode::kDrop:
         if (length < 0) return wrong(FaultKind::kSlotFree);
         return edit.length <= length || wrong(FaultKind::kDropBeyond, edit.length, length);
+      case SlotOpcode::kSwapIn:  // on CPU only
+        break;
     }
     return wrong(FaultKind::kOpcode, edit.opcode);
   }

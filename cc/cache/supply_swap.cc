@@ -1,0 +1,48 @@
+// The part of Supply for sequences that are swapped out and in: see swapping.h.
+#include <algorithm>
+#include <string>
+
+#include "cache/supply.h"
+
+namespace kvpage {
+
+void Supply::FinishSwaps(const MappingLock& lock) {
+  if (emptying_.empty()) return;
+  std::vector<std::int32_t> free;
+  const auto finished = [&](std::int32_t slot) {
+    const StateLock state = table_->Lock();
+    if (table_->progress(state).slots[slot].pins > 0 || table_->host(state, slot).views > 0) return false;
+    table_->EndSwap(state, slot);
+    free.push_back(slot);
+    return true;
+  };
+  emptying_.erase(std::remove_if(emptying_.begin(), emptying_.end(), finished), emptying_.end());
+  if (free.empty()) return;
+  SyncIndex(lock);  // with what programs have written, as for any slot that comes free
+  // One that cannot be emptied is not adopted before it is (DropShared).
+  for (const std::int32_t slot : free) static_cast<void>(Empty(lock, slot));
+}
+
+Claim Supply::ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks) {
+  Claim claim;
+  claim.wanted = count;
+  if (count == 0) return claim;
+  Refresh(lock);
+  if (const std::int64_t short_of = count - arena_->pool().num_free(); short_of > 0) {
+    Tally(lock, {}, &claim);
+    if (short_of > claim.reclaimable) {
+      claim.status = ResourceExhausted(std::to_string(count) + " blocks wanted, " + std::to_string(claim.free) +
+                                           " free, " + std::to_string(claim.reclaimable) + " reclaimable, " +
+                                           std::to_string(claim.draining) + " draining",
+                                       Reason::kOutOfBlocks);
+      return claim;
+    }
+    claim.status = Reclaim(lock, short_of);
+    if (!claim.status.ok()) return claim;
+  }
+  claim.status = arena_->Claim(count, blocks);
+  if (claim.status.code() == Code::kResourceExhausted) Tally(lock, {}, &claim);
+  return claim;
+}
+
+}  // namespace kvpage

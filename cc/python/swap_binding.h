@@ -1,0 +1,44 @@
+// Sequences that are swapped out, as Python holds them.
+#ifndef KVPAGE_PYTHON_SWAP_BINDING_H_
+#define KVPAGE_PYTHON_SWAP_BINDING_H_
+
+#include <nanobind/nanobind.h>
+
+#include <memory>
+#include <utility>
+
+#include "python/pool_reference.h"
+
+namespace kvpage {
+
+// A swapped sequence, which is given up with this object. It keeps the store.
+class SwapReference {
+ public:
+  explicit SwapReference(nanobind::object store) : store_(std::move(store)) {}
+  ~SwapReference() { Drop(); }
+  SwapReference(const SwapReference&) = delete;
+  SwapReference& operator=(const SwapReference&) = delete;
+
+  store::BlockStore* store() const;
+  // Null before `Set`.
+  const SwapPtr& swap() const { return swap_; }
+  void Set(const PoolPtr& pool, SwapPtr swap) {
+    pool_ = pool;
+    swap_ = std::move(swap);
+  }
+  // It was swapped out of this pool.
+  Status Check(const char* op, const PoolPtr& pool) const;
+  void Drop();
+
+ private:
+  const nanobind::object store_;  // ends last
+  std::weak_ptr<Pool> pool_;
+  SwapPtr swap_;
+};
+
+// Class `Swapped`, and the methods of `Pool` that take one and queue nothing.
+void BindSwapping(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_PYTHON_SWAP_BINDING_H_

@@ -1,0 +1,187 @@
+"""Host calls that swap sequences out to a store and in again."""
+
+from typing import Any
+
+from jax_kvpage._arrays import as_bool, host_int
+from jax_kvpage._native import Decision
+from jax_kvpage._native import Swapped as NativeSwapped
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage._queue import WAIT_SLICE, Queue
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import KVPageError, wait_for
+from jax_kvpage.store import BlockStore
+from jax_kvpage.tickets import Ticket
+
+__all__ = ["Swapped", "SwappingCalls"]
+
+
+class Swapped:
+    """A sequence that `KVPool.swap_out` has taken out of its slot.
+
+    It ends with `KVPool.swap_in`, `KVPool.drop_swapped`, `close`, its collection or the pool's end:
+    its files and its references to shared blocks go then.
+    """
+
+    def __init__(self, native: NativeSwapped) -> None:
+        """Only `KVPool.swap_out` makes one."""
+        self._native = native
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has. Fewer than were committed if programs had not written them all
+        when the slot had drained."""
+        return self._native.length
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its own blocks are on disk and no longer in memory."""
+        return self._native.on_disk
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was swapped in or given up."""
+        return self._native.gone
+
+    def close(self) -> None:
+        """Gives the sequence up. Safe to call again."""
+        self._native.drop()
+
+    def __repr__(self) -> str:
+        where = "closed" if self.closed else "on disk" if self.on_disk else "in memory"
+        return f"<Swapped {self.tokens} tokens, {where}>"
+
+
+class SwappingCalls:
+    """The part of `KVPool` that swaps sequences."""
+
+    _native: NativePool
+    _pool: Any
+    _queue: Queue
+    store: BlockStore | None
+
+    def swap_out(self, cache: KVCache, slot: int) -> tuple[Swapped, KVCache]:
+        """Takes a sequence out of its slot, for others to use its memory, until `swap_in`.
+
+        Its committed tokens are kept; those that were not committed are lost, as in a fork. Blocks
+        that other slots share stay in memory, and are not written. The store's threads write the
+        others once programs that were queued before have run; they count as draining until then.
+        Nothing waits for the disk. If the disk or the store is full, they stay in memory. On CPU
+        only.
+
+        Args:
+            cache: the newest cache.
+            slot: an occupied slot.
+
+        Returns:
+            The swapped sequence, and the next cache, in which the slot is free.
+
+        Raises:
+            ValueError: the pool has no store, a slot that does not exist, a cache of another spec.
+            KVPageError: the slot is not occupied, or has dropped its beginning (`drop_before`).
+            PoolClosed: the pool or its store is closed.
+        """
+        self._queue.check_cache("swap_out", cache)
+        slot = host_int("swap_out: slot", slot)
+        if self.store is None:
+            raise ValueError("swap_out: the pool has no store: make it with KVPool(store=...)")
+        native = NativeSwapped(self.store.native)
+        swapped = Swapped(native)
+        decision = Decision()
+        try:
+            self._queue.forget_release(slot)
+            self._native.call(self._pool.swap_out, decision, native, slot)
+            return swapped, self._queue.run("swap_out", cache, decision.edits)
+        except BaseException:
+            self._pool.undo(decision)
+            raise
+
+    def prefetch(self, swapped: Swapped) -> Ticket:
+        """Begins to bring a swapped sequence back into memory, and does not wait for it.
+
+        Its memory is taken at once: from free blocks, parked slots and the prefix cache. A sequence
+        that is in memory, because it was not written yet, stays there.
+
+        Args:
+            swapped: from `swap_out` of this pool.
+
+        Returns:
+            A ticket that says when `swap_in` can go on.
+
+        Raises:
+            OutOfBlocks: not enough physical blocks; nothing has changed.
+            ValueError: a sequence of another pool.
+            KVPageError: it was swapped in or given up.
+            PoolClosed: the pool is closed.
+        """
+        native = _checked("prefetch", swapped)
+        self._queue.claim("prefetch", lambda: self._pool.prefetch_swapped(native))
+        return Ticket(native)
+
+    def swap_in(self, cache: KVCache, swapped: Swapped, wait: bool = False) -> tuple[int, KVCache]:
+        """Gives a swapped sequence a slot again, the same or another.
+
+        It continues bit for bit: tokens are where they were, at the same positions. There is room
+        for the tokens that it has.
+
+        Args:
+            cache: the newest cache.
+            swapped: from `swap_out` of this pool.
+            wait: wait for programs that were queued before `swap_out`, for the disk, and for slots
+                and blocks that drain.
+
+        Returns:
+            (slot, cache). The slot's length is `swapped.tokens`, which are committed.
+
+        Raises:
+            OutOfBlocks: not enough physical blocks; nothing has changed.
+            OutOfSlots: no free slot; nothing has changed.
+            ValueError: a sequence of another pool, a cache of another spec.
+            KVPageError: not ready, without `wait`; or what was written cannot be read: the message
+                says how many tokens are recoverable. Or it was swapped in or given up.
+            PoolClosed: the pool is closed.
+        """
+        self._queue.check_cache("swap_in", cache)
+        native = _checked("swap_in", swapped)
+        wait = as_bool("swap_in: wait", wait)
+        if wait:
+            self._queue.claim("swap_in", lambda: self._pool.prefetch_swapped(native), wait)
+            while not native.wait(WAIT_SLICE):
+                self._check_release(native)
+        decision = Decision()
+        try:
+            claim = self._queue.claim("swap_in", lambda: self._pool.swap_in(decision, native), wait)
+            cache = self._queue.run("swap_in", cache, decision.edits)
+            return claim.slots[0], cache
+        except BaseException:
+            self._pool.undo(decision)
+            raise
+
+    def _check_release(self, native: NativeSwapped) -> None:
+        """Raises if the program that frees a swapped sequence's slot has failed."""
+        marker = self._queue.released(native.slot)
+        if marker is None or not native.queued:
+            return
+        wait_for(marker)  # raises what it failed with
+        raise KVPageError(
+            f"swap_in: the program that was to free slot {native.slot} failed: start a new "
+            "generation with pool.cache()"
+        )
+
+    def drop_swapped(self, swapped: Swapped) -> None:
+        """Gives a swapped sequence up: its files and its shared references go.
+
+        Nothing happens if it was swapped in or given up before.
+
+        Args:
+            swapped: from `swap_out`.
+
+        Raises:
+            ValueError: no swapped sequence.
+        """
+        _checked("drop_swapped", swapped).drop()
+
+
+def _checked(op: str, swapped: Any) -> NativeSwapped:
+    if not isinstance(swapped, Swapped):
+        raise ValueError(f"{op}: swapped: wanted what swap_out returns, got {swapped!r}")
+    return swapped._native

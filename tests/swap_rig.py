@@ -1,0 +1,101 @@
+"""Pools that swap sequences, and what these must hold when they come back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from prefix_rig import LAYERS, PrefixRig, spec_of
+
+import jax_kvpage as kvp
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether something comes true within some seconds."""
+    end = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def swap_files() -> Iterator[str]:
+    """Paths of the swap files of this process, which have no names."""
+    for number in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{number}"
+        try:
+            target = os.readlink(path)
+        except OSError:
+            continue
+        if ".writing-" in target and target.endswith("(deleted)"):
+            yield path
+
+
+class SwapRig(PrefixRig):
+    """A rig whose sequences leave their slots and come back.
+
+    Attributes:
+        away: of each sequence that is swapped out, its tokens.
+    """
+
+    def __init__(self, pool: kvp.KVPool) -> None:
+        super().__init__(pool)
+        self.away: dict[kvp.Swapped, list[int]] = {}
+
+    def begin(self, ids: Sequence[int]) -> int:
+        """A sequence that the prefix cache does not know."""
+        slot, self.cache = self.pool.acquire(self.cache, len(ids))
+        self.ids[slot] = []
+        self.write(slot, ids)
+        return slot
+
+    def fork(self, slot: int) -> int:
+        (new,), self.cache = self.pool.fork(self.cache, slot, 1)
+        self.ids[new] = list(self.ids[slot])
+        return new
+
+    def swap_out(self, slot: int, to_disk: bool = True) -> kvp.Swapped:
+        """Swaps a sequence out, and waits until its own blocks are on disk."""
+        swapped, self.cache = self.pool.swap_out(self.cache, slot)
+        self.away[swapped] = self.ids.pop(slot)
+        if to_disk:
+            assert soon(lambda: swapped.on_disk), self.pool.store.stats().last_error
+        return swapped
+
+    def swap_in(self, swapped: kvp.Swapped, wait: bool = True) -> int:
+        slot, self.cache = self.pool.swap_in(self.cache, swapped, wait)
+        assert slot not in self.ids
+        self.ids[slot] = self.away.pop(swapped)
+        return slot
+
+    def audit(self) -> kvp.PoolStats:
+        """The pool's accounts, which add up."""
+        self.pool._pool.audit()
+        stats = self.pool.stats()
+        in_use = stats.blocks_mapped + stats.blocks_parked + stats.blocks_draining
+        assert stats.blocks_total == in_use + stats.blocks_free
+        return stats
+
+
+def swap_rig(
+    make_pool,
+    store: kvp.BlockStore | None,
+    layout: str,
+    dtype=jnp.float32,
+    blocks: int = 64,
+    **changes,
+) -> SwapRig:
+    """A pool with room for some logical blocks."""
+    resolved = spec_of(layout, dtype, **changes).resolve("cpu")
+    ranges = 1 if layout == "fused" else 2 * LAYERS
+    return SwapRig(make_pool(resolved, resolved.block_bytes * blocks * ranges, store=store))

@@ -1,0 +1,311 @@
+"""Sequences that are swapped out and in: what they hold, what stays in memory, and who waits."""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import busy
+from prefix_rig import BLOCK, LAYERS
+from swap_rig import DTYPES, SwapRig, soon, swap_files, swap_rig, text
+from test_store_prefixes import decode
+
+import jax_kvpage as kvp
+
+
+@pytest.fixture(params=["fused", "per_layer"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def store(tmp_path: pathlib.Path) -> Iterator[kvp.BlockStore]:
+    with kvp.BlockStore(tmp_path / "store") as opened:
+        yield opened
+
+
+def ranges_of(rig: SwapRig) -> int:
+    return 1 if rig.pool.spec.layout == "fused" else 2 * LAYERS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_goes_on_bit_for_bit(store, make_pool, layout: str, dtype) -> None:
+    rig, fresh = (swap_rig(make_pool, s, layout, dtype) for s in (store, None))
+    ids = text(100)
+    slot, computed = rig.begin(ids), fresh.begin(ids)
+    free = rig.pool.stats().blocks_free
+    swapped = rig.swap_out(slot)
+    assert (swapped.tokens, swapped.closed) == (100, False)
+    stats = rig.audit()
+    assert stats.blocks_free == stats.blocks_total == free + 7 * ranges_of(rig)
+    assert (stats.sequences_swapped, stats.swapped_out, stats.blocks_swapped) == (1, 1, 0)
+    size = 7 * ranges_of(rig) * stats.block_bytes
+    assert (stats.bytes_swapped_out, store.stats().bytes_swapped) == (size, size)
+    other = rig.begin(text(300, 1))  # memory and slot are another's meanwhile
+
+    ticket = rig.pool.prefetch(swapped)
+    assert ticket.wait()
+    assert (ticket.ready, ticket.tokens, ticket.error) == (True, 100, None)
+    again = rig.swap_in(swapped, wait=False)
+    assert (swapped.closed, rig.pool.committed(again)) == (True, ids)
+    assert store.stats().bytes_swapped == 0
+    assert list(swap_files()) == []
+    for token in text(20, 7):
+        assert np.array_equal(decode(rig, again, token), decode(fresh, computed, token))
+    rig.check()
+    stats = rig.audit()
+    assert (stats.swapped_in, stats.bytes_swapped_in, stats.sequences_swapped) == (1, size, 0)
+    rig.release(again, other)
+
+
+def test_nothing_is_ready_by_itself(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    swapped = rig.swap_out(rig.begin(text(40)))
+    with pytest.raises(kvp.KVPageError, match=r"is on disk: pool\.prefetch"):
+        rig.swap_in(swapped, wait=False)
+    rig.swap_in(swapped)
+    rig.check()
+    with pytest.raises(kvp.KVPageError, match="was swapped in or given up before"):
+        rig.pool.swap_in(rig.cache, swapped)
+    with pytest.raises(kvp.KVPageError, match="was swapped in or given up"):
+        rig.pool.prefetch(swapped)
+
+
+def test_shared_blocks_stay(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    parent = rig.begin(text(40))
+    child = rig.fork(parent)
+    rig.write(parent, text(30, 1))
+    rig.write(child, text(10, 2))
+    out = rig.swap_out(parent)
+    stats = rig.audit()
+    ranges = ranges_of(rig)
+    assert stats.bytes_swapped_out == (5 - 2) * ranges * stats.block_bytes
+    assert stats.blocks_swapped == 2 * ranges
+    also = rig.swap_out(child)  # what only swapped sequences share stays too, and is not written
+    stats = rig.audit()
+    assert stats.bytes_swapped_out == (3 + 2) * ranges * stats.block_bytes
+    assert stats.blocks_swapped == stats.blocks_mapped == 2 * ranges
+    first, second = rig.swap_in(also), rig.swap_in(out)
+    rig.check()
+    maps = [rig.pool.block_map(slot, owners=True)[0] for slot in (first, second)]
+    assert [b.block for b in maps[0][:2]] == [b.block for b in maps[1][:2]]
+    assert rig.audit().blocks_shared == 2 * ranges
+    # Neither may write what the other reads, as before.
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="share of it ends at 32"):
+        jax.block_until_ready(kvp.set_lengths(rig.cache, [first], [10]))
+    rig.cache = rig.pool.truncate(rig.cache, second, 10)
+    rig.ids[second] = rig.ids[second][:10]
+    rig.write(second, text(30, 5))
+    rig.check()
+    rig.audit()
+
+
+def test_a_sequence_is_given_up(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    parent = rig.begin(text(40))
+    for give_up in (rig.pool.drop_swapped, kvp.Swapped.close, None):
+        child = rig.fork(parent)
+        rig.write(child, text(50, 2))
+        swapped = rig.swap_out(child)
+        assert rig.audit().blocks_shared == 2 * ranges_of(rig)
+        assert len(list(swap_files())) == 1
+        rig.away.clear()
+        if give_up is not None:
+            give_up(swapped)
+            give_up(swapped)
+            assert swapped.closed
+        del swapped
+        gc.collect()
+        assert rig.audit().blocks_shared == 0
+        assert (store.stats().bytes_swapped, list(swap_files())) == (0, [])
+    rig.check()
+
+
+def test_a_sequence_of_the_prefix_cache(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    ids = text(90)
+    slot, _ = rig.acquire(ids)
+    swapped = rig.swap_out(slot)
+    assert rig.pool.find_prefix(ids) == 89  # all but one, as for any prompt
+    rig.pool.evict()
+    assert rig.audit().blocks_free == rig.pool.stats().blocks_total
+    back = rig.swap_in(swapped)
+    rig.check()
+    assert rig.pool.find_prefix(ids) == 89  # it is in the index again
+    other, cached = rig.acquire([*ids[:80], *text(30, 1)])
+    assert cached == 80
+    rig.write(back, text(20, 3))
+    rig.check()
+    rig.release(back, other)
+    rig.audit()
+
+
+def test_the_host_does_not_wait(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    slot = rig.begin(text(40))
+    rig.pool.check(rig.cache)
+    done = busy(2)
+    rig.cache = kvp.after(rig.cache, done)
+    rig.write(slot, text(30, 1))
+    swapped = rig.swap_out(slot, to_disk=False)
+    assert not done.is_ready()
+    with pytest.raises(kvp.KVPageError, match="have still to run: wait=True"):
+        rig.swap_in(swapped, wait=False)
+    ticket = rig.pool.prefetch(swapped)
+    assert not done.is_ready()
+    assert (ticket.ready, ticket.tokens, ticket.error) == (False, 0, None)
+    assert not ticket.wait(0.01)
+    rig.swap_in(swapped)
+    assert done.is_ready()
+    rig.check()
+    assert rig.audit().bytes_swapped_out == 0  # it was wanted before it could be written
+
+
+def test_blocks_drain_until_they_are_written(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout, blocks=8)
+    first = rig.begin(text(100))
+    rig.pool.check(rig.cache)
+    rig.cache = kvp.after(rig.cache, busy(1))
+    swapped = rig.swap_out(first, to_disk=False)
+    with pytest.raises(kvp.OutOfBlocks) as caught:
+        rig.pool.acquire(rig.cache, 100)
+    assert caught.value.draining == 7 * ranges_of(rig)
+    slot, rig.cache = rig.pool.acquire(rig.cache, 100, wait=True)
+    assert swapped.on_disk
+    with pytest.raises(kvp.OutOfBlocks):
+        rig.pool.prefetch(swapped)
+    rig.cache = rig.pool.release(rig.cache, slot)
+    rig.swap_in(swapped)
+    rig.check()
+
+
+def test_a_failed_program_and_a_new_generation(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    slot, other = rig.begin(text(40)), rig.begin(text(20, 1))
+    rig.pool.check(rig.cache)
+    back = rig.swap_out(other)
+    assert rig.pool.prefetch(back).wait()
+    batch = kvp.Batch(jnp.asarray([slot]), jnp.asarray([0, 1]))
+    row = jnp.ones((1, 2, 64))
+    append = jax.jit(lambda cache, layer: kvp.append_kv(cache, row, row, batch, layer=layer))
+    rig.cache = append(kvp.after(rig.cache, busy(1)), jnp.int32(7))  # no such layer
+    rig.pool.commit(slot, [1, 2, 3])
+    swapped = rig.swap_out(slot, to_disk=False)
+    again = rig.swap_in(back, wait=False)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="layer"):
+        rig.swap_in(swapped)
+    rig.cache = rig.pool.cache()
+    assert np.asarray(rig.cache.lengths)[again] == 20
+    assert swapped.tokens == 40
+    rig.swap_in(swapped, wait=False)
+    rig.check()
+    rig.audit()
+
+
+def test_a_pool_closes_with_swapped_sequences(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    swapped = rig.swap_out(rig.begin(text(40)))
+    queued = rig.swap_out(rig.begin(text(30)), to_disk=False)
+    rig.pool.close()
+    assert swapped.closed
+    assert queued.closed
+    assert soon(lambda: list(swap_files()) == [])
+    swapped.close()
+    with pytest.raises(kvp.PoolClosed):
+        rig.pool.prefetch(swapped)
+
+
+def test_the_disk_is_full(tmp_path: pathlib.Path, make_pool, layout: str) -> None:
+    with kvp.BlockStore(tmp_path, limit=4096) as store:
+        rig = swap_rig(make_pool, store, layout)
+        swapped = rig.swap_out(rig.begin(text(100)), to_disk=False)
+        assert soon(lambda: store.stats().failed_writes == 1)
+        assert "do not fit in a store of 4096" in store.stats().last_error
+        assert soon(lambda: rig.audit().blocks_draining == 0)
+        assert rig.audit().blocks_mapped == 7 * ranges_of(rig)
+        ticket = rig.pool.prefetch(swapped)
+        assert (ticket.ready, ticket.tokens) == (True, 100)
+        rig.swap_in(swapped, wait=False)
+        rig.check()
+        rig.pool.close()
+
+
+def test_swapped_sequences_go_before_saved_prefixes(tmp_path, make_pool) -> None:
+    size = 40 * swap_rig(make_pool, None, "fused").pool.spec.block_bytes
+    with kvp.BlockStore(tmp_path, limit=size) as store:
+        rig = swap_rig(make_pool, store, "fused")
+        saved, _ = rig.acquire(text(16 * 20))
+        rig.pool.check(rig.cache)
+        rig.pool.save_prefixes()
+        swapped = rig.swap_out(rig.begin(text(16 * 30, 1)))
+        assert (store.stats().files, store.stats().files_evicted) == (0, 1)
+        rig.swap_in(swapped)
+        rig.check()
+        rig.release(saved)
+        rig.pool.close()
+
+
+def test_damaged_files(store, make_pool, layout: str) -> None:
+    rig = swap_rig(make_pool, store, layout)
+    parent = rig.begin(text(40))
+    child = rig.fork(parent)
+    rig.write(child, text(100, 2))
+    swapped = rig.swap_out(child)
+    (path,) = swap_files()
+    offset = 3 * ranges_of(rig) * rig.pool.spec.block_bytes + 5
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(kvp.KVPageError, match=r"\(damaged\): the first 80 of 140 tokens are"):
+        rig.swap_in(swapped)
+    ticket = rig.pool.prefetch(swapped)
+    assert (ticket.ready, ticket.tokens) == (True, 80)
+    assert "damaged" in ticket.error
+    assert repr(ticket).startswith("<Ticket 80 tokens, what was written")
+    assert store.stats().missed == {"damaged": 1}
+    stats = rig.audit()
+    assert stats.blocks_swapped == 5 * ranges_of(rig)
+    rig.pool.drop_swapped(swapped)
+    assert rig.audit().blocks_swapped == 0
+    rig.check()
+
+
+def test_truncated_files(store, make_pool) -> None:
+    rig = swap_rig(make_pool, store, "fused")
+    swapped = rig.swap_out(rig.begin(text(40)))
+    (path,) = swap_files()
+    with open(path, "r+b") as file:
+        file.truncate(rig.pool.spec.block_bytes)
+    with pytest.raises(kvp.KVPageError, match=r"\(truncated\): the first 0 of 40 tokens"):
+        rig.swap_in(swapped)
+
+
+def test_mistakes_are_named(store, make_pool, tmp_path: pathlib.Path) -> None:
+    bare, rig = swap_rig(make_pool, None, "fused"), swap_rig(make_pool, store, "fused")
+    slot = bare.begin(text(20))
+    with pytest.raises(ValueError, match=r"has no store: make it with KVPool\(store=...\)"):
+        bare.pool.swap_out(bare.cache, slot)
+    with pytest.raises(kvp.KVPageError, match="swap_out: slot 0 is free"):
+        rig.pool.swap_out(rig.cache, 0)
+    with pytest.raises(ValueError, match="swap_out: slot 99 does not exist"):
+        rig.pool.swap_out(rig.cache, 99)
+    swapped = rig.swap_out(rig.begin(text(20)))
+    other = swap_rig(make_pool, store, "fused")
+    for call in (other.pool.prefetch, lambda s: other.pool.swap_in(other.cache, s)):
+        with pytest.raises(ValueError, match="was not swapped out of this pool"):
+            call(swapped)
+    with pytest.raises(ValueError, match="wanted what swap_out returns, got 3"):
+        rig.pool.prefetch(3)
+    dropping = rig.begin(text(64))
+    rig.drop(dropping, 2 * BLOCK)
+    with pytest.raises(kvp.KVPageError, match="has dropped its tokens below 32"):
+        rig.pool.swap_out(rig.cache, dropping)
+    rig.check()
