@@ -1,5 +1,6 @@
 """Host calls that swap sequences out to a store and in again."""
 
+import functools
 from typing import Any
 
 from jax_kvpage._arrays import as_bool, host_int
@@ -117,7 +118,9 @@ class SwappingCalls:
         self._queue.claim("prefetch", lambda: self._pool.prefetch_swapped(native))
         return Ticket(native)
 
-    def swap_in(self, cache: KVCache, swapped: Swapped, wait: bool = False) -> tuple[int, KVCache]:
+    def swap_in(
+        self, cache: KVCache, swapped: Swapped, wait: bool = False, *, recover: bool = False
+    ) -> tuple[int, KVCache]:
         """Gives a swapped sequence a slot again, the same or another.
 
         It continues bit for bit: tokens are where they were, at the same positions. There is room
@@ -128,6 +131,8 @@ class SwappingCalls:
             swapped: from `swap_out` of this pool.
             wait: wait for programs that were queued before `swap_out`, for the disk, and for slots
                 and blocks that drain.
+            recover: of a sequence whose file could not be read, take the tokens from the beginning
+                that could; the length says how many they are.
 
         Returns:
             (slot, cache). The slot's length is `swapped.tokens`, which are committed.
@@ -143,13 +148,15 @@ class SwappingCalls:
         self._queue.check_cache("swap_in", cache)
         native = _checked("swap_in", swapped)
         wait = as_bool("swap_in: wait", wait)
+        recover = as_bool("swap_in: recover", recover)
         if wait:
             self._queue.claim("swap_in", lambda: self._pool.prefetch_swapped(native), wait)
             while not native.wait(WAIT_SLICE):
                 self._check_release(native)
         decision = Decision()
         try:
-            claim = self._queue.claim("swap_in", lambda: self._pool.swap_in(decision, native), wait)
+            attempt = functools.partial(self._pool.swap_in, decision, native, recover)
+            claim = self._queue.claim("swap_in", attempt, wait)
             cache = self._queue.run("swap_in", cache, decision.edits)
             return claim.slots[0], cache
         except BaseException:

@@ -54,7 +54,7 @@ class SwapRig(PrefixRig):
 
     def begin(self, ids: Sequence[int]) -> int:
         """A sequence that the prefix cache does not know."""
-        slot, self.cache = self.pool.acquire(self.cache, len(ids))
+        slot, self.cache = self.pool.acquire(self.cache, len(ids), wait=True)
         self.ids[slot] = []
         self.write(slot, ids)
         return slot

@@ -110,7 +110,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return swapping::Out(parts_, slot, store, weak_from_this(), out);
   }
   Claim Prefetch(const SwapPtr& swap) { return swapping::Prefetch(parts_, swap); }
-  Claim SwapIn(const SwapPtr& swap) { return swapping::In(parts_, swap); }
+  Claim SwapIn(const SwapPtr& swap, bool recover = false) { return swapping::In(parts_, swap, recover); }
   void UndoSwapIn(const SwapPtr& swap, std::int32_t slot) { swapping::UndoIn(parts_, swap, slot); }
   void DropSwapped(const SwapPtr& swap) { swapping::Drop(parts_, swap); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {

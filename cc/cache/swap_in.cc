@@ -9,7 +9,7 @@ namespace kvpage::swapping {
 namespace {
 
 // Whether the sequence is in memory now.
-Status Ready(const Swap& swap) {
+Status Ready(const Swap& swap, bool recover) {
   switch (swap.state()) {
     case SwapState::kWriting:
     case SwapState::kMemory:
@@ -24,8 +24,9 @@ Status Ready(const Swap& swap) {
       return FailedPrecondition(
           "swap_in: the sequence is still being read: its ticket says when it is ready, wait=True waits for that");
     case SwapState::kDamaged:
+      if (recover) return {};
       return FailedPrecondition("swap_in: " + swap.error() +
-                                ". Give it up with pool.drop_swapped(swapped), and compute it again");
+                                ": recover=True takes these, pool.drop_swapped(swapped) gives the sequence up");
     case SwapState::kGone:
       break;
   }
@@ -58,17 +59,21 @@ void LeaveSlot(const PoolParts& pool, const MappingLock& mapping, std::int32_t s
 
 }  // namespace
 
-Claim In(const PoolParts& pool, const SwapPtr& swap) {
+Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover) {
   SlotTable& table = *pool.table;
   const Geometry& geometry = table.geometry();
   const std::int64_t ranges = geometry.num_ranges();
   const MappingLock mapping = pool.supply->Lock();
   if (Status status = Enter(pool, table.Lock(), "swap_in"); !status.ok()) return FailedClaim(status);
-  if (Status status = Ready(*swap); !status.ok()) return FailedClaim(status);
+  if (Status status = Ready(*swap, recover); !status.ok()) return FailedClaim(status);
   Claim claim = EmptySlot(pool, mapping);
   if (!claim.status.ok()) return claim;
   const std::int32_t slot = claim.slots[0];
   Arena& arena = pool.supply->arena(mapping);
+  if (swap->state() == SwapState::kDamaged) {
+    swap->ids.resize(static_cast<std::size_t>(swap->tokens_in_memory()));
+    swap->SetTokens(swap->tokens_in_memory());
+  }
   const auto tokens = static_cast<std::int64_t>(swap->ids.size());
   const auto count = static_cast<std::int64_t>(swap->blocks.size()) / ranges;
   // What others have as well, or the prefix index, is not this sequence's to write.

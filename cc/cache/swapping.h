@@ -25,8 +25,9 @@ Status Out(const PoolParts& pool, std::int32_t slot, store::BlockStore* store, s
 void UndoOut(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot);
 // Brings a sequence back into memory: claims blocks and begins to read. Nothing happens if it is there.
 Claim Prefetch(const PoolParts& pool, const SwapPtr& swap);
-// Maps a sequence that is in memory into a slot. claim.slots and claim.tokens say which, and how long it is.
-Claim In(const PoolParts& pool, const SwapPtr& swap);
+// Maps a sequence that is in memory into a slot. claim.slots and claim.tokens say which, and how long it is. `recover`:
+// of one that could not be read, the first tokens that are there.
+Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover);
 // The program that occupies the slot was not queued: the sequence is swapped out again.
 void UndoIn(const PoolParts& pool, const SwapPtr& swap, std::int32_t slot);
 // Gives a swapped sequence up; nothing happens if that is done, or it was swapped in.

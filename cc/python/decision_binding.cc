@@ -163,10 +163,10 @@ void SwapOut(const PoolReference& self, Decision* decision, SwapReference& swapp
   });
 }
 
-Claim SwapIn(const PoolReference& self, Decision* decision, const SwapReference& swapped) {
+Claim SwapIn(const PoolReference& self, Decision* decision, const SwapReference& swapped, bool recover) {
   return Call(self, "swap_in", [&](const PoolPtr& pool) {
     if (Status status = swapped.Check("swap_in", pool); !status.ok()) return FailedClaim(status);
-    Claim claim = pool->SwapIn(swapped.swap());
+    Claim claim = pool->SwapIn(swapped.swap(), recover);
     if (!claim.status.ok()) return claim;
     decision->swapped_in = swapped.swap();
     const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);  // at most max_seq_len
@@ -193,7 +193,7 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("drops", Getter<bool, std::int32_t, std::int64_t>("drop_before", &Pool::Drops), "slot"_a, "num_tokens"_a)
       .def("start_reuse", &StartReuse, "decision"_a, "copies"_a)
       .def("swap_out", &SwapOut, "decision"_a, "swapped"_a, "slot"_a)
-      .def("swap_in", &SwapIn, "decision"_a, "swapped"_a)
+      .def("swap_in", &SwapIn, "decision"_a, "swapped"_a, "recover"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);
 }

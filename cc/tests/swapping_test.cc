@@ -1,93 +1,10 @@
-// Sequences that leave their slots and come back: contents and accounts, whatever else happens meanwhile.
+// Sequences that leave their slots and come back: contents and accounts, also while they are written or read.
 #include <gtest/gtest.h>
 
-#include <cerrno>
-#include <memory>
-#include <utility>
-
-#include "tests/expect_ok.h"
-#include "tests/faulty_io.h"
-#include "tests/faulty_vmm.h"
-#include "tests/pool_util.h"
-#include "tests/sharing_util.h"
-#include "tests/store_util.h"
+#include "tests/swapping_util.h"
 
 namespace kvpage::testing {
 namespace {
-
-using store::testing::FaultyIo;
-using store::testing::Soon;
-using store::testing::TemporaryFolder;
-
-class SwappingTest : public ::testing::TestWithParam<Layout> {
- protected:
-  SwappingTest() : geometry_(SmallGeometry(GetParam())) {
-    auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry_));
-    vmm_ = faulty.get();
-    pool_ = MakePool(geometry_, 24 * ranges(), {}, std::move(faulty));
-    program_ = std::make_unique<Program>(pool_.get());
-    store::StoreOptions options;
-    options.io = io_;
-    store_ = store::testing::OpenStore(folder_, options);
-  }
-  ~SwappingTest() override {
-    io_->hold_reads = io_->hold_writes = false;
-    pool_->Close();
-  }
-
-  std::int64_t ranges() const { return geometry_.num_ranges(); }
-  std::int32_t Begin(std::int32_t tokens, float stamp) {
-    const std::int32_t slot = program_->Acquire(tokens);
-    WriteStamped(pool_.get(), program_.get(), slot, tokens, stamp);
-    return slot;
-  }
-  SwapPtr StartOut(std::int32_t slot) {
-    SwapPtr swap;
-    EXPECT_OK(pool_->SwapOut(slot, store_.get(), &swap));
-    return swap;
-  }
-  SwapPtr Out(std::int32_t slot) {
-    SwapPtr swap = StartOut(slot);
-    EXPECT_OK(program_->Vacate(slot));
-    return swap;
-  }
-  SwapPtr OutToDisk(std::int32_t slot) {
-    SwapPtr swap = Out(slot);
-    EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kDisk; }));
-    return swap;
-  }
-  std::int32_t In(const SwapPtr& swap) {
-    const Claim claim = pool_->SwapIn(swap);
-    EXPECT_OK(claim.status);
-    if (!claim.status.ok()) return -1;
-    EXPECT_OK(RunIn(claim));
-    return claim.slots[0];
-  }
-  Status RunIn(const Claim& claim) {
-    const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);
-    std::vector<std::int32_t> lengths(kSlots);
-    std::uint32_t epoch = 0;
-    Status status =
-        EditOne(pool_.get(), "swap_in", program_->cache(),
-                {static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens}, &epoch, lengths.data());
-    if (status.ok()) program_->Set(epoch, std::move(lengths));
-    return status;
-  }
-  bool AllRight() { return AddsUp(pool_.get()) && pool_->Audit().ok(); }
-  // Whether no swapped sequence has anything left anywhere.
-  bool NothingLeft() {
-    const PoolNumbers n = pool_->Numbers();
-    return n.sequences_swapped == 0 && n.blocks_swapped == 0 && store_->Numbers().bytes_swapped == 0 && AllRight();
-  }
-
-  const Geometry geometry_;
-  const TemporaryFolder folder_;
-  const std::shared_ptr<FaultyIo> io_ = std::make_shared<FaultyIo>();
-  std::unique_ptr<store::BlockStore> store_;
-  FaultyVmm* vmm_ = nullptr;
-  std::shared_ptr<Pool> pool_;
-  std::unique_ptr<Program> program_;
-};
 
 TEST_P(SwappingTest, ASequenceComesBackInAnotherSlot) {
   const std::int32_t slot = Begin(40, 1);
@@ -228,93 +145,6 @@ TEST_P(SwappingTest, AReaderKeepsTheSlotAndNotTheWriter) {
   EXPECT_TRUE(NothingLeft());
 }
 
-TEST_P(SwappingTest, AFullDiskLosesNothing) {
-  io_->write_error = ENOSPC;
-  const std::int32_t parent = Begin(40, 1);
-  const std::int32_t child = program_->Fork(parent);
-  WriteStamped(pool_.get(), program_.get(), child, 30, 2);
-  const SwapPtr swap = Out(child);
-  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kMemory; }));
-  EXPECT_EQ(pool_->Numbers().blocks_draining, 0);
-  EXPECT_TRUE(AllRight());
-  const std::int32_t back = In(swap);
-  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 40, 1), 40);
-  EXPECT_EQ(CountStamped(pool_.get(), back, 40, 70, 2), 30);
-  EXPECT_TRUE(NothingLeft());
-}
-
-TEST_P(SwappingTest, AReadThatFailsKeepsWhatIsThere) {
-  const std::int32_t parent = Begin(40, 1);
-  const std::int32_t child = program_->Fork(parent);
-  const SwapPtr swap = OutToDisk(child);
-  io_->read_error = EIO;
-  ASSERT_OK(pool_->Prefetch(swap).status);
-  ASSERT_TRUE(swap->Wait(60));
-  EXPECT_EQ(swap->state(), SwapState::kDamaged);
-  EXPECT_EQ(swap->tokens_in_memory(), 32);
-  const Status status = pool_->SwapIn(swap).status;
-  EXPECT_TRUE(Mentions(status, "(unreadable): the first 32 of 40 tokens are recoverable")) << status.message();
-  EXPECT_EQ(pool_->Numbers().blocks_swapped, 2 * ranges());
-  EXPECT_TRUE(AllRight());
-  pool_->DropSwapped(swap);
-  EXPECT_TRUE(NothingLeft());
-}
-
-TEST_P(SwappingTest, MappingsThatFailLeaveItSwapped) {
-  const std::int32_t parent = Begin(40, 1);
-  const std::int32_t child = program_->Fork(parent);
-  WriteStamped(pool_.get(), program_.get(), child, 30, 2);
-  const SwapPtr swap = OutToDisk(child);
-  ASSERT_OK(pool_->Prefetch(swap).status);
-  ASSERT_TRUE(swap->Wait(60));
-  for (const Verb verb : {Verb::kMapReadOnly, Verb::kMap}) {
-    for (int call = 0; call < ranges(); ++call) {
-      vmm_->FailAt(verb, call);
-      EXPECT_FALSE(pool_->SwapIn(swap).status.ok());
-      EXPECT_TRUE(vmm_->failed());
-      EXPECT_EQ(swap->state(), SwapState::kMemory);
-      EXPECT_EQ(pool_->Numbers().slots_occupied, 1);
-      EXPECT_TRUE(AllRight());
-    }
-  }
-  const std::int32_t back = In(swap);
-  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 40, 1), 40);
-  EXPECT_EQ(CountStamped(pool_.get(), back, 40, 70, 2), 30);
-  EXPECT_TRUE(NothingLeft());
-}
-
-TEST_P(SwappingTest, WhatWasNotQueuedIsTakenBack) {
-  const std::int32_t slot = Begin(40, 1);
-  const SwapPtr never = StartOut(slot);
-  UndoRelease(*pool_, {slot});
-  EXPECT_EQ(never->state(), SwapState::kGone);
-  WriteStamped(pool_.get(), program_.get(), slot, 10, 1);
-  const SwapPtr swap = OutToDisk(slot);
-  ASSERT_OK(pool_->Prefetch(swap).status);
-  ASSERT_TRUE(swap->Wait(60));
-  const Claim claim = pool_->SwapIn(swap);
-  ASSERT_OK(claim.status);
-  pool_->UndoSwapIn(swap, claim.slots[0]);
-  EXPECT_EQ(pool_->Numbers().slots_occupied, 0);
-  EXPECT_TRUE(AllRight());
-  EXPECT_EQ(CountStamped(pool_.get(), In(swap), 0, 50, 1), 50);
-  EXPECT_TRUE(NothingLeft());
-}
-
-TEST_P(SwappingTest, ANewGenerationLosesNeither) {
-  const SwapPtr in = OutToDisk(Begin(40, 1));
-  ASSERT_OK(pool_->Prefetch(in).status);
-  ASSERT_TRUE(in->Wait(60));
-  const Claim claim = pool_->SwapIn(in);  // its program does not run, nor does that of the next
-  const SwapPtr out = StartOut(Begin(30, 2));
-  program_->Restart();
-  EXPECT_EQ(program_->length(claim.slots[0]), 40);
-  EXPECT_EQ(CountStamped(pool_.get(), claim.slots[0], 0, 40, 1), 40);
-  EXPECT_TRUE(Soon([&] { return out->state() == SwapState::kDisk; }));
-  EXPECT_EQ(out->tokens(), 30);
-  EXPECT_TRUE(AllRight());
-}
-
 TEST_P(SwappingTest, ATruncationThatIsQueuedComesFirst) {
   const std::int32_t parent = Begin(60, 1);
   const std::int32_t child = program_->Fork(parent);
@@ -330,40 +160,6 @@ TEST_P(SwappingTest, ATruncationThatIsQueuedComesFirst) {
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 20, 1), 20);
   EXPECT_EQ(CountStamped(pool_.get(), parent, 0, 60, 1), 60);
   EXPECT_TRUE(NothingLeft());
-}
-
-TEST_P(SwappingTest, TheStoreClosesFirst) {
-  io_->hold_writes = true;
-  const SwapPtr writing = Out(Begin(20, 1));
-  const SwapPtr queued = StartOut(Begin(30, 2));
-  io_->hold_writes = false;
-  store_->Close();
-  ASSERT_OK(program_->Vacate(queued->slot));
-  EXPECT_EQ(queued->state(), SwapState::kMemory);
-  EXPECT_EQ(CountStamped(pool_.get(), In(queued), 0, 30, 2), 30);
-  EXPECT_TRUE(AllRight());
-}
-
-TEST_P(SwappingTest, ThePoolClosesFirst) {
-  const SwapPtr stored = OutToDisk(Begin(20, 1));
-  const SwapPtr reading = OutToDisk(Begin(20, 1));
-  io_->hold_reads = true;
-  ASSERT_OK(pool_->Prefetch(reading).status);
-  io_->hold_writes = true;
-  const SwapPtr writing = Out(Begin(20, 1));
-  pool_->Close();
-  EXPECT_EQ(stored->state(), SwapState::kGone);
-  EXPECT_EQ(writing->state(), SwapState::kGone);
-  EXPECT_EQ(pool_->Prefetch(stored).status.reason(), Reason::kClosed);
-  std::weak_ptr<Pool> left = pool_;
-  program_.reset();
-  pool_.reset();
-  EXPECT_FALSE(left.expired());  // the store reads into its memory
-  io_->hold_reads = io_->hold_writes = false;
-  EXPECT_TRUE(Soon([&] { return left.expired(); }));
-  EXPECT_EQ(reading->state(), SwapState::kGone);
-  EXPECT_TRUE(Soon([&] { return store_->Numbers().bytes_swapped == 0; }));
-  pool_ = MakePool(geometry_, 8);
 }
 
 TEST_P(SwappingTest, WritesAreWaitedFor) {
