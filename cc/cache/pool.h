@@ -106,7 +106,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return reuse::Start(parts_, copies, before);
   }
   void UndoReuse(const std::vector<reuse::Mark>& before) { reuse::Undo(parts_, before); }
-  Status SwapOut(std::int32_t slot, store::BlockStore* store, SwapPtr* out) {
+  Status SwapOut(std::int32_t slot, const std::shared_ptr<store::BlockStore>& store, SwapPtr* out) {
     return swapping::Out(parts_, slot, store, weak_from_this(), out);
   }
   Claim Prefetch(const SwapPtr& swap) { return swapping::Prefetch(parts_, swap); }

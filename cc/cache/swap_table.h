@@ -92,12 +92,12 @@ class Swap {
   std::vector<std::int32_t> ids;  // of its tokens, once the slot has drained
   std::int32_t space = -1;        // see HostSlot
   std::int64_t prompt = 0;
-  std::vector<std::int32_t> blocks;  // [logical blocks, ranges]; -1: on disk. Each has a reference of the swap's
-  std::int64_t kept = 0;             // the first logical blocks, which stay in memory
-  bool wanted = false;               // somebody waits for it: it is not to be written
-  bool dropped = false;              // given up while blocks were being read
-  store::BlockStore* store = nullptr;
-  std::weak_ptr<const void> pool;  // keeps the memory while the store uses it
+  std::vector<std::int32_t> blocks;        // [logical blocks, ranges]; -1: on disk. Each has a reference of the swap's
+  std::int64_t kept = 0;                   // the first logical blocks, which stay in memory
+  bool wanted = false;                     // somebody waits for it: it is not to be written
+  bool dropped = false;                    // given up while blocks were being read
+  std::weak_ptr<store::BlockStore> store;  // threads of the store may be the last to hold this
+  std::weak_ptr<const void> pool;          // keeps the memory while the store uses it
   std::shared_ptr<store::SwapFile> file;
 
  private:

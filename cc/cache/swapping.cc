@@ -12,7 +12,7 @@ namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Begins every call of the host.
+// Begins calls for pools on CPU.
 Status EnterOnHost(const PoolParts& pool, const char* op) {
   KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), op));
   if (pool.mirror == nullptr) return {};
@@ -58,7 +58,7 @@ class BlockCopier {
   const std::int64_t begin_, tokens_;
 };
 
-// A write has ended. Without a file the blocks stay in memory.
+// A write has ended. Without a file the blocks stay in memory. A file that nobody wants ends after the lock.
 void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store::SwapFile> file) {
   const std::int64_t ranges = pool.table->geometry().num_ranges();
   {
@@ -135,8 +135,8 @@ bool Capture(const PoolParts& pool, const MappingLock& mapping, const SwapPtr& s
 
 }  // namespace
 
-Status Out(const PoolParts& pool, std::int32_t slot, store::BlockStore* store, std::weak_ptr<const void> owner,
-           SwapPtr* out) {
+Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::BlockStore>& store,
+           std::weak_ptr<const void> owner, SwapPtr* out) {
   SlotTable& table = *pool.table;
   KVPAGE_RETURN_IF_ERROR(store->Check("swap_out"));
   const MappingLock mapping = pool.supply->Lock();
@@ -177,7 +177,7 @@ void Continue(const PoolParts& pool, const EditList& list) {
 }
 
 void Continue(const PoolParts& pool) {
-  std::vector<std::pair<store::BlockStore*, store::SwapWrite>> writes;
+  std::vector<std::pair<std::shared_ptr<store::BlockStore>, store::SwapWrite>> writes;
   {
     const MappingLock mapping = pool.supply->Lock();
     const std::vector<SwapPtr> swaps = pool.supply->swaps(mapping).swaps();
@@ -193,11 +193,17 @@ void Continue(const PoolParts& pool) {
       write.done = [owner, &pool, swap](const Status&, std::shared_ptr<store::SwapFile> file) {
         EndWrite(pool, swap, std::move(file));
       };
-      writes.emplace_back(swap->store, std::move(write));
+      writes.emplace_back(swap->store.lock(), std::move(write));
     }
   }
   // A store that is closed is done at once, and then takes the mapping mutex.
-  for (auto& [store, write] : writes) store->WriteSwapped(std::move(write));
+  for (auto& [store, write] : writes) {
+    if (store != nullptr) {
+      store->WriteSwapped(std::move(write));
+    } else {
+      write.done({}, nullptr);
+    }
+  }
 }
 
 Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
@@ -228,7 +234,11 @@ Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
     read.done = [owner, &pool, swap](store::Problem problem, std::int64_t good) { EndRead(pool, swap, problem, good); };
     swap->SetState(SwapState::kReading);
   }
-  swap->store->ReadSwapped(std::move(read));
+  if (const std::shared_ptr<store::BlockStore> store = swap->store.lock(); store != nullptr) {
+    store->ReadSwapped(std::move(read));
+  } else {
+    read.done(store::Problem::kClosed, 0);
+  }
   return {};
 }
 

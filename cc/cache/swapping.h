@@ -19,8 +19,8 @@ namespace kvpage::swapping {
 
 // ---- host ----
 // The slot begins to drain. `owner` keeps the pool's memory. The queued program is a release.
-Status Out(const PoolParts& pool, std::int32_t slot, store::BlockStore* store, std::weak_ptr<const void> owner,
-           SwapPtr* out);
+Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::BlockStore>& store,
+           std::weak_ptr<const void> owner, SwapPtr* out);
 // The release program was not queued. The slot goes on as it was; the caller sees to that.
 void UndoOut(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot);
 // Brings a sequence back into memory: claims blocks and begins to read. Nothing happens if it is there.

@@ -154,7 +154,7 @@ std::vector<std::array<std::int32_t, 5>> StartReuse(const PoolReference& self, D
 }
 
 void SwapOut(const PoolReference& self, Decision* decision, SwapReference& swapped, std::int32_t slot) {
-  store::BlockStore* const store = swapped.store();
+  const std::shared_ptr<store::BlockStore> store = swapped.store();
   Call(self, "swap_out", [&](const PoolPtr& pool) -> Status {
     KVPAGE_RETURN_IF_ERROR(pool->SwapOut(slot, store, &decision->swapped_out));
     swapped.Set(pool, decision->swapped_out);

@@ -29,16 +29,20 @@ class Store {
     store::StoreOptions options;
     options.limit_bytes = limit_bytes;
     options.fingerprint = std::move(fingerprint);
-    Raise(store::BlockStore::Open(path, std::move(options), &store_));
+    std::unique_ptr<store::BlockStore> store;
+    Raise(store::BlockStore::Open(path, std::move(options), &store));
+    store_ = std::move(store);
   }
   ~Store() {
     const GilRelease release;
+    if (store_ != nullptr) store_->Close();
     store_.reset();
   }
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
   store::BlockStore* get() const { return store_.get(); }
+  const std::shared_ptr<store::BlockStore>& shared() const { return store_; }
   void Close() {
     const GilRelease release;
     store_->Close();
@@ -54,7 +58,7 @@ class Store {
   }
 
  private:
-  std::unique_ptr<store::BlockStore> store_;
+  std::shared_ptr<store::BlockStore> store_;  // also of a call that goes on in another thread
 };
 
 // Counts by the name of the problem, those that are not 0.
@@ -117,7 +121,7 @@ void BindInspection(nb::module_& m) {
 
 }  // namespace
 
-store::BlockStore* ToStore(nb::handle object) { return nb::cast<Store&>(object).get(); }
+std::shared_ptr<store::BlockStore> ToStore(nb::handle object) { return nb::cast<Store&>(object).shared(); }
 
 void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
   using Numbers = store::StoreNumbers;

@@ -4,12 +4,14 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
+
 #include "python/pool_reference.h"
 
 namespace kvpage {
 
 // The store in a Python object of class `Store`.
-store::BlockStore* ToStore(nanobind::handle object);
+std::shared_ptr<store::BlockStore> ToStore(nanobind::handle object);
 
 void BindStore(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
 

@@ -11,7 +11,7 @@ using namespace nb::literals;
 
 namespace kvpage {
 
-store::BlockStore* SwapReference::store() const { return ToStore(store_); }
+std::shared_ptr<store::BlockStore> SwapReference::store() const { return ToStore(store_); }
 
 Status SwapReference::Check(const char* op, const PoolPtr& pool) const {
   if (swap_ == nullptr || pool_.lock() != pool) {

@@ -19,7 +19,7 @@ class SwapReference {
   SwapReference(const SwapReference&) = delete;
   SwapReference& operator=(const SwapReference&) = delete;
 
-  store::BlockStore* store() const;
+  std::shared_ptr<store::BlockStore> store() const;
   // Null before `Set`.
   const SwapPtr& swap() const { return swap_; }
   void Set(const PoolPtr& pool, SwapPtr swap) {

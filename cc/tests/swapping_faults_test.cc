@@ -123,6 +123,18 @@ TEST_P(SwappingFaultsTest, TheStoreClosesFirst) {
   EXPECT_TRUE(AllRight());
 }
 
+TEST_P(SwappingFaultsTest, TheStoreIsGone) {
+  const SwapPtr stored = OutToDisk(Begin(20, 1));
+  const SwapPtr queued = StartOut(Begin(30, 2));
+  store_->Close();
+  store_ = store::testing::OpenStore(folder_, {});
+  ASSERT_OK(program_->Vacate(queued->slot));
+  EXPECT_EQ(CountStamped(pool_.get(), In(queued), 0, 30, 2), 30);
+  ASSERT_OK(pool_->Prefetch(stored).status);
+  EXPECT_TRUE(Mentions(pool_->SwapIn(stored).status, "(closed): the first 0 of 20 tokens"));
+  EXPECT_TRUE(AllRight());
+}
+
 TEST_P(SwappingFaultsTest, ThePoolClosesFirst) {
   const SwapPtr stored = OutToDisk(Begin(20, 1));
   const SwapPtr reading = OutToDisk(Begin(20, 1));
@@ -149,14 +161,15 @@ void SwappingFaultsTest::SwapForEver(const std::string& path) {
   // Pools and threads are not taken along by a fork: this makes new ones.
   const auto pool = MakePool(geometry_, 24 * ranges());
   Program program(pool.get());
-  std::unique_ptr<store::BlockStore> store;
-  if (!store::BlockStore::Open(path, {}, &store).ok()) std::abort();
+  std::unique_ptr<store::BlockStore> opened;
+  if (!store::BlockStore::Open(path, {}, &opened).ok()) std::abort();
+  const std::shared_ptr<store::BlockStore> store = std::move(opened);
   while (true) {
     SwapPtr swaps[2];
     for (SwapPtr& swap : swaps) {
       const std::int32_t slot = program.Acquire(100);
       if (!program.Write(slot, 100).ok() || !pool->Commit(slot, std::vector<std::int32_t>(100, 7)).ok()) std::abort();
-      if (!pool->SwapOut(slot, store.get(), &swap).ok() || !program.Vacate(slot).ok()) std::abort();
+      if (!pool->SwapOut(slot, store, &swap).ok() || !program.Vacate(slot).ok()) std::abort();
     }
     while (swaps[0]->state() == SwapState::kWriting) usleep(10);
     if (!pool->Prefetch(swaps[0]).status.ok() || !swaps[0]->Wait(60)) std::abort();

@@ -44,7 +44,7 @@ class SwappingTest : public ::testing::TestWithParam<Layout> {
   }
   SwapPtr StartOut(std::int32_t slot) {
     SwapPtr swap;
-    EXPECT_OK(pool_->SwapOut(slot, store_.get(), &swap));
+    EXPECT_OK(pool_->SwapOut(slot, store_, &swap));
     return swap;
   }
   SwapPtr Out(std::int32_t slot) {
@@ -84,7 +84,7 @@ class SwappingTest : public ::testing::TestWithParam<Layout> {
   const Geometry geometry_;
   const store::testing::TemporaryFolder folder_;
   const std::shared_ptr<store::testing::FaultyIo> io_ = std::make_shared<store::testing::FaultyIo>();
-  std::unique_ptr<store::BlockStore> store_;
+  std::shared_ptr<store::BlockStore> store_;
   FaultyVmm* vmm_ = nullptr;
   std::shared_ptr<Pool> pool_;
   std::unique_ptr<Program> program_;
