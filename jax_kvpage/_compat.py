@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "default_device",
@@ -23,9 +23,11 @@ __all__ = [
     "is_ready",
     "is_tracing",
     "load_native",
+    "manual_axes",
     "matmul_precision",
     "no_mesh",
     "num_partitions",
+    "placed_as",
     "platform_of",
     "result_aval",
 ]
@@ -138,6 +140,21 @@ def gathered(array: Any) -> Any:
     if all(part is None for part in sharding.spec):
         return array
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def manual_axes() -> frozenset[str]:
+    """The mesh axes that the code which is traced runs once a shard for: those of `shard_map`."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def placed_as(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """The array with this sharding over a mesh with explicit axes.
+
+    `jax.shard_map` demands it there, and does the same by itself for automatic axes.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
 
 
 def num_partitions(ctx: Any) -> int:

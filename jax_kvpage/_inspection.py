@@ -79,7 +79,7 @@ class Inspection:
             wait_for(cache.lengths)
             lengths = np.asarray(cache.lengths)
             self._native.raise_fault()
-        return make_rows(self._native.call(self._pool.rows), self.spec, lengths)
+        return make_rows(self._native.call(self._pool.rows), self._native.block_bytes, lengths)
 
     @overload
     def block_map(

@@ -16,6 +16,7 @@ from jax_kvpage._arrays import as_bool
 from jax_kvpage._cuda import Place, memory_hint
 from jax_kvpage._native import Code, Reason
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
+from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["NativePool", "PoolOptions", "checked", "exception"]
@@ -96,7 +97,10 @@ class NativePool:
         pool: `_native.Pool`; its methods are called through `call` or `claim`.
         spec: resolved.
         device: where the cache's arrays live.
+        placement: where arrays for programs are put.
         place: the same for the compiled side.
+        sharding: over which devices of a mesh; None: on `device` alone.
+        block_bytes: bytes of a block, on all devices together.
 
     Raises:
         ValueError: a spec or capacity that cannot work.
@@ -114,7 +118,10 @@ class NativePool:
     ) -> None:
         self.spec = spec
         self.device = device
+        self.placement: Any = device
         self.place = place
+        self.sharding: HeadSharding | None = None
+        self.block_bytes = spec.block_bytes
         ints, block_bytes = spec.as_ints(), spec.block_bytes
         self.pool: _native.Pool = self.call(
             _native.Pool,
@@ -122,6 +129,10 @@ class NativePool:
             *options,
             *(place.backend, place.ordinal),
         )
+
+    def decision(self) -> Any:
+        """An empty decision, for a call of the pool to fill."""
+        return _native.Decision()
 
     def call(self, function: Any, *args: Any) -> Any:
         """Calls into C++; a failed status becomes an exception.
@@ -208,7 +219,7 @@ class NativePool:
         more = claim.reason is Reason.OUT_OF_BLOCKS
         resize = "take more memory" if more else "make the pool smaller"
         message = (
-            f"{op}: {claim.message}; a block is {self.spec.block_bytes} bytes: release a request"
+            f"{op}: {claim.message}; a block is {self.block_bytes} bytes: release a request"
             f"{hint}{wait}, or {resize} with resize()"
         )
         return OutOfBlocks(self._explained(claim.reason, message), **numbers)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpage import _native
+from jax_kvpage._cache_checks import FIELDS, arrays_of, check_array, check_devices, check_newest
 from jax_kvpage._compat import guards_transfers, is_ready, is_tracing, no_mesh
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
@@ -24,9 +25,6 @@ __all__ = ["WAIT_SLICE", "Queue"]
 
 # A wait looks up this often (seconds), so that Ctrl-C works and failed programs are noticed.
 WAIT_SLICE = 0.1
-
-_FIELDS = ("handle", "epoch", "lengths")
-_DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": np.dtype("int32")}
 
 
 @functools.cache
@@ -86,7 +84,6 @@ class Queue:
 
     def __init__(self, native: NativePool) -> None:
         self._native = native
-        self._devices = {native.device}
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
         self._no_copies = self.put(self.rows([], 4))
         # Of each slot that was released: an array that its release program makes.
@@ -104,53 +101,34 @@ class Queue:
 
     def put(self, array: np.ndarray) -> jax.Array:
         """The array on the pool's device."""
-        return jax.device_put(array, self._native.device)
+        return jax.device_put(array, self._native.placement)
+
+    def first_cache(self, generation: Any) -> KVCache:
+        """The first cache of a generation.
+
+        Args:
+            generation: what `new_generation` of the native pool returned.
+        """
+        number, epoch, lengths = generation
+        return KVCache(
+            handle=self.put(np.asarray([self._native.pool.id, number], np.int32)),
+            epoch=self.put(np.asarray([epoch], np.uint32)),
+            lengths=self.put(np.asarray(lengths, np.int32)),
+            spec=self._native.spec,
+        )
 
     def check_cache(self, op: str, cache: KVCache) -> None:
         """Raises a ValueError unless a host call can go on from this cache."""
-        if not isinstance(cache, KVCache):
-            raise ValueError(
-                f"{op}: cache must be a KVCache (from pool.cache()), got {type(cache)}"
-            )
-        arrays = (cache.handle, cache.epoch, cache.lengths)
-        if any(isinstance(array, jax.core.Tracer) for array in arrays) or is_tracing():
-            raise ValueError(
-                f"{op} is a host call and cannot be traced: call it outside of jit; inside a "
-                "program map_slots makes room, and set_lengths and batch.mask change who takes part"
-            )
-        for array in arrays:
-            if not isinstance(array, jax.Array):
-                raise ValueError(
-                    f"{op}: wanted a cache made of JAX arrays, got one of {type(array).__name__}, "
-                    "as jax.device_get and jax.eval_shape return: pass the cache that this pool's "
-                    "newest call or a program returned, or start a new generation with pool.cache()"
-                )
-        if any(array.is_deleted() for array in arrays):
-            raise ValueError(
-                f"{op}: this cache was donated to a program and is gone: pass the cache that the "
-                "program returned, or start a new generation with pool.cache()"
-            )
-        if cache.spec != self._native.spec:
-            raise ValueError(
-                f"{op}: the cache has another spec than <KVPool {self._native.pool.id} on "
-                f"{self._native.device}>: {cache.spec} against {self._native.spec}; pass the cache "
-                "that this pool's newest call returned"
-            )
+        check_newest(op, cache, self._native)
         # Here and not when the edits are queued: by then the pool has decided.
+        self._check_arrays(op, cache)
+
+    def _check_arrays(self, op: str, cache: KVCache) -> None:
+        """Raises a ValueError for arrays of another shape or in another place."""
         shapes = ((2,), (1,), (cache.spec.max_slots,))
-        for name, array, shape in zip(_FIELDS, arrays, shapes, strict=True):
-            if array.shape != shape or array.dtype != _DTYPES[name]:
-                raise ValueError(
-                    f"{op}: cache.{name}: wanted {_DTYPES[name]}{list(shape)}, got "
-                    f"{array.dtype}{list(array.shape)}"
-                )
-            if array.sharding.device_set != self._devices:
-                raise ValueError(
-                    f"{op}: cache.{name} lies on {sorted(map(str, array.sharding.device_set))}, "
-                    f"but the pool on {self._native.device}: a cache stays on its pool's device; "
-                    "with several devices make one KVPool on each, and run the step under "
-                    "jax.shard_map with that pool's cache in each shard"
-                )
+        for name, array, shape in zip(FIELDS, arrays_of(cache), shapes, strict=True):
+            check_array(op, name, array, shape)
+            check_devices(op, name, array, self._native.device)
 
     def claim(self, op: str, attempt: Callable[[], _native.Claim], wait: bool = False) -> Any:
         """Asks the pool for slots or blocks.
@@ -207,7 +185,7 @@ class Queue:
         self, cache: KVCache, num_tokens: list[int], wait: bool
     ) -> tuple[list[int], KVCache]:
         """Occupies a slot for each entry; all or none, and none if anything raises."""
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             attempt = functools.partial(self._native.pool.acquire, decision, num_tokens)
             slots = self.claim("acquire", attempt, wait).slots
@@ -219,7 +197,7 @@ class Queue:
 
     def release(self, cache: KVCache, slots: Sequence[int]) -> KVCache:
         """Vacates slots; none if anything raises before the program is queued."""
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             for slot in slots:
                 self.forget_release(slot)
@@ -242,7 +220,7 @@ class Queue:
 
         `arrange` makes the call's result of the new slots.
         """
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             for slot in released:
                 self.forget_release(slot)
@@ -263,7 +241,7 @@ class Queue:
             The claim (slots, tokens, leaders) and the next cache.
         """
         verb = "acquire_prefix"
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             attempt = functools.partial(self._native.pool.acquire_prefix, decision, *request)
             claim = self.claim(verb, attempt)
@@ -275,7 +253,7 @@ class Queue:
 
     def truncate(self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]) -> KVCache:
         """Cuts slots back; all or none, and none if anything raises."""
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             attempt = functools.partial(self._native.pool.truncate, decision, slots, num_tokens)
             self.claim("truncate", attempt)
@@ -304,7 +282,7 @@ class Queue:
         Returns:
             The next cache.
         """
-        decision = _native.Decision()
+        decision = self._native.decision()
         try:
             self._native.call(self._native.pool.drop_before, decision, slots, num_tokens, *stamp)
             return self.run("drop_before", cache, decision.edits)
@@ -344,10 +322,11 @@ class Queue:
             return cache
         vacated = [slot for opcode, slot, *_ in edits if opcode == VACATE]
         rows = self.rows(copies, 4) if copies else self._no_copies
-        program = _program(verb, bool(vacated))
+        program = _program(verb, bool(vacated) or self._marks(edits))
         cache, marker = self.call(program, cache, self.rows(edits, 4), rows)
         if marker is not None:
             self._releases.update(dict.fromkeys(vacated, marker))
+            self._note(marker)
         return cache
 
     def call(self, program: Any, cache: KVCache, *arrays: Any) -> Any:
@@ -355,7 +334,7 @@ class Queue:
         try:
             # NumPy arrays stay such: jit moves them to the device faster than device_put does.
             if guards_transfers():
-                arrays = jax.device_put(arrays, self._native.device)
+                arrays = jax.device_put(arrays, self._native.placement)
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
                 return program(cache, self._own, *arrays)
         except Exception as error:
@@ -363,6 +342,14 @@ class Queue:
             if short is not error:
                 raise short from None
             raise
+
+    def _marks(self, edits: Sequence[tuple[int, int, int, int]]) -> bool:
+        """Whether to keep a marker of a program that releases nothing."""
+        del edits
+        return False
+
+    def _note(self, marker: jax.Array) -> None:
+        """Hears of the marker of a program that was queued."""
 
     def restart(self) -> None:
         """Forgets programs of older generations."""

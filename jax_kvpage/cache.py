@@ -24,6 +24,7 @@ from jax_kvpage._padding import (
     runs,
     too_many_rows,
 )
+from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
@@ -76,13 +77,18 @@ class KVCache:
         epoch: uint32[1], bumped by every op that changes the cache; the thread of data dependence
             that keeps reads and writes in order.
         lengths: int32[max_slots], tokens already in each slot; -1 marks a free slot.
+            With `sharding`, each array is a row of these, one for each device.
         spec: the resolved spec, static.
+        sharding: how the heads are split over a mesh, static; None: the pool lives on one device.
     """
 
     handle: jax.Array
     epoch: jax.Array
     lengths: jax.Array
     spec: CacheSpec = dataclasses.field(metadata={"static": True})
+    sharding: HeadSharding | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self, overload
 
 import jax
-import numpy as np
 
 from jax_kvpage._arrays import as_bool, host_int, host_ints
 from jax_kvpage._capacity import capacity_bytes
@@ -29,6 +28,8 @@ from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
 from jax_kvpage.saving import SavingCalls, check_store
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.pools import check_alone, sharded
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.store import BlockStore
@@ -72,10 +73,17 @@ class KVPool(
         store: what lies below memory: `swap_out` writes to it, and `save_prefixes` and
             `load_prefixes` use it unless they are given another. Close it after the pool. On CPU
             only.
+        mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
+            axis that the heads are split over, and the other axes have one device. Each device
+            holds the heads that its query heads read: where there are fewer key/value heads than
+            devices, several devices hold a copy. `capacity` is that of all devices together. On
+            CPU devices so far; without `device` and `store`.
+        axis: name of that axis.
 
     Attributes:
-        spec: the resolved spec.
-        device: where the cache's arrays live.
+        spec: the resolved spec, with all heads.
+        device: where the cache's arrays live; with a mesh, its first device.
+        sharding: how the heads are spread over the mesh; None without one.
         store: what lies below memory; None: nothing.
 
     Raises:
@@ -89,6 +97,7 @@ class KVPool(
     spec: CacheSpec
     device: jax.Device
     store: BlockStore | None
+    sharding: HeadSharding | None
 
     def __init__(
         self,
@@ -100,27 +109,39 @@ class KVPool(
         poison: bool = False,
         debug: bool = False,
         store: BlockStore | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        axis: str | None = None,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         options = PoolOptions.checked(on_stale, poison, debug)
+        self.store = store
+        self.sharding = None
+        if mesh is not None or axis is not None:
+            check_alone(mesh, axis, device=device, store=store)
+            self._open(*sharded(spec, capacity, HeadSharding.of(spec, mesh, axis), options))
+            return
         if device is not None and not isinstance(device, jax.Device):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
         check_store(store, place)
-        self.store = store
         size = capacity_bytes("KVPool", capacity, spec, place)
-        self.spec = spec.resolve(place.platform, capacity=size)
-        self._native = NativePool(self.spec, size, self.device, place, options)
-        self._pool = self._native.pool
-        self._queue = Queue(self._native)
+        resolved = spec.resolve(place.platform, capacity=size)
+        native = NativePool(resolved, size, self.device, place, options)
+        self._open(native, Queue(native))
+
+    def _open(self, native: NativePool, queue: Queue) -> None:
+        self.spec, self.device = native.spec, native.device
+        self.sharding = native.sharding
+        self._native, self._pool, self._queue = native, native.pool, queue
         self._finalizer = weakref.finalize(self, _close, self._pool, repr(self))
         # At exit programs may be in flight: memory is then left to the system.
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
-        return f"<KVPool {self._pool.id} on {self.device}>"
+        over = "" if self.sharding is None else f" and {self.sharding.size - 1} more"
+        return f"<KVPool {self._pool.id} on {self.device}{over}>"
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +182,7 @@ class KVPool(
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
         """
-        generation, epoch, lengths = self._native.call(self._pool.new_generation)
+        generation = self._native.call(self._pool.new_generation)
         self._queue.restart()
         if self._native.mirrored:  # programs of older generations are refused only when they run
             self._queue.settle()
@@ -169,13 +190,7 @@ class KVPool(
             self._native.raise_fault()
         except DeviceFault as fault:
             warnings.warn(f"before this new generation: {fault}", RuntimeWarning, stacklevel=2)
-        put = self._queue.put
-        return KVCache(
-            handle=put(np.asarray([self._pool.id, generation], np.int32)),
-            epoch=put(np.asarray([epoch], np.uint32)),
-            lengths=put(np.asarray(lengths, np.int32)),
-            spec=self.spec,
-        )
+        return self._queue.first_cache(generation)
 
     @overload
     def acquire(
@@ -282,7 +297,7 @@ class KVPool(
 
     def trim(self) -> int:
         """Gives all memory that no live request needs back to the system; returns its bytes."""
-        return self._native.call(self._pool.trim) * self.spec.block_bytes
+        return self._native.call(self._pool.trim) * self._native.block_bytes
 
     def resize(self, capacity: int | str | None) -> None:
         """Changes the budget while the pool is in use.

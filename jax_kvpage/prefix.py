@@ -237,8 +237,8 @@ class PrefixCalls:
         blocks = 2**62
         if num_bytes is not None:
             wanted = host_int("evict: num_bytes", num_bytes, low=0, high=2**62)
-            blocks = -(-wanted // self.spec.block_bytes)
-        return self._native.call(self._pool.evict, blocks) * self.spec.block_bytes
+            blocks = -(-wanted // self._native.block_bytes)
+        return self._native.call(self._pool.evict, blocks) * self._native.block_bytes
 
     def events(self) -> list[kv_events.Event]:
         """What the prefix cache stored and removed since the last call.

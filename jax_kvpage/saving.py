@@ -12,6 +12,7 @@ from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.prefix import namespace_key
+from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.store import BlockStore
 
 __all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls", "check_store"]
@@ -52,6 +53,7 @@ class SavingCalls:
     _native: NativePool
     _pool: Any
     store: BlockStore | None
+    sharding: HeadSharding | None
 
     def save_prefixes(
         self,
@@ -92,7 +94,7 @@ class SavingCalls:
             ids, _ = token_ids_of("save_prefixes: token_ids", token_ids)
         elif namespace is not None:
             raise ValueError("save_prefixes: namespace: give the token_ids that it is for as well")
-        with _opened("save_prefixes", store, self.store, fingerprint) as opened:
+        with _opened("save_prefixes", store, self, fingerprint) as opened:
             saved = self._native.call(
                 self._pool.save_prefixes, opened, space, ids, token_ids is None
             )
@@ -124,7 +126,7 @@ class SavingCalls:
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or the store is closed.
         """
-        with _opened("load_prefixes", store, self.store, fingerprint) as opened:
+        with _opened("load_prefixes", store, self, fingerprint) as opened:
             loaded = self._native.call(self._pool.load_prefixes, opened)
         return LoadedPrefixes(loaded.tokens, loaded.present, loaded.no_room, loaded.lost)
 
@@ -147,14 +149,14 @@ def check_store(store: Any, place: Place) -> None:
 
 
 @contextmanager
-def _opened(
-    call: str, store: Any, default: BlockStore | None, fingerprint: str | None
-) -> Iterator[Any]:
+def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -> Iterator[Any]:
     """The compiled store; one that was given as a path is closed at the end."""
+    if pool.sharding is not None:
+        raise ValueError(f"{call}: a pool over a mesh has no store so far")
     if store is None:
-        if default is None:
+        if pool.store is None:
             raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")
-        store = default
+        store = pool.store
     if isinstance(store, BlockStore):
         if fingerprint is not None:
             raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_kvpage.spec import CacheSpec
-
 __all__ = ["BlockInfo", "PoolStats", "SlotInfo", "make_block_map", "make_rows", "make_stats"]
 
 
@@ -196,21 +194,21 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
     )
 
 
-def make_rows(rows: Sequence[Any], spec: CacheSpec, lengths: np.ndarray | None) -> list[SlotInfo]:
+def make_rows(rows: Sequence[Any], block_bytes: int, lengths: np.ndarray | None) -> list[SlotInfo]:
     """The valid slot table from the compiled pool's rows.
 
     Args:
         rows: of `_native.SlotRow`.
-        spec: of the pool.
+        block_bytes: bytes of a block.
         lengths: of a cache, [max_slots], or None.
     """
     return [
         SlotInfo(
             slot=row.slot,
             num_blocks=row.blocks,
-            bytes=row.blocks * spec.block_bytes,
-            shared_bytes=row.shared * spec.block_bytes,
-            own_bytes=(row.blocks - row.shared) * spec.block_bytes,
+            bytes=row.blocks * block_bytes,
+            shared_bytes=row.shared * block_bytes,
+            own_bytes=(row.blocks - row.shared) * block_bytes,
             reserved_tokens=row.reserved,
             committed_tokens=row.committed,
             dropped_tokens=row.dropped,

@@ -10,6 +10,11 @@ __all__ = ["view"]
 
 def _check(native: NativePool, slot: int | None) -> None:
     spec = native.spec
+    if native.sharding is not None:
+        raise ValueError(
+            "view: each device of the mesh has a part of the heads, so no array stands for all: "
+            "read the cache with paged_attention or read_kv"
+        )
     if native.place.backend != "cpu" and not native.pool.closed:
         raise ValueError(
             f"view: <KVPool {native.pool.id} on {native.device}> lies in device memory, where the "

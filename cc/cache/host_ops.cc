@@ -215,6 +215,14 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
   pool.supply->DropStaleSetAside(mapping);
 }
 
+Status Retract(const PoolParts& pool, std::int32_t slot, std::int64_t reserved, std::int64_t committed) {
+  const MappingLock mapping = pool.supply->Lock();
+  const StateLock state = pool.table->Lock();
+  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "retract", slot));
+  pool.table->Retract(state, slot, std::max<std::int64_t>(reserved, 0), std::max<std::int64_t>(committed, 0));
+  return {};
+}
+
 Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
   SlotTable& table = *pool.table;
   const StateLock state = table.Lock();

@@ -22,6 +22,9 @@ Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
 Status StartEdits(const PoolParts& pool, const char* verb, const std::vector<SlotEdit>& edits);
 // Undoes a StartEdits, or an Acquire, whose edits could not be queued: no cache value knows of them.
 void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits);
+// Takes back an Extend or a Commit of an occupied slot: no more room, in tokens, and no more committed tokens than
+// these. The blocks stay mapped as spare ones. For a pool over several devices, where another device's pool failed.
+Status Retract(const PoolParts& pool, std::int32_t slot, std::int64_t reserved, std::int64_t committed);
 // Names the ids of the next tokens of an occupied slot.
 Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids);
 // The ids named so far; none for a slot that is not occupied.

@@ -117,6 +117,9 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return host_ops::StartEdits(parts_, verb, edits);
   }
   void UndoEdits(const std::vector<SlotEdit>& edits) { host_ops::UndoEdits(parts_, edits); }
+  Status Retract(std::int32_t slot, std::int64_t reserved, std::int64_t committed) {
+    return host_ops::Retract(parts_, slot, reserved, committed);
+  }
   Status Commit(std::int32_t slot, const std::vector<std::int32_t>& token_ids) {
     return host_ops::Commit(parts_, slot, token_ids);
   }

@@ -179,6 +179,14 @@ void SlotTable::RestoreCommitted(const StateLock&, std::int32_t slot) {
   if (row.space >= 0) commits_.Note(slot);
 }
 
+void SlotTable::Retract(const StateLock& lock, std::int32_t slot, std::int64_t reserved, std::int64_t committed) {
+  HostSlot& row = slots_[slot];
+  CutCommitted(lock, slot, committed);
+  row.cut.clear();  // nothing is to bring them back
+  row.reserved = std::min(row.reserved, reserved);
+  changes_.Note(slot);
+}
+
 void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written) {
   HostSlot& row = slots_[slot];
   if (row.space >= 0 || row.swapping) {

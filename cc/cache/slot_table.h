@@ -189,6 +189,8 @@ class SlotTable {
   void StartGeneration(const StateLock& lock, std::int32_t slot);
   void CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens);
   void RestoreCommitted(const StateLock&, std::int32_t slot);
+  // Takes back room and committed tokens beyond these.
+  void Retract(const StateLock& lock, std::int32_t slot, std::int64_t reserved, std::int64_t committed);
   // A draining slot's release program has run. `written`: the tokens that programs had written in every layer by then,
   // where a mirror knows them.
   void Vacate(const StateLock& lock, std::int32_t slot, std::int64_t written = -1);

@@ -205,6 +205,7 @@ void BindPool(nb::module_& m) {
       .def("events", Getter<prefix::EventList>("events", &Pool::PrefixEvents))
       .def("extend", Method("extend", &Pool::Extend), "slots"_a, "num_tokens"_a)
       .def("commit", Method("commit", &Pool::Commit), "slot"_a, "token_ids"_a)
+      .def("retract", Method("retract", &Pool::Retract), "slot"_a, "reserved"_a, "committed"_a)
       .def("committed", Method("committed", &Pool::Committed), "slot"_a)
       .def("new_generation",
            [](const PoolReference& self) {

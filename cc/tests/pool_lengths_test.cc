@@ -114,4 +114,27 @@ TEST(PoolLengthsTest, AdvanceSaysWhichLayersAreWritten) {
   EXPECT_TRUE(Mentions(advance(), "written in layer 0: 8, layer 1: 5, layer 2: 8, layer 3: 5, ...; append_kv"));
 }
 
+// Where another device's pool failed, an extend and a commit that this pool has made are taken back.
+TEST(PoolLengthsTest, RetractTakesRoomAndTokensBack) {
+  auto pool = MakePool(SmallGeometry(), 8);
+  Program program(pool.get());
+  const std::int32_t slot = program.Acquire(16);
+  EXPECT_OK(program.Write(slot, 3));
+  EXPECT_OK(pool->Commit(slot, {1, 2, 3}));
+  const SlotRow before = pool->Rows().at(0);
+  EXPECT_OK(pool->Extend({slot}, {64}).status);
+  EXPECT_OK(pool->Commit(slot, {4, 5}));
+  EXPECT_OK(pool->Retract(slot, before.reserved, before.committed));
+  const SlotRow after = pool->Rows().at(0);
+  EXPECT_EQ(after.reserved, before.reserved);
+  EXPECT_EQ(pool->Committed(slot), (std::vector<std::int32_t>{1, 2, 3}));
+  std::int64_t freed = 0;
+  EXPECT_OK(pool->Trim(&freed));  // the blocks were spare
+  EXPECT_EQ(pool->Rows().at(0).blocks, before.blocks);
+  EXPECT_OK(pool->Retract(slot, 64, 64));  // never gives any
+  EXPECT_EQ(pool->Rows().at(0).reserved, before.reserved);
+  EXPECT_FALSE(pool->Retract(slot + 1, 0, 0).ok());
+  EXPECT_OK(pool->Audit());
+}
+
 }  // namespace kvpage::testing

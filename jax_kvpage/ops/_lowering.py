@@ -101,7 +101,8 @@ def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
             f"{op}: the program is compiled for {count} devices (an array that it works on is "
             "sharded or replicated over a mesh), but a pool and its cache live on one device: run "
             "the step under jax.shard_map over all axes of the mesh, with one KVPool a device and "
-            "that pool's cache in each shard; or keep all arrays on the pool's device"
+            "that pool's cache in each shard; make one pool over the mesh with "
+            "KVPool(..., mesh=mesh, axis=...); or keep all arrays on the pool's device"
         )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage.cache import KVCache
-from jax_kvpage.ops import _batching, _lowering
+from jax_kvpage.ops import _batching, _lowering, _mesh
 from jax_kvpage.ops._checks import EPOCH, Checker, cache_operands, results
 
 __all__ = ["after"]
@@ -23,6 +23,10 @@ def _abstract(epoch: Any, *values: Any) -> list[Any]:
 after_p = _lowering.make_primitive("after", _abstract, static=())
 
 
+@_mesh.over_mesh(
+    _mesh.cache_only,
+    refused="there the compiler might gather `value` on every device: call it inside jax.shard_map",
+)
 def after(cache: KVCache, value: Any) -> KVCache:
     """The same cache, but not before `value` has been computed.
 

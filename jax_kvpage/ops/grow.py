@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops import _mesh
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 from jax_kvpage.ops.map_slots import map_slots
 
@@ -31,9 +32,11 @@ def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
         padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
+        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool over
+            a mesh, whose slots `KVPool.extend` gives room.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot.
     """
+    _mesh.refuse("grow", cache, _mesh.EACH_ALONE)
     arrays = cache_operands("grow", cache)
     check = pool_checker("grow", cache.spec)
     check.cache(*map(jax.typeof, arrays))

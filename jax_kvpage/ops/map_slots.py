@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvpage.cache import KVCache
-from jax_kvpage.ops import _batching, _lowering, _slots
+from jax_kvpage.ops import _batching, _lowering, _mesh, _slots
 from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -40,10 +40,12 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
         which); True for padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
+        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool over
+            a mesh, whose slots `KVPool.extend` gives room.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             or a negative number of tokens.
     """
+    _mesh.refuse("map_slots", cache, _mesh.EACH_ALONE)
     operands = _slots.operands("map_slots", cache, slots, "num_tokens", num_tokens)
     epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})
     return _slots.replaced(cache, epoch), ok

@@ -10,12 +10,13 @@ from jax_kvpage import reference
 from jax_kvpage._arrays import host_int, to_device
 from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _tokens
+from jax_kvpage.ops import _mesh, _tokens
 from jax_kvpage.ops._checks import batch_operands, cache_operands, pool_checker
 
 __all__ = ["positions"]
 
 
+@_mesh.over_mesh(_mesh.everywhere, replicated=True)
 def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) -> jax.Array:
     """Positions of the new tokens, lengths[slot] + i, as rotary embeddings need them.
 

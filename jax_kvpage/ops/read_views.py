@@ -18,7 +18,7 @@ import numpy as np
 from jax.interpreters import mlir
 
 from jax_kvpage.cache import KVCache
-from jax_kvpage.ops import _batching, _lowering
+from jax_kvpage.ops import _batching, _lowering, _mesh
 from jax_kvpage.ops._checks import Checker, cache_operands, pool_checker, results, show
 from jax_kvpage.spec import CacheSpec
 
@@ -86,6 +86,7 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
             is free, or has changed hands since the cache. Which slots `read` takes out of a view
             of all slots is not known, so those are not checked.
     """
+    _mesh.refuse("read_views", cache, "such a pool has no views: read it with paged_attention")
     state = cache_operands("read_views", cache)
     if not callable(read):
         raise ValueError(

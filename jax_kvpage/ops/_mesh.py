@@ -1,0 +1,258 @@
+"""Ops on a cache that is spread over a mesh: each device runs the op on its part.
+
+Where the mesh axis is manual already (inside `jax.shard_map`) an op sees one shard of the cache and
+works on that. Elsewhere the op wraps itself in `jax.shard_map`: the compiler would otherwise gather
+q, k and v on every device.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jax_kvpage._arrays import as_host_array
+from jax_kvpage._compat import gathered, placed_as
+from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["over_mesh", "refuse"]
+
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
+
+# (sharding, arguments by name) -> out_specs of the op's results
+OutSpecs = Callable[[HeadSharding, dict[str, Any]], Any]
+
+_HEADS = ("q", "k", "v")  # [..., heads, dim]
+_PER_HEAD = ("sinks", "alibi_slopes")  # [Hq]
+
+
+# Why a program cannot map blocks there.
+EACH_ALONE = (
+    "every device would decide by itself which slots get blocks, and the decisions could differ. "
+    "Make room on the host before the step runs, with pool.extend(slots, num_tokens)"
+)
+
+
+def refuse(op: str, cache: Any, why: str) -> None:
+    """Refuses a cache that is spread over a mesh.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(cache, KVCache) and cache.sharding is not None:
+        over = f"axis {cache.sharding.axis!r} of a mesh"
+        raise ValueError(f"{op}: the cache is spread over {over}: {why}")
+
+
+def over_mesh(
+    out: OutSpecs,
+    *,
+    split: Sequence[str] = (),
+    replicated: bool = False,
+    refused: str = "",
+    finish: Callable[[HeadSharding, Any], Any] = lambda sharding, result: result,
+) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
+    """Makes an op serve caches that are spread over a mesh.
+
+    Args:
+        out: the sharding of the op's results.
+        split: arguments that have a part for each device, as the cache has.
+        replicated: whether all shards compute the same results, which `out` says are replicated.
+        refused: why the op cannot wrap itself; empty: it can.
+        finish: makes the results of the call of what the shards returned.
+    """
+
+    def decorate(op: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
+        signature = inspect.signature(op)
+
+        @functools.wraps(op)
+        def call(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+            found = [value for value in (*args, *kwargs.values()) if isinstance(value, KVCache)]
+            if not found or found[0].sharding is None:
+                return op(*args, **kwargs)
+            sharding, spec = found[0].sharding, found[0].spec
+            bound = signature.bind(*args, **kwargs)
+            if sharding.manual:
+                result: _Result = _on_shard(op, signature, bound.arguments)
+                return result
+            if refused:
+                refuse(op.__name__, found[0], refused)
+            _check_heads(op.__name__, spec, sharding, bound.arguments)
+            arrays, options = _parted(op.__name__, bound.arguments)
+            program = _program if _hashable(options) else _program.__wrapped__
+            rule = _Rule(op, signature, out, tuple(split), replicated)
+            done = program(rule, sharding, options)(arrays)
+            final: _Result = finish(sharding, done)
+            return final
+
+        return call
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    op: Callable[..., Any]
+    signature: inspect.Signature
+    out: OutSpecs
+    split: tuple[str, ...]
+    replicated: bool
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, KVCache)
+
+
+def _on_shard(op: Any, signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+    """Runs the op on the part of the cache that one device has."""
+    cache: KVCache = arguments["cache"]
+    assert cache.sharding is not None
+    own = dataclasses.replace(cache, spec=cache.sharding.local, sharding=None)
+    bound = inspect.BoundArguments(signature, {**arguments, "cache": own})
+
+    def whole(value: Any) -> Any:
+        if not _is_cache(value):
+            return value
+        return dataclasses.replace(value, spec=cache.spec, sharding=cache.sharding)
+
+    return jax.tree.map(whole, op(*bound.args, **bound.kwargs), is_leaf=_is_cache)
+
+
+def _check_heads(
+    op: str, spec: CacheSpec, sharding: HeadSharding, arguments: dict[str, Any]
+) -> None:
+    """Raises a ValueError for arrays whose heads are not those of the whole cache."""
+    reasons, heads = [], spec.num_kv_heads
+    for name in _HEADS:
+        shape: tuple[int, ...] = np.shape(arguments[name]) if name in arguments else ()
+        if len(shape) < 3:
+            continue  # the op says what is wrong
+        if name != "q" and shape[-2] != heads:
+            reasons.append(
+                f"{name}: wanted {heads} key/value heads (outside of jax.shard_map all that the "
+                f"cache has), got {list(shape)}"
+            )
+        if name == "q" and (shape[-2] % heads or shape[-2] % sharding.size):
+            reasons.append(
+                f"q: wanted a multiple of the {heads} key/value heads and of the {sharding.size} "
+                f"devices as heads, got {list(shape)}"
+            )
+    for name in _PER_HEAD:
+        shape = np.shape(arguments[name]) if arguments.get(name) is not None else ()
+        if shape and shape[0] % sharding.size:
+            reasons.append(f"{name}: {shape[0]} heads cannot be split over {sharding.size} devices")
+    if reasons:
+        raise ValueError("\n  - ".join([f"{op}:", *reasons]))
+
+
+def _parted(
+    op: str, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """The arguments that are arrays, and the others."""
+    arrays, options = {}, []
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            arrays[name] = as_host_array(f"{op}: {name}", value)
+        elif isinstance(value, (KVCache, Batch, jax.Array, np.ndarray)):
+            arrays[name] = value
+        else:
+            options.append((name, value))
+    return arrays, tuple(options)
+
+
+def _hashable(options: Any) -> bool:
+    try:
+        hash(options)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(rule: _Rule, sharding: HeadSharding, options: tuple[tuple[str, Any], ...]) -> Any:
+    """The op over the mesh as a function of the arrays among its arguments."""
+
+    def in_spec(name: str, value: Any) -> PartitionSpec:
+        if name == "cache" or name in rule.split:
+            return sharding.split
+        if name == "q" or (name in ("k", "v") and sharding.copies == 1):
+            return sharding.heads(np.ndim(value)) if np.ndim(value) > 2 else PartitionSpec()
+        return sharding.split if name in _PER_HEAD else PartitionSpec()
+
+    def on_shard(arrays: dict[str, Any]) -> Any:
+        if sharding.copies > 1:  # the head of the copy that this device holds
+            head = jax.lax.axis_index(sharding.axis) // sharding.copies
+            for name in {"k", "v"} & arrays.keys():
+                arrays[name] = jax.lax.dynamic_slice_in_dim(
+                    arrays[name], head, 1, np.ndim(arrays[name]) - 2
+                )
+        return _on_shard(rule.op, rule.signature, {**arrays, **dict(options)})
+
+    def run(arrays: dict[str, Any]) -> Any:
+        in_specs = {name: in_spec(name, value) for name, value in arrays.items()}
+        context = jax.sharding.get_abstract_mesh()
+        mesh = context if context.manual_axes else sharding.mesh
+        placed = {
+            name: jax.tree.map(functools.partial(placed_as, mesh=mesh, spec=in_specs[name]), value)
+            for name, value in arrays.items()
+        }
+        mapped = jax.shard_map(
+            on_shard,
+            mesh=mesh,
+            in_specs=(in_specs,),
+            out_specs=rule.out(sharding, {**arrays, **dict(options)}),
+            axis_names=set(mesh.axis_names) - set(context.manual_axes),
+            check_vma=not rule.replicated,
+        )
+        return mapped(placed)
+
+    return jax.jit(run, inline=True)
+
+
+# ---- the shardings of results ----
+
+
+def cache_only(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+    """The next cache."""
+    del arguments
+    return sharding.split
+
+
+def attention(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+    """What attention returns: out, then lse with return_lse."""
+    out = sharding.heads(np.ndim(arguments["q"]))
+    lse = PartitionSpec(*out[:-1])
+    return (out, lse) if arguments.get("return_lse") else out
+
+
+def attention_and_cache(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+    """The same, and the next cache."""
+    out = attention(sharding, arguments)
+    outs = out if isinstance(out, tuple) and not isinstance(out, PartitionSpec) else (out,)
+    return (*outs, sharding.split)
+
+
+def everywhere(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+    """Results that all devices have."""
+    del sharding, arguments
+    return PartitionSpec()
+
+
+def keys_and_values(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+    """k and v, [S, max_seq_len, Hkv, D]; each copy of a head counts as one more."""
+    del arguments
+    return (sharding.heads(4), sharding.heads(4))
+
+
+def without_copies(sharding: HeadSharding, pair: Any) -> Any:
+    """The same with each head once."""
+    if sharding.copies == 1:
+        return pair
+    return tuple(gathered(array)[:, :, :: sharding.copies] for array in pair)

@@ -1,0 +1,264 @@
+"""What stands behind a `KVPool` over a mesh: its compiled pools, and the programs it queues."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_kvpage import _native
+from jax_kvpage._cache_checks import FIELDS, arrays_of, check_array
+from jax_kvpage._capacity import DEFAULT_PERCENT, capacity_bytes, parse_percent
+from jax_kvpage._compat import is_ready, no_mesh
+from jax_kvpage._cuda import Place, place_of
+from jax_kvpage._native_pool import NativePool, PoolOptions
+from jax_kvpage._queue import PrefixRequest, Queue
+from jax_kvpage.cache import KVCache
+from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
+from jax_kvpage.ops.set_lengths import set_lengths
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "sharded"]
+
+
+def check_alone(mesh: Any, axis: Any, **others: Any) -> None:
+    """Refuses arguments of `KVPool` that do not go with a mesh.
+
+    Raises:
+        ValueError: half of the pair is missing, or one of the others is given.
+    """
+    if mesh is None or axis is None:
+        raise ValueError(f"KVPool: mesh and axis: wanted both, got {mesh!r} and {axis!r}")
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"KVPool: {' and '.join(given)}: cannot be given with a mesh, whose devices the pool "
+            "is on, and which no store serves so far"
+        )
+
+
+def sharded(
+    spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
+) -> tuple["ShardedNativePool", "ShardedQueue"]:
+    """What stands behind a pool over a mesh; see `KVPool` for the arguments.
+
+    Raises:
+        ValueError: a capacity, spec or device that cannot work.
+        OutOfBlocks: more capacity than there is memory.
+    """
+    native = ShardedNativePool(*_resolved(spec, capacity, sharding), options)
+    return native, ShardedQueue(native)
+
+
+def _resolved(
+    spec: CacheSpec, capacity: Any, sharding: HeadSharding
+) -> tuple[CacheSpec, HeadSharding, int]:
+    """Chooses block size and layout for a pool over a mesh.
+
+    Args:
+        spec: of the whole cache.
+        capacity: of all devices together, as for `KVPool`.
+        sharding: not resolved.
+
+    Returns:
+        The spec of the whole cache, the sharding, and the bytes of each device.
+
+    Raises:
+        ValueError: a capacity, spec or device that cannot work.
+    """
+    for device in sharding.devices:
+        if place_of(device).backend != "cpu":
+            raise ValueError(
+                f"KVPool: mesh: {device}: a pool over a mesh is on CPU devices only so far; on "
+                "several GPUs make one KVPool on each, and run the step under jax.shard_map with "
+                "that pool's cache in each shard"
+            )
+    place = place_of(sharding.devices[0])
+    total = capacity_bytes("KVPool", capacity, sharding.local, place)
+    if capacity is None:  # all devices share the machine's memory; `total` is what one can use
+        share = f"{DEFAULT_PERCENT[place.platform]}%"
+        most = capacity_bytes("KVPool", share, sharding.local, place)
+        total = min(total * sharding.size, most)
+    elif parse_percent(capacity) is None:
+        total = max(total, sharding.size)
+    # As if one pool had the blocks of all: they share the process's memory mappings.
+    local = sharding.local.resolve(place.platform, capacity=total)
+    whole = CacheSpec(
+        spec.num_layers,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.max_slots,
+        spec.max_seq_len,
+        spec.dtype,
+        local.layout,
+        local.block_tokens,
+        granule=local.granule,
+    )
+    return whole, sharding.with_spec(local), total // sharding.size
+
+
+class ShardedNativePool(NativePool):
+    """The compiled pools of a `KVPool` over a mesh.
+
+    Attributes:
+        sharding: over which devices, resolved.
+
+    Raises:
+        ValueError: a spec or capacity that cannot work.
+        OutOfBlocks: more capacity than there is memory.
+    """
+
+    pool: Any
+
+    def __init__(
+        self, spec: CacheSpec, sharding: HeadSharding, shard_bytes: int, options: PoolOptions
+    ) -> None:
+        self.spec = spec
+        self.sharding: HeadSharding = sharding
+        self.device = sharding.devices[0]
+        self.placement = sharding.placed()
+        self.place: Place = place_of(self.device)
+        self.block_bytes = sharding.size * sharding.local.block_bytes
+        shards: list[_native.Pool] = []
+        try:
+            for device in sharding.devices:
+                one = NativePool(sharding.local, shard_bytes, device, place_of(device), options)
+                shards.append(one.pool)
+        except BaseException:
+            for shard in shards:
+                shard.close()
+            raise
+        self.pool = ShardedPool(shards)
+        # Of a call to all shards, and of a decision with the program that is queued for it.
+        self.lock = threading.RLock()
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """See `NativePool`. One call at a time, so that all shards get them in the same order."""
+        with self.lock:
+            return super().call(function, *args)
+
+    def decision(self) -> Any:
+        """An empty decision of all shards."""
+        return ShardedDecision(self.sharding.size)
+
+
+class ShardedQueue(Queue):
+    """The programs that a `KVPool` over a mesh queues, each on all devices.
+
+    A decision of the host must not depend on how far a device is, so it waits for programs that
+    give blocks up. One call decides at a time.
+    """
+
+    def __init__(self, native: ShardedNativePool) -> None:
+        super().__init__(native)
+        self._sharding = native.sharding
+        ids = [[shard.id, 0] for shard in native.pool.shards]
+        self._own = self._split(np.asarray(ids, np.int32))
+        self._markers: list[jax.Array] = []
+        self._lock = native.lock
+        native.pool.settle = self._settle
+
+    def _split(self, rows: np.ndarray) -> jax.Array:
+        """Row i on device i, as one array of one dimension."""
+        return jax.device_put(rows.reshape(-1), self._sharding.placed(self._sharding.axis))
+
+    def _settle(self) -> None:
+        if not self._markers:
+            return
+        self.waits += not all(map(is_ready, self._markers))
+        for marker in self._markers:
+            try:
+                marker.block_until_ready()
+            except (RuntimeError, ValueError):
+                continue  # whoever waits for its cache hears of it
+        self._markers.clear()
+
+    def _marks(self, edits: Sequence[tuple[int, int, int, int]]) -> bool:
+        return any(opcode not in (OCCUPY, FOUND) for opcode, *_ in edits)
+
+    def _note(self, marker: jax.Array) -> None:
+        self._markers.append(marker)
+
+    def first_cache(self, generation: list[tuple[int, int, list[int]]]) -> KVCache:
+        """The first cache of a generation. Lengths are the least over the shards.
+
+        Args:
+            generation: number, epoch and lengths of each shard.
+        """
+        pool: ShardedPool = self._native.pool  # type: ignore[assignment]
+        numbers, epochs, lengths = zip(*generation, strict=True)
+        handles = [[shard.id, n] for shard, n in zip(pool.shards, numbers, strict=True)]
+        cache = KVCache(
+            handle=self._split(np.asarray(handles, np.int32)),
+            epoch=self._split(np.asarray(epochs, np.uint32)),
+            lengths=self._split(np.asarray(lengths, np.int32)),
+            spec=self._native.spec,
+            sharding=self._sharding,
+        )
+        least = np.min(np.asarray(lengths, np.int32), axis=0)
+        shorter = [int(slot) for slot in np.flatnonzero((np.asarray(lengths) != least).any(axis=0))]
+        if shorter:
+            pool.cut(least.tolist())
+            with no_mesh():
+                cache = set_lengths(cache, shorter, least[shorter].tolist())
+        return cache
+
+    def _check_arrays(self, op: str, cache: KVCache) -> None:
+        size = self._sharding.size
+        if cache.sharding != self._sharding:
+            raise ValueError(
+                f"{op}: the cache is not that of a pool over this mesh: pass the cache that this "
+                "pool's newest call, or a program outside of jax.shard_map, returned"
+            )
+        shapes = ((2 * size,), (size,), (size * cache.spec.max_slots,))
+        wanted = self._sharding.placed(self._sharding.axis)
+        for name, array, shape in zip(FIELDS, arrays_of(cache), shapes, strict=True):
+            check_array(op, name, array, shape)
+            if not array.sharding.is_equivalent_to(wanted, 1):
+                raise ValueError(
+                    f"{op}: cache.{name}: wanted a part on each device, "
+                    f"{wanted.spec}, got {array.sharding}: give the step out_specs and "
+                    f"out_shardings of {wanted.spec} for the cache"
+                )
+
+    # One decision at a time, and its program is queued before the next.
+
+    def claim(self, op: str, attempt: Any, wait: bool = False) -> Any:
+        """See `Queue`."""
+        with self._lock:
+            return super().claim(op, attempt, wait)
+
+    def acquire(
+        self, cache: KVCache, num_tokens: list[int], wait: bool
+    ) -> tuple[list[int], KVCache]:
+        """See `Queue`."""
+        with self._lock:
+            return super().acquire(cache, num_tokens, wait)
+
+    def release(self, cache: KVCache, slots: Sequence[int]) -> KVCache:
+        """See `Queue`."""
+        with self._lock:
+            return super().release(cache, slots)
+
+    def fork(self, *args: Any) -> Any:
+        """See `Queue`."""
+        with self._lock:
+            return super().fork(*args)
+
+    def acquire_prefix(self, cache: KVCache, request: PrefixRequest) -> tuple[Any, KVCache]:
+        """See `Queue`."""
+        with self._lock:
+            return super().acquire_prefix(cache, request)
+
+    def truncate(self, cache: KVCache, slots: Sequence[int], num_tokens: Sequence[int]) -> KVCache:
+        """See `Queue`."""
+        with self._lock:
+            return super().truncate(cache, slots, num_tokens)
+
+    def drop_before(self, *args: Any) -> KVCache:
+        """See `Queue`."""
+        with self._lock:
+            return super().drop_before(*args)

@@ -1,0 +1,322 @@
+"""ShardedPool: the compiled pools of all devices, called as if they were one.
+
+Each pool gets the same calls in the same order, so that they decide alike: a slot has the same
+number everywhere, and so have blocks. A call that fails on one device is undone on those before it.
+Results are compared, and a difference is an error.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax_kvpage import _native
+from jax_kvpage.errors import KVPageError
+
+__all__ = ["ShardedDecision", "ShardedPool"]
+
+Edits = list[tuple[int, int, int, int]]
+
+_SUMS = ("virtual_bytes", "physical_bytes", "system_calls", "waits", "block_bytes")
+_CLAIMED = ("slots", "tokens", "shared", "sources", "leaders")
+
+
+class ShardedDecision:
+    """A decision of each shard, all alike."""
+
+    def __init__(self, size: int) -> None:
+        self.parts = [_native.Decision() for _ in range(size)]
+
+    @property
+    def edits(self) -> Edits:
+        """Of any shard: they were compared."""
+        return self.parts[0].edits
+
+
+def _claimed(claim: Any) -> Any:
+    return tuple(getattr(claim, name) for name in _CLAIMED)
+
+
+class ShardedPool:
+    """`_native.Pool` for several devices.
+
+    Args:
+        shards: a pool for each device, new and of one spec.
+
+    Attributes:
+        shards: the pools.
+        settle: waits until the programs that give blocks up have run on all devices. Which slots
+            are free must not depend on the device that is asked.
+    """
+
+    def __init__(self, shards: Sequence[Any]) -> None:
+        self.shards = list(shards)
+        self.settle: Callable[[], None] = lambda: None
+
+    # ---- decisions, which can be undone ----
+
+    def _alike(
+        self,
+        op: str,
+        attempt: Callable[[int], Any],
+        undo: Callable[[Sequence[int]], None],
+        told: Callable[[int, Any], Any],
+        settle: bool = True,
+    ) -> Any:
+        """Makes the same call on every shard; all or none.
+
+        Args:
+            op: its name.
+            attempt: makes it on a shard; a claim that is not ok counts as a failure.
+            undo: takes it back on these shards.
+            told: what must be equal on all shards, of the shard and its result.
+            settle: whether the result depends on what programs have given up.
+        """
+        for last in (False, True):
+            if settle:
+                self.settle()
+            done: list[int] = []
+            results: list[Any] = []
+            try:
+                for i in range(len(self.shards)):
+                    done.append(i)  # before the call: a signal may come between its end and here
+                    results.append(attempt(i))
+                    if not getattr(results[-1], "ok", True):
+                        break
+            except BaseException:
+                undo(done)
+                self._make_equal(done)
+                raise
+            if not getattr(results[-1], "ok", True):
+                undo(done)
+                self._make_equal(done)
+                return results[-1]
+            decided = [told(i, result) for i, result in enumerate(results)]
+            if all(one == decided[0] for one in decided):
+                return results[0]
+            undo(done)
+            if last:
+                raise KVPageError(
+                    f"{op}: the devices of the mesh would decide differently: {decided}. Nothing "
+                    "has changed. Release the pool's slots, or make a new pool"
+                )
+            # What differs is which blocks lie where. Without those that nobody needs they agree.
+            self._make_equal(done, forget=True)
+        raise AssertionError
+
+    def _make_equal(self, done: Sequence[int], forget: bool = False) -> None:
+        """After a call that not all shards have made: none keeps blocks that nobody needs.
+
+        Args:
+            done: the shards that were called.
+            forget: whether to drop the prefix cache as well.
+        """
+        if len(done) < 2:  # a call that failed on the first shard has changed nothing
+            return
+        for shard in self.shards:
+            try:
+                if forget:
+                    shard.evict(2**62)
+                shard.trim()
+            except _native.StatusError:
+                continue  # closed, or the system refused: a later decision compares again
+
+    def _decide(self, op: str, decision: ShardedDecision, *args: Any, settle: bool = True) -> Any:
+        return self._alike(
+            op,
+            lambda i: getattr(self.shards[i], op)(decision.parts[i], *args),
+            lambda done: self.undo(decision),
+            lambda i, claim: (decision.parts[i].edits, claim and _claimed(claim)),
+            settle,
+        )
+
+    def acquire(self, decision: ShardedDecision, num_tokens: list[int]) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("acquire", decision, num_tokens)
+
+    def fork(self, decision: ShardedDecision, *args: Any) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("fork", decision, *args)
+
+    def acquire_prefix(self, decision: ShardedDecision, *args: Any) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("acquire_prefix", decision, *args)
+
+    def truncate(self, decision: ShardedDecision, *args: Any) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("truncate", decision, *args)
+
+    def drop_before(self, decision: ShardedDecision, *args: Any) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("drop_before", decision, *args)
+
+    def start_edits(self, decision: ShardedDecision, verb: str, edits: Edits) -> None:
+        """See `_native.Pool`."""
+        self._decide("start_edits", decision, verb, edits, settle=False)
+
+    def undo(self, decision: ShardedDecision) -> None:
+        """See `_native.Pool`."""
+        for shard, part in zip(self.shards, decision.parts, strict=True):
+            shard.undo(part)
+
+    # ---- calls that `retract` undoes ----
+
+    def _retract(self, slots: Sequence[int]) -> None:
+        """No shard keeps more room and committed tokens for these slots than another."""
+        tables = [{row.slot: row for row in shard.rows()} for shard in self.shards]
+        for slot in slots:
+            rows = [table[slot] for table in tables if slot in table]
+            if len(rows) == len(tables) and not any(row.draining for row in rows):
+                least = [min(row.reserved for row in rows), min(row.committed for row in rows)]
+                for shard in self.shards:
+                    shard.retract(slot, *least)
+
+    def extend(self, slots: list[int], num_tokens: list[int]) -> Any:
+        """See `_native.Pool`."""
+        return self._alike(
+            "extend",
+            lambda i: self.shards[i].extend(slots, num_tokens),
+            lambda done: self._retract(slots),
+            lambda i, claim: claim.ok,
+        )
+
+    def commit(self, slot: int, token_ids: list[int]) -> None:
+        """See `_native.Pool`."""
+        self._alike(
+            "commit",
+            lambda i: self.shards[i].commit(slot, token_ids),
+            lambda done: self._retract([slot]),
+            lambda i, result: None,
+            settle=False,
+        )
+
+    def resize(self, capacity_bytes: int) -> Any:
+        """Changes the budget, given in bytes of all devices."""
+        before = self.shards[0].numbers()
+        size = before.blocks_total * before.block_bytes
+
+        def undo(done: Sequence[int]) -> None:
+            for i in done[:-1]:
+                self.shards[i].resize(size)
+
+        return self._alike(
+            "resize",
+            lambda i: self.shards[i].resize(capacity_bytes // len(self.shards)),
+            undo,
+            lambda i, claim: claim.ok,
+        )
+
+    # ---- calls without an undo: what they change is not needed, and is compared ----
+
+    def _each(self, op: str, *args: Any) -> Any:
+        self.settle()
+        results = [getattr(shard, op)(*args) for shard in self.shards]
+        if any(result != results[0] for result in results):
+            raise KVPageError(f"{op}: the devices of the mesh do not agree: {results}")
+        return results[0]
+
+    def find_prefix(self, *args: Any) -> int:
+        """See `_native.Pool`."""
+        return int(self._each("find_prefix", *args))
+
+    def pin(self, *args: Any) -> int:
+        """See `_native.Pool`."""
+        return int(self._each("pin", *args))
+
+    def unpin(self, *args: Any) -> None:
+        """See `_native.Pool`."""
+        self._each("unpin", *args)
+
+    def hint(self, *args: Any) -> None:
+        """See `_native.Pool`."""
+        self._each("hint", *args)
+
+    def evict(self, blocks: int) -> int:
+        """See `_native.Pool`."""
+        return int(self._each("evict", blocks))
+
+    def trim(self) -> int:
+        """See `_native.Pool`."""
+        self.settle()
+        return min(shard.trim() for shard in self.shards)
+
+    # ---- looking ----
+
+    @property
+    def id(self) -> int:
+        """Of the first shard."""
+        return int(self.shards[0].id)
+
+    @property
+    def closed(self) -> bool:
+        """See `_native.Pool`."""
+        return all(shard.closed for shard in self.shards)
+
+    def can_acquire(self, num_tokens: list[int]) -> Any:
+        """See `_native.Pool`."""
+        self.settle()
+        claims = [shard.can_acquire(num_tokens) for shard in self.shards]
+        return next((claim for claim in claims if not claim.ok), claims[0])
+
+    def shares_behind(self, slot: int, num_tokens: int) -> bool:
+        """See `_native.Pool`."""
+        return bool(self.shards[0].shares_behind(slot, num_tokens))
+
+    def drops(self, slot: int, num_tokens: int) -> bool:
+        """See `_native.Pool`."""
+        return bool(self.shards[0].drops(slot, num_tokens))
+
+    def events(self) -> Any:
+        """See `_native.Pool`."""
+        return self.shards[0].events()
+
+    def committed(self, slot: int) -> list[int]:
+        """See `_native.Pool`."""
+        return list(self.shards[0].committed(slot))
+
+    def block_map(self, slot: int) -> Any:
+        """See `_native.Pool`."""
+        return self.shards[0].block_map(slot)
+
+    def block_owners(self, slot: int) -> Any:
+        """See `_native.Pool`."""
+        return self.shards[0].block_owners(slot)
+
+    def rows(self) -> list[Any]:
+        """Of each slot that a shard has: it drains until it has drained on all."""
+        rows: dict[int, Any] = {}
+        for shard in self.shards:
+            for row in shard.rows():
+                if row.slot not in rows or (row.draining and not row.vacated):
+                    rows[row.slot] = row
+        return [rows[slot] for slot in sorted(rows)]
+
+    def numbers(self) -> Any:
+        """Those of the first shard; bytes and calls of all together."""
+        all_numbers = [shard.numbers() for shard in self.shards]
+        first = all_numbers[0]
+        names = [name for name in dir(first) if not name.startswith("_")]
+        joined = {name: getattr(first, name) for name in names}
+        joined |= {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS}
+        return types.SimpleNamespace(**joined)
+
+    # ---- the whole pool ----
+
+    def new_generation(self) -> list[tuple[int, int, list[int]]]:
+        """Generation, epoch and lengths of each shard."""
+        return [shard.new_generation() for shard in self.shards]
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """No shard keeps committed tokens beyond these, the least lengths of all."""
+        for shard in self.shards:
+            for row in shard.rows():
+                if not row.draining and row.committed > max(lengths[row.slot], 0):
+                    shard.retract(row.slot, row.reserved, max(lengths[row.slot], 0))
+
+    def wait_for_drain(self, seconds: float) -> bool:
+        """See `_native.Pool`."""
+        return bool(self.shards[0].wait_for_drain(seconds))
+
+    def close(self) -> None:
+        """See `_native.Pool`."""
+        for shard in self.shards:
+            shard.close()

@@ -1,0 +1,27 @@
+"""Ops on the cache of a pool over a mesh (mesh_attention.py has the programs)."""
+
+from __future__ import annotations
+
+import pytest
+from mesh_rig import EIGHT_DEVICES
+from subprocesses import run_python
+
+_kinds = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+@_kinds
+def test_attention_is_that_of_one_device_and_gathers_nothing(kind: str) -> None:
+    run_python(f"import mesh_attention; mesh_attention.plain_jit({kind!r})", env=EIGHT_DEVICES)
+
+
+@_kinds
+def test_ops_in_shard_map_options_and_refusals(kind: str) -> None:
+    run_python(
+        f"""
+        import mesh_attention
+        mesh_attention.in_shard_map({kind!r})
+        mesh_attention.options({kind!r})
+        mesh_attention.refusals({kind!r})
+        """,
+        env=EIGHT_DEVICES,
+    )
