@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
+from jax.sharding import NamedSharding
 
 from jax_kvpage import _native
 from jax_kvpage._arrays import as_bool
@@ -118,7 +119,7 @@ class NativePool:
     ) -> None:
         self.spec = spec
         self.device = device
-        self.placement: Any = device
+        self.placement: jax.Device | NamedSharding = device
         self.place = place
         self.sharding: HeadSharding | None = None
         self.block_bytes = spec.block_bytes

@@ -164,6 +164,11 @@ class KVPool(
         self._finalizer.detach()
 
     @property
+    def placement(self) -> jax.Device | jax.sharding.NamedSharding:
+        """Where programs expect what all devices of the pool have: for `jax.device_put`."""
+        return self._native.placement
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._pool.closed

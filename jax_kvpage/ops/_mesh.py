@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -196,22 +197,32 @@ def _program(rule: _Rule, sharding: HeadSharding, options: tuple[tuple[str, Any]
         return _on_shard(rule.op, rule.signature, {**arrays, **dict(options)})
 
     def run(arrays: dict[str, Any]) -> Any:
-        in_specs = {name: in_spec(name, value) for name, value in arrays.items()}
         context = jax.sharding.get_abstract_mesh()
         mesh = context if context.manual_axes else sharding.mesh
-        placed = {
-            name: jax.tree.map(functools.partial(placed_as, mesh=mesh, spec=in_specs[name]), value)
-            for name, value in arrays.items()
-        }
+        leaves, tree = jax.tree.flatten(arrays)
+        specs = [
+            in_spec(name, arrays[name])
+            for name in sorted(arrays)  # the order of leaves
+            for _ in jax.tree.leaves(arrays[name])
+        ]
+        # Shardy in jaxlib 0.11 crashes on an empty operand: those are made on the shard.
+        filled = [i for i, leaf in enumerate(leaves) if np.size(leaf)]
+
+        def on_leaves(*operands: Any) -> Any:
+            own = [None if np.size(x) else jnp.zeros(np.shape(x), x.dtype) for x in leaves]
+            for i, operand in zip(filled, operands, strict=True):
+                own[i] = operand
+            return on_shard(jax.tree.unflatten(tree, own))
+
         mapped = jax.shard_map(
-            on_shard,
+            on_leaves,
             mesh=mesh,
-            in_specs=(in_specs,),
+            in_specs=tuple(specs[i] for i in filled),
             out_specs=rule.out(sharding, {**arrays, **dict(options)}),
             axis_names=set(mesh.axis_names) - set(context.manual_axes),
             check_vma=not rule.replicated,
         )
-        return mapped(placed)
+        return mapped(*(placed_as(leaves[i], mesh, specs[i]) for i in filled))
 
     return jax.jit(run, inline=True)
 

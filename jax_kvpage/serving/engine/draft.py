@@ -166,7 +166,7 @@ class Draft:
         self._is_whole = True
 
     def _initial_state(self) -> SamplerState:
-        return self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
+        return self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.placement)
 
     def _keep(self, kept: set[SequenceState]) -> None:
         """Releases the slots of all other sequences; a restart before has released every slot."""

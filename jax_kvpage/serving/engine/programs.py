@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops.advance import advance
@@ -134,11 +135,13 @@ class Programs:
                 return shape
         raise ValueError(f"no bucket for {num_tokens} tokens of {num_sequences} sequences")
 
-    def initial_state(self, max_seq_len: int, device: jax.Device) -> SamplerState:
-        """The sampler's state before the first step."""
+    def initial_state(
+        self, max_seq_len: int, placement: jax.Device | NamedSharding
+    ) -> SamplerState:
+        """The sampler's state before the first step, where the pool is."""
         history = np.zeros((self._num_rows, max_seq_len), np.int32)
         last = np.zeros(self._num_rows, np.int32)
-        return SamplerState(jax.device_put(last, device), jax.device_put(history, device))
+        return SamplerState(*jax.device_put((last, history), placement))
 
     def pack(
         self,
@@ -215,8 +218,8 @@ class Programs:
         """
         if num_rows not in self._nothing:
             masks = np.full((num_rows, self.num_words), -1, np.int32)
-            device = next(iter(state.last.devices()))
-            self._nothing[num_rows] = jax.device_put((masks, np.zeros(0, np.int32)), device)
+            nothing = (masks, np.zeros(0, np.int32))
+            self._nothing[num_rows] = jax.device_put(nothing, state.last.sharding)
         return self._nothing[num_rows]
 
     def compile(

@@ -64,7 +64,7 @@ class Runner:
         self._num_banned = num_banned
         self._max_tokens = max_tokens
         self._num_guesses = num_guesses
-        self._state = programs.initial_state(pool.spec.max_seq_len, pool.device)
+        self._state = programs.initial_state(pool.spec.max_seq_len, pool.placement)
         self._columns = np.zeros((NUM_FLOATS + NUM_INTS + num_banned, num_rows), np.int32)
         self._newest = np.zeros(num_rows, np.int32)
         self._on_device = np.zeros(num_rows, bool)
@@ -286,7 +286,9 @@ class Runner:
         self.generations += 1
         self._restored = False
         self._slots.cache = self._pool.cache()
-        self._state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.device)
+        self._state = self._programs.initial_state(
+            self._pool.spec.max_seq_len, self._pool.placement
+        )
         self._recovering = True
         try:
             self._restore()

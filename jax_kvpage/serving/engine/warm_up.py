@@ -77,7 +77,7 @@ class _Rig:
         self._programs = programs
         self._num_rows = num_rows
         self._num_fields = NUM_FLOATS + NUM_INTS + num_banned
-        self._state = programs.initial_state(pool.spec.max_seq_len, pool.device)
+        self._state = programs.initial_state(pool.spec.max_seq_len, pool.placement)
         self._slots: list[int] = []
         self.cache = cache
 
