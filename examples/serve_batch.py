@@ -18,7 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama.arguments import BUNDLED, InputError, plot_problem, positive, read_prompts
+from llama.arguments import BUNDLED, InputError, plot_problem, positive
+from llama.prompts import read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ import types
 
 import decode_llama
 import pytest
-from llama.arguments import InputError, make_parser, read_prompts
+from llama.arguments import InputError, make_parser
+from llama.prompts import read_prompts
 from llama_models import UNTIED, write_checkpoint
 
 _EXAMPLE = pathlib.Path(decode_llama.__file__)

@@ -1,4 +1,4 @@
-"""The command line of decode_llama.py: its options, and the prompts that they name.
+"""The command line of decode_llama.py: its options.
 
 This module does not import JAX, so that `--help` and most mistakes are answered at once.
 """
@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .prompts import DEFAULT_PROMPTS, InputError
+
 __all__ = [
     "BUNDLED",
     "InputError",
@@ -16,27 +18,14 @@ __all__ = [
     "parse_arguments",
     "plot_problem",
     "positive",
-    "read_prompts",
-    "read_turns",
     "talks",
-    "valid_text",
 ]
 
 BUNDLED = pathlib.Path(__file__).resolve().parent.parent / "tiny_llama"
-_DEFAULT_PROMPTS = (
-    "This function is called when",
-    "If the file does not exist,",
-    "A class is",
-    "When a function is called,",
-)
 _DTYPES = ("float32", "bfloat16", "float16")
 _KV_DTYPES = (*_DTYPES, "int8", "float8_e4m3fn")
 _PLOT_ENDINGS = (".png", ".pdf", ".svg")
 _LARGEST = 2**31 - 1  # lengths and counts are int32 on the device
-
-
-class InputError(ValueError):
-    """A mistake in the arguments that shows only when they are used."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +55,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help=f"prompt to continue; repeatable (default: {len(_DEFAULT_PROMPTS)} built-in prompts)",
+        help=f"prompt to continue; repeatable (default: {len(DEFAULT_PROMPTS)} built-in prompts)",
     )
     what.add_argument(
         "--prompt-file",
@@ -303,48 +292,3 @@ def positive(text: str) -> int:
     if value > _LARGEST:
         raise argparse.ArgumentTypeError(f"must be at most {_LARGEST}, got {value}")
     return value
-
-
-def valid_text(name: str, text: str) -> str:
-    """A text from the command line or standard input. Python keeps bytes that the locale's encoding
-    lacks as lone surrogates; usually they are UTF-8 in a C locale.
-
-    Raises:
-      InputError: They are not; the message begins with `name`.
-    """
-    try:
-        return text.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError as error:
-        raise InputError(f"{name} {text!a} is not valid UTF-8") from error
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line, then those of the file; the built-in ones if there are none.
-
-    Raises:
-      InputError: A prompt that is not valid text, or a file that cannot be read or is blank.
-    """
-    prompts = [valid_text("--prompt", prompt) for prompt in args.prompt]
-    if args.prompt_file:
-        try:
-            text = args.prompt_file.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise InputError(f"--prompt-file: {error}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"--prompt-file {args.prompt_file} is not UTF-8: {error}") from error
-        # Not str.splitlines(): it also splits at U+2028, form feed and others, which are text.
-        lines = [line.removesuffix("\r") for line in text.split("\n")]
-        lines = [line for line in lines if line.strip()]
-        if not lines:
-            raise InputError(f"--prompt-file {args.prompt_file} holds no prompts")
-        prompts += lines
-    return prompts or list(_DEFAULT_PROMPTS)
-
-
-def read_turns(args: argparse.Namespace) -> list[str]:
-    """What the conversations go on with, turn by turn.
-
-    Raises:
-      InputError: One that is not valid text.
-    """
-    return [valid_text("--turn", turn) for turn in args.turn]

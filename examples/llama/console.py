@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from .arguments import InputError, valid_text
+from .prompts import InputError, valid_text
 
 __all__ = ["Console"]
 

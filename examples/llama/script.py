@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Iterator
 from typing import Protocol
 
-from .arguments import InputError, read_prompts, read_turns, talks
+from .arguments import talks
 from .chat import ChatTemplate
 from .config import LlamaConfig
 from .console import Console
 from .conversation import Conversation
 from .generate import Request
+from .prompts import InputError, read_prompts, read_turns
 from .tokenizer import Tokenizer, TokenizerError
 from .turns import next_turn
 
