@@ -6,6 +6,7 @@
     python examples/decode_llama.py --prompt "The module" --num-beams 4
     python examples/decode_llama.py --prompt "The module" --prompt-lookup 3
     python examples/decode_llama.py --prompt "The module" --turn "If it" --turn "In this case"
+    python examples/decode_llama.py --prompt "The module" --mesh tp=2
     python examples/decode_llama.py --checkpoint DIR --chat
     python examples/decode_llama.py --checkpoint DIR --prompt "Once upon a time" --scan 16
 
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Text that the terminal's encoding does not have is shown as escapes.
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse_arguments(argv, __doc__)
+        if args.mesh > 1 and "jax" not in sys.modules:
+            # Where JAX finds no other devices it makes as many of the CPU.
+            flag = f"--xla_force_host_platform_device_count={args.mesh}"
+            os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".rstrip()
         # After the options have been read, since JAX takes a second or two to import.
         with _imports():
             from llama.run import run

@@ -77,7 +77,8 @@ class KVCache:
         epoch: uint32[1], bumped by every op that changes the cache; the thread of data dependence
             that keeps reads and writes in order.
         lengths: int32[max_slots], tokens already in each slot; -1 marks a free slot.
-            With `sharding`, each array is a row of these, one for each device.
+            In a cache over a mesh each array has one part after the other for all devices, and
+            `jax.shard_map` with in_specs `PartitionSpec(axis)` gives each device its own.
         spec: the resolved spec, static.
         sharding: how the heads are split over a mesh, static; None: the pool lives on one device.
     """

@@ -14,6 +14,7 @@ def test_verbs_and_prefixes(size: int) -> None:
         import mesh_host
         mesh_host.verbs({size})
         mesh_host.prefixes({size})
+        mesh_host.churn({size}, 300)
         """,
         env=EIGHT_DEVICES,
     )

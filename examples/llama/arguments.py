@@ -201,6 +201,13 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="most prompt tokens in one step, at least 16 (default: %(default)s)",
     )
     how.add_argument(
+        "--mesh",
+        type=mesh_size,
+        default=1,
+        metavar="tp=N",
+        help="spread heads and weights over N devices (default: one device)",
+    )
+    how.add_argument(
         "--implementation",
         choices=("cpu", "cuda", "xla"),
         help="of attention (default: cpu on CPU, cuda on GPU)",
@@ -234,6 +241,8 @@ def parse_arguments(
         parser.error("--prompt-lookup and --draft both guess: leave one of them out")
     if (args.prompt_lookup or args.draft) and (args.scan or args.num_beams > 1):
         parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
+    if args.mesh > 1 and (args.scan or args.draft):
+        parser.error("--mesh runs single steps of one model: leave out --scan and --draft")
     if args.num_beams > 1:
         sampled = args.temperature or args.top_k or args.top_p is not None or args.num_samples > 1
         if sampled or args.scan:
@@ -279,6 +288,14 @@ def plot_problem(file: pathlib.Path) -> str | None:
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return None
+
+
+def mesh_size(text: str) -> int:
+    """The number of devices in tp=N, for argparse."""
+    axis, _, size = text.partition("=")
+    if axis != "tp":
+        raise argparse.ArgumentTypeError(f"must be tp=N, got {text!r}")
+    return positive(size)
 
 
 def positive(text: str) -> int:

@@ -30,6 +30,10 @@ class Linear(nnx.Module):
       rngs: Source of the random weights: normal deviates, drawn for one part after another as
         `[inputs, outputs]` like Flax's own layer does, so that a seed gives both the same weights.
       std: Standard deviation of the weights.
+
+    Attributes:
+      parts: See above; with weights spread over a mesh (mesh.py) those of one device.
+      summed_over: Then the axis whose devices have columns of the weight each; None: no axis.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Linear(nnx.Module):
         std: float,
     ) -> None:
         self.parts = tuple(parts)
+        self.summed_over: str | None = None
         init = nnx.initializers.normal(std)
         drawn = [init(rngs.params(), (inputs, outputs), dtype).T for outputs in parts]
         self.weight = nnx.Param(jnp.concatenate(drawn))
@@ -50,6 +55,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """The output of each map, `[..., outputs]`, for x `[..., inputs]`."""
         out = product(x, self.weight[...], x.dtype)
+        if self.summed_over is not None:
+            out = jax.lax.psum(out, self.summed_over)
         if self.bias is not None:
             out += jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
         ends = itertools.accumulate(self.parts[:-1])

@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, load_model
 from .config import ConfigError, LlamaConfig, load_config
 from .engine import ServedEngine
 from .generate import Engine, Request
+from .mesh import make_mesh, pool_bytes, sharded_step
 from .model import Llama
 from .programs import Programs
 from .report import figures, plot_memory, print_table, turn_figures
@@ -61,6 +62,7 @@ def make_pool(
     requests: list[Request],
     max_seq_len: int,
     later: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> jax_kvpage.KVPool:
     """A pool of the size of --capacity, or of what the requests can need together, with `later`
     tokens of each in later turns; without requests, of one sequence's full length."""
@@ -82,8 +84,8 @@ def make_pool(
         size = spec.block_tokens or 1
         needed = [-(-end // size) for end in ends or [max_seq_len]]
         blocks = spec.num_ranges * (sum(needed) if args.num_beams == 1 else slots * max(needed))
-        capacity = str(blocks * spec.block_bytes)
-    return open_pool(spec, capacity)
+        capacity = str(pool_bytes(spec, blocks, args.mesh))
+    return open_pool(spec, capacity, mesh)
 
 
 def block_tokens(args: argparse.Namespace) -> int | None:
@@ -107,14 +109,20 @@ def make_engine(
     config: LlamaConfig,
     printer: Printer | None,
     draft: DraftModel | None,
+    mesh: jax.sharding.Mesh | None,
 ) -> Engine | ServedEngine:
     """The engine that the arguments ask for."""
     stop_ids = config.eos_token_ids
     on_token = printer.token if printer else None
     on_finish = printer.finish if printer else None
     if not args.scan:
+        if mesh is None:
+            step, weights = model_step(model, args.implementation)
+        else:
+            step, weights = sharded_step(model, mesh, args.implementation)
         return ServedEngine(
-            *model_step(model, args.implementation),
+            step,
+            weights,
             pool,
             sampling,
             stop_ids,
@@ -177,14 +185,15 @@ def _run(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
     with contextlib.ExitStack() as stack:
         with input_errors():
-            pool = make_pool(args, config, script.first, max_seq_len, script.later)
+            mesh = make_mesh(args.mesh, config) if args.mesh > 1 else None
+            pool = make_pool(args, config, script.first, max_seq_len, script.later, mesh)
             stack.enter_context(pool)
             draft = None
             if args.draft:
                 draft = make_draft(args.draft, config, pool, block_tokens(args))
                 stack.enter_context(draft.pool)
         printer = None if args.json else Printer([], [], tokenizer)
-        engine = make_engine(args, model, pool, sampling, config, printer, draft)
+        engine = make_engine(args, model, pool, sampling, config, printer, draft, mesh)
         if isinstance(engine, ServedEngine):
             stack.enter_context(engine)
         answered, seconds = [], 0.0

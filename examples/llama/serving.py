@@ -117,18 +117,20 @@ def make_spec(
     ).resolve("cuda" if platform == "gpu" else platform)
 
 
-def open_pool(spec: jax_kvpage.CacheSpec, capacity: str) -> jax_kvpage.KVPool:
-    """A pool with physical memory of a size such as "64MiB" or a number of bytes.
+def open_pool(
+    spec: jax_kvpage.CacheSpec, capacity: str, mesh: jax.sharding.Mesh | None = None
+) -> jax_kvpage.KVPool:
+    """A pool with physical memory of a size such as "64MiB" or a number of bytes, over `mesh`.
 
     Raises:
       InputError: The number is too large.
     """
-    if not capacity.isdecimal():
-        return jax_kvpage.KVPool(spec, capacity)
-    size = int(capacity)
-    if size >= 2**63:
-        raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
-    return jax_kvpage.KVPool(spec, size)
+    size: int | str = capacity
+    if capacity.isdecimal():
+        size = int(capacity)
+        if size >= 2**63:
+            raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
+    return jax_kvpage.KVPool(spec, size, mesh=mesh, axis=mesh and mesh.axis_names[0])
 
 
 def make_pool(

@@ -72,6 +72,7 @@ def over_mesh(
 
     def decorate(op: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
         signature = inspect.signature(op)
+        rule = _Rule(op, signature, out, tuple(split), replicated)
 
         @functools.wraps(op)
         def call(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
@@ -88,7 +89,6 @@ def over_mesh(
             _check_heads(op.__name__, spec, sharding, bound.arguments)
             arrays, options = _parted(op.__name__, bound.arguments)
             program = _program if _hashable(options) else _program.__wrapped__
-            rule = _Rule(op, signature, out, tuple(split), replicated)
             done = program(rule, sharding, options)(arrays)
             final: _Result = finish(sharding, done)
             return final
@@ -246,8 +246,7 @@ def attention(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
 def attention_and_cache(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
     """The same, and the next cache."""
     out = attention(sharding, arguments)
-    outs = out if isinstance(out, tuple) and not isinstance(out, PartitionSpec) else (out,)
-    return (*outs, sharding.split)
+    return (*(out if arguments.get("return_lse") else (out,)), sharding.split)
 
 
 def everywhere(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:

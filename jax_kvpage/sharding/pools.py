@@ -1,5 +1,6 @@
 """What stands behind a `KVPool` over a mesh: its compiled pools, and the programs it queues."""
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from jax_kvpage import _native
 from jax_kvpage._cache_checks import FIELDS, arrays_of, check_array
-from jax_kvpage._capacity import DEFAULT_PERCENT, capacity_bytes, parse_percent
+from jax_kvpage._capacity import DEFAULT_PERCENT, capacity_bytes
 from jax_kvpage._compat import is_ready, no_mesh
 from jax_kvpage._cuda import Place, place_of
 from jax_kvpage._native_pool import NativePool, PoolOptions
@@ -82,20 +83,10 @@ def _resolved(
         share = f"{DEFAULT_PERCENT[place.platform]}%"
         most = capacity_bytes("KVPool", share, sharding.local, place)
         total = min(total * sharding.size, most)
-    elif parse_percent(capacity) is None:
-        total = max(total, sharding.size)
     # As if one pool had the blocks of all: they share the process's memory mappings.
     local = sharding.local.resolve(place.platform, capacity=total)
-    whole = CacheSpec(
-        spec.num_layers,
-        spec.num_kv_heads,
-        spec.head_dim,
-        spec.max_slots,
-        spec.max_seq_len,
-        spec.dtype,
-        local.layout,
-        local.block_tokens,
-        granule=local.granule,
+    whole = dataclasses.replace(
+        spec, layout=local.layout, block_tokens=local.block_tokens, granule=local.granule
     )
     return whole, sharding.with_spec(local), total // sharding.size
 
@@ -200,11 +191,13 @@ class ShardedQueue(Queue):
         )
         least = np.min(np.asarray(lengths, np.int32), axis=0)
         shorter = [int(slot) for slot in np.flatnonzero((np.asarray(lengths) != least).any(axis=0))]
-        if shorter:
+        if not shorter:
+            return cache
+        with self._lock, no_mesh():
             pool.cut(least.tolist())
-            with no_mesh():
-                cache = set_lengths(cache, shorter, least[shorter].tolist())
-        return cache
+            return set_lengths(
+                cache, *map(self.put, (np.asarray(shorter, np.int32), least[shorter]))
+            )
 
     def _check_arrays(self, op: str, cache: KVCache) -> None:
         size = self._sharding.size

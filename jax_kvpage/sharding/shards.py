@@ -79,17 +79,18 @@ class ShardedPool:
             try:
                 for i in range(len(self.shards)):
                     done.append(i)  # before the call: a signal may come between its end and here
-                    results.append(attempt(i))
-                    if not getattr(results[-1], "ok", True):
-                        break
+                    results.append(attempt(i))  # also where another has failed: see below
             except BaseException:
                 undo(done)
                 self._make_equal(done)
                 raise
-            if not getattr(results[-1], "ok", True):
+            failed = [result for result in results if not getattr(result, "ok", True)]
+            if len(failed) == len(results):
+                return results[0]  # and what they have given up on the way is the same
+            if failed:
                 undo(done)
                 self._make_equal(done)
-                return results[-1]
+                return failed[0]
             decided = [told(i, result) for i, result in enumerate(results)]
             if all(one == decided[0] for one in decided):
                 return results[0]

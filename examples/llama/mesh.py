@@ -1,0 +1,146 @@
+"""The model over several devices (`--mesh tp=N`): each computes its heads and its part of the MLP.
+
+The step is the model under `jax.shard_map`. Each device has a part of the weights: rows
+of the projections that begin a block, columns of those that end it, whose products are summed over
+the devices. The embedding and the norms are on all devices.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_kvpage
+from jax_kvpage.serving import Step
+
+from .config import LlamaConfig
+from .model import Llama
+from .prompts import InputError
+
+__all__ = ["AXIS", "make_mesh", "pool_bytes", "sharded_step"]
+
+AXIS = "tp"
+
+# Of each fused projection the number of heads, and the rows of a head.
+_Parts = list[tuple[int, int]]
+
+
+def make_mesh(size: int, config: LlamaConfig) -> Mesh:
+    """The first `size` devices.
+
+    Raises:
+      InputError: There are fewer, or the model cannot be divided among them.
+    """
+    devices = jax.devices()
+    if len(devices) < size:
+        raise InputError(
+            f"--mesh {AXIS}={size}: JAX has {len(devices)} devices; on CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={size} before it starts"
+        )
+    kv_heads = config.num_key_value_heads
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "elements of the MLP": config.intermediate_size,
+    }
+    wrong = [f"{count} {name}" for name, count in sizes.items() if count % size]
+    if kv_heads % size and size % kv_heads:
+        wrong.append(f"{kv_heads} key/value heads")
+    if wrong:
+        raise InputError(f"--mesh {AXIS}={size} does not divide the model's {' and '.join(wrong)}")
+    types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((size,), (AXIS,), axis_types=types, devices=devices[:size])
+
+
+def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, size: int) -> int:
+    """The capacity of a pool over `size` devices that has as many blocks."""
+    heads = max(spec.num_kv_heads // size, 1)
+    local = dataclasses.replace(spec, num_kv_heads=heads)
+    return size * blocks * local.block_bytes
+
+
+def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[Step, Any]:
+    """The model as the engine wants it: a function, and its weights, spread over the mesh.
+
+    Args:
+      model: Its weights are taken apart.
+      mesh: Of `make_mesh`.
+      implementation: As for `jax_kvpage.update_and_attend`.
+    """
+    size = mesh.shape[AXIS]
+    for layer in model.layers:
+        layer.self_attn.o_proj.summed_over = layer.mlp.down_proj.summed_over = AXIS
+        for projection, parts in (
+            (layer.self_attn.qkv_proj, _qkv(model.config)),
+            (layer.mlp.gate_up_proj, _gate_up(model.config)),
+        ):
+            projection.parts = tuple(max(heads // size, 1) * rows for heads, rows in parts)
+    graph, state = nnx.split(model)
+    named, tree = jax.tree_util.tree_flatten_with_path(state)
+    weights, specs = [], []
+    for path, leaf in named:
+        names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
+        value, spec = _spread(model.config, names, leaf, size)
+        weights.append(jax.device_put(value, NamedSharding(mesh, spec)))
+        specs.append(spec)
+
+    def on_shard(
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        merged = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+        return merged(tokens, cache, batch, rows=batch.last_rows, implementation=implementation)
+
+    step = jax.shard_map(
+        on_shard, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(P(), P(AXIS))
+    )
+    return step, weights
+
+
+def _spread(config: LlamaConfig, names: set[str], value: Any, size: int) -> tuple[Any, P]:
+    """A parameter in the order of the devices, and how it is split.
+
+    Args:
+      config: Of the model.
+      names: On the way to the parameter.
+      value: The parameter.
+      size: Number of devices.
+    """
+    if "qkv_proj" in names:
+        return _by_device(value, _qkv(config), size), P(AXIS)
+    if "gate_up_proj" in names:
+        return _by_device(value, _gate_up(config), size), P(AXIS)
+    if names & {"o_proj", "down_proj"} and "weight" in names:
+        return value, P(None, AXIS)
+    return value, P()
+
+
+def _qkv(config: LlamaConfig) -> _Parts:
+    kv_heads, dim = config.num_key_value_heads, config.head_dim
+    return [(config.num_attention_heads, dim), (kv_heads, dim), (kv_heads, dim)]
+
+
+def _gate_up(config: LlamaConfig) -> _Parts:
+    return [(config.intermediate_size, 1)] * 2
+
+
+def _by_device(rows: Any, parts: _Parts, size: int) -> np.ndarray:
+    """Rows of fused projections so that each device's rows of all parts are together.
+
+    Args:
+      rows: `[outputs, ...]`.
+      parts: Of the projections.
+      size: Number of devices. Where there are fewer heads, devices share one.
+    """
+    array, begin, shares = np.asarray(rows), 0, []
+    for heads, dim in parts:
+        part = array[begin : begin + heads * dim].reshape(heads, dim, *array.shape[1:])
+        begin += heads * dim
+        own = part.repeat(max(size // heads, 1), axis=0)
+        shares.append(own.reshape(size, -1, *array.shape[1:]))
+    return np.concatenate(shares, axis=1).reshape(-1, *array.shape[1:])

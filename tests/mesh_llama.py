@@ -1,0 +1,92 @@
+"""Programs of `test_mesh_llama.py`, which run in a process with eight devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from typing import Any
+
+import decode_llama
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from llama.config import LlamaConfig
+from llama.mesh import make_mesh, sharded_step
+from llama.serving import model_step
+from llama_models import TINY, random_model
+
+import jax_kvpage as kvp
+
+
+def logits() -> None:
+    """Logits within 1e-4 of one device; nothing but sums goes between devices."""
+    config = dataclasses.replace(
+        TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    )
+    for size in (2, 4):  # of 4 devices two have each KV head
+        wanted = _logits(config, 1)
+        for got, alone in zip(_logits(config, size), wanted, strict=True):
+            np.testing.assert_allclose(got, alone, atol=1e-4)
+
+
+def _model(config: LlamaConfig) -> Any:
+    model = random_model(config, scale=2.0)
+    state = nnx.state(model)  # biases are 0 at first
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
+    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)
+    nnx.update(model, noisy)
+    return model
+
+
+def _logits(config: LlamaConfig, size: int) -> list[np.ndarray]:
+    model = _model(config)
+    spec = kvp.CacheSpec(
+        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, 2, 64,
+        dtype=jnp.float32, block_tokens=16)  # fmt: skip
+    mesh = None
+    if size == 1:
+        step, weights = model_step(model)
+    else:
+        mesh = make_mesh(size, config)
+        step, weights = sharded_step(model, mesh, None)
+    results = []
+    with kvp.KVPool(spec, "8MiB", mesh=mesh, axis=mesh and "tp") as pool:
+        slots, cache = pool.acquire(pool.cache(), [32, 32])
+        for batch in (kvp.Batch.from_lengths(slots, [9, 3]), kvp.Batch.decode(slots)):
+            tokens = jax.device_put(np.arange(batch.num_tokens, dtype=np.int32) * 7, pool.placement)
+            batch = jax.device_put(batch, pool.placement)
+            run = jax.jit(step).lower(weights, cache, tokens, batch).compile()
+            text = run.as_text()
+            assert not any(
+                word in text for word in ("all-gather", "all-to-all", "collective-permute")
+            )
+            out, cache = run(weights, cache, tokens, batch)
+            cache = kvp.advance(cache, batch)
+            results.append(np.asarray(out))
+        pool.check(pool.release(cache, slots))
+    return results
+
+
+def command() -> None:
+    """decode_llama.py says the same with --mesh tp=2."""
+    common = ["--json", "--prompt", "A class is", "--prompt", "If the file", "--max-new-tokens",
+              "12"]  # fmt: skip
+    results = []
+    for more in ([], ["--mesh", "tp=2"]):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert decode_llama.main([*common, *more]) == 0
+        results.append(json.loads(out.getvalue()))
+    alone, spread = ([each["output_ids"] for each in r["sequences"]] for r in results)
+    assert alone == spread
+    assert results[0]["capacity"] == results[1]["capacity"]
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        assert decode_llama.main([*common, "--mesh", "tp=16"]) == 2
+        assert decode_llama.main([*common, "--mesh", "tp=4"]) == 2
+    first, second = error.getvalue().splitlines()
+    assert "JAX has 8 devices; on CPU set XLA_FLAGS" in first
+    assert "--mesh tp=4 does not divide the model's 6 attention heads" in second

@@ -1,0 +1,37 @@
+"""The example's Llama over several devices (mesh_llama.py has the programs)."""
+
+from __future__ import annotations
+
+import decode_llama
+import pytest
+from mesh_rig import EIGHT_DEVICES
+from subprocesses import run_python
+
+
+def test_logits_and_text_are_those_of_one_device() -> None:
+    run_python(
+        """
+        import mesh_llama
+        mesh_llama.logits()
+        mesh_llama.command()
+        """,
+        env=EIGHT_DEVICES,
+        timeout=360,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--mesh dp=2", "must be tp=N"),
+        ("--mesh tp=0", "must be 1 or more"),
+        ("--mesh tp=2 --scan 4", "leave out --scan and --draft"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        decode_llama.main(options.split())
+    assert raised.value.code == 2
+    assert wanted in capsys.readouterr().err
