@@ -112,8 +112,9 @@ def in_shard_map(kind: str) -> None:
         with pytest.raises(ValueError, match=r"varying|replicat|vary"):
             jax.jit(wrong)(cache, *operands, batch)
         results = [run(cache, *operands, batch)]
-        # The same under plain jit, and from a pool on one device.
-        results.append(jax.jit(_unscanned)(results[0][2], *operands, batch))
+        # The same under plain jit, where the cache may be donated, and from a pool on one device.
+        plain = jax.jit(_scanned, donate_argnums=0)
+        results.append(plain(results[0][2], *operands, batch))
         assert [row.length for row in pool.slot_table(results[1][2])] == [2, 2]
     with kvp.KVPool(make_spec(kv_heads), "8MiB") as alone:
         slots, cache = alone.acquire(alone.cache(), [16, 16])
@@ -121,6 +122,16 @@ def in_shard_map(kind: str) -> None:
             out, positions, cache = jax.jit(_unscanned)(cache, q, k, v, kvp.Batch.decode(slots))
             np.testing.assert_array_equal(got[0], out)
             np.testing.assert_array_equal(np.asarray(got[1]).reshape(-1)[:2], positions)
+
+
+def _scanned(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> Any:
+    def layer(carry: Any, index: Any) -> Any:
+        cache, q = carry
+        out, cache = kvp.update_and_attend(q, k, v, cache, batch, layer=index)
+        return (cache, q + out), kvp.positions(cache, batch)
+
+    (cache, out), positions = jax.lax.scan(layer, (cache, q), jnp.arange(2))
+    return out, positions, kvp.advance(cache, batch)
 
 
 def _unscanned(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> Any:

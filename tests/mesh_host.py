@@ -12,6 +12,7 @@ from mesh_rig import Failing, check_equal, make_mesh, make_pool, make_spec, writ
 
 import jax_kvpage as kvp
 from jax_kvpage import _native
+from jax_kvpage._cuda import Place
 
 
 def verbs(size: int) -> None:
@@ -268,6 +269,10 @@ def refusals() -> None:
             kvp.KVPool(spec, "4MiB", **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_kv_heads=6 cannot be split over 4 devices"):
         kvp.KVPool(make_spec(6), "4MiB", mesh=mesh, axis="tp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax_kvpage.sharding.pools.place_of", lambda device: Place("cuda", "cuda"))
+        with pytest.raises(ValueError, match=r"on CPU devices only so far; on several GPUs make"):
+            kvp.KVPool(spec, "4MiB", mesh=mesh, axis="tp")
     one = jax.make_mesh((1, 2, 1), ("a", "tp", "b"), devices=jax.devices()[:2])
     with kvp.KVPool(spec, "4MiB", mesh=one, axis="tp") as pool:  # axes of one device are fine
         slot, cache = pool.acquire(pool.cache(), 16)
