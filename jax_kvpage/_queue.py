@@ -15,6 +15,7 @@ import numpy as np
 from jax_kvpage import _native
 from jax_kvpage._cache_checks import FIELDS, arrays_of, check_array, check_devices, check_newest
 from jax_kvpage._compat import guards_transfers, is_ready, is_tracing, no_mesh
+from jax_kvpage._edit_rows import edit_rows, unshared_tokens
 from jax_kvpage._native import Code
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
@@ -45,25 +46,6 @@ def _marker() -> Any:
     return jax.jit(lambda x: x + 1)
 
 
-def _unshared_tokens(donors: Sequence[int], claim: Any) -> list[tuple[int, int, int, int]]:
-    """The copies that complete forks: of each, the tokens in blocks that are not shared.
-
-    Args:
-        donors: for each slot of the claim, the slot that it is forked from; negative for none.
-        claim: (slots, tokens, shared) of the native pool.
-
-    Returns:
-        See `Queue.run`.
-    """
-    return [
-        (donor, slot, shared, tokens - shared)
-        for donor, slot, tokens, shared in zip(
-            donors, claim.slots, claim.tokens, claim.shared, strict=True
-        )
-        if donor >= 0 and tokens > shared
-    ]
-
-
 class PrefixRequest(NamedTuple):
     """Arguments of `acquire_prefix`, in the order of the compiled call."""
 
@@ -85,19 +67,10 @@ class Queue:
     def __init__(self, native: NativePool) -> None:
         self._native = native
         self._own = self.put(np.asarray([native.pool.id, 0], np.int32))
-        self._no_copies = self.put(self.rows([], 4))
+        self._no_copies = self.put(edit_rows([], 4))
         # Of each slot that was released: an array that its release program makes.
         self._releases: dict[int, jax.Array] = {}
         self.waits = 0
-
-    @staticmethod
-    def rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
-        """Rows padded with -1 to a power of two, so that few programs are compiled."""
-        size = 1 << (len(rows) - 1).bit_length() if rows else 0
-        table = np.full((size, width), -1, np.int32)
-        if rows:
-            table[: len(rows)] = rows
-        return table
 
     def put(self, array: np.ndarray) -> jax.Array:
         """The array on the pool's device."""
@@ -227,7 +200,7 @@ class Queue:
             attempt = functools.partial(self._native.pool.fork, decision, verb, requests, released)
             claim = self.claim(verb, attempt)
             slots = arrange(claim.slots)
-            copies = _unshared_tokens([donor for donor, _ in requests], claim)
+            copies = unshared_tokens([donor for donor, _ in requests], claim)
             cache = self.run(verb, cache, decision.edits, copies)
             return slots, cache
         except BaseException:
@@ -245,7 +218,7 @@ class Queue:
         try:
             attempt = functools.partial(self._native.pool.acquire_prefix, decision, *request)
             claim = self.claim(verb, attempt)
-            copies = _unshared_tokens(claim.sources, claim)
+            copies = unshared_tokens(claim.sources, claim)
             return claim, self.run(verb, cache, decision.edits, copies)
         except BaseException:
             self._native.pool.undo(decision)
@@ -321,9 +294,9 @@ class Queue:
         if not edits and not copies:
             return cache
         vacated = [slot for opcode, slot, *_ in edits if opcode == VACATE]
-        rows = self.rows(copies, 4) if copies else self._no_copies
+        rows = edit_rows(copies, 4) if copies else self._no_copies
         program = _program(verb, bool(vacated) or self._marks(edits))
-        cache, marker = self.call(program, cache, self.rows(edits, 4), rows)
+        cache, marker = self.call(program, cache, edit_rows(edits, 4), rows)
         if marker is not None:
             self._releases.update(dict.fromkeys(vacated, marker))
             self._note(marker)

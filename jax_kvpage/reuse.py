@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_kvpage import _native
 from jax_kvpage._arrays import as_bool, host_ints
+from jax_kvpage._edit_rows import edit_rows
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
@@ -154,7 +155,7 @@ class ReuseCalls:
         decision = _native.Decision()
         try:
             rows = self._native.call(self._pool.start_reuse, decision, copies)
-            return self._queue.call(program, cache, self._queue.rows(rows, 5), frequencies)
+            return self._queue.call(program, cache, edit_rows(rows, 5), frequencies)
         except BaseException:
             self._pool.undo(decision)
             raise
