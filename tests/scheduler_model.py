@@ -20,6 +20,7 @@ from jax_kvpage.serving import (
     StepPlan,
     Watermark,
 )
+from jax_kvpage.serving.swap import Fetched
 
 
 class PlainMemory:
@@ -66,18 +67,73 @@ class PlainMemory:
         self.of[child] = self.of[parent][: tokens // self.block_tokens]
 
 
+class PlainSwap:
+    """A swap space that keeps groups waiting, and loses some.
+
+    Args:
+        seed: of what becomes of each.
+        cost: tokens computed while one is swapped.
+    """
+
+    def __init__(self, seed: int = 0, cost: float = 0.5) -> None:
+        self.random = random.Random(seed)
+        self.factor = cost
+        self.held: dict[SequenceGroup, int] = {}
+        self.left: dict[SequenceGroup, int] = {}  # calls until a group is back
+        self.back: list[SequenceGroup] = []
+        self.lost: list[SequenceGroup] = []
+
+    def swap_out(self, group: SequenceGroup, num_tokens: int) -> None:
+        assert group not in self.held
+        assert group.request.slots == 1
+        self.held[group] = num_tokens
+
+    def holds(self, group: SequenceGroup) -> bool:
+        return group in self.held
+
+    def cost(self, num_tokens: np.ndarray) -> np.ndarray:
+        return np.ceil(num_tokens * self.factor).astype(np.int64)
+
+    def find(self, group: SequenceGroup) -> tuple[int, int]:
+        return self.held[group], 0
+
+    def fetch(self, group: SequenceGroup) -> Fetched:
+        left = self.left.setdefault(group, self.random.randint(0, 3))
+        self.left[group] -= 1
+        if left > 0:
+            return "coming"
+        here = self.random.random() < 0.8
+        (self.back if here else self.lost).append(group)
+        self.forget(group)
+        return "here" if here else "lost"
+
+    def give_up(self) -> bool:
+        had = bool(self.held)
+        self.held.clear()
+        self.left.clear()
+        return had
+
+    def forget(self, group: SequenceGroup) -> None:
+        self.held.pop(group, None)
+        self.left.pop(group, None)
+
+
 class Server:
     """Runs a scheduler step by step.
 
     Args:
         memory: to be used.
         seed: of refusals and drafts.
+        swap: where preempted groups may go.
         options: of the scheduler.
     """
 
-    def __init__(self, memory: PlainMemory, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, memory: PlainMemory, seed: int = 0, swap: PlainSwap | None = None, **options: Any
+    ) -> None:
         self.memory = memory
-        self.scheduler = Scheduler(memory, **options)
+        self.swap = swap
+        self.scheduler = Scheduler(memory, swap=swap, **options)
         self.options = options
         self.groups: list[SequenceGroup] = []
         self.rows: dict[int, Sequence] = {}
@@ -118,6 +174,7 @@ class Server:
         self.plans.append((plan.release, plan.rows.tolist(), plan.counts.tolist()))
         self.steps += 1
         self.reported += plan.finished
+        self._check_swaps(plan)
         self._check_victims(plan, before)
         self._release(plan, stopped)
         for admission in plan.admissions:
@@ -163,6 +220,29 @@ class Server:
             assert group.num_preemptions <= self.options.get("max_preemptions", 4)
         if plan.preempted or plan.num_stalled:
             assert not plan.admissions
+
+    def _check_swaps(self, plan: StepPlan) -> None:
+        """Victims that are kept are those for which that is cheaper; they come back whole."""
+        assert set(plan.swap) <= set(plan.preempted)
+        if self.swap is None:
+            assert not plan.swap
+            return
+        cheaper = self.swap.factor < 1
+        for group in plan.preempted:
+            alone = group.request.slots == 1 and group.num_lost_tokens > 1
+            assert (group in plan.swap) == (alone and cheaper) or group.num_lost_tokens < 3
+        for group in plan.swap:
+            (sequence,) = group.sequences
+            self.swap.swap_out(group, self.computed[sequence])
+        for group in plan.finished:
+            self.swap.forget(group)
+        for admission in plan.admissions:
+            group = admission.sequence.group
+            if group in self.swap.back:
+                self.swap.back.remove(group)
+                wanted = min(group.num_lost_tokens, self.known[admission.sequence] - 1)
+                assert admission.num_cached == wanted
+        assert not self.swap.back, "a group that was back did not start"
 
     def _release(self, plan: StepPlan, stopped: set[Sequence]) -> None:
         assert len(set(plan.release)) == len(plan.release)

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduler_model import PlainMemory, Server
+from scheduler_model import PlainMemory, PlainSwap, Server
 
 from jax_kvpage.serving import (
     CostAware,
@@ -60,12 +60,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         capacity=st.integers(14, 40),
         slots=st.integers(6, 9),
         seed=st.integers(0, 1 << 30),
+        swap=st.sampled_from([None, None, 0.3, 2.0]),
     )
-    def begin(self, drain: int, capacity: int, slots: int, seed: int) -> None:
+    def begin(self, drain: int, capacity: int, slots: int, seed: int, swap: float | None) -> None:
         preemption, admission = (make() for make in _POLICIES[self.policy])
         self.server = Server(
             PlainMemory(capacity, 16, 256, slots, drain),
             seed,
+            None if swap is None else PlainSwap(seed, swap),
             max_num_seqs=6,
             max_num_batched_tokens=self.budget,
             preemption=preemption,

@@ -31,6 +31,7 @@ class StepBuilder:
         budget: tokens that may still be added.
         blocked: groups whose siblings cannot be forked yet.
         preempted: victims.
+        swapped: those of them that are swapped.
         forks: see `StepPlan`.
         admissions: see `StepPlan`.
         decodes: int32[s]: rows that decode.
@@ -47,6 +48,7 @@ class StepBuilder:
         self.budget = budget
         self.blocked: list[SequenceGroup] = []
         self.preempted: list[SequenceGroup] = []
+        self.swapped: list[SequenceGroup] = []
         self.forks: list[Fork] = []
         self.admissions: list[Admission] = []
         self.decodes = _NONE
@@ -68,9 +70,11 @@ class StepBuilder:
         self.grown = rows, num_tokens.astype(np.int32), room[rows]
         room[rows] = -(-num_tokens // size) * size
 
-    def preempt(self, group: SequenceGroup) -> None:
-        """Notes a victim."""
+    def preempt(self, group: SequenceGroup, swap: bool) -> None:
+        """Notes a victim, and whether it is swapped."""
         self.preempted.append(group)
+        if swap:
+            self.swapped.append(group)
         if group in self.blocked:
             self.blocked.remove(group)
 
@@ -132,6 +136,7 @@ class StepBuilder:
             step=step,
             finished=tuple(finished),
             preempted=tuple(self.preempted),
+            swap=tuple(self.swapped),
             release=tuple(released),
             forks=tuple(self.forks),
             admissions=tuple(self.admissions),

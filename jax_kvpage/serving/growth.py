@@ -4,13 +4,16 @@ Sequences that fit into their last block keep it. Those that do not get a block 
 any, the oldest first. The others wait, with their memory, or victims are preempted for them.
 """
 
+import dataclasses
+
 import numpy as np
 
 from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.preemption import PreemptionPolicy
+from jax_kvpage.serving.preemption import Candidates, PreemptionPolicy
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.rows import Rows
 from jax_kvpage.serving.running import RunningSet
+from jax_kvpage.serving.swap import SwapSpace
 
 __all__ = ["Growth"]
 
@@ -22,12 +25,16 @@ class Growth:
         rows: the arrays.
         running: the groups.
         policy: chooses victims.
+        swap: where they may go; None: they are computed again.
     """
 
-    def __init__(self, rows: Rows, running: RunningSet, policy: PreemptionPolicy) -> None:
+    def __init__(
+        self, rows: Rows, running: RunningSet, policy: PreemptionPolicy, swap: SwapSpace | None
+    ) -> None:
         self._rows = rows
         self._running = running
         self._policy = policy
+        self._swap = swap
         self._waited = 0
 
     def decode(self, step: StepBuilder) -> None:
@@ -61,10 +68,10 @@ class Growth:
         if deficit > 0:
             idle = stalled.size == np.count_nonzero(rows.decoding) and not self._running.prefilling
             must = idle and step.coming <= 0
-            for group in self._victims(step, needs, deficit, must):
+            for group, swaps in self._victims(step, needs, deficit, must):
                 needs[group.index] = 0
                 self._running.preempt(group)
-                step.preempt(group)
+                step.preempt(group, swaps)
                 self._waited = 0
             if step.preempted:
                 waiting = self._waiting(step, needs)
@@ -96,7 +103,8 @@ class Growth:
 
     def _victims(
         self, step: StepBuilder, needs: np.ndarray, deficit: int, must: bool
-    ) -> list[SequenceGroup]:
+    ) -> list[tuple[SequenceGroup, bool]]:
+        """Groups to preempt, and whether each is to be swapped."""
         rows, groups = self._rows, self._running.groups
         lowest = groups[-1].request.priority
         eligible = rows.preemptable & (rows.priority == lowest)
@@ -105,7 +113,24 @@ class Growth:
         indices = np.flatnonzero(eligible)
         if not indices.size:
             return []
-        candidates = rows.candidates(indices, needs)
+        candidates, swaps = self._swappable(indices, rows.candidates(indices, needs))
         chosen = self._policy.victims(candidates, deficit, self._waited, must)
-        found = (rows.groups[index] for index in indices[chosen].tolist())
-        return [group for group in found if group is not None]
+        found = ((rows.groups[indices[i]], bool(swaps[i])) for i in chosen)
+        return [(group, swap) for group, swap in found if group is not None]
+
+    def _swappable(
+        self, indices: np.ndarray, candidates: Candidates
+    ) -> tuple[Candidates, np.ndarray]:
+        """The candidates with what they cost where that is less if they are swapped.
+
+        Returns:
+            Them, and bool[g]: those that would be swapped.
+        """
+        swaps = np.zeros(len(indices), bool)
+        if self._swap is None:
+            return candidates, swaps
+        groups = (self._rows.groups[index] for index in indices.tolist())
+        alone = [group is not None and group.request.slots == 1 for group in groups]
+        cost = np.where(alone, self._swap.cost(candidates.cost), candidates.cost)
+        swaps = cost < candidates.cost
+        return dataclasses.replace(candidates, cost=np.where(swaps, cost, candidates.cost)), swaps

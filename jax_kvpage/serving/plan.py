@@ -54,6 +54,8 @@ class StepPlan:
         step: number of the plan.
         finished: groups that ended since the previous plan.
         preempted: groups that lose their memory now and return to the queue.
+        swap: those of them that are swapped out before their rows are released, so that their
+            tokens are kept.
         release: rows whose slots are released, those of preempted groups included.
         forks: slots that share a prompt.
         admissions: new slots.
@@ -73,6 +75,7 @@ class StepPlan:
     step: int
     finished: tuple[SequenceGroup, ...]
     preempted: tuple[SequenceGroup, ...]
+    swap: tuple[SequenceGroup, ...]
     release: tuple[int, ...]
     forks: tuple[Fork, ...]
     admissions: tuple[Admission, ...]

@@ -1,7 +1,8 @@
 """Choice of the groups that lose their memory when blocks run out.
 
-A preempted group is computed again from its tokens, so a victim costs the tokens that it has
-computed, and yields the blocks that only it holds.
+A preempted group is computed again from its tokens, or swapped where that takes less time. So a
+victim costs the tokens that it has computed, or as many as could be computed while it is written
+and read. It yields the blocks that only it holds.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ class Candidates:
 
     Attributes:
         arrival: int64[g]: order of arrival.
-        cost: int64[g]: tokens to compute again.
+        cost: int64[g]: tokens to compute again, or that could be computed while it is swapped.
         blocks: int64[g]: blocks that come free, and those that it would need in this step.
     """
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth, Load
+from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth
 from jax_kvpage.serving.advance import advance, start_from, take_back, without
 from jax_kvpage.serving.builder import StepBuilder
 from jax_kvpage.serving.door import check_queue, check_sizes, limit_of
@@ -27,7 +27,9 @@ from jax_kvpage.serving.preemption import CostAware, PreemptionPolicy
 from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup, Status
 from jax_kvpage.serving.rows import Rows
 from jax_kvpage.serving.running import RunningSet
+from jax_kvpage.serving.starting import Starter
 from jax_kvpage.serving.stats import SchedulerStats
+from jax_kvpage.serving.swap import SwapSpace
 from jax_kvpage.serving.trust import Trust
 from jax_kvpage.serving.waiting import Deadlines, WaitingQueue
 
@@ -61,6 +63,7 @@ class Scheduler:
         max_num_waiting: groups in the queue at most; None for no bound.
         find_prefix: tokens of a group that the prefix cache has, and how many of their blocks are
             shared with running sequences, so that they cost no free block; None without a cache.
+        swap: where preempted sequences may be kept; None: they are computed again.
 
     Attributes:
         stats: counts.
@@ -77,6 +80,7 @@ class Scheduler:
         max_preemptions: int = 4,
         max_num_waiting: int | None = None,
         find_prefix: Callable[[SequenceGroup], tuple[int, int]] | None = None,
+        swap: SwapSpace | None = None,
     ) -> None:
         check_sizes(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
@@ -85,10 +89,9 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._admission = admission or ExpectedGrowth()
         self._max_num_waiting = max_num_waiting
-        self._find_prefix = find_prefix
         self._rows = Rows(max_num_seqs, memory.block_tokens)
         self._running = RunningSet(self._rows, memory.max_seq_len, max_preemptions)
-        self._growth = Growth(self._rows, self._running, preemption or CostAware())
+        self._growth = Growth(self._rows, self._running, preemption or CostAware(), swap)
         self._queue = WaitingQueue()
         self._deadlines = Deadlines()
         self._arrivals = 0
@@ -98,6 +101,18 @@ class Scheduler:
         self._room_before: dict[int, int] = {}  # of rows that grow in the last plan
         self._has_drafts = False
         self._trust = Trust()
+        self._starter = Starter(
+            self._rows,
+            self._running,
+            self._queue,
+            self._trust,
+            self.stats,
+            self._admission,
+            memory.capacity,
+            find_prefix,
+            swap,
+            self.cancel,
+        )
         self._ran = False  # whether the last plan ran anything
 
     @property
@@ -217,7 +232,7 @@ class Scheduler:
             # Freed blocks go to those who wait with their memory, not to newcomers.
             self._requeue(step)
         else:
-            self._admit(step)
+            self._starter.start(step)
         return self._complete(step)
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
@@ -290,40 +305,6 @@ class Scheduler:
         idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
         if idle and self._trust.is_full and self._running.groups:
             self.cancel(self._running.groups[0], "capacity")
-
-    def _admit(self, step: StepBuilder) -> None:
-        """Starts groups in order while there are a row, a slot, blocks and tokens for them."""
-        running = self._running
-        load = Load(self._rows, self._memory.capacity, step.free, step.coming)
-        while step.budget > 0 and (group := self._queue.head()) is not None:
-            key = group.request.prefix_key
-            full = len(group.live) > self._rows.num_free - running.num_unforked
-            full = full or group.request.slots > step.slots
-            waits = self._find_prefix is not None and running.computes(key)
-            if full and not waits:
-                break
-            cached, spared = self._find_prefix(group) if self._find_prefix else (0, 0)
-            cached = min(cached, group.live[0].num_tokens - 1)
-            if waits and cached < running.prefix_to_cache(group):
-                self._queue.hold(key)
-                continue
-            if full:
-                break
-            blocks = running.blocks_to_start(group) - spared
-            if not running.groups and not step.coming:
-                if blocks > step.free:
-                    if not self._trust.is_full:
-                        break
-                    self.cancel(group, "capacity")
-                    continue
-            elif blocks > step.free or not self._admission.admits(load, group, blocks):
-                break
-            self._queue.pop()
-            self.stats.restarts(group, cached)
-            load.free = step.free = step.free - blocks
-            step.slots -= group.request.slots
-            step.admissions.append(running.start(group, cached))
-            step.run(self._rows, group.live[0])
 
     def _complete(self, step: StepBuilder) -> StepPlan:
         """Makes the plan, and counts its tokens as computed."""

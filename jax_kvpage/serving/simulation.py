@@ -13,8 +13,9 @@ import numpy as np
 from jax_kvpage.serving.admission import Watermark
 from jax_kvpage.serving.memory import BlockBudget
 from jax_kvpage.serving.plan import StepPlan
-from jax_kvpage.serving.request import Request, RequestRefused, Sequence
+from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup
 from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.serving.swap import Fetched
 from jax_kvpage.serving.workloads import Workload
 
 __all__ = ["Reservation", "SimulationResult", "StepTime", "simulate"]
@@ -59,6 +60,7 @@ class SimulationResult:
         computed_tokens: tokens that steps ran, those computed again included.
         recomputed_tokens: tokens computed again after preemptions.
         preemptions: groups that lost their memory.
+        swapped: of these, those whose tokens were kept below memory.
         stalled: steps that sequences waited for blocks, summed over sequences.
         running: sequences with memory, averaged over the time in which others waited, or over all
             of it if none did.
@@ -75,6 +77,7 @@ class SimulationResult:
     computed_tokens: int
     recomputed_tokens: int
     preemptions: int
+    swapped: int
     stalled: int
     running: float
     waste: float
@@ -107,6 +110,57 @@ class _Meter:
         self.stored += stored * seconds
 
 
+class _SwapModel:
+    """A store without a limit. One transfer follows the other, and none disturbs the steps.
+
+    Args:
+        tokens_per_second: of keys and values, written or read.
+        computed_per_second: tokens that steps compute.
+    """
+
+    def __init__(self, tokens_per_second: float, computed_per_second: float) -> None:
+        self.now = self._free_at = 0.0
+        self._speed = tokens_per_second
+        self._cost = 2 * computed_per_second / tokens_per_second  # for a token: written, then read
+        self._held: dict[SequenceGroup, int] = {}
+        self._ready: dict[SequenceGroup, float] = {}
+
+    def swap_out(self, group: SequenceGroup) -> None:
+        """Keeps what a preempted group had computed."""
+        self._held[group] = group.num_lost_tokens
+        self._free_at = max(self._free_at, self.now) + group.num_lost_tokens / self._speed
+
+    def wait(self) -> float:
+        """The time when the next group is there; now if none is on its way."""
+        return min(self._ready.values(), default=self.now)
+
+    def holds(self, group: SequenceGroup) -> bool:
+        """See `SwapSpace`."""
+        return group in self._held
+
+    def cost(self, num_tokens: np.ndarray) -> np.ndarray:
+        """See `SwapSpace`."""
+        return np.ceil(num_tokens * self._cost).astype(np.int64)
+
+    def find(self, group: SequenceGroup) -> tuple[int, int]:
+        """See `SwapSpace`."""
+        return self._held[group], 0
+
+    def fetch(self, group: SequenceGroup) -> Fetched:
+        """See `SwapSpace`."""
+        if group not in self._ready:
+            self._free_at = max(self._free_at, self.now) + self._held[group] / self._speed
+            self._ready[group] = self._free_at
+        if self._ready[group] > self.now:
+            return "coming"
+        del self._held[group], self._ready[group]
+        return "here"
+
+    def give_up(self) -> bool:
+        """See `SwapSpace`: on disk, they hold no memory."""
+        return False
+
+
 def _index(sequence: Sequence) -> int:
     """Number of a sequence's request in the workload."""
     return cast(int, sequence.group.request.request_id)
@@ -121,13 +175,15 @@ class _Server:
         memory: BlockBudget,
         reservation: Reservation,
         step_time: StepTime,
+        swap: _SwapModel | None,
         options: dict[str, Any],
     ) -> None:
         self.workload = workload
         self.memory = memory
         self.reservation = reservation
         self.step_time = step_time
-        self.scheduler = Scheduler(memory, **options)
+        self.swap = swap
+        self.scheduler = Scheduler(memory, swap=swap, **options)
         self.now = 0.0
         self.meter = _Meter()
         self.refused = self.computed = self.produced = self.steps = self.rows = 0
@@ -142,9 +198,16 @@ class _Server:
             while added < len(arrivals) and arrivals[added] <= self.now:
                 self._add(added)
                 added += 1
+            if self.swap is not None:
+                self.swap.now = self.now
             plan = scheduler.schedule(self.now)
             self.memory.carry_out(plan)
+            for group in plan.swap:
+                assert self.swap is not None
+                self.swap.swap_out(group)
             self._run(plan)
+            if plan.is_empty and self.swap is not None:
+                self.now = max(self.now, self.swap.wait())
 
     def _add(self, index: int) -> None:
         prompt = int(self.workload.prompts[index])
@@ -217,6 +280,7 @@ def simulate(
     drain_steps: int = 0,
     reservation: Reservation = "blocks",
     step_time: StepTime | None = None,
+    swap_tokens_per_second: float | None = None,
     **options: Any,
 ) -> SimulationResult:
     """Serves a workload.
@@ -234,6 +298,8 @@ def simulate(
             for exactly what it will need ("oracle"), as servers without paging reserve. Those use
             all of the memory, without fragmentation, so they are shown better than they are.
         step_time: duration of a step; `StepTime()` if None.
+        swap_tokens_per_second: keys and values that a store writes or reads, in tokens; None:
+            preempted requests are computed again.
         **options: of `Scheduler`.
     """
     memory = BlockBudget(
@@ -242,7 +308,10 @@ def simulate(
     if reservation != "blocks":
         options.setdefault("admission", Watermark(0.0))  # nothing grows
     options |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
-    server = _Server(workload, memory, reservation, step_time or StepTime(), options)
+    step_time, swap = step_time or StepTime(), None
+    if swap_tokens_per_second is not None:
+        swap = _SwapModel(swap_tokens_per_second, 1 / step_time.per_token)
+    server = _Server(workload, memory, reservation, step_time, swap, options)
     server.run()
     meter, stats, done = server.meter, server.scheduler.stats, ~np.isnan(server.ended)
     return SimulationResult(
@@ -254,6 +323,7 @@ def simulate(
         computed_tokens=server.computed,
         recomputed_tokens=stats.recomputed_tokens,
         preemptions=stats.preemptions,
+        swapped=stats.swapped,
         stalled=stats.stalled,
         running=(
             meter.busy_rows / meter.busy if meter.busy else meter.rows / max(meter.time, 1e-9)

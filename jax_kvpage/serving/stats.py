@@ -16,6 +16,7 @@ class SchedulerStats:
         steps: plans.
         admissions: groups that started, including those that returned after a preemption.
         preemptions: groups that lost their memory.
+        swapped: of these, those whose tokens were to be kept below memory.
         recomputed_tokens: tokens computed again after preemptions, without those found in a cache.
         stalled: steps that sequences waited for blocks, summed over sequences.
         refused_requests: requests that `add` refused.
@@ -25,6 +26,7 @@ class SchedulerStats:
     steps: int = 0
     admissions: int = 0
     preemptions: int = 0
+    swapped: int = 0
     recomputed_tokens: int = 0
     stalled: int = 0
     refused_requests: int = 0
@@ -35,6 +37,7 @@ class SchedulerStats:
         self.steps += 1
         self.admissions += len(plan.admissions)
         self.preemptions += len(plan.preempted)
+        self.swapped += len(plan.swap)
         self.stalled += plan.num_stalled
 
     def restarts(self, group: SequenceGroup, num_cached: int) -> None:
