@@ -10,6 +10,7 @@ mooncake_conversation.jsonl.gz (../shared/data by default); without them their t
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 import sys
@@ -48,6 +49,7 @@ def _row(result: SimulationResult, **labels: Any) -> dict[str, Any]:
         "recomputed": result.recomputed_tokens,
         "of all computed": result.recomputed_tokens / result.computed_tokens,
         "preemptions": result.preemptions,
+        "swapped": result.swapped,
         "waits": result.stalled,
         "s to first token, p50": float(np.median(result.first_token)),
         "s to end, p99": float(np.percentile(result.latency, 99)),
@@ -87,20 +89,25 @@ def _policies(count: int, azure: Workload) -> list[dict[str, Any]]:
     admissions = {"watermark 1%": Watermark, "expected growth": ExpectedGrowth}
     workload = azure.within(8192).first(count).faster(math.inf)
     rows = []
-    for capacity in (32768, 131072):
-        for admission, admits in admissions.items():
-            for name, policy in victims.items():
-                result = simulate(
-                    workload,
-                    capacity_tokens=capacity,
-                    max_seq_len=8192,
-                    max_num_seqs=512,
-                    max_num_batched_tokens=2048,
-                    drain_steps=1,
-                    preemption=policy(),
-                    admission=admits(),
-                )
-                rows.append(_row(result, tokens=capacity, admission=admission, victims=name))
+    # Without a store, and with one of about 1 and 10 GB/s: a token of an 8B model takes 131 KB.
+    cases = [(victim, None) for victim in victims] + [("cost", 8e3), ("cost", 8e4)]
+    for capacity, admission, (victim, store) in itertools.product(
+        (32768, 131072), admissions, cases
+    ):
+        result = simulate(
+            workload,
+            capacity_tokens=capacity,
+            max_seq_len=8192,
+            max_num_seqs=512,
+            max_num_batched_tokens=2048,
+            drain_steps=1,
+            preemption=victims[victim](),
+            admission=admissions[admission](),
+            swap_tokens_per_second=store,
+        )
+        about = {"tokens": capacity, "admission": admission, "victims": victim}
+        about["store, tokens/s"] = "none" if store is None else f"{store:.0f}"
+        rows.append(_row(result, **about))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -110,6 +111,26 @@ def test_victims_by_cost() -> None:
     }
     assert 0 < results["cost"].recomputed_tokens < results["last"].recomputed_tokens / 2
     assert results["cost"].throughput > 0.98 * results["last"].throughput
+
+
+def test_a_store_below_memory() -> None:
+    """Requests of one sequence are swapped where that is quicker; nothing is computed twice."""
+    workload = synthetic("sharegpt", 300, rate=_AT_ONCE)
+    without, slow, fast = (
+        _run(workload, capacity_tokens=12288, admission=Watermark(0.0), swap_tokens_per_second=rate)
+        for rate in (None, 1e3, 1e6)
+    )
+    assert without.swapped == 0
+    assert slow.swapped == 0
+    assert slow.recomputed_tokens == without.recomputed_tokens > 0
+    assert fast.swapped == fast.preemptions > 0
+    assert fast.recomputed_tokens == 0
+    assert fast.finished == without.finished == len(workload)
+    samples = dataclasses.replace(workload, n=2)
+    shared = _run(
+        samples, capacity_tokens=12288, admission=Watermark(0.0), swap_tokens_per_second=1e6
+    )
+    assert shared.preemptions > shared.swapped == 0
 
 
 def test_lengths_have_the_means_of_the_paper() -> None:

@@ -20,6 +20,7 @@ from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.simulation import Reservation, SimulationResult, StepTime, simulate
 from jax_kvpage.serving.stats import SchedulerStats
 from jax_kvpage.serving.structured import StructuredOutputsParams
+from jax_kvpage.serving.swap import Fetched, SwapSpace
 from jax_kvpage.serving.workloads import Workload, azure_trace, mooncake_trace, synthetic
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "ExpectedGrowth",
+    "Fetched",
     "Fork",
     "LastComeFirst",
     "Load",
@@ -80,6 +82,7 @@ __all__ = [
     "StepPlan",
     "StepTime",
     "StructuredOutputsParams",
+    "SwapSpace",
     "Watermark",
     "Workload",
     "azure_trace",

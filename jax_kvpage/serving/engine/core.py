@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from jax_kvpage.errors import PoolClosed
@@ -23,11 +22,13 @@ from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
 from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
-from jax_kvpage.serving.engine.slots import PoolMemory, Slots
+from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
+from jax_kvpage.serving.engine.swapping import Pace, PoolSwap
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
 from jax_kvpage.serving.outputs import RequestOutput
@@ -67,6 +68,8 @@ class EngineCore:
         self._pool = pool
         self._clock = clock
         self._memory = PoolMemory(pool)
+        self._pace = Pace()
+        swap = None if pool.store is None else PoolSwap(pool, self._pace)
         self.scheduler = Scheduler(
             self._memory,
             max_num_seqs=rows,
@@ -75,25 +78,20 @@ class EngineCore:
             admission=config.admission,
             max_num_waiting=config.max_num_waiting,
             find_prefix=self._find_prefix if config.prefix_caching else None,
+            swap=swap,
         )
         guidance = None if tokenizer is None else Guidance(tokenizer, config.eos_token_ids)
+        words = 0 if guidance is None else guidance.num_words
+        sizes = config.max_logprobs, config.max_stop_token_ids, config.num_speculative_tokens
         self._programs = Programs(
-            step,
-            params,
-            config.shapes(rows),
-            rows,
-            config.max_logprobs,
-            config.max_stop_token_ids,
-            config.num_speculative_tokens,
-            0 if guidance is None else guidance.num_words,
-            config.prompt_logprobs,
+            step, params, config.shapes(rows), rows, *sizes, words, config.prompt_logprobs
         )
         if draft is not None and draft.pool is pool:
             raise ValueError("Engine: draft: wanted a pool that is not the engine's")
         guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
         self._guesser = guesser
         self._num_rows = rows
-        self._slots = Slots(pool, self._memory, rows, config.prefix_caching)
+        self._slots = Slots(pool, self._memory, rows, config.prefix_caching, swap)
         self._ledger = Ledger(clock)
         self._start()
         size = self._memory.block_tokens
@@ -266,8 +264,8 @@ class EngineCore:
             raise
         if speculates:
             self._guesser.follow(self._slots.occupied())
-        if plan.is_empty and self.scheduler.has_unfinished and self._memory.draining_blocks():
-            jax.block_until_ready(self._slots.cache)  # released blocks drain
+        if plan.is_empty and self.scheduler.has_unfinished:
+            self._slots.wait(self._memory.draining_blocks() > 0)
 
     def _find_prefix(self, group: SequenceGroup) -> tuple[int, int]:
         """What the prefix cache has of a group; which blocks cost no free one is not known."""
@@ -284,7 +282,9 @@ class EngineCore:
             self.config.max_num_batched_tokens,
             self.config.num_speculative_tokens,
         )
-        self._reader = Reader(self._runner, self.scheduler, self._ledger, self._slots, self._clock)
+        self._reader = Reader(
+            self._runner, self.scheduler, self._ledger, self._slots, self._clock, self._pace
+        )
 
     def _carry_out(self, plan: StepPlan, guesses: Mapping[SequenceState, list[int]]) -> StepPlan:
         """Gives and takes memory, dispatches the step, and reads the one before it back.
@@ -295,10 +295,12 @@ class EngineCore:
         self._runner.settle()
         if plan.is_empty or plan.release or self._finished or plan.forks or plan.admissions:
             self._reader.read()
+        states = self._ledger.states
+        for group in plan.swap:
+            self._slots.swap_out(states[group.sequences[0]])
         if plan.release:
             self._slots.release_dropped()
         self._ledger.preempted(plan.preempted)
-        states = self._ledger.states
         new = [a.sequence for a in plan.admissions]
         new += [child for fork in plan.forks for child in fork.children]
         plan = self._slots.claim(plan, self.scheduler, states)
@@ -306,6 +308,7 @@ class EngineCore:
             if states[sequence].row >= 0:
                 self._runner.enter(states[sequence])
         self._ledger.forget(self._finished)
+        self._slots.forget(self._finished)
         self._finished.clear()
         if not plan.is_empty:
             self._runner.launch(plan, [states[s] for s in plan.sequences], guesses)

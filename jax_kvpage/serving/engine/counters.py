@@ -22,6 +22,7 @@ def collect(
         failures=runner.failures,
         generations=runner.generations,
         preemptions=scheduler.stats.preemptions,
+        swapped=scheduler.stats.swapped,
         stalled=scheduler.stats.stalled,
         programs=programs.num_compiled,
         compile_seconds=programs.compile_seconds + guesser.compile_seconds,

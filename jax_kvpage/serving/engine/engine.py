@@ -21,7 +21,9 @@ class Engine(EngineCore):
             the rows `batch.last_rows`: S of them, and more where guesses are verified. It is
             compiled for each bucket, and must not call `advance`.
         params: its first argument, any pytree of arrays.
-        pool: the memory. While the engine runs, only the engine makes caches of it.
+        pool: the memory. While the engine runs, only the engine makes caches of it. If it has a
+            store, preempted requests of one sequence wait there where that takes less time than to
+            compute them again, by the speeds of prompts and of the store that the engine measures.
         config: options.
         detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
         tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,

@@ -1,6 +1,7 @@
 """A step between its dispatch and its read-back, and what comes of it."""
 
 import dataclasses
+import time
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class Flight:
         error: why it failed; None as well if an interrupt cut it short.
         retried: whether it was run again after a failure.
         accepted: int32[s], guesses that were right; once it is read back.
+        launched: when it was dispatched, in seconds of `time.monotonic`.
     """
 
     states: list[SequenceState]
@@ -41,6 +43,7 @@ class Flight:
     error: BaseException | None = None
     retried: bool = False
     accepted: np.ndarray | None = None
+    launched: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def num_guesses(self) -> np.ndarray:

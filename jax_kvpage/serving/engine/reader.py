@@ -14,6 +14,7 @@ from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import Slots
+from jax_kvpage.serving.engine.swapping import Pace
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.scheduler import Scheduler
 
@@ -38,12 +39,14 @@ class Reader:
         ledger: Ledger,
         slots: Slots,
         clock: Callable[[], float],
+        pace: Pace,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._ledger = ledger
         self._slots = slots
         self._clock = clock
+        self._pace = pace
         self._beams = Beams(slots, ledger, runner.choose)
         self._news: list[Callable[[], None]] = []
 
@@ -67,6 +70,7 @@ class Reader:
             requests = self._fail((state.request for state in flight.states), failure.reason)
             self._runner.forget([state for request in requests for state in request.sequences])
             return
+        self._pace.read(int(flight.counts[flight.num_decodes :].sum()), flight.launched)
         if flight.accepted is not None and flight.accepted.any():
             self._news.append(partial(self._tell_accepted, flight, flight.accepted))
         now = self._clock()

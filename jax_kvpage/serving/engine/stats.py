@@ -18,6 +18,7 @@ class EngineStats:
         failures: steps that failed, those run again with success included.
         generations: new generations of caches after failures.
         preemptions: times that a request lost its memory.
+        swapped: of these, those in which its tokens went to the pool's store.
         stalled: steps that sequences waited for blocks, added up over sequences.
         programs: step programs compiled.
         compile_seconds: time spent tracing and compiling them, and those of a draft model.
@@ -31,6 +32,7 @@ class EngineStats:
     failures: int
     generations: int
     preemptions: int
+    swapped: int
     stalled: int
     programs: int
     compile_seconds: float

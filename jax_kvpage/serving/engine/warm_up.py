@@ -46,6 +46,7 @@ def warm_up(
         functools.partial(rig.compile, *variant) for variant in programs.variants
     ]
     jobs += [rig.small_programs, rig.prefixes]
+    jobs += [rig.swaps] if pool.store is not None else []
     jobs += [functools.partial(rig.releases, n) for n in sizes]
     jobs += [functools.partial(rig.forks, n) for n in sizes]
     jobs += [functools.partial(rig.beams, n) for n in _sizes(widest - 1) if widest > 1]
@@ -101,6 +102,18 @@ class _Rig:
             self._slots.append(slot)
             self._write(slot, prompt[found : self._pool.spec.max_seq_len])
             jax.block_until_ready(self.cache)
+        self.release_all()
+
+    def swaps(self) -> None:
+        """Swaps a sequence out and in."""
+        ids = self._prompt()
+        slot, self.cache = self._pool.acquire(self.cache, len(ids), wait=True)
+        self._slots.append(slot)
+        self._write(slot, ids)
+        swapped, self.cache = self._pool.swap_out(self.cache, slot)
+        self._slots = []
+        slot, self.cache = self._pool.swap_in(self.cache, swapped, wait=True)
+        self._slots.append(slot)
         self.release_all()
 
     def releases(self, n: int) -> None:

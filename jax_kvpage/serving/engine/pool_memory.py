@@ -1,0 +1,45 @@
+"""The pool as the scheduler sees it."""
+
+from jax_kvpage.pool import KVPool
+
+__all__ = ["PoolMemory"]
+
+
+class PoolMemory:
+    """Answers the scheduler's questions from a pool, in blocks of all layers.
+
+    Args:
+        pool: the memory.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        spec = pool.spec
+        assert spec.block_tokens is not None
+        self._pool = pool
+        self._ranges = spec.num_ranges
+        self._max_slots = spec.max_slots
+        self.block_tokens = spec.block_tokens
+        self.max_seq_len = spec.max_seq_len
+        self.look()
+
+    def look(self) -> None:
+        """Takes a snapshot of the pool's accounts; to be called before each plan."""
+        self._stats = self._pool.stats()
+
+    @property
+    def capacity(self) -> int:
+        """Blocks in all."""
+        return self._stats.blocks_total // self._ranges
+
+    def free_blocks(self) -> int:
+        """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
+        stats = self._stats
+        return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
+
+    def draining_blocks(self) -> int:
+        """Blocks that come free without a decision."""
+        return self._stats.blocks_draining // self._ranges
+
+    def free_slots(self) -> int:
+        """Slots that can be acquired now."""
+        return self._max_slots - self._stats.slots_occupied - self._stats.slots_draining

@@ -1,0 +1,118 @@
+"""Slots of the pool and the sequences that have them.
+
+Rows are the scheduler's, slots are the pool's. Calls that need the cache are made only when every
+step has been read back: then all tokens of a sequence are known and can be committed for the prefix
+cache before its slot goes, and a call never meets a step that failed. If the cache is of no use all
+the same, a call is made once more from a new generation.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import DeviceFault
+from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.tracking import SequenceState
+
+__all__ = ["SlotCalls", "past_fault"]
+
+_T = TypeVar("_T")
+
+
+class SlotCalls:
+    """Which sequence has which slot, and the pool's calls that change it.
+
+    Args:
+        pool: the memory.
+        block_tokens: tokens in a block.
+        num_rows: sequences at one time.
+
+    Attributes:
+        states: by row, the sequence that has it.
+        slot: int32[rows], its slot.
+        cache: the newest.
+        recover: starts a new generation; set by the runner.
+    """
+
+    def __init__(self, pool: KVPool, block_tokens: int, num_rows: int) -> None:
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self.states: list[SequenceState | None] = [None] * num_rows
+        self.slot = np.full(num_rows, -1, np.int32)
+        self.cache: KVCache = pool.cache()
+        self.recover: Callable[[], None]
+
+    def occupied(self) -> list[SequenceState]:
+        """Sequences that have a row."""
+        return [state for state in self.states if state is not None]
+
+    def leave(self, state: SequenceState) -> None:
+        """Hears that the slot of a sequence is free."""
+        self.states[state.row], self.slot[state.row] = None, -1
+        state.slot = state.row = -1
+        state.computed = state.committed = 0
+
+    def abandon(self) -> None:
+        """Forgets all slots: the pool is closed."""
+        for state in self.occupied():
+            self.leave(state)
+
+    def commit(self, state: SequenceState) -> None:
+        """Tells the pool the tokens of a sequence whose keys and values exist."""
+        if state.final > state.committed:
+            ids = state.ids[state.committed : state.final]
+            past_fault(lambda: self._pool.commit(state.slot, ids))
+            state.committed = state.final
+
+    def commit_blocks(self, state: SequenceState) -> None:
+        """Like `commit`, once a block is full, or the prompt is computed."""
+        if state.slot < 0:
+            return
+        size, prompt = self._block_tokens, len(state.request.output.prompt_token_ids)
+        full = state.final // size > state.committed // size
+        if full or state.committed < prompt <= state.final:
+            self.commit(state)
+
+    def _call(self, verb: Callable[[KVCache], Any]) -> Any:
+        """Makes a call that goes on from the newest cache; one that fails changes nothing."""
+        try:
+            return verb(self.cache)
+        except (jax.errors.JaxRuntimeError, ValueError):
+            self.recover()
+            return verb(self.cache)
+
+    def _release(self, slots: Callable[[], list[int]]) -> None:
+        """Releases slots; asks again which ones they are after a recovery."""
+
+        def release(cache: KVCache) -> KVCache:
+            found = slots()
+            return self._pool.release(cache, found) if found else cache
+
+        self.cache = self._call(release)
+
+    def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
+        # A recovery gives a slot to a sequence that may have lost its row to the scheduler since.
+        row = state.row if state.row >= 0 else state.sequence.row
+        state.slot, state.row, state.room = slot, row, room
+        state.computed = state.committed = computed
+        self.states[row], self.slot[row] = state, slot
+
+    def _unused(self, slots: list[int]) -> list[int]:
+        """Those of some slots that are acquired, and that no sequence has."""
+        lengths = np.asarray(jax.device_get(self.cache.lengths))
+        return [slot for slot in slots if lengths[slot] >= 0 and slot not in self.slot]
+
+
+def past_fault(call: Callable[[], _T]) -> _T:
+    """Makes a call that needs no cache.
+
+    On CUDA it may be the first to hear, once, that a step in flight has failed. That is dealt with
+    when the step is read back.
+    """
+    try:
+        return call()
+    except DeviceFault:
+        return call()
