@@ -2,11 +2,11 @@
 
     python benchmarks/gpu/run.py --out benchmarks/results [--only layers --seconds 60]
 
-Sections are driver, layers, attention, mapping and llama. Contenders run one after the other, each
-in a separate process, this package first and its most important shapes once more at the end, which
-shows how far the machine drifted. Contenders that are not installed, fail or run out of time are
-named. Speeds are valid keys and values over the median time, and fractions of the fastest copy that
-was measured in the same run (bytes read plus written).
+Sections are driver, layers, attention, shared, mapping and llama. Contenders run one after the
+other, each in a separate process, this package first and its most important shapes once more at the
+end, which shows how far the machine drifted. Contenders that are not installed, fail or run out of
+time are named. Speeds are valid keys and values over the median time, and fractions of the fastest
+copy that was measured in the same run (bytes read plus written).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.console import Console
 from scripts import output_of
 
 _HERE = pathlib.Path(__file__).resolve().parent
-_SECTIONS = ("driver", "layers", "attention", "mapping", "llama")
+_SECTIONS = ("driver", "layers", "attention", "shared", "mapping", "llama")
 # Shares of the remaining time when a contender's turn comes.
 _SHARES = {
     "kvpage": 0.34,
@@ -111,7 +111,7 @@ class Run:
         """A script of this folder whose last line is a JSON object."""
         self.say(name)
         command = [sys.executable, str(_HERE / f"{name}.py"), *self._extra]
-        if name in ("layers", "llama_graphs"):
+        if name != "mapping":
             command += ["--limit", str(max(limit - 5, 1))]
         lines = self._call(command, limit, name).splitlines()
         try:
@@ -152,7 +152,7 @@ class Run:
     def all(self) -> None:
         """All chosen sections; time is reserved for the last ones."""
         only, dry = self._arguments.only, self._arguments.dry_run
-        self._reserved = 45 * ("mapping" in only) + 95 * ("llama" in only)
+        self._reserved = 45 * ("mapping" in only) + 95 * ("llama" in only) + 50 * ("shared" in only)
         if "driver" in only:
             self.driver()
         if "layers" in only:
@@ -167,6 +167,8 @@ class Run:
             if "kvpage" in self._arguments.contenders:
                 self.contender("kvpage", max(min(self.left(), 40), 20), again=True)
         self._reserved = 0
+        if "shared" in only:
+            self.script("shared_prefix", 60)
         if "mapping" in only:
             self.script("mapping", 45)
         if "llama" in only:

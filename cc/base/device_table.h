@@ -93,6 +93,14 @@ struct DeviceSlot {
   std::int32_t dropped = 0;
 };
 
+// The physical blocks of slots' first tokens, as far as other slots have ever mapped them too (SharedRuns).
+// A slot that has dropped its beginning has none.
+struct DeviceRuns {
+  const std::int32_t* blocks = nullptr;  // [max_slots, width]; null: no slots share anything
+  const std::int32_t* counts = nullptr;  // [max_slots] blocks of a run
+  std::int64_t width = 0;
+};
+
 struct DevicePool {
   std::int32_t id = kEmptyEntry;           // host
   std::int32_t open = 0;                   // host
@@ -110,7 +118,11 @@ struct DevicePool {
   std::int32_t* written = nullptr;  // [max_slots, num_layers] tokens written by the slot's occupant
   std::uint32_t* marks = nullptr;   // [max_slots], of checks without scratch memory: finds slots named twice
   Fault* fault = nullptr;           // pinned host memory
-  std::int32_t debug = 0;           // host; PoolOptions::debug
+  DeviceRuns runs;                  // host
+  // host: cuts of runs so far. A run is cut, and this goes up, before a mapping changes: what was found in the runs
+  // holds as long as this number does.
+  std::uint32_t run_cuts = 0;
+  std::int32_t debug = 0;  // host; PoolOptions::debug
   // Pinned host memory, [max_slots]: set by release when everything queued before it on the stream is done, to one more
   // than the tokens that were written in every layer. The host clears it when it hands the slot on. Reading it costs no
   // driver call.
@@ -126,6 +138,7 @@ struct CheckedBatch {
   std::int32_t layer = 0;
   std::int32_t num_sequences = 0;
   std::int32_t sliding_window = 0;
+  std::int32_t groups_hold = 0;  // 1: the sequences that the plan groups share what they did when it was made
   KVView view;
   std::uint32_t* readers = nullptr;  // where the blocks of the op's last kernel count themselves out; null: nowhere
   // [num_sequences] of the batch, in its order, at the address behind this struct; slot -1: inactive.

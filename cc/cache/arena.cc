@@ -159,7 +159,7 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
   if (fewer <= 0) return {};
   const std::int64_t begin = std::max(blocks, hole(slot)), count = blocks + fewer - begin;
   const auto tail = [&](std::int64_t range) { return Gather(slot, range, begin, count); };
-  shared_runs_.Cut(slot, blocks);
+  KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(slot, blocks));
   for (std::int64_t range = 0; count > 0 && range < ranges; ++range) {
     Status status = vmm_->Unmap(geometry_.Offset(slot, range, begin), tail(range).data(), count);
     if (status.ok()) continue;
@@ -182,7 +182,7 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   if (blocks <= 0) return {};
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t rest = this->blocks(from) - blocks, old = this->blocks(to);
-  shared_runs_.Cut(from, rest);
+  KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(from, rest));
   const auto move = [&](std::int64_t range, bool back) {
     const std::int64_t here = geometry_.Offset(from, range, rest), there = geometry_.Offset(to, range, old);
     const std::vector<std::int32_t> moved = Gather(from, range, rest, blocks);

@@ -149,6 +149,8 @@ class Arena {
   bool Borrows(std::int64_t slot) const { return borrowers_.count(static_cast<std::int32_t>(slot)) > 0; }
   // May be asked at any time, by any thread.
   const SharedRuns& shared_runs() const { return shared_runs_; }
+  // A copy of them is kept for programs on a device. Before anything is mapped.
+  void FollowRuns(Mirror* mirror) { shared_runs_.Follow(mirror); }
 
   // ---- blocks that the prefix index refers to ----
   void SetCached(const std::vector<std::int32_t>& blocks) {

@@ -11,7 +11,7 @@ Status Arena::DropBefore(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges(), begin = hole(slot);
   const std::int64_t end = std::min(blocks, this->blocks(slot));
   if (end <= begin) return {};
-  shared_runs_.Cut(slot, 0);
+  KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(slot, 0));
   const std::int64_t writable = std::clamp(ReadOnlyBlocks(slot), begin, end);
   const auto map_again = [&](std::int64_t range) -> Status {
     const std::vector<std::int32_t> lost = Gather(slot, range, begin, end - begin);

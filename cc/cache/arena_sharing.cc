@@ -181,7 +181,7 @@ void Arena::DropSetAsideFrom(std::int64_t slot, std::int64_t begin) {
 Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   const std::int64_t ranges = geometry_.num_ranges();
   begin = std::max(begin, hole(slot));
-  shared_runs_.Cut(slot, begin);
+  KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(slot, begin));
   // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
   // counts as shared by it (SharedBlocks).
   std::int64_t end = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot));

@@ -48,6 +48,13 @@ class Mirror {
   // From now on SetRoom keeps it up to date. Nothing happens after the first success.
   virtual Status OpenTable(char* window, const BlockTable* table) = 0;
 
+  // Other slots map the first blocks of this slot too (SharedRuns): blocks [begin, begin + count) of its run, after
+  // those that it has. Only speed depends on it.
+  virtual Status ExtendRun(std::int32_t slot, std::int64_t begin, const std::int32_t* blocks, std::int64_t count) = 0;
+  // From block `blocks` on the slot's mappings are about to change. When it fails they must not. Programs that are
+  // queued from now on share no more than is left.
+  virtual Status CutRun(std::int32_t slot, std::int64_t blocks) = 0;
+
   // The device's number, as JAX counts them.
   virtual int device() const = 0;
 

@@ -14,7 +14,9 @@ Pool::Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr
       table_(geometry),
       supply_(&table_, std::move(arena), account, options.poison),
       mirror_(std::move(mirror)),
-      parts_{options, &table_, &supply_, mirror_.get()} {}
+      parts_{options, &table_, &supply_, mirror_.get()} {
+  if (mirror_ != nullptr) supply_.arena(supply_.Lock()).FollowRuns(mirror_.get());
+}
 
 Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
                   std::unique_ptr<Vmm> vmm, MapAccount* account, std::shared_ptr<Pool>* out,

@@ -5,21 +5,30 @@
 namespace kvpage {
 
 void SharedRuns::Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count) {
-  const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<std::int32_t>& blocks = runs_[slot].blocks;
-  if (blocks.empty() && count > 0) size_.fetch_add(1, std::memory_order_relaxed);
-  for (auto i = static_cast<std::int64_t>(blocks.size()); i < count; ++i) blocks.push_back(map[i * stride]);
+  const auto begin = static_cast<std::int64_t>(blocks.size());
+  if (begin >= count) return;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (begin == 0) size_.fetch_add(1, std::memory_order_relaxed);
+    for (std::int64_t i = begin; i < count; ++i) blocks.push_back(map[i * stride]);
+  }
+  if (mirror_ == nullptr) return;
+  // Without it programs read what is shared once for each slot.
+  static_cast<void>(mirror_->ExtendRun(static_cast<std::int32_t>(slot), begin, blocks.data() + begin, count - begin));
 }
 
-void SharedRuns::Cut(std::int64_t slot, std::int64_t blocks) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+Status SharedRuns::Cut(std::int64_t slot, std::int64_t blocks) {
   Run& run = runs_[slot];
-  if (static_cast<std::int64_t>(run.blocks.size()) <= blocks) return;
+  if (static_cast<std::int64_t>(run.blocks.size()) <= blocks) return {};
+  if (mirror_ != nullptr) KVPAGE_RETURN_IF_ERROR(mirror_->CutRun(static_cast<std::int32_t>(slot), blocks));
+  const std::lock_guard<std::mutex> lock(mutex_);
   run.cut_at = ++cuts_;
   run.blocks.resize(blocks);
-  if (blocks > 0) return;
+  if (blocks > 0) return {};
   run.blocks.shrink_to_fit();
   size_.fetch_sub(1, std::memory_order_relaxed);
+  return {};
 }
 
 void SharedRuns::Replace(std::int64_t logical, std::int32_t from, std::int32_t to) {

@@ -3,7 +3,8 @@
 //
 // A run is what a slot maps at its beginning, as far as other slots have ever mapped it too. It is exact: it is cut
 // before a mapping changes, and a handler can ask afterwards whether that has happened. The arena keeps the runs; they
-// have a mutex that is held for moments, and may be asked under any other lock.
+// have a mutex that is held for moments, and may be asked under any other lock. Where programs run on a device, a
+// mirror follows each change.
 #ifndef KVPAGE_CACHE_SHARED_RUNS_H_
 #define KVPAGE_CACHE_SHARED_RUNS_H_
 
@@ -15,6 +16,7 @@
 #include "base/kv_view.h"
 #include "base/shared_prefixes.h"
 #include "base/status.h"
+#include "cache/mirror.h"
 
 namespace kvpage {
 
@@ -22,10 +24,15 @@ class SharedRuns {
  public:
   SharedRuns(std::int64_t num_slots, std::int64_t block_tokens) : block_tokens_(block_tokens), runs_(num_slots) {}
 
+  // Tells the mirror of each change from now on. There are no runs yet.
+  void Follow(Mirror* mirror) { mirror_ = mirror; }
+
+  // Both are called under the mapping mutex.
   // Other slots map the first `count` logical blocks of a slot too. Block i is map[i * stride].
   void Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count);
-  // From logical block `blocks` on, the slot's mappings are about to change.
-  void Cut(std::int64_t slot, std::int64_t blocks);
+  // From logical block `blocks` on, the slot's mappings are about to change. They must not when it fails: programs on
+  // the device might read other memory than the slot's.
+  Status Cut(std::int64_t slot, std::int64_t blocks);
   // Logical block `logical` has another physical block with the same contents in every slot that maps `from` there.
   void Replace(std::int64_t logical, std::int32_t from, std::int32_t to);
 
@@ -53,6 +60,7 @@ class SharedRuns {
   };
 
   const std::int64_t block_tokens_;
+  Mirror* mirror_ = nullptr;
   mutable std::mutex mutex_;
   std::vector<Run> runs_;              // [slots]
   std::uint64_t cuts_ = 0;             // of all runs so far

@@ -179,6 +179,30 @@ Status DeviceMirror::OpenTable(char* window, const BlockTable* table) {
   return {};
 }
 
+Status DeviceMirror::ExtendRun(std::int32_t slot, std::int64_t begin, const std::int32_t* blocks, std::int64_t count) {
+  if (entry_ < 0) return FailedPrecondition("the pool is not open on the device");
+  if (runs_ == nullptr) {
+    std::unique_ptr<RunMirror> runs;
+    KVPAGE_RETURN_IF_ERROR(RunMirror::Make(device_.get(), geometry_, &runs));
+    image_->runs = runs->View();
+    // Width and counts before the blocks, by which kernels see that there are runs. They may see some of it even when
+    // the copy fails.
+    runs_ = std::move(runs);
+    runs_told_ = false;
+  }
+  if (!runs_told_) {
+    KVPAGE_RETURN_IF_ERROR(device_->Transfer({FieldCopy(&DevicePool::runs)}));
+    runs_told_ = true;
+  }
+  return runs_->Extend(slot, begin, blocks, count);
+}
+
+Status DeviceMirror::CutRun(std::int32_t slot, std::int64_t blocks) {
+  if (runs_ == nullptr || !runs_->IsLonger(slot, blocks)) return {};
+  ++image_->run_cuts;
+  return runs_->Cut(slot, blocks, FieldCopy(&DevicePool::run_cuts));
+}
+
 std::int32_t DeviceMirror::Vacated(std::int32_t slot) {
   return static_cast<std::int32_t>(__atomic_load_n(&vacated_[slot], __ATOMIC_ACQUIRE)) - 1;
 }
@@ -257,6 +281,7 @@ bool DeviceMirror::Leave() {
   memory_.Abandon();
   pinned_.Abandon();
   if (table_ != nullptr) table_->Abandon();
+  if (runs_ != nullptr) runs_->Abandon();
   return false;
 }
 

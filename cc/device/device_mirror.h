@@ -18,6 +18,7 @@
 #include "cache/types.h"
 #include "device/block_table_mirror.h"
 #include "device/device_state.h"
+#include "device/run_mirror.h"
 
 namespace kvpage {
 
@@ -35,6 +36,8 @@ class DeviceMirror final : public Mirror {
   Status StopReaders(const std::vector<Room>& ends) override;
   Status Drop(const std::vector<Room>& begins, const CacheRef& cache) override;
   Status OpenTable(char* window, const BlockTable* table) override;
+  Status ExtendRun(std::int32_t slot, std::int64_t begin, const std::int32_t* blocks, std::int64_t count) override;
+  Status CutRun(std::int32_t slot, std::int64_t blocks) override;
   int device() const override { return device_->context()->ordinal(); }
   std::int32_t Vacated(std::int32_t slot) override;
   void ClearVacated(std::int32_t slot) override;
@@ -87,6 +90,8 @@ class DeviceMirror final : public Mirror {
   std::int32_t* written_ = nullptr;          // [max_slots, num_layers]
   std::vector<std::int32_t> rooms_;          // on the device; -1: StopReaders has set another, or tried to
   std::unique_ptr<BlockTableMirror> table_;  // null: no program has needed it
+  std::unique_ptr<RunMirror> runs_;          // null: no slots have shared anything
+  bool runs_told_ = false;                   // the pool's entry has their addresses
   std::int32_t entry_ = -1;
   std::atomic<std::int64_t> waits_{0};
 };

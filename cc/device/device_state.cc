@@ -107,6 +107,13 @@ Status DeviceState::Staging::Reserve(std::size_t bytes) {
   return PinnedMemory::Make(device_->context_, size, "for map_slots", &memory_);
 }
 
+bool DeviceState::MayFindRuns(cu::Stream stream) const {
+  if (runs_.load(std::memory_order_relaxed) > 1) return true;
+  auto capturing = cu::CaptureStatus::kNone;
+  return driver().StreamIsCapturing(stream, &capturing) != cu::Result::kSuccess ||
+         capturing != cu::CaptureStatus::kNone;
+}
+
 DeviceState::Staging::~Staging() {
   if (memory_.data() == nullptr) return;
   const std::lock_guard<std::mutex> lock(device_->staging_mutex_);

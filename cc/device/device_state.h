@@ -12,6 +12,7 @@
 #ifndef KVPAGE_DEVICE_DEVICE_STATE_H_
 #define KVPAGE_DEVICE_DEVICE_STATE_H_
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -56,6 +57,9 @@ class DeviceState {
   // Whether handlers came by turns on several streams outside of captures, asked for the first time: the release of a
   // slot waits for its own stream's work only. A client that replaces another (jax.clear_backends) does not count.
   bool TakeManyStreams();
+  // Whether a program that is queued on `stream` now may find slots that share blocks when it runs. A captured call
+  // runs again later, so it may. The device's context is current, as under Queueing: the driver is asked in every call.
+  bool MayFindRuns(cu::Stream stream) const;
 
   // Pinned memory through which a handler reads results from the device; reused by later handlers.
   class Staging {
@@ -94,6 +98,8 @@ class DeviceState {
   };
   // Makes the copies in order on the stream for small copies, and waits for that stream only.
   Status Transfer(const std::vector<Copy>& copies);
+  // That many more slots of the device's pools have blocks in common with others, or fewer (run_mirror.h).
+  void AddRuns(int change) { runs_.fetch_add(change, std::memory_order_relaxed); }
 
   // Waits for the ops that were counted in before the caller's last change of the entry: none that comes later passes
   // its check. Fails after a time that no op takes. `waited`: whether there was any.
@@ -132,6 +138,7 @@ class DeviceState {
   std::int32_t* left_ = nullptr;      // stays kLeftEntry
   std::uint32_t* readers_ = nullptr;  // [kMaxDevicePools] counts, as last copied
   cu::Stream stream_ = nullptr;
+  std::atomic<std::int64_t> runs_{0};
 
   std::mutex queue_mutex_;
   cu::Stream last_stream_ = nullptr;            // of a handler that was not captured

@@ -120,10 +120,11 @@ auto BindUpdateAndAttend(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
       .template Ret<U32>();
 }
-// CUDA only. lengths, slots, query_offsets, window; the plan
+// CUDA only. handle, lengths, slots, query_offsets, window; the plan
 template <class B>
 auto BindPlanAttention(B&& base) {
   return std::forward<B>(base)
+      .template Arg<S32>()
       .template Arg<S32>()
       .template Arg<S32>()
       .template Arg<S32>()

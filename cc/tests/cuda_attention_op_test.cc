@@ -83,7 +83,7 @@ struct Pool {
     const CacheBuffers buffers(kId, 0, rows.entry().epoch, lengths);
     const DeviceOp op = append != nullptr ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention;
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, p.num_tokens};
-    EXPECT_OK(cuda::PlanAttention(lengths.data(), batch, operands, plan.get(), nullptr));
+    EXPECT_OK(cuda::PlanAttention(buffers.Operands(op, table, spec), batch, operands, plan.get(), nullptr));
     EXPECT_OK(cuda::Attend(buffers.Operands(op, table, spec), batch, operands, append, plan.get(), &new_epoch,
                            scratch.get(), nullptr));
     return result;
@@ -125,13 +125,15 @@ TEST(CudaAttentionOpTest, APlanLeavesOutWhatIsWrong) {
   attention.max_context = 100;
   attention.max_slots = 3;
   const auto lengths = Ints({10, -1, 99});
+  cuda::CacheOperands cache;
+  cache.lengths = lengths.get();
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
     attention.kv_dtype = dtype;
     attention.q_dtype = IsQuantized(dtype) ? DType::kBF16 : dtype;
     for (const Case& c : cases) {
       const auto slots = Ints({c.slot}), offsets = Ints({c.begin, c.end});
       const auto plan = Garbage(cuda::PlanBytes(1));
-      EXPECT_OK(cuda::PlanAttention(lengths.get(), {slots.get(), offsets.get(), 1, 8}, attention, plan.get(), nullptr));
+      EXPECT_OK(cuda::PlanAttention(cache, {slots.get(), offsets.get(), 1, 8}, attention, plan.get(), nullptr));
       const auto& counts = *reinterpret_cast<const cuda::PlanCounts*>(plan.get());
       EXPECT_EQ(counts.decode + counts.prefill, c.planned) << c.slot << " " << c.begin << " " << c.end;
     }

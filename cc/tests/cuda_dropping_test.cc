@@ -126,7 +126,7 @@ class CheckedRead {
       const auto check = Scratch(1, 2);
       EXPECT_OK(cuda::AppendKV(buffers.Operands(op, table_, spec_), batch, append, &epoch, check.get(), nullptr));
     } else {
-      EXPECT_OK(cuda::PlanAttention(buffers.lengths.get(), batch, operands, plan.get(), nullptr));
+      EXPECT_OK(cuda::PlanAttention(buffers.Operands(op, table_, spec_), batch, operands, plan.get(), nullptr));
       EXPECT_OK(cuda::Attend(buffers.Operands(op, table_, spec_), batch, operands,
                              op == DeviceOp::kUpdateAndAttend ? &append : nullptr, plan.get(), &epoch, scratch.get(),
                              nullptr));

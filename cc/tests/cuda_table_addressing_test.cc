@@ -2,6 +2,8 @@
 // pool on the fake driver through its block table and window, bit for bit as through its slots.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -10,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "testing/cuda_emulation/copy_counter.h"
 #include "tests/cuda_util.h"
 #include "tests/device_util.h"
 #include "tests/expect_ok.h"
@@ -18,7 +21,7 @@
 namespace kvpage::testing {
 namespace {
 
-constexpr std::int64_t kHeads = 2, kGroup = 2, kDim = 64, kMaxTokens = 192;
+constexpr std::int64_t kHeads = 2, kGroup = 2, kDim = 64, kMaxTokens = 576;
 
 struct Config {
   DType dtype, q_dtype;
@@ -113,17 +116,21 @@ struct Side {
     attention.max_context = kMaxTokens;
     attention.max_slots = kSlots;
     attention.by_table = through_table;
+    attention.least_saved_bytes = 0;
+    attention.may_share = together;
     attention.options.scale = 0.125f;
     cuda::AppendOperands appended = {
         &layer, in.k.data() + layer * rows / kGroup, in.v.data() + layer * rows / kGroup, config.q_dtype, kHeads, kDim};
     const cuda::BatchOperands batch = {slots.data(), offsets.data(), count, in.tokens};
     const auto scratch = Exactly<char>(cuda::AttentionBytes(attention, count, in.tokens));
     const auto plan = Exactly<char>(cuda::PlanBytes(count));
-    EXPECT_OK(cuda::PlanAttention(lengths.data(), batch, attention, plan.get(), nullptr));
+    EXPECT_OK(cuda::PlanAttention(Cache(DeviceOp::kPagedAttention), batch, attention, plan.get(), nullptr));
     std::uint32_t next = epoch;
+    const std::int64_t copied_before = emulation::NumCopiedBytes();
     EXPECT_OK(cuda::Attend(Cache(append ? DeviceOp::kUpdateAndAttend : DeviceOp::kPagedAttention), batch, attention,
                            append ? &appended : nullptr, plan.get(), &next, scratch.get(), nullptr));
     epoch = next;
+    copied_bytes = emulation::NumCopiedBytes() - copied_before;
     return out;
   }
   void Advance(const Step& step) {
@@ -140,6 +147,8 @@ struct Side {
   Machine* const machine;
   const Config config;
   const bool by_table;
+  bool together = true;           // sequences that share a beginning are grouped
+  std::int64_t copied_bytes = 0;  // of keys, values and queries to shared memory, by the last call
   std::shared_ptr<Pool> pool;
   std::int32_t handle[2] = {0, 0};
   std::uint32_t epoch = 0;
@@ -247,6 +256,72 @@ TEST_P(CudaTableAddressingTest, IsBitIdenticalToSlots) {
       }
     }
   }
+}
+
+// Forks of a sequence of more than two spans, in groups through the table and alone through the slots.
+TEST(CudaTableAddressingGroupsTest, SharedSpansAreReadOnce) {
+  for (const Config& config : {Config{DType::kBF16, DType::kBF16, Layout::kFused, 16},
+                               Config{DType::kF16, DType::kF16, Layout::kPerLayer, 48}}) {
+    Twins twins(config);
+    constexpr std::int32_t kShared = 528;
+    const std::int32_t a = twins.Acquire(540);
+    EXPECT_OK(twins.table.pool->OpenTable());
+    twins.Run({{a, 530}});
+    const auto fork = [&](Side& side) { return side.Fork(a, kShared); };
+    const std::int32_t b = twins.Each(fork), c = twins.Each(fork);
+    for (const std::int32_t slot : {a, b, c}) twins.Extend(slot, kMaxTokens);
+    twins.slots.together = false;
+    Step step = {{a, 1}, {c, 2}, {b, 1}};
+    twins.Run(step);  // a and b are a group
+    const Inputs in = twins.Random(step);
+    const std::vector<char> out = twins.slots.Attend(step, in, 1, true, false);
+    for (const bool through_table : {false, true}) {
+      EXPECT_EQ(twins.table.Attend(step, in, 1, true, through_table), out);
+      const std::int64_t spans = std::int64_t{2} * 512 * kHeads * kDim * 2;
+      EXPECT_EQ(twins.slots.copied_bytes - twins.table.copied_bytes, spans);
+    }
+    // A slot that shares less from now on, and one that shares nothing.
+    for (Side* side : {&twins.slots, &twins.table}) side->Truncate(b, 300);
+    for (Side* side : {&twins.slots, &twins.table}) side->Release(c);
+    step = {{b, 1}, {a, 1}, {twins.Acquire(560), 1}};
+    twins.Run(step);
+  }
+}
+
+// Forks of forks that are truncated, written and released: groups come and go, and no bit differs from sequences alone.
+TEST(CudaTableAddressingGroupsTest, RandomLives) {
+  Twins twins({DType::kBF16, DType::kBF16, Layout::kFused, 16});
+  twins.slots.together = false;
+  std::vector<std::int32_t> live = {twins.Acquire(kMaxTokens)};
+  EXPECT_OK(twins.table.pool->OpenTable());
+  twins.Run({{live[0], 530}});
+  const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(twins.rng); };
+  int grouped = 0;
+  for (int round = 0; round < 16; ++round) {
+    const auto at = static_cast<std::size_t>(pick(0, static_cast<int>(live.size()) - 1));
+    const std::int32_t slot = live[at], length = twins.table.lengths[slot];
+    const int kind = pick(0, 5);
+    if (live.size() < 4 && kind < 4) {
+      const std::int32_t tokens = std::min(length, pick(250, 570)) / 16 * 16;
+      live.push_back(twins.Each([&](Side& side) { return side.Fork(slot, tokens); }));
+      twins.Extend(live.back(), kMaxTokens);
+    } else if (kind < 3 || live.size() == 1) {
+      const std::int32_t tokens = pick(length / 2, length);
+      for (Side* side : {&twins.slots, &twins.table}) side->Truncate(slot, tokens);
+    } else if (kind > 3) {
+      for (Side* side : {&twins.slots, &twins.table}) side->Release(slot);
+      live.erase(live.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+    std::shuffle(live.begin(), live.end(), twins.rng);
+    Step step;
+    for (const std::int32_t other : live) {
+      if (twins.table.lengths[other] + 2 <= kMaxTokens) step.emplace_back(other, pick(0, 5) == 0 ? 2 : 1);
+    }
+    if (step.empty()) continue;
+    twins.Run(step);
+    grouped += twins.table.copied_bytes < twins.slots.copied_bytes;
+  }
+  EXPECT_GT(grouped, 4);
 }
 
 TEST(CudaTableAddressingFaultsTest, APoolWithoutATableRefusesInWords) {

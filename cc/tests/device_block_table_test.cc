@@ -138,8 +138,9 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
       {"truncate", [](Fixture* f, std::int32_t fork) { return f->pool->Truncate({fork}, {8}).status; }},
       {"acquire", [](Fixture* f, std::int32_t) { return f->pool->Acquire({100}).status; }}};
   for (const auto& [name, call] : calls) {
-    const bool opens = std::string(name) == "open";
+    const bool opens = std::string(name) == "open", forks = std::string(name) == "fork";
     bool struck = true;
+    int refused = 0;
     for (int n = 1; struck && n < 200; ++n) {
       Fixture f(GetParam(), !opens);
       const std::int32_t fork = f.Fork(f.first, 48);
@@ -148,7 +149,10 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
       const Status status = call(&f, fork);
       struck = f.machine.fake().faults() > 0;
       f.machine.fake().ClearFaults();
-      EXPECT_EQ(status.ok(), !struck) << name << " " << n;
+      // A fork also succeeds where the device is not told what it shares, which only makes programs faster.
+      const bool untold = forks && struck && status.ok();
+      EXPECT_EQ(status.ok(), !struck || untold) << name << " " << n;
+      refused += !status.ok();
       if (opens && struck) {
         EXPECT_EQ(f.entry().table_view.table, nullptr) << n;
         EXPECT_OK(f.pool->OpenTable());
@@ -166,10 +170,12 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
       for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Shows(slot)) << name << " " << n;
       for (const std::int32_t slot : others) Release(f.pool.get(), &f.program, slot);
       if (!struck) break;
+      if (untold) continue;  // it has the last slot
       EXPECT_OK(call(&f, fork)) << name << " " << n;
       for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Follows(slot)) << name << " " << n;
     }
     EXPECT_FALSE(struck) << name << " never came through";
+    EXPECT_GT(refused, 2) << name;
   }
 }
 
@@ -236,7 +242,8 @@ TEST_P(DeviceBlockTableTest, TruncationLeavesBlocksThatDoNotChange) {
 // has waited for programs tells the device.
 struct Unpublished : Fixture {
   explicit Unpublished(Layout layout) : Fixture(layout), fork(Fork(first, 48)) {
-    machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 2, cu::Result::kUnknown);
+    // After the copy that stops readers and the two that cut what is shared.
+    machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 4, cu::Result::kUnknown);
     EXPECT_FALSE(pool->Truncate({fork}, {8}).status.ok());
     machine.fake().ClearFaults();
     EXPECT_EQ(entry().slots[fork].room, 0);

@@ -1,8 +1,9 @@
 """The plan of attention on CUDA: how the work of a batch is shared out over the device.
 
-It is a custom call apart from attention, a pure function of lengths, slots, query offsets and
-window. The layers of a step call it with the same operands, so XLA keeps one of them, and moves it
-out of a loop over layers (FlashInfer and FlashAttention let the caller plan once a step).
+It is a custom call apart from attention, a function of lengths, slots, query offsets and window,
+and of the memory that the pool's slots share, which does not change while a program runs. The
+layers of a step call it with the same operands, so XLA keeps one of them, and moves it out of a
+loop over layers (FlashInfer and FlashAttention let the caller plan once a step).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from jax_kvpage.spec import DTYPE_CODES, CacheSpec
 __all__ = ["appended"]
 
 # Operands of attention on a pool: handle, epoch, lengths, slots, query_offsets, layer, q.
-_LENGTHS, _SLOTS, _OFFSETS, _QUERY = 2, 3, 4, 6
+_HANDLE, _LENGTHS, _SLOTS, _OFFSETS, _QUERY = 0, 2, 3, 4, 6
 
 Lower = Callable[[mlir.LoweringRuleContext, Sequence[Any], Mapping[str, Any]], tuple[Any, Any]]
 
@@ -40,7 +41,7 @@ def appended(window: int) -> Lower:
         query = avals[_QUERY]
         sequences = avals[_SLOTS].shape[0]
         aval = jax.core.ShapedArray((_native.attention_plan_bytes(sequences),), np.uint8)
-        chosen = (_LENGTHS, _SLOTS, _OFFSETS, window)
+        chosen = (_HANDLE, _LENGTHS, _SLOTS, _OFFSETS, window)
         (plan,) = custom_call(
             ctx.replace(primitive=None, avals_in=[avals[i] for i in chosen], avals_out=[aval]),
             *(operands[i] for i in chosen),

@@ -56,3 +56,47 @@ def test_pools_of_another_block_size_agree(make_pool) -> None:
         out, lse, *_ = rig.step([(slot, 3)])
         results.append(out.tobytes() + lse.tobytes())
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("layout", ["fused", "per_layer"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [None, 3000])
+def test_shared_prefixes(make_pool, layout: str, dtype: str, window: int | None) -> None:
+    """Forks, and forks of forks, that share enough to be read together; each as if alone."""
+    spec = kvp.CacheSpec(2, 8, 128, 9, 4096, dtype=jnp.dtype(dtype), layout=layout)
+    pool = make_pool(spec, "1GiB", on_stale="allow")
+    rig = Rig(pool, group=4, query_dtype=jnp.dtype(dtype), max_tokens=1024)
+    root = rig.acquire(2200)
+    rig.write({root: 2100})
+    pool.commit(root, range(2100))
+    branches, rig.cache = pool.fork(rig.cache, root, 5)
+    for slot in branches:
+        pool.extend(slot, 4096)
+    branch = branches[0]
+    _append(rig, [(branch, 1024)])
+    pool.commit(branch, range(3124))
+    leaves, rig.cache = pool.fork(rig.cache, branch, 2)
+    slots = [root, *branches, *leaves]
+    for i, slot in enumerate(slots):
+        pool.extend(slot, 4096)
+        _append(rig, [(slot, 1 + 7 * i)])
+    q = jnp.asarray(rig.random_q(len(slots))[0], jnp.dtype(dtype))
+    k = jnp.asarray(rig.random_kv(len(slots))[0][0], jnp.dtype(dtype))
+    cache = rig.cache
+
+    @jax.jit
+    def attend(cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch) -> jax.Array:
+        out, _ = kvp.update_and_attend(q, k, k, cache, batch, layer=1, sliding_window=window)
+        return out
+
+    together = np.asarray(attend(cache, q, k, make_batch([(slot, 1) for slot in slots])))
+    for i, slot in enumerate(slots):
+        alone = attend(cache, q[i : i + 1], k[i : i + 1], make_batch([(slot, 1)]))
+        assert np.asarray(alone).tobytes() == together[i : i + 1].tobytes(), slot
+    pool.check(cache)
+
+
+def _append(rig: Rig, sequences: list[tuple[int, int]]) -> None:
+    """New tokens that the rig's model does not follow."""
+    rig.append(sequences)
+    rig.cache = jax.jit(kvp.advance)(rig.cache, make_batch(sequences))

@@ -1,5 +1,6 @@
 // CUDA handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
 // attention over plain page arrays (attend_with_tables).
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -75,6 +76,8 @@ struct LayerCall : CudaCall {
     attention.layer = layer;
     attention.max_slots = max_slots();
     attention.by_table = by_table;
+    attention.may_share =
+        cuda::CanGroup(attention, batch.num_sequences) && device->MayFindRuns(static_cast<cu::Stream>(stream));
     KVPAGE_RETURN_IF_ERROR(
         CheckScratch(op(), scratch, cuda::AttentionBytes(attention, batch.num_sequences, batch.num_tokens)));
     if (plan.element_count() < cuda::PlanBytes(batch.num_sequences)) {
@@ -143,14 +146,17 @@ ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 e
                       {slots, offsets, layer, Rows(q)}, queue);
 }
 
-// Uses no pool, only numbers that programs carry: lengths, slots and offsets. A pure function of them, so that XLA
-// makes one plan for all layers of a step.
-ffi::Error PlanAttention(void* stream, std::int32_t, S32 lengths, S32 slots, S32 offsets, S32 window, SpecAttr spec,
-                         std::int64_t num_tokens, std::int32_t num_q_heads, std::int32_t q_dtype,
-                         std::int32_t exact_weights, ffi::Result<U8> plan) {
+// Reads no keys and values, only numbers that programs carry (lengths, slots and offsets) and what the pool says about
+// common beginnings, which may change from one program to the next but not in a program. So XLA may make one plan for
+// all layers of a step. The kernel counts itself in where it reads the pool, so no Queueing: no drain needs to wait for
+// a launch that is not yet queued.
+ffi::Error PlanAttention(void* stream, std::int32_t ordinal, S32 handle, S32 lengths, S32 slots, S32 offsets,
+                         S32 window, SpecAttr spec, std::int64_t num_tokens, std::int32_t num_q_heads,
+                         std::int32_t q_dtype, std::int32_t exact_weights, ffi::Result<U8> plan) {
   static const char* const kOp = "attention's plan";
   cuda::AttentionOperands attention;
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "the spec attribute", spec.size(), kNumSpecFields));
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "the cache's handle", handle.element_count(), 2));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "the cache's lengths", lengths.element_count(), spec[kSpecMaxSlots]));
   attention.q_dtype = static_cast<DType>(q_dtype);
   attention.kv_dtype = static_cast<DType>(spec[kSpecDType]);
@@ -164,7 +170,13 @@ ffi::Error PlanAttention(void* stream, std::int32_t, S32 lengths, S32 slots, S32
   cuda::BatchOperands batch;
   KVPAGE_FFI_RETURN_IF_ERROR(ToBatch(kOp, slots, offsets, num_tokens, &batch));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, plan, cuda::PlanBytes(batch.num_sequences)));
-  return ToError(cuda::PlanAttention(lengths.typed_data(), batch, attention, plan->typed_data(), stream));
+  cuda::CacheOperands cache;
+  DeviceState* const device = FindDevice(ordinal);  // null: attention will tell that no pool is there
+  cache.pools = device != nullptr ? device->table() : nullptr;
+  cache.handle = handle.typed_data();
+  cache.lengths = lengths.typed_data();
+  std::copy(spec.begin(), spec.end(), cache.spec.begin());
+  return ToError(cuda::PlanAttention(cache, batch, attention, plan->typed_data(), stream));
 }
 
 ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,

@@ -19,11 +19,18 @@ __global__ void __launch_bounds__(kPlanThreads) PlanCheckedKernel(const __grid_c
   p.state.ZeroCounters();
   if (p.checked->ok == 0) return;
   const Sequence* const sequences = p.checked->sequences();
-  PlanBatch(p, p.checked->sliding_window, [&](std::int32_t index) { return sequences[index]; });
+  const KVView& view = p.checked->view;
+  const PrefixRuns runs = {p.checked->groups_hold != 0 ? view.table : nullptr,
+                           nullptr,
+                           view.table_width,
+                           static_cast<std::int32_t>(min(view.tokens_per_chunk, std::int64_t{0x7fffffff})),
+                           0,
+                           0};
+  PlanBatch(p, p.checked->sliding_window, runs, [&](std::int32_t index) { return sequences[index]; });
 }
 
 struct PlanArgs {
-  const std::int32_t* lengths;  // [max_slots]
+  CacheArgs cache;
   const std::int32_t* slots;    // [num_sequences]
   const std::int32_t* offsets;  // [num_sequences + 1]
   const std::int32_t* window;   // [1] or null
@@ -38,7 +45,7 @@ __device__ inline Sequence PlannedSequence(const PlanArgs& args, std::int64_t nu
   Sequence sequence;
   sequence.slot = -1;
   if (slot < 0 || slot >= args.max_slots || begin < 0 || count <= 0 || begin + count > num_tokens) return sequence;
-  const std::int32_t length = args.lengths[slot];
+  const std::int32_t length = args.cache.lengths[slot];
   if (length < 0 || length + count > args.max_context) return sequence;
   sequence.slot = slot;
   sequence.position = length;
@@ -47,10 +54,40 @@ __device__ inline Sequence PlannedSequence(const PlanArgs& args, std::int64_t nu
   return sequence;
 }
 
+// One thread: what the pool says about common beginnings. The pool is counted in; null: there is no pool of this spec,
+// which the check will tell.
+__device__ inline DevicePool* EnterForRuns(const CacheArgs& cache, const AttentionParams& p, PrefixRuns* runs) {
+  *runs = {nullptr, nullptr, 0, static_cast<std::int32_t>(cache.spec[kSpecBlockTokens]), 0, 0};
+  if (cache.pools == nullptr || p.max_prefix_rows == 0) return nullptr;
+  PoolHead head;
+  DevicePool* const pool = EnterPool(cache.pools, cache.handle[0], 1, &head);
+  if (pool == nullptr) return nullptr;
+  bool same = head.open != 0;
+  for (int i = 0; i < kNumSpecFields; ++i) same = same && head.spec[i] == cache.spec[i];
+  if (!same) {
+    CountOut(&pool->readers, 1);
+    return nullptr;
+  }
+  const volatile DevicePool& entry = *pool;
+  runs->pool = head.id;
+  runs->run_cuts = entry.run_cuts;
+  __threadfence();  // a cut that comes after this is seen by the check
+  runs->blocks = entry.runs.blocks;
+  runs->counts = entry.runs.counts;
+  runs->width = entry.runs.width;
+  return pool;
+}
+
 __global__ void __launch_bounds__(kPlanThreads)
     PlanKernel(const __grid_constant__ PlanArgs args, const __grid_constant__ AttentionParams p) {
+  KVPAGE_SHARED(DevicePool*, pool);
+  KVPAGE_SHARED(PrefixRuns, runs);
+  if (threadIdx.x == 0) pool = EnterForRuns(args.cache, p, &runs);
+  __syncthreads();
   const std::int32_t window = args.window != nullptr ? *args.window : 0;
-  PlanBatch(p, window, [&](std::int32_t index) { return PlannedSequence(args, p.num_tokens, index); });
+  PlanBatch(p, window, runs, [&](std::int32_t index) { return PlannedSequence(args, p.num_tokens, index); });
+  __syncthreads();
+  if (threadIdx.x == 0 && pool != nullptr) CountOut(&pool->readers, 1);
 }
 
 bool UsesTensorCores(const AttentionOperands& attention, bool aligned) {
@@ -68,6 +105,11 @@ void PlacePlan(void* memory, std::int64_t num_sequences, int blocks, Plan* plan)
   plan->state_prefix = reinterpret_cast<std::int32_t*>(base + at.state_prefix);
   plan->split_points = reinterpret_cast<SplitPoint*>(base + at.split_points);
   plan->split_units = reinterpret_cast<SplitUnit*>(base + at.split_units);
+  plan->prefix_spans = reinterpret_cast<std::int32_t*>(base + at.prefix_spans);
+  plan->prefix_rows = reinterpret_cast<std::int32_t*>(base + at.prefix_rows);
+  plan->groups = reinterpret_cast<PrefixGroup*>(base + at.prefix_groups);
+  plan->members = reinterpret_cast<std::int32_t*>(base + at.members);
+  plan->prefix_states = reinterpret_cast<PrefixState*>(base + at.prefix_states);
 }
 
 // Fills the parameters, except those that depend on the kernel's shape and where plan and scratch memory are; `layout`
@@ -95,6 +137,9 @@ Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t
   *layout = LayOut(a, num_sequences, num_tokens, tensor_cores, p->blocks);
   p->partials_per_row = layout->partials_per_row;
   p->max_prefill_states = layout->max_prefill_states;
+  p->max_prefix_rows = layout->max_prefix_rows;
+  p->least_saved = a.least_saved_bytes;
+  if (p->max_prefix_rows > 0) KVPAGE_RETURN_IF_ERROR(GetGroupRows(a.head_dim, &p->group_rows));
   return {};
 }
 
@@ -108,6 +153,8 @@ void PlaceScratch(const AttentionScratch& at, void* scratch, AttentionParams* p)
   p->state.partial_values = reinterpret_cast<float*>(base + at.partial_values);
   p->state.partial_sums = reinterpret_cast<float2*>(base + at.partial_sums);
   p->state.prefill_states = reinterpret_cast<float*>(base + at.prefill_states);
+  p->state.prefix_values = reinterpret_cast<float*>(base + at.prefix_values);
+  p->state.prefix_sums = reinterpret_cast<float2*>(base + at.prefix_sums);
 }
 
 }  // namespace
@@ -137,6 +184,9 @@ Status LaunchPlanned(const AttentionOperands& attention, AttentionParams params,
   if (attention.kv_dtype == DType::kI8) return LaunchDecodeInt8(params, stream);
   if (attention.kv_dtype == DType::kF8E4M3) return LaunchDecodeFloat8(params, stream);
   const bool half = attention.kv_dtype == DType::kF16;
+  if (params.max_prefix_rows > 0) {
+    KVPAGE_RETURN_IF_ERROR(half ? LaunchGroupedF16(params, stream) : LaunchGroupedBf16(params, stream));
+  }
   KVPAGE_RETURN_IF_ERROR(half ? LaunchDecodeF16(params, stream) : LaunchDecodeBf16(params, stream));
   if (!prefill) return {};
   params.last = true;
@@ -158,19 +208,15 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
   return LaunchPlanned(attention, params, tensor_cores, stream);
 }
 
-Status PlanAttention(const std::int32_t* lengths, const BatchOperands& batch, const AttentionOperands& attention,
+Status PlanAttention(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
                      void* plan, Stream stream) {
   AttentionParams params = {};
   AttentionScratch layout;  // partials_per_row and max_prefill_states shape the plan
   KVPAGE_RETURN_IF_ERROR(
       Fill(attention, batch.num_sequences, batch.num_tokens, HasTensorCoreKernels(attention), &params, &layout));
   PlacePlan(plan, batch.num_sequences, params.blocks, &params.plan);
-  const PlanArgs args = {lengths,
-                         batch.slots,
-                         batch.offsets,
-                         attention.options.sliding_window,
-                         attention.max_slots,
-                         attention.max_context};
+  const PlanArgs args = {ToArgs(cache, /*mutates=*/false), batch.slots,         batch.offsets,
+                         attention.options.sliding_window, attention.max_slots, attention.max_context};
   return Launch<PlanKernel>("plan", {1, kPlanThreads, 0, /*overlap=*/false}, stream, args, params);
 }
 
@@ -188,6 +234,9 @@ Status Attend(const CacheOperands& cache, const BatchOperands& batch, const Atte
   args.by_table = attention.by_table;
   args.counters = params.state.next_item;
   args.num_counters = params.state.num_counters;
+  if (!attention.may_share) params.max_prefix_rows = 0;
+  // A plan that was made at another time may have groups; without their launch every sequence reads its own context.
+  args.plan = params.max_prefix_rows > 0 ? params.plan.counts : nullptr;
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));
   const auto launch_rest = [&]() -> Status {
     if (append != nullptr) {

@@ -23,6 +23,8 @@ Status LaunchDecodeBf16(AttentionParams params, Stream stream);
 Status LaunchDecodeF16(AttentionParams params, Stream stream);
 Status LaunchDecodeFloat8(AttentionParams params, Stream stream);
 Status LaunchDecodeInt8(AttentionParams params, Stream stream);
+Status LaunchGroupedBf16(AttentionParams params, Stream stream);
+Status LaunchGroupedF16(AttentionParams params, Stream stream);
 Status LaunchPrefillBf16(AttentionParams params, Stream stream);
 Status LaunchPrefillF16(AttentionParams params, Stream stream);
 
@@ -32,6 +34,9 @@ struct SharedLimits {
   std::int64_t beside = 0;  // with a second block on the multiprocessor
 };
 Status GetSharedLimits(SharedLimits* limits);
+
+// Rows that a block of the grouped kernel computes at a time on the current device (AttentionParams::group_rows).
+Status GetGroupRows(std::int32_t head_dim, std::int32_t* rows);
 
 }  // namespace kvpage::cuda
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/checker.cuh"
+#include "kernels/cuda/plan_counts.h"
 
 namespace kvpage::cuda {
 
@@ -28,6 +29,7 @@ struct BatchCheckArgs {
   // Set to zero for the kernels after this one.
   std::int32_t* counters;
   std::int32_t num_counters;
+  const PlanCounts* plan;  // whose groups are to hold; null: there is no plan
 };
 
 // One thread: the view of a layer that the kernels after the check use.
@@ -53,7 +55,12 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
     const std::int32_t window = args.window != nullptr ? *args.window : 0;
     const bool layer_exists = layer >= 0 && layer < args.cache.num_layers();
     // Before the verdict, to overlap this access with the check.
-    if (threadIdx.x == blockDim.x - 1) CopyView(args.by_table, layer_exists ? layer : 0, &checker, &out->view);
+    if (threadIdx.x == blockDim.x - 1) {
+      CopyView(args.by_table, layer_exists ? layer : 0, &checker, &out->view);
+      // A plan of an earlier program may tell of what has changed since.
+      out->groups_hold = args.plan != nullptr && args.plan->groups > 0 && args.plan->pool == args.cache.handle[0] &&
+                         args.plan->run_cuts == checker.pool()->run_cuts;
+    }
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
       const std::int32_t slot = args.slots[s], begin = args.offsets[s];
       const std::int64_t count = std::int64_t{args.offsets[s + 1]} - begin;  // the offsets may be wrong
@@ -129,19 +136,18 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
   if (cache.spec[kSpecMaxSlots] > kSharedMarks) {
     cache_args.marks = reinterpret_cast<std::uint32_t*>(static_cast<char*>(checked) + MarksOffset(batch.num_sequences));
   }
-  return {cache_args,
-          batch.slots,
-          batch.offsets,
-          batch.num_sequences,
-          batch.num_tokens,
-          layer,
-          window,
-          append,
-          new_epoch,
-          static_cast<CheckedBatch*>(checked),
-          false,
-          nullptr,
-          0};
+  BatchCheckArgs args = {};
+  args.cache = cache_args;
+  args.slots = batch.slots;
+  args.offsets = batch.offsets;
+  args.num_sequences = batch.num_sequences;
+  args.num_tokens = batch.num_tokens;
+  args.layer = layer;
+  args.window = window;
+  args.append = append;
+  args.new_epoch = new_epoch;
+  args.checked = static_cast<CheckedBatch*>(checked);
+  return args;
 }
 
 // The check in a separate launch (slots.cu).

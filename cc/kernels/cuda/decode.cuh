@@ -15,6 +15,7 @@ using DecodeShape = DecodeLayout<kDim, (kDim > 128 ? 32 : 64), 2>;
 
 template <class T, int kDim>
 class DecodeAttention : public DecodeLoop<DecodeAttention<T, kDim>, T, kDim, DecodeShape<kDim>, false> {
+ protected:
   using Loop = DecodeLoop<DecodeAttention, T, kDim, DecodeShape<kDim>, false>;
   friend Loop;
   using Loop::kScoreTiles, Loop::kSteps, Loop::kTokens;
@@ -27,7 +28,7 @@ class DecodeAttention : public DecodeLoop<DecodeAttention<T, kDim>, T, kDim, Dec
   __device__ __forceinline__ DecodeAttention(const AttentionParams& params, unsigned char* shared)
       : Loop(params, shared) {}
 
- private:
+ protected:
   __device__ __forceinline__ void FetchTokens(const WorkUnit& unit, std::int32_t begin, int stage) const {
     const Tokens tokens(p_.checked->view, unit.sequence.slot, p_.checked->layer, unit.head);
     FetchTile<kDim, kTokens>(map_, tokens, begin, unit.begin, unit.end, this->Keys(stage), this->Values(stage));

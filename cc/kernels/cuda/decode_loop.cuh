@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/decode_state.cuh"
 #include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/merge_prefix.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/tiles.cuh"
@@ -45,16 +46,19 @@ class DecodeLoop {
   __device__ __forceinline__ void Run() {
     SplitPoint from, to;
     if (!FindPiece(p_, &from, &to)) return;
-    WorkIterator walker, ahead;
+    Walker walker, ahead;
     walker.Start(p_, from, to, kTokens);
     if (walker.done) return;
     ahead = walker;
     for (int stage = 0; stage < p_.stages - 1; ++stage) Fetch(ahead, stage, from, to);
+    if constexpr (kGroups) {
+      if (p_.checked->groups_hold != 0) MergePrefixes<kDim>(p_, walker, from, to, kTokens);
+    }
     for (int stage = 0; !walker.done;) {
       WaitForStage(p_.stages);
       __syncthreads();
       Fetch(ahead, stage == 0 ? p_.stages - 1 : stage - 1, from, to);
-      if (walker.FirstTile()) BeginUnit(walker.unit);
+      if (walker.FirstTile()) BeginUnit(walker);
       kernel().Tile(walker.token, stage);
       const std::int32_t next = walker.token + kTokens;
       const bool last = next >= walker.ItemEnd();
@@ -72,6 +76,8 @@ class DecodeLoop {
   }
 
  protected:
+  static constexpr bool kGroups = !kInterleaved;  // not of quantized storage (CanGroup)
+  using Walker = WorkIterator<kGroups>;
   using State = DecodeState<kDim, kInterleaved>;
   using Rows = TileRows<kDim>;  // 16-bit elements
   using WeightRows = TileRows<Layout::kTokens>;
@@ -92,6 +98,12 @@ class DecodeLoop {
     LoadQueries(loaded, k);
     return loaded;
   }
+
+  __device__ __forceinline__ void LoadQueries(std::uint32_t (&a)[4], int k) const {
+    LoadMatrices(a, Queries() + Rows::Offset(lane_ % 16, 2 * k + lane_ / 16));
+  }
+
+  __device__ __forceinline__ int Next(int slot) const { return slot + 1 == p_.stages ? 0 : slot + 1; }
 
   // The token of element i (as in fragment C) of score tile n, in a tile that starts at `begin`.
   __device__ __forceinline__ std::int32_t Token(std::int32_t begin, int n, int i) const {
@@ -178,8 +190,8 @@ class DecodeLoop {
     LoadMatrices(a, weights + WeightRows::Offset(lane_ % 16, 2 * k + lane_ / 16));
   }
 
-  // Merges the span into the unit's state, or stores it for the block that reduces the unit.
-  __device__ __forceinline__ void EndSpanState(const WorkUnit& unit, std::int32_t span) {
+  // Makes the span's sum that of all threads of the row.
+  __device__ __forceinline__ void AddSums() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       span_.sum[half] += __shfl_xor_sync(kFullMask, span_.sum[half], 1);
@@ -194,6 +206,11 @@ class DecodeLoop {
       for (int w = 0; w < kWarps; ++w) sum += sums_[w * kTileRows + State::Row(lane_, half)];
       span_.sum[half] = sum;
     }
+  }
+
+  // Merges the span into the unit's state, or stores it for the block that reduces the unit.
+  __device__ __forceinline__ void EndSpanState(const WorkUnit& unit, std::int32_t span) {
+    AddSums();
     if (unit.split_index < 0 || IsFirstItem(unit)) {
       unit_.Merge(span_, rule_.unit);
     } else {
@@ -212,6 +229,11 @@ class DecodeLoop {
   const int lane_, warp_;
   State span_, unit_;  // of the span, whose sum is this thread's part until the span ends; of the spans before
   bool mixed_;         // rows see different tokens
+  std::uint32_t queries_[kHoldQueries ? kSteps : 1][4];
+  int fetched_ = 0, used_ = 0;  // queries: where the next ones go, where the unit's are
+  float slope_[2];
+  std::int32_t position_[2], first_[2];
+  VisibleRange range_;
 
  private:
   friend Kernel;
@@ -229,7 +251,7 @@ class DecodeLoop {
 
   __device__ __forceinline__ Kernel& kernel() { return static_cast<Kernel&>(*this); }
 
-  __device__ __forceinline__ void Fetch(WorkIterator& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
+  __device__ __forceinline__ void Fetch(Walker& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
     if (!ahead.done) {
       const WorkUnit& unit = ahead.unit;
       kernel().FetchTokens(unit, ahead.token, stage);
@@ -242,13 +264,8 @@ class DecodeLoop {
     CommitCopies();
   }
 
-  __device__ __forceinline__ int Next(int slot) const { return slot + 1 == p_.stages ? 0 : slot + 1; }
-
-  __device__ __forceinline__ void LoadQueries(std::uint32_t (&a)[4], int k) const {
-    LoadMatrices(a, Queries() + Rows::Offset(lane_ % 16, 2 * k + lane_ / 16));
-  }
-
-  __device__ __forceinline__ void BeginUnit(const WorkUnit& unit) {
+  __device__ __forceinline__ void BeginUnit(const Walker& walker) {
+    const WorkUnit& unit = walker.unit;
     kernel().ArrangeQueries();
     if constexpr (kHoldQueries) {
 #pragma unroll
@@ -264,6 +281,9 @@ class DecodeLoop {
     }
     span_.Reset();
     unit_.Reset();
+    if constexpr (kGroups) {
+      if (HasPrefix(unit)) unit_.LoadPrefix(p_, PrefixRow(p_, walker), unit.rows);
+    }
     const std::int32_t first = RowPosition(p_, unit, 0), last = RowPosition(p_, unit, unit.rows - 1);
     range_ = VisibleRange::Of(first, last, window);
     mixed_ = first != last;
@@ -277,12 +297,6 @@ class DecodeLoop {
       unit_.template Write<T>(p_, unit);
     }
   }
-
-  std::uint32_t queries_[kHoldQueries ? kSteps : 1][4];
-  int fetched_ = 0, used_ = 0;  // queries: where the next ones go, where the unit's are
-  float slope_[2];
-  std::int32_t position_[2], first_[2];
-  VisibleRange range_;
 };
 
 }  // namespace kvpage::cuda

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/merge.cuh"
+#include "kernels/cuda/merge_prefix.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/work.cuh"
@@ -76,6 +77,38 @@ struct DecodeState {
         *reinterpret_cast<float2*>(p.state.partial_values + state * kDim + Column(lane, warp, n)) = Pair(n, half);
       }
       if (warp == 0 && lane % 4 == 0) p.state.partial_sums[state] = make_float2(max[half], sum[half]);
+    }
+  }
+
+  // Writes the state of a span that a group computes, of the row in one half. `row`: in CallState::prefix_values.
+  __device__ __forceinline__ void StorePrefix(const AttentionParams& p, int half, std::int32_t row,
+                                              std::int32_t span) const {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const std::int64_t state = PrefixIndex(p, row, span);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      *reinterpret_cast<float2*>(p.state.prefix_values + state * kDim + Column(lane, warp, n)) = Pair(n, half);
+    }
+    if (warp == 0 && lane % 4 == 0) p.state.prefix_sums[state] = make_float2(max[half], sum[half]);
+  }
+  // Reads the states of `rows` rows, from `row` on, that MergePrefixes left.
+  __device__ __forceinline__ void LoadPrefix(const AttentionParams& p, std::int32_t row, std::int32_t rows) {
+    static_assert(!kInterleaved);
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Below kMaxPrefixRows times kMaxSpans times 256: 32 bits are enough.
+      const std::int32_t state = (row + min(Row(lane, half), rows - 1)) * p.partials_per_row;
+      const float2 sums = p.state.prefix_sums[state];
+      max[half] = sums.x;
+      sum[half] = sums.y;
+      const float* const from = p.state.prefix_values + (state * kDim + Column(lane, warp, 0));
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const float2 pair = *reinterpret_cast<const float2*>(from + 8 * n);
+        values[n][2 * half] = pair.x;
+        values[n][2 * half + 1] = pair.y;
+      }
     }
   }
 

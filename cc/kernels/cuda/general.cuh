@@ -48,7 +48,7 @@ class GeneralAttention {
   __device__ void Run() {
     SplitPoint from, to;
     if (!FindPiece(p_, &from, &to)) return;
-    WorkIterator walker, ahead;
+    WorkIterator<false> walker, ahead;
     walker.Start(p_, from, to, p_.tile_tokens);
     ahead.Start(p_, from, to, p_.tile_tokens);
     for (int stage = 0; stage < p_.stages - 1; ++stage) Fetch(ahead, stage, from, to);
@@ -83,7 +83,7 @@ class GeneralAttention {
   __device__ float* Scales(int stage, int which) const { return scales_ + (stage * 2 + which) * kGeneralTokens; }
 
   // Starts loading the next tile; zeros where no row of the unit sees a token.
-  __device__ void Fetch(WorkIterator& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
+  __device__ void Fetch(WorkIterator<false>& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
     if (!ahead.done) {
       const WorkUnit& unit = ahead.unit;
       const Tokens tokens(view_, unit.sequence.slot, layer_, unit.head);

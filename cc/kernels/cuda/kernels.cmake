@@ -1,7 +1,8 @@
 # The CUDA kernels, and the FFI handlers that launch them. Tests compile the same sources as C++ for an emulated device
 # (cc/testing/cuda_emulation), CUDA or not.
 set(KVPAGE_CUDA_SOURCES append.cu attend.cu copy.cu copy_rotated.cu decode_bf16.cu decode_f16.cu decode_float8.cu
-  decode_int8.cu edit_slots.cu gather.cu general.cu launch.cu prefill_bf16.cu prefill_f16.cu slots.cu tables.cu)
+  decode_int8.cu edit_slots.cu gather.cu general.cu grouped_bf16.cu grouped_f16.cu launch.cu prefill_bf16.cu prefill_f16.cu slots.cu
+  tables.cu)
 list(TRANSFORM KVPAGE_CUDA_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/)
 set(KVPAGE_CUDA_HANDLERS attention.cc decode.cc slots.cc)
 list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/cuda/)

@@ -104,6 +104,10 @@ Status CopyBlocks(const BlockCopy* copies /* device memory */, std::int64_t coun
                   Stream stream);
 
 // ---- attention (attend.cu) ----
+// Reads that sequences with a common beginning must save together before they are grouped (prefix_groups.cuh): what the
+// second-level cache delivers while a launch starts and ends.
+inline constexpr std::int64_t kLeastSavedBytes = 16 << 20;
+
 struct AttentionOperands {
   const std::int32_t* layer = nullptr;  // [1]
   const void* q = nullptr;              // [num_tokens, num_q_heads, head_dim]
@@ -115,18 +119,25 @@ struct AttentionOperands {
   std::int64_t max_context = 0;  // most tokens of one sequence: bounds the scratch memory
   std::int64_t max_slots = 0;    // of the pool; 0 where there is none
   bool by_table = false;         // keys and values are found through the pool's block table, and written so
+  std::int64_t least_saved_bytes = kLeastSavedBytes;
+  bool may_share = true;  // false: slots have nothing in common; there is no launch for groups then
   AttentionOptions options;
 };
+
+// Whether sequences of such a batch can be grouped at all: there is a kernel, and enough to save. Quantized storage and
+// float32 are not: their kernels are bound by arithmetic, or have no tiles of several sequences.
+bool CanGroup(const AttentionOperands& attention, std::int64_t num_sequences);
 
 // Bytes of device scratch memory for attention over a batch of this shape: CheckedBatch, counters and partial states.
 std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens);
 
-// A plan shares the work of a batch out over the device. It depends on the batch, the lengths and the window only, so
-// one serves all layers of a step.
+// A plan shares the work of a batch out over the device. It depends on the batch, the lengths, the window and what the
+// slots have in common, so one serves all layers of a step.
 std::size_t PlanBytes(std::int64_t num_sequences);
 // What is wrong with the batch is for the check to find: such a sequence is left out here. Of `attention` the shapes,
-// types, bounds and the window are used.
-Status PlanAttention(const std::int32_t* lengths, const BatchOperands& batch, const AttentionOperands& attention,
+// types, bounds and the window are used; of `cache` all but the epoch. Sequences that share memory from their beginning
+// on are grouped; not where there is no such pool, or cache.pools is null.
+Status PlanAttention(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
                      void* plan, Stream stream);
 
 // paged_attention: `append` null. update_and_attend: keys and values are written first. `plan`: from PlanAttention of

@@ -13,13 +13,19 @@
 
 namespace kvpage::cuda {
 
-// Launches with as many stages, from 2 to Shape::kMaxStages, as leave room for a second block on the multiprocessor.
+// As many stages, from 2 to Shape::kMaxStages, as leave room for a second block on the multiprocessor.
+template <class Shape>
+std::int32_t NumStages(const SharedLimits& limits) {
+  const std::int64_t stages = (limits.beside - Shape::kFixedBytes) / Shape::kStageBytes;
+  return static_cast<std::int32_t>(std::clamp<std::int64_t>(stages, 2, Shape::kMaxStages));
+}
+
+// Launches with that many stages.
 template <class Shape, auto kKernel>
 Status LaunchPipelined(const char* name, AttentionParams params, Stream stream) {
   SharedLimits limits;
   KVPAGE_RETURN_IF_ERROR(GetSharedLimits(&limits));
-  const std::int64_t stages = (limits.beside - Shape::kFixedBytes) / Shape::kStageBytes;
-  params.stages = static_cast<std::int32_t>(std::clamp<std::int64_t>(stages, 2, Shape::kMaxStages));
+  params.stages = NumStages<Shape>(limits);
   const std::size_t bytes = Shape::kFixedBytes + static_cast<std::size_t>(params.stages) * Shape::kStageBytes;
   const LaunchShape shape = {static_cast<unsigned>(params.blocks), kThreads, bytes, /*overlap=*/true};
   return Launch<kKernel, SharedUse::kAll>(name, shape, stream, params);

@@ -4,33 +4,10 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/check.cuh"
+#include "kernels/cuda/prefix_groups.cuh"
 #include "kernels/cuda/work.cuh"
 
 namespace kvpage::cuda {
-
-inline constexpr int kPlanThreads = kCheckThreads;  // the check's block continues as the planner
-
-// Sum of `value` over the threads before this one; *total is that of all. Every thread must call it.
-__device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64_t* total) {
-  KVPAGE_SHARED(std::int64_t[kPlanThreads / kWarpSize], warps);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  std::int64_t sum = value;
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const std::int64_t other = __shfl_up_sync(kFullMask, sum, step);
-    if (lane >= step) sum += other;
-  }
-  __syncthreads();
-  if (lane == kWarpSize - 1) warps[warp] = sum;
-  __syncthreads();
-  std::int64_t before = 0, all = 0;
-  for (int w = 0; w < kPlanThreads / kWarpSize; ++w) {
-    if (w == warp) before = all;
-    all += warps[w];
-  }
-  *total = all;
-  return before + sum - value;
-}
 
 // The number of 64-token tiles that a unit reads, plus the cost of starting it.
 __device__ __forceinline__ std::int64_t UnitCost(const Extent& e) { return (e.end - 1) / 64 - e.begin / 64 + 2; }
@@ -40,7 +17,9 @@ template <class SequenceAt>
 __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t window, const SequenceAt& sequence_at,
                                      std::int64_t* total_cost) {
   const Plan& plan = p.plan;
-  std::int64_t decode = 0, prefill = 0, cost_before = 0, units_before = 0, states_before = 0;
+  // Of decode in the lower half, of prefill in the upper half: one sum for both.
+  std::int64_t sequences_before = 0;
+  std::int64_t cost_before = 0, units_before = 0, states_before = 0;
   for (std::int32_t base = 0; base < p.num_sequences; base += kPlanThreads) {
     const std::int32_t index = base + static_cast<std::int32_t>(threadIdx.x);
     Sequence s;
@@ -49,7 +28,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     const bool active = s.slot >= 0 && s.query_length > 0;
     const bool is_decode = active && std::int64_t{s.query_length} * p.group <= p.decode_rows;
     const bool is_prefill = active && !is_decode;
-    std::int64_t cost = 0, units = 0, states = 0;
+    std::int64_t cost = 0, units = 0, states = 0, all;
     if (is_decode) {
       const Extent e = DecodeExtent(s, window, p.group);
       cost = UnitCost(e) * e.tiles * (p.num_kv_heads / p.heads_together);
@@ -58,30 +37,33 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
       units = std::int64_t{e.tiles} * p.num_kv_heads;
       states = units * NumSpans(e);
     }
-    std::int64_t num_decode, num_prefill, all_cost, all_units, all_states;
-    const std::int64_t at_decode = decode + SumBefore(is_decode ? 1 : 0, &num_decode);
-    const std::int64_t at_prefill = prefill + SumBefore(is_prefill ? 1 : 0, &num_prefill);
-    const std::int64_t at_cost = cost_before + SumBefore(cost, &all_cost);
-    const std::int64_t at_units = units_before + SumBefore(units, &all_units);
-    const std::int64_t at_states = states_before + SumBefore(states, &all_states);
+    const std::int64_t mine = is_decode ? 1 : (is_prefill ? std::int64_t{1} << 32 : 0);
+    const std::int64_t at = sequences_before + SumBefore(mine, &all);
+    const auto at_decode = static_cast<std::int32_t>(at), at_prefill = static_cast<std::int32_t>(at >> 32);
+    sequences_before += all;
+    // Each number is written as soon as it is known, because few registers are left for them.
     if (is_decode) {
       plan.decode_sequences[at_decode] = s;
-      plan.cost_prefix[at_decode] = at_cost;
+      plan.prefix_spans[at_decode] = 0;
     } else if (is_prefill) {
       plan.prefill_sequences[at_prefill] = s;
-      plan.unit_prefix[at_prefill] = static_cast<std::int32_t>(at_units);
-      plan.state_prefix[at_prefill] = static_cast<std::int32_t>(at_states);
     }
-    decode += num_decode;
-    prefill += num_prefill;
-    cost_before += all_cost;
-    units_before += all_units;
-    states_before += all_states;
+    const std::int64_t at_cost = cost_before + SumBefore(cost, &all);
+    cost_before += all;
+    if (is_decode) plan.cost_prefix[at_decode] = at_cost;
+    const std::int64_t at_units = units_before + SumBefore(units, &all);
+    units_before += all;
+    if (is_prefill) plan.unit_prefix[at_prefill] = static_cast<std::int32_t>(at_units);
+    const std::int64_t at_states = states_before + SumBefore(states, &all);
+    states_before += all;
+    if (is_prefill) plan.state_prefix[at_prefill] = static_cast<std::int32_t>(at_states);
   }
   if (threadIdx.x == 0) {
     PlanCounts counts = {};
-    counts.decode = static_cast<std::int32_t>(decode);
-    counts.prefill = static_cast<std::int32_t>(prefill);
+    const auto decode = static_cast<std::int32_t>(sequences_before);
+    const auto prefill = static_cast<std::int32_t>(sequences_before >> 32);
+    counts.decode = decode;
+    counts.prefill = prefill;
     // Items are single spans where whole units would leave blocks idle and the states fit.
     counts.split = units_before < 2 * p.blocks && states_before <= p.max_prefill_states && states_before > units_before;
     counts.items = static_cast<std::int32_t>(counts.split != 0 ? states_before : units_before);
@@ -91,6 +73,25 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     plan.state_prefix[prefill] = static_cast<std::int32_t>(states_before);
   }
   *total_cost = cost_before;
+}
+
+// Replaces the costs by those of the spans that the sequences do not leave to a group.
+__device__ inline void CountOwnCosts(const AttentionParams& p, std::int32_t window, std::int64_t* total_cost) {
+  const std::int32_t count = p.plan.counts->decode;
+  std::int64_t before = 0;
+  for (std::int32_t base = 0; base < count; base += kPlanThreads) {
+    const std::int32_t i = base + static_cast<std::int32_t>(threadIdx.x);
+    std::int64_t cost = 0, all;
+    if (i < count) {
+      const Extent e = OwnExtent(p.plan.decode_sequences[i], window, p.group, p.plan.prefix_spans[i]);
+      cost = UnitCost(e) * e.tiles * (p.num_kv_heads / p.heads_together);
+    }
+    const std::int64_t at = before + SumBefore(cost, &all);
+    if (i < count) p.plan.cost_prefix[i] = at;
+    before += all;
+  }
+  if (threadIdx.x == 0) p.plan.cost_prefix[count] = before;
+  *total_cost = before;
 }
 
 // The point of the work list with this cost before it, rounded to the nearest start of a span.
@@ -105,14 +106,14 @@ __device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int32
     (plan.cost_prefix[middle] <= cost ? low : high) = middle;
   }
   const Sequence s = plan.decode_sequences[low];
-  const Extent e = DecodeExtent(s, window, p.group);
+  const Extent e = OwnExtent(s, window, p.group, plan.prefix_spans[low]);
   const std::int64_t unit_cost = UnitCost(e), local = cost - plan.cost_prefix[low];
   SplitPoint point = {low, static_cast<std::int32_t>(local / unit_cost), 0, -1};
   if (local % unit_cost == 0) return point;
   const std::int64_t position = (e.begin / 64 + local % unit_cost) * 64;
   const std::int64_t token = ((position + (std::int64_t{1} << e.shift >> 1)) >> e.shift) << e.shift;
   // Only where all tiles of rows see tokens on both sides, so that no item of a unit is empty.
-  const std::int32_t begin = FirstVisible(s.position + (e.tiles - 1) * kTileRows / p.group, window);
+  const std::int32_t begin = max(FirstVisible(s.position + (e.tiles - 1) * kTileRows / p.group, window), e.begin);
   const std::int32_t end = s.position + min((kTileRows - 1) / p.group + 1, s.query_length);
   if (token > begin && token < end) {
     point.token = static_cast<std::int32_t>(token);
@@ -170,12 +171,18 @@ __device__ inline void PlanSplits(const AttentionParams& p, std::int32_t window,
   }
 }
 
-// Makes the plan, with all threads of one block.
+// Makes the plan, with all threads of one block. `runs`: what sequences may have in common.
 template <class SequenceAt>
-__device__ inline void PlanBatch(const AttentionParams& p, std::int32_t window, const SequenceAt& sequence_at) {
+__device__ inline void PlanBatch(const AttentionParams& p, std::int32_t window, const PrefixRuns& runs,
+                                 const SequenceAt& sequence_at) {
   std::int64_t total = 0;
   PlanSequences(p, window, sequence_at, &total);
   __syncthreads();
+  if (runs.blocks != nullptr && p.max_prefix_rows > 0 && PrefixFinder(p, window, runs).Run()) {
+    __syncthreads();
+    CountOwnCosts(p, window, &total);
+    __syncthreads();
+  }
   PlanSplits(p, window, total);
 }
 

@@ -40,6 +40,13 @@ bool HasTensorCoreKernels(const AttentionOperands& a) {
          (a.head_dim == 64 || a.head_dim == 128 || a.head_dim == 256);
 }
 
+bool CanGroup(const AttentionOperands& a, std::int64_t num_sequences) {
+  if (!HasTensorCoreKernels(a) || IsQuantized(a.kv_dtype) || a.num_q_heads / a.num_kv_heads > kTileRows) return false;
+  // All but one of the sequences leave all of their keys and values to a group.
+  const std::int64_t most = std::int64_t{4} * a.head_dim * a.num_kv_heads * a.max_context * (num_sequences - 1);
+  return num_sequences > 1 && most >= a.least_saved_bytes;
+}
+
 AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens,
                         bool tensor_cores, int blocks) {
   AttentionScratch at;
@@ -57,6 +64,10 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   const bool prefill = tensor_cores && HasPrefillKernel(a.kv_dtype) && context > (1 << kPrefillSpanShift);
   at.max_prefill_states = prefill ? static_cast<std::int32_t>(states) : 0;
 
+  const bool grouped = tensor_cores && CanGroup(a, num_sequences);
+  at.max_prefix_rows =
+      grouped ? static_cast<std::int32_t>(std::min<std::int64_t>(num_tokens * a.num_q_heads, kMaxPrefixRows)) : 0;
+
   at.bytes = CheckedBytes(num_sequences, a.max_slots);
   const Placer take(&at.bytes);
   at.num_counters = 1 + std::int64_t{blocks} + at.max_prefill_states;
@@ -64,6 +75,9 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   at.partial_values = take(sizeof(float), rows * at.partials_per_row * a.head_dim);
   at.partial_sums = take(2 * sizeof(float), rows * at.partials_per_row);
   at.prefill_states = take(sizeof(float), at.max_prefill_states * PrefillStateFloats(a.head_dim));
+  const std::int64_t prefix_states = std::int64_t{at.max_prefix_rows} * at.partials_per_row;
+  at.prefix_values = take(sizeof(float), prefix_states * a.head_dim);
+  at.prefix_sums = take(2 * sizeof(float), prefix_states);
   return at;
 }
 
@@ -78,6 +92,11 @@ PlanLayout LayOutPlan(std::int64_t num_sequences, int blocks) {
   at.state_prefix = take(sizeof(std::int32_t), num_sequences + 1);
   at.split_points = take(sizeof(SplitPoint), blocks + 1);
   at.split_units = take(sizeof(SplitUnit), blocks);
+  at.prefix_spans = take(sizeof(std::int32_t), num_sequences);
+  at.prefix_rows = take(sizeof(std::int32_t), num_sequences);
+  at.prefix_groups = take(sizeof(PrefixGroup), num_sequences * kGroupLevels);
+  at.members = take(sizeof(std::int32_t), num_sequences * kGroupLevels);
+  at.prefix_states = take(sizeof(PrefixState), num_sequences);
   return at;
 }
 

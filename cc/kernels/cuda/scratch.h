@@ -8,6 +8,7 @@
 
 #include "base/host_device.h"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/plan_counts.h"
 
 namespace kvpage::cuda {
 
@@ -62,22 +63,40 @@ struct SplitUnit {
   std::int32_t token;  // start of the second item; the first one stores one merged state
 };
 
-struct PlanCounts {
-  std::int32_t decode;   // number of decode sequences
-  std::int32_t prefill;  // number of prefill sequences
-  std::int32_t items;    // work items of prefill
-  std::int32_t split;    // whether items are single spans, not whole units
+// Sequences of decode that share physical memory from their beginning on, and the spans that are computed once for all
+// of them (grouped.cuh). Groups within groups come later in the list.
+struct PrefixGroup {
+  std::int32_t first;  // in Plan::members
+  std::int32_t count;
+  std::int32_t span_begin, span_end;
+  std::int32_t items;  // of the groups before, per KV head: a span and as many members as are computed at a time
 };
+
+// A sequence of decode while the planner looks for groups (prefix_groups.cuh).
+struct PrefixState {
+  std::int32_t leader;  // sequences with the same leader and the same number of spans share these spans
+  std::int32_t spans;
+  std::int32_t most;  // spans that may be shared
+  std::int32_t kind;  // only sequences of one kind are grouped: query tokens and length of a span
+  std::int32_t next_leader, next_spans, end;
+};
+
+// Groups within groups: how deep.
+inline constexpr int kGroupLevels = 4;
+// Rows of states of shared spans in memory, at most. Sequences beyond are not grouped.
+inline constexpr int kMaxPrefixRows = 4096;
 
 // Whether the tensor core kernels support these types and this head size.
 bool HasTensorCoreKernels(const AttentionOperands& attention);
 // Of these: whether prefill has a kernel for this storage. Else decode serves it.
 inline bool HasPrefillKernel(DType storage) { return !IsQuantized(storage); }
 
-// Byte offsets of a Plan's arrays (work.cuh). A plan depends on the batch's lengths, slots, offsets and window only.
+// Byte offsets of a Plan's arrays (work.cuh). A plan depends on the batch's lengths, slots, offsets and window, and on
+// what the slots share.
 struct PlanLayout {
   std::size_t counts = 0, decode_sequences = 0, prefill_sequences = 0, cost_prefix = 0, unit_prefix = 0,
-              state_prefix = 0, split_points = 0, split_units = 0;
+              state_prefix = 0, split_points = 0, split_units = 0, prefix_spans = 0, prefix_rows = 0, prefix_groups = 0,
+              members = 0, prefix_states = 0;
   std::size_t bytes = 0;
 };
 // `blocks`: of every attention kernel's grid.
@@ -87,8 +106,10 @@ PlanLayout LayOutPlan(std::int64_t num_sequences, int blocks);
 struct AttentionScratch {
   std::int32_t partials_per_row = 0;
   std::int32_t max_prefill_states = 0;
+  std::int32_t max_prefix_rows = 0;
   std::int64_t num_counters = 0;
-  std::size_t counters = 0, partial_values = 0, partial_sums = 0, prefill_states = 0;
+  std::size_t counters = 0, partial_values = 0, partial_sums = 0, prefill_states = 0, prefix_values = 0,
+              prefix_sums = 0;
   std::size_t bytes = 0;
 };
 AttentionScratch LayOut(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,

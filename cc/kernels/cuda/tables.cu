@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads)
       checked->layer = 0;
       checked->num_sequences = static_cast<std::int32_t>(num_sequences);
       checked->sliding_window = window != nullptr ? *window : 0;
+      checked->groups_hold = 1;  // the plan is made from this view, in the same call
       checked->view = view;
       checked->readers = nullptr;
     }

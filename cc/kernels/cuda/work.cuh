@@ -37,6 +37,13 @@ struct Plan {
   std::int32_t* state_prefix;   // [num_sequences + 1] spans of those units
   SplitPoint* split_points;     // [pieces + 1], in the work list of decode
   SplitUnit* split_units;       // [pieces * heads_together]
+  // Of each decode sequence: how many of its spans groups compute, from the first one on; the first of its rows in
+  // CallState::prefix_values, which come by KV head.
+  std::int32_t* prefix_spans;  // [num_sequences]
+  std::int32_t* prefix_rows;   // [num_sequences]
+  PrefixGroup* groups;         // [kGroupLevels * num_sequences]
+  std::int32_t* members;       // [kGroupLevels * num_sequences] decode sequences
+  PrefixState* prefix_states;  // [num_sequences], while groups are looked for
 };
 
 // What the attention kernels of one call share. The counters are zero when they start.
@@ -48,6 +55,8 @@ struct CallState {
   float* partial_values;  // [rows, partials_per_row, head_dim], decode
   float2* partial_sums;   // [rows, partials_per_row] max and sum
   float* prefill_states;  // [max_prefill_states, PrefillStateFloats]
+  float* prefix_values;   // [max_prefix_rows, partials_per_row, head_dim] states of spans that groups computed
+  float2* prefix_sums;    // [max_prefix_rows, partials_per_row]
 
   __device__ __forceinline__ void ZeroCounters() const {
     for (std::int32_t i = threadIdx.x; i < num_counters; i += blockDim.x) next_item[i] = 0;
@@ -76,9 +85,12 @@ struct AttentionParams {
   std::int32_t pieces;  // of the work list of decode: blocks / heads_together
   std::int32_t partials_per_row;
   std::int32_t max_prefill_states;
-  std::int32_t stages;       // of the pipeline
-  std::int32_t tile_tokens;  // general.cuh
-  std::int32_t row_stride;   // general.cuh: bytes of a key in shared memory
+  std::int32_t max_prefix_rows;  // 0: nothing is grouped
+  std::int32_t group_rows;       // that a block computes at a time for a group
+  std::int64_t least_saved;      // bytes that groups must save
+  std::int32_t stages;           // of the pipeline
+  std::int32_t tile_tokens;      // general.cuh
+  std::int32_t row_stride;       // general.cuh: bytes of a key in shared memory
   DType q_dtype;
   bool last;  // no other kernel of the op follows
 };
@@ -123,6 +135,14 @@ __device__ __forceinline__ Extent DecodeExtent(const Sequence& s, std::int32_t w
   return e;
 }
 
+// The same without the first spans, which a group computes.
+__device__ __forceinline__ Extent OwnExtent(const Sequence& s, std::int32_t window, std::int32_t group,
+                                            std::int32_t prefix_spans) {
+  Extent e = DecodeExtent(s, window, group);
+  e.begin = max(e.begin, prefix_spans << e.shift);
+  return e;
+}
+
 __device__ __forceinline__ Extent PrefillExtent(const Sequence& s, std::int32_t window, const AttentionParams& p) {
   Extent e;
   e.begin = FirstVisible(s.position, window);
@@ -142,8 +162,9 @@ struct WorkUnit {
   std::int32_t head;
   std::int32_t first_row;  // of the tile; row r is token (first_row + r) / group
   std::int32_t rows;
-  std::int32_t begin, end;  // positions that any row of the tile sees
+  std::int32_t begin, end;  // positions that any row of the tile sees, after those that a group computes
   std::int32_t shift;
+  std::int32_t prefix;       // spans that a group computes, from the sequence's first one on
   std::int32_t from, to;     // the item: [max(from, begin), min(to, end))
   std::int32_t first_span;   // of the sequence: partial states are counted from it
   std::int32_t split_index;  // in Plan::split_units; -1: this block computes the whole unit
@@ -159,7 +180,8 @@ __device__ __forceinline__ bool FindPiece(const AttentionParams& p, SplitPoint* 
 }
 
 // Iterates over a block's piece of the work list in tiles of `tokens` tokens, a power of two up to 128. All threads
-// hold the same state.
+// hold the same state. kGroups: of a kernel before which groups are computed (grouped.cuh).
+template <bool kGroups>
 struct WorkIterator {
   WorkUnit unit;
   std::int32_t token;  // start of the tile, a multiple of its size
@@ -194,6 +216,7 @@ struct WorkIterator {
                                         int tokens) {
     unit.sequence = p.plan.decode_sequences[sequence];
     const std::int32_t window = p.checked->sliding_window;
+    unit.prefix = kGroups && p.checked->groups_hold != 0 ? p.plan.prefix_spans[sequence] : 0;
     const Extent e = DecodeExtent(unit.sequence, window, p.group);
     const std::int32_t groups = p.num_kv_heads / p.heads_together;
     const std::int32_t head = static_cast<std::int32_t>(blockIdx.x) % p.heads_together;
@@ -204,10 +227,10 @@ struct WorkIterator {
     unit.first_row = tile * kTileRows;
     unit.rows = static_cast<std::int32_t>(
         min(std::int64_t{kTileRows}, std::int64_t{unit.sequence.query_length} * p.group - unit.first_row));
-    unit.begin = FirstVisible(unit.sequence.position + unit.first_row / p.group, window);
+    unit.begin = max(FirstVisible(unit.sequence.position + unit.first_row / p.group, window), unit.prefix << e.shift);
     unit.end = unit.sequence.position + (unit.first_row + unit.rows - 1) / p.group + 1;
     unit.shift = e.shift;
-    unit.first_span = e.begin >> e.shift;
+    unit.first_span = max(e.begin >> e.shift, unit.prefix);
     const bool first = sequence == from.sequence && index == from.unit;
     const bool last = sequence == to.sequence && index == to.unit;
     unit.from = first ? from.token : 0;

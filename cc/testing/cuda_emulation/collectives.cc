@@ -9,9 +9,12 @@
 #include <vector>
 
 #include "testing/cuda_emulation/block.h"
+#include "testing/cuda_emulation/copy_counter.h"
 
 namespace kvpage::emulation {
 namespace {
+
+std::int64_t copied_bytes = 0;
 
 std::string Describe(const Site& site) {
   return std::string(site.what) + " (" + site.file + ":" + std::to_string(site.line) + ")";
@@ -121,7 +124,10 @@ void Yield(const Site& site) {
   Park();
 }
 
+std::int64_t NumCopiedBytes() { return copied_bytes; }
+
 void CopyAsync(void* to, const void* from, int bytes, int valid) {
+  copied_bytes += valid;
   if (block().early) Fail("the kernel copies global memory before it waits for the prior kernel, which it may overlap");
   std::memset(to, 0xff, bytes);
   block().running->open.push_back({to, from, bytes, valid});
