@@ -22,7 +22,7 @@ import script
 
 from jax_kvpage import _native
 
-__all__ = ["measure"]
+__all__ = ["measure", "read_requests"]
 
 _FILE = "mooncake_conversation.jsonl.gz"
 _BLOCK = 512
@@ -39,7 +39,8 @@ class _Request:
         return min(blocks * _BLOCK, self.length - 1)
 
 
-def _requests(data: str) -> list[_Request]:
+def read_requests(data: str) -> list[_Request]:
+    """The requests of the trace, in order."""
     path = pathlib.Path(data) / _FILE
     if not path.exists():
         raise SystemExit(
@@ -95,7 +96,7 @@ def _clairvoyant(requests: list[_Request], capacity: int) -> float:
 
 def measure(quick: bool, data: str) -> dict[str, Any]:
     """One table: a row for each size of the cache, a column for each policy."""
-    requests = _requests(data)
+    requests = read_requests(data)
     rows = []
     for capacity in (5000, 10_000) if quick else (1000, 5000, 10_000, 20_000):
         row: dict[str, Any] = {"blocks": capacity}

@@ -27,7 +27,7 @@ import script
 
 import jax_kvpage as kvp
 
-__all__ = ["measure"]
+__all__ = ["measure", "read_plain", "write_plain"]
 
 _LAYERS, _HEADS, _DIM, _STEP = 4, 8, 128, 2048
 _PIECE, _FILE = 2 << 20, 64 << 20
@@ -66,7 +66,8 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
+def write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
+    """Writes the bytes to files of one size, without checksums."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -77,7 +78,8 @@ def _write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
         (folder / f"{number}.tmp").rename(folder / f"{number}.bin")
 
 
-def _read_plain(folder: pathlib.Path, data: np.ndarray) -> None:
+def read_plain(folder: pathlib.Path, data: np.ndarray) -> None:
+    """Reads what `write_plain` has written into the same memory."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.bin", os.O_RDONLY)
@@ -114,14 +116,14 @@ def _row(root: pathlib.Path, layout: str, size: int, rounds: int) -> dict[str, A
         for folder in (plain, stored):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        note("write floor", lambda: _write_plain(plain, data))
+        note("write floor", lambda: write_plain(plain, data))
         note("write", lambda: pool.save_prefixes(stored))
         for state in ("cached", "cold"):
             other.evict()
             if state == "cold":
                 _drop(plain)
                 _drop(stored)
-            note(f"read floor, {state}", lambda: _read_plain(plain, data))
+            note(f"read floor, {state}", lambda: read_plain(plain, data))
             note(f"read, {state}", lambda: load(stored))
     pool.close()
     other.close()

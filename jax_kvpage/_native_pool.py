@@ -131,6 +131,11 @@ class NativePool:
             *(place.backend, place.ordinal),
         )
 
+    def check_alone(self, call: str) -> None:
+        """Raises a ValueError for calls that a pool over a mesh does not have so far."""
+        if self.sharding is not None:
+            raise ValueError(f"{call}: not on a pool over a mesh so far, which has a pool a device")
+
     def decision(self) -> Any:
         """An empty decision, for a call of the pool to fill."""
         return _native.Decision()

@@ -32,8 +32,8 @@ from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
+from jax_kvpage.spilling import SpillingCalls, as_share
 from jax_kvpage.store import BlockStore
-from jax_kvpage.swapping import SwappingCalls
 
 __all__ = ["KVPool"]
 
@@ -50,7 +50,13 @@ def _close(pool: Any, label: str) -> None:
 
 
 class KVPool(
-    PrefixCalls, RelocationCalls, ReuseCalls, SavingCalls, SharingCalls, SwappingCalls, Inspection
+    PrefixCalls,
+    RelocationCalls,
+    ReuseCalls,
+    SavingCalls,
+    SharingCalls,
+    SpillingCalls,
+    Inspection,
 ):
     """Physical blocks, virtual slots, and the table that joins them.
 
@@ -70,9 +76,14 @@ class KVPool(
             something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
-        store: what lies below memory: `swap_out` writes to it, and `save_prefixes` and
-            `load_prefixes` use it unless they are given another. Close it after the pool. On CPU
-            only.
+        store: what lies below memory. `swap_out` writes to it. Whole blocks of released sequences are written there before
+            they are evicted, `acquire_prefix` says what is stored, `prefetch` brings it, and
+            `save_prefixes` and `load_prefixes` use it unless they are given another. Close it
+            after the pool. On CPU only.
+        write_ahead: with a store, the share of the capacity that is to be free or written to the
+            store, so that requests get it at once: while there is less, the store's threads write
+            what would be evicted next. Written blocks are evicted first. 0: nothing is written but
+            by `save_prefixes`; 1: everything is as soon as its sequence is released.
         mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
             axis that the heads are split over, and the other axes have one device. Each device
             holds the heads that its query heads read: where there are fewer key/value heads than
@@ -109,6 +120,7 @@ class KVPool(
         poison: bool = False,
         debug: bool = False,
         store: BlockStore | None = None,
+        write_ahead: float = 0.25,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
     ) -> None:
@@ -126,9 +138,12 @@ class KVPool(
         self.device = default_device() if device is None else device
         place = place_of(self.device)
         check_store(store, place)
+        ahead = as_share("KVPool: write_ahead", write_ahead)
         size = capacity_bytes("KVPool", capacity, spec, place)
         resolved = spec.resolve(place.platform, capacity=size)
         native = NativePool(resolved, size, self.device, place, options)
+        if store is not None:
+            native.call(native.pool.attach_store, store.native, ahead)
         self._open(native, Queue(native))
 
     def _open(self, native: NativePool, queue: Queue) -> None:

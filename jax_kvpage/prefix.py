@@ -14,7 +14,7 @@ from jax_kvpage._queue import PrefixRequest, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["PrefixCalls", "PrefixSlots", "namespace_key"]
+__all__ = ["PrefixCalls", "PrefixSlots", "namespace_key", "one_sequence"]
 
 
 class _PrefixSlots(NamedTuple):
@@ -31,16 +31,25 @@ class PrefixSlots(_PrefixSlots):
         num_cached: tokens that the slot has already, or a list.
         cache: the next cache.
         wait_for: for each request of the call the index of the one that it waits for, or None.
+        num_stored: how many more tokens the pool's store has, or a list: `prefetch` brings them.
+            0 without a store.
     """
 
     wait_for: list[int | None]
+    num_stored: Any
 
     def __new__(
-        cls, slots: Any, num_cached: Any, cache: KVCache, wait_for: list[int | None]
+        cls,
+        slots: Any,
+        num_cached: Any,
+        cache: KVCache,
+        wait_for: list[int | None],
+        num_stored: Any = 0,
     ) -> "PrefixSlots":
         """A tuple of the first three."""
         made = super().__new__(cls, slots, num_cached, cache)
         made.wait_for = wait_for
+        made.num_stored = num_stored
         return made
 
 
@@ -98,7 +107,9 @@ class PrefixCalls:
             `(slot, num_cached, cache)`, with lists for several requests. Of requests in one call
             that begin with the same new tokens (a block at least) the first one gets a slot; the
             others get None and `result.wait_for[i]`, the index of the first: ask again for them
-            once it has committed these tokens.
+            once it has committed these tokens. `result.num_stored` says how many more tokens the
+            pool's store has behind those that were found; `stored_prefix` and `prefetch` are for
+            those who want them in memory first.
 
         Raises:
             OutOfBlocks: not enough physical blocks; nothing has changed.
@@ -130,8 +141,8 @@ class PrefixCalls:
         slots = [None if slot < 0 else slot for slot in claim.slots]
         leaders = [None if leader < 0 else leader for leader in claim.leaders]
         if single:
-            return PrefixSlots(slots[0], claim.tokens[0], cache, leaders)
-        return PrefixSlots(slots, claim.tokens, cache, leaders)
+            return PrefixSlots(slots[0], claim.tokens[0], cache, leaders, claim.stored[0])
+        return PrefixSlots(slots, claim.tokens, cache, leaders, claim.stored)
 
     def find_prefix(
         self, token_ids: Any, namespace: str | None = None, *, whole: bool = False
@@ -148,7 +159,7 @@ class PrefixCalls:
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool is closed.
         """
-        ids = _one("find_prefix", token_ids)
+        ids = one_sequence("find_prefix", token_ids)
         space = namespace_key("find_prefix", namespace)
         whole = as_bool("find_prefix: whole", whole)
         return self._native.call(self._pool.find_prefix, space, ids, whole)
@@ -179,7 +190,7 @@ class PrefixCalls:
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
-        ids, space = _one("pin", token_ids), namespace_key("pin", namespace)
+        ids, space = one_sequence("pin", token_ids), namespace_key("pin", namespace)
         seconds = -1.0 if ttl is None else _number("pin: ttl", ttl, math.inf)
         share = _number("pin: max_share", max_share, 1.0)
         return self._native.call(self._pool.pin, space, ids, share, seconds)
@@ -193,7 +204,7 @@ class PrefixCalls:
             PoolClosed: the pool is closed.
         """
         self._native.call(
-            self._pool.unpin, namespace_key("unpin", namespace), _one("unpin", token_ids)
+            self._pool.unpin, namespace_key("unpin", namespace), one_sequence("unpin", token_ids)
         )
 
     def hint(
@@ -215,7 +226,7 @@ class PrefixCalls:
         """
         if what not in ("retain", "drop"):
             raise ValueError(f"hint: wanted 'retain' or 'drop', got {what!r}")
-        ids, space = _one("hint", session, "session"), namespace_key("hint", namespace)
+        ids, space = one_sequence("hint", session, "session"), namespace_key("hint", namespace)
         self._native.call(self._pool.hint, space, ids, what == "retain")
 
     def evict(self, num_bytes: int | None = None) -> int:
@@ -275,7 +286,12 @@ def namespace_key(call: str, name: Any) -> str:
     return f"={name}"  # never the one of None
 
 
-def _one(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
+def one_sequence(call: str, value: Any, name: str = "token_ids") -> np.ndarray:
+    """The ids of one sequence, int32[n].
+
+    Raises:
+        ValueError: ids that int32 cannot hold, or several sequences.
+    """
     ids, single = token_ids_of(f"{call}: {name}", value)
     if not single:
         raise ValueError(f"{call}: {name}: wanted the ids of one sequence, got {len(ids)} lists")

@@ -18,8 +18,8 @@ class PoolStats:
 
     Attributes:
         capacity: the budget, in whole blocks.
-        mapped: in slots that a live request occupies, set aside for one (`truncate`), or kept for
-            a swapped one.
+        mapped: in slots that a live request occupies, set aside for one (`truncate`), kept for a
+            swapped one, or being read into (`prefetch`, `load_prefixes`).
         parked: mapped in unoccupied slots, where the next request adopts them, or kept for the
             prefix cache.
         draining: in released slots that a program in flight may still touch, or on the way to the

@@ -81,6 +81,7 @@ class SwappingCalls:
             KVPageError: the slot is not occupied, or has dropped its beginning (`drop_before`).
             PoolClosed: the pool or its store is closed.
         """
+        self._native.check_alone("swap_out")
         self._queue.check_cache("swap_out", cache)
         slot = host_int("swap_out: slot", slot)
         if self.store is None:
@@ -96,24 +97,8 @@ class SwappingCalls:
             self._pool.undo(decision)
             raise
 
-    def prefetch(self, swapped: Swapped) -> Ticket:
-        """Begins to bring a swapped sequence back into memory, and does not wait for it.
-
-        Its memory is taken at once: from free blocks, parked slots and the prefix cache. A sequence
-        that is in memory, because it was not written yet, stays there.
-
-        Args:
-            swapped: from `swap_out` of this pool.
-
-        Returns:
-            A ticket that says when `swap_in` can go on.
-
-        Raises:
-            OutOfBlocks: not enough physical blocks; nothing has changed.
-            ValueError: a sequence of another pool.
-            KVPageError: it was swapped in or given up.
-            PoolClosed: the pool is closed.
-        """
+    def _prefetch_swapped(self, swapped: Swapped) -> Ticket:
+        """See `KVPool.prefetch`."""
         native = _checked("prefetch", swapped)
         self._queue.claim("prefetch", lambda: self._pool.prefetch_swapped(native))
         return Ticket(native)

@@ -289,6 +289,16 @@ def refusals() -> None:
         for call in (pool.save_prefixes, pool.load_prefixes):
             with pytest.raises(ValueError, match="a pool over a mesh has no store"):
                 call("/nowhere")
+        for refused in (
+            lambda: pool.relocate(),
+            lambda: pool.swap_out(cache, slot),
+            lambda: pool.prefetch([1, 2]),
+            lambda: pool.stored_prefix([1, 2]),
+            lambda: pool.spill_stats(),
+            lambda: pool.reuse_segment(cache, slot, slot, 0, 1, inv_freq=[0.0]),
+        ):
+            with pytest.raises(ValueError, match="not on a pool over a mesh so far"):
+                refused()
         pool.check(pool.release(cache, slot))
     with pytest.raises(kvp.PoolClosed):
         pool.cache()

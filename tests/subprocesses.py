@@ -14,6 +14,24 @@ from collections.abc import Mapping, Sequence
 _TESTS = pathlib.Path(__file__).resolve().parent
 
 
+def _command(
+    code: str, arguments: Sequence[str], env: Mapping[str, str] | None
+) -> tuple[list[str], dict[str, str]]:
+    return [sys.executable, "-c", textwrap.dedent(code), *arguments], {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]),
+        # Not the current folder: in a checkout it holds the package without its compiled part.
+        "PYTHONSAFEPATH": "1",
+        **(env or {}),
+    }
+
+
+def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Runs `code` as `run_python` does, and does not wait. The caller ends and closes it."""
+    command, env = _command(code, arguments, None)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
 def run_python(
     code: str,
     *arguments: str,
@@ -30,15 +48,10 @@ def run_python(
         prefix: a command to run the interpreter under.
         timeout: seconds after which a process that hangs is killed and the test fails.
     """
+    command, variables = _command(code, arguments, env)
     done = subprocess.run(
-        [*prefix, sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]),
-            # Not the current folder: in a checkout it holds the package without its compiled part.
-            "PYTHONSAFEPATH": "1",
-            **(env or {}),
-        },
+        [*prefix, *command],
+        env=variables,
         capture_output=True,
         text=True,
         timeout=timeout,

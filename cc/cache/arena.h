@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -159,9 +160,13 @@ class Arena {
   void DropCached(const std::vector<std::int32_t>& blocks) {
     for (const std::int32_t block : blocks) pool_.DropCached(block);
   }
-  // Blocks with one reference each that no slot maps. The caller fills them through the window; then they become
-  // cached, and in any case it drops its references. All or nothing.
+  // Blocks with one reference each that no slot maps. All or nothing.
   Status Claim(std::int64_t count, std::vector<std::int32_t>* blocks);
+  // The same for blocks that will be filled through the window while no lock is held.
+  Status ClaimToFill(std::int64_t count, std::vector<std::int32_t>* blocks);
+  // Drops these references: a block that is not cached by then is free again.
+  void DropFilled(const std::vector<std::int32_t>& blocks);
+  std::int64_t num_filling() const { return static_cast<std::int64_t>(filling_.size()); }
   // Keeps cached blocks that no slot maps while a claim goes on, and no longer.
   void Hold(const std::vector<std::int32_t>& blocks) {
     for (const std::int32_t block : blocks) pool_.AddReference(block);
@@ -195,9 +200,9 @@ class Arena {
   // Memory mappings of all slots' blocks, if none merges with one of another slot.
   std::int64_t CountMemoryMappings() const;
 
-  // For tests. Checks the counts of every block: a reference for each mapping, for each hold and for being set aside;
-  // at most one entry of the prefix index; used if it has either. `others`: blocks that swapped sequences have, once
-  // for each reference.
+  // For tests. Checks the counts of every block: a reference for each mapping, for each hold, for being set aside and
+  // for being filled; at most one entry of the prefix index; used if it has either. `others`: blocks that swapped
+  // sequences have, once for each reference.
   Status Audit(const std::vector<std::int32_t>& others = {}) const;
   // Gives the memory of all free blocks back to the system; returns how many there were.
   std::int64_t Trim();
@@ -238,7 +243,8 @@ class Arena {
   std::vector<std::int32_t> writers_;  // [blocks] of a first range: the slot that was given it for writing
   std::map<std::int32_t, Borrower> borrowers_;
   std::int64_t extra_mappings_ = 0;
-  std::int64_t num_set_aside_ = 0;  // physical blocks
+  std::int64_t num_set_aside_ = 0;            // physical blocks
+  std::unordered_set<std::int32_t> filling_;  // blocks claimed to be filled
 };
 
 }  // namespace kvpage

@@ -138,6 +138,17 @@ Status Arena::Claim(std::int64_t count, std::vector<std::int32_t>* blocks) {
   return {};
 }
 
+Status Arena::ClaimToFill(std::int64_t count, std::vector<std::int32_t>* blocks) {
+  KVPAGE_RETURN_IF_ERROR(Claim(count, blocks));
+  filling_.insert(blocks->begin(), blocks->end());
+  return {};
+}
+
+void Arena::DropFilled(const std::vector<std::int32_t>& blocks) {
+  for (const std::int32_t block : blocks) filling_.erase(block);
+  Drop(blocks);
+}
+
 Status Arena::SetAside(std::int64_t slot, const std::vector<std::int64_t>& missing) {
   const std::int64_t ranges = geometry_.num_ranges();
   if (missing.empty()) return {};
@@ -269,6 +280,7 @@ Status Arena::Audit(const std::vector<std::int32_t>& others) const {
     std::for_each(maps_[slot].begin(), maps_[slot].end(), count);
   }
   for (const Held& held : held_) count(held.block);
+  std::for_each(filling_.begin(), filling_.end(), count);
   for (const auto& [slot, borrower] : borrowers_) {
     for (const auto& [logical, blocks] : borrower.set_aside) std::for_each(blocks.begin(), blocks.end(), count);
   }
@@ -282,7 +294,7 @@ Status Arena::Audit(const std::vector<std::int32_t>& others) const {
     }
     if (counts[block] == pool_.references(block)) continue;
     return Internal("block " + std::to_string(block) + " has " + std::to_string(pool_.references(block)) +
-                    " references, but is mapped, held, set aside or swapped " + std::to_string(counts[block]) +
+                    " references, but is mapped, held, set aside, filled or swapped " + std::to_string(counts[block]) +
                     " times");
   }
   if (used == pool_.num_used()) return {};

@@ -9,8 +9,12 @@
 
 namespace kvpage {
 
-double EvictionOrder::Value(std::int32_t id) const {
-  return tree_.entry(id).dropped ? -std::numeric_limits<double>::infinity() : policy_->Value(id);
+EvictionOrder::Rank EvictionOrder::RankOf(std::int32_t id) const {
+  const PrefixEntry& entry = tree_.entry(id);
+  if (entry.dropped) return Rank(false, -std::numeric_limits<double>::infinity(), id);
+  // Stores have whole blocks only: a partial one must not keep what it continues.
+  const bool written = tree_.entry(tree_.Whole(id) ? id : entry.parent).stored == StoreState::kWritten;
+  return Rank(!written, policy_->Value(id), id);
 }
 
 void EvictionOrder::Update(std::int32_t id) {
@@ -18,8 +22,8 @@ void EvictionOrder::Update(std::int32_t id) {
   PrefixEntry& entry = tree_.entry(id);
   if (entry.tokens == 0 || !entry.children.empty() || entry.pins > 0) return;
   if (id >= static_cast<std::int64_t>(listed_.size())) listed_.resize(std::max<std::size_t>(64, 2 * id));
-  listed_[id] = Value(id);
-  leaves_.emplace(listed_[id], id);
+  listed_[id] = RankOf(id);
+  leaves_.insert(listed_[id]);
   entry.listed = true;
 }
 
@@ -44,9 +48,17 @@ void EvictionOrder::Drop(std::int32_t id) {
   Update(id);
 }
 
+void EvictionOrder::SetStored(std::int32_t id, StoreState state) {
+  tree_.SetStored(id, state);
+  Update(id);
+  for (const std::int32_t child : tree_.entry(id).children) {
+    if (!tree_.Whole(child)) Update(child);
+  }
+}
+
 void EvictionOrder::Leave(std::int32_t id) {
   PrefixEntry& entry = tree_.entry(id);
-  if (entry.listed) leaves_.erase(Rank(listed_[id], id));
+  if (entry.listed) leaves_.erase(listed_[id]);
   entry.listed = false;
 }
 
@@ -66,9 +78,9 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
   while (*freed < enough && (next != leaves_.end() || !exposed.empty())) {
     std::int32_t id;
     if (exposed.empty() || (next != leaves_.end() && *next < exposed.top())) {
-      id = (next++)->second;
+      id = std::get<2>(*next++);
     } else {
-      id = exposed.top().second;
+      id = std::get<2>(exposed.top());
       exposed.pop();
     }
     const std::int64_t blocks = count(id);
@@ -78,7 +90,7 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
     const std::int32_t parent = tree_.entry(id).parent;
     const PrefixEntry& before = tree_.entry(parent);
     if (before.tokens > 0 && before.pins == 0 && ++children[parent] == before.children.size()) {
-      exposed.emplace(Value(parent), parent);
+      exposed.push(RankOf(parent));
     }
   }
   // An entry that frees nothing goes only if one that it continues goes.

@@ -1,12 +1,14 @@
 // EvictionOrder: the entries of the prefix index that may be evicted next (no entry continues them and no pin holds
-// them) in the order of their values, and the choice of the entries to evict.
+// them), those first that a store has, each in the order of their values; and the choice of the entries to evict.
 #ifndef KVPAGE_CACHE_EVICTION_ORDER_H_
 #define KVPAGE_CACHE_EVICTION_ORDER_H_
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <set>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,6 +30,16 @@ class EvictionOrder {
   // stays longer.
   void Drop(std::int32_t id);
   void Retain(std::int32_t id);
+  // What the store has of the entry has changed.
+  void SetStored(std::int32_t id, StoreState state);
+  // Visits entries that the store does not have, in the order in which they would go, until visit(entry) is true.
+  template <class Visit>
+  void FindUnwritten(const Visit& visit) const {
+    const Rank first(true, -std::numeric_limits<double>::infinity(), kNoEntry);
+    for (auto at = leaves_.lower_bound(first); at != leaves_.end(); ++at) {
+      if (visit(std::get<2>(*at))) return;
+    }
+  }
   // The entry gets a child, or is about to be removed.
   void Leave(std::int32_t id);
 
@@ -38,9 +50,9 @@ class EvictionOrder {
                                  std::int64_t* freed) const;
 
  private:
-  using Rank = std::pair<double, std::int32_t>;  // value, entry
+  using Rank = std::tuple<bool, double, std::int32_t>;  // whether the store has no copy, value, entry
 
-  double Value(std::int32_t id) const;
+  Rank RankOf(std::int32_t id) const;
   // After a change of its value by the policy: lists the entry anew, without a hint to drop it, and the entries that
   // lost value by the change.
   void Revalue(std::int32_t id);
@@ -48,7 +60,7 @@ class EvictionOrder {
   PrefixTree& tree_;
   const std::unique_ptr<EvictionPolicy> policy_;
   std::set<Rank> leaves_;
-  std::vector<double> listed_;  // by entry: the value under which it is in `leaves_`
+  std::vector<Rank> listed_;  // by entry: the rank under which it is in `leaves_`
 };
 
 }  // namespace kvpage

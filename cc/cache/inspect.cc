@@ -68,7 +68,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
   n.blocks_swapped = static_cast<std::int64_t>(different.size());
   n.sequences_swapped = static_cast<std::int64_t>(swaps.swaps().size());
   n.swaps = swaps.counts();
-  n.blocks_mapped = counts[kMapped] + arena.num_set_aside();
+  n.blocks_mapped = counts[kMapped] + arena.num_set_aside() + arena.num_filling();
   n.blocks_draining = counts[kDraining];
   n.blocks_parked = counts[kParked] + blocks.num_detached();
   n.blocks_cached = blocks.num_cached();

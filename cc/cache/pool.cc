@@ -1,9 +1,11 @@
 #include "cache/pool.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "cache/messages.h"
+#include "cache/prefix_store_parts.h"
 #include "cache/process.h"
 
 namespace kvpage {
@@ -38,7 +40,48 @@ Status Pool::Make(const Geometry& geometry, std::int64_t capacity_bytes, const P
 }
 
 Pool::~Pool() {
+  tier_.reset();
   if (mirror_ != nullptr && !mirror_->Leave()) supply_.arena(supply_.Lock()).Abandon();
+}
+
+Claim Pool::AcquirePrefix(const std::vector<prefix::Request>& requests, const prefix::Options& options) {
+  Claim claim = prefix::Acquire(parts_, requests, options);
+  for (std::size_t i = 0; i < claim.slots.size() && claim.status.ok(); ++i) {
+    std::int64_t stored = 0;
+    if (tier_ != nullptr && claim.slots[i] >= 0) {
+      const std::vector<std::int32_t>& ids = requests[i].ids;
+      const auto length = static_cast<std::int64_t>(ids.size());
+      stored = std::min(tier_->Stored(options.space, ids.data(), length), length - (options.whole ? 0 : 1));
+    }
+    claim.stored.push_back(std::max<std::int64_t>(stored - claim.tokens[i], 0));
+  }
+  return claim;
+}
+
+Status Pool::AttachStore(std::shared_ptr<store::BlockStore> store, double write_ahead) {
+  KVPAGE_RETURN_IF_ERROR(prefix::CheckPlatform(parts_, "KVPool: store"));
+  KVPAGE_RETURN_IF_ERROR(store->Check("KVPool"));
+  tier_ = std::make_unique<prefix::Tier>(parts_, std::move(store), write_ahead);
+  return {};
+}
+
+Status Pool::StoredPrefix(const std::string& space, const prefix::TokenIds& ids, std::int64_t* tokens) {
+  KVPAGE_RETURN_IF_ERROR(Enter(parts_, table_.Lock(), "stored_prefix"));
+  *tokens = tier_ == nullptr ? 0 : tier_->Stored(space, ids.data(), static_cast<std::int64_t>(ids.size()));
+  return {};
+}
+
+Status Pool::Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefix::FetchTicket>* out) {
+  if (tier_ != nullptr) return tier_->Prefetch(request, out);
+  KVPAGE_RETURN_IF_ERROR(Enter(parts_, table_.Lock(), "prefetch"));
+  *out = std::make_shared<prefix::FetchTicket>();
+  (*out)->Finish(0, "");
+  return {};
+}
+
+Status Pool::Close(const GoOn& go_on) {
+  if (tier_ != nullptr) KVPAGE_RETURN_IF_ERROR(tier_->Close(go_on));
+  return generations::Close(parts_, go_on);
 }
 
 Status Pool::CheckProcess(const char* op) const {

@@ -26,6 +26,7 @@
 #include "cache/prefix.h"
 #include "cache/prefix_ops.h"
 #include "cache/prefix_store.h"
+#include "cache/prefix_tier.h"
 #include "cache/program_ops.h"
 #include "cache/relocation.h"
 #include "cache/reuse.h"
@@ -67,9 +68,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Claim Fork(const char* verb, const std::vector<ForkRequest>& requests, const std::vector<std::int32_t>& released) {
     return sharing::Fork(parts_, verb, requests, released);
   }
-  Claim AcquirePrefix(const std::vector<prefix::Request>& requests, const prefix::Options& options) {
-    return prefix::Acquire(parts_, requests, options);
-  }
+  // With a store below the pool, the claim says what is stored.
+  Claim AcquirePrefix(const std::vector<prefix::Request>& requests, const prefix::Options& options);
   Status FindPrefix(const std::string& space, const prefix::TokenIds& ids, bool whole, std::int64_t* tokens) {
     return prefix::Find(parts_, space, ids, whole, tokens);
   }
@@ -83,6 +83,13 @@ class Pool : public std::enable_shared_from_this<Pool> {
   }
   Status Evict(std::int64_t blocks, std::int64_t* freed) { return prefix::Evict(parts_, blocks, freed); }
   Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
+  // ---- the store below the pool: prefix_tier.h ----
+  // Before anything else happens to the pool, at most once.
+  Status AttachStore(std::shared_ptr<store::BlockStore> store, double write_ahead);
+  // These do not wait. Without a store nothing is stored.
+  Status StoredPrefix(const std::string& space, const prefix::TokenIds& ids, std::int64_t* tokens);
+  Status Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefix::FetchTicket>* out);
+  prefix::TierNumbers StoreNumbers() { return tier_ != nullptr ? tier_->Numbers() : prefix::TierNumbers(); }
   // These wait for the store, and hold no lock meanwhile.
   Status SavePrefixes(store::BlockStore* store, const prefix::SaveRequest& request, const GoOn& go_on,
                       prefix::Saved* out) {
@@ -135,7 +142,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::int64_t SwapWrites() { return table_.swap_writes(table_.Lock()); }
   bool WaitForDrain(double seconds) { return generations::WaitForDrain(parts_, seconds); }
   // The memory goes when the last reference to the pool does.
-  Status Close(const GoOn& go_on) { return generations::Close(parts_, go_on); }
+  Status Close(const GoOn& go_on);
   void Close() { static_cast<void>(Close(GoOn())); }
   // The pending device fault, if any, as the status that the program would have failed with on CPU. Calls that change
   // something return it too; NewGeneration, which is the way on after it, and calls that only look do not.
@@ -207,6 +214,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Supply supply_;
   const std::unique_ptr<Mirror> mirror_;
   const PoolParts parts_;
+  std::unique_ptr<prefix::Tier> tier_;  // null: no store
 };
 
 }  // namespace kvpage

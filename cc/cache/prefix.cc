@@ -41,9 +41,11 @@ class Acquisition {
     Finish(&claim);
     for (std::size_t i = 0; i < hits_.size(); ++i) {
       if (hits_[i].leader >= 0) continue;  // it will ask again
-      index.Touch(space_, requests_[i].ids.data(), Length(requests_[i]));
+      const std::int64_t taken = hits_[i].tokens;
+      const std::int64_t fetched = index.Touch(space_, requests_[i].ids.data(), Length(requests_[i]), taken);
       supply_.counts(mapping_).queries += Length(requests_[i]);
-      supply_.counts(mapping_).hits += hits_[i].tokens;
+      supply_.counts(mapping_).hits += taken;
+      supply_.counts(mapping_).fetched += fetched;
     }
     return claim;
   }

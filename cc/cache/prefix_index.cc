@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <unordered_map>
+#include <utility>
 
 #include "base/token_hash.h"
 #include "cache/eviction_order.h"
@@ -28,7 +29,7 @@ struct PrefixIndex::Impl {
   std::unordered_map<std::string, std::int32_t> spaces;
   std::vector<std::int32_t> roots;
   std::vector<std::int32_t> path;  // of the last Match
-  std::int64_t evictions = 0;
+  std::int64_t evictions = 0, unwritten_evictions = 0;
 };
 
 std::int64_t PrefixIndex::Impl::Match(std::int32_t space, const std::int32_t* tokens, std::int64_t count) {
@@ -79,13 +80,18 @@ PrefixMatch PrefixIndex::Find(std::int32_t space, const std::int32_t* tokens, st
   return match;
 }
 
-void PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count) {
-  const PrefixTree& tree = impl_->tree;
+std::int64_t PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
+                                std::int64_t taken) {
+  PrefixTree& tree = impl_->tree;
   EvictionOrder& order = impl_->order;
+  std::int64_t fetched = 0;
   order.policy().NextRequest();
   const std::int64_t block_tokens = tree.block_tokens(), found = impl_->Match(space, tokens, count);
   for (const std::int32_t id : impl_->path) {
     if (2 * (found - tree.Begin(id)) >= tree.entry(id).tokens) order.Touch(id);
+    if (taken > tree.Begin(id) && std::exchange(tree.entry(id).fetched, false)) {
+      fetched += std::min<std::int64_t>(taken - tree.Begin(id), tree.entry(id).tokens);
+    }
   }
   std::int64_t end = found / block_tokens * block_tokens;
   std::uint64_t hash = tree.entry(end == 0 ? impl_->roots[space] : impl_->path[end / block_tokens - 1]).hash;
@@ -93,6 +99,7 @@ void PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, std::int
     hash = HashTokens(hash, tokens + end, block_tokens);
     order.policy().OnMissed(hash);
   }
+  return fetched;
 }
 
 void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_t* tokens, std::int64_t count,
@@ -102,8 +109,8 @@ void PrefixIndex::Store(std::int32_t slot, std::int32_t space, const std::int32_
 }
 
 void PrefixIndex::Add(std::int32_t space, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
-                      const std::int32_t* blocks) {
-  impl_->sequences.Add(impl_->roots[space], tokens, first_block, count, blocks);
+                      const std::int32_t* blocks, bool fetched) {
+  impl_->sequences.Add(impl_->roots[space], tokens, first_block, count, blocks, fetched);
 }
 
 bool PrefixIndex::Owns(std::int32_t slot, std::int64_t block) const { return impl_->sequences.Owns(slot, block); }
@@ -127,6 +134,11 @@ std::vector<PrefixIndex::Eviction> PrefixIndex::PlanEviction(std::int64_t enough
 }
 
 void PrefixIndex::Evict(const std::vector<Eviction>& plan, std::vector<std::int32_t>* dropped) {
+  const PrefixTree& tree = impl_->tree;
+  for (const Eviction& eviction : plan) {
+    const auto id = static_cast<std::int32_t>(eviction.entry);
+    impl_->unwritten_evictions += tree.Whole(id) && tree.entry(id).stored != StoreState::kWritten;
+  }
   for (const Eviction& eviction : plan) impl_->sequences.Remove(static_cast<std::int32_t>(eviction.entry), dropped);
   impl_->evictions += static_cast<std::int64_t>(plan.size());
 }
@@ -166,6 +178,50 @@ void PrefixIndex::ExpirePins(double now) {
   for (const std::int32_t end : impl_->pins.Expire(now)) impl_->order.Update(end);
 }
 
+bool PrefixIndex::StartWrite(std::int64_t most, const Unused& unused, Unwritten* out) {
+  const PrefixTree& tree = impl_->tree;
+  std::vector<std::int32_t>& path = impl_->path;
+  path.clear();
+  impl_->order.FindUnwritten([&](std::int32_t leaf) {
+    const PrefixEntry& entry = tree.entry(leaf);
+    std::int32_t id = tree.Whole(leaf) ? leaf : entry.parent;
+    if (tree.entry(id).depth < 0 || tree.entry(id).stored != StoreState::kUnwritten) return false;
+    if (!unused(tree.blocks(leaf), entry.owner)) return false;
+    for (; tree.entry(id).depth >= 0; id = tree.entry(id).parent) path.push_back(id);
+    return true;
+  });
+  if (path.empty()) return false;
+  std::reverse(path.begin(), path.end());
+  const auto written = [&](std::int32_t id) {
+    const StoreState state = tree.entry(id).stored;
+    out->behind_writes |= state == StoreState::kWriting;
+    return state == StoreState::kWriting || state == StoreState::kWritten;
+  };
+  out->behind_writes = false;
+  out->first_block = std::find_if_not(path.begin(), path.end(), written) - path.begin();
+  path.resize(std::min<std::size_t>(path.size(), out->first_block + most));
+  out->space = tree.entry(path.back()).space;
+  out->tokens.clear();
+  for (std::size_t i = 0; i < path.size(); ++i) {
+    out->tokens.insert(out->tokens.end(), tree.tokens(path[i]), tree.tokens(path[i]) + tree.block_tokens());
+    if (static_cast<std::int64_t>(i) >= out->first_block) impl_->order.SetStored(path[i], StoreState::kWriting);
+  }
+  return true;
+}
+
+void PrefixIndex::EndWrite(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block,
+                           bool ok) {
+  std::vector<std::int32_t>& path = impl_->path;
+  path.clear();
+  impl_->tree.Walk(impl_->roots[space], tokens, count, &path);
+  for (std::size_t i = first_block; i < path.size(); ++i) {
+    const StoreState before = impl_->tree.entry(path[i]).stored;
+    if (ok || before == StoreState::kWriting) {
+      impl_->order.SetStored(path[i], ok ? StoreState::kWritten : StoreState::kFailed);
+    }
+  }
+}
+
 void PrefixIndex::RecordEvents(std::int64_t most) { impl_->tree.events().Start(static_cast<std::size_t>(most)); }
 
 bool PrefixIndex::recording() const { return impl_->tree.events().recording(); }
@@ -203,7 +259,14 @@ bool PrefixIndex::IsIn(std::int32_t block) const { return impl_->tree.EntryIn(bl
 void PrefixIndex::ReplaceBlock(std::int32_t from, std::int32_t to) { impl_->tree.ReplaceBlock(from, to); }
 
 PrefixNumbers PrefixIndex::numbers() const {
-  return PrefixNumbers{impl_->tree.num_entries(), impl_->tree.num_tokens(), impl_->evictions, impl_->pins.num_pinned()};
+  PrefixNumbers numbers;
+  numbers.entries = impl_->tree.num_entries();
+  numbers.tokens = impl_->tree.num_tokens();
+  numbers.evictions = impl_->evictions;
+  numbers.pinned = impl_->pins.num_pinned();
+  numbers.stored = impl_->tree.num_stored();
+  numbers.unwritten_evictions = impl_->unwritten_evictions;
+  return numbers;
 }
 
 }  // namespace kvpage

@@ -37,8 +37,10 @@ struct PrefixMatch {
 struct PrefixNumbers {
   std::int64_t entries = 0;  // logical blocks
   std::int64_t tokens = 0;
-  std::int64_t evictions = 0;  // logical blocks evicted so far
-  std::int64_t pinned = 0;     // entries that pins hold
+  std::int64_t evictions = 0;            // logical blocks evicted so far
+  std::int64_t pinned = 0;               // entries that pins hold
+  std::int64_t stored = 0;               // entries that a store has, or that are being written
+  std::int64_t unwritten_evictions = 0;  // whole blocks evicted that no store had
 };
 
 // What a caller knows of a sequence: it will be asked for again, or not.
@@ -64,8 +66,9 @@ class PrefixIndex {
   // The longest prefix of `tokens` in a namespace. Among entries that match equally far, the one that ends there.
   PrefixMatch Find(std::int32_t space, const std::int32_t* tokens, std::int64_t count) const;
   // A request asked for `tokens` (hit or not): what eviction remembers of recency and frequency. To be called once a
-  // request. An entry of which less than half matches does not count.
-  void Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
+  // request. An entry of which less than half matches does not count. `taken`: the first tokens, which the request got
+  // from memory. Returns how many of these were fetched and are taken for the first time since.
+  std::int64_t Touch(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t taken = 0);
 
   // A slot holds `count` tokens, in the blocks of `map` ([logical blocks, ranges]). Called again with more tokens as
   // its sequence grows; the first tokens stay the same. Blocks whose tokens the index has already are not stored again.
@@ -79,9 +82,9 @@ class PrefixIndex {
              std::vector<std::int32_t>* dropped = nullptr);
   // Blocks that no slot maps hold the tokens of `count` logical blocks from `first_block` on ([count, ranges]), whole
   // ones. The sequence has entries before them, and none there. As for Store, the index refers to the blocks from now
-  // on.
+  // on. `fetched`: they come from the store below the pool.
   void Add(std::int32_t space, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
-           const std::int32_t* blocks);
+           const std::int32_t* blocks, bool fetched = false);
   // Whether an entry for this logical block is the slot's.
   bool Owns(std::int32_t slot, std::int64_t block) const;
   // Tokens of a slot as the index has them; 0: it has no sequence. Fewer than were stored when entries that they go
@@ -119,6 +122,21 @@ class PrefixIndex {
   void Unpin(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
   // Takes away the pins that expire at `now` or before, in seconds of any clock.
   void ExpirePins(double now);
+
+  // ---- what a store below memory has: those entries are evicted before others ----
+  struct Unwritten {
+    std::int32_t space = 0;
+    std::vector<std::int32_t> tokens;  // from the beginning of the sequence to the end of the last block
+    std::int64_t first_block = 0;
+    bool behind_writes = false;  // what comes before the first block is being written
+  };
+  // Whether nobody uses an entry, whose blocks ([ranges]) and owner these are.
+  using Unused = std::function<bool(const std::int32_t* blocks, std::int32_t owner)>;
+  // Whole blocks, at most `most`, on the way to the entry that would be evicted next of those that are unused and not
+  // written, from the first block on that is not written. They count as being written. False: there are none.
+  bool StartWrite(std::int64_t most, const Unused& unused, Unwritten* out);
+  // Blocks from `first_block` on are written, or could not be; what has been removed since does not count.
+  void EndWrite(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block, bool ok);
 
   // ---- events ----
   // Records up to `most` events; 0 (as in the beginning): none.

@@ -77,7 +77,7 @@ class Loading {
     const std::int64_t short_of = count * shape_.ranges - arena.pool().num_free();
     if (short_of > 0) KVPAGE_RETURN_IF_ERROR(supply.Apply(mapping, supply.PlanReclaim(mapping, short_of)));
     const std::int64_t most = std::min(count, arena.pool().num_free() / shape_.ranges);
-    Status status = arena.Claim(most * shape_.ranges, blocks);
+    Status status = arena.ClaimToFill(most * shape_.ranges, blocks);
     if (!status.ok() && status.code() != Code::kResourceExhausted) return status;
     window_ = arena.window();
     return {};
@@ -116,7 +116,7 @@ class Loading {
       *end = std::clamp(known, begin, begin + count);
       out_.present += Count(*end - begin);
     }
-    arena.Drop(blocks);
+    arena.DropFilled(blocks);
     KVPAGE_RETURN_IF_ERROR(status);
     return interrupted ? Interrupted("load_prefixes") : store_.Check("load_prefixes");
   }

@@ -146,7 +146,8 @@ class Saving {
     std::int64_t copied = begin;
     for (std::int64_t stop = begin; copied == stop && stop < *end;) {
       stop = std::min(copied + step, *end);
-      KVPAGE_RETURN_IF_ERROR(Copy(run, stop, bytes.get() + (copied - begin) * shape_.bytes(), &copied));
+      KVPAGE_RETURN_IF_ERROR(CopyBlocks(pool_, "save_prefixes", run.space, run.tokens, stop,
+                                        bytes.get() + (copied - begin) * shape_.bytes(), &copied));
     }
     *end = copied;
     if (copied == begin) return {};
@@ -172,26 +173,6 @@ class Saving {
     return writes_->Wait(0, &done);
   }
 
-  // Copies blocks from *copied to `stop`, up to the first one that is not in memory or not yet written.
-  Status Copy(const Run& run, std::int64_t stop, char* out, std::int64_t* copied) {
-    const MappingLock mapping = pool_.supply->Lock();
-    PrefixIndex* index = nullptr;
-    KVPAGE_RETURN_IF_ERROR(OpenStoredIndex(pool_, mapping, "save_prefixes", &index));
-    const char* const window = pool_.supply->arena(mapping).window();
-    const PrefixMatch match = index->Find(index->Namespace(run.space), run.tokens.data(), stop * shape_.block_tokens);
-    const std::int64_t found = match.tokens / shape_.block_tokens;
-    for (; *copied < found; ++*copied) {
-      const bool written =
-          Written(pool_, pool_.table->Lock(), match.owners[*copied], (*copied + 1) * shape_.block_tokens);
-      if (!written) break;
-      for (std::int64_t range = 0; range < shape_.ranges; ++range, out += shape_.block_bytes) {
-        const std::int64_t block = match.blocks[*copied * shape_.ranges + range];
-        std::memcpy(out, window + block * shape_.block_bytes, shape_.block_bytes);
-      }
-    }
-    return {};
-  }
-
   const PoolParts& pool_;
   store::BlockStore& store_;
   const GoOn& go_on_;
@@ -200,6 +181,27 @@ class Saving {
 };
 
 }  // namespace
+
+Status CopyBlocks(const PoolParts& pool, const char* op, const std::string& space, const Tokens& tokens,
+                  std::int64_t stop, char* out, std::int64_t* copied) {
+  const Geometry& geometry = pool.table->geometry();
+  const std::int64_t ranges = geometry.num_ranges();
+  const MappingLock mapping = pool.supply->Lock();
+  PrefixIndex* index = nullptr;
+  KVPAGE_RETURN_IF_ERROR(OpenStoredIndex(pool, mapping, op, &index));
+  const char* const window = pool.supply->arena(mapping).window();
+  const PrefixMatch match = index->Find(index->Namespace(space), tokens.data(), stop * geometry.block_tokens);
+  const std::int64_t found = match.tokens / geometry.block_tokens;
+  for (; *copied < found; ++*copied) {
+    const std::int64_t end = (*copied + 1) * geometry.block_tokens;
+    if (!Written(pool, pool.table->Lock(), match.owners[*copied], end)) break;
+    for (std::int64_t range = 0; range < ranges; ++range, out += geometry.block_bytes) {
+      const std::int64_t block = match.blocks[*copied * ranges + range];
+      std::memcpy(out, window + block * geometry.block_bytes, geometry.block_bytes);
+    }
+  }
+  return {};
+}
 
 store::BlockShape StoredShape(const Geometry& geometry) {
   store::BlockShape shape;

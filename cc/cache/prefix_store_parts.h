@@ -2,7 +2,9 @@
 #ifndef KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
 #define KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cache/parts.h"
 
@@ -28,6 +30,11 @@ inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping,
   pool.supply->SyncIndex(mapping);
   return {};
 }
+
+// Copies whole blocks of a sequence, from *copied to `stop`, up to the first one that is not in memory or not yet
+// written. `out`: [blocks, ranges, block_bytes]. The mapping mutex is held meanwhile.
+Status CopyBlocks(const PoolParts& pool, const char* op, const std::string& space,
+                  const std::vector<std::int32_t>& tokens, std::int64_t stop, char* out, std::int64_t* copied);
 
 }  // namespace kvpage::prefix
 

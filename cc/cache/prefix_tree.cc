@@ -86,7 +86,14 @@ void PrefixTree::Grow(std::int32_t id, const std::int32_t* tokens, std::int64_t 
   Link(id);
 }
 
+void PrefixTree::SetStored(std::int32_t id, StoreState state) {
+  const auto counts = [](StoreState each) { return each == StoreState::kWriting || each == StoreState::kWritten; };
+  num_stored_ += counts(state) - counts(entry(id).stored);
+  entry(id).stored = state;
+}
+
 std::int32_t PrefixTree::Shorten(std::int32_t id, std::int64_t count) {
+  SetStored(id, StoreState::kUnwritten);
   Unlink(id);
   num_tokens_ -= entry(id).tokens - count;
   entry(id).tokens = static_cast<std::int32_t>(count);
@@ -96,6 +103,7 @@ std::int32_t PrefixTree::Shorten(std::int32_t id, std::int64_t count) {
 }
 
 void PrefixTree::Remove(std::int32_t id) {
+  SetStored(id, StoreState::kUnwritten);
   Unlink(id);
   for (std::int64_t range = 0; range < ranges_; ++range) {
     const std::int32_t block = blocks(id)[range];

@@ -18,17 +18,27 @@ namespace kvpage {
 
 constexpr std::int32_t kNoEntry = -1;
 
-struct alignas(64) PrefixEntry {       // a cache line
-  std::uint64_t hash = 0;              // of the prefix that ends with this block, once it is whole
-  std::int32_t parent = kNoEntry;      // kNoEntry: a root
-  std::int32_t depth = -1;             // the logical block's index; -1: a root
-  std::int32_t tokens = 0;             // 0: a root, or no entry
-  std::int32_t owner = -1;             // the slot that wrote it and still maps it
-  std::int32_t first_tip = -1;         // first of the slots whose sequence ends here (slot_sequences.h)
-  std::int32_t pins = 0;               // pinned prefixes that go through it
-  std::int32_t space = -1;             // the number of its namespace
-  bool listed = false;                 // among those that may be evicted next
-  bool dropped = false;                // to be evicted before others (a hint)
+// What the store below the pool has of an entry, as far as the index knows.
+enum class StoreState : std::int8_t {
+  kUnwritten = 0,
+  kWriting,
+  kWritten,
+  kFailed,  // not tried again before something continues it
+};
+
+struct alignas(64) PrefixEntry {   // a cache line
+  std::uint64_t hash = 0;          // of the prefix that ends with this block, once it is whole
+  std::int32_t parent = kNoEntry;  // kNoEntry: a root
+  std::int32_t depth = -1;         // the logical block's index; -1: a root
+  std::int32_t tokens = 0;         // 0: a root, or no entry
+  std::int32_t owner = -1;         // the slot that wrote it and still maps it
+  std::int32_t first_tip = -1;     // first of the slots whose sequence ends here (slot_sequences.h)
+  std::int32_t pins = 0;           // pinned prefixes that go through it
+  std::int32_t space = -1;         // the number of its namespace
+  bool listed = false;             // among those that may be evicted next
+  bool dropped = false;            // to be evicted before others (a hint)
+  bool fetched = false;            // read from a store, and not asked for since
+  StoreState stored = StoreState::kUnwritten;
   std::vector<std::int32_t> children;  // in the order of their tokens
 };
 
@@ -60,6 +70,8 @@ class PrefixTree {
   // The entry keeps its first `count` tokens (some, not all). It has no children. Returns the sibling that has the same
   // tokens, of which one is to be removed; kNoEntry: there is none.
   std::int32_t Shorten(std::int32_t id, std::int64_t count);
+  void SetStored(std::int32_t id, StoreState state);
+  std::int64_t num_stored() const { return num_stored_; }  // entries that are written or being written
   // Removes an entry without children.
   void Remove(std::int32_t id);
 
@@ -116,7 +128,7 @@ class PrefixTree {
   std::int32_t num_ids_ = 0;
   std::vector<Bucket> buckets_ = std::vector<Bucket>(64, Bucket{0, kNoEntry});
   std::size_t num_whole_ = 0;
-  std::int64_t num_entries_ = 0, num_tokens_ = 0;
+  std::int64_t num_entries_ = 0, num_tokens_ = 0, num_stored_ = 0;
   PrefixEvents events_;
 };
 

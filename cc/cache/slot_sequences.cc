@@ -139,7 +139,7 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
 }
 
 void SlotSequences::Add(std::int32_t root, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
-                        const std::int32_t* blocks) {
+                        const std::int32_t* blocks, bool fetched) {
   const std::int64_t block_tokens = tree_.block_tokens();
   path_.clear();
   tree_.Walk(root, tokens, first_block * block_tokens, &path_);
@@ -147,6 +147,8 @@ void SlotSequences::Add(std::int32_t root, const std::int32_t* tokens, std::int6
   for (std::int64_t i = 0; i < count; ++i) {
     order_.Leave(at);
     at = tree_.Add(at, tokens + (first_block + i) * block_tokens, block_tokens, blocks + i * tree_.ranges());
+    tree_.entry(at).fetched = fetched;
+    if (fetched) tree_.SetStored(at, StoreState::kWritten);
     order_.policy().Stored(at);
   }
   order_.Update(at);

@@ -25,7 +25,7 @@ class SlotSequences {
              const std::int32_t* map, std::int64_t own_from, const IsCached& is_cached,
              std::vector<std::int32_t>* referenced, std::vector<std::int32_t>* dropped);
   void Add(std::int32_t root, const std::int32_t* tokens, std::int64_t first_block, std::int64_t count,
-           const std::int32_t* blocks);
+           const std::int32_t* blocks, bool fetched);
   std::int64_t Tokens(std::int32_t slot) const { return Known(slot) ? sequences_[slot].tokens : 0; }
   bool Owns(std::int32_t slot, std::int64_t block) const;
   void Cut(std::int32_t slot, std::int64_t tokens, std::int64_t keep_blocks, std::vector<std::int32_t>* dropped);

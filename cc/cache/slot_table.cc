@@ -214,6 +214,7 @@ void SlotTable::FinishDraining(std::int32_t slot) {
   if (row.space < 0) row.committed.clear();
   row.parked_at = ++parkings_;
   if (row.space >= 0) commits_.Note(slot);
+  if (row.space >= 0 && on_parked_) on_parked_();
   progress.vacated = false;
   progress.length = 0;
   changed_.notify_all();

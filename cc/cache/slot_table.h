@@ -16,6 +16,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <set>
@@ -194,6 +195,8 @@ class SlotTable {
   // A draining slot's release program has run. `written`: the tokens that programs had written in every layer by then,
   // where a mirror knows them.
   void Vacate(const StateLock& lock, std::int32_t slot, std::int64_t written = -1);
+  // What to call, with the state mutex held, when a sequence that the prefix index has is parked.
+  void OnParked(const StateLock&, std::function<void()> call) { on_parked_ = std::move(call); }
   void AddView(const StateLock& lock, std::int32_t slot);  // -1: over all slots
   void RemoveView(const StateLock& lock, std::int32_t slot);
   bool viewed(const StateLock&, std::int64_t slot) const { return views_of_all_ > 0 || slots_[slot].views > 0; }
@@ -240,6 +243,7 @@ class SlotTable {
   std::vector<HostSlot> slots_;
   std::set<std::int32_t> draining_;
   ChangedSlots changes_, commits_;
+  std::function<void()> on_parked_;
   DeviceProgress progress_;
   std::vector<std::uint64_t> named_;  // [slots] stamp of the last call that named it
   std::uint64_t stamp_ = 0;

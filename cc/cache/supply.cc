@@ -262,6 +262,7 @@ void Supply::UndoPart(const MappingLock&, const SupplyPlan& plan, std::size_t re
 Claim Supply::Reserve(const MappingLock& lock, const std::vector<Want>& wants, SupplyPlan* plan) {
   Claim claim = Plan(lock, wants, Source::kFree, plan, /*evict=*/true);
   if (!claim.status.ok()) return claim;
+  const std::int64_t free = arena_->pool().num_free();
   bool system_short = false;
   claim.status = Apply(lock, *plan, &system_short);
   if (system_short) {
@@ -274,6 +275,8 @@ Claim Supply::Reserve(const MappingLock& lock, const std::vector<Want>& wants, S
     }
   }
   if (!claim.status.ok()) Tally(lock, wants, &claim);
+  const auto least = static_cast<std::int64_t>(free_share_ * static_cast<double>(arena_->pool().budget()));
+  if (on_pressure_ && free >= least && arena_->pool().num_free() < least) on_pressure_();
   return claim;
 }
 

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -121,11 +122,18 @@ class Supply {
   // Made at the first call. Sequences are in it that were acquired by their tokens, and their forks.
   PrefixIndex& OpenIndex(const MappingLock& lock);
   const PrefixIndex* index(const MappingLock&) const { return index_.get(); }
-  // Tokens that requests asked for by their ids, and those that were found.
+  // Tokens that requests asked for by their ids, those that were found, and of these the ones that had been read from a
+  // store for it.
   struct PrefixCounts {
-    std::int64_t queries = 0, hits = 0;
+    std::int64_t queries = 0, hits = 0, fetched = 0;
   };
   PrefixCounts& counts(const MappingLock&) { return counts_; }
+  // What to call, with the mapping mutex held, when entries were evicted, and when a claim leaves less than a share of
+  // the blocks free.
+  void OnPressure(const MappingLock&, double free_share, std::function<void()> call) {
+    free_share_ = free_share;
+    on_pressure_ = std::move(call);
+  }
   // Tells the index what slots hold now. Every look-up begins with this.
   void SyncIndex(const MappingLock& lock);
   // A slot is to write again from `tokens` on: the index drops what it has of it there.
@@ -207,6 +215,8 @@ class Supply {
   std::vector<std::int32_t> emptying_;  // slots whose sequences were swapped out
   std::unique_ptr<PrefixIndex> index_;
   PrefixCounts counts_;
+  double free_share_ = 0;
+  std::function<void()> on_pressure_;
   const bool poison_;
   mutable std::mutex mutex_;
 };

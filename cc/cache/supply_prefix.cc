@@ -134,6 +134,7 @@ std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool pa
   const std::vector<PrefixIndex::Eviction> plan = PlanEviction(lock, blocks, &freed, &owners);
   if (freed < blocks && !partial) return 0;
   index_->Evict(plan, &dropped);
+  if (on_pressure_ && !plan.empty()) on_pressure_();
   arena_->DropCached(dropped);
   for (const std::int32_t slot : owners) {
     // What stays mapped behind the cached blocks would not come free by itself.

@@ -33,6 +33,7 @@ struct Claim {
   std::vector<std::int64_t> tokens, shared;
   std::vector<std::int32_t> sources;  // acquire_prefix: the donor, if the slot is a fork; else -1
   std::vector<std::int32_t> leaders;  // acquire_prefix: without a slot, the request to wait for; else -1
+  std::vector<std::int64_t> stored;   // acquire_prefix: tokens behind those found that the store below the pool has
   std::int64_t wanted = 0;            // blocks; slots, for reason kOutOfSlots
   std::int64_t free = 0;              // neither mapped nor otherwise referenced
   std::int64_t draining = 0;          // will come free when running programs are done

@@ -92,6 +92,7 @@ void BindResults(nb::module_& m) {
       .def_ro("shared", &Claim::shared)
       .def_ro("sources", &Claim::sources)
       .def_ro("leaders", &Claim::leaders)
+      .def_ro("stored", &Claim::stored)
       .def_ro("wanted", &Claim::wanted)
       .def_ro("free", &Claim::free)
       .def_ro("draining", &Claim::draining)

@@ -1,6 +1,8 @@
 #include "python/store_binding.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -29,9 +31,9 @@ class Store {
     store::StoreOptions options;
     options.limit_bytes = limit_bytes;
     options.fingerprint = std::move(fingerprint);
-    std::unique_ptr<store::BlockStore> store;
-    Raise(store::BlockStore::Open(path, std::move(options), &store));
-    store_ = std::move(store);
+    std::unique_ptr<store::BlockStore> opened;
+    Raise(store::BlockStore::Open(path, std::move(options), &opened));
+    store_ = std::move(opened);
   }
   ~Store() {
     const GilRelease release;
@@ -88,6 +90,18 @@ prefix::Loaded LoadPrefixes(const PoolReference& self, Store& store) {
   return loaded;
 }
 
+void AttachStore(const PoolReference& self, Store& store, double write_ahead) {
+  Call(self, "KVPool", [&](const PoolPtr& pool) { return pool->AttachStore(store.shared(), write_ahead); });
+}
+
+std::shared_ptr<prefix::FetchTicket> Prefetch(const PoolReference& self, std::string space, const Ids& ids,
+                                              double prefill_rate) {
+  const prefix::FetchRequest request = {std::move(space), {ids.data(), ids.data() + ids.size()}, prefill_rate};
+  std::shared_ptr<prefix::FetchTicket> ticket;
+  Call(self, "prefetch", [&](const PoolPtr& pool) { return pool->Prefetch(request, &ticket); });
+  return ticket;
+}
+
 std::vector<store::FileReport> ListFiles(const std::string& path, bool verify) {
   const GilRelease release;
   std::vector<store::FileReport> reports;
@@ -119,11 +133,55 @@ void BindInspection(nb::module_& m) {
   m.def("store_prune", &Prune, "path"_a, "limit_bytes"_a, "used_before"_a);
 }
 
+void BindTier(nb::module_& m, nb::class_<PoolReference>& pool) {
+  using prefix::FetchTicket;
+  using prefix::TierNumbers;
+  nb::class_<FetchTicket>(m, "FetchTicket")
+      .def(
+          "wait",
+          [](const FetchTicket& ticket, double seconds) {
+            const GilRelease release;
+            return ticket.Wait(seconds);
+          },
+          "seconds"_a)
+      .def_prop_ro("tokens", &FetchTicket::tokens)
+      .def_prop_ro("error", &FetchTicket::error);
+  nb::class_<TierNumbers>(m, "TierNumbers")
+      .def_ro("queries", &TierNumbers::queries)
+      .def_ro("memory_hits", &TierNumbers::memory_hits)
+      .def_ro("store_hits", &TierNumbers::store_hits)
+      .def_prop_ro("tokens_written", [](const TierNumbers& n) { return n.spills.tokens; })
+      .def_prop_ro("bytes_written", [](const TierNumbers& n) { return n.spills.bytes; })
+      .def_prop_ro("write_seconds", [](const TierNumbers& n) { return n.spills.seconds; })
+      .def_prop_ro("failed_writes", [](const TierNumbers& n) { return n.spills.failed; })
+      .def_ro("unwritten_evictions", &TierNumbers::unwritten_evictions)
+      .def_prop_ro("prefetches", [](const TierNumbers& n) { return n.fetches.requests; })
+      .def_prop_ro("tokens_fetched", [](const TierNumbers& n) { return n.fetches.tokens; })
+      .def_prop_ro("bytes_fetched", [](const TierNumbers& n) { return n.fetches.bytes; })
+      .def_prop_ro("fetch_seconds", [](const TierNumbers& n) { return n.fetches.seconds; })
+      .def_prop_ro("longest_fetch_seconds", [](const TierNumbers& n) { return n.fetches.longest_seconds; })
+      .def_prop_ro("missed", [](const TierNumbers& n) { return n.fetches.missed; })
+      .def_ro("read_bytes_per_second", &TierNumbers::read_bytes_per_second);
+  pool.def("attach_store", &AttachStore, "store"_a, "write_ahead"_a)
+      .def("prefetch", &Prefetch, "space"_a, "ids"_a, "prefill_rate"_a)
+      .def(
+          "stored_prefix",
+          [](const PoolReference& self, const std::string& space, const Ids& ids) {
+            const prefix::TokenIds tokens(ids.data(), ids.data() + ids.size());
+            std::int64_t stored = 0;
+            Call(self, "stored_prefix", [&](const PoolPtr& p) { return p->StoredPrefix(space, tokens, &stored); });
+            return stored;
+          },
+          "space"_a, "ids"_a)
+      .def("tier_numbers", Method("spill_stats", &Pool::StoreNumbers));
+}
+
 }  // namespace
 
 std::shared_ptr<store::BlockStore> ToStore(nb::handle object) { return nb::cast<Store&>(object).shared(); }
 
 void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
+  BindTier(m, pool);
   using Numbers = store::StoreNumbers;
   nb::class_<Numbers>(m, "StoreNumbers")
       .def_ro("files", &Numbers::files)

@@ -7,6 +7,7 @@
 #ifndef KVPAGE_STORE_BLOCK_STORE_H_
 #define KVPAGE_STORE_BLOCK_STORE_H_
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -42,6 +43,9 @@ struct WriteRun {
   std::int64_t first_block = 0;
   std::vector<const char*> sources;  // [blocks, ranges]
   std::shared_ptr<const void> keep;  // lives as long as the sources are needed
+  // Called by the thread that is to write, if it is set: it sets what stands above, but for the shape, which is known
+  // before. False: there is nothing to write, and `done` is not called.
+  std::function<bool(WriteRun*)> fill = nullptr;
   // Called once a run that Write has taken is done with, by a thread of the store or by Close.
   std::function<void(const Status&)> done;
 };
@@ -54,6 +58,11 @@ struct ReadRequest {
   std::int64_t begin = 0;
   std::vector<char*> destinations;   // [blocks, ranges]
   std::shared_ptr<const void> keep;  // lives as long as something may be read
+  // Set by the caller: what has not begun is not read any more, and counts as kClosed.
+  std::shared_ptr<const std::atomic<bool>> cancelled = nullptr;
+  // Called once the ticket is ready, with what it says: by a thread of the store, by Close, or by Read if there is
+  // nothing to read.
+  std::function<void(std::int64_t blocks, Problem problem)> done = nullptr;
 };
 
 // Blocks that this process will read again, and no other.
@@ -78,6 +87,7 @@ struct StoreNumbers {
   std::int64_t lookups = 0, tokens_asked = 0, tokens_found = 0;
   std::int64_t bytes_written = 0, bytes_read = 0;
   std::int64_t blocks_written = 0, blocks_read = 0;
+  double read_bytes_per_second = 0;  // of the latest requests, with the time they were queued; 0: not known yet
   std::int64_t bytes_queued = 0;
   std::int64_t runs_dropped = 0, bytes_dropped = 0;  // the queue was full
   std::int64_t failed_writes = 0;

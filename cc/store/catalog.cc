@@ -12,6 +12,8 @@ namespace {
 constexpr double kClockTick = 2;
 // How many rounds of Maintain pass between two looks for what dead writers left.
 constexpr std::int64_t kOrphanRounds = 64;
+// How much the reads before the latest one still count in the read speed.
+constexpr double kReadMemory = 0.75;
 
 }  // namespace
 
@@ -60,6 +62,12 @@ void Catalog::NoteProblem(const std::string& name, Problem problem) {
 void Catalog::NoteError(const Status& status) {
   if (status.ok()) return;
   Count([&](StoreNumbers* numbers) { numbers->last_error = status.message(); });
+}
+
+void Catalog::NoteRead(std::int64_t bytes, double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  recent_bytes_ = kReadMemory * recent_bytes_ + static_cast<double>(bytes);
+  recent_seconds_ = kReadMemory * recent_seconds_ + seconds;
 }
 
 bool Catalog::Changed(double* time) const {
@@ -173,6 +181,7 @@ StoreNumbers Catalog::Numbers() const {
   numbers.files = directory_.num_files();
   numbers.bytes = directory_.bytes();
   numbers.bytes_swapped = swapped_bytes_;
+  if (recent_seconds_ > 0) numbers.read_bytes_per_second = recent_bytes_ / recent_seconds_;
   numbers.refused = directory_.CountRefused();
   numbers.refused[static_cast<int>(Problem::kFingerprint)] += directory_.CountForeign(options_.fingerprint);
   return numbers;

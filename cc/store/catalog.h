@@ -41,6 +41,8 @@ class Catalog {
     change(&numbers_);
   }
   void NoteError(const Status& status);
+  // A request for this many bytes was read in some seconds.
+  void NoteRead(std::int64_t bytes, double seconds);
 
   // Makes room below the limit for what only this process has on disk, before block files, and counts it; false: there
   // is not enough. A negative number gives it back.
@@ -73,6 +75,7 @@ class Catalog {
   Directory directory_;
   StoreNumbers numbers_;
   std::int64_t swapped_bytes_ = 0;
+  double recent_bytes_ = 0, recent_seconds_ = 0;  // of reads, older ones counting less
 };
 
 }  // namespace kvpage::store

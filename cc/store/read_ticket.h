@@ -35,17 +35,19 @@ class ReadTicket {
     return problem_;
   }
 
-  // A piece is done. With a problem only the blocks before `good` are there.
-  void Finish(Problem problem, std::int64_t good) {
+  // A piece is done. With a problem only the blocks before `good` are there. Returns whether it was the last piece.
+  bool Finish(Problem problem, std::int64_t good) {
+    bool last = false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (problem != Problem::kNone && good < good_) {
         good_ = good;
         problem_ = problem;
       }
-      --pieces_;
+      last = --pieces_ == 0;
     }
     changed_.notify_all();
+    return last;
   }
 
  private:

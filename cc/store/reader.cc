@@ -1,6 +1,7 @@
 #include "store/reader.h"
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 #include <mutex>
 #include <string>
@@ -12,7 +13,10 @@
 namespace kvpage::store {
 
 struct Reader::Order {
+  bool cancelled() const { return request.cancelled != nullptr && request.cancelled->load(); }
+
   Identity identity;
+  std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
   ReadRequest request;
   std::shared_ptr<ReadTicket> ticket;
 };
@@ -45,6 +49,7 @@ Reader::Reader(Catalog* catalog, const StoreOptions& options)
 
 void Reader::Work(Piece& piece) {
   const Order& order = *piece.order;
+  if (order.cancelled()) return Finish(order, Problem::kClosed, piece.at);
   File& file = *piece.file;
   FileIo* const io = options_.io.get();
   std::call_once(file.once, [&] {
@@ -62,7 +67,17 @@ void Reader::Work(Piece& piece) {
     numbers->bytes_read += good * order.request.shape.bytes();
   });
   if (problem != Problem::kNone) catalog_->NoteProblem(file.part.file, problem);
-  order.ticket->Finish(problem, piece.at + good);
+  Finish(order, problem, piece.at + good);
+}
+
+void Reader::Finish(const Order& order, Problem problem, std::int64_t good) {
+  if (!order.ticket->Finish(problem, good)) return;
+  const std::int64_t blocks = order.ticket->blocks();
+  if (blocks > 0) {
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - order.begun;
+    catalog_->NoteRead(blocks * order.request.shape.bytes(), passed.count());
+  }
+  if (order.request.done) order.request.done(blocks, order.ticket->problem());
 }
 
 std::shared_ptr<ReadTicket> Reader::Read(ReadRequest request) {
@@ -95,15 +110,16 @@ std::shared_ptr<ReadTicket> Reader::Read(ReadRequest request) {
   order->ticket = ticket;
   for (Piece& piece : pieces) {
     const std::int64_t at = piece.at;
-    if (!queue_.Offer(piece, piece.blocks * shape.bytes())) ticket->Finish(Problem::kClosed, at);
+    if (!queue_.Offer(piece, piece.blocks * shape.bytes())) Finish(*order, Problem::kClosed, at);
   }
+  if (number == 0 && wanted.done) wanted.done(ticket->blocks(), problem);
   return ticket;
 }
 
 void Reader::Stop() {
   for (const Piece& piece : queue_.Stop()) {
     catalog_->NoteProblem(piece.file->part.file, Problem::kClosed);
-    piece.order->ticket->Finish(Problem::kClosed, piece.at);
+    Finish(*piece.order, Problem::kClosed, piece.at);
   }
 }
 

@@ -31,6 +31,8 @@ class Reader {
     std::int64_t index = 0, at = 0, blocks = 0;
   };
   void Work(Piece& piece);
+  // A piece of an order is done; the last one ends the order.
+  void Finish(const Order& order, Problem problem, std::int64_t good);
 
   Catalog* const catalog_;
   const StoreOptions& options_;

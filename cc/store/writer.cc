@@ -34,6 +34,7 @@ bool Writer::Write(WriteRun& run) {
 void Writer::Work(WriteRun& run) {
   Status status;
   try {
+    if (run.fill && !run.fill(&run)) return;
     status = WriteFiles(run);
   } catch (const std::exception& error) {  // such as std::bad_alloc
     status = Internal(std::string("writing blocks to a store: ") + error.what());

@@ -8,36 +8,16 @@
 #include <utility>
 
 #include "tests/expect_ok.h"
-#include "tests/faulty_vmm.h"
-#include "tests/pool_util.h"
-#include "tests/sharing_util.h"
-#include "tests/store_util.h"
+#include "tests/store_rig.h"
 
 namespace kvpage::testing {
 namespace {
 
 using store::testing::TemporaryFolder;
 
-std::vector<std::int32_t> Sevens(std::int64_t count, std::int32_t last = 7) {
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(count), 7);
-  ids.back() = last;
-  return ids;
-}
+struct Rig : StoreRig {
+  using StoreRig::StoreRig;
 
-// A pool over a page table that can fail.
-struct Rig {
-  explicit Rig(Layout layout, std::int64_t blocks = 24) : geometry(SmallGeometry(layout)) {
-    auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry));
-    vmm = faulty.get();
-    pool = MakePool(geometry, blocks * geometry.num_ranges(), {}, std::move(faulty));
-    program = std::make_unique<Program>(pool.get());
-  }
-  // A released sequence of sevens.
-  void Fill(std::int32_t tokens, float stamp = 1) {
-    const std::int32_t slot = program->AcquirePrefix(Sevens(tokens)).slots[0];
-    WriteStamped(pool.get(), program.get(), slot, tokens, stamp);
-    program->Release(slot);
-  }
   prefix::Saved Save(store::BlockStore* store) {
     prefix::Saved saved;
     EXPECT_OK(pool->SavePrefixes(store, {}, {}, &saved));
@@ -49,11 +29,6 @@ struct Rig {
     EXPECT_TRUE(AddsUp(pool.get()));
     return loaded;
   }
-
-  const Geometry geometry;
-  FaultyVmm* vmm = nullptr;
-  std::shared_ptr<Pool> pool;
-  std::unique_ptr<Program> program;
 };
 
 std::unique_ptr<store::BlockStore> Open(const TemporaryFolder& folder, store::StoreOptions options = {}) {

@@ -1,0 +1,90 @@
+// Fetcher: stored blocks on their way into a pool's memory while its other calls go on.
+//
+// A request claims blocks that nobody can find, the store's threads read into them, and the one that reads the last
+// piece adds them to the prefix index. What cannot be read is a miss: its blocks are free again. Nobody needs to wait
+// for a request, or to keep its ticket.
+#ifndef KVPAGE_CACHE_PREFIX_FETCH_H_
+#define KVPAGE_CACHE_PREFIX_FETCH_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cache/patience.h"
+#include "cache/pool_access.h"
+#include "store/block_store.h"
+
+namespace kvpage::prefix {
+
+// How far a request has come. Any thread may ask.
+class FetchTicket {
+ public:
+  // Whether it is ready within some seconds.
+  bool Wait(double seconds) const;
+  // Once it is ready: tokens that can be found now and could not be before, and why they are not all that were stored;
+  // empty: they are.
+  std::int64_t tokens() const;
+  std::string error() const;
+  void Finish(std::int64_t tokens, std::string error);
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  bool ready_ = false;
+  std::int64_t tokens_ = 0;
+  std::string error_;
+};
+
+struct FetchRequest {
+  std::string space;
+  std::vector<std::int32_t> ids;
+  double prefill_rate = 0;  // tokens that the caller computes in a second; 0: unknown, whatever is stored is read
+};
+
+struct FetchNumbers {
+  std::int64_t requests = 0;  // those for which something was read
+  std::int64_t tokens = 0;    // added to the index
+  std::int64_t bytes = 0;     // their keys and values
+  double seconds = 0, longest_seconds = 0;
+  std::map<std::string, std::int64_t> missed;  // tokens that were stored and did not come, by reason
+};
+
+class Fetcher : public std::enable_shared_from_this<Fetcher> {
+ public:
+  Fetcher(std::shared_ptr<PoolAccess> access, store::BlockStore* store) : access_(std::move(access)), store_(*store) {}
+
+  // Begins to read what is stored behind the first tokens that are in memory.
+  Status Start(const PoolParts& pool, const FetchRequest& request, std::shared_ptr<FetchTicket>* out);
+  // What has not been read is not. Waits for the rest; `go_on`: see patience.h.
+  Status Close(const GoOn& go_on);
+  FetchNumbers numbers() const;
+
+ private:
+  struct Order;
+
+  // Whether reading blocks at this speed (bytes a second) takes less time than computing their tokens. `why`: if not.
+  bool Worthwhile(double prefill_rate, double speed, const store::BlockShape& shape, std::int64_t blocks,
+                  std::string* why);
+  // An order that brings the first tokens of a sequence, or null.
+  std::shared_ptr<FetchTicket> Joined(const std::string& space, const std::int32_t* ids, std::int64_t tokens) const;
+  void Finish(const Order& order, std::int64_t good, store::Problem problem);
+
+  const std::shared_ptr<PoolAccess> access_;
+  store::BlockStore& store_;
+  mutable std::mutex mutex_;  // taken after the mapping mutex
+  std::condition_variable ended_;
+  std::list<std::shared_ptr<Order>> active_;
+  FetchNumbers numbers_;
+  std::int64_t refusals_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_FETCH_H_

@@ -1,0 +1,70 @@
+// Spiller: blocks of parked sequences are written to the store below a pool before they are evicted, by the store's
+// threads.
+//
+// It begins when a sequence parks, or memory runs short, and goes on until free blocks and written ones, which are free
+// as soon as they are wanted, are a share of the capacity. What would be evicted next is written first. Blocks are
+// copied before they are written, so nobody waits for the disk: what is wanted before it is written is dropped.
+#ifndef KVPAGE_CACHE_PREFIX_SPILL_H_
+#define KVPAGE_CACHE_PREFIX_SPILL_H_
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache/pool_access.h"
+#include "store/block_store.h"
+
+namespace kvpage::prefix {
+
+struct SpillNumbers {
+  std::int64_t tokens = 0, bytes = 0;  // written
+  double seconds = 0;                  // of all writes together
+  std::int64_t failed = 0;             // runs of blocks that could not be written
+};
+
+class Spiller : public std::enable_shared_from_this<Spiller> {
+ public:
+  // `share`: of the pool's blocks, those that are to be free or written.
+  Spiller(std::shared_ptr<PoolAccess> access, store::BlockStore* store, store::BlockShape shape, double share)
+      : access_(std::move(access)), store_(*store), shape_(std::move(shape)), share_(share) {}
+
+  // There may be something to write. Never waits, and may be called with the pool's locks held.
+  void Wake();
+  // Writes nothing from now on but what has begun.
+  void Close();
+  SpillNumbers numbers() const;
+
+ private:
+  struct Run;
+
+  // Queues a run that chooses its blocks when a thread of the store has time for it.
+  void Queue(const std::shared_ptr<Run>& run);
+  // Whether there is something to write: it is in `write` then.
+  bool Fill(Run* run, store::WriteRun* write);
+  // The same for one attempt; `again`: what was chosen needs no writing, or cannot be copied.
+  bool Choose(const PoolParts& pool, Run* run, bool* again);
+  // Whether less than the share is free or written.
+  bool Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const;
+  void Done(const std::shared_ptr<Run>& run, const Status& status);
+  // The index hears how it went with the run's blocks.
+  void EndWrite(const PoolParts& pool, const Run& run, bool ok) const;
+
+  const std::shared_ptr<PoolAccess> access_;
+  store::BlockStore& store_;
+  const store::BlockShape shape_;
+  const double share_;
+  mutable std::mutex mutex_;  // taken after the pool's
+  int runs_ = 0;
+  bool woken_ = false;
+  bool closed_ = false;
+  std::chrono::steady_clock::time_point pause_;  // nothing is begun before
+  SpillNumbers numbers_;
+};
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_SPILL_H_

@@ -1,0 +1,52 @@
+// Tier: the store below a pool's memory. Blocks are written there before they are evicted (prefix_spill.h), and read
+// from there again (prefix_fetch.h).
+#ifndef KVPAGE_CACHE_PREFIX_TIER_H_
+#define KVPAGE_CACHE_PREFIX_TIER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cache/prefix_fetch.h"
+#include "cache/prefix_spill.h"
+
+namespace kvpage::prefix {
+
+// Since the pool was made.
+struct TierNumbers {
+  std::int64_t queries = 0;      // tokens that requests asked for by their ids,
+  std::int64_t memory_hits = 0;  // those of them that were found in memory, where they were computed,
+  std::int64_t store_hits = 0;   // and those that had been read from the store
+  SpillNumbers spills;
+  std::int64_t unwritten_evictions = 0;  // whole blocks that were evicted before they were written
+  FetchNumbers fetches;
+  double read_bytes_per_second = 0;  // as StoreNumbers has it
+};
+
+class Tier {
+ public:
+  // `write_ahead`: what share of the pool's blocks is to be free or written; 0: nothing is written ahead.
+  Tier(const PoolParts& pool, std::shared_ptr<store::BlockStore> store, double write_ahead);
+  ~Tier() { static_cast<void>(Close({})); }
+
+  // How many of the tokens the store has, in whole blocks from the first one on. Looks nothing up on disk.
+  std::int64_t Stored(const std::string& space, const std::int32_t* ids, std::int64_t count) const;
+  Status Prefetch(const FetchRequest& request, std::shared_ptr<FetchTicket>* out) {
+    return fetcher_->Start(pool_, request, out);
+  }
+  TierNumbers Numbers() const;
+  // No thread of the store touches the pool any more. Safe to call again.
+  Status Close(const GoOn& go_on);
+
+ private:
+  const PoolParts& pool_;
+  const std::shared_ptr<store::BlockStore> store_;
+  const std::shared_ptr<PoolAccess> access_;
+  const std::shared_ptr<Fetcher> fetcher_;
+  const std::shared_ptr<Spiller> spiller_;
+};
+
+}  // namespace kvpage::prefix
+
+#endif  // KVPAGE_CACHE_PREFIX_TIER_H_

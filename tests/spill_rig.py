@@ -1,0 +1,52 @@
+"""Pools over a store, for tests of what is written there and read back."""
+
+from __future__ import annotations
+
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from prefix_rig import LAYERS, PrefixRig, spec_of
+
+import jax_kvpage as kvp
+from jax_kvpage.tickets import Ticket
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
+
+
+def rig_of(make_pool, store, layout: str = "fused", dtype=jnp.float32, blocks: int = 64, **options):
+    """A pool over a store, with room for some logical blocks."""
+    spec = spec_of(layout, dtype).resolve("cpu")
+    ranges = 1 if layout == "fused" else 2 * LAYERS
+    return PrefixRig(make_pool(spec, spec.block_bytes * blocks * ranges, store=store, **options))
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
+
+
+def saved(rig: PrefixRig, ids: list[int], namespace: str | None = None) -> None:
+    slot, _ = rig.acquire(ids, namespace=namespace)
+    rig.pool.check(rig.cache)
+    rig.pool.save_prefixes(None, ids, namespace)
+    rig.release(slot)
+
+
+def fetched(rig: PrefixRig, ids: list[int], **options) -> Ticket:
+    ticket = rig.pool.prefetch(ids, **options)
+    assert ticket.wait(60)
+    return ticket
+
+
+def add_up(pool: kvp.KVPool) -> bool:
+    stats = pool.stats()
+    parts = stats.blocks_mapped + stats.blocks_parked + stats.blocks_draining + stats.blocks_free
+    return parts == stats.blocks_total
+
+
+def spilled(pool: kvp.KVPool, tokens: int) -> None:
+    """Waits until the pool has written so many tokens ahead."""
+    deadline = time.monotonic() + 60
+    while pool.spill_stats().tokens_written < tokens:
+        assert time.monotonic() < deadline, pool.spill_stats()
+        time.sleep(0.005)
