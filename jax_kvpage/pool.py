@@ -76,10 +76,10 @@ class KVPool(
             something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
-        store: what lies below memory. `swap_out` writes to it. Whole blocks of released sequences are written there before
-            they are evicted, `acquire_prefix` says what is stored, `prefetch` brings it, and
-            `save_prefixes` and `load_prefixes` use it unless they are given another. Close it
-            after the pool. On CPU only.
+        store: what lies below memory. `swap_out` writes to it. Whole blocks of released sequences
+            are written there before they are evicted, `acquire_prefix` says what is stored,
+            `prefetch` brings it, and `save_prefixes` and `load_prefixes` use it unless they are
+            given another. Close it after the pool. On CPU only.
         write_ahead: with a store, the share of the capacity that is to be free or written to the
             store, so that requests get it at once: while there is less, the store's threads write
             what would be evicted next. Written blocks are evicted first. 0: nothing is written but
