@@ -194,6 +194,11 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
     if (!Is(edit, SlotOpcode::kFound) && !Is(edit, SlotOpcode::kSwapIn)) continue;
     const std::int64_t room = table.Room(state, edit.slot);
     if (edit.length < 0 || edit.length > room) return messages::Unmapped(op, edit.slot, edit.length, room);
+    if (const HostSlot& row = table.host(state, edit.slot);
+        Is(edit, SlotOpcode::kSwapIn) && row.restored != edit.length) {
+      return FailedPrecondition(std::string(op) + ": slot " + std::to_string(edit.slot) + " was not swapped in with " +
+                                std::to_string(edit.length) + " tokens");
+    }
   }
   KVPAGE_RETURN_IF_ERROR(CheckCopies(&table, state, check, op, cache, list));
 

@@ -123,8 +123,9 @@ inline void EditSome(Twins& t) {
     const std::int32_t length = t.Exists(slot) ? t.value().lengths[slot] : 0;
     // Occupying and vacating are the host's to decide (AcquireSome, ReleaseSome); here only what does not exist.
     const bool unknown = Pick(rng, 0, 15) == 0;
-    edits.push_back({unknown ? Pick(rng, 7, 9) : static_cast<std::int32_t>(SlotOpcode::kSetLength), slot,
-                     length > 0 ? Pick(rng, 0, length + (Pick(rng, 0, 9) == 0)) : Pick(rng, -1, 0)});
+    edits.push_back({unknown ? Pick(rng, static_cast<int>(SlotOpcode::kSwapIn) + 1, 12)
+                             : static_cast<std::int32_t>(SlotOpcode::kSetLength),
+                     slot, length > 0 ? Pick(rng, 0, length + (Pick(rng, 0, 9) == 0)) : Pick(rng, -1, 0)});
     if (Pick(rng, 0, 3) == 0) edits.push_back({0, -1, 0});
     if (Pick(rng, 0, 12) == 0) edits.push_back(edits[0]);
   }

@@ -1,6 +1,8 @@
 // Sequences that leave their slots and come back: contents and accounts, also while they are written or read.
 #include <gtest/gtest.h>
 
+#include <string>
+
 #include "tests/swapping_util.h"
 
 namespace kvpage::testing {
@@ -40,6 +42,18 @@ TEST_P(SwappingTest, NothingIsTakenBeforeTheReleaseHasRun) {
   ASSERT_OK(program_->Vacate(slot));
   EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kDisk; }));
   EXPECT_EQ(swap->tokens(), 20);
+}
+
+// The program says how long the sequence is; the host knows.
+TEST_P(SwappingTest, AProgramCannotMakeTheSequenceLonger) {
+  const SwapPtr swap = Out(Begin(20, 1));
+  const Claim claim = pool_->SwapIn(swap);
+  ASSERT_OK(claim.status);
+  Claim forged = claim;
+  forged.tokens = {claim.tokens[0] + 1};
+  const Status status = RunIn(forged);
+  EXPECT_NE(status.message().find("was not swapped in with 21 tokens"), std::string::npos) << status.message();
+  EXPECT_OK(RunIn(claim));
 }
 
 TEST_P(SwappingTest, TokensThatWereNeverWrittenAreNotKept) {
