@@ -180,3 +180,39 @@ def test_the_choice_follows_what_was_measured(
             assert rig.tokens(engine.generate(PROMPTS, LONG)) == alone
             assert engine.stats.preemptions > 0
             assert (engine.stats.swapped > 0) == swaps
+
+
+def test_a_restart_finds_prompts_in_the_store(
+    store: kvp.BlockStore, tmp_path: pathlib.Path, alone: Any
+) -> None:
+    """What one engine has computed another one, on a new pool, reads while others run."""
+    config = _config(namespace="restart", buckets=((32, 4),))
+    prompts = [rig.prompt(70, i) for i in range(10, 14)]
+    short = SamplingParams(temperature=0, max_tokens=8)
+    with _pool(store, blocks=64) as pool, Engine(rig.step, rig.params(), pool, config) as engine:
+        expected = rig.tokens(engine.generate(prompts, short))
+        engine.close()
+        pool.check(pool.cache())
+        pool.save_prefixes()
+    reads = []
+    with _pool(store, blocks=64) as pool, Engine(rig.step, rig.params(), pool, config) as engine:
+        real = pool.prefetch
+
+        def prefetch(*args: Any, **options: Any) -> Any:
+            reads.append(engine.stats.running)
+            return real(*args, **options)
+
+        pool.prefetch = prefetch  # type: ignore[method-assign]
+        unknown = engine.add_request(PROMPTS[0], LONG)
+        engine.step()
+        outputs = [engine.add_request(prompt, short) for prompt in prompts]
+        while engine.has_unfinished:
+            engine.step()
+        assert rig.tokens(outputs) == expected
+        assert rig.tokens([unknown])[0] == alone[0]
+        assert [output.metrics.num_cached_tokens for output in outputs] == [64] * 4
+        assert len(reads) == 4
+        assert reads[0] > 0
+        assert pool.spill_stats().store_hits == 4 * 64
+        engine.close()
+        rig.check_empty(pool)

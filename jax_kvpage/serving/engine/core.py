@@ -69,7 +69,9 @@ class EngineCore:
         self._clock = clock
         self._memory = PoolMemory(pool)
         self._pace = Pace()
-        swap = None if pool.store is None else PoolSwap(pool, self._pace)
+        self._ledger = Ledger(clock)
+        tokens_of = self._ledger.tokens_of if config.prefix_caching else None
+        swap = None if pool.store is None else PoolSwap(pool, self._pace, tokens_of)
         self.scheduler = Scheduler(
             self._memory,
             max_num_seqs=rows,
@@ -88,11 +90,9 @@ class EngineCore:
         )
         if draft is not None and draft.pool is pool:
             raise ValueError("Engine: draft: wanted a pool that is not the engine's")
-        guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
-        self._guesser = guesser
+        self._guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
         self._num_rows = rows
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching, swap)
-        self._ledger = Ledger(clock)
         self._start()
         size = self._memory.block_tokens
         self._intake = Intake(

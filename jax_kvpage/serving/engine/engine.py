@@ -22,8 +22,10 @@ class Engine(EngineCore):
             compiled for each bucket, and must not call `advance`.
         params: its first argument, any pytree of arrays.
         pool: the memory. While the engine runs, only the engine makes caches of it. If it has a
-            store, preempted requests of one sequence wait there where that takes less time than to
-            compute them again, by the speeds of prompts and of the store that the engine measures.
+            store, preempted requests of one sequence wait there, and prompts that it has are read
+            before their requests start, while others run: where that takes less time than to
+            compute the tokens, by the speeds that the engine measures. `EngineConfig.namespace`
+            lets an engine find what one before it has stored.
         config: options.
         detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
         tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from jax_kvpage.serving.engine.flight import Token
 from jax_kvpage.serving.engine.tracking import RequestState, SequenceState
 from jax_kvpage.serving.outputs import RequestOutput
@@ -49,6 +51,11 @@ class Ledger:
     def requests(self) -> list[RequestState]:
         """Those that the scheduler has not given up yet."""
         return list(self._requests.values())
+
+    def tokens_of(self, group: SequenceGroup) -> tuple[np.ndarray, str]:
+        """What a waiting group has to compute, int32[n], and the namespace that it belongs to."""
+        state = self.states[group.live[0]]
+        return np.asarray(state.ids, np.int32), state.request.namespace
 
     def preempted(self, groups: Sequence[SequenceGroup]) -> None:
         """Counts preemptions."""

@@ -16,6 +16,7 @@ from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.plan import Fork, StepPlan
 from jax_kvpage.serving.request import Sequence, SequenceGroup
 from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.swapping import Swapped
 
 __all__ = ["Slots"]
 
@@ -175,8 +176,9 @@ class Slots(SlotCalls):
 
     def acquire(self, state: SequenceState, room: int) -> bool:
         """Gives a sequence a slot that starts with what is in memory of its tokens."""
-        if self._swap is not None and self._swap.holds(state.sequence.group):
-            got = self._swap_in(state, room, self._swap)
+        swapped = None if self._swap is None else self._swap.get(state.sequence.group)
+        if swapped is not None:
+            got = self._swap_in(state, room, swapped)
             if got is not None:
                 return got
         cached = 0
@@ -196,19 +198,18 @@ class Slots(SlotCalls):
         state.request.output.metrics.num_cached_tokens += cached
         return True
 
-    def _swap_in(self, state: SequenceState, room: int, swap: PoolSwap) -> bool | None:
+    def _swap_in(self, state: SequenceState, room: int, swapped: Swapped) -> bool | None:
         """Gives a swapped sequence a slot; None: it cannot be read."""
-        group = state.sequence.group
-        swapped = swap.get(group)
-        tokens = swapped.tokens
+        assert self._swap is not None
+        group, tokens = state.sequence.group, swapped.tokens
         try:
             slot, self.cache = self._call(lambda cache: self._pool.swap_in(cache, swapped))
         except OutOfBlocks:
             return False
         except KVPageError:
-            swap.forget(group)
+            self._swap.forget(group)
             return None
-        swap.forget(group)
+        self._swap.forget(group)
         self._enter(state, slot, tokens, max(room, len(state.ids)))
         try:
             past_fault(lambda: self._pool.extend(slot, state.room))

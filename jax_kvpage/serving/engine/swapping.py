@@ -1,7 +1,12 @@
-"""Preempted sequences in the store of the pool, and whether that is cheaper than computing them."""
+"""The store below the pool: preempted sequences, and prefixes of requests that wait.
+
+Both are read before their request starts, while others run, and only where that takes less time
+than to compute them, by the speeds that were measured.
+"""
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -52,15 +57,31 @@ class _Entry:
     refusals: int = 0
 
 
+@dataclasses.dataclass(slots=True)
+class _Prefix:
+    num_preemptions: int  # of the group, when it was looked for
+    num_tokens: int  # stored; 0: no more than in memory, or read
+    ticket: Ticket | None = None
+
+
 class PoolSwap:
     """The `SwapSpace` of a pool with a store.
+
+    A request that is not swapped counts as such while the store has more of its tokens than memory
+    has. Once these are read it counts as lost: they are found in memory like any prefix.
 
     Args:
         pool: with a store.
         pace: of the engine.
+        tokens_of: ids and namespace of a group that waits; None: prefixes are not looked for.
     """
 
-    def __init__(self, pool: KVPool, pace: Pace) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        pace: Pace,
+        tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None = None,
+    ) -> None:
         spec = pool.spec
         assert spec.block_tokens is not None
         self._pool = pool
@@ -69,33 +90,39 @@ class PoolSwap:
         self._token_bytes = spec.token_bytes
         self._bytes_per_second = _STORE_BYTES_PER_SECOND
         self._held: dict[SequenceGroup, _Entry] = {}
+        self._tokens_of = tokens_of
+        self._prefixes: dict[SequenceGroup, _Prefix] = {}  # of groups that were looked for
 
     def keep(self, group: SequenceGroup, swapped: Swapped) -> None:
         """Takes a sequence that was swapped out."""
         self._held[group] = _Entry(swapped)
 
-    def get(self, group: SequenceGroup) -> Swapped:
-        """What `fetch` has found here."""
-        return self._held[group].swapped
+    def get(self, group: SequenceGroup) -> Swapped | None:
+        """A sequence that was swapped out; None if the group's was not."""
+        entry = self._held.get(group)
+        return None if entry is None else entry.swapped
 
     def forget(self, group: SequenceGroup) -> None:
         """Gives up what is left of a group, if there is anything."""
+        self._prefixes.pop(group, None)
         entry = self._held.pop(group, None)
         if entry is not None:
             entry.swapped.close()
 
     def wait(self) -> None:
         """Waits a little for the store: nothing else can go on."""
-        for entry in self._held.values():
-            if entry.ticket is not None and not entry.ticket.ready:
-                entry.ticket.wait(0.02)
+        reads = [entry.ticket for entry in self._held.values()]
+        reads += [prefix.ticket for prefix in self._prefixes.values()]
+        for ticket in reads:
+            if ticket is not None and not ticket.ready:
+                ticket.wait(0.02)
                 return
         if self._held:  # blocks are being written
             time.sleep(1e-3)
 
     def holds(self, group: SequenceGroup) -> bool:
         """See `SwapSpace`."""
-        return group in self._held
+        return group in self._held or self._stored(group) > 0
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
         """See `SwapSpace`. Before any prompt was computed nothing is worth swapping."""
@@ -107,14 +134,18 @@ class PoolSwap:
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
         """See `SwapSpace`."""
-        entry = self._held[group]
+        entry = self._held.get(group)
+        if entry is None:
+            return self._stored(group), 0
         tokens = entry.swapped.tokens
         blocks = 0 if entry.ticket is None else -(-tokens // self._block_tokens)
         return tokens, blocks
 
     def fetch(self, group: SequenceGroup) -> Fetched:
         """See `SwapSpace`."""
-        entry = self._held[group]
+        entry = self._held.get(group)
+        if entry is None:
+            return self._fetch_prefix(group)
         try:
             if entry.ticket is None:
                 entry.from_disk, entry.begun = entry.swapped.on_disk, time.monotonic()
@@ -146,6 +177,36 @@ class PoolSwap:
         for group in groups:
             self.forget(group)
         return bool(groups)
+
+    def _stored(self, group: SequenceGroup) -> int:
+        """Tokens that the store has of a waiting group; 0 if memory has as many."""
+        if self._tokens_of is None:
+            return 0
+        prefix = self._prefixes.get(group)
+        if prefix is None or prefix.num_preemptions < group.num_preemptions:
+            ids, space = self._tokens_of(group)
+            stored = self._pool.stored_prefix(ids, space)
+            more = stored > 0 and stored > self._pool.find_prefix(ids, space)
+            prefix = _Prefix(group.num_preemptions, stored if more else 0)
+            self._prefixes[group] = prefix
+        return prefix.num_tokens
+
+    def _fetch_prefix(self, group: SequenceGroup) -> Fetched:
+        assert self._tokens_of is not None
+        prefix = self._prefixes[group]
+        if prefix.ticket is None:
+            pace = self._pace.tokens_per_second or None
+            try:
+                prefix.ticket = self._pool.prefetch(
+                    *self._tokens_of(group), prefill_tokens_per_second=pace
+                )
+            except KVPageError:  # such as a store that was closed
+                prefix.num_tokens = 0
+                return "lost"
+        if not prefix.ticket.ready:
+            return "coming"
+        prefix.num_tokens, prefix.ticket = 0, None
+        return "lost"
 
 
 def _average(before: float, measured: float) -> float:
