@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     what = "a smaller model with the same tokens that guesses in place of prompt lookup"
     add("--draft", type=pathlib.Path, metavar="DIR", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
+    what = "keep what memory has no room for here: prefixes, also for later runs, and sequences"
+    add("--store", type=pathlib.Path, metavar="DIR", help=what)
+    what = "the most that --store may take (default: %(default)s)"
+    add("--store-limit", default="8GiB", metavar="SIZE", help=what)
     add("--json", action="store_true", help="print one JSON object")
     what = "draw the occupancy of blocks over time, by request (needs matplotlib)"
     add("--plot", type=pathlib.Path, metavar="FILE", help=what)
@@ -97,15 +101,9 @@ def _run(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
     from llama.checkpoint import CheckpointError, load_model
     from llama.config import ConfigError, load_config
+    from llama.pools import make_pool, open_store
     from llama.run import input_errors
-    from llama.serving import (
-        figures,
-        make_draft,
-        make_pool,
-        model_step,
-        plot_occupancy,
-        serve,
-    )
+    from llama.serving import figures, make_draft, model_step, plot_occupancy, serve
     from llama.tokenizer import Tokenizer, TokenizerError
     from rich.console import Console
     from rich.progress import Progress
@@ -129,7 +127,8 @@ def _run(args: argparse.Namespace) -> None:
         )
         block_tokens = args.block_tokens or (16 if args.checkpoint == BUNDLED else None)
         rows = args.max_num_seqs
-        pool = make_pool(config, rows, args.max_seq_len, block_tokens, args.capacity)
+        store = open_store(args.store, args.store_limit, args.checkpoint) if args.store else None
+        pool = make_pool(config, rows, args.max_seq_len, block_tokens, args.capacity, store=store)
         draft = make_draft(args.draft, config, pool, block_tokens) if args.draft else None
     step, weights = model_step(model)
     options = EngineConfig(
@@ -138,11 +137,13 @@ def _run(args: argparse.Namespace) -> None:
         eos_token_ids=tuple(config.eos_token_ids),
         prefix_caching=not args.no_prefix_caching,
         num_speculative_tokens=args.num_speculative_tokens or (4 if draft else 0),
+        namespace="serve_batch" if store else None,  # the same in later runs
     )
     detokenize = None if args.trace else tokenizer.decode
     progress = Progress(console=Console(stderr=True), disable=args.json)
     engine = Engine(step, weights, pool, options, detokenize=detokenize, draft=draft)
-    with pool, draft.pool if draft else contextlib.nullcontext(), engine, progress:
+    nothing = contextlib.nullcontext()
+    with store or nothing, pool, draft.pool if draft else nothing, engine, progress:
         begin = time.monotonic()
         compiling = progress.add_task("compiling", total=None)
         engine.warm_up(lambda done, total: progress.update(compiling, completed=done, total=total))
@@ -205,7 +206,7 @@ def _print(values: dict[str, Any], texts: list[str]) -> None:
         ("memory, peak of capacity", f"{v['peak']:,} of {v['capacity']:,} bytes"),
         ("a static cache reserves", f"{v['static_cache']:,} bytes"),
         ("reserved and unused", f"{v['waste']:.1%}"),
-        ("preemptions", f"{v['preemptions']}"),
+        ("preemptions", f"{v['preemptions']}, {v['swapped']} to the store"),
         ("recomputed tokens", f"{v['recomputed_tokens']:,} of {v['computed_tokens']:,} computed"),
     ):
         table.add_row(name, value)

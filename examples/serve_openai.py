@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     what = "tokens to guess by prompt lookup and verify in a step (default: none)"
     add("--num-speculative-tokens", type=positive, default=0, metavar="N", help=what)
     add("--no-prefix-caching", action="store_true", help="compute every prompt")
+    what = "keep what memory has no room for here: prefixes, also for later runs, and sequences"
+    add("--store", type=pathlib.Path, metavar="DIR", help=what)
+    what = "the most that --store may take (default: %(default)s)"
+    add("--store-limit", default="8GiB", metavar="SIZE", help=what)
     what = "requests that run or wait; further ones are answered 429 (default: %(default)s)"
     add("--max-requests", type=positive, default=256, metavar="N", help=what)
     what = "most logprobs of a token (default: %(default)s)"
@@ -159,6 +163,8 @@ def _run(args: argparse.Namespace) -> None:
         max_logprobs=args.max_logprobs,
         num_speculative_tokens=args.num_speculative_tokens,
         prefix_caching=not args.no_prefix_caching,
+        store=args.store,
+        store_limit=args.store_limit,
     )
     limits = Limits(
         max_body_bytes=args.max_body_bytes,

@@ -73,6 +73,25 @@ def test_a_draft_model(checkpoint, tmp_path, capsys) -> None:
     assert str(UNTIED.vocab_size - 8) in error
 
 
+def test_a_store_is_found_by_the_next_run(checkpoint, tmp_path, capsys) -> None:
+    """Whole blocks of a prompt that an earlier run had to evict, but not those of other weights."""
+    options = ["--prompt", "ab" * 30, "--prompt", "cd" * 30, "--max-new-tokens", 9]
+    options += ["--temperature", 0, "--max-num-seqs", 1, "--store", tmp_path / "store"]
+    spec = cache_spec(UNTIED, max_slots=1, max_seq_len=128, block_tokens=16)
+    options += ["--capacity", spec.slot_bytes]
+    first = _serve(capsys, "--checkpoint", checkpoint, *options)
+    assert first["cached_tokens"] == 0
+    again = _serve(capsys, "--checkpoint", checkpoint, *options)
+    assert again["cached_tokens"] > 0
+    assert again["texts"] == first["texts"]
+    other = tmp_path / "other"
+    write_checkpoint(other, UNTIED)
+    assert _serve(capsys, "--checkpoint", other, *options)["cached_tokens"] == 0
+    small = ["--store-limit", "much"]
+    assert serve_batch.main([*_SMALL, *map(str, [*options, *small])]) == 2
+    assert "--store" in capsys.readouterr().err
+
+
 def test_a_trace_under_pressure(checkpoint, tmp_path, capsys) -> None:
     trace = tmp_path / "trace.csv.gz"
     rows = [f"2023-11-16 18:15:4{i}.6805900,{600 + 50 * i},400" for i in range(5)]

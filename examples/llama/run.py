@@ -23,11 +23,12 @@ from .engine import ServedEngine
 from .generate import Engine, Request
 from .mesh import make_mesh, pool_bytes, sharded_step
 from .model import Llama
+from .pools import make_spec, open_pool, sequence_length
 from .programs import Programs
 from .report import figures, plot_memory, print_table, turn_figures
 from .sampling import Sampling
 from .script import make_script
-from .serving import make_draft, make_spec, model_step, open_pool, sequence_length
+from .serving import make_draft, model_step
 from .stream import Printer
 from .tokenizer import Tokenizer, TokenizerError
 from .turns import ConversationEngine

@@ -25,6 +25,7 @@ from .arguments import InputError
 from .checkpoint import load_model
 from .config import LlamaConfig, load_config
 from .model import Llama
+from .pools import make_pool
 from .workload import Job
 
 __all__ = [
@@ -32,12 +33,8 @@ __all__ = [
     "Sample",
     "figures",
     "make_draft",
-    "make_pool",
-    "make_spec",
     "model_step",
-    "open_pool",
     "plot_occupancy",
-    "sequence_length",
     "serve",
 ]
 
@@ -74,90 +71,6 @@ class Result:
     refusals: list[str]
     samples: list[Sample]
     seconds: float
-
-
-def sequence_length(config: LlamaConfig, wanted: int | None) -> int:
-    """Most tokens of a sequence: as wanted, or the model's max_position_embeddings.
-
-    Raises:
-      InputError: That is longer than the model was made for.
-    """
-    length = wanted or config.max_position_embeddings
-    if length > config.longest_sequence:
-        raise InputError(
-            f"--max-seq-len {length} is beyond the {config.longest_sequence} positions that the "
-            "model was made for"
-        )
-    return length
-
-
-def make_spec(
-    config: LlamaConfig,
-    slots: int,
-    max_seq_len: int | None = None,
-    block_tokens: int | None = None,
-    dtype: str = "float32",
-    layout: str | None = None,
-) -> jax_kvpage.CacheSpec:
-    """The cache of a model, resolved for this platform.
-
-    Raises:
-      InputError: See `sequence_length`.
-    """
-    platform = jax.default_backend()
-    return jax_kvpage.CacheSpec(
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        config.head_dim,
-        slots,
-        sequence_length(config, max_seq_len),
-        dtype=jnp.dtype(dtype),
-        layout=layout,
-        block_tokens=block_tokens,
-    ).resolve("cuda" if platform == "gpu" else platform)
-
-
-def open_pool(
-    spec: jax_kvpage.CacheSpec, capacity: str, mesh: jax.sharding.Mesh | None = None
-) -> jax_kvpage.KVPool:
-    """A pool with physical memory of a size such as "64MiB" or a number of bytes, over `mesh`.
-
-    Raises:
-      InputError: The number is too large.
-    """
-    size: int | str = capacity
-    if capacity.isdecimal():
-        size = int(capacity)
-        if size >= 2**63:
-            raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
-    return jax_kvpage.KVPool(spec, size, mesh=mesh, axis=mesh and mesh.axis_names[0])
-
-
-def make_pool(
-    config: LlamaConfig,
-    slots: int,
-    max_seq_len: int | None = None,
-    block_tokens: int | None = None,
-    capacity: str | None = None,
-    share: float = 0.5,
-) -> jax_kvpage.KVPool:
-    """A pool for a model, in float32.
-
-    Args:
-      config: The model.
-      slots: Sequences at one time.
-      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
-      block_tokens: Tokens in a block; None for a choice.
-      capacity: Physical memory; None for `share` of what all slots could take, and one sequence of
-        full length at least.
-      share: See above.
-
-    Raises:
-      InputError: The sequences are longer than the model was made for.
-    """
-    spec = make_spec(config, slots, max_seq_len, block_tokens)
-    size = max(int(slots * spec.max_seq_len * spec.token_bytes * share), spec.slot_bytes)
-    return open_pool(spec, capacity or str(size))
 
 
 def make_draft(
@@ -300,6 +213,7 @@ def figures(
         "computed_tokens": sum(m.num_computed_tokens for m in metrics),
         "recomputed_tokens": sum(m.num_recomputed_tokens for m in metrics),
         "preemptions": engine.stats.preemptions,
+        "swapped": engine.stats.swapped,
         "steps": engine.stats.steps,
         "guesses": engine.stats.drafted,
         "accepted_guesses": engine.stats.accepted,

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from llama.arguments import BUNDLED, InputError
 from llama.checkpoint import CheckpointError, load_model
 from llama.config import ConfigError, load_config
+from llama.pools import make_pool, open_store
 from llama.run import input_errors
-from llama.serving import make_pool, model_step
+from llama.serving import model_step
 from llama.tokenizer import Tokenizer, TokenizerError
 
 import jax_kvpage
@@ -35,6 +36,8 @@ class Options:
       max_logprobs: Of a token.
       num_speculative_tokens: To guess by prompt lookup.
       prefix_caching: Whether prompts start with what is in memory of their tokens.
+      store: Directory for what memory has no room for; None: there is none.
+      store_limit: The most that it may take.
     """
 
     max_num_seqs: int = 16
@@ -46,6 +49,8 @@ class Options:
     max_logprobs: int = 20
     num_speculative_tokens: int = 0
     prefix_caching: bool = True
+    store: pathlib.Path | None = None
+    store_limit: str = "8GiB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,30 +87,39 @@ def load(checkpoint: pathlib.Path, options: Options, name: str | None = None) ->
         model = load_model(checkpoint, dtype=jnp.float32)
     except (ConfigError, CheckpointError, TokenizerError) as error:
         raise InputError(str(error)) from error
-    with input_errors():
-        pool = make_pool(
-            config,
-            options.max_num_seqs,
-            options.max_seq_len,
-            options.block_tokens or (16 if checkpoint == BUNDLED else None),
-            options.capacity,
+    with contextlib.ExitStack() as stack:
+        with input_errors():
+            store = None
+            if options.store is not None:
+                opened = open_store(options.store, options.store_limit, checkpoint)
+                store = stack.enter_context(opened)
+            pool = make_pool(
+                config,
+                options.max_num_seqs,
+                options.max_seq_len,
+                options.block_tokens or (16 if checkpoint == BUNDLED else None),
+                options.capacity,
+                store=store,
+            )
+            stack.enter_context(pool)
+        engine_config = EngineConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
+            buckets=options.buckets,
+            eos_token_ids=tuple(config.eos_token_ids),
+            max_logprobs=options.max_logprobs,
+            num_speculative_tokens=options.num_speculative_tokens,
+            prefix_caching=options.prefix_caching,
+            # The same for all servers of a store, whose fingerprint tells models apart.
+            namespace=None if store is None else "openai_server",
         )
-    engine_config = EngineConfig(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
-        buckets=options.buckets,
-        eos_token_ids=tuple(config.eos_token_ids),
-        max_logprobs=options.max_logprobs,
-        num_speculative_tokens=options.num_speculative_tokens,
-        prefix_caching=options.prefix_caching,
-    )
-    step, weights = model_step(model)
-    served = ServedModel(
-        name=name or checkpoint.resolve().name,
-        tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        max_seq_len=pool.spec.max_seq_len,
-        template=template,
-    )
-    with pool, Engine(step, weights, pool, engine_config, detokenize=tokenizer.decode) as engine:
-        yield Loaded(engine, pool, served)
+        step, weights = model_step(model)
+        served = ServedModel(
+            name=name or checkpoint.resolve().name,
+            tokenizer=tokenizer,
+            vocab_size=config.vocab_size,
+            max_seq_len=pool.spec.max_seq_len,
+            template=template,
+        )
+        engine = Engine(step, weights, pool, engine_config, detokenize=tokenizer.decode)
+        yield Loaded(stack.enter_context(engine), pool, served)

@@ -1,0 +1,128 @@
+"""Pools for a model, and the directory below them."""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import jax_kvpage
+
+from .arguments import InputError
+from .config import LlamaConfig
+
+__all__ = ["make_pool", "make_spec", "open_pool", "open_store", "sequence_length"]
+
+
+def sequence_length(config: LlamaConfig, wanted: int | None) -> int:
+    """Most tokens of a sequence: as wanted, or the model's max_position_embeddings.
+
+    Raises:
+      InputError: That is longer than the model was made for.
+    """
+    length = wanted or config.max_position_embeddings
+    if length > config.longest_sequence:
+        raise InputError(
+            f"--max-seq-len {length} is beyond the {config.longest_sequence} positions that the "
+            "model was made for"
+        )
+    return length
+
+
+def make_spec(
+    config: LlamaConfig,
+    slots: int,
+    max_seq_len: int | None = None,
+    block_tokens: int | None = None,
+    dtype: str = "float32",
+    layout: str | None = None,
+) -> jax_kvpage.CacheSpec:
+    """The cache of a model, resolved for this platform.
+
+    Raises:
+      InputError: See `sequence_length`.
+    """
+    platform = jax.default_backend()
+    return jax_kvpage.CacheSpec(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        slots,
+        sequence_length(config, max_seq_len),
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+        block_tokens=block_tokens,
+    ).resolve("cuda" if platform == "gpu" else platform)
+
+
+def open_pool(
+    spec: jax_kvpage.CacheSpec,
+    capacity: str,
+    mesh: jax.sharding.Mesh | None = None,
+    store: jax_kvpage.BlockStore | None = None,
+) -> jax_kvpage.KVPool:
+    """A pool with physical memory of a size such as "64MiB" or a number of bytes, over `mesh` or
+    above `store`.
+
+    Raises:
+      InputError: The number is too large.
+    """
+    size: int | str = capacity
+    if capacity.isdecimal():
+        size = int(capacity)
+        if size >= 2**63:
+            raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
+    axis = mesh and mesh.axis_names[0]
+    return jax_kvpage.KVPool(spec, size, mesh=mesh, axis=axis, store=store)
+
+
+def make_pool(
+    config: LlamaConfig,
+    slots: int,
+    max_seq_len: int | None = None,
+    block_tokens: int | None = None,
+    capacity: str | None = None,
+    share: float = 0.5,
+    store: jax_kvpage.BlockStore | None = None,
+) -> jax_kvpage.KVPool:
+    """A pool for a model, in float32.
+
+    Args:
+      config: The model.
+      slots: Sequences at one time.
+      max_seq_len: Most tokens of a sequence; None for the model's max_position_embeddings.
+      block_tokens: Tokens in a block; None for a choice.
+      capacity: Physical memory; None for `share` of what all slots could take, and one sequence of
+        full length at least.
+      share: See above.
+      store: What lies below memory.
+
+    Raises:
+      InputError: The sequences are longer than the model was made for.
+    """
+    spec = make_spec(config, slots, max_seq_len, block_tokens)
+    size = max(int(slots * spec.max_seq_len * spec.token_bytes * share), spec.slot_bytes)
+    return open_pool(spec, capacity or str(size), store=store)
+
+
+def open_store(path: pathlib.Path, limit: str, checkpoint: pathlib.Path) -> jax_kvpage.BlockStore:
+    """The directory `path` as a store for keys and values of one model.
+
+    Args:
+      path: Is made if it does not exist.
+      limit: The most that it may take, such as "8GiB".
+      checkpoint: The model's directory. What was stored for other weights is not found: its
+        config.json, and names, sizes and times of its weights tell them apart.
+
+    Raises:
+      InputError: It cannot be opened.
+    """
+    files = sorted(checkpoint.glob("*.safetensors"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    about = [(checkpoint / "config.json").read_text(encoding="utf-8"), weights]
+    fingerprint = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    try:
+        return jax_kvpage.BlockStore(path, limit, fingerprint)
+    except (ValueError, OSError, jax_kvpage.KVPageError) as error:
+        raise InputError(f"--store {path}: {error}") from error
