@@ -216,7 +216,9 @@ def test_mistakes_are_named(store, make_pool, tmp_path: pathlib.Path) -> None:
         with pytest.raises(ValueError, match="was not swapped out of this pool"):
             call(swapped)
     with pytest.raises(ValueError, match="wanted what swap_out returns, got 3"):
-        rig.pool.prefetch(3)
+        rig.pool.swap_in(rig.cache, 3)
+    with pytest.raises(ValueError, match="a swapped sequence is given alone"):
+        rig.pool.prefetch(swapped, namespace="tenant")
     dropping = rig.begin(text(64))
     rig.drop(dropping, 2 * BLOCK)
     with pytest.raises(kvp.KVPageError, match="has dropped its tokens below 32"):

@@ -116,7 +116,7 @@ def test_killed_writers_leave_what_can_be_read(
         slot, _ = rig.acquire(ids)
         rig.release(slot)
     """
-    rounds = 200 if request.config.getoption("--exhaustive") else rounds
+    rounds = 60 if request.config.getoption("--exhaustive") else rounds
     random = np.random.default_rng(1)
     for _ in range(rounds):
         child = start_python(code, str(tmp_path))
