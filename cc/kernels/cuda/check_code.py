@@ -61,7 +61,7 @@ BUDGETS = [
     Budget(r"PlanKernel", False, 64),
     Budget(r"BatchCheckKernel", False, 64),  # it copies a whole KVView
     Budget(r"RotateKernel<(?!Int8).*>", True, 72),
-    # Two registers around the call that reduces large angles, once for each pair of a copy.
+    # The flag whether a layer's keys are rotated: stored once, and read once a row.
     Budget(r"RotateKernel<Int8>", True, 72, spills=8),
     Budget(r"(Advance|Change|Edit|Reuse|TableCheck)Kernel(<.*>)?", False, 64),
     # 80 of these instructions find and load what a group has computed, once for each unit, not for
