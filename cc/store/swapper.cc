@@ -97,8 +97,7 @@ Status Swapper::WriteFile(const SwapWrite& write, std::shared_ptr<SwapFile>* out
     return ResourceExhausted(std::to_string(bytes) + " bytes of a swapped sequence do not fit in a store of " +
                              std::to_string(options_.limit_bytes));
   }
-  const Status status =
-      SwapFile::Write(options_.io.get(), catalog_->folder(), write.shape, write.blocks, write.copy, out);
+  Status status = SwapFile::Write(options_.io.get(), catalog_->folder(), write.shape, write.blocks, write.copy, out);
   if (*out == nullptr) {
     account_->Return(bytes);
     return status;
@@ -145,11 +144,12 @@ void Swapper::WorkOn(Piece& piece) {
   const SwapRead& read = piece.order->read;
   const BlockShape& shape = read.file->shape();
   std::int64_t good = 0;
-  Problem problem = Problem::kUnreadable;
+  Problem problem = Problem::kNone;
   try {
     problem = read.file->Read(options_.io.get(), piece.begin, piece.end - piece.begin,
                               read.destinations.data() + piece.begin * shape.ranges, &good);
   } catch (const std::exception&) {  // such as std::bad_alloc
+    problem = Problem::kUnreadable;
   }
   catalog_->Count([&](StoreNumbers* numbers) {
     numbers->blocks_read += good;

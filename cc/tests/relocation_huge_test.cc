@@ -17,7 +17,7 @@
 namespace kvpage::testing {
 namespace {
 
-using Report = relocation::Report;
+using relocation::Report;
 
 constexpr std::int32_t kTokens = 8448;  // a huge page of 512 blocks, and 16 blocks
 

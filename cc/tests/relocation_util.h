@@ -17,7 +17,7 @@
 
 namespace kvpage::testing {
 
-using Report = relocation::Report;
+using relocation::Report;
 
 constexpr std::int64_t kEverything = std::int64_t{1} << 30;
 

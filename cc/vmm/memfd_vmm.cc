@@ -230,7 +230,7 @@ Status MemfdVmm::Exchange(std::int64_t offset, std::int32_t old_block, std::int3
                     MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_, number * block_bytes_);
     return at == MAP_FAILED ? SystemError("mapping a block again: mmap", block_bytes_, errno) : Status();
   };
-  const Status status = map(block);
+  Status status = map(block);
   if (status.ok()) return status;
   if (Status rollback = map(old_block); !rollback.ok()) {
     return Internal(status.message() + "; putting back what was mapped failed too (" + rollback.message() + ")");
