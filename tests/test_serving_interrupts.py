@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 from subprocesses import run_python
 
 from jax_kvpage.serving.engine.interrupts import HeldInterrupts
+
+
+@pytest.fixture(autouse=True)
+def python_s_handler() -> Iterator[None]:
+    """A shell ignores SIGINT in programs that it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_at_any_moment_changes_no_token() -> None:
@@ -23,6 +32,7 @@ def test_ctrl_c_at_any_moment_changes_no_token() -> None:
             signal.raise_signal(signal.SIGINT)
 
         signal.signal(signal.SIGALRM, ring)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         chance = random.Random(1)
         pool = rig.pool(24)
         engine = Engine(rig.step, rig.params(), pool, rig.config())
