@@ -14,7 +14,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One of so many requests that would be refused for the read speed is read all the same, to measure that again.
+// One in this many requests that the read speed would refuse is read anyway, so that the speed is measured again.
 constexpr std::int64_t kRefusalsBetweenReads = 16;
 
 std::string Text(const char* format, double value) {

@@ -1,9 +1,9 @@
 // Spiller: blocks of parked sequences are written to the store below a pool before they are evicted, by the store's
 // threads.
 //
-// It begins when a sequence parks, or memory runs short, and goes on until free blocks and written ones, which are free
-// as soon as they are wanted, are a share of the capacity. What would be evicted next is written first. Blocks are
-// copied before they are written, so nobody waits for the disk: what is wanted before it is written is dropped.
+// It begins when a sequence parks, or memory runs short, and ends when free and written blocks together are a share of
+// the capacity: written blocks can be evicted at once. The blocks that would be evicted next are written first. Blocks
+// are copied before they are written, so nobody waits for the disk. What is evicted before it is written is lost.
 #ifndef KVPAGE_CACHE_PREFIX_SPILL_H_
 #define KVPAGE_CACHE_PREFIX_SPILL_H_
 

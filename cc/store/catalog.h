@@ -51,7 +51,7 @@ class Catalog {
   // Makes the directory equal to the folder, if that has changed or `force`.
   Status Refresh(bool force);
   // Removes files until at most `limit` bytes are left with what ReserveSwapped has counted, but none of `kept` nor
-  // what those continue. Returns whether at most so many are left, or another process is about it.
+  // what those continue. Returns whether at most `limit` bytes are left, or another process is removing files.
   bool Evict(std::int64_t limit, const std::set<std::string>& kept = {});
   // What the store's thread does from time to time.
   void Maintain();

@@ -1,6 +1,7 @@
 #include "store/swapper.h"
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <limits>
 #include <string>
@@ -33,6 +34,7 @@ struct Swapper::Order {
   SwapRead read;
   std::mutex mutex;
   std::int64_t pieces = 0;  // not done yet
+  const std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
   std::int64_t good = 0;
   Problem problem = Problem::kNone;
 };
@@ -168,6 +170,10 @@ void Swapper::Finish(const Piece& piece, Problem problem, std::int64_t good) {
       order.problem = problem;
     }
     if (--order.pieces > 0) return;
+  }
+  if (order.good > 0) {
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - order.begun;
+    catalog_->NoteRead(order.good * order.read.file->shape().bytes(), passed.count());
   }
   order.read.file.reset();  // before anybody looks at what is on disk
   order.read.done(order.problem, order.good);

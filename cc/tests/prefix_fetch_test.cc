@@ -24,12 +24,12 @@ class PrefixFetchTest : public ::testing::TestWithParam<Layout> {
     store_ = OpenShared(folder_, options);
   }
   // A rig over a store that has 64 sevens.
-  std::unique_ptr<StoreRig> Stored(std::int64_t blocks = 24) {
-    StoreRig first(GetParam());
+  std::unique_ptr<PrefixRig> Stored(std::int64_t blocks = 24) {
+    PrefixRig first(GetParam());
     first.Fill(70);
     prefix::Saved saved;
     EXPECT_OK(first.pool->SavePrefixes(store_.get(), {}, {}, &saved));
-    auto rig = std::make_unique<StoreRig>(GetParam(), blocks);
+    auto rig = std::make_unique<PrefixRig>(GetParam(), blocks);
     EXPECT_OK(rig->pool->AttachStore(store_, 0));
     return rig;
   }
@@ -109,7 +109,7 @@ TEST_P(PrefixFetchTest, WhatIsReadBehindEvictedTokensIsDropped) {
 
 TEST_P(PrefixFetchTest, CloseCancelsWhatHasNotBegun) {
   auto rig = Stored();
-  StoreRig* const made = rig.get();
+  PrefixRig* const made = rig.get();
   io_->hold = true;
   const auto ticket = Fetch(made->pool.get(), Sevens(70));
   ASSERT_TRUE(store::testing::Soon([&] { return io_->waiting > 0; }));
@@ -215,7 +215,7 @@ TEST_P(PrefixFetchTest, ThreadsMeet) {
 }
 
 TEST_P(PrefixFetchTest, AStoreNeedsAPoolOfItsProcessOnCpu) {
-  StoreRig rig(GetParam());
+  PrefixRig rig(GetParam());
   store_->Close();
   EXPECT_EQ(rig.pool->AttachStore(store_, 0).reason(), Reason::kClosed);
   std::int64_t stored = -1;

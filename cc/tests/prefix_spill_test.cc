@@ -17,20 +17,20 @@ using store::testing::Soon;
 using store::testing::TemporaryFolder;
 using Ids = std::vector<std::int32_t>;
 
-// `blocks` whole blocks and a token more, of a token of their own.
+// `blocks` whole blocks of one token id, and one token more.
 Ids Text(std::int32_t token, std::int64_t blocks) { return Ids(static_cast<std::size_t>(16 * blocks + 1), token); }
 
 class PrefixSpillTest : public ::testing::TestWithParam<Layout> {
  protected:
-  std::unique_ptr<StoreRig> Open(std::int64_t blocks, double write_ahead, store::StoreOptions options = {}) {
+  std::unique_ptr<PrefixRig> Open(std::int64_t blocks, double write_ahead, store::StoreOptions options = {}) {
     options.io = io_;
     store_ = OpenShared(folder_, options);
-    auto rig = std::make_unique<StoreRig>(GetParam(), blocks);
+    auto rig = std::make_unique<PrefixRig>(GetParam(), blocks);
     EXPECT_OK(rig->pool->AttachStore(store_, write_ahead));
     return rig;
   }
   // A released sequence, and the number of its tokens that were found.
-  static std::int64_t Run(StoreRig* rig, const Ids& ids) {
+  static std::int64_t Run(PrefixRig* rig, const Ids& ids) {
     const Claim claim = rig->program->AcquirePrefix(ids);
     EXPECT_OK(claim.status);
     if (!claim.status.ok()) return -1;
@@ -46,12 +46,12 @@ class PrefixSpillTest : public ::testing::TestWithParam<Layout> {
     rig->program->Release(slot);
     return found;
   }
-  std::int64_t Stored(StoreRig* rig, const Ids& ids) const {
+  std::int64_t Stored(PrefixRig* rig, const Ids& ids) const {
     std::int64_t stored = -1;
     EXPECT_OK(rig->pool->StoredPrefix("", ids, &stored));
     return stored / 16;
   }
-  prefix::SpillNumbers Spills(StoreRig* rig) const { return rig->pool->StoreNumbers().spills; }
+  prefix::SpillNumbers Spills(PrefixRig* rig) const { return rig->pool->StoreNumbers().spills; }
 
   const TemporaryFolder folder_;
   const std::shared_ptr<HeldIo> io_ = std::make_shared<HeldIo>();

@@ -15,8 +15,8 @@ namespace {
 
 using store::testing::TemporaryFolder;
 
-struct Rig : StoreRig {
-  using StoreRig::StoreRig;
+struct Rig : PrefixRig {
+  using PrefixRig::PrefixRig;
 
   prefix::Saved Save(store::BlockStore* store) {
     prefix::Saved saved;

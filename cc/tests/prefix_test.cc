@@ -12,25 +12,15 @@
 #include "tests/faulty_vmm.h"
 #include "tests/host_verbs.h"
 #include "tests/pool_util.h"
+#include "tests/prefix_util.h"
 #include "tests/sharing_util.h"
 
 namespace kvpage::testing {
 namespace {
 
-// Ids that WriteStamped commits: all the same, so any two sequences begin alike.
-std::vector<std::int32_t> Sevens(std::int64_t count, std::int32_t last = 7) {
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(count), 7);
-  if (!ids.empty()) ids.back() = last;
-  return ids;
-}
-
 // A released sequence of 40 tokens, in blocks of 16.
-struct Fixture {
-  explicit Fixture(Layout layout, std::int64_t blocks = 24) : geometry(SmallGeometry(layout)) {
-    auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry));
-    vmm = faulty.get();
-    pool = MakePool(geometry, blocks * geometry.num_ranges(), {}, std::move(faulty));
-    program = std::make_unique<Program>(pool.get());
+struct Fixture : PrefixRig {
+  explicit Fixture(Layout layout, std::int64_t blocks = 24) : PrefixRig(layout, blocks) {
     const Claim claim = program->AcquirePrefix(Sevens(40));
     EXPECT_EQ(claim.tokens[0], 0);
     parked = claim.slots[0];
@@ -42,10 +32,6 @@ struct Fixture {
            CountStamped(pool.get(), claim.slots[0], 0, tokens, 1) == tokens;
   }
 
-  const Geometry geometry;
-  FaultyVmm* vmm = nullptr;
-  std::shared_ptr<Pool> pool;
-  std::unique_ptr<Program> program;
   std::int32_t parked = -1;
 };
 

@@ -49,7 +49,7 @@ class SwapStoreTest : public ::testing::Test {
     shape_ = SmallShape(300000);  // pieces of 3 blocks
     blocks_ = MakeBlocks({shape_, "", ""}, MakeTokens(10, 1), 0, 10);
   }
-  // Writes the blocks; `copied`: after so many the rest is not wanted.
+  // Writes the blocks. The copies are stopped after `copied` blocks.
   std::pair<Status, FilePtr> Write(BlockStore* store, std::int64_t copied = 10) {
     const auto result = std::make_shared<Awaited<std::pair<Status, FilePtr>>>();
     SwapWrite write;
@@ -93,6 +93,7 @@ TEST_F(SwapStoreTest, WhatWasWrittenComesBack) {
     EXPECT_EQ(store->Numbers().bytes, 0);
     EXPECT_EQ(Read(store.get(), file), 10);
     EXPECT_EQ(Read(store.get(), file), 10);
+    EXPECT_GT(store->Numbers().read_bytes_per_second, 0);
     file.reset();
     EXPECT_EQ(store->Numbers().bytes_swapped, 0);
   }

@@ -41,7 +41,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     const std::int64_t at = sequences_before + SumBefore(mine, &all);
     const auto at_decode = static_cast<std::int32_t>(at), at_prefill = static_cast<std::int32_t>(at >> 32);
     sequences_before += all;
-    // Each number is written as soon as it is known, because few registers are left for them.
+    // Numbers are stored one by one, as they are computed: kept until the end, they would spill.
     if (is_decode) {
       plan.decode_sequences[at_decode] = s;
       plan.prefix_spans[at_decode] = 0;

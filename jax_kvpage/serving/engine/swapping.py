@@ -19,7 +19,7 @@ from jax_kvpage.tickets import Ticket
 
 __all__ = ["Pace", "PoolSwap"]
 
-_STORE_BYTES_PER_SECOND = 5e8  # until a read was measured
+_STORE_BYTES_PER_SECOND = 5e8  # until the store has measured its reads
 _NEWEST = 0.3  # weight of the newest measurement
 _PATIENCE = 8  # times that a read finds no blocks, until the sequence is computed again
 
@@ -45,15 +45,14 @@ class Pace:
         now = time.monotonic()
         seconds, self._last = now - max(launched, self._last), now
         if num_prompt_tokens and seconds > 0:
-            self.tokens_per_second = _average(self.tokens_per_second, num_prompt_tokens / seconds)
+            measured, before = num_prompt_tokens / seconds, self.tokens_per_second
+            self.tokens_per_second = before + _NEWEST * (measured - before) if before else measured
 
 
 @dataclasses.dataclass(slots=True)
 class _Entry:
     swapped: Swapped
     ticket: Ticket | None = None
-    begun: float = 0.0
-    from_disk: bool = False
     refusals: int = 0
 
 
@@ -88,7 +87,6 @@ class PoolSwap:
         self._pace = pace
         self._block_tokens = spec.block_tokens
         self._token_bytes = spec.token_bytes
-        self._bytes_per_second = _STORE_BYTES_PER_SECOND
         self._held: dict[SequenceGroup, _Entry] = {}
         self._tokens_of = tokens_of
         self._prefixes: dict[SequenceGroup, _Prefix] = {}  # of groups that were looked for
@@ -126,10 +124,11 @@ class PoolSwap:
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
         """See `SwapSpace`. Before any prompt was computed nothing is worth swapping."""
-        seconds = 2 * self._token_bytes / self._bytes_per_second  # for a token: written, then read
         pace = self._pace.tokens_per_second
         if not pace:
             return num_tokens
+        speed = self._pool.spill_stats().read_bytes_per_second or _STORE_BYTES_PER_SECOND
+        seconds = 2 * self._token_bytes / speed  # for a token: written, then read
         return np.ceil(num_tokens * seconds * pace).astype(np.int64)
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
@@ -148,7 +147,6 @@ class PoolSwap:
             return self._fetch_prefix(group)
         try:
             if entry.ticket is None:
-                entry.from_disk, entry.begun = entry.swapped.on_disk, time.monotonic()
                 entry.ticket = self._pool.prefetch(entry.swapped)
         except OutOfBlocks:
             entry.refusals += 1
@@ -164,11 +162,6 @@ class PoolSwap:
         if entry.ticket.error is not None:
             self.forget(group)
             return "lost"
-        if entry.from_disk:
-            seconds = max(time.monotonic() - entry.begun, 1e-6)
-            speed = entry.swapped.tokens * self._token_bytes / seconds
-            self._bytes_per_second = _average(self._bytes_per_second, speed)
-            entry.from_disk = False
         return "here"
 
     def give_up(self) -> bool:
@@ -207,7 +200,3 @@ class PoolSwap:
             return "coming"
         prefix.num_tokens, prefix.ticket = 0, None
         return "lost"
-
-
-def _average(before: float, measured: float) -> float:
-    return before + _NEWEST * (measured - before) if before else measured
