@@ -131,7 +131,7 @@ class NativePool:
             *(place.backend, place.ordinal),
         )
 
-    def check_alone(self, call: str) -> None:
+    def refuse_mesh(self, call: str) -> None:
         """Raises a ValueError for calls that a pool over a mesh does not have so far."""
         if self.sharding is not None:
             raise ValueError(f"{call}: not on a pool over a mesh so far, which has a pool a device")

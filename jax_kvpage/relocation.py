@@ -75,7 +75,7 @@ class RelocationCalls:
             KVPageError: a system call failed otherwise, or the pool lives on a GPU.
             PoolClosed: the pool is closed.
         """
-        self._native.check_alone("relocate")
+        self._native.refuse_mesh("relocate")
         most = bytes_of("relocate: max_bytes", max_bytes)
         numbers = [] if slots is None else host_ints("relocate: slots", slots)[0]
         huge = as_bool("relocate: huge_pages", huge_pages)

@@ -140,7 +140,7 @@ class ReuseCalls:
                 written, or a slot with more committed tokens than it has. On CUDA it is a recorded
                 fault.
         """
-        self._native.check_alone("reuse_segment")
+        self._native.refuse_mesh("reuse_segment")
         self._queue.check_cache("reuse_segment", cache)
         named = {"slot": slot, "source": source, "begin": begin, "count": count}
         lists = {name: host_ints(f"reuse_segment: {name}", x)[0] for name, x in named.items()}

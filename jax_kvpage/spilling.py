@@ -70,7 +70,7 @@ class SpillingCalls(SwappingCalls):
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool is closed.
         """
-        self._native.check_alone("stored_prefix")
+        self._native.refuse_mesh("stored_prefix")
         ids = one_sequence("stored_prefix", token_ids)
         space = namespace_key("stored_prefix", namespace)
         return self._native.call(self._pool.stored_prefix, space, ids)
@@ -110,7 +110,7 @@ class SpillingCalls(SwappingCalls):
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or its store is closed.
         """
-        self._native.check_alone("prefetch")
+        self._native.refuse_mesh("prefetch")
         if isinstance(token_ids, Swapped):
             if namespace is not None or prefill_tokens_per_second is not None:
                 raise ValueError("prefetch: a swapped sequence is given alone")
@@ -132,7 +132,7 @@ class SpillingCalls(SwappingCalls):
         Raises:
             PoolClosed: the pool is closed.
         """
-        self._native.check_alone("spill_stats")
+        self._native.refuse_mesh("spill_stats")
         numbers = self._native.call(self._pool.tier_numbers)
         return SpillStats(
             numbers.queries,

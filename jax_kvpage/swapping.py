@@ -81,7 +81,7 @@ class SwappingCalls:
             KVPageError: the slot is not occupied, or has dropped its beginning (`drop_before`).
             PoolClosed: the pool or its store is closed.
         """
-        self._native.check_alone("swap_out")
+        self._native.refuse_mesh("swap_out")
         self._queue.check_cache("swap_out", cache)
         slot = host_int("swap_out: slot", slot)
         if self.store is None:
