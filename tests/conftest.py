@@ -193,3 +193,18 @@ def make_pool() -> Iterator[Callable[..., Any]]:
     gc.collect()  # views that a test dropped must not keep their pool's close waiting
     for pool in pools:
         pool.close()
+
+
+@pytest.fixture(params=["fused", "per_layer"])
+def layout(request: pytest.FixtureRequest) -> str:
+    """Of a pool: the test runs with each."""
+    return request.param
+
+
+@pytest.fixture
+def store(tmp_path: pathlib.Path) -> Iterator[Any]:
+    """An open `BlockStore` in the test's directory."""
+    import jax_kvpage as kvp
+
+    with kvp.BlockStore(tmp_path) as opened:
+        yield opened

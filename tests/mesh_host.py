@@ -233,7 +233,7 @@ def failed_programs() -> None:
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
         pool.check(cache)
-        # The second device has had a call of its own: its part of the next step is stale.
+        # A call on the second device alone makes its part of the next step stale.
         assert pool.sharding is not None
         own = jax.tree.map(lambda x: x.addressable_shards[1].data, cache)
         own = kvp.KVCache(own.handle, own.epoch, own.lengths, pool.sharding.local)

@@ -107,6 +107,10 @@ def contents(ids: Sequence[int], begin: int = 0) -> NDArray[np.float32]:
     return np.stack(rows, axis=2) if rows else empty
 
 
+def text(n: int, seed: int = 0) -> list[int]:
+    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
+
+
 class PrefixRig:
     """A pool and its newest cache.
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 
 import jax.numpy as jnp
-import numpy as np
 from prefix_rig import LAYERS, PrefixRig, spec_of
 
 import jax_kvpage as kvp
 from jax_kvpage.tickets import Ticket
-
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
 
 
 def rig_of(make_pool, store, layout: str = "fused", dtype=jnp.float32, blocks: int = 64, **options):
@@ -19,10 +16,6 @@ def rig_of(make_pool, store, layout: str = "fused", dtype=jnp.float32, blocks: i
     spec = spec_of(layout, dtype).resolve("cpu")
     ranges = 1 if layout == "fused" else 2 * LAYERS
     return PrefixRig(make_pool(spec, spec.block_bytes * blocks * ranges, store=store, **options))
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
 
 
 def saved(rig: PrefixRig, ids: list[int], namespace: str | None = None) -> None:
@@ -45,7 +38,7 @@ def add_up(pool: kvp.KVPool) -> bool:
 
 
 def spilled(pool: kvp.KVPool, tokens: int) -> None:
-    """Waits until the pool has written so many tokens ahead."""
+    """Waits until the pool has written this many tokens ahead."""
     deadline = time.monotonic() + 60
     while pool.spill_stats().tokens_written < tokens:
         assert time.monotonic() < deadline, pool.spill_stats()

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from prefix_rig import LAYERS, PrefixRig, spec_of
+from store_rig import soon
 
 import jax_kvpage as kvp
-
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether something comes true within some seconds."""
-    end = time.monotonic() + 60
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def swap_files() -> Iterator[str]:

@@ -43,11 +43,6 @@ _TEXT = (
 _SAMPLING = Sampling(temperature=0.9, top_p=0.95, seed=11, num_samples=_SAMPLES)
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @functools.cache
 def _config() -> LlamaConfig:
     return load_config(BUNDLED)

@@ -17,11 +17,6 @@ _BLOCK, _WINDOW = 16, 20
 _WINDOWED = Variant(sliding_window=_WINDOW)
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
     """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""

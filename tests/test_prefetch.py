@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-import threading
 
 import pytest
-from prefix_rig import BLOCK, PrefixRig, spec_of
-from spill_rig import DTYPES, add_up, fetched, rig_of, saved, text
+from prefix_rig import BLOCK, PrefixRig, spec_of, text
+from spill_rig import add_up, fetched, rig_of, saved
+from store_rig import DTYPES, meanwhile
 from subprocesses import run_python
 
 import jax_kvpage as kvp
-
-
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def store(tmp_path: pathlib.Path):
-    with kvp.BlockStore(tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +89,7 @@ def test_another_process_finds_what_is_stored(make_pool, tmp_path, layout: str) 
         import sys
         import jax_kvpage as kvp
         from prefix_rig import PrefixRig, spec_of
-        from spill_rig import text
+        from prefix_rig import text
 
         with kvp.BlockStore(sys.argv[1], fingerprint="m1") as store:
             with kvp.KVPool(spec_of(sys.argv[2]), capacity="64MiB", store=store) as pool:
@@ -252,20 +241,12 @@ def test_reads_meet_requests(make_pool, store) -> None:
     texts = [text(40 + 16 * (i % 3), i) for i in range(6)]
     for ids in texts:
         saved(rig, ids)
-    failures: list[BaseException] = []
-    ended = threading.Event()
 
     def fetch() -> None:
-        try:
-            while not ended.is_set():
-                for ids in texts:
-                    rig.pool.prefetch(ids).wait(0.001)
-        except BaseException as error:
-            failures.append(error)
+        for ids in texts:
+            rig.pool.prefetch(ids).wait(0.001)
 
-    thread = threading.Thread(target=fetch)
-    thread.start()
-    try:
+    with meanwhile(fetch):
         for i in range(80):
             slot, _ = rig.acquire(texts[i % 6])
             rig.write(slot, text(9, i))
@@ -274,10 +255,6 @@ def test_reads_meet_requests(make_pool, store) -> None:
             assert add_up(rig.pool)
             if i % 7 == 0:
                 rig.pool.evict()
-    finally:
-        ended.set()
-        thread.join()
-    assert not failures
     assert rig.pool.spill_stats().store_hits > 0
 
 

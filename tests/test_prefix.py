@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from prefix_rig import BLOCK, DIM, HEADS, LAYERS, PrefixRig, spec_of
+from prefix_rig import BLOCK, DIM, HEADS, LAYERS, PrefixRig, spec_of, text
 
 import jax_kvpage as kvp
 
@@ -18,18 +17,9 @@ def rig_of(make_pool, spec: kvp.CacheSpec, blocks: int, **options: object) -> Pr
     return PrefixRig(pool)
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def rig(make_pool, layout: str) -> PrefixRig:
     return rig_of(make_pool, spec_of(layout), 64)
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])

@@ -21,11 +21,6 @@ _FREQUENCIES = (1e4 ** (-np.arange(_DIM // 2) / (_DIM // 2))).astype(np.float32)
 _DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def _reuse(rig: Rig, *copy: Any, inv_freq: Any = _FREQUENCIES, **options: Any) -> None:
     rig.cache = rig.pool.reuse_segment(rig.cache, *copy, inv_freq=inv_freq, **options)
 

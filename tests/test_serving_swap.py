@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,12 +30,6 @@ def alone() -> list[list[list[int]]]:
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Swapping costs nothing, however slow the disk."""
     monkeypatch.setattr(PoolSwap, "cost", lambda self, tokens: np.zeros_like(tokens))
-
-
-@pytest.fixture
-def store(tmp_path: pathlib.Path) -> Iterator[kvp.BlockStore]:
-    with kvp.BlockStore(tmp_path / "store") as made:
-        yield made
 
 
 def _pool(store: kvp.BlockStore, layout: str = "fused", blocks: int = 14) -> kvp.KVPool:

@@ -97,11 +97,6 @@ class _Sequences:
             begin += n
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", list(_SHARED))
 def test_a_batch_of_two_families_and_others(make_pool, layout: str, dtype: str) -> None:
     """Ragged tails, two tokens at once, a prefill and strangers; with a window too."""

@@ -11,16 +11,12 @@ import time
 
 import numpy as np
 import pytest
-from prefix_rig import HEADS, LAYERS, PrefixRig, contents, spec_of
+from prefix_rig import HEADS, LAYERS, PrefixRig, contents, spec_of, text
 from safetensors import safe_open
 
 import jax_kvpage as kvp
 from jax_kvpage import _store_command
 from jax_kvpage import store as kv_store
-
-
-def text(n: int, seed: int = 0) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
 
 
 @pytest.fixture

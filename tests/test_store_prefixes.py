@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import pathlib
-import threading
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from prefix_rig import BLOCK, LAYERS, PrefixRig, Replay, contents, spec_of
+from prefix_rig import BLOCK, LAYERS, PrefixRig, Replay, spec_of, text
+from store_rig import DTYPES, decode, meanwhile
 from subprocesses import run_python
 
 import jax_kvpage as kvp
-
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn]
-
-
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def rig_of(make_pool, layout: str, dtype=jnp.float32, blocks: int = 64, **changes) -> PrefixRig:
@@ -30,10 +21,6 @@ def rig_of(make_pool, layout: str, dtype=jnp.float32, blocks: int = 64, **change
     return PrefixRig(make_pool(resolved, resolved.block_bytes * blocks * ranges))
 
 
-def text(n: int, seed: int = 0) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(0, 32000, n)]
-
-
 def save(rig: PrefixRig, path: pathlib.Path, *args, **options) -> kvp.saving.SavedPrefixes:
     rig.pool.check(rig.cache)
     return rig.pool.save_prefixes(path, *args, **options)
@@ -41,25 +28,6 @@ def save(rig: PrefixRig, path: pathlib.Path, *args, **options) -> kvp.saving.Sav
 
 def files(path: pathlib.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
-
-
-def decode(rig: PrefixRig, slot: int, token: int) -> NDArray[np.uint32]:
-    """A step of decode over everything in the slot; the bits of what attention returns."""
-    ids = rig.ids[slot]
-    rows = jnp.asarray(contents([*ids, token], len(ids)), rig.input_dtype)
-    q = jax.random.normal(jax.random.key(len(ids)), (LAYERS, 1, 4, rows.shape[-1]), rows.dtype)
-    batch = kvp.Batch(jnp.asarray([slot]), jnp.asarray([0, 1]))
-    rig.pool.extend(slot, len(ids) + 1)
-    outs, cache = [], rig.cache
-    for layer in range(LAYERS):
-        out, cache = kvp.update_and_attend(
-            q[layer], rows[0, layer], rows[1, layer], cache, batch, layer=layer
-        )
-        outs.append(out.astype(jnp.float32))
-    rig.cache = kvp.advance(cache, batch)
-    rig.pool.commit(slot, [token])
-    rig.ids[slot] = [*ids, token]
-    return np.asarray(jnp.stack(outs)).view(np.uint32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +78,7 @@ def test_another_process_finds_what_was_saved(make_pool, tmp_path: pathlib.Path,
     import sys
     import jax_kvpage as kvp
     from prefix_rig import PrefixRig, spec_of
-    from test_store_prefixes import text
+    from prefix_rig import text
 
     with kvp.KVPool(spec_of(sys.argv[2]), capacity="64MiB") as pool:
         assert pool.load_prefixes(sys.argv[1], fingerprint="m2") == (0, 0, 0, 0)
@@ -233,20 +201,12 @@ def test_a_pool_in_use_is_saved_and_loaded(make_pool, tmp_path: pathlib.Path) ->
     """Saves and loads meet requests that adopt, evict and write the same sequences."""
     rig = rig_of(make_pool, "fused", blocks=24)
     texts = [text(40 + 16 * (i % 3), i % 5) for i in range(10)]
-    failures: list[BaseException] = []
-    ended = threading.Event()
 
     def move() -> None:
-        try:
-            while not ended.is_set():
-                rig.pool.save_prefixes(tmp_path)
-                rig.pool.load_prefixes(tmp_path)
-        except BaseException as error:
-            failures.append(error)
+        rig.pool.save_prefixes(tmp_path)
+        rig.pool.load_prefixes(tmp_path)
 
-    thread = threading.Thread(target=move)
-    thread.start()
-    try:
+    with meanwhile(move):
         for i in range(60):
             slot, _ = rig.acquire(texts[i % 10])
             rig.write(slot, text(9, i))
@@ -254,10 +214,6 @@ def test_a_pool_in_use_is_saved_and_loaded(make_pool, tmp_path: pathlib.Path) ->
             rig.release(slot)
             if i % 7 == 0:
                 rig.pool.evict()
-    finally:
-        ended.set()
-        thread.join()
-    assert not failures
     second = rig_of(make_pool, "fused")
     assert second.pool.load_prefixes(tmp_path).lost == 0
     for ids in texts:

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import gc
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 from harness import busy
-from prefix_rig import BLOCK, LAYERS
-from swap_rig import DTYPES, SwapRig, swap_files, swap_rig, text
-from test_store_prefixes import decode
+from prefix_rig import BLOCK, text
+from store_rig import DTYPES, decode
+from swap_rig import swap_files, swap_rig
 
 import jax_kvpage as kvp
-
-
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def store(tmp_path: pathlib.Path) -> Iterator[kvp.BlockStore]:
-    with kvp.BlockStore(tmp_path / "store") as opened:
-        yield opened
-
-
-def ranges_of(rig: SwapRig) -> int:
-    return 1 if rig.pool.spec.layout == "fused" else 2 * LAYERS
 
 
 @pytest.mark.covering(1)
@@ -43,9 +27,9 @@ def test_decoding_goes_on_bit_for_bit(store, make_pool, layout: str, dtype) -> N
     swapped = rig.swap_out(slot)
     assert (swapped.tokens, swapped.closed) == (100, False)
     stats = rig.audit()
-    assert stats.blocks_free == stats.blocks_total == free + 7 * ranges_of(rig)
+    assert stats.blocks_free == stats.blocks_total == free + 7 * rig.pool.spec.num_ranges
     assert (stats.sequences_swapped, stats.swapped_out, stats.blocks_swapped) == (1, 1, 0)
-    size = 7 * ranges_of(rig) * stats.block_bytes
+    size = 7 * rig.pool.spec.num_ranges * stats.block_bytes
     assert (stats.bytes_swapped_out, store.stats().bytes_swapped) == (size, size)
     other = rig.begin(text(300, 1))  # memory and slot are another's meanwhile
 
@@ -85,7 +69,7 @@ def test_shared_blocks_stay(store, make_pool, layout: str) -> None:
     rig.write(child, text(10, 2))
     out = rig.swap_out(parent)
     stats = rig.audit()
-    ranges = ranges_of(rig)
+    ranges = rig.pool.spec.num_ranges
     assert stats.bytes_swapped_out == (5 - 2) * ranges * stats.block_bytes
     assert stats.blocks_swapped == 2 * ranges
     also = rig.swap_out(child)  # what only swapped sequences share stays too, and is not written
@@ -114,7 +98,7 @@ def test_a_sequence_is_given_up(store, make_pool, layout: str) -> None:
         child = rig.fork(parent)
         rig.write(child, text(50, 2))
         swapped = rig.swap_out(child)
-        assert rig.audit().blocks_shared == 2 * ranges_of(rig)
+        assert rig.audit().blocks_shared == 2 * rig.pool.spec.num_ranges
         assert len(list(swap_files())) == 1
         rig.away.clear()
         if give_up is not None:
@@ -176,7 +160,7 @@ def test_blocks_drain_until_they_are_written(store, make_pool) -> None:
     swapped = rig.swap_out(first, to_disk=False)
     with pytest.raises(kvp.OutOfBlocks) as caught:
         rig.pool.acquire(rig.cache, 100)
-    assert caught.value.draining == 7 * ranges_of(rig)
+    assert caught.value.draining == 7 * rig.pool.spec.num_ranges
     slot, rig.cache = rig.pool.acquire(rig.cache, 100, wait=True)
     assert swapped.on_disk
     with pytest.raises(kvp.OutOfBlocks):

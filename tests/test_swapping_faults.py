@@ -7,32 +7,17 @@ import os
 import pathlib
 import threading
 import warnings
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import busy
-from prefix_rig import LAYERS
-from swap_rig import SwapRig, soon, swap_files, swap_rig, text
+from prefix_rig import text
+from store_rig import soon
+from swap_rig import SwapRig, swap_files, swap_rig
 
 import jax_kvpage as kvp
-
-
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def store(tmp_path: pathlib.Path) -> Iterator[kvp.BlockStore]:
-    with kvp.BlockStore(tmp_path / "store") as opened:
-        yield opened
-
-
-def ranges_of(rig: SwapRig) -> int:
-    return 1 if rig.pool.spec.layout == "fused" else 2 * LAYERS
 
 
 def test_a_failed_program_and_a_new_generation(store, make_pool) -> None:
@@ -78,7 +63,7 @@ def test_the_disk_is_full(tmp_path: pathlib.Path, make_pool, layout: str) -> Non
         assert soon(lambda: store.stats().failed_writes == 1)
         assert "do not fit in a store of 4096" in store.stats().last_error
         assert soon(lambda: rig.audit().blocks_draining == 0)
-        assert rig.audit().blocks_mapped == 7 * ranges_of(rig)
+        assert rig.audit().blocks_mapped == 7 * rig.pool.spec.num_ranges
         ticket = rig.pool.prefetch(swapped)
         assert (ticket.ready, ticket.tokens) == (True, 100)
         rig.swap_in(swapped, wait=False)
@@ -93,7 +78,7 @@ def test_damaged_files(store, make_pool, layout: str) -> None:
     rig.write(child, text(100, 2))
     swapped = rig.swap_out(child)
     (path,) = swap_files()
-    offset = 3 * ranges_of(rig) * rig.pool.spec.block_bytes + 5
+    offset = 3 * rig.pool.spec.num_ranges * rig.pool.spec.block_bytes + 5
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)
@@ -107,7 +92,7 @@ def test_damaged_files(store, make_pool, layout: str) -> None:
     assert repr(ticket).startswith("<Ticket 80 tokens, what was written")
     assert store.stats().missed == {"damaged": 1}
     stats = rig.audit()
-    assert stats.blocks_swapped == 5 * ranges_of(rig)
+    assert stats.blocks_swapped == 5 * rig.pool.spec.num_ranges
     slot, rig.cache = rig.pool.swap_in(rig.cache, swapped, recover=True)
     rig.ids[slot] = rig.away.pop(swapped)[:80]
     assert rig.audit().blocks_swapped == 0

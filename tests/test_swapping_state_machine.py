@@ -11,8 +11,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from prefix_rig import LAYERS, spec_of
-from swap_rig import SwapRig, soon, swap_files, text
+from prefix_rig import LAYERS, spec_of, text
+from store_rig import soon
+from swap_rig import SwapRig, swap_files
 
 import jax_kvpage as kvp
 

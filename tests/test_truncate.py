@@ -11,11 +11,6 @@ from sharing_rig import check, filled, fork, grow, pool_of, spec_of, truncate
 import jax_kvpage as kvp
 
 
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
     """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""

@@ -7,23 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from prefix_rig import BLOCK
-from spill_rig import DTYPES, fetched, rig_of, spilled, text
+from prefix_rig import BLOCK, text
+from spill_rig import fetched, rig_of, spilled
+from store_rig import DTYPES
 from subprocesses import start_python
 
 import jax_kvpage as kvp
 from jax_kvpage.store import list_files
-
-
-@pytest.fixture(params=["fused", "per_layer"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def store(tmp_path: pathlib.Path):
-    with kvp.BlockStore(tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,7 +94,8 @@ def test_killed_writers_leave_what_can_be_read(
     import sys
     import jax_kvpage as kvp
     from prefix_rig import PrefixRig, spec_of
-    from spill_rig import fetched, text
+    from spill_rig import fetched
+    from prefix_rig import text
 
     store = kvp.BlockStore(sys.argv[1])
     spec = spec_of("fused").resolve("cpu")
