@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import script
+from sharing import attention_step
 
 import jax_kvpage as kvp
 
@@ -35,17 +36,6 @@ def _fill(cache: kvp.KVCache, k: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
     for layer in range(cache.spec.num_layers):
         cache = kvp.append_kv(cache, k, k, batch, layer=layer)
     return kvp.advance(cache, batch)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _step(
-    cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch
-) -> tuple[kvp.KVCache, jax.Array]:
-    """The attention of a decode step; each layer waits for the one before."""
-    for layer in range(cache.spec.num_layers):
-        out, cache = kvp.update_and_attend(q, k, k, cache, batch, layer=layer)
-        q = q + 0.001 * out
-    return kvp.advance(cache, batch), q
 
 
 def _ids(sequence: int, count: int) -> list[int]:
@@ -92,7 +82,7 @@ def _aliases(pool: kvp.KVPool, cache: kvp.KVCache, rounds: int) -> tuple[Any, kv
         pool.extend(fork, _TOKENS + 2)
         for _ in range(2):
             begin = time.process_time()
-            cache, _ = jax.block_until_ready(_step(cache, q, k, kvp.Batch.decode([fork])))
+            cache, _ = jax.block_until_ready(attention_step(cache, q, k, kvp.Batch.decode([fork])))
             seconds.append(time.process_time() - begin)
         times.append(seconds)
         cache = pool.release(cache, fork)

@@ -31,7 +31,7 @@ import script
 
 import jax_kvpage as kvp
 
-__all__ = ["measure"]
+__all__ = ["attention_step", "measure"]
 
 _BLOCK, _KV_HEADS, _DIM = 16, 8, 128
 _BEAMS = 4
@@ -172,7 +172,7 @@ def _aliases(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _step(
+def attention_step(
     cache: kvp.KVCache, q: jax.Array, k: jax.Array, batch: kvp.Batch
 ) -> tuple[kvp.KVCache, jax.Array]:
     """The attention of a decode step; each layer waits for the one before."""
@@ -203,7 +203,7 @@ def _first_steps(calls: ctypes.CDLL, rounds: int) -> list[dict[str, Any]]:
                 marks.append(time.perf_counter())
                 batch = kvp.Batch.from_lengths(slots, [1] * forks)
                 for _ in range(2):
-                    cache, _ = jax.block_until_ready(_step(cache, q, k, batch))
+                    cache, _ = jax.block_until_ready(attention_step(cache, q, k, batch))
                     marks.append(time.perf_counter())
                 times.append([end - begin for begin, end in itertools.pairwise(marks)])
                 cache = jax.block_until_ready(pool.release(cache, slots))

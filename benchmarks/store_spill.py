@@ -64,7 +64,7 @@ class _Requests:
         self.append = jax.jit(append)
 
     def run(self, ids: np.ndarray) -> int:
-        """Computes what is not cached; returns how many tokens are."""
+        """Computes the tokens that are not cached, and returns how many were."""
         slot, cached, self.cache = self.pool.acquire_prefix(self.cache, ids)
         for begin in range(cached, len(ids), self.step):
             count = min(self.step, len(ids) - begin)

@@ -20,6 +20,7 @@ from jax_kvpage.serving import Step
 from .config import LlamaConfig
 from .model import Llama
 from .prompts import InputError
+from .serving import model_step
 
 __all__ = ["AXIS", "make_mesh", "pool_bytes", "sharded_step"]
 
@@ -78,23 +79,14 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
             (layer.mlp.gate_up_proj, _gate_up(model.config)),
         ):
             projection.parts = tuple(max(heads // size, 1) * rows for heads, rows in parts)
-    graph, state = nnx.split(model)
-    named, tree = jax.tree_util.tree_flatten_with_path(state)
+    on_shard, _ = model_step(model, implementation)
+    named, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model))
     weights, specs = [], []
     for path, leaf in named:
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
         value, spec = _spread(model.config, names, leaf, size)
         weights.append(jax.device_put(value, NamedSharding(mesh, spec)))
         specs.append(spec)
-
-    def on_shard(
-        weights: list[jax.Array],
-        cache: jax_kvpage.KVCache,
-        tokens: jax.Array,
-        batch: jax_kvpage.Batch,
-    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
-        merged = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-        return merged(tokens, cache, batch, rows=batch.last_rows, implementation=implementation)
 
     step = jax.shard_map(
         on_shard, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(P(), P(AXIS))
