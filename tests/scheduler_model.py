@@ -105,7 +105,7 @@ class PlainSwap:
         here = self.random.random() < 0.8
         (self.back if here else self.lost).append(group)
         self.forget(group)
-        return "here" if here else "lost"
+        return "here" if here else "gone"
 
     def give_up(self) -> bool:
         had = bool(self.held)

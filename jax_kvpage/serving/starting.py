@@ -63,11 +63,11 @@ class Starter:
             key = group.request.prefix_key
             full = len(group.live) > self._rows.num_free - running.num_unforked
             full = full or group.request.slots > step.slots
-            swapped = self._swap is not None and self._swap.holds(group)
-            waits = self._find_prefix is not None and not swapped and running.computes(key)
+            held = self._swap is not None and self._swap.holds(group)
+            waits = self._find_prefix is not None and not held and running.computes(key)
             if full and not waits:
                 break
-            cached, spared = self._find(group, swapped)
+            cached, spared = self._find(group, held)
             if waits and cached < running.prefix_to_cache(group):
                 queue.hold(key)
                 continue
@@ -82,11 +82,11 @@ class Starter:
                     continue
             elif blocks > step.free or not self._admission.admits(load, group, blocks):
                 break
-            if swapped and self._swap is not None:
+            if held and self._swap is not None:
                 fetched = self._swap.fetch(group)
                 if fetched == "coming":
                     break
-                if fetched == "lost":
+                if fetched == "gone":
                     continue
             queue.pop()
             self._stats.restarts(group, cached)
@@ -95,10 +95,10 @@ class Starter:
             step.admissions.append(running.start(group, cached))
             step.run(self._rows, group.live[0])
 
-    def _find(self, group: SequenceGroup, swapped: bool) -> tuple[int, int]:
+    def _find(self, group: SequenceGroup, held: bool) -> tuple[int, int]:
         """Tokens that a group starts with, and how many of their blocks cost no free one."""
         found = (0, 0)
-        if swapped and self._swap is not None:
+        if held and self._swap is not None:
             found = self._swap.find(group)
         elif self._find_prefix is not None:
             found = self._find_prefix(group)

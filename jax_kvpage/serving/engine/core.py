@@ -22,13 +22,14 @@ from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
 from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
-from jax_kvpage.serving.engine.swapping import Pace, PoolSwap
+from jax_kvpage.serving.engine.swapping import store_below
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
 from jax_kvpage.serving.outputs import RequestOutput
@@ -71,7 +72,7 @@ class EngineCore:
         self._pace = Pace()
         self._ledger = Ledger(clock)
         tokens_of = self._ledger.tokens_of if config.prefix_caching else None
-        swap = None if pool.store is None else PoolSwap(pool, self._pace, tokens_of)
+        swap = store_below(pool, self._pace, tokens_of)
         self.scheduler = Scheduler(
             self._memory,
             max_num_seqs=rows,
@@ -95,9 +96,8 @@ class EngineCore:
         self._slots = Slots(pool, self._memory, rows, config.prefix_caching, swap)
         self._start()
         size = self._memory.block_tokens
-        self._intake = Intake(
-            config, self.scheduler, self._ledger, size, detokenize, clock, guidance
-        )
+        intake = Intake(config, self.scheduler, self._ledger, size, detokenize, clock, guidance)
+        self._intake = intake
         self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
         self._gave_up = False  # whether a plan was not carried out
         self.closed = False

@@ -12,9 +12,9 @@ import numpy as np
 from jax_kvpage.serving.engine.beams import Beams
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.runner import Runner
 from jax_kvpage.serving.engine.slots import Slots
-from jax_kvpage.serving.engine.swapping import Pace
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.scheduler import Scheduler
 

@@ -1,7 +1,7 @@
-"""The store below the pool: preempted sequences, and prefixes of requests that wait.
+"""The store below the pool, as the scheduler sees it.
 
-Both are read before their request starts, while others run, and only where that takes less time
-than to compute them, by the speeds that were measured.
+Preempted sequences and stored prompts are read before their requests start, while others run, and
+only where that takes less time than to compute them, by the speeds that were measured.
 """
 
 import dataclasses
@@ -12,41 +12,17 @@ import numpy as np
 
 from jax_kvpage.errors import KVPageError, OutOfBlocks
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.pace import Pace
+from jax_kvpage.serving.engine.stored_prompts import StoredPrompts
 from jax_kvpage.serving.request import SequenceGroup
 from jax_kvpage.serving.swap import Fetched
 from jax_kvpage.swapping import Swapped
 from jax_kvpage.tickets import Ticket
 
-__all__ = ["Pace", "PoolSwap"]
+__all__ = ["PoolSwap"]
 
 _STORE_BYTES_PER_SECOND = 5e8  # until the store has measured its reads
-_NEWEST = 0.3  # weight of the newest measurement
 _PATIENCE = 8  # times that a read finds no blocks, until the sequence is computed again
-
-
-class Pace:
-    """How fast prompts are computed.
-
-    Attributes:
-        tokens_per_second: of steps that computed parts of prompts; 0 before the first.
-    """
-
-    def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        self._last = 0.0
-
-    def read(self, num_prompt_tokens: int, launched: float) -> None:
-        """Hears that a step was read back.
-
-        Args:
-            num_prompt_tokens: tokens that it ran beside those that decode.
-            launched: when it was dispatched, in seconds of `time.monotonic`.
-        """
-        now = time.monotonic()
-        seconds, self._last = now - max(launched, self._last), now
-        if num_prompt_tokens and seconds > 0:
-            measured, before = num_prompt_tokens / seconds, self.tokens_per_second
-            self.tokens_per_second = before + _NEWEST * (measured - before) if before else measured
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,30 +32,20 @@ class _Entry:
     refusals: int = 0
 
 
-@dataclasses.dataclass(slots=True)
-class _Prefix:
-    num_preemptions: int  # of the group, when it was looked for
-    num_tokens: int  # stored; 0: no more than in memory, or read
-    ticket: Ticket | None = None
-
-
 class PoolSwap:
     """The `SwapSpace` of a pool with a store.
-
-    A request that is not swapped counts as such while the store has more of its tokens than memory
-    has. Once these are read it counts as lost: they are found in memory like any prefix.
 
     Args:
         pool: with a store.
         pace: of the engine.
-        tokens_of: ids and namespace of a group that waits; None: prefixes are not looked for.
+        prompts: of other requests; None: they are not looked for.
     """
 
     def __init__(
         self,
         pool: KVPool,
         pace: Pace,
-        tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None = None,
+        prompts: StoredPrompts | None = None,
     ) -> None:
         spec = pool.spec
         assert spec.block_tokens is not None
@@ -88,8 +54,7 @@ class PoolSwap:
         self._block_tokens = spec.block_tokens
         self._token_bytes = spec.token_bytes
         self._held: dict[SequenceGroup, _Entry] = {}
-        self._tokens_of = tokens_of
-        self._prefixes: dict[SequenceGroup, _Prefix] = {}  # of groups that were looked for
+        self._prompts = prompts
 
     def keep(self, group: SequenceGroup, swapped: Swapped) -> None:
         """Takes a sequence that was swapped out."""
@@ -102,17 +67,18 @@ class PoolSwap:
 
     def forget(self, group: SequenceGroup) -> None:
         """Gives up what is left of a group, if there is anything."""
-        self._prefixes.pop(group, None)
+        if self._prompts is not None:
+            self._prompts.forget(group)
         entry = self._held.pop(group, None)
         if entry is not None:
             entry.swapped.close()
 
     def wait(self) -> None:
         """Waits a little for the store: nothing else can go on."""
-        reads = [entry.ticket for entry in self._held.values()]
-        reads += [prefix.ticket for prefix in self._prefixes.values()]
+        reads = [entry.ticket for entry in self._held.values() if entry.ticket is not None]
+        reads += [] if self._prompts is None else self._prompts.reads()
         for ticket in reads:
-            if ticket is not None and not ticket.ready:
+            if not ticket.ready:
                 ticket.wait(0.02)
                 return
         if self._held:  # blocks are being written
@@ -120,7 +86,9 @@ class PoolSwap:
 
     def holds(self, group: SequenceGroup) -> bool:
         """See `SwapSpace`."""
-        return group in self._held or self._stored(group) > 0
+        if group in self._held:
+            return True
+        return self._prompts is not None and self._prompts.find(group) > 0
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
         """See `SwapSpace`. Before any prompt was computed nothing is worth swapping."""
@@ -135,7 +103,7 @@ class PoolSwap:
         """See `SwapSpace`."""
         entry = self._held.get(group)
         if entry is None:
-            return self._stored(group), 0
+            return (0 if self._prompts is None else self._prompts.find(group)), 0
         tokens = entry.swapped.tokens
         blocks = 0 if entry.ticket is None else -(-tokens // self._block_tokens)
         return tokens, blocks
@@ -144,7 +112,7 @@ class PoolSwap:
         """See `SwapSpace`."""
         entry = self._held.get(group)
         if entry is None:
-            return self._fetch_prefix(group)
+            return "gone" if self._prompts is None else self._prompts.fetch(group)
         try:
             if entry.ticket is None:
                 entry.ticket = self._pool.prefetch(entry.swapped)
@@ -153,15 +121,15 @@ class PoolSwap:
             if entry.refusals < _PATIENCE:
                 return "coming"
             self.forget(group)
-            return "lost"
+            return "gone"
         except KVPageError:
             self.forget(group)
-            return "lost"
+            return "gone"
         if not entry.ticket.ready:
             return "coming"
         if entry.ticket.error is not None:
             self.forget(group)
-            return "lost"
+            return "gone"
         return "here"
 
     def give_up(self) -> bool:
@@ -171,32 +139,20 @@ class PoolSwap:
             self.forget(group)
         return bool(groups)
 
-    def _stored(self, group: SequenceGroup) -> int:
-        """Tokens that the store has of a waiting group; 0 if memory has as many."""
-        if self._tokens_of is None:
-            return 0
-        prefix = self._prefixes.get(group)
-        if prefix is None or prefix.num_preemptions < group.num_preemptions:
-            ids, space = self._tokens_of(group)
-            stored = self._pool.stored_prefix(ids, space)
-            more = stored > 0 and stored > self._pool.find_prefix(ids, space)
-            prefix = _Prefix(group.num_preemptions, stored if more else 0)
-            self._prefixes[group] = prefix
-        return prefix.num_tokens
 
-    def _fetch_prefix(self, group: SequenceGroup) -> Fetched:
-        assert self._tokens_of is not None
-        prefix = self._prefixes[group]
-        if prefix.ticket is None:
-            pace = self._pace.tokens_per_second or None
-            try:
-                prefix.ticket = self._pool.prefetch(
-                    *self._tokens_of(group), prefill_tokens_per_second=pace
-                )
-            except KVPageError:  # such as a store that was closed
-                prefix.num_tokens = 0
-                return "lost"
-        if not prefix.ticket.ready:
-            return "coming"
-        prefix.num_tokens, prefix.ticket = 0, None
-        return "lost"
+def store_below(
+    pool: KVPool,
+    pace: Pace,
+    tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None,
+) -> PoolSwap | None:
+    """What lies below a pool; None without a store.
+
+    Args:
+        pool: of the engine.
+        pace: of the engine.
+        tokens_of: see `StoredPrompts`; None: prompts are not looked for.
+    """
+    if pool.store is None:
+        return None
+    prompts = None if tokens_of is None else StoredPrompts(pool, pace, tokens_of)
+    return PoolSwap(pool, pace, prompts)
