@@ -1,6 +1,7 @@
 // What slots share, as programs on a device see it: it comes with forks, and goes before mappings change.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -82,6 +83,32 @@ TEST_F(DeviceRunsTest, AForkThatIsNotTold) {
     EXPECT_TRUE(run.empty() || run.size() == 4) << call;
     EXPECT_TRUE(run.empty() || other.empty() || run == other) << call;
     break;
+  }
+}
+
+TEST_F(DeviceRunsTest, ALongerForkExtendsTheRun) {
+  const std::int32_t a = Fork(donor_, 40), b = Fork(donor_, 64);
+  const Blocks all = Run(b);
+  EXPECT_EQ(all.size(), 4U);
+  EXPECT_EQ(Run(donor_), all);
+  EXPECT_EQ(Run(a), Blocks(all.begin(), all.begin() + 2));
+}
+
+// Blocks behind those that the device was not told would leave a gap.
+TEST_F(DeviceRunsTest, NothingFollowsWhatWasNotTold) {
+  Claim claim;
+  for (int call = 1; call <= 4; ++call) {
+    machine_.fake().FailAt(cu::Call::kMemcpyHtoDAsync, call, cu::Result::kUnknown);
+    claim = pool_->Fork("fork", {{donor_, 40}}, {});
+    machine_.fake().ClearFaults();
+    if (claim.status.ok()) break;
+  }
+  ASSERT_OK(claim.status);
+  const Blocks all = Run(Fork(donor_, 64));
+  EXPECT_EQ(all.size(), 4U);
+  for (const std::int32_t slot : {donor_, claim.slots[0]}) {
+    const Blocks run = Run(slot);
+    EXPECT_TRUE(run.size() <= 4 && std::equal(run.begin(), run.end(), all.begin())) << slot;
   }
 }
 

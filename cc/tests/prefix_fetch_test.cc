@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <fstream>
 #include <memory>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -173,6 +175,39 @@ TEST_P(PrefixFetchTest, AReadThatFailsGivesItsBlocksBack) {
   const auto again = Fetch(rig->pool.get(), Sevens(70));
   ASSERT_TRUE(again->Wait(60));
   EXPECT_EQ(again->tokens(), 64);
+}
+
+TEST_P(PrefixFetchTest, OnlyWhatWasReadIsIndexed) {
+  const auto rig = Stored();
+  ASSERT_EQ(folder_.files().size(), 1u);
+  const std::string path = folder_.files()[0];
+  {
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekg(-1, std::ios::end);
+    const auto last = static_cast<char>(file.get() ^ 16);
+    file.seekp(-1, std::ios::end);
+    file.put(last);  // of the last block
+  }
+  const auto ticket = Fetch(rig->pool.get(), Sevens(70));
+  ASSERT_TRUE(ticket->Wait(60));
+  EXPECT_EQ(ticket->tokens(), 48);
+  const Claim claim = rig->program->AcquirePrefix(Sevens(70, 8));
+  ASSERT_EQ(claim.tokens[0], 48);
+  EXPECT_EQ(CountStamped(rig->pool.get(), claim.slots[0], 0, 48, 1), 48);
+  EXPECT_TRUE(AddsUp(rig->pool.get()));
+  EXPECT_OK(rig->pool->Audit());
+}
+
+// Room is not made at the cost of the tokens that come before.
+TEST_P(PrefixFetchTest, WhatItContinuesIsNotEvictedForIt) {
+  const auto rig = Stored(3);
+  rig->Fill(33);
+  const auto ticket = Fetch(rig->pool.get(), Sevens(70));
+  ASSERT_TRUE(ticket->Wait(60));
+  EXPECT_EQ(ticket->tokens(), 0);
+  EXPECT_EQ(ticket->error(), "no free blocks");
+  EXPECT_EQ(rig->pool->Numbers().blocks_cached, 3 * rig->geometry.num_ranges());
+  EXPECT_OK(rig->pool->Audit());
 }
 
 TEST_P(PrefixFetchTest, NoMemoryIsAMiss) {

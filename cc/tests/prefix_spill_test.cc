@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -140,6 +141,29 @@ TEST_P(PrefixSpillTest, AFullDiskMakesNobodyFail) {
   }));
   EXPECT_TRUE(AddsUp(rig->pool.get()));
   EXPECT_OK(rig->pool->Audit());
+}
+
+TEST_P(PrefixSpillTest, WhatCouldNotBeWrittenIsNotTakenForWritten) {
+  const auto rig = Open(16, 1);
+  io_->error = ENOSPC;
+  Run(rig.get(), Text(1, 5));
+  ASSERT_TRUE(Soon([&] { return Spills(rig.get()).failed > 0; }));
+  std::int64_t freed = 0;
+  ASSERT_OK(rig->pool->Evict(1000, &freed));
+  EXPECT_EQ(rig->pool->StoreNumbers().unwritten_evictions, 5);
+}
+
+TEST_P(PrefixSpillTest, AFullDiskIsNotTriedOverAndOver) {
+  const auto rig = Open(16, 1);
+  io_->error = ENOSPC;
+  const auto begun = std::chrono::steady_clock::now();
+  for (std::int32_t i = 1; i <= 40; ++i) {
+    Run(rig.get(), Text(i, 5));
+    usleep(1000);
+  }
+  EXPECT_TRUE(Soon([&] { return Spills(rig.get()).failed > 0; }));
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begun;
+  EXPECT_LE(Spills(rig.get()).failed, 2 * (1 + seconds.count())) << "two writes at a time, and a pause of a second";
 }
 
 TEST_P(PrefixSpillTest, AStoreThatIsTooSmallKeepsWhatFits) {

@@ -1,8 +1,11 @@
 // Sequences that leave their slots and come back: contents and accounts, also while they are written or read.
 #include <gtest/gtest.h>
 
+#include <cerrno>
 #include <string>
+#include <vector>
 
+#include "cache/relocation.h"
 #include "tests/swapping_util.h"
 
 namespace kvpage::testing {
@@ -66,6 +69,45 @@ TEST_P(SwappingTest, TokensThatWereNeverWrittenAreNotKept) {
   EXPECT_EQ(pool_->Committed(In(swap)).size(), 20u);
 }
 
+// Nor does a sequence that never left its memory show them behind its tokens.
+TEST_P(SwappingTest, WhatWasNotCommittedIsZeroAfterwards) {
+  io_->write_error = ENOSPC;
+  const std::int32_t slot = Begin(20, 1);
+  const SwapPtr swap = StartOut(slot);
+  ASSERT_OK(program_->Write(slot, 4));
+  ForTokens(pool_.get(), slot, 20, 24, [](float& at, float) { at = 9; });
+  ASSERT_OK(program_->Vacate(slot));
+  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kMemory; }));
+  const std::int32_t back = In(swap);
+  ForTokens(pool_.get(), back, 20, 32, [](float& at, float) { EXPECT_EQ(at, 0); });
+  // All its blocks are its own to write.
+  ASSERT_OK(program_->SetLength(back, 4));
+  EXPECT_OK(program_->Write(back, 1));
+}
+
+// Its last block belongs to the prefix index as well, which a program must not find changed.
+TEST_P(SwappingTest, ACachedPartialBlockIsNotWritten) {
+  io_->write_error = ENOSPC;
+  const std::vector<std::int32_t> ids(40, 7);
+  const std::int32_t slot = program_->AcquirePrefix(ids).slots[0];
+  WriteStamped(pool_.get(), program_.get(), slot, 40, 1);
+  const SwapPtr swap = Out(slot);
+  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kMemory; }));
+  const std::int32_t back = In(swap);
+  EXPECT_FALSE(program_->SetLength(back, 34).ok()) << "the host makes a copy first";
+  program_->Truncate(back, 34);
+  WriteStamped(pool_.get(), program_.get(), back, 6, 2);
+  std::vector<std::int32_t> longer = ids;
+  longer.push_back(8);
+  const Claim claim = program_->AcquirePrefix(longer);
+  ASSERT_OK(claim.status);
+  EXPECT_EQ(claim.tokens[0], 40);
+  EXPECT_EQ(CountStamped(pool_.get(), claim.slots[0], 0, 40, 1), 40);
+  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 34, 1), 34);
+  EXPECT_EQ(CountStamped(pool_.get(), back, 34, 40, 2), 6);
+  EXPECT_OK(pool_->Audit());
+}
+
 TEST_P(SwappingTest, ASequenceWithoutTokens) {
   const SwapPtr swap = Out(program_->Acquire(30));
   EXPECT_EQ(swap->state(), SwapState::kMemory);
@@ -100,6 +142,48 @@ TEST_P(SwappingTest, PrefetchedWhileItIsWritten) {
   EXPECT_TRUE(Soon([&] { return pool_->SwapWrites() == 0; }));
   EXPECT_EQ(swap->state(), SwapState::kMemory);
   EXPECT_EQ(CountStamped(pool_.get(), In(swap), 0, 40, 1), 40);
+  EXPECT_TRUE(NothingLeft());
+}
+
+// Their blocks are others' to write by the time that the store would copy them.
+TEST_P(SwappingTest, NothingIsCopiedForAWriteThatIsNoLongerWanted) {
+  store::StoreOptions options;
+  options.io = io_;
+  options.writers = 1;
+  store_ = store::testing::OpenStore(folder_, options);
+  io_->hold_writes = true;
+  const SwapPtr first = Out(Begin(20, 1));  // the only writer waits for the disk
+  const SwapPtr dropped = Out(Begin(20, 2));
+  pool_->DropSwapped(dropped);
+  const SwapPtr fetched = Out(Begin(20, 3));
+  ASSERT_OK(pool_->Prefetch(fetched).status);
+  const std::int32_t back = In(Out(Begin(20, 4)));
+  io_->hold_writes = false;
+  EXPECT_TRUE(Soon([&] { return pool_->SwapWrites() == 0; }));
+  EXPECT_EQ(first->state(), SwapState::kDisk);
+  EXPECT_EQ(store_->Numbers().blocks_written, 2) << "those of the first";
+  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 20, 4), 20);
+}
+
+// It knows them by their numbers.
+TEST_P(SwappingTest, RelocationLeavesItsBlocksInPlace) {
+  const std::int32_t parent = program_->AcquirePrefix({7}).slots[0], other = program_->Acquire(1);
+  for (int i = 0; i < 3; ++i) {
+    WriteStamped(pool_.get(), program_.get(), parent, 16, 1);
+    WriteStamped(pool_.get(), program_.get(), other, 16, 2);
+  }
+  const SwapPtr swap = Out(program_->Fork(parent));
+  program_->Release(parent);
+  EXPECT_EQ(swap->state(), SwapState::kMemory) << "the parent has all of it";
+  relocation::Report report;
+  EXPECT_OK(pool_->Relocate({1 << 30, /*everything=*/true, {}, /*huge_pages=*/false}, &report));
+  EXPECT_EQ(report.blocks_moved, 0);
+  EXPECT_TRUE(AllRight());
+  const std::int32_t back = In(swap);
+  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 48, 1), 48);
+  EXPECT_OK(pool_->Relocate({1 << 30, /*everything=*/true, {}, /*huge_pages=*/false}, &report));
+  EXPECT_GT(report.blocks_moved, 0);
+  EXPECT_EQ(CountStamped(pool_.get(), back, 0, 48, 1), 48);
   EXPECT_TRUE(NothingLeft());
 }
 
