@@ -129,6 +129,31 @@ TEST_P(RelocationTest, CachedBlocksWithoutASlot) {
   Finish();
 }
 
+// Sequences that begin with the same blocks are still read together, and those that fork later as well.
+TEST_P(RelocationTest, WhatIsSharedIsStillKnown) {
+  const auto common = [&](std::int32_t a, std::int32_t b) {
+    SharedPrefixes found;
+    pool_->shared_runs().Find({{a, 0, 1, 96}, {b, 0, 1, 96}}, &found);
+    return found.empty() ? 0 : static_cast<std::int64_t>(found.common[1]);
+  };
+  Make();
+  Borrow(2);
+  const std::int32_t fork = program_->Fork(slots_[1]);
+  program_->Release(slots_[1]);
+  Report report;
+  EXPECT_OK(Relocate(&report));
+  EXPECT_GT(report.blocks_moved, 6 * ranges_) << "of both sequences";
+  const std::int32_t later = program_->Fork(fork);
+  EXPECT_EQ(common(fork, later), 96);
+  program_->Release(later);
+  // The first fork of a sequence is found by who has written it.
+  const std::int32_t writer = Borrow(1);
+  EXPECT_EQ(writer, slots_[0]);
+  EXPECT_EQ(common(writer, program_->Fork(writer)), 96);
+  EXPECT_TRUE(Sound());
+  Finish();
+}
+
 // Handlers that began before and that know blocks by their numbers find them until they end.
 TEST_P(RelocationTest, AReaderByNumberKeepsItsBlocks) {
   Make();
