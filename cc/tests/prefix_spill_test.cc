@@ -72,7 +72,9 @@ TEST_P(PrefixSpillTest, WhatIsEvictedNextIsWrittenDownToTheShare) {
     if (Stored(rig.get(), Text(i, 3)) == 0) kept.push_back(i);
   }
   ASSERT_EQ(kept.size(), 2u);
-  // The written blocks are taken first, and what comes next is written.
+  // The written blocks are taken first, even if they are worth more, and what comes next is written.
+  const std::int32_t written = 6 - kept[0] - kept[1];
+  ASSERT_OK(rig->pool->Hint("", Text(written, 3), PrefixHint::kRetain));
   std::int64_t freed = 0;
   const std::int64_t ranges = rig->geometry.num_ranges();
   ASSERT_OK(rig->pool->Evict(4 * ranges, &freed));
