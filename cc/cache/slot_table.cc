@@ -198,6 +198,7 @@ void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written
     row.fewest = std::min(row.fewest, kept);
   }
   progress_.slots[slot].vacated = true;
+  progress_.slots[slot].shared = progress_.slots[slot].dropped = 0;  // as on a device
   progress_.LowerWritten(slot, 0);
   FinishDraining(slot);
 }

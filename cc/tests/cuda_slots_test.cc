@@ -130,6 +130,30 @@ TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   EXPECT_NE(text.find("5 tokens wanted, 0 mapped"), std::string::npos) << text;
 }
 
+// Nothing stays from what the last occupant shared.
+TEST(CudaSlotsTest, ReleasedSlotsShareNothing) {
+  Twins twins(SmallGeometry(), 20, /*allow_stale=*/true, 1);
+  const std::int32_t donor = twins.pool().Acquire({16}).slots.at(0);
+  twins.PublishRooms();
+  EXPECT_EQ(twins.ChangeOwner(twins.value(), {donor}, true), "");
+  for (const std::int32_t layer : {0, 1}) {
+    EXPECT_EQ(twins.Begin(DeviceOp::kAppendKV, twins.value(), {{donor}, {0, 16}, 16}, layer), "");
+  }
+  EXPECT_EQ(twins.Advance(twins.value(), {{donor}, {0, 16}, 16}), "");
+  EXPECT_OK(twins.pool().Commit(donor, std::vector<std::int32_t>(16, 7)));
+  const std::int32_t fork = twins.pool().Fork("fork", {{donor, -1}}, {}).slots.at(0);
+  twins.PublishRooms();
+  const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kFork), fork, 16, donor};
+  EXPECT_EQ(twins.EditSlots(DeviceOp::kFork, twins.value(), {edit}, {{donor, fork, 16, 0}}), "");
+  EXPECT_NE(twins.SetLengths(twins.value(), {{donor}, {8}}).find("what other slots share"), std::string::npos);
+  EXPECT_OK(StartRelease(twins.pool(), {donor}));
+  EXPECT_EQ(twins.ChangeOwner(twins.value(), {donor}, false), "");
+  Value forged = twins.value();
+  forged.lengths[donor] = 16;
+  const std::string text = twins.SetLengths(forged, {{donor}, {8}});
+  EXPECT_NE(text.find("8 tokens wanted, written in layers 0..1: 0"), std::string::npos) << text;
+}
+
 // More sequences than threads; with more slots than marks in shared memory too.
 TEST(CudaSlotsTest, LargeBatches) {
   for (const int slots : {700, 9000}) {

@@ -171,7 +171,8 @@ class Fuzz {
     const auto slot = Pick(rng(), 0, kSlots - 1);
     const std::int32_t length = t_.value().lengths[slot];
     const std::int32_t room = length < 0 ? 0 : t_.rows().slot(slot).room - length;
-    if (room <= 0) return;
+    // A cache with forged lengths may have cut the sequence back below what it shares.
+    if (room <= 0 || length < t_.rows().slot(slot).shared) return;
     const std::int32_t count = std::min(room, Pick(rng(), 1, 20));
     const Ragged batch = {{slot}, {0, count}, count};
     for (std::int32_t layer = 0; layer < 2; ++layer) Append(t_.value(), batch, layer);
