@@ -35,6 +35,13 @@ class Arena {
 
   const Geometry& geometry() const { return geometry_; }
   const BlockPool& pool() const { return pool_; }
+  // See BlockPool.
+  void Prefer(std::vector<std::int32_t> blocks) { pool_.Prefer(std::move(blocks)); }
+  // No free block has memory, and they are handed out in the order of their numbers.
+  void Align() {
+    Trim();
+    pool_.SortCold();
+  }
   const Vmm& vmm() const { return *vmm_; }
   char* base() const { return vmm_->base(); }
   // See Vmm::Window. Reserves it at the first call; from then on window() is its start, for any thread. A thread that

@@ -50,7 +50,8 @@ bool BlockPool::Claim(std::int64_t count, std::int32_t after, std::vector<std::i
                       std::vector<std::int32_t>* cold) {
   if (count > num_free()) return false;
   for (std::int64_t i = 0; i < count; ++i) {
-    const std::int32_t block = Pick(after);
+    const bool chosen = next_preferred_ < preferred_.size();
+    const std::int32_t block = chosen ? preferred_[next_preferred_++] : Pick(after);
     if (blocks_[block].kind == kCold) cold->push_back(block);
     Remove(block);
     blocks_[block].references = 1;
@@ -130,6 +131,13 @@ std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {
   std::sort(cooled.begin(), cooled.end());
   for (auto it = cooled.rbegin(); it != cooled.rend(); ++it) PushFront(kCold, *it);
   return cooled;
+}
+
+void BlockPool::SortCold() {
+  lists_[kCold] = {};
+  for (std::int32_t block = 0; block < num_blocks(); ++block) {
+    if (blocks_[block].kind == kCold) PushBack(kCold, block);
+  }
 }
 
 void BlockPool::CoolBlock(std::int32_t block) {

@@ -10,7 +10,9 @@
 #ifndef KVPAGE_CACHE_BLOCK_POOL_H_
 #define KVPAGE_CACHE_BLOCK_POOL_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace kvpage {
@@ -43,6 +45,18 @@ class BlockPool {
   // neighbour of the one before (of `after` at the beginning): neighbours in one memory file merge into one mapping.
   bool Claim(std::int64_t count, std::int32_t after, std::vector<std::int32_t>* blocks,
              std::vector<std::int32_t>* cold);
+  // The next claims take these free blocks first, in this order, until the next call.
+  void Prefer(std::vector<std::int32_t> blocks) {
+    preferred_ = std::move(blocks);
+    next_preferred_ = 0;
+  }
+  bool warm(std::int32_t block) const { return blocks_[block].kind == kWarm; }
+  // Visits the free blocks, warm ones first: -1 after the last.
+  std::int32_t FirstFree() const { return lists_[kWarm].head >= 0 ? lists_[kWarm].head : lists_[kCold].head; }
+  std::int32_t NextFree(std::int32_t block) const {
+    const Block& entry = blocks_[block];
+    return entry.next >= 0 || entry.kind == kCold ? entry.next : lists_[kCold].head;
+  }
   // Undoes a claim whose cold blocks could not be created: those become cold again, the others warm.
   void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
 
@@ -63,6 +77,8 @@ class BlockPool {
 
   // Up to `count` warm blocks turn cold; the caller destroys them.
   std::vector<std::int32_t> Cool(std::int64_t count);
+  // From now on cold blocks are handed out in the order of their numbers.
+  void SortCold();
   // One warm block turns cold.
   void CoolBlock(std::int32_t block);
 
@@ -97,6 +113,8 @@ class BlockPool {
   std::int64_t num_shared_ = 0;
   std::int64_t num_cached_ = 0;
   std::int64_t num_detached_ = 0;
+  std::vector<std::int32_t> preferred_;
+  std::size_t next_preferred_ = 0;
 };
 
 }  // namespace kvpage

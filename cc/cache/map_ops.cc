@@ -11,9 +11,6 @@
 namespace kvpage::map_ops {
 namespace {
 
-// More tokens than a slot can ever have: that sequence gets ok=false, the others go on.
-bool Beyond(const SlotTable& table, std::int32_t tokens) { return tokens > table.geometry().max_seq_len; }
-
 // Maps what pinned slots want: their owner stays while blocks are mapped without the state mutex.
 Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* op, const std::int32_t* slots,
                  const std::int32_t* tokens, std::int64_t count, bool* ok) {
@@ -47,28 +44,32 @@ Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* 
 
 }  // namespace
 
+bool Beyond(const SlotTable& table, std::int32_t tokens) { return tokens > table.geometry().max_seq_len; }
+
+Status Check(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache,
+             const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok, bool* enough) {
+  SlotTable& table = *pool.table;
+  const ProgramCheck program(pool, state, op, cache);
+  KVPAGE_RETURN_IF_ERROR(program.Begin(/*mutates=*/true));
+  *enough = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    ok[i] = slots[i] == -1 || !Beyond(table, tokens[i]);
+    if (slots[i] == -1) continue;
+    KVPAGE_RETURN_IF_ERROR(program.OccupiedSlot(slots[i]));
+    if (table.Vacant(state, slots[i])) return messages::SlotFree(op, slots[i]);
+    if (tokens[i] < 0) return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
+    *enough &= !ok[i] || tokens[i] <= table.host(state, slots[i]).reserved;
+  }
+  return {};
+}
+
 Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
                 const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch) {
   SlotTable& table = *pool.table;
-  // `enough`: nothing needs to be mapped.
-  const auto check = [&](const StateLock& state, bool* enough) -> Status {
-    const ProgramCheck program(pool, state, op, cache);
-    KVPAGE_RETURN_IF_ERROR(program.Begin(/*mutates=*/true));
-    *enough = true;
-    for (std::int64_t i = 0; i < count; ++i) {
-      ok[i] = slots[i] == -1 || !Beyond(table, tokens[i]);
-      if (slots[i] == -1) continue;
-      KVPAGE_RETURN_IF_ERROR(program.OccupiedSlot(slots[i]));
-      if (table.Vacant(state, slots[i])) return messages::SlotFree(op, slots[i]);
-      if (tokens[i] < 0) return messages::MaxSeqLen(op, slots[i], tokens[i], table.geometry().max_seq_len);
-      *enough &= !ok[i] || tokens[i] <= table.host(state, slots[i]).reserved;
-    }
-    return {};
-  };
   bool enough = true;
   {
     const StateLock state = table.Lock();
-    KVPAGE_RETURN_IF_ERROR(check(state, &enough));
+    KVPAGE_RETURN_IF_ERROR(Check(pool, state, op, cache, slots, tokens, count, ok, &enough));
     if (enough) {
       *epoch = table.progress(state).NextEpoch();
       return {};
@@ -84,7 +85,7 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
     {
       const StateLock state = table.Lock();
       if (table.gated(state)) continue;
-      KVPAGE_RETURN_IF_ERROR(check(state, &enough));
+      KVPAGE_RETURN_IF_ERROR(Check(pool, state, op, cache, slots, tokens, count, ok, &enough));
       *epoch = table.progress(state).NextEpoch();
       Pins pins;
       for (std::int64_t i = 0; i < count; ++i) {

@@ -8,6 +8,12 @@
 
 namespace kvpage::map_ops {
 
+// More tokens than a slot can ever have: that sequence gets ok=false, the others go on.
+bool Beyond(const SlotTable& table, std::int32_t tokens);
+// Compares what a program wants with its cache value and the table, and sets ok[i] as far as that is known. `enough`:
+// nothing needs to be mapped.
+Status Check(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache,
+             const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok, bool* enough);
 // Maps room for tokens[i] tokens in all in slots[i]; where the blocks do not suffice, ok[i] is false.
 Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
                 const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch);

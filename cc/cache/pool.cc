@@ -79,6 +79,22 @@ Status Pool::Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefi
   return {};
 }
 
+Status Pool::Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out) {
+  std::vector<JointMaps::Member> members;
+  for (const std::shared_ptr<Pool>& pool : pools) {
+    if (pool->mirrored() || pool->joint_ != nullptr || pool->geometry().spec() != pools[0]->geometry().spec()) {
+      return InvalidArgument("pools that map memory together: wanted pools of one spec on CPU devices, each once");
+    }
+    members.push_back({pool, &pool->parts_});
+  }
+  *out = std::make_shared<JointMaps>(std::move(members));
+  for (std::size_t i = 0; i < pools.size(); ++i) {
+    pools[i]->joint_ = *out;
+    pools[i]->joint_index_ = i;
+  }
+  return {};
+}
+
 Status Pool::Close(const GoOn& go_on) {
   if (tier_ != nullptr) KVPAGE_RETURN_IF_ERROR(tier_->Close(go_on));
   return generations::Close(parts_, go_on);

@@ -8,6 +8,7 @@
 #ifndef KVPAGE_CACHE_POOL_H_
 #define KVPAGE_CACHE_POOL_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -21,6 +22,7 @@
 #include "cache/generations.h"
 #include "cache/host_ops.h"
 #include "cache/inspect.h"
+#include "cache/joint_maps.h"
 #include "cache/map_ops.h"
 #include "cache/parts.h"
 #include "cache/prefix.h"
@@ -148,6 +150,11 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // something return it too; NewGeneration, which is the way on after it, and calls that only look do not.
   Status TakeFault() { return Enter(parts_, table_.Lock(), "check"); }
 
+  // ---- one of several pools that stand for one: joint_maps.h ----
+  // From now on programs of these pools, which have no mirror, map memory in all of them alike. Before any program
+  // runs, at most once for a pool.
+  static Status Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out);
+
   // ---- with a mirror ----
   // See Mirror::TakeWarning; empty without a mirror.
   std::string TakeWarning() { return mirror_ != nullptr ? mirror_->TakeWarning() : ""; }
@@ -175,6 +182,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status CheckProgram(const char* op, const SpecInts& spec) const;
   Status MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
                   std::int64_t count, bool* ok, std::uint32_t* epoch) {
+    if (joint_ != nullptr) return joint_->Map(joint_index_, op, cache, slots, tokens, count, ok, epoch);
     return map_ops::MapSlots(parts_, op, cache, slots, tokens, count, ok, epoch);
   }
   Status MapChecked(const char* op, std::int32_t generation, const std::int32_t* slots, const std::int32_t* tokens,
@@ -215,6 +223,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   const std::unique_ptr<Mirror> mirror_;
   const PoolParts parts_;
   std::unique_ptr<prefix::Tier> tier_;  // null: no store
+  std::shared_ptr<JointMaps> joint_;    // null: the pool stands alone
+  std::size_t joint_index_ = 0;
 };
 
 }  // namespace kvpage

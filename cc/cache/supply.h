@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <unordered_set>
 #include <vector>
 
 #include "base/status.h"
@@ -145,6 +146,18 @@ class Supply {
   // Makes the index drop entries until at least `blocks` physical blocks come free. Returns how many. Where there are
   // not enough, all that there are with `partial`; else nothing is dropped.
   std::int64_t Evict(const MappingLock& lock, std::int64_t blocks, bool partial = false);
+  // The same in two steps, so that several pools can drop the same entries. `allowed`: the first blocks of the entries
+  // that may go; null: any.
+  struct EvictionPlan {
+    std::vector<PrefixIndex::Eviction> entries;
+    std::vector<std::int32_t> owners;  // parked slots that map them
+    std::int64_t freed = 0;            // physical blocks
+  };
+  EvictionPlan PlanEvictionOf(const MappingLock& lock, std::int64_t blocks,
+                              const std::unordered_set<std::int32_t>* allowed = nullptr);
+  void ApplyEviction(const MappingLock& lock, const EvictionPlan& plan);
+  // The first block of each entry.
+  std::vector<std::int32_t> BlocksOf(const MappingLock& lock, const EvictionPlan& plan) const;
   // The clock of pins, in seconds.
   static double Now();
 
@@ -153,6 +166,10 @@ class Supply {
   // nothing, and `moved` is false, where things are different or a program could write the block.
   Status MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena::Place& at, std::int32_t from,
                    std::int32_t to, bool* moved);
+
+  // ---- one decision for several pools (supply_joint.cc) ----
+  // All slots with blocks that they can give while `want` is to be met, in the order in which they give.
+  std::vector<Donor> AllDonors(const MappingLock& lock, const Want& want);
 
   // ---- plans ----
   // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
@@ -196,8 +213,10 @@ class Supply {
   // See PrefixIndex::Cut.
   void Cut(const MappingLock& lock, std::int32_t slot, std::int64_t tokens, std::int64_t keep);
   // Entries whose loss frees at least `enough` blocks, or all that can go; `owners`: parked slots that map them.
+  // `allowed`: as for PlanEvictionOf.
   std::vector<PrefixIndex::Eviction> PlanEviction(const MappingLock& lock, std::int64_t enough, std::int64_t* freed,
-                                                  std::vector<std::int32_t>* owners) const;
+                                                  std::vector<std::int32_t>* owners,
+                                                  const std::unordered_set<std::int32_t>* allowed = nullptr) const;
   // Logical blocks that slots could give while `wants` are to be met, if no block is shared.
   std::int64_t SpareBlocks(const std::vector<Want>& wants) const;
   // The slots with spare blocks while `wants` are to be met, in the order in which they give: the first ones, which

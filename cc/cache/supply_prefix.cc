@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "cache/supply.h"
@@ -75,7 +76,8 @@ Status Supply::Empty(const MappingLock&, std::int32_t slot) {
 bool Supply::CanAlias(const MappingLock& lock, std::int64_t mappings) { return PromiseAliases(lock, mappings).ok(); }
 
 std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std::int64_t enough, std::int64_t* freed,
-                                                        std::vector<std::int32_t>* owners) const {
+                                                        std::vector<std::int32_t>* owners,
+                                                        const std::unordered_set<std::int32_t>* allowed) const {
   *freed = 0;
   if (index_ == nullptr || arena_->pool().num_cached() == 0 || enough <= 0) return {};
   const std::int64_t ranges = table_->geometry().num_ranges();
@@ -85,6 +87,7 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
   // Leaves go first, so a parked slot loses its blocks from its end.
   constexpr std::int64_t kInUse = -1, kStays = -2;
   const auto count = [&](const std::int32_t* blocks, std::int32_t owner) -> std::int64_t {
+    if (allowed != nullptr && allowed->count(blocks[0]) == 0) return kStays;
     // Nobody occupies a free slot while the mapping mutex is held.
     const bool parked = owner >= 0 && table_->host(table_->Lock(), owner).idle();
     for (std::int64_t range = 0; range < ranges; ++range) {
@@ -125,18 +128,23 @@ double Supply::Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool partial) {
-  if (index_ == nullptr) return 0;
+Supply::EvictionPlan Supply::PlanEvictionOf(const MappingLock& lock, std::int64_t blocks,
+                                            const std::unordered_set<std::int32_t>* allowed) {
+  EvictionPlan plan;
+  if (index_ == nullptr) return plan;
   Refresh(lock);  // parked slots give up what they only share
   index_->ExpirePins(Now());
-  std::int64_t freed = 0;
-  std::vector<std::int32_t> owners, dropped;
-  const std::vector<PrefixIndex::Eviction> plan = PlanEviction(lock, blocks, &freed, &owners);
-  if (freed < blocks && !partial) return 0;
-  index_->Evict(plan, &dropped);
-  if (on_pressure_ && !plan.empty()) on_pressure_();
+  plan.entries = PlanEviction(lock, blocks, &plan.freed, &plan.owners, allowed);
+  return plan;
+}
+
+void Supply::ApplyEviction(const MappingLock& lock, const EvictionPlan& plan) {
+  if (plan.entries.empty()) return;
+  std::vector<std::int32_t> dropped;
+  index_->Evict(plan.entries, &dropped);
+  if (on_pressure_) on_pressure_();
   arena_->DropCached(dropped);
-  for (const std::int32_t slot : owners) {
+  for (const std::int32_t slot : plan.owners) {
     // What stays mapped behind the cached blocks would not come free by itself.
     if (!arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) {
       static_cast<void>(Empty(lock, slot));
@@ -145,7 +153,14 @@ std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool pa
     static_cast<void>(arena_->Shrink(slot, arena_->blocks(slot) - arena_->UncachedTail(slot)));
     table_->KeepTokens(table_->Lock(), slot, index_->Tokens(slot));
   }
-  return freed;
+}
+
+std::int64_t Supply::Evict(const MappingLock& lock, std::int64_t blocks, bool partial) {
+  if (index_ == nullptr) return 0;
+  const EvictionPlan plan = PlanEvictionOf(lock, blocks);
+  if (plan.freed < blocks && !partial) return 0;
+  ApplyEviction(lock, plan);
+  return plan.freed;
 }
 
 }  // namespace kvpage

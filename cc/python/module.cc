@@ -11,6 +11,7 @@
 #include "kernels/cpu/kernels.h"
 #include "python/cuda_binding.h"
 #include "python/errors.h"
+#include "python/joint_binding.h"
 #include "python/pool_binding.h"
 #include "python/prefix_index_binding.h"
 #include "vmm/limits.h"
@@ -76,6 +77,7 @@ NB_MODULE(_native, m) {
   BindTesting(m);
 #endif
   BindPool(m);
+  BindJointMaps(m);
   BindPrefixIndex(m);
 }
 

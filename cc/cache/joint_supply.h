@@ -1,0 +1,55 @@
+// JointSupply: blocks for a slot of several pools that stand for one, a pool for each device of a mesh. All arenas map
+// the same block numbers, or none maps anything.
+//
+// The pools' programs run at different times, so one may have more free blocks and more parked slots than another: only
+// what all of them can give is taken. A released slot's blocks are that once all have drained it.
+#ifndef KVPAGE_CACHE_JOINT_SUPPLY_H_
+#define KVPAGE_CACHE_JOINT_SUPPLY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <unordered_set>
+#include <vector>
+
+#include "cache/parts.h"
+
+namespace kvpage {
+
+class JointSupply {
+ public:
+  // Takes the mapping mutexes of all pools, in their order, and holds them while it lives. The pools are of one
+  // geometry, have no mirror, and outlive it.
+  explicit JointSupply(const std::vector<const PoolParts*>& pools);
+  JointSupply(const JointSupply&) = delete;
+  JointSupply& operator=(const JointSupply&) = delete;
+
+  const MappingLock& lock(std::size_t pool) const { return *locks_[pool]; }
+  // Maps at least `want.blocks` in every arena. kResourceExhausted: at least one of them cannot; nothing is mapped then
+  // in any, nor after another error.
+  Status Reserve(const Want& want);
+  // Makes all pools hand out their free blocks in the same order again, after a Reserve that failed (`failed`).
+  void Align();
+  bool failed() const { return failed_; }
+
+ private:
+  Arena& arena(std::size_t pool) const { return pools_[pool]->supply->arena(lock(pool)); }
+  // Logical blocks that are free in every arena.
+  std::int64_t Free() const;
+  // Slots that can give blocks in every arena, and how many, in the order of the first pool.
+  std::vector<Donor> Donors(const Want& want) const;
+  // Makes every prefix index drop the same entries until at least `blocks` physical blocks come free, or none.
+  bool Evict(std::int64_t blocks) const;
+  bool Evict(std::int64_t blocks, const std::unordered_set<std::int32_t>* allowed) const;
+  // The blocks that the plan's grant takes, free in every arena; fewer where there are not as many.
+  std::vector<std::int32_t> Choose(const SupplyPlan& plan) const;
+  Status Apply(const SupplyPlan& plan);
+
+  const std::vector<const PoolParts*>& pools_;
+  std::vector<std::unique_ptr<MappingLock>> locks_;
+  bool failed_ = false;
+};
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_CACHE_JOINT_SUPPLY_H_

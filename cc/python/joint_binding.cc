@@ -1,0 +1,72 @@
+#include "python/joint_binding.h"
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cache/joint_maps.h"
+#include "python/pool_reference.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpage {
+namespace {
+
+class JointReference {
+ public:
+  explicit JointReference(const std::vector<const PoolReference*>& references) {
+    std::vector<PoolPtr> pools;
+    for (const PoolReference* reference : references) Raise(reference->Get("KVPool", &pools.emplace_back()));
+    Raise(Pool::Join(pools, &maps_));
+  }
+  JointMaps& maps() const { return *maps_; }
+  bool here() const { return ForkCount() == fork_count_; }
+
+ private:
+  const int fork_count_ = ForkCount();
+  std::shared_ptr<JointMaps> maps_;
+};
+
+void Begin(const JointReference& self, const std::vector<std::pair<std::int32_t, std::uint32_t>>& generations) {
+  std::vector<JointMaps::Start> starts;
+  for (const auto& [generation, epoch] : generations) starts.push_back({generation, epoch});
+  const GilRelease release;
+  self.maps().Begin(std::move(starts));
+}
+
+// In a forked child no lock is taken: the calls between say that the pool belongs to its parent.
+void EnterHost(const JointReference& self) {
+  const GilRelease release;
+  if (self.here()) self.maps().EnterHost();
+}
+
+void LeaveHost(const JointReference& self) {
+  const GilRelease release;
+  if (self.here()) self.maps().LeaveHost();
+}
+
+}  // namespace
+
+void BindJointMaps(nb::module_& m) {
+  nb::class_<JointMaps::Numbers>(m, "JointNumbers")
+      .def_ro("decisions", &JointMaps::Numbers::decisions)
+      .def_ro("fetched", &JointMaps::Numbers::fetched)
+      .def_ro("pending", &JointMaps::Numbers::pending)
+      .def_ro("waits", &JointMaps::Numbers::waits);
+  nb::class_<JointReference>(m, "JointMaps")
+      .def(nb::init<const std::vector<const PoolReference*>&>(), "pools"_a)
+      .def("begin", &Begin, "generations"_a)
+      .def("enter", &EnterHost)
+      .def("leave", &LeaveHost)
+      .def("numbers", [](const JointReference& self) {
+        const GilRelease release;
+        return self.maps().numbers();
+      });
+}
+
+}  // namespace kvpage

@@ -1,0 +1,71 @@
+// A mapping that fails in one of several pools has happened in none.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "tests/joint_util.h"
+
+namespace kvpage::testing {
+namespace {
+
+std::string Name(Verb verb) {
+  return verb == Verb::kCreate ? "Create" : verb == Verb::kMap ? "Map" : verb == Verb::kMove ? "Move" : "Fill";
+}
+
+// What a pool counts, apart from which free blocks have memory.
+std::vector<std::int64_t> Counts(Pool& pool) {
+  const PoolNumbers n = pool.Numbers();
+  std::vector<std::int64_t> counts = {n.blocks_mapped, n.blocks_parked, n.blocks_draining, n.blocks_free};
+  for (const SlotRow& row : pool.Rows()) counts.insert(counts.end(), {row.slot, row.blocks, row.reserved});
+  return counts;
+}
+
+class JointFaultsTest : public ::testing::TestWithParam<std::tuple<Layout, Verb, int>> {};
+
+TEST_P(JointFaultsTest, RollsAllBack) {
+  const auto [layout, verb, failing] = GetParam();
+  const Geometry geometry = SmallGeometry(layout);
+  const std::int64_t ranges = geometry.num_ranges();
+  const bool moves = verb == Verb::kMove;
+  for (int call = 0;; ++call) {
+    JointPools joint(3, 10 * ranges, geometry, {false, /*poison=*/verb == Verb::kFill});
+    const std::int32_t a = joint.Acquire(16), b = joint.Acquire(moves ? 112 : 16);
+    if (moves) joint.Release(b);  // 2 blocks are free: the rest comes from the parked slot
+    const std::vector<std::int64_t> before = Counts(*joint.pools[0]);
+    joint.vmms[failing]->FailAt(verb, call);
+    const bool ok = joint.MapOne(1, a, 96);
+    const bool failed = joint.vmms[failing]->failed();
+    joint.vmms[failing]->FailAt(Verb::kNone, -1);
+    SCOPED_TRACE(Name(verb) + " call " + std::to_string(call) + " on device " + std::to_string(failing));
+    if (!failed) {
+      EXPECT_TRUE(ok);
+      EXPECT_GT(call, 0);
+      break;
+    }
+    if (!ok) {
+      for (const auto& pool : joint.pools) EXPECT_EQ(Counts(*pool), before);
+    }
+    joint.ExpectEqual();
+    for (const int device : {0, 2}) EXPECT_EQ(joint.MapOne(device, a, 96), ok);
+    // The host's next call finds all pools alike again, and so does the next decision.
+    joint.joint->EnterHost();
+    for (const auto& pool : joint.pools) EXPECT_OK(pool->Extend({a}, {33}).status);
+    joint.joint->LeaveHost();
+    joint.ExpectEqual();
+    EXPECT_TRUE(joint.MapOne(2, a, 128));
+    EXPECT_TRUE(joint.MapOne(0, a, 128));
+    joint.ExpectEqual();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, JointFaultsTest,
+                         ::testing::Combine(::testing::Values(Layout::kFused, Layout::kPerLayer),
+                                            ::testing::Values(Verb::kCreate, Verb::kMap, Verb::kMove, Verb::kFill),
+                                            ::testing::Values(0, 1, 2)),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param) == Layout::kFused ? "Fused" : "PerLayer") +
+                                  Name(std::get<1>(info.param)) + std::to_string(std::get<2>(info.param));
+                         });
+
+}  // namespace
+}  // namespace kvpage::testing
