@@ -16,6 +16,7 @@ __all__ = ["grow"]
 _MAX_INT32 = 2**31 - 1
 
 
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True)
 def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until each sequence of a batch has room for its new tokens.
 
@@ -32,11 +33,9 @@ def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
         padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool over
-            a mesh, whose slots `KVPool.extend` gives room.
+        ValueError: wrong shapes or dtypes, all of them in one message.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot.
     """
-    _mesh.refuse("grow", cache, _mesh.EACH_ALONE)
     arrays = cache_operands("grow", cache)
     check = pool_checker("grow", cache.spec)
     check.cache(*map(jax.typeof, arrays))

@@ -23,11 +23,14 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
 map_slots_p = _lowering.make_primitive("map_slots", _abstract)
 
 
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True)
 def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
 
     Existing room costs nothing, and a token that fits into the last mapped block needs no new one.
-    A slot gets either all the blocks it needs or none.
+    A slot gets either all the blocks it needs or none. With a pool over a mesh this holds for all
+    devices together: the first device that comes to the call decides and maps for all, the others
+    take over what it decided, and ok is the same everywhere. No device waits for another.
 
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).
@@ -40,12 +43,11 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
         which); True for padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool over
-            a mesh, whose slots `KVPool.extend` gives room.
+        ValueError: wrong shapes or dtypes, all of them in one message.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            or a negative number of tokens.
+            or a negative number of tokens; on a mesh, slots or num_tokens that differ from device
+            to device.
     """
-    _mesh.refuse("map_slots", cache, _mesh.EACH_ALONE)
     operands = _slots.operands("map_slots", cache, slots, "num_tokens", num_tokens)
     epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})
     return _slots.replaced(cache, epoch), ok

@@ -5,8 +5,9 @@ number everywhere, and so have blocks. A call that fails on one device is undone
 Results are compared, and a difference is an error.
 """
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax_kvpage import _native
@@ -44,13 +45,27 @@ class ShardedPool:
 
     Attributes:
         shards: the pools.
+        maps: how programs map memory in all of them alike.
         settle: waits until the programs that give blocks up have run on all devices. Which slots
             are free must not depend on the device that is asked.
     """
 
     def __init__(self, shards: Sequence[Any]) -> None:
         self.shards = list(shards)
+        self.maps = _native.JointMaps(self.shards)
         self.settle: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """While a call goes from shard to shard: programs map nothing in between.
+
+        What a program waits for must not happen in here.
+        """
+        self.maps.enter()
+        try:
+            yield
+        finally:
+            self.maps.leave()
 
     # ---- decisions, which can be undone ----
 
@@ -77,9 +92,10 @@ class ShardedPool:
             done: list[int] = []
             results: list[Any] = []
             try:
-                for i in range(len(self.shards)):
-                    done.append(i)  # before the call: a signal may come between its end and here
-                    results.append(attempt(i))  # also where another has failed: see below
+                with self._together():
+                    for i in range(len(self.shards)):
+                        done.append(i)  # before the call: a signal may come after its end
+                        results.append(attempt(i))  # also where another has failed: see below
             except BaseException:
                 undo(done)
                 self._make_equal(done)
@@ -113,13 +129,14 @@ class ShardedPool:
         """
         if len(done) < 2:  # a call that failed on the first shard has changed nothing
             return
-        for shard in self.shards:
-            try:
-                if forget:
-                    shard.evict(2**62)
-                shard.trim()
-            except _native.StatusError:
-                continue  # closed, or the system refused: a later decision compares again
+        with self._together():
+            for shard in self.shards:
+                try:
+                    if forget:
+                        shard.evict(2**62)
+                    shard.trim()
+                except _native.StatusError:
+                    continue  # closed, or the system refused: a later decision compares again
 
     def _decide(self, op: str, decision: ShardedDecision, *args: Any, settle: bool = True) -> Any:
         return self._alike(
@@ -156,20 +173,22 @@ class ShardedPool:
 
     def undo(self, decision: ShardedDecision) -> None:
         """See `_native.Pool`."""
-        for shard, part in zip(self.shards, decision.parts, strict=True):
-            shard.undo(part)
+        with self._together():
+            for shard, part in zip(self.shards, decision.parts, strict=True):
+                shard.undo(part)
 
     # ---- calls that `retract` undoes ----
 
     def _retract(self, slots: Sequence[int]) -> None:
         """No shard keeps more room and committed tokens for these slots than another."""
-        tables = [{row.slot: row for row in shard.rows()} for shard in self.shards]
-        for slot in slots:
-            rows = [table[slot] for table in tables if slot in table]
-            if len(rows) == len(tables) and not any(row.draining for row in rows):
-                least = [min(row.reserved for row in rows), min(row.committed for row in rows)]
-                for shard in self.shards:
-                    shard.retract(slot, *least)
+        with self._together():
+            tables = [{row.slot: row for row in shard.rows()} for shard in self.shards]
+            for slot in slots:
+                rows = [table[slot] for table in tables if slot in table]
+                if len(rows) == len(tables) and not any(row.draining for row in rows):
+                    least = [min(row.reserved for row in rows), min(row.committed for row in rows)]
+                    for shard in self.shards:
+                        shard.retract(slot, *least)
 
     def extend(self, slots: list[int], num_tokens: list[int]) -> Any:
         """See `_native.Pool`."""
@@ -210,7 +229,8 @@ class ShardedPool:
 
     def _each(self, op: str, *args: Any) -> Any:
         self.settle()
-        results = [getattr(shard, op)(*args) for shard in self.shards]
+        with self._together():
+            results = [getattr(shard, op)(*args) for shard in self.shards]
         if any(result != results[0] for result in results):
             raise KVPageError(f"{op}: the devices of the mesh do not agree: {results}")
         return results[0]
@@ -238,7 +258,8 @@ class ShardedPool:
     def trim(self) -> int:
         """See `_native.Pool`."""
         self.settle()
-        return min(shard.trim() for shard in self.shards)
+        with self._together():
+            return min(shard.trim() for shard in self.shards)
 
     # ---- looking ----
 
@@ -304,7 +325,9 @@ class ShardedPool:
 
     def new_generation(self) -> list[tuple[int, int, list[int]]]:
         """Generation, epoch and lengths of each shard."""
-        return [shard.new_generation() for shard in self.shards]
+        generations = [shard.new_generation() for shard in self.shards]  # waits for programs
+        self.maps.begin([(number, epoch) for number, epoch, _ in generations])
+        return generations
 
     def cut(self, lengths: Sequence[int]) -> None:
         """No shard keeps committed tokens beyond these, the least lengths of all."""
