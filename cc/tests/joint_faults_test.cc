@@ -58,6 +58,43 @@ TEST_P(JointFaultsTest, RollsAllBack) {
   }
 }
 
+#ifdef KVPAGE_TEST_FAKE_DRIVER
+// Every call of the driver fails once, whichever device it is for.
+TEST(JointDriverFaultsTest, RollAllBack) {
+  for (const int result : {2, 999}) {  // out of memory, unknown
+    for (std::int64_t call = 1;; ++call) {
+      JointPools joint(4, 10);
+      const std::int32_t slot = joint.Acquire(16);
+      const std::vector<std::int64_t> before = Counts(*joint.pools[0]);
+      const std::int64_t faults = Fake().faults();
+      Fake().FailAtAny(call, cu::Result{result});
+      const Mapped first = joint.Map(3, {slot}, {96});
+      Fake().ClearFaults();
+      SCOPED_TRACE("call " + std::to_string(call) + " answers " + std::to_string(result));
+      if (Fake().faults() == faults) {
+        EXPECT_OK(first.status);
+        EXPECT_GT(call, 4);
+        break;
+      }
+      const bool mapped = first.status.ok() && first.ok[0] != 0;
+      if (!mapped) {
+        for (const auto& pool : joint.pools) EXPECT_EQ(Counts(*pool), before);
+      }
+      joint.ExpectEqual();
+      for (const int device : {0, 1, 2}) {
+        const Mapped later = joint.Map(device, {slot}, {96});
+        EXPECT_EQ(later.status.message(), first.status.message());
+        EXPECT_EQ(later.ok, first.ok);
+      }
+      if (!first.status.ok()) joint.Restart();
+      EXPECT_TRUE(joint.MapOne(0, slot, 96));
+      EXPECT_TRUE(joint.MapOne(3, slot, 96));
+      joint.ExpectEqual();
+    }
+  }
+}
+#endif
+
 INSTANTIATE_TEST_SUITE_P(All, JointFaultsTest,
                          ::testing::Combine(::testing::Values(Layout::kFused, Layout::kPerLayer),
                                             ::testing::Values(Verb::kCreate, Verb::kMap, Verb::kMove, Verb::kFill),

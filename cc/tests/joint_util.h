@@ -27,7 +27,7 @@ class JointPools {
  public:
   JointPools(int devices, std::int64_t blocks, const Geometry& geometry = SmallGeometry(), PoolOptions options = {}) {
     for (int i = 0; i < devices; ++i) {
-      auto vmm = std::make_unique<FaultyVmm>(MakeVmm(geometry));
+      auto vmm = std::make_unique<FaultyVmm>(MakeVmm(geometry, i));
       vmms.push_back(vmm.get());
       pools.push_back(MakePool(geometry, blocks, options, std::move(vmm)));
     }

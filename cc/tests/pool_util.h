@@ -36,6 +36,7 @@ inline FakeDriver& Fake() {
   static const std::unique_ptr<FakeDriver> fake = [] {
     FakeDriver::Options options;
     options.granularity = 4096;
+    options.devices = 4;
     std::unique_ptr<FakeDriver> made;
     if (!FakeDriver::Make(options, &made).ok()) std::abort();
     return made;
@@ -43,9 +44,9 @@ inline FakeDriver& Fake() {
   return *fake;
 }
 
-inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
+inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry, int device = 0) {
   std::shared_ptr<CudaContext> context;
-  if (!CudaContext::Make(Fake().driver(), 0, &context).ok()) std::abort();
+  if (!CudaContext::Make(Fake().driver(), device % 4, &context).ok()) std::abort();
   std::unique_ptr<CudaVmm> vmm;
   if (!CudaVmm::Make(context, geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok()) std::abort();
   return vmm;
@@ -66,7 +67,8 @@ inline ::testing::Environment* const kFakeDriverIsEmpty = ::testing::AddGlobalTe
 #else
 constexpr bool kHolesAreReadable = true;
 
-inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry) {
+inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry, int device = 0) {
+  static_cast<void>(device);
   std::unique_ptr<MemfdVmm> vmm;
   if (!MemfdVmm::Make(geometry.virtual_bytes(), geometry.block_bytes, &vmm).ok()) std::abort();
   return vmm;

@@ -71,7 +71,7 @@ def _resolved(
         ValueError: a capacity, spec or device that cannot work.
     """
     for device in sharding.devices:
-        if place_of(device).backend != "cpu":
+        if place_of(device).backend == "cuda":
             raise ValueError(
                 f"KVPool: mesh: {device}: a pool over a mesh is on CPU devices only so far; on "
                 "several GPUs make one KVPool on each, and run the step under jax.shard_map with "
