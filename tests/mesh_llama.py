@@ -75,13 +75,14 @@ def command() -> None:
     common = ["--json", "--prompt", "A class is", "--prompt", "If the file", "--max-new-tokens",
               "12"]  # fmt: skip
     results = []
-    for more in ([], ["--mesh", "tp=2"]):
+    # With --scan the programs map their own blocks.
+    for more in ([], ["--mesh", "tp=2"], ["--scan", "4", "--mesh", "tp=2"]):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             assert decode_llama.main([*common, *more]) == 0
         results.append(json.loads(out.getvalue()))
-    alone, spread = ([each["output_ids"] for each in r["sequences"]] for r in results)
-    assert alone == spread
+    alone, spread, scanned = ([each["output_ids"] for each in r["sequences"]] for r in results)
+    assert alone == spread == scanned
     assert results[0]["capacity"] == results[1]["capacity"]
     error = io.StringIO()
     with contextlib.redirect_stderr(error):

@@ -25,7 +25,7 @@ def test_logits_and_text_are_those_of_one_device() -> None:
     [
         ("--mesh dp=2", "must be tp=N"),
         ("--mesh tp=0", "must be 1 or more"),
-        ("--mesh tp=2 --scan 4", "leave out --scan and --draft"),
+        ("--mesh tp=2 --draft model", "leave out --draft"),
     ],
 )
 def test_options_that_do_not_go_together(

@@ -241,8 +241,8 @@ def parse_arguments(
         parser.error("--prompt-lookup and --draft both guess: leave one of them out")
     if (args.prompt_lookup or args.draft) and (args.scan or args.num_beams > 1):
         parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
-    if args.mesh > 1 and (args.scan or args.draft):
-        parser.error("--mesh runs single steps of one model: leave out --scan and --draft")
+    if args.mesh > 1 and args.draft:
+        parser.error("--mesh runs one model: leave out --draft")
     if args.num_beams > 1:
         sampled = args.temperature or args.top_k or args.top_p is not None or args.num_samples > 1
         if sampled or args.scan:

@@ -195,12 +195,23 @@ class Programs:
         rows: jax.Array,
         sequence_ids: jax.Array,
     ) -> tuple[Any, jax_kvpage.KVCache]:
-        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
-        logits, cache = model(tokens, cache, batch, rows=rows, implementation=self._implementation)
+        logits, cache = self._logits(weights, cache, tokens, batch, rows)
         cache = jax_kvpage.advance(cache, batch)
         # The chosen token comes right after all written ones.
-        next_positions = cache.lengths[batch.slots]
+        next_positions = jax_kvpage.positions(cache, jax_kvpage.Batch.decode(batch.slots))
         return self._choose(logits, sequence_ids, next_positions), cache
+
+    def _logits(
+        self,
+        weights: list[jax.Array],
+        cache: jax_kvpage.KVCache,
+        tokens: jax.Array,
+        batch: jax_kvpage.Batch,
+        rows: jax.Array,
+    ) -> tuple[jax.Array, jax_kvpage.KVCache]:
+        """The model's logits for these rows; traced. Subclasses run it elsewhere."""
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+        return model(tokens, cache, batch, rows=rows, implementation=self._implementation)
 
     def _choose(self, logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array) -> Any:
         """The next tokens, from the logits; traced. Subclasses return something else."""
@@ -215,7 +226,7 @@ class Programs:
         sequence_ids: jax.Array,
     ) -> tuple[Any, jax.Array, jax_kvpage.KVCache]:
         batch = jax_kvpage.Batch.decode(slots)
-        cache, ok = jax_kvpage.map_slots(cache, slots, cache.lengths[slots] + 1)
+        cache, ok = jax_kvpage.grow(cache, batch)
         rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
         chosen, cache = self._step(weights, cache, tokens, batch.mask(ok), rows, sequence_ids)
         return chosen, ok & (slots >= 0), cache

@@ -22,6 +22,7 @@ from .config import ConfigError, LlamaConfig, load_config
 from .engine import ServedEngine
 from .generate import Engine, Request
 from .mesh import make_mesh, pool_bytes, sharded_step
+from .mesh_programs import ShardedPrograms
 from .model import Llama
 from .pools import make_spec, open_pool, sequence_length
 from .programs import Programs
@@ -135,7 +136,11 @@ def make_engine(
             on_token=on_token,
             on_finish=on_finish,
         )
-    programs = Programs(model, sampling, stop_ids, args.implementation)
+    programs: Programs
+    if mesh is None:
+        programs = Programs(model, sampling, stop_ids, args.implementation)
+    else:
+        programs = ShardedPrograms(model, mesh, sampling, stop_ids, args.implementation)
     return (ConversationEngine if args.turn else Engine)(
         programs,
         pool,
