@@ -47,7 +47,8 @@ void JointMaps::Begin(std::vector<Start> starts) {
 
 void JointMaps::EnterHost() {
   const Alive alive(members_);
-  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
+  decided_.wait(lock, [this] { return waiting_ == 0 || hosts_ > 0; });
   ++hosts_;
   patience_ = std::chrono::steady_clock::now() + kPatience;
   if (!unaligned_ || !alive.all()) return;
@@ -211,8 +212,10 @@ Status JointMaps::Map(std::size_t device, const char* op, const CacheRef& cache,
     const bool enough = Enough(call);
     if (!enough && hosts_ > 0 && !waited) {
       ++numbers_.waits;
+      ++waiting_;
       host_left_.wait_until(lock, patience_, [this] { return hosts_ == 0; });
-      continue;  // another device may have decided meanwhile
+      if (--waiting_ == 0) decided_.notify_all();  // they see it when this thread has decided
+      continue;                                    // another device may have decided meanwhile
     }
     if (enough) {
       KVPAGE_RETURN_IF_ERROR(Advance(table.Lock(), own, op, cache, call, epoch));

@@ -52,7 +52,7 @@ class JointMaps {
              const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch);
   // A call of the host's goes from pool to pool between these two. New decisions wait for its end, so that it finds all
   // pools in the same state, but not for long: whoever calls may wait for Python meanwhile. A decision that comes
-  // between takes only what all pools can give.
+  // between takes only what all pools can give. The next call of the host's lets those decide first that wait.
   void EnterHost();
   void LeaveHost();
   Numbers numbers() const;
@@ -83,11 +83,12 @@ class JointMaps {
 
   const std::vector<Member> members_;
   mutable std::mutex mutex_;
-  std::condition_variable host_left_;
+  std::condition_variable host_left_, decided_;
   std::vector<Start> starts_;
   std::list<Decision> decisions_;
   Numbers numbers_;
-  int hosts_ = 0;  // calls of the host's
+  int hosts_ = 0;    // calls of the host's
+  int waiting_ = 0;  // decisions that wait for their end
   std::chrono::steady_clock::time_point patience_;
   bool unaligned_ = false;  // a decision has failed: the pools may hand out free blocks in different orders
 };

@@ -149,7 +149,10 @@ TEST_P(JointMapsTest, DecisionsWaitForCallsOfTheHostButNotForLong) {
   EXPECT_OK(joint.pools[0]->Extend({slot}, {32}).status);
   bool ok = false;
   std::thread device([&] { ok = joint.MapOne(1, slot, 48); });
-  while (joint.joint->numbers().waits == 0) std::this_thread::yield();
+  for (int i = 0; i < 10000 && joint.joint->numbers().waits == 0; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(joint.joint->numbers().waits, 1);
   EXPECT_OK(joint.pools[1]->Extend({slot}, {32}).status);
   EXPECT_EQ(joint.pools[1]->Rows()[0].blocks, Blocks(2));
   joint.joint->LeaveHost();

@@ -142,6 +142,37 @@ TEST(JointThreadsTest, TwoDevices) { Churn(2, 3000, 12); }
 TEST(JointThreadsTest, FourDevices) { Churn(4, 2000, 12); }
 TEST(JointThreadsTest, EightDevices) { Churn(8, 1000, 12); }
 
+// Host calls that follow each other without a pause: decisions get their turn between two of them.
+TEST(JointThreadsTest, HostCallsInARow) {
+  constexpr std::int32_t kDecisions = 300;
+  JointPools joint(2, kDecisions + 1, SmallGeometry(Layout::kFused, 16 * (kDecisions + 1)));
+  const std::int32_t slot = joint.Acquire(16);
+  std::atomic<bool> stop{false};
+  std::atomic<int> calls{0}, torn{0};
+  std::thread host([&] {
+    while (!stop) {
+      joint.joint->EnterHost();
+      const std::int64_t before = joint.pools[0]->Rows()[0].reserved;
+      std::this_thread::yield();
+      if (joint.pools[1]->Rows()[0].reserved != before) ++torn;
+      joint.joint->LeaveHost();
+      ++calls;
+    }
+  });
+  while (calls == 0) std::this_thread::yield();
+  const auto begin = std::chrono::steady_clock::now();
+  for (std::int32_t i = 1; i <= kDecisions; ++i) {
+    EXPECT_TRUE(joint.MapOne(i % 2, slot, 16 * (i + 1)));
+    EXPECT_TRUE(joint.MapOne(1 - i % 2, slot, 16 * (i + 1)));
+  }
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  stop = true;
+  host.join();
+  const double waits = static_cast<double>(joint.joint->numbers().waits);
+  EXPECT_LT(seconds.count(), 1 + 0.05 * waits) << waits << " waits in " << calls << " calls";
+  EXPECT_LE(torn, 2) << "in " << calls << " calls";  // where the system stopped the host for long
+}
+
 // A device whose programs never come, or which stops in the middle, delays nobody.
 TEST(JointThreadsTest, ADeviceThatNeverComes) {
   JointPools joint(3, 12);
