@@ -98,6 +98,8 @@ def pytest_configure(config: pytest.Config) -> None:
         )
     if config.getoption("--require-fake-driver"):
         _has_fake_driver(config)  # a run in several processes reports the error here only
+    # torch's threads wait for each other in loops, which costs more than they bring.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # By way of the environment, for the processes that tests start.
     os.environ[covering.VARIABLE] = "1" if config.getoption("--exhaustive") else "0"
     compiling.configure(config)
