@@ -17,7 +17,7 @@ from jax_kvpage._arrays import as_bool
 from jax_kvpage._cuda import Place, memory_hint
 from jax_kvpage._native import Code, Reason
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
-from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["NativePool", "PoolOptions", "checked", "exception"]
@@ -121,7 +121,7 @@ class NativePool:
         self.device = device
         self.placement: jax.Device | NamedSharding = device
         self.place = place
-        self.sharding: HeadSharding | None = None
+        self.sharding: AxisSharding | None = None
         self.block_bytes = spec.block_bytes
         ints, block_bytes = spec.as_ints(), spec.block_bytes
         self.pool: _native.Pool = self.call(

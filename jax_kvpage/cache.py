@@ -24,7 +24,7 @@ from jax_kvpage._padding import (
     runs,
     too_many_rows,
 )
-from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["Batch", "KVCache"]
@@ -80,14 +80,15 @@ class KVCache:
             In a cache over a mesh each array has one part after the other for all devices, and
             `jax.shard_map` with in_specs `PartitionSpec(axis)` gives each device its own.
         spec: the resolved spec, static.
-        sharding: how the heads are split over a mesh, static; None: the pool lives on one device.
+        sharding: how heads or sequences are split over a mesh, static; None: the pool lives on one
+            device.
     """
 
     handle: jax.Array
     epoch: jax.Array
     lengths: jax.Array
     spec: CacheSpec = dataclasses.field(metadata={"static": True})
-    sharding: HeadSharding | None = dataclasses.field(
+    sharding: AxisSharding | None = dataclasses.field(
         default=None, kw_only=True, metadata={"static": True}
     )
 

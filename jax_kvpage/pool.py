@@ -29,7 +29,10 @@ from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
 from jax_kvpage.saving import SavingCalls, check_store
 from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
+from jax_kvpage.sharding.sequences import sequence_parallel
+from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.spilling import SpillingCalls, as_share
@@ -90,11 +93,17 @@ class KVPool(
             devices, several devices hold a copy. `capacity` is that of all devices together. On
             CPU devices so far; without `device` and `store`.
         axis: name of that axis.
+        sequence_axis: in place of `axis`, the axis that the tokens of every sequence are spread
+            over, for sequences that are too long for one device: stripes of 16 tokens go to the
+            devices in turn, all heads on each. `spec.max_seq_len` is that of a whole sequence, a
+            multiple of 16 times the number of devices, and so are all numbers of tokens; each
+            device reserves and maps its share. Such a pool has no prefix cache, forks, windows,
+            ALiBi or token ids (`commit`).
 
     Attributes:
         spec: the resolved spec, with all heads.
         device: where the cache's arrays live; with a mesh, its first device.
-        sharding: how the heads are spread over the mesh; None without one.
+        sharding: how heads or sequences are spread over the mesh; None without one.
         store: what lies below memory; None: nothing.
 
     Raises:
@@ -108,7 +117,7 @@ class KVPool(
     spec: CacheSpec
     device: jax.Device
     store: BlockStore | None
-    sharding: HeadSharding | None
+    sharding: AxisSharding | None
 
     def __init__(
         self,
@@ -123,12 +132,18 @@ class KVPool(
         write_ahead: float = 0.25,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
+        sequence_axis: str | None = None,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         options = PoolOptions.checked(on_stale, poison, debug)
         self.store = store
         self.sharding = None
+        if sequence_axis is not None:
+            check_alone(mesh, axis, sequence_axis, device=device, store=store)
+            stripes = StripeSharding.of(spec, mesh, sequence_axis)
+            self._open(*sequence_parallel(spec, capacity, stripes, options))
+            return
         if mesh is not None or axis is not None:
             check_alone(mesh, axis, device=device, store=store)
             self._open(*sharded(spec, capacity, HeadSharding.of(spec, mesh, axis), options))

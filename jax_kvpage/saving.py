@@ -12,7 +12,7 @@ from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.prefix import namespace_key
-from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.store import BlockStore
 
 __all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls", "check_store"]
@@ -53,7 +53,7 @@ class SavingCalls:
     _native: NativePool
     _pool: Any
     store: BlockStore | None
-    sharding: HeadSharding | None
+    sharding: AxisSharding | None
 
     def save_prefixes(
         self,

@@ -97,6 +97,11 @@ Status OffsetsStart(Op op, std::int64_t first) {
   return InvalidArgument(op + ": query_offsets[0] is " + Number(first) + ", wanted 0");
 }
 
+Status LimitOrder(Op op, std::int64_t token, std::int64_t before, std::int64_t limit) {
+  return InvalidArgument(op + ": new token " + Number(token) + " sees positions up to " + Number(limit) +
+                         ", wanted at least " + Number(before) + ", which those before it see");
+}
+
 Status OffsetsOrder(Op op, std::int64_t index, std::int64_t before, std::int64_t after) {
   return InvalidArgument(op + ": query_offsets must not decrease: [" + Number(index) + "] is " + Number(before) +
                          ", [" + Number(index + 1) + "] is " + Number(after));

@@ -37,6 +37,7 @@ Status SlotFree(Op op, std::int32_t slot);
 Status SlotTaken(Op op, std::int32_t slot, const std::string& how);  // acquire; "already occupied in this cache"
 Status OffsetsStart(Op op, std::int64_t first);
 Status OffsetsOrder(Op op, std::int64_t index, std::int64_t before, std::int64_t after);
+Status LimitOrder(Op op, std::int64_t token, std::int64_t before, std::int64_t limit);
 Status OffsetsEnd(Op op, std::int64_t last, std::int64_t num_tokens);
 Status LayerRange(Op op, std::int64_t layer, std::int64_t num_layers);
 Status MaxSeqLen(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t max_seq_len);

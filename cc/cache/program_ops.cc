@@ -9,6 +9,24 @@
 #include "cache/program_check.h"
 
 namespace kvpage::program_ops {
+namespace {
+
+// Sequences whose new tokens have limits end at the last one. (Positions may be negative: there may be fewer keys than
+// new tokens.)
+Status EndAtLimits(const char* op, const std::int32_t* limits, std::vector<Sequence>* sequences) {
+  for (Sequence& sequence : *sequences) {
+    const std::int32_t* const own = limits + sequence.query_begin;
+    std::int32_t before = 0;
+    for (std::int32_t i = 0; i < sequence.query_length; ++i) {
+      if (own[i] < before) return messages::LimitOrder(op, sequence.query_begin + i, before, own[i]);
+      before = own[i];
+    }
+    sequence.position = before - (sequence.query_length - 1);
+  }
+  return {};
+}
+
+}  // namespace
 
 Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer,
              bool append, PinnedSlots* pinned, TableCall* by_block) {
@@ -22,6 +40,7 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
   if (layer < 0 || layer >= geometry.num_layers) return messages::LayerRange(op, layer, geometry.num_layers);
   Pins pins;
   KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &pins.sequences));
+  if (batch.limits != nullptr) KVPAGE_RETURN_IF_ERROR(EndAtLimits(op, batch.limits, &pins.sequences));
   DeviceProgress& progress = table.progress(state);
   for (const Sequence& sequence : pins.sequences) {
     const std::int32_t slot = sequence.slot;

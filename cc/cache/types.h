@@ -120,6 +120,9 @@ struct BatchRef {
   // Of ops that read: the sliding window, <= 0: they read everything. An op that appends reads only if it attends.
   std::int32_t window = 0;
   bool attends = false;
+  // [num_tokens] Of an op that reads without appending: the last position that each new token sees, at least 0 and not
+  // falling within a sequence, in place of the causal rule; lengths then only say which slots are occupied. Or null.
+  const std::int32_t* limits = nullptr;
 };
 
 // The slots that a running handler pins.

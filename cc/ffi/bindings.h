@@ -120,6 +120,11 @@ auto BindUpdateAndAttend(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
       .template Ret<U32>();
 }
+// CPU only. q, and the last position that each of its tokens sees.
+template <class B>
+auto BindAttendToLimits(B&& base) {
+  return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<S32>());
+}
 // CUDA only. handle, lengths, slots, query_offsets, window; the plan
 template <class B>
 auto BindPlanAttention(B&& base) {

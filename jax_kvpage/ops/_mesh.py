@@ -20,6 +20,8 @@ from jax_kvpage._arrays import as_host_array
 from jax_kvpage._compat import gathered, placed_as
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
+from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["over_mesh", "refuse"]
@@ -28,7 +30,11 @@ _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
 
 # (sharding, arguments by name) -> out_specs of the op's results
-OutSpecs = Callable[[HeadSharding, dict[str, Any]], Any]
+OutSpecs = Callable[[AxisSharding, dict[str, Any]], Any]
+
+# (op, sharding, arguments by name) -> the op's results on one device of a cache whose sequences are
+# spread over the mesh
+Striped = Callable[[Callable[..., Any], StripeSharding, dict[str, Any]], Any]
 
 _HEADS = ("q", "k", "v")  # [..., heads, dim]
 _PER_HEAD = ("sinks", "alibi_slopes")  # [Hq]
@@ -51,7 +57,8 @@ def over_mesh(
     split: Sequence[str] = (),
     replicated: bool = False,
     refused: str = "",
-    finish: Callable[[HeadSharding, Any], Any] = lambda sharding, result: result,
+    finish: Callable[[AxisSharding, Any], Any] = lambda sharding, result: result,
+    striped: Striped | None = None,
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
     """Makes an op serve caches that are spread over a mesh.
 
@@ -61,11 +68,12 @@ def over_mesh(
         replicated: whether all shards compute the same results, which `out` says are replicated.
         refused: why the op cannot wrap itself; empty: it can.
         finish: makes the results of the call of what the shards returned.
+        striped: the op on one device where the sequences are spread; None: as where heads are.
     """
 
     def decorate(op: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
         signature = inspect.signature(op)
-        rule = _Rule(op, signature, out, tuple(split), replicated)
+        rule = _Rule(op, signature, out, tuple(split), replicated, striped)
 
         @functools.wraps(op)
         def call(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
@@ -75,11 +83,12 @@ def over_mesh(
             sharding, spec = found[0].sharding, found[0].spec
             bound = signature.bind(*args, **kwargs)
             if sharding.manual:
-                result: _Result = _on_shard(op, signature, bound.arguments)
+                result: _Result = _on_shard(rule, bound.arguments)
                 return result
             if refused:
                 refuse(op.__name__, found[0], refused)
-            _check_heads(op.__name__, spec, sharding, bound.arguments)
+            if isinstance(sharding, HeadSharding):
+                _check_heads(op.__name__, spec, sharding, bound.arguments)
             arrays, options = _parted(op.__name__, bound.arguments)
             program = _program if _hashable(options) else _program.__wrapped__
             done = program(rule, sharding, options)(arrays)
@@ -98,25 +107,28 @@ class _Rule:
     out: OutSpecs
     split: tuple[str, ...]
     replicated: bool
+    striped: Striped | None
 
 
 def _is_cache(value: Any) -> bool:
     return isinstance(value, KVCache)
 
 
-def _on_shard(op: Any, signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+def _on_shard(rule: _Rule, arguments: dict[str, Any]) -> Any:
     """Runs the op on the part of the cache that one device has."""
     cache: KVCache = arguments["cache"]
     assert cache.sharding is not None
+    if isinstance(cache.sharding, StripeSharding) and rule.striped is not None:
+        return rule.striped(rule.op, cache.sharding, arguments)
     own = dataclasses.replace(cache, spec=cache.sharding.local, sharding=None)
-    bound = inspect.BoundArguments(signature, {**arguments, "cache": own})
+    bound = inspect.BoundArguments(rule.signature, {**arguments, "cache": own})
 
     def whole(value: Any) -> Any:
         if not _is_cache(value):
             return value
         return dataclasses.replace(value, spec=cache.spec, sharding=cache.sharding)
 
-    return jax.tree.map(whole, op(*bound.args, **bound.kwargs), is_leaf=_is_cache)
+    return jax.tree.map(whole, rule.op(*bound.args, **bound.kwargs), is_leaf=_is_cache)
 
 
 def _check_heads(
@@ -169,25 +181,31 @@ def _hashable(options: Any) -> bool:
     return True
 
 
+def _copies(sharding: AxisSharding) -> int:
+    """How many devices hold each key/value head, where heads are spread; else 1."""
+    return sharding.copies if isinstance(sharding, HeadSharding) else 1
+
+
 @functools.lru_cache(maxsize=1024)
-def _program(rule: _Rule, sharding: HeadSharding, options: tuple[tuple[str, Any], ...]) -> Any:
+def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any], ...]) -> Any:
     """The op over the mesh as a function of the arrays among its arguments."""
 
     def in_spec(name: str, value: Any) -> PartitionSpec:
         if name == "cache" or name in rule.split:
             return sharding.split
-        if name == "q" or (name in ("k", "v") and sharding.copies == 1):
+        if name == "q" or (name in ("k", "v") and _copies(sharding) == 1):
             return sharding.heads(np.ndim(value)) if np.ndim(value) > 2 else PartitionSpec()
-        return sharding.split if name in _PER_HEAD else PartitionSpec()
+        return sharding.per_head if name in _PER_HEAD else PartitionSpec()
 
     def on_shard(arrays: dict[str, Any]) -> Any:
-        if sharding.copies > 1:  # the head of the copy that this device holds
-            head = jax.lax.axis_index(sharding.axis) // sharding.copies
+        copies = _copies(sharding)
+        if copies > 1:  # the head of the copy that this device holds
+            head = jax.lax.axis_index(sharding.axis) // copies
             for name in {"k", "v"} & arrays.keys():
                 arrays[name] = jax.lax.dynamic_slice_in_dim(
                     arrays[name], head, 1, np.ndim(arrays[name]) - 2
                 )
-        return _on_shard(rule.op, rule.signature, {**arrays, **dict(options)})
+        return _on_shard(rule, {**arrays, **dict(options)})
 
     def run(arrays: dict[str, Any]) -> Any:
         context = jax.sharding.get_abstract_mesh()
@@ -223,45 +241,50 @@ def _program(rule: _Rule, sharding: HeadSharding, options: tuple[tuple[str, Any]
 # ---- the shardings of results ----
 
 
-def cache_only(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def cache_only(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """The next cache."""
     del arguments
     return sharding.split
 
 
-def attention(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def attention(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """What attention returns: out, then lse with return_lse."""
     out = sharding.heads(np.ndim(arguments["q"]))
     lse = PartitionSpec(*out[:-1])
     return (out, lse) if arguments.get("return_lse") else out
 
 
-def attention_and_cache(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def attention_and_cache(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """The same, and the next cache."""
     out = attention(sharding, arguments)
     return (*(out if arguments.get("return_lse") else (out,)), sharding.split)
 
 
-def cache_and_ok(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def cache_and_ok(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """The next cache, and what all devices have been told alike."""
     del arguments
     return sharding.split, PartitionSpec()
 
 
-def everywhere(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def everywhere(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """Results that all devices have."""
     del sharding, arguments
     return PartitionSpec()
 
 
-def keys_and_values(sharding: HeadSharding, arguments: dict[str, Any]) -> Any:
+def keys_and_values(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """k and v, [S, max_seq_len, Hkv, D]; each copy of a head counts as one more."""
     del arguments
-    return (sharding.heads(4), sharding.heads(4))
+    spread = isinstance(sharding, StripeSharding)
+    spec = PartitionSpec(None, sharding.axis) if spread else sharding.heads(4)
+    return (spec, spec)
 
 
-def without_copies(sharding: HeadSharding, pair: Any) -> Any:
-    """The same with each head once."""
-    if sharding.copies == 1:
+def in_order(sharding: AxisSharding, pair: Any) -> Any:
+    """The same with each head once, and with tokens in the order of their positions."""
+    if isinstance(sharding, StripeSharding):
+        return tuple(map(sharding.in_order, map(gathered, pair)))
+    copies = _copies(sharding)
+    if copies == 1:
         return pair
-    return tuple(gathered(array)[:, :, :: sharding.copies] for array in pair)
+    return tuple(gathered(array)[:, :, ::copies] for array in pair)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _batching, _lowering, _mesh
+from jax_kvpage.ops import _batching, _lowering, _mesh, _stripes
 from jax_kvpage.ops._checks import EPOCH, batch_operands, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -26,7 +26,7 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
 advance_p = _lowering.make_primitive("advance", _abstract)
 
 
-@_mesh.over_mesh(_mesh.cache_only)
+@_mesh.over_mesh(_mesh.cache_only, striped=_stripes.advance)
 def advance(cache: KVCache, batch: Batch) -> KVCache:
     """Raises the lengths by the new tokens of a batch; once per step, after all layers are written.
 

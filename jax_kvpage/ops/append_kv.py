@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _batching, _lowering, _mesh, _scratch, _tokens
+from jax_kvpage.ops import _batching, _lowering, _mesh, _scratch, _stripes, _tokens
 from jax_kvpage.ops._checks import EPOCH, check_arrays, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -25,7 +25,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
 append_kv_p = _lowering.make_primitive("append_kv", _abstract)
 
 
-@_mesh.over_mesh(_mesh.cache_only)
+@_mesh.over_mesh(_mesh.cache_only, striped=_stripes.append_kv)
 def append_kv(
     cache: KVCache, k: jax.Array, v: jax.Array, batch: Batch, *, layer: int | jax.Array
 ) -> KVCache:

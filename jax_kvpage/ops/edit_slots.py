@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax_kvpage import _native
 from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import KVCache
-from jax_kvpage.ops import _batching, _lowering, _mesh, _scratch
+from jax_kvpage.ops import _batching, _lowering, _mesh, _scratch, _stripes
 from jax_kvpage.ops._checks import EPOCH, INT32, cache_operands, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -48,7 +48,7 @@ def _abstract(*avals: Any, spec: CacheSpec, verb: int) -> list[Any]:
 edit_slots_p = _lowering.make_primitive("edit_slots", _abstract, static=("spec", "verb"))
 
 
-@_mesh.over_mesh(_mesh.cache_only, split=("own",))
+@_mesh.over_mesh(_mesh.cache_only, split=("own",), striped=_stripes.edit_slots)
 def edit_slots(cache: KVCache, own: Any, edits: Any, copies: Any, verb: str) -> KVCache:
     """Changes who occupies slots and how long they are, then copies tokens between slots.
 

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 
 from jax_kvpage import reference
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _attention, _batching, _lowering, _mesh, _plan, _scratch, _tokens
+from jax_kvpage.ops import (
+    _attention,
+    _batching,
+    _lowering,
+    _mesh,
+    _plan,
+    _scratch,
+    _tokens,
+    attend_stripes,
+)
 from jax_kvpage.ops._checks import check_arrays, pool_checker, results
 from jax_kvpage.ops.gather_context import gather_context_p
 from jax_kvpage.spec import CacheSpec
@@ -40,7 +49,7 @@ def _abstract(
 paged_attention_p = _lowering.make_primitive("paged_attention", _abstract, _attention.STATIC)
 
 
-@_mesh.over_mesh(_mesh.attention)
+@_mesh.over_mesh(_mesh.attention, striped=attend_stripes.attention)
 def paged_attention(
     q: jax.Array,
     cache: KVCache,

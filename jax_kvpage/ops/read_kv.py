@@ -10,7 +10,7 @@ import numpy as np
 from jax_kvpage._arrays import as_int32, to_device
 from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _lowering, _mesh
+from jax_kvpage.ops import _lowering, _mesh, _stripes
 from jax_kvpage.ops._checks import batch_operands, cache_operands, layer_operand, misplaced
 from jax_kvpage.ops.gather_context import gather_context_abstract, gather_context_p
 
@@ -33,7 +33,7 @@ def _with_last(
     return lengths.at[safe].add(-one), jnp.concatenate([offsets[:1], ends])
 
 
-@_mesh.over_mesh(_mesh.keys_and_values, finish=_mesh.without_copies)
+@_mesh.over_mesh(_mesh.keys_and_values, finish=_mesh.in_order, striped=_stripes.read_kv)
 def read_kv(
     cache: KVCache, batch_or_slots: Batch | Any, layer: int | jax.Array
 ) -> tuple[jax.Array, jax.Array]:

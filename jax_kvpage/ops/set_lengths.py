@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_kvpage.cache import KVCache
-from jax_kvpage.ops import _batching, _lowering, _mesh, _slots
+from jax_kvpage.ops import _batching, _lowering, _mesh, _slots, _stripes
 from jax_kvpage.ops._checks import EPOCH, pool_checker, results
 from jax_kvpage.spec import CacheSpec
 
@@ -22,7 +22,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
 set_lengths_p = _lowering.make_primitive("set_lengths", _abstract)
 
 
-@_mesh.over_mesh(_mesh.cache_only)
+@_mesh.over_mesh(_mesh.cache_only, striped=_stripes.set_lengths)
 def set_lengths(cache: KVCache, slots: Any, lengths: Any) -> KVCache:
     """Lowers the lengths of sequences, for instance to drop rejected draft tokens.
 

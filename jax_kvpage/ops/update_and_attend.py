@@ -6,7 +6,16 @@ from typing import Any, Literal
 import jax
 
 from jax_kvpage.cache import Batch, KVCache
-from jax_kvpage.ops import _attention, _batching, _lowering, _mesh, _plan, _scratch, _tokens
+from jax_kvpage.ops import (
+    _attention,
+    _batching,
+    _lowering,
+    _mesh,
+    _plan,
+    _scratch,
+    _tokens,
+    attend_stripes,
+)
 from jax_kvpage.ops._checks import EPOCH, check_arrays, pool_checker, results
 from jax_kvpage.ops.append_kv import append_kv_p
 from jax_kvpage.ops.paged_attention import attend_gathered
@@ -33,7 +42,7 @@ def _abstract(
 update_and_attend_p = _lowering.make_primitive("update_and_attend", _abstract, _attention.STATIC)
 
 
-@_mesh.over_mesh(_mesh.attention_and_cache)
+@_mesh.over_mesh(_mesh.attention_and_cache, striped=attend_stripes.attention)
 def update_and_attend(
     q: jax.Array,
     k: jax.Array,

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,19 +19,29 @@ from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
 from jax_kvpage.ops.set_lengths import set_lengths
 from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "sharded"]
+__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded"]
+
+_Sharding = TypeVar("_Sharding", bound=AxisSharding)
 
 
-def check_alone(mesh: Any, axis: Any, **others: Any) -> None:
+def check_alone(mesh: Any, axis: Any, sequence_axis: Any = None, **others: Any) -> None:
     """Refuses arguments of `KVPool` that do not go with a mesh.
 
     Raises:
-        ValueError: half of the pair is missing, or one of the others is given.
+        ValueError: half of the pair is missing, both axes or one of the others are given.
     """
-    if mesh is None or axis is None:
+    if axis is not None and sequence_axis is not None:
+        raise ValueError(
+            f"KVPool: axis={axis!r} and sequence_axis={sequence_axis!r}: give one of them: a pool "
+            "has either its heads or its sequences spread over a mesh so far"
+        )
+    if sequence_axis is not None and mesh is None:
+        raise ValueError(f"KVPool: sequence_axis={sequence_axis!r}: wanted a mesh too, got None")
+    if sequence_axis is None and (mesh is None or axis is None):
         raise ValueError(f"KVPool: mesh and axis: wanted both, got {mesh!r} and {axis!r}")
     given = [name for name, value in others.items() if value is not None]
     if given:
@@ -50,13 +60,13 @@ def sharded(
         ValueError: a capacity, spec or device that cannot work.
         OutOfBlocks: more capacity than there is memory.
     """
-    native = ShardedNativePool(*_resolved(spec, capacity, sharding), options)
+    native = ShardedNativePool(*resolved(spec, capacity, sharding), options)
     return native, ShardedQueue(native)
 
 
-def _resolved(
-    spec: CacheSpec, capacity: Any, sharding: HeadSharding
-) -> tuple[CacheSpec, HeadSharding, int]:
+def resolved(
+    spec: CacheSpec, capacity: Any, sharding: _Sharding
+) -> tuple[CacheSpec, _Sharding, int]:
     """Chooses block size and layout for a pool over a mesh.
 
     Args:
@@ -105,10 +115,10 @@ class ShardedNativePool(NativePool):
     pool: Any
 
     def __init__(
-        self, spec: CacheSpec, sharding: HeadSharding, shard_bytes: int, options: PoolOptions
+        self, spec: CacheSpec, sharding: AxisSharding, shard_bytes: int, options: PoolOptions
     ) -> None:
         self.spec = spec
-        self.sharding: HeadSharding = sharding
+        self.sharding: AxisSharding = sharding
         self.device = sharding.devices[0]
         self.placement = sharding.placed()
         self.place: Place = place_of(self.device)
@@ -122,9 +132,13 @@ class ShardedNativePool(NativePool):
             for shard in shards:
                 shard.close()
             raise
-        self.pool = ShardedPool(shards)
+        self.pool = self.joined(shards)
         # Of a call to all shards, and of a decision with the program that is queued for it.
         self.lock = threading.RLock()
+
+    def joined(self, shards: Sequence[Any]) -> ShardedPool:
+        """The pools of all devices as one."""
+        return ShardedPool(shards)
 
     def call(self, function: Any, *args: Any) -> Any:
         """See `NativePool`. One call at a time, so that all shards get them in the same order."""
@@ -173,6 +187,19 @@ class ShardedQueue(Queue):
     def _note(self, marker: jax.Array) -> None:
         self._markers.append(marker)
 
+    def joined_cache(self, generation: list[tuple[int, int, list[int]]], lengths: Any) -> KVCache:
+        """The first cache of a generation with these lengths, [devices, max_slots]."""
+        pool: ShardedPool = self._native.pool  # type: ignore[assignment]
+        numbers, epochs, _ = zip(*generation, strict=True)
+        handles = [[shard.id, n] for shard, n in zip(pool.shards, numbers, strict=True)]
+        return KVCache(
+            handle=self._split(np.asarray(handles, np.int32)),
+            epoch=self._split(np.asarray(epochs, np.uint32)),
+            lengths=self._split(np.asarray(lengths, np.int32)),
+            spec=self._native.spec,
+            sharding=self._sharding,
+        )
+
     def first_cache(self, generation: list[tuple[int, int, list[int]]]) -> KVCache:
         """The first cache of a generation. Lengths are the least over the shards.
 
@@ -180,15 +207,8 @@ class ShardedQueue(Queue):
             generation: number, epoch and lengths of each shard.
         """
         pool: ShardedPool = self._native.pool  # type: ignore[assignment]
-        numbers, epochs, lengths = zip(*generation, strict=True)
-        handles = [[shard.id, n] for shard, n in zip(pool.shards, numbers, strict=True)]
-        cache = KVCache(
-            handle=self._split(np.asarray(handles, np.int32)),
-            epoch=self._split(np.asarray(epochs, np.uint32)),
-            lengths=self._split(np.asarray(lengths, np.int32)),
-            spec=self._native.spec,
-            sharding=self._sharding,
-        )
+        lengths = [own for _, _, own in generation]
+        cache = self.joined_cache(generation, lengths)
         least = np.min(np.asarray(lengths, np.int32), axis=0)
         shorter = [int(slot) for slot in np.flatnonzero((np.asarray(lengths) != least).any(axis=0))]
         if not shorter:

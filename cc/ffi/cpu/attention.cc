@@ -13,11 +13,12 @@
 namespace kvpage {
 namespace {
 
-// `runs`: of the pool whose slots the view addresses, or null.
+// `runs`: of the pool whose slots the view addresses, or null. `limits`: see AttentionArgs.
 ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences,
                   const SharedRuns* runs, Any q, const OptionOperands& options, ffi::Result<Any> out,
-                  ffi::Result<F32> lse, Parallel& parallel) {
+                  ffi::Result<F32> lse, Parallel& parallel, const std::int32_t* limits = nullptr) {
   cpu::AttentionArgs args;
+  args.limits = limits;
   KVPAGE_FFI_RETURN_IF_ERROR(CheckQuery(op, q, view.num_kv_heads, view.head_dim, &args.q_dtype));
   const auto shape = q.dimensions();
   args.kv = view;
@@ -59,6 +60,7 @@ struct LayerCall {
     layer = layer_operand.typed_data()[0];
     BatchRef batch = Batch(slots, offsets, num_tokens);
     batch.attends = window != nullptr;
+    batch.limits = limits;
     if (batch.attends && window->element_count() > 0) batch.window = window->typed_data()[0];
     KVPAGE_RETURN_IF_ERROR(
         pool->Begin(op, Cache(handle, epoch, lengths), batch, layer, append, &pinned, by_block ? &table : nullptr));
@@ -76,6 +78,7 @@ struct LayerCall {
   KVView view;
   const std::vector<Sequence>* sequences = nullptr;
   std::int64_t layer = 0;
+  const std::int32_t* limits = nullptr;  // of attention, before Start: see BatchRef
 };
 
 ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -116,6 +119,23 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
     return error;
   return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
                 {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
+}
+
+// One device's part of attention over a sequence that is spread over several: what a new token sees of the keys here
+// does not follow from its place among the new tokens.
+ffi::Error AttendToLimits(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                          S32 layer, Any q, S32 limits, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                          float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
+                          ffi::Result<F32> lse) {
+  static const char* const kOp = "paged_attention";
+  KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "limits", limits.element_count(), Rows(q)));
+  LayerCall call;
+  call.limits = limits.typed_data();
+  KVPAGE_FFI_RETURN_IF_ERROR(call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q),
+                                        /*append=*/false, &window, addressing != 0));
+  XlaParallel parallel(&threads);
+  return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
+                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel, call.limits);
 }
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -203,6 +223,7 @@ auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, BindAppendKV(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention, BindPagedAttention(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend, BindUpdateAndAttend(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kAttendToLimits, AttendToLimits, BindAttendToLimits(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, BindGatherContext(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables, BindAttendWithTables(ThreadPoolBinding()));
 
@@ -212,6 +233,7 @@ std::vector<Target> AttentionTargets() {
   return {{"jax_kvpage_append_kv", kAppendKV},
           {"jax_kvpage_paged_attention", kPagedAttention},
           {"jax_kvpage_update_and_attend", kUpdateAndAttend},
+          {"jax_kvpage_attend_to_limits", kAttendToLimits},
           {"jax_kvpage_gather_context", kGatherContext},
           {"jax_kvpage_attend_with_tables", kAttendWithTables}};
 }

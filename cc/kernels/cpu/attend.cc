@@ -190,9 +190,9 @@ void Attention::LoadQueries(const LoadedRows& rows) const {
     load.dst = rows.queries + h * QueryFloats(unit.rows, head_dim_);
     kernels_.load(load);
   }
-  const std::int32_t position = (*args_.sequences)[unit.sequence].position;
+  const Sequence& sequence = (*args_.sequences)[unit.sequence];
   for (int r = 0; r < unit.rows; ++r) {
-    rows.positions[r] = position + static_cast<std::int32_t>((unit.first_row + r) / group_);
+    rows.positions[r] = LastVisible(args_, sequence, (unit.first_row + r) / group_);
   }
 }
 

@@ -31,6 +31,9 @@ struct AttentionArgs {
   const std::vector<Sequence>* sequences = nullptr;
   // Which of them begin with the same memory; null: not known. A block table says that by itself.
   const SharedPrefixes* prefixes = nullptr;
+  // [num_tokens] The last position that each new token sees, at least 0 and not falling within a sequence, which ends
+  // with the last of its tokens' limits; null: a token sees the tokens of its sequence up to itself.
+  const std::int32_t* limits = nullptr;
 
   AttentionOptions options;
 };

@@ -102,7 +102,7 @@ void Planner::AddUnits(std::int32_t index, int heads_together) {
       unit.heads = std::min(heads, kv.num_kv_heads - head);
       unit.first_row = tile * unit_rows;
       unit.rows = static_cast<std::int32_t>(std::min(unit_rows, rows - unit.first_row));
-      unit.end = sequence.position + (unit.first_row + unit.rows - 1) / group_ + 1;
+      unit.end = std::int64_t{LastVisible(args_, sequence, (unit.first_row + unit.rows - 1) / group_)} + 1;
       if (window_ > 0) {
         unit.begin = std::max<std::int64_t>(0, sequence.position + unit.first_row / group_ - std::int64_t{window_} + 1);
       }
@@ -240,6 +240,11 @@ std::int32_t LastSpan(const WorkUnit& unit) { return static_cast<std::int32_t>((
 
 std::int64_t FirstPosition(const WorkUnit& unit, const WorkItem& item) {
   return std::max<std::int64_t>(unit.begin, item.span_begin * SpanTokens(unit));
+}
+
+std::int32_t LastVisible(const AttentionArgs& args, const Sequence& sequence, std::int64_t i) {
+  return args.limits != nullptr ? args.limits[sequence.query_begin + i]
+                                : sequence.position + static_cast<std::int32_t>(i);
 }
 
 std::int32_t SlidingWindow(const AttentionArgs& args) {

@@ -96,6 +96,9 @@ std::int32_t LastSpan(const WorkUnit& unit);
 // The first position that an item reads of a unit.
 std::int64_t FirstPosition(const WorkUnit& unit, const WorkItem& item);
 
+// The last position that new token i of a sequence sees.
+std::int32_t LastVisible(const AttentionArgs& args, const Sequence& sequence, std::int64_t i);
+
 // The window of the call; 0: none.
 std::int32_t SlidingWindow(const AttentionArgs& args);
 
