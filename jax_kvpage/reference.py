@@ -52,7 +52,6 @@ def ragged_attention(
     scale: float,
     soft_cap: float,
     return_lse: bool,
-    limits: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of a ragged batch over dense contexts.
 
@@ -71,7 +70,6 @@ def ragged_attention(
         scale: factor of the scores.
         soft_cap: c in c * tanh(score / c), 0 is off.
         return_lse: whether lse is wanted.
-        limits: int32[T], the last position that each token sees; None: its own.
 
     Returns:
         out [T, Hq, D] in q's dtype and lse float32 [T, Hq] ([0, Hq] when not wanted); 0 and -inf
@@ -85,8 +83,7 @@ def ragged_attention(
     options = (window, sinks, alibi)
     attend = functools.partial(_attend_one, k, v, options, scale, soft_cap)
     # Tokens without a sequence see positions up to -1, so none.
-    last = starts[sequence] + index if limits is None else limits
-    position = jnp.where(owned, last, -1)
+    position = jnp.where(owned, starts[sequence] + index, -1)
     out, lse = jax.lax.map(attend, (q, sequence, position), batch_size=min(_TOKENS_AT_ONCE, tokens))
     return out, lse if return_lse else lse[:0]
 

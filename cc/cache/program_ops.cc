@@ -49,7 +49,7 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
     const std::int64_t room = table.Room(state, slot);
     if (end > room) return messages::Unmapped(op, slot, end, room);
     const std::int64_t shared = append ? progress.slots[slot].shared : 0;
-    if (sequence.position < shared) return messages::Shared(op, slot, sequence.position, shared);
+    if (append && sequence.position < shared) return messages::Shared(op, slot, sequence.position, shared);
     const bool reads = !append || batch.attends;
     const std::int64_t first = reads ? sequence.FirstVisible(batch.window) : sequence.position;
     const std::int32_t dropped = progress.slots[slot].dropped;

@@ -120,10 +120,20 @@ auto BindUpdateAndAttend(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
       .template Ret<U32>();
 }
-// CPU only. q, and the last position that each of its tokens sees.
+// CPU only: ops on one of several devices, whose last result is a number for their error (cpu/shard_faults.h).
+template <class B>
+auto BindTryAppendKV(B&& base) {
+  return BindAppendKV(std::forward<B>(base)).template Ret<S32>();
+}
+template <class B>
+auto BindTryLengthChange(B&& base) {
+  return BindLengthChange(std::forward<B>(base)).template Ret<S32>();
+}
+// q, and the last position that each of its tokens sees
 template <class B>
 auto BindAttendToLimits(B&& base) {
-  return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<S32>());
+  return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<S32>())
+      .template Ret<S32>();
 }
 // CUDA only. handle, lengths, slots, query_offsets, window; the plan
 template <class B>

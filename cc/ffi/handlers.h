@@ -14,19 +14,22 @@ struct Target {
   XLA_FFI_Handler* handler;
 };
 
-// Defined in slots.cc, attention.cc and views.cc; `CpuTargets` is all of them.
+// Defined in slots.cc, attention.cc, views.cc and shard_faults.cc; `CpuTargets` is all of them.
 std::vector<Target> SlotTargets();
 std::vector<Target> AttentionTargets();
 std::vector<Target> ViewTargets();
+std::vector<Target> FaultTargets();
 
 inline std::vector<Target> CpuTargets() {
   std::vector<Target> targets = SlotTargets();
   for (const Target& target : AttentionTargets()) targets.push_back(target);
   for (const Target& target : ViewTargets()) targets.push_back(target);
+  for (const Target& target : FaultTargets()) targets.push_back(target);
   return targets;
 }
 
-// The same names on CUDA (cuda/), without those of views; in a build without CUDA there are none.
+// The same names on CUDA (cuda/), without those of views and of ops on several devices; in a build without CUDA there
+// are none.
 std::vector<Target> CudaTargets();
 
 // Loads the kernels of those on the current device; nothing in a build without CUDA.

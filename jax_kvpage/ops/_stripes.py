@@ -15,6 +15,13 @@ from jax_kvpage import reference
 from jax_kvpage._arrays import as_int32
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _slots, _tokens
+from jax_kvpage.ops._agreement import (
+    agreed,
+    agreed_fault,
+    try_advance_p,
+    try_append_kv_p,
+    try_set_lengths_p,
+)
 from jax_kvpage.ops._checks import batch_operands, cache_operands, check_arrays, pool_checker
 from jax_kvpage.sharding.stripes import StripeSharding
 
@@ -52,10 +59,14 @@ def _local(sharding: StripeSharding, cache: KVCache) -> KVCache:
     return dataclasses.replace(cache, lengths=lengths, spec=sharding.local, sharding=None)
 
 
-def _next(cache: KVCache, local: KVCache, lengths: Any = None) -> KVCache:
-    """The next cache of all devices."""
+def _agreed(
+    sharding: StripeSharding, cache: KVCache, epoch: Any, fault: Any, lengths: Any = None
+) -> KVCache:
+    """The next cache, which no device gets if one has failed."""
+    fault = agreed_fault([fault], sharding.axis)
     lengths = cache.lengths if lengths is None else lengths
-    return dataclasses.replace(cache, epoch=local.epoch, lengths=lengths)
+    epoch, lengths = agreed(fault, epoch, lengths)
+    return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
 
 
 def _begins(lengths: Any, slots: Any) -> jax.Array:
@@ -174,9 +185,10 @@ def append_kv(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KV
     cache = arguments["cache"]
     *_, lengths, slots, offsets, layer, k, v = checked_tokens("append_kv", arguments)
     part = Part.of(sharding, lengths, slots, offsets, k.shape[0])
-    own = Batch(slots, part.offsets, num_tokens=k.shape[0])
     k, v = jnp.asarray(k)[part.source], jnp.asarray(v)[part.source]
-    return _next(cache, op(_local(sharding, cache), k, v, own, layer=layer))
+    own = (cache.handle, cache.epoch, part.lengths, slots, part.offsets, layer)
+    done = try_append_kv_p.bind(*own, k, v, spec=sharding.local)
+    return _agreed(sharding, cache, *done)
 
 
 def advance(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:
@@ -187,10 +199,14 @@ def advance(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCa
     check.cache(*map(jax.typeof, cache_operands("advance", cache)))
     check.batch(jax.typeof(slots), jax.typeof(offsets))
     check.done()
-    own = Batch(slots, _own_offsets(sharding, cache.lengths, slots, offsets))
-    local = op(_local(sharding, cache), own)
+    own = _own_offsets(sharding, cache.lengths, slots, offsets)
+    here = lengths_here(sharding, cache.lengths)
+    epoch, _, fault = try_advance_p.bind(
+        cache.handle, cache.epoch, here, slots, own, spec=sharding.local
+    )
     target = jnp.where(slots >= 0, slots, cache.spec.max_slots)
-    return _next(cache, local, cache.lengths.at[target].add(jnp.diff(offsets), mode="drop"))
+    lengths = cache.lengths.at[target].add(jnp.diff(offsets), mode="drop")
+    return _agreed(sharding, cache, epoch, fault, lengths)
 
 
 def _lowered(sharding: StripeSharding, old: Any, new: Any) -> jax.Array:
@@ -210,10 +226,14 @@ def set_lengths(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> 
     _slots.check(check, "lengths", [jax.typeof(operand) for operand in operands])
     check.done()
     *_, slots, values = operands
-    here = jnp.where(values < 0, values, _lowered(sharding, _begins(cache.lengths, slots), values))
-    local = op(_local(sharding, cache), slots, here)
+    new = jnp.where(values < 0, values, _lowered(sharding, _begins(cache.lengths, slots), values))
+    here = lengths_here(sharding, cache.lengths)
+    epoch, _, fault = try_set_lengths_p.bind(
+        cache.handle, cache.epoch, here, slots, new, spec=sharding.local
+    )
     target = jnp.where(slots >= 0, slots, cache.spec.max_slots)
-    return _next(cache, local, cache.lengths.at[target].set(values, mode="drop"))
+    lengths = cache.lengths.at[target].set(values, mode="drop")
+    return _agreed(sharding, cache, epoch, fault, lengths)
 
 
 def edit_slots(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:
@@ -232,7 +252,8 @@ def edit_slots(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> K
     )
     lengths = jnp.where(local.lengths < 0, -1, jnp.maximum(cache.lengths, 0))
     target = jnp.where(lowers, slots, cache.spec.max_slots)
-    return _next(cache, local, lengths.at[target].set(length, mode="drop"))
+    lengths = lengths.at[target].set(length, mode="drop")
+    return dataclasses.replace(cache, epoch=local.epoch, lengths=lengths)
 
 
 def read_kv(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> Any:

@@ -14,65 +14,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpage import reference
-from jax_kvpage.ops import _attention, _batching, _lowering, _stripes, _tokens
-from jax_kvpage.ops._checks import Checker, pool_checker, results
-from jax_kvpage.ops.append_kv import append_kv_p
-from jax_kvpage.ops.gather_context import gather_context_p
+from jax_kvpage.ops import _attention, _lowering, _stripes, _tokens
+from jax_kvpage.ops._agreement import (
+    FAULT,
+    agreed,
+    agreed_fault,
+    refuse_batching,
+    try_append_kv_p,
+)
+from jax_kvpage.ops._checks import Checker, results
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
 
 __all__ = ["attend_to_limits_p", "attention", "merged"]
 
-_NAMES = (*_batching.CACHE, "slots", "query_offsets", "layer", "q", "limits")
 _OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
 
 
-def _abstract(
-    *avals: Any, spec: CacheSpec, return_lse: bool, problems: tuple[str, ...] = (), **_: Any
-) -> list[Any]:
-    check = pool_checker("paged_attention", spec, problems)
-    _tokens.check_header(check, avals)
-    q, limits, *options = avals[6:]
-    _attention.check_attention(check, q, *options)
-    check.array("limits", limits, ("T",), (jnp.int32,))
-    check.done()
-    return results(avals, *_attention.results_of(q, return_lse))
+def _abstract(*avals: Any, spec: CacheSpec, return_lse: bool, **_: Any) -> list[Any]:
+    del spec
+    return results(avals, *_attention.results_of(avals[6], return_lse), FAULT)
 
 
-# As paged_attention, but limits int32[T] say up to which position each new token sees, at least 0
-# and not falling within a sequence; the lengths only say which slots are occupied. CPU only.
+# As paged_attention, but limits int32[T] behind q say up to which position each new token sees, at
+# least 0 and not falling within a sequence; the lengths only say which slots are occupied. The last
+# result is FAULT. Shapes are checked before.
 attend_to_limits_p = _lowering.make_primitive("attend_to_limits", _abstract, _attention.STATIC)
-
-
-def _attend_gathered(*operands: Any, spec: CacheSpec, **params: Any) -> Any:
-    """The op in pure JAX, except for the gather that copies the context from the arena."""
-    handle, epoch, lengths, slots, offsets, layer, q, limits, *options = operands
-    del params["exact_weights"], params["addressing"]  # for kernels; weights are float32 here
-    if q.shape[0] == 0:
-        return jnp.zeros_like(q), jnp.zeros((0, q.shape[1]), jnp.float32)
-    counts = jnp.diff(offsets)
-    active = (slots >= 0) & (counts > 0)
-    # The last token of each context is gathered as a new one.
-    before = limits[jnp.maximum(offsets[1:] - 1, 0)]
-    target = jnp.where(active, slots, spec.max_slots)
-    lengths = lengths.at[target].set(before, mode="drop")
-    ends = jnp.cumsum(active.astype(jnp.int32), dtype=jnp.int32)
-    ones = jnp.concatenate([offsets[:1], offsets[:1] + ends])
-    context = (handle, epoch, lengths, slots, ones, layer)
-    k, v = gather_context_p.bind(*context, spec=spec)
-    starts = jnp.zeros_like(slots)
-    return reference.ragged_attention(
-        q, k, v, starts, offsets, active, *options, limits=limits, **params
-    )
-
-
-_lowering.register_lowerings(attend_to_limits_p, xla=_attend_gathered)
+_lowering.register_lowerings(attend_to_limits_p, name="paged_attention")
 _lowering.refuse_differentiation(attend_to_limits_p)
-_batching.register(
-    attend_to_limits_p,
-    _batching.map_reader("paged_attention", (*_NAMES, *_OPTIONS), attend_to_limits_p.bind),
-)
+refuse_batching(attend_to_limits_p, "paged_attention")
 
 
 def merged(
@@ -119,6 +89,8 @@ def _unserved(arguments: dict[str, Any]) -> list[str]:
         )
     if arguments.get("addressing", "slots") != "slots":
         problems.append(f"addressing: only 'slots' is served {spread}: leave it out")
+    if arguments.get("implementation") not in (None, "cpu"):
+        problems.append(f"implementation: only 'cpu' is served {spread}: leave it out")
     return problems
 
 
@@ -153,17 +125,21 @@ def attention(op: Any, sharding: StripeSharding, arguments: dict[str, Any]) -> A
     operands = _stripes.checked_tokens(name, arguments, check)
     handle, epoch, lengths, slots, offsets, layer, q, *kv = operands
     part = _stripes.Part.of(sharding, lengths, slots, offsets, q.shape[0])
+    faults: list[jax.Array] = []
     if kv:
         k, v = (jnp.asarray(array)[part.source] for array in kv)
         own = (handle, epoch, part.lengths, slots, part.offsets, layer)
-        (epoch,) = append_kv_p.bind(*own, k, v, spec=sharding.local)
+        epoch, appended = try_append_kv_p.bind(*own, k, v, spec=sharding.local)
+        faults.append(appended)
     seen = (handle, epoch, part.lengths, part.seen_slots, part.seen_offsets, layer)
     none = (np.int32(0), _lowering.absent(), _lowering.absent())
-    out, lse = attend_to_limits_p.bind(
+    out, lse, attended = attend_to_limits_p.bind(
         *seen, q, part.limits, *none, spec=sharding.local, addressing="slots", **static
     )
+    fault = agreed_fault([*faults, attended], sharding.axis)
     given = sinks if sinks.shape[0] else None
-    out, lse = (_tokens.like(arguments["batch"], x) for x in merged(out, lse, given, sharding.axis))
+    whole = agreed(fault, *merged(out, lse, given, sharding.axis))
+    out, lse = (_tokens.like(arguments["batch"], array) for array in whole)
     result = (out, lse) if wants_lse else (out,)
     if kv:
         return (*result, dataclasses.replace(cache, epoch=epoch))

@@ -5,6 +5,7 @@
 #include "cache/shared_runs.h"
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/shard_faults.h"
 #include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
@@ -121,22 +122,42 @@ ffi::Error UpdateAndAttend(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 l
                 {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel);
 }
 
-// One device's part of attention over a sequence that is spread over several: what a new token sees of the keys here
+// ---- on one device of several ----
+
+ffi::Error TryAppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
+                       Any k, Any v, SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<S32> fault) {
+  const std::uint32_t before = epoch.typed_data()[0];
+  const ffi::Error error = AppendKV(threads, handle, epoch, lengths, slots, offsets, layer, k, v, spec, new_epoch);
+  if (error.failure()) new_epoch->typed_data()[0] = before;
+  return Deferred(error, fault);
+}
+
+// The part of attention over a sequence that is spread over several devices: what a new token sees of the keys here
 // does not follow from its place among the new tokens.
-ffi::Error AttendToLimits(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
-                          S32 layer, Any q, S32 limits, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
-                          float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
-                          ffi::Result<F32> lse) {
+ffi::Error AttendToOwnKeys(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                           S32 layer, Any q, S32 limits, SpecAttr spec, bool by_block, const OptionOperands& options,
+                           ffi::Result<Any> out, ffi::Result<F32> lse) {
   static const char* const kOp = "paged_attention";
   KVPAGE_FFI_RETURN_IF_ERROR(CheckCount(kOp, "limits", limits.element_count(), Rows(q)));
   LayerCall call;
   call.limits = limits.typed_data();
   KVPAGE_FFI_RETURN_IF_ERROR(call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, Rows(q),
-                                        /*append=*/false, &window, addressing != 0));
+                                        /*append=*/false, &options.sliding_window, by_block));
   XlaParallel parallel(&threads);
-  return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q,
-                {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse, parallel, call.limits);
+  return Attend(kOp, call.view, call.layer, *call.sequences, call.shared_runs(), q, options, out, lse, parallel,
+                call.limits);
 }
+
+ffi::Error AttendToLimits(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
+                          S32 layer, Any q, S32 limits, S32 window, F32 sinks, F32 alibi, SpecAttr spec, float scale,
+                          float soft_cap, std::int32_t exact_weights, std::int32_t addressing, ffi::Result<Any> out,
+                          ffi::Result<F32> lse, ffi::Result<S32> fault) {
+  return Deferred(AttendToOwnKeys(threads, handle, epoch, lengths, slots, offsets, layer, q, limits, spec,
+                                  addressing != 0, {window, sinks, alibi, scale, soft_cap, exact_weights}, out, lse),
+                  fault);
+}
+
+// ---- gathering ----
 
 ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
                          SpecAttr spec, ffi::Result<Any> k, ffi::Result<Any> v) {
@@ -223,6 +244,7 @@ auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, BindAppendKV(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention, BindPagedAttention(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend, BindUpdateAndAttend(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kTryAppendKV, TryAppendKV, BindTryAppendKV(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kAttendToLimits, AttendToLimits, BindAttendToLimits(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, BindGatherContext(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables, BindAttendWithTables(ThreadPoolBinding()));
@@ -233,6 +255,7 @@ std::vector<Target> AttentionTargets() {
   return {{"jax_kvpage_append_kv", kAppendKV},
           {"jax_kvpage_paged_attention", kPagedAttention},
           {"jax_kvpage_update_and_attend", kUpdateAndAttend},
+          {"jax_kvpage_try_append_kv", kTryAppendKV},
           {"jax_kvpage_attend_to_limits", kAttendToLimits},
           {"jax_kvpage_gather_context", kGatherContext},
           {"jax_kvpage_attend_with_tables", kAttendWithTables}};

@@ -4,6 +4,7 @@
 
 #include "cache/messages.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/shard_faults.h"
 #include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
 #include "ffi/handlers.h"
@@ -42,6 +43,20 @@ ffi::Error SetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values,
   return ToError(pool->SetLengths(kOp, Cache(handle, epoch, lengths), slots.typed_data(), values.typed_data(), count,
                                   new_epoch->typed_data(), new_lengths->typed_data()));
 }
+
+// ---- on one device of several (shard_faults.h) ----
+
+ffi::Error TryAdvance(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, SpecAttr spec,
+                      ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths, ffi::Result<S32> fault) {
+  return Deferred(Advance(handle, epoch, lengths, slots, offsets, spec, new_epoch, new_lengths), fault);
+}
+
+ffi::Error TrySetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 values, SpecAttr spec,
+                         ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths, ffi::Result<S32> fault) {
+  return Deferred(SetLengths(handle, epoch, lengths, slots, values, spec, new_epoch, new_lengths), fault);
+}
+
+// ---- what the host queues ----
 
 // The host verbs (acquire, release) queue this.
 ffi::Error EditSlots(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits, S32 copies,
@@ -97,6 +112,8 @@ ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
 XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kAdvance, Advance, BindLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kTryAdvance, TryAdvance, BindTryLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kTrySetLengths, TrySetLengths, BindTryLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kEditSlots, EditSlots, BindEditSlots(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kCopyRotated, CopyRotated, BindCopyRotated(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
@@ -105,6 +122,7 @@ XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
 
 std::vector<Target> SlotTargets() {
   return {{"jax_kvpage_map_slots", kMapSlots},       {"jax_kvpage_advance", kAdvance},
+          {"jax_kvpage_try_advance", kTryAdvance},   {"jax_kvpage_try_set_lengths", kTrySetLengths},
           {"jax_kvpage_set_lengths", kSetLengths},   {"jax_kvpage_edit_slots", kEditSlots},
           {"jax_kvpage_copy_rotated", kCopyRotated}, {"jax_kvpage_after", kAfter}};
 }
