@@ -39,7 +39,8 @@ def _abstract_lengths(*avals: Any, spec: CacheSpec) -> list[Any]:
 
 
 def _abstract_raise(fault: Any, *arrays: Any) -> list[Any]:
-    return results((fault, *arrays), *((array.shape, array.dtype) for array in arrays))
+    # What varies over the mesh still does, and what does not is alike wherever there is a result.
+    return [results((fault, array), (array.shape, array.dtype))[0] for array in arrays]
 
 
 # As append_kv_p, advance_p and set_lengths_p, whose operands they take, with FAULT as last result.
@@ -51,9 +52,9 @@ _lowering.register_lowerings(try_append_kv_p, name="append_kv", aliases={1: 0})
 _lowering.register_lowerings(try_advance_p, name="advance", aliases={1: 0, 2: 1})
 _lowering.register_lowerings(try_set_lengths_p, name="set_lengths", aliases={1: 0, 2: 1})
 
-# FAULT and two arrays, which it returns.
+# FAULT and three arrays, which it returns.
 _raise_fault_p = _lowering.make_primitive("raise_fault", _abstract_raise, static=())
-_lowering.register_lowerings(_raise_fault_p, aliases={1: 0, 2: 1})
+_lowering.register_lowerings(_raise_fault_p, aliases={1: 0, 2: 1, 3: 2})
 
 
 def refuse_batching(primitive: Any, op: str) -> None:
@@ -91,16 +92,22 @@ def agreed_fault(faults: Sequence[jax.Array], axis: str) -> jax.Array:
     return jax.lax.pmax(first, axis)
 
 
-def agreed(fault: jax.Array, one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
+def agreed(
+    fault: jax.Array, epoch: jax.Array, one: jax.Array, two: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """These arrays, which nobody gets if a device has failed: then the program fails, on all.
 
     Args:
         fault: from `agreed_fault`.
+        epoch: of the cache behind the op: later ops wait for the agreement.
         one: any array.
-        two: any array that varies over the same axes.
+        two: any array.
+
+    Returns:
+        epoch, one and two (without `two`: something).
 
     Raises:
         jax.errors.JaxRuntimeError: when run: the error of a device.
     """
-    one, two = _raise_fault_p.bind(fault, one, two)
-    return one, two
+    epoch, one, two = _raise_fault_p.bind(fault, epoch, one, fault if two is None else two)
+    return epoch, one, two

@@ -65,7 +65,7 @@ def _agreed(
     """The next cache, which no device gets if one has failed."""
     fault = agreed_fault([fault], sharding.axis)
     lengths = cache.lengths if lengths is None else lengths
-    epoch, lengths = agreed(fault, epoch, lengths)
+    epoch, lengths, _ = agreed(fault, epoch, lengths)
     return dataclasses.replace(cache, epoch=epoch, lengths=lengths)
 
 
@@ -212,8 +212,7 @@ def advance(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCa
 def _lowered(sharding: StripeSharding, old: Any, new: Any) -> jax.Array:
     """The local length for a new length of a sequence; too large on all devices if it is."""
     device = device_of(sharding)
-    right = sharding.tokens_on(device, new)
-    return jnp.where(new > old, sharding.tokens_on(device, old) + (new - old), right)
+    return jnp.where(new > old, new, sharding.tokens_on(device, new))
 
 
 def set_lengths(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:

@@ -138,7 +138,7 @@ def attention(op: Any, sharding: StripeSharding, arguments: dict[str, Any]) -> A
     )
     fault = agreed_fault([*faults, attended], sharding.axis)
     given = sinks if sinks.shape[0] else None
-    whole = agreed(fault, *merged(out, lse, given, sharding.axis))
+    epoch, *whole = agreed(fault, epoch, *merged(out, lse, given, sharding.axis))
     out, lse = (_tokens.like(arguments["batch"], array) for array in whole)
     result = (out, lse) if wants_lse else (out,)
     if kv:

@@ -14,6 +14,7 @@ namespace kvpage {
 namespace {
 
 constexpr std::size_t kKept = 256;
+constexpr char kNote[] = " (numbers of tokens are those of one device, which has a share of every sequence)";
 
 struct Faults {
   std::mutex mutex;
@@ -51,7 +52,7 @@ std::int32_t NoteFault(const ffi::Error& error) {
   Faults& faults = TheFaults();
   const std::lock_guard<std::mutex> lock(faults.mutex);
   faults.last = faults.last == std::numeric_limits<std::int32_t>::max() ? 1 : faults.last + 1;
-  faults.errors[faults.last] = {error.errc().value_or(ffi::ErrorCode::kInternal), error.message()};
+  faults.errors[faults.last] = {error.errc().value_or(ffi::ErrorCode::kInternal), error.message() + kNote};
   if (faults.errors.size() > kKept) faults.errors.erase(faults.errors.begin());
   return faults.last;
 }
