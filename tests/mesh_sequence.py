@@ -254,8 +254,8 @@ def failed_programs() -> None:
             fails("append_kv: stale cache", run, cache, *_tokens(0, 2), two)
         fails("advance: slot 0: .* written in layers", kvp.advance, cache, ready)
         fails("set_lengths: slot 0: length 41 wanted", kvp.set_lengths, cache, slots, [41, 0])
-        attend = functools.partial(kvp.paged_attention, layer=0)
-        fails("paged_attention: slot 0, layer 0: 16 .* 8 written", attend, _tokens(0, 41)[0], cache, ready)
+        attend, unwritten = functools.partial(kvp.paged_attention, layer=0), "layer 0: 16 .* 8 written"
+        fails(f"paged_attention: slot 0, {unwritten}", attend, _tokens(0, 41)[0], cache, ready)
         own = jax.tree.map(lambda x: x.addressable_shards[2].data, cache)
         own = kvp.KVCache(own.handle, own.epoch, own.lengths.at[0].set(8), pool.sharding.local)
         jax.block_until_ready(kvp.set_lengths(own, slots[:1], [3]))  # this device has lost 5 tokens

@@ -36,6 +36,7 @@ struct Problem {
   int window = 0;
   bool exact_weights = false;
   std::vector<float> sinks, slopes;
+  std::vector<std::int32_t> limits;  // of each new token; empty: the causal rule
   std::vector<Sequence> sequences;
   std::vector<char> q;
   std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
@@ -149,6 +150,7 @@ inline Result RunAttention(const Problem& p, const Cache& cache, const std::vect
   args.num_q_heads = p.q_heads();
   args.sequences = &sequences;
   args.prefixes = prefixes;
+  args.limits = p.limits.empty() ? nullptr : p.limits.data();
   args.options = ToOptions(p);
   if (!cpu::Attend(args, parallel).ok()) result.out.clear();
   return result;
@@ -175,7 +177,8 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
       return &stored[((static_cast<std::int64_t>(which) * p.tokens(s) + t) * p.kv_heads + h) * p.head_dim];
     };
     for (int i = 0; i < p.sequences[s].query_length; ++i) {
-      const int token = p.sequences[s].query_begin + i, position = p.sequences[s].position + i;
+      const int token = p.sequences[s].query_begin + i;
+      const int position = p.limits.empty() ? p.sequences[s].position + i : p.limits[token];
       const int from = p.window > 0 ? std::max(0, position - p.window + 1) : 0;
       for (int head = 0; head < p.q_heads(); ++head) {
         std::vector<double> query(p.head_dim), scores;

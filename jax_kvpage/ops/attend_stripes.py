@@ -28,8 +28,6 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["attend_to_limits_p", "attention", "merged"]
 
-_OPTIONS = ("sliding_window", "sinks", "alibi_slopes")
-
 
 def _abstract(*avals: Any, spec: CacheSpec, return_lse: bool, **_: Any) -> list[Any]:
     del spec
@@ -110,7 +108,7 @@ def attention(op: Any, sharding: StripeSharding, arguments: dict[str, Any]) -> A
     name, cache = op.__name__, arguments["cache"]
     problems = _unserved(arguments)
     window, sinks, alibi = _attention.operands(
-        *(arguments.get(option) for option in _OPTIONS), problems
+        None, arguments.get("sinks"), arguments.get("alibi_slopes"), problems
     )
     wants_lse = arguments.get("return_lse", False)
     static = _attention.params(
