@@ -28,11 +28,8 @@ from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
 from jax_kvpage.saving import SavingCalls, check_store
-from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.opening import over_mesh
 from jax_kvpage.sharding.over_axis import AxisSharding
-from jax_kvpage.sharding.pools import check_alone, sharded
-from jax_kvpage.sharding.sequences import sequence_parallel
-from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.spilling import SpillingCalls, as_share
@@ -93,12 +90,9 @@ class KVPool(
             devices, several devices hold a copy. `capacity` is that of all devices together. On
             CPU devices so far; without `device` and `store`.
         axis: name of that axis.
-        sequence_axis: in place of `axis`, the axis that the tokens of every sequence are spread
-            over, for sequences that are too long for one device: stripes of 16 tokens go to the
-            devices in turn, all heads on each. `spec.max_seq_len` is that of a whole sequence, a
-            multiple of 16 times the number of devices, and so are all numbers of tokens; each
-            device reserves and maps its share. Such a pool has no prefix cache, forks, windows,
-            ALiBi or token ids (`commit`).
+        sequence_axis: in place of `axis`, an axis to spread the tokens of every sequence over:
+            stripes of 16 go to the devices in turn, all heads on each. `max_seq_len`, a multiple of
+            16 times their number, is that of a whole sequence. Without prefix cache and forks.
 
     Attributes:
         spec: the resolved spec, with all heads.
@@ -139,14 +133,8 @@ class KVPool(
         options = PoolOptions.checked(on_stale, poison, debug)
         self.store = store
         self.sharding = None
-        if sequence_axis is not None:
-            check_alone(mesh, axis, sequence_axis, device=device, store=store)
-            stripes = StripeSharding.of(spec, mesh, sequence_axis)
-            self._open(*sequence_parallel(spec, capacity, stripes, options))
-            return
-        if mesh is not None or axis is not None:
-            check_alone(mesh, axis, device=device, store=store)
-            self._open(*sharded(spec, capacity, HeadSharding.of(spec, mesh, axis), options))
+        if (axes := (mesh, axis, sequence_axis)) != (None, None, None):
+            self._open(*over_mesh(spec, capacity, options, *axes, device=device, store=store))
             return
         if device is not None and not isinstance(device, jax.Device):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")

@@ -12,7 +12,7 @@ def _check(native: NativePool, slot: int | None) -> None:
     spec = native.spec
     if native.sharding is not None:
         raise ValueError(
-            "view: each device of the mesh has a part of the heads, so no array stands for all: "
+            "view: each device of the mesh has a part of the cache, so no array stands for all: "
             "read the cache with paged_attention or read_kv"
         )
     if native.place.backend != "cpu" and not native.pool.closed:

@@ -1,6 +1,7 @@
 """The pool as the scheduler sees it."""
 
 from jax_kvpage.pool import KVPool
+from jax_kvpage.sharding.stripes import StripeSharding
 
 __all__ = ["PoolMemory"]
 
@@ -10,9 +11,17 @@ class PoolMemory:
 
     Args:
         pool: the memory.
+
+    Raises:
+        ValueError: a pool whose sequences are spread over devices.
     """
 
     def __init__(self, pool: KVPool) -> None:
+        if isinstance(pool.sharding, StripeSharding):
+            raise ValueError(
+                "Engine: the pool's sequences are spread over a mesh, which has no commit, forks "
+                "or prefix cache: use a pool on one device, or with its heads spread (axis=...)"
+            )
         spec = pool.spec
         assert spec.block_tokens is not None
         self._pool = pool

@@ -1,0 +1,44 @@
+"""Opens what stands behind a `KVPool` over a mesh, by the axis that it was given."""
+
+from typing import Any
+
+from jax_kvpage._native_pool import NativePool, PoolOptions
+from jax_kvpage._queue import Queue
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.pools import check_alone, sharded
+from jax_kvpage.sharding.sequences import sequence_parallel
+from jax_kvpage.sharding.stripes import StripeSharding
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["over_mesh"]
+
+
+def over_mesh(
+    spec: CacheSpec,
+    capacity: Any,
+    options: PoolOptions,
+    mesh: Any,
+    axis: Any,
+    sequence_axis: Any,
+    **others: Any,
+) -> tuple[NativePool, Queue]:
+    """The compiled pools and the queue; see `KVPool` for the arguments.
+
+    Args:
+        spec: of the whole cache.
+        capacity: of all devices.
+        options: modes.
+        mesh: the devices.
+        axis: that heads are spread over; or None.
+        sequence_axis: that sequences are spread over; or None.
+        **others: arguments that do not go with a mesh.
+
+    Raises:
+        ValueError: arguments that cannot work, or not together.
+        OutOfBlocks: more capacity than there is memory.
+    """
+    check_alone(mesh, axis, sequence_axis, **others)
+    if sequence_axis is not None:
+        stripes = StripeSharding.of(spec, mesh, sequence_axis)
+        return sequence_parallel(spec, capacity, stripes, options)
+    return sharded(spec, capacity, HeadSharding.of(spec, mesh, axis), options)
