@@ -24,7 +24,9 @@ enum class Verb {
   kCopy,
   kWindow,
   kExchange,
-  kCollapse
+  kCollapse,
+  kLend,
+  kSeal
 };
 
 // Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
@@ -78,6 +80,16 @@ class FaultyVmm final : public Vmm {
   }
   Status Fill(std::int64_t o, std::int64_t bytes, int byte) override {
     return Fails(Verb::kFill) ? Fault() : inner_->Fill(o, bytes, byte);
+  }
+  Status Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* b, const std::int64_t* o,
+              std::int64_t n) override {
+    return Fails(Verb::kLend) ? Fault() : inner_->Lend(file, b, o, n);
+  }
+  void Return(std::int32_t b) override { inner_->Return(b); }
+  std::int64_t LentOffset(const MemoryFile& file, std::int32_t b) const override { return inner_->LentOffset(file, b); }
+  std::int64_t NumLent(const MemoryFile& file) const override { return inner_->NumLent(file); }
+  Status Seal(const std::shared_ptr<MemoryFile>& file) override {
+    return Fails(Verb::kSeal) ? Fault() : inner_->Seal(file);
   }
   std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
   std::int64_t system_calls() const override { return inner_->system_calls(); }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 
+#include "vmm/headroom.h"
 #include "vmm/limits.h"
 #include "vmm/system_error.h"
 
@@ -19,8 +20,6 @@ namespace {
 // Bytes that may be created between two checks of the system's free memory. A check reads a few files in /proc and
 // /sys (tens of microseconds); zeroing 64 MiB takes milliseconds.
 constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
-// Memory that Create leaves free for the rest of the system, so that it fails before the OOM killer wakes.
-constexpr std::int64_t kHeadroomReserve = std::int64_t{64} << 20;
 
 // Giving memory back never fails for lack of blocks.
 Status NotMemory(const Status& status) {
@@ -60,13 +59,6 @@ void* Reserve(std::int64_t bytes, int protection) {
   unmap(static_cast<char*>(larger), before);
   unmap(begin + size, huge - before);
   return begin;
-}
-
-// Length of the run of consecutive block numbers that starts at blocks[0].
-std::int64_t Run(const std::int32_t* blocks, std::int64_t count) {
-  std::int64_t n = 1;
-  while (n < count && blocks[n] == blocks[n - 1] + 1) ++n;
-  return n;
 }
 
 }  // namespace
@@ -126,12 +118,7 @@ Status MemfdVmm::CheckHeadroom(std::int64_t bytes) {
     unchecked_bytes_ += bytes;
     return {};
   }
-  const std::int64_t available = AvailableBytes();
-  if (available >= 0 && bytes + kHeadroomReserve > available) {
-    return ResourceExhausted("allocating " + std::to_string(bytes) + " bytes of blocks would leave the system under " +
-                             std::to_string(kHeadroomReserve) + " bytes; " + std::to_string(available) +
-                             " are available to this process");
-  }
+  KVPAGE_RETURN_IF_ERROR(kvpage::CheckHeadroom(bytes));
   unchecked_bytes_ = 0;
   return {};
 }
@@ -139,7 +126,7 @@ Status MemfdVmm::CheckHeadroom(std::int64_t bytes) {
 Status MemfdVmm::Create(const std::int32_t* blocks, std::int64_t count) {
   KVPAGE_RETURN_IF_ERROR(CheckHeadroom(count * block_bytes_));
   for (std::int64_t done = 0; done < count;) {
-    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t run = BlockRun(blocks + done, count - done);
     const std::int64_t bytes = run * block_bytes_;
     int rc;
     do {
@@ -159,7 +146,7 @@ Status MemfdVmm::Create(const std::int32_t* blocks, std::int64_t count) {
 
 Status MemfdVmm::Destroy(const std::int32_t* blocks, std::int64_t count) {
   for (std::int64_t done = 0; done < count;) {
-    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t run = BlockRun(blocks + done, count - done);
     Count();
     if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, blocks[done] * block_bytes_, run * block_bytes_) !=
         0) {
@@ -185,11 +172,12 @@ Status MemfdVmm::MapReadOnly(std::int64_t offset, const std::int32_t* blocks, st
 Status MemfdVmm::MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection,
                          int flags) {
   for (std::int64_t done = 0; done < count;) {
-    const std::int64_t run = Run(blocks + done, count - done);
+    const Backing backing = Locate(blocks + done, count - done, protection);
+    const std::int64_t run = backing.run;
     const std::int64_t bytes = run * block_bytes_;
     Count();
-    void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), protection,
-                    MAP_SHARED | MAP_FIXED | flags, fd_, blocks[done] * block_bytes_);
+    void* at = mmap(base_ + offset + done * block_bytes_, static_cast<std::size_t>(bytes), backing.protection,
+                    backing.sharing | MAP_FIXED | flags, backing.fd, backing.offset);
     if (at == MAP_FAILED) {
       const int error = errno;
       Status status = SystemError("mapping blocks: mmap", bytes, error);
@@ -258,6 +246,9 @@ Status MemfdVmm::ExtendWindow() {
                   MAP_SHARED | MAP_FIXED, fd_, begin);
   if (at == MAP_FAILED) return SystemError("mapping the block window: mmap", bytes - begin, errno);
   windowed_blocks_ = num_blocks_;
+  for (const auto& [block, unused] : lent_) {
+    if (block * block_bytes_ >= begin) KVPAGE_RETURN_IF_ERROR(PlaceInWindow(window_, block));
+  }
   return {};
 }
 
@@ -305,7 +296,7 @@ Status MemfdVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int
 
 Status MemfdVmm::Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) {
   for (std::int64_t done = 0; done < count;) {
-    const std::int64_t run = Run(blocks + done, count - done);
+    const std::int64_t run = Locate(blocks + done, count - done, PROT_READ).run;
     const std::int64_t begin = from + done * block_bytes_, target = to + done * block_bytes_;
     const std::int64_t bytes = run * block_bytes_;
     Count();
@@ -332,7 +323,7 @@ Status MemfdVmm::Fill(std::int64_t offset, std::int64_t bytes, int byte) {
 
 std::int64_t MemfdVmm::PhysicalBytes() const {
   struct stat st;
-  return fstat(fd_, &st) == 0 ? std::int64_t{st.st_blocks} * 512 : -1;
+  return fstat(fd_, &st) == 0 ? std::int64_t{st.st_blocks} * 512 + LentBytes() : -1;
 }
 
 }  // namespace kvpage

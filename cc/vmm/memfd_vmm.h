@@ -1,16 +1,25 @@
-// MemfdVmm: virtual memory slots on CPU. One memfd holds all blocks; mmap(MAP_FIXED | MAP_SHARED) places them.
+// MemfdVmm: virtual memory slots on CPU. One memfd holds all blocks, apart from those that are lent (memory_file.h);
+// mmap(MAP_FIXED | MAP_SHARED) places them.
 #ifndef KVPAGE_VMM_MEMFD_VMM_H_
 #define KVPAGE_VMM_MEMFD_VMM_H_
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "vmm/vmm.h"
 
 namespace kvpage {
+
+// Length of the run of consecutive block numbers that starts at blocks[0].
+inline std::int64_t BlockRun(const std::int32_t* blocks, std::int64_t count) {
+  std::int64_t n = 1;
+  while (n < count && blocks[n] == blocks[n - 1] + 1) ++n;
+  return n;
+}
 
 class MemfdVmm final : public Vmm {
  public:
@@ -38,6 +47,15 @@ class MemfdVmm final : public Vmm {
   Status Collapse(std::int32_t first, std::int64_t count) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   std::int64_t PhysicalBytes() const override;
+
+  // ---- blocks in other files (memfd_lent.cc) ----
+  Status Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* blocks, const std::int64_t* offsets,
+              std::int64_t count) override;
+  void Return(std::int32_t block) override;
+  std::int64_t LentOffset(const MemoryFile& file, std::int32_t block) const override;
+  std::int64_t NumLent(const MemoryFile& file) const override;
+  Status Seal(const std::shared_ptr<MemoryFile>& file) override;
+
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
 
  private:
@@ -47,6 +65,20 @@ class MemfdVmm final : public Vmm {
   Status MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection, int flags);
   Status Hole(std::int64_t offset, std::int64_t bytes);
   Status ExtendWindow();
+  // Where the first blocks are that one mapping can show, and how it is made.
+  struct Backing {
+    std::int64_t run = 0;  // blocks
+    int fd = -1;
+    std::int64_t offset = 0;
+    int protection = 0;
+    int sharing = 0;
+  };
+  Backing Locate(const std::int32_t* blocks, std::int64_t count, int protection) const;
+  // Maps a block at its place in a window, over what is there.
+  Status PlaceInWindow(char* window, std::int32_t block);
+  // The same in all windows that have the place.
+  Status PlaceInWindows(std::int32_t block);
+  std::int64_t LentBytes() const;
   void Count() { system_calls_.fetch_add(1, std::memory_order_relaxed); }
 
   char* const base_;
@@ -61,6 +93,13 @@ class MemfdVmm final : public Vmm {
   std::int64_t window_bytes_ = 0;
   std::int64_t windowed_blocks_ = 0;
   std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their bytes
+  // Blocks whose memory is in another file, and where.
+  struct Lent {
+    std::shared_ptr<MemoryFile> file;
+    std::int64_t offset = 0;
+  };
+  std::unordered_map<std::int32_t, Lent> lent_;
+  std::unordered_map<const MemoryFile*, std::int64_t> files_;  // how many blocks each has
   std::int64_t unchecked_bytes_ = -1;  // created since the last check of free memory; -1: never checked
   std::atomic<std::int64_t> system_calls_{0};
 };

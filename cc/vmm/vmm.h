@@ -10,10 +10,13 @@
 #define KVPAGE_VMM_VMM_H_
 
 #include <cstdint>
+#include <memory>
 
 #include "base/status.h"
 
 namespace kvpage {
+
+class MemoryFile;
 
 class Vmm {
  public:
@@ -76,6 +79,25 @@ class Vmm {
   }
   // Overwrites mapped memory with one byte value. Synchronous.
   virtual Status Fill(std::int64_t offset, std::int64_t bytes, int byte) = 0;
+
+  // ---- blocks whose memory is in another file ----
+  // Gives blocks that have no memory, and that no place maps, that of `file`: blocks[i] has what is at offsets[i]. Such
+  // a block is neither created nor destroyed; otherwise it is as any other. If the file is not sealed its part is
+  // allocated first; if it is, all mappings are read-only. All or none.
+  virtual Status Lend(const std::shared_ptr<MemoryFile>& /*file*/, const std::int32_t* /*blocks*/,
+                      const std::int64_t* /*offsets*/, std::int64_t /*count*/) {
+    return {Code::kUnimplemented, "this memory cannot show blocks of other files"};
+  }
+  // The block has no memory any more; no place but the window maps it. What it had is given up where the file is not
+  // sealed.
+  virtual void Return(std::int32_t /*block*/) {}
+  // Where a block is in a file, -1: not there; and how many blocks a file has.
+  virtual std::int64_t LentOffset(const MemoryFile& /*file*/, std::int32_t /*block*/) const { return -1; }
+  virtual std::int64_t NumLent(const MemoryFile& /*file*/) const { return 0; }
+  // Seals a file whose blocks all places but the window have mapped read-only. All or nothing.
+  virtual Status Seal(const std::shared_ptr<MemoryFile>& /*file*/) {
+    return {Code::kUnimplemented, "this memory cannot be sealed"};
+  }
 
   // A device may still use the memory and cannot be stopped: the destructor is to leave all of it mapped.
   virtual void Abandon() {}

@@ -1,0 +1,17 @@
+// Memory that allocations leave free for the rest of the system.
+#ifndef KVPAGE_VMM_HEADROOM_H_
+#define KVPAGE_VMM_HEADROOM_H_
+
+#include <cstdint>
+
+#include "base/status.h"
+
+namespace kvpage {
+
+// Whether `bytes` can be allocated now so that the OOM killer does not wake. Reads a few files in /proc and /sys (tens
+// of microseconds).
+Status CheckHeadroom(std::int64_t bytes);
+
+}  // namespace kvpage
+
+#endif  // KVPAGE_VMM_HEADROOM_H_

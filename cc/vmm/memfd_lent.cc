@@ -1,0 +1,136 @@
+// The part of MemfdVmm for blocks whose memory is in another file than its own.
+//
+// Their read-only mappings are private ones: of a page that is never written through them they show the file's, and
+// unlike shared mappings of a writable descriptor they do not count as writers, which would keep the file from being
+// sealed. A sealed file has read-only mappings alone, whatever the caller asked for.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "vmm/headroom.h"
+#include "vmm/memfd_vmm.h"
+#include "vmm/memory_file.h"
+#include "vmm/system_error.h"
+
+namespace kvpage {
+
+MemfdVmm::Backing MemfdVmm::Locate(const std::int32_t* blocks, std::int64_t count, int protection) const {
+  Backing own = {BlockRun(blocks, count), fd_, blocks[0] * block_bytes_, protection, MAP_SHARED};
+  if (lent_.empty()) return own;
+  const auto first = lent_.find(blocks[0]);
+  if (first == lent_.end()) {
+    std::int64_t run = 1;
+    while (run < own.run && lent_.count(blocks[run]) == 0) ++run;
+    own.run = run;
+    return own;
+  }
+  const MemoryFile& file = *first->second.file;
+  const bool writable = (protection & PROT_WRITE) != 0 && !file.sealed();
+  Backing lent = {1, file.fd(), first->second.offset, writable ? protection : PROT_READ,
+                  writable ? MAP_SHARED : MAP_PRIVATE};
+  for (; lent.run < count; ++lent.run) {
+    const auto next = lent_.find(blocks[lent.run]);
+    if (next == lent_.end() || next->second.file.get() != &file) break;
+    if (next->second.offset != lent.offset + lent.run * block_bytes_) break;
+  }
+  return lent;
+}
+
+Status MemfdVmm::PlaceInWindow(char* window, std::int32_t block) {
+  const Backing backing = Locate(&block, 1, PROT_READ | PROT_WRITE);
+  Count();
+  void* at = mmap(window + block * block_bytes_, static_cast<std::size_t>(block_bytes_), backing.protection,
+                  backing.sharing | MAP_FIXED, backing.fd, backing.offset);
+  return at == MAP_FAILED ? SystemError("mapping a block in the window: mmap", block_bytes_, errno) : Status();
+}
+
+Status MemfdVmm::PlaceInWindows(std::int32_t block) {
+  const std::int64_t end = (block + 1) * block_bytes_;
+  if (window_ != nullptr && end <= windowed_blocks_ * block_bytes_) {
+    KVPAGE_RETURN_IF_ERROR(PlaceInWindow(window_, block));
+  }
+  for (const auto& [window, bytes] : old_windows_) {
+    if (end <= bytes) KVPAGE_RETURN_IF_ERROR(PlaceInWindow(window, block));
+  }
+  return {};
+}
+
+Status MemfdVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* blocks, const std::int64_t* offsets,
+                      std::int64_t count) {
+  if (!file->sealed()) KVPAGE_RETURN_IF_ERROR(CheckHeadroom(count * block_bytes_));
+  for (std::int64_t i = 0; i < count; ++i) {
+    lent_[blocks[i]] = {file, offsets[i]};
+    ++files_[file.get()];
+    Status status = file->sealed() ? Status() : file->Allocate(offsets[i], block_bytes_);
+    if (!file->sealed()) Count();
+    if (status.ok()) status = PlaceInWindows(blocks[i]);
+    if (status.ok()) continue;
+    for (std::int64_t done = 0; done <= i; ++done) Return(blocks[done]);
+    return status;
+  }
+  return {};
+}
+
+void MemfdVmm::Return(std::int32_t block) {
+  const auto found = lent_.find(block);
+  if (found == lent_.end()) return;
+  const Lent lent = found->second;
+  lent_.erase(found);
+  // If this fails the window keeps the file: its memory stays until the pool ends, and nobody looks at it there.
+  static_cast<void>(PlaceInWindows(block));
+  if (const auto blocks = files_.find(lent.file.get()); --blocks->second == 0) files_.erase(blocks);
+  if (lent.file->sealed()) return;
+  Count();
+  lent.file->Punch(lent.offset, block_bytes_);
+}
+
+std::int64_t MemfdVmm::LentOffset(const MemoryFile& file, std::int32_t block) const {
+  const auto found = lent_.find(block);
+  return found != lent_.end() && found->second.file.get() == &file ? found->second.offset : -1;
+}
+
+std::int64_t MemfdVmm::NumLent(const MemoryFile& file) const {
+  const auto found = files_.find(&file);
+  return found != files_.end() ? found->second : 0;
+}
+
+Status MemfdVmm::Seal(const std::shared_ptr<MemoryFile>& file) {
+  std::vector<std::int32_t> blocks;
+  for (const auto& [block, lent] : lent_) {
+    if (lent.file == file) blocks.push_back(block);
+  }
+  // The window first: it has them mapped for writing, as long as they are not sealed.
+  Status status;
+  const auto protect = [&](char* window, std::int64_t bytes) {
+    for (const std::int32_t block : blocks) {
+      if (!status.ok() || (block + 1) * block_bytes_ > bytes) continue;
+      const Backing backing = Locate(&block, 1, PROT_READ);
+      Count();
+      void* at = mmap(window + block * block_bytes_, static_cast<std::size_t>(block_bytes_), PROT_READ,
+                      backing.sharing | MAP_FIXED, backing.fd, backing.offset);
+      if (at == MAP_FAILED) status = SystemError("mapping a block read-only: mmap", block_bytes_, errno);
+    }
+  };
+  if (window_ != nullptr) protect(window_, windowed_blocks_ * block_bytes_);
+  for (const auto& [window, bytes] : old_windows_) protect(window, bytes);
+  Count();
+  if (status.ok()) status = file->Seal();
+  if (status.ok()) return {};
+  for (const std::int32_t block : blocks) {
+    if (Status back = PlaceInWindows(block); !back.ok()) {
+      return Internal(status.message() + "; mapping the window again failed too: " + back.message());
+    }
+  }
+  return status;
+}
+
+std::int64_t MemfdVmm::LentBytes() const {
+  std::int64_t bytes = 0;
+  for (const auto& [file, unused] : files_) {
+    if (!file->received()) bytes += std::max<std::int64_t>(file->PhysicalBytes(), 0);
+  }
+  return bytes;
+}
+
+}  // namespace kvpage
