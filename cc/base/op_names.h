@@ -26,6 +26,7 @@ enum class DeviceOp : std::int32_t {
   kReuseSegment,
   kSwapOut,
   kSwapIn,
+  kImportBlocks,
 };
 
 inline const char* OpName(DeviceOp op) {
@@ -64,14 +65,16 @@ inline const char* OpName(DeviceOp op) {
       return "swap_out";
     case DeviceOp::kSwapIn:
       return "swap_in";
+    case DeviceOp::kImportBlocks:
+      return "import_blocks";
   }
   return "an op";
 }
 
 // The host verbs: what edit_slots may be queued for.
-inline constexpr DeviceOp kHostVerbs[] = {DeviceOp::kAcquire,    DeviceOp::kRelease,  DeviceOp::kFork,
-                                          DeviceOp::kReorder,    DeviceOp::kTruncate, DeviceOp::kAcquirePrefix,
-                                          DeviceOp::kDropBefore, DeviceOp::kSwapOut,  DeviceOp::kSwapIn};
+inline constexpr DeviceOp kHostVerbs[] = {
+    DeviceOp::kAcquire,       DeviceOp::kRelease,    DeviceOp::kFork,    DeviceOp::kReorder, DeviceOp::kTruncate,
+    DeviceOp::kAcquirePrefix, DeviceOp::kDropBefore, DeviceOp::kSwapOut, DeviceOp::kSwapIn,  DeviceOp::kImportBlocks};
 
 inline bool IsHostVerb(DeviceOp op) {
   for (const DeviceOp verb : kHostVerbs) {

@@ -14,7 +14,9 @@ Arena::Arena(const Geometry& geometry, std::int64_t budget_blocks, std::unique_p
       maps_(geometry.max_slots, geometry.num_ranges()),
       holes_(geometry.max_slots, 0),
       changes_(geometry.max_slots),
-      shared_runs_(geometry.max_slots, geometry.block_tokens) {}
+      shared_runs_(geometry.max_slots, geometry.block_tokens) {
+  pool_.OnReturned([this](std::int32_t block) { vmm_->Return(block); });
+}
 
 Status Arena::Make(const Geometry& geometry, std::int64_t budget_blocks, std::unique_ptr<Vmm> vmm,
                    std::unique_ptr<Arena>* out) {
@@ -101,6 +103,7 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t old = this->blocks(slot);
   const std::int64_t more = blocks - old;
   if (more <= 0) return {};
+  if (HasFile(slot)) return GrowInFile(slot, blocks);
   std::vector<std::int32_t> claimed;
   std::vector<std::int32_t> cold;
   claimed.reserve(more * ranges);
@@ -183,6 +186,12 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t rest = this->blocks(from) - blocks, old = this->blocks(to);
   KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(from, rest));
+  if (HasFile(from) || HasFile(to)) {  // the memory is another file's; nobody needs what was in it
+    KVPAGE_RETURN_IF_ERROR(Shrink(from, rest));
+    Status status = Grow(to, old + blocks);
+    if (!status.ok()) static_cast<void>(Grow(from, rest + blocks));
+    return status;
+  }
   const auto move = [&](std::int64_t range, bool back) {
     const std::int64_t here = geometry_.Offset(from, range, rest), there = geometry_.Offset(to, range, old);
     const std::vector<std::int32_t> moved = Gather(from, range, rest, blocks);

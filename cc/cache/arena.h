@@ -24,6 +24,7 @@
 #include "cache/changed_slots.h"
 #include "cache/geometry.h"
 #include "cache/shared_runs.h"
+#include "vmm/memory_file.h"
 #include "vmm/vmm.h"
 
 namespace kvpage {
@@ -120,7 +121,7 @@ class Arena {
   // Memory mappings that this may take; those that the slots may take beyond one for each block, now or once what is
   // set aside for them is mapped.
   std::int64_t AliasMappings(const std::int32_t* map, std::int64_t blocks) const;
-  std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * num_set_aside_; }
+  std::int64_t extra_mappings() const { return extra_mappings_ + kSplits * (num_set_aside_ + pool_.num_elsewhere()); }
   // Whether the prefix index has an entry for a logical block that is the slot's: it may write behind its tokens.
   using OwnsEntry = std::function<bool(std::int32_t slot, std::int64_t logical)>;
   // For each slot, the logical blocks from begins[i] on that need a copy and have no blocks set aside, if the slots are
@@ -207,6 +208,24 @@ class Arena {
   // Memory mappings of all slots' blocks, if none merges with one of another slot.
   std::int64_t CountMemoryMappings() const;
 
+  // ---- blocks in other files: see handover.h (arena_handover.cc) ----
+  // Blocks with one reference each that no slot maps and that have no memory, in ascending order. All or nothing.
+  Status ClaimNumbers(std::int64_t count, std::vector<std::int32_t>* blocks);
+  void UnclaimNumbers(const std::vector<std::int32_t>& blocks) { pool_.Unclaim(blocks, blocks); }
+  // Gives such blocks what is in a file that was received. All or nothing.
+  Status Receive(const std::shared_ptr<MemoryFile>& file, const std::vector<std::int32_t>& blocks,
+                 const std::vector<std::int64_t>& offsets);
+  // A slot without blocks takes all its memory from a file that is its alone, until the slot is emptied or the file
+  // sealed: block b of range r lies (r * max_blocks + b) blocks behind `begin`.
+  void SetFile(std::int64_t slot, std::shared_ptr<MemoryFile> file, std::int64_t begin);
+  bool HasFile(std::int64_t slot) const { return files_.count(static_cast<std::int32_t>(slot)) > 0; }
+  void CloseFile(std::int64_t slot) { files_.erase(static_cast<std::int32_t>(slot)); }
+  // The file, if the first logical blocks of the slot are all that is in it; else null. Some of a slot's blocks are
+  // elsewhere once it shared them and wrote them again.
+  std::shared_ptr<MemoryFile> WholeFile(std::int64_t slot, std::int64_t blocks) const;
+  // Seals such a file. From now on the slot may only read these blocks. No handler runs on the slot. All or nothing.
+  Status SealFile(std::int64_t slot, std::int64_t blocks);
+
   // For tests. Checks the counts of every block: a reference for each mapping, for each hold, for being set aside and
   // for being filled; at most one entry of the prefix index; used if it has either. `others`: blocks that swapped
   // sequences have, once for each reference.
@@ -232,6 +251,12 @@ class Arena {
   // The slot has `blocks` logical blocks left.
   void ForgetBeyond(std::int64_t slot, std::int64_t blocks);
 
+  Status GrowInFile(std::int64_t slot, std::int64_t blocks);
+  struct SlotFile {
+    std::shared_ptr<MemoryFile> file;
+    std::int64_t begin = 0;
+  };
+
   struct Borrower {
     std::int64_t read_only = 0;                                   // logical blocks
     std::int64_t mappings = 0;                                    // its part of extra_mappings_
@@ -249,6 +274,7 @@ class Arena {
   SharedRuns shared_runs_;
   std::vector<std::int32_t> writers_;  // [blocks] of a first range: the slot that was given it for writing
   std::map<std::int32_t, Borrower> borrowers_;
+  std::map<std::int32_t, SlotFile> files_;
   std::int64_t extra_mappings_ = 0;
   std::int64_t num_set_aside_ = 0;            // physical blocks
   std::unordered_set<std::int32_t> filling_;  // blocks claimed to be filled

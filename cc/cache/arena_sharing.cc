@@ -8,11 +8,12 @@
 namespace kvpage {
 
 std::int64_t Arena::SharedBlocks(std::int64_t slot) const {
-  if (pool_.num_shared() == 0 && pool_.num_cached() == 0) return 0;
+  if (pool_.num_shared() == 0 && pool_.num_cached() == 0 && pool_.num_sealed() == 0) return 0;
   const std::int64_t ranges = geometry_.num_ranges(), mapped = blocks(slot), read_only = ReadOnlyBlocks(slot);
   const auto others = [&](std::int64_t logical) {
     const std::int32_t block = maps_[slot][logical * ranges];
-    return pool_.references(block) > 1 || (logical < read_only && pool_.cached(block));
+    if (pool_.references(block) > 1 || pool_.sealed(block)) return true;
+    return logical < read_only && pool_.cached(block);
   };
   std::int64_t shared = mapped;
   while (shared > hole(slot) && !others(shared - 1)) --shared;
@@ -114,7 +115,7 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
       if (writes && owns_entry(slots[i], logical)) continue;
       // The prefix index counts as one that maps the block: nobody keeps what it refers to.
       const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
-      const bool last = left.emplace(block, references).first->second-- == 1;
+      const bool last = left.emplace(block, references).first->second-- == 1 && !pool_.sealed(block);
       const bool set_aside = found != borrowers_.end() && found->second.set_aside.count(logical) > 0;
       if (!last && !set_aside) missing[i].push_back(logical);
     }
@@ -208,7 +209,7 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
     for (std::int64_t range = ranges; range-- > 0;) {
       const std::int32_t old_block = maps_[slot][logical * ranges + range];
       std::int32_t block = old_block;  // nobody else has it any more: only the protection changes
-      if (pool_.references(old_block) > 1 || (has_copy && pool_.cached(old_block))) {
+      if (pool_.references(old_block) > 1 || pool_.sealed(old_block) || (has_copy && pool_.cached(old_block))) {
         if (!has_copy || set_aside->second[range] < 0) {
           return Internal("truncate: slot " + std::to_string(slot) + ": no block is set aside for block " +
                           std::to_string(logical) + ", which other slots share");

@@ -117,7 +117,17 @@ void BlockPool::DropCached(std::int32_t block) {
 
 void BlockPool::Free(std::int32_t block) {
   --num_used_;
-  PushFront(kWarm, block);
+  if (backing(block) == Backing::kOwn) return PushFront(kWarm, block);
+  SetBacking(block, Backing::kOwn);
+  PushFront(kCold, block);
+  if (on_returned_) on_returned_(block);
+}
+
+void BlockPool::SetBacking(std::int32_t block, Backing backing) {
+  Backing& now = blocks_[block].backing;
+  if (now != Backing::kOwn) --num_backed_[static_cast<int>(now)];
+  if (backing != Backing::kOwn) ++num_backed_[static_cast<int>(backing)];
+  now = backing;
 }
 
 std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {

@@ -12,10 +12,21 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
 namespace kvpage {
+
+// Where a block's memory is: in the pool's own, or in another file (memory_file.h). What is in a sealed one can be read
+// only, by all slots that map it.
+enum class Backing : std::int8_t {
+  kOwn = 0,
+  kLent,      // a slot's own file, for a sequence that may be handed over
+  kSealed,    // the same, and it was handed over
+  kReceived,  // sealed too: another pool has made it
+};
+constexpr int kNumBackings = 4;
 
 class BlockPool {
  public:
@@ -60,6 +71,16 @@ class BlockPool {
   // Undoes a claim whose cold blocks could not be created: those become cold again, the others warm.
   void Unclaim(const std::vector<std::int32_t>& blocks, const std::vector<std::int32_t>& cold);
 
+  // A used block's memory is elsewhere from now on. When it comes free it is cold, and OnReturned hears of it.
+  void SetBacking(std::int32_t block, Backing backing);
+  Backing backing(std::int32_t block) const { return blocks_[block].backing; }
+  // Nobody may write the block, however few references it has.
+  bool sealed(std::int32_t block) const { return blocks_[block].backing >= Backing::kSealed; }
+  std::int64_t num_backed(Backing backing) const { return num_backed_[static_cast<int>(backing)]; }
+  std::int64_t num_sealed() const { return num_backed(Backing::kSealed) + num_backed(Backing::kReceived); }
+  std::int64_t num_elsewhere() const { return num_backed(Backing::kLent) + num_sealed(); }
+  void OnReturned(std::function<void(std::int32_t)> call) { on_returned_ = std::move(call); }
+
   // Takes one free block with one reference; whether it was cold. Takes none, and false, from a pool without free
   // blocks.
   bool ClaimBlock(std::int32_t block, bool* cold);
@@ -93,6 +114,7 @@ class BlockPool {
     std::int32_t previous = -1;
     std::int32_t next = -1;
     Kind kind = kCold;
+    Backing backing = Backing::kOwn;
   };
   struct List {
     std::int32_t head = -1;
@@ -115,6 +137,8 @@ class BlockPool {
   std::int64_t num_detached_ = 0;
   std::vector<std::int32_t> preferred_;
   std::size_t next_preferred_ = 0;
+  std::int64_t num_backed_[kNumBackings] = {};  // of blocks that are not the pool's own
+  std::function<void(std::int32_t)> on_returned_;
 };
 
 }  // namespace kvpage

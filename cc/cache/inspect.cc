@@ -68,6 +68,8 @@ PoolNumbers Numbers(const PoolParts& pool) {
   n.blocks_swapped = static_cast<std::int64_t>(different.size());
   n.sequences_swapped = static_cast<std::int64_t>(swaps.swaps().size());
   n.swaps = swaps.counts();
+  n.handovers = pool.supply->handovers(mapping);
+  n.blocks_received = blocks.num_backed(Backing::kReceived);
   n.blocks_mapped = counts[kMapped] + arena.num_set_aside() + arena.num_filling();
   n.blocks_draining = counts[kDraining];
   n.blocks_parked = counts[kParked] + blocks.num_detached();

@@ -20,6 +20,7 @@
 #include "cache/dropping.h"
 #include "cache/edit_ops.h"
 #include "cache/generations.h"
+#include "cache/handover.h"
 #include "cache/host_ops.h"
 #include "cache/inspect.h"
 #include "cache/joint_maps.h"
@@ -122,6 +123,15 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Claim SwapIn(const SwapPtr& swap, bool recover = false) { return swapping::In(parts_, swap, recover); }
   void UndoSwapIn(const SwapPtr& swap, std::int32_t slot) { swapping::UndoIn(parts_, swap, slot); }
   void DropSwapped(const SwapPtr& swap) { swapping::Drop(parts_, swap); }
+  Claim AcquireHandover(const std::vector<std::int64_t>& tokens) { return handover::Acquire(parts_, tokens); }
+  Status ExportBlocks(std::int32_t slot, const std::string& fingerprint, const GoOn& go_on,
+                      handover::HandoverPtr* out) {
+    return handover::Export(parts_, slot, fingerprint, go_on, out);
+  }
+  Claim ImportBlocks(const handover::Handover& handover, const std::string& fingerprint) {
+    return handover::Import(parts_, handover, fingerprint);
+  }
+  void UndoImport(std::int32_t slot) { handover::UndoImport(parts_, slot); }
   Status StartEdits(const char* verb, const std::vector<SlotEdit>& edits) {
     return host_ops::StartEdits(parts_, verb, edits);
   }

@@ -221,7 +221,8 @@ Status Collapse(const PoolParts& pool, const Snapshot& snapshot, std::int64_t hu
       bool whole = first % huge == 0;
       for (std::int64_t j = 0; whole && j < huge; ++j) {
         // One that has come free since may have no memory, and is not to get any.
-        whole = blocks[i + j] == first + j && !arena.pool().free(blocks[i + j]);
+        whole = blocks[i + j] == first + j && !arena.pool().free(blocks[i + j]) &&
+                arena.pool().backing(blocks[i + j]) == Backing::kOwn;
       }
       if (!whole) continue;
       if (const Status status = arena.Collapse(first, huge); !status.ok()) {

@@ -73,7 +73,8 @@ void Supply::Refresh(const MappingLock& lock) {
       const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
       if (!now.draining && row.views == 0) now.spare = std::max<std::int64_t>(now.blocks - keep, 0);
       now.fit = now.blocks;
-      if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot) || arena_->hole(slot) > 0)) {
+      if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot) || arena_->hole(slot) > 0 ||
+                       arena_->HasFile(slot))) {
         // Of no use to a new owner, and adopted last of all; among such slots the one parked for longest goes first.
         now.blocks = 0;
         now.fit = -1 - static_cast<std::int64_t>(row.parked_at);
@@ -220,6 +221,10 @@ Status Supply::Apply(const MappingLock& lock, const SupplyPlan& plan, bool* syst
       for (; moves < grant.moves_end; ++moves) {
         const BlockMove& move = plan.moves[moves];
         KVPAGE_RETURN_IF_ERROR(arena_->Move(move.from, move.to, move.blocks));
+      }
+      if (arena_->HasFile(grant.slot)) {
+        const std::int64_t more = grant.wanted - arena_->blocks(grant.slot);
+        KVPAGE_RETURN_IF_ERROR(PromiseAliases(lock, Arena::kSplits * more * table_->geometry().num_ranges()));
       }
       if (Status status = arena_->Grow(grant.slot, grant.wanted); !status.ok()) {
         if (system_short != nullptr) *system_short = status.code() == Code::kResourceExhausted;

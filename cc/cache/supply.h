@@ -82,6 +82,9 @@ class Supply {
   void FinishSwaps(const MappingLock& lock);
   // Blocks with one reference each that no slot maps, taken from donors and the prefix index where none is free.
   Claim ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks);
+  // The same for blocks that will have memory in another file: see Arena::ClaimNumbers.
+  Claim ClaimNumbers(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks);
+  HandoverCounts& handovers(const MappingLock&) { return handovers_; }
 
   // Reserves in the account the mappings that a budget of `blocks` may need. Lowering the budget always succeeds.
   Status PromiseMappings(const MappingLock&, std::int64_t blocks);
@@ -109,9 +112,10 @@ class Supply {
   // Blocks that are set aside for truncations whose programs will not run come free again.
   void DropStaleSetAside(const MappingLock& lock);
   // A free slot gives up all its blocks if other slots share some, or had, or the prefix index refers to some: they are
-  // not for a new owner to write. So does one that has dropped its beginning.
+  // not for a new owner to write. So does one that has dropped its beginning, or whose memory is a file of its own.
   bool GivesUp(const MappingLock&, std::int32_t slot) const {
-    return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot) || arena_->hole(slot) > 0;
+    return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot) ||
+           arena_->hole(slot) > 0 || arena_->HasFile(slot);
   }
   Status DropShared(const MappingLock& lock, std::int32_t slot);
   // Free slots give up what live ones share: a truncation need not copy it then.
@@ -208,6 +212,8 @@ class Supply {
   void Refresh(const MappingLock& lock);
   // Slots among the changed ones that nobody has any more give up what they have from others.
   void EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed);
+  // Makes `count` blocks free.
+  Claim FreeBlocks(const MappingLock& lock, std::int64_t count);
   // Reserves `more` mappings beyond those that blocks take which are mapped once.
   Status PromiseAliases(const MappingLock& lock, std::int64_t more);
   // See PrefixIndex::Cut.
@@ -234,6 +240,7 @@ class Supply {
   std::vector<std::int32_t> emptying_;  // slots whose sequences were swapped out
   std::unique_ptr<PrefixIndex> index_;
   PrefixCounts counts_;
+  HandoverCounts handovers_;
   double free_share_ = 0;
   std::function<void()> on_pressure_;
   const bool poison_;

@@ -68,6 +68,7 @@ void Supply::Cut(const MappingLock&, std::int32_t slot, std::int64_t tokens, std
 
 Status Supply::Empty(const MappingLock&, std::int32_t slot) {
   KVPAGE_RETURN_IF_ERROR(arena_->Shrink(slot, 0));
+  arena_->CloseFile(slot);
   if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);
   table_->ForgetSequence(table_->Lock(), slot);
   return {};

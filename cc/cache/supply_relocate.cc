@@ -11,6 +11,7 @@ Status Supply::MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena
   *moved = false;
   const BlockPool& blocks = arena_->pool();
   if (blocks.free(from) || !blocks.free(to) || blocks.num_free() == 0) return {};
+  if (blocks.backing(from) != Backing::kOwn) return {};  // in another file it has its place
   std::vector<std::int32_t> mappers, readers;
   if (slot >= 0) {
     if (at.logical < arena_->hole(slot) || at.logical >= arena_->blocks(slot)) return {};

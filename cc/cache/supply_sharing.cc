@@ -80,7 +80,8 @@ void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int3
   bool emptied = false;
   for (const std::int32_t slot : changed) {
     const bool hole = arena_->hole(slot) > 0;
-    if (!(arena_->Borrows(slot) || hole) || !table_->host(table_->Lock(), slot).idle()) continue;
+    if (!(arena_->Borrows(slot) || hole || arena_->HasFile(slot)) || !table_->host(table_->Lock(), slot).idle())
+      continue;
     // What it has written itself may be found again.
     if (!hole && arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) continue;
     static_cast<void>(Empty(lock, slot));  // a slot that cannot be emptied is not adopted either (DropShared)

@@ -23,25 +23,39 @@ void Supply::FinishSwaps(const MappingLock& lock) {
   for (const std::int32_t slot : free) static_cast<void>(Empty(lock, slot));
 }
 
-Claim Supply::ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks) {
+Claim Supply::FreeBlocks(const MappingLock& lock, std::int64_t count) {
   Claim claim;
   claim.wanted = count;
   if (count == 0) return claim;
   Refresh(lock);
-  if (const std::int64_t short_of = count - arena_->pool().num_free(); short_of > 0) {
-    Tally(lock, {}, &claim);
-    if (short_of > claim.reclaimable) {
-      claim.status = ResourceExhausted(std::to_string(count) + " blocks wanted, " + std::to_string(claim.free) +
-                                           " free, " + std::to_string(claim.reclaimable) + " reclaimable, " +
-                                           std::to_string(claim.draining) + " draining",
-                                       Reason::kOutOfBlocks);
-      return claim;
-    }
+  const std::int64_t short_of = count - arena_->pool().num_free();
+  if (short_of <= 0) return claim;
+  Tally(lock, {}, &claim);
+  if (short_of <= claim.reclaimable) {
     claim.status = Reclaim(lock, short_of);
-    if (!claim.status.ok()) return claim;
+    return claim;
   }
+  claim.status = ResourceExhausted(std::to_string(count) + " blocks wanted, " + std::to_string(claim.free) + " free, " +
+                                       std::to_string(claim.reclaimable) + " reclaimable, " +
+                                       std::to_string(claim.draining) + " draining",
+                                   Reason::kOutOfBlocks);
+  return claim;
+}
+
+Claim Supply::ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks) {
+  Claim claim = FreeBlocks(lock, count);
+  if (!claim.status.ok() || count == 0) return claim;
   claim.status = arena_->Claim(count, blocks);
   if (claim.status.code() == Code::kResourceExhausted) Tally(lock, {}, &claim);
+  return claim;
+}
+
+Claim Supply::ClaimNumbers(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks) {
+  Claim claim = FreeBlocks(lock, count);
+  if (!claim.status.ok() || count == 0) return claim;
+  // In the window each may stand between blocks of the pool's own file.
+  claim.status = PromiseAliases(lock, Arena::kSplits * count);
+  if (claim.status.ok()) claim.status = arena_->ClaimNumbers(count, blocks);
   return claim;
 }
 

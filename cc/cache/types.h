@@ -58,6 +58,12 @@ struct SwapCounts {
   std::int64_t bytes_swapped_out = 0, bytes_swapped_in = 0;  // written to the store, read from it
 };
 
+// Sequences handed over to other processes and received from them so far, and the bytes that were copied for that.
+struct HandoverCounts {
+  std::int64_t exported = 0, imported = 0;
+  std::int64_t bytes_copied_out = 0, bytes_copied_in = 0;
+};
+
 // Blocks are counted once each, however many slots map them.
 struct PoolNumbers {
   std::int64_t blocks_total = 0, blocks_mapped = 0, blocks_parked = 0, blocks_draining = 0, blocks_free = 0;
@@ -66,6 +72,8 @@ struct PoolNumbers {
   std::int64_t prefix_queries = 0, prefix_hits = 0, prefix_tokens = 0, prefix_evictions = 0;
   std::int64_t sequences_swapped = 0, blocks_swapped = 0;  // now; in memory
   SwapCounts swaps;
+  HandoverCounts handovers;
+  std::int64_t blocks_received = 0;  // whose memory is in files of other pools
   std::int64_t block_bytes = 0, virtual_bytes = 0, physical_bytes = 0, system_calls = 0, waits = 0;
   std::int64_t memory_mappings = 0;  // of the process, for slots' blocks; none with a mirror
 };

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "python/handover_binding.h"
 #include "python/swap_binding.h"
 
 namespace nb = nanobind;
@@ -34,11 +35,22 @@ struct Decision {
   EditRows edits;
   std::vector<reuse::Mark> marks;  // reuse_segment
   SwapPtr swapped_out, swapped_in;
+  std::int32_t imported = -1;  // slot
 };
 
 Claim Acquire(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
   return Call(self, "acquire", [&](const PoolPtr& pool) {
     Claim claim = pool->Acquire(tokens);
+    for (const std::int32_t slot : claim.slots) {
+      decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0, -1});
+    }
+    return claim;
+  });
+}
+
+Claim AcquireHandover(const PoolReference& self, Decision* decision, const std::vector<std::int64_t>& tokens) {
+  return Call(self, "acquire", [&](const PoolPtr& pool) {
+    Claim claim = pool->AcquireHandover(tokens);
     for (const std::int32_t slot : claim.slots) {
       decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kOccupy), slot, 0, -1});
     }
@@ -65,6 +77,7 @@ void Undo(const PoolReference& self, Decision* decision) {
   pool->UndoReuse(marks);
   if (decision->swapped_out != nullptr) pool->DropSwapped(decision->swapped_out);
   if (decision->swapped_in != nullptr) pool->UndoSwapIn(decision->swapped_in, rows.front()[1]);
+  if (decision->imported >= 0) pool->UndoImport(std::exchange(decision->imported, -1));
 }
 
 // (donor, tokens)
@@ -175,6 +188,19 @@ Claim SwapIn(const PoolReference& self, Decision* decision, const SwapReference&
   });
 }
 
+Claim ImportBlocks(const PoolReference& self, Decision* decision, const HandoverReference& received,
+                   const std::string& fingerprint) {
+  return Call(self, "import_blocks", [&](const PoolPtr& pool) {
+    if (received.handover == nullptr) return FailedClaim(InvalidArgument("import_blocks: the handover is closed"));
+    Claim claim = pool->ImportBlocks(*received.handover, fingerprint);
+    if (!claim.status.ok()) return claim;
+    decision->imported = claim.slots[0];
+    const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);  // at most max_seq_len
+    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens, -1});
+    return claim;
+  });
+}
+
 }  // namespace
 
 void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
@@ -194,6 +220,8 @@ void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def("start_reuse", &StartReuse, "decision"_a, "copies"_a)
       .def("swap_out", &SwapOut, "decision"_a, "swapped"_a, "slot"_a)
       .def("swap_in", &SwapIn, "decision"_a, "swapped"_a, "recover"_a)
+      .def("acquire_handover", &AcquireHandover, "decision"_a, "num_tokens"_a)
+      .def("import_blocks", &ImportBlocks, "decision"_a, "handover"_a, "fingerprint"_a)
       .def("start_edits", &StartEdits, "decision"_a, "verb"_a, "edits"_a)
       .def("undo", &Undo, "decision"_a);
 }

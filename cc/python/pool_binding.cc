@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "python/decision_binding.h"
+#include "python/handover_binding.h"
 #include "python/pool_reference.h"
 #include "python/store_binding.h"
 #include "python/swap_binding.h"
@@ -117,6 +118,11 @@ void BindResults(nb::module_& m) {
       .def_prop_ro("swapped_in", [](const PoolNumbers& n) { return n.swaps.swapped_in; })
       .def_prop_ro("bytes_swapped_out", [](const PoolNumbers& n) { return n.swaps.bytes_swapped_out; })
       .def_prop_ro("bytes_swapped_in", [](const PoolNumbers& n) { return n.swaps.bytes_swapped_in; })
+      .def_ro("blocks_received", &PoolNumbers::blocks_received)
+      .def_prop_ro("exported", [](const PoolNumbers& n) { return n.handovers.exported; })
+      .def_prop_ro("imported", [](const PoolNumbers& n) { return n.handovers.imported; })
+      .def_prop_ro("bytes_copied_out", [](const PoolNumbers& n) { return n.handovers.bytes_copied_out; })
+      .def_prop_ro("bytes_copied_in", [](const PoolNumbers& n) { return n.handovers.bytes_copied_in; })
       .def_ro("blocks_peak", &PoolNumbers::blocks_peak)
       .def_ro("blocks_warm", &PoolNumbers::blocks_warm)
       .def_ro("slots_occupied", &PoolNumbers::slots_occupied)
@@ -162,6 +168,7 @@ void BindPool(nb::module_& m) {
   BindDecisions(m, pool);
   BindStore(m, pool);
   BindSwapping(m, pool);
+  BindHandover(m, pool);
   pool.def(
           "__init__",
           [](PoolReference* self, const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes,

@@ -1,0 +1,47 @@
+// Handing sequences over between processes of one machine: one prefills, another decodes. On CPU only.
+//
+// A sequence is sent as a file of its own (memory_file.h), which begins with a header (handover_header.h). The file of
+// a slot that was acquired for this is where its blocks have been all along: it is sealed, and nothing is copied. The
+// blocks of any other slot are copied into a new file. The receiver maps whole blocks read-only, as it does what slots
+// share, and copies what is in the last one, so that decoding goes on there.
+//
+// A received block takes a number of the receiver's pool, and so counts in its capacity, but no memory of it: that is
+// the sender's. It goes back to the system when nobody has the file any more, whoever ends first.
+#ifndef KVPAGE_CACHE_HANDOVER_H_
+#define KVPAGE_CACHE_HANDOVER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cache/handover_header.h"
+#include "cache/parts.h"
+#include "cache/patience.h"
+
+namespace kvpage::handover {
+
+// A sequence on its way.
+struct Handover {
+  std::shared_ptr<MemoryFile> file;
+  Header header;
+  std::int64_t copied = 0;  // bytes of blocks that were copied into the file
+};
+using HandoverPtr = std::shared_ptr<const Handover>;
+
+// Acquires slots whose blocks lie in files of their own.
+Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
+// Makes a sealed file of the slot's committed tokens, which programs must have written. If the slot has a file, its
+// blocks may only be read from then on; this waits for handlers that run on it.
+Status Export(const PoolParts& pool, std::int32_t slot, const std::string& fingerprint, const GoOn& go_on,
+              HandoverPtr* out);
+// Checks a file that was received, apart from whether it fits a pool. The descriptor stays the caller's.
+Status Receive(int fd, HandoverPtr* out);
+// Maps a sequence into a free slot. claim.slots and claim.tokens say which, and how long it is.
+Claim Import(const PoolParts& pool, const Handover& handover, const std::string& fingerprint);
+// The program that occupies the slot was not queued.
+void UndoImport(const PoolParts& pool, std::int32_t slot);
+
+}  // namespace kvpage::handover
+
+#endif  // KVPAGE_CACHE_HANDOVER_H_

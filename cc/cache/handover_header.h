@@ -1,0 +1,55 @@
+// The beginning of a file that holds one sequence for another process (memory_file.h).
+//
+//   bytes 0..7    "KVPAGEHO"
+//   8..11         version, uint32
+//   12..15        crc32c of everything behind it, up to the end of the token ids
+//   16..63        int64: where the blocks begin, tokens, blocks of a range, blocks from one range to the next, bytes of
+//   a
+//                 block, ranges
+//   64..71        uint32: bytes of the shape, bytes of the fingerprint
+//   72..          shape, fingerprint (text), token ids (int32)
+//
+// Numbers are little-endian. Block b of range r lies (r * stride + b) blocks behind the begin. The blocks themselves
+// have no checksum: the file is sealed, so it is what the sender has written.
+#ifndef KVPAGE_CACHE_HANDOVER_HEADER_H_
+#define KVPAGE_CACHE_HANDOVER_HEADER_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "cache/geometry.h"
+#include "vmm/memory_file.h"
+
+namespace kvpage::handover {
+
+// A header takes no more than this, so that nobody is made to read a file of any size.
+constexpr std::int64_t kMaxFingerprint = 1024;
+
+struct Header {
+  std::int64_t begin = 0, tokens = 0, blocks = 0, stride = 0, block_bytes = 0, ranges = 0;
+  std::string shape;        // of the pool: see ShapeOf
+  std::string fingerprint;  // what the caller says of the model
+  std::vector<std::int32_t> ids;
+
+  std::int64_t Offset(std::int64_t range, std::int64_t block) const {
+    return begin + (range * stride + block) * block_bytes;
+  }
+  std::int64_t file_bytes() const { return Offset(ranges, 0); }
+};
+
+// What two pools must have in common to exchange blocks, as text.
+std::string ShapeOf(const Geometry& geometry);
+// Where the blocks begin of a sequence with at most so many tokens.
+std::int64_t HeaderBytes(std::int64_t tokens);
+
+Status WriteHeader(const Header& header, MemoryFile* file);
+// Checks that the file is what its header says, and all of it.
+Status ReadHeader(const MemoryFile& file, Header* out);
+// Checks that a pool can take the sequence.
+Status CheckFits(const Header& header, const Geometry& geometry, const std::string& fingerprint);
+
+}  // namespace kvpage::handover
+
+#endif  // KVPAGE_CACHE_HANDOVER_HEADER_H_

@@ -1,0 +1,60 @@
+#include "cache/placing.h"
+
+namespace kvpage::placing {
+
+Claim EmptySlot(const PoolParts& pool, const MappingLock& mapping) {
+  Claim claim;
+  claim.slots = pool.supply->FewestBlocks(mapping, 1);
+  if (claim.slots.empty()) {
+    claim.status = ResourceExhausted("no free slot", Reason::kOutOfSlots);
+    claim.wanted = 1;
+    claim.draining = pool.table->NumDraining(pool.table->Lock());
+    return claim;
+  }
+  claim.status = pool.supply->Empty(mapping, claim.slots[0]);
+  return claim;
+}
+
+Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, const Placed& placed) {
+  SlotTable& table = *pool.table;
+  const Geometry& geometry = table.geometry();
+  const std::int64_t ranges = geometry.num_ranges();
+  Arena& arena = pool.supply->arena(mapping);
+  const auto tokens = static_cast<std::int64_t>(placed.ids.size());
+  const auto count = static_cast<std::int64_t>(placed.blocks.size()) / ranges;
+  const auto sealed = [&](std::int64_t logical) { return arena.pool().sealed(placed.blocks[logical * ranges]); };
+  const auto shared = [&](std::int64_t logical) {
+    const std::int32_t block = placed.blocks[logical * ranges];
+    return sealed(logical) || arena.pool().references(block) > 1 || arena.pool().cached(block);
+  };
+  std::int64_t read_only = tokens / geometry.block_tokens;
+  while (read_only > 0 && !shared(read_only - 1)) --read_only;
+  // Behind the tokens of its last block a sequence may write, unless that block is sealed.
+  if (count > 0 && sealed(count - 1)) read_only = count;
+  const bool partial_shared = read_only < count && shared(count - 1);
+  const std::int64_t limit = partial_shared ? tokens : read_only * geometry.block_tokens;
+  table.OccupySwapped(table.Lock(), slot, placed.ids, placed.space, placed.prompt, limit);
+  Status status = pool.supply->Alias(mapping, {{slot, placed.blocks.data(), read_only}});
+  if (status.ok()) status = arena.Adopt(slot, placed.blocks.data() + read_only * ranges, count - read_only);
+  if (!status.ok()) {
+    Leave(pool, mapping, slot);
+    return status;
+  }
+  if (!partial_shared && read_only < count) {
+    for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) arena.ZeroTail(slot, layer, tokens);
+  }
+  table.Reserve(table.Lock(), slot, tokens);
+  return {};
+}
+
+void Leave(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot) {
+  {
+    const StateLock state = pool.table->Lock();
+    pool.table->StartDraining(state, slot);
+    pool.table->Vacate(state, slot);
+  }
+  pool.supply->SyncIndex(mapping);  // entries for tokens that the slot has not got
+  static_cast<void>(pool.supply->Empty(mapping, slot));
+}
+
+}  // namespace kvpage::placing
