@@ -139,3 +139,13 @@ class Inspection:
             KVPageError: the slot is not occupied.
         """
         return views.view(self._native, layer, slot)
+
+    def check(self, cache: KVCache) -> None:
+        """Waits for the program that made a cache, and raises if it or one before it failed.
+
+        Raises:
+            jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
+        """
+        self._queue.check_cache("check", cache)
+        wait_for((cache.epoch, cache.lengths))
+        self._native.raise_fault()

@@ -23,7 +23,8 @@ from jax_kvpage._inspection import Inspection
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
-from jax_kvpage.errors import DeviceFault, wait_for
+from jax_kvpage.errors import DeviceFault
+from jax_kvpage.handover import HandoverCalls
 from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
@@ -50,6 +51,7 @@ def _close(pool: Any, label: str) -> None:
 
 
 class KVPool(
+    HandoverCalls,
     PrefixCalls,
     RelocationCalls,
     ReuseCalls,
@@ -217,16 +219,21 @@ class KVPool(
 
     @overload
     def acquire(
-        self, cache: KVCache, num_tokens: int, *, wait: bool = False
+        self, cache: KVCache, num_tokens: int, *, wait: bool = False, handover: bool = False
     ) -> tuple[int, KVCache]: ...
 
     @overload
     def acquire(
-        self, cache: KVCache, num_tokens: Sequence[int], *, wait: bool = False
+        self,
+        cache: KVCache,
+        num_tokens: Sequence[int],
+        *,
+        wait: bool = False,
+        handover: bool = False,
     ) -> tuple[list[int], KVCache]: ...
 
     def acquire(
-        self, cache: KVCache, num_tokens: Any, *, wait: bool = False
+        self, cache: KVCache, num_tokens: Any, *, wait: bool = False, handover: bool = False
     ) -> tuple[Any, KVCache]:
         """Occupies a slot for a new request and maps room for its first tokens.
 
@@ -238,6 +245,8 @@ class KVPool(
             num_tokens: tokens to map room for; a list of them acquires a slot for each.
             wait: wait for released slots to drain when there is too little otherwise. Slots that
                 views hold, and slots whose release failed, are not waited for.
+            handover: blocks come from a memory file of the slot's own, which `export_blocks` can
+                send to another process without copying. On CPU only; nothing parked is adopted.
 
         Returns:
             (slot, cache), or (slots, cache) for a list. The slot's length is 0.
@@ -252,7 +261,10 @@ class KVPool(
         self._queue.check_cache("acquire", cache)
         wanted, single = host_ints("acquire: num_tokens", num_tokens)
         wait = as_bool("acquire: wait", wait)
-        slots, cache = self._queue.acquire(cache, wanted, wait)
+        if as_bool("acquire: handover", handover):
+            slots, cache = self._acquire_handover(cache, wanted, wait)
+        else:
+            slots, cache = self._queue.acquire(cache, wanted, wait)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
@@ -338,13 +350,3 @@ class KVPool(
             "resize", capacity, self.spec, place, stats.physical, stats.blocks_total
         )
         self._queue.claim("resize", lambda: self._pool.resize(size))
-
-    def check(self, cache: KVCache) -> None:
-        """Waits for the program that made a cache, and raises if it or one before it failed.
-
-        Raises:
-            jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
-        """
-        self._queue.check_cache("check", cache)
-        wait_for((cache.epoch, cache.lengths))
-        self._native.raise_fault()

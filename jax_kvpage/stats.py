@@ -59,6 +59,14 @@ class PoolStats:
         swapped_in: sequences that were swapped in so far.
         bytes_swapped_out: keys and values of them that were written to the store.
         bytes_swapped_in: keys and values of them that were read from it.
+        received: in blocks whose memory belongs to other processes (`import_blocks`). They count in
+            `capacity` as any others, but not in `physical`: the system, and a cgroup, account them
+            to the process that made them.
+        exported: sequences that were handed over so far (`export_blocks`).
+        imported: sequences that were taken over so far (`import_blocks`).
+        bytes_copied_out: bytes of blocks that `export_blocks` has copied; none of slots that were
+            acquired with `handover=True`.
+        bytes_copied_in: bytes of blocks that `import_blocks` has copied: partial last ones.
     """
 
     capacity: int
@@ -96,6 +104,11 @@ class PoolStats:
     swapped_in: int
     bytes_swapped_out: int
     bytes_swapped_in: int
+    received: int
+    exported: int
+    imported: int
+    bytes_copied_out: int
+    bytes_copied_in: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +204,11 @@ def make_stats(n: Any, host_waits: int) -> PoolStats:
         swapped_in=n.swapped_in,
         bytes_swapped_out=n.bytes_swapped_out,
         bytes_swapped_in=n.bytes_swapped_in,
+        received=n.blocks_received * size,
+        exported=n.exported,
+        imported=n.imported,
+        bytes_copied_out=n.bytes_copied_out,
+        bytes_copied_in=n.bytes_copied_in,
     )
 
 
