@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from covering import is_exhaustive, num_cases
 from mesh_rig import EIGHT_DEVICES
 from subprocesses import run_python
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_decode_loops_are_those_of_one_device(size: int) -> None:
-    kind = "Explicit" if size == 4 else "Auto"
+    kinds = ("Auto", "Explicit") if is_exhaustive() else ("Explicit" if size == 4 else "Auto",)
+    blocks = (4, 16) if is_exhaustive() else (4,)  # 4 run out on the way
     run_python(
         f"""
         import mesh_maps
-        mesh_maps.decode_loops({kind!r}, {size}, 4)
-        mesh_maps.decode_loops({kind!r}, {size}, 16)
+        for kind in {kinds!r}:
+            for blocks in {blocks!r}:
+                mesh_maps.decode_loops(kind, {size}, blocks)
         """,
         env=EIGHT_DEVICES,
     )
@@ -34,15 +37,20 @@ def test_calls_and_failures() -> None:
     )
 
 
-@pytest.mark.parametrize("size", [2, 8])
-def test_host_calls_meanwhile(size: int) -> None:
-    run_python(f"import mesh_maps; mesh_maps.churn({size}, 200)", env=EIGHT_DEVICES)
+def test_host_calls_meanwhile() -> None:
+    run_python(
+        f"""
+        import mesh_maps
+        for size in (2, 8):
+            mesh_maps.churn(size, {num_cases(150, 1500)})
+        """,
+        env=EIGHT_DEVICES,
+    )
 
 
 @pytest.mark.fake_driver
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_mapping_that_fails_on_one_device_has_happened_on_none(size: int) -> None:
+def test_a_mapping_that_fails_on_one_device_has_happened_on_none() -> None:
     run_python(
-        f"import mesh_maps; mesh_maps.driver_faults({size})",
+        "import mesh_maps; mesh_maps.driver_faults(2); mesh_maps.driver_faults(4)",
         env={**EIGHT_DEVICES, "JAX_KVPAGE_FAKE_DRIVER": "1"},
     )
