@@ -306,6 +306,7 @@ def refusals() -> None:
             (lambda: Engine(step, None, pool), "Engine: the pool's sequences are spread"),
             (lambda: pool.view(0), "no array|each device of the mesh has a part"),
             (lambda: kvp.map_slots(cache, slots, 20), r"map_slots: .*pool\.extend"),
+            (lambda: kvp.grow(cache, batch), r"grow: .*pool\.extend"),
             (lambda: kvp.append_kv(cache, k, v[:1], batch, layer=2), r"layer: .*\s.*v: wanted"),
         ):
             with pytest.raises(ValueError, match=wanted):

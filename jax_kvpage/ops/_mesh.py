@@ -51,6 +51,22 @@ def refuse(op: str, cache: Any, why: str) -> None:
         raise ValueError(f"{op}: the cache is spread over {over}: {why}")
 
 
+def not_striped(op: Callable[..., Any], sharding: StripeSharding, arguments: dict[str, Any]) -> Any:
+    """The op on one device where no program may map memory: sequences are spread over the mesh.
+
+    A device that fails there alone would leave the others in a collective.
+
+    Raises:
+        ValueError: always.
+    """
+    del arguments
+    raise ValueError(
+        f"{op.__name__}: the cache's sequences are spread over axis {sharding.axis!r} of a mesh, "
+        "where programs map no memory: make room on the host before the step runs, with "
+        "pool.extend(slots, num_tokens)"
+    )
+
+
 def over_mesh(
     out: OutSpecs,
     *,

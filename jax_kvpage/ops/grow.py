@@ -16,7 +16,7 @@ __all__ = ["grow"]
 _MAX_INT32 = 2**31 - 1
 
 
-@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True)
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped)
 def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until each sequence of a batch has room for its new tokens.
 
@@ -33,7 +33,8 @@ def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
         padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
+        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool whose
+            sequences are spread over a mesh: `KVPool.extend` makes room there.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot.
     """
     arrays = cache_operands("grow", cache)

@@ -23,7 +23,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
 map_slots_p = _lowering.make_primitive("map_slots", _abstract)
 
 
-@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True)
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped)
 def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
 
@@ -43,7 +43,8 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
         which); True for padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
+        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool whose
+            sequences are spread over a mesh: `KVPool.extend` makes room there.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             or a negative number of tokens; on a mesh, slots or num_tokens that differ from device
             to device.
