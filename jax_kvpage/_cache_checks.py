@@ -7,7 +7,7 @@ from jax_kvpage._compat import is_tracing
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.cache import KVCache
 
-__all__ = ["FIELDS", "arrays_of", "check_array", "check_devices", "check_newest"]
+__all__ = ["FIELDS", "arrays_of", "check_array", "check_devices", "check_newest", "host_lengths"]
 
 FIELDS = ("handle", "epoch", "lengths")
 _DTYPES = {"handle": np.dtype("int32"), "epoch": np.dtype("uint32"), "lengths": np.dtype("int32")}
@@ -66,3 +66,14 @@ def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
             f"{native.device}>: {cache.spec} against {native.spec}; pass the cache "
             "that this pool's newest call returned"
         )
+
+
+def host_lengths(cache: KVCache) -> np.ndarray:
+    """The lengths of a cache, int32[max_slots]; over a mesh those of this process's first device.
+
+    Waits for the program that makes them, and raises what it failed with.
+    """
+    lengths = cache.lengths
+    if cache.sharding is not None:  # other devices may be other processes'
+        lengths = lengths.addressable_shards[0].data
+    return np.asarray(jax.device_get(lengths))

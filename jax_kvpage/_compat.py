@@ -17,6 +17,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
+    "KeyValueStore",
     "default_device",
     "gathered",
     "guards_transfers",
@@ -205,8 +206,8 @@ def default_device() -> jax.Device:
     """The device that JAX would run a program on now (`jax.default_device`, or the first)."""
     device: Any = getattr(jax.config, "jax_default_device", None)
     if device is None:
-        return jax.devices()[0]
-    return jax.devices(device)[0] if isinstance(device, str) else device
+        return jax.local_devices()[0]  # the first of all may be another process's
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
 
 
 def matmul_precision() -> str | None:
@@ -231,3 +232,39 @@ def platform_of(device: Any) -> str:
 def is_ready(array: Any) -> bool:
     """Whether an array has been computed. The declared type of JAX's arrays lacks the method."""
     return bool(array.is_ready())
+
+
+class KeyValueStore:
+    """The key-value store of JAX's coordination service, which all processes share.
+
+    JAX has no public name for the client that `jax.distributed.initialize` makes; hence this shim.
+
+    Raises:
+        ValueError: `jax.distributed.initialize` was not called.
+    """
+
+    def __init__(self) -> None:
+        state = importlib.import_module("jax._src.distributed").global_state
+        if state.client is None:
+            raise ValueError(
+                "the devices belong to several processes, but jax.distributed.initialize was not "
+                "called in this one"
+            )
+        self._client: Any = state.client
+
+    def put(self, key: str, text: str) -> None:
+        """Sets a key that no process has set before."""
+        self._client.key_value_set(key, text)
+
+    def get(self, key: str, seconds: float) -> str | None:
+        """The value of a key; None if no process has set it for so many seconds."""
+        try:
+            return str(self._client.blocking_key_value_get(key, max(int(seconds * 1000), 1)))
+        except jax.errors.JaxRuntimeError as error:
+            if str(error).startswith("DEADLINE_EXCEEDED"):
+                return None
+            raise
+
+    def delete(self, folder: str) -> None:
+        """Deletes all keys that begin with this."""
+        self._client.key_value_delete(folder)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
-import numpy as np
 
 from jax_kvpage import views
 from jax_kvpage._arrays import host_int, host_ints
+from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage._native import Code, Pool
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
@@ -77,7 +77,7 @@ class Inspection:
         if cache is not None:
             self._queue.check_cache("slot_table", cache)
             wait_for(cache.lengths)
-            lengths = np.asarray(cache.lengths)
+            lengths = host_lengths(cache)
             self._native.raise_fault()
         return make_rows(self._native.call(self._pool.rows), self._native.block_bytes, lengths)
 
@@ -147,5 +147,5 @@ class Inspection:
             jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
         """
         self._queue.check_cache("check", cache)
-        wait_for((cache.epoch, cache.lengths))
+        self._queue.wait_for(cache)
         self._native.raise_fault()

@@ -307,7 +307,7 @@ class Queue:
         try:
             # NumPy arrays stay such: jit moves them to the device faster than device_put does.
             if guards_transfers():
-                arrays = jax.device_put(arrays, self._native.placement)
+                arrays = tuple(map(self.put, arrays))
             with no_mesh():  # a mesh that the caller has set must not spread this over devices
                 return program(cache, self._own, *arrays)
         except Exception as error:
@@ -327,6 +327,10 @@ class Queue:
     def restart(self) -> None:
         """Forgets programs of older generations."""
         self._releases.clear()
+
+    def wait_for(self, cache: KVCache) -> None:
+        """Waits for the program that makes a cache; raises what it failed with."""
+        wait_for((cache.epoch, cache.lengths))
 
     def settle(self) -> None:
         """Waits until the programs that are queued on the device have run."""

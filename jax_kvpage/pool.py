@@ -90,7 +90,9 @@ class KVPool(
             axis that the heads are split over, and the other axes have one device. Each device
             holds the heads that its query heads read: where there are fewer key/value heads than
             devices, several devices hold a copy. `capacity` is that of all devices together. On
-            CPU devices so far; without `device` and `store`.
+            CPU devices so far; without `device` and `store`. The devices may belong to several
+            processes (`jax.distributed`), which all make the same calls in the same order: each
+            has the arenas of its own, and a call stands in all processes or in none.
         axis: name of that axis.
         sequence_axis: in place of `axis`, an axis to spread the tokens of every sequence over:
             stripes of 16 go to the devices in turn, all heads on each. `max_seq_len`, a multiple of
@@ -104,7 +106,8 @@ class KVPool(
 
     Raises:
         ValueError: a capacity, spec, device or store that cannot work, with the numbers.
-        KVPageError: the CUDA driver or the system refused; a store for a pool on a GPU.
+        KVPageError: the CUDA driver or the system refused; a store for a pool on a GPU; processes
+            that make different pools.
         PoolClosed: the store is closed.
         OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
             memory.

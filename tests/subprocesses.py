@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 _TESTS = pathlib.Path(__file__).resolve().parent
 
 
-def _command(
+def command_of(
     code: str, arguments: Sequence[str], env: Mapping[str, str] | None
 ) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-c", textwrap.dedent(code), *arguments], {
@@ -28,7 +28,7 @@ def _command(
 
 def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Runs `code` as `run_python` does, and does not wait. The caller ends and closes it."""
-    command, env = _command(code, arguments, None)
+    command, env = command_of(code, arguments, None)
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -48,7 +48,7 @@ def run_python(
         prefix: a command to run the interpreter under.
         timeout: seconds after which a process that hangs is killed and the test fails.
     """
-    command, variables = _command(code, arguments, env)
+    command, variables = command_of(code, arguments, env)
     done = subprocess.run(
         [*prefix, *command],
         env=variables,

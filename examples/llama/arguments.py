@@ -208,6 +208,26 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="spread heads and weights over N devices (default: one device)",
     )
     how.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="with --mesh, run as one of --num-processes processes that share the devices; "
+        "process 0 listens on this address (default: one process)",
+    )
+    how.add_argument(
+        "--num-processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes with the same command line but for --process-id (default: %(default)s)",
+    )
+    how.add_argument(
+        "--process-id",
+        type=int,
+        default=0,
+        metavar="I",
+        help="number of this process, from 0; process 0 prints (default: %(default)s)",
+    )
+    how.add_argument(
         "--implementation",
         choices=("cpu", "cuda", "xla"),
         help="of attention (default: cpu on CPU, cuda on GPU)",
@@ -243,6 +263,8 @@ def parse_arguments(
         parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
     if args.mesh > 1 and args.draft:
         parser.error("--mesh runs one model: leave out --draft")
+    if problem := process_problem(args):
+        parser.error(problem)
     if args.num_beams > 1:
         sampled = args.temperature or args.top_k or args.top_p is not None or args.num_samples > 1
         if sampled or args.scan:
@@ -268,6 +290,20 @@ def parse_arguments(
 def talks(args: argparse.Namespace) -> bool:
     """Whether messages are read from standard input."""
     return bool(args.chat and not (args.prompt or args.prompt_file))
+
+
+def process_problem(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options about several processes."""
+    count = args.num_processes
+    if (args.coordinator is None) != (count == 1):
+        return "--coordinator and --num-processes (2 or more) go together"
+    if not 0 <= args.process_id < count:
+        return f"--process-id must be from 0 to {count - 1}, got {args.process_id}"
+    if count > 1 and args.mesh % count:
+        return f"--num-processes {count} must divide the devices of --mesh tp={args.mesh}"
+    if count > 1 and talks(args):
+        return "--chat without --prompt reads messages in one process only: leave --coordinator out"
+    return None
 
 
 def plot_problem(file: pathlib.Path) -> str | None:

@@ -85,13 +85,18 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
     for path, leaf in named:
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
         value, spec = _spread(model.config, names, leaf, size)
-        weights.append(jax.device_put(value, NamedSharding(mesh, spec)))
+        weights.append(_placed(np.asarray(value), NamedSharding(mesh, spec)))
         specs.append(spec)
 
     step = jax.shard_map(
         on_shard, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(P(), P(AXIS))
     )
     return step, weights
+
+
+def _placed(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The parameter over the mesh, whose devices may belong to several processes."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _spread(config: LlamaConfig, names: set[str], value: Any, size: int) -> tuple[Any, P]:

@@ -24,7 +24,7 @@ from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["over_mesh", "refuse"]
+__all__ = ["over_mesh", "refuse", "refuse_processes"]
 
 _Params = ParamSpec("_Params")
 _Result = TypeVar("_Result")
@@ -67,6 +67,20 @@ def not_striped(op: Callable[..., Any], sharding: StripeSharding, arguments: dic
     )
 
 
+def refuse_processes(op: str, cache: Any) -> None:
+    """Refuses a cache whose devices belong to several processes, for an op that maps blocks.
+
+    Raises:
+        ValueError: they do.
+    """
+    if isinstance(cache, KVCache) and cache.sharding and len(cache.sharding.processes) > 1:
+        raise ValueError(
+            f"{op}: the cache is spread over several processes, none of which knows what the "
+            "others' programs map. Make room on the host before the step runs, in the same order "
+            "in all processes, with pool.extend(slots, num_tokens)"
+        )
+
+
 def over_mesh(
     out: OutSpecs,
     *,
@@ -75,6 +89,7 @@ def over_mesh(
     refused: str = "",
     finish: Callable[[AxisSharding, Any], Any] = lambda sharding, result: result,
     striped: Striped | None = None,
+    maps: bool = False,
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
     """Makes an op serve caches that are spread over a mesh.
 
@@ -85,6 +100,7 @@ def over_mesh(
         refused: why the op cannot wrap itself; empty: it can.
         finish: makes the results of the call of what the shards returned.
         striped: the op on one device where the sequences are spread; None: as where heads are.
+        maps: whether the op maps memory, which programs of several processes cannot.
     """
 
     def decorate(op: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
@@ -97,6 +113,8 @@ def over_mesh(
             if not found or found[0].sharding is None:
                 return op(*args, **kwargs)
             sharding, spec = found[0].sharding, found[0].spec
+            if maps:
+                refuse_processes(op.__name__, found[0])
             bound = signature.bind(*args, **kwargs)
             if sharding.manual:
                 result: _Result = _on_shard(rule, bound.arguments)

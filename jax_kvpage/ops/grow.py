@@ -16,7 +16,7 @@ __all__ = ["grow"]
 _MAX_INT32 = 2**31 - 1
 
 
-@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped)
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped, maps=True)
 def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until each sequence of a batch has room for its new tokens.
 

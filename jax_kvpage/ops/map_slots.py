@@ -23,7 +23,7 @@ def _abstract(*avals: Any, spec: CacheSpec, problems: tuple[str, ...] = ()) -> l
 map_slots_p = _lowering.make_primitive("map_slots", _abstract)
 
 
-@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped)
+@_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped, maps=True)
 def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
 

@@ -6,6 +6,7 @@ from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
+from jax_kvpage.sharding.process_queue import over_processes
 from jax_kvpage.sharding.sequences import sequence_parallel
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
@@ -41,4 +42,6 @@ def over_mesh(
     if sequence_axis is not None:
         stripes = StripeSharding.of(spec, mesh, sequence_axis)
         return sequence_parallel(spec, capacity, stripes, options)
-    return sharded(spec, capacity, HeadSharding.of(spec, mesh, axis), options)
+    heads = HeadSharding.of(spec, mesh, axis)
+    make = sharded if heads.local_devices == heads.devices else over_processes
+    return make(spec, capacity, heads, options)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, Self
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpage._compat import manual_axes
@@ -67,6 +68,16 @@ class AxisSharding:
     def devices(self) -> list[Any]:
         """In the order of the shards."""
         return list(self.mesh.devices.flat)
+
+    @functools.cached_property
+    def local_devices(self) -> list[Any]:
+        """Those of this process, in the order of the shards."""
+        return [device for device in self.devices if device.process_index == jax.process_index()]
+
+    @functools.cached_property
+    def processes(self) -> list[int]:
+        """The processes that the devices belong to, ascending."""
+        return sorted({device.process_index for device in self.devices})
 
     @property
     def split(self) -> PartitionSpec:

@@ -23,7 +23,7 @@ from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded"]
+__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded", "total_bytes"]
 
 _Sharding = TypeVar("_Sharding", bound=AxisSharding)
 
@@ -60,25 +60,20 @@ def sharded(
         ValueError: a capacity, spec or device that cannot work.
         OutOfBlocks: more capacity than there is memory.
     """
-    native = ShardedNativePool(*resolved(spec, capacity, sharding), options)
+    total = total_bytes(capacity, sharding)
+    native = ShardedNativePool(*resolved(spec, sharding, total), options)
     return native, ShardedQueue(native)
 
 
-def resolved(
-    spec: CacheSpec, capacity: Any, sharding: _Sharding
-) -> tuple[CacheSpec, _Sharding, int]:
-    """Chooses block size and layout for a pool over a mesh.
+def total_bytes(capacity: Any, sharding: AxisSharding) -> int:
+    """The capacity of all devices together, in bytes.
 
     Args:
-        spec: of the whole cache.
-        capacity: of all devices together, as for `KVPool`.
+        capacity: as for `KVPool`.
         sharding: not resolved.
 
-    Returns:
-        The spec of the whole cache, the sharding, and the bytes of each device.
-
     Raises:
-        ValueError: a capacity, spec or device that cannot work.
+        ValueError: a capacity or device that cannot work.
     """
     for device in sharding.devices:
         if place_of(device).backend == "cuda":
@@ -93,6 +88,24 @@ def resolved(
         share = f"{DEFAULT_PERCENT[place.platform]}%"
         most = capacity_bytes("KVPool", share, sharding.local, place)
         total = min(total * sharding.size, most)
+    return total
+
+
+def resolved(spec: CacheSpec, sharding: _Sharding, total: int) -> tuple[CacheSpec, _Sharding, int]:
+    """Chooses block size and layout for a pool over a mesh.
+
+    Args:
+        spec: of the whole cache.
+        sharding: not resolved.
+        total: bytes of all devices together.
+
+    Returns:
+        The spec of the whole cache, the sharding, and the bytes of each device.
+
+    Raises:
+        ValueError: a capacity or spec that cannot work.
+    """
+    place = place_of(sharding.devices[0])
     # As if one pool had the blocks of all: they share the process's memory mappings.
     local = sharding.local.resolve(place.platform, capacity=total)
     whole = dataclasses.replace(
@@ -119,13 +132,13 @@ class ShardedNativePool(NativePool):
     ) -> None:
         self.spec = spec
         self.sharding: AxisSharding = sharding
-        self.device = sharding.devices[0]
+        self.device = sharding.local_devices[0]
         self.placement = sharding.placed()
         self.place: Place = place_of(self.device)
         self.block_bytes = sharding.size * sharding.local.block_bytes
         shards: list[_native.Pool] = []
         try:
-            for device in sharding.devices:
+            for device in sharding.local_devices:
                 one = NativePool(sharding.local, shard_bytes, device, place_of(device), options)
                 shards.append(one.pool)
         except BaseException:
@@ -147,7 +160,7 @@ class ShardedNativePool(NativePool):
 
     def decision(self) -> Any:
         """An empty decision of all shards."""
-        return ShardedDecision(self.sharding.size)
+        return ShardedDecision(len(self.sharding.local_devices))
 
 
 class ShardedQueue(Queue):
@@ -158,8 +171,8 @@ class ShardedQueue(Queue):
     """
 
     def __init__(self, native: ShardedNativePool) -> None:
-        super().__init__(native)
         self._sharding = native.sharding
+        super().__init__(native)
         ids = [[shard.id, 0] for shard in native.pool.shards]
         self._own = self._split(np.asarray(ids, np.int32))
         self._markers: list[jax.Array] = []
@@ -167,8 +180,15 @@ class ShardedQueue(Queue):
         native.pool.settle = self._settle
 
     def _split(self, rows: np.ndarray) -> jax.Array:
-        """Row i on device i, as one array of one dimension."""
-        return jax.device_put(rows.reshape(-1), self._sharding.placed(self._sharding.axis))
+        """Row i on this process's device i, as a part of an array of one dimension."""
+        shape = (self._sharding.size * rows.shape[1],)
+        return self._joined(shape, self._sharding.placed(self._sharding.axis), rows)
+
+    def _joined(self, shape: tuple[int, ...], placement: Any, parts: Any) -> jax.Array:
+        """An array over the mesh of the parts of this process's devices."""
+        devices = self._sharding.local_devices
+        arrays = [jax.device_put(*pair) for pair in zip(parts, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, placement, arrays)
 
     def _settle(self) -> None:
         if not self._markers:
@@ -194,7 +214,7 @@ class ShardedQueue(Queue):
         handles = [[shard.id, n] for shard, n in zip(pool.shards, numbers, strict=True)]
         return KVCache(
             handle=self._split(np.asarray(handles, np.int32)),
-            epoch=self._split(np.asarray(epochs, np.uint32)),
+            epoch=self._split(np.asarray(epochs, np.uint32)[:, None]),
             lengths=self._split(np.asarray(lengths, np.int32)),
             spec=self._native.spec,
             sharding=self._sharding,
@@ -207,10 +227,10 @@ class ShardedQueue(Queue):
             generation: number, epoch and lengths of each shard.
         """
         pool: ShardedPool = self._native.pool  # type: ignore[assignment]
-        lengths = [own for _, _, own in generation]
+        lengths = np.asarray([own for _, _, own in generation], np.int32)
         cache = self.joined_cache(generation, lengths)
-        least = np.min(np.asarray(lengths, np.int32), axis=0)
-        shorter = [int(slot) for slot in np.flatnonzero((np.asarray(lengths) != least).any(axis=0))]
+        least, most = self._bounds(lengths)
+        shorter = np.flatnonzero(least != most).tolist()
         if not shorter:
             return cache
         with self._lock, no_mesh():
@@ -218,6 +238,10 @@ class ShardedQueue(Queue):
             return set_lengths(
                 cache, *map(self.put, (np.asarray(shorter, np.int32), least[shorter]))
             )
+
+    def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the greatest length of each slot, of int32[shards, max_slots]."""
+        return lengths.min(axis=0), lengths.max(axis=0)
 
     def _check_arrays(self, op: str, cache: KVCache) -> None:
         size = self._sharding.size

@@ -18,7 +18,7 @@ from jax_kvpage._native_pool import PoolOptions
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import TRUNCATE
 from jax_kvpage.ops.set_lengths import set_lengths
-from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
@@ -35,7 +35,8 @@ def sequence_parallel(
         ValueError: a capacity, spec or device that cannot work.
         OutOfBlocks: more capacity than there is memory.
     """
-    native = SequenceNativePool(*resolved(spec, capacity, sharding), options)
+    total = total_bytes(capacity, sharding)
+    native = SequenceNativePool(*resolved(spec, sharding, total), options)
     return native, SequenceQueue(native)
 
 

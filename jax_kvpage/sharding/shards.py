@@ -127,8 +127,10 @@ class ShardedPool:
             done: the shards that were called.
             forget: whether to drop the prefix cache as well.
         """
-        if len(done) < 2:  # a call that failed on the first shard has changed nothing
-            return
+        if len(done) >= 2:  # a call that failed on the first shard has changed nothing
+            self._give_back(forget)
+
+    def _give_back(self, forget: bool) -> None:
         with self._together():
             for shard in self.shards:
                 try:

@@ -47,6 +47,12 @@ class StripeSharding(AxisSharding):
                 f"max_seq_len={tokens}: wanted a multiple of {unit}, a stripe of {STRIPE_TOKENS} "
                 f"tokens for each of the {devices} devices: the nearest is {nearest}"
             )
+        processes = {device.process_index for device in mesh.devices.flat}
+        if len(processes) > 1:
+            reasons.append(
+                f"mesh: its devices belong to {len(processes)} processes, but sequences can be "
+                "spread over the devices of one process only so far"
+            )
         if reasons:
             raise ValueError("\n  - ".join(["KVPool:", *reasons]))
         local = dataclasses.replace(spec, max_seq_len=tokens // devices, granule=None)

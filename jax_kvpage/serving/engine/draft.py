@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import OutOfBlocks, shortened
 from jax_kvpage.pool import KVPool
@@ -159,7 +160,7 @@ class Draft:
         """Begins with a new cache and no slots."""
         self._cache, self._state = self._pool.cache(), self._initial_state()
         self._followers.clear()
-        lengths = np.asarray(jax.device_get(self._cache.lengths))
+        lengths = host_lengths(self._cache)
         slots = np.flatnonzero(lengths >= 0).tolist()
         if slots:
             self._cache = self._pool.release(self._cache, slots)

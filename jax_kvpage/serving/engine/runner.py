@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 import jax
 import numpy as np
 
+from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage.errors import shortened
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
@@ -306,7 +307,7 @@ class Runner:
 
     def _restore(self) -> None:
         """Brings slots and rows to where the last step that was read back has left them."""
-        lengths = np.asarray(jax.device_get(self._slots.cache.lengths))
+        lengths = host_lengths(self._slots.cache)
         runs = {id(state) for flight in self.flights for state in flight.states}
         for state in self._slots.occupied():
             if state.is_dropped and lengths[state.slot] < 0 and id(state) not in runs:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault
 from jax_kvpage.pool import KVPool
@@ -102,7 +103,7 @@ class SlotCalls:
 
     def _unused(self, slots: list[int]) -> list[int]:
         """Those of some slots that are acquired, and that no sequence has."""
-        lengths = np.asarray(jax.device_get(self.cache.lengths))
+        lengths = host_lengths(self.cache)
         return [slot for slot in slots if lengths[slot] >= 0 and slot not in self.slot]
 
 

@@ -1,0 +1,45 @@
+"""Several processes (`--coordinator`): each has a part of the mesh's devices."""
+
+import argparse
+import os
+import sys
+
+import jax
+
+from .prompts import InputError
+
+__all__ = ["join"]
+
+# Seconds after which a process that is gone is noticed, and the others end.
+_HEARTBEAT = 10
+_MEETING = 60
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes of the command line. All but the first print nothing.
+
+    Raises:
+      InputError: They do not come, or the coordinator does not answer.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            initialization_timeout=_MEETING,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_MEETING,
+        )
+    except RuntimeError as error:
+        raise InputError(f"--coordinator {args.coordinator}: {error}") from error
+    _print_in_first(args.process_id == 0)
+
+
+def _print_in_first(first: bool) -> None:
+    """Leaves standard output to the first process's text: libraries of JAX write there too."""
+    own = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    old = sys.stdout
+    sys.stdout = open(own, "w", encoding=old.encoding, errors=old.errors)  # noqa: SIM115

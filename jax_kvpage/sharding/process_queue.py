@@ -1,0 +1,127 @@
+"""A `KVPool` over a mesh whose devices belong to several processes, as one of them has it.
+
+All processes run the same program (`jax.distributed.initialize`), and make the same calls on the
+pool. Each has the arenas of its own devices; the cache's arrays are global.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_kvpage._native import Code
+from jax_kvpage._native_pool import PoolOptions
+from jax_kvpage.cache import KVCache
+from jax_kvpage.errors import KVPageError
+from jax_kvpage.sharding.agreement import Agreement
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
+from jax_kvpage.sharding.processes import ProcessPool, failure_of, raised_elsewhere
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["over_processes"]
+
+
+def over_processes(
+    spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
+) -> tuple["_ProcessNativePool", "_ProcessQueue"]:
+    """What stands behind a pool over the devices of several processes.
+
+    A share of memory, and None, are those of the process that has the least.
+
+    Raises:
+        ValueError: a capacity, spec or device that cannot work, here or in another process.
+        OutOfBlocks: more capacity than there is memory, likewise.
+        KVPageError: the processes make different pools, or one does not answer.
+    """
+    if not sharding.local_devices:
+        raise ValueError(
+            "KVPool: mesh: none of its devices belongs to this process "
+            f"({jax.process_index()} of {jax.process_count()}): make the pool in the processes "
+            f"{sharding.processes} only"
+        )
+    agreement = Agreement(sharding.processes)
+    ids = [device.id for device in sharding.devices]
+    agreement.record("KVPool", capacity, sharding.axis, ids, tuple(options), spec)
+    try:
+        total = total_bytes(capacity, sharding)
+    except Exception as error:
+        agreement.decide("KVPool", "failed", failure=failure_of(error))
+        raise
+    verdict = agreement.decide("KVPool", "done", numbers=[total])
+    if verdict.kind == "failed":
+        raise raised_elsewhere("KVPool", verdict)
+    native = None
+    try:
+        parts = resolved(spec, sharding, verdict.least[0])
+        native = _ProcessNativePool(*parts, options, agreement)
+    except Exception as error:
+        agreement.decide("KVPool", "failed", failure=failure_of(error))
+        raise
+    try:
+        verdict = agreement.decide("KVPool", "done", told=repr(native.spec))
+        if verdict.kind == "failed":
+            raise raised_elsewhere("KVPool", verdict)
+        if verdict.kind == "differ":
+            raise KVPageError(
+                f"KVPool: the processes would choose different layouts: {verdict.text}: give the "
+                "spec block_tokens and layout"
+            )
+        return native, _ProcessQueue(native)
+    except BaseException:
+        native.pool.close()
+        raise
+
+
+class _ProcessNativePool(ShardedNativePool):
+    """The compiled pools of this process's devices."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        sharding: HeadSharding,
+        shard_bytes: int,
+        options: PoolOptions,
+        agreement: Agreement,
+    ) -> None:
+        self._agreement = agreement
+        super().__init__(spec, sharding, shard_bytes, options)
+
+    def joined(self, shards: Sequence[Any]) -> ProcessPool:
+        """The pools of this process's devices as one."""
+        return ProcessPool(shards, self._agreement, self.sharding.size)
+
+
+class _ProcessQueue(ShardedQueue):
+    """The programs that a pool queues on this process's devices, as the others do on theirs."""
+
+    def put(self, array: np.ndarray) -> jax.Array:
+        """The array on all devices. `jax.device_put` would compare it among the processes."""
+        parts = [array] * len(self._sharding.local_devices)
+        return self._joined(array.shape, self._native.placement, parts)
+
+    def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pool: Any = self._native.pool
+        least, most = pool.lengths
+        return np.asarray(least, np.int32), np.asarray(most, np.int32)
+
+    def claim(self, op: str, attempt: Any, wait: bool = False) -> Any:
+        """See `Queue`. A decision has waited for all that drains already, whatever `wait` says."""
+        del wait
+        with self._lock:
+            claim = self._native.call(attempt)
+            if claim.ok:
+                return claim
+            failed = []
+            if claim.code is Code.RESOURCE_EXHAUSTED and claim.draining:
+                rows = self._native.call(self._native.pool.rows)
+                failed = [row.slot for row in rows if row.draining]
+            raise self._native.failed_claim(op, claim, failed=failed)
+
+    def wait_for(self, cache: KVCache) -> None:
+        """See `Queue`. All processes wait, and raise what it failed with in any of them."""
+        pool: Any = self._native.pool
+        wait = super().wait_for
+        with self._lock:
+            pool.meet(lambda: wait(cache))

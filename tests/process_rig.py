@@ -1,0 +1,105 @@
+"""Programs in several processes on this machine, joined by `jax.distributed`.
+
+Tests start them with `run_processes`; what runs in each begins with `join`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from subprocesses import command_of
+
+# Seconds after which a dead process is noticed, and that the others have to end then (see README).
+HEARTBEAT = 10
+END_WITHIN = HEARTBEAT + 20
+
+
+class Ended(NamedTuple):
+    """How a process has ended: its status, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def join(index: int, count: int, port: int, devices: int = 1) -> None:
+    """Begins a process of the test: `devices` CPU devices of its own, and those of the others."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}",
+        count,
+        index,
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=HEARTBEAT,
+    )
+
+
+@contextlib.contextmanager
+def started(
+    code: str, count: int = 2, devices: int = 1, timeout: float = 60
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Runs `code` in `count` processes, which are killed at the end of the block.
+
+    Args:
+        code: after `join`; `index` is the number of the process.
+        count: of processes.
+        devices: of each.
+        timeout: seconds that a process waits for the others' part in a call.
+    """
+    port, processes = free_port(), []
+    begin = "from process_rig import join; import sys; index = int(sys.argv[1])"
+    try:
+        for index in range(count):
+            text = f"{begin}\njoin(index, {count}, {port}, {devices})\n{textwrap.dedent(code)}"
+            more = {"JAX_KVPAGE_PROCESS_TIMEOUT": str(timeout)}
+            command, env = command_of(text, [str(index)], more)
+            pipe = subprocess.PIPE
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+            )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def ended(processes: Sequence[subprocess.Popen[str]], within: float) -> list[Ended]:
+    """Waits for all to end; a process that hangs fails the test, with what all have written."""
+    until, found, late = time.monotonic() + within, [], []
+    for index, process in enumerate(processes):
+        try:
+            out, err = process.communicate(timeout=max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            late.append(index)
+            process.kill()
+            out, err = process.communicate()
+        found.append(Ended(process.returncode, out, err))
+    assert not late, f"processes {late} have not ended within {within} s: {found}"
+    return found
+
+
+def run_processes(
+    code: str, count: int = 2, devices: int = 1, timeout: float = 60, within: float = 240
+) -> list[str]:
+    """Runs `code` as `started` does, and asserts that all exit with 0; returns their output."""
+    with started(code, count, devices, timeout) as processes:
+        found = ended(processes, within)
+    text = "\n".join(f"--- process {i}: {e.status}\n{e.out}{e.err}" for i, e in enumerate(found))
+    assert all(each.status == 0 for each in found), text
+    return [each.out for each in found]
