@@ -145,7 +145,7 @@ def _own_offsets(
     first = offsets[:1]
     if tokens is not None:
         first = jnp.where(offsets[-1:] <= tokens, first, -1)
-    return jnp.concatenate([first, first + jnp.cumsum(counts)]).astype(jnp.int32)
+    return jnp.concatenate([first, first + jnp.cumsum(counts, dtype=jnp.int32)])
 
 
 def checked_tokens(
