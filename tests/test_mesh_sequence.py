@@ -18,7 +18,9 @@ def test_a_sequence_that_is_too_long_for_one_device(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4, 8] if is_exhaustive() else [4])
-@pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 2e-2), ("int8", 3e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [("int8", 3e-6), *([("bfloat16", 2e-2)] if is_exhaustive() else [])]
+)
 def test_storage_of_less_precision(size: int, dtype: str, atol: float) -> None:
     run_python(
         f"""
@@ -29,7 +31,7 @@ def test_storage_of_less_precision(size: int, dtype: str, atol: float) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"] if is_exhaustive() else ["Auto"])
 def test_ops_in_shard_map(kind: str) -> None:
     run_python(f"import mesh_sequence; mesh_sequence.in_shard_map({kind!r})", env=EIGHT_DEVICES)
 
@@ -47,4 +49,5 @@ def test_failures_and_refusals() -> None:
 
 
 def test_llama_over_devices_says_the_same() -> None:
-    run_python("import mesh_sequence_llama; mesh_sequence_llama.text((2, 8))", env=EIGHT_DEVICES)
+    sizes = (2, 4, 8) if is_exhaustive() else (4,)
+    run_python(f"import mesh_sequence_llama; mesh_sequence_llama.text({sizes})", env=EIGHT_DEVICES)
