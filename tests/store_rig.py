@@ -18,9 +18,9 @@ import jax_kvpage as kvp
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
 
 
-def soon(condition: Callable[[], bool]) -> bool:
+def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
     """Whether something comes true within some seconds."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False

@@ -26,10 +26,17 @@ def command_of(
     }
 
 
-def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Runs `code` as `run_python` does, and does not wait. The caller ends and closes it."""
+def start_python(code: str, *arguments: str, talk: bool = False) -> subprocess.Popen[str]:
+    """Runs `code` as `run_python` does, and does not wait. The caller ends and closes it.
+
+    Args:
+        code: source, may be indented.
+        *arguments: its sys.argv[1:].
+        talk: whether its standard input is a pipe.
+    """
     command, env = command_of(code, arguments, None)
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    stdin = subprocess.PIPE if talk else None
+    return subprocess.Popen(command, env=env, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
 
 def run_python(

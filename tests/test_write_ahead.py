@@ -1,19 +1,16 @@
-"""What pools write to their stores before they evict: the bytes, when, and after a kill."""
+"""What pools write to their stores before they evict: the bytes, and when."""
 
 from __future__ import annotations
 
 import pathlib
 import time
 
-import numpy as np
 import pytest
 from prefix_rig import BLOCK, text
 from spill_rig import fetched, rig_of, spilled
 from store_rig import DTYPES
-from subprocesses import start_python
 
 import jax_kvpage as kvp
-from jax_kvpage.store import list_files
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,50 +80,3 @@ def test_nothing_is_written_unless_it_is_asked_for(make_pool, store) -> None:
     for share in (-0.1, 1.5, True, "all"):
         with pytest.raises(ValueError, match="write_ahead: wanted a share from 0 to 1"):
             rig_of(make_pool, store, write_ahead=share)
-
-
-@pytest.mark.parametrize("rounds", [3])
-def test_killed_writers_leave_what_can_be_read(
-    make_pool, tmp_path: pathlib.Path, request: pytest.FixtureRequest, rounds: int
-) -> None:
-    """A process that writes ahead is killed at random moments: what is found is right."""
-    code = """
-    import sys
-    import jax_kvpage as kvp
-    from prefix_rig import PrefixRig, spec_of
-    from spill_rig import fetched
-    from prefix_rig import text
-
-    store = kvp.BlockStore(sys.argv[1])
-    spec = spec_of("fused").resolve("cpu")
-    rig = PrefixRig(kvp.KVPool(spec, spec.block_bytes * 24, store=store, write_ahead=1))
-    print("ready", flush=True)
-    for i in range(10**9):
-        ids = text(100, i % 12)
-        fetched(rig, ids)
-        slot, _ = rig.acquire(ids)
-        rig.release(slot)
-    """
-    rounds = 60 if request.config.getoption("--exhaustive") else rounds
-    random = np.random.default_rng(1)
-    for _ in range(rounds):
-        child = start_python(code, str(tmp_path))
-        assert child.stdout is not None
-        assert child.stdout.readline().strip() == "ready"
-        time.sleep(random.uniform(0.05, 1.5))
-        child.kill()
-        child.wait()
-        child.stdout.close()
-        assert all(file.problem is None for file in list_files(tmp_path, verify=True))
-    with kvp.BlockStore(tmp_path) as store:
-        rig = rig_of(make_pool, store)
-        for seed in range(12):
-            ids = text(100, seed)
-            stored = rig.pool.stored_prefix(ids)
-            assert fetched(rig, ids).tokens == stored
-            slot, cached = rig.acquire(ids)
-            assert cached == stored
-            rig.check()
-            rig.release(slot)
-        assert store.stats().files > 0
-        rig.pool.close()

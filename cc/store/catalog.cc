@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <limits>
 
 #include "store/block_file.h"
 
@@ -12,6 +13,8 @@ namespace {
 constexpr double kClockTick = 2;
 // How many rounds of Maintain pass between two looks for what dead writers left.
 constexpr std::int64_t kOrphanRounds = 64;
+// Listing the folder before a write takes at most one in this many seconds: other processes may have written meanwhile.
+constexpr double kListingShare = 20;
 // How much the reads before the latest one still count in the read speed.
 constexpr double kReadMemory = 0.75;
 
@@ -20,6 +23,7 @@ constexpr double kReadMemory = 0.75;
 Catalog::Catalog(Folder folder, const StoreOptions& options) : folder_(std::move(folder)), options_(options) {
   numbers_.limit_bytes = options.limit_bytes;
   numbers_.missed.resize(kNumProblems);
+  folder_.RemoveOrphans();  // a process that saves or loads once has no other time for it
 }
 
 std::vector<StoredPart> Catalog::Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const {
@@ -79,9 +83,11 @@ Status Catalog::Refresh(bool force) {
   const std::lock_guard<std::mutex> refresh(refresh_mutex_);
   double time;
   if (!Changed(&time) && !force) return {};
+  const Clock::time_point begun = Clock::now();
   std::vector<FolderEntry> entries;
   KVPAGE_RETURN_IF_ERROR(folder_.List(&entries));
   changed_ = time;
+  next_listing_ = begun + std::chrono::duration_cast<Clock::duration>(kListingShare * (Clock::now() - begun));
   std::map<std::string, std::uint64_t> inodes;
   for (const FolderEntry& entry : entries) {
     inodes[entry.name] = entry.inode;
@@ -139,7 +145,11 @@ bool Catalog::ReserveSwapped(std::int64_t bytes) {
 }
 
 bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
-  if (bytes() <= limit) return true;
+  if (bytes() <= limit) {
+    if (options_.limit_bytes == std::numeric_limits<std::int64_t>::max()) return true;
+    if (Clock::now() >= next_listing_.load()) NoteError(Refresh(/*force=*/false));
+    if (bytes() <= limit) return true;
+  }
   const FolderLock held = folder_.TryLock();
   if (!held.ok()) return true;  // whoever evicts now removes enough, or the next one does
   NoteError(Refresh(/*force=*/true));
@@ -172,7 +182,7 @@ bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
 void Catalog::Maintain() {
   NoteError(Refresh(/*force=*/false));
   static_cast<void>(Evict(options_.limit_bytes));
-  if (rounds_++ % kOrphanRounds == 0) folder_.RemoveOrphans();
+  if (++rounds_ % kOrphanRounds == 0) folder_.RemoveOrphans();
 }
 
 StoreNumbers Catalog::Numbers() const {

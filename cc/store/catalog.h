@@ -2,6 +2,8 @@
 #ifndef KVPAGE_STORE_CATALOG_H_
 #define KVPAGE_STORE_CATALOG_H_
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -58,6 +60,8 @@ class Catalog {
   StoreNumbers Numbers() const;
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   // Whether files may have come or gone since the last listing; `time` is the folder's now.
   bool Changed(double* time) const;
   // Whether a file is in the directory and need not be opened again.
@@ -70,6 +74,7 @@ class Catalog {
   std::map<std::string, std::uint64_t> inodes_;  // of the files that the last refresh found
   double changed_ = -1;                          // the folder's time at the last listing
   std::int64_t rounds_ = 0;                      // of Maintain
+  std::atomic<Clock::time_point> next_listing_{Clock::time_point()};  // not before this, to keep the limit
 
   mutable std::mutex mutex_;
   Directory directory_;

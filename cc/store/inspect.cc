@@ -56,6 +56,7 @@ Status Prune(const std::string& path, std::int64_t limit, double used_before, st
   KVPAGE_RETURN_IF_ERROR(Folder::Find(path, &folder));
   const FolderLock lock = folder.TryLock();
   if (!lock.ok()) return FailedPrecondition("another process removes files from " + path + ": try again");
+  folder.RemoveOrphans();
   std::vector<FileReport> reports;
   KVPAGE_RETURN_IF_ERROR(Examine(folder, /*verify=*/false, &reports));
   Directory directory;

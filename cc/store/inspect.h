@@ -22,7 +22,8 @@ struct FileReport {
 // All block files by name; `verify`: their blocks are read and checked as well.
 Status ListFiles(const std::string& path, bool verify, std::vector<FileReport>* out);
 // Removes the files last used before `used_before`, then others until at most `limit` bytes are left: the least
-// recently used first, but none before those that continue it. Returns their names. An error if another process evicts.
+// recently used first, but none before those that continue it. Returns their names. What dead writers left goes too. An
+// error if another process evicts.
 Status Prune(const std::string& path, std::int64_t limit, double used_before, std::vector<std::string>* removed);
 
 }  // namespace kvpage::store

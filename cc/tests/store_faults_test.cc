@@ -1,9 +1,11 @@
 // BlockStore when things fail: what comes back is right or missing, never wrong, and the store goes on.
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/wait.h>
 
 #include <atomic>
 #include <cerrno>
+#include <ctime>
 #include <thread>
 
 #include "store/inspect.h"
@@ -162,6 +164,36 @@ TEST_F(StoreFaultsTest, ForeignThingsInTheFolderAreNeitherFollowedNorRemoved) {
   EXPECT_TRUE(std::filesystem::exists(path + "outside.txt"));
   EXPECT_TRUE(std::filesystem::exists(path + "notes.safetensors"));
   EXPECT_TRUE(std::filesystem::is_symlink(path + "0-0.kv.safetensors"));
+}
+
+TEST_F(StoreFaultsTest, WhatDeadWritersLeftGoesWhenAStoreIsOpenedOrPruned) {
+  const auto leave = [&](const std::string& name, std::int64_t age) {
+    const std::string path = folder_.path() + "/.writing-" + name;
+    Fd file(open(path.c_str(), O_RDWR | O_CREAT, 0600));
+    EXPECT_TRUE(file.ok());
+    const timespec time = {::time(nullptr) - age, 0}, times[] = {time, time};
+    EXPECT_EQ(futimens(file.get(), times), 0);
+    return file;
+  };
+  const auto left = [&](const std::string& name) {
+    return std::filesystem::exists(folder_.path() + "/.writing-" + name);
+  };
+  for (const bool prune : {false, true}) {
+    leave("old", 100).Reset();
+    leave("new", 1).Reset();
+    const Fd used = leave("used", 100);
+    ASSERT_EQ(flock(used.get(), LOCK_EX | LOCK_NB), 0);
+    std::vector<std::string> removed;
+    if (prune) {
+      ASSERT_OK(Prune(folder_.path(), 1 << 20, 0, &removed));
+    } else {
+      OpenStore(folder_, options_)->Close();
+    }
+    EXPECT_FALSE(left("old"));
+    EXPECT_TRUE(left("new")) << "its writer may not have locked it yet";
+    EXPECT_TRUE(left("used"));
+    EXPECT_TRUE(removed.empty());
+  }
 }
 
 TEST_F(StoreFaultsTest, AFileOfAnotherVersionIsRefused) {

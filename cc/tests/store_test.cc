@@ -196,6 +196,25 @@ TEST(StoreTest, OneProcessEvictsAtATime) {
   EXPECT_TRUE(Soon([&] { return folder.files().size() == 1; }));
 }
 
+TEST(StoreTest, WhatOtherProcessesWriteCountsBelowTheLimit) {
+  const TemporaryFolder folder;
+  StoreOptions options = SmallOptions();
+  options.limit_bytes = 60000;  // four files
+  options.refresh_seconds = 1000;
+  const auto one = OpenStore(folder, options), other = OpenStore(folder, options);
+  const auto size = [&] {
+    std::uintmax_t bytes = 0;
+    for (const std::string& name : folder.files()) bytes += std::filesystem::file_size(name);
+    return bytes;
+  };
+  for (std::uint32_t i = 0; i < 6; ++i) ASSERT_OK(WriteNow(one.get(), MakeRun(SmallShape(), MakeTokens(4, i))));
+  EXPECT_GT(size(), 40000u);
+  usleep(300000);  // a directory is not listed all the time
+  ASSERT_OK(WriteNow(other.get(), MakeRun(SmallShape(), MakeTokens(4, 9))));
+  EXPECT_LE(size(), 60000u);
+  EXPECT_EQ(ReadBack(other.get(), SmallShape(), MakeTokens(4, 9)), 4);
+}
+
 TEST(StoreTest, AFullQueueDropsAndCounts) {
   const TemporaryFolder folder;
   StoreOptions options = SmallOptions();
