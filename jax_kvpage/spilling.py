@@ -24,6 +24,8 @@ class SpillStats(NamedTuple):
         fetch_seconds: how long these calls have taken together, from the call to the tokens being
             findable.
         longest_fetch_seconds: how long the slowest of them has taken.
+        fetch_seconds_median: the median of the latest 512 of them; 0: none yet.
+        fetch_seconds_p95: how long 95 in 100 of these took at most.
         missed: tokens that were stored and that `prefetch` has not brought, by reason: "slower"
             (than computing them), "no room", "evicted" (what comes before them, during the read),
             and those that `StoreStats.missed` has.
@@ -31,6 +33,9 @@ class SpillStats(NamedTuple):
         tokens_written: written ahead (`KVPool(write_ahead=...)`).
         bytes_written: their keys and values.
         write_seconds: how long these writes have taken together; two may go on at a time.
+        write_seconds_median: the median of the latest 512 of them, each of some blocks of a
+            sequence; 0: none yet.
+        write_seconds_p95: how long 95 in 100 of these took at most.
         failed_writes: runs of blocks that could not be written ahead; `StoreStats.last_error` says
             why. Nothing is tried for a second then.
         tokens_dropped: evicted in whole blocks that had not been written.
@@ -44,11 +49,15 @@ class SpillStats(NamedTuple):
     bytes_fetched: int
     fetch_seconds: float
     longest_fetch_seconds: float
+    fetch_seconds_median: float
+    fetch_seconds_p95: float
     missed: Mapping[str, int]
     read_bytes_per_second: float
     tokens_written: int
     bytes_written: int
     write_seconds: float
+    write_seconds_median: float
+    write_seconds_p95: float
     failed_writes: int
     tokens_dropped: int
 
@@ -98,9 +107,11 @@ class SpillingCalls(SwappingCalls):
                 has returned, alone.
             namespace: as for `acquire_prefix`.
             prefill_tokens_per_second: how fast the caller computes the tokens instead. They are
-                read only if that takes less time at the speed of the store's latest reads; where
-                this has not been measured yet, and once in 16 times that they would not be, they
-                are read all the same. None: whatever is stored is read.
+                read only if 9 of 10 of the pool's latest reads, scaled to this size, would take
+                less time. Where nothing has been read yet they are read all the same; and once in
+                16 times that they would not be, they are read beside the caller, whose ticket is
+                ready at once, so that a disk that has become faster is noticed. None: whatever is
+                stored is read.
 
         Raises:
             ValueError: ids that int32 cannot hold, a speed that is none, a sequence that another
@@ -143,11 +154,15 @@ class SpillingCalls(SwappingCalls):
             numbers.bytes_fetched,
             numbers.fetch_seconds,
             numbers.longest_fetch_seconds,
+            numbers.fetch_seconds_median,
+            numbers.fetch_seconds_p95,
             numbers.missed,
             numbers.read_bytes_per_second,
             numbers.tokens_written,
             numbers.bytes_written,
             numbers.write_seconds,
+            numbers.write_seconds_median,
+            numbers.write_seconds_p95,
             numbers.failed_writes,
             numbers.unwritten_evictions * (self._native.spec.block_tokens or 1),
         )

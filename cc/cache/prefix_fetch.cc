@@ -14,7 +14,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One in this many requests that the read speed would refuse is read anyway, so that the speed is measured again.
+// One in this many requests that the read speed refuses is read all the same, beside the caller, who does not wait for
+// it: so that the speed is measured again.
 constexpr std::int64_t kRefusalsBetweenReads = 16;
 
 std::string Text(const char* format, double value) {
@@ -66,8 +67,6 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
   const store::BlockShape shape = StoredShape(pool.table->geometry());
   const auto length = static_cast<std::int64_t>(request.ids.size());
   const std::int64_t stored = store_.Find(shape, request.space, request.ids.data(), length) / shape.block_tokens;
-  // Before the pool's locks are taken: it counts files.
-  const double speed = request.prefill_rate > 0 ? store_.Numbers().read_bytes_per_second : 0;
   const auto order = std::make_shared<Order>();
   store::ReadRequest read;
   {
@@ -84,10 +83,11 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
     if (*out != nullptr) return {};
     *out = order->ticket = std::make_shared<FetchTicket>();
     std::string why;
-    if (order->asked <= 0 || !Worthwhile(request.prefill_rate, speed, shape, order->asked, &why)) {
+    if (order->asked <= 0 || !Worthwhile(request.prefill_rate, shape, order->asked, &why)) {
       if (order->asked > 0) numbers_.missed["slower"] += order->asked * shape.block_tokens;
       order->ticket->Finish(0, why);
-      return {};
+      if (order->asked <= 0 || ++refusals_ % kRefusalsBetweenReads != 0) return {};
+      order->ticket = std::make_shared<FetchTicket>();
     }
     Arena& arena = supply.arena(mapping);
     // What comes before stays while room is made.
@@ -128,14 +128,15 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
   return {};
 }
 
-bool Fetcher::Worthwhile(double prefill_rate, double speed, const store::BlockShape& shape, std::int64_t blocks,
-                         std::string* why) {
-  if (prefill_rate <= 0 || speed <= 0) return true;
+bool Fetcher::Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks,
+                         std::string* why) const {
+  const double reading = cost_.Most(blocks * shape.bytes());
+  if (prefill_rate <= 0 || reading <= 0) return true;
   const auto tokens = static_cast<double>(blocks * shape.block_tokens);
-  const double reading = static_cast<double>(blocks * shape.bytes()) / speed, computing = tokens / prefill_rate;
-  if (reading < computing || ++refusals_ % kRefusalsBetweenReads == 0) return true;
-  *why = "reading " + Text("%.0f", tokens) + " tokens would take " + Text("%.3g", reading) + " s at the " +
-         Text("%.3g", speed) + " bytes/s of the latest reads, computing them " + Text("%.3g", computing) + " s";
+  const double computing = tokens / prefill_rate;
+  if (reading < computing) return true;
+  *why = "reading " + Text("%.0f", tokens) + " tokens may take " + Text("%.3g", reading) +
+         " s, by the latest reads, computing them " + Text("%.3g", computing) + " s";
   return false;
 }
 
@@ -192,6 +193,8 @@ void Fetcher::Finish(const Order& order, std::int64_t good, store::Problem probl
     numbers_.bytes += added * bytes;
     numbers_.seconds += seconds;
     numbers_.longest_seconds = std::max(numbers_.longest_seconds, seconds);
+    latencies_.Add(seconds);
+    if (problem == store::Problem::kNone) cost_.Add(good * bytes, seconds);
     if (!why.empty()) numbers_.missed[why] += (count - order.begin - (why == "evicted" ? 0 : good)) * block_tokens;
     active_.remove_if([&](const std::shared_ptr<Order>& each) { return each.get() == &order; });
   }
@@ -215,6 +218,7 @@ Status Fetcher::Close(const GoOn& go_on) {
 FetchNumbers Fetcher::numbers() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   FetchNumbers numbers = numbers_;
+  numbers.latencies = latencies_.numbers();
   for (auto at = numbers.missed.begin(); at != numbers.missed.end();) {
     at = at->second == 0 ? numbers.missed.erase(at) : std::next(at);
   }

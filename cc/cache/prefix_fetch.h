@@ -17,7 +17,9 @@
 #include <vector>
 
 #include "cache/patience.h"
+#include "cache/latencies.h"
 #include "cache/pool_access.h"
+#include "cache/read_cost.h"
 #include "store/block_store.h"
 
 namespace kvpage::prefix {
@@ -52,6 +54,7 @@ struct FetchNumbers {
   std::int64_t tokens = 0;    // added to the index
   std::int64_t bytes = 0;     // their keys and values
   double seconds = 0, longest_seconds = 0;
+  LatencyNumbers latencies;
   std::map<std::string, std::int64_t> missed;  // tokens that were stored and did not come, by reason
 };
 
@@ -68,9 +71,8 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
  private:
   struct Order;
 
-  // Whether reading blocks at this speed (bytes a second) takes less time than computing their tokens. `why`: if not.
-  bool Worthwhile(double prefill_rate, double speed, const store::BlockShape& shape, std::int64_t blocks,
-                  std::string* why);
+  // Whether reading blocks takes less time than computing their tokens, as far as is known. `why`: if not.
+  bool Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks, std::string* why) const;
   // An order that brings the first tokens of a sequence, or null.
   std::shared_ptr<FetchTicket> Joined(const std::string& space, const std::int32_t* ids, std::int64_t tokens) const;
   void Finish(const Order& order, std::int64_t good, store::Problem problem);
@@ -81,6 +83,8 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
   std::condition_variable ended_;
   std::list<std::shared_ptr<Order>> active_;
   FetchNumbers numbers_;
+  Latencies latencies_;
+  ReadCost cost_;
   std::int64_t refusals_ = 0;
   bool closed_ = false;
 };

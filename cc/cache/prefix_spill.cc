@@ -147,7 +147,11 @@ void Spiller::Done(const std::shared_ptr<Run>& run, const Status& status) {
   run->space = -1;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (begun) numbers_.seconds += std::chrono::duration<double>(Clock::now() - run->begun).count();
+    if (begun) {
+      const double seconds = std::chrono::duration<double>(Clock::now() - run->begun).count();
+      numbers_.seconds += seconds;
+      latencies_.Add(seconds);
+    }
     if (status.ok()) {
       numbers_.tokens += (run->copied - run->first_block) * shape_.block_tokens;
       numbers_.bytes += (run->copied - run->first_block) * shape_.bytes();
@@ -170,7 +174,9 @@ void Spiller::Close() {
 
 SpillNumbers Spiller::numbers() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return numbers_;
+  SpillNumbers numbers = numbers_;
+  numbers.latencies = latencies_.numbers();
+  return numbers;
 }
 
 }  // namespace kvpage::prefix

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cache/latencies.h"
 #include "cache/pool_access.h"
 #include "store/block_store.h"
 
@@ -23,6 +24,7 @@ namespace kvpage::prefix {
 struct SpillNumbers {
   std::int64_t tokens = 0, bytes = 0;  // written
   double seconds = 0;                  // of all writes together
+  LatencyNumbers latencies;            // of runs of blocks
   std::int64_t failed = 0;             // runs of blocks that could not be written
 };
 
@@ -63,6 +65,7 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   bool closed_ = false;
   std::chrono::steady_clock::time_point pause_;  // nothing is begun before
   SpillNumbers numbers_;
+  Latencies latencies_;
 };
 
 }  // namespace kvpage::prefix

@@ -160,6 +160,10 @@ void BindTier(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_prop_ro("bytes_fetched", [](const TierNumbers& n) { return n.fetches.bytes; })
       .def_prop_ro("fetch_seconds", [](const TierNumbers& n) { return n.fetches.seconds; })
       .def_prop_ro("longest_fetch_seconds", [](const TierNumbers& n) { return n.fetches.longest_seconds; })
+      .def_prop_ro("fetch_seconds_median", [](const TierNumbers& n) { return n.fetches.latencies.median; })
+      .def_prop_ro("fetch_seconds_p95", [](const TierNumbers& n) { return n.fetches.latencies.p95; })
+      .def_prop_ro("write_seconds_median", [](const TierNumbers& n) { return n.spills.latencies.median; })
+      .def_prop_ro("write_seconds_p95", [](const TierNumbers& n) { return n.spills.latencies.p95; })
       .def_prop_ro("missed", [](const TierNumbers& n) { return n.fetches.missed; })
       .def_ro("read_bytes_per_second", &TierNumbers::read_bytes_per_second);
   pool.def("attach_store", &AttachStore, "store"_a, "write_ahead"_a)

@@ -70,10 +70,10 @@ class Catalog {
 
   const Folder folder_;
   const StoreOptions& options_;
-  std::mutex refresh_mutex_;                     // taken before mutex_
-  std::map<std::string, std::uint64_t> inodes_;  // of the files that the last refresh found
-  double changed_ = -1;                          // the folder's time at the last listing
-  std::int64_t rounds_ = 0;                      // of Maintain
+  std::mutex refresh_mutex_;                                          // taken before mutex_
+  std::map<std::string, std::uint64_t> inodes_;                       // of the files that the last refresh found
+  double changed_ = -1;                                               // the folder's time at the last listing
+  std::int64_t rounds_ = 0;                                           // of Maintain
   std::atomic<Clock::time_point> next_listing_{Clock::time_point()};  // not before this, to keep the limit
 
   mutable std::mutex mutex_;

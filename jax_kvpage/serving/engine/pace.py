@@ -1,22 +1,36 @@
 """How fast the engine computes prompts."""
 
+import collections
 import time
+
+import numpy as np
 
 __all__ = ["Pace"]
 
-_NEWEST = 0.3  # weight of the newest measurement
+_STEPS = 64  # that count, the latest ones
 
 
 class Pace:
     """How fast prompts are computed.
 
-    Attributes:
-        tokens_per_second: of steps that computed parts of prompts; 0 before the first.
+    A step takes some time however few tokens it has; what a token adds to it is what is saved when
+    the token need not be computed. Both are fitted to the latest steps by least squares of relative
+    errors, so that short steps count as much as long ones.
     """
 
     def __init__(self) -> None:
-        self.tokens_per_second = 0.0
+        self._steps: collections.deque[tuple[int, float]] = collections.deque(maxlen=_STEPS)
         self._last = 0.0
+        self._rate: float | None = 0.0  # None: to be fitted
+
+    @property
+    def tokens_per_second(self) -> float:
+        """By how many tokens of a prompt a step may grow to take a second longer; 0 before the
+        first step that computed a part of one.
+        """
+        if self._rate is None:
+            self._rate = self._fitted()
+        return self._rate
 
     def read(self, num_prompt_tokens: int, launched: float) -> None:
         """Hears that a step was read back.
@@ -27,6 +41,20 @@ class Pace:
         """
         now = time.monotonic()
         seconds, self._last = now - max(launched, self._last), now
-        if num_prompt_tokens and seconds > 0:
-            measured, before = num_prompt_tokens / seconds, self.tokens_per_second
-            self.tokens_per_second = before + _NEWEST * (measured - before) if before else measured
+        if seconds > 0:
+            self._steps.append((num_prompt_tokens, seconds))
+            self._rate = None
+
+    def _fitted(self) -> float:
+        tokens, seconds = np.asarray(self._steps, np.float64).T
+        if not tokens.any():
+            return 0.0
+        rows = np.stack([np.ones_like(tokens), tokens]) / seconds
+        ((ones, both), (_, squares)), (_, sums) = rows @ rows.T, rows.sum(1)
+        determinant = ones * squares - both * both
+        if determinant > 1e-6 * ones * squares:  # steps of several sizes
+            token = (sums * ones - rows[0].sum() * both) / determinant
+            fixed = (rows[0].sum() - both * token) / ones
+            if token > 0 and fixed > 0:
+                return float(1 / token)
+        return float(squares / sums)
