@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "cache/patience.h"
 #include "cache/latencies.h"
+#include "cache/patience.h"
 #include "cache/pool_access.h"
 #include "cache/read_cost.h"
 #include "store/block_store.h"

@@ -89,6 +89,7 @@ std::int64_t PrefixIndex::Touch(std::int32_t space, const std::int32_t* tokens, 
   const std::int64_t block_tokens = tree.block_tokens(), found = impl_->Match(space, tokens, count);
   for (const std::int32_t id : impl_->path) {
     if (2 * (found - tree.Begin(id)) >= tree.entry(id).tokens) order.Touch(id);
+    if (tree.entry(id).stored == StoreState::kLost) order.SetStored(id, StoreState::kUnwritten);
     if (taken > tree.Begin(id) && std::exchange(tree.entry(id).fetched, false)) {
       fetched += std::min<std::int64_t>(taken - tree.Begin(id), tree.entry(id).tokens);
     }
@@ -219,6 +220,16 @@ void PrefixIndex::EndWrite(std::int32_t space, const std::int32_t* tokens, std::
     if (ok || before == StoreState::kWriting) {
       impl_->order.SetStored(path[i], ok ? StoreState::kWritten : StoreState::kFailed);
     }
+  }
+}
+
+void PrefixIndex::LoseWritten(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
+                              std::int64_t first_block) {
+  std::vector<std::int32_t>& path = impl_->path;
+  path.clear();
+  impl_->tree.Walk(impl_->roots[space], tokens, count, &path);
+  for (std::size_t i = first_block; i < path.size(); ++i) {
+    if (impl_->tree.entry(path[i]).stored == StoreState::kWritten) impl_->order.SetStored(path[i], StoreState::kLost);
   }
 }
 

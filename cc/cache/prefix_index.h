@@ -137,6 +137,9 @@ class PrefixIndex {
   bool StartWrite(std::int64_t most, const Unused& unused, Unwritten* out);
   // Blocks from `first_block` on are written, or could not be; what has been removed since does not count.
   void EndWrite(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block, bool ok);
+  // The store no longer has the blocks from `first_block` on. They are written again once a request asks for them: not
+  // at once, or a store that is too small would be written over and over.
+  void LoseWritten(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block);
 
   // ---- events ----
   // Records up to `most` events; 0 (as in the beginning): none.

@@ -89,7 +89,25 @@ bool Spiller::Wanted(const PoolParts& pool, const MappingLock& mapping, const Pr
   return static_cast<double>(ready * shape_.ranges) < share_ * static_cast<double>(blocks.budget());
 }
 
+void Spiller::NoteLost(const PoolParts& pool) {
+  std::vector<store::StoredRun> runs;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    runs = store_.Lost(shape_, &lost_);
+  }
+  for (const store::StoredRun& run : runs) {
+    // Another file may have the blocks.
+    const std::int64_t stored = store_.StoredBlocks(shape_, run.space, run.tokens);
+    const MappingLock mapping = pool.supply->Lock();
+    PrefixIndex* index = nullptr;
+    if (!OpenStoredIndex(pool, mapping, "write ahead", &index).ok()) return;
+    index->LoseWritten(index->Namespace(run.space), run.tokens.data(), static_cast<std::int64_t>(run.tokens.size()),
+                       std::max(run.first_block, stored));
+  }
+}
+
 bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
+  NoteLost(pool);
   const std::int64_t most = std::max<std::int64_t>(kRunBytes / shape_.bytes(), 1);
   PrefixIndex::Unwritten chosen;
   {

@@ -49,6 +49,8 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   bool Fill(Run* run, store::WriteRun* write);
   // The same for one attempt; `again`: what was chosen needs no writing, or cannot be copied.
   bool Choose(const PoolParts& pool, Run* run, bool* again);
+  // What the store has lost is no longer taken for written.
+  void NoteLost(const PoolParts& pool);
   // Whether less than the share is free or written.
   bool Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const;
   void Done(const std::shared_ptr<Run>& run, const Status& status);
@@ -62,6 +64,7 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   mutable std::mutex mutex_;  // taken after the pool's
   int runs_ = 0;
   bool woken_ = false;
+  std::int64_t lost_ = 0;  // files that the store had lost when it was last asked
   bool closed_ = false;
   std::chrono::steady_clock::time_point pause_;  // nothing is begun before
   SpillNumbers numbers_;

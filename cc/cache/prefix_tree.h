@@ -24,6 +24,7 @@ enum class StoreState : std::int8_t {
   kWriting,
   kWritten,
   kFailed,  // not tried again before something continues it
+  kLost,    // the store had it; not written again before a request asks for it
 };
 
 struct alignas(64) PrefixEntry {   // a cache line

@@ -2,8 +2,8 @@
 // to open, a thread to wake) and a part for each byte.
 //
 // Both are fitted to the latest reads by least squares of relative errors, so that short ones count as much as long
-// ones. Reads differ from the fit: some find their bytes in the page cache, and others a busy disk. What is asked for is
-// therefore a time that most reads keep.
+// ones. Reads differ from the fit: some find their bytes in the page cache, and others a busy disk. What is asked for
+// is therefore a time that most reads keep.
 #ifndef KVPAGE_CACHE_READ_COST_H_
 #define KVPAGE_CACHE_READ_COST_H_
 

@@ -130,6 +130,10 @@ std::vector<StoredRun> BlockStore::Runs(const BlockShape& shape) {
   return Check("runs").ok() ? impl_->catalog().Runs(shape) : std::vector<StoredRun>();
 }
 
+std::vector<StoredRun> BlockStore::Lost(const BlockShape& shape, std::int64_t* seen) {
+  return Check("lost").ok() ? impl_->catalog().Lost(shape, seen) : std::vector<StoredRun>();
+}
+
 bool BlockStore::Write(WriteRun& run) { return Check("write").ok() && impl_->writer().Write(run); }
 
 bool BlockStore::WaitForRoom(std::int64_t bytes, double seconds) {

@@ -113,6 +113,9 @@ class BlockStore {
   std::int64_t StoredBlocks(const BlockShape& shape, const std::string& space, const std::vector<std::int32_t>& tokens);
   // All files with blocks of this shape, those before that others continue.
   std::vector<StoredRun> Runs(const BlockShape& shape);
+  // Files with blocks of this shape that are no longer there since the last call with the same `seen`, which begins
+  // with 0; the latest ones if they are very many.
+  std::vector<StoredRun> Lost(const BlockShape& shape, std::int64_t* seen);
 
   // Takes a run to be written and does not wait. False: it is dropped, because the queue is full or the store closed;
   // it is left as it was. Blocks that are stored already are not written again.

@@ -15,6 +15,8 @@ constexpr double kClockTick = 2;
 constexpr std::int64_t kOrphanRounds = 64;
 // Listing the folder before a write takes at most one in this many seconds: other processes may have written meanwhile.
 constexpr double kListingShare = 20;
+// Files that are lost are remembered up to this many tokens.
+constexpr std::int64_t kLostTokens = std::int64_t{1} << 20;
 // How much the reads before the latest one still count in the read speed.
 constexpr double kReadMemory = 0.75;
 
@@ -47,6 +49,29 @@ std::vector<StoredRun> Catalog::Runs(const BlockShape& shape) const {
   return directory_.Runs(shape, options_.fingerprint);
 }
 
+std::vector<StoredRun> Catalog::Lost(const BlockShape& shape, std::int64_t* seen) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<StoredRun> runs;
+  const auto kept = static_cast<std::int64_t>(lost_.size());
+  for (std::int64_t i = std::max(kept - (num_lost_ - *seen), std::int64_t{0}); i < kept; ++i) {
+    if (lost_[i].first == shape) runs.push_back(lost_[i].second);
+  }
+  *seen = num_lost_;
+  return runs;
+}
+
+void Catalog::NoteLost(const std::string& name) {
+  Identity identity;
+  StoredRun run = directory_.RunOf(name, &identity);
+  if (run.tokens.empty() || identity.fingerprint != options_.fingerprint) return;
+  ++num_lost_;
+  lost_tokens_ += static_cast<std::int64_t>(run.tokens.size());
+  lost_.emplace_back(std::move(identity.shape), std::move(run));
+  for (; lost_tokens_ > kLostTokens; lost_.pop_front()) {
+    lost_tokens_ -= static_cast<std::int64_t>(lost_.front().second.tokens.size());
+  }
+}
+
 void Catalog::Add(const std::string& name, std::int64_t bytes, const FileHeader& header) {
   const std::lock_guard<std::mutex> lock(mutex_);
   directory_.Add(name, bytes, header);
@@ -56,6 +81,7 @@ void Catalog::NoteProblem(const std::string& name, Problem problem) {
   const std::lock_guard<std::mutex> lock(mutex_);
   ++numbers_.missed[static_cast<int>(problem)];
   if (problem == Problem::kClosed || !directory_.Has(name)) return;
+  NoteLost(name);
   if (problem == Problem::kGone) {
     directory_.Remove(name);
   } else {
@@ -99,8 +125,10 @@ Status Catalog::Refresh(bool force) {
     const Problem problem = file.Open(options_.io.get(), folder_, entry.name);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (problem == Problem::kGone) {
+      NoteLost(entry.name);
       directory_.Remove(entry.name);
     } else if (problem != Problem::kNone) {
+      NoteLost(entry.name);
       directory_.AddRefused(entry.name, entry.bytes, problem);
     } else {
       directory_.Add(entry.name, entry.bytes, file.header());
@@ -116,7 +144,10 @@ Status Catalog::Refresh(bool force) {
   const auto here = [&](const std::string& name) { return inodes_.count(name) > 0 || folder_.Has(name); };
   gone.erase(std::remove_if(gone.begin(), gone.end(), here), gone.end());
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const std::string& name : gone) directory_.Remove(name);
+  for (const std::string& name : gone) {
+    NoteLost(name);
+    directory_.Remove(name);
+  }
   return {};
 }
 
@@ -172,6 +203,7 @@ bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::int64_t before = directory_.bytes();
+    NoteLost(name);
     directory_.Remove(name);
     ++numbers_.files_evicted;
     numbers_.bytes_evicted += before - directory_.bytes();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <set>
@@ -31,6 +32,8 @@ class Catalog {
   // The same for a caller that asks what is stored: it is counted.
   std::int64_t LookUp(const Identity& identity, const std::int32_t* tokens, std::int64_t count);
   std::vector<StoredRun> Runs(const BlockShape& shape) const;
+  // See BlockStore.
+  std::vector<StoredRun> Lost(const BlockShape& shape, std::int64_t* seen) const;
 
   // A file was written.
   void Add(const std::string& name, std::int64_t bytes, const FileHeader& header);
@@ -67,6 +70,8 @@ class Catalog {
   // Whether a file is in the directory and need not be opened again.
   bool Usable(const std::string& name) const;
   std::int64_t bytes() const;  // with swapped ones
+  // A file is about to be of no use.
+  void NoteLost(const std::string& name);
 
   const Folder folder_;
   const StoreOptions& options_;
@@ -78,6 +83,8 @@ class Catalog {
 
   mutable std::mutex mutex_;
   Directory directory_;
+  std::deque<std::pair<BlockShape, StoredRun>> lost_;  // the latest ones
+  std::int64_t num_lost_ = 0, lost_tokens_ = 0;        // so far; of those in lost_
   StoreNumbers numbers_;
   std::int64_t swapped_bytes_ = 0;
   double recent_bytes_ = 0, recent_seconds_ = 0;  // of reads, older ones counting less

@@ -171,21 +171,30 @@ bool Directory::OtherShape(const Identity& identity) const {
   return other;
 }
 
+StoredRun Directory::RunOf(const std::string& name, Identity* identity) const {
+  const auto found = files_.find(name);
+  if (found == files_.end() || slots_[found->second].last < 0) return {};
+  const File& file = slots_[found->second];
+  *identity = identities_[nodes_[file.last].root];
+  const std::int64_t block_tokens = identity->shape.block_tokens;
+  StoredRun run{name, identity->space, {}, file.first_block, file.end_block};
+  run.tokens.resize(file.end_block * block_tokens);
+  std::int64_t end = file.end_block;
+  for (std::int32_t at = file.last; end > 0; at = nodes_[at].parent) {
+    const std::vector<std::int32_t>& tokens = nodes_[at].tokens;
+    std::copy(tokens.begin(), tokens.end(), run.tokens.begin() + --end * block_tokens);
+  }
+  return run;
+}
+
 std::vector<StoredRun> Directory::Runs(const BlockShape& shape, const std::string& fingerprint) const {
   std::vector<StoredRun> runs;
   for (const auto& [name, number] : files_) {
-    const File& file = slots_[number];
-    if (file.last < 0) continue;
-    const Identity& identity = identities_[nodes_[file.last].root];
+    const std::int32_t last = slots_[number].last;
+    if (last < 0) continue;
+    Identity identity = identities_[nodes_[last].root];
     if (!(identity.shape == shape) || identity.fingerprint != fingerprint) continue;
-    StoredRun run{name, identity.space, {}, file.first_block, file.end_block};
-    run.tokens.resize(file.end_block * shape.block_tokens);
-    std::int64_t end = file.end_block;
-    for (std::int32_t at = file.last; end > 0; at = nodes_[at].parent) {
-      const std::vector<std::int32_t>& tokens = nodes_[at].tokens;
-      std::copy(tokens.begin(), tokens.end(), run.tokens.begin() + --end * shape.block_tokens);
-    }
-    runs.push_back(std::move(run));
+    runs.push_back(RunOf(name, &identity));
   }
   std::stable_sort(runs.begin(), runs.end(), [](const StoredRun& a, const StoredRun& b) {
     return std::tie(a.first_block, a.end_block) < std::tie(b.first_block, b.end_block);

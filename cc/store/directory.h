@@ -52,6 +52,8 @@ class Directory {
   std::vector<StoredPart> Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const;
   // Whether there are files of this namespace and fingerprint with another shape, and none with this one.
   bool OtherShape(const Identity& identity) const;
+  // What a file holds; a run without tokens if it holds nothing. `identity`: whose.
+  StoredRun RunOf(const std::string& name, Identity* identity) const;
   // All files with this shape and fingerprint, parents before what continues them.
   std::vector<StoredRun> Runs(const BlockShape& shape, const std::string& fingerprint) const;
 

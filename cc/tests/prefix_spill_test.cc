@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -133,6 +134,14 @@ TEST_P(PrefixSpillTest, AFullDiskMakesNobodyFail) {
   io_->error = ENOSPC;
   for (std::int32_t i = 1; i <= 12; ++i) EXPECT_EQ(Run(rig.get(), Text(i, 5)), 0);
   EXPECT_TRUE(Soon([&] { return Spills(rig.get()).failed > 0; }));
+  // A program maps while nothing can be written.
+  const std::int32_t slot = rig->program->Acquire(1);
+  for (std::int32_t tokens = 16; tokens <= 128; tokens += 16) {
+    bool ok = false;
+    ASSERT_OK(rig->program->Map(slot, tokens, &ok));
+    EXPECT_TRUE(ok);
+  }
+  rig->program->Release(slot);
   EXPECT_EQ(Spills(rig.get()).tokens, 0);
   EXPECT_TRUE(folder_.files().empty());
   io_->error = 0;
@@ -177,6 +186,34 @@ TEST_P(PrefixSpillTest, AStoreThatIsTooSmallKeepsWhatFits) {
   usleep(50000);
   EXPECT_LE(Spills(rig.get()).tokens, 6 * 5 * 16);  // not over and over
   EXPECT_TRUE(Soon([&] { return store_->Numbers().bytes <= options.limit_bytes; }));
+}
+
+TEST_P(PrefixSpillTest, WhatTheStoreLosesIsNotTakenForWritten) {
+  const auto rig = Open(40, 1);
+  for (std::int32_t i = 1; i <= 3; ++i) {
+    Run(rig.get(), Text(i, 4));
+    ASSERT_TRUE(Soon([&] { return Spills(rig.get()).tokens == 64 * i; }));
+  }
+  const auto lose = [&](std::int32_t i) {
+    for (const store::StoredRun& run : store_->Runs(prefix::StoredShape(rig->geometry))) {
+      if (run.tokens[0] == i) std::filesystem::remove(folder_.path() + "/" + run.file);
+    }
+    ASSERT_OK(store_->Refresh());
+    EXPECT_EQ(Stored(rig.get(), Text(i, 4)), 0);
+  };
+  lose(1);
+  lose(2);
+  Run(rig.get(), Text(4, 1));
+  ASSERT_TRUE(Soon([&] { return Spills(rig.get()).tokens == 13 * 16; }));
+  usleep(50000);
+  EXPECT_EQ(Stored(rig.get(), Text(1, 4)), 0) << "nobody has asked for it";
+  // A request asks for one of them.
+  EXPECT_EQ(Run(rig.get(), Text(1, 4)), 64);
+  ASSERT_TRUE(Soon([&] { return Stored(rig.get(), Text(1, 4)) == 4; }));
+  usleep(20000);  // the index hears of it
+  std::int64_t freed = 0;
+  ASSERT_OK(rig->pool->Evict(1000, &freed));
+  EXPECT_EQ(rig->pool->StoreNumbers().unwritten_evictions, 4) << "the other one";
 }
 
 TEST_P(PrefixSpillTest, LiveAndDroppedSequencesAreNotWritten) {
