@@ -71,6 +71,24 @@ def test_the_disk_is_full(tmp_path: pathlib.Path, make_pool, layout: str) -> Non
         rig.pool.close()
 
 
+@pytest.mark.parametrize("tokens", [5, 96, 100])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_was_swapped_in_can_be_evicted(
+    store, make_pool, layout: str, tokens: int, on_disk: bool
+) -> None:
+    """Its blocks may have stayed in memory, where the prefix cache has them too."""
+    rig = swap_rig(make_pool, store, layout, blocks=32)
+    slot, _ = rig.acquire(text(tokens))
+    slot = rig.swap_in(rig.swap_out(slot, to_disk=on_disk))
+    rig.check()
+    rig.release(slot)
+    assert rig.pool.find_prefix(text(tokens), whole=True) == tokens
+    rig.pool.evict()
+    assert rig.audit().blocks_cached == 0
+    rig.begin(text(512))  # all of the memory
+    rig.check()
+
+
 def test_damaged_files(store, make_pool, layout: str) -> None:
     rig = swap_rig(make_pool, store, layout)
     parent = rig.begin(text(40))
