@@ -5,8 +5,9 @@
 A pool of bfloat16 blocks of 1 MiB is saved to files and loaded into another pool, from the page
 cache and from the disk (the files are dropped from the page cache first). The floor is a loop of
 one thread that writes as many files with the same bytes (`pwrite` in pieces of 2 MiB, `fsync`),
-and reads them (`preadv` into memory that has been touched). The store's times have everything in
-them: the copy out of the pool, checksums, claims of blocks and the index. Medians of runs in turn.
+and reads them (`preadv` into memory that has been touched), with the store's checksum of each
+piece. The store's times have everything in them: the copy out of the pool, checksums, claims of
+blocks and the index. Medians of runs in turn.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import script
 
 import jax_kvpage as kvp
+from jax_kvpage import _native
 
 __all__ = ["measure", "read_plain", "write_plain"]
 
@@ -67,11 +69,12 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
-    """Writes the bytes to files of one size, without checksums."""
+    """Writes the bytes to files of one size, and takes the checksum of each piece."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for offset in range(0, len(part), _PIECE):
+            _native.store_checksum(data[at + offset : at + offset + _PIECE])
             os.pwrite(fd, part[offset : offset + _PIECE], offset)
         os.fsync(fd)
         os.close(fd)
@@ -79,12 +82,13 @@ def write_plain(folder: pathlib.Path, data: np.ndarray) -> None:
 
 
 def read_plain(folder: pathlib.Path, data: np.ndarray) -> None:
-    """Reads what `write_plain` has written into the same memory."""
+    """Reads what `write_plain` has written into the same memory, and takes the checksums."""
     for number, at in enumerate(range(0, len(data), _FILE)):
         part = memoryview(data[at : at + _FILE])
         fd = os.open(folder / f"{number}.bin", os.O_RDONLY)
         for offset in range(0, len(part), _PIECE):
             os.preadv(fd, [part[offset : offset + _PIECE]], offset)
+            _native.store_checksum(data[at + offset : at + offset + _PIECE])
         os.close(fd)
 
 

@@ -111,9 +111,7 @@ def _rows(name: str, checkpoint: str, root: pathlib.Path, lengths: list[int], ro
                     row["ms read"] = 1e3 * float(np.median(read))
                     row["ms computed"] = 1e3 * float(np.median(compute))
                     row["ratio, median"] = float(np.median(read / compute))
-                    row["ratio, p95"] = float(
-                        np.percentile(read, 95) / np.percentile(compute, 95)
-                    )
+                    row["ratio, p95"] = float(np.percentile(read, 95) / np.percentile(compute, 95))
                 rows.append(row)
     return rows
 
@@ -128,9 +126,7 @@ def measure(quick: bool, folder: str) -> dict[str, Any]:
         random_llama.write_checkpoint(str(root / "checkpoint"))
         models = {"shipped": str(BUNDLED), "56M": str(root / "checkpoint")}
         rows = [
-            row
-            for name, path in models.items()
-            for row in _rows(name, path, root, lengths, rounds)
+            row for name, path in models.items() for row in _rows(name, path, root, lengths, rounds)
         ]
     finally:
         shutil.rmtree(root)

@@ -4,9 +4,9 @@
 
 Bandwidth: sequences of bfloat16 blocks of 1 MiB are released in a pool that writes everything
 ahead, evicted, and prefetched, beside a loop of one thread that writes and reads files with the
-same bytes (`pwrite` in pieces of 2 MiB and `fsync`; `pread`). The pool's times have everything in
-them: copies, checksums (which the loop does without), claims of blocks and the index. Ratios are of
-medians of runs in turn, in the page cache.
+same bytes (`pwrite` in pieces of 2 MiB and `fsync`; `preadv`) and the store's checksum of each
+piece. The pool's times have everything in them: copies, checksums, claims of blocks and the index.
+Ratios are of medians of runs in turn, in the page cache.
 
 Hits: the first requests of the conversation trace of Mooncake (FAST'25) run one after the other in
 a pool of small tokens, with a store and without. The ratio is cached tokens over prompt tokens.

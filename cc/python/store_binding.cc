@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "store/block_file.h"
 #include "store/block_store.h"
 #include "store/inspect.h"
 
@@ -131,6 +132,14 @@ void BindInspection(nb::module_& m) {
       .def_prop_ro("tokens", [](const FileReport& r) { return r.header.tokens; });
   m.def("store_files", &ListFiles, "path"_a, "verify"_a);
   m.def("store_prune", &Prune, "path"_a, "limit_bytes"_a, "used_before"_a);
+  m.def(
+      "store_checksum",
+      [](const nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& bytes) {
+        const GilRelease release;
+        const auto* const range = reinterpret_cast<const char*>(bytes.data());
+        return store::Checksum({"", 1, 1, static_cast<std::int64_t>(bytes.size())}, &range);
+      },
+      "bytes"_a);
 }
 
 void BindTier(nb::module_& m, nb::class_<PoolReference>& pool) {
