@@ -44,6 +44,9 @@ class Snapshot:
         keeps count as free.
       queries: Tokens looked for in the prefix cache.
       hits: Of these, tokens found.
+      store_queries: Of the tokens looked for, those that were not in memory before; None without a
+        store.
+      store_hits: Of these, tokens that were read from the store.
     """
 
     running: int
@@ -52,11 +55,14 @@ class Snapshot:
     usage: float
     queries: int
     hits: int
+    store_queries: int | None = None
+    store_hits: int | None = None
 
     @classmethod
     def of(cls, engine: Engine, pool: jax_kvpage.KVPool) -> "Snapshot":
         """Reads them; called between steps."""
         counts, blocks = engine.stats, pool.stats()
+        tiers = None if pool.store is None else pool.spill_stats()
         return cls(
             running=counts.running,
             waiting=counts.waiting,
@@ -64,6 +70,8 @@ class Snapshot:
             usage=(blocks.blocks_mapped + blocks.blocks_draining) / blocks.blocks_total,
             queries=blocks.prefix_queries,
             hits=blocks.prefix_hits,
+            store_queries=tiers and tiers.queries - tiers.memory_hits,
+            store_hits=tiers and tiers.store_hits,
         )
 
 
@@ -192,6 +200,17 @@ class _EngineCollector(Collector):
             "prefix_cache_queries": ("Tokens looked for in the prefix cache.", now.queries),
             "prefix_cache_hits": ("Tokens found in the prefix cache.", now.hits),
         }
+        if now.store_queries is not None and now.store_hits is not None:
+            counters |= {
+                "external_prefix_cache_queries": (
+                    "Tokens looked for that were not in memory.",
+                    now.store_queries,
+                ),
+                "external_prefix_cache_hits": (
+                    "Tokens read from the store and found.",
+                    now.store_hits,
+                ),
+            }
         for kind, named in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (what, value) in named.items():
                 family = kind(f"vllm:{name}", what, labels=_LABELS)
