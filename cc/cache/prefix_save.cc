@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "base/staging.h"
 #include "cache/prefix_match.h"
 #include "cache/prefix_store.h"
 #include "cache/prefix_store_parts.h"
@@ -141,7 +142,7 @@ class Saving {
  private:
   // Hands blocks [begin, *end) to the store; fewer if the others are not in memory.
   Status Piece(const Run& run, std::int64_t begin, std::int64_t* end) {
-    const std::shared_ptr<char[]> bytes(new char[(*end - begin) * shape_.bytes()]);
+    const std::shared_ptr<char[]> bytes = NewStaging((*end - begin) * shape_.bytes());
     const std::int64_t step = std::max<std::int64_t>(kCopyBytes / shape_.bytes(), 1);
     std::int64_t copied = begin;
     for (std::int64_t stop = begin; copied == stop && stop < *end;) {

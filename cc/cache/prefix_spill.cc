@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/staging.h"
 #include "cache/prefix_store_parts.h"
 
 namespace kvpage::prefix {
@@ -26,7 +27,7 @@ struct Spiller::Run {
   std::vector<std::int32_t> tokens;
   std::int64_t first_block = 0, copied = 0;  // what is written
   std::int64_t marked = 0;                   // from where on the index says that it is being written
-  std::unique_ptr<char[]> bytes;             // kept for the run that follows
+  Staging bytes;                             // kept for the run that follows
   std::int64_t room = 0;                     // in blocks
   Clock::time_point begun;
 };
@@ -137,7 +138,7 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   const std::int64_t stop = std::min(end, run->first_block + most);
   if (run->room < stop - run->first_block) {
     run->room = 0;
-    run->bytes.reset(new char[(stop - run->first_block) * shape_.bytes()]);
+    run->bytes = NewStaging((stop - run->first_block) * shape_.bytes());
     run->room = stop - run->first_block;
   }
   const std::int64_t step = std::max<std::int64_t>(kCopyBytes / shape_.bytes(), 1);
