@@ -130,8 +130,6 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
         order_.policy().Stored(found);
         referenced->insert(referenced->end(), tree_.blocks(found), tree_.blocks(found) + tree_.ranges());
       }
-    } else if (block >= own_from && tree_.entry(found).tokens == length) {
-      OwnAgain(slot, found, map + block * tree_.ranges());  // a partial one
     }
     at = found;
   }

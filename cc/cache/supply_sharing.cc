@@ -80,10 +80,16 @@ void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int3
   bool emptied = false;
   for (const std::int32_t slot : changed) {
     const bool hole = arena_->hole(slot) > 0;
-    if (!(arena_->Borrows(slot) || hole || arena_->HasFile(slot)) || !table_->host(table_->Lock(), slot).idle())
-      continue;
-    // What it has written itself may be found again.
-    if (!hole && arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) continue;
+    const std::int64_t read_only = arena_->ReadOnlyBlocks(slot), end = arena_->blocks(slot);
+    // What it has written itself may be found again. But a sequence that was swapped in may map an entry that is no
+    // slot's: nobody could evict that while it stays mapped.
+    bool owns = false, cached = index_ != nullptr && arena_->HasCached(slot, read_only);
+    for (std::int64_t logical = read_only; cached && !owns && logical < end; ++logical) {
+      owns = index_->Owns(slot, logical);
+    }
+    const bool elsewhere = arena_->Borrows(slot) || hole || arena_->HasFile(slot);
+    if (!(elsewhere || cached != owns) || !table_->host(table_->Lock(), slot).idle()) continue;
+    if (!hole && cached && owns) continue;
     static_cast<void>(Empty(lock, slot));  // a slot that cannot be emptied is not adopted either (DropShared)
     emptied = true;
   }
