@@ -88,7 +88,9 @@ class BlockStore:
     Args:
         path: the directory, made if it is missing, for its user alone.
         limit: the most that all files there may take, in bytes or as text ("8GiB"): those that were
-            used least recently are removed, but no prefix before what continues it. None: no limit.
+            used least recently are removed, but no prefix before what continues it. Processes that
+            write at one time may pass it by the files that they are writing; each counts its own
+            swapped sequences only. None: no limit.
         fingerprint: names the model whose keys and values these are: anything that changes when
             its weights do, a checksum for instance. Files with another one are not used.
 

@@ -27,9 +27,10 @@ def load(path: str, layout: str, seed: int, seconds: float) -> None:
     random = np.random.default_rng(seed)
     with kvp.BlockStore(path, LIMIT) as store:
         rig = SwapRig(rig_of(kvp.KVPool, store, layout, blocks=72, write_ahead=0.8).pool)
-        end = time.monotonic() + seconds
+        end, rounds = time.monotonic() + seconds, 0
         print("ready", flush=True)
-        while time.monotonic() < end:
+        while time.monotonic() < end or rounds < 40:  # on a busy machine, too
+            rounds += 1
             ids = text(LENGTH, int(random.integers(12)))[: int(random.integers(17, LENGTH + 1))]
             if random.random() < 0.2:
                 rig.pool.prefetch(ids)

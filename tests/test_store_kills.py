@@ -12,8 +12,8 @@ import time
 import numpy as np
 from covering import num_cases
 from kill_rig import LIMIT, WORK
-from prefix_rig import PrefixRig
-from spill_rig import fetched, rig_of
+from prefix_rig import PrefixRig, text
+from spill_rig import fetched, rig_of, saved
 from subprocesses import start_python
 
 import jax_kvpage as kvp
@@ -70,8 +70,14 @@ def test_killed_processes_leave_what_can_be_read(make_pool, tmp_path: pathlib.Pa
             served += sum(_served(rigs[layout], file) for file in newest)
         nursery.stdin.close()
         assert nursery.wait(60) == 0
+        # This one goes on to save and to read.
+        ids = text(100, 1)
+        saved(rigs["fused"], ids)
+        rigs["fused"].pool.evict()
+        (file,) = (file for file in list_files(tmp_path) if file.token_ids == ids[:96])
+        assert _served(rigs["fused"], file) == 95
         assert set(store.stats().missed) <= {"gone", "geometry"}
-    assert served > 0
+    assert served > 0 or number < 100  # a busy machine may kill a few before they have written
     # What they were writing goes when a store is opened, once it is sure that they have ended.
     for path in temporaries:
         os.utime(path, (time.time() - 120,) * 2)

@@ -65,7 +65,7 @@ def test_processes_share_a_directory_under_load(
     spec = spec_of("fused").resolve("cpu")
     file = LENGTH * spec.token_bytes + 8192
     # What a process writes while others do, it may write beyond the limit.
-    assert LIMIT / 2 < largest <= LIMIT + len(processes) * WRITERS * file
+    assert 0 < largest <= LIMIT + len(processes) * WRITERS * file
     for process in processes[:-1]:
         assert process.wait() == 0
         memory_hits, store_hits, written = map(int, _line(process).split())
