@@ -55,8 +55,9 @@ class Handover:
             ValueError: no file that `export_blocks` has made: the message says what is wrong
                 (another kind of file, missing seals, a damaged header).
         """
-        fd = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        self._native = checked(NativeHandover.receive, host_int("Handover: descriptor", fd))
+        fd = descriptor.fileno() if hasattr(descriptor, "fileno") else descriptor
+        number = host_int("Handover: descriptor", fd, low=0)
+        self._native = checked(NativeHandover.receive, number)
 
     @classmethod
     def _of(cls, native: NativeHandover) -> Self:

@@ -278,6 +278,10 @@ Claim Import(const PoolParts& pool, const Handover& handover, const std::string&
   if (Status status = CheckFits(header, geometry, fingerprint); !status.ok()) {
     return FailedClaim(status.WithMessage("import_blocks: " + status.message()));
   }
+  std::shared_ptr<MemoryFile> file = handover.file;
+  if (!file->received()) {  // of a pool of this process, which accounts for its memory
+    if (Status status = MemoryFile::Receive(file->fd(), &file); !status.ok()) return FailedClaim(status);
+  }
   Claim empty = placing::EmptySlot(pool, mapping);
   if (!empty.status.ok()) return empty;
   Arena& arena = pool.supply->arena(mapping);
@@ -292,13 +296,13 @@ Claim Import(const PoolParts& pool, const Handover& handover, const std::string&
   if (claim.status.ok()) {
     std::vector<std::int64_t> offsets;
     for (std::int64_t i = 0; i < whole * ranges; ++i) offsets.push_back(header.Offset(i / whole, i % whole));
-    claim.status = arena.Receive(handover.file, numbers, offsets);
+    claim.status = arena.Receive(file, numbers, offsets);
     if (!claim.status.ok()) arena.UnclaimNumbers(std::exchange(numbers, {}));
   }
   if (claim.status.ok() && own > 0) claim.status = arena.OpenWindow();
   for (std::int64_t range = 0; claim.status.ok() && range < own; ++range) {
     char* const to = arena.window() + tail[range] * geometry.block_bytes;
-    claim.status = handover.file->Read(header.Offset(range, whole), to, geometry.block_bytes);
+    claim.status = file->Read(header.Offset(range, whole), to, geometry.block_bytes);
   }
   placing::Placed placed;
   if (claim.status.ok()) {

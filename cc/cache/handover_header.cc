@@ -27,6 +27,14 @@ constexpr std::size_t kChecked = offsetof(Fixed, begin);  // the checksum is of 
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
+// Text of a sender's, for a message: it may be any bytes.
+std::string Quoted(std::string text) {
+  for (char& letter : text) {
+    if (letter < ' ' || letter > '~') letter = '?';
+  }
+  return "'" + text + "'";
+}
+
 Status Damaged(const std::string& what) {
   return InvalidArgument("the memfd is damaged or was not made by export_blocks: " + what);
 }
@@ -124,12 +132,12 @@ Status ReadHeader(const MemoryFile& file, Header* out) {
 
 Status CheckFits(const Header& header, const Geometry& geometry, const std::string& fingerprint) {
   if (header.shape != ShapeOf(geometry)) {
-    return InvalidArgument("the sequence is of a pool of another shape: '" + header.shape + "', this pool has '" +
-                           ShapeOf(geometry) + "': make both pools of one spec");
+    return InvalidArgument("the sequence is of a pool of another shape: " + Quoted(header.shape) + ", this pool has " +
+                           Quoted(ShapeOf(geometry)) + ": make both pools of one spec");
   }
   if (header.fingerprint != fingerprint) {
-    return InvalidArgument("the sequence has the fingerprint '" + header.fingerprint + "', wanted '" + fingerprint +
-                           "': both processes must run the same model");
+    return InvalidArgument("the sequence has the fingerprint " + Quoted(header.fingerprint) + ", wanted " +
+                           Quoted(fingerprint) + ": both processes must run the same model");
   }
   if (header.tokens > geometry.max_seq_len) {
     return InvalidArgument("the sequence has " + Number(header.tokens) + " tokens, this pool's max_seq_len is " +

@@ -158,13 +158,13 @@ Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t le
 
 Status BelowShared(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t shared) {
   return FailedPrecondition(Slot(op, slot) + ": length " + Number(wanted) +
-                            " wanted, but what other slots share of it ends at " + Number(shared) +
+                            " wanted, but what other slots or processes share of it ends at " + Number(shared) +
                             ": pool.truncate(cache, slot, num_tokens) rolls it back");
 }
 
 Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shared) {
   return FailedPrecondition(Slot(op, slot) + ": the cache says that it has " + Number(position) +
-                            " tokens, and what other slots share of it ends at " + Number(shared) +
+                            " tokens, and what other slots or processes share of it ends at " + Number(shared) +
                             ": new tokens would overwrite theirs. pool.truncate(cache, slot, num_tokens) makes a "
                             "private copy");
 }
