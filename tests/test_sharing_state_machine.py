@@ -208,7 +208,8 @@ class SharingMachine(DroppingMachine):
         x = jnp.full((1, HEADS, DIM), 9.0, input_dtype(self.spec))
         append = functools.partial(kvp.append_kv, forged_cache, x, x, layer=0)
         batch = make_batch([(slot, 1)])
-        fails("what other slots or processes share of it ends at", lambda: append(batch=batch).epoch)
+        ends = "what other slots or processes share of it ends at"
+        fails(ends, lambda: append(batch=batch).epoch)
 
     def failing_program(self, which: int, verbs: list[str]) -> None:
         """Host calls behind a program that fails never run; the next generation makes up for it."""
