@@ -237,7 +237,7 @@ Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
     return claim;
   }
   for (std::size_t i = 0; i < slots.size(); ++i) table.Reserve(table.Lock(), slots[i], tokens[i]);
-  claim.slots = slots;
+  claim.slots = std::move(slots);
   return claim;
 }
 
