@@ -4,6 +4,7 @@ from jax_kvpage import _targets as _targets
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.handover import Handover
+from jax_kvpage.host_store import HostStore
 from jax_kvpage.ops.advance import advance
 from jax_kvpage.ops.after import after
 from jax_kvpage.ops.append_kv import append_kv
@@ -29,6 +30,7 @@ __all__ = [
     "CacheSpec",
     "DeviceFault",
     "Handover",
+    "HostStore",
     "KVCache",
     "KVPageError",
     "KVPool",

@@ -25,6 +25,7 @@ from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault
 from jax_kvpage.handover import HandoverCalls
+from jax_kvpage.host_store import HostStore
 from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
@@ -78,14 +79,15 @@ class KVPool(
             something never written shows. Views show zeros there all the same.
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
-        store: what lies below memory. `swap_out` writes to it. Whole blocks of released sequences
-            are written there before they are evicted, `acquire_prefix` says what is stored,
-            `prefetch` brings it, and `save_prefixes` and `load_prefixes` use it unless they are
-            given another. Close it after the pool. On CPU only.
-        write_ahead: with a store, the share of the capacity that is to be free or written to the
-            store, so that requests get it at once: while there is less, the store's threads write
-            what would be evicted next. Written blocks are evicted first. 0: nothing is written but
-            by `save_prefixes`; 1: everything is as soon as its sequence is released.
+        store: what lies below memory; `swap_out` writes to it. Close it after the pool. On CPU a
+            `BlockStore`: whole blocks of released sequences are also written there before they are
+            evicted, `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes`
+            and `load_prefixes` use it unless they are given another. On a GPU a `HostStore`, for
+            swapped sequences only.
+        write_ahead: with a BlockStore, the share of the capacity that is to be free or written to
+            the store, so that requests get it at once: while there is less, the store's threads
+            write what would be evicted next. Written blocks are evicted first. 0: nothing is written but
+            by `save_prefixes`; 1: everything is as soon as its sequence is released. None: 0.25.
         mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
             axis that the heads are split over, and the other axes have one device. Each device
             holds the heads that its query heads read: where there are fewer key/value heads than
@@ -106,8 +108,8 @@ class KVPool(
 
     Raises:
         ValueError: a capacity, spec, device or store that cannot work, with the numbers.
-        KVPageError: the CUDA driver or the system refused; a store for a pool on a GPU; processes
-            that make different pools.
+        KVPageError: the CUDA driver or the system refused; a BlockStore for a pool on a GPU, or a
+            HostStore for one on CPU; processes that make different pools.
         PoolClosed: the store is closed.
         OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
             memory.
@@ -115,7 +117,7 @@ class KVPool(
 
     spec: CacheSpec
     device: jax.Device
-    store: BlockStore | None
+    store: BlockStore | HostStore | None
     sharding: AxisSharding | None
 
     def __init__(
@@ -127,8 +129,8 @@ class KVPool(
         on_stale: Literal["error", "allow"] = "error",
         poison: bool = False,
         debug: bool = False,
-        store: BlockStore | None = None,
-        write_ahead: float = 0.25,
+        store: BlockStore | HostStore | None = None,
+        write_ahead: float | None = None,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
         sequence_axis: str | None = None,
@@ -146,11 +148,13 @@ class KVPool(
         self.device = default_device() if device is None else device
         place = place_of(self.device)
         check_store(store, place)
-        ahead = as_share("KVPool: write_ahead", write_ahead)
+        ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
+        if write_ahead is not None and isinstance(store, HostStore):
+            raise ValueError("KVPool: write_ahead: a HostStore keeps no prefixes: leave it out")
         size = capacity_bytes("KVPool", capacity, spec, place)
         resolved = spec.resolve(place.platform, capacity=size)
         native = NativePool(resolved, size, self.device, place, options)
-        if store is not None:
+        if isinstance(store, BlockStore):
             native.call(native.pool.attach_store, store.native, ahead)
         self._open(native, Queue(native))
 

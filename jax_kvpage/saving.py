@@ -11,6 +11,7 @@ from jax_kvpage._arrays import token_ids_of
 from jax_kvpage._cuda import Place
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage.errors import KVPageError
+from jax_kvpage.host_store import HostStore
 from jax_kvpage.prefix import namespace_key
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.store import BlockStore
@@ -52,7 +53,7 @@ class SavingCalls:
 
     _native: NativePool
     _pool: Any
-    store: BlockStore | None
+    store: BlockStore | HostStore | None
     sharding: AxisSharding | None
 
     def save_prefixes(
@@ -136,15 +137,23 @@ def check_store(store: Any, place: Place) -> None:
 
     Raises:
         ValueError: not a store.
-        KVPageError: the pool is to live on a GPU.
+        KVPageError: a store of the other platform's kind.
         PoolClosed: the store is closed.
     """
     if store is None:
         return
-    if not isinstance(store, BlockStore):
-        raise ValueError(f"KVPool: store: wanted a BlockStore or None, got {store!r}")
-    if place.backend != "cpu":
-        raise KVPageError("KVPool: store: pools on CPU only; leave it out for a pool on a GPU")
+    if not isinstance(store, (BlockStore, HostStore)):
+        raise ValueError(f"KVPool: store: wanted a BlockStore, a HostStore or None, got {store!r}")
+    if isinstance(store, BlockStore) and place.backend != "cpu":
+        raise KVPageError(
+            "KVPool: store: a BlockStore lies below pools on CPU only: give a pool on a GPU a "
+            "HostStore, or none"
+        )
+    if isinstance(store, HostStore) and place.backend == "cpu":
+        raise KVPageError(
+            "KVPool: store: a HostStore lies below pools on a GPU only: what a pool on CPU pushes "
+            "out of memory goes to disk, with a BlockStore"
+        )
     store.stats()
 
 
@@ -157,6 +166,10 @@ def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -
         if pool.store is None:
             raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")
         store = pool.store
+    if isinstance(store, HostStore):
+        raise ValueError(
+            f"{call}: store: a HostStore keeps no prefixes: give a BlockStore or a path"
+        )
     if isinstance(store, BlockStore):
         if fingerprint is not None:
             raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")

@@ -10,6 +10,7 @@ from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import WAIT_SLICE, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import KVPageError, wait_for
+from jax_kvpage.host_store import HostStore
 from jax_kvpage.store import BlockStore
 from jax_kvpage.tickets import Ticket
 
@@ -20,7 +21,7 @@ class Swapped:
     """A sequence that `KVPool.swap_out` has taken out of its slot.
 
     It ends with `KVPool.swap_in`, `KVPool.drop_swapped`, `close`, its collection or the pool's end:
-    its files and its references to shared blocks go then.
+    what the store has of it and its references to shared blocks go then.
     """
 
     def __init__(self, native: NativeSwapped) -> None:
@@ -36,7 +37,13 @@ class Swapped:
     @property
     def on_disk(self) -> bool:
         """Whether its own blocks are on disk and no longer in memory."""
-        return self._native.on_disk
+        return self._native.stored and self._native.place == "on disk"
+
+    @property
+    def in_store(self) -> bool:
+        """Whether its own blocks are in the pool's store, on disk or in memory of the host, and no
+        longer in the pool's memory."""
+        return self._native.stored
 
     @property
     def closed(self) -> bool:
@@ -48,7 +55,7 @@ class Swapped:
         self._native.drop()
 
     def __repr__(self) -> str:
-        where = "closed" if self.closed else "on disk" if self.on_disk else "in memory"
+        where = "closed" if self.closed else self._native.place if self.in_store else "in memory"
         return f"<Swapped {self.tokens} tokens, {where}>"
 
 
@@ -58,7 +65,7 @@ class SwappingCalls:
     _native: NativePool
     _pool: Any
     _queue: Queue
-    store: BlockStore | None
+    store: BlockStore | HostStore | None
 
     def swap_out(self, cache: KVCache, slot: int) -> tuple[Swapped, KVCache]:
         """Takes a sequence out of its slot, for others to use its memory, until `swap_in`.
@@ -66,8 +73,8 @@ class SwappingCalls:
         Its committed tokens are kept; those that were not committed are lost, as in a fork. Blocks
         that other slots share stay in memory, and are not written. The store's threads write the
         others once programs that were queued before have run; they count as draining until then.
-        Nothing waits for the disk. If the disk or the store is full, they stay in memory. On CPU
-        only.
+        Nothing waits for the disk, or on a GPU for the copies to host memory. If the disk or the
+        store is full, they stay in memory.
 
         Args:
             cache: the newest cache.
@@ -114,7 +121,7 @@ class SwappingCalls:
         Args:
             cache: the newest cache.
             swapped: from `swap_out` of this pool.
-            wait: wait for programs that were queued before `swap_out`, for the disk, and for slots
+            wait: wait for programs that were queued before `swap_out`, for the store, and for slots
                 and blocks that drain.
             recover: of a sequence whose file could not be read, take the tokens from the beginning
                 that could; the length says how many they are.
@@ -160,7 +167,7 @@ class SwappingCalls:
         )
 
     def drop_swapped(self, swapped: Swapped) -> None:
-        """Gives a swapped sequence up: its files and its shared references go.
+        """Gives a swapped sequence up: what the store has of it and its shared references go.
 
         Nothing happens if it was swapped in or given up before.
 

@@ -20,7 +20,8 @@ enum class SlotOpcode : std::int32_t {
   kFound,     // a free slot becomes a sequence with `length` tokens, which its memory has by now and which it may not
               // write
   kDrop,      // an occupied slot no longer has its tokens below `length`, which begin whole blocks
-  kSwapIn,    // a free slot becomes a sequence with `length` tokens, which its memory has by now. On CPU only
+  kSwapIn,    // a free slot becomes a sequence with `length` tokens, which its memory has by now and of which it may
+              // not write the first `donor` ones
 };
 
 // A row of the operand int32[n, 4].
@@ -28,7 +29,7 @@ struct SlotEdit {
   std::int32_t opcode = 0;  // SlotOpcode
   std::int32_t slot = -1;   // -1: padding
   std::int32_t length = 0;  // kSetLength, kFork, kTruncate, kFound, kDrop and kSwapIn
-  std::int32_t donor = -1;  // kFork only
+  std::int32_t donor = -1;  // kFork; kSwapIn: a number of tokens
 };
 
 // A row of the operand int32[m, 4]: tokens first..first + count - 1 of all layers, keys and values with their scales,

@@ -52,6 +52,8 @@ class Arena {
   const BlockTable& block_table() const { return maps_; }
   // The memory outlives the arena: see Vmm::Abandon.
   void Abandon() { vmm_->Abandon(); }
+  // See Vmm::Mover.
+  Status Mover(std::shared_ptr<BlockMover>* out) { return vmm_->Mover(out); }
 
   // The end of the logical blocks that a slot maps in each range, and their beginning; and how many mappings of blocks
   // that makes in all ranges.

@@ -43,10 +43,16 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   KVPAGE_RETURN_IF_ERROR(PublishSeparated(pool, mapping));
   ++device.epoch;
   std::vector<SlotState> states;
+  std::vector<std::int32_t> restored, shared;  // -1: the occupant was not swapped in
   {
     const StateLock state = table.Lock();
     KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));
-    for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) states.push_back(table.host(state, slot).state);
+    for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
+      const HostSlot& row = table.host(state, slot);
+      states.push_back(row.state);
+      restored.push_back(row.state == SlotState::kOccupied ? static_cast<std::int32_t>(row.restored) : -1);
+      shared.push_back(table.progress(state).slots[slot].shared);
+    }
   }
   std::vector<std::int32_t> written;  // of each slot
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
@@ -54,6 +60,13 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
     // A slot that the host holds occupied may be free on the device: its acquire was refused there, or was queued too
     // late for the old generation. Nobody will run it again.
     device.slots[slot].vacated |= states[slot] != SlotState::kOccupied;
+    if (device.slots[slot].vacated && restored[slot] >= 0) {
+      // The slot has had its sequence since the host swapped it in, whether the program has run or not.
+      device.slots[slot].vacated = false;
+      device.slots[slot].length = restored[slot];
+      device.slots[slot].shared = shared[slot];
+      device.RaiseWritten(slot, restored[slot]);
+    }
     if (device.slots[slot].vacated) device.slots[slot].length = 0;
     device.StartGeneration(slot);
   }
@@ -87,10 +100,11 @@ bool PollForDrain(const PoolParts& pool, double seconds) {
   while (true) {
     {
       const StateLock state = table.Lock();
-      if (before < 0) before = table.NumDraining(state);
+      const auto draining = [&] { return table.NumDraining(state) + table.swap_writes(state); };
+      if (before < 0) before = draining();
       if (before == 0) return false;
       CollectReleases(pool, state);
-      if (table.closed(state) || table.NumDraining(state) < before) return true;
+      if (table.closed(state) || draining() < before) return true;
     }
     // No lock held: a release that the device reports is seen by whoever calls next, this or another thread.
     if (Clock::now() >= until) return false;
@@ -185,8 +199,11 @@ Status Close(const PoolParts& pool, const GoOn& go_on) {
   }
   // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
   // while it holds it.
-  const MappingLock mapping = pool.supply->Lock();
-  pool.mirror->Close();
+  {
+    const MappingLock mapping = pool.supply->Lock();
+    pool.mirror->Close();
+  }
+  swapping::DropAll(pool);
   return {};
 }
 

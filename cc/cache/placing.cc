@@ -1,5 +1,7 @@
 #include "cache/placing.h"
 
+#include <memory>
+
 namespace kvpage::placing {
 
 Claim EmptySlot(const PoolParts& pool, const MappingLock& mapping) {
@@ -36,14 +38,21 @@ Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slo
   table.OccupySwapped(table.Lock(), slot, placed.ids, placed.space, placed.prompt, limit);
   Status status = pool.supply->Alias(mapping, {{slot, placed.blocks.data(), read_only}});
   if (status.ok()) status = arena.Adopt(slot, placed.blocks.data() + read_only * ranges, count - read_only);
+  if (status.ok()) {
+    table.Reserve(table.Lock(), slot, tokens);
+    status = PublishSlots(pool, mapping, {slot});
+  }
   if (!status.ok()) {
     Leave(pool, mapping, slot);
     return status;
   }
-  if (!partial_shared && read_only < count) {
+  if (pool.mirror != nullptr) pool.mirror->ClearVacated(slot);
+  // Views show it, which there are none of where the host cannot read the memory.
+  std::shared_ptr<BlockMover> mover;
+  const bool readable = arena.Mover(&mover).ok() && mover == nullptr;
+  if (readable && !partial_shared && read_only < count) {
     for (std::int64_t layer = 0; layer < geometry.num_layers; ++layer) arena.ZeroTail(slot, layer, tokens);
   }
-  table.Reserve(table.Lock(), slot, tokens);
   return {};
 }
 

@@ -116,11 +116,13 @@ class Pool : public std::enable_shared_from_this<Pool> {
     return reuse::Start(parts_, copies, before);
   }
   void UndoReuse(const std::vector<reuse::Mark>& before) { reuse::Undo(parts_, before); }
-  Status SwapOut(std::int32_t slot, const std::shared_ptr<store::BlockStore>& store, SwapPtr* out) {
+  Status SwapOut(std::int32_t slot, const std::shared_ptr<store::SwapStore>& store, SwapPtr* out) {
     return swapping::Out(parts_, slot, store, weak_from_this(), out);
   }
   Claim Prefetch(const SwapPtr& swap) { return swapping::Prefetch(parts_, swap); }
   Claim SwapIn(const SwapPtr& swap, bool recover = false) { return swapping::In(parts_, swap, recover); }
+  // With a mirror: goes on with sequences whose release programs have run.
+  void ContinueSwaps() { swapping::Poll(parts_); }
   void UndoSwapIn(const SwapPtr& swap, std::int32_t slot) { swapping::UndoIn(parts_, swap, slot); }
   void DropSwapped(const SwapPtr& swap) { swapping::Drop(parts_, swap); }
   Claim AcquireHandover(const std::vector<std::int64_t>& tokens) { return handover::Acquire(parts_, tokens); }

@@ -18,9 +18,14 @@ Status Ready(const Swap& swap, bool recover) {
     case SwapState::kQueued:
       return FailedPrecondition(
           "swap_in: programs that were queued before swap_out have still to run: wait=True waits for them");
-    case SwapState::kDisk:
-      return FailedPrecondition(
-          "swap_in: the sequence is on disk: pool.prefetch(swapped) brings it into memory, wait=True waits for that");
+    case SwapState::kStored: {
+      const std::shared_ptr<store::SwapStore> store = swap.store.lock();
+      const std::string error = swap.error();
+      return FailedPrecondition(std::string("swap_in: the sequence is ") +
+                                (store == nullptr ? "in a store that is gone" : store->place()) +
+                                (error.empty() ? "" : "; " + error) +
+                                ": pool.prefetch(swapped) brings it into memory, wait=True waits for that");
+    }
     case SwapState::kReading:
       return FailedPrecondition(
           "swap_in: the sequence is still being read: its ticket says when it is ready, wait=True waits for that");
@@ -37,6 +42,7 @@ Status Ready(const Swap& swap, bool recover) {
 }  // namespace
 
 Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover) {
+  Poll(pool);
   const MappingLock mapping = pool.supply->Lock();
   if (Status status = Enter(pool, pool.table->Lock(), "swap_in"); !status.ok()) return FailedClaim(status);
   if (Status status = Ready(*swap, recover); !status.ok()) return FailedClaim(status);
@@ -61,6 +67,7 @@ Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover) {
   ++pool.supply->swaps(mapping).counts().swapped_in;
   swap->SetState(SwapState::kGone);
   claim.tokens = {static_cast<std::int64_t>(swap->ids.size())};
+  claim.shared = {pool.table->progress(pool.table->Lock()).slots[claim.slots[0]].shared};
   return claim;
 }
 

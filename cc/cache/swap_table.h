@@ -15,7 +15,7 @@
 
 #include "cache/arena.h"
 #include "cache/types.h"
-#include "store/block_store.h"
+#include "store/swap_store.h"
 
 namespace kvpage {
 
@@ -23,7 +23,7 @@ enum class SwapState : std::int8_t {
   kQueued = 0,  // its slot drains: programs that were queued before have still to run
   kWriting,     // in memory; what no other slot has is being written
   kMemory,      // in memory, all of it
-  kDisk,        // what no other slot has is on disk
+  kStored,      // what no other slot has is in the store
   kReading,     // blocks are claimed for that, and are being read
   kDamaged,     // some of it could not be read
   kGone,        // swapped in, or given up
@@ -53,6 +53,15 @@ class Swap {
     }
     changed_.notify_all();
   }
+  // It is in the store, still or again. `error`: why the latest read has failed, which lost nothing.
+  void SetStored(std::string error) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      state_ = SwapState::kStored;
+      error_ = std::move(error);
+    }
+    changed_.notify_all();
+  }
   // How many tokens it has: the committed ones, then, once its slot has drained, those that are written.
   std::int64_t tokens() const {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -68,7 +77,7 @@ class Swap {
     if (state_ == SwapState::kDamaged) return recoverable_;
     return state_ == SwapState::kMemory || state_ == SwapState::kWriting ? tokens_ : 0;
   }
-  // Why it could not be read; "": nothing has failed.
+  // Why it could not be read the last time; "": nothing has failed.
   std::string error() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return error_;
@@ -92,13 +101,13 @@ class Swap {
   std::vector<std::int32_t> ids;  // of its tokens, once the slot has drained
   std::int32_t space = -1;        // see HostSlot
   std::int64_t prompt = 0;
-  std::vector<std::int32_t> blocks;        // [logical blocks, ranges]; -1: on disk. Each has a reference of the swap's
-  std::int64_t kept = 0;                   // the first logical blocks, which stay in memory
-  bool wanted = false;                     // somebody waits for it: it is not to be written
-  bool dropped = false;                    // given up while blocks were being read
-  std::weak_ptr<store::BlockStore> store;  // threads of the store may be the last to hold this
-  std::weak_ptr<const void> pool;          // keeps the memory while the store uses it
-  std::shared_ptr<store::SwapFile> file;
+  std::vector<std::int32_t> blocks;  // [logical blocks, ranges]; -1: in the store. Each has a reference of the swap's
+  std::int64_t kept = 0;             // the first logical blocks, which stay in memory
+  bool wanted = false;               // somebody waits for it: it is not to be written
+  bool dropped = false;              // given up while blocks were being read
+  std::weak_ptr<store::SwapStore> store;  // threads of the store may be the last to hold this
+  std::weak_ptr<const void> pool;         // keeps the memory while the store uses it
+  std::shared_ptr<store::SwapImage> image;
 
  private:
   mutable std::mutex mutex_;

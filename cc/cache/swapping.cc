@@ -1,76 +1,34 @@
 #include "cache/swapping.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <utility>
 
-#include "cache/prefix_store.h"
+#include "cache/swap_copies.h"
 
 namespace kvpage::swapping {
 namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Begins calls for pools on CPU.
-Status EnterOnHost(const PoolParts& pool, const char* op) {
-  KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), op));
-  if (pool.mirror == nullptr) return {};
-  return {Code::kUnimplemented, std::string(op) + ": pools on CPU only"};
-}
-
 void Release(const PoolParts& pool, const MappingLock& mapping, std::vector<std::int32_t> blocks) {
   blocks.erase(std::remove(blocks.begin(), blocks.end(), -1), blocks.end());
   pool.supply->arena(mapping).Drop(blocks);
 }
 
-// Blocks of a swap as bytes, for the store: zeros behind the last token.
-class BlockCopier {
- public:
-  BlockCopier(const Geometry& geometry, const char* window, const SwapPtr& swap)
-      : geometry_(geometry),
-        window_(window),
-        swap_(swap),
-        blocks_(swap->blocks),
-        begin_(swap->kept),
-        tokens_(static_cast<std::int64_t>(swap->ids.size())) {}
-
-  bool operator()(std::int64_t begin, std::int64_t count, char* to) const {
-    const std::int64_t ranges = geometry_.num_ranges(), bytes = geometry_.block_bytes;
-    const std::lock_guard<std::mutex> lock(swap_->copy_mutex);
-    if (swap_->copies_stopped) return false;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t logical = begin_ + begin + i;
-      char* const block = to + i * ranges * bytes;
-      for (std::int64_t range = 0; range < ranges; ++range) {
-        std::memcpy(block + range * bytes, window_ + blocks_[logical * ranges + range] * bytes, bytes);
-      }
-      geometry_.ZeroTokens(block, std::max<std::int64_t>(tokens_ - logical * geometry_.block_tokens, 0));
-    }
-    return true;
-  }
-
- private:
-  const Geometry geometry_;
-  const char* const window_;
-  const SwapPtr swap_;
-  const std::vector<std::int32_t> blocks_;
-  const std::int64_t begin_, tokens_;
-};
-
-// A write has ended. Without a file the blocks stay in memory. A file that nobody wants ends after the lock.
-void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store::SwapFile> file) {
+// A write has ended. Without an image the blocks stay in memory. An image that nobody wants ends after the lock.
+void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store::SwapImage> image) {
   const std::int64_t ranges = pool.table->geometry().num_ranges();
   {
     const MappingLock mapping = pool.supply->Lock();
     if (swap->state() == SwapState::kWriting) {
-      if (file != nullptr) {
-        pool.supply->swaps(mapping).counts().bytes_swapped_out += file->bytes();
+      if (image != nullptr) {
+        pool.supply->swaps(mapping).counts().bytes_swapped_out += image->bytes();
         const auto written = swap->blocks.begin() + swap->kept * ranges;
         Release(pool, mapping, {written, swap->blocks.end()});
         std::fill(written, swap->blocks.end(), -1);
-        swap->file = std::move(file);
-        swap->SetState(SwapState::kDisk);
+        swap->image = std::move(image);
+        swap->SetState(SwapState::kStored);
       } else {
         swap->SetState(SwapState::kMemory);  // the store's numbers say why
       }
@@ -82,7 +40,10 @@ void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store:
 void EndRead(const PoolParts& pool, const SwapPtr& swap, store::Problem problem, std::int64_t good) {
   const Geometry& geometry = pool.table->geometry();
   const std::int64_t ranges = geometry.num_ranges();
-  swap->file = nullptr;  // read or not; while it is being read nobody else looks at it
+  // Nobody else looks at the image while it is being read.
+  std::shared_ptr<store::SwapImage> kept;  // for another try
+  if (problem != store::Problem::kNone && swap->image->outlives_failures()) kept = swap->image;
+  swap->image = nullptr;
   const MappingLock mapping = pool.supply->Lock();
   SwapTable& swaps = pool.supply->swaps(mapping);
   swaps.counts().bytes_swapped_in += good * geometry.block_bytes * ranges;
@@ -93,6 +54,14 @@ void EndRead(const PoolParts& pool, const SwapPtr& swap, store::Problem problem,
     return swap->SetState(SwapState::kGone);
   }
   if (problem == store::Problem::kNone) return swap->SetState(SwapState::kMemory);
+  if (kept != nullptr) {
+    const auto read = swap->blocks.begin() + swap->kept * ranges;
+    Release(pool, mapping, {read, swap->blocks.end()});
+    std::fill(read, swap->blocks.end(), -1);
+    swap->image = std::move(kept);
+    return swap->SetStored(std::string("the store could not copy it into the pool's memory (") + Name(problem) +
+                           "), and still has it");
+  }
   const std::int64_t there = swap->kept + good;
   const auto lost = swap->blocks.begin() + there * ranges;
   Release(pool, mapping, {lost, swap->blocks.end()});
@@ -133,15 +102,27 @@ bool Capture(const PoolParts& pool, const MappingLock& mapping, const SwapPtr& s
   return write;
 }
 
+// For a thread that belongs to no pool: whether a sequence's slot has drained and what it has was taken, or nobody
+// wants that any more. Asking costs next to nothing while programs that were queued before run.
+bool PollOne(const PoolParts& pool, const SwapPtr& swap) {
+  const std::shared_ptr<const void> owner = swap->pool.lock();
+  if (owner == nullptr || swap->state() != SwapState::kQueued) return true;
+  if (pool.mirror->Vacated(swap->slot) >= 0) Poll(pool);
+  return swap->state() != SwapState::kQueued;
+}
+
 }  // namespace
 
-Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::BlockStore>& store,
+Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::SwapStore>& store,
            std::weak_ptr<const void> owner, SwapPtr* out) {
   SlotTable& table = *pool.table;
   KVPAGE_RETURN_IF_ERROR(store->Check("swap_out"));
   const MappingLock mapping = pool.supply->Lock();
-  KVPAGE_RETURN_IF_ERROR(EnterOnHost(pool, "swap_out"));
+  KVPAGE_RETURN_IF_ERROR(Enter(pool, table.Lock(), "swap_out"));
   KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).OpenWindow());
+  // Now, as nobody could report later that it cannot be made.
+  std::shared_ptr<BlockMover> mover;
+  KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).Mover(&mover));
   const StateLock state = table.Lock();
   KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "swap_out", slot));
   const HostSlot& row = table.host(state, slot);
@@ -156,6 +137,9 @@ Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store
   swap->pool = std::move(owner);
   pool.supply->swaps(mapping).Add(swap);
   table.StartSwap(state, slot);
+  if (pool.mirror != nullptr) {
+    store->Watch([parts = &pool, swap] { return PollOne(*parts, swap); });
+  }
   *out = std::move(swap);
   return {};
 }
@@ -177,7 +161,7 @@ void Continue(const PoolParts& pool, const EditList& list) {
 }
 
 void Continue(const PoolParts& pool) {
-  std::vector<std::pair<std::shared_ptr<store::BlockStore>, store::SwapWrite>> writes;
+  std::vector<std::pair<std::shared_ptr<store::SwapStore>, store::SwapWrite>> writes;
   {
     const MappingLock mapping = pool.supply->Lock();
     const std::vector<SwapPtr> swaps = pool.supply->swaps(mapping).swaps();
@@ -187,11 +171,10 @@ void Continue(const PoolParts& pool) {
       const bool vacated = pool.table->progress(pool.table->Lock()).slots[swap->slot].vacated;
       if (!vacated || owner == nullptr || !Capture(pool, mapping, swap)) continue;
       store::SwapWrite write;
-      write.shape = prefix::StoredShape(pool.table->geometry());
-      write.blocks = static_cast<std::int64_t>(swap->blocks.size()) / write.shape.ranges - swap->kept;
-      write.copy = BlockCopier(pool.table->geometry(), pool.supply->arena(mapping).window(), swap);
-      write.done = [owner, &pool, swap](const Status&, std::shared_ptr<store::SwapFile> file) {
-        EndWrite(pool, swap, std::move(file));
+      // It cannot fail: swap_out has made the mover.
+      static_cast<void>(DescribeWrite(&pool.supply->arena(mapping), swap, &write));
+      write.done = [owner, &pool, swap](const Status&, std::shared_ptr<store::SwapImage> image) {
+        EndWrite(pool, swap, std::move(image));
       };
       writes.emplace_back(swap->store.lock(), std::move(write));
     }
@@ -206,13 +189,20 @@ void Continue(const PoolParts& pool) {
   }
 }
 
+void Poll(const PoolParts& pool) {
+  if (pool.mirror == nullptr) return;
+  CollectReleases(pool, pool.table->Lock());
+  Continue(pool);
+}
+
 Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
+  Poll(pool);
   const Geometry& geometry = pool.table->geometry();
   const std::int64_t ranges = geometry.num_ranges();
   store::SwapRead read;
   {
     const MappingLock mapping = pool.supply->Lock();
-    if (Status status = EnterOnHost(pool, "prefetch"); !status.ok()) return FailedClaim(status);
+    if (Status status = Enter(pool, pool.table->Lock(), "prefetch"); !status.ok()) return FailedClaim(status);
     swap->wanted = true;
     if (swap->state() == SwapState::kWriting) {
       swap->StopCopies();
@@ -221,20 +211,19 @@ Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
     if (swap->state() == SwapState::kGone) {
       return FailedClaim(FailedPrecondition("prefetch: the sequence was swapped in or given up"));
     }
-    if (swap->state() != SwapState::kDisk) return {};
+    if (swap->state() != SwapState::kStored) return {};
     const std::shared_ptr<const void> owner = swap->pool.lock();
     const auto missing = static_cast<std::int64_t>(swap->blocks.size()) - swap->kept * ranges;
     std::vector<std::int32_t> blocks;
     Claim claim = pool.supply->ClaimBlocks(mapping, missing, &blocks);
     if (!claim.status.ok()) return claim;
     std::copy(blocks.begin(), blocks.end(), swap->blocks.begin() + swap->kept * ranges);
-    char* const window = pool.supply->arena(mapping).window();
-    for (const std::int32_t block : blocks) read.destinations.push_back(window + block * geometry.block_bytes);
-    read.file = swap->file;
+    // As in Continue, this cannot fail.
+    static_cast<void>(DescribeRead(&pool.supply->arena(mapping), swap, &read));
     read.done = [owner, &pool, swap](store::Problem problem, std::int64_t good) { EndRead(pool, swap, problem, good); };
     swap->SetState(SwapState::kReading);
   }
-  if (const std::shared_ptr<store::BlockStore> store = swap->store.lock(); store != nullptr) {
+  if (const std::shared_ptr<store::SwapStore> store = swap->store.lock(); store != nullptr) {
     store->ReadSwapped(std::move(read));
   } else {
     read.done(store::Problem::kClosed, 0);
@@ -243,7 +232,7 @@ Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
 }
 
 void Drop(const PoolParts& pool, const SwapPtr& swap) {
-  std::shared_ptr<store::SwapFile> file;  // ends after the lock: that may take a while
+  std::shared_ptr<store::SwapImage> image;  // ends after the lock: that may take a while
   const MappingLock mapping = pool.supply->Lock();
   switch (swap->state()) {
     case SwapState::kGone:
@@ -260,7 +249,7 @@ void Drop(const PoolParts& pool, const SwapPtr& swap) {
   }
   Release(pool, mapping, std::move(swap->blocks));
   swap->blocks.clear();
-  file = std::move(swap->file);
+  image = std::move(swap->image);
   pool.supply->swaps(mapping).Remove(swap.get());
   swap->SetState(SwapState::kGone);
 }

@@ -1,10 +1,11 @@
 // Swapping: a sequence leaves its slot for a while. Blocks that other slots share stay in memory, with a reference of
-// the swapped sequence; the others are written to a store and then come free. On CPU only.
+// the swapped sequence; the others are written to a store and then come free.
 //
 // What a swapped sequence has is decided when its slot's release program runs, not before: programs that were queued
 // before may still write, or exchange blocks (truncate). Writing begins then, by threads of the store, and no program
 // and no host call waits for it. It ends without a loss when the disk is full, or when the sequence is wanted again
-// before: the blocks are in memory until all of them are on disk.
+// before: the blocks are in memory until all of them are in the store. On CPU the release program begins it as it runs;
+// on a device a thread of the store polls the mirror, and calls that need the sequence look themselves.
 #ifndef KVPAGE_CACHE_SWAPPING_H_
 #define KVPAGE_CACHE_SWAPPING_H_
 
@@ -19,7 +20,7 @@ namespace kvpage::swapping {
 
 // ---- host ----
 // The slot begins to drain. `owner` keeps the pool's memory. The queued program is a release.
-Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::BlockStore>& store,
+Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store::SwapStore>& store,
            std::weak_ptr<const void> owner, SwapPtr* out);
 // The release program was not queued. The slot goes on as it was; the caller sees to that.
 void UndoOut(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot);
@@ -40,6 +41,8 @@ void DropAll(const PoolParts& pool);
 // (`list`), or when a generation has begun.
 void Continue(const PoolParts& pool);
 void Continue(const PoolParts& pool, const EditList& list);
+// With a mirror: the same for release programs that have run by now. Call it without locks.
+void Poll(const PoolParts& pool);
 
 }  // namespace kvpage::swapping
 

@@ -167,7 +167,7 @@ std::vector<std::array<std::int32_t, 5>> StartReuse(const PoolReference& self, D
 }
 
 void SwapOut(const PoolReference& self, Decision* decision, SwapReference& swapped, std::int32_t slot) {
-  const std::shared_ptr<store::BlockStore> store = swapped.store();
+  const std::shared_ptr<store::SwapStore> store = swapped.store();
   Call(self, "swap_out", [&](const PoolPtr& pool) -> Status {
     KVPAGE_RETURN_IF_ERROR(pool->SwapOut(slot, store, &decision->swapped_out));
     swapped.Set(pool, decision->swapped_out);
@@ -183,7 +183,8 @@ Claim SwapIn(const PoolReference& self, Decision* decision, const SwapReference&
     if (!claim.status.ok()) return claim;
     decision->swapped_in = swapped.swap();
     const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);  // at most max_seq_len
-    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens, -1});
+    const auto shared = static_cast<std::int32_t>(claim.shared[0]);
+    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens, shared});
     return claim;
   });
 }

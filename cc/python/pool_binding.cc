@@ -20,6 +20,7 @@
 
 #include "python/decision_binding.h"
 #include "python/handover_binding.h"
+#include "python/host_store_binding.h"
 #include "python/pool_reference.h"
 #include "python/store_binding.h"
 #include "python/swap_binding.h"
@@ -167,6 +168,7 @@ void BindPool(nb::module_& m) {
   nb::class_<PoolReference> pool(m, "Pool");
   BindDecisions(m, pool);
   BindStore(m, pool);
+  BindHostStore(m);
   BindSwapping(m, pool);
   BindHandover(m, pool);
   pool.def(

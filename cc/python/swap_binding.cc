@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "python/host_store_binding.h"
 #include "python/store_binding.h"
 
 namespace nb = nanobind;
@@ -11,7 +12,17 @@ using namespace nb::literals;
 
 namespace kvpage {
 
-std::shared_ptr<store::BlockStore> SwapReference::store() const { return ToStore(store_); }
+std::shared_ptr<store::SwapStore> SwapReference::store() const {
+  if (auto host = ToHostStore(store_); host != nullptr) return host;
+  return ToStore(store_);
+}
+
+bool SwapReference::Wait(double seconds) const {
+  if (swap_->Wait(seconds)) return true;
+  // A store that is closed polls no more for what programs on a device have done.
+  if (const PoolPtr pool = pool_.lock(); pool != nullptr && pool->CheckProcess("swap_in").ok()) pool->ContinueSwaps();
+  return swap_->Wait(0);
+}
 
 Status SwapReference::Check(const char* op, const PoolPtr& pool) const {
   if (swap_ == nullptr || pool_.lock() != pool) {
@@ -39,13 +50,14 @@ void BindSwapping(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_prop_ro("length", [](const SwapReference& s) { return s.swap()->tokens(); })
       .def_prop_ro("queued", [](const SwapReference& s) { return s.swap()->state() == SwapState::kQueued; })
       .def_prop_ro("gone", [](const SwapReference& s) { return s.swap()->state() == SwapState::kGone; })
-      .def_prop_ro("on_disk", [](const SwapReference& s) { return s.swap()->state() == SwapState::kDisk; })
+      .def_prop_ro("stored", [](const SwapReference& s) { return s.swap()->state() == SwapState::kStored; })
+      .def_prop_ro("place", [](const SwapReference& s) { return s.store()->place(); })
       // A ticket: whether it is ready within some seconds, and with how many tokens, or why not all.
       .def(
           "wait",
           [](const SwapReference& s, double seconds) {
             const GilRelease release;
-            return s.swap()->Wait(seconds);
+            return s.Wait(seconds);
           },
           "seconds"_a)
       .def_prop_ro("tokens", [](const SwapReference& s) { return s.swap()->tokens_in_memory(); })

@@ -19,7 +19,7 @@ class SwapReference {
   SwapReference(const SwapReference&) = delete;
   SwapReference& operator=(const SwapReference&) = delete;
 
-  std::shared_ptr<store::BlockStore> store() const;
+  std::shared_ptr<store::SwapStore> store() const;
   // Null before `Set`.
   const SwapPtr& swap() const { return swap_; }
   void Set(const PoolPtr& pool, SwapPtr swap) {
@@ -28,6 +28,8 @@ class SwapReference {
   }
   // It was swapped out of this pool.
   Status Check(const char* op, const PoolPtr& pool) const;
+  // Whether nothing is to be waited for, within some seconds. Without the GIL.
+  bool Wait(double seconds) const;
   void Drop();
 
  private:

@@ -13,6 +13,7 @@
 #include "store/catalog.h"
 #include "store/reader.h"
 #include "store/swapper.h"
+#include "store/watcher.h"
 #include "store/writer.h"
 
 namespace kvpage::store {
@@ -37,6 +38,7 @@ class BlockStore::Impl {
   Reader& reader() { return reader_; }
   Writer& writer() { return writer_; }
   Swapper& swapper() { return swapper_; }
+  Watcher& watcher() { return watcher_; }
 
   void Close() {
     {
@@ -47,6 +49,7 @@ class BlockStore::Impl {
     const std::lock_guard<std::mutex> join(join_mutex_);  // several threads may close it
     writer_.Stop();
     reader_.Stop();
+    watcher_.Stop();
     swapper_.Stop();
     if (thread_.joinable()) thread_.join();
   }
@@ -68,6 +71,7 @@ class BlockStore::Impl {
   Reader reader_;
   Writer writer_;
   Swapper swapper_;
+  Watcher watcher_;
   std::mutex mutex_, join_mutex_;
   std::condition_variable ended_;
   std::atomic<bool> closed_{false};
@@ -154,6 +158,16 @@ void BlockStore::WriteSwapped(SwapWrite write) {
 void BlockStore::ReadSwapped(SwapRead read) {
   if (!Check("swap_in").ok()) return read.done(Problem::kClosed, 0);
   impl_->swapper().Read(std::move(read));
+}
+
+void BlockStore::Watch(std::function<bool()> poll) {
+  if (!Check("swap_out").ok()) return;
+  try {
+    impl_->watcher().Add(std::move(poll));
+  } catch (const std::exception& error) {  // the pool's own calls look after it
+    impl_->catalog().NoteError(
+        ResourceExhausted(std::string("a thread of a store could not be started: ") + error.what()));
+  }
 }
 
 Status BlockStore::Refresh() {

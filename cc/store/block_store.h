@@ -20,7 +20,7 @@
 #include "store/file_header.h"
 #include "store/file_io.h"
 #include "store/read_ticket.h"
-#include "store/swap_file.h"
+#include "store/swap_store.h"
 
 namespace kvpage::store {
 
@@ -65,22 +65,6 @@ struct ReadRequest {
   std::function<void(std::int64_t blocks, Problem problem)> done = nullptr;
 };
 
-// Blocks that this process will read again, and no other.
-struct SwapWrite {
-  BlockShape shape;
-  std::int64_t blocks = 0;
-  SwapFile::CopyBlocks copy;  // called by a thread of the store until it refuses or all blocks are copied
-  // Called once, by a thread of the store or, when that is closed, by the one that calls or closes it. Without a file
-  // and without an error: `copy` has refused.
-  std::function<void(const Status&, std::shared_ptr<SwapFile>)> done;
-};
-struct SwapRead {
-  std::shared_ptr<const SwapFile> file;
-  std::vector<char*> destinations;  // [blocks, ranges]
-  // Called once, as that of SwapWrite. `good`: the blocks from the first one on that are what was written.
-  std::function<void(Problem, std::int64_t good)> done;
-};
-
 struct StoreNumbers {
   std::int64_t files = 0, bytes = 0, limit_bytes = 0;
   std::int64_t bytes_swapped = 0;  // in files without names
@@ -97,15 +81,15 @@ struct StoreNumbers {
   std::string last_error;             // of a write, a listing or an eviction
 };
 
-class BlockStore {
+class BlockStore final : public SwapStore {
  public:
   // Finds what is stored before it returns.
   static Status Open(const std::string& path, StoreOptions options, std::unique_ptr<BlockStore>* out);
-  ~BlockStore();
+  ~BlockStore() override;
 
   const StoreOptions& options() const;
-  // An error once the store is closed, or in a forked child.
-  Status Check(const char* op) const;
+  Status Check(const char* op) const override;
+  const char* place() const override { return "on disk"; }
 
   // How many of the tokens are stored, in whole blocks.
   std::int64_t Find(const BlockShape& shape, const std::string& space, const std::int32_t* tokens, std::int64_t count);
@@ -126,9 +110,9 @@ class BlockStore {
   // Begins to read; never null.
   std::shared_ptr<ReadTicket> Read(ReadRequest request);
 
-  // These do not wait, and take any number of bytes: the memory behind them is the pool's.
-  void WriteSwapped(SwapWrite write);
-  void ReadSwapped(SwapRead read);
+  void WriteSwapped(SwapWrite write) override;
+  void ReadSwapped(SwapRead read) override;
+  void Watch(std::function<bool()> poll) override;
 
   // Looks for files of other processes now.
   Status Refresh();

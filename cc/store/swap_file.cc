@@ -21,7 +21,7 @@ SwapFile::~SwapFile() {
 }
 
 Status SwapFile::Write(FileIo* io, const Folder& folder, const BlockShape& shape, std::int64_t blocks,
-                       const CopyBlocks& copy, std::shared_ptr<SwapFile>* out) {
+                       const SwapWrite::CopyBlocks& copy, std::shared_ptr<SwapFile>* out) {
   out->reset();
   std::string name;
   Fd fd;

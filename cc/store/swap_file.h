@@ -14,25 +14,24 @@
 #include "store/file_header.h"
 #include "store/file_io.h"
 #include "store/folder.h"
+#include "store/swap_store.h"
 
 namespace kvpage::store {
 
-class SwapFile {
+class SwapFile final : public SwapImage {
  public:
-  // Copies blocks [begin, begin + count) to `to`, [count, ranges, block_bytes]. False: they are no longer wanted.
-  using CopyBlocks = std::function<bool(std::int64_t begin, std::int64_t count, char* to)>;
-
-  ~SwapFile();
+  ~SwapFile() override;
   SwapFile(const SwapFile&) = delete;
   SwapFile& operator=(const SwapFile&) = delete;
 
   // Writes blocks, and returns when they are on disk. A copy that is refused ends it with an OK status and no file.
   static Status Write(FileIo* io, const Folder& folder, const BlockShape& shape, std::int64_t blocks,
-                      const CopyBlocks& copy, std::shared_ptr<SwapFile>* out);
+                      const SwapWrite::CopyBlocks& copy, std::shared_ptr<SwapFile>* out);
 
   const BlockShape& shape() const { return shape_; }
-  std::int64_t blocks() const { return static_cast<std::int64_t>(checksums_.size()); }
-  std::int64_t bytes() const { return blocks() * shape_.bytes(); }
+  std::int64_t blocks() const override { return static_cast<std::int64_t>(checksums_.size()); }
+  std::int64_t bytes() const override { return blocks() * shape_.bytes(); }
+  bool outlives_failures() const override { return false; }
   // Reads `count` blocks from `begin` on to `destinations`, [count, ranges]. `good`: the first ones that are what was
   // written.
   Problem Read(FileIo* io, std::int64_t begin, std::int64_t count, char* const* destinations, std::int64_t* good) const;

@@ -17,6 +17,9 @@ constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
 
 Status Closed() { return FailedPrecondition("the store was closed before the blocks were written", Reason::kClosed); }
 
+// A store makes its images itself.
+const SwapFile& FileOf(const SwapRead& read) { return static_cast<const SwapFile&>(*read.image); }
+
 }  // namespace
 
 struct Swapper::Account {
@@ -86,6 +89,7 @@ void Swapper::WorkOn(SwapWrite& write) {
   } catch (const std::exception& error) {  // such as std::bad_alloc
     status = Internal(std::string("writing swapped blocks: ") + error.what());
   }
+  if (status.ok() && file == nullptr && write.failure != nullptr) status = *write.failure;
   if (!status.ok()) {
     catalog_->NoteError(status);
     catalog_->Count([](StoreNumbers* numbers) { ++numbers->failed_writes; });
@@ -115,7 +119,7 @@ Status Swapper::WriteFile(const SwapWrite& write, std::shared_ptr<SwapFile>* out
 void Swapper::Read(SwapRead read) {
   const auto order = std::make_shared<Order>();
   order->read = std::move(read);
-  const SwapFile& file = *order->read.file;
+  const SwapFile& file = FileOf(order->read);
   order->good = file.blocks();
   // Equal pieces, so that none is short.
   const std::int64_t most = std::max<std::int64_t>(kPieceBytes / file.shape().bytes(), 1);
@@ -142,14 +146,31 @@ void Swapper::Read(SwapRead read) {
   }
 }
 
+Problem Swapper::ReadPiece(const SwapFile& file, const SwapRead& read, std::int64_t begin, std::int64_t count,
+                           std::int64_t* good) {
+  const BlockShape& shape = file.shape();
+  if (!read.place) {
+    return file.Read(options_.io.get(), begin, count, read.destinations.data() + begin * shape.ranges, good);
+  }
+  std::vector<char> blocks(static_cast<std::size_t>(count * shape.bytes()));
+  std::vector<char*> destinations;
+  for (std::int64_t i = 0; i < count * shape.ranges; ++i) destinations.push_back(blocks.data() + i * shape.block_bytes);
+  const Problem problem = file.Read(options_.io.get(), begin, count, destinations.data(), good);
+  const Status placed = *good == 0 ? Status() : read.place(begin, *good, blocks.data());
+  if (placed.ok()) return problem;
+  catalog_->NoteError(placed);
+  *good = 0;
+  return Problem::kUnreadable;
+}
+
 void Swapper::WorkOn(Piece& piece) {
   const SwapRead& read = piece.order->read;
-  const BlockShape& shape = read.file->shape();
+  const SwapFile& file = FileOf(read);
+  const BlockShape& shape = file.shape();
   std::int64_t good = 0;
   Problem problem = Problem::kNone;
   try {
-    problem = read.file->Read(options_.io.get(), piece.begin, piece.end - piece.begin,
-                              read.destinations.data() + piece.begin * shape.ranges, &good);
+    problem = ReadPiece(file, read, piece.begin, piece.end - piece.begin, &good);
   } catch (const std::exception&) {  // such as std::bad_alloc
     problem = Problem::kUnreadable;
   }
@@ -173,9 +194,9 @@ void Swapper::Finish(const Piece& piece, Problem problem, std::int64_t good) {
   }
   if (order.good > 0) {
     const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - order.begun;
-    catalog_->NoteRead(order.good * order.read.file->shape().bytes(), passed.count());
+    catalog_->NoteRead(order.good * FileOf(order.read).shape().bytes(), passed.count());
   }
-  order.read.file.reset();  // before anybody looks at what is on disk
+  order.read.image.reset();  // before anybody looks at what is on disk
   order.read.done(order.problem, order.good);
 }
 

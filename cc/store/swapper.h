@@ -9,6 +9,7 @@
 
 #include "store/block_store.h"
 #include "store/catalog.h"
+#include "store/swap_file.h"
 #include "store/work_queue.h"
 
 namespace kvpage::store {
@@ -32,6 +33,9 @@ class Swapper {
 
   void WorkOn(SwapWrite& write);
   void WorkOn(Piece& piece);
+  // `good`: of the blocks, the first ones that are where they belong.
+  Problem ReadPiece(const SwapFile& file, const SwapRead& read, std::int64_t begin, std::int64_t count,
+                    std::int64_t* good);
   Status WriteFile(const SwapWrite& write, std::shared_ptr<SwapFile>* out);
   void Finish(const Piece& piece, Problem problem, std::int64_t good);
 

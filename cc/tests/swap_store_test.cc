@@ -15,7 +15,7 @@
 namespace kvpage::store::testing {
 namespace {
 
-using FilePtr = std::shared_ptr<SwapFile>;
+using FilePtr = std::shared_ptr<SwapImage>;
 
 // A result that another thread brings.
 template <class Value>
@@ -68,7 +68,7 @@ class SwapStoreTest : public ::testing::Test {
     const auto result = std::make_shared<Awaited<std::pair<Problem, std::int64_t>>>();
     Blocks back(shape_, 10);
     store->ReadSwapped(
-        {file, back.ranges, [result](Problem problem, std::int64_t good) { result->Set({problem, good}); }});
+        {file, back.ranges, nullptr, [result](Problem problem, std::int64_t good) { result->Set({problem, good}); }});
     const auto [problem, good] = result->Get();
     EXPECT_EQ(problem, wanted);
     EXPECT_EQ(std::memcmp(back.bytes.data(), blocks_->bytes.data(), good * shape_.bytes()), 0);
@@ -187,7 +187,7 @@ TEST_F(SwapStoreTest, WhatIsQueuedIsDoneWhenTheStoreCloses) {
   std::atomic<int> done{0}, closed{0};
   Blocks back(shape_, 10);
   for (int i = 0; i < 3; ++i) {
-    store->ReadSwapped({file, back.ranges, [&](Problem problem, std::int64_t) {
+    store->ReadSwapped({file, back.ranges, nullptr, [&](Problem problem, std::int64_t) {
                           ++done;
                           closed += problem == Problem::kClosed;
                         }});

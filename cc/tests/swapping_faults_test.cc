@@ -106,7 +106,7 @@ TEST_P(SwappingFaultsTest, ANewGenerationLosesNeither) {
   program_->Restart();
   EXPECT_EQ(program_->length(claim.slots[0]), 40);
   EXPECT_EQ(CountStamped(pool_.get(), claim.slots[0], 0, 40, 1), 40);
-  EXPECT_TRUE(Soon([&] { return out->state() == SwapState::kDisk; }));
+  EXPECT_TRUE(Soon([&] { return out->state() == SwapState::kStored; }));
   EXPECT_EQ(out->tokens(), 30);
   EXPECT_TRUE(AllRight());
 }

@@ -43,7 +43,7 @@ TEST_P(SwappingTest, NothingIsTakenBeforeTheReleaseHasRun) {
   EXPECT_EQ(pool_->SwapIn(swap).status.code(), Code::kFailedPrecondition);
   ASSERT_OK(program_->Write(slot, 4));  // queued before; not committed, so not kept
   ASSERT_OK(program_->Vacate(slot));
-  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kDisk; }));
+  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kStored; }));
   EXPECT_EQ(swap->tokens(), 20);
 }
 
@@ -160,7 +160,7 @@ TEST_P(SwappingTest, NothingIsCopiedForAWriteThatIsNoLongerWanted) {
   const std::int32_t back = In(Out(Begin(20, 4)));
   io_->hold_writes = false;
   EXPECT_TRUE(Soon([&] { return pool_->SwapWrites() == 0; }));
-  EXPECT_EQ(first->state(), SwapState::kDisk);
+  EXPECT_EQ(first->state(), SwapState::kStored);
   EXPECT_EQ(store_->Numbers().blocks_written, 2) << "those of the first";
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 20, 4), 20);
 }
@@ -250,7 +250,7 @@ TEST_P(SwappingTest, ATruncationThatIsQueuedComesFirst) {
   const SwapPtr swap = StartOut(child);
   ASSERT_OK(program_->RunTruncate(child, 20));
   ASSERT_OK(program_->Vacate(child));
-  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kDisk; }));
+  EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kStored; }));
   EXPECT_EQ(pool_->Numbers().swaps.bytes_swapped_out, ranges() * geometry_.block_bytes);
   ASSERT_OK(pool_->Prefetch(swap).status);
   ASSERT_TRUE(swap->Wait(60));
@@ -267,10 +267,10 @@ TEST_P(SwappingTest, WritesAreWaitedFor) {
   EXPECT_FALSE(pool_->WaitForDrain(0.01));
   io_->hold_writes = false;
   EXPECT_TRUE(pool_->WaitForDrain(60));
-  EXPECT_EQ(swap->state(), SwapState::kDisk);
+  EXPECT_EQ(swap->state(), SwapState::kStored);
   EXPECT_OK(pool_->Acquire({128, 128, 128}).status);
   EXPECT_EQ(pool_->Prefetch(swap).status.reason(), Reason::kOutOfBlocks);
-  EXPECT_EQ(swap->state(), SwapState::kDisk);
+  EXPECT_EQ(swap->state(), SwapState::kStored);
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, SwappingTest, ::testing::Values(Layout::kFused, Layout::kPerLayer),

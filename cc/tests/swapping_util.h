@@ -54,7 +54,7 @@ class SwappingTest : public ::testing::TestWithParam<Layout> {
   }
   SwapPtr OutToDisk(std::int32_t slot) {
     SwapPtr swap = Out(slot);
-    EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kDisk; }));
+    EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kStored; }));
     return swap;
   }
   std::int32_t In(const SwapPtr& swap) {

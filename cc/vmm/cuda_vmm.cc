@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "vmm/cuda_mover.h"
+
 namespace kvpage {
 namespace {
 
@@ -278,6 +280,15 @@ Status CudaVmm::Copy(const std::int32_t* from, const std::int32_t* to, std::int6
   const ContextScope scope(*context_);
   KVPAGE_RETURN_IF_ERROR(scope.status());
   for (std::int64_t i = 0; i < count; ++i) KVPAGE_RETURN_IF_ERROR(CopyOne(from[i], to[i]));
+  return {};
+}
+
+Status CudaVmm::Mover(std::shared_ptr<BlockMover>* out) {
+  if (mover_ == nullptr) {
+    Count(2);
+    KVPAGE_RETURN_IF_ERROR(CudaMover::Make(context_, &mover_));
+  }
+  *out = mover_;
   return {};
 }
 

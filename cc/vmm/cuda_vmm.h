@@ -41,6 +41,7 @@ class CudaVmm final : public Vmm {
                std::int64_t count) override;
   Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  Status Mover(std::shared_ptr<BlockMover>* out) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   void Abandon() override { abandoned_ = true; }
   std::int64_t PhysicalBytes() const override { return num_handles_ * block_bytes_; }
@@ -78,7 +79,8 @@ class CudaVmm final : public Vmm {
   bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};
   CudaWindow window_;
-  bool window_given_ = false;  // a caller has its address: it stays for as long as this does
+  std::shared_ptr<BlockMover> mover_;  // null: nobody has asked
+  bool window_given_ = false;          // a caller has its address: it stays for as long as this does
 };
 
 }  // namespace kvpage

@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "base/status.h"
+#include "vmm/block_mover.h"
 
 namespace kvpage {
 
@@ -76,6 +77,12 @@ class Vmm {
   // read and write there meanwhile. A failure changes nothing.
   virtual Status Collapse(std::int32_t /*first*/, std::int64_t /*count*/) {
     return {Code::kUnimplemented, "this memory has no huge pages"};
+  }
+  // How blocks get into memory of the host and back; null: the host reads and writes them where they lie. Made by the
+  // first call. It may outlive the blocks, but its copies must not.
+  virtual Status Mover(std::shared_ptr<BlockMover>* out) {
+    out->reset();
+    return {};
   }
   // Overwrites mapped memory with one byte value. Synchronous.
   virtual Status Fill(std::int64_t offset, std::int64_t bytes, int byte) = 0;

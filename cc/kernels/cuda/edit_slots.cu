@@ -61,7 +61,8 @@ class Editor {
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
         return length < 0 || wrong(FaultKind::kSlotTaken);
-      case SlotOpcode::kFound: {
+      case SlotOpcode::kFound:
+      case SlotOpcode::kSwapIn: {
         if (length >= 0) return wrong(FaultKind::kSlotTaken);
         const std::int32_t room = checker_.slot(edit.slot).room;
         if (edit.length >= 0 && edit.length <= room) return true;
@@ -85,8 +86,6 @@ class Editor {
       case SlotOpcode::kDrop:
         if (length < 0) return wrong(FaultKind::kSlotFree);
         return edit.length <= length || wrong(FaultKind::kDropBeyond, edit.length, length);
-      case SlotOpcode::kSwapIn:  // on CPU only
-        break;
     }
     return wrong(FaultKind::kOpcode, edit.opcode);
   }
@@ -191,8 +190,9 @@ class Editor {
       checker_.slot(edit.slot).shared = WholeBlocks(edit.length);
       atomicMax(&checker_.slot(edit.donor).shared, WholeBlocks(edit.length));
     }
-    if (Is(edit, SlotOpcode::kFound)) {
-      checker_.slot(edit.slot).length = args_.new_lengths[edit.slot] = checker_.slot(edit.slot).shared = edit.length;
+    if (Restores(edit)) {
+      checker_.slot(edit.slot).length = args_.new_lengths[edit.slot] = edit.length;
+      checker_.slot(edit.slot).shared = SharedOf(edit);
       RaiseWritten(edit.slot, edit.length);
     }
     if (!vacate) return;
@@ -218,6 +218,15 @@ class Editor {
  private:
   __device__ static bool Is(const SlotEdit& edit, SlotOpcode opcode) {
     return edit.opcode == static_cast<std::int32_t>(opcode);
+  }
+
+  // A free slot gets a sequence whose tokens its memory has by now.
+  __device__ static bool Restores(const SlotEdit& edit) {
+    return Is(edit, SlotOpcode::kFound) || Is(edit, SlotOpcode::kSwapIn);
+  }
+  // The beginning of such a sequence that it may not write. A swapped one's is the host's to say.
+  __device__ static std::int32_t SharedOf(const SlotEdit& edit) {
+    return Is(edit, SlotOpcode::kSwapIn) ? min(max(edit.donor, 0), edit.length) : edit.length;
   }
 
   // The tokens that lie in whole blocks.
@@ -246,13 +255,13 @@ class Editor {
       return after;
     }
     const bool fork = Is(edit, SlotOpcode::kFork), occupy = Is(edit, SlotOpcode::kOccupy);
-    const bool found = Is(edit, SlotOpcode::kFound);
+    const bool found = Restores(edit);
     after.length = occupy ? 0 : Is(edit, SlotOpcode::kVacate) ? -1 : edit.length;
     if (occupy || fork || found) after.room = row.room;
     after.written = fork ? WholeBlocks(edit.length) : found ? edit.length : min(after.written, after.length);
     after.limit = after.length;
     if (occupy || fork || found) after.dropped = 0;
-    if (occupy || fork || found) after.shared = occupy ? 0 : after.written;
+    if (occupy || fork || found) after.shared = occupy ? 0 : found ? SharedOf(edit) : after.written;
     if (Is(edit, SlotOpcode::kTruncate)) after.shared = min(after.shared, WholeBlocks(edit.length));
     return after;
   }

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jax_kvpage.errors import KVPageError, OutOfBlocks
+from jax_kvpage.host_store import HostStore
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.stored_prompts import StoredPrompts
@@ -22,6 +23,7 @@ from jax_kvpage.tickets import Ticket
 __all__ = ["PoolSwap"]
 
 _STORE_BYTES_PER_SECOND = 5e8  # until the store has measured its reads
+_HOST_BYTES_PER_SECOND = 1e10  # the same of host memory: less than PCIe 4.0 moves
 _PATIENCE = 8  # times that a read finds no blocks, until the sequence is computed again
 
 
@@ -95,9 +97,15 @@ class PoolSwap:
         pace = self._pace.tokens_per_second
         if not pace:
             return num_tokens
-        speed = self._pool.spill_stats().read_bytes_per_second or _STORE_BYTES_PER_SECOND
+        speed = self._read_bytes_per_second()
         seconds = 2 * self._token_bytes / speed  # for a token: written, then read
         return np.ceil(num_tokens * seconds * pace).astype(np.int64)
+
+    def _read_bytes_per_second(self) -> float:
+        store = self._pool.store
+        if isinstance(store, HostStore):
+            return store.stats().read_bytes_per_second or _HOST_BYTES_PER_SECOND
+        return self._pool.spill_stats().read_bytes_per_second or _STORE_BYTES_PER_SECOND
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
         """See `SwapSpace`."""
