@@ -86,8 +86,9 @@ class KVPool(
             swapped sequences only.
         write_ahead: with a BlockStore, the share of the capacity that is to be free or written to
             the store, so that requests get it at once: while there is less, the store's threads
-            write what would be evicted next. Written blocks are evicted first. 0: nothing is written but
-            by `save_prefixes`; 1: everything is as soon as its sequence is released. None: 0.25.
+            write what would be evicted next. Written blocks are evicted first. 0: nothing is
+            written but by `save_prefixes`; 1: everything is as soon as its sequence is released.
+            None: 0.25.
         mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
             axis that the heads are split over, and the other axes have one device. Each device
             holds the heads that its query heads read: where there are fewer key/value heads than

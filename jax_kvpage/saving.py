@@ -167,9 +167,7 @@ def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -
             raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")
         store = pool.store
     if isinstance(store, HostStore):
-        raise ValueError(
-            f"{call}: store: a HostStore keeps no prefixes: give a BlockStore or a path"
-        )
+        raise ValueError(f"{call}: store: a HostStore has no prefixes: give a BlockStore or a path")
     if isinstance(store, BlockStore):
         if fingerprint is not None:
             raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")

@@ -128,8 +128,11 @@ _SHARED = (
         rig.pool.drop_swapped(dropped)
         assert dropped.closed and store.stats().bytes == held, store.stats()
     for wanted, call in (
-        ("HostStore keeps no prefixes", lambda: first.pool.save_prefixes()),
-        ("a HostStore keeps no prefixes", lambda: kvp.KVPool(first.pool.spec, "1MiB", store=store, write_ahead=0.5)),
+        ("HostStore has no prefixes", lambda: first.pool.save_prefixes()),
+        (
+            "write_ahead: a HostStore keeps no prefixes",
+            lambda: kvp.KVPool(first.pool.spec, "1MiB", store=store, write_ahead=0.5),
+        ),
         ("HostStore: limit", lambda: kvp.HostStore("much")),
     ):
         try:
@@ -166,8 +169,8 @@ _FAULTS = (
             return call()
 
     failed = refused = reread = 0
-    for function in ("cuMemHostAlloc", "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize",
-                     "cuMemMap", "cuStreamCreate"):
+    functions = "MemHostAlloc MemcpyDtoHAsync_v2 MemcpyHtoDAsync_v2 StreamSynchronize MemMap"
+    for function in [f"cu{name}" for name in (functions + " StreamCreate").split()]:
         for n in (1, 2, 3):
             store = kvp.HostStore("1GiB")
             rig = swap_rig(store, sys.argv[1])

@@ -31,5 +31,5 @@ def test_a_pool_on_cpu_has_no_host_store() -> None:
             kvp.KVPool(spec, "1MiB", store=store)
         with kvp.KVPool(spec, "1MiB") as pool:
             for call in (pool.save_prefixes, pool.load_prefixes):
-                with pytest.raises(ValueError, match="a HostStore keeps no prefixes"):
+                with pytest.raises(ValueError, match="a HostStore has no prefixes"):
                     call(store)  # type: ignore[arg-type]
