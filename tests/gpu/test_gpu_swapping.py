@@ -66,12 +66,13 @@ def test_swaps_beside_running_programs(make_pool, below, platform: str) -> None:
     """Programs of other sequences run while blocks are copied, and neither disturbs the other."""
     rig = _rig(make_pool, below, "fused", platform)
     kept = rig.begin(text(200, 3))
-    for round_ in range(5):
+    for round_ in range(3):
         slot = rig.begin(text(150, round_))
-        busy()  # queued before: the release waits for it
+        rig.cache = kvp.after(rig.cache, busy(1))  # the release waits for it
         swapped, rig.cache = rig.pool.swap_out(rig.cache, slot)
         rig.away[swapped] = rig.ids.pop(slot)
         rig.write(kept, text(20, 10 + round_))
+        assert not swapped.in_store
         slot = rig.swap_in(swapped, wait=True)
         rig.check()
         rig.release(slot)
