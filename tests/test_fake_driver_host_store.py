@@ -200,3 +200,43 @@ _FAULTS = (
 def test_what_the_driver_refuses(layout: str) -> None:
     """Nothing is lost: the sequence stays where it is, and another attempt succeeds."""
     run_python(_FAULTS, layout, env=_FAKE)
+
+
+_ENGINE = (
+    _COMMON
+    + """
+    import serving_rig as rig
+    from jax_kvpage.serving import CostAware, Engine, SamplingParams
+    from jax_kvpage.serving.engine.swapping import PoolSwap
+
+    prompts = [rig.prompt(24, i) for i in range(6)]
+    long = SamplingParams(temperature=0, max_tokens=90)
+    spec = rig.spec(layout="fused")
+    store = kvp.HostStore("1GiB")
+    # By its own measurements; then as if swapping cost nothing, so that it swaps for certain.
+    results = []
+    for cost in (PoolSwap.cost, lambda self, tokens: np.zeros_like(tokens)):
+        PoolSwap.cost = cost
+        pool = kvp.KVPool(spec, 14 * spec.block_bytes, store=store)
+        with pool, Engine(
+            rig.step, rig.params(), pool, rig.config(preemption=CostAware(0))
+        ) as engine:
+            outputs = engine.generate(prompts, long)
+            results.append(rig.tokens(outputs))
+            stats, swapped = pool.stats(), engine.stats.swapped
+        assert store.stats().bytes == 0
+        del engine, pool, outputs
+    assert swapped > 0 and stats.swapped_in == stats.swapped_out > 0, stats
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        want = rig.tokens(engine.generate(prompts, long))
+    assert results == [want, want]
+    store.close()
+    del engine, pool, store
+    nothing_alive()
+    """
+)
+
+
+def test_the_engine_swaps_to_host_memory() -> None:
+    """Preempted requests come back with the same tokens."""
+    run_python(_ENGINE, env=_FAKE)

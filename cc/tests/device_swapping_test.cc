@@ -2,6 +2,7 @@
 // the driver's copies (of the fake driver). What they hold, who waits, and what a driver that refuses leaves behind.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -205,6 +206,10 @@ TEST_P(DeviceSwappingTest, ASequenceComesBackInAnotherSlot) {
   EXPECT_EQ(rig.length(back), 40);
   EXPECT_EQ(rig.Bytes(back, 40), before);
   EXPECT_EQ(rig.pool().Committed(back).size(), 40u);
+  // Behind its tokens there is nothing of another's.
+  const std::vector<char> whole = rig.Bytes(back, 48);
+  EXPECT_EQ(std::count(whole.begin() + static_cast<std::ptrdiff_t>(before.size()), whole.end(), '\0'),
+            static_cast<std::ptrdiff_t>(whole.size() - before.size()));
   EXPECT_TRUE(rig.NothingLeft());
   // It goes on: there is room to be had, and all of it is its own to write.
   EXPECT_OK(rig.pool().Extend({back}, {70}).status);
