@@ -46,7 +46,7 @@ void EndRead(const PoolParts& pool, const SwapPtr& swap, store::Problem problem,
   swap->image = nullptr;
   const MappingLock mapping = pool.supply->Lock();
   SwapTable& swaps = pool.supply->swaps(mapping);
-  swaps.counts().bytes_swapped_in += good * geometry.block_bytes * ranges;
+  if (kept == nullptr) swaps.counts().bytes_swapped_in += good * geometry.block_bytes * ranges;
   if (swap->dropped) {
     Release(pool, mapping, std::move(swap->blocks));
     swap->blocks.clear();
