@@ -34,7 +34,7 @@ from jax_kvpage.sharding.opening import over_mesh
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharing import SharingCalls
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.spilling import SpillingCalls, as_share
+from jax_kvpage.spilling import SpillingCalls
 from jax_kvpage.store import BlockStore
 
 __all__ = ["KVPool"]
@@ -80,15 +80,13 @@ class KVPool(
         debug: test mode: poison, and an append to a position that is already written in that layer
             is refused (a forgotten `advance`, a layer number used twice) unless `set_lengths` ran.
         store: what lies below memory; `swap_out` writes to it. Close it after the pool. On CPU a
-            `BlockStore`: whole blocks of released sequences are also written there before they are
-            evicted, `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes`
-            and `load_prefixes` use it unless they are given another. On a GPU a `HostStore`, for
-            swapped sequences only.
+            `BlockStore`: it gets whole blocks of released sequences before they are evicted,
+            `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes` and
+            `load_prefixes` use it unless given another. On a GPU a `HostStore`, for swaps only.
         write_ahead: with a BlockStore, the share of the capacity that is to be free or written to
-            the store, so that requests get it at once: while there is less, the store's threads
-            write what would be evicted next. Written blocks are evicted first. 0: nothing is
-            written but by `save_prefixes`; 1: everything is as soon as its sequence is released.
-            None: 0.25.
+            the store: while there is less, its threads write what would be evicted next. Written
+            blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
+            written as soon as its sequence is released.
         mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
             axis that the heads are split over, and the other axes have one device. Each device
             holds the heads that its query heads read: where there are fewer key/value heads than
@@ -109,11 +107,10 @@ class KVPool(
 
     Raises:
         ValueError: a capacity, spec, device or store that cannot work, with the numbers.
-        KVPageError: the CUDA driver or the system refused; a BlockStore for a pool on a GPU, or a
-            HostStore for one on CPU; processes that make different pools.
+        KVPageError: the CUDA driver or the system refused; a store of the other platform's kind;
+            processes that make different pools.
         PoolClosed: the store is closed.
-        OutOfBlocks: more capacity than the machine (or the process's cgroup), or the card, has
-            memory.
+        OutOfBlocks: more capacity than the machine (or its cgroup), or the card, has memory.
     """
 
     spec: CacheSpec
@@ -148,10 +145,7 @@ class KVPool(
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")
         self.device = default_device() if device is None else device
         place = place_of(self.device)
-        check_store(store, place)
-        ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
-        if write_ahead is not None and isinstance(store, HostStore):
-            raise ValueError("KVPool: write_ahead: a HostStore keeps no prefixes: leave it out")
+        ahead = check_store(store, place, write_ahead)
         size = capacity_bytes("KVPool", capacity, spec, place)
         resolved = spec.resolve(place.platform, capacity=size)
         native = NativePool(resolved, size, self.device, place, options)

@@ -14,6 +14,7 @@ from jax_kvpage.errors import KVPageError
 from jax_kvpage.host_store import HostStore
 from jax_kvpage.prefix import namespace_key
 from jax_kvpage.sharding.over_axis import AxisSharding
+from jax_kvpage.spilling import as_share
 from jax_kvpage.store import BlockStore
 
 __all__ = ["LoadedPrefixes", "SavedPrefixes", "SavingCalls", "check_store"]
@@ -132,16 +133,17 @@ class SavingCalls:
         return LoadedPrefixes(loaded.tokens, loaded.present, loaded.no_room, loaded.lost)
 
 
-def check_store(store: Any, place: Place) -> None:
-    """Refuses what cannot lie below a new pool's memory.
+def check_store(store: Any, place: Place, write_ahead: Any) -> float:
+    """Refuses what cannot lie below a new pool's memory; the share to write ahead.
 
     Raises:
-        ValueError: not a store.
+        ValueError: not a store, a share that is none or that a host store cannot do anything with.
         KVPageError: a store of the other platform's kind.
         PoolClosed: the store is closed.
     """
+    ahead = as_share("KVPool: write_ahead", 0.25 if write_ahead is None else write_ahead)
     if store is None:
-        return
+        return ahead
     if not isinstance(store, (BlockStore, HostStore)):
         raise ValueError(f"KVPool: store: wanted a BlockStore, a HostStore or None, got {store!r}")
     if isinstance(store, BlockStore) and place.backend != "cpu":
@@ -154,7 +156,10 @@ def check_store(store: Any, place: Place) -> None:
             "KVPool: store: a HostStore lies below pools on a GPU only: what a pool on CPU pushes "
             "out of memory goes to disk, with a BlockStore"
         )
+    if isinstance(store, HostStore) and write_ahead is not None:
+        raise ValueError("KVPool: write_ahead: a HostStore keeps no prefixes: leave it out")
     store.stats()
+    return ahead
 
 
 @contextmanager
