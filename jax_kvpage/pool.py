@@ -136,8 +136,7 @@ class KVPool(
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         options = PoolOptions.checked(on_stale, poison, debug)
-        self.store = store
-        self.sharding = None
+        self.store, self.sharding = store, None
         if (axes := (mesh, axis, sequence_axis)) != (None, None, None):
             self._open(*over_mesh(spec, capacity, options, *axes, device=device, store=store))
             return
