@@ -290,7 +290,9 @@ def test_a_view_of_an_imported_slot_shows_it(make_pool) -> None:
     sender, other = pair(make_pool, "per_layer")
     sent = sender.export(sender.begin(text(40)))
     slot = other.take(sent)
-    got = [np.asarray(view)[:40] for view in other.pool.view(1, slot)]
+    got = [np.array(view)[:40] for view in other.pool.view(1, slot)]
     k, v = kvp.read_kv(sender.cache, jnp.asarray([next(iter(sender.ids))]), 1)
     np.testing.assert_array_equal(got[0], np.asarray(k)[0, :40])
     np.testing.assert_array_equal(got[1], np.asarray(v)[0, :40])
+    other.release(slot)
+    assert not any(np.asarray(view).any() for view in other.pool.view(1))

@@ -106,7 +106,8 @@ Status Supply::DropFreeShared(const MappingLock& lock) {
 }
 
 Status Supply::DropFreeCached(const MappingLock& lock) {
-  if (arena_->pool().num_shared() == 0 && arena_->pool().num_cached() == 0) return {};
+  const BlockPool& blocks = arena_->pool();
+  if (blocks.num_shared() == 0 && blocks.num_cached() == 0 && blocks.num_sealed() == 0) return {};
   SyncIndex(lock);
   for (std::int32_t slot = 0; slot < table_->num_slots(); ++slot) {
     const bool idle = table_->host(table_->Lock(), slot).idle();
