@@ -246,8 +246,7 @@ class KVPool(
             num_tokens: tokens to map room for; a list of them acquires a slot for each.
             wait: wait for released slots to drain when there is too little otherwise. Slots that
                 views hold, and slots whose release failed, are not waited for.
-            handover: blocks come from a memory file of the slot's own, which `export_blocks` can
-                send to another process without copying. On CPU only; nothing parked is adopted.
+            handover: put the blocks in a file that `export_blocks` sends uncopied; CPU only.
 
         Returns:
             (slot, cache), or (slots, cache) for a list. The slot's length is 0.
@@ -262,10 +261,9 @@ class KVPool(
         self._queue.check_cache("acquire", cache)
         wanted, single = host_ints("acquire: num_tokens", num_tokens)
         wait = as_bool("acquire: wait", wait)
-        if as_bool("acquire: handover", handover):
-            slots, cache = self._acquire_handover(cache, wanted, wait)
-        else:
-            slots, cache = self._queue.acquire(cache, wanted, wait)
+        own_file = as_bool("acquire: handover", handover)
+        acquire = self._acquire_handover if own_file else self._queue.acquire
+        slots, cache = acquire(cache, wanted, wait)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:
