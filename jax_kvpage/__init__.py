@@ -18,6 +18,7 @@ from jax_kvpage.ops.set_lengths import set_lengths
 from jax_kvpage.ops.update_and_attend import update_and_attend
 from jax_kvpage.ops.with_tables import paged_attention_with_tables
 from jax_kvpage.pool import KVPool
+from jax_kvpage.sharding.spreading import Spread, spread
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import PoolStats
 from jax_kvpage.store import BlockStore
@@ -38,6 +39,7 @@ __all__ = [
     "OutOfSlots",
     "PoolClosed",
     "PoolStats",
+    "Spread",
     "Swapped",
     "Ticket",
     "advance",
@@ -51,5 +53,6 @@ __all__ = [
     "read_kv",
     "read_views",
     "set_lengths",
+    "spread",
     "update_and_attend",
 ]

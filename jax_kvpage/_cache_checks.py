@@ -69,11 +69,14 @@ def check_newest(op: str, cache: KVCache, native: NativePool) -> None:
 
 
 def host_lengths(cache: KVCache) -> np.ndarray:
-    """The lengths of a cache, int32[max_slots]; over a mesh those of this process's first device.
+    """The lengths of a cache, int32[max_slots]; over a mesh those of the first device of each
+    replica, or, with devices of several processes, of this process's first device.
 
     Waits for the program that makes them, and raises what it failed with.
     """
-    lengths = cache.lengths
-    if cache.sharding is not None:  # other devices may be other processes'
-        lengths = lengths.addressable_shards[0].data
-    return np.asarray(jax.device_get(lengths))
+    if cache.sharding is None:
+        return np.asarray(jax.device_get(cache.lengths))
+    # Not the whole array: other devices may be other processes'.
+    shards = sorted(cache.lengths.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    firsts = [shard.data for shard in shards[:: cache.sharding.parts]]
+    return np.concatenate(jax.device_get(firsts))

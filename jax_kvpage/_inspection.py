@@ -13,6 +13,7 @@ from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import wait_for
+from jax_kvpage.sharding.calls import ReplicaCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import (
     BlockInfo,
@@ -26,7 +27,7 @@ from jax_kvpage.stats import (
 __all__ = ["Inspection"]
 
 
-class Inspection:
+class Inspection(ReplicaCalls):
     """Base class of KVPool: calls without side effects."""
 
     spec: CacheSpec

@@ -19,6 +19,7 @@ from jax_kvpage._arrays import to_device
 __all__ = [
     "as_mask",
     "last_rows",
+    "last_rows_of_parts",
     "left_starts",
     "right_starts",
     "runs",
@@ -66,6 +67,33 @@ def last_rows(starts: jax.Array, offsets: jax.Array, tokens: int) -> jax.Array:
     counts = jnp.diff(offsets)
     rows = tokens * jnp.arange(starts.shape[0], dtype=jnp.int32)
     return jnp.where(counts > 0, rows + starts + counts - 1, 0)
+
+
+def last_rows_of_parts(
+    starts: jax.Array | None, offsets: jax.Array, tokens: int | None, parts: int
+) -> jax.Array:
+    """int32[S], as above, of a batch with a part for each replica.
+
+    Args:
+        starts: int32[S] of a padded batch; None: the tokens of each part are packed.
+        offsets: int32[S + parts], those of each part.
+        tokens: T of a row, or of a part.
+        parts: how many there are.
+
+    Raises:
+        ValueError: packed tokens, and nobody says how many a part has.
+    """
+    if tokens is None:
+        raise ValueError(
+            f"Batch.last_rows: a batch with {parts} parts needs num_tokens, the rows of each part"
+        )
+    split = offsets.reshape(parts, -1)
+    if starts is not None:
+        counts = jnp.diff(split, axis=1).reshape(-1)
+        rows = tokens * jnp.arange(starts.shape[0], dtype=jnp.int32)
+        return jnp.where(counts > 0, rows + starts + counts - 1, 0)
+    begins = tokens * jnp.arange(parts, dtype=jnp.int32)[:, None]
+    return jnp.where(jnp.diff(split, axis=1) > 0, begins + split[:, 1:] - 1, 0).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

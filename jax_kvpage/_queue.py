@@ -294,13 +294,16 @@ class Queue:
         if not edits and not copies:
             return cache
         vacated = [slot for opcode, slot, *_ in edits if opcode == VACATE]
-        rows = edit_rows(copies, 4) if copies else self._no_copies
         program = _program(verb, bool(vacated) or self._marks(edits))
-        cache, marker = self.call(program, cache, edit_rows(edits, 4), rows)
+        cache, marker = self.call(program, cache, *self._rows(edits, copies))
         if marker is not None:
             self._releases.update(dict.fromkeys(vacated, marker))
             self._note(marker)
         return cache
+
+    def _rows(self, edits: Sequence[Any], copies: Sequence[Any]) -> tuple[Any, Any]:
+        """What the program of a decision is called with."""
+        return edit_rows(edits, 4), edit_rows(copies, 4) if copies else self._no_copies
 
     def call(self, program: Any, cache: KVCache, *arrays: Any) -> Any:
         """Calls a program of (cache, handle of this pool, *arrays) on the pool's device."""

@@ -19,6 +19,7 @@ from jax_kvpage._compat import gathered
 from jax_kvpage._padding import (
     as_mask,
     last_rows,
+    last_rows_of_parts,
     left_starts,
     right_starts,
     runs,
@@ -276,6 +277,9 @@ class Batch:
         """
         name = "Batch.last_rows: query_offsets"
         offsets = gathered(_one_axis(name, as_int32(name, self.query_offsets)))
+        parts = offsets.shape[0] - np.size(self.slots)
+        if parts > 1:  # one for each replica of a pool: `spread`
+            return last_rows_of_parts(self.starts, offsets, self.num_tokens, parts)
         if self.starts is None:
             return _last_rows(offsets)
         assert self.num_tokens is not None

@@ -69,8 +69,7 @@ class KVPool(
             what is available now: free memory of the card on CUDA; on CPU memory of the machine, or
             of the process's cgroup, that can be had without swapping. None: 80% on CUDA, 50% on
             CPU, but no more than full slots take or the system has memory mappings for. Rounded
-            down to whole blocks. Memory is taken from the system on demand and kept for
-            reuse.
+            down to whole blocks. Memory is taken from the system on demand and kept for reuse.
         device: a `jax.Device` of platform cpu or cuda to live on; the default device if None.
         on_stale: "error" refuses an op that changes the cache from any but the newest cache;
             "allow" permits repeating a step from one cache as long as nothing destructive (acquire,
@@ -87,22 +86,19 @@ class KVPool(
             the store: while there is less, its threads write what would be evicted next. Written
             blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
             written as soon as its sequence is released.
-        mesh: a mesh to spread the pool over, with an arena on each of its devices; `axis` is the
-            axis that the heads are split over, and the other axes have one device. Each device
-            holds the heads that its query heads read: where there are fewer key/value heads than
-            devices, several devices hold a copy. `capacity` is that of all devices together. On
-            CPU devices so far; without `device` and `store`. The devices may belong to several
-            processes (`jax.distributed`), which all make the same calls in the same order: each
-            has the arenas of its own, and a call stands in all processes or in none.
-        axis: name of that axis.
-        sequence_axis: in place of `axis`, an axis to spread the tokens of every sequence over:
-            stripes of 16 go to the devices in turn, all heads on each. `max_seq_len`, a multiple of
-            16 times their number, is that of a whole sequence. Without prefix cache and forks.
+        mesh: devices to spread the pool over, an arena on each; `capacity` is that of all. Other
+            axes have one device. On CPU so far, of one process or more; no `device` and `store`.
+        axis: the axis that the heads are split over. Each device holds those that its query heads
+            read: with fewer key/value heads than devices, several hold a copy.
+        data_axis: the axis that the slots are split over: each replica, a row along it, has its
+            part of `max_slots` and of the blocks, and a prefix cache. `spread` makes batches.
+        sequence_axis: in place of both, the axis that the tokens of every sequence are spread over:
+            stripes of 16 in turn. `max_seq_len` is a multiple of 16 times its devices.
 
     Attributes:
         spec: the resolved spec, with all heads.
         device: where the cache's arrays live; with a mesh, its first device.
-        sharding: how heads or sequences are spread over the mesh; None without one.
+        sharding: how the cache is spread over the mesh; None without one.
         store: what lies below memory; None: nothing.
 
     Raises:
@@ -131,13 +127,14 @@ class KVPool(
         write_ahead: float | None = None,
         mesh: jax.sharding.Mesh | None = None,
         axis: str | None = None,
+        data_axis: str | None = None,
         sequence_axis: str | None = None,
     ) -> None:
         if not isinstance(spec, CacheSpec):
             raise ValueError(f"spec must be a CacheSpec, got {spec!r}")
         options = PoolOptions.checked(on_stale, poison, debug)
         self.store, self.sharding = store, None
-        if (axes := (mesh, axis, sequence_axis)) != (None, None, None):
+        if (axes := (mesh, axis, sequence_axis, data_axis)) != (None,) * 4:
             self._open(*over_mesh(spec, capacity, options, *axes, device=device, store=store))
             return
         if device is not None and not isinstance(device, jax.Device):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jax_kvpage._arrays import as_host_array
 from jax_kvpage._compat import gathered, placed_as
 from jax_kvpage.cache import Batch, KVCache
+from jax_kvpage.ops import _replicas
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.stripes import StripeSharding
@@ -47,7 +48,8 @@ def refuse(op: str, cache: Any, why: str) -> None:
         ValueError: it is.
     """
     if isinstance(cache, KVCache) and cache.sharding is not None:
-        over = f"axis {cache.sharding.axis!r} of a mesh"
+        axes = cache.sharding.axes
+        over = f"axis {axes[0]!r} of a mesh" if len(axes) == 1 else f"axes {axes} of a mesh"
         raise ValueError(f"{op}: the cache is spread over {over}: {why}")
 
 
@@ -123,6 +125,7 @@ def over_mesh(
                 refuse(op.__name__, found[0], refused)
             if isinstance(sharding, HeadSharding):
                 _check_heads(op.__name__, spec, sharding, bound.arguments)
+                _replicas.check(op.__name__, spec, sharding, bound.arguments, maps)
             arrays, options = _parted(op.__name__, bound.arguments)
             program = _program if _hashable(options) else _program.__wrapped__
             done = program(rule, sharding, options)(arrays)
@@ -179,15 +182,17 @@ def _check_heads(
                 f"{name}: wanted {heads} key/value heads (outside of jax.shard_map all that the "
                 f"cache has), got {list(shape)}"
             )
-        if name == "q" and (shape[-2] % heads or shape[-2] % sharding.size):
+        if name == "q" and (shape[-2] % heads or shape[-2] % sharding.parts):
             reasons.append(
-                f"q: wanted a multiple of the {heads} key/value heads and of the {sharding.size} "
+                f"q: wanted a multiple of the {heads} key/value heads and of the {sharding.parts} "
                 f"devices as heads, got {list(shape)}"
             )
     for name in _PER_HEAD:
         shape = np.shape(arguments[name]) if arguments.get(name) is not None else ()
-        if shape and shape[0] % sharding.size:
-            reasons.append(f"{name}: {shape[0]} heads cannot be split over {sharding.size} devices")
+        if shape and shape[0] % sharding.parts:
+            reasons.append(
+                f"{name}: {shape[0]} heads cannot be split over {sharding.parts} devices"
+            )
     if reasons:
         raise ValueError("\n  - ".join([f"{op}:", *reasons]))
 
@@ -229,17 +234,21 @@ def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any]
             return sharding.split
         if name == "q" or (name in ("k", "v") and _copies(sharding) == 1):
             return sharding.heads(np.ndim(value)) if np.ndim(value) > 2 else PartitionSpec()
+        if name in ("k", "v") or _replicas.has_parts(name, value):
+            return sharding.rows
         return sharding.per_head if name in _PER_HEAD else PartitionSpec()
 
     def on_shard(arrays: dict[str, Any]) -> Any:
         copies = _copies(sharding)
         if copies > 1:  # the head of the copy that this device holds
+            assert sharding.axis is not None
             head = jax.lax.axis_index(sharding.axis) // copies
             for name in {"k", "v"} & arrays.keys():
                 arrays[name] = jax.lax.dynamic_slice_in_dim(
                     arrays[name], head, 1, np.ndim(arrays[name]) - 2
                 )
-        return _on_shard(rule, {**arrays, **dict(options)})
+        arguments = _replicas.localized(sharding, {**arrays, **dict(options)})
+        return _replicas.joined(sharding, arguments, _on_shard(rule, arguments))
 
     def run(arrays: dict[str, Any]) -> Any:
         context = jax.sharding.get_abstract_mesh()
@@ -295,23 +304,26 @@ def attention_and_cache(sharding: AxisSharding, arguments: dict[str, Any]) -> An
 
 
 def cache_and_ok(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """The next cache, and what all devices have been told alike."""
+    """The next cache, and what all devices of a replica have been told alike."""
     del arguments
-    return sharding.split, PartitionSpec()
+    return sharding.split, sharding.rows
 
 
 def everywhere(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """Results that all devices have."""
-    del sharding, arguments
-    return PartitionSpec()
+    """Results that all devices of a replica have."""
+    del arguments
+    return sharding.rows
 
 
 def keys_and_values(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
     """k and v, [S, max_seq_len, Hkv, D]; each copy of a head counts as one more."""
-    del arguments
-    spread = isinstance(sharding, StripeSharding)
-    spec = PartitionSpec(None, sharding.axis) if spread else sharding.heads(4)
-    return (spec, spec)
+    if isinstance(sharding, StripeSharding):
+        heads = PartitionSpec(None, sharding.axis)
+    else:
+        heads = sharding.heads(4)
+    if _replicas.names_slots(arguments):
+        heads = PartitionSpec(None, *heads[1:])
+    return (heads, heads)
 
 
 def in_order(sharding: AxisSharding, pair: Any) -> Any:

@@ -44,7 +44,8 @@ def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax
 
     Raises:
         ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool whose
-            sequences are spread over a mesh: `KVPool.extend` makes room there.
+            sequences are spread over a mesh: `KVPool.extend` makes room there; or, outside of
+            `jax.shard_map`, one whose slots are split over replicas: use `grow` there.
         jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
             or a negative number of tokens; on a mesh, slots or num_tokens that differ from device
             to device.

@@ -1,6 +1,8 @@
-"""HeadSharding: how the heads of a cache are split over an axis of a mesh.
+"""HeadSharding: how a cache is split over a mesh, its heads over one axis, its slots over another.
 
-Query heads are split in order, and each device holds the key/value heads that its query heads read.
+It is static metadata of a `KVCache`, so that ops find the devices and the spec of one shard at
+trace time. Query heads are split in order, and each device holds the key/value heads that its query
+heads read. Along the data axis each replica has slots of its own.
 """
 
 import dataclasses
@@ -16,39 +18,77 @@ __all__ = ["HeadSharding"]
 
 @dataclasses.dataclass(frozen=True)
 class HeadSharding(AxisSharding):
-    """A cache whose heads are spread over devices.
+    """A cache whose heads are spread over devices, or its slots, or both.
 
     Attributes:
-        copies: how many devices hold each key/value head; more than 1 where there are fewer heads
-            than devices.
+        mesh: the devices; all axes but `axis` and `data_axis` have one.
+        axis: the axis that the heads are split over; None: each device has all heads.
+        copies: how many devices of a replica hold each key/value head; more than 1 where there are
+            fewer heads than devices.
+        data_axis: the axis that the slots are split over; None: each device has all slots.
     """
 
     copies: int
+    data_axis: str | None = None
 
     @classmethod
-    def of(cls, spec: CacheSpec, mesh: Any, axis: Any) -> "HeadSharding":
+    def of(cls, spec: CacheSpec, mesh: Any, axis: Any, data_axis: Any = None) -> "HeadSharding":
         """The sharding of an unresolved spec, whose `local` is not resolved either.
 
         Raises:
-            ValueError: a mesh, axis or number of heads that cannot be used, with all reasons.
+            ValueError: a mesh, axis, number of heads or of slots that cannot be used, with all
+                reasons.
         """
-        reasons = mesh_problems(mesh, axis, "axis")
-        devices, heads = mesh.shape[axis], spec.num_kv_heads
+        reasons = mesh_problems(mesh, axis=axis, data_axis=data_axis)
+        devices, heads = mesh.shape[axis] if axis else 1, spec.num_kv_heads
         if heads % devices and devices % heads:
             reasons.append(
                 f"num_kv_heads={heads} cannot be split over {devices} devices: one must be a "
                 "multiple of the other, so that every device holds the same number of heads"
             )
+        replicas = mesh.shape[data_axis] if data_axis else 1
+        processes = {device.process_index for device in mesh.devices.flat}
+        if data_axis and len(processes) > 1:
+            reasons.append(
+                f"mesh: its devices belong to {len(processes)} processes, but slots can be split "
+                "(data_axis) over the devices of one process only so far: make a pool in each "
+                "process"
+            )
+        if spec.max_slots % replicas:
+            reasons.append(
+                f"max_slots={spec.max_slots}, those of all {replicas} replicas together, cannot be "
+                f"split over data_axis={data_axis!r}: wanted a multiple of {replicas}"
+            )
         if reasons:
             raise ValueError("\n  - ".join(["KVPool:", *reasons]))
-        local = dataclasses.replace(spec, num_kv_heads=max(heads // devices, 1), granule=None)
-        return cls(mesh, axis, local, max(devices // heads, 1))
+        local = dataclasses.replace(
+            spec,
+            num_kv_heads=max(heads // devices, 1),
+            max_slots=spec.max_slots // replicas,
+            granule=None,
+        )
+        return cls(mesh, axis, local, max(devices // heads, 1), data_axis)
+
+    @property
+    def replicas(self) -> int:
+        """The number of parts that the slots are split into."""
+        return int(self.mesh.shape[self.data_axis]) if self.data_axis else 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that the cache is split over, that of the slots first."""
+        return tuple(axis for axis in (self.data_axis, self.axis) if axis is not None)
 
     @property
     def per_head(self) -> PartitionSpec:
         """Of arrays [heads]."""
         return PartitionSpec(self.axis)
 
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of what each replica has a part of, a batch for instance."""
+        return PartitionSpec(self.data_axis) if self.data_axis else PartitionSpec()
+
     def heads(self, ndim: int) -> PartitionSpec:
-        """Of arrays [..., heads, dim]."""
-        return PartitionSpec(*[None] * (ndim - 2), self.axis, None)
+        """Of arrays [tokens or sequences, ..., heads, dim]."""
+        return PartitionSpec(self.data_axis, *[None] * (ndim - 3), self.axis, None)

@@ -1,4 +1,4 @@
-"""Opens what stands behind a `KVPool` over a mesh, by the axis that it was given."""
+"""Opens what stands behind a `KVPool` over a mesh, by the axes that it was given."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from jax_kvpage._queue import Queue
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
 from jax_kvpage.sharding.process_queue import over_processes
+from jax_kvpage.sharding.replicas import replicated
 from jax_kvpage.sharding.sequences import sequence_parallel
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec
@@ -21,6 +22,7 @@ def over_mesh(
     mesh: Any,
     axis: Any,
     sequence_axis: Any,
+    data_axis: Any,
     **others: Any,
 ) -> tuple[NativePool, Queue]:
     """The compiled pools and the queue; see `KVPool` for the arguments.
@@ -32,16 +34,19 @@ def over_mesh(
         mesh: the devices.
         axis: that heads are spread over; or None.
         sequence_axis: that sequences are spread over; or None.
+        data_axis: that slots are split over; or None.
         **others: arguments that do not go with a mesh.
 
     Raises:
         ValueError: arguments that cannot work, or not together.
         OutOfBlocks: more capacity than there is memory.
     """
-    check_alone(mesh, axis, sequence_axis, **others)
+    check_alone(mesh, axis, sequence_axis, data_axis, **others)
     if sequence_axis is not None:
         stripes = StripeSharding.of(spec, mesh, sequence_axis)
         return sequence_parallel(spec, capacity, stripes, options)
-    heads = HeadSharding.of(spec, mesh, axis)
+    heads = HeadSharding.of(spec, mesh, axis, data_axis)
+    if data_axis is not None:
+        return replicated(spec, capacity, heads, options)
     make = sharded if heads.local_devices == heads.devices else over_processes
     return make(spec, capacity, heads, options)

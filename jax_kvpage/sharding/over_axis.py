@@ -1,10 +1,11 @@
-"""AxisSharding: what all ways of spreading a cache over an axis of a mesh have in common."""
+"""AxisSharding: what all ways of spreading a cache over axes of a mesh have in common."""
 
 import dataclasses
 import functools
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpage._compat import manual_axes
@@ -13,29 +14,43 @@ from jax_kvpage.spec import CacheSpec
 __all__ = ["AxisSharding", "mesh_problems"]
 
 
-def mesh_problems(mesh: Any, axis: Any, name: str) -> list[str]:
-    """Why a pool cannot be spread over this axis of a mesh.
+def mesh_problems(mesh: Any, **axes: Any) -> list[str]:
+    """Why a pool cannot be spread over these axes of a mesh.
 
     Args:
         mesh: a mesh.
-        axis: one of its axes.
-        name: of the argument of `KVPool` that is the axis.
+        **axes: axes of it, or None, by the names of the arguments of `KVPool`.
 
     Raises:
         ValueError: no mesh, or an axis that it does not have.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(f"KVPool: mesh: wanted a jax.sharding.Mesh (jax.make_mesh), got {mesh!r}")
-    if axis not in mesh.axis_names:
-        names = ", ".join(map(repr, mesh.axis_names))
-        raise ValueError(f"KVPool: {name}: the mesh has {names}, got {axis!r}")
-    others = {other: n for other, n in mesh.shape.items() if other != axis and n > 1}
-    if not others:
-        return []
-    return [
-        f"mesh: axes {others} are split too, but a pool is spread over one axis, {axis!r}: "
-        "make a pool for each part of the mesh"
-    ]
+    given = {name: axis for name, axis in axes.items() if axis is not None}
+    for name, axis in given.items():
+        if axis not in mesh.axis_names:
+            names = ", ".join(map(repr, mesh.axis_names))
+            raise ValueError(f"KVPool: {name}: the mesh has {names}, got {axis!r}")
+    reasons = []
+    if len(set(given.values())) < len(given):
+        twice = next(iter(given.values()))
+        reasons.append(f"{' and '.join(given)}: wanted two axes of the mesh, got {twice!r} twice")
+    others = {other: n for other, n in mesh.shape.items() if other not in given.values() and n > 1}
+    if others:
+        over = " and ".join(map(repr, given.values()))
+        if "sequence_axis" in given:
+            rule = f"a pool is spread over one axis, {over}"
+        else:
+            rule = (
+                "a pool is spread over one axis for its heads (axis) and one for its slots "
+                f"(data_axis), here {over}: name the other one, or"
+            )
+        glue = ": " if "sequence_axis" in given else " "
+        reasons.append(
+            f"mesh: axes {others} are split too, but {rule}{glue}make a pool for each part of the "
+            "mesh"
+        )
+    return reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +61,13 @@ class AxisSharding:
     trace time.
 
     Attributes:
-        mesh: the devices; all axes but `axis` have one.
-        axis: the axis that the cache is split over.
+        mesh: the devices; all axes that the cache is not split over have one.
+        axis: the axis that heads or sequences are split over.
         local: the spec of the part that one device holds.
     """
 
     mesh: Mesh
-    axis: str
+    axis: str | None
     local: CacheSpec
 
     def with_spec(self, local: CacheSpec) -> Self:
@@ -62,12 +77,29 @@ class AxisSharding:
     @property
     def size(self) -> int:
         """The number of devices."""
-        return int(self.mesh.shape[self.axis])
+        return int(self.mesh.size)
+
+    @property
+    def replicas(self) -> int:
+        """The number of parts that the slots are split into. Here: every device has all slots."""
+        return 1
+
+    @property
+    def parts(self) -> int:
+        """The number of devices that serve a slot together."""
+        return self.size // self.replicas
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that the cache is split over."""
+        return () if self.axis is None else (self.axis,)
 
     @functools.cached_property
     def devices(self) -> list[Any]:
-        """In the order of the shards."""
-        return list(self.mesh.devices.flat)
+        """In the order of the shards: those of the first replica, of the second, and so on."""
+        names = self.mesh.axis_names
+        first = [names.index(axis) for axis in self.axes]
+        return list(np.moveaxis(self.mesh.devices, first, range(len(first))).flat)
 
     @functools.cached_property
     def local_devices(self) -> list[Any]:
@@ -82,7 +114,12 @@ class AxisSharding:
     @property
     def split(self) -> PartitionSpec:
         """Of the cache's arrays: each device has its own part."""
-        return PartitionSpec(self.axis)
+        return PartitionSpec(self.axes if len(self.axes) > 1 else self.axes[0])
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of what each replica has a part of. Here: there is one."""
+        return PartitionSpec()
 
     @property
     def per_head(self) -> PartitionSpec:
@@ -94,11 +131,22 @@ class AxisSharding:
         del ndim
         return PartitionSpec()
 
-    def placed(self, *parts: str | None) -> NamedSharding:
-        """The sharding over the mesh with these parts."""
-        return NamedSharding(self.mesh, PartitionSpec(*parts))
+    def placed(self, spec: PartitionSpec | None = None) -> NamedSharding:
+        """This sharding over the mesh; None: on all devices alike."""
+        return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
 
     @property
     def manual(self) -> bool:
-        """Whether the code that is traced runs once for each shard (inside `jax.shard_map`)."""
-        return self.axis in manual_axes()
+        """Whether the code that is traced runs once for each shard (inside `jax.shard_map`).
+
+        Raises:
+            ValueError: it runs once for each part of one of two axes.
+        """
+        inside = [axis for axis in self.axes if axis in manual_axes()]
+        if inside and len(inside) < len(self.axes):
+            raise ValueError(
+                f"the cache is split over the mesh axes {self.axes}, but this jax.shard_map is "
+                f"over {inside} of them only: map over both, with in_specs {self.split} for the "
+                "cache"
+            )
+        return bool(inside)

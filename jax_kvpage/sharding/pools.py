@@ -28,27 +28,38 @@ __all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "shar
 _Sharding = TypeVar("_Sharding", bound=AxisSharding)
 
 
-def check_alone(mesh: Any, axis: Any, sequence_axis: Any = None, **others: Any) -> None:
+def check_alone(
+    mesh: Any, axis: Any, sequence_axis: Any = None, data_axis: Any = None, **others: Any
+) -> None:
     """Refuses arguments of `KVPool` that do not go with a mesh.
 
     Raises:
-        ValueError: half of the pair is missing, both axes or one of the others are given.
+        ValueError: the mesh or all axes are missing, axes that do not go together or one of the
+            others are given, with all reasons.
     """
-    if axis is not None and sequence_axis is not None:
-        raise ValueError(
-            f"KVPool: axis={axis!r} and sequence_axis={sequence_axis!r}: give one of them: a pool "
-            "has either its heads or its sequences spread over a mesh so far"
+    reasons = []
+    axes = {"axis": axis, "data_axis": data_axis, "sequence_axis": sequence_axis}
+    named = [f"{name}={value!r}" for name, value in axes.items() if value is not None]
+    if sequence_axis is not None and len(named) > 1:
+        reasons.append(
+            f"{' and '.join(named)}: give one of them, or axis and data_axis: a pool has either "
+            "its heads and slots or its sequences spread over a mesh so far"
         )
-    if sequence_axis is not None and mesh is None:
-        raise ValueError(f"KVPool: sequence_axis={sequence_axis!r}: wanted a mesh too, got None")
-    if sequence_axis is None and (mesh is None or axis is None):
-        raise ValueError(f"KVPool: mesh and axis: wanted both, got {mesh!r} and {axis!r}")
+    if mesh is None and named and axis is None:
+        reasons.append(f"{' and '.join(named)}: wanted a mesh too, got None")
+    elif mesh is None or not named:
+        reasons.append(
+            "mesh and axis: wanted both (or mesh and data_axis, or mesh and sequence_axis), got "
+            f"{mesh!r} and {axis!r}"
+        )
     given = [name for name, value in others.items() if value is not None]
     if given:
-        raise ValueError(
-            f"KVPool: {' and '.join(given)}: cannot be given with a mesh, whose devices the pool "
-            "is on, and which no store serves so far"
+        reasons.append(
+            f"{' and '.join(given)}: cannot be given with a mesh, whose devices the pool is "
+            "on, and which no store serves so far"
         )
+    if reasons:
+        raise ValueError("KVPool: " + "\n  - ".join(reasons))
 
 
 def sharded(
@@ -135,7 +146,7 @@ class ShardedNativePool(NativePool):
         self.device = sharding.local_devices[0]
         self.placement = sharding.placed()
         self.place: Place = place_of(self.device)
-        self.block_bytes = sharding.size * sharding.local.block_bytes
+        self.block_bytes = sharding.parts * sharding.local.block_bytes
         shards: list[_native.Pool] = []
         try:
             for device in sharding.local_devices:
@@ -182,7 +193,7 @@ class ShardedQueue(Queue):
     def _split(self, rows: np.ndarray) -> jax.Array:
         """Row i on this process's device i, as a part of an array of one dimension."""
         shape = (self._sharding.size * rows.shape[1],)
-        return self._joined(shape, self._sharding.placed(self._sharding.axis), rows)
+        return self._joined(shape, self._sharding.placed(self._sharding.split), rows)
 
     def _joined(self, shape: tuple[int, ...], placement: Any, parts: Any) -> jax.Array:
         """An array over the mesh of the parts of this process's devices."""
@@ -221,7 +232,7 @@ class ShardedQueue(Queue):
         )
 
     def first_cache(self, generation: list[tuple[int, int, list[int]]]) -> KVCache:
-        """The first cache of a generation. Lengths are the least over the shards.
+        """The first cache of a generation. Lengths are the least over the shards of a replica.
 
         Args:
             generation: number, epoch and lengths of each shard.
@@ -230,18 +241,17 @@ class ShardedQueue(Queue):
         lengths = np.asarray([own for _, _, own in generation], np.int32)
         cache = self.joined_cache(generation, lengths)
         least, most = self._bounds(lengths)
-        shorter = np.flatnonzero(least != most).tolist()
-        if not shorter:
+        shorter = np.flatnonzero(least != most)
+        if not shorter.size:
             return cache
         with self._lock, no_mesh():
             pool.cut(least.tolist())
-            return set_lengths(
-                cache, *map(self.put, (np.asarray(shorter, np.int32), least[shorter]))
-            )
+            return set_lengths(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
 
     def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the greatest length of each slot, of int32[shards, max_slots]."""
-        return lengths.min(axis=0), lengths.max(axis=0)
+        """The least and the greatest length of each slot of the pool, of those of the shards."""
+        each = lengths.reshape(self._sharding.replicas, -1, lengths.shape[1])
+        return each.min(axis=1).reshape(-1), each.max(axis=1).reshape(-1)
 
     def _check_arrays(self, op: str, cache: KVCache) -> None:
         size = self._sharding.size
@@ -250,8 +260,8 @@ class ShardedQueue(Queue):
                 f"{op}: the cache is not that of a pool over this mesh: pass the cache that this "
                 "pool's newest call, or a program outside of jax.shard_map, returned"
             )
-        shapes = ((2 * size,), (size,), (size * cache.spec.max_slots,))
-        wanted = self._sharding.placed(self._sharding.axis)
+        shapes = ((2 * size,), (size,), (size * self._sharding.local.max_slots,))
+        wanted = self._sharding.placed(self._sharding.split)
         for name, array, shape in zip(FIELDS, arrays_of(cache), shapes, strict=True):
             check_array(op, name, array, shape)
             if not array.sharding.is_equivalent_to(wanted, 1):

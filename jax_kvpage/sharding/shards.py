@@ -1,8 +1,7 @@
 """ShardedPool: the compiled pools of all devices, called as if they were one.
 
-Each pool gets the same calls in the same order, so that they decide alike: a slot has the same
-number everywhere, and so have blocks. A call that fails on one device is undone on those before it.
-Results are compared, and a difference is an error.
+Each pool gets the same calls in the same order, so that they decide alike: slots and blocks have
+the same numbers everywhere. What fails on one is undone on those before; a difference is an error.
 """
 
 import contextlib
@@ -56,7 +55,7 @@ class ShardedPool:
         self.settle: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """While a call goes from shard to shard: programs map nothing in between.
 
         What a program waits for must not happen in here.
@@ -92,7 +91,7 @@ class ShardedPool:
             done: list[int] = []
             results: list[Any] = []
             try:
-                with self._together():
+                with self.together():
                     for i in range(len(self.shards)):
                         done.append(i)  # before the call: a signal may come after its end
                         results.append(attempt(i))  # also where another has failed: see below
@@ -131,7 +130,7 @@ class ShardedPool:
             self._give_back(forget)
 
     def _give_back(self, forget: bool) -> None:
-        with self._together():
+        with self.together():
             for shard in self.shards:
                 try:
                     if forget:
@@ -175,7 +174,7 @@ class ShardedPool:
 
     def undo(self, decision: ShardedDecision) -> None:
         """See `_native.Pool`."""
-        with self._together():
+        with self.together():
             for shard, part in zip(self.shards, decision.parts, strict=True):
                 shard.undo(part)
 
@@ -183,7 +182,7 @@ class ShardedPool:
 
     def _retract(self, slots: Sequence[int]) -> None:
         """No shard keeps more room and committed tokens for these slots than another."""
-        with self._together():
+        with self.together():
             tables = [{row.slot: row for row in shard.rows()} for shard in self.shards]
             for slot in slots:
                 rows = [table[slot] for table in tables if slot in table]
@@ -231,7 +230,7 @@ class ShardedPool:
 
     def _each(self, op: str, *args: Any) -> Any:
         self.settle()
-        with self._together():
+        with self.together():
             results = [getattr(shard, op)(*args) for shard in self.shards]
         if any(result != results[0] for result in results):
             raise KVPageError(f"{op}: the devices of the mesh do not agree: {results}")
@@ -260,7 +259,7 @@ class ShardedPool:
     def trim(self) -> int:
         """See `_native.Pool`."""
         self.settle()
-        with self._together():
+        with self.together():
             return min(shard.trim() for shard in self.shards)
 
     # ---- looking ----
@@ -318,10 +317,9 @@ class ShardedPool:
         """Those of the first shard; bytes and calls of all together."""
         all_numbers = [shard.numbers() for shard in self.shards]
         first = all_numbers[0]
-        names = [name for name in dir(first) if not name.startswith("_")]
-        joined = {name: getattr(first, name) for name in names}
-        joined |= {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS}
-        return types.SimpleNamespace(**joined)
+        own = {name: getattr(first, name) for name in dir(first) if not name.startswith("_")}
+        sums = {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS}
+        return types.SimpleNamespace(**own | sums)
 
     # ---- the whole pool ----
 
@@ -337,6 +335,10 @@ class ShardedPool:
             for row in shard.rows():
                 if not row.draining and row.committed > max(lengths[row.slot], 0):
                     shard.retract(row.slot, row.reserved, max(lengths[row.slot], 0))
+
+    def swap_writes(self) -> int:
+        """None: such a pool has no store."""
+        return 0
 
     def wait_for_drain(self, seconds: float) -> bool:
         """See `_native.Pool`."""

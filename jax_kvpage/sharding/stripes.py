@@ -28,6 +28,7 @@ class StripeSharding(AxisSharding):
         stripe_tokens: neighbouring tokens that one device holds.
     """
 
+    axis: str
     stripe_tokens: int = STRIPE_TOKENS
 
     @classmethod
@@ -37,7 +38,7 @@ class StripeSharding(AxisSharding):
         Raises:
             ValueError: a mesh, axis or max_seq_len that cannot be used, with all reasons.
         """
-        reasons = mesh_problems(mesh, axis, "sequence_axis")
+        reasons = mesh_problems(mesh, sequence_axis=axis)
         devices = int(mesh.shape[axis])
         unit, tokens = devices * STRIPE_TOKENS, spec.max_seq_len
         if tokens % unit:

@@ -13,7 +13,8 @@ class PoolMemory:
         pool: the memory.
 
     Raises:
-        ValueError: a pool whose sequences are spread over devices.
+        ValueError: a pool whose sequences are spread over devices, or whose slots are split over
+            replicas.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -21,6 +22,11 @@ class PoolMemory:
             raise ValueError(
                 "Engine: the pool's sequences are spread over a mesh, which has no commit, forks "
                 "or prefix cache: use a pool on one device, or with its heads spread (axis=...)"
+            )
+        if pool.replicas > 1:
+            raise ValueError(
+                f"Engine: pool: wanted one replica, got a pool with {pool.replicas} (data_axis): "
+                "make a pool and an engine for each part of the mesh"
             )
         spec = pool.spec
         assert spec.block_tokens is not None

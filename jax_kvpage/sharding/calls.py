@@ -1,0 +1,67 @@
+"""Host calls that tell the replicas of a pool apart."""
+
+from typing import Any
+
+import jax
+
+from jax_kvpage import events as kv_events
+from jax_kvpage._arrays import host_int
+from jax_kvpage._native_pool import NativePool
+from jax_kvpage._queue import Queue
+from jax_kvpage.spec import CacheSpec
+from jax_kvpage.stats import PoolStats, make_stats
+
+__all__ = ["ReplicaCalls"]
+
+
+class ReplicaCalls:
+    """The part of `KVPool` for pools whose slots are split over a mesh axis (`data_axis`).
+
+    Other pools are one replica.
+    """
+
+    spec: CacheSpec
+    device: jax.Device
+    _native: NativePool
+    _pool: Any
+    _queue: Queue
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas the slots are split over."""
+        sharding = self._native.sharding
+        return 1 if sharding is None else sharding.replicas
+
+    def replica_of(self, slot: int) -> int:
+        """The replica that a slot belongs to; there it is `slot % (max_slots // replicas)`.
+
+        Raises:
+            ValueError: a slot that does not exist.
+        """
+        slot, count = host_int("replica_of: slot", slot), self.spec.max_slots
+        if not 0 <= slot < count:
+            raise ValueError(f"replica_of: slot {slot} does not exist, slots are 0..{count - 1}")
+        return slot // (count // self.replicas)
+
+    def replica_stats(self) -> list[PoolStats]:
+        """The accounts of each replica; `stats` has their sums.
+
+        `waits` has only what the replica itself has counted: calls on all of them are in `stats`.
+        """
+        return [make_stats(self._native.call(one.numbers), host_waits=0) for one in self._each()]
+
+    def replica_events(self) -> list[list[kv_events.Event]]:
+        """What the prefix cache of each replica stored and removed since the last call.
+
+        As `KVPool.events`, a list for each replica: what one drops, another may still have. vLLM's
+        readers tell them apart by `data_parallel_rank`.
+        """
+        medium = "CPU" if self.device.platform == "cpu" else "GPU"
+        tokens = self.spec.block_tokens or 1
+        return [
+            kv_events.of_native(self._native.call(one.events), tokens, medium)
+            for one in self._each()
+        ]
+
+    def _each(self) -> list[Any]:
+        return list(getattr(self._pool, "replicas", [self._pool]))

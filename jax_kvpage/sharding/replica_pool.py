@@ -1,0 +1,249 @@
+"""ReplicatedPool: the compiled pools of all replicas, called as if they were one.
+
+Each call goes to the replicas whose slots it names, and a request to the one that `placement` says.
+A call that fails on one replica is undone on those before it.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_kvpage._native import Code, Reason
+from jax_kvpage.sharding.placement import Request, place
+from jax_kvpage.sharding.replica_table import ReplicaTable, plain
+from jax_kvpage.sharding.shards import Edits
+
+__all__ = ["ReplicatedDecision", "ReplicatedPool"]
+
+
+class ReplicatedDecision:
+    """A decision of each replica.
+
+    Args:
+        make: makes an empty decision of one replica.
+        replicas: how many there are.
+        slots: the slots of each.
+
+    Attributes:
+        parts: the decisions.
+    """
+
+    def __init__(self, make: Callable[[], Any], replicas: int, slots: int) -> None:
+        self._make, self._slots = make, slots
+        self.parts = [make() for _ in range(replicas)]
+
+    def renew(self) -> None:
+        """Starts again, after the parts were undone."""
+        self.parts = [self._make() for _ in self.parts]
+
+    @property
+    def edits(self) -> Edits:
+        """Of all replicas, with the numbers of the whole pool."""
+        return [
+            (opcode, slot + begin, length, donor + begin if donor >= 0 else donor)
+            for replica, part in enumerate(self.parts)
+            for begin in (replica * self._slots,)
+            for opcode, slot, length, donor in part.edits
+        ]
+
+
+class ReplicatedPool(ReplicaTable):
+    """`_native.Pool` for several replicas: the calls that decide."""
+
+    # ---- placing requests ----
+
+    def _placed(
+        self,
+        decision: ReplicatedDecision,
+        requests: Sequence[Request],
+        attempt: Callable[[int, list[int]], Any],
+    ) -> Any:
+        """Makes a claim for each request on the replica that it is placed on; all or none.
+
+        Args:
+            decision: of the call, empty.
+            requests: what is wanted.
+            attempt: claims these requests (indices) on a replica.
+        """
+        limits = [len(requests)] * len(self.replicas)
+        failed: list[Any] = []
+        while True:
+            where = self._places(requests, limits)
+            if where is None:  # what has come closest says why
+                return max(failed, key=lambda claim: (claim.draining > 0, claim.free))
+            done: list[tuple[int, list[int], Any]] = []
+            for replica in sorted(set(where)):
+                members = [i for i, at in enumerate(where) if at == replica]
+                with self._on(replica):
+                    claim = attempt(replica, members)
+                if not claim.ok:
+                    break
+                done.append((replica, members, claim))
+            else:
+                return self._joined(len(requests), done)
+            self.undo(decision)
+            decision.renew()
+            if claim.code is not Code.RESOURCE_EXHAUSTED:
+                return self._told(replica, claim)
+            failed.append(self._told(replica, claim))
+            limits[replica] = len(members) - 1
+
+    def _places(
+        self, requests: Sequence[Request], limits: list[int], sure: bool = False
+    ) -> list[int] | None:
+        """The replica of each request, none with more than `limits` of them.
+
+        Where the pools' accounts promise no room it is tried all the same, unless `sure`: the claim
+        that fails says what is missing.
+        """
+        numbers = self.each_numbers()
+        loads = [n.blocks_mapped * self._block_tokens // self._ranges for n in numbers]
+
+        def promised(replica: int, members: list[int], missing: list[int]) -> bool:
+            if len(members) > limits[replica]:
+                return False
+            claim = self.replicas[replica].can_acquire([max(tokens, 0) for tokens in missing])
+            return claim.ok or claim.code is not Code.RESOURCE_EXHAUSTED
+
+        where = place(requests, loads, self._block_tokens, promised)
+        if where is not None or sure:
+            return where
+        return place(
+            requests, loads, self._block_tokens, lambda replica, m, _: len(m) <= limits[replica]
+        )
+
+    def _joined(self, count: int, done: Sequence[tuple[int, list[int], Any]]) -> Any:
+        """One claim of the claims of (replica, its requests), with numbers of the whole pool."""
+        joined: dict[str, list[Any]] = {
+            name: [-1 if name in ("sources", "leaders") else 0] * count
+            for name in ("slots", "tokens", "shared", "sources", "leaders", "stored")
+        }
+        for replica, members, claim in done:
+            begin = replica * self.slots
+            for name, values in joined.items():
+                own = getattr(claim, name)
+                for index, value in zip(members, own, strict=False):  # some claims lack some
+                    if name in ("slots", "sources") and value >= 0:
+                        value += begin
+                    if name == "leaders" and value >= 0:
+                        value = members[value]
+                    values[index] = value
+        return types.SimpleNamespace(ok=True, code=Code.OK, reason=Reason.NONE, **joined)
+
+    def _plain_requests(self, num_tokens: Sequence[int]) -> list[Request]:
+        nothing = [0] * len(self.replicas)
+        return [Request(tokens, tokens, nothing) for tokens in num_tokens]
+
+    def acquire(self, decision: ReplicatedDecision, num_tokens: list[int]) -> Any:
+        """See `_native.Pool`. Each request goes to the replica with most free blocks."""
+
+        def attempt(replica: int, members: list[int]) -> Any:
+            wanted = [num_tokens[i] for i in members]
+            return self.replicas[replica].acquire(decision.parts[replica], wanted)
+
+        return self._placed(decision, self._plain_requests(num_tokens), attempt)
+
+    def can_acquire(self, num_tokens: list[int]) -> Any:
+        """See `_native.Pool`."""
+        requests = self._plain_requests(num_tokens)
+        wrong = self.replicas[0].can_acquire(num_tokens)
+        if not wrong.ok and wrong.code is not Code.RESOURCE_EXHAUSTED:
+            return wrong
+        ok = self._places(requests, [len(requests)] * len(self.replicas), sure=True) is not None
+        return plain(wrong, ok=ok)
+
+    def acquire_prefix(
+        self,
+        decision: ReplicatedDecision,
+        ids: list[np.ndarray],
+        num_tokens: list[int],
+        space: str,
+        whole: bool,
+        unit: int,
+        least: int,
+    ) -> Any:
+        """See `_native.Pool`. Each request goes where it costs least."""
+
+        def attempt(replica: int, members: list[int]) -> Any:
+            own_ids, own_tokens = [ids[i] for i in members], [num_tokens[i] for i in members]
+            part = decision.parts[replica]
+            return self.replicas[replica].acquire_prefix(
+                part, own_ids, own_tokens, space, whole, unit, least
+            )
+
+        requests = []
+        for own, tokens in zip(ids, num_tokens, strict=True):
+            cached = [
+                replica.find_prefix(space, own, whole) // unit * unit for replica in self.replicas
+            ]
+            found = [count if count >= least else 0 for count in cached]
+            requests.append(Request(len(own), tokens, found, own))
+        return self._placed(decision, requests, attempt)
+
+    # ---- decisions about slots ----
+
+    def undo(self, decision: ReplicatedDecision) -> None:
+        """See `_native.Pool`."""
+        for replica, part in zip(self.replicas, decision.parts, strict=True):
+            replica.undo(part)
+
+    def fork(
+        self,
+        decision: ReplicatedDecision,
+        verb: str,
+        requests: Sequence[tuple[int, int]],
+        released: Sequence[int],
+    ) -> Any:
+        """See `_native.Pool`. A fork stays on the replica of its donor."""
+        groups = self._grouped(verb, [*[donor for donor, _ in requests], *released])
+        done = []
+        for replica, indices in groups.items():
+            members = [i for i in indices if i < len(requests)]
+            own = [(requests[i][0] % self.slots, requests[i][1]) for i in members]
+            dead = [released[i - len(requests)] % self.slots for i in indices[len(members) :]]
+            with self._on(replica) as pool:
+                claim = pool.fork(decision.parts[replica], verb, own, dead)
+            if not claim.ok:
+                self.undo(decision)
+                decision.renew()
+                return self._told(replica, claim)
+            done.append((replica, members, claim))
+        return self._joined(len(requests), done)
+
+    def _decide(
+        self, op: str, decision: ReplicatedDecision, slots: Sequence[int], *args: Any
+    ) -> Any:
+        """Makes a call with slots and a number for each on their replicas; all or none."""
+        values, *rest = args
+        claim: Any = None
+        for replica, indices in self._grouped(op, slots).items():
+            own = [slots[i] % self.slots for i in indices]
+            with self._on(replica) as pool:
+                claim = getattr(pool, op)(
+                    decision.parts[replica], own, [values[i] for i in indices], *rest
+                )
+            if claim is not None and not claim.ok:
+                self.undo(decision)
+                decision.renew()
+                return self._told(replica, claim)
+        return claim
+
+    def truncate(self, decision: ReplicatedDecision, *args: Any) -> Any:
+        """See `_native.Pool`."""
+        return self._decide("truncate", decision, *args)
+
+    def drop_before(self, decision: ReplicatedDecision, *args: Any) -> None:
+        """See `_native.Pool`."""
+        self._decide("drop_before", decision, *args)
+
+    def start_edits(self, decision: ReplicatedDecision, verb: str, edits: Edits) -> None:
+        """See `_native.Pool`."""
+        for replica, indices in self._grouped(verb, [slot for _, slot, *_ in edits]).items():
+            own = [
+                (opcode, slot % self.slots, length, donor % self.slots if donor >= 0 else donor)
+                for opcode, slot, length, donor in (edits[i] for i in indices)
+            ]
+            with self._on(replica) as pool:
+                pool.start_edits(decision.parts[replica], verb, own)

@@ -1,0 +1,306 @@
+"""ReplicaTable: whose slots are whose, and calls on all replicas that can be taken back directly.
+
+Slots have numbers of the whole pool here: replica r has `slots` of them, from `r * slots` on.
+"""
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax_kvpage import _native
+from jax_kvpage._native import Code, Reason
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["ReplicaTable", "plain"]
+
+
+def plain(value: Any, **changes: Any) -> types.SimpleNamespace:
+    """A row or a claim of the compiled pool that can be changed."""
+    names = [name for name in dir(value) if not name.startswith("_")]
+    return types.SimpleNamespace(**{name: getattr(value, name) for name in names} | changes)
+
+
+def _of_several(replica: Any) -> bool:
+    """Whether this is a `ShardedPool`, not the compiled pool of one device."""
+    return hasattr(replica, "shards")
+
+
+class ReplicaTable:
+    """The pools of all replicas, and the calls that need no decision.
+
+    Args:
+        replicas: the pool of each, new: a `_native.Pool` or a `ShardedPool`.
+        spec: of one replica, resolved.
+
+    Attributes:
+        replicas: the pools.
+        slots: how many slots each has.
+        shards: the compiled pools of all devices, in their order.
+    """
+
+    def __init__(self, replicas: Sequence[Any], spec: CacheSpec) -> None:
+        self.replicas = list(replicas)
+        self.slots = spec.max_slots
+        self._block_tokens = spec.block_tokens or 1
+        self._ranges = spec.num_ranges
+        self._settle: Callable[[], None] = lambda: None
+
+    @property
+    def shards(self) -> list[Any]:
+        """See the class."""
+        return [shard for one in self.replicas for shard in getattr(one, "shards", [one])]
+
+    @property
+    def settle(self) -> Callable[[], None]:
+        """What waits for programs that give blocks up, where replicas have several devices."""
+        return self._settle
+
+    @settle.setter
+    def settle(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
+        for replica in self.replicas:
+            if _of_several(replica):
+                replica.settle = settle
+
+    # ---- whose slots ----
+
+    def _owner(self, op: str, slot: int) -> tuple[int, int]:
+        """The replica of a slot, and the slot's number there."""
+        count = self.slots * len(self.replicas)
+        if not 0 <= slot < count:
+            message = f"{op}: slot {slot} does not exist, slots are 0..{count - 1}"
+            raise _native.StatusError(Code.OUT_OF_RANGE, Reason.NONE, message)
+        return divmod(slot, self.slots)
+
+    def _grouped(self, op: str, slots: Sequence[int]) -> dict[int, list[int]]:
+        """For each replica the indices of its slots; for no slots, none of the first."""
+        groups: dict[int, list[int]] = {}
+        for index, slot in enumerate(slots):
+            groups.setdefault(self._owner(op, slot)[0], []).append(index)
+        return dict(sorted(groups.items())) or {0: []}
+
+    def _note(self, replica: int) -> str:
+        """Explains the slot numbers in a message of a replica."""
+        first = replica * self.slots
+        return f" (in replica {replica}, whose slot 0 is slot {first} of the pool)"
+
+    @contextlib.contextmanager
+    def _on(self, replica: int) -> Iterator[Any]:
+        """The pool of a replica; what it fails with says whose slots it speaks of."""
+        try:
+            yield self.replicas[replica]
+        except _native.StatusError as error:
+            code, reason, message = error.args
+            raise _native.StatusError(code, reason, message + self._note(replica)) from None
+
+    def _at(self, op: str, slot: int, *args: Any) -> Any:
+        replica, own = self._owner(op, slot)
+        with self._on(replica) as pool:
+            return getattr(pool, op)(own, *args)
+
+    def _told(self, replica: int, claim: Any) -> Any:
+        return plain(claim, message=claim.message + self._note(replica))
+
+    # ---- room and commitments ----
+
+    def extend(self, slots: list[int], num_tokens: list[int]) -> Any:
+        """See `_native.Pool`."""
+        groups = self._grouped("extend", slots)
+        before = {row.slot: row for row in self.rows()} if len(groups) > 1 else {}
+        done: list[int] = []
+        claim: Any = None
+        try:
+            for replica, indices in groups.items():
+                done += indices  # before the call: a signal may come between its end and here
+                own = [slots[i] % self.slots for i in indices]
+                with self._on(replica) as pool:
+                    claim = pool.extend(own, [num_tokens[i] for i in indices])
+                if not claim.ok:
+                    self._retract(before, [slots[i] for i in done])
+                    return self._told(replica, claim)
+        except BaseException:
+            self._retract(before, [slots[i] for i in done])
+            raise
+        return claim
+
+    def _retract(self, before: dict[int, Any], slots: Sequence[int]) -> None:
+        """Slots have no more room than before."""
+        for slot in slots:
+            row = before.get(slot)
+            if row is not None and not row.draining:
+                replica, own = divmod(slot, self.slots)
+                self._retract_on(self.replicas[replica], own, row.reserved, row.committed)
+
+    def _retract_on(self, replica: Any, slot: int, reserved: int, committed: int) -> None:
+        if not _of_several(replica):
+            replica.retract(slot, reserved, committed)
+            return
+        with replica.together():
+            for shard in replica.shards:
+                shard.retract(slot, reserved, committed)
+
+    def commit(self, slot: int, token_ids: list[int]) -> None:
+        """See `_native.Pool`."""
+        self._at("commit", slot, token_ids)
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """No replica of several devices keeps committed tokens beyond these, of all slots."""
+        for i, replica in enumerate(self.replicas):
+            if _of_several(replica):
+                replica.cut(lengths[i * self.slots : (i + 1) * self.slots])
+
+    # ---- the prefix caches ----
+
+    def find_prefix(self, *args: Any) -> int:
+        """The most that a replica has."""
+        return max(int(replica.find_prefix(*args)) for replica in self.replicas)
+
+    def pin(self, *args: Any) -> int:
+        """Pins on every replica what is there; the most that one has."""
+        return max(int(replica.pin(*args)) for replica in self.replicas)
+
+    def unpin(self, *args: Any) -> None:
+        """See `_native.Pool`."""
+        for replica in self.replicas:
+            replica.unpin(*args)
+
+    def hint(self, *args: Any) -> None:
+        """See `_native.Pool`."""
+        for replica in self.replicas:
+            replica.hint(*args)
+
+    def evict(self, blocks: int) -> int:
+        """Evicts on all replicas in equal parts, then where there is more to evict."""
+        freed = 0
+        for _ in range(2):
+            for left in range(len(self.replicas), 0, -1):
+                if blocks > freed:
+                    freed += int(self.replicas[-left].evict(-(-(blocks - freed) // left)))
+        return freed
+
+    def events(self) -> Any:
+        """Refused: a block that one replica drops may still be found on another."""
+        raise _native.StatusError(
+            Code.INVALID_ARGUMENT,
+            Reason.NONE,
+            "events: each replica has a prefix cache of its own: read their events with "
+            "replica_events(), a list for each replica",
+        )
+
+    # ---- memory ----
+
+    def trim(self) -> int:
+        """See `_native.Pool`."""
+        return sum(int(replica.trim()) for replica in self.replicas)
+
+    def resize(self, capacity_bytes: int) -> Any:
+        """Changes the budget, given in bytes of all replicas; all or none."""
+        share = capacity_bytes // len(self.replicas)
+        before = [n.blocks_total * n.block_bytes for n in self.each_numbers()]
+        done: list[int] = []
+        claim: Any = None
+        try:
+            for i, replica in enumerate(self.replicas):
+                done.append(i)
+                with self._on(i):
+                    claim = replica.resize(share)
+                if not claim.ok:
+                    break
+            else:
+                return claim
+        except BaseException:
+            self._resize_back(done, before)
+            raise
+        self._resize_back(done, before)
+        return self._told(done[-1], claim)
+
+    def _resize_back(self, done: Sequence[int], before: Sequence[int]) -> None:
+        for i in done[:-1]:
+            self.replicas[i].resize(before[i])
+
+    # ---- looking ----
+
+    @property
+    def id(self) -> int:
+        """Of the first shard."""
+        return int(self.shards[0].id)
+
+    @property
+    def closed(self) -> bool:
+        """See `_native.Pool`."""
+        return all(replica.closed for replica in self.replicas)
+
+    def shares_behind(self, slot: int, num_tokens: int) -> bool:
+        """See `_native.Pool`."""
+        return bool(self._at("shares_behind", slot, num_tokens))
+
+    def drops(self, slot: int, num_tokens: int) -> bool:
+        """See `_native.Pool`."""
+        return bool(self._at("drops", slot, num_tokens))
+
+    def committed(self, slot: int) -> list[int]:
+        """See `_native.Pool`."""
+        return list(self._at("committed", slot))
+
+    def block_map(self, slot: int) -> Any:
+        """See `_native.Pool`. Blocks have the numbers of the replica."""
+        return self._at("block_map", slot)
+
+    def block_owners(self, slot: int) -> Any:
+        """See `_native.Pool`. Blocks have the numbers of the replica."""
+        begin = self._owner("block_map", slot)[0] * self.slots
+        return [
+            [
+                plain(
+                    row,
+                    slots=[one + begin for one in row.slots],
+                    owner=row.owner + begin if row.owner >= 0 else row.owner,
+                )
+                for row in blocks
+            ]
+            for blocks in self._at("block_owners", slot)
+        ]
+
+    def rows(self) -> list[Any]:
+        """Of each slot that a replica has."""
+        return [
+            plain(row, slot=row.slot + i * self.slots)
+            for i, replica in enumerate(self.replicas)
+            for row in replica.rows()
+        ]
+
+    def each_numbers(self) -> list[Any]:
+        """Those of each replica."""
+        return [replica.numbers() for replica in self.replicas]
+
+    def numbers(self) -> Any:
+        """Sums over the replicas; the size of a block is that of one."""
+        each = [plain(numbers) for numbers in self.each_numbers()]
+        joined = {name: sum(getattr(n, name) for n in each) for name in vars(each[0])}
+        return types.SimpleNamespace(**joined | {"block_bytes": each[0].block_bytes})
+
+    def swap_writes(self) -> int:
+        """None: such a pool has no store."""
+        return 0
+
+    # ---- the whole pool ----
+
+    def new_generation(self) -> list[tuple[int, int, list[int]]]:
+        """Generation, epoch and lengths of each shard."""
+        return [
+            generation
+            for replica in self.replicas
+            for own in (replica.new_generation(),)
+            for generation in (own if _of_several(replica) else [own])
+        ]
+
+    def wait_for_drain(self, seconds: float) -> bool:
+        """See `_native.Pool`. Looks at one replica after the other."""
+        draining = [r for r in self.replicas if any(row.draining for row in r.rows())]
+        return any(replica.wait_for_drain(seconds / len(draining)) for replica in draining)
+
+    def close(self) -> None:
+        """See `_native.Pool`."""
+        for replica in self.replicas:
+            replica.close()

@@ -1,0 +1,108 @@
+"""What stands behind a `KVPool` whose slots are split over a mesh axis (data parallelism).
+
+Each replica, a row of the mesh along that axis, has its own slots, blocks and prefix cache. The
+cache is one value and every step one program for all of them. A program that the host queues has a
+part for each replica with what changes there, padded to one size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_kvpage import _native
+from jax_kvpage._edit_rows import edit_rows
+from jax_kvpage._native_pool import NativePool, PoolOptions
+from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
+from jax_kvpage.sharding.replica_pool import ReplicatedDecision, ReplicatedPool
+from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
+from jax_kvpage.spec import CacheSpec
+
+__all__ = ["ReplicatedNativePool", "ReplicatedQueue", "replicated"]
+
+_Rows = Sequence[tuple[int, int, int, int]]
+
+
+def replicated(
+    spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
+) -> tuple["ReplicatedNativePool", "ReplicatedQueue"]:
+    """What stands behind a pool with replicas; see `KVPool` for the arguments.
+
+    Raises:
+        ValueError: a capacity, spec or device that cannot work.
+        OutOfBlocks: more capacity than there is memory.
+    """
+    total = total_bytes(capacity, sharding)
+    native = ReplicatedNativePool(*resolved(spec, sharding, total), options)
+    return native, ReplicatedQueue(native)
+
+
+class ReplicatedNativePool(ShardedNativePool):
+    """The compiled pools of all replicas."""
+
+    def joined(self, shards: Sequence[Any]) -> Any:
+        """The pools of all replicas as one."""
+        parts = self.sharding.parts
+        replicas = [
+            shards[i] if parts == 1 else ShardedPool(shards[i : i + parts])
+            for i in range(0, len(shards), parts)
+        ]
+        return ReplicatedPool(replicas, self.sharding.local)
+
+    def decision(self) -> Any:
+        """An empty decision of all replicas."""
+        sharding = self.sharding
+
+        def make() -> Any:
+            alone = sharding.parts == 1
+            return _native.Decision() if alone else ShardedDecision(sharding.parts)
+
+        return ReplicatedDecision(make, sharding.replicas, sharding.local.max_slots)
+
+    def failed_claim(self, op: str, claim: Any, *args: Any, **kwargs: Any) -> Exception:
+        """See `NativePool`. Numbers are those of the replica that came closest."""
+        error = NativePool.failed_claim(self, op, claim, *args, **kwargs)
+        if claim.code is not _native.Code.RESOURCE_EXHAUSTED:
+            return error
+        note = (
+            f"; the pool has {self.sharding.replicas} replicas of {self.sharding.local.max_slots} "
+            "slots, and these are the numbers of the one that came closest. A sequence, and its "
+            "forks, stay on their replica: release it and acquire_prefix the tokens again to have "
+            "it placed anew"
+        )
+        error.args = (f"{error.args[0]}{note}", *error.args[1:])
+        return error
+
+
+class ReplicatedQueue(ShardedQueue):
+    """The programs that such a pool queues: one for all replicas, with a part for each."""
+
+    def _marks(self, edits: _Rows) -> bool:
+        # A replica of one device decides by its own accounts, as a pool on one device does.
+        return self._sharding.parts > 1 and super()._marks(edits)
+
+    def _note(self, marker: Any) -> None:
+        if self._sharding.parts > 1:
+            super()._note(marker)
+
+    def _edit_rows(self, rows: _Rows, slots: Sequence[int]) -> np.ndarray:
+        """Rows as `edit_slots` takes them: those of each replica, padded to equal parts.
+
+        Args:
+            rows: with slots of the whole pool.
+            slots: which of a row's numbers are slots, the first one of those never negative.
+        """
+        count, size = self._sharding.replicas, self._sharding.local.max_slots
+        parts: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
+        for row in rows:
+            own = [
+                value % size if i in slots and value >= 0 else value for i, value in enumerate(row)
+            ]
+            parts[row[slots[0]] // size].append(tuple(own))
+        most = max(map(len, parts))
+        filled = [part + [(-1,) * 4] * (most - len(part)) for part in parts]
+        return np.concatenate([edit_rows(part, 4) for part in filled])
+
+    def _rows(self, edits: _Rows, copies: _Rows) -> tuple[np.ndarray, np.ndarray]:
+        return self._edit_rows(edits, (1, 3)), self._edit_rows(copies, (0, 1))
