@@ -299,6 +299,10 @@ def refusals() -> None:
         other = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("tp",))
         with pytest.raises(ValueError, match="none of its devices belongs to this process"):
             kvp.KVPool(make_spec(KV_HEADS), "1MiB", mesh=other, axis="tp")
+    everywhere = jax.sharding.Mesh(np.asarray(jax.devices()), ("dp",))
+    many = "slots can be split .data_axis. over the devices of one process only(?s:.)*max_slots=5"
+    with pytest.raises(ValueError, match=many):
+        kvp.KVPool(make_spec(KV_HEADS, max_slots=5), "1MiB", mesh=everywhere, data_axis="dp")
     # One process has less to say about its memory, has no memory, or asks for something else.
     for name, error in (
         ("process_queue.total_bytes", ValueError("injected")),

@@ -2,7 +2,9 @@
 
 The step is the model under `jax.shard_map`. Each device has a part of the weights: rows
 of the projections that begin a block, columns of those that end it, whose products are summed over
-the devices. The embedding and the norms are on all devices.
+the devices. The embedding and the norms are on all devices. A mesh with a second axis has replicas
+of the model along it, each with its own sequences (`KVPool(data_axis=...)`); the command and the
+engine run one replica.
 """
 
 import dataclasses
@@ -22,25 +24,25 @@ from .model import Llama
 from .prompts import InputError
 from .serving import model_step
 
-__all__ = ["AXIS", "make_mesh", "pool_bytes", "sharded_step"]
+__all__ = ["AXIS", "DATA_AXIS", "make_mesh", "pool_bytes", "sharded_step"]
 
-AXIS = "tp"
+AXIS, DATA_AXIS = "tp", "dp"
 
 # Of each fused projection the number of heads, and the rows of a head.
 _Parts = list[tuple[int, int]]
 
 
-def make_mesh(size: int, config: LlamaConfig) -> Mesh:
-    """The first `size` devices.
+def make_mesh(size: int, config: LlamaConfig, replicas: int = 1) -> Mesh:
+    """The first `size` devices, or as many for each of several replicas.
 
     Raises:
       InputError: There are fewer, or the model cannot be divided among them.
     """
-    devices = jax.devices()
-    if len(devices) < size:
+    devices, count = jax.devices(), replicas * size
+    if len(devices) < count:
         raise InputError(
             f"--mesh {AXIS}={size}: JAX has {len(devices)} devices; on CPU set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={size} before it starts"
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before it starts"
         )
     kv_heads = config.num_key_value_heads
     sizes = {
@@ -52,8 +54,9 @@ def make_mesh(size: int, config: LlamaConfig) -> Mesh:
         wrong.append(f"{kv_heads} key/value heads")
     if wrong:
         raise InputError(f"--mesh {AXIS}={size} does not divide the model's {' and '.join(wrong)}")
-    types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((size,), (AXIS,), axis_types=types, devices=devices[:size])
+    shape, names = ((size,), (AXIS,)) if replicas == 1 else ((replicas, size), (DATA_AXIS, AXIS))
+    types = (jax.sharding.AxisType.Auto,) * len(names)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices[:count])
 
 
 def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, size: int) -> int:
@@ -68,7 +71,7 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
 
     Args:
       model: Its weights are taken apart.
-      mesh: Of `make_mesh`.
+      mesh: Of `make_mesh`. With replicas, tokens, batch and logits have a part for each.
       implementation: As for `jax_kvpage.update_and_attend`.
     """
     size = mesh.shape[AXIS]
@@ -88,8 +91,11 @@ def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[
         weights.append(_placed(np.asarray(value), NamedSharding(mesh, spec)))
         specs.append(spec)
 
+    cache, rows = P(AXIS), P()
+    if DATA_AXIS in mesh.axis_names:
+        cache, rows = P((DATA_AXIS, AXIS)), P(DATA_AXIS)
     step = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(P(), P(AXIS))
+        on_shard, mesh=mesh, in_specs=(specs, cache, rows, rows), out_specs=(rows, cache)
     )
     return step, weights
 

@@ -1,0 +1,105 @@
+"""Pools whose slots are split over a mesh axis, and steps, for their tests.
+
+Imported in processes with several CPU devices (`mesh_rig.EIGHT_DEVICES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from mesh_rig import HEAD_DIM, make_spec
+
+import jax_kvpage as kvp
+
+# (replicas, devices of each)
+SHAPES = ((2, 1), (2, 2), (4, 1), (4, 2), (2, 4), (8, 1))
+
+
+def make_mesh(replicas: int, parts: int, kind: str = "Auto") -> Mesh:
+    types = (getattr(AxisType, kind),) * 2
+    devices = jax.devices()[: replicas * parts]
+    return jax.make_mesh((replicas, parts), ("dp", "tp"), axis_types=types, devices=devices)
+
+
+def make_pool(
+    replicas: int,
+    parts: int,
+    kv_heads: int = 4,
+    *,
+    kind: str = "Auto",
+    capacity: Any = None,
+    **changes: Any,
+) -> kvp.KVPool:
+    """A pool of two slots a replica, unless told otherwise; 64 blocks of 32 tokens each."""
+    changes = {"max_slots": 2 * replicas} | changes
+    spec = make_spec(kv_heads, **changes)
+    size = replicas * 64 * 32 * spec.token_bytes * max(parts // kv_heads, 1)
+    axis = "tp" if parts > 1 else None
+    return kvp.KVPool(
+        spec, capacity or size, mesh=make_mesh(replicas, parts, kind), axis=axis, data_axis="dp"
+    )
+
+
+def place(pool: kvp.KVPool, array: Any, spec: P) -> jax.Array:
+    assert pool.sharding is not None
+    return jax.device_put(array, NamedSharding(pool.sharding.mesh, spec))
+
+
+def heads(pool: kvp.KVPool, *, kv: bool = False) -> P:
+    """How q (or k and v) [rows, heads, dim] are split."""
+    assert pool.sharding is not None
+    axis = None if kv and pool.sharding.copies > 1 else pool.sharding.axis
+    return P("dp", axis, None)
+
+
+def write(
+    pool: kvp.KVPool,
+    cache: kvp.KVCache,
+    sequences: dict[int, Sequence[int]],
+    *,
+    commit: bool = True,
+) -> kvp.KVCache:
+    """Writes a token for each id of each slot, whose key and value are made of it; commits them."""
+    count = cache.spec.num_kv_heads
+    made = kvp.spread(pool, list(sequences), [len(ids) for ids in sequences.values()])
+    ids = [float(one) for each in sequences.values() for one in each]
+    rows = made.scatter(np.asarray(ids, np.float32))
+    ramp = np.arange(count, dtype=np.float32)[None, :, None]
+    kv = np.asarray(rows)[:, None, None] + ramp + np.zeros((1, 1, HEAD_DIM), np.float32)
+    cache = _write(cache, kv, made.batch)
+    if commit:
+        for slot, own in sequences.items():
+            pool.commit(slot, list(own))
+    return cache
+
+
+@jax.jit
+def _write(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+    for layer in range(2):
+        cache = kvp.append_kv(cache, kv, kv, batch, layer=layer)
+    return kvp.advance(cache, batch)
+
+
+def rows_of(pool: kvp.KVPool) -> list[Any]:
+    """What the host knows of its slots; last how many blocks they need."""
+    stats = pool.stats()
+    rows = [row for row in pool.slot_table() if not row.draining]
+    facts = [(row.slot, row.reserved_tokens, pool.committed(row.slot)) for row in rows]
+    return [*facts, stats.blocks_mapped - stats.blocks_spare]
+
+
+def check_shards_equal(pool: kvp.KVPool) -> None:
+    """The devices of a replica have decided the same: slots, room, blocks."""
+    for replica in pool._pool.replicas:
+        tables = []
+        for shard in getattr(replica, "shards", [replica]):
+            rows = shard.rows()
+            facts = [(r.slot, r.draining, r.blocks, r.reserved, r.committed) for r in rows]
+            maps = [shard.block_map(r.slot) for r in rows if not r.draining]
+            tables.append((facts, maps, shard.numbers().blocks_free))
+        assert all(table == tables[0] for table in tables), tables
