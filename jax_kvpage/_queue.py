@@ -327,6 +327,9 @@ class Queue:
     def _note(self, marker: jax.Array) -> None:
         """Hears of the marker of a program that was queued."""
 
+    def quiesce(self) -> None:
+        """Waits for programs in flight that the pool must not refuse half-way. Here: for none."""
+
     def restart(self) -> None:
         """Forgets programs of older generations."""
         self._releases.clear()

@@ -178,6 +178,7 @@ class KVPool(
         Memory that a zero-copy view still covers goes when the view does. Closing twice is fine; a
         wait that a signal handler ended goes on with the next call.
         """
+        self._queue.quiesce()
         self._pool.close()
         self._finalizer.detach()
 
@@ -205,6 +206,7 @@ class KVPool(
         Raises:
             PoolClosed: the pool is closed or belongs to a parent process.
         """
+        self._queue.quiesce()
         generation = self._native.call(self._pool.new_generation)
         self._queue.restart()
         if self._native.mirrored:  # programs of older generations are refused only when they run

@@ -37,3 +37,11 @@ def test_memory_failed_programs_and_refusals() -> None:
         """,
         env=EIGHT_DEVICES,
     )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_new_generation_waits_for_steps_whose_devices_sum(size: int) -> None:
+    run_python(
+        f"import mesh_generations; mesh_generations.generations_beside_steps({size}, 200)",
+        env=EIGHT_DEVICES,
+    )

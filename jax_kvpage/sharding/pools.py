@@ -1,6 +1,7 @@
 """What stands behind a `KVPool` over a mesh: its compiled pools, and the programs it queues."""
 
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
 from jax_kvpage.ops.set_lengths import set_lengths
 from jax_kvpage.sharding.heads import HeadSharding
+from jax_kvpage.sharding.in_flight import wait_for_programs
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
@@ -188,6 +190,7 @@ class ShardedQueue(Queue):
         self._own = self._split(np.asarray(ids, np.int32))
         self._markers: list[jax.Array] = []
         self._lock = native.lock
+        self._process = os.getpid()
         native.pool.settle = self._settle
 
     def _split(self, rows: np.ndarray) -> jax.Array:
@@ -200,6 +203,11 @@ class ShardedQueue(Queue):
         devices = self._sharding.local_devices
         arrays = [jax.device_put(*pair) for pair in zip(parts, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, placement, arrays)
+
+    def quiesce(self) -> None:
+        """See `Queue`. A refused program would leave other devices in its next sum."""
+        if os.getpid() == self._process and not self._native.pool.closed:
+            wait_for_programs(self._sharding.mesh)
 
     def _settle(self) -> None:
         if not self._markers:

@@ -96,6 +96,9 @@ class _ProcessNativePool(ShardedNativePool):
 class _ProcessQueue(ShardedQueue):
     """The programs that a pool queues on this process's devices, as the others do on theirs."""
 
+    def quiesce(self) -> None:
+        """See `Queue`. Other processes may not call: their program may have failed as it began."""
+
     def put(self, array: np.ndarray) -> jax.Array:
         """The array on all devices. `jax.device_put` would compare it among the processes."""
         parts = [array] * len(self._sharding.local_devices)
