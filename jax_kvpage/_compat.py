@@ -132,15 +132,16 @@ def result_aval(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> An
     )
 
 
-def gathered(array: Any) -> Any:
+def gathered(array: Any, kept: PartitionSpec | None = None) -> Any:
     """The array in one piece where its type says that it is sharded (explicit mesh axes).
 
-    XLA does the same around a custom call; most functions of jax.numpy refuse sharded operands.
+    With `kept` it stays split like that. XLA does the same around a custom call; most functions of
+    jax.numpy refuse sharded operands.
     """
     sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
         return array
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, kept or PartitionSpec()))
 
 
 def manual_axes() -> frozenset[str]:

@@ -125,6 +125,18 @@ def failed_programs(replicas: int, parts: int) -> None:
         pool.check(pool.release(cache, slots))
 
 
+def _no_wait(kind: str) -> None:
+    """Several devices have a head: what is left out is not gathered from a replica that failed."""
+    with make_pool(2, 4, 2, kind=kind) as pool:
+        slots, cache = pool.acquire(pool.cache(), [32, 32])
+        for parts in ([slots[0], 3], [slots[1], 1]):
+            batch = kvp.spread(pool, parts, [0, 0]).batch
+            with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="slot 1 is free"):
+                jax.block_until_ready(kvp.read_kv(cache, batch, 0))
+        keys, _ = kvp.read_kv(pool.cache(), kvp.spread(pool, slots, [0, 0]).batch, 0)
+        assert keys.shape[2] == 2
+
+
 def refusals() -> None:
     """What cannot work is refused in words."""
     mesh, spec = make_mesh(2, 2), make_spec(4)
@@ -168,6 +180,14 @@ def refusals() -> None:
                 call()
         with pytest.raises(kvp.KVPageError, match="replica 1, whose slot 0 is slot 2"):
             pool.release(cache, 3)
+        # Not a wait for the replica that failed.
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="slot 1 is free"):
+            kvp.read_kv(cache, [slots[0], 3], 0)
+        with pytest.raises(ValueError, match=r"read_kv: .*outside of jit, or inside"):
+            jax.jit(kvp.read_kv, static_argnums=2)(cache, jax.numpy.asarray([0]), 0)
+        cache = pool.cache()
+        _no_wait("Auto")
+        _no_wait("Explicit")
         for lengths, options, wanted in (
             ([1], {}, "2 slots, but 1 lengths"),
             ([1, -1], {}, "must not be negative"),

@@ -248,7 +248,7 @@ def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any]
                     arrays[name], head, 1, np.ndim(arrays[name]) - 2
                 )
         arguments = _replicas.localized(sharding, {**arrays, **dict(options)})
-        return _replicas.joined(sharding, arguments, _on_shard(rule, arguments))
+        return _replicas.parts_of(sharding, arguments, _on_shard(rule, arguments))
 
     def run(arrays: dict[str, Any]) -> Any:
         context = jax.sharding.get_abstract_mesh()
@@ -321,8 +321,8 @@ def keys_and_values(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
         heads = PartitionSpec(None, sharding.axis)
     else:
         heads = sharding.heads(4)
-    if _replicas.names_slots(arguments):
-        heads = PartitionSpec(None, *heads[1:])
+    if sharding.rows and _replicas.names_slots(arguments):  # see `_replicas.parts_of`
+        heads = PartitionSpec(*sharding.rows, None, *heads[1:])
     return (heads, heads)
 
 
@@ -330,7 +330,10 @@ def in_order(sharding: AxisSharding, pair: Any) -> Any:
     """The same with each head once, and with tokens in the order of their positions."""
     if isinstance(sharding, StripeSharding):
         return tuple(map(sharding.in_order, map(gathered, pair)))
+    if np.ndim(pair[0]) > 4:
+        pair = tuple(_replicas.joined("read_kv", array) for array in pair)
     copies = _copies(sharding)
     if copies == 1:
         return pair
-    return tuple(gathered(array)[:, :, ::copies] for array in pair)
+    # Not over replicas: where one fails the others would wait for it.
+    return tuple(gathered(array, sharding.rows)[:, :, ::copies] for array in pair)

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpage._compat import gathered
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["check", "has_parts", "joined", "localized", "names_slots"]
+__all__ = ["check", "has_parts", "joined", "localized", "names_slots", "parts_of"]
 
 _SLOTS = ("slots", "batch_or_slots")  # arguments that may be slots of the whole pool
 _PARTS = ("edits", "copies")  # arguments with a part for each replica, as batches have
@@ -114,9 +115,27 @@ def localized(sharding: AxisSharding, arguments: dict[str, Any]) -> dict[str, An
     return {**arguments, name: own.astype(jnp.int32)}
 
 
-def joined(sharding: AxisSharding, arguments: dict[str, Any], result: Any) -> Any:
-    """The results of an op on slots of the whole pool: each replica has zeros for the others."""
-    data_axis = _data_axis(sharding)
-    if data_axis is None or not names_slots(arguments) or isinstance(result, KVCache):
+def parts_of(sharding: AxisSharding, arguments: dict[str, Any], result: Any) -> Any:
+    """The results of an op on slots of the whole pool, with an axis before for the replicas."""
+    if _data_axis(sharding) is None or not names_slots(arguments) or isinstance(result, KVCache):
         return result
-    return jax.tree.map(lambda array: jax.lax.psum(array, data_axis), result)
+    return jax.tree.map(lambda array: array[None], result)
+
+
+def joined(op: str, array: jax.Array) -> jax.Array:
+    """The sum of such parts: each replica has zeros for the slots of others.
+
+    It waits for the op first. A replica whose part fails, at a free slot for instance, would leave
+    the others waiting for it in the sum.
+
+    Raises:
+        ValueError: inside of a program, where it cannot wait.
+        jax.errors.JaxRuntimeError: what the op failed with.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise ValueError(
+            f"{op}: the slots are split over a mesh axis, and in a program no device knows whether "
+            "the others have failed: call it outside of jit, or inside jax.shard_map with the "
+            "replica's own slots, or give it a batch of jax_kvpage.spread"
+        )
+    return gathered(jax.block_until_ready(array)).sum(axis=0)
