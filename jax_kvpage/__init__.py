@@ -1,6 +1,7 @@
 """jax_kvpage: a paged KV cache for JAX whose page table is the machine's own."""
 
 from jax_kvpage import _targets as _targets
+from jax_kvpage._version import VERSION as __version__
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.errors import DeviceFault, KVPageError, OutOfBlocks, OutOfSlots, PoolClosed
 from jax_kvpage.handover import Handover
@@ -42,6 +43,7 @@ __all__ = [
     "Spread",
     "Swapped",
     "Ticket",
+    "__version__",
     "advance",
     "after",
     "append_kv",

@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_kvpage import _cuda, _native
 from jax_kvpage._compat import platform_of
+from jax_kvpage._version import VERSION
 from jax_kvpage.cache import Batch
 from jax_kvpage.ops.update_and_attend import update_and_attend
 from jax_kvpage.pool import KVPool
@@ -69,6 +70,7 @@ def _try(device: jax.Device) -> str:
 
 
 def _software(found: Findings) -> None:
+    found.add("jax_kvpage", VERSION)
     found.add("python", platform.python_version())
     found.add("jax, jaxlib", f"{jax.__version__}, {jaxlib.__version__}")
     found.add("built against XLA FFI API", ".".join(map(str, _native.FFI_API_VERSION)))

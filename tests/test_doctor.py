@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+import tomllib
 import types
 from typing import Any
 
 import jax
 import pytest
 
+import jax_kvpage
 from jax_kvpage import __main__ as doctor
 from jax_kvpage import _cuda, _doctor, _native
 
@@ -154,3 +157,10 @@ def test_a_build_without_the_fake_driver_says_so(
     monkeypatch.setenv("JAX_KVPAGE_FAKE_DRIVER", blocks)
     with pytest.raises(ValueError, match=r"has no fake driver: .*JAX_KVPAGE_TESTING=ON"):
         _cuda.place_of(jax.devices("cpu")[0])
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
+    wanted = {project["project"]["version"], "0+uninstalled"}  # the latter: a build folder
+    assert jax_kvpage.__version__ in wanted
+    assert ("jax_kvpage", jax_kvpage.__version__) in _doctor.examine().rows
