@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/cuda_attention_util.h"
+#include "tests/rounds.h"
 
 namespace kvpage::testing {
 namespace {
@@ -11,7 +12,7 @@ constexpr DType kStored[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kI8,
 
 TEST(CudaAttentionTest, GeneralMatchesReference) {
   Rng rng(1);
-  for (int round = 0; round < 24; ++round) {
+  for (int round = 0; round < Rounds(24); ++round) {
     Problem p;
     p.kv_heads = Pick(rng, 1, 3);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 16});
@@ -26,7 +27,7 @@ TEST(CudaAttentionTest, GeneralMatchesReference) {
 
 TEST(CudaAttentionTest, DecodeMatchesReference) {
   Rng rng(2);
-  for (int round = 0; round < 20; ++round) {
+  for (int round = 0; round < Rounds(20); ++round) {
     Problem p;
     p.kv_heads = Pick(rng, 1, 3);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 8, 16});
@@ -46,7 +47,7 @@ TEST(CudaAttentionTest, DecodeMatchesReference) {
 
 TEST(CudaAttentionTest, PrefillMatchesReference) {
   Rng rng(3);
-  for (int round = 0; round < 16; ++round) {
+  for (int round = 0; round < Rounds(16); ++round) {
     Problem p;
     p.kv_heads = Pick(rng, 1, 2);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 8});

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/dequantize.cuh"
 #include "tests/cuda_attention_util.h"
+#include "tests/rounds.h"
 
 namespace kvpage::testing {
 namespace {
@@ -57,7 +58,7 @@ TEST(CudaQuantizedAttentionTest, TensorCoresServeTheseCases) {
 
 TEST(CudaQuantizedAttentionTest, MatchesReference) {
   Rng rng(1);
-  for (int round = 0; round < 36; ++round) {
+  for (int round = 0; round < Rounds(36); ++round) {
     Problem p = SomeProblem(round);
     p.kv_heads = Pick(rng, 1, 3);
     p.group = PickOf(rng, {1, 2, 3, 4, 7, 8, 16});

@@ -10,13 +10,14 @@
 #include "tests/cuda_random_ops.h"
 #include "tests/cuda_twins.h"
 #include "tests/expect_ok.h"
+#include "tests/rounds.h"
 
 namespace kvpage::testing {
 namespace {
 
 TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
   std::set<std::string> kinds;
-  for (int round = 0; round < 24; ++round) {
+  for (int round = 0; round < Rounds(24); ++round) {
     emulation::device().seed = static_cast<std::uint64_t>(round) % 4;
     const Layout layout = round % 2 == 0 ? Layout::kFused : Layout::kPerLayer;
     Twins twins(SmallGeometry(layout), layout == Layout::kFused ? 20 : 60, round % 3 == 0,

@@ -17,6 +17,7 @@
 #include "tests/device_util.h"
 #include "tests/expect_ok.h"
 #include "tests/kernels_elements.h"
+#include "tests/rounds.h"
 
 namespace kvpage::testing {
 namespace {
@@ -297,7 +298,7 @@ TEST(CudaTableAddressingGroupsTest, RandomLives) {
   twins.Run({{live[0], 530}});
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(twins.rng); };
   int grouped = 0;
-  for (int round = 0; round < 16; ++round) {
+  for (int round = 0; round < Rounds(16); ++round) {
     const auto at = static_cast<std::size_t>(pick(0, static_cast<int>(live.size()) - 1));
     const std::int32_t slot = live[at], length = twins.table.lengths[slot];
     const int kind = pick(0, 5);

@@ -16,6 +16,9 @@ namespace {
 
 std::int64_t copied_bytes = 0;
 
+// Mostly the same literal.
+bool Same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 std::string Describe(const Site& site) {
   return std::string(site.what) + " (" + site.file + ":" + std::to_string(site.line) + ")";
 }
@@ -68,7 +71,7 @@ int SyncBlock(int id, int count, bool predicate, const Site& site) {
     for (int i = 0; i < b.size; ++i) {
       Thread& thread = *b.threads[i];
       if (thread.state != State::kBarrier || thread.barrier != id) continue;
-      if (count < 0 && (thread.site.line != site.line || std::strcmp(thread.site.file, site.file) != 0)) FailStuck();
+      if (count < 0 && (thread.site.line != site.line || !Same(thread.site.file, site.file))) FailStuck();
       thread.state = State::kReady;
     }
     barrier.result = barrier.predicates;
@@ -105,7 +108,7 @@ void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run
       complete = false;
       continue;
     }
-    if (other.mask != mask || std::strcmp(other.site.what, site.what) != 0) FailStuck();
+    if (other.mask != mask || !Same(other.site.what, site.what)) FailStuck();
     args[lane] = other.argument;
   }
   if (!complete) {
