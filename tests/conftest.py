@@ -87,6 +87,10 @@ def _has_fake_driver(config: pytest.Config) -> bool:
     return False
 
 
+def _is_exhaustive(config: pytest.Config) -> bool:
+    return bool(config.getoption("--exhaustive"))
+
+
 def _runs_on_fake_driver() -> bool:
     return os.environ.get("JAX_KVPAGE_FAKE_DRIVER", "0") not in ("", "0")
 
@@ -106,12 +110,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests whose marker names something absent, and combinations outside the default.
+    """Deselects tests whose marker names something absent, and what is outside the default.
 
     They neither run nor count as skipped.
     """
     left_out = set(covering.dropped_by_default(items))
-    for marker, is_here in (("gpu", _has_gpu), ("fake_driver", _has_fake_driver)):
+    ways = {"gpu": _has_gpu, "fake_driver": _has_fake_driver, "exhaustive": _is_exhaustive}
+    for marker, is_here in ways.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_here(config):
             left_out.update(marked)

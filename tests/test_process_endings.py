@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from covering import is_exhaustive, num_cases
+from covering import num_cases
 from process_rig import END_WITHIN, ended, run_processes, started
 
 
@@ -15,7 +15,7 @@ def test_calls_that_differ_are_found_and_named() -> None:
     run_processes("import process_endings as p; p.divergence()")
 
 
-@pytest.mark.skipif(not is_exhaustive(), reason="waits for time limits")
+@pytest.mark.exhaustive  # waits for time limits
 def test_absent_and_interrupted_processes() -> None:
     run_processes("import process_endings as p; p.absence(); p.interrupts()", timeout=3)
 

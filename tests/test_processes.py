@@ -9,19 +9,19 @@ import subprocess
 
 import decode_llama
 import pytest
-from covering import is_exhaustive
 from process_rig import free_port, run_processes
 from subprocesses import command_of
 
 _EXAMPLE = "import decode_llama, sys; sys.exit(decode_llama.main())"
 
 
-_MORE = pytest.mark.skipif(not is_exhaustive(), reason="other numbers of processes and devices")
-
-
 @pytest.mark.parametrize(
     ("count", "devices"),
-    [(2, 2), pytest.param(2, 1, marks=_MORE), pytest.param(4, 1, marks=_MORE)],
+    [
+        (2, 2),
+        pytest.param(2, 1, marks=pytest.mark.exhaustive),
+        pytest.param(4, 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_host_calls_and_attention(count: int, devices: int) -> None:
     outputs = run_processes(
@@ -49,7 +49,7 @@ def test_the_engine_says_the_same_as_on_one_device() -> None:
     assert said[0] == said[1] != []
 
 
-@pytest.mark.skipif(not is_exhaustive(), reason="compiles the whole example three times")
+@pytest.mark.exhaustive  # compiles the whole example three times
 def test_the_example_says_the_same_as_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--json", "--prompt", "A class is", "--max-new-tokens", "12", "--mesh", "tp=2"]
     address = f"localhost:{free_port()}"

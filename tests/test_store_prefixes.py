@@ -276,7 +276,9 @@ def test_a_pool_with_a_store_saves_there_and_loads_from_there(
 
 def test_stores_that_cannot_lie_below_a_pool_are_refused(make_pool, tmp_path: pathlib.Path) -> None:
     spec = spec_of("fused", jnp.float32).resolve("cpu")
-    with pytest.raises(ValueError, match="KVPool: store: wanted a BlockStore or None, got"):
+    with pytest.raises(
+        ValueError, match="KVPool: store: wanted a BlockStore, a HostStore or None, got"
+    ):
         make_pool(spec, spec.block_bytes * 64, store=str(tmp_path))
     store = kvp.BlockStore(tmp_path)
     store.close()
