@@ -5,12 +5,12 @@ OSDI 2024) and Splitwise (Patel et al., ISCA 2024), here over shared memory inst
 """
 
 import functools
-import types
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from jax_kvpage._arrays import as_bool, host_int
+from jax_kvpage._closing import Closing
 from jax_kvpage._native import Decision
 from jax_kvpage._native import Handover as NativeHandover
 from jax_kvpage._native_pool import NativePool, checked
@@ -29,7 +29,7 @@ class HasFileno(Protocol):
         ...
 
 
-class Handover:
+class Handover(Closing):
     """A sequence in a sealed memory file of its own, to be sent to another process.
 
     The file (a memfd) has the blocks of this sequence and a header with its token ids, and nothing
@@ -107,17 +107,6 @@ class Handover:
     def close(self) -> None:
         """Gives the descriptor up. Blocks that a pool has of the file stay. Safe to call again."""
         self._native.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         what = "closed" if self.closed else f"{self.num_tokens} tokens, {self.num_bytes} bytes"

@@ -1,9 +1,10 @@
 """A store in memory of the host, for pools on a GPU."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from jax_kvpage import _native
 from jax_kvpage._capacity import bytes_of
+from jax_kvpage._closing import Closing
 from jax_kvpage._native_pool import checked
 
 __all__ = ["HostStore", "HostStoreStats"]
@@ -38,7 +39,7 @@ class HostStoreStats(NamedTuple):
     last_error: str
 
 
-class HostStore:
+class HostStore(Closing):
     """Swapped sequences of pools on a GPU, in pinned memory of the host.
 
     `KVPool(..., store=HostStore("16GiB"))` gives `swap_out` somewhere to put what it takes out of
@@ -91,12 +92,6 @@ class HostStore:
         Memory of sequences that are still swapped out goes when these do.
         """
         self.native.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"HostStore({self._limit})"

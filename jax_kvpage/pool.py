@@ -7,16 +7,16 @@ that only add or give back memory (`extend`, `trim`, `resize`) need no cache and
 running programs.
 """
 
-import types
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, overload
 
 import jax
 
 from jax_kvpage._arrays import as_bool, host_int, host_ints
 from jax_kvpage._capacity import capacity_bytes
+from jax_kvpage._closing import Closing
 from jax_kvpage._compat import default_device
 from jax_kvpage._cuda import place_of
 from jax_kvpage._inspection import Inspection
@@ -52,6 +52,7 @@ def _close(pool: Any, label: str) -> None:
 
 
 class KVPool(
+    Closing,
     HandoverCalls,
     PrefixCalls,
     RelocationCalls,
@@ -160,17 +161,6 @@ class KVPool(
     def __repr__(self) -> str:
         over = "" if self.sharding is None else f" and {self.sharding.size - 1} more"
         return f"<KVPool {self._pool.id} on {self.device}{over}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Gives everything back. Waits for running ops; queued programs fail: `check` them before.

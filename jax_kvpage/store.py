@@ -4,10 +4,11 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from jax_kvpage import _native
 from jax_kvpage._capacity import bytes_of
+from jax_kvpage._closing import Closing
 from jax_kvpage._native_pool import checked
 
 __all__ = ["BlockStore", "StoreStats", "StoredFile", "list_files", "prune"]
@@ -76,7 +77,7 @@ class StoredFile(NamedTuple):
     first_token: int
 
 
-class BlockStore:
+class BlockStore(Closing):
     """Blocks of keys and values in the files of a directory.
 
     Each file is a safetensors container with some consecutive blocks of one sequence. It is
@@ -163,12 +164,6 @@ class BlockStore:
     def close(self) -> None:
         """Ends its threads; its files stay. Safe to call again."""
         self.native.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"BlockStore({str(self._path)!r}, {self._limit}, {self._fingerprint!r})"

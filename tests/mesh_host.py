@@ -7,8 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from churning import Churn
 from jax.sharding import Mesh
-from mesh_rig import Failing, check_equal, make_mesh, make_pool, make_spec, write, written
+from mesh_rig import (
+    Failing,
+    check_equal,
+    check_written,
+    make_mesh,
+    make_pool,
+    make_spec,
+    write,
+    write_each,
+    written,
+)
 
 import jax_kvpage as kvp
 from jax_kvpage import _native
@@ -86,44 +97,11 @@ def prefixes(size: int) -> None:
 
 
 def churn(size: int, steps: int) -> None:
-    """Random requests whose programs nobody waits for: shards never disagree, tokens stay."""
-    rng = np.random.default_rng(size)
-    with make_pool(size, 4, max_slots=8, capacity=2 * 2**20) as pool:  # less than all can want
-        cache = pool.cache()
-        live: dict[int, list[int]] = {}
-        for count in range(steps):
-            verb = rng.choice(["start", "grow", "end", "fork", "cut"])
-            slot = int(rng.choice(list(live))) if live else None
-            ids = rng.integers(1, 4, 20 + 20 * int(rng.integers(3))).tolist()
-            try:
-                if verb == "start" or slot is None:
-                    slot, found, cache = pool.acquire_prefix(cache, ids, 160)
-                    live[slot] = ids
-                    cache = write(pool, cache, slot, ids[found:])
-                elif verb == "grow" and len(live[slot]) < 200:
-                    pool.extend(slot, len(live[slot]) + 20)
-                    cache = write(pool, cache, slot, ids[:20])
-                    live[slot] = live[slot] + ids[:20]
-                elif verb == "end":
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-                elif verb == "fork":
-                    (child,), cache = pool.fork(cache, slot, 1)
-                    live[child] = live[slot]
-                elif verb == "cut":
-                    cache = pool.truncate(cache, slot, len(live[slot]) // 2)
-                    live[slot] = live[slot][: len(live[slot]) // 2]
-            except kvp.OutOfBlocks:
-                if slot in live:
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-            if count % 20 == 19:
-                for slot, wanted in live.items():
-                    np.testing.assert_array_equal(written(cache, slot, len(wanted))[:, 3], wanted)
-                pool.check(cache)
-                check_equal(pool)
-        pool.check(pool.release(cache, list(live)))
-        check_equal(pool)
+    """Shards never disagree, tokens stay."""
+    with make_pool(size, 4, max_slots=8, capacity=2 * 2**20) as pool:
+        requests = Churn(pool, size, write=write_each, check=check_written, audit=check_equal)
+        requests.run(steps)
+        requests.end_all()
 
 
 def memory() -> None:

@@ -12,17 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from churning import Churn
 from jax.sharding import PartitionSpec as P
 from mesh_rig import (
     COLLECTIVES,
     HEAD_DIM,
     HEADS,
     check_equal,
+    check_written,
+    keys_of,
     make_pool,
     make_spec,
     place,
     random,
     write,
+    write_each,
     written,
 )
 
@@ -211,53 +215,37 @@ def _append(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> Any:
     return kvp.advance(cache, batch), ok
 
 
+class _Mapping(Churn):
+    """Programs map the memory of what grows."""
+
+    verbs = ("start", "grow", "grow", "grow", "extend", "end", "fork")
+    unit, room = 10, None
+    told: list[bool]  # what the host has heard of programs that map
+
+    def grow(self, slot: int, ids: list[int]) -> None:
+        if len(self.live[slot]) >= 200:
+            return
+        batch = kvp.Batch.from_lengths([slot], [len(ids)])
+        self.cache, ok = _append(self.cache, keys_of(self.cache, ids), batch)
+        self.told.append(bool(ok[0]))
+        if self.told[-1]:
+            self.pool.commit(slot, ids)
+            self.live[slot] = self.live[slot] + ids
+
+    def extend(self, slot: int, ids: list[int]) -> None:
+        del ids
+        self.pool.extend(slot, min(len(self.live[slot]) + 40, 256))
+
+
 def churn(size: int, steps: int) -> None:
-    """Programs map memory while the host acquires, extends, forks and releases, and nobody waits:
-    shards never disagree, tokens stay."""
-    rng = np.random.default_rng(size)
-    told = []
+    """Programs map memory while the host acquires, extends, forks and releases: shards never
+    disagree, tokens stay."""
     with make_pool(size, _HEADS, max_slots=6, capacity=_capacity(14)) as pool:
-        cache = pool.cache()
-        live: dict[int, list[int]] = {}
-        for count in range(steps):
-            verb = rng.choice(["start", "grow", "grow", "grow", "extend", "end", "fork"])
-            slot = int(rng.choice(list(live))) if live else None
-            ids = rng.integers(1, 4, 10 + 10 * int(rng.integers(3))).tolist()
-            try:
-                if verb == "start" or slot is None:
-                    slot, found, cache = pool.acquire_prefix(cache, ids)
-                    live[slot] = ids
-                    cache = write(pool, cache, slot, ids[found:])
-                elif verb == "extend":
-                    pool.extend(slot, min(len(live[slot]) + 40, 256))
-                elif verb == "end":
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-                elif verb == "fork":
-                    (child,), cache = pool.fork(cache, slot, 1)
-                    live[child] = live[slot]
-                elif len(live[slot]) < 200:
-                    kv = np.repeat(np.asarray(ids, np.float32), _HEADS * HEAD_DIM)
-                    kv = kv.reshape(-1, _HEADS, HEAD_DIM)
-                    kv = kv + np.arange(_HEADS, dtype=np.float32)[None, :, None]
-                    cache, ok = _append(cache, kv, kvp.Batch.from_lengths([slot], [len(ids)]))
-                    if count % 2:  # now and then the host knows at once
-                        told.append(bool(ok[0]))
-                    if ok[0]:
-                        pool.commit(slot, ids)
-                        live[slot] = live[slot] + ids
-            except (kvp.OutOfBlocks, kvp.OutOfSlots):
-                if slot in live:
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-            if count % 20 == 19:
-                for slot, wanted in live.items():
-                    np.testing.assert_array_equal(written(cache, slot, len(wanted))[:, 3], wanted)
-                pool.check(cache)
-                check_equal(pool)
-        pool.check(pool.release(cache, list(live)))
-        check_equal(pool)
-        assert 0 < sum(told) < len(told)
+        requests = _Mapping(pool, size, write=write_each, check=check_written, audit=check_equal)
+        requests.told = []
+        requests.run(steps)
+        requests.end_all()
+        assert 0 < sum(requests.told) < len(requests.told)
         assert pool._pool.maps.numbers().pending == 0
 
 

@@ -7,7 +7,7 @@ Imported in processes with several CPU devices (`EIGHT_DEVICES`), which tests st
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,22 +67,41 @@ def step(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> tuple[
     return outs, kvp.advance(cache, batch)
 
 
+def keys_of(cache: kvp.KVCache, ids: Sequence[int]) -> np.ndarray:
+    """Keys, and values, that tell the id and the head: [tokens, heads, dim]."""
+    heads = np.arange(cache.spec.num_kv_heads, dtype=np.float32)
+    each = np.asarray(ids, np.float32)[:, None, None] + heads[None, :, None]
+    return np.repeat(each, HEAD_DIM, axis=2)
+
+
 def write(
     pool: kvp.KVPool, cache: kvp.KVCache, slot: int, ids: Sequence[int], *, commit: bool = True
 ) -> kvp.KVCache:
     """Writes a token for each id, whose key and value are made of the id, and commits them."""
-    heads = cache.spec.num_kv_heads
-    kv = np.repeat(np.asarray(ids, np.float32), heads * HEAD_DIM).reshape(-1, heads, HEAD_DIM)
-    kv = kv + np.arange(heads, dtype=np.float32)[None, :, None]
     batch = kvp.Batch.from_lengths([slot], [len(ids)])
-    cache = _write(cache, kv, batch)
+    cache = append_in_layers(cache, keys_of(cache, ids), batch)
     if commit:
         pool.commit(slot, list(ids))
     return cache
 
 
+def write_each(
+    pool: kvp.KVPool, cache: kvp.KVCache, sequences: Mapping[int, Sequence[int]]
+) -> kvp.KVCache:
+    """The same for several slots, one after the other."""
+    for slot, ids in sequences.items():
+        cache = write(pool, cache, slot, ids)
+    return cache
+
+
+def check_written(cache: kvp.KVCache, slot: int, ids: Sequence[int]) -> None:
+    """Asserts that a slot has the keys and values of these ids, in every head."""
+    found = written(cache, slot, len(ids))
+    np.testing.assert_array_equal(found, np.repeat([ids], found.shape[1], 0).T)
+
+
 @jax.jit
-def _write(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
+def append_in_layers(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
     for layer in range(2):
         cache = kvp.append_kv(cache, kv, kv, batch, layer=layer)
     return kvp.advance(cache, batch)

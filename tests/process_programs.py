@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from churning import Churn
 from mesh_rig import (
     HEAD_DIM,
     HEADS,
@@ -18,6 +19,7 @@ from mesh_rig import (
     random,
     step,
     write,
+    write_each,
 )
 
 import jax_kvpage as kvp
@@ -131,47 +133,13 @@ def verbs() -> None:
 
 
 def churn(steps: int) -> None:
-    """Random requests whose programs nobody waits for: processes never disagree, tokens stay."""
-    rng = np.random.default_rng(7)
+    """Processes never disagree, tokens stay."""
     with make_pool(len(jax.devices()), KV_HEADS, max_slots=8, capacity=2 * 2**20) as pool:
-        cache = pool.cache()
-        live: dict[int, list[int]] = {}
-        refused = 0
-        for count in range(steps):
-            verb = rng.choice(["start", "start", "grow", "end", "fork", "cut"])
-            slot = int(rng.choice(list(live))) if live else None
-            ids = rng.integers(1, 4, 20 + 20 * int(rng.integers(3))).tolist()
-            try:
-                if verb == "start" or slot is None:
-                    slot, found, cache = pool.acquire_prefix(cache, ids, 160)
-                    live[slot] = ids
-                    cache = write(pool, cache, slot, ids[found:])
-                elif verb == "grow" and len(live[slot]) < 200:
-                    pool.extend(slot, len(live[slot]) + 20)
-                    cache = write(pool, cache, slot, ids[:20])
-                    live[slot] = live[slot] + ids[:20]
-                elif verb == "end":
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-                elif verb == "fork":
-                    (child,), cache = pool.fork(cache, slot, 1)
-                    live[child] = live[slot]
-                elif verb == "cut":
-                    cache = pool.truncate(cache, slot, len(live[slot]) // 2)
-                    live[slot] = live[slot][: len(live[slot]) // 2]
-            except (kvp.OutOfBlocks, kvp.OutOfSlots):
-                refused += 1
-                if slot in live:
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-            if count % 20 == 19:
-                for slot, wanted in live.items():
-                    check_written(cache, slot, wanted)
-                pool.check(cache)
-                check_equal(pool)
-        assert refused
-        print(sorted((slot, len(ids)) for slot, ids in live.items()), pool.stats().blocks_mapped)
-        pool.check(pool.release(cache, list(live)))
+        requests = Churn(pool, 7, write=write_each, check=check_written, audit=check_equal)
+        requests.run(steps)
+        lengths = sorted((slot, len(ids)) for slot, ids in requests.live.items())
+        print(lengths, pool.stats().blocks_mapped)
+        requests.end_all()
 
 
 def _facts(pool: kvp.KVPool) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mesh_rig import make_spec, written
+from churning import Churn
+from mesh_rig import check_written, make_spec, written
 from replica_rig import check_shards_equal, make_pool, rows_of, write
 
 import jax_kvpage as kvp
@@ -215,47 +216,23 @@ def memory(replicas: int, parts: int) -> None:
         pool.check(pool.release(cache, slots))
 
 
+class _OnReplicas(Churn):
+    """Sequences of all replicas grow in one step."""
+
+    def grow(self, slot: int, ids: list[int]) -> None:
+        grown = [one for one in self.live if len(self.live[one]) < 200]
+        ids = ids[: self.unit]
+        self.pool.extend(grown, [len(self.live[one]) + len(ids) for one in grown])
+        self.cache = write(self.pool, self.cache, dict.fromkeys(grown, ids))
+        self.live |= {one: self.live[one] + ids for one in grown}
+
+
 def churn(replicas: int, parts: int, steps: int) -> None:
-    """Random requests whose programs nobody waits for: tokens stay what they are."""
-    rng = np.random.default_rng(replicas)
+    """Devices of a replica never disagree, tokens stay."""
     size = replicas * 32 * 32 * make_spec(4).token_bytes
     with make_pool(replicas, parts, max_slots=4 * replicas, capacity=size) as pool:
-        cache = pool.cache()
-        live: dict[int, list[int]] = {}
-        refused = 0
-        for count in range(steps):
-            verb = rng.choice(["start", "start", "grow", "end", "fork", "cut"])
-            slot = int(rng.choice(list(live))) if live else None
-            ids = rng.integers(1, 4, 20 + 20 * int(rng.integers(3))).tolist()
-            try:
-                if verb == "start" or slot is None:
-                    slot, found, cache = pool.acquire_prefix(cache, ids, 160)
-                    live[slot] = ids
-                    cache = write(pool, cache, {slot: ids[found:]})
-                elif verb == "grow":
-                    grown = [one for one in live if len(live[one]) < 200]
-                    pool.extend(grown, [len(live[one]) + 20 for one in grown])
-                    cache = write(pool, cache, dict.fromkeys(grown, ids[:20]))
-                    live |= {one: live[one] + ids[:20] for one in grown}
-                elif verb == "end":
-                    cache = pool.release(cache, slot)
-                    del live[slot]
-                elif verb == "fork":
-                    (child,), cache = pool.fork(cache, slot, 1)
-                    live[child] = live[slot]
-                elif verb == "cut":
-                    cache = pool.truncate(cache, slot, len(live[slot]) // 2)
-                    live[slot] = live[slot][: len(live[slot]) // 2]
-            except kvp.OutOfBlocks:  # and OutOfSlots
-                refused += 1
-                if live:
-                    longest = max(live, key=lambda one: len(live[one]))
-                    cache = pool.release(cache, longest)
-                    del live[longest]
-            if count % 25 == 24:
-                for slot, wanted in live.items():
-                    np.testing.assert_array_equal(written(cache, slot, len(wanted))[:, 3], wanted)
-                pool.check(cache)
-                check_shards_equal(pool)
-        assert refused
-        pool.check(pool.release(cache, list(live)))
+        requests = _OnReplicas(
+            pool, replicas, write=write, check=check_written, audit=check_shards_equal
+        )
+        requests.run(steps)
+        requests.end_all()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from mesh_rig import HEAD_DIM, make_spec
+from mesh_rig import append_in_layers, keys_of, make_spec
 
 import jax_kvpage as kvp
 
@@ -65,24 +65,14 @@ def write(
     commit: bool = True,
 ) -> kvp.KVCache:
     """Writes a token for each id of each slot, whose key and value are made of it; commits them."""
-    count = cache.spec.num_kv_heads
     made = kvp.spread(pool, list(sequences), [len(ids) for ids in sequences.values()])
     ids = [float(one) for each in sequences.values() for one in each]
-    rows = made.scatter(np.asarray(ids, np.float32))
-    ramp = np.arange(count, dtype=np.float32)[None, :, None]
-    kv = np.asarray(rows)[:, None, None] + ramp + np.zeros((1, 1, HEAD_DIM), np.float32)
-    cache = _write(cache, kv, made.batch)
+    rows = np.asarray(made.scatter(np.asarray(ids, np.float32)))
+    cache = append_in_layers(cache, keys_of(cache, rows), made.batch)
     if commit:
         for slot, own in sequences.items():
             pool.commit(slot, list(own))
     return cache
-
-
-@jax.jit
-def _write(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> kvp.KVCache:
-    for layer in range(2):
-        cache = kvp.append_kv(cache, kv, kv, batch, layer=layer)
-    return kvp.advance(cache, batch)
 
 
 def rows_of(pool: kvp.KVPool) -> list[Any]:
