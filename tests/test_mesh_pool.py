@@ -42,6 +42,13 @@ def test_memory_failed_programs_and_refusals() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_new_generation_waits_for_steps_whose_devices_sum(size: int) -> None:
     run_python(
-        f"import mesh_generations; mesh_generations.generations_beside_steps({size}, 200)",
+        f"import mesh_waits; mesh_waits.generations_beside_steps({size}, 200)",
         env=EIGHT_DEVICES,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_decisions_wait_for_releases_on_all_devices(size: int) -> None:
+    run_python(
+        f"import mesh_waits; mesh_waits.releases_on_a_late_device({size})", env=EIGHT_DEVICES
     )
