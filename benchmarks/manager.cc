@@ -26,7 +26,7 @@
 namespace kvpage {
 namespace {
 
-// Tokens: a prompt, of which the first part is one of a few that many requests begin with, and an answer.
+// In tokens: a prompt, whose first part is one of a few common ones, and an answer.
 constexpr std::int32_t kPrompt = 512, kCommon = 256, kAnswer = 128, kBlock = 16;
 constexpr std::int64_t kBlockBytes = std::int64_t{2} << 20;
 
@@ -155,7 +155,7 @@ class Simulation {
     }
   }
 
-  // Requests end, others begin, and every one gets a token.
+  // Some requests end, others begin, and each running one gets a token.
   void Step(std::map<std::string, double>* times) {
     std::vector<std::int32_t> done, grown, all, ones(running_.size(), 1);
     std::vector<std::int64_t> tokens;

@@ -328,7 +328,7 @@ class Queue:
         """Hears of the marker of a program that was queued."""
 
     def quiesce(self) -> None:
-        """Waits for programs in flight that the pool must not refuse half-way. Here: for none."""
+        """Waits for running programs that must not be refused half-way. Here there are none."""
 
     def restart(self) -> None:
         """Forgets programs of older generations."""

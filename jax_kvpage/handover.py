@@ -30,7 +30,7 @@ class HasFileno(Protocol):
 
 
 class Handover(Closing):
-    """A sequence in a sealed memory file of its own, to be sent to another process.
+    """A sequence in a sealed memory file, to be sent to another process.
 
     The file (a memfd) has the blocks of this sequence and a header with its token ids, and nothing
     else. It is sealed: nobody can write, shrink or grow it any more. Its descriptor goes through a

@@ -29,7 +29,7 @@ class HandoverRig(SwapRig):
     """A rig whose sequences are handed over."""
 
     def begin_handover(self, ids: list[int], room: int | None = None) -> int:
-        """A sequence whose blocks lie in a file of its own."""
+        """A sequence whose slot keeps its blocks in a separate file."""
         slot, self.cache = self.pool.acquire(self.cache, room or len(ids), handover=True)
         self.ids[slot] = []
         self.write(slot, ids)
@@ -49,7 +49,7 @@ class HandoverRig(SwapRig):
 
 
 def serve(path: str) -> None:
-    """The receiving process: takes a sequence over for each message, and decodes on."""
+    """The receiving process: for each message it imports a sequence and goes on decoding."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         while True:
@@ -195,5 +195,5 @@ def fill(rig: HandoverRig, slot: int, tokens: int, value: float) -> None:
 
 
 def pattern_of(value: float, dtype: Any) -> bytes:
-    """Some neighbouring elements with this value, as they lie in memory."""
+    """The bytes of a few neighbouring elements with this value."""
     return array.array("B", np.full(8, value, np.dtype(dtype)).tobytes()).tobytes()

@@ -56,7 +56,7 @@ def _late(q: jax.Array, seed: int, count: Any) -> jax.Array:
 
 
 def _loop(cache: kvp.KVCache, q: Any, k: Any, v: Any, slots: Any, late: Any) -> Any:
-    """A decode loop that makes its own room: [steps, tokens, heads, dim] in, what it got out."""
+    """A decode loop over [steps, tokens, heads, dim] that maps its own memory."""
 
     def body(cache: kvp.KVCache, xs: Any) -> Any:
         count, q, k, v = xs
@@ -180,7 +180,7 @@ def one_device_short(size: int) -> None:
 
 
 def failed_programs() -> None:
-    """A device whose program fails keeps no other one waiting, and loses nothing."""
+    """A program that fails on one device keeps no other device waiting, and loses nothing."""
     with make_pool(2, 4) as pool:
         assert pool.sharding is not None
         slot, cache = pool.acquire(pool.cache(), 32)
@@ -262,7 +262,7 @@ def _fault(at: int, code: int) -> Iterator[None]:
 
 
 def driver_faults(size: int) -> None:
-    """What the driver refuses on one device happens on none; all devices are told the same."""
+    """What the driver refuses on one device happens on none; all get the same answer."""
     with make_pool(size, _HEADS, block_tokens=32) as pool:
         slot, cache = pool.acquire(pool.cache(), 16)
         cache = write(pool, cache, slot, range(10))

@@ -271,7 +271,7 @@ def refusals() -> None:
     many = "slots can be split .data_axis. over the devices of one process only(?s:.)*max_slots=5"
     with pytest.raises(ValueError, match=many):
         kvp.KVPool(make_spec(KV_HEADS, max_slots=5), "1MiB", mesh=everywhere, data_axis="dp")
-    # One process has less to say about its memory, has no memory, or asks for something else.
+    # In one process less memory is available, allocation fails, or the arguments differ.
     for name, error in (
         ("process_queue.total_bytes", ValueError("injected")),
         ("pools.NativePool", kvp.OutOfBlocks("injected", wanted=1, free=0)),

@@ -22,7 +22,7 @@ END_WITHIN = HEARTBEAT + 20
 
 
 class Ended(NamedTuple):
-    """How a process has ended: its status, and what it wrote."""
+    """How a process ended: exit status and output."""
 
     status: int
     out: str

@@ -100,7 +100,7 @@ def broken_promises(replicas: int, parts: int) -> None:
 
 
 def failed_programs(replicas: int, parts: int) -> None:
-    """After a program that failed on one device, other replicas have what they wrote."""
+    """After a program failed on one device, other replicas keep what they wrote."""
     with make_pool(replicas, parts) as pool:
         slots, cache = pool.acquire(pool.cache(), [32] * replicas)
         cache = write(pool, cache, {slot: range(10) for slot in slots})

@@ -76,7 +76,7 @@ def write(
 
 
 def rows_of(pool: kvp.KVPool) -> list[Any]:
-    """What the host knows of its slots; last how many blocks they need."""
+    """What the host knows of its slots, and last the number of blocks that they need."""
     stats = pool.stats()
     rows = [row for row in pool.slot_table() if not row.draining]
     facts = [(row.slot, row.reserved_tokens, pool.committed(row.slot)) for row in rows]

@@ -227,7 +227,7 @@ def test_an_imported_sequence_is_one_as_any_other(make_pool, layout, store) -> N
     slot = rig.swap_in(swapped)
     rig.check()
     rig.release(fork)
-    # The last that has the blocks: they are still not its to write.
+    # The only slot left that maps the blocks, but it still may not write them.
     rig.cache = rig.pool.truncate(rig.cache, slot, 5)
     rig.ids[slot] = rig.ids[slot][:5]
     decode(rig, slot, 3)

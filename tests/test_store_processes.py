@@ -48,7 +48,7 @@ def _size(path: pathlib.Path) -> int:
 def test_processes_share_a_directory_under_load(
     tmp_path: pathlib.Path, processes: list[subprocess.Popen[str]]
 ) -> None:
-    """Every hit is right, the limit holds, and a process that is killed disturbs no other."""
+    """Every hit has the right tokens, the limit holds, and killing a process disturbs no other."""
     seconds = num_cases(3, 30)
     for seed in range(3):
         processes.append(start_python(CODE, str(tmp_path), "fused", str(seed), str(seconds)))

@@ -1,4 +1,4 @@
-"""What pools write to their stores before they evict: the bytes, and when."""
+"""What pools write to their stores before they evict: which bytes, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that leave the card for host memory: bandwidth, and what running kernels notice of it.
+"""Swapping from the card to host memory: its bandwidth, and how much it slows running kernels.
 
     python benchmarks/gpu/swapping.py [--dry-run]
 

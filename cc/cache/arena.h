@@ -214,7 +214,7 @@ class Arena {
   // Blocks with one reference each that no slot maps and that have no memory, in ascending order. All or nothing.
   Status ClaimNumbers(std::int64_t count, std::vector<std::int32_t>* blocks);
   void UnclaimNumbers(const std::vector<std::int32_t>& blocks) { pool_.Unclaim(blocks, blocks); }
-  // Gives such blocks what is in a file that was received. All or nothing.
+  // Backs such blocks with a file that was received. All or nothing.
   Status Receive(const std::shared_ptr<MemoryFile>& file, const std::vector<std::int32_t>& blocks,
                  const std::vector<std::int64_t>& offsets);
   // A slot without blocks takes all its memory from a file that is its alone, until the slot is emptied or the file

@@ -116,7 +116,7 @@ Status CopyOut(const PoolParts& pool, std::int32_t slot, const std::string& fing
   return {};
 }
 
-// Whether the slot's file can be sealed: it has the slot's blocks, all of them and nothing else.
+// Whether the slot's file can be sealed: it must hold exactly the slot's blocks.
 bool CanSeal(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot) {
   const Arena& arena = pool.supply->arena(mapping);
   if (!arena.HasFile(slot) || arena.WholeFile(slot, arena.blocks(slot)) == nullptr) return false;

@@ -1,12 +1,12 @@
 // Handing sequences over between processes of one machine: one prefills, another decodes. On CPU only.
 //
-// A sequence is sent as a file of its own (memory_file.h), which begins with a header (handover_header.h). The file of
-// a slot that was acquired for this is where its blocks have been all along: it is sealed, and nothing is copied. The
-// blocks of any other slot are copied into a new file. The receiver maps whole blocks read-only, as it does what slots
-// share, and copies what is in the last one, so that decoding goes on there.
+// Each sequence is sent in a separate file (memory_file.h) that begins with a header (handover_header.h). A slot that
+// was acquired for hand-over keeps its blocks in such a file from the start: the file is sealed, and nothing is copied.
+// The blocks of any other slot are copied into a new file. The receiver maps whole blocks read-only, as it maps shared
+// ones, and copies the contents of the last, partial block, so that decoding can go on there.
 //
-// A received block takes a number of the receiver's pool, and so counts in its capacity, but no memory of it: that is
-// the sender's. It goes back to the system when nobody has the file any more, whoever ends first.
+// A received block has a number in the receiver's pool and counts in its capacity, but takes none of its memory: the
+// memory is the sender's. The system gets it back when no process has the file any more, whoever ends first.
 #ifndef KVPAGE_CACHE_HANDOVER_H_
 #define KVPAGE_CACHE_HANDOVER_H_
 
@@ -21,7 +21,7 @@
 
 namespace kvpage::handover {
 
-// A sequence on its way.
+// A sequence in transit.
 struct Handover {
   std::shared_ptr<MemoryFile> file;
   Header header;
@@ -29,7 +29,7 @@ struct Handover {
 };
 using HandoverPtr = std::shared_ptr<const Handover>;
 
-// Acquires slots whose blocks lie in files of their own.
+// Acquires slots that each keep their blocks in a separate file.
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
 // Makes a sealed file of the slot's committed tokens, which programs must have written. If the slot has a file, its
 // blocks may only be read from then on; this waits for handlers that run on it.

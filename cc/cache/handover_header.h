@@ -41,7 +41,7 @@ struct Header {
 
 // What two pools must have in common to exchange blocks, as text.
 std::string ShapeOf(const Geometry& geometry);
-// Where the blocks begin of a sequence with at most so many tokens.
+// The offset of the first block in the file of a sequence of at most this many tokens.
 std::int64_t HeaderBytes(std::int64_t tokens);
 
 Status WriteHeader(const Header& header, MemoryFile* file);

@@ -149,7 +149,7 @@ Status JointMaps::Decide(std::size_t device, const char* op, const CacheRef& cac
       return messages::OtherGeneration(op, table.id(), starts_[i].generation, generation);
     }
     for (const std::int32_t slot : call->slots) {
-      // What the other devices' caches say does not matter: they are behind this one.
+      // The other devices' caches do not matter: they lag behind this one.
       if (slot != -1 && table.Vacant(state, slot)) return messages::SlotFree(op, slot);
     }
     if (i == device) KVPAGE_RETURN_IF_ERROR(Advance(state, *parts[i], op, cache, *call, epoch));

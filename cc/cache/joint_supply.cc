@@ -96,7 +96,7 @@ std::vector<std::int32_t> JointSupply::Choose(const SupplyPlan& plan) const {
   const BlockPool& pool = arena(0).pool();
   std::int32_t next = pool.FirstFree();
   for (std::int64_t i = 0; i < grant.claimed * ranges; ++i) {
-    // The neighbour of the one before, as BlockPool::Claim takes it.
+    // Prefer the block that follows the previous one, as BlockPool::Claim does.
     std::int32_t block = blocks.empty() ? -1 : blocks.back() + 1;
     if (i % grant.claimed == 0 && grant.before > 0) {
       block = arena(0).map(grant.slot)[(grant.before - 1) * ranges + i / grant.claimed] + 1;

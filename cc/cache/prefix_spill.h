@@ -49,7 +49,7 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   bool Fill(Run* run, store::WriteRun* write);
   // The same for one attempt; `again`: what was chosen needs no writing, or cannot be copied.
   bool Choose(const PoolParts& pool, Run* run, bool* again);
-  // What the store has lost is no longer taken for written.
+  // Blocks that the store has lost no longer count as written.
   void NoteLost(const PoolParts& pool);
   // Whether less than the share is free or written.
   bool Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const;

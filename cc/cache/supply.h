@@ -111,8 +111,9 @@ class Supply {
   Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
   // Blocks that are set aside for truncations whose programs will not run come free again.
   void DropStaleSetAside(const MappingLock& lock);
-  // A free slot gives up all its blocks if other slots share some, or had, or the prefix index refers to some: they are
-  // not for a new owner to write. So does one that has dropped its beginning, or whose memory is a file of its own.
+  // Whether a free slot must give up all its blocks before it gets a new owner. It must if other slots share or shared
+  // some of them, or the prefix index refers to some, because the new owner may not write those; and if it has dropped
+  // its beginning, or keeps its blocks in a separate file.
   bool GivesUp(const MappingLock&, std::int32_t slot) const {
     return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot) ||
            arena_->hole(slot) > 0 || arena_->HasFile(slot);

@@ -16,7 +16,8 @@ void Release(const PoolParts& pool, const MappingLock& mapping, std::vector<std:
   pool.supply->arena(mapping).Drop(blocks);
 }
 
-// A write has ended. Without an image the blocks stay in memory. An image that nobody wants ends after the lock.
+// A write has ended. Without an image the blocks stay in memory. An image that is no longer wanted is destroyed after
+// the lock is released.
 void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store::SwapImage> image) {
   const std::int64_t ranges = pool.table->geometry().num_ranges();
   {

@@ -38,8 +38,8 @@ struct SwapWrite {
   CopyBlocks copy;  // called by a thread of the store until it refuses or all blocks are copied
   std::shared_ptr<const Status> failure = nullptr;  // null: a copy cannot fail
   MakeBuffer make_buffer = nullptr;                 // of memory that copies reach directly; null: any memory
-  // Called once, by a thread of the store or, when that is closed, by the one that calls or closes it. Without an image
-  // and without an error: `copy` has refused.
+  // Called once: by a thread of the store, or, if the store is closed, by the thread that calls or closes it. Without
+  // an image and without an error: `copy` has refused.
   std::function<void(const Status&, std::shared_ptr<SwapImage>)> done;
 };
 struct SwapRead {

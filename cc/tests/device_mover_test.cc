@@ -34,7 +34,7 @@ TEST(CudaMoverTest, BesideAGlobalCapture) {
   EXPECT_NE(machine.fake().EndCapture(stream), nullptr) << machine.fake().Report().ToString();
 }
 
-// A stream that programs wait on holds no copy up, and no copy waits for it.
+// Copies do not wait for a stream that programs wait on, and do not delay it.
 TEST(CudaMoverTest, WaitsForNoProgram) {
   Machine machine;
   std::shared_ptr<BlockMover> mover;

@@ -30,7 +30,7 @@ TEST_P(DeviceSwappingTest, ASequenceComesBackInAnotherSlot) {
   EXPECT_EQ(rig.length(back), 40);
   EXPECT_EQ(rig.Bytes(back, 40), before);
   EXPECT_EQ(rig.pool().Committed(back).size(), 40u);
-  // Behind its tokens there is nothing of another's.
+  // Behind its tokens there are no bytes of another sequence.
   const std::vector<char> whole = rig.Bytes(back, 48);
   EXPECT_EQ(std::count(whole.begin() + static_cast<std::ptrdiff_t>(before.size()), whole.end(), '\0'),
             static_cast<std::ptrdiff_t>(whole.size() - before.size()));
@@ -107,7 +107,7 @@ TEST_P(DeviceSwappingTest, AFullStoreLeavesSequencesInMemory) {
   EXPECT_LE(rig.store().Numbers().pinned_bytes, 4 * rig.logical_bytes());
 }
 
-// What the host swapped in has its sequence, also when the program that was to say so never runs.
+// A slot that the host has swapped in keeps its sequence, even if the queued program never runs.
 TEST_P(DeviceSwappingTest, ANewGenerationKeepsWhatWasSwappedIn) {
   SwappingRig rig(GetParam());
   const std::int32_t slot = rig.Begin(40, 1);

@@ -42,7 +42,7 @@ inline Geometry GeometryOf(Layout layout) {
   return geometry;
 }
 
-// A machine with a pool, a store and a program with the CUDA kernels, which run as they are called.
+// A machine with a pool, a store and a program. Its CUDA kernels run synchronously, inside the call.
 class SwappingRig {
  public:
   explicit SwappingRig(Layout layout, std::int64_t store_blocks = 64, std::int64_t blocks = 20)

@@ -16,7 +16,7 @@ namespace {
 
 class HandoverTest : public SwappingTest {
  protected:
-  // A sequence in a slot whose blocks lie in a file of their own, with room behind it.
+  // A sequence in a slot that keeps its blocks in a separate file and has room for more tokens.
   std::int32_t BeginInFile(std::int32_t tokens, float stamp, std::int64_t room) {
     const Claim claim = pool_->AcquireHandover({room});
     EXPECT_OK(claim.status);

@@ -28,7 +28,7 @@ TEST_P(SwappingTest, ASequenceComesBackInAnotherSlot) {
   EXPECT_EQ(program_->length(back), 40);
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 40, 1), 40);
   EXPECT_EQ(pool_->Committed(back).size(), 40u);
-  // Behind its tokens there is nothing of another's.
+  // Behind its tokens there are no bytes of another sequence.
   ForTokens(pool_.get(), back, 40, 48, [](float& at, float) { EXPECT_EQ(at, 0); });
   WriteStamped(pool_.get(), program_.get(), back, 30, 1);
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 70, 1), 70);

@@ -77,7 +77,7 @@ void MemfdVmm::Return(std::int32_t block) {
   if (found == lent_.end()) return;
   const Lent lent = found->second;
   lent_.erase(found);
-  // If this fails the window keeps the file: its memory stays until the pool ends, and nobody looks at it there.
+  // If this fails the window keeps the file mapped: its memory stays until the pool ends, and nothing reads it there.
   static_cast<void>(PlaceInWindows(block));
   if (const auto blocks = files_.find(lent.file.get()); --blocks->second == 0) files_.erase(blocks);
   if (lent.file->sealed()) return;

@@ -96,7 +96,7 @@ def _traced(value: Any) -> bool:
 
 
 def localized(sharding: AxisSharding, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an op as the replica has them that runs this code: slots are its own.
+    """The arguments of an op as the replica that runs this code sees them, with local slots.
 
     Those of other replicas become -1. A number that no replica has becomes one that is too large,
     which the op refuses when it runs.

@@ -198,13 +198,13 @@ class Agreement:
         return verdict
 
     def close(self) -> None:
-        """Tells the others that this process makes no more calls. Waits for nobody."""
+        """Tells the other processes that this one makes no more calls; does not wait for them."""
         if not self._broken and os.getpid() == self._pid:
             self._leave(f"process {self._own} has closed the pool, or has failed, before this call")
         self._closed = True
 
     def _leave(self, text: str) -> None:
-        """Ends this process's part: the others hear of it in their next call."""
+        """Ends this process's part; the others learn of it in their next call."""
         record = {"op": "end", "hash": "", "recent": [text], "state": "done"}
         key = self._key(self._count, self._own)
         if self._own == self.processes[0]:

@@ -118,16 +118,16 @@ class AxisSharding:
 
     @property
     def rows(self) -> PartitionSpec:
-        """Of what each replica has a part of. Here: there is one."""
+        """The sharding of arrays that each replica has a part of. Here there is one replica."""
         return PartitionSpec()
 
     @property
     def per_head(self) -> PartitionSpec:
-        """Of arrays [heads]. Here: every device has all heads."""
+        """The sharding of arrays [heads]. Here every device has all heads."""
         return PartitionSpec()
 
     def heads(self, ndim: int) -> PartitionSpec:
-        """Of arrays [..., heads, dim]. Here: every device has all heads."""
+        """The sharding of arrays [..., heads, dim]. Here every device has all heads."""
         del ndim
         return PartitionSpec()
 

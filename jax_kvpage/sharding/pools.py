@@ -257,7 +257,7 @@ class ShardedQueue(Queue):
             return set_lengths(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
 
     def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the greatest length of each slot of the pool, of those of the shards."""
+        """The least and the greatest length of each slot, over the shards."""
         each = lengths.reshape(self._sharding.replicas, -1, lengths.shape[1])
         return each.min(axis=1).reshape(-1), each.max(axis=1).reshape(-1)
 

@@ -39,7 +39,7 @@ def failure_of(error: Any) -> dict[str, Any]:
 
 
 def _raised(op: str, verdict: Verdict) -> Any:
-    """The same as this process's result: a claim that is not ok, or an exception."""
+    """What another process failed with: returned as a claim, or raised."""
     failure, where = dict(verdict.failure), f"process {verdict.process}"
     if "raised" in failure:
         raise KVPageError(f"{op}: {where} failed, and nothing has changed: {failure['raised']}")
@@ -180,7 +180,7 @@ class ProcessPool(ShardedPool):
         return self.agreement.decide(op, "done", told=f"{text[:200]} #{digest}")
 
     def _failed(self, op: str, result: Any, verdict: Verdict) -> Any:
-        """After a call that some process could not make: its own failure, or that process's."""
+        """The failure of a call that a process could not make: this process's, or the other's."""
         if isinstance(result, BaseException):
             raise result
         own = [one for one in result if not getattr(one, "ok", True)]
@@ -318,7 +318,7 @@ class ProcessPool(ShardedPool):
             raise raised_elsewhere("check", verdict)
 
     def new_generation(self) -> list[tuple[int, int, list[int]]]:
-        """Generation, epoch and lengths of each shard of this process, when all begin one."""
+        """Starts a generation in all processes: number, epoch and lengths of each shard here."""
         why = {"raised": "has begun a new generation of caches, after a program that failed there"}
         self.agreement.record("check")
         while self.agreement.decide("check", "renew", failure=why).kind != "same":

@@ -115,7 +115,7 @@ class ReplicatedPool(ReplicaTable):
         )
 
     def _joined(self, count: int, done: Sequence[tuple[int, list[int], Any]]) -> Any:
-        """One claim of the claims of (replica, its requests), with numbers of the whole pool."""
+        """Joins the claims of the replicas into one, with slot numbers of the whole pool."""
         joined: dict[str, list[Any]] = {
             name: [-1 if name in ("sources", "leaders") else 0] * count
             for name in ("slots", "tokens", "shared", "sources", "leaders", "stored")

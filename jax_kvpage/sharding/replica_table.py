@@ -145,7 +145,7 @@ class ReplicaTable:
         self._at("commit", slot, token_ids)
 
     def cut(self, lengths: Sequence[int]) -> None:
-        """No replica of several devices keeps committed tokens beyond these, of all slots."""
+        """Cuts committed tokens back to these lengths, in replicas of several devices."""
         for i, replica in enumerate(self.replicas):
             if _of_several(replica):
                 replica.cut(lengths[i * self.slots : (i + 1) * self.slots])
