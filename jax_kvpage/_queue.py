@@ -155,12 +155,15 @@ class Queue:
     # raise between the end of `acquire` or `release` and the caller, where nothing is called.
 
     def acquire(
-        self, cache: KVCache, num_tokens: list[int], wait: bool
+        self, cache: KVCache, num_tokens: list[int], wait: bool, handover: bool = False
     ) -> tuple[list[int], KVCache]:
         """Occupies a slot for each entry; all or none, and none if anything raises."""
-        decision = self._native.decision()
+        if handover:
+            self._native.refuse_mesh("acquire: handover")
+        decision, pool = self._native.decision(), self._native.pool
+        ask = pool.acquire_handover if handover else pool.acquire
         try:
-            attempt = functools.partial(self._native.pool.acquire, decision, num_tokens)
+            attempt = functools.partial(ask, decision, num_tokens)
             slots = self.claim("acquire", attempt, wait).slots
             cache = self.run("acquire", cache, decision.edits)
             return slots, cache

@@ -223,21 +223,6 @@ class HandoverCalls:
             if received is not handover:
                 received.close()
 
-    def _acquire_handover(
-        self, cache: KVCache, num_tokens: list[int], wait: bool
-    ) -> tuple[list[int], KVCache]:
-        """See `KVPool.acquire`."""
-        self._native.refuse_mesh("acquire: handover")
-        decision = Decision()
-        try:
-            attempt = functools.partial(self._pool.acquire_handover, decision, num_tokens)
-            slots = self._queue.claim("acquire", attempt, wait).slots
-            cache = self._queue.run("acquire", cache, decision.edits)
-            return slots, cache
-        except BaseException:
-            self._pool.undo(decision)
-            raise
-
 
 def _check_fingerprint(op: str, fingerprint: Any) -> None:
     if not isinstance(fingerprint, str):

@@ -250,9 +250,8 @@ class KVPool(
         self._queue.check_cache("acquire", cache)
         wanted, single = host_ints("acquire: num_tokens", num_tokens)
         wait = as_bool("acquire: wait", wait)
-        own_file = as_bool("acquire: handover", handover)
-        acquire = self._acquire_handover if own_file else self._queue.acquire
-        slots, cache = acquire(cache, wanted, wait)
+        handover = as_bool("acquire: handover", handover)
+        slots, cache = self._queue.acquire(cache, wanted, wait, handover)
         return (slots[0] if single else slots), cache
 
     def extend(self, slot: int | Sequence[int], num_tokens: int | Sequence[int]) -> None:

@@ -287,11 +287,11 @@ class ShardedQueue(Queue):
             return super().claim(op, attempt, wait)
 
     def acquire(
-        self, cache: KVCache, num_tokens: list[int], wait: bool
+        self, cache: KVCache, num_tokens: list[int], wait: bool, handover: bool = False
     ) -> tuple[list[int], KVCache]:
         """See `Queue`."""
         with self._lock:
-            return super().acquire(cache, num_tokens, wait)
+            return super().acquire(cache, num_tokens, wait, handover)
 
     def release(self, cache: KVCache, slots: Sequence[int]) -> KVCache:
         """See `Queue`."""
