@@ -238,20 +238,29 @@ def is_ready(array: Any) -> bool:
 class KeyValueStore:
     """The key-value store of JAX's coordination service, which all processes share.
 
-    JAX has no public name for the client that `jax.distributed.initialize` makes; hence this shim.
+    JAX has no public name for the client that `jax.distributed.initialize` makes; hence this shim,
+    the only use of a private module.
 
     Raises:
-        ValueError: `jax.distributed.initialize` was not called.
+        ValueError: `jax.distributed.initialize` was not called, or this JAX keeps the client
+            elsewhere.
     """
 
     def __init__(self) -> None:
-        state = importlib.import_module("jax._src.distributed").global_state
-        if state.client is None:
+        try:
+            client = importlib.import_module("jax._src.distributed").global_state.client
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                "the devices belong to several processes, which this version of JAX "
+                f"({jax.__version__}) gives no way to exchange decisions: make a pool over the "
+                "devices of one process"
+            ) from error
+        if client is None:
             raise ValueError(
                 "the devices belong to several processes, but jax.distributed.initialize was not "
                 "called in this one"
             )
-        self._client: Any = state.client
+        self._client: Any = client
 
     def put(self, key: str, text: str) -> None:
         """Sets a key that no process has set before."""

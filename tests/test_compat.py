@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from jax_kvpage import _compat, _native
@@ -33,3 +35,17 @@ def test_linux_only() -> None:
     for platform in ("darwin", "win32"):
         with pytest.raises(ImportError, match=f"Linux only, this is '{platform}'"):
             _compat.check_platform(platform)
+
+
+def test_a_missing_coordination_client_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"jax\.distributed\.initialize was not called"):
+        _compat.KeyValueStore()
+    monkeypatch.setattr(_compat.importlib, "import_module", lambda name: object())
+    with pytest.raises(ValueError, match="gives no way to exchange decisions"):
+        _compat.KeyValueStore()
+
+
+def test_private_modules_of_jax_are_used_in_one_place() -> None:
+    sources = pathlib.Path(_compat.__file__).parent.rglob("*.py")
+    users = {path.name: path.read_text().count("jax._src") for path in sources}
+    assert {name: count for name, count in users.items() if count} == {"_compat.py": 1}
