@@ -70,8 +70,8 @@ def test_killed_processes_leave_what_can_be_read(make_pool, tmp_path: pathlib.Pa
             served += sum(_served(rigs[layout], file) for file in newest)
         nursery.stdin.close()
         assert nursery.wait(60) == 0
-        # This one goes on to save and to read.
-        ids = text(100, 1)
+        # This one goes on to save and to read: a sequence that no killed process may have stored.
+        ids = text(100, 10**9)
         saved(rigs["fused"], ids)
         rigs["fused"].pool.evict()
         (file,) = (file for file in list_files(tmp_path) if file.token_ids == ids[:96])
