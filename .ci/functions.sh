@@ -20,13 +20,14 @@ need() { # program or file, Debian package
   apt-get update -qq && apt-get install -qq -y "$2" >/dev/null
 }
 
-# Sets `chosen` to a quarter of the given files, or to all with --full, and `others` to the rest.
-choose_files() {
-  local quarter file index=0
-  quarter=$((0x$(git rev-parse HEAD | cut -c1-8) % 4))
+# Sets `chosen` to one of several equal parts of the given files, or to all with --full, and `others` to the rest.
+choose_files() { # number of parts, files
+  local parts=$1 part file index=0
+  shift
+  part=$((0x$(git rev-parse HEAD | cut -c1-8) % parts))
   chosen=() others=()
   for file in "$@"; do
-    if [ -n "$full" ] || [ $((index++ % 4)) = $quarter ]; then chosen+=("$file"); else others+=("$file"); fi
+    if [ -n "$full" ] || [ $((index++ % parts)) = $part ]; then chosen+=("$file"); else others+=("$file"); fi
   done
 }
 

@@ -7,7 +7,8 @@ cache and from the disk (the files are dropped from the page cache first). The f
 one thread that writes as many files with the same bytes (`pwrite` in pieces of 2 MiB, `fsync`),
 and reads them (`preadv` into memory that has been touched), with the store's checksum of each
 piece. The store's times have everything in them: the copy out of the pool, checksums, claims of
-blocks and the index. Medians of runs in turn.
+blocks and the index. Speeds are medians; "of the floor" is the median of the rounds' ratios, in
+each of which one follows the other, so that a disk that is slow for a while is slow for both.
 """
 
 from __future__ import annotations
@@ -116,34 +117,43 @@ def _row(root: pathlib.Path, layout: str, size: int, rounds: int) -> dict[str, A
             raise AssertionError("not everything was loaded")
 
     plain, stored = root / "plain", root / "stored"
-    for _ in range(rounds):
+    calls: dict[str, list[tuple[str, Callable[[], Any]]]] = {
+        "write": [
+            ("write floor", lambda: write_plain(plain, data)),
+            ("write", lambda: pool.save_prefixes(stored)),
+        ],
+    }
+    for state in ("cached", "cold"):
+        calls[f"read, {state}"] = [
+            (f"read floor, {state}", lambda: read_plain(plain, data)),
+            (f"read, {state}", lambda: load(stored)),
+        ]
+    for number in range(rounds):
         for folder in (plain, stored):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        note("write floor", lambda: write_plain(plain, data))
-        note("write", lambda: pool.save_prefixes(stored))
-        for state in ("cached", "cold"):
+        for what, pair in calls.items():
             other.evict()
-            if state == "cold":
+            if what == "read, cold":
                 _drop(plain)
                 _drop(stored)
-            note(f"read floor, {state}", lambda: read_plain(plain, data))
-            note(f"read, {state}", lambda: load(stored))
+            for name, call in pair if number % 2 == 0 else pair[::-1]:
+                note(name, call)
     pool.close()
     other.close()
     row: dict[str, Any] = {"layout": layout, "MiB": size >> 20}
     for name in ("write", "read, cached", "read, cold"):
         what, _, state = name.partition(", ")
         floor = f"{what} floor" + (f", {state}" if state else "")
-        took, least = statistics.median(times[name]), statistics.median(times[floor])
-        row[f"MB/s {name}"] = size / took / 1e6
-        row[f"{name}: of the floor"] = least / took
+        row[f"MB/s {name}"] = size / statistics.median(times[name]) / 1e6
+        ratios = [least / took for least, took in zip(times[floor], times[name], strict=True)]
+        row[f"{name}: of the floor"] = statistics.median(ratios)
     return row
 
 
 def measure(quick: bool, folder: str) -> dict[str, Any]:
     """One table: a row for each layout."""
-    size, rounds = (64 << 20, 3) if quick else (512 << 20, 5)
+    size, rounds = (64 << 20, 3) if quick else (512 << 20, 9)
     root = pathlib.Path(tempfile.mkdtemp(dir=folder))
     try:
         rows = [_row(root, layout, size, rounds) for layout in ("fused", "per_layer")]

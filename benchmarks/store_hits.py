@@ -40,6 +40,8 @@ __all__ = ["measure"]
 
 _ONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 _BUCKETS = ((4, 4), (32, 4), (128, 4), (512, 4), (2048, 4))
+# A row of long prefixes ends after this many seconds, with at least so many requests.
+_ROW_SECONDS, _FEWEST = 60, 6
 
 
 def _drop(folder: pathlib.Path) -> None:
@@ -92,7 +94,10 @@ def _rows(name: str, checkpoint: str, root: pathlib.Path, lengths: list[int], ro
         for state in ("warm", "cold"):
             for length, prompt in prompts.items():
                 pairs: list[tuple[_Request, _Request]] = []
+                begin = time.monotonic()
                 for number in range(rounds + 1):
+                    if number > _FEWEST and time.monotonic() - begin > _ROW_SECONDS:
+                        break
                     pool.evict()
                     if state == "cold":
                         _drop(store.path)
@@ -113,6 +118,7 @@ def _rows(name: str, checkpoint: str, root: pathlib.Path, lengths: list[int], ro
                     row["ratio, median"] = float(np.median(read / compute))
                     row["ratio, p95"] = float(np.percentile(read, 95) / np.percentile(compute, 95))
                 rows.append(row)
+                print(row, file=sys.stderr, flush=True)
     return rows
 
 
