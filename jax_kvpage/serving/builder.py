@@ -1,5 +1,6 @@
 """A plan under construction."""
 
+import bisect
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,6 +12,9 @@ from jax_kvpage.serving.rows import Rows
 __all__ = ["StepBuilder"]
 
 _NONE = np.zeros(0, np.int32)
+# A step is cut where its padding would exceed a quarter of it, and this many tokens: about what
+# another step costs.
+_MOST_PADDING = 256
 
 
 class StepBuilder:
@@ -46,6 +50,7 @@ class StepBuilder:
         self.coming = coming
         self.slots = slots
         self.budget = budget
+        self._most_tokens = budget
         self.blocked: list[SequenceGroup] = []
         self.preempted: list[SequenceGroup] = []
         self.swapped: list[SequenceGroup] = []
@@ -100,6 +105,28 @@ class StepBuilder:
             if self.budget <= 0:
                 break
             self.run(rows, sequence)
+
+    def fit(self, sizes: tuple[int, ...]) -> None:
+        """Cuts the last parts of prompts so that the step fills a smaller size, instead of being
+        padded far to a larger one. Each part keeps a token.
+
+        Args:
+            sizes: of compiled steps, in tokens, ascending.
+        """
+        num_tokens = self._most_tokens - self.budget
+        at = bisect.bisect_left(sizes, num_tokens)
+        if not 0 < at < len(sizes):
+            return
+        excess, padding = num_tokens - sizes[at - 1], sizes[at] - num_tokens
+        spare = sum(count - 1 for _, _, _, count, _ in self._parts)
+        if padding <= max(_MOST_PADDING, sizes[at] // 4) or excess > spare:
+            return
+        self.budget += excess
+        for i in reversed(range(len(self._parts))):
+            sequence, row, begin, count, samples = self._parts[i]
+            less = min(excess, count - 1)
+            self._parts[i] = sequence, row, begin, count - less, samples and not less
+            excess -= less
 
     def build(
         self,

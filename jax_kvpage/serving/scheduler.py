@@ -56,6 +56,8 @@ class Scheduler:
         memory: what it may give away.
         max_num_seqs: sequences that run at one time at most: rows.
         max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
+        step_sizes: tokens of the steps that are compiled, to which others are padded. Prompts are
+            computed in smaller parts where that saves much padding. Empty: steps are not padded.
         preemption: chooses victims; `CostAware()` if None.
         admission: decides when a group may start; `ExpectedGrowth()` if None.
         max_preemptions: a group preempted this many times is admitted only with the room for its
@@ -75,6 +77,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        step_sizes: Iterable[int] = (),
         preemption: PreemptionPolicy | None = None,
         admission: AdmissionPolicy | None = None,
         max_preemptions: int = 4,
@@ -87,6 +90,7 @@ class Scheduler:
         self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
+        self._step_sizes = tuple(sorted(step_sizes))
         self._admission = admission or ExpectedGrowth()
         self._max_num_waiting = max_num_waiting
         self._rows = Rows(max_num_seqs, memory.block_tokens)
@@ -309,6 +313,7 @@ class Scheduler:
     def _complete(self, step: StepBuilder) -> StepPlan:
         """Makes the plan, and counts its tokens as computed."""
         rows, running = self._rows, self._running
+        step.fit(self._step_sizes)
         plan = step.build(
             self.stats.steps,
             self._finished,

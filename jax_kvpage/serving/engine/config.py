@@ -34,8 +34,9 @@ class EngineConfig:
         max_num_batched_tokens: tokens in a step at most. Longer prompts take several steps.
         buckets: shapes (tokens, sequences) of steps; a step runs in the smallest that holds it, and
             each is one compiled program. None chooses some: powers of two for steps that only
-            decode, and a few larger ones. A single shape makes results bit-identical with any other
-            requests beside, at the price of padding.
+            decode, and a few larger ones. Where padding would be much, prompts are computed in
+            smaller parts, which fill a bucket. A single shape makes results bit-identical with any
+            other requests beside, at the price of padding.
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         prefix_caching: whether requests start with what is in memory of their tokens.
         namespace: of the prefix cache, in which this engine stores and finds tokens. Engines of the

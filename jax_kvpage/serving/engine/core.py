@@ -77,6 +77,7 @@ class EngineCore:
             self._memory,
             max_num_seqs=rows,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            step_sizes={tokens for tokens, size in config.shapes(rows) if size >= rows},
             preemption=config.preemption,
             admission=config.admission,
             max_num_waiting=config.max_num_waiting,
