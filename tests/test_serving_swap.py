@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from serving_rig import shared_programs  # noqa: F401
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import CostAware, Engine, SamplingParams
+from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.swapping import PoolSwap
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -176,9 +176,11 @@ def test_the_choice_follows_what_was_measured(
 
 
 def test_a_restart_finds_prompts_in_the_store(
-    store: kvp.BlockStore, tmp_path: pathlib.Path, alone: Any
+    store: kvp.BlockStore, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one engine has computed another one, on a new pool, reads while others run."""
+    # However slow the disk is meanwhile, computing is slower.
+    monkeypatch.setattr(Pace, "tokens_per_second", 1e-3)
     config = _config(namespace="restart", buckets=((32, 4),))
     prompts = [rig.prompt(70, i) for i in range(10, 14)]
     short = SamplingParams(temperature=0, max_tokens=8)
