@@ -21,7 +21,7 @@ from jax_kvpage.ops.with_tables import paged_attention_with_tables
 from jax_kvpage.pool import KVPool
 from jax_kvpage.sharding.spreading import Spread, spread
 from jax_kvpage.spec import CacheSpec
-from jax_kvpage.stats import PoolStats
+from jax_kvpage.stats import MemoryRange, PoolStats
 from jax_kvpage.store import BlockStore
 from jax_kvpage.swapping import Swapped
 from jax_kvpage.tickets import Ticket
@@ -36,6 +36,7 @@ __all__ = [
     "KVCache",
     "KVPageError",
     "KVPool",
+    "MemoryRange",
     "OutOfBlocks",
     "OutOfSlots",
     "PoolClosed",

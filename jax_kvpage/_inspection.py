@@ -17,6 +17,7 @@ from jax_kvpage.sharding.calls import ReplicaCalls
 from jax_kvpage.spec import CacheSpec
 from jax_kvpage.stats import (
     BlockInfo,
+    MemoryRange,
     PoolStats,
     SlotInfo,
     make_block_map,
@@ -111,6 +112,36 @@ class Inspection(ReplicaCalls):
         if owners:
             return make_block_map(self._native.call(self._pool.block_owners, slot))
         return self._native.call(self._pool.block_map, slot)
+
+    def memory_ranges(self, slot: int) -> list[MemoryRange]:
+        """Where a slot's keys and values are, for a transport that registers memory.
+
+        NIXL and RDMA libraries want address and length of what they send. The ranges hold
+        blocks of `spec.block_bytes` bytes, one after the other, in the pool's layout (see
+        `CacheSpec`): the same bytes are a sequence in every pool of the same shape and platform.
+
+        They stay valid until the slot is released, or its memory changes by `truncate`,
+        `drop_before` or `swap_out`; `extend` and programs that map memory make them longer, at the
+        same addresses. They are for reading: committed tokens, once the program that wrote them has
+        ended (`check`). The pool cannot know of tokens that something else writes there: what a
+        transport receives goes into a slot with `append_kv`.
+
+        Args:
+            slot: an occupied slot.
+
+        Returns:
+            What is mapped, one piece for each range of the slot: one in the fused layout; K and V
+            of layer 0, K and V of layer 1, ... in the per-layer layout.
+
+        Raises:
+            KVPageError: the slot is not occupied.
+            ValueError: a slot that does not exist, a pool over a mesh.
+            PoolClosed: the pool is closed.
+        """
+        self._native.refuse_mesh("memory_ranges")
+        slot = host_int("memory_ranges: slot", slot)
+        found = self._native.call(self._pool.memory_ranges, slot)
+        return [MemoryRange(address, num_bytes) for address, num_bytes in found]
 
     def view(self, layer: int, slot: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Zero-copy arrays over one layer's keys and values, for dense kernels.

@@ -235,7 +235,7 @@ class KVPool(
             num_tokens: tokens to map room for; a list of them acquires a slot for each.
             wait: wait for released slots to drain when there is too little otherwise. Slots that
                 views hold, and slots whose release failed, are not waited for.
-            handover: put the blocks in a file that `export_blocks` sends uncopied; CPU only.
+            handover: give each slot memory of its own, which `export_blocks` sends uncopied.
 
         Returns:
             (slot, cache), or (slots, cache) for a list. The slot's length is 0.

@@ -2,11 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["BlockInfo", "PoolStats", "SlotInfo", "make_block_map", "make_rows", "make_stats"]
+__all__ = [
+    "BlockInfo",
+    "MemoryRange",
+    "PoolStats",
+    "SlotInfo",
+    "make_block_map",
+    "make_rows",
+    "make_stats",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +166,18 @@ class BlockInfo:
     references: int
     slots: tuple[int, ...]
     owner: int | None
+
+
+class MemoryRange(NamedTuple):
+    """A piece of a slot's memory.
+
+    Attributes:
+        address: where it begins: in this process's memory, or on the pool's CUDA device.
+        num_bytes: its length, a whole number of blocks.
+    """
+
+    address: int
+    num_bytes: int
 
 
 def make_stats(n: Any, host_waits: int) -> PoolStats:

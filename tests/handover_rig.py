@@ -40,8 +40,10 @@ class HandoverRig(SwapRig):
 
     def take(self, received: Any, **options: Any) -> int:
         """Imports a sequence."""
-        with kvp.Handover(received) as known:
-            ids = [int(token) for token in known.token_ids]
+        known = received if isinstance(received, kvp.Handover) else kvp.Handover(received)
+        ids = [int(token) for token in known.token_ids]
+        if known is not received:
+            known.close()
         slot, self.cache = self.pool.import_blocks(self.cache, received, **options)
         assert slot not in self.ids
         self.ids[slot] = ids
@@ -53,15 +55,17 @@ def serve(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         while True:
-            message, fds, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+            message = connection.recv(1 << 16)
             if not message:
                 return
             order = json.loads(message)
-            spec = spec_of(order["layout"], jnp.dtype(order["dtype"]))
+            handover = kvp.Handover.receive(connection)
+            changes = order.get("changes", {})
+            spec = spec_of(order["layout"], jnp.dtype(order["dtype"]), **changes)
             with kvp.KVPool(spec, "16MiB", poison=True) as pool:
                 rig = HandoverRig(pool)
-                slot = rig.take(fds[0])
-                os.close(fds[0])
+                slot = rig.take(handover)
+                handover.close()
                 received = pool.stats().received
                 rig.check()
                 bits = [decode(rig, slot, token).tobytes().hex() for token in order["tokens"]]
@@ -95,8 +99,18 @@ def receiver(folder: pathlib.Path) -> Iterator[tuple[Any, socket.socket]]:
 
 def send(connection: socket.socket, handover: kvp.Handover, **order: Any) -> dict[str, Any]:
     """Sends a sequence to the receiving process; what it answers."""
-    socket.send_fds(connection, [json.dumps(order).encode()], [handover.fileno()])
+    connection.send(json.dumps(order).encode())
+    handover.send(connection)
     return json.loads(connection.recv(1 << 22))
+
+
+# Memory files of pools on CPU, and of the fake driver: one for each handle that was shared.
+_NAMES = ("/memfd:jax_kvpage", "/memfd:fake_driver_device")
+
+
+def inode_of(handover: kvp.Handover) -> int:
+    """Of the file that has the first blocks."""
+    return os.fstat(handover.filenos()[:2][-1]).st_ino
 
 
 def holders(inode: int) -> list[int]:
@@ -109,11 +123,11 @@ def _has(process: str, inode: int) -> bool:
         for number in os.listdir(f"/proc/{process}/fd"):
             with contextlib.suppress(OSError):  # closed by now
                 path = f"/proc/{process}/fd/{number}"
-                ours = os.readlink(path).startswith("/memfd:jax_kvpage")
+                ours = os.readlink(path).startswith(_NAMES)
                 if ours and os.stat(path).st_ino == inode:
                     return True
         with open(f"/proc/{process}/maps") as maps:
-            lines = (line.split() for line in maps if "memfd:jax_kvpage" in line)
+            lines = (line.split() for line in maps if any(name in line for name in _NAMES))
             return any(fields[4] == str(inode) for fields in lines)
     return False
 
@@ -143,9 +157,11 @@ FIELDS = {
 
 
 def content_of(handover: kvp.Handover) -> bytearray:
-    """All bytes of the file."""
-    fd = handover.fileno()
-    return bytearray(os.pread(fd, os.fstat(fd).st_size, 0))
+    """All bytes of the file; on the fake driver all that its descriptors give, too."""
+    content = bytearray()
+    for fd in handover.filenos():
+        content += os.pread(fd, os.fstat(fd).st_size, 0)
+    return content
 
 
 def sign(content: bytearray) -> bytearray:

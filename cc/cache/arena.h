@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -214,11 +215,25 @@ class Arena {
   // Blocks with one reference each that no slot maps and that have no memory, in ascending order. All or nothing.
   Status ClaimNumbers(std::int64_t count, std::vector<std::int32_t>* blocks);
   void UnclaimNumbers(const std::vector<std::int32_t>& blocks) { pool_.Unclaim(blocks, blocks); }
-  // Backs such blocks with a file that was received. All or nothing.
+  // Backs such blocks with a file that was received, or with what descriptors stand for. All or nothing.
   Status Receive(const std::shared_ptr<MemoryFile>& file, const std::vector<std::int32_t>& blocks,
                  const std::vector<std::int64_t>& offsets);
+  Status ReceiveHandles(const std::vector<int>& descriptors, const std::vector<std::int32_t>& blocks);
+  // See the functions of Vmm.
+  bool shares_handles() const { return vmm_->shares_handles(); }
+  Status MemoryName(std::string* out) { return vmm_->MemoryName(out); }
+  Status ExportBlocks(const std::vector<std::int32_t>& blocks, std::vector<Fd>* out) {
+    return vmm_->Export(blocks.data(), static_cast<std::int64_t>(blocks.size()), out);
+  }
+  Status ExportCopies(const std::vector<Vmm::CopySource>& blocks, std::int64_t payload, std::vector<Fd>* out) {
+    return vmm_->ExportCopies(blocks, payload, out);
+  }
+  Status CopyHandles(const std::vector<int>& descriptors, const std::vector<std::int32_t>& blocks) {
+    return vmm_->ImportCopies(descriptors, blocks.data());
+  }
   // A slot without blocks takes all its memory from a file that is its alone, until the slot is emptied or the file
-  // sealed: block b of range r lies (r * max_blocks + b) blocks behind `begin`.
+  // sealed: block b of range r lies (r * max_blocks + b) blocks behind `begin`. Where handles are shared the blocks are
+  // not in the file, only counted as its.
   void SetFile(std::int64_t slot, std::shared_ptr<MemoryFile> file, std::int64_t begin);
   bool HasFile(std::int64_t slot) const { return files_.count(static_cast<std::int32_t>(slot)) > 0; }
   void CloseFile(std::int64_t slot) { files_.erase(static_cast<std::int32_t>(slot)); }

@@ -1,4 +1,4 @@
-// The part of Arena for blocks whose memory is in another file than the pool's own.
+// The part of Arena for blocks of sequences that are handed over, whose memory is not the pool's to use again.
 #include <algorithm>
 #include <unordered_set>
 
@@ -32,6 +32,13 @@ Status Arena::Receive(const std::shared_ptr<MemoryFile>& file, const std::vector
   return {};
 }
 
+Status Arena::ReceiveHandles(const std::vector<int>& descriptors, const std::vector<std::int32_t>& blocks) {
+  KVPAGE_RETURN_IF_ERROR(vmm_->Import(descriptors, blocks.data()));
+  for (const std::int32_t block : blocks) pool_.SetBacking(block, Backing::kReceived);
+  pool_.NotePeak();
+  return {};
+}
+
 void Arena::SetFile(std::int64_t slot, std::shared_ptr<MemoryFile> file, std::int64_t begin) {
   files_[static_cast<std::int32_t>(slot)] = {std::move(file), begin};
   changes_.Note(slot);
@@ -52,7 +59,14 @@ Status Arena::GrowInFile(std::int64_t slot, std::int64_t blocks) {
   }
   for (const std::int32_t block : claimed) pool_.SetBacking(block, Backing::kLent);
   for (std::int64_t range = 0; range < ranges; ++range) {
-    Status status = vmm_->Map(geometry_.Offset(slot, range, old), &claimed[range * more], more);
+    const std::int64_t offset = geometry_.Offset(slot, range, old);
+    Status status = vmm_->Map(offset, &claimed[range * more], more);
+    if (status.ok() && shares_handles()) {
+      // Unlike a file's, new memory may have what somebody else has left, which would go to the receiver where no token
+      // is written over it.
+      status = vmm_->Fill(offset, more * geometry_.block_bytes, 0);
+      if (!status.ok()) static_cast<void>(vmm_->Unmap(offset, &claimed[range * more], more));
+    }
     if (status.ok()) continue;
     while (--range >= 0) {
       static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, range, old), &claimed[range * more], more));

@@ -18,8 +18,8 @@
 
 namespace kvpage {
 
-// Where a block's memory is: in the pool's own, or in another file (memory_file.h). What is in a sealed one can be read
-// only, by all slots that map it.
+// Where a block's memory is: in the pool's own, or in another file (memory_file.h); on a device, whether it was or may
+// be handed over. What is sealed can be read only, by all slots that map it.
 enum class Backing : std::int8_t {
   kOwn = 0,
   kLent,      // a slot's own file, for a sequence that may be handed over

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "cache/prefix_store.h"
 #include "crc32c/crc32c.h"
@@ -15,6 +16,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "headers are read and w
 constexpr char kMagic[8] = {'K', 'V', 'P', 'A', 'G', 'E', 'H', 'O'};
 constexpr std::uint32_t kVersion = 1;
 constexpr std::int64_t kMaxShape = 256;
+constexpr char kMemory[] = " memory=";
 
 struct Fixed {
   char magic[8];
@@ -33,6 +35,10 @@ std::string Quoted(std::string text) {
     if (letter < ' ' || letter > '~') letter = '?';
   }
   return "'" + text + "'";
+}
+
+std::string ShapeText(const Header& header) {
+  return header.memory.empty() ? header.shape : header.shape + kMemory + header.memory;
 }
 
 Status Damaged(const std::string& what) {
@@ -61,10 +67,11 @@ Status WriteHeader(const Header& header, MemoryFile* file) {
   fixed.stride = header.stride;
   fixed.block_bytes = header.block_bytes;
   fixed.ranges = header.ranges;
-  fixed.shape_bytes = static_cast<std::uint32_t>(header.shape.size());
+  const std::string shape = ShapeText(header);
+  fixed.shape_bytes = static_cast<std::uint32_t>(shape.size());
   fixed.fingerprint_bytes = static_cast<std::uint32_t>(header.fingerprint.size());
   std::string bytes(reinterpret_cast<const char*>(&fixed), sizeof(fixed));
-  bytes += header.shape + header.fingerprint;
+  bytes += shape + header.fingerprint;
   bytes.append(reinterpret_cast<const char*>(header.ids.data()), 4 * header.ids.size());
   const std::uint32_t crc = crc32c::Crc32c(bytes.data() + kChecked, bytes.size() - kChecked);
   std::memcpy(&bytes[offsetof(Fixed, crc)], &crc, sizeof(crc));
@@ -100,8 +107,13 @@ Status ReadHeader(const MemoryFile& file, Header* out) {
     return Damaged("the checksum of its header is wrong");
   }
   // A checksum is no protection from a sender who means harm: whatever addresses are computed from is checked too.
-  const bool sane = fixed.blocks >= 1 && fixed.blocks <= fixed.stride && fixed.stride <= kMany &&
-                    fixed.block_bytes >= 1 && fixed.ranges >= 1 && fixed.ranges <= kMany && fixed.begin >= bytes &&
+  std::string shape = all.substr(sizeof(fixed), fixed.shape_bytes);
+  const std::size_t at = shape.find(kMemory);
+  const bool has_handles = at != std::string::npos;
+  const bool stride_fits = has_handles ? fixed.stride == 0 : fixed.blocks <= fixed.stride && fixed.stride <= kMany;
+  const bool is_named = !has_handles || at + sizeof(kMemory) - 1 < shape.size();
+  const bool sane = is_named && fixed.blocks >= 1 && fixed.blocks <= kMany && stride_fits && fixed.block_bytes >= 1 &&
+                    fixed.ranges >= 1 && fixed.ranges <= kMany && fixed.begin >= bytes &&
                     fixed.begin % PageBytes() == 0 && fixed.block_bytes % PageBytes() == 0;
   std::int64_t size = 0;
   const bool too_large = !sane || __builtin_mul_overflow(fixed.ranges * fixed.stride, fixed.block_bytes, &size) ||
@@ -118,11 +130,15 @@ Status ReadHeader(const MemoryFile& file, Header* out) {
   header.stride = fixed.stride;
   header.block_bytes = fixed.block_bytes;
   header.ranges = fixed.ranges;
-  header.shape = all.substr(sizeof(fixed), fixed.shape_bytes);
+  if (has_handles) {
+    header.memory = shape.substr(at + sizeof(kMemory) - 1);
+    shape.resize(at);
+  }
+  header.shape = std::move(shape);
   header.fingerprint = all.substr(sizeof(fixed) + fixed.shape_bytes, fixed.fingerprint_bytes);
   header.ids.resize(static_cast<std::size_t>(fixed.tokens));
   std::memcpy(header.ids.data(), all.data() + sizeof(fixed) + text, 4 * header.ids.size());
-  for (std::int64_t range = 0; range < header.ranges; ++range) {
+  for (std::int64_t range = 0; !has_handles && range < header.ranges; ++range) {
     if (file.Filled(header.Offset(range, 0), header.blocks * header.block_bytes)) continue;
     return Damaged("a part of its blocks has no memory");
   }
@@ -130,7 +146,13 @@ Status ReadHeader(const MemoryFile& file, Header* out) {
   return {};
 }
 
-Status CheckFits(const Header& header, const Geometry& geometry, const std::string& fingerprint) {
+Status CheckFits(const Header& header, const Geometry& geometry, const std::string& memory,
+                 const std::string& fingerprint) {
+  if (header.memory != memory) {
+    const auto place = [](const std::string& name) { return name.empty() ? "memory of the host" : Quoted(name); };
+    return InvalidArgument("the sequence is in " + place(header.memory) + ", this pool's blocks are in " +
+                           place(memory) + ": hand over between pools of one device, or send arrays (read_kv)");
+  }
   if (header.shape != ShapeOf(geometry)) {
     return InvalidArgument("the sequence is of a pool of another shape: " + Quoted(header.shape) + ", this pool has " +
                            Quoted(ShapeOf(geometry)) + ": make both pools of one spec");

@@ -11,6 +11,10 @@
 //
 // Numbers are little-endian. Block b of range r lies (r * stride + b) blocks behind the begin. The blocks themselves
 // have no checksum: the file is sealed, so it is what the sender has written.
+//
+// A sequence in a device's memory has the same header in a file that ends with it: the stride is 0, the shape is
+// followed by " memory=" and the device's name, and blocks * ranges descriptors come with the file, those of a range
+// one after the other.
 #ifndef KVPAGE_CACHE_HANDOVER_HEADER_H_
 #define KVPAGE_CACHE_HANDOVER_HEADER_H_
 
@@ -30,6 +34,7 @@ constexpr std::int64_t kMaxFingerprint = 1024;
 struct Header {
   std::int64_t begin = 0, tokens = 0, blocks = 0, stride = 0, block_bytes = 0, ranges = 0;
   std::string shape;        // of the pool: see ShapeOf
+  std::string memory;       // Vmm::MemoryName; empty: the blocks are in the file
   std::string fingerprint;  // what the caller says of the model
   std::vector<std::int32_t> ids;
 
@@ -37,6 +42,7 @@ struct Header {
     return begin + (range * stride + block) * block_bytes;
   }
   std::int64_t file_bytes() const { return Offset(ranges, 0); }
+  std::int64_t num_handles() const { return memory.empty() ? 0 : blocks * ranges; }
 };
 
 // What two pools must have in common to exchange blocks, as text.
@@ -47,8 +53,9 @@ std::int64_t HeaderBytes(std::int64_t tokens);
 Status WriteHeader(const Header& header, MemoryFile* file);
 // Checks that the file is what its header says, and all of it.
 Status ReadHeader(const MemoryFile& file, Header* out);
-// Checks that a pool can take the sequence.
-Status CheckFits(const Header& header, const Geometry& geometry, const std::string& fingerprint);
+// Checks that a pool can take the sequence, whose memory has this name.
+Status CheckFits(const Header& header, const Geometry& geometry, const std::string& memory,
+                 const std::string& fingerprint);
 
 }  // namespace kvpage::handover
 

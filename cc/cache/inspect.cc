@@ -6,11 +6,11 @@
 namespace kvpage::inspect {
 namespace {
 
-Status CheckBlockMap(const PoolParts& pool, std::int32_t slot) {
+Status CheckBlockMap(const PoolParts& pool, std::int32_t slot, const char* op = "block_map") {
   const StateLock state = pool.table->Lock();
-  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, "block_map"));
+  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
   CollectReleases(pool, state);
-  return pool.table->CheckOccupied(state, "block_map", slot);
+  return pool.table->CheckOccupied(state, op, slot);
 }
 
 }  // namespace
@@ -121,6 +121,21 @@ Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out) 
     for (const std::int32_t block : arena.block_map(slot, range)) {
       (*out)[range].emplace_back(block, block < 0 ? 0 : arena.pool().references(block));
     }
+  }
+  return {};
+}
+
+Status SlotMemory(const PoolParts& pool, std::int32_t slot, MemoryRanges* out) {
+  const MappingLock mapping = pool.supply->Lock();
+  pool.supply->FinishChanges(mapping);
+  KVPAGE_RETURN_IF_ERROR(CheckBlockMap(pool, slot, "memory_ranges"));
+  const Arena& arena = pool.supply->arena(mapping);
+  const Geometry& geometry = pool.table->geometry();
+  const std::int64_t hole = arena.hole(slot), bytes = (arena.blocks(slot) - hole) * geometry.block_bytes;
+  const auto base = reinterpret_cast<std::uint64_t>(pool.supply->base());
+  out->clear();
+  for (std::int64_t range = 0; range < geometry.num_ranges(); ++range) {
+    out->emplace_back(base + static_cast<std::uint64_t>(geometry.Offset(slot, range, hole)), bytes);
   }
   return {};
 }

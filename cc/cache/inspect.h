@@ -17,6 +17,8 @@ Status Audit(const PoolParts& pool);
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out);
 // The same with the slots that map each block.
 Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out);
+// Where in memory each range of a slot is, as far as it is mapped.
+Status SlotMemory(const PoolParts& pool, std::int32_t slot, MemoryRanges* out);
 
 }  // namespace kvpage::inspect
 

@@ -40,6 +40,15 @@ class Mirror {
   // before. SetRoom ends that.
   virtual Status StopReaders(const std::vector<Room>& ends) = 0;
 
+  // Waits for programs that passed their check before; then says what they have left: the tokens that the slot's
+  // occupant has written in every layer, and the positions below which nothing may be written.
+  struct SlotMarks {
+    std::int32_t written = 0, shared = 0;
+  };
+  virtual Status ReadMarks(std::int32_t slot, SlotMarks* out) = 0;
+  // From now on programs may write nothing below `tokens` in this slot, whose readers are stopped.
+  virtual Status SetShared(std::int32_t slot, std::int32_t tokens) = 0;
+
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.
   // Fails, and changes nothing, unless `cache` is the newest value and the slots have as many tokens on the device.
   virtual Status Drop(const std::vector<Room>& begins, const CacheRef& cache) = 0;

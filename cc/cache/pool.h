@@ -184,6 +184,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status Audit() { return inspect::Audit(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
   Status BlockOwners(std::int32_t slot, BlockRows* out) { return inspect::BlockOwners(parts_, slot, out); }
+  Status SlotMemory(std::int32_t slot, MemoryRanges* out) { return inspect::SlotMemory(parts_, slot, out); }
   Status AddView(std::int64_t layer, std::int32_t slot, const GoOn& go_on = {}) {
     return views::Add(parts_, layer, slot, go_on);
   }

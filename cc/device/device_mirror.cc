@@ -119,6 +119,19 @@ Status DeviceMirror::StopReaders(const std::vector<Room>& ends) {
   return WaitForReaders();
 }
 
+Status DeviceMirror::ReadMarks(std::int32_t slot, SlotMarks* out) {
+  KVPAGE_RETURN_IF_ERROR(WaitForReaders());
+  KVPAGE_RETURN_IF_ERROR(device_->Transfer({SlotsCopy(Copy::kToHost), WrittenCopy(Copy::kToHost)}));
+  const std::int32_t* const layers = written_ + slot * geometry_.num_layers;
+  *out = {*std::min_element(layers, layers + geometry_.num_layers), slots_[slot].shared};
+  return {};
+}
+
+Status DeviceMirror::SetShared(std::int32_t slot, std::int32_t tokens) {
+  new_rooms_[slot] = tokens;
+  return device_->Transfer({NewRoomCopy(slot, offsetof(DeviceSlot, shared))});
+}
+
 Status DeviceMirror::CheckDrop(const std::vector<Room>& begins, const CacheRef& cache) {
   static const char* const kOp = "drop_before";
   if (cache.generation != image_->generation) {

@@ -34,6 +34,8 @@ class DeviceMirror final : public Mirror {
   Status Open(std::int32_t id) override;
   Status SetRoom(const std::vector<Room>& rooms) override;
   Status StopReaders(const std::vector<Room>& ends) override;
+  Status ReadMarks(std::int32_t slot, SlotMarks* out) override;
+  Status SetShared(std::int32_t slot, std::int32_t tokens) override;
   Status Drop(const std::vector<Room>& begins, const CacheRef& cache) override;
   Status OpenTable(char* window, const BlockTable* table) override;
   Status ExtendRun(std::int32_t slot, std::int64_t begin, const std::int32_t* blocks, std::int64_t count) override;

@@ -197,7 +197,8 @@ Claim ImportBlocks(const PoolReference& self, Decision* decision, const Handover
     if (!claim.status.ok()) return claim;
     decision->imported = claim.slots[0];
     const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);  // at most max_seq_len
-    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens, -1});
+    decision->edits.push_back({static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens,
+                               static_cast<std::int32_t>(claim.shared[0])});
     return claim;
   });
 }

@@ -11,10 +11,16 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
-HandoverReference Receive(int fd) {
+HandoverReference Receive(const std::vector<int>& descriptors) {
   HandoverReference received;
-  Raise(handover::Receive(fd, &received.handover));
+  Raise(handover::Receive(descriptors, &received.handover));
   return received;
+}
+
+std::vector<int> Filenos(const HandoverReference& h) {
+  std::vector<int> descriptors = {h.handover->file->fd()};
+  for (const Fd& handle : h.handover->handles) descriptors.push_back(handle.get());
+  return descriptors;
 }
 
 HandoverReference ExportBlocks(const PoolReference& self, std::int32_t slot, const std::string& fingerprint) {
@@ -29,11 +35,11 @@ HandoverReference ExportBlocks(const PoolReference& self, std::int32_t slot, con
 
 void BindHandover(nb::module_& m, nb::class_<PoolReference>& pool) {
   nb::class_<HandoverReference>(m, "Handover")
-      .def_static("receive", &Receive, "fd"_a)
+      .def_static("receive", &Receive, "descriptors"_a)
       .def_prop_ro("closed", [](const HandoverReference& h) { return h.handover == nullptr; })
       .def("close", [](HandoverReference& h) { h.handover = nullptr; })
       // Not of one that is closed.
-      .def("fileno", [](const HandoverReference& h) { return h.handover->file->fd(); })
+      .def("filenos", &Filenos)
       .def_prop_ro("token_ids", [](const HandoverReference& h) { return h.handover->header.ids; })
       .def_prop_ro("num_tokens", [](const HandoverReference& h) { return h.handover->header.tokens; })
       .def_prop_ro("num_bytes",

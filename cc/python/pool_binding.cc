@@ -242,6 +242,7 @@ void BindPool(nb::module_& m) {
       .def("audit", Method("audit", &Pool::Audit))  // for tests
       .def("rows", Method("slot_table", &Pool::Rows))
       .def("block_map", Getter<BlockReferences, std::int32_t>("block_map", &Pool::BlockMap), "slot"_a)
+      .def("memory_ranges", Getter<MemoryRanges, std::int32_t>("memory_ranges", &Pool::SlotMemory), "slot"_a)
       .def("block_owners", Getter<BlockRows, std::int32_t>("block_map", &Pool::BlockOwners), "slot"_a)
       .def("view", &View, "layer"_a, "kv"_a, "slot"_a);
 }

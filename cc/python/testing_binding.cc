@@ -134,6 +134,7 @@ void BindTesting(nb::module_& m) {
         const FakeDriver::State state = UseFake().Report();
         const std::map<std::string, std::int64_t> counts = {{"reservations", state.reservations},
                                                             {"handles", state.handles},
+                                                            {"imported", state.imported},
                                                             {"mappings", state.mappings},
                                                             {"allocations", state.allocations},
                                                             {"host_allocations", state.host_allocations},

@@ -41,11 +41,6 @@ int TransferAll(std::vector<iovec>& parts, std::int64_t offset, const Transfer& 
 
 }  // namespace
 
-void Fd::Reset(int fd) {
-  if (fd_ >= 0) close(fd_);
-  fd_ = fd;
-}
-
 ssize_t FileIo::Write(int fd, const iovec* parts, int count, off_t offset) { return pwritev(fd, parts, count, offset); }
 ssize_t FileIo::Read(int fd, const iovec* parts, int count, off_t offset) { return preadv(fd, parts, count, offset); }
 int FileIo::Sync(int fd) { return fsync(fd); }

@@ -7,30 +7,12 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "base/fd.h"
 #include "base/status.h"
 
 namespace kvpage::store {
-
-// A file descriptor that is closed with its owner.
-class Fd {
- public:
-  explicit Fd(int fd = -1) : fd_(fd) {}
-  ~Fd() { Reset(); }
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&& other) noexcept {
-    if (this != &other) Reset(std::exchange(other.fd_, -1));
-    return *this;
-  }
-  int get() const { return fd_; }
-  bool ok() const { return fd_ >= 0; }
-  void Reset(int fd = -1);
-
- private:
-  int fd_;
-};
 
 // As the calls of the same names: the result, or -1 with errno set.
 class FileIo {

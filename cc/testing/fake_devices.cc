@@ -1,6 +1,7 @@
 // The fake driver's devices, contexts and names of errors.
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,7 @@ Result GetErrorName(Result result, const char** name) {
     KVPAGE_RESULT(kNoDevice, "CUDA_ERROR_NO_DEVICE");
     KVPAGE_RESULT(kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE");
     KVPAGE_RESULT(kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT");
+    KVPAGE_RESULT(kOperatingSystem, "CUDA_ERROR_OPERATING_SYSTEM");
     KVPAGE_RESULT(kInvalidHandle, "CUDA_ERROR_INVALID_HANDLE");
     KVPAGE_RESULT(kNotReady, "CUDA_ERROR_NOT_READY");
     KVPAGE_RESULT(kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS");
@@ -134,6 +136,18 @@ Result DeviceTotalMem(std::size_t* bytes, Device device) {
     return entry->Violation("cuDeviceTotalMem: no such device", Result::kInvalidDevice);
   }
   *bytes = static_cast<std::size_t>(entry->options.device_bytes);
+  return Result::kSuccess;
+}
+
+Result DeviceGetUuid(Uuid* uuid, Device device) {
+  KVPAGE_ENTRY(DeviceGetUuid, Init);
+  if (device < 0 || device >= entry->options.devices) {
+    return entry->Violation("cuDeviceGetUuid: no such device", Result::kInvalidDevice);
+  }
+  // The same in every process, as a real device's is.
+  static constexpr char kBegin[sizeof(uuid->bytes)] = "fake GPU";
+  std::copy(std::begin(kBegin), std::end(kBegin), uuid->bytes);
+  uuid->bytes[sizeof(uuid->bytes) - 1] = static_cast<char>(device);
   return Result::kSuccess;
 }
 

@@ -27,6 +27,8 @@ bool Unsafe(cu::Call call) {
     case cu::Call::kMemMap:
     case cu::Call::kMemUnmap:
     case cu::Call::kMemSetAccess:
+    case cu::Call::kMemExportToShareableHandle:
+    case cu::Call::kMemImportFromShareableHandle:
     case cu::Call::kEventQuery:
     case cu::Call::kEventSynchronize:
       return true;
@@ -51,6 +53,9 @@ FakeDriver::Impl::~Impl() {
   for (const auto& [address, bytes] : reservations) munmap(reinterpret_cast<void*>(address), bytes);
   for (const auto& [address, allocation] : allocations) munmap(reinterpret_cast<void*>(address), allocation.bytes);
   for (const auto& [address, bytes] : host_allocations) munmap(address, bytes);
+  for (const auto& [handle, entry] : handles) {
+    if (entry.own_fd >= 0) close(entry.own_fd);
+  }
   if (fd >= 0) close(fd);
 }
 
@@ -128,6 +133,7 @@ FakeDriver::State FakeDriver::Report() const {
   State state;
   state.reservations = static_cast<std::int64_t>(impl_->reservations.size());
   state.handles = static_cast<std::int64_t>(impl_->handles.size());
+  for (const auto& [handle, entry] : impl_->handles) state.imported += entry.imported;
   state.mappings = static_cast<std::int64_t>(impl_->mappings.size());
   state.allocations = static_cast<std::int64_t>(impl_->allocations.size());
   state.host_allocations = static_cast<std::int64_t>(impl_->host_allocations.size());
@@ -158,6 +164,7 @@ std::string FakeDriver::State::ToString() const {
   };
   add("reservations", reservations);
   add("handles", handles);
+  add("of them imported", imported);
   add("mappings", mappings);
   add("allocations", allocations);
   add("host allocations", host_allocations);

@@ -6,6 +6,10 @@
 // and any can be made to fail. New memory holds 0xFF bytes (NaN), never zeros. Work on a stream runs at once unless the
 // stream is held back or captured.
 //
+// What cuMemExportToShareableHandle gives are descriptors of memfds, so that another process with a fake driver can
+// import them. Descriptors that wait to be imported count nowhere: the real driver does not say either how many there
+// are.
+//
 // The real driver's functions have no room for a "this": one FakeDriver lives at a time. All calls may come from any
 // thread.
 #ifndef KVPAGE_TESTING_FAKE_DRIVER_H_
@@ -32,6 +36,7 @@ class FakeDriver {
     bool posix_handles = true;  // false: the devices say that they cannot
     // cuMemCreate refuses shareable handles although the device says that it can: what some containers do.
     bool posix_handles_denied = false;
+    bool read_only_access = true;  // false: cuMemSetAccess refuses to let a device read only
     // cuMemMap, cuMemUnmap and cuMemSetAccess return only when every stream is idle, as the real driver may do.
     bool mapping_waits = false;
   };
@@ -80,6 +85,7 @@ class FakeDriver {
   // ---- what is left ----
   struct State {
     std::int64_t reservations = 0, handles = 0, mappings = 0, allocations = 0, host_allocations = 0;
+    std::int64_t imported = 0;                           // of the handles, those of other pools or processes
     std::int64_t streams = 0, events = 0, contexts = 0;  // contexts: retained and not released
     std::int64_t pushed = 0;                             // contexts pushed and not popped
     std::int64_t queued = 0;                             // pieces of work that have not run

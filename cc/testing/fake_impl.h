@@ -1,5 +1,5 @@
-// The fake driver's state, shared by its entry points (fake_driver.cc, fake_memory.cc, fake_streams.cc,
-// fake_capture.cc).
+// The fake driver's state, shared by its entry points (fake_driver.cc, fake_memory.cc, fake_shareable.cc,
+// fake_streams.cc, fake_capture.cc).
 #ifndef KVPAGE_TESTING_FAKE_IMPL_H_
 #define KVPAGE_TESTING_FAKE_IMPL_H_
 
@@ -36,11 +36,15 @@ struct FakeDriver::Impl {
     std::int64_t file_offset = 0;
     std::int64_t mappings = 0;
     bool released = false;
+    bool shareable = false;
+    bool imported = false;
+    int own_fd = -1;          // of a memfd that has only this memory, once it was shared; else -1
+    std::uint64_t inode = 0;  // of that memfd: handles of one process with the same one are the same memory
   };
   struct Mapping {
     std::size_t bytes = 0;
     cu::MemHandle handle = 0;
-    bool accessible = false;
+    cu::Access access = cu::Access::kNone;
   };
   struct Allocation {
     std::size_t bytes = 0;
@@ -95,10 +99,16 @@ struct FakeDriver::Impl {
   cu::Result CheckNullStream(const std::string& call, cu::Stream stream);
   bool Idle() const;          // all streams
   int CurrentDevice() const;  // -1: no context is current
-  // Whether the whole range may be accessed by the device.
-  bool Accessible(cu::DevicePtr address, std::size_t bytes) const;
+  // Whether the whole range may be read by the device, or written too.
+  bool Accessible(cu::DevicePtr address, std::size_t bytes, bool write) const;
   bool IsPinned(const void* host, std::size_t bytes) const;
   void FreeHandle(cu::MemHandle handle);
+  // Where a handle's memory lies in which file.
+  int FileOf(const Handle& handle) const { return handle.own_fd >= 0 ? handle.own_fd : fd; }
+  // Gives a handle's memory a file of its own; what is mapped stays so. False: the system refuses.
+  bool MakeShared(cu::MemHandle handle);
+  // Whether another handle of this process stands for the same memory.
+  bool HasTwin(cu::MemHandle handle) const;
   bool Take(int device, std::size_t bytes);  // false: out of memory
 
   const Options options;

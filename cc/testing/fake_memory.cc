@@ -46,13 +46,17 @@ bool FakeDriver::Impl::Take(int device, std::size_t bytes) {
 
 void FakeDriver::Impl::FreeHandle(cu::MemHandle handle) {
   const Handle& entry = handles.at(handle);
-  static_cast<void>(
-      fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.file_offset, static_cast<off_t>(entry.bytes)));
-  used[entry.device] -= static_cast<std::int64_t>(entry.bytes);
+  if (entry.own_fd >= 0) {
+    close(entry.own_fd);  // the memory stays for as long as somebody has a descriptor, or has mapped it
+  } else {
+    static_cast<void>(
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.file_offset, static_cast<off_t>(entry.bytes)));
+  }
+  if (!HasTwin(handle)) used[entry.device] -= static_cast<std::int64_t>(entry.bytes);
   handles.erase(handle);
 }
 
-bool FakeDriver::Impl::Accessible(cu::DevicePtr address, std::size_t bytes) const {
+bool FakeDriver::Impl::Accessible(cu::DevicePtr address, std::size_t bytes, bool write) const {
   const cu::DevicePtr end = address + bytes;
   if (auto it = allocations.upper_bound(address); it != allocations.begin()) {
     --it;
@@ -61,7 +65,10 @@ bool FakeDriver::Impl::Accessible(cu::DevicePtr address, std::size_t bytes) cons
   if (IsPinned(reinterpret_cast<const void*>(address), bytes)) return true;
   auto it = mappings.upper_bound(address);
   if (it == mappings.begin()) return false;
-  for (--it; it != mappings.end() && it->first <= address && it->second.accessible; ++it) {
+  const auto allowed = [&](cu::Access access) {
+    return write ? access == cu::Access::kReadWrite : access != cu::Access::kNone;
+  };
+  for (--it; it != mappings.end() && it->first <= address && allowed(it->second.access); ++it) {
     address = std::max<cu::DevicePtr>(address, it->first + it->second.bytes);
     if (end <= address) return true;
     // The next one must follow on directly.
@@ -163,7 +170,12 @@ Result MemCreate(MemHandle* handle, std::size_t bytes, const AllocationProp* pro
     done += written ? static_cast<std::size_t>(n) : 0;
   }
   *handle = ++entry->last_handle;
-  entry->handles[*handle] = {prop->location.id, bytes, offset, 0, false};
+  FakeDriver::Impl::Handle made;
+  made.device = prop->location.id;
+  made.bytes = bytes;
+  made.file_offset = offset;
+  made.shareable = prop->handle_type != HandleType::kNone;
+  entry->handles[*handle] = made;
   entry->file_bytes = offset + static_cast<std::int64_t>(bytes);
   if (written) return Result::kSuccess;
   entry->FreeHandle(*handle);
@@ -198,8 +210,13 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
     return entry->Violation("cuMemMap: the range is not reserved");
   }
   const auto it = entry->handles.find(handle);
-  if (it == entry->handles.end() || it->second.released || it->second.bytes != bytes) {
-    return entry->Violation("cuMemMap: wanted the whole of a handle that lives");
+  if (it == entry->handles.end() || it->second.released) {
+    return entry->Violation("cuMemMap: wanted a handle that lives");
+  }
+  if (it->second.bytes != bytes) {
+    // What another process has sent may have any size: the caller cannot know before.
+    if (it->second.imported) return Result::kInvalidValue;
+    return entry->Violation("cuMemMap: wanted the whole of a handle");
   }
   auto next = entry->mappings.lower_bound(address);
   const bool above = next != entry->mappings.end() && next->first < address + bytes;
@@ -207,11 +224,11 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
     return entry->Violation("cuMemMap: something is mapped there");
   }
   // No access before cuMemSetAccess: whoever tries faults.
-  if (mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, entry->fd,
+  if (mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, entry->FileOf(it->second),
            it->second.file_offset) == MAP_FAILED) {
     return Result::kOutOfMemory;
   }
-  entry->mappings[address] = {bytes, handle, false};
+  entry->mappings[address] = {bytes, handle, Access::kNone};
   ++it->second.mappings;
   return Result::kSuccess;
 }
@@ -251,12 +268,13 @@ Result MemSetAccess(DevicePtr address, std::size_t bytes, const AccessDesc* acce
     }
     at += it->second.bytes;
   }
+  if (access->access == Access::kRead && !entry->options.read_only_access) return Result::kNotSupported;
   const int protection = access->access == Access::kReadWrite ? PROT_READ | PROT_WRITE
                          : access->access == Access::kRead    ? PROT_READ
                                                               : PROT_NONE;
   if (mprotect(reinterpret_cast<void*>(address), bytes, protection) != 0) return Result::kOutOfMemory;
   for (auto it = entry->mappings.find(address); it != entry->mappings.end() && it->first < at; ++it) {
-    it->second.accessible = access->access == Access::kReadWrite;
+    it->second.access = access->access;
   }
   return Result::kSuccess;
 }

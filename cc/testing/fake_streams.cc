@@ -87,21 +87,27 @@ void CopyBytes(void* to, const void* from, std::size_t bytes) {
   __atomic_store_n(static_cast<std::uint32_t*>(to), word, __ATOMIC_SEQ_CST);
 }
 
+struct Range {
+  DevicePtr address = 0;
+  std::size_t bytes = 0;
+  bool write = false;
+};
+
 // Queues a copy or a fill of device memory. It is looked at twice: a range may be unmapped before its turn comes.
-Result QueueAccess(Entry* entry, const char* what, std::vector<std::pair<DevicePtr, std::size_t>> ranges,
-                   std::function<void()> access, Stream stream) {
+Result QueueAccess(Entry* entry, const char* what, std::vector<Range> ranges, std::function<void()> access,
+                   Stream stream) {
   FakeDriver::Impl* fake = &entry->fake();
   if (!fake->Exists(stream)) return fake->Violation(std::string(what) + ": no such stream", Result::kInvalidHandle);
   if (const Result result = fake->CheckNullStream(what, stream); result != Result::kSuccess) return result;
-  for (const auto& [address, bytes] : ranges) {
-    if (!fake->Accessible(address, bytes)) {
+  for (const auto& [address, bytes, write] : ranges) {
+    if (!fake->Accessible(address, bytes, write)) {
       return fake->Violation(std::string(what) + ": memory that is not mapped or may not be accessed");
     }
   }
   Work work;
   work.run = [fake, what, ranges = std::move(ranges), access = std::move(access)] {
-    for (const auto& [address, bytes] : ranges) {
-      if (!fake->Accessible(address, bytes)) {
+    for (const auto& [address, bytes, write] : ranges) {
+      if (!fake->Accessible(address, bytes, write)) {
         static_cast<void>(fake->Violation(std::string(what) + ": its memory went before its turn came"));
         return;
       }
@@ -126,7 +132,7 @@ Result MemcpyHtoDAsync(DevicePtr to, const void* from, std::size_t bytes, Stream
   const bool pinned = entry->IsPinned(from, bytes);
   if (!pinned) staged.assign(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
   return QueueAccess(
-      &entry, "cuMemcpyHtoDAsync", {{to, bytes}},
+      &entry, "cuMemcpyHtoDAsync", {{to, bytes, true}},
       [=, staged = std::move(staged)] { CopyBytes(reinterpret_cast<void*>(to), pinned ? from : staged.data(), bytes); },
       stream);
 }
@@ -134,21 +140,22 @@ Result MemcpyHtoDAsync(DevicePtr to, const void* from, std::size_t bytes, Stream
 Result MemcpyDtoHAsync(void* to, DevicePtr from, std::size_t bytes, Stream stream) {
   KVPAGE_ENTRY(MemcpyDtoHAsync, Context);
   return QueueAccess(
-      &entry, "cuMemcpyDtoHAsync", {{from, bytes}}, [=] { CopyBytes(to, reinterpret_cast<const void*>(from), bytes); },
-      stream);
+      &entry, "cuMemcpyDtoHAsync", {{from, bytes, false}},
+      [=] { CopyBytes(to, reinterpret_cast<const void*>(from), bytes); }, stream);
 }
 
 Result MemcpyDtoDAsync(DevicePtr to, DevicePtr from, std::size_t bytes, Stream stream) {
   KVPAGE_ENTRY(MemcpyDtoDAsync, Context);
   return QueueAccess(
-      &entry, "cuMemcpyDtoDAsync", {{to, bytes}, {from, bytes}},
+      &entry, "cuMemcpyDtoDAsync", {{to, bytes, true}, {from, bytes, false}},
       [=] { CopyBytes(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes); }, stream);
 }
 
 Result MemsetD8Async(DevicePtr to, unsigned char byte, std::size_t bytes, Stream stream) {
   KVPAGE_ENTRY(MemsetD8Async, Context);
   return QueueAccess(
-      &entry, "cuMemsetD8Async", {{to, bytes}}, [=] { std::memset(reinterpret_cast<void*>(to), byte, bytes); }, stream);
+      &entry, "cuMemsetD8Async", {{to, bytes, true}}, [=] { std::memset(reinterpret_cast<void*>(to), byte, bytes); },
+      stream);
 }
 
 Result StreamCreate(Stream* stream, unsigned int flags) {

@@ -9,6 +9,7 @@
 
 #include "testing/fake_driver.h"
 #include "vmm/cuda_vmm.h"
+#include "vmm/memory_file.h"
 
 namespace kvpage {
 namespace {
@@ -162,6 +163,68 @@ void DestroyedBlocksAreFree() {
   Expect(after >= during + 64 * world.grain, std::to_string(during) + " " + std::to_string(after));
 }
 
+// What hand-over relies on: one process stands for two here, by two pools' memory.
+void HandlesAreSharedReadOnlyAndKeepTheirMemory() {
+  World world;
+  const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
+  std::unique_ptr<CudaVmm> sender, receiver;
+  for (std::unique_ptr<CudaVmm>* const vmm : {&sender, &receiver}) {
+    ExpectOk(CudaVmm::Make(world.context, 16 * bytes, bytes, vmm));
+    ExpectOk((*vmm)->Grow(4));
+  }
+  const std::int32_t blocks[] = {0, 1};
+  const std::int64_t offsets[] = {0, bytes};
+  std::shared_ptr<MemoryFile> file;
+  ExpectOk(MemoryFile::Make(4096, &file));
+  if (const Status status = sender->Lend(file, blocks, offsets, 2); !status.ok()) {
+    std::fprintf(stderr, "not shareable here: %s\n", status.message().c_str());
+    return;
+  }
+  std::string name;
+  ExpectOk(sender->MemoryName(&name));
+  std::fprintf(stderr, "%s\n", name.c_str());
+  ExpectOk(sender->Map(0, blocks, 2));
+  for (int i = 0; i < 2; ++i) ExpectOk(sender->Fill(i * bytes, bytes, 5 + i));
+  std::vector<Fd> sent, copies;
+  ExpectOk(sender->ExportCopies({{1, nullptr}}, bytes - 16, &copies));
+  ExpectOk(sender->Export(blocks, 2, &sent));
+  ExpectOk(sender->Seal(file));
+  ExpectByte(world.Byte(sender->base()), 5, "sealed");
+  ExpectOk(
+      receiver->Import({sent[0].get(), sent[1].get(), copies[0].get()}, std::vector<std::int32_t>{2, 0, 1}.data()));
+  const std::int32_t received[] = {2, 0, 1};
+  ExpectOk(receiver->MapReadOnly(4 * bytes, received, 3));
+  const char* const there = receiver->base() + 4 * bytes;
+  const auto look = [&] {
+    ExpectByte(world.Byte(there), 5, "received");
+    ExpectByte(world.Byte(there + 2 * bytes - 1), 6, "received");
+    ExpectByte(world.Byte(there + 3 * bytes - 17), 6, "a copy");
+    ExpectByte(world.Byte(there + 3 * bytes - 1), 0, "behind its payload");
+  };
+  look();
+  std::size_t before = 0, after = 0, total = 0;
+  Expect(world.driver.MemGetInfo(&before, &total) == Result::kSuccess);
+  sender.reset();
+  sent.clear();
+  copies.clear();
+  look();
+  Expect(world.driver.MemGetInfo(&after, &total) == Result::kSuccess);
+  Expect(after < before + world.grain, "the receiver keeps the memory");
+  ExpectOk(receiver->Create(std::vector<std::int32_t>{3}.data(), 1));
+  receiver.reset();
+  Expect(world.driver.MemGetInfo(&after, &total) == Result::kSuccess);
+  Expect(after >= before + 2 * world.grain, "and gives it back");
+  // An allocation that was not made for it.
+  cu::AllocationProp prop;
+  prop.location.id = world.context->device();
+  cu::MemHandle plain = 0;
+  int fd = -1;
+  Expect(world.driver.MemCreate(&plain, world.grain, &prop, 0) == Result::kSuccess);
+  Expect(world.driver.MemExportToShareableHandle(&fd, plain, cu::HandleType::kPosixFileDescriptor, 0) !=
+         Result::kSuccess);
+  Expect(world.driver.MemRelease(plain) == Result::kSuccess);
+}
+
 void RunningOutIsAStatus() {
   World world;
   const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
@@ -188,6 +251,7 @@ int RunAll() {
       {"blocks are mapped, aliased, moved and keep their bytes", &BlocksAreMappedAliasedAndMoved},
       {"the driver keeps the rules that the fake one checks", &TheDriverKeepsTheRulesThatTheFakeOneChecks},
       {"destroyed blocks are free", &DestroyedBlocksAreFree},
+      {"handles are shared, read only, and keep their memory", &HandlesAreSharedReadOnlyAndKeepTheirMemory},
       {"running out is a status", &RunningOutIsAStatus}};
   for (const Case& test : cases) {
     const int before = g_failures;

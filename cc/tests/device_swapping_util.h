@@ -46,10 +46,14 @@ inline Geometry GeometryOf(Layout layout) {
 class SwappingRig {
  public:
   explicit SwappingRig(Layout layout, std::int64_t store_blocks = 64, std::int64_t blocks = 20)
-      : geometry_(GeometryOf(layout)) {
-    EXPECT_OK(machine_.Open(300, geometry_, blocks * ranges(), &pool_));
+      : SwappingRig(layout, std::make_shared<Machine>(), 300, store_blocks, blocks) {}
+  // A pool with this id beside others on the machine.
+  SwappingRig(Layout layout, std::shared_ptr<Machine> machine, std::int32_t id, std::int64_t store_blocks = 64,
+              std::int64_t blocks = 20)
+      : geometry_(GeometryOf(layout)), machine_(std::move(machine)) {
+    EXPECT_OK(machine_->Open(id, geometry_, blocks * ranges(), &pool_));
     store_ = std::make_shared<store::HostStore>(store_blocks * ranges() * geometry_.block_bytes);
-    handle_[0] = 300;
+    handle_[0] = id;
     Restart();
   }
   ~SwappingRig() {
@@ -58,8 +62,8 @@ class SwappingRig {
     store_->Close();
   }
 
-  Machine& machine() { return machine_; }
-  FakeDriver& fake() { return machine_.fake(); }
+  Machine& machine() { return *machine_; }
+  FakeDriver& fake() { return machine_->fake(); }
   Pool& pool() { return *pool_; }
   store::HostStore& store() { return *store_; }
   const std::shared_ptr<store::HostStore>& store_ptr() const { return store_; }
@@ -174,7 +178,7 @@ class SwappingRig {
   cuda::CacheOperands Cache(DeviceOp op) {
     cuda::CacheOperands cache;
     cache.op = op;
-    cache.pools = machine_.device()->table();
+    cache.pools = machine_->device()->table();
     cache.handle = handle_;
     cache.epoch = &epoch_;
     cache.lengths = lengths_.data();
@@ -183,7 +187,7 @@ class SwappingRig {
   }
 
   const Geometry geometry_;
-  Machine machine_;
+  const std::shared_ptr<Machine> machine_;
   std::shared_ptr<Pool> pool_;
   std::shared_ptr<store::HostStore> store_;
   std::int32_t handle_[2] = {0, 0};

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "vmm/vmm.h"
 
@@ -90,6 +92,18 @@ class FaultyVmm final : public Vmm {
   std::int64_t NumLent(const MemoryFile& file) const override { return inner_->NumLent(file); }
   Status Seal(const std::shared_ptr<MemoryFile>& file) override {
     return Fails(Verb::kSeal) ? Fault() : inner_->Seal(file);
+  }
+  bool shares_handles() const override { return inner_->shares_handles(); }
+  Status MemoryName(std::string* out) override { return inner_->MemoryName(out); }
+  Status Export(const std::int32_t* b, std::int64_t n, std::vector<Fd>* out) override {
+    return inner_->Export(b, n, out);
+  }
+  Status ExportCopies(const std::vector<CopySource>& b, std::int64_t payload, std::vector<Fd>* out) override {
+    return inner_->ExportCopies(b, payload, out);
+  }
+  Status Import(const std::vector<int>& fds, const std::int32_t* b) override { return inner_->Import(fds, b); }
+  Status ImportCopies(const std::vector<int>& fds, const std::int32_t* b) override {
+    return inner_->ImportCopies(fds, b);
   }
   std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
   std::int64_t system_calls() const override { return inner_->system_calls(); }

@@ -39,7 +39,7 @@ TEST_P(HandoverTest, AReceivedSequenceIsReadWhereItIs) {
   ASSERT_NE(sent, nullptr);
   EXPECT_EQ(sent->copied, 3 * ranges() * geometry_.block_bytes);
   handover::HandoverPtr received;
-  ASSERT_OK(handover::Receive(sent->file->fd(), &received));
+  ASSERT_OK(handover::Receive({sent->file->fd()}, &received));
   const Claim claim = pool_->ImportBlocks(*received, "");
   ASSERT_OK(claim.status);
   ASSERT_OK(RunIn(claim));

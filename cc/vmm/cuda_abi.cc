@@ -45,6 +45,7 @@ KVPAGE_SAME(Result::kStubLibrary, CUDA_ERROR_STUB_LIBRARY);
 KVPAGE_SAME(Result::kNoDevice, CUDA_ERROR_NO_DEVICE);
 KVPAGE_SAME(Result::kInvalidDevice, CUDA_ERROR_INVALID_DEVICE);
 KVPAGE_SAME(Result::kInvalidContext, CUDA_ERROR_INVALID_CONTEXT);
+KVPAGE_SAME(Result::kOperatingSystem, CUDA_ERROR_OPERATING_SYSTEM);
 KVPAGE_SAME(Result::kInvalidHandle, CUDA_ERROR_INVALID_HANDLE);
 KVPAGE_SAME(Result::kNotReady, CUDA_ERROR_NOT_READY);
 KVPAGE_SAME(Result::kIllegalAddress, CUDA_ERROR_ILLEGAL_ADDRESS);
@@ -105,6 +106,8 @@ KVPAGE_SAME_FIELD(AllocationProp, flags, CUmemAllocationProp, allocFlags);
 static_assert(sizeof(AccessDesc) == sizeof(CUmemAccessDesc));
 KVPAGE_SAME_FIELD(AccessDesc, location, CUmemAccessDesc, location);
 KVPAGE_SAME_FIELD(AccessDesc, access, CUmemAccessDesc, flags);
+static_assert(sizeof(Uuid) == sizeof(CUuuid));
+KVPAGE_SAME_FIELD(Uuid, bytes, CUuuid, bytes);
 
 }  // namespace
 }  // namespace kvpage::cu

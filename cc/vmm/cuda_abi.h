@@ -32,6 +32,7 @@ enum class Result : std::int32_t {
   kNoDevice = 100,
   kInvalidDevice = 101,
   kInvalidContext = 201,
+  kOperatingSystem = 304,
   kInvalidHandle = 400,
   kNotReady = 600,
   kIllegalAddress = 700,
@@ -92,6 +93,10 @@ struct AccessDesc {
   Access access = Access::kReadWrite;
 };
 
+struct Uuid {
+  char bytes[16] = {};
+};
+
 }  // namespace kvpage::cu
 
 // Every entry point: our name, the exported symbol, the parameters. All return a Result.
@@ -105,6 +110,7 @@ struct AccessDesc {
   X(DeviceGetName, cuDeviceGetName, (char* name, int bytes, Device device))                                            \
   X(DeviceGetAttribute, cuDeviceGetAttribute, (int* value, Attribute attribute, Device device))                        \
   X(DeviceTotalMem, cuDeviceTotalMem_v2, (std::size_t* bytes, Device device))                                          \
+  X(DeviceGetUuid, cuDeviceGetUuid_v2, (Uuid * uuid, Device device))                                                   \
   X(PrimaryCtxRetain, cuDevicePrimaryCtxRetain, (Context * context, Device device))                                    \
   X(PrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, (Device device))                                                  \
   X(CtxPushCurrent, cuCtxPushCurrent_v2, (Context context))                                                            \
@@ -122,6 +128,11 @@ struct AccessDesc {
     (DevicePtr address, std::size_t bytes, std::size_t offset, MemHandle handle, unsigned long long flags))            \
   X(MemUnmap, cuMemUnmap, (DevicePtr address, std::size_t bytes))                                                      \
   X(MemSetAccess, cuMemSetAccess, (DevicePtr address, std::size_t bytes, const AccessDesc* access, std::size_t count)) \
+  X(MemExportToShareableHandle, cuMemExportToShareableHandle,                                                          \
+    (void* descriptor, MemHandle handle, HandleType type, unsigned long long flags))                                   \
+  X(MemImportFromShareableHandle, cuMemImportFromShareableHandle,                                                      \
+    (MemHandle * handle, void* descriptor, HandleType type))                                                           \
+  X(MemGetAllocationProperties, cuMemGetAllocationPropertiesFromHandle, (AllocationProp * prop, MemHandle handle))     \
   X(MemAlloc, cuMemAlloc_v2, (DevicePtr * address, std::size_t bytes))                                                 \
   X(MemFree, cuMemFree_v2, (DevicePtr address))                                                                        \
   X(MemHostAlloc, cuMemHostAlloc, (void** host, std::size_t bytes, unsigned int flags))                                \

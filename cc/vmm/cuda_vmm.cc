@@ -25,7 +25,9 @@ CudaVmm::CudaVmm(std::shared_ptr<const CudaContext> context, std::int64_t block_
     : context_(std::move(context)),
       block_bytes_(block_bytes),
       device_bytes_(device_bytes),
-      window_(*context_, block_bytes, &system_calls_) {}
+      access_(*context_, &system_calls_),
+      window_(*context_, &access_, block_bytes, &system_calls_),
+      transit_(*context_, &access_, block_bytes, &system_calls_) {}
 
 Status CudaVmm::Make(std::shared_ptr<const CudaContext> context, std::int64_t virtual_bytes, std::int64_t block_bytes,
                      std::unique_ptr<CudaVmm>* out) {
@@ -74,6 +76,7 @@ CudaVmm::~CudaVmm() {
     if (mapped_[place] >= 0) static_cast<void>(UnmapOne(static_cast<std::int64_t>(place)));
   }
   window_.Free();
+  transit_.Free();
   for (std::size_t block = 0; block < handles_.size(); ++block) {
     if (exists_[block]) static_cast<void>(driver().MemRelease(handles_[block]));
   }
@@ -91,6 +94,7 @@ Status CudaVmm::Grow(std::int64_t num_blocks) {
   handles_.resize(num_blocks, 0);
   exists_.resize(num_blocks, false);
   places_.resize(num_blocks, 0);
+  read_only_.resize(num_blocks, false);
   return {};
 }
 
@@ -105,7 +109,7 @@ Status CudaVmm::Window(char** out) {
   for (std::int64_t block = 0; block < blocks; ++block) {
     if (exists_[block]) created.push_back(static_cast<std::int32_t>(block));
   }
-  Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_);
+  Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_, read_only_);
   if (!status.ok()) {
     // Once a caller has its address, programs may use the blocks that are there already.
     if (!window_given_) window_.Free();
@@ -146,10 +150,13 @@ Status CudaVmm::ReleaseOne(std::int32_t block) {
     if (mapped_[place] == block) KVPAGE_RETURN_IF_ERROR(UnmapOne(static_cast<std::int64_t>(place)));
   }
   KVPAGE_RETURN_IF_ERROR(window_.Unmap(block));
+  KVPAGE_RETURN_IF_ERROR(transit_.Clear());
   Count();
   KVPAGE_CU(driver(), MemRelease, OfBytes(block_bytes_), handles_[block]);
-  exists_[block] = false;
+  exists_[block] = read_only_[block] = false;
   --num_handles_;
+  lent_.Remove(block);
+  received_.erase(block);
   return {};
 }
 
@@ -158,8 +165,11 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
   KVPAGE_RETURN_IF_ERROR(scope.status());
   std::vector<std::int32_t> created;
   for (std::int64_t i = 0; i < count; ++i) {
-    if (exists_[blocks[i]]) continue;  // left over from a failed Destroy
-    if (Status status = CreateOne(blocks[i]); !status.ok()) {
+    // Left over from a failed Destroy; or from a failed Return, and then it is not to be used again.
+    Status status = exists_[blocks[i]] && given(blocks[i]) ? ReleaseOne(blocks[i]) : Status();
+    if (exists_[blocks[i]] && status.ok()) continue;
+    if (status.ok()) status = CreateOne(blocks[i]);
+    if (!status.ok()) {
       for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
       return status.WithMessage("creating block " + std::to_string(i + 1) + " of " + std::to_string(count) + ": " +
                                 status.message());
@@ -167,7 +177,7 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
     created.push_back(blocks[i]);
   }
   if (!window_.reserved()) return {};
-  Status status = window_.Map(blocks, count, handles_);
+  Status status = window_.Map(blocks, count, handles_, read_only_);
   if (status.ok()) return {};
   for (std::int32_t block : created) static_cast<void>(ReleaseOne(block));
   return status;
@@ -190,8 +200,10 @@ Status CudaVmm::MapOne(std::int64_t place, std::int32_t block) {
   // A failed rollback may have left a mapping here.
   if (mapped_[place] >= 0) KVPAGE_RETURN_IF_ERROR(UnmapOne(place));
   Count();
-  KVPAGE_CU(driver(), MemMap, OfBytes(block_bytes_), Address(place), static_cast<std::size_t>(block_bytes_), 0,
-            handles_[block], 0);
+  const auto bytes = static_cast<std::size_t>(block_bytes_);
+  const cu::Result result = driver().MemMap(Address(place), bytes, 0, handles_[block], 0);
+  if (result == cu::Result::kInvalidValue && received_.count(block) > 0) return CudaTransit::WrongSize(block_bytes_);
+  if (result != cu::Result::kSuccess) return driver().Explain(result, cu::Call::kMemMap, OfBytes(block_bytes_));
   mapped_[place] = block;
   ++places_[block];
   return {};
@@ -206,15 +218,21 @@ Status CudaVmm::UnmapOne(std::int64_t place) {
 }
 
 Status CudaVmm::SetAccess(std::int64_t place, std::int64_t count) {
-  cu::AccessDesc access;
-  access.location.id = context_->device();
-  const std::int64_t bytes = count * block_bytes_;
-  Count();
-  KVPAGE_CU(driver(), MemSetAccess, OfBytes(bytes), Address(place), static_cast<std::size_t>(bytes), &access, 1);
+  for (std::int64_t begin = 0, end = 0; begin < count; begin = end) {
+    const bool reads = read_only_[mapped_[place + begin]];
+    for (end = begin + 1; end < count && read_only_[mapped_[place + end]] == reads;) ++end;
+    const std::int64_t bytes = (end - begin) * block_bytes_;
+    KVPAGE_RETURN_IF_ERROR(access_.Grant(Address(place + begin), bytes, reads, OfBytes(bytes)));
+  }
   return {};
 }
 
+bool CudaVmm::IsMapped(std::int64_t place, const std::int32_t* blocks, std::int64_t count) const {
+  return std::equal(blocks, blocks + count, mapped_.begin() + place);
+}
+
 Status CudaVmm::MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count) {
+  if (IsMapped(place, blocks, count)) return SetAccess(place, count);
   Status status;
   std::int64_t done = 0;
   while (done < count && (status = MapOne(place + done, blocks[done])).ok()) ++done;
@@ -230,6 +248,10 @@ Status CudaVmm::Map(std::int64_t offset, const std::int32_t* blocks, std::int64_
   const ContextScope scope(*context_);
   KVPAGE_RETURN_IF_ERROR(scope.status());
   return MapRun(offset / block_bytes_, blocks, count);
+}
+
+Status CudaVmm::MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
+  return IsMapped(offset / block_bytes_, blocks, count) ? Status() : Map(offset, blocks, count);
 }
 
 Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {

@@ -11,10 +11,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
+#include "vmm/cuda_access.h"
 #include "vmm/cuda_context.h"
+#include "vmm/cuda_transit.h"
 #include "vmm/cuda_window.h"
+#include "vmm/lent_blocks.h"
 #include "vmm/vmm.h"
 
 namespace kvpage {
@@ -36,6 +40,8 @@ class CudaVmm final : public Vmm {
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
+  // Blocks that are mapped there already stay so.
+  Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // No program may use a block that changes meanwhile: the driver maps over nothing but a hole.
   Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                std::int64_t count) override;
@@ -44,8 +50,27 @@ class CudaVmm final : public Vmm {
   Status Mover(std::shared_ptr<BlockMover>* out) override;
   Status Fill(std::int64_t offset, std::int64_t bytes, int byte) override;
   void Abandon() override { abandoned_ = true; }
-  std::int64_t PhysicalBytes() const override { return num_handles_ * block_bytes_; }
+  std::int64_t PhysicalBytes() const override {
+    return (num_handles_ - static_cast<std::int64_t>(received_.size())) * block_bytes_;
+  }
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
+
+  // ---- blocks of sequences that are handed over (cuda_lent.cc) ----
+  // The file has no byte of a block: each has an allocation of its own, and only what is sent says so.
+  Status Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* blocks, const std::int64_t* offsets,
+              std::int64_t count) override;
+  void Return(std::int32_t block) override;
+  std::int64_t LentOffset(const MemoryFile& file, std::int32_t block) const override {
+    return lent_.Offset(file, block);
+  }
+  std::int64_t NumLent(const MemoryFile& file) const override { return lent_.Count(file); }
+  Status Seal(const std::shared_ptr<MemoryFile>& file) override;
+  bool shares_handles() const override { return true; }
+  Status MemoryName(std::string* out) override;
+  Status Export(const std::int32_t* blocks, std::int64_t count, std::vector<Fd>* out) override;
+  Status ExportCopies(const std::vector<CopySource>& blocks, std::int64_t payload, std::vector<Fd>* out) override;
+  Status Import(const std::vector<int>& descriptors, const std::int32_t* blocks) override;
+  Status ImportCopies(const std::vector<int>& descriptors, const std::int32_t* blocks) override;
 
   // Whether the handles can be exported to other processes.
   bool shareable() const { return handle_type_ != cu::HandleType::kNone; }
@@ -60,7 +85,14 @@ class CudaVmm final : public Vmm {
   Status ReleaseOne(std::int32_t block);
   Status MapOne(std::int64_t place, std::int32_t block);
   Status UnmapOne(std::int64_t place);
+  // To blocks that are mapped from a place on: for reading only where they are read_only_.
   Status SetAccess(std::int64_t place, std::int64_t count);
+  bool IsMapped(std::int64_t place, const std::int32_t* blocks, std::int64_t count) const;
+  // Whether the memory that a block number has is not to be used for anything else.
+  bool given(std::int32_t block) const { return lent_.Find(block) != nullptr || received_.count(block) > 0; }
+  Status NotShareable() const;
+  // Grants access anew wherever these blocks are mapped.
+  Status Protect(const std::vector<std::int32_t>& blocks);
   Status CopyOne(std::int32_t from, std::int32_t to);
   Status MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count);
 
@@ -78,9 +110,14 @@ class CudaVmm final : public Vmm {
   std::int64_t num_handles_ = 0;
   bool abandoned_ = false;
   std::atomic<std::int64_t> system_calls_{0};
+  CudaAccess access_;
   CudaWindow window_;
-  std::shared_ptr<BlockMover> mover_;  // null: nobody has asked
-  bool window_given_ = false;          // a caller has its address: it stays for as long as this does
+  CudaTransit transit_;
+  LentBlocks lent_;                            // of slots that may be handed over, and of those that were
+  std::unordered_set<std::int32_t> received_;  // blocks whose memory another pool has made
+  std::vector<bool> read_only_;                // [blocks] what was handed over or received
+  std::shared_ptr<BlockMover> mover_;          // null: nobody has asked
+  bool window_given_ = false;                  // a caller has its address: it stays for as long as this does
 };
 
 }  // namespace kvpage

@@ -49,21 +49,26 @@ Status CudaWindow::Unmap(std::int32_t block) {
   return {};
 }
 
-Status CudaWindow::Allow(const std::vector<std::int32_t>& blocks) {
-  cu::AccessDesc access;
-  access.location.id = context_.device();
+Status CudaWindow::Allow(const std::vector<std::int32_t>& blocks, const std::vector<bool>& read_only) {
   for (std::size_t begin = 0, end = 0; begin < blocks.size(); begin = end) {
-    for (end = begin + 1; end < blocks.size() && blocks[end] == blocks[end - 1] + 1;) ++end;
+    const bool reads = read_only[blocks[begin]];
+    for (end = begin + 1; end < blocks.size() && blocks[end] == blocks[end - 1] + 1; ++end) {
+      if (read_only[blocks[end]] != reads) break;
+    }
     const std::int64_t bytes = static_cast<std::int64_t>(end - begin) * block_bytes_;
-    Count();
-    KVPAGE_CU(context_.driver(), MemSetAccess, InTheWindow(bytes), Address(blocks[begin]),
-              static_cast<std::size_t>(bytes), &access, 1);
+    KVPAGE_RETURN_IF_ERROR(access_->Grant(Address(blocks[begin]), bytes, reads, InTheWindow(bytes)));
     for (std::size_t i = begin; i < end; ++i) states_[blocks[i]] = State::kAccessible;
   }
   return {};
 }
 
-Status CudaWindow::Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles) {
+Status CudaWindow::Protect(std::int32_t block, bool read_only) {
+  if (block >= capacity() || states_[block] != State::kAccessible) return {};
+  return access_->Grant(Address(block), block_bytes_, read_only, InTheWindow(block_bytes_));
+}
+
+Status CudaWindow::Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles,
+                       const std::vector<bool>& read_only) {
   std::vector<std::int32_t> added(blocks, blocks + count);
   const auto there = [&](std::int32_t block) { return states_[block] == State::kAccessible; };
   added.erase(std::remove_if(added.begin(), added.end(), there), added.end());
@@ -71,7 +76,7 @@ Status CudaWindow::Map(const std::int32_t* blocks, std::int64_t count, const std
   Status status;
   std::size_t done = 0;
   while (done < added.size() && (status = MapOne(added[done], handles[added[done]])).ok()) ++done;
-  if (status.ok()) status = Allow(added);
+  if (status.ok()) status = Allow(added, read_only);
   if (status.ok()) return {};
   while (done-- > 0) static_cast<void>(Unmap(added[done]));
   return status.WithMessage("mapping " + std::to_string(added.size()) + " blocks: " + status.message());

@@ -1,5 +1,5 @@
 // CudaWindow: a reserved range of a device's address space in which every created block is mapped at its own number,
-// for reading and writing, wherever else it is mapped.
+// for reading and writing, or for reading, wherever else it is mapped.
 //
 // Reserved once, for as many blocks as fit into the card's memory, so that it never moves. As in CudaVmm every block is
 // mapped separately, and access is granted once for each run of neighbours.
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "vmm/cuda_access.h"
 #include "vmm/cuda_context.h"
 
 namespace kvpage {
@@ -18,8 +19,8 @@ namespace kvpage {
 class CudaWindow {
  public:
   // Not reserved yet. `block_bytes` is a multiple of the driver's granularity; `calls` counts the driver calls.
-  CudaWindow(const CudaContext& context, std::int64_t block_bytes, std::atomic<std::int64_t>* calls)
-      : context_(context), block_bytes_(block_bytes), calls_(calls) {}
+  CudaWindow(const CudaContext& context, CudaAccess* access, std::int64_t block_bytes, std::atomic<std::int64_t>* calls)
+      : context_(context), access_(access), block_bytes_(block_bytes), calls_(calls) {}
   CudaWindow(const CudaWindow&) = delete;
   CudaWindow& operator=(const CudaWindow&) = delete;
 
@@ -32,8 +33,12 @@ class CudaWindow {
   char* base() const { return reinterpret_cast<char*>(base_); }
   std::int64_t capacity() const { return static_cast<std::int64_t>(states_.size()); }
 
-  // Maps those of the blocks that are not there yet; handles[block] is the memory of a block. All or none.
-  Status Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles);
+  // Maps those of the blocks that are not there yet; handles[block] is the memory of a block, read_only[block] whether
+  // it may not be written. All or none.
+  Status Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles,
+             const std::vector<bool>& read_only);
+  // Grants access anew; nothing happens to a block that is not mapped.
+  Status Protect(std::int32_t block, bool read_only);
   // Nothing happens to a block that is not mapped.
   Status Unmap(std::int32_t block);
 
@@ -44,10 +49,11 @@ class CudaWindow {
   cu::DevicePtr Address(std::int64_t block) const { return base_ + static_cast<cu::DevicePtr>(block * block_bytes_); }
   Status MapOne(std::int32_t block, cu::MemHandle handle);
   // `blocks`: sorted.
-  Status Allow(const std::vector<std::int32_t>& blocks);
+  Status Allow(const std::vector<std::int32_t>& blocks, const std::vector<bool>& read_only);
   void Count() { calls_->fetch_add(1, std::memory_order_relaxed); }
 
   const CudaContext& context_;
+  CudaAccess* const access_;
   const std::int64_t block_bytes_;
   std::atomic<std::int64_t>* const calls_;
   cu::DevicePtr base_ = 0;

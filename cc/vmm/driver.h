@@ -39,9 +39,11 @@ struct Driver {
   using DevicePtr = cu::DevicePtr;
   using Event = cu::Event;
   using Granularity = cu::Granularity;
+  using HandleType = cu::HandleType;
   using MemHandle = cu::MemHandle;
   using Result = cu::Result;
   using Stream = cu::Stream;
+  using Uuid = cu::Uuid;
   KVPAGE_DRIVER_CALLS(KVPAGE_DECLARE)
 #undef KVPAGE_DECLARE
 

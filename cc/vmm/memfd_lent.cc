@@ -18,22 +18,17 @@ namespace kvpage {
 MemfdVmm::Backing MemfdVmm::Locate(const std::int32_t* blocks, std::int64_t count, int protection) const {
   Backing own = {BlockRun(blocks, count), fd_, blocks[0] * block_bytes_, protection, MAP_SHARED};
   if (lent_.empty()) return own;
-  const auto first = lent_.find(blocks[0]);
-  if (first == lent_.end()) {
+  const LentBlocks::Place* const first = lent_.Find(blocks[0]);
+  if (first == nullptr) {
     std::int64_t run = 1;
-    while (run < own.run && lent_.count(blocks[run]) == 0) ++run;
+    while (run < own.run && lent_.Find(blocks[run]) == nullptr) ++run;
     own.run = run;
     return own;
   }
-  const MemoryFile& file = *first->second.file;
+  const MemoryFile& file = *first->file;
   const bool writable = (protection & PROT_WRITE) != 0 && !file.sealed();
-  Backing lent = {1, file.fd(), first->second.offset, writable ? protection : PROT_READ,
-                  writable ? MAP_SHARED : MAP_PRIVATE};
-  for (; lent.run < count; ++lent.run) {
-    const auto next = lent_.find(blocks[lent.run]);
-    if (next == lent_.end() || next->second.file.get() != &file) break;
-    if (next->second.offset != lent.offset + lent.run * block_bytes_) break;
-  }
+  Backing lent = {1, file.fd(), first->offset, writable ? protection : PROT_READ, writable ? MAP_SHARED : MAP_PRIVATE};
+  while (lent.run < count && lent_.Offset(file, blocks[lent.run]) == lent.offset + lent.run * block_bytes_) ++lent.run;
   return lent;
 }
 
@@ -60,8 +55,7 @@ Status MemfdVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_
                       std::int64_t count) {
   if (!file->sealed()) KVPAGE_RETURN_IF_ERROR(CheckHeadroom(count * block_bytes_));
   for (std::int64_t i = 0; i < count; ++i) {
-    lent_[blocks[i]] = {file, offsets[i]};
-    ++files_[file.get()];
+    lent_.Add(blocks[i], file, offsets[i]);
     Status status = file->sealed() ? Status() : file->Allocate(offsets[i], block_bytes_);
     if (!file->sealed()) Count();
     if (status.ok()) status = PlaceInWindows(blocks[i]);
@@ -73,33 +67,17 @@ Status MemfdVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_
 }
 
 void MemfdVmm::Return(std::int32_t block) {
-  const auto found = lent_.find(block);
-  if (found == lent_.end()) return;
-  const Lent lent = found->second;
-  lent_.erase(found);
+  const LentBlocks::Place lent = lent_.Remove(block);
+  if (lent.file == nullptr) return;
   // If this fails the window keeps the file mapped: its memory stays until the pool ends, and nothing reads it there.
   static_cast<void>(PlaceInWindows(block));
-  if (const auto blocks = files_.find(lent.file.get()); --blocks->second == 0) files_.erase(blocks);
   if (lent.file->sealed()) return;
   Count();
   lent.file->Punch(lent.offset, block_bytes_);
 }
 
-std::int64_t MemfdVmm::LentOffset(const MemoryFile& file, std::int32_t block) const {
-  const auto found = lent_.find(block);
-  return found != lent_.end() && found->second.file.get() == &file ? found->second.offset : -1;
-}
-
-std::int64_t MemfdVmm::NumLent(const MemoryFile& file) const {
-  const auto found = files_.find(&file);
-  return found != files_.end() ? found->second : 0;
-}
-
 Status MemfdVmm::Seal(const std::shared_ptr<MemoryFile>& file) {
-  std::vector<std::int32_t> blocks;
-  for (const auto& [block, lent] : lent_) {
-    if (lent.file == file) blocks.push_back(block);
-  }
+  const std::vector<std::int32_t> blocks = lent_.BlocksOf(*file);
   // The window first: it has them mapped for writing, as long as they are not sealed.
   Status status;
   const auto protect = [&](char* window, std::int64_t bytes) {
@@ -127,7 +105,7 @@ Status MemfdVmm::Seal(const std::shared_ptr<MemoryFile>& file) {
 
 std::int64_t MemfdVmm::LentBytes() const {
   std::int64_t bytes = 0;
-  for (const auto& [file, unused] : files_) {
+  for (const auto& [file, unused] : lent_.counts()) {
     if (!file->received()) bytes += std::max<std::int64_t>(file->PhysicalBytes(), 0);
   }
   return bytes;

@@ -246,7 +246,7 @@ Status MemfdVmm::ExtendWindow() {
                   MAP_SHARED | MAP_FIXED, fd_, begin);
   if (at == MAP_FAILED) return SystemError("mapping the block window: mmap", bytes - begin, errno);
   windowed_blocks_ = num_blocks_;
-  for (const auto& [block, unused] : lent_) {
+  for (const auto& [block, unused] : lent_.places()) {
     if (block * block_bytes_ >= begin) KVPAGE_RETURN_IF_ERROR(PlaceInWindow(window_, block));
   }
   return {};

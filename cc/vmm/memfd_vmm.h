@@ -6,10 +6,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "vmm/lent_blocks.h"
 #include "vmm/vmm.h"
 
 namespace kvpage {
@@ -52,8 +52,10 @@ class MemfdVmm final : public Vmm {
   Status Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* blocks, const std::int64_t* offsets,
               std::int64_t count) override;
   void Return(std::int32_t block) override;
-  std::int64_t LentOffset(const MemoryFile& file, std::int32_t block) const override;
-  std::int64_t NumLent(const MemoryFile& file) const override;
+  std::int64_t LentOffset(const MemoryFile& file, std::int32_t block) const override {
+    return lent_.Offset(file, block);
+  }
+  std::int64_t NumLent(const MemoryFile& file) const override { return lent_.Count(file); }
   Status Seal(const std::shared_ptr<MemoryFile>& file) override;
 
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
@@ -93,13 +95,7 @@ class MemfdVmm final : public Vmm {
   std::int64_t window_bytes_ = 0;
   std::int64_t windowed_blocks_ = 0;
   std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their bytes
-  // Blocks whose memory is in another file, and where.
-  struct Lent {
-    std::shared_ptr<MemoryFile> file;
-    std::int64_t offset = 0;
-  };
-  std::unordered_map<std::int32_t, Lent> lent_;
-  std::unordered_map<const MemoryFile*, std::int64_t> files_;  // how many blocks each has
+  LentBlocks lent_;                                          // blocks whose memory is in another file, and where
   std::int64_t unchecked_bytes_ = -1;  // created since the last check of free memory; -1: never checked
   std::atomic<std::int64_t> system_calls_{0};
 };

@@ -11,7 +11,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
+#include "base/fd.h"
 #include "base/status.h"
 #include "vmm/block_mover.h"
 
@@ -106,6 +109,37 @@ class Vmm {
     return {Code::kUnimplemented, "this memory cannot be sealed"};
   }
 
+  // ---- blocks that go from process to process as handles, one descriptor a block ----
+  // Whether they do. Then the file in Lend and Seal holds no block: it says which blocks belong to one sequence, each
+  // of which has an allocation of its own, with memory that no other sequence has had. Those of a sealed file are
+  // read-only, and Return gives up the handle: the memory stays for as long as another process has it.
+  virtual bool shares_handles() const { return false; }
+  // Where the memory is, so that a receiver can tell whether its own is there too: the device's UUID, "GPU-...".
+  virtual Status MemoryName(std::string* out) {
+    out->clear();
+    return {};
+  }
+  // Descriptors of created blocks.
+  virtual Status Export(const std::int32_t* /*blocks*/, std::int64_t /*count*/, std::vector<Fd>* /*out*/) {
+    return NoHandles();
+  }
+  // Descriptors of copies of blocks, in memory of their own that the pool does not keep: the first `payload` bytes of
+  // each, and zeros behind them.
+  struct CopySource {
+    std::int32_t block = 0;
+    const char* image = nullptr;  // in memory of the host: what the copy has instead of the block's contents
+  };
+  virtual Status ExportCopies(const std::vector<CopySource>& /*blocks*/, std::int64_t /*payload*/,
+                              std::vector<Fd>* /*out*/) {
+    return NoHandles();
+  }
+  // Gives blocks without memory what the descriptors stand for, read-only. They end with Return. All or none.
+  virtual Status Import(const std::vector<int>& /*descriptors*/, const std::int32_t* /*blocks*/) { return NoHandles(); }
+  // Copies it into created blocks instead.
+  virtual Status ImportCopies(const std::vector<int>& /*descriptors*/, const std::int32_t* /*blocks*/) {
+    return NoHandles();
+  }
+
   // A device may still use the memory and cannot be stopped: the destructor is to leave all of it mapped.
   virtual void Abandon() {}
 
@@ -113,6 +147,9 @@ class Vmm {
   virtual std::int64_t PhysicalBytes() const = 0;
   // System (or driver) calls made so far by the functions above.
   virtual std::int64_t system_calls() const = 0;
+
+ private:
+  static Status NoHandles() { return {Code::kUnimplemented, "this memory has no handles that could be shared"}; }
 };
 
 }  // namespace kvpage
