@@ -82,8 +82,7 @@ def test_what_is_no_handover_is_refused(pair) -> None:
     with pytest.raises(ValueError, match="something else"):
         kvp.Handover.receive(other)
     socket.send_fds(one, [frame[:8] + b"\xff" * 4 + frame[12:]], [file] * 2)
-    one.close()
-    with pytest.raises(ConnectionError, match="after 2 descriptors"):
+    with pytest.raises(ValueError, match="something else"):
         kvp.Handover.receive(other)
     os.close(file)
 
@@ -104,8 +103,9 @@ def test_a_receiver_without_descriptors_left(pair) -> None:
     file = os.memfd_create("file")
     send_descriptors(one, [file] * 200)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 20, hard))
+    free = os.dup(file)  # the lowest number that there is
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, hard))
     try:
         with pytest.raises(OSError, match="ulimit -n"):
             kvp.Handover.receive(other)

@@ -178,6 +178,25 @@ TEST_P(DeviceHandoverTest, AForkReadsOnAndItsBlocksAreSentUncopied) {
   EXPECT_TRUE(sender.Adds());
 }
 
+TEST_P(DeviceHandoverTest, WhatWasReceivedIsSwappedAsAnythingElse) {
+  Rig sender(GetParam(), machine_, 300), receiver(GetParam(), machine_, 301);
+  const std::int32_t slot = sender.BeginHandover(40, 1);
+  const std::vector<char> before = sender.Bytes(slot, 40);
+  const HandoverPtr sent = sender.Export(slot);
+  ASSERT_NE(sent, nullptr);
+  for (Rig* const rig : {&sender, &receiver}) {
+    const std::int32_t there = rig == &sender ? slot : rig->Import(*sent);
+    const SwapPtr swap = rig->OutToStore(there);
+    EXPECT_EQ(fake().Report().imported, 0);
+    const std::int32_t back = rig->In(swap);
+    EXPECT_EQ(rig->Bytes(back, 40), before);
+    EXPECT_OK(rig->pool().Extend({back}, {50}).status);
+    rig->Write(back, 10, 2);  // in memory of its own now
+    EXPECT_OK(rig->pool().TakeFault());
+    EXPECT_TRUE(rig->NothingLeft());
+  }
+}
+
 // The n-th call of the driver fails, whichever it is: what programs may do is as it was, and the next try succeeds.
 TEST_P(DeviceHandoverTest, AFaultAtEveryCall) {
   int failures = 0, n = 1;
