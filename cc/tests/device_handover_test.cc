@@ -53,7 +53,7 @@ class Rig : public SwappingRig {
 
 class DeviceHandoverTest : public ::testing::TestWithParam<Layout> {
  protected:
-  const std::shared_ptr<Machine> machine_ = std::make_shared<Machine>();
+  std::shared_ptr<Machine> machine_ = std::make_shared<Machine>();
   FakeDriver& fake() { return machine_->fake(); }
 };
 INSTANTIATE_TEST_SUITE_P(Layouts, DeviceHandoverTest, ::testing::Values(Layout::kFused, Layout::kPerLayer));
@@ -199,6 +199,7 @@ TEST_P(DeviceHandoverTest, WhatWasReceivedIsSwappedAsAnythingElse) {
 
 // The n-th call of the driver fails, whichever it is: what programs may do is as it was, and the next try succeeds.
 TEST_P(DeviceHandoverTest, AFaultAtEveryCall) {
+  machine_ = nullptr;  // there is one fake driver at a time
   int failures = 0, n = 1;
   for (bool struck = true; struck && n < 600; ++n) {
     const auto machine = std::make_shared<Machine>();
