@@ -24,8 +24,8 @@ def _spec(layout: str, platform: str, dtype=jnp.float32, **changes) -> kvp.Cache
     return kvp.CacheSpec(2, 2, 64, dtype=dtype, layout=layout, **options).resolve(platform)
 
 
-def _rigs(make_pool, count: int, spec: kvp.CacheSpec, blocks: int = 16) -> list[HandoverRig]:
-    capacity = blocks * spec.num_ranges * spec.block_bytes
+def _rigs(make_pool, count: int, spec: kvp.CacheSpec) -> list[HandoverRig]:
+    capacity = max(16, 4096 // spec.block_tokens) * spec.num_ranges * spec.block_bytes
     return [HandoverRig(make_pool(spec, capacity)) for _ in range(count)]
 
 
@@ -76,7 +76,8 @@ _RECEIVER = """
 
     spec = kvp.CacheSpec(2, 2, 64, 4, 4096, dtype=jnp.float32, layout="fused").resolve(sys.argv[2])
     with jax.default_device(jax.devices(sys.argv[2])[0]):
-        with kvp.KVPool(spec, 16 * spec.block_bytes) as pool, socket.socket(
+        capacity = max(16, 4096 // spec.block_tokens) * spec.block_bytes
+        with kvp.KVPool(spec, capacity) as pool, socket.socket(
             socket.AF_UNIX, socket.SOCK_SEQPACKET
         ) as connection:
             connection.connect(sys.argv[1])
