@@ -251,6 +251,7 @@ TEST_P(HandlesTest, NoByteOfAnotherRequestIsSent) {
     const std::string content = Content(*sent);
     EXPECT_EQ(content.find(foreign), std::string::npos);
     EXPECT_EQ(content.find("FFFF"), std::string::npos);
+    EXPECT_EQ(content.find(std::string(16, '\xFF')), std::string::npos) << "what new memory holds";
     EXPECT_EQ(static_cast<std::int64_t>(content.size()),
               sent->header.begin + 3 * geometry.num_ranges() * geometry.block_bytes);
   }
