@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -54,7 +55,7 @@ bool Describe(int fd, int* device, std::size_t* bytes) {
   target[length] = '\0';
   const std::string begin = std::string("/memfd:") + kName;
   if (std::strncmp(target, begin.c_str(), begin.size()) != 0) return false;
-  if (std::sscanf(target + begin.size(), "%d", device) != 1) return false;
+  *device = static_cast<int>(std::strtol(target + begin.size(), nullptr, 10));
   *bytes = static_cast<std::size_t>(st.st_size);
   return *bytes > 0;
 }
@@ -74,9 +75,12 @@ bool FakeDriver::Impl::MakeShared(cu::MemHandle handle) {
   }
   for (const auto& [address, mapping] : mappings) {
     if (mapping.handle != handle) continue;
-    // Readers see the same bytes before and after. This cannot fail for lack of mappings: one takes another's place.
-    static_cast<void>(mmap(reinterpret_cast<void*>(address), mapping.bytes, ProtectionOf(mapping.access),
-                           MAP_SHARED | MAP_FIXED, own, 0));
+    // Readers see the same bytes before and after. One mapping takes another's place, which the system does not refuse.
+    if (mmap(reinterpret_cast<void*>(address), mapping.bytes, ProtectionOf(mapping.access), MAP_SHARED | MAP_FIXED, own,
+             0) == MAP_FAILED) {
+      close(own);
+      return false;
+    }
   }
   static_cast<void>(
       fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.file_offset, static_cast<off_t>(entry.bytes)));

@@ -1,121 +1,18 @@
 // Sequences handed over as handles of the driver, between pools over the fake one: nothing is copied that need not be,
-// nothing of another request is in what is sent, what is damaged or foreign is refused, and a fault at every driver
-// call leaves both pools as they were. Built with KVPAGE_TEST_FAKE_DRIVER.
+// nothing of another request is in what is sent, and what is damaged or foreign is refused. Built with
+// KVPAGE_TEST_FAKE_DRIVER.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "cache/handover.h"
-#include "tests/sharing_util.h"
+#include "tests/handles_util.h"
 
 namespace kvpage::testing {
 namespace {
-
-using cu::Call;
-using cu::Result;
-using handover::HandoverPtr;
-
-// A pool and its program.
-struct End {
-  explicit End(const Geometry& geometry, int device = 0, std::int64_t blocks = 24)
-      : pool(MakePool(geometry, blocks * geometry.num_ranges(), {}, MakeVmm(geometry, device))), program(pool.get()) {}
-  ~End() { pool->Close(); }
-
-  std::int32_t Begin(std::int32_t tokens, float stamp) {
-    const std::int32_t slot = program.Acquire(tokens);
-    WriteStamped(pool.get(), &program, slot, tokens, stamp);
-    return slot;
-  }
-  std::int32_t BeginHandover(std::int32_t tokens, float stamp, std::int64_t room = 64) {
-    const Claim claim = pool->AcquireHandover({room});
-    EXPECT_OK(claim.status);
-    if (!claim.status.ok()) return -1;
-    EXPECT_OK(program.Occupy(claim.slots[0]));
-    WriteStamped(pool.get(), &program, claim.slots[0], tokens, stamp);
-    return claim.slots[0];
-  }
-  HandoverPtr Export(std::int32_t slot) {
-    HandoverPtr out;
-    EXPECT_OK(pool->ExportBlocks(slot, "model", {}, &out));
-    return out;
-  }
-  Status RunIn(const Claim& claim) {
-    const auto tokens = static_cast<std::int32_t>(claim.tokens[0]);
-    std::vector<std::int32_t> lengths(kSlots);
-    std::uint32_t epoch = 0;
-    const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kSwapIn), claim.slots[0], tokens,
-                           static_cast<std::int32_t>(claim.shared[0])};
-    Status status = EditOne(pool.get(), "import_blocks", program.cache(), edit, &epoch, lengths.data());
-    if (status.ok()) program.Set(epoch, std::move(lengths));
-    return status;
-  }
-  std::int32_t Import(const handover::Handover& received) {
-    const Claim claim = pool->ImportBlocks(received, "model");
-    EXPECT_OK(claim.status);
-    if (!claim.status.ok()) return -1;
-    EXPECT_OK(RunIn(claim));
-    return claim.slots[0];
-  }
-  void Release(std::int32_t slot) {
-    program.Release(slot);
-    std::int64_t freed = 0;
-    EXPECT_OK(pool->Trim(&freed));
-  }
-  std::int64_t Stamped(std::int32_t slot, std::int64_t tokens, float stamp) {
-    return CountStamped(pool.get(), slot, 0, tokens, stamp);
-  }
-  // Accounts, without what handles were made ahead.
-  std::vector<std::int64_t> Accounts() {
-    const PoolNumbers n = pool->Numbers();
-    EXPECT_TRUE(AddsUp(pool.get()));
-    EXPECT_OK(pool->Audit());
-    return {n.blocks_free,    n.blocks_mapped,      n.blocks_received,    n.slots_occupied,
-            n.slots_draining, n.handovers.exported, n.handovers.imported, n.handovers.bytes_copied_in};
-  }
-
-  std::shared_ptr<Pool> pool;
-  Program program;
-};
-
-std::vector<int> Descriptors(const handover::Handover& sent) {
-  std::vector<int> all = {sent.file->fd()};
-  for (const Fd& fd : sent.handles) all.push_back(fd.get());
-  return all;
-}
-
-HandoverPtr Received(const handover::Handover& sent) {
-  HandoverPtr out;
-  EXPECT_OK(handover::Receive(Descriptors(sent), &out));
-  return out;
-}
-
-// What any process can see that has the descriptors: those of the fake driver are files.
-std::string Content(const handover::Handover& sent) {
-  std::string all;
-  for (const int fd : Descriptors(sent)) {
-    std::string bytes(static_cast<std::size_t>(lseek(fd, 0, SEEK_END)), '\0');
-    EXPECT_EQ(pread(fd, bytes.data(), bytes.size(), 0), static_cast<ssize_t>(bytes.size()));
-    all += bytes;
-  }
-  return all;
-}
-
-std::int64_t Copies() {
-  return Fake().calls(Call::kMemcpyDtoDAsync) + Fake().calls(Call::kMemcpyDtoHAsync) +
-         Fake().calls(Call::kMemcpyHtoDAsync);
-}
-
-class HandlesTest : public ::testing::TestWithParam<Layout> {
- protected:
-  const Geometry geometry_ = SmallGeometry(GetParam());
-  const std::int64_t ranges_ = geometry_.num_ranges();
-};
 
 TEST_P(HandlesTest, NothingIsCopiedOfWholeBlocks) {
   End sender(geometry_), receiver(geometry_);
@@ -362,105 +259,6 @@ TEST_P(HandlesTest, PoolsOnCpuAndOnADeviceDoNotMix) {
   const Status status = receiver.pool->ImportBlocks(*received, "").status;
   EXPECT_EQ(status.code(), Code::kInvalidArgument);
   EXPECT_TRUE(Mentions(status, "is in memory of the host, this pool's blocks are in 'GPU-")) << status.message();
-}
-
-// Each call of the driver fails once: the sender's slot goes on as it was, and the next try succeeds.
-TEST_P(HandlesTest, AFaultAtEveryCallOfAnExport) {
-  for (const bool owned : {true, false}) {
-    std::int64_t n = 1;
-    for (bool struck = true; struck && n < 1000; ++n) {
-      End sender(geometry_);
-      const std::int32_t slot = owned ? sender.BeginHandover(40, 1, 80) : sender.Begin(40, 1);
-      std::vector<std::int64_t> before = sender.Accounts();
-      const SlotRow row = RowOf(sender.pool.get(), slot);
-      const std::int64_t faults = Fake().faults(), mapped = Fake().Report().mappings;
-      Fake().FailAtAny(n, Result::kUnknown);
-      HandoverPtr sent;
-      const Status status = sender.pool->ExportBlocks(slot, "model", {}, &sent);
-      Fake().ClearFaults();
-      struck = Fake().faults() > faults;
-      if (!status.ok()) {
-        EXPECT_TRUE(struck) << status.message();
-        EXPECT_EQ(sent, nullptr);
-        EXPECT_EQ(sender.Accounts(), before) << n << ": " << status.message();
-        EXPECT_EQ(RowOf(sender.pool.get(), slot).reserved, row.reserved) << n;
-        EXPECT_EQ(sender.Stamped(slot, 40, 1), 40) << n;
-        EXPECT_TRUE(!owned || Fake().Report().mappings == mapped) << n;
-        WriteStamped(sender.pool.get(), &sender.program, slot, 10, 1);  // it may still write, and has its room
-        sent = sender.Export(slot);
-      }
-      ASSERT_NE(sent, nullptr) << n;
-      EXPECT_EQ(sent->copied == 0, owned) << n;
-      End receiver(geometry_);
-      const std::int64_t tokens = status.ok() ? 40 : 50;
-      EXPECT_EQ(receiver.Stamped(receiver.Import(*sent), tokens, 1), tokens) << n;
-      sender.Accounts();
-    }
-    EXPECT_GT(n, 10);
-    EXPECT_LT(n, 1000);
-  }
-}
-
-TEST_P(HandlesTest, AFaultAtEveryCallOfAnImport) {
-  End sender(geometry_);
-  const HandoverPtr sent = sender.Export(sender.BeginHandover(40, 1));
-  ASSERT_NE(sent, nullptr);
-  std::int64_t n = 1;
-  int failures = 0;
-  for (bool struck = true; struck && n < 1000; ++n) {
-    End receiver(geometry_);
-    const std::int32_t neighbour = receiver.Begin(20, 5);
-    const std::vector<std::int64_t> before = receiver.Accounts();
-    const std::int64_t faults = Fake().faults();
-    Fake().FailAtAny(n, Result::kUnknown);
-    Claim claim = receiver.pool->ImportBlocks(*sent, "model");
-    Fake().ClearFaults();
-    struck = Fake().faults() > faults;
-    if (!claim.status.ok()) {
-      ++failures;
-      EXPECT_EQ(receiver.Accounts(), before) << n << ": " << claim.status.message();
-      EXPECT_EQ(receiver.Stamped(neighbour, 20, 5), 20) << n;
-      claim = receiver.pool->ImportBlocks(*sent, "model");
-    }
-    ASSERT_OK(claim.status) << n;
-    ASSERT_OK(receiver.RunIn(claim));
-    EXPECT_EQ(receiver.Stamped(claim.slots[0], 40, 1), 40) << n;
-    receiver.Release(claim.slots[0]);
-    EXPECT_EQ(Fake().Report().imported, 0) << n;
-  }
-  EXPECT_GT(failures, 10);
-  EXPECT_LT(n, 1000);
-}
-
-TEST_P(HandlesTest, AFaultAtEveryCallOfAnAcquisition) {
-  std::int64_t n = 1;
-  int failures = 0;
-  for (bool struck = true; struck && n < 1000; ++n) {
-    End sender(geometry_);
-    sender.Begin(20, 5);  // the pool's first block settles whether the driver shares memory
-    const std::vector<std::int64_t> before = sender.Accounts();
-    const std::int64_t faults = Fake().faults();
-    Fake().FailAtAny(n, Result::kUnknown);
-    Claim claim = sender.pool->AcquireHandover({40, 20});
-    Fake().ClearFaults();
-    struck = Fake().faults() > faults;
-    if (!claim.status.ok()) {
-      ++failures;
-      EXPECT_TRUE(claim.slots.empty());
-      EXPECT_EQ(sender.Accounts(), before) << n << ": " << claim.status.message();
-      claim = sender.pool->AcquireHandover({40, 20});
-    }
-    ASSERT_OK(claim.status) << n;
-    for (const std::int32_t slot : claim.slots) {
-      for (std::int64_t range = 0; range < ranges_; ++range) {
-        const char* const at = sender.pool->View().base + geometry_.Offset(slot, range, 0);
-        EXPECT_EQ(std::count(at, at + geometry_.block_bytes, '\0'), geometry_.block_bytes) << n;
-      }
-    }
-    sender.pool->UndoEdits(EditEach(SlotOpcode::kOccupy, claim.slots));
-  }
-  EXPECT_GT(failures, 5);
-  EXPECT_LT(n, 1000);
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, HandlesTest, ::testing::Values(Layout::kFused, Layout::kPerLayer),
