@@ -239,7 +239,6 @@ void AtEveryCall(std::int64_t least, const Operation& operation) {
     std::vector<Fd> sent;
     ASSERT_OK(world.Export(&sent));
     ASSERT_OK(world.other->Create(Blocks{2}.data(), 1));
-    const std::string before = world.Accounts();
     world.fake->FailAtAny(n, Result::kUnknown);
     const Status status = operation(&world, sent);
     world.fake->ClearFaults();
