@@ -176,7 +176,8 @@ class Inspection(ReplicaCalls):
         """Waits for the program that made a cache, and raises if it or one before it failed.
 
         Raises:
-            jax.errors.JaxRuntimeError: what the program failed with (on CUDA a DeviceFault).
+            jax.errors.JaxRuntimeError: what the program failed with (on CUDA, and over a mesh with
+                `axis` or `data_axis`, a DeviceFault).
         """
         self._queue.check_cache("check", cache)
         self._queue.wait_for(cache)

@@ -169,10 +169,14 @@ class NativePool:
         return self.place.backend == "cuda"
 
     def raise_fault(self) -> None:
-        """Raises the pending device fault, if any. On CPU JAX raises what a program fails with."""
+        """Raises the pending device fault, if any. On one CPU device JAX raises what a program
+        fails with."""
         if self.mirrored and not self.pool.closed:
             self.warn()
             self.call(self.pool.take_fault)
+
+    def warn_untold(self) -> None:
+        """Warns of what programs have failed with that neither they nor a call have raised."""
 
     def warn(self) -> None:
         """Warns, once, of what programs on this device do wrong without failing."""

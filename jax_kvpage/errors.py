@@ -5,7 +5,9 @@ cache, a position that is not mapped) raises `jax.errors.JaxRuntimeError` where 
 waited for; a program so small that JAX runs it while dispatching it raises ValueError there, with
 the same text. On CUDA nothing may wait for a kernel to fail, so JAX never hears of it: the op's
 results are NaN, and `KVPool.check` or the next call that changes the pool raises `DeviceFault`,
-which is a `jax.errors.JaxRuntimeError` too.
+which is a `jax.errors.JaxRuntimeError` too. The same holds for CPU devices that share a pool
+(`KVPool(..., mesh=mesh)` with `axis` or `data_axis`): a device that left its program would leave
+the others in the next sum.
 """
 
 import re
@@ -56,8 +58,8 @@ class PoolClosed(KVPageError):
 class DeviceFault(KVPageError, jax.errors.JaxRuntimeError):
     """An op of an earlier program found on the device that it must not run, and left NaN behind.
 
-    The text is what the op would have failed with on CPU. It is raised once; `KVPool.cache` starts
-    a new generation after it.
+    The text is what the op would have failed with on one CPU device. On CUDA it is raised once,
+    over a mesh by every call until then: `KVPool.cache` starts a new generation after it.
     """
 
 

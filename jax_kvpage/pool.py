@@ -165,10 +165,14 @@ class KVPool(
     def close(self) -> None:
         """Gives everything back. Waits for running ops; queued programs fail: `check` them before.
 
+        What an op on a device of a mesh has failed with becomes a RuntimeWarning if no call has
+        raised it.
+
         Memory that a zero-copy view still covers goes when the view does. Closing twice is fine; a
         wait that a signal handler ended goes on with the next call.
         """
         self._queue.quiesce()
+        self._native.warn_untold()
         self._pool.close()
         self._finalizer.detach()
 
@@ -187,8 +191,9 @@ class KVPool(
 
         May be called at any time, also after a program failed: occupied slots have the length that
         the last completed step left, released ones are free. On CUDA, a slot is also free if its
-        acquire did not run on the device (it was refused, or overtaken by the new generation), and
-        faults of older generations that no call has raised yet become a RuntimeWarning.
+        acquire did not run on the device (it was refused, or overtaken by the new generation). On
+        CUDA and over a mesh, faults of older generations that no call has raised yet become a
+        RuntimeWarning.
 
         Returns:
             The cache to go on from.

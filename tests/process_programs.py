@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from churning import Churn
+from jax.sharding import PartitionSpec as P
 from mesh_rig import (
     HEAD_DIM,
     HEADS,
@@ -241,6 +242,43 @@ def failed_programs() -> None:
         pool.release(cache, slot)  # overtaken by a new generation
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
+        pool.check(pool.release(cache, slot))
+
+
+def a_sum_behind_an_op_that_fails() -> None:
+    """An op that one process alone cannot run leaves no other process in a sum."""
+    with make_pool(len(jax.devices()), KV_HEADS) as pool:
+        assert pool.sharding is not None
+
+        def run(cache: kvp.KVCache, x: jax.Array, batch: kvp.Batch) -> Any:
+            for layer in range(2):
+                out, cache = kvp.update_and_attend(x, x, x, cache, batch, layer=layer)
+                x = x + jax.lax.psum(out.sum((1, 2)), "tp")[:, None, None]
+            return x, kvp.advance(cache, batch)
+
+        split = pool.sharding.split
+        specs = {"in_specs": (split, HEADS, P()), "out_specs": (HEADS, split)}
+        sums = jax.jit(jax.shard_map(run, mesh=pool.sharding.mesh, **specs))
+        slot, cache = pool.acquire(pool.cache(), 32)
+        x = place(pool, random(3, 1, KV_HEADS, HEAD_DIM), HEADS)
+        batch = kvp.Batch.decode([slot])
+        _, cache = sums(cache, x, batch)
+        pool.check(cache)
+        here = jax.process_index() == 1
+        if here:
+            pool._pool.shards[-1].retract(slot, 0, 0)
+        out, cache = sums(cache, x, batch)
+        assert all(np.isnan(shard.data).all() for shard in out.addressable_shards)
+        why = f"update_and_attend: slot {slot}: 2 tokens wanted, 0 mapped"
+        wanted = why if here else f"check: process 1: DeviceFault: .*{why}"
+        with pytest.raises(jax.errors.JaxRuntimeError, match=wanted):
+            pool.check(cache)
+        cache = pool.cache()
+        if here:
+            pool._pool.shards[-1].extend([slot], [32])
+        assert [row.length for row in pool.slot_table(cache)] == [1]
+        out, cache = sums(cache, x, batch)
+        assert all(np.isfinite(shard.data).all() for shard in out.addressable_shards)
         pool.check(pool.release(cache, slot))
 
 

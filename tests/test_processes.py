@@ -33,6 +33,7 @@ def test_host_calls_and_attention(count: int, devices: int) -> None:
         p.failures()
         p.out_of_blocks()
         p.failed_programs()
+        p.a_sum_behind_an_op_that_fails()
         p.refusals()
         """,
         count,

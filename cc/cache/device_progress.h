@@ -8,11 +8,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "base/epoch.h"
+#include "base/status.h"
 #include "base/written_runs.h"
 #include "cache/geometry.h"
+#include "cache/shared_faults.h"
 
 namespace kvpage {
 
@@ -70,6 +73,19 @@ class DeviceProgress {
     LowerWritten(slot, slots[slot].length);
   }
 
+  // An op with a cache of generation `of` has failed. False: that must fail its program.
+  bool Keep(std::int32_t of, const Status& failed) {
+    if (faults == nullptr) return false;
+    if (of == generation && fault.ok()) fault = failed;
+    faults->Add(device, failed, of == generation);
+    return true;
+  }
+  // A generation has begun, in which nothing has failed.
+  void ForgetFault() {
+    fault = Status();
+    if (faults != nullptr) faults->StartGeneration(device);
+  }
+
   std::uint32_t NextEpoch() {
     ++epoch;
     if (MustRaiseStaleMarks(epoch)) {
@@ -80,8 +96,11 @@ class DeviceProgress {
 
   std::int32_t generation = 0;  // what programs must name
   std::uint32_t epoch = 0;
-  std::int32_t running = 0;         // handlers
-  std::vector<SlotProgress> slots;  // [max_slots]
+  std::int32_t running = 0;              // handlers
+  std::shared_ptr<SharedFaults> faults;  // of all devices of a mesh; null: an op that fails fails its program
+  std::size_t device = 0;                // number there
+  Status fault;                          // the first one of this generation: every op fails with it
+  std::vector<SlotProgress> slots;       // [max_slots]
   // [max_slots, num_layers]: the limit of reads, so recycled memory never shows another request's data.
   std::vector<std::int32_t> written;
 

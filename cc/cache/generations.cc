@@ -118,6 +118,7 @@ void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
   DeviceProgress& progress = table->progress(state);
   out->generation = ++progress.generation;
   out->epoch = progress.NextEpoch();
+  progress.ForgetFault();
   for (std::int32_t slot = 0; slot < table->num_slots(); ++slot) {
     table->StartGeneration(state, slot);
     const bool occupied = table->host(state, slot).state == SlotState::kOccupied;

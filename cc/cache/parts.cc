@@ -34,7 +34,10 @@ Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vec
 
 Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
   KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
-  if (pool.mirror == nullptr) return {};
+  if (pool.mirror == nullptr) {
+    const std::shared_ptr<SharedFaults>& faults = pool.table->progress(state).faults;
+    return faults == nullptr ? Status() : faults->Get();
+  }
   CollectReleases(pool, state);
   const Status fault = pool.mirror->TakeFault();
   return fault.ok() ? fault : fault.WithReason(Reason::kDeviceFault);

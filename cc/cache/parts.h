@@ -22,7 +22,7 @@ struct PoolParts {
 };
 
 // Begins every host call that changes something: the pool is open, finished releases are collected, and a pending
-// device fault is returned.
+// fault of a device is returned.
 Status Enter(const PoolParts& pool, const StateLock& state, const char* op);
 
 // Slots whose release has run on the device become free.

@@ -95,6 +95,32 @@ Status Pool::Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_p
   return {};
 }
 
+void Pool::ShareFaults(std::shared_ptr<SharedFaults> faults, std::string note) {
+  const std::size_t number = faults->Join(std::move(note));
+  const StateLock state = table_.Lock();
+  table_.progress(state).device = number;
+  table_.progress(state).faults = std::move(faults);
+}
+
+bool Pool::KeepFault(std::int32_t generation, const Status& fault) {
+  const StateLock state = table_.Lock();
+  return !table_.closed(state) && table_.progress(state).Keep(generation, fault);
+}
+
+Status Pool::TakeFault() {
+  const StateLock state = table_.Lock();
+  const std::shared_ptr<SharedFaults>& faults = table_.progress(state).faults;
+  if (faults == nullptr) return Enter(parts_, state, "check");
+  KVPAGE_RETURN_IF_ERROR(table_.CheckOpen(state, "check"));
+  return faults->Take();
+}
+
+Status Pool::UntoldFault() {
+  const StateLock state = table_.Lock();
+  const std::shared_ptr<SharedFaults>& faults = table_.progress(state).faults;
+  return faults == nullptr ? Status() : faults->Untold();
+}
+
 Status Pool::Close(const GoOn& go_on) {
   if (tier_ != nullptr) KVPAGE_RETURN_IF_ERROR(tier_->Close(go_on));
   return generations::Close(parts_, go_on);

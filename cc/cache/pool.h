@@ -158,14 +158,23 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // The memory goes when the last reference to the pool does.
   Status Close(const GoOn& go_on);
   void Close() { static_cast<void>(Close(GoOn())); }
-  // The pending device fault, if any, as the status that the program would have failed with on CPU. Calls that change
-  // something return it too; NewGeneration, which is the way on after it, and calls that only look do not.
-  Status TakeFault() { return Enter(parts_, table_.Lock(), "check"); }
+  // The pending fault of a device, if any, as the status that the program would have failed with on one CPU device.
+  // Calls that change something return it too; NewGeneration, which is the way on after it, and calls that only look do
+  // not.
+  Status TakeFault();
+  // A fault that no call has returned yet, where faults are shared.
+  Status UntoldFault();
 
   // ---- one of several pools that stand for one: joint_maps.h ----
   // From now on programs of these pools, which have no mirror, map memory in all of them alike. Before any program
   // runs, at most once for a pool.
   static Status Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out);
+  // From now on no op fails its program: see shared_faults.h. `note`: what ends messages of this pool. Before any
+  // program runs, at most once, and not with a mirror.
+  void ShareFaults(std::shared_ptr<SharedFaults> faults, std::string note);
+  // An op of a program, with a cache of this generation, has failed. False: its program has to fail, because there are
+  // no shared faults or because the pool is closed, which its pools are on all devices.
+  bool KeepFault(std::int32_t generation, const Status& fault);
 
   // ---- with a mirror ----
   // See Mirror::TakeWarning; empty without a mirror.

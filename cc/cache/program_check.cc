@@ -23,6 +23,7 @@ Status ProgramCheck::Refusal() const {
   if (cache_.generation != progress.generation) {
     return messages::OtherGeneration(op_, table.id(), cache_.generation, progress.generation);
   }
+  if (!progress.fault.ok()) return progress.fault;
   return messages::StaleEpoch(op_, table.id(), cache_.epoch, progress.epoch);
 }
 

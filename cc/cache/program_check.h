@@ -20,13 +20,14 @@ class ProgramCheck {
   ProgramCheck(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache)
       : pool_(pool), state_(state), op_(op), cache_(cache) {}
 
-  // The pool is open, and generation and epoch allow an op that mutates the cache, or only reads it.
+  // The pool is open, nothing has failed on a mesh, and generation and epoch allow an op that mutates or only reads.
   Status Begin(bool mutates) const {
     SlotTable& table = *pool_.table;
     const DeviceProgress& progress = table.progress(state_);
     const bool stale = mutates && !pool_.options.allow_stale && cache_.epoch != progress.epoch;
     const bool other = cache_.generation != progress.generation;
-    if (table.closed(state_) || other || stale || Before(progress.epoch, cache_.epoch)) return Refusal();
+    const bool refused = other || stale || Before(progress.epoch, cache_.epoch);
+    if (refused || table.closed(state_) || !progress.fault.ok()) return Refusal();
     table.StartNaming(state_);
     return {};
   }

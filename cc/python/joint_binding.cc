@@ -1,14 +1,18 @@
 #include "python/joint_binding.h"
 
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "cache/joint_maps.h"
+#include "cache/registry.h"
+#include "cache/shared_faults.h"
 #include "python/pool_reference.h"
 
 namespace nb = nanobind;
@@ -50,6 +54,25 @@ void LeaveHost(const JointReference& self) {
   if (self.here()) self.maps().LeaveHost();
 }
 
+// What ops fail with on the devices of a mesh; each pool with the end of its messages.
+void ShareFaults(const std::vector<std::pair<const PoolReference*, std::string>>& references, bool in_calls) {
+  const auto faults = std::make_shared<SharedFaults>(in_calls);
+  for (const auto& [reference, note] : references) {
+    PoolPtr pool;
+    Raise(reference->Get("KVPool", &pool));
+    pool->ShareFaults(faults, note);
+  }
+}
+
+// What an op outside of any program has failed with: it has a cache, which names the pool.
+void TakeFaultOf(std::int32_t id) {
+  const GilRelease release;
+  PoolPtr pool;
+  Raise(Find("check", id, &pool));
+  Raise(pool->CheckProcess("check"));
+  Raise(pool->TakeFault());
+}
+
 }  // namespace
 
 void BindJointMaps(nb::module_& m) {
@@ -67,6 +90,8 @@ void BindJointMaps(nb::module_& m) {
         const GilRelease release;
         return self.maps().numbers();
       });
+  m.def("share_faults", &ShareFaults, "pools"_a, "in_calls"_a);
+  m.def("take_fault_of", &TakeFaultOf, "id"_a);
 }
 
 }  // namespace kvpage

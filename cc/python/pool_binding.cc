@@ -237,6 +237,7 @@ void BindPool(nb::module_& m) {
           },
           "most_bytes"_a, "everything"_a, "slots"_a, "huge_pages"_a)
       .def("take_fault", Method("check", &Pool::TakeFault))
+      .def("untold_fault", Method("close", &Pool::UntoldFault))
       .def("take_warning", Method("check", &Pool::TakeWarning))
       .def("numbers", Method("stats", &Pool::Numbers))
       .def("audit", Method("audit", &Pool::Audit))  // for tests

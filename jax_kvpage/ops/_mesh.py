@@ -20,6 +20,7 @@ from jax_kvpage._arrays import as_host_array
 from jax_kvpage._compat import gathered, placed_as
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops import _replicas
+from jax_kvpage.ops._kept_faults import raise_kept
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.stripes import StripeSharding
@@ -129,6 +130,8 @@ def over_mesh(
             arrays, options = _parted(op.__name__, bound.arguments)
             program = _program if _hashable(options) else _program.__wrapped__
             done = program(rule, sharding, options)(arrays)
+            if sharding.keeps_faults:
+                raise_kept(found[0], done)
             final: _Result = finish(sharding, done)
             return final
 

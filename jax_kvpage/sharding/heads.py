@@ -75,6 +75,11 @@ class HeadSharding(AxisSharding):
         return int(self.mesh.shape[self.data_axis]) if self.data_axis else 1
 
     @property
+    def keeps_faults(self) -> bool:
+        """Where there are other devices, which may wait in a sum (ops/_kept_faults.py)."""
+        return self.size > 1
+
+    @property
     def axes(self) -> tuple[str, ...]:
         """The axes that the cache is split over, that of the slots first."""
         return tuple(axis for axis in (self.data_axis, self.axis) if axis is not None)

@@ -1,8 +1,9 @@
 """Waiting for programs that run on the devices of a mesh.
 
-A device that refuses an op leaves the others in the next sum over the mesh, and XLA then ends the
-process. So before a pool refuses programs that were in order when they were started, those that are
-in flight end first.
+Where sequences are spread, or the pool is closed, a device that refuses an op leaves the others in
+the next sum over the mesh, and XLA then ends the process; elsewhere its results are NaN. So before
+a pool refuses programs that were in order when they were started, those that are in flight end
+first.
 """
 
 import contextlib

@@ -117,6 +117,14 @@ class AxisSharding:
         return PartitionSpec(self.axes if len(self.axes) > 1 else self.axes[0])
 
     @property
+    def keeps_faults(self) -> bool:
+        """Whether an op that cannot run on a device lets its program go on, and is reported later.
+
+        Here not: all devices agree to fail (ops/_agreement.py).
+        """
+        return False
+
+    @property
     def rows(self) -> PartitionSpec:
         """The sharding of arrays that each replica has a part of. Here there is one replica."""
         return PartitionSpec()

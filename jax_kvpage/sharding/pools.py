@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ from jax_kvpage.spec import CacheSpec
 __all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded", "total_bytes"]
 
 _Sharding = TypeVar("_Sharding", bound=AxisSharding)
+
+# Compiled: it does not wait, nor raise what programs of older generations have failed with.
+_lower = jax.jit(set_lengths)
 
 
 def check_alone(
@@ -158,9 +162,35 @@ class ShardedNativePool(NativePool):
             for shard in shards:
                 shard.close()
             raise
+        if sharding.keeps_faults:
+            # Other processes would take a call that fails here alone for another call.
+            in_calls = sharding.local_devices == sharding.devices
+            notes = map(self._where, range(len(shards)))
+            _native.share_faults(list(zip(shards, notes, strict=True)), in_calls)
         self.pool = self.joined(shards)
         # Of a call to all shards, and of a decision with the program that is queued for it.
         self.lock = threading.RLock()
+
+    def _where(self, shard: int) -> str:
+        """Ends a message about this shard."""
+        return f" (on {self.sharding.local_devices[shard]})"
+
+    def raise_fault(self) -> None:
+        """Raises what an op has failed with on a device."""
+        if self.sharding.keeps_faults and not self.pool.closed:
+            self.call(self.pool.shards[0].take_fault)
+
+    def warn_untold(self) -> None:
+        """See `NativePool`."""
+        if self.pool.closed:
+            return
+        try:
+            self.pool.shards[0].untold_fault()
+        except _native.StatusError as error:
+            _, reason, message = error.args
+            if reason is _native.Reason.DEVICE_FAULT:  # else it is not of this process
+                text = f"the pool is closed, and no call has raised what failed before: {message}"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def joined(self, shards: Sequence[Any]) -> ShardedPool:
         """The pools of all devices as one."""
@@ -254,7 +284,7 @@ class ShardedQueue(Queue):
             return cache
         with self._lock, no_mesh():
             pool.cut(least.tolist())
-            return set_lengths(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
+            return _lower(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
 
     def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The least and the greatest length of each slot, over the shards."""

@@ -125,6 +125,11 @@ class _ProcessQueue(ShardedQueue):
     def wait_for(self, cache: KVCache) -> None:
         """See `Queue`. All processes wait, and raise what it failed with in any of them."""
         pool: Any = self._native.pool
-        wait = super().wait_for
+        wait_here = super().wait_for
+
+        def wait() -> None:
+            wait_here(cache)
+            self._native.raise_fault()
+
         with self._lock:
-            pool.meet(lambda: wait(cache))
+            pool.meet(wait)

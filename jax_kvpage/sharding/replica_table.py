@@ -12,13 +12,18 @@ from jax_kvpage import _native
 from jax_kvpage._native import Code, Reason
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["ReplicaTable", "plain"]
+__all__ = ["ReplicaTable", "plain", "replica_note"]
 
 
 def plain(value: Any, **changes: Any) -> types.SimpleNamespace:
     """A row or a claim of the compiled pool that can be changed."""
     names = [name for name in dir(value) if not name.startswith("_")]
     return types.SimpleNamespace(**{name: getattr(value, name) for name in names} | changes)
+
+
+def replica_note(replica: int, slots: int) -> str:
+    """Explains the slot numbers in a message of a replica, each of which has so many slots."""
+    return f" (in replica {replica}, whose slot 0 is slot {replica * slots} of the pool)"
 
 
 def _of_several(replica: Any) -> bool:
@@ -81,9 +86,7 @@ class ReplicaTable:
         return dict(sorted(groups.items())) or {0: []}
 
     def _note(self, replica: int) -> str:
-        """Explains the slot numbers in a message of a replica."""
-        first = replica * self.slots
-        return f" (in replica {replica}, whose slot 0 is slot {first} of the pool)"
+        return replica_note(replica, self.slots)
 
     @contextlib.contextmanager
     def _on(self, replica: int) -> Iterator[Any]:
@@ -92,6 +95,8 @@ class ReplicaTable:
             yield self.replicas[replica]
         except _native.StatusError as error:
             code, reason, message = error.args
+            if reason is Reason.DEVICE_FAULT:  # of any replica, which the message names
+                raise
             raise _native.StatusError(code, reason, message + self._note(replica)) from None
 
     def _at(self, op: str, slot: int, *args: Any) -> Any:
@@ -100,7 +105,8 @@ class ReplicaTable:
             return getattr(pool, op)(own, *args)
 
     def _told(self, replica: int, claim: Any) -> Any:
-        return plain(claim, message=claim.message + self._note(replica))
+        note = "" if claim.reason is Reason.DEVICE_FAULT else self._note(replica)
+        return plain(claim, message=claim.message + note)
 
     # ---- room and commitments ----
 

@@ -16,6 +16,7 @@ from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
 from jax_kvpage.sharding.replica_pool import ReplicatedDecision, ReplicatedPool
+from jax_kvpage.sharding.replica_table import replica_note
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
 
@@ -40,6 +41,10 @@ def replicated(
 
 class ReplicatedNativePool(ShardedNativePool):
     """The compiled pools of all replicas."""
+
+    def _where(self, shard: int) -> str:
+        """Ends a message about this shard."""
+        return replica_note(shard // self.sharding.parts, self.sharding.local.max_slots)
 
     def joined(self, shards: Sequence[Any]) -> Any:
         """The pools of all replicas as one."""

@@ -5,6 +5,7 @@
 #include "cache/shared_runs.h"
 #include "ffi/attention_options.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/recorded.h"
 #include "ffi/cpu/shard_faults.h"
 #include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
@@ -241,12 +242,12 @@ ffi::Error AttendWithTables(ffi::ThreadPool threads, Any q, Any k_pages, Any v_p
 
 auto ThreadPoolBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
-XLA_FFI_DEFINE_HANDLER(kAppendKV, AppendKV, BindAppendKV(ThreadPoolBinding()));
-XLA_FFI_DEFINE_HANDLER(kPagedAttention, PagedAttention, BindPagedAttention(ThreadPoolBinding()));
-XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, UpdateAndAttend, BindUpdateAndAttend(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kAppendKV, Recorded<&AppendKV>::Run, BindAppendKV(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kPagedAttention, Recorded<&PagedAttention>::Run, BindPagedAttention(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kUpdateAndAttend, Recorded<&UpdateAndAttend>::Run, BindUpdateAndAttend(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kTryAppendKV, TryAppendKV, BindTryAppendKV(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kAttendToLimits, AttendToLimits, BindAttendToLimits(ThreadPoolBinding()));
-XLA_FFI_DEFINE_HANDLER(kGatherContext, GatherContext, BindGatherContext(ThreadPoolBinding()));
+XLA_FFI_DEFINE_HANDLER(kGatherContext, Recorded<&GatherContext>::Run, BindGatherContext(ThreadPoolBinding()));
 XLA_FFI_DEFINE_HANDLER(kAttendWithTables, AttendWithTables, BindAttendWithTables(ThreadPoolBinding()));
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "cache/messages.h"
 #include "ffi/bindings.h"
+#include "ffi/cpu/recorded.h"
 #include "ffi/cpu/shard_faults.h"
 #include "ffi/cpu/thread_pool.h"
 #include "ffi/decode.h"
@@ -109,13 +110,14 @@ ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER(kMapSlots, MapSlots, BindMapSlots(ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(kAdvance, Advance, BindLengthChange(ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(kSetLengths, SetLengths, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kMapSlots, Recorded<&MapSlots>::Run, BindMapSlots(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kAdvance, Recorded<&Advance>::Run, BindLengthChange(ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER(kSetLengths, Recorded<&SetLengths>::Run, BindLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kTryAdvance, TryAdvance, BindTryLengthChange(ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER(kTrySetLengths, TrySetLengths, BindTryLengthChange(ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER(kEditSlots, EditSlots, BindEditSlots(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_DEFINE_HANDLER(kCopyRotated, CopyRotated, BindCopyRotated(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kEditSlots, Recorded<&EditSlots>::Run, BindEditSlots(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+XLA_FFI_DEFINE_HANDLER(kCopyRotated, Recorded<&CopyRotated>::Run,
+                       BindCopyRotated(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_DEFINE_HANDLER(kAfter, After, BindAfter(ffi::Ffi::Bind()));
 
 }  // namespace
