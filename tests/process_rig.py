@@ -18,6 +18,7 @@ from subprocesses import command_of
 
 # Seconds after which a dead process is noticed, and that the others have to end then (see README).
 HEARTBEAT = 10
+SHUTDOWN = 60  # a process waits for those that still compute what it has computed
 END_WITHIN = HEARTBEAT + 20
 
 
@@ -45,7 +46,7 @@ def join(index: int, count: int, port: int, devices: int = 1) -> None:
         index,
         initialization_timeout=60,
         heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=SHUTDOWN,
     )
 
 
