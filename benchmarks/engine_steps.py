@@ -3,9 +3,10 @@
     python benchmarks/engine_steps.py [--quick] [--json]
 
 The 56M Llama of `llama_steps.py` in float32, 8 sequences, greedy. The engine's thread is timed by
-its processor clock; the rest of a step it waits for the device. In a second run under the profiler
-`idle` is the time in which no instruction of a step ran. The same compiled step called in a loop
-that reads nothing shows how much of that is XLA's own.
+its processor clock; the rest of a step it waits for the device. In a second run its time is divided
+among the parts of a step. In a third one under the profiler `idle` is the time in which no
+instruction of a step ran. The same compiled step called in a loop that reads nothing shows how much
+of that is XLA's own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import llama_steps
 import numpy as np
 import script
 from flax import nnx
+from threadsplit import ThreadSplit
 from timesplit import split
 
 import jax_kvpage as kvp
@@ -72,6 +74,34 @@ def _steps(engine: Engine, count: int) -> None:
     # The last one is still in flight; so was one before the first.
 
 
+def _parts(engine: Engine, count: int) -> dict[str, Any]:
+    """Milliseconds of processor time that the engine's thread spends in each part of a step."""
+    clock, programs, runner = ThreadSplit("other"), engine._programs, engine._runner
+    compiled = dict(programs._compiled)
+    calls = [
+        (engine._memory, "look", "plan"),
+        (engine.scheduler, "schedule", "plan"),
+        (engine._slots, "claim", "memory"),
+        (runner, "launch", "arrays"),
+        (programs, "read_back", "read-back"),
+        (engine._reader, "read", "outputs"),
+    ]
+    for owner, name, part in calls:
+        setattr(owner, name, clock.timed(part, getattr(owner, name)))
+    for variant, program in compiled.items():
+        programs._compiled[variant] = clock.timed("dispatch", program)
+    try:
+        with clock.running():
+            _steps(engine, count)
+    finally:
+        for owner, name, _ in calls:
+            delattr(owner, name)
+        programs._compiled.update(compiled)
+    spent = clock.milliseconds(count)
+    order = dict.fromkeys(["plan", "memory", "arrays", "dispatch", "read-back", "outputs", "other"])
+    return {"all": sum(spent.values())} | {part: spent[part] for part in order}
+
+
 def _bare(engine: Engine, count: int) -> None:
     """The compiled decode step, over and over, at the lengths where the engine left off."""
     runner, programs = engine._runner, engine._programs
@@ -88,24 +118,25 @@ def _bare(engine: Engine, count: int) -> None:
     engine._slots.cache, runner._state = jax.block_until_ready((cache, state))
 
 
-def _row(context: int, steps: int) -> list[dict[str, Any]]:
-    engine, pool = _engine(context, 4 * steps + 64)
+def _row(context: int, steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    engine, pool = _engine(context, 5 * steps + 64)
     with pool:
         _steps(engine, 8)
         begin, processor = time.perf_counter(), time.thread_time()
         _steps(engine, steps)
         seconds, processor = time.perf_counter() - begin, time.thread_time() - processor
+        parts = _parts(engine, steps)
         hlo = engine._programs._compiled[(_BATCH, _BATCH), 0, False].as_text()
         traced = split(functools.partial(_steps, engine, steps), steps, hlo)
         jax.block_until_ready(engine._slots.cache)
         for sequence in engine._slots.occupied():
-            pool.extend(sequence.slot, context + 3 * steps + 64)
+            pool.extend(sequence.slot, context + 4 * steps + 64)
         begin = time.perf_counter()
         _bare(engine, steps // 2)
         bare = (time.perf_counter() - begin) / (steps // 2)
         loop = split(functools.partial(_bare, engine, steps // 2), steps // 2, hlo)
     about: dict[str, Any] = {"model": _MODEL, "context": context}
-    return [
+    rows = [
         about
         | {
             "steps": "in the engine",
@@ -125,12 +156,23 @@ def _row(context: int, steps: int) -> list[dict[str, Any]]:
             "kernels ms": loop["kernels ms"],
         },
     ]
+    return rows, about | parts
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """A table: steps in the engine, and the same program in a loop."""
-    rows = [row for run in (_QUICK if quick else _RUNS) for row in _row(*run)]
-    return {"tables": {f"decode steps of {_BATCH} sequences, float32": rows}}
+    """Tables: steps in the engine and the same program in a loop; the thread's time by part."""
+    steps: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    for run in _QUICK if quick else _RUNS:
+        rows, row = _row(*run)
+        steps += rows
+        parts.append(row)
+    return {
+        "tables": {
+            f"decode steps of {_BATCH} sequences, float32": steps,
+            "processor time of the engine's thread, ms a step": parts,
+        }
+    }
 
 
 if __name__ == "__main__":

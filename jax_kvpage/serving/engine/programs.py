@@ -212,6 +212,13 @@ class Programs:
         masks = no_masks if masks is None else masks
         return program(self._params, cache, state, packed, masks, following)
 
+    @staticmethod
+    def read_back(outcome: Outcome) -> np.ndarray:
+        """Waits for a step, and returns its `Outcome.chosen`. A single array, because each costs as
+        much to read back as the next.
+        """
+        return np.asarray(outcome.chosen)
+
     def _absent(self, num_rows: int, state: SamplerState) -> tuple[Any, Any]:
         """Masks that do not count, and no targets. They stay on the device: most steps have no
         others.

@@ -253,8 +253,7 @@ class Runner:
                 raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
         wanted = any(state.request.params.logprobs is not None for state in flight.states)
-        # One array: each costs as much to read back as the next.
-        chosen = np.asarray(flight.outcome.chosen)[: len(flight.states)]
+        chosen = self._programs.read_back(flight.outcome)[: len(flight.states)]
         each = chosen.shape[1] - 1
         accepted = np.where(flight.samples, chosen[:, -1], 0)
         if flight.outcome.scores is not None:
