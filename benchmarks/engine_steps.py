@@ -111,7 +111,7 @@ def _bare(engine: Engine, count: int) -> None:
     positions = np.asarray(jax.device_get(cache.lengths))[slots] + 1
     for i in range(count):
         packed = programs.pack(
-            (_BATCH, _BATCH), -1 - rows, np.arange(_BATCH + 1, dtype=np.int32), slots, rows,
+            (_BATCH, _BATCH), -1 - rows, np.ones(_BATCH, np.int32), slots, rows,
             positions + i, np.zeros(_BATCH, np.int32), runner._columns[:, :_BATCH],
         )  # fmt: skip
         cache, state, _ = programs.run((_BATCH, _BATCH), 0, cache, state, packed)

@@ -204,7 +204,7 @@ class Draft:
         for each, count in parts:
             each.known += count
         if not guessing:
-            jax.block_until_ready(outcomes[0][0])
+            jax.block_until_ready(outcomes[0])
             self._failures = 0
             return {}
         rows = [each.state.row for each in guessing]
@@ -213,15 +213,14 @@ class Draft:
         for _ in range(self._most - 1):
             outcomes.append(self._run(newest, ones, rows))
         first, *others = jax.device_get(outcomes)
-        found = [tuple(array[places] for array in first)]
-        found += [tuple(array[: len(guessing)] for array in other) for other in others]
-        if not all(valid.all() for _, valid in found):
+        found = [first[places], *(other[: len(guessing)] for other in others)]
+        guesses = np.concatenate([each[:, :1] for each in found], axis=1)
+        if (guesses < 0).any():
             raise RuntimeError("the logits of the draft model are NaN")
         self._failures = 0
-        guesses = np.stack([tokens for tokens, _ in found], axis=1).tolist()
-        for each, tokens in zip(guessing, guesses, strict=True):
+        for each, tokens in zip(guessing, guesses.tolist(), strict=True):
             each.guessed = tokens[:-1]  # the last one was not run
-        return {each.state: tokens for each, tokens in zip(guessing, guesses, strict=True)}
+        return {each.state: tokens for each, tokens in zip(guessing, guesses.tolist(), strict=True)}
 
     def _roll_back(self) -> None:
         """Drops guesses that were wrong. The newest token of a sequence is always left to run."""
@@ -279,19 +278,16 @@ class Draft:
 
     def _run(
         self, tokens: np.ndarray, parts: Sequence[tuple[_Follower, int]], rows: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Dispatches a step; returns the sequences' tokens, and whether their logits are valid."""
+    ) -> jax.Array:
+        """Dispatches a step; returns its `Outcome.chosen`."""
         size = len(parts)
-        counts = np.asarray([n for _, n in parts], np.int32)
-        offsets = np.zeros(size + 1, np.int32)
-        np.cumsum(counts, out=offsets[1:])
         sampling = np.zeros((NUM_FLOATS + NUM_INTS, size), np.int32)
         sampling[:NUM_FLOATS] = _GREEDY[:, None]
         shape = self._programs.bucket(len(tokens), size)
         packed = self._programs.pack(
             shape,
             tokens,
-            offsets,
+            np.asarray([n for _, n in parts], np.int32),
             np.asarray([each.slot for each, _ in parts], np.int32),
             np.asarray(rows, np.int32),
             np.zeros(size, np.int32),
@@ -301,7 +297,7 @@ class Draft:
         self._cache, self._state, outcome = self._programs.run(
             shape, 0, self._cache, self._state, packed
         )
-        return outcome.sampled.tokens, outcome.sampled.valid
+        return outcome.chosen
 
 
 def _decodes(state: SequenceState) -> bool:

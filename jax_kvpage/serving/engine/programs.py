@@ -26,7 +26,6 @@ from jax_kvpage.serving.engine.sampling import (
     NUM_FLOATS,
     NUM_INTS,
     RowParams,
-    Sampled,
     SamplerState,
     log_probabilities,
     remember,
@@ -46,18 +45,20 @@ _FIELDS = 5  # of a sequence, before its sampling parameters
 class Outcome:
     """What is read back after a step.
 
+    Each array costs the thread that dispatches and reads, so there are few of them.
+
     Attributes:
         chosen: int32[S, K + 2], all that most steps need: of each sequence a token behind each of
             its guesses and one more, -1 where the logits held NaN, and how many guesses were
             right, from the first on.
-        sampled: the same tokens, S * (K + 1), with their log probabilities.
-        scores: of a step that scores, for each of its tokens the log probability and rank of the
-            one that follows, and the most likely ones: [T], [T], [T, M] and [T, M].
+        details: int32[S * (K + 1), 2 + 2M] of these tokens, where wanted; see
+            `log_probabilities`.
+        scores: of a step that scores, the same for the tokens that follow those of the step, T.
     """
 
     chosen: jax.Array
-    sampled: Sampled
-    scores: tuple[jax.Array, ...] | None
+    details: jax.Array
+    scores: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +118,7 @@ class Programs:
         self.max_logprobs = max_logprobs
         self._num_banned = num_banned
         self.num_words = num_words
-        self._nothing: dict[int, tuple[Any, Any]] = {}
+        self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[tuple[tuple[int, int], int, bool], Any] = {}
         self.compile_seconds = 0.0
         self._set_history = jax.jit(_set_history, donate_argnums=0)
@@ -147,7 +148,7 @@ class Programs:
         self,
         shape: tuple[int, int],
         tokens: np.ndarray,
-        offsets: np.ndarray,
+        counts: np.ndarray,
         slots: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
@@ -159,7 +160,7 @@ class Programs:
         Args:
             shape: the bucket.
             tokens: int32[t]; -1 - row is the newest token of a row, which is on the device.
-            offsets: int32[s + 1].
+            counts: int32[s], how many of them each sequence has.
             slots: int32[s].
             rows: int32[s], of sequences that do not sample the number of rows.
             positions: int32[s] of the new tokens, if all guesses are right.
@@ -170,9 +171,10 @@ class Programs:
         s, fields = len(slots), sampling.shape[0]
         packed = np.zeros(num_tokens + 1 + (_FIELDS + fields) * size, np.int32)
         packed[: len(tokens)] = tokens
-        packed[num_tokens] = 0
+        # Offsets begin with the 0 between tokens and table.
         table = packed[num_tokens + 1 :].reshape(_FIELDS + fields, size)
-        table[0, :s], table[0, s:] = offsets[1:], offsets[-1]
+        counts.cumsum(out=table[0, :s])
+        table[0, s:] = len(tokens)
         table[1, :s], table[1, s:] = slots, -1
         table[2, :s], table[2, s:] = rows, self._num_rows
         table[3, :s] = positions
@@ -205,12 +207,14 @@ class Programs:
         program = self._compiled.get((shape, num_guesses, scores))
         if program is None:
             program = self.compile(shape, num_guesses, cache, state, scores)
-        no_masks, following = self._absent(shape[1] * (num_guesses + 1), state)
+        following = None
         if targets is not None:
             following = np.zeros(shape[0], np.int32)
             following[: len(targets)] = targets
-        masks = no_masks if masks is None else masks
-        return program(self._params, cache, state, packed, masks, following)
+        wanted: Any = masks
+        if masks is None and self.num_words:
+            wanted = self._masks_of_nothing(shape[1] * (num_guesses + 1), state)
+        return program(self._params, cache, state, packed, wanted, following)
 
     @staticmethod
     def read_back(outcome: Outcome) -> np.ndarray:
@@ -219,15 +223,12 @@ class Programs:
         """
         return np.asarray(outcome.chosen)
 
-    def _absent(self, num_rows: int, state: SamplerState) -> tuple[Any, Any]:
-        """Masks that do not count, and no targets. They stay on the device: most steps have no
-        others.
-        """
-        if num_rows not in self._nothing:
+    def _masks_of_nothing(self, num_rows: int, state: SamplerState) -> jax.Array:
+        """Masks that do not count. They stay on the device: most steps have no others."""
+        if num_rows not in self._no_masks:
             masks = np.full((num_rows, self.num_words), -1, np.int32)
-            nothing = (masks, np.zeros(0, np.int32))
-            self._nothing[num_rows] = jax.device_put(nothing, state.last.sharding)
-        return self._nothing[num_rows]
+            self._no_masks[num_rows] = jax.device_put(masks, state.last.sharding)
+        return self._no_masks[num_rows]
 
     def compile(
         self,
@@ -240,12 +241,15 @@ class Programs:
         """Compiles a variant without running it."""
         fields = NUM_FLOATS + NUM_INTS + self._num_banned
         packed = jax.ShapeDtypeStruct((shape[0] + 1 + (_FIELDS + fields) * shape[1],), jnp.int32)
-        masks = jax.ShapeDtypeStruct((shape[1] * (num_guesses + 1), self.num_words), jnp.int32)
-
-        targets = jax.ShapeDtypeStruct((shape[0] if scores else 0,), jnp.int32)
+        masks = targets = None
+        if self.num_words:
+            size = shape[1] * (num_guesses + 1), self.num_words
+            masks = jax.ShapeDtypeStruct(size, jnp.int32)
+        if scores:
+            targets = jax.ShapeDtypeStruct((shape[0],), jnp.int32)
 
         def run(*operands: Any) -> Any:
-            return self._run(shape, num_guesses, scores, *operands)
+            return self._run(shape, num_guesses, *operands)
 
         begin = time.monotonic()
         program = jax.jit(run, donate_argnums=(1, 2))
@@ -271,13 +275,12 @@ class Programs:
         self,
         shape: tuple[int, int],
         num_guesses: int,
-        scores: bool,
         params: Any,
         cache: KVCache,
         state: SamplerState,
         packed: jax.Array,
-        masks: jax.Array,
-        targets: jax.Array,
+        masks: jax.Array | None,
+        targets: jax.Array | None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
         num_tokens, size = shape
         tokens = packed[:num_tokens]
@@ -292,8 +295,8 @@ class Programs:
         if num_guesses:  # how far each wanted token is behind the sequence's last
             behind = jnp.maximum(guesses[:, None] - jnp.arange(each)[None], 0)
             last = last - behind
-        wanted_rows = jnp.arange(num_tokens) if scores else last.reshape(-1)
-        if num_guesses or scores:
+        wanted_rows = last.reshape(-1) if targets is None else jnp.arange(num_tokens)
+        if num_guesses or targets is not None:
             batch = _VerifiedBatch(slots, offsets, num_tokens=num_tokens, rows=wanted_rows)
         logits, cache = self._step(params, cache, tokens, batch)
         if logits.ndim != 2 or logits.shape[0] != len(wanted_rows):
@@ -303,7 +306,7 @@ class Programs:
             )
         cache = advance(cache, batch)
         scored, max_logprobs = None, min(self.max_logprobs, logits.shape[1])
-        if scores:
+        if targets is not None:
             scored = log_probabilities(logits.astype(jnp.float32), targets, max_logprobs)
             logits = logits[last.reshape(-1)]
         parts = jnp.split(table[_FIELDS:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
@@ -314,7 +317,7 @@ class Programs:
             banned,
             jnp.repeat(rows, each),
             (positions[:, None] - behind).reshape(-1),
-            masks if self.num_words else None,
+            masks,
         )
         sampled = sample(logits, wanted, state.history, max_logprobs)
         chosen = sampled.tokens.reshape(size, each)
@@ -328,7 +331,7 @@ class Programs:
         state = remember(state, rows, positions, newest)
         found = jnp.where(sampled.valid.reshape(size, each), chosen, -1)
         found = jnp.concatenate([found, accepted[:, None]], axis=1)
-        return cache, state, Outcome(found, sampled, scored)
+        return cache, state, Outcome(found, sampled.details, scored)
 
 
 def _set_history(state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:

@@ -230,11 +230,9 @@ class Runner:
         guided: Items[tuple[int, Guide, Items[int]]] = (),
         targets: np.ndarray | None = None,
     ) -> Outcome:
-        offsets = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=offsets[1:])
         shape = self._programs.bucket(len(tokens), len(slots))
         packed = self._programs.pack(
-            shape, tokens, offsets, slots, rows, positions, guesses, sampling
+            shape, tokens, counts, slots, rows, positions, guesses, sampling
         )
         variant = self._num_guesses if guesses.any() or targets is not None else 0
         masks = None
@@ -258,7 +256,7 @@ class Runner:
         accepted = np.where(flight.samples, chosen[:, -1], 0)
         if flight.outcome.scores is not None:
             take_scores(flight, jax.device_get(flight.outcome.scores))
-        details = jax.device_get(flight.outcome.sampled.details) if wanted else None
+        details = jax.device_get(flight.outcome.details) if wanted else None
         found, rows = [], chosen.tolist()
         for i in np.flatnonzero(flight.samples).tolist():
             state = flight.states[i]
@@ -268,7 +266,7 @@ class Runner:
                     raise RuntimeError("the logits of a sequence are NaN")
                 logprobs = None
                 if count is not None and details is not None:
-                    logprobs = logprob_table(token, count, *(array[place] for array in details))
+                    logprobs = logprob_table(token, count, details[place])
                 found.append(Token(state, token, logprobs))
         return found, accepted
 

@@ -80,23 +80,12 @@ class Sampled:
     Attributes:
         tokens: int32[S].
         valid: bool[S]: whether the logits held no NaN. A failed CUDA op leaves NaN too.
-        logprobs: float32[S]: of the tokens, where wanted.
-        ranks: int32[S]: their ranks, from 1.
-        top_ids: int32[S, M]: the most likely tokens.
-        top_logprobs: float32[S, M].
+        details: int32[S, 2 + 2M]: their log probabilities, where wanted; see `log_probabilities`.
     """
 
     tokens: jax.Array
     valid: jax.Array
-    logprobs: jax.Array
-    ranks: jax.Array
-    top_ids: jax.Array
-    top_logprobs: jax.Array
-
-    @property
-    def details(self) -> tuple[jax.Array, ...]:
-        """What `logprob_table` takes."""
-        return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
+    details: jax.Array
 
 
 def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprobs: int) -> Sampled:
@@ -143,15 +132,14 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
 
     tokens = jax.lax.cond(jnp.any(temperature > 0), draw, lambda scores: greedy, scores)
     valid = ~jnp.isnan(raw).any(axis=-1)
-    none = _no_logprobs(raw.shape[0], max_logprobs)
-    described = jax.lax.cond(
+    details = jax.lax.cond(
         jnp.any(wanted > 0),
         lambda raw, tokens: log_probabilities(raw, tokens, max_logprobs),
-        lambda raw, tokens: none,
+        lambda raw, tokens: jnp.zeros((raw.shape[0], 2 + 2 * max_logprobs), jnp.int32),
         raw,
         tokens,
     )
-    return Sampled(tokens, valid, *described)
+    return Sampled(tokens, valid, details)
 
 
 def remember(
@@ -162,17 +150,19 @@ def remember(
     return SamplerState(state.last.at[rows].set(tokens, mode="drop"), history)
 
 
-def log_probabilities(raw: jax.Array, tokens: jax.Array, most: int) -> tuple[jax.Array, ...]:
+def log_probabilities(raw: jax.Array, tokens: jax.Array, most: int) -> jax.Array:
     """Of a token in each row of logits [S, vocabulary], and of the most likely ones.
 
     Returns:
-        The log probabilities of the tokens, their ranks, and the most likely tokens with theirs.
+        One array to read back, int32[S, 2 + 2M] with floats as bits: the log probability of the
+        token, its rank from 1, the most likely tokens, and their log probabilities.
     """
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
     ranks = 1 + jnp.sum(logprobs > chosen, axis=-1, dtype=jnp.int32)
     values, ids = jax.lax.top_k(logprobs, most)
-    return chosen[:, 0], ranks, ids.astype(jnp.int32), values
+    own, others = (jax.lax.bitcast_convert_type(each, jnp.int32) for each in (chosen, values))
+    return jnp.concatenate([own, ranks[:, None], ids.astype(jnp.int32), others], axis=1)
 
 
 def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
@@ -261,12 +251,3 @@ def _argmax(scores: jax.Array) -> jax.Array:
     best = jnp.argmax(jnp.max(segments, axis=-1), axis=-1)
     inside = jnp.argmax(jnp.take_along_axis(segments, best[:, None, None], axis=1)[:, 0], axis=-1)
     return (best * _SEGMENT + inside).astype(jnp.int32)
-
-
-def _no_logprobs(size: int, most: int) -> tuple[jax.Array, ...]:
-    return (
-        jnp.zeros(size, jnp.float32),
-        jnp.zeros(size, jnp.int32),
-        jnp.zeros((size, most), jnp.int32),
-        jnp.zeros((size, most), jnp.float32),
-    )

@@ -1,6 +1,6 @@
 """Log probabilities of the tokens of a prompt, collected while it is computed in parts."""
 
-from collections.abc import Sequence
+import math
 
 import numpy as np
 
@@ -23,8 +23,8 @@ def targets_of(flight: Flight) -> np.ndarray | None:
     return targets
 
 
-def take_scores(flight: Flight, scores: Sequence[np.ndarray]) -> None:
-    """Hands the scores of a step, [t, ...] each, to the requests.
+def take_scores(flight: Flight, scores: np.ndarray) -> None:
+    """Hands the scores of a step, int32[t, ...] of `log_probabilities`, to the requests.
 
     Raises:
         RuntimeError: one of them is NaN.
@@ -34,10 +34,11 @@ def take_scores(flight: Flight, scores: Sequence[np.ndarray]) -> None:
         count = request.params.prompt_logprobs
         assert count is not None
         for position in range(begin + 1, min(end + 1, len(prompt))):
-            row = [array[place + position - begin - 1] for array in scores]
-            if np.isnan(row[0]):
+            row = scores[place + position - begin - 1]
+            table, own = logprob_table(prompt[position], count, row)
+            if math.isnan(own):
                 raise RuntimeError("the logits of a prompt are NaN")
-            request.scores[position] = logprob_table(prompt[position], count, *row)[0]
+            request.scores[position] = table
         if len(request.scores) == len(prompt) - 1:
             tables = (request.scores[position] for position in range(1, len(prompt)))
             request.output.prompt_logprobs = [None, *tables]
@@ -49,6 +50,8 @@ def _scoring(flight: Flight) -> list[tuple[SequenceState, int, int, int]]:
     One that decodes runs the last token of the prompt at the earliest, which no other follows.
     """
     found, first = [], flight.num_decodes
+    if not any(state.request.is_scoring for state in flight.states[first:]):
+        return []
     place = int(flight.counts[:first].sum())
     for i, state in enumerate(flight.states[first:], first):
         begin, count = int(flight.begins[i]), int(flight.counts[i])

@@ -175,7 +175,7 @@ class _Rig:
             packed = self._programs.pack(
                 shape,
                 part,
-                np.asarray([0, len(part)], np.int32),
+                np.asarray([len(part)], np.int32),
                 np.asarray([slot], np.int32),
                 np.asarray([self._num_rows], np.int32),
                 np.zeros(1, np.int32),
