@@ -112,7 +112,7 @@ def _bare(engine: Engine, count: int) -> None:
     for i in range(count):
         packed = programs.pack(
             (_BATCH, _BATCH), -1 - rows, np.ones(_BATCH, np.int32), slots, rows,
-            positions + i, np.zeros(_BATCH, np.int32), runner._columns[:, :_BATCH],
+            positions + i, runner._columns[:, :_BATCH],
         )  # fmt: skip
         cache, state, _ = programs.run((_BATCH, _BATCH), 0, cache, state, packed)
     engine._slots.cache, runner._state = jax.block_until_ready((cache, state))

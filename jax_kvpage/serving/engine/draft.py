@@ -291,7 +291,6 @@ class Draft:
             np.asarray([each.slot for each, _ in parts], np.int32),
             np.asarray(rows, np.int32),
             np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
             sampling,
         )
         self._cache, self._state, outcome = self._programs.run(

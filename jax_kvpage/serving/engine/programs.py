@@ -152,8 +152,8 @@ class Programs:
         slots: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
-        guesses: np.ndarray,
         sampling: np.ndarray,
+        guesses: np.ndarray | None = None,
     ) -> np.ndarray:
         """The operands of a step as one array, padded to a bucket.
 
@@ -164,8 +164,8 @@ class Programs:
             slots: int32[s].
             rows: int32[s], of sequences that do not sample the number of rows.
             positions: int32[s] of the new tokens, if all guesses are right.
-            guesses: int32[s], how many of the tokens are guesses.
             sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
+            guesses: int32[s], how many of the tokens are guesses; None without any.
         """
         num_tokens, size = shape
         s, fields = len(slots), sampling.shape[0]
@@ -178,7 +178,8 @@ class Programs:
         table[1, :s], table[1, s:] = slots, -1
         table[2, :s], table[2, s:] = rows, self._num_rows
         table[3, :s] = positions
-        table[4, :s] = guesses
+        if guesses is not None:
+            table[4, :s] = guesses
         table[_FIELDS:, :s] = sampling
         return packed
 

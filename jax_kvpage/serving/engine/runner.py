@@ -67,8 +67,9 @@ class Runner:
         self._num_guesses = num_guesses
         self._state = programs.initial_state(pool.spec.max_seq_len, pool.placement)
         self._columns = np.zeros((NUM_FLOATS + NUM_INTS + num_banned, num_rows), np.int32)
+        # The newest token of each row as a step takes it: its id, or -1 - row for the one that is
+        # on the device.
         self._newest = np.zeros(num_rows, np.int32)
-        self._on_device = np.zeros(num_rows, bool)
         slots.recover = self._recover
         self._recovering = False
         self._restored = True  # whether slots and rows are those of the newest generation
@@ -97,7 +98,7 @@ class Runner:
 
     def choose(self, state: SequenceState) -> None:
         """Hears that the host knows the newest token of a sequence, and the device may not."""
-        self._newest[state.row], self._on_device[state.row] = state.ids[-1], False
+        self._newest[state.row] = state.ids[-1]
 
     def launch(
         self,
@@ -112,27 +113,9 @@ class Runner:
             states: of its sequences.
             guesses: tokens that may follow; the plan says how many of them are verified.
         """
-        begins, ends = plan.begins.copy(), plan.begins + plan.counts
-        for i in range(plan.num_decodes, len(states)):
-            begins[i] = max(begins[i], states[i].computed)  # what was found is not run
-        ended = np.fromiter((state.ended for state in states), bool, len(states))
-        keep = np.flatnonzero((ends > begins) & ~ended).tolist()
-        if not keep:
+        flight = Flight.planned(plan, states, guesses)
+        if flight is None:
             return
-        drafts = [
-            guesses.get(state, [])[: count - 1]
-            for state, count in zip(states, plan.counts[: plan.num_decodes].tolist(), strict=False)
-        ]
-        flight = Flight(
-            list(states),
-            plan.rows,
-            begins,
-            ends - begins,
-            plan.samples,
-            plan.num_decodes,
-            drafts,
-        )
-        flight.keep(keep)
         self.flights.append(flight)
         self.steps += 1
         self._dispatch(flight)
@@ -163,17 +146,15 @@ class Runner:
             self.flights.pop(0)
             raise StepFailed(shortened(error)) from error
         self.flights.pop(0)
-        kept = flight.counts - flight.num_guesses + accepted
+        kept, guesses, flight.accepted = flight.counts, flight.num_guesses, accepted
+        if guesses is not None and accepted is not None:
+            kept = kept - guesses + accepted
+            self.drafted += int(guesses.sum())
+            self.accepted += int(accepted.sum())
         for state, begin, count in zip(
             flight.states, flight.begins.tolist(), kept.tolist(), strict=True
         ):
             state.ran(begin, count)
-        flight.accepted = accepted
-        self.drafted += int(flight.num_guesses.sum())
-        self.accepted += int(accepted.sum())
-        for token in tokens:
-            if token.state.row >= 0:
-                self._newest[token.state.row] = token.token
         return tokens
 
     def forget(self, states: Items[SequenceState]) -> None:
@@ -189,34 +170,43 @@ class Runner:
         self._recover()
 
     def _dispatch(self, flight: Flight) -> None:
-        rows, decodes = flight.rows, flight.rows[: flight.num_decodes]
-        newest = np.where(self._on_device[decodes], -1 - decodes, self._newest[decodes])
-        tokens = [newest]
-        if any(flight.guesses):
-            tokens = [
-                np.asarray([token, *guesses], np.int32)
-                for token, guesses in zip(newest, flight.guesses, strict=True)
-            ]
-        for i in range(flight.num_decodes, len(flight.states)):
-            begin = int(flight.begins[i])
-            ids = flight.states[i].ids[begin : begin + int(flight.counts[i])]
-            tokens.append(np.asarray(ids, np.int32))
+        rows, places, sampling = flight.rows, flight.rows, self._columns[:, flight.rows]
+        tokens = self._tokens(flight)
+        if not flight.samples.all():
+            places = np.where(flight.samples, rows, self._num_rows)
+            sampling = np.where(flight.samples, sampling, 0)
+        sampled = rows[flight.samples]
+        self._newest[sampled] = -1 - sampled
         flight.outcome, flight.error = None, None
-        self._on_device[rows[flight.samples]] = True
         try:
             flight.outcome = self._run(
-                np.concatenate(tokens),
+                tokens,
                 flight.counts,
                 self._slots.slot[rows],
-                np.where(flight.samples, rows, self._num_rows),
+                places,
                 flight.begins + flight.counts,
+                sampling,
                 flight.num_guesses,
-                np.where(flight.samples, self._columns[:, rows], 0),
                 flight.guided() if self._programs.num_words else [],
                 targets_of(flight),
             )
         except Exception as error:  # tracing runs the caller's code, which may raise anything
             flight.error = error
+
+    def _tokens(self, flight: Flight) -> np.ndarray:
+        """What a step runs, int32[t]; see `Programs.pack`."""
+        newest = self._newest[flight.rows[: flight.num_decodes]]
+        parts = [newest]
+        if flight.guesses:
+            parts = [
+                np.asarray([token, *flight.guesses.get(state, ())], np.int32)
+                for token, state in zip(newest, flight.states, strict=False)
+            ]
+        for i in range(flight.num_decodes, len(flight.states)):
+            begin = int(flight.begins[i])
+            ids = flight.states[i].ids[begin : begin + int(flight.counts[i])]
+            parts.append(np.asarray(ids, np.int32))
+        return np.concatenate(parts)
 
     def _run(
         self,
@@ -225,16 +215,16 @@ class Runner:
         slots: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
-        guesses: np.ndarray,
         sampling: np.ndarray,
+        guesses: np.ndarray | None = None,
         guided: Items[tuple[int, Guide, Items[int]]] = (),
         targets: np.ndarray | None = None,
     ) -> Outcome:
         shape = self._programs.bucket(len(tokens), len(slots))
         packed = self._programs.pack(
-            shape, tokens, counts, slots, rows, positions, guesses, sampling
+            shape, tokens, counts, slots, rows, positions, sampling, guesses
         )
-        variant = self._num_guesses if guesses.any() or targets is not None else 0
+        variant = 0 if guesses is None and targets is None else self._num_guesses
         masks = None
         if guided:
             masks = fill_masks(guided, shape[1], variant + 1, self._programs.num_words)
@@ -244,8 +234,10 @@ class Runner:
         self._slots.cache = cache
         return outcome
 
-    def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray]:
-        """The tokens of a step, and how many guesses were right; raises what it failed with."""
+    def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray | None]:
+        """The tokens of a step, and how many guesses were right, if there were any; raises what it
+        failed with.
+        """
         if flight.outcome is None:
             if flight.error is None:  # Ctrl-C while it was compiled
                 raise RuntimeError("the dispatch was interrupted")
@@ -253,15 +245,17 @@ class Runner:
         wanted = any(state.request.params.logprobs is not None for state in flight.states)
         chosen = self._programs.read_back(flight.outcome)[: len(flight.states)]
         each = chosen.shape[1] - 1
-        accepted = np.where(flight.samples, chosen[:, -1], 0)
+        accepted = np.where(flight.samples, chosen[:, -1], 0) if flight.guesses else None
         if flight.outcome.scores is not None:
             take_scores(flight, jax.device_get(flight.outcome.scores))
         details = jax.device_get(flight.outcome.details) if wanted else None
-        found, rows = [], chosen.tolist()
-        for i in np.flatnonzero(flight.samples).tolist():
-            state = flight.states[i]
+        found = []
+        places = zip(flight.states, flight.samples.tolist(), chosen.tolist(), strict=True)
+        for i, (state, samples, row) in enumerate(places):
+            if not samples:
+                continue
             count = state.request.params.logprobs
-            for place, token in enumerate(rows[i][: rows[i][-1] + 1], i * each):
+            for place, token in enumerate(row[: row[-1] + 1], i * each):
                 if token < 0:
                     raise RuntimeError("the logits of a sequence are NaN")
                 logprobs = None
@@ -339,7 +333,6 @@ class Runner:
                 np.asarray([len(ids)], np.int32),
                 np.asarray([state.slot], np.int32),
                 np.asarray([self._num_rows], np.int32),
-                np.zeros(1, np.int32),
                 np.zeros(1, np.int32),
                 np.zeros((self._columns.shape[0], 1), np.int32),
             )

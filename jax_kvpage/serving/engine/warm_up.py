@@ -179,7 +179,6 @@ class _Rig:
                 np.asarray([slot], np.int32),
                 np.asarray([self._num_rows], np.int32),
                 np.zeros(1, np.int32),
-                np.zeros(1, np.int32),
                 np.zeros((self._num_fields, 1), np.int32),
             )
             self.cache, self._state, _ = self._programs.run(
