@@ -83,6 +83,11 @@ class Flight:
             return None
         return np.asarray([len(self.guesses.get(state, ())) for state in self.states], np.int32)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens beside those of sequences that decode."""
+        return sum(self.counts[self.num_decodes :].tolist())
+
     def guided(self) -> list[tuple[int, Guide, list[int]]]:
         """Places of sequences that sample from a mask, their guides and guesses."""
         return [

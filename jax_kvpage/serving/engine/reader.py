@@ -70,7 +70,7 @@ class Reader:
             requests = self._fail((state.request for state in flight.states), failure.reason)
             self._runner.forget([state for request in requests for state in request.sequences])
             return
-        self._pace.read(int(flight.counts[flight.num_decodes :].sum()), flight.launched)
+        self._pace.read(flight.num_prompt_tokens, flight.launched)
         if flight.accepted is not None and flight.accepted.any():
             self._news.append(partial(self._tell_accepted, flight, flight.accepted))
         now = self._clock()

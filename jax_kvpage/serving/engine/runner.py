@@ -172,7 +172,7 @@ class Runner:
     def _dispatch(self, flight: Flight) -> None:
         rows, places, sampling = flight.rows, flight.rows, self._columns[:, flight.rows]
         tokens = self._tokens(flight)
-        if not flight.samples.all():
+        if flight.num_decodes < len(flight.states):  # parts of prompts may sample nothing
             places = np.where(flight.samples, rows, self._num_rows)
             sampling = np.where(flight.samples, sampling, 0)
         sampled = rows[flight.samples]
@@ -242,14 +242,12 @@ class Runner:
             if flight.error is None:  # Ctrl-C while it was compiled
                 raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
-        wanted = any(state.request.params.logprobs is not None for state in flight.states)
         chosen = self._programs.read_back(flight.outcome)[: len(flight.states)]
         each = chosen.shape[1] - 1
         accepted = np.where(flight.samples, chosen[:, -1], 0) if flight.guesses else None
         if flight.outcome.scores is not None:
             take_scores(flight, jax.device_get(flight.outcome.scores))
-        details = jax.device_get(flight.outcome.details) if wanted else None
-        found = []
+        found, details = [], None
         places = zip(flight.states, flight.samples.tolist(), chosen.tolist(), strict=True)
         for i, (state, samples, row) in enumerate(places):
             if not samples:
@@ -259,7 +257,9 @@ class Runner:
                 if token < 0:
                     raise RuntimeError("the logits of a sequence are NaN")
                 logprobs = None
-                if count is not None and details is not None:
+                if count is not None:
+                    if details is None:
+                        details = jax.device_get(flight.outcome.details)
                     logprobs = logprob_table(token, count, details[place])
                 found.append(Token(state, token, logprobs))
         return found, accepted

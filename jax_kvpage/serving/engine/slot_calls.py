@@ -63,18 +63,19 @@ class SlotCalls:
 
     def commit(self, state: SequenceState) -> None:
         """Tells the pool the tokens of a sequence whose keys and values exist."""
-        if state.final > state.committed:
-            ids = state.ids[state.committed : state.final]
+        final = state.final
+        if final > state.committed:
+            ids = state.ids[state.committed : final]
             past_fault(lambda: self._pool.commit(state.slot, ids))
-            state.committed = state.final
+            state.committed = final
 
     def commit_blocks(self, state: SequenceState) -> None:
         """Like `commit`, once a block is full, or the prompt is computed."""
         if state.slot < 0:
             return
         size, prompt = self._block_tokens, len(state.request.output.prompt_token_ids)
-        full = state.final // size > state.committed // size
-        if full or state.committed < prompt <= state.final:
+        before, final = state.committed, state.final
+        if final // size > before // size or before < prompt <= final:
             self.commit(state)
 
     def _call(self, verb: Callable[[KVCache], Any]) -> Any:

@@ -247,6 +247,8 @@ class Slots(SlotCalls):
 
     def _extend(self, plan: StepPlan) -> list[Sequence]:
         """Maps more room; returns the sequences that got none."""
+        if not plan.extend_rows.size:
+            return []
         rows, tokens = plan.extend_rows.tolist(), plan.extend_tokens.tolist()
         every = [self.states[row] for row in rows]
         pairs = [(s, n) for s, n in zip(every, tokens, strict=True) if s is not None]

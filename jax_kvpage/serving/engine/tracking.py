@@ -32,6 +32,7 @@ class SequenceState:
         room: tokens that its slot has room for.
         lookup: guesses its next tokens; None without speculation.
         guide: its place in the grammar of the request; None without one.
+        ended: whether the caller has seen its end.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SequenceState:
         self.ids = list(request.output.prompt_token_ids)
         self.slot = self.row = -1
         self.computed = self.committed = self.room = self.furthest = 0
+        self.ended = False
         params = request.params
         self.lookup: NgramIndex | None = None
         self.guide = None if request.guide is None else request.guide.copy()
@@ -55,17 +57,13 @@ class SequenceState:
         """Whether the scheduler has taken its row back, so that its slot is to be released."""
         return self.sequence.row != self.row
 
-    @property
-    def ended(self) -> bool:
-        """Whether the caller has seen its end."""
-        return self.output.finish_reason is not None
-
     def ran(self, begin: int, count: int) -> None:
         """Records that `count` tokens from position `begin` on were computed."""
         self.computed = begin + count
         metrics = self.request.output.metrics
         metrics.num_computed_tokens += count
-        metrics.num_recomputed_tokens += max(min(self.furthest - begin, count), 0)
+        if begin < self.furthest:
+            metrics.num_recomputed_tokens += min(self.furthest - begin, count)
         self.furthest = max(self.furthest, self.computed)
 
     @property
@@ -124,6 +122,7 @@ class SequenceState:
     def end(self, reason: str, stop_reason: int | str | None = None) -> None:
         """Sets the finish reason and completes the text."""
         self.output.finish_reason = reason
+        self.ended = True
         self.output.stop_reason = stop_reason
         if self._text is None or isinstance(stop_reason, str):
             return
