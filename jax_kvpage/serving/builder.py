@@ -100,7 +100,9 @@ class StepBuilder:
 
     def prefill(self, rows: Rows, sequences: Iterable[Sequence]) -> None:
         """Adds parts of prompts, in order, with the budget that the decodes leave."""
-        self.budget -= len(self.decodes) + int(rows.drafts[self.decodes].sum())
+        self.budget -= len(self.decodes)
+        if rows.has_drafts:
+            self.budget -= int(rows.drafts[self.decodes].sum())
         for sequence in sequences:
             if self.budget <= 0:
                 break
@@ -133,28 +135,26 @@ class StepBuilder:
         step: int,
         finished: list[SequenceGroup],
         released: list[int],
-        computed: np.ndarray,
-        drafts: np.ndarray | None,
+        rows: Rows,
     ) -> StepPlan:
         """The plan.
 
         Args:
             step: its number.
             finished: groups.
-            released: rows.
-            computed: int32[rows]: tokens computed before the step.
-            drafts: int32[rows]: tokens to verify; None if there are none.
+            released: rows that have lost their sequence.
+            rows: as they are before the step.
         """
-        decodes, sequences = self.decodes, self.decode_sequences
-        counts = np.ones(len(decodes), np.int32)
-        if drafts is not None:
-            counts += drafts[decodes]
-        begins, samples, rows = computed[decodes], np.ones(len(decodes), bool), decodes
+        run, sequences = self.decodes, self.decode_sequences
+        begins, samples = rows.computed[run], np.ones(len(run), bool)
+        counts = np.ones(len(run), np.int32)
+        if rows.has_drafts:
+            counts += rows.drafts[run]
         if self._parts:
             parts, part_rows, part_begins, part_counts, part_samples = zip(
                 *self._parts, strict=True
             )
-            rows = np.append(rows, np.asarray(part_rows, np.int32))
+            run = np.append(run, np.asarray(part_rows, np.int32))
             begins = np.append(begins, np.asarray(part_begins, np.int32))
             counts = np.append(counts, np.asarray(part_counts, np.int32))
             samples = np.append(samples, part_samples)
@@ -169,12 +169,12 @@ class StepBuilder:
             admissions=tuple(self.admissions),
             extend_rows=self.grown[0],
             extend_tokens=self.grown[1],
-            rows=rows,
+            rows=run,
             begins=begins,
             counts=counts,
             samples=samples,
             sequences=sequences,
-            num_decodes=len(decodes),
+            num_decodes=len(self.decodes),
             ending=(),
             num_stalled=self.num_stalled,
             free_blocks=self.usable,

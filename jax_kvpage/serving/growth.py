@@ -45,8 +45,8 @@ class Growth:
             wanted = rows.computed[short] + rows.drafts[short] + 1
             blocks = -(-wanted // rows.block_tokens) - rows.room[short] // rows.block_tokens
             needed = int(blocks.sum())
-            if needed > step.free and rows.drafts.any():
-                rows.drafts[:] = 0
+            if needed > step.free and rows.has_drafts:
+                rows.drop_drafts()
                 self.decode(step)
                 return
             if needed > step.free or step.blocked:

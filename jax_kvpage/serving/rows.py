@@ -26,6 +26,7 @@ class Rows:
         limit: int32[rows]: known tokens at which the sequence ends.
         prompt: int32[rows]: tokens of the prompt.
         drafts: int32[rows]: speculated tokens that the next step verifies.
+        has_drafts: whether there may be any.
         decoding: bool[rows]: computed == known - 1.
         sequences: by row, None in free rows.
         groups: by group index, None where free.
@@ -41,6 +42,7 @@ class Rows:
         self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = np.zeros(
             (6, size), np.int32
         )
+        self.has_drafts = False
         self.decoding = np.zeros(size, bool)
         self.sequences: list[Sequence | None] = [None] * size
         self.groups: list[SequenceGroup | None] = [None] * size
@@ -120,6 +122,15 @@ class Rows:
     def own_blocks(self, row: int) -> int:
         """Blocks that only this row holds."""
         return int(self.room[row]) // self.block_tokens - int(self.shared[self._group[row]])
+
+    def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Lets rows verify speculated tokens in the next step."""
+        self.drafts[rows], self.has_drafts = counts, True
+
+    def drop_drafts(self) -> None:
+        """Forgets all speculated tokens."""
+        if self.has_drafts:
+            self.drafts[:], self.has_drafts = 0, False
 
     def trim_drafts(self, budget: int, pending: int) -> None:
         """Drops drafts that a limit or the token budget has no room for.

@@ -103,7 +103,6 @@ class Scheduler:
         self._ending: list[Sequence] = []  # reach their limit with the last plan
         self._forks: tuple[Fork, ...] = ()  # of the last plan
         self._room_before: dict[int, int] = {}  # of rows that grow in the last plan
-        self._has_drafts = False
         self._trust = Trust()
         self._starter = Starter(
             self._rows,
@@ -190,8 +189,7 @@ class Scheduler:
                 a sequence's limit, beyond the token budget, and when blocks are short. Prompts that
                 wait to be computed keep half of the budget that is left beside the decodes.
         """
-        self._rows.drafts[rows] = counts
-        self._has_drafts = True
+        self._rows.set_drafts(rows, counts)
 
     def add_tokens(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Adds the tokens that the last plan produced beyond one for each sequence.
@@ -225,7 +223,7 @@ class Scheduler:
             self.cancel(group, "deadline")
         step = self._begin()
         fork_ready(self._rows, self._running, step, self._end)
-        if self._has_drafts:
+        if self._rows.has_drafts:
             can_start = self._rows.num_free > self._running.num_unforked
             newcomers = can_start and self._queue.head() is not None
             pending = self._budget if newcomers else self._running.num_pending
@@ -314,13 +312,7 @@ class Scheduler:
         """Makes the plan, and counts its tokens as computed."""
         rows, running = self._rows, self._running
         step.fit(self._step_sizes)
-        plan = step.build(
-            self.stats.steps,
-            self._finished,
-            running.released,
-            rows.computed,
-            rows.drafts if self._has_drafts else None,
-        )
+        plan = step.build(self.stats.steps, self._finished, running.released, rows)
         plan = advance(rows, running, plan)
         self._finished, running.released, running.releasing = [], [], 0
         self._forks = plan.forks
@@ -329,8 +321,7 @@ class Scheduler:
         for key in running.done_prefixes:
             self._queue.let_go(key)
         running.done_prefixes.clear()
-        rows.drafts[:] = 0
-        self._has_drafts = False
+        rows.drop_drafts()
         self._ran = not plan.is_empty
         self.stats.planned(plan)
         return plan
