@@ -293,3 +293,16 @@ def test_a_sequence_may_use_what_its_slot_had_before() -> None:
                 )
                 assert output.outputs[0].finish_reason == "length"
                 assert len(output.outputs[0].token_ids) == 15
+
+
+def test_steps_that_have_room_do_not_ask_the_pool(monkeypatch) -> None:
+    """Its accounts take longer than the rest of a plan."""
+    with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
+        asked, real = [], pool.stats
+        monkeypatch.setattr(pool, "stats", lambda: asked.append(engine.stats.steps) or real())
+        (output,) = engine.generate([rig.PROMPTS[0]], SamplingParams(max_tokens=40, temperature=0))
+        length = len(rig.PROMPTS[0]) + 40
+    first, *grown = sorted(set(asked))
+    assert first == 0
+    assert len(output.outputs[0].token_ids) == 40
+    assert 0 < len(grown) <= length // rig.BLOCK + 1

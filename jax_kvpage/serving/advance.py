@@ -22,10 +22,7 @@ def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
     decodes = plan.rows[: plan.num_decodes]
     rows.computed[decodes] += 1
     rows.known[decodes] += 1
-    last = rows.decoding & (rows.known >= rows.limit)
-    ending: list[int] = []
-    if last.any():
-        ending = np.searchsorted(decodes, np.flatnonzero(last)).tolist()
+    ending: list[int] = (rows.known[decodes] >= rows.limit[decodes]).nonzero()[0].tolist()
     for position in range(plan.num_decodes, len(plan.rows)):
         sequence, row = plan.sequences[position], plan.rows[position]
         rows.computed[row] += plan.counts[position]

@@ -146,10 +146,8 @@ class StepBuilder:
             rows: as they are before the step.
         """
         run, sequences = self.decodes, self.decode_sequences
-        begins, samples = rows.computed[run], np.ones(len(run), bool)
-        counts = np.ones(len(run), np.int32)
-        if rows.has_drafts:
-            counts += rows.drafts[run]
+        begins, samples = rows.computed[run], rows.decoding[run]
+        counts = rows.drafts[run] + 1
         if self._parts:
             parts, part_rows, part_begins, part_counts, part_samples = zip(
                 *self._parts, strict=True

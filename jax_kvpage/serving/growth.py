@@ -40,7 +40,7 @@ class Growth:
     def decode(self, step: StepBuilder) -> None:
         """Fills in the rows that decode, those that grow, and the victims."""
         rows = self._rows
-        short = np.flatnonzero(rows.decoding & (rows.computed + rows.drafts >= rows.room))
+        short = rows.short()
         if short.size or step.blocked:
             wanted = rows.computed[short] + rows.drafts[short] + 1
             blocks = -(-wanted // rows.block_tokens) - rows.room[short] // rows.block_tokens

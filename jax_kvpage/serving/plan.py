@@ -69,7 +69,7 @@ class StepPlan:
         num_decodes: how many of them decode.
         ending: positions in `rows` whose token is the last: the limit is reached.
         num_stalled: sequences that wait in this step, with their memory, for blocks.
-        free_blocks: blocks that were free when the plan was made.
+        free_blocks: blocks that were free when the plan was made; 0 if it needs none.
     """
 
     step: int

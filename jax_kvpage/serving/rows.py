@@ -123,6 +123,10 @@ class Rows:
         """Blocks that only this row holds."""
         return int(self.room[row]) // self.block_tokens - int(self.shared[self._group[row]])
 
+    def short(self) -> np.ndarray:
+        """Rows that decode and need another block for it."""
+        return (self.decoding & (self.computed + self.drafts >= self.room)).nonzero()[0]
+
     def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Lets rows verify speculated tokens in the next step."""
         self.drafts[rows], self.has_drafts = counts, True

@@ -294,11 +294,20 @@ class Scheduler:
                 self._queue.leave()
 
     def _begin(self) -> StepBuilder:
+        if self._needs_no_memory():  # most steps: memory may take long to answer
+            return StepBuilder(0, 0, 0, 0, self._budget)
         memory, running = self._memory, self._running
         free = self._trust.usable(memory.free_blocks())
         coming = memory.draining_blocks() + running.releasing
         slots = memory.free_slots() - running.promised_slots
         return StepBuilder(free, running.promised, coming, slots, self._budget)
+
+    def _needs_no_memory(self) -> bool:
+        """Whether all that the step can do is to run sequences that have room."""
+        rows, running = self._rows, self._running
+        can_start = rows.num_free > running.num_unforked and self._queue.head() is not None
+        grows = rows.has_drafts or running.forking or rows.short().size
+        return self._trust.is_full and not (can_start or grows)
 
     def _requeue(self, step: StepBuilder) -> None:
         """Puts victims back into the queue; if nothing can go on, the oldest group ends."""

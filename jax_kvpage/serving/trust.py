@@ -14,7 +14,8 @@ class Trust:
             is final.
 
     Attributes:
-        is_full: whether the step may use all blocks that memory reports as free.
+        is_full: whether the step may use all blocks that memory reports as free; False after a
+            refusal until `usable` says so again.
     """
 
     def __init__(self, max_refusals: int = 8) -> None:
@@ -33,6 +34,7 @@ class Trust:
     def refused(self, usable: int) -> None:
         """Records a refusal in a step that could use this many blocks."""
         self._withheld = max(self._withheld, usable)
+        self.is_full = False
 
     def is_final(self, idle: bool) -> bool:
         """Whether the latest refusal is final: too many came in a row.

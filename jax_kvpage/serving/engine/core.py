@@ -242,20 +242,20 @@ class EngineCore:
             self._guesser.follow([])
 
     def _step(self) -> None:
+        speculates = self.config.num_speculative_tokens > 0
         try:
             self._memory.look()
+            if self._gave_up:
+                self._clean_up()
+            guesses = self._guesser.guess(self._slots.occupied()) if speculates else {}
+            if guesses:
+                rows = np.asarray([state.row for state in guesses], np.int32)
+                counts = np.asarray([len(each) for each in guesses.values()], np.int32)
+                self.scheduler.set_drafts(rows, counts)
+            plan = self.scheduler.schedule(self._clock())
         except PoolClosed as error:
             self._abandon(error)
             raise
-        if self._gave_up:
-            self._clean_up()
-        speculates = self.config.num_speculative_tokens > 0
-        guesses = self._guesser.guess(self._slots.occupied()) if speculates else {}
-        if guesses:
-            rows = np.asarray([state.row for state in guesses], np.int32)
-            counts = np.asarray([len(each) for each in guesses.values()], np.int32)
-            self.scheduler.set_drafts(rows, counts)
-        plan = self.scheduler.schedule(self._clock())
         self._finished += plan.finished
         try:
             plan = self._carry_out(plan, guesses)

@@ -2,6 +2,7 @@
 
 from jax_kvpage.pool import KVPool
 from jax_kvpage.sharding.stripes import StripeSharding
+from jax_kvpage.stats import PoolStats
 
 __all__ = ["PoolMemory"]
 
@@ -35,26 +36,41 @@ class PoolMemory:
         self._max_slots = spec.max_slots
         self.block_tokens = spec.block_tokens
         self.max_seq_len = spec.max_seq_len
-        self.look()
+        self._stats = pool.stats()
+        self._is_old = False
 
     def look(self) -> None:
-        """Takes a snapshot of the pool's accounts; to be called before each plan."""
-        self._stats = self._pool.stats()
+        """Has the next question answered from a new snapshot of the pool's accounts; to be called
+        before each plan. Most plans have no questions.
+
+        Raises:
+            PoolClosed: the pool is closed. Questions are answered from the last snapshot.
+        """
+        self._is_old = True
+        if self._pool.closed:
+            self._pool.stats()  # raises
+
+    def _look(self) -> PoolStats:
+        if self._is_old and not self._pool.closed:
+            self._is_old = False
+            self._stats = self._pool.stats()
+        return self._stats
 
     @property
     def capacity(self) -> int:
         """Blocks in all."""
-        return self._stats.blocks_total // self._ranges
+        return self._look().blocks_total // self._ranges
 
     def free_blocks(self) -> int:
         """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
-        stats = self._stats
+        stats = self._look()
         return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
 
     def draining_blocks(self) -> int:
         """Blocks that come free without a decision."""
-        return self._stats.blocks_draining // self._ranges
+        return self._look().blocks_draining // self._ranges
 
     def free_slots(self) -> int:
         """Slots that can be acquired now."""
-        return self._max_slots - self._stats.slots_occupied - self._stats.slots_draining
+        stats = self._look()
+        return self._max_slots - stats.slots_occupied - stats.slots_draining
