@@ -94,6 +94,9 @@ def host_ints(name: str, value: Any) -> tuple[list[int], bool]:
     Raises:
         ValueError: neither, or an integer that int32 cannot hold.
     """
+    plain = isinstance(value, (list, tuple)) and set(map(type, value)) == {int}
+    if plain and min(value) >= _MIN and max(value) <= _MAX:  # most calls need no look at each
+        return list(value), False
     number = _int_of(value)
     if number is not None:
         return [host_int(name, number)], True
