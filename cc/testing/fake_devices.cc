@@ -22,6 +22,14 @@ int FakeDriver::Impl::CurrentDevice() const {
   return -1;
 }
 
+cu::Result FakeDriver::Impl::CheckDevice(const std::string& call, int device) {
+  const int current = CurrentDevice();
+  if (device < 0 || device == current) return cu::Result::kSuccess;
+  return Violation(
+      call + " for device " + std::to_string(device) + " in the context of device " + std::to_string(current),
+      cu::Result::kInvalidContext);
+}
+
 namespace cu::fake {
 
 Result Init(unsigned int flags) {

@@ -2,9 +2,10 @@
 //
 // Device memory is host memory, so device addresses may be read and written by the process. The rules of the real
 // driver are checked and answered with its codes: granularity, one unmap per map, no access before it is set (it would
-// fault), no mapping over a mapping, a current context, no call that a stream capture forbids. Every call is counted,
-// and any can be made to fail. New memory holds 0xFF bytes (NaN), never zeros. Work on a stream runs at once unless the
-// stream is held back or captured.
+// fault), no mapping over a mapping, a current context, no call that a stream capture forbids. More strictly than by
+// the real driver the context must be that of the device whose memory, stream or event a call is about: pinned memory
+// and address space belong to none. Every call is counted, and any can be made to fail. New memory holds 0xFF bytes
+// (NaN), never zeros. Work on a stream runs at once unless the stream is held back or captured.
 //
 // What cuMemExportToShareableHandle gives are descriptors of memfds, so that another process with a fake driver can
 // import them. Descriptors that wait to be imported count nowhere: the real driver does not say either how many there

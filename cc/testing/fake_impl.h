@@ -52,6 +52,7 @@ struct FakeDriver::Impl {
   };
   struct Capture;
   struct EventState {
+    int device = -1;
     std::shared_ptr<Capture> capture;  // in which it was recorded last
     std::uint64_t recorded = 0;        // how often
     std::uint64_t completed = 0;       // the newest record that has been reached
@@ -99,6 +100,9 @@ struct FakeDriver::Impl {
   cu::Result CheckNullStream(const std::string& call, cu::Stream stream);
   bool Idle() const;          // all streams
   int CurrentDevice() const;  // -1: no context is current
+  // A violation unless the device's context is current; -1: any device's may be.
+  cu::Result CheckDevice(const std::string& call, int device);
+  int DeviceOf(cu::DevicePtr address) const;  // -1: of none
   // Whether the whole range may be read by the device, or written too.
   bool Accessible(cu::DevicePtr address, std::size_t bytes, bool write) const;
   bool IsPinned(const void* host, std::size_t bytes) const;
@@ -172,6 +176,10 @@ class Entry {
 #define KVPAGE_ENTRY(name, needs)              \
   Entry entry(Call::k##name, Needs::k##needs); \
   if (!entry.ok()) return entry.result()
+
+// Ends an entry point unless the context of this device (-1: any) is current.
+#define KVPAGE_CHECK_DEVICE(symbol, device) \
+  if (const Result wrong = entry->CheckDevice(symbol, device); wrong != Result::kSuccess) return wrong
 
 }  // namespace cu::fake
 }  // namespace kvpage

@@ -77,6 +77,18 @@ bool FakeDriver::Impl::Accessible(cu::DevicePtr address, std::size_t bytes, bool
   return false;
 }
 
+int FakeDriver::Impl::DeviceOf(cu::DevicePtr address) const {
+  if (auto it = allocations.upper_bound(address); it != allocations.begin()) {
+    --it;
+    if (address < it->first + it->second.bytes) return it->second.device;
+  }
+  if (auto it = mappings.upper_bound(address); it != mappings.begin()) {
+    --it;
+    if (address < it->first + it->second.bytes) return handles.at(it->second.handle).device;
+  }
+  return -1;
+}
+
 bool FakeDriver::Impl::IsPinned(const void* host, std::size_t bytes) const {
   auto it = host_allocations.upper_bound(const_cast<void*>(host));
   if (it == host_allocations.begin()) return false;
@@ -153,6 +165,7 @@ Result MemCreate(MemHandle* handle, std::size_t bytes, const AllocationProp* pro
   if (prop->location.id < 0 || prop->location.id >= options.devices) {
     return entry->Violation("cuMemCreate: no such device", Result::kInvalidDevice);
   }
+  KVPAGE_CHECK_DEVICE("cuMemCreate", prop->location.id);
   if (prop->handle_type != HandleType::kNone) {
     if (!options.posix_handles) {
       return entry->Violation("cuMemCreate: the device said that it has no such handles", Result::kNotSupported);
@@ -188,6 +201,7 @@ Result MemRelease(MemHandle handle) {
   if (it == entry->handles.end() || it->second.released) {
     return entry->Violation("cuMemRelease of a handle that does not exist (any more)");
   }
+  KVPAGE_CHECK_DEVICE("cuMemRelease", it->second.device);
   it->second.released = true;
   if (it->second.mappings > 0) {
     ++entry->released_while_mapped;  // lives on until it is unmapped
@@ -218,6 +232,7 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
     if (it->second.imported) return Result::kInvalidValue;
     return entry->Violation("cuMemMap: wanted the whole of a handle");
   }
+  KVPAGE_CHECK_DEVICE("cuMemMap", it->second.device);
   auto next = entry->mappings.lower_bound(address);
   const bool above = next != entry->mappings.end() && next->first < address + bytes;
   if (above || (next != entry->mappings.begin() && (--next, next->first + next->second.bytes > address))) {
@@ -242,6 +257,7 @@ Result MemUnmap(DevicePtr address, std::size_t bytes) {
   if (it == entry->mappings.end() || it->second.bytes != bytes) {
     return entry->Violation("cuMemUnmap: address and size must be those of one cuMemMap");
   }
+  KVPAGE_CHECK_DEVICE("cuMemUnmap", entry->handles.at(it->second.handle).device);
   if (mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
            -1, 0) == MAP_FAILED) {
     return Result::kUnknown;
@@ -268,6 +284,7 @@ Result MemSetAccess(DevicePtr address, std::size_t bytes, const AccessDesc* acce
     }
     at += it->second.bytes;
   }
+  KVPAGE_CHECK_DEVICE("cuMemSetAccess", access->location.id);
   if (access->access == Access::kRead && !entry->options.read_only_access) return Result::kNotSupported;
   const int protection = access->access == Access::kReadWrite ? PROT_READ | PROT_WRITE
                          : access->access == Access::kRead    ? PROT_READ
@@ -301,6 +318,7 @@ Result MemFree(DevicePtr address) {
   if (address == 0) return Result::kSuccess;
   const auto it = entry->allocations.find(address);
   if (it == entry->allocations.end()) return entry->Violation("cuMemFree of what cuMemAlloc did not give");
+  KVPAGE_CHECK_DEVICE("cuMemFree", it->second.device);
   munmap(reinterpret_cast<void*>(address), it->second.bytes);
   entry->used[it->second.device] -= static_cast<std::int64_t>(it->second.bytes);
   entry->allocations.erase(it);

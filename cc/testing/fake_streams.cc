@@ -99,7 +99,11 @@ Result QueueAccess(Entry* entry, const char* what, std::vector<Range> ranges, st
   FakeDriver::Impl* fake = &entry->fake();
   if (!fake->Exists(stream)) return fake->Violation(std::string(what) + ": no such stream", Result::kInvalidHandle);
   if (const Result result = fake->CheckNullStream(what, stream); result != Result::kSuccess) return result;
+  const Result wrong = fake->CheckDevice(what, fake->streams.at(stream).device);
+  if (wrong != Result::kSuccess) return wrong;
   for (const auto& [address, bytes, write] : ranges) {
+    const Result elsewhere = fake->CheckDevice(std::string(what) + " of memory", fake->DeviceOf(address));
+    if (elsewhere != Result::kSuccess) return elsewhere;
     if (!fake->Accessible(address, bytes, write)) {
       return fake->Violation(std::string(what) + ": memory that is not mapped or may not be accessed");
     }
@@ -174,6 +178,7 @@ Result StreamSynchronize(Stream stream) {
   if (!entry->Exists(stream)) return entry->Violation("cuStreamSynchronize: no such stream", Result::kInvalidHandle);
   FakeDriver::Impl& fake = entry.fake();
   const FakeDriver::Impl::StreamState& state = fake.streams.at(stream);
+  KVPAGE_CHECK_DEVICE("cuStreamSynchronize", state.device);
   const Result captured = fake.CheckCaptures("cuStreamSynchronize", Result::kStreamCaptureUnsupported,
                                              [&](const auto& other) { return &other == &state; });
   if (captured != Result::kSuccess) return captured;
@@ -199,6 +204,7 @@ Result CtxSynchronize() {
 Result StreamIsCapturing(Stream stream, CaptureStatus* status) {
   KVPAGE_ENTRY(StreamIsCapturing, Context);
   if (!entry->Exists(stream)) return entry->Violation("cuStreamIsCapturing: no such stream", Result::kInvalidHandle);
+  KVPAGE_CHECK_DEVICE("cuStreamIsCapturing", entry->streams.at(stream).device);
   const auto& capture = entry->streams.at(stream).capture;
   *status = capture == nullptr     ? CaptureStatus::kNone
             : capture->invalidated ? CaptureStatus::kInvalidated
@@ -209,6 +215,7 @@ Result StreamIsCapturing(Stream stream, CaptureStatus* status) {
 Result StreamGetId(Stream stream, unsigned long long* id) {
   KVPAGE_ENTRY(StreamGetId, Context);
   if (!entry->Exists(stream)) return entry->Violation("cuStreamGetId: no such stream", Result::kInvalidHandle);
+  KVPAGE_CHECK_DEVICE("cuStreamGetId", entry->streams.at(stream).device);
   *id = reinterpret_cast<std::uintptr_t>(stream);  // the fake driver uses no address twice
   return Result::kSuccess;
 }
@@ -219,6 +226,7 @@ Result StreamWaitEvent(Stream stream, Event event, unsigned int flags) {
   if (!entry->Exists(stream) || it == entry->events.end() || flags != 0) {
     return entry->Violation("cuStreamWaitEvent: no such stream or event, or flags", Result::kInvalidHandle);
   }
+  KVPAGE_CHECK_DEVICE("cuStreamWaitEvent", entry->streams.at(stream).device);
   if (it->second->capture != entry->streams.at(stream).capture && it->second->capture != nullptr) {
     return entry->Violation("cuStreamWaitEvent: the event belongs to a capture of another stream",
                             Result::kStreamCaptureIsolation);
@@ -240,6 +248,7 @@ Result StreamDestroy(Stream stream) {
   if (stream == nullptr || !entry->Exists(stream)) {
     return entry->Violation("cuStreamDestroy: no such stream", Result::kInvalidHandle);
   }
+  KVPAGE_CHECK_DEVICE("cuStreamDestroy", entry->streams.at(stream).device);
   if (entry->streams.at(stream).capture != nullptr) return entry->Violation("cuStreamDestroy during a capture");
   // Returns at once; what is queued still runs.
   const auto it = entry->streams.find(stream);
@@ -254,6 +263,7 @@ Result EventCreate(Event* event, unsigned int) {
   entry->last_id += 16;
   *event = reinterpret_cast<Event>(entry->last_id);
   entry->events[*event] = std::make_shared<FakeDriver::Impl::EventState>();
+  entry->events[*event]->device = entry->CurrentDevice();
   return Result::kSuccess;
 }
 
@@ -265,6 +275,8 @@ Result EventRecord(Event event, Stream stream) {
     return entry->Violation("cuEventRecord on a stream that was destroyed", Result::kInvalidHandle);
   }
   const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
+  KVPAGE_CHECK_DEVICE("cuEventRecord", state->device);
+  KVPAGE_CHECK_DEVICE("cuEventRecord", entry->streams.at(stream).device);
   state->capture = entry->streams.at(stream).capture;
   if (state->capture != nullptr) return Result::kSuccess;  // a node of the graph, not an event to wait for
   const std::uint64_t record = ++state->recorded;
@@ -277,6 +289,7 @@ Result EventQuery(Event event) {
   KVPAGE_ENTRY(EventQuery, Context);
   const auto it = entry->events.find(event);
   if (it == entry->events.end()) return entry->Violation("cuEventQuery: no such event", Result::kInvalidHandle);
+  KVPAGE_CHECK_DEVICE("cuEventQuery", it->second->device);
   if (it->second->capture != nullptr) return CapturedEvent(&entry, "cuEventQuery", *it->second);
   return it->second->completed == it->second->recorded ? Result::kSuccess : Result::kNotReady;
 }
@@ -285,6 +298,7 @@ Result EventSynchronize(Event event) {
   KVPAGE_ENTRY(EventSynchronize, Context);
   const auto it = entry->events.find(event);
   if (it == entry->events.end()) return entry->Violation("cuEventSynchronize: no such event", Result::kInvalidHandle);
+  KVPAGE_CHECK_DEVICE("cuEventSynchronize", it->second->device);
   const std::shared_ptr<FakeDriver::Impl::EventState> state = it->second;
   if (state->capture != nullptr) return CapturedEvent(&entry, "cuEventSynchronize", *state);
   const std::uint64_t record = state->recorded;

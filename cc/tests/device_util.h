@@ -59,10 +59,9 @@ class Machine {
     }
   }
   ~Machine() {
-    for (std::size_t i = 0; i < devices_.size(); ++i) {
-      const ContextScope scope(*devices_[i]->context());
-      for (cu::Stream stream : owned_) static_cast<void>(fake_->driver().StreamDestroy(stream));
-      owned_.clear();
+    for (const auto& [device, stream] : owned_) {
+      const ContextScope scope(*devices_[device]->context());
+      static_cast<void>(fake_->driver().StreamDestroy(stream));
     }
     devices_.clear();
     const FakeDriver::State left = fake_->Report();
@@ -82,7 +81,7 @@ class Machine {
     cu::Stream stream = nullptr;
     if (fake_->driver().StreamCreate(&stream, cu::kStreamNonBlocking) != cu::Result::kSuccess) std::abort();
     const std::lock_guard<std::mutex> lock(owned_mutex_);
-    owned_.push_back(stream);
+    owned_.emplace_back(i, stream);
     return stream;
   }
 
@@ -129,7 +128,7 @@ class Machine {
   std::vector<cu::Stream> streams_;
   bool rest_stays_ = false;
   std::mutex owned_mutex_;
-  std::vector<cu::Stream> owned_;
+  std::vector<std::pair<int, cu::Stream>> owned_;  // and their devices
 };
 
 // Programs on one stream with one cache value. Each op is two pieces of work in the stream's order, as on a device: the

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <thread>
@@ -219,6 +220,66 @@ TEST(FakeDriverTest, ACurrentContextIsWanted) {
   world.context.reset();
   EXPECT_EQ(driver.CtxPushCurrent(old), Result::kInvalidContext) << "nobody retains it";
   world.Finish(5);
+}
+
+// Every call about a device's memory, stream or event needs that device's context.
+TEST(FakeDriverTest, TheContextMustBeTheDevices) {
+  FakeDriver::Options options = World::DefaultOptions();
+  options.devices = 2;
+  World world(options);
+  const Driver& driver = world.driver();
+  cu::MemHandle handle = 0;
+  EXPECT_EQ(world.Create(&handle), Result::kSuccess);
+  const cu::DevicePtr at = world.Reserve(kGrain);
+  EXPECT_EQ(world.Map(at, handle), Result::kSuccess);
+  EXPECT_EQ(world.Allow(at), Result::kSuccess);
+  cu::DevicePtr allocated = 0;
+  EXPECT_EQ(driver.MemAlloc(&allocated, 4096), Result::kSuccess);
+  cu::Stream stream = nullptr, other_stream = nullptr;
+  EXPECT_EQ(driver.StreamCreate(&stream, cu::kStreamNonBlocking), Result::kSuccess);
+  cu::Event event = nullptr;
+  EXPECT_EQ(driver.EventCreate(&event, 0), Result::kSuccess);
+  EXPECT_EQ(driver.EventRecord(event, stream), Result::kSuccess);
+  char host[4] = {};
+  auto capturing = cu::CaptureStatus::kNone;
+  unsigned long long id = 0;
+  std::shared_ptr<CudaContext> second;
+  EXPECT_OK(CudaContext::Make(driver, 1, &second));
+  {
+    const ContextScope other(*second);
+    EXPECT_OK(other.status());
+    EXPECT_EQ(driver.StreamCreate(&other_stream, cu::kStreamNonBlocking), Result::kSuccess);
+    cu::MemHandle made = 0;
+    const Result wrong[] = {world.Create(&made),
+                            world.Allow(at),
+                            driver.MemUnmap(at, kGrain),
+                            driver.MemRelease(handle),
+                            driver.MemFree(allocated),
+                            driver.MemcpyHtoDAsync(at, host, sizeof(host), other_stream),
+                            driver.MemcpyDtoHAsync(host, allocated, sizeof(host), other_stream),
+                            driver.MemcpyDtoDAsync(at, allocated, sizeof(host), other_stream),
+                            driver.MemsetD8Async(at, 0, 1, stream),
+                            driver.StreamSynchronize(stream),
+                            driver.StreamIsCapturing(stream, &capturing),
+                            driver.StreamGetId(stream, &id),
+                            driver.StreamWaitEvent(stream, event, 0),
+                            driver.StreamDestroy(stream),
+                            driver.EventRecord(event, other_stream),
+                            driver.EventQuery(event),
+                            driver.EventSynchronize(event)};
+    std::int64_t seen = 0;
+    for (const Result result : wrong) EXPECT_EQ(result, Result::kInvalidContext) << "call " << seen++;
+    EXPECT_EQ(world.violations(), static_cast<std::int64_t>(std::size(wrong)));
+    EXPECT_EQ(driver.StreamDestroy(other_stream), Result::kSuccess);
+  }
+  second.reset();
+  EXPECT_EQ(driver.EventDestroy(event), Result::kSuccess);
+  EXPECT_EQ(driver.StreamDestroy(stream), Result::kSuccess);
+  EXPECT_EQ(driver.MemFree(allocated), Result::kSuccess);
+  EXPECT_EQ(driver.MemUnmap(at, kGrain), Result::kSuccess);
+  EXPECT_EQ(driver.MemRelease(handle), Result::kSuccess);
+  EXPECT_EQ(driver.MemAddressFree(at, kGrain), Result::kSuccess);
+  world.Finish(17);
 }
 
 TEST(FakeDriverTest, CallsAreCountedAndFailOnDemand) {
