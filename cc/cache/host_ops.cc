@@ -216,11 +216,26 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
 }
 
 Status Retract(const PoolParts& pool, std::int32_t slot, std::int64_t reserved, std::int64_t committed) {
+  SlotTable& table = *pool.table;
   const MappingLock mapping = pool.supply->Lock();
-  const StateLock state = pool.table->Lock();
-  KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "retract", slot));
-  pool.table->Retract(state, slot, std::max<std::int64_t>(reserved, 0), std::max<std::int64_t>(committed, 0));
-  return {};
+  std::int64_t room = 0;
+  bool stop = false;
+  {
+    const StateLock state = table.Lock();
+    KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, "retract", slot));
+    const Geometry& geometry = table.geometry();
+    room =
+        std::min(geometry.BlocksFor(std::max<std::int64_t>(reserved, 0)) * geometry.block_tokens, geometry.max_seq_len);
+    stop = pool.mirror != nullptr && room < table.Room(state, slot);
+    if (stop) table.progress(state).slots[slot].by_block = 1;  // until the room is published
+  }
+  // A program may have found the room. Where it cannot be stopped the slot keeps it.
+  if (stop) KVPAGE_RETURN_IF_ERROR(pool.mirror->StopReaders({{slot, static_cast<std::int32_t>(room)}}));
+  {
+    const StateLock state = table.Lock();
+    table.Retract(state, slot, std::max<std::int64_t>(reserved, 0), std::max<std::int64_t>(committed, 0));
+  }
+  return stop ? PublishSlots(pool, mapping, {slot}, /*stopped=*/true) : Status();
 }
 
 Status Commit(const PoolParts& pool, std::int32_t slot, const std::vector<std::int32_t>& token_ids) {

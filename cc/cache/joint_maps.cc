@@ -42,6 +42,7 @@ class JointMaps::Alive {
 void JointMaps::Begin(std::vector<Start> starts) {
   const std::lock_guard<std::mutex> lock(mutex_);
   starts_ = std::move(starts);
+  std::fill(calls_.begin(), calls_.end(), 0u);
   decisions_.clear();
 }
 
@@ -79,7 +80,7 @@ std::vector<const PoolParts*> JointMaps::Parts() const {
 }
 
 std::list<JointMaps::Decision>::iterator JointMaps::Find(std::size_t device, const Decision& call) {
-  const bool repeats = members_[device].parts->options.allow_stale;
+  const bool repeats = members_[device].parts->options.allow_stale && !mirrored_;
   return std::find_if(decisions_.begin(), decisions_.end(), [&](const Decision& made) {
     if (made.fetched[device]) return false;
     return repeats ? made.slots == call.slots && made.tokens == call.tokens : made.at == call.at;
@@ -119,56 +120,87 @@ Status JointMaps::MapAlike(const char* op, JointSupply* supply, Decision* call) 
   return {};
 }
 
-Status JointMaps::Advance(const StateLock& state, const PoolParts& pool, const char* op, const CacheRef& cache,
-                          const Decision& call, std::uint32_t* epoch) {
-  const auto count = static_cast<std::int64_t>(call.slots.size());
-  const std::unique_ptr<bool[]> ok(new bool[count]);
-  bool enough = true;
-  KVPAGE_RETURN_IF_ERROR(
-      map_ops::Check(pool, state, op, cache, call.slots.data(), call.tokens.data(), count, ok.get(), &enough));
-  *epoch = pool.table->progress(state).NextEpoch();
-  return {};
+Status JointMaps::Check(const StateLock& state, const Call& call, bool* ok) const {
+  const PoolParts& own = *members_[call.device].parts;
+  if (call.cache == nullptr) {
+    KVPAGE_RETURN_IF_ERROR(
+        map_ops::CheckOnHost(own, state, call.op, call.generation, call.slots, call.tokens, call.count, ok));
+  } else {
+    bool enough = true;
+    KVPAGE_RETURN_IF_ERROR(
+        map_ops::Check(own, state, call.op, *call.cache, call.slots, call.tokens, call.count, ok, &enough));
+  }
+  const std::int32_t current = starts_[call.device].generation;
+  if (call.generation == current) return {};
+  return messages::OtherGeneration(call.op, own.table->id(), call.generation, current);
 }
 
-Status JointMaps::Decide(std::size_t device, const char* op, const CacheRef& cache, Decision* call,
-                         std::uint32_t* epoch) {
+void JointMaps::Advance(const StateLock& state, const Call& call, std::uint32_t* epoch) {
+  if (call.cache == nullptr) {
+    ++calls_[call.device];
+  } else {
+    *epoch = members_[call.device].parts->table->progress(state).NextEpoch();
+  }
+}
+
+Status JointMaps::Decide(const Call& call, Decision* decision, std::uint32_t* epoch) {
   const std::vector<const PoolParts*> parts = Parts();
   // Generations begin and slots get other owners under a mapping mutex, or not while they are pinned.
   JointSupply supply(parts);
   std::deque<PinnedSlots> pinned;
   Pins pins;
-  for (const std::int32_t slot : call->slots) {
+  for (const std::int32_t slot : decision->slots) {
     if (slot != -1) pins.sequences.push_back({slot, 0, 0, 0});
   }
   const auto pin = [&](std::size_t i) -> Status {
     SlotTable& table = *parts[i]->table;
     const StateLock state = table.Lock();
-    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
+    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, call.op));
+    CollectReleases(*parts[i], state);
     const std::int32_t generation = table.progress(state).generation;
     if (generation != starts_[i].generation) {
-      return messages::OtherGeneration(op, table.id(), starts_[i].generation, generation);
+      return messages::OtherGeneration(call.op, table.id(), starts_[i].generation, generation);
     }
-    for (const std::int32_t slot : call->slots) {
+    for (const std::int32_t slot : decision->slots) {
       // The other devices' caches do not matter: they lag behind this one.
-      if (slot != -1 && table.Vacant(state, slot)) return messages::SlotFree(op, slot);
+      if (slot != -1 && table.Vacant(state, slot)) return messages::SlotFree(call.op, slot);
     }
-    if (i == device) KVPAGE_RETURN_IF_ERROR(Advance(state, *parts[i], op, cache, *call, epoch));
+    if (i == call.device) {
+      const std::unique_ptr<bool[]> ok(new bool[call.count]);
+      KVPAGE_RETURN_IF_ERROR(Check(state, call, ok.get()));
+      Advance(state, call, epoch);
+    }
     pinned.emplace_back().Pin(state, &table, pins);
     return {};
   };
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    if (i != device) KVPAGE_RETURN_IF_ERROR(pin(i));
+    if (i != call.device) KVPAGE_RETURN_IF_ERROR(pin(i));
   }
-  KVPAGE_RETURN_IF_ERROR(pin(device));  // last: it counts the device's epoch
-  call->status = MapAlike(op, &supply, call);
+  KVPAGE_RETURN_IF_ERROR(pin(call.device));  // last: it counts the device's epoch
+  decision->status = MapAlike(call.op, &supply, decision);
   unaligned_ |= supply.failed();
   return {};
 }
 
-Status JointMaps::Map(std::size_t device, const char* op, const CacheRef& cache, const std::int32_t* slots,
-                      const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch) {
-  const PoolParts& own = *members_[device].parts;
-  SlotTable& table = *own.table;
+void JointMaps::Keep(std::size_t device, Decision decision) {
+  ++numbers_.decisions;
+  decision.fetched.assign(members_.size(), false);
+  decision.fetched[device] = true;
+  // A device that has refused the call is behind it.
+  for (std::size_t i = 0; mirrored_ && i < members_.size(); ++i) {
+    if (calls_[i] > decision.at) decision.fetched[i] = true;
+  }
+  decision.missing = static_cast<std::size_t>(std::count(decision.fetched.begin(), decision.fetched.end(), false));
+  if (decision.missing > 0) decisions_.push_back(std::move(decision));
+}
+
+void JointMaps::Fetched(std::size_t device, std::list<Decision>::iterator made) {
+  made->fetched[device] = true;
+  if (--made->missing == 0) decisions_.erase(made);
+}
+
+Status JointMaps::Run(const Call& call, bool* ok, std::uint32_t* epoch) {
+  SlotTable& table = *members_[call.device].parts->table;
   const Alive alive(members_);
   {
     StateLock state = table.Lock();
@@ -176,40 +208,35 @@ Status JointMaps::Map(std::size_t device, const char* op, const CacheRef& cache,
   }
   std::unique_lock<std::mutex> lock(mutex_);
   for (bool waited = false;; waited = true) {
-    Decision call;
-    call.slots.assign(slots, slots + count);
-    call.tokens.assign(tokens, tokens + count);
-    call.at = cache.epoch - starts_[device].epoch;
+    Decision decision;
+    decision.slots.assign(call.slots, call.slots + call.count);
+    decision.tokens.assign(call.tokens, call.tokens + call.count);
+    decision.at = call.cache == nullptr ? calls_[call.device] : call.cache->epoch - starts_[call.device].epoch;
     auto made = decisions_.end();
     {
       const StateLock state = table.Lock();
-      bool enough = true;
-      KVPAGE_RETURN_IF_ERROR(map_ops::Check(own, state, op, cache, slots, tokens, count, ok, &enough));
-      if (cache.generation != starts_[device].generation) {
-        return messages::OtherGeneration(op, table.id(), cache.generation, starts_[device].generation);
-      }
-      made = Find(device, call);
+      KVPAGE_RETURN_IF_ERROR(Check(state, call, ok));
+      made = Find(call.device, decision);
       if (made != decisions_.end()) {
-        if (made->slots != call.slots || made->tokens != call.tokens) {
-          return InvalidArgument(std::string(op) + ": the devices of the mesh ask for different things: slots " +
-                                 Listed(call.slots) + " with " + Listed(call.tokens) + " tokens here, slots " +
+        if (made->slots != decision.slots || made->tokens != decision.tokens) {
+          return InvalidArgument(std::string(call.op) + ": the devices of the mesh ask for different things: slots " +
+                                 Listed(decision.slots) + " with " + Listed(decision.tokens) + " tokens here, slots " +
                                  Listed(made->slots) + " with " + Listed(made->tokens) +
                                  " on another: slots and num_tokens must be the same on all devices");
         }
-        *epoch = table.progress(state).NextEpoch();
+        Advance(state, call, epoch);
       }
     }
     if (made != decisions_.end()) {
       ++numbers_.fetched;
       const Status status = made->status;
       std::copy(made->ok.begin(), made->ok.end(), ok);
-      made->fetched[device] = true;
-      if (--made->missing == 0) decisions_.erase(made);
+      Fetched(call.device, made);
       return status;
     }
-    if (!alive.all()) return messages::Closed(op, table.id());
-    call.ok.assign(ok, ok + count);
-    const bool enough = Enough(call);
+    if (!alive.all()) return messages::Closed(call.op, table.id());
+    decision.ok.assign(ok, ok + call.count);
+    const bool enough = Enough(decision);
     if (!enough && hosts_ > 0 && !waited) {
       ++numbers_.waits;
       ++waiting_;
@@ -218,19 +245,39 @@ Status JointMaps::Map(std::size_t device, const char* op, const CacheRef& cache,
       continue;                                    // another device may have decided meanwhile
     }
     if (enough) {
-      KVPAGE_RETURN_IF_ERROR(Advance(table.Lock(), own, op, cache, call, epoch));
+      const StateLock state = table.Lock();
+      KVPAGE_RETURN_IF_ERROR(Check(state, call, ok));
+      Advance(state, call, epoch);
     } else {
-      KVPAGE_RETURN_IF_ERROR(Decide(device, op, cache, &call, epoch));
+      KVPAGE_RETURN_IF_ERROR(Decide(call, &decision, epoch));
     }
-    ++numbers_.decisions;
-    std::copy(call.ok.begin(), call.ok.end(), ok);
-    call.fetched.assign(members_.size(), false);
-    call.fetched[device] = true;
-    call.missing = members_.size() - 1;
-    Status status = call.status;
-    if (call.missing > 0) decisions_.push_back(std::move(call));
+    std::copy(decision.ok.begin(), decision.ok.end(), ok);
+    const Status status = decision.status;
+    Keep(call.device, std::move(decision));
     return status;
   }
+}
+
+Status JointMaps::Map(std::size_t device, const char* op, const CacheRef& cache, const std::int32_t* slots,
+                      const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch) {
+  return Run({device, op, cache.generation, &cache, slots, tokens, count}, ok, epoch);
+}
+
+Status JointMaps::MapChecked(std::size_t device, const char* op, std::int32_t generation, const std::int32_t* slots,
+                             const std::int32_t* tokens, std::int64_t count, bool* ok) {
+  {
+    SlotTable& table = *members_[device].parts->table;
+    table.CountWait(table.Lock());  // the handler has waited for the device's answer
+  }
+  return Run({device, op, generation, nullptr, slots, tokens, count}, ok, nullptr);
+}
+
+void JointMaps::PassOver(std::size_t device, std::int32_t generation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (generation != starts_[device].generation) return;
+  Decision call;
+  call.at = calls_[device]++;
+  if (const auto made = Find(device, call); made != decisions_.end()) Fetched(device, made);
 }
 
 }  // namespace kvpage

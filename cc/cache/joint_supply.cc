@@ -124,7 +124,38 @@ Status JointSupply::Apply(const SupplyPlan& plan) {
     while (i-- > 0) pools_[i]->supply->Undo(lock(i), plan);
     return status;
   }
+  return Publish(plan);
+}
+
+Status JointSupply::Publish(const SupplyPlan& plan) {
+  for (std::size_t i = 0; i < pools_.size(); ++i) {
+    Status status = PublishRoom(*pools_[i], lock(i), plan);  // undoes the plan there when it fails
+    if (status.ok()) continue;
+    failed_ = true;
+    for (std::size_t later = i + 1; later < pools_.size(); ++later) pools_[later]->supply->Undo(lock(later), plan);
+    while (i-- > 0) Withdraw(i, plan);
+    return status;
+  }
   return {};
+}
+
+void JointSupply::Withdraw(std::size_t i, const SupplyPlan& plan) {
+  const PoolParts& pool = *pools_[i];
+  std::vector<std::int32_t> slots;
+  std::vector<Mirror::Room> rooms;
+  {
+    const StateLock state = pool.table->Lock();
+    for (const Grant& grant : plan.grants) {
+      slots.push_back(grant.slot);
+      rooms.push_back({grant.slot, static_cast<std::int32_t>(pool.table->Room(state, grant.slot))});
+      pool.table->progress(state).slots[grant.slot].by_block = 1;  // until the mirror has the old blocks again
+    }
+  }
+  // A program there may have found the room, and write to it. Where it cannot be stopped the blocks stay mapped, and
+  // the slot has more of them than elsewhere: the host's next extend evens that out.
+  if (!pool.mirror->StopReaders(rooms).ok()) return;
+  pool.supply->Undo(lock(i), plan);
+  static_cast<void>(PublishSlots(pool, lock(i), slots, /*stopped=*/true));
 }
 
 Status JointSupply::Reserve(const Want& want) {
@@ -135,7 +166,9 @@ Status JointSupply::Reserve(const Want& want) {
     if (arena(i).blocks(want.slot) != before) return TooFew(want.blocks - before, 0);
   }
   const std::int64_t missing = want.blocks - before;
-  if (missing <= 0) return {};
+  SupplyPlan plan;
+  plan.grants.push_back({want.slot, want.blocks, before});
+  if (missing <= 0) return Publish(plan);  // blocks beyond what was asked for before are no room to a mirror
   std::int64_t free = Free();
   std::vector<Donor> donors;
   if (missing > free) {
@@ -149,8 +182,6 @@ Status JointSupply::Reserve(const Want& want) {
       if (missing > free + CountBlocks(donors)) return TooFew(missing * ranges, free * ranges);
     }
   }
-  SupplyPlan plan;
-  plan.grants.push_back({want.slot, want.blocks, before});
   PlanGrants(free, donors, Source::kFree, &plan);
   Status status = Apply(plan);
   if (status.code() != Code::kResourceExhausted) return status;

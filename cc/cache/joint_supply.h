@@ -19,14 +19,14 @@ namespace kvpage {
 class JointSupply {
  public:
   // Takes the mapping mutexes of all pools, in their order, and holds them while it lives. The pools are of one
-  // geometry, have no mirror, and outlive it.
+  // geometry and outlive it; all of them have a mirror, or none has.
   explicit JointSupply(const std::vector<const PoolParts*>& pools);
   JointSupply(const JointSupply&) = delete;
   JointSupply& operator=(const JointSupply&) = delete;
 
   const MappingLock& lock(std::size_t pool) const { return *locks_[pool]; }
-  // Maps at least `want.blocks` in every arena. kResourceExhausted: at least one of them cannot; nothing is mapped then
-  // in any, nor after another error.
+  // Maps at least `want.blocks` in every arena, and tells the mirrors. kResourceExhausted: at least one of them cannot;
+  // nothing is mapped then in any, nor after another error.
   Status Reserve(const Want& want);
   // Makes all pools hand out their free blocks in the same order again, after a Reserve that failed (`failed`).
   void Align();
@@ -44,6 +44,10 @@ class JointSupply {
   // The blocks that the plan's grant takes, free in every arena; fewer where there are not as many.
   std::vector<std::int32_t> Choose(const SupplyPlan& plan) const;
   Status Apply(const SupplyPlan& plan);
+  // Tells the mirrors of a plan that was applied everywhere; when that fails at one the plan is undone everywhere.
+  Status Publish(const SupplyPlan& plan);
+  // Undoes a plan where the mirror was told of it.
+  void Withdraw(std::size_t pool, const SupplyPlan& plan);
 
   const std::vector<const PoolParts*>& pools_;
   std::vector<std::unique_ptr<MappingLock>> locks_;

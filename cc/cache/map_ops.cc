@@ -97,6 +97,23 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
   }
 }
 
+Status CheckOnHost(const PoolParts& pool, const StateLock& state, const char* op, std::int32_t generation,
+                   const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok) {
+  SlotTable& table = *pool.table;
+  KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
+  CollectReleases(pool, state);
+  // The host may have begun a new generation since the device looked: the slots may have other owners by now.
+  const std::int32_t current = table.progress(state).generation;
+  if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);
+  for (std::int64_t i = 0; i < count; ++i) {
+    ok[i] = slots[i] == -1 || !Beyond(table, tokens[i]);
+    if (slots[i] == -1) continue;
+    if (slots[i] < 0 || slots[i] >= table.num_slots()) return messages::SlotRange(op, slots[i], table.num_slots());
+    if (table.host(state, slots[i]).state == SlotState::kFree) return messages::SlotFree(op, slots[i]);
+  }
+  return {};
+}
+
 Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation, const std::int32_t* slots,
                   const std::int32_t* tokens, std::int64_t count, bool* ok) {
   SlotTable& table = *pool.table;
@@ -104,18 +121,11 @@ Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation
   PinnedSlots pinned;
   {
     const StateLock state = table.Lock();
-    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
+    KVPAGE_RETURN_IF_ERROR(CheckOnHost(pool, state, op, generation, slots, tokens, count, ok));
     table.CountWait(state);  // the handler has waited for the device's answer
-    CollectReleases(pool, state);
-    // The host may have begun a new generation since the device looked: the slots may have other owners by now.
-    const std::int32_t current = table.progress(state).generation;
-    if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);
     Pins pins;
     for (std::int64_t i = 0; i < count; ++i) {
-      if (slots[i] == -1) continue;
-      if (slots[i] < 0 || slots[i] >= table.num_slots()) return messages::SlotRange(op, slots[i], table.num_slots());
-      if (table.host(state, slots[i]).state == SlotState::kFree) return messages::SlotFree(op, slots[i]);
-      pins.sequences.push_back({slots[i], 0, 0, 0});
+      if (slots[i] != -1) pins.sequences.push_back({slots[i], 0, 0, 0});
     }
     pinned.Pin(state, &table, std::move(pins));
   }

@@ -44,13 +44,20 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
 }
 
 void CollectReleases(const PoolParts& pool, const StateLock& state) {
-  if (pool.mirror == nullptr) return;
-  std::vector<std::pair<std::int32_t, std::int32_t>> vacated;  // in order of slots, in which they then park
+  if (pool.mirror == nullptr || pool.table->draining(state).empty()) return;
+  // They park in the order in which they were released, which is that of their programs: so pools that stand for one
+  // park them alike, whenever each looks. The last one is asked first: if it has run, those before it have.
+  std::vector<std::pair<std::uint64_t, std::int32_t>> draining;
   for (const std::int32_t slot : pool.table->draining(state)) {
     if (pool.table->progress(state).slots[slot].vacated) continue;
+    draining.emplace_back(pool.table->host(state, slot).released_at, slot);
+  }
+  std::sort(draining.rbegin(), draining.rend());
+  std::vector<std::pair<std::int32_t, std::int32_t>> vacated;  // and what was written
+  for (const auto& [order, slot] : draining) {
     if (const std::int32_t written = pool.mirror->Vacated(slot); written >= 0) vacated.emplace_back(slot, written);
   }
-  for (const auto& [slot, written] : vacated) pool.table->Vacate(state, slot, written);
+  for (auto it = vacated.rbegin(); it != vacated.rend(); ++it) pool.table->Vacate(state, it->first, it->second);
 }
 
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {

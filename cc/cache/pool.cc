@@ -1,6 +1,7 @@
 #include "cache/pool.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -81,9 +82,14 @@ Status Pool::Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefi
 
 Status Pool::Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out) {
   std::vector<JointMaps::Member> members;
+  std::set<int> devices;
   for (const std::shared_ptr<Pool>& pool : pools) {
-    if (pool->mirrored() || pool->joint_ != nullptr || pool->geometry().spec() != pools[0]->geometry().spec()) {
-      return InvalidArgument("pools that map memory together: wanted pools of one spec on CPU devices, each once");
+    const bool twice = pool->mirrored() && !devices.insert(pool->device()).second;
+    if (twice || pool->mirrored() != pools[0]->mirrored() || pool->joint_ != nullptr ||
+        pool->geometry().spec() != pools[0]->geometry().spec()) {
+      return InvalidArgument(
+          "pools that map memory together: wanted pools of one spec, each once, all of them on CPU devices or each on "
+          "another GPU");
     }
     members.push_back({pool, &pool->parts_});
   }

@@ -166,8 +166,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status UntoldFault();
 
   // ---- one of several pools that stand for one: joint_maps.h ----
-  // From now on programs of these pools, which have no mirror, map memory in all of them alike. Before any program
-  // runs, at most once for a pool.
+  // From now on programs of these pools map memory in all of them alike. Before any program runs, at most once for a
+  // pool. All of them run programs on CPU, or each on another device.
   static Status Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out);
   // From now on no op fails its program: see shared_faults.h. `note`: what ends messages of this pool. Before any
   // program runs, at most once, and not with a mirror.
@@ -209,7 +209,12 @@ class Pool : public std::enable_shared_from_this<Pool> {
   }
   Status MapChecked(const char* op, std::int32_t generation, const std::int32_t* slots, const std::int32_t* tokens,
                     std::int64_t count, bool* ok) {
+    if (joint_ != nullptr) return joint_->MapChecked(joint_index_, op, generation, slots, tokens, count, ok);
     return map_ops::MapChecked(parts_, op, generation, slots, tokens, count, ok);
+  }
+  // The device has refused a call of map_slots.
+  void PassOverMap(std::int32_t generation) {
+    if (joint_ != nullptr) joint_->PassOver(joint_index_, generation);
   }
   Status Begin(const char* op, const CacheRef& cache, const BatchRef& batch, std::int64_t layer, bool append,
                PinnedSlots* pinned, TableCall* by_block = nullptr) {

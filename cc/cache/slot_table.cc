@@ -28,6 +28,7 @@ void SlotTable::SetState(std::int32_t slot, SlotState state) {
   slots_[slot].state = state;
   if (state == SlotState::kDraining) {
     draining_.insert(slot);
+    slots_[slot].released_at = ++releases_;
   } else {
     draining_.erase(slot);
   }

@@ -111,14 +111,20 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   // Also when something could not be queued: the staging memory goes to the next call.
   KVPAGE_FFI_RETURN_IF_ERROR(call.device->Synchronize(static_cast<cu::Stream>(stream)));
   KVPAGE_FFI_RETURN_IF_ERROR(queued);
+  std::shared_ptr<Pool> pool;
+  const Status found = Find(call.op(), request->handle[0], &pool);
   if (request->verdict != 0) {
-    std::shared_ptr<Pool> pool;
-    KVPAGE_FFI_RETURN_IF_ERROR(Find(call.op(), request->handle[0], &pool));
+    KVPAGE_FFI_RETURN_IF_ERROR(found);
     KVPAGE_FFI_RETURN_IF_ERROR(pool->CheckProcess(call.op()));
+    // Over a mesh this may map in the arenas of all devices, each with its own context: the driver's calls make it
+    // current themselves.
     KVPAGE_FFI_RETURN_IF_ERROR(
         pool->MapChecked(call.op(), request->handle[1], request->slots(), request->tokens(), count, request->ok()));
   } else {
     std::fill_n(request->ok(), count, false);  // the fault is on record
+    if (found.ok() && pool->device() == ordinal && pool->CheckProcess(call.op()).ok()) {
+      pool->PassOverMap(request->handle[1]);
+    }
   }
   if (count == 0) return ffi::Error::Success();
   return ToError(call.device->Upload(reinterpret_cast<cu::DevicePtr>(ok->typed_data()), request->ok(),
