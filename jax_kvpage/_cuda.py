@@ -54,7 +54,7 @@ class Place:
     Attributes:
         platform: whose block sizes and layout a spec gets there.
         backend: whose memory management serves the pool. "fake" is CUDA's over a driver that
-            pretends, with programs that run on CPU.
+            pretends, with programs that run on CPU; CPU devices have different fake ones.
         ordinal: the CUDA runtime's number of the device, among those that this process can see.
     """
 
@@ -84,7 +84,7 @@ def place_of(device: Any) -> Place:
                 "no fake driver: unset it, or install a build for tests (pip install "
                 "--force-reinstall --no-deps -C cmake.define.JAX_KVPAGE_TESTING=ON . in a checkout)"
             )
-        return Place("cuda" if fake == "cuda" else "cpu", "fake")
+        return Place("cuda" if fake == "cuda" else "cpu", "fake", int(device.id))
     ways = "pass device=jax.devices('cpu')[0] and run the programs there (jax.default_device)"
     if platform != "cuda":
         raise ValueError(

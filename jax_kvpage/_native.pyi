@@ -264,7 +264,7 @@ class Pool:
         allow_stale: bool,
         poison: bool,
         debug: bool,
-        backend: str = "cpu",  # "cpu", "cuda", or in a build for tests "fake"
+        backend: str = "cpu",  # "cpu", "cuda", or in a build for tests "fake" and "fake_cuda"
         device: int = 0,  # CUDA ordinal
     ) -> None: ...
     @property
@@ -658,6 +658,23 @@ class FakeDriver:
     def report(self) -> tuple[dict[str, int], str]: ...
 
 fake_driver: FakeDriver
+
+# Only in a build with JAX_KVPAGE_TESTING.
+class FakeDevices:
+    """The fake driver's devices with pools of the backend "fake_cuda", which have a mirror.
+
+    No programs run there: tests play them.
+    """
+
+    # What a program leaves of a slot: that many tokens, written in every layer; -1: released.
+    def play(self, device: int, pool: int, slot: int, tokens: int) -> None: ...
+    # A program was refused: it wanted room for that many tokens.
+    def refuse(self, device: int, pool: int, slot: int, tokens: int) -> None: ...
+    # (room, length, released) of each slot, as programs find them.
+    def rows(self, device: int, pool: int) -> list[tuple[int, int, bool]]: ...
+    def close(self) -> None: ...
+
+fake_devices: FakeDevices
 
 # Bytes of device scratch that custom calls on CUDA take as their last result. dtypes are the spec's
 # codes.

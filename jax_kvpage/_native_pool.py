@@ -136,6 +136,11 @@ class NativePool:
         if self.sharding is not None:
             raise ValueError(f"{call}: not on a pool over a mesh so far, which has a pool a device")
 
+    def refuse_gpus(self, call: str, why: str) -> None:
+        """Raises a ValueError for calls that a pool over several GPUs does not have so far."""
+        if self.sharding is not None and self.mirrored:
+            raise ValueError(f"{call}: not on a pool over several GPUs so far: {why}")
+
     def decision(self) -> Any:
         """An empty decision, for a call of the pool to fill."""
         return _native.Decision()

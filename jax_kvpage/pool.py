@@ -30,6 +30,7 @@ from jax_kvpage.prefix import PrefixCalls
 from jax_kvpage.relocation import RelocationCalls
 from jax_kvpage.reuse import ReuseCalls
 from jax_kvpage.saving import SavingCalls, check_store
+from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.opening import over_mesh
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharing import SharingCalls
@@ -88,7 +89,8 @@ class KVPool(
             blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
             written as soon as its sequence is released.
         mesh: devices to spread the pool over, an arena on each; `capacity` is that of all. Other
-            axes have one device. On CPU so far, of one process or more; no `device` and `store`.
+            axes have one device. CPU devices, of one process or more; with `axis` alone also the
+            GPUs of one process, where each card has its share. No `device` and `store`.
         axis: the axis that the heads are split over. Each device holds those that its query heads
             read: with fewer key/value heads than devices, several hold a copy.
         data_axis: the axis that the slots are split over: each replica, a row along it, has its
@@ -338,7 +340,9 @@ class KVPool(
             ValueError: a capacity that cannot work.
         """
         stats, place = self.stats(), self._native.place
-        size = capacity_bytes(
-            "resize", capacity, self.spec, place, stats.physical, stats.blocks_total
-        )
+        now = stats.physical, stats.blocks_total
+        if self.sharding is not None and self._native.mirrored:
+            size = total_bytes(capacity, self.sharding, "resize", *now)
+        else:
+            size = capacity_bytes("resize", capacity, self.spec, place, *now)
         self._queue.claim("resize", lambda: self._pool.resize(size))

@@ -209,11 +209,16 @@ class SharingCalls:
 
         Raises:
             ValueError: num_tokens beyond what is mapped (on CUDA: beyond the length), a slot that
-                does not exist or is named twice, a cache of another spec.
+                does not exist or is named twice, a cache of another spec, a pool over several GPUs.
             KVPageError: the slot is not occupied; on CUDA also: the cache is stale.
             DeviceFault: an earlier program failed on the device; nothing has changed.
             PoolClosed: the pool is closed.
         """
+        self._native.refuse_gpus(
+            "drop_before",
+            "each unmaps at once what the call drops, and where one then failed the others could "
+            "not take it back. Keep the beginnings of sequences, or use a pool on one GPU",
+        )
         self._queue.check_cache("drop_before", cache)
         slots, begins = _per_slot("drop_before", slot, num_tokens)
         pairs = list(zip(slots, begins, strict=True))

@@ -248,8 +248,16 @@ def refusals() -> None:
     with pytest.raises(ValueError, match="num_kv_heads=6 cannot be split over 4 devices"):
         kvp.KVPool(make_spec(6), "4MiB", mesh=mesh, axis="tp")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_kvpage.sharding.pools.place_of", lambda device: Place("cuda", "cuda"))
-        with pytest.raises(ValueError, match=r"on CPU devices only so far; on several GPUs make"):
+        patch.setattr("jax_kvpage.sharding.devices.place_of", lambda device: Place("cuda", "cuda"))
+        for axes in ({"sequence_axis": "tp"}, {"data_axis": "tp"}):
+            name = next(iter(axes))
+            with pytest.raises(ValueError, match=rf"{name}: on CPU devices only .*one KVPool on"):
+                kvp.KVPool(spec, "4MiB", mesh=mesh, **axes)  # type: ignore[arg-type]
+        patch.setattr(
+            "jax_kvpage.sharding.devices.place_of",
+            lambda device: Place("cuda", "cuda") if device.id else Place("cpu", "cpu"),
+        )
+        with pytest.raises(ValueError, match=r"is a GPU and .* is not: wanted devices of one"):
             kvp.KVPool(spec, "4MiB", mesh=mesh, axis="tp")
     one = jax.make_mesh((1, 2, 1), ("a", "tp", "b"), devices=jax.devices()[:2])
     with kvp.KVPool(spec, "4MiB", mesh=one, axis="tp") as pool:  # axes of one device are fine

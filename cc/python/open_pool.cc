@@ -5,7 +5,6 @@
 #include "cache/registry.h"
 #include "device/device_mirror.h"
 #include "device/device_state.h"
-#include "ffi/handlers.h"
 #include "python/host_backends.h"
 #include "vmm/cuda_vmm.h"
 #include "vmm/limits.h"
@@ -21,26 +20,15 @@ struct PoolMemory {
   MapAccount* mappings = nullptr;  // null: the memory takes none of the process's
 };
 
-Status OnHost(const Geometry& geometry, MakeVmm make, PoolMemory* memory) {
+Status OnHost(const Geometry& geometry, MakeVmm make, int device, PoolMemory* memory) {
   memory->mappings = &ProcessMapAccount();
-  return make(geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
+  return make(device, geometry.virtual_bytes(), geometry.block_bytes, &memory->vmm);
 }
 
-Status OnCuda(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options, int ordinal,
-              MemoryLimit* limit, PoolMemory* memory) {
-  if (CudaTargets().empty()) {
-    return FailedPrecondition(
-        "KVPool: this build of jax_kvpage has no CUDA backend: install it where nvcc is found (JAX_KVPAGE_CUDA=ON), or "
-        "pass device=jax.devices('cpu')[0]");
-  }
+Status OnDevice(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options, OpenDeviceState open,
+                int ordinal, MemoryLimit* limit, PoolMemory* memory) {
   std::shared_ptr<DeviceState> device;
-  KVPAGE_RETURN_IF_ERROR(OpenDevice(ordinal, &device));
-  {
-    // Here, because a program's first run may be the capture of a graph.
-    const ContextScope scope(*device->context());
-    KVPAGE_RETURN_IF_ERROR(scope.status());
-    KVPAGE_RETURN_IF_ERROR(LoadCudaKernels());
-  }
+  KVPAGE_RETURN_IF_ERROR(open(ordinal, &device));
   DeviceDescription description;
   KVPAGE_RETURN_IF_ERROR(DescribeDevice(device->driver(), ordinal, &description));
   *limit = {description.total_bytes, "CUDA device " + std::to_string(ordinal)};
@@ -65,18 +53,19 @@ Status MemoryLimit::Check(const std::string& op, std::int64_t capacity_bytes) co
 Status OpenPool(const SpecInts& spec, std::int64_t block_bytes, std::int64_t capacity_bytes, const PoolOptions& options,
                 const std::string& backend, int device, OpenedPool* out) {
   const MakeVmm make_on_host = FindHostBackend(backend);
-  if (make_on_host == nullptr && backend != "cuda") {
+  const OpenDeviceState open_device = FindDeviceBackend(backend);
+  if (make_on_host == nullptr && open_device == nullptr) {
     return InvalidArgument("KVPool: this build has no backend '" + backend + "': it must be 'cpu' or 'cuda'");
   }
   Geometry geometry;
   KVPAGE_RETURN_IF_ERROR(Geometry::Make(spec, block_bytes, &geometry));
   PoolMemory memory;
-  if (backend == "cuda") {
-    KVPAGE_RETURN_IF_ERROR(OnCuda(geometry, capacity_bytes, options, device, &out->memory, &memory));
+  if (open_device != nullptr) {
+    KVPAGE_RETURN_IF_ERROR(OnDevice(geometry, capacity_bytes, options, open_device, device, &out->memory, &memory));
   } else {
     out->memory = {MemoryLimitBytes(), "this machine (or this process's cgroup)"};
     KVPAGE_RETURN_IF_ERROR(out->memory.Check("KVPool", capacity_bytes));
-    KVPAGE_RETURN_IF_ERROR(OnHost(geometry, make_on_host, &memory));
+    KVPAGE_RETURN_IF_ERROR(OnHost(geometry, make_on_host, device, &memory));
   }
   std::shared_ptr<Pool> pool;
   KVPAGE_RETURN_IF_ERROR(Pool::Make(geometry, capacity_bytes, options, std::move(memory.vmm), memory.mappings, &pool,

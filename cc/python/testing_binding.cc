@@ -12,6 +12,7 @@
 #include <string>
 #include <utility>
 
+#include "python/fake_devices_binding.h"
 #include "python/host_backends.h"
 #include "testing/fake_driver.h"
 #include "vmm/cuda_context.h"
@@ -23,6 +24,8 @@ using namespace nb::literals;
 
 namespace kvpage {
 namespace {
+
+constexpr int kDevices = 8;
 
 // The one fake driver of the process: made when it is first used, left to the system at exit, because pools may be
 // destroyed later than statics.
@@ -44,12 +47,15 @@ Status Configure(std::int64_t granularity, std::int64_t memory_bytes) {
   }
   fake.driver.reset();
   FakeDriver::Options options;
+  options.devices = kDevices;
   options.granularity = granularity;
   options.device_bytes = memory_bytes;
   return FakeDriver::Make(options, &fake.driver);
 }
 
-Status GetFake(FakeDriver** out) {
+}  // namespace
+
+Status GetFakeDriver(FakeDriver** out) {
   Fake& fake = TheFake();
   {
     const std::lock_guard<std::mutex> lock(fake.mutex);
@@ -59,12 +65,14 @@ Status GetFake(FakeDriver** out) {
   // Without being told otherwise it maps pages, as the CPU does, and has what memory the machine has.
   const std::int64_t limit = MemoryLimitBytes();
   KVPAGE_RETURN_IF_ERROR(Configure(PageBytes(), limit > 0 ? limit : std::int64_t{1} << 40));
-  return GetFake(out);
+  return GetFakeDriver(out);
 }
+
+namespace {
 
 FakeDriver& UseFake() {
   FakeDriver* fake = nullptr;
-  if (const Status status = GetFake(&fake); !status.ok()) throw std::runtime_error(status.message());
+  if (const Status status = GetFakeDriver(&fake); !status.ok()) throw std::runtime_error(status.message());
   return *fake;
 }
 
@@ -78,11 +86,11 @@ cu::Call FindCall(const std::string& symbol) {
 // Stands for the process's fake driver.
 struct FakeHandle {};
 
-Status MakeFakeVmm(std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out) {
+Status MakeFakeVmm(int device, std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out) {
   FakeDriver* fake = nullptr;
-  KVPAGE_RETURN_IF_ERROR(GetFake(&fake));
+  KVPAGE_RETURN_IF_ERROR(GetFakeDriver(&fake));
   std::shared_ptr<CudaContext> context;
-  KVPAGE_RETURN_IF_ERROR(CudaContext::Make(fake->driver(), 0, &context));
+  KVPAGE_RETURN_IF_ERROR(CudaContext::Make(fake->driver(), device % kDevices, &context));
   std::unique_ptr<CudaVmm> vmm;
   KVPAGE_RETURN_IF_ERROR(CudaVmm::Make(std::move(context), virtual_bytes, block_bytes, &vmm));
   *out = std::move(vmm);
@@ -150,6 +158,7 @@ void BindTesting(nb::module_& m) {
       });
   m.attr("fake_driver") = FakeHandle{};
   RegisterHostBackend("fake", &MakeFakeVmm);
+  BindFakeDevices(m);
 }
 
 }  // namespace kvpage

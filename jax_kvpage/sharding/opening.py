@@ -4,6 +4,7 @@ from typing import Any
 
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
+from jax_kvpage.sharding.devices import refuse_gpus
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
 from jax_kvpage.sharding.process_queue import over_processes
@@ -44,9 +45,13 @@ def over_mesh(
     check_alone(mesh, axis, sequence_axis, data_axis, **others)
     if sequence_axis is not None:
         stripes = StripeSharding.of(spec, mesh, sequence_axis)
+        refuse_gpus("sequence_axis", stripes)
         return sequence_parallel(spec, capacity, stripes, options)
     heads = HeadSharding.of(spec, mesh, axis, data_axis)
     if data_axis is not None:
+        refuse_gpus("data_axis", heads)
         return replicated(spec, capacity, heads, options)
-    make = sharded if heads.local_devices == heads.devices else over_processes
-    return make(spec, capacity, heads, options)
+    if heads.local_devices == heads.devices:
+        return sharded(spec, capacity, heads, options)
+    refuse_gpus("mesh: devices of several processes", heads)
+    return over_processes(spec, capacity, heads, options)

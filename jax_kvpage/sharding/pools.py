@@ -12,7 +12,6 @@ import numpy as np
 
 from jax_kvpage import _native
 from jax_kvpage._cache_checks import FIELDS, arrays_of, check_array
-from jax_kvpage._capacity import DEFAULT_PERCENT, capacity_bytes
 from jax_kvpage._compat import is_ready, no_mesh
 from jax_kvpage._cuda import Place, place_of
 from jax_kvpage._native_pool import NativePool, PoolOptions
@@ -20,13 +19,14 @@ from jax_kvpage._queue import PrefixRequest, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
 from jax_kvpage.ops.set_lengths import set_lengths
+from jax_kvpage.sharding.devices import on_gpus, total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.in_flight import wait_for_programs
 from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
 
-__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded", "total_bytes"]
+__all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "sharded"]
 
 _Sharding = TypeVar("_Sharding", bound=AxisSharding)
 
@@ -82,32 +82,6 @@ def sharded(
     return native, ShardedQueue(native)
 
 
-def total_bytes(capacity: Any, sharding: AxisSharding) -> int:
-    """The capacity of all devices together, in bytes.
-
-    Args:
-        capacity: as for `KVPool`.
-        sharding: not resolved.
-
-    Raises:
-        ValueError: a capacity or device that cannot work.
-    """
-    for device in sharding.devices:
-        if place_of(device).backend == "cuda":
-            raise ValueError(
-                f"KVPool: mesh: {device}: a pool over a mesh is on CPU devices only so far; on "
-                "several GPUs make one KVPool on each, and run the step under jax.shard_map with "
-                "that pool's cache in each shard"
-            )
-    place = place_of(sharding.devices[0])
-    total = capacity_bytes("KVPool", capacity, sharding.local, place)
-    if capacity is None:  # all devices share the machine's memory; `total` is what one can use
-        share = f"{DEFAULT_PERCENT[place.platform]}%"
-        most = capacity_bytes("KVPool", share, sharding.local, place)
-        total = min(total * sharding.size, most)
-    return total
-
-
 def resolved(spec: CacheSpec, sharding: _Sharding, total: int) -> tuple[CacheSpec, _Sharding, int]:
     """Chooses block size and layout for a pool over a mesh.
 
@@ -122,9 +96,10 @@ def resolved(spec: CacheSpec, sharding: _Sharding, total: int) -> tuple[CacheSpe
     Raises:
         ValueError: a capacity or spec that cannot work.
     """
-    place = place_of(sharding.devices[0])
-    # As if one pool had the blocks of all: they share the process's memory mappings.
-    local = sharding.local.resolve(place.platform, capacity=total)
+    place = place_of(sharding.local_devices[0])
+    # On CPU as if one pool had the blocks of all: they share the process's memory mappings.
+    most = total // sharding.size if on_gpus(sharding) else total
+    local = sharding.local.resolve(place.platform, capacity=most)
     whole = dataclasses.replace(
         spec, layout=local.layout, block_tokens=local.block_tokens, granule=local.granule
     )
@@ -194,7 +169,7 @@ class ShardedNativePool(NativePool):
 
     def joined(self, shards: Sequence[Any]) -> ShardedPool:
         """The pools of all devices as one."""
-        return ShardedPool(shards)
+        return ShardedPool(shards, self.mirrored)
 
     def call(self, function: Any, *args: Any) -> Any:
         """See `NativePool`. One call at a time, so that all shards get them in the same order."""

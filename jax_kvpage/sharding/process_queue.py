@@ -15,8 +15,9 @@ from jax_kvpage._native_pool import PoolOptions
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.sharding.agreement import Agreement
+from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
-from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved
 from jax_kvpage.sharding.processes import ProcessPool, failure_of, raised_elsewhere
 from jax_kvpage.spec import CacheSpec
 

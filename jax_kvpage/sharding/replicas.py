@@ -13,8 +13,9 @@ import numpy as np
 from jax_kvpage import _native
 from jax_kvpage._edit_rows import edit_rows
 from jax_kvpage._native_pool import NativePool, PoolOptions
+from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
-from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved
 from jax_kvpage.sharding.replica_pool import ReplicatedDecision, ReplicatedPool
 from jax_kvpage.sharding.replica_table import replica_note
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool

@@ -18,7 +18,8 @@ from jax_kvpage._native_pool import PoolOptions
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import TRUNCATE
 from jax_kvpage.ops.set_lengths import set_lengths
-from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved, total_bytes
+from jax_kvpage.sharding.devices import total_bytes
+from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.spec import CacheSpec

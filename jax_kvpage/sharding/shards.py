@@ -5,18 +5,19 @@ the same numbers everywhere. What fails on one is undone on those before; a diff
 """
 
 import contextlib
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax_kvpage import _native
+from jax_kvpage._native import Reason
 from jax_kvpage.errors import KVPageError
+from jax_kvpage.ops.edit_slots import VACATE
+from jax_kvpage.sharding.shard_table import ShardTable
 
 __all__ = ["ShardedDecision", "ShardedPool"]
 
 Edits = list[tuple[int, int, int, int]]
 
-_SUMS = ("virtual_bytes", "physical_bytes", "system_calls", "waits", "block_bytes")
 _CLAIMED = ("slots", "tokens", "shared", "sources", "leaders")
 
 
@@ -36,23 +37,20 @@ def _claimed(claim: Any) -> Any:
     return tuple(getattr(claim, name) for name in _CLAIMED)
 
 
-class ShardedPool:
-    """`_native.Pool` for several devices.
+class ShardedPool(ShardTable):
+    """`_native.Pool` for several devices: the calls that decide.
 
     Args:
         shards: a pool for each device, new and of one spec.
+        mirrored: whether programs run on GPUs, apart from the hosts' tables.
 
     Attributes:
-        shards: the pools.
         maps: how programs map memory in all of them alike.
-        settle: waits until the programs that give blocks up have run on all devices. Which slots
-            are free must not depend on the device that is asked.
     """
 
-    def __init__(self, shards: Sequence[Any]) -> None:
-        self.shards = list(shards)
+    def __init__(self, shards: Sequence[Any], mirrored: bool = False) -> None:
+        super().__init__(shards, mirrored)
         self.maps = _native.JointMaps(self.shards)
-        self.settle: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -86,8 +84,7 @@ class ShardedPool:
             settle: whether the result depends on what programs have given up.
         """
         for last in (False, True):
-            if settle:
-                self.settle()
+            self.prepare(settle)
             done: list[int] = []
             results: list[Any] = []
             try:
@@ -95,9 +92,10 @@ class ShardedPool:
                     for i in range(len(self.shards)):
                         done.append(i)  # before the call: a signal may come after its end
                         results.append(attempt(i))  # also where another has failed: see below
-            except BaseException:
+            except BaseException as error:
                 undo(done)
                 self._make_equal(done)
+                self._forget_alike(error)
                 raise
             failed = [result for result in results if not getattr(result, "ok", True)]
             if len(failed) == len(results):
@@ -105,6 +103,7 @@ class ShardedPool:
             if failed:
                 undo(done)
                 self._make_equal(done)
+                self._forget_alike(failed[0])
                 return failed[0]
             decided = [told(i, result) for i, result in enumerate(results)]
             if all(one == decided[0] for one in decided):
@@ -130,6 +129,7 @@ class ShardedPool:
             self._give_back(forget)
 
     def _give_back(self, forget: bool) -> None:
+        self.keep_faults()
         with self.together():
             for shard in self.shards:
                 try:
@@ -138,6 +138,19 @@ class ShardedPool:
                     shard.trim()
                 except _native.StatusError:
                     continue  # closed, or the system refused: a later decision compares again
+
+    def _forget_alike(self, failed: Any) -> None:
+        """After a call that failed with a program's fault, which that left on other devices too.
+
+        Args:
+            failed: what the call failed with: an exception, or a claim that is not ok.
+        """
+        reason = getattr(failed, "reason", None)
+        if isinstance(failed, _native.StatusError):
+            reason = failed.args[1]
+        if self.mirrored and reason is Reason.DEVICE_FAULT:
+            with contextlib.suppress(_native.StatusError):
+                self.take_fault()
 
     def _decide(self, op: str, decision: ShardedDecision, *args: Any, settle: bool = True) -> Any:
         return self._alike(
@@ -189,7 +202,8 @@ class ShardedPool:
                 if len(rows) == len(tables) and not any(row.draining for row in rows):
                     least = [min(row.reserved for row in rows), min(row.committed for row in rows)]
                     for shard in self.shards:
-                        shard.retract(slot, *least)
+                        with contextlib.suppress(_native.StatusError):  # it keeps the room
+                            shard.retract(slot, *least)
 
     def extend(self, slots: list[int], num_tokens: list[int]) -> Any:
         """See `_native.Pool`."""
@@ -216,8 +230,9 @@ class ShardedPool:
         size = before.blocks_total * before.block_bytes
 
         def undo(done: Sequence[int]) -> None:
-            for i in done[:-1]:
-                self.shards[i].resize(size)
+            for shard in map(self.shards.__getitem__, done):
+                if shard.numbers().blocks_total != before.blocks_total:
+                    shard.resize(size)
 
         return self._alike(
             "resize",
@@ -229,7 +244,7 @@ class ShardedPool:
     # ---- calls without an undo: what they change is not needed, and is compared ----
 
     def _each(self, op: str, *args: Any) -> Any:
-        self.settle()
+        self.prepare()
         with self.together():
             results = [getattr(shard, op)(*args) for shard in self.shards]
         if any(result != results[0] for result in results):
@@ -258,76 +273,34 @@ class ShardedPool:
 
     def trim(self) -> int:
         """See `_native.Pool`."""
-        self.settle()
+        self.prepare()
         with self.together():
             return min(shard.trim() for shard in self.shards)
-
-    # ---- looking ----
-
-    @property
-    def id(self) -> int:
-        """Of the first shard."""
-        return int(self.shards[0].id)
-
-    @property
-    def closed(self) -> bool:
-        """See `_native.Pool`."""
-        return all(shard.closed for shard in self.shards)
-
-    def can_acquire(self, num_tokens: list[int]) -> Any:
-        """See `_native.Pool`."""
-        self.settle()
-        claims = [shard.can_acquire(num_tokens) for shard in self.shards]
-        return next((claim for claim in claims if not claim.ok), claims[0])
-
-    def shares_behind(self, slot: int, num_tokens: int) -> bool:
-        """See `_native.Pool`."""
-        return bool(self.shards[0].shares_behind(slot, num_tokens))
-
-    def drops(self, slot: int, num_tokens: int) -> bool:
-        """See `_native.Pool`."""
-        return bool(self.shards[0].drops(slot, num_tokens))
-
-    def events(self) -> Any:
-        """See `_native.Pool`."""
-        return self.shards[0].events()
-
-    def committed(self, slot: int) -> list[int]:
-        """See `_native.Pool`."""
-        return list(self.shards[0].committed(slot))
-
-    def block_map(self, slot: int) -> Any:
-        """See `_native.Pool`."""
-        return self.shards[0].block_map(slot)
-
-    def block_owners(self, slot: int) -> Any:
-        """See `_native.Pool`."""
-        return self.shards[0].block_owners(slot)
-
-    def rows(self) -> list[Any]:
-        """Of each slot that a shard has: it drains until it has drained on all."""
-        rows: dict[int, Any] = {}
-        for shard in self.shards:
-            for row in shard.rows():
-                if row.slot not in rows or (row.draining and not row.vacated):
-                    rows[row.slot] = row
-        return [rows[slot] for slot in sorted(rows)]
-
-    def numbers(self) -> Any:
-        """Those of the first shard; bytes and calls of all together."""
-        all_numbers = [shard.numbers() for shard in self.shards]
-        first = all_numbers[0]
-        own = {name: getattr(first, name) for name in dir(first) if not name.startswith("_")}
-        sums = {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS}
-        return types.SimpleNamespace(**own | sums)
 
     # ---- the whole pool ----
 
     def new_generation(self) -> list[tuple[int, int, list[int]]]:
         """Generation, epoch and lengths of each shard."""
         generations = [shard.new_generation() for shard in self.shards]  # waits for programs
+        if self.mirrored and self._release_torn([lengths for *_, lengths in generations]):
+            generations = [shard.new_generation() for shard in self.shards]
         self.maps.begin([(number, epoch) for number, epoch, _ in generations])
         return generations
+
+    def _release_torn(self, lengths: Sequence[list[int]]) -> bool:
+        """Releases slots that are occupied on some devices only; whether there were any.
+
+        A generation that begins beside another thread's acquire may overtake its program on one
+        device and not on another.
+        """
+        torn = [slot for slot, each in enumerate(zip(*lengths, strict=True)) if -1 in each]
+        any_held = False
+        for shard, own in zip(self.shards, lengths, strict=True):
+            if held := [(VACATE, slot, 0, -1) for slot in torn if own[slot] >= 0]:
+                any_held = True
+                self.keep_faults()
+                shard.start_edits(_native.Decision(), "release", held)
+        return any_held
 
     def cut(self, lengths: Sequence[int]) -> None:
         """No shard keeps committed tokens beyond these, the least lengths of all."""
@@ -335,16 +308,3 @@ class ShardedPool:
             for row in shard.rows():
                 if not row.draining and row.committed > max(lengths[row.slot], 0):
                     shard.retract(row.slot, row.reserved, max(lengths[row.slot], 0))
-
-    def swap_writes(self) -> int:
-        """None: such a pool has no store."""
-        return 0
-
-    def wait_for_drain(self, seconds: float) -> bool:
-        """See `_native.Pool`."""
-        return bool(self.shards[0].wait_for_drain(seconds))
-
-    def close(self) -> None:
-        """See `_native.Pool`."""
-        for shard in self.shards:
-            shard.close()
