@@ -74,6 +74,10 @@ def _has_gpu(config: pytest.Config) -> bool:
         return False
 
 
+def _has_gpus(config: pytest.Config) -> bool:
+    return _has_gpu(config) and len(jax.devices(config.getoption("--gpu-platform"))) > 1
+
+
 def _has_fake_driver(config: pytest.Config) -> bool:
     from jax_kvpage import _native
 
@@ -115,7 +119,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     They neither run nor count as skipped.
     """
     left_out = set(covering.dropped_by_default(items))
-    ways = {"gpu": _has_gpu, "fake_driver": _has_fake_driver, "exhaustive": _is_exhaustive}
+    ways = {
+        "gpu": _has_gpu,
+        "gpus": _has_gpus,
+        "fake_driver": _has_fake_driver,
+        "exhaustive": _is_exhaustive,
+    }
     for marker, is_here in ways.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_here(config):
