@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "cache/latencies.h"
+#include "base/latencies.h"
 #include "cache/patience.h"
 #include "cache/pool_access.h"
 #include "cache/read_cost.h"

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache/latencies.h"
+#include "base/latencies.h"
 #include "cache/pool_access.h"
 #include "store/block_store.h"
 

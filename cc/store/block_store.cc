@@ -150,6 +150,8 @@ std::shared_ptr<ReadTicket> BlockStore::Read(ReadRequest request) {
   return std::make_shared<ReadTicket>(0, 0, Problem::kClosed);
 }
 
+double BlockStore::read_bytes_per_second() { return impl_->here() ? impl_->catalog().read_bytes_per_second() : 0; }
+
 void BlockStore::WriteSwapped(SwapWrite write) {
   if (const Status status = Check("swap_out"); !status.ok()) return write.done(status, nullptr);
   impl_->swapper().Write(std::move(write));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <utility>
 
 #include "store/block_file.h"
 
@@ -15,8 +16,6 @@ constexpr double kClockTick = 2;
 constexpr std::int64_t kOrphanRounds = 64;
 // Listing the folder before a write takes at most one in this many seconds: other processes may have written meanwhile.
 constexpr double kListingShare = 20;
-// Files that are lost are remembered up to this many tokens.
-constexpr std::int64_t kLostTokens = std::int64_t{1} << 20;
 // How much the reads before the latest one still count in the read speed.
 constexpr double kReadMemory = 0.75;
 
@@ -51,25 +50,13 @@ std::vector<StoredRun> Catalog::Runs(const BlockShape& shape) const {
 
 std::vector<StoredRun> Catalog::Lost(const BlockShape& shape, std::int64_t* seen) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<StoredRun> runs;
-  const auto kept = static_cast<std::int64_t>(lost_.size());
-  for (std::int64_t i = std::max(kept - (num_lost_ - *seen), std::int64_t{0}); i < kept; ++i) {
-    if (lost_[i].first == shape) runs.push_back(lost_[i].second);
-  }
-  *seen = num_lost_;
-  return runs;
+  return lost_.Since(shape, options_.fingerprint, seen);
 }
 
 void Catalog::NoteLost(const std::string& name) {
   Identity identity;
   StoredRun run = directory_.RunOf(name, &identity);
-  if (run.tokens.empty() || identity.fingerprint != options_.fingerprint) return;
-  ++num_lost_;
-  lost_tokens_ += static_cast<std::int64_t>(run.tokens.size());
-  lost_.emplace_back(std::move(identity.shape), std::move(run));
-  for (; lost_tokens_ > kLostTokens; lost_.pop_front()) {
-    lost_tokens_ -= static_cast<std::int64_t>(lost_.front().second.tokens.size());
-  }
+  if (identity.fingerprint == options_.fingerprint) lost_.Add(std::move(identity), std::move(run));
 }
 
 void Catalog::Add(const std::string& name, std::int64_t bytes, const FileHeader& header) {
@@ -98,6 +85,21 @@ void Catalog::NoteRead(std::int64_t bytes, double seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   recent_bytes_ = kReadMemory * recent_bytes_ + static_cast<double>(bytes);
   recent_seconds_ = kReadMemory * recent_seconds_ + seconds;
+}
+
+double Catalog::read_bytes_per_second() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return recent_seconds_ > 0 ? recent_bytes_ / recent_seconds_ : 0;
+}
+
+void Catalog::NoteSwapOut(double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  swap_outs_.Add(seconds);
+}
+
+void Catalog::NoteSwapIn(double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  swap_ins_.Add(seconds);
 }
 
 bool Catalog::Changed(double* time) const {
@@ -224,7 +226,9 @@ StoreNumbers Catalog::Numbers() const {
   numbers.bytes = directory_.bytes();
   numbers.bytes_swapped = swapped_bytes_;
   if (recent_seconds_ > 0) numbers.read_bytes_per_second = recent_bytes_ / recent_seconds_;
-  numbers.refused = directory_.CountRefused();
+  numbers.swap_outs = swap_outs_.numbers();
+  numbers.swap_ins = swap_ins_.numbers();
+  numbers.refused = directory_.refused();
   numbers.refused[static_cast<int>(Problem::kFingerprint)] += directory_.CountForeign(options_.fingerprint);
   return numbers;
 }

@@ -5,17 +5,17 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <mutex>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "base/latencies.h"
 #include "store/block_store.h"
 #include "store/directory.h"
 #include "store/folder.h"
+#include "store/lost_runs.h"
 
 namespace kvpage::store {
 
@@ -48,6 +48,10 @@ class Catalog {
   void NoteError(const Status& status);
   // A request for this many bytes was read in some seconds.
   void NoteRead(std::int64_t bytes, double seconds);
+  double read_bytes_per_second() const;
+  // A sequence was swapped out, or in, in some seconds.
+  void NoteSwapOut(double seconds);
+  void NoteSwapIn(double seconds);
 
   // Makes room below the limit for what only this process has on disk, before block files, and counts it; false: there
   // is not enough. A negative number gives it back.
@@ -83,11 +87,11 @@ class Catalog {
 
   mutable std::mutex mutex_;
   Directory directory_;
-  std::deque<std::pair<BlockShape, StoredRun>> lost_;  // the latest ones
-  std::int64_t num_lost_ = 0, lost_tokens_ = 0;        // so far; of those in lost_
+  LostRuns lost_;
   StoreNumbers numbers_;
   std::int64_t swapped_bytes_ = 0;
   double recent_bytes_ = 0, recent_seconds_ = 0;  // of reads, older ones counting less
+  Latencies swap_outs_, swap_ins_;
 };
 
 }  // namespace kvpage::store

@@ -84,7 +84,9 @@ void Directory::Add(const std::string& name, std::int64_t bytes, const FileHeade
     nodes_[at].root = static_cast<std::int32_t>(roots_.size());
     roots_.push_back(at);
     identities_.push_back(header.identity);
+    root_files_.push_back(0);
   }
+  ++root_files_[nodes_[at].root];
   const std::int64_t block_tokens = header.identity.shape.block_tokens;
   File& file = slots_[number];
   file.first_block = header.first_block;
@@ -101,6 +103,7 @@ void Directory::Add(const std::string& name, std::int64_t bytes, const FileHeade
 
 void Directory::AddRefused(const std::string& name, std::int64_t bytes, Problem problem) {
   slots_[NewFile(name, bytes)].problem = problem;
+  ++refused_[static_cast<int>(problem)];
 }
 
 void Directory::Refuse(const std::string& name, Problem problem) {
@@ -113,6 +116,11 @@ void Directory::Remove(const std::string& name) {
   if (found == files_.end()) return;
   const std::int32_t number = found->second;
   const File& file = slots_[number];
+  if (file.last >= 0) {
+    --root_files_[nodes_[file.last].root];
+  } else {
+    --refused_[static_cast<int>(file.problem)];
+  }
   std::int32_t at = file.last;
   for (std::int64_t block = file.end_block; block > file.first_block; --block) {
     auto& files = nodes_[at].files;
@@ -202,18 +210,12 @@ std::vector<StoredRun> Directory::Runs(const BlockShape& shape, const std::strin
   return runs;
 }
 
-std::vector<std::int64_t> Directory::CountRefused() const {
-  std::vector<std::int64_t> counts(kNumProblems);
-  for (const auto& [name, number] : files_) ++counts[static_cast<int>(slots_[number].problem)];
-  counts[static_cast<int>(Problem::kNone)] = 0;
-  return counts;
-}
-
 std::int64_t Directory::CountForeign(const std::string& fingerprint) const {
-  return std::count_if(files_.begin(), files_.end(), [&](const auto& item) {
-    const File& file = slots_[item.second];
-    return file.last >= 0 && identities_[nodes_[file.last].root].fingerprint != fingerprint;
-  });
+  std::int64_t count = 0;
+  for (std::size_t i = 0; i < identities_.size(); ++i) {
+    if (identities_[i].fingerprint != fingerprint) count += root_files_[i];
+  }
+  return count;
 }
 
 std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::map<std::string, double>& used,

@@ -59,9 +59,9 @@ class Directory {
 
   std::int64_t num_files() const { return static_cast<std::int64_t>(files_.size()); }
   std::int64_t bytes() const { return bytes_; }
-  // How many files are refused for each reason.
-  std::vector<std::int64_t> CountRefused() const;
-  // How many files are of models with other fingerprints.
+  // [kNumProblems]: how many files are refused for each reason.
+  const std::vector<std::int64_t>& refused() const { return refused_; }
+  // How many files are of models with other fingerprints. The time that it takes grows with the models, not the files.
   std::int64_t CountForeign(const std::string& fingerprint) const;
 
   // Which files to remove until at most `limit` bytes are left, least recently used first, but none before those that
@@ -97,6 +97,7 @@ class Directory {
 
   std::vector<Identity> identities_;                              // of roots
   std::vector<std::int32_t> roots_;                               // their nodes
+  std::vector<std::int64_t> root_files_;                          // how many files each has
   std::unordered_multimap<std::uint64_t, std::int32_t> by_hash_;  // nodes that are no roots
   std::vector<Node> nodes_;
   std::vector<std::int32_t> unused_nodes_;
@@ -104,6 +105,7 @@ class Directory {
   std::vector<std::int32_t> unused_files_;
   std::map<std::string, std::int32_t> files_;
   std::int64_t bytes_ = 0;
+  std::vector<std::int64_t> refused_ = std::vector<std::int64_t>(kNumProblems);
 };
 
 }  // namespace kvpage::store

@@ -2,6 +2,7 @@
 #ifndef KVPAGE_STORE_SWAP_STORE_H_
 #define KVPAGE_STORE_SWAP_STORE_H_
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -41,6 +42,7 @@ struct SwapWrite {
   // Called once: by a thread of the store, or, if the store is closed, by the thread that calls or closes it. Without
   // an image and without an error: `copy` has refused.
   std::function<void(const Status&, std::shared_ptr<SwapImage>)> done;
+  std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
 };
 struct SwapRead {
   // Copies blocks [begin, begin + count) from `from`, [count, ranges, block_bytes], to where they belong.
@@ -51,7 +53,14 @@ struct SwapRead {
   PlaceBlocks place = nullptr;             // where it cannot
   // Called once, as that of SwapWrite. `good`: the blocks from the first one on that are what was written.
   std::function<void(Problem, std::int64_t good)> done;
+  std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
 };
+
+// How long a write or a read has taken by now, with the time it was queued.
+template <class Work>
+double SecondsOf(const Work& work) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - work.begun).count();
+}
 
 class SwapStore {
  public:

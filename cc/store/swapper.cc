@@ -1,7 +1,6 @@
 #include "store/swapper.h"
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
 #include <limits>
 #include <string>
@@ -37,7 +36,6 @@ struct Swapper::Order {
   SwapRead read;
   std::mutex mutex;
   std::int64_t pieces = 0;  // not done yet
-  const std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
   std::int64_t good = 0;
   Problem problem = Problem::kNone;
 };
@@ -113,6 +111,7 @@ Status Swapper::WriteFile(const SwapWrite& write, std::shared_ptr<SwapFile>* out
     numbers->blocks_written += write.blocks;
     numbers->bytes_written += bytes;
   });
+  catalog_->NoteSwapOut(SecondsOf(write));
   return {};
 }
 
@@ -193,8 +192,9 @@ void Swapper::Finish(const Piece& piece, Problem problem, std::int64_t good) {
     if (--order.pieces > 0) return;
   }
   if (order.good > 0) {
-    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - order.begun;
-    catalog_->NoteRead(order.good * FileOf(order.read).shape().bytes(), passed.count());
+    const double seconds = SecondsOf(order.read);
+    catalog_->NoteRead(order.good * FileOf(order.read).shape().bytes(), seconds);
+    catalog_->NoteSwapIn(seconds);
   }
   order.read.image.reset();  // before anybody looks at what is on disk
   order.read.done(order.problem, order.good);

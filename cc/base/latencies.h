@@ -1,6 +1,6 @@
 // Latencies: how long the latest calls of a kind have taken.
-#ifndef KVPAGE_CACHE_LATENCIES_H_
-#define KVPAGE_CACHE_LATENCIES_H_
+#ifndef KVPAGE_BASE_LATENCIES_H_
+#define KVPAGE_BASE_LATENCIES_H_
 
 #include <algorithm>
 #include <cstddef>
@@ -39,4 +39,4 @@ class Latencies {
 
 }  // namespace kvpage
 
-#endif  // KVPAGE_CACHE_LATENCIES_H_
+#endif  // KVPAGE_BASE_LATENCIES_H_
