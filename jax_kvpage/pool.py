@@ -83,8 +83,9 @@ class KVPool(
         store: what lies below memory; `swap_out` writes to it. Close it after the pool. On CPU a
             `BlockStore`: it gets whole blocks of released sequences before they are evicted,
             `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes` and
-            `load_prefixes` use it unless given another. On a GPU a `HostStore`, for swaps only.
-        write_ahead: with a BlockStore, the share of the capacity that is to be free or written to
+            `load_prefixes` use it unless given another. On a GPU a `HostStore`, which does the same
+            but for saving and loading.
+        write_ahead: with a store, the share of the capacity that is to be free or written to
             the store: while there is less, its threads write what would be evicted next. Written
             blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
             written as soon as its sequence is released.
@@ -148,7 +149,7 @@ class KVPool(
         size = capacity_bytes("KVPool", capacity, spec, place)
         resolved = spec.resolve(place.platform, capacity=size)
         native = NativePool(resolved, size, self.device, place, options)
-        if isinstance(store, BlockStore):
+        if store is not None:
             native.call(native.pool.attach_store, store.native, ahead)
         self._open(native, Queue(native))
 

@@ -137,7 +137,7 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
     """Refuses what cannot lie below a new pool's memory; the share to write ahead.
 
     Raises:
-        ValueError: not a store, a share that is none or that a host store cannot do anything with.
+        ValueError: not a store, a share that is none.
         KVPageError: a store of the other platform's kind.
         PoolClosed: the store is closed.
     """
@@ -156,8 +156,6 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
             "KVPool: store: a HostStore lies below pools on a GPU only: what a pool on CPU pushes "
             "out of memory goes to disk, with a BlockStore"
         )
-    if isinstance(store, HostStore) and write_ahead is not None:
-        raise ValueError("KVPool: write_ahead: a HostStore keeps no prefixes: leave it out")
     store.stats()
     return ahead
 
@@ -172,7 +170,7 @@ def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -
             raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")
         store = pool.store
     if isinstance(store, HostStore):
-        raise ValueError(f"{call}: store: a HostStore has no prefixes: give a BlockStore or a path")
+        raise ValueError(f"{call}: store: a HostStore has no files: give a BlockStore or a path")
     if isinstance(store, BlockStore):
         if fingerprint is not None:
             raise ValueError(f"{call}: fingerprint: the store has one, {store.fingerprint!r}")

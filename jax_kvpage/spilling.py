@@ -28,7 +28,7 @@ class SpillStats(NamedTuple):
         fetch_seconds_p95: how long 95 in 100 of these took at most.
         missed: tokens that were stored and that `prefetch` has not brought, by reason: "slower"
             (than computing them), "no room", "evicted" (what comes before them, during the read),
-            and those that `StoreStats.missed` has.
+            and those that `StoreStats.missed` has ("unreadable": a copy from host memory failed).
         read_bytes_per_second: of the store's latest reads; 0: none yet.
         tokens_written: written ahead (`KVPool(write_ahead=...)`).
         bytes_written: their keys and values.
@@ -36,8 +36,8 @@ class SpillStats(NamedTuple):
         write_seconds_median: the median of the latest 512 of them, each of some blocks of a
             sequence; 0: none yet.
         write_seconds_p95: how long 95 in 100 of these took at most.
-        failed_writes: runs of blocks that could not be written ahead; `StoreStats.last_error` says
-            why. Nothing is tried for a second then.
+        failed_writes: runs of blocks that could not be written ahead; `StoreStats.last_error`, or
+            that of `HostStoreStats.prefixes`, says why. Nothing is tried for a second then.
         tokens_dropped: evicted in whole blocks that had not been written.
     """
 
@@ -94,8 +94,8 @@ class SpillingCalls(SwappingCalls):
         """Begins to read what the store has of a sequence, or a swapped sequence.
 
         Of a sequence that is given by its tokens, it reads what lies behind those in memory. Of one
-        that `swap_out` has returned, it reads all that is on disk, so that `swap_in` need not wait;
-        where it was not written yet it stays in memory.
+        that `swap_out` has returned, it reads all that is in the store, so that `swap_in` need not
+        wait; where it was not written yet it stays in memory.
 
         The call does not wait. The store's threads read into free blocks, for which unneeded
         memory and then the least valuable prefixes give way, as for `acquire_prefix`. Once the

@@ -34,6 +34,11 @@ class StoreStats(NamedTuple):
         missed: reads and look-ups that came to nothing, by reason: those above, "gone" (removed by
             another process), "geometry" (stored for another cache), "closed".
         last_error: of a write, a listing or an eviction; "" if there was none.
+        swap_out_seconds_median: the median time of the latest 512 sequences that were swapped out,
+            from the release of their slot to the file being on disk; 0: none yet.
+        swap_out_seconds_p95: how long 95 in 100 of these took at most.
+        swap_in_seconds_median: the same of reads back, from `prefetch` or `swap_in`.
+        swap_in_seconds_p95: the same.
     """
 
     files: int
@@ -48,6 +53,10 @@ class StoreStats(NamedTuple):
     refused: Mapping[str, int]
     missed: Mapping[str, int]
     last_error: str
+    swap_out_seconds_median: float
+    swap_out_seconds_p95: float
+    swap_in_seconds_median: float
+    swap_in_seconds_p95: float
 
 
 class StoredFile(NamedTuple):
@@ -150,6 +159,10 @@ class BlockStore(Closing):
             numbers.refused,
             numbers.missed,
             numbers.last_error,
+            numbers.swap_out_seconds_median,
+            numbers.swap_out_seconds_p95,
+            numbers.swap_in_seconds_median,
+            numbers.swap_in_seconds_p95,
         )
 
     def refresh(self) -> None:

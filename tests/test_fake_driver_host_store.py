@@ -128,11 +128,8 @@ _SHARED = (
         rig.pool.drop_swapped(dropped)
         assert dropped.closed and store.stats().bytes == held, store.stats()
     for wanted, call in (
-        ("HostStore has no prefixes", lambda: first.pool.save_prefixes()),
-        (
-            "write_ahead: a HostStore keeps no prefixes",
-            lambda: kvp.KVPool(first.pool.spec, "1MiB", store=store, write_ahead=0.5),
-        ),
+        ("HostStore has no files", lambda: first.pool.save_prefixes()),
+        ("write_ahead", lambda: kvp.KVPool(first.pool.spec, "1MiB", store=store, write_ahead=2)),
         ("HostStore: limit", lambda: kvp.HostStore("much")),
     ):
         try:

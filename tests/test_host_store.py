@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 import jax_kvpage as kvp
-from jax_kvpage.host_store import HostStoreStats
+from jax_kvpage.host_store import HostPrefixStats, HostStoreStats
 
 
 def test_a_store_alone() -> None:
     with kvp.HostStore("2MiB") as store:
         assert store.limit == 2**21
         assert repr(store) == "HostStore(2097152)"
-        assert store.stats() == HostStoreStats(2**21, 0, 0, 0, 0, 0.0, 0, 0, 0, "")
+        assert store.stats() == HostStoreStats(
+            2**21, *(0,) * 4, 0.0, *(0,) * 3, "", *(0.0,) * 4, HostPrefixStats(*(0,) * 9, "")
+        )
     store.close()
     with pytest.raises(kvp.PoolClosed, match="the store is closed"):
         store.stats()
@@ -31,5 +33,5 @@ def test_a_pool_on_cpu_has_no_host_store() -> None:
             kvp.KVPool(spec, "1MiB", store=store)
         with kvp.KVPool(spec, "1MiB") as pool:
             for call in (pool.save_prefixes, pool.load_prefixes):
-                with pytest.raises(ValueError, match="a HostStore has no prefixes"):
+                with pytest.raises(ValueError, match="a HostStore has no files"):
                     call(store)  # type: ignore[arg-type]

@@ -38,7 +38,10 @@ def test_decoding_goes_on_bit_for_bit(store, make_pool, layout: str, dtype) -> N
     assert (ticket.ready, ticket.tokens, ticket.error) == (True, 100, None)
     again = rig.swap_in(swapped, wait=False)
     assert (swapped.closed, rig.pool.committed(again)) == (True, ids)
-    assert store.stats().bytes_swapped == 0
+    held = store.stats()
+    assert held.bytes_swapped == 0
+    assert 0 < held.swap_out_seconds_median <= held.swap_out_seconds_p95
+    assert 0 < held.swap_in_seconds_median <= held.swap_in_seconds_p95
     assert list(swap_files()) == []
     for token in text(14, 7):  # into the next block
         assert np.array_equal(decode(rig, again, token), decode(fresh, computed, token))

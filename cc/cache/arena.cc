@@ -251,6 +251,10 @@ Status Arena::SetBudget(std::int64_t budget_blocks) {
   if (excess > 0) {
     const std::vector<std::int32_t> cooled = pool_.Cool(excess);
     KVPAGE_RETURN_IF_ERROR(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
+    if (const auto number = static_cast<std::int64_t>(cooled.size()); number < excess) {
+      return ResourceExhausted("resize: " + std::to_string(excess - number) +
+                               " blocks are being copied to the store: call it again in a moment");
+    }
   }
   pool_.SetBudget(budget_blocks);
   return {};

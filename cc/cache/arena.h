@@ -177,6 +177,14 @@ class Arena {
   Status ClaimToFill(std::int64_t count, std::vector<std::int32_t>* blocks);
   // Drops these references: a block that is not cached by then is free again.
   void DropFilled(const std::vector<std::int32_t>& blocks);
+  // These used blocks are read through the window while no lock is held. They may come free meanwhile, and be claimed,
+  // but their memory does not go to the system.
+  void StartReading(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.StartReading(block);
+  }
+  void EndReading(const std::vector<std::int32_t>& blocks) {
+    for (const std::int32_t block : blocks) pool_.EndReading(block);
+  }
   std::int64_t num_filling() const { return static_cast<std::int64_t>(filling_.size()); }
   // Keeps cached blocks that no slot maps while a claim goes on, and no longer.
   void Hold(const std::vector<std::int32_t>& blocks) {

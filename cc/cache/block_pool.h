@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -96,8 +97,14 @@ class BlockPool {
   void SetCached(std::int32_t block);
   void DropCached(std::int32_t block);
 
-  // Up to `count` warm blocks turn cold; the caller destroys them.
+  // Up to `count` warm blocks turn cold, but none that is being read; the caller destroys them.
   std::vector<std::int32_t> Cool(std::int64_t count);
+  // Somebody reads the block without a reference: it may come free and be claimed meanwhile, but keeps its memory.
+  void StartReading(std::int32_t block) { ++readers_[block]; }
+  void EndReading(std::int32_t block) {
+    const auto found = readers_.find(block);
+    if (--found->second == 0) readers_.erase(found);
+  }
   // From now on cold blocks are handed out in the order of their numbers.
   void SortCold();
   // One warm block turns cold.
@@ -137,7 +144,8 @@ class BlockPool {
   std::int64_t num_detached_ = 0;
   std::vector<std::int32_t> preferred_;
   std::size_t next_preferred_ = 0;
-  std::int64_t num_backed_[kNumBackings] = {};  // of blocks that are not the pool's own
+  std::unordered_map<std::int32_t, std::int32_t> readers_;  // without a reference, of blocks that have some
+  std::int64_t num_backed_[kNumBackings] = {};              // of blocks that are not the pool's own
   std::function<void(std::int32_t)> on_returned_;
 };
 

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "cache/messages.h"
-#include "cache/prefix_store_parts.h"
 #include "cache/process.h"
 
 namespace kvpage {
@@ -59,10 +58,16 @@ Claim Pool::AcquirePrefix(const std::vector<prefix::Request>& requests, const pr
   return claim;
 }
 
-Status Pool::AttachStore(std::shared_ptr<store::BlockStore> store, double write_ahead) {
-  KVPAGE_RETURN_IF_ERROR(prefix::CheckPlatform(parts_, "KVPool: store"));
+Status Pool::AttachStore(std::shared_ptr<store::PrefixStore> store, double write_ahead) {
   KVPAGE_RETURN_IF_ERROR(store->Check("KVPool"));
-  tier_ = std::make_unique<prefix::Tier>(parts_, std::move(store), write_ahead);
+  std::shared_ptr<BlockMover> mover;
+  KVPAGE_RETURN_IF_ERROR(supply_.arena(supply_.Lock()).Mover(&mover));
+  if (store->copies() != (mover != nullptr)) {
+    return {Code::kUnimplemented,
+            std::string("KVPool: store: wanted a store ") +
+                (mover != nullptr ? "in host memory for a pool on a device" : "on disk for a pool on CPU")};
+  }
+  tier_ = std::make_unique<prefix::Tier>(parts_, std::move(store), write_ahead, std::move(mover));
   return {};
 }
 

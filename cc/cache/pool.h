@@ -88,7 +88,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
   // ---- the store below the pool: prefix_tier.h ----
   // Before anything else happens to the pool, at most once.
-  Status AttachStore(std::shared_ptr<store::BlockStore> store, double write_ahead);
+  // The store is of the kind that the platform needs: see PrefixStore::copies.
+  Status AttachStore(std::shared_ptr<store::PrefixStore> store, double write_ahead);
   // These do not wait. Without a store nothing is stored.
   Status StoredPrefix(const std::string& space, const prefix::TokenIds& ids, std::int64_t* tokens);
   Status Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefix::FetchTicket>* out);

@@ -111,9 +111,7 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
     ++numbers_.requests;
     order->space = request.space;
     order->tokens.assign(request.ids.begin(), request.ids.begin() + (order->begin + count) * shape.block_tokens);
-    for (const std::int32_t block : order->blocks) {
-      read.destinations.push_back(arena.window() + block * shape.block_bytes);
-    }
+    SetDestinations(pool.table->geometry(), arena.window(), *order, &read);
     active_.push_back(order);
   }
   read.shape = shape;
@@ -124,8 +122,30 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
   read.done = [self = shared_from_this(), order](std::int64_t good, store::Problem problem) {
     self->Finish(*order, good, problem);
   };
-  store_.Read(std::move(read));
+  store_.Fetch(std::move(read));
   return {};
+}
+
+void Fetcher::SetDestinations(const Geometry& geometry, char* window, const Order& order,
+                              store::ReadRequest* read) const {
+  const std::int64_t ranges = geometry.num_ranges(), bytes = geometry.block_bytes;
+  std::vector<char*> to;
+  for (const std::int32_t block : order.blocks) to.push_back(window + block * bytes);
+  if (mover_ == nullptr) {
+    read->destinations = std::move(to);
+    return;
+  }
+  read->place = [mover = mover_, ranges, bytes, to = std::move(to)](std::int64_t begin,
+                                                                    const std::vector<const char*>& from) {
+    std::vector<BlockMover::ToBlock> copies;
+    for (std::size_t i = 0; i < from.size(); ++i) {
+      for (std::int64_t range = 0; range < ranges; ++range) {
+        const std::int64_t at = (begin + static_cast<std::int64_t>(i)) * ranges + range;
+        copies.push_back({to[at], from[i] + range * bytes});
+      }
+    }
+    return mover->Copy(copies, bytes);
+  };
 }
 
 bool Fetcher::Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks,
@@ -181,7 +201,7 @@ void Fetcher::Finish(const Order& order, std::int64_t good, store::Problem probl
     error = "the tokens before those that were read have been evicted meanwhile";
   } else if (!why.empty()) {
     error = std::to_string(good * block_tokens) + " tokens of " + std::to_string((count - order.begin) * block_tokens) +
-            " were read: a file is " + why;
+            " were read: " + store_.Explain(problem);
   } else if (count - order.begin < order.asked) {
     error = "free blocks for " + std::to_string((count - order.begin) * block_tokens) + " tokens of " +
             std::to_string(order.asked * block_tokens) + " only";

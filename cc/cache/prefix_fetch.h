@@ -20,7 +20,8 @@
 #include "cache/patience.h"
 #include "cache/pool_access.h"
 #include "cache/read_cost.h"
-#include "store/block_store.h"
+#include "store/prefix_store.h"
+#include "vmm/block_mover.h"
 
 namespace kvpage::prefix {
 
@@ -60,7 +61,9 @@ struct FetchNumbers {
 
 class Fetcher : public std::enable_shared_from_this<Fetcher> {
  public:
-  Fetcher(std::shared_ptr<PoolAccess> access, store::BlockStore* store) : access_(std::move(access)), store_(*store) {}
+  // `mover`: see Spiller.
+  Fetcher(std::shared_ptr<PoolAccess> access, store::PrefixStore* store, std::shared_ptr<BlockMover> mover)
+      : access_(std::move(access)), store_(*store), mover_(std::move(mover)) {}
 
   // Begins to read what is stored behind the first tokens that are in memory.
   Status Start(const PoolParts& pool, const FetchRequest& request, std::shared_ptr<FetchTicket>* out);
@@ -71,6 +74,8 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
  private:
   struct Order;
 
+  // Says where what is read for an order is to go.
+  void SetDestinations(const Geometry& geometry, char* window, const Order& order, store::ReadRequest* read) const;
   // Whether reading blocks takes less time than computing their tokens, as far as is known. `why`: if not.
   bool Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks, std::string* why) const;
   // An order that brings the first tokens of a sequence, or null.
@@ -78,7 +83,8 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
   void Finish(const Order& order, std::int64_t good, store::Problem problem);
 
   const std::shared_ptr<PoolAccess> access_;
-  store::BlockStore& store_;
+  store::PrefixStore& store_;
+  const std::shared_ptr<BlockMover> mover_;
   mutable std::mutex mutex_;  // taken after the mapping mutex
   std::condition_variable ended_;
   std::list<std::shared_ptr<Order>> active_;

@@ -210,6 +210,23 @@ bool PrefixIndex::StartWrite(std::int64_t most, const Unused& unused, Unwritten*
   return true;
 }
 
+PrefixIndex::Stretch PrefixIndex::FindWhole(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
+                                            std::int64_t first_block) const {
+  const PrefixTree& tree = impl_->tree;
+  std::vector<std::int32_t> path;
+  tree.Walk(impl_->roots[space], tokens, count, &path);
+  Stretch found;
+  for (std::size_t i = first_block; i < path.size(); ++i) {
+    const std::int32_t* const blocks = tree.blocks(path[i]);
+    found.blocks.insert(found.blocks.end(), blocks, blocks + tree.ranges());
+    found.owners.push_back(tree.entry(path[i]).owner);
+    found.marks.push_back({path[i], tree.version(path[i])});
+  }
+  return found;
+}
+
+bool PrefixIndex::Unchanged(const EntryMark& mark) const { return impl_->tree.version(mark.entry) == mark.version; }
+
 void PrefixIndex::EndWrite(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block,
                            bool ok) {
   std::vector<std::int32_t>& path = impl_->path;

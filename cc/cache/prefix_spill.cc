@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "base/staging.h"
+#include "cache/prefix_copies.h"
 #include "cache/prefix_store_parts.h"
 
 namespace kvpage::prefix {
@@ -29,6 +31,7 @@ struct Spiller::Run {
   std::int64_t marked = 0;                   // from where on the index says that it is being written
   Staging bytes;                             // kept for the run that follows
   std::int64_t room = 0;                     // in blocks
+  std::shared_ptr<CachedCopies> copies;      // in place of bytes, where the store copies
   Clock::time_point begun;
 };
 
@@ -71,9 +74,10 @@ bool Spiller::Fill(Run* run, store::WriteRun* write) {
   write->space = run->name;
   write->tokens = run->tokens;
   write->first_block = run->first_block;
-  const std::int64_t ranges = (run->copied - run->first_block) * shape_.ranges;
+  write->copier = run->copies;
+  const std::int64_t ranges = run->copies != nullptr ? 0 : (run->copied - run->first_block) * shape_.ranges;
   for (std::int64_t i = 0; i < ranges; ++i) write->sources.push_back(run->bytes.get() + i * shape_.block_bytes);
-  Wake();  // the next one is copied while this one is written
+  access_->With([&](const PoolParts&) { Wake(); });  // the next one is copied while this one is written
   return true;
 }
 
@@ -101,7 +105,7 @@ void Spiller::NoteLost(const PoolParts& pool) {
     const std::int64_t stored = store_.StoredBlocks(shape_, run.space, run.tokens);
     const MappingLock mapping = pool.supply->Lock();
     PrefixIndex* index = nullptr;
-    if (!OpenStoredIndex(pool, mapping, "write ahead", &index).ok()) return;
+    if (!OpenIndexForThread(pool, mapping, "write ahead", &index).ok()) return;
     index->LoseWritten(index->Namespace(run.space), run.tokens.data(), static_cast<std::int64_t>(run.tokens.size()),
                        std::max(run.first_block, stored));
   }
@@ -114,7 +118,11 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   {
     const MappingLock mapping = pool.supply->Lock();
     PrefixIndex* index = nullptr;
-    if (!OpenStoredIndex(pool, mapping, "write ahead", &index).ok() || !Wanted(pool, mapping, *index)) return false;
+    if (const Status status = OpenIndexForThread(pool, mapping, "write ahead", &index); !status.ok()) {
+      NoteFailure(status);
+      return false;
+    }
+    if (!Wanted(pool, mapping, *index)) return false;
     const BlockPool& blocks = pool.supply->arena(mapping).pool();
     const auto unused = [&](const std::int32_t* entry, std::int32_t owner) {
       const bool parked = owner >= 0 && pool.table->host(pool.table->Lock(), owner).idle();
@@ -135,7 +143,24 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
     return false;
   }
   if (stored > run->first_block || !chosen.behind_writes) run->first_block = run->copied = stored;
-  const std::int64_t stop = std::min(end, run->first_block + most);
+  const Status copies = StartCopies(pool, run, std::min(end, run->first_block + most));
+  if (!copies.ok()) NoteFailure(copies);
+  // The rest has been evicted since, or is not there yet.
+  Shorten(pool, run, run->copied);
+  *again = run->copied == run->first_block;
+  return !*again;
+}
+
+Status Spiller::StartCopies(const PoolParts& pool, Run* run, std::int64_t stop) {
+  if (mover_ != nullptr) {
+    const MappingLock mapping = pool.supply->Lock();
+    PrefixIndex* index = nullptr;
+    KVPAGE_RETURN_IF_ERROR(OpenIndexForThread(pool, mapping, "write ahead", &index));
+    std::vector<std::int32_t> tokens(run->tokens.begin(), run->tokens.begin() + stop * shape_.block_tokens);
+    run->copies = std::make_shared<CachedCopies>(access_, mover_, pool, mapping, run->space, tokens, run->first_block);
+    run->copied += run->copies->blocks();
+    return {};
+  }
   if (run->room < stop - run->first_block) {
     run->room = 0;
     run->bytes = NewStaging((stop - run->first_block) * shape_.bytes());
@@ -145,13 +170,23 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   for (std::int64_t next = run->copied; run->copied == next && next < stop;) {
     next = std::min(next + step, stop);
     char* const out = run->bytes.get() + (run->copied - run->first_block) * shape_.bytes();
-    if (!CopyBlocks(pool, "write ahead", run->name, run->tokens, next, out, &run->copied).ok()) break;
+    KVPAGE_RETURN_IF_ERROR(CopyBlocks(pool, "write ahead", run->name, run->tokens, next, out, &run->copied));
   }
-  // The rest has been evicted since, or is not there yet.
-  if (run->copied < end) EndWrite(pool, *run, /*ok=*/false);
-  run->tokens.resize(run->copied * shape_.block_tokens);
-  *again = run->copied == run->first_block;
-  return !*again;
+  return {};
+}
+
+void Spiller::NoteFailure(const Status& status) {
+  if (status.reason() == Reason::kClosed) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ++numbers_.failed;
+  pause_ = Clock::now() + kPause;
+}
+
+void Spiller::Shorten(const PoolParts& pool, Run* run, std::int64_t blocks) const {
+  if (blocks * shape_.block_tokens == static_cast<std::int64_t>(run->tokens.size())) return;
+  EndWrite(pool, *run, /*ok=*/false);
+  run->copied = blocks;
+  run->tokens.resize(blocks * shape_.block_tokens);
 }
 
 void Spiller::EndWrite(const PoolParts& pool, const Run& run, bool ok) const {
@@ -162,8 +197,17 @@ void Spiller::EndWrite(const PoolParts& pool, const Run& run, bool ok) const {
 
 void Spiller::Done(const std::shared_ptr<Run>& run, const Status& status) {
   const bool begun = run->space >= 0;
-  if (begun) access_->With([&](const PoolParts& pool) { EndWrite(pool, *run, status.ok()); });
+  const std::shared_ptr<CachedCopies> copies = std::exchange(run->copies, nullptr);
+  // Some may have been evicted while the store copied them.
+  const std::int64_t copied = copies == nullptr ? run->copied : run->first_block + copies->End();
+  if (begun) {
+    access_->With([&](const PoolParts& pool) {
+      Shorten(pool, run.get(), copied);
+      EndWrite(pool, *run, status.ok());
+    });
+  }
   run->space = -1;
+  if (!status.ok()) NoteFailure(status);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (begun) {
@@ -174,16 +218,13 @@ void Spiller::Done(const std::shared_ptr<Run>& run, const Status& status) {
     if (status.ok()) {
       numbers_.tokens += (run->copied - run->first_block) * shape_.block_tokens;
       numbers_.bytes += (run->copied - run->first_block) * shape_.bytes();
-    } else if (status.reason() != Reason::kClosed) {
-      ++numbers_.failed;
-      pause_ = Clock::now() + kPause;
     }
     if (!status.ok() || closed_) {
       --runs_;
       return;
     }
   }
-  Queue(run);
+  access_->With([&](const PoolParts&) { Queue(run); });  // the store may end with the pool
 }
 
 void Spiller::Close() {

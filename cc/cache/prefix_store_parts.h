@@ -31,6 +31,20 @@ inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping,
   return {};
 }
 
+// The same for a thread that belongs to no pool: a pending device fault is left to the pool's own calls.
+inline Status OpenIndexForThread(const PoolParts& pool, const MappingLock& mapping, const char* op,
+                                 PrefixIndex** index) {
+  {
+    const StateLock state = pool.table->Lock();
+    KVPAGE_RETURN_IF_ERROR(pool.table->CheckOpen(state, op));
+    CollectReleases(pool, state);
+  }
+  KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).OpenWindow());
+  *index = &pool.supply->OpenIndex(mapping);
+  pool.supply->SyncIndex(mapping);
+  return {};
+}
+
 // Copies whole blocks of a sequence, from *copied to `stop`, up to the first one that is not in memory or not yet
 // written. `out`: [blocks, ranges, block_bytes]. The mapping mutex is held meanwhile.
 Status CopyBlocks(const PoolParts& pool, const char* op, const std::string& space,

@@ -6,12 +6,14 @@
 
 namespace kvpage::prefix {
 
-Tier::Tier(const PoolParts& pool, std::shared_ptr<store::BlockStore> store, double write_ahead)
+Tier::Tier(const PoolParts& pool, std::shared_ptr<store::PrefixStore> store, double write_ahead,
+           std::shared_ptr<BlockMover> mover)
     : pool_(pool),
       store_(std::move(store)),
       access_(std::make_shared<PoolAccess>(pool)),
-      fetcher_(std::make_shared<Fetcher>(access_, store_.get())),
-      spiller_(std::make_shared<Spiller>(access_, store_.get(), StoredShape(pool.table->geometry()), write_ahead)) {
+      fetcher_(std::make_shared<Fetcher>(access_, store_.get(), mover)),
+      spiller_(
+          std::make_shared<Spiller>(access_, store_.get(), StoredShape(pool.table->geometry()), write_ahead, mover)) {
   if (write_ahead <= 0) return;
   const auto wake = [spiller = spiller_] { spiller->Wake(); };
   const MappingLock mapping = pool.supply->Lock();
@@ -37,7 +39,7 @@ TierNumbers Tier::Numbers() const {
   }
   numbers.spills = spiller_->numbers();
   numbers.fetches = fetcher_->numbers();
-  numbers.read_bytes_per_second = store_->Numbers().read_bytes_per_second;
+  numbers.read_bytes_per_second = store_->read_bytes_per_second();
   return numbers;
 }
 
@@ -45,6 +47,7 @@ Status Tier::Close(const GoOn& go_on) {
   spiller_->Close();
   KVPAGE_RETURN_IF_ERROR(fetcher_->Close(go_on));
   access_->End();
+  store_->Leave();
   return {};
 }
 

@@ -21,13 +21,15 @@ struct TierNumbers {
   SpillNumbers spills;
   std::int64_t unwritten_evictions = 0;  // whole blocks that were evicted before they were written
   FetchNumbers fetches;
-  double read_bytes_per_second = 0;  // as StoreNumbers has it
+  double read_bytes_per_second = 0;  // of the store
 };
 
 class Tier {
  public:
   // `write_ahead`: what share of the pool's blocks is to be free or written; 0: nothing is written ahead.
-  Tier(const PoolParts& pool, std::shared_ptr<store::BlockStore> store, double write_ahead);
+  // `mover`: how blocks get into memory of the host and back; null: the host reads and writes them.
+  Tier(const PoolParts& pool, std::shared_ptr<store::PrefixStore> store, double write_ahead,
+       std::shared_ptr<BlockMover> mover);
   ~Tier() { static_cast<void>(Close({})); }
 
   // How many of the tokens the store has, in whole blocks from the first one on. Looks nothing up on disk.
@@ -41,7 +43,7 @@ class Tier {
 
  private:
   const PoolParts& pool_;
-  const std::shared_ptr<store::BlockStore> store_;
+  const std::shared_ptr<store::PrefixStore> store_;
   const std::shared_ptr<PoolAccess> access_;
   const std::shared_ptr<Fetcher> fetcher_;
   const std::shared_ptr<Spiller> spiller_;

@@ -35,6 +35,7 @@ std::int32_t PrefixTree::NewId() {
     entries_.push_back(std::make_unique<PrefixEntry[]>(kChunkMask + 1));
     rows_.push_back(std::make_unique<std::int32_t[]>((kChunkMask + 1) * (block_tokens_ + ranges_)));
   }
+  versions_.push_back(0);
   return num_ids_++;
 }
 
@@ -48,6 +49,7 @@ void PrefixTree::ReplaceBlock(std::int32_t from, std::int32_t to) {
   if (id == kNoEntry) return;
   std::int32_t* const row = Row(id) + block_tokens_;
   std::replace(row, row + ranges_, from, to);
+  ++versions_[id];
   entries_in_[from] = kNoEntry;
   NoteEntryIn(to, id);
 }
@@ -80,6 +82,7 @@ std::int32_t PrefixTree::Add(std::int32_t parent, const std::int32_t* tokens, st
 
 void PrefixTree::Grow(std::int32_t id, const std::int32_t* tokens, std::int64_t count) {
   Unlink(id);
+  ++versions_[id];
   num_tokens_ += count - entry(id).tokens;
   entry(id).tokens = static_cast<std::int32_t>(count);
   std::copy_n(tokens, count, Row(id));
@@ -95,6 +98,7 @@ void PrefixTree::SetStored(std::int32_t id, StoreState state) {
 std::int32_t PrefixTree::Shorten(std::int32_t id, std::int64_t count) {
   SetStored(id, StoreState::kUnwritten);
   Unlink(id);
+  ++versions_[id];
   num_tokens_ -= entry(id).tokens - count;
   entry(id).tokens = static_cast<std::int32_t>(count);
   const std::int32_t covering = Covering(entry(id).parent, tokens(id), count);
@@ -110,6 +114,7 @@ void PrefixTree::Remove(std::int32_t id) {
     if (entries_in_[block] == id) entries_in_[block] = kNoEntry;
   }
   --num_entries_;
+  ++versions_[id];
   num_tokens_ -= entry(id).tokens;
   entry(id) = PrefixEntry();
   unused_.push_back(id);

@@ -48,6 +48,18 @@ std::shared_ptr<store::HostStore> ToHostStore(nb::handle object) {
 
 void BindHostStore(nb::module_& m) {
   using Numbers = store::HostNumbers;
+  using Prefixes = store::HostPrefixNumbers;
+  nb::class_<Prefixes>(m, "HostPrefixNumbers")
+      .def_ro("runs", &Prefixes::runs)
+      .def_ro("bytes", &Prefixes::bytes)
+      .def_ro("bytes_written", &Prefixes::bytes_written)
+      .def_ro("bytes_read", &Prefixes::bytes_read)
+      .def_ro("read_bytes_per_second", &Prefixes::read_bytes_per_second)
+      .def_ro("bytes_evicted", &Prefixes::bytes_evicted)
+      .def_ro("refused_writes", &Prefixes::refused_writes)
+      .def_ro("failed_writes", &Prefixes::failed_writes)
+      .def_ro("failed_reads", &Prefixes::failed_reads)
+      .def_ro("last_error", &Prefixes::last_error);
   nb::class_<Numbers>(m, "HostNumbers")
       .def_ro("limit_bytes", &Numbers::limit_bytes)
       .def_ro("used_bytes", &Numbers::used_bytes)
@@ -58,7 +70,12 @@ void BindHostStore(nb::module_& m) {
       .def_ro("refused_writes", &Numbers::refused_writes)
       .def_ro("failed_writes", &Numbers::failed_writes)
       .def_ro("failed_reads", &Numbers::failed_reads)
-      .def_ro("last_error", &Numbers::last_error);
+      .def_ro("last_error", &Numbers::last_error)
+      .def_prop_ro("swap_out_seconds_median", [](const Numbers& n) { return n.swap_outs.median; })
+      .def_prop_ro("swap_out_seconds_p95", [](const Numbers& n) { return n.swap_outs.p95; })
+      .def_prop_ro("swap_in_seconds_median", [](const Numbers& n) { return n.swap_ins.median; })
+      .def_prop_ro("swap_in_seconds_p95", [](const Numbers& n) { return n.swap_ins.p95; })
+      .def_ro("prefixes", &Numbers::prefixes);
   nb::class_<HostStoreReference>(m, "HostStore")
       .def(nb::init<std::int64_t>(), "limit_bytes"_a)
       .def("numbers", &HostStoreReference::Numbers)

@@ -12,8 +12,10 @@
 #include <utility>
 #include <vector>
 
+#include "python/host_store_binding.h"
 #include "store/block_file.h"
 #include "store/block_store.h"
+#include "store/host_tier.h"
 #include "store/inspect.h"
 
 namespace nb = nanobind;
@@ -91,8 +93,15 @@ prefix::Loaded LoadPrefixes(const PoolReference& self, Store& store) {
   return loaded;
 }
 
-void AttachStore(const PoolReference& self, Store& store, double write_ahead) {
-  Call(self, "KVPool", [&](const PoolPtr& pool) { return pool->AttachStore(store.shared(), write_ahead); });
+void AttachStore(const PoolReference& self, const nb::object& object, double write_ahead) {
+  std::shared_ptr<store::PrefixStore> below;
+  if (const std::shared_ptr<store::HostStore> host = ToHostStore(object); host != nullptr) {
+    Raise(host->Check("KVPool"));
+    below = std::make_shared<store::HostTier>(host);
+  } else {
+    below = ToStore(object);
+  }
+  Call(self, "KVPool", [&](const PoolPtr& pool) { return pool->AttachStore(below, write_ahead); });
 }
 
 std::shared_ptr<prefix::FetchTicket> Prefetch(const PoolReference& self, std::string space, const Ids& ids,
@@ -208,6 +217,10 @@ void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_ro("bytes_evicted", &Numbers::bytes_evicted)
       .def_prop_ro("refused", [](const Numbers& n) { return ByProblem(n.refused); })
       .def_prop_ro("missed", [](const Numbers& n) { return ByProblem(n.missed); })
+      .def_prop_ro("swap_out_seconds_median", [](const Numbers& n) { return n.swap_outs.median; })
+      .def_prop_ro("swap_out_seconds_p95", [](const Numbers& n) { return n.swap_outs.p95; })
+      .def_prop_ro("swap_in_seconds_median", [](const Numbers& n) { return n.swap_ins.median; })
+      .def_prop_ro("swap_in_seconds_p95", [](const Numbers& n) { return n.swap_ins.p95; })
       .def_ro("last_error", &Numbers::last_error);
   nb::class_<Store>(m, "Store")
       .def(nb::init<const std::string&, std::int64_t, std::string>(), "path"_a, "limit_bytes"_a, "fingerprint"_a)

@@ -87,6 +87,11 @@ std::int64_t HostMemory::used_bytes() const {
   return used_bytes_;
 }
 
+std::int64_t HostMemory::room() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return limit_bytes_ - used_bytes_;
+}
+
 std::int64_t HostMemory::pinned_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return used_bytes_ + free_bytes_;

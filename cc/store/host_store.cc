@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -58,13 +57,11 @@ class HostStore::Image final : public SwapImage {
   std::vector<HostBuffer> buffers_;
 };
 
-struct HostStore::Order {
-  SwapRead read;
-  std::chrono::steady_clock::time_point begun;
-};
-
 HostStore::HostStore(std::int64_t limit_bytes)
-    : process_(getpid()), memory_(std::make_shared<HostMemory>(limit_bytes)), watcher_(std::make_unique<Watcher>()) {}
+    : process_(getpid()),
+      memory_(std::make_shared<HostMemory>(limit_bytes)),
+      prefixes_(std::make_unique<HostPrefixes>(memory_)),
+      watcher_(std::make_unique<Watcher>()) {}
 
 HostStore::~HostStore() {
   Close();
@@ -72,6 +69,7 @@ HostStore::~HostStore() {
   // In a forked child its threads are missing, and its locks may be held for ever.
   [[maybe_unused]] const void* left_alive = writes_.release();
   left_alive = reads_.release();
+  left_alive = prefixes_.release();
   left_alive = watcher_.release();
 }
 
@@ -111,6 +109,8 @@ void HostStore::WriteSwapped(SwapWrite write) {
 
 Status HostStore::Fill(const SwapWrite& write, std::shared_ptr<SwapImage>* out) {
   std::vector<HostBuffer> buffers;
+  // Prefixes can be computed again. Where there is no room without them either, Take says so.
+  static_cast<void>(prefixes_->MakeRoom(write.blocks * write.shape.bytes()));
   KVPAGE_RETURN_IF_ERROR(memory_->Take(write.shape.bytes(), write.blocks,
                                        write.make_buffer ? write.make_buffer : MakePlainBuffer, &buffers));
   auto image = std::make_shared<Image>(memory_, write.shape, std::move(buffers));
@@ -132,6 +132,7 @@ void HostStore::WorkOn(SwapWrite& write) {
   if (image != nullptr) {
     const std::lock_guard<std::mutex> lock(numbers_mutex_);
     numbers_.bytes_written += image->bytes();
+    swap_outs_.Add(SecondsOf(write));
   } else if (!status.ok()) {
     const bool full = status.code() == Code::kResourceExhausted;
     NoteError(status, full ? &HostNumbers::refused_writes : &HostNumbers::failed_writes);
@@ -141,41 +142,40 @@ void HostStore::WorkOn(SwapWrite& write) {
 
 void HostStore::ReadSwapped(SwapRead read) {
   Problem problem = Problem::kClosed;
-  Order order{std::move(read), std::chrono::steady_clock::now()};
   {
     const std::lock_guard<std::mutex> lock(queues_mutex_);
     try {
       if (Check("swap_in").ok() && reads_ == nullptr) {
-        reads_ = std::make_unique<WorkQueue<Order>>(1, kAnyNumber, [this](Order& each) { WorkOn(each); });
+        reads_ = std::make_unique<WorkQueue<SwapRead>>(1, kAnyNumber, [this](SwapRead& each) { WorkOn(each); });
       }
-      if (reads_ != nullptr && reads_->Offer(order, order.read.image->bytes())) return;
+      if (reads_ != nullptr && reads_->Offer(read, read.image->bytes())) return;
     } catch (const std::exception& error) {
       NoteError(NoThreads(error), &HostNumbers::failed_reads);
       problem = Problem::kUnreadable;
     }
   }
-  order.read.done(problem, 0);
+  read.done(problem, 0);
 }
 
-void HostStore::WorkOn(Order& order) {
-  const SwapRead& read = order.read;
+void HostStore::WorkOn(SwapRead& read) {
   const auto& image = static_cast<const Image&>(*read.image);  // as a store makes its images itself
   const std::int64_t bytes = image.bytes();
   Status status;
   std::int64_t good = 0;
   while (good < image.blocks() && (status = image.Place(read, good)).ok()) ++good;
   if (status.ok()) {
-    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - order.begun;
-    const double speed = static_cast<double>(bytes) / std::max(passed.count(), 1e-9);
+    const double seconds = SecondsOf(read);
+    const double speed = static_cast<double>(bytes) / std::max(seconds, 1e-9);
     const std::lock_guard<std::mutex> lock(numbers_mutex_);
+    swap_ins_.Add(seconds);
     numbers_.bytes_read += bytes;
     double& latest = numbers_.read_bytes_per_second;
     latest = latest == 0 ? speed : latest + kNewest * (speed - latest);
   } else {
     NoteError(status, &HostNumbers::failed_reads);
   }
-  const auto done = std::move(order.read.done);
-  order.read.image.reset();  // before anybody looks at what is left
+  const auto done = std::move(read.done);
+  read.image.reset();  // before anybody looks at what is left
   done(status.ok() ? Problem::kNone : Problem::kUnreadable, good);
 }
 
@@ -195,6 +195,9 @@ HostNumbers HostStore::Numbers() const {
   numbers.limit_bytes = memory_->limit_bytes();
   numbers.used_bytes = memory_->used_bytes();
   numbers.pinned_bytes = memory_->pinned_bytes();
+  numbers.swap_outs = swap_outs_.numbers();
+  numbers.swap_ins = swap_ins_.numbers();
+  numbers.prefixes = prefixes_->Numbers();
   return numbers;
 }
 
@@ -211,12 +214,13 @@ void HostStore::Close() {
     for (const SwapWrite& write : writes_->Stop()) write.done(Check("swap_out"), nullptr);
   }
   if (reads_ != nullptr) {
-    for (Order& order : reads_->Stop()) {
-      const auto done = std::move(order.read.done);
-      order.read.image.reset();
+    for (SwapRead& read : reads_->Stop()) {
+      const auto done = std::move(read.done);
+      read.image.reset();
       done(Problem::kClosed, 0);
     }
   }
+  prefixes_->Stop();
   memory_->Close();
 }
 

@@ -1,7 +1,8 @@
-// HostStore: blocks of swapped sequences in memory of the host. Made for pools on a device.
+// HostStore: blocks of swapped sequences and of evicted prefixes (host_prefixes.h) in memory of the host. Made for
+// pools on a device.
 //
-// What does not fit within the limit is refused, and stays where it is. Copies are made by threads of the store, one
-// for each direction, which start with the first use. In a forked child the store is closed.
+// A swapped sequence that does not fit within the limit is refused, and stays where it is. Copies are made by threads
+// of the store, one for each direction, which start with the first use. In a forked child the store is closed.
 #ifndef KVPAGE_STORE_HOST_STORE_H_
 #define KVPAGE_STORE_HOST_STORE_H_
 
@@ -14,8 +15,10 @@
 #include <mutex>
 #include <string>
 
+#include "base/latencies.h"
 #include "base/status.h"
 #include "store/host_memory.h"
+#include "store/host_prefixes.h"
 #include "store/swap_store.h"
 #include "store/watcher.h"
 #include "store/work_queue.h"
@@ -24,11 +27,14 @@ namespace kvpage::store {
 
 struct HostNumbers {
   std::int64_t limit_bytes = 0, used_bytes = 0, pinned_bytes = 0;
+  // Of swapped sequences:
   std::int64_t bytes_written = 0, bytes_read = 0;
   double read_bytes_per_second = 0;  // of the latest reads, with the time they were queued; 0: none yet
   std::int64_t refused_writes = 0;   // they did not fit
   std::int64_t failed_writes = 0, failed_reads = 0;
   std::string last_error;
+  LatencyNumbers swap_outs, swap_ins;  // from the call to the end
+  HostPrefixNumbers prefixes;
 };
 
 class HostStore final : public SwapStore {
@@ -44,29 +50,33 @@ class HostStore final : public SwapStore {
   void ReadSwapped(SwapRead read) override;
   void Watch(std::function<bool()> poll) override;
 
+  // Whether this is the process that has made it. In another one its prefixes must be left alone.
+  bool here() const;
+  HostPrefixes& prefixes() const { return *prefixes_; }
+
   HostNumbers Numbers() const;
   // Ends copies that have begun, and drops the others. Safe to call again.
   void Close();
 
  private:
   class Image;
-  struct Order;
 
-  bool here() const;
   void WorkOn(SwapWrite& write);
   Status Fill(const SwapWrite& write, std::shared_ptr<SwapImage>* out);
-  void WorkOn(Order& order);
+  void WorkOn(SwapRead& read);
   void NoteError(const Status& status, std::int64_t HostNumbers::* count);
 
   const pid_t process_;
   const std::shared_ptr<HostMemory> memory_;
+  std::unique_ptr<HostPrefixes> prefixes_;
   std::atomic<bool> closed_{false};
   std::mutex queues_mutex_, join_mutex_;
   std::unique_ptr<WorkQueue<SwapWrite>> writes_;
-  std::unique_ptr<WorkQueue<Order>> reads_;
+  std::unique_ptr<WorkQueue<SwapRead>> reads_;
   std::unique_ptr<Watcher> watcher_;
   mutable std::mutex numbers_mutex_;
   HostNumbers numbers_;
+  Latencies swap_outs_, swap_ins_;
 };
 
 }  // namespace kvpage::store

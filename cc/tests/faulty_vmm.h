@@ -105,6 +105,12 @@ class FaultyVmm final : public Vmm {
   Status ImportCopies(const std::vector<int>& fds, const std::int32_t* b) override {
     return inner_->ImportCopies(fds, b);
   }
+  // Null, unless a test sets one.
+  Status Mover(std::shared_ptr<BlockMover>* out) override {
+    *out = mover_;
+    return {};
+  }
+  void set_mover(std::shared_ptr<BlockMover> mover) { mover_ = std::move(mover); }
   std::int64_t PhysicalBytes() const override { return inner_->PhysicalBytes(); }
   std::int64_t system_calls() const override { return inner_->system_calls(); }
 
@@ -116,6 +122,7 @@ class FaultyVmm final : public Vmm {
   static Status Fault() { return ResourceExhausted("injected fault"); }
 
   std::unique_ptr<Vmm> inner_;
+  std::shared_ptr<BlockMover> mover_;
   Verb verb_ = Verb::kNone;
   int calls_left_ = -1;
   Verb meanwhile_verb_ = Verb::kNone;
