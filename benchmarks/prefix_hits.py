@@ -1,15 +1,22 @@
-"""Hit ratios of the prefix index on a public trace, by eviction policy and size of the cache.
+"""Hit ratios of the prefix index on a public trace, by eviction policy, size and store below it.
 
-    python benchmarks/prefix_hits.py [--quick] [--json] [--data DIR]
+    python benchmarks/prefix_hits.py [--quick] [--json] [--data DIR] [--disk-blocks N[,N...]]
 
 Replays the conversation trace of Mooncake (FAST'25), mooncake_conversation.jsonl.gz in DIR. A
 request asks for its prompt once, when it arrives, and all of it is cached then, in blocks of 512
 tokens. The ratio is cached tokens over all prompt tokens, with exact lengths; the last token of a
 prompt never counts as cached. "clairvoyant" evicts the blocks whose next use is furthest away.
+
+The second table has a store of some blocks below a cache with the default policy. A whole block
+that is evicted is written first, behind what it continues, and the store removes what was written
+or read least recently, leaves first, a block at a time (a BlockStore: a file at a time). No read is
+refused for being slow. "memory": cached tokens that memory has; "store": those that only the store
+has, which `prefetch` brings before the request.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import heapq
@@ -68,6 +75,100 @@ def _replay(requests: list[_Request], policy: str, capacity: int) -> float:
     return cached / sum(request.length for request in requests)
 
 
+class _Store:
+    """Whole blocks below memory.
+
+    Attributes:
+        written: blocks so far.
+    """
+
+    def __init__(self, capacity: int, parents: dict[int, int | None]) -> None:
+        self.written = 0
+        self._capacity = capacity
+        self._parents = parents
+        self._used: dict[int, int] = {}  # of each block that is here, when
+        self._children: collections.Counter[int] = collections.Counter()
+        self._heap: list[tuple[int, int]] = []  # leaves, and what has been read or removed since
+        self._now = 0
+
+    def find(self, blocks: list[int]) -> int:
+        """How many of the first blocks are here."""
+        return next((i for i, block in enumerate(blocks) if block not in self._used), len(blocks))
+
+    def read(self, blocks: list[int]) -> None:
+        """These blocks, which are here, are used."""
+        self._now += 1
+        for block in blocks:
+            self._use(block)
+
+    def write(self, block: int) -> None:
+        """Takes a block, and those that it continues where they are missing."""
+        path: list[int] = []
+        at: int | None = block
+        while at is not None and at not in self._used:
+            path.append(at)
+            at = self._parents[at]
+        self._now += 1
+        for new in reversed(path):
+            parent = self._parents[new]
+            if parent is not None:
+                self._children[parent] += 1
+            self._use(new)
+        self.written += len(path)
+        while len(self._used) > self._capacity:
+            used, leaf = heapq.heappop(self._heap)
+            if self._used.get(leaf) != used or self._children[leaf]:
+                continue
+            del self._used[leaf]
+            parent = self._parents[leaf]
+            if parent is not None:
+                self._children[parent] -= 1
+                heapq.heappush(self._heap, (self._used[parent], parent))
+
+    def _use(self, block: int) -> None:
+        self._used[block] = self._now
+        heapq.heappush(self._heap, (self._now, block))
+
+
+def _replay_with_store(requests: list[_Request], capacity: int, blocks: int) -> dict[str, Any]:
+    parents: dict[int, int | None] = {}
+    for request in requests:
+        parents.update(zip(request.blocks, [None, *request.blocks], strict=False))
+    index, store = _native.PrefixIndex(_BLOCK), _Store(blocks, parents)
+    index.record_events(2**31)
+    index.take_events()
+    longest = max(len(request.blocks) for request in requests)
+    within, physical = np.arange(_BLOCK, dtype=np.int32), np.zeros(longest, np.int32)
+    named: dict[int, int] = {}  # the block of each hash
+    memory = below = 0
+    for request in requests:
+        starts = np.asarray(request.blocks, np.int32) * _BLOCK
+        tokens = (starts[:, None] + within).reshape(-1)[: request.length]
+        found = min(index.find(tokens).tokens, request.length - 1)
+        stored = store.find(request.blocks)
+        store.read(request.blocks[found // _BLOCK : stored])
+        memory += found
+        below += max(request.cached(stored) - found, 0)
+        index.touch(tokens)
+        index.store(0, tokens, physical)
+        index.evict(index.numbers.entries - capacity)
+        index.detach(0)
+        for event in index.take_events():
+            if event.kind == "stored":
+                named[event.hash] = event.tokens[0] // _BLOCK
+            else:
+                store.write(named.pop(event.hash))
+    asked = sum(request.length for request in requests)
+    return {
+        "blocks": capacity,
+        "blocks of the store": blocks,
+        "memory": memory / asked,
+        "store": below / asked,
+        "together": (memory + below) / asked,
+        "blocks written": store.written,
+    }
+
+
 def _clairvoyant(requests: list[_Request], capacity: int) -> float:
     following: dict[int, int] = {}
     uses: list[list[int]] = []  # for each request and block: the request that uses it next
@@ -94,17 +195,28 @@ def _clairvoyant(requests: list[_Request], capacity: int) -> float:
     return cached / sum(request.length for request in requests)
 
 
-def measure(quick: bool, data: str) -> dict[str, Any]:
-    """One table: a row for each size of the cache, a column for each policy."""
+def measure(quick: bool, data: str, disk_blocks: str) -> dict[str, Any]:
+    """Tables of cached shares: by policy and size of the cache; by size of the store below."""
     requests = read_requests(data)
+    sizes = [int(size) for size in disk_blocks.split(",")]
     rows = []
     for capacity in (5000, 10_000) if quick else (1000, 5000, 10_000, 20_000):
         row: dict[str, Any] = {"blocks": capacity}
         row |= {policy: _replay(requests, policy, capacity) for policy in _POLICIES}
         row["clairvoyant"] = _clairvoyant(requests, capacity)
         rows.append(row)
-    return {"tables": {"cached tokens of the conversation trace": rows}}
+    below = [
+        _replay_with_store(requests, capacity, blocks)
+        for capacity in ((5000,) if quick else (1000, 5000, 10_000))
+        for blocks in sizes
+    ]
+    return {
+        "tables": {
+            "cached tokens of the conversation trace": rows,
+            "the same with a store below memory": below,
+        }
+    }
 
 
 if __name__ == "__main__":
-    script.run(__doc__, measure, data="../shared/data")
+    script.run(__doc__, measure, data="../shared/data", disk_blocks="10000,50000,100000")

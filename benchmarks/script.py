@@ -27,7 +27,8 @@ def run(doc: str, measure: Callable[..., dict[str, Any]], **options: str) -> Non
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     for name, default in options.items():
-        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, default=default, help=f"default: {default}")
     arguments = parser.parse_args()
     result = measure(arguments.quick, **{name: getattr(arguments, name) for name in options})
     if arguments.json:
