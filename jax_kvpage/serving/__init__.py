@@ -1,7 +1,8 @@
 """Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
 
-`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`). `Engine` runs
-its plans with a model on a `KVPool`. Names that need JAX are imported when they are first used.
+`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`), and
+`ReplicatedScheduler` those of several replicas. `Engine` runs such plans with a model on a
+`KVPool`. Names that need JAX are imported when they are first used.
 `simulate` runs the scheduler on a `Workload` without a model, to compare policies and sizes.
 """
 
@@ -15,6 +16,7 @@ from jax_kvpage.serving.outputs import CompletionOutput, Logprob, RequestMetrics
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.plan import Admission, Fork, StepPlan
 from jax_kvpage.serving.preemption import Candidates, CostAware, LastComeFirst, PreemptionPolicy
+from jax_kvpage.serving.replicas import ReplicatedScheduler
 from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup, Status
 from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.simulation import Reservation, SimulationResult, StepTime, simulate
@@ -65,6 +67,7 @@ __all__ = [
     "Logprob",
     "Memory",
     "PreemptionPolicy",
+    "ReplicatedScheduler",
     "Request",
     "RequestMetrics",
     "RequestOutput",

@@ -84,6 +84,12 @@ class StepBuilder:
             self.blocked.remove(group)
 
     @property
+    def takes_new(self) -> bool:
+        """Whether groups that wait may start: freed blocks go to those first that wait with their
+        memory."""
+        return not (self.num_stalled or self.blocked or self.preempted)
+
+    @property
     def has_parts(self) -> bool:
         """Whether the step computes parts of prompts."""
         return bool(self._parts)

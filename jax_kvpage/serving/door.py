@@ -1,9 +1,56 @@
 """Requests that can never run are refused before they are queued."""
 
 from jax_kvpage.serving.memory import Memory
-from jax_kvpage.serving.request import Request, RequestRefused
+from jax_kvpage.serving.request import Request, RequestRefused, SequenceGroup
+from jax_kvpage.serving.stats import SchedulerStats
+from jax_kvpage.serving.waiting import Deadlines, WaitingQueue
 
-__all__ = ["check_queue", "check_sizes", "limit_of"]
+__all__ = ["Door", "check_queue", "check_sizes", "limit_of"]
+
+
+class Door:
+    """Where requests enter the queue.
+
+    Args:
+        memory: where they will run.
+        queue: to put them into.
+        stats: counts those that are refused.
+        max_num_seqs: sequences that may run at one time.
+        max_num_waiting: groups in the queue at most; None for no bound.
+
+    Attributes:
+        deadlines: of those that have one.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        queue: WaitingQueue,
+        stats: SchedulerStats,
+        max_num_seqs: int,
+        max_num_waiting: int | None,
+    ) -> None:
+        self._memory = memory
+        self._queue = queue
+        self._stats = stats
+        self._max_num_seqs = max_num_seqs
+        self._max_num_waiting = max_num_waiting
+        self._arrivals = 0
+        self.deadlines = Deadlines()
+
+    def add(self, request: Request) -> SequenceGroup:
+        """See `Scheduler.add`."""
+        try:
+            limit, reason = limit_of(request, self._memory, self._max_num_seqs)
+            check_queue(request, self._queue.num_waiting, self._max_num_waiting)
+        except RequestRefused:
+            self._stats.refused_requests += 1
+            raise
+        group = SequenceGroup(request, self._arrivals, limit, reason)
+        self._arrivals += 1
+        self._queue.push(group)
+        self.deadlines.push(group)
+        return group
 
 
 def check_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> None:

@@ -118,6 +118,11 @@ class Sequence:
     row: int = -1
     finish_reason: str | None = None
 
+    @property
+    def place(self) -> int:
+        """Its row among those of all replicas; -1 without one."""
+        return self.row + self.group.first_row if self.row >= 0 else -1
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class SequenceGroup:
@@ -136,6 +141,7 @@ class SequenceGroup:
         unforked: of these, the ones that wait for the prompt to be computed.
         donor: the sequence that computes the prompt for them.
         index: number among the running groups, -1 otherwise.
+        first_row: the place of row 0 of its replica, if it has started.
     """
 
     request: Request
@@ -150,6 +156,7 @@ class SequenceGroup:
     unforked: list[Sequence] = dataclasses.field(default_factory=list)
     donor: Sequence | None = None
     index: int = -1
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         tokens = self.request.num_prompt_tokens

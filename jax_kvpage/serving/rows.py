@@ -18,6 +18,7 @@ class Rows:
     Args:
         size: rows.
         block_tokens: tokens in a block.
+        first: the place of row 0 among the rows of all replicas.
 
     Attributes:
         known: int32[rows]: tokens whose ids exist, or will exist when the last plan has run.
@@ -37,8 +38,9 @@ class Rows:
         preemptable: bool[groups]: whether the number is in use and its group may be preempted.
     """
 
-    def __init__(self, size: int, block_tokens: int) -> None:
+    def __init__(self, size: int, block_tokens: int, first: int = 0) -> None:
         self.block_tokens = block_tokens
+        self.first = first
         self.known, self.computed, self.room, self.limit, self.prompt, self.drafts = np.zeros(
             (6, size), np.int32
         )
@@ -73,6 +75,7 @@ class Rows:
             preemptable: whether it may be preempted.
         """
         index = group.index = self._free_groups.pop()
+        group.first_row = self.first
         self.groups[index] = group
         self.shared[index], self.promised[index] = shared, 0
         self.arrival[index], self.priority[index] = group.arrival, group.request.priority

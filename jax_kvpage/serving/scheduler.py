@@ -13,30 +13,20 @@ clocks, hashes or random numbers: equal calls give equal plans.
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from jax_kvpage.serving.admission import AdmissionPolicy, ExpectedGrowth
-from jax_kvpage.serving.advance import advance, start_from, take_back, without
-from jax_kvpage.serving.builder import StepBuilder
-from jax_kvpage.serving.door import check_queue, check_sizes, limit_of
-from jax_kvpage.serving.forking import fork_ready
-from jax_kvpage.serving.growth import Growth
+from jax_kvpage.serving.door import Door
 from jax_kvpage.serving.memory import Memory
-from jax_kvpage.serving.plan import Fork, StepPlan
+from jax_kvpage.serving.plan import StepPlan
+from jax_kvpage.serving.planner import Planner
 from jax_kvpage.serving.preemption import CostAware, PreemptionPolicy
-from jax_kvpage.serving.request import Request, RequestRefused, Sequence, SequenceGroup, Status
-from jax_kvpage.serving.rows import Rows
-from jax_kvpage.serving.running import RunningSet
-from jax_kvpage.serving.starting import Starter
-from jax_kvpage.serving.stats import SchedulerStats
+from jax_kvpage.serving.request import Request, SequenceGroup
 from jax_kvpage.serving.swap import SwapSpace
-from jax_kvpage.serving.trust import Trust
-from jax_kvpage.serving.waiting import Deadlines, WaitingQueue
+from jax_kvpage.serving.waiting import WaitingQueue
 
 __all__ = ["Scheduler"]
 
 
-class Scheduler:
+class Scheduler(Planner):
     """Plans steps.
 
     A server's loop, in which step k may still run while step k + 1 is planned:
@@ -85,43 +75,20 @@ class Scheduler:
         find_prefix: Callable[[SequenceGroup], tuple[int, int]] | None = None,
         swap: SwapSpace | None = None,
     ) -> None:
-        check_sizes(max_num_seqs, max_num_batched_tokens)
-        self.stats = SchedulerStats()
-        self._memory = memory
-        self._max_num_seqs = max_num_seqs
-        self._budget = max_num_batched_tokens
-        self._step_sizes = tuple(sorted(step_sizes))
-        self._admission = admission or ExpectedGrowth()
-        self._max_num_waiting = max_num_waiting
-        self._rows = Rows(max_num_seqs, memory.block_tokens)
-        self._running = RunningSet(self._rows, memory.max_seq_len, max_preemptions)
-        self._growth = Growth(self._rows, self._running, preemption or CostAware(), swap)
-        self._queue = WaitingQueue()
-        self._deadlines = Deadlines()
-        self._arrivals = 0
-        self._finished: list[SequenceGroup] = []
-        self._ending: list[Sequence] = []  # reach their limit with the last plan
-        self._forks: tuple[Fork, ...] = ()  # of the last plan
-        self._room_before: dict[int, int] = {}  # of rows that grow in the last plan
-        self._trust = Trust()
-        self._starter = Starter(
-            self._rows,
-            self._running,
-            self._queue,
-            self._trust,
-            self.stats,
-            self._admission,
-            memory.capacity,
-            find_prefix,
-            swap,
-            self.cancel,
+        queue = WaitingQueue()
+        super().__init__(
+            memory,
+            queue,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            step_sizes=step_sizes,
+            preemption=preemption or CostAware(),
+            admission=admission or ExpectedGrowth(),
+            max_preemptions=max_preemptions,
+            find_prefix=find_prefix,
+            swap=swap,
         )
-        self._ran = False  # whether the last plan ran anything
-
-    @property
-    def num_running(self) -> int:
-        """Groups that have memory."""
-        return len(self._running.groups)
+        self._door = Door(memory, queue, self.stats, max_num_seqs, max_num_waiting)
 
     @property
     def num_waiting(self) -> int:
@@ -131,16 +98,7 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         """Whether there is anything left to plan, releases included."""
-        running = self._running
-        return bool(running.groups or self.num_waiting or running.released or self._finished)
-
-    def running(self) -> tuple[SequenceGroup, ...]:
-        """Groups that have memory, in the order of the schedule."""
-        return tuple(self._running.groups)
-
-    def num_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a sequence whose ids exist when the last plan has run."""
-        return int(self._rows.known[sequence.row]) if sequence.row >= 0 else sequence.num_tokens
+        return bool(self.has_left or self.num_waiting)
 
     def add(self, request: Request) -> SequenceGroup:
         """Queues a request.
@@ -152,59 +110,7 @@ class Scheduler:
         Raises:
             RequestRefused: it can never run, or the queue is full.
         """
-        try:
-            limit, reason = limit_of(request, self._memory, self._max_num_seqs)
-            check_queue(request, self.num_waiting, self._max_num_waiting)
-        except RequestRefused:
-            self.stats.refused_requests += 1
-            raise
-        group = SequenceGroup(request, self._arrivals, limit, reason)
-        self._arrivals += 1
-        self._queue.push(group)
-        self._deadlines.push(group)
-        return group
-
-    def finish(self, sequence: Sequence, reason: str = "stop") -> None:
-        """Ends a sequence. Its slot is released by the next plan.
-
-        A sequence that has reached its limit keeps ending there, but takes the reason: the limit is
-        known a step before the token.
-        """
-        if sequence.finish_reason is None:
-            self._end(sequence, reason)
-        elif sequence.finish_reason == sequence.group.limit_reason:
-            sequence.finish_reason = reason
-
-    def cancel(self, group: SequenceGroup, reason: str = "cancelled") -> None:
-        """Ends all unfinished sequences of a group, wherever it stands."""
-        for sequence in list(group.live):
-            self._end(sequence, reason)
-
-    def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Lets sequences verify speculated tokens in the next plan, behind their newest one.
-
-        Args:
-            rows: int[s]: rows that decode.
-            counts: int[s]: tokens speculated. The plan's counts say how many of them run: fewer at
-                a sequence's limit, beyond the token budget, and when blocks are short. Prompts that
-                wait to be computed keep half of the budget that is left beside the decodes.
-        """
-        self._rows.set_drafts(rows, counts)
-
-    def add_tokens(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Adds the tokens that the last plan produced beyond one for each sequence.
-
-        Args:
-            rows: int[s]: rows that decode, each once.
-            counts: int[s]: drafts that were accepted. Those rejected must be rolled back.
-        """
-        arrays = self._rows
-        arrays.known[rows] += counts
-        arrays.computed[rows] += counts
-        for row in rows[arrays.known[rows] >= arrays.limit[rows]].tolist():
-            sequence = arrays.sequences[row]
-            if sequence is not None and sequence.finish_reason is None:
-                self._end(sequence, sequence.group.limit_reason)
+        return self._door.add(request)
 
     def schedule(self, now: float = float("-inf")) -> StepPlan:
         """Plans the next step. The previous plan must have been carried out, or refused.
@@ -212,125 +118,12 @@ class Scheduler:
         Args:
             now: the time, for deadlines.
         """
-        if self._ran:
-            self._trust.ran()
-        for sequence in self._ending:
-            if sequence.finish_reason is None:
-                self._end(sequence, sequence.group.limit_reason)
-        self._ending = []
-        self._running.release_donors(self._forks)
-        for group in self._deadlines.passed(now):
+        self.settle()
+        for group in self._door.deadlines.passed(now):
             self.cancel(group, "deadline")
-        step = self._begin()
-        fork_ready(self._rows, self._running, step, self._end)
-        if self._rows.has_drafts:
-            can_start = self._rows.num_free > self._running.num_unforked
-            newcomers = can_start and self._queue.head() is not None
-            pending = self._budget if newcomers else self._running.num_pending
-            self._rows.trim_drafts(self._budget, pending)
-        self._growth.decode(step)
-        step.prefill(self._rows, self._running.prefilling)
-        if step.num_stalled or step.blocked or step.preempted:
-            # Freed blocks go to those who wait with their memory, not to newcomers.
-            self._requeue(step)
+        step = self.plan_running()
+        if step.takes_new:
+            self.starter.start(step)
         else:
-            self._starter.start(step)
-        return self._complete(step)
-
-    def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
-        """Takes back the part of the last plan that memory has refused. Must be the next call.
-
-        The groups of those sequences do not run in this step, and keep what they have; newly
-        admitted ones go back to their places in the queue. Until memory has freed more blocks than
-        the plan counted on, or some steps have passed, nothing else is promised from them. A group
-        that cannot go on even alone, with nothing draining, ends after some tries ("capacity").
-
-        Args:
-            plan: the last one. Its `release` has been carried out.
-            sequences: those of its `extend_rows`, of its admissions, or children of its forks, that
-                got no memory.
-
-        Returns:
-            The plan to carry out instead.
-        """
-        refused = list(sequences)
-        groups = dict.fromkeys(sequence.group for sequence in refused)
-        left = without(plan, groups, refused)
-        for row in {sequence.row for sequence in refused} & self._room_before.keys():
-            self._rows.room[row] = self._room_before[row]
-        for group in take_back(self._rows, self._running, plan, groups):
-            self._queue.push(group)
-        self._forks = left.forks
-        self._ending = [left.sequences[position] for position in left.ending]
-        self._trust.refused(plan.free_blocks)
-        self.stats.refused_plans += 1
-        self._ran = not left.is_empty
-        if self._trust.is_final(left.is_empty and not self._memory.draining_blocks()):
-            self.cancel(next(iter(groups)), "capacity")
-        return left
-
-    def found(self, plan: StepPlan, sequence: Sequence, num_cached: int) -> StepPlan:
-        """Hears, before a refusal, that a sequence starts with fewer tokens than planned.
-
-        Args:
-            plan: the last one, which admits the sequence.
-            sequence: that has its memory.
-            num_cached: tokens that it has found in the prefix cache.
-
-        Returns:
-            The plan to carry out instead, in which it runs as many tokens from there.
-        """
-        self._ending = [other for other in self._ending if other is not sequence]
-        return start_from(self._rows, self._running, plan, sequence, num_cached)
-
-    def _end(self, sequence: Sequence, reason: str) -> None:
-        group, waits = sequence.group, sequence.group.status is not Status.RUNNING
-        produced = self.num_tokens(sequence) - group.request.num_prompt_tokens
-        if reason not in ("cancelled", "deadline", "capacity"):
-            self._admission.observe(produced)
-        if self._running.end(sequence, reason):
-            self._finished.append(group)
-            if waits:
-                self._queue.leave()
-
-    def _begin(self) -> StepBuilder:
-        if self._needs_no_memory():  # most steps: memory may take long to answer
-            return StepBuilder(0, 0, 0, 0, self._budget)
-        memory, running = self._memory, self._running
-        free = self._trust.usable(memory.free_blocks())
-        coming = memory.draining_blocks() + running.releasing
-        slots = memory.free_slots() - running.promised_slots
-        return StepBuilder(free, running.promised, coming, slots, self._budget)
-
-    def _needs_no_memory(self) -> bool:
-        """Whether all that the step can do is to run sequences that have room."""
-        rows, running = self._rows, self._running
-        can_start = rows.num_free > running.num_unforked and self._queue.head() is not None
-        grows = rows.has_drafts or running.forking or rows.short().size
-        return self._trust.is_full and not (can_start or grows)
-
-    def _requeue(self, step: StepBuilder) -> None:
-        """Puts victims back into the queue; if nothing can go on, the oldest group ends."""
-        for group in step.preempted:
-            self._queue.push(group)
-        idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
-        if idle and self._trust.is_full and self._running.groups:
-            self.cancel(self._running.groups[0], "capacity")
-
-    def _complete(self, step: StepBuilder) -> StepPlan:
-        """Makes the plan, and counts its tokens as computed."""
-        rows, running = self._rows, self._running
-        step.fit(self._step_sizes)
-        plan = step.build(self.stats.steps, self._finished, running.released, rows)
-        plan = advance(rows, running, plan)
-        self._finished, running.released, running.releasing = [], [], 0
-        self._forks = plan.forks
-        self._ending = [plan.sequences[position] for position in plan.ending]
-        self._room_before = dict(zip(step.grown[0].tolist(), step.grown[2].tolist(), strict=True))
-        for key in running.done_prefixes:
-            self._queue.let_go(key)
-        running.done_prefixes.clear()
-        rows.drop_drafts()
-        self._ran = not plan.is_empty
-        self.stats.planned(plan)
-        return plan
+            self.requeue(step)
+        return self.complete(step)

@@ -1,6 +1,7 @@
 """Which waiting groups start in a step: new ones, and those that lost their memory."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from jax_kvpage.serving.admission import AdmissionPolicy, Load
 from jax_kvpage.serving.builder import StepBuilder
@@ -12,7 +13,9 @@ from jax_kvpage.serving.swap import SwapSpace
 from jax_kvpage.serving.trust import Trust
 from jax_kvpage.serving.waiting import WaitingQueue
 
-__all__ = ["Starter"]
+__all__ = ["Outcome", "Starter"]
+
+Outcome = Literal["started", "aside", "later", "never"]
 
 
 class Starter:
@@ -55,51 +58,96 @@ class Starter:
         self._swap = swap
         self._cancel = cancel
 
+    def load(self, step: StepBuilder) -> Load:
+        """What admission policies see in a step; to be made once for it."""
+        return Load(self._rows, self._capacity, step.free, step.coming)
+
     def start(self, step: StepBuilder) -> None:
         """Fills in the admissions of a step."""
-        running, queue = self._running, self._queue
-        load = Load(self._rows, self._capacity, step.free, step.coming)
-        while step.budget > 0 and (group := queue.head()) is not None:
-            key = group.request.prefix_key
-            full = len(group.live) > self._rows.num_free - running.num_unforked
-            full = full or group.request.slots > step.slots
-            held = self._swap is not None and self._swap.holds(group)
-            waits = self._find_prefix is not None and not held and running.computes(key)
-            if full and not waits:
+        load = self.load(step)
+        while step.budget > 0 and (group := self._queue.head()) is not None:
+            outcome = self.try_start(step, load, group)
+            if outcome == "never":
+                self._cancel(group, "capacity")
+            elif outcome == "later":
                 break
-            cached, spared = self._find(group, held)
-            if waits and cached < running.prefix_to_cache(group):
-                queue.hold(key)
-                continue
-            if full:
-                break
-            blocks = running.blocks_to_start(group) - spared
-            if not running.groups and not step.coming:
-                if blocks > step.free:
-                    if not self._trust.is_full or (self._swap and self._swap.give_up()):
-                        break
-                    self._cancel(group, "capacity")
-                    continue
-            elif blocks > step.free or not self._admission.admits(load, group, blocks):
-                break
-            if held and self._swap is not None:
-                fetched = self._swap.fetch(group)
-                if fetched == "coming":
-                    break
-                if fetched == "gone":
-                    continue
-            queue.pop()
-            self._stats.restarts(group, cached)
-            load.free = step.free = step.free - blocks
-            step.slots -= group.request.slots
-            step.admissions.append(running.start(group, cached))
-            step.run(self._rows, group.live[0])
 
-    def _find(self, group: SequenceGroup, held: bool) -> tuple[int, int]:
+    def try_start(
+        self,
+        step: StepBuilder,
+        load: Load,
+        group: SequenceGroup,
+        found: tuple[int, int] | None = None,
+    ) -> Outcome:
+        """Starts the group at the head of the queue, if that can be.
+
+        Args:
+            step: has some budget left.
+            load: of the step.
+            group: the head of the queue.
+            found: what `find` has found of it; None: it is looked for when that matters.
+
+        Returns:
+            "started"; "aside" if the group waits for another one outside of the queue, or is to be
+            looked at again; "later" if it stays at the head; "never" if it does not fit although
+            nothing else runs here.
+        """
+        running, queue = self._running, self._queue
+        full = self.is_full(step, group)
+        held = self._swap is not None and self._swap.holds(group)
+        waits = not held and self._computes_prefix(group)
+        if full and not waits:
+            return "later"
+        cached, spared = found or self.find(group)
+        if waits and cached < running.prefix_to_cache(group):
+            queue.hold(group.request.prefix_key)
+            return "aside"
+        if full:
+            return "later"
+        blocks = running.blocks_to_start(group) - spared
+        if not running.groups and not step.coming:
+            if blocks > step.free:
+                if not self._trust.is_full or (self._swap and self._swap.give_up()):
+                    return "later"
+                return "never"
+        elif blocks > step.free or not self._admission.admits(load, group, blocks):
+            return "later"
+        if held and self._swap is not None:
+            fetched = self._swap.fetch(group)
+            if fetched == "coming":
+                return "later"
+            if fetched == "gone":
+                return "aside"
+        queue.pop()
+        self._stats.restarts(group, cached)
+        load.free = step.free = step.free - blocks
+        step.slots -= group.request.slots
+        step.admissions.append(running.start(group, cached))
+        step.run(self._rows, group.live[0])
+        return "started"
+
+    def find(self, group: SequenceGroup) -> tuple[int, int]:
         """Tokens that a group starts with, and how many of their blocks cost no free one."""
         found = (0, 0)
-        if held and self._swap is not None:
+        if self._swap is not None and self._swap.holds(group):
             found = self._swap.find(group)
         elif self._find_prefix is not None:
             found = self._find_prefix(group)
         return min(found[0], group.live[0].num_tokens - 1), found[1]
+
+    def is_full(self, step: StepBuilder, group: SequenceGroup) -> bool:
+        """Whether a row or a slot is missing for a group."""
+        rows = self._rows.num_free - self._running.num_unforked
+        return len(group.live) > rows or group.request.slots > step.slots
+
+    def expects(self, group: SequenceGroup) -> int:
+        """Tokens of a group that a running one computes: they will be there to be found."""
+        return self._running.prefix_to_cache(group) if self._computes_prefix(group) else 0
+
+    def used_blocks(self, step: StepBuilder) -> int:
+        """Blocks that running groups hold, and those promised in a step."""
+        return max(self._capacity - step.free - step.coming, 0)
+
+    def _computes_prefix(self, group: SequenceGroup) -> bool:
+        looks = self._find_prefix is not None
+        return looks and self._running.computes(group.request.prefix_key)
