@@ -1,5 +1,7 @@
 """Host calls that tell the replicas of a pool apart."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,6 +44,26 @@ class ReplicaCalls:
         if not 0 <= slot < count:
             raise ValueError(f"replica_of: slot {slot} does not exist, slots are 0..{count - 1}")
         return slot // (count // self.replicas)
+
+    @contextlib.contextmanager
+    def on_replica(self, replica: int) -> Iterator[None]:
+        """A context in which this thread's requests go to one replica, for schedulers that place
+        them: `acquire`, `acquire_prefix` and `can_acquire` use no other, and `find_prefix` looks
+        nowhere else.
+
+        Args:
+            replica: its number.
+
+        Raises:
+            ValueError: a replica that does not exist.
+        """
+        replica, count = host_int("on_replica: replica", replica), self.replicas
+        if not 0 <= replica < count:
+            raise ValueError(
+                f"on_replica: replica {replica} does not exist, replicas are 0..{count - 1}"
+            )
+        with contextlib.nullcontext() if count == 1 else self._pool.placing_on(replica):
+            yield
 
     def replica_stats(self) -> list[PoolStats]:
         """The accounts of each replica; `stats` has their sums.

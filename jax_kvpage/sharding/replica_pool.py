@@ -67,7 +67,7 @@ class ReplicatedPool(ReplicaTable):
             requests: what is wanted.
             attempt: claims these requests (indices) on a replica.
         """
-        limits = [len(requests)] * len(self.replicas)
+        limits = self._limits(len(requests))
         failed: list[Any] = []
         while True:
             where = self._places(requests, limits)
@@ -151,7 +151,7 @@ class ReplicatedPool(ReplicaTable):
         wrong = self.replicas[0].can_acquire(num_tokens)
         if not wrong.ok and wrong.code is not Code.RESOURCE_EXHAUSTED:
             return wrong
-        ok = self._places(requests, [len(requests)] * len(self.replicas), sure=True) is not None
+        ok = self._places(requests, self._limits(len(requests)), sure=True) is not None
         return plain(wrong, ok=ok)
 
     def acquire_prefix(

@@ -4,6 +4,7 @@ Slots have numbers of the whole pool here: replica r has `slots` of them, from `
 """
 
 import contextlib
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,6 +51,7 @@ class ReplicaTable:
         self._block_tokens = spec.block_tokens or 1
         self._ranges = spec.num_ranges
         self._settle: Callable[[], None] = lambda: None
+        self._chosen = threading.local()  # the only replica for requests of this thread
 
     @property
     def shards(self) -> list[Any]:
@@ -67,6 +69,26 @@ class ReplicaTable:
         for replica in self.replicas:
             if _of_several(replica):
                 replica.settle = settle
+
+    # ---- where requests may go ----
+
+    @contextlib.contextmanager
+    def placing_on(self, replica: int) -> Iterator[None]:
+        """See `ReplicaCalls.on_replica`."""
+        before, self._chosen.replica = self._only, replica
+        try:
+            yield
+        finally:
+            self._chosen.replica = before
+
+    @property
+    def _only(self) -> int | None:
+        return getattr(self._chosen, "replica", None)
+
+    def _limits(self, count: int) -> list[int]:
+        """For each replica how many of this many requests it may get."""
+        only = self._only
+        return [count if only in (None, replica) else 0 for replica in range(len(self.replicas))]
 
     # ---- whose slots ----
 
@@ -159,8 +181,10 @@ class ReplicaTable:
     # ---- the prefix caches ----
 
     def find_prefix(self, *args: Any) -> int:
-        """The most that a replica has."""
-        return max(int(replica.find_prefix(*args)) for replica in self.replicas)
+        """The most that a replica has, of those that requests may go to."""
+        only = self._only
+        replicas = self.replicas if only is None else [self.replicas[only]]
+        return max(int(replica.find_prefix(*args)) for replica in replicas)
 
     def pin(self, *args: Any) -> int:
         """Pins on every replica what is there; the most that one has."""
