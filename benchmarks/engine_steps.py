@@ -105,17 +105,17 @@ def _parts(engine: Engine, count: int) -> dict[str, Any]:
 def _bare(engine: Engine, count: int) -> None:
     """The compiled decode step, over and over, at the lengths where the engine left off."""
     runner, programs = engine._runner, engine._programs
-    cache, state = engine._slots.cache, runner._state
+    cache, state = engine._slots.cache, runner._launcher.state
     slots = np.asarray([each.slot for each in engine._slots.occupied()], np.int32)
     rows = np.arange(_BATCH, dtype=np.int32)
     positions = np.asarray(jax.device_get(cache.lengths))[slots] + 1
     for i in range(count):
         packed = programs.pack(
-            (_BATCH, _BATCH), -1 - rows, np.ones(_BATCH, np.int32), slots, rows,
+            -1 - rows, np.ones(_BATCH, np.int32), slots, rows,
             positions + i, runner._columns[:, :_BATCH],
         )  # fmt: skip
-        cache, state, _ = programs.run((_BATCH, _BATCH), 0, cache, state, packed)
-    engine._slots.cache, runner._state = jax.block_until_ready((cache, state))
+        cache, state, _ = programs.run(packed, 0, cache, state)
+    engine._slots.cache, runner._launcher.state = jax.block_until_ready((cache, state))
 
 
 def _row(context: int, steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -7,6 +7,7 @@
     python examples/decode_llama.py --prompt "The module" --prompt-lookup 3
     python examples/decode_llama.py --prompt "The module" --turn "If it" --turn "In this case"
     python examples/decode_llama.py --prompt "The module" --mesh tp=2
+    python examples/decode_llama.py --prompt "The module" --prompt "A class" --mesh dp=2
     python examples/decode_llama.py --prompt "The module" --mesh tp=2 \\
         --coordinator localhost:1234 --num-processes 2 --process-id 0  # and another: --process-id 1
     python examples/decode_llama.py --checkpoint DIR --chat
@@ -42,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Text that the terminal's encoding does not have is shown as escapes.
             sys.stdout.reconfigure(errors="backslashreplace")
         args = parse_arguments(argv, __doc__)
-        if args.mesh > 1 and "jax" not in sys.modules:
+        if args.mesh.devices > 1 and "jax" not in sys.modules:
             # Where JAX finds no other devices it makes as many of the CPU.
-            own = args.mesh // args.num_processes
+            own = args.mesh.devices // args.num_processes
             flag = f"--xla_force_host_platform_device_count={own}"
             os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".rstrip()
         # After the options have been read, since JAX takes a second or two to import.

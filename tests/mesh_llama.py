@@ -71,23 +71,42 @@ def _logits(config: LlamaConfig, size: int) -> list[np.ndarray]:
 
 
 def command() -> None:
-    """decode_llama.py says the same with --mesh tp=2."""
+    """decode_llama.py says the same over a mesh."""
     common = ["--json", "--prompt", "A class is", "--prompt", "If the file", "--max-new-tokens",
               "12"]  # fmt: skip
     results = []
     # With --scan the programs map their own blocks.
-    for more in ([], ["--mesh", "tp=2"], ["--scan", "4", "--mesh", "tp=2"]):
+    meshes = (
+        [],
+        ["--mesh", "tp=2"],
+        ["--scan", "4", "--mesh", "tp=2"],
+        ["--prefill-chunk", "16", "--mesh", "dp=2,tp=2"],
+    )
+    for more in meshes:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             assert decode_llama.main([*common, *more]) == 0
         results.append(json.loads(out.getvalue()))
-    alone, spread, scanned = ([each["output_ids"] for each in r["sequences"]] for r in results)
-    assert alone == spread == scanned
+    alone, *others = ([each["output_ids"] for each in r["sequences"]] for r in results)
+    assert all(other == alone for other in others)
     assert results[0]["capacity"] == results[1]["capacity"]
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
         assert decode_llama.main([*common, "--mesh", "tp=16"]) == 2
         assert decode_llama.main([*common, "--mesh", "tp=4"]) == 2
-    first, second = error.getvalue().splitlines()
+        assert decode_llama.main([*common, "--mesh", "dp=16"]) == 2
+        assert decode_llama.main([*common, "--mesh", "dp=2", "--max-slots", "3"]) == 2
+    first, second, third, fourth = error.getvalue().splitlines()
     assert "JAX has 8 devices; on CPU set XLA_FLAGS" in first
     assert "--mesh tp=4 does not divide the model's 6 attention heads" in second
+    assert "--mesh dp=16: JAX has 8 devices" in third
+    assert "--max-slots 3 cannot be split over the 2 replicas" in fourth
+    texts = []
+    for more in ([], ["--mesh", "dp=2"]):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            words = ["--prompt", "The pool", "--num-samples", "3", "--temperature", "0.8"]
+            words += ["--max-new-tokens", "12", "--seed", "5", "--prefill-chunk", "16"]
+            assert decode_llama.main([*words, *more]) == 0
+        texts.append(out.getvalue().rpartition("\n\n")[0])  # without the table
+    assert texts[0] == texts[1] != ""

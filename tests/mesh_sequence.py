@@ -16,7 +16,6 @@ from mesh_rig import HEAD_DIM, Failing, check_equal, make_spec, random, step, wr
 
 import jax_kvpage as kvp
 from jax_kvpage import _native
-from jax_kvpage.serving import Engine
 
 # Of 16 tokens a stripe: nothing, one token, both sides of a stripe's end, several rounds.
 _ROWS = 160  # of tokens in all, with padding
@@ -304,7 +303,6 @@ def refusals() -> None:
             (lambda: pool.find_prefix([1, 2]), "find_prefix.*no prefix cache"),
             (lambda: pool.drop_before(cache, slots[0], 0), "drop_before: .*truncate"),
             (lambda: pool.swap_out(cache, slots[0]), "not on a pool over a mesh so far"),
-            (lambda: Engine(step, None, pool), "Engine: the pool's sequences are spread"),
             (lambda: pool.view(0), "no array|each device of the mesh has a part"),
             (lambda: kvp.map_slots(cache, slots, 20), r"map_slots: .*pool\.extend"),
             (lambda: kvp.grow(cache, batch), r"grow: .*pool\.extend"),

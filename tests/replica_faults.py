@@ -12,7 +12,6 @@ from replica_rig import check_shards_equal, make_mesh, make_pool, rows_of, write
 
 import jax_kvpage as kvp
 from jax_kvpage import _native
-from jax_kvpage.serving import Engine
 
 _BROKEN = _native.StatusError(_native.Code.INTERNAL, _native.Reason.NONE, "injected")
 
@@ -209,8 +208,6 @@ def refusals() -> None:
         ):
             with pytest.raises(ValueError, match=r"not on a pool over a mesh|each device of the"):
                 refused()
-        with pytest.raises(ValueError, match=r"wanted one replica, got a pool with 2"):
-            Engine(lambda *arguments: arguments, {}, pool)  # type: ignore[arg-type, return-value]
         pool.check(pool.release(cache, slots))
     with pytest.raises(kvp.PoolClosed):
         pool.cache()

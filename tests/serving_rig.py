@@ -41,7 +41,7 @@ def step(
     params: dict[str, jax.Array], cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch
 ) -> tuple[jax.Array, kvp.KVCache]:
     """The model: attention with residuals, without a feed-forward part."""
-    place = kvp.positions(cache, batch, num_tokens=tokens.shape[0])
+    place = kvp.positions(cache, batch)
     x = params["embed"][tokens] + params["places"][place % 256]
     for layer in range(LAYERS):
         qkv = (x @ params["qkv"][layer]).reshape(tokens.shape[0], -1, DIM)
@@ -92,13 +92,18 @@ _PROGRAMS: dict[Any, Any] = {}
 @pytest.fixture
 def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of one model and one shape share their compiled programs, to save time."""
+    share_programs(monkeypatch)
+
+
+def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `shared_programs`."""
     compile_one = Programs.compile
 
     def compile_once(
         self: Programs, shape: Any, num_guesses: int, cache: Any, state: Any, scores: bool = False
     ) -> Any:
         sizes = (self._num_rows, self._num_banned, self.num_words, self.max_logprobs)
-        key = (self._step, sizes, shape, num_guesses, scores, cache.spec)
+        key = (self._step, sizes, shape, num_guesses, scores, cache.spec, cache.sharding)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = compile_one(self, shape, num_guesses, cache, state, scores)
         self._compiled[shape, num_guesses, scores] = _PROGRAMS[key]

@@ -16,15 +16,18 @@ def test_logits_and_text_are_those_of_one_device() -> None:
         mesh_llama.command()
         """,
         env=EIGHT_DEVICES,
-        timeout=360,
+        timeout=600,
     )
 
 
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ("--mesh dp=2", "must be tp=N"),
-        ("--mesh tp=0", "must be 1 or more"),
+        ("--mesh sp=2", "must be tp=N, dp=N or dp=N,tp=N, got 'sp=2'"),
+        ("--mesh dp=2,dp=2", "must be tp=N"),
+        ("--mesh tp=0", "tp must be 1 or more"),
+        ("--mesh dp=2 --scan 4", "leave out dp or --scan"),
+        ("--mesh dp=2 --coordinator a:1 --num-processes 2", "leave out dp or --coordinator"),
         ("--mesh tp=2 --draft model", "leave out --draft"),
     ],
 )

@@ -51,3 +51,20 @@ def test_failures_and_refusals() -> None:
 def test_llama_over_devices_says_the_same() -> None:
     sizes = (2, 4, 8) if is_exhaustive() else (4,)
     run_python(f"import mesh_sequence_llama; mesh_sequence_llama.text({sizes})", env=EIGHT_DEVICES)
+
+
+def test_the_engine_over_spread_sequences() -> None:
+    run_python(
+        """
+        import pytest, sequence_engine as programs, serving_rig
+        programs.compiled()
+        with pytest.MonkeyPatch.context() as patch:
+            serving_rig.share_programs(patch)
+            programs.outputs()
+            programs.longer_than_a_device()
+            programs.cancellations()
+            programs.refusals()
+        """,
+        env=EIGHT_DEVICES,
+        timeout=360,
+    )

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .mesh_sizes import MeshSizes
 from .prompts import DEFAULT_PROMPTS, InputError
 
 __all__ = [
@@ -202,10 +203,11 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--mesh",
-        type=mesh_size,
-        default=1,
-        metavar="tp=N",
-        help="spread heads and weights over N devices (default: one device)",
+        type=MeshSizes.parse,
+        default=MeshSizes(),
+        metavar="dp=N,tp=N",
+        help="tp=N: spread heads and weights over N devices; dp=N: spread the sequences over N "
+        "replicas of the model, of one device or of tp (default: one device)",
     )
     how.add_argument(
         "--coordinator",
@@ -261,8 +263,10 @@ def parse_arguments(
         parser.error("--prompt-lookup and --draft both guess: leave one of them out")
     if (args.prompt_lookup or args.draft) and (args.scan or args.num_beams > 1):
         parser.error(f"{option} guesses for single steps: leave out --scan and --num-beams")
-    if args.mesh > 1 and args.draft:
+    if args.mesh.devices > 1 and args.draft:
         parser.error("--mesh runs one model: leave out --draft")
+    if args.mesh.dp > 1 and args.scan:
+        parser.error("--scan runs one replica: leave out dp or --scan")
     if problem := process_problem(args):
         parser.error(problem)
     if args.num_beams > 1:
@@ -299,8 +303,10 @@ def process_problem(args: argparse.Namespace) -> str | None:
         return "--coordinator and --num-processes (2 or more) go together"
     if not 0 <= args.process_id < count:
         return f"--process-id must be from 0 to {count - 1}, got {args.process_id}"
-    if count > 1 and args.mesh % count:
-        return f"--num-processes {count} must divide the devices of --mesh tp={args.mesh}"
+    if count > 1 and args.mesh.dp > 1:
+        return "the devices of several processes run one replica: leave out dp or --coordinator"
+    if count > 1 and args.mesh.tp % count:
+        return f"--num-processes {count} must divide the devices of --mesh {args.mesh}"
     if count > 1 and talks(args):
         return "--chat without --prompt reads messages in one process only: leave --coordinator out"
     return None
@@ -324,14 +330,6 @@ def plot_problem(file: pathlib.Path) -> str | None:
     except OSError as error:
         return f"cannot be written: {error.strerror}"
     return None
-
-
-def mesh_size(text: str) -> int:
-    """The number of devices in tp=N, for argparse."""
-    axis, _, size = text.partition("=")
-    if axis != "tp":
-        raise argparse.ArgumentTypeError(f"must be tp=N, got {text!r}")
-    return positive(size)
 
 
 def positive(text: str) -> int:

@@ -68,7 +68,7 @@ class ServedEngine:
         on_token: Callable[[Request, int], None] | None = None,
         on_finish: Callable[[Request], None] | None = None,
     ) -> None:
-        rows = pool.spec.max_slots
+        rows = pool.spec.max_slots // pool.replicas
         chunk = max(prefill_chunk, 16, rows * (1 + num_guesses))
         sizes, size = [rows, chunk], _SMALLEST_PREFILL
         while size < chunk:

@@ -1,10 +1,9 @@
-"""The model over several devices (`--mesh tp=N`): each computes its heads and its part of the MLP.
+"""The model over several devices (`--mesh`): each computes its heads and its part of the MLP.
 
 The step is the model under `jax.shard_map`. Each device has a part of the weights: rows
 of the projections that begin a block, columns of those that end it, whose products are summed over
 the devices. The embedding and the norms are on all devices. A mesh with a second axis has replicas
-of the model along it, each with its own sequences (`KVPool(data_axis=...)`); the command and the
-engine run one replica.
+of the model along it (`--mesh dp=N`), each with its own sequences (`KVPool(data_axis=...)`).
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ import jax_kvpage
 from jax_kvpage.serving import Step
 
 from .config import LlamaConfig
+from .mesh_sizes import MeshSizes
 from .model import Llama
 from .prompts import InputError
 from .serving import model_step
@@ -41,7 +41,7 @@ def make_mesh(size: int, config: LlamaConfig, replicas: int = 1) -> Mesh:
     devices, count = jax.devices(), replicas * size
     if len(devices) < count:
         raise InputError(
-            f"--mesh {AXIS}={size}: JAX has {len(devices)} devices; on CPU set "
+            f"--mesh {MeshSizes(size, replicas)}: JAX has {len(devices)} devices; on CPU set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before it starts"
         )
     kv_heads = config.num_key_value_heads
@@ -59,11 +59,11 @@ def make_mesh(size: int, config: LlamaConfig, replicas: int = 1) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=types, devices=devices[:count])
 
 
-def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, size: int) -> int:
-    """The capacity of a pool over `size` devices that has as many blocks."""
-    heads = max(spec.num_kv_heads // size, 1)
+def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, sizes: MeshSizes) -> int:
+    """The capacity of a pool over a mesh each of whose replicas has as many blocks."""
+    heads = max(spec.num_kv_heads // sizes.tp, 1)
     local = dataclasses.replace(spec, num_kv_heads=heads)
-    return size * blocks * local.block_bytes
+    return sizes.devices * blocks * local.block_bytes
 
 
 def sharded_step(model: Llama, mesh: Mesh, implementation: str | None) -> tuple[Step, Any]:

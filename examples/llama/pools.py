@@ -73,8 +73,8 @@ def open_pool(
         size = int(capacity)
         if size >= 2**63:
             raise InputError(f"--capacity must be less than 2**63 bytes, got {size}")
-    axis = mesh and mesh.axis_names[0]
-    return jax_kvpage.KVPool(spec, size, mesh=mesh, axis=axis, store=store)
+    axis, data_axis = (*(mesh.axis_names[::-1] if mesh else ()), None, None)[:2]
+    return jax_kvpage.KVPool(spec, size, mesh=mesh, axis=axis, data_axis=data_axis, store=store)
 
 
 def make_pool(

@@ -67,18 +67,25 @@ def make_pool(
     mesh: jax.sharding.Mesh | None,
 ) -> jax_kvpage.KVPool:
     """A pool of the size of --capacity, or of what the requests can need together, with `later`
-    tokens of each in later turns; without requests, of one sequence's full length."""
+    tokens of each in later turns; without requests, of one sequence's full length. Of replicas
+    each has that size."""
     # Beams need new slots before old ones have drained.
     slots = 2 * args.num_beams if args.num_beams > 1 else max(len(requests), 1)
-    if args.num_beams > 1 and args.max_slots and args.max_slots < slots:
-        raise InputError(f"--num-beams {args.num_beams} needs --max-slots {slots} or more")
-    if not args.scan and args.max_slots and args.max_slots < args.num_samples:
+    replicas = args.mesh.dp
+    most = args.max_slots or slots * replicas
+    if most % replicas:
+        raise InputError(f"--max-slots {most} cannot be split over the {replicas} replicas")
+    if args.num_beams > 1 and most < slots * replicas:
+        raise InputError(
+            f"--num-beams {args.num_beams} needs --max-slots {slots * replicas} or more"
+        )
+    if not args.scan and most < args.num_samples * replicas:
         raise InputError(
             f"the samples of a prompt run together: --num-samples {args.num_samples} needs "
-            f"--max-slots {args.num_samples} or more"
+            f"--max-slots {args.num_samples * replicas} or more"
         )
     dtype = args.kv_dtype or compute_dtype(args, config.dtype)
-    most, size = args.max_slots or slots, block_tokens(args)
+    size = block_tokens(args)
     spec = make_spec(config, most, max_seq_len, size, dtype, args.layout)
     capacity = args.capacity
     if capacity is None:
@@ -191,7 +198,9 @@ def _run(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, dtype=jnp.dtype(compute_dtype(args, config.dtype)))
     with contextlib.ExitStack() as stack:
         with input_errors():
-            mesh = make_mesh(args.mesh, config) if args.mesh > 1 else None
+            mesh = None
+            if args.mesh.devices > 1:
+                mesh = make_mesh(args.mesh.tp, config, args.mesh.dp)
             pool = make_pool(args, config, script.first, max_seq_len, script.later, mesh)
             stack.enter_context(pool)
             draft = None

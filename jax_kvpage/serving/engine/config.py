@@ -29,6 +29,8 @@ _OPTIONAL = ("max_num_seqs", "max_num_waiting")
 class EngineConfig:
     """Options of an `Engine`.
 
+    Where the pool has replicas (`data_axis`), the first three are those of each replica.
+
     Attributes:
         max_num_seqs: sequences that run at one time at most; None for all slots of the pool.
         max_num_batched_tokens: tokens in a step at most. Longer prompts take several steps.
@@ -38,7 +40,8 @@ class EngineConfig:
             smaller parts, which fill a bucket. A single shape makes results bit-identical with any
             other requests beside, at the price of padding.
         eos_token_ids: tokens that end an output unless `ignore_eos`.
-        prefix_caching: whether requests start with what is in memory of their tokens.
+        prefix_caching: whether requests start with what is in memory of their tokens. A pool with
+            `sequence_axis` has no prefix cache: False there.
         namespace: of the prefix cache, in which this engine stores and finds tokens. Engines of the
             same model and parameters, one after the other on a pool, share what they computed under
             one name. None makes a new name for each engine: what another model has computed is
@@ -112,7 +115,10 @@ class EngineConfig:
         return []
 
     def rows(self, max_slots: int) -> int:
-        """Sequences at one time, for a pool.
+        """Sequences at one time.
+
+        Args:
+            max_slots: of the pool, or of one of its replicas.
 
         Raises:
             ValueError: more than the pool has slots, or more than tokens in a step.

@@ -16,7 +16,7 @@ from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.beams import Params
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.counters import collect
-from jax_kvpage.serving.engine.draft import Draft, DraftModel
+from jax_kvpage.serving.engine.draft import Draft, DraftModel, check_draft
 from jax_kvpage.serving.engine.guessing import Guesser, PromptLookup
 from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.intake import Intake
@@ -27,6 +27,7 @@ from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.reader import Reader
 from jax_kvpage.serving.engine.runner import Runner
+from jax_kvpage.serving.engine.scheduling import make_scheduler
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.stats import EngineStats, SequenceMemory
 from jax_kvpage.serving.engine.swapping import store_below
@@ -36,7 +37,6 @@ from jax_kvpage.serving.outputs import RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.plan import StepPlan
 from jax_kvpage.serving.request import SequenceGroup
-from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.structured import StructuredOutputsParams
 from jax_kvpage.serving.text import Detokenize
 
@@ -65,7 +65,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config = config or EngineConfig()
-        rows = config.rows(pool.spec.max_slots)
+        replicas = pool.replicas
+        rows = config.rows(pool.spec.max_slots // replicas)
         self._pool = pool
         self._clock = clock
         self._memory = PoolMemory(pool)
@@ -73,32 +74,20 @@ class EngineCore:
         self._ledger = Ledger(clock)
         tokens_of = self._ledger.tokens_of if config.prefix_caching else None
         swap = store_below(pool, self._pace, tokens_of)
-        self.scheduler = Scheduler(
-            self._memory,
-            max_num_seqs=rows,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            step_sizes={tokens for tokens, size in config.shapes(rows) if size >= rows},
-            preemption=config.preemption,
-            admission=config.admission,
-            max_num_waiting=config.max_num_waiting,
-            find_prefix=self._find_prefix if config.prefix_caching else None,
-            swap=swap,
-        )
+        self.scheduler = make_scheduler(config, self._memory, rows, self._find_prefix, swap)
         guidance = None if tokenizer is None else Guidance(tokenizer, config.eos_token_ids)
         words = 0 if guidance is None else guidance.num_words
         sizes = config.max_logprobs, config.max_stop_token_ids, config.num_speculative_tokens
-        self._programs = Programs(
-            step, params, config.shapes(rows), rows, *sizes, words, config.prompt_logprobs
-        )
-        if draft is not None and draft.pool is pool:
-            raise ValueError("Engine: draft: wanted a pool that is not the engine's")
+        scores, shapes = config.prompt_logprobs, config.shapes(rows)
+        self._programs = Programs(step, params, shapes, rows, *sizes, words, scores, pool.sharding)
+        check_draft(draft, pool)
         self._guesser: Guesser = Draft(draft, config, rows) if draft else PromptLookup(config)
-        self._num_rows = rows
-        self._slots = Slots(pool, self._memory, rows, config.prefix_caching, swap)
+        self._num_rows = rows * replicas
+        self._slots = Slots(pool, self._memory, self._num_rows, config.prefix_caching, swap)
         self._start()
-        size = self._memory.block_tokens
-        intake = Intake(config, self.scheduler, self._ledger, size, detokenize, clock, guidance)
-        self._intake = intake
+        self._intake = Intake(
+            config, self.scheduler, self._ledger, self._memory, detokenize, clock, guidance
+        )
         self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
         self._gave_up = False  # whether a plan was not carried out
         self.closed = False
@@ -143,7 +132,7 @@ class EngineCore:
             self._pool,
             self._slots.cache,
             self._programs,
-            self._num_rows,
+            self._num_rows // self._pool.replicas,
             self.config.max_stop_token_ids,
             progress,
         )
@@ -266,11 +255,11 @@ class EngineCore:
         if speculates:
             self._guesser.follow(self._slots.occupied())
         if plan.is_empty and self.scheduler.has_unfinished:
-            self._slots.wait(self._memory.draining_blocks() > 0)
+            self._slots.wait(self._memory.is_draining)
 
-    def _find_prefix(self, group: SequenceGroup) -> tuple[int, int]:
-        """What the prefix cache has of a group; which blocks cost no free one is not known."""
-        return self._slots.find(self._ledger.states[group.live[0]]), 0
+    def _find_prefix(self, group: SequenceGroup, replica: int) -> tuple[int, int]:
+        """What a prefix cache has of a group; which blocks cost no free one is not known."""
+        return self._slots.find(self._ledger.states[group.live[0]], replica), 0
 
     def _start(self) -> None:
         """Begins with no steps."""

@@ -3,14 +3,14 @@
 from jax_kvpage.serving.engine.guessing import Guesser
 from jax_kvpage.serving.engine.programs import Programs
 from jax_kvpage.serving.engine.runner import Runner
+from jax_kvpage.serving.engine.scheduling import AnyScheduler
 from jax_kvpage.serving.engine.stats import EngineStats
-from jax_kvpage.serving.scheduler import Scheduler
 
 __all__ = ["collect"]
 
 
 def collect(
-    scheduler: Scheduler, runner: Runner, programs: Programs, guesser: Guesser
+    scheduler: AnyScheduler, runner: Runner, programs: Programs, guesser: Guesser
 ) -> EngineStats:
     """The counters of an engine's parts."""
     return EngineStats(

@@ -29,7 +29,7 @@ from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS, SamplerStat
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.engine.warm_up import warm_up
 
-__all__ = ["Draft", "DraftModel"]
+__all__ = ["Draft", "DraftModel", "check_draft"]
 
 _MOST_FAILURES = 2  # in a row
 # Temperature, top_p, min_p, presence, frequency and repetition penalty: the most likely token.
@@ -281,22 +281,33 @@ class Draft:
     ) -> jax.Array:
         """Dispatches a step; returns its `Outcome.chosen`."""
         size = len(parts)
+        counts = np.asarray([n for _, n in parts], np.int32)
         sampling = np.zeros((NUM_FLOATS + NUM_INTS, size), np.int32)
         sampling[:NUM_FLOATS] = _GREEDY[:, None]
-        shape = self._programs.bucket(len(tokens), size)
         packed = self._programs.pack(
-            shape,
             tokens,
-            np.asarray([n for _, n in parts], np.int32),
+            counts,
             np.asarray([each.slot for each, _ in parts], np.int32),
             np.asarray(rows, np.int32),
             np.zeros(size, np.int32),
             sampling,
         )
-        self._cache, self._state, outcome = self._programs.run(
-            shape, 0, self._cache, self._state, packed
-        )
+        self._cache, self._state, outcome = self._programs.run(packed, 0, self._cache, self._state)
         return outcome.chosen
+
+
+def check_draft(draft: DraftModel | None, pool: KVPool) -> None:
+    """Raises a ValueError for a draft model that an engine on a pool cannot run."""
+    if draft is None:
+        return
+    if draft.pool is pool:
+        raise ValueError("Engine: draft: wanted a pool that is not the engine's")
+    if max(pool.replicas, draft.pool.replicas) > 1:
+        raise ValueError(
+            f"Engine: draft: pools with replicas (data_axis), here {pool.replicas} and "
+            f"{draft.pool.replicas} of the draft's, have no draft models yet: use prompt lookup, "
+            "or a pool and an engine for each part of the mesh"
+        )
 
 
 def _decodes(state: SequenceState) -> bool:

@@ -19,19 +19,23 @@ class Engine(EngineCore):
         step: the model: `step(params, cache, tokens, batch) -> (logits, cache)` with tokens
             int32[T], a ragged `Batch` of S sequences, and logits float[n, vocabulary] of
             the rows `batch.last_rows`: S of them, and more where guesses are verified. It is
-            compiled for each bucket, and must not call `advance`.
+            compiled for each bucket, and must not call `advance`. Over a pool with replicas
+            (`data_axis`), tokens, batch and logits have an equal part for each of them, as
+            `jax_kvpage.spread` makes them; so have the arrays inside of the step.
         params: its first argument, any pytree of arrays.
         pool: the memory. While the engine runs, only the engine makes caches of it. If it has a
             store, preempted requests of one sequence wait there, and prompts that it has are read
             before their requests start, while others run: where that takes less time than to
             compute the tokens, by the speeds that the engine measures. `EngineConfig.namespace`
-            lets an engine find what one before it has stored.
+            lets an engine find what one before it has stored. If it has replicas, one step serves
+            them all; each request runs on one, where it costs least, and those of a replica whose
+            memory runs out wait or are preempted while the others go on.
         config: options.
         detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
         tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,
             or an `llguidance.LLTokenizer`. Needs llguidance: `pip install 'jax_kvpage[guided]'`.
         draft: a smaller model that guesses the tokens that a step verifies, in place of prompt
-            lookup. What the engine samples decides: outputs stay the same.
+            lookup. What the engine samples decides: outputs stay the same. Not with replicas.
         clock: seconds, for deadlines and metrics.
 
     Attributes:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from jax_kvpage.serving.engine.guidance import Guide
+from jax_kvpage.serving.engine.packing import Packed
 from jax_kvpage.serving.engine.programs import Outcome
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.outputs import Logprob
@@ -29,6 +30,7 @@ class Flight:
         num_decodes: sequences that run their newest token.
         guesses: of some of those, tokens to verify behind it.
         outcome: on the device; None if the dispatch failed.
+        packed: says where its sequences are in the outcome.
         error: why it failed; None as well if an interrupt cut it short.
         retried: whether it was run again after a failure.
         accepted: int32[s], guesses that were right; None without any, and before the read-back.
@@ -43,6 +45,7 @@ class Flight:
     num_decodes: int
     guesses: dict[SequenceState, list[int]]
     outcome: Outcome | None = None
+    packed: Packed | None = None
     error: BaseException | None = None
     retried: bool = False
     accepted: np.ndarray | None = None

@@ -14,12 +14,13 @@ from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.guidance import Guidance
 from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 from jax_kvpage.serving.engine.ledger import Ledger
+from jax_kvpage.serving.engine.pool_memory import PoolMemory
+from jax_kvpage.serving.engine.scheduling import AnyScheduler
 from jax_kvpage.serving.engine.tracking import RequestState
 from jax_kvpage.serving.outputs import RequestMetrics, RequestOutput
 from jax_kvpage.serving.params import SamplingParams
 from jax_kvpage.serving.prefixes import PrefixKeys
 from jax_kvpage.serving.request import Request
-from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.serving.text import Detokenize
 
 __all__ = ["Intake"]
@@ -32,7 +33,7 @@ class Intake:
         config: of the engine.
         scheduler: decides whether they can run.
         ledger: of those accepted.
-        block_tokens: tokens in a block.
+        memory: of the pool.
         detokenize: of the engine.
         clock: seconds.
         guidance: for constrained decoding; None without a tokenizer.
@@ -41,9 +42,9 @@ class Intake:
     def __init__(
         self,
         config: EngineConfig,
-        scheduler: Scheduler,
+        scheduler: AnyScheduler,
         ledger: Ledger,
-        block_tokens: int,
+        memory: PoolMemory,
         detokenize: Detokenize | None,
         clock: Callable[[], float],
         guidance: Guidance | None,
@@ -57,7 +58,8 @@ class Intake:
         self._namespace = config.namespace or ""
         if config.namespace is None:
             self._namespace = f"jax_kvpage.serving {uuid.uuid4().hex}"
-        self._prefixes = PrefixKeys(block_tokens)
+        self._prefixes = PrefixKeys(memory.block_tokens)
+        self._shares = memory.shares
         self._seeds = np.random.default_rng(config.seed)
         self._ids = itertools.count()
 
@@ -75,7 +77,7 @@ class Intake:
         config = self._config
         ids, space = _token_ids(prompt), self.namespace_of(namespace)
         searched = wanted if isinstance(wanted, BeamSearchParams) else None
-        params = _checked(wanted, config, self._detokenize is not None)
+        params = _checked(wanted, config, self._detokenize is not None, self._shares)
         guide = None
         if params.structured_outputs is not None:
             guide = self.guidance().guide(params)
@@ -143,18 +145,24 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
     return ids
 
 
-def _checked(params: Params, config: EngineConfig, has_text: bool) -> SamplingParams:
+def _checked(params: Params, config: EngineConfig, has_text: bool, shares: bool) -> SamplingParams:
     """Raises a ValueError for parameters that an engine cannot serve.
 
     Args:
         params: of a request.
         config: of the engine.
         has_text: whether it has a detokenizer.
+        shares: whether sequences of its pool can share blocks.
 
     Returns:
         Those of the sampler.
     """
     reasons = []
+    if not shares and (params.n > 1 if isinstance(params, SamplingParams) else True):
+        reasons.append(
+            "samples (n > 1) and beams need forks, which a pool whose sequences are spread over a "
+            "mesh (sequence_axis) does not have: add a request for each sample"
+        )
     most = config.max_logprobs
     if isinstance(params, BeamSearchParams):
         eos = () if params.ignore_eos else config.eos_token_ids

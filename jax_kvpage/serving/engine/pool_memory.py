@@ -1,43 +1,77 @@
 """The pool as the scheduler sees it."""
 
+import functools
+from collections.abc import Callable
+
 from jax_kvpage.pool import KVPool
 from jax_kvpage.sharding.stripes import StripeSharding
 from jax_kvpage.stats import PoolStats
 
-__all__ = ["PoolMemory"]
+__all__ = ["PoolMemory", "ReplicaMemory"]
+
+
+class ReplicaMemory:
+    """Answers the scheduler's questions about one replica, in blocks of all layers.
+
+    Args:
+        pool: the memory.
+        accounts: gives those of the replica.
+    """
+
+    def __init__(self, pool: KVPool, accounts: Callable[[], PoolStats]) -> None:
+        spec = pool.spec
+        assert spec.block_tokens is not None
+        self._ranges = spec.num_ranges
+        self._max_slots = spec.max_slots // pool.replicas
+        self.block_tokens = spec.block_tokens
+        if isinstance(pool.sharding, StripeSharding):  # a block on each device makes one
+            self.block_tokens *= pool.sharding.size
+        self.max_seq_len = spec.max_seq_len
+        self._accounts = accounts
+
+    @property
+    def capacity(self) -> int:
+        """Blocks in all."""
+        return self._accounts().blocks_total // self._ranges
+
+    def free_blocks(self) -> int:
+        """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
+        stats = self._accounts()
+        return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
+
+    def draining_blocks(self) -> int:
+        """Blocks that come free without a decision."""
+        return self._accounts().blocks_draining // self._ranges
+
+    def free_slots(self) -> int:
+        """Slots that can be acquired now."""
+        stats = self._accounts()
+        return self._max_slots - stats.slots_occupied - stats.slots_draining
 
 
 class PoolMemory:
-    """Answers the scheduler's questions from a pool, in blocks of all layers.
+    """The memory of all replicas of a pool. A pool without `data_axis` is one.
 
     Args:
         pool: the memory.
 
-    Raises:
-        ValueError: a pool whose sequences are spread over devices, or whose slots are split over
-            replicas.
+    Attributes:
+        replicas: the memory of each.
+        block_tokens: tokens in a block.
+        shares: whether sequences can share blocks: not where they are spread over devices
+            (`sequence_axis`), so that there are no forks and no prefix cache.
     """
 
     def __init__(self, pool: KVPool) -> None:
-        if isinstance(pool.sharding, StripeSharding):
-            raise ValueError(
-                "Engine: the pool's sequences are spread over a mesh, which has no commit, forks "
-                "or prefix cache: use a pool on one device, or with its heads spread (axis=...)"
-            )
-        if pool.replicas > 1:
-            raise ValueError(
-                f"Engine: pool: wanted one replica, got a pool with {pool.replicas} (data_axis): "
-                "make a pool and an engine for each part of the mesh"
-            )
-        spec = pool.spec
-        assert spec.block_tokens is not None
         self._pool = pool
-        self._ranges = spec.num_ranges
-        self._max_slots = spec.max_slots
-        self.block_tokens = spec.block_tokens
-        self.max_seq_len = spec.max_seq_len
-        self._stats = pool.stats()
+        self.shares = not isinstance(pool.sharding, StripeSharding)
+        self._accounts = self._snapshot()
         self._is_old = False
+        self.replicas = [
+            ReplicaMemory(pool, functools.partial(self._of_replica, replica))
+            for replica in range(pool.replicas)
+        ]
+        self.block_tokens = self.replicas[0].block_tokens
 
     def look(self) -> None:
         """Has the next question answered from a new snapshot of the pool's accounts; to be called
@@ -50,27 +84,16 @@ class PoolMemory:
         if self._pool.closed:
             self._pool.stats()  # raises
 
-    def _look(self) -> PoolStats:
+    def _snapshot(self) -> list[PoolStats]:
+        return [self._pool.stats()] if self._pool.replicas == 1 else self._pool.replica_stats()
+
+    def _of_replica(self, replica: int) -> PoolStats:
         if self._is_old and not self._pool.closed:
             self._is_old = False
-            self._stats = self._pool.stats()
-        return self._stats
+            self._accounts = self._snapshot()
+        return self._accounts[replica]
 
     @property
-    def capacity(self) -> int:
-        """Blocks in all."""
-        return self._look().blocks_total // self._ranges
-
-    def free_blocks(self) -> int:
-        """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
-        stats = self._look()
-        return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
-
-    def draining_blocks(self) -> int:
-        """Blocks that come free without a decision."""
-        return self._look().blocks_draining // self._ranges
-
-    def free_slots(self) -> int:
-        """Slots that can be acquired now."""
-        stats = self._look()
-        return self._max_slots - stats.slots_occupied - stats.slots_draining
+    def is_draining(self) -> bool:
+        """Whether blocks come free without a decision."""
+        return any(replica.draining_blocks() > 0 for replica in self.replicas)

@@ -5,11 +5,12 @@ model gives logits for each of them, and the first that differs from what is sam
 the sequence is rolled back to. Where prompts may be scored, a further step gives logits for all of
 its tokens.
 
-A step's operands travel as one int32 array, because every transfer costs as much as the next. The
-cache and the sampler's state are donated.
+The cache and the sampler's state are donated. Where the pool has replicas, a step serves all of
+them: tokens, batch and logits have a part for each, as `jax_kvpage.spread` makes them.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from jax.sharding import NamedSharding
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops.advance import advance
 from jax_kvpage.ops.set_lengths import set_lengths
+from jax_kvpage.serving.engine.packing import FIELDS, Packed, Packer
+from jax_kvpage.serving.engine.replicas import Replicas
 from jax_kvpage.serving.engine.sampling import (
     NUM_FLOATS,
     NUM_INTS,
@@ -31,13 +34,13 @@ from jax_kvpage.serving.engine.sampling import (
     remember,
     sample,
 )
+from jax_kvpage.serving.engine.verifying import VerifiedBatch, places_behind
+from jax_kvpage.sharding.over_axis import AxisSharding
 
 __all__ = ["Outcome", "Programs", "Step"]
 
 # (params, cache, tokens [T], batch) -> (logits [S, vocabulary] of batch.last_rows, cache)
 Step = Callable[[Any, KVCache, jax.Array, Batch], tuple[jax.Array, KVCache]]
-
-_FIELDS = 5  # of a sequence, before its sampling parameters
 
 
 @jax.tree_util.register_dataclass
@@ -61,20 +64,6 @@ class Outcome:
     scores: jax.Array | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _VerifiedBatch(Batch):
-    """A batch whose `last_rows` are those of all tokens whose logits are wanted."""
-
-    rows: jax.Array | None = dataclasses.field(default=None, kw_only=True)
-
-    @property
-    def last_rows(self) -> jax.Array:
-        """int32[S * (K + 1)], or int32[T]."""
-        assert self.rows is not None
-        return self.rows
-
-
 class Programs:
     """Compiled programs of a model.
 
@@ -82,12 +71,13 @@ class Programs:
         step: the model.
         params: its first argument.
         shapes: buckets, smallest first.
-        num_rows: sequences at one time.
+        num_rows: sequences of a replica at one time.
         max_logprobs: see `EngineConfig`.
         num_banned: see `EngineConfig.max_stop_token_ids`.
         num_guesses: K, tokens of a sequence to verify at most.
         num_words: of the masks of constrained decoding; 0 without it.
         scores: whether steps may score prompts.
+        sharding: of the pool.
 
     Attributes:
         max_logprobs: see above.
@@ -108,6 +98,7 @@ class Programs:
         num_guesses: int,
         num_words: int = 0,
         scores: bool = False,
+        sharding: AxisSharding | None = None,
     ) -> None:
         kinds = {(0, False), (num_guesses, False)} | ({(num_guesses, True)} if scores else set())
         self.variants = [(shape, *kind) for kind in sorted(kinds) for shape in shapes]
@@ -115,13 +106,16 @@ class Programs:
         self._params = params
         self.shapes = shapes
         self._num_rows = num_rows
+        self._replicas = Replicas(sharding)
+        slots = 0 if sharding is None else sharding.local.max_slots
+        self._packer = Packer(num_rows, self._replicas.count, slots)
         self.max_logprobs = max_logprobs
         self._num_banned = num_banned
         self.num_words = num_words
         self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[tuple[tuple[int, int], int, bool], Any] = {}
         self.compile_seconds = 0.0
-        self._set_history = jax.jit(_set_history, donate_argnums=0)
+        self._set_history = jax.jit(self._write_history, donate_argnums=0)
         self._set_lengths = jax.jit(set_lengths, donate_argnums=0)
 
     @property
@@ -140,82 +134,52 @@ class Programs:
         self, max_seq_len: int, placement: jax.Device | NamedSharding
     ) -> SamplerState:
         """The sampler's state before the first step, where the pool is."""
-        history = np.zeros((self._num_rows, max_seq_len), np.int32)
-        last = np.zeros(self._num_rows, np.int32)
-        return SamplerState(*jax.device_put((last, history), placement))
+        count = self._num_rows * self._replicas.count
+        history = np.zeros((count, max_seq_len), np.int32)
+        last = np.zeros(count, np.int32)
+        where = self._replicas.placement(placement)
+        return SamplerState(*jax.device_put((last, history), where))
 
-    def pack(
-        self,
-        shape: tuple[int, int],
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        sampling: np.ndarray,
-        guesses: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """The operands of a step as one array, padded to a bucket.
+    def pack(self, tokens: np.ndarray, *operands: Any) -> Packed:
+        """The operands of a step; see `Packer.pack`."""
+        return self._packer.pack(self.bucket, tokens, *operands)
 
-        Args:
-            shape: the bucket.
-            tokens: int32[t]; -1 - row is the newest token of a row, which is on the device.
-            counts: int32[s], how many of them each sequence has.
-            slots: int32[s].
-            rows: int32[s], of sequences that do not sample the number of rows.
-            positions: int32[s] of the new tokens, if all guesses are right.
-            sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
-            guesses: int32[s], how many of the tokens are guesses; None without any.
-        """
-        num_tokens, size = shape
-        s, fields = len(slots), sampling.shape[0]
-        packed = np.zeros(num_tokens + 1 + (_FIELDS + fields) * size, np.int32)
-        packed[: len(tokens)] = tokens
-        # Offsets begin with the 0 between tokens and table.
-        table = packed[num_tokens + 1 :].reshape(_FIELDS + fields, size)
-        counts.cumsum(out=table[0, :s])
-        table[0, s:] = len(tokens)
-        table[1, :s], table[1, s:] = slots, -1
-        table[2, :s], table[2, s:] = rows, self._num_rows
-        table[3, :s] = positions
-        if guesses is not None:
-            table[4, :s] = guesses
-        table[_FIELDS:, :s] = sampling
-        return packed
+    def step_rows(self, packed: Packed) -> int:
+        """R * S, the sequences that a step has places for."""
+        return self._replicas.count * packed.shape[1]
 
     def run(
         self,
-        shape: tuple[int, int],
+        packed: Packed,
         num_guesses: int,
         cache: KVCache,
         state: SamplerState,
-        packed: np.ndarray,
         masks: np.ndarray | None = None,
         targets: np.ndarray | None = None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
         """Runs a step of one of the variants. The cache and the state are donated.
 
         Args:
-            shape: the bucket.
+            packed: see `pack`.
             num_guesses: 0 or K.
             cache: the newest.
             state: the newest.
-            packed: see `pack`.
-            masks: int32[S * (num_guesses + 1), num_words]; None if no sequence has one.
+            masks: int32[R * S * (num_guesses + 1), num_words] for R replicas; None if no sequence
+                has one.
             targets: int32[t], for a step that scores: the token that follows each.
         """
-        scores = targets is not None
+        shape, scores = packed.shape, targets is not None
         program = self._compiled.get((shape, num_guesses, scores))
         if program is None:
             program = self.compile(shape, num_guesses, cache, state, scores)
-        following = None
+        count, following = self._replicas.count, None
         if targets is not None:
-            following = np.zeros(shape[0], np.int32)
-            following[: len(targets)] = targets
+            following = np.zeros(count * shape[0], np.int32)
+            following[packed.tokens] = targets
         wanted: Any = masks
         if masks is None and self.num_words:
-            wanted = self._masks_of_nothing(shape[1] * (num_guesses + 1), state)
-        return program(self._params, cache, state, packed, wanted, following)
+            wanted = self._masks_of_nothing(count * shape[1] * (num_guesses + 1), state)
+        return program(self._params, cache, state, packed.operands, wanted, following)
 
     @staticmethod
     def read_back(outcome: Outcome) -> np.ndarray:
@@ -241,13 +205,12 @@ class Programs:
     ) -> Any:
         """Compiles a variant without running it."""
         fields = NUM_FLOATS + NUM_INTS + self._num_banned
-        packed = jax.ShapeDtypeStruct((shape[0] + 1 + (_FIELDS + fields) * shape[1],), jnp.int32)
+        packed = self._replicas.shape(shape[0] + 1 + (FIELDS + fields) * shape[1])
         masks = targets = None
         if self.num_words:
-            size = shape[1] * (num_guesses + 1), self.num_words
-            masks = jax.ShapeDtypeStruct(size, jnp.int32)
+            masks = self._replicas.shape(shape[1] * (num_guesses + 1), self.num_words)
         if scores:
-            targets = jax.ShapeDtypeStruct((shape[0],), jnp.int32)
+            targets = self._replicas.shape(shape[0])
 
         def run(*operands: Any) -> Any:
             return self._run(shape, num_guesses, *operands)
@@ -283,34 +246,70 @@ class Programs:
         masks: jax.Array | None,
         targets: jax.Array | None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
-        num_tokens, size = shape
+        """The program: for all replicas the model's step, and for each what is around it."""
+        scores = targets is not None
+        each, form = self._replicas.each, (shape, num_guesses, scores)
+        tokens, batch = each(functools.partial(self._unpack, form))(state, packed)
+        logits, cache = self._step(params, cache, tokens, batch)
+        wanted = tokens.shape[0] if scores else batch.slots.shape[0] * (num_guesses + 1)
+        if logits.ndim != 2 or logits.shape[0] != wanted:
+            raise ValueError(
+                f"Engine: step returned logits {list(logits.shape)}, wanted "
+                f"[{wanted}, vocabulary]: those of batch.last_rows"
+            )
+        choose = each(functools.partial(self._choose, form), has_cache=True)
+        cache, (state, outcome) = choose(
+            cache, logits, state, tokens, batch, packed, masks, targets
+        )
+        return cache, state, outcome
+
+    def _unpack(
+        self, form: tuple[tuple[int, int], int, bool], state: SamplerState, packed: jax.Array
+    ) -> tuple[jax.Array, Batch]:
+        """What the model's step takes, of one replica.
+
+        Args:
+            form: the bucket, K or 0, and whether the step scores.
+            state: before the step.
+            packed: see `Packer`.
+        """
+        (num_tokens, size), num_guesses, scores = form
         tokens = packed[:num_tokens]
         table = packed[num_tokens + 1 :].reshape(-1, size)
         offsets = packed[num_tokens : num_tokens + 1 + size]
         newest = state.last[jnp.clip(-1 - tokens, 0, self._num_rows - 1)]
         tokens = jnp.where(tokens < 0, newest, tokens)
-        _, slots, rows, positions, guesses = table[:_FIELDS]
-        batch = Batch(slots, offsets, num_tokens=num_tokens)
-        each, behind = num_guesses + 1, jnp.zeros((size, 1), jnp.int32)
-        last = batch.last_rows[:, None]
-        if num_guesses:  # how far each wanted token is behind the sequence's last
-            behind = jnp.maximum(guesses[:, None] - jnp.arange(each)[None], 0)
-            last = last - behind
-        wanted_rows = last.reshape(-1) if targets is None else jnp.arange(num_tokens)
-        if num_guesses or targets is not None:
-            batch = _VerifiedBatch(slots, offsets, num_tokens=num_tokens, rows=wanted_rows)
-        logits, cache = self._step(params, cache, tokens, batch)
-        if logits.ndim != 2 or logits.shape[0] != len(wanted_rows):
-            raise ValueError(
-                f"Engine: step returned logits {list(logits.shape)}, wanted "
-                f"[{len(wanted_rows)}, vocabulary]: those of batch.last_rows"
-            )
+        batch = Batch(table[1], offsets, num_tokens=num_tokens)
+        if not (num_guesses or scores):
+            return tokens, batch
+        last = batch.last_rows[:, None] - places_behind(table[4], num_guesses)
+        rows = jnp.arange(num_tokens) if scores else last.reshape(-1)
+        return tokens, VerifiedBatch(table[1], offsets, num_tokens=num_tokens, rows=rows)
+
+    def _choose(
+        self,
+        form: tuple[tuple[int, int], int, bool],
+        cache: KVCache,
+        logits: jax.Array,
+        state: SamplerState,
+        tokens: jax.Array,
+        batch: Batch,
+        packed: jax.Array,
+        masks: jax.Array | None,
+        targets: jax.Array | None,
+    ) -> tuple[KVCache, tuple[SamplerState, Outcome]]:
+        """What follows the model's step, of one replica: chooses tokens, and rolls guesses back."""
+        (num_tokens, size), num_guesses, _ = form
+        table = packed[num_tokens + 1 :].reshape(-1, size)
+        _, slots, rows, positions, guesses = table[:FIELDS]
+        each, behind = num_guesses + 1, places_behind(guesses, num_guesses)
+        last = Batch(slots, batch.query_offsets, num_tokens=num_tokens).last_rows[:, None] - behind
         cache = advance(cache, batch)
         scored, max_logprobs = None, min(self.max_logprobs, logits.shape[1])
         if targets is not None:
             scored = log_probabilities(logits.astype(jnp.float32), targets, max_logprobs)
             logits = logits[last.reshape(-1)]
-        parts = jnp.split(table[_FIELDS:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
+        parts = jnp.split(table[FIELDS:], (NUM_FLOATS, NUM_FLOATS + NUM_INTS))
         floats, ints, banned = (jnp.repeat(part, each, axis=1) for part in parts)
         wanted = RowParams(
             jax.lax.bitcast_convert_type(floats, jnp.float32),
@@ -332,8 +331,11 @@ class Programs:
         state = remember(state, rows, positions, newest)
         found = jnp.where(sampled.valid.reshape(size, each), chosen, -1)
         found = jnp.concatenate([found, accepted[:, None]], axis=1)
-        return cache, state, Outcome(found, sampled.details, scored)
+        return cache, (state, Outcome(found, sampled.details, scored))
 
+    def _write_history(self, state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:
+        def write(history: jax.Array) -> jax.Array:
+            own = self._replicas.own_row(row, self._num_rows)
+            return history.at[own].set(ids, mode="drop")
 
-def _set_history(state: SamplerState, row: jax.Array, ids: jax.Array) -> SamplerState:
-    return SamplerState(state.last, state.history.at[row].set(ids))
+        return SamplerState(state.last, self._replicas.each(write)(state.history))

@@ -14,9 +14,9 @@ from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.ledger import Ledger
 from jax_kvpage.serving.engine.pace import Pace
 from jax_kvpage.serving.engine.runner import Runner
+from jax_kvpage.serving.engine.scheduling import AnyScheduler
 from jax_kvpage.serving.engine.slots import Slots
 from jax_kvpage.serving.engine.tracking import RequestState
-from jax_kvpage.serving.scheduler import Scheduler
 
 __all__ = ["Reader"]
 
@@ -35,7 +35,7 @@ class Reader:
     def __init__(
         self,
         runner: Runner,
-        scheduler: Scheduler,
+        scheduler: AnyScheduler,
         ledger: Ledger,
         slots: Slots,
         clock: Callable[[], float],
@@ -110,7 +110,7 @@ class Reader:
             self._news.append(partial(self._scheduler.finish, state.sequence, "stop"))
 
     def _tell_accepted(self, flight: Flight, accepted: np.ndarray) -> None:
-        rows = [state.sequence.row for state in flight.states]
+        rows = [state.sequence.place for state in flight.states]
         # A sequence that was given up has lost its row, and another one may have it.
         kept = (accepted > 0) & (flight.rows == rows)
         self._scheduler.add_tokens(flight.rows[kept], accepted[kept])

@@ -15,9 +15,9 @@ from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage.errors import shortened
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
-from jax_kvpage.serving.engine.guidance import Guide, fill_masks
+from jax_kvpage.serving.engine.launcher import Launcher
 from jax_kvpage.serving.engine.logprobs import logprob_table
-from jax_kvpage.serving.engine.programs import Outcome, Programs
+from jax_kvpage.serving.engine.programs import Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.engine.scoring import take_scores, targets_of
 from jax_kvpage.serving.engine.slots import Slots
@@ -65,7 +65,7 @@ class Runner:
         self._num_banned = num_banned
         self._max_tokens = max_tokens
         self._num_guesses = num_guesses
-        self._state = programs.initial_state(pool.spec.max_seq_len, pool.placement)
+        self._launcher = Launcher(programs, pool, slots, num_guesses)
         self._columns = np.zeros((NUM_FLOATS + NUM_INTS + num_banned, num_rows), np.int32)
         # The newest token of each row as a step takes it: its id, or -1 - row for the one that is
         # on the device.
@@ -94,7 +94,7 @@ class Runner:
         )
         self.choose(state)
         if state.request.params.has_penalties:
-            self._state = self._programs.set_history(self._state, row, state.ids)
+            self._launcher.set_history(row, state.ids)
 
     def choose(self, state: SequenceState) -> None:
         """Hears that the host knows the newest token of a sequence, and the device may not."""
@@ -177,9 +177,9 @@ class Runner:
             sampling = np.where(flight.samples, sampling, 0)
         sampled = rows[flight.samples]
         self._newest[sampled] = -1 - sampled
-        flight.outcome, flight.error = None, None
+        flight.outcome, flight.packed, flight.error = None, None, None
         try:
-            flight.outcome = self._run(
+            flight.outcome, flight.packed = self._launcher.run(
                 tokens,
                 flight.counts,
                 self._slots.slot[rows],
@@ -194,7 +194,7 @@ class Runner:
             flight.error = error
 
     def _tokens(self, flight: Flight) -> np.ndarray:
-        """What a step runs, int32[t]; see `Programs.pack`."""
+        """What a step runs, int32[t]; see `Packer.pack`."""
         newest = self._newest[flight.rows[: flight.num_decodes]]
         parts = [newest]
         if flight.guesses:
@@ -208,59 +208,34 @@ class Runner:
             parts.append(np.asarray(ids, np.int32))
         return np.concatenate(parts)
 
-    def _run(
-        self,
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        sampling: np.ndarray,
-        guesses: np.ndarray | None = None,
-        guided: Items[tuple[int, Guide, Items[int]]] = (),
-        targets: np.ndarray | None = None,
-    ) -> Outcome:
-        shape = self._programs.bucket(len(tokens), len(slots))
-        packed = self._programs.pack(
-            shape, tokens, counts, slots, rows, positions, sampling, guesses
-        )
-        variant = 0 if guesses is None and targets is None else self._num_guesses
-        masks = None
-        if guided:
-            masks = fill_masks(guided, shape[1], variant + 1, self._programs.num_words)
-        cache, self._state, outcome = self._programs.run(
-            shape, variant, self._slots.cache, self._state, packed, masks, targets
-        )
-        self._slots.cache = cache
-        return outcome
-
     def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray | None]:
         """The tokens of a step, and how many guesses were right, if there were any; raises what it
         failed with.
         """
-        if flight.outcome is None:
+        if flight.outcome is None or flight.packed is None:
             if flight.error is None:  # Ctrl-C while it was compiled
                 raise RuntimeError("the dispatch was interrupted")
             raise RuntimeError(f"{type(flight.error).__name__}: {flight.error}") from flight.error
-        chosen = self._programs.read_back(flight.outcome)[: len(flight.states)]
+        chosen = self._programs.read_back(flight.outcome)[flight.packed.sequences]
         each = chosen.shape[1] - 1
         accepted = np.where(flight.samples, chosen[:, -1], 0) if flight.guesses else None
         if flight.outcome.scores is not None:
-            take_scores(flight, jax.device_get(flight.outcome.scores))
+            take_scores(flight, jax.device_get(flight.outcome.scores)[flight.packed.tokens])
         found, details = [], None
         places = zip(flight.states, flight.samples.tolist(), chosen.tolist(), strict=True)
         for i, (state, samples, row) in enumerate(places):
             if not samples:
                 continue
             count = state.request.params.logprobs
-            for place, token in enumerate(row[: row[-1] + 1], i * each):
+            for place, token in enumerate(row[: row[-1] + 1]):
                 if token < 0:
                     raise RuntimeError("the logits of a sequence are NaN")
                 logprobs = None
                 if count is not None:
                     if details is None:
                         details = jax.device_get(flight.outcome.details)
-                    logprobs = logprob_table(token, count, details[place])
+                    at = int(flight.packed.sequences[i]) * each + place
+                    logprobs = logprob_table(token, count, details[at])
                 found.append(Token(state, token, logprobs))
         return found, accepted
 
@@ -278,9 +253,7 @@ class Runner:
         self.generations += 1
         self._restored = False
         self._slots.cache = self._pool.cache()
-        self._state = self._programs.initial_state(
-            self._pool.spec.max_seq_len, self._pool.placement
-        )
+        self._launcher.restart()
         self._recovering = True
         try:
             self._restore()
@@ -308,7 +281,7 @@ class Runner:
         for state in states:
             self.choose(state)
             if state.request.params.has_penalties:
-                self._state = self._programs.set_history(self._state, state.row, state.ids)
+                self._launcher.set_history(state.row, state.ids)
             length, computed = int(lengths[state.slot]), state.computed
             if length < 0:  # on CUDA a slot is free again if its acquire did not run
                 if not self._slots.acquire(state, state.room):
@@ -328,7 +301,7 @@ class Runner:
         """Computes tokens again that were shared or copied by a program that did not run."""
         while begin < state.computed:
             ids = state.ids[begin : min(state.computed, begin + self._max_tokens)]
-            self._run(
+            self._launcher.run(
                 np.asarray(ids, np.int32),
                 np.asarray([len(ids)], np.int32),
                 np.asarray([state.slot], np.int32),

@@ -16,6 +16,7 @@ from jax_kvpage._cache_checks import host_lengths
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import DeviceFault
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.tracking import SequenceState
 
 __all__ = ["SlotCalls", "past_fault"]
@@ -28,7 +29,7 @@ class SlotCalls:
 
     Args:
         pool: the memory.
-        block_tokens: tokens in a block.
+        memory: the scheduler's view of it.
         num_rows: sequences at one time.
 
     Attributes:
@@ -38,9 +39,10 @@ class SlotCalls:
         recover: starts a new generation; set by the runner.
     """
 
-    def __init__(self, pool: KVPool, block_tokens: int, num_rows: int) -> None:
+    def __init__(self, pool: KVPool, memory: PoolMemory, num_rows: int) -> None:
         self._pool = pool
-        self._block_tokens = block_tokens
+        self._block_tokens = memory.block_tokens
+        self._commits = memory.shares
         self.states: list[SequenceState | None] = [None] * num_rows
         self.slot = np.full(num_rows, -1, np.int32)
         self.cache: KVCache = pool.cache()
@@ -64,7 +66,7 @@ class SlotCalls:
     def commit(self, state: SequenceState) -> None:
         """Tells the pool the tokens of a sequence whose keys and values exist."""
         final = state.final
-        if final > state.committed:
+        if final > state.committed and self._commits:
             ids = state.ids[state.committed : final]
             past_fault(lambda: self._pool.commit(state.slot, ids))
             state.committed = final
@@ -97,7 +99,7 @@ class SlotCalls:
 
     def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
         # A recovery gives a slot to a sequence that may have lost its row to the scheduler since.
-        row = state.row if state.row >= 0 else state.sequence.row
+        row = state.row if state.row >= 0 else state.sequence.place
         state.slot, state.row, state.room = slot, row, room
         state.computed = state.committed = computed
         self.states[row], self.slot[row] = state, slot

@@ -6,16 +6,17 @@ from collections.abc import Sequence as Items
 import jax
 import numpy as np
 
+from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import KVPageError, OutOfBlocks
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
+from jax_kvpage.serving.engine.scheduling import AnyScheduler
 from jax_kvpage.serving.engine.slot_calls import SlotCalls, past_fault
 from jax_kvpage.serving.engine.stats import SequenceMemory
 from jax_kvpage.serving.engine.swapping import PoolSwap
 from jax_kvpage.serving.engine.tracking import SequenceState
 from jax_kvpage.serving.plan import Fork, StepPlan
 from jax_kvpage.serving.request import Sequence, SequenceGroup
-from jax_kvpage.serving.scheduler import Scheduler
 from jax_kvpage.swapping import Swapped
 
 __all__ = ["Slots"]
@@ -27,7 +28,7 @@ class Slots(SlotCalls):
     Args:
         pool: the memory.
         memory: the scheduler's view of it.
-        num_rows: sequences at one time.
+        num_rows: sequences of all replicas at one time.
         prefix_caching: whether sequences are found by their tokens.
         swap: where preempted sequences go; None: they are computed again.
     """
@@ -40,8 +41,9 @@ class Slots(SlotCalls):
         prefix_caching: bool,
         swap: PoolSwap | None = None,
     ) -> None:
-        super().__init__(pool, memory.block_tokens, num_rows)
+        super().__init__(pool, memory, num_rows)
         self._swap = swap
+        self._replica_rows = num_rows // pool.replicas
         self._prefix_caching = prefix_caching
 
     def memory(self) -> list[SequenceMemory]:
@@ -87,7 +89,7 @@ class Slots(SlotCalls):
                 self.leave(state)
 
     def claim(
-        self, plan: StepPlan, scheduler: Scheduler, states: dict[Sequence, SequenceState]
+        self, plan: StepPlan, scheduler: AnyScheduler, states: dict[Sequence, SequenceState]
     ) -> StepPlan:
         """Gets the memory of a plan; what is refused is left out.
 
@@ -116,7 +118,7 @@ class Slots(SlotCalls):
             return plan
         new = [a.sequence for a in plan.admissions]
         new += [child for fork in plan.forks for child in fork.children]
-        rows = {sequence: sequence.row for sequence in new}
+        rows = {sequence: sequence.place for sequence in new}
         left = scheduler.refuse(plan, refused)
         groups = {sequence.group for sequence in refused}
         # Of a group that does not run, those that did get their memory.
@@ -169,10 +171,11 @@ class Slots(SlotCalls):
             jax.block_until_ready(self.cache)
             past_fault(lambda: self._pool.extend(slots, rooms))
 
-    def find(self, state: SequenceState) -> int:
-        """Tokens that `acquire` will find in memory, if nothing is evicted before."""
+    def find(self, state: SequenceState, replica: int = 0) -> int:
+        """Tokens that `acquire` will find on a replica, if nothing is evicted before."""
         ids = np.asarray(state.ids, np.int32)
-        return past_fault(lambda: self._pool.find_prefix(ids, state.request.namespace))
+        with self._pool.on_replica(replica):
+            return past_fault(lambda: self._pool.find_prefix(ids, state.request.namespace))
 
     def acquire(self, state: SequenceState, room: int) -> bool:
         """Gives a sequence a slot that starts with what is in memory of its tokens."""
@@ -181,22 +184,23 @@ class Slots(SlotCalls):
             got = self._swap_in(state, room, swapped)
             if got is not None:
                 return got
-        cached = 0
         try:
-            if self._prefix_caching:
-                ids, space = np.asarray(state.ids, np.int32), state.request.namespace
-                slot, cached, self.cache = self._call(
-                    lambda cache: self._pool.acquire_prefix(cache, ids, room, space)
-                )
-            else:
-                slot, self.cache = self._call(
-                    lambda cache: self._pool.acquire(cache, max(room, len(state.ids)))
-                )
+            slot, cached, self.cache = self._call(lambda cache: self._occupy(cache, state, room))
         except OutOfBlocks:
             return False
         self._enter(state, slot, cached, max(room, len(state.ids)))
         state.request.output.metrics.num_cached_tokens += cached
         return True
+
+    def _occupy(self, cache: KVCache, state: SequenceState, room: int) -> tuple[int, int, KVCache]:
+        """Acquires a slot on the replica that the scheduler has chosen: (slot, found, cache)."""
+        with self._pool.on_replica(state.sequence.group.first_row // self._replica_rows):
+            if self._prefix_caching:
+                ids, space = np.asarray(state.ids, np.int32), state.request.namespace
+                slot, found, cache = self._pool.acquire_prefix(cache, ids, room, space)
+                return slot, found, cache
+            slot, cache = self._pool.acquire(cache, max(room, len(state.ids)))
+            return slot, 0, cache
 
     def _swap_in(self, state: SequenceState, room: int, swapped: Swapped) -> bool | None:
         """Gives a swapped sequence a slot; None: it cannot be read."""

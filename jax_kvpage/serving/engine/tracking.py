@@ -25,7 +25,7 @@ class SequenceState:
     Attributes:
         ids: prompt and output tokens that have been read back.
         slot: of the pool; -1 without memory.
-        row: of the scheduler's arrays, as long as it has a slot.
+        row: among those of all replicas, as long as it has a slot.
         computed: tokens whose keys and values exist, as far as steps have been read back.
         furthest: tokens that were ever computed.
         committed: tokens that the pool knows.
@@ -55,7 +55,7 @@ class SequenceState:
     @property
     def is_dropped(self) -> bool:
         """Whether the scheduler has taken its row back, so that its slot is to be released."""
-        return self.sequence.row != self.row
+        return self.sequence.place != self.row
 
     def ran(self, begin: int, count: int) -> None:
         """Records that `count` tokens from position `begin` on were computed."""

@@ -13,6 +13,7 @@ import numpy as np
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import OutOfBlocks
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.programs import Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 
@@ -35,21 +36,38 @@ def warm_up(
         pool: without live requests.
         cache: the newest.
         programs: of the engine.
-        num_rows: sequences at one time.
+        num_rows: sequences of a replica at one time.
         num_banned: see `EngineConfig.max_stop_token_ids`.
         progress: called with the number of programs done and the number of all.
     """
     rig = _Rig(pool, cache, programs, num_rows, num_banned)
+    # A program of the pool's calls has equal parts for all replicas, of the size that the largest
+    # needs: calls on one compile those of all.
+    with pool.on_replica(0):
+        _run_all(rig, pool, programs, num_rows, progress)
+    return rig.cache
+
+
+def _run_all(
+    rig: "_Rig",
+    pool: KVPool,
+    programs: Programs,
+    num_rows: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Does all that `warm_up` does."""
     sizes = _sizes(num_rows)
     widest = min(num_rows, programs.max_logprobs) // 2  # beams that a request may have
     jobs: list[Callable[[], None]] = [
         functools.partial(rig.compile, *variant) for variant in programs.variants
     ]
-    jobs += [rig.small_programs, rig.prefixes]
+    jobs += [rig.small_programs]
+    jobs += [rig.prefixes] if rig.shares else []
     jobs += [rig.swaps] if pool.store is not None else []
     jobs += [functools.partial(rig.releases, n) for n in sizes]
-    jobs += [functools.partial(rig.forks, n) for n in sizes]
-    jobs += [functools.partial(rig.beams, n) for n in _sizes(widest - 1) if widest > 1]
+    if rig.shares:
+        jobs += [functools.partial(rig.forks, n) for n in sizes]
+        jobs += [functools.partial(rig.beams, n) for n in _sizes(widest - 1) if widest > 1]
     for done, job in enumerate(jobs):
         if progress is not None:
             progress(done, len(jobs))
@@ -60,7 +78,6 @@ def warm_up(
     if progress is not None:
         progress(len(jobs), len(jobs))
     rig.release_all()
-    return rig.cache
 
 
 def _sizes(most: int) -> list[int]:
@@ -77,9 +94,11 @@ class _Rig:
         self._pool = pool
         self._programs = programs
         self._num_rows = num_rows
+        self._all_rows = num_rows * pool.replicas
         self._num_fields = NUM_FLOATS + NUM_INTS + num_banned
         self._state = programs.initial_state(pool.spec.max_seq_len, pool.placement)
         self._slots: list[int] = []
+        self.shares = PoolMemory(pool).shares
         self.cache = cache
 
     def compile(self, shape: tuple[int, int], num_guesses: int, scores: bool) -> None:
@@ -171,17 +190,13 @@ class _Rig:
         most = self._programs.shapes[-1][0]
         for begin in range(0, len(ids), most):
             part = np.asarray(ids[begin : begin + most], np.int32)
-            shape = self._programs.bucket(len(part), 1)
             packed = self._programs.pack(
-                shape,
                 part,
                 np.asarray([len(part)], np.int32),
                 np.asarray([slot], np.int32),
-                np.asarray([self._num_rows], np.int32),
+                np.asarray([self._all_rows], np.int32),
                 np.zeros(1, np.int32),
                 np.zeros((self._num_fields, 1), np.int32),
             )
-            self.cache, self._state, _ = self._programs.run(
-                shape, 0, self.cache, self._state, packed
-            )
+            self.cache, self._state, _ = self._programs.run(packed, 0, self.cache, self._state)
         self._pool.commit(slot, ids)

@@ -1,0 +1,79 @@
+"""Hands steps to the compiled programs, which go on from the newest cache and sampler's state."""
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.guidance import Guide, fill_masks
+from jax_kvpage.serving.engine.packing import Packed
+from jax_kvpage.serving.engine.programs import Outcome, Programs
+from jax_kvpage.serving.engine.slots import Slots
+
+__all__ = ["Launcher"]
+
+
+class Launcher:
+    """Launches steps.
+
+    Args:
+        programs: compiled steps.
+        pool: the memory.
+        slots: has the newest cache.
+        num_guesses: tokens of a sequence to verify at most.
+
+    Attributes:
+        state: the sampler's, the newest.
+    """
+
+    def __init__(self, programs: Programs, pool: KVPool, slots: Slots, num_guesses: int) -> None:
+        self._programs = programs
+        self._pool = pool
+        self._slots = slots
+        self._num_guesses = num_guesses
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins with a new state."""
+        self.state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.placement)
+
+    def set_history(self, row: int, ids: list[int]) -> None:
+        """Writes the tokens so far of a sequence with penalties."""
+        self.state = self._programs.set_history(self.state, row, ids)
+
+    def run(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        sampling: np.ndarray,
+        guesses: np.ndarray | None = None,
+        guided: Items[tuple[int, Guide, Items[int]]] = (),
+        targets: np.ndarray | None = None,
+    ) -> tuple[Outcome, Packed]:
+        """Launches a step.
+
+        Args:
+            tokens: see `Packer.pack`, and so are `counts` to `guesses`.
+            guided: see `Flight.guided`.
+            targets: see `Programs.run`.
+
+        Returns:
+            What will be read back, and where things are in it.
+        """
+        packed = self._programs.pack(tokens, counts, slots, rows, positions, sampling, guesses)
+        variant = 0 if guesses is None and targets is None else self._num_guesses
+        masks = None
+        if guided:
+            places = packed.sequences.tolist()
+            placed = [(places[i], guide, tokens) for i, guide, tokens in guided]
+            masks = fill_masks(
+                placed, self._programs.step_rows(packed), variant + 1, self._programs.num_words
+            )
+        cache, self.state, outcome = self._programs.run(
+            packed, variant, self._slots.cache, self.state, masks, targets
+        )
+        self._slots.cache = cache
+        return outcome, packed

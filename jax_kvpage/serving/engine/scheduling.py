@@ -1,0 +1,66 @@
+"""The scheduler of an engine, for one replica or several."""
+
+from collections.abc import Callable
+
+from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.pool_memory import PoolMemory
+from jax_kvpage.serving.replicas import ReplicatedScheduler
+from jax_kvpage.serving.request import SequenceGroup
+from jax_kvpage.serving.scheduler import Scheduler
+from jax_kvpage.serving.swap import SwapSpace
+
+__all__ = ["AnyScheduler", "make_scheduler"]
+
+AnyScheduler = Scheduler | ReplicatedScheduler
+
+
+def make_scheduler(
+    config: EngineConfig,
+    memory: PoolMemory,
+    rows: int,
+    find_prefix: Callable[[SequenceGroup, int], tuple[int, int]],
+    swap: SwapSpace | None,
+) -> AnyScheduler:
+    """A scheduler of a pool.
+
+    Args:
+        config: of the engine.
+        memory: of the pool.
+        rows: sequences of a replica at one time.
+        find_prefix: see `ReplicatedScheduler`.
+        swap: see `Scheduler`; a pool with several replicas has none.
+
+    Raises:
+        ValueError: prefix caching on a pool that has none.
+    """
+    if config.prefix_caching and not memory.shares:
+        raise ValueError(
+            "Engine: the pool's sequences are spread over a mesh (sequence_axis), which has no "
+            "prefix cache: give EngineConfig(prefix_caching=False), or use a pool on one device or "
+            "with its heads spread (axis=...)"
+        )
+    find = find_prefix if config.prefix_caching else None
+    sizes = {tokens for tokens, size in config.shapes(rows) if size >= rows}
+    if len(memory.replicas) > 1:
+        assert swap is None
+        return ReplicatedScheduler(
+            memory.replicas,
+            max_num_seqs=rows,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            step_sizes=sizes,
+            preemption=config.preemption,
+            admission=config.admission,
+            max_num_waiting=config.max_num_waiting,
+            find_prefix=find,
+        )
+    return Scheduler(
+        memory.replicas[0],
+        max_num_seqs=rows,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        step_sizes=sizes,
+        preemption=config.preemption,
+        admission=config.admission,
+        max_num_waiting=config.max_num_waiting,
+        find_prefix=None if find is None else lambda group: find(group, 0),
+        swap=swap,
+    )
