@@ -66,17 +66,19 @@ void StartEdits(const PoolReference& self, Decision* decision, const std::string
   });
 }
 
-// Takes a decision back; a pool that was closed meanwhile has nothing to take back.
+// Takes a decision back, once; a pool that was closed meanwhile has nothing to take back.
 void Undo(const PoolReference& self, Decision* decision) {
   const GilRelease release;
   PoolPtr pool;
   const EditRows rows = std::exchange(decision->edits, {});
   const std::vector<reuse::Mark> marks = std::exchange(decision->marks, {});
+  const SwapPtr swapped_out = std::exchange(decision->swapped_out, nullptr);
+  const SwapPtr swapped_in = std::exchange(decision->swapped_in, nullptr);
   if (!self.Get("undo", &pool).ok()) return;
   pool->UndoEdits(ToEdits(rows));
   pool->UndoReuse(marks);
-  if (decision->swapped_out != nullptr) pool->DropSwapped(decision->swapped_out);
-  if (decision->swapped_in != nullptr) pool->UndoSwapIn(decision->swapped_in, rows.front()[1]);
+  if (swapped_out != nullptr) pool->DropSwapped(swapped_out);
+  if (swapped_in != nullptr) pool->UndoSwapIn(swapped_in, rows.front()[1]);
   if (decision->imported >= 0) pool->UndoImport(std::exchange(decision->imported, -1));
 }
 
