@@ -159,8 +159,8 @@ void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
     progress_.slots[slot].length = static_cast<std::int32_t>(row.restored);
     progress_.RaiseWritten(slot, static_cast<std::int32_t>(row.restored));
   }
-  // The release program of a draining slot belongs to the old generation and will be refused.
-  if (slots_[slot].state == SlotState::kDraining) Vacate(lock, slot);
+  // The release program of a draining slot belongs to the old generation and will be refused, unless it has run.
+  if (slots_[slot].state == SlotState::kDraining && !progress_.slots[slot].vacated) Vacate(lock, slot);
 }
 
 void SlotTable::CutCommitted(const StateLock&, std::int32_t slot, std::int64_t tokens) {
