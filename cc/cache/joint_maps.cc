@@ -46,7 +46,38 @@ void JointMaps::Begin(std::vector<Start> starts) {
   decisions_.clear();
 }
 
+void JointMaps::Together(const std::shared_ptr<JointStep>& step) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::find(steps_.begin(), steps_.end(), step) == steps_.end()) steps_.push_back(step);
+  }
+  RunSteps();
+}
+
+void JointMaps::RunSteps() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (hosts_ > 0 || steps_.empty()) return;
+  }
+  const Alive alive(members_);
+  std::vector<std::shared_ptr<JointStep>> ran;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (hosts_ > 0) return;
+    ran.swap(steps_);
+    if (alive.all()) {
+      const std::vector<const PoolParts*> parts = Parts();
+      const JointSupply supply(parts);
+      for (const std::shared_ptr<JointStep>& step : ran) {
+        if (!step->Run(parts, supply)) steps_.push_back(step);
+      }
+    }
+  }
+  for (const std::shared_ptr<JointStep>& step : ran) alive.all() ? step->After() : step->Abandon();
+}
+
 void JointMaps::EnterHost() {
+  RunSteps();
   const Alive alive(members_);
   std::unique_lock<std::mutex> lock(mutex_);
   decided_.wait(lock, [this] { return waiting_ == 0 || hosts_ > 0; });
@@ -64,6 +95,7 @@ void JointMaps::LeaveHost() {
     hosts_ = std::max(hosts_ - 1, 0);
   }
   host_left_.notify_all();
+  RunSteps();
 }
 
 JointMaps::Numbers JointMaps::numbers() const {

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache/joint_step.h"
 #include "cache/parts.h"
 
 namespace kvpage {
@@ -67,6 +68,11 @@ class JointMaps {
   // between takes only what all pools can give. The next call of the host's lets those decide first that wait.
   void EnterHost();
   void LeaveHost();
+  // Makes a change in all pools at once: now, or, while a call of the host's is under way, at its end. One that cannot
+  // be made yet is tried again before and after further calls. Nothing happens once a pool has ended. Call this without
+  // locks.
+  void Together(const std::shared_ptr<JointStep>& step);
+  const std::vector<Member>& members() const { return members_; }
   Numbers numbers() const;
 
  private:
@@ -105,6 +111,8 @@ class JointMaps {
   // Keeps a decision until the devices that have not passed it yet have fetched it.
   void Keep(std::size_t device, Decision decision);
   void Fetched(std::size_t device, std::list<Decision>::iterator made);
+  // Runs the steps that have not been made, unless a call of the host's is under way.
+  void RunSteps();
   // Whether all pools have room for what the call wants.
   bool Enough(const Decision& call) const;
   std::vector<const PoolParts*> Parts() const;
@@ -117,8 +125,9 @@ class JointMaps {
   std::vector<std::uint32_t> calls_;  // of map_slots in the generation, where there are mirrors
   std::list<Decision> decisions_;
   Numbers numbers_;
-  int hosts_ = 0;    // calls of the host's
-  int waiting_ = 0;  // decisions that wait for their end
+  std::vector<std::shared_ptr<JointStep>> steps_;  // that have not been made
+  int hosts_ = 0;                                  // calls of the host's
+  int waiting_ = 0;                                // decisions that wait for their end
   std::chrono::steady_clock::time_point patience_;
   bool unaligned_ = false;  // a decision has failed: the pools may hand out free blocks in different orders
 };

@@ -13,6 +13,7 @@
 #include "cache/joint_maps.h"
 #include "cache/registry.h"
 #include "cache/shared_faults.h"
+#include "python/joint_swap_binding.h"
 #include "python/pool_reference.h"
 
 namespace nb = nanobind;
@@ -29,6 +30,7 @@ class JointReference {
     Raise(Pool::Join(pools, &maps_));
   }
   JointMaps& maps() const { return *maps_; }
+  const std::shared_ptr<JointMaps>& shared() const { return maps_; }
   bool here() const { return ForkCount() == fork_count_; }
 
  private:
@@ -86,6 +88,9 @@ void BindJointMaps(nb::module_& m) {
       .def("begin", &Begin, "generations"_a)
       .def("enter", &EnterHost)
       .def("leave", &LeaveHost)
+      .def(
+          "join_swapped", [](const JointReference& self, JointSwapReference& swapped) { swapped.Join(self.shared()); },
+          "swapped"_a)
       .def("numbers", [](const JointReference& self) {
         const GilRelease release;
         return self.maps().numbers();

@@ -21,6 +21,7 @@
 #include "python/decision_binding.h"
 #include "python/handover_binding.h"
 #include "python/host_store_binding.h"
+#include "python/joint_swap_binding.h"
 #include "python/pool_reference.h"
 #include "python/store_binding.h"
 #include "python/swap_binding.h"
@@ -170,6 +171,7 @@ void BindPool(nb::module_& m) {
   BindStore(m, pool);
   BindHostStore(m);
   BindSwapping(m, pool);
+  BindJointSwapping(m, pool);
   BindHandover(m, pool);
   pool.def(
           "__init__",

@@ -209,6 +209,7 @@ void BindStore(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_ro("files", &Numbers::files)
       .def_ro("bytes", &Numbers::bytes)
       .def_ro("bytes_swapped", &Numbers::bytes_swapped)
+      .def_ro("read_bytes_per_second", &Numbers::read_bytes_per_second)
       .def_ro("limit_bytes", &Numbers::limit_bytes)
       .def_ro("bytes_written", &Numbers::bytes_written)
       .def_ro("bytes_read", &Numbers::bytes_read)

@@ -32,7 +32,7 @@ Status SwapReference::Check(const char* op, const PoolPtr& pool) const {
 }
 
 void SwapReference::Drop() {
-  if (swap_ == nullptr) return;
+  if (swap_ == nullptr || joined_) return;
   const GilRelease release;
   PoolPtr pool = pool_.lock();
   if (pool == nullptr) return;

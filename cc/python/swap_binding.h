@@ -31,11 +31,14 @@ class SwapReference {
   // Whether nothing is to be waited for, within some seconds. Without the GIL.
   bool Wait(double seconds) const;
   void Drop();
+  // It has a part in a JointSwapped, which gives it up.
+  void set_joined() { joined_ = true; }
 
  private:
   const nanobind::object store_;  // ends last
   std::weak_ptr<Pool> pool_;
   SwapPtr swap_;
+  bool joined_ = false;
 };
 
 // Class `Swapped`, and the methods of `Pool` that take one and queue nothing.
