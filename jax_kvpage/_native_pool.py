@@ -7,6 +7,7 @@ nothing here looks into a message.
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -102,6 +103,7 @@ class NativePool:
         place: the same for the compiled side.
         sharding: over which devices of a mesh; None: on `device` alone.
         block_bytes: bytes of a block, on all devices together.
+        lock: of a decision with the program that is queued for it, where pools decide together.
 
     Raises:
         ValueError: a spec or capacity that cannot work.
@@ -123,6 +125,7 @@ class NativePool:
         self.place = place
         self.sharding: AxisSharding | None = None
         self.block_bytes = spec.block_bytes
+        self.lock: AbstractContextManager[Any] = nullcontext()
         ints, block_bytes = spec.as_ints(), spec.block_bytes
         self.pool: _native.Pool = self.call(
             _native.Pool,
@@ -144,6 +147,10 @@ class NativePool:
     def decision(self) -> Any:
         """An empty decision, for a call of the pool to fill."""
         return _native.Decision()
+
+    def swapped(self, store: Any) -> Any:
+        """What `swap_out` fills with a sequence, for a compiled store."""
+        return _native.Swapped(store)
 
     def call(self, function: Any, *args: Any) -> Any:
         """Calls into C++; a failed status becomes an exception.

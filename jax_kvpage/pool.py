@@ -84,20 +84,22 @@ class KVPool(
             `BlockStore`: it gets whole blocks of released sequences before they are evicted,
             `acquire_prefix` says what is stored, `prefetch` brings it, and `save_prefixes` and
             `load_prefixes` use it unless given another. On a GPU a `HostStore`, which does the same
-            but for saving and loading.
+            but for saving and loading. Over a mesh, for swaps only: prefixes are neither written to
+            it nor looked for.
         write_ahead: with a store, the share of the capacity that is to be free or written to
             the store: while there is less, its threads write what would be evicted next. Written
             blocks are evicted first. None: 0.25. 0: only `save_prefixes` writes; 1: everything is
             written as soon as its sequence is released.
         mesh: devices to spread the pool over, an arena on each; `capacity` is that of all. Other
             axes have one device. CPU devices, of one process or more; with `axis` alone also the
-            GPUs of one process, where each card has its share. No `device` and `store`.
+            GPUs of one process, where each card has its share. No `device`, and a `store` on CPU
+            devices of one process only.
         axis: the axis that the heads are split over. Each device holds those that its query heads
             read: with fewer key/value heads than devices, several hold a copy.
         data_axis: the axis that the slots are split over: each replica, a row along it, has its
             part of `max_slots` and of the blocks, and a prefix cache. `spread` makes batches.
         sequence_axis: in place of both, the axis that the tokens of every sequence are spread over:
-            stripes of 16 in turn. `max_seq_len` is a multiple of 16 times its devices.
+            stripes of 16 in turn. `max_seq_len` is a multiple of 16 times its devices. No `store`.
 
     Attributes:
         spec: the resolved spec, with all heads.
@@ -139,7 +141,8 @@ class KVPool(
         options = PoolOptions.checked(on_stale, poison, debug)
         self.store, self.sharding = store, None
         if (axes := (mesh, axis, sequence_axis, data_axis)) != (None,) * 4:
-            self._open(*over_mesh(spec, capacity, options, *axes, device=device, store=store))
+            others = {"device": device, "write_ahead": write_ahead}
+            self._open(*over_mesh(spec, capacity, options, *axes, store, **others))
             return
         if device is not None and not isinstance(device, jax.Device):
             raise ValueError(f"KVPool: device: wanted a jax.Device or None, got {device!r}")

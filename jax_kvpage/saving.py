@@ -164,7 +164,10 @@ def check_store(store: Any, place: Place, write_ahead: Any) -> float:
 def _opened(call: str, store: Any, pool: SavingCalls, fingerprint: str | None) -> Iterator[Any]:
     """The compiled store; one that was given as a path is closed at the end."""
     if pool.sharding is not None:
-        raise ValueError(f"{call}: a pool over a mesh has no store so far")
+        raise ValueError(
+            f"{call}: a pool over a mesh keeps no prefixes in a store so far, only swapped "
+            "sequences: save and load them with a pool on one device"
+        )
     if store is None:
         if pool.store is None:
             raise ValueError(f"{call}: store: give one, or make the pool with KVPool(store=...)")

@@ -121,11 +121,11 @@ class SpillingCalls(SwappingCalls):
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or its store is closed.
         """
-        self._native.refuse_mesh("prefetch")
         if isinstance(token_ids, Swapped):
             if namespace is not None or prefill_tokens_per_second is not None:
                 raise ValueError("prefetch: a swapped sequence is given alone")
             return self._prefetch_swapped(token_ids)
+        self._native.refuse_mesh("prefetch of token_ids")
         ids = one_sequence("prefetch", token_ids)
         space = namespace_key("prefetch", namespace)
         rate = prefill_tokens_per_second

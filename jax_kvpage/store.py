@@ -39,6 +39,7 @@ class StoreStats(NamedTuple):
         swap_out_seconds_p95: how long 95 in 100 of these took at most.
         swap_in_seconds_median: the same of reads back, from `prefetch` or `swap_in`.
         swap_in_seconds_p95: the same.
+        read_bytes_per_second: of the latest reads, waiting included; 0: none yet.
     """
 
     files: int
@@ -57,6 +58,7 @@ class StoreStats(NamedTuple):
     swap_out_seconds_p95: float
     swap_in_seconds_median: float
     swap_in_seconds_p95: float
+    read_bytes_per_second: float
 
 
 class StoredFile(NamedTuple):
@@ -163,6 +165,7 @@ class BlockStore(Closing):
             numbers.swap_out_seconds_p95,
             numbers.swap_in_seconds_median,
             numbers.swap_in_seconds_p95,
+            numbers.read_bytes_per_second,
         )
 
     def refresh(self) -> None:

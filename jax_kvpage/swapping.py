@@ -1,11 +1,10 @@
 """Host calls that swap sequences out to a store and in again."""
 
 import functools
+import weakref
 from typing import Any
 
 from jax_kvpage._arrays import as_bool, host_int
-from jax_kvpage._native import Decision
-from jax_kvpage._native import Swapped as NativeSwapped
 from jax_kvpage._native_pool import NativePool
 from jax_kvpage._queue import WAIT_SLICE, Queue
 from jax_kvpage.cache import KVCache
@@ -24,9 +23,14 @@ class Swapped:
     what the store has of it and its references to shared blocks go then.
     """
 
-    def __init__(self, native: NativeSwapped) -> None:
+    def __init__(self, native: Any, pool: NativePool) -> None:
         """Only `KVPool.swap_out` makes one."""
         self._native = native
+        self._pool = weakref.ref(pool)
+
+    def of_pool(self, pool: NativePool) -> bool:
+        """Whether it was swapped out of this pool."""
+        return self._pool() is pool
 
     @property
     def tokens(self) -> int:
@@ -76,6 +80,9 @@ class SwappingCalls:
         Nothing waits for the disk, or on a GPU for the copies to host memory. If the disk or the
         store is full, they stay in memory.
 
+        Over a mesh every device stores its part in a file of its own, and all parts are stored or
+        none: if one cannot be written, all stay in memory.
+
         Args:
             cache: the newest cache.
             slot: an occupied slot.
@@ -84,29 +91,30 @@ class SwappingCalls:
             The swapped sequence, and the next cache, in which the slot is free.
 
         Raises:
-            ValueError: the pool has no store, a slot that does not exist, a cache of another spec.
+            ValueError: the pool has no store, or cannot have one (`sequence_axis`, devices of
+                several processes); a slot that does not exist, a cache of another spec.
             KVPageError: the slot is not occupied, or has dropped its beginning (`drop_before`).
             PoolClosed: the pool or its store is closed.
         """
-        self._native.refuse_mesh("swap_out")
         self._queue.check_cache("swap_out", cache)
         slot = host_int("swap_out: slot", slot)
         if self.store is None:
             raise ValueError("swap_out: the pool has no store: make it with KVPool(store=...)")
-        native = NativeSwapped(self.store.native)
-        swapped = Swapped(native)
-        decision = Decision()
-        try:
-            self._queue.forget_release(slot)
-            self._native.call(self._pool.swap_out, decision, native, slot)
-            return swapped, self._queue.run("swap_out", cache, decision.edits)
-        except BaseException:
-            self._pool.undo(decision)
-            raise
+        native = self._native.swapped(self.store.native)
+        swapped = Swapped(native, self._native)
+        decision = self._native.decision()
+        with self._native.lock:
+            try:
+                self._queue.forget_release(slot)
+                self._native.call(self._pool.swap_out, decision, native, slot)
+                return swapped, self._queue.run("swap_out", cache, decision.edits)
+            except BaseException:
+                self._pool.undo(decision)
+                raise
 
     def _prefetch_swapped(self, swapped: Swapped) -> Ticket:
         """See `KVPool.prefetch`."""
-        native = _checked("prefetch", swapped)
+        native = self._checked("prefetch", swapped)
         self._queue.claim("prefetch", lambda: self._pool.prefetch_swapped(native))
         return Ticket(native)
 
@@ -138,24 +146,31 @@ class SwappingCalls:
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("swap_in", cache)
-        native = _checked("swap_in", swapped)
+        native = self._checked("swap_in", swapped)
         wait = as_bool("swap_in: wait", wait)
         recover = as_bool("swap_in: recover", recover)
         if wait:
             self._queue.claim("swap_in", lambda: self._pool.prefetch_swapped(native), wait)
             while not native.wait(WAIT_SLICE):
                 self._check_release(native)
-        decision = Decision()
-        try:
-            attempt = functools.partial(self._pool.swap_in, decision, native, recover)
-            claim = self._queue.claim("swap_in", attempt, wait)
-            cache = self._queue.run("swap_in", cache, decision.edits)
-            return claim.slots[0], cache
-        except BaseException:
-            self._pool.undo(decision)
-            raise
+        decision = self._native.decision()
+        with self._native.lock:
+            try:
+                attempt = functools.partial(self._pool.swap_in, decision, native, recover)
+                claim = self._queue.claim("swap_in", attempt, wait)
+                cache = self._queue.run("swap_in", cache, decision.edits)
+                return claim.slots[0], cache
+            except BaseException:
+                self._pool.undo(decision)
+                raise
 
-    def _check_release(self, native: NativeSwapped) -> None:
+    def _checked(self, op: str, swapped: Any) -> Any:
+        native = _native_of(op, swapped)
+        if not swapped.of_pool(self._native):
+            raise ValueError(f"{op}: swapped: this sequence was not swapped out of this pool")
+        return native
+
+    def _check_release(self, native: Any) -> None:
         """Raises if the program that frees a swapped sequence's slot has failed."""
         marker = self._queue.released(native.slot)
         if marker is None or not native.queued:
@@ -177,10 +192,10 @@ class SwappingCalls:
         Raises:
             ValueError: no swapped sequence.
         """
-        _checked("drop_swapped", swapped).drop()
+        _native_of("drop_swapped", swapped).drop()
 
 
-def _checked(op: str, swapped: Any) -> NativeSwapped:
+def _native_of(op: str, swapped: Any) -> Any:
     if not isinstance(swapped, Swapped):
         raise ValueError(f"{op}: swapped: wanted what swap_out returns, got {swapped!r}")
     return swapped._native

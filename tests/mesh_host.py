@@ -273,11 +273,10 @@ def refusals() -> None:
         with pytest.raises(ValueError, match="wanted a part on each device"):
             pool.acquire(spread, 16)
         for call in (pool.save_prefixes, pool.load_prefixes):
-            with pytest.raises(ValueError, match="a pool over a mesh has no store"):
+            with pytest.raises(ValueError, match="a pool over a mesh keeps no prefixes in a store"):
                 call("/nowhere")
         for refused in (
             lambda: pool.relocate(),
-            lambda: pool.swap_out(cache, slot),
             lambda: pool.prefetch([1, 2]),
             lambda: pool.stored_prefix([1, 2]),
             lambda: pool.spill_stats(),
@@ -285,6 +284,8 @@ def refusals() -> None:
         ):
             with pytest.raises(ValueError, match="not on a pool over a mesh so far"):
                 refused()
+        with pytest.raises(ValueError, match=r"has no store: make it with KVPool\(store=...\)"):
+            pool.swap_out(cache, slot)
         pool.check(pool.release(cache, slot))
     with pytest.raises(kvp.PoolClosed):
         pool.cache()

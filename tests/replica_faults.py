@@ -201,7 +201,6 @@ def refusals() -> None:
             kvp.spread(pool, slots).scatter([1, 2, 3])
         for refused in (
             lambda: pool.relocate(),
-            lambda: pool.swap_out(cache, 0),
             lambda: pool.view(0),
             lambda: pool.export_blocks(slots[0]),
             lambda: pool.acquire(cache, 4, handover=True),

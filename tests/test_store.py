@@ -68,7 +68,7 @@ def test_the_directory_is_the_users_alone(tmp_path: pathlib.Path) -> None:
     with kvp.BlockStore(tmp_path / "a" / "b", limit=None, fingerprint="m") as store:
         assert (store.path, store.limit, store.fingerprint) == (tmp_path / "a" / "b", None, "m")
         assert store.path.stat().st_mode & 0o777 == 0o700
-        assert store.stats() == (0, 0, 0, None, 0, 0, 0, 0, 0, {}, {}, "", *(0.0,) * 4)
+        assert store.stats() == (0, 0, 0, None, 0, 0, 0, 0, 0, {}, {}, "", *(0.0,) * 5)
         assert repr(store) == f"BlockStore({str(store.path)!r}, None, 'm')"
     with pytest.raises(kvp.PoolClosed, match="the store is closed"):
         store.stats()

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from jax_kvpage._cuda import place_of
 from jax_kvpage._native_pool import NativePool, PoolOptions
 from jax_kvpage._queue import Queue
+from jax_kvpage.saving import check_store
 from jax_kvpage.sharding.devices import refuse_gpus
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import check_alone, sharded
@@ -24,6 +26,7 @@ def over_mesh(
     axis: Any,
     sequence_axis: Any,
     data_axis: Any,
+    store: Any,
     **others: Any,
 ) -> tuple[NativePool, Queue]:
     """The compiled pools and the queue; see `KVPool` for the arguments.
@@ -36,18 +39,34 @@ def over_mesh(
         axis: that heads are spread over; or None.
         sequence_axis: that sequences are spread over; or None.
         data_axis: that slots are split over; or None.
+        store: for swapped sequences; or None.
         **others: arguments that do not go with a mesh.
 
     Raises:
         ValueError: arguments that cannot work, or not together.
+        KVPageError: a store of the other platform's kind.
         OutOfBlocks: more capacity than there is memory.
+        PoolClosed: the store is closed.
     """
     check_alone(mesh, axis, sequence_axis, data_axis, **others)
     if sequence_axis is not None:
+        if store is not None:
+            raise ValueError(
+                "KVPool: store: not with sequence_axis: nothing is committed there, because a "
+                "device does not know what other devices hold of a sequence, and only committed "
+                "tokens are swapped: leave it out"
+            )
         stripes = StripeSharding.of(spec, mesh, sequence_axis)
         refuse_gpus("sequence_axis", stripes)
         return sequence_parallel(spec, capacity, stripes, options)
     heads = HeadSharding.of(spec, mesh, axis, data_axis)
+    if store is not None:
+        check_store(store, place_of(heads.devices[0]), None)
+        if len(heads.processes) > 1:
+            raise ValueError(
+                f"KVPool: store: the mesh is over {len(heads.processes)} processes, which do not "
+                "swap together so far: leave it out, or make a pool in each process"
+            )
     if data_axis is not None:
         refuse_gpus("data_axis", heads)
         return replicated(spec, capacity, heads, options)

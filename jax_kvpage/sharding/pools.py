@@ -19,6 +19,7 @@ from jax_kvpage._queue import PrefixRequest, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.ops.edit_slots import FOUND, OCCUPY
 from jax_kvpage.ops.set_lengths import set_lengths
+from jax_kvpage.sharding.decisions import joint_swapped
 from jax_kvpage.sharding.devices import on_gpus, total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.in_flight import wait_for_programs
@@ -62,7 +63,7 @@ def check_alone(
     if given:
         reasons.append(
             f"{' and '.join(given)}: cannot be given with a mesh, whose devices the pool is "
-            "on, and which no store serves so far"
+            "on, and whose store is for swapped sequences only so far"
         )
     if reasons:
         raise ValueError("KVPool: " + "\n  - ".join(reasons))
@@ -143,7 +144,7 @@ class ShardedNativePool(NativePool):
             notes = map(self._where, range(len(shards)))
             _native.share_faults(list(zip(shards, notes, strict=True)), in_calls)
         self.pool = self.joined(shards)
-        # Of a call to all shards, and of a decision with the program that is queued for it.
+        # Of a call to all shards, too.
         self.lock = threading.RLock()
 
     def _where(self, shard: int) -> str:
@@ -179,6 +180,10 @@ class ShardedNativePool(NativePool):
     def decision(self) -> Any:
         """An empty decision of all shards."""
         return ShardedDecision(len(self.sharding.local_devices))
+
+    def swapped(self, store: Any) -> Any:
+        """A sequence of all shards."""
+        return joint_swapped(store, len(self.sharding.local_devices))
 
 
 class ShardedQueue(Queue):

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from jax_kvpage._native import Code, Reason
+from jax_kvpage.ops.edit_slots import SWAP_IN
+from jax_kvpage.sharding.decisions import Edits
 from jax_kvpage.sharding.placement import Request, place
 from jax_kvpage.sharding.replica_table import ReplicaTable, plain
-from jax_kvpage.sharding.shards import Edits
 
-__all__ = ["ReplicatedDecision", "ReplicatedPool"]
+__all__ = ["ReplicaSwapped", "ReplicatedDecision", "ReplicatedPool"]
 
 
 class ReplicatedDecision:
@@ -41,12 +42,44 @@ class ReplicatedDecision:
     @property
     def edits(self) -> Edits:
         """Of all replicas, with the numbers of the whole pool."""
-        return [
-            (opcode, slot + begin, length, donor + begin if donor >= 0 else donor)
-            for replica, part in enumerate(self.parts)
-            for begin in (replica * self._slots,)
-            for opcode, slot, length, donor in part.edits
-        ]
+        edits = []
+        for replica, part in enumerate(self.parts):
+            begin = replica * self._slots
+            for opcode, slot, length, donor in part.edits:
+                is_slot = donor >= 0 and opcode != SWAP_IN  # there it counts tokens
+                edits.append((opcode, slot + begin, length, donor + begin * is_slot))
+        return edits
+
+
+class ReplicaSwapped:
+    """A swapped sequence, which belongs to the replica of the slot that it had.
+
+    Args:
+        make: makes what a replica's `swap_out` fills; the other attributes are those of that.
+        slots: of each replica.
+
+    Attributes:
+        replica: which one; None before `assign`.
+        own: what its pool knows.
+    """
+
+    def __init__(self, make: Callable[[], Any], slots: int) -> None:
+        self._slots = slots
+        self.replica: int | None = None
+        self.own = make()
+
+    def assign(self, replica: int) -> Any:
+        """Says which replica it belongs to; `own`."""
+        self.replica = replica
+        return self.own
+
+    @property
+    def slot(self) -> int:
+        """With the number of the whole pool."""
+        return int(self.own.slot) + (self.replica or 0) * self._slots
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
 
 
 class ReplicatedPool(ReplicaTable):
@@ -237,6 +270,29 @@ class ReplicatedPool(ReplicaTable):
     def drop_before(self, decision: ReplicatedDecision, *args: Any) -> None:
         """See `_native.Pool`."""
         self._decide("drop_before", decision, *args)
+
+    # ---- swapped sequences: they stay on their replica ----
+
+    def swap_out(self, decision: ReplicatedDecision, swapped: ReplicaSwapped, slot: int) -> None:
+        """See `_native.Pool`."""
+        replica, own = self._owner("swap_out", slot)
+        with self._on(replica) as pool:
+            pool.swap_out(decision.parts[replica], swapped.assign(replica), own)
+
+    def prefetch_swapped(self, swapped: ReplicaSwapped) -> Any:
+        """See `_native.Pool`."""
+        assert swapped.replica is not None
+        with self._on(swapped.replica) as pool:
+            claim = pool.prefetch_swapped(swapped.own)
+        return claim if claim.ok else self._told(swapped.replica, claim)
+
+    def swap_in(self, decision: ReplicatedDecision, swapped: ReplicaSwapped, recover: bool) -> Any:
+        """See `_native.Pool`."""
+        replica = swapped.replica
+        assert replica is not None
+        with self._on(replica) as pool:
+            claim = pool.swap_in(decision.parts[replica], swapped.own, recover)
+        return self._joined(1, [(replica, [0], claim)]) if claim.ok else self._told(replica, claim)
 
     def start_edits(self, decision: ReplicatedDecision, verb: str, edits: Edits) -> None:
         """See `_native.Pool`."""

@@ -311,8 +311,8 @@ class ReplicaTable:
         return types.SimpleNamespace(**joined | {"block_bytes": each[0].block_bytes})
 
     def swap_writes(self) -> int:
-        """None: such a pool has no store."""
-        return 0
+        """See `_native.Pool`."""
+        return sum(replica.swap_writes() for replica in self.replicas)
 
     # ---- the whole pool ----
 

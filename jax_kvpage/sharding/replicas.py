@@ -5,7 +5,7 @@ cache is one value and every step one program for all of them. A program that th
 part for each replica with what changes there, padded to one size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,16 @@ import numpy as np
 from jax_kvpage import _native
 from jax_kvpage._edit_rows import edit_rows
 from jax_kvpage._native_pool import NativePool, PoolOptions
+from jax_kvpage.ops.edit_slots import SWAP_IN
+from jax_kvpage.sharding.decisions import joint_swapped
 from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.pools import ShardedNativePool, ShardedQueue, resolved
-from jax_kvpage.sharding.replica_pool import ReplicatedDecision, ReplicatedPool
+from jax_kvpage.sharding.replica_pool import (
+    ReplicaSwapped,
+    ReplicatedDecision,
+    ReplicatedPool,
+)
 from jax_kvpage.sharding.replica_table import replica_note
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 from jax_kvpage.spec import CacheSpec
@@ -66,6 +72,16 @@ class ReplicatedNativePool(ShardedNativePool):
 
         return ReplicatedDecision(make, sharding.replicas, sharding.local.max_slots)
 
+    def swapped(self, store: Any) -> Any:
+        """A sequence of one replica, which one is not known yet."""
+        sharding = self.sharding
+
+        def make() -> Any:
+            alone = sharding.parts == 1
+            return _native.Swapped(store) if alone else joint_swapped(store, sharding.parts)
+
+        return ReplicaSwapped(make, sharding.local.max_slots)
+
     def failed_claim(self, op: str, claim: Any, *args: Any, **kwargs: Any) -> Exception:
         """See `NativePool`. Numbers are those of the replica that came closest."""
         error = NativePool.failed_claim(self, op, claim, *args, **kwargs)
@@ -92,16 +108,17 @@ class ReplicatedQueue(ShardedQueue):
         if self._sharding.parts > 1:
             super()._note(marker)
 
-    def _edit_rows(self, rows: _Rows, slots: Sequence[int]) -> np.ndarray:
+    def _edit_rows(self, rows: _Rows, slots_of: Callable[[Any], Sequence[int]]) -> np.ndarray:
         """Rows as `edit_slots` takes them: those of each replica, padded to equal parts.
 
         Args:
             rows: with slots of the whole pool.
-            slots: which of a row's numbers are slots, the first one of those never negative.
+            slots_of: which of a row's numbers are slots, the first one of those never negative.
         """
         count, size = self._sharding.replicas, self._sharding.local.max_slots
         parts: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
         for row in rows:
+            slots = slots_of(row)
             own = [
                 value % size if i in slots and value >= 0 else value for i, value in enumerate(row)
             ]
@@ -111,4 +128,6 @@ class ReplicatedQueue(ShardedQueue):
         return np.concatenate([edit_rows(part, 4) for part in filled])
 
     def _rows(self, edits: _Rows, copies: _Rows) -> tuple[np.ndarray, np.ndarray]:
-        return self._edit_rows(edits, (1, 3)), self._edit_rows(copies, (0, 1))
+        # Where a sequence is swapped in the last number counts tokens, it is no donor.
+        edited = self._edit_rows(edits, lambda row: (1,) if row[0] == SWAP_IN else (1, 3))
+        return edited, self._edit_rows(copies, lambda row: (0, 1))

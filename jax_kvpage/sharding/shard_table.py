@@ -9,6 +9,7 @@ from jax_kvpage import _native
 __all__ = ["ShardTable"]
 
 _SUMS = ("virtual_bytes", "physical_bytes", "system_calls", "waits", "block_bytes")
+_SWAP_SUMS = ("bytes_swapped_out", "bytes_swapped_in")
 
 
 class ShardTable:
@@ -121,12 +122,8 @@ class ShardTable:
         all_numbers = [shard.numbers() for shard in self.shards]
         first = all_numbers[0]
         own = {name: getattr(first, name) for name in dir(first) if not name.startswith("_")}
-        sums = {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS}
+        sums = {name: sum(getattr(n, name) for n in all_numbers) for name in _SUMS + _SWAP_SUMS}
         return types.SimpleNamespace(**own | sums)
-
-    def swap_writes(self) -> int:
-        """None: such a pool has no store."""
-        return 0
 
     def wait_for_drain(self, seconds: float) -> bool:
         """See `_native.Pool`."""

@@ -12,32 +12,13 @@ from jax_kvpage import _native
 from jax_kvpage._native import Reason
 from jax_kvpage.errors import KVPageError
 from jax_kvpage.ops.edit_slots import VACATE
+from jax_kvpage.sharding.decisions import Edits, ShardedDecision, SwapCalls, claimed
 from jax_kvpage.sharding.shard_table import ShardTable
 
 __all__ = ["ShardedDecision", "ShardedPool"]
 
-Edits = list[tuple[int, int, int, int]]
 
-_CLAIMED = ("slots", "tokens", "shared", "sources", "leaders")
-
-
-class ShardedDecision:
-    """A decision of each shard, all alike."""
-
-    def __init__(self, size: int) -> None:
-        self.parts = [_native.Decision() for _ in range(size)]
-
-    @property
-    def edits(self) -> Edits:
-        """Of any shard: they were compared."""
-        return self.parts[0].edits
-
-
-def _claimed(claim: Any) -> Any:
-    return tuple(getattr(claim, name) for name in _CLAIMED)
-
-
-class ShardedPool(ShardTable):
+class ShardedPool(ShardTable, SwapCalls):
     """`_native.Pool` for several devices: the calls that decide.
 
     Args:
@@ -157,7 +138,7 @@ class ShardedPool(ShardTable):
             op,
             lambda i: getattr(self.shards[i], op)(decision.parts[i], *args),
             lambda done: self.undo(decision),
-            lambda i, claim: (decision.parts[i].edits, claim and _claimed(claim)),
+            lambda i, claim: (decision.parts[i].edits, claim and claimed(claim)),
             settle,
         )
 

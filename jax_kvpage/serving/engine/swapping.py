@@ -54,7 +54,8 @@ class PoolSwap:
         self._pool = pool
         self._pace = pace
         self._block_tokens = spec.block_tokens
-        self._token_bytes = spec.token_bytes
+        # Over a mesh the devices' parts are written and read beside each other.
+        self._token_bytes = pool.sharding.local.token_bytes if pool.sharding else spec.token_bytes
         self._held: dict[SequenceGroup, _Entry] = {}
         self._prompts = prompts
 
@@ -103,9 +104,13 @@ class PoolSwap:
 
     def _read_bytes_per_second(self) -> float:
         store = self._pool.store
-        if isinstance(store, HostStore):
-            return store.stats().read_bytes_per_second or _HOST_BYTES_PER_SECOND
-        return self._pool.spill_stats().read_bytes_per_second or _STORE_BYTES_PER_SECOND
+        default = (
+            _HOST_BYTES_PER_SECOND if isinstance(store, HostStore) else _STORE_BYTES_PER_SECOND
+        )
+        try:
+            return (store and store.stats().read_bytes_per_second) or default
+        except KVPageError:  # it was closed
+            return default
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
         """See `SwapSpace`."""
@@ -162,5 +167,7 @@ def store_below(
     """
     if pool.store is None:
         return None
-    prompts = None if tokens_of is None else StoredPrompts(pool, pace, tokens_of)
+    prompts = None
+    if tokens_of is not None and pool.sharding is None:  # over a mesh none are stored
+        prompts = StoredPrompts(pool, pace, tokens_of)
     return PoolSwap(pool, pace, prompts)
