@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import random
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,13 +34,15 @@ from jax_kvpage.serving.engine.programs import Programs
 _ROWS = 4  # of a replica
 
 
-def _pool(replicas: int, parts: int = 1, blocks: int = 32, **options: Any) -> kvp.KVPool:
+def _pool(
+    replicas: int, parts: int = 1, blocks: int = 32, store: Any = None, **options: Any
+) -> kvp.KVPool:
     """So many blocks for each replica."""
     spec = rig.spec(2 * _ROWS * replicas, **options)
     mesh = replica_rig.make_mesh(replicas, parts)
     axis = "tp" if parts > 1 else None
     size = replicas * parts * blocks * spec.num_ranges * spec.block_bytes
-    return kvp.KVPool(spec, size, mesh=mesh, axis=axis, data_axis="dp")
+    return kvp.KVPool(spec, size, mesh=mesh, axis=axis, data_axis="dp", store=store)
 
 
 @functools.cache
@@ -132,10 +135,16 @@ def pressure() -> None:
         assert added[1].metrics.num_preemptions == 0
         assert rig.tokens(added) == wanted
 
-    # All of them under pressure.
-    with _pool(2, blocks=8) as pool, _engine(pool, **options) as engine:
+    # All of them under pressure. A store is not for them: they are placed anew.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        kvp.BlockStore(folder) as store,
+        _pool(2, blocks=8, store=store) as pool,
+        _engine(pool, **options) as engine,
+    ):
         assert rig.tokens(engine.generate(rig.PROMPTS * 2, rig.MIXED * 2)) == rig.alone() * 2
         assert min(_preemptions(engine)) > 0
+        assert engine.stats.swapped == 0
 
 
 def prefixes() -> None:

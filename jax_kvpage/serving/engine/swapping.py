@@ -158,14 +158,15 @@ def store_below(
     pace: Pace,
     tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None,
 ) -> PoolSwap | None:
-    """What lies below a pool; None without a store.
+    """What lies below a pool; None without a store, and for a pool with replicas: a sequence comes
+    back to the replica that it left, while the scheduler places preempted requests anew.
 
     Args:
         pool: of the engine.
         pace: of the engine.
         tokens_of: see `StoredPrompts`; None: prompts are not looked for.
     """
-    if pool.store is None:
+    if pool.store is None or pool.replicas > 1:
         return None
     prompts = None
     if tokens_of is not None and pool.sharding is None:  # over a mesh none are stored
