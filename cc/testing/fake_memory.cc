@@ -201,7 +201,8 @@ Result MemRelease(MemHandle handle) {
   if (it == entry->handles.end() || it->second.released) {
     return entry->Violation("cuMemRelease of a handle that does not exist (any more)");
   }
-  KVPAGE_CHECK_DEVICE("cuMemRelease", it->second.device);
+  // What was imported may turn out to be another device's, and goes again.
+  if (!it->second.imported) KVPAGE_CHECK_DEVICE("cuMemRelease", it->second.device);
   it->second.released = true;
   if (it->second.mappings > 0) {
     ++entry->released_while_mapped;  // lives on until it is unmapped

@@ -208,7 +208,11 @@ TEST_F(FakeShareableTest, AHandleSaysOfWhichDeviceItIs) {
   options.devices = 2;
   Start(options);
   cu::MemHandle handle = 0, imported = 0;
+  std::shared_ptr<CudaContext> second;
+  ASSERT_OK(CudaContext::Make(fake_->driver(), 1, &second));
+  auto in_second = std::make_unique<ContextScope>(*second);
   ASSERT_EQ(Create(&handle, HandleType::kPosixFileDescriptor, 1), Result::kSuccess);
+  in_second.reset();
   int fd = -1;
   ASSERT_EQ(Export(handle, &fd), Result::kSuccess);
   ASSERT_EQ(Import(fd, &imported), Result::kSuccess);
@@ -222,6 +226,7 @@ TEST_F(FakeShareableTest, AHandleSaysOfWhichDeviceItIs) {
   EXPECT_NE(std::memcmp(one.bytes, two.bytes, sizeof(one.bytes)), 0);
   close(fd);
   Release(imported);
+  in_second = std::make_unique<ContextScope>(*second);
   Release(handle);
 }
 
