@@ -7,7 +7,7 @@
 namespace kvpage::prefix {
 
 Tier::Tier(const PoolParts& pool, std::shared_ptr<store::PrefixStore> store, double write_ahead,
-           std::shared_ptr<BlockMover> mover)
+           const std::shared_ptr<BlockMover>& mover)
     : pool_(pool),
       store_(std::move(store)),
       access_(std::make_shared<PoolAccess>(pool)),

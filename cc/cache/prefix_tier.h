@@ -29,7 +29,7 @@ class Tier {
   // `write_ahead`: what share of the pool's blocks is to be free or written; 0: nothing is written ahead.
   // `mover`: how blocks get into memory of the host and back; null: the host reads and writes them.
   Tier(const PoolParts& pool, std::shared_ptr<store::PrefixStore> store, double write_ahead,
-       std::shared_ptr<BlockMover> mover);
+       const std::shared_ptr<BlockMover>& mover);
   ~Tier() { static_cast<void>(Close({})); }
 
   // How many of the tokens the store has, in whole blocks from the first one on. Looks nothing up on disk.
