@@ -21,7 +21,7 @@
 
 namespace kvpage::testing {
 
-using Layout = kvpage::Layout;
+using kvpage::Layout;
 
 template <class Condition>
 bool Soon(const Condition& condition) {

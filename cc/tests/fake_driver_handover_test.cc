@@ -234,7 +234,7 @@ TEST_P(HandlesTest, AForgedHeaderIsRefused) {
   // Blocks in the file, which has none: mapping them would end the process.
   with([](Header* h) { h->memory.clear(), h->shape += " memory=", h->stride = 0; }, good.begin);
   with([](Header* h) { h->memory.clear(), h->stride = h->blocks; }, good.begin);
-  with([](Header* h) { h->memory += "0"; }, good.begin);
+  with([](Header* h) { h->memory += '0'; }, good.begin);
   EXPECT_EQ(Fake().Report().imported, 0);
   EXPECT_GE(receiver.Import(*sent), 0);
 }

@@ -16,7 +16,6 @@
 namespace kvpage {
 namespace {
 
-using cu::Call;
 using cu::HandleType;
 using cu::Result;
 
