@@ -10,6 +10,7 @@ from jax_kvpage._queue import WAIT_SLICE, Queue
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import KVPageError, wait_for
 from jax_kvpage.host_store import HostStore
+from jax_kvpage.sharding.over_axis import AxisSharding
 from jax_kvpage.store import BlockStore
 from jax_kvpage.tickets import Ticket
 
@@ -70,6 +71,7 @@ class SwappingCalls:
     _pool: Any
     _queue: Queue
     store: BlockStore | HostStore | None
+    sharding: AxisSharding | None
 
     def swap_out(self, cache: KVCache, slot: int) -> tuple[Swapped, KVCache]:
         """Takes a sequence out of its slot, for others to use its memory, until `swap_in`.
@@ -99,7 +101,10 @@ class SwappingCalls:
         self._queue.check_cache("swap_out", cache)
         slot = host_int("swap_out: slot", slot)
         if self.store is None:
-            raise ValueError("swap_out: the pool has no store: make it with KVPool(store=...)")
+            mesh = "" if self.sharding is None else ", without sequence_axis and in one process"
+            raise ValueError(
+                f"swap_out: the pool has no store: make it with KVPool(store=...){mesh}"
+            )
         native = self._native.swapped(self.store.native)
         swapped = Swapped(native, self._native)
         decision = self._native.decision()

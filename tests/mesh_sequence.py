@@ -302,7 +302,7 @@ def refusals() -> None:
             (lambda: pool.acquire_prefix(cache, [1, 2]), "acquire_prefix: .*use acquire"),
             (lambda: pool.find_prefix([1, 2]), "find_prefix.*no prefix cache"),
             (lambda: pool.drop_before(cache, slots[0], 0), "drop_before: .*truncate"),
-            (lambda: pool.swap_out(cache, slots[0]), "not on a pool over a mesh so far"),
+            (lambda: pool.swap_out(cache, slots[0]), "no store: .*without sequence_axis"),
             (lambda: pool.view(0), "no array|each device of the mesh has a part"),
             (lambda: kvp.map_slots(cache, slots, 20), r"map_slots: .*pool\.extend"),
             (lambda: kvp.grow(cache, batch), r"grow: .*pool\.extend"),

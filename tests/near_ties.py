@@ -19,7 +19,7 @@ import numpy as np
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import SamplingParams
-from jax_kvpage.serving.engine.programs import _VerifiedBatch
+from jax_kvpage.serving.engine.verifying import VerifiedBatch
 
 TIE = 1e-3
 
@@ -135,7 +135,7 @@ def text_logits(step: Any, params: Any, pool: kvp.KVPool, most: int = 128) -> Lo
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Any, cache: kvp.KVCache, tokens: jax.Array, slot: Any, count: Any) -> Any:
         slots, offsets = jnp.stack([slot]), jnp.stack([0, count])
-        batch = _VerifiedBatch(slots, offsets, num_tokens=most, rows=jnp.arange(most))
+        batch = VerifiedBatch(slots, offsets, num_tokens=most, rows=jnp.arange(most))
         logits, cache = step(params, cache, tokens, batch)
         return logits, kvp.advance(cache, batch)
 

@@ -14,7 +14,7 @@ from llama.sampling import Sampling
 from llama_models import UNTIED, Outcome, cache_spec, generate, random_model
 from serving_rig import shared_programs  # noqa: F401
 
-from jax_kvpage.serving.engine.programs import _VerifiedBatch
+from jax_kvpage.serving.engine.verifying import VerifiedBatch
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -174,7 +174,7 @@ def test_memory_follows_the_sequences() -> None:
 
 def test_dynamic_rope_asks_for_lengths_of_sequences_not_of_wanted_rows() -> None:
     """Where an engine verifies guesses, `last_rows` has several rows of each sequence."""
-    batch = _VerifiedBatch(
+    batch = VerifiedBatch(
         jnp.asarray([0, 1]), jnp.asarray([0, 3, 4]), num_tokens=6, rows=jnp.asarray([2, 1, 0, 3])
     )
     after = _lengths_after(jnp.asarray([5, 6, 7, 9, 0, 0]), batch)
