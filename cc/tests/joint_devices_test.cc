@@ -266,7 +266,9 @@ TEST(JointRollbackTest, RetractedRoomIsTakenFromPrograms) {
     const bool struck = joint.machine.fake().faults() > faults;
     EXPECT_TRUE(status.ok() || struck) << status.message();
     failures += status.ok() ? 0 : 1;
-    if (!status.ok()) EXPECT_OK(joint.pools[0]->Retract(slot, 16, 0));
+    if (!status.ok()) {
+      EXPECT_OK(joint.pools[0]->Retract(slot, 16, 0));
+    }
     std::int64_t freed = 0;
     EXPECT_OK(joint.pools[0]->Trim(&freed));
     joint.Restart();
