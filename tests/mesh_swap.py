@@ -264,6 +264,6 @@ def engine(size: int, path: str) -> None:
                 assert engine.stats.swapped > 0
                 assert stats.swapped_in == stats.swapped_out > 0
                 assert sum(output.metrics.num_recomputed_tokens for output in outputs) == 0
-                check_equal(pool)
-            rig.check_empty(pool)
+            rig.check_empty(pool)  # waits for both devices
+            check_equal(pool)
             nothing_left(pool, store)
