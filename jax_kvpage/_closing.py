@@ -1,16 +1,17 @@
-"""Closing: what a `with` block closes."""
+"""What closes at the end of a `with` block."""
 
+import abc
 from typing import Self
 
 __all__ = ["Closing"]
 
 
-class Closing:
+class Closing(abc.ABC):
     """A class with `close`, which the end of a `with` block calls."""
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Gives up what this holds; safe to call again."""
-        raise NotImplementedError
+        """Releases what this holds; safe to call again."""
 
     def __enter__(self) -> Self:
         return self

@@ -23,8 +23,8 @@ from jax_kvpage.sharding.devices import total_bytes
 from jax_kvpage.sharding.heads import HeadSharding
 from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 
-fake: Any = _native.fake_driver  # type: ignore[attr-defined]
-devices: Any = _native.fake_devices  # type: ignore[attr-defined]
+fake: Any = _native.fake_driver
+devices: Any = _native.fake_devices
 
 OUT_OF_MEMORY, UNKNOWN = 2, 999
 

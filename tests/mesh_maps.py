@@ -253,7 +253,7 @@ def churn(size: int, steps: int) -> None:
 def _fault(at: int, code: int) -> Iterator[None]:
     from jax_kvpage import _native
 
-    fake: Any = _native.fake_driver  # type: ignore[attr-defined]
+    fake: Any = _native.fake_driver
     before = fake.faults
     fake.fail_any(at, code)
     yield

@@ -72,27 +72,9 @@ def longer_than_a_device() -> None:
 
 def cancellations() -> None:
     """Cancelled requests and failing steps leave nothing behind."""
-    wanted = rig.alone()
-    rng = random.Random(0)
     with _engine(2, 5, preemption=LastComeFirst()) as engine:
-        picks = [rng.randrange(len(rig.PROMPTS)) for _ in range(12)]
-        added, cancelled = [], set()
-        while picks or engine.has_unfinished:
-            while picks and rng.random() < 0.4:
-                i = picks.pop()
-                added.append((i, engine.add_request(rig.PROMPTS[i], rig.MIXED[i])))
-            if added and rng.random() < 0.1:
-                place = rng.randrange(len(added))
-                if not added[place][1].finished:
-                    engine.cancel(added[place][1])
-                    cancelled.add(place)
-            if rng.random() < 0.04:
-                engine._pool.cache()  # makes the engine's cache stale: the next step fails
-            engine.step()
+        rig.cancel_at_random(engine, random.Random(0), 12, cancels=0.1, fails=0.04)
         assert engine.stats.failures > 0
-        for place, (i, output) in enumerate(added):
-            if place not in cancelled:
-                assert rig.tokens([output])[0] == wanted[i]
 
 
 def compiled() -> None:

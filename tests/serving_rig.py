@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,3 +146,44 @@ def alone() -> list[list[list[int]]]:
             tokens(engine.generate([ids], each))[0]
             for ids, each in zip(PROMPTS, MIXED, strict=True)
         ]
+
+
+def cancel_at_random(
+    engine: Engine, rng: random.Random, count: int, cancels: float, fails: float
+) -> int:
+    """Adds requests, cancels some and makes steps fail; the others must have the tokens of `alone`.
+
+    Args:
+        engine: with a pool that may be too small for all.
+        rng: makes the choices.
+        count: requests.
+        cancels: probability that a step has a cancellation before it.
+        fails: probability that a step fails, because the engine's cache is stale.
+
+    Returns:
+        How many were cancelled.
+    """
+    wanted = alone()
+    picks = [rng.randrange(len(PROMPTS)) for _ in range(count)]
+    added: list[tuple[int, RequestOutput]] = []
+    cancelled: set[int] = set()
+    while picks or engine.has_unfinished:
+        while picks and rng.random() < 0.4:
+            i = picks.pop()
+            added.append((i, engine.add_request(PROMPTS[i], MIXED[i])))
+        if added and rng.random() < cancels:
+            place = rng.randrange(len(added))
+            if not added[place][1].finished:
+                engine.cancel(added[place][1])
+                cancelled.add(place)
+        if rng.random() < fails:
+            engine._pool.cache()
+        engine.step()
+    for place, (i, output) in enumerate(added):
+        got = tokens([output])[0]
+        if place in cancelled:
+            assert output.outputs[0].finish_reason == "cancelled"
+            assert got[0] == wanted[i][0][: len(got[0])]
+        else:
+            assert got == wanted[i]
+    return len(cancelled)

@@ -17,36 +17,16 @@ _COMMON = """
     import gc, sys
     import jax.numpy as jnp, numpy as np
     import jax_kvpage as kvp
-    from jax_kvpage import _native
+    from fake_pools import end, fake, make_pool, nothing_alive
     from prefix_rig import text
     from store_rig import DTYPES, decode, soon
-    from swap_rig import swap_rig as make_rig
-
-    fake = _native.fake_driver
-    pools = []
-
-    def swap_rig(store, layout, dtype=jnp.float32, blocks=64):
-        def make_pool(spec, capacity, store):
-            pools.append(kvp.KVPool(spec, capacity, store=store))
-            return pools[-1]
-        return make_rig(make_pool, store, layout, dtype, blocks)
+    from swap_rig import swap_rig
 
     def swap_out(rig, slot):
         swapped = rig.swap_out(slot, to_disk=False)
         assert soon(lambda: swapped.in_store), rig.pool.store.stats()
         assert not swapped.on_disk and "in host memory" in repr(swapped), swapped
         return swapped
-
-    def end(*stores):
-        while pools:
-            pools.pop().close()
-        for store in stores:
-            store.close()
-
-    def nothing_alive():
-        gc.collect()
-        counts, violation = fake.report()
-        assert not any(counts.values()), (counts, violation)
 """
 
 _DECODE = (
@@ -54,7 +34,7 @@ _DECODE = (
     + """
     for dtype in DTYPES:
         store = kvp.HostStore("1GiB")
-        rig, fresh = (swap_rig(s, sys.argv[1], dtype) for s in (store, None))
+        rig, fresh = (swap_rig(make_pool, s, sys.argv[1], dtype) for s in (store, None))
         ids = text(100)
         slot, computed = rig.begin(ids), fresh.begin(ids)
         swapped = swap_out(rig, slot)
@@ -99,7 +79,7 @@ _SHARED = (
     # Shared blocks stay; a store that is full refuses, and the sequence stays; a sequence is given
     # up; one store serves two pools.
     small = kvp.HostStore(1)
-    rig = swap_rig(small, "fused")
+    rig = swap_rig(make_pool, small, "fused")
     parent = rig.begin(text(40))
     child = rig.fork(parent)
     rig.write(child, text(30, 2))
@@ -111,7 +91,8 @@ _SHARED = (
     rig.check()
 
     store = kvp.HostStore("64MiB")
-    first, second = swap_rig(store, "fused"), swap_rig(store, "per_layer", jnp.int8)
+    first = swap_rig(make_pool, store, "fused")
+    second = swap_rig(make_pool, store, "per_layer", jnp.int8)
     for rig in (first, second):
         parent = rig.begin(text(40))
         child = rig.fork(parent)
@@ -170,7 +151,7 @@ _FAULTS = (
     for function in [f"cu{name}" for name in (functions + " StreamCreate").split()]:
         for n in (1, 2, 3):
             store = kvp.HostStore("1GiB")
-            rig = swap_rig(store, sys.argv[1])
+            rig = swap_rig(make_pool, store, sys.argv[1])
             slot = rig.begin(text(40))
             faults = fake.faults
             fake.fail(function, n, 2 if function == "cuMemHostAlloc" else 999)

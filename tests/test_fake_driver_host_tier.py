@@ -17,34 +17,16 @@ _COMMON = """
     import gc, sys, time
     import jax.numpy as jnp, numpy as np
     import jax_kvpage as kvp
-    from jax_kvpage import _native
+    from fake_pools import end, fake, make_pool, nothing_alive
     from prefix_rig import text
     from spill_rig import add_up, fetched, rig_of, spilled
     from store_rig import DTYPES, soon
-
-    fake = _native.fake_driver
-    pools = []
-
-    def make_pool(spec, capacity, **options):
-        pools.append(kvp.KVPool(spec, capacity, **options))
-        return pools[-1]
 
     def run(rig, ids, **options):
         slot, cached = rig.acquire(ids, **options)
         rig.check()
         rig.release(slot)
         return cached
-
-    def end(*stores):
-        while pools:
-            pools.pop().close()
-        for store in stores:
-            store.close()
-
-    def nothing_alive():
-        gc.collect()
-        counts, violation = fake.report()
-        assert not any(counts.values()), (counts, violation)
 """
 
 _ROUND_TRIP = (

@@ -118,7 +118,7 @@ class ShardedNativePool(NativePool):
         OutOfBlocks: more capacity than there is memory.
     """
 
-    pool: Any
+    pool: Any  # a ShardedPool, with the calls of `_native.Pool`
 
     def __init__(
         self, spec: CacheSpec, sharding: AxisSharding, shard_bytes: int, options: PoolOptions
@@ -193,6 +193,8 @@ class ShardedQueue(Queue):
     give blocks up. One call decides at a time.
     """
 
+    _native: ShardedNativePool
+
     def __init__(self, native: ShardedNativePool) -> None:
         self._sharding = native.sharding
         super().__init__(native)
@@ -238,9 +240,8 @@ class ShardedQueue(Queue):
 
     def joined_cache(self, generation: list[tuple[int, int, list[int]]], lengths: Any) -> KVCache:
         """The first cache of a generation with these lengths, [devices, max_slots]."""
-        pool: ShardedPool = self._native.pool  # type: ignore[assignment]
         numbers, epochs, _ = zip(*generation, strict=True)
-        handles = [[shard.id, n] for shard, n in zip(pool.shards, numbers, strict=True)]
+        handles = [[shard.id, n] for shard, n in zip(self._native.pool.shards, numbers, strict=True)]
         return KVCache(
             handle=self._split(np.asarray(handles, np.int32)),
             epoch=self._split(np.asarray(epochs, np.uint32)[:, None]),
@@ -255,7 +256,6 @@ class ShardedQueue(Queue):
         Args:
             generation: number, epoch and lengths of each shard.
         """
-        pool: ShardedPool = self._native.pool  # type: ignore[assignment]
         lengths = np.asarray([own for _, _, own in generation], np.int32)
         cache = self.joined_cache(generation, lengths)
         least, most = self._bounds(lengths)
@@ -263,7 +263,7 @@ class ShardedQueue(Queue):
         if not shorter.size:
             return cache
         with self._lock, no_mesh():
-            pool.cut(least.tolist())
+            self._native.pool.cut(least.tolist())
             return _lower(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
 
     def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
