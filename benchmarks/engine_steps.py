@@ -28,6 +28,7 @@ from timesplit import split
 
 import jax_kvpage as kvp
 from jax_kvpage.serving import Engine, EngineConfig, SamplingParams
+from jax_kvpage.serving.engine.packing import Operands
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
@@ -110,10 +111,11 @@ def _bare(engine: Engine, count: int) -> None:
     rows = np.arange(_BATCH, dtype=np.int32)
     positions = np.asarray(jax.device_get(cache.lengths))[slots] + 1
     for i in range(count):
-        packed = programs.pack(
+        step = Operands(
             -1 - rows, np.ones(_BATCH, np.int32), slots, rows,
             positions + i, runner._columns[:, :_BATCH],
         )  # fmt: skip
+        packed = programs.pack(step)
         cache, state, _ = programs.run(packed, 0, cache, state)
     engine._slots.cache, runner._launcher.state = jax.block_until_ready((cache, state))
 

@@ -241,7 +241,8 @@ class ShardedQueue(Queue):
     def joined_cache(self, generation: list[tuple[int, int, list[int]]], lengths: Any) -> KVCache:
         """The first cache of a generation with these lengths, [devices, max_slots]."""
         numbers, epochs, _ = zip(*generation, strict=True)
-        handles = [[shard.id, n] for shard, n in zip(self._native.pool.shards, numbers, strict=True)]
+        shards = self._native.pool.shards
+        handles = [[shard.id, n] for shard, n in zip(shards, numbers, strict=True)]
         return KVCache(
             handle=self._split(np.asarray(handles, np.int32)),
             epoch=self._split(np.asarray(epochs, np.uint32)[:, None]),

@@ -24,6 +24,7 @@ from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import OutOfBlocks, shortened
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.config import EngineConfig
+from jax_kvpage.serving.engine.packing import Operands
 from jax_kvpage.serving.engine.programs import Programs, Step
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS, SamplerState
 from jax_kvpage.serving.engine.tracking import SequenceState
@@ -281,17 +282,17 @@ class Draft:
     ) -> jax.Array:
         """Dispatches a step; returns its `Outcome.chosen`."""
         size = len(parts)
-        counts = np.asarray([n for _, n in parts], np.int32)
         sampling = np.zeros((NUM_FLOATS + NUM_INTS, size), np.int32)
         sampling[:NUM_FLOATS] = _GREEDY[:, None]
-        packed = self._programs.pack(
+        step = Operands(
             tokens,
-            counts,
+            np.asarray([n for _, n in parts], np.int32),
             np.asarray([each.slot for each, _ in parts], np.int32),
             np.asarray(rows, np.int32),
             np.zeros(size, np.int32),
             sampling,
         )
+        packed = self._programs.pack(step)
         self._cache, self._state, outcome = self._programs.run(packed, 0, self._cache, self._state)
         return outcome.chosen
 

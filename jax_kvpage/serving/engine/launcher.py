@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.guidance import Guide, fill_masks
-from jax_kvpage.serving.engine.packing import Packed
+from jax_kvpage.serving.engine.packing import Operands, Packed
 from jax_kvpage.serving.engine.programs import Outcome, Programs
 from jax_kvpage.serving.engine.slots import Slots
 
@@ -43,28 +43,22 @@ class Launcher:
 
     def run(
         self,
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        sampling: np.ndarray,
-        guesses: np.ndarray | None = None,
+        step: Operands,
         guided: Items[tuple[int, Guide, Items[int]]] = (),
         targets: np.ndarray | None = None,
     ) -> tuple[Outcome, Packed]:
         """Launches a step.
 
         Args:
-            tokens: see `Packer.pack`, and so are `counts` to `guesses`.
+            step: its operands.
             guided: see `Flight.guided`.
             targets: see `Programs.run`.
 
         Returns:
             What will be read back, and where things are in it.
         """
-        packed = self._programs.pack(tokens, counts, slots, rows, positions, sampling, guesses)
-        variant = 0 if guesses is None and targets is None else self._num_guesses
+        packed = self._programs.pack(step)
+        variant = 0 if step.guesses is None and targets is None else self._num_guesses
         masks = None
         if guided:
             places = packed.sequences.tolist()

@@ -6,12 +6,36 @@ slots are there, with the replica's own numbers of slots and rows.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["FIELDS", "Packed", "Packer"]
+__all__ = ["FIELDS", "Operands", "Packed", "Packer"]
 
 FIELDS = 5  # of a sequence, before its sampling parameters
+
+
+class Operands(NamedTuple):
+    """What a step takes from the host.
+
+    Attributes:
+        tokens: int32[t]; -1 - row is the newest token of a row, which is on the device.
+        counts: int32[s], tokens of each sequence.
+        slots: int32[s], of the pool.
+        rows: int32[s], among those of all replicas, whose number stands for sequences that do not
+            sample.
+        positions: int32[s] of the new tokens, if all guesses are right.
+        sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
+        guesses: int32[s], how many of the tokens are guesses; None without any.
+    """
+
+    tokens: np.ndarray
+    counts: np.ndarray
+    slots: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    sampling: np.ndarray
+    guesses: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,82 +69,54 @@ class Packer:
         self._replicas = replicas
         self._num_slots = num_slots
 
-    def pack(
-        self,
-        bucket: Callable[[int, int], tuple[int, int]],
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        sampling: np.ndarray,
-        guesses: np.ndarray | None = None,
-    ) -> Packed:
+    def pack(self, bucket: Callable[[int, int], tuple[int, int]], step: Operands) -> Packed:
         """Packs a step.
 
         Args:
             bucket: the shape for a number of tokens and of sequences.
-            tokens: int32[t]; -1 - row is the newest token of a row, which is on the device.
-            counts: int32[s], tokens of each sequence.
-            slots: int32[s], of the pool.
-            rows: int32[s], among those of all replicas, whose number stands for sequences that do
-                not sample.
-            positions: int32[s] of the new tokens, if all guesses are right.
-            sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
-            guesses: int32[s], how many of the tokens are guesses; None without any.
+            step: the operands.
         """
+        num_tokens, size = len(step.tokens), len(step.slots)
         if self._replicas == 1:
-            shape = bucket(len(tokens), len(slots))
-            packed = self._part(shape, tokens, counts, slots, rows, positions, sampling, guesses)
-            return Packed(shape, packed, np.arange(len(slots)), np.arange(len(tokens)))
-        owners = slots // self._num_slots
-        token_owners = np.repeat(owners, counts)
+            shape = bucket(num_tokens, size)
+            return Packed(shape, self._part(shape, step), np.arange(size), np.arange(num_tokens))
+        owners = step.slots // self._num_slots
+        token_owners = np.repeat(owners, step.counts)
         members = [np.flatnonzero(owners == r) for r in range(self._replicas)]
         own_tokens = [np.flatnonzero(token_owners == r) for r in range(self._replicas)]
         shape = bucket(max(map(len, own_tokens)), max(map(len, members)))
-        sequences, places = np.zeros(len(slots), np.intp), np.zeros(len(tokens), np.intp)
+        sequences, places = np.zeros(size, np.intp), np.zeros(num_tokens, np.intp)
         parts = []
         for replica, (own, ids) in enumerate(zip(members, own_tokens, strict=True)):
             sequences[own] = replica * shape[1] + np.arange(len(own))
             places[ids] = replica * shape[0] + np.arange(len(ids))
-            first, mine = replica * self._num_rows, tokens[ids]
-            part = self._part(
-                shape,
+            first, mine = replica * self._num_rows, step.tokens[ids]
+            part = Operands(
                 np.where(mine < 0, mine + first, mine),
-                counts[own],
-                slots[own] % self._num_slots,
-                np.minimum(rows[own] - first, self._num_rows),
-                positions[own],
-                sampling[:, own],
-                None if guesses is None else guesses[own],
+                step.counts[own],
+                step.slots[own] % self._num_slots,
+                np.minimum(step.rows[own] - first, self._num_rows),
+                step.positions[own],
+                step.sampling[:, own],
+                None if step.guesses is None else step.guesses[own],
             )
-            parts.append(part)
+            parts.append(self._part(shape, part))
         return Packed(shape, np.concatenate(parts), sequences, places)
 
-    def _part(
-        self,
-        shape: tuple[int, int],
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        slots: np.ndarray,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        sampling: np.ndarray,
-        guesses: np.ndarray | None,
-    ) -> np.ndarray:
+    def _part(self, shape: tuple[int, int], step: Operands) -> np.ndarray:
         """The part of one replica, with its own numbers, padded to a bucket."""
         num_tokens, size = shape
-        s, fields = len(slots), sampling.shape[0]
+        t, s, fields = len(step.tokens), len(step.slots), step.sampling.shape[0]
         packed = np.zeros(num_tokens + 1 + (FIELDS + fields) * size, np.int32)
-        packed[: len(tokens)] = tokens
-        table = packed[num_tokens + 1 :].reshape(FIELDS + fields, size)
+        packed[:t] = step.tokens
         # Offsets begin with the 0 between tokens and table.
-        counts.cumsum(out=table[0, :s])
-        table[0, s:] = len(tokens)
-        table[1, :s], table[1, s:] = slots, -1
-        table[2, :s], table[2, s:] = rows, self._num_rows
-        table[3, :s] = positions
-        if guesses is not None:
-            table[4, :s] = guesses
-        table[FIELDS:, :s] = sampling
+        table = packed[num_tokens + 1 :].reshape(FIELDS + fields, size)
+        step.counts.cumsum(out=table[0, :s])
+        table[0, s:] = t
+        table[1, :s], table[1, s:] = step.slots, -1
+        table[2, :s], table[2, s:] = step.rows, self._num_rows
+        table[3, :s] = step.positions
+        if step.guesses is not None:
+            table[4, :s] = step.guesses
+        table[FIELDS:, :s] = step.sampling
         return packed

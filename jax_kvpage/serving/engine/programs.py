@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax_kvpage.cache import Batch, KVCache
 from jax_kvpage.ops.advance import advance
 from jax_kvpage.ops.set_lengths import set_lengths
-from jax_kvpage.serving.engine.packing import FIELDS, Packed, Packer
+from jax_kvpage.serving.engine.packing import FIELDS, Operands, Packed, Packer
 from jax_kvpage.serving.engine.replicas import Replicas
 from jax_kvpage.serving.engine.sampling import (
     NUM_FLOATS,
@@ -140,9 +140,9 @@ class Programs:
         where = self._replicas.placement(placement)
         return SamplerState(*jax.device_put((last, history), where))
 
-    def pack(self, tokens: np.ndarray, *operands: Any) -> Packed:
-        """The operands of a step; see `Packer.pack`."""
-        return self._packer.pack(self.bucket, tokens, *operands)
+    def pack(self, step: Operands) -> Packed:
+        """The operands of a step as one array, padded to a bucket."""
+        return self._packer.pack(self.bucket, step)
 
     def step_rows(self, packed: Packed) -> int:
         """R * S, the sequences that a step has places for."""

@@ -17,6 +17,7 @@ from jax_kvpage.pool import KVPool
 from jax_kvpage.serving.engine.flight import Flight, StepFailed, Token
 from jax_kvpage.serving.engine.launcher import Launcher
 from jax_kvpage.serving.engine.logprobs import logprob_table
+from jax_kvpage.serving.engine.packing import Operands
 from jax_kvpage.serving.engine.programs import Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
 from jax_kvpage.serving.engine.scoring import take_scores, targets_of
@@ -179,7 +180,7 @@ class Runner:
         self._newest[sampled] = -1 - sampled
         flight.outcome, flight.packed, flight.error = None, None, None
         try:
-            flight.outcome, flight.packed = self._launcher.run(
+            step = Operands(
                 tokens,
                 flight.counts,
                 self._slots.slot[rows],
@@ -187,6 +188,9 @@ class Runner:
                 flight.begins + flight.counts,
                 sampling,
                 flight.num_guesses,
+            )
+            flight.outcome, flight.packed = self._launcher.run(
+                step,
                 flight.guided() if self._programs.num_words else [],
                 targets_of(flight),
             )
@@ -194,7 +198,7 @@ class Runner:
             flight.error = error
 
     def _tokens(self, flight: Flight) -> np.ndarray:
-        """What a step runs, int32[t]; see `Packer.pack`."""
+        """What a step runs, int32[t]; see `Operands`."""
         newest = self._newest[flight.rows[: flight.num_decodes]]
         parts = [newest]
         if flight.guesses:
@@ -301,7 +305,7 @@ class Runner:
         """Computes tokens again that were shared or copied by a program that did not run."""
         while begin < state.computed:
             ids = state.ids[begin : min(state.computed, begin + self._max_tokens)]
-            self._launcher.run(
+            step = Operands(
                 np.asarray(ids, np.int32),
                 np.asarray([len(ids)], np.int32),
                 np.asarray([state.slot], np.int32),
@@ -309,4 +313,5 @@ class Runner:
                 np.zeros(1, np.int32),
                 np.zeros((self._columns.shape[0], 1), np.int32),
             )
+            self._launcher.run(step)
             begin += len(ids)

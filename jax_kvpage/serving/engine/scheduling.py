@@ -1,6 +1,7 @@
 """The scheduler of an engine, for one replica or several."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jax_kvpage.serving.engine.config import EngineConfig
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
@@ -40,27 +41,16 @@ def make_scheduler(
             "with its heads spread (axis=...)"
         )
     find = find_prefix if config.prefix_caching else None
-    sizes = {tokens for tokens, size in config.shapes(rows) if size >= rows}
+    options: dict[str, Any] = {
+        "max_num_seqs": rows,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "step_sizes": {tokens for tokens, size in config.shapes(rows) if size >= rows},
+        "preemption": config.preemption,
+        "admission": config.admission,
+        "max_num_waiting": config.max_num_waiting,
+    }
     if len(memory.replicas) > 1:
         assert swap is None
-        return ReplicatedScheduler(
-            memory.replicas,
-            max_num_seqs=rows,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            step_sizes=sizes,
-            preemption=config.preemption,
-            admission=config.admission,
-            max_num_waiting=config.max_num_waiting,
-            find_prefix=find,
-        )
-    return Scheduler(
-        memory.replicas[0],
-        max_num_seqs=rows,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        step_sizes=sizes,
-        preemption=config.preemption,
-        admission=config.admission,
-        max_num_waiting=config.max_num_waiting,
-        find_prefix=None if find is None else lambda group: find(group, 0),
-        swap=swap,
-    )
+        return ReplicatedScheduler(memory.replicas, find_prefix=find, **options)
+    alone = None if find is None else lambda group: find(group, 0)
+    return Scheduler(memory.replicas[0], find_prefix=alone, swap=swap, **options)

@@ -13,6 +13,7 @@ import numpy as np
 from jax_kvpage.cache import KVCache
 from jax_kvpage.errors import OutOfBlocks
 from jax_kvpage.pool import KVPool
+from jax_kvpage.serving.engine.packing import Operands
 from jax_kvpage.serving.engine.pool_memory import PoolMemory
 from jax_kvpage.serving.engine.programs import Programs
 from jax_kvpage.serving.engine.sampling import NUM_FLOATS, NUM_INTS
@@ -190,7 +191,7 @@ class _Rig:
         most = self._programs.shapes[-1][0]
         for begin in range(0, len(ids), most):
             part = np.asarray(ids[begin : begin + most], np.int32)
-            packed = self._programs.pack(
+            step = Operands(
                 part,
                 np.asarray([len(part)], np.int32),
                 np.asarray([slot], np.int32),
@@ -198,5 +199,6 @@ class _Rig:
                 np.zeros(1, np.int32),
                 np.zeros((self._num_fields, 1), np.int32),
             )
+            packed = self._programs.pack(step)
             self.cache, self._state, _ = self._programs.run(packed, 0, self.cache, self._state)
         self._pool.commit(slot, ids)
