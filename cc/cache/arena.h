@@ -129,10 +129,11 @@ class Arena {
   using OwnsEntry = std::function<bool(std::int32_t slot, std::int64_t logical)>;
   // For each slot, the logical blocks from begins[i] on that need a copy and have no blocks set aside, if the slots are
   // separated in this order. The last one that maps a block keeps it, unless the prefix index refers to the block
-  // beyond an entry of that slot.
+  // beyond an entry of that slot. With `hold`, as for Separate, the slots before it still refer to the block when its
+  // turn comes, so it needs a copy too.
   std::vector<std::vector<std::int64_t>> Missing(const std::vector<std::int32_t>& slots,
                                                  const std::vector<std::int64_t>& begins,
-                                                 const OwnsEntry& owns_entry = nullptr) const;
+                                                 const OwnsEntry& owns_entry = nullptr, bool hold = false) const;
   // Claims a block for each range of these logical blocks, which Separate will map there.
   Status SetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);
   void DropSetAside(std::int64_t slot, const std::vector<std::int64_t>& logical);

@@ -102,7 +102,7 @@ Status Arena::Alias(std::int64_t to, const std::int32_t* map, std::int64_t block
 
 std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int32_t>& slots,
                                                       const std::vector<std::int64_t>& begins,
-                                                      const OwnsEntry& owns_entry) const {
+                                                      const OwnsEntry& owns_entry, bool hold) const {
   std::vector<std::vector<std::int64_t>> missing(slots.size());
   std::unordered_map<std::int32_t, std::int32_t> left;  // references, of shared blocks
   for (std::size_t i = 0; i < slots.size(); ++i) {
@@ -115,7 +115,9 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
       if (writes && owns_entry(slots[i], logical)) continue;
       // The prefix index counts as one that maps the block: nobody keeps what it refers to.
       const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
-      const bool last = left.emplace(block, references).first->second-- == 1 && !pool_.sealed(block);
+      std::int32_t& others = left.emplace(block, references).first->second;
+      const bool last = others == 1 && !pool_.sealed(block);
+      if (!hold) --others;
       const bool set_aside = found != borrowers_.end() && found->second.set_aside.count(logical) > 0;
       if (!last && !set_aside) missing[i].push_back(logical);
     }

@@ -219,10 +219,10 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
     if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
   }
   pool.supply->SyncIndex(mapping);
-  std::vector<std::vector<std::int64_t>> logical =
-      arena.Missing(slots, begins, [&](std::int32_t slot, std::int64_t logical) {
-        return pool.supply->index(mapping) != nullptr && pool.supply->index(mapping)->Owns(slot, logical);
-      });
+  const auto owns = [&](std::int32_t slot, std::int64_t block) {
+    return pool.supply->index(mapping) != nullptr && pool.supply->index(mapping)->Owns(slot, block);
+  };
+  std::vector<std::vector<std::int64_t>> logical = arena.Missing(slots, begins, owns, /*hold=*/pool.mirror != nullptr);
   std::vector<Supply::SetAsideBlocks> missing;
   for (std::size_t i = 0; i < slots.size(); ++i) missing.push_back({slots[i], std::move(logical[i])});
   Claim claim = pool.supply->SetAside(mapping, missing);

@@ -119,6 +119,7 @@ TEST(ArenaTest, OfSeveralSharersTheLastNeedsNoCopy) {
   EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}), (Missing{{0, 1}, {}}));
   EXPECT_EQ(s.arena->Missing({1, 0}, {0, 1}), (Missing{{0, 1}, {}}));
   EXPECT_EQ(s.arena->Missing({0, 1}, {1, 0}), (Missing{{1}, {0}})) << "slot 0 keeps its first block";
+  EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}, nullptr, /*hold=*/true), (Missing{{0, 1}, {0, 1}}));
   EXPECT_OK(s.arena->SetAside(0, {1}));
   EXPECT_EQ(s.arena->Missing({0, 1}, {0, 0}), (Missing{{0}, {}}));
   EXPECT_OK(s.arena->Alias(0, 2, 1));

@@ -238,6 +238,20 @@ TEST_P(DeviceBlockTableTest, TruncationLeavesBlocksThatDoNotChange) {
   EXPECT_TRUE(f.Follows(fork));
 }
 
+// The first one keeps its reference to the block until the device knows its copy: the other one needs a copy, too.
+TEST_P(DeviceBlockTableTest, SlotsThatShareOnlyWithEachOtherAreTruncatedTogether) {
+  Fixture f(GetParam());
+  const std::int32_t fork = f.Fork(f.first, 48);
+  EXPECT_OK(f.pool->Truncate({f.first, fork}, {8, 24}).status);
+  for (const std::int32_t slot : {f.first, fork}) {
+    bool shares = true;
+    EXPECT_OK(f.pool->SharesBehind(slot, slot == fork ? 24 : 8, &shares));
+    EXPECT_FALSE(shares) << "slot " << slot;
+    EXPECT_TRUE(f.Follows(slot)) << "slot " << slot;
+  }
+  EXPECT_OK(f.pool->Audit());
+}
+
 // A truncation of which the device is not told: no program uses the slot, and it keeps the old blocks until a call that
 // has waited for programs tells the device.
 struct Unpublished : Fixture {
