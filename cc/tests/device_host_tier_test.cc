@@ -9,13 +9,12 @@
 
 #include "store/host_tier.h"
 #include "tests/device_swapping_util.h"
+#include "tests/text.h"
 
 namespace kvpage::testing {
 namespace {
 
 using Ids = std::vector<std::int32_t>;
-
-Ids Text(std::int32_t token, std::int64_t blocks) { return Ids(static_cast<std::size_t>(16 * blocks + 1), token); }
 
 class TierRig : public SwappingRig {
  public:

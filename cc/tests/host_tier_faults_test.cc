@@ -9,6 +9,8 @@
 
 #include "tests/expect_ok.h"
 #include "tests/host_tier_rig.h"
+#include "tests/prefix_threads.h"
+#include "tests/text.h"
 
 namespace kvpage::testing {
 namespace {
@@ -224,30 +226,10 @@ TEST_P(HostTierFaultsTest, PoolsAndStoresMayEndAtAnyTime) {
 
 TEST_P(HostTierFaultsTest, ThreadsMeet) {
   const auto rig = Open(24);
-  Pool* const pool = &rig->pool();
-  std::atomic<bool> ended{false};
-  std::vector<std::thread> threads;
-  threads.emplace_back([&] {
-    std::shared_ptr<prefix::FetchTicket> ticket;
-    for (std::int32_t i = 0; !ended; ++i) {
-      EXPECT_OK(pool->Prefetch({"", Text(1 + i % 9, 5), 0}, &ticket));
-      static_cast<void>(ticket->Wait(0.002));
-    }
-  });
-  threads.emplace_back([&] {
-    std::int64_t freed = 0;
-    while (!ended) {
-      EXPECT_OK(pool->Evict(4, &freed));
-      EXPECT_OK(pool->Trim(&freed));
-      usleep(500);
-    }
-  });
-  for (std::int32_t i = 0; i < 200; ++i) {
-    rig->Run(Text(1 + i % 9, 3 + i % 3));
+  RunBesideThreads(&rig->pool(), [&](const auto& text) {
+    rig->Run(text);
     EXPECT_TRUE(rig->Whole());
-  }
-  ended = true;
-  for (std::thread& thread : threads) thread.join();
+  });
   EXPECT_TRUE(Soon([&] { return rig->Spills().tokens > 0; }));
 }
 

@@ -56,11 +56,6 @@ struct HeldMover : BlockMover {
   std::atomic<int> fail{0};
 };
 
-// `blocks` whole blocks of one token id, and one token more.
-inline std::vector<std::int32_t> Text(std::int32_t token, std::int64_t blocks) {
-  return std::vector<std::int32_t>(static_cast<std::size_t>(16 * blocks + 1), token);
-}
-
 class HostTierRig {
  public:
   HostTierRig(Layout layout, std::int64_t blocks, double write_ahead, std::shared_ptr<store::HostStore> store)

@@ -8,6 +8,7 @@
 
 #include "tests/expect_ok.h"
 #include "tests/host_tier_rig.h"
+#include "tests/text.h"
 
 namespace kvpage::testing {
 namespace {

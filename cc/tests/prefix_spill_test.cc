@@ -2,15 +2,15 @@
 // changes.
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <memory>
-#include <thread>
 #include <utility>
 
 #include "tests/expect_ok.h"
+#include "tests/prefix_threads.h"
 #include "tests/store_rig.h"
+#include "tests/text.h"
 
 namespace kvpage::testing {
 namespace {
@@ -18,9 +18,6 @@ namespace {
 using store::testing::Soon;
 using store::testing::TemporaryFolder;
 using Ids = std::vector<std::int32_t>;
-
-// `blocks` whole blocks of one token id, and one token more.
-Ids Text(std::int32_t token, std::int64_t blocks) { return Ids(static_cast<std::size_t>(16 * blocks + 1), token); }
 
 class PrefixSpillTest : public ::testing::TestWithParam<Layout> {
  protected:
@@ -249,29 +246,11 @@ TEST_P(PrefixSpillTest, PoolsAndStoresMayEndAtAnyTime) {
 TEST_P(PrefixSpillTest, ThreadsMeet) {
   const auto rig = Open(24, 1);
   Pool* const pool = rig->pool.get();
-  std::atomic<bool> ended{false};
-  std::vector<std::thread> threads;
-  threads.emplace_back([&] {
-    std::shared_ptr<prefix::FetchTicket> ticket;
-    for (std::int32_t i = 0; !ended; ++i) {
-      EXPECT_OK(pool->Prefetch({"", Text(1 + i % 9, 5), 0}, &ticket));
-      static_cast<void>(ticket->Wait(0.002));
-    }
-  });
-  threads.emplace_back([&] {
-    std::int64_t freed = 0;
-    while (!ended) {
-      EXPECT_OK(pool->Evict(4, &freed));
-      usleep(500);
-    }
-  });
-  for (std::int32_t i = 0; i < 200; ++i) {
-    Run(rig.get(), Text(1 + i % 9, 3 + i % 3));
+  RunBesideThreads(pool, [&](const auto& text) {
+    Run(rig.get(), text);
     EXPECT_TRUE(AddsUp(pool));
     EXPECT_OK(pool->Audit());
-  }
-  ended = true;
-  for (std::thread& thread : threads) thread.join();
+  });
   EXPECT_TRUE(Soon([&] { return Spills(rig.get()).tokens > 0; }));
 }
 
