@@ -237,7 +237,7 @@ std::int64_t Arena::Trim() {
   const std::vector<std::int32_t> cooled = pool_.Cool(pool_.num_warm());
   // A punch that fails leaves the memory allocated and the block cold: creating it again is harmless.
   static_cast<void>(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
-  pool_.SortCold();  // after a call that was taken back, pools that stand for one hand out the same blocks again
+  pool_.SortCold();  // after a call was undone, all joined pools hand out the same blocks again
   return static_cast<std::int64_t>(cooled.size());
 }
 

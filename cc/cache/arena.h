@@ -178,8 +178,8 @@ class Arena {
   Status ClaimToFill(std::int64_t count, std::vector<std::int32_t>* blocks);
   // Drops these references: a block that is not cached by then is free again.
   void DropFilled(const std::vector<std::int32_t>& blocks);
-  // These used blocks are read through the window while no lock is held. They may come free meanwhile, and be claimed,
-  // but their memory does not go to the system.
+  // Marks used blocks as being read through the window without a lock. They may be freed and claimed meanwhile, but
+  // their memory is not returned to the system.
   void StartReading(const std::vector<std::int32_t>& blocks) {
     for (const std::int32_t block : blocks) pool_.StartReading(block);
   }
@@ -224,11 +224,11 @@ class Arena {
   // Blocks with one reference each that no slot maps and that have no memory, in ascending order. All or nothing.
   Status ClaimNumbers(std::int64_t count, std::vector<std::int32_t>* blocks);
   void UnclaimNumbers(const std::vector<std::int32_t>& blocks) { pool_.Unclaim(blocks, blocks); }
-  // Backs such blocks with a file that was received, or with what descriptors stand for. All or nothing.
+  // Backs such blocks with a received file, or with imported handles. All or nothing.
   Status Receive(const std::shared_ptr<MemoryFile>& file, const std::vector<std::int32_t>& blocks,
                  const std::vector<std::int64_t>& offsets);
   Status ReceiveHandles(const std::vector<int>& descriptors, const std::vector<std::int32_t>& blocks);
-  // See the functions of Vmm.
+  // These forward to Vmm.
   bool shares_handles() const { return vmm_->shares_handles(); }
   Status MemoryName(std::string* out) { return vmm_->MemoryName(out); }
   Status ExportBlocks(const std::vector<std::int32_t>& blocks, std::vector<Fd>* out) {
@@ -240,9 +240,9 @@ class Arena {
   Status CopyHandles(const std::vector<int>& descriptors, const std::vector<std::int32_t>& blocks) {
     return vmm_->ImportCopies(descriptors, blocks.data());
   }
-  // A slot without blocks takes all its memory from a file that is its alone, until the slot is emptied or the file
-  // sealed: block b of range r lies (r * max_blocks + b) blocks behind `begin`. Where handles are shared the blocks are
-  // not in the file, only counted as its.
+  // Lets a slot without blocks take all its memory from a file of which it is the only user, until the slot is emptied
+  // or the file sealed: block b of range r is (r * max_blocks + b) blocks after `begin`. With shared handles the blocks
+  // are not in the file but are still accounted to it.
   void SetFile(std::int64_t slot, std::shared_ptr<MemoryFile> file, std::int64_t begin);
   bool HasFile(std::int64_t slot) const { return files_.count(static_cast<std::int32_t>(slot)) > 0; }
   void CloseFile(std::int64_t slot) { files_.erase(static_cast<std::int32_t>(slot)); }

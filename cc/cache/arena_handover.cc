@@ -1,4 +1,4 @@
-// The part of Arena for blocks of sequences that are handed over, whose memory is not the pool's to use again.
+// The part of Arena for handed-over blocks, whose memory the pool never reuses.
 #include <algorithm>
 #include <unordered_set>
 
@@ -62,8 +62,8 @@ Status Arena::GrowInFile(std::int64_t slot, std::int64_t blocks) {
     const std::int64_t offset = geometry_.Offset(slot, range, old);
     Status status = vmm_->Map(offset, &claimed[range * more], more);
     if (status.ok() && shares_handles()) {
-      // Unlike a file's, new memory may have what somebody else has left, which would go to the receiver where no token
-      // is written over it.
+      // Unlike a new file, new device memory may hold old data, and bytes not overwritten with tokens would leak to the
+      // receiver.
       status = vmm_->Fill(offset, more * geometry_.block_bytes, 0);
       if (!status.ok()) static_cast<void>(vmm_->Unmap(offset, &claimed[range * more], more));
     }

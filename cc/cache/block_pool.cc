@@ -132,7 +132,7 @@ void BlockPool::SetBacking(std::int32_t block, Backing backing) {
 
 std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {
   std::vector<std::int32_t> cooled;
-  std::int32_t next = lists_[kWarm].tail;  // the one unused for longest
+  std::int32_t next = lists_[kWarm].tail;  // the least recently used
   while (static_cast<std::int64_t>(cooled.size()) < count && next >= 0) {
     const std::int32_t block = next;
     next = blocks_[block].previous;

@@ -19,8 +19,8 @@
 
 namespace kvpage {
 
-// Where a block's memory is: in the pool's own, or in another file (memory_file.h); on a device, whether it was or may
-// be handed over. What is sealed can be read only, by all slots that map it.
+// Where a block's memory is: in the pool's own memory or in another file (memory_file.h). On a device: whether the
+// block was, or may be, handed over. Sealed blocks are read-only in all slots that map them.
 enum class Backing : std::int8_t {
   kOwn = 0,
   kLent,      // a slot's own file, for a sequence that may be handed over
@@ -97,9 +97,9 @@ class BlockPool {
   void SetCached(std::int32_t block);
   void DropCached(std::int32_t block);
 
-  // Up to `count` warm blocks turn cold, but none that is being read; the caller destroys them.
+  // Turns up to `count` warm blocks cold, skipping those being read; the caller destroys them.
   std::vector<std::int32_t> Cool(std::int64_t count);
-  // Somebody reads the block without a reference: it may come free and be claimed meanwhile, but keeps its memory.
+  // Marks a block as read without a reference: it may be freed and claimed meanwhile, but keeps its memory.
   void StartReading(std::int32_t block) { ++readers_[block]; }
   void EndReading(std::int32_t block) {
     const auto found = readers_.find(block);
@@ -144,8 +144,8 @@ class BlockPool {
   std::int64_t num_detached_ = 0;
   std::vector<std::int32_t> preferred_;
   std::size_t next_preferred_ = 0;
-  std::unordered_map<std::int32_t, std::int32_t> readers_;  // without a reference, of blocks that have some
-  std::int64_t num_backed_[kNumBackings] = {};              // of blocks that are not the pool's own
+  std::unordered_map<std::int32_t, std::int32_t> readers_;  // by block; reads that hold no reference
+  std::int64_t num_backed_[kNumBackings] = {};              // blocks not in the pool's own memory
   std::function<void(std::int32_t)> on_returned_;
 };
 

@@ -73,14 +73,14 @@ class DeviceProgress {
     LowerWritten(slot, slots[slot].length);
   }
 
-  // An op with a cache of generation `of` has failed. False: that must fail its program.
+  // Records that an op with a cache of generation `of` has failed. Returns false if its program must fail.
   bool Keep(std::int32_t of, const Status& failed) {
     if (faults == nullptr) return false;
     if (of == generation && fault.ok()) fault = failed;
     faults->Add(device, failed, of == generation);
     return true;
   }
-  // A generation has begun, in which nothing has failed.
+  // Called when a new generation starts without a fault.
   void ForgetFault() {
     fault = Status();
     if (faults != nullptr) faults->StartGeneration(device);
@@ -96,10 +96,10 @@ class DeviceProgress {
 
   std::int32_t generation = 0;  // what programs must name
   std::uint32_t epoch = 0;
-  std::int32_t running = 0;              // handlers
-  std::shared_ptr<SharedFaults> faults;  // of all devices of a mesh; null: an op that fails fails its program
-  std::size_t device = 0;                // number there
-  Status fault;                          // the first one of this generation: every op fails with it
+  std::int32_t running = 0;              // number of running handlers
+  std::shared_ptr<SharedFaults> faults;  // shared by all devices of a mesh; null: a failing op fails its program
+  std::size_t device = 0;                // index of this device in `faults`
+  Status fault;                          // first fault of this generation; every later op fails with it
   std::vector<SlotProgress> slots;       // [max_slots]
   // [max_slots, num_layers]: the limit of reads, so recycled memory never shows another request's data.
   std::vector<std::int32_t> written;

@@ -15,7 +15,7 @@ namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Gives numbered blocks, [ranges, whole], the sequence's whole blocks.
+// Backs the numbered blocks, [ranges, whole], with the full blocks of the sequence.
 Status ReceiveWhole(const PoolParts& pool, const MappingLock& mapping, const Handover& handover, std::int64_t whole,
                     const std::vector<std::int32_t>& numbers) {
   Arena& arena = pool.supply->arena(mapping);
@@ -32,7 +32,7 @@ Status ReceiveWhole(const PoolParts& pool, const MappingLock& mapping, const Han
   }
   if (arena.shares_handles()) return arena.ReceiveHandles(descriptors, numbers);
   std::shared_ptr<MemoryFile> file = handover.file;
-  if (!file->received()) {  // of a pool of this process, which accounts for its memory
+  if (!file->received()) {  // from a pool in this process, which already accounts for its memory
     KVPAGE_RETURN_IF_ERROR(MemoryFile::Receive(file->fd(), &file));
   }
   return arena.Receive(file, numbers, offsets);

@@ -1,17 +1,17 @@
-// Handing sequences over between processes of one machine: one prefills, another decodes.
+// Hands sequences over between processes on one machine: one prefills, another decodes.
 //
 // Each sequence is sent in a separate file (memory_file.h) that begins with a header (handover_header.h). A slot that
 // was acquired for hand-over keeps its blocks in such a file from the start: the file is sealed, and nothing is copied.
-// The blocks of any other slot are copied into a new file. The receiver maps whole blocks read-only, as it maps shared
-// ones, and copies the contents of the last, partial block, so that decoding can go on there.
+// The blocks of any other slot are copied into a new file. The receiver maps full blocks read-only, as it maps shared
+// ones, and copies the contents of the last, partial block, so that decoding can continue there.
 //
-// On a device the file has only the header, and a descriptor of the driver's goes with it for each block (Vmm::Export).
-// Nothing else changes, but that the driver has no seals: the pool never uses memory again that it has handed over, and
-// what the sender's programs may not write any more is checked by the programs themselves.
+// On a device the file holds only the header, and is accompanied by one driver handle (a file descriptor) per block
+// (Vmm::Export). The driver cannot seal memory, so the pool never reuses memory it has handed over, and the sender's
+// programs check for themselves what they may no longer write.
 //
-// A received block has a number in the receiver's pool and counts in its capacity, but takes none of its memory: the
-// memory is the sender's. The system gets it back when no process has the file any more, or the block's descriptor or
-// mapping, whoever ends first.
+// A received block has a number in the receiver's pool and counts against its capacity, but uses none of the receiver's
+// memory: the memory belongs to the sender. It returns to the system once no process holds the file, the block's
+// descriptor or a mapping of it, regardless of which process ends first.
 #ifndef KVPAGE_CACHE_HANDOVER_H_
 #define KVPAGE_CACHE_HANDOVER_H_
 
@@ -27,7 +27,7 @@
 
 namespace kvpage::handover {
 
-// A sequence in transit.
+// A sequence being handed over.
 struct Handover {
   std::shared_ptr<MemoryFile> file;
   Header header;
@@ -38,12 +38,12 @@ using HandoverPtr = std::shared_ptr<const Handover>;
 
 // Acquires slots that each keep their blocks in a separate file.
 Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens);
-// Makes a sealed file of the slot's committed tokens, which programs must have written. If the slot has a file, its
-// blocks may only be read from then on; this waits for programs that run on it.
+// Makes a sealed file of the slot's committed tokens, which programs must have written. If the slot keeps its blocks in
+// a file, they become read-only; this waits for programs that use the slot.
 Status Export(const PoolParts& pool, std::int32_t slot, const std::string& fingerprint, const GoOn& go_on,
               HandoverPtr* out);
-// Checks a file that was received, apart from whether it fits a pool. The descriptors, the file's first, stay the
-// caller's.
+// Checks a received file, but not whether it fits a pool. The caller keeps ownership of the descriptors; the file's
+// comes first.
 Status Receive(const std::vector<int>& descriptors, HandoverPtr* out);
 // Maps a sequence into a free slot. claim.slots and claim.tokens say which, and how long it is.
 Claim Import(const PoolParts& pool, const Handover& handover, const std::string& fingerprint);

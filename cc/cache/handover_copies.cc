@@ -13,7 +13,7 @@
 namespace kvpage::handover {
 namespace {
 
-// The tokens behind the last one become zeros: they are what an earlier owner of the memory has left, or not final.
+// Zeroes everything after the last token: it is left over from an earlier owner of the memory, or not final.
 Status ZeroTail(const Geometry& geometry, const Header& header, const MemoryFile& file) {
   const std::int64_t end = header.blocks * geometry.block_tokens;
   if (header.tokens == end) return {};
@@ -32,8 +32,8 @@ Status ZeroTail(const Geometry& geometry, const Header& header, const MemoryFile
   return {};
 }
 
-// The last logical block of a slot on a device, [ranges], in memory of the host, with zeros behind its tokens and in
-// the padding behind `payload` bytes of each.
+// A host copy of the last logical block of a slot on a device, [ranges], with zeros after its tokens and in the padding
+// after the `payload` bytes of each range.
 class LastBlock {
  public:
   static Status Read(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, std::int64_t tokens,
@@ -53,7 +53,7 @@ class LastBlock {
     return {};
   }
   char* image(std::int64_t range) { return bytes_.data() + range * block_bytes_; }
-  // Where it was read.
+  // Writes the copy back to the blocks it was read from.
   Status WriteBack() {
     std::vector<BlockMover::ToBlock> copies;
     for (std::size_t i = 0; i < places_.size(); ++i)
@@ -100,7 +100,7 @@ Status CopyToHandles(const PoolParts& pool, const MappingLock& mapping, std::int
       sources.push_back({arena.map(slot)[block * header.ranges + range], image});
     }
   }
-  // What lies behind the tokens of a block is nobody's, and may have been anybody's.
+  // Bytes after the tokens of a block are not part of the sequence and may come from another request.
   const std::int64_t payload = geometry.block_tokens * geometry.token_bytes() / geometry.num_ranges();
   KVPAGE_RETURN_IF_ERROR(arena.ExportCopies(sources, payload, &handover->handles));
   KVPAGE_RETURN_IF_ERROR(MemoryFile::Make(header.file_bytes(), &handover->file));

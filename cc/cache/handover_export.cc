@@ -1,4 +1,4 @@
-// The part of handover.h that sends a sequence.
+// The sending half of handover.h.
 #include <memory>
 #include <string>
 #include <utility>
@@ -19,7 +19,8 @@ Status Unwritten(std::int32_t slot, std::int64_t tokens, std::int64_t written) {
                             "programs that write them");
 }
 
-// The tokens of the slot, which programs have written; with a mirror only the device knows that: see CheckWritten.
+// The number of tokens that programs have written to the slot; with a mirror only the device knows it: see
+// CheckWritten.
 Status CheckSlot(const PoolParts& pool, const StateLock& state, std::int32_t slot, std::int64_t* tokens) {
   SlotTable& table = *pool.table;
   KVPAGE_RETURN_IF_ERROR(Enter(pool, state, "export_blocks"));
@@ -39,7 +40,7 @@ Status CheckSlot(const PoolParts& pool, const StateLock& state, std::int32_t slo
   return written >= *tokens ? Status() : Unwritten(slot, *tokens, written);
 }
 
-// What programs have left of the slot. Waits for those that run on a device.
+// Reads the slot's marks from the device, after waiting for the programs that use it.
 Status ReadMarks(const PoolParts& pool, const MappingLock&, std::int32_t slot, std::int64_t tokens,
                  Mirror::SlotMarks* marks) {
   if (pool.mirror == nullptr) {
@@ -73,7 +74,7 @@ Header MakeHeader(const PoolParts& pool, const StateLock& state, std::int32_t sl
 Status CopyOut(const PoolParts& pool, std::int32_t slot, const std::string& fingerprint, HandoverPtr* out) {
   SlotTable& table = *pool.table;
   auto handover = std::make_shared<Handover>();
-  // As a handler does that reads: meanwhile the slot keeps its blocks and its occupant.
+  // Pins the slot as a reading handler does, so that it keeps its blocks and its occupant.
   PinnedSlots pinned;
   {
     const MappingLock mapping = pool.supply->Lock();
@@ -91,7 +92,7 @@ Status CopyOut(const PoolParts& pool, std::int32_t slot, const std::string& fing
       }
     }
     if (!memory.empty()) {
-      // The driver copies fast, and maps in places that are the pool's: the lock is held.
+      // Device copies are fast and are mapped at places owned by the pool, so this holds the lock.
       Mirror::SlotMarks marks;
       KVPAGE_RETURN_IF_ERROR(ReadMarks(pool, mapping, slot, tokens, &marks));
       KVPAGE_RETURN_IF_ERROR(CopyToHandles(pool, mapping, slot, handover.get()));
@@ -115,13 +116,13 @@ bool CanSeal(const PoolParts& pool, const MappingLock& mapping, std::int32_t slo
   return pool.table->host(state, slot).truncations == 0 && !pool.table->viewed(state, slot);
 }
 
-// The slot as a call found it that seals its blocks, so that it can be put back.
+// The state of a slot before a call seals its blocks, for restoring it on failure.
 struct Found {
   std::int64_t blocks = 0, reserved = 0;
   std::int32_t shared = 0;
 };
 
-// Where programs run on a device: they use nothing of the slot until PublishSlots.
+// Keeps programs on a device from using the slot until PublishSlots.
 Status StopPrograms(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot) {
   if (pool.mirror == nullptr) return {};
   pool.table->CountWait(pool.table->Lock());
@@ -130,8 +131,9 @@ Status StopPrograms(const PoolParts& pool, const MappingLock& mapping, std::int3
   return status;
 }
 
-// Brings the slot and its file into the form that they are sent in: no room behind the tokens, zeros in the last block,
-// the header, and on a device descriptors, and programs that may not write. Nothing is sealed yet.
+// Prepares the slot and its file for sending: drops the room after the tokens, zeroes the tail of the last block and
+// writes the header; on a device, also exports descriptors and makes the blocks read-only for programs. Seals nothing
+// yet.
 Status Prepare(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, Handover* handover) {
   Arena& arena = pool.supply->arena(mapping);
   const Header& header = handover->header;
@@ -159,7 +161,7 @@ void PutBack(const PoolParts& pool, const MappingLock& mapping, std::int32_t slo
   static_cast<void>(PublishSlots(pool, mapping, {slot}, /*stopped=*/true));
 }
 
-// No handler runs on the slot, and none begins.
+// The caller guarantees that no handler uses the slot and that none can start.
 Status SealNow(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, const std::string& fingerprint,
                HandoverPtr* out) {
   SlotTable& table = *pool.table;
@@ -192,7 +194,7 @@ Status SealNow(const PoolParts& pool, const MappingLock& mapping, std::int32_t s
     if (pool.mirror != nullptr) static_cast<void>(PublishSlots(pool, mapping, {slot}, /*stopped=*/true));
     return status;
   }
-  // It gives up the room behind its tokens, which is in the file too.
+  // Give up the room after the tokens, which the file contains too.
   table.Retract(table.Lock(), slot, header.tokens, header.tokens);
   status = Prepare(pool, mapping, slot, handover.get());
   if (status.ok()) status = arena.SealFile(slot, header.blocks);
@@ -201,14 +203,15 @@ Status SealNow(const PoolParts& pool, const MappingLock& mapping, std::int32_t s
     return status;
   }
   const StateLock state = table.Lock();
-  // Behind its tokens too, in a partial block: to go on it truncates to its length, which copies that block.
+  // This includes the rest of a partial block: to continue, a sequence truncates to its own length, which copies that
+  // block.
   table.progress(state).slots[slot].shared = static_cast<std::int32_t>(header.blocks * geometry.block_tokens);
   ++pool.supply->handovers(mapping).exported;
   *out = std::move(handover);
   return {};
 }
 
-// `done`: false if the blocks are to be copied after all.
+// Sets `done` to false if the blocks must be copied after all.
 Status SealOut(const PoolParts& pool, std::int32_t slot, const std::string& fingerprint, const GoOn& go_on,
                HandoverPtr* out, bool* done) {
   SlotTable& table = *pool.table;
@@ -229,7 +232,7 @@ Status SealOut(const PoolParts& pool, std::int32_t slot, const std::string& fing
       {
         const StateLock state = table.Lock();
         std::int64_t tokens = 0;
-        KVPAGE_RETURN_IF_ERROR(CheckSlot(pool, state, slot, &tokens));  // again: it may have been released
+        KVPAGE_RETURN_IF_ERROR(CheckSlot(pool, state, slot, &tokens));  // it may have been released
         busy = table.progress(state).slots[slot].pins > 0;
       }
       *done = CanSeal(pool, mapping, slot);

@@ -2,19 +2,17 @@
 //
 //   bytes 0..7    "KVPAGEHO"
 //   8..11         version, uint32
-//   12..15        crc32c of everything behind it, up to the end of the token ids
-//   16..63        int64: where the blocks begin, tokens, blocks of a range, blocks from one range to the next, bytes of
-//   a
-//                 block, ranges
+//   12..15        crc32c of everything after it, up to the end of the token ids
+//   16..63        int64: offset of the blocks, tokens, blocks per range, block stride between ranges, bytes per block,
+//                 ranges
 //   64..71        uint32: bytes of the shape, bytes of the fingerprint
 //   72..          shape, fingerprint (text), token ids (int32)
 //
-// Numbers are little-endian. Block b of range r lies (r * stride + b) blocks behind the begin. The blocks themselves
-// have no checksum: the file is sealed, so it is what the sender has written.
+// Numbers are little-endian. Block b of range r is (r * stride + b) blocks after that offset. The blocks themselves
+// have no checksum: the file is sealed, so it is what the sender wrote.
 //
-// A sequence in a device's memory has the same header in a file that ends with it: the stride is 0, the shape is
-// followed by " memory=" and the device's name, and blocks * ranges descriptors come with the file, those of a range
-// one after the other.
+// For a sequence in device memory the file holds nothing but this header. The stride is 0, and the text " memory=" and
+// the device's name follow the shape. With the file go blocks * ranges descriptors, grouped by range.
 #ifndef KVPAGE_CACHE_HANDOVER_HEADER_H_
 #define KVPAGE_CACHE_HANDOVER_HEADER_H_
 
@@ -34,7 +32,7 @@ constexpr std::int64_t kMaxFingerprint = 1024;
 struct Header {
   std::int64_t begin = 0, tokens = 0, blocks = 0, stride = 0, block_bytes = 0, ranges = 0;
   std::string shape;        // of the pool: see ShapeOf
-  std::string memory;       // Vmm::MemoryName; empty: the blocks are in the file
+  std::string memory;       // from Vmm::MemoryName; empty: the blocks are in the file
   std::string fingerprint;  // what the caller says of the model
   std::vector<std::int32_t> ids;
 
@@ -47,13 +45,13 @@ struct Header {
 
 // What two pools must have in common to exchange blocks, as text.
 std::string ShapeOf(const Geometry& geometry);
-// The offset of the first block in the file of a sequence of at most this many tokens.
+// Offset of the first block in the file of a sequence of at most this many tokens.
 std::int64_t HeaderBytes(std::int64_t tokens);
 
 Status WriteHeader(const Header& header, MemoryFile* file);
 // Checks that the file is what its header says, and all of it.
 Status ReadHeader(const MemoryFile& file, Header* out);
-// Checks that a pool can take the sequence, whose memory has this name.
+// Checks that a pool with memory of this name can take the sequence.
 Status CheckFits(const Header& header, const Geometry& geometry, const std::string& memory,
                  const std::string& fingerprint);
 

@@ -227,9 +227,9 @@ Status Retract(const PoolParts& pool, std::int32_t slot, std::int64_t reserved, 
     room =
         std::min(geometry.BlocksFor(std::max<std::int64_t>(reserved, 0)) * geometry.block_tokens, geometry.max_seq_len);
     stop = pool.mirror != nullptr && room < table.Room(state, slot);
-    if (stop) table.progress(state).slots[slot].by_block = 1;  // until the room is published
+    if (stop) table.progress(state).slots[slot].by_block = 1;  // until the new room is published
   }
-  // A program may have found the room. Where it cannot be stopped the slot keeps it.
+  // A program may have read the old room. If programs cannot be stopped, the slot keeps it.
   if (stop) KVPAGE_RETURN_IF_ERROR(pool.mirror->StopReaders({{slot, static_cast<std::int32_t>(room)}}));
   {
     const StateLock state = table.Lock();

@@ -17,7 +17,7 @@ Status Audit(const PoolParts& pool);
 Status BlockMap(const PoolParts& pool, std::int32_t slot, BlockReferences* out);
 // The same with the slots that map each block.
 Status BlockOwners(const PoolParts& pool, std::int32_t slot, BlockRows* out);
-// Where in memory each range of a slot is, as far as it is mapped.
+// Addresses and sizes of the mapped part of each range of a slot.
 Status SlotMemory(const PoolParts& pool, std::int32_t slot, MemoryRanges* out);
 
 }  // namespace kvpage::inspect

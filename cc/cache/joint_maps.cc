@@ -194,7 +194,7 @@ Status JointMaps::Decide(const Call& call, Decision* decision, std::uint32_t* ep
       return messages::OtherGeneration(call.op, table.id(), starts_[i].generation, generation);
     }
     for (const std::int32_t slot : decision->slots) {
-      // The other devices' caches do not matter: they lag behind this one.
+      // Checks occupancy only: the caches of the other devices lag behind this one's.
       if (slot != -1 && table.Vacant(state, slot)) return messages::SlotFree(call.op, slot);
     }
     if (i == call.device) {
@@ -208,7 +208,7 @@ Status JointMaps::Decide(const Call& call, Decision* decision, std::uint32_t* ep
   for (std::size_t i = 0; i < parts.size(); ++i) {
     if (i != call.device) KVPAGE_RETURN_IF_ERROR(pin(i));
   }
-  KVPAGE_RETURN_IF_ERROR(pin(call.device));  // last: it counts the device's epoch
+  KVPAGE_RETURN_IF_ERROR(pin(call.device));  // last: this counts the device's epoch
   decision->status = MapAlike(call.op, &supply, decision);
   unaligned_ |= supply.failed();
   return {};
@@ -218,7 +218,7 @@ void JointMaps::Keep(std::size_t device, Decision decision) {
   ++numbers_.decisions;
   decision.fetched.assign(members_.size(), false);
   decision.fetched[device] = true;
-  // A device that has refused the call is behind it.
+  // Devices that have rejected the call are already past it.
   for (std::size_t i = 0; mirrored_ && i < members_.size(); ++i) {
     if (calls_[i] > decision.at) decision.fetched[i] = true;
   }

@@ -1,5 +1,4 @@
-// JointStep: a change that is made in several pools at once, pools that stand for one, or not yet: see
-// JointMaps::Together.
+// JointStep: a change made in all joined pools at once, or deferred: see JointMaps::Together.
 #ifndef KVPAGE_CACHE_JOINT_STEP_H_
 #define KVPAGE_CACHE_JOINT_STEP_H_
 
@@ -13,11 +12,12 @@ namespace kvpage {
 class JointStep {
  public:
   virtual ~JointStep() = default;
-  // Makes the change, with the mapping mutexes of all pools held by `supply`. False: it cannot be made yet, try later.
+  // Makes the change while `supply` holds the mapping mutexes of all pools. Returns false if that is not possible yet
+  // and must be retried.
   virtual bool Run(const std::vector<const PoolParts*>& pools, const JointSupply& supply) = 0;
-  // Goes on without locks: called after each Run.
+  // Called without locks after each Run, for work that must not hold one.
   virtual void After() = 0;
-  // One of the pools is gone: it will not run. Called without locks.
+  // Called without locks instead of Run when one of the pools is gone.
   virtual void Abandon() = 0;
 };
 

@@ -151,8 +151,8 @@ void JointSupply::Withdraw(std::size_t i, const SupplyPlan& plan) {
       pool.table->progress(state).slots[grant.slot].by_block = 1;  // until the mirror has the old blocks again
     }
   }
-  // A program there may have found the room, and write to it. Where it cannot be stopped the blocks stay mapped, and
-  // the slot has more of them than elsewhere: the host's next extend evens that out.
+  // A program there may have read the new room and write to it. If it cannot be stopped the blocks stay mapped, and the
+  // slot has more blocks than in the other pools until the host's next extend evens that out.
   if (!pool.mirror->StopReaders(rooms).ok()) return;
   pool.supply->Undo(lock(i), plan);
   static_cast<void>(PublishSlots(pool, lock(i), slots, /*stopped=*/true));
@@ -168,7 +168,7 @@ Status JointSupply::Reserve(const Want& want) {
   const std::int64_t missing = want.blocks - before;
   SupplyPlan plan;
   plan.grants.push_back({want.slot, want.blocks, before});
-  if (missing <= 0) return Publish(plan);  // blocks beyond what was asked for before are no room to a mirror
+  if (missing <= 0) return Publish(plan);  // the mirrors may not have these blocks as room yet
   std::int64_t free = Free();
   std::vector<Donor> donors;
   if (missing > free) {

@@ -18,15 +18,15 @@ namespace kvpage {
 
 class JointSupply {
  public:
-  // Takes the mapping mutexes of all pools, in their order, and holds them while it lives. The pools are of one
-  // geometry and outlive it; all of them have a mirror, or none has.
+  // Takes the mapping mutexes of all pools, in order, and holds them until destroyed. The pools have the same geometry
+  // and outlive this object; either all of them have a mirror or none has.
   explicit JointSupply(const std::vector<const PoolParts*>& pools);
   JointSupply(const JointSupply&) = delete;
   JointSupply& operator=(const JointSupply&) = delete;
 
   const MappingLock& lock(std::size_t pool) const { return *locks_[pool]; }
-  // Maps at least `want.blocks` in every arena, and tells the mirrors. kResourceExhausted: at least one of them cannot;
-  // nothing is mapped then in any, nor after another error.
+  // Maps at least `want.blocks` in every arena and publishes the room to the mirrors. Returns kResourceExhausted if any
+  // of them lacks the memory. After any error nothing is mapped in any arena.
   Status Reserve(const Want& want);
   // Makes all pools hand out their free blocks in the same order again, after a Reserve that failed (`failed`).
   void Align();
@@ -44,9 +44,9 @@ class JointSupply {
   // The blocks that the plan's grant takes, free in every arena; fewer where there are not as many.
   std::vector<std::int32_t> Choose(const SupplyPlan& plan) const;
   Status Apply(const SupplyPlan& plan);
-  // Tells the mirrors of a plan that was applied everywhere; when that fails at one the plan is undone everywhere.
+  // Publishes a plan that was applied in all pools to their mirrors; if one fails, undoes the plan in all pools.
   Status Publish(const SupplyPlan& plan);
-  // Undoes a plan where the mirror was told of it.
+  // Undoes a plan in a pool whose mirror has already published it.
   void Withdraw(std::size_t pool, const SupplyPlan& plan);
 
   const std::vector<const PoolParts*>& pools_;

@@ -24,7 +24,7 @@ std::shared_ptr<JointSwap> JointSwap::Make(const std::shared_ptr<JointMaps>& map
   return joint;
 }
 
-// ---- the host's ----
+// ---- called by the host ----
 
 Claim JointSwap::StartRead(std::size_t pool) {
   const std::shared_ptr<JointMaps> maps = maps_.lock();
@@ -56,7 +56,7 @@ void JointSwap::CancelRead(std::size_t pool) {
     steps::CancelRead(parts, mapping, parts_[pool]);
     if (!dropped_) return;
   }
-  Continue();  // it was given up meanwhile
+  Continue();  // dropped meanwhile
 }
 
 void JointSwap::Drop() {
@@ -72,7 +72,7 @@ void JointSwap::Continue() {
   Abandon();
 }
 
-// ---- looking ----
+// ---- queries ----
 
 bool JointSwap::gone() const {
   {
@@ -116,7 +116,7 @@ bool JointSwap::Wait(double seconds) {
     });
   };
   if (all()) return true;
-  // A handler may have used the slot when its release program had run on all devices.
+  // When the release program had run on all devices, a handler may still have been using the slot.
   if (parts_[0]->state() == SwapState::kQueued) Continue();
   return all();
 }
@@ -141,7 +141,7 @@ bool JointSwap::Run(const std::vector<const PoolParts*>& pools, const JointSuppl
     }
     return true;
   };
-  if (!all(&steps::Vacated)) return true;  // the release program calls again
+  if (!all(&steps::Vacated)) return true;  // the release program will call Continue again
   if (!all(&steps::Idle)) return false;
   Capture(pools, supply);
   return true;
@@ -163,9 +163,9 @@ void JointSwap::Capture(const std::vector<const PoolParts*>& pools, const JointS
     steps::Limit(*pools[i], static_cast<std::int64_t>(tokens), kept, parts_[i].get());
     writes += steps::Take(*pools[i], supply.lock(i), parts_[i]);
   }
-  if (writes == 0) return;  // else all: they have as many blocks
+  if (writes == 0) return;  // otherwise all parts are written: they have the same number of blocks
   for (std::size_t i = 0; i < pools.size(); ++i) {
-    // It cannot fail: swap_out has made the mover.
+    // Cannot fail: swap_out has already created the mover.
     static_cast<void>(
         swapping::DescribeWrite(&pools[i]->supply->arena(supply.lock(i)), parts_[i], &writes_.emplace_back()));
   }
@@ -219,14 +219,14 @@ void JointSwap::Abandon() {
   writes.swap(writes_);
   images.swap(images_);
   unwanted.swap(unwanted_);
-  images_.resize(images.size());  // of writes that still end
+  images_.resize(images.size());  // for writes still in flight
   for (Read& read : reads_) read = {};
 }
 
-// ---- the store's ----
+// ---- called by the store ----
 
 void JointSwap::SubmitWrite(std::size_t pool, store::SwapWrite write) {
-  // The store needs the pool's memory.
+  // The store reads from the pool's memory.
   write.done = [owner = parts_[pool]->pool.lock(), self = shared_from_this(), pool](
                    const Status&, std::shared_ptr<store::SwapImage> image) {
     self->WriteEnded(pool, std::move(image));
@@ -249,7 +249,7 @@ void JointSwap::SubmitRead(std::size_t pool, store::SwapRead read) {
 }
 
 void JointSwap::WriteEnded(std::size_t pool, std::shared_ptr<store::SwapImage> image) {
-  // What the other parts write will not be used.
+  // One part failed, so the other parts' writes are useless.
   if (image == nullptr) {
     for (const SwapPtr& part : parts_) part->StopCopies();
   }
@@ -269,7 +269,7 @@ void JointSwap::ReadEnded(std::size_t pool, store::Problem problem, std::int64_t
     reads_[pool].good = good;
     if (--reading_ > 0) return;
   }
-  // Nobody looks at the images while they are being read. They are kept for another try only, all of them or none.
+  // Nothing else accesses the images during a read. They are kept only for a retry, and only if all parts can be kept.
   const auto failed = [](const Read& read) { return read.problem != store::Problem::kNone; };
   const auto outlives = [](const SwapPtr& part) { return part->image->outlives_failures(); };
   const bool again =

@@ -102,7 +102,7 @@ Status CheckOnHost(const PoolParts& pool, const StateLock& state, const char* op
   SlotTable& table = *pool.table;
   KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
   CollectReleases(pool, state);
-  // The host may have begun a new generation since the device looked: the slots may have other owners by now.
+  // The host may have begun a new generation since the device's check: the slots may have new owners by now.
   const std::int32_t current = table.progress(state).generation;
   if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);
   for (std::int64_t i = 0; i < count; ++i) {

@@ -17,8 +17,8 @@ Status Check(const PoolParts& pool, const StateLock& state, const char* op, cons
 // Maps room for tokens[i] tokens in all in slots[i]; where the blocks do not suffice, ok[i] is false.
 Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
                 const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch);
-// The host's part of the check of a call that the device has checked, for a cache of generation `generation`. Collects
-// releases and sets ok[i] as far as that is known.
+// The host's share of the checks for a call that the device has already checked, for a cache of generation
+// `generation`. Collects releases and sets those ok[i] that can be decided already.
 Status CheckOnHost(const PoolParts& pool, const StateLock& state, const char* op, std::int32_t generation,
                    const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok);
 // The host's part of map_slots, once the device has checked it: as MapSlots, for a cache of generation `generation`.

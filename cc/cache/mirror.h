@@ -40,13 +40,13 @@ class Mirror {
   // before. SetRoom ends that.
   virtual Status StopReaders(const std::vector<Room>& ends) = 0;
 
-  // Waits for programs that passed their check before; then says what they have left: the tokens that the slot's
-  // occupant has written in every layer, and the positions below which nothing may be written.
+  // Waits for programs that passed their check earlier, then reads what they left: the number of tokens written in
+  // every layer for the slot's occupant, and the number of leading positions that may no longer be written.
   struct SlotMarks {
     std::int32_t written = 0, shared = 0;
   };
   virtual Status ReadMarks(std::int32_t slot, SlotMarks* out) = 0;
-  // From now on programs may write nothing below `tokens` in this slot, whose readers are stopped.
+  // Forbids programs to write below `tokens` in this slot, whose readers must be stopped.
   virtual Status SetShared(std::int32_t slot, std::int32_t tokens) = 0;
 
   // From now on programs may use nothing below `tokens` in these slots: waits for those that passed their check before.

@@ -45,15 +45,16 @@ Status Enter(const PoolParts& pool, const StateLock& state, const char* op) {
 
 void CollectReleases(const PoolParts& pool, const StateLock& state) {
   if (pool.mirror == nullptr || pool.table->draining(state).empty()) return;
-  // They park in the order in which they were released, which is that of their programs: so pools that stand for one
-  // park them alike, whenever each looks. The last one is asked first: if it has run, those before it have.
+  // Slots park in the order of their releases, which is the order of the release programs, so joined pools park them in
+  // the same order regardless of when each of them checks. Checking starts with the latest release: if it has run, so
+  // have all earlier ones.
   std::vector<std::pair<std::uint64_t, std::int32_t>> draining;
   for (const std::int32_t slot : pool.table->draining(state)) {
     if (pool.table->progress(state).slots[slot].vacated) continue;
     draining.emplace_back(pool.table->host(state, slot).released_at, slot);
   }
   std::sort(draining.rbegin(), draining.rend());
-  std::vector<std::pair<std::int32_t, std::int32_t>> vacated;  // and what was written
+  std::vector<std::pair<std::int32_t, std::int32_t>> vacated;  // slots and their numbers of written tokens
   for (const auto& [order, slot] : draining) {
     if (const std::int32_t written = pool.mirror->Vacated(slot); written >= 0) vacated.emplace_back(slot, written);
   }

@@ -21,8 +21,8 @@ struct PoolParts {
   Mirror* mirror;  // null: programs run on CPU and call the pool as they run
 };
 
-// Begins every host call that changes something: the pool is open, finished releases are collected, and a pending
-// fault of a device is returned.
+// Starts every host call that changes something: checks that the pool is open, collects finished releases, and returns
+// a pending device fault.
 Status Enter(const PoolParts& pool, const StateLock& state, const char* op);
 
 // Slots whose release has run on the device become free.

@@ -88,7 +88,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
   // ---- the store below the pool: prefix_tier.h ----
   // Before anything else happens to the pool, at most once.
-  // The store is of the kind that the platform needs: see PrefixStore::copies.
+  // The store must be of the kind the platform needs: see PrefixStore::copies.
   Status AttachStore(std::shared_ptr<store::PrefixStore> store, double write_ahead);
   // These do not wait. Without a store nothing is stored.
   Status StoredPrefix(const std::string& space, const prefix::TokenIds& ids, std::int64_t* tokens);
@@ -159,22 +159,21 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // The memory goes when the last reference to the pool does.
   Status Close(const GoOn& go_on);
   void Close() { static_cast<void>(Close(GoOn())); }
-  // The pending fault of a device, if any, as the status that the program would have failed with on one CPU device.
-  // Calls that change something return it too; NewGeneration, which is the way on after it, and calls that only look do
-  // not.
+  // Returns the pending device fault, if any, as the status with which the program would have failed on a single CPU
+  // device. Mutating calls return it too. Read-only calls and NewGeneration, which recovers from the fault, do not.
   Status TakeFault();
-  // A fault that no call has returned yet, where faults are shared.
+  // Returns a shared fault that no call has reported yet.
   Status UntoldFault();
 
-  // ---- one of several pools that stand for one: joint_maps.h ----
-  // From now on programs of these pools map memory in all of them alike. Before any program runs, at most once for a
-  // pool. All of them run programs on CPU, or each on another device.
+  // ---- joined pools: joint_maps.h ----
+  // Makes programs map memory identically in all of these pools from now on. Call it before any program runs, at most
+  // once per pool. Either all pools run programs on CPU, or each on a different device.
   static Status Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out);
-  // From now on no op fails its program: see shared_faults.h. `note`: what ends messages of this pool. Before any
-  // program runs, at most once, and not with a mirror.
+  // From now on ops record faults instead of failing their program: see shared_faults.h. `note` is appended to this
+  // pool's messages. Call it before any program runs, at most once, and not with a mirror.
   void ShareFaults(std::shared_ptr<SharedFaults> faults, std::string note);
-  // An op of a program, with a cache of this generation, has failed. False: its program has to fail, because there are
-  // no shared faults or because the pool is closed, which its pools are on all devices.
+  // Records that an op with a cache of this generation has failed. Returns false if its program must fail: without
+  // shared faults, or after the pool was closed (which it is on all devices then).
   bool KeepFault(std::int32_t generation, const Status& fault);
 
   // ---- with a mirror ----
@@ -213,7 +212,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
     if (joint_ != nullptr) return joint_->MapChecked(joint_index_, op, generation, slots, tokens, count, ok);
     return map_ops::MapChecked(parts_, op, generation, slots, tokens, count, ok);
   }
-  // The device has refused a call of map_slots.
+  // The device has rejected a call of map_slots.
   void PassOverMap(std::int32_t generation) {
     if (joint_ != nullptr) joint_->PassOver(joint_index_, generation);
   }

@@ -47,7 +47,7 @@ std::int64_t CachedCopies::End() {
   access_->With([&](const PoolParts& pool) {
     const MappingLock mapping = pool.supply->Lock();
     pool.supply->arena(mapping).EndReading(numbers_);
-    pool.supply->SyncIndex(mapping);  // with what has been cut since
+    pool.supply->SyncIndex(mapping);  // applies cuts made since
     const PrefixIndex& index = pool.supply->OpenIndex(mapping);
     while (good_ < blocks() && index.Unchanged(marks_[static_cast<std::size_t>(good_)])) ++good_;
   });

@@ -1,9 +1,9 @@
-// CachedCopies: how a thread of a store copies blocks of a cached sequence that the host cannot read, through the mover
-// of the device.
+// CachedCopies: lets a store thread copy blocks of a cached sequence that the host cannot read, through the device's
+// mover.
 //
-// Such copies take a while. No lock is held meanwhile, and no reference either: memory that somebody wants is evicted
-// and given away as if nobody read it. The end shows which blocks were the sequence's throughout; the others do not
-// count. Meanwhile their memory is not given back to the system (Arena::StartReading).
+// Such copies take a while. They hold neither a lock nor a reference: needed memory is evicted and reused as if nobody
+// read it. End() then determines which leading blocks held the sequence throughout; the others are discarded. Until
+// then the memory is not returned to the system (Arena::StartReading).
 #ifndef KVPAGE_CACHE_PREFIX_COPIES_H_
 #define KVPAGE_CACHE_PREFIX_COPIES_H_
 
@@ -21,8 +21,8 @@ namespace kvpage::prefix {
 
 class CachedCopies final : public store::BlockCopier {
  public:
-  // Of the whole blocks of a sequence from `first_block` on, up to its end: those that are in memory and written. The
-  // index is up to date.
+  // Selects, of the sequence's full blocks from `first_block` on, those that are in memory and written. The index must
+  // be up to date.
   CachedCopies(std::shared_ptr<PoolAccess> access, std::shared_ptr<BlockMover> mover, const PoolParts& pool,
                const MappingLock& mapping, std::int32_t space, const std::vector<std::int32_t>& tokens,
                std::int64_t first_block);
@@ -40,9 +40,9 @@ class CachedCopies final : public store::BlockCopier {
   const std::shared_ptr<BlockMover> mover_;
   const std::int64_t ranges_, block_bytes_;
   const char* const window_;
-  std::vector<std::int32_t> numbers_;          // of the blocks, [blocks, ranges]
+  std::vector<std::int32_t> numbers_;          // block numbers, [blocks, ranges]
   std::vector<PrefixIndex::EntryMark> marks_;  // [blocks]
-  std::int64_t good_ = -1;                     // -1: the copies have not ended
+  std::int64_t good_ = -1;                     // -1: End() has not been called yet
 };
 
 }  // namespace kvpage::prefix

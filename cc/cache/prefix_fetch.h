@@ -74,7 +74,7 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
  private:
   struct Order;
 
-  // Says where what is read for an order is to go.
+  // Sets the destinations of an order's read.
   void SetDestinations(const Geometry& geometry, char* window, const Order& order, store::ReadRequest* read) const;
   // Whether reading blocks takes less time than computing their tokens, as far as is known. `why`: if not.
   bool Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks, std::string* why) const;

@@ -135,19 +135,19 @@ class PrefixIndex {
   // Whole blocks, at most `most`, on the way to the entry that would be evicted next of those that are unused and not
   // written, from the first block on that is not written. They count as being written. False: there are none.
   bool StartWrite(std::int64_t most, const Unused& unused, Unwritten* out);
-  // An entry as it is now.
+  // Identity and version of an index entry, for Unchanged.
   struct EntryMark {
     std::int32_t entry = -1;
     std::uint32_t version = 0;
   };
-  // The whole blocks with which a sequence goes on from `first_block` on, as far as they are here.
+  // The full blocks of a sequence from `first_block` on that are cached here.
   struct Stretch {
     std::vector<std::int32_t> blocks;  // [count, ranges]
     std::vector<std::int32_t> owners;  // [count]
     std::vector<EntryMark> marks;      // [count]
   };
   Stretch FindWhole(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block) const;
-  // Whether the entry has been there since, with the same tokens in the same blocks.
+  // Whether the entry has existed since the mark, with the same tokens in the same blocks.
   bool Unchanged(const EntryMark& mark) const;
   // Blocks from `first_block` on are written, or could not be; what has been removed since does not count.
   void EndWrite(std::int32_t space, const std::int32_t* tokens, std::int64_t count, std::int64_t first_block, bool ok);

@@ -31,7 +31,7 @@ struct Spiller::Run {
   std::int64_t marked = 0;                   // from where on the index says that it is being written
   Staging bytes;                             // kept for the run that follows
   std::int64_t room = 0;                     // in blocks
-  std::shared_ptr<CachedCopies> copies;      // in place of bytes, where the store copies
+  std::shared_ptr<CachedCopies> copies;      // instead of bytes, for a store that copies
   Clock::time_point begun;
 };
 
@@ -77,7 +77,7 @@ bool Spiller::Fill(Run* run, store::WriteRun* write) {
   write->copier = run->copies;
   const std::int64_t ranges = run->copies != nullptr ? 0 : (run->copied - run->first_block) * shape_.ranges;
   for (std::int64_t i = 0; i < ranges; ++i) write->sources.push_back(run->bytes.get() + i * shape_.block_bytes);
-  access_->With([&](const PoolParts&) { Wake(); });  // the next one is copied while this one is written
+  access_->With([&](const PoolParts&) { Wake(); });  // start copying the next run while this one is written
   return true;
 }
 
@@ -145,7 +145,7 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   if (stored > run->first_block || !chosen.behind_writes) run->first_block = run->copied = stored;
   const Status copies = StartCopies(pool, run, std::min(end, run->first_block + most));
   if (!copies.ok()) NoteFailure(copies);
-  // The rest has been evicted since, or is not there yet.
+  // The other blocks were evicted meanwhile, or are not written yet.
   Shorten(pool, run, run->copied);
   *again = run->copied == run->first_block;
   return !*again;
@@ -198,7 +198,7 @@ void Spiller::EndWrite(const PoolParts& pool, const Run& run, bool ok) const {
 void Spiller::Done(const std::shared_ptr<Run>& run, const Status& status) {
   const bool begun = run->space >= 0;
   const std::shared_ptr<CachedCopies> copies = std::exchange(run->copies, nullptr);
-  // Some may have been evicted while the store copied them.
+  // Some blocks may have been evicted while the store copied them.
   const std::int64_t copied = copies == nullptr ? run->copied : run->first_block + copies->End();
   if (begun) {
     access_->With([&](const PoolParts& pool) {
@@ -224,7 +224,7 @@ void Spiller::Done(const std::shared_ptr<Run>& run, const Status& status) {
       return;
     }
   }
-  access_->With([&](const PoolParts&) { Queue(run); });  // the store may end with the pool
+  access_->With([&](const PoolParts&) { Queue(run); });  // the store may be destroyed with the pool
 }
 
 void Spiller::Close() {

@@ -1,10 +1,10 @@
-// Spiller: blocks of parked sequences are written to the store below a pool before they are evicted, by the store's
+// Spiller: writes blocks of parked sequences to the store below a pool before they are evicted, using the store's
 // threads.
 //
-// It begins when a sequence parks, or memory runs short, and ends when free and written blocks together are a share of
-// the capacity: written blocks can be evicted at once. The blocks that would be evicted next are written first. Blocks
+// It starts when a sequence parks or memory runs short, and stops when free and written blocks together reach a given
+// share of the capacity: written blocks can be evicted at once. The next blocks to be evicted are written first. Blocks
 // are copied before they are written, so nobody waits for the disk; those that the host cannot read are copied by the
-// store (prefix_copies.h). What is evicted before it is written is lost.
+// store (prefix_copies.h). Blocks evicted before they are written are lost.
 #ifndef KVPAGE_CACHE_PREFIX_SPILL_H_
 #define KVPAGE_CACHE_PREFIX_SPILL_H_
 
@@ -32,8 +32,8 @@ struct SpillNumbers {
 
 class Spiller : public std::enable_shared_from_this<Spiller> {
  public:
-  // `share`: of the pool's blocks, those that are to be free or written.
-  // `mover`: of blocks that the host cannot read, which the store copies itself; null: the host can.
+  // `share`: fraction of the pool's blocks that should be free or written. `mover`: for blocks that the host cannot
+  // read, which the store copies itself; null if the host can read them.
   Spiller(std::shared_ptr<PoolAccess> access, store::PrefixStore* store, store::BlockShape shape, double share,
           std::shared_ptr<BlockMover> mover)
       : access_(std::move(access)), store_(*store), shape_(std::move(shape)), share_(share), mover_(std::move(mover)) {}
@@ -53,13 +53,13 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   bool Fill(Run* run, store::WriteRun* write);
   // The same for one attempt; `again`: what was chosen needs no writing, or cannot be copied.
   bool Choose(const PoolParts& pool, Run* run, bool* again);
-  // Copies the run's blocks up to `stop`, or makes what copies them.
+  // Copies the run's blocks up to `stop`, or creates the object that copies them.
   Status StartCopies(const PoolParts& pool, Run* run, std::int64_t stop);
-  // Nothing is tried for a while.
+  // Counts a failure and pauses further attempts for a while.
   void NoteFailure(const Status& status);
-  // The run ends behind `blocks` whole blocks of its sequence.
+  // Limits the run to the first `blocks` full blocks of its sequence.
   void Shorten(const PoolParts& pool, Run* run, std::int64_t blocks) const;
-  // Blocks that the store has lost no longer count as written.
+  // Stops counting blocks as written that the store has lost.
   void NoteLost(const PoolParts& pool);
   // Whether less than the share is free or written.
   bool Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const;

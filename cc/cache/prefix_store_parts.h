@@ -31,7 +31,7 @@ inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping,
   return {};
 }
 
-// The same for a thread that belongs to no pool: a pending device fault is left to the pool's own calls.
+// The same for threads outside the pool's own calls, which alone report a pending device fault.
 inline Status OpenIndexForThread(const PoolParts& pool, const MappingLock& mapping, const char* op,
                                  PrefixIndex** index) {
   {

@@ -21,13 +21,13 @@ struct TierNumbers {
   SpillNumbers spills;
   std::int64_t unwritten_evictions = 0;  // whole blocks that were evicted before they were written
   FetchNumbers fetches;
-  double read_bytes_per_second = 0;  // of the store
+  double read_bytes_per_second = 0;  // read throughput of the store
 };
 
 class Tier {
  public:
-  // `write_ahead`: what share of the pool's blocks is to be free or written; 0: nothing is written ahead.
-  // `mover`: how blocks get into memory of the host and back; null: the host reads and writes them.
+  // `write_ahead`: fraction of the pool's blocks that should be free or written; 0 disables writing ahead. `mover`:
+  // copies blocks to host memory and back; null if the host can access them directly.
   Tier(const PoolParts& pool, std::shared_ptr<store::PrefixStore> store, double write_ahead,
        const std::shared_ptr<BlockMover>& mover);
   ~Tier() { static_cast<void>(Close({})); }

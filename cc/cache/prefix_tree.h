@@ -75,7 +75,7 @@ class PrefixTree {
   std::int64_t num_stored() const { return num_stored_; }  // entries that are written or being written
   // Removes an entry without children.
   void Remove(std::int32_t id);
-  // Changes with the tokens or blocks of an entry, and when another entry gets its number.
+  // Changes whenever the entry's tokens or blocks change or its number is reused.
   std::uint32_t version(std::int32_t id) const { return versions_[id]; }
 
   // The entry in this physical block, or kNoEntry.
@@ -128,7 +128,7 @@ class PrefixTree {
   std::vector<std::unique_ptr<std::int32_t[]>> rows_;    // of an entry: its tokens, then its blocks
   std::vector<std::int32_t> unused_;                     // ids of entries that were removed
   std::vector<std::int32_t> entries_in_;                 // [physical blocks]
-  std::vector<std::uint32_t> versions_;                  // of entries; apart from them, as hardly anybody asks
+  std::vector<std::uint32_t> versions_;                  // [entries]; kept separately because rarely read
   std::int32_t num_ids_ = 0;
   std::vector<Bucket> buckets_ = std::vector<Bucket>(64, Bucket{0, kNoEntry});
   std::size_t num_whole_ = 0;

@@ -20,7 +20,7 @@ class ProgramCheck {
   ProgramCheck(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache)
       : pool_(pool), state_(state), op_(op), cache_(cache) {}
 
-  // The pool is open, nothing has failed on a mesh, and generation and epoch allow an op that mutates or only reads.
+  // Checks that the pool is open, that no op has failed on a mesh, and that generation and epoch allow the op.
   Status Begin(bool mutates) const {
     SlotTable& table = *pool_.table;
     const DeviceProgress& progress = table.progress(state_);

@@ -16,7 +16,7 @@ void SharedFaults::Add(std::size_t pool, const Status& fault, bool current) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Entry& entry = entries_[pool];
   Status& kept = current ? entry.fault : entry.late;
-  // The first one counts, of all pools: others may follow from it, and go with the generation all the same.
+  // Only the first fault of all pools counts: later ones may follow from it, and the new generation clears them anyway.
   const bool failed = std::any_of(entries_.begin(), entries_.end(), [](const Entry& each) { return !each.fault.ok(); });
   if (!kept.ok() || (current && failed)) return;
   kept =

@@ -159,7 +159,7 @@ void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
     progress_.slots[slot].length = static_cast<std::int32_t>(row.restored);
     progress_.RaiseWritten(slot, static_cast<std::int32_t>(row.restored));
   }
-  // The release program of a draining slot belongs to the old generation and will be refused, unless it has run.
+  // A draining slot's release program belongs to the old generation and will be rejected, unless it has already run.
   if (slots_[slot].state == SlotState::kDraining && !progress_.slots[slot].vacated) Vacate(lock, slot);
 }
 

@@ -58,7 +58,7 @@ struct HostSlot {
   std::int32_t truncations = 0;         // such programs
   std::int64_t dropped = 0;             // tokens at its beginning that the host has given up
   std::int64_t dropped_before = 0;      // the same before the last such call
-  std::uint64_t released_at = 0;        // order of releases, while it drains
+  std::uint64_t released_at = 0;        // sequence number of the release, while draining
   std::uint64_t parked_at = 0;          // order of parking: the smallest was parked first
   std::vector<std::int32_t> committed;  // the ids of its tokens, as far as the host has named them
   std::vector<std::int32_t> cut;        // those behind `committed` that the last truncation has taken away

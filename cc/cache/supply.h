@@ -111,9 +111,9 @@ class Supply {
   Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
   // Blocks that are set aside for truncations whose programs will not run come free again.
   void DropStaleSetAside(const MappingLock& lock);
-  // Whether a free slot must give up all its blocks before it gets a new owner. It must if other slots share or shared
-  // some of them, or the prefix index refers to some, because the new owner may not write those; and if it has dropped
-  // its beginning, or keeps its blocks in a separate file.
+  // Whether a free slot must give up all its blocks before it gets a new owner: if any of them is or was shared with
+  // other slots or is referenced by the prefix index, because the new owner must not write those; if the slot has
+  // dropped its beginning; or if it keeps its blocks in a separate file.
   bool GivesUp(const MappingLock&, std::int32_t slot) const {
     return arena_->SharedBlocks(slot) > 0 || arena_->Borrows(slot) || arena_->HasCached(slot) ||
            arena_->hole(slot) > 0 || arena_->HasFile(slot);

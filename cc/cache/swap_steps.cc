@@ -16,7 +16,7 @@ void Release(const PoolParts& pool, const MappingLock& mapping, std::vector<std:
   pool.supply->arena(mapping).Drop(blocks);
 }
 
-// The blocks that are not kept in memory come free.
+// Frees the blocks that are not kept in memory.
 void ReleaseStored(const PoolParts& pool, const MappingLock& mapping, Swap* swap) {
   const auto begin = swap->blocks.begin() + swap->kept * pool.table->geometry().num_ranges();
   Release(pool, mapping, {begin, swap->blocks.end()});
@@ -85,7 +85,7 @@ void EndWrite(const PoolParts& pool, const MappingLock& mapping, const SwapPtr& 
       swap->image = std::move(*image);
       swap->SetState(SwapState::kStored);
     } else {
-      swap->SetState(SwapState::kMemory);  // the store's numbers say why
+      swap->SetState(SwapState::kMemory);  // the store's counters record the reason
     }
   }
   pool.table->EndSwapWrite(pool.table->Lock());
@@ -108,7 +108,7 @@ Claim StartRead(const PoolParts& pool, const MappingLock& mapping, const SwapPtr
   Claim claim = pool.supply->ClaimBlocks(mapping, missing, &blocks);
   if (!claim.status.ok()) return claim;
   std::copy(blocks.begin(), blocks.end(), swap->blocks.begin() + swap->kept * ranges);
-  // It cannot fail: swap_out has made the mover.
+  // Cannot fail: swap_out has already created the mover.
   static_cast<void>(DescribeRead(&pool.supply->arena(mapping), swap, read));
   swap->SetState(SwapState::kReading);
   return {};
@@ -154,7 +154,7 @@ void Drop(const PoolParts& pool, const MappingLock& mapping, const SwapPtr& swap
     case SwapState::kGone:
       return;
     case SwapState::kReading:
-      swap->dropped = true;  // its blocks are the reader's until then
+      swap->dropped = true;  // the reader owns its blocks until it ends
       return;
     case SwapState::kQueued:
       pool.table->EndSwap(pool.table->Lock(), swap->slot);

@@ -29,11 +29,11 @@ enum class SwapState : std::int8_t {
   kGone,        // swapped in, or given up
 };
 
-// The parts of a sequence in several pools that stand for one: see joint_swap.h.
+// The parts of a sequence in several joined pools: see joint_swap.h.
 class SwapGroup {
  public:
   virtual ~SwapGroup() = default;
-  // The release program of the slot has run in one of the pools. Call this without locks.
+  // The slot's release program has run in one of the pools. Call this without locks.
   virtual void Continue() = 0;
 };
 
@@ -116,7 +116,7 @@ class Swap {
   std::weak_ptr<store::SwapStore> store;  // threads of the store may be the last to hold this
   std::weak_ptr<const void> pool;         // keeps the memory while the store uses it
   std::shared_ptr<store::SwapImage> image;
-  bool in_group = false;  // goes on with its parts in other pools only
+  bool in_group = false;  // changes state only together with its parts in other pools
   std::weak_ptr<SwapGroup> group;
 
  private:

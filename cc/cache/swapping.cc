@@ -12,14 +12,14 @@ namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// A write has ended. An image that is no longer wanted is destroyed after the lock is released.
+// Ends a write. An unwanted image is destroyed after the lock is released.
 void EndWrite(const PoolParts& pool, const SwapPtr& swap, std::shared_ptr<store::SwapImage> image) {
   const MappingLock mapping = pool.supply->Lock();
   steps::EndWrite(pool, mapping, swap, &image);
 }
 
 void EndRead(const PoolParts& pool, const SwapPtr& swap, store::Problem problem, std::int64_t good) {
-  // Nobody else looks at the image while it is being read. It is kept for another try only.
+  // Nothing else accesses the image during a read. It is kept only for a retry.
   if (problem == store::Problem::kNone || !swap->image->outlives_failures()) swap->image = nullptr;
   steps::EndRead(pool, pool.supply->Lock(), swap, problem, good);
 }

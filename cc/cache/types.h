@@ -102,7 +102,7 @@ struct BlockRow {
   std::vector<std::int32_t> slots;
 };
 using BlockRows = std::vector<std::vector<BlockRow>>;  // as BlockReferences
-// Address and bytes of each range of a slot.
+// Address and size in bytes of each range of a slot.
 using MemoryRanges = std::vector<std::pair<std::uint64_t, std::int64_t>>;
 
 // A generation as the host sees it begin.
