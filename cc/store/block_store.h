@@ -43,8 +43,8 @@ struct StoreNumbers {
   std::int64_t lookups = 0, tokens_asked = 0, tokens_found = 0;
   std::int64_t bytes_written = 0, bytes_read = 0;
   std::int64_t blocks_written = 0, blocks_read = 0;
-  double read_bytes_per_second = 0;    // of the latest requests, with the time they were queued; 0: not known yet
-  LatencyNumbers swap_outs, swap_ins;  // from the call to the end
+  double read_bytes_per_second = 0;    // of the latest requests, queueing included; 0: not measured yet
+  LatencyNumbers swap_outs, swap_ins;  // from the call to completion
   std::int64_t bytes_queued = 0;
   std::int64_t runs_dropped = 0, bytes_dropped = 0;  // the queue was full
   std::int64_t failed_writes = 0;
@@ -74,7 +74,7 @@ class BlockStore final : public SwapStore, public PrefixStore {
   std::vector<StoredRun> Runs(const BlockShape& shape);
   std::vector<StoredRun> Lost(const BlockShape& shape, std::int64_t* seen) override;
 
-  // Blocks that are stored already are not written again.
+  // Does not write blocks that are already stored.
   bool Write(WriteRun& run) override;
   // Whether a run of this size fits in the queue within some seconds.
   bool WaitForRoom(std::int64_t bytes, double seconds);

@@ -49,7 +49,7 @@ class Catalog {
   // A request for this many bytes was read in some seconds.
   void NoteRead(std::int64_t bytes, double seconds);
   double read_bytes_per_second() const;
-  // A sequence was swapped out, or in, in some seconds.
+  // Records a completed swap-out (or swap-in) and its duration.
   void NoteSwapOut(double seconds);
   void NoteSwapIn(double seconds);
 

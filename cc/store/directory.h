@@ -59,9 +59,9 @@ class Directory {
 
   std::int64_t num_files() const { return static_cast<std::int64_t>(files_.size()); }
   std::int64_t bytes() const { return bytes_; }
-  // [kNumProblems]: how many files are refused for each reason.
+  // [kNumProblems]: number of rejected files per reason.
   const std::vector<std::int64_t>& refused() const { return refused_; }
-  // How many files are of models with other fingerprints. The time that it takes grows with the models, not the files.
+  // Number of files of models with other fingerprints. Takes time linear in the number of models, not of files.
   std::int64_t CountForeign(const std::string& fingerprint) const;
 
   // Which files to remove until at most `limit` bytes are left, least recently used first, but none before those that
@@ -97,7 +97,7 @@ class Directory {
 
   std::vector<Identity> identities_;                              // of roots
   std::vector<std::int32_t> roots_;                               // their nodes
-  std::vector<std::int64_t> root_files_;                          // how many files each has
+  std::vector<std::int64_t> root_files_;                          // number of files of each
   std::unordered_multimap<std::uint64_t, std::int32_t> by_hash_;  // nodes that are no roots
   std::vector<Node> nodes_;
   std::vector<std::int32_t> unused_nodes_;

@@ -30,7 +30,7 @@ class HostMemory {
 
   std::int64_t limit_bytes() const { return limit_bytes_; }
   std::int64_t used_bytes() const;    // in buffers that are taken
-  std::int64_t room() const;          // for more of them
+  std::int64_t room() const;          // for more buffers
   std::int64_t pinned_bytes() const;  // in all buffers
 
  private:

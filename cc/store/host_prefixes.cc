@@ -12,9 +12,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
-// How much is copied between two looks whether the copies are still wanted.
+// Bytes copied between two checks for cancellation.
 constexpr std::int64_t kCopyBytes = std::int64_t{8} << 20;
-// How much a new measurement counts.
+// Weight of the newest measurement in the moving average.
 constexpr double kNewest = 0.25;
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
@@ -35,12 +35,12 @@ struct HostPrefixes::Run {
   }
 
   const std::shared_ptr<HostMemory> memory;
-  const std::int64_t bytes;  // of a block
+  const std::int64_t bytes;  // per block
   std::vector<HostBuffer> blocks;
   double used = 0;
 };
 
-// Blocks that are read: those of each run follow each other.
+// Blocks to be read, as pieces of consecutive blocks of one run each.
 struct HostPrefixes::ReadOrder {
   struct Piece {
     std::shared_ptr<Run> run;
@@ -48,7 +48,7 @@ struct HostPrefixes::ReadOrder {
   };
   ReadRequest request;
   std::vector<Piece> pieces;
-  Problem problem = Problem::kNone;  // why these are not all
+  Problem problem = Problem::kNone;  // why the pieces do not cover the request
   Clock::time_point begun = Clock::now();
 };
 
@@ -62,7 +62,7 @@ std::string HostPrefixes::NewOwner() {
 }
 
 void HostPrefixes::Forget(const std::string& owner) {
-  std::vector<std::shared_ptr<Run>> gone;  // freed after the lock: that may take a while
+  std::vector<std::shared_ptr<Run>> gone;  // freed after the lock is released, as that may take a while
   const std::lock_guard<std::mutex> lock(mutex_);
   owners_.erase(owner);
   for (const std::string& name : directory_.Names()) {
@@ -93,7 +93,7 @@ std::vector<StoredRun> HostPrefixes::Lost(const BlockShape& shape, const std::st
 }
 
 bool HostPrefixes::MakeRoom(std::int64_t bytes, const std::set<std::string>& kept) {
-  std::vector<std::shared_ptr<Run>> gone;  // freed after the lock
+  std::vector<std::shared_ptr<Run>> gone;  // freed after the lock is released
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::int64_t missing = bytes - memory_->room();
   if (missing <= 0) return true;
@@ -101,7 +101,7 @@ bool HostPrefixes::MakeRoom(std::int64_t bytes, const std::set<std::string>& kep
   std::map<std::string, double> used;
   for (const auto& [name, run] : runs_) {
     used[name] = run->used;
-    if (run.use_count() > 1) stay.insert(name);  // it is being read
+    if (run.use_count() > 1) stay.insert(name);  // being read
   }
   const std::int64_t before = directory_.bytes();
   std::int64_t left = before;
@@ -126,7 +126,7 @@ bool HostPrefixes::Write(const std::string& owner, WriteRun& run) {
     if (writes_ == nullptr) {
       writes_ = std::make_unique<WorkQueue<WriteOrder>>(1, kAnyNumber, [this](WriteOrder& each) { WorkOn(each); });
     }
-  } catch (const std::exception&) {  // the system has no more threads
+  } catch (const std::exception&) {  // cannot start a thread
     return false;
   }
   WriteOrder order{owner, std::move(run)};
@@ -246,7 +246,7 @@ void HostPrefixes::Read(const std::string& owner, ReadRequest request) {
         reads_ = std::make_unique<WorkQueue<ReadOrder>>(1, kAnyNumber, [this](ReadOrder& each) { WorkOn(each); });
       }
       if (!stopped_ && reads_->Offer(order, 0)) return;
-    } catch (const std::exception&) {  // the system has no more threads
+    } catch (const std::exception&) {  // cannot start a thread
       order.problem = Problem::kUnreadable;
     }
   }
@@ -287,7 +287,7 @@ void HostPrefixes::WorkOn(ReadOrder& order) {
     latest = latest == 0 ? speed : latest + kNewest * (speed - latest);
   }
   const auto done = std::move(order.request.done);
-  order.pieces.clear();  // before anybody looks at what can be evicted
+  order.pieces.clear();  // before the caller can check what is evictable
   if (done) done(good, order.problem);
 }
 
@@ -312,7 +312,7 @@ double HostPrefixes::read_bytes_per_second() const {
 
 void HostPrefixes::Stop() {
   {
-    // Nobody makes or uses a queue from now on.
+    // No queue is created or used after this.
     const std::lock_guard<std::mutex> lock(queues_mutex_);
     stopped_ = true;
   }

@@ -1,10 +1,10 @@
-// HostPrefixes: blocks of cached sequences in memory of the host, for pools on a device.
+// HostPrefixes: blocks of cached sequences in host memory, for pools on a device.
 //
-// They are in runs of consecutive blocks, as a BlockStore has them in files, in the same directory (directory.h). Where
-// the limit is reached the runs that were used least recently go, but none before those that continue it; swapped
-// sequences take the room of runs too. A pool finds its own sequences only: the store does not know whose model's they
-// are. Copies are made by threads of the store, one for each direction, which start with the first use; no lock is held
-// meanwhile.
+// They are stored as runs of consecutive blocks, indexed by the same directory (directory.h) that BlockStore uses for
+// files. At the limit the least recently used runs are evicted, but never before the runs that continue them; swapped
+// sequences may also displace runs. A pool finds only its own sequences, because the store does not know which model
+// they come from. Copies are made by two store threads, one per direction, which start on first use; no lock is held
+// during a copy.
 #ifndef KVPAGE_STORE_HOST_PREFIXES_H_
 #define KVPAGE_STORE_HOST_PREFIXES_H_
 
@@ -28,9 +28,9 @@ namespace kvpage::store {
 struct HostPrefixNumbers {
   std::int64_t runs = 0, bytes = 0;
   std::int64_t bytes_written = 0, bytes_read = 0;
-  double read_bytes_per_second = 0;  // of the latest reads, with the time they were queued; 0: none yet
+  double read_bytes_per_second = 0;  // of the latest reads, queueing included; 0: none yet
   std::int64_t bytes_evicted = 0;
-  std::int64_t refused_writes = 0;  // they did not fit
+  std::int64_t refused_writes = 0;  // did not fit
   std::int64_t failed_writes = 0, failed_reads = 0;
   std::string last_error;
 };
@@ -42,7 +42,7 @@ class HostPrefixes {
   HostPrefixes(const HostPrefixes&) = delete;
   HostPrefixes& operator=(const HostPrefixes&) = delete;
 
-  // A name for a pool, whose sequences stay until Forget.
+  // Returns a new owner name for a pool. Its sequences are kept until Forget.
   std::string NewOwner();
   void Forget(const std::string& owner);
 
@@ -52,16 +52,16 @@ class HostPrefixes {
   bool Write(const std::string& owner, WriteRun& run);
   void Read(const std::string& owner, ReadRequest request);
 
-  // Removes runs until `bytes` more fit within the limit, but none of `kept`, nor those that are being read, nor what
-  // these continue. False: they do not fit; nothing is removed if they could not.
+  // Evicts runs until `bytes` more fit within the limit, but no run in `kept`, no run being read, and no run that
+  // either of these continues. If not enough can be evicted, returns false and evicts nothing.
   bool MakeRoom(std::int64_t bytes, const std::set<std::string>& kept = {});
   HostPrefixNumbers Numbers() const;
   double read_bytes_per_second() const;
-  // Ends copies that have begun, drops the others, and gives the memory back. Safe to call again.
+  // Finishes copies in progress, drops queued ones, and frees the memory. Safe to call again.
   void Stop();
 
  private:
-  // Its blocks, each [ranges, block_bytes].
+  // The blocks of a run, each [ranges, block_bytes].
   struct Run;
   struct WriteOrder {
     std::string owner;
@@ -71,7 +71,7 @@ class HostPrefixes {
 
   void WorkOn(WriteOrder& order);
   Status Store(const WriteOrder& order);
-  // The blocks of a run whose room there is.
+  // Copies a run's blocks from the `skipped`-th on into host memory, which must have room for them.
   Status Fill(const WriteRun& run, std::int64_t skipped, std::shared_ptr<Run>* out);
   Status AddRun(const Identity& identity, const WriteRun& run, std::int64_t first_block,
                 const std::shared_ptr<Run>& blocks);
@@ -80,7 +80,7 @@ class HostPrefixes {
   void NoteError(const Status& status, std::int64_t HostPrefixNumbers::* count);
 
   const std::shared_ptr<HostMemory> memory_;
-  std::mutex queues_mutex_;  // taken before mutex_
+  std::mutex queues_mutex_;  // acquired before mutex_
   bool stopped_ = false;
   std::unique_ptr<WorkQueue<WriteOrder>> writes_;
   std::unique_ptr<WorkQueue<ReadOrder>> reads_;
@@ -89,8 +89,8 @@ class HostPrefixes {
   Directory directory_;
   std::map<std::string, std::shared_ptr<Run>> runs_;
   std::set<std::string> owners_;
-  std::int64_t num_owners_ = 0, num_runs_ = 0;  // so far
-  double uses_ = 0;                             // a clock
+  std::int64_t num_owners_ = 0, num_runs_ = 0;  // counters for names
+  double uses_ = 0;                             // logical clock for LRU
   LostRuns lost_;
   HostPrefixNumbers numbers_;
 };

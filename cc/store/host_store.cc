@@ -109,7 +109,7 @@ void HostStore::WriteSwapped(SwapWrite write) {
 
 Status HostStore::Fill(const SwapWrite& write, std::shared_ptr<SwapImage>* out) {
   std::vector<HostBuffer> buffers;
-  // Prefixes can be computed again. Where there is no room without them either, Take says so.
+  // Prefixes can be recomputed, so swapped sequences displace them. If that does not make enough room, Take reports it.
   static_cast<void>(prefixes_->MakeRoom(write.blocks * write.shape.bytes()));
   KVPAGE_RETURN_IF_ERROR(memory_->Take(write.shape.bytes(), write.blocks,
                                        write.make_buffer ? write.make_buffer : MakePlainBuffer, &buffers));
@@ -175,7 +175,7 @@ void HostStore::WorkOn(SwapRead& read) {
     NoteError(status, &HostNumbers::failed_reads);
   }
   const auto done = std::move(read.done);
-  read.image.reset();  // before anybody looks at what is left
+  read.image.reset();  // before the caller can check the space left
   done(status.ok() ? Problem::kNone : Problem::kUnreadable, good);
 }
 

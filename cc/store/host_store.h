@@ -1,8 +1,8 @@
-// HostStore: blocks of swapped sequences and of evicted prefixes (host_prefixes.h) in memory of the host. Made for
-// pools on a device.
+// HostStore: blocks of swapped sequences and of evicted prefixes (host_prefixes.h) in host memory. Meant for pools on a
+// device.
 //
-// A swapped sequence that does not fit within the limit is refused, and stays where it is. Copies are made by threads
-// of the store, one for each direction, which start with the first use. In a forked child the store is closed.
+// A swapped sequence that does not fit within the limit is rejected and stays in the pool. Copies are made by two store
+// threads, one per direction, which start on first use. In a forked child the store is closed.
 #ifndef KVPAGE_STORE_HOST_STORE_H_
 #define KVPAGE_STORE_HOST_STORE_H_
 
@@ -27,13 +27,13 @@ namespace kvpage::store {
 
 struct HostNumbers {
   std::int64_t limit_bytes = 0, used_bytes = 0, pinned_bytes = 0;
-  // Of swapped sequences:
+  // For swapped sequences:
   std::int64_t bytes_written = 0, bytes_read = 0;
   double read_bytes_per_second = 0;  // of the latest reads, with the time they were queued; 0: none yet
   std::int64_t refused_writes = 0;   // they did not fit
   std::int64_t failed_writes = 0, failed_reads = 0;
   std::string last_error;
-  LatencyNumbers swap_outs, swap_ins;  // from the call to the end
+  LatencyNumbers swap_outs, swap_ins;  // from the call to completion
   HostPrefixNumbers prefixes;
 };
 
@@ -50,7 +50,7 @@ class HostStore final : public SwapStore {
   void ReadSwapped(SwapRead read) override;
   void Watch(std::function<bool()> poll) override;
 
-  // Whether this is the process that has made it. In another one its prefixes must be left alone.
+  // Whether this process created the store. In a forked child its prefixes must not be touched.
   bool here() const;
   HostPrefixes& prefixes() const { return *prefixes_; }
 

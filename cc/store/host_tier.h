@@ -1,4 +1,4 @@
-// HostTier: the evicted prefixes of one pool in a HostStore. They go with it.
+// HostTier: the evicted prefixes of one pool in a HostStore, removed when the pool ends.
 #ifndef KVPAGE_STORE_HOST_TIER_H_
 #define KVPAGE_STORE_HOST_TIER_H_
 
@@ -15,7 +15,7 @@ namespace kvpage::store {
 
 class HostTier final : public PrefixStore {
  public:
-  // The store is open.
+  // The store must be open.
   explicit HostTier(std::shared_ptr<HostStore> store)
       : store_(std::move(store)), owner_(store_->prefixes().NewOwner()) {}
   ~HostTier() override { Forget(); }
@@ -59,7 +59,7 @@ class HostTier final : public PrefixStore {
   }
 
   const std::shared_ptr<HostStore> store_;
-  const std::string owner_;  // in the store
+  const std::string owner_;  // owner name in the store
 };
 
 }  // namespace kvpage::store

@@ -1,4 +1,4 @@
-// LostRuns: what a store no longer has, for pools that have counted on it. No locks.
+// LostRuns: the runs that a store no longer has, for pools that relied on them. Takes no locks.
 #ifndef KVPAGE_STORE_LOST_RUNS_H_
 #define KVPAGE_STORE_LOST_RUNS_H_
 
@@ -16,7 +16,7 @@ namespace kvpage::store {
 
 class LostRuns {
  public:
-  // What was of no use has no tokens, and nobody has counted on it.
+  // A run without tokens was never usable, so no pool relied on it.
   void Add(Identity identity, StoredRun run) {
     if (run.tokens.empty()) return;
     ++count_;
@@ -26,7 +26,7 @@ class LostRuns {
       tokens_ -= static_cast<std::int64_t>(latest_.front().second.tokens.size());
     }
   }
-  // Those of a shape and a fingerprint since the last call with the same `seen`, as far as they are remembered.
+  // Recently lost runs of this shape and fingerprint, since the last call with the same `seen`.
   std::vector<StoredRun> Since(const BlockShape& shape, const std::string& fingerprint, std::int64_t* seen) const {
     std::vector<StoredRun> runs;
     const auto kept = static_cast<std::int64_t>(latest_.size());
@@ -42,7 +42,7 @@ class LostRuns {
   static constexpr std::int64_t kMostTokens = std::int64_t{1} << 20;
 
   std::deque<std::pair<Identity, StoredRun>> latest_;
-  std::int64_t count_ = 0, tokens_ = 0;  // so far; of the latest ones
+  std::int64_t count_ = 0, tokens_ = 0;  // of all lost runs; of those in latest_
 };
 
 }  // namespace kvpage::store

@@ -39,8 +39,8 @@ struct SwapWrite {
   CopyBlocks copy;  // called by a thread of the store until it refuses or all blocks are copied
   std::shared_ptr<const Status> failure = nullptr;  // null: a copy cannot fail
   MakeBuffer make_buffer = nullptr;                 // of memory that copies reach directly; null: any memory
-  // Called once: by a thread of the store, or, if the store is closed, by the thread that calls or closes it. Without
-  // an image and without an error: `copy` has refused.
+  // Called once: by a store thread or, if the store is closed, by the thread that calls or closes it. Neither an image
+  // nor an error means that `copy` has returned false.
   std::function<void(const Status&, std::shared_ptr<SwapImage>)> done;
   std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
 };
@@ -56,7 +56,7 @@ struct SwapRead {
   std::chrono::steady_clock::time_point begun = std::chrono::steady_clock::now();
 };
 
-// How long a write or a read has taken by now, with the time it was queued.
+// How long a write or read has taken so far, queueing included.
 template <class Work>
 double SecondsOf(const Work& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - work.begun).count();

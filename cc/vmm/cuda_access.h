@@ -1,4 +1,4 @@
-// CudaAccess: grants a device access to memory that is mapped in its address space.
+// CudaAccess: grants a device access to memory mapped in its address space.
 #ifndef KVPAGE_VMM_CUDA_ACCESS_H_
 #define KVPAGE_VMM_CUDA_ACCESS_H_
 
@@ -10,7 +10,7 @@
 
 namespace kvpage {
 
-// The context is current in every call.
+// The context must be current in every call.
 class CudaAccess {
  public:
   // `calls` counts the driver calls.
@@ -18,14 +18,14 @@ class CudaAccess {
   CudaAccess(const CudaAccess&) = delete;
   CudaAccess& operator=(const CudaAccess&) = delete;
 
-  // The range is made up of whole mappings. Where the driver cannot grant reading alone, `read_only` memory can be
-  // written too: programs check what they may write, so this only protects against mistakes in them.
+  // The range must consist of complete mappings. If the driver cannot grant read-only access, `read_only` memory is
+  // writable too: programs check what they may write, so this only guards against bugs in them.
   Status Grant(cu::DevicePtr address, std::int64_t bytes, bool read_only, const std::string& what);
 
  private:
   const CudaContext& context_;
   std::atomic<std::int64_t>* const calls_;
-  bool refused_ = false;  // the driver does not grant reading alone
+  bool refused_ = false;  // the driver cannot grant read-only access
 };
 
 }  // namespace kvpage

@@ -1,9 +1,8 @@
-// The part of CudaVmm for blocks of sequences that go from one process to another.
+// The part of CudaVmm for blocks that are handed over between processes.
 //
-// Every block is one allocation, made so that it can be shared, so what is handed over is a descriptor of it. A
-// descriptor cannot be taken back, and nothing can be sealed on a device: from the moment that a block is exported its
-// memory is never used for anything else. When the pool is done with such a block it gives the handle up, and the
-// number gets new memory.
+// Every block is one allocation, created shareable, so it is handed over as a descriptor. A descriptor cannot be
+// revoked and device memory cannot be sealed, so the memory of an exported block is never used for anything else. When
+// the pool is done with such a block it releases the handle, and the block number gets new memory.
 #include <cstdio>
 #include <utility>
 
@@ -24,7 +23,7 @@ Status CudaVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t
   if (file->sealed()) return Internal("a device cannot map the blocks of a file");
   if (!shareable()) return NotShareable();
   KVPAGE_RETURN_IF_ERROR(Create(blocks, count));
-  if (!shareable()) {  // as the first block of the pool has shown
+  if (!shareable()) {  // creating the pool's first block showed it
     static_cast<void>(Destroy(blocks, count));
     return NotShareable();
   }
@@ -35,7 +34,7 @@ Status CudaVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t
 void CudaVmm::Return(std::int32_t block) {
   if (!exists_[block] || !given(block)) return;
   const ContextScope scope(*context_);
-  // If this fails, the number is not used before the handle has been given up: see Create.
+  // If this fails, Create releases the handle before the number is reused.
   if (scope.status().ok()) static_cast<void>(ReleaseOne(block));
 }
 
@@ -68,7 +67,7 @@ Status CudaVmm::MemoryName(std::string* out) {
   cu::Uuid uuid;
   Count();
   KVPAGE_CU(driver(), DeviceGetUuid, "of device " + std::to_string(context_->ordinal()), &uuid, context_->device());
-  // As nvidia-smi writes it.
+  // Same format as nvidia-smi.
   *out = "GPU-";
   for (int i = 0; i < 16; ++i) {
     char digits[4];
@@ -121,7 +120,7 @@ Status CudaVmm::Import(const std::vector<int>& descriptors, const std::int32_t* 
   std::int64_t done = 0;
   while (done < count && (status = import(done)).ok()) ++done;
   if (status.ok() && window_.reserved()) status = window_.Map(blocks, count, handles_, read_only_);
-  // What cannot be released now is before the number gets other memory.
+  // Blocks that cannot be released now are released before their number gets new memory.
   while (!status.ok() && done-- > 0) static_cast<void>(ReleaseOne(blocks[done]));
   return status;
 }

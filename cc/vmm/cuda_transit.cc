@@ -8,11 +8,11 @@
 namespace kvpage {
 namespace {
 
-constexpr int kFrom = 0, kTo = 1;  // places
+constexpr int kFrom = 0, kTo = 1;  // indices of places
 
 std::string OfABlock(std::int64_t bytes) { return "of a block of " + std::to_string(bytes) + " bytes"; }
 
-// Descriptors are what runs out first: there is one for each block.
+// Descriptors run out first: there is one per block.
 Status WithWayOut(const Status& status, cu::Result result) {
   if (result != cu::Result::kOperatingSystem) return status;
   return status.WithMessage(status.message() +
@@ -35,7 +35,7 @@ Status CudaTransit::Export(cu::MemHandle handle, Fd* out) {
     return WithWayOut(driver().Explain(result, cu::Call::kMemExportToShareableHandle, OfABlock(block_bytes_)), result);
   }
   out->Reset(fd);
-  // Programs that this process starts must not keep the memory.
+  // Child processes must not keep the memory alive.
   static_cast<void>(fcntl(fd, F_SETFD, FD_CLOEXEC));
   return {};
 }
@@ -127,7 +127,7 @@ Status CudaTransit::Run(cu::Stream stream, const std::function<Status()>& work) 
   KVPAGE_RETURN_IF_ERROR(Reserve());
   KVPAGE_RETURN_IF_ERROR(Clear());
   Status status = work();
-  // Also after an error: what was queued before it still uses the places.
+  // Also after an error: work queued earlier still uses the places.
   Count();
   const cu::Result done = driver().StreamSynchronize(stream);
   if (status.ok() && done != cu::Result::kSuccess) {
@@ -155,7 +155,7 @@ Status CudaTransit::ExportCopy(cu::MemHandle block, const char* image, std::int6
       KVPAGE_CU(driver(), MemcpyDtoDAsync, what, Address(kTo), Address(kFrom), bytes, stream);
     }
     if (payload < block_bytes_) {
-      // New memory may still have what it held before.
+      // New memory may contain old data.
       Count();
       KVPAGE_CU(driver(), MemsetD8Async, what, Address(kTo) + static_cast<cu::DevicePtr>(payload), 0,
                 static_cast<std::size_t>(block_bytes_ - payload), stream);

@@ -1,9 +1,8 @@
-// CudaTransit: a device's memory on its way between processes, as descriptors of the driver's shareable handles.
+// CudaTransit: moves device memory between processes as descriptors of the driver's shareable handles.
 //
-// A descriptor gives whoever has it all of one allocation and nothing else, for reading and writing, and keeps the
-// memory for as long as it is open. A block is one allocation, so it goes as a whole; what is sent of a block that
-// stays somebody's is copied into a new allocation first. Copies are made in two reserved places of the address space,
-// which belong to no block number.
+// A descriptor gives its holder read and write access to exactly one allocation, and keeps the memory alive while it is
+// open. A block is one allocation, so it is sent as a whole; blocks that stay in use by the sender are first copied
+// into a new allocation. Copies go through two reserved places in the address space that belong to no block number.
 #ifndef KVPAGE_VMM_CUDA_TRANSIT_H_
 #define KVPAGE_VMM_CUDA_TRANSIT_H_
 
@@ -17,7 +16,7 @@
 
 namespace kvpage {
 
-// The context is current in every call.
+// The context must be current in every call.
 class CudaTransit {
  public:
   // `block_bytes` is the size of every allocation; `calls` counts the driver calls.
@@ -27,36 +26,36 @@ class CudaTransit {
   CudaTransit(const CudaTransit&) = delete;
   CudaTransit& operator=(const CudaTransit&) = delete;
 
-  // A descriptor of an allocation that was made to be shared.
+  // Exports a descriptor of an allocation that was created shareable.
   Status Export(cu::MemHandle handle, Fd* out);
-  // A handle of what another process has sent, which must be memory of this device. The descriptor stays the caller's.
+  // Imports memory sent by another process, which must be on this device. The caller keeps ownership of the descriptor.
   Status Import(int fd, cu::MemHandle* out);
-  // A descriptor of a new allocation: it has the first `payload` bytes of a block, or of `image` in memory of the host
-  // if there is one, and then zeros.
+  // Exports a descriptor of a new allocation with the first `payload` bytes of a block, or of the host buffer `image`
+  // if not null, followed by zeros.
   Status ExportCopy(cu::MemHandle block, const char* image, std::int64_t payload, cu::Stream stream, Fd* out);
-  // Copies what another process has sent into a block.
+  // Copies memory sent by another process into a block.
   Status CopyIn(int fd, cu::MemHandle block, cu::Stream stream);
 
-  // The driver does not map what another process has sent.
+  // The error for received memory that the driver does not map.
   static Status WrongSize(std::int64_t block_bytes);
 
-  // Unmaps and releases what a failed call has left in the places. Blocks may be released after a success only.
+  // Unmaps and releases what a failed call left in the places. Blocks may only be released after this succeeds.
   Status Clear();
-  // Clears the places and gives them back, where the driver lets it.
+  // Clears the places and frees their addresses, if the driver permits it.
   void Free();
 
  private:
   static constexpr int kPlaces = 2;
   struct Place {
     bool mapped = false;
-    cu::MemHandle owned = 0;  // released once nothing is mapped here; 0: what is mapped is a block's
+    cu::MemHandle owned = 0;  // released after unmapping; 0: the mapped memory belongs to a block
   };
 
   Status Reserve();
   cu::DevicePtr Address(int place) const { return base_ + static_cast<cu::DevicePtr>(place * block_bytes_); }
   Status Map(int place, cu::MemHandle handle, bool read_only);
   Status Create(cu::MemHandle* out);
-  // Does the work, waits for the stream, and clears the places.
+  // Runs `work`, waits for the stream, and clears the places.
   Status Run(cu::Stream stream, const std::function<Status()>& work);
   const Driver& driver() const { return context_.driver(); }
   void Count() { calls_->fetch_add(1, std::memory_order_relaxed); }
@@ -65,7 +64,7 @@ class CudaTransit {
   CudaAccess* const access_;
   const std::int64_t block_bytes_;
   std::atomic<std::int64_t>* const calls_;
-  cu::DevicePtr base_ = 0;  // 0: nobody has needed the places yet
+  cu::DevicePtr base_ = 0;  // 0: the places have not been needed yet
   Place places_[kPlaces];
 };
 

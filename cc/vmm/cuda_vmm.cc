@@ -165,7 +165,7 @@ Status CudaVmm::Create(const std::int32_t* blocks, std::int64_t count) {
   KVPAGE_RETURN_IF_ERROR(scope.status());
   std::vector<std::int32_t> created;
   for (std::int64_t i = 0; i < count; ++i) {
-    // Left over from a failed Destroy; or from a failed Return, and then it is not to be used again.
+    // Left over from a failed Destroy and reusable, or from a failed Return and not to be reused.
     Status status = exists_[blocks[i]] && given(blocks[i]) ? ReleaseOne(blocks[i]) : Status();
     if (exists_[blocks[i]] && status.ok()) continue;
     if (status.ok()) status = CreateOne(blocks[i]);

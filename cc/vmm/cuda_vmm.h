@@ -40,7 +40,7 @@ class CudaVmm final : public Vmm {
   Status Create(const std::int32_t* blocks, std::int64_t count) override;
   Status Destroy(const std::int32_t* blocks, std::int64_t count) override;
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
-  // Blocks that are mapped there already stay so.
+  // Keeps blocks that are already mapped there.
   Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // No program may use a block that changes meanwhile: the driver maps over nothing but a hole.
   Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
@@ -55,8 +55,8 @@ class CudaVmm final : public Vmm {
   }
   std::int64_t system_calls() const override { return system_calls_.load(std::memory_order_relaxed); }
 
-  // ---- blocks of sequences that are handed over (cuda_lent.cc) ----
-  // The file has no byte of a block: each has an allocation of its own, and only what is sent says so.
+  // ---- handed-over blocks (cuda_lent.cc) ----
+  // The file contains no blocks: each block is a separate allocation, and lent_ records which file it belongs to.
   Status Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_t* blocks, const std::int64_t* offsets,
               std::int64_t count) override;
   void Return(std::int32_t block) override;
@@ -85,13 +85,13 @@ class CudaVmm final : public Vmm {
   Status ReleaseOne(std::int32_t block);
   Status MapOne(std::int64_t place, std::int32_t block);
   Status UnmapOne(std::int64_t place);
-  // To blocks that are mapped from a place on: for reading only where they are read_only_.
+  // Grants access to mapped blocks from a place on: read-only where read_only_ is set.
   Status SetAccess(std::int64_t place, std::int64_t count);
   bool IsMapped(std::int64_t place, const std::int32_t* blocks, std::int64_t count) const;
-  // Whether the memory that a block number has is not to be used for anything else.
+  // Whether the block's memory must not be used for anything else.
   bool given(std::int32_t block) const { return lent_.Find(block) != nullptr || received_.count(block) > 0; }
   Status NotShareable() const;
-  // Grants access anew wherever these blocks are mapped.
+  // Updates access to these blocks wherever they are mapped.
   Status Protect(const std::vector<std::int32_t>& blocks);
   Status CopyOne(std::int32_t from, std::int32_t to);
   Status MapRun(std::int64_t place, const std::int32_t* blocks, std::int64_t count);
@@ -113,11 +113,11 @@ class CudaVmm final : public Vmm {
   CudaAccess access_;
   CudaWindow window_;
   CudaTransit transit_;
-  LentBlocks lent_;                            // of slots that may be handed over, and of those that were
-  std::unordered_set<std::int32_t> received_;  // blocks whose memory another pool has made
-  std::vector<bool> read_only_;                // [blocks] what was handed over or received
-  std::shared_ptr<BlockMover> mover_;          // null: nobody has asked
-  bool window_given_ = false;                  // a caller has its address: it stays for as long as this does
+  LentBlocks lent_;                            // blocks of slots that may be, or were, handed over
+  std::unordered_set<std::int32_t> received_;  // blocks whose memory was created by another pool
+  std::vector<bool> read_only_;                // [blocks] handed over or received
+  std::shared_ptr<BlockMover> mover_;          // null: not requested yet
+  bool window_given_ = false;                  // a caller has the address, so it stays until destruction
 };
 
 }  // namespace kvpage

@@ -1,5 +1,5 @@
 // CudaWindow: a reserved range of a device's address space in which every created block is mapped at its own number,
-// for reading and writing, or for reading, wherever else it is mapped.
+// for reading and writing, or read-only, in addition to its other mappings.
 //
 // Reserved once, for as many blocks as fit into the card's memory, so that it never moves. As in CudaVmm every block is
 // mapped separately, and access is granted once for each run of neighbours.
@@ -33,11 +33,11 @@ class CudaWindow {
   char* base() const { return reinterpret_cast<char*>(base_); }
   std::int64_t capacity() const { return static_cast<std::int64_t>(states_.size()); }
 
-  // Maps those of the blocks that are not there yet; handles[block] is the memory of a block, read_only[block] whether
-  // it may not be written. All or none.
+  // Maps those blocks that are not mapped yet. handles[block] is the memory of a block; read_only[block] tells whether
+  // it is read-only. All or nothing.
   Status Map(const std::int32_t* blocks, std::int64_t count, const std::vector<cu::MemHandle>& handles,
              const std::vector<bool>& read_only);
-  // Grants access anew; nothing happens to a block that is not mapped.
+  // Updates access to a block; does nothing if it is not mapped.
   Status Protect(std::int32_t block, bool read_only);
   // Nothing happens to a block that is not mapped.
   Status Unmap(std::int32_t block);

@@ -1,4 +1,4 @@
-// LentBlocks: which blocks of a pool belong to a file of a sequence (memory_file.h), and to which place in it.
+// LentBlocks: which blocks of a pool belong to a sequence's file (memory_file.h), and at which offset.
 #ifndef KVPAGE_VMM_LENT_BLOCKS_H_
 #define KVPAGE_VMM_LENT_BLOCKS_H_
 
@@ -24,7 +24,7 @@ class LentBlocks {
     ++counts_[file.get()];
     places_[block] = {std::move(file), offset};
   }
-  // Returns where it was; without a file if it was nowhere.
+  // Returns the previous place; its file is null if there was none.
   Place Remove(std::int32_t block) {
     const auto found = places_.find(block);
     if (found == places_.end()) return {};
@@ -33,12 +33,12 @@ class LentBlocks {
     if (const auto count = counts_.find(place.file.get()); --count->second == 0) counts_.erase(count);
     return place;
   }
-  // Null: it is in no file.
+  // Returns null if the block is in no file.
   const Place* Find(std::int32_t block) const {
     const auto found = places_.find(block);
     return found != places_.end() ? &found->second : nullptr;
   }
-  // -1: it is not in this file.
+  // Returns -1 if the block is not in this file.
   std::int64_t Offset(const MemoryFile& file, std::int32_t block) const {
     const Place* const place = Find(block);
     return place != nullptr && place->file.get() == &file ? place->offset : -1;
@@ -59,7 +59,7 @@ class LentBlocks {
 
  private:
   std::unordered_map<std::int32_t, Place> places_;
-  std::unordered_map<const MemoryFile*, std::int64_t> counts_;  // how many blocks each has
+  std::unordered_map<const MemoryFile*, std::int64_t> counts_;  // number of blocks per file
 };
 
 }  // namespace kvpage

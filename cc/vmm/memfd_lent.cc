@@ -69,7 +69,7 @@ Status MemfdVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_
 void MemfdVmm::Return(std::int32_t block) {
   const LentBlocks::Place lent = lent_.Remove(block);
   if (lent.file == nullptr) return;
-  // If this fails the window keeps the file mapped: its memory stays until the pool ends, and nothing reads it there.
+  // If this fails the window still maps the file: its memory stays until the pool ends, but nobody reads it there.
   static_cast<void>(PlaceInWindows(block));
   if (lent.file->sealed()) return;
   Count();

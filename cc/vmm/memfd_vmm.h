@@ -95,7 +95,7 @@ class MemfdVmm final : public Vmm {
   std::int64_t window_bytes_ = 0;
   std::int64_t windowed_blocks_ = 0;
   std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their bytes
-  LentBlocks lent_;                                          // blocks whose memory is in another file, and where
+  LentBlocks lent_;                                          // blocks in other files, with file and offset
   std::int64_t unchecked_bytes_ = -1;  // created since the last check of free memory; -1: never checked
   std::atomic<std::int64_t> system_calls_{0};
 };

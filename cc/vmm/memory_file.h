@@ -30,7 +30,7 @@ class MemoryFile {
   std::int64_t bytes() const { return bytes_; }
   bool received() const { return received_; }
   bool sealed() const { return sealed_; }
-  // Bytes that are allocated for the file, according to the system; -1: unknown.
+  // Bytes allocated for the file according to the system; -1: unknown.
   std::int64_t PhysicalBytes() const;
 
   // Gives a part of the file memory, zero-filled, so that later accesses cannot fail.

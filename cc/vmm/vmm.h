@@ -109,33 +109,33 @@ class Vmm {
     return {Code::kUnimplemented, "this memory cannot be sealed"};
   }
 
-  // ---- blocks that go from process to process as handles, one descriptor a block ----
-  // Whether they do. Then the file in Lend and Seal holds no block: it says which blocks belong to one sequence, each
-  // of which has an allocation of its own, with memory that no other sequence has had. Those of a sealed file are
-  // read-only, and Return gives up the handle: the memory stays for as long as another process has it.
+  // ---- blocks handed over as handles, one descriptor per block ----
+  // Whether this memory does so. Then the file passed to Lend and Seal contains no blocks: it only identifies the
+  // blocks of one sequence. Each of those is a separate allocation whose memory no other sequence has used. Blocks of a
+  // sealed file are read-only, and Return releases the handle: the memory lives on while another process holds it.
   virtual bool shares_handles() const { return false; }
-  // Where the memory is, so that a receiver can tell whether its own is there too: the device's UUID, "GPU-...".
+  // Identifies the device, so that a receiver can check that its memory is there too: the UUID, "GPU-...".
   virtual Status MemoryName(std::string* out) {
     out->clear();
     return {};
   }
-  // Descriptors of created blocks.
+  // Exports descriptors of created blocks.
   virtual Status Export(const std::int32_t* /*blocks*/, std::int64_t /*count*/, std::vector<Fd>* /*out*/) {
     return NoHandles();
   }
-  // Descriptors of copies of blocks, in memory of their own that the pool does not keep: the first `payload` bytes of
-  // each, and zeros behind them.
+  // Exports descriptors of copies of blocks, in new memory that the pool does not keep: the first `payload` bytes of
+  // each, followed by zeros.
   struct CopySource {
     std::int32_t block = 0;
-    const char* image = nullptr;  // in memory of the host: what the copy has instead of the block's contents
+    const char* image = nullptr;  // host memory to copy instead of the block's contents
   };
   virtual Status ExportCopies(const std::vector<CopySource>& /*blocks*/, std::int64_t /*payload*/,
                               std::vector<Fd>* /*out*/) {
     return NoHandles();
   }
-  // Gives blocks without memory what the descriptors stand for, read-only. They end with Return. All or none.
+  // Backs blocks without memory with the memory of the descriptors, read-only, until Return. All or nothing.
   virtual Status Import(const std::vector<int>& /*descriptors*/, const std::int32_t* /*blocks*/) { return NoHandles(); }
-  // Copies it into created blocks instead.
+  // Copies the contents into created blocks instead.
   virtual Status ImportCopies(const std::vector<int>& /*descriptors*/, const std::int32_t* /*blocks*/) {
     return NoHandles();
   }
