@@ -66,7 +66,7 @@ void StartEdits(const PoolReference& self, Decision* decision, const std::string
   });
 }
 
-// Takes a decision back, once; a pool that was closed meanwhile has nothing to take back.
+// Undoes a decision, once; does nothing if the pool was closed meanwhile.
 void Undo(const PoolReference& self, Decision* decision) {
   const GilRelease release;
   PoolPtr pool;

@@ -24,7 +24,7 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
-// By ordinal; each is opened at its first pool.
+// Indexed by ordinal; each device is opened by its first pool.
 struct FakeDevices {
   std::mutex mutex;
   std::map<int, std::shared_ptr<DeviceState>> open;
@@ -46,7 +46,7 @@ Status OpenFakeDevice(int ordinal, std::shared_ptr<DeviceState>* out) {
   return {};
 }
 
-// A pool's entry in the table of its device, as kernels find it.
+// A pool's entry in its device's table, looked up as kernels do.
 DevicePool& Find(int ordinal, std::int32_t id) {
   FakeDevices& devices = TheDevices();
   const std::lock_guard<std::mutex> lock(devices.mutex);
@@ -59,7 +59,7 @@ DevicePool& Find(int ordinal, std::int32_t id) {
                               std::to_string(ordinal));
 }
 
-// What a program leaves of a slot: that many tokens, written in every layer; -1: it was released.
+// Plays a program that leaves `tokens` tokens in a slot, written in every layer; -1: that releases it.
 void Play(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) {
   DevicePool& pool = Find(ordinal, id);
   DeviceSlot& row = pool.slots[slot];
@@ -74,7 +74,7 @@ void Play(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) 
   if (tokens < 0) __atomic_store_n(&pool.vacated[slot], static_cast<std::uint32_t>(before + 1), __ATOMIC_RELEASE);
 }
 
-// A program was refused: it wanted that many tokens in a slot.
+// Plays a program that is rejected because it needs `tokens` tokens in a slot.
 void Refuse(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) {
   DevicePool& pool = Find(ordinal, id);
   if (pool.faulted != 0) return;

@@ -1,4 +1,4 @@
-// For Python tests: pools with a mirror on devices of the fake driver, and the programs that tests play there.
+// For Python tests: pools with a mirror on devices of the fake driver, and simulated programs on those devices.
 #ifndef KVPAGE_PYTHON_FAKE_DEVICES_BINDING_H_
 #define KVPAGE_PYTHON_FAKE_DEVICES_BINDING_H_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage {
 
-// The process's fake driver (testing_binding.cc).
+// The process-wide fake driver (testing_binding.cc).
 Status GetFakeDriver(FakeDriver** out);
 
 // Registers the backend "fake_cuda" and its class.

@@ -25,7 +25,7 @@ std::map<std::string, MakeVmm>& Backends() {
   return *backends;
 }
 
-// Kernels are loaded here, because a program's first run may be the capture of a graph.
+// Kernels are loaded here because a program may be captured into a graph on its first run.
 Status OpenCuda(int ordinal, std::shared_ptr<DeviceState>* out) {
   if (CudaTargets().empty()) {
     return FailedPrecondition(

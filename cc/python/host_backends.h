@@ -1,7 +1,7 @@
-// Backends by name. Host backends give a pool its memory where CPU handlers serve it: every build has "cpu"; a build
+// Backends by name. Host backends provide a pool's memory where CPU handlers serve it: every build has "cpu"; a build
 // with JAX_KVPAGE_TESTING registers "fake" (testing_binding.cc). Device backends open the device of a pool with a
-// mirror: every build has "cuda"; a build with JAX_KVPAGE_TESTING registers "fake_cuda" (fake_devices_binding.cc),
-// whose programs tests play.
+// mirror: every build has "cuda"; a build with JAX_KVPAGE_TESTING registers "fake_cuda" (fake_devices_binding.cc), on
+// which tests simulate programs.
 #ifndef KVPAGE_PYTHON_HOST_BACKENDS_H_
 #define KVPAGE_PYTHON_HOST_BACKENDS_H_
 
@@ -15,7 +15,7 @@
 
 namespace kvpage {
 
-// `device`: for backends whose memory belongs to one.
+// `device`: for backends whose memory belongs to a device.
 using MakeVmm = Status (*)(int device, std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out);
 using OpenDeviceState = Status (*)(int ordinal, std::shared_ptr<DeviceState>* out);
 

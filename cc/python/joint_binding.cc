@@ -56,7 +56,7 @@ void LeaveHost(const JointReference& self) {
   if (self.here()) self.maps().LeaveHost();
 }
 
-// What ops fail with on the devices of a mesh; each pool with the end of its messages.
+// Makes the pools of a mesh's devices share faults; each pool comes with the note that ends its messages.
 void ShareFaults(const std::vector<std::pair<const PoolReference*, std::string>>& references, bool in_calls) {
   const auto faults = std::make_shared<SharedFaults>(in_calls);
   for (const auto& [reference, note] : references) {
@@ -66,7 +66,7 @@ void ShareFaults(const std::vector<std::pair<const PoolReference*, std::string>>
   }
 }
 
-// What an op outside of any program has failed with: it has a cache, which names the pool.
+// Raises the fault of an op that ran outside any program; the pool is known from the op's cache.
 void TakeFaultOf(std::int32_t id) {
   const GilRelease release;
   PoolPtr pool;

@@ -1,5 +1,5 @@
-// The Python class jax_kvpage._native.JointMaps: how pools of the devices of a mesh map memory together; and functions
-// on what their ops fail with.
+// The Python class jax_kvpage._native.JointMaps, through which the pools of a mesh's devices map memory together, and
+// functions for the faults of their ops.
 #ifndef KVPAGE_PYTHON_JOINT_BINDING_H_
 #define KVPAGE_PYTHON_JOINT_BINDING_H_
 

@@ -27,7 +27,7 @@ JointSwap& JointSwapReference::joint() const {
 }
 
 bool JointSwapReference::Wait(double seconds) const {
-  // In a forked child no lock of the pools is taken.
+  // A forked child must not take the pools' locks.
   return ForkCount() == fork_count_ ? joint_->Wait(seconds) : joint_->parts()[0]->Wait(seconds);
 }
 
@@ -41,7 +41,7 @@ void BindJointSwapping(nb::module_& m, nb::class_<PoolReference>& pool) {
   nb::class_<JointSwapReference>(m, "JointSwapped")
       .def(nb::init<nb::list>(), "parts"_a)
       .def_prop_ro("parts", &JointSwapReference::parts)
-      // As those of Swapped.
+      // Same meaning as in Swapped.
       .def_prop_ro("slot", [](const JointSwapReference& s) { return s.joint().parts()[0]->slot; })
       .def_prop_ro("length", [](const JointSwapReference& s) { return s.joint().tokens(); })
       .def_prop_ro("queued",

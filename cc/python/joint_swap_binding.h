@@ -1,4 +1,4 @@
-// Sequences that are swapped out of all pools of a mesh, as Python holds them.
+// Python bindings for sequences that are swapped out of all pools of a mesh.
 #ifndef KVPAGE_PYTHON_JOINT_SWAP_BINDING_H_
 #define KVPAGE_PYTHON_JOINT_SWAP_BINDING_H_
 
@@ -13,8 +13,8 @@
 
 namespace kvpage {
 
-// A swapped sequence, which is given up with this object. Its parts, an object of class `Swapped` for each pool, keep
-// the store.
+// A swapped sequence, dropped together with this object. Its parts, one `Swapped` object per pool, keep the store
+// alive.
 class JointSwapReference {
  public:
   explicit JointSwapReference(nanobind::list parts) : parts_(std::move(parts)) {}
@@ -24,10 +24,11 @@ class JointSwapReference {
 
   const nanobind::list& parts() const { return parts_; }
   const SwapReference& first() const { return nanobind::cast<const SwapReference&>(parts_[0]); }
-  // The parts were swapped out, of the pools of `maps`. From now on they go on together, and end with this object.
+  // Joins the parts, swapped out of the pools of `maps`: from now on they change state together and end with this
+  // object.
   void Join(const std::shared_ptr<JointMaps>& maps);
   JointSwap& joint() const;
-  // Whether nothing is to be waited for, within some seconds. Without the GIL.
+  // Waits up to `seconds` for pending work. Returns whether all of it is done. Call it without the GIL.
   bool Wait(double seconds) const;
   void Drop();
 

@@ -31,7 +31,7 @@ class SwapReference {
   // Whether nothing is to be waited for, within some seconds. Without the GIL.
   bool Wait(double seconds) const;
   void Drop();
-  // It has a part in a JointSwapped, which gives it up.
+  // Makes this a part of a JointSwapped, which will drop it.
   void set_joined() { joined_ = true; }
 
  private:

@@ -1,7 +1,7 @@
-// Ops of pools over a mesh, which never fail their program: see cache/shared_faults.h.
+// Wraps the ops of pools over a mesh, which must never fail their program: see cache/shared_faults.h.
 //
-// `Recorded<&Handler>::Run` is a handler that runs another one. When that fails on such a pool, it keeps the error with
-// the pool and returns the cache as it was, no room, and NaN for whatever has been computed.
+// `Recorded<&Handler>::Run` is a handler that calls another one. If that handler fails on such a pool, the error is
+// recorded in the pool, and the op returns the cache unchanged, no room, and NaN for computed values.
 #ifndef KVPAGE_FFI_CPU_RECORDED_H_
 #define KVPAGE_FFI_CPU_RECORDED_H_
 
@@ -13,7 +13,7 @@
 
 namespace kvpage {
 
-// The cache among the arguments of a handler, which come behind those that XLA adds.
+// The cache operands of a handler, which follow the arguments added by XLA.
 struct CacheOperands {
   const S32& handle;
   const U32& epoch;
@@ -32,8 +32,8 @@ inline void FindSpec(const SpecAttr& argument, SpecAttr* spec) { *spec = argumen
 template <class T>
 void FindSpec(const T&, SpecAttr*) {}
 
-// Whether the pool keeps the error of an op. A program for another spec, or of a pool that is not here, fails: that is
-// so on all devices.
+// Whether the pool records an op's error. A program for another spec, or for a pool that is not in this process, fails:
+// this is the same on all devices.
 inline bool KeepError(const ffi::Error& error, const S32& handle, SpecAttr spec) {
   std::shared_ptr<Pool> pool;
   if (!Resolve("", handle, spec, &pool).ok()) return false;
@@ -41,7 +41,7 @@ inline bool KeepError(const ffi::Error& error, const S32& handle, SpecAttr spec)
   return pool->KeepFault(handle.typed_data()[1], Status(code, error.message()));
 }
 
-// What a result is when the op has not happened. A buffer may be that of an operand.
+// Sets a result to what an op returns that did nothing. A result's buffer may be aliased with an operand's.
 inline void Blank(const CacheOperands& cache, ffi::Result<U32>& epoch) {
   std::memmove(epoch->typed_data(), cache.epoch.typed_data(), sizeof(std::uint32_t));
 }
@@ -51,7 +51,7 @@ inline void Blank(const CacheOperands& cache, ffi::Result<S32>& lengths) {
 inline void Blank(const CacheOperands&, ffi::Result<ffi::Buffer<ffi::PRED>>& ok) {
   std::memset(ok->untyped_data(), 0, ok->size_bytes());
 }
-// All bits set are NaN in every floating point type.
+// All bits set is a NaN in every floating-point type.
 inline void Blank(const CacheOperands&, ffi::Result<F32>& values) {
   std::memset(values->untyped_data(), 0xFF, values->size_bytes());
 }
@@ -59,7 +59,7 @@ inline void Blank(const CacheOperands&, ffi::Result<Any>& values) {
   std::memset(values->untyped_data(), 0xFF, values->size_bytes());
 }
 template <class T>
-void Blank(const CacheOperands&, const T&) {}  // no result
+void Blank(const CacheOperands&, const T&) {}  // not a result
 
 template <auto kHandler>
 struct Recorded;

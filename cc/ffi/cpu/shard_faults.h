@@ -12,7 +12,7 @@
 
 namespace kvpage {
 
-// Stores an error and returns its number, which is above 0; 0 for success. The latest 256 errors are kept.
+// Stores an error and returns its number, which is positive; 0 for success. The latest 256 errors are kept.
 std::int32_t NoteFault(const ffi::Error& error);
 
 // The error with this number; success for 0.

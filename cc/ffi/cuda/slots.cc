@@ -116,7 +116,7 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   if (request->verdict != 0) {
     KVPAGE_FFI_RETURN_IF_ERROR(found);
     KVPAGE_FFI_RETURN_IF_ERROR(pool->CheckProcess(call.op()));
-    // Over a mesh this may map in the arenas of all devices, each with its own context: the driver's calls make it
+    // Over a mesh this may map in the arenas of all devices. Each has its own context, which the driver calls make
     // current themselves.
     KVPAGE_FFI_RETURN_IF_ERROR(
         pool->MapChecked(call.op(), request->handle[1], request->slots(), request->tokens(), count, request->ok()));
