@@ -2,8 +2,8 @@
 
 The step is the model under `jax.shard_map`. Each device has a part of the weights: rows
 of the projections that begin a block, columns of those that end it, whose products are summed over
-the devices. The embedding and the norms are on all devices. A mesh with a second axis has replicas
-of the model along it (`--mesh dp=N`), each with its own sequences (`KVPool(data_axis=...)`).
+the devices. The embedding and the norms are on all devices. A second mesh axis (`--mesh dp=N`) has
+replicas of the model, each with its own sequences (`KVPool(data_axis=...)`).
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def make_mesh(size: int, config: LlamaConfig, replicas: int = 1) -> Mesh:
 
 
 def pool_bytes(spec: jax_kvpage.CacheSpec, blocks: int, sizes: MeshSizes) -> int:
-    """The capacity of a pool over a mesh each of whose replicas has as many blocks."""
+    """The capacity of a pool over a mesh in which each replica has `blocks` blocks."""
     heads = max(spec.num_kv_heads // sizes.tp, 1)
     local = dataclasses.replace(spec, num_kv_heads=heads)
     return sizes.devices * blocks * local.block_bytes

@@ -13,7 +13,7 @@ class MeshSizes:
     """How many devices share a model, and how many replicas of it there are.
 
     Attributes:
-      tp: Devices of a replica.
+      tp: Devices per replica.
       dp: Replicas.
     """
 
@@ -26,12 +26,12 @@ class MeshSizes:
 
     @property
     def devices(self) -> int:
-        """All of them."""
+        """The total number of devices."""
         return self.tp * self.dp
 
     @classmethod
     def parse(cls, text: str) -> "MeshSizes":
-        """The sizes in dp=N,tp=N, for argparse."""
+        """Parses "dp=N,tp=N"; an argparse type."""
         sizes: dict[str, int] = {}
         for part in text.split(","):
             axis, _, size = part.partition("=")

@@ -66,9 +66,9 @@ def make_pool(
     later: int,
     mesh: jax.sharding.Mesh | None,
 ) -> jax_kvpage.KVPool:
-    """A pool of the size of --capacity, or of what the requests can need together, with `later`
-    tokens of each in later turns; without requests, of one sequence's full length. Of replicas
-    each has that size."""
+    """Makes a pool of size --capacity, or large enough for all requests together, with `later` more
+    tokens for each in later turns; without requests, for one sequence of full length. With
+    replicas, each has that size."""
     # Beams need new slots before old ones have drained.
     slots = 2 * args.num_beams if args.num_beams > 1 else max(len(requests), 1)
     replicas = args.mesh.dp

@@ -62,7 +62,7 @@ class Snapshot:
     def of(cls, engine: Engine, pool: jax_kvpage.KVPool) -> "Snapshot":
         """Reads them; called between steps."""
         counts, blocks = engine.stats, pool.stats()
-        spills = pool.store is not None and pool.sharding is None  # over a mesh it has no prefixes
+        spills = pool.store is not None and pool.sharding is None  # over a mesh: no prefixes
         tiers = pool.spill_stats() if spills else None
         return cls(
             running=counts.running,
