@@ -1,9 +1,9 @@
 """Continuous batching on top of a pool: an engine, and a scheduler that imports no JAX.
 
-`Scheduler` plans steps (`StepPlan`) from counts of tokens and of blocks (`Memory`), and
-`ReplicatedScheduler` those of several replicas. `Engine` runs such plans with a model on a
-`KVPool`. Names that need JAX are imported when they are first used.
-`simulate` runs the scheduler on a `Workload` without a model, to compare policies and sizes.
+`Scheduler` plans steps (`StepPlan`) from token and block counts (`Memory`); `ReplicatedScheduler`
+plans them for several replicas. `Engine` runs the plans with a model on a `KVPool`. Names that need
+JAX are imported on first use. `simulate` runs the scheduler on a `Workload` without a model, to
+compare policies and sizes.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""When a new group may start: enough blocks must stay free for those that run already."""
+"""Admission policies: enough blocks must stay free for the groups that are already running."""
 
 import collections
 from typing import Protocol
@@ -16,12 +16,12 @@ class Load:
 
     Args:
         rows: the running sequences.
-        capacity: blocks in all.
+        capacity: total number of blocks.
         free: blocks that can be taken now and are not promised.
-        coming: blocks that are about to come free.
+        coming: blocks that are about to become free.
 
     Attributes:
-        expected: for the policy, which may keep its results for this step here.
+        expected: scratch space in which a policy may keep its results for this step.
     """
 
     def __init__(self, rows: Rows, capacity: int, free: int, coming: int) -> None:
@@ -33,29 +33,29 @@ class Load:
         self._rows = rows
 
     def held(self) -> np.ndarray:
-        """int[s]: blocks that only this sequence holds, for each that runs."""
+        """int[s]: blocks that only this sequence holds, for each running sequence."""
         occupied = self._rows.occupied()
         shared = self._rows.shared[self._rows.groups_of(occupied)]
         return self._rows.room[occupied] // self.block_tokens - shared
 
     def spare(self) -> np.ndarray:
-        """int[s]: tokens that each has room for beyond its own."""
+        """int[s]: tokens that each sequence has room for beyond its known tokens."""
         occupied = self._rows.occupied()
         return self._rows.room[occupied] - self._rows.known[occupied]
 
     def produced(self) -> np.ndarray:
-        """int[s]: tokens that each has produced."""
+        """int[s]: tokens that each sequence has produced."""
         occupied = self._rows.occupied()
         return self._rows.known[occupied] - self._rows.prompt[occupied]
 
     def remaining(self) -> np.ndarray:
-        """int[s]: tokens that each may still produce."""
+        """int[s]: tokens that each sequence may still produce."""
         occupied = self._rows.occupied()
         return self._rows.limit[occupied] - self._rows.known[occupied]
 
 
 class AdmissionPolicy(Protocol):
-    """Decides on the group at the head of the queue. It is not called when nothing runs."""
+    """Decides about the group at the head of the queue. Not called when nothing is running."""
 
     def admits(self, load: Load, group: SequenceGroup, blocks: int) -> bool:
         """Whether the group may start now.
@@ -70,9 +70,9 @@ class AdmissionPolicy(Protocol):
         """Records how many tokens a finished sequence has produced."""
 
 
-# Later times at which memory is checked, in tokens.
+# How far ahead memory is checked, in tokens.
 _AHEAD = np.asarray([1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
-# Without experience, sequences are expected to end within this many tokens.
+# Without any history, sequences are expected to end within this many tokens.
 _GUESS = 512
 
 
@@ -83,10 +83,10 @@ def _fraction(name: str, value: float) -> float:
 
 
 class Watermark:
-    """Keeps a part of the capacity free for running sequences, as in vLLM.
+    """Keeps a fraction of the capacity free for running sequences, as in vLLM.
 
     Args:
-        fraction: of the capacity.
+        fraction: fraction of the capacity.
     """
 
     def __init__(self, fraction: float = 0.01) -> None:
@@ -101,16 +101,16 @@ class Watermark:
 
 
 class ExpectedGrowth:
-    """Admits a group if memory is expected to suffice at all later times, with some certainty.
+    """Admits a group if memory is likely to suffice at all later times.
 
-    The probability that a sequence produces more tokens is estimated from the lengths of recent
-    ones. It gives the mean and the variance of the blocks in use at several later times; the mean
-    plus `deviations` standard deviations must fit. The idea is that of LightLLM's past-future
-    scheduler (Gong et al., 2025).
+    The probability that a sequence keeps running is estimated from the lengths of recently finished
+    ones. It gives the mean and variance of the blocks in use at several later times; the mean plus
+    `deviations` standard deviations must fit. The idea is from LightLLM's past-future scheduler
+    (Gong et al., 2025).
 
     Args:
-        deviations: a higher value leaves more memory unused and preempts less.
-        window: finished sequences to remember.
+        deviations: a higher value leaves more memory unused but preempts less.
+        window: number of finished sequences to remember.
     """
 
     def __init__(self, deviations: float = 2.0, window: int = 1000) -> None:
@@ -126,16 +126,16 @@ class ExpectedGrowth:
         self._refused_room = 0
 
     def observe(self, num_output_tokens: int) -> None:
-        """Remembers a length, and forgets the oldest."""
+        """Records a length and drops the oldest."""
         self._recent.append(num_output_tokens)
         self._survivors = None
 
     def survival(self, produced: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        """Probability that sequences still run at each of the later times.
+        """Returns the probability that each sequence is still running at each of the later times.
 
         Args:
-            produced: int[s]: tokens produced.
-            remaining: int[s]: tokens that may follow.
+            produced: int[s]: tokens produced so far.
+            remaining: int[s]: tokens that may still follow.
 
         Returns:
             float64[s, times].
@@ -147,7 +147,7 @@ class ExpectedGrowth:
         later = produced[:, None] + _AHEAD
         now = self._survivors[np.minimum(produced, last)][:, None]
         then = self._survivors[np.minimum(later, last)]
-        # No recent sequence was as long: assume a uniform distribution of the length.
+        # No recent sequence was this long: assume a uniform distribution of the length.
         guess = 1 - _AHEAD / np.clip(remaining, 1, _GUESS)[:, None]
         found = np.where(now > 0, then / np.maximum(now, 1), np.maximum(guess, 0.0))
         return np.where(remaining[:, None] > _AHEAD, found, 0.0)
@@ -156,13 +156,13 @@ class ExpectedGrowth:
         """See `AdmissionPolicy`."""
         room = load.free + load.coming
         if load.free < blocks or (group is self._refused and room <= self._refused_room):
-            return False  # nothing has come free since
+            return False  # nothing has become free since the last refusal
         if load.expected is None:
             held = load.held()
             load.expected = self._moments(
                 load.block_tokens, held, load.spare(), load.produced(), load.remaining()
             )
-            # Shared and promised blocks stay.
+            # Shared and promised blocks stay in use.
             load.expected[0] += max(load.capacity - room - held.sum(), 0)
         known = np.asarray([sequence.num_tokens for sequence in group.live])
         own, spare = np.zeros((2, len(known)), np.int64)
@@ -185,7 +185,7 @@ class ExpectedGrowth:
         produced: np.ndarray,
         remaining: np.ndarray,
     ) -> np.ndarray:
-        """Mean and variance of the blocks that sequences hold at the later times, [2, times]."""
+        """Mean and variance of the blocks held at the later times, float64[2, times]."""
         likely = self.survival(produced, remaining)
         size = held[:, None] + np.maximum(_AHEAD - spare[:, None], 0) / block_tokens
         mean = likely * size

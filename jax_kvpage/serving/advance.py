@@ -1,4 +1,4 @@
-"""Counts the tokens of a plan as computed, and takes that back for groups that memory refused."""
+"""Counts the tokens of a plan as computed, and undoes that for groups that memory refused."""
 
 import dataclasses
 from collections.abc import Collection
@@ -17,7 +17,7 @@ def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
     """Counts the tokens that a plan runs, and those that it samples.
 
     Returns:
-        The plan, with the positions of sequences that reach their limit.
+        The plan, with `ending` set to the positions of sequences that reach their limit.
     """
     decodes = plan.rows[: plan.num_decodes]
     rows.computed[decodes] += 1
@@ -44,12 +44,12 @@ def advance(rows: Rows, running: RunningSet, plan: StepPlan) -> StepPlan:
 def start_from(
     rows: Rows, running: RunningSet, plan: StepPlan, sequence: Sequence, num_cached: int
 ) -> StepPlan:
-    """Lets an admitted sequence run as many tokens as a plan says, but from an earlier one on.
+    """Starts an admitted sequence from an earlier token; it runs as many tokens as planned.
 
-    It has more to compute than was planned, so it does not sample.
+    Because it has more to compute than was planned, it does not sample.
 
     Returns:
-        The plan that says so.
+        The changed plan.
     """
     begins, samples = plan.begins.copy(), plan.samples.copy()
     position = plan.sequences.index(sequence) if sequence in plan.sequences else -1
@@ -79,7 +79,7 @@ def take_back(
     """Undoes what a plan did for some groups.
 
     Returns:
-        Those that the plan had admitted: they wait again.
+        The groups that the plan had admitted; they wait again.
     """
     for position, sequence in enumerate(plan.sequences):
         if sequence.group not in groups:
@@ -103,12 +103,13 @@ def take_back(
 def without(
     plan: StepPlan, groups: Collection[SequenceGroup], refused: Collection[Sequence]
 ) -> StepPlan:
-    """A plan without some groups.
+    """Returns a plan without some groups.
 
     Args:
-        plan: to leave them out of.
-        groups: that do not run.
-        refused: sequences that did not get their memory. Others of the same groups may have.
+        plan: the full plan.
+        groups: groups that do not run.
+        refused: sequences that did not get their memory. Others in the same groups may have got
+            theirs.
     """
     kept = [i for i, sequence in enumerate(plan.sequences) if sequence.group not in groups]
     place = {old: new for new, old in enumerate(kept)}

@@ -1,10 +1,9 @@
-"""Beam search on the host: which continuations of which beams go on, from the most likely next
-tokens of each.
+"""Beam search on the host: chooses the continuations from the most likely next tokens of each beam.
 
-The rules are those of transformers' `generate(num_beams=W, do_sample=False)`: a step looks at the
-best continuations of all beams; those that end are kept if they are among the first W, the W best
-of the others go on, and the search ends when no beam can become better than the worst of W finished
-ones.
+The rules are those of transformers' `generate(num_beams=W, do_sample=False)`: each step ranks the
+continuations of all beams. Those that end are kept if they are among the first W; the best W of the
+others continue. The search ends when no beam can become better than the worst of W finished
+continuations.
 """
 
 import dataclasses
@@ -23,22 +22,22 @@ _NEVER = np.float32(-1e9)  # log probability of beams that do not exist yet
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """How a request is searched, and where its sequences end.
+    """Parameters of a beam search, and when its sequences end.
 
-    The search is deterministic. The output has `beam_width` continuations, the best first, each
-    with its `CompletionOutput.score`; they appear when the search ends.
+    The search is deterministic. The output has `beam_width` continuations, best first, each with
+    its `CompletionOutput.score`; they are returned when the search ends.
 
     Attributes:
-        beam_width: sequences that go on in each step, and continuations in the result. The pool
-            keeps twice as many slots for the request.
-        max_tokens: tokens to produce at most.
-        ignore_eos: go on after the engine's end-of-sequence tokens.
-        stop_token_ids: more tokens that end a continuation.
-        length_penalty: a score is the sum of log probabilities over the number of tokens to this
-            power; above 0 it favors long continuations, below 0 short ones.
+        beam_width: beams that continue in each step, and continuations in the result. The pool
+            reserves twice as many slots for the request.
+        max_tokens: maximum number of tokens to produce.
+        ignore_eos: continue after the engine's end-of-sequence tokens.
+        stop_token_ids: further tokens that end a continuation.
+        length_penalty: the score is the sum of log probabilities divided by the number of tokens to
+            this power; values above 0 favor long continuations, below 0 short ones.
         early_stopping: when the search ends. True: as soon as there are `beam_width` finished
             continuations. False: when the best running beam, at its present length, is no better
-            than the worst of them. "never": when it cannot become better at any length up to
+            than the worst finished one. "never": when it cannot become better at any length up to
             max_tokens.
 
     Raises:
@@ -76,15 +75,15 @@ class BeamSearchParams:
             raise ValueError("\n  - ".join(["BeamSearchParams:", *reasons]))
 
     def num_candidates(self, num_stops: int) -> int:
-        """Continuations looked at in a step: enough for W to go on if the others end.
+        """Continuations ranked per step: enough for W to continue even if the others end.
 
         Args:
-            num_stops: different tokens that end a continuation.
+            num_stops: number of different tokens that end a continuation.
         """
         return max(2, 1 + num_stops) * self.beam_width
 
     def sampling(self, num_stops: int) -> SamplingParams:
-        """The parameters by which the sampler gives the candidates of each beam."""
+        """Returns parameters with which the sampler yields the candidates of each beam."""
         return SamplingParams(
             n=self.beam_width,
             temperature=0,
@@ -103,9 +102,9 @@ class Hypothesis:
     """A finished continuation.
 
     Attributes:
-        token_ids: its tokens, the one that ended it included.
-        logprob: sum of their log probabilities.
-        score: that over the number of tokens to the power of length_penalty.
+        token_ids: its tokens, including the one that ended it.
+        logprob: sum of the log probabilities.
+        score: the sum divided by the number of tokens to the power of length_penalty.
     """
 
     token_ids: list[int]
@@ -117,13 +116,13 @@ class BeamSearch:
     """The running beams and the best finished continuations of one prompt, without their memory.
 
     Args:
-        params: of the request.
+        params: parameters of the request.
         stop_ids: tokens that end a continuation.
-        max_tokens: tokens in a continuation at most.
+        max_tokens: maximum tokens per continuation.
 
     Attributes:
-        tokens: output of each running beam, W lists.
-        finished: at most W, the best first.
+        tokens: output tokens of each running beam, W lists.
+        finished: at most W finished continuations, best first.
         done: whether the search has ended.
     """
 
@@ -135,7 +134,7 @@ class BeamSearch:
         self._stop_ids = frozenset(stop_ids)
         self._candidates = params.num_candidates(len(self._stop_ids))
         self._most = max_tokens
-        # Only the first beam counts in the first step: the others have the same tokens.
+        # Only the first beam counts in the first step, because all beams have the same tokens.
         self._totals = np.full(self._width, _NEVER, np.float32)
         self._totals[0] = 0
         self.tokens: list[list[int]] = [[] for _ in range(self._width)]
@@ -143,15 +142,16 @@ class BeamSearch:
         self.done = False
 
     def take(self, logprobs: np.ndarray, ids: np.ndarray) -> list[int]:
-        """Goes on by a token.
+        """Advances the search by one token.
 
         Args:
-            logprobs: float32[W, K], of the most likely next tokens of each beam, in falling order.
-                A search needs `BeamSearchParams.num_candidates` of each, or all there are.
-            ids: int32[W, K], the tokens.
+            logprobs: float32[W, K]: log probabilities of the most likely next tokens of each beam,
+                in descending order. K is `BeamSearchParams.num_candidates`, or the vocabulary size
+                if that is less.
+            ids: int32[W, K]: the tokens.
 
         Returns:
-            The parents of the beams that go on, W indices; empty at the end of the search.
+            Parent indices of the W beams that continue; empty at the end of the search.
         """
         totals = (logprobs + self._totals[:, None]).ravel()
         order = np.argsort(-totals, kind="stable")[: self._candidates]
@@ -170,7 +170,7 @@ class BeamSearch:
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[self._width :]
         kept = [i for i, end in enumerate(ends) if not end][: self._width]
-        if len(kept) < self._width:  # all end here, or the vocabulary has nothing else
+        if len(kept) < self._width:  # all end here, or the vocabulary is too small
             self.done = True
             return []
         self.tokens = [outputs[i] for i in kept]
@@ -179,7 +179,7 @@ class BeamSearch:
         return [] if self.done else [int(parents[i]) for i in kept]
 
     def _may_improve(self, length: int) -> bool:
-        """Whether a beam may become better than the worst of W finished continuations."""
+        """Whether a running beam may become better than the worst finished continuation."""
         early = self._params.early_stopping
         if early is True:
             return False

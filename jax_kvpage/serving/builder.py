@@ -12,8 +12,8 @@ from jax_kvpage.serving.rows import Rows
 __all__ = ["StepBuilder"]
 
 _NONE = np.zeros(0, np.int32)
-# A step is cut where its padding would exceed a quarter of it, and this many tokens: about what
-# another step costs.
+# A step is cut if its padding would exceed both a quarter of its size and this many tokens, which
+# is about the cost of another step.
 _MOST_PADDING = 256
 
 
@@ -22,25 +22,26 @@ class StepBuilder:
 
     Args:
         usable: free blocks that the plan may use.
-        promised: those of them that siblings will need.
-        coming: blocks that come free without a decision.
+        promised: how many of these siblings will need.
+        coming: blocks that become free without a decision.
         slots: free slots.
-        budget: tokens that the step may run.
+        budget: maximum tokens of the step.
 
     Attributes:
         usable: see above.
-        free: blocks that are not promised; negative if promises cannot be kept now.
+        free: usable blocks that are not promised; negative if promises cannot be kept now.
         coming: see above.
-        slots: free slots that are not promised.
+        slots: remaining free slots.
         budget: tokens that may still be added.
         blocked: groups whose siblings cannot be forked yet.
-        preempted: victims.
-        swapped: those of them that are swapped.
+        preempted: groups preempted in this step.
+        swapped: preempted groups that are swapped out.
         forks: see `StepPlan`.
         admissions: see `StepPlan`.
-        decodes: int32[s]: rows that decode.
+        decodes: int32[s]: decoding rows.
         decode_sequences: their sequences.
-        grown: rows that grow, the tokens they get room for, and their room before, int32[e] each.
+        grown: rows that grow, the tokens that they get room for, and their previous room, int32[e]
+            each.
         num_stalled: see `StepPlan`.
     """
 
@@ -63,20 +64,20 @@ class StepBuilder:
         self._parts: list[tuple[Sequence, int, int, int, bool]] = []
 
     def grow(self, rows: np.ndarray, num_tokens: np.ndarray, room: np.ndarray, size: int) -> None:
-        """Maps room for more tokens.
+        """Gives rows room for more tokens.
 
         Args:
-            rows: [e] that grow.
-            num_tokens: [e]: tokens in all.
-            room: [rows]: what every row has; those that grow are changed.
-            size: tokens in a block.
+            rows: [e]: rows that grow.
+            num_tokens: [e]: total tokens to have room for.
+            room: [rows]: room of every row; updated in place.
+            size: tokens per block.
         """
         rows = rows.astype(np.int32)
         self.grown = rows, num_tokens.astype(np.int32), room[rows]
         room[rows] = -(-num_tokens // size) * size
 
     def preempt(self, group: SequenceGroup, swap: bool) -> None:
-        """Notes a victim, and whether it is swapped."""
+        """Adds a victim, and notes whether it is swapped out."""
         self.preempted.append(group)
         if swap:
             self.swapped.append(group)
@@ -85,8 +86,7 @@ class StepBuilder:
 
     @property
     def takes_new(self) -> bool:
-        """Whether groups that wait may start: freed blocks go to those first that wait with their
-        memory."""
+        """Whether waiting groups may start: freed blocks go first to groups that have memory."""
         return not (self.num_stalled or self.blocked or self.preempted)
 
     @property
@@ -95,17 +95,17 @@ class StepBuilder:
         return bool(self._parts)
 
     def run(self, rows: Rows, sequence: Sequence) -> None:
-        """Adds the next part of a prompt, as far as the budget allows."""
+        """Adds the next chunk of a prompt within the budget."""
         begin, lockstep = int(rows.computed[sequence.row]), sequence.group.request.lockstep
         left = int(rows.known[sequence.row]) - begin - lockstep
         count = min(left, self.budget)
-        if count:  # in lockstep all may be computed but the newest token
+        if count:  # in lockstep, everything but the newest token may be computed
             part = sequence, sequence.row, begin, count, count == left and not lockstep
             self._parts.append(part)
             self.budget -= count
 
     def prefill(self, rows: Rows, sequences: Iterable[Sequence]) -> None:
-        """Adds parts of prompts, in order, with the budget that the decodes leave."""
+        """Adds prompt chunks, in order, with the budget that decoding sequences leave."""
         self.budget -= len(self.decodes)
         if rows.has_drafts:
             self.budget -= int(rows.drafts[self.decodes].sum())
@@ -115,11 +115,12 @@ class StepBuilder:
             self.run(rows, sequence)
 
     def fit(self, sizes: tuple[int, ...]) -> None:
-        """Cuts the last parts of prompts so that the step fills a smaller size, instead of being
-        padded far to a larger one. Each part keeps a token.
+        """Cuts the last prompt chunks so that the step fits a smaller size with less padding.
+
+        Each chunk keeps at least one token.
 
         Args:
-            sizes: of compiled steps, in tokens, ascending.
+            sizes: token counts of compiled steps, ascending.
         """
         num_tokens = self._most_tokens - self.budget
         at = bisect.bisect_left(sizes, num_tokens)
@@ -143,13 +144,13 @@ class StepBuilder:
         released: list[int],
         rows: Rows,
     ) -> StepPlan:
-        """The plan.
+        """Builds the plan.
 
         Args:
-            step: its number.
-            finished: groups.
-            released: rows that have lost their sequence.
-            rows: as they are before the step.
+            step: number of the plan.
+            finished: groups that ended.
+            released: rows to release.
+            rows: per-row arrays, in their state before the step.
         """
         run, sequences = self.decodes, self.decode_sequences
         begins, samples = rows.computed[run], rows.decoding[run]

@@ -1,4 +1,4 @@
-"""Requests that can never run are refused before they are queued."""
+"""Admits requests to the queue, and refuses those that can never run."""
 
 from jax_kvpage.serving.memory import Memory
 from jax_kvpage.serving.request import Request, RequestRefused, SequenceGroup
@@ -9,17 +9,17 @@ __all__ = ["Door", "check_queue", "check_sizes", "limit_of"]
 
 
 class Door:
-    """Where requests enter the queue.
+    """Entry point of the queue.
 
     Args:
-        memory: where they will run.
-        queue: to put them into.
-        stats: counts those that are refused.
-        max_num_seqs: sequences that may run at one time.
-        max_num_waiting: groups in the queue at most; None for no bound.
+        memory: memory in which requests will run.
+        queue: queue to add them to.
+        stats: counts refused requests.
+        max_num_seqs: maximum sequences that run at one time.
+        max_num_waiting: maximum groups in the queue; None for no limit.
 
     Attributes:
-        deadlines: of those that have one.
+        deadlines: groups that have a deadline.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Door:
 
 
 def check_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    """Raises a ValueError for a scheduler whose steps could not run all that decode."""
+    """Raises a ValueError if one step could not run all decoding sequences."""
     if not 1 <= max_num_seqs <= max_num_batched_tokens:
         raise ValueError(
             f"Scheduler: max_num_seqs is {max_num_seqs} and max_num_batched_tokens "
@@ -66,7 +66,7 @@ def check_queue(request: Request, waiting: int, most: int | None) -> None:
     """Refuses a request that finds the queue full.
 
     Args:
-        request: to be added.
+        request: request to add.
         waiting: groups in the queue.
         most: limit of the queue; None for no limit.
 
@@ -83,19 +83,19 @@ def check_queue(request: Request, waiting: int, most: int | None) -> None:
 
 
 def limit_of(request: Request, memory: Memory, max_num_seqs: int) -> tuple[int, str]:
-    """The length at which a request ends.
+    """Returns the length at which the sequences of a request end.
 
     Args:
-        request: to be added.
-        memory: where it will run.
-        max_num_seqs: sequences that may run at one time.
+        request: request to add.
+        memory: memory in which it will run.
+        max_num_seqs: maximum sequences that run at one time.
 
     Returns:
-        (limit, reason): tokens at which its sequences end, prompt included, and the finish reason
-        then: "length", or "capacity" if all of the memory holds no more.
+        (limit, reason): length at which its sequences end, prompt included, and the finish reason
+        there: "length", or "capacity" if the whole memory cannot hold more.
 
     Raises:
-        RequestRefused: it cannot produce one token.
+        RequestRefused: it cannot produce a single token.
     """
     n, prompt, size = request.n, request.num_prompt_tokens, memory.block_tokens
     name = f"request {request.request_id!r}"

@@ -1,4 +1,4 @@
-"""Siblings start from the prompt that one of them has computed."""
+"""Forks siblings from the sequence that computed their prompt."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,13 @@ __all__ = ["fork_ready"]
 def fork_ready(
     rows: Rows, running: RunningSet, step: StepBuilder, end: Callable[[Sequence, str], None]
 ) -> None:
-    """Forks siblings whose prompt an earlier plan computed; without room their group waits.
+    """Forks siblings whose prompt an earlier plan computed; groups that lack room are blocked.
 
     Args:
-        rows: the arrays.
-        running: the groups.
+        rows: per-row arrays.
+        running: running groups.
         step: the plan to add the forks to.
-        end: ends siblings that have nothing left to compute.
+        end: called to end siblings that have nothing left to compute.
     """
     usable, slots = step.usable, step.slots + running.promised_slots
     for group in list(running.forking):

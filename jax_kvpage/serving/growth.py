@@ -1,7 +1,8 @@
-"""Room for the next token of sequences that decode, and what happens when blocks run out.
+"""Room for the next tokens of decoding sequences, and what happens when blocks run out.
 
-Sequences that fit into their last block keep it. Those that do not get a block each while there are
-any, the oldest first. The others wait, with their memory, or victims are preempted for them.
+Sequences whose tokens fit into their mapped blocks need nothing. The others get new blocks while
+there are any, oldest first. After that they wait and keep their memory, or victims are preempted
+for them.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ class Growth:
     """Chooses the rows that decode in a step.
 
     Args:
-        rows: the arrays.
-        running: the groups.
+        rows: per-row arrays.
+        running: running groups.
         policy: chooses victims.
-        swap: where they may go; None: they are computed again.
+        swap: where victims may be swapped to; None recomputes them.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Growth:
         self._waited = 0
 
     def decode(self, step: StepBuilder) -> None:
-        """Fills in the rows that decode, those that grow, and the victims."""
+        """Fills in the decoding rows, the rows that grow, and the victims."""
         rows = self._rows
         short = rows.short()
         if short.size or step.blocked:
@@ -87,7 +88,7 @@ class Growth:
         step.decode_sequences = rows.at(step.decodes)
 
     def _waiting(self, step: StepBuilder, needs: np.ndarray) -> np.ndarray:
-        """bool[groups]: those that wait: all from the first on whose blocks are not there."""
+        """bool[groups]: the first group whose blocks are not free, and all after it, must wait."""
         rows = self._rows
         waits = np.zeros(len(needs), bool)
         waits[[group.index for group in step.blocked]] = True
@@ -97,7 +98,7 @@ class Growth:
         return waits
 
     def _stalled_rows(self, waits: np.ndarray) -> np.ndarray:
-        """Decoding rows of groups that wait: the whole group does."""
+        """Decoding rows of waiting groups: a group waits as a whole."""
         rows = np.flatnonzero(self._rows.decoding)
         return rows[waits[self._rows.groups_of(rows)]]
 
@@ -121,10 +122,10 @@ class Growth:
     def _swappable(
         self, indices: np.ndarray, candidates: Candidates
     ) -> tuple[Candidates, np.ndarray]:
-        """The candidates with what they cost where that is less if they are swapped.
+        """Replaces the cost of candidates that are cheaper to swap than to recompute.
 
         Returns:
-            Them, and bool[g]: those that would be swapped.
+            The candidates, and bool[g]: whether each would be swapped.
         """
         swaps = np.zeros(len(indices), bool)
         if self._swap is None:

@@ -1,4 +1,4 @@
-"""Joins the plans of several replicas into the plan of one step for all of them."""
+"""Joins the step plans of several replicas into one plan."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ __all__ = ["joined"]
 
 
 def joined(plans: Sequence[StepPlan], first_rows: Sequence[int]) -> StepPlan:
-    """One plan: rows have their places among those of all replicas.
+    """Returns one plan, with row indices across all replicas.
 
-    Sequences that decode come first, sorted by row, as in the plan of one replica.
+    As in the plan of one replica, decoding sequences come first, sorted by row.
 
     Args:
-        plans: of the replicas, of the same step.
-        first_rows: the place of row 0 of each.
+        plans: plan of each replica, all of the same step.
+        first_rows: index of row 0 of each replica among all rows.
     """
     decodes = [(plan, range(plan.num_decodes)) for plan in plans]
     parts = [(plan, range(plan.num_decodes, len(plan.sequences))) for plan in plans]

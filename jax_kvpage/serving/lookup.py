@@ -1,4 +1,4 @@
-"""Speculation by prompt lookup: what followed the newest tokens the last time they occurred."""
+"""Speculation by prompt lookup: guesses what followed the newest tokens when they last occurred."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ __all__ = ["NgramIndex"]
 
 
 class NgramIndex:
-    """Where n-grams of a growing sequence occurred last.
+    """Index of the last occurrences of n-grams in a growing sequence.
 
     Args:
-        shortest: tokens that must match at least.
-        longest: tokens that are matched at most.
+        shortest: minimum tokens that must match.
+        longest: maximum tokens to match.
     """
 
     def __init__(self, shortest: int, longest: int) -> None:
@@ -19,11 +19,11 @@ class NgramIndex:
         self._seen = 0
 
     def guess(self, ids: Sequence[int], most: int) -> list[int]:
-        """Tokens that may follow, at most `most`.
+        """Returns up to `most` tokens that may follow.
 
         Args:
-            ids: the sequence; from call to call it only grows.
-            most: tokens wanted.
+            ids: the sequence; it may only grow between calls.
+            most: maximum tokens to return.
         """
         for end in range(max(self._seen, 1), len(ids)):
             for size in self._sizes:

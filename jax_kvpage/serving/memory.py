@@ -1,7 +1,7 @@
-"""Memory as the scheduler sees it, and a counted budget for simulations.
+"""The scheduler's view of memory, and a counted budget for simulations.
 
-Blocks here are logical: one holds `block_tokens` tokens of a sequence in all layers, however many
-physical blocks the layout makes of it.
+Blocks here are logical: one holds `block_tokens` tokens of a sequence in all layers, regardless of
+how many physical blocks the layout uses for it.
 """
 
 from typing import Protocol
@@ -14,50 +14,50 @@ __all__ = ["BlockBudget", "Memory"]
 
 
 class Memory(Protocol):
-    """Memory as the scheduler sees it. The engine answers from its pool.
+    """The scheduler's view of memory. The engine implements it on its pool.
 
-    Read once at the start of each step, when the previous plan has been carried out.
+    Read once at the start of each step, after the previous plan was carried out.
 
     Attributes:
-        block_tokens: tokens in a block.
-        max_seq_len: tokens in a sequence at most.
-        capacity: blocks in all.
+        block_tokens: tokens per block.
+        max_seq_len: maximum tokens per sequence.
+        capacity: total number of blocks.
     """
 
     @property
     def block_tokens(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens in a sequence at most."""
+        """Maximum tokens per sequence."""
 
     @property
     def capacity(self) -> int:
-        """Blocks in all."""
+        """Total number of blocks."""
 
     def free_blocks(self) -> int:
-        """Blocks that a plan may take now, including those that a cache would give up."""
+        """Blocks that a plan may take now, including those that a cache would evict."""
 
     def draining_blocks(self) -> int:
-        """Blocks of released sequences that come free when running programs end."""
+        """Blocks of released sequences that become free when running programs end."""
 
     def free_slots(self) -> int:
         """Sequences that can get a slot now."""
 
 
 class BlockBudget:
-    """Counted blocks and the tokens stored in them. Carries out plans in simulations.
+    """Counted blocks and stored tokens. Carries out plans in simulations.
 
     Args:
-        capacity: blocks in all.
-        block_tokens: tokens in a block.
-        max_seq_len: tokens in a sequence at most.
-        max_slots: sequences at most.
-        drain_steps: steps after which released blocks and slots come free.
+        capacity: total number of blocks.
+        block_tokens: tokens per block.
+        max_seq_len: maximum tokens per sequence.
+        max_slots: maximum number of sequences.
+        drain_steps: steps after which released blocks and slots become free.
 
     Attributes:
-        stored: tokens whose keys and values are in blocks; shared ones count once.
+        stored: tokens whose keys and values are in blocks; shared tokens count once.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class BlockBudget:
         self._free = capacity
         self._slots = max_slots
         self._draining: list[tuple[int, int]] = [(0, 0)] * drain_steps
-        self._blocks, self._tokens = np.zeros((2, max_slots), np.int64)  # a row's own
+        self._blocks, self._tokens = np.zeros((2, max_slots), np.int64)  # not shared
         self._owners: dict[int, list[int]] = {}  # row -> [blocks shared, rows that share them]
         self._held = 0
 
@@ -92,11 +92,11 @@ class BlockBudget:
         return self._slots - self._held - sum(slots for _, slots in self._draining)
 
     def blocks_of(self, num_tokens: int) -> int:
-        """Blocks that this many tokens take."""
+        """Blocks needed for this many tokens."""
         return -(-num_tokens // self.block_tokens)
 
     def carry_out(self, plan: StepPlan) -> None:
-        """Gives and takes what a plan says, in its order."""
+        """Carries out a plan's memory changes in order."""
         self.release(plan.release)
         for fork in plan.forks:
             rows = tuple(child.row for child in fork.children)
@@ -108,7 +108,7 @@ class BlockBudget:
         self.compute(plan.rows, plan.counts)
 
     def release(self, rows: tuple[int, ...]) -> None:
-        """Ends a step's releases; blocks released `drain_steps` steps ago come free."""
+        """Releases a step's rows; blocks released `drain_steps` steps ago become free."""
         index = list(rows)
         blocks = int(self._blocks[index].sum())
         self.stored -= int(self._tokens[index].sum())
@@ -125,12 +125,12 @@ class BlockBudget:
         self._free += self._draining.pop(0)[0]
 
     def acquire(self, row: int, num_tokens: int) -> None:
-        """Gives a row room for tokens."""
+        """Gives a row room for `num_tokens` tokens."""
         self._held += 1
         self._take(row, self.blocks_of(num_tokens))
 
     def fork(self, parent: int, rows: tuple[int, ...], num_tokens: int) -> None:
-        """Shares the whole blocks of a row's first tokens with others; partial ones are copied."""
+        """Shares the full blocks of a row's first tokens with others; a partial block is copied."""
         whole = num_tokens // self.block_tokens
         self._blocks[parent] -= whole
         self._tokens[parent] -= whole * self.block_tokens
@@ -144,13 +144,13 @@ class BlockBudget:
         self._held += len(rows)
 
     def extend(self, rows: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Gives rows room for more tokens, [n] each."""
+        """Gives rows room for more tokens; both arrays are [n]."""
         for row, tokens in zip(rows.tolist(), num_tokens.tolist(), strict=True):
             shared = self._owners.get(row, (0, 0))[0]
             self._take(row, max(self.blocks_of(tokens) - shared - int(self._blocks[row]), 0))
 
     def compute(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Stores the tokens that rows run, [n] each."""
+        """Records the tokens that rows run; both arrays are [n]."""
         self._tokens[rows] += counts
         self.stored += int(counts.sum())
 

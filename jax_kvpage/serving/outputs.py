@@ -26,12 +26,14 @@ class CompletionOutput:
         index: from 0 to n - 1.
         token_ids: tokens produced, the stop token included.
         text: their text without the stop string; "" without a detokenizer. While the output is
-            unfinished, characters that may change or belong to a stop string are held back.
-        logprobs: for each token, by token id, those that were asked for; None without.
-        cumulative_logprob: sum over the tokens chosen; None without logprobs or beam search.
-        score: by which the continuations of a beam search are ranked; else None.
+            unfinished, trailing characters that may change or be part of a stop string are held
+            back.
+        logprobs: for each token, the requested log probabilities by token id; None if not
+            requested.
+        cumulative_logprob: sum over the chosen tokens; None without logprobs or beam search.
+        score: rank score of a beam search continuation; else None.
         finish_reason: None while unfinished; "stop" (a stop token or stop string), "length",
-            "capacity" (memory holds no more), "cancelled", "deadline" or "error".
+            "capacity" (memory is full), "cancelled", "deadline" or "error".
         stop_reason: the token id or string that ended it; None for the end-of-sequence token.
     """
 
@@ -54,10 +56,10 @@ class RequestMetrics:
         first_token: when its first token was produced; None before.
         finished: when it ended; None before.
         token_times: when each token of its first continuation was produced.
-        num_cached_tokens: tokens found in the prefix cache, over all admissions.
+        num_cached_tokens: tokens found in the prefix cache, summed over all admissions.
         num_computed_tokens: tokens run through the model.
-        num_recomputed_tokens: of these, tokens that had been computed before a preemption.
-        num_preemptions: how often it lost its memory and was computed again.
+        num_recomputed_tokens: of these, tokens that had already been computed before a preemption.
+        num_preemptions: how often the request lost its memory and was recomputed.
     """
 
     arrival: float
@@ -79,10 +81,10 @@ class RequestOutput:
         prompt_token_ids: the prompt.
         outputs: its n continuations.
         metrics: times and counts.
-        finished: whether all of them have ended.
+        finished: whether all continuations have ended.
         error: what went wrong, if a finish_reason is "error".
-        prompt_logprobs: for each token of the prompt, by token id, those that were asked for, and
-            None for the first; None without, and until the prompt is computed.
+        prompt_logprobs: for each prompt token, the requested log probabilities by token id, and
+            None for the first; None if not requested or until the prompt is computed.
     """
 
     request_id: object

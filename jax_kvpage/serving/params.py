@@ -1,4 +1,4 @@
-"""How a request is sampled and where it ends, in vLLM's words."""
+"""How a request is sampled and when it ends; parameter names follow vLLM."""
 
 import dataclasses
 import math
@@ -19,33 +19,36 @@ def _integer(value: Any) -> TypeGuard[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and where its sequences end.
+    """How the tokens of one request are chosen, and when its sequences end.
 
     Attributes:
-        n: continuations of the prompt, which is computed once.
+        n: number of continuations; the prompt is computed once.
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
-        top_k: only the k most likely tokens; 0 or -1 for all.
-        top_p: only the smallest set of most likely tokens whose probabilities reach p.
-        min_p: only tokens at least this fraction as likely as the most likely one.
-        presence_penalty: subtracted from the logits of tokens that the output contains.
-        frequency_penalty: subtracted as many times as the output contains them.
+        top_k: sample only from the k most likely tokens; 0 or -1 for all.
+        top_p: sample only from the smallest set of most likely tokens whose probabilities sum to at
+            least p.
+        min_p: sample only tokens at least this fraction as likely as the most likely one.
+        presence_penalty: subtracted from the logits of tokens that occur in the output.
+        frequency_penalty: subtracted once for each occurrence of the token in the output.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
             the prompt or the output contains.
-        seed: of the random numbers, from 0 to 2**32 - 1; None lets the engine choose one. A token
-            depends on the seed, the continuation's index and the position alone.
-        max_tokens: tokens to produce at most.
-        min_tokens: tokens to produce before one that may end the output: until then stop tokens are
-            not chosen, and stop strings do not count.
+        seed: random seed, from 0 to 2**32 - 1; None lets the engine choose one. A token depends
+            only on the seed, the index of the continuation and the position.
+        max_tokens: maximum number of tokens to produce.
+        min_tokens: minimum number of tokens to produce: before that, stop tokens are not sampled
+            and stop strings are ignored.
         stop: strings that end the output and are left out of its text (needs a detokenizer).
         stop_token_ids: tokens that end the output.
-        ignore_eos: go on after the engine's end-of-sequence tokens.
+        ignore_eos: continue after the engine's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string in the text.
-        logprobs: also return the log probabilities of this many most likely tokens and of the token
-            chosen, before penalties and temperature; None for none at all, 0 for the chosen token.
-        prompt_logprobs: likewise for each token of the prompt but the first. The prompt is then
-            computed whole, and other requests do not find it in the prefix cache.
-        structured_outputs: what the output must look like (needs an engine with `tokenizer`). It
-            ends ("stop") where nothing may follow. Log probabilities are those without it.
+        logprobs: also return the log probabilities of this many most likely tokens and of the
+            chosen token, before penalties and temperature; 0 for the chosen token only, None for
+            none.
+        prompt_logprobs: the same for each prompt token except the first. The whole prompt is then
+            computed, and other requests do not find it in the prefix cache.
+        structured_outputs: constraint on the output (needs an engine with `tokenizer`). The output
+            ends ("stop") when nothing may follow. Log probabilities are computed without the
+            constraint.
 
     Raises:
         ValueError: values out of range; one error lists all of them.
@@ -84,7 +87,7 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def _reasons(self) -> list[str]:
-        """Everything that is wrong."""
+        """Reasons why the values are invalid."""
         reasons = []
 
         def want(ok: bool, name: str, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""The plan of a step: changes of memory, and the tokens that each sequence runs."""
+"""The plan of a step: memory changes, and the tokens that each sequence runs."""
 
 import dataclasses
 
@@ -14,10 +14,10 @@ class Admission:
     """A sequence that gets a slot.
 
     Attributes:
-        sequence: it has its row already.
-        num_tokens: room to map.
-        num_cached: its first tokens that are in the prefix cache; the others run in this plan and
-            later ones.
+        sequence: the sequence; it already has a row.
+        num_tokens: tokens to map room for.
+        num_cached: leading tokens that are in the prefix cache; the rest run in this plan and later
+            ones.
     """
 
     sequence: Sequence
@@ -27,12 +27,12 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fork:
-    """Siblings that start with the prompt of another sequence.
+    """Siblings that share the prompt of another sequence.
 
     Attributes:
         parent: the sequence that computed the prompt, in an earlier plan.
         children: sequences that get slots.
-        num_tokens: tokens that they share.
+        num_tokens: shared tokens.
         room: tokens to map room for, for each child.
     """
 
@@ -44,32 +44,32 @@ class Fork:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Carry it out in the order of the attributes, then ask for the next.
+    """One step. Carry it out in the order of the attributes, then ask for the next plan.
 
-    Row i of the batch is a sequence that runs `counts[i]` tokens from position `begins[i]` on. The
-    first `num_decodes` rows are sequences that run their newest token, and their drafts; they are
-    sorted by row. The others run parts of prompts, or of tokens lost in a preemption.
+    Row i of the batch is a sequence that runs `counts[i]` tokens starting at position `begins[i]`.
+    The first `num_decodes` rows are decoding sequences, sorted by row, which run their newest token
+    and their drafts. The others run parts of prompts, or of tokens lost in a preemption.
 
     Attributes:
         step: number of the plan.
         finished: groups that ended since the previous plan.
-        preempted: groups that lose their memory now and return to the queue.
-        swap: those of them that are swapped out before their rows are released, so that their
-            tokens are kept.
-        release: rows whose slots are released, those of preempted groups included.
-        forks: slots that share a prompt.
-        admissions: new slots.
+        preempted: groups that lose their memory now and go back to the queue.
+        swap: preempted groups to swap out before their rows are released, so that their tokens are
+            kept.
+        release: rows whose slots are released, including those of preempted groups.
+        forks: siblings that share a prompt.
+        admissions: sequences that get new slots.
         extend_rows: int32[e]: rows that need more room.
-        extend_tokens: int32[e]: for each, tokens to have room for in all.
-        rows: int32[s]: row of each sequence that runs.
-        begins: int32[s]: tokens that are computed before.
+        extend_tokens: int32[e]: total tokens that each of these rows must have room for.
+        rows: int32[s]: row of each running sequence.
+        begins: int32[s]: tokens computed before.
         counts: int32[s]: tokens to run.
-        samples: bool[s]: whether a token is sampled after the last of them.
+        samples: bool[s]: whether a token is sampled after the last one.
         sequences: the sequence in each of `rows`.
-        num_decodes: how many of them decode.
-        ending: positions in `rows` whose token is the last: the limit is reached.
-        num_stalled: sequences that wait in this step, with their memory, for blocks.
-        free_blocks: blocks that were free when the plan was made; 0 if it needs none.
+        num_decodes: how many of `rows` decode.
+        ending: positions in `rows` whose sampled token is the last because the limit is reached.
+        num_stalled: sequences that wait for blocks in this step and keep their memory.
+        free_blocks: free blocks that the plan could use; 0 if it needed none.
     """
 
     step: int
@@ -100,7 +100,7 @@ class StepPlan:
     def is_empty(self) -> bool:
         """Whether no sequence runs.
 
-        With unfinished requests left, released blocks are still draining: wait for the device
-        before the next plan.
+        If requests are unfinished, released blocks are still draining: wait for the device before
+        asking for the next plan.
         """
         return not self.sequences

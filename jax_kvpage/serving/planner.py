@@ -1,7 +1,7 @@
-"""The planner of one memory: what the sequences that have a part of it run, step by step.
+"""Plans the steps of the sequences in one memory.
 
-A `Scheduler` is one with a queue in front; a `ReplicatedScheduler` has one for each replica, and
-one queue in front of them all.
+A `Scheduler` is a planner with a queue; a `ReplicatedScheduler` has a planner for each replica and
+a common queue.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,24 +30,24 @@ __all__ = ["Planner"]
 
 
 class Planner:
-    """Plans what the sequences of one memory run.
+    """Plans the steps of the sequences in one memory.
 
     Args:
         memory: see `Scheduler`.
-        queue: groups that wait.
-        max_num_seqs: sequences that run at one time at most: rows.
-        max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
+        queue: waiting groups.
+        max_num_seqs: maximum sequences that run at one time (rows).
+        max_num_batched_tokens: maximum tokens per step, at least max_num_seqs.
         step_sizes: see `Scheduler`.
         preemption: chooses victims.
         admission: decides when a group may start.
         max_preemptions: see `Scheduler`.
         find_prefix: see `Scheduler`.
         swap: see `Scheduler`.
-        first_row: the place of row 0 among the rows of all replicas.
+        first_row: index of row 0 among the rows of all replicas.
 
     Attributes:
-        stats: counts.
-        starter: starts groups of the queue.
+        stats: counters.
+        starter: starts groups from the queue.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Planner:
         self._growth = Growth(self._rows, self._running, preemption, swap)
         self._queue = queue
         self._finished: list[SequenceGroup] = []
-        self._ending: list[Sequence] = []  # reach their limit with the last plan
+        self._ending: list[Sequence] = []  # sequences that reach their limit in the last plan
         self._forks: tuple[Fork, ...] = ()  # of the last plan
-        self._room_before: dict[int, int] = {}  # of rows that grow in the last plan
+        self._room_before: dict[int, int] = {}  # of rows that grew in the last plan
         self._trust = Trust()
         self.starter = Starter(
             self._rows,
@@ -101,23 +101,23 @@ class Planner:
 
     @property
     def has_left(self) -> bool:
-        """Whether there is anything left to plan beside the queue, releases included."""
+        """Whether anything is left to plan besides the queue, including releases."""
         running = self._running
         return bool(running.groups or running.released or self._finished)
 
     def running(self) -> tuple[SequenceGroup, ...]:
-        """Groups that have memory, in the order of the schedule."""
+        """Groups that have memory, in scheduling order."""
         return tuple(self._running.groups)
 
     def num_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a sequence whose ids exist when the last plan has run."""
+        """Tokens of a sequence whose ids exist once the last plan has run."""
         return int(self._rows.known[sequence.row]) if sequence.row >= 0 else sequence.num_tokens
 
     def finish(self, sequence: Sequence, reason: str = "stop") -> None:
         """Ends a sequence. Its slot is released by the next plan.
 
-        A sequence that has reached its limit keeps ending there, but takes the reason: the limit is
-        known a step before the token.
+        A sequence that has already reached its limit only takes the new reason: the limit is known
+        one step before the token.
         """
         if sequence.finish_reason is None:
             self._end(sequence, reason)
@@ -130,22 +130,23 @@ class Planner:
             self._end(sequence, reason)
 
     def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Lets sequences verify speculated tokens in the next plan, behind their newest one.
+        """Sets the drafts that sequences verify in the next plan, after their newest token.
 
         Args:
-            rows: int[s]: rows that decode.
-            counts: int[s]: tokens speculated. The plan's counts say how many of them run: fewer at
-                a sequence's limit, beyond the token budget, and when blocks are short. Prompts that
-                wait to be computed keep half of the budget that is left beside the decodes.
+            rows: int[s]: decoding rows.
+            counts: int[s]: number of speculated tokens. The plan's counts say how many of them run:
+                fewer near a sequence's limit, beyond the token budget, or when blocks are short.
+                Prompts that wait to be computed keep half of the budget that decoding sequences
+                leave.
         """
         self._rows.set_drafts(rows, counts)
 
     def add_tokens(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Adds the tokens that the last plan produced beyond one for each sequence.
+        """Adds the tokens that the last plan produced beyond one per sequence.
 
         Args:
-            rows: int[s]: rows that decode, each once.
-            counts: int[s]: drafts that were accepted. Those rejected must be rolled back.
+            rows: int[s]: decoding rows, each at most once.
+            counts: int[s]: number of accepted drafts. The caller must roll back rejected ones.
         """
         arrays = self._rows
         arrays.known[rows] += counts
@@ -156,7 +157,7 @@ class Planner:
                 self._end(sequence, sequence.group.limit_reason)
 
     def settle(self) -> None:
-        """Hears that the last plan has been carried out, or refused."""
+        """Finishes the last plan, which has been carried out or refused."""
         if self._ran:
             self._trust.ran()
         for sequence in self._ending:
@@ -166,7 +167,7 @@ class Planner:
         self._running.release_donors(self._forks)
 
     def plan_running(self) -> StepBuilder:
-        """Begins a plan with the sequences that have memory."""
+        """Starts a plan with the sequences that have memory."""
         step = self._begin()
         fork_ready(self._rows, self._running, step, self._end)
         if self._rows.has_drafts:
@@ -179,7 +180,7 @@ class Planner:
         return step
 
     def requeue(self, step: StepBuilder) -> None:
-        """Puts victims back into the queue; if nothing can go on, the oldest group ends."""
+        """Returns victims to the queue; if nothing can continue, ends the oldest group."""
         for group in step.preempted:
             self._queue.push(group)
         idle = not (len(step.decodes) or step.has_parts or step.preempted or step.coming)
@@ -187,7 +188,7 @@ class Planner:
             self.cancel(self._running.groups[0], "capacity")
 
     def complete(self, step: StepBuilder) -> StepPlan:
-        """Makes the plan, and counts its tokens as computed."""
+        """Builds the plan and counts its tokens as computed."""
         rows, running = self._rows, self._running
         step.fit(self._step_sizes)
         plan = step.build(self.stats.steps, self._finished, running.released, rows)
@@ -205,17 +206,17 @@ class Planner:
         return plan
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
-        """Takes back the part of the last plan that memory has refused. Must be the next call.
+        """Undoes the part of the last plan that memory refused. Must be the next call.
 
-        The groups of those sequences do not run in this step, and keep what they have; newly
-        admitted ones go back to their places in the queue. Until memory has freed more blocks than
-        the plan counted on, or some steps have passed, nothing else is promised from them. A group
-        that cannot go on even alone, with nothing draining, ends after some tries ("capacity").
+        The groups of these sequences do not run in this step and keep what they have; newly
+        admitted ones return to their places in the queue. Later plans use fewer of the free blocks
+        until memory has freed more than the plan counted on or some steps have passed. A group that
+        cannot run even alone, with nothing draining, ends after several attempts ("capacity").
 
         Args:
-            plan: the last one. Its `release` has been carried out.
-            sequences: those of its `extend_rows`, of its admissions, or children of its forks, that
-                got no memory.
+            plan: the last plan. Its `release` must have been carried out.
+            sequences: sequences of its `extend_rows`, admissions or fork children that got no
+                memory.
 
         Returns:
             The plan to carry out instead.
@@ -237,15 +238,16 @@ class Planner:
         return left
 
     def found(self, plan: StepPlan, sequence: Sequence, num_cached: int) -> StepPlan:
-        """Hears, before a refusal, that a sequence starts with fewer tokens than planned.
+        """Records, before `refuse`, that a sequence starts with fewer cached tokens than planned.
 
         Args:
-            plan: the last one, which admits the sequence.
-            sequence: that has its memory.
-            num_cached: tokens that it has found in the prefix cache.
+            plan: the last plan, which admits the sequence.
+            sequence: the sequence; it has its memory.
+            num_cached: tokens found in the prefix cache.
 
         Returns:
-            The plan to carry out instead, in which it runs as many tokens from there.
+            The plan to carry out instead, in which the sequence runs the same number of tokens from
+            there.
         """
         self._ending = [other for other in self._ending if other is not sequence]
         return start_from(self._rows, self._running, plan, sequence, num_cached)
@@ -261,7 +263,7 @@ class Planner:
                 self._queue.leave()
 
     def _begin(self) -> StepBuilder:
-        if self._needs_no_memory():  # most steps: memory may take long to answer
+        if self._needs_no_memory():  # most steps; asking memory may be slow
             return StepBuilder(0, 0, 0, 0, self._budget)
         memory, running = self._memory, self._running
         free = self._trust.usable(memory.free_blocks())
@@ -270,7 +272,7 @@ class Planner:
         return StepBuilder(free, running.promised, coming, slots, self._budget)
 
     def _needs_no_memory(self) -> bool:
-        """Whether all that the step can do is to run sequences that have room."""
+        """Whether the step can only run sequences that already have room."""
         rows, running = self._rows, self._running
         can_start = rows.num_free > running.num_unforked and self._queue.head() is not None
         grows = rows.has_drafts or running.forking or rows.short().size

@@ -1,8 +1,8 @@
-"""Choice of the groups that lose their memory when blocks run out.
+"""Policies that choose which groups lose their memory when blocks run out.
 
-A preempted group is computed again from its tokens, or swapped where that takes less time. So a
-victim costs the tokens that it has computed, or as many as could be computed while it is written
-and read. It yields the blocks that only it holds.
+A preempted group is recomputed from its tokens, or swapped if that takes less time. The cost of a
+victim is thus the number of tokens that it has computed, or that could be computed in the time of
+writing and reading it. Preempting it frees the blocks that only it holds.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ __all__ = ["Candidates", "CostAware", "LastComeFirst", "PreemptionPolicy"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidates:
-    """Groups that may be preempted: never the oldest, nor one that was preempted too often.
+    """Groups that may be preempted: never the oldest, nor any that was preempted too often.
 
     Attributes:
         arrival: int64[g]: order of arrival.
-        cost: int64[g]: tokens to compute again, or that could be computed while it is swapped.
-        blocks: int64[g]: blocks that come free, and those that it would need in this step.
+        cost: int64[g]: tokens to recompute, or that could be computed during the swap.
+        blocks: int64[g]: blocks that it frees, plus those that it would need in this step.
     """
 
     arrival: np.ndarray
@@ -32,19 +32,20 @@ class PreemptionPolicy(Protocol):
     """Chooses victims."""
 
     def victims(self, candidates: Candidates, deficit: int, waited: int, must: bool) -> list[int]:
-        """Indices into `candidates` of the groups to preempt; none to let sequences wait.
+        """Returns indices into `candidates` of the groups to preempt; empty to let sequences wait.
 
         Args:
             candidates: at least one group.
-            deficit: blocks that are missing beyond those that are free or coming free.
-            waited: steps that sequences have waited for blocks since the last preemption, added up
+            deficit: blocks that are missing beyond those free or about to become free.
+            waited: steps that sequences have waited for blocks since the last preemption, summed
                 over sequences.
-            must: nothing can run and nothing comes free: waiting would not end.
+            must: nothing can run and no blocks are about to become free, so waiting would never
+                end.
         """
 
 
 class LastComeFirst:
-    """The last to arrive is preempted first, at once, as in vLLM."""
+    """Preempts the last to arrive first, without waiting, as in vLLM."""
 
     def victims(self, candidates: Candidates, deficit: int, waited: int, must: bool) -> list[int]:
         """See `PreemptionPolicy`."""
@@ -58,15 +59,14 @@ class LastComeFirst:
 
 
 class CostAware:
-    """Victims that cost the fewest tokens to compute again, and only once waiting has cost as much.
+    """Preempts the groups that are cheapest to recompute, once waiting has cost as much.
 
-    Sequences that find no block first wait with their memory, since others end soon. How long
-    follows the rule for renting or buying: until the steps they have waited cost as much as the
-    victims would.
+    Sequences that find no free block first wait and keep their memory, since others end soon. As in
+    the ski rental problem, they wait until the steps waited have cost as much as the victims would.
 
     Args:
-        tokens_per_wait: what a sequence's waiting for one step costs, in tokens computed again; 0
-            preempts at once.
+        tokens_per_wait: cost of one sequence waiting for one step, in recomputed tokens; 0 preempts
+            immediately.
     """
 
     def __init__(self, tokens_per_wait: float = 8.0) -> None:
@@ -84,12 +84,12 @@ class CostAware:
 
     @staticmethod
     def _cheapest(candidates: Candidates, deficit: int) -> list[int]:
-        """Groups that cover the deficit: one if it costs no more than several of the best value."""
+        """Returns groups that cover the deficit: a single one if that costs no more."""
         cost, blocks = candidates.cost, candidates.blocks
         useful = np.flatnonzero(blocks > 0)
         if not useful.size:
             return []
-        # Blocks beyond the deficit are worth nothing now. Of equals, the last to arrive.
+        # Blocks beyond the deficit have no value now. Ties go to the last to arrive.
         value = cost[useful] / np.minimum(blocks[useful], max(deficit, 1))
         order = useful[np.lexsort((-candidates.arrival[useful], value))]
         covered = np.cumsum(blocks[order])

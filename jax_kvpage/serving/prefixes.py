@@ -1,4 +1,4 @@
-"""Keys of new prefixes: requests that begin with the same tokens wait for the first of them."""
+"""Prefix keys: requests with the same first tokens wait for the first of them."""
 
 from collections.abc import Hashable, Sequence
 
@@ -8,7 +8,7 @@ _MOST = 4096  # prefixes remembered
 
 
 class PrefixKeys:
-    """Finds, for a prompt, the newest one that begins with the same block.
+    """Finds the newest earlier prompt that begins with the same block.
 
     Args:
         block_tokens: tokens in a block; shorter prefixes do not count.
@@ -19,15 +19,16 @@ class PrefixKeys:
         self._newest: dict[Hashable, Sequence[int]] = {}
 
     def find(self, ids: Sequence[int], namespace: str = "") -> tuple[Hashable, int]:
-        """See `Request.prefix_key` and `Request.num_prefix_tokens`.
+        """Returns values for `Request.prefix_key` and `Request.num_prefix_tokens`.
 
         Args:
             ids: the prompt.
-            namespace: prompts of others have nothing in common with it.
+            namespace: prompts of different namespaces never share a prefix.
 
         Returns:
-            (key, tokens): what the prompt has in common with the newest one that shares its first
-            block; all of it if there is none; (None, 0) if it is shorter than a block.
+            (key, tokens): the number of leading tokens shared with the newest prompt that has the
+            same first block, or the whole prompt if there is none; (None, 0) if the prompt is
+            shorter than a block.
         """
         size = self._block_tokens
         if len(ids) < size:

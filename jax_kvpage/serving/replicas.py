@@ -1,9 +1,9 @@
-"""The scheduler of several replicas: one queue, and a planner for the memory of each.
+"""The scheduler of several replicas: one queue, and one planner per replica.
 
-Groups wait in one queue, first come first served, and are placed when they start: where they cost
-least, by `jax_kvpage.sharding.placement`. From then on a group belongs to its replica, which gives
-it memory, and preempts its own groups when it runs out: the others go on. A group that was
-preempted is placed anew. One step serves all replicas.
+Groups wait in one queue, first come first served, and are placed when they start, on the replica
+where they cost least (`jax_kvpage.sharding.placement`). From then on a group belongs to its
+replica, which gives it memory and, when it runs out, preempts only its own groups: the other
+replicas continue. A preempted group is placed again. One step serves all replicas.
 """
 
 import copy
@@ -32,19 +32,19 @@ __all__ = ["ReplicatedScheduler"]
 
 
 class ReplicatedScheduler:
-    """Plans steps of several replicas; its calls are those of `Scheduler`, one replica's.
+    """Plans steps of several replicas, with the interface of `Scheduler`.
 
     Args:
-        memories: what each may give away; all of one size.
-        max_num_seqs: sequences of a replica that run at one time at most. Replica r has the rows
-            from `r * max_num_seqs` on.
-        max_num_batched_tokens: tokens of a replica in a step at most.
-        step_sizes: as for `Scheduler`, tokens of a replica.
-        preemption: as for `Scheduler`; each replica has a copy.
-        admission: as for `Scheduler`; each replica has a copy.
+        memories: memory of each replica, all of the same size.
+        max_num_seqs: maximum sequences that run on a replica at one time. Replica r has the
+            `max_num_seqs` rows starting at `r * max_num_seqs`.
+        max_num_batched_tokens: maximum tokens of a replica per step.
+        step_sizes: as for `Scheduler`, in tokens of a replica.
+        preemption: as for `Scheduler`; each replica gets a copy.
+        admission: as for `Scheduler`; each replica gets a copy.
         max_preemptions: as for `Scheduler`.
         max_num_waiting: as for `Scheduler`.
-        find_prefix: as for `Scheduler`, of a replica, its second argument.
+        find_prefix: as for `Scheduler`, with the replica as its second argument.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class ReplicatedScheduler:
         ]
         self._first_rows = [replica * max_num_seqs for replica in range(len(memories))]
         self._plans: list[StepPlan] = []  # of the last step
-        # Counts refusals; a group that ends while it waits is nobody's, and hence the first one's.
+        # Counts refusals. Groups without a replica, which end while they wait, are counted here
+        # too.
         self._first = self._planners[0]
         self._door = Door(
             memories[0], self._queue, self._first.stats, max_num_seqs, max_num_waiting
@@ -88,7 +89,7 @@ class ReplicatedScheduler:
 
     @property
     def stats(self) -> SchedulerStats:
-        """Counts: sums over the replicas, whose steps are the same."""
+        """Counters summed over the replicas, except for the steps, which they share."""
         every = [dataclasses.astuple(planner.stats) for planner in self._planners]
         sums = SchedulerStats(*(sum(column) for column in zip(*every, strict=True)))
         return dataclasses.replace(sums, steps=self._first.stats.steps)
@@ -105,11 +106,11 @@ class ReplicatedScheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything left to plan, releases included."""
+        """Whether anything is left to plan, including releases."""
         return bool(self.num_waiting or any(planner.has_left for planner in self._planners))
 
     def running(self) -> tuple[SequenceGroup, ...]:
-        """Groups that have memory, those of one replica after the other."""
+        """Groups that have memory, replica by replica."""
         return tuple(group for planner in self._planners for group in planner.running())
 
     def add(self, request: Request) -> SequenceGroup:
@@ -142,7 +143,7 @@ class ReplicatedScheduler:
             self.cancel(group, "deadline")
         steps = [planner.plan_running() for planner in self._planners]
         self._start([replica for replica, step in enumerate(steps) if step.takes_new], steps)
-        # Only now, so that no group loses its memory and starts elsewhere in one plan.
+        # Done last, so that no group loses its memory and starts elsewhere in the same plan.
         for planner, step in zip(self._planners, steps, strict=True):
             if not step.takes_new:
                 planner.requeue(step)
@@ -153,7 +154,7 @@ class ReplicatedScheduler:
 
     def refuse(self, plan: StepPlan, sequences: Iterable[Sequence]) -> StepPlan:
         """See `Scheduler`. Only the replicas of these sequences are affected."""
-        del plan  # what the replicas have of it
+        del plan  # the replicas keep their own parts of it
         refused: dict[int, list[Sequence]] = {}
         for sequence in sequences:
             refused.setdefault(self._replica(sequence.group), []).append(sequence)
@@ -176,17 +177,17 @@ class ReplicatedScheduler:
         return self._planners[self._replica(group)] if group.index >= 0 else self._first
 
     def _split(self, rows: np.ndarray) -> Iterable[tuple[Planner, np.ndarray]]:
-        """The planners of rows, and which of them each has."""
+        """Yields the planners of some rows, and the positions of the rows that belong to each."""
         replicas = rows // self._size
         for replica in np.unique(replicas).tolist():
             yield self._planners[replica], np.flatnonzero(replicas == replica)
 
     def _start(self, replicas: list[int], steps: Items[StepBuilder]) -> None:
-        """Starts groups in order, each on the replica where it costs least of those that can.
+        """Starts groups in order, each on the cheapest replica that can take it.
 
         Args:
-            replicas: that take new groups.
-            steps: of all replicas.
+            replicas: replicas that accept new groups.
+            steps: plans under construction of all replicas.
         """
         loads = {r: self._planners[r].starter.load(steps[r]) for r in replicas}
         while (group := self._queue.head()) is not None:
@@ -199,7 +200,7 @@ class ReplicatedScheduler:
             self.cancel(group, "capacity")
 
     def _looks(self, replica: int, step: StepBuilder, group: SequenceGroup) -> bool:
-        """Whether a replica may start a group, or let it wait for what another one computes."""
+        """Whether a replica may start a group or let it wait for a prefix being computed."""
         starter = self._planners[replica].starter
         waits = starter.expects(group) > 0
         return step.budget > 0 and (waits or not starter.is_full(step, group))
@@ -211,10 +212,10 @@ class ReplicatedScheduler:
         steps: Items[StepBuilder],
         loads: dict[int, Load],
     ) -> list[Outcome]:
-        """Tries to start a group on one replica after the other; what came of it on each."""
+        """Tries to start a group on the replicas in turn; returns the outcomes."""
         starters = [self._planners[replica].starter for replica in replicas]
         found = [starter.find(group) for starter in starters]
-        # What another group computes there counts as found: this one waits for it.
+        # A prefix that another group is computing counts as found: this group waits for it.
         cached = [
             max(starter.expects(group), tokens)
             for starter, (tokens, _) in zip(starters, found, strict=True)

@@ -13,11 +13,11 @@ __all__ = ["Request", "RequestRefused", "Sequence", "SequenceGroup", "Status"]
 
 
 class RequestRefused(ValueError):
-    """A request that can never be scheduled, or that finds the queue full. Nothing has changed.
+    """Raised if a request can never be scheduled or the queue is full; nothing was changed.
 
     Attributes:
-        wanted: minimum that it needs (of tokens, blocks, sequences or places in the queue).
-        available: how many there are in all.
+        wanted: what the request needs (tokens, blocks, sequences or places in the queue).
+        available: how many exist in total.
     """
 
     def __init__(self, message: str, *, wanted: int, available: int) -> None:
@@ -31,22 +31,21 @@ class Request:
     """A request to the scheduler.
 
     Attributes:
-        request_id: the caller's name for it.
+        request_id: the caller's identifier.
         num_prompt_tokens: tokens of the prompt, at least one.
-        max_tokens: tokens to produce at most, for each sequence.
-        n: sequences: samples or beams.
-        priority: lower numbers go first; equal ones in order of arrival.
-        deadline: when the request ends with the reason "deadline", in the clock of
+        max_tokens: maximum number of tokens to produce per sequence.
+        n: number of sequences (samples or beams).
+        priority: lower numbers go first; ties are broken by order of arrival.
+        deadline: when the request ends with the reason "deadline", on the clock of
             `Scheduler.schedule(now)`.
-        prefix_key: requests with equal keys start with the same tokens; while one of them computes
-            them, the others wait, so that they find them in the prefix cache.
-        num_prefix_tokens: how many tokens those are; 0 means the whole prompt.
-        reserve_tokens: room that each sequence gets at admission, if that is more than its tokens
-            and one.
-        num_slots: slots of the pool to keep for it, at least n. Beam search over w beams needs 2w.
-        lockstep: no sequence runs its newest token before all siblings can, the first time after
-            the prompt and later ones after a preemption (beam search). The others then wait with
-            their memory.
+        prefix_key: requests with equal keys start with the same tokens. While one of them computes
+            that prefix, the others wait and then find it in the prefix cache.
+        num_prefix_tokens: length of that prefix; 0 means the whole prompt.
+        reserve_tokens: room that each sequence gets at admission, if more than its own tokens plus
+            one.
+        num_slots: pool slots to reserve, at least n. Beam search with w beams needs 2w.
+        lockstep: no sequence runs its newest token until all siblings can, both after the prompt
+            and after a preemption (beam search). The others keep their memory while they wait.
     """
 
     request_id: Hashable
@@ -75,15 +74,15 @@ class Request:
 
     @property
     def slots(self) -> int:
-        """Slots of the pool that it may take at one time."""
+        """Pool slots that the request may use at one time."""
         return self.num_slots or self.n
 
     @property
     def num_shared_tokens(self) -> int:
         """Tokens that siblings take over from the sequence that computes the prompt.
 
-        Each computes the last token of the prompt: its first token is sampled from logits of its
-        row.
+        Each sibling computes the last prompt token itself, because its first token is sampled from
+        the logits of that row.
         """
         return self.num_prompt_tokens - 1 if self.n > 1 else 0
 
@@ -102,14 +101,13 @@ class Sequence:
     """One continuation of a request.
 
     Attributes:
-        group: the sequences of the same request.
-        index: place among them.
-        num_tokens: prompt and output tokens, as of when it last lost its row.
-        row: row in the scheduler's arrays while it has memory, else -1. Rows are given to other
-            sequences later; keep the sequence, not its row, across steps.
-        finish_reason: None while unfinished; "length" (max_tokens or the longest sequence is
-            reached), "capacity" (memory holds no more), "deadline", "cancelled", or what `finish`
-            was given.
+        group: the group that it belongs to.
+        index: its index in the group.
+        num_tokens: prompt and output tokens, as of the last time it lost its row.
+        row: row in the scheduler's arrays while it has memory, else -1. Rows are reused by other
+            sequences, so across steps keep the sequence, not its row.
+        finish_reason: None while unfinished; "length" (max_tokens or max_seq_len was reached),
+            "capacity" (memory is full), "deadline", "cancelled", or the reason passed to `finish`.
     """
 
     group: "SequenceGroup" = dataclasses.field(repr=False)
@@ -120,28 +118,28 @@ class Sequence:
 
     @property
     def place(self) -> int:
-        """Its row among those of all replicas; -1 without one."""
+        """Row index across all replicas; -1 without a row."""
         return self.row + self.group.first_row if self.row >= 0 else -1
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class SequenceGroup:
-    """The sequences of one request and their place in the schedule.
+    """The sequences of one request and their scheduling state.
 
     Attributes:
         request: the caller's request.
-        arrival: place in the order of arrival.
-        limit: tokens at which a sequence ends, prompt included.
-        limit_reason: why it ends there, "length" or "capacity".
-        sequences: all n.
-        status: its state.
-        num_preemptions: times that it lost its memory.
-        num_lost_tokens: tokens that it had computed when it last did.
-        live: sequences that are not finished.
-        unforked: of these, the ones that wait for the prompt to be computed.
+        arrival: position in the order of arrival.
+        limit: length at which a sequence ends, prompt included.
+        limit_reason: finish reason at the limit, "length" or "capacity".
+        sequences: all n sequences.
+        status: current state.
+        num_preemptions: times that the group lost its memory.
+        num_lost_tokens: tokens that it had computed at the last preemption.
+        live: unfinished sequences.
+        unforked: live sequences that wait for the prompt to be computed.
         donor: the sequence that computes the prompt for them.
-        index: number among the running groups, -1 otherwise.
-        first_row: the place of row 0 of its replica, if it has started.
+        index: its number among the running groups, else -1.
+        first_row: row 0 of its replica, as an index across all replicas, once it has started.
     """
 
     request: Request
@@ -165,5 +163,5 @@ class SequenceGroup:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key of the schedule: priority, then arrival."""
+        """Scheduling order: priority, then arrival."""
         return self.request.priority, self.arrival

@@ -1,7 +1,7 @@
-"""Arrays over the sequences that have memory: one row each, reused when a sequence leaves.
+"""Per-row arrays of the sequences that have memory; rows are reused when a sequence leaves.
 
-All per-token bookkeeping is NumPy over these arrays; Python handles only sequences and groups whose
-state changes.
+All per-token bookkeeping is done with NumPy on these arrays; Python code only touches sequences and
+groups whose state changes.
 """
 
 import numpy as np
@@ -13,29 +13,30 @@ __all__ = ["Rows"]
 
 
 class Rows:
-    """Counts of tokens by row, and of shared blocks by running group.
+    """Token counts by row, and block counts by running group.
 
     Args:
-        size: rows.
-        block_tokens: tokens in a block.
-        first: the place of row 0 among the rows of all replicas.
+        size: number of rows.
+        block_tokens: tokens per block.
+        first: index of row 0 among the rows of all replicas.
 
     Attributes:
-        known: int32[rows]: tokens whose ids exist, or will exist when the last plan has run.
-        computed: int32[rows]: tokens whose keys and values exist, likewise.
+        known: int32[rows]: tokens whose ids exist, or will once the last plan has run.
+        computed: int32[rows]: tokens whose keys and values exist, or will once the last plan has
+            run.
         room: int32[rows]: tokens that fit into mapped blocks.
-        limit: int32[rows]: known tokens at which the sequence ends.
-        prompt: int32[rows]: tokens of the prompt.
+        limit: int32[rows]: number of known tokens at which the sequence ends.
+        prompt: int32[rows]: prompt tokens.
         drafts: int32[rows]: speculated tokens that the next step verifies.
-        has_drafts: whether there may be any.
+        has_drafts: whether any row may have drafts.
         decoding: bool[rows]: computed == known - 1.
-        sequences: by row, None in free rows.
-        groups: by group index, None where free.
+        sequences: sequence of each row; None in free rows.
+        groups: group of each group index; None where free.
         shared: int32[groups]: blocks that all sequences of the group share.
         promised: int32[groups]: blocks kept free for sequences that are not forked yet.
-        arrival: int64[groups]: their order of arrival.
+        arrival: int64[groups]: order of arrival.
         priority: int64[groups]: lower numbers go first.
-        preemptable: bool[groups]: whether the number is in use and its group may be preempted.
+        preemptable: bool[groups]: whether the index is in use and its group may be preempted.
     """
 
     def __init__(self, size: int, block_tokens: int, first: int = 0) -> None:
@@ -51,7 +52,7 @@ class Rows:
         self.shared, self.promised = np.zeros((2, size), np.int32)
         self.arrival, self.priority = np.zeros((2, size), np.int64)
         self.preemptable = np.zeros(size, bool)
-        self._group = np.zeros(size, np.int32)  # of a row
+        self._group = np.zeros(size, np.int32)  # group index of each row
         self._occupied = np.zeros(size, bool)
         self._free_rows = list(range(size - 1, -1, -1))
         self._free_groups = list(range(size - 1, -1, -1))
@@ -63,14 +64,14 @@ class Rows:
         return len(self._free_rows)
 
     def blocks(self, num_tokens: int) -> int:
-        """Blocks that this many tokens take."""
+        """Blocks needed for this many tokens."""
         return -(-num_tokens // self.block_tokens)
 
     def add_group(self, group: SequenceGroup, shared: int, preemptable: bool) -> None:
-        """Numbers a group.
+        """Gives a group an index.
 
         Args:
-            group: without a number.
+            group: a group without an index.
             shared: blocks that its sequences will share.
             preemptable: whether it may be preempted.
         """
@@ -82,7 +83,7 @@ class Rows:
         self.preemptable[index] = preemptable
 
     def remove_group(self, group: SequenceGroup) -> None:
-        """Takes the number back."""
+        """Frees the index of a group."""
         self.groups[group.index] = None
         self.preemptable[group.index] = False
         self._free_groups.append(group.index)
@@ -92,8 +93,8 @@ class Rows:
         """Gives a sequence a row.
 
         Args:
-            sequence: of a group that has a number.
-            computed: tokens that its slot starts with.
+            sequence: sequence of a group that has an index.
+            computed: tokens already in its slot.
             room: tokens to map room for.
         """
         row = sequence.row = self._free_rows.pop()
@@ -107,7 +108,7 @@ class Rows:
         self._occupied[row] = True
 
     def remove(self, sequence: Sequence) -> int:
-        """Takes the row of a sequence back, and returns it."""
+        """Frees the row of a sequence and returns it."""
         row, sequence.row = sequence.row, -1
         sequence.num_tokens = int(self.known[row])
         self.set_decoding(row, False)
@@ -117,7 +118,7 @@ class Rows:
         return row
 
     def set_decoding(self, row: int, decoding: bool) -> None:
-        """Says whether the sequence in a row runs one token a step."""
+        """Sets whether the sequence in a row runs one token per step."""
         if self.decoding[row] != decoding:
             self.decoding[row] = decoding
             self._decodes = None
@@ -127,25 +128,25 @@ class Rows:
         return int(self.room[row]) // self.block_tokens - int(self.shared[self._group[row]])
 
     def short(self) -> np.ndarray:
-        """Rows that decode and need another block for it."""
+        """Decoding rows that need another block in this step."""
         return (self.decoding & (self.computed + self.drafts >= self.room)).nonzero()[0]
 
     def set_drafts(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        """Lets rows verify speculated tokens in the next step."""
+        """Sets the speculated tokens that rows verify in the next step."""
         self.drafts[rows], self.has_drafts = counts, True
 
     def drop_drafts(self) -> None:
-        """Forgets all speculated tokens."""
+        """Discards all speculated tokens."""
         if self.has_drafts:
             self.drafts[:], self.has_drafts = 0, False
 
     def trim_drafts(self, budget: int, pending: int) -> None:
-        """Drops drafts that a limit or the token budget has no room for.
+        """Drops drafts that exceed a sequence's limit or the token budget.
 
         Args:
-            budget: tokens in the step.
-            pending: tokens of prompts that wait to be computed. They keep up to half of the budget
-                that sequences which decode leave, so that drafts cannot starve them.
+            budget: token budget of the step.
+            pending: prompt tokens that wait to be computed. Up to half of the budget left by
+                decoding sequences is kept for them, so that drafts cannot starve them.
         """
         drafts = np.minimum(self.drafts, self.limit - self.known - 1)
         drafts[~self.decoding] = 0
@@ -156,13 +157,13 @@ class Rows:
         self.drafts[:] = drafts
 
     def num_computed(self, group: SequenceGroup) -> int:
-        """Tokens that the group has computed; shared ones count once."""
+        """Tokens that the group has computed; shared tokens count once."""
         rows = [sequence.row for sequence in group.sequences if sequence.row >= 0]
         shared = int(self.shared[group.index]) * self.block_tokens
         return int(self.computed[rows].sum()) - max(len(rows) - 1, 0) * shared
 
     def decodes(self) -> tuple[np.ndarray, tuple[Sequence, ...]]:
-        """Rows that decode, int32[s], and their sequences; computed only after changes."""
+        """Decoding rows, int32[s], and their sequences; recomputed only after changes."""
         if self._decodes is None:
             rows = np.flatnonzero(self.decoding).astype(np.int32)
             rows.flags.writeable = False
@@ -170,7 +171,7 @@ class Rows:
         return self._decodes
 
     def at(self, rows: np.ndarray) -> tuple[Sequence, ...]:
-        """The sequences in some rows, which are occupied."""
+        """Sequences in the given rows, which must be occupied."""
         every = self.sequences
         return tuple([every[row] for row in rows.tolist()])
 
@@ -183,10 +184,10 @@ class Rows:
         return np.flatnonzero(self._occupied)
 
     def candidates(self, indices: np.ndarray, needs: np.ndarray) -> Candidates:
-        """Costs and gains of preempting groups.
+        """Costs and benefits of preempting groups.
 
         Args:
-            indices: [g] of groups.
+            indices: [g] group indices.
             needs: int[size]: blocks that each group, by index, needs in this step.
         """
         rows = self.occupied()

@@ -1,7 +1,7 @@
-"""The groups that have memory: how they start, fork, lose it and end.
+"""The groups that have memory: how they start, fork, lose their memory and end.
 
-Counts of blocks are kept here only for promises: blocks that siblings will need when the prompt
-that they share is computed, and blocks that released rows are about to give back.
+Blocks are counted here only for promises: those that siblings will need once their shared prompt is
+computed, and those that released rows are about to free.
 """
 
 import bisect
@@ -18,18 +18,18 @@ class RunningSet:
     """Running groups, and the rows of their sequences.
 
     Args:
-        rows: the arrays.
-        max_seq_len: tokens in a sequence at most.
-        max_preemptions: a group preempted this many times gets the room for its limit at once.
+        rows: per-row arrays.
+        max_seq_len: maximum tokens per sequence.
+        max_preemptions: a group preempted this many times gets room up to its limit at once.
 
     Attributes:
-        groups: in the order of the schedule.
-        prefilling: sequences with more than one token to compute, in the order of the schedule.
+        groups: running groups in scheduling order.
+        prefilling: sequences with more than one token to compute, in scheduling order.
         forking: groups with siblings that wait for the prompt.
-        promised: blocks that those siblings will need.
-        promised_slots: slots that running groups may still take.
-        released: rows that have lost their sequence since the last plan.
-        releasing: blocks that come free with them.
+        promised: blocks that these siblings will need.
+        promised_slots: slots that running groups may still acquire.
+        released: rows freed since the last plan.
+        releasing: blocks that become free with them.
         done_prefixes: prefix keys whose group no longer computes the prompt.
     """
 
@@ -54,7 +54,7 @@ class RunningSet:
 
     @property
     def num_pending(self) -> int:
-        """Tokens of prompts that running sequences have yet to compute."""
+        """Prompt tokens that running sequences have yet to compute."""
         rows = [sequence.row for sequence in self.prefilling]
         return int((self._rows.known[rows] - self._rows.computed[rows]).sum())
 
@@ -73,22 +73,22 @@ class RunningSet:
         return min(wanted, self._max_seq_len)
 
     def shared_blocks(self, group: SequenceGroup) -> int:
-        """Whole blocks that the group's unfinished sequences will share when they start."""
+        """Full blocks that the group's unfinished sequences will share when they start."""
         if len(group.live) < 2:
             return 0
         return group.request.num_shared_tokens // self._rows.block_tokens
 
     def blocks_to_start(self, group: SequenceGroup) -> int:
-        """Blocks that the group needs to start, those of its siblings included."""
+        """Blocks that the group needs to start, including those of its siblings."""
         every = sum(self._rows.blocks(self.room(sequence)) for sequence in group.live)
         return every - (len(group.live) - 1) * self.shared_blocks(group)
 
     def start(self, group: SequenceGroup, num_cached: int) -> Admission:
-        """Gives the first sequence a row; the others follow when the prompt is computed.
+        """Gives the first sequence a row; the others follow once the prompt is computed.
 
         Args:
-            group: waiting.
-            num_cached: tokens that its slot will start with.
+            group: a waiting group.
+            num_cached: tokens already in its slot.
         """
         rows, leader = self._rows, group.live[0]
         blocks, shared = self.blocks_to_start(group), self.shared_blocks(group)
@@ -110,26 +110,26 @@ class RunningSet:
         return Admission(leader, room, num_cached)
 
     def caches(self, group: SequenceGroup, num_cached: int) -> None:
-        """Hears how many of its first tokens a group has found: it may have to compute a prefix."""
+        """Records the cached tokens of a group, which may have to compute a prefix for others."""
         key = group.request.prefix_key
         if key is not None and num_cached < self.prefix_to_cache(group):
             self._computing.setdefault(key, group)
 
     def prefix_to_cache(self, group: SequenceGroup) -> int:
-        """Tokens of a group that followers wait for: whole blocks, and never its last token."""
+        """Tokens that followers wait for: full blocks, and never the last token."""
         whole = self._prefix_tokens(group) // self._rows.block_tokens * self._rows.block_tokens
         return min(whole, group.live[0].num_tokens - 1)
 
     def computes(self, prefix_key: Hashable) -> bool:
-        """Whether a running group computes this prefix."""
+        """Whether a running group is computing this prefix."""
         return prefix_key is not None and prefix_key in self._computing
 
     def prefills(self, sequence: Sequence) -> None:
-        """Lets a sequence compute more than one token."""
+        """Adds a sequence to those with more than one token to compute."""
         bisect.insort(self.prefilling, sequence, key=lambda s: (s.group.order, s.index))
 
     def prefilled(self, sequence: Sequence) -> None:
-        """Moves a sequence with one token left to compute to those that decode."""
+        """Moves a sequence with one token left to compute to the decoding ones."""
         self.prefilling.remove(sequence)
         if sequence.group.request.lockstep:
             self._level(sequence.group)
@@ -137,7 +137,7 @@ class RunningSet:
             self._rows.set_decoding(sequence.row, not sequence.finish_reason)
 
     def unprefilled(self, sequence: Sequence) -> None:
-        """Undoes `prefilled`: in lockstep, siblings do not decode either."""
+        """Undoes `prefilled`; in lockstep, the siblings stop decoding too."""
         group = sequence.group
         for each in group.sequences if group.request.lockstep else (sequence,):
             if each.row >= 0:
@@ -145,18 +145,18 @@ class RunningSet:
         self.prefills(sequence)
 
     def advanced(self, sequence: Sequence) -> None:
-        """Lets the followers of a prefix start once a sequence has computed all of it."""
+        """Lets the followers of a prefix start once a sequence has computed it completely."""
         if not self._computing:
             return
         group = sequence.group
         wanted = self._prefix_tokens(group)
-        if group.request.lockstep:  # the last token of the prompt runs with the siblings
+        if group.request.lockstep:  # the last prompt token runs together with the siblings
             wanted = min(wanted, group.request.num_prompt_tokens - 1)
         if self._rows.computed[sequence.row] >= wanted:
             self._end_prefix(group)
 
     def fork(self, group: SequenceGroup) -> Fork:
-        """Gives the siblings rows. `release_donors` follows when memory has carried it out."""
+        """Gives the siblings rows. Call `release_donors` once memory has carried out the fork."""
         rows, shared, donor = self._rows, group.request.num_shared_tokens, group.donor
         assert donor is not None
         children = tuple(group.unforked)
@@ -191,7 +191,7 @@ class RunningSet:
         self.promised_slots += len(group.unforked)
 
     def end(self, sequence: Sequence, reason: str) -> bool:
-        """Ends one sequence; returns whether the group has ended with it."""
+        """Ends a sequence; returns whether that ended its group."""
         group = sequence.group
         sequence.finish_reason = reason
         group.live.remove(sequence)
@@ -216,21 +216,21 @@ class RunningSet:
         return True
 
     def preempt(self, group: SequenceGroup) -> None:
-        """Takes the memory of a group."""
+        """Takes the memory away from a group."""
         group.num_lost_tokens = self._rows.num_computed(group)
         self._leave(group)
         group.status = Status.PREEMPTED
         group.num_preemptions += 1
 
     def unstart(self, group: SequenceGroup) -> None:
-        """Undoes a start that memory refused: there is nothing to release."""
+        """Undoes a start that memory refused; there is nothing to release."""
         released, releasing = list(self.released), self.releasing
         self._leave(group)
         self.released, self.releasing = released, releasing
         group.status = Status.PREEMPTED if group.num_preemptions else Status.WAITING
 
     def release_donors(self, forks: Iterable[Fork]) -> None:
-        """Releases, with the next plan, donors that ended before their siblings were forked."""
+        """Releases donors whose siblings have now been forked, if they ended before that."""
         for fork in forks:
             if fork.parent.finish_reason and fork.parent.row >= 0:
                 self._drop(fork.parent)
@@ -246,7 +246,7 @@ class RunningSet:
         self.forking.remove(group)
 
     def _level(self, group: SequenceGroup) -> None:
-        """Lets sequences that run in lockstep decode, once no sibling is behind."""
+        """Lets lockstep sequences decode once no sibling is behind."""
         if not group.request.lockstep or group.unforked or group.status is not Status.RUNNING:
             return
         rows = [sequence.row for sequence in group.live]
@@ -264,7 +264,7 @@ class RunningSet:
             self.releasing += int(self._rows.shared[group.index])
 
     def _leave(self, group: SequenceGroup) -> None:
-        """Removes a group and all that it has."""
+        """Removes a group and frees all that it holds."""
         if group.unforked:
             self._forked(group)
         for sequence in group.sequences:

@@ -1,14 +1,14 @@
 """The scheduler: which sequences run in each step, and the memory they get.
 
-A request travels from `add` through the queue to its row: it is admitted when blocks and a slot are
-there, computes its prompt in parts that fit the token budget, beside the sequences that decode, and
-then runs a token a step. When blocks run out, it may wait with its memory for a few steps, or lose
-it and come back. It ends at its limit, or when the caller says so.
+A request goes from `add` through the queue to a row: it is admitted once blocks and a slot are
+available, computes its prompt in chunks that fit the token budget, alongside decoding sequences,
+and then runs one token per step. When blocks run out, it may wait with its memory for a few steps,
+or lose its memory and return later. It ends at its limit, or when the caller says so.
 
 Each step serves unfinished sequences first and new ones after them, first come first served, as in
-vLLM (Kwon et al., 2023). A plan is carried out before the next is asked for, but its results need
-not be known: the scheduler needs calls only for sequences that change state. Nothing depends on
-clocks, hashes or random numbers: equal calls give equal plans.
+vLLM (Kwon et al., 2023). A plan must be carried out before the next is requested, but its results
+need not be known: the scheduler only has to be called for sequences that change state. Nothing
+depends on clocks, hashes or random numbers: equal calls give equal plans.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,26 +39,27 @@ class Scheduler(Planner):
             ...  # queue the step; then read the tokens of the step before it, and `finish`
                  # sequences that stopped
 
-    A sequence that stops is hence in one plan too many, whose token is ignored. A preempted one
-    still gets the token of the step in flight, and is computed again by a later plan.
+    A sequence that stops is therefore in one plan too many, whose token is ignored. A preempted
+    sequence still gets the token of the step in flight, and is recomputed by a later plan.
 
     Args:
-        memory: what it may give away.
-        max_num_seqs: sequences that run at one time at most: rows.
-        max_num_batched_tokens: tokens in a step at most, at least max_num_seqs.
-        step_sizes: tokens of the steps that are compiled, to which others are padded. Prompts are
-            computed in smaller parts where that saves much padding. Empty: steps are not padded.
+        memory: memory that the scheduler manages.
+        max_num_seqs: maximum sequences that run at one time (rows).
+        max_num_batched_tokens: maximum tokens per step, at least max_num_seqs.
+        step_sizes: token counts of the compiled steps, to which others are padded. Prompt chunks
+            are cut smaller where that saves much padding. If empty, steps are not padded.
         preemption: chooses victims; `CostAware()` if None.
         admission: decides when a group may start; `ExpectedGrowth()` if None.
-        max_preemptions: a group preempted this many times is admitted only with the room for its
+        max_preemptions: a group preempted this many times is only admitted with room up to its
             limit, and is not preempted again.
-        max_num_waiting: groups in the queue at most; None for no bound.
-        find_prefix: tokens of a group that the prefix cache has, and how many of their blocks are
-            shared with running sequences, so that they cost no free block; None without a cache.
-        swap: where preempted sequences may be kept; None: they are computed again.
+        max_num_waiting: maximum groups in the queue; None for no limit.
+        find_prefix: returns the tokens of a group that the prefix cache holds, and how many of
+            their blocks are shared with running sequences and so cost no free block; None without a
+            cache.
+        swap: store for preempted sequences; None recomputes them.
 
     Attributes:
-        stats: counts.
+        stats: counters.
     """
 
     def __init__(
@@ -97,18 +98,18 @@ class Scheduler(Planner):
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything left to plan, releases included."""
+        """Whether anything is left to plan, including releases."""
         return bool(self.has_left or self.num_waiting)
 
     def add(self, request: Request) -> SequenceGroup:
         """Queues a request.
 
         Returns:
-            Its sequences. A sequence ends at max_tokens, at the memory's max_seq_len ("length"), or
-            where all of the memory would not hold more ("capacity").
+            The group of its sequences. A sequence ends at max_tokens or the memory's max_seq_len
+            ("length"), or where the whole memory could not hold more ("capacity").
 
         Raises:
-            RequestRefused: it can never run, or the queue is full.
+            RequestRefused: the request can never run, or the queue is full.
         """
         return self._door.add(request)
 
@@ -116,7 +117,7 @@ class Scheduler(Planner):
         """Plans the next step. The previous plan must have been carried out, or refused.
 
         Args:
-            now: the time, for deadlines.
+            now: current time, for deadlines.
         """
         self.settle()
         for group in self._door.deadlines.passed(now):

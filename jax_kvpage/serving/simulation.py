@@ -1,7 +1,7 @@
-"""A server without a model: the scheduler runs requests whose lengths are known, on counted blocks.
+"""Simulates a server without a model: requests of known lengths run on counted blocks.
 
-The duration of a step is modeled as a linear function of its tokens and their contexts. This allows
-comparing policies, and planning for hardware that is not available.
+The duration of a step is modeled as a linear function of its tokens and their contexts. This makes
+it possible to compare policies and to plan for hardware that is not available.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ Reservation = Literal["blocks", "maximum", "power_of_two", "oracle"]
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. The defaults are of the size of an 8B model in bfloat16 on an H100.
+    """Seconds of a step. The defaults approximate an 8B model in bfloat16 on an H100.
 
     Attributes:
-        fixed: for every step: reading the weights.
-        per_token: for each token that runs.
-        per_context_token: for each token that is attended to.
+        fixed: seconds per step (reading the weights).
+        per_token: seconds per token that runs.
+        per_context_token: seconds per token that is attended to.
     """
 
     fixed: float = 7e-3
@@ -38,11 +38,11 @@ class StepTime:
     per_context_token: float = 45e-9
 
     def __call__(self, tokens: int, context: int) -> float:
-        """Seconds of a step.
+        """Returns the seconds of a step.
 
         Args:
-            tokens: that run.
-            context: tokens of all sequences that run.
+            tokens: tokens that run.
+            context: tokens of all sequences that run, as context.
         """
         return self.fixed + self.per_token * tokens + self.per_context_token * context
 
@@ -57,13 +57,13 @@ class SimulationResult:
         finished: requests that ran to their end.
         refused: requests that could never run.
         output_tokens: tokens produced.
-        computed_tokens: tokens that steps ran, those computed again included.
-        recomputed_tokens: tokens computed again after preemptions.
+        computed_tokens: tokens that steps ran, including recomputed ones.
+        recomputed_tokens: tokens recomputed after preemptions.
         preemptions: groups that lost their memory.
-        swapped: of these, those whose tokens were kept below memory.
+        swapped: preempted groups that were swapped out.
         stalled: steps that sequences waited for blocks, summed over sequences.
-        running: sequences with memory, averaged over the time in which others waited, or over all
-            of it if none did.
+        running: sequences with memory, averaged over the time in which other requests waited, or
+            over the whole time if none did.
         waste: share of the reserved memory that held no token, averaged over time.
         first_token: float64[finished]: seconds from arrival to the first token.
         latency: float64[finished]: seconds from arrival to the end.
@@ -86,13 +86,13 @@ class SimulationResult:
 
     @property
     def throughput(self) -> float:
-        """Tokens produced a second."""
+        """Tokens produced per second."""
         return self.output_tokens / self.seconds
 
 
 @dataclasses.dataclass
 class _Meter:
-    """Sums over time."""
+    """Time-weighted sums."""
 
     busy: float = 0.0
     busy_rows: float = 0.0
@@ -111,27 +111,27 @@ class _Meter:
 
 
 class _SwapModel:
-    """A store without a limit. One transfer follows the other, and none disturbs the steps.
+    """An unlimited store. Transfers run one after the other and do not slow down the steps.
 
     Args:
-        tokens_per_second: of keys and values, written or read.
-        computed_per_second: tokens that steps compute.
+        tokens_per_second: tokens whose keys and values are written or read per second.
+        computed_per_second: tokens that steps compute per second.
     """
 
     def __init__(self, tokens_per_second: float, computed_per_second: float) -> None:
         self.now = self._free_at = 0.0
         self._speed = tokens_per_second
-        self._cost = 2 * computed_per_second / tokens_per_second  # for a token: written, then read
+        self._cost = 2 * computed_per_second / tokens_per_second  # per token: written, then read
         self._held: dict[SequenceGroup, int] = {}
         self._ready: dict[SequenceGroup, float] = {}
 
     def swap_out(self, group: SequenceGroup) -> None:
-        """Keeps what a preempted group had computed."""
+        """Keeps the computed tokens of a preempted group."""
         self._held[group] = group.num_lost_tokens
         self._free_at = max(self._free_at, self.now) + group.num_lost_tokens / self._speed
 
     def wait(self) -> float:
-        """The time when the next group is there; now if none is on its way."""
+        """Returns the time when the next group arrives; now if none is being fetched."""
         return min(self._ready.values(), default=self.now)
 
     def holds(self, group: SequenceGroup) -> bool:
@@ -157,12 +157,12 @@ class _SwapModel:
         return "here"
 
     def give_up(self) -> bool:
-        """See `SwapSpace`: on disk, they hold no memory."""
+        """See `SwapSpace`. Stored groups are on disk and hold no memory."""
         return False
 
 
 def _index(sequence: Sequence) -> int:
-    """Number of a sequence's request in the workload."""
+    """Index of a sequence's request in the workload."""
     return cast(int, sequence.group.request.request_id)
 
 
@@ -283,24 +283,25 @@ def simulate(
     swap_tokens_per_second: float | None = None,
     **options: Any,
 ) -> SimulationResult:
-    """Serves a workload.
+    """Simulates serving a workload.
 
     Args:
         workload: the requests.
-        capacity_tokens: memory, in tokens.
-        max_seq_len: tokens in a sequence at most.
-        max_num_seqs: sequences that run at one time at most.
-        max_num_batched_tokens: tokens in a step at most.
-        block_tokens: tokens in a block.
-        drain_steps: steps until released blocks come free.
-        reservation: what a sequence gets when it starts: "blocks" for its tokens, and more as it
-            grows; or room for "maximum" length, for its output rounded up to a "power_of_two", or
-            for exactly what it will need ("oracle"), as servers without paging reserve. Those use
-            all of the memory, without fragmentation, so they are shown better than they are.
-        step_time: duration of a step; `StepTime()` if None.
-        swap_tokens_per_second: keys and values that a store writes or reads, in tokens; None:
-            preempted requests are computed again.
-        **options: of `Scheduler`.
+        capacity_tokens: memory size in tokens.
+        max_seq_len: maximum tokens per sequence.
+        max_num_seqs: maximum sequences that run at one time.
+        max_num_batched_tokens: maximum tokens per step.
+        block_tokens: tokens per block.
+        drain_steps: steps until released blocks become free.
+        reservation: what a sequence reserves when it starts: "blocks" for its present tokens, with
+            more as it grows; or room for the "maximum" length, for its output rounded up to a
+            "power_of_two", or for exactly what it will need ("oracle"), like servers without
+            paging. These three can use all of the memory, without fragmentation, so the results
+            flatter them.
+        step_time: duration model of a step; `StepTime()` if None.
+        swap_tokens_per_second: tokens whose keys and values a store writes or reads per second;
+            None recomputes preempted requests.
+        **options: options of `Scheduler`.
     """
     memory = BlockBudget(
         capacity_tokens // block_tokens, block_tokens, max_seq_len, max_num_seqs, drain_steps

@@ -1,4 +1,4 @@
-"""Which waiting groups start in a step: new ones, and those that lost their memory."""
+"""Starts waiting groups: new ones, and those that lost their memory."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -19,19 +19,19 @@ Outcome = Literal["started", "aside", "later", "never"]
 
 
 class Starter:
-    """Starts groups in order while there are a row, a slot, blocks and tokens for them.
+    """Starts groups in order while there are rows, slots, blocks and tokens for them.
 
     Args:
-        rows: the arrays.
-        running: the groups that have memory.
-        queue: those that have none.
-        trust: how far memory's figures can be believed.
-        stats: counts what is computed again.
+        rows: per-row arrays.
+        running: groups that have memory.
+        queue: waiting groups.
+        trust: how many of the blocks that memory reports as free can be used.
+        stats: counts recomputed tokens.
         admission: decides when a group may start.
-        capacity: blocks in all.
+        capacity: total number of blocks.
         find_prefix: see `Scheduler`.
         swap: see `Scheduler`.
-        cancel: ends a group that can never start.
+        cancel: called to end a group that can never start.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Starter:
         self._cancel = cancel
 
     def load(self, step: StepBuilder) -> Load:
-        """What admission policies see in a step; to be made once for it."""
+        """Returns the load that admission policies see. Call it once per step."""
         return Load(self._rows, self._capacity, step.free, step.coming)
 
     def start(self, step: StepBuilder) -> None:
@@ -79,16 +79,16 @@ class Starter:
         group: SequenceGroup,
         found: tuple[int, int] | None = None,
     ) -> Outcome:
-        """Starts the group at the head of the queue, if that can be.
+        """Starts the group at the head of the queue if possible.
 
         Args:
-            step: has some budget left.
-            load: of the step.
+            step: the plan under construction, with some token budget left.
+            load: load of this step.
             group: the head of the queue.
-            found: what `find` has found of it; None: it is looked for when that matters.
+            found: the result of `find(group)`; None looks it up when needed.
 
         Returns:
-            "started"; "aside" if the group waits for another one outside of the queue, or is to be
+            "started"; "aside" if the group waits outside the queue for another one, or must be
             looked at again; "later" if it stays at the head; "never" if it does not fit although
             nothing else runs here.
         """
@@ -127,7 +127,7 @@ class Starter:
         return "started"
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
-        """Tokens that a group starts with, and how many of their blocks cost no free one."""
+        """Tokens that a group starts with, and how many of their blocks cost no free block."""
         found = (0, 0)
         if self._swap is not None and self._swap.holds(group):
             found = self._swap.find(group)
@@ -136,16 +136,16 @@ class Starter:
         return min(found[0], group.live[0].num_tokens - 1), found[1]
 
     def is_full(self, step: StepBuilder, group: SequenceGroup) -> bool:
-        """Whether a row or a slot is missing for a group."""
+        """Whether rows or slots are missing for a group."""
         rows = self._rows.num_free - self._running.num_unforked
         return len(group.live) > rows or group.request.slots > step.slots
 
     def expects(self, group: SequenceGroup) -> int:
-        """Tokens of a group that a running one computes: they will be there to be found."""
+        """Prefix tokens that a running group is computing for this group."""
         return self._running.prefix_to_cache(group) if self._computes_prefix(group) else 0
 
     def used_blocks(self, step: StepBuilder) -> int:
-        """Blocks that running groups hold, and those promised in a step."""
+        """Blocks that running groups hold, plus those promised in a step."""
         return max(self._capacity - step.free - step.coming, 0)
 
     def _computes_prefix(self, group: SequenceGroup) -> bool:

@@ -13,14 +13,14 @@ class SchedulerStats:
     """Counts since the scheduler was created.
 
     Attributes:
-        steps: plans.
+        steps: plans made.
         admissions: groups that started, including those that returned after a preemption.
         preemptions: groups that lost their memory.
-        swapped: of these, those whose tokens were to be kept below memory.
-        recomputed_tokens: tokens computed again after preemptions, without those found in a cache.
+        swapped: preempted groups that were to be swapped out.
+        recomputed_tokens: tokens recomputed after preemptions, without those found in a cache.
         stalled: steps that sequences waited for blocks, summed over sequences.
         refused_requests: requests that `add` refused.
-        refused_plans: plans that memory refused in part.
+        refused_plans: plans that memory partly refused.
     """
 
     steps: int = 0
@@ -41,6 +41,6 @@ class SchedulerStats:
         self.stalled += plan.num_stalled
 
     def restarts(self, group: SequenceGroup, num_cached: int) -> None:
-        """Counts what a group that lost its memory computes again."""
+        """Counts the tokens that a preempted group recomputes."""
         if group.num_preemptions:
             self.recomputed_tokens += max(group.num_lost_tokens - num_cached, 0)

@@ -1,4 +1,4 @@
-"""The form of an output, in vLLM's words: a JSON schema, a regular expression, a grammar."""
+"""Constraints on an output, named as in vLLM: a JSON schema, a regular expression, a grammar."""
 
 import dataclasses
 from typing import Any
@@ -10,25 +10,25 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """Constrains an output. Exactly one of the first six is given.
+    """Constrains an output. Exactly one of the first six attributes must be set.
 
     Attributes:
         json: a JSON schema, as a dict or as text.
         regex: a regular expression that the whole output matches.
-        choice: strings; the output is one of them.
-        grammar: a context-free grammar in Lark's syntax, or in GBNF, that begins with `start`
-            (`root`).
-        json_object: any JSON object.
-        structural_tag: free text with structures in it, as a dict or as JSON text: "triggers", a
-            list of strings, and "structures", a list of {"begin", "schema", "end"}. Text that
-            contains a trigger goes on with one of the structures that begin with it.
-        disable_any_whitespace: JSON without white space between its parts.
-        disable_additional_properties: objects have the properties that a schema names only.
-        whitespace_pattern: a regular expression of the white space between the parts of JSON.
+        choice: the output is one of these strings.
+        grammar: a context-free grammar in Lark syntax (start rule `start`) or in GBNF (start rule
+            `root`).
+        json_object: whether the output is any JSON object.
+        structural_tag: free text with embedded structures, as a dict or as JSON text: "triggers", a
+            list of strings, and "structures", a list of {"begin", "schema", "end"}. After a
+            trigger, the text must continue as one of the structures that begin with it.
+        disable_any_whitespace: JSON without whitespace between tokens.
+        disable_additional_properties: objects have only the properties that the schema names.
+        whitespace_pattern: a regular expression for the whitespace between JSON tokens.
 
     Raises:
-        ValueError: none or several of them are given, or values of another type; one error lists
-            all reasons.
+        ValueError: not exactly one is given, or a value has the wrong type; one error lists all
+            reasons.
     """
 
     json: str | dict[str, Any] | None = None

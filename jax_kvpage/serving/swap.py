@@ -1,4 +1,4 @@
-"""What is kept below memory for requests that wait, as the scheduler sees it."""
+"""The scheduler's view of tokens that are kept in a store for waiting requests."""
 
 from typing import Literal, Protocol
 
@@ -12,42 +12,42 @@ Fetched = Literal["here", "coming", "gone"]
 
 
 class SwapSpace(Protocol):
-    """Memory below memory. The engine answers from the store of its pool.
+    """A store for the tokens of waiting groups. The engine implements it on the store of its pool.
 
-    A plan names the groups to swap out (`StepPlan.swap`); those that cannot be are computed again.
-    Only groups of one sequence are swapped: siblings share blocks. Tokens that were stored in
-    another way, such as a prompt's, may be fetched for any group before it starts.
+    A plan names the groups to swap out (`StepPlan.swap`); groups that cannot be swapped are
+    recomputed. Only groups of one sequence are swapped, because siblings share blocks. Tokens
+    stored in another way, such as those of a prompt, may be fetched for any group before it starts.
     """
 
     def holds(self, group: SequenceGroup) -> bool:
-        """Whether a waiting group has tokens here that are fetched before it starts."""
+        """Returns whether a waiting group has tokens here that must be fetched before it starts."""
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
-        """What it takes to write sequences and to read them again, in tokens computed meanwhile.
+        """Returns the cost of writing and reading back sequences, in tokens computed meanwhile.
 
         Args:
-            num_tokens: int64[g] that each sequence has computed.
+            num_tokens: int64[g]: tokens that each sequence has computed.
 
         Returns:
             int64[g].
         """
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
-        """Tokens that a group will start with, and how many of its blocks cost no free one any
-        more.
+        """Returns the tokens that a group will start with, and how many of their blocks no longer
+        cost a free block.
         """
 
     def fetch(self, group: SequenceGroup) -> Fetched:
-        """Begins to bring a group's tokens when called first; never waits.
+        """Starts fetching a group's tokens on the first call; never waits.
 
         Returns:
-            "here" once a slot can be had with them; "gone" if nothing is held any more: they are in
-            memory, to be found there, or must be computed.
+            "here" once a slot with the tokens is available; "gone" if the store no longer holds
+            them: they are in memory, where they can be found, or must be recomputed.
         """
 
     def give_up(self) -> bool:
-        """Forgets all groups, which gives back what they hold in memory: nothing else can go on.
+        """Drops all groups and frees the memory that they hold. Called when nothing else can run.
 
         Returns:
-            Whether there was anything.
+            Whether anything was dropped.
         """

@@ -1,4 +1,4 @@
-"""Text of a sequence, token by token, and the strings that end it."""
+"""Incremental detokenization and stop strings."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,18 +7,18 @@ __all__ = ["Detokenize", "TextBuilder"]
 Detokenize = Callable[[Sequence[int]], str]
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT = 5  # tokens before the first that is decoded for its text
+_CONTEXT = 5  # tokens of the prompt that are decoded as context
 
 
 class TextBuilder:
     """Decodes tokens as they arrive and searches their text for stop strings.
 
     The text of a token depends on its neighbours, so the newest tokens are decoded together with
-    those before them, and U+FFFD at the end is held back: it may be an incomplete character.
+    the preceding ones. A trailing U+FFFD is held back because it may be an incomplete character.
 
     Args:
-        detokenize: from ids to text.
-        prompt: the tokens before the first one.
+        detokenize: converts token ids to text.
+        prompt: tokens that precede the output.
         stop: strings that end the text.
 
     Attributes:
@@ -35,7 +35,7 @@ class TextBuilder:
 
     @property
     def shown(self) -> str:
-        """The text without the end that may turn out to be part of a stop string."""
+        """The text without a trailing part that may turn out to begin a stop string."""
         return self.text[: max(len(self.text) - self._held, 0)]
 
     def push(self, token: int) -> None:
@@ -44,18 +44,18 @@ class TextBuilder:
         self._decode(final=False)
 
     def finish(self) -> None:
-        """Adds what was held back as incomplete."""
+        """Adds text that was held back as incomplete."""
         self._decode(final=True)
 
     def find_stop(self, num_before: int) -> tuple[str, int] | None:
-        """The stop string that ends the text first.
+        """Finds the stop string that ends the text first.
 
         Args:
-            num_before: characters that were known before; a stop string that they contain whole
-                does not count.
+            num_before: characters known before; stop strings that lie entirely within them are
+                ignored.
 
         Returns:
-            (string, where it begins), or None.
+            (string, index of its first character), or None.
         """
         begins = [max(num_before - len(text) + 1, 0) for text in self._stop]
         found = [

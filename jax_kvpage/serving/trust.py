@@ -1,21 +1,21 @@
-"""Back-off after refusals: how many of the free blocks a plan may use."""
+"""Back-off after refusals: limits how many free blocks a plan may use."""
 
 __all__ = ["Trust"]
 
 
 class Trust:
-    """Backs off after memory has refused blocks that it reported as free.
+    """Backs off after memory refused blocks that it had reported as free.
 
-    After a refusal, the number of blocks that were reported as free is withheld from plans. Each
-    step halves it.
+    After a refusal, as many blocks as the refused plan could use are withheld from plans. The
+    number is halved in each step.
 
     Args:
-        max_refusals: consecutive steps in which nothing ran because of a refusal, until a refusal
+        max_refusals: consecutive steps in which nothing ran because of a refusal before a refusal
             is final.
 
     Attributes:
-        is_full: whether the step may use all blocks that memory reports as free; False after a
-            refusal until `usable` says so again.
+        is_full: whether the step may use all blocks that memory reports as free; False from a
+            refusal until `usable` sets it again.
     """
 
     def __init__(self, max_refusals: int = 8) -> None:
@@ -25,22 +25,22 @@ class Trust:
         self._refusals = 0
 
     def usable(self, free: int) -> int:
-        """Blocks that the next step may use, of those that memory reports as free."""
+        """Returns how many of the blocks reported as free the next step may use."""
         self.is_full = self._withheld == 0
         usable = max(free - self._withheld, 0)
         self._withheld //= 2
         return usable
 
     def refused(self, usable: int) -> None:
-        """Records a refusal in a step that could use this many blocks."""
+        """Records a refusal in a step that could use `usable` blocks."""
         self._withheld = max(self._withheld, usable)
         self.is_full = False
 
     def is_final(self, idle: bool) -> bool:
-        """Whether the latest refusal is final: too many came in a row.
+        """Returns whether the latest refusal is final because too many came in a row.
 
         Args:
-            idle: whether nothing runs or drains, so that the next attempt can only fail again.
+            idle: whether nothing runs or drains, so that another attempt can only fail again.
         """
         self._refusals = self._refusals + 1 if idle else 0
         return self._refusals >= self._max_refusals

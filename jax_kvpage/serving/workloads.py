@@ -1,4 +1,4 @@
-"""Requests to simulate: public traces, and lengths drawn as in the PagedAttention paper."""
+"""Simulation workloads: public traces, and lengths drawn as in the PagedAttention paper."""
 
 import csv
 import dataclasses
@@ -20,11 +20,11 @@ class Workload:
     """Requests in order of arrival.
 
     Attributes:
-        name: what it is.
-        arrivals: float64[r]: seconds.
-        prompts: int64[r]: tokens of the prompt.
-        outputs: int64[r]: tokens until the model stops.
-        n: sequences of each request.
+        name: name of the workload.
+        arrivals: float64[r]: arrival times in seconds.
+        prompts: int64[r]: prompt tokens.
+        outputs: int64[r]: output tokens until the model stops.
+        n: sequences per request.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Workload:
         return len(self.arrivals)
 
     def first(self, count: int) -> "Workload":
-        """The first requests."""
+        """The first `count` requests."""
         return dataclasses.replace(
             self,
             arrivals=self.arrivals[:count],
@@ -46,7 +46,7 @@ class Workload:
         )
 
     def repeated(self, count: int) -> "Workload":
-        """`count` requests: the same ones again and again, one after the other."""
+        """`count` requests: the workload repeated as often as needed."""
         times, rest = np.divmod(np.arange(count), len(self))
         return dataclasses.replace(
             self,
@@ -56,11 +56,11 @@ class Workload:
         )
 
     def faster(self, factor: float) -> "Workload":
-        """The same requests at a multiple of the rate; infinity lets all arrive at once."""
+        """The same requests at a multiple of the rate; infinity makes all arrive at once."""
         return dataclasses.replace(self, arrivals=self.arrivals / factor)
 
     def within(self, max_seq_len: int) -> "Workload":
-        """Only requests that fit into a sequence with all that they produce."""
+        """Only the requests whose prompt and output fit into a sequence."""
         fits = self.prompts + self.outputs <= max_seq_len
         return dataclasses.replace(
             self,
@@ -74,7 +74,7 @@ def azure_trace(folder: pathlib.Path) -> Workload:
     """The conversations of the Azure LLM inference trace 2023 (Patel et al., Splitwise, 2024).
 
     Args:
-        folder: has azure2023_conv.csv.gz.
+        folder: folder that contains azure2023_conv.csv.gz.
     """
     with gzip.open(folder / "azure2023_conv.csv.gz", "rt") as lines:
         rows = list(csv.DictReader(lines))
@@ -91,7 +91,7 @@ def mooncake_trace(folder: pathlib.Path) -> Workload:
     """The conversations of the Mooncake trace (Qin et al., FAST 2025).
 
     Args:
-        folder: has mooncake_conversation.jsonl.gz.
+        folder: folder that contains mooncake_conversation.jsonl.gz.
     """
     with gzip.open(folder / "mooncake_conversation.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line in lines]
@@ -108,15 +108,15 @@ def synthetic(
 ) -> Workload:
     """Requests with the mean lengths of ShareGPT or Alpaca in the PagedAttention paper.
 
-    Lengths are log-normal, which has the long tail of the real ones; arrivals are Poisson.
+    Lengths are log-normal, which has a long tail like the real ones; arrivals are Poisson.
 
     Args:
         name: "sharegpt" or "alpaca".
-        count: requests.
-        rate: requests a second; infinity lets all arrive at once.
-        n: sequences of each request.
+        count: number of requests.
+        rate: requests per second; infinity makes all arrive at once.
+        n: sequences per request.
         max_seq_len: longer requests are drawn again.
-        seed: of the random numbers.
+        seed: random seed.
     """
     if name not in _MEANS:
         raise ValueError(f"synthetic: name is {name!r}, wanted one of {', '.join(_MEANS)}")

@@ -1,4 +1,4 @@
-"""The engine: runs the scheduler's plans with a model, on a pool."""
+"""The engine: runs the scheduler's plans with a model on a pool."""
 
 from jax_kvpage.serving.engine.async_engine import AsyncEngine
 from jax_kvpage.serving.engine.config import EngineConfig

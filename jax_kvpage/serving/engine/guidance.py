@@ -1,8 +1,8 @@
-"""Constrained decoding with llguidance: which tokens may follow, by grammar.
+"""Constrained decoding with llguidance: computes which tokens a grammar allows next.
 
-The host computes a mask of the vocabulary for each constrained sequence of a step, one bit a token,
-and the device applies it before it samples. A mask depends on the newest token, so a step that
-samples for such a sequence is read back before the next one is dispatched.
+The host computes a vocabulary mask for each constrained sequence of a step, one bit per token, and
+the device applies it before sampling. A mask depends on the newest token, so a step that samples
+for such a sequence is read back before the next one is dispatched.
 """
 
 import collections
@@ -20,22 +20,22 @@ from jax_kvpage.serving.structured import StructuredOutputsParams
 
 __all__ = ["Guidance", "Guide", "fill_masks"]
 
-_MOST = 128  # compiled grammars that are kept
+_MOST = 128  # compiled grammars to keep
 
 
 class Guidance:
-    """Compiles grammars for a tokenizer. Any thread may call it.
+    """Compiles grammars for a tokenizer. Thread-safe.
 
     Args:
         tokenizer: see `Engine`.
-        eos_token_ids: tokens that end an output; those of the tokenizer if there are none.
+        eos_token_ids: tokens that end an output; if empty, those of the tokenizer.
 
     Attributes:
-        num_words: int32 words of a mask. The last one is 0 in masks, and -1 where there is none.
+        num_words: int32 words of a mask. The last word is 0 if the mask applies, else -1.
 
     Raises:
         ModuleNotFoundError: llguidance is not installed.
-        ValueError: not a tokenizer.
+        ValueError: the tokenizer is not supported.
     """
 
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int]) -> None:
@@ -53,10 +53,10 @@ class Guidance:
         self.num_words = -(-self._tokenizer.vocab_size // 32) + 1
 
     def compile(self, wanted: StructuredOutputsParams) -> Any:
-        """A matcher at the beginning of a grammar; to be copied before it is used.
+        """Returns a matcher at the start of a grammar; copy it before use.
 
         Raises:
-            ValueError: the grammar is wrong, or too complex.
+            ValueError: the grammar is invalid or too complex.
         """
         try:
             grammar = self._grammar(wanted)
@@ -77,7 +77,7 @@ class Guidance:
         return matcher
 
     def guide(self, params: SamplingParams) -> "Guide":
-        """A guide for a request with `structured_outputs`; for errors see `compile`."""
+        """Returns a guide for a request with `structured_outputs`; raises like `compile`."""
         assert params.structured_outputs is not None
         matcher = self.compile(params.structured_outputs)
         words = self.num_words - 1
@@ -86,10 +86,10 @@ class Guidance:
         return Guide(matcher.deep_copy(), never, _bits(stops, words), params.min_tokens)
 
     def _wrap(self, tokenizer: Any, eos: list[int]) -> Any:
-        """The library's tokenizer."""
+        """Wraps a tokenizer for the library."""
         if isinstance(tokenizer, self._library.LLTokenizer):
             return tokenizer
-        if hasattr(tokenizer, "to_str"):  # of `tokenizers`
+        if hasattr(tokenizer, "to_str"):  # a `tokenizers.Tokenizer`
             told = {**json.loads(tokenizer.to_str()), "padding": None, "truncation": None}
             tokenizer = json.dumps(told)
         try:
@@ -133,12 +133,12 @@ class Guidance:
 
 
 class Guide:
-    """Where a sequence stands in its grammar.
+    """The state of a sequence in its grammar.
 
     Args:
-        matcher: of the library.
-        never: int32[words]: tokens that are left out of masks.
-        stops: int32[words]: tokens that are left out before `min_tokens`.
+        matcher: llguidance matcher.
+        never: int32[words]: tokens that masks always exclude.
+        stops: int32[words]: tokens that are excluded before `min_tokens`.
         min_tokens: see `SamplingParams`.
     """
 
@@ -151,21 +151,21 @@ class Guide:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing can follow, except for an end-of-sequence token."""
+        """Whether nothing but an end-of-sequence token can follow."""
         return bool(self._matcher.is_stopped())
 
     def copy(self) -> "Guide":
-        """Another one at the same place."""
+        """Returns a copy in the same state."""
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         return other
 
     def take(self, token: int) -> None:
-        """Goes on by a token.
+        """Advances by one token.
 
         Raises:
-            RuntimeError: the grammar does not allow it (the model gave no token that it allows any
-                probability), or has become too complex.
+            RuntimeError: the grammar does not allow the token (the model gave no allowed token any
+                probability), or it has become too complex.
         """
         if not self._matcher.consume_token(token):
             reason = str(self._matcher.get_error()).splitlines()[0]
@@ -173,15 +173,15 @@ class Guide:
         self._num_taken += 1
 
     def cut(self, guesses: list[int]) -> list[int]:
-        """The first of some tokens, as far as the grammar allows them."""
+        """Returns the longest prefix of some tokens that the grammar allows."""
         return guesses[: self._matcher.validate_tokens(guesses)]
 
     def fill(self, masks: np.ndarray, guesses: Sequence[int]) -> None:
         """Writes the masks of the next tokens.
 
         Args:
-            masks: int32[k, words + 1], of which one more than there are guesses is written.
-            guesses: tokens that `cut` has kept: the second mask is that behind the first, ...
+            masks: int32[k, words + 1]: output, one mask more than there are guesses.
+            guesses: tokens that `cut` has kept; mask i is for the token after the first i guesses.
         """
         taken = 0
         for place in range(len(guesses) + 1):
@@ -205,12 +205,12 @@ class Guide:
 def fill_masks(
     guided: Iterable[tuple[int, Guide, Sequence[int]]], size: int, each: int, num_words: int
 ) -> np.ndarray:
-    """The masks of a step, int32[size * each, num_words].
+    """Returns the masks of a step, int32[size * each, num_words].
 
     Args:
-        guided: places in the step, their guides, and the tokens that they verify.
+        guided: positions in the step, their guides, and the tokens that they verify.
         size: sequences in the bucket.
-        each: tokens sampled for each.
+        each: tokens sampled per sequence.
         num_words: see `Guidance`.
     """
     masks = np.full((size * each, num_words), -1, np.int32)
@@ -235,7 +235,7 @@ def _parsed(value: str | dict[str, Any]) -> Any:
 
 
 def _close(schema: Any) -> None:
-    """Forbids additional properties wherever a schema does not speak of them."""
+    """Forbids additional properties wherever the schema does not specify them."""
     if isinstance(schema, list):
         for part in schema:
             _close(part)

@@ -1,6 +1,6 @@
-"""Where requests enter the engine: prompts and parameters are checked and completed.
+"""Entry point of requests: checks and completes prompts and parameters.
 
-Nothing changes for a request that is refused.
+A refused request leaves no trace.
 """
 
 import itertools
@@ -27,16 +27,16 @@ __all__ = ["Intake"]
 
 
 class Intake:
-    """Queues requests.
+    """Checks and queues requests.
 
     Args:
-        config: of the engine.
+        config: configuration of the engine.
         scheduler: decides whether they can run.
-        ledger: of those accepted.
-        memory: of the pool.
-        detokenize: of the engine.
-        clock: seconds.
-        guidance: for constrained decoding; None without a tokenizer.
+        ledger: records accepted requests.
+        memory: memory of the pool.
+        detokenize: detokenizer of the engine, if any.
+        clock: returns seconds.
+        guidance: compiles grammars for constrained decoding; None without a tokenizer.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Intake:
         request_id = next(self._ids) if request_id is None else request_id
         key, shared = None, 0
         if params.prompt_logprobs is not None:
-            # It finds its own tokens only, after a preemption: those have been scored.
+            # The prompt only finds its own tokens after a preemption: those have been scored.
             space = f"{space}\nprompt_logprobs {uuid.uuid4().hex}"
         elif config.prefix_caching:
             key, shared = self._prefixes.find(ids, space)
@@ -110,7 +110,7 @@ class Intake:
                 eos, text = config.eos_token_ids, self._detokenize
                 state = RequestState(output, params, seed, eos, text, space, guide, searched)
                 self._ledger.add(state, group)
-        except BaseException:  # such as Ctrl-C: the caller will never hear of this request
+        except BaseException:  # such as Ctrl-C: the caller never learns of this request
             if group is not None:
                 self._scheduler.cancel(group)
             if state is not None:
@@ -119,7 +119,7 @@ class Intake:
         return output
 
     def guidance(self) -> Guidance:
-        """Compiles grammars; raises a ValueError without a tokenizer."""
+        """The grammar compiler; raises a ValueError without a tokenizer."""
         if self._guidance is None:
             raise ValueError(
                 "Engine.add_request: structured_outputs needs an engine with `tokenizer`"
@@ -134,7 +134,7 @@ class Intake:
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
-    """A prompt, checked."""
+    """Checks and converts a prompt."""
     if isinstance(prompt, str):
         raise ValueError("Engine: prompt is text, wanted token ids")
     ids = [int(token) for token in prompt]
@@ -146,16 +146,19 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 def _checked(params: Params, config: EngineConfig, has_text: bool, shares: bool) -> SamplingParams:
-    """Raises a ValueError for parameters that an engine cannot serve.
+    """Checks parameters against what the engine can serve.
 
     Args:
-        params: of a request.
-        config: of the engine.
-        has_text: whether it has a detokenizer.
+        params: parameters of a request.
+        config: configuration of the engine.
+        has_text: whether the engine has a detokenizer.
         shares: whether sequences of its pool can share blocks.
 
     Returns:
-        Those of the sampler.
+        The sampler's parameters.
+
+    Raises:
+        ValueError: the engine cannot serve the request; one error lists all reasons.
     """
     reasons = []
     if not shares and (params.n > 1 if isinstance(params, SamplingParams) else True):

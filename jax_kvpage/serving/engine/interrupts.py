@@ -1,4 +1,4 @@
-"""Ctrl-C while the engine's records change: it waits until they agree again."""
+"""Holds Ctrl-C back while the engine's records are inconsistent."""
 
 import signal
 import threading
@@ -9,12 +9,12 @@ __all__ = ["HeldInterrupts"]
 
 
 class HeldInterrupts:
-    """A block in which Ctrl-C (SIGINT) is held back, to be passed on at its end.
+    """A context in which Ctrl-C (SIGINT) is held back and then delivered at the end.
 
     Python raises KeyboardInterrupt between any two operations: a request could be known to one
-    table and not to the next. A second Ctrl-C is passed on at once, since a block may wait for
-    something that never comes. Signals reach the main thread only: in others a block does nothing,
-    and neither does it where the program has no handler in Python.
+    table but not to the next. A second Ctrl-C is delivered immediately, since the block may be
+    waiting for something that never comes. Signals only reach the main thread, so in other threads
+    the context does nothing, and likewise if the program has no Python handler.
     """
 
     def __enter__(self) -> None:

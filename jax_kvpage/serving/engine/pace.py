@@ -1,4 +1,4 @@
-"""How fast the engine computes prompts."""
+"""Measures how fast the engine computes prompts."""
 
 import collections
 import time
@@ -7,37 +7,36 @@ import numpy as np
 
 __all__ = ["Pace"]
 
-_STEPS = 64  # that count, the latest ones
+_STEPS = 64  # latest steps that are fitted
 
 
 class Pace:
-    """How fast prompts are computed.
+    """Measures how fast prompts are computed.
 
-    A step takes some time however few tokens it has; what a token adds to it is what is saved when
-    the token need not be computed. Both are fitted to the latest steps by least squares of relative
-    errors, so that short steps count as much as long ones.
+    A step has a fixed cost, and the marginal cost of a token is what is saved if the token need not
+    be computed. Both are fitted to the latest steps by least squares of relative errors, so that
+    short steps count as much as long ones.
     """
 
     def __init__(self) -> None:
         self._steps: collections.deque[tuple[int, float]] = collections.deque(maxlen=_STEPS)
         self._last = 0.0
-        self._rate: float | None = 0.0  # None: to be fitted
+        self._rate: float | None = 0.0  # None if it must be fitted again
 
     @property
     def tokens_per_second(self) -> float:
-        """By how many tokens of a prompt a step may grow to take a second longer; 0 before the
-        first step that computed a part of one.
+        """Prompt tokens that lengthen a step by a second; 0 before the first one with any.
         """
         if self._rate is None:
             self._rate = self._fitted()
         return self._rate
 
     def read(self, num_prompt_tokens: int, launched: float) -> None:
-        """Hears that a step was read back.
+        """Records a step that was read back.
 
         Args:
-            num_prompt_tokens: tokens that it ran beside those that decode.
-            launched: when it was dispatched, in seconds of `time.monotonic`.
+            num_prompt_tokens: tokens that it ran besides those of decoding sequences.
+            launched: time at which it was dispatched, in seconds of `time.monotonic`.
         """
         now = time.monotonic()
         seconds, self._last = now - max(launched, self._last), now

@@ -1,9 +1,9 @@
-"""Choosing tokens on the device, each sequence with its own parameters.
+"""Sampling on the device, with separate parameters for each sequence.
 
-All parameters are arrays, so that one program serves every mixture of them. Costly parts (sorting
-the vocabulary, counting the tokens so far) run only in steps in which a sequence needs them. A row
-does not depend on the others: its random numbers are a function of the seed, the continuation's
-index and the position.
+All parameters are arrays, so that one program serves any mixture of them. Costly parts (sorting the
+vocabulary, counting previous tokens) run only in steps in which a sequence needs them. Rows are
+independent: the random numbers of a row depend only on the seed, the index of the continuation and
+the position.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ __all__ = [
     "sample",
 ]
 
-# Compiled programs may treat subnormal numbers as zero, and may divide by multiplying with the
-# reciprocal: both must be normal. At the upper end all finite logits are equal already.
+# Compiled programs may flush subnormal numbers to zero, and may divide by multiplying with the
+# reciprocal, so both numbers must be normal. At the upper end, all finite logits are equal anyway.
 _SMALLEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)
 _LARGEST_TEMPERATURE = 2.0**126
 
@@ -36,11 +36,11 @@ NUM_INTS = 6
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
-    """State on the device between steps, by scheduler row.
+    """Device state between steps, indexed by scheduler row.
 
     Attributes:
-        last: int32[rows], the newest token.
-        history: int32[rows, max_seq_len], tokens so far, of sequences with penalties.
+        last: int32[rows]: the newest token.
+        history: int32[rows, max_seq_len]: previous tokens of sequences with penalties.
     """
 
     last: jax.Array
@@ -50,7 +50,7 @@ class SamplerState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowParams:
-    """Parameters of the sequences of a step.
+    """Sampling parameters of the sequences of a step.
 
     Attributes:
         floats: float32[NUM_FLOATS, S]: temperature, top_p, min_p, presence, frequency and
@@ -58,10 +58,10 @@ class RowParams:
         ints: int32[NUM_INTS, S]: top_k, seed, index, prompt tokens, position at which stop tokens
             are allowed, whether log probabilities are wanted.
         banned: int32[K, S]: tokens not allowed before that position, -1 for none.
-        rows: int32[S]: scheduler row; padding is out of range.
+        rows: int32[S]: scheduler row; out of range for padding.
         positions: int32[S]: the position that the new token will have.
-        masks: int32[S, W + 1]: bits of the tokens that are allowed, in the first W words; the last
-            is 0 if the mask counts. None if no program of the engine has masks.
+        masks: int32[S, W + 1]: bits of the allowed tokens in the first W words; the last word is 0
+            if the mask applies. None if no program of the engine uses masks.
     """
 
     floats: jax.Array
@@ -79,8 +79,8 @@ class Sampled:
 
     Attributes:
         tokens: int32[S].
-        valid: bool[S]: whether the logits held no NaN. A failed CUDA op leaves NaN too.
-        details: int32[S, 2 + 2M]: their log probabilities, where wanted; see `log_probabilities`.
+        valid: bool[S]: whether the logits contain no NaN. A failed CUDA op leaves NaN.
+        details: int32[S, 2 + 2M]: log probabilities if requested; see `log_probabilities`.
     """
 
     tokens: jax.Array
@@ -89,19 +89,19 @@ class Sampled:
 
 
 def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprobs: int) -> Sampled:
-    """The next token of each sequence.
+    """Samples the next token of each sequence.
 
     Args:
         logits: float[S, vocabulary].
-        params: of the sequences.
-        history: of `SamplerState`; used for penalties.
-        max_logprobs: M, static.
+        params: parameters of the sequences.
+        history: history from `SamplerState`, used for penalties.
+        max_logprobs: M, a static value.
     """
     raw = logits.astype(jnp.float32)
     temperature, top_p, min_p, presence, frequency, repetition = params.floats
     top_k, seed, index, _, allowed, wanted = params.ints
     penalized = (presence != 0) | (frequency != 0) | (repetition != 1)
-    # All parameters of padding are 0, which is a penalty where 1 is neutral.
+    # Padding has 0 for all parameters, but the neutral value of the repetition penalty is 1.
     penalized &= params.rows < history.shape[0]
     scores = jax.lax.cond(
         jnp.any(penalized), _penalize, lambda scores, params, history: scores, raw, params,
@@ -125,7 +125,7 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
         scaled = jax.lax.cond(
             filtered, _keep_top, lambda scaled, k, p: scaled, scaled, top_k, top_p
         )
-        # The largest is at 0; log(0) keeps everything.
+        # The largest score is 0; log(0) keeps everything.
         scaled = jnp.where(scaled < jnp.log(min_p)[:, None], -jnp.inf, scaled)
         drawn = jax.vmap(_categorical)(scaled, seed, index, params.positions)
         return jnp.where(temperature > 0, drawn, greedy)
@@ -145,17 +145,22 @@ def sample(logits: jax.Array, params: RowParams, history: jax.Array, max_logprob
 def remember(
     state: SamplerState, rows: jax.Array, positions: jax.Array, tokens: jax.Array
 ) -> SamplerState:
-    """The state with new tokens in it; see `RowParams` for rows and positions."""
+    """Returns the state with new tokens; see `RowParams` for rows and positions."""
     history = state.history.at[rows, positions].set(tokens, mode="drop")
     return SamplerState(state.last.at[rows].set(tokens, mode="drop"), history)
 
 
 def log_probabilities(raw: jax.Array, tokens: jax.Array, most: int) -> jax.Array:
-    """Of a token in each row of logits [S, vocabulary], and of the most likely ones.
+    """Log probabilities of one token and the most likely ones in each row of logits.
+
+    Args:
+        raw: float32[S, vocabulary]: logits.
+        tokens: int32[S]: a token of each row.
+        most: M, the number of most likely tokens.
 
     Returns:
-        One array to read back, int32[S, 2 + 2M] with floats as bits: the log probability of the
-        token, its rank from 1, the most likely tokens, and their log probabilities.
+        A single array to read back, int32[S, 2 + 2M], with floats as bits: the log probability of
+        the token, its rank starting at 1, the most likely tokens, and their log probabilities.
     """
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)
@@ -166,7 +171,7 @@ def log_probabilities(raw: jax.Array, tokens: jax.Array, most: int) -> jax.Array
 
 
 def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
-    """Lowers the scores [S, vocabulary] of tokens that a sequence contains."""
+    """Applies penalties to the scores [S, vocabulary] of tokens that a sequence contains."""
     presence, frequency, repetition = params.floats[3:]
     prompt = params.ints[3]
     ids = history.at[params.rows].get(mode="fill", fill_value=0)
@@ -184,25 +189,25 @@ def _penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.A
 
 
 def _ban(scores: jax.Array, banned: jax.Array, early: jax.Array) -> jax.Array:
-    """Removes tokens [K, S] from the scores of sequences that are too short to end."""
+    """Excludes tokens [K, S] from the scores of sequences that are too short to end."""
     ids = jnp.where((banned >= 0) & early[None], banned, scores.shape[1])
     rows = jnp.arange(scores.shape[0])[None]
     return scores.at[rows, ids].set(-jnp.inf, mode="drop")
 
 
 def _keep_allowed(scores: jax.Array, masks: jax.Array) -> jax.Array:
-    """Scores [S, vocabulary], with -inf for tokens outside a mask; see `RowParams`."""
+    """Sets the scores [S, vocabulary] of tokens outside a mask to -inf; see `RowParams`."""
     place = jnp.arange(scores.shape[1])
-    word = jnp.minimum(place // 32, masks.shape[1] - 1)  # tokens beyond the mask get its last word
+    word = jnp.minimum(place // 32, masks.shape[1] - 1)  # tokens beyond the mask use its last word
     allowed = (masks[:, word] >> (place % 32)) & 1
     return jnp.where(allowed == 1, scores, -jnp.inf)
 
 
 def _scale(scores: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Scores [S, vocabulary] divided by a temperature, with the largest of a row at 0.
+    """Divides scores [S, vocabulary] by a temperature, with the maximum of a row shifted to 0.
 
-    The maximum is subtracted first, so that a low temperature takes the others towards -inf and
-    leaves the largest finite.
+    The maximum is subtracted first, so that a low temperature drives the others towards -inf and
+    keeps the maximum finite.
     """
     top = jnp.max(scores, axis=-1, keepdims=True)
     # An infinite maximum minus itself would be NaN.
@@ -213,15 +218,15 @@ def _scale(scores: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def _keep_top(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Scores [S, vocabulary], with -inf for those outside top_k, and then outside top_p.
+    """Sets scores [S, vocabulary] outside top_k, and then outside top_p, to -inf.
 
-    Tokens as likely as the last one are kept, and so is the most likely one.
+    Ties with the last kept token are kept, and so is always the most likely token.
     """
     ordered = jnp.sort(scores, axis=-1, descending=True)
     place = jnp.arange(scores.shape[1])[None]
     last = jnp.clip(jnp.where(top_k > 0, top_k, scores.shape[1]), 1, scores.shape[1]) - 1
     smallest = jnp.take_along_axis(ordered, last[:, None], axis=1)
-    # Tokens as likely as the last one belong to the distribution that top_p cuts.
+    # Ties with the last top_k token are part of the distribution that top_p cuts.
     probabilities = jax.nn.softmax(jnp.where(ordered < smallest, -jnp.inf, ordered), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = (before < top_p[:, None]) | (place == 0) | (top_p >= 1)[:, None]
@@ -234,15 +239,15 @@ def _categorical(
 ) -> jax.Array:
     key = jax.random.key(jax.lax.bitcast_convert_type(seed, jnp.uint32))
     key = jax.random.fold_in(jax.random.fold_in(key, index), position)
-    # As jax.random.categorical draws.
+    # Draws like jax.random.categorical.
     return _argmax((scores + jax.random.gumbel(key, scores.shape, scores.dtype))[None])[0]
 
 
 def _argmax(scores: jax.Array) -> jax.Array:
-    """jnp.argmax over [S, vocabulary] without NaN, 5 to 20 times faster on CPU.
+    """Like jnp.argmax over [S, vocabulary] without NaN, but 5 to 20 times faster on CPU.
 
-    XLA reduces pairs of value and index one by one there, but maxima in vector registers: first
-    those of segments.
+    On CPU, XLA reduces (value, index) pairs one by one, but maxima in vector registers, so this
+    first takes the maxima of segments.
     """
     size, width = scores.shape
     count = -(-width // _SEGMENT)

@@ -1,4 +1,4 @@
-"""What the scheduler's plans do to the pool."""
+"""Carries out the memory changes of the scheduler's plans on the pool."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -23,14 +23,14 @@ __all__ = ["Slots"]
 
 
 class Slots(SlotCalls):
-    """Gives slots to sequences and takes them back, as plans say.
+    """Acquires and releases the slots of sequences as plans require.
 
     Args:
         pool: the memory.
         memory: the scheduler's view of it.
-        num_rows: sequences of all replicas at one time.
-        prefix_caching: whether sequences are found by their tokens.
-        swap: where preempted sequences go; None: they are computed again.
+        num_rows: maximum sequences of all replicas at one time.
+        prefix_caching: whether sequences look for their tokens in the prefix cache.
+        swap: where preempted sequences go; None recomputes them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Slots(SlotCalls):
         self._prefix_caching = prefix_caching
 
     def memory(self) -> list[SequenceMemory]:
-        """What each sequence stores and has room for."""
+        """The memory that each sequence uses and has reserved."""
         size = self._block_tokens
         return [
             SequenceMemory(
@@ -60,24 +60,24 @@ class Slots(SlotCalls):
         ]
 
     def release_dropped(self) -> None:
-        """Releases the slots of sequences whose row the scheduler has taken back."""
+        """Releases the slots of sequences that lost their scheduler row."""
         everyone = enumerate(self.states)
         self.release(row for row, s in everyone if s is not None and s.is_dropped)
 
     def swap_out(self, state: SequenceState) -> None:
-        """Moves a preempted sequence to the store; if that fails it stays, to be released."""
+        """Swaps out a preempted sequence; if that fails, leaves it to be released."""
         if self._swap is None or state.slot < 0 or state.ended:
             return
         self.commit(state)
         try:
             swapped, self.cache = self._call(lambda cache: self._pool.swap_out(cache, state.slot))
-        except KVPageError:  # such as a store that was closed
+        except KVPageError:  # for example, the store was closed
             return
         self._swap.keep(state.sequence.group, swapped)
         self.leave(state)
 
     def release(self, rows: Iterable[int]) -> None:
-        """Commits what sequences have computed, and releases their slots. Nothing is in flight."""
+        """Commits the tokens of sequences and releases their slots. Nothing may be in flight."""
         gone = [state for row in rows if (state := self.states[row]) is not None]
         if not gone:
             return
@@ -91,12 +91,12 @@ class Slots(SlotCalls):
     def claim(
         self, plan: StepPlan, scheduler: AnyScheduler, states: dict[Sequence, SequenceState]
     ) -> StepPlan:
-        """Gets the memory of a plan; what is refused is left out.
+        """Acquires the memory of a plan; sequences that were refused are left out.
 
         Args:
-            plan: the last one.
-            scheduler: which made it.
-            states: of its sequences.
+            plan: the last plan.
+            scheduler: the scheduler that made it.
+            states: states of its sequences.
 
         Returns:
             The plan to run.
@@ -104,14 +104,14 @@ class Slots(SlotCalls):
         refused: list[Sequence] = []
         for fork in plan.forks:
             if states[fork.parent].computed < fork.num_tokens:
-                continue  # the step that computed the prompt has failed, and its requests with it
+                continue  # the step that computed the prompt failed, and with it the requests
             if not self._fork(fork, states):
                 refused += fork.children
         for admission in plan.admissions:
             state = states[admission.sequence]
             if not self.acquire(state, admission.num_tokens):
                 refused.append(admission.sequence)
-            elif state.computed < admission.num_cached:  # the others were evicted in between
+            elif state.computed < admission.num_cached:  # blocks were evicted since
                 plan = scheduler.found(plan, admission.sequence, state.computed)
         refused += self._extend(plan)
         if not refused:
@@ -121,31 +121,32 @@ class Slots(SlotCalls):
         rows = {sequence: sequence.place for sequence in new}
         left = scheduler.refuse(plan, refused)
         groups = {sequence.group for sequence in refused}
-        # Of a group that does not run, those that did get their memory.
+        # Release the sequences that did get memory but whose group does not run.
         self.release(rows[s] for s in new if s.group in groups and states[s].row >= 0)
         return left
 
     def wait(self, draining: bool) -> None:
-        """Waits for memory, a little or for programs in flight: nothing else can go on."""
+        """Waits briefly, or for programs in flight, until memory is freed; nothing else can run."""
         if draining:
-            jax.block_until_ready(self.cache)  # released blocks drain
+            jax.block_until_ready(self.cache)  # lets released blocks drain
         if self._swap is not None:
             self._swap.wait()
 
     def forget(self, groups: Iterable[SequenceGroup]) -> None:
-        """Gives up what ended groups have in the store."""
+        """Drops what the store holds for ended groups."""
         if self._swap is not None:
             for group in groups:
                 self._swap.forget(group)
 
     def take_over(self, heirs: Items[tuple[SequenceState, SequenceState]]) -> None:
-        """Gives sequences forks of others' slots in place of their own. Nothing is in flight.
+        """Replaces the slots of sequences by forks of others. Nothing may be in flight.
 
-        They need no more memory than they had: what a fork does not share, the slot before did not
-        share either. But that one may have to drain first.
+        No more memory is needed than before: blocks that a fork does not share were not shared by
+        the old slot either. But the old slot may have to drain first.
 
         Args:
-            heirs: each sequence and the one whose tokens it takes over. Those keep theirs.
+            heirs: pairs of a sequence and the one whose tokens it takes over, which keeps its own
+                slot.
         """
         donors = list(dict.fromkeys(donor for _, donor in heirs))
         parents = [*range(len(donors)), *(donors.index(donor) for _, donor in heirs)]
@@ -172,13 +173,13 @@ class Slots(SlotCalls):
             past_fault(lambda: self._pool.extend(slots, rooms))
 
     def find(self, state: SequenceState, replica: int = 0) -> int:
-        """Tokens that `acquire` will find on a replica, if nothing is evicted before."""
+        """Tokens that `acquire` will find on a replica if nothing is evicted before."""
         ids = np.asarray(state.ids, np.int32)
         with self._pool.on_replica(replica):
             return past_fault(lambda: self._pool.find_prefix(ids, state.request.namespace))
 
     def acquire(self, state: SequenceState, room: int) -> bool:
-        """Gives a sequence a slot that starts with what is in memory of its tokens."""
+        """Gives a sequence a slot that starts with those of its tokens that are in memory."""
         swapped = None if self._swap is None else self._swap.get(state.sequence.group)
         if swapped is not None:
             got = self._swap_in(state, room, swapped)
@@ -193,7 +194,7 @@ class Slots(SlotCalls):
         return True
 
     def _occupy(self, cache: KVCache, state: SequenceState, room: int) -> tuple[int, int, KVCache]:
-        """Acquires a slot on the replica that the scheduler has chosen: (slot, found, cache)."""
+        """Acquires a slot on the replica that the scheduler chose: (slot, tokens found, cache)."""
         with self._pool.on_replica(state.sequence.group.first_row // self._replica_rows):
             if self._prefix_caching:
                 ids, space = np.asarray(state.ids, np.int32), state.request.namespace
@@ -203,7 +204,7 @@ class Slots(SlotCalls):
             return slot, 0, cache
 
     def _swap_in(self, state: SequenceState, room: int, swapped: Swapped) -> bool | None:
-        """Gives a swapped sequence a slot; None: it cannot be read."""
+        """Gives a swapped sequence a slot; returns None if it cannot be read."""
         assert self._swap is not None
         group, tokens = state.sequence.group, swapped.tokens
         try:
@@ -224,7 +225,7 @@ class Slots(SlotCalls):
         return True
 
     def _reorder(self, states: list[SequenceState], parents: list[int]) -> list[int]:
-        """New slots, which go on from those of `parents`."""
+        """Returns new slots that continue those of `parents`."""
         slots, self.cache = self._call(
             lambda cache: self._pool.reorder(cache, [state.slot for state in states], parents)
         )
@@ -250,7 +251,7 @@ class Slots(SlotCalls):
         return True
 
     def _extend(self, plan: StepPlan) -> list[Sequence]:
-        """Maps more room; returns the sequences that got none."""
+        """Maps more room; returns the sequences that were refused."""
         if not plan.extend_rows.size:
             return []
         rows, tokens = plan.extend_rows.tolist(), plan.extend_tokens.tolist()

@@ -13,15 +13,15 @@ class EngineStats:
         running: requests that have memory now.
         waiting: requests in the queue now.
         steps: steps run.
-        drafted: guessed tokens that were verified (speculation).
-        accepted: those that were right.
-        failures: steps that failed, those run again with success included.
+        drafted: speculated tokens that were verified.
+        accepted: speculated tokens that were accepted.
+        failures: steps that failed, including those that succeeded when retried.
         generations: new generations of caches after failures.
         preemptions: times that a request lost its memory.
-        swapped: of these, those in which its tokens went to the pool's store.
-        stalled: steps that sequences waited for blocks, added up over sequences.
+        swapped: preemptions in which the tokens went to the pool's store.
+        stalled: steps that sequences waited for blocks, summed over sequences.
         programs: step programs compiled.
-        compile_seconds: time spent tracing and compiling them, and those of a draft model.
+        compile_seconds: time spent tracing and compiling them, including those of a draft model.
     """
 
     running: int
@@ -43,10 +43,10 @@ class SequenceMemory:
     """The memory of a running sequence.
 
     Attributes:
-        request_id: of its request.
-        index: of the continuation.
+        request_id: id of its request.
+        index: index of the continuation.
         num_tokens: tokens whose keys and values are stored.
-        num_reserved: tokens that its blocks have room for; shared blocks count for each.
+        num_reserved: tokens that its blocks have room for; shared blocks count for each sequence.
     """
 
     request_id: object

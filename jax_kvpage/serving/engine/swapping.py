@@ -1,7 +1,7 @@
-"""The store below the pool, as the scheduler sees it.
+"""The scheduler's view of the pool's store.
 
 Preempted sequences and stored prompts are read before their requests start, while others run, and
-only where that takes less time than to compute them, by the speeds that were measured.
+only if measured speeds say that this is faster than computing them.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from jax_kvpage.tickets import Ticket
 __all__ = ["PoolSwap"]
 
 _STORE_BYTES_PER_SECOND = 5e8  # until the store has measured its reads
-_HOST_BYTES_PER_SECOND = 1e10  # the same of host memory: less than PCIe 4.0 moves
-_PATIENCE = 8  # times that a read finds no blocks, until the sequence is computed again
+_HOST_BYTES_PER_SECOND = 1e10  # same for host memory; below PCIe 4.0 bandwidth
+_PATIENCE = 8  # reads that find no blocks before the sequence is recomputed
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,9 +38,9 @@ class PoolSwap:
     """The `SwapSpace` of a pool with a store.
 
     Args:
-        pool: with a store.
-        pace: of the engine.
-        prompts: of other requests; None: they are not looked for.
+        pool: a pool with a store.
+        pace: measured speed of the engine.
+        prompts: stored prompts of other requests; None ignores them.
     """
 
     def __init__(
@@ -54,22 +54,22 @@ class PoolSwap:
         self._pool = pool
         self._pace = pace
         self._block_tokens = spec.block_tokens
-        # Over a mesh the devices' parts are written and read beside each other.
+        # On a mesh, the devices write and read their parts in parallel.
         self._token_bytes = pool.sharding.local.token_bytes if pool.sharding else spec.token_bytes
         self._held: dict[SequenceGroup, _Entry] = {}
         self._prompts = prompts
 
     def keep(self, group: SequenceGroup, swapped: Swapped) -> None:
-        """Takes a sequence that was swapped out."""
+        """Records a sequence that was swapped out."""
         self._held[group] = _Entry(swapped)
 
     def get(self, group: SequenceGroup) -> Swapped | None:
-        """A sequence that was swapped out; None if the group's was not."""
+        """Returns the swapped-out sequence of a group, or None."""
         entry = self._held.get(group)
         return None if entry is None else entry.swapped
 
     def forget(self, group: SequenceGroup) -> None:
-        """Gives up what is left of a group, if there is anything."""
+        """Drops whatever is stored for a group."""
         if self._prompts is not None:
             self._prompts.forget(group)
         entry = self._held.pop(group, None)
@@ -77,7 +77,7 @@ class PoolSwap:
             entry.swapped.close()
 
     def wait(self) -> None:
-        """Waits a little for the store: nothing else can go on."""
+        """Waits briefly for the store; called when nothing else can run."""
         reads = [entry.ticket for entry in self._held.values() if entry.ticket is not None]
         reads += [] if self._prompts is None else self._prompts.reads()
         for ticket in reads:
@@ -94,12 +94,12 @@ class PoolSwap:
         return self._prompts is not None and self._prompts.find(group) > 0
 
     def cost(self, num_tokens: np.ndarray) -> np.ndarray:
-        """See `SwapSpace`. Before any prompt was computed nothing is worth swapping."""
+        """See `SwapSpace`. Until a prompt has been computed, nothing is worth swapping."""
         pace = self._pace.tokens_per_second
         if not pace:
             return num_tokens
         speed = self._read_bytes_per_second()
-        seconds = 2 * self._token_bytes / speed  # for a token: written, then read
+        seconds = 2 * self._token_bytes / speed  # per token: written, then read
         return np.ceil(num_tokens * seconds * pace).astype(np.int64)
 
     def _read_bytes_per_second(self) -> float:
@@ -109,7 +109,7 @@ class PoolSwap:
         )
         try:
             return (store and store.stats().read_bytes_per_second) or default
-        except KVPageError:  # it was closed
+        except KVPageError:  # the store was closed
             return default
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
@@ -158,17 +158,19 @@ def store_below(
     pace: Pace,
     tokens_of: Callable[[SequenceGroup], tuple[np.ndarray, str]] | None,
 ) -> PoolSwap | None:
-    """What lies below a pool; None without a store, and for a pool with replicas: a sequence comes
-    back to the replica that it left, while the scheduler places preempted requests anew.
+    """Returns the swap space of a pool; None without a store or with several replicas.
+
+    A swapped sequence can only return to the replica that it left, but the scheduler places
+    preempted requests again.
 
     Args:
-        pool: of the engine.
-        pace: of the engine.
-        tokens_of: see `StoredPrompts`; None: prompts are not looked for.
+        pool: pool of the engine.
+        pace: measured speed of the engine.
+        tokens_of: see `StoredPrompts`; None ignores stored prompts.
     """
     if pool.store is None or pool.replicas > 1:
         return None
     prompts = None
-    if tokens_of is not None and pool.sharding is None:  # over a mesh none are stored
+    if tokens_of is not None and pool.sharding is None:  # on a mesh, prompts are not stored
         prompts = StoredPrompts(pool, pace, tokens_of)
     return PoolSwap(pool, pace, prompts)
