@@ -1,7 +1,7 @@
-"""The engine for asyncio: it runs in a thread, requests and their tokens cross by messages.
+"""The engine for asyncio. It runs in a thread; requests and tokens are passed as messages.
 
-The engine itself is only touched by its thread. A step's tokens reach an event loop in one call,
-however many requests it has; a reader that is slower than the engine sees several tokens at once.
+Only this thread touches the engine. All tokens of a step are passed to an event loop in one call; a
+reader that is slower than the engine gets several tokens at once.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ __all__ = ["AsyncEngine"]
 
 _T = TypeVar("_T")
 
-_MOST_FAILURES = 8  # steps in a row that raise, until the engine stops
+_MOST_FAILURES = 8  # consecutive steps that raise before the engine stops
 
 
 class AsyncEngine:
     """Serves requests of asyncio tasks. An asynchronous context manager.
 
-    An exception in a step ends the requests of that step ("error"), and the engine goes on. It
-    stops when the pool is closed, or when several steps in a row have raised.
+    An exception in a step ends the requests of that step ("error"), and the engine continues. It
+    stops when the pool is closed, or when several consecutive steps have raised.
 
     Args:
-        engine: not used by anyone else from now on; `close` closes it.
+        engine: the engine; nobody else may use it from now on. `close` closes it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -41,7 +41,7 @@ class AsyncEngine:
         self._jobs: list[Callable[[], None]] = []
         self._closing = False
         self._failure: BaseException | None = None
-        self._num_failures = 0  # steps in a row
+        self._num_failures = 0  # consecutive steps
         self._readers: dict[int, _Reader] = {}
         self._thread = threading.Thread(target=self._run, name="jax_kvpage engine", daemon=True)
         self._thread.start()
@@ -55,7 +55,7 @@ class AsyncEngine:
     async def generate(
         self, prompt: Sequence[int], params: Params | None = None, **options: Any
     ) -> RequestOutput:
-        """Runs a request to its end. Cancelling the task cancels the request.
+        """Runs a request to completion. Cancelling the task cancels the request.
 
         Args:
             prompt: token ids.
@@ -63,9 +63,9 @@ class AsyncEngine:
             **options: as for `Engine.add_request`.
 
         Raises:
-            ValueError: a prompt or parameters that the engine cannot serve (`RequestRefused` for
-                those that can never run, or find the queue full).
-            RuntimeError: the engine is closed, or has stopped for an error.
+            ValueError: the engine cannot serve the prompt or the parameters (`RequestRefused` if
+                the request can never run or the queue is full).
+            RuntimeError: the engine is closed, or has stopped because of an error.
         """
         last = None
         async for output in self.stream(prompt, params, **options):
@@ -82,7 +82,7 @@ class AsyncEngine:
         errors see `generate`.
         """
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            # The engine's thread then finds it compiled, and other requests do not wait.
+            # Compiled here, so that the engine's thread finds it and other requests do not wait.
             await asyncio.to_thread(self._engine.compile_grammar, params.structured_outputs)
         reader = _Reader(asyncio.get_running_loop())
 
@@ -106,19 +106,19 @@ class AsyncEngine:
                 self._cancel(reader)
 
     async def inspect(self, read: Callable[[Engine], _T]) -> _T:
-        """Calls a function with the engine, in its thread and between two steps.
+        """Calls a function with the engine, in its thread, between two steps.
 
-        For counters and for the memory of running sequences. The function must be short, because no
-        step runs meanwhile, and must not add, cancel or step.
+        Use it to read counters or the memory of running sequences. The function must be short,
+        because no step runs meanwhile, and must not add requests, cancel them or run steps.
 
         Args:
-            read: what to call.
+            read: function to call.
 
         Returns:
-            Its result; what it raises is raised.
+            The function's result. Exceptions that it raises are propagated.
 
         Raises:
-            RuntimeError: the engine is closed, or has stopped for an error.
+            RuntimeError: the engine is closed, or has stopped because of an error.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = loop.create_future()
@@ -143,10 +143,10 @@ class AsyncEngine:
         return await answer
 
     async def close(self) -> None:
-        """Ends all requests ("cancelled"), gives their memory back and ends the thread.
+        """Ends all requests ("cancelled"), releases their memory and ends the thread.
 
         Raises:
-            RuntimeError: the engine had stopped for an error.
+            RuntimeError: the engine had stopped because of an error.
         """
         with self._condition:
             self._closing = True
@@ -159,7 +159,7 @@ class AsyncEngine:
             raise RuntimeError(f"AsyncEngine: stopped: {self._failure}") from self._failure
 
     def _submit(self, job: Callable[[], None]) -> None:
-        """Has a function called by the engine's thread."""
+        """Queues a function to be called in the engine's thread."""
         with self._condition:
             self._check_failure()
             if self._closing:
@@ -185,14 +185,14 @@ class AsyncEngine:
             with self._condition:
                 self._failure = error
                 jobs, self._jobs = self._jobs, []
-            with contextlib.suppress(BaseException):  # the first one is told
+            with contextlib.suppress(BaseException):  # the first error is reported
                 self._engine.close()
             for job in jobs:
                 job()
             self._answer_all(RuntimeError(f"AsyncEngine: stopped: {error}"))
 
     def _work(self) -> bool:
-        """One turn of the engine's thread; returns whether there is another."""
+        """Runs one iteration of the engine's thread; returns whether to continue."""
         with self._condition:
             while not (self._jobs or self._closing or self._engine.has_unfinished):
                 self._condition.wait()
@@ -223,7 +223,7 @@ class AsyncEngine:
         return outputs
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Hands snapshots to the readers, each event loop in one call."""
+        """Delivers snapshots to the readers, with one call per event loop."""
         posts: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, RequestOutput]]] = {}
         for output in outputs:
             reader = self._readers.get(id(output))
@@ -242,11 +242,11 @@ class AsyncEngine:
 
 
 class _Reader:
-    """Where the newest output of a request waits for its task."""
+    """Holds the newest output of a request until its task reads it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.output: RequestOutput | None = None  # the engine's; only for its thread
+        self.output: RequestOutput | None = None  # owned by the engine; only for its thread
         self.finished = False
         self._ready = asyncio.Event()
         self._newest: RequestOutput | BaseException | None = None
@@ -256,13 +256,13 @@ class _Reader:
         _call(self.loop, self.put, newest)
 
     def put(self, newest: RequestOutput | BaseException) -> None:
-        """Called by the event loop. The output holds everything so far: it replaces the last."""
+        """Called by the event loop. An output contains everything so far, and replaces the last."""
         self._newest = newest
         self.finished = isinstance(newest, BaseException) or newest.finished
         self._ready.set()
 
     async def get(self) -> RequestOutput:
-        """Waits for more."""
+        """Waits for the next output."""
         await self._ready.wait()
         self._ready.clear()
         newest = self._newest
@@ -275,7 +275,7 @@ class _Reader:
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     try:
         loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:  # the loop is closed, and its tasks gone
+    except RuntimeError:  # the loop is closed, and its tasks are gone
         return
 
 
@@ -285,7 +285,7 @@ def _post_all(found: list[tuple[_Reader, RequestOutput]]) -> None:
 
 
 def _snapshot(output: RequestOutput) -> RequestOutput:
-    """An output that the engine will not change."""
+    """Copies an output, so that the engine will not change it."""
     outputs = []
     for each in output.outputs:
         logprobs = None if each.logprobs is None else list(each.logprobs)

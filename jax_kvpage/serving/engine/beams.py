@@ -1,7 +1,7 @@
-"""Beam search in the engine: the sequences of a request are the running beams.
+"""Beam search in the engine: the sequences of a request are its running beams.
 
-They decode in lockstep, so each step that is read back has the most likely next tokens of all of
-them. Beams that are given up take over the tokens of others, as forks of their slots.
+They decode in lockstep, so each step yields the most likely next tokens of all of them. Beams that
+are dropped take over the tokens of others, by forking their slots.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ __all__ = ["Beams"]
 
 
 class Beams:
-    """Goes on with beam searches.
+    """Advances beam searches.
 
     Args:
-        slots: of the sequences.
-        ledger: the requests.
-        choose: hears of sequences whose newest token the host has chosen.
+        slots: slots of the sequences.
+        ledger: unfinished requests.
+        choose: called for sequences whose newest token the host has chosen.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Beams:
         self._choose = choose
 
     def go_on(self, request: RequestState, tokens: Sequence[Token], now: float) -> bool:
-        """Takes a step of a search; nothing is in flight.
+        """Advances a search by one step; nothing may be in flight.
 
         Args:
-            request: unfinished.
-            tokens: the most likely one of each beam, with the log probabilities of the candidates.
-            now: seconds.
+            request: an unfinished request.
+            tokens: most likely token of each beam, with the log probabilities of the candidates.
+            now: current time in seconds.
 
         Returns:
             Whether the search has ended.
@@ -59,8 +59,10 @@ class Beams:
         return False
 
     def _reorder(self, beams: list[SequenceState], parents: list[int]) -> list[SequenceState]:
-        """Beams that go on from `parents`: a parent's first child keeps its slot, the others get
-        those of beams without children."""
+        """Returns the beams that continue from `parents`.
+
+        The first child of a parent keeps its slot; the others get the slots of beams without
+        children."""
         kept = {beams[parent] for parent in parents}
         unused = iter([beam for beam in beams if beam not in kept])
         following, heirs = [], []

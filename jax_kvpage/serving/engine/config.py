@@ -1,4 +1,4 @@
-"""What an engine is told once."""
+"""Engine configuration."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax_kvpage.serving.preemption import PreemptionPolicy
 
 __all__ = ["EngineConfig"]
 
-_NUMBERS = {  # the least that each may be
+_NUMBERS = {  # minimum values
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
     "max_num_waiting": 1,
@@ -29,38 +29,38 @@ _OPTIONAL = ("max_num_seqs", "max_num_waiting")
 class EngineConfig:
     """Options of an `Engine`.
 
-    Where the pool has replicas (`data_axis`), the first three are those of each replica.
+    If the pool has replicas (`data_axis`), the first three apply to each replica.
 
     Attributes:
-        max_num_seqs: sequences that run at one time at most; None for all slots of the pool.
-        max_num_batched_tokens: tokens in a step at most. Longer prompts take several steps.
-        buckets: shapes (tokens, sequences) of steps; a step runs in the smallest that holds it, and
-            each is one compiled program. None chooses some: powers of two for steps that only
-            decode, and a few larger ones. Where padding would be much, prompts are computed in
-            smaller parts, which fill a bucket. A single shape makes results bit-identical with any
-            other requests beside, at the price of padding.
+        max_num_seqs: maximum sequences that run at one time; None for all slots of the pool.
+        max_num_batched_tokens: maximum tokens per step. Longer prompts take several steps.
+        buckets: shapes (tokens, sequences) of steps. A step runs in the smallest shape that holds
+            it; each shape is one compiled program. None chooses powers of two for decode-only
+            steps, and a few larger shapes. Where there would be much padding, prompts are computed
+            in smaller chunks that fill a bucket. A single shape makes results bit-identical
+            regardless of other requests, at the price of padding.
         eos_token_ids: tokens that end an output unless `ignore_eos`.
-        prefix_caching: whether requests start with what is in memory of their tokens. A pool with
-            `sequence_axis` has no prefix cache: False there.
-        namespace: of the prefix cache, in which this engine stores and finds tokens. Engines of the
-            same model and parameters, one after the other on a pool, share what they computed under
-            one name. None makes a new name for each engine: what another model has computed is
-            never found.
-        max_logprobs: most `logprobs` and `prompt_logprobs` that a request may ask for, and
-            candidates of each beam in a search: twice its width, or more with several stop tokens.
-            If it is more than the model's vocabulary, requests get all of that.
+        prefix_caching: whether requests reuse those of their tokens that are in memory. Must be
+            False for a pool with `sequence_axis`, which has no prefix cache.
+        namespace: prefix cache namespace in which this engine stores and finds tokens. Engines with
+            the same model and parameters that use a pool one after the other can share computed
+            tokens under one name. None creates a new name for each engine, so that tokens computed
+            by another model are never found.
+        max_logprobs: largest `logprobs` and `prompt_logprobs` that a request may ask for, and also
+            the largest number of candidates per beam in a search: twice the beam width, or more
+            with several stop tokens. Values beyond the vocabulary size are clipped to it.
         prompt_logprobs: whether requests may ask for `SamplingParams.prompt_logprobs`. Each bucket
-            then has another program, which gives logits for all of its tokens.
-        max_stop_token_ids: most tokens that may end a request with `min_tokens`.
-        max_num_waiting: requests in the queue at most; None for no bound.
-        num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 for
-            none. The engine then reads each step back before the next. Outputs stay the same.
-            Sequences with penalties are not guessed. Without a draft model, guesses are what
-            followed the newest tokens where they occurred before (prompt lookup).
-        prompt_lookup_min: newest tokens that must have occurred in the sequence before, for a guess
-            of what followed them.
-        prompt_lookup_max: newest tokens that are looked for at most.
-        seed: of the seeds that requests without one get.
+            then has one more program, which computes logits for all of its tokens.
+        max_stop_token_ids: maximum stop tokens of a request with `min_tokens`.
+        max_num_waiting: maximum requests in the queue; None for no limit.
+        num_speculative_tokens: tokens to guess for each sequence and verify in one step; 0 disables
+            speculation. The engine then reads back each step before the next. Outputs stay the
+            same. Sequences with penalties do not speculate. Without a draft model, the guesses are
+            the tokens that followed an earlier occurrence of the newest tokens (prompt lookup).
+        prompt_lookup_min: minimum newest tokens that must have occurred earlier in the sequence for
+            a guess.
+        prompt_lookup_max: maximum newest tokens to look up.
+        seed: generates the seeds of requests that have none.
         preemption: chooses victims when memory runs out; the scheduler's default if None.
         admission: decides when requests may start; the scheduler's default if None.
     """
@@ -106,7 +106,7 @@ class EngineConfig:
             raise ValueError("\n  - ".join(["EngineConfig:", *reasons]))
 
     def _normalize(self, name: str, convert: Callable[[Any], Any], wanted: str) -> list[str]:
-        """Converts an option to tuples; returns what is wrong with it."""
+        """Converts an option to tuples; returns reasons why it is invalid."""
         value = getattr(self, name)
         try:
             object.__setattr__(self, name, convert(value))
@@ -115,13 +115,13 @@ class EngineConfig:
         return []
 
     def rows(self, max_slots: int) -> int:
-        """Sequences at one time.
+        """Returns the maximum number of sequences at one time.
 
         Args:
-            max_slots: of the pool, or of one of its replicas.
+            max_slots: slots of the pool, or of one of its replicas.
 
         Raises:
-            ValueError: more than the pool has slots, or more than tokens in a step.
+            ValueError: `max_num_seqs` exceeds the slots of the pool or the tokens of a step.
         """
         rows = min(max_slots, self.max_num_batched_tokens)
         if self.max_num_seqs is None:
@@ -134,13 +134,13 @@ class EngineConfig:
         return self.max_num_seqs
 
     def shapes(self, rows: int) -> list[tuple[int, int]]:
-        """The buckets, smallest first.
+        """Returns the buckets, smallest first.
 
         Args:
-            rows: sequences at one time.
+            rows: maximum sequences at one time.
 
         Raises:
-            ValueError: there are buckets, but none for the largest step.
+            ValueError: no bucket holds the largest step.
         """
         largest = (self.max_num_batched_tokens, rows)
         if self.buckets is None:
@@ -171,7 +171,7 @@ def _integer(value: Any) -> bool:
 
 
 def _token_ids(values: Any) -> tuple[int, ...]:
-    """Token ids; raises a TypeError or ValueError for anything else."""
+    """Converts token ids; raises a TypeError or ValueError for anything else."""
     ids = tuple(values)
     if not all(_integer(token) and 0 <= token < 2**31 for token in ids):
         raise ValueError
@@ -179,7 +179,7 @@ def _token_ids(values: Any) -> tuple[int, ...]:
 
 
 def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
-    """Shapes; raises a TypeError or ValueError for anything else."""
+    """Converts shapes; raises a TypeError or ValueError for anything else."""
     pairs = tuple((tokens, sequences) for tokens, sequences in values)
     if not all(_integer(number) and number >= 1 for pair in pairs for number in pair):
         raise ValueError
@@ -187,7 +187,7 @@ def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _doubling(first: int, last: int, factor: int = 2) -> list[int]:
-    """first, first * factor, ... up to last, which is included."""
+    """Returns first, first * factor, ... up to and including last."""
     sizes = []
     while first < last:
         sizes.append(first)

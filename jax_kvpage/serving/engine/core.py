@@ -1,7 +1,8 @@
-"""Continuous batching of requests on one pool, step by step.
+"""Continuous batching of requests on a pool, step by step.
 
-Each call of `step` plans a step, gives and takes memory for it, dispatches it, and reads the one
-before it back. Calls come from one thread; `AsyncEngine` runs an engine in a thread for others.
+Each call of `step` plans a step, acquires and releases memory for it, dispatches it, and reads back
+the previous one. All calls must come from one thread; `AsyncEngine` runs an engine in its own
+thread.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ __all__ = ["EngineCore"]
 
 
 class EngineCore:
-    """The part of `Engine` that runs steps; see there.
+    """The part of `Engine` that runs steps; see `Engine`.
 
     Attributes:
         config: the options.
@@ -88,7 +89,7 @@ class EngineCore:
         self._intake = Intake(
             config, self.scheduler, self._ledger, self._memory, detokenize, clock, guidance
         )
-        self._finished: list[SequenceGroup] = []  # by the scheduler, and to be forgotten
+        self._finished: list[SequenceGroup] = []  # ended by the scheduler, to be forgotten
         self._gave_up = False  # whether a plan was not carried out
         self.closed = False
 
@@ -106,26 +107,26 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts so far, and what runs now."""
+        """Counters so far, and what is running now."""
         return collect(self.scheduler, self._runner, self._programs, self._guesser)
 
     def memory(self) -> list[SequenceMemory]:
-        """What each running sequence stores, and what it has room for."""
+        """The memory that each running sequence uses and has reserved."""
         return self._slots.memory()
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles everything that the engine runs, so that nothing is compiled later.
+        """Compiles everything that the engine will run.
 
         Args:
-            progress: called with the number of programs done and the number of all; a draft
-                model's come first, and are counted by themselves.
+            progress: called with the number of programs done and the total. The programs of a draft
+                model come first and are counted separately.
 
         Raises:
-            RuntimeError: requests are unfinished.
+            RuntimeError: there are unfinished requests.
         """
         if not all(request.output.finished for request in self._ledger.requests()):
             raise RuntimeError("Engine.warm_up: wanted no unfinished requests")
-        while self.has_unfinished:  # releases
+        while self.has_unfinished:  # pending releases
             self.step()
         self._guesser.warm_up(progress)
         self._slots.cache = warm_up(
@@ -152,19 +153,20 @@ class EngineCore:
 
         Args:
             prompt: token ids, at least one.
-            params: of sampling or of beam search; `SamplingParams()` if None.
-            request_id: for the output; None numbers requests.
+            params: sampling or beam search parameters; `SamplingParams()` if None.
+            request_id: id for the output; None numbers the requests.
             priority: lower numbers go first.
-            deadline: when it ends with the reason "deadline", in the engine's clock.
-            namespace: requests find tokens of earlier ones with the same name only (a tenant, an
-                adapter); None is a name too. The pool knows them by `namespace_of`.
+            deadline: time on the engine's clock when the request ends with the reason "deadline".
+            namespace: requests only find tokens of earlier requests with the same namespace (a
+                tenant, an adapter); None is a namespace too. `namespace_of` returns its name in the
+                pool.
 
         Returns:
-            Its output, which `step` fills.
+            The output of the request, which `step` updates.
 
         Raises:
-            ValueError: a prompt or parameters that the engine cannot serve.
-            RequestRefused: it can never run, or the queue is full.
+            ValueError: the engine cannot serve the prompt or the parameters.
+            RequestRefused: the request can never run, or the queue is full.
             RuntimeError: the engine is closed.
         """
         if self.closed:
@@ -179,22 +181,22 @@ class EngineCore:
         )
 
     def compile_grammar(self, wanted: StructuredOutputsParams) -> None:
-        """Compiles a grammar ahead of the requests that use it. Any thread may call this.
+        """Compiles a grammar before the requests that use it. Thread-safe.
 
         Raises:
-            ValueError: the grammar is wrong, or the engine has no tokenizer.
+            ValueError: the grammar is invalid, or the engine has no tokenizer.
         """
         self._intake.guidance().compile(wanted)
 
     def namespace_of(self, name: str | None = None) -> str:
-        """The pool's namespace of requests with this `namespace`, for `KVPool.pin` and `hint`."""
+        """Returns the pool's name for a namespace, for `KVPool.pin` and `hint`."""
         return self._intake.namespace_of(name)
 
     def cancel(self, output: RequestOutput, reason: str = "cancelled") -> None:
-        """Ends a request at once. Its memory comes back with the next step.
+        """Ends a request immediately. Its memory is released by the next step.
 
         Args:
-            output: what `add_request` returned; a finished one does not change.
+            output: the output returned by `add_request`; a finished one does not change.
             reason: its finish reason.
         """
         with HeldInterrupts():
@@ -207,25 +209,26 @@ class EngineCore:
         """Runs a step.
 
         Returns:
-            Requests that have new tokens, or have ended, since the call before.
+            Outputs of the requests that have new tokens or have ended since the previous call.
 
         Raises:
-            PoolClosed: the pool is closed. All requests have ended with the reason "error". After
-                another exception those that this step would have run have; others go on.
-            KeyboardInterrupt: Ctrl-C. The step has run to its end, and requests go on. A second
-                Ctrl-C does not wait for the end: then it is as after another exception.
+            PoolClosed: the pool is closed, and all requests have ended with the reason "error".
+                After any other exception, only the requests of this step have ended; the others
+                continue.
+            KeyboardInterrupt: Ctrl-C. The step has completed, and requests continue. A second
+                Ctrl-C does not wait for the step: it acts like any other exception.
         """
         with HeldInterrupts():
             self._step()
         return self._ledger.changed()
 
     def close(self) -> None:
-        """Ends all requests ("cancelled") and gives their memory back. Closing twice is fine."""
+        """Ends all requests ("cancelled") and releases their memory. May be called twice."""
         with HeldInterrupts():
             self.closed = True
             for request in self._ledger.requests():
                 self.cancel(request.output)
-            with contextlib.suppress(PoolClosed):  # then there is nothing to give back
+            with contextlib.suppress(PoolClosed):  # then there is nothing to release
                 while self.has_unfinished:
                     self.step()
             self._guesser.follow([])
@@ -248,7 +251,7 @@ class EngineCore:
         self._finished += plan.finished
         try:
             plan = self._carry_out(plan, guesses)
-        except BaseException as error:  # such as Ctrl-C, or a pool that was closed
+        except BaseException as error:  # such as Ctrl-C, or the pool was closed
             sequences = [*plan.sequences, *(fork.parent for fork in plan.forks)]
             self._give_up((sequence.group for sequence in sequences), error)
             raise
@@ -258,11 +261,11 @@ class EngineCore:
             self._slots.wait(self._memory.is_draining)
 
     def _find_prefix(self, group: SequenceGroup, replica: int) -> tuple[int, int]:
-        """What a prefix cache has of a group; which blocks cost no free one is not known."""
+        """Cached tokens of a group; how many of their blocks cost no free one is unknown."""
         return self._slots.find(self._ledger.states[group.live[0]], replica), 0
 
     def _start(self) -> None:
-        """Begins with no steps."""
+        """Creates a runner without steps in flight."""
         self._runner = Runner(
             self._programs,
             self._pool,
@@ -277,10 +280,10 @@ class EngineCore:
         )
 
     def _carry_out(self, plan: StepPlan, guesses: Mapping[SequenceState, list[int]]) -> StepPlan:
-        """Gives and takes memory, dispatches the step, and reads the one before it back.
+        """Changes memory, dispatches the step, and reads back the previous one.
 
         Returns:
-            The plan without what memory refused.
+            The plan without the sequences that memory refused.
         """
         self._runner.settle()
         if plan.is_empty or plan.release or self._finished or plan.forks or plan.admissions:
@@ -308,7 +311,7 @@ class EngineCore:
         return plan
 
     def _give_up(self, groups: Iterable[SequenceGroup], error: BaseException) -> None:
-        """Ends requests whose step was not carried out to its end."""
+        """Ends requests whose step was not completed."""
         self._reader.tell()
         self._gave_up = True
         for group in dict.fromkeys(groups):
@@ -318,7 +321,7 @@ class EngineCore:
             self.scheduler.cancel(group, "error")
 
     def _clean_up(self) -> None:
-        """Releases what a step that was given up has left, before rows go to other sequences."""
+        """Releases what an abandoned step left behind, before its rows are reused."""
         try:
             self._runner.settle()
             self._reader.read()
@@ -330,7 +333,7 @@ class EngineCore:
         self._gave_up = False
 
     def _abandon(self, error: BaseException) -> None:
-        """Ends all requests, and forgets what they had of a pool that is closed."""
+        """Ends all requests and forgets their memory, because the pool is closed."""
         self._runner.flights.clear()
         self._give_up((request.group for request in self._ledger.requests()), error)
         self._finished += self.scheduler.schedule(self._clock()).finished

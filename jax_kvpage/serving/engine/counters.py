@@ -12,7 +12,7 @@ __all__ = ["collect"]
 def collect(
     scheduler: AnyScheduler, runner: Runner, programs: Programs, guesser: Guesser
 ) -> EngineStats:
-    """The counters of an engine's parts."""
+    """Returns the counters of an engine's parts."""
     return EngineStats(
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,

@@ -1,13 +1,12 @@
-"""Guesses by a smaller model, with keys and values in a pool of its own.
+"""Speculation with a draft model that keeps its keys and values in its own pool.
 
-Slots of that pool follow the sequences of the engine: they come with the first guess, are forked
-for samples of one prompt, and are released when a sequence ends or loses its memory. Before each
-step the draft computes what it has not seen of its sequences, as far as the token budget of a step
-allows, and then as many tokens as are guessed, each from the one before it on the device. What the
-last step rejected is rolled back first.
+Slots of that pool follow the sequences of the engine: they are acquired at the first guess, forked
+for samples of one prompt, and released when a sequence ends or loses its memory. Before each step,
+wrong guesses are rolled back. The draft then computes tokens that it has not seen, within the token
+budget of a step, and generates the guesses, each from the previous one on the device.
 
-The draft never decides on an output. Where it has no memory, a sequence runs without guesses; a
-failure costs the guesses of that step, and a second one in a row ends guessing with a warning.
+The draft never affects outputs. If the draft's pool is full, a sequence runs without guesses. A
+failure costs the guesses of that step; a second one in a row disables guessing with a warning.
 """
 
 import contextlib
@@ -32,19 +31,19 @@ from jax_kvpage.serving.engine.warm_up import warm_up
 
 __all__ = ["Draft", "DraftModel", "check_draft"]
 
-_MOST_FAILURES = 2  # in a row
-# Temperature, top_p, min_p, presence, frequency and repetition penalty: the most likely token.
+_MOST_FAILURES = 2  # consecutive
+# Temperature, top_p, min_p, presence, frequency and repetition penalty for greedy sampling.
 _GREEDY = np.asarray((0, 1, 0, 0, 0, 1), np.float32).view(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """A model that guesses tokens for another one; see `Engine`.
+    """A draft model; see `Engine`.
 
     Attributes:
-        step: the model, as for `Engine`. It must have the same token ids.
-        params: its first argument.
-        pool: its keys and values. Nothing else may use it while the engine runs.
+        step: the model, as for `Engine`, with the same token ids.
+        params: first argument of `step`.
+        pool: pool for its keys and values. Nothing else may use it while the engine runs.
     """
 
     step: Step
@@ -54,15 +53,16 @@ class DraftModel:
 
 @dataclasses.dataclass(eq=False)
 class _Follower:
-    """What the draft has of a sequence.
+    """The draft's state of a sequence.
 
     Attributes:
         state: the sequence.
-        slot: of the draft's pool.
+        slot: slot in the draft's pool.
         room: tokens that the slot has room for.
         known: tokens of the sequence whose keys and values exist.
-        guessed: guesses that follow them, whose keys and values exist too.
-        committed: tokens that the pool knows.
+        guessed: guesses after the known tokens, except for the last; their keys and values exist
+            too.
+        committed: tokens committed to the pool.
     """
 
     state: SequenceState
@@ -77,9 +77,9 @@ class Draft:
     """Guesses with a draft model.
 
     Args:
-        model: the draft.
-        config: of the engine.
-        num_rows: sequences at one time.
+        model: the draft model.
+        config: configuration of the engine.
+        num_rows: maximum sequences at one time.
 
     Raises:
         ValueError: the engine does not speculate.
@@ -96,7 +96,7 @@ class Draft:
         self._most = config.num_speculative_tokens
         self._budget = config.max_num_batched_tokens
         self._followers: dict[SequenceState, _Follower] = {}
-        self._failures = 0  # in a row
+        self._failures = 0  # consecutive
         self._is_whole = True
         self._cache: KVCache = self._pool.cache()
         self._state = self._initial_state()
@@ -111,13 +111,13 @@ class Draft:
         self._cache = warm_up(self._pool, self._cache, self._programs, self._num_rows, 0, progress)
 
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
-        """Guesses the next tokens of sequences that decode.
+        """Guesses the next tokens of decoding sequences.
 
         Args:
-            states: sequences that have memory. Every step has been read back.
+            states: sequences that have memory. Every step must have been read back.
 
         Returns:
-            Those with a guess; see `Guesser`.
+            Guesses of the sequences that have any; see `Guesser`.
         """
         found: dict[SequenceState, list[int]] = {}
         wanted = [s for s in states if s.request.can_be_guessed and not s.ended]
@@ -128,13 +128,13 @@ class Draft:
         return {state: tokens for state, tokens in found.items() if tokens}
 
     def follow(self, states: Iterable[SequenceState]) -> None:
-        """Releases the slots of sequences that have ended, or are not among those with memory."""
+        """Releases the slots of sequences that have ended or lost their memory."""
         kept = {state for state in states if not state.ended}
         if not self._followers.keys() <= kept:
             self._guarded(lambda: self._keep(kept))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Does something with the pool. A failure ends in a new generation without followers."""
+        """Runs work on the pool. A failure leads to a new generation without followers."""
         if self._failures >= _MOST_FAILURES:
             return
         try:
@@ -145,7 +145,7 @@ class Draft:
         except Exception as error:  # tracing runs the caller's code, which may raise anything
             self._failures += 1
             if self._failures == _MOST_FAILURES:
-                with contextlib.suppress(Exception):  # the first one is told
+                with contextlib.suppress(Exception):  # the first error is reported
                     self._restart()
                 short = shortened(error)
                 warnings.warn(
@@ -158,7 +158,7 @@ class Draft:
             self._is_whole = True
 
     def _restart(self) -> None:
-        """Begins with a new cache and no slots."""
+        """Starts again with a new cache and no slots."""
         self._cache, self._state = self._pool.cache(), self._initial_state()
         self._followers.clear()
         lengths = host_lengths(self._cache)
@@ -171,7 +171,7 @@ class Draft:
         return self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.placement)
 
     def _keep(self, kept: set[SequenceState]) -> None:
-        """Releases the slots of all other sequences; a restart before has released every slot."""
+        """Releases the slots of other sequences, if a restart has not released all slots."""
         gone = [each for state, each in self._followers.items() if state not in kept]
         if gone:
             self._cache = self._pool.release(self._cache, [each.slot for each in gone])
@@ -181,7 +181,7 @@ class Draft:
     def _guess(self, states: Sequence[SequenceState]) -> dict[SequenceState, list[int]]:
         self._roll_back()
         ready = [each for state in states if (each := self._ready(state)) is not None]
-        ready.sort(key=lambda each: len(each.state.ids) - each.known)  # those that decode first
+        ready.sort(key=lambda each: len(each.state.ids) - each.known)  # decoding sequences first
         parts: list[tuple[_Follower, int]] = []
         budget = self._budget
         for each in ready:
@@ -224,7 +224,7 @@ class Draft:
         return {each.state: tokens for each, tokens in zip(guessing, guesses.tolist(), strict=True)}
 
     def _roll_back(self) -> None:
-        """Drops guesses that were wrong. The newest token of a sequence is always left to run."""
+        """Rolls back wrong guesses. The newest token of a sequence is always left to run."""
         slots, lengths = [], []
         for each in self._followers.values():
             ids, had = each.state.ids, each.known + len(each.guessed)
@@ -242,7 +242,7 @@ class Draft:
             )
 
     def _ready(self, state: SequenceState) -> _Follower | None:
-        """The follower of a sequence, with room for its guesses; None if it cannot have any."""
+        """Returns the follower of a sequence with room for its guesses, or None."""
         room = len(state.ids) + self._most - 1
         if room > self._pool.spec.max_seq_len or len(state.ids) + 1 >= state.sequence.group.limit:
             return None
@@ -258,7 +258,7 @@ class Draft:
         return each
 
     def _enter(self, state: SequenceState) -> _Follower | None:
-        """Gives a sequence a slot: a fork of a sibling's, once that has computed the prompt."""
+        """Gives a sequence a slot: a fork of a sibling's slot once that has computed the prompt."""
         prompt = len(state.request.output.prompt_token_ids)
         every = (self._followers.get(other) for other in state.request.sequences)
         sibling = next((each for each in every if each is not None), None)
@@ -298,7 +298,7 @@ class Draft:
 
 
 def check_draft(draft: DraftModel | None, pool: KVPool) -> None:
-    """Raises a ValueError for a draft model that an engine on a pool cannot run."""
+    """Raises a ValueError for a draft model that does not work with the engine's pool."""
     if draft is None:
         return
     if draft.pool is pool:

@@ -1,4 +1,4 @@
-"""The engine: lists and streams of requests, on top of `EngineCore`."""
+"""The engine: batches and streams of requests on top of `EngineCore`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,30 +13,33 @@ __all__ = ["Engine"]
 class Engine(EngineCore):
     """Generates tokens for requests that come and go.
 
-    A context manager; `close` ends all requests and gives their memory back. The pool stays open.
+    A context manager; `close` ends all requests and releases their memory. The pool stays open.
 
     Args:
-        step: the model: `step(params, cache, tokens, batch) -> (logits, cache)` with tokens
-            int32[T], a ragged `Batch` of S sequences, and logits float[n, vocabulary] of
-            the rows `batch.last_rows`: S of them, and more where guesses are verified. It is
-            compiled for each bucket, and must not call `advance`. Over a pool with replicas
-            (`data_axis`), tokens, batch and logits have an equal part for each of them, as
-            `jax_kvpage.spread` makes them; so have the arrays inside of the step.
-        params: its first argument, any pytree of arrays.
-        pool: the memory. While the engine runs, only the engine makes caches of it. If it has a
-            store, preempted requests of one sequence wait there, and prompts that it has are read
-            before their requests start, while others run: where that takes less time than to
-            compute the tokens, by the speeds that the engine measures. `EngineConfig.namespace`
-            lets an engine find what one before it has stored. If it has replicas, one step serves
-            them all; each request runs on one, where it costs least, and those of a replica whose
-            memory runs out wait or are preempted while the others go on.
-        config: options.
-        detokenize: from ids to text, for `CompletionOutput.text` and stop strings.
-        tokenizer: for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its JSON text,
-            or an `llguidance.LLTokenizer`. Needs llguidance: `pip install 'jax_kvpage[guided]'`.
-        draft: a smaller model that guesses the tokens that a step verifies, in place of prompt
-            lookup. What the engine samples decides: outputs stay the same. Not with replicas.
-        clock: seconds, for deadlines and metrics.
+        step: the model: `step(params, cache, tokens, batch) -> (logits, cache)`, with tokens
+            int32[T], a ragged `Batch` of S sequences, and logits float[n, vocabulary] of the rows
+            `batch.last_rows`: n is S, or more if guesses are verified. It is compiled for each
+            bucket, and must not call `advance`. On a pool with replicas (`data_axis`), tokens,
+            batch and logits, as well as arrays inside the step, have an equal part for each
+            replica, as made by `jax_kvpage.spread`.
+        params: first argument of `step`, any pytree of arrays.
+        pool: the memory. While the engine runs, only the engine may create caches of the pool. If
+            the pool has a store, preempted requests with one sequence are swapped out to it, and
+            stored prompts are read before their requests start, while others run; both only if that
+            takes less time than recomputing the tokens at the measured speeds.
+            `EngineConfig.namespace` lets an engine find what an earlier one has stored. If the pool
+            has replicas, one step serves all of them. Each request runs on the replica where it
+            costs least; when a replica runs out of memory, its requests wait or are preempted while
+            the others continue.
+        config: engine options.
+        detokenize: converts token ids to text, for `CompletionOutput.text` and stop strings.
+        tokenizer: tokenizer for `SamplingParams.structured_outputs`: a `tokenizers.Tokenizer`, its
+            JSON text, or an `llguidance.LLTokenizer`. Needs llguidance: `pip install
+            'jax_kvpage[guided]'`.
+        draft: a smaller model that guesses the tokens that a step verifies, instead of prompt
+            lookup. Outputs stay the same, because the engine's own samples decide. Not supported
+            with replicas.
+        clock: returns seconds, for deadlines and metrics.
 
     Attributes:
         config: the options.
@@ -44,8 +47,8 @@ class Engine(EngineCore):
         closed: whether `close` was called.
 
     Raises:
-        ValueError: options that do not fit each other or the pool.
-        ModuleNotFoundError: a tokenizer without llguidance.
+        ValueError: the options are not compatible with each other or with the pool.
+        ModuleNotFoundError: a tokenizer is given, but llguidance is not installed.
     """
 
     def generate(
@@ -53,18 +56,18 @@ class Engine(EngineCore):
         prompts: Sequence[Sequence[int]],
         params: Params | Sequence[Params] | None = None,
     ) -> list[RequestOutput]:
-        """Runs requests to their end.
+        """Runs requests to completion.
 
         Args:
-            prompts: token ids of each.
-            params: for all, or for each.
+            prompts: token ids of each prompt.
+            params: parameters for all prompts, or one for each.
 
         Returns:
-            Their outputs, in order. Requests that were added before are served as well.
+            The outputs, in order. Requests that were added before are served as well.
 
         Raises:
-            ValueError: a prompt or parameters that the engine cannot serve; nothing has run.
-            RequestRefused: a request can never run, or the queue is full; nothing has run.
+            ValueError: the engine cannot serve a prompt or its parameters; nothing was run.
+            RequestRefused: a request can never run, or the queue is full; nothing was run.
         """
         outputs = self._add_all(prompts, params)
         try:
@@ -80,17 +83,17 @@ class Engine(EngineCore):
         prompts: Sequence[Sequence[int]],
         params: Params | Sequence[Params] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Runs requests and yields each one's output whenever it has more tokens.
+        """Runs requests and yields the output of each whenever it has more tokens.
 
-        Requests are added at the first `next`. Ending the iteration cancels what is unfinished.
-        Several streams may be read in turn: each serves the others' requests too.
+        Requests are added at the first `next`. Ending the iteration cancels unfinished requests.
+        Several streams may be read in turn: each also serves the requests of the others.
 
         Args:
-            prompts: token ids of each.
-            params: for all, or for each.
+            prompts: token ids of each prompt.
+            params: parameters for all prompts, or one for each.
 
         Yields:
-            The output of one of the requests: the same object every time, with all tokens so far.
+            The output of one request: always the same object for a request, with all tokens so far.
 
         Raises:
             ValueError: as for `generate`.
@@ -120,7 +123,7 @@ class Engine(EngineCore):
         prompts: Sequence[Sequence[int]],
         params: Params | Sequence[Params] | None,
     ) -> list[RequestOutput]:
-        """Adds requests; none if one is refused."""
+        """Adds all requests, or none if one is refused."""
         if params is None or isinstance(params, Params):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):

@@ -1,4 +1,4 @@
-"""A step between its dispatch and its read-back, and what comes of it."""
+"""A step in flight, from dispatch to read-back, and its results."""
 
 import dataclasses
 import time
@@ -19,22 +19,23 @@ __all__ = ["Flight", "StepFailed", "Token"]
 
 @dataclasses.dataclass(eq=False)
 class Flight:
-    """A step between its dispatch and its read-back.
+    """A step in flight, from dispatch to read-back.
 
     Attributes:
         states: its sequences.
-        rows: int32[s], of the scheduler.
-        begins: int32[s], position of the first token.
-        counts: int32[s], tokens.
-        samples: bool[s], whether a token is sampled.
-        num_decodes: sequences that run their newest token.
-        guesses: of some of those, tokens to verify behind it.
-        outcome: on the device; None if the dispatch failed.
-        packed: says where its sequences are in the outcome.
-        error: why it failed; None as well if an interrupt cut it short.
+        rows: int32[s]: scheduler rows.
+        begins: int32[s]: position of the first token.
+        counts: int32[s]: number of tokens.
+        samples: bool[s]: whether a token is sampled.
+        num_decodes: number of leading sequences that run their newest token.
+        guesses: tokens to verify after the newest one, for some of the decoding sequences.
+        outcome: results on the device; None if the dispatch failed.
+        packed: where its sequences are in the outcome.
+        error: why the dispatch failed; also None if it was interrupted.
         retried: whether it was run again after a failure.
-        accepted: int32[s], guesses that were right; None without any, and before the read-back.
-        launched: when it was dispatched, in seconds of `time.monotonic`.
+        accepted: int32[s]: number of accepted guesses; None without guesses and before the
+            read-back.
+        launched: time of dispatch, in seconds of `time.monotonic`.
     """
 
     states: list[SequenceState]
@@ -58,9 +59,9 @@ class Flight:
         states: Sequence[SequenceState],
         guesses: Mapping[SequenceState, list[int]],
     ) -> Self | None:
-        """The step of a plan; None if nothing is left to run. For arguments see `Runner.launch`."""
+        """Creates the step of a plan, or None if nothing is left to run. See `Runner.launch`."""
         begins, counts = plan.begins, plan.counts
-        if len(states) > plan.num_decodes:  # what was found of a prompt is not run
+        if len(states) > plan.num_decodes:  # cached prompt tokens are not run
             found = [state.computed for state in states[plan.num_decodes :]]
             begins = begins.copy()
             begins[plan.num_decodes :] = np.maximum(begins[plan.num_decodes :], found)
@@ -81,18 +82,18 @@ class Flight:
 
     @property
     def num_guesses(self) -> np.ndarray | None:
-        """int32[s], tokens to verify; None without any."""
+        """int32[s]: number of guesses; None without guesses."""
         if not self.guesses:
             return None
         return np.asarray([len(self.guesses.get(state, ())) for state in self.states], np.int32)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens beside those of sequences that decode."""
+        """Number of tokens besides those of decoding sequences."""
         return sum(self.counts[self.num_decodes :].tolist())
 
     def guided(self) -> list[tuple[int, Guide, list[int]]]:
-        """Places of sequences that sample from a mask, their guides and guesses."""
+        """Positions of sequences that sample with a mask, their guides and guesses."""
         return [
             (i, guide, self.guesses.get(state, []))
             for i, state in enumerate(self.states)
@@ -100,7 +101,7 @@ class Flight:
         ]
 
     def keep(self, places: list[int]) -> None:
-        """Leaves all other sequences out."""
+        """Removes all other sequences."""
         if len(places) == len(self.states):
             return
         self.num_decodes = sum(i < self.num_decodes for i in places)
@@ -111,7 +112,7 @@ class Flight:
 
 
 class Token(NamedTuple):
-    """A sampled token: the sequence, the id, and log probabilities if it has them."""
+    """A sampled token: its sequence, its id, and log probabilities if requested."""
 
     state: SequenceState
     token: int
@@ -119,10 +120,10 @@ class Token(NamedTuple):
 
 
 class StepFailed(RuntimeError):
-    """A step failed twice.
+    """Raised if a step failed twice.
 
     Attributes:
-        reason: why, the second time.
+        reason: the error of the second attempt.
     """
 
     def __init__(self, reason: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Which sequences speculate, and on which tokens."""
+"""Speculation: chooses the sequences and guesses their tokens."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -11,42 +11,42 @@ __all__ = ["Guesser", "PromptLookup"]
 
 
 class Guesser(Protocol):
-    """Guesses tokens; every step is read back before the next guess."""
+    """Guesses tokens. Every step must be read back before the next guess."""
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent compiling what guesses need."""
+        """Time spent compiling the guesser's programs."""
 
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
-        """Guesses the next tokens of sequences that decode.
+        """Guesses the next tokens of decoding sequences.
 
-        Penalties depend on the tokens so far, which are not known on the device before guesses are
-        verified, and the host chooses the tokens of beams: such sequences are left out.
+        Skips sequences with penalties, which depend on previous tokens that the device does not
+        know before guesses are verified, and beams, whose tokens the host chooses.
 
         Args:
             states: sequences that have memory.
 
         Returns:
-            Those with a guess.
+            Guesses of the sequences that have any.
         """
 
     def follow(self, states: Iterable[SequenceState]) -> None:
-        """Forgets all sequences but those that have memory."""
+        """Forgets all sequences but the given ones, which have memory."""
 
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
-        """Compiles what guesses need."""
+        """Compiles the guesser's programs."""
 
 
 class PromptLookup:
-    """Guesses what followed the newest tokens the last time they occurred.
+    """Guesses the tokens that followed the last occurrence of the newest tokens.
 
     Args:
-        config: of the engine.
+        config: configuration of the engine.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self.compile_seconds = 0.0  # the host searches
+        self.compile_seconds = 0.0  # the search runs on the host
 
     def guess(self, states: Iterable[SequenceState]) -> dict[SequenceState, list[int]]:
         """See `Guesser`."""
@@ -65,7 +65,7 @@ class PromptLookup:
         return found
 
     def follow(self, states: Iterable[SequenceState]) -> None:
-        """Does nothing: an index goes with its sequence."""
+        """Does nothing: an index is owned by its sequence."""
 
     def warm_up(self, progress: Callable[[int, int], None] | None) -> None:
         """Does nothing."""

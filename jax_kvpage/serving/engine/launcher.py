@@ -1,4 +1,4 @@
-"""Hands steps to the compiled programs, which go on from the newest cache and sampler's state."""
+"""Launches compiled steps on the newest cache and sampler state."""
 
 from collections.abc import Sequence as Items
 
@@ -19,11 +19,11 @@ class Launcher:
     Args:
         programs: compiled steps.
         pool: the memory.
-        slots: has the newest cache.
-        num_guesses: tokens of a sequence to verify at most.
+        slots: holds the newest cache.
+        num_guesses: maximum tokens to verify per sequence.
 
     Attributes:
-        state: the sampler's, the newest.
+        state: the newest sampler state.
     """
 
     def __init__(self, programs: Programs, pool: KVPool, slots: Slots, num_guesses: int) -> None:
@@ -34,11 +34,11 @@ class Launcher:
         self.restart()
 
     def restart(self) -> None:
-        """Begins with a new state."""
+        """Starts from a new state."""
         self.state = self._programs.initial_state(self._pool.spec.max_seq_len, self._pool.placement)
 
     def set_history(self, row: int, ids: list[int]) -> None:
-        """Writes the tokens so far of a sequence with penalties."""
+        """Sets the token history of a sequence with penalties."""
         self.state = self._programs.set_history(self.state, row, ids)
 
     def run(
@@ -50,12 +50,12 @@ class Launcher:
         """Launches a step.
 
         Args:
-            step: its operands.
+            step: operands of the step.
             guided: see `Flight.guided`.
             targets: see `Programs.run`.
 
         Returns:
-            What will be read back, and where things are in it.
+            The outcome to read back, and the packed operands, which tell where things are in it.
         """
         packed = self._programs.pack(step)
         variant = 0 if step.guesses is None and targets is None else self._num_guesses

@@ -1,4 +1,4 @@
-"""Requests from their arrival to their end: who waits for what, and what callers have not heard."""
+"""Tracks requests from arrival to end, and the outputs that callers have not seen yet."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,14 +14,14 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """The unfinished requests, and outputs that have changed.
+    """The unfinished requests, and the outputs that have changed.
 
     Args:
-        clock: seconds.
+        clock: returns seconds.
 
     Attributes:
-        states: of the scheduler's sequences.
-        num_searches: requests by beam search, which need each step read back before the next.
+        states: state of each scheduler sequence.
+        num_searches: beam search requests, for which each step must be read back before the next.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -33,7 +33,7 @@ class Ledger:
         self.num_searches = 0
 
     def add(self, request: RequestState, group: SequenceGroup) -> None:
-        """Takes a request that the scheduler has accepted."""
+        """Adds a request that the scheduler has accepted."""
         request.start(group)
         self.num_searches += request.search is not None
         self._requests[group] = request
@@ -41,19 +41,19 @@ class Ledger:
         self.states.update((state.sequence, state) for state in request.sequences)
 
     def find(self, output: RequestOutput) -> RequestState | None:
-        """The request of an output; None once it is forgotten."""
+        """Returns the request of an output; None once it is forgotten."""
         return self._by_output.get(id(output))
 
     def request(self, group: SequenceGroup) -> RequestState | None:
-        """The request of a group; None once it is forgotten."""
+        """Returns the request of a group; None once it is forgotten."""
         return self._requests.get(group)
 
     def requests(self) -> list[RequestState]:
-        """Those that the scheduler has not given up yet."""
+        """Returns the requests whose groups have not been forgotten."""
         return list(self._requests.values())
 
     def tokens_of(self, group: SequenceGroup) -> tuple[np.ndarray, str]:
-        """What a waiting group has to compute, int32[n], and the namespace that it belongs to."""
+        """Returns the tokens of a waiting group, int32[n], and its namespace."""
         state = self.states[group.live[0]]
         return np.asarray(state.ids, np.int32), state.request.namespace
 
@@ -77,17 +77,17 @@ class Ledger:
         return len(state.ids) < state.sequence.group.limit
 
     def take_beams(self, request: RequestState, now: float) -> None:
-        """Adds the continuations that a beam search has found, and ends the request."""
+        """Adds the continuations that a beam search found, and ends the request."""
         assert request.search is not None
         output, found = request.output, request.search.finished
         output.metrics.first_token = now
         output.metrics.token_times += [now] * len(found[0].token_ids) if found else []
         for state, hypothesis in zip(request.sequences, found, strict=False):
             state.conclude(hypothesis)
-        self.end(request, "stop")  # those for which the vocabulary has too few tokens
+        self.end(request, "stop")  # any left over, if the vocabulary is too small
 
     def end(self, request: RequestState, reason: str) -> None:
-        """Ends those sequences of a request that have not."""
+        """Ends the unfinished sequences of a request."""
         for state in request.sequences:
             if not state.ended:
                 state.end(reason)
@@ -100,7 +100,7 @@ class Ledger:
             self.end(request, "error")
 
     def forget(self, groups: Sequence[SequenceGroup]) -> None:
-        """Forgets groups that the scheduler has ended, and whose steps are read back."""
+        """Forgets groups that the scheduler has ended and whose steps have been read back."""
         for group in groups:
             request = self._requests.pop(group, None)
             if request is None:  # forgotten before an interrupt
@@ -114,7 +114,7 @@ class Ledger:
             self._finish(request)
 
     def changed(self) -> list[RequestOutput]:
-        """Outputs with new tokens or an end since the previous call."""
+        """Returns the outputs that have new tokens or have ended since the previous call."""
         changed, self._changed = list(self._changed.values()), {}
         return changed
 

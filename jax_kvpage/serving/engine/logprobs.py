@@ -1,4 +1,4 @@
-"""Log probabilities that were read back, as callers see them."""
+"""Converts log probabilities that were read back."""
 
 import numpy as np
 
@@ -8,12 +8,12 @@ __all__ = ["logprob_table"]
 
 
 def logprob_table(token: int, count: int, details: np.ndarray) -> tuple[dict[int, Logprob], float]:
-    """The log probabilities of a token and of the `count` most likely ones, and its own.
+    """Returns the log probabilities of a token and of the `count` most likely ones, and its own.
 
     Args:
-        token: its id.
-        count: how many others.
-        details: int32[2 + 2M] of the token; see `log_probabilities`.
+        token: token id.
+        count: number of most likely tokens.
+        details: int32[2 + 2M]: details of the token; see `log_probabilities`.
     """
     most = len(details) // 2 - 1
     ids, values = details[2 : 2 + most].tolist(), details[2 + most :].view(np.float32).tolist()

@@ -25,8 +25,7 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float:
-        """Prompt tokens that lengthen a step by a second; 0 before the first one with any.
-        """
+        """Prompt tokens that lengthen a step by a second; 0 before the first one with any."""
         if self._rate is None:
             self._rate = self._fitted()
         return self._rate

@@ -1,7 +1,7 @@
-"""The operands of a step as one int32 array, because every transfer costs as much as the next.
+"""Packs the operands of a step into one int32 array, because each transfer has a fixed cost.
 
-Where a pool has replicas, the array has a part for each, all of one bucket: the sequences whose
-slots are there, with the replica's own numbers of slots and rows.
+If the pool has replicas, the array has a part for each, all of the same bucket. Each part contains
+the sequences whose slots are on the replica, with replica-local slot and row numbers.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ import numpy as np
 
 __all__ = ["FIELDS", "Operands", "Packed", "Packer"]
 
-FIELDS = 5  # of a sequence, before its sampling parameters
+FIELDS = 5  # per sequence, before its sampling parameters
 
 
 class Operands(NamedTuple):
-    """What a step takes from the host.
+    """Host operands of a step.
 
     Attributes:
-        tokens: int32[t]; -1 - row is the newest token of a row, which is on the device.
-        counts: int32[s], tokens of each sequence.
-        slots: int32[s], of the pool.
-        rows: int32[s], among those of all replicas, whose number stands for sequences that do not
+        tokens: int32[t]: token ids; -1 - row for the newest token of a row, which is on the device.
+        counts: int32[s]: tokens of each sequence.
+        slots: int32[s]: slots of the pool.
+        rows: int32[s]: rows across all replicas; the total number of rows for sequences that do not
             sample.
-        positions: int32[s] of the new tokens, if all guesses are right.
-        sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s], floats as bits.
-        guesses: int32[s], how many of the tokens are guesses; None without any.
+        positions: int32[s]: positions of the new tokens if all guesses are right.
+        sampling: int32[NUM_FLOATS + NUM_INTS + num_banned, s]: sampling parameters, floats as bits.
+        guesses: int32[s]: how many of the tokens are guesses; None without guesses.
     """
 
     tokens: np.ndarray
@@ -40,13 +40,13 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Packed:
-    """A step's operands, and where its sequences and tokens are in what comes back.
+    """Packed operands of a step, and where its sequences and tokens are in the results.
 
     Attributes:
-        shape: the bucket, of each part.
-        operands: int32[R * n], for R replicas.
-        sequences: int[s], place of each sequence among the R * S of the step.
-        tokens: int[t], place of each token among the R * T of the step.
+        shape: bucket of each part.
+        operands: int32[R * n] for R replicas.
+        sequences: int[s]: index of each sequence among the R * S of the step.
+        tokens: int[t]: index of each token among the R * T of the step.
     """
 
     shape: tuple[int, int]
@@ -59,9 +59,9 @@ class Packer:
     """Packs steps.
 
     Args:
-        num_rows: rows of a replica.
-        replicas: of the pool.
-        num_slots: slots of a replica.
+        num_rows: rows per replica.
+        replicas: number of replicas of the pool.
+        num_slots: slots per replica.
     """
 
     def __init__(self, num_rows: int, replicas: int = 1, num_slots: int = 0) -> None:
@@ -73,8 +73,8 @@ class Packer:
         """Packs a step.
 
         Args:
-            bucket: the shape for a number of tokens and of sequences.
-            step: the operands.
+            bucket: returns the shape for a number of tokens and of sequences.
+            step: operands of the step.
         """
         num_tokens, size = len(step.tokens), len(step.slots)
         if self._replicas == 1:
@@ -104,12 +104,12 @@ class Packer:
         return Packed(shape, np.concatenate(parts), sequences, places)
 
     def _part(self, shape: tuple[int, int], step: Operands) -> np.ndarray:
-        """The part of one replica, with its own numbers, padded to a bucket."""
+        """Packs the part of one replica, with local numbers, padded to a bucket."""
         num_tokens, size = shape
         t, s, fields = len(step.tokens), len(step.slots), step.sampling.shape[0]
         packed = np.zeros(num_tokens + 1 + (FIELDS + fields) * size, np.int32)
         packed[:t] = step.tokens
-        # Offsets begin with the 0 between tokens and table.
+        # The 0 between tokens and table is the first offset.
         table = packed[num_tokens + 1 :].reshape(FIELDS + fields, size)
         step.counts.cumsum(out=table[0, :s])
         table[0, s:] = t

@@ -1,4 +1,4 @@
-"""The pool as the scheduler sees it."""
+"""The scheduler's view of the pool."""
 
 import functools
 from collections.abc import Callable
@@ -11,11 +11,11 @@ __all__ = ["PoolMemory", "ReplicaMemory"]
 
 
 class ReplicaMemory:
-    """Answers the scheduler's questions about one replica, in blocks of all layers.
+    """The scheduler's view of one replica, in blocks that cover all layers.
 
     Args:
         pool: the memory.
-        accounts: gives those of the replica.
+        accounts: returns the statistics of the replica.
     """
 
     def __init__(self, pool: KVPool, accounts: Callable[[], PoolStats]) -> None:
@@ -24,23 +24,23 @@ class ReplicaMemory:
         self._ranges = spec.num_ranges
         self._max_slots = spec.max_slots // pool.replicas
         self.block_tokens = spec.block_tokens
-        if isinstance(pool.sharding, StripeSharding):  # a block on each device makes one
+        if isinstance(pool.sharding, StripeSharding):  # one block on each device
             self.block_tokens *= pool.sharding.size
         self.max_seq_len = spec.max_seq_len
         self._accounts = accounts
 
     @property
     def capacity(self) -> int:
-        """Blocks in all."""
+        """Total number of blocks."""
         return self._accounts().blocks_total // self._ranges
 
     def free_blocks(self) -> int:
-        """Free blocks, and what parked slots, the prefix cache and spare tails would give up."""
+        """Free blocks, plus what parked slots, the prefix cache and spare tails would free."""
         stats = self._accounts()
         return (stats.blocks_free + stats.blocks_parked + stats.blocks_spare) // self._ranges
 
     def draining_blocks(self) -> int:
-        """Blocks that come free without a decision."""
+        """Blocks that will become free by themselves."""
         return self._accounts().blocks_draining // self._ranges
 
     def free_slots(self) -> int:
@@ -50,16 +50,16 @@ class ReplicaMemory:
 
 
 class PoolMemory:
-    """The memory of all replicas of a pool. A pool without `data_axis` is one.
+    """The memory of all replicas of a pool; a pool without `data_axis` has one.
 
     Args:
         pool: the memory.
 
     Attributes:
-        replicas: the memory of each.
-        block_tokens: tokens in a block.
-        shares: whether sequences can share blocks: not where they are spread over devices
-            (`sequence_axis`), so that there are no forks and no prefix cache.
+        replicas: memory of each replica.
+        block_tokens: tokens per block.
+        shares: whether sequences can share blocks. False if they are spread over devices
+            (`sequence_axis`): then there are no forks and no prefix cache.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -74,11 +74,12 @@ class PoolMemory:
         self.block_tokens = self.replicas[0].block_tokens
 
     def look(self) -> None:
-        """Has the next question answered from a new snapshot of the pool's accounts; to be called
-        before each plan. Most plans have no questions.
+        """Takes a new snapshot of the pool's statistics at the next query.
+
+        Call it before each plan. Most plans need no query.
 
         Raises:
-            PoolClosed: the pool is closed. Questions are answered from the last snapshot.
+            PoolClosed: the pool is closed. Queries return the last snapshot.
         """
         self._is_old = True
         if self._pool.closed:
@@ -95,5 +96,5 @@ class PoolMemory:
 
     @property
     def is_draining(self) -> bool:
-        """Whether blocks come free without a decision."""
+        """Whether blocks will become free by themselves."""
         return any(replica.draining_blocks() > 0 for replica in self.replicas)

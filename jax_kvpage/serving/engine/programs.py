@@ -1,12 +1,11 @@
 """The compiled programs of the engine: a step for each bucket, and two small ones.
 
-With speculation each bucket has a second step, which also verifies tokens that were guessed: the
-model gives logits for each of them, and the first that differs from what is sampled there is where
-the sequence is rolled back to. Where prompts may be scored, a further step gives logits for all of
-its tokens.
+With speculation, each bucket has a second step, which also verifies guesses: the model computes
+logits for each of them, and the sequence is rolled back to the first guess that differs from the
+sampled token. If prompts may be scored, a further step computes logits for all of its tokens.
 
-The cache and the sampler's state are donated. Where the pool has replicas, a step serves all of
-them: tokens, batch and logits have a part for each, as `jax_kvpage.spread` makes them.
+The cache and the sampler state are donated. If the pool has replicas, a step serves all of them:
+tokens, batch and logits have a part for each, as made by `jax_kvpage.spread`.
 """
 
 import dataclasses
@@ -46,17 +45,17 @@ Step = Callable[[Any, KVCache, jax.Array, Batch], tuple[jax.Array, KVCache]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What is read back after a step.
+    """The results of a step that are read back.
 
-    Each array costs the thread that dispatches and reads, so there are few of them.
+    Each array costs time in the thread that dispatches and reads, so there are few of them.
 
     Attributes:
-        chosen: int32[S, K + 2], all that most steps need: of each sequence a token behind each of
-            its guesses and one more, -1 where the logits held NaN, and how many guesses were
-            right, from the first on.
-        details: int32[S * (K + 1), 2 + 2M] of these tokens, where wanted; see
+        chosen: int32[S, K + 2]: all that most steps need. For each sequence, the tokens sampled
+            after its newest token and after each of its guesses (-1 if the logits contained NaN),
+            then the number of leading guesses that were right.
+        details: int32[S * (K + 1), 2 + 2M]: log probabilities of these tokens if requested; see
             `log_probabilities`.
-        scores: of a step that scores, the same for the tokens that follow those of the step, T.
+        scores: the same for the token following each of the T tokens of a scoring step; else None.
     """
 
     chosen: jax.Array
@@ -69,22 +68,22 @@ class Programs:
 
     Args:
         step: the model.
-        params: its first argument.
+        params: first argument of `step`.
         shapes: buckets, smallest first.
-        num_rows: sequences of a replica at one time.
+        num_rows: maximum sequences of a replica at one time.
         max_logprobs: see `EngineConfig`.
         num_banned: see `EngineConfig.max_stop_token_ids`.
-        num_guesses: K, tokens of a sequence to verify at most.
-        num_words: of the masks of constrained decoding; 0 without it.
+        num_guesses: K, maximum tokens to verify per sequence.
+        num_words: words of the masks for constrained decoding; 0 without it.
         scores: whether steps may score prompts.
-        sharding: of the pool.
+        sharding: sharding of the pool.
 
     Attributes:
         max_logprobs: see above.
         compile_seconds: time spent tracing and compiling them.
-        num_compiled: steps compiled so far, at most one for each bucket, one more with speculation
-            and one more for scores.
-        variants: (bucket, guesses, whether it scores) of all of them.
+        num_compiled: steps compiled so far: per bucket at most one, plus one with speculation and
+            one for scoring.
+        variants: (bucket, guesses, whether it scores) of all steps.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Programs:
         return len(self._compiled)
 
     def bucket(self, num_tokens: int, num_sequences: int) -> tuple[int, int]:
-        """The smallest shape that holds a step."""
+        """Returns the smallest shape that holds a step."""
         for shape in self.shapes:
             if num_tokens <= shape[0] and num_sequences <= shape[1]:
                 return shape
@@ -133,7 +132,7 @@ class Programs:
     def initial_state(
         self, max_seq_len: int, placement: jax.Device | NamedSharding
     ) -> SamplerState:
-        """The sampler's state before the first step, where the pool is."""
+        """Returns the initial sampler state, placed where the pool is."""
         count = self._num_rows * self._replicas.count
         history = np.zeros((count, max_seq_len), np.int32)
         last = np.zeros(count, np.int32)
@@ -141,11 +140,11 @@ class Programs:
         return SamplerState(*jax.device_put((last, history), where))
 
     def pack(self, step: Operands) -> Packed:
-        """The operands of a step as one array, padded to a bucket."""
+        """Packs the operands of a step into one array, padded to a bucket."""
         return self._packer.pack(self.bucket, step)
 
     def step_rows(self, packed: Packed) -> int:
-        """R * S, the sequences that a step has places for."""
+        """R * S, the capacity of a step in sequences."""
         return self._replicas.count * packed.shape[1]
 
     def run(
@@ -157,16 +156,16 @@ class Programs:
         masks: np.ndarray | None = None,
         targets: np.ndarray | None = None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
-        """Runs a step of one of the variants. The cache and the state are donated.
+        """Runs a step variant. The cache and the state are donated.
 
         Args:
             packed: see `pack`.
             num_guesses: 0 or K.
-            cache: the newest.
-            state: the newest.
+            cache: the newest cache.
+            state: the newest state.
             masks: int32[R * S * (num_guesses + 1), num_words] for R replicas; None if no sequence
-                has one.
-            targets: int32[t], for a step that scores: the token that follows each.
+                has a mask.
+            targets: int32[t]: the token that follows each token, for a step that scores.
         """
         shape, scores = packed.shape, targets is not None
         program = self._compiled.get((shape, num_guesses, scores))
@@ -183,13 +182,11 @@ class Programs:
 
     @staticmethod
     def read_back(outcome: Outcome) -> np.ndarray:
-        """Waits for a step, and returns its `Outcome.chosen`. A single array, because each costs as
-        much to read back as the next.
-        """
+        """Waits for a step and returns its `Outcome.chosen`, a single array, as each has a cost."""
         return np.asarray(outcome.chosen)
 
     def _masks_of_nothing(self, num_rows: int, state: SamplerState) -> jax.Array:
-        """Masks that do not count. They stay on the device: most steps have no others."""
+        """Masks that do not apply, kept on the device because most steps use no others."""
         if num_rows not in self._no_masks:
             masks = np.full((num_rows, self.num_words), -1, np.int32)
             self._no_masks[num_rows] = jax.device_put(masks, state.last.sharding)
@@ -223,7 +220,7 @@ class Programs:
         return compiled
 
     def set_history(self, state: SamplerState, row: int, ids: list[int]) -> SamplerState:
-        """Writes the tokens so far of a sequence with penalties. The state is donated."""
+        """Sets the token history of a sequence with penalties. The state is donated."""
         padded = np.zeros(state.history.shape[1], np.int32)
         padded[: len(ids)] = ids
         return self._set_history(state, np.int32(row), padded)
@@ -246,7 +243,7 @@ class Programs:
         masks: jax.Array | None,
         targets: jax.Array | None,
     ) -> tuple[KVCache, SamplerState, Outcome]:
-        """The program: for all replicas the model's step, and for each what is around it."""
+        """The program: the model's step for all replicas, and the rest for each replica."""
         scores = targets is not None
         each, form = self._replicas.each, (shape, num_guesses, scores)
         tokens, batch = each(functools.partial(self._unpack, form))(state, packed)
@@ -266,11 +263,11 @@ class Programs:
     def _unpack(
         self, form: tuple[tuple[int, int], int, bool], state: SamplerState, packed: jax.Array
     ) -> tuple[jax.Array, Batch]:
-        """What the model's step takes, of one replica.
+        """Unpacks the inputs of the model's step, for one replica.
 
         Args:
-            form: the bucket, K or 0, and whether the step scores.
-            state: before the step.
+            form: the bucket, the number of guesses (K or 0), and whether the step scores.
+            state: state before the step.
             packed: see `Packer`.
         """
         (num_tokens, size), num_guesses, scores = form
@@ -298,7 +295,7 @@ class Programs:
         masks: jax.Array | None,
         targets: jax.Array | None,
     ) -> tuple[KVCache, tuple[SamplerState, Outcome]]:
-        """What follows the model's step, of one replica: chooses tokens, and rolls guesses back."""
+        """Chooses tokens after the model's step and rolls back wrong guesses, for one replica."""
         (num_tokens, size), num_guesses, _ = form
         table = packed[num_tokens + 1 :].reshape(-1, size)
         _, slots, rows, positions, guesses = table[:FIELDS]

@@ -1,7 +1,7 @@
-"""Reads steps back: hands out their tokens, and keeps what the scheduler has to hear of them.
+"""Reads steps back: hands out their tokens, and queues updates for the scheduler.
 
-A plan may be refused only while the scheduler has heard of nothing else. It is therefore told what
-a step brought when the plan has been carried out, or given up.
+A plan may only be refused if the scheduler has not been called since. It therefore learns the
+results of a step only after the plan has been carried out or given up.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,11 +25,11 @@ class Reader:
     """Reads steps back.
 
     Args:
-        runner: dispatches them.
-        scheduler: to tell.
-        ledger: the requests.
-        slots: of their sequences.
-        clock: seconds.
+        runner: dispatches the steps.
+        scheduler: scheduler to update.
+        ledger: unfinished requests.
+        slots: slots of their sequences.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class Reader:
         self._news: list[Callable[[], None]] = []
 
     def read(self, ahead: int = 0) -> None:
-        """Reads the oldest steps back until the given number is left."""
+        """Reads back the oldest steps until `ahead` are left in flight."""
         while len(self._runner.flights) > ahead:
             self._read()
 
     def tell(self) -> None:
-        """Tells the scheduler all that it has not heard yet."""
+        """Passes all queued updates to the scheduler."""
         news, self._news = self._news, []
         for tell in news:
             tell()
 
     def _read(self) -> None:
-        """Reads the oldest step back and hands out its tokens."""
+        """Reads back the oldest step and hands out its tokens."""
         flight = self._runner.flights[0]
         try:
             tokens = self._runner.read()
@@ -94,7 +94,7 @@ class Reader:
     def _take(self, token: Token, now: float) -> None:
         try:
             ends = self._ledger.take(token, now)
-        except Exception as error:  # of the caller's `detokenize`
+        except Exception as error:  # from the caller's `detokenize`
             self._fail([token.state.request], error)
             return
         if ends:
@@ -103,7 +103,7 @@ class Reader:
     def _search(self, request: RequestState, tokens: list[Token], now: float) -> None:
         try:
             ends = self._beams.go_on(request, tokens, now)
-        except Exception as error:  # of `detokenize`, or a pool that has lost its memory to others
+        except Exception as error:  # from `detokenize`, or other users took the pool's memory
             self._fail([request], error)
             return
         for state in request.sequences if ends else ():
@@ -111,7 +111,7 @@ class Reader:
 
     def _tell_accepted(self, flight: Flight, accepted: np.ndarray) -> None:
         rows = [state.sequence.place for state in flight.states]
-        # A sequence that was given up has lost its row, and another one may have it.
+        # A sequence that was given up has lost its row, and another one may have it now.
         kept = (accepted > 0) & (flight.rows == rows)
         self._scheduler.add_tokens(flight.rows[kept], accepted[kept])
 

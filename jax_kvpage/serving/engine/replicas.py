@@ -1,8 +1,8 @@
-"""Parts of a step's program that each replica of a pool runs for itself.
+"""The parts of a step's program that run separately on each replica of a pool.
 
-The model's step takes the operands of all replicas, as any program over such a pool does. What
-comes before and after it runs under `jax.shard_map`: rows, slots and the sampler's state are those
-of the replica, and nothing goes between devices.
+The model's step takes the operands of all replicas, like any program on such a pool. What comes
+before and after it runs under `jax.shard_map`: rows, slots and the sampler state are local to the
+replica, and nothing is sent between devices.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ __all__ = ["Replicas"]
 
 
 class Replicas:
-    """The replicas of a pool; a pool without `data_axis` is one.
+    """The replicas of a pool; a pool without `data_axis` has one.
 
     Args:
-        sharding: of the pool.
+        sharding: sharding of the pool.
 
     Attributes:
-        count: how many there are.
+        count: number of replicas.
     """
 
     def __init__(self, sharding: AxisSharding | None) -> None:
@@ -34,24 +34,24 @@ class Replicas:
         self.count = 1 if self._sharding is None else self._sharding.replicas
 
     def placement(self, placement: jax.Device | NamedSharding) -> jax.Device | NamedSharding:
-        """Where arrays go that have a part for each replica.
+        """Returns the placement of arrays that have a part for each replica.
 
         Args:
-            placement: of what all devices of the pool have.
+            placement: placement of arrays that are replicated on all devices of the pool.
         """
         return placement if self._sharding is None else self._sharding.placed(self._sharding.rows)
 
     def shape(self, size: int, *others: int) -> jax.ShapeDtypeStruct:
-        """An int32 operand [count * size, ...]."""
+        """Describes an int32 operand [count * size, ...]."""
         sharding = None if self._sharding is None else self.placement(self._sharding.placed())
         return jax.ShapeDtypeStruct((self.count * size, *others), jnp.int32, sharding=sharding)
 
     def each(self, function: Callable[..., Any], has_cache: bool = False) -> Callable[..., Any]:
-        """A function of the operands of one replica as one of the operands of all.
+        """Turns a function of one replica's operands into a function of the operands of all.
 
         Args:
-            function: all that it takes and returns has rows, but for a cache.
-            has_cache: whether its first argument and the first of its results is a cache.
+            function: function whose arguments and results all have rows, except for a cache.
+            has_cache: whether the first argument and the first result are caches.
         """
         sharding = self._sharding
         if sharding is None:
@@ -62,7 +62,7 @@ class Replicas:
             caches, others = operands[:has_cache], operands[has_cache:]
             if AxisType.Explicit in sharding.mesh.axis_types:
                 others = jax.tree.map(lambda array: _resharded(array, sharding), others)
-            # All devices of a replica compute the same, which JAX need not prove.
+            # All devices of a replica compute the same values, so JAX need not check it.
             mapped = jax.shard_map(
                 function,
                 mesh=sharding.mesh,
@@ -75,8 +75,9 @@ class Replicas:
         return call
 
     def own_row(self, row: Any, num_rows: int) -> Any:
-        """Inside of `each`: a row among those of all replicas as this one has it, `num_rows` if it
-        is another's.
+        """Converts a row of all replicas to this replica's, inside `each`.
+
+        Returns `num_rows` if the row belongs to another replica.
         """
         if self._sharding is None:
             return row
@@ -85,6 +86,6 @@ class Replicas:
 
 
 def _resharded(array: jax.Array, sharding: HeadSharding) -> jax.Array:
-    """An array whose type says how it is split, split by replica."""
+    """Splits an array with an explicit sharding by replica."""
     mesh = jax.typeof(array).sharding.mesh
     return jax.sharding.reshard(array, NamedSharding(mesh, sharding.rows))

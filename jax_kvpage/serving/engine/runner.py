@@ -1,8 +1,8 @@
-"""Runs steps: builds their operands, dispatches them, reads them back, and recovers from failures.
+"""Runs steps: builds operands, dispatches, reads results back, and recovers from failures.
 
-A step is dispatched before the one before it has been read back: the tokens that it needs are on
-the device. A step that fails is run once more from a new generation of caches, together with those
-dispatched after it.
+A step is dispatched before the previous one has been read back: the tokens that it needs are
+already on the device. A failed step is retried once from a new generation of caches, together with
+the steps dispatched after it.
 """
 
 from collections.abc import Mapping
@@ -34,19 +34,19 @@ class Runner:
     Args:
         programs: compiled steps.
         pool: the memory.
-        slots: who has which slot.
-        num_rows: sequences at one time.
+        slots: assignment of slots to sequences.
+        num_rows: maximum sequences at one time.
         num_banned: see `EngineConfig.max_stop_token_ids`.
-        max_tokens: tokens in a step at most.
-        num_guesses: tokens of a sequence to verify at most.
+        max_tokens: maximum tokens per step.
+        num_guesses: maximum tokens to verify per sequence.
 
     Attributes:
-        flights: steps that are not read back yet, oldest first.
-        steps: dispatched so far, those of recoveries aside.
-        drafted: guessed tokens that were verified.
-        accepted: those that were right.
+        flights: steps that have not been read back, oldest first.
+        steps: steps dispatched so far, without retries.
+        drafted: speculated tokens that were verified.
+        accepted: speculated tokens that were accepted.
         failures: steps that failed.
-        generations: started after a failure of a step or of a call.
+        generations: cache generations started after a step or call failed.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Runner:
         self._num_guesses = num_guesses
         self._launcher = Launcher(programs, pool, slots, num_guesses)
         self._columns = np.zeros((NUM_FLOATS + NUM_INTS + num_banned, num_rows), np.int32)
-        # The newest token of each row as a step takes it: its id, or -1 - row for the one that is
-        # on the device.
+        # The newest token of each row as a step takes it: its id, or -1 - row if it is on the
+        # device.
         self._newest = np.zeros(num_rows, np.int32)
         slots.recover = self._recover
         self._recovering = False
-        self._restored = True  # whether slots and rows are those of the newest generation
+        self._restored = True  # whether slots and rows match the newest generation
         self.flights: list[Flight] = []
         self.steps = 0
         self.drafted = 0
@@ -88,7 +88,7 @@ class Runner:
         return bool(self._num_guesses or guided)
 
     def enter(self, state: SequenceState) -> None:
-        """Prepares the row of a sequence that got a slot. Nothing is in flight."""
+        """Prepares the row of a sequence that got a slot. Nothing may be in flight."""
         row = state.row
         self._columns[:, row] = state.request.sampling_column(
             state.sequence.index, self._num_banned
@@ -98,7 +98,7 @@ class Runner:
             self._launcher.set_history(row, state.ids)
 
     def choose(self, state: SequenceState) -> None:
-        """Hears that the host knows the newest token of a sequence, and the device may not."""
+        """Uses the host's newest token of a sequence, which the device may not have."""
         self._newest[state.row] = state.ids[-1]
 
     def launch(
@@ -107,12 +107,12 @@ class Runner:
         states: Items[SequenceState],
         guesses: Mapping[SequenceState, list[int]],
     ) -> None:
-        """Dispatches a step; an error is kept for the read-back.
+        """Dispatches a step; an error is raised later, by `read`.
 
         Args:
-            plan: carried out, with something to run.
-            states: of its sequences.
-            guesses: tokens that may follow; the plan says how many of them are verified.
+            plan: a plan that has been carried out, with something to run.
+            states: states of its sequences.
+            guesses: tokens to verify; the plan says how many of them are run.
         """
         flight = Flight.planned(plan, states, guesses)
         if flight is None:
@@ -122,18 +122,18 @@ class Runner:
         self._dispatch(flight)
 
     def settle(self) -> None:
-        """Tries a recovery again that failed; nothing can go on before."""
-        if not (self._restored or self.flights):  # reading flights back does it, too
+        """Retries a failed recovery; nothing else can run before."""
+        if not (self._restored or self.flights):  # reading flights back also recovers
             self._recover()
 
     def read(self) -> list[Token]:
-        """Waits for the oldest step, and runs it again if it failed.
+        """Waits for the oldest step, and retries it if it failed.
 
         Returns:
-            Its tokens, those of a sequence in order.
+            The tokens of the step, in order for each sequence.
 
         Raises:
-            StepFailed: it failed again.
+            StepFailed: the retry failed too.
         """
         flight = self.flights[0]
         try:
@@ -159,7 +159,7 @@ class Runner:
         return tokens
 
     def forget(self, states: Items[SequenceState]) -> None:
-        """Leaves failed sequences out of the other steps, and runs those again."""
+        """Removes failed sequences from the other steps in flight, and runs those again."""
         gone = {id(state) for state in states}
         flights = []
         for flight in self.flights:
@@ -173,7 +173,7 @@ class Runner:
     def _dispatch(self, flight: Flight) -> None:
         rows, places, sampling = flight.rows, flight.rows, self._columns[:, flight.rows]
         tokens = self._tokens(flight)
-        if flight.num_decodes < len(flight.states):  # parts of prompts may sample nothing
+        if flight.num_decodes < len(flight.states):  # prompt chunks may not sample
             places = np.where(flight.samples, rows, self._num_rows)
             sampling = np.where(flight.samples, sampling, 0)
         sampled = rows[flight.samples]
@@ -198,7 +198,7 @@ class Runner:
             flight.error = error
 
     def _tokens(self, flight: Flight) -> np.ndarray:
-        """What a step runs, int32[t]; see `Operands`."""
+        """Token operands of a step, int32[t]; see `Operands`."""
         newest = self._newest[flight.rows[: flight.num_decodes]]
         parts = [newest]
         if flight.guesses:
@@ -213,8 +213,9 @@ class Runner:
         return np.concatenate(parts)
 
     def _fetch(self, flight: Flight) -> tuple[list[Token], np.ndarray | None]:
-        """The tokens of a step, and how many guesses were right, if there were any; raises what it
-        failed with.
+        """Reads the tokens of a step, and the number of accepted guesses if there were any.
+
+        Raises the error with which the step failed.
         """
         if flight.outcome is None or flight.packed is None:
             if flight.error is None:  # Ctrl-C while it was compiled
@@ -244,13 +245,12 @@ class Runner:
         return found, accepted
 
     def _recover(self) -> None:
-        """Starts a new generation and runs all steps again that are not read back.
+        """Starts a new generation and reruns all steps that have not been read back.
 
         If slots cannot be restored, all those steps fail.
 
         Raises:
-            RuntimeError: a call that is part of a recovery asks for another, or there is no step to
-                fail.
+            RuntimeError: a call failed during a recovery, or there is no step that could fail.
         """
         if self._recovering:
             raise RuntimeError("a call on the pool failed while the engine recovered")
@@ -274,7 +274,7 @@ class Runner:
             self._dispatch(flight)
 
     def _restore(self) -> None:
-        """Brings slots and rows to where the last step that was read back has left them."""
+        """Restores slots and rows to their state after the last step that was read back."""
         lengths = host_lengths(self._slots.cache)
         runs = {id(state) for flight in self.flights for state in flight.states}
         for state in self._slots.occupied():
@@ -287,7 +287,7 @@ class Runner:
             if state.request.params.has_penalties:
                 self._launcher.set_history(state.row, state.ids)
             length, computed = int(lengths[state.slot]), state.computed
-            if length < 0:  # on CUDA a slot is free again if its acquire did not run
+            if length < 0:  # on CUDA, a slot is free again if its acquire did not run
                 if not self._slots.acquire(state, state.room):
                     raise RuntimeError(
                         "a slot was lost with the step that failed, and memory with it"
@@ -302,7 +302,7 @@ class Runner:
             self._catch_up(state, have[id(state)])
 
     def _catch_up(self, state: SequenceState, begin: int) -> None:
-        """Computes tokens again that were shared or copied by a program that did not run."""
+        """Recomputes tokens that were to be shared or copied by a program that did not run."""
         while begin < state.computed:
             ids = state.ids[begin : min(state.computed, begin + self._max_tokens)]
             step = Operands(

@@ -1,4 +1,4 @@
-"""The scheduler of an engine, for one replica or several."""
+"""Creates the scheduler of an engine, for one or several replicas."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +22,17 @@ def make_scheduler(
     find_prefix: Callable[[SequenceGroup, int], tuple[int, int]],
     swap: SwapSpace | None,
 ) -> AnyScheduler:
-    """A scheduler of a pool.
+    """Creates a scheduler for a pool.
 
     Args:
-        config: of the engine.
-        memory: of the pool.
-        rows: sequences of a replica at one time.
+        config: configuration of the engine.
+        memory: memory of the pool.
+        rows: maximum sequences of a replica at one time.
         find_prefix: see `ReplicatedScheduler`.
-        swap: see `Scheduler`; a pool with several replicas has none.
+        swap: see `Scheduler`; None for a pool with several replicas.
 
     Raises:
-        ValueError: prefix caching on a pool that has none.
+        ValueError: prefix caching is requested, but the pool does not support it.
     """
     if config.prefix_caching and not memory.shares:
         raise ValueError(

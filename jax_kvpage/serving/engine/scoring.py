@@ -1,4 +1,4 @@
-"""Log probabilities of the tokens of a prompt, collected while it is computed in parts."""
+"""Log probabilities of prompt tokens, collected while the prompt is computed in chunks."""
 
 import math
 
@@ -12,7 +12,7 @@ __all__ = ["take_scores", "targets_of"]
 
 
 def targets_of(flight: Flight) -> np.ndarray | None:
-    """The token that follows each token of a step, int32[t]; None if the step scores no prompt."""
+    """Returns the token that follows each token of a step, int32[t], or None without scoring."""
     scoring = _scoring(flight)
     if not scoring:
         return None
@@ -24,10 +24,14 @@ def targets_of(flight: Flight) -> np.ndarray | None:
 
 
 def take_scores(flight: Flight, scores: np.ndarray) -> None:
-    """Hands the scores of a step, int32[t, ...] of `log_probabilities`, to the requests.
+    """Passes the scores of a step to its requests.
+
+    Args:
+        flight: the step.
+        scores: int32[t, ...], from `log_probabilities`.
 
     Raises:
-        RuntimeError: one of them is NaN.
+        RuntimeError: a score is NaN.
     """
     for state, place, begin, end in _scoring(flight):
         request, prompt = state.request, state.request.output.prompt_token_ids
@@ -45,9 +49,9 @@ def take_scores(flight: Flight, scores: np.ndarray) -> None:
 
 
 def _scoring(flight: Flight) -> list[tuple[SequenceState, int, int, int]]:
-    """Sequences whose part of a prompt is scored: place of the part, begin and end position.
+    """Sequences whose prompt chunk is scored: index of its first token, begin and end position.
 
-    One that decodes runs the last token of the prompt at the earliest, which no other follows.
+    Decoding sequences have at most the last prompt token left, which no prompt token follows.
     """
     found, first = [], flight.num_decodes
     if not any(state.request.is_scoring for state in flight.states[first:]):

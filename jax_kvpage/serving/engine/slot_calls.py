@@ -1,9 +1,9 @@
-"""Slots of the pool and the sequences that have them.
+"""The slots of sequences, and the pool calls that change them.
 
-Rows are the scheduler's, slots are the pool's. Calls that need the cache are made only when every
-step has been read back: then all tokens of a sequence are known and can be committed for the prefix
-cache before its slot goes, and a call never meets a step that failed. If the cache is of no use all
-the same, a call is made once more from a new generation.
+Rows belong to the scheduler, slots to the pool. Calls that need the cache are only made once every
+step has been read back: then all tokens of a sequence are known and can be committed to the prefix
+cache before its slot is released, and a call never meets a failed step. If the cache turns out to
+be unusable nevertheless, the call is retried once from a new generation.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ _T = TypeVar("_T")
 
 
 class SlotCalls:
-    """Which sequence has which slot, and the pool's calls that change it.
+    """Assigns slots to sequences, and makes the pool calls that change the assignment.
 
     Args:
         pool: the memory.
         memory: the scheduler's view of it.
-        num_rows: sequences at one time.
+        num_rows: maximum sequences at one time.
 
     Attributes:
-        states: by row, the sequence that has it.
-        slot: int32[rows], its slot.
-        cache: the newest.
+        states: sequence of each row, or None.
+        slot: int32[rows]: slot of each row, or -1.
+        cache: the newest cache.
         recover: starts a new generation; set by the runner.
     """
 
@@ -53,18 +53,18 @@ class SlotCalls:
         return [state for state in self.states if state is not None]
 
     def leave(self, state: SequenceState) -> None:
-        """Hears that the slot of a sequence is free."""
+        """Marks the slot of a sequence as free."""
         self.states[state.row], self.slot[state.row] = None, -1
         state.slot = state.row = -1
         state.computed = state.committed = 0
 
     def abandon(self) -> None:
-        """Forgets all slots: the pool is closed."""
+        """Forgets all slots, because the pool is closed."""
         for state in self.occupied():
             self.leave(state)
 
     def commit(self, state: SequenceState) -> None:
-        """Tells the pool the tokens of a sequence whose keys and values exist."""
+        """Commits the tokens of a sequence whose keys and values exist."""
         final = state.final
         if final > state.committed and self._commits:
             ids = state.ids[state.committed : final]
@@ -72,7 +72,7 @@ class SlotCalls:
             state.committed = final
 
     def commit_blocks(self, state: SequenceState) -> None:
-        """Like `commit`, once a block is full, or the prompt is computed."""
+        """Like `commit`, but only if a block is full or the prompt is complete."""
         if state.slot < 0:
             return
         size, prompt = self._block_tokens, len(state.request.output.prompt_token_ids)
@@ -81,7 +81,7 @@ class SlotCalls:
             self.commit(state)
 
     def _call(self, verb: Callable[[KVCache], Any]) -> Any:
-        """Makes a call that goes on from the newest cache; one that fails changes nothing."""
+        """Makes a call on the newest cache; if it fails, recovers and retries it."""
         try:
             return verb(self.cache)
         except (jax.errors.JaxRuntimeError, ValueError):
@@ -89,7 +89,7 @@ class SlotCalls:
             return verb(self.cache)
 
     def _release(self, slots: Callable[[], list[int]]) -> None:
-        """Releases slots; asks again which ones they are after a recovery."""
+        """Releases slots; calls `slots` again after a recovery."""
 
         def release(cache: KVCache) -> KVCache:
             found = slots()
@@ -98,14 +98,14 @@ class SlotCalls:
         self.cache = self._call(release)
 
     def _enter(self, state: SequenceState, slot: int, computed: int, room: int) -> None:
-        # A recovery gives a slot to a sequence that may have lost its row to the scheduler since.
+        # A recovery may give a slot to a sequence that has lost its scheduler row since.
         row = state.row if state.row >= 0 else state.sequence.place
         state.slot, state.row, state.room = slot, row, room
         state.computed = state.committed = computed
         self.states[row], self.slot[row] = state, slot
 
     def _unused(self, slots: list[int]) -> list[int]:
-        """Those of some slots that are acquired, and that no sequence has."""
+        """Returns the given slots that are acquired but belong to no sequence."""
         lengths = host_lengths(self.cache)
         return [slot for slot in slots if lengths[slot] >= 0 and slot not in self.slot]
 
@@ -113,8 +113,8 @@ class SlotCalls:
 def past_fault(call: Callable[[], _T]) -> _T:
     """Makes a call that needs no cache.
 
-    On CUDA it may be the first to hear, once, that a step in flight has failed. That is dealt with
-    when the step is read back.
+    On CUDA, the call may be the first to report, once, that a step in flight has failed. That
+    failure is handled when the step is read back, so the call is retried.
     """
     try:
         return call()

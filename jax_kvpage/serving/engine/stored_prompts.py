@@ -1,4 +1,4 @@
-"""Tokens of waiting requests that the pool's store has, and memory has not."""
+"""Prompts of waiting requests that are in the pool's store but not in memory."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -17,18 +17,18 @@ __all__ = ["StoredPrompts"]
 
 @dataclasses.dataclass(slots=True)
 class _Prompt:
-    num_preemptions: int  # of the group, when it was looked for
-    num_tokens: int  # stored; 0: no more than in memory, or read
+    num_preemptions: int  # of the group, at the time of the lookup
+    num_tokens: int  # stored tokens; 0 if memory has as many, or after the read
     ticket: Ticket | None = None
 
 
 class StoredPrompts:
-    """Reads them into the prefix cache, each once for a request and once after each preemption.
+    """Reads stored prompts into the prefix cache, once per request and once after each preemption.
 
     Args:
-        pool: with a store.
-        pace: of the engine.
-        tokens_of: ids and namespace of a group that waits.
+        pool: a pool with a store.
+        pace: measured speed of the engine.
+        tokens_of: returns the token ids and the namespace of a waiting group.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StoredPrompts:
         self._prompts: dict[SequenceGroup, _Prompt] = {}
 
     def find(self, group: SequenceGroup) -> int:
-        """Tokens that the store has of a group; 0 if memory has as many."""
+        """Returns how many tokens of a group the store has; 0 if memory has as many."""
         prompt = self._prompts.get(group)
         if prompt is None or prompt.num_preemptions < group.num_preemptions:
             ids, space = self._tokens_of(group)
@@ -54,14 +54,14 @@ class StoredPrompts:
         return prompt.num_tokens
 
     def fetch(self, group: SequenceGroup) -> Fetched:
-        """See `SwapSpace`; for a group of which `find` has found something."""
+        """See `SwapSpace`. `find` must have found something for the group."""
         prompt = self._prompts[group]
         if prompt.ticket is None:
             pace = self._pace.tokens_per_second or None
             try:
                 ids, space = self._tokens_of(group)
                 prompt.ticket = self._pool.prefetch(ids, space, prefill_tokens_per_second=pace)
-            except KVPageError:  # such as a store that was closed
+            except KVPageError:  # for example, the store was closed
                 prompt.num_tokens = 0
                 return "gone"
         if not prompt.ticket.ready:
@@ -70,11 +70,11 @@ class StoredPrompts:
         return "gone"
 
     def forget(self, group: SequenceGroup) -> None:
-        """Hears that a group has ended. A read that goes on ends by itself."""
+        """Forgets a group that has ended. A read in progress completes by itself."""
         self._prompts.pop(group, None)
 
     def reads(self) -> Iterator[Ticket]:
-        """Those that go on."""
+        """Yields the reads in progress."""
         for prompt in self._prompts.values():
             if prompt.ticket is not None:
                 yield prompt.ticket

@@ -1,4 +1,4 @@
-"""State of a request in the engine: its tokens, its text and whether a token ends it."""
+"""The engine's state of a request: its tokens, its text, and whether a token ends it."""
 
 import numpy as np
 
@@ -15,23 +15,23 @@ __all__ = ["RequestState", "SequenceState"]
 
 
 class SequenceState:
-    """One continuation.
+    """One continuation of a request.
 
     Args:
-        request: that it belongs to.
-        sequence: of the scheduler.
-        output: what the caller sees.
+        request: request that it belongs to.
+        sequence: the scheduler's sequence.
+        output: output that the caller sees.
 
     Attributes:
         ids: prompt and output tokens that have been read back.
-        slot: of the pool; -1 without memory.
-        row: among those of all replicas, as long as it has a slot.
+        slot: slot in the pool; -1 without memory.
+        row: row across all replicas while it has a slot, else -1.
         computed: tokens whose keys and values exist, as far as steps have been read back.
-        furthest: tokens that were ever computed.
-        committed: tokens that the pool knows.
+        furthest: maximum of `computed` so far.
+        committed: tokens committed to the pool.
         room: tokens that its slot has room for.
-        lookup: guesses its next tokens; None without speculation.
-        guide: its place in the grammar of the request; None without one.
+        lookup: index for prompt lookup; None if not used.
+        guide: its state in the request's grammar; None without a grammar.
         ended: whether the caller has seen its end.
     """
 
@@ -54,11 +54,11 @@ class SequenceState:
 
     @property
     def is_dropped(self) -> bool:
-        """Whether the scheduler has taken its row back, so that its slot is to be released."""
+        """Whether it has lost its scheduler row, so that its slot must be released."""
         return self.sequence.place != self.row
 
     def ran(self, begin: int, count: int) -> None:
-        """Records that `count` tokens from position `begin` on were computed."""
+        """Records that `count` tokens starting at position `begin` were computed."""
         self.computed = begin + count
         metrics = self.request.output.metrics
         metrics.num_computed_tokens += count
@@ -68,16 +68,16 @@ class SequenceState:
 
     @property
     def final(self) -> int:
-        """Of the computed tokens, those that can be committed now."""
+        """How many of the computed tokens can be committed now."""
         known = len(self.ids) - 1 if self.ended else len(self.ids)
         return min(self.computed, known)
 
     def append(self, token: int, logprobs: tuple[dict[int, Logprob], float] | None) -> bool:
-        """Takes a token; returns whether it ends the sequence.
+        """Appends a token; returns whether it ends the sequence.
 
         Args:
-            token: sampled.
-            logprobs: by token id, and that of the token; None if they were not asked for.
+            token: the sampled token.
+            logprobs: log probabilities by token id, and that of the token; None if not requested.
         """
         output = self.output
         if self.guide is not None:
@@ -105,7 +105,7 @@ class SequenceState:
         return False
 
     def conclude(self, found: Hypothesis) -> None:
-        """Shows a continuation that beam search has found, and its end."""
+        """Outputs a continuation found by beam search, and ends the sequence."""
         output, last = self.output, found.token_ids[-1]
         output.token_ids = found.token_ids
         output.cumulative_logprob, output.score = found.logprob, found.score
@@ -128,7 +128,7 @@ class SequenceState:
             return
         try:
             self._text.finish()
-        except Exception as error:  # of the caller's `detokenize`: the text so far remains
+        except Exception as error:  # from the caller's `detokenize`; keeps the text so far
             self.output.finish_reason, output = "error", self.request.output
             output.error = output.error or f"{type(error).__name__}: {error}"
         self.output.text = self._text.text
@@ -158,21 +158,21 @@ class RequestState:
     """A request and its continuations.
 
     Args:
-        output: what the caller sees.
-        params: how to sample.
-        seed: of its random numbers.
-        eos: tokens that end it, those of stop_token_ids aside.
-        detokenize: None for ids only.
-        namespace: in which the pool finds its tokens.
-        guide: at the beginning of its grammar; None without one.
-        searched: by beam search, with these parameters; None for sampling.
+        output: output that the caller sees.
+        params: sampling parameters.
+        seed: random seed.
+        eos: tokens that end it, besides those in stop_token_ids.
+        detokenize: converts token ids to text; None for ids only.
+        namespace: namespace of its tokens in the pool.
+        guide: initial state of its grammar; None without a grammar.
+        searched: parameters of the beam search; None for sampling.
 
     Attributes:
-        group: the scheduler's.
-        sequences: all n.
-        scores: by position, log probabilities of tokens of the prompt.
+        group: the scheduler's group.
+        sequences: all n sequences.
+        scores: log probabilities of prompt tokens, by position.
         search: the beam search; None for sampling.
-        beams: its sequences, as the search numbers them.
+        beams: its sequences in the order of the search's beams.
     """
 
     def __init__(
@@ -204,16 +204,16 @@ class RequestState:
 
     @property
     def is_scoring(self) -> bool:
-        """Whether log probabilities of the prompt are wanted and not complete."""
+        """Whether log probabilities of the prompt are requested and still incomplete."""
         return self.params.prompt_logprobs is not None and self.output.prompt_logprobs is None
 
     @property
     def can_be_guessed(self) -> bool:
-        """Whether its tokens follow from the sequence and the model alone."""
+        """Whether its next tokens depend only on the sequence and the model."""
         return self._searched is None and not self.params.has_penalties
 
     def start(self, group: SequenceGroup) -> None:
-        """Takes the scheduler's sequences."""
+        """Creates the state of the scheduler's sequences."""
         self.group = group
         for sequence in group.sequences:
             output = CompletionOutput(sequence.index)
@@ -228,7 +228,7 @@ class RequestState:
             self.beams = list(self.sequences)
 
     def sampling_column(self, index: int, num_banned: int) -> np.ndarray:
-        """The device's parameters of one continuation, int32[...]; see `RowParams`."""
+        """Device parameters of one continuation, int32[...]; see `RowParams`."""
         params, prompt = self.params, len(self.output.prompt_token_ids)
         column = np.full(NUM_FLOATS + NUM_INTS + num_banned, -1, np.int32)
         floats = (

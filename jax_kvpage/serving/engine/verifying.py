@@ -1,4 +1,4 @@
-"""Which rows of a step need logits, where guessed tokens are verified or a prompt is scored."""
+"""Selects the rows of a step that need logits for verifying guesses or scoring a prompt."""
 
 import dataclasses
 
@@ -14,18 +14,18 @@ __all__ = ["VerifiedBatch", "places_behind"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VerifiedBatch(Batch):
-    """A batch whose `last_rows` are those of all tokens whose logits are wanted.
+    """A batch whose `last_rows` are the rows of all tokens that need logits.
 
     Attributes:
-        rows: int32[S * (K + 1)] or int32[T]; where the batch has a part for each replica, the
-            replica's own.
+        rows: int32[S * (K + 1)] or int32[T]: replica-local rows if the batch has a part for each
+            replica.
     """
 
     rows: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def last_rows(self) -> jax.Array:
-        """The same as `rows`, among those of all parts."""
+        """`rows`, as indices into all parts."""
         assert self.rows is not None
         assert self.num_tokens is not None
         parts = self.query_offsets.shape[0] - self.slots.shape[0]
@@ -36,11 +36,14 @@ class VerifiedBatch(Batch):
 
 
 def places_behind(guesses: jax.Array, most: int) -> jax.Array:
-    """How far each token that is wanted is behind its sequence's last, int32[S, most + 1].
+    """Returns how far each token that needs logits is before its sequence's last one.
 
     Args:
-        guesses: int32[S], tokens of each sequence that are guesses.
-        most: K, or 0 in a step that verifies none.
+        guesses: int32[S]: number of guesses of each sequence.
+        most: K, or 0 in a step that verifies nothing.
+
+    Returns:
+        int32[S, most + 1].
     """
     if not most:
         return jnp.zeros((guesses.shape[0], 1), jnp.int32)

@@ -1,7 +1,7 @@
-"""Compiles what the engine will run: each bucket's step, and the programs of the pool's calls.
+"""Compiles what the engine will run: the steps of all buckets, and the programs of pool calls.
 
-Those programs are compiled by making the calls, on a few tokens in a namespace that no request
-finds. Their tables are padded to powers of two, so there are only a few.
+The latter are compiled by making the calls on a few tokens, in a namespace that no request uses.
+Their tables are padded to powers of two, so there are only a few.
 """
 
 import functools
@@ -31,19 +31,19 @@ def warm_up(
     num_banned: int,
     progress: Callable[[int, int], None] | None,
 ) -> KVCache:
-    """Compiles every program; returns the newest cache.
+    """Compiles every program and returns the newest cache.
 
     Args:
-        pool: without live requests.
-        cache: the newest.
-        programs: of the engine.
-        num_rows: sequences of a replica at one time.
+        pool: a pool without live requests.
+        cache: the newest cache.
+        programs: programs of the engine.
+        num_rows: maximum sequences of a replica at one time.
         num_banned: see `EngineConfig.max_stop_token_ids`.
-        progress: called with the number of programs done and the number of all.
+        progress: called with the number of programs done and the total.
     """
     rig = _Rig(pool, cache, programs, num_rows, num_banned)
-    # A program of the pool's calls has equal parts for all replicas, of the size that the largest
-    # needs: calls on one compile those of all.
+    # Programs of pool calls have parts of equal size for all replicas, as large as the largest
+    # part. Calls on one replica thus compile the programs for all.
     with pool.on_replica(0):
         _run_all(rig, pool, programs, num_rows, progress)
     return rig.cache
@@ -56,9 +56,9 @@ def _run_all(
     num_rows: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Does all that `warm_up` does."""
+    """Runs all jobs of `warm_up`."""
     sizes = _sizes(num_rows)
-    widest = min(num_rows, programs.max_logprobs) // 2  # beams that a request may have
+    widest = min(num_rows, programs.max_logprobs) // 2  # maximum beams of a request
     jobs: list[Callable[[], None]] = [
         functools.partial(rig.compile, *variant) for variant in programs.variants
     ]
@@ -74,7 +74,7 @@ def _run_all(
             progress(done, len(jobs))
         try:
             job()
-        except OutOfBlocks:  # then it cannot happen later either
+        except OutOfBlocks:  # then this call cannot succeed later either
             rig.release_all()
     if progress is not None:
         progress(len(jobs), len(jobs))
@@ -82,12 +82,12 @@ def _run_all(
 
 
 def _sizes(most: int) -> list[int]:
-    """Numbers of rows from 1 to `most`, one for each power of two that they are padded to."""
+    """Numbers of rows up to `most`, one for each power of two that they are padded to."""
     return sorted({min(1 << bit, most) for bit in range((most - 1).bit_length() + 1)})
 
 
 class _Rig:
-    """A pool with slots to try calls on."""
+    """Slots of a pool with which calls are tried."""
 
     def __init__(
         self, pool: KVPool, cache: KVCache, programs: Programs, num_rows: int, num_banned: int
@@ -103,17 +103,17 @@ class _Rig:
         self.cache = cache
 
     def compile(self, shape: tuple[int, int], num_guesses: int, scores: bool) -> None:
-        """The step of a bucket."""
+        """Compiles the step of a bucket."""
         self._programs.compile(shape, num_guesses, self.cache, self._state, scores)
 
     def small_programs(self) -> None:
-        """Those that change the sampler's state, and lengths."""
+        """Compiles the programs that change the sampler state and lengths."""
         self._state = self._programs.set_history(self._state, 0, [0])
         none = np.zeros(0, np.int32)
         self.cache = self._programs.set_lengths(self.cache, none, none)
 
     def prefixes(self) -> None:
-        """Acquires slots with nothing, whole blocks, and a copied token found."""
+        """Acquires slots that find nothing, full blocks, and a copied token."""
         ids = self._prompt()
         for prompt in (ids, [*ids[:-1], 2], [*ids, 1]):
             slot, found, self.cache = self._pool.acquire_prefix(
@@ -144,7 +144,7 @@ class _Rig:
         self.release_all()
 
     def forks(self, n: int) -> None:
-        """Forks several siblings, with whole blocks and with a copied token."""
+        """Forks several siblings, with full blocks only and with a copied token."""
         if n >= self._num_rows:
             n = self._num_rows - 1
         if not n:
@@ -160,8 +160,9 @@ class _Rig:
         self.release_all()
 
     def beams(self, n: int) -> None:
-        """Replaces several beams by forks, at the end of a block and behind it, where a token is
-        copied; also those whose slots were released before."""
+        """Replaces several beams by forks: at a block boundary, and after it with a copied token.
+
+        Also covers beams whose slots were released before."""
         ids = self._prompt()
         for prompt in {len(ids): ids, len(ids) - 1: ids[:-1]}.values():
             donor, self.cache = self._pool.acquire(self.cache, len(prompt), wait=True)
@@ -174,14 +175,14 @@ class _Rig:
             self.release_all()
 
     def release_all(self) -> None:
-        """Releases what is left, and waits."""
+        """Releases all slots and waits."""
         slots, self._slots = self._slots, []
         if slots:
             self.cache = self._pool.release(self.cache, slots)
         jax.block_until_ready(self.cache)
 
     def _prompt(self) -> list[int]:
-        """A block and one token, as far as a sequence may be."""
+        """A prompt of one block and one token, or of the maximum length if that is less."""
         size = self._pool.spec.block_tokens
         assert size is not None
         return [0] * min(size + 1, self._pool.spec.max_seq_len)
