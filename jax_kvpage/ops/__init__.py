@@ -1,1 +1,1 @@
-"""The operations on a cache that programs use, one file for each primitive."""
+"""The cache operations that programs use, one file per primitive."""

@@ -1,8 +1,8 @@
-"""Ops on one device of several that fail on all of them or on none.
+"""Ops that fail either on all devices or on none.
 
-A device whose op fails leaves its program, and others that wait for it in a collective would wait
-until XLA ends the process. So an op here does not fail: it returns a number for its error, 0 for
-none. The devices agree on a number, and `agreed` fails on all of them with that error. CPU only.
+A device whose op fails leaves its program, and devices that wait for it in a collective would wait
+until XLA aborts the process. So an op here does not fail: it returns an error number, 0 for no
+error. The devices agree on a number, and `agreed` fails on all of them with that error. CPU only.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ __all__ = [
     "try_set_lengths_p",
 ]
 
-# The number of an error: shape and dtype.
+# Shape and dtype of an error number.
 FAULT = ((1,), jnp.int32)
 
 
@@ -39,12 +39,12 @@ def _abstract_lengths(*avals: Any, spec: CacheSpec) -> list[Any]:
 
 
 def _abstract_raise(fault: Any, *arrays: Any) -> list[Any]:
-    # What varies over the mesh still does, and what does not is alike wherever there is a result.
+    # Results that vary over the mesh still do; the others are equal wherever there is a result.
     return [results((fault, array), (array.shape, array.dtype))[0] for array in arrays]
 
 
-# As append_kv_p, advance_p and set_lengths_p, whose operands they take, with FAULT as last result.
-# Shapes are checked before.
+# Like append_kv_p, advance_p and set_lengths_p, with the same operands, but with FAULT as the last
+# result. Shapes are checked before.
 try_append_kv_p = _lowering.make_primitive("try_append_kv", _abstract_append)
 try_advance_p = _lowering.make_primitive("try_advance", _abstract_lengths)
 try_set_lengths_p = _lowering.make_primitive("try_set_lengths", _abstract_lengths)
@@ -52,13 +52,13 @@ _lowering.register_lowerings(try_append_kv_p, name="append_kv", aliases={1: 0})
 _lowering.register_lowerings(try_advance_p, name="advance", aliases={1: 0, 2: 1})
 _lowering.register_lowerings(try_set_lengths_p, name="set_lengths", aliases={1: 0, 2: 1})
 
-# FAULT and three arrays, which it returns.
+# Takes FAULT and three arrays, and returns the arrays.
 _raise_fault_p = _lowering.make_primitive("raise_fault", _abstract_raise, static=())
 _lowering.register_lowerings(_raise_fault_p, aliases={1: 0, 2: 1, 3: 2})
 
 
 def refuse_batching(primitive: Any, op: str) -> None:
-    """Makes vmap of an op raise an error with the way out."""
+    """Makes vmap of an op raise an error that names the way out."""
 
     def refuse(operands: Any, dims: Any, **params: Any) -> Any:
         del operands, dims, params
@@ -80,11 +80,11 @@ for _primitive, _op in (
 
 
 def agreed_fault(faults: Sequence[jax.Array], axis: str) -> jax.Array:
-    """The number of an error that all devices fail with; 0 if none does.
+    """Returns the error number with which all devices fail; 0 if none fails.
 
     Args:
-        faults: of this device's ops, in their order: the first one counts.
-        axis: of the mesh.
+        faults: errors of this device's ops, in order: the first one counts.
+        axis: mesh axis.
     """
     first = faults[-1]
     for fault in faults[-2::-1]:
@@ -95,19 +95,19 @@ def agreed_fault(faults: Sequence[jax.Array], axis: str) -> jax.Array:
 def agreed(
     fault: jax.Array, epoch: jax.Array, one: jax.Array, two: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """These arrays, which nobody gets if a device has failed: then the program fails, on all.
+    """Returns the arrays, or fails the program on all devices if one device has failed.
 
     Args:
         fault: from `agreed_fault`.
-        epoch: of the cache behind the op: later ops wait for the agreement.
+        epoch: epoch after the op, so that later ops wait for the agreement.
         one: any array.
         two: any array.
 
     Returns:
-        epoch, one and two (without `two`: something).
+        epoch, one and two (an arbitrary array without `two`).
 
     Raises:
-        jax.errors.JaxRuntimeError: when run: the error of a device.
+        jax.errors.JaxRuntimeError: at run time: the error of a device.
     """
     epoch, one, two = _raise_fault_p.bind(fault, epoch, one, fault if two is None else two)
     return epoch, one, two

@@ -75,7 +75,7 @@ def _per_head(name: str, value: Any, problems: list[str]) -> Any:
 
 
 def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) -> tuple[Any, ...]:
-    """Options that are operands: window int32[], sinks and alibi f32[Hq] (f32[0] if not given)."""
+    """Converts options to operands: window int32[], sinks and alibi f32[Hq], or f32[0] for None."""
     return (
         _window(window, problems),
         _per_head("sinks", sinks, problems),
@@ -83,8 +83,8 @@ def operands(window: Any, sinks: Any, alibi_slopes: Any, problems: list[str]) ->
     )
 
 
-# Precisions and algorithms of matrix products that mean full float32. (Those between it and 16 bits
-# serve speed: choosing one of them must not make attention slower.)
+# Precisions and algorithms of matrix products that require full float32. (Those between float32 and
+# 16 bits are meant to be fast, so choosing one must not make attention slower.)
 _FULL = ("highest", "float32", "F32_F32_F32", "F64_F64_F64")
 
 
@@ -96,8 +96,10 @@ def _wants_exact_weights() -> bool:
 def params(
     head_dim: int, scale: Any, soft_cap: Any, lse: bool, implementation: Any, problems: list[str]
 ) -> dict[str, Any]:
-    """Options that are static: scale, soft_cap (0 is off), return_lse, implementation; and
-    exact_weights, which follows JAX's precision of matrix products."""
+    """Returns the static options, where soft_cap 0 means off.
+
+    exact_weights follows JAX's matrix product precision.
+    """
     check_implementation(implementation, problems)
     return {
         "scale": _positive_number("scale", scale, 1.0 / math.sqrt(max(head_dim, 1)), problems),
@@ -109,7 +111,7 @@ def params(
 
 
 def check_addressing(addressing: Any, implementation: Any, problems: list[str]) -> str:
-    """The static option of ops on a pool; adds a problem where it is unknown or unsupported."""
+    """Checks and returns the addressing of an op on a pool."""
     if not isinstance(addressing, str) or addressing not in ADDRESSINGS:
         problems.append(
             f"addressing: wanted {' or '.join(map(repr, ADDRESSINGS))}, got {addressing!r}"
@@ -136,11 +138,11 @@ def check_attention(check: Checker, q: Any, window: Any, sinks: Any, alibi: Any)
 
 
 def results_of(q: Any, return_lse: bool) -> tuple[Any, Any]:
-    """Shape and dtype of out and of lse; without return_lse lse has no rows."""
+    """Shape and dtype of out and lse; without return_lse, lse has no rows."""
     tokens, heads, _ = q.shape
     return (q.shape, q.dtype), ((tokens if return_lse else 0, heads), jnp.float32)
 
 
 def split_lse(lse: Any, size: int) -> Any:
-    """[B * T, Hq] -> [B, T, Hq], also when there are no rows."""
+    """[B * T, Hq] -> [B, T, Hq], even if there are no rows."""
     return lse.reshape(size, lse.shape[0] // size, lse.shape[1])

@@ -1,6 +1,6 @@
-"""Batching rules: more sequences for ops that change the cache, a loop for ops that only read it.
+"""Batching rules: ops that change the cache get more sequences, ops that only read it are looped.
 
-One cache serves all elements of a vmapped axis. Their batches are laid end to end as one ragged
+One cache serves all elements of a vmapped axis. Their batches are concatenated into one ragged
 batch with more sequences. A batched cache would be several caches, which one pool cannot provide.
 """
 
@@ -29,7 +29,7 @@ def axis_size(operands: Sequence[Any], dims: Dims) -> int:
 
 
 def front(operand: Any, dim: int | None, size: int) -> jax.Array:
-    """The operand with the mapped axis in front, repeated when it has none."""
+    """Moves the mapped axis to the front, or repeats the operand if it is not mapped."""
     if dim is None:
         return jnp.broadcast_to(operand, (size, *jnp.shape(operand)))
     return jnp.moveaxis(operand, dim, 0)
@@ -41,10 +41,10 @@ def refuse(
     """Raises one error for all operands that are mapped, or unmapped, in an unsupported way.
 
     Args:
-        op: name for the message.
-        names: of the operands.
-        dims: mapped axis of each, or None.
-        wrong: (name, dim) -> the problem with that operand, or "".
+        op: op name for the message.
+        names: operand names.
+        dims: mapped axis of each operand, or None.
+        wrong: returns the problem with an operand, given (name, dim), or "".
 
     Raises:
         ValueError: lists all problems.
@@ -89,17 +89,17 @@ def must_be_mapped(*own: str) -> Callable[[str, int | None], str]:
 
 
 def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.Array, jax.Array]:
-    """Lays the batches of all elements end to end.
+    """Concatenates the batches of all elements.
 
     Args:
         slots: int32[B, S].
         offsets: int32[B, S+1].
-        tokens: T, when the elements' token axes are laid end to end too. Each element then gets one
-            more sequence, with slot -1, that owns its padding tokens. None when only the numbers of
-            tokens matter.
+        tokens: T if the elements' token axes are concatenated too; each element then gets one more
+            sequence, with slot -1, that owns its padding tokens. None if only the token counts
+            matter.
 
     Returns:
-        slots int32[B * S'] and offsets int32[B * S' + 1], S' = S + 1, or S without tokens.
+        slots int32[B * S'] and offsets int32[B * S' + 1], where S' = S + 1, or S without tokens.
     """
     size, _ = slots.shape
     last = offsets[:, -1]
@@ -112,8 +112,8 @@ def fold(slots: jax.Array, offsets: jax.Array, tokens: int | None) -> tuple[jax.
         end = jnp.full((1,), size * tokens, jnp.int32)
         folded = (begin[:, None] + offsets).reshape(-1)
         slots = jnp.concatenate([slots, jnp.full((size, 1), -1, jnp.int32)], axis=1)
-    # Offsets of a later element that do not begin at 0 would look like padding of the one before
-    # it; pass the mistake on to the check at run time.
+    # Offsets of a later element that do not begin at 0 would look like padding of the previous one;
+    # pass the mistake on to the check at run time.
     folded = folded.at[0].set(jnp.where(jnp.all(offsets[:, 0] == 0), 0, -1))
     return slots.reshape(-1), jnp.concatenate([folded, end]).astype(jnp.int32)
 
@@ -125,12 +125,12 @@ def flatten_rows(operands: Sequence[Any], dims: Dims, size: int) -> list[jax.Arr
 
 
 def map_reader(op: str, names: Sequence[str], call: Callable[..., Sequence[Any]]) -> Any:
-    """The rule of a read-only op: one call after the other.
+    """Returns the batching rule of a read-only op: one call after the other.
 
     Args:
-        op: name for messages.
-        names: of the operands.
-        call: `call(*operands, **params)` for one element.
+        op: op name for messages.
+        names: operand names.
+        call: runs one element, `call(*operands, **params)`.
     """
 
     def rule(operands: Sequence[Any], dims: Dims, **params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Collects every mistake in an op's arguments, so that one ValueError can list them all."""
+"""Collects all mistakes in an op's arguments, so that one ValueError can list them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,17 +31,17 @@ __all__ = [
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 INT32 = (jnp.int32,)
 
-# The result of every op that changes a cache: shape and dtype of an epoch.
+# Shape and dtype of an epoch, a result of every op that changes a cache.
 EPOCH = ((1,), jnp.uint32)
 
-# A dimension is a number, a name that is bound by its first use, or a name plus one.
+# A dimension: a number, a name that is bound at its first use, or a name plus one.
 Dim = int | str
 
 
 class Checker:
-    """Compares abstract values with the requirements of an op and records every difference.
+    """Compares abstract values with the requirements of an op and records all differences.
 
-    Dimensions are named: the first array that uses a name decides its value, later ones must agree,
+    Dimensions are named: the first array that uses a name sets its value, later ones must agree,
     and messages show both the name and the number.
     """
 
@@ -51,7 +51,7 @@ class Checker:
         self.dims: dict[str, int] = dict(dims)
 
     def add(self, problem: str) -> None:
-        """Records one more mistake."""
+        """Records a mistake."""
         self.problems.append(problem)
 
     def _size(self, dim: Dim) -> int | None:
@@ -62,13 +62,13 @@ class Checker:
         return size + 1 if plus and size is not None else size
 
     def array(self, name: str, aval: Any, dims: Sequence[Dim], dtypes: Sequence[Any]) -> None:
-        """Checks dtype, rank and every dimension of one array.
+        """Checks the dtype, rank and dimensions of an array.
 
         Args:
-            name: of the argument.
-            aval: its abstract value (`jax.typeof`).
-            dims: wanted dimensions.
-            dtypes: dtypes that are allowed.
+            name: argument name.
+            aval: abstract value (`jax.typeof`).
+            dims: required dimensions.
+            dtypes: allowed dtypes.
         """
         right = any(aval.dtype == np.dtype(dtype) for dtype in dtypes)
         right = right and len(aval.shape) == len(dims)
@@ -108,12 +108,12 @@ class Checker:
 
 
 def pool_checker(op: str, spec: CacheSpec, problems: Sequence[str] = ()) -> Checker:
-    """A checker that knows the dimensions of a spec."""
+    """Returns a checker that knows the dimensions of a spec."""
     return Checker(op, problems, max_slots=spec.max_slots, Hkv=spec.num_kv_heads, D=spec.head_dim)
 
 
 def results(operands: Sequence[Any], *kinds: tuple[Sequence[int], Any]) -> list[Any]:
-    """Abstract values of results that depend on all operands, each given by shape and dtype."""
+    """Returns abstract values of results that depend on all operands, given by shape and dtype."""
     return [_compat.result_aval(operands, shape, dtype) for shape, dtype in kinds]
 
 
@@ -149,14 +149,14 @@ def misplaced(op: str, name: str, wanted: str, value: Any) -> ValueError:
 
 
 def check_arrays(op: str, **arguments: Any) -> None:
-    """Refuses a cache, a batch or anything else that is no array, by argument name.
+    """Refuses a cache, a batch or anything else that is not an array.
 
     Args:
-        op: name for messages.
-        **arguments: what should be arrays.
+        op: op name for messages.
+        **arguments: values by argument name.
 
     Raises:
-        ValueError: shows the signature.
+        ValueError: an argument is not an array; the message shows the signature.
     """
     for name, value in arguments.items():
         number = isinstance(value, (jax.Array, np.ndarray, np.generic, int, float))
@@ -165,10 +165,10 @@ def check_arrays(op: str, **arguments: Any) -> None:
 
 
 def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
-    """The arrays of a cache, in the order in which every primitive takes them.
+    """Returns the arrays of a cache, in the order of every primitive's operands.
 
     Raises:
-        ValueError: not a KVCache, or one without arrays.
+        ValueError: not a KVCache, or its leaves are not arrays.
     """
     if not isinstance(cache, KVCache):
         wanted = "a KVCache (from pool.cache())"
@@ -179,10 +179,10 @@ def cache_operands(op: str, cache: KVCache) -> tuple[Any, Any, Any]:
 
 
 def batch_operands(op: str, batch: Batch) -> tuple[Any, Any]:
-    """The arrays of a batch.
+    """Returns the arrays of a batch.
 
     Raises:
-        ValueError: not a Batch, or one without arrays.
+        ValueError: not a Batch, or its leaves are not arrays.
     """
     if not isinstance(batch, Batch):
         wanted = (
@@ -206,12 +206,12 @@ def _check_arrays(op: str, name: str, arrays: Sequence[Any]) -> None:
 
 
 def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
-    """The layer as an int32 scalar; a layer known at trace time is range-checked here.
+    """Returns the layer as an int32 scalar; a Python int is range-checked here.
 
     Args:
-        layer: int, or int32 scalar (traced layers are checked when the program runs).
-        spec: of the cache.
-        problems: where a mistake is added.
+        layer: int, or int32 scalar (traced layers are checked at run time).
+        spec: spec of the cache.
+        problems: list to which a mistake is added.
     """
     if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool):
         if not 0 <= layer < spec.num_layers:
@@ -223,7 +223,7 @@ def layer_operand(layer: Any, spec: CacheSpec, problems: list[str]) -> Any:
 
 
 def check_num_tokens(batch: Batch, actual: Any, name: str, problems: list[str]) -> None:
-    """A batch with a known number of tokens must agree with the arrays."""
+    """Checks that the token axis of an array matches `batch.num_tokens`, if that is known."""
     shape = np.shape(actual)
     if batch.num_tokens is not None and shape and shape[0] != batch.num_tokens:
         problems.append(

@@ -1,24 +1,25 @@
-"""Ops on pools whose heads or slots are spread over a mesh: none fails a program.
+"""Ops on pools whose heads or slots are sharded over a mesh: they never fail a program.
 
-The devices of a step meet in collectives that are the model's own. When one device's op fails (a
-free slot on one replica, room that one device has not got), the device leaves the program, and the
-others wait for it in the next sum until XLA ends the process. Two ways out were weighed:
+The devices of a step meet in the model's own collectives. If one device's op fails (a free slot on
+one replica, missing room on one device), that device leaves the program, and the others wait for it
+in the next sum until XLA aborts the process. There are two ways out:
 
-- The devices agree on each error and fail together, as where sequences are spread (_agreement.py).
-  That takes a collective an op, and is safe only if every later collective needs the op's result.
-  XLA runs independent parts of a program in any order: a sum of logits that does not wait for
-  `advance` may have begun on one device when another fails there, though all do.
-- An op that cannot run does nothing, returns NaN, and its program goes on; the error is kept for
-  the host. It takes no collective, no device is ever missing in one, and it is what happens on a
-  GPU anyway, where nothing may wait for a kernel to fail.
+- The devices agree on each error and fail together, as with sharded sequences (_agreement.py). That
+  takes a collective per op, and is safe only if every later collective depends on the op's result.
+  XLA runs independent parts of a program in any order: a sum of logits that does not depend on
+  `advance` may have begun on one device when another fails there, although all fail.
+- An op that cannot run does nothing and returns NaN, its program continues, and the error is kept
+  for the host. That takes no collective, no device is ever missing from one, and it is what happens
+  on a GPU anyway, where nothing may wait for a kernel to fail.
 
-The second one is used (cc/cache/shared_faults.h). Nothing wrong passes for right: in that
-generation the device does nothing more, what it adds to a sum is NaN on all devices, and
-`KVPool.check` and every host call that changes the pool raise `DeviceFault`, with the text that the
-op would have failed with. `KVPool.cache` starts a new generation. An op that is called outside of
-any program raises the error itself: see `raise_kept`.
+The second one is used (cc/cache/shared_faults.h). Wrong results cannot pass for right ones: for the
+rest of the generation the device does nothing more, its contribution to a sum makes the sum NaN on
+all devices, and `KVPool.check` and every host call that changes the pool raise `DeviceFault` with
+the op's error message. `KVPool.cache` starts a new generation. An op that is called outside any
+program raises the error itself: see `raise_kept`.
 
-Ops on a closed pool, and programs for another spec, fail as on one device: they do on all devices.
+Ops on a closed pool, and programs for another spec, fail as on a single device, because they fail
+on all devices.
 """
 
 from typing import Any
@@ -35,16 +36,16 @@ __all__ = ["raise_kept"]
 
 
 def raise_kept(cache: KVCache, results: Any) -> None:
-    """Waits for an op that was called outside of any program, and raises what it failed with.
+    """Waits for an op that was called outside any program, and raises its error.
 
-    Inside of one it does nothing.
+    Does nothing inside a program.
 
     Args:
-        cache: that the op was called with.
-        results: of the op.
+        cache: the cache that was passed to the op.
+        results: results of the op.
 
     Raises:
-        DeviceFault: the op, or one of the same generation before it, has failed on a device.
+        DeviceFault: the op, or an earlier one of the same generation, has failed on a device.
     """
     handle = cache.handle
     if any(isinstance(one, jax.core.Tracer) for one in (handle, *jax.tree.leaves(results))):

@@ -1,8 +1,8 @@
 """Shared by all primitives: eager calls, lowering rules, the differentiation error.
 
 Primitives carry no JAX effect: an effect in the jaxpr takes every dispatch of the whole program off
-JAX's fast path. The side effect is declared on the custom call that a primitive is lowered to,
-where XLA needs it.
+JAX's fast path. Instead, the side effect is declared on the custom call to which a primitive is
+lowered, where XLA needs it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +22,19 @@ from jax_kvpage.spec import CacheSpec
 __all__ = ["ADDRESSINGS", "IMPLEMENTATIONS", "bind", "make_primitive", "register_lowerings"]
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla")
-# How kernels find keys and values. The number in a compiled program is the index.
+# How kernels find keys and values. Compiled programs contain the index.
 ADDRESSINGS = ("slots", "table")
-# Parameters that decide shapes or rules and are not attributes of the custom call.
+# Parameters that determine shapes or rules but are not attributes of the custom call.
 _NOT_ATTRIBUTES = ("return_lse", "implementation")
 
 Abstract = Callable[..., Sequence[Any]]
 
 
 def make_primitive(name: str, abstract: Abstract, static: Sequence[str] = ("spec",)) -> Primitive:
-    """A primitive with several results, abstract evaluation and eager calls.
+    """Creates a primitive with several results, abstract evaluation and eager calls.
 
     Args:
-        name: without the package's prefix.
+        name: name without the package prefix.
         abstract: abstract evaluation, `abstract(*avals, **params)`.
         static: names of the parameters.
     """
@@ -46,7 +46,7 @@ def make_primitive(name: str, abstract: Abstract, static: Sequence[str] = ("spec
     def call_eagerly(*operands: Any, **params: Any) -> Any:
         if _compat.guards_transfers():
             operands = tuple(map(to_device, operands))
-        # Without jit there is nothing to run, so disable_jit must not apply to this one call.
+        # Without jit there would be nothing to run, so disable_jit must not apply to this call.
         with jax.disable_jit(False):
             return compiled(*operands, **params)
 
@@ -61,17 +61,17 @@ def bind(
     params: Mapping[str, Any],
     problems: Sequence[str] = (),
 ) -> Any:
-    """Binds a primitive; mistakes found beforehand are reported together with those of its shapes.
+    """Binds a primitive, reporting mistakes found beforehand together with those of its shapes.
 
     Args:
-        primitive: to bind.
-        abstract: its abstract evaluation, which takes `problems` as well.
+        primitive: primitive to bind.
+        abstract: its abstract evaluation, which also takes `problems`.
         operands: arrays.
         params: static parameters.
         problems: mistakes that abstract values do not show.
 
     Raises:
-        ValueError: listing all mistakes.
+        ValueError: lists all mistakes.
     """
     if problems:
         abstract(*map(jax.typeof, operands), **params, problems=tuple(problems))
@@ -79,7 +79,7 @@ def bind(
 
 
 def _attribute(value: Any) -> Any:
-    """A parameter in the width that the C++ handlers declare."""
+    """Converts a parameter to the width that the C++ handlers declare."""
     if isinstance(value, CacheSpec):
         return np.asarray(value.as_ints(), np.int64)
     if isinstance(value, str):
@@ -88,9 +88,9 @@ def _attribute(value: Any) -> Any:
 
 
 def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
-    """Refuses an op on a pool in a program that the compiler spreads over several devices.
+    """Refuses an op on a pool in a program that is partitioned over several devices.
 
-    XLA would end in an internal error about side effects and sharding.
+    XLA would fail with an internal error about side effects and sharding.
 
     Raises:
         ValueError: the number of devices is not 1.
@@ -107,13 +107,13 @@ def _refuse_partitions(op: str, ctx: mlir.LoweringRuleContext) -> None:
 
 
 def _behind_barriers(ctx: mlir.LoweringRuleContext, avals: Sequence[Any], values: Any) -> Any:
-    """The same values, each behind a barrier that XLA's dynamic-slice fusion does not look through.
+    """Puts each value behind a barrier that XLA's dynamic-slice fusion does not look through.
 
     That fusion wraps a custom call whose operand is a slice, or whose result goes into a
-    dynamic-update-slice. In jaxlib 0.11 it leaves the call that it wraps in the program when the
-    call has a side effect or its result has another user, so the op would run twice. A barrier over
-    a single array stays until the program is scheduled, and costs nothing then; one over several
-    arrays would be looked through.
+    dynamic-update-slice. In jaxlib 0.11 it also leaves the original call in the program if the call
+    has a side effect or its result has another user, so the op would run twice. A barrier on a
+    single array stays until the program is scheduled, and is free from then on; the fusion would
+    look through one over several arrays.
     """
 
     def barriers(*arrays: Any) -> list[Any]:
@@ -126,7 +126,7 @@ def _behind_barriers(ctx: mlir.LoweringRuleContext, avals: Sequence[Any], values
 def _refusal(
     op: str, implementation: str | None, platform: str, xla: bool, by_table: bool
 ) -> ValueError:
-    """All reasons why an op cannot be compiled for a platform, and the ways out."""
+    """Builds the error for an op that cannot be compiled, with all reasons and ways out."""
     asked = f"implementation={implementation!r}" if implementation else "the op"
     reasons, ways = [], []
     if implementation is not None and implementation != platform:
@@ -157,20 +157,20 @@ def register_lowerings(
     scratch: Callable[[Sequence[Any], Mapping[str, Any]], int] | None = None,
     plan: Callable[..., tuple[Any, Any]] | None = None,
 ) -> None:
-    """Registers how a primitive is compiled on each platform: as the same custom call on all.
+    """Registers how a primitive is lowered on each platform, as the same custom call everywhere.
 
     Args:
         primitive: named kvpage_<op>; the custom call's target is jax_kvpage_<op>.
-        name: for messages, where users know the op by another name than <op>.
-        aliases: operand number -> result number that shares its buffer.
-        side_effect: whether XLA must keep calls whose results look unused or equal.
-        xla: the op in pure JAX, `xla(*operands, **params)` without `implementation`; traced in
-            place of the custom call for implementation="xla".
+        name: name for messages, if users know the op by another name than <op>.
+        aliases: maps an operand index to the index of the result that shares its buffer.
+        side_effect: whether XLA must keep calls even if their results look unused or equal.
+        xla: the op in pure JAX, `xla(*operands, **params)` without `implementation`; traced instead
+            of the custom call for implementation="xla".
         xla_is_default: whether platforms without kernels use `xla` by default.
-        scratch: bytes of device memory that the call needs on CUDA, `scratch(operands' abstract
-            values, params)`; one more result there.
-        plan: what the call needs beside its operands on CUDA, `plan(ctx, operands, params) ->
-            (value, abstract value)`; one more operand there.
+        scratch: returns the bytes of device memory that the call needs on CUDA, `scratch(operands'
+            abstract values, params)`, passed as an additional result.
+        plan: returns an additional operand on CUDA, `plan(ctx, operands, params) -> (value,
+            abstract value)`.
     """
     op = primitive.name.removeprefix("kvpage_")
     custom_call = jax.ffi.ffi_lowering(
@@ -182,7 +182,7 @@ def register_lowerings(
         kept = {name: value for name, value in params.items() if name != "implementation"}
 
         def traced(*arrays: Any) -> Any:
-            # The results' abstract values assume that the operands are in one piece.
+            # The results' abstract values assume that the operands are gathered.
             return xla(*map(_compat.gathered, arrays), **kept)
 
         return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
@@ -211,7 +211,7 @@ def register_lowerings(
         ):
             return lower_xla(ctx, operands, params)
         # A machine without CUDA may lower for one that has it (jax.export), and its build of this
-        # package may be without CUDA too. Where the program can run, the kernels must exist.
+        # package may lack CUDA too. Only where the program can run must the kernels exist.
         if implementation not in (None, "cuda") or cuda.missing_here():
             plain = xla_is_default or (xla is not None and not cuda.missing_here())
             raise _refusal(op, implementation, "cuda", plain, by_table(params))
@@ -228,8 +228,8 @@ def register_lowerings(
 
     def lower_elsewhere(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         implementation = params.get("implementation")
-        # The plain form of an op on a pool begins with a custom call, which only pages can do
-        # without.
+        # The pure JAX form of an op on a pool still begins with a custom call; only ops on page
+        # arrays do without.
         if xla_is_default and implementation in (None, "xla"):
             return lower_xla(ctx, operands, params)
         platforms = ctx.platforms or ctx.module_context.platforms
@@ -241,7 +241,7 @@ def register_lowerings(
 
 
 def refuse_differentiation(primitive: Primitive) -> None:
-    """Makes jvp, grad and vjp of a primitive raise an error with the way out."""
+    """Makes jvp, grad and vjp of a primitive raise an error that names the way out."""
     op = primitive.name.removeprefix("kvpage_")
 
     def refuse(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -257,16 +257,16 @@ def refuse_differentiation(primitive: Primitive) -> None:
 
 
 def check_implementation(implementation: str | None, problems: list[str]) -> None:
-    """Adds a problem when the name is not one of IMPLEMENTATIONS."""
+    """Adds a problem if the name is not one of IMPLEMENTATIONS."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(map(repr, IMPLEMENTATIONS))
         problems.append(f"implementation: wanted {known} or None, got {implementation!r}")
 
 
 def absent() -> Any:
-    """Placeholder for an optional per-head array that was not given.
+    """Returns a placeholder for an optional per-head array that was not given.
 
-    In a program it is computed there: a constant becomes an argument of shard_map, and jaxlib
+    Inside a program it is computed: a constant would become an argument of shard_map, and jaxlib
     0.11's Shardy partitioner crashes on empty ones.
     """
     if _compat.is_tracing():

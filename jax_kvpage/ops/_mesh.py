@@ -1,7 +1,7 @@
-"""Ops on a cache that is spread over a mesh: each device runs the op on its part.
+"""Ops on a cache that is sharded over a mesh: each device runs the op on its part.
 
-Where the mesh axis is manual already (inside `jax.shard_map`) an op sees one shard of the cache and
-works on that. Elsewhere the op wraps itself in `jax.shard_map`: the compiler would otherwise gather
+If the mesh axis is already manual (inside `jax.shard_map`), an op sees one shard of the cache and
+works on that. Otherwise the op wraps itself in `jax.shard_map`: the compiler would otherwise gather
 q, k and v on every device.
 """
 
@@ -34,8 +34,8 @@ _Result = TypeVar("_Result")
 # (sharding, arguments by name) -> out_specs of the op's results
 OutSpecs = Callable[[AxisSharding, dict[str, Any]], Any]
 
-# (op, sharding, arguments by name) -> the op's results on one device of a cache whose sequences are
-# spread over the mesh
+# (op, sharding, arguments by name) -> the op's results on one device, for a cache whose sequences
+# are sharded over the mesh
 Striped = Callable[[Callable[..., Any], StripeSharding, dict[str, Any]], Any]
 
 _HEADS = ("q", "k", "v")  # [..., heads, dim]
@@ -43,10 +43,10 @@ _PER_HEAD = ("sinks", "alibi_slopes")  # [Hq]
 
 
 def refuse(op: str, cache: Any, why: str) -> None:
-    """Refuses a cache that is spread over a mesh.
+    """Refuses a cache that is sharded over a mesh.
 
     Raises:
-        ValueError: it is.
+        ValueError: the cache is sharded.
     """
     if isinstance(cache, KVCache) and cache.sharding is not None:
         axes = cache.sharding.axes
@@ -55,9 +55,9 @@ def refuse(op: str, cache: Any, why: str) -> None:
 
 
 def not_striped(op: Callable[..., Any], sharding: StripeSharding, arguments: dict[str, Any]) -> Any:
-    """The op on one device where no program may map memory: sequences are spread over the mesh.
+    """Refuses an op that maps memory, because the cache's sequences are sharded over the mesh.
 
-    A device that fails there alone would leave the others in a collective.
+    If only one device failed there, the others would wait for it in a collective.
 
     Raises:
         ValueError: always.
@@ -94,16 +94,16 @@ def over_mesh(
     striped: Striped | None = None,
     maps: bool = False,
 ) -> Callable[[Callable[_Params, _Result]], Callable[_Params, _Result]]:
-    """Makes an op serve caches that are spread over a mesh.
+    """Makes an op work on caches that are sharded over a mesh.
 
     Args:
-        out: the sharding of the op's results.
-        split: arguments that have a part for each device, as the cache has.
-        replicated: whether all shards compute the same results, which `out` says are replicated.
-        refused: why the op cannot wrap itself; empty: it can.
-        finish: makes the results of the call of what the shards returned.
-        striped: the op on one device where the sequences are spread; None: as where heads are.
-        maps: whether the op maps memory, which programs of several processes cannot.
+        out: returns the sharding of the op's results.
+        split: names of arguments that have a part for each device, like the cache.
+        replicated: whether all shards compute the same results, which `out` declares as replicated.
+        refused: why the op cannot wrap itself; empty if it can.
+        finish: converts the results of the shards into the result of the call.
+        striped: the op on one device if sequences are sharded; None runs it as if heads were.
+        maps: whether the op maps memory, which programs of several processes cannot do.
     """
 
     def decorate(op: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
@@ -155,7 +155,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def _on_shard(rule: _Rule, arguments: dict[str, Any]) -> Any:
-    """Runs the op on the part of the cache that one device has."""
+    """Runs the op on this device's part of the cache."""
     cache: KVCache = arguments["cache"]
     assert cache.sharding is not None
     if isinstance(cache.sharding, StripeSharding) and rule.striped is not None:
@@ -174,12 +174,12 @@ def _on_shard(rule: _Rule, arguments: dict[str, Any]) -> Any:
 def _check_heads(
     op: str, spec: CacheSpec, sharding: HeadSharding, arguments: dict[str, Any]
 ) -> None:
-    """Raises a ValueError for arrays whose heads are not those of the whole cache."""
+    """Raises a ValueError for arrays whose head counts do not match the whole cache."""
     reasons, heads = [], spec.num_kv_heads
     for name in _HEADS:
         shape: tuple[int, ...] = np.shape(arguments[name]) if name in arguments else ()
         if len(shape) < 3:
-            continue  # the op says what is wrong
+            continue  # the op reports the error
         if name != "q" and shape[-2] != heads:
             reasons.append(
                 f"{name}: wanted {heads} key/value heads (outside of jax.shard_map all that the "
@@ -203,7 +203,7 @@ def _check_heads(
 def _parted(
     op: str, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """The arguments that are arrays, and the others."""
+    """Splits arguments into arrays and other options."""
     arrays, options = {}, []
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
@@ -224,13 +224,13 @@ def _hashable(options: Any) -> bool:
 
 
 def _copies(sharding: AxisSharding) -> int:
-    """How many devices hold each key/value head, where heads are spread; else 1."""
+    """Number of devices that hold each key/value head if heads are sharded; else 1."""
     return sharding.copies if isinstance(sharding, HeadSharding) else 1
 
 
 @functools.lru_cache(maxsize=1024)
 def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any], ...]) -> Any:
-    """The op over the mesh as a function of the arrays among its arguments."""
+    """Returns the op over the mesh, as a function of its array arguments."""
 
     def in_spec(name: str, value: Any) -> PartitionSpec:
         if name == "cache" or name in rule.split:
@@ -243,7 +243,7 @@ def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any]
 
     def on_shard(arrays: dict[str, Any]) -> Any:
         copies = _copies(sharding)
-        if copies > 1:  # the head of the copy that this device holds
+        if copies > 1:  # the head that this device holds a copy of
             assert sharding.axis is not None
             head = jax.lax.axis_index(sharding.axis) // copies
             for name in {"k", "v"} & arrays.keys():
@@ -262,7 +262,7 @@ def _program(rule: _Rule, sharding: AxisSharding, options: tuple[tuple[str, Any]
             for name in sorted(arrays)  # the order of leaves
             for _ in jax.tree.leaves(arrays[name])
         ]
-        # Shardy in jaxlib 0.11 crashes on an empty operand: those are made on the shard.
+        # Shardy in jaxlib 0.11 crashes on an empty operand, so those are created on the shard.
         filled = [i for i, leaf in enumerate(leaves) if np.size(leaf)]
 
         def on_leaves(*operands: Any) -> Any:
@@ -294,32 +294,32 @@ def cache_only(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
 
 
 def attention(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """What attention returns: out, then lse with return_lse."""
+    """The results of attention: out, then lse with return_lse."""
     out = sharding.heads(np.ndim(arguments["q"]))
     lse = PartitionSpec(*out[:-1])
     return (out, lse) if arguments.get("return_lse") else out
 
 
 def attention_and_cache(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """The same, and the next cache."""
+    """The results of attention, and the next cache."""
     out = attention(sharding, arguments)
     return (*(out if arguments.get("return_lse") else (out,)), sharding.split)
 
 
 def cache_and_ok(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """The next cache, and what all devices of a replica have been told alike."""
+    """The next cache, and a result that is the same on all devices of a replica."""
     del arguments
     return sharding.split, sharding.rows
 
 
 def everywhere(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """Results that all devices of a replica have."""
+    """Results that are the same on all devices of a replica."""
     del arguments
     return sharding.rows
 
 
 def keys_and_values(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
-    """k and v, [S, max_seq_len, Hkv, D]; each copy of a head counts as one more."""
+    """k and v, [S, max_seq_len, Hkv, D]; each copy of a head counts separately."""
     if isinstance(sharding, StripeSharding):
         heads = PartitionSpec(None, sharding.axis)
     else:
@@ -330,7 +330,7 @@ def keys_and_values(sharding: AxisSharding, arguments: dict[str, Any]) -> Any:
 
 
 def in_order(sharding: AxisSharding, pair: Any) -> Any:
-    """The same with each head once, and with tokens in the order of their positions."""
+    """Returns k and v with each head once, and tokens ordered by position."""
     if isinstance(sharding, StripeSharding):
         return tuple(map(sharding.in_order, map(gathered, pair)))
     if np.ndim(pair[0]) > 4:
@@ -338,5 +338,5 @@ def in_order(sharding: AxisSharding, pair: Any) -> Any:
     copies = _copies(sharding)
     if copies == 1:
         return pair
-    # Not over replicas: where one fails the others would wait for it.
+    # Not over replicas: if one of them fails, the others would wait for it.
     return tuple(gathered(array, sharding.rows)[:, :, ::copies] for array in pair)

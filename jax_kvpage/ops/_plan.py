@@ -1,9 +1,9 @@
-"""The plan of attention on CUDA: how the work of a batch is shared out over the device.
+"""The attention plan on CUDA: how the work of a batch is distributed over the device.
 
-It is a custom call apart from attention, a function of lengths, slots, query offsets and window,
-and of the memory that the pool's slots share, which does not change while a program runs. The
-layers of a step call it with the same operands, so XLA keeps one of them, and moves it out of a
-loop over layers (FlashInfer and FlashAttention let the caller plan once a step).
+The plan is a separate custom call. It depends on lengths, slots, query offsets and window, and on
+which memory the pool's slots share, which does not change while a program runs. All layers of a
+step call it with the same operands, so XLA keeps only one of the calls and hoists it out of a loop
+over layers (FlashInfer and FlashAttention let the caller plan once per step).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,12 @@ Lower = Callable[[mlir.LoweringRuleContext, Sequence[Any], Mapping[str, Any]], t
 
 
 def appended(window: int) -> Lower:
-    """The lowering of the plan for an op, as `lower(ctx, operands, params) -> (value, aval)`.
+    """Returns the lowering of the plan, as `lower(ctx, operands, params) -> (value, aval)`.
 
     Args:
-        window: which of the op's operands is the sliding window.
+        window: index of the sliding window among the op's operands.
     """
-    # No side effect: equal calls become one.
+    # No side effect, so that equal calls are merged.
     custom_call = jax.ffi.ffi_lowering("jax_kvpage_plan_attention")
 
     def lower(

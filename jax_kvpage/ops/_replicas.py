@@ -1,8 +1,8 @@
 """Ops on a cache whose slots are split over a mesh axis: each replica works on its own slots.
 
-A batch has a part for each replica (`jax_kvpage.spread`), with that replica's own slot numbers.
-Slots in a plain list (`set_lengths`, `read_kv`) are numbers of the whole pool: each replica picks
-out its own, and for it the others are padding.
+A batch has a part for each replica (`jax_kvpage.spread`), with that replica's local slot numbers.
+Plain lists of slots (`set_lengths`, `read_kv`) use slot numbers of the whole pool: each replica
+selects its own and treats the others as padding.
 """
 
 from typing import Any
@@ -36,26 +36,26 @@ def names_slots(arguments: dict[str, Any]) -> bool:
 def check(
     op: str, spec: CacheSpec, sharding: HeadSharding, arguments: dict[str, Any], maps: bool
 ) -> None:
-    """Checks the arguments of an op on the whole cache that have a part for each replica.
+    """Checks arguments that have a part for each replica, for an op on the whole cache.
 
     Args:
-        op: its name.
-        spec: of the whole cache.
-        sharding: of the cache.
-        arguments: by name.
+        op: op name.
+        spec: spec of the whole cache.
+        sharding: sharding of the cache.
+        arguments: arguments by name.
         maps: whether the op maps memory.
 
     Raises:
-        ValueError: a batch without such parts, tokens that do not divide into them, slots that do
-            not exist, or slots of the whole pool that are to get memory, with all reasons.
+        ValueError: a batch does not have such parts, tokens cannot be divided into them, slots do
+            not exist, or slots of the whole pool are to be mapped; lists all reasons.
     """
     replicas = sharding.replicas
     if sharding.data_axis is None:
         return
     reasons = []
     if maps and names_slots(arguments):
-        # To join what the replicas answer takes a collective, and where one of them fails (a free
-        # slot) the others would wait in it.
+        # Joining the replicas' results takes a collective, and if one of them failed (a free slot),
+        # the others would wait in it.
         reasons.append(
             f"the slots are split over axis {sharding.data_axis!r} of a mesh, where each replica "
             "maps memory for its own: call it inside jax.shard_map, with the replica's own slots; "
@@ -96,10 +96,10 @@ def _traced(value: Any) -> bool:
 
 
 def localized(sharding: AxisSharding, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an op as the replica that runs this code sees them, with local slots.
+    """Returns the arguments of an op as the current replica sees them, with local slots.
 
-    Those of other replicas become -1. A number that no replica has becomes one that is too large,
-    which the op refuses when it runs.
+    Slots of other replicas become -1. A slot that no replica has becomes one that is too large,
+    which the op refuses at run time.
     """
     data_axis = _data_axis(sharding)
     if data_axis is None or not names_slots(arguments):
@@ -107,7 +107,7 @@ def localized(sharding: AxisSharding, arguments: dict[str, Any]) -> dict[str, An
     name = next(name for name in _SLOTS if name in arguments)
     slots = jnp.asarray(arguments[name])
     if not jnp.issubdtype(slots.dtype, jnp.integer):
-        return arguments  # the op says what is wrong
+        return arguments  # the op reports the error
     size = sharding.local.max_slots
     mine = slots // size == jax.lax.axis_index(data_axis)
     exists = (slots >= -1) & (slots < size * sharding.replicas)
@@ -116,21 +116,21 @@ def localized(sharding: AxisSharding, arguments: dict[str, Any]) -> dict[str, An
 
 
 def parts_of(sharding: AxisSharding, arguments: dict[str, Any], result: Any) -> Any:
-    """The results of an op on slots of the whole pool, with an axis before for the replicas."""
+    """Adds a leading replica axis to the results of an op on slots of the whole pool."""
     if _data_axis(sharding) is None or not names_slots(arguments) or isinstance(result, KVCache):
         return result
     return jax.tree.map(lambda array: array[None], result)
 
 
 def joined(op: str, array: jax.Array) -> jax.Array:
-    """The sum of such parts: each replica has zeros for the slots of others.
+    """Sums the parts of all replicas; each replica has zeros for the slots of others.
 
-    It waits for the op first. A replica whose part fails, at a free slot for instance, would leave
-    the others waiting for it in the sum.
+    Waits for the op first: if a replica failed, for instance on a free slot, the others would wait
+    for it in the sum.
 
     Raises:
-        ValueError: inside of a program, where it cannot wait.
-        jax.errors.JaxRuntimeError: what the op failed with.
+        ValueError: called inside a program, where it cannot wait.
+        jax.errors.JaxRuntimeError: the op failed.
     """
     if isinstance(array, jax.core.Tracer):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Scratch memory of ops on CUDA, in bytes, by the shapes of their operands.
+"""Scratch memory of ops on CUDA, in bytes, computed from operand shapes.
 
-It is the custom call's last result and is never read. XLA could lend such memory to a handler as
-it runs, but a call that was captured into a CUDA graph writes to it whenever the graph is replayed,
-so XLA must count on it.
+The scratch memory is the custom call's last result and is never read. XLA could lend a handler
+memory while it runs, but a call captured into a CUDA graph writes to that memory whenever the graph
+is replayed, so XLA must account for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ __all__ = ["attention", "attention_with_tables", "checked", "copies", "segments"
 
 
 def checked(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for the checked batch that append_kv and gather_context begin with.
+    """Bytes for the checked batch with which append_kv and gather_context begin.
 
-    The cache's lengths, [max_slots], are operand 2, the batch's slots operand 3.
+    Operand 2 is the cache's lengths, [max_slots]; operand 3 the batch's slots.
     """
     del params
     return _native.checked_scratch_bytes(operands[3].shape[0], operands[2].shape[0])
 
 
 def copies(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for what edit_slots hands to its copies; none without any."""
+    """Bytes that edit_slots needs for its copies; 0 if there are none."""
     del params
     return _native.checked_scratch_bytes(0, 0) if operands[5].shape[0] else 0
 
 
 def segments(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for what copy_rotated hands to its copies."""
+    """Bytes that copy_rotated needs for its copies."""
     del operands, params
     return _native.checked_scratch_bytes(0, 0)
 
@@ -62,7 +62,7 @@ def _attention(
 
 
 def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for paged_attention and update_and_attend: q stands behind cache, batch and layer."""
+    """Bytes for paged_attention and update_and_attend; q follows cache, batch and layer."""
     spec: CacheSpec = params["spec"]
     sequences = operands[3].shape[0]
     return _attention(
@@ -77,9 +77,9 @@ def attention(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
 
 
 def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) -> int:
-    """Bytes for attention over page arrays, with its plan.
+    """Bytes for attention over page arrays, including its plan.
 
-    The longest sequence is what a row of tables holds.
+    The longest possible sequence is what a row of the tables can hold.
     """
     q, k_pages, _, tables, lengths = operands[:5]
     size, heads = (k_pages.shape[1], k_pages.shape[2])
@@ -98,11 +98,11 @@ def attention_with_tables(operands: Sequence[Any], params: Mapping[str, Any]) ->
 
 
 def with_result(ctx: Any, num_bytes: int) -> Any:
-    """A lowering context with scratch memory as one more result.
+    """Returns a lowering context with scratch memory as an additional result.
 
     Args:
         ctx: `jax.interpreters.mlir.LoweringRuleContext`.
-        num_bytes: how much.
+        num_bytes: size of the scratch memory.
     """
     scratch = jax.core.ShapedArray((num_bytes,), jax.numpy.uint8)
     return ctx.replace(avals_out=[*ctx.avals_out, scratch])

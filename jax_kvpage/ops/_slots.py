@@ -1,4 +1,4 @@
-"""What ops over a list of slots and one number for each of them share."""
+"""Shared by ops over a list of slots with one number each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["check", "flattened", "operands", "replaced"]
 
 
 def operands(op: str, cache: KVCache, slots: Any, name: str, values: Any) -> tuple[Any, ...]:
-    """The cache's arrays, slots [n] and values [n], called `name`; scalars are spread out."""
+    """Returns the cache's arrays, slots [n] and values [n]; scalars are broadcast."""
     arrays = cache_operands(op, cache)
     slots = as_host_array(f"{op}: slots", slots)
     values = as_host_array(f"{op}: {name}", values)
@@ -29,7 +29,7 @@ def operands(op: str, cache: KVCache, slots: Any, name: str, values: Any) -> tup
 
 
 def check(checker: Checker, name: str, avals: Sequence[Any]) -> None:
-    """Checks cache, slots [n] and values [n], which are called `name`."""
+    """Checks cache, slots [n] and the values [n] called `name`."""
     handle, epoch, lengths, slots, values = avals
     checker.cache(handle, epoch, lengths)
     checker.array("slots", slots, ("n",), INT32)
@@ -44,7 +44,7 @@ def replaced(cache: KVCache, epoch: Any, lengths: Any = None) -> KVCache:
 
 
 def flattened(op: str, name: str, operands: Sequence[Any], dims: Any) -> tuple[list[Any], int]:
-    """Operands of one call that does what all elements of a mapped axis ask for.
+    """Merges the calls of all elements of a mapped axis into one call.
 
     Returns:
         The operands and the size of the axis.

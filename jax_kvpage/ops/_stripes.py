@@ -1,7 +1,7 @@
-"""Ops on one device of a cache whose sequences are spread over a mesh (sharding/stripes.py).
+"""Ops on one device of a cache whose sequences are sharded over a mesh (sharding/stripes.py).
 
-The cache has the lengths of whole sequences, alike on all devices, so each device computes what it
-holds of them and nothing has to be exchanged. The device's own pool knows local lengths only.
+The cache has the lengths of whole sequences, equal on all devices, so each device computes its
+share of them without communication. The device's own pool only knows local lengths.
 """
 
 import dataclasses
@@ -37,24 +37,24 @@ __all__ = [
     "set_lengths",
 ]
 
-# Opcodes of `edit_slots` whose length is that of the sequence (cc/base/slot_edits.h).
+# Opcodes of `edit_slots` that take the length of the whole sequence (cc/base/slot_edits.h).
 _SET_LENGTH, _TRUNCATE = 2, 4
 
 Op = Callable[..., Any]
 
 
 def device_of(sharding: StripeSharding) -> jax.Array:
-    """The number of the device that runs this."""
+    """The index of this device."""
     return jax.lax.axis_index(sharding.axis)
 
 
 def lengths_here(sharding: StripeSharding, lengths: Any) -> jax.Array:
-    """int32[max_slots], what this device holds of each sequence; -1 for free slots."""
+    """int32[max_slots]: tokens of each sequence that this device holds; -1 for free slots."""
     return jnp.where(lengths < 0, -1, sharding.tokens_on(device_of(sharding), lengths))
 
 
 def _local(sharding: StripeSharding, cache: KVCache) -> KVCache:
-    """The cache of this device's own pool."""
+    """Returns the cache of this device's own pool."""
     lengths = lengths_here(sharding, cache.lengths)
     return dataclasses.replace(cache, lengths=lengths, spec=sharding.local, sharding=None)
 
@@ -62,7 +62,7 @@ def _local(sharding: StripeSharding, cache: KVCache) -> KVCache:
 def _agreed(
     sharding: StripeSharding, cache: KVCache, epoch: Any, fault: Any, lengths: Any = None
 ) -> KVCache:
-    """The next cache, which no device gets if one has failed."""
+    """Returns the next cache; fails on all devices if one of them has failed."""
     fault = agreed_fault([fault], sharding.axis)
     lengths = cache.lengths if lengths is None else lengths
     epoch, lengths, _ = agreed(fault, epoch, lengths)
@@ -70,21 +70,22 @@ def _agreed(
 
 
 def _begins(lengths: Any, slots: Any) -> jax.Array:
-    """int32[S], the length of each sequence; 0 for padding and free slots."""
+    """int32[S]: length of each sequence; 0 for padding and free slots."""
     return jnp.where(slots >= 0, jnp.maximum(lengths[jnp.maximum(slots, 0)], 0), 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a ragged batch is to one device.
+    """One device's part of a ragged batch.
 
     Attributes:
-        lengths: int32[max_slots], of its own pool.
-        offsets: int32[S+1], of the new tokens that it holds, packed.
-        source: int32[T], which new token of the batch each of these is.
-        seen_slots, seen_offsets: int32[2 S] and int32[2 S + 1], the sequences with the new tokens
-            that see any of this device's tokens; before each one with slot -1 owns the others.
-        limits: int32[T], the last local position that each new token sees.
+        lengths: int32[max_slots]: lengths in its own pool.
+        offsets: int32[S+1]: offsets of the new tokens that it holds, packed.
+        source: int32[T]: index in the batch of each of these new tokens.
+        seen_slots, seen_offsets: int32[2 S] and int32[2 S + 1]: the sequences, with the new tokens
+            that see any of this device's tokens. An entry with slot -1 before each sequence owns
+            the other tokens.
+        limits: int32[T]: the last local position that each new token sees.
     """
 
     lengths: jax.Array
@@ -98,11 +99,11 @@ class Part:
     def of(
         cls, sharding: StripeSharding, lengths: Any, slots: Any, offsets: Any, tokens: int
     ) -> "Part":
-        """The part of a batch.
+        """Returns this device's part of a batch.
 
         Args:
-            sharding: of the cache.
-            lengths: int32[max_slots], of whole sequences.
+            sharding: sharding of the cache.
+            lengths: int32[max_slots]: lengths of whole sequences.
             slots: int32[S].
             offsets: int32[S+1].
             tokens: T.
@@ -124,7 +125,7 @@ class Part:
 
         sequence, index, _ = reference.token_owners(offsets, every, tokens)
         limits = sharding.tokens_on(device, begins[sequence] + index + 1) - 1
-        # The first tokens of a sequence are on other devices: some may see nothing here.
+        # The first tokens of a sequence are on other devices, so some tokens may see nothing here.
         blind = jnp.clip(device * sharding.stripe_tokens - begins, 0, counts)
         bounds = jnp.stack([offsets[:-1] + blind, offsets[1:]], axis=1).reshape(-1)
         seen = jnp.stack([jnp.full_like(slots, -1), slots], axis=1).reshape(-1)
@@ -134,10 +135,10 @@ class Part:
 def _own_offsets(
     sharding: StripeSharding, lengths: Any, slots: Any, offsets: Any, tokens: int | None = None
 ) -> jax.Array:
-    """int32[S+1], offsets of the new tokens that this device holds.
+    """int32[S+1]: offsets of the new tokens that this device holds.
 
-    They begin at -1, which every op refuses when it runs, if the batch is malformed. (A number of
-    tokens that falls gives one that falls.)
+    They begin at -1, which every op refuses at run time, if the batch is malformed. (A decreasing
+    number of tokens yields decreasing offsets here too.)
     """
     device, begins = device_of(sharding), _begins(lengths, slots)
     ends = begins + jnp.diff(offsets)
@@ -151,18 +152,18 @@ def _own_offsets(
 def checked_tokens(
     op: str, arguments: dict[str, Any], check: Callable[[Any, Any], None] | None = None
 ) -> tuple[Any, ...]:
-    """The operands of an op over tokens, whose shapes and dtypes are right.
+    """Checks shapes and dtypes of an op over tokens, and returns its operands.
 
     Args:
-        op: its name.
-        arguments: by name; those among q, k and v are the tokens.
-        check: more checks, of the checker and of q.
+        op: op name.
+        arguments: arguments by name; q, k and v are the tokens.
+        check: additional checks, called with the checker and q.
 
     Returns:
         handle, epoch, lengths, slots, offsets, layer, and the tokens as rows [T, heads, dim].
 
     Raises:
-        ValueError: all mistakes.
+        ValueError: lists all mistakes.
     """
     cache, batch = arguments["cache"], arguments["batch"]
     tokens = {name: arguments[name] for name in ("q", "k", "v") if name in arguments}
@@ -192,7 +193,7 @@ def append_kv(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KV
 
 
 def advance(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:
-    """The device's own pool hears of its own tokens."""
+    """Advances the device's own pool by its own tokens."""
     cache, batch = arguments["cache"], arguments["batch"]
     slots, offsets = batch_operands("advance", batch)
     check = pool_checker("advance", cache.spec)
@@ -210,13 +211,13 @@ def advance(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCa
 
 
 def _lowered(sharding: StripeSharding, old: Any, new: Any) -> jax.Array:
-    """The local length for a new length of a sequence; too large on all devices if it is."""
+    """Returns the local length for a new length; too large on all devices if that is too large."""
     device = device_of(sharding)
     return jnp.where(new > old, new, sharding.tokens_on(device, new))
 
 
 def set_lengths(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:
-    """The device's own pool hears of its share of the length."""
+    """Sets the device's own pool to its share of the lengths."""
     cache = arguments["cache"]
     operands = _slots.operands(
         "set_lengths", cache, arguments["slots"], "lengths", arguments["lengths"]
@@ -236,7 +237,7 @@ def set_lengths(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> 
 
 
 def edit_slots(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> KVCache:
-    """Lengths among the edits are those of whole sequences. There are no copies."""
+    """Converts the whole-sequence lengths in edits to local ones. There are no copies."""
     cache, edits = arguments["cache"], as_int32("edits", arguments["edits"])
     opcode, slots, length = edits[:, 0], edits[:, 1], edits[:, 2]
     lowers = (slots >= 0) & ((opcode == _SET_LENGTH) | (opcode == _TRUNCATE))
@@ -256,7 +257,7 @@ def edit_slots(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> K
 
 
 def read_kv(op: Op, sharding: StripeSharding, arguments: dict[str, Any]) -> Any:
-    """The device's own tokens, one after the other."""
+    """Reads the device's own tokens, in order."""
     cache, wanted = arguments["cache"], arguments["batch_or_slots"]
     if isinstance(wanted, Batch):
         slots, offsets = batch_operands("read_kv", wanted)

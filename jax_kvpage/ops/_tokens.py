@@ -32,19 +32,19 @@ HEADER = 6
 def operands(
     op: str, cache: KVCache, batch: Batch, layer: Any, **tokens: Any
 ) -> tuple[tuple[Any, ...], list[str]]:
-    """The operands of an op over tokens: the header (cache, batch and layer), then the tokens.
+    """Returns the operands of an op over tokens: the header (cache, batch, layer), then the tokens.
 
     Those of a padded batch become a ragged batch of S * T tokens (_padding.py).
 
     Args:
-        op: name for messages.
+        op: op name for messages.
         cache: the cache.
         batch: the batch.
         layer: int or int32 scalar.
         **tokens: arrays [T, heads, dim], or [S, T, heads, dim] for a padded batch.
 
     Returns:
-        The operands, the tokens as [rows, heads, dim]; and the mistakes found in them.
+        The operands, with the tokens as [rows, heads, dim]; and the mistakes found in them.
     """
     problems: list[str] = []
     slots, offsets = batch_operands(op, batch)
@@ -62,9 +62,9 @@ def operands(
 
 
 def _check_packed(tokens: dict[str, Any], problems: list[str]) -> None:
-    """Notes as one problem that arrays have a padded batch's shape; drops the axis from these.
+    """Reports arrays in a padded batch's shape as one problem, and removes the extra axis.
 
-    So that the checks that follow find only what else is wrong with them.
+    This way, later checks only find other problems.
     """
     shapes = {name: list(np.shape(x)) for name, x in tokens.items() if np.ndim(x) == 4}
     if not shapes:
@@ -83,7 +83,7 @@ def _check_packed(tokens: dict[str, Any], problems: list[str]) -> None:
 def expanded(
     batch: Batch, slots: jax.Array, offsets: jax.Array, problems: list[str]
 ) -> tuple[jax.Array, jax.Array]:
-    """A padded batch as a ragged one over S * T tokens; as it was if its shapes are wrong."""
+    """Converts a padded batch to a ragged one over S * T tokens, unless its shapes are wrong."""
     assert batch.num_tokens is not None
     starts = as_int32("batch.starts", batch.starts)
     size = slots.shape[-1] if slots.ndim else 0
@@ -139,7 +139,7 @@ def replaced(cache: KVCache, epoch: Any) -> KVCache:
 
 
 def folded(operands: Sequence[Any], dims: Any, per_token: int) -> tuple[list[Any], int]:
-    """Operands of one call over the batches of all elements, laid end to end.
+    """Merges the calls of all elements into one call over their concatenated batches.
 
     Args:
         operands: a header, then `per_token` arrays [T, ...], then operands that are not mapped.

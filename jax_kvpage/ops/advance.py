@@ -38,9 +38,9 @@ def advance(cache: KVCache, batch: Batch) -> KVCache:
         The next cache.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            malformed offsets, or tokens that some layer has not written.
+        ValueError: wrong shapes or dtypes, all listed in one message.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, malformed offsets, or tokens that some layer has not written.
     """
     operands = (*cache_operands("advance", cache), *batch_operands("advance", batch))
     epoch, lengths = _lowering.bind(advance_p, _abstract, operands, {"spec": cache.spec})

@@ -28,7 +28,7 @@ after_p = _lowering.make_primitive("after", _abstract, static=())
     refused="there the compiler might gather `value` on every device: call it inside jax.shard_map",
 )
 def after(cache: KVCache, value: Any) -> KVCache:
-    """The same cache, but not before `value` has been computed.
+    """Returns the same cache, but ordered after the computation of `value`.
 
     If a program reads a cache and also changes it destructively (for instance lowers a length), and
     neither result depends on the other, their order is undefined. `cache = after(cache, out)`
@@ -36,24 +36,24 @@ def after(cache: KVCache, value: Any) -> KVCache:
 
     Args:
         cache: the cache.
-        value: array, or tree of arrays.
+        value: an array or a tree of arrays.
 
     Returns:
         A cache that depends on every array of `value`.
 
     Raises:
-        ValueError: a cache of the wrong shape.
+        ValueError: the cache has the wrong shape.
     """
     _, epoch, _ = cache_operands("after", cache)
     arrays = [leaf for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
-    # The epoch is an integer, so no gradient flows through it and none is an error.
+    # The epoch is an integer, so no gradient flows through it, and none is an error.
     operands = (epoch, *(jax.lax.stop_gradient(_plain(x)) for x in arrays))
     (epoch,) = _lowering.bind(after_p, _abstract, operands, {})
     return dataclasses.replace(cache, epoch=epoch)
 
 
 def _plain(array: jax.Array) -> jax.Array:
-    """Random keys are not arrays to XLA; their data are."""
+    """Returns the data of a random key, which is not an array to XLA; other arrays unchanged."""
     is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(array) if is_key else array
 

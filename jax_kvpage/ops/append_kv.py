@@ -31,14 +31,14 @@ def append_kv(
 ) -> KVCache:
     """Writes k and v of the new tokens of one layer at positions lengths[slot] + i.
 
-    Lengths do not change: `advance` raises them once all layers have been written, so until then
+    Lengths do not change: `advance` raises them once all layers have been written. Until then,
     writing again overwrites.
 
     Args:
         cache: the cache.
         k: [T, Hkv, D], or [S, T, Hkv, D] for a padded batch, float32, bfloat16 or float16;
-            converted to the cache's dtype, quantized as in `jax_kvpage.quantize` if that is int8 or
-            float8_e4m3fn.
+            converted to the cache's dtype, or quantized as in `jax_kvpage.quantize` if that is int8
+            or float8_e4m3fn.
         v: like k.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
@@ -47,9 +47,9 @@ def append_kv(
         The next cache.
 
     Raises:
-        ValueError: wrong shapes, dtypes or layer, all of them in one message.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            malformed offsets, a layer out of range, or positions that are not mapped.
+        ValueError: wrong shapes, dtypes or layer, all listed in one message.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, malformed offsets, a layer out of range, or positions that are not mapped.
     """
     check_arrays("append_kv", k=k, v=v)
     operands, problems = _tokens.operands("append_kv", cache, batch, layer, k=k, v=v)

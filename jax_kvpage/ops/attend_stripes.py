@@ -1,9 +1,9 @@
-"""Attention over sequences that are spread over a mesh (sharding/stripes.py).
+"""Attention over sequences that are sharded over a mesh (sharding/stripes.py).
 
-Each device attends over the tokens that it holds, and the partial results are merged by the
-logarithms of their softmax denominators, as in the split-KV decoding of FlashAttention
-(Flash-Decoding), vLLM's decode context parallelism and Helix Parallelism (arXiv 2507.07120). Only
-queries' results go between devices, keys and values never do.
+Each device attends over the tokens that it holds, and the partial results are merged by their
+log-sum-exp, as in the split-KV decoding of FlashAttention (Flash-Decoding), vLLM's decode context
+parallelism and Helix Parallelism (arXiv 2507.07120). Only the queries' results are sent between
+devices, never keys and values.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ def _abstract(*avals: Any, spec: CacheSpec, return_lse: bool, **_: Any) -> list[
     return results(avals, *_attention.results_of(avals[6], return_lse), FAULT)
 
 
-# As paged_attention, but limits int32[T] behind q say up to which position each new token sees, at
-# least 0 and not falling within a sequence; the lengths only say which slots are occupied. The last
-# result is FAULT. Shapes are checked before.
+# Like paged_attention, but with limits int32[T] after q: the last position that each new token
+# sees, at least 0 and not decreasing within a sequence. Lengths only tell which slots are occupied.
+# The last result is FAULT. Shapes are checked before.
 attend_to_limits_p = _lowering.make_primitive("attend_to_limits", _abstract, _attention.STATIC)
 _lowering.register_lowerings(attend_to_limits_p, name="paged_attention")
 _lowering.refuse_differentiation(attend_to_limits_p)
@@ -46,22 +46,22 @@ refuse_batching(attend_to_limits_p, "paged_attention")
 def merged(
     out: jax.Array, lse: jax.Array, sinks: jax.Array | None, axis: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the keys of all devices of an axis, in float32.
+    """Merges attention over the keys of all devices of an axis, in float32.
 
     Args:
-        out: [T, Hq, D], of the keys of this device; 0 where there are none.
-        lse: float32 [T, Hq], the logarithm of its softmax denominator; -inf where there are none.
-        sinks: float32 [Hq], logits that join the denominator once; or None.
-        axis: of the mesh.
+        out: [T, Hq, D], over the keys of this device; 0 if there are none.
+        lse: float32 [T, Hq], the logarithm of its softmax denominator; -inf if there are no keys.
+        sinks: float32 [Hq], logits that are added to the denominator once; or None.
+        axis: mesh axis.
 
     Returns:
-        out, in its dtype, and lse, alike on all devices; 0 and -inf for tokens that see nothing.
+        out, in its dtype, and lse, equal on all devices; 0 and -inf for tokens that see nothing.
     """
     highest = jax.lax.pmax(lse, axis)
     sees = highest != -jnp.inf
     if sinks is not None:
         highest = jnp.maximum(highest, sinks[None])
-    # Without a finite maximum there is nothing to subtract; NaN stays NaN by the weights.
+    # Without a finite maximum there is nothing to subtract; the weights keep NaN as NaN.
     shift = jnp.where(jnp.isfinite(highest), highest, 0.0)
     weights = jnp.exp(lse - shift)
     sums, total = jax.lax.psum((out.astype(jnp.float32) * weights[:, :, None], weights), axis)
@@ -72,7 +72,7 @@ def merged(
 
 
 def _unserved(arguments: dict[str, Any]) -> list[str]:
-    """Options that local positions and a merge cannot give, and why."""
+    """Returns problems with options that cannot be computed from local positions and merged."""
     problems = []
     spread = "over a cache whose sequences are spread over a mesh"
     if arguments.get("sliding_window") is not None:
@@ -104,7 +104,7 @@ def _check_options(
 
 
 def attention(op: Any, sharding: StripeSharding, arguments: dict[str, Any]) -> Any:
-    """`paged_attention`, or `update_and_attend` where there are k and v, on one device."""
+    """Runs `paged_attention`, or `update_and_attend` if there are k and v, on one device."""
     name, cache = op.__name__, arguments["cache"]
     problems = _unserved(arguments)
     window, sinks, alibi = _attention.operands(

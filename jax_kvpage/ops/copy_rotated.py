@@ -1,8 +1,8 @@
 """copy_rotated: the op that `KVPool.reuse_segment` queues (internal).
 
 Keys are cached after their rotation by a rotary position embedding (RoPE). Rotations add up, so a
-key that was computed at position p is that of position p + d after one more rotation by the angles
-of d. A factor on queries and keys (yarn's attention scaling) stays in the key and changes nothing.
+key computed at position p becomes that of position p + d by another rotation by the angles of d. A
+factor on queries and keys (yarn's attention scaling) stays in the key and does not matter.
 """
 
 import dataclasses
@@ -45,18 +45,18 @@ def copy_rotated(
 ) -> KVCache:
     """Copies segments of sequences, in all layers, to the end of other sequences.
 
-    All or nothing: the whole list is checked before anything changes. Values keep their bits. Keys
-    are rotated in float32 (quantized ones are dequantized and quantized again), or keep their bits
-    too where the position stays the same or all angles of the layer are 0.
+    All or nothing: the whole list is checked before anything is changed. Values are copied bit by
+    bit. Keys are rotated in float32 (quantized ones are dequantized and requantized), or also
+    copied bit by bit if the position stays the same or all angles of the layer are 0.
 
     Args:
         cache: the cache.
-        own: int32[2], handle of the pool that acts; must be the cache's.
+        own: int32[2], handle of the pool that makes the call; must be the cache's.
         copies: int32[n, 5], rows of (source slot, target slot, first token, number of tokens,
-            committed tokens of the target); source -1 is padding. The target becomes longer by the
-            number of tokens. A slot may be the target of one copy, and no source as well.
-        inv_freq: float32[num_layers, pairs], angle of each pair of elements for one position.
-        interleaved: whether a pair is elements 2i and 2i + 1 (GPT-J), not i and i + pairs.
+            committed tokens of the target); source -1 is padding. The target grows by the number of
+            tokens. A slot may be the target of only one copy, and then not a source.
+        inv_freq: float32[num_layers, pairs], rotation angle per position of each pair of elements.
+        interleaved: whether a pair is elements 2i and 2i + 1 (GPT-J) instead of i and i + pairs.
 
     Returns:
         The next cache.

@@ -1,7 +1,7 @@
-"""edit_slots: the one op that the pool's host verbs (acquire, release, fork, ...) queue (internal).
+"""edit_slots: the op that the pool's host calls (acquire, release, fork, ...) queue (internal).
 
-The verb decides on the host what happens to which slot; this op makes it happen in the cache value,
-in the order of data dependence. A new verb is an opcode, or a combination, and not a new op.
+The host call decides what happens to which slot; this op applies that to the cache value, ordered
+by data dependence. A new host call needs a new opcode or a combination of opcodes, not a new op.
 """
 
 import dataclasses
@@ -50,24 +50,26 @@ edit_slots_p = _lowering.make_primitive("edit_slots", _abstract, static=("spec",
 
 @_mesh.over_mesh(_mesh.cache_only, split=("own",), striped=_stripes.edit_slots)
 def edit_slots(cache: KVCache, own: Any, edits: Any, copies: Any, verb: str) -> KVCache:
-    """Changes who occupies slots and how long they are, then copies tokens between slots.
+    """Changes the occupancy and length of slots, then copies tokens between slots.
 
-    All or nothing: both lists are checked before anything changes.
+    All or nothing: both lists are checked before anything is changed.
 
     Args:
         cache: the cache.
-        own: int32[2], handle of the pool that acts; must be the cache's.
-        edits: int32[n, 4], rows of (opcode, slot, length, donor); slot -1 is padding. A slot may be
-            named once. OCCUPY makes a free slot an empty sequence, VACATE frees one, SET_LENGTH and
-            TRUNCATE lower the length of one, FORK makes a free slot a sequence with the first
-            `length` tokens of the slot `donor`, FOUND one with `length` tokens that its memory has,
-            DROP takes the tokens below `length` away from one, SWAP_IN makes a free slot a
-            sequence with `length` tokens that its memory has (CPU only).
-        copies: int32[m, 4], rows of (source slot, target slot, first token, number of tokens), -1
-            is padding: stored keys, values and scales of all layers, to the same positions of the
-            target, which then counts as written that far. Slots must be occupied after the edits.
-            A slot may be the target of one copy, and no source as well.
-        verb: name of the host call, which errors begin with.
+        own: int32[2], handle of the pool that makes the call; must be the cache's.
+        edits: int32[n, 4], rows of (opcode, slot, length, donor); slot -1 is padding. A slot may
+            occur once. OCCUPY turns a free slot into an empty sequence, VACATE frees a slot,
+            SET_LENGTH and TRUNCATE lower a length, FORK turns a free slot into a sequence with the
+            first `length` tokens of slot `donor`, FOUND turns one into a sequence with `length`
+            tokens that are already in its memory, DROP removes the tokens before `length`, and
+            SWAP_IN turns a free slot into a sequence with `length` tokens that are already in its
+            memory (CPU only).
+        copies: int32[m, 4], rows of (source slot, target slot, first token, number of tokens); -1
+            is padding. Copies the stored keys, values and scales of all layers to the same
+            positions of the target, which then counts as written up to there. Slots must be
+            occupied after the edits. A slot may be the target of only one copy, and then not a
+            source.
+        verb: name of the host call, with which error messages begin.
 
     Returns:
         The next cache.

@@ -1,4 +1,4 @@
-"""gather_context: copies sequences out of the arena into dense arrays, for `read_kv` and "xla"."""
+"""gather_context: copies sequences from the arena into dense arrays, for `read_kv` and "xla"."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["gather_context_abstract", "gather_context_p"]
 
-# `read_kv` makes lengths that differ between elements; a cache that does has a batched handle too.
+# `read_kv` computes lengths that differ between elements; if the cache's own lengths differ, its
+# handle is batched too.
 _NAMES = ("cache.handle", "cache.epoch", "lengths", "slots", "query_offsets", "layer")
 
 
@@ -26,14 +27,14 @@ def gather_context_abstract(
     return results(avals, (shape, dtype), (shape, dtype))
 
 
-# Operands as in `_NAMES`; results k and v, [S, max_seq_len, Hkv, D] in the cache's dtype, float32
-# where that is quantized: positions 0 to lengths + new tokens of each sequence, zeros beyond them.
+# Operands as in `_NAMES`. Results: k and v, [S, max_seq_len, Hkv, D], in the cache's dtype, or
+# float32 if that is quantized: positions 0 to lengths + new tokens of each sequence, then zeros.
 gather_context_p = _lowering.make_primitive("gather_context", gather_context_abstract)
 
-# In messages it has the names of the ops that use it, as in those of the handlers.
+# Messages use the names of the ops that use it, like those of the handlers.
 _lowering.register_lowerings(
     gather_context_p, name="read_kv / paged_attention (xla)", scratch=_scratch.checked
 )
 
-# paged_attention has a rule for itself.
+# paged_attention has its own rule.
 _batching.register(gather_context_p, _batching.map_reader("read_kv", _NAMES, gather_context_p.bind))

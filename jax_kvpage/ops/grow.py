@@ -1,4 +1,4 @@
-"""grow: maps room for the new tokens of a batch, the first call of most steps."""
+"""grow: maps room for the new tokens of a batch; the first call of most steps."""
 
 import functools
 
@@ -20,22 +20,22 @@ _MAX_INT32 = 2**31 - 1
 def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
     """Maps physical blocks until each sequence of a batch has room for its new tokens.
 
-    The same as `map_slots(cache, batch.slots, n)`, where n is the length of each sequence plus its
-    new tokens. `batch.mask(ok)` then leaves out the sequences that must wait.
+    Equivalent to `map_slots(cache, batch.slots, n)`, where n is the length of each sequence plus
+    its new tokens. `batch.mask(ok)` then leaves out the sequences that must wait.
 
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).
         batch: which tokens belong to which slot.
 
     Returns:
-        The next cache and ok, bool[S]: False where nothing was mapped, because the pool ran out of
-        blocks or because the sequence would be longer than `cache.spec.max_seq_len`; True for
-        padding.
+        The next cache and ok, bool[S]: False if nothing was mapped, because the pool ran out of
+        blocks or the sequence would exceed `cache.spec.max_seq_len`; True for padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool whose
-            sequences are spread over a mesh: `KVPool.extend` makes room there.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot.
+        ValueError: wrong shapes or dtypes, all listed in one message; or the pool's sequences are
+            sharded over a mesh: use `KVPool.extend` there.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot.
     """
     arrays = cache_operands("grow", cache)
     check = pool_checker("grow", cache.spec)
@@ -46,7 +46,7 @@ def grow(cache: KVCache, batch: Batch) -> tuple[KVCache, jax.Array]:
     return map_slots(cache, slots, _totals(*map(gathered, (cache.lengths, slots, offsets))))
 
 
-# One program also when called eagerly: then no scalar has to be moved to the device.
+# A single program even in eager calls, so that no scalar has to be moved to the device.
 @functools.partial(jax.jit, inline=True)
 def _totals(lengths: jax.Array, slots: jax.Array, offsets: jax.Array) -> jax.Array:
     before = jnp.maximum(lengths[jnp.maximum(slots, 0)], 0)

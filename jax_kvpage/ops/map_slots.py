@@ -1,4 +1,4 @@
-"""map_slots: maps physical blocks into slots from inside a program."""
+"""map_slots: maps physical blocks into slots from within a program."""
 
 from typing import Any
 
@@ -25,30 +25,30 @@ map_slots_p = _lowering.make_primitive("map_slots", _abstract)
 
 @_mesh.over_mesh(_mesh.cache_and_ok, replicated=True, striped=_mesh.not_striped, maps=True)
 def map_slots(cache: KVCache, slots: Any, num_tokens: Any) -> tuple[KVCache, jax.Array]:
-    """Maps physical blocks until every slot has room for `num_tokens` tokens in all.
+    """Maps physical blocks until every slot has room for a total of `num_tokens` tokens.
 
     Existing room costs nothing, and a token that fits into the last mapped block needs no new one.
-    A slot gets either all the blocks it needs or none. With a pool over a mesh this holds for all
-    devices together: the first device that comes to the call decides and maps for all, the others
-    take over what it decided, and ok is the same everywhere. No device waits for another.
+    A slot gets either all blocks that it needs or none. On a mesh this holds for all devices
+    together: the first device that reaches the call decides and maps for all, the others adopt its
+    decision, and ok is the same everywhere. No device waits for another.
 
     Args:
         cache: the cache; the slots must be occupied (`KVPool.acquire`).
-        slots: int32[n], each at most once; -1 is padding. A single slot is fine too.
-        num_tokens: int32[n] or a scalar for all: tokens in all, not in addition.
+        slots: int32[n], each at most once; -1 is padding. May also be a single slot.
+        num_tokens: int32[n], or a scalar for all slots: total tokens, not additional ones.
 
     Returns:
-        The next cache and ok, bool[n]: False where nothing was mapped, because the pool ran out of
-        blocks or because num_tokens is beyond `cache.spec.max_seq_len` (compare the two to tell
-        which); True for padding.
+        The next cache and ok, bool[n]: False if nothing was mapped, because the pool ran out of
+        blocks or num_tokens exceeds `cache.spec.max_seq_len` (compare the two to tell which); True
+        for padding.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message; or the cache of a pool whose
-            sequences are spread over a mesh: `KVPool.extend` makes room there; or, outside of
-            `jax.shard_map`, one whose slots are split over replicas: use `grow` there.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            or a negative number of tokens; on a mesh, slots or num_tokens that differ from device
-            to device.
+        ValueError: wrong shapes or dtypes, all listed in one message; or the pool's sequences are
+            sharded over a mesh (use `KVPool.extend` there); or, outside `jax.shard_map`, its slots
+            are split over replicas (use `grow` there).
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, or a negative number of tokens; on a mesh, slots or num_tokens that differ between
+            devices.
     """
     operands = _slots.operands("map_slots", cache, slots, "num_tokens", num_tokens)
     epoch, ok = _lowering.bind(map_slots_p, _abstract, operands, {"spec": cache.spec})

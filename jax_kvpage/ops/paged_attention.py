@@ -65,17 +65,17 @@ def paged_attention(
     implementation: str | None = None,
     addressing: Literal["slots", "table"] = "slots",
 ) -> Any:
-    """Attention of new tokens over their sequences' context, the new tokens' own K and V included.
+    """Attention of new tokens over their sequences' context, including the new tokens themselves.
 
     The new tokens must have been written (`append_kv`). Token i of a sequence that has n tokens in
     the cache sees positions 0 to n + i, so one op serves decode, prefill, chunked prefill and any
     mixture. The result for a sequence does not depend on the other sequences of the batch.
 
-    A score is scaled, then soft-capped, then biased (ALiBi), then masked; the softmax follows.
-    Kernels may round its weights to 16 bits before they multiply the values, as other attention
-    kernels do. Under `jax.default_matmul_precision("highest")` (or "float32") weights are not
-    rounded, which is slower: on CPU prefill with bfloat16 queries takes 1.3 times as long over
-    bfloat16 and 1.9 times over quantized storage; CUDA does not use tensor cores.
+    Scores are scaled, soft-capped, biased (ALiBi) and masked, in this order, before the softmax.
+    Kernels may round softmax weights to 16 bits before multiplying the values, as other attention
+    kernels do. Under `jax.default_matmul_precision("highest")` (or "float32"), weights are not
+    rounded, which is slower: on CPU, prefill with bfloat16 queries takes 1.3 times as long over
+    bfloat16 and 1.9 times over quantized storage; on CUDA, tensor cores are not used.
 
     Args:
         q: [T, Hq, D], or [S, T, Hq, D] for a padded batch, float32, bfloat16 or float16; Hq is a
@@ -85,30 +85,32 @@ def paged_attention(
         layer: int, or traced int32 scalar.
         scale: factor of the scores, 1/sqrt(D) by default. Static.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it. An int,
-            or a traced int32 scalar, where 0 or less means no window (layers with different windows
-            can be scanned).
+            or a traced int32 scalar, where 0 or less means no window (so layers with different
+            windows can be scanned).
         logits_soft_cap: c in c * tanh(score / c) (Gemma 2). Static.
-        sinks: [Hq], one more logit for each head, only in the softmax's denominator
+        sinks: [Hq], an additional logit per head that only enters the softmax's denominator
             (attention sinks as in gpt-oss).
-        alibi_slopes: [Hq], adds slope * (key position - query position) (Press et al., ALiBi).
-        return_lse: whether to return the natural logarithm of the softmax's denominator.
+        alibi_slopes: [Hq], adds slope * (key position - query position) (ALiBi, Press et al.).
+        return_lse: whether to also return the natural logarithm of the softmax's denominator.
         implementation: "cpu", "cuda", "xla" (pure JAX over a gathered context: slow, for
             checking), or None, the best for the platform.
         addressing: how the kernels find keys and values. "slots": in the slots' contiguous virtual
-            memory. "table": by block number, through the pool's own block table, as paged attention
-            does elsewhere. The result is the same to the last bit; the table is no operand, and
-            growth compiles nothing. On CUDA the first such program maps every block of the
-            process's pools a second time, at its number. Not with "xla". Static.
+            memory. "table": by block number through the pool's own block table, like paged
+            attention elsewhere. Results are bit-identical; the table is not an operand, and growth
+            does not recompile anything. On CUDA, the first such program maps every block of the
+            process's pools a second time, at an address given by its number. Not with "xla".
+            Static.
 
     Returns:
-        out, shaped like q, in q's dtype; with return_lse also lse, float32 [T, Hq] or [S, T, Hq].
+        out, in q's shape and dtype; with return_lse also lse, float32 [T, Hq] or [S, T, Hq].
         Padding tokens and masked sequences get 0 and -inf.
 
     Raises:
-        ValueError: unsupported arguments, all of them in one message; or an implementation that the
+        ValueError: unsupported arguments, all listed in one message; or an implementation that the
             platform does not have.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            malformed offsets, a layer out of range, or positions not mapped or not written.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, malformed offsets, a layer out of range, or positions that are not mapped or not
+            written.
     """
     check_arrays("paged_attention", q=q)
     operands, problems = _tokens.operands("paged_attention", cache, batch, layer, q=q)

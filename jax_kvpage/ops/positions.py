@@ -18,19 +18,19 @@ __all__ = ["positions"]
 
 @_mesh.over_mesh(_mesh.everywhere, replicated=True)
 def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) -> jax.Array:
-    """Positions of the new tokens, lengths[slot] + i, as rotary embeddings need them.
+    """Returns the positions of the new tokens, lengths[slot] + i, as needed by rotary embeddings.
 
     Args:
         cache: the cache.
         batch: which tokens belong to which slot.
-        num_tokens: T, the length of the token axis. Optional when the batch knows it, and outside
-            of jit, where it defaults to the number of tokens that the sequences own.
+        num_tokens: T, the length of the token axis. Optional if the batch knows it, and outside
+            jit, where it defaults to the number of tokens that the sequences own.
 
     Returns:
         int32[T], or int32[S, T] for a padded batch; 0 for padding tokens and masked sequences.
 
     Raises:
-        ValueError: T is unknown, or num_tokens differs from the batch; or wrong shapes and
+        ValueError: T is unknown, or num_tokens differs from the batch's; or wrong shapes and
             dtypes.
     """
     arrays = cache_operands("positions", cache)
@@ -64,7 +64,7 @@ def positions(cache: KVCache, batch: Batch, *, num_tokens: int | None = None) ->
     return _tokens.like(batch, _positions(slots, offsets, lengths, rows))
 
 
-# One program also when called eagerly: then no scalar has to be moved to the device.
+# A single program even in eager calls, so that no scalar has to be moved to the device.
 @functools.partial(jax.jit, static_argnums=3, inline=True)
 def _positions(slots: jax.Array, offsets: jax.Array, lengths: jax.Array, tokens: int) -> jax.Array:
     sequence, index, owned = reference.token_owners(offsets, slots >= 0, tokens)
@@ -73,7 +73,7 @@ def _positions(slots: jax.Array, offsets: jax.Array, lengths: jax.Array, tokens:
 
 
 def _last_offset(offsets: jax.Array) -> int | None:
-    """The number of tokens that sequences own, or None when offsets are traced."""
+    """The number of tokens that sequences own, or None if offsets are traced."""
     try:
         return int(np.asarray(offsets)[-1])
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):

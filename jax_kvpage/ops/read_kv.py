@@ -1,4 +1,4 @@
-"""read_kv: the keys and values of whole sequences as dense arrays."""
+"""read_kv: reads the keys and values of whole sequences into dense arrays."""
 
 import functools
 from typing import Any
@@ -21,9 +21,9 @@ __all__ = ["read_kv"]
 def _with_last(
     lengths: jax.Array, slots: jax.Array, offsets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Lengths and offsets in which each sequence without new tokens has its last one as new.
+    """Counts the last token of sequences without new tokens as new; returns (lengths, offsets).
 
-    Programs read the contexts of new tokens: a sequence that has none would be left out.
+    The op reads the contexts of new tokens, so a sequence without any would be left out.
     """
     counts = jnp.diff(offsets)
     safe = jnp.maximum(slots, 0)
@@ -37,28 +37,27 @@ def _with_last(
 def read_kv(
     cache: KVCache, batch_or_slots: Batch | Any, layer: int | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Copies the keys and values of one layer out of the cache, a dense array for each.
+    """Copies the keys and values of one layer out of the cache into dense arrays.
 
-    For debugging, for exporting a sequence, and for attention that this package does not have. It
-    works on every platform, layout and storage, unlike `KVPool.view`, but copies `max_seq_len`
-    tokens of each sequence.
+    Use it for debugging, for exporting a sequence, or for attention that this package does not
+    have. Unlike `KVPool.view`, it works on every platform, layout and storage, but it copies
+    `max_seq_len` tokens of each sequence.
 
     Args:
         cache: the cache.
         batch_or_slots: the sequences. With slots, int32[S] (each at most once, -1 is padding, a
-            single slot is S = 1), all tokens up to the slot's length. With a Batch also its new
-            tokens, which must have been written in this layer (`append_kv`).
+            single slot is S = 1), reads all tokens up to the slot's length. With a Batch, also
+            reads its new tokens, which must have been written in this layer (`append_kv`).
         layer: int, or traced int32 scalar.
 
     Returns:
-        k and v, [S, max_seq_len, Hkv, D] in the cache's dtype, or float32 with the scales applied
-        where that is quantized. Zeros behind the tokens of each sequence, and for padding.
+        k and v, [S, max_seq_len, Hkv, D], in the cache's dtype, or dequantized to float32 if that
+        is quantized. Zeros after the tokens of each sequence, and for padding.
 
     Raises:
-        ValueError: wrong shapes, dtypes or layer, all of them in one message.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a
-            free or repeated slot, malformed offsets, a layer out of range, or new tokens that were
-            not written.
+        ValueError: wrong shapes, dtypes or layer, all listed in one message.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, malformed offsets, a layer out of range, or new tokens that were not written.
     """
     problems: list[str] = []
     arrays = cache_operands("read_kv", cache)

@@ -1,12 +1,12 @@
-"""read_views: reads zero-copy views of a pool behind the writes of the same program.
+"""read_views: reads zero-copy views of a pool after the writes of the same program.
 
-To XLA a view is an argument that nothing changes, so its reads may run before, or beside, the
-custom calls that write the same memory, and `optimization_barrier` orders values, not memory. Here
-the reads are a branch of a conditional, which runs only once its predicate is known, and the
-predicate comes from a custom call that takes the cache's epoch: to XLA it may be false. A second
-custom call, inside the branch, takes the views. XLA neither inlines a branch with such a side
-effect nor turns its conditional into a select, and the call compares addresses: a view that was
-copied on its way is an error, not an old value.
+To XLA, a view is an argument that nothing changes, so its reads may run before or concurrently with
+the custom calls that write the same memory, and `optimization_barrier` orders values, not memory.
+Here the reads are in a branch of a conditional, which runs only once its predicate is known. The
+predicate comes from a custom call that takes the cache's epoch; as far as XLA knows, it may be
+false. A second custom call, inside the branch, takes the views. XLA neither inlines a branch with
+such a side effect nor turns its conditional into a select, and the call compares addresses: a view
+that was copied on the way raises an error instead of reading old values.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,22 +34,21 @@ def _abstract(*avals: Any, spec: CacheSpec) -> list[Any]:
     return results(avals, ((), jnp.bool_))
 
 
-# Operands: the cache's arrays, then views; result: true, or the program fails.
+# Operands: the cache's arrays, then the views. Result: true, or the program fails.
 check_views_p = _lowering.make_primitive("check_views", _abstract)
 
 
 def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Result:
-    """Calls `read(*views)` behind everything that the program has written to the cache.
+    """Calls `read(*views)` after everything that the program has written to the cache.
 
     A program that changes a cache and reads a `KVPool.view` of the same pool must read through this
-    function: to XLA a view is a constant argument, and a direct read may show what was there before
-    the program's own writes. Nothing is copied. It works under jit, in scans, loops and
-    conditionals, with and without donation of the cache. There, hand the views to the jitted
+    function: to XLA, a view is a constant argument, and a direct read may return the contents
+    before the program's own writes. Nothing is copied. It works under jit, in scans, loops and
+    conditionals, with and without donation of the cache. In these, pass the views to the jitted
     function as arguments and close over them in the body; never carry them through a loop.
 
-    The order is that of a reader: behind the writes that `cache` has seen. If the program later
-    lowers a length, or releases what was read, order that behind the read with
-    `cache = after(cache, out)`.
+    The read is ordered after the writes that `cache` has seen. If the program later lowers a length
+    or releases what was read, order that after the read with `cache = after(cache, out)`.
 
     Example:
         def decode(cache, k_view, v_view, q, k, v, batch):  # one layer, one new token a sequence
@@ -66,25 +65,25 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
         cache, out = jax.jit(decode)(cache, *pool.view(0), q, k, v, batch)
 
     Args:
-        cache: the cache that the last write returned.
-        read: computes a tree of arrays from the views. It may close over any other values, but
-            over nothing that was computed from a view outside of it. Slice, gather and convert the
-            views inside. It must not return a view itself.
-        *views: what `KVPool.view` returned, [max_slots, max_seq_len, kv heads, head_dim] or
-            [max_seq_len, kv heads, head_dim], in any number and in trees (for instance a list of
-            one (k, v) for each layer, between which `read` chooses with `lax.switch`).
+        cache: the cache returned by the last write.
+        read: computes a tree of arrays from the views. It may close over any values except those
+            computed from a view outside it. Slice, gather and convert the views inside. It must not
+            return a view.
+        *views: any number of arrays returned by `KVPool.view`, [max_slots, max_seq_len, kv heads,
+            head_dim] or [max_seq_len, kv heads, head_dim], or trees of them (for instance a list
+            with a (k, v) per layer, between which `read` chooses with `lax.switch`).
 
     Returns:
         The result of `read`.
 
     Raises:
-        ValueError: `cache` is not a KVCache, or `read` cannot be called; a cache whose pool has no
-            views (layout, quantized storage, not on CPU); an array without the shape and dtype of a
-            view; no views; or a result that is a view.
-        jax.errors.JaxRuntimeError: an array is a copy of a view or belongs to another pool, the
-            cache is of an older generation, the pool is closed; or the slot of a view of one slot
-            is free, or has changed hands since the cache. Which slots `read` takes out of a view
-            of all slots is not known, so those are not checked.
+        ValueError: `cache` is not a KVCache, or `read` is not callable; the cache's pool has no
+            views (layout, quantized storage, not on CPU); an array does not have the shape and
+            dtype of a view; there are no views; or the result is a view.
+        jax.errors.JaxRuntimeError: an array is a copy of a view or belongs to another pool; the
+            cache is of an older generation; the pool is closed; or the slot of a single-slot view
+            is free or has been reassigned since the cache. With a view of all slots, it is unknown
+            which slots `read` uses, so they are not checked.
     """
     _mesh.refuse("read_views", cache, "such a pool has no views: read it with paged_attention")
     state = cache_operands("read_views", cache)
@@ -112,10 +111,10 @@ def read_views(cache: KVCache, read: Callable[..., _Result], *views: Any) -> _Re
 
 
 def _check_arguments(cache: KVCache, state: Sequence[Any], views: Sequence[Any]) -> list[Any]:
-    """The views as operands of check_views_p.
+    """Checks the arguments, and returns the views as operands of check_views_p.
 
     Raises:
-        ValueError: lists what is wrong with the cache's arrays, its spec and the views.
+        ValueError: lists all problems of the cache's arrays, its spec and the views.
     """
     spec = cache.spec
     check = pool_checker("read_views", spec)
@@ -133,7 +132,7 @@ def _check_arguments(cache: KVCache, state: Sequence[Any], views: Sequence[Any])
     if not leaves:
         check.add("views: got none: pass the arrays that pool.view returned, read(*views)")
     check.done()
-    # Derivatives of what `read` computes are those of `read`.
+    # Only `read` itself contributes to derivatives.
     return [jax.lax.stop_gradient(leaf) for leaf in leaves]
 
 

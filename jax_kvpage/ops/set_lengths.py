@@ -30,16 +30,16 @@ def set_lengths(cache: KVCache, slots: Any, lengths: Any) -> KVCache:
 
     Args:
         cache: the cache.
-        slots: int32[n], each at most once; -1 is padding. A single slot is fine too.
-        lengths: int32[n] or a scalar for all; 0 up to what the slot's sequence has written.
+        slots: int32[n], each at most once; -1 is padding. May also be a single slot.
+        lengths: int32[n], or a scalar for all slots; from 0 to what the sequence has written.
 
     Returns:
         The next cache. Programs that still read the old one fail as stale.
 
     Raises:
-        ValueError: wrong shapes or dtypes, all of them in one message.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            or a length beyond what was written.
+        ValueError: wrong shapes or dtypes, all listed in one message.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, or a length beyond what was written.
     """
     operands = _slots.operands("set_lengths", cache, slots, "lengths", lengths)
     epoch, new = _lowering.bind(set_lengths_p, _abstract, operands, {"spec": cache.spec})

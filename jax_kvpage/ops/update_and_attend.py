@@ -60,31 +60,31 @@ def update_and_attend(
     implementation: str | None = None,
     addressing: Literal["slots", "table"] = "slots",
 ) -> Any:
-    """Writes k and v of new tokens into one layer of the cache and attends over the result.
+    """Writes k and v of new tokens into one layer of the cache, then attends over the context.
 
-    The same as `append_kv` followed by `paged_attention`, in one custom call.
+    Equivalent to `append_kv` followed by `paged_attention`, in one custom call.
 
     Args:
         q: [T, Hq, D], or [S, T, Hq, D] for a padded batch, float32, bfloat16 or float16; Hq is a
             multiple of the cache's heads.
-        k: [T, Hkv, D] or [S, T, Hkv, D], any of these dtypes; converted to the cache's.
+        k: [T, Hkv, D] or [S, T, Hkv, D], any of these dtypes; converted to the cache's dtype.
         v: like k.
         cache: the cache, with room mapped for the new tokens.
         batch: which tokens belong to which slot.
         layer: int, or traced int32 scalar.
         scale, logits_soft_cap, sliding_window, alibi_slopes, sinks, return_lse, implementation,
-            addressing: as in `paged_attention`. With "table" k and v are written through it too.
+            addressing: as in `paged_attention`. With "table", k and v are also written through it.
 
     Returns:
-        (out, cache), or (out, lse, cache) with return_lse: out, shaped like q, in q's dtype, lse
-        float32 [T, Hq] or [S, T, Hq], and the next cache. Padding tokens and masked sequences get 0
-        and -inf.
+        (out, cache), or (out, lse, cache) with return_lse: out in q's shape and dtype, lse float32
+        [T, Hq] or [S, T, Hq], and the next cache. Padding tokens and masked sequences get 0 and
+        -inf.
 
     Raises:
-        ValueError: unsupported arguments, all of them in one message; or an implementation that the
+        ValueError: unsupported arguments, all listed in one message; or an implementation that the
             platform does not have.
-        jax.errors.JaxRuntimeError: when run: a stale cache or closed pool, a free or repeated slot,
-            malformed offsets, a layer out of range, or positions that are not mapped.
+        jax.errors.JaxRuntimeError: at run time: a stale cache or closed pool, a free or repeated
+            slot, malformed offsets, a layer out of range, or positions that are not mapped.
     """
     check_arrays("update_and_attend", q=q, k=k, v=v)
     operands, problems = _tokens.operands("update_and_attend", cache, batch, layer, q=q, k=k, v=v)

@@ -69,25 +69,25 @@ def paged_attention_with_tables(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """Attention over K and V in pages behind a block table, all of them ordinary JAX arrays.
+    """Attention over pages of K and V addressed by a block table, all ordinary JAX arrays.
 
-    Purely functional: no pool, no side effect. Semantics are those of `paged_attention`.
+    Purely functional: no pool and no side effects. Semantics are those of `paged_attention`.
 
     Args:
         q: [T, Hq, D], float32, bfloat16 or float16.
         k_pages: [pages, page_size, Hkv, D] ("NHD") or [pages, Hkv, page_size, D] ("HND").
         v_pages: like k_pages.
-        block_tables: int32[S, B], page of each block of each sequence; entries beyond a
-            sequence's length are ignored.
-        lengths: int32[S], tokens of each sequence in the pages, its new ones included. Token i of n
-            new ones is at position lengths - n + i.
+        block_tables: int32[S, B], page of each block of each sequence; entries beyond a sequence's
+            length are ignored.
+        lengths: int32[S], tokens of each sequence in the pages, including its new ones. New token i
+            of n is at position length - n + i.
         query_offsets: int32[S+1], sequence s owns tokens query_offsets[s]:query_offsets[s+1]; None
-            is a decode step, one token for each sequence (T == S). Tokens past the last are
+            means a decode step, one token per sequence (T == S). Tokens past the last offset are
             padding.
-        kv_layout: order of the axes of a page.
+        kv_layout: axis order of a page.
         scale, sliding_window, logits_soft_cap, sinks, alibi_slopes, return_lse: as in
             `paged_attention`.
-        implementation: "cpu", "xla" (pure JAX, every platform), or None, the best for the
+        implementation: "cpu", "cuda", "xla" (pure JAX, every platform), or None, the best for the
             platform.
 
     Returns:
@@ -95,9 +95,9 @@ def paged_attention_with_tables(
         and -inf.
 
     Raises:
-        ValueError: unsupported arguments, all of them in one message.
-        jax.errors.JaxRuntimeError: when run on cpu: malformed offsets, lengths beyond the table, or
-            a page number out of range.
+        ValueError: unsupported arguments, all listed in one message.
+        jax.errors.JaxRuntimeError: at run time on cpu: malformed offsets, lengths beyond the table,
+            or a page number out of range.
     """
     arrays = {"k_pages": k_pages, "v_pages": v_pages, "block_tables": block_tables}
     check_arrays("paged_attention_with_tables", q=q, **arrays, lengths=lengths)

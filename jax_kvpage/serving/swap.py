@@ -33,8 +33,10 @@ class SwapSpace(Protocol):
         """
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
-        """Returns the tokens that a group will start with, and how many of their blocks no longer
-        cost a free block.
+        """Returns the tokens that a group will start with, and how many of their blocks are paid
+        for.
+
+        The latter are in memory already and cost no free block.
         """
 
     def fetch(self, group: SequenceGroup) -> Fetched:

@@ -1,1 +1,1 @@
-"""Pools over a mesh: one arena a device, one host decision for all of them."""
+"""Pools over a mesh: one arena per device, one host decision for all of them."""

@@ -1,13 +1,12 @@
-"""Agreement: what the processes of a pool tell each other about a decision.
+"""Agreement: how the processes of a pool agree on a decision.
 
 Every process makes the same calls in the same order and decides by itself. For a call that can fail
-in one process alone, each publishes what it was asked and what came of it; the first process
-compares, and its verdict says for all of them whether the decision stands. Calls whose result
-follows from what all processes know are only recorded: a running hash of them goes with the next
-decision.
+in a single process, each process publishes the call and its outcome; the first process compares
+them, and its verdict says for all whether the decision stands. Calls whose result follows from what
+all processes know are only recorded: a running hash of them is compared at the next decision.
 
-The messages go through the key-value store of JAX's coordination service, so that they neither wait
-for programs nor queue behind them.
+Messages go through the key-value store of JAX's coordination service, so they neither wait for
+programs nor queue behind them.
 """
 
 import collections
@@ -28,32 +27,32 @@ from jax_kvpage.errors import KVPageError, PoolClosed
 
 __all__ = ["TIMEOUT", "Agreement", "Verdict"]
 
-# Seconds that a process waits for the others' part in a call, from the environment.
+# Environment variable: seconds that a process waits for the others in a call.
 TIMEOUT = "JAX_KVPAGE_PROCESS_TIMEOUT"
-_DEFAULT_TIMEOUT = 300.0  # as JAX waits for processes to come and go
+_DEFAULT_TIMEOUT = 300.0  # as long as JAX waits for processes to start and stop
 
-_SLICE = 0.5  # seconds after which a wait lets signal handlers run
+_SLICE = 0.5  # seconds between runs of signal handlers during a wait
 _KEPT = 32  # decisions whose keys are deleted together
-_SHOWN = 8  # calls since the last decision, and items of a list, that an error shows
+_SHOWN = 8  # maximum calls and list items that an error shows
 
-# How pools over the same processes are told apart: all processes make them in the same order.
+# Distinguishes pools over the same processes: all processes create them in the same order.
 _made: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the first process has found.
+    """The result of the first process's comparison.
 
     Attributes:
         kind: "same": all have decided alike; "refused": all have failed alike, and nothing has
-            changed; "failed": one has failed, the decision is to be taken back; "differ": all
-            would go on, but in different ways; "diverged": the calls differ, and "lost": a process
-            does not answer, after which the pool is of no use.
-        process: the process that has failed.
-        failure: its reason, as it published it.
-        text: what an error says.
-        least: the elementwise minimum of the processes' numbers, of "same".
-        most: the maximum.
+            changed; "failed": one has failed, so the decision must be undone; "differ": all would
+            continue, but in different ways; "diverged": the calls differ; "lost": a process does
+            not answer. After the last two, the pool is unusable.
+        process: the process that failed.
+        failure: the failure that it published.
+        text: text for an error.
+        least: elementwise minimum of the processes' numbers, if "same".
+        most: elementwise maximum.
     """
 
     kind: str
@@ -76,7 +75,7 @@ def _timeout() -> float:
 
 
 def _packed(value: Any) -> bytes:
-    """An argument of a call, for the hash."""
+    """Encodes an argument of a call for the hash."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{value.shape}".encode() + value.tobytes()
     if isinstance(value, (list, tuple)) and any(isinstance(each, np.ndarray) for each in value):
@@ -85,20 +84,20 @@ def _packed(value: Any) -> bytes:
 
 
 def _shown(value: Any) -> str:
-    """The same for an error, with no more than the first of many tokens."""
+    """Formats an argument for an error, with only the first of many items."""
     if isinstance(value, (list, np.ndarray)) and len(value) > _SHOWN:
         return f"[{', '.join(map(_shown, value[:_SHOWN]))}, ... ({len(value)} in all)]"
     return repr(value)
 
 
 class Agreement:
-    """The calls of one pool, as one process sees them.
+    """One process's view of the calls on a pool.
 
     Args:
-        processes: numbers of all processes that have devices of the pool, ascending.
+        processes: indices of all processes that have devices of the pool, ascending.
 
     Raises:
-        ValueError: a timeout in the environment that is none.
+        ValueError: the timeout in the environment is invalid.
     """
 
     def __init__(self, processes: Sequence[int]) -> None:
@@ -115,7 +114,7 @@ class Agreement:
         self._broken = ""
         self._closed = False
         self._pid = os.getpid()
-        self.heard = False  # whether the newest call has ended in a verdict
+        self.heard = False  # whether the newest call has ended with a verdict
 
     # ---- what all processes are to do alike ----
 
@@ -123,7 +122,8 @@ class Agreement:
         """Adds a call to what is compared at the next decision.
 
         Raises:
-            PoolClosed: by this process; or it is a fork of the one that has made the pool.
+            PoolClosed: the pool was closed by this process, or this process is a fork of its
+                creator.
             KVPageError: the processes have diverged before.
         """
         if self._closed or os.getpid() != self._pid:
@@ -135,12 +135,12 @@ class Agreement:
         self.heard = False
 
     def note(self, op: str, *args: Any, shown: bool = True) -> None:
-        """Adds what has come of a call to what is compared.
+        """Adds the outcome of a call to what is compared.
 
         Args:
-            op: the call.
-            *args: its arguments, or its result.
-            shown: whether an error is to list it among the calls.
+            op: name of the call.
+            *args: its arguments or its result.
+            shown: whether errors list it among the calls.
         """
         self._hash.update(b"\0".join([op.encode(), *map(_packed, args), b"\n"]))
         if not shown:
@@ -156,18 +156,18 @@ class Agreement:
         failure: dict[str, Any] | None = None,
         numbers: Sequence[int] = (),
     ) -> Verdict:
-        """Publishes what a call has come to here, and hears what it has come to everywhere.
+        """Publishes the outcome of a call here, and returns the verdict on all outcomes.
 
         Args:
-            op: the call, which was recorded.
-            state: "done"; "refused": it failed, and has changed nothing; "failed": it failed;
-                "renew": see `ProcessPool.new_generation`.
-            told: what must be equal in all processes.
+            op: name of the call, which must be recorded already.
+            state: "done"; "refused": it failed and changed nothing; "failed": it failed; "renew":
+                see `ProcessPool.new_generation`.
+            told: outcome that must be equal in all processes.
             failure: why it failed.
-            numbers: to take the minimum and maximum of.
+            numbers: numbers whose minimum and maximum are computed.
 
         Returns:
-            The verdict, which is not "diverged" or "lost".
+            The verdict; never "diverged" or "lost".
 
         Raises:
             KVPageError: the processes have made different calls, or one does not answer.
@@ -186,7 +186,8 @@ class Agreement:
             verdict = self._judge(number, op, record)
         else:
             self._put(op, self._key(number, self._own), record)
-            # The first process may wait for another one first, and is to say so.
+            # The first process may itself time out on another process, and must be able to report
+            # that.
             until = time.monotonic() + 1.1 * self._timeout + 1
             answer = self._get(op, self._key(number, "verdict"), self.processes[0], until)
             verdict = Verdict(**answer)
@@ -198,19 +199,19 @@ class Agreement:
         return verdict
 
     def close(self) -> None:
-        """Tells the other processes that this one makes no more calls; does not wait for them."""
+        """Announces that this process makes no more calls; does not wait for the others."""
         if not self._broken and os.getpid() == self._pid:
             self._leave(f"process {self._own} has closed the pool, or has failed, before this call")
         self._closed = True
 
     def _leave(self, text: str) -> None:
-        """Ends this process's part; the others learn of it in their next call."""
+        """Ends this process's participation; the others learn of it in their next call."""
         record = {"op": "end", "hash": "", "recent": [text], "state": "done"}
         key = self._key(self._count, self._own)
         if self._own == self.processes[0]:
             key = self._key(self._count, "verdict")
             record = dataclasses.asdict(Verdict("diverged", text=text))
-        with contextlib.suppress(RuntimeError):  # jax.distributed was shut down before
+        with contextlib.suppress(RuntimeError):  # jax.distributed was already shut down
             self._store.put(key, json.dumps(record))
         self._broken = text
 
@@ -234,7 +235,7 @@ class Agreement:
             self._broken = verdict.text if verdict.kind == "lost" else ""
             self._put(op, self._key(number, "verdict"), dataclasses.asdict(verdict))
         if number % _KEPT == 0 and number:
-            # All have published this decision, so nobody reads those before it any more.
+            # All have published this decision, so nobody reads earlier ones any more.
             self._store.delete(f"{self._name}/{number // _KEPT - 1}/")
         return verdict
 
@@ -264,7 +265,7 @@ class Agreement:
             f"last decision: {', '.join(self._recent)}. All processes must make the same calls on "
             "a pool in the same order; this one is of no use any more: end the processes"
         )
-        if process == self.processes[0]:  # else this process is the first: its verdict tells them
+        if process == self.processes[0]:  # the first process's verdict tells them otherwise
             self._leave(text)
         raise KVPageError(text)
 
@@ -278,7 +279,7 @@ class Agreement:
 
 
 def _compare(op: str, records: dict[int, dict[str, Any]]) -> Verdict:
-    """The verdict on what all processes have published."""
+    """Returns the verdict on the records of all processes."""
     own = next(iter(records.values()))
     if any((r["op"], r["hash"]) != (own["op"], own["hash"]) for r in records.values()):
         calls = "; ".join(f"process {p}: {', '.join(r['recent'])}" for p, r in records.items())
@@ -308,5 +309,5 @@ def _compare(op: str, records: dict[int, dict[str, Any]]) -> Verdict:
 
 
 def _reason(record: dict[str, Any]) -> dict[str, Any]:
-    """Why a call has failed, without the words, which may name the process's own pool."""
+    """Returns why a call failed, without the message, which may name the process's own pool."""
     return {name: value for name, value in record["failure"].items() if name != "message"}

@@ -1,4 +1,4 @@
-"""Host calls that tell the replicas of a pool apart."""
+"""Host calls that distinguish the replicas of a pool."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ __all__ = ["ReplicaCalls"]
 class ReplicaCalls:
     """The part of `KVPool` for pools whose slots are split over a mesh axis (`data_axis`).
 
-    Other pools are one replica.
+    Other pools have one replica.
     """
 
     spec: CacheSpec
@@ -30,15 +30,15 @@ class ReplicaCalls:
 
     @property
     def replicas(self) -> int:
-        """How many replicas the slots are split over."""
+        """The number of replicas that the slots are split over."""
         sharding = self._native.sharding
         return 1 if sharding is None else sharding.replicas
 
     def replica_of(self, slot: int) -> int:
-        """The replica that a slot belongs to; there it is `slot % (max_slots // replicas)`.
+        """Returns the replica of a slot, where its number is `slot % (max_slots // replicas)`.
 
         Raises:
-            ValueError: a slot that does not exist.
+            ValueError: the slot does not exist.
         """
         slot, count = host_int("replica_of: slot", slot), self.spec.max_slots
         if not 0 <= slot < count:
@@ -47,15 +47,16 @@ class ReplicaCalls:
 
     @contextlib.contextmanager
     def on_replica(self, replica: int) -> Iterator[None]:
-        """A context in which this thread's requests go to one replica, for schedulers that place
-        them: `acquire`, `acquire_prefix` and `can_acquire` use no other, and `find_prefix` looks
-        nowhere else.
+        """A context in which this thread's requests go to one replica.
+
+        For schedulers that place requests: `acquire`, `acquire_prefix` and `can_acquire` use no
+        other replica, and `find_prefix` only searches this one.
 
         Args:
-            replica: its number.
+            replica: number of the replica.
 
         Raises:
-            ValueError: a replica that does not exist.
+            ValueError: the replica does not exist.
         """
         replica, count = host_int("on_replica: replica", replica), self.replicas
         if not 0 <= replica < count:
@@ -66,17 +67,18 @@ class ReplicaCalls:
             yield
 
     def replica_stats(self) -> list[PoolStats]:
-        """The accounts of each replica; `stats` has their sums.
+        """Returns the statistics of each replica; `stats` has their sums.
 
-        `waits` has only what the replica itself has counted: calls on all of them are in `stats`.
+        `waits` only contains what the replica itself has counted; calls on all replicas are in
+        `stats`.
         """
         return [make_stats(self._native.call(one.numbers), host_waits=0) for one in self._each()]
 
     def replica_events(self) -> list[list[kv_events.Event]]:
         """What the prefix cache of each replica stored and removed since the last call.
 
-        As `KVPool.events`, a list for each replica: what one drops, another may still have. vLLM's
-        readers tell them apart by `data_parallel_rank`.
+        Like `KVPool.events`, but a list for each replica: what one drops, another may still have.
+        vLLM's readers tell them apart by `data_parallel_rank`.
         """
         medium = "CPU" if self.device.platform == "cpu" else "GPU"
         tokens = self.spec.block_tokens or 1

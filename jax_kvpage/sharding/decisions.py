@@ -1,4 +1,4 @@
-"""Decisions that all shards of a pool make alike, and those about swapped sequences."""
+"""Decisions that all shards of a pool make alike, including those about swapped sequences."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,34 +14,34 @@ _CLAIMED = ("slots", "tokens", "shared", "sources", "leaders")
 
 
 class ShardedDecision:
-    """A decision of each shard, all alike."""
+    """The decisions of all shards, which are equal."""
 
     def __init__(self, size: int) -> None:
         self.parts = [_native.Decision() for _ in range(size)]
 
     @property
     def edits(self) -> Edits:
-        """Of any shard: they were compared."""
+        """Edits of any shard; they were compared."""
         return self.parts[0].edits
 
 
 def claimed(claim: Any) -> Any:
-    """What must be equal on all shards of a claim that was met."""
+    """Returns the parts of a successful claim that must be equal on all shards."""
     return tuple(getattr(claim, name) for name in _CLAIMED)
 
 
 def joint_swapped(store: Any, size: int) -> _native.JointSwapped:
-    """What `ShardedPool.swap_out` fills: a sequence with a part of each shard.
+    """Creates what `ShardedPool.swap_out` fills: a sequence with a part on each shard.
 
     Args:
-        store: compiled.
-        size: the number of shards.
+        store: the compiled store.
+        size: number of shards.
     """
     return _native.JointSwapped([_native.Swapped(store) for _ in range(size)])
 
 
 class SwapCalls:
-    """The part of `ShardedPool` that swaps sequences: their parts go on together.
+    """The part of `ShardedPool` that swaps sequences, whose parts move together.
 
     See cc/cache/joint_swap.h for what happens between calls.
     """
@@ -65,7 +65,7 @@ class SwapCalls:
         self.maps.join_swapped(swapped)
 
     def prefetch_swapped(self, swapped: _native.JointSwapped) -> Any:
-        """See `_native.Pool`. Nothing is read before all shards have blocks for it."""
+        """See `_native.Pool`. Nothing is read before all shards have allocated blocks."""
 
         def undo(done: Sequence[int]) -> None:
             with self.together():

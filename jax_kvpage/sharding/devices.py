@@ -1,4 +1,4 @@
-"""The devices of a mesh: whether they are GPUs, and how much memory a pool over them has."""
+"""The devices of a mesh: whether they are GPUs, and how much memory a pool on them gets."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ __all__ = ["on_gpus", "refuse_gpus", "total_bytes"]
 
 
 def on_gpus(sharding: AxisSharding) -> bool:
-    """Whether the devices are GPUs, each with its own memory.
+    """Returns whether the devices are GPUs, each with its own memory.
 
     Raises:
-        ValueError: some are, others are not, or no pool can live there.
+        ValueError: only some of them are GPUs, or no pool can live there.
     """
     found = {place_of(device).backend == "cuda": device for device in sharding.local_devices}
     if len(found) > 1:
@@ -25,7 +25,7 @@ def on_gpus(sharding: AxisSharding) -> bool:
 
 
 def refuse_gpus(argument: str, sharding: AxisSharding) -> None:
-    """Refuses what pools over several GPUs do not have so far.
+    """Refuses an argument that pools over several GPUs do not support yet.
 
     Raises:
         ValueError: the devices are GPUs.
@@ -41,18 +41,18 @@ def refuse_gpus(argument: str, sharding: AxisSharding) -> None:
 def total_bytes(
     capacity: Any, sharding: AxisSharding, op: str = "KVPool", held: int = 0, blocks: int = 0
 ) -> int:
-    """The capacity of all devices together, in bytes.
+    """Returns the total capacity of all devices, in bytes.
 
     Args:
-        capacity: as for `KVPool`. On GPUs a share is one of each card, and the card with the least
-            memory decides for all, as their pools are of one size.
-        sharding: of the pool, resolved or not.
-        op: the call, for messages.
-        held: bytes that the pool holds on all devices already; they count as available.
-        blocks: that the capacity of each device is now.
+        capacity: as for `KVPool`. On GPUs, a share applies to each GPU, and the GPU with the least
+            memory determines all, because their pools have the same size.
+        sharding: sharding of the pool, resolved or not.
+        op: name of the call, for messages.
+        held: bytes that the pool already holds on all devices; they count as available.
+        blocks: current capacity of each device, in blocks.
 
     Raises:
-        ValueError: a capacity or device that cannot work.
+        ValueError: a capacity or device cannot work.
         KVPageError: the CUDA driver refused.
     """
     places = [place_of(device) for device in sharding.local_devices]

@@ -1,8 +1,8 @@
-"""HeadSharding: how a cache is split over a mesh, its heads over one axis, its slots over another.
+"""HeadSharding: splits a cache over a mesh, its heads over one axis and its slots over another.
 
-It is static metadata of a `KVCache`, so that ops find the devices and the spec of one shard at
+It is static metadata of a `KVCache`, so that ops know the devices and the spec of one shard at
 trace time. Query heads are split in order, and each device holds the key/value heads that its query
-heads read. Along the data axis each replica has slots of its own.
+heads read. Along the data axis, each replica has its own slots.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ __all__ = ["HeadSharding"]
 
 @dataclasses.dataclass(frozen=True)
 class HeadSharding(AxisSharding):
-    """A cache whose heads are spread over devices, or its slots, or both.
+    """A cache whose heads or slots, or both, are split over devices.
 
     Attributes:
-        mesh: the devices; all axes but `axis` and `data_axis` have one.
-        axis: the axis that the heads are split over; None: each device has all heads.
-        copies: how many devices of a replica hold each key/value head; more than 1 where there are
-            fewer heads than devices.
-        data_axis: the axis that the slots are split over; None: each device has all slots.
+        mesh: the devices; all axes other than `axis` and `data_axis` have size 1.
+        axis: axis that the heads are split over; None if each device has all heads.
+        copies: number of devices of a replica that hold each key/value head; more than 1 if there
+            are fewer heads than devices.
+        data_axis: axis that the slots are split over; None if each device has all slots.
     """
 
     copies: int
@@ -33,10 +33,10 @@ class HeadSharding(AxisSharding):
 
     @classmethod
     def of(cls, spec: CacheSpec, mesh: Any, axis: Any, data_axis: Any = None) -> "HeadSharding":
-        """The sharding of an unresolved spec, whose `local` is not resolved either.
+        """Returns the sharding of an unresolved spec; its `local` is not resolved either.
 
         Raises:
-            ValueError: a mesh, axis, number of heads or of slots that cannot be used, with all
+            ValueError: a mesh, axis, number of heads or number of slots cannot be used; lists all
                 reasons.
         """
         reasons = mesh_problems(mesh, axis=axis, data_axis=data_axis)
@@ -71,29 +71,29 @@ class HeadSharding(AxisSharding):
 
     @property
     def replicas(self) -> int:
-        """The number of parts that the slots are split into."""
+        """Number of parts that the slots are split into."""
         return int(self.mesh.shape[self.data_axis]) if self.data_axis else 1
 
     @property
     def keeps_faults(self) -> bool:
-        """Where there are other devices, which may wait in a sum (ops/_kept_faults.py)."""
+        """True if there are other devices, which may wait in a sum (ops/_kept_faults.py)."""
         return self.size > 1
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that the cache is split over, that of the slots first."""
+        """The axes that the cache is split over, the slots' axis first."""
         return tuple(axis for axis in (self.data_axis, self.axis) if axis is not None)
 
     @property
     def per_head(self) -> PartitionSpec:
-        """Of arrays [heads]."""
+        """The sharding of arrays [heads]."""
         return PartitionSpec(self.axis)
 
     @property
     def rows(self) -> PartitionSpec:
-        """Of what each replica has a part of, a batch for instance."""
+        """The sharding of arrays with a part for each replica, such as a batch."""
         return PartitionSpec(self.data_axis) if self.data_axis else PartitionSpec()
 
     def heads(self, ndim: int) -> PartitionSpec:
-        """Of arrays [tokens or sequences, ..., heads, dim]."""
+        """The sharding of arrays [tokens or sequences, ..., heads, dim]."""
         return PartitionSpec(self.data_axis, *[None] * (ndim - 3), self.axis, None)

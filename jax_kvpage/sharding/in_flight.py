@@ -1,9 +1,9 @@
-"""Waiting for programs that run on the devices of a mesh.
+"""Waits for programs that run on the devices of a mesh.
 
-Where sequences are spread, or the pool is closed, a device that refuses an op leaves the others in
-the next sum over the mesh, and XLA then ends the process; elsewhere its results are NaN. So before
-a pool refuses programs that were in order when they were started, those that are in flight end
-first.
+If sequences are split or the pool is closed, a device that refuses an op leaves the others waiting
+in the next sum over the mesh, and XLA then aborts the process; otherwise its results are NaN. So
+before a pool starts refusing programs that were valid when they were launched, the programs in
+flight must end.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ def _sum(mesh: Any) -> Any:
 
 
 def wait_for_programs(mesh: Any) -> None:
-    """Waits until programs with sums over the mesh, which were started before, have ended.
+    """Waits until programs with sums over the mesh that were launched before have ended.
 
-    XLA runs such programs on CPU devices one after the other, in the order in which they were
-    started: when a further one has ended they all have.
+    XLA runs such programs on CPU devices one by one, in launch order, so when another one has
+    ended, they all have.
     """
     if is_tracing():
         return

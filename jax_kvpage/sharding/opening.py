@@ -1,4 +1,4 @@
-"""Opens what stands behind a `KVPool` over a mesh, by the axes that it was given."""
+"""Creates the implementation of a `KVPool` over a mesh, according to its axes."""
 
 from typing import Any
 
@@ -29,23 +29,23 @@ def over_mesh(
     store: Any,
     **others: Any,
 ) -> tuple[NativePool, Queue]:
-    """The compiled pools and the queue; see `KVPool` for the arguments.
+    """Returns the compiled pools and the queue; see `KVPool` for the arguments.
 
     Args:
-        spec: of the whole cache.
-        capacity: of all devices.
-        options: modes.
+        spec: spec of the whole cache.
+        capacity: capacity of all devices.
+        options: pool options.
         mesh: the devices.
-        axis: that heads are spread over; or None.
-        sequence_axis: that sequences are spread over; or None.
-        data_axis: that slots are split over; or None.
-        store: for swapped sequences; or None.
-        **others: arguments that do not go with a mesh.
+        axis: axis that heads are split over; or None.
+        sequence_axis: axis that sequences are split over; or None.
+        data_axis: axis that slots are split over; or None.
+        store: store for swapped sequences; or None.
+        **others: arguments that cannot be combined with a mesh.
 
     Raises:
-        ValueError: arguments that cannot work, or not together.
-        KVPageError: a store of the other platform's kind.
-        OutOfBlocks: more capacity than there is memory.
+        ValueError: arguments cannot work, alone or together.
+        KVPageError: the store is for the other platform.
+        OutOfBlocks: the capacity exceeds the available memory.
         PoolClosed: the store is closed.
     """
     check_alone(mesh, axis, sequence_axis, data_axis, **others)

@@ -1,4 +1,4 @@
-"""AxisSharding: what all ways of spreading a cache over axes of a mesh have in common."""
+"""AxisSharding: common base of all ways to split a cache over axes of a mesh."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ __all__ = ["AxisSharding", "mesh_problems"]
 
 
 def mesh_problems(mesh: Any, **axes: Any) -> list[str]:
-    """Why a pool cannot be spread over these axes of a mesh.
+    """Returns reasons why a pool cannot be split over these axes of a mesh.
 
     Args:
         mesh: a mesh.
-        **axes: axes of it, or None, by the names of the arguments of `KVPool`.
+        **axes: mesh axes or None, by the names of `KVPool`'s arguments.
 
     Raises:
-        ValueError: no mesh, or an axis that it does not have.
+        ValueError: `mesh` is not a mesh, or does not have an axis.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(f"KVPool: mesh: wanted a jax.sharding.Mesh (jax.make_mesh), got {mesh!r}")
@@ -55,15 +55,15 @@ def mesh_problems(mesh: Any, **axes: Any) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class AxisSharding:
-    """A cache that is spread over devices.
+    """A cache that is split over devices.
 
-    It is static metadata of a `KVCache`, so that ops find the devices and the spec of one shard at
+    It is static metadata of a `KVCache`, so that ops know the devices and the spec of one shard at
     trace time.
 
     Attributes:
-        mesh: the devices; all axes that the cache is not split over have one.
-        axis: the axis that heads or sequences are split over.
-        local: the spec of the part that one device holds.
+        mesh: the devices; all axes that the cache is not split over have size 1.
+        axis: axis that heads or sequences are split over.
+        local: spec of one device's part.
     """
 
     mesh: Mesh
@@ -71,22 +71,22 @@ class AxisSharding:
     local: CacheSpec
 
     def with_spec(self, local: CacheSpec) -> Self:
-        """The same with the resolved spec of a shard."""
+        """Returns this sharding with the resolved spec of a shard."""
         return dataclasses.replace(self, local=local)
 
     @property
     def size(self) -> int:
-        """The number of devices."""
+        """Number of devices."""
         return int(self.mesh.size)
 
     @property
     def replicas(self) -> int:
-        """The number of parts that the slots are split into. Here: every device has all slots."""
+        """Number of parts that the slots are split into; 1 if every device has all slots."""
         return 1
 
     @property
     def parts(self) -> int:
-        """The number of devices that serve a slot together."""
+        """Number of devices that serve a slot together."""
         return self.size // self.replicas
 
     @property
@@ -96,14 +96,14 @@ class AxisSharding:
 
     @functools.cached_property
     def devices(self) -> list[Any]:
-        """In the order of the shards: those of the first replica, of the second, and so on."""
+        """The devices in shard order: those of the first replica, then of the second, and so on."""
         names = self.mesh.axis_names
         first = [names.index(axis) for axis in self.axes]
         return list(np.moveaxis(self.mesh.devices, first, range(len(first))).flat)
 
     @functools.cached_property
     def local_devices(self) -> list[Any]:
-        """Those of this process, in the order of the shards."""
+        """The devices of this process, in shard order."""
         return [device for device in self.devices if device.process_index == jax.process_index()]
 
     @functools.cached_property
@@ -113,42 +113,42 @@ class AxisSharding:
 
     @property
     def split(self) -> PartitionSpec:
-        """Of the cache's arrays: each device has its own part."""
+        """The sharding of the cache's arrays: each device has its own part."""
         return PartitionSpec(self.axes if len(self.axes) > 1 else self.axes[0])
 
     @property
     def keeps_faults(self) -> bool:
-        """Whether an op that cannot run on a device lets its program go on, and is reported later.
+        """Whether an op that cannot run on a device lets its program continue and reports later.
 
-        Here not: all devices agree to fail (ops/_agreement.py).
+        False by default: all devices agree to fail (ops/_agreement.py).
         """
         return False
 
     @property
     def rows(self) -> PartitionSpec:
-        """The sharding of arrays that each replica has a part of. Here there is one replica."""
+        """The sharding of arrays with a part for each replica. By default there is one replica."""
         return PartitionSpec()
 
     @property
     def per_head(self) -> PartitionSpec:
-        """The sharding of arrays [heads]. Here every device has all heads."""
+        """The sharding of arrays [heads]. By default every device has all heads."""
         return PartitionSpec()
 
     def heads(self, ndim: int) -> PartitionSpec:
-        """The sharding of arrays [..., heads, dim]. Here every device has all heads."""
+        """The sharding of arrays [..., heads, dim]. By default every device has all heads."""
         del ndim
         return PartitionSpec()
 
     def placed(self, spec: PartitionSpec | None = None) -> NamedSharding:
-        """This sharding over the mesh; None: on all devices alike."""
+        """Returns `spec` as a sharding over the mesh; None means replicated on all devices."""
         return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
 
     @property
     def manual(self) -> bool:
-        """Whether the code that is traced runs once for each shard (inside `jax.shard_map`).
+        """Whether the traced code runs once for each shard (inside `jax.shard_map`).
 
         Raises:
-            ValueError: it runs once for each part of one of two axes.
+            ValueError: it runs once for each part of only one of two axes.
         """
         inside = [axis for axis in self.axes if axis in manual_axes()]
         if inside and len(inside) < len(self.axes):

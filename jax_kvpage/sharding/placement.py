@@ -1,16 +1,16 @@
-"""Which replica of a data-parallel pool a request goes to.
+"""Placement: chooses the replica of a data-parallel pool for each request.
 
 The cost of a replica is the number of tokens of the request that it would have to compute, plus the
-tokens that its live slots have room for. The request goes where the cost is least among replicas
-that have room for it; among equals to the one that has more of it, then to the lower number. So a
-request follows its prefix until that replica is busier than another by more than the prefix saves,
-and without a prefix it goes where most blocks are free. One token counts like the other because all
-replicas run in one program: reading a token in each step of an answer takes about as long as
-computing it once. Weighing what is cached against load is the idea of SGLang's cache-aware router
-and of Preble (Srivatsa et al., 2024).
+tokens that its live slots have room for. A request goes to the replica with the least cost among
+those with room for it; ties go to the replica that has more of its tokens, then to the lower
+number. So a request follows its prefix until that replica is busier than another by more than the
+prefix saves, and without a prefix it goes where most blocks are free. Both kinds of tokens have the
+same weight because all replicas run in one program: reading a token in each step of an answer takes
+about as long as computing it once. Weighing cached tokens against load is the idea of SGLang's
+cache-aware router and of Preble (Srivatsa et al., 2024).
 
-Requests of one call are placed in their order, each after those before it: their common beginnings
-count as cached where the first of them went.
+Requests of one call are placed in order, each after the previous ones: their common prefixes count
+as cached where the first of them went.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ __all__ = ["Request", "place"]
 
 
 class Request(NamedTuple):
-    """A request that is to be placed.
+    """A request to place.
 
     Attributes:
-        tokens: what it begins with.
+        tokens: number of tokens that it begins with.
         room: tokens to map room for.
-        cached: for each replica how many of its tokens are found there.
-        ids: int32[n] of its tokens; None where prefixes do not matter.
+        cached: for each replica, the number of its tokens that are cached there.
+        ids: int32[n]: its token ids; None if prefixes do not matter.
     """
 
     tokens: int
@@ -43,14 +43,14 @@ def place(
     block_tokens: int,
     has_room: Callable[[int, list[int], list[int]], bool],
 ) -> list[int] | None:
-    """The replica of each request; None if one of them has room nowhere.
+    """Returns the replica of each request, or None if one of them has room nowhere.
 
     Args:
-        requests: in the order of the call.
-        loads: of each replica, the tokens that its live slots have room for.
-        block_tokens: tokens of a block.
-        has_room: whether a replica can take all of these requests (indices), which need so many
-            tokens each that are not there yet.
+        requests: requests in the order of the call.
+        loads: for each replica, the tokens that its live slots have room for.
+        block_tokens: tokens per block.
+        has_room: whether a replica can take all of the given requests (indices), given the number
+            of missing tokens of each.
     """
     loads = list(loads)
     members: list[list[int]] = [[] for _ in loads]
@@ -79,7 +79,7 @@ def place(
 
 
 def _common(request: Request, other: Request, block_tokens: int) -> int:
-    """The tokens that two requests begin with, in whole blocks: these are computed once."""
+    """Length of the common prefix of two requests in full blocks, which are computed once."""
     if request.ids is None or other.ids is None:
         return 0
     size = min(len(request.ids), len(other.ids))

@@ -1,4 +1,4 @@
-"""What stands behind a `KVPool` over a mesh: its compiled pools, and the programs it queues."""
+"""The implementation of a `KVPool` over a mesh: its compiled pools, and the programs it queues."""
 
 import dataclasses
 import os
@@ -31,18 +31,18 @@ __all__ = ["ShardedNativePool", "ShardedQueue", "check_alone", "resolved", "shar
 
 _Sharding = TypeVar("_Sharding", bound=AxisSharding)
 
-# Compiled: it does not wait, nor raise what programs of older generations have failed with.
+# Compiled, so that it neither waits nor raises failures of older generations' programs.
 _lower = jax.jit(set_lengths)
 
 
 def check_alone(
     mesh: Any, axis: Any, sequence_axis: Any = None, data_axis: Any = None, **others: Any
 ) -> None:
-    """Refuses arguments of `KVPool` that do not go with a mesh.
+    """Refuses arguments of `KVPool` that cannot be combined with a mesh.
 
     Raises:
-        ValueError: the mesh or all axes are missing, axes that do not go together or one of the
-            others are given, with all reasons.
+        ValueError: the mesh or all axes are missing, the axes cannot be combined, or one of the
+            other arguments is given; lists all reasons.
     """
     reasons = []
     axes = {"axis": axis, "data_axis": data_axis, "sequence_axis": sequence_axis}
@@ -72,11 +72,11 @@ def check_alone(
 def sharded(
     spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
 ) -> tuple["ShardedNativePool", "ShardedQueue"]:
-    """What stands behind a pool over a mesh; see `KVPool` for the arguments.
+    """Creates the compiled pools and the queue; see `KVPool` for the arguments.
 
     Raises:
-        ValueError: a capacity, spec or device that cannot work.
-        OutOfBlocks: more capacity than there is memory.
+        ValueError: a capacity, spec or device cannot work.
+        OutOfBlocks: the capacity exceeds the available memory.
     """
     total = total_bytes(capacity, sharding)
     native = ShardedNativePool(*resolved(spec, sharding, total), options)
@@ -87,18 +87,19 @@ def resolved(spec: CacheSpec, sharding: _Sharding, total: int) -> tuple[CacheSpe
     """Chooses block size and layout for a pool over a mesh.
 
     Args:
-        spec: of the whole cache.
-        sharding: not resolved.
+        spec: spec of the whole cache.
+        sharding: unresolved sharding.
         total: bytes of all devices together.
 
     Returns:
         The spec of the whole cache, the sharding, and the bytes of each device.
 
     Raises:
-        ValueError: a capacity or spec that cannot work.
+        ValueError: a capacity or spec cannot work.
     """
     place = place_of(sharding.local_devices[0])
-    # On CPU as if one pool had the blocks of all: they share the process's memory mappings.
+    # On CPU, as if one pool had the blocks of all devices: they share the process's memory
+    # mappings.
     most = total // sharding.size if on_gpus(sharding) else total
     local = sharding.local.resolve(place.platform, capacity=most)
     whole = dataclasses.replace(
@@ -111,11 +112,11 @@ class ShardedNativePool(NativePool):
     """The compiled pools of a `KVPool` over a mesh.
 
     Attributes:
-        sharding: over which devices, resolved.
+        sharding: resolved sharding over the devices.
 
     Raises:
-        ValueError: a spec or capacity that cannot work.
-        OutOfBlocks: more capacity than there is memory.
+        ValueError: a spec or capacity cannot work.
+        OutOfBlocks: the capacity exceeds the available memory.
     """
 
     pool: Any  # a ShardedPool, with the calls of `_native.Pool`
@@ -139,20 +140,20 @@ class ShardedNativePool(NativePool):
                 shard.close()
             raise
         if sharding.keeps_faults:
-            # Other processes would take a call that fails here alone for another call.
+            # Other processes would take a call that fails only here for a different call.
             in_calls = sharding.local_devices == sharding.devices
             notes = map(self._where, range(len(shards)))
             _native.share_faults(list(zip(shards, notes, strict=True)), in_calls)
         self.pool = self.joined(shards)
-        # Of a call to all shards, too.
+        # Also held during calls to all shards.
         self.lock = threading.RLock()
 
     def _where(self, shard: int) -> str:
-        """Ends a message about this shard."""
+        """Returns a suffix for messages about this shard."""
         return f" (on {self.sharding.local_devices[shard]})"
 
     def raise_fault(self) -> None:
-        """Raises what an op has failed with on a device."""
+        """Raises the error of an op that has failed on a device."""
         if self.sharding.keeps_faults and not self.pool.closed:
             self.call(self.pool.shards[0].take_fault)
 
@@ -164,12 +165,12 @@ class ShardedNativePool(NativePool):
             self.pool.shards[0].untold_fault()
         except _native.StatusError as error:
             _, reason, message = error.args
-            if reason is _native.Reason.DEVICE_FAULT:  # else it is not of this process
+            if reason is _native.Reason.DEVICE_FAULT:  # otherwise it is not from this process
                 text = f"the pool is closed, and no call has raised what failed before: {message}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def joined(self, shards: Sequence[Any]) -> ShardedPool:
-        """The pools of all devices as one."""
+        """Joins the pools of all devices."""
         return ShardedPool(shards, self.mirrored)
 
     def call(self, function: Any, *args: Any) -> Any:
@@ -178,19 +179,19 @@ class ShardedNativePool(NativePool):
             return super().call(function, *args)
 
     def decision(self) -> Any:
-        """An empty decision of all shards."""
+        """Creates an empty decision of all shards."""
         return ShardedDecision(len(self.sharding.local_devices))
 
     def swapped(self, store: Any) -> Any:
-        """A sequence of all shards."""
+        """Creates a swapped sequence of all shards."""
         return joint_swapped(store, len(self.sharding.local_devices))
 
 
 class ShardedQueue(Queue):
-    """The programs that a `KVPool` over a mesh queues, each on all devices.
+    """Queues the programs of a `KVPool` over a mesh, each on all devices.
 
-    A decision of the host must not depend on how far a device is, so it waits for programs that
-    give blocks up. One call decides at a time.
+    A host decision must not depend on the progress of a device, so the queue waits for programs
+    that free blocks. Only one call decides at a time.
     """
 
     _native: ShardedNativePool
@@ -206,18 +207,18 @@ class ShardedQueue(Queue):
         native.pool.settle = self._settle
 
     def _split(self, rows: np.ndarray) -> jax.Array:
-        """Row i on this process's device i, as a part of an array of one dimension."""
+        """Makes an array [devices * n] with row i on this process's device i."""
         shape = (self._sharding.size * rows.shape[1],)
         return self._joined(shape, self._sharding.placed(self._sharding.split), rows)
 
     def _joined(self, shape: tuple[int, ...], placement: Any, parts: Any) -> jax.Array:
-        """An array over the mesh of the parts of this process's devices."""
+        """Joins the parts of this process's devices into an array over the mesh."""
         devices = self._sharding.local_devices
         arrays = [jax.device_put(*pair) for pair in zip(parts, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, placement, arrays)
 
     def quiesce(self) -> None:
-        """See `Queue`. A refused program would leave other devices in its next sum."""
+        """See `Queue`. A refused program would leave other devices waiting in its next sum."""
         if os.getpid() == self._process and not self._native.pool.closed:
             wait_for_programs(self._sharding.mesh)
 
@@ -229,7 +230,7 @@ class ShardedQueue(Queue):
             try:
                 marker.block_until_ready()
             except (RuntimeError, ValueError):
-                continue  # whoever waits for its cache hears of it
+                continue  # reported to whoever waits for its cache
         self._markers.clear()
 
     def _marks(self, edits: Sequence[tuple[int, int, int, int]]) -> bool:
@@ -239,7 +240,7 @@ class ShardedQueue(Queue):
         self._markers.append(marker)
 
     def joined_cache(self, generation: list[tuple[int, int, list[int]]], lengths: Any) -> KVCache:
-        """The first cache of a generation with these lengths, [devices, max_slots]."""
+        """Returns the first cache of a generation with these lengths, [devices, max_slots]."""
         numbers, epochs, _ = zip(*generation, strict=True)
         shards = self._native.pool.shards
         handles = [[shard.id, n] for shard, n in zip(shards, numbers, strict=True)]
@@ -252,7 +253,7 @@ class ShardedQueue(Queue):
         )
 
     def first_cache(self, generation: list[tuple[int, int, list[int]]]) -> KVCache:
-        """The first cache of a generation. Lengths are the least over the shards of a replica.
+        """Returns the first cache of a generation. Lengths are minima over a replica's shards.
 
         Args:
             generation: number, epoch and lengths of each shard.
@@ -268,7 +269,7 @@ class ShardedQueue(Queue):
             return _lower(cache, *map(self.put, (shorter.astype(np.int32), least[shorter])))
 
     def _bounds(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the greatest length of each slot, over the shards."""
+        """Minimum and maximum length of each slot over the shards."""
         each = lengths.reshape(self._sharding.replicas, -1, lengths.shape[1])
         return each.min(axis=1).reshape(-1), each.max(axis=1).reshape(-1)
 
@@ -290,7 +291,7 @@ class ShardedQueue(Queue):
                     f"out_shardings of {wanted.spec} for the cache"
                 )
 
-    # One decision at a time, and its program is queued before the next.
+    # One decision at a time; its program is queued before the next decision.
 
     def claim(self, op: str, attempt: Any, wait: bool = False) -> Any:
         """See `Queue`."""

@@ -1,6 +1,6 @@
-"""A `KVPool` over a mesh whose devices belong to several processes, as one of them has it.
+"""The implementation of a `KVPool` over the devices of several processes, in one of them.
 
-All processes run the same program (`jax.distributed.initialize`), and make the same calls on the
+All processes run the same program (`jax.distributed.initialize`) and make the same calls on the
 pool. Each has the arenas of its own devices; the cache's arrays are global.
 """
 
@@ -27,14 +27,14 @@ __all__ = ["over_processes"]
 def over_processes(
     spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
 ) -> tuple["_ProcessNativePool", "_ProcessQueue"]:
-    """What stands behind a pool over the devices of several processes.
+    """Creates the compiled pools and the queue of a pool over the devices of several processes.
 
-    A share of memory, and None, are those of the process that has the least.
+    A capacity given as a share, or None, applies to the process with the least memory.
 
     Raises:
-        ValueError: a capacity, spec or device that cannot work, here or in another process.
-        OutOfBlocks: more capacity than there is memory, likewise.
-        KVPageError: the processes make different pools, or one does not answer.
+        ValueError: a capacity, spec or device cannot work, here or in another process.
+        OutOfBlocks: the capacity exceeds the available memory, here or in another process.
+        KVPageError: the processes create different pools, or one does not answer.
     """
     if not sharding.local_devices:
         raise ValueError(
@@ -90,18 +90,18 @@ class _ProcessNativePool(ShardedNativePool):
         super().__init__(spec, sharding, shard_bytes, options)
 
     def joined(self, shards: Sequence[Any]) -> ProcessPool:
-        """The pools of this process's devices as one."""
+        """Joins the pools of this process's devices."""
         return ProcessPool(shards, self._agreement, self.sharding.size)
 
 
 class _ProcessQueue(ShardedQueue):
-    """The programs that a pool queues on this process's devices, as the others do on theirs."""
+    """Queues a pool's programs on this process's devices; the other processes do so on theirs."""
 
     def quiesce(self) -> None:
-        """See `Queue`. Other processes may not call: their program may have failed as it began."""
+        """See `Queue`. Does nothing: after a failure, not all processes may make this call."""
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """The array on all devices. `jax.device_put` would compare it among the processes."""
+        """Puts the array on all devices. `jax.device_put` would compare it among the processes."""
         parts = [array] * len(self._sharding.local_devices)
         return self._joined(array.shape, self._native.placement, parts)
 
@@ -111,7 +111,7 @@ class _ProcessQueue(ShardedQueue):
         return np.asarray(least, np.int32), np.asarray(most, np.int32)
 
     def claim(self, op: str, attempt: Any, wait: bool = False) -> Any:
-        """See `Queue`. A decision has waited for all that drains already, whatever `wait` says."""
+        """See `Queue`. A decision has already waited for all that drains; `wait` is ignored."""
         del wait
         with self._lock:
             claim = self._native.call(attempt)
@@ -124,7 +124,7 @@ class _ProcessQueue(ShardedQueue):
             raise self._native.failed_claim(op, claim, failed=failed)
 
     def wait_for(self, cache: KVCache) -> None:
-        """See `Queue`. All processes wait, and raise what it failed with in any of them."""
+        """See `Queue`. All processes wait, and raise if the program failed in any of them."""
         pool: Any = self._native.pool
         wait_here = super().wait_for
 

@@ -1,8 +1,9 @@
-"""ProcessPool: the pools of this process's devices, deciding as those of all processes do.
+"""ProcessPool: the pools of this process's devices, whose decisions match all other processes.
 
 Each process has the compiled pools of its own devices and makes the same calls. A call that can
-fail in one process alone (one that takes memory from the system, or whose program can) ends with an
-agreement of all processes: it stands everywhere or nowhere. Others are compared afterwards.
+fail in a single process (because it takes memory from the system, or its program can fail) ends
+with an agreement of all processes: it stands everywhere or nowhere. Other calls are compared
+afterwards.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ from jax_kvpage.sharding.shards import ShardedDecision, ShardedPool
 __all__ = ["ProcessPool", "failure_of", "raised_elsewhere"]
 
 _COUNTS = ("wanted", "free", "draining", "reclaimable")
-# Counts of bytes, which are those of all devices in the mesh.
+# Byte counts that are totals over all devices in the mesh.
 _BYTES = ("virtual_bytes", "physical_bytes", "block_bytes")
 
 
 def failure_of(error: Any) -> dict[str, Any]:
-    """What other processes hear of an exception, or of a claim that is not ok."""
+    """Describes an exception, or a claim that is not ok, to other processes."""
     if isinstance(error, _native.StatusError):
         code, reason, message = error.args
         return {"code": code.name, "reason": reason.name, "message": message}
@@ -39,7 +40,7 @@ def failure_of(error: Any) -> dict[str, Any]:
 
 
 def _raised(op: str, verdict: Verdict) -> Any:
-    """What another process failed with: returned as a claim, or raised."""
+    """Returns the failure of another process as a claim, or raises it."""
     failure, where = dict(verdict.failure), f"process {verdict.process}"
     if "raised" in failure:
         raise KVPageError(f"{op}: {where} failed, and nothing has changed: {failure['raised']}")
@@ -52,7 +53,7 @@ def _raised(op: str, verdict: Verdict) -> Any:
 
 
 def raised_elsewhere(op: str, verdict: Verdict) -> Exception:
-    """What a call raises here that has failed in another process, where no claim says why."""
+    """Returns the exception for a call that failed in another process, without a claim."""
     why = verdict.failure.get("raised") or verdict.failure.get("message", "")
     return jax.errors.JaxRuntimeError(f"{op}: process {verdict.process}: {why}")
 
@@ -61,7 +62,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _recorded(method: _Method) -> _Method:
-    """A method whose calls and results are compared among the processes."""
+    """Decorates a method whose calls and results are compared among the processes."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -74,7 +75,7 @@ def _recorded(method: _Method) -> _Method:
         try:
             result = method(self, *args)
         except BaseException as error:
-            if not self.agreement.heard:  # the others have not: they compare later
+            if not self.agreement.heard:  # the other processes do not know: compared later
                 self.agreement.note(f"{name} raised {type(error).__name__}")
             raise
         if not self.agreement.heard:
@@ -85,28 +86,28 @@ def _recorded(method: _Method) -> _Method:
 
 
 class ProcessPool(ShardedPool):
-    """`ShardedPool` of one process among several.
+    """`ShardedPool` in one of several processes.
 
     Args:
-        shards: a pool for each device of this process, new and of one spec.
-        agreement: with the other processes.
-        devices: the number of devices in all processes.
+        shards: a pool for each device of this process, new and with the same spec.
+        agreement: agreement with the other processes.
+        devices: number of devices in all processes.
     """
 
     def __init__(self, shards: Sequence[Any], agreement: Agreement, devices: int) -> None:
         super().__init__(shards)
         self.agreement = agreement
-        # Of each slot the least and the greatest length, when the newest generation began.
+        # Minimum and maximum length of each slot when the newest generation began.
         self.lengths: tuple[list[int], list[int]] = ([], [])
         self._devices = devices
         self._spaces: dict[str, int] = {}
         self._deciding = False
 
     def named(self, argument: Any) -> Any:
-        """The argument of a call as all processes would write it.
+        """Normalizes an argument of a call to what all processes would write.
 
-        A namespace may have a random name, as that of an engine has: what counts is which calls
-        name the same one, so it goes by its number.
+        A namespace may have a random name, like an engine's. Only which calls use the same one
+        matters, so it is replaced by a number.
         """
         if isinstance(argument, str) and argument.startswith("="):
             return f"namespace {self._spaces.setdefault(argument, len(self._spaces))}"
@@ -123,7 +124,7 @@ class ProcessPool(ShardedPool):
         settle: bool = True,
     ) -> Any:
         """Makes the same call on every shard of all processes; all or none."""
-        if not settle:  # the result follows from what all have decided before
+        if not settle:  # the result follows from earlier decisions
             return super()._alike(op, attempt, undo, told, settle)
         self._deciding = True
         try:
@@ -151,14 +152,14 @@ class ProcessPool(ShardedPool):
             self._deciding = False
 
     def _attempt(self, attempt: Callable[[int], Any]) -> tuple[list[int], Any]:
-        """The shards that were called, and their results or the exception of one."""
+        """Returns the shards that were called, and their results or the exception of one."""
         done: list[int] = []
         try:
             results = []
             for i in range(len(self.shards)):
                 done.append(i)
                 results.append(attempt(i))
-        except BaseException as error:  # told to the others, and raised when they know
+        except BaseException as error:  # published first, then raised
             return done, error
         return done, results
 
@@ -166,7 +167,7 @@ class ProcessPool(ShardedPool):
         self, op: str, done: Sequence[int], result: Any, told: Callable[[int, Any], Any]
     ) -> Verdict:
         if isinstance(result, BaseException):
-            # What the first shard refuses has changed nothing.
+            # If the first shard refuses, nothing has changed.
             refused = isinstance(result, _native.StatusError) and len(done) == 1
             state = "refused" if refused else "failed"
             return self.agreement.decide(op, state, failure=failure_of(result))
@@ -180,7 +181,7 @@ class ProcessPool(ShardedPool):
         return self.agreement.decide(op, "done", told=f"{text[:200]} #{digest}")
 
     def _failed(self, op: str, result: Any, verdict: Verdict) -> Any:
-        """The failure of a call that a process could not make: this process's, or the other's."""
+        """Returns or raises the failure of a call: this process's, or another's."""
         if isinstance(result, BaseException):
             raise result
         own = [one for one in result if not getattr(one, "ok", True)]
@@ -188,7 +189,7 @@ class ProcessPool(ShardedPool):
 
     def undo(self, decision: ShardedDecision) -> None:
         """See `_native.Pool`."""
-        if decision.edits and not self._deciding:  # all have agreed, but this process goes back
+        if decision.edits and not self._deciding:  # all have agreed, but this process reverts
             self.agreement.note("undo", decision.edits)
         super().undo(decision)
 
@@ -221,7 +222,7 @@ class ProcessPool(ShardedPool):
         )
 
     def resize(self, capacity_bytes: int) -> Any:
-        """Changes the budget, given in bytes of all devices: to the least that a process gives."""
+        """Changes the budget to the smallest that a process asks for, in bytes of all devices."""
         before = self.shards[0].numbers()
         size = before.blocks_total * before.block_bytes
         self.agreement.record("resize")
@@ -240,7 +241,7 @@ class ProcessPool(ShardedPool):
         )
 
     def _freeing(self, op: str, told: Callable[[int, Any], Any], *args: Any) -> int:
-        """Calls that give memory up, which nothing takes back."""
+        """Makes a call that frees memory and cannot be undone."""
         self.agreement.record(op, *args)
         return int(
             self._alike(op, lambda i: getattr(self.shards[i], op)(*args), lambda done: None, told)
@@ -251,14 +252,14 @@ class ProcessPool(ShardedPool):
         return self._freeing("evict", lambda i, freed: freed, blocks)
 
     def trim(self) -> int:
-        """See `_native.Pool`. What came free is that of this process's first device."""
+        """See `_native.Pool`. Returns what this process's first device freed."""
         return self._freeing("trim", lambda i, freed: None)
 
     def pin(self, space: str, ids: Any, share: float, seconds: float) -> int:
         """See `_native.Pool`.
 
         Raises:
-            ValueError: a pin that ends by itself, at another moment in each process.
+            ValueError: the pin would expire at a different moment in each process.
         """
         if seconds >= 0:
             raise ValueError(
@@ -289,8 +290,10 @@ class ProcessPool(ShardedPool):
     # ---- looking ----
 
     def numbers(self) -> Any:
-        """Bytes are those of all devices, each of which has what this process's have; calls and
-        waits are this process's."""
+        """Byte counts are totals of all devices, assuming that each has as much as this process's.
+
+        Calls and waits are those of this process.
+        """
         numbers, here = super().numbers(), len(self.shards)
         for name in _BYTES:
             setattr(numbers, name, getattr(numbers, name) * self._devices // here)
@@ -298,14 +301,14 @@ class ProcessPool(ShardedPool):
 
     # ---- the whole pool ----
 
-    # A program may fail in one process alone, where the call that starts it may raise. That process
-    # goes on to a new generation; the others meet it in `check`, which fails there.
+    # A program may fail in one process only, and the call that starts it may then raise there. That
+    # process starts a new generation; the others meet it in `check`, which fails there.
 
     def meet(self, wait: Callable[[], None]) -> None:
-        """Waits for a program, as all processes do.
+        """Waits for a program together with all processes.
 
         Raises:
-            Exception: what it failed with here or, as a JaxRuntimeError, in another process.
+            Exception: the program failed here or, as a JaxRuntimeError, in another process.
         """
         self.agreement.record("check")
         try:
@@ -333,7 +336,7 @@ class ProcessPool(ShardedPool):
         return generation
 
     def close(self) -> None:
-        """See `_native.Pool`. The other processes hear of it, and are not waited for."""
+        """See `_native.Pool`. The other processes are notified, but not waited for."""
         if not self.closed:
             self.agreement.close()
         super().close()

@@ -1,7 +1,7 @@
-"""ReplicatedPool: the compiled pools of all replicas, called as if they were one.
+"""ReplicatedPool: the compiled pools of all replicas, called like one pool.
 
-Each call goes to the replicas whose slots it names, and a request to the one that `placement` says.
-A call that fails on one replica is undone on those before it.
+Each call goes to the replicas whose slots it names, and each request to the replica chosen by
+`placement`. A call that fails on one replica is undone on those called before it.
 """
 
 import types
@@ -20,15 +20,15 @@ __all__ = ["ReplicaSwapped", "ReplicatedDecision", "ReplicatedPool"]
 
 
 class ReplicatedDecision:
-    """A decision of each replica.
+    """The decisions of all replicas.
 
     Args:
-        make: makes an empty decision of one replica.
-        replicas: how many there are.
-        slots: the slots of each.
+        make: creates an empty decision of one replica.
+        replicas: number of replicas.
+        slots: slots per replica.
 
     Attributes:
-        parts: the decisions.
+        parts: decision of each replica.
     """
 
     def __init__(self, make: Callable[[], Any], replicas: int, slots: int) -> None:
@@ -36,31 +36,32 @@ class ReplicatedDecision:
         self.parts = [make() for _ in range(replicas)]
 
     def renew(self) -> None:
-        """Starts again, after the parts were undone."""
+        """Starts over after the parts were undone."""
         self.parts = [self._make() for _ in self.parts]
 
     @property
     def edits(self) -> Edits:
-        """Of all replicas, with the numbers of the whole pool."""
+        """Edits of all replicas, with slot numbers of the whole pool."""
         edits = []
         for replica, part in enumerate(self.parts):
             begin = replica * self._slots
             for opcode, slot, length, donor in part.edits:
-                is_slot = donor >= 0 and opcode != SWAP_IN  # there it counts tokens
+                is_slot = donor >= 0 and opcode != SWAP_IN  # there it is a number of tokens
                 edits.append((opcode, slot + begin, length, donor + begin * is_slot))
         return edits
 
 
 class ReplicaSwapped:
-    """A swapped sequence, which belongs to the replica of the slot that it had.
+    """A swapped sequence, which belongs to the replica of its former slot.
 
     Args:
-        make: makes what a replica's `swap_out` fills; the other attributes are those of that.
-        slots: of each replica.
+        make: creates the object that a replica's `swap_out` fills; other attributes are delegated
+            to it.
+        slots: slots per replica.
 
     Attributes:
-        replica: which one; None before `assign`.
-        own: what its pool knows.
+        replica: the replica; None before `assign`.
+        own: the object filled by the replica's pool.
     """
 
     def __init__(self, make: Callable[[], Any], slots: int) -> None:
@@ -69,13 +70,13 @@ class ReplicaSwapped:
         self.own = make()
 
     def assign(self, replica: int) -> Any:
-        """Says which replica it belongs to; `own`."""
+        """Sets the replica that it belongs to; returns `own`."""
         self.replica = replica
         return self.own
 
     @property
     def slot(self) -> int:
-        """With the number of the whole pool."""
+        """Its slot, as a number of the whole pool."""
         return int(self.own.slot) + (self.replica or 0) * self._slots
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +84,7 @@ class ReplicaSwapped:
 
 
 class ReplicatedPool(ReplicaTable):
-    """`_native.Pool` for several replicas: the calls that decide."""
+    """`_native.Pool` for several replicas: the calls that make decisions."""
 
     # ---- placing requests ----
 
@@ -93,18 +94,18 @@ class ReplicatedPool(ReplicaTable):
         requests: Sequence[Request],
         attempt: Callable[[int, list[int]], Any],
     ) -> Any:
-        """Makes a claim for each request on the replica that it is placed on; all or none.
+        """Claims memory for each request on the replica where it is placed; all or none.
 
         Args:
-            decision: of the call, empty.
-            requests: what is wanted.
-            attempt: claims these requests (indices) on a replica.
+            decision: empty decision of the call.
+            requests: requests to place.
+            attempt: claims the given requests (indices) on a replica.
         """
         limits = self._limits(len(requests))
         failed: list[Any] = []
         while True:
             where = self._places(requests, limits)
-            if where is None:  # what has come closest says why
+            if where is None:  # the closest attempt says why
                 return max(failed, key=lambda claim: (claim.draining > 0, claim.free))
             done: list[tuple[int, list[int], Any]] = []
             for replica in sorted(set(where)):
@@ -126,10 +127,10 @@ class ReplicatedPool(ReplicaTable):
     def _places(
         self, requests: Sequence[Request], limits: list[int], sure: bool = False
     ) -> list[int] | None:
-        """The replica of each request, none with more than `limits` of them.
+        """Returns the replica of each request, with at most `limits` requests on each.
 
-        Where the pools' accounts promise no room it is tried all the same, unless `sure`: the claim
-        that fails says what is missing.
+        If the pools' statistics promise no room anywhere, tries nevertheless, unless `sure`: the
+        claim that fails then says what is missing.
         """
         numbers = self.each_numbers()
         loads = [n.blocks_mapped * self._block_tokens // self._ranges for n in numbers]
@@ -170,7 +171,7 @@ class ReplicatedPool(ReplicaTable):
         return [Request(tokens, tokens, nothing) for tokens in num_tokens]
 
     def acquire(self, decision: ReplicatedDecision, num_tokens: list[int]) -> Any:
-        """See `_native.Pool`. Each request goes to the replica with most free blocks."""
+        """See `_native.Pool`. Each request goes to the replica with the most free blocks."""
 
         def attempt(replica: int, members: list[int]) -> Any:
             wanted = [num_tokens[i] for i in members]
@@ -197,7 +198,7 @@ class ReplicatedPool(ReplicaTable):
         unit: int,
         least: int,
     ) -> Any:
-        """See `_native.Pool`. Each request goes where it costs least."""
+        """See `_native.Pool`. Each request goes to the replica where it costs least."""
 
         def attempt(replica: int, members: list[int]) -> Any:
             own_ids, own_tokens = [ids[i] for i in members], [num_tokens[i] for i in members]
@@ -248,7 +249,7 @@ class ReplicatedPool(ReplicaTable):
     def _decide(
         self, op: str, decision: ReplicatedDecision, slots: Sequence[int], *args: Any
     ) -> Any:
-        """Makes a call with slots and a number for each on their replicas; all or none."""
+        """Makes a call with slots and one value per slot on their replicas; all or none."""
         values, *rest = args
         claim: Any = None
         for replica, indices in self._grouped(op, slots).items():

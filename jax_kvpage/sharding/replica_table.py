@@ -1,6 +1,6 @@
-"""ReplicaTable: whose slots are whose, and calls on all replicas that can be taken back directly.
+"""ReplicaTable: the owners of slots, and calls on all replicas that can be undone directly.
 
-Slots have numbers of the whole pool here: replica r has `slots` of them, from `r * slots` on.
+Slot numbers are those of the whole pool: replica r owns the `slots` slots starting at `r * slots`.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ __all__ = ["ReplicaTable", "plain", "replica_note"]
 
 
 def plain(value: Any, **changes: Any) -> types.SimpleNamespace:
-    """A row or a claim of the compiled pool that can be changed."""
+    """Copies a row or a claim of the compiled pool into an object that can be changed."""
     names = [name for name in dir(value) if not name.startswith("_")]
     return types.SimpleNamespace(**{name: getattr(value, name) for name in names} | changes)
 
 
 def replica_note(replica: int, slots: int) -> str:
-    """Explains the slot numbers in a message of a replica, each of which has so many slots."""
+    """Returns a note that explains slot numbers in messages of a replica with `slots` slots."""
     return f" (in replica {replica}, whose slot 0 is slot {replica * slots} of the pool)"
 
 
 def _of_several(replica: Any) -> bool:
-    """Whether this is a `ShardedPool`, not the compiled pool of one device."""
+    """Whether this is a `ShardedPool` rather than the compiled pool of one device."""
     return hasattr(replica, "shards")
 
 
 class ReplicaTable:
-    """The pools of all replicas, and the calls that need no decision.
+    """The pools of all replicas, and the calls that make no decision.
 
     Args:
-        replicas: the pool of each, new: a `_native.Pool` or a `ShardedPool`.
-        spec: of one replica, resolved.
+        replicas: a new pool for each replica: a `_native.Pool` or a `ShardedPool`.
+        spec: resolved spec of one replica.
 
     Attributes:
         replicas: the pools.
-        slots: how many slots each has.
-        shards: the compiled pools of all devices, in their order.
+        slots: slots per replica.
+        shards: the compiled pools of all devices, in order.
     """
 
     def __init__(self, replicas: Sequence[Any], spec: CacheSpec) -> None:
@@ -60,7 +60,7 @@ class ReplicaTable:
 
     @property
     def settle(self) -> Callable[[], None]:
-        """What waits for programs that give blocks up, where replicas have several devices."""
+        """Waits for programs that free blocks, if replicas have several devices."""
         return self._settle
 
     @settle.setter
@@ -86,14 +86,14 @@ class ReplicaTable:
         return getattr(self._chosen, "replica", None)
 
     def _limits(self, count: int) -> list[int]:
-        """For each replica how many of this many requests it may get."""
+        """Maximum requests for each replica, out of `count`."""
         only = self._only
         return [count if only in (None, replica) else 0 for replica in range(len(self.replicas))]
 
     # ---- whose slots ----
 
     def _owner(self, op: str, slot: int) -> tuple[int, int]:
-        """The replica of a slot, and the slot's number there."""
+        """Returns the replica of a slot, and the slot's number there."""
         count = self.slots * len(self.replicas)
         if not 0 <= slot < count:
             message = f"{op}: slot {slot} does not exist, slots are 0..{count - 1}"
@@ -101,7 +101,7 @@ class ReplicaTable:
         return divmod(slot, self.slots)
 
     def _grouped(self, op: str, slots: Sequence[int]) -> dict[int, list[int]]:
-        """For each replica the indices of its slots; for no slots, none of the first."""
+        """Returns the indices of the slots of each replica; {0: []} without slots."""
         groups: dict[int, list[int]] = {}
         for index, slot in enumerate(slots):
             groups.setdefault(self._owner(op, slot)[0], []).append(index)
@@ -112,12 +112,12 @@ class ReplicaTable:
 
     @contextlib.contextmanager
     def _on(self, replica: int) -> Iterator[Any]:
-        """The pool of a replica; what it fails with says whose slots it speaks of."""
+        """Yields the pool of a replica; errors get a note that explains their slot numbers."""
         try:
             yield self.replicas[replica]
         except _native.StatusError as error:
             code, reason, message = error.args
-            if reason is Reason.DEVICE_FAULT:  # of any replica, which the message names
+            if reason is Reason.DEVICE_FAULT:  # may be of any replica; the message names it
                 raise
             raise _native.StatusError(code, reason, message + self._note(replica)) from None
 
@@ -140,7 +140,7 @@ class ReplicaTable:
         claim: Any = None
         try:
             for replica, indices in groups.items():
-                done += indices  # before the call: a signal may come between its end and here
+                done += indices  # before the call, because a signal may come right after it
                 own = [slots[i] % self.slots for i in indices]
                 with self._on(replica) as pool:
                     claim = pool.extend(own, [num_tokens[i] for i in indices])
@@ -153,7 +153,7 @@ class ReplicaTable:
         return claim
 
     def _retract(self, before: dict[int, Any], slots: Sequence[int]) -> None:
-        """Slots have no more room than before."""
+        """Retracts slots to the room that they had before."""
         for slot in slots:
             row = before.get(slot)
             if row is not None and not row.draining:
@@ -173,7 +173,7 @@ class ReplicaTable:
         self._at("commit", slot, token_ids)
 
     def cut(self, lengths: Sequence[int]) -> None:
-        """Cuts committed tokens back to these lengths, in replicas of several devices."""
+        """Cuts committed tokens back to these lengths, in replicas with several devices."""
         for i, replica in enumerate(self.replicas):
             if _of_several(replica):
                 replica.cut(lengths[i * self.slots : (i + 1) * self.slots])
@@ -181,13 +181,13 @@ class ReplicaTable:
     # ---- the prefix caches ----
 
     def find_prefix(self, *args: Any) -> int:
-        """The most that a replica has, of those that requests may go to."""
+        """Returns the longest prefix on any replica that requests may go to."""
         only = self._only
         replicas = self.replicas if only is None else [self.replicas[only]]
         return max(int(replica.find_prefix(*args)) for replica in replicas)
 
     def pin(self, *args: Any) -> int:
-        """Pins on every replica what is there; the most that one has."""
+        """Pins what is cached on every replica; returns the largest result."""
         return max(int(replica.pin(*args)) for replica in self.replicas)
 
     def unpin(self, *args: Any) -> None:
@@ -201,7 +201,7 @@ class ReplicaTable:
             replica.hint(*args)
 
     def evict(self, blocks: int) -> int:
-        """Evicts on all replicas in equal parts, then where there is more to evict."""
+        """Evicts equal parts on all replicas, then more from those that have more to evict."""
         freed = 0
         for _ in range(2):
             for left in range(len(self.replicas), 0, -1):
@@ -210,7 +210,7 @@ class ReplicaTable:
         return freed
 
     def events(self) -> Any:
-        """Refused: a block that one replica drops may still be found on another."""
+        """Raises an error: a block that one replica drops may still be found on another."""
         raise _native.StatusError(
             Code.INVALID_ARGUMENT,
             Reason.NONE,
@@ -253,7 +253,7 @@ class ReplicaTable:
 
     @property
     def id(self) -> int:
-        """Of the first shard."""
+        """Id of the first shard."""
         return int(self.shards[0].id)
 
     @property
@@ -274,11 +274,11 @@ class ReplicaTable:
         return list(self._at("committed", slot))
 
     def block_map(self, slot: int) -> Any:
-        """See `_native.Pool`. Blocks have the numbers of the replica."""
+        """See `_native.Pool`. Block numbers are those of the replica."""
         return self._at("block_map", slot)
 
     def block_owners(self, slot: int) -> Any:
-        """See `_native.Pool`. Blocks have the numbers of the replica."""
+        """See `_native.Pool`. Block numbers are those of the replica."""
         begin = self._owner("block_map", slot)[0] * self.slots
         return [
             [
@@ -293,7 +293,7 @@ class ReplicaTable:
         ]
 
     def rows(self) -> list[Any]:
-        """Of each slot that a replica has."""
+        """Row of each slot that a replica has."""
         return [
             plain(row, slot=row.slot + i * self.slots)
             for i, replica in enumerate(self.replicas)
@@ -301,11 +301,11 @@ class ReplicaTable:
         ]
 
     def each_numbers(self) -> list[Any]:
-        """Those of each replica."""
+        """Numbers of each replica."""
         return [replica.numbers() for replica in self.replicas]
 
     def numbers(self) -> Any:
-        """Sums over the replicas; the size of a block is that of one."""
+        """Numbers summed over the replicas, except for the size of a block."""
         each = [plain(numbers) for numbers in self.each_numbers()]
         joined = {name: sum(getattr(n, name) for n in each) for name in vars(each[0])}
         return types.SimpleNamespace(**joined | {"block_bytes": each[0].block_bytes})
@@ -317,7 +317,7 @@ class ReplicaTable:
     # ---- the whole pool ----
 
     def new_generation(self) -> list[tuple[int, int, list[int]]]:
-        """Generation, epoch and lengths of each shard."""
+        """Returns generation, epoch and lengths of each shard."""
         return [
             generation
             for replica in self.replicas
@@ -326,7 +326,7 @@ class ReplicaTable:
         ]
 
     def wait_for_drain(self, seconds: float) -> bool:
-        """See `_native.Pool`. Looks at one replica after the other."""
+        """See `_native.Pool`. Checks one replica after the other."""
         draining = [r for r in self.replicas if any(row.draining for row in r.rows())]
         return any(replica.wait_for_drain(seconds / len(draining)) for replica in draining)
 

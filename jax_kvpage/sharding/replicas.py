@@ -1,8 +1,8 @@
-"""What stands behind a `KVPool` whose slots are split over a mesh axis (data parallelism).
+"""The implementation of a `KVPool` whose slots are split over a mesh axis (data parallelism).
 
 Each replica, a row of the mesh along that axis, has its own slots, blocks and prefix cache. The
-cache is one value and every step one program for all of them. A program that the host queues has a
-part for each replica with what changes there, padded to one size.
+cache is one value, and every step is one program for all replicas. A program that the host queues
+has a part for each replica with its changes, padded to the same size.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,11 +35,11 @@ _Rows = Sequence[tuple[int, int, int, int]]
 def replicated(
     spec: CacheSpec, capacity: Any, sharding: HeadSharding, options: PoolOptions
 ) -> tuple["ReplicatedNativePool", "ReplicatedQueue"]:
-    """What stands behind a pool with replicas; see `KVPool` for the arguments.
+    """Creates the compiled pools and the queue; see `KVPool` for the arguments.
 
     Raises:
-        ValueError: a capacity, spec or device that cannot work.
-        OutOfBlocks: more capacity than there is memory.
+        ValueError: a capacity, spec or device cannot work.
+        OutOfBlocks: the capacity exceeds the available memory.
     """
     total = total_bytes(capacity, sharding)
     native = ReplicatedNativePool(*resolved(spec, sharding, total), options)
@@ -50,11 +50,11 @@ class ReplicatedNativePool(ShardedNativePool):
     """The compiled pools of all replicas."""
 
     def _where(self, shard: int) -> str:
-        """Ends a message about this shard."""
+        """Returns a suffix for messages about this shard."""
         return replica_note(shard // self.sharding.parts, self.sharding.local.max_slots)
 
     def joined(self, shards: Sequence[Any]) -> Any:
-        """The pools of all replicas as one."""
+        """Joins the pools of all replicas."""
         parts = self.sharding.parts
         replicas = [
             shards[i] if parts == 1 else ShardedPool(shards[i : i + parts])
@@ -63,7 +63,7 @@ class ReplicatedNativePool(ShardedNativePool):
         return ReplicatedPool(replicas, self.sharding.local)
 
     def decision(self) -> Any:
-        """An empty decision of all replicas."""
+        """Creates an empty decision of all replicas."""
         sharding = self.sharding
 
         def make() -> Any:
@@ -73,7 +73,7 @@ class ReplicatedNativePool(ShardedNativePool):
         return ReplicatedDecision(make, sharding.replicas, sharding.local.max_slots)
 
     def swapped(self, store: Any) -> Any:
-        """A sequence of one replica, which one is not known yet."""
+        """Creates a swapped sequence of one replica, which is not known yet."""
         sharding = self.sharding
 
         def make() -> Any:
@@ -83,7 +83,7 @@ class ReplicatedNativePool(ShardedNativePool):
         return ReplicaSwapped(make, sharding.local.max_slots)
 
     def failed_claim(self, op: str, claim: Any, *args: Any, **kwargs: Any) -> Exception:
-        """See `NativePool`. Numbers are those of the replica that came closest."""
+        """See `NativePool`. Reports the numbers of the replica that came closest."""
         error = NativePool.failed_claim(self, op, claim, *args, **kwargs)
         if claim.code is not _native.Code.RESOURCE_EXHAUSTED:
             return error
@@ -98,10 +98,10 @@ class ReplicatedNativePool(ShardedNativePool):
 
 
 class ReplicatedQueue(ShardedQueue):
-    """The programs that such a pool queues: one for all replicas, with a part for each."""
+    """Queues one program for all replicas, with a part for each."""
 
     def _marks(self, edits: _Rows) -> bool:
-        # A replica of one device decides by its own accounts, as a pool on one device does.
+        # A replica on one device decides from its own statistics, like a pool on one device.
         return self._sharding.parts > 1 and super()._marks(edits)
 
     def _note(self, marker: Any) -> None:
@@ -109,11 +109,11 @@ class ReplicatedQueue(ShardedQueue):
             super()._note(marker)
 
     def _edit_rows(self, rows: _Rows, slots_of: Callable[[Any], Sequence[int]]) -> np.ndarray:
-        """Rows as `edit_slots` takes them: those of each replica, padded to equal parts.
+        """Converts rows for `edit_slots`: those of each replica, padded to equal parts.
 
         Args:
-            rows: with slots of the whole pool.
-            slots_of: which of a row's numbers are slots, the first one of those never negative.
+            rows: rows with slot numbers of the whole pool.
+            slots_of: returns which numbers of a row are slots; the first of them is never negative.
         """
         count, size = self._sharding.replicas, self._sharding.local.max_slots
         parts: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
@@ -128,6 +128,6 @@ class ReplicatedQueue(ShardedQueue):
         return np.concatenate([edit_rows(part, 4) for part in filled])
 
     def _rows(self, edits: _Rows, copies: _Rows) -> tuple[np.ndarray, np.ndarray]:
-        # Where a sequence is swapped in the last number counts tokens, it is no donor.
+        # For SWAP_IN the last number is a token count, not a donor.
         edited = self._edit_rows(edits, lambda row: (1,) if row[0] == SWAP_IN else (1, 3))
         return edited, self._edit_rows(copies, lambda row: (0, 1))

@@ -1,9 +1,9 @@
-"""What stands behind a `KVPool` whose sequences are spread over a mesh (stripes.py).
+"""The implementation of a `KVPool` whose sequences are split over a mesh (stripes.py).
 
-The devices' pools decide in step, as where heads are spread (shards.py): each maps room for the
-same number of tokens, that of the device which holds most of the sequence. So a slot has the same
-number everywhere, and at most one stripe a device has room that is not asked for. Callers speak of
-whole sequences; here their numbers become those of a device.
+The devices' pools decide in step, as with split heads (shards.py): each maps room for the same
+number of tokens, that of the device which holds most of the sequence. So a slot has the same number
+everywhere, and each device has at most one stripe of room that was not requested. Callers use token
+counts of whole sequences, which are converted here to those of a device.
 """
 
 import functools
@@ -30,11 +30,11 @@ __all__ = ["SequenceNativePool", "SequencePool", "SequenceQueue", "sequence_para
 def sequence_parallel(
     spec: CacheSpec, capacity: Any, sharding: StripeSharding, options: PoolOptions
 ) -> tuple["SequenceNativePool", "SequenceQueue"]:
-    """What stands behind a pool with sequences over a mesh; see `KVPool` for the arguments.
+    """Creates the compiled pools and the queue; see `KVPool` for the arguments.
 
     Raises:
-        ValueError: a capacity, spec or device that cannot work.
-        OutOfBlocks: more capacity than there is memory.
+        ValueError: a capacity, spec or device cannot work.
+        OutOfBlocks: the capacity exceeds the available memory.
     """
     total = total_bytes(capacity, sharding)
     native = SequenceNativePool(*resolved(spec, sharding, total), options)
@@ -42,7 +42,7 @@ def sequence_parallel(
 
 
 def _refused(call: str, why: str, way: str) -> Callable[..., NoReturn]:
-    """A method of the compiled pool that such a pool does not have."""
+    """Creates a method that refuses a call of the compiled pool that is not supported here."""
 
     def refuse(self: Any, *args: Any) -> NoReturn:
         del self, args
@@ -59,9 +59,9 @@ class SequencePool(ShardedPool):
     """`_native.Pool` for several devices, called with tokens of whole sequences.
 
     Args:
-        shards: a pool for each device, new and of one spec.
-        sharding: of the sequences, resolved.
-        max_seq_len: of a whole sequence.
+        shards: a pool for each device, new and with the same spec.
+        sharding: resolved sharding of the sequences.
+        max_seq_len: maximum tokens of a whole sequence.
     """
 
     def __init__(self, shards: Sequence[Any], sharding: StripeSharding, max_seq_len: int) -> None:
@@ -70,7 +70,7 @@ class SequencePool(ShardedPool):
         self._max_seq_len = max_seq_len
 
     def _shares(self, op: str, num_tokens: Sequence[int]) -> list[int]:
-        """The tokens of a device for these of whole sequences."""
+        """Converts token counts of whole sequences to those of a device."""
         for tokens in num_tokens:
             if not 0 <= tokens <= self._max_seq_len:
                 raise ValueError(
@@ -103,7 +103,7 @@ class SequencePool(ShardedPool):
         return super().truncate(decision, slots, self._shares("truncate", num_tokens))
 
     def rows(self) -> list[Any]:
-        """Of each slot that a shard has, with room for tokens of a whole sequence."""
+        """Row of each slot that a shard has, with room in tokens of the whole sequence."""
         rows = []
         for row in super().rows():
             names = [name for name in dir(row) if not name.startswith("_")]
@@ -130,22 +130,22 @@ class SequencePool(ShardedPool):
 
 
 class SequenceNativePool(ShardedNativePool):
-    """The compiled pools of a `KVPool` with sequences over a mesh."""
+    """The compiled pools of a `KVPool` with split sequences."""
 
     sharding: StripeSharding
 
     def joined(self, shards: Sequence[Any]) -> SequencePool:
-        """The pools of all devices as one."""
+        """Joins the pools of all devices."""
         return SequencePool(shards, self.sharding, self.spec.max_seq_len)
 
 
 class SequenceQueue(ShardedQueue):
-    """The programs that such a pool queues; caches have lengths of whole sequences."""
+    """Queues the programs of such a pool, whose caches have lengths of whole sequences."""
 
     _sharding: StripeSharding
 
     def first_cache(self, generation: list[tuple[int, int, list[int]]]) -> KVCache:
-        """The first cache of a generation, with the longest sequences that all devices have.
+        """Returns the first cache of a generation, with the longest prefixes that all devices have.
 
         Args:
             generation: number, epoch and lengths of each shard.
@@ -153,7 +153,7 @@ class SequenceQueue(ShardedQueue):
         sharding = self._sharding
         here = np.asarray([lengths for _, _, lengths in generation], np.int32)
         devices = np.arange(sharding.size, dtype=np.int32)[:, None]
-        # The position of the token that a device would get next: it has all that it holds before.
+        # The position of the next token of each device: it has all of its tokens before that.
         ends = np.where(here < 0, -1, sharding.position(devices, here)).astype(np.int32)
         least = ends.min(axis=0)
         wanted = np.where(least < 0, -1, sharding.tokens_on(devices, least))

@@ -1,4 +1,4 @@
-"""ShardTable: what the pools of all devices of a mesh say, as if they were one."""
+"""ShardTable: the state of the pools of all devices of a mesh, as if they were one."""
 
 import types
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ _SWAP_SUMS = ("bytes_swapped_out", "bytes_swapped_in")
 
 
 class ShardTable:
-    """The part of `_native.Pool` for several devices that decides nothing.
+    """The part of `_native.Pool` for several devices that makes no decisions.
 
     Args:
-        shards: a pool for each device, new and of one spec.
-        mirrored: whether programs run on GPUs, apart from the hosts' tables.
+        shards: a pool for each device, new and with the same spec.
+        mirrored: whether programs run on GPUs, asynchronously to the host's tables.
 
     Attributes:
         shards: the pools.
         mirrored: see above.
-        settle: waits until the programs that give blocks up have run on all devices. Which slots
+        settle: waits until programs that free blocks have run on all devices, because which slots
             are free must not depend on the device that is asked.
     """
 
@@ -30,15 +30,15 @@ class ShardTable:
         self.shards = list(shards)
         self.mirrored = mirrored
         self.settle: Callable[[], None] = lambda: None
-        self._fault: _native.StatusError | None = None  # taken from a device and not raised yet
+        self._fault: _native.StatusError | None = None  # taken from a device but not raised yet
 
     # ---- faults of programs, which GPUs record ----
 
     def prepare(self, settle: bool = True) -> None:
-        """Begins a call: pending faults are raised before it has happened on any device.
+        """Begins a call: raises pending faults before the call has changed anything on any device.
 
         Args:
-            settle: whether the call's result depends on what programs have given up.
+            settle: whether the result depends on what programs have freed.
         """
         if settle:
             self.settle()
@@ -46,15 +46,17 @@ class ShardTable:
             self.take_fault()
 
     def take_fault(self) -> None:
-        """Raises the first pending fault of a device; those of the others come from the same
-        programs and are forgotten."""
+        """Raises the first pending fault of a device and discards the others.
+
+        Those come from the same programs.
+        """
         self.keep_faults()
         fault, self._fault = self._fault, None
         if fault is not None:
             raise fault
 
     def keep_faults(self) -> None:
-        """Takes the pending faults of all devices, for `take_fault` to raise the first."""
+        """Takes the pending faults of all devices, so that `take_fault` raises the first."""
         for shard in self.shards if self.mirrored else ():
             try:
                 shard.take_fault()
@@ -62,14 +64,14 @@ class ShardTable:
                 self._fault = self._fault or error
 
     def take_warning(self) -> str:
-        """See `_native.Pool`. Of all devices, each text once."""
+        """See `_native.Pool`. Warnings of all devices, without duplicates."""
         return "\n".join(dict.fromkeys(filter(None, (s.take_warning() for s in self.shards))))
 
     # ---- looking ----
 
     @property
     def id(self) -> int:
-        """Of the first shard."""
+        """Id of the first shard."""
         return int(self.shards[0].id)
 
     @property
@@ -85,7 +87,7 @@ class ShardTable:
 
     def shares_behind(self, slot: int, num_tokens: int) -> bool:
         """See `_native.Pool`."""
-        # Not alike where a truncation on GPUs has failed on the way.
+        # May differ if a truncation on GPUs has failed midway.
         return any(shard.shares_behind(slot, num_tokens) for shard in self.shards)
 
     def drops(self, slot: int, num_tokens: int) -> bool:
@@ -109,7 +111,7 @@ class ShardTable:
         return self.shards[0].block_owners(slot)
 
     def rows(self) -> list[Any]:
-        """Of each slot that a shard has: it drains until it has drained on all."""
+        """Row of each slot that a shard has; a slot drains until it has drained on all shards."""
         rows: dict[int, Any] = {}
         for shard in self.shards:
             for row in shard.rows():
@@ -118,7 +120,7 @@ class ShardTable:
         return [rows[slot] for slot in sorted(rows)]
 
     def numbers(self) -> Any:
-        """Those of the first shard; bytes and calls of all together."""
+        """Numbers of the first shard, but with bytes and calls summed over all."""
         all_numbers = [shard.numbers() for shard in self.shards]
         first = all_numbers[0]
         own = {name: getattr(first, name) for name in dir(first) if not name.startswith("_")}

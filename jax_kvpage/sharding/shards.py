@@ -1,7 +1,8 @@
-"""ShardedPool: the compiled pools of all devices, called as if they were one.
+"""ShardedPool: the compiled pools of all devices, called like one pool.
 
-Each pool gets the same calls in the same order, so that they decide alike: slots and blocks have
-the same numbers everywhere. What fails on one is undone on those before; a difference is an error.
+Each pool gets the same calls in the same order, so that all decide alike: slots and blocks have the
+same numbers everywhere. If a call fails on one pool, it is undone on the previous ones; if results
+differ, an error is raised.
 """
 
 import contextlib
@@ -19,14 +20,14 @@ __all__ = ["ShardedDecision", "ShardedPool"]
 
 
 class ShardedPool(ShardTable, SwapCalls):
-    """`_native.Pool` for several devices: the calls that decide.
+    """`_native.Pool` for several devices: the calls that make decisions.
 
     Args:
-        shards: a pool for each device, new and of one spec.
-        mirrored: whether programs run on GPUs, apart from the hosts' tables.
+        shards: a pool for each device, new and with the same spec.
+        mirrored: whether programs run on GPUs, asynchronously to the host's tables.
 
     Attributes:
-        maps: how programs map memory in all of them alike.
+        maps: makes programs map memory alike in all shards.
     """
 
     def __init__(self, shards: Sequence[Any], mirrored: bool = False) -> None:
@@ -35,9 +36,9 @@ class ShardedPool(ShardTable, SwapCalls):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """While a call goes from shard to shard: programs map nothing in between.
+        """Keeps programs from mapping memory while a call goes from shard to shard.
 
-        What a program waits for must not happen in here.
+        Nothing that a program waits for may happen inside.
         """
         self.maps.enter()
         try:
@@ -58,11 +59,11 @@ class ShardedPool(ShardTable, SwapCalls):
         """Makes the same call on every shard; all or none.
 
         Args:
-            op: its name.
-            attempt: makes it on a shard; a claim that is not ok counts as a failure.
-            undo: takes it back on these shards.
-            told: what must be equal on all shards, of the shard and its result.
-            settle: whether the result depends on what programs have given up.
+            op: name of the call.
+            attempt: makes the call on a shard; a claim that is not ok counts as a failure.
+            undo: undoes the call on the given shards.
+            told: returns what must be equal on all shards, given a shard and its result.
+            settle: whether the result depends on what programs have freed.
         """
         for last in (False, True):
             self.prepare(settle)
@@ -71,8 +72,8 @@ class ShardedPool(ShardTable, SwapCalls):
             try:
                 with self.together():
                     for i in range(len(self.shards)):
-                        done.append(i)  # before the call: a signal may come after its end
-                        results.append(attempt(i))  # also where another has failed: see below
+                        done.append(i)  # before the call, because a signal may come right after it
+                        results.append(attempt(i))  # even if another shard has failed: see below
             except BaseException as error:
                 undo(done)
                 self._make_equal(done)
@@ -80,7 +81,7 @@ class ShardedPool(ShardTable, SwapCalls):
                 raise
             failed = [result for result in results if not getattr(result, "ok", True)]
             if len(failed) == len(results):
-                return results[0]  # and what they have given up on the way is the same
+                return results[0]  # and all have freed the same memory on the way
             if failed:
                 undo(done)
                 self._make_equal(done)
@@ -95,15 +96,15 @@ class ShardedPool(ShardTable, SwapCalls):
                     f"{op}: the devices of the mesh would decide differently: {decided}. Nothing "
                     "has changed. Release the pool's slots, or make a new pool"
                 )
-            # What differs is which blocks lie where. Without those that nobody needs they agree.
+            # Only the placement of blocks differs. Without blocks that nobody needs, they agree.
             self._make_equal(done, forget=True)
         raise AssertionError
 
     def _make_equal(self, done: Sequence[int], forget: bool = False) -> None:
-        """After a call that not all shards have made: none keeps blocks that nobody needs.
+        """Frees unneeded blocks on all shards, after a call that not all shards have made.
 
         Args:
-            done: the shards that were called.
+            done: shards that were called.
             forget: whether to drop the prefix cache as well.
         """
         if len(done) >= 2:  # a call that failed on the first shard has changed nothing
@@ -118,13 +119,13 @@ class ShardedPool(ShardTable, SwapCalls):
                         shard.evict(2**62)
                     shard.trim()
                 except _native.StatusError:
-                    continue  # closed, or the system refused: a later decision compares again
+                    continue  # closed, or the system refused; a later decision compares again
 
     def _forget_alike(self, failed: Any) -> None:
-        """After a call that failed with a program's fault, which that left on other devices too.
+        """After a call failed with a program's fault, discards the same fault on other devices.
 
         Args:
-            failed: what the call failed with: an exception, or a claim that is not ok.
+            failed: the exception of the call, or its claim that is not ok.
         """
         reason = getattr(failed, "reason", None)
         if isinstance(failed, _native.StatusError):
@@ -175,7 +176,7 @@ class ShardedPool(ShardTable, SwapCalls):
     # ---- calls that `retract` undoes ----
 
     def _retract(self, slots: Sequence[int]) -> None:
-        """No shard keeps more room and committed tokens for these slots than another."""
+        """Reduces these slots to the room and committed tokens that all shards have."""
         with self.together():
             tables = [{row.slot: row for row in shard.rows()} for shard in self.shards]
             for slot in slots:
@@ -261,7 +262,7 @@ class ShardedPool(ShardTable, SwapCalls):
     # ---- the whole pool ----
 
     def new_generation(self) -> list[tuple[int, int, list[int]]]:
-        """Generation, epoch and lengths of each shard."""
+        """Returns generation, epoch and lengths of each shard."""
         generations = [shard.new_generation() for shard in self.shards]  # waits for programs
         if self.mirrored and self._release_torn([lengths for *_, lengths in generations]):
             generations = [shard.new_generation() for shard in self.shards]
@@ -269,10 +270,10 @@ class ShardedPool(ShardTable, SwapCalls):
         return generations
 
     def _release_torn(self, lengths: Sequence[list[int]]) -> bool:
-        """Releases slots that are occupied on some devices only; whether there were any.
+        """Releases slots that are occupied on some devices only; returns whether there were any.
 
-        A generation that begins beside another thread's acquire may overtake its program on one
-        device and not on another.
+        A generation that starts while another thread acquires may overtake the acquire's program on
+        one device but not on another.
         """
         torn = [slot for slot, each in enumerate(zip(*lengths, strict=True)) if -1 in each]
         any_held = False
@@ -284,7 +285,7 @@ class ShardedPool(ShardTable, SwapCalls):
         return any_held
 
     def cut(self, lengths: Sequence[int]) -> None:
-        """No shard keeps committed tokens beyond these, the least lengths of all."""
+        """Cuts committed tokens on all shards back to these lengths, the minima over shards."""
         for shard in self.shards:
             for row in shard.rows():
                 if not row.draining and row.committed > max(lengths[row.slot], 0):

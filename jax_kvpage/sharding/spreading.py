@@ -1,4 +1,4 @@
-"""spread: a batch with a part for each replica of a pool."""
+"""spread: makes a batch with a part for each replica of a pool."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ __all__ = ["Spread", "spread"]
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """A batch for all replicas, and where its sequences went. `spread` makes it.
+    """A batch for all replicas, and where its sequences went; made by `spread`.
 
     Attributes:
-        batch: for the step. It has R equal parts, one for each replica: slots int32[R * S] with the
-            replica's own numbers, query_offsets int32[R * (S + 1)], and num_tokens T, the rows of
-            each part. `jax.shard_map` with in_specs `PartitionSpec(data_axis)` gives each replica
-            its part.
-        sequences: int32[n], for each sequence of the call its place among the R * S.
-        rows: int32[tokens], for each new token, in the order of the call, its row among R * T.
-        last_rows: int32[n], the row of each sequence's last new token; 0 for one without any.
+        batch: batch for the step. It has R equal parts, one for each replica: slots int32[R * S]
+            with the replica's local numbers, query_offsets int32[R * (S + 1)], and num_tokens T,
+            the rows of each part. `jax.shard_map` with in_specs `PartitionSpec(data_axis)` gives
+            each replica its part.
+        sequences: int32[n]: index of each sequence of the call among the R * S.
+        rows: int32[tokens]: row of each new token, in the order of the call, among R * T.
+        last_rows: int32[n]: row of each sequence's last new token; 0 if it has none.
     """
 
     batch: Batch
@@ -34,18 +34,17 @@ class Spread:
     last_rows: np.ndarray
 
     def scatter(self, values: Any, fill: Any = 0) -> jax.Array:
-        """Values of the new tokens, token ids for instance, as the step takes them.
+        """Arranges per-token values, for instance token ids, as the step takes them.
 
         Args:
-            values: [tokens, ...], host values, the tokens of one sequence after the other in the
-                order of the call.
-            fill: what padding gets.
+            values: [tokens, ...], host values, sequence by sequence in the order of the call.
+            fill: value for padding.
 
         Returns:
-            [R * T, ...], each replica's part on its devices. Python integers become int32.
+            [R * T, ...], with each replica's part on its devices. Python integers become int32.
 
         Raises:
-            ValueError: another number of tokens.
+            ValueError: the number of tokens differs from the batch's.
         """
         values = np.asarray(values)
         if values.dtype == np.int64:
@@ -70,23 +69,23 @@ def spread(
     num_sequences: int | None = None,
     num_tokens: int | None = None,
 ) -> Spread:
-    """Makes a batch for all replicas of a pool, whose parts have one size.
+    """Makes a batch for all replicas of a pool, with parts of equal size.
 
-    One step then serves them all: under plain `jit` the ops hand each replica its part, and so does
-    `jax.shard_map` with `PartitionSpec(data_axis)` for the batch and for whatever has a row for
-    each token. A pool without `data_axis` is one replica.
+    One step then serves all replicas: under plain `jit`, the ops give each replica its part, and so
+    does `jax.shard_map` with `PartitionSpec(data_axis)` for the batch and for everything with a row
+    per token. A pool without `data_axis` has one replica.
 
     Args:
         pool: the pool.
-        slots: of the sequences, numbers of the pool as `acquire` returns them, each once.
-        lengths: how many new tokens each brings; None: one each (decode).
-        num_sequences: S, the sequences of a part, to keep shapes constant from step to step; None:
-            as many as the replica with most of them has.
-        num_tokens: T, the rows of a part, likewise.
+        slots: slots of the sequences as returned by `acquire`, each at most once.
+        lengths: number of new tokens of each sequence; None means one each (decode).
+        num_sequences: S, the sequences per part, to keep shapes constant between steps; None uses
+            the maximum over the replicas.
+        num_tokens: T, the rows per part; None uses the maximum over the replicas.
 
     Raises:
-        ValueError: a slot that does not exist or is named twice, lengths that do not match or are
-            negative; more sequences or tokens on one replica than `num_sequences`, `num_tokens`.
+        ValueError: a slot does not exist or occurs twice; lengths do not match or are negative; or
+            a replica has more sequences or tokens than `num_sequences` or `num_tokens`.
     """
     numbers, _ = host_ints("spread: slots", slots)
     counts = [1] * len(numbers) if lengths is None else host_ints("spread: lengths", lengths)[0]
@@ -126,7 +125,7 @@ def spread(
 
 
 def _size(name: str, wanted: int | None, counts: list[int]) -> int:
-    """How many of something each part has."""
+    """Returns the size of each part."""
     if wanted is None:
         return max(counts)
     size = host_int(f"spread: {name}", wanted, low=0)

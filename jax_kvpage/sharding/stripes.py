@@ -1,8 +1,9 @@
-"""StripeSharding: how the tokens of every sequence are spread over an axis of a mesh.
+"""StripeSharding: how the tokens of each sequence are split over a mesh axis.
 
-A sequence is cut into stripes of a few tokens, which go to the devices in turn, so that all devices
-have the same share of every long sequence, and the same work. This is the interleaving of vLLM's
-decode context parallelism and of Striped Attention (Brandon et al., arXiv 2311.09431).
+A sequence is cut into stripes of a few tokens, which are assigned to the devices round-robin, so
+that all devices have the same share of every long sequence, and the same work. This is the
+interleaving of vLLM's decode context parallelism and of Striped Attention (Brandon et al., arXiv
+2311.09431).
 """
 
 import dataclasses
@@ -13,19 +14,19 @@ from jax_kvpage.spec import CacheSpec
 
 __all__ = ["STRIPE_TOKENS", "StripeSharding"]
 
-# A divisor of every block_tokens. Short stripes share out short sequences too.
+# Divides every block_tokens. Short stripes also distribute short sequences.
 STRIPE_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class StripeSharding(AxisSharding):
-    """A cache whose sequences are spread over devices, all heads on each.
+    """A cache whose sequences are split over devices, with all heads on each.
 
-    The token at position p belongs to device p // stripe_tokens % size. A device holds its tokens
-    of a sequence one after the other, so they have local positions there.
+    The token at position p belongs to device p // stripe_tokens % size. A device stores its tokens
+    of a sequence contiguously, at local positions.
 
     Attributes:
-        stripe_tokens: neighbouring tokens that one device holds.
+        stripe_tokens: consecutive tokens on one device.
     """
 
     axis: str
@@ -33,10 +34,10 @@ class StripeSharding(AxisSharding):
 
     @classmethod
     def of(cls, spec: CacheSpec, mesh: Any, axis: Any) -> "StripeSharding":
-        """The sharding of an unresolved spec, whose `local` is not resolved either.
+        """Returns the sharding of an unresolved spec; its `local` is not resolved either.
 
         Raises:
-            ValueError: a mesh, axis or max_seq_len that cannot be used, with all reasons.
+            ValueError: a mesh, axis or max_seq_len cannot be used; lists all reasons.
         """
         reasons = mesh_problems(mesh, sequence_axis=axis)
         devices = int(mesh.shape[axis])
@@ -60,7 +61,7 @@ class StripeSharding(AxisSharding):
         return cls(mesh, axis, local)
 
     def tokens_on(self, device: Any, tokens: Any) -> Any:
-        """How many of a sequence's first tokens a device holds; for integers and arrays."""
+        """Number of a sequence's first `tokens` tokens on a device; takes integers or arrays."""
         rounds, rest = divmod(tokens, self.stripe_tokens * self.size)
         last = rest - device * self.stripe_tokens
         if isinstance(last, int):
@@ -68,16 +69,16 @@ class StripeSharding(AxisSharding):
         return rounds * self.stripe_tokens + last.clip(0, self.stripe_tokens)
 
     def position(self, device: Any, index: Any) -> Any:
-        """The position in the sequence of a device's token `index`; for integers and arrays."""
+        """Position in the sequence of a device's token `index`; takes integers or arrays."""
         rounds, rest = divmod(index, self.stripe_tokens)
         return (rounds * self.size + device) * self.stripe_tokens + rest
 
     def in_order(self, array: Any) -> Any:
-        """[S, size * n, ...], the tokens of one device after those of another, by position."""
+        """Reorders [S, size * n, ...] from device by device to position order."""
         sequences, tokens, *rest = array.shape
         parts = array.reshape(sequences, self.size, -1, self.stripe_tokens, *rest)
         return parts.swapaxes(1, 2).reshape(sequences, tokens, *rest)
 
     def share(self, tokens: int) -> int:
-        """The most tokens that a device holds of so many: those of the first one."""
+        """The most tokens of a sequence of `tokens` on one device, which is the first."""
         return int(self.tokens_on(0, tokens))

@@ -62,7 +62,8 @@ class Beams:
         """Returns the beams that continue from `parents`.
 
         The first child of a parent keeps its slot; the others get the slots of beams without
-        children."""
+        children.
+        """
         kept = {beams[parent] for parent in parents}
         unused = iter([beam for beam in beams if beam not in kept])
         following, heirs = [], []

@@ -162,7 +162,8 @@ class _Rig:
     def beams(self, n: int) -> None:
         """Replaces several beams by forks: at a block boundary, and after it with a copied token.
 
-        Also covers beams whose slots were released before."""
+        Also covers beams whose slots were released before.
+        """
         ids = self._prompt()
         for prompt in {len(ids): ids, len(ids) - 1: ids[:-1]}.values():
             donor, self.cache = self._pool.acquire(self.cache, len(prompt), wait=True)
