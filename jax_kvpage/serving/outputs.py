@@ -31,7 +31,7 @@ class CompletionOutput:
         logprobs: for each token, the requested log probabilities by token id; None if not
             requested.
         cumulative_logprob: sum over the chosen tokens; None without logprobs or beam search.
-        score: rank score of a beam search continuation; else None.
+        score: score by which beam search ranks the continuation; None otherwise.
         finish_reason: None while unfinished; "stop" (a stop token or stop string), "length",
             "capacity" (memory is full), "cancelled", "deadline" or "error".
         stop_reason: the token id or string that ended it; None for the end-of-sequence token.

@@ -32,8 +32,8 @@ class SamplingParams:
         frequency_penalty: subtracted once for each occurrence of the token in the output.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
             the prompt or the output contains.
-        seed: random seed, from 0 to 2**32 - 1; None lets the engine choose one. A token depends
-            only on the seed, the index of the continuation and the position.
+        seed: random seed, from 0 to 2**32 - 1; None lets the engine choose one. The random numbers
+            of a token depend only on the seed, the index of the continuation and the position.
         max_tokens: maximum number of tokens to produce.
         min_tokens: minimum number of tokens to produce: before that, stop tokens are not sampled
             and stop strings are ignored.

@@ -33,11 +33,7 @@ class SwapSpace(Protocol):
         """
 
     def find(self, group: SequenceGroup) -> tuple[int, int]:
-        """Returns the tokens that a group will start with, and how many of their blocks are paid
-        for.
-
-        The latter are in memory already and cost no free block.
-        """
+        """Returns the tokens that a group will start with, and how many blocks it already has."""
 
     def fetch(self, group: SequenceGroup) -> Fetched:
         """Starts fetching a group's tokens on the first call; never waits.

@@ -116,7 +116,7 @@ class Agreement:
         self._pid = os.getpid()
         self.heard = False  # whether the newest call has ended with a verdict
 
-    # ---- what all processes are to do alike ----
+    # ---- recorded calls and decisions ----
 
     def record(self, op: str, *args: Any) -> None:
         """Adds a call to what is compared at the next decision.
@@ -265,7 +265,7 @@ class Agreement:
             f"last decision: {', '.join(self._recent)}. All processes must make the same calls on "
             "a pool in the same order; this one is of no use any more: end the processes"
         )
-        if process == self.processes[0]:  # the first process's verdict tells them otherwise
+        if process == self.processes[0]:  # the first process reports it in its verdict instead
             self._leave(text)
         raise KVPageError(text)
 

@@ -22,7 +22,7 @@ def mesh_problems(mesh: Any, **axes: Any) -> list[str]:
         **axes: mesh axes or None, by the names of `KVPool`'s arguments.
 
     Raises:
-        ValueError: `mesh` is not a mesh, or does not have an axis.
+        ValueError: `mesh` is not a mesh, or lacks one of the axes.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(f"KVPool: mesh: wanted a jax.sharding.Mesh (jax.make_mesh), got {mesh!r}")

@@ -98,7 +98,7 @@ class _ProcessQueue(ShardedQueue):
     """Queues a pool's programs on this process's devices; the other processes do so on theirs."""
 
     def quiesce(self) -> None:
-        """See `Queue`. Does nothing: after a failure, not all processes may make this call."""
+        """See `Queue`. Does nothing: a sum over the mesh would hang if a process did not call."""
 
     def put(self, array: np.ndarray) -> jax.Array:
         """Puts the array on all devices. `jax.device_put` would compare it among the processes."""

@@ -287,7 +287,7 @@ class ProcessPool(ShardedPool):
     hint = _recorded(ShardedPool.hint)
     can_acquire = _recorded(ShardedPool.can_acquire)
 
-    # ---- looking ----
+    # ---- queries ----
 
     def numbers(self) -> Any:
         """Byte counts are totals of all devices, assuming that each has as much as this process's.

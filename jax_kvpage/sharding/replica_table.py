@@ -60,7 +60,7 @@ class ReplicaTable:
 
     @property
     def settle(self) -> Callable[[], None]:
-        """Waits for programs that free blocks, if replicas have several devices."""
+        """Function that waits for programs that free blocks, if replicas have several devices."""
         return self._settle
 
     @settle.setter
@@ -90,7 +90,7 @@ class ReplicaTable:
         only = self._only
         return [count if only in (None, replica) else 0 for replica in range(len(self.replicas))]
 
-    # ---- whose slots ----
+    # ---- slot owners ----
 
     def _owner(self, op: str, slot: int) -> tuple[int, int]:
         """Returns the replica of a slot, and the slot's number there."""
@@ -249,7 +249,7 @@ class ReplicaTable:
         for i in done[:-1]:
             self.replicas[i].resize(before[i])
 
-    # ---- looking ----
+    # ---- queries ----
 
     @property
     def id(self) -> int:

@@ -67,7 +67,7 @@ class ShardTable:
         """See `_native.Pool`. Warnings of all devices, without duplicates."""
         return "\n".join(dict.fromkeys(filter(None, (s.take_warning() for s in self.shards))))
 
-    # ---- looking ----
+    # ---- queries ----
 
     @property
     def id(self) -> int:

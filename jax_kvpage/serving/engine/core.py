@@ -261,7 +261,7 @@ class EngineCore:
             self._slots.wait(self._memory.is_draining)
 
     def _find_prefix(self, group: SequenceGroup, replica: int) -> tuple[int, int]:
-        """Cached tokens of a group; how many of their blocks cost no free one is unknown."""
+        """Cached tokens of a group, and 0: how many of their blocks are in use is unknown."""
         return self._slots.find(self._ledger.states[group.live[0]], replica), 0
 
     def _start(self) -> None:

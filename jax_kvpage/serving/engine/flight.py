@@ -101,7 +101,7 @@ class Flight:
         ]
 
     def keep(self, places: list[int]) -> None:
-        """Removes all other sequences."""
+        """Keeps only the sequences at these positions."""
         if len(places) == len(self.states):
             return
         self.num_decodes = sum(i < self.num_decodes for i in places)
