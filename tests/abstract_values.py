@@ -14,7 +14,7 @@ SPEC = kvp.CacheSpec(LAYERS, KV_HEADS, DIM, SLOTS, 256, jnp.float32).resolve("cp
 
 
 def abstract_cache(**fields: Any) -> kvp.KVCache:
-    """Arrays of a cache without a pool: enough for what happens before a program runs."""
+    """Arrays of a cache without a pool; enough for whatever happens before a program runs."""
     return kvp.KVCache(
         **{
             "handle": jnp.zeros(2, jnp.int32),

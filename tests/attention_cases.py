@@ -1,9 +1,9 @@
 """Random ragged batches for attention, and the pools they run on, for all platforms.
 
-Sequences are any mixture of decode (one new token), prefill (nothing before), chunked prefill, no
-new token and padding; blocks are scattered by letting slots grow in turns; pools live through all
-examples, so slots and blocks are recycled with other requests' data in them, or with NaN where the
-pool poisons what it takes back.
+Sequences are any mix of decode (one new token), prefill (empty context), chunked prefill, no new
+tokens, and padding. Blocks are scattered by growing slots in turns. Pools live through all
+examples, so slots and blocks are recycled while they still hold other requests' data, or NaN if
+the pool poisons released memory.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, config: Config, few_programs: bool = False) -> Case:
-    """Random batches. `few_programs`: variants are all on or all off, where compiling is slow."""
+    """Draws random batches. With `few_programs`, variants are all on or all off, for platforms on
+    which compiling is slow.
+    """
     before, new, padding, left = [], [], [], _TOKENS
     for _ in range(draw(st.integers(1, _SEQUENCES))):
         mode = draw(st.sampled_from(["decode", "prefill", "chunk", "none", "padding"]))
@@ -114,11 +116,12 @@ def cases(draw: st.DrawFn, config: Config, few_programs: bool = False) -> Case:
 
 
 class Rigs:
-    """One pool per configuration for a whole run: recycling is tested too.
+    """One pool per configuration for the whole run, so that recycling is tested too.
 
     Args:
-        capacity: of each pool; None: what all its slots can need.
-        block_tokens: of pools of the fused layout, which may pad a block to what can be mapped.
+        capacity: Capacity of each pool; None means as much as all its slots can need.
+        block_tokens: Block size of fused pools, where a block may be padded to the mapping
+            granularity.
     """
 
     def __init__(self, capacity: str | None = "64MiB", block_tokens: int | None = None) -> None:
@@ -158,7 +161,7 @@ class Rigs:
         return self._rigs[config]
 
     def check(self, config: Config, case: Case, implementation: str | None) -> None:
-        """The case's step, against float64."""
+        """Runs the case's step and compares it with float64."""
         rig = self._rig(config)
         rig.rng = np.random.default_rng(case.seed)
         live = [s for s, is_padding in enumerate(case.padding) if not is_padding]
@@ -182,7 +185,7 @@ class Rigs:
             rig.check_lengths()
             rig.release(*owned)
         except BaseException:
-            # A failing example must leave the shared pool usable for those that hypothesis shrinks
-            # it to.
+            # A failing example must leave a usable pool for the smaller examples that Hypothesis
+            # tries next.
             self._rigs.pop(config).pool.close()
             raise

@@ -1,5 +1,5 @@
-"""Chat templates with the constructs of those that well-known models ship: loops, namespaces,
-trims, checks that raise, JSON of tools, dates, macros, loop controls and generation blocks.
+"""Chat templates with the constructs of well-known models' templates: loops, namespaces, trims,
+checks that raise, tool JSON, dates, macros, loop controls and generation blocks.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ _QWEN3 = """\
 {%- endif %}
 """
 
-# Blocks and lines without dashes: trim_blocks and lstrip_blocks decide about the white space.
+# Block tags and lines without dashes: trim_blocks and lstrip_blocks decide about whitespace.
 _SMOLLM2 = """\
 {% for message in messages %}
     {% if loop.first and messages[0]['role'] != 'system' %}

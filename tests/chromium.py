@@ -21,7 +21,7 @@ class Browser:
     """One page.
 
     Attributes:
-        events: what the browser told without being asked.
+        events: Events that the browser has sent.
     """
 
     def __init__(self, reading: int, writing: int) -> None:
@@ -37,7 +37,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A call of the protocol."""
+        """Calls a DevTools protocol method and returns its result."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": params}
         if self._session:
@@ -51,7 +51,7 @@ class Browser:
             self.events.append(answer)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Evaluates an expression in the page and returns its value."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -74,7 +74,7 @@ class Browser:
 
 @contextlib.contextmanager
 def open_browser(folder: str) -> Iterator[Browser]:
-    """Starts Chromium; `folder` keeps its profile."""
+    """Starts Chromium with its profile in `folder`."""
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("chromium is not installed")

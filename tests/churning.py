@@ -1,4 +1,6 @@
-"""Random requests on a pool whose programs nobody waits for, against a plain dictionary."""
+"""Random requests on a pool, without waiting for its programs, checked against a plain
+dictionary.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,23 @@ Check = Callable[[kvp.KVCache, int, Sequence[int]], None]
 
 
 class Churn:
-    """Requests that start, grow, fork, are cut back and end.
+    """Requests that start, grow, fork, are truncated and end.
 
     Args:
-        pool: new; smaller than what all requests may want.
-        seed: of the choices.
-        write: writes and commits new tokens of slots.
-        check: asserts that a slot has these tokens.
-        audit: asserts that the pools behind the pool agree.
+        pool: A new pool, too small for everything that the requests may want.
+        seed: Seed of the random choices.
+        write: Writes and commits new tokens of slots.
+        check: Asserts that a slot has the given tokens.
+        audit: Asserts that the pool's per-device pools agree.
 
     Attributes:
-        live: the tokens of each occupied slot.
-        refused: calls for which there was no room.
+        live: The tokens of each occupied slot.
+        refused: Number of calls that failed for lack of room.
     """
 
     verbs: tuple[str, ...] = ("start", "start", "grow", "end", "fork", "cut")
     unit = 20  # sequences start with one to three times as many tokens
-    room: int | None = 160  # that a new request asks for; None: for its tokens
+    room: int | None = 160  # tokens of room that a new request asks for; None: exactly its tokens
 
     def __init__(
         self,

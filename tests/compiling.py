@@ -1,9 +1,9 @@
-"""How the programs of tests are compiled: once in a session, and by default without optimizations.
+"""How test programs are compiled: once per session, and by default without optimizations.
 
-A session, with all processes that its tests start, shares a compilation cache in a temporary
-folder: many tests need the same program. Without LLVM's optimizations a program compiles in half of
-the time. The kernels are compiled already and XLA's own passes over the program run as ever, so
-the library's part in a result stays the same; an exhaustive run optimizes as users do.
+A session and all processes that its tests start share a compilation cache in a temporary folder,
+because many tests need the same program. Without LLVM's optimizations a program compiles in half
+the time. The kernels are precompiled and XLA's own passes still run, so the library's
+contribution to a result is unchanged; an exhaustive run optimizes as users do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from covering import is_exhaustive
 
 
 def configure(config: pytest.Config) -> None:
-    """Sets JAX's options here and, through the environment, in processes that tests start."""
+    """Sets JAX's options in this process and, through the environment, in processes that tests
+    start.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="jax_kvpage-programs-")
         config.add_cleanup(folder.cleanup)

@@ -1,9 +1,9 @@
 """Fixtures and options that all test files share.
 
-`--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns a skipped test into a failure: a run that must
-have every optional package shows it, instead of staying green on tests that never ran.
+`--refuse-skips` (or JAX_KVPAGE_REFUSE_SKIPS=1) turns skipped tests into failures, so that a run
+which must have every optional package does not stay green on tests that never ran.
 `--require-fake-driver` (or JAX_KVPAGE_REQUIRE_FAKE_DRIVER=1) does the same for tests marked
-fake_driver, which other runs leave out where the build has no fake driver.
+fake_driver, which are otherwise deselected if the build has no fake driver.
 `--exhaustive` (or JAX_KVPAGE_TEST_EXHAUSTIVE=1) runs all cases of all tests (covering.py).
 """
 
@@ -27,8 +27,8 @@ for _folder in (_ROOT / "tests", _ROOT / "examples"):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-# The first example of a shape compiles a program, so a deadline per example would only measure the
-# compiler.
+# The first example of a shape compiles a program, so a deadline per example would mostly measure
+# the compiler.
 settings.register_profile(
     "jax_kvpage",
     deadline=None,
@@ -105,18 +105,18 @@ def pytest_configure(config: pytest.Config) -> None:
             "JAX_KVPAGE_FAKE_DRIVER with -n: only a run in one process checks the driver at its end"
         )
     if config.getoption("--require-fake-driver"):
-        _has_fake_driver(config)  # a run in several processes reports the error here only
-    # torch's threads wait for each other in loops, which costs more than they bring.
+        _has_fake_driver(config)  # under pytest-xdist, only this call reports the error
+    # torch's threads spin while they wait for each other, which costs more than they gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # By way of the environment, for the processes that tests start.
+    # Through the environment, so that processes started by tests see it too.
     os.environ[covering.VARIABLE] = "1" if config.getoption("--exhaustive") else "0"
     compiling.configure(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects tests whose marker names something absent, and what is outside the default.
+    """Deselects tests whose marker names something absent, and those outside the default subset.
 
-    They neither run nor count as skipped.
+    Deselected tests neither run nor count as skipped.
     """
     left_out = set(covering.dropped_by_default(items))
     ways = {
@@ -160,7 +160,7 @@ def pytest_make_collect_report(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """On the fake driver: nothing is left alive, and none of the driver's rules was broken."""
+    """On the fake driver, fails the run if anything is left alive or a driver rule was broken."""
     if not _runs_on_fake_driver():
         return
     from jax_kvpage import _native
@@ -175,8 +175,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _set_aside_what_lives() -> None:
-    """Collects all garbage and exempts the rest from the collections of single tests: searching
-    modules and traced programs takes longer than most tests.
+    """Collects all garbage and exempts the survivors from later collections: scanning modules and
+    traced programs takes longer than most tests.
     """
     gc.unfreeze()
     gc.collect()
@@ -185,8 +185,8 @@ def _set_aside_what_lives() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def clean_up() -> Iterator[None]:
-    """Compiled programs of one file are not kept for the next: together they take several GiB.
-    Those that both need are in the session's cache on disk.
+    """Drops the compiled programs of a test file when it ends: all together they take several GiB.
+    Programs that several files need are in the session's cache on disk.
     """
     yield
     jax.clear_caches()
@@ -195,7 +195,7 @@ def clean_up() -> Iterator[None]:
 
 @pytest.fixture
 def make_pool() -> Iterator[Callable[..., Any]]:
-    """A factory of pools that are closed when the test ends, also when it fails."""
+    """Returns a factory of pools that are closed when the test ends, even if it fails."""
     import jax_kvpage as kvp
 
     pools: list[kvp.KVPool] = []
@@ -206,14 +206,14 @@ def make_pool() -> Iterator[Callable[..., Any]]:
         return pool
 
     yield make
-    gc.collect()  # views that a test dropped must not keep their pool's close waiting
+    gc.collect()  # views that a test dropped must not make its pool's close wait
     for pool in pools:
         pool.close()
 
 
 @pytest.fixture(params=["fused", "per_layer"])
 def layout(request: pytest.FixtureRequest) -> str:
-    """Of a pool: the test runs with each."""
+    """The layout of the pool; the test runs with each."""
     return request.param
 
 

@@ -1,9 +1,9 @@
-"""The two settings of a run: by default few random cases and a covering subset of the combinations
-of parameters, with --exhaustive (or JAX_KVPAGE_TEST_EXHAUSTIVE=1) all of them.
+"""The two settings of a run: by default, few random cases and a covering subset of the parameter
+combinations; with --exhaustive (or JAX_KVPAGE_TEST_EXHAUSTIVE=1), all of them.
 
-A test marked `covering(n)` runs, by default, for a subset of its parameter combinations in which
-every combination of values of any n parameters occurs that occurs in the whole: with 1 each layout
-and each dtype, with 2 each layout with each dtype.
+By default, a test marked `covering(n)` runs for a subset of its parameter combinations that has
+every combination of values of any n parameters that the full set has: with 1, each layout and each
+dtype; with 2, each layout with each dtype.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def num_cases(default: int, exhaustive: int) -> int:
 
 
 def own_cases(name: object) -> Callable[[Test], Test]:
-    """A decorator of a Hypothesis test: random cases that belong to `name`.
+    """Decorates a Hypothesis test so that it draws random cases specific to `name`.
 
-    A derandomized profile draws the same cases each time a function is run. Over several
-    configurations other cases for each cover more.
+    A derandomized profile draws the same cases each time a function is run. With several
+    configurations, different cases for each of them cover more.
     """
     if settings().derandomize:
         return seed(zlib.crc32(str(name).encode()))
@@ -44,8 +44,8 @@ def own_cases(name: object) -> Callable[[Test], Test]:
 
 
 def covering_subset(rows: Sequence[Mapping[str, object]], strength: int) -> list[int]:
-    """Indices, ascending, of rows that together hold each combination of `strength` values that any
-    row holds. Greedy, and the same for the same rows.
+    """Returns the ascending indices of rows that together hold each combination of `strength`
+    values that any row holds. Greedy and deterministic.
     """
 
     def combinations(row: Mapping[str, object]) -> set[tuple[tuple[str, str], ...]]:
@@ -64,7 +64,7 @@ def covering_subset(rows: Sequence[Mapping[str, object]], strength: int) -> list
 
 
 def dropped_by_default(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Items outside the covering subsets of the tests marked so; none in an exhaustive run."""
+    """Returns the items outside the covering subsets of their tests; none in an exhaustive run."""
     if is_exhaustive():
         return []
     functions: dict[tuple[object, str], list[pytest.Function]] = {}

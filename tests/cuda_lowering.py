@@ -1,4 +1,4 @@
-"""What tests of lowering for CUDA share: each op as a small program, its custom calls as text."""
+"""Helpers for tests of CUDA lowering: each op as a small program, and its custom calls as text."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def reuse(cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
     return copy_rotated(cache, np.zeros(2, np.int32), copies, frequencies)
 
 
-# The op, and how its operands share buffers with its results: {operand: result}.
+# Each op, and which operands share a buffer with which results: {operand: result}.
 OPS: dict[str, tuple[Callable[[kvp.KVCache, kvp.Batch], Any], dict[int, int]]] = {
     "map_slots": (lambda c, b: kvp.map_slots(c, b.slots, 40), {1: 0}),
     "append_kv": (lambda c, b: kvp.append_kv(c, new_kv(), new_kv(), b, layer=1), {1: 0}),
@@ -102,7 +102,9 @@ def lowered(function: Callable[..., Any], *platforms: str) -> str:
 
 
 def calls_in(text: str) -> list[tuple[str, str]]:
-    """(op, the rest of the line) of each custom call of this package but attention's plan."""
+    """Returns (op, rest of the line) of each of this package's custom calls except
+    `plan_attention`.
+    """
     calls = re.findall(r"custom_call @jax_kvpage_(\w+)\((.*)", text)
     return [(op, rest) for op, rest in calls if op != "plan_attention"]
 
@@ -113,12 +115,12 @@ def op_of(name: str) -> Callable[[kvp.KVCache, kvp.Batch], Any]:
     return OPS[name][0]
 
 
-# Ops with a plan, as their last operand.
+# Ops whose last operand is a plan.
 WITH_PLAN = ("paged_attention", "update_and_attend")
 
 
 def without_plan(call: str) -> str:
-    """A call without its last operand, written as if it had never had it."""
+    """Rewrites a call without its last operand."""
     call = re.sub(r", %\)", ")", call, count=1)
     call = re.sub(r", tensor<\d+xui8>\) ->", ") ->", call, count=1)
     return re.sub(
@@ -128,7 +130,7 @@ def without_plan(call: str) -> str:
     )
 
 
-# Ops with device scratch memory, as their last result.
+# Ops whose last result is device scratch memory.
 WITH_SCRATCH = (
     "append_kv",
     "paged_attention",
@@ -141,12 +143,12 @@ WITH_SCRATCH = (
 
 
 def without_scratch(call: str) -> tuple[str, int]:
-    """A call without its last result, written as if it had never had it; and that one's bytes."""
+    """Rewrites a call without its last result; also returns the size of that result in bytes."""
     call, found = re.subn(r", tensor<\d+xui8>\)$", ")", call)
     if not found:
         return call, 0
     call = re.sub(r", dense<0> : tensor<1xindex>\]\}", "]}", call)  # its layout
-    if "-> (" in call and "," not in call.rsplit("-> (", 1)[1]:  # one is left: no tuple
+    if "-> (" in call and "," not in call.rsplit("-> (", 1)[1]:  # a single result is not a tuple
         head, result = call[:-1].rsplit("-> (", 1)
         call = (
             f"{head.replace('output_tuple_indices = [0]', 'output_tuple_indices = []')}-> {result}"

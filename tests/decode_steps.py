@@ -31,7 +31,7 @@ def random_tokens(seed: int = 0, steps: int = STEPS) -> tuple[jax.Array, jax.Arr
 
 
 def reference(q: jax.Array, k: jax.Array, v: jax.Array) -> NDArray[np.float64]:
-    """Decode of both sequences from nothing, in float64."""
+    """Decodes both sequences from an empty cache, in float64."""
     want = np.zeros(q.shape)
     for layer in range(LAYERS):
         for s in range(2):
@@ -47,7 +47,7 @@ def start(pool: kvp.KVPool) -> tuple[kvp.KVCache, kvp.Batch]:
 def unrolled(
     cache: kvp.KVCache, q: jax.Array, k: jax.Array, v: jax.Array, batch: kvp.Batch
 ) -> tuple[kvp.KVCache, jax.Array]:
-    """One step, the layers one after the other: q, k, v [layers, 2, heads, dim]."""
+    """Runs one step, layer by layer: q, k, v [layers, 2, heads, dim]."""
     outs = []
     for layer in range(LAYERS):
         out, cache = kvp.update_and_attend(q[layer], k[layer], v[layer], cache, batch, layer=layer)

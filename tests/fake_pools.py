@@ -1,4 +1,4 @@
-"""Pools over the fake driver, for programs of the tests that run with it."""
+"""Pools on the fake driver, for test programs that run with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax_kvpage as kvp
 from jax_kvpage import _native
 
 fake = _native.fake_driver
-pools: list[kvp.KVPool] = []  # open ones
+pools: list[kvp.KVPool] = []  # open pools
 
 
 def make_pool(spec: kvp.CacheSpec, capacity: int, **options: Any) -> kvp.KVPool:
@@ -27,7 +27,7 @@ def end(*stores: kvp.HostStore) -> None:
 
 
 def nothing_alive() -> None:
-    """The driver has nothing left of what it has given."""
+    """Asserts that nothing that the driver has handed out is still alive."""
     gc.collect()
     counts, violation = fake.report()
     assert not any(counts.values()), (counts, violation)

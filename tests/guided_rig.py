@@ -1,4 +1,4 @@
-"""A tokenizer of the rig's vocabulary, and engines and parameters for constrained decoding."""
+"""A tokenizer for the rig's vocabulary, and engines and parameters for constrained decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGER = ["ab", "12", '":', '{"', "true", "false", "null", "é", "the", "00", '
 
 
 class Words:
-    """A tokenizer of the rig's vocabulary; token 0 ends a text."""
+    """A tokenizer for the rig's vocabulary; token 0 ends a text."""
 
     eos_token_id, bos_token_id, special_token_ids = 0, None, (0,)
     tokens = tuple(
@@ -46,7 +46,7 @@ def guided_engine(pool: kvp.KVPool, **options: Any) -> Engine:
 
 
 def guided_params(**options: Any) -> SamplingParams:
-    """Splits the constraint from the rest."""
+    """Separates the options of the constraint from the others."""
     names = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
     names += ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
     wanted = {name: options.pop(name) for name in names if name in options}

@@ -1,4 +1,4 @@
-"""Sequences that go from one process to another, and the process that receives them."""
+"""Sequences that are handed over to another process, and the process that receives them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HandoverRig(SwapRig):
     """A rig whose sequences are handed over."""
 
     def begin_handover(self, ids: list[int], room: int | None = None) -> int:
-        """A sequence whose slot keeps its blocks in a separate file."""
+        """Starts a sequence whose slot keeps its blocks in a separate file."""
         slot, self.cache = self.pool.acquire(self.cache, room or len(ids), handover=True)
         self.ids[slot] = []
         self.write(slot, ids)
@@ -51,7 +51,7 @@ class HandoverRig(SwapRig):
 
 
 def serve(path: str) -> None:
-    """The receiving process: for each message it imports a sequence and goes on decoding."""
+    """Runs the receiving process: imports a sequence for each message and continues decoding it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         while True:
@@ -78,7 +78,7 @@ def serve(path: str) -> None:
 
 @contextlib.contextmanager
 def receiver(folder: pathlib.Path) -> Iterator[tuple[Any, socket.socket]]:
-    """Starts the receiving process; yields it, and the connection to it."""
+    """Starts the receiving process; yields it and the connection to it."""
     path = str(folder / "handover.socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
@@ -98,30 +98,30 @@ def receiver(folder: pathlib.Path) -> Iterator[tuple[Any, socket.socket]]:
 
 
 def send(connection: socket.socket, handover: kvp.Handover, **order: Any) -> dict[str, Any]:
-    """Sends a sequence to the receiving process; what it answers."""
+    """Sends a sequence to the receiving process and returns the answer."""
     connection.send(json.dumps(order).encode())
     handover.send(connection)
     return json.loads(connection.recv(1 << 22))
 
 
-# Memory files of pools on CPU, and of the fake driver: one for each handle that was shared.
+# Memory files of pools on CPU, and of the fake driver, which has one for each exported handle.
 _NAMES = ("/memfd:jax_kvpage", "/memfd:fake_driver_device")
 
 
 def inode_of(handover: kvp.Handover) -> int:
-    """Of the file that has the first blocks."""
+    """Returns the inode of the file with the first blocks."""
     return os.fstat(handover.filenos()[:2][-1]).st_ino
 
 
 def holders(inode: int) -> list[int]:
-    """The processes that have a memory file, by descriptor or by mapping."""
+    """Returns the processes that hold a memory file, through a descriptor or a mapping."""
     return sorted(int(name) for name in os.listdir("/proc") if name.isdigit() and _has(name, inode))
 
 
 def _has(process: str, inode: int) -> bool:
     with contextlib.suppress(OSError):
         for number in os.listdir(f"/proc/{process}/fd"):
-            with contextlib.suppress(OSError):  # closed by now
+            with contextlib.suppress(OSError):  # closed meanwhile
                 path = f"/proc/{process}/fd/{number}"
                 ours = os.readlink(path).startswith(_NAMES)
                 if ours and os.stat(path).st_ino == inode:
@@ -142,7 +142,7 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-# The header's numbers, by their place (see cc/cache/handover_header.h).
+# Numbers in the header, by offset (see cc/cache/handover_header.h).
 FIELDS = {
     "version": (8, "<I"),
     "begin": (16, "<q"),
@@ -157,7 +157,7 @@ FIELDS = {
 
 
 def content_of(handover: kvp.Handover) -> bytearray:
-    """All bytes of the file; on the fake driver all that its descriptors give, too."""
+    """Returns the contents of the file; on the fake driver, of all descriptors in turn."""
     content = bytearray()
     for fd in handover.filenos():
         content += os.pread(fd, os.fstat(fd).st_size, 0)
@@ -165,7 +165,7 @@ def content_of(handover: kvp.Handover) -> bytearray:
 
 
 def sign(content: bytearray) -> bytearray:
-    """The same with the checksum that its header should have."""
+    """Sets the checksum that the header should have."""
     tokens, shape, fingerprint = (
         struct.unpack_from(FIELDS[name][1], content, FIELDS[name][0])[0]
         for name in ("tokens", "shape_bytes", "fingerprint_bytes")
@@ -176,7 +176,7 @@ def sign(content: bytearray) -> bytearray:
 
 
 def change(content: bytearray, **fields: int) -> bytearray:
-    """The same with other numbers in the header, and the checksum of these."""
+    """Returns a copy with other numbers in the header and a matching checksum."""
     content = bytearray(content)
     for name, value in fields.items():
         place, kind = FIELDS[name]
@@ -186,7 +186,7 @@ def change(content: bytearray, **fields: int) -> bytearray:
 
 @contextlib.contextmanager
 def memory_file(content: bytes, seals: int = SEALS, size: int | None = None) -> Iterator[int]:
-    """A descriptor of a memfd."""
+    """Yields a descriptor of a memfd with these contents."""
     fd = os.memfd_create("forged", os.MFD_ALLOW_SEALING)
     try:
         os.truncate(fd, len(content) if size is None else size)
@@ -200,7 +200,7 @@ def memory_file(content: bytes, seals: int = SEALS, size: int | None = None) -> 
 
 
 def fill(rig: HandoverRig, slot: int, tokens: int, value: float) -> None:
-    """Writes the same number everywhere in new tokens of a slot."""
+    """Appends tokens whose keys and values all have the same value."""
     spec, dtype = rig.pool.spec, rig.input_dtype
     rows = jnp.full((tokens, spec.num_kv_heads, spec.head_dim), value, dtype)
     batch = kvp.Batch(jnp.asarray([slot]), jnp.asarray([0, tokens]))
@@ -211,5 +211,5 @@ def fill(rig: HandoverRig, slot: int, tokens: int, value: float) -> None:
 
 
 def pattern_of(value: float, dtype: Any) -> bytes:
-    """The bytes of a few neighbouring elements with this value."""
+    """Returns the bytes of eight neighbouring elements with this value."""
     return array.array("B", np.full(8, value, np.dtype(dtype)).tobytes()).tobytes()

@@ -1,9 +1,8 @@
-"""A cache rig with a plain model of its contents, and jitted steps that pad every batch to one
-static shape.
+"""A rig with a cache and a plain model of its contents, and jitted steps that pad every batch to
+one static shape.
 
-Compiling dominates the time of a small test, so everything that may vary travels as data: the
-programs below are compiled once per spec, token count and set of static variants, and serve all
-batches.
+Compile time dominates a small test, so everything that may vary is passed as data: the programs
+below are compiled once per spec, token count and set of static variants, and serve all batches.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from reference_numpy import (
 
 import jax_kvpage as kvp
 
-# How JAX reports that a handler failed. Small programs, run inline by the fast dispatch path,
-# raise the second, with the same text.
+# The exceptions that JAX raises when a handler fails. Small programs, which the fast dispatch path
+# runs inline, raise the second one, with the same text.
 RUN_TIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
-# Pools on a device that keeps what went wrong in programs until it is asked (CUDA); tests/gpu adds
-# its own.
+# Pools on devices that record faults until they are asked for them (CUDA); tests/gpu registers its
+# pools here.
 ON_DEVICE: list[kvp.KVPool] = []
 
 
 def settle(value: Any) -> Any:
-    """Waits for a value, and raises the failure of its programs on any platform."""
+    """Waits for a value, and raises its programs' errors on any platform."""
     jax.block_until_ready(value)
     for pool in ON_DEVICE:
         if not pool.closed:
-            pool.extend([], [])  # changes nothing, but looks for faults first
+            pool.extend([], [])  # changes nothing, but checks for faults first
     return value
 
 
@@ -73,7 +72,7 @@ def attend_all(
     soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, kvp.KVCache]:
-    """One step over all layers; returns out [layers, T, Hq, D], lse [layers, T, Hq] and the
+    """Runs one step over all layers; returns out [layers, T, Hq, D], lse [layers, T, Hq] and the
     advanced cache.
     """
     outs, lses = [], []
@@ -101,8 +100,8 @@ def attend_all(
 
 
 def make_batch(sequences: Sequence[tuple[int, int]], num_sequences: int | None = None) -> kvp.Batch:
-    """A batch of (slot, new tokens), padded to `num_sequences` with sequences of slot -1 and no
-    tokens.
+    """Makes a batch of (slot, new tokens), padded to `num_sequences` with empty sequences of slot
+    -1.
     """
     padding = (num_sequences or len(sequences)) - len(sequences)
     slots = [slot for slot, _ in sequences] + [-1] * padding
@@ -113,7 +112,9 @@ def make_batch(sequences: Sequence[tuple[int, int]], num_sequences: int | None =
 
 
 def input_dtype(spec: kvp.CacheSpec) -> np.dtype:
-    """What new keys and values are handed over as: as stored, float32 where that is quantized."""
+    """Returns the dtype for new keys and values: the stored dtype, or float32 if that is
+    quantized.
+    """
     return np.dtype(jnp.float32 if is_quantized(spec.dtype) else spec.dtype)
 
 
@@ -146,8 +147,8 @@ class Rig:
         return slot
 
     def acquire_scattered(self, num_tokens: Sequence[int]) -> list[int]:
-        """Slots that grow by turns, a block at a time, so that none gets blocks that lie side by
-        side.
+        """Acquires slots and grows them in turns, one block at a time, so that no slot gets
+        adjacent blocks.
         """
         slots = [self.acquire(1) for _ in num_tokens]
         step = self.spec.block_tokens
@@ -174,7 +175,7 @@ class Rig:
         return self.rng.standard_normal(shape, np.float32)
 
     def write(self, new_tokens: Mapping[int, int]) -> None:
-        """Appends random tokens, in as many batches as the static shape asks for."""
+        """Appends random tokens, in as many batches as the static shape requires."""
         left = dict(new_tokens)
         while any(left.values()):
             room, chosen = self.max_tokens, []
@@ -188,7 +189,7 @@ class Rig:
             left = {slot: n for slot, n in left.items() if n}
 
     def append(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """Appends random tokens in every layer and does not advance: they stay the new tokens."""
+        """Appends random tokens in every layer without advancing, so that they stay new tokens."""
         k, v = self.random_kv(sum(n for _, n in sequences))
         for layer in range(self.spec.num_layers):
             self.cache = kvp.append_kv(
@@ -201,7 +202,7 @@ class Rig:
         self._model_append(sequences, k, v)
 
     def write_kv(self, sequences: Sequence[tuple[int, int]], k: Array, v: Array) -> None:
-        """Appends k, v [layers, T, Hkv, D] for the (slot, n) of one batch, and advances."""
+        """Appends k, v [layers, T, Hkv, D] for one batch of (slot, n), and advances."""
         batch = make_batch(sequences, max(self.max_sequences, len(sequences)))
         dtype = input_dtype(self.spec)
         self.cache = append_all(self.cache, jnp.asarray(k, dtype), jnp.asarray(v, dtype), batch)
@@ -218,11 +219,11 @@ class Rig:
         one_call: bool = True,
         implementation: str | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], Array, Array]:
-        """One step with random tokens.
+        """Runs one step with random tokens.
 
         Returns:
-            out, lse as computed; out, lse as the reference has them. All [layers, max_tokens, Hq(,
-            D)].
+            out and lse as computed, then out and lse of the reference; all
+            [layers, max_tokens, Hq(, D)].
         """
         k, v = self.random_kv(self.max_tokens)
         q = self.random_q(self.max_tokens)
@@ -256,7 +257,7 @@ class Rig:
     def reference(
         self, sequences: Sequence[tuple[int, int]], q: Array, variant: Variant = PLAIN
     ) -> tuple[Array, Array]:
-        """What attention of q [layers, T, Hq, D] gives for tokens that are appended and not yet
+        """Returns the attention of q [layers, T, Hq, D] for tokens that are appended but not yet
         advanced.
         """
         offsets = np.cumsum([0] + [n for _, n in sequences])
@@ -273,7 +274,7 @@ class Rig:
         return np.stack([out for out, _ in per_layer]), np.stack([lse for _, lse in per_layer])
 
     def check_lengths(self) -> None:
-        """The device's lengths are the model's, and -1 for every slot that is free."""
+        """Asserts that the device's lengths are the model's, and -1 for every free slot."""
         want = np.full(self.spec.max_slots, -1)
         for slot, length in self.model.lengths.items():
             want[slot] = length
@@ -288,18 +289,18 @@ class Rig:
                     self.model.append(slot, layer, k[layer, tokens], v[layer, tokens])
 
 
-# Rounds of a CPU's `busy` that take about half a second.
+# Loop iterations of `_busy_cpu` that take about half a second.
 _BUSY_ROUNDS = 1000
-# Products of matrices of a GPU's `busy`, each 1.1 TFLOP or 20 ms in float32 on an H200, and how
-# often they are called: three seconds, because what a test calls meanwhile may have to be compiled.
+# Matrix products per call of `_busy_gpu`, each 1.1 TFLOP or 20 ms in float32 on an H200, and calls
+# per unit: three seconds, because what a test calls meanwhile may have to be compiled.
 _BUSY_PRODUCTS = 25
 _BUSY_CALLS = 6
 _BUSY_WIDTH = 8192
 
 
 def busy(times: int) -> jax.Array:
-    """A value that takes `times` half seconds or more to compute: a program in flight (calls to it
-    return at once).
+    """Returns a value that takes `times` half seconds or more to compute, as a program in flight:
+    the call returns at once.
     """
     device = jax.config.jax_default_device or jax.devices()[0]
     if device.platform == "cpu":
@@ -323,9 +324,9 @@ def _busy_start(phase: float) -> jax.Array:
     return jnp.sin(phase + jnp.arange(_BUSY_WIDTH**2, dtype=jnp.float32)).reshape(_BUSY_WIDTH, -1)
 
 
-# On a GPU a loop whose number of rounds is traced makes the host wait for its condition: the call
-# would return when the value is ready. So this is a few large kernels, queued at once. Nothing is
-# gained by looking for the fastest of them.
+# On a GPU, a loop with a traced trip count makes the host wait for its condition, so the call would
+# only return when the value is ready. Hence a few large kernels, queued at once. Autotuning them
+# would gain nothing.
 @functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
 def _busy_gpu(x: jax.Array) -> jax.Array:
     for _ in range(_BUSY_PRODUCTS):

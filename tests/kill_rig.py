@@ -14,7 +14,7 @@ from swap_rig import SwapRig, swap_rig
 import jax_kvpage as kvp
 
 LENGTH = 320  # tokens of a sequence: 640 KiB
-LIMIT = 6 << 20  # bytes of the store: it evicts, too
+LIMIT = 6 << 20  # bytes of the store, few enough that it evicts too
 
 
 def _save(store: kvp.BlockStore, layout: str, seed: int, ready: int) -> None:
@@ -25,7 +25,7 @@ def _save(store: kvp.BlockStore, layout: str, seed: int, ready: int) -> None:
     os.write(ready, b".")
     for ids in texts:
         rig.pool.save_prefixes(None, ids)
-    while True:  # in other namespaces they are other files
+    while True:  # another namespace, so other files
         seed += 1
         rig.release(rig.acquire(texts[0], namespace=str(seed))[0])
         rig.pool.save_prefixes(None, texts[0], str(seed))
@@ -54,12 +54,12 @@ WORK = {"save": _save, "spill": _spill, "swap": _swap}
 
 
 def kill_one(path: str, layout: str, work: str, seed: int, delay: float) -> str:
-    """Forks a process that works on a store, and kills it some seconds after it has begun.
+    """Forks a process that works on a store, and kills it `delay` seconds after it has started.
 
-    This process imports what the other one needs, and starts no threads.
+    This process imports what the child needs, and starts no threads.
 
     Returns:
-        How the process ended, in words: "killed" if nothing went wrong before.
+        How the child ended, as text: "killed" if nothing went wrong before.
     """
     listen, ready = os.pipe()
     child = os.fork()
@@ -83,8 +83,8 @@ def kill_one(path: str, layout: str, work: str, seed: int, delay: float) -> str:
 
 
 def main() -> None:
-    """A line of standard input starts a process: what it does, its pool's layout, a seed, and
-    seconds until its end.
+    """Starts a process for each line of standard input: its work, its pool's layout, a seed, and
+    the seconds until it is killed.
     """
     print("ready", flush=True)
     for line in sys.stdin:

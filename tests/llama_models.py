@@ -1,6 +1,4 @@
-"""Small random Llamas on disk and in memory, and the engine around them, for the tests of the
-example.
-"""
+"""Small random Llamas on disk and in memory, and an engine for them, for tests of the example."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ TINY = LlamaConfig(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
-# With random weights a tied head mostly repeats its input; this one's text varies.
+# With random weights, a tied head mostly repeats its input; the text of this one varies.
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 
 
@@ -54,7 +52,7 @@ def random_model(config: LlamaConfig = TINY, seed: int = 0, scale: float = 4.0) 
 def write_checkpoint(
     path: pathlib.Path, config: LlamaConfig = TINY, *, dtype: object = jnp.float32, shards: int = 1
 ) -> Llama:
-    """Writes a random model and a tokenizer of bytes to `path`, in one file or several with an
+    """Writes a random model and a byte tokenizer to `path`, in one file, or in several with an
     index.
     """
     model = random_model(config)
@@ -76,7 +74,7 @@ def write_checkpoint(
 
 
 def write_byte_tokenizer(path: pathlib.Path) -> None:
-    """A tokenizer.json whose tokens are the 256 bytes."""
+    """Writes a tokenizer.json whose tokens are the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -86,7 +84,7 @@ def write_byte_tokenizer(path: pathlib.Path) -> None:
 
 
 def edit_json(file: pathlib.Path, **changes: object) -> None:
-    """Sets keys of a JSON object in a file; None removes one."""
+    """Sets keys of a JSON object in a file; None removes a key."""
     values = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
@@ -100,7 +98,7 @@ def cache_spec(
     block_tokens: int | None = None,
     dtype: object = jnp.float32,
 ) -> kvp.CacheSpec:
-    """The resolved spec of a cache for `config`."""
+    """Returns the resolved spec of a cache for `config`."""
     spec = kvp.CacheSpec(
         config.num_hidden_layers,
         config.num_key_value_heads,
@@ -116,12 +114,12 @@ def cache_spec(
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run of the engine left behind."""
+    """The results of a run of the engine."""
 
     outputs: list[list[int]]
     reasons: list[str | None]
     requests: list[Request]
-    order: list[int]  # which request each token belongs to, as they came
+    order: list[int]  # the request of each token, in the order of arrival
     engine: Engine | ServedEngine
     stats: kvp.PoolStats
 
@@ -134,7 +132,7 @@ def _programs(
     return Programs(model, sampling, stop_ids, implementation)
 
 
-# One function for each model: tests that share compiled programs know them by it.
+# One function object per model: tests that share compiled programs find them by it.
 served_step = functools.lru_cache(maxsize=4)(model_step)
 
 
@@ -152,7 +150,7 @@ def generate(
     implementation: str | None = None,
 ) -> Outcome:
     """Runs an engine over `prompts` in a pool of `blocks` blocks (None: enough for all): the
-    library's, or with `scan_steps` the one of --scan.
+    library's engine, or with `scan_steps` the one behind --scan.
     """
     limits = np.broadcast_to(np.asarray(max_new_tokens), len(prompts))
     requests = [

@@ -1,7 +1,7 @@
-"""Where tests marked gpu run, and pools whose sizes suit the device.
+"""The platform that tests marked gpu run on, and pools sized for the device.
 
-Many of them are the CPU's own tests, imported: what is true there must be true here. Their pools
-are sized for blocks of a few KiB; here a block is never smaller than 2 MiB.
+Many of these tests are imported from the CPU tests, because the same must hold here. Those size
+their pools for blocks of a few KiB; here a block is never smaller than 2 MiB.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MOST = 4 * 2**30
 
 @pytest.fixture(scope="session")
 def platform(request: pytest.FixtureRequest) -> str:
-    """ "cuda", or "cpu" where the tests themselves are tried."""
+    """ "cuda", or "cpu" to try out the tests themselves."""
     return request.config.getoption("--gpu-platform")
 
 
 @pytest.fixture(autouse=True)
 def device(platform: str) -> Iterator[jax.Device]:
-    """Everything runs there."""
+    """Makes the platform's device the default."""
     device = jax.devices(platform)[0]
     with jax.default_device(device):
         yield device
@@ -42,7 +42,9 @@ def implementation(platform: str) -> str:
 
 
 def capacity_for(spec: kvp.CacheSpec, capacity: str | int, platform: str) -> int:
-    """As many blocks as `capacity` gives on CPU, or as all slots can need, if that is less."""
+    """Returns the bytes of as many blocks as `capacity` is on CPU, but at most what all slots
+    need.
+    """
     if platform == "cpu":
         return parse_bytes(capacity)
     here = spec.resolve("cuda")
@@ -52,7 +54,7 @@ def capacity_for(spec: kvp.CacheSpec, capacity: str | int, platform: str) -> int
 
 @pytest.fixture
 def make_pool(platform: str) -> Iterator[Callable[..., Any]]:
-    """A factory of pools that are closed when the test ends, also when it fails."""
+    """Returns a factory of pools that are closed when the test ends, even if it fails."""
     pools: list[kvp.KVPool] = []
 
     def make(spec: kvp.CacheSpec, capacity: str | int = "16MiB", **options: Any) -> kvp.KVPool:

@@ -1,5 +1,5 @@
-"""addressing="table" on a GPU: the CPU's own tests, and pools that are made after a program that
-needs their tables.
+"""addressing="table" on a GPU: the CPU tests, and pools that are made after the program that uses
+their tables was compiled.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _attend(cache: kvp.KVCache, q: jax.Array, batch: kvp.Batch, addressing: str)
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_pools_made_later(make_pool, layout: str) -> None:
-    """One compiled program, perhaps a captured graph, on pools that it has never seen; each grows
-    and takes more memory between its runs.
+    """Runs one compiled program, perhaps a captured graph, on pools that it has never seen; each
+    pool grows and takes more memory between runs.
     """
     spec = kvp.CacheSpec(2, 2, 128, 3, 6000, dtype=jnp.bfloat16, layout=layout)
     compiled = None

@@ -1,4 +1,4 @@
-"""Attention on a GPU equals float64: the CPU's cases, blocks of another size, longer contexts."""
+"""Attention on a GPU equals float64: the CPU cases, other block sizes, longer contexts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["test_tables_equal_float64"]
 
 pytestmark = pytest.mark.gpu
 
-# Shapes that kernels are made for (head sizes 64, 128, 256; groups of 1 to 16), and others.
+# Shapes with specialized kernels (head sizes 64, 128, 256; groups of 1 to 16), and others.
 _MORE = [
     Config("fused", "bfloat16", "bfloat16", 8, 4, 128),
     Config("fused", "float16", "float16", 1, 16, 128),
@@ -42,7 +42,9 @@ _MORE = [
 
 @pytest.fixture(scope="module")
 def rigs() -> Iterator[Rigs]:
-    """Blocks of 32 tokens where the layout may pad them: a context is many mappings here too."""
+    """Pools with blocks of 32 tokens if the layout can pad them, so that contexts span many
+    blocks.
+    """
     rigs = Rigs(None, block_tokens=32)
     yield rigs
     rigs.close()
@@ -73,7 +75,7 @@ def test_plain_implementation_equals_float64(rigs: Rigs, config: Config) -> None
 @pytest.mark.parametrize("precision", ["default", "highest"])  # tensor cores, exact weights
 @pytest.mark.parametrize("config", [CONFIGS[2], _MORE[0], _MORE[1], CONFIGS[12]], ids=str)
 def test_kernels_equal_the_plain_implementation(make_pool, config: Config, precision: str) -> None:
-    """The same step from the same cache through both."""
+    """Both compute the same step from the same cache."""
     spec = kvp.CacheSpec(
         2, config.num_kv_heads, config.head_dim, 4, 700, dtype=jnp.dtype(config.storage)
     )
@@ -106,8 +108,8 @@ def test_kernels_equal_the_plain_implementation(make_pool, config: Config, preci
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])
 def test_long_contexts(make_pool, layout: str, dtype: str) -> None:
-    """Contexts that are split: around powers of two, beyond one block in either layout, one long
-    sequence alone and among short ones.
+    """Contexts that are split: around powers of two, longer than one block in either layout, one
+    long sequence alone and among short ones.
     """
     heads, dim = 8, 128
     spec = kvp.CacheSpec(1, heads, dim, 5, 6000, dtype=jnp.dtype(dtype), layout=layout)
@@ -133,7 +135,7 @@ def test_long_contexts(make_pool, layout: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("new", [1, 64, 129])
 def test_more_sequences_than_multiprocessors(make_pool, new: int) -> None:
-    """A batch of many sequences, ragged, with padding among them."""
+    """A large ragged batch with padding sequences in it."""
     spec = kvp.CacheSpec(1, 2, 64, 160, 400, dtype=jnp.bfloat16, block_tokens=64)
     pool = make_pool(spec, "1GiB")
     rig = Rig(pool, group=4, query_dtype=jnp.bfloat16, max_tokens=160 * 2 + 2 * new)

@@ -1,7 +1,7 @@
-"""What XLA makes of the custom calls on a GPU: as many as the program has, whatever they work on.
+"""The compiled program on a GPU has as many custom calls as the traced one, for any operands.
 
 XLA's dynamic-slice fusion wraps custom calls whose operands are slices or whose results go into a
-dynamic-update-slice. jaxlib 0.11.2 left the wrapped call in the program too: a write would run
+dynamic-update-slice. jaxlib 0.11.2 also left the wrapped call in the program: a write would run
 twice, the second time with a stale cache.
 """
 
@@ -20,7 +20,7 @@ import jax_kvpage as kvp
 
 pytestmark = pytest.mark.gpu
 
-# Slices of all operands are multiples of 128 bytes, which the fusion asks for.
+# Slices of all operands are multiples of 128 bytes, which the fusion requires.
 _LAYERS, _SLOTS, _SEQUENCES, _TOKENS, _KV_HEADS, _HEADS, _DIM = 3, 32, 32, 64, 2, 4, 64
 _SPEC = kvp.CacheSpec(
     _LAYERS, _KV_HEADS, _DIM, _SLOTS, 64, dtype=jnp.float32, layout="fused", block_tokens=32
@@ -50,7 +50,7 @@ def _update(cache: kvp.KVCache, x: Any) -> tuple[kvp.KVCache, Any]:
 
 
 def _scanned(cache: kvp.KVCache, x: Any) -> tuple[kvp.KVCache, Any]:
-    """The output is stacked and used: its dynamic-update-slice is not its only user."""
+    """The output is stacked and also used, so its dynamic-update-slice is not its only user."""
     q, k, v, slots, offsets = x
 
     def body(carry: Any, xs: Any) -> tuple[Any, Any]:
@@ -92,7 +92,7 @@ def _operands(steps: int) -> tuple[jax.Array, ...]:
 def test_calls_are_neither_doubled_nor_dropped(
     make_pool, platform: str, step: Callable[..., Any], calls: int, steps: int, donated: bool
 ) -> None:
-    """Of the operands stacked over steps, a scan's body sees slices."""
+    """A scan's body sees slices of the operands, which are stacked over steps."""
     pool = make_pool(_SPEC, poison=True)
     _, cache = pool.acquire(pool.cache(), [64, 64])
 
@@ -107,7 +107,7 @@ def test_calls_are_neither_doubled_nor_dropped(
     )
     found = re.findall(r'custom_call_target="jax_kvpage_(\w+)"', compiled.as_text())
     plans, advances = found.count("plan_attention"), found.count("advance")
-    # A loop that XLA unrolls has the calls of each step.
+    # If XLA unrolls the loop, the program has the calls of each step.
     assert advances in (1, steps)
     assert len(found) - plans - advances == advances * calls
     if platform == "cuda":

@@ -1,5 +1,5 @@
-"""What goes wrong in programs on a GPU: NaN where results should be, nothing written, and the
-CPU's words from the next host call.
+"""Faults in programs on a GPU: the results are NaN, nothing is written, and the next host call
+raises the same message as on CPU.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def rig(make_pool) -> Iterator[Rig]:
-    """Blocks of 32 tokens, which only the fused layout may pad to what can be mapped here."""
+    """Blocks of 32 tokens, which only the fused layout can pad to the mapping granularity."""
     with warnings.catch_warnings():
-        # A new generation says which faults nobody asked for: tests here leave some on purpose.
+        # A new generation warns of faults that were never reported: tests here leave some on
+        # purpose.
         warnings.filterwarnings("ignore", "before this new generation", RuntimeWarning)
         yield from two_sequences(make_pool(make_spec("fused"), poison=True))
 
@@ -86,7 +87,7 @@ def pool(make_pool) -> kvp.KVPool:
 
 
 def _nothing_written(rig: Rig, bad: kvp.Batch) -> None:
-    """Layer by layer, what the slots hold is what they held."""
+    """Asserts that a bad batch leaves the contents of the slots unchanged, layer by layer."""
     slots = live(rig)
     good = make_batch([(slot, 1) for slot in slots])
     rig.append([(slot, 1) for slot in slots])
@@ -104,7 +105,7 @@ def test_a_bad_sequence_keeps_the_good_ones_from_being_written(rig: Rig) -> None
 
 
 def test_a_fault_is_raised_once_and_the_pool_goes_on(rig: Rig) -> None:
-    """The first one is kept; looking takes it away; the same generation goes on where it was."""
+    """The first fault is kept and cleared when reported; the same generation then continues."""
     slot = live(rig)[0]
 
     def two_mistakes() -> None:
@@ -167,7 +168,7 @@ def test_caches_of_no_pool_and_of_another_spec(rig: Rig, make_pool, platform: st
         out = attend(nobody, batch)
         assert bool(jnp.all(jnp.isnan(out)))
         texts = []
-        for pool in (rig.pool, other):  # whoever is told, it is told once
+        for pool in (rig.pool, other):  # whichever pool reports it, it is reported once
             with contextlib.suppress(*RUN_TIME_ERRORS):
                 pool.extend([], [])
                 continue
@@ -178,7 +179,7 @@ def test_caches_of_no_pool_and_of_another_spec(rig: Rig, make_pool, platform: st
 
 
 def test_another_pools_cache_is_not_taken_for_ones_own(make_pool) -> None:
-    """The slot that such an acquire took is gone until a new generation; nothing else is."""
+    """The slot taken by such an acquire is lost until a new generation; nothing else is."""
     spec = make_spec("fused")
     mine, other = make_pool(spec), make_pool(spec)
     slot, theirs = other.acquire(other.cache(), 10)

@@ -1,4 +1,4 @@
-"""Sequences handed over between pools, and processes, of one GPU."""
+"""Sequences handed over between pools, and between processes, on one GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_decoding_goes_on_bit_for_bit(make_pool, platform: str, layout: str, dty
             with kvp.Handover(sent.filenos()) as received:
                 back = receiver.take(received)
         sender.release(slot)
-        sender.pool.trim()  # the memory stays: the receiver has it
+        sender.pool.trim()  # the memory stays: the receiver holds it
         computed = alone.begin(ids)
         for token in (7, 8, 9):
             assert np.array_equal(decode(receiver, back, token), decode(alone, computed, token))

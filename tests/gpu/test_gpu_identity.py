@@ -1,4 +1,4 @@
-"""The same bits on a GPU whatever the neighbours, the padding, the physical blocks, or the run."""
+"""Results on a GPU are bit-identical for any neighbours, padding, physical blocks and run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_repeated_runs(make_pool, dtype: str) -> None:
-    """One long sequence, split over the whole chip: whichever part ends first."""
+    """One long sequence is split over the whole GPU; results do not depend on which part ends
+    first.
+    """
     spec = kvp.CacheSpec(1, 2, 128, 2, 9000, dtype=jnp.dtype(dtype))
     pool = make_pool(spec, "64MiB", on_stale="allow")
     rig = Rig(pool, group=4, query_dtype=jnp.bfloat16, max_tokens=3000)
@@ -44,7 +46,7 @@ def _attend(cache: kvp.KVCache, q, k, v, batch: kvp.Batch) -> tuple[jax.Array, j
 
 
 def test_pools_of_another_block_size_agree(make_pool) -> None:
-    """Where a context is cut does not depend on where its blocks end."""
+    """The split of a context does not depend on its block boundaries."""
     results = []
     for block_tokens in (16, 64, 256):
         spec = kvp.CacheSpec(
@@ -62,7 +64,9 @@ def test_pools_of_another_block_size_agree(make_pool) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("window", [None, 3000])
 def test_shared_prefixes(make_pool, layout: str, dtype: str, window: int | None) -> None:
-    """Forks, and forks of forks, that share enough to be read together; each as if alone."""
+    """Forks, and forks of forks, that share enough to be read together give the same as if
+    alone.
+    """
     spec = kvp.CacheSpec(2, 8, 128, 9, 4096, dtype=jnp.dtype(dtype), layout=layout)
     pool = make_pool(spec, "1GiB", on_stale="allow")
     rig = Rig(pool, group=4, query_dtype=jnp.dtype(dtype), max_tokens=1024)
@@ -97,6 +101,6 @@ def test_shared_prefixes(make_pool, layout: str, dtype: str, window: int | None)
 
 
 def _append(rig: Rig, sequences: list[tuple[int, int]]) -> None:
-    """New tokens that the rig's model does not follow."""
+    """Appends new tokens without updating the rig's model."""
     rig.append(sequences)
     rig.cache = jax.jit(kvp.advance)(rig.cache, make_batch(sequences))

@@ -1,4 +1,4 @@
-"""A pool over several GPUs of one process. Left out where there are fewer than two."""
+"""A pool over several GPUs of one process. Deselected if there are fewer than two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LAYERS, _HEADS, _DIM = 2, 8, 64
 def mesh(request: pytest.FixtureRequest, platform: str) -> Mesh:
     size, found = request.param, jax.devices(platform)
     if len(found) < size:
-        size = 2  # once more over two
+        size = 2  # a second run, over two
     return jax.make_mesh((size,), ("tp",), axis_types=(AxisType.Auto,), devices=found[:size])
 
 
@@ -39,7 +39,7 @@ def _spec(**options: Any) -> kvp.CacheSpec:
 
 @functools.partial(jax.jit, static_argnames=("steps", "maps"), donate_argnums=0)
 def _decode(cache: kvp.KVCache, ids: Any, start: Any, *, steps: int, maps: bool) -> Any:
-    """Toy decode whose layers end with a sum over all heads, as a model's do over its devices."""
+    """Toy decode whose layers end with a sum over all heads, as in a tensor-parallel model."""
 
     def body(carry: Any, _: Any) -> Any:
         cache, x = carry
@@ -76,7 +76,7 @@ def _on_heads(mesh: Mesh, array: np.ndarray) -> jax.Array:
 
 @pytest.mark.parametrize("maps", [False, True])
 def test_decode_is_that_of_one_device(make_pool, mesh: Mesh, maps: bool) -> None:
-    """Programs map what they need beside sums over the devices; blocks are equal everywhere."""
+    """Programs map what they need while they sum over the devices; all devices use equal blocks."""
     want = _alone(make_pool, 70)
     pool = make_pool(_spec(), "64MiB", poison=True, mesh=mesh, axis="tp")
     slots, cache = pool.acquire(pool.cache(), [1, 1] if maps else [70, 70])
@@ -106,8 +106,9 @@ def test_blocks_run_out_alike(make_pool, mesh: Mesh) -> None:
 
 
 def test_replays(make_pool, mesh: Mesh) -> None:
-    """Programs that run again and again are replayed as CUDA graphs, each device's with its own
-    table."""
+    """Programs that run repeatedly are replayed as CUDA graphs, each device's with its own
+    table.
+    """
     want = _alone(make_pool, 16)
     pool = make_pool(_spec(), "64MiB", mesh=mesh, axis="tp")
     bits = None
@@ -132,7 +133,7 @@ def _write(pool: kvp.KVPool, cache: kvp.KVCache, slot: int, ids: Any) -> kvp.KVC
 
 
 def test_host_calls(make_pool, mesh: Mesh, platform: str) -> None:
-    """Forks, beams, truncation, prefixes and releases; every head has what was written."""
+    """Forks, beams, truncation, prefixes and releases; every head holds what was written."""
     pool = make_pool(_spec(), "256MiB", mesh=mesh, axis="tp")
     ids = list(range(100, 170))
     slot, cache = pool.acquire(pool.cache(), 10)
@@ -176,7 +177,7 @@ def test_host_calls(make_pool, mesh: Mesh, platform: str) -> None:
 
 
 def test_faults_and_generations(make_pool, mesh: Mesh) -> None:
-    """A step without room is a fault of all devices, raised once; the pool goes on."""
+    """A step without room is a fault on all devices, raised once; the pool stays usable."""
     pool = make_pool(_spec(), "64MiB", mesh=mesh, axis="tp")
     slot, cache = pool.acquire(pool.cache(), pool.spec.block_tokens)
     room = pool.spec.block_tokens

@@ -77,14 +77,14 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def pool(make_pool, platform: str) -> kvp.KVPool:
-    """20 blocks of 16 tokens: only the fused layout may pad them to what can be mapped here."""
+    """20 blocks of 16 tokens; only the fused layout can pad them to the mapping granularity."""
     spec = make_spec("fused").resolve(platform)
     return make_pool(spec, count_blocks(spec, 16 * 20) * spec.block_bytes)
 
 
 @pytest.fixture(params=["fused", "per_layer"])
 def default_pool(request: pytest.FixtureRequest, make_pool) -> kvp.KVPool:
-    """Blocks as the platform chooses them: 2048 or 8192 tokens where they have 2 MiB."""
+    """Default blocks of the platform: 2048 or 8192 tokens if blocks have 2 MiB."""
     return make_pool(kvp.CacheSpec(2, 2, 64, 4, 20000, jnp.bfloat16, request.param), "256MiB")
 
 
@@ -106,7 +106,7 @@ def test_default_blocks_are_whole_granules(default_pool: kvp.KVPool, platform: s
 
 
 def test_against_a_model(platform: str) -> None:
-    """Random operations: no block lost, leaked or owned twice, data each request's own."""
+    """Random operations: no block is lost, leaked or owned twice, and no data is mixed up."""
 
     class Machine(PoolMachine):
         pass

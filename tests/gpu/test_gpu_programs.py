@@ -1,4 +1,4 @@
-"""Programs on a GPU: loops, CUDA graphs, mapping beside them, and a model from end to end."""
+"""Programs on a GPU: loops, CUDA graphs, mapping while programs run, and a model end to end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _spec(**options: object) -> kvp.CacheSpec:
 
 @functools.partial(jax.jit, static_argnames=("steps", "maps"), donate_argnums=0)
 def _scan(cache: kvp.KVCache, ids: jax.Array, start: jax.Array, *, steps: int, maps: bool):
-    """Toy decode: the next token's vector is made of the attention's output."""
+    """Toy decode: the attention output determines the next token's vector."""
 
     def body(carry, _):
         cache, x = carry
@@ -73,7 +73,7 @@ def _start(sequences: int) -> jax.Array:
 
 
 def test_map_slots_in_a_scan(make_pool, platform: str) -> None:
-    """Every step maps what it needs; each mapping waits once on a GPU, and nothing else does."""
+    """Every step maps what it needs; on a GPU each mapping waits once, and nothing else waits."""
     pool = make_pool(_spec(), poison=True)
     slots, cache = pool.acquire(pool.cache(), [1, 1])
     ids = jnp.asarray(slots, jnp.int32)
@@ -99,7 +99,7 @@ def test_map_slots_runs_out_in_a_scan(make_pool, platform: str) -> None:
     slots, cache = pool.acquire(pool.cache(), [1, 1])
     ids = jnp.asarray(slots, jnp.int32)
     cache, _, ok = _scan(cache, ids, _start(2), steps=40, maps=True)
-    # One block is left when both need their second: the first in the list gets it.
+    # Both need a second block and one is left: the first in the list gets it.
     np.testing.assert_array_equal(np.asarray(ok)[:, 0], True)
     np.testing.assert_array_equal(np.asarray(ok)[:, 1], np.arange(40) < 32)
     assert [int(cache.lengths[slot]) for slot in slots] == [40, 32]
@@ -108,7 +108,7 @@ def test_map_slots_runs_out_in_a_scan(make_pool, platform: str) -> None:
 
 def test_replays_of_one_program(make_pool) -> None:
     """A program that is called again is replayed as a CUDA graph, with other operands and another
-    pool's handle in the same buffers or in others: results are what the first calls gave.
+    pool's handle in the same or other buffers: its results match those of the first calls.
     """
     first, second = (make_pool(_spec(), on_stale="allow") for _ in range(2))
     want = None
@@ -126,9 +126,10 @@ def test_replays_of_one_program(make_pool) -> None:
 
 
 def test_release_drains_without_waiting(make_pool, platform: str) -> None:
-    """Nothing synchronises the device: the slot drains while programs run and parks afterwards."""
+    """Nothing synchronizes with the device: the slot drains while programs run, then parks."""
     pool = make_pool(_spec())
-    # The first run of a program waits for the device while XLA loads it: each runs once before.
+    # The first run of a program waits for the device while XLA loads it, so run each once
+    # beforehand.
     slot, cache = pool.acquire(pool.cache(), 100)
     cache = jax.block_until_ready(pool.release(kvp.after(cache, jnp.zeros(())), slot))
     slot, cache = pool.acquire(cache, 100)
@@ -150,7 +151,7 @@ def test_release_drains_without_waiting(make_pool, platform: str) -> None:
 
 
 def test_extend_beside_running_programs(make_pool) -> None:
-    """Mapping and giving back while a long program reads and writes other slots."""
+    """The pool maps and returns memory while a long program reads and writes other slots."""
     pool = make_pool(_spec(), "256MiB", poison=True)
     rig = Rig(pool, group=2)
     slots, rig.cache = pool.acquire(rig.cache, [300, 300])
@@ -170,7 +171,7 @@ def test_extend_beside_running_programs(make_pool) -> None:
             )
         return [kvp.paged_attention(jnp.asarray(q[i]), rig.cache, batch, layer=i) for i in range(2)]
 
-    # Once before: the first run of a program waits for the device while XLA loads it.
+    # The first run of a program waits for the device while XLA loads it, so run it once beforehand.
     jax.block_until_ready(attend(jnp.zeros(())))
     outs = attend(busy(1))
     for tokens in range(32, 513, 32):
@@ -184,7 +185,7 @@ def test_extend_beside_running_programs(make_pool) -> None:
 
 
 def test_many_pools_come_and_go(make_pool) -> None:
-    """Entries of the device's table are used again, and no pool answers for another."""
+    """Entries of the device's table are reused, and no pool answers for another."""
     spec = _spec()
     kept = make_pool(spec)
     slots, cache = kept.acquire(kept.cache(), [40])
@@ -244,7 +245,7 @@ def _run(command: list[str], **environment: str) -> str:
 
 
 def test_the_model_says_what_it_says_on_cpu(platform: str) -> None:
-    """Greedy text of the bundled Llama, as a loop and as a scan."""
+    """Greedy text of the bundled Llama, by a loop and by a scan."""
     script = str(_ROOT / "examples" / "decode_llama.py")
     options = ["--json", "--temperature", "0", "--dtype", "float32", "--max-new-tokens", "32"]
     texts = []
@@ -262,7 +263,7 @@ def test_the_model_says_what_it_says_on_cpu(platform: str) -> None:
 def test_graphs_change_no_logit(platform: str) -> None:
     """The same decode without CUDA graphs, with them, and with loops as graphs too.
 
-    XLA may choose other matrix products in each, so the logits are equal up to float32's rounding.
+    XLA may choose different matrix products in each, so logits are equal up to float32 rounding.
     """
     script = str(_ROOT / "benchmarks" / "gpu" / "llama_graphs.py")
     output = _run([script, "--platform", platform, "--dry-run", "--limit", "270"])

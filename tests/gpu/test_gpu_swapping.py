@@ -1,4 +1,4 @@
-"""Sequences that leave a GPU for host memory and come back."""
+"""Sequences that are swapped out of a GPU to host memory and back."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def below(platform: str, tmp_path: pathlib.Path) -> Iterator[kvp.HostStore | kvp.BlockStore]:
-    """What lies below memory on this platform."""
+    """The store below the pool on this platform."""
     store = kvp.HostStore("4GiB") if platform == "cuda" else kvp.BlockStore(tmp_path)
     with store:
         yield store
 
 
 def _rig(make_pool, store, layout: str, platform: str, dtype=np.float32) -> SwapRig:
-    """Blocks as the platform maps them."""
+    """Makes a rig with the platform's block size."""
     spec = kvp.CacheSpec(
         2, 2, 64, dtype=dtype, layout=layout, max_slots=8, max_seq_len=512, block_tokens=None
     ).resolve(platform)
@@ -52,7 +52,7 @@ def test_decoding_goes_on_bit_for_bit(make_pool, below, platform: str, layout: s
     stats = rig.audit()
     assert stats.blocks_free == stats.blocks_total
     assert stats.bytes_swapped_out == below.stats().bytes_written > 0
-    other = rig.begin(text(300, 1))  # slot and memory are another's meanwhile
+    other = rig.begin(text(300, 1))  # another sequence uses the slot and the memory meanwhile
     again = rig.swap_in(swapped)
     assert rig.pool.committed(again) == ids
     for token in text(14, 7):
@@ -63,7 +63,7 @@ def test_decoding_goes_on_bit_for_bit(make_pool, below, platform: str, layout: s
 
 
 def test_swaps_beside_running_programs(make_pool, below, platform: str) -> None:
-    """Programs of other sequences run while blocks are copied, and neither disturbs the other."""
+    """Programs of other sequences run while blocks are copied, without disturbing each other."""
     rig = _rig(make_pool, below, "fused", platform)
     kept = rig.begin(text(200, 3))
     for round_ in range(3):
