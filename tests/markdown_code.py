@@ -1,7 +1,7 @@
-"""Python code of Markdown pages, run as printed.
+"""Runs the Python code of Markdown pages as printed.
 
-The blocks of a page are one program: each sees the names of those before it. A `text` block that
-follows a `python` block at once is what that block prints; a block without one prints nothing.
+The blocks of a page form one program: each sees the names defined by earlier blocks. A `text` block
+directly after a `python` block is its expected output; without one, the block must print nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n```text\n(.*?)^```$)?", re.DOTA
 
 
 class Block(NamedTuple):
-    """A piece of code, the line of the page that it starts at, and what it prints."""
+    """A piece of code, the line of the page on which it starts, and its expected output."""
 
     code: str
     line: int
@@ -34,13 +34,13 @@ def python_blocks(page: pathlib.Path) -> list[Block]:
 
 
 def run_page(page: pathlib.Path) -> dict[str, Any]:
-    """Runs all code of a page, compares what it prints, and returns the names that it leaves."""
+    """Runs all code of a page, compares its output, and returns the names that it defines."""
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = python_blocks(page)
     assert blocks, f"{page} has no code"
     for block in blocks:
         output = io.StringIO()
-        # Newlines in front, so that tracebacks show lines of the page.
+        # Leading newlines make the line numbers in tracebacks those of the page.
         program = compile("\n" * block.line + block.code, str(page), "exec")
         with contextlib.redirect_stdout(output):
             exec(program, names)

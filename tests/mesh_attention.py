@@ -27,7 +27,7 @@ _PROMPTS = [5, 40]
 
 
 def _batches(slots: list[int]) -> list[kvp.Batch]:
-    """A prefill, and a decode step."""
+    """Returns the batches of a prefill and a decode step."""
     return [kvp.Batch.from_lengths(slots, _PROMPTS), kvp.Batch.decode(slots)]
 
 
@@ -37,7 +37,7 @@ def _operands(heads: int, kv_heads: int, tokens: int) -> tuple[np.ndarray, ...]:
 
 
 def plain_jit(kind: str) -> None:
-    """Attention of each head is that of a pool on one device, and nothing is gathered."""
+    """The attention of each head equals that of a pool on one device, and nothing is gathered."""
     for size, kv_heads, heads in ((2, 4, 8), (4, 4, 8), (8, 8, 8), (4, 2, 8), (8, 1, 16)):
         with make_pool(size, kv_heads, kind=kind) as pool:
             slots, cache = pool.acquire(pool.cache(), [64, 64])
@@ -64,7 +64,7 @@ def plain_jit(kind: str) -> None:
                 wanted = _alone(local, heads, own, kv, kv_heads)
                 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
                     np.testing.assert_array_equal(a[:, own], b)
-            if copies == 1:  # the same groups of heads: also that of the whole cache
+            if copies == 1:  # same head groups as on one device: comparable with the whole cache
                 whole = _alone(make_spec(kv_heads), heads, slice(None), slice(None), kv_heads)
                 for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
                     np.testing.assert_array_equal(a, b)
@@ -84,7 +84,7 @@ def _alone(spec: kvp.CacheSpec, heads: int, own: slice, kv: slice, kv_heads: int
 
 
 def in_shard_map(kind: str) -> None:
-    """Ops in a step that the caller maps: results vary over the axis, and JAX checks it."""
+    """Ops in a step that the caller maps: results vary over the axis, which JAX checks."""
     size, kv_heads, heads = 4, 4, 8
     q, k, v = _operands(heads, kv_heads, 2)
     with make_pool(size, kv_heads, kind=kind) as pool:
@@ -112,7 +112,7 @@ def in_shard_map(kind: str) -> None:
         with pytest.raises(ValueError, match=r"varying|replicat|vary"):
             jax.jit(wrong)(cache, *operands, batch)
         results = [run(cache, *operands, batch)]
-        # The same under plain jit, where the cache may be donated, and from a pool on one device.
+        # The same under plain jit, where the cache may be donated, and on a pool on one device.
         plain = jax.jit(_scanned, donate_argnums=0)
         results.append(plain(results[0][2], *operands, batch))
         assert [row.length for row in pool.slot_table(results[1][2])] == [2, 2]
@@ -143,7 +143,7 @@ def _unscanned(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> 
 
 
 def options(kind: str) -> None:
-    """Padded batches, values for each head, windows, quantized storage, reading back, rollback."""
+    """Padded batches, per-head values, windows, quantized storage, reading back, rollback."""
     heads, kv_heads = 8, 4
     q, k, v = (x.reshape(2, 6, -1, HEAD_DIM) for x in _operands(heads, kv_heads, 12))
     sinks, slopes = random(1, heads), np.abs(random(2, heads))
@@ -175,7 +175,7 @@ def options(kind: str) -> None:
 
 
 def refusals(kind: str) -> None:
-    """What cannot work says so when it is traced."""
+    """Unsupported uses are refused when they are traced."""
     with make_pool(4, 4, kind=kind) as pool:
         assert pool.sharding is not None
         slots, cache = pool.acquire(pool.cache(), [16, 16])

@@ -1,5 +1,5 @@
-"""Programs of `test_mesh_devices.py`: pools with a mirror, each on another device of the fake
-driver, called as one. No programs run there; what they would leave in the tables is played.
+"""Programs of `test_mesh_devices.py`: pools with mirrors, each on a different device of the fake
+driver, called as one pool. No programs run there; their effect on the tables is simulated.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Rig:
     """A pool over several devices, and the programs that its host calls would queue.
 
     Args:
-        size: the number of devices.
-        blocks: of 32 tokens, on each.
+        size: Number of devices.
+        blocks: Number of blocks of 32 tokens on each.
     """
 
     def __init__(self, size: int, blocks: int = 16) -> None:
@@ -50,7 +50,7 @@ class Rig:
         self.pool.new_generation()
 
     def decided(self, call: Callable[[ShardedDecision], Any]) -> Any:
-        """The result of a call that decides, as `Queue` makes it; None if it has failed."""
+        """Returns the result of a call with a decision, as `Queue` makes it; None if it fails."""
         decision = ShardedDecision(len(self.shards))
         try:
             claim = call(decision)
@@ -67,7 +67,7 @@ class Rig:
             devices.play(device, shard.id, slot, tokens)
 
     def acquire(self, tokens: int, ids: Sequence[int] = ()) -> int:
-        """A slot with these tokens written and committed."""
+        """Acquires a slot and writes and commits these tokens."""
         claim = self.decided(lambda decision: self.pool.acquire(decision, [tokens]))
         (slot,) = claim.slots
         self.play(slot, len(ids))
@@ -80,7 +80,9 @@ class Rig:
         self.play(slot, -1)
 
     def look(self, device: int) -> Any:
-        """What a device's pool has for the slots that are occupied, and its device of them."""
+        """Returns what a device's pool and table hold for the occupied slots, and its block
+        counts.
+        """
         shard = self.shards[device]
         shard.audit()
         table = devices.rows(device, shard.id)
@@ -97,7 +99,9 @@ class Rig:
         )
 
     def looks(self, maps: bool = True) -> Any:
-        """The same of all devices, which is alike; without `maps` but for the blocks' numbers."""
+        """Returns the same for all devices, which must agree; without `maps`, block maps may
+        differ.
+        """
         each = [self.look(device) for device in range(len(self.shards))]
         if not maps:
             each = [([row[:4] for row in rows], numbers) for rows, numbers in each]
@@ -132,7 +136,7 @@ def _prefix(rig: Rig, ids: Sequence[int], room: int) -> Any:
 
 
 def _called(call: Callable[[], Any]) -> Any:
-    """The result of a call without a decision; None if it has failed."""
+    """Returns the result of a call without a decision; None if it fails."""
     with contextlib.suppress(_native.StatusError):
         result = call()
         return result if getattr(result, "ok", True) else None
@@ -143,8 +147,9 @@ def _block(rig: Rig, count: int) -> int:
     return count * rig.spec.block_bytes * len(rig.shards)
 
 
-# What the host asks for while slots a (room for 40 tokens, 35 written), b (a fork of its first 33)
-# and a third one are occupied, and one of 5 blocks is parked. 6 of 16 blocks are free.
+# Host calls, made while slot a (room for 40 tokens, 35 written), slot b (a fork of a's first 33
+# tokens) and a third slot are occupied, and a slot with 5 blocks is parked. 6 of 16 blocks are
+# free.
 _CALLS: dict[str, Callable[[Rig, int, int], Any]] = {
     "acquire": lambda rig, a, b: rig.decided(lambda d: rig.pool.acquire(d, [150, 20])),
     "adopt": lambda rig, a, b: rig.decided(lambda d: rig.pool.acquire(d, [250])),
@@ -162,16 +167,17 @@ _CALLS: dict[str, Callable[[Rig, int, int], Any]] = {
     "shrink": lambda rig, a, b: _called(lambda: rig.pool.resize(_block(rig, 5))),
     "grow": lambda rig, a, b: _called(lambda: rig.pool.resize(_block(rig, 30))),
 }
-# Without a driver call that could fail.
+# Calls that make no driver call that could fail.
 _QUIET = ("truncate", "release", "grow")
-# What it has done on the way may stay, because nobody needs what was there: memory that is given
-# back, private copies of shared blocks.
+# Calls that may keep their effects up to a failure, since nobody needs what was there: memory that
+# was given back, private copies of shared blocks.
 _PARTLY = ("trim", "separate")
 
 
 def _life(name: str, size: int, at: int, code: int) -> tuple[bool, bool]:
-    """A pool in which the `at`-th driver call of an operation fails: whether there was such a call,
-    and whether the operation failed."""
+    """Runs one operation whose `at`-th driver call fails; returns whether there was such a call,
+    and whether the operation failed.
+    """
     rig = Rig(size)
     a = rig.acquire(40, range(35))
     (b,) = _fork(rig, [(a, 33)]).slots
@@ -194,15 +200,15 @@ def _life(name: str, size: int, at: int, code: int) -> tuple[bool, bool]:
             assert all(one == told[0] for one in told), (name, at, told)
         else:
             assert rig.looks() == before, (name, at)
-        assert _CALLS[name](rig, a, b) is not None, (name, at)  # nothing is in its way now
-    # A device without memory for another block takes what the parked slot has, others need not.
+        assert _CALLS[name](rig, a, b) is not None, (name, at)  # nothing fails this time
+    # A device that runs out of memory takes blocks from the parked slot; the others need not.
     rig.looks(maps=code != OUT_OF_MEMORY and (name not in _PARTLY or done is not None))
     rig.close()
     return struck, done is None
 
 
 def sweep(size: int, code: int, names: Sequence[str] = ()) -> None:
-    """Every driver call of every host call fails once: it happened on all devices or on none."""
+    """If a driver call fails, the host call has taken effect on all devices or on none."""
     with _nothing_left():
         for name in names or _CALLS:
             failures = 0
@@ -218,7 +224,7 @@ def sweep(size: int, code: int, names: Sequence[str] = ()) -> None:
 
 
 def faults() -> None:
-    """What a program did wrong on the devices is raised once, before the call has happened."""
+    """Faults of programs on the devices are raised once, before the next call takes effect."""
     with _nothing_left():
         rig = Rig(3)
         slot = rig.acquire(40, range(9))
@@ -229,7 +235,7 @@ def faults() -> None:
                     devices.refuse(device, rig.shards[device].id, slot, 99)
                 assert _CALLS[name](rig, slot, slot) is None, name
                 assert rig.looks() == before
-                rig.pool.take_fault()  # none is left
+                rig.pool.take_fault()  # no fault is left
         for device in (1, 2):
             devices.refuse(device, rig.shards[device].id, slot, 77)
         with pytest.raises(_native.StatusError, match="77 tokens wanted") as raised:
@@ -241,7 +247,7 @@ def faults() -> None:
 
 
 def torn_generations() -> None:
-    """A generation that begins when an acquire has run on some devices only."""
+    """A new generation starts when an acquire has run on some devices only."""
     with _nothing_left():
         rig = Rig(3)
         kept = rig.acquire(40, range(9))
@@ -259,7 +265,7 @@ def torn_generations() -> None:
 
 
 def capacities() -> None:
-    """A share of cards is one of each, and the one with the least memory decides."""
+    """A share of memory applies to each GPU, and the GPU with the least memory decides."""
     sharding = HeadSharding.of(make_spec(4), make_mesh(2), "tp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -278,7 +284,9 @@ def capacities() -> None:
 
 
 def lowered_for_cuda(size: int) -> None:
-    """A step over a mesh is lowered for GPUs: each device's ops, and nothing is gathered."""
+    """A step over a mesh is lowered for GPUs: each device has its own ops, and nothing is
+    gathered.
+    """
 
     def step(cache: kvp.KVCache, q: Any, k: Any, v: Any, slots: Any) -> Any:
         batch = kvp.Batch.decode(slots)

@@ -1,4 +1,6 @@
-"""Programs of `test_mesh_faults.py`: one device of a mesh cannot run an op of a step with sums."""
+"""Programs of `test_mesh_faults.py`: one device of a mesh cannot run an op of a step that has
+collectives.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import jax_kvpage as kvp
 
 HEADS = 4
 WIDTH = HEADS * HEAD_DIM
-SECONDS = 20  # XLA ends a process whose devices have waited in a sum for 40 s
+SECONDS = 20  # XLA aborts a process whose devices have waited in a collective for 40 s
 _FEW = {"max_slots": 8, "max_seq_len": 128}
 
 Step = Callable[..., Any]
@@ -48,12 +50,12 @@ def _layers(
     add: Step = _everything,
     attends: bool = True,
 ) -> Any:
-    """A model of two layers whose residual stream is summed over the devices of a replica.
+    """A two-layer model whose residual stream is summed over the devices of a replica.
 
     Args:
-        own: the heads that a device has.
-        add: makes the sum.
-        attends: without, the model has no cache.
+        own: Selects the heads of a device.
+        add: Sums over devices.
+        attends: Whether the model uses the cache.
     """
     for layer in range(2):
         out = kv = own(x.reshape(-1, HEADS, HEAD_DIM))
@@ -64,7 +66,7 @@ def _layers(
 
 
 def shard_step(pool: kvp.KVPool, attends: bool = True) -> Step:
-    """A step under `shard_map`. Its last sums need no result of the last op, `advance`."""
+    """A step under `shard_map`. Its last sum needs no result of the last op, `advance`."""
     assert pool.sharding is not None
     heads, mesh = pool.sharding.local.num_kv_heads, pool.sharding.mesh
 
@@ -88,7 +90,7 @@ def shard_step(pool: kvp.KVPool, attends: bool = True) -> Step:
 
 
 def plain_step(pool: kvp.KVPool) -> Step:
-    """The same under plain `jit`: the compiler makes the sums."""
+    """The same step under plain `jit`, where the compiler inserts the collectives."""
 
     def step(cache: Any, weights: Any, x: Any, batch: Any) -> Any:
         x, cache = _layers(cache, weights, x, batch)
@@ -118,7 +120,7 @@ STEPS = {"shard_map": shard_step, "jit": plain_step, "scan": scanned_step}
 
 
 def _batch(pool: kvp.KVPool, slots: list[int]) -> tuple[Any, kvp.Batch]:
-    """Inputs of a step with a token for each slot, and its batch."""
+    """Returns the inputs of a step with one token per slot, and its batch."""
     assert pool.sharding is not None
     if pool.sharding.replicas == 1:
         return random(1, len(slots), WIDTH), kvp.Batch.decode(np.asarray(slots, np.int32))
@@ -136,12 +138,12 @@ def _placed(pool: kvp.KVPool, weights: Any, x: Any) -> Any:
 
 
 def _fails(pool: kvp.KVPool, step: Step, cache: Any, slots: list[int], match: str) -> None:
-    """A step ends without an error, in time; its sums are NaN; every call then raises the error."""
+    """The step ends in time and without an error, its sums are NaN, and then every call raises."""
     x, batch = _batch(pool, slots)
     begin = time.monotonic()
     _, total, after = step(cache, *_placed(pool, _weights(), x), batch)
     assert np.isnan(total)
-    # More steps may be queued before anyone looks.
+    # More steps may be queued before the host looks.
     _, total, after = step(after, *_placed(pool, _weights(), x), batch)
     assert np.isnan(total)
     for call in (
@@ -160,7 +162,7 @@ def _fails(pool: kvp.KVPool, step: Step, cache: Any, slots: list[int], match: st
 
 
 def _goes_on(pool: kvp.KVPool, step: Step, cache: Any, slots: list[int], wanted: Any) -> Any:
-    """A step that is right."""
+    """Runs a valid step."""
     x, batch = _batch(pool, slots)
     _, total, cache = step(cache, *_placed(pool, _weights(), x), batch)
     pool.check(cache)
@@ -169,7 +171,7 @@ def _goes_on(pool: kvp.KVPool, step: Step, cache: Any, slots: list[int], wanted:
 
 
 def _wanted(step_name: str, sequences: int) -> list[float]:
-    """The sums of a step, and of that behind it, on one device."""
+    """Returns the sums of a step and of the step after it, on one device."""
     weights, totals = _weights(), []
     x = random(1, sequences, WIDTH)
     with kvp.KVPool(make_spec(HEADS, **_FEW), "8MiB") as pool:
@@ -185,7 +187,7 @@ def _wanted(step_name: str, sequences: int) -> list[float]:
 
 
 def bad_slot(replicas: int, parts: int, name: str) -> None:
-    """A replica gets a free slot."""
+    """One replica gets a free slot."""
     wanted = _wanted(name, replicas)
     with _pool(replicas, parts) as pool:
         step = STEPS[name](pool)
@@ -201,7 +203,7 @@ def bad_slot(replicas: int, parts: int, name: str) -> None:
         )
         _fails(pool, step, cache, [*slots, free], match)
         cache = pool.cache()
-        # The other replicas have completed the two steps.
+        # The other replicas have completed both steps.
         rounds = 3 if name == "scan" else 1
         assert [row.length for row in pool.slot_table(cache)] == [
             *(length + 2 * rounds for length in lengths[:-1]),
@@ -215,7 +217,7 @@ def bad_slot(replicas: int, parts: int, name: str) -> None:
 
 
 def less_room(replicas: int, parts: int, name: str) -> None:
-    """One device alone has not got the room that the others have."""
+    """One device has less room than the others."""
     wanted = _wanted(name, replicas)
     with _pool(replicas, parts) as pool:
         step = STEPS[name](pool)
@@ -229,7 +231,7 @@ def less_room(replicas: int, parts: int, name: str) -> None:
         pool.extend(slots[-1], 32)
         lengths = [row.length for row in pool.slot_table(cache)]
         assert lengths[-1] == (3 if name == "scan" else 1)
-        if replicas == 1:  # the device that failed decides
+        if replicas == 1:  # the failed device's state decides
             cache = _goes_on(pool, step, cache, slots, wanted[1])
         pool.check(pool.release(cache, slots))
 
@@ -250,7 +252,9 @@ def no_collectives(replicas: int, parts: int) -> None:
 
 
 def outside_of_programs(replicas: int, parts: int) -> None:
-    """An op that is called by itself raises its error, and what no call has raised is warned of."""
+    """An op called outside a program raises its error; faults that no call has raised cause a
+    warning.
+    """
     with _pool(replicas, parts) as pool:
         slots, cache = pool.acquire(pool.cache(), [32] * replicas)
         x, batch = _batch(pool, slots)
@@ -258,14 +262,14 @@ def outside_of_programs(replicas: int, parts: int) -> None:
         with pytest.raises(kvp.DeviceFault, match="paged_attention: slot 0, layer 1"):
             kvp.paged_attention(kv, cache, batch, layer=1)
         with pytest.raises(kvp.DeviceFault, match="paged_attention: slot 0, layer 1"):
-            kvp.append_kv(cache, kv, kv, batch, layer=0)  # of the same generation
+            kvp.append_kv(cache, kv, kv, batch, layer=0)  # same generation
         old, cache = cache, pool.cache()
         cache = kvp.append_kv(cache, kv, kv, batch, layer=0)
         out = jax.jit(kvp.paged_attention, static_argnames="layer")(kv, cache, batch, layer=1)
         assert np.isnan(out).all()
         with pytest.warns(RuntimeWarning, match=r"new generation: .*slot 0, layer 1"):
             cache = pool.cache()
-        # A cache of an older generation: nothing happens to the newest one.
+        # A cache of an older generation does not affect the newest one.
         assert np.isnan(
             jax.jit(kvp.paged_attention, static_argnames="layer")(kv, old, batch, layer=0)
         ).all()

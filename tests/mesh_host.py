@@ -27,7 +27,7 @@ from jax_kvpage._cuda import Place
 
 
 def verbs(size: int) -> None:
-    """Growth, forks, beams, truncation, dropping and prefixes, with equal blocks everywhere."""
+    """Growth, forks, beams, truncation, dropping and prefixes use equal blocks on all devices."""
     with make_pool(size, 4, max_slots=6) as pool:
         slot, cache = pool.acquire(pool.cache(), 10)
         ids = list(range(100, 170))
@@ -84,7 +84,7 @@ def prefixes(size: int) -> None:
         np.testing.assert_array_equal(written(cache, other, 83)[:, 1], [*ids[:80], 5, 6, 7])
         check_equal(pool)
         cache = pool.release(cache, [slot, other])
-        # Not before the release has run on every device.
+        # This waits until the release has run on every device.
         again, found, cache = pool.acquire_prefix(cache, [*ids, 9])
         assert found == 100
         np.testing.assert_array_equal(written(cache, again, 100)[:, 2], ids)
@@ -97,7 +97,7 @@ def prefixes(size: int) -> None:
 
 
 def churn(size: int, steps: int) -> None:
-    """Shards never disagree, tokens stay."""
+    """Shards never disagree, and tokens are kept."""
     with make_pool(size, 4, max_slots=8, capacity=2 * 2**20) as pool:
         requests = Churn(pool, size, write=write_each, check=check_written, audit=check_equal)
         requests.run(steps)
@@ -105,7 +105,7 @@ def churn(size: int, steps: int) -> None:
 
 
 def memory() -> None:
-    """Every device has the memory of its heads; stats are those of all devices."""
+    """Every device has the memory of its heads; stats cover all devices."""
     tokens = 64
     one = kvp.KVPool(make_spec(8), "8MiB")
     for size, kv_heads in ((2, 8), (4, 8), (8, 8), (8, 4)):
@@ -131,7 +131,7 @@ def memory() -> None:
             pool.check(pool.release(cache, slot))
     one.close()
     with make_pool(4, 4, capacity=None, block_tokens=None) as pool:
-        slots, cache = pool.acquire(pool.cache(), [256] * 4)  # what full slots take
+        slots, cache = pool.acquire(pool.cache(), [256] * 4)  # the size of full slots
         pool.check(pool.release(cache, slots))
     with make_pool(4, 4, capacity="1%", layout="per_layer", block_tokens=None) as pool:
         slots, cache = pool.acquire(pool.cache(), [16] * 4)
@@ -146,7 +146,7 @@ def _facts(pool: kvp.KVPool) -> Any:
 
 
 def failures(size: int) -> None:
-    """A call that fails on one device has happened on none."""
+    """A call that fails on one device takes effect on none."""
     calls = {
         "acquire": lambda pool, cache, a, b: pool.acquire(cache, [40, 8]),
         "extend": lambda pool, cache, a, b: pool.extend([a, b], [200, 90]),
@@ -176,7 +176,7 @@ def failures(size: int) -> None:
                     assert _facts(pool) == before, name
                     assert pool.stats().blocks_total == total
                     check_equal(pool)
-        # All goes on from the same cache.
+        # The same cache can still be used.
         c, cache = pool.acquire(cache, 100)
         pool.extend(a, 100)
         cache = write(pool, cache, a, range(40, 60))
@@ -186,7 +186,7 @@ def failures(size: int) -> None:
 
 
 def out_of_blocks() -> None:
-    """Too little memory, everywhere or on one device, is an OutOfBlocks that changes nothing."""
+    """Too little memory, on all devices or on one, raises OutOfBlocks and changes nothing."""
     with make_pool(4, 4, capacity=2**20) as pool:  # 16 blocks of 32 tokens
         assert pool.stats().blocks_total == 16
         slot, cache = pool.acquire(pool.cache(), 250)
@@ -194,7 +194,7 @@ def out_of_blocks() -> None:
             pool.acquire(cache, [200, 200])
         assert (raised.value.wanted, raised.value.free) == (14, 8)
         last = pool._pool.shards[3]
-        last.resize(last.numbers().block_bytes * 9)  # this device alone has less
+        last.resize(last.numbers().block_bytes * 9)  # only this device has less
         assert not pool.can_acquire(200)
         before = _facts(pool)
         with pytest.raises(kvp.OutOfBlocks):
@@ -206,12 +206,12 @@ def out_of_blocks() -> None:
 
 
 def failed_programs() -> None:
-    """After a failed program lengths are the least over the shards."""
+    """After a failed program, lengths are the minimum over the shards."""
     with make_pool(2, 4) as pool:
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
         pool.check(cache)
-        # A call on the second device alone makes its part of the next step stale.
+        # A call on the second device alone makes its shard stale for the next step.
         assert pool.sharding is not None
         own = jax.tree.map(lambda x: x.addressable_shards[1].data, cache)
         own = kvp.KVCache(own.handle, own.epoch, own.lengths, pool.sharding.local)
@@ -224,7 +224,7 @@ def failed_programs() -> None:
         cache = write(pool, cache, slot, [77])
         np.testing.assert_array_equal(written(cache, slot, 11)[:, 3], [*range(10), 77])
         check_equal(pool)
-        # Releases overtaken by a new generation.
+        # Releases that did not run before a new generation.
         pool.release(cache, slot)
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
@@ -232,7 +232,7 @@ def failed_programs() -> None:
 
 
 def refusals() -> None:
-    """What cannot work is refused in words."""
+    """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(4), make_spec(4)
     wide = jax.make_mesh((2, 2), ("dp", "tp"), devices=jax.devices()[:4])
     for arguments, wanted in (
@@ -260,7 +260,7 @@ def refusals() -> None:
         with pytest.raises(ValueError, match=r"is a GPU and .* is not: wanted devices of one"):
             kvp.KVPool(spec, "4MiB", mesh=mesh, axis="tp")
     one = jax.make_mesh((1, 2, 1), ("a", "tp", "b"), devices=jax.devices()[:2])
-    with kvp.KVPool(spec, "4MiB", mesh=one, axis="tp") as pool:  # axes of one device are fine
+    with kvp.KVPool(spec, "4MiB", mesh=one, axis="tp") as pool:  # axes of size one are fine
         slot, cache = pool.acquire(pool.cache(), 16)
         cache = write(pool, cache, slot, [1, 2])
         np.testing.assert_array_equal(written(cache, slot, 2)[:, 3], [1, 2])
@@ -297,19 +297,19 @@ def _everywhere(mesh: Mesh) -> jax.sharding.NamedSharding:
 
 
 def disagreement() -> None:
-    """Shards that would decide differently are brought together, or the call says so."""
+    """Shards that would decide differently are brought into agreement, or the call says so."""
     with make_pool(4, 4, max_slots=6) as pool:
         slots, cache = pool.acquire(pool.cache(), [32, 64])
         cache = pool.release(cache, slots)
         pool.check(cache)
-        pool._pool.shards[2].trim()  # the others would adopt the second slot, this one the first
+        pool._pool.shards[2].trim()  # else the others adopt the second slot, this shard the first
         slot, cache = pool.acquire(cache, 64)
         check_equal(pool)
         slots, cache = pool.acquire(cache, [16, 64])
         check_equal(pool)
         cache = write(pool, cache, slots[1], [4])
         pool.check(cache)
-        pool._pool.shards[1].acquire(_native.Decision(), [16])  # a request that no other has
+        pool._pool.shards[1].acquire(_native.Decision(), [16])  # a request that no other shard has
         before = pool.stats().blocks_mapped
         with pytest.raises(kvp.KVPageError, match="would decide differently"):
             pool.acquire(cache, 16)

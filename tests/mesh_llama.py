@@ -22,11 +22,11 @@ import jax_kvpage as kvp
 
 
 def logits() -> None:
-    """Logits within 1e-4 of one device; nothing but sums goes between devices."""
+    """Logits are within 1e-4 of one device's; the only collectives are sums."""
     config = dataclasses.replace(
         TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
     )
-    for size in (2, 4):  # of 4 devices two have each KV head
+    for size in (2, 4):  # with 4 devices, each KV head is on two of them
         wanted = _logits(config, 1)
         for got, alone in zip(_logits(config, size), wanted, strict=True):
             np.testing.assert_allclose(got, alone, atol=1e-4)
@@ -34,7 +34,7 @@ def logits() -> None:
 
 def _model(config: LlamaConfig) -> Any:
     model = random_model(config, scale=2.0)
-    state = nnx.state(model)  # biases are 0 at first
+    state = nnx.state(model)  # biases are initialized to 0
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state))))
     noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)
     nnx.update(model, noisy)
@@ -71,11 +71,11 @@ def _logits(config: LlamaConfig, size: int) -> list[np.ndarray]:
 
 
 def command() -> None:
-    """decode_llama.py says the same over a mesh."""
+    """decode_llama.py generates the same text over a mesh."""
     common = ["--json", "--prompt", "A class is", "--prompt", "If the file", "--max-new-tokens",
               "12"]  # fmt: skip
     results = []
-    # With --scan the programs map their own blocks.
+    # With --scan, programs map their own blocks.
     meshes = (
         [],
         ["--mesh", "tp=2"],

@@ -37,7 +37,7 @@ _HEADS = 8
 
 
 def _capacity(blocks: int) -> int:
-    """The bytes of a pool with as many blocks of 32 tokens."""
+    """Returns the bytes of a pool with this many blocks of 32 tokens."""
     return int(blocks * 32 * make_spec(_HEADS).resolve("cpu").token_bytes)
 
 
@@ -49,7 +49,7 @@ def _sleep(seed: Any, device: Any, count: Any) -> np.ndarray:
 
 
 def _late(q: jax.Array, seed: int, count: Any) -> jax.Array:
-    """q, on each device after another time. Inside `jax.shard_map`."""
+    """Returns q, delayed differently on each device. Called inside `jax.shard_map`."""
     device = jax.lax.axis_index("tp")
     zero = jax.ShapeDtypeStruct((), jnp.float32)
     return q + jax.pure_callback(functools.partial(_sleep, seed), zero, device, count)
@@ -78,7 +78,7 @@ def _operands() -> list[np.ndarray]:
 
 
 def _alone(blocks: int) -> Any:
-    """The loop's results on one device, and the table afterwards."""
+    """Returns the loop's results on one device, and the lengths afterwards."""
     with kvp.KVPool(make_spec(_HEADS), _capacity(blocks)) as pool:
         slots, cache = pool.acquire(pool.cache(), [1, 1, 1])
         loop = jax.jit(functools.partial(_loop, late=lambda q, count: q))
@@ -87,13 +87,13 @@ def _alone(blocks: int) -> Any:
 
 
 def decode_loops(kind: str, size: int, blocks: int) -> None:
-    """A loop that maps its own blocks gives what it gives on one device, however the devices run.
+    """A loop that maps its own blocks gives the same as on one device, in any order of devices.
 
-    With 4 blocks of 32 tokens for 3 sequences of 40 they run out on the way.
+    4 blocks of 32 tokens for 3 sequences of 40 run out during the loop.
     """
     out, ok, lengths = _alone(blocks)
     assert ok.all() == (blocks > 4)
-    assert len(set(map(tuple, ok.T))) == 2 or blocks > 4  # not the same for all sequences
+    assert len(set(map(tuple, ok.T))) == 2 or blocks > 4  # different for different sequences
     for manual in (False, True):
         with make_pool(size, _HEADS, kind=kind, capacity=_capacity(blocks)) as pool:
             assert pool.sharding is not None
@@ -135,7 +135,7 @@ def decode_loops(kind: str, size: int, blocks: int) -> None:
 
 
 def eager_and_types(kind: str) -> None:
-    """Calls without jit, and inside shard_map with JAX's checks of what varies."""
+    """Calls without jit, and inside shard_map with JAX's varying-axes checks."""
     with make_pool(4, 8, kind=kind) as pool:
         assert pool.sharding is not None
         slots, cache = pool.acquire(pool.cache(), [16, 16])
@@ -148,10 +148,10 @@ def eager_and_types(kind: str) -> None:
             lambda cache, n: kvp.map_slots(cache, jnp.asarray(slots), n),
             mesh=pool.sharding.mesh, in_specs=(P("tp"), P()), out_specs=P("tp"))  # fmt: skip
         cache, ok = jax.jit(mapped)(cache, jnp.asarray([90, 70]))
-        assert ok.tolist() == [True, True] * 4  # what each device was told
+        assert ok.tolist() == [True, True] * 4  # the result on each device
         assert [row.reserved for row in pool._pool.rows()] == [90, 70]
         check_equal(pool)
-        # Devices that do not ask for the same.
+        # Devices that request different things.
         differing = jax.shard_map(
             lambda cache: kvp.map_slots(cache, slots, 100 + jax.lax.axis_index("tp"))[0],
             mesh=pool.sharding.mesh, in_specs=P("tp"), out_specs=P("tp"))  # fmt: skip
@@ -163,7 +163,7 @@ def eager_and_types(kind: str) -> None:
 
 
 def one_device_short(size: int) -> None:
-    """Where one device has too little, nobody maps anything."""
+    """If one device has too little memory, no device maps anything."""
     with make_pool(size, 8, capacity=_capacity(8)) as pool:
         slot, cache = pool.acquire(pool.cache(), 32)
         short = pool._pool.shards[size - 1]
@@ -180,20 +180,20 @@ def one_device_short(size: int) -> None:
 
 
 def failed_programs() -> None:
-    """A program that fails on one device keeps no other device waiting, and loses nothing."""
+    """A program that fails on one device makes no other device wait, and loses nothing."""
     with make_pool(2, 4) as pool:
         assert pool.sharding is not None
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
         pool.check(cache)
-        # A call on the second device alone makes its part of the next step stale.
+        # A call on the second device alone makes its shard stale for the next step.
         own = jax.tree.map(lambda x: x.addressable_shards[1].data, cache)
         own = kvp.KVCache(own.handle, own.epoch, own.lengths, pool.sharding.local)
         jax.block_until_ready(kvp.set_lengths(own, [slot], 10))
         stale, _ = jax.jit(kvp.map_slots)(cache, jnp.asarray([slot]), jnp.asarray([100]))
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"stale|epoch"):
             pool.check(stale)
-        assert pool._pool.maps.numbers().pending == 1  # of the first device
+        assert pool._pool.maps.numbers().pending == 1  # from the first device
         check_equal(pool)
         cache = pool.cache()
         assert pool._pool.maps.numbers().pending == 0
@@ -216,11 +216,11 @@ def _append(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> Any:
 
 
 class _Mapping(Churn):
-    """Programs map the memory of what grows."""
+    """Requests whose memory is mapped by programs."""
 
     verbs = ("start", "grow", "grow", "grow", "extend", "end", "fork")
     unit, room = 10, None
-    told: list[bool]  # what the host has heard of programs that map
+    told: list[bool]  # results of `grow` that the host has seen
 
     def grow(self, slot: int, ids: list[int]) -> None:
         if len(self.live[slot]) >= 200:
@@ -239,7 +239,8 @@ class _Mapping(Churn):
 
 def churn(size: int, steps: int) -> None:
     """Programs map memory while the host acquires, extends, forks and releases: shards never
-    disagree, tokens stay."""
+    disagree, and tokens are kept.
+    """
     with make_pool(size, _HEADS, max_slots=6, capacity=_capacity(14)) as pool:
         requests = _Mapping(pool, size, write=write_each, check=check_written, audit=check_equal)
         requests.told = []
@@ -262,7 +263,7 @@ def _fault(at: int, code: int) -> Iterator[None]:
 
 
 def driver_faults(size: int) -> None:
-    """What the driver refuses on one device happens on none; all get the same answer."""
+    """If the driver refuses on one device, no device maps anything, and all get the same answer."""
     with make_pool(size, _HEADS, block_tokens=32) as pool:
         slot, cache = pool.acquire(pool.cache(), 16)
         cache = write(pool, cache, slot, range(10))

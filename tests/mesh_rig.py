@@ -1,7 +1,7 @@
 """Meshes, pools and steps for the tests of pools over a mesh.
 
 Imported in processes with several CPU devices (`EIGHT_DEVICES`), which tests start with
-`run_python`: the test process itself has one.
+`run_python`; the test process itself has one device.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def place(pool: kvp.KVPool, array: Any, spec: P) -> jax.Array:
 
 
 def place_kv(pool: kvp.KVPool, array: Any) -> jax.Array:
-    """Keys or values as the model would have them: split, or on all devices."""
+    """Places keys or values as the model would: split, or on all devices."""
     assert pool.sharding is not None
     return place(pool, array, HEADS if pool.sharding.copies == 1 else P())
 
 
 def step(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> tuple[Any, kvp.KVCache]:
-    """A step of a model of two layers: what attention returns, and the next cache."""
+    """Runs a step of a two-layer model; returns the attention outputs and the next cache."""
     outs = []
     for layer in range(2):
         out, lse, cache = kvp.update_and_attend(
@@ -68,7 +68,7 @@ def step(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> tuple[
 
 
 def keys_of(cache: kvp.KVCache, ids: Sequence[int]) -> np.ndarray:
-    """Keys, and values, that tell the id and the head: [tokens, heads, dim]."""
+    """Returns keys (and values) that encode the id and the head: [tokens, heads, dim]."""
     heads = np.arange(cache.spec.num_kv_heads, dtype=np.float32)
     each = np.asarray(ids, np.float32)[:, None, None] + heads[None, :, None]
     return np.repeat(each, HEAD_DIM, axis=2)
@@ -77,7 +77,7 @@ def keys_of(cache: kvp.KVCache, ids: Sequence[int]) -> np.ndarray:
 def write(
     pool: kvp.KVPool, cache: kvp.KVCache, slot: int, ids: Sequence[int], *, commit: bool = True
 ) -> kvp.KVCache:
-    """Writes a token for each id, whose key and value are made of the id, and commits them."""
+    """Writes a token for each id, with keys and values made from the id, and commits them."""
     batch = kvp.Batch.from_lengths([slot], [len(ids)])
     cache = append_in_layers(cache, keys_of(cache, ids), batch)
     if commit:
@@ -88,14 +88,14 @@ def write(
 def write_each(
     pool: kvp.KVPool, cache: kvp.KVCache, sequences: Mapping[int, Sequence[int]]
 ) -> kvp.KVCache:
-    """The same for several slots, one after the other."""
+    """Does the same for several slots, one after the other."""
     for slot, ids in sequences.items():
         cache = write(pool, cache, slot, ids)
     return cache
 
 
 def check_written(cache: kvp.KVCache, slot: int, ids: Sequence[int]) -> None:
-    """Asserts that a slot has the keys and values of these ids, in every head."""
+    """Asserts that a slot has the keys and values of these ids in every head."""
     found = written(cache, slot, len(ids))
     np.testing.assert_array_equal(found, np.repeat([ids], found.shape[1], 0).T)
 
@@ -108,7 +108,7 @@ def append_in_layers(cache: kvp.KVCache, kv: jax.Array, batch: kvp.Batch) -> kvp
 
 
 def written(cache: kvp.KVCache, slot: int, tokens: int) -> np.ndarray:
-    """The ids whose keys a slot has, of every head: [tokens, heads]."""
+    """Returns the ids encoded in a slot's keys, per head: [tokens, heads]."""
     k, v = kvp.read_kv(cache, [slot], 1)
     np.testing.assert_array_equal(k, v)
     heads = np.arange(k.shape[2], dtype=np.float32)
@@ -116,7 +116,7 @@ def written(cache: kvp.KVCache, slot: int, tokens: int) -> np.ndarray:
 
 
 def check_equal(pool: kvp.KVPool) -> None:
-    """All shards have decided the same: slots, room, blocks."""
+    """Asserts that all shards have decided the same: slots, room, blocks."""
     shards = pool._pool.shards
     tables = []
     for shard in shards:
@@ -130,7 +130,9 @@ def check_equal(pool: kvp.KVPool) -> None:
 
 
 class Failing:
-    """A shard one of whose calls fails, before or after the pool behind it has made it."""
+    """A shard with one failing call, which fails before or after the underlying pool has made
+    it.
+    """
 
     def __init__(self, shard: Any, name: str, error: BaseException) -> None:
         self._shard, self._name, self._error = shard, name, error

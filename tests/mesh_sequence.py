@@ -17,8 +17,8 @@ from mesh_rig import HEAD_DIM, Failing, check_equal, make_spec, random, step, wr
 import jax_kvpage as kvp
 from jax_kvpage import _native
 
-# Of 16 tokens a stripe: nothing, one token, both sides of a stripe's end, several rounds.
-_ROWS = 160  # of tokens in all, with padding
+# With stripes of 16 tokens: nothing, one token, both sides of a stripe's end, several rounds.
+_ROWS = 160  # tokens in all, with padding
 _STEPS = ([0, 1, 15, 16, 17, 100, 5], [1] * 7, [40, 16, 1, 0, 33, 1, 59], [1, 0, 1, 1, 1, 1, 1])
 
 
@@ -28,7 +28,7 @@ def make_mesh(size: int, kind: str = "Auto") -> Mesh:
 
 
 def make_pool(size: int, *, kind: str = "Auto", debug: bool = False, **changes: Any) -> kvp.KVPool:
-    """A pool with sequences over devices; on one device for size 0."""
+    """Makes a pool with sequences split over `size` devices; size 0 means an ordinary pool."""
     over: dict[str, Any] = {"mesh": make_mesh(size, kind), "sequence_axis": "sp"} if size else {}
     return kvp.KVPool(make_spec(2, max_slots=8, **changes), "8MiB", debug=debug, **over)
 
@@ -39,12 +39,12 @@ def _tokens(seed: int, count: int, dtype: Any = np.float32) -> list[jax.Array]:
 
 
 def _operands(pool: kvp.KVPool, arrays: Any) -> Any:
-    """On all devices of the pool."""
+    """Places arrays on all devices of the pool."""
     return jax.device_put(arrays, pool.placement)
 
 
 def attention(sizes: tuple[int, ...], dtype: Any = jnp.float32, atol: float = 3e-6) -> None:
-    """Prefill, decode and chunks in one batch: that of one device, and only results are summed."""
+    """Prefill, decode and chunks in one batch equal one device's, and only results are combined."""
     wanted = _attention(0, "Auto", dtype)
     for i, size in enumerate(sizes):
         got = _attention(size, ("Auto", "Explicit")[i % 2], dtype)
@@ -75,7 +75,7 @@ def _attention(size: int, kind: str, dtype: Any) -> Any:
 
 
 def _check_collectives(text: str, q: jax.Array) -> None:
-    """Nothing goes between devices but sums and maxima of what attention returns."""
+    """The only collectives are sums and maxima of attention results."""
     assert not re.search(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
     largest = 0
     for types in re.findall(r"= (.*) all-reduce\(", text):
@@ -85,7 +85,7 @@ def _check_collectives(text: str, q: jax.Array) -> None:
 
 
 def in_shard_map(kind: str) -> None:
-    """A scanned step that the caller maps; separate ops; sinks, soft cap, scale; padded batches."""
+    """A scanned step under shard_map; separate ops; sinks, soft cap, scale; padded batches."""
     sinks = random(1, 6)
     options = {"sinks": sinks, "logits_soft_cap": 20.0, "scale": 0.3, "return_lse": True}
 
@@ -134,7 +134,7 @@ def in_shard_map(kind: str) -> None:
 
 
 def long_sequence(size: int) -> None:
-    """A sequence that one device has no room for, whose memory is shared out evenly."""
+    """A sequence too long for one device, whose memory is split evenly."""
     tokens = 1000
     spec = make_spec(2, max_slots=2, max_seq_len=1024)
     token_bytes = spec.token_bytes
@@ -156,7 +156,7 @@ def long_sequence(size: int) -> None:
         weights = np.exp(np.where(visible, scores, -np.inf))
         wanted = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
         np.testing.assert_allclose(outs[0][0], wanted, atol=3e-6)
-        unit = 32 * size  # blocks of 32 tokens on each
+        unit = 32 * size  # one block of 32 tokens on each device
         blocks = -(-tokens // unit)
         stats = pool.stats()
         assert stats.mapped == blocks * unit * token_bytes
@@ -175,7 +175,7 @@ def long_sequence(size: int) -> None:
 
 
 def failed_calls() -> None:
-    """A call that fails on one device has happened on none."""
+    """A call that fails on one device takes effect on none."""
     broken = _native.StatusError(_native.Code.INTERNAL, _native.Reason.NONE, "injected")
     calls = {
         "acquire": lambda pool, cache, a, b: pool.acquire(cache, [40, 8]),
@@ -200,7 +200,7 @@ def failed_calls() -> None:
                     assert pool.slot_table() == before, name
                     check_equal(pool)
         last = shards[3]
-        last.resize(last.numbers().block_bytes * 3)  # this device alone has less
+        last.resize(last.numbers().block_bytes * 3)  # only this device has less
         assert not pool.can_acquire(250)
         for call in (lambda: pool.acquire(cache, 250), lambda: pool.extend([a, b], 250)):
             with pytest.raises(kvp.OutOfBlocks):
@@ -212,7 +212,9 @@ def failed_calls() -> None:
 
 
 def failed_programs() -> None:
-    """An op that cannot work on one device fails on all, at once, and the pool goes on."""
+    """An op that cannot run on one device fails on all of them at once, and the pool stays
+    usable.
+    """
     errors = (jax.errors.JaxRuntimeError, ValueError)
 
     def separate(cache: Any, q: Any, k: Any, v: Any, batch: Any) -> Any:
@@ -231,7 +233,7 @@ def failed_programs() -> None:
             cache = pool.cache()
             assert [row.length for row in pool.slot_table(cache)] == [40, 1]
 
-        long = kvp.Batch.from_lengths(slots, [120, 1])  # 64 tokens have a block on each device
+        long = kvp.Batch.from_lengths(slots, [120, 1])  # 64 tokens take one block on each device
         operands = _tokens(0, 121)
         for run in (jax.jit(step), jax.jit(separate)):
             fails(
@@ -250,7 +252,7 @@ def failed_programs() -> None:
             own = kvp.KVCache(
                 own.handle, own.epoch, own.lengths.at[:2].set([8, 0]), pool.sharding.local
             )
-            jax.block_until_ready(kvp.set_lengths(own, slots, [8, 0]))  # on this device alone
+            jax.block_until_ready(kvp.set_lengths(own, slots, [8, 0]))  # on this device only
             two = kvp.Batch.decode(slots)
             fails("append_kv: stale cache", run, cache, *_tokens(0, 2), two)
         fails("advance: slot 0: .* written in layers", kvp.advance, cache, ready)
@@ -270,7 +272,7 @@ def failed_programs() -> None:
 
 
 def refusals() -> None:
-    """What cannot work is refused in words."""
+    """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(4), make_spec(2)
     wide = jax.make_mesh((2, 2), ("dp", "sp"), devices=jax.devices()[:4])
     for arguments, wanted in (

@@ -44,7 +44,9 @@ def nothing_left(pool: kvp.KVPool, store: kvp.BlockStore) -> None:
 
 
 def verbs(size: int, path: str, layout: str) -> None:
-    """Sequences leave and come back in all shards: contents, blocks, files and numbers."""
+    """Sequences are swapped out and in on all shards: contents, blocks, files and counts are
+    right.
+    """
     ids, other = list(range(100, 170)), list(range(500, 600))
     with kvp.BlockStore(path) as store, pool_with(size, store, layout=layout) as pool:
         (slot, kept), cache = pool.acquire(pool.cache(), [70, 100])
@@ -59,7 +61,7 @@ def verbs(size: int, path: str, layout: str) -> None:
         two, cache = pool.swap_out(cache, fork)
         assert (one.tokens, two.tokens) == (70, 102)
         on_disk(store, one, two)
-        # A file for each device; what the fork shares stays.
+        # One file per device; what the fork shares stays in memory.
         assert len(list(swap_files())) == 2 * size
         stats = pool.stats()
         ranges = pool.spec.num_ranges
@@ -69,7 +71,7 @@ def verbs(size: int, path: str, layout: str) -> None:
         assert stats.blocks_free == before.blocks_free + 4 * ranges
         check_equal(pool)
 
-        # Others use their memory.
+        # Other sequences use the freed memory.
         fresh, cache = pool.acquire(cache, 200)
         cache = write(pool, cache, fresh, range(200))
         with pytest.raises(kvp.KVPageError, match=r"is on disk: pool.prefetch\(swapped\)"):
@@ -95,7 +97,7 @@ def verbs(size: int, path: str, layout: str) -> None:
         check_equal(pool)
         nothing_left(pool, store)
 
-        # Given up, in words and by collection.
+        # Discarded, explicitly and by garbage collection.
         dropped, cache = pool.swap_out(cache, slot)
         lost, cache = pool.swap_out(cache, fresh)
         on_disk(store, dropped, lost)
@@ -111,7 +113,7 @@ def verbs(size: int, path: str, layout: str) -> None:
 
 
 class _Swapping(Churn):
-    """Requests that leave their slots for a while, too."""
+    """Requests that are also swapped out for a while."""
 
     verbs = (*Churn.verbs, "out", "out", "back", "back", "fetch", "give_up", "again")
 
@@ -147,12 +149,12 @@ class _Swapping(Churn):
             return
         swapped, _ = self.away.pop(index)
         if self._rng.integers(2):
-            self.pool.drop_swapped(swapped)  # else by its collection
+            self.pool.drop_swapped(swapped)  # otherwise discarded by garbage collection
 
     def again(self, slot: int, ids: list[int]) -> None:
         del slot, ids
         if self._rng.integers(4) == 0:
-            self.pool.check(self.cache)  # what was committed is written
+            self.pool.check(self.cache)  # so that committed tokens are written
             self.cache = self.pool.cache()
 
     def end_all(self) -> None:
@@ -176,7 +178,7 @@ def _ran(requests: _Swapping, store: kvp.BlockStore, steps: int) -> None:
 
 
 def churn(size: int, path: str, steps: int) -> None:
-    """Shards never disagree, tokens stay, whatever the store's threads do meanwhile."""
+    """Shards never disagree and tokens are kept, whatever the store's threads do meanwhile."""
     with (
         kvp.BlockStore(path) as store,
         pool_with(size, store, capacity=2 * 2**20, max_slots=8) as pool,
@@ -192,7 +194,7 @@ def _write_grown(
 
 
 def on_replicas(replicas: int, parts: int, path: str, steps: int) -> None:
-    """A sequence comes back to the replica that it has left, and needs that one's memory."""
+    """A sequence returns to the replica that it left, and needs that replica's memory."""
     spec = make_spec(4, max_slots=4 * replicas)
     size = replicas * 32 * 32 * spec.token_bytes
     axis = "tp" if parts > 1 else None
@@ -229,7 +231,7 @@ def on_replicas(replicas: int, parts: int, path: str, steps: int) -> None:
 
 
 def engine(size: int, path: str) -> None:
-    """Requests that are preempted by swapping have the tokens that they have on one device."""
+    """Requests that are preempted by swapping get the same tokens as on one device."""
     import serving_rig as rig
 
     from jax_kvpage.serving import CostAware, Engine, SamplingParams

@@ -1,4 +1,4 @@
-"""Programs of `test_mesh_swap.py` on failures, which run in a process with eight devices."""
+"""Failure tests of `test_mesh_swap.py`, which run in a process with eight devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _BROKEN = _native.StatusError(_native.Code.INTERNAL, _native.Reason.NONE, "injec
 
 
 def failures(size: int, path: str) -> None:
-    """A call that fails on one shard has happened on none, and what was swapped is still there."""
+    """A call that fails on one shard takes effect on none, and swapped sequences are still
+    there.
+    """
     ids = list(range(100, 170))
     with kvp.BlockStore(path) as store, pool_with(size, store, max_slots=6) as pool:
         (slot, busy), cache = pool.acquire(pool.cache(), [70, 40])
@@ -61,10 +63,10 @@ def failures(size: int, path: str) -> None:
 
 
 def limits(size: int, path: str) -> None:
-    """A store with room for some parts only, and a shard with less memory."""
+    """A store with room for some shards' parts only, and a shard with less memory."""
     ids = list(range(100, 170))
     spec = make_spec(4)
-    part = 3 * 32 * spec.token_bytes // size  # of a sequence with three blocks
+    part = 3 * 32 * spec.token_bytes // size  # a shard's part of three blocks
     with (
         kvp.BlockStore(path, limit=part * size - 1) as store,
         pool_with(size, store, capacity=2**20) as pool,  # 16 blocks of 32 tokens
@@ -81,7 +83,7 @@ def limits(size: int, path: str) -> None:
         check_written(cache, slot, ids)
         nothing_left(pool, store)
 
-        # A sequence that fits; then one device has too little memory to bring it back.
+        # A sequence that fits in the store; then one device has too little memory to swap it in.
         cache = pool.truncate(cache, slot, 32)
         swapped, cache = pool.swap_out(cache, slot)
         on_disk(store, swapped)
@@ -104,7 +106,7 @@ def limits(size: int, path: str) -> None:
 
 
 def refusals(path: str) -> None:
-    """What cannot work is refused in words."""
+    """Unsupported uses are refused with a clear message."""
     ids = list(range(40))
     with kvp.BlockStore(path) as store, pool_with(2, store) as pool, pool_with(2, store) as second:
         slot, cache = pool.acquire(pool.cache(), 40)

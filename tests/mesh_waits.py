@@ -17,7 +17,7 @@ import jax_kvpage as kvp
 
 
 def generations_beside_steps(size: int, rounds: int) -> None:
-    """`cache` and `close` while steps run whose devices sum: no device is left alone in a sum."""
+    """`cache` and `close` during steps with collectives leave no device alone in a collective."""
     layers, mesh = 8, make_mesh(size)
     spec = kvp.CacheSpec(layers, size, 16, max_slots=2, max_seq_len=64, dtype=jnp.float32)
 
@@ -51,8 +51,9 @@ def _wait_on_last(size: int, device: Any) -> np.ndarray:
 
 
 def releases_on_a_late_device(size: int) -> None:
-    """A decision waits until every device has run the releases before it, so that all decide alike
-    and nothing that is cached has to go."""
+    """A decision waits until every device has run the earlier releases, so that all decide alike
+    and no cached block needs to be evicted.
+    """
     mesh, ids = make_mesh(size), np.arange(1, 101, dtype=np.int32)
     zero = jax.ShapeDtypeStruct((), jnp.uint32)
 
@@ -70,7 +71,7 @@ def releases_on_a_late_device(size: int) -> None:
         pool.check(cache)
         cache = pool.release(dataclasses.replace(cache, epoch=delayed(cache.epoch)), slot)
         again, found, cache = pool.acquire_prefix(cache, [*ids, 7])
-        assert (again, found) == (slot, 100)  # adopted, which a slot that drains cannot be
+        assert (again, found) == (slot, 100)  # adopted, which a draining slot cannot be
         assert pool.find_prefix(ids + 100) == 99
         check_written(cache, again, ids.tolist())
         check_equal(pool)

@@ -1,5 +1,5 @@
-"""What tests of bad input share: a small pool, calls that are fine but for one mistake, and
-the assertion that a program fails in the right words.
+"""Helpers for tests of bad input: a small pool, calls that are valid but for one mistake, and the
+assertion that a program fails with the right message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def make_spec(layout: str | None = None) -> kvp.CacheSpec:
 
 
 def two_sequences(pool: kvp.KVPool) -> Iterator[Rig]:
-    """Two sequences at work. Afterwards they must go on as if the test had not
+    """Yields a rig with two active sequences. Afterwards they must continue as if the test had not
     happened.
     """
     rig = Rig(pool, group=2)
@@ -55,8 +55,8 @@ def live(rig: Rig) -> list[int]:
 
 
 def fails(pattern: str, call: Callable[[], object]) -> None:
-    """The program fails at run time with this message, case ignored. Where it is the device that
-    finds out, what should have been results is NaN.
+    """Asserts that the program fails at run time with this message (case-insensitive). If the
+    device detects the error, the results must be NaN.
     """
     status = "(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): "
 

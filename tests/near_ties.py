@@ -1,9 +1,9 @@
-"""Equal outputs, but for near ties.
+"""Equality of outputs except for near ties.
 
-Programs of other shapes round differently, so a token that is nearly as likely as another may
+Programs of different shapes round differently, so a token that is nearly as likely as another may
 differ. An output passes if it equals the reference's up to a position where the reference's choice
-was close (`TIE`), and if from there on each token is what the reference chooses after the same
-tokens (teacher-forced), or was close again.
+was close (`TIE`), and if each token from there on is what the reference chooses after the same
+tokens (teacher forcing), or another close choice.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jax_kvpage.serving.engine.verifying import VerifiedBatch
 
 TIE = 1e-3
 
-# Logits [tokens, vocabulary] of a text.
+# Computes the logits [tokens, vocabulary] of a text.
 Logits = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the reference chooses, and how close that was.
+    """What the reference chooses, and how close the choice was.
 
     Attributes:
-        token: the choice.
-        margin: between the two best (perturbed) scores, or the distance of a token to a cut (top_p:
-            in probability; top_k and min_p: in scores), if that is less.
+        token: The chosen token.
+        margin: Gap between the two best (perturbed) scores, or the distance of a token to a cutoff
+            if that is smaller (top_p: in probability; top_k and min_p: in scores).
     """
 
     token: int
@@ -47,11 +47,11 @@ def choose(
     """Chooses the next token in float64.
 
     Args:
-        row: logits [vocabulary].
-        seen: tokens so far.
-        prompt: how many of them are the prompt.
-        p: with a seed, if it samples.
-        index: of the continuation.
+        row: Logits [vocabulary].
+        seen: Tokens so far.
+        prompt: Number of prompt tokens among them.
+        p: Sampling parameters; with a seed if it samples.
+        index: Index of the continuation.
     """
     scores = row.astype(np.float64)
     for token in set(seen):
@@ -73,7 +73,7 @@ def choose(
 
 
 def _cut(scores: np.ndarray, p: SamplingParams) -> tuple[np.ndarray, list[float]]:
-    """Scores with -inf for what top_k, top_p and min_p leave out, and the distances to the cuts."""
+    """Masks the scores that top_k, top_p and min_p exclude with -inf; also returns the margins."""
     order, margins = np.argsort(-scores, kind="stable"), [np.inf]
     kept = np.ones(len(scores), bool)
     if 0 < p.top_k < len(scores):
@@ -98,18 +98,18 @@ def check(
     logits: Logits,
     index: int = 0,
 ) -> int:
-    """Asserts that an output equals the reference's, but for near ties.
+    """Asserts that an output equals the reference's, except for near ties.
 
     Args:
-        got: the tokens; they may have been cut short.
-        reference: those of the request alone.
-        prompt: the tokens before them.
-        params: of the request.
-        logits: the model on a whole text.
-        index: of the continuation.
+        got: Output tokens; may have been cut short.
+        reference: Output tokens of the request run alone.
+        prompt: Prompt tokens.
+        params: Sampling parameters of the request.
+        logits: Computes the logits of a whole text.
+        index: Index of the continuation.
 
     Returns:
-        Tokens that differ from what the reference chooses.
+        The number of tokens that differ from the reference's choice.
     """
     pairs = enumerate(zip(got, reference, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(got), len(reference)))
@@ -130,7 +130,9 @@ def check(
 
 
 def text_logits(step: Any, params: Any, pool: kvp.KVPool, most: int = 128) -> Logits:
-    """The model on whole texts of at most `most` tokens, each in one step, on an unused pool."""
+    """Returns a function that runs the model on texts of at most `most` tokens, each in one step,
+    on an unused pool.
+    """
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Any, cache: kvp.KVCache, tokens: jax.Array, slot: Any, count: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What tests of the pool's host side share: a small spec, counts of blocks, and a check that every
+"""Helpers for tests of the pool's host side: a small spec, block counts, and a check that every
 block is in exactly one state.
 """
 
@@ -24,12 +24,14 @@ def count_blocks(spec: kvp.CacheSpec, num_tokens: int) -> int:
 
 
 def drained(cache: kvp.KVCache) -> kvp.KVCache:
-    """After this, every release that was queued has run."""
+    """Waits until every queued release has run."""
     return jax.block_until_ready(cache)
 
 
 def check_totals(pool: kvp.KVPool) -> kvp.PoolStats:
-    """Every block is in exactly one state, and bytes are blocks times their size."""
+    """Asserts that every block is in exactly one state, and that bytes are blocks times block
+    size.
+    """
     stats, size = pool.stats(), pool.spec.block_bytes
     in_use = stats.blocks_mapped + stats.blocks_parked + stats.blocks_draining
     assert stats.blocks_total == in_use + stats.blocks_free

@@ -1,4 +1,4 @@
-"""A pool whose sequences are acquired by their tokens, and what they must hold."""
+"""A rig whose sequences are acquired by their tokens, with a model of their contents."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _read = jax.jit(
 
 @jax.jit
 def _read_values(cache: kvp.KVCache, batch: kvp.Batch, begin: jax.Array) -> jax.Array:
-    """Values [layers, tokens, heads, head_dim] of a sequence from `begin` on: in a window of one
-    token, attention shows its value.
+    """Returns the values [layers, tokens, heads, head_dim] of a sequence from `begin` on: with a
+    window of one token, attention returns that token's value.
     """
     lengths = cache.lengths.at[batch.slots[0]].set(begin)
     before = dataclasses.replace(cache, lengths=lengths)
@@ -56,7 +56,9 @@ def spec_of(layout: str, dtype: object = jnp.float32, **changes: object) -> kvp.
 
 @functools.cache
 def _token_rows(token: int, position: int) -> NDArray[np.float32]:
-    """Keys and values of a token, [2, layers, heads, head_dim], a function of id and position."""
+    """Returns a token's keys and values [2, layers, heads, head_dim], determined by id and
+    position.
+    """
     rng = np.random.default_rng((token & 0xFFFFFFFF, position))
     return rng.standard_normal((2, LAYERS, HEADS, DIM), np.float32)
 
@@ -65,7 +67,7 @@ class Replay:
     """A copy of a pool's index, kept up to date by its events.
 
     Attributes:
-        blocks: of each block its namespace, its parent's hash and its tokens.
+        blocks: Namespace, parent hash and tokens of each block.
     """
 
     def __init__(self) -> None:
@@ -89,7 +91,7 @@ class Replay:
                     parent = name
 
     def sequences(self) -> set[tuple[str | None, tuple[int, ...]]]:
-        """The namespace and all tokens up to the end of each block."""
+        """Returns, for each block, its namespace and all tokens up to its end."""
         found = set()
         for space, parent, ids in self.blocks.values():
             while parent is not None:
@@ -101,7 +103,9 @@ class Replay:
 
 
 def contents(ids: Sequence[int], begin: int = 0) -> NDArray[np.float32]:
-    """Keys and values of the tokens from `begin` on, [2, layers, tokens, heads, head_dim]."""
+    """Returns keys and values of the tokens from `begin` on: [2, layers, tokens, heads,
+    head_dim].
+    """
     rows = [_token_rows(int(ids[i]), i) for i in range(begin, len(ids))]
     empty = np.zeros((2, LAYERS, 0, HEADS, DIM), np.float32)
     return np.stack(rows, axis=2) if rows else empty
@@ -115,8 +119,8 @@ class PrefixRig:
     """A pool and its newest cache.
 
     Attributes:
-        ids: of each live slot, the tokens that have been written.
-        dropped: of slots that have dropped tokens, how many.
+        ids: Written tokens of each live slot.
+        dropped: Number of dropped tokens of slots that have dropped any.
     """
 
     def __init__(self, pool: kvp.KVPool) -> None:
@@ -126,14 +130,16 @@ class PrefixRig:
         self.dropped: dict[int, int] = {}
 
     def drop(self, slot: int, tokens: int) -> None:
-        """Drops whole blocks of tokens."""
+        """Drops full blocks of tokens."""
         self.cache = self.pool.drop_before(self.cache, slot, tokens)
         whole = max(tokens - tokens % BLOCK, self.dropped.get(slot, 0))
         if whole:
             self.dropped[slot] = whole
 
     def acquire(self, ids: Sequence[int], **options: object) -> tuple[int, int]:
-        """A slot for a request, with all its tokens written and committed; and what was found."""
+        """Acquires a slot and writes and commits all its tokens; also returns how many were
+        found.
+        """
         ids = [int(token) for token in ids]
         slot, cached, self.cache = self.pool.acquire_prefix(self.cache, ids, **options)
         self.ids[slot] = ids[:cached]
@@ -162,7 +168,7 @@ class PrefixRig:
         return jnp.float32 if dtype.itemsize == 1 else dtype
 
     def release(self, *slots: int) -> None:
-        """Ends sequences, and waits until they have drained."""
+        """Releases sequences and waits until they have drained."""
         self.cache = self.pool.release(self.cache, list(slots))
         for slot in slots:
             del self.ids[slot]
@@ -170,7 +176,9 @@ class PrefixRig:
         self.pool.check(self.cache)
 
     def check(self) -> None:
-        """Checks that every live sequence holds the tokens written to it, rounded as stored."""
+        """Asserts that every live sequence holds the tokens written to it, rounded to the stored
+        dtype.
+        """
         for slot, ids in self.ids.items():
             lengths = np.asarray(self.cache.lengths)
             assert lengths[slot] == len(ids), f"slot {slot}: {lengths[slot]} != {len(ids)}"

@@ -1,4 +1,4 @@
-"""Programs of `test_process_endings.py`: processes that stop doing the same."""
+"""Programs of `test_process_endings.py`: processes that diverge, stop or are interrupted."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def _pool() -> Iterator[tuple[kvp.KVPool, kvp.KVCache, int]]:
         yield pool, write(pool, cache, slot, range(10)), slot
         check_equal(pool)
         before = pool.slot_table()
-        with pytest.raises(kvp.KVPageError):  # and it stays like that
+        with pytest.raises(kvp.KVPageError):  # the error is permanent
             pool.extend(slot, 100)
         assert pool.slot_table() == before
 
 
 def divergence() -> None:
-    """Calls that are not the same everywhere are an error everywhere, which names them."""
+    """Calls that differ between processes raise an error everywhere, which names them."""
     here = jax.process_index()
-    with _pool() as (pool, cache, slot):  # another call
+    with _pool() as (pool, cache, slot):  # a different call
         wanted = r"0: .*extend\(\[0\], \[70\]\); .*1: .*acquire\(\[8"
         with pytest.raises(kvp.KVPageError, match=wanted):
             pool.acquire(cache, 8) if here else pool.extend(slot, 70)
-    with _pool() as (pool, cache, _):  # another argument
+    with _pool() as (pool, cache, _):  # a different argument
         wanted = r"0: .*acquire\(\[70\]\); .*1: .*acquire\(\[71\]"
         with pytest.raises(kvp.KVPageError, match=wanted):
             pool.acquire(cache, 70 + here)
-    with _pool() as (pool, cache, slot):  # another order of calls that decide alone
+    with _pool() as (pool, cache, slot):  # a different order of calls that do not communicate
         for ids in ([1], [2]) if here else ([2], [1]):
             pool.commit(slot, ids)
         wanted = r"0: .*commit\(0, \[2\]\).*commit\(0, \[1\]\).*1: .*commit\(0, \[1\]\)"
         with pytest.raises(kvp.KVPageError, match=wanted):
             pool.acquire(cache, 70)
-    with _pool() as (pool, cache, slot):  # one call more
+    with _pool() as (pool, cache, slot):  # one more call
         if here:
             cache = pool.release(cache, slot)
         with pytest.raises(kvp.KVPageError, match=r"1: .*release\(\[\(1, 0"):
@@ -74,7 +74,7 @@ def _nothing() -> Iterator[None]:
 
 
 def absence() -> None:
-    """A process that does not come, or goes, is not waited for without end. Waits 3 or 4.3 s."""
+    """A process that is late or has gone is not waited for forever. Waits 3 or 4.3 s."""
     here = jax.process_index()
     for absent in (0, 1):
         with _pool() as (pool, cache, _):
@@ -82,7 +82,7 @@ def absence() -> None:
             if here == absent:
                 time.sleep(7)
             begin = time.monotonic()
-            if here == absent == 0:  # it comes late, and hears only then that process 1 has gone
+            if here == absent == 0:  # it is late, and only learns now that process 1 has gone
                 _, cache = pool.acquire(cache, 70)
             with pytest.raises(kvp.KVPageError, match=f"process {absent} has not made this call"):
                 pool.acquire(cache, 70)
@@ -92,7 +92,7 @@ def absence() -> None:
         with make_pool(len(jax.devices()), 4) as pool:
             cache = pool.cache()
             if here == absent:
-                continue  # the end of the block closes the pool
+                continue  # leaving the `with` block closes the pool
             with pytest.raises(kvp.KVPageError, match=f"process {absent} has closed the pool"):
                 pool.acquire(cache, 70)
 
@@ -114,7 +114,7 @@ def interrupts() -> None:
 
 
 def work() -> None:
-    """Steps with decisions and sums over the devices, without end."""
+    """Runs steps with decisions and collectives forever."""
     with make_pool(len(jax.devices()), 4, max_slots=6) as pool:
         assert pool.sharding is not None
         mesh = pool.sharding.mesh

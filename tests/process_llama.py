@@ -33,7 +33,7 @@ def _tokens(size: int, capacity: int) -> tuple[list[list[list[int]]], tuple[int,
         kvp.KVPool(spec, capacity, mesh=mesh, axis=mesh and "tp") as pool,
         Engine(step, weights, pool, config) as engine,
     ):
-        for _ in range(2):  # the second time prompts are in memory
+        for _ in range(2):  # the second time, prompts are cached
             outputs = engine.generate(_PROMPTS, _PARAMS)
             results += [[each.token_ids for each in output.outputs] for output in outputs]
         stats = engine.stats
@@ -41,9 +41,9 @@ def _tokens(size: int, capacity: int) -> tuple[list[list[list[int]]], tuple[int,
 
 
 def tokens() -> None:
-    """Text, preemptions and what is found in the prefix cache are those of one device."""
+    """Text, preemptions and prefix cache hits are the same as on one device."""
     spec = kvp.CacheSpec(2, 2, 32, 6, 128, dtype=jnp.float32, block_tokens=16)
-    capacity = 6 * spec.resolve("cpu").block_bytes  # too little for all
+    capacity = 6 * spec.resolve("cpu").block_bytes  # too little for all requests
     got, counts = _tokens(len(jax.devices()), capacity)
     assert counts[0]
     assert counts[2]

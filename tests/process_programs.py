@@ -30,7 +30,7 @@ KV_HEADS = 4
 
 
 def written(cache: kvp.KVCache, slot: int, tokens: int) -> np.ndarray:
-    """The ids whose keys a slot has, of every head of this process: [tokens, heads]."""
+    """Returns the ids encoded in a slot's keys, for each head of this process: [tokens, heads]."""
     k, v = kvp.read_kv(cache, [slot], 1)
     columns = []
     for key, value in zip(k.addressable_shards, v.addressable_shards, strict=True):
@@ -47,7 +47,9 @@ def check_written(cache: kvp.KVCache, slot: int, ids: Any) -> None:
 
 
 def attention() -> None:
-    """Attention of each head of this process is that of a pool on one device, bit for bit."""
+    """The attention of each head of this process equals that of a pool on one device, bit for
+    bit.
+    """
     size, heads = len(jax.devices()), 8
     with make_pool(size, KV_HEADS) as pool:
         slots, cache = pool.acquire(pool.cache(), [64, 64])
@@ -127,14 +129,14 @@ def verbs() -> None:
         assert stats.block_bytes == 32 * pool.spec.token_bytes
         pool.resize(stats.capacity // 2)
         assert pool.stats().blocks_total == stats.blocks_total // 2
-        # Each process may see another amount of memory: the least of them counts.
+        # Processes may see different amounts of memory: the least counts.
         pool.resize(stats.capacity // (4 if jax.process_index() else 2))
         assert pool.stats().blocks_total == stats.blocks_total // 4
         pool.check(cache)
 
 
 def churn(steps: int) -> None:
-    """Processes never disagree, tokens stay."""
+    """Processes never disagree, and tokens are kept."""
     with make_pool(len(jax.devices()), KV_HEADS, max_slots=8, capacity=2 * 2**20) as pool:
         requests = Churn(pool, 7, write=write_each, check=check_written, audit=check_equal)
         requests.run(steps)
@@ -154,7 +156,7 @@ _NO_MEMORY = _native.StatusError(
 
 
 def failures() -> None:
-    """A call that fails in one process has happened in none, and all hear why."""
+    """A call that fails in one process takes effect in none, and all processes learn why."""
     calls = {
         "acquire": lambda pool, cache, a, b: pool.acquire(cache, [40, 8]),
         "extend": lambda pool, cache, a, b: pool.extend([a, b], [200, 90]),
@@ -189,7 +191,7 @@ def failures() -> None:
                     assert _facts(pool) == before, name
                     assert pool.stats().blocks_total == total
                     check_equal(pool)
-        c, cache = pool.acquire(cache, 100)  # all goes on from the same cache
+        c, cache = pool.acquire(cache, 100)  # the same cache can still be used
         pool.extend(a, 100)
         cache = write(pool, cache, a, range(40, 60))
         check_written(cache, a, range(60))
@@ -197,13 +199,13 @@ def failures() -> None:
 
 
 def out_of_blocks() -> None:
-    """Too little memory in one process is an OutOfBlocks in all, which changes nothing."""
+    """Too little memory in one process raises OutOfBlocks in all, and changes nothing."""
     with make_pool(len(jax.devices()), KV_HEADS, capacity=2**20) as pool:  # 16 blocks
         slot, cache = pool.acquire(pool.cache(), 250)
         with pytest.raises(kvp.OutOfBlocks) as raised:
             pool.acquire(cache, [200, 200])
         assert (raised.value.wanted, raised.value.free) == (14, 8)
-        if jax.process_index() == 1:  # a device of this process alone has less
+        if jax.process_index() == 1:  # only a device of this process has less
             last = pool._pool.shards[-1]
             last.resize(last.numbers().block_bytes * 9)
         before = _facts(pool)
@@ -219,13 +221,13 @@ def out_of_blocks() -> None:
 
 
 def failed_programs() -> None:
-    """A program that fails in one process fails in all; lengths are then the least."""
+    """A program that fails in one process fails in all; lengths are then the minimum."""
     with make_pool(len(jax.devices()), KV_HEADS) as pool:
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
         pool.check(cache)
         assert pool.sharding is not None
-        if jax.process_index() == 1:  # a call on this device alone makes its part stale
+        if jax.process_index() == 1:  # a call on this device alone makes its shard stale
             own = jax.tree.map(lambda x: x.addressable_shards[0].data, cache)
             own = kvp.KVCache(own.handle, own.epoch, own.lengths, pool.sharding.local)
             jax.block_until_ready(kvp.set_lengths(own, [slot], 10))
@@ -239,14 +241,14 @@ def failed_programs() -> None:
         assert pool.committed(slot) == list(range(10))
         cache = write(pool, cache, slot, [77])
         check_written(cache, slot, [*range(10), 77])
-        pool.release(cache, slot)  # overtaken by a new generation
+        pool.release(cache, slot)  # does not run before the new generation
         slot, cache = pool.acquire(pool.cache(), 32)
         cache = write(pool, cache, slot, range(10))
         pool.check(pool.release(cache, slot))
 
 
 def a_sum_behind_an_op_that_fails() -> None:
-    """An op that one process alone cannot run leaves no other process in a sum."""
+    """An op that fails in one process only leaves no other process waiting in a collective."""
     with make_pool(len(jax.devices()), KV_HEADS) as pool:
         assert pool.sharding is not None
 
@@ -283,7 +285,7 @@ def a_sum_behind_an_op_that_fails() -> None:
 
 
 def refusals() -> None:
-    """What cannot work is refused in words, everywhere."""
+    """Unsupported uses are refused with a clear message in every process."""
     here = jax.process_index()
     size = len(jax.devices())
     with make_pool(size, KV_HEADS, capacity=None) as pool:
@@ -297,7 +299,7 @@ def refusals() -> None:
                 with pytest.raises(ValueError, match=f"{name}: .*several processes.*pool.extend"):
                     call(cache)
         pool.check(pool.release(cache, slots))
-    pool.close()  # again
+    pool.close()  # closing twice is allowed
     for closed in (pool.cache, lambda: pool.extend(0, 3), lambda: pool.acquire(cache, 3)):
         with pytest.raises(kvp.PoolClosed):
             closed()
@@ -309,7 +311,7 @@ def refusals() -> None:
     many = "slots can be split .data_axis. over the devices of one process only(?s:.)*max_slots=5"
     with pytest.raises(ValueError, match=many):
         kvp.KVPool(make_spec(KV_HEADS, max_slots=5), "1MiB", mesh=everywhere, data_axis="dp")
-    # In one process less memory is available, allocation fails, or the arguments differ.
+    # In one process, less memory is available, allocation fails, or the arguments differ.
     for name, error in (
         ("process_queue.total_bytes", ValueError("injected")),
         ("pools.NativePool", kvp.OutOfBlocks("injected", wanted=1, free=0)),

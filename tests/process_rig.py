@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 from subprocesses import command_of
 
-# Seconds after which a dead process is noticed, and that the others have to end then (see README).
+# Seconds until a dead process is noticed, and until the others must have ended (see README).
 HEARTBEAT = 10
-SHUTDOWN = 60  # a process waits for those that still compute what it has computed
+SHUTDOWN = 60  # a process waits for others that still compute what it has finished
 END_WITHIN = HEARTBEAT + 20
 
 
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def join(index: int, count: int, port: int, devices: int = 1) -> None:
-    """Begins a process of the test: `devices` CPU devices of its own, and those of the others."""
+    """Joins the test's processes: `devices` CPU devices here, and those of the other processes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.distributed.initialize(
@@ -57,10 +57,10 @@ def started(
     """Runs `code` in `count` processes, which are killed at the end of the block.
 
     Args:
-        code: after `join`; `index` is the number of the process.
-        count: of processes.
-        devices: of each.
-        timeout: seconds that a process waits for the others' part in a call.
+        code: Runs after `join`; `index` is the number of the process.
+        count: Number of processes.
+        devices: Devices per process.
+        timeout: Seconds that a process waits for the other processes in a call.
     """
     port, processes = free_port(), []
     begin = "from process_rig import join; import sys; index = int(sys.argv[1])"
@@ -81,7 +81,7 @@ def started(
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], within: float) -> list[Ended]:
-    """Waits for all to end; a process that hangs fails the test, with what all have written."""
+    """Waits for all processes; if one hangs, fails the test with the output of all."""
     until, found, late = time.monotonic() + within, [], []
     for index, process in enumerate(processes):
         try:
@@ -98,7 +98,9 @@ def ended(processes: Sequence[subprocess.Popen[str]], within: float) -> list[End
 def run_processes(
     code: str, count: int = 2, devices: int = 1, timeout: float = 60, within: float = 240
 ) -> list[str]:
-    """Runs `code` as `started` does, and asserts that all exit with 0; returns their output."""
+    """Runs `code` like `started`, asserts that all processes exit with 0, and returns their
+    output.
+    """
     with started(code, count, devices, timeout) as processes:
         found = ended(processes, within)
     text = "\n".join(f"--- process {i}: {e.status}\n{e.out}{e.err}" for i, e in enumerate(found))

@@ -1,7 +1,7 @@
-"""What the ops should compute, written as plainly as possible: float64 NumPy attention and a Python
-model of the cache.
+"""The expected results of the ops, written as plainly as possible: float64 NumPy attention and a
+Python model of the cache.
 
-Nothing here is shared with the package: an error would have to be made twice to go unseen.
+Nothing here is shared with the package: a mistake would have to be made twice to go unnoticed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PLAIN = Variant()
 def attend(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, num_before: int, variant: Variant = PLAIN
 ) -> tuple[Array, Array]:
-    """Attention of one sequence's new tokens over its whole context, one token and one head at a
-    time.
+    """Computes the attention of one sequence's new tokens over its whole context, one token and one
+    head at a time.
 
     Args:
         q: [n, q_heads, head_dim], the new tokens.
-        k: [num_before + n or more, kv_heads, head_dim], what is past the new tokens is not read.
-        v: like k.
-        num_before: tokens of the sequence before the new ones.
+        k: [num_before + n or more, kv_heads, head_dim]; rows past the new tokens are not read.
+        v: Like k.
+        num_before: Number of tokens before the new ones.
 
     Returns:
         out: float64 [n, q_heads, head_dim]; lse: float64 [n, q_heads], natural log of the
@@ -83,7 +83,7 @@ def attend_ragged(
     query_offsets: Sequence[int],
     variant: Variant = PLAIN,
 ) -> tuple[Array, Array]:
-    """`attend` for each sequence of a ragged batch; no context is padding (0 and -inf)."""
+    """Applies `attend` to each sequence of a ragged batch; context None is padding (0 and -inf)."""
     q64 = np.asarray(q, np.float64)
     out = np.zeros_like(q64)
     lse = np.full(q64.shape[:2], -np.inf)
@@ -95,10 +95,10 @@ def attend_ragged(
 
 
 def quantized_rows(x: ArrayLike, dtype: object) -> tuple[Array, NDArray[np.float32]]:
-    """Rows (the last axis) as int8 or float8_e4m3fn with a scale each, for finite `x`.
+    """Quantizes rows (the last axis) to int8 or float8_e4m3fn with one scale each; `x` is finite.
 
     Returns:
-        elements: float64, the numbers that are stored; scale: float32, one dimension less.
+        elements: float64, the stored numbers; scale: float32, one dimension less.
     """
     x32 = np.asarray(x, np.float32)
     int8 = jnp.dtype(dtype) == jnp.int8
@@ -109,19 +109,19 @@ def quantized_rows(x: ArrayLike, dtype: object) -> tuple[Array, NDArray[np.float
     scaled = scaled.astype(np.float64)
     if int8:
         return np.rint(scaled), scale
-    # Three bits of mantissa; below 2^-6 a fixed step.
+    # Three mantissa bits; below 2^-6 the step is fixed.
     exponent = np.maximum(np.frexp(scaled)[1] - 1, -6)
     step = np.ldexp(1.0, exponent - 3)
     return np.rint(scaled / step) * step, scale
 
 
 def is_quantized(dtype: object) -> bool:
-    """Whether the cache stores scales for this dtype."""
+    """Returns whether the cache stores scales for this dtype."""
     return jnp.dtype(dtype) in (jnp.int8, jnp.float8_e4m3fn)
 
 
 def rounded(x: ArrayLike, dtype: object) -> Array:
-    """The values that are left when `x` has been stored as `dtype`, in float64."""
+    """Returns the values of `x` after storing as `dtype`, in float64."""
     if is_quantized(dtype):
         elements, scale = quantized_rows(x, dtype)
         return elements * scale[..., None].astype(np.float64)
@@ -129,12 +129,12 @@ def rounded(x: ArrayLike, dtype: object) -> Array:
 
 
 def tolerance(dtype: object, values: ArrayLike) -> float:
-    """How far `out` may be from the reference, when arithmetic is float32 and the result is rounded
-    to `dtype`.
+    """Returns how far `out` may be from the reference if arithmetic is float32 and the result is
+    rounded to `dtype`.
 
-    One rounding of the result is eps / 2 of its size; twice that leaves room for ties. The float32
-    part (dot products of up to 256 terms, exponentials, sums over a few hundred keys) stays well
-    below 100 of its own eps.
+    One rounding of the result is eps / 2 of its magnitude; twice that leaves room for ties. The
+    float32 part (dot products of up to 256 terms, exponentials, sums over a few hundred keys) stays
+    well below 100 float32 eps.
     """
     size = float(np.max(np.abs(np.asarray(values, np.float64)), initial=1.0))
     own = 0.0 if jnp.dtype(dtype) == jnp.float32 else float(jnp.finfo(dtype).eps)
@@ -144,7 +144,7 @@ def tolerance(dtype: object, values: ArrayLike) -> float:
 def check_output(
     got: ArrayLike, want: Array, dtype: object, values: ArrayLike, note: object = ""
 ) -> None:
-    """Asserts that `got` is `want` up to `tolerance`, and that nothing in it is NaN."""
+    """Asserts that `got` equals `want` up to `tolerance` and has no NaN."""
     got64 = np.asarray(got, np.float64)
     assert got64.shape == want.shape
     assert np.all(np.isfinite(got64)), f"not finite: {note}"
@@ -164,7 +164,7 @@ def check_lse(got: ArrayLike, want: Array, note: object = "") -> None:
 
 
 class CacheModel:
-    """The contents a cache should have: for each live slot and layer the K and V written so far,
+    """The expected contents of a cache: for each live slot and layer, the K and V written so far,
     and its length.
     """
 
@@ -193,9 +193,7 @@ class CacheModel:
         del self.lengths[slot]
 
     def append(self, slot: int, layer: int, k: ArrayLike, v: ArrayLike) -> None:
-        """Writes at the slot's length: what an earlier, never advanced write left there is
-        overwritten.
-        """
+        """Writes at the slot's length, overwriting any earlier write that was not advanced."""
         kept = self.lengths[slot]
         self._k[slot, layer] = np.concatenate([self._k[slot, layer][:kept], rounded(k, self.dtype)])
         self._v[slot, layer] = np.concatenate([self._v[slot, layer][:kept], rounded(v, self.dtype)])
@@ -207,5 +205,7 @@ class CacheModel:
         self.lengths[slot] = length
 
     def context(self, slot: int, layer: int) -> tuple[Array, Array]:
-        """Everything written for the slot, new tokens that are not yet advanced included."""
+        """Returns everything written to the slot, including new tokens that are not yet
+        advanced.
+        """
         return self._k[slot, layer], self._v[slot, layer]

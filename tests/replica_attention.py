@@ -29,7 +29,7 @@ def _operands(kv_heads: int, tokens: int) -> list[np.ndarray]:
 
 
 def _alone(kv_heads: int, replicas: int) -> list[Any]:
-    """The same from a pool on one device, tokens in the order of the call."""
+    """Returns the results of a pool on one device, tokens in the order of the call."""
     lengths, results = _lengths(replicas), []
     with kvp.KVPool(make_spec(kv_heads, max_slots=16), "32MiB") as pool:
         slots, cache = pool.acquire(pool.cache(), [64] * len(lengths[0]))
@@ -43,7 +43,7 @@ def _alone(kv_heads: int, replicas: int) -> list[Any]:
 
 
 def plain_jit(replicas: int, parts: int, kv_heads: int, kind: str) -> None:
-    """Each sequence gets bit for bit what a pool on one device gives; nothing is gathered."""
+    """Each sequence gets bit for bit the result of a pool on one device; nothing is gathered."""
     wanted = _alone(kv_heads, replicas)
     with make_pool(replicas, parts, kv_heads, kind=kind) as pool:
         lengths = _lengths(replicas)
@@ -77,7 +77,9 @@ def plain_jit(replicas: int, parts: int, kv_heads: int, kind: str) -> None:
 
 
 def in_shard_map(replicas: int, parts: int, kind: str) -> None:
-    """A step that the caller maps: each replica sees its own slots, and results vary over both."""
+    """A step that the caller maps: each replica sees its own slots, and results vary over both
+    axes.
+    """
     kv_heads = 4
     with make_pool(replicas, parts, kv_heads, kind=kind) as pool:
         assert pool.sharding is not None
@@ -111,7 +113,7 @@ def in_shard_map(replicas: int, parts: int, kind: str) -> None:
         assert (each == each[:, :1]).all()
         np.testing.assert_array_equal(each[:, 0].reshape(-1)[made.rows], [0, 1, 2] * len(slots))
         assert {row.length for row in pool.slot_table(new)} == {3}
-        # Rolled back by numbers of the pool, and again under plain jit.
+        # Rolled back with the pool's slot numbers, and again under plain jit.
         new = jax.jit(lambda cache: kvp.set_lengths(cache, jnp.asarray(slots), 0))(new)
         assert {row.length for row in pool.slot_table(new)} == {0}
         outs, new = jax.jit(_plain)(new, *operands, made.batch)
@@ -148,7 +150,7 @@ def _plain(cache: kvp.KVCache, q: Any, k: Any, v: Any, batch: kvp.Batch) -> Any:
 
 
 def mapped_in_programs(replicas: int, parts: int) -> None:
-    """Each replica maps blocks for its own slots from inside a program, all its devices alike."""
+    """Each replica maps blocks for its own slots inside a program, alike on all its devices."""
     with make_pool(replicas, parts) as pool:
         assert pool.sharding is not None
         slots, cache = pool.acquire(pool.cache(), [16] * (2 * replicas))
@@ -182,13 +184,13 @@ def mapped_in_programs(replicas: int, parts: int) -> None:
 
 
 def _shrink(pool: kvp.KVPool) -> None:
-    """The first replica has no memory for more than one sequence of 200 tokens."""
+    """Leaves the first replica with memory for only one sequence of 200 tokens."""
     full = pool._pool.replicas[0]
     full.resize(10 * full.numbers().block_bytes)
 
 
 def _loop(cache: kvp.KVCache, batch: kvp.Batch, *steps: Any) -> Any:
-    """Decodes, making room on the way. q, k, v [steps, rows, heads, dim] in, out and ok out."""
+    """Decodes, growing room on the way. q, k, v [steps, rows, heads, dim]; returns out and ok."""
 
     def body(cache: kvp.KVCache, xs: Any) -> Any:
         cache, ok = kvp.grow(cache, batch)
@@ -200,7 +202,7 @@ def _loop(cache: kvp.KVCache, batch: kvp.Batch, *steps: Any) -> Any:
 
 
 def grown_under_jit(replicas: int, parts: int) -> None:
-    """A loop under plain jit maps its own blocks, and gives what it gives on one device."""
+    """A loop under plain jit that maps its own blocks gives the same as on one device."""
     count, steps = 2 * replicas - 1, 40
     operands = [
         random(i, steps, count, n, HEAD_DIM) for i, n in enumerate((_HEADS, _HEADS, _HEADS))
@@ -232,7 +234,7 @@ def grown_under_jit(replicas: int, parts: int) -> None:
             assert (numbers.decisions, numbers.pending) == (steps, 0)
             assert numbers.fetched == steps * (parts - 1)
         check_shards_equal(pool)
-        # One replica runs out, and the others do not.
+        # One replica runs out of blocks, the others do not.
         _shrink(pool)
         made = kvp.spread(pool, slots, [200] * count)
         cache, ok = kvp.grow(cache, made.batch)
@@ -242,7 +244,7 @@ def grown_under_jit(replicas: int, parts: int) -> None:
             [0] if owners.count(0) == 2 else []
         )
         check_shards_equal(pool)
-        # A free slot fails the program on its replica; the others have what they mapped.
+        # A free slot fails the program on its replica; the others keep what they have mapped.
         free = next(slot for slot in range(2 * replicas) if slot not in slots)
         made = kvp.spread(pool, [free, *slots], [1, *[210] * count])
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="free"):
@@ -256,7 +258,7 @@ def grown_under_jit(replicas: int, parts: int) -> None:
 
 
 def refused_batches() -> None:
-    """A batch without a part for each replica is refused, and so is room for a list of slots."""
+    """Refuses a batch without a part for each replica, and growing a list of slots."""
     with make_pool(2, 2) as pool:
         assert pool.sharding is not None
         slots, cache = pool.acquire(pool.cache(), [16, 16])

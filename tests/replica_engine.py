@@ -1,4 +1,4 @@
-"""The engine over pools with replicas: the programs of `test_replicas_engine.py`."""
+"""The engine over pools with replicas: programs of `test_replicas_engine.py`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from jax_kvpage.serving import (
 )
 from jax_kvpage.serving.engine.programs import Programs
 
-_ROWS = 4  # of a replica
+_ROWS = 4  # per replica
 
 
 def _pool(
     replicas: int, parts: int = 1, blocks: int = 32, store: Any = None, **options: Any
 ) -> kvp.KVPool:
-    """So many blocks for each replica."""
+    """Makes a pool with this many blocks per replica."""
     spec = rig.spec(2 * _ROWS * replicas, **options)
     mesh = replica_rig.make_mesh(replicas, parts)
     axis = "tp" if parts > 1 else None
@@ -54,7 +54,7 @@ def _mapped(sharding: Any) -> Any:
 
 @contextlib.contextmanager
 def _engine(pool: kvp.KVPool, mapped: bool = True, **options: Any) -> Iterator[Engine]:
-    """An engine whose model runs under `jax.shard_map`, or says nothing about devices."""
+    """An engine whose model runs under `jax.shard_map`, or does not mention devices."""
     step = _mapped(pool.sharding) if mapped else rig.step
     weights = jax.device_put(rig.params(), pool.placement)
     with Engine(step, weights, pool, rig.config(**options)) as engine:
@@ -64,14 +64,14 @@ def _engine(pool: kvp.KVPool, mapped: bool = True, **options: Any) -> Iterator[E
 
 
 def _check_accounts(pool: kvp.KVPool) -> None:
-    """No replica has lost a block or a slot."""
+    """Asserts that no replica has lost a block or a slot."""
     for stats in pool.replica_stats():
         assert stats.blocks_free + stats.blocks_parked == stats.blocks_total
         assert (stats.slots_occupied, stats.slots_draining) == (0, 0)
 
 
 def _replicas(engine: Engine) -> dict[object, set[int]]:
-    """Where each request runs."""
+    """Returns the replicas on which each request runs."""
     found: dict[object, set[int]] = {}
     for state in engine._slots.occupied():
         assert engine._pool.replica_of(state.slot) == state.row // _ROWS
@@ -84,7 +84,7 @@ def _preemptions(engine: Engine) -> list[int]:
 
 
 def outputs() -> None:
-    """Every request gets the tokens that it gets alone on one device."""
+    """Every request gets the same tokens as alone on one device."""
     wanted = rig.alone()
     shapes = [(2, 1, True), (4, 1, False), *([(2, 2, False)] if is_exhaustive() else [])]
     for replicas, parts, mapped in shapes:
@@ -97,7 +97,7 @@ def outputs() -> None:
 
 
 def explicit() -> None:
-    """A mesh of explicit axes, for a model under `jax.shard_map`."""
+    """A mesh with explicit axes, for a model under `jax.shard_map`."""
     spec = rig.spec(4 * _ROWS)
     mesh = replica_rig.make_mesh(2, 1, "Explicit")
     size = 64 * spec.num_ranges * spec.block_bytes
@@ -107,7 +107,7 @@ def explicit() -> None:
 
 
 def pressure() -> None:
-    """A replica that runs out of blocks preempts its own requests; the other goes on."""
+    """A replica that runs out of blocks preempts its own requests; the other continues."""
     growing = SamplingParams(temperature=0, max_tokens=60)
     short = SamplingParams(temperature=0, max_tokens=24)
     requests = [(rig.prompt(16, 1), growing), (rig.prompt(100, 2), short)]
@@ -121,7 +121,7 @@ def pressure() -> None:
         engine.step()
         where = _replicas(engine)
         assert where == {0: {0}, 1: {1}, 2: {0}, 3: {0}}
-        while not added[1].finished:  # at its own pace: a token with every step
+        while not added[1].finished:  # undisturbed: one token per step
             engine.step()
         steps = engine.stats.steps
         assert steps <= -(-100 // 32) + 24 + 2
@@ -134,7 +134,7 @@ def pressure() -> None:
         assert added[1].metrics.num_preemptions == 0
         assert rig.tokens(added) == wanted
 
-    # All of them under pressure. A store is not for them: they are placed anew.
+    # All requests under pressure. They are placed again rather than swapped to the store.
     with (
         tempfile.TemporaryDirectory() as folder,
         kvp.BlockStore(folder) as store,
@@ -147,7 +147,7 @@ def pressure() -> None:
 
 
 def prefixes() -> None:
-    """Requests go where their tokens are, unless that replica is busier; followers wait."""
+    """Requests go to the replica that caches their tokens unless it is busier; followers wait."""
     prefix = rig.prompt(50, 1)
     prompts = [prefix + rig.prompt(6, seed) for seed in range(2, 5)]
     with rig.pool() as one, Engine(rig.step, rig.params(), one, rig.config()) as engine:
@@ -159,14 +159,14 @@ def prefixes() -> None:
         twice = [output for output in done if not output.metrics.num_cached_tokens]
         assert len(twice) <= 2, "each replica computes the prefix once at most"
         assert computed <= 50 * len(twice) + 3 * (6 + 20)
-        # The replica that is free, and has the turn, gets the next one.
+        # The idle replica, whose turn it is, gets the next request.
         turn = prompts[2] + done[2].outputs[0].token_ids + rig.prompt(3)
         (after,) = engine.generate([turn], rig.GREEDY)
         assert after.metrics.num_cached_tokens == len(turn) - 4
 
 
 def siblings() -> None:
-    """The samples and the beams of a request are on one replica; log probabilities are there."""
+    """The samples and beams of a request share a replica; log probabilities are returned."""
     samples = SamplingParams(n=3, seed=5, max_tokens=12, logprobs=2)
     beams = BeamSearchParams(beam_width=2, max_tokens=10)
     requests = [(rig.prompt(20, 1), samples), (rig.prompt(33, 2), samples)]
@@ -191,7 +191,7 @@ def siblings() -> None:
             for a, b in zip(got.outputs, other.outputs, strict=True):
                 assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)
                 assert [list(row) for row in a.logprobs] == [list(row) for row in b.logprobs]
-        # The second one runs on replica 1, beside another.
+        # The second request runs on replica 1, beside the first.
         twice = [engine.add_request(rig.prompt(40, seed), scored) for seed in (5, 6)]
         while engine.has_unfinished:
             engine.step()
@@ -208,7 +208,7 @@ def siblings() -> None:
 
 
 def guesses() -> None:
-    """Speculation by prompt lookup changes no token."""
+    """Speculation by prompt lookup does not change tokens."""
     prompts = [ids * 6 for ids in (rig.prompt(4, 1), rig.prompt(5, 2), rig.prompt(7, 3))]
     plain = SamplingParams(temperature=0, max_tokens=30)
     with rig.pool() as one, Engine(rig.step, rig.params(), one, rig.config()) as engine:
@@ -220,21 +220,23 @@ def guesses() -> None:
 
 
 def cancellations() -> None:
-    """Requests cancelled at any time, under pressure: nothing leaks, the others' tokens stay."""
+    """Requests are cancelled at random under pressure: nothing leaks, and the others' tokens are
+    kept.
+    """
     for seed in range(num_cases(3, 20)):
         with _pool(2, blocks=10) as pool, _engine(pool, preemption=LastComeFirst()) as engine:
             assert rig.cancel_at_random(engine, random.Random(seed), 16, cancels=0.15, fails=0.03)
 
 
 def failures() -> None:
-    """A step that fails on one replica only is run again once for all."""
+    """A step that fails on one replica only is retried once on all."""
     wanted = rig.alone()
     for replica in (0, 1):
         with _pool(2) as pool, _engine(pool) as engine:
             added = [engine.add_request(*each) for each in zip(rig.PROMPTS, rig.MIXED, strict=True)]
             for _ in range(6):
                 engine.step()
-            # Of this replica the engine's cache is stale now.
+            # The engine's cache is now stale on this replica.
             pool._pool.replicas[replica].new_generation()
             while engine.has_unfinished:
                 engine.step()
@@ -277,7 +279,7 @@ def compiled() -> None:
 
 
 def local() -> None:
-    """What surrounds the model's step moves nothing between devices."""
+    """The engine's code around the model's step has no collectives."""
     with _pool(2) as pool, _engine(pool) as engine:
         engine.generate([rig.PROMPTS[0]], rig.PENALIZED)
         (program,) = engine._programs._compiled.values()
@@ -287,7 +289,7 @@ def local() -> None:
 
 
 def refusals() -> None:
-    """What replicas cannot do is refused before anything runs."""
+    """Unsupported features are refused before anything runs."""
     with _pool(2, blocks=8) as pool, rig.pool() as other:
         draft = DraftModel(step=rig.step, params=rig.params(), pool=other)
         options = rig.config(num_speculative_tokens=2)
@@ -299,7 +301,7 @@ def refusals() -> None:
         with pytest.raises(ValueError, match="max_num_seqs is 9, but the pool has 8 slots"):
             Engine(rig.step, rig.params(), pool, rig.config(max_num_seqs=9))
         with _engine(pool) as engine:
-            # As much as both replicas have together does not help.
+            # The replicas' combined capacity does not help.
             with pytest.raises(ValueError, match="but there are 8 blocks in all"):
                 engine.add_request(rig.prompt(100), SamplingParams(n=4))
             (output,) = engine.generate([rig.PROMPTS[0]], rig.GREEDY)
@@ -307,7 +309,7 @@ def refusals() -> None:
 
 
 def run(*names: str) -> None:
-    """Runs some of the programs, whose engines share what they compile."""
+    """Runs some of the programs; their engines share compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         rig.share_programs(patch)
         for name in names:

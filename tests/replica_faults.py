@@ -1,4 +1,4 @@
-"""Programs of `test_replicas.py` on failures, which run in a process with eight devices."""
+"""Failure tests of `test_replicas.py`, which run in a process with eight devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BROKEN = _native.StatusError(_native.Code.INTERNAL, _native.Reason.NONE, "injec
 
 
 def failures(replicas: int, parts: int) -> None:
-    """A call that fails on one replica has happened on none."""
+    """A call that fails on one replica takes effect on none."""
     calls = {
         "acquire": lambda pool, cache, a, b: pool.acquire(cache, [40] * replicas),
         "extend": lambda pool, cache, a, b: pool.extend([a, b], [200, 90]),
@@ -54,7 +54,7 @@ def failures(replicas: int, parts: int) -> None:
                 assert rows_of(pool) == before, name
                 assert pool.stats().blocks_total == total
                 check_shards_equal(pool)
-        # All goes on from the same cache.
+        # The same cache can still be used.
         c, cache = pool.acquire(cache, 100)
         pool.extend([a, b], 100)
         cache = write(pool, cache, {a: range(40, 60), b: range(70)[40:]})
@@ -64,7 +64,9 @@ def failures(replicas: int, parts: int) -> None:
 
 
 def broken_promises(replicas: int, parts: int) -> None:
-    """A replica that has less room than it promised: its requests go elsewhere, all are there."""
+    """If a replica has less room than it promised, its requests go elsewhere, and all are
+    served.
+    """
 
     class Promising:
         def __init__(self, replica: Any) -> None:
@@ -79,7 +81,7 @@ def broken_promises(replicas: int, parts: int) -> None:
     with make_pool(replicas, parts, max_slots=4 * replicas) as pool:
         inner = pool._pool.replicas
         taken, cache = pool.acquire(pool.cache(), [16] * (4 * replicas))
-        # All slots of the last replica stay occupied, with less memory than the others have.
+        # All slots of the last replica stay occupied; the others have less memory left.
         last = [slot for slot in taken if pool.replica_of(slot) == replicas - 1]
         cache = pool.release(cache, [slot for slot in taken if slot not in last])
         filler, cache = pool.acquire(cache, [250] * (replicas - 1))
@@ -99,12 +101,12 @@ def broken_promises(replicas: int, parts: int) -> None:
 
 
 def failed_programs(replicas: int, parts: int) -> None:
-    """After a program failed on one device, other replicas keep what they wrote."""
+    """After a program has failed on one device, the other replicas keep what they wrote."""
     with make_pool(replicas, parts) as pool:
         slots, cache = pool.acquire(pool.cache(), [32] * replicas)
         cache = write(pool, cache, {slot: range(10) for slot in slots})
         pool.check(cache)
-        # A call on the last device alone makes its part of the next step stale.
+        # A call on the last device alone makes its shard stale for the next step.
         assert pool.sharding is not None
         own = jax.tree.map(lambda x: x.addressable_shards[-1].data, cache)
         own = kvp.KVCache(own.handle, own.epoch, own.lengths, pool.sharding.local)
@@ -118,14 +120,14 @@ def failed_programs(replicas: int, parts: int) -> None:
         cache = write(pool, cache, {slots[-1]: [77], slots[0]: [78]}, commit=False)
         np.testing.assert_array_equal(written(cache, slots[-1], 11)[:, 3], [*range(10), 77])
         np.testing.assert_array_equal(written(cache, slots[0], 12)[:, 3], [*range(10), 1, 78])
-        # Releases overtaken by a new generation.
+        # Releases that did not run before a new generation.
         pool.release(cache, slots)
         slots, cache = pool.acquire(pool.cache(), [32] * 2 * replicas)
         pool.check(pool.release(cache, slots))
 
 
 def _no_wait(kind: str) -> None:
-    """Several devices have a head: what is left out is not gathered from a replica that failed."""
+    """With a head on several devices, absent parts are not gathered from a failed replica."""
     with make_pool(2, 4, 2, kind=kind) as pool:
         slots, cache = pool.acquire(pool.cache(), [32, 32])
         for parts in ([slots[0], 3], [slots[1], 1]):
@@ -137,7 +139,7 @@ def _no_wait(kind: str) -> None:
 
 
 def refusals() -> None:
-    """What cannot work is refused in words."""
+    """Unsupported uses are refused with a clear message."""
     mesh, spec = make_mesh(2, 2), make_spec(4)
     for arguments, wanted in (
         ({"data_axis": "dp"}, "data_axis='dp': wanted a mesh too, got None"),
@@ -179,7 +181,7 @@ def refusals() -> None:
                 call()
         with pytest.raises(kvp.KVPageError, match="replica 1, whose slot 0 is slot 2"):
             pool.release(cache, 3)
-        # Not a wait for the replica that failed.
+        # Does not wait for the failed replica.
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="slot 1 is free"):
             kvp.read_kv(cache, [slots[0], 3], 0)
         with pytest.raises(ValueError, match=r"read_kv: .*outside of jit, or inside"):

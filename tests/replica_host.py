@@ -13,11 +13,11 @@ from jax_kvpage.events import BlockStored
 
 
 def verbs(replicas: int, parts: int) -> None:
-    """All verbs by numbers of the whole pool, each slot with its own tokens."""
+    """All verbs, with the pool's slot numbers, each slot with its own tokens."""
     with make_pool(replicas, parts, max_slots=6 * replicas) as pool:
         count = 2 * replicas
         slots, cache = pool.acquire(pool.cache(), [40] * count)
-        # Each replica gets as many, and in turns.
+        # Replicas get slots in turns, equally many each.
         assert [pool.replica_of(slot) for slot in slots] == [*range(replicas)] * 2
         assert slots[:replicas] == [6 * r for r in range(replicas)]
         tokens = {slot: list(range(100 * i, 100 * i + 30 + i)) for i, slot in enumerate(slots)}
@@ -49,7 +49,7 @@ def verbs(replicas: int, parts: int) -> None:
         owners = pool.block_map(fork, owners=True)[0]
         assert owners[0].slots == (donor, fork)
         assert owners[0].owner == donor
-        # Beams on two replicas: children stay with their parents.
+        # Beams on two replicas: children stay on their parents' replica.
         beams, cache = pool.reorder(cache, [slots[0], fork], [1, 0])
         assert beams == [fork, slots[0]]
         beams, cache = pool.reorder(cache, [slots[0], fork], [0, 0])
@@ -81,7 +81,7 @@ def verbs(replicas: int, parts: int) -> None:
 
 
 def prefixes(replicas: int, parts: int) -> None:
-    """A request goes where its prefix is, unless there is no room or too much load."""
+    """A request goes to the replica with its prefix, unless that is full or too loaded."""
     one, two = (np.arange(begin, begin + 100, dtype=np.int32) for begin in (1, 501))
     with make_pool(replicas, parts, max_slots=3 * replicas) as pool:
         (a, b), found, cache = pool.acquire_prefix(pool.cache(), [one, two])
@@ -96,7 +96,7 @@ def prefixes(replicas: int, parts: int) -> None:
         with pytest.raises(ValueError, match=r"replica_events\(\)"):
             pool.events()
 
-        # The prefixes are on two replicas: requests in any order find theirs.
+        # The prefixes are on two replicas; requests in any order find them.
         (c, d), found, cache = pool.acquire_prefix(cache, [[*two, 7], [*one, 8, 9]])
         assert found == [100, 100]
         assert [pool.replica_of(slot) for slot in (c, d)] == [1, 0]
@@ -104,7 +104,7 @@ def prefixes(replicas: int, parts: int) -> None:
         np.testing.assert_array_equal(written(cache, c, 101)[:, 0], [*two, 7])
         np.testing.assert_array_equal(written(cache, d, 102)[:, 0], [*one, 8, 9])
 
-        # 64 tokens that are cached there are worth less than a replica without load.
+        # 64 cached tokens are worth less than a replica without load.
         ids = [*two[:64].tolist(), *range(2000, 2100)]
         slot, found, cache = pool.acquire_prefix(cache, ids)
         assert (found, pool.replica_of(slot)) == ((0, 2) if replicas > 2 else (64, 1))
@@ -113,7 +113,7 @@ def prefixes(replicas: int, parts: int) -> None:
         pool.check(cache)
         check_shards_equal(pool)
 
-        # The second of two requests that begin alike waits for the first, on its replica.
+        # The second of two requests with the same beginning waits for the first, on its replica.
         new = list(range(3000, 3080))
         others = [[5 + i] for i in range(replicas - 1)]
         result = pool.acquire_prefix(cache, [*others, [*new, 1], [*new, 2]])
@@ -125,7 +125,8 @@ def prefixes(replicas: int, parts: int) -> None:
         assert (found, pool.replica_of(slot)) == (80, pool.replica_of(first))
         pool.check(pool.release(cache, [first, *rest, slot]))
 
-        # Where no slot is left, the request goes elsewhere and is computed again.
+        # If the replica with the prefix has no slot left, the request goes elsewhere and is
+        # recomputed.
         cache = pool.cache()
         taken, cache = pool.acquire(cache, [16] * (3 * replicas))
         assert sorted(taken) == list(range(3 * replicas))
@@ -156,7 +157,7 @@ def prefixes(replicas: int, parts: int) -> None:
 
 
 def out_of_blocks(replicas: int, parts: int) -> None:
-    """Too little memory on all replicas is an OutOfBlocks that changes nothing."""
+    """Too little memory on all replicas raises OutOfBlocks and changes nothing."""
     token_bytes = make_spec(4).token_bytes
     size = replicas * 8 * 32 * token_bytes
     with make_pool(replicas, parts, max_slots=4 * replicas, capacity=size) as pool:
@@ -183,7 +184,7 @@ def out_of_blocks(replicas: int, parts: int) -> None:
 
 
 def memory(replicas: int, parts: int) -> None:
-    """Each device has the memory of its heads and of its replica's slots; stats are sums."""
+    """Each device has the memory of its heads and its replica's slots; stats are sums."""
     tokens = 64
     with make_pool(replicas, parts, max_slots=2 * replicas) as pool:
         slots, cache = pool.acquire(pool.cache(), [tokens] * (replicas + 1))
@@ -211,7 +212,7 @@ def memory(replicas: int, parts: int) -> None:
         pool.resize(stats.capacity // 2)
         assert [one.blocks_total for one in pool.replica_stats()] == [32] * replicas
         with pytest.raises(kvp.OutOfBlocks):
-            pool.resize(replicas * 3 * stats.block_bytes)  # the first replica holds 4
+            pool.resize(replicas * 3 * stats.block_bytes)  # the first replica uses 4
         assert [one.blocks_total for one in pool.replica_stats()] == [32] * replicas
         pool.check(pool.release(cache, slots))
 
@@ -228,7 +229,7 @@ class _OnReplicas(Churn):
 
 
 def churn(replicas: int, parts: int, steps: int) -> None:
-    """Devices of a replica never disagree, tokens stay."""
+    """Devices of a replica never disagree, and tokens are kept."""
     size = replicas * 32 * 32 * make_spec(4).token_bytes
     with make_pool(replicas, parts, max_slots=4 * replicas, capacity=size) as pool:
         requests = _OnReplicas(

@@ -32,7 +32,7 @@ def _spec(slots: int) -> kvp.CacheSpec:
 
 
 def _generate(pool: kvp.KVPool, step: Any, weights: Any, gathers: bool) -> _Results:
-    """Greedy decoding of all prompts together: tokens, and logits [sequences, words] a step."""
+    """Decodes all prompts greedily; returns tokens, and logits [sequences, vocabulary] per step."""
     prompts = _prompts()
     slots, _, cache = pool.acquire_prefix(pool.cache(), prompts)
     new, outputs, logits = prompts, [[] for _ in prompts], []
@@ -60,7 +60,7 @@ def _generate(pool: kvp.KVPool, step: Any, weights: Any, gathers: bool) -> _Resu
 
 
 def logits() -> None:
-    """The same tokens as on one device, and logits within 1e-4; only sums go between devices."""
+    """Tokens equal one device's, and logits are within 1e-4; the only collectives are sums."""
     step, weights = model_step(random_model(TINY, scale=2.0))
     with kvp.KVPool(_spec(8), "8MiB") as pool:
         tokens, wanted = _generate(pool, step, weights, False)

@@ -1,4 +1,4 @@
-"""Pools whose slots are split over a mesh axis, and steps, for their tests.
+"""Pools whose slots are split over a mesh axis, and steps on them, for tests.
 
 Imported in processes with several CPU devices (`mesh_rig.EIGHT_DEVICES`).
 """
@@ -16,7 +16,7 @@ from mesh_rig import append_in_layers, keys_of, make_spec
 
 import jax_kvpage as kvp
 
-# (replicas, devices of each)
+# (replicas, devices per replica)
 SHAPES = ((2, 1), (2, 2), (4, 1), (4, 2), (2, 4), (8, 1))
 
 
@@ -35,7 +35,7 @@ def make_pool(
     capacity: Any = None,
     **changes: Any,
 ) -> kvp.KVPool:
-    """A pool of two slots a replica, unless told otherwise; 64 blocks of 32 tokens each."""
+    """Makes a pool, by default with two slots and 64 blocks of 32 tokens per replica."""
     changes = {"max_slots": 2 * replicas} | changes
     spec = make_spec(kv_heads, **changes)
     size = replicas * 64 * 32 * spec.token_bytes * max(parts // kv_heads, 1)
@@ -51,7 +51,7 @@ def place(pool: kvp.KVPool, array: Any, spec: P) -> jax.Array:
 
 
 def heads(pool: kvp.KVPool, *, kv: bool = False) -> P:
-    """How q (or k and v) [rows, heads, dim] are split."""
+    """Returns the sharding of q (or of k and v): [rows, heads, dim]."""
     assert pool.sharding is not None
     axis = None if kv and pool.sharding.copies > 1 else pool.sharding.axis
     return P("dp", axis, None)
@@ -64,7 +64,9 @@ def write(
     *,
     commit: bool = True,
 ) -> kvp.KVCache:
-    """Writes a token for each id of each slot, whose key and value are made of it; commits them."""
+    """Writes and commits a token for each id of each slot, with keys and values made from the
+    id.
+    """
     made = kvp.spread(pool, list(sequences), [len(ids) for ids in sequences.values()])
     ids = [float(one) for each in sequences.values() for one in each]
     rows = np.asarray(made.scatter(np.asarray(ids, np.float32)))
@@ -76,7 +78,7 @@ def write(
 
 
 def rows_of(pool: kvp.KVPool) -> list[Any]:
-    """What the host knows of its slots, and last the number of blocks that they need."""
+    """Returns the host's records of its slots, and last the number of blocks that they use."""
     stats = pool.stats()
     rows = [row for row in pool.slot_table() if not row.draining]
     facts = [(row.slot, row.reserved_tokens, pool.committed(row.slot)) for row in rows]
@@ -84,7 +86,7 @@ def rows_of(pool: kvp.KVPool) -> list[Any]:
 
 
 def check_shards_equal(pool: kvp.KVPool) -> None:
-    """The devices of a replica have decided the same: slots, room, blocks."""
+    """Asserts that the devices of each replica have decided the same: slots, room, blocks."""
     for replica in pool._pool.replicas:
         tables = []
         for shard in getattr(replica, "shards", [replica]):

@@ -1,7 +1,7 @@
-"""A plain model of what a scheduler's plans do, which checks each of them.
+"""A plain model of the effects of a scheduler's plans, which checks each plan.
 
-Memory is lists of block numbers, sequences are counts of tokens; nothing is shared with the code
-under test but the plans. `Server` carries plans out and plays the model that produces tokens.
+Memory is lists of block numbers and sequences are token counts; only the plans are shared with the
+code under test. `Server` carries out plans and simulates the language model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax_kvpage.serving.swap import Fetched
 
 
 class PlainMemory:
-    """Blocks by number: who has which, and which are draining."""
+    """Blocks by number: which sequence holds which, and which are draining."""
 
     def __init__(
         self, capacity: int, block_tokens: int, max_seq_len: int, max_slots: int, drain_steps: int
@@ -71,15 +71,15 @@ class PlainSwap:
     """A swap space that keeps groups waiting, and loses some.
 
     Args:
-        seed: of what becomes of each.
-        cost: tokens computed while one is swapped.
+        seed: Seed of the random outcomes.
+        cost: Cost of swapping a token, in computed tokens.
     """
 
     def __init__(self, seed: int = 0, cost: float = 0.5) -> None:
         self.random = random.Random(seed)
         self.factor = cost
         self.held: dict[SequenceGroup, int] = {}
-        self.left: dict[SequenceGroup, int] = {}  # calls until a group is back
+        self.left: dict[SequenceGroup, int] = {}  # `fetch` calls until a group is back
         self.back: list[SequenceGroup] = []
         self.lost: list[SequenceGroup] = []
 
@@ -122,10 +122,10 @@ class Server:
     """Runs a scheduler step by step.
 
     Args:
-        memory: to be used.
-        seed: of refusals and drafts.
-        swap: where preempted groups may go.
-        options: of the scheduler.
+        memory: The memory to use.
+        seed: Seed of refusals and drafts.
+        swap: Swap space for preempted groups.
+        options: Options of the scheduler.
     """
 
     def __init__(
@@ -157,11 +157,11 @@ class Server:
         return group
 
     def step(self, refusals: float = 0.0, drafts: int = 0) -> StepPlan:
-        """One plan, carried out and checked.
+        """Carries out one plan and checks it.
 
         Args:
-            refusals: share of the plan's claims that memory refuses.
-            drafts: tokens that a sequence speculates at most.
+            refusals: Probability that memory refuses a claim of the plan.
+            drafts: Most draft tokens per sequence.
         """
         if drafts and self.rows:
             rows = np.asarray(sorted(self.rows))
@@ -194,14 +194,14 @@ class Server:
         return plan
 
     def run(self, most: int = 20000, refusals: float = 0.0) -> None:
-        """Steps until everything has ended."""
+        """Steps until every request has finished."""
         while self.scheduler.has_unfinished:
             self.step(refusals)
             assert self.steps < most, "no end"
         self.check_end()
 
     def check_end(self) -> None:
-        """Nothing is left, and every request has ended once, with a reason."""
+        """Asserts that nothing is left, and that every request has finished once, with a reason."""
         for _ in range(len(self.memory.draining) + 1):
             self.step()
         assert not self.memory.of
@@ -212,7 +212,7 @@ class Server:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
     def _check_victims(self, plan: StepPlan, before: list[SequenceGroup]) -> None:
-        """Not the oldest, nor one of a higher priority, nor one that was preempted too often."""
+        """Victims are not the oldest, of the lowest priority, and not preempted too often."""
         running = [g for g in before if g not in plan.finished]
         for group in plan.preempted:
             assert group.order > min(g.order for g in running)
@@ -222,7 +222,7 @@ class Server:
             assert not plan.admissions
 
     def _check_swaps(self, plan: StepPlan) -> None:
-        """Victims that are kept are those for which that is cheaper; they come back whole."""
+        """Victims are swapped out exactly if that is cheaper, and come back complete."""
         assert set(plan.swap) <= set(plan.preempted)
         if self.swap is None:
             assert not plan.swap
@@ -251,7 +251,7 @@ class Server:
         for sequence in gone:
             del self.computed[sequence]
             assert sequence in lost or sequence.finish_reason or sequence in stopped
-        for group in plan.preempted:  # the whole group goes
+        for group in plan.preempted:  # the whole group is preempted
             assert not any(s in self.computed for s in group.sequences)
         self.memory.release(gone)
 
@@ -302,7 +302,7 @@ class Server:
                 self.scheduler.finish(sequence)
 
     def _accept(self, plan: StepPlan) -> None:
-        """A random number of each sequence's drafts turns out right."""
+        """Accepts a random number of each sequence's drafts."""
         speculating = np.flatnonzero(plan.counts[: plan.num_decodes] > 1)
         if not speculating.size:
             return
@@ -313,7 +313,7 @@ class Server:
         self.scheduler.add_tokens(plan.rows[speculating], np.asarray(accepted))
 
     def _check_groups(self, plan: StepPlan) -> None:
-        """Sequences of a group that decode all run, or none does."""
+        """Of a group's decoding sequences, either all run or none."""
         runs = set(plan.sequences)
         for group in {s.group for s in self.computed}:
             ready = [
@@ -327,13 +327,13 @@ class Server:
                 assert len(ready) == len(group.live), "a sequence runs ahead of its siblings"
 
     def _decodes(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Whether a sequence runs, or could have run, its newest token only."""
+        """Returns whether a sequence runs, or could have run, with its newest token only."""
         if sequence in plan.sequences:
             return plan.sequences.index(sequence) < plan.num_decodes
         return self.known[sequence] - self.computed[sequence] == 1
 
     def _check_order(self, plan: StepPlan, waiting: list[SequenceGroup]) -> None:
-        """Nobody is overtaken, neither in the queue nor where blocks are short."""
+        """Nobody is overtaken, neither in the queue nor when blocks are short."""
         for admission in plan.admissions:
             group = admission.sequence.group
             for other in waiting:
@@ -352,7 +352,7 @@ class Server:
 
 
 def small_server(capacity: int = 100, drain: int = 0, seqs: int = 8, **options: Any) -> Server:
-    """A server with little memory and a small budget."""
+    """Returns a server with little memory and a small token budget."""
     memory = PlainMemory(capacity, 16, 1024, seqs + 4, drain)
     options = {"max_num_batched_tokens": 64, "admission": Watermark()} | options
     return Server(memory, max_num_seqs=seqs, **options)

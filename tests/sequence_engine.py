@@ -1,4 +1,4 @@
-"""The engine over pools whose sequences are spread: programs of `test_mesh_sequence.py`."""
+"""The engine over pools whose sequences are split: programs of `test_mesh_sequence.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jax_kvpage.serving import (
 
 @contextlib.contextmanager
 def _engine(size: int, blocks: int, max_seq_len: int = 128, **options: Any) -> Iterator[Engine]:
-    """An engine over `size` devices, with so many blocks on each."""
+    """An engine over `size` devices, with this many blocks on each."""
     spec = rig.spec(max_seq_len=max_seq_len)
     capacity = size * blocks * spec.num_ranges * spec.block_bytes
     options = rig.config(prefix_caching=False, **options)
@@ -37,7 +37,7 @@ def _engine(size: int, blocks: int, max_seq_len: int = 128, **options: Any) -> I
 
 
 def outputs() -> None:
-    """Every request gets the tokens of one device, under pressure and guessed ones too."""
+    """Every request gets the same tokens as on one device, also under pressure and with guesses."""
     wanted = rig.alone()
     with _engine(2, 32) as engine:
         assert rig.tokens(engine.generate(rig.PROMPTS, rig.MIXED)) == wanted
@@ -50,7 +50,7 @@ def outputs() -> None:
 
 
 def longer_than_a_device() -> None:
-    """A sequence of more tokens than a device has room for, to its end."""
+    """A sequence too long for one device's memory runs to its end."""
     prompt = rig.prompt(300, 5)
     greedy = SamplingParams(temperature=0, max_tokens=60)
     with rig.pool(64, max_seq_len=384) as one:
@@ -87,7 +87,7 @@ def compiled() -> None:
 
 
 def refusals() -> None:
-    """What needs forks or a prefix cache is refused."""
+    """Features that need forks or a prefix cache are refused."""
     with _engine(2, 16) as engine:
         for params in (SamplingParams(n=2), BeamSearchParams(beam_width=1, max_tokens=2)):
             with pytest.raises(ValueError, match=r"needs? forks"):

@@ -1,4 +1,4 @@
-"""The example server in a thread, on the shipped model with a chat template, for its tests."""
+"""The example server in a thread, with the shipped model and a chat template, for its tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jax_kvpage.serving import Engine
 __all__ = ["MODEL", "RunningServer", "add_template", "serve", "wait_until"]
 
 MODEL = "tiny"
-# One shape of steps: results do not depend on what else runs, nor on the prefix cache.
+# One step shape, so that results depend neither on other requests nor on the prefix cache.
 _OPTIONS = Options(
     max_num_seqs=4, max_num_batched_tokens=32, buckets=((32, 4),), max_logprobs=5, block_tokens=16
 )
@@ -37,7 +37,7 @@ _TEMPLATE = (
 
 
 def add_template(folder: pathlib.Path) -> pathlib.Path:
-    """Makes the shipped model a chat model in a folder."""
+    """Copies the shipped model to a folder and adds a chat template."""
     for file in BUNDLED.iterdir():
         (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").write_text(_TEMPLATE)
@@ -46,13 +46,13 @@ def add_template(folder: pathlib.Path) -> pathlib.Path:
 
 
 class RunningServer:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        port: where it listens.
-        url: the same, whole.
-        service: for its limits.
-        loaded: its engine, which its thread alone may use, and its pool.
+        port: Port on which it listens.
+        url: Base URL.
+        service: The service, for its limits.
+        loaded: Its engine, which only the server's thread may use, and its pool.
     """
 
     def __init__(self, started: Started, loaded: Loaded, key: str | None) -> None:
@@ -63,19 +63,19 @@ class RunningServer:
         self._key = key
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """OpenAI's client, which tries nothing twice."""
+        """Returns an OpenAI client that does not retry."""
         options = {"api_key": self._key or "none", "max_retries": 0, "timeout": 60} | options
         return openai.OpenAI(base_url=self.url + "/v1", **options)
 
     def post(self, path: str, body: dict[str, Any] | bytes, **options: Any) -> httpx.Response:
-        """A request without that client."""
+        """Sends a request without the OpenAI client."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         headers |= options.pop("headers", {})
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
         return httpx.post(self.url + path, headers=headers, timeout=60, **content, **options)
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Samples by name and, for those of a label more, its value."""
+        """Returns the samples by name and, if there is another label, its value."""
         text = httpx.get(self.url + "/metrics", timeout=60).text
         samples = {}
         for family in text_string_to_metric_families(text):
@@ -87,7 +87,7 @@ class RunningServer:
         return samples
 
     def is_idle(self) -> bool:
-        """Whether no request has memory."""
+        """Returns whether no request holds memory."""
         stats = self.loaded.pool.stats()
         return stats.blocks_mapped == stats.blocks_draining == stats.slots_occupied == 0
 
@@ -101,14 +101,14 @@ def serve(
     before: Callable[[Engine], None] | None = None,
     publisher: EventPublisher | None = None,
 ) -> Iterator[RunningServer]:
-    """Runs a server; checks that it ends well and leaves no memory in use.
+    """Runs a server; checks that it ends cleanly and leaves no memory in use.
 
     Args:
-        checkpoint: model.
-        limits: for clients.
-        key: of the API.
-        before: called with the engine before the server has it.
-        publisher: gets its events.
+        checkpoint: Path of the model.
+        limits: Limits for clients.
+        key: API key.
+        before: Called with the engine before the server gets it.
+        publisher: Receives its events.
     """
     started = threading.Event()
     servers: list[Started] = []

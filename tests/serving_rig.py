@@ -41,7 +41,7 @@ def params() -> dict[str, jax.Array]:
 def step(
     params: dict[str, jax.Array], cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch
 ) -> tuple[jax.Array, kvp.KVCache]:
-    """The model: attention with residuals, without a feed-forward part."""
+    """The model: attention with residuals, without feed-forward layers."""
     place = kvp.positions(cache, batch)
     x = params["embed"][tokens] + params["places"][place % 256]
     for layer in range(LAYERS):
@@ -66,8 +66,9 @@ def pool(blocks: int = 64, **options: Any) -> kvp.KVPool:
 
 
 def config(**options: Any) -> EngineConfig:
-    """One bucket, so that results are bit-identical with any neighbours. Requests are admitted
-    without regard to their growth, so that little memory makes preemptions.
+    """Returns a config with one bucket, so that results are bit-identical with any neighbours.
+    Requests are admitted without regard to their growth, so that little memory leads to
+    preemptions.
     """
     options.setdefault("admission", Watermark())
     options.setdefault("max_num_batched_tokens", 32)
@@ -92,7 +93,7 @@ _PROGRAMS: dict[Any, Any] = {}
 
 @pytest.fixture
 def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines of one model and one shape share their compiled programs, to save time."""
+    """Engines of the same model and shape share compiled programs, to save time."""
     share_programs(monkeypatch)
 
 
@@ -114,7 +115,7 @@ def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_empty(pool: kvp.KVPool) -> None:
-    """Nothing is left of any request once all programs have run."""
+    """Asserts that nothing is left of any request once all programs have run."""
     jax.block_until_ready(pool.cache())
     stats = pool.stats()
     assert (stats.blocks_mapped, stats.blocks_draining, stats.slots_occupied) == (0, 0, 0)
@@ -139,7 +140,7 @@ MIXED = [GREEDY, SAMPLED, PENALIZED, GREEDY, SAMPLED, PENALIZED, SAMPLED, GREEDY
 
 @functools.cache
 def alone() -> list[list[list[int]]]:
-    """Tokens of PROMPTS, each in an engine that runs nothing else and has memory for everything."""
+    """Tokens of PROMPTS, each alone in an engine with enough memory."""
     options = config(prefix_caching=False)
     with pool() as memory, Engine(step, params(), memory, options) as engine:
         return [
@@ -154,14 +155,14 @@ def cancel_at_random(
     """Adds requests, cancels some and makes steps fail; the others must have the tokens of `alone`.
 
     Args:
-        engine: with a pool that may be too small for all.
-        rng: makes the choices.
-        count: requests.
-        cancels: probability that a step has a cancellation before it.
-        fails: probability that a step fails, because the engine's cache is stale.
+        engine: An engine with a pool that may be too small for all requests.
+        rng: Source of the random choices.
+        count: Number of requests.
+        cancels: Probability of a cancellation before a step.
+        fails: Probability that a step fails because the engine's cache is stale.
 
     Returns:
-        How many were cancelled.
+        The number of cancelled requests.
     """
     wanted = alone()
     picks = [rng.randrange(len(PROMPTS)) for _ in range(count)]

@@ -1,5 +1,5 @@
-"""The part of the sharing state machine (test_sharing_state_machine.py) that drops beginnings of
-sequences.
+"""The part of the sharing state machine (test_sharing_state_machine.py) that drops the beginnings
+of sequences.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import jax_kvpage as kvp
 def _read_rests(
     cache: kvp.KVCache, batch: kvp.Batch, begins: jax.Array, addressing: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Values and sums of keys of sequences from `begins` [slots] on, in all layers: where the
-    window is one token, attention shows its value, and its score in lse.
+    """Returns values and key sums of sequences from `begins` [slots] on, in all layers: with a
+    window of one token, attention returns its value, and its score as lse.
     """
     before = dataclasses.replace(cache, lengths=jnp.where(begins > 0, begins, cache.lengths))
     q = jnp.ones((SLOTS * MAX_SEQ_LEN, HEADS, DIM), jnp.float32)
@@ -40,7 +40,7 @@ class DroppingMachine(SequencesMachine):
     """Adds `drop_before`."""
 
     def drop_before(self, several: set[int], share: float, n: int) -> None:
-        """Whole blocks at the beginning come back; others keep what they share."""
+        """Full blocks at the beginning are freed; other slots keep what they share."""
         slots = sorted({self._pick(i) for i in several})[: 1 + n]
         begins = [int(share * len(self.live[slot].tokens)) for slot in slots]
         result = self._claim(0, 0, lambda cache: self.pool.drop_before(cache, slots, begins))
@@ -51,7 +51,7 @@ class DroppingMachine(SequencesMachine):
             self.model.drop(slot, begin)
 
     def check_rests(self) -> None:
-        """What sequences have behind their holes."""
+        """Checks the tokens behind the dropped beginnings."""
         dropped = {slot: seq for slot, seq in sorted(self.live.items()) if seq.dropped}
         if not dropped:
             return

@@ -1,5 +1,5 @@
-"""The part of the sharing state machine (test_sharing_state_machine.py) that serves single
-sequences: the pool and its model, room, tokens, views.
+"""The part of the sharing state machine (test_sharing_state_machine.py) for single sequences: the
+pool and its model, room, tokens, views.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _map_slots = jax.jit(kvp.map_slots)
 
 
 class SequencesMachine(RuleBasedStateMachine):
-    """The model knows what must be shared; blocks of free slots are the pool's own affair."""
+    """The model tracks what must be shared; the blocks of free slots are up to the pool."""
 
     layout, dtype, debug = "fused", jnp.float32, False
-    # Calls that a fault of the driver has struck, by the machine's name.
+    # Number of calls in which an injected driver fault struck, by machine name.
     faults: ClassVar[collections.Counter[str]] = collections.Counter()
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ class SequencesMachine(RuleBasedStateMachine):
         self.cache = self.pool.cache()
         self.model = SharingModel(BLOCK, self.dtype)
         self.views: list[tuple[int, Any]] = []
-        self.slow: Any = None  # a value that the queued programs wait for
-        self.exact = False  # free slots have no blocks
-        self.fault: tuple[int, int] | None = None  # of this step: which driver call, CUresult
+        self.slow: Any = None  # a value that queued programs wait for
+        self.exact = False  # whether free slots have no blocks
+        self.fault: tuple[int, int] | None = None  # fault of this step: (driver call, CUresult)
         self.truncated: set[int] = set()  # slots whose truncation may not have run
 
     def teardown(self) -> None:
@@ -77,8 +77,8 @@ class SequencesMachine(RuleBasedStateMachine):
         return {slot: self.pool.block_map(slot) for slot in self.live}
 
     def _account(self) -> object:
-        """What the sequences have, without blocks beyond a reservation: those are spare, and a call
-        that fails may have taken some for others.
+        """Returns what the sequences hold, without blocks beyond a reservation: those are spare,
+        and a failing call may have taken some for other sequences.
         """
         rows = [(row.slot, row.reserved_tokens, row.committed_tokens)
                 for row in self.pool.slot_table() if not row.draining]  # fmt: skip
@@ -87,9 +87,9 @@ class SequencesMachine(RuleBasedStateMachine):
         return rows, maps
 
     def _claim(self, blocks: int, slots: int, call: Callable[[kvp.KVCache], Any]) -> Any:
-        """The call's result, or None where it must and did fail; then nothing has changed.
+        """Returns the call's result, or None if it must fail and did, without changing anything.
 
-        With programs in flight or views it may fail where it would not otherwise.
+        With programs in flight or views, it may also fail where it otherwise would not.
         """
         if self.slow is not None and self.slow.is_ready():
             self._settle()
@@ -112,10 +112,10 @@ class SequencesMachine(RuleBasedStateMachine):
         return result
 
     def _call(self, call: Callable[[kvp.KVCache], Any], before: object) -> Any:
-        """The result of a call, of which the driver refuses a part if this step has a fault.
+        """Returns the result of a call during which a driver call fails if this step has a fault.
 
-        A refusal on the host changes nothing. A program that fails is made up for by a new
-        generation. Either way a second call succeeds.
+        A refusal on the host changes nothing. A failed program is made up for by a new generation.
+        In both cases a second call succeeds.
         """
         if self.fault is None or before is None:
             return call(self.cache)
@@ -151,11 +151,12 @@ class SequencesMachine(RuleBasedStateMachine):
         )
 
     def _forked(self, pairs: list[tuple[int, int]], tokens: list[int]) -> None:
-        """The model of forks (donor, slot)."""
+        """Models forks (donor, slot)."""
         for (donor, slot), n in zip(pairs, tokens, strict=True):
             shared = self.model.whole(n)
             if donor in self.truncated:
-                # Whether the truncation has run by now decides what is mapped and what is copied.
+                # What is mapped and what is copied depends on whether the truncation has run by
+                # now.
                 self._settle()
                 rows = zip(
                     self.pool.block_map(donor)[0], self.pool.block_map(slot)[0], strict=False
@@ -178,7 +179,7 @@ class SequencesMachine(RuleBasedStateMachine):
             self.model.acquire(slot, tokens)
 
     def start(self, share: float) -> None:
-        """A sequence that is written and committed, as donors are."""
+        """Starts a sequence that is written and committed, as donors must be."""
         tokens = 1 + int(share * (NEW - 1))
         before = set(self.live)
         self.acquire(min(tokens + 20, MAX_SEQ_LEN))
@@ -232,10 +233,10 @@ class SequencesMachine(RuleBasedStateMachine):
             self.exact = True
 
     def relocate(self, which: int, share: float) -> None:
-        """Contents and sharing are checked after every step: nothing else changes."""
+        """Relocates; contents and sharing must not change, which is checked after every step."""
         slots = [self._pick(which)] if share > 0.8 and self.live else None
         if HAS_FAKE_DRIVER:
-            return  # device memory, where every block is mapped by itself
+            return  # device memory, where every block is mapped separately
         report = self.pool.relocate(self.spec.block_bytes * (1 + int(share * 40)), slots)
         assert report.bytes_copied == report.blocks_moved * self.spec.block_bytes
         assert report.mappings_after <= report.mappings_before + 2 * report.blocks_moved
@@ -276,11 +277,11 @@ class SequencesMachine(RuleBasedStateMachine):
         seq.ids += ids
 
     def set_lengths(self, which: int, share: float) -> None:
-        """A rollback behind what is final."""
+        """Rolls back, but not into final tokens."""
         if not (self.live):
             return
         if self.slow is not None:
-            self._settle()  # what is committed later binds programs that are queued
+            self._settle()  # later commits apply to queued programs too
         slot = self._pick(which)
         seq = self.live[slot]
         lowest = min(seq.floor, len(seq.tokens))

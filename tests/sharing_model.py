@@ -1,5 +1,5 @@
 """A plain model of sequences that share blocks, for test_sharing_state_machine.py: tokens, lengths,
-and which logical blocks of two slots are one.
+and which logical blocks of different slots are the same.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from reference_numpy import Array, rounded
 
 HEADS, DIM, LAYERS = 1, 64, 2
-HOLE = -1  # the name of a block that was dropped
+HOLE = -1  # name of a dropped block
 
 
 def stamped(stamp: int, position: int, layer: int) -> NDArray[np.float32]:
-    """Key and value of one token, [2, heads, head_dim]: no two tokens, positions or layers have
-    the same.
+    """Returns key and value of one token, [2, heads, head_dim]; unique for each token, position and
+    layer.
     """
     rng = np.random.default_rng((stamp, position, layer))
     return rng.standard_normal((2, HEADS, DIM), np.float32)
@@ -30,12 +30,12 @@ class Sequence:
     """One live slot.
 
     Attributes:
-        reserved: tokens that room was asked for.
-        tokens: the stamp of each token up to the length.
-        ids: committed token ids.
-        blocks: a name for each logical block; slots that map the same block have the same name.
-        mark: programs may not write below this, because other slots have it or had it.
-        dropped: tokens that are gone, in whole blocks.
+        reserved: Tokens for which room was requested.
+        tokens: The stamp of each token up to the length.
+        ids: Committed token ids.
+        blocks: A name for each logical block; slots that map the same block have the same name.
+        mark: Programs may not write below this position, because other slots share or shared it.
+        dropped: Number of dropped tokens, in full blocks.
     """
 
     reserved: int
@@ -64,7 +64,7 @@ class SharingModel:
         return math.ceil(tokens / self.block)
 
     def distinct(self, without: Iterable[int] = ()) -> int:
-        """Logical blocks of all sequences, a shared one counted once."""
+        """Returns the number of logical blocks of all sequences, counting shared ones once."""
         slots = self.live.keys() - set(without)
         return len({name for slot in slots for name in self.live[slot].blocks} - {HOLE})
 
@@ -91,7 +91,7 @@ class SharingModel:
     def fork(self, donor: int, slot: int, tokens: int, shared: int, *, ran: bool = True) -> None:
         """Maps the donor's blocks of the first `shared` tokens.
 
-        `ran`: whether the queued program did.
+        `ran`: Whether the queued program ran.
         """
         assert slot not in self.live, f"slot {slot} was handed out twice"
         parent = self.live[donor]
@@ -105,8 +105,8 @@ class SharingModel:
         self.live[slot] = seq
 
     def copies(self, truncations: Iterable[tuple[int, int]]) -> int:
-        """Logical blocks that truncations (slot, tokens) in this order have to copy."""
-        left: dict[int, int] = {}  # slots that have a block
+        """Returns the logical blocks that truncations (slot, tokens) in this order have to copy."""
+        left: dict[int, int] = {}  # remaining slots that have a block
         copied = 0
         for slot, tokens in truncations:
             for name in self.live[slot].blocks[tokens // self.block :]:
@@ -130,7 +130,7 @@ class SharingModel:
         seq.blocks[:blocks] = [HOLE] * blocks
 
     def append(self, slot: int, n: int) -> NDArray[np.float32]:
-        """Keys and values [layers, 2, n, heads, head_dim] of new tokens."""
+        """Returns keys and values [layers, 2, n, heads, head_dim] of new tokens."""
         seq, new = self.live[slot], next(self._stamps)
         first = len(seq.tokens)
         seq.tokens += [new] * n
@@ -142,18 +142,19 @@ class SharingModel:
         return values
 
     def contents(self, slot: int, layer: int) -> Array:
-        """[2, tokens, heads, head_dim] as stored."""
+        """Returns the stored contents, [2, tokens, heads, head_dim]."""
         tokens = [self._contents[s, i, layer] for i, s in enumerate(self.live[slot].tokens)]
         return np.stack(tokens, 1) if tokens else np.zeros((2, 0, HEADS, DIM))
 
     def check_blocks(
         self, maps: Mapping[int, list[list[tuple[int, int]]]], *, exact: bool
     ) -> set[int]:
-        """Slots map one block exactly where the model says so; every mapping is a reference.
+        """Asserts that slots map the same block exactly where the model says so, and that every
+        mapping is a reference.
 
         Args:
             maps: `KVPool.block_map` of every live slot.
-            exact: no free slot has any blocks.
+            exact: Whether no free slot has any blocks.
 
         Returns:
             All physical blocks of live slots.
@@ -168,7 +169,7 @@ class SharingModel:
                 hole = seq.dropped // self.block
                 assert row[:hole] == [(-1, 0)] * hole
                 for i, (block, count) in enumerate(row[hole:], hole):
-                    # Behind what was asked for, a slot may have blocks that it adopted.
+                    # Beyond what it asked for, a slot may have blocks that it adopted.
                     name = seq.blocks[i] if i < len(seq.blocks) else -1 - slot * 1000 - i
                     assert names.setdefault(block, (name, r)) == (name, r), (slot, i)
                     assert mapped.setdefault((name, r), block) == block, (slot, i)

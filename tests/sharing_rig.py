@@ -1,5 +1,5 @@
 """Helpers for tests of sequences that share blocks (test_sharing.py, test_truncate.py): pools of
-small blocks, a committed donor, and the host calls with their effect on the model.
+small blocks, a committed donor, and host calls that also update the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pool_of(make_pool, spec: kvp.CacheSpec, blocks: int, **options: object) -> k
 
 
 def filled(pool: kvp.KVPool, tokens: int, **options: object) -> tuple[Rig, int]:
-    """A sequence of `tokens` tokens, all committed."""
+    """Returns a rig and the slot of a sequence of `tokens` committed tokens."""
     rig = Rig(pool, **options)
     slot = rig.acquire(tokens)
     rig.write({slot: tokens})
@@ -58,7 +58,7 @@ def grow(rig: Rig, slot: int, n: int = 1) -> None:
 
 
 def check(rig: Rig, slots: list[int]) -> None:
-    """Every sequence attends as the reference says, after its lengths are right."""
+    """Asserts that every sequence attends as the reference does, and that the lengths are right."""
     rig.check_lengths()
     for slot in slots:
         grow(rig, slot, 2)

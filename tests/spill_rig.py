@@ -1,4 +1,4 @@
-"""Pools over a store, for tests of what is written there and read back."""
+"""Pools with a store, for tests of what is written to it and read back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax_kvpage.tickets import Ticket
 
 
 def rig_of(make_pool, store, layout: str = "fused", dtype=jnp.float32, blocks: int = 64, **options):
-    """A pool over a store, with room for some logical blocks."""
+    """Makes a pool with a store and room for this many logical blocks."""
     spec = spec_of(layout, dtype).resolve("cpu")
     ranges = 1 if layout == "fused" else 2 * LAYERS
     return PrefixRig(make_pool(spec, spec.block_bytes * blocks * ranges, store=store, **options))
@@ -38,7 +38,7 @@ def add_up(pool: kvp.KVPool) -> bool:
 
 
 def spilled(pool: kvp.KVPool, tokens: int) -> None:
-    """Waits until the pool has written this many tokens ahead."""
+    """Waits until the pool has written this many tokens ahead of eviction."""
     deadline = time.monotonic() + 60
     while pool.spill_stats().tokens_written < tokens:
         assert time.monotonic() < deadline, pool.spill_stats()

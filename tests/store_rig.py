@@ -1,4 +1,4 @@
-"""What tests of stores and of the pools above them share."""
+"""Helpers for tests of stores and of the pools above them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn]
 
 
 def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether something comes true within some seconds."""
+    """Returns whether a condition becomes true within some seconds."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -29,7 +29,7 @@ def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
 
 
 def decode(rig: PrefixRig, slot: int, token: int) -> NDArray[np.uint32]:
-    """A step of decode over everything in the slot; the bits of what attention returns."""
+    """Runs a decode step over everything in the slot; returns the bits of the attention output."""
     ids = rig.ids[slot]
     rows = jnp.asarray(contents([*ids, token], len(ids)), rig.input_dtype)
     q = jax.random.normal(jax.random.key(len(ids)), (LAYERS, 1, 4, rows.shape[-1]), rows.dtype)
@@ -49,7 +49,7 @@ def decode(rig: PrefixRig, slot: int, token: int) -> NDArray[np.uint32]:
 
 @contextlib.contextmanager
 def meanwhile(work: Callable[[], object]) -> Iterator[None]:
-    """Another thread does some work over and over; raises what it raises."""
+    """Another thread repeats some work meanwhile; its exceptions are raised here."""
     failures: list[BaseException] = []
     ended = threading.Event()
 

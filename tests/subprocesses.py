@@ -1,4 +1,4 @@
-"""Runs a piece of Python in a separate process, for tests that one process cannot run twice or
+"""Runs Python code in a separate process, for tests that one process cannot run twice or
 survive.
 """
 
@@ -20,19 +20,19 @@ def command_of(
     return [sys.executable, "-c", textwrap.dedent(code), *arguments], {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path]),
-        # Not the current folder: in a checkout it holds the package without its compiled part.
+        # Not the current folder: a checkout has the package there, without its compiled module.
         "PYTHONSAFEPATH": "1",
         **(env or {}),
     }
 
 
 def start_python(code: str, *arguments: str, talk: bool = False) -> subprocess.Popen[str]:
-    """Runs `code` as `run_python` does, and does not wait. The caller ends and closes it.
+    """Runs `code` like `run_python`, but without waiting. The caller must end and close it.
 
     Args:
-        code: source, may be indented.
-        *arguments: its sys.argv[1:].
-        talk: whether its standard input is a pipe.
+        code: Source code; may be indented.
+        *arguments: Its sys.argv[1:].
+        talk: Whether its standard input is a pipe.
     """
     command, env = command_of(code, arguments, None)
     stdin = subprocess.PIPE if talk else None
@@ -49,11 +49,11 @@ def run_python(
     """Runs `code` with the tests folder on the path, and asserts that it exits with 0.
 
     Args:
-        code: source, may be indented.
-        *arguments: its sys.argv[1:].
-        env: variables to add to the environment.
-        prefix: a command to run the interpreter under.
-        timeout: seconds after which a process that hangs is killed and the test fails.
+        code: Source code; may be indented.
+        *arguments: Its sys.argv[1:].
+        env: Variables to add to the environment.
+        prefix: Command prefix for the interpreter.
+        timeout: Seconds after which a hanging process is killed and the test fails.
     """
     command, variables = command_of(code, arguments, env)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Pools that swap sequences, and what these must hold when they come back."""
+"""Pools that swap sequences, with a model of the sequences' contents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax_kvpage as kvp
 
 
 def swap_files() -> Iterator[str]:
-    """Paths of the swap files of this process, which have no names."""
+    """Yields the paths of this process's swap files, which are unlinked."""
     for number in os.listdir("/proc/self/fd"):
         path = f"/proc/self/fd/{number}"
         try:
@@ -25,10 +25,10 @@ def swap_files() -> Iterator[str]:
 
 
 class SwapRig(PrefixRig):
-    """A rig whose sequences leave their slots and come back.
+    """A rig whose sequences are swapped out and in.
 
     Attributes:
-        away: of each sequence that is swapped out, its tokens.
+        away: Tokens of each swapped-out sequence.
     """
 
     def __init__(self, pool: kvp.KVPool) -> None:
@@ -36,7 +36,7 @@ class SwapRig(PrefixRig):
         self.away: dict[kvp.Swapped, list[int]] = {}
 
     def begin(self, ids: Sequence[int]) -> int:
-        """A sequence that the prefix cache does not know."""
+        """Starts a sequence that the prefix cache does not know."""
         slot, self.cache = self.pool.acquire(self.cache, len(ids), wait=True)
         self.ids[slot] = []
         self.write(slot, ids)
@@ -48,7 +48,7 @@ class SwapRig(PrefixRig):
         return new
 
     def swap_out(self, slot: int, to_disk: bool = True) -> kvp.Swapped:
-        """Swaps a sequence out, and waits until its own blocks are on disk."""
+        """Swaps a sequence out, and waits until its unshared blocks are on disk."""
         swapped, self.cache = self.pool.swap_out(self.cache, slot)
         self.away[swapped] = self.ids.pop(slot)
         if to_disk:
@@ -62,7 +62,7 @@ class SwapRig(PrefixRig):
         return slot
 
     def audit(self) -> kvp.PoolStats:
-        """The pool's accounts, which add up."""
+        """Checks that the pool's accounts add up, and returns its stats."""
         self.pool._pool.audit()
         stats = self.pool.stats()
         in_use = stats.blocks_mapped + stats.blocks_parked + stats.blocks_draining
@@ -78,7 +78,7 @@ def swap_rig(
     blocks: int = 64,
     **changes,
 ) -> SwapRig:
-    """A pool with room for some logical blocks."""
+    """Makes a rig with room for this many logical blocks."""
     resolved = spec_of(layout, dtype, **changes).resolve("cpu")
     ranges = 1 if layout == "fused" else 2 * LAYERS
     return SwapRig(make_pool(resolved, resolved.block_bytes * blocks * ranges, store=store))

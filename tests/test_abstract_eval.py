@@ -1,4 +1,6 @@
-"""Errors before a program runs: every mistake in shapes, dtypes and options is reported at once."""
+"""Errors raised before a program runs: all mistakes in shapes, dtypes and options are reported at
+once.
+"""
 
 from __future__ import annotations
 
@@ -288,7 +290,7 @@ def test_host_integers_become_int32() -> None:
     assert decode.mask(jnp.asarray([True, True, False])).slots.tolist() == [3, -1, -1]
     with pytest.raises(ValueError, match=r"Batch.slots: wanted integers that fit int32, got -"):
         kvp.Batch([-(2**31) - 1], [0, 1])
-    # A batch goes through tree functions with leaves that are no arrays.
+    # Batches pass through tree functions with leaves that are not arrays.
     assert jax.tree.map(lambda _: None, decode).num_tokens == 3
 
 

@@ -1,4 +1,4 @@
-"""addressing="table" gives what addressing="slots" does, to the last bit: over layouts, dtypes and
+"""addressing="table" gives bit for bit the results of addressing="slots": over layouts, dtypes and
 shapes, for sequences that share blocks, grow, shrink and move, and under JAX's transformations.
 """
 
@@ -31,8 +31,8 @@ def _both(
     options: dict[str, Any],
     soft_cap: float | None,
 ) -> tuple[list[Any], list[Any], list[Any], tuple[kvp.KVCache, ...]]:
-    """A step of each of two pools, the first through its slots, the second through its table; and
-    what the first one's table shows of it.
+    """Runs a step on each of two pools, the first through its slots, the second through its table;
+    also returns the first pool's contents as its table shows them.
     """
     options = {**options, "logits_soft_cap": soft_cap, "return_lse": True}
     slots, tables, mixed = [], [], []
@@ -54,7 +54,7 @@ def _bits(results: Any) -> list[bytes]:
 
 
 class _Twins:
-    """Two pools that live the same life, one read and written through slots, one through tables."""
+    """Two pools with the same history, one accessed through slots, the other through tables."""
 
     def __init__(self, make_pool, config: Config) -> None:
         spec = kvp.CacheSpec(
@@ -81,7 +81,7 @@ class _Twins:
         ]
 
     def each(self, do: Any) -> Any:
-        """The result of a host call, which is the same in both pools."""
+        """Makes a host call on both pools; returns the result, which must be the same."""
         first, second = map(do, self.rigs)
         assert first == second
         return first
@@ -109,7 +109,7 @@ class _Twins:
         return self.each(do)
 
     def step(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """New tokens for all of them, in the plain variant and in the one with all options."""
+        """Appends tokens to all sequences, in the plain variant and in the one with all options."""
         a, b = self.rigs
         dtype = input_dtype(a.spec)
         batch = make_batch(sequences, _SEQUENCES)
@@ -126,7 +126,7 @@ class _Twins:
             assert _bits(slots) == _bits(tables) == _bits(mixed)
 
     def check_contents(self, slots: Sequence[int]) -> None:
-        """What was written through the table is what was written through the slots."""
+        """Asserts that both pools have the same contents."""
         named = np.asarray(slots, np.int32)
         for layer in range(_LAYERS):
             a, b = (kvp.read_kv(rig.cache, named, layer) for rig in self.rigs)
@@ -141,7 +141,7 @@ def test_table_equals_slots(make_pool, config: Config) -> None:
     twins.step([(slots[0], 1), (slots[1], 17), (slots[2], 9), (slots[3], 1)])
     forks = twins.fork(slots[0], 2)
     twins.step([(slots[0], 1), (forks[0], 1), (forks[1], 20)])
-    twins.truncate(forks[0], 19)  # in a block that the three share
+    twins.truncate(forks[0], 19)  # inside a block that all three share
     twins.step([(forks[0], 9), (forks[1], 1), (slots[0], 1)])
     beams = twins.reorder([*forks, slots[2]], [1, 1, 2])
     twins.step([(slot, 1) for slot in beams])
@@ -153,7 +153,7 @@ def test_table_equals_slots(make_pool, config: Config) -> None:
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_long_contexts(make_pool, layout: str) -> None:
-    """Contexts that several threads share, over more than one span of a kernel."""
+    """Contexts split over several threads, longer than one span of a kernel."""
     spec = kvp.CacheSpec(1, 2, 64, 4, 4200, dtype=jnp.bfloat16, layout=layout)
     rig = Rig(make_pool(spec, "64MiB"), group=2, max_tokens=1024, max_sequences=4)
     slots = rig.acquire_scattered([4180, 1040, 600])
@@ -204,12 +204,12 @@ def test_vmap(make_pool, layout: str) -> None:
         results.append(_bits([out, seen]))
         assert results[-1][0] == results[-1][1]
         pool.check(new)
-        cache = pool.cache()  # the same step once more: its tokens were not advanced
+        cache = pool.cache()  # the same step again: its tokens were not advanced
     assert results[0] == results[1]
 
 
 def test_shard_map() -> None:
-    """A pool on each of two devices, a table in each."""
+    """A pool with a table on each of two devices."""
     run_python(
         """
 import functools
@@ -253,7 +253,7 @@ assert not np.array_equal(outs[0][:17], outs[0][17:])
 
 
 def test_refusals(make_pool) -> None:
-    """Each combination that does not exist is one of the reasons of one error."""
+    """Each unsupported combination is one of the reasons in one error."""
     spec = kvp.CacheSpec(1, 2, 64, 2, 64, dtype=jnp.float32)
     pool = make_pool(spec)
     cache, batch, q = pool.cache(), kvp.Batch.decode([0]), jnp.ones((1, 2, 64))
