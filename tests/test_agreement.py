@@ -1,4 +1,4 @@
-"""What processes tell each other about a decision; here they are threads."""
+"""The messages that processes exchange about a decision; threads stand in for processes here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COUNT = 3
 
 
 class _Store:
-    """As `KeyValueStore`; of all processes."""
+    """Stands in for `KeyValueStore`; shared by all processes."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -53,7 +53,7 @@ class _Rig:
             self.members.append(Agreement(range(_COUNT)))
 
     def all(self, call: Callable[[int, Agreement], Any]) -> list[Any]:
-        """The results of a call in each process, or its exceptions."""
+        """Returns each process's result of a call, or its exception."""
 
         def one(index: int) -> Any:
             try:
@@ -95,7 +95,7 @@ def test_failures_name_the_first_process_that_has_one(rig: _Rig) -> None:
 
     for failed, kind, process in (
         ({1: ("failed", "a"), 2: ("failed", "b")}, "failed", 1),
-        ({0: ("refused", "a"), 2: ("refused", "a")}, "failed", 0),  # not by all
+        ({0: ("refused", "a"), 2: ("refused", "a")}, "failed", 0),  # refused, but not by all
         (dict.fromkeys(range(_COUNT), ("refused", "a")), "refused", 0),
         ({0: ("refused", "a"), 1: ("refused", "a"), 2: ("refused", "b")}, "failed", 0),
         (dict.fromkeys(range(_COUNT), ("failed", "a")), "failed", 0),
@@ -117,7 +117,7 @@ def test_calls_that_differ_end_all(rig: _Rig, arguments: tuple[Any, ...]) -> Non
         member.record("last")
         return member.decide("last", "done")
 
-    for _ in range(2):  # it stays like that
+    for _ in range(2):  # the error is permanent
         for error in rig.all(differ):
             assert isinstance(error, kvp.KVPageError)
             assert "process 2: call(" in str(error)

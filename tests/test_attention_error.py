@@ -13,9 +13,9 @@ from reference_numpy import attend
 
 import jax_kvpage as kvp
 
-# How much larger than plain JAX's our error may be. Over the 10^4 elements and more of a case both
-# root mean squares are known to about a percent, in 16-bit dtypes both are nearly all rounding of
-# the output, and the largest error is one element's luck.
+# Allowed ratio of our error to plain JAX's. A case has 10^4 elements or more, so both root mean
+# squares are known to about a percent; in 16-bit dtypes both are nearly all rounding of the output.
+# The largest error depends on a single element.
 _RMS_FACTOR = 1.05
 _MAX_FACTOR = 1.2
 
@@ -43,8 +43,8 @@ _SHAPES = [
 def _errors(
     shape: Shape, dtype: str, layout: str, seed: int, queries: int = 1
 ) -> dict[str, np.ndarray]:
-    """Of a step with `queries` tokens a sequence, the last ones of its context:
-    [sequences * queries, q_heads, head_dim] of each implementation."""
+    """Returns each implementation's error for a step with `queries` tokens per sequence, the last
+    of its context: [sequences * queries, q_heads, head_dim]."""
     rng = np.random.default_rng(seed)
     count = len(shape.contexts)
     spec = kvp.CacheSpec(

@@ -1,4 +1,4 @@
-"""Scores that float32 hold but do not resolve: the kernels and the reference implementation
+"""Scores too large for float32 to resolve differences: the kernels and the reference implementation
 (`implementation="xla"`) against float64 NumPy, and overflow beyond float32."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax_kvpage as kvp
 
 _HEADS, _GROUP, _DIM = 2, 2, 64
 _CONTEXTS, _NEW = (5, 150, 600), (5, 40, 1)
-_LARGEST = float.fromhex("0x1.e4p60")  # scores of 3e38, which times log2(e) is no float32
+_LARGEST = float.fromhex("0x1.e4p60")  # scores of 3e38, which overflow when multiplied by log2(e)
 
 Step = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -31,9 +31,9 @@ def _run(
     factors: NDArray[np.float64],
     variant: Variant,
 ) -> tuple[dict[str, Step], Step]:
-    """The last tokens of each context, where each query is `size` times a pattern of signs, and
-    the key of a token is its factor times that: out and lse of each implementation, and of
-    float64."""
+    """Attends with the last tokens of each context. Each query is `size` times a pattern of signs,
+    and each key is the token's factor times that. Returns out and lse of each implementation, and
+    those of float64."""
     rng = np.random.default_rng(1)
     spec = kvp.CacheSpec(
         1, _HEADS, _DIM, len(_CONTEXTS), max(_CONTEXTS), jnp.dtype(storage), layout
@@ -42,7 +42,7 @@ def _run(
     q = jnp.asarray(
         np.broadcast_to(np.float32(size) * _signs(), (sum(_NEW), _HEADS * _GROUP, _DIM)), query
     )
-    # The same rounding of `size` in queries and keys, where the dtypes differ.
+    # Round `size` alike in queries and keys, even if the dtypes differ.
     unit = np.asarray(q[0, 0], np.float32)
     rows = np.concatenate([factors[:n] for n in _CONTEXTS]).astype(np.float32)
     k = np.ascontiguousarray(
@@ -86,7 +86,7 @@ def _run(
 
 
 def _factors() -> NDArray[np.float64]:
-    """Small scores first; then the largest one, again and again, among smaller ones."""
+    """Returns factors that start small, after which the largest recurs among smaller ones."""
     factors = np.resize([1, 0.5, 1, -1, 0.25, 1, 0.75], max(_CONTEXTS))
     factors[3:70] = 0.5
     factors[:3] = 0.25
@@ -101,7 +101,7 @@ _STORAGE = [
     ("int8", "float32"),
     ("float8_e4m3fn", "bfloat16"),
 ]
-# Of few bits, so that products are exact in float64: equal keys have equal scores there.
+# Few significant bits, so that products are exact in float64 and equal keys have equal scores.
 _SIZES = [1e2, 2496.0, 59904.0, 65504.0, 133120.0, 2.0**30, 2.0**50, _LARGEST]
 
 
@@ -110,7 +110,7 @@ _SIZES = [1e2, 2496.0, 59904.0, 65504.0, 133120.0, 2.0**30, 2.0**50, _LARGEST]
 @pytest.mark.parametrize(("storage", "query"), _STORAGE)
 @pytest.mark.parametrize("size", _SIZES)
 def test_large_scores_match_float64(storage: str, query: str, size: float, layout: str) -> None:
-    """From 1e2 to the largest scores that are float32 numbers, or elements that are float16."""
+    """Sizes from 1e2 up to the largest float32 scores, or the largest float16 elements."""
     if "float16" in (storage, query):
         size = min(size, 65504.0)
     variant = Variant(scale=1.0) if size == _LARGEST else Variant()
@@ -144,15 +144,15 @@ def test_options_with_large_scores_match_float64(storage: str, option: str, layo
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize(("storage", "query"), [s for s in _STORAGE if s[0] != "float16"])
 def test_overflow_is_not_silent(storage: str, query: str, layout: str) -> None:
-    """A row with a score beyond float32 is NaN and its lse infinite, in both implementations; rows
-    that do not see the key are not affected."""
+    """A row with a score beyond float32 is NaN and its lse is infinite, in both implementations;
+    rows that do not see the key are unaffected."""
     factors = np.where(np.arange(max(_CONTEXTS)) % 5 == 0, -1.0, 1e-20)
-    key = 130  # rows of the second context before it do not see it
+    key = 130  # not seen by earlier rows of the second context
     factors[key] = 1.0
     got, _ = _run(storage, query, layout, 1e20, factors, Variant())
     first = [n - new for n, new in zip(_CONTEXTS, _NEW, strict=True)]
     positions = np.concatenate([f + np.arange(n) for f, n in zip(first, _NEW, strict=True)])
-    # Where the first key, whose score is -inf, is all that a row sees, nothing is left.
+    # If a row sees only the first key, whose score is -inf, nothing is left.
     seen = positions > 0
     overflows = positions >= key
     assert overflows.any()

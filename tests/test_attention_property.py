@@ -1,4 +1,4 @@
-"""Attention on cpu equals float64 NumPy over random ragged batches: every dtype, layout, head size
+"""Attention on CPU equals float64 NumPy for random ragged batches of every dtype, layout, head size
 and variant (attention_cases.py).
 """
 
@@ -52,7 +52,7 @@ def test_xla_equals_float64(rigs: Rigs, config: Config) -> None:
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 def test_long_contexts(layout: str, dtype: str) -> None:
-    """Contexts long enough for a kernel that splits them, at lengths around the powers of two where
+    """Contexts long enough to be split by the kernel, at lengths around the powers of two where
     splits would end.
     """
     spec = kvp.CacheSpec(1, 1, 64, 4, 5000, dtype=jnp.dtype(dtype), layout=layout)
@@ -75,8 +75,8 @@ def test_long_contexts(layout: str, dtype: str) -> None:
 
 
 def test_blocks_are_scattered(make_pool) -> None:
-    """The helper really does what the property test relies on: neighbours in a slot are not
-    neighbours in the pool.
+    """Checks what the property test relies on: adjacent blocks of a slot are not adjacent in the
+    pool.
     """
     for layout in ("fused", "per_layer"):
         spec = kvp.CacheSpec(1, 2, 64, 4, _MAX_SEQ_LEN, dtype=jnp.float32, layout=layout)
@@ -90,13 +90,13 @@ def test_blocks_are_scattered(make_pool) -> None:
 
 
 def test_large_logits_do_not_overflow(make_pool) -> None:
-    """Logits in the thousands, where a softmax without the running maximum is inf / inf."""
+    """Logits in the thousands, for which a softmax without the running maximum gives inf / inf."""
     spec = kvp.CacheSpec(1, 2, 64, 2, 128, dtype=jnp.float32)
     rig = Rig(make_pool(spec), group=2)
     slot = rig.acquire(100)
     rig.write({slot: 60})
     out, lse, want_out, _ = rig.step([(slot, 40)], Variant(scale=100.0))
-    # One float32 ulp of a logit of 1e4 is 1e-3, and so is the error of its weight.
+    # One float32 ulp of a logit of 1e4 is 1e-3, and so is the relative error of its weight.
     assert np.all(np.isfinite(out))
     assert np.all(np.isfinite(lse[:, :40]))
     assert np.max(np.abs(out - want_out)) < 0.05

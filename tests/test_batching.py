@@ -1,5 +1,5 @@
-"""vmap of every op: one call over all elements gives the results of a call for each element, and
-unsupported uses are refused before anything runs.
+"""vmap of every op: one call over all elements equals a call per element, and unsupported uses are
+refused before anything runs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import jax_kvpage as kvp
 
 _LAYERS, _KV_HEADS, _HEADS, _DIM, _SLOTS = 2, 2, 4, 32, 6
 _ELEMENTS, _TOKENS = 3, 5
-# Tokens that the two sequences of each element bring; an element has a padding sequence as well.
+# New tokens of the two sequences of each element; each element also has a padding sequence.
 _NEW = [(2, 1), (0, 5), (1, 0)]
 
 
 class _Setup:
-    """Six occupied slots with some tokens each, and batches for three elements of two sequences."""
+    """Six occupied slots that hold some tokens, and batches for three elements of two sequences."""
 
     def __init__(self, pool: kvp.KVPool) -> None:
         self.rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_update_and_attend(setup: _Setup, implementation: str | None) -> None:
     assert out.shape == s.q.shape
     assert lse.shape == s.q.shape[:3]
     assert cache.lengths.shape == (_SLOTS,)
-    # The same tokens once more, one element after the other.
+    # Append the same tokens again, one element after the other.
     cache = s.cache
     for i, batch in enumerate(s.elements):
         want, want_lse, cache = step(s.q[i], s.k[i], s.v[i], batch, cache)
@@ -105,7 +105,7 @@ def test_append_advance_and_attend(setup: _Setup, axis: int) -> None:
 
 
 def test_readers_map_over_what_does_not_fold(setup: _Setup) -> None:
-    """One batch with queries and options for each element."""
+    """One batch with different queries and options for each element."""
     s, batch = setup, setup.elements[0]
     cache = kvp.append_kv(s.cache, s.k[0], s.v[0], batch, layer=0)
     sinks, windows = s.rng.standard_normal((3, _HEADS)), jnp.asarray([1, 0, 3], jnp.int32)
@@ -120,7 +120,7 @@ def test_readers_map_over_what_does_not_fold(setup: _Setup) -> None:
     each = [attend(*x) for x in zip(s.q, sinks, windows, strict=True)]
     for part, name in enumerate(["out", "lse"]):
         np.testing.assert_array_equal(got[part], jnp.stack([e[part] for e in each]), name)
-    # A batch and an option for each element.
+    # A different batch and option for each element.
     cache = jax.vmap(lambda k, v, b: kvp.append_kv(cache, k, v, b, layer=0), out_axes=None)(
         s.k, s.v, s.batches
     )
@@ -140,7 +140,7 @@ def test_map_slots_and_set_lengths(one: _Setup) -> None:
     lengths = jnp.asarray([[0, 1], [2, 3], [3, 0]], jnp.int32)
     cache = jax.vmap(lambda s, n: kvp.set_lengths(cache, s, n), out_axes=None)(pairs, lengths)
     np.testing.assert_array_equal(cache.lengths[pairs], lengths)
-    # One number for the slots of all elements.
+    # One length for the slots of all elements.
     cache = jax.vmap(lambda s: kvp.set_lengths(cache, s, 0), out_axes=None)(pairs)
     np.testing.assert_array_equal(cache.lengths, np.zeros(_SLOTS))
 
@@ -156,7 +156,7 @@ def test_after_and_positions(one: _Setup) -> None:
 
 
 def test_nested_vmap(one: _Setup) -> None:
-    """Folding folds again."""
+    """Calls fold twice."""
     s = one
     cache = jax.vmap(
         jax.vmap(lambda k, v, b: kvp.append_kv(s.cache, k, v, b, layer=0), out_axes=None),
@@ -183,7 +183,7 @@ def test_tables(implementation: str | None) -> None:
     got = jax.vmap(attend)(q, k, v, tables, lengths)
     each = [attend(*x) for x in zip(q, k, v, tables, lengths, strict=True)]
     np.testing.assert_allclose(got, jnp.stack(each), atol=1e-6)
-    # Shared pages are not copied for each element.
+    # Shared pages are not copied per element.
     got = jax.vmap(attend, (0, None, None, 0, 0))(q, k[0], v[0], tables, lengths)
     want = [attend(x, k[0], v[0], t, n) for x, t, n in zip(q, tables, lengths, strict=True)]
     np.testing.assert_allclose(got, jnp.stack(want), atol=1e-6)
@@ -251,7 +251,7 @@ def test_refused_in_words(one: _Setup, case: str) -> None:
 
 
 def test_malformed_offsets_of_any_element_are_seen(one: _Setup) -> None:
-    """Laid end to end, a later element that does not begin at 0 could pass for padding."""
+    """In concatenated elements, a later one that does not begin at 0 could pass for padding."""
     s = one
     offsets = s.batches.query_offsets.at[1, 0].set(1)
     bad = kvp.Batch(s.batches.slots, offsets)

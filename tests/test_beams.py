@@ -1,6 +1,6 @@
-"""Beams by `reorder` and samples by `fork` on the shipped Llama: against transformers' beam search,
-against separate runs, and to the last bit against decoding without shared blocks. The rules of the
-search are in test_serving_beams.py.
+"""Beams by `reorder` and samples by `fork` on the shipped Llama: compared with transformers' beam
+search, with separate runs, and bit for bit with decoding without shared blocks. The rules of the
+search are tested in test_serving_beams.py.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 _BLOCK = 16
 _WIDTH = 4
 _SAMPLES = 8
-# Scores are means of log probabilities of float32 logits, about -1 to -4: both sides round each
-# sum differently. The largest difference seen is 1e-6.
+# Scores are means of float32 log probabilities, about -1 to -4, and the two sides round their sums
+# differently. The largest difference seen is 1e-6.
 _TOLERANCE = 1e-5
 _TEXT = (
     "The function returns a list of all names that are defined in the module, in the order in "
@@ -76,7 +76,7 @@ def _reference() -> Any:
 def _reference_beams(
     tokens: int, new: int, stop: int | None = None
 ) -> tuple[list[list[int]], list[float]]:
-    """All W sequences of transformers' beam search and their scores, the best first."""
+    """Returns all W sequences of transformers' beam search and their scores, best first."""
     torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
     prompt = torch.tensor([_prompt(tokens)])
     stop = _config().eos_token_ids[0] if stop is None else stop
@@ -112,7 +112,7 @@ def _assert_beams(found: list[dict[str, Any]], want: tuple[list[list[int]], list
 
 
 def test_beams_are_those_of_transformers(layout: str) -> None:
-    """Prompts end before, at and behind the end of a block; outputs cross up to four."""
+    """Prompts end before, at and after the end of a block; outputs span up to four blocks."""
     cases = [(5, 1), (15, 40), (16, 20), (17, 33), (31, 64)]
     with _pool(layout, 2 * _WIDTH) as pool:
         engine = _engine(pool)
@@ -125,7 +125,7 @@ def test_beams_are_those_of_transformers(layout: str) -> None:
 
 
 def test_finished_beams_are_those_of_transformers(layout: str) -> None:
-    """With a common token as the end of text, beams end at all lengths, and the search early."""
+    """With a common end-of-sequence token, beams end at all lengths, and the search early."""
     best = _reference_beams(31, 64)[0][0]
     stop = max(set(best[8:]), key=best[8:].count)
     want = _reference_beams(31, 64, stop)
@@ -156,7 +156,7 @@ def test_beams_without_blocks_end_with_capacity(layout: str) -> None:
 
 
 class _Recorded(Programs):
-    """Keeps the log probabilities of the whole vocabulary that each beam's history had."""
+    """Records the log probabilities of the whole vocabulary after each beam's history."""
 
     def __init__(self, pool: kvp.KVPool) -> None:
         super().__init__(_model(), Sampling(), _config().eos_token_ids)
@@ -170,7 +170,7 @@ class _Recorded(Programs):
     def run(
         self, cache: kvp.KVCache, slots: Sequence[int], tokens: Sequence[int]
     ) -> tuple[list[np.ndarray], kvp.KVCache]:
-        """Decodes a token in each lane, and commits it; slot -1 is an idle lane."""
+        """Decodes and commits a token in each lane; slot -1 is an idle lane."""
         operands = (np.asarray(tokens, np.int32), np.asarray(slots, np.int32))
         zeros = np.zeros(len(slots), np.int32)
         likely, _, cache = self.decode(cache, *jax.device_put((*operands, zeros)))
@@ -183,7 +183,7 @@ class _Recorded(Programs):
         return likely, cache
 
     def start(self, cache: kvp.KVCache, prompt: list[int]) -> tuple[int, Any, kvp.KVCache]:
-        """A slot with a prompt."""
+        """Acquires a slot and prefills it with a prompt."""
         slot, cache = self._pool.acquire(cache, len(prompt), wait=True)
         likely, cache = self.prefill(cache, [(slot, prompt, 0)], _WIDTH)
         self._pool.commit(slot, prompt)
@@ -191,7 +191,7 @@ class _Recorded(Programs):
 
 
 def test_beams_are_bit_identical_to_decoding_alone(layout: str) -> None:
-    """Each running beam, decoded again in a slot that shares nothing, by the same programs."""
+    """Decodes each final beam again, with the same programs, in a slot that shares nothing."""
     prompt, params = _prompt(29), BeamSearchParams(beam_width=_WIDTH, max_tokens=40)
     with _pool(layout, 2 * _WIDTH) as pool:
         programs = _Recorded(pool)
@@ -223,11 +223,11 @@ def test_beams_are_bit_identical_to_decoding_alone(layout: str) -> None:
                 for part, wanted in zip(found, want, strict=True):
                     assert part[lane].tobytes() == wanted.tobytes(), end
             cache = pool.release(cache, slot)
-        assert moved  # reorders have changed the order of beams
+        assert moved  # the order of beams has changed
 
 
 class _Logits(Programs):
-    """Gives logits beside the chosen tokens."""
+    """Programs that also return logits."""
 
     def _choose(self, logits: jax.Array, sequence_ids: Any, positions: Any) -> Any:
         return super()._choose(logits, sequence_ids, positions), logits
@@ -241,7 +241,7 @@ def _logits_programs() -> _Logits:
 def _decode(
     programs: _Logits, cache: kvp.KVCache, lanes: dict[int, int], token: int, steps: int
 ) -> tuple[np.ndarray, np.ndarray, kvp.KVCache]:
-    """Decodes slots in the lanes given; tokens `[steps, S]` and logits `[steps, S, vocab]`."""
+    """Decodes slots in given lanes; returns tokens `[steps, S]` and logits `[steps, S, vocab]`."""
     slots = np.full(_SAMPLES, -1, np.int32)
     for lane, slot in lanes.items():
         slots[lane] = slot
@@ -322,8 +322,8 @@ def _separate(layout: str) -> list[list[int]]:
 def test_the_engine_s_samples_equal_separate_runs(
     layout: str, blocks: int | None, scan_steps: int
 ) -> None:
-    """Also where there is so little memory that samples wait and are recomputed. (The library's
-    engine schedules them together: test_serving_engine.py.)
+    """Also with so little memory that samples wait and are recomputed. (The library's engine
+    schedules samples together: test_serving_engine.py.)
     """
     requests = [Request(index, _prompt(35), 50, group=0) for index in range(_SAMPLES)]
     engine = _samples(layout, requests, blocks, scan_steps=scan_steps)
@@ -333,7 +333,7 @@ def test_the_engine_s_samples_equal_separate_runs(
 
 
 def test_the_engine_computes_a_prompt_once(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two prompts of three samples; a third that shares nothing."""
+    """Two prompts with three samples each, and a third prompt that shares nothing."""
     requests = [Request(i, _prompt(40 - i // 3), 9, group=i // 3) for i in range(6)]
     requests.append(Request(6, _prompt(11), 9))
     counts: list[list[int]] = []
@@ -352,7 +352,7 @@ def test_the_engine_computes_a_prompt_once(layout: str, monkeypatch: pytest.Monk
 
 
 def test_a_random_model_has_beams_too(layout: str) -> None:
-    """Another shape, where the candidates of a beam are the whole vocabulary: K is cut to it."""
+    """Another shape, where a beam's candidates are the whole vocabulary: K is reduced to it."""
     model = random_model()
     spec = cache_spec(model.config, max_slots=6, layout=layout, block_tokens=32)
     with kvp.KVPool(spec, spec.virtual_bytes) as pool:

@@ -1,5 +1,5 @@
-"""A sequence's result is the same to the last bit in every surrounding: neighbours, order,
-padding, blocks, threads.
+"""A sequence's result is bit-identical whatever its neighbours, order, padding, blocks and
+threads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 import jax_kvpage as kvp
 
 _LAYERS, _HEADS, _GROUP, _DIM, _MAX = 2, 2, 3, 64, 1500
-# (context, new tokens) of the sequences; the first is the one that is watched.
+# (context, new tokens) of the sequences; the first one is compared.
 _SEQUENCES = [(1200, 5), (3, 1), (700, 1), (0, 60), (1499, 1), (40, 17)]
 
 
 class _Data:
-    """Each sequence's tokens, drawn from its own seed, so that they do not depend on the company it
-    keeps.
+    """Each sequence's tokens, drawn from the sequence's own seed so that they do not depend on the
+    rest of the batch.
     """
 
     def __init__(self, index: int) -> None:
@@ -52,8 +52,8 @@ def _run(
     extra_tokens: int = 0,
     scattered: bool = False,
 ) -> dict[int, bytes]:
-    """The bits of out and lse of every sequence in `order`, from one batch with `padding` sequences
-    in front.
+    """Runs one batch with `padding` sequences in front; returns the bits of out and lse of every
+    sequence in `order`.
     """
     rig = Rig(pool)
     lengths = [sum(_SEQUENCES[i]) for i in order]
@@ -125,8 +125,8 @@ def test_physical_blocks(pool: kvp.KVPool) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_the_two_layouts_agree(make_pool, dtype: str) -> None:
-    """Not promised by the contract for all time, but true while both layouts run one kernel: a
-    difference is a bug.
+    """Not guaranteed by the contract, but true as long as both layouts use one kernel: a difference
+    is a bug.
     """
     results = []
     for layout in ("fused", "per_layer"):
@@ -144,7 +144,7 @@ def _digest() -> str:
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads(threads: int) -> None:
-    """NPROC is what XLA's CPU client sizes its thread pool by."""
+    """XLA's CPU client sizes its thread pool by NPROC."""
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(__file__))],
         env=os.environ | {"NPROC": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},

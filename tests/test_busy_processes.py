@@ -1,4 +1,4 @@
-"""A process that forks or ends while threads of its own are inside calls on a pool."""
+"""A process that forks or exits while its threads are inside calls on a pool."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_fork_beside_busy_threads_hangs_in_no_call() -> None:
 
 @pytest.mark.parametrize("call", ["stats", "trim", "slot_table"])
 def test_exit_beside_a_daemon_thread_in_a_call(call: str) -> None:
-    """Python ends a thread that comes back from C++ after the end of the interpreter."""
+    """Python ends a thread that returns from C++ after the interpreter has been finalized."""
     code = (
         _POOL
         + """

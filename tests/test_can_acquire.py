@@ -1,4 +1,4 @@
-"""can_acquire: the answer is what acquire then does, and asking changes nothing."""
+"""can_acquire predicts what acquire does, and asking changes nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_draining_slots_do_not_count(make_pool) -> None:
     assert not _ask(pool, [16 * 10, 16 * 11])
     assert _ask(pool, [16 * 10, 16 * 10])
     assert _ask(pool, [0] * 6)
-    assert not _ask(pool, [0] * 7)  # slots
+    assert not _ask(pool, [0] * 7)  # not enough slots
     assert _ask(pool, [])
 
 

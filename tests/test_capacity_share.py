@@ -1,4 +1,6 @@
-"""Capacities as a share of what is available now, against numbers read by the test itself."""
+"""Capacities given as a share of the available memory, against numbers that the test reads
+itself.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _GIB = 1 << 30
 
 @pytest.fixture
 def available(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what the machine has available."""
+    """Sets how much memory the machine has available."""
 
     def set_bytes(value: int) -> None:
         monkeypatch.setattr(_native, "available_bytes", lambda: value)
@@ -38,12 +40,12 @@ def test_a_share(text: str, share: float, available: Any, make_pool) -> None:
 
 
 def test_the_machine_is_asked(make_pool) -> None:
-    """MemAvailable, read here, is the most there can be; a cgroup may allow less."""
+    """MemAvailable, read here, is an upper bound; a cgroup may allow less."""
     with open("/proc/meminfo") as file:
         kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     pool = make_pool(make_spec(), "10%")
     assert 0 < pool.stats().capacity < 0.11 * kib * 1024
-    assert pool.stats().physical == 0  # blocks are taken only as they are needed
+    assert pool.stats().physical == 0  # blocks are allocated only as needed
 
 
 def test_none_is_half_of_the_host_but_no_more_than_full_slots(available: Any, make_pool) -> None:
@@ -122,7 +124,7 @@ def test_errors_have_the_numbers(available: Any, make_pool) -> None:
 
 @pytest.mark.fake_driver
 def test_a_share_of_a_device() -> None:
-    """Free memory of the (fake) device, which a second pool sees shrink."""
+    """A share of the (fake) device's free memory, of which a second pool sees less."""
     run_python(
         """
     import jax.numpy as jnp

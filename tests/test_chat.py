@@ -16,7 +16,7 @@ from llama.tokenizer import Tokenizer
 from llama_models import UNTIED, write_byte_tokenizer, write_checkpoint
 
 _PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{{ '[assistant]' }}"
-# The answer goes on right behind the prompt, as in real templates.
+# The answer follows the prompt directly, as in real templates.
 _CONTINUED = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -24,7 +24,7 @@ _CONTINUED = (
 
 
 def _write(path: pathlib.Path, template: str | None, **config: Any) -> ChatTemplate:
-    """A directory with a byte tokenizer and a template in tokenizer_config.json."""
+    """Writes a byte tokenizer, and a template in tokenizer_config.json, to a directory."""
     write_byte_tokenizer(path)
     values = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, **config}
     if template is not None:
@@ -109,7 +109,7 @@ def test_mistakes_with_chat(capsys: pytest.CaptureFixture[str], tmp_path: pathli
 
 
 def _chat_model(tmp_path: pathlib.Path) -> list[str]:
-    """A checkpoint with a chat template; the arguments that name it."""
+    """Writes a checkpoint with a chat template; returns the arguments that select it."""
     write_checkpoint(tmp_path, UNTIED)
     _write(tmp_path, _CONTINUED)
     return ["--checkpoint", str(tmp_path), "--chat", "--max-new-tokens", "6"]

@@ -1,5 +1,5 @@
-"""Chat templates: what they render, where they are found, and what they may not do. The text is
-that of `apply_chat_template` of transformers.
+"""Chat templates: what they render, where they are found, and what they are not allowed to do. The
+text must equal that of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations

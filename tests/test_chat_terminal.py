@@ -1,4 +1,4 @@
-"""decode_llama.py --chat with a person at a terminal: Ctrl-C and Ctrl-D."""
+"""decode_llama.py --chat with a user at a terminal: Ctrl-C and Ctrl-D."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SECONDS = 120
 
 
 class _Terminal:
-    """A process at its own terminal, and the text shown there."""
+    """A process with its own terminal, and the text shown on it."""
 
     def __init__(self, *arguments: str) -> None:
         self._keys, theirs = pty.openpty()
         env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
         env |= {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"}
-        # A session whose controlling terminal this is: Ctrl-C becomes a signal.
+        # A session with this as its controlling terminal: Ctrl-C becomes a signal.
         start = (
             "import fcntl, os, signal, sys, termios; os.setsid(); "
             "fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.SIG_DFL); "
@@ -47,8 +47,8 @@ class _Terminal:
         os.write(self._keys, keys.encode())
 
     def press_until(self, keys: str, words: str) -> str:
-        """Presses keys each second until `words` are shown. Python's readline may miss a signal
-        that comes after it has shown its prompt and before it waits for a key.
+        """Presses keys every second until `words` are shown. Python's readline may miss a signal
+        that arrives after it has shown its prompt and before it waits for a key.
         """
         for _ in range(_SECONDS):
             self.press(keys)
@@ -57,7 +57,7 @@ class _Terminal:
         raise AssertionError(f"{words!r} is not shown")
 
     def _wait(self, seconds: float) -> bool:
-        """Whether something is shown within some seconds, apart from the keys."""
+        """Returns whether anything but the pressed keys is shown within some seconds."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             ready, _, _ = select.select([self._keys], [], [], left)
@@ -72,7 +72,7 @@ class _Terminal:
         return False
 
     def read_until(self, words: str) -> str:
-        """What is shown up to `words`, which are included."""
+        """Returns what is shown up to and including `words`."""
         deadline = time.monotonic() + _SECONDS
         while words not in self._unread:
             ready, _, _ = select.select([self._keys], [], [], deadline - time.monotonic())
@@ -109,10 +109,10 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(terminal: _Terminal) -> None:
     terminal.press("hi\n")
     terminal.read_until("hi\r\n")
     time.sleep(0.3)  # the terminal shows the line before the program has it
-    terminal.press(_CTRL_C)  # while the model's first step is compiled
+    terminal.press(_CTRL_C)  # during the compilation of the model's first step
     assert "[cancelled]" in terminal.read_until("\n> ")
     terminal.press("and\n")
-    terminal.read_until("[length]")  # the conversation goes on
+    terminal.read_until("[length]")  # the conversation continues
     terminal.read_until("> ")
     terminal.press(_CTRL_D)
     table = terminal.read_until("turn 2: tokens read / cached")

@@ -1,5 +1,5 @@
-"""Reading Hugging Face Llamas: configurations old and new, weights whole and sharded, and every way
-to be wrong.
+"""Reading Hugging Face Llamas: old and new configurations, single-file and sharded weights, and
+every kind of mistake.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_all_spellings_of_rope_scaling_mean_the_same(rope: dict[str, Any]) -> No
     assert config.rope.original_max_position_embeddings == 64
     plain = parse_config(_BASE | {"rope_theta": 5e5}).rope.inverse_frequencies(16)
     scaled = config.rope.inverse_frequencies(16)
-    # The fastest turns stay, the slowest are stretched by the whole factor.
+    # The fastest rotations stay unchanged, the slowest are stretched by the full factor.
     assert scaled[0] == plain[0]
     np.testing.assert_allclose(scaled[-1], plain[-1] / 8.0, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The checks at import: platform and FFI version, and what they say."""
+"""The checks at import (platform and FFI version) and their messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a second process, with another pool id, finds the first one's
+"""The persistent compilation cache: a second process, whose pool id differs, finds the first one's
 programs.
 """
 

@@ -17,7 +17,7 @@ _MAX = 80
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Collects an entry for every program that XLA compiles inside the block."""
+    """Collects an entry for every program that XLA compiles in the `with` block."""
     seen: list[str] = []
     active = True
 
@@ -25,7 +25,7 @@ def compilations() -> Iterator[list[str]]:
         if active and event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 
-    # There is no public way to take a listener back; a dead one costs a comparison.
+    # Listeners cannot be removed through a public API; an inactive one costs a comparison.
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     active = False
@@ -47,7 +47,7 @@ def _step(
 
 
 def _life(pool: kvp.KVPool, addressing: str) -> None:
-    """Requests of all lengths come, grow and go."""
+    """Runs requests of all lengths, which start, grow and end."""
     cache = pool.cache()
     slots, cache = pool.acquire(cache, [1, 17])
     for i in range(_MAX):
@@ -68,12 +68,12 @@ def test_nothing_is_compiled_twice(make_pool, layout: str, addressing: str) -> N
         _life(make_pool(spec, "8MiB"), addressing)
     assert first, "the counter does not count"
     with compilations() as again:
-        _life(make_pool(spec, "4MiB"), addressing)  # another pool, another capacity
+        _life(make_pool(spec, "4MiB"), addressing)  # another pool with another capacity
     assert again == []
 
 
 def test_the_second_step_is_the_first_ones_program(make_pool) -> None:
-    """From length 1 to max_seq_len: what `_step` compiles, it compiles at its first call."""
+    """From length 1 to max_seq_len, `_step` is compiled only at its first call."""
     spec = kvp.CacheSpec(2, 2, 64, 3, _MAX, dtype=jnp.float32, block_tokens=32)
     pool = make_pool(spec, "8MiB")
     slots, cache = pool.acquire(pool.cache(), [_MAX, _MAX])

@@ -1,5 +1,5 @@
-"""Turns of the Llama example, and the prefix cache under a real model: the same text, and where the
-program shapes are equal the same bits, as without.
+"""Conversations of several turns with the Llama example, and the prefix cache under a real model:
+the text is the same as without it, and so are the bits if the program shapes are equal.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_turns_say_what_whole_conversations_say(
     for before, after in zip(sequences[:-2], sequences[2:], strict=True):
         known = before["prompt_ids"] + before["output_ids"]
         assert after["prompt_ids"][: len(known)] == known
-        # All but the last token of an answer has been through the model.
+        # The model has processed all but the last token of an answer.
         assert after["cached_tokens"] == len(known) - 1
     conversations = [sequence["prompt_ids"] for sequence in sequences]
     whole = generate(_model(), conversations, spec=_spec(6), stop_ids=(_EOS,))
@@ -64,7 +64,7 @@ def test_turns_say_what_whole_conversations_say(
 
 
 def test_turns_in_a_small_pool_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    """Blocks of one conversation are evicted for the other; what is gone is computed again."""
+    """Blocks of one conversation are evicted for the other, and recomputed when needed."""
     arguments = [x for p in ("The module", "A class is") for x in ("--prompt", p)]
     arguments += ["--turn", " If it is not", "--turn", " The caller", "--max-new-tokens", 30]
     plain = _json(capsys, *arguments)
@@ -97,7 +97,7 @@ def test_turns_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class _Logits(Programs):
-    """Programs that give each lane's logits in place of a token."""
+    """Programs that return each lane's logits instead of a token."""
 
     def _choose(self, logits: jax.Array, sequence_ids: jax.Array, positions: jax.Array) -> Any:
         del sequence_ids, positions
@@ -107,16 +107,16 @@ class _Logits(Programs):
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("how", ["adopted", "mapped", "forked"])
 def test_the_prefix_cache_does_not_change_a_bit(layout: str, how: str) -> None:
-    """Chunks of a prompt, then decode steps: all logits, with a chunk computed or found."""
+    """Prompt chunks, then decode steps: all logits are the same with a chunk computed or cached."""
     chunk, programs = 64, _Logits(_model(), Sampling(), ())
     rng = np.random.default_rng(0)
     prompt = rng.integers(2, 2048, 2 * chunk).tolist()
-    # What others have of it: not all of its first chunk lies in whole blocks.
+    # The part that others have cached ends inside a block.
     found = chunk - 8
 
     def logits_of(pool: kvp.KVPool, cache: kvp.KVCache, known: int, slot: int) -> Any:
         rows, ids = [], list(prompt)
-        # The chunk behind what is found has the same shape in both runs.
+        # The chunk after the cached part has the same shape in both runs.
         cuts = [found, found + chunk, len(prompt)]
         for begin, end in zip([0, *cuts], cuts, strict=False):
             if end > known:

@@ -1,6 +1,4 @@
-"""The default setting of a run covers what its marks promise, and the exhaustive one leaves nothing
-out.
-"""
+"""A default run covers what the markers promise, and an exhaustive one leaves nothing out."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ def test_marked(layout: str, dtype: str) -> None:
 def test_the_mark_drops_by_default_only(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The run itself has dropped some already, so the function is expanded anew.
+    # The current run has already deselected some items, so the function is expanded again.
     module = request.node.parent
     items = [item for item in module.collect() if item.originalname == "test_marked"]
     assert len(items) == 6

@@ -1,4 +1,6 @@
-"""Default blocks of common models on CUDA: decode copies them without a division a token."""
+"""Default CUDA block sizes of common models: decode can copy blocks without a division per
+token.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ _MODELS = {
     "Gemma 3 27B": (62, 16, 128),
     "gpt-oss 20B": (24, 8, 64),
 }
-_THREADS = 128  # of a block of the attention kernels
+_THREADS = 128  # threads per thread block of the attention kernels
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("model", _MODELS)
 def test_tiles_are_runs_of_tokens(model: str, layout: str) -> None:
-    """bfloat16: a tile lies in one block, or is made of whole blocks (tiles.cuh)."""
+    """bfloat16: a tile lies in one block, or consists of full blocks (tiles.cuh)."""
     layers, heads, dim = _MODELS[model]
     spec = kvp.CacheSpec(layers, heads, dim, 4, 8192, dtype=jnp.bfloat16, layout=layout)
     tokens = spec.resolve("cuda").block_tokens or 0
@@ -39,7 +41,7 @@ def test_tiles_are_runs_of_tokens(model: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("model", _MODELS)
 def test_rows_of_a_thread_reach_the_next_block(model: str, layout: str) -> None:
-    """int8: a thread's rows are no further apart than a block is long (quantized_tiles.cuh)."""
+    """int8: the rows of a thread are at most a block apart (quantized_tiles.cuh)."""
     layers, heads, dim = _MODELS[model]
     spec = kvp.CacheSpec(layers, heads, dim, 4, 8192, dtype=jnp.int8, layout=layout)
     assert (spec.resolve("cuda").block_tokens or 0) >= _THREADS // (dim // 16)

@@ -1,4 +1,4 @@
-"""cc/kernels/cuda/check_code.py, over code that was written for this test."""
+"""cc/kernels/cuda/check_code.py, run on code written for this test."""
 
 import importlib
 import pathlib

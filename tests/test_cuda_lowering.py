@@ -1,5 +1,5 @@
-"""Lowering for CUDA, on any machine: the same custom calls as on CPU, with the same attributes and
-aliases, and what they take besides.
+"""Lowering for CUDA, on any machine: the custom calls are the CPU's, with the same attributes and
+aliases, plus CUDA's extra operands and results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax_kvpage import _native
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
-    """Names, attributes, aliases, operands: equal on both platforms, but for SSA names, scratch."""
+    """Names, attributes, aliases and operands equal the CPU's, except for SSA names and scratch."""
     on_cpu = (
         (lambda c, b: attend_with_tables(c, b)) if name == "attend_with_tables" else op_of(name)
     )
@@ -47,10 +47,10 @@ def test_an_op_is_the_custom_call_that_it_is_on_cpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_operands_and_results_stand_behind_barriers(name: str) -> None:
-    """XLA's dynamic-slice fusion looks through no barrier over a single array.
+    """XLA's dynamic-slice fusion does not look through a barrier over a single array.
 
-    It may leave a call in the program beside the copy that it made of it. What XLA makes of the
-    calls is tested in tests/gpu/test_gpu_compiled.py.
+    It may leave a call in the program beside its fused copy. What XLA makes of the calls is tested
+    in tests/gpu/test_gpu_compiled.py.
     """
     text = lowered(op_of(name))
     ((result, count, operands),) = re.findall(
@@ -66,7 +66,7 @@ def test_operands_and_results_stand_behind_barriers(name: str) -> None:
 
 
 def test_layers_ask_for_the_same_plan() -> None:
-    """Calls without side effects on the same values, so that XLA keeps one."""
+    """The plan calls have the same operands and no side effects, so XLA keeps only one."""
 
     def step(cache: kvp.KVCache, batch: kvp.Batch) -> Any:
         q = queries()
@@ -94,14 +94,14 @@ def test_layers_ask_for_the_same_plan() -> None:
 
 
 def test_scratch_is_sized_by_shapes() -> None:
-    """It is no more for a longer context than the spans that are kept apart, and it is bounded."""
+    """It grows with the context only up to the number of separate spans, and is bounded."""
 
     def attention(tokens: int, sequences: int, context: int, slots: int = 8) -> int:
         return _native.attention_scratch_bytes(1, 1, 32, 8, 128, context, sequences, tokens, slots)
 
     assert _native.checked_scratch_bytes(0, 8) > 0
     assert _native.checked_scratch_bytes(1000, 8) > _native.checked_scratch_bytes(10, 8)
-    # Marks of the check, where there are too many slots for shared memory.
+    # The check's marks are in scratch if there are too many slots for shared memory.
     assert _native.checked_scratch_bytes(10, 8192) == _native.checked_scratch_bytes(10, 8)
     assert _native.checked_scratch_bytes(10, 9000) >= _native.checked_scratch_bytes(10, 8) + 36000
     assert attention(1, 1, 64, 9000) >= attention(1, 1, 64) + 36000
@@ -113,7 +113,7 @@ def test_scratch_is_sized_by_shapes() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_attributes_and_aliases(name: str) -> None:
     ((_, rest),) = calls_in(lowered(op_of(name)))
-    assert re.search(r"backend_config = \{", rest)  # a typed FFI call, not one with text
+    assert re.search(r"backend_config = \{", rest)  # a typed FFI call, not an opaque string
     assert "has_side_effect = true" in rest
     pairs = re.findall(
         r"output_operand_alias<output_tuple_indices = \[(\d*)\],\s*operand_index = (\d+)", rest

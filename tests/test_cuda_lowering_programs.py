@@ -1,5 +1,5 @@
-"""Programs for CUDA, lowered on any machine: under every transformation, with every choice of
-kernels, and exported on machines that have no GPU.
+"""CUDA programs, lowered on any machine: under every transformation, with every choice of kernels,
+and exported on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_under_scan(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("edit_slots", "copy_rotated")])
 def test_under_vmap(name: str) -> None:
-    """Two elements with different slots over one cache, which comes back unbatched."""
+    """Two elements with different slots and one cache, which is returned unbatched."""
 
     def mapped(cache: kvp.KVCache, batch: kvp.Batch) -> Any:
         def element(slots: jax.Array, offsets: jax.Array) -> Any:
@@ -61,7 +61,7 @@ def test_under_vmap(name: str) -> None:
 
         both = jnp.stack([batch.slots, batch.slots])
         changes = name in ("append_kv", "advance", "set_lengths", "after")
-        if changes:  # only the cache comes out: take it from inside
+        if changes:  # only the cache is returned: use a field of it
             return jax.vmap(
                 lambda s, o: op_of(name)(cache, kvp.Batch(s, o)).epoch, (0, 0), out_axes=None
             )(both, jnp.stack([batch.query_offsets] * 2))
@@ -93,7 +93,7 @@ def test_options_of_attention(op: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("op", [attend, update])
 def test_table_addressing_is_an_attribute(op: Callable[..., Any]) -> None:
-    """And nothing else: the same operands, results and plan."""
+    """Nothing else changes: operands, results and plan are the same."""
     slots, table = (lowered(functools.partial(op, addressing=a)) for a in ("slots", "table"))
     assert "addressing = 0 : i32" in slots
     assert table.replace("addressing = 1 : i32", "addressing = 0 : i32") == slots != table
@@ -123,7 +123,7 @@ def test_a_build_without_kernels_says_so_where_they_would_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_cuda, "BUILT", False)
-    lowered(lambda c, b: attend(c, b))  # for another machine: nothing to say
+    lowered(lambda c, b: attend(c, b))  # lowered for another machine: no error
     monkeypatch.setattr(_cuda, "missing_here", lambda: True)
     with pytest.raises(ValueError, match=r"no CUDA kernels.*JAX_KVPAGE_CUDA=ON"):
         lowered(lambda c, b: attend(c, b))
@@ -182,14 +182,15 @@ def test_export(platforms: list[str]) -> None:
     exported = export.export(jax.jit(_step), platforms=platforms, disabled_checks=checks)(*_SHAPES)
     again = export.deserialize(bytearray(exported.serialize()))
     assert again.platforms == tuple(platforms)
-    # One program for both: a branch per platform inside it.
+    # One program for both, which branches on the platform.
     found = {op for op, _ in calls_in(exported.mlir_module())}
     assert found == set(ops)
 
 
 def test_a_choice_for_each_platform() -> None:
-    """In one program for both JAX lowers either branch for both, so that kernels must not be named
-    there: None is right everywhere. Compiled for one platform, the other branch is left out.
+    """In one program for both platforms, JAX lowers both branches for both, so the branches must
+    not name kernels; None always works. When compiled for one platform, the other branch is
+    dropped.
     """
 
     def run(cache: kvp.KVCache, batch: kvp.Batch, named: bool = True) -> Any:

@@ -1,4 +1,6 @@
-"""KVPool(debug=True): a position is written once in each layer, unless its slot was rolled back."""
+"""KVPool(debug=True): each position may be written once per layer, unless its slot was rolled
+back.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ Open = Callable[..., tuple[Rig, list[int]]]
 
 @pytest.fixture(params=["fused", "per_layer"])
 def opened(request: pytest.FixtureRequest, make_pool: Callable[..., kvp.KVPool]) -> Open:
-    """Opens a pool with two slots, of 5 and 3 tokens."""
+    """Returns a function that opens a pool with two slots, of 5 and 3 tokens."""
 
     def make(**options: bool) -> tuple[Rig, list[int]]:
         spec = kvp.CacheSpec(
@@ -54,7 +56,7 @@ def _layers(rig: Rig, batch: kvp.Batch) -> None:
 @pytest.mark.parametrize("op", [_append, _attend])
 def test_a_forgotten_advance_is_found(opened: Open, op: Callable[..., kvp.KVCache]) -> None:
     rig, slots = opened(debug=True)
-    # Masked sequences and sequences without tokens are no writes.
+    # Masked and empty sequences write nothing.
     _layers(rig, make_batch([(slots[0], 0), (-1, 1), (slots[1], 2)], 3))
     with pytest.raises(RUN_TIME_ERRORS) as caught:
         jax.block_until_ready(op(rig.cache, make_batch([(slots[0], 1), (slots[1], 1)], 3), 0))
@@ -63,7 +65,7 @@ def test_a_forgotten_advance_is_found(opened: Open, op: Callable[..., kvp.KVCach
     assert f"slot {slots[1]}, layer 0: position 3 is already written" in text, text
     assert "advance(cache, batch) was probably forgotten" in text, text
     assert "one layer was written twice with the same layer number" in text, text
-    rig.cache = rig.pool.cache()  # nothing behind a length counts as written any more
+    rig.cache = rig.pool.cache()  # positions past a length no longer count as written
     rig.write({slots[0]: 2, slots[1]: 2})
     rig.check_lengths()
 
@@ -80,13 +82,13 @@ def test_rolled_back_tokens_may_be_written_again(opened: Open) -> None:
     rig, slots = opened(debug=True)
     batch = make_batch([(slots[0], 2)], 3)
     _layers(rig, batch)
-    # A draft that was never advanced is dropped by naming the present length.
+    # A draft that was never advanced is dropped by setting the current length.
     for length in (5, 4):
         rig.cache = _set_lengths(rig.cache, np.asarray(slots[:1]), np.asarray([length]))
         _layers(rig, batch)
     rig.cache = kvp.advance(rig.cache, batch)
     assert rig.cache.lengths[slots[0]] == 6
-    # The slot's next occupant begins again.
+    # The slot's next request starts over.
     rig.cache = rig.pool.release(rig.cache, slots[0])
     jax.block_until_ready(rig.cache)
     slot, rig.cache = rig.pool.acquire(rig.cache, 40)

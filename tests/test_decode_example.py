@@ -1,6 +1,4 @@
-"""examples/decode_llama.py from the outside: what it prints, what its options do, and how it
-refuses.
-"""
+"""examples/decode_llama.py from the outside: its output, its options and its error messages."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ def _outputs(result: dict[str, Any]) -> list[list[int]]:
 
 def test_the_bundled_model_in_its_own_process() -> None:
     command = [sys.executable, str(_EXAMPLE), "--json", "--max-new-tokens", "40"]
-    # Python finds the modules next to the script, unless it is told not to.
+    # Python finds the modules next to the script, unless told not to.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
@@ -130,17 +128,17 @@ def test_samples_and_beams_share_blocks(capsys: pytest.CaptureFixture[str]) -> N
 def test_guesses_change_no_token(
     capsys: pytest.CaptureFixture[str], checkpoint: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    # With random weights and a tied head, text repeats itself: what followed is a good guess.
+    # With random weights and a tied head, text repeats itself, so lookups guess well.
     write_checkpoint(tmp_path, TINY)
     common = ["--checkpoint", tmp_path, "--prompt", "some words", "--max-new-tokens", 30]
     plain = _json(capsys, *common)
     looked_up = _json(capsys, *common, "--prompt-lookup", 3)
-    drafted = _json(capsys, *common, "--draft", tmp_path)  # it guesses what it says itself
+    drafted = _json(capsys, *common, "--draft", tmp_path)  # the model is its own draft
     for guessed in (looked_up, drafted):
         assert _outputs(guessed) == _outputs(plain)
         assert guessed["accepted_guesses"] > plain["accepted_guesses"] == 0
         assert guessed["decode_steps"] < plain["decode_steps"] == 29
-    # A draft that is often wrong costs steps, not tokens.
+    # A bad draft model costs steps, but does not change tokens.
     other = _json(capsys, *common, "--draft", checkpoint)
     assert _outputs(other) == _outputs(plain)
     assert other["accepted_guesses"] < drafted["accepted_guesses"]
@@ -225,7 +223,7 @@ def test_a_sequence_that_can_never_fit_says_so(
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a run ends with."""
+    """Returns the single line that a failing run prints."""
     try:
         status = decode_llama.main([*map(str, arguments)])
     except SystemExit as error:

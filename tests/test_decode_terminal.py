@@ -1,5 +1,5 @@
-"""decode_llama.py and its surroundings: encodings, pipes, interrupts and files that cannot be
-written. None ends in a traceback.
+"""decode_llama.py and its environment: encodings, pipes, interrupts and files that cannot be
+written. None of them causes a traceback.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _prompts(file: pathlib.Path, content: bytes) -> list[str]:
 
 
 def test_a_prompt_file_has_lines_and_nothing_else(tmp_path: pathlib.Path) -> None:
-    """Only \\n and \\r\\n end a line; Python knows nine other characters that do for it."""
+    """Only \\n and \\r\\n end a line; Python recognizes nine other line separators."""
     file = tmp_path / "prompts.txt"
     others = "\v\f\x1c\x1d\x1e\x85\u2028\u2029\r"
     for separator in others:
@@ -84,7 +84,7 @@ def test_a_prompt_file_has_lines_and_nothing_else(tmp_path: pathlib.Path) -> Non
 
 def test_prompts_of_undecodable_arguments() -> None:
     def read(argument: bytes) -> list[str]:
-        prompt = argument.decode("ascii", "surrogateescape")  # as Python does in a C locale
+        prompt = argument.decode("ascii", "surrogateescape")  # what Python does in a C locale
         return read_prompts(argparse.Namespace(prompt=[prompt], prompt_file=None))
 
     assert read("日本語 é".encode()) == ["日本語 é"]
@@ -117,7 +117,7 @@ def test_no_standard_output_at_all(
 
 
 def _line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on standard error."""
+    """Returns the single line on standard error."""
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert shown.startswith("decode_llama.py: ")
@@ -139,7 +139,7 @@ def test_a_pipe_without_reader_and_a_full_disk(
         (writer, 141, "standard output was closed"),
         (full, 1, "No space left on device"),
     ):
-        with os.fdopen(descriptor, "w") as stdout:  # closing it fails if text is left in it
+        with os.fdopen(descriptor, "w") as stdout:  # closing it fails if it still has buffered text
             monkeypatch.setattr(sys, "stdout", stdout)
             assert decode_llama.main(arguments) == status
         assert message in _line(capsys)
@@ -159,7 +159,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_run(
             decode_llama.main(["--plot", str(file)])
         assert caught.value.code == 2
         assert "error: --plot" in _line(capsys)
-    # The check leaves nothing behind, and nothing changed.
+    # The check creates nothing and changes nothing.
     kept = tmp_path / "kept.svg"
     kept.write_text("old")
     for file in (tmp_path / "new.png", kept):
@@ -197,12 +197,12 @@ def test_what_ends_a_run_is_one_line(
 
 
 def _environment(*folders: pathlib.Path) -> dict[str, str]:
-    """For the script in its own process, with `folders` first among the installed packages."""
+    """Returns an environment for the script, with `folders` ahead of the installed packages."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     return env | {"PYTHONPATH": os.pathsep.join([*map(str, folders), *sys.path])}
 
 
-# Runs its arguments with SIGINT at its default: a shell's background jobs start with it ignored.
+# Runs its arguments with the default SIGINT handler: a shell's background jobs ignore SIGINT.
 _INTERRUPTIBLE = (
     sys.executable,
     "-c",

@@ -1,4 +1,4 @@
-"""Handovers and descriptors through Unix sockets: order, batches, and what is no handover."""
+"""Sending handovers and descriptors through Unix sockets: order, batches, and invalid messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET]
 
 @pytest.fixture(params=KINDS, ids=["stream", "seqpacket"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Both ends of a connection; afterwards no descriptor is left."""
+    """Yields both ends of a connection; afterwards no descriptor may be left open."""
     before = len(os.listdir("/proc/self/fd"))
     one, other = socket.socketpair(socket.AF_UNIX, request.param)
     for end in (one, other):
@@ -73,7 +73,7 @@ def test_what_is_no_handover_is_refused(pair) -> None:
     send_descriptors(one, [file])
     with pytest.raises(ValueError, match="lacks seals"):
         kvp.Handover.receive(other)
-    # More, or fewer, than the frame says.
+    # More or fewer descriptors than the frame says.
     frame = b"KVPAGEFD" + (2).to_bytes(4, "little") + (2).to_bytes(4, "little")
     socket.send_fds(one, [frame], [file])
     with pytest.raises(ValueError, match="something else"):
@@ -103,7 +103,7 @@ def test_a_receiver_without_descriptors_left(pair) -> None:
     file = os.memfd_create("file")
     send_descriptors(one, [file] * 200)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(file)  # the lowest number that there is
+    free = os.dup(file)  # the lowest free number
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, hard))
     try:

@@ -1,5 +1,5 @@
-"""What host calls do beside the table of a GPU's pool, tried on CPU: waiting for the programs that
-are queued, and passing on warnings. tests/gpu runs them where they belong.
+"""What host calls do with the table of a GPU pool, tested on CPU: waiting for queued programs and
+forwarding warnings. tests/gpu runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SPEC = kvp.CacheSpec(1, 1, 64, 2, 64)
 
 @pytest.fixture
 def mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pools act as on a GPU, as far as Python decides."""
+    """Makes Python treat pools as if they were on a GPU."""
     monkeypatch.setattr(NativePool, "mirrored", True)
 
 

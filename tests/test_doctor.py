@@ -1,4 +1,4 @@
-"""python -m jax_kvpage: what it says about builds and machines, and its exit status."""
+"""python -m jax_kvpage: its report on the build and the machine, and its exit status."""
 
 from __future__ import annotations
 
@@ -161,6 +161,6 @@ def test_a_build_without_the_fake_driver_says_so(
 
 def test_the_version_is_that_of_the_project() -> None:
     project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())
-    wanted = {project["project"]["version"], "0+uninstalled"}  # the latter: a build folder
+    wanted = {project["project"]["version"], "0+uninstalled"}  # the latter from a build folder
     assert jax_kvpage.__version__ in wanted
     assert ("jax_kvpage", jax_kvpage.__version__) in _doctor.examine().rows

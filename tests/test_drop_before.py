@@ -1,4 +1,6 @@
-"""drop_before: what a sliding window has left behind comes back, and nothing reads it any more."""
+"""drop_before: blocks that a sliding window has passed are freed, and nothing reads them any
+more.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ _WINDOWED = Variant(sliding_window=_WINDOW)
 
 @pytest.fixture
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
-    """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""
+    """A sequence of 70 tokens in blocks of 16; memory is poisoned before a request gets it."""
     return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
 
 
@@ -28,7 +30,7 @@ def _drop(rig: Rig, slot: int, tokens: int) -> None:
 
 
 def _mapped(rig: Rig, slot: int) -> list[int]:
-    """Logical blocks that the slot maps, the same in all ranges."""
+    """Returns the logical blocks that the slot maps, which must be the same in all ranges."""
     (mapped,) = {
         tuple(i for i, (block, _) in enumerate(row) if block >= 0)
         for row in rig.pool.block_map(slot)
@@ -37,7 +39,7 @@ def _mapped(rig: Rig, slot: int) -> list[int]:
 
 
 def _attend(rig: Rig, slot: int, window: int | None, n: int = 1, **options: object) -> jax.Array:
-    """Attention of the last n tokens of a slot."""
+    """Returns the attention of the last n tokens of a slot."""
     cache = kvp.KVCache(
         rig.cache.handle, rig.cache.epoch, rig.cache.lengths.at[slot].add(-n), rig.spec
     )
@@ -47,7 +49,7 @@ def _attend(rig: Rig, slot: int, window: int | None, n: int = 1, **options: obje
 
 
 def _check(rig: Rig, slot: int, n: int = 2) -> None:
-    """The sequence goes on as the reference says."""
+    """Asserts that the sequence continues as the reference does."""
     rig.check_lengths()
     rig.pool.extend(slot, rig.model.lengths[slot] + n)
     out, _, want, _ = rig.step([(slot, n)], _WINDOWED)
@@ -174,7 +176,7 @@ def test_it_cannot_become_shorter_than_what_is_dropped(rig) -> None:
 def test_it_cannot_drop_more_than_it_has(rig) -> None:
     rig, slot = rig
     with pytest.raises(ValueError, match="below 90 were to be dropped, but it has 80"):
-        _drop(rig, slot, 90)  # more than there is room for
+        _drop(rig, slot, 90)  # more than the slot has room for
     with pytest.raises(ValueError, match="named twice"):
         rig.pool.drop_before(rig.cache, [slot, slot], 20)
     with pytest.raises(ValueError, match="does not exist"):
@@ -208,7 +210,7 @@ def test_what_others_share_stays_with_them(rig) -> None:
         rig.pool.fork(rig.cache, slot, 1)
     slots, rig.cache = rig.pool.reorder(rig.cache, [slot, other], [1, 0])
     assert slots == [other, slot]
-    # The tail that both still share is copied, the dropped beginning is not missed.
+    # The tail that both still share is copied; the dropped beginning is not needed.
     truncate(rig, other, 60)
     _check(rig, other)
     _check(rig, slot)
@@ -234,13 +236,13 @@ def test_a_released_slot_keeps_nothing_and_is_whole_again(rig) -> None:
 
 
 def test_order_with_queued_programs(rig) -> None:
-    """The host decides at once; memory goes when the queued program runs, behind its readers."""
+    """The host decides at once; memory is freed when the queued program runs, after its readers."""
     rig, slot = rig
     if rig.pool._native.mirrored:
         pytest.skip("on a device the call waits")
     _attend(rig, slot, None).block_until_ready()
     want = np.asarray(_attend(rig, slot, None))
-    _drop(rig, slot, 16)  # everything is compiled
+    _drop(rig, slot, 16)  # compiles everything
     rig.pool.check(rig.cache)
     before = rig.pool.stats()
     rig.cache = kvp.after(rig.cache, busy(1))
@@ -333,7 +335,7 @@ def test_it_is_not_found_by_its_tokens(make_pool, layout: str) -> None:
     rig.release(slot)
     pool.check(rig.cache)
     assert pool.find_prefix(ids) <= 40
-    # A request for the same tokens gets a whole slot with the right contents.
+    # A request for the same tokens gets a complete slot with the right contents.
     again, cached, rig.cache = pool.acquire_prefix(rig.cache, ids)
     assert cached <= 40
     assert len(_mapped(rig, again)) == 5

@@ -17,8 +17,8 @@ _BLOCK = 16
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
 def test_a_long_decode_in_bounded_memory(make_pool, layout: str, dtype: object) -> None:
-    """A sequence many times as long as its window, in the memory of the window,
-    equals the one that keeps everything, bit for bit.
+    """A sequence many times as long as its window, in the memory of the window, equals one that
+    keeps everything, bit for bit.
     """
     window, length, every = 40, 400, 24
     spec = spec_of(layout, dtype, max_seq_len=length, max_slots=2)
@@ -43,7 +43,7 @@ def test_a_long_decode_in_bounded_memory(make_pool, layout: str, dtype: object) 
         assert pool.stats().peak <= blocks * ranges * pool.spec.block_bytes
         return outs
 
-    # The window, what comes between two drops, and a block at either end.
+    # The window, the tokens between two drops, and a block at either end.
     few = (window + every) // _BLOCK + 3
     assert decode(few, drop=True) == decode(length // _BLOCK, drop=False)
 

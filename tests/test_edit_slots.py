@@ -1,4 +1,4 @@
-"""edit_slots: the op behind the host verbs. Opcodes, copies of stored tokens, refusals."""
+"""edit_slots, the op behind the host calls: opcodes, copies of stored tokens, refusals."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def edit(
 
 @pytest.fixture(params=["fused", "per_layer"])
 def rig(request: pytest.FixtureRequest, make_pool) -> Iterator[Rig]:
-    """Slots 0 and 1 with 20 and 33 tokens; after each test they must still work."""
+    """Slots 0 and 1 with 20 and 33 tokens, which must still work after each test."""
     yield from two_sequences(make_pool(make_spec(request.param)))
 
 
 def drop(rig: Rig, slot: int) -> None:
-    """Releases a slot and gives up its blocks: the fixture counts them."""
+    """Releases a slot and frees its blocks, because the fixture counts them."""
     rig.release(slot)
     jax.block_until_ready(rig.cache)
     rig.pool.trim()
@@ -49,7 +49,7 @@ def lengths(cache: kvp.KVCache) -> list[int]:
 
 
 def test_verbs_queue_it(make_pool) -> None:
-    """acquire leaves length 0, release -1; both bump the epoch."""
+    """acquire sets length 0 and release -1; both increment the epoch."""
     pool = make_pool(make_spec())
     start = pool.cache()
     slots, cache = pool.acquire(start, [10, 20, 5])
@@ -89,7 +89,7 @@ def _filled(make_pool, dtype: object, layout: str, tokens: int) -> tuple[Rig, in
 
 
 def _next_tokens(rig: Rig, slots: list[int]) -> np.ndarray:
-    """Attention of one new token, the same for every slot, over its whole context."""
+    """Returns the attention of one new token, the same in every slot, over the whole context."""
     rng = np.random.default_rng(5)
 
     def tile(x: np.ndarray) -> jax.Array:
@@ -110,7 +110,9 @@ def _next_tokens(rig: Rig, slots: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=lambda d: d.__name__)
 def test_copied_tokens_are_the_same(make_pool, dtype: object, layout: str) -> None:
-    """In pieces that end inside, before and behind block boundaries, and into two slots at once."""
+    """Copies pieces that end within, before and after block boundaries, and into two slots at
+    once.
+    """
     tokens = 2 * _BLOCK + 7
     rig, source = _filled(make_pool, dtype, layout, tokens)
     first, second = rig.acquire(tokens + 1), rig.acquire(tokens + 1)
@@ -128,7 +130,7 @@ def test_copied_tokens_are_the_same(make_pool, dtype: object, layout: str) -> No
 
 
 def test_a_copy_sees_the_edits_of_its_list(rig: Rig) -> None:
-    """A length that is lowered first bounds what may be copied."""
+    """A length that was lowered earlier in the list limits what can be copied."""
     target = rig.acquire(40)
     lowered = [(SET_LENGTH, 1, 10)]
     fails(

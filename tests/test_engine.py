@@ -1,5 +1,5 @@
-"""The example's engines: text does not depend on scans, chunks, neighbours, stalls or preemption;
-memory comes back.
+"""The example's engines: text does not depend on scans, chunks, neighbours, stalls or preemption,
+and memory is returned.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _prompts(*lengths: int) -> list[list[int]]:
 
 @functools.cache
 def _alone(length: int, index: int, new_tokens: int, how: Sampling = _GREEDY) -> list[int]:
-    """What one of `_prompts` says when it has the pool to itself."""
+    """Returns the output of one of `_prompts` when it has the pool to itself."""
     prompts = _prompts(*[length] * (index + 1))
     spec = cache_spec(UNTIED, max_slots=2, block_tokens=16)
     return generate(_model(), prompts, spec=spec, max_new_tokens=new_tokens, sampling=how).outputs[
@@ -75,8 +75,8 @@ def test_sampling_differs_from_greedy_and_by_sequence() -> None:
 
 @_DRIVERS
 def test_a_sequence_out_of_blocks_waits_and_goes_on_unchanged(scan_steps: int) -> None:
-    # Each begins with one block of 16 tokens. The first needs three in all and the second four, of
-    # five: the second finds none left at 33 tokens, until the first has finished.
+    # Each starts with one block of 16 tokens. Of five blocks, the first needs three in total and
+    # the second four: at 33 tokens the second finds none left until the first has finished.
     spec = cache_spec(UNTIED, max_slots=2, block_tokens=16)
     outcome = generate(
         _model(),
@@ -123,7 +123,7 @@ def test_what_can_never_fit_ends_with_a_reason(scan_steps: int) -> None:
         scan_steps=scan_steps,
     )
     assert outcome.reasons == ["capacity", "capacity", "length"]
-    # Three blocks hold 48 tokens, and the last chosen one needs no room.
+    # Three blocks hold 48 tokens, and the last sampled token needs no room.
     assert outcome.outputs[0] == _alone(15, 0, 60)[: 48 + 1 - 15]
     assert outcome.outputs[1] == []
     assert outcome.outputs[2] == _alone(15, 2, 8)
@@ -147,7 +147,7 @@ def test_an_early_stop_frees_its_slot_while_the_others_go_on(scan_steps: int) ->
     assert outcome.reasons == ["stop", "length", "length"]
     assert outcome.outputs[0] == free[0][: free[0].index(stop) + 1]
     assert outcome.outputs[1:] == free[1:]
-    # The third took the first one's slot while the second was still speaking.
+    # The third took the first one's slot while the second was still running.
     ends = [len(outcome.order) - outcome.order[::-1].index(index) for index in range(3)]
     assert ends[0] <= outcome.order.index(2) < ends[1] < ends[2]
 
@@ -165,7 +165,7 @@ def test_memory_follows_the_sequences() -> None:
         _model(), _prompts(4, 20, 40), spec=spec, max_new_tokens=[4, 20, 60]
     )
     blocks = [sample.occupied_bytes // spec.block_bytes for sample in outcome.engine.samples]
-    # Nothing, then 5, 21 and 41 tokens, then less when one ends and more as the last one grows.
+    # Nothing, then 5, 21 and 41 tokens; then fewer when one ends, and more as the last one grows.
     assert blocks[:2] == [0, 1 + 2 + 3]
     assert blocks[-2:] == [7, 0]
     assert max(blocks) <= 8
@@ -173,7 +173,7 @@ def test_memory_follows_the_sequences() -> None:
 
 
 def test_dynamic_rope_asks_for_lengths_of_sequences_not_of_wanted_rows() -> None:
-    """Where an engine verifies guesses, `last_rows` has several rows of each sequence."""
+    """When an engine verifies guesses, `last_rows` has several rows per sequence."""
     batch = VerifiedBatch(
         jnp.asarray([0, 1]), jnp.asarray([0, 3, 4]), num_tokens=6, rows=jnp.asarray([2, 1, 0, 3])
     )

@@ -1,4 +1,4 @@
-"""`KVPool.events`: what replaying them gives, and the form in which vLLM's readers take them."""
+"""`KVPool.events`: replaying events, and the form in which vLLM's readers consume them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_what_is_stored_and_removed(rig: PrefixRig) -> None:
     assert more.parent_block_hash == stored.block_hashes[-1]
     assert more.token_ids == tuple(rig.ids[slot][3 * BLOCK : 4 * BLOCK])
     rig.release(slot)
-    assert rig.pool.events() == []  # a sequence that ended can still be found
+    assert rig.pool.events() == []  # a finished sequence can still be found
     rig.pool.evict()
     (removed,) = rig.pool.events()
     names = [*stored.block_hashes, *more.block_hashes]
@@ -71,7 +71,7 @@ def test_events_of_a_closed_pool() -> None:
         pool.events()
 
 
-# What vLLM's readers decode with (vllm/distributed/kv_events.py): events as arrays, and as maps in
+# What vLLM's readers decode with (vllm/distributed/kv_events.py): events as arrays, or as maps in
 # 0.32. A batch is an array in both.
 
 
@@ -127,7 +127,7 @@ class _MapBatch(msgspec.Struct, array_like=True):
 
 
 def _one_of_each(rig: PrefixRig) -> list[events.Event]:
-    """All cleared, two blocks stored, and both removed."""
+    """Returns events for a clear, two stored blocks, and the removal of both."""
     slot, _ = rig.acquire(_ids(2 * BLOCK), namespace="adapter")
     batch = rig.pool.events()
     rig.release(slot)

@@ -1,4 +1,4 @@
-"""The page about the examples names programs, options and files that exist."""
+"""The page on the examples names only programs, options and files that exist."""
 
 import os
 import pathlib

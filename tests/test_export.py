@@ -1,5 +1,5 @@
-"""jax.export: a step exported in one process runs in another one, on a pool that the first never
-saw.
+"""jax.export: a step exported in one process runs in another one, on a pool that the first process
+never saw.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ _BLOCK = 32
 
 
 def _tables() -> dict[str, jax.Array]:
-    """A toy language model: a table lookup per layer, attention, and one product that picks the
-    next token.
+    """Returns a toy language model: a table lookup per layer, attention, and a product that selects
+    the next token.
     """
     rng = np.random.default_rng(0)
 
@@ -38,8 +38,8 @@ def _tables() -> dict[str, jax.Array]:
 def _one(
     cache: kvp.KVCache, tokens: jax.Array, slots: jax.Array, bad_layer: jax.Array
 ) -> tuple[kvp.KVCache, jax.Array, jax.Array]:
-    """One decode step. `bad_layer` makes that layer's call fail: after the ones before it have
-    written their tokens.
+    """Runs one decode step. The call of layer `bad_layer` fails, after earlier layers have written
+    their tokens.
     """
     tables = _tables()
     batch = kvp.Batch.decode(slots)
@@ -66,7 +66,7 @@ def _step(cache, tokens, slots, bad_layer):
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _scan(cache, tokens, slots, bad_layers):
-    """As many steps as `bad_layers` is long, -1 for steps that are to go well."""
+    """Runs a step for each element of `bad_layers`; -1 means no failure."""
 
     def body(carry, bad_layer):
         cache, tokens = carry
@@ -84,7 +84,7 @@ _STEPS = 20
 
 @functools.cache
 def _undisturbed() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and hidden states, [steps, sequences, ...], of a run in which nothing fails."""
+    """Returns tokens and hidden states [steps, sequences, ...] of a run without failures."""
     with kvp.KVPool(_spec("fused"), "32MiB") as pool:
         slots, cache = pool.acquire(pool.cache(), [64] * _SEQUENCES)
         tokens, rows, bits = _START, [], []
@@ -114,8 +114,8 @@ def _check_rest(
     done: int,
     survivors: list[int],
 ) -> None:
-    """From here on the survivors produce what they would have produced undisturbed, to the last
-    bit.
+    """Asserts that the survivors now produce, bit for bit, what they would have produced without
+    the failure.
     """
     want_tokens, want_hidden = _undisturbed()
     ids = jnp.asarray([s if i in survivors else -1 for i, s in enumerate(slots)], jnp.int32)
@@ -142,8 +142,8 @@ def test_failure_in_the_middle_of_a_step(pool: kvp.KVPool, bad_layer: int) -> No
 
 @pytest.mark.parametrize(("fails_at", "bad_layer"), [(0, 0), (3, 1), (5, 2)])
 def test_failure_in_the_middle_of_a_scan(pool: kvp.KVPool, fails_at: int, bad_layer: int) -> None:
-    """The tokens of a failed scan are lost with it: the lengths say how far it came, and go back to
-    what the host knows.
+    """The tokens of a failed scan are lost with it; the lengths tell how far it got, and are set
+    back to what the host knows.
     """
     slots, cache = pool.acquire(pool.cache(), [64] * _SEQUENCES)
     ids = jnp.asarray(slots, jnp.int32)
@@ -153,7 +153,7 @@ def test_failure_in_the_middle_of_a_scan(pool: kvp.KVPool, fails_at: int, bad_la
     with pytest.raises(RUN_TIME_ERRORS, match="layer"):
         settle(_scan(cache, rows[-1], ids, bad))
     cache = pool.cache()
-    # On a device the steps behind the failed one run, on what it left in place of tokens.
+    # On a GPU, the steps after the failed one still run, on whatever it returned as tokens.
     came_to = 6 + (5 if ON_DEVICE else fails_at)
     assert [int(cache.lengths[slot]) for slot in slots] == [came_to] * _SEQUENCES
     cache = kvp.set_lengths(cache, ids, jnp.full(_SEQUENCES, 6, jnp.int32))
@@ -161,12 +161,10 @@ def test_failure_in_the_middle_of_a_scan(pool: kvp.KVPool, fails_at: int, bad_la
 
 
 def test_one_sequence_runs_out_of_memory_in_a_scan(pool: kvp.KVPool) -> None:
-    """The natural failure: one slot's mapping ends in the middle of a program that serves all
-    three.
-    """
+    """The usual failure: one slot runs out of mapped memory in a program that serves all three."""
     slots, cache = pool.acquire(pool.cache(), [64, 1, 64])
     ids = jnp.asarray(slots, jnp.int32)
-    # Sequence 1 starts 4 tokens before the end of its only block; what is in front of it does not
+    # Sequence 1 starts 4 tokens before the end of its only block; the tokens before that do not
     # matter here.
     filler = jnp.zeros((_BLOCK - 4, _KV_HEADS, _DIM))
     batch = kvp.Batch.from_lengths([slots[1]], [_BLOCK - 4])

@@ -1,5 +1,5 @@
-"""What the driver refuses, at every call of every host operation: the pool is as it was, the
-operation succeeds when it is asked again, data is intact, and nothing is left alive at the end.
+"""The driver fails at every call of every host operation: the pool is unchanged, the operation
+succeeds when it is retried, data is intact, and nothing is left alive at the end.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ _MAP_SLOTS = (
 
 @pytest.mark.parametrize("code", [2, 999])
 def test_map_slots_under_faults(code: int) -> None:
-    """From inside a program: ok=False or an error, never a slot that is half mapped."""
+    """map_slots in a program returns ok=False or an error, and never leaves a slot half mapped."""
     run_python(_MAP_SLOTS, "per_layer" if code == 2 else "fused", str(code), env=_FAKE)
 
 

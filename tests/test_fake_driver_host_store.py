@@ -1,7 +1,7 @@
 """Swapped sequences in host memory: pools on CUDA's memory management over the fake driver.
 
-Blocks are copied by driver calls between what stands for device memory and pinned memory; programs
-run on CPU. cc/tests/device_swapping_test.cc has the same with the CUDA kernels and their table.
+Driver calls copy blocks between simulated device memory and pinned memory; programs run on CPU.
+cc/tests/device_swapping_test.cc covers the same with the CUDA kernels and their table.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ _FAULTS = (
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_what_the_driver_refuses(layout: str) -> None:
-    """Nothing is lost: the sequence stays where it is, and another attempt succeeds."""
+    """Nothing is lost: the sequence stays where it is, and a retry succeeds."""
     run_python(_FAULTS, layout, env=_FAKE)
 
 

@@ -1,7 +1,7 @@
 """Evicted prefixes in host memory: pools on CUDA's memory management over the fake driver.
 
-Blocks are copied by driver calls between what stands for device memory and pinned memory; programs
-run on CPU. cc/tests/device_host_tier_test.cc has the same with the CUDA kernels and their table.
+Driver calls copy blocks between simulated device memory and pinned memory; programs run on CPU.
+cc/tests/device_host_tier_test.cc covers the same with the CUDA kernels and their table.
 """
 
 from __future__ import annotations
@@ -183,5 +183,5 @@ _FAULTS = (
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_what_the_driver_refuses(layout: str) -> None:
-    """At worst a miss: what was not written or does not come back is computed again."""
+    """At worst a miss: blocks that were not written or cannot be read back are recomputed."""
     run_python(_FAULTS, layout, env=_FAKE)

@@ -1,8 +1,8 @@
-"""The pool's own tests once more, on CUDA's memory management over the fake driver.
+"""The pool's tests, run again with CUDA memory management on the fake driver.
 
 Each file runs in a separate process with JAX_KVPAGE_FAKE_DRIVER=1: slots and blocks come from
-driver calls, programs run on CPU. conftest.py fails a run in which anything is left alive in the
-driver at the end, or in which one of its rules was broken.
+driver calls, and programs run on CPU. conftest.py fails the run if anything is left alive in the
+driver at the end, or if one of its rules was broken.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _TESTS = pathlib.Path(__file__).resolve().parent
 _VIEWS = "zero-copy views of device memory are refused (test_views_are_refused)"
 _NOT_SEEN = "strace does not see driver calls"
 
-# Tests of each file that do not apply, and why. All of test_poison.py looks for the file of a pool,
-# but the fake driver keeps one for all.
+# Tests of each file that do not apply, and why. test_poison.py is left out entirely: it looks for
+# the pool's memory file, but the fake driver keeps one file for all pools.
 _LEFT_OUT: dict[str, dict[str, str]] = {
     "test_addressing.py": {},
     "test_pool.py": {},
@@ -77,7 +77,7 @@ def test_file(file: str) -> None:
 
 
 def test_a_leak_is_noticed(tmp_path: pathlib.Path) -> None:
-    """The control: a run that leaves a pool behind fails."""
+    """A control: a run that leaves a pool open fails."""
     (tmp_path / "conftest.py").write_text((_TESTS / "conftest.py").read_text())
     (tmp_path / "test_leak.py").write_text(
         "import jax_kvpage as kvp\n"
@@ -146,5 +146,5 @@ _LIFE = """
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_cudas_own_block_sizes(layout: str) -> None:
-    """Blocks of 2 MiB, as a spec is resolved for CUDA, on a driver that maps nothing smaller."""
+    """Blocks of 2 MiB, as a spec is resolved for CUDA, on a driver with that granularity."""
     run_python(_LIFE, layout, env={"JAX_KVPAGE_FAKE_DRIVER": "cuda"})

@@ -1,4 +1,4 @@
-"""grow and last_rows: what each step begins and ends with, against sums done by hand."""
+"""grow and last_rows: where each step begins and ends, compared with sums done by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax_kvpage as kvp
 
 
 def _filled(pool: kvp.KVPool, counts: list[int]) -> tuple[list[int], kvp.KVCache]:
-    """Slots that hold so many tokens each."""
+    """Acquires slots that hold these numbers of tokens."""
     spec = pool.spec
     slots, cache = pool.acquire(pool.cache(), counts)
     batch = kvp.Batch.from_lengths(slots, counts)
@@ -37,7 +37,7 @@ def test_grow_maps_what_the_new_tokens_need(layout: str, jitted: bool, make_pool
     assert ok.tolist() == [True] * 4
     for slot, total in zip(slots, [16, 70, 17], strict=True):
         assert _blocks(pool, slot) == count_blocks(pool.spec, total)
-    # The same once more needs nothing.
+    # Growing again by the same tokens needs nothing.
     before = pool.stats().blocks_mapped
     assert kvp.grow(cache, batch)[1].all()
     assert pool.stats().blocks_mapped == before
@@ -50,9 +50,9 @@ def test_grow_leaves_out_who_finds_no_room(make_pool) -> None:
     batch = kvp.Batch.from_lengths(slots, [49, 32])  # one beyond max_seq_len, one that fits
     cache, ok = jax.jit(kvp.grow)(cache, batch)
     assert ok.tolist() == [False, True]
-    cache, ok = kvp.grow(cache, kvp.Batch.from_lengths(slots, [1, 1]))  # all blocks are taken
+    cache, ok = kvp.grow(cache, kvp.Batch.from_lengths(slots, [1, 1]))  # all blocks are in use
     assert ok.tolist() == [False, True]
-    # No sum wraps around.
+    # The sum does not wrap around.
     most = np.asarray([0, 2**31 - 1], np.int32)
     assert kvp.grow(cache, kvp.Batch([slots[0]], most))[1].tolist() == [False]
 

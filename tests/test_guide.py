@@ -18,7 +18,7 @@ _PAGES = sorted(page for page in _GUIDE.glob("*.md") if page != _INDEX)
 
 
 def _runs_alone(page: pathlib.Path) -> bool:
-    """Whether a page sets variables that JAX reads when it starts."""
+    """Returns whether a page sets variables that JAX reads when it starts."""
     return any("os.environ[" in block.code for block in python_blocks(page))
 
 

@@ -1,4 +1,6 @@
-"""Sequences handed over to another process: what it decodes, what it can see, what is left."""
+"""Handing sequences over to another process: what it decodes, what it can see, and what is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def pair(make_pool, layout: str, dtype=jnp.float32, **changes) -> tuple[Handover
 def test_another_process_decodes_the_bits_of_one(decoder, make_pool, layout, dtype) -> None:
     rig = HandoverRig(make_pool(spec_of(layout, dtype), poison=True))
     cases = [(70, False), (70, True)]
-    if dtype == jnp.float32:  # no partial block, and no other
+    if dtype == jnp.float32:  # lengths without a partial block, and with nothing else
         cases += [(64, True), (9, False), (9, True)]
     for length, owned in cases:
         ids = text(length)
@@ -82,7 +84,7 @@ def test_more_blocks_than_one_message_has_descriptors_for(decoder, make_pool) ->
 
 
 def test_8k_tokens_are_copied_once_or_not_at_all(make_pool, layout) -> None:
-    # On the fake driver each block takes descriptors, and is small.
+    # On the fake driver each (small) block takes descriptors.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     spec = spec_of(layout, max_seq_len=8192)
@@ -116,7 +118,7 @@ def test_8k_tokens_are_copied_once_or_not_at_all(make_pool, layout) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_byte_of_another_request_is_in_the_file(make_pool, layout, dtype, owned) -> None:
     rig = HandoverRig(make_pool(spec_of(layout, dtype, max_slots=3)))
-    for value in (123.0, 321.0):  # memory of earlier requests, and of one that lives
+    for value in (123.0, 321.0):  # memory of earlier requests, and of a live one
         slots, rig.cache = rig.pool.acquire(rig.cache, [256, 256])
         for slot in slots:
             fill(rig, slot, 256, value)
@@ -140,7 +142,7 @@ def test_no_byte_of_another_request_is_in_the_file(make_pool, layout, dtype, own
         assert pattern_of(55.0, dtype) in content
         for value in (123.0, 321.0, 77.0):
             assert pattern_of(value, dtype) not in content
-        # Nor is there any other memory: what lies between the ranges are holes.
+        # Nor is there any other memory: the gaps between the ranges are holes.
         physical = sum(os.fstat(fd).st_blocks * 512 for fd in sent.filenos())
         assert physical <= sent.num_bytes + 2 * 4096
     rig.audit()
@@ -229,7 +231,7 @@ def test_a_sealed_slot_goes_on_with_a_copy_of_its_last_block(make_pool, layout) 
     for rig in (sender, other):
         rig.check()
         rig.audit()
-    # A second export copies: the blocks are not all in one file any more.
+    # A second export copies, because the blocks are no longer all in one file.
     with sender.export(slot) as again:
         assert again.bytes_copied == again.num_bytes
         assert other.ids[other.take(again)] == sender.ids[slot]
@@ -245,7 +247,7 @@ def test_an_imported_sequence_is_one_as_any_other(make_pool, layout, store) -> N
     before = bytes(content_of(sent))
     slot = rig.take(sent)
     fork = rig.fork(slot)
-    rig.cache = rig.pool.truncate(rig.cache, slot, 40)  # into a whole block: a private copy
+    rig.cache = rig.pool.truncate(rig.cache, slot, 40)  # into a full block: makes a private copy
     rig.ids[slot] = rig.ids[slot][:40]
     decode(rig, slot, 1)
     decode(rig, fork, 2)
@@ -255,7 +257,7 @@ def test_an_imported_sequence_is_one_as_any_other(make_pool, layout, store) -> N
     slot = rig.swap_in(swapped)
     rig.check()
     rig.release(fork)
-    # The only slot left that maps the blocks, but it still may not write them.
+    # The only slot left that maps the blocks, but it still must not write them.
     rig.cache = rig.pool.truncate(rig.cache, slot, 5)
     rig.ids[slot] = rig.ids[slot][:5]
     decode(rig, slot, 3)
@@ -305,9 +307,9 @@ def test_requests_beside_handover_slots_get_their_blocks(make_pool, layout) -> N
             rig.begin_handover(text(60), 150)
         rig.check()
         rig.release(first)
-        third = rig.begin(text(90, 1))  # takes what the first has had
+        third = rig.begin(text(90, 1))  # takes blocks that the first had
         rig.release(second, third)
-        fourth = rig.begin_handover(text(150, 2))  # takes what is parked
+        fourth = rig.begin_handover(text(150, 2))  # takes parked blocks
         rig.check()
         rig.export(fourth).close()
         rig.release(fourth)

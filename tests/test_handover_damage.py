@@ -1,4 +1,6 @@
-"""What import_blocks refuses: files that are not sealed, damaged, forged, or of another pool."""
+"""import_blocks refuses files that are unsealed, damaged, forged, or from a different kind of
+pool.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from prefix_rig import spec_of, text
 
 import jax_kvpage as kvp
 
-FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE: mappings that the sender has stay writable
+FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE: the sender's existing mappings stay writable
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def rigs(make_pool, layout: str) -> tuple[HandoverRig, HandoverRig]:
 
 
 def refuses(rig: HandoverRig, fd: int, words: str, **options: object) -> None:
-    """Checks that a descriptor is refused in these words, and that nothing has changed."""
+    """Asserts that a descriptor is refused with this message, and that nothing has changed."""
     before, descriptors = rig.pool.stats(), len(os.listdir("/proc/self/fd"))
     with pytest.raises(ValueError, match=words):
         rig.pool.import_blocks(rig.cache, fd, **options)
@@ -107,7 +109,7 @@ def test_a_damaged_header_is_refused(rigs) -> None:
         refuses(rig, fd, "damaged")
 
 
-# A checksum is right in all of these: the sender means harm.
+# All of these have a valid checksum: the sender is malicious.
 _FORGED = [
     {"tokens": 0},
     {"tokens": -1},
@@ -153,7 +155,7 @@ def test_blocks_without_memory_are_refused(rigs) -> None:
         refuses(rig, fd, "has no memory")
     with memory_file(good[: len(good) - 4096], size=len(good)) as fd:
         refuses(rig, fd, "has no memory")
-    # A header that says it is very long, in a file that is as long and has almost no memory.
+    # A header that claims to be very long, in a file of that length with almost no memory.
     with memory_file(change(good, tokens=(1 << 31) - 1)[:4096], size=1 << 40) as fd:
         refuses(rig, fd, "has no memory")
 

@@ -1,5 +1,5 @@
-"""Host calls with arguments of every wrong kind: each is a ValueError that names the argument, and
-nothing in the pool has changed. Integers of NumPy and JAX are as good as Python's.
+"""Host calls with invalid arguments of every kind raise a ValueError that names the argument, and
+leave the pool unchanged. NumPy and JAX integers are as good as Python's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax_kvpage as kvp
 
 @dataclasses.dataclass
 class At:
-    """A pool with one slot at work."""
+    """A pool with one active slot."""
 
     pool: kvp.KVPool
     cache: kvp.KVCache
@@ -45,7 +45,7 @@ def unchanged(at: At) -> Iterator[None]:
     assert at.state() == before
 
 
-# For each call that takes integers, the argument under test.
+# The calls that take integers, as functions of the argument under test.
 INTEGERS: dict[str, Callable[[At, Any], Any]] = {
     "acquire: num_tokens": lambda at, x: at.pool.acquire(at.cache, x),
     "extend: slot": lambda at, x: at.pool.extend(x, 100),
@@ -204,9 +204,7 @@ def test_caches_with_one_field_gone_or_traced(
 def test_host_calls_in_a_traced_function(
     at: At, unchanged: None, call: str, transform: Callable[..., Any]
 ) -> None:
-    """Also with a cache that is not traced: the pool would decide once, the program do it each time
-    that it runs.
-    """
+    """Also with an untraced cache: the pool would decide once, the program each time it runs."""
 
     def traced(x: jax.Array) -> jax.Array:
         CACHE_CALLS[call](at, at.cache)

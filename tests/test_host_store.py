@@ -1,4 +1,4 @@
-"""Host stores where there is no GPU: what they refuse."""
+"""What host stores refuse on machines without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exceptions of signal handlers in host calls, and waits that could never end."""
+"""Exceptions from signal handlers during host calls, and waits that could never end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax_kvpage as kvp
 
 
 class _Interrupted:
-    """A compiled pool whose method `name` does its work and then raises, as a signal may."""
+    """A native pool whose method `name` does its work and then raises, as a signal handler may."""
 
     def __init__(self, pool: Any, name: str) -> None:
         self._pool, self._name = pool, name
@@ -82,7 +82,7 @@ def test_an_interrupted_release_does_not_drain_for_ever(
 
 
 def test_alarms_at_any_moment_lose_no_slot() -> None:
-    """Real signals: the caller knows every slot that the pool holds occupied."""
+    """Real signals: the caller always knows every slot that the pool considers occupied."""
     done = run_python(
         """
         import random, signal

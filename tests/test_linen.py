@@ -1,4 +1,4 @@
-"""The ops in a Flax linen module: they need no particular Flax API."""
+"""The ops in a Flax linen module: they do not depend on a particular Flax API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax_kvpage as kvp
 
 
 class _Attention(nn.Module):
-    """One layer of grouped-query attention over the paged cache; tokens in, tokens out."""
+    """One layer of grouped-query attention over the paged cache."""
 
     heads: int
     kv_heads: int
@@ -65,7 +65,7 @@ def test_a_linen_module_decodes_as_the_dense_one(layout: str) -> None:
     with kvp.KVPool(spec, "4MiB") as pool:
         slot, cache = pool.acquire(pool.cache(), 30)
         prefill = kvp.Batch.from_lengths([slot], [21])
-        # Nobody takes the cache that init would return, so under jit its ops do not happen.
+        # Nobody uses the cache that init would return, so under jit its ops do not run.
         params = jax.jit(module.init)(jax.random.key(1), inputs[:21], cache, prefill)
         step = jax.jit(module.apply)
         first, cache = step(params, inputs[:21], cache, prefill)

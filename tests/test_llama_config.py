@@ -1,5 +1,5 @@
-"""Settings of a config.json that are malformed or unsupported: each is refused with its name and
-its value, whichever key it stands under.
+"""Malformed or unsupported settings in a config.json are refused with their name and value,
+whichever key they are under.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 _NAN, _INFINITY = float("nan"), float("inf")
-# Any of these under a key of that type is wrong.
+# Values that are wrong for a key of the given type.
 _NO_INTEGERS = (True, 0, -2, 2.0, "2", [2], {}, 2**31, 10**400, _NAN)
 _NO_NUMBERS = (True, 0, -1.0, "1e-5", [1e-5], {}, _NAN, _INFINITY, -_INFINITY, 1e39, 1e-46, 10**400)
 _NO_BOOLEANS = (0, 1, "false", "true", "", [], {}, 0.0)
@@ -45,7 +45,7 @@ _INTEGERS = (
 
 
 def _refusal(values: dict[str, Any]) -> str:
-    """The message of the refusal; one line that a terminal shows without scrolling."""
+    """Returns the error message, which must be one line that a terminal shows without scrolling."""
     with pytest.raises(ConfigError) as caught:
         parse_config(values)
     message = str(caught.value)

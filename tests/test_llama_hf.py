@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch", reason="the oracle is transformers on torch
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 
 _TOLERANCE = 2e-4
-_TIE = 1e-4  # below this gap between the best two logits, either is right
+_TIE = 1e-4  # if the two best logits are closer than this, either token is right
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -44,7 +44,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _reference(seed: int, **variant: Any) -> Any:
-    """A random-weight transformers model whose logits are far enough apart to tell tokens."""
+    """Returns a transformers model with random weights whose logits are well separated."""
     config = transformers.LlamaConfig(
         vocab_size=320,
         hidden_size=96,
@@ -88,7 +88,7 @@ def _assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 class _Rig:
-    """A pool and the jitted model, to feed tokens of several sequences in any portions."""
+    """A pool and the jitted model, to feed tokens of several sequences in arbitrary portions."""
 
     def __init__(self, model: Llama, pool: kvp.KVPool, implementation: str) -> None:
         self._graph, self._state = nnx.split(model)
@@ -128,8 +128,8 @@ def test_logits_of_prefill_chunked_prefill_and_decode(
     with kvp.KVPool(spec, spec.virtual_bytes) as pool:
         rig = _Rig(model, pool, implementation)
         (a, b), rig.cache = pool.acquire(rig.cache, [len(long), len(short)])
-        # Prefill of one beside the first chunk of the other, then a chunk beside a decode step,
-        # then decode for both.
+        # Prefill of one sequence beside the first chunk of the other, then a chunk beside a decode
+        # step, then decode of both.
         first = rig.feed([(b, short[:19]), (a, long[:33])])
         second = rig.feed([(a, long[33:68]), (b, short[19:20])])
         third = rig.feed([(a, long[68:69]), (b, short[20:21])])
@@ -147,10 +147,10 @@ def test_dense_logits_are_the_reference_too(tmp_path: pathlib.Path) -> None:
 
 
 def _assert_greedy(reference: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
-    """Each token must be the reference's choice after the tokens before it, or tie with that.
+    """Asserts that each token is the reference's choice after the previous tokens, or ties with it.
 
-    Going through the output with the reference (teacher forcing) is the same as comparing with its
-    own greedy text as long as they agree, and goes on where they part over a tie.
+    Feeding the output to the reference (teacher forcing) amounts to comparing with its own greedy
+    text as long as they agree, and continues after they diverge at a tie.
     """
     logits = _reference_logits(reference, [*prompt, *output])[len(prompt) - 1 : -1]
     for step, (row, token) in enumerate(zip(logits, output, strict=True)):
@@ -201,7 +201,7 @@ def test_the_reference_s_own_generate_agrees(tmp_path: pathlib.Path) -> None:
 
 
 def test_every_setting_of_the_reference_is_honoured_or_harmless(tmp_path: pathlib.Path) -> None:
-    """A field that a new version of transformers adds to its LlamaConfig shows up here."""
+    """Reports fields that a new version of transformers adds to its LlamaConfig."""
     read = {*_settings_read(tmp_path), "rope_parameters"}
     harmless = {
         "attention_dropout",  # training only
@@ -216,7 +216,7 @@ def test_every_setting_of_the_reference_is_honoured_or_harmless(tmp_path: pathli
 
 
 def _settings_read(path: pathlib.Path) -> set[str]:
-    """Keys of the reference's config.json that `parse_config` looks at."""
+    """Returns the keys of the reference's config.json that `parse_config` looks at."""
     seen = set()
 
     class Watched(dict[str, Any]):

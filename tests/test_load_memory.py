@@ -1,4 +1,4 @@
-"""Loading a checkpoint: the weights are in memory once, also where they are converted."""
+"""Loading a checkpoint: the weights are in memory only once, even if they are converted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.flax import save_file as save_flax
 from safetensors.numpy import save_file
 from subprocesses import run_python
 
-# 200 MB in float32, of which the embedding is a fifth.
+# 200 MB in float32, a fifth of which is the embedding.
 _CONFIG = LlamaConfig(
     vocab_size=12000,
     hidden_size=768,
@@ -100,7 +100,7 @@ def test_the_peak_is_the_size_of_the_weights(
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_tensors_of_all_types_and_shapes(tmp_path: pathlib.Path, stored: str) -> None:
     rng = np.random.default_rng(0)
-    shapes = [(3,), (1, 1), (5, 1), (300, 700), (1000, 1400)]  # the last in pieces
+    shapes = [(3,), (1, 1), (5, 1), (300, 700), (1000, 1400)]  # the last is read in pieces
     tensors = {
         f"t{index}": jnp.asarray(rng.normal(size=shape), stored)
         for index, shape in enumerate(shapes)
@@ -109,7 +109,7 @@ def test_tensors_of_all_types_and_shapes(tmp_path: pathlib.Path, stored: str) ->
     with TensorFile(tmp_path / "file") as file:
         for name, tensor in tensors.items():
             for dtype in (stored, "float32", "bfloat16"):
-                # Between other rows, which stay.
+                # Reading must leave the rows before and after unchanged.
                 found = aligned_empty((tensor.shape[0] + 2, *tensor.shape[1:]), jnp.dtype(dtype))
                 found[:] = 7
                 file.read_into(name, found[1:-1])

@@ -1,5 +1,5 @@
-"""Lowering: custom calls and their attributes, the platforms and transformations that are refused,
-and the types of results under shard_map.
+"""Lowering: custom calls and their attributes, refused platforms and transformations, and the types
+of results under shard_map.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_differentiation_is_refused_in_words(op: str) -> None:
 
 
 def test_a_cache_rides_along_in_a_differentiated_program() -> None:
-    """Nothing floating point reaches the cache, so there is nothing to refuse."""
+    """No floating-point value reaches the cache, so there is nothing to refuse."""
 
     def loss(x: jax.Array) -> jax.Array:
         q = jax.lax.stop_gradient(make_q() + x)
@@ -86,7 +86,7 @@ def test_a_cache_rides_along_in_a_differentiated_program() -> None:
 
 
 def test_no_jax_effect() -> None:
-    """An effect would take the whole program off the fast path of dispatch."""
+    """An effect would take the whole program off JAX's fast dispatch path."""
 
     def step(cache: kvp.KVCache, q: jax.Array) -> Any:
         cache, ok = kvp.map_slots(cache, [0, 1], 5)
@@ -135,7 +135,9 @@ def _sharded(step: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
 
 @pytest.mark.parametrize("op", ["map", "append", "attend", "update", "advance", "set", "after"])
 def test_results_vary_over_the_axes_that_any_operand_varies_over(op: str) -> None:
-    """A result that forgot would pass for unsharded: one shard's value, taken for all."""
+    """A result that did not vary would count as replicated, and one shard's value be used for
+    all.
+    """
 
     def step(x: jax.Array, cache: kvp.KVCache) -> Any:
         slots = x.astype(jnp.int32)
@@ -161,7 +163,7 @@ def test_results_vary_over_the_axes_that_any_operand_varies_over(op: str) -> Non
     )
     with pytest.raises(ValueError, match="out_specs"):
         _sharded(step, (P("x"), P()), P()).lower(x, abstract_cache())
-    # What varies over nothing stays that way.
+    # Values that do not vary over any axis stay that way.
     _sharded(lambda x, cache: step(jnp.zeros(2), cache), (P("x"), P()), P()).lower(
         x, abstract_cache()
     )

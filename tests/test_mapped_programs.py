@@ -32,8 +32,8 @@ def pool(request: pytest.FixtureRequest, make_pool) -> kvp.KVPool:
 
 
 def test_shard_map_keeps_types(pool: kvp.KVPool) -> None:
-    """Heads are sharded in real use; on one device the types must still go through, a scan carry
-    included.
+    """In real use heads are sharded; the types must also work on one device, including a scan
+    carry.
     """
     q, k, v = random_tokens()
     cache, batch = start(pool)
@@ -48,7 +48,7 @@ def test_shard_map_keeps_types(pool: kvp.KVPool) -> None:
     def forgets(cache, q, batch):
         return kvp.paged_attention(q, cache, batch, layer=0)
 
-    # `out` varies over the axis as q does; an op that made up a fresh type would let this through.
+    # `out` varies over the axis as q does; a newly made type would fail here.
     with pytest.raises(ValueError, match=r"vary|varying|replicat"):
         forgets(cache, q[0, 0], batch)
 

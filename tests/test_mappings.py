@@ -1,4 +1,6 @@
-"""Memory mappings: the blocks that `resolve` chooses for common models, and the process's limit."""
+"""Memory mappings: the block sizes that `resolve` chooses for common models, and the process
+limit.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ _SHARE = 36855
 
 @pytest.fixture
 def share(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A system with the default limit, whatever this one's is."""
+    """Sets the mapping share to that of the default limit, whatever this system's limit is."""
     monkeypatch.setattr(_native, "mapping_share", lambda: _SHARE)
     return _SHARE
 
@@ -49,7 +51,9 @@ def _open(model: str, slots: int, layout: Any) -> kvp.CacheSpec:
 
 
 def _worst(resolved: kvp.CacheSpec, capacity: int) -> int:
-    """The formula once more: every mapped block alone, and a hole behind every range."""
+    """Restates the worst case: every mapped block is a separate mapping, and every range ends in a
+    hole.
+    """
     ranges = resolved.max_slots * resolved.num_ranges
     mapped = min(capacity // resolved.block_bytes, ranges * resolved.blocks_per_range)
     return mapped + min(mapped, ranges) + 1
@@ -90,11 +94,11 @@ def test_blocks_grow_only_where_the_limit_forces_it(share: int, model: str, layo
         if chosen.block_tokens == usual.block_tokens:
             continue
         assert _worst(usual, capacity) > share, case
-        # Blocks of half the size would be too many.
+        # Blocks of half the size would need too many mappings.
         half = max(usual.block_tokens, chosen.block_tokens // 32 * 16)
         smaller = dataclasses.replace(usual, block_tokens=half)
         assert _worst(smaller, capacity) > share, case
-        # The first token of a request takes at most a hundredth of the pool.
+        # The first token of a request takes at most about a hundredth of the pool.
         assert chosen.num_ranges * chosen.block_bytes <= capacity * 1.01 / 100, case
 
 
@@ -105,14 +109,14 @@ def test_the_limit_on_mappings_is_no_matter_of_cuda(share: int, model: str, layo
         open_spec = _open(model, slots, layout)
         chosen = open_spec.resolve("cuda", capacity)
         assert chosen == open_spec.resolve("cuda")
-        # One granule or the least number of tokens, and what is added against padding.
+        # One granule or the minimum number of tokens, plus the growth that avoids padding.
         least = _block_size.MIN_DEFAULT_BLOCK_TOKENS * chosen.token_bytes // chosen.num_ranges
         assert chosen.block_bytes <= _block_size.MAX_GROWTH_AGAINST_PADDING * max(2 * _MIB, least)
 
 
 def test_the_pools_of_the_report(share: int) -> None:
-    """Defaults that took 512 MiB for the first token, because a mapping counted for every range of
-    every slot, more of them than there are blocks.
+    """Earlier defaults took 512 MiB for the first token, because they counted a mapping for every
+    range of every slot, more than there are blocks.
     """
     many_ranges = kvp.CacheSpec(32, 8, 128, 512, 4096, layout="per_layer")
     assert many_ranges.resolve("cpu", 4096 * _MIB).block_tokens == 128
@@ -155,7 +159,7 @@ def test_a_pool_is_refused_what_others_were_promised() -> None:
                 "raise vm.max_map_count (sysctl)",
             ):
                 assert part in str(caught.value)
-            # What it advises works.
+            # Its advice works.
             advised = re.search(
                 r"block_tokens of at least (\d+).* at most (\d+) bytes", str(caught.value)
             )
@@ -173,7 +177,9 @@ def test_a_pool_is_refused_what_others_were_promised() -> None:
 
 
 def test_pools_at_their_limit_leave_room_for_the_compiler() -> None:
-    """Three pools map all that they were promised; then programs are compiled and threads start."""
+    """Three pools map everything that they were promised; then programs are compiled and threads
+    start.
+    """
     if _native.max_map_count() > 2**17:
         pytest.skip("the limit is out of reach here; the account is tested in C++ too")
     run_python(

@@ -1,4 +1,4 @@
-"""Memory is what is used plus tails, virtual space is the full product, XLA's own temporaries do
+"""Memory is what is in use plus tails, virtual space is the full product, and XLA's temporaries do
 not grow with either.
 """
 
@@ -16,7 +16,9 @@ import jax_kvpage as kvp
 
 
 def _memfd_bytes() -> int:
-    """Bytes the system has allocated for this process's memory files: not the pool's own figure."""
+    """Returns the bytes that the system has allocated for this process's memory files, which does
+    not rely on the pool's own figure.
+    """
     total = 0
     for link in pathlib.Path("/proc/self/fd").iterdir():
         try:
@@ -53,7 +55,7 @@ def test_physical_follows_use(make_pool, layout: str) -> None:
     physical = pool.stats().physical
     assert physical == _memfd_bytes() - files
     assert used <= physical <= used + 64 * pool.spec.tail_waste_bytes
-    # Reading holes, as a view of everything does, must not allocate either.
+    # Reading holes, as a view of everything does, must not allocate memory.
     if layout == "per_layer":
         jax.block_until_ready(jax.jit(jnp.sum)(pool.view(0)[0]))
         assert _memfd_bytes() - files == physical
@@ -108,8 +110,8 @@ def test_capacity_beyond_the_machine_is_refused() -> None:
 
 
 def test_capacity_is_checked_against_the_cgroup(tmp_path: pathlib.Path) -> None:
-    """Without root no test can lower its own limit; that the smallest of all limits counts is
-    tested in C++.
+    """Without root no test can lower its own limit; C++ tests check that the smallest of all limits
+    counts.
     """
     limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -124,7 +126,7 @@ def test_capacity_is_checked_against_the_cgroup(tmp_path: pathlib.Path) -> None:
 
 def test_the_number_of_mappings_is_checked() -> None:
     """A capacity whose blocks would need more mappings than the system allows is refused when the
-    pool is made.
+    pool is created.
     """
     limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
     if limit > 2**20:
@@ -135,7 +137,7 @@ def test_the_number_of_mappings_is_checked() -> None:
     with pytest.raises(ValueError, match="max_map_count") as caught:
         kvp.KVPool(spec, (limit + 1) * spec.block_bytes)
     assert "block_tokens" in str(caught.value)
-    # Left to itself, the pool chooses blocks with which the same capacity fits.
+    # By default, the pool chooses blocks with which the same capacity fits.
     own = kvp.CacheSpec(1, 1, 64, 2**10, 2**14, dtype=jnp.float32, layout="per_layer")
     with kvp.KVPool(own, (limit + 1) * spec.block_bytes) as pool:
         assert pool.spec.block_tokens > 16
@@ -164,7 +166,7 @@ def test_bad_capacities(bad: object) -> None:
 
 
 def test_blocks_are_allocated_when_claimed(make_pool) -> None:
-    """Acquiring takes the memory at once: running out is an error then, not a signal at the first
+    """Acquiring allocates memory at once, so running out is an error and not a signal at the first
     write.
     """
     pool = make_pool(kvp.CacheSpec(2, 2, 64, 4, 1024, dtype=jnp.float32), "8MiB")

@@ -1,4 +1,4 @@
-"""Where a slot's keys and values are in memory."""
+"""The addresses of a slot's keys and values in memory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Meshes and shardings outside of `shard_map`: ops on a pool refuse a program that is spread over
-devices, host calls do not mind a mesh that is set, and batches may be sharded.
+"""Meshes and shardings outside `shard_map`: ops on a pool refuse a program that is sharded over
+devices, host calls ignore a mesh that is set, and batches may be sharded.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ for device in jax.devices():
 
 @_kinds
 def test_one_pool_a_device(kind: str) -> None:
-    """What the error recommends: a step under shard_map, each shard with its pool's cache."""
+    """The solution that the error recommends: a step under shard_map, each shard with its own
+    pool's cache.
+    """
     run_python(
         _PRELUDE.replace("{kind}", kind)
         + """

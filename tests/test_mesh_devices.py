@@ -1,7 +1,7 @@
-"""Pools over several GPUs, as far as a machine without any shows them (mesh_devices.py has the
-programs): host calls over pools with a mirror, each on another device of the fake driver.
+"""Pools over several GPUs, tested without GPUs (mesh_devices.py has the programs): host calls on
+pools with mirrors, each on a different device of the fake driver.
 
-cc/tests/joint_devices_test.cc has what programs map, joint_kernels_test.cc the CUDA kernels.
+cc/tests/joint_devices_test.cc covers mapping by programs, joint_kernels_test.cc the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_capacities_and_lowering() -> None:
 @pytest.mark.fake_driver
 @pytest.mark.parametrize("size", [2, 4])
 def test_host_calls_over_fake_devices(size: int) -> None:
-    """Each device's blocks come from its own fake device; programs run on CPU."""
+    """Each device's blocks come from a separate fake device; programs run on CPU."""
     run_python(
         f"""
         import gc

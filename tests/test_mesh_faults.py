@@ -1,5 +1,5 @@
-"""An op that one device of a mesh cannot run leaves no other device in a sum (mesh_faults.py has
-the programs, each of which would end in 40 s with its process)."""
+"""An op that fails on one device of a mesh leaves no other device waiting in a collective
+(mesh_faults.py has the programs; a wait would end each after 40 s, with its process)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from covering import is_exhaustive
 from mesh_rig import EIGHT_DEVICES
 from subprocesses import run_python
 
-# (replicas, devices of each)
+# (replicas, devices per replica)
 _SHAPES = [(2, 1), (4, 1), (2, 2), (4, 2)]
 _ALL = [(1, 2), (1, 4), (1, 8), *_SHAPES]
 

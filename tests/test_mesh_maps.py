@@ -11,7 +11,7 @@ from subprocesses import run_python
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_decode_loops_are_those_of_one_device(size: int) -> None:
     kinds = ("Auto", "Explicit") if is_exhaustive() else ("Explicit" if size == 4 else "Auto",)
-    blocks = (4, 16) if is_exhaustive() else (4,)  # 4 run out on the way
+    blocks = (4, 16) if is_exhaustive() else (4,)  # 4 blocks run out during the loop
     run_python(
         f"""
         import mesh_maps

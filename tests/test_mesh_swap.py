@@ -11,7 +11,9 @@ from subprocesses import run_python
 
 
 def _run(path: pathlib.Path, *calls: str) -> None:
-    """Runs programs in one process with eight devices; PATH is a directory of the test's own."""
+    """Runs programs in one process with eight devices; PATH is a separate directory for the
+    test.
+    """
     code = "\n".join(["import mesh_swap, mesh_swap_faults", *calls]).replace(
         "PATH", repr(str(path))
     )

@@ -1,5 +1,5 @@
-"""The families of Llama's shape against transformers on random weights: logits of prefill, chunks
-and decode steps, and 64 greedy tokens, for each way in which layers and RoPE differ.
+"""Llama-like model families against transformers on random weights: logits of prefill, chunks and
+decode steps, and 64 greedy tokens, for each variation of layers and RoPE.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ torch = pytest.importorskip("torch", reason="the oracle is transformers on torch
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 
 _TOLERANCE = 1e-4
-_TIE = 1e-3  # below this gap between the best two logits of the reference, either is right
+_TIE = 1e-3  # if the reference's two best logits are closer than this, either token is right
 _VOCABULARY = 320
 _LONGEST = 192
 _LLAMA3 = {
@@ -89,7 +89,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_torch_thread() -> Iterator[None]:
-    """Threads would only wait for each other: the models are tiny."""
+    """The models are tiny: several threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -98,7 +98,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @functools.cache
 def _reference(variant: str) -> Any:
-    """A random-weight transformers model whose logits are far enough apart to tell tokens."""
+    """Returns a transformers model with random weights whose logits are well separated."""
     family, settings = _VARIANTS[variant]
     common = {
         "vocab_size": _VOCABULARY,
@@ -119,7 +119,7 @@ def _reference(variant: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            # Layers that outweigh the embedding: else a tied head repeats its input.
+            # Layers must outweigh the embedding, or a tied head repeats its input.
             scale = 0.15 if "embed_tokens" in name or "lm_head" in name else 0.3
             parameter.copy_(scale * noise if parameter.ndim > 1 else 1.0 + 0.1 * noise)
     return model
@@ -131,16 +131,16 @@ def _ours(name: str, path: pathlib.Path) -> Llama:
 
 
 def _reference_logits(reference: Any, portions: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Logits `[T, vocabulary]` of each portion of a sequence, fed one after the other to a cache.
+    """Returns logits `[T, vocabulary]` of each portion of a sequence, fed in turn to a cache.
 
-    A cache in transformers keeps keys as rotated when they were computed, and so does ours.
+    Like ours, a transformers cache keeps keys with the rotation of the time they were computed.
     """
     parameters = inspect.signature(type(reference).forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"
     cache = transformers.DynamicCache(config=reference.config)
     found = []
     with torch.no_grad():
-        # With dynamic RoPE the module remembers the longest sequence, until it sees a short one.
+        # A dynamic RoPE module remembers the longest sequence until it sees a short one.
         reference(torch.tensor([[0]]))
         for tokens in portions:
             given = torch.tensor([list(tokens)])
@@ -150,7 +150,7 @@ def _reference_logits(reference: Any, portions: Sequence[Sequence[int]]) -> list
 
 
 class _Rig:
-    """A pool and the jitted model, to feed tokens of several sequences in any portions."""
+    """A pool and the jitted model, to feed tokens of several sequences in arbitrary portions."""
 
     def __init__(self, model: Llama, pool: kvp.KVPool, implementation: str) -> None:
         graph, self._state = nnx.split(model)
@@ -176,14 +176,14 @@ class _Rig:
 
 
 def _assert_greedy(reference: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
-    """Each token must be the reference's choice after the tokens before it, or tie with that.
+    """Asserts that each token is the reference's choice after the previous tokens, or ties with it.
 
-    Feeding the output to the reference (teacher forcing) is the same as comparing with its own
-    greedy text as long as they agree, and goes on where they part over a tie.
+    Feeding the output to the reference (teacher forcing) amounts to comparing with its own greedy
+    text as long as they agree, and continues after they diverge at a tie.
     """
     if reference.config.rope_parameters["rope_type"] == "dynamic":
         portions = [prompt, *([token] for token in output[:-1])]
-    else:  # the division does not matter
+    else:  # the split does not matter
         portions = [[*prompt, *output[:-1]]]
     rows = np.concatenate(_reference_logits(reference, portions))[len(prompt) - 1 :]
     for step, (row, token) in enumerate(zip(rows, output, strict=True)):
@@ -254,14 +254,14 @@ def test_old_and_new_config_files_mean_the_same(tmp_path: pathlib.Path, variant:
     old["rope_theta"] = rope.pop("rope_theta")
     old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope} if len(rope) > 1 else None
     assert parse_config(old) == config
-    # What save_model writes, read by transformers and by ourselves.
+    # The output of save_model, read by transformers and by us.
     assert parse_config(config.to_json()) == config
     theirs = type(_reference(variant).config)(**config.to_json())
     for name in ("layer_types", "no_rope_layers", "sliding_window", "rope_parameters", "head_dim"):
         wanted = getattr(_reference(variant).config, name, None)
         found = getattr(theirs, name, None)
         if name == "rope_parameters":
-            # attention_factor is written in place of the settings that it follows from.
+            # attention_factor is written in place of the settings that determine it.
             found = {key: found[key] for key in wanted if key in found}
             wanted = {key: wanted[key] for key in wanted if not key.startswith("mscale")}
         if name != "head_dim" or wanted is not None:

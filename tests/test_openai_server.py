@@ -1,4 +1,4 @@
-"""examples/serve_openai.py through OpenAI's client: its answers are the engine's."""
+"""examples/serve_openai.py through the OpenAI client: its answers are the engine's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOPPED = SamplingParams(temperature=0, max_tokens=12, stop=(" class",))
 
 
 class _Expected:
-    """What the engine answers by itself."""
+    """What the engine generates on its own."""
 
     def __init__(self) -> None:
         self.greedy: list[RequestOutput] = []
@@ -143,7 +143,7 @@ def test_stop_strings(client) -> None:
 
 
 def test_prompts_as_token_ids_are_cached(client) -> None:
-    ids = _expected.greedy[1].prompt_token_ids * 6  # some blocks
+    ids = _expected.greedy[1].prompt_token_ids * 6  # several blocks
     options = {"model": MODEL, "max_tokens": 3, "temperature": 0}
     salt = {"cache_salt": "another"}
     first = client.completions.create(prompt=ids, extra_body=salt, **options)

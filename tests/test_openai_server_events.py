@@ -1,4 +1,4 @@
-"""KV events over ZeroMQ: subscribers rebuild the prefix cache from them, also after gaps."""
+"""KV events over ZeroMQ: subscribers can rebuild the prefix cache from them, even after gaps."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def context() -> Iterator[zmq.Context[Any]]:
 
 
 class _Subscriber:
-    """Reads the events of vLLM's form with nothing of this package.
+    """Reads events in vLLM's form, without using this package.
 
     Attributes:
-        blocks: of each block its namespace, its parent and its tokens.
-        missed: sequence numbers that had to be asked for.
+        blocks: Namespace, parent and tokens of each block.
+        missed: Sequence numbers that had to be requested again.
     """
 
     def __init__(self, context: zmq.Context[Any], publisher: EventPublisher, topic: str) -> None:
@@ -49,7 +49,7 @@ class _Subscriber:
         self._replays.connect(publisher.replay_endpoint)
 
     def read(self, lose: int = 0) -> None:
-        """Takes what has come; of `lose` messages, one is lost."""
+        """Reads the messages that have arrived, losing one of `lose`."""
         while self._socket.poll(50):
             topic, number, payload = self._socket.recv_multipart()
             assert topic == b"kv"
@@ -64,7 +64,7 @@ class _Subscriber:
             self._apply(got, payload)
 
     def catch_up(self) -> None:
-        """Asks for what follows, as a subscriber does that has heard nothing for a while."""
+        """Requests what follows, like a subscriber that has not heard anything for a while."""
         for number, payload in replay(self._replays, self._next):
             self._apply(number, payload)
 
@@ -92,7 +92,7 @@ class _Subscriber:
                     parent = name
 
     def sequences(self) -> set[tuple[str | None, tuple[int, ...]]]:
-        """The namespace and all tokens up to the end of each block."""
+        """Returns, for each block, its namespace and all tokens up to its end."""
         found = set()
         for space, parent, ids in self.blocks.values():
             while parent is not None:
@@ -104,7 +104,7 @@ class _Subscriber:
 
 
 def replay(socket: zmq.Socket[bytes], first: int) -> list[tuple[int, bytes]]:
-    """The batches from a number on, in the form that has the topic too."""
+    """Returns the batches from sequence number `first` on, in the form with topics."""
     socket.send_multipart([b"", first.to_bytes(8, "big")])
     found = []
     while True:
@@ -119,7 +119,7 @@ def replay(socket: zmq.Socket[bytes], first: int) -> list[tuple[int, bytes]]:
 
 
 def _generate(server: RunningServer, prompt: list[int], salt: str | None, tokens: int) -> list[int]:
-    """All ids of a request that was served."""
+    """Serves a request; returns all its token ids."""
     body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "cache_salt": salt}
     response = server.post(
         "/v1/completions", body | {"ignore_eos": True, "return_token_ids": True, "seed": 1}
@@ -129,7 +129,7 @@ def _generate(server: RunningServer, prompt: list[int], salt: str | None, tokens
 
 
 def _whole_blocks(ids: list[int]) -> set[tuple[int, ...]]:
-    """What the cache has of a request: the last token is never computed."""
+    """Returns what the cache holds of a request: the last token is never computed."""
     return {tuple(ids[:end]) for end in range(_BLOCK, len(ids), _BLOCK)}
 
 
@@ -141,7 +141,7 @@ def test_subscribers_follow_the_prefix_cache(context, tmp_path: pathlib.Path) ->
         EventPublisher(_ANY, _ANY, topic="kv") as publisher,
         serve(add_template(folder), publisher=publisher) as server,
     ):
-        wait_until(lambda: publisher._next > 0)  # the first batch is gone before anyone listens
+        wait_until(lambda: publisher._next > 0)  # the first batch is sent before anyone subscribes
         listening = _Subscriber(context, publisher, "k")
         losing = _Subscriber(context, publisher, "")
         wanted: set[tuple[str | None, tuple[int, ...]]] = set()
@@ -178,7 +178,7 @@ def test_replays_reach_back_as_far_as_batches_are_kept(context) -> None:
         socket = context.socket(zmq.DEALER)
         socket.connect(publisher.replay_endpoint)
         for wrong in ([b"", b"1"], [b"", b"\0" * 9], [b"\0" * 8], [b"x", b"\0" * 8], [b""] * 9):
-            socket.send_multipart(wrong)  # no request: no answer
+            socket.send_multipart(wrong)  # not a valid request: no answer
         assert [number for number, _ in replay(socket, 0)] == [2, 3, 4]
         assert [number for number, _ in replay(socket, 4)] == [4]
         assert replay(socket, 5) == replay(socket, 2**64 - 1) == []
@@ -209,7 +209,7 @@ def test_the_older_form(context) -> None:
     ],
 )
 def test_mistakes_in_options_are_one_line(options, message, capsys) -> None:
-    """They are told before the model loads."""
+    """They are reported before the model loads."""
     assert serve_openai.main(["--port", "0", "--checkpoint", "/absent", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("serve_openai.py: error:")

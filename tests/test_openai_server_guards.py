@@ -1,4 +1,4 @@
-"""examples/serve_openai.py: what is checked before a request is read, and what errors tell."""
+"""examples/serve_openai.py: checks made before a request is read, and what errors reveal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @contextlib.contextmanager
 def _unfinished(server: RunningServer) -> Iterator[socket.socket]:
-    """A request whose body does not end."""
+    """A request whose body never ends."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
@@ -91,7 +91,7 @@ def test_slow_prompts_do_not_stop_the_event_loop(server, monkeypatch, part: str)
 
 
 def test_threads_for_prompts_are_few(server) -> None:
-    """However many requests come, two are prepared at a time."""
+    """At most two prompts are prepared at a time, however many requests come."""
     running, most, lock = 0, 0, threading.Lock()
     full = threading.Event()
 

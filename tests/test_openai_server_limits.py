@@ -1,4 +1,4 @@
-"""examples/serve_openai.py: limits, keys, clients that vanish and bodies that are no requests."""
+"""examples/serve_openai.py: limits, keys, clients that disconnect, and malformed bodies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def _error(response: httpx.Response) -> dict[str, Any]:
-    """The error of a response, which must have OpenAI's shape."""
+    """Returns the error of a response, which must have OpenAI's form."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
@@ -50,7 +50,7 @@ def _works(server: RunningServer) -> None:
 def _raw(
     server: RunningServer, body: dict[str, Any], path: str = "/v1/completions"
 ) -> socket.socket:
-    """A connection on which a request was sent."""
+    """Opens a connection and sends a request on it."""
     content = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {_KEY}\r\n"
@@ -126,7 +126,7 @@ def test_a_client_that_vanishes_cancels_its_request(server, stream: bool) -> Non
             wait_until(lambda: not server.is_idle())
     wait_until(server.is_idle)
     wait_until(lambda: server.metrics()["vllm:request_success_total", "abort"] == aborted + 1)
-    with server.client() as client:  # and with OpenAI's client
+    with server.client() as client:  # also with OpenAI's client
         stream_of_chunks = client.completions.create(
             model=MODEL, prompt="A", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
         )
@@ -137,7 +137,7 @@ def test_a_client_that_vanishes_cancels_its_request(server, stream: bool) -> Non
 
 
 def test_requests_and_vanishing_clients_leave_nothing_open(server) -> None:
-    """Many threads with requests of several kinds: each is answered or refused."""
+    """Many threads send requests of several kinds; each is answered or refused."""
     count, num_threads = num_cases(60, 10_000), 8
     answered: list[int] = []
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
@@ -154,7 +154,7 @@ def test_requests_and_vanishing_clients_leave_nothing_open(server) -> None:
             lambda: _raw(server, _LONG).close() or 0,
             lambda: _raw(server, {**_LONG, "stream": True}).close() or 0,
         )
-        # One client for a thread: making it takes longer than the request.
+        # One client per thread: creating one takes longer than a request.
         with httpx.Client(timeout=60) as client:
             for number in range(begin, count, num_threads):
                 answered.append(kinds[(number // num_threads + number) % 4]())
@@ -184,7 +184,7 @@ def test_the_time_of_a_request_is_limited(server, monkeypatch) -> None:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n{head}\r\n"
         )
-        connection.sendall(head.encode() + b"{")  # a body that never comes
+        connection.sendall(head.encode() + b"{")  # the rest of the body never comes
         assert connection.recv(1000).startswith(b"HTTP/1.1 504")
     with server.client() as client, pytest.raises(openai.APIError, match="seconds"):
         for _ in client.completions.create(
@@ -223,7 +223,7 @@ _BODIES = st.one_of(
     st.binary(max_size=64),
     _JSON.map(lambda value: json.dumps(value).encode()),
     st.sampled_from([b"", b"[" * 5000, b'{"a":' * 3000, b"1" * 5000, b'{"model": NaN}']),
-    # A request that is served, with one or more fields of any value.
+    # A valid request in which one or more fields get arbitrary values.
     st.dictionaries(_FIELDS, _JSON, min_size=1, max_size=3).map(
         lambda fields: json.dumps(
             {"model": MODEL, "prompt": "A", "max_tokens": 2} | fields
@@ -233,7 +233,9 @@ _BODIES = st.one_of(
 
 
 def test_malformed_bodies_are_answered(server) -> None:
-    """Never 5xx: what the schema allows is served, all else is a 4xx with OpenAI's error."""
+    """Never 5xx: what the schema allows is served; anything else is a 4xx with OpenAI's error
+    form.
+    """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
     refused = 0
 
@@ -262,7 +264,7 @@ def test_malformed_bodies_are_answered(server) -> None:
 
 
 def _open_files(server: RunningServer) -> int:
-    """File descriptors of this process, once no request is open."""
+    """Returns the number of this process's file descriptors once no request is active."""
     wait_until(server.is_idle)
     time.sleep(0.05)
     return len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,4 @@
-"""What the server's metrics say of the store below its pool."""
+"""The server's metrics of the store below its pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_hits_by_tier(make_pool, store) -> None:
     rig = rig_of(make_pool, store)
     ids = text(100)
     saved(rig, ids)
-    rig.acquire(ids[:32])  # in memory
+    rig.acquire(ids[:32])  # found in memory
     rig.pool.evict()
     fetched(rig, ids)
     rig.acquire(ids)

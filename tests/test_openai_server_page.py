@@ -27,7 +27,7 @@ def test_the_page_shows_what_runs(tmp_path: pathlib.Path) -> None:
         browser.wait("document.getElementById('state')?.textContent === 'live'")
         assert browser.evaluate(f"({text})('running')") == "0"
         assert browser.evaluate(f"({text})('model')") == MODEL
-        # Requests follow each other, so that some always run; streams end when they are closed.
+        # New requests keep starting, so that some always run; streams end when they are closed.
         for _ in range(200):
             with client.completions.create(
                 model=MODEL, prompt="A", max_tokens=500, n=2, stream=True,

@@ -1,4 +1,4 @@
-"""examples/serve_openai.py as a process: its start, its end by SIGTERM, and mistakes in options."""
+"""examples/serve_openai.py as a process: startup, shutdown by SIGTERM, and invalid options."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import pytest
 import serve_openai
 
 _SCRIPT = pathlib.Path(serve_openai.__file__)
-# One shape of steps, so that little is compiled.
+# One step shape, so that little is compiled.
 _SMALL = ["--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--max-logprobs", "1"]
 
 
 @contextlib.contextmanager
 def _start(*options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    """A server's process on a free port, and a client."""
+    """Starts a server process on a free port; yields it and a client."""
     process = subprocess.Popen(
         [sys.executable, str(_SCRIPT), "--port", "0", *_SMALL, *options],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
@@ -32,7 +32,7 @@ def _start(*options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI
         stderr=subprocess.PIPE,
         text=True,
     )
-    timer = threading.Timer(120, process.kill)  # ends a wait for a line that never comes
+    timer = threading.Timer(120, process.kill)  # ends the wait for a line that never comes
     timer.start()
     try:
         assert process.stdout is not None

@@ -1,5 +1,5 @@
-"""Padded batches: models with [batch, seq, heads, dim] activations get, bit for bit, what a run of
-each sequence by itself gets, and padding is neither written nor attended to.
+"""Padded batches: models with [batch, seq, heads, dim] activations get, bit for bit, what each
+sequence gets when run alone, and padding is neither written nor attended to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _draw(rng: np.random.Generator, *shape: int) -> tuple[jax.Array, jax.Array, 
 
 
 def _real(counts: list[int], tokens: int, side: str) -> np.ndarray:
-    """bool[S, T], by hand."""
+    """Computes bool[S, T] by hand."""
     mask = np.zeros((len(counts), tokens), bool)
     for row, n in zip(mask, counts, strict=True):
         row[tokens - n if side == "left" else 0 :][:n] = True
@@ -47,7 +47,7 @@ def _make(kind: str, slots: list[int], counts: list[int], tokens: int) -> kvp.Ba
 def _step(
     cache: kvp.KVCache, batch: kvp.Batch, qkv: Any, implementation: str, one_call: bool
 ) -> Any:
-    """All layers of one step: positions, out, lse, cache."""
+    """Runs all layers of one step; returns positions, out, lse and cache."""
     positions = kvp.positions(cache, batch)
     cache, ok = kvp.grow(cache, batch)
     batch = batch.mask(ok)
@@ -66,7 +66,7 @@ def _step(
 
 _jitted = jax.jit(_step, static_argnums=(3, 4), donate_argnums=0)
 
-# (new tokens of each sequence, T) of a few steps: prefill, chunks, decode, one that pauses.
+# (new tokens of each sequence, T) of some steps: prefill, chunks, decode, a sequence that pauses.
 _STEPS = [([7, 3, 5], 7), ([0, 4, 2], 6), ([1, 1, 1], 1), ([1, 0, 1], 1)]
 
 
@@ -89,7 +89,7 @@ def test_equals_each_sequence_by_itself(
         mask = _real(counts, tokens, kind.split()[0])
         qkv = _draw(rng, 3, tokens)
         for x in qkv:
-            x[:, ~mask] = np.nan  # would show if it were written or attended to
+            x[:, ~mask] = np.nan  # would be visible if it were written or attended to
         batch = _make(kind, slots, counts, tokens)
         got = _jitted(cache, batch, qkv, implementation, one_call)
         positions, out, lse, cache = got
@@ -113,8 +113,8 @@ def test_equals_each_sequence_by_itself(
 
 
 def test_left_padded_generation_like_hugging_face(make_pool) -> None:
-    """Prompts padded on the left, then one token at a time, in one scanned program; masked
-    sequences and traced lengths."""
+    """Left-padded prompts, then one token at a time in one scanned program; masked sequences and
+    traced lengths."""
     spec, rng = _spec(), np.random.default_rng(1)
     pool = make_pool(spec)
     slots, cache = pool.acquire(pool.cache(), [1] * 3)
@@ -153,7 +153,7 @@ def test_left_padded_generation_like_hugging_face(make_pool) -> None:
 
 @_implementations
 def test_vmap(implementation: str, make_pool) -> None:
-    """A padded batch for each element."""
+    """Each element has its own padded batch."""
     pool = make_pool(_spec(), on_stale="allow")
     slots, cache = pool.acquire(pool.cache(), [16] * 4)
     rng = np.random.default_rng(2)

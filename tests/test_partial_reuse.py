@@ -1,4 +1,4 @@
-"""benchmarks/partial_reuse.py: a model's logits behind a reused document."""
+"""benchmarks/partial_reuse.py: a model's logits after a reused document."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reuser(script: Any) -> Iterator[Any]:
 
 
 def test_nothing_is_lost_where_nothing_is_approximate(reuser: Any) -> None:
-    """A share of 100%, and a document that is reused where it was computed."""
+    """All tokens are recomputed, or the document is reused in the context it was computed in."""
     source, slot = reuser.compute([0]), reuser.compute(_BEFORE)
     reuser.pool.extend([source, slot], [200, 200])
     reuser.run(source, _DOCUMENT)
@@ -45,7 +45,7 @@ def test_nothing_is_lost_where_nothing_is_approximate(reuser: Any) -> None:
 
 
 def test_the_error_is_that_of_the_context_alone(script: Any, reuser: Any) -> None:
-    """It falls with the share that is recomputed, and is large without the rotation."""
+    """It decreases as more is recomputed, and is large without the rotation."""
     source = reuser.compute([0, *_DOCUMENT])
     full = reuser.prompt(_BEFORE, _DOCUMENT, _AFTER, source, 1.0)
 

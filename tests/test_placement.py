@@ -1,4 +1,4 @@
-"""The rule by which requests are placed on replicas, against a search over all replicas."""
+"""The rule that places requests on replicas, compared with a search over all replicas."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_where_there_is_no_room_the_next_best_is_taken() -> None:
 def test_requests_of_one_call_that_begin_alike_go_together() -> None:
     ids = np.arange(200, dtype=np.int32)
     alike = [Request(200, 200, [0, 0], ids), Request(100, 100, [0, 0], ids[:100])]
-    # 100 - 96 tokens behind 200 of load, or 100 tokens on an idle replica.
+    # 100 - 96 tokens after a load of 200, or 100 tokens on an idle replica.
     assert place(alike, [0, 0], 32, _everywhere) == [0, 1]
     assert place(alike, [0, 150], 32, _everywhere) == [0, 0]
     other = Request(100, 100, [0, 0], ids[100:])

@@ -1,7 +1,7 @@
-"""The test mode that fills memory with NaN: it really does, and nothing of it, or of an earlier
-request, reaches an output.
+"""The test mode that fills memory with NaN: it really does, and neither the NaN nor data of an
+earlier request reaches an output.
 
-The memory is looked at behind the pool's back, through the file that the system keeps it in.
+The tests read the memory behind the pool's back, through its memory file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAYERS = 2
 
 
 def _memory_files() -> dict[int, int]:
-    """Descriptor of each memory file of this process, by inode."""
+    """Returns the descriptor of each memory file of this process, by inode."""
     found = {}
     for link in pathlib.Path("/proc/self/fd").iterdir():
         try:
@@ -42,7 +42,7 @@ Raw = Callable[[], NDArray[np.float32]]
 
 
 def _open(make_pool: Callable[..., kvp.KVPool], layout: str, **options: bool) -> tuple[Rig, Raw]:
-    """A rig, and a function that reads all memory that its pool has from the system."""
+    """Returns a rig, and a function that reads all of its pool's memory from the system."""
     before = _memory_files()
     pool = make_pool(_spec(layout), "4MiB", **options)
     (descriptor,) = (fd for inode, fd in _memory_files().items() if inode not in before)
@@ -65,7 +65,7 @@ def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str,
     jax.block_until_ready(rig.cache)
     assert not np.any(np.isnan(raw()))
     rig.release(slot)
-    slot = rig.acquire(60)  # adopts the blocks of the other
+    slot = rig.acquire(60)  # adopts the other slot's blocks
     rig.write({slot: 10})
     jax.block_until_ready(rig.cache)
     assert np.count_nonzero(np.isnan(raw())) == 54 * token
@@ -79,7 +79,7 @@ def test_memory_is_filled_with_nan_when_it_is_handed_out(make_pool, layout: str,
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | None) -> None:
-    """Lengths on both sides of a block's end, so that NaN lies right behind the last token."""
+    """Lengths around a block's end, so that NaN directly follows the last token."""
     rig, raw = _open(make_pool, layout, poison=True)
     for lengths in ((31, 32, 33), (1, 63, 64), (0, 100, 250)):
         slots = rig.acquire_scattered([n + 1 for n in lengths])
@@ -93,7 +93,7 @@ def test_no_nan_reaches_an_output(make_pool, layout: str, implementation: str | 
 
 
 def test_trimmed_memory_comes_back_empty(make_pool) -> None:
-    """Memory that went back to the system is zero when it is taken again."""
+    """Memory that was returned to the system is zero when it is allocated again."""
     rig, raw = _open(make_pool, "fused")
     slot = rig.acquire(128)
     rig.write({slot: 128})

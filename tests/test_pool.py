@@ -59,7 +59,7 @@ def test_a_list_is_acquired_whole_or_not_at_all(pool: kvp.KVPool) -> None:
         pool.acquire(cache, [16 * 10, 16 * 11])
     after = pool.stats()
     assert (after.blocks_mapped, after.slots_occupied) == (before.blocks_mapped, 0)
-    _slot, cache = pool.acquire(cache, 16 * 20)  # the same cache is still good
+    _slot, cache = pool.acquire(cache, 16 * 20)  # the same cache is still valid
 
 
 def test_extend_keeps_the_mapping_while_there_is_room(pool: kvp.KVPool) -> None:
@@ -70,7 +70,7 @@ def test_extend_keeps_the_mapping_while_there_is_room(pool: kvp.KVPool) -> None:
     assert pool.block_map(slot) == first
     assert pool.stats().system_calls == calls
     assert pool.slot_table()[0].reserved_tokens == 16
-    pool.extend(slot, 10)  # less than before: nothing to do
+    pool.extend(slot, 10)  # less than before: nothing happens
     assert pool.slot_table()[0].reserved_tokens == 16
     pool.extend(slot, 50)
     assert pool.stats().blocks_mapped == count_blocks(pool.spec, 50)
@@ -124,15 +124,15 @@ def test_the_best_fitting_parked_slot_is_adopted(pool: kvp.KVPool) -> None:
 
 
 def test_tails_are_stolen_only_under_pressure(pool: kvp.KVPool) -> None:
-    """Twelve of twenty blocks are parked and nine more are needed: one is stolen for each that is
-    missing.
+    """Twelve of twenty blocks are parked and nine more are needed: exactly as many blocks are
+    stolen as are missing.
     """
     spec = pool.spec
     slots, cache = pool.acquire(pool.cache(), [16 * 6, 16 * 6])
     cache = drained(pool.release(cache, slots))
     one, cache = pool.acquire(cache, 16 * 3)  # adopts a parked slot
     two, cache = pool.acquire(cache, 16 * 3)  # the other
-    three, cache = pool.acquire(cache, 16 * 8)  # all that was free
+    three, cache = pool.acquire(cache, 16 * 8)  # all free blocks
     assert check_totals(pool).blocks_free == 0
     cache = drained(pool.release(cache, [one, two]))
     assert pool.stats().blocks_parked == 2 * count_blocks(spec, 16 * 6)
@@ -142,7 +142,7 @@ def test_tails_are_stolen_only_under_pressure(pool: kvp.KVPool) -> None:
     stats = check_totals(pool)
     assert stats.blocks_parked == count_blocks(spec, 16 * 2)
     assert stats.blocks_free == 0
-    pool.extend(three, 16 * 10)  # the rest
+    pool.extend(three, 16 * 10)  # all remaining blocks
     assert check_totals(pool).blocks_parked == 0
 
 

@@ -1,4 +1,4 @@
-"""A pool at its limits: the errors when blocks or slots run out, waiting for blocks that drain, and
+"""A pool at its limits: errors when blocks or slots run out, waiting for draining blocks, and
 capacity that is trimmed and resized.
 """
 
@@ -43,7 +43,7 @@ def test_out_of_blocks_carries_the_numbers(pool: kvp.KVPool) -> None:
         after.slots_occupied,
     )
     assert pool.block_map(other) == maps
-    pool.extend(other, 16 * 5)  # exactly what is left
+    pool.extend(other, 16 * 5)  # all remaining blocks
 
 
 def test_no_slot_left(pool: kvp.KVPool) -> None:
@@ -104,7 +104,7 @@ def test_trim_gives_memory_back(pool: kvp.KVPool) -> None:
     assert stats.physical == count_blocks(pool.spec, 100) * size
     again = rig.acquire(100)
     rig.write({again: 80})
-    out, _, want, _ = rig.step([(slots[1], 10), (again, 10)])  # the other slot kept its data
+    out, _, want, _ = rig.step([(slots[1], 10), (again, 10)])  # the other slot has kept its data
     assert np.max(np.abs(out - want)) < 1e-4
 
 
@@ -151,7 +151,7 @@ def test_map_slots_maps_inside_a_program(pool: kvp.KVPool) -> None:
         pool.spec, 16 * 17
     )
     cache, ok = step(cache, ids, jnp.asarray([16 * 4, 0, 16 * 3], jnp.int32))
-    assert ok.tolist() == [False, True, True]  # one block short, and shrinking is never asked for
+    assert ok.tolist() == [False, True, True]  # one block short; asking for less is not an error
     assert pool.stats().blocks_mapped == count_blocks(pool.spec, 40) + count_blocks(
         pool.spec, 16 * 17
     )

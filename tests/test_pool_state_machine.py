@@ -1,5 +1,5 @@
-"""Random pool operations against a plain Python model: no block lost, leaked or owned twice, counts
-agree, data is each request's own.
+"""Random pool operations against a plain Python model: no block is lost, leaked or owned twice,
+counts agree, and each request reads its own data.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _map_slots = jax.jit(kvp.map_slots)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """`reserved` is the model: tokens asked for in each live slot. The harness keeps lengths and
-    contents.
+    """`reserved` is the model: the tokens requested for each live slot. The harness tracks lengths
+    and contents.
     """
 
     layout = "fused"
@@ -64,10 +64,10 @@ class PoolMachine(RuleBasedStateMachine):
         return {row.slot: row.num_blocks for row in self.pool.slot_table() if not row.draining}
 
     def _left(self) -> int:
-        """Blocks that no live request has asked for: free, parked, or mapped by adoption beyond
-        what its owner wanted.
+        """Returns the number of blocks that no live request has asked for: free, parked, or adopted
+        beyond what the owner wanted.
         """
-        jax.block_until_ready(self.rig.cache)  # nothing drains any more
+        jax.block_until_ready(self.rig.cache)  # nothing is draining any more
         return self.total - sum(map(self._needed, self.reserved.values()))
 
     def _pick(self, which: int) -> int:
@@ -120,7 +120,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reserved)
     @rule(tokens=st.lists(_TOKENS, min_size=5, max_size=5))
     def map_slots(self, tokens: list[int]) -> None:
-        """Slots in ascending order: the program serves them in turn while blocks last."""
+        """Slots in ascending order, because the program serves them in order while blocks last."""
         slots = sorted(self.reserved) + [-1] * (5 - len(self.reserved))
         left = self._left()
         self.rig.cache, ok = _map_slots(
@@ -156,8 +156,8 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reserved)
     @rule(one_call=st.booleans())
     def step(self, one_call: bool) -> None:
-        """Reads everything that was ever written to every live slot, together with one new token
-        where there is room.
+        """Reads everything ever written to each live slot, together with one new token where there
+        is room.
         """
         sequences = [
             (slot, 1)
@@ -197,9 +197,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def new_generation(self) -> None:
-        """Also without a failure a new generation may be started at any time.
+        """Starts a new generation, which is allowed at any time, even without a failure.
 
-        On a GPU it refuses programs that have not begun, and the model cannot tell which those are.
+        On a GPU it refuses programs that have not started, and the model cannot tell which ones.
         """
         if self.platform != "cpu":
             jax.block_until_ready(self.rig.cache)

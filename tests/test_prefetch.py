@@ -1,4 +1,6 @@
-"""Stored prefixes that are read back into a pool: the bytes, what is found, and why not all is."""
+"""Stored prefixes that are read back into a pool: the bytes, what is found, and why not
+everything.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def test_evicted_prefixes_come_back_bit_for_bit(
     assert (cached, taken.num_stored) == (96, 0)
     rig.ids[slot] = ids[:96]
     rig.check()
-    # Scales and padding are the same bytes too.
+    # Scales and padding are the same bytes as well.
     again = tmp_path / "again"
     rig.pool.save_prefixes(again)
     assert {path.name: path.read_bytes() for path in again.glob("*.safetensors")} == before
@@ -131,7 +133,7 @@ def test_a_damaged_file_is_a_miss(make_pool, store, tmp_path: pathlib.Path) -> N
     assert rig.acquire(ids)[1] == 32
     rig.check()
     assert add_up(rig.pool)
-    # It is written again, whole.
+    # It is written again, completely.
     rig.pool.check(rig.cache)
     assert rig.pool.save_prefixes().tokens == 96
     assert rig.pool.stored_prefix(ids) == 96
@@ -186,7 +188,7 @@ def test_what_is_computed_faster_is_not_read(make_pool, store) -> None:
     ids = text(100)
     saved(rig, ids)
     rig.pool.evict()
-    # Nothing has been read yet, so that it is read whatever the speed.
+    # Nothing has been read yet, so it is read whatever the disk's speed.
     assert fetched(rig, ids, prefill_tokens_per_second=1e12).tokens == 96
     for _ in range(16):
         rig.pool.evict()
@@ -195,7 +197,7 @@ def test_what_is_computed_faster_is_not_read(make_pool, store) -> None:
         assert ticket.tokens == 0
         assert "reading 96 tokens may take" in ticket.error
     assert rig.pool.spill_stats().missed == {"slower": 16 * 96}
-    # One is read beside the caller, to see how fast the disk is now.
+    # One is read in the background, to measure the current speed of the disk.
     assert soon(lambda: rig.pool.find_prefix(ids) == 96)
     assert rig.pool.spill_stats().prefetches == 2
     rig.pool.evict()
@@ -240,7 +242,7 @@ def test_tickets_may_be_dropped_and_pools_closed(make_pool, tmp_path: pathlib.Pa
 
 
 def test_reads_meet_requests(make_pool, store) -> None:
-    """Prefetches of one thread meet requests, saves and evictions of others."""
+    """One thread prefetches while others make requests, save and evict."""
     rig = rig_of(make_pool, store, blocks=24)
     texts = [text(40 + 16 * (i % 3), i) for i in range(6)]
     for ids in texts:

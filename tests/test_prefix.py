@@ -1,4 +1,4 @@
-"""acquire_prefix: what is found, how a request gets it, what that costs."""
+"""acquire_prefix: what is found, how a request gets it, and what that costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_running_sequence_is_found(make_pool, layout: str, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
 def test_a_released_sequence_is_found(make_pool, layout: str, dtype) -> None:
-    """Whole blocks are mapped, the tokens of the last one copied; the donor's slot stays."""
+    """Full blocks are mapped, the tokens of the last one are copied, and the donor's slot stays."""
     rig = rig_of(make_pool, spec_of(layout, dtype), 64)
     ids = text(70)
     first, _ = rig.acquire(ids)
@@ -55,7 +55,7 @@ def test_a_released_sequence_is_found(make_pool, layout: str, dtype) -> None:
 
 
 def test_blocks_that_a_running_sequence_continues_make_room(make_pool) -> None:
-    """Two sequences have computed the same tokens; the first one's blocks are parked."""
+    """Two sequences have computed the same tokens, and the first one's blocks are parked."""
     spec = spec_of("fused").resolve("cpu")
     pool = make_pool(spec, 8 * spec.block_bytes)
     ids = text(96)
@@ -164,7 +164,7 @@ def test_requests_with_a_new_prefix_in_common_wait_for_the_first(rig) -> None:
 
 
 def test_blocks_are_those_of_one_prefix_and_tails(make_pool, layout: str) -> None:
-    """32 requests with 2048 tokens in common: one prefix and 32 tails, and not a block more."""
+    """32 requests share 2048 tokens: they take one prefix and 32 tails, and not one block more."""
     spec = spec_of(layout, max_slots=40, max_seq_len=4096)
     rig = rig_of(make_pool, spec, 400)
     prefix = text(2048)
@@ -186,7 +186,7 @@ def test_memory_comes_from_what_is_cached_when_it_is_needed(make_pool, layout: s
         rig.release(slot)
     stats = rig.pool.stats()
     assert stats.blocks_cached == stats.blocks_parked > 0
-    big, cached = rig.acquire(text(200, 7))  # 13 of 24 blocks; 20 are cached
+    big, cached = rig.acquire(text(200, 7))  # takes 13 of 24 blocks, 20 of which are cached
     rig.check()
     assert rig.pool.stats().prefix_evictions >= 9
     assert rig.acquire(prompts[-1])[1] >= 48, "the newest is what stays, but for its partial block"
@@ -222,7 +222,7 @@ def test_trim_and_resize_spare_what_is_cached(rig) -> None:
     assert stats.blocks_parked == stats.blocks_cached > 0
     assert rig.acquire(ids)[1] == 99
     rig.release(*rig.ids)
-    rig.pool.resize(stats.block_bytes * stats.blocks_cached // 2)  # now it is needed
+    rig.pool.resize(stats.block_bytes * stats.blocks_cached // 2)  # less than what is cached
     assert 0 < rig.acquire(ids[:40])[1] < 40
 
 

@@ -1,4 +1,4 @@
-"""Events of the prefix index: replayed into a plain dict, they always give its whole blocks."""
+"""Events of the prefix index: replayed into a plain dict, they always give its full blocks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class _Events(RuleBasedStateMachine):
 
     @rule(most=st.integers(0, 3))
     def record_again(self, most: int) -> None:
-        """Nothing is recorded for a while: the reader gets all blocks when it is again."""
+        """While nothing is recorded, events are lost; when recording resumes, the reader gets all
+        blocks.
+        """
         self.index.record_events(most)
         if most == 0:
             assert self.index.take_events() == []

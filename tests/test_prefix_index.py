@@ -1,4 +1,4 @@
-"""The prefix index by itself: policies on small traces against simulations, and the binding."""
+"""The prefix index alone: policies on small traces against simulations, and the binding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _BLOCK = 4
 
 
 def _conversations(seed: int, requests: int) -> list[list[int]]:
-    """Prompts of conversations that take turns: each one is the last prompt of its conversation and
-    something new. Blocks in place of tokens: equal numbers mean equal tokens behind equal ones."""
+    """Returns prompts of interleaved conversations: each is the conversation's last prompt plus
+    something new. Blocks stand for tokens: equal numbers mean equal tokens after equal ones."""
     random = np.random.default_rng(seed)
     conversations: list[list[int]] = []
     prompts, new = [], 1
@@ -33,7 +33,7 @@ def _conversations(seed: int, requests: int) -> list[list[int]]:
 
 
 def _replay(prompts: Sequence[list[int]], policy: str, capacity: int) -> int:
-    """Tokens found, when each prompt is cached as a whole in `capacity` blocks."""
+    """Returns the tokens found if each prompt is cached completely in `capacity` blocks."""
     index = _native.PrefixIndex(_BLOCK, policy=policy)
     cached = 0
     for prompt in prompts:
@@ -48,7 +48,7 @@ def _replay(prompts: Sequence[list[int]], policy: str, capacity: int) -> int:
 
 
 def _lru(prompts: Sequence[list[int]], capacity: int) -> int:
-    """The same with an ordered dict of blocks."""
+    """Does the same with an ordered dict of blocks."""
     blocks: collections.OrderedDict[int, None] = collections.OrderedDict()
     cached = 0
     for prompt in prompts:
@@ -56,7 +56,7 @@ def _lru(prompts: Sequence[list[int]], capacity: int) -> int:
             if block not in blocks:
                 break
             cached += _BLOCK
-        for block in reversed(prompt):  # a block is never older than those that continue it
+        for block in reversed(prompt):  # a block is never older than its continuations
             blocks[block] = None
             blocks.move_to_end(block)
         while len(blocks) > capacity:
@@ -71,7 +71,7 @@ def test_lru_finds_what_a_simulation_finds(capacity: int) -> None:
 
 
 def test_remembered_frequency_finds_more_than_recency() -> None:
-    """Prompts that come again after more blocks than there are, between prompts that never do."""
+    """Prompts that recur after more blocks than fit, between prompts that never do."""
     capacity, prompts, new = 400, [], 1000
     for turn in range(200):
         again = turn % 12

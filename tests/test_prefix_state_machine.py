@@ -1,5 +1,5 @@
-"""Random host calls on the prefix cache against a plain model: which tokens were written, by whom,
-and what a request must find of them.
+"""Random host calls on the prefix cache against a plain model: which tokens were written by whom,
+and which of them a request must find.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax_kvpage as kvp
 
 _ROOM = 96
 _SLOTS = 5
-# A few texts that begin alike: what random requests ask for must meet what others have left.
+# A few texts with common beginnings, so that random requests find what others have left.
 _TEXTS = [
     [7, *np.repeat(head, 20).tolist(), *np.repeat(tail, 40).tolist(), *range(tail, tail + 20)]
     for head in (1, 2)
@@ -36,7 +36,9 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """`blocks` is large enough for everything, so that nothing is evicted by itself, or small."""
+    """`blocks` is either large enough for everything, so that nothing is evicted by itself, or
+    small.
+    """
 
     layout, blocks = "fused", 400
 
@@ -49,9 +51,9 @@ class PrefixMachine(RuleBasedStateMachine):
         self.rig = PrefixRig(self.pool)
         self.replay = Replay()
         self.space: dict[int, str | None] = {}
-        # Sequences that were written once, by namespace: nothing else may be found.
+        # Sequences ever written, by namespace: nothing else may be found.
         self.written: dict[str | None, list[list[int]]] = {None: [], "other": []}
-        # Those of released slots; they must still be found while nothing was cut or evicted.
+        # Those of released slots, which must be found as long as nothing was cut or evicted.
         self.complete = True
         self.kept: dict[str | None, list[list[int]]] = {None: [], "other": []}
 
@@ -66,7 +68,7 @@ class PrefixMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(self.rig.ids)), label="slot")
 
     def _found(self, space: str | None, ids: list[int], every: bool) -> int:
-        """Tokens that a request finds: the most that it may, or the most that it must."""
+        """Returns the tokens that a request finds: the maximum it may, or the minimum it must."""
         live = [
             ids
             for slot, ids in self.rig.ids.items()
@@ -92,7 +94,7 @@ class PrefixMachine(RuleBasedStateMachine):
         if self.large and self.complete:
             assert cached >= must, f"{cached} of {must} tokens found"
         if cached == len(ids) - 1:
-            self._may_be_gone()  # what an adopted slot had behind its prompt
+            self._may_be_gone()  # blocks that an adopted slot had after its prompt
         self.space[slot] = space
         self.written[space].append(list(ids))
 
@@ -177,7 +179,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.ids)
     @rule(data=st.data())
     def drop_before(self, data: st.DataObject) -> None:
-        """From now on nobody finds what only this slot has."""
+        """Drops tokens; from then on nobody finds what only this slot had."""
         slot = self._slot(data)
         n = data.draw(st.integers(0, len(self.rig.ids[slot])), label="tokens")
         self.rig.drop(slot, n)
@@ -189,7 +191,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rig.ids) < _SLOTS)
     @rule(ids=_TOKENS)
     def commit_what_is_not_written(self, ids: list[int]) -> None:
-        """Ends with a new generation, in which nobody may find it."""
+        """Commits unwritten tokens; after a new generation nobody may find them."""
         try:
             slot, cached, self.rig.cache = self.pool.acquire_prefix(self.rig.cache, ids)
         except kvp.OutOfBlocks:
@@ -235,8 +237,8 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.hint(ids, what, space)
 
     def _may_be_gone(self) -> None:
-        """Entries were cut or evicted. What other slots have of the same tokens, in blocks that are
-        their own, is found again only when more is committed to them.
+        """Entries were cut or evicted. The same tokens in other slots' private blocks are found
+        again only after more tokens are committed to those slots.
         """
         self.complete = False
 
@@ -261,7 +263,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @invariant()
     def events(self) -> None:
-        """Replayed events are what can be found, in whole blocks: no less and no more."""
+        """The replayed events are exactly the full blocks that can be found."""
         self.replay.read(self.pool.events())
         replayed = self.replay.sequences()
         for space, ids in replayed:
@@ -293,6 +295,6 @@ def test_prefix_cache(machine: type[PrefixMachine]) -> None:
 
 
 def test_texts_share_beginnings() -> None:
-    """The control: requests of these texts do find each other."""
+    """A control: requests with these texts do find each other's blocks."""
     assert {_common(a, b) for a in _TEXTS for b in _TEXTS if a is not b} >= {1, 21}
     assert jnp.int32(len(_TEXTS[0])) >= 80
