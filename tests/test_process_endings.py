@@ -1,4 +1,4 @@
-"""Processes that no longer do the same, or die (process_endings.py has the programs)."""
+"""Processes that diverge, or die (process_endings.py has the programs)."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _killed(case: int) -> None:
         found = ended(processes, END_WITHIN)[1 - victim]
         print(f"process {1 - victim}: {found.status} after {time.monotonic() - begin:.1f} s")
     assert found.status != 0
-    # JAX's message, or what a collective or a call on the pool said first.
+    # JAX's message, or whichever collective or call on the pool reported it first.
     assert "another task died" in found.err or "Traceback" in found.err, found
 
 
 def test_when_a_process_is_killed_the_others_end() -> None:
-    # Side by side: the survivors mostly wait.
+    # In parallel, since the survivors mostly wait.
     with ThreadPoolExecutor(2) as executor:
         list(executor.map(_killed, range(num_cases(2, 20))))

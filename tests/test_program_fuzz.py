@@ -1,10 +1,11 @@
-"""Programs that tell the pool anything: caches and batches in which handles, epochs, lengths,
-slots, offsets and layers are wrong.
+"""Programs that pass arbitrary values to the pool: caches and batches with wrong handles, epochs,
+lengths, slots, offsets and layers.
 
-Each request stamps its tokens: keys and values are all its number, so that a result shows whose
-tokens were read and how many. The memory of every slot has been another request's before, and the
-rest of it is NaN. An op may refuse or pass; whichever it does, no result shows a foreign stamp or
-NaN, a refusal is one of this package's messages, and the pool goes on from its record.
+Each request stamps its tokens: all elements of its keys and values are its number, so a result
+shows whose tokens were read and how many. The memory of every slot has belonged to another request
+before, and the rest of it is NaN. An op may refuse or pass; in either case, no result shows
+another's stamp or NaN, a refusal is one of this package's messages, and the pool continues from
+its own record.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _Ints = NDArray[np.int32]
 
 @dataclasses.dataclass
 class Told:
-    """What a program tells the pool."""
+    """The values that a program passes to the pool."""
 
     handle: _Ints
     epoch: NDArray[np.uint32]
@@ -51,7 +52,7 @@ class Told:
     slots: _Ints
     offsets: _Ints
     layer: np.int32
-    numbers: _Ints  # of set_lengths and map_slots, one for each slot
+    numbers: _Ints  # for set_lengths and map_slots, one per slot
 
     def cache(self, spec: kvp.CacheSpec) -> kvp.KVCache:
         arrays = map(jnp.asarray, (self.handle, self.epoch, self.lengths))
@@ -62,7 +63,7 @@ class Told:
 
 
 def _stamped(cache: kvp.KVCache, batch: kvp.Batch, stamps: jax.Array) -> jax.Array:
-    """Keys, or values, in which each token has the stamp of its slot."""
+    """Returns keys (or values) in which each token has the stamp of its slot."""
     tokens = jnp.arange(_TOKENS)
     sequence = jnp.searchsorted(batch.query_offsets[1:], tokens, side="right")
     slots = jnp.clip(batch.slots[jnp.clip(sequence, 0, _SEQUENCES - 1)], 0, _SLOTS - 1)
@@ -96,7 +97,7 @@ def _update(cache: kvp.KVCache, told: Any, addressing: str = "slots") -> tuple[A
 
 @jax.jit
 def _read_new(cache: kvp.KVCache, told: Any, views: Any) -> tuple[Any, ...]:
-    """Appends, and reads the whole views behind that."""
+    """Appends, then reads the complete views."""
     (cache,) = _append(cache, told)
     return tuple(kvp.read_views(cache, lambda *views: [x + 0 for x in views], *views))
 
@@ -130,7 +131,7 @@ _REFUSAL = re.compile(f"(INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE): ({_
 
 
 class World:
-    """A pool in which three requests are at work, in memory that others have left."""
+    """A pool with three active requests, in memory that earlier requests have used."""
 
     def __init__(self, layout: str, with_views: bool, debug: bool) -> None:
         spec = kvp.CacheSpec(
@@ -139,12 +140,12 @@ class World:
         self.neighbour = kvp.KVPool(spec, "1MiB")
         gone = kvp.KVPool(spec, "1MiB")
         gone.close()
-        blocks = 22 if layout == "fused" else 22 * 2 * _LAYERS  # less than all slots can have
+        blocks = 22 if layout == "fused" else 22 * 2 * _LAYERS  # less than all slots can hold
         size = blocks * spec.resolve("cpu").block_bytes
         self.pool = kvp.KVPool(spec, size, poison=True, debug=debug)
         self.spec = self.pool.spec
         self.ids = [p._pool.id for p in (self.pool, self.neighbour, gone)]
-        self.stamps = np.zeros(_SLOTS, np.float32)  # 0: the slot is free
+        self.stamps = np.zeros(_SLOTS, np.float32)  # 0 if the slot is free
         self.last = 0
         cache = self.pool.cache()
         slots, cache = self.pool.acquire(cache, [60] * _SLOTS)
@@ -174,7 +175,7 @@ class World:
         return batch, layer, jnp.asarray(numbers), jnp.asarray(self.stamps)
 
     def _write(self, cache: kvp.KVCache, slots: list[int], count: int) -> kvp.KVCache:
-        """A right step; its results are checked."""
+        """Runs a valid step and checks its results."""
         counts = [count] * len(slots) + [0] * (_SEQUENCES - len(slots))
         named = np.asarray([*slots, *[-1] * (_SEQUENCES - len(slots))], np.int32)
         offsets = np.cumsum([0, *counts], dtype=np.int32)
@@ -188,8 +189,8 @@ class World:
     def _check_attention(
         self, out: Any, lse: Any, slots: _Ints, offsets: _Ints, lengths: _Ints
     ) -> None:
-        """All that was attended to has the sequence's stamp, and it is as many tokens as the cache
-        says; where no sequence is, there is nothing.
+        """Asserts that everything attended to has the sequence's stamp and the number of tokens
+        that the cache says, and that rows without a sequence are empty.
         """
         out, lse = np.asarray(out)[:, 0], np.asarray(lse)[:, 0]
         stamps, sums = np.zeros(_TOKENS), np.full(_TOKENS, -np.inf)
@@ -203,7 +204,7 @@ class World:
         np.testing.assert_allclose(lse, sums, rtol=1e-5)
 
     def append(self, cache: kvp.KVCache, batch: kvp.Batch) -> kvp.KVCache:
-        """Writes the new tokens of a right batch in every layer."""
+        """Writes the new tokens of a valid batch in every layer."""
         occupied, lengths = np.flatnonzero(self.stamps), np.asarray(cache.lengths)
         self.pool.extend(occupied.tolist(), [int(lengths[slot]) + 3 for slot in occupied])
         for layer in range(_LAYERS):
@@ -211,7 +212,7 @@ class World:
         return cache
 
     def renew(self, slot: int) -> None:
-        """The slot gets another occupant, or an occupant, or becomes free."""
+        """Gives the slot a new occupant, or makes it free."""
         cache = self.pool.cache()
         if self.stamps[slot] > 0:
             cache = self.pool.release(cache, slot)
@@ -222,7 +223,9 @@ class World:
             self._renamed([found])
 
     def run(self, op: str, told: Told, by_table: bool) -> bool:
-        """Whether the op passed; its results are checked. `by_table`: where the op can."""
+        """Runs an op, checks its results, and returns whether it passed. `by_table`: use table
+        addressing if the op has it.
+        """
         before = check_totals(self.neighbour)
         cache, batch = told.cache(self.spec), told.batch()
         arguments: tuple[Any, ...] = (self._told(batch, told.layer, told.numbers),)
@@ -252,7 +255,7 @@ class World:
         return True
 
     def verify(self) -> None:
-        """The pool's record is sound, and its requests go on."""
+        """Asserts that the pool's record is sound, and that its requests can continue."""
         stats = check_totals(self.pool)
         occupied = np.flatnonzero(self.stamps)
         assert (stats.slots_occupied, stats.slots_draining) == (len(occupied), 0)
@@ -268,7 +271,7 @@ class World:
 
 @st.composite
 def _lies(draw: st.DrawFn, world: World) -> Told:
-    """What a program tells; now and then nothing is wrong."""
+    """Draws the values that a program passes; sometimes all of them are correct."""
     cache = world.pool.cache()
     count = draw(st.integers(0, 3))
     slots = draw(st.permutations(range(_SLOTS)))[:_SEQUENCES]
@@ -279,7 +282,7 @@ def _lies(draw: st.DrawFn, world: World) -> Told:
         layer=np.int32(draw(st.integers(0, _LAYERS - 1))),
         numbers=np.array(draw(st.lists(_WILD, min_size=4, max_size=4)), np.int32),
     )
-    if draw(st.booleans()):  # the new tokens are written, as a reader wants it
+    if draw(st.booleans()):  # write the new tokens, as readers require
         told.epoch = np.array(world.append(cache, told.batch()).epoch)
     kinds = ("handle", "generation", "epoch", "lengths", "length", "slots", "offsets", "layer")
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=2)):
@@ -292,7 +295,7 @@ def _lies(draw: st.DrawFn, world: World) -> Told:
             told.epoch[0] = draw(st.one_of(near, st.integers(0, 2**32 - 1)))
         elif kind == "lengths":
             told.lengths[:] = draw(st.lists(_WILD, min_size=_SLOTS, max_size=_SLOTS))
-        elif kind == "length":  # one, by a little
+        elif kind == "length":  # change one by a little
             slot, more = draw(st.integers(0, _SLOTS - 1)), draw(st.integers(-3, 3))
             told.lengths[slot] = np.clip(int(told.lengths[slot]) + more, -_INT32, _INT32 - 1)
         elif kind == "slots":
@@ -311,7 +314,7 @@ def test_nothing_that_a_program_tells_is_believed(kind: str) -> None:
     passed, refused = dict.fromkeys(ops, 0), dict.fromkeys(ops, 0)
 
     @own_cases(kind)
-    # Not shrunk: that takes minutes, and most of the life of a pool is needed to fail.
+    # No shrinking: it takes minutes, and failures need most of a pool's history.
     @settings(max_examples=num_cases(40, exhaustive=120), phases=[Phase.generate])
     @given(st.data())
     def check(data: st.DataObject) -> None:
@@ -328,6 +331,7 @@ def test_nothing_that_a_program_tells_is_believed(kind: str) -> None:
             world.close()
 
     check()
-    # Programs that were all refused, or all passed, would show little. positions only adds.
+    # If a program was always refused or always passed, the test would show little. positions cannot
+    # be refused.
     assert all(passed.values()), passed
     assert all(refused[op] for op in ops if op != "positions"), refused

@@ -1,4 +1,6 @@
-"""read_kv: what was written, from the NumPy model of the cache, and zeros behind it."""
+"""read_kv returns what was written, according to the NumPy model of the cache, followed by
+zeros.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_equals_what_was_written(layout: str, dtype: Any, new: bool, make_pool) 
 
 
 def test_attention_over_it_equals_the_op(make_pool) -> None:
-    """In the program that appends: the copies follow the write."""
+    """In the same program as the append: the copies follow the write."""
     rig = _rig(make_pool)
     slots = [rig.acquire(40) for _ in range(3)]
     rig.write(dict(zip(slots, [5, 17, 30], strict=True)))

@@ -1,5 +1,5 @@
 """read_views: a program that appends and reads zero-copy views sees its own writes, with XLA's
-optimizations, in loops, and without a copy of a view.
+optimizations, in loops, and without copying a view.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_spec(dtype: Any = jnp.float32, layout: str = "per_layer") -> kvp.CacheS
 
 @pytest.fixture(autouse=True)
 def optimized() -> Iterator[None]:
-    """What XLA does to the order of a program is the point here."""
+    """Enables optimizations, because the tests are about the order that XLA gives to a program."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", not is_exhaustive())
@@ -42,7 +42,7 @@ def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
 
 
 def tokens(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k, v of three sequences for all steps and layers."""
+    """Returns q, k, v of three sequences for all steps and layers."""
     return (
         random(STEPS, LAYERS, 3, HEADS, DIM, dtype=dtype, seed=1),
         random(STEPS, LAYERS, 3, KV_HEADS, DIM, dtype=dtype, seed=2),
@@ -51,7 +51,9 @@ def tokens(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def attend(q: jax.Array, batch: kvp.Batch, cache: kvp.KVCache) -> Callable[..., jax.Array]:
-    """Attention over two views of one decode token a sequence, which is not yet advanced."""
+    """Returns attention over two views for one decode token per sequence that is not yet
+    advanced.
+    """
     lengths = cache.lengths[batch.slots] + 1
 
     def read(k: jax.Array, v: jax.Array) -> jax.Array:
@@ -65,7 +67,7 @@ def attend(q: jax.Array, batch: kvp.Batch, cache: kvp.KVCache) -> Callable[..., 
 def both(
     cache: kvp.KVCache, views: Any, q: Any, k: Any, v: Any, batch: kvp.Batch, layer: int
 ) -> Any:
-    """Appends to a layer and reads it, through its views and with paged_attention."""
+    """Appends to a layer and reads it back, through its views and with paged_attention."""
     cache = kvp.append_kv(cache, k, v, batch, layer=layer)
     got = kvp.read_views(cache, attend(q, batch, cache), *views[layer])
     return cache, got, kvp.paged_attention(q, cache, batch, layer=layer)
@@ -102,7 +104,7 @@ def fori(cache: Any, views: Any, q: Any, k: Any, v: Any, batch: Any) -> Any:
 
 
 def traced_layers(cache: Any, views: Any, q: Any, k: Any, v: Any, batch: Any) -> Any:
-    """Scans steps and layers; the branch of a switch chooses the views of a traced layer."""
+    """Scans steps and layers; a switch selects the views of the traced layer."""
 
     def step(cache: kvp.KVCache, x: Any) -> Any:
         def one(cache: kvp.KVCache, x: Any) -> Any:
@@ -152,7 +154,7 @@ def test_without_jit(make_pool: Any) -> None:
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-# What a program computes from whole views; XLA may want to move, convert or transpose each.
+# Computations on complete views, each of which XLA may want to move, convert or transpose.
 READS = {
     "slices and sums": lambda k, v: k[0].astype(jnp.float32).sum(0) * 2 + v[1].max(0),
     "a copy of a slot": lambda k, v: (k[1], v[2]),
@@ -163,7 +165,7 @@ READS = {
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """The instructions of each computation of a compiled program."""
+    """Returns the instructions of each computation of a compiled program."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -177,7 +179,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def ancestors(lines: list[str], name: str) -> str:
-    """All instructions of a computation that an instruction depends on."""
+    """Returns all instructions of a computation on which an instruction depends."""
     by_name = {line.split(" = ")[0]: line for line in lines}
     todo, seen = [name], {}
     while todo:
@@ -216,7 +218,7 @@ def test_compiled_programs_read_in_a_branch_behind_the_append(
     path = ancestors(found[where], predicate.group(1))
     assert "jax_kvpage_check_views" in path
     assert "jax_kvpage_append_kv" in path
-    # Nothing but the branches does anything with a view: elsewhere it is only handed on.
+    # Only the branches use views; everywhere else they are just passed on.
     branches = re.findall(r"%[\w.-]+", conditional.split("branch_computations=")[1])[:2]
     assert any("jax_kvpage_check_views" in line for b in branches for line in found[b])
     handing = r" (parameter|get-tuple-element|tuple|while|conditional|call|bitcast|opt-barrier)\("

@@ -1,4 +1,4 @@
-"""read_views: what it refuses while a program is traced, and when the program runs."""
+"""What read_views refuses, both when a program is traced and when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's examples run as printed; the first one generates what a NumPy model does."""
+"""README's examples run as printed; the first one generates the same as a NumPy model."""
 
 import pathlib
 
@@ -9,7 +9,9 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def _logits(params: dict[str, np.ndarray], text: list[int], heads: int, kv: int) -> np.ndarray:
-    """Logits [tokens, vocabulary] of README's toy model, in float64 over the whole text."""
+    """Returns the logits [tokens, vocabulary] of README's toy model for a whole text, in
+    float64.
+    """
     x = params["embed"][text]
     hidden = np.tri(len(text), dtype=bool)
     for qkv, out in zip(params["qkv"], params["out"], strict=True):
@@ -34,5 +36,5 @@ def test_the_examples_run_as_printed() -> None:
         logits = _logits(params, text, names["HEADS"], names["KV_HEADS"])
         for end in range(len(prompt), len(text)):
             row = logits[end - 1]
-            # bfloat16 may prefer a token that is as good up to rounding.
+            # bfloat16 may prefer a token that is equally good up to rounding.
             assert row[text[end]] > row.max() - 0.05 * row.std(), (end, text)

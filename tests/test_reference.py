@@ -1,5 +1,5 @@
-"""The plain JAX attention behind implementation="xla" against float64 NumPy, with NaN wherever a
-token does not see.
+"""The plain JAX attention behind implementation="xla" against float64 NumPy, with NaN at every
+position that a token must not see.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts of refusals: what the system forbids, what it is short of, what JAX repeats."""
+"""Error messages: what the system forbids, what it is short of, and prefixes that JAX repeats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from subprocesses import run_python
 import jax_kvpage as kvp
 from jax_kvpage import errors
 
-# Installs a seccomp filter that lets the named calls fail, as a container's profile does.
+# Installs a seccomp filter that makes the named system calls fail, as a container's profile does.
 _DENY = """
     import ctypes, errno, os, platform, struct, sys
 
@@ -133,7 +133,7 @@ def test_no_more_files() -> None:
 
 
 def test_the_prefix_of_nested_dispatch_is_not_repeated(make_pool) -> None:
-    """Each program dispatched with the results of a failed one adds the prefix once more."""
+    """Each program dispatched with results of a failed program adds the prefix once more."""
     pool = make_pool(kvp.CacheSpec(2, 2, 64, 4, 256, dtype=jnp.float32))
     slot, cache = pool.acquire(pool.cache(), 1)
     slots = np.asarray([slot], np.int32)
@@ -155,11 +155,11 @@ def test_the_prefix_of_nested_dispatch_is_not_repeated(make_pool) -> None:
         cache = jax.block_until_ready(step(cache, x))
     for times in (200, 1000, 5000, 25000):
         try:
-            x = busy(jnp.ones((300, 300)), times)  # the steps queue behind it
+            x = busy(jnp.ones((300, 300)), times)  # the steps queue behind this program
             for _ in range(10):
                 cache = step(cache, x)
             break
-        except ValueError:  # it was done too early, and the first step failed where it was called
+        except ValueError:  # it finished too early, so the first failing step raised at once
             cache = pool.cache()
     for call in (lambda: pool.check(cache), lambda: pool.slot_table(cache)):
         with pytest.raises(jax.errors.JaxRuntimeError, match="64 mapped") as caught:
@@ -167,7 +167,7 @@ def test_the_prefix_of_nested_dispatch_is_not_repeated(make_pool) -> None:
         assert str(caught.value).count("Error dispatching computation: ") <= 1
     with pytest.raises(jax.errors.JaxRuntimeError) as raw:
         jax.block_until_ready(cache)
-    # What the package did not raise is left as it was.
+    # Errors that the package did not raise are left unchanged.
     assert str(raw.value).count("Error dispatching computation: ") > 1
 
 

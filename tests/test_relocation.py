@@ -1,4 +1,4 @@
-"""`KVPool.relocate`: mappings merge, and nobody notices anything else."""
+"""`KVPool.relocate` merges mappings and changes nothing else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _TEXTS = [[head, *range(400)] for head in (1000, 2000, 3000)]
 
 
 def _system_mappings() -> int:
-    """Mappings of pools' memory in this process: not the pool's own figure."""
+    """Returns this process's mappings of pool memory, which does not rely on the pool's own
+    figure.
+    """
     return pathlib.Path("/proc/self/maps").read_text().count("memfd:jax_kvpage")
 
 
 def _fragmented(make_pool, layout: str, dtype: object) -> PrefixRig:
-    """Three sequences of 288 tokens that grew in turns, with their slots parked."""
+    """Three sequences of 288 tokens that grew in turns, in slots that are now parked."""
     spec = spec_of(layout, dtype)
     size = spec.resolve("cpu").block_bytes
     rig = PrefixRig(make_pool(spec, 80 * size * (1 if layout == "fused" else 4), poison=True))
@@ -38,7 +40,7 @@ def _fragmented(make_pool, layout: str, dtype: object) -> PrefixRig:
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_mappings_merge_and_contents_stay(make_pool, layout: str, dtype: object) -> None:
     rig = _fragmented(make_pool, layout, dtype)
-    # One sequence is read by two running requests, and its first owner is parked.
+    # Two requests share one sequence; the first of them is then released.
     first, found = rig.acquire(_TEXTS[0][:300])
     assert found == 288
     (second,), rig.cache = rig.pool.fork(rig.cache, first, 1)
@@ -107,7 +109,7 @@ def test_bounds_and_refusals(make_pool) -> None:
 
 
 def test_huge_pages_are_made_or_refused_in_words(make_pool) -> None:
-    """Prefixes of 1024 tokens fill a huge page. Whether the system makes one, it says."""
+    """Prefixes of 1024 tokens fill a huge page. The report says whether the system made one."""
     spec = spec_of("fused", max_seq_len=2048)
     rig = PrefixRig(make_pool(spec, 200 * spec.resolve("cpu").block_bytes))
     texts = [[head, *range(1049)] for head in (1000, 2000)]

@@ -1,5 +1,5 @@
-"""The scheduler of several replicas, against the plain model of scheduler_model.py, one memory for
-each replica.
+"""The scheduler for several replicas, against the plain model of scheduler_model.py with one memory
+per replica.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _replica(sequence: Sequence) -> int:
 
 
 class _Memories:
-    """The memories of all replicas, each sequence in that of its own."""
+    """The memories of all replicas; each sequence is in that of its own replica."""
 
     def __init__(self, parts: list[PlainMemory]) -> None:
         self.parts = parts
@@ -69,7 +69,7 @@ class _Memories:
 
 
 class _Server(Server):
-    """Runs a scheduler of several replicas."""
+    """Runs a scheduler for several replicas."""
 
     def __init__(self, parts: list[PlainMemory], seed: int, **options: Any) -> None:
         super().__init__(parts[0], seed, **options)
@@ -84,7 +84,7 @@ class _Server(Server):
         self.computed[sequence] = computed
 
     def _check_victims(self, plan: StepPlan, before: list[SequenceGroup]) -> None:
-        """As in one replica, and nobody starts on one that is short of blocks."""
+        """As with one replica, and no request starts on a replica that is short of blocks."""
         running = [group for group in before if group not in plan.finished]
         for group in plan.preempted:
             beside = [other for other in running if other.first_row == group.first_row]
@@ -170,7 +170,7 @@ def test_one_replica_plans_what_a_scheduler_plans() -> None:
 def _schedule(
     scheduler: ReplicatedScheduler, *prompts: int, **options: Any
 ) -> list[tuple[int, int]]:
-    """Adds requests; the replica of each that starts, and what it finds."""
+    """Adds requests; returns the replica of each that starts, and the tokens that it finds."""
     groups = [
         scheduler.add(Request(request_id=i, num_prompt_tokens=n, max_tokens=9, **options))
         for i, n in enumerate(prompts)

@@ -1,4 +1,4 @@
-"""reuse_segment and the prefix cache: nothing that depends on a reused segment is found."""
+"""reuse_segment and the prefix cache: nothing that depends on a reused segment can be found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rig(make_pool) -> PrefixRig:
 
 
 def _quote(rig: PrefixRig, slot: int) -> list[int]:
-    """A reused part of the document, committed, with tokens behind it; the ids of all."""
+    """Reuses and commits a part of the document, then appends some tokens; returns all ids."""
     ids = rig.ids[slot]
     rig.pool.extend(slot, len(ids) + 60)
     rig.cache = rig.pool.reuse_segment(rig.cache, slot, 0, 20, 50, inv_freq=_FREQUENCIES)
@@ -57,7 +57,7 @@ def test_only_what_was_computed_is_found(rig: PrefixRig) -> None:
 
 
 def test_forks_of_what_was_computed_have_no_bound(rig: PrefixRig) -> None:
-    """As acquire_prefix makes them while the sequence runs."""
+    """A fork like those of acquire_prefix, made while the sequence is running."""
     slot, _ = rig.acquire(_QUESTION)
     _quote(rig, slot)
     ids = [*_QUESTION, *range(2000, 2040)]

@@ -26,7 +26,7 @@ def _reuse(rig: Rig, *copy: Any, inv_freq: Any = _FREQUENCIES, **options: Any) -
 
 
 def _read(rig: Rig, slot: int) -> NDArray[Any]:
-    """Keys and values of a slot [2, layers, tokens, heads, dim], with their bits."""
+    """Returns a slot's keys and values, [2, layers, tokens, heads, dim], with their exact bits."""
     length = int(rig.cache.lengths[slot])
     layers = [kvp.read_kv(rig.cache, slot, layer) for layer in range(_LAYERS)]
     return np.stack([np.stack([x[i][0, :length] for x in layers]) for i in range(2)])
@@ -35,7 +35,7 @@ def _read(rig: Rig, slot: int) -> NDArray[Any]:
 def _rotated(
     keys: NDArray[Any], angles: NDArray[np.float64], interleaved: bool = False
 ) -> NDArray[np.float64]:
-    """Keys [..., D] turned by angles [..., pairs], in float64."""
+    """Rotates keys [..., D] by angles [..., pairs], in float64."""
     pairs = angles.shape[-1]
     out = np.asarray(keys, np.float64).copy()
     first, second = slice(0, pairs), slice(pairs, 2 * pairs)
@@ -48,7 +48,9 @@ def _rotated(
 
 
 def _error_bound(want: NDArray[np.float64], dtype: object) -> NDArray[np.float64]:
-    """Of each element of rows that were rounded to the storage type once."""
+    """Returns the error bound of each element of rows that were rounded to the storage dtype
+    once.
+    """
     if dtype in (jnp.int8, jnp.float8_e4m3fn):
         top = np.abs(want).max(axis=-1, keepdims=True)
         if dtype == jnp.int8:
@@ -105,8 +107,8 @@ def test_there_and_back(make_pool, layout: str) -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_is_that_of_rope_at_the_new_positions(make_pool, interleaved: bool) -> None:
-    """Partial rotary embedding; frequencies by layer, one of which has none; attention is relative,
-    so a lone segment gives what it gave at its old positions.
+    """Partial rotary embedding, with frequencies per layer, one of which has none. Attention is
+    relative, so a lone segment gives what it gave at its old positions.
     """
     rig, source = filled(pool_of(make_pool, spec_of("fused"), 256), 3)
     frequencies = np.stack([_FREQUENCIES[:24], np.zeros(24, np.float32)])
@@ -125,7 +127,7 @@ def test_rotation_is_that_of_rope_at_the_new_positions(make_pool, interleaved: b
     _reuse(rig, target, source, 3, rig.max_tokens, inv_freq=frequencies, interleaved=interleaved)
     got = _read(rig, target)[0, :, 150:]
     np.testing.assert_allclose(got, rope(150 + positions), atol=5e-6)
-    np.testing.assert_array_equal(got[1], _read(rig, source)[0, 1, 3:])  # of no frequency: bits
+    np.testing.assert_array_equal(got[1], _read(rig, source)[0, 1, 3:])  # not rotated: same bits
 
 
 def test_several_copies_in_one_call(make_pool, layout: str) -> None:
@@ -153,7 +155,7 @@ def test_large_segments_are_copied_by_several_threads(make_pool, layout: str) ->
 
 
 def test_a_program_may_scan_over_copies(make_pool, layout: str) -> None:
-    """The op in a jitted scan: three tokens a step, the same as all at once."""
+    """The op in a jitted scan, three tokens per step, equals a single copy."""
     rig, source = filled(pool_of(make_pool, spec_of(layout), 256), 40)
     parts, whole = rig.acquire(60), rig.acquire(60)
     frequencies = np.stack([_FREQUENCIES] * _LAYERS)
@@ -172,7 +174,7 @@ def test_a_program_may_scan_over_copies(make_pool, layout: str) -> None:
 
 
 def test_a_sequence_goes_on_behind_a_segment(make_pool, layout: str) -> None:
-    """Appended tokens attend to the copied ones as to any others."""
+    """Appended tokens attend to copied tokens as to any others."""
     rig, source = filled(pool_of(make_pool, spec_of(layout), 256), 30)
     target = rig.acquire(60)
     _reuse(rig, target, source, 10, 20)

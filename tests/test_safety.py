@@ -68,7 +68,9 @@ def test_bad_slots_in_a_list(rig: Rig, op: str, case: str) -> None:
 
 
 def test_writing_past_what_is_mapped(rig: Rig) -> None:
-    """60 tokens were asked for and two blocks of 32 came, so 64 are there; 20 are used."""
+    """60 tokens were requested, so two blocks of 32 and room for 64 tokens are mapped; 20 are
+    used.
+    """
     slot = live(rig)[0]
     fails(
         f"slot {slot}.*65.*64",
@@ -84,7 +86,7 @@ def test_reading_what_was_not_written(rig: Rig) -> None:
 
 
 def test_a_new_generation_forgets_what_was_not_advanced(rig: Rig) -> None:
-    """The program that wrote those tokens may have failed halfway: they do not count."""
+    """The program that wrote those tokens may have failed midway, so they do not count."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 5)])
     rig.append([(slot, 5)])
@@ -96,7 +98,7 @@ def test_a_new_generation_forgets_what_was_not_advanced(rig: Rig) -> None:
 
 @pytest.mark.parametrize("tokens", [MAX + 1, 2**31 - 1])
 def test_past_max_seq_len(rig: Rig, tokens: int) -> None:
-    """A sequence that is full does not fail the step of the others."""
+    """A full sequence does not fail the step of the others."""
     full, other = slots = live(rig)
     before = rig.pool.block_map(full)
     program = jax.jit(kvp.map_slots)
@@ -140,7 +142,8 @@ def test_malformed_offsets(rig: Rig, offsets: list[int], op: str) -> None:
         "attend": lambda: attend(rig.cache, batch),
         "advance": lambda: kvp.advance(rig.cache, batch),
     }[op]
-    # `advance` has no token axis to compare the end with: it fails as fewer tokens are written.
+    # `advance` has no token axis to check the end against: it fails because fewer tokens were
+    # written.
     fails("offsets|written" if op == "advance" else "offsets", call)
 
 
@@ -153,7 +156,7 @@ def test_raising_a_length_past_what_is_written(rig: Rig) -> None:
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("op", ["append", "update", "attend", "set_lengths", "advance"])
 def test_a_length_changed_in_the_pytree_shows_nothing(rig: Rig, op: str) -> None:
-    """A slot whose memory holds an earlier request's tokens, and a cache that counts them in."""
+    """The slot's memory holds an earlier request's tokens, and the cache's length includes them."""
     earlier = rig.acquire(60)
     rig.write({earlier: 50})
     rig.release(earlier)
@@ -184,7 +187,7 @@ def test_room_for_a_slot_that_nobody_has(rig: Rig) -> None:
 
 
 def test_a_cache_of_another_process_is_refused(tmp_path: pathlib.Path) -> None:
-    """Pools are numbered from another random number on in every process."""
+    """Every process numbers its pools from a different random number on."""
     file = tmp_path / "cache"
     code = """
         import pickle, sys
@@ -212,7 +215,9 @@ def test_a_cache_of_another_process_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_forked_child_numbers_its_pools_anew() -> None:
-    """Its pools must not have the numbers of those that the parent makes after the fork."""
+    """The child's pools must not get the numbers of pools that the parent creates after the
+    fork.
+    """
     run_python("""
         import os
         import jax_kvpage as kvp
@@ -235,7 +240,7 @@ def test_a_forked_child_numbers_its_pools_anew() -> None:
 
 
 def test_advancing_past_what_is_written(rig: Rig) -> None:
-    """Layer 1 is missing: advancing would expose old contents of the memory."""
+    """Layer 1 is missing: advancing would expose old memory contents."""
     slot = live(rig)[0]
     batch = make_batch([(slot, 3)])
     k = jnp.zeros((8, KV_HEADS, DIM))
@@ -253,7 +258,7 @@ def test_a_sum_of_tokens_beyond_int32(rig: Rig) -> None:
 
 
 def test_a_failed_program_writes_nothing(rig: Rig) -> None:
-    """The batch names one good and one bad slot: the good one's memory is not touched either."""
+    """The batch names a good and a bad slot: the good one's memory is not modified either."""
     slots = live(rig)
     bad = make_batch([(slots[0], 1), (slots[0], 1), (slots[1], 1)])
     for _ in range(3):
@@ -261,7 +266,7 @@ def test_a_failed_program_writes_nothing(rig: Rig) -> None:
 
 
 def test_failures_do_not_add_up(rig: Rig) -> None:
-    """Pins taken by failed handlers would keep slots from draining, and close from returning."""
+    """Pins left by failed handlers would keep slots from draining, and close from returning."""
     slot = rig.acquire(30)
     for _ in range(20):
         fails("slot", lambda: attend(rig.cache, make_batch([(slot, 1), (99, 1)])))

@@ -1,5 +1,5 @@
-"""Sampling: what may be chosen, how often, and that a token depends on seed, sequence and position
-alone.
+"""Sampling: which tokens may be chosen, how often, and that a token depends only on seed, sequence
+and position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _sample(logits: jax.Array, ids: jax.Array, positions: jax.Array, how: Sampli
 
 
 def _draws(logits: list[float], how: Sampling) -> np.ndarray:
-    """How often each token of one row of logits is drawn over many positions."""
+    """Returns how often each token of one row of logits is drawn over many positions."""
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (_DRAWS, 1))
     chosen = _sample(rows, jnp.zeros(_DRAWS, jnp.int32), jnp.arange(_DRAWS), how)
     return np.bincount(np.asarray(chosen), minlength=len(logits)) / _DRAWS
@@ -58,7 +58,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
 
 
 def _drawn(rows: list[list[float]], how: Sampling) -> list[np.ndarray]:
-    """`_draws` of several rows of logits with one compiled program."""
+    """Returns `_draws` of several rows of logits, with one compiled program."""
     count = 1000
     logits = jnp.repeat(jnp.asarray(rows, jnp.float32), count, axis=0)
     chosen = _sample(
@@ -70,7 +70,8 @@ def _drawn(rows: list[list[float]], how: Sampling) -> list[np.ndarray]:
     ]
 
 
-# Token 0 was the answer whenever logits / temperature overflowed, or no probability was below p.
+# Regression: token 0 was drawn whenever logits / temperature overflowed, or p was below every
+# probability.
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1.1e-38, 1.2e-38, 1e-30])
 def test_a_low_temperature_takes_the_most_likely(temperature: float) -> None:
     rows = [[-3.0, 0.5, 1.0, 0.9], [-2e38, 0.0, 1e38, 0.0], [-9.0, -8.5, -8.0, -8.0001]]
@@ -100,12 +101,12 @@ def test_any_top_p_keeps_the_most_likely(p: float, temperature: float, top_k: in
         [[0.1, 0.2, 0.7, 0.3], [0.0, 2.0, 1.0, 2.0]], Sampling(temperature, top_k, p)
     )
     assert first.tolist() == [0, 0, 1, 0]
-    assert np.flatnonzero(second).tolist() == [1, 3]  # equals of the last token kept stay
+    assert np.flatnonzero(second).tolist() == [1, 3]  # tokens tied with the last one kept stay
 
 
 def test_top_k_is_applied_before_top_p() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
-    # Among the first two the larger one has 0.57 of the mass.
+    # Of the first two, the larger has 0.57 of the mass.
     assert np.flatnonzero(_draws(logits, Sampling(1.0, top_k=2, top_p=0.55))).tolist() == [0]
 
 

@@ -1,4 +1,4 @@
-"""The scheduler: what it promises, case by case, against a plain model of memory and tokens."""
+"""The scheduler's promises, case by case, against a plain model of memory and tokens."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_sequence_grows_only_when_its_last_block_is_full() -> None:
     while server.scheduler.has_unfinished:
         plan = server.step()
         grown += plan.extend_tokens.tolist()
-    # The last token is not stored: 53 of 54.
+    # The last token is not stored, so 53 of 54.
     assert grown == [17, 33, 49]
 
 
@@ -100,7 +100,7 @@ def test_first_come_first_served_and_priorities() -> None:
     groups = [server.add(num_prompt_tokens=5, max_tokens=2, priority=p) for p in (1, 0, 1, 0)]
     server.run()
     order = [g.arrival for g in server.reported]
-    # The first did not run when the others came, so that its priority of 0 counts too.
+    # The first one had not started when the others arrived, so its priority of 0 counts too.
     assert order == [0, groups[1].arrival, groups[3].arrival, groups[0].arrival, groups[2].arrival]
 
 
@@ -126,7 +126,7 @@ def test_samples_share_their_prompt(lockstep: bool) -> None:
     (fork,) = plan.forks
     assert fork.num_tokens == 63
     assert set(plan.sequences) == set(group.sequences)
-    # 64 tokens in 4 blocks, of which 3 are shared.
+    # 64 tokens in 4 blocks, 3 of which are shared.
     assert len(server.memory.used()) == 3 + 4 * 2
     server.run()
     assert {s.finish_reason for s in group.sequences} == {"length"}
@@ -279,7 +279,8 @@ def test_speculated_tokens() -> None:
     assert plan.extend_tokens.tolist() == [17]
     scheduler.set_drafts(rows, np.asarray([50, 50]))
     memory.carry_out(plan := scheduler.schedule())
-    # 12 tokens are left to the first, one of them certain; the budget has no room for the second.
+    # The first may still produce 12 tokens, one of them certain; the budget has no room for drafts
+    # of the second.
     assert plan.counts.tolist() == [12, 1]
     scheduler.add_tokens(rows[:1], np.asarray([11]))
     assert group.sequences[0].finish_reason == "length"
@@ -288,14 +289,14 @@ def test_speculated_tokens() -> None:
 
 @pytest.mark.parametrize("newcomer_comes", ["before", "after"])
 def test_drafts_leave_room_for_prompts(newcomer_comes: str) -> None:
-    """Sequences that decode could fill every step with drafts."""
+    """Decoding sequences could fill every step with drafts."""
     memory = BlockBudget(100, 16, 1024, 8)
     scheduler = Scheduler(memory, max_num_seqs=4, max_num_batched_tokens=16)
     for i in range(2):
         scheduler.add(Request(request_id=i, num_prompt_tokens=3, max_tokens=100))
     memory.carry_out(scheduler.schedule())
     newcomer = Request(request_id=2, num_prompt_tokens=20, max_tokens=1)
-    if newcomer_comes == "before":  # its prompt has begun, else it waits
+    if newcomer_comes == "before":  # its prompt has started; otherwise it waits
         scheduler.add(newcomer)
         memory.carry_out(plan := scheduler.schedule())
         assert plan.counts.tolist() == [1, 1, 14]
@@ -306,7 +307,7 @@ def test_drafts_leave_room_for_prompts(newcomer_comes: str) -> None:
         scheduler.set_drafts(np.asarray([0, 1]), np.asarray([7, 7]))
         memory.carry_out(plan := scheduler.schedule())
         counts.append(plan.counts.tolist())
-    # Two tokens decode. Of the other 14 the prompt has half, while it needs them.
+    # Two tokens decode. The prompt gets half of the other 14 while it needs them.
     if newcomer_comes == "before":
         assert counts == [[8, 1, 6], [8, 8], [8, 8]]
     else:

@@ -1,4 +1,6 @@
-"""The scheduler when memory is short: growth, victims, waits, refusals, against the plain model."""
+"""The scheduler when memory is short: growth, victims, waits and refusals, against a plain
+model.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_the_oldest_is_never_preempted() -> None:
 
 
 def test_waiting_for_blocks_before_preempting() -> None:
-    """A group that ends soon is waited for; nothing is computed twice."""
+    """A group that ends soon is waited for, and nothing is computed twice."""
     results = {}
     for name, policy in (("wait", CostAware()), ("at once", CostAware(0))):
         server = small_server(capacity=8, preemption=policy, admission=Watermark(0.0))
@@ -100,7 +102,7 @@ def test_a_refusal_is_not_repeated_while_memory_is_the_same() -> None:
 def test_survival() -> None:
     policy = ExpectedGrowth()
     produced, remaining = np.asarray([0, 0, 16]), np.asarray([999, 10, 999])
-    # Without a history any length up to the limit is as likely as another, within reason.
+    # Without a history, all lengths up to the limit, or at most 512, are equally likely.
     assert policy.survival(produced, remaining)[:2, 1].tolist() == [1 - 4 / 512, 1 - 4 / 10]
     for length in (2, 10, 20, 40):
         policy.observe(length)

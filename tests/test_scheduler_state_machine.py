@@ -1,5 +1,6 @@
-"""Random requests, stops, cancellations and refusals of memory; every plan is checked against a
-plain model (scheduler_model.py), and at the end everything must have ended and been returned.
+"""Random requests, stops, cancellations and refusals of memory. Every plan is checked against a
+plain model (scheduler_model.py); at the end all requests must have finished and all memory be
+returned.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _requests = st.fixed_dictionaries(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """A few rows and few blocks, so that everything is short at some time."""
+    """Few rows and few blocks, so that everything is short at some time."""
 
     policy = "cost"
     budget = 24
@@ -77,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
     def _find(self, group: SequenceGroup) -> tuple[int, int]:
-        """A cache that has what any ended request had."""
+        """Simulates a cache with the prefixes of all finished requests."""
         tokens = group.request.num_prompt_tokens
         has = any(g.request.prefix_key == group.request.prefix_key for g in self.server.reported)
         return (tokens // 2, 0) if has and group.request.prefix_key else (0, 0)

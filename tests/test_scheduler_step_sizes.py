@@ -1,4 +1,4 @@
-"""Prompts are cut where a step would be padded far beyond its tokens."""
+"""Prompts are cut if a step would otherwise be padded far beyond its tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_new_request_still_starts() -> None:
     server = server_of()
     for _ in range(3):
         server.add(num_prompt_tokens=400, max_tokens=2)
-    # The last parts are cut to one token, and go on in the next step.
+    # The last prompt is cut to one token, and continues in the next step.
     assert server.step().counts.tolist() == [400, 111, 1]
     assert server.step().counts.tolist() == [1, 289, 222]
     assert server.step().counts.tolist() == [1, 127]

@@ -1,4 +1,4 @@
-"""The simulated server: what it reports, and the scheduler's promises on workloads of some size."""
+"""The simulated server: its reports, and the scheduler's promises on larger workloads."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def _workload(prompts: list[int], outputs: list[int], n: int = 1) -> Workload:
 def test_one_request_by_hand() -> None:
     time = StepTime(fixed=1.0, per_token=0.1, per_context_token=0.01)
     result = _run(_workload([20], [3]), step_time=time)
-    # 20 tokens, then one after 21 and one after 22; the third token is not computed.
+    # 20 tokens, then one with context 21 and one with 22; the third token is not fed back.
     assert result.seconds == pytest.approx((1 + 2 + 0.2) + (1 + 0.1 + 0.21) + (1 + 0.1 + 0.22))
     assert result.first_token.tolist() == pytest.approx([3.2])
     assert result.latency.tolist() == pytest.approx([result.seconds])
     assert (result.steps, result.finished, result.output_tokens) == (3, 1, 3)
     assert result.computed_tokens == 22
-    # Two blocks throughout, with 20 to 22 tokens in them.
+    # Two blocks throughout, holding 20 to 22 tokens.
     stored = (20 * 3.2 + 21 * 1.31 + 22 * 1.32) / result.seconds
     assert result.waste == pytest.approx(1 - stored / 32)
     assert result.throughput == pytest.approx(3 / result.seconds)
@@ -84,7 +84,7 @@ def test_against_static_reservation(name: str) -> None:
             block_tokens=1,
         )
         assert static.recomputed_tokens == 0
-        if reservation == "maximum":  # all of the memory is used
+        if reservation == "maximum":  # all of the memory is in use
             assert static.running == pytest.approx(capacity // 1024, rel=0.05)
         assert static.finished == paged.finished == 150
         assert paged.running > factor * static.running, reservation
@@ -94,7 +94,7 @@ def test_against_static_reservation(name: str) -> None:
 
 
 def test_victims_by_cost() -> None:
-    """Lengths like those of the Azure trace: long prompts, of which a few fill the memory."""
+    """Lengths like those of the Azure trace: long prompts, a few of which fill the memory."""
     random = np.random.default_rng(3)
     prompts = random.lognormal(np.log(900), 0.9, 400).astype(int).clip(1, 6000)
     outputs = random.lognormal(np.log(150), 0.8, 400).astype(int).clip(1, 1000)
@@ -114,7 +114,7 @@ def test_victims_by_cost() -> None:
 
 
 def test_a_store_below_memory() -> None:
-    """Requests of one sequence are swapped where that is quicker; nothing is computed twice."""
+    """Single-sequence requests are swapped if that is faster, and nothing is computed twice."""
     workload = synthetic("sharegpt", 300, rate=_AT_ONCE)
     without, slow, fast = (
         _run(workload, capacity_tokens=12288, admission=Watermark(0.0), swap_tokens_per_second=rate)

@@ -1,4 +1,4 @@
-"""examples/serve_batch.py: its figures, traces, and how it refuses."""
+"""examples/serve_batch.py: its figures, its traces, and its error messages."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_prompts(checkpoint, tmp_path, capsys) -> None:
 
 
 def test_a_draft_model(checkpoint, tmp_path, capsys) -> None:
-    """A draft equal to the model is right but for the ends of outputs; another one is refused."""
+    """A draft equal to the model is always right; one with another vocabulary is refused."""
     options = ["--checkpoint", checkpoint, "--prompt", "abcdefgh", "--max-new-tokens", 9]
     options += ["--temperature", 0]
     values = _serve(capsys, *options, "--draft", checkpoint)
@@ -74,7 +74,9 @@ def test_a_draft_model(checkpoint, tmp_path, capsys) -> None:
 
 
 def test_a_store_is_found_by_the_next_run(checkpoint, tmp_path, capsys) -> None:
-    """Whole blocks of a prompt that an earlier run had to evict, but not those of other weights."""
+    """Finds the full blocks of prompts that an earlier run evicted, but not those of other
+    weights.
+    """
     options = ["--prompt", "ab" * 30, "--prompt", "cd" * 30, "--max-new-tokens", 9]
     options += ["--temperature", 0, "--max-num-seqs", 1, "--store", tmp_path / "store"]
     spec = cache_spec(UNTIED, max_slots=1, max_seq_len=128, block_tokens=16)

@@ -1,4 +1,4 @@
-"""Streams of the engine, in one thread and through asyncio."""
+"""Streaming from the engine, in one thread and through asyncio."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_cancelled_task_cancels_its_request() -> None:
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
-        # Memory for one of the two: it is there only because the other one has ended.
+        # There is memory for one of the two requests, so the other one must have ended.
         output = await engine.generate(rig.prompt(40), SamplingParams(max_tokens=60))
         assert output.outputs[0].finish_reason == "length"
         assert output.metrics.num_preemptions == 0
@@ -167,7 +167,7 @@ def test_an_engine_that_stops_says_so() -> None:
 
 @pytest.mark.parametrize("times", [1, 7])
 def test_an_exception_in_a_step(expected, monkeypatch, times: int) -> None:
-    """It ends the requests of the step, and no others."""
+    """The exception ends the requests of that step, and no others."""
 
     async def main(pool: kvp.KVPool) -> None:
         engine = AsyncEngine(Engine(rig.step, rig.params(), pool, rig.config()))
@@ -179,7 +179,7 @@ def test_an_exception_in_a_step(expected, monkeypatch, times: int) -> None:
             real(*args)
 
         monkeypatch.setattr(pool, "extend", extend)
-        for _ in range(times):  # extends a slot at its last token
+        for _ in range(times):  # extends the slot for its last token
             output = await asyncio.wait_for(
                 engine.generate(_PROMPTS[1][:14], SamplingParams(max_tokens=9)), 60
             )

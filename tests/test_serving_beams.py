@@ -1,5 +1,5 @@
-"""Beam search in the engine: the results of transformers, and the same ones whatever else runs,
-under pressure and after faults.
+"""Beam search in the engine: the results of transformers, unchanged by other requests, memory
+pressure and faults.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from jax_kvpage.serving import (
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
-_TOLERANCE = 1e-4  # of scores, from float32 logits that both sides round differently
+_TOLERANCE = 1e-4  # for scores, from float32 logits that both sides round differently
 _WIDE = BeamSearchParams(beam_width=3, max_tokens=24)
 _NARROW = BeamSearchParams(beam_width=2, max_tokens=30, length_penalty=0.5)
 _GREEDY = SamplingParams(temperature=0, max_tokens=20)
 _SAMPLED = SamplingParams(seed=7, n=2, max_tokens=20, top_k=20)
 _PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17, 16, 1, 33)]
-# Requests are admitted without regard to their growth: later they run short.
+# Requests are admitted without regard to their growth, so blocks run short later.
 _TIGHT = {"preemption": LastComeFirst(), "admission": Watermark(0.0)}
 _MIXED = [_WIDE, _GREEDY, _NARROW, _WIDE, _NARROW, _SAMPLED]
 _TEXT = (
@@ -67,7 +67,7 @@ def _engine(pool: kvp.KVPool, step: Any = rig.step, **options: Any) -> Engine:
 
 
 def _check_same(outputs: Sequence[RequestOutput], alone: Results, exact: bool = True) -> None:
-    """The same tokens and scores; after a preemption those are computed in other parts."""
+    """Same tokens and scores; after a preemption, scores are computed in different parts."""
     found = _results(outputs)
     assert [[ids for ids, _ in one] for one in found] == [[ids for ids, _ in one] for one in alone]
     for one, other in zip(found, alone, strict=True):
@@ -77,7 +77,7 @@ def _check_same(outputs: Sequence[RequestOutput], alone: Results, exact: bool = 
 
 @pytest.fixture(scope="module")
 def alone() -> Results:
-    """Each request in an engine that runs nothing else and has memory for everything."""
+    """Runs each request alone in an engine with memory for everything."""
     with _pool() as pool, _engine(pool, prefix_caching=False) as engine:
         pairs = zip(_PROMPTS, _MIXED, strict=True)
         return [_results(engine.generate([prompt], params))[0] for prompt, params in pairs]
@@ -88,7 +88,7 @@ def test_continuations_are_ranked_and_their_scores_are_those_of_the_model(alone)
         if isinstance(params, BeamSearchParams):
             assert len({tuple(ids) for ids, _ in found}) == len(found) == params.beam_width
             assert [score for _, score in found] == sorted((s for _, s in found), reverse=True)
-            # Log probabilities again, each token with all before it.
+            # Recompute the log probabilities, each token with everything before it.
             ids, score = found[0]
             with _pool() as pool, _engine(pool, prefix_caching=False) as engine:
                 texts = [[*prompt, *ids[:i]] for i in range(len(ids))]
@@ -121,7 +121,7 @@ def test_beams_do_not_depend_on_what_else_runs(alone, options: dict[str, Any]) -
 
 
 def test_beams_without_spare_slots_or_blocks(alone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots of beams that are given up drain before others take their place."""
+    """Slots of discarded beams drain before other beams can use them."""
     with _pool() as pool, _engine(pool) as engine:
         reorder, refused = pool.reorder, 0
 
@@ -157,7 +157,7 @@ def test_failed_steps_are_run_again(alone) -> None:
 
 @pytest.mark.parametrize("what", ["cancel", "interrupt", "closed"])
 def test_an_end_at_any_step(alone, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """Of one search; the other one goes on."""
+    """Ends one of two searches at any step; the other one continues."""
     for when in range(0, 26, 5):
         with _pool() as pool, _engine(pool) as engine:
             gone = engine.add_request(_PROMPTS[0], _WIDE)
@@ -294,7 +294,7 @@ def _prompt(tokens: int) -> list[int]:
 def _reference(
     prompt: list[int], params: BeamSearchParams, eos: tuple[int, ...]
 ) -> tuple[list[list[int]], list[float]]:
-    """All W sequences of transformers' beam search and their scores, the best first."""
+    """Returns transformers' beam search: all W sequences and their scores, best first."""
     torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
     stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos)]
     ids = torch.tensor([prompt])
@@ -321,7 +321,7 @@ def _reference(
 
 @functools.cache
 def _common() -> tuple[int, ...]:
-    """Tokens of a long output, the most common first: as stops they end beams at all lengths."""
+    """Tokens of a long output, most common first: as stop tokens they end beams at all lengths."""
     params = BeamSearchParams(beam_width=4, max_tokens=64)
     best = _reference(_prompt(31), params, load_config(BUNDLED).eos_token_ids)[0][0][8:]
     return tuple(sorted(set(best), key=lambda token: -best.count(token)))
@@ -332,7 +332,7 @@ def test_results_are_those_of_transformers() -> None:
     _, step, weights = _llama()
     config = load_config(BUNDLED)
     stops = _common()
-    # Prompts end before, at and behind the end of a block; outputs cross up to four.
+    # Prompts end before, at and after the end of a block; outputs span up to four blocks.
     cases: list[tuple[int, dict[str, Any]]] = [
         (5, {"max_tokens": 1}),
         (16, {"max_tokens": 20, "length_penalty": 0.0}),
@@ -357,7 +357,7 @@ def test_results_are_those_of_transformers() -> None:
         sequences, scores = _reference(prompt, each, config.eos_token_ids)
         assert [found.token_ids for found in output.outputs] == sequences, each
         found = [one.score for one in output.outputs]
-        # A power below 0 multiplies sums instead of dividing them.
+        # A negative power multiplies sums instead of dividing them.
         np.testing.assert_allclose(found, scores, rtol=2e-6, atol=_TOLERANCE)
         early += any(len(ids) < each.max_tokens for ids in sequences)
     assert early >= 2

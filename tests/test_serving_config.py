@@ -1,4 +1,4 @@
-"""Options of the engine: what is refused by name, and what is converted."""
+"""Options of the engine: which are refused, by name, and which are converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speculation with a draft model: it changes no token, and its memory follows the requests'."""
+"""Speculation with a draft model changes no token, and its memory follows the requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MIXED = [_GREEDY, _SAMPLED, _PENALIZED, _GREEDY, _SAMPLED, _GREEDY]
 
 
 def _other() -> dict[str, jax.Array]:
-    """Weights that have nothing to do with the model's."""
+    """Weights unrelated to the model's."""
     return {name: x[..., ::-1] for name, x in rig.params().items()}
 
 
@@ -65,7 +65,7 @@ def test_a_draft_equal_to_the_model_is_always_right(expected, draft_pool) -> Non
             *engine.generate(_PROMPTS[3:4], _GREEDY),
         ]
         stats = engine.stats
-        # 19 tokens follow the first: four in a step, and the last three are not all guessed.
+        # 19 tokens follow the first one: four per step, and not all of the last three are guessed.
         assert stats.accepted == stats.drafted
         assert stats.drafted >= 2 * 14
         assert stats.steps <= 2 * (1 + 6) + 3
@@ -112,7 +112,7 @@ def test_samples_fork_the_drafts_prompt(draft_pool, monkeypatch) -> None:
 
 
 def test_prompts_are_computed_in_parts(draft_pool) -> None:
-    """No step of the draft exceeds the budget, and sequences that decode go first."""
+    """No step of the draft model exceeds the budget, and decoding sequences go first."""
     prompt = rig.prompt(100, 5)
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
         plain = rig.tokens(engine.generate([prompt, [1]], _GREEDY))
@@ -134,7 +134,7 @@ def test_cancelled_requests_give_the_drafts_memory_back(expected, draft_pool) ->
             if rng.random() < 0.2:
                 engine.cancel(rng.choice(outputs)[1])
             if rng.random() < 0.05:
-                pool.cache()  # the engine's step fails, and is run again
+                pool.cache()  # makes the engine's step fail and be retried
         rig.check_empty(draft_pool)
     for which, output in outputs:
         (first,) = output.outputs
@@ -143,7 +143,7 @@ def test_cancelled_requests_give_the_drafts_memory_back(expected, draft_pool) ->
 
 
 def test_a_failure_costs_guesses_only(expected, draft_pool) -> None:
-    """A stale cache fails the draft's step; it starts anew."""
+    """A stale cache fails the draft's step, after which the draft starts over."""
     with rig.pool() as pool, _engine(pool, draft_pool, rig.params()) as engine:
         outputs = [engine.add_request(*each) for each in zip(_PROMPTS, _MIXED, strict=True)]
         with warnings.catch_warnings():
@@ -183,12 +183,12 @@ def test_a_draft_that_always_fails_is_given_up_with_a_warning(
 
 
 def test_a_failure_just_before_a_release(expected, draft_pool) -> None:
-    """The sequences whose slots were to be released have lost them to the restart."""
+    """The restart has already taken the slots that were about to be released."""
     with rig.pool() as pool, _engine(pool, draft_pool, rig.params()) as engine:
         first, other = [engine.add_request(_PROMPTS[i], _GREEDY) for i in (0, 3)]
         while engine.stats.accepted < 6:
             engine.step()
-        draft_pool.cache()  # fails the next guess
+        draft_pool.cache()  # makes the next guess fail
         engine.cancel(first)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -228,7 +228,7 @@ def test_an_interrupt_of_the_draft(expected, draft_pool, monkeypatch) -> None:
 
 
 def test_nothing_is_compiled_after_warm_up(draft_pool, monkeypatch) -> None:
-    monkeypatch.undo()  # engines here compile for themselves
+    monkeypatch.undo()  # these engines compile their own programs
     progress: list[tuple[int, int]] = []
     with rig.pool() as pool, _engine(pool, draft_pool, rig.params()) as engine:
         engine.warm_up(lambda *each: progress.append(each))

@@ -1,4 +1,4 @@
-"""The engine: outputs do not depend on what else runs, and nothing is lost."""
+"""The engine: outputs do not depend on what else is running, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def alone() -> list[list[list[int]]]:
 
 
 def _reference(prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens from the whole text in one step each."""
+    """Greedy tokens, with a single step over the whole text for each token."""
     step = jax.jit(rig.step)
     ids = list(prompt)
     with rig.pool() as pool:
@@ -82,7 +82,9 @@ def test_outputs_do_not_depend_on_the_batch(alone, options: dict[str, Any]) -> N
 
 
 def test_default_buckets_give_the_same_tokens(alone) -> None:
-    """Other program shapes may round differently; with these weights no token is that close."""
+    """Other program shapes may round differently; with these weights no two tokens are that
+    close.
+    """
     outputs = _generate(rig.PROMPTS, rig.MIXED, buckets=None)
     assert rig.tokens(outputs) == alone
 
@@ -102,7 +104,7 @@ def test_speculation_changes_no_token(blocks: int) -> None:
             num_speculative_tokens=3,
             prompt_lookup_min=1,
             preemption=LastComeFirst(),
-            admission=Watermark(0.0),  # as many as fit for now: later they run short
+            admission=Watermark(0.0),  # as many as fit for now, so blocks run short later
         )
         with Engine(rig.step, rig.params(), pool, options) as engine:
             outputs = engine.generate(prompts, params)
@@ -115,7 +117,7 @@ def test_speculation_changes_no_token(blocks: int) -> None:
             stop = SamplingParams(temperature=0, max_tokens=30, stop_token_ids=[at[20]])
             (stopped,) = engine.generate([prompts[3]], stop)
             assert stopped.outputs[0].token_ids == at[: at.index(at[20]) + 1]
-            # What was rejected is found nowhere: the next turn continues from these tokens.
+            # Rejected tokens cannot be found: the next turn continues from these tokens.
             (again,) = engine.generate([prompts[3] + at], plain)
         rig.check_empty(pool)
     (fresh,) = _generate([prompts[3] + at], plain)
@@ -242,7 +244,7 @@ def test_nothing_is_compiled_after_warm_up() -> None:
             with compilations() as compiled:
                 engine.generate(rig.PROMPTS, rig.MIXED)
                 engine.generate([rig.PROMPTS[1]] * 2, SamplingParams(n=3, logprobs=2))
-                pool.cache()  # makes the engine's cache stale: the next step fails
+                pool.cache()  # makes the engine's cache stale, so the next step fails
                 engine.generate([rig.PROMPTS[3]], rig.GREEDY)
                 assert engine.stats.generations == 1
             assert compiled == []
@@ -296,7 +298,7 @@ def test_a_sequence_may_use_what_its_slot_had_before() -> None:
 
 
 def test_steps_that_have_room_do_not_ask_the_pool(monkeypatch) -> None:
-    """Its accounts take longer than the rest of a plan."""
+    """The pool's stats take longer than the rest of a plan."""
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
         asked, real = [], pool.stats
         monkeypatch.setattr(pool, "stats", lambda: asked.append(engine.stats.steps) or real())

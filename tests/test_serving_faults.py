@@ -1,4 +1,4 @@
-"""The engine goes on after faults: of the model, of the caller's functions, of the pool."""
+"""The engine continues after faults of the model, of the caller's functions and of the pool."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _run(engine: Engine) -> None:
 
 
 def _raising(error: BaseException, times: int) -> Any:
-    """The model, whose first traces raise."""
+    """Returns a model whose first traces raise."""
     left = iter(range(times))
 
     def step(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
@@ -113,7 +113,7 @@ def test_tenants_do_not_find_each_other() -> None:
             cached.append(output.metrics.num_cached_tokens)
         assert cached == [0, 0, 0, 39, 39]
         assert pool.find_prefix(_PROMPTS[1], engine.namespace_of("b")) == 39
-        # Nor do they wait for each other: both prompts are computed at once.
+        # They do not wait for each other either: both prompts are computed at once.
         prompt = rig.prompt(20, 9)
         for name in ("a", "b"):
             engine.add_request(prompt, _GREEDY, namespace=name)
@@ -125,7 +125,9 @@ def test_tenants_do_not_find_each_other() -> None:
 
 @pytest.mark.parametrize("call", range(7, 12, 2))
 def test_an_interrupt_after_guesses_were_verified(monkeypatch, call: int) -> None:
-    """The scheduler hears of them, and not of rows that other sequences have by then."""
+    """The scheduler learns of the results, but not of rows that belong to other sequences by
+    then.
+    """
     prompts = [rig.prompt(4 + i % 3, i) * 4 for i in range(8)]
     params = SamplingParams(temperature=0, max_tokens=20)
     options = rig.config(num_speculative_tokens=3, prompt_lookup_min=1, max_num_seqs=2)
@@ -275,7 +277,7 @@ def test_a_slot_that_was_to_be_released_is_lost(expected, monkeypatch, guesses: 
             monkeypatch.setattr(pool, "cache", fresh)
             return pool.release(fresh(), slots[0])
 
-        fresh()  # the next call fails, and the step in flight if there is one
+        fresh()  # fails the next call, and the step in flight if there is one
         monkeypatch.setattr(pool, "cache", cache)
         _run(engine)
         assert engine.stats.generations == 1

@@ -1,4 +1,4 @@
-"""Constrained decoding: every output has the form that was asked for, and no other one changes."""
+"""Constrained decoding: every output has the requested form, and other outputs do not change."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _PROMPTS = [rig.prompt(n, n) for n in (5, 40, 17, 33, 1, 21, 9, 50, 15)]
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[list[int]]]:
-    """Each request, and one without a constraint, with nothing else beside it."""
+    """Runs each request, and one without a constraint, alone."""
     with rig.pool() as pool, guided_engine(pool, prefix_caching=False) as engine:
         params = [*_cases(), SamplingParams(seed=3, max_tokens=30)]
         prompts = [*_PROMPTS, _PROMPTS[0]]
@@ -120,7 +120,7 @@ def test_outputs_have_their_form_and_do_not_depend_on_the_batch(alone, options) 
             engine.step()
             steps += 1
             if steps == 20:
-                pool.cache()  # the step in flight fails, and is run again
+                pool.cache()  # the step in flight fails and is retried
         assert engine.stats.generations > 0
         if options.get("preemption"):
             assert engine.stats.preemptions > 0
@@ -163,13 +163,13 @@ def test_where_outputs_end() -> None:
     with rig.pool() as pool, guided_engine(pool) as engine:
         full = _one(engine, regex="[a-z]{20}", max_tokens=7)
         assert (full.finish_reason, len(full.token_ids)) == ("length", 7)
-        # End-of-sequence tokens wait for min_tokens, and are not chosen at all with ignore_eos.
+        # End-of-sequence tokens wait for min_tokens, and are never chosen with ignore_eos.
         for seed in range(3):
             long = _one(engine, regex="a*", max_tokens=9, min_tokens=5, seed=seed)
             assert len(long.token_ids) > 5
         on = _one(engine, regex="a*", max_tokens=12, ignore_eos=True)
         assert (on.finish_reason, 0 in on.token_ids) == ("length", False)
-        # The grammar allows nothing but its end: that wins.
+        # If the grammar allows only its end, that takes precedence.
         short = _one(engine, regex="ab", max_tokens=9, min_tokens=9, ignore_eos=True)
         assert (short.finish_reason, short.stop_reason, short.text) == ("stop", None, "ab")
         empty = _one(engine, regex="", max_tokens=5, ignore_eos=True)

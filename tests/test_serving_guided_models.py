@@ -1,4 +1,4 @@
-"""Constrained decoding: random expressions, and JSON of the shipped model."""
+"""Constrained decoding: random expressions, and JSON from the shipped model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment: the engine's records stay whole, and requests go on."""
+"""Ctrl-C at any moment: the engine's records stay consistent, and requests continue."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jax_kvpage.serving.engine.interrupts import HeldInterrupts
 
 @pytest.fixture(autouse=True)
 def python_s_handler() -> Iterator[None]:
-    """A shell ignores SIGINT in programs that it runs in the background."""
+    """Restores Python's handler: shells make programs in the background ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_at_any_moment_changes_no_token() -> None:
-    """Real signals, while requests are added, run and cancelled."""
+    """Real signals while requests are added, run and cancelled."""
     done = run_python(
         """
         import random, signal
@@ -75,7 +75,7 @@ def test_ctrl_c_at_any_moment_changes_no_token() -> None:
 
 
 def _interrupted(times: int, depth: int) -> bool:
-    """Whether a block, in which Ctrl-C came, ran to its end before that was passed on."""
+    """Returns whether a block interrupted by Ctrl-C finished before the interrupt was raised."""
     ended = False
 
     def block(depth: int) -> None:

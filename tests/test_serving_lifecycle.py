@@ -1,4 +1,6 @@
-"""The engine: whatever happens to steps and requests, nothing is lost and others go on."""
+"""The engine: whatever happens to steps and requests, nothing is lost and other requests
+continue.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def test_a_failed_step_is_run_again(alone) -> None:
 
 
 def test_a_call_may_be_the_first_to_hear_of_a_fault(alone, monkeypatch) -> None:
-    """As on CUDA, where a failed step is told to any call, once."""
+    """As on CUDA, where a failed step is reported once, by whichever call comes first."""
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:
         told: list[str] = []
 
@@ -70,7 +72,7 @@ def test_a_call_may_be_the_first_to_hear_of_a_fault(alone, monkeypatch) -> None:
 
 
 def _poisoned(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
-    """A model that has no answer after token 63."""
+    """A model that returns NaN after token 63."""
     logits, cache = rig.step(params, cache, tokens, batch)
     last = tokens[batch.last_rows]
     return jnp.where((last == 63)[:, None], jnp.nan, logits), cache
@@ -183,7 +185,7 @@ def test_an_interrupt_ends_the_requests_of_its_step(alone, monkeypatch, name: st
 
 
 def test_a_failing_sample_ends_its_siblings() -> None:
-    """The step fails in which the siblings' fork is planned already."""
+    """The step fails when the fork of the siblings is already planned."""
     prompt = [*rig.prompt(20, 5), 63]
     with rig.pool() as pool, Engine(_poisoned, rig.params(), pool, rig.config()) as engine:
         other = engine.add_request([1, 2, 3], SamplingParams(max_tokens=1))

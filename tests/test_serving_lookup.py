@@ -1,4 +1,4 @@
-"""Guesses by prompt lookup."""
+"""Speculation by prompt lookup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Everything at once with programs of several shapes: outputs are those of each request alone."""
+"""Everything at once, with programs of several shapes: outputs equal those of each request
+alone.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def logits() -> Iterator[near_ties.Logits]:
 
 
 def test_the_reference_chooses_what_the_engine_does(alone, logits) -> None:
-    """The check is worth something: far from ties its choices are the engine's, token by token."""
+    """A control: away from near ties, the reference's choices are the engine's, token by token."""
     close = total = 0
     for prompt, params, outputs in zip(_PROMPTS, _MIXED, alone, strict=True):
         for index, tokens in enumerate(outputs):
@@ -95,7 +97,7 @@ def test_what_counts_as_a_tie(kind: str, gap: float) -> None:
         noise = near_ties.choose(row, seen, 2, params, 0)
         best = noise.token
         row[(best + 1) % 8] = -5.0
-        # Lower the best one until it leads the second by the gap.
+        # Lower the best score until it leads the second one by the gap.
         row[best] -= noise.margin - gap
     else:
         row = np.log(np.asarray([0.5 + gap, 0.3 - gap, 0.2]))

@@ -1,4 +1,4 @@
-"""How fast an engine says that it computes prompts, from steps of known durations."""
+"""The engine's estimate of its prefill speed, from steps of known durations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_steps_without_prompts_say_nothing(pace) -> None:
 
 
 def test_what_every_step_takes_is_left_out(pace) -> None:
-    """A prompt that was cached takes a step of one token, and is no slow prefill."""
+    """The step of a cached prompt computes one token, and must not count as a slow prefill."""
     for tokens in (512, 1, 0, 1, 64, 1, 1, 0, 512, 1):
         pace.step(tokens, 0.004 + tokens / 20_000)
     assert pace.tokens_per_second == pytest.approx(20_000)
@@ -47,7 +47,7 @@ def test_steps_of_one_size_are_divided(pace) -> None:
 
 
 def test_a_slow_first_step_counts_little(pace) -> None:
-    pace.step(512, 30.0)  # it was compiled
+    pace.step(512, 30.0)  # includes compilation
     for tokens in (512, 128, 512, 0):
         pace.step(tokens, 0.004 + tokens / 20_000)
     assert pace.tokens_per_second == pytest.approx(20_000, rel=0.02)

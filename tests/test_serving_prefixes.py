@@ -1,4 +1,4 @@
-"""The scheduler of the engine counts on what is in memory of a prompt, and hears if it is not."""
+"""The engine's scheduler counts on cached prompt tokens, and is told if they are missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_followers_of_a_cached_prefix_start_together(length: int) -> None:
 
 
 def test_what_was_evicted_after_the_plan_is_computed(monkeypatch) -> None:
-    """More is promised than there is: the sequences compute the rest."""
+    """Fewer tokens are cached than promised: the sequences compute the rest."""
     prompts = [rig.prompt(40, 3), rig.prompt(60, 4), rig.prompt(33, 5)]
     params = [_GREEDY, SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(max_tokens=1)]
     with rig.pool() as pool, Engine(rig.step, rig.params(), pool, rig.config()) as engine:

@@ -1,4 +1,4 @@
-"""Log probabilities of prompts, however they are computed."""
+"""Log probabilities of prompts, whichever way the prompts are computed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _engine(pool: Any, **options: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[dict[int, Logprob]]]:
-    """After each prefix of each prompt, the log probabilities of all tokens."""
+    """Log probabilities of all tokens after each prefix of each prompt."""
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=_EVERY)
     with rig.pool() as pool, _engine(pool, prompt_logprobs=False) as engine:
         found = []
@@ -70,7 +70,7 @@ def _check(outputs: list[RequestOutput], expected: list[list[dict[int, Logprob]]
 )
 def test_they_are_those_of_the_model(expected, options: dict[str, Any]) -> None:
     with rig.pool(options.pop("blocks", 64)) as pool, _engine(pool, **options) as engine:
-        # The other samples, and requests that ask for nothing, do not disturb them.
+        # Other samples, and requests without prompt_logprobs, do not disturb them.
         n = [1, 2, 1, 2, 1, 1]
         params = [dataclasses.replace(_SCORED, n=k) for k in n]
         plain = [SamplingParams(temperature=0, max_tokens=20)] * len(_PROMPTS)
@@ -85,7 +85,7 @@ def test_they_are_those_of_the_model(expected, options: dict[str, Any]) -> None:
             engine.step()
             steps += 1
             if steps in (2, 5):
-                pool.cache()  # the step in flight fails, and is run again
+                pool.cache()  # the step in flight fails and is retried
         assert engine.stats.generations > 0
         assert (engine.stats.preemptions > 0) == ("preemption" in options)
     _check(outputs[1::2], expected)
@@ -105,7 +105,7 @@ def test_the_prefix_cache_is_not_read(expected) -> None:
 
 
 def test_nothing_is_compiled_after_warm_up(monkeypatch) -> None:
-    monkeypatch.undo()  # engines here compile for themselves
+    monkeypatch.undo()  # these engines compile their own programs
     with rig.pool() as pool, _engine(pool) as engine:
         engine.warm_up()
         assert engine.stats.programs == 2

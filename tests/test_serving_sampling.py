@@ -1,4 +1,4 @@
-"""Sampling on the device against NumPy, and the text and prefix helpers of the engine."""
+"""Sampling on the device against NumPy, and the engine's helpers for text and prefixes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _run(
     logits: np.ndarray, rows: list[SamplingParams], positions: list[int], history: np.ndarray,
     prompt: int = 4,
 ) -> Sampled:  # fmt: skip
-    """Samples a token of each row."""
+    """Samples a token for each row."""
     floats = [
         (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
          p.repetition_penalty)
@@ -45,7 +45,7 @@ def _run(
 
 
 def _distribution(row: np.ndarray, p: SamplingParams, seen: list[int], prompt: int) -> np.ndarray:
-    """Probabilities of the next token, in float64."""
+    """Returns the probabilities of the next token, in float64."""
     scores = row.astype(np.float64).copy()
     for token in set(seen):
         scores[token] *= 1 / p.repetition_penalty if scores[token] > 0 else p.repetition_penalty
@@ -86,13 +86,13 @@ _CASES = [
 
 
 def test_tokens_have_the_probabilities_that_numpy_says() -> None:
-    """All cases in one batch, many times: no row disturbs another."""
+    """All cases in one batch, many times: rows do not affect each other."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(len(_CASES), _V)) * 2
     history = rng.integers(0, _V, (len(_CASES), _L))
     best = [int(np.argmax(row)) for row in logits]
     cases = [*_CASES[:10], {**_CASES[10], "stop_token_ids": [best[10]]}, *_CASES[11:]]
-    history[:, 5] = best  # the output has the best token already
+    history[:, 5] = best  # the output already contains the best token
     params = [SamplingParams(**case) for case in cases]  # type: ignore[arg-type]
     expected = np.asarray(
         [
@@ -132,10 +132,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 def test_only_real_rows_cause_work_for_penalties(
     penalty: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step as `Programs` pads it: every parameter of a row of padding is 0."""
+    """A step as `Programs` pads it: every parameter of a padding row is 0."""
 
     def penalize(scores: jax.Array, params: RowParams, history: jax.Array) -> jax.Array:
-        return scores.at[:, 7].set(100.0)  # shows that it ran
+        return scores.at[:, 7].set(100.0)  # visible if it ran
 
     monkeypatch.setattr(sampling, "_penalize", penalize)
     floats, ints = np.zeros((NUM_FLOATS, 3), np.float32), np.zeros((NUM_INTS, 3), np.int32)
@@ -146,7 +146,7 @@ def test_only_real_rows_cause_work_for_penalties(
         jnp.asarray(floats),
         jnp.asarray(ints),
         jnp.full((1, 3), -1),
-        jnp.asarray([0, 1, 2]),  # of two rows
+        jnp.asarray([0, 1, 2]),  # for two rows
         jnp.asarray([5, 5, 0]),
     )
     sampled = sample(jnp.zeros((3, _V)), params, jnp.zeros((2, _L), jnp.int32), 1)

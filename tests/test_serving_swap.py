@@ -1,4 +1,4 @@
-"""Preempted requests go to the pool's store and come back: the same tokens, nothing left behind."""
+"""Preempted requests are swapped to the pool's store and back: same tokens, nothing left behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def alone() -> list[list[list[int]]]:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Swapping costs nothing, however slow the disk."""
+    """Makes swapping free, however slow the disk is."""
     monkeypatch.setattr(PoolSwap, "cost", lambda self, tokens: np.zeros_like(tokens))
 
 
@@ -95,7 +95,7 @@ def test_what_the_store_refuses_is_computed_again(
 def test_memory_that_a_fetched_request_does_not_get(
     store: kvp.BlockStore, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks run out between a plan and its calls: it stays in the store, or is computed again."""
+    """Blocks run out between a plan and its calls: the request stays stored or is recomputed."""
     with _pool(store) as pool, Engine(rig.step, rig.params(), pool, _config()) as engine:
         real, calls = (
             {name: getattr(pool, name) for name in ("prefetch", "swap_in")},
@@ -143,7 +143,7 @@ def test_requests_that_end_while_they_are_swapped(store: kvp.BlockStore) -> None
 
 @pytest.mark.usefixtures("cheap")
 def test_failing_steps_with_requests_in_the_store(store: kvp.BlockStore, alone: Any) -> None:
-    """A new generation keeps what is swapped."""
+    """A new generation keeps swapped sequences."""
     calls = iter(range(1000))
 
     def step(params: Any, cache: kvp.KVCache, tokens: jax.Array, batch: kvp.Batch) -> Any:
@@ -178,8 +178,8 @@ def test_the_choice_follows_what_was_measured(
 def test_a_restart_finds_prompts_in_the_store(
     store: kvp.BlockStore, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one engine has computed another one, on a new pool, reads while others run."""
-    # However slow the disk is meanwhile, computing is slower.
+    """An engine on a new pool reads what another engine has computed, while other requests run."""
+    # Makes computing slower than the disk, however slow that is.
     monkeypatch.setattr(Pace, "tokens_per_second", 1e-3)
     config = _config(namespace="restart", buckets=((32, 4),))
     prompts = [rig.prompt(70, i) for i in range(10, 14)]

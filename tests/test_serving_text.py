@@ -1,4 +1,4 @@
-"""The text of a sequence while it grows, with stop strings, against a plain model."""
+"""The text of a growing sequence, with stop strings, against a plain model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _state(stop: Sequence[str], min_tokens: int, include: bool) -> SequenceState
 def _first_stop(
     tokens: Sequence[int], stop: Sequence[str], min_tokens: int
 ) -> tuple[int, int, str]:
-    """(tokens read, where the stop string begins, the stop string); len(tokens), -1, "" if none."""
+    """Returns (tokens read, start of the stop string, stop string), or (len(tokens), -1, "")."""
     for count in range(min_tokens + 1, len(tokens) + 1):
         before, text = len(_decode(tokens[: count - 1])), _decode(tokens[:count])
         for end in range(before + 1, len(text) + 1):
@@ -79,5 +79,5 @@ def test_the_text_only_grows_and_never_shows_a_part_of_a_stop_string(
         state.end("cancelled")
         expected = _decode(tokens)
     assert state.output.text == expected
-    for each in shown[:-1]:  # before the end: no part of what is cut, nor of the stop string
+    for each in shown[:-1]:  # until the end, no part of what is cut or of the stop string
         assert (expected[:begin] if found else expected).startswith(each)

@@ -1,4 +1,6 @@
-"""Types and values under `shard_map` on two CPU devices, which a process asks for at its start."""
+"""Types and values under `shard_map` on two CPU devices, in processes that are started with
+them.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ np.testing.assert_allclose(jax.jit(attend)(*operands), want, atol=1e-6)
 
 
 def test_a_step_keeps_track_of_what_differs_between_shards() -> None:
-    """Cache and tokens may vary over different axes; a scan takes the cache as its carry."""
+    """Cache and tokens may vary over different axes; a scan carries the cache."""
     run_python(
         _PRELUDE
         + """
@@ -91,7 +93,7 @@ traced.lower(*[jax.device_put(x, NamedSharding(mesh, rows)) for x in (q, kv, jnp
 
 
 def test_reads_of_views_keep_track_of_what_differs_between_shards() -> None:
-    """Also where the result varies over an axis that neither the cache nor the views vary over."""
+    """Also if the result varies over an axis over which neither the cache nor the views vary."""
     run_python(
         _PRELUDE
         + """

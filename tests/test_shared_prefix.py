@@ -1,7 +1,7 @@
-"""Decode attention of sequences that share a prefix: the bits of each are those of the sequence
-alone, whatever is walked together.
+"""Decode attention of sequences that share a prefix: each result has the same bits as for the
+sequence alone, whichever sequences are processed together.
 
-`cc/tests/grouped_decode_test.cc` checks that the kernels do walk prefixes of this size together.
+`cc/tests/grouped_decode_test.cc` checks that the kernels do process prefixes of this size together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from harness import append_all, input_dtype, make_batch
 import jax_kvpage as kvp
 
 _KV_HEADS, _DIM, _BLOCK = 8, 128, 16
-# Grouped from 4 MiB of keys and values on: 512 tokens in float32, 1024 in 16 bits, 2048 in 8.
+# Prefixes are grouped from 4 MiB of keys and values: 512 tokens in float32, 1024 in 16 bits, 2048
+# in 8.
 _SHARED = {"float32": 1040, "bfloat16": 1040, "float16": 1040, "int8": 2064, "float8_e4m3fn": 2064}
 
 
@@ -51,7 +52,7 @@ class _Sequences:
         return jnp.asarray(self.rng.standard_normal((*shape, _DIM), np.float32), self.dtype)
 
     def append(self, tokens: dict[int, int]) -> None:
-        """New committed tokens, all in one batch."""
+        """Appends and commits new tokens, all in one batch."""
         for slot, n in tokens.items():
             self.lengths[slot] += n
             self.pool.extend(slot, self.lengths[slot])
@@ -75,7 +76,7 @@ class _Sequences:
     def check(
         self, tokens: dict[int, int], window: int | None = None, addressing: str = "slots"
     ) -> None:
-        """Attention over the last tokens of the sequences, together and one by one."""
+        """Compares attention over the sequences' last tokens, computed together and one by one."""
         lengths = np.asarray(self.cache.lengths).copy()
         for slot, n in tokens.items():
             assert lengths[slot] == self.lengths[slot]
@@ -99,7 +100,7 @@ class _Sequences:
 
 @pytest.mark.parametrize("dtype", list(_SHARED))
 def test_a_batch_of_two_families_and_others(make_pool, layout: str, dtype: str) -> None:
-    """Ragged tails, two tokens at once, a prefill and strangers; with a window too."""
+    """Ragged tails, two tokens at once, a prefill and unrelated sequences; with a window too."""
     s = _Sequences(make_pool, layout, dtype)
     first, second = s.acquire(_SHARED[dtype]), s.acquire(_SHARED[dtype] + 7)
     a, b = s.fork(first, 3), s.fork(second, 1)
@@ -122,14 +123,14 @@ def test_prefixes_of_prefixes(make_pool, layout: str, addressing: str) -> None:
 
 
 def test_after_truncate_reorder_and_release(make_pool, layout: str) -> None:
-    """Blocks that were shared are exchanged, given up, and come back to others."""
+    """Shared blocks are replaced, freed, and reused by other sequences."""
     s = _Sequences(make_pool, layout, "float32")
     slots = [s.acquire(1040)]
     slots += s.fork(slots[0], 3)
     s.append({slot: 2 + i for i, slot in enumerate(slots)})
     s.check(dict.fromkeys(slots, 1))
 
-    s.cache = s.pool.truncate(s.cache, slots[0], 200)  # the donor, in the first shared span
+    s.cache = s.pool.truncate(s.cache, slots[0], 200)  # the donor, within the first shared span
     s.lengths[slots[0]] = 200
     s.append({slots[0]: 900})
     s.check(dict.fromkeys(slots, 1))
@@ -140,14 +141,14 @@ def test_after_truncate_reorder_and_release(make_pool, layout: str) -> None:
     s.check(dict.fromkeys(new, 1))
 
     s.cache = s.pool.release(s.cache, [new[0], new[2]])
-    fresh = [s.acquire(1100), s.acquire(1100)]  # in the slots and the blocks that came free
+    fresh = [s.acquire(1100), s.acquire(1100)]  # reuse the freed slots and blocks
     s.check(dict.fromkeys([*fresh, new[1], new[3]], 1))
     more = s.fork(fresh[0], 1)
     s.check(dict.fromkeys([*fresh, new[1], new[3], *more], 1))
 
 
 def test_hits_of_the_prefix_cache(make_pool, layout: str) -> None:
-    """Blocks that came from a live sequence, from a parked one and from the index alone."""
+    """Blocks from a live sequence, from a parked one, and from the index alone."""
     s = _Sequences(make_pool, layout, "float32")
     ids = list(range(1050))
 

@@ -17,7 +17,7 @@ import jax_kvpage as kvp
 
 @pytest.fixture
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
-    """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""
+    """A sequence of 70 tokens in blocks of 16; memory is poisoned before a request gets it."""
     return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
 
 
@@ -55,11 +55,11 @@ def test_a_fork_has_the_donors_tokens(make_pool, layout: str, dtype, tokens: int
     slots = fork(rig, slot, 3, tokens)
     assert rig.pool.committed(slots[0]) == list(range(tokens))
     check(rig, [slot, *slots])
-    check(rig, [*slots, slot])  # nobody has written where another reads
+    check(rig, [*slots, slot])  # no sequence has overwritten what another reads
 
 
 def test_blocks_are_those_of_one_prefix_and_tails(make_pool, layout: str) -> None:
-    """32 forks of 2048 + 7 tokens: one prefix, 32 partial blocks, and not one more."""
+    """32 forks of 2048 + 7 tokens: one prefix and 32 partial blocks, and not one block more."""
     spec = spec_of(layout, max_slots=40, max_seq_len=4096)
     pool = pool_of(make_pool, spec, 2 * 2 * 2400)
     rig, slot = filled(pool, 2055, max_tokens=512)
@@ -86,7 +86,7 @@ def test_donors_and_forks_may_end_in_any_order(rig) -> None:
     third = fork(rig, first, 1, 40)[0]
     rig.release(slot)
     check(rig, [first, second, third])
-    other = rig.acquire(100)  # may take what the donor had, but not what the forks share
+    other = rig.acquire(100)  # may take the donor's own blocks, but not shared ones
     rig.write({other: 100})
     check(rig, [first, second, third, other])
     rig.release(first, third)
@@ -98,7 +98,7 @@ def test_donors_and_forks_may_end_in_any_order(rig) -> None:
 
 
 def test_memory_under_pressure(make_pool, layout: str) -> None:
-    """Parked donors and forks give their blocks to new requests, shared ones stay."""
+    """Parked donors and forks give their blocks to new requests; shared blocks stay."""
     pool = pool_of(make_pool, spec_of(layout), 4 * 12, poison=True)
     rig, slot = filled(pool, 80)
     fork(rig, slot, 2)
@@ -109,7 +109,7 @@ def test_memory_under_pressure(make_pool, layout: str) -> None:
         rig.write({new: 64})
         check(rig, kept[:1])
         rig.release(new)
-    if layout == "per_layer":  # a block is a fourth of what it is in the other layout
+    if layout == "per_layer":  # a block is a quarter of one in the other layout
         with pytest.raises(kvp.OutOfBlocks):
             pool.acquire(rig.cache, 200)
     rig.release(*kept)
@@ -147,7 +147,7 @@ def test_programs_cannot_write_what_others_read(rig) -> None:
         return kvp.set_lengths(rig.cache, [one], 63).lengths
 
     def append_below(one: int) -> jax.Array:
-        """Nothing in the pytree is believed: the program makes up a length."""
+        """The pytree is not trusted: the program passes a made-up length."""
         forged = dataclasses.replace(rig.cache, lengths=rig.cache.lengths.at[one].set(20))
         return kvp.append_kv(forged, k, v, make_batch([(one, 1)]), layer=0).epoch
 
@@ -159,7 +159,7 @@ def test_programs_cannot_write_what_others_read(rig) -> None:
 
 
 def test_unwritten_tokens_are_not_shared(make_pool, layout: str) -> None:
-    """commit ran ahead of the programs: the fork fails, and the donor goes on."""
+    """commit ran ahead of the programs: the fork fails, and the donor continues."""
     pool = pool_of(make_pool, spec_of(layout), 64)
     rig, slot = filled(pool, 35)
     pool.extend(slot, 60)
@@ -172,14 +172,14 @@ def test_unwritten_tokens_are_not_shared(make_pool, layout: str) -> None:
     slots, cache = pool.fork(queued, slot, 1)
     fails("fork: slot 0: 55 tokens wanted, written in .*35", lambda: cache)
     assert slots == [1]
-    rig.cache = pool.cache()  # in which such a fork is free
+    rig.cache = pool.cache()  # the failed fork's slot is free in it
     rig.check_lengths()
     assert len(pool.committed(slot)) == 35
     check(rig, [slot])
 
 
 def test_blocks_of_a_released_fork_come_free(make_pool, layout: str) -> None:
-    """Its partial block is the last one that there is; extend finds it."""
+    """Its partial block is the last free block there is; extend finds it."""
     ranges = 1 if layout == "fused" else 4
     rig, slot = filled(pool_of(make_pool, spec_of(layout), 6 * ranges), 70)
     rig.release(*fork(rig, slot, 1))
@@ -190,7 +190,7 @@ def test_blocks_of_a_released_fork_come_free(make_pool, layout: str) -> None:
 
 
 def test_a_fork_of_tokens_whose_program_is_queued(rig) -> None:
-    """The host is ahead: what the fork takes is written by a program in front of it."""
+    """The host is ahead: the tokens of the fork are written by a program queued before it."""
     rig, slot = rig
     rig.pool.extend(slot, 150)
     rig.cache = kvp.after(rig.cache, busy(1))
@@ -248,7 +248,7 @@ def test_nothing_waits(make_pool, layout: str) -> None:
     rig, slot = filled(pool_of(make_pool, spec_of(layout), 200), 70)
     beams = [slot, *fork(rig, slot, 1)]
     beams2, rig.cache = rig.pool.reorder(rig.cache, beams, [0, 1])
-    truncate(rig, beams[1], 66)  # everything is compiled
+    truncate(rig, beams[1], 66)  # compiles everything
     rig.pool.check(rig.cache)
     assert beams2 == beams
     waits = rig.pool.stats().waits
@@ -264,7 +264,7 @@ def test_nothing_waits(make_pool, layout: str) -> None:
 
 
 def test_views_of_shared_slots(make_pool) -> None:
-    """A view zeroes what nobody has written, but never what another slot reads."""
+    """A view zeroes unwritten memory, but never what another slot reads."""
     rig, slot = filled(pool_of(make_pool, spec_of("per_layer"), 200), 70)
     other = fork(rig, slot, 1)[0]
     freed = fork(rig, slot, 1, 32)[0]

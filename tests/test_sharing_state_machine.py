@@ -1,8 +1,8 @@
-"""Random forks, reorders, truncations and everything around them against a plain model: who shares
-which block with whom, what each sequence holds, and that all accounts add up. On the fake driver
-(test_fake_driver_suite.py) the driver refuses some of its calls in the middle of them.
+"""Random forks, reorders, truncations and other calls against a plain model: who shares which block
+with whom, what each sequence holds, and that all accounts add up. On the fake driver
+(test_fake_driver_suite.py), injected failures strike in the middle of calls.
 
-All draws are the same for each step, so that none depends on what a program in flight has got to.
+Each step makes the same draws, so that none depends on how far a program in flight has got.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _read = jax.jit(lambda cache, slots: jnp.stack([
 
 @functools.partial(jax.jit, static_argnames="addressing")
 def _attend(cache: kvp.KVCache, slots: jax.Array, addressing: str) -> jax.Array:
-    """Attention of each sequence's last token, in all layers."""
+    """Returns the attention of each sequence's last token, in all layers."""
     has_tokens = (slots >= 0) & (cache.lengths[slots] > 0)
     batch = kvp.Batch.decode(jnp.where(has_tokens, slots, -1))
     before = dataclasses.replace(cache, lengths=cache.lengths - 1)
@@ -58,12 +58,12 @@ def _attend(cache: kvp.KVCache, slots: jax.Array, addressing: str) -> jax.Array:
 
 
 class SharingMachine(DroppingMachine):
-    """Adds what the sequences have in common, and programs in flight."""
+    """Adds sharing between sequences, and programs in flight."""
 
     @rule(verb=st.sampled_from(_VERBS), seed=st.integers(0, 1 << 30))
     def act(self, verb: str, seed: int) -> None:
-        """One rule for all: hypothesis leaves out a random part of the rules in each run, and
-        prefers numbers at the ends of a range.
+        """A single rule for all verbs, because Hypothesis disables a random subset of the rules in
+        each run and prefers values at the ends of a range.
         """
         if not self.live:
             return self.start(0.7)
@@ -80,7 +80,7 @@ class SharingMachine(DroppingMachine):
             ),
         }
         self.fault = None
-        if HAS_FAKE_DRIVER:  # one of the next calls runs out of memory or fails otherwise
+        if HAS_FAKE_DRIVER:  # a driver call from now on runs out of memory or fails otherwise
             self.fault = 1 + int(12 * rng.random() ** 2), rng.choice([2, 999])
         method = getattr(self, verb)
         wanted = inspect.signature(method).parameters
@@ -111,7 +111,7 @@ class SharingMachine(DroppingMachine):
             self._forked([(donor, slot) for slot in slots], [tokens] * n)
 
     def _try_pending(self, donor: int, n: int, tokens: int, num_tokens: int | None) -> None:
-        """A fork behind a truncation that is queued may have to copy more blocks."""
+        """A fork after a queued truncation may have to copy more blocks."""
         try:
             slots, self.cache = self.pool.fork(self.cache, donor, n, num_tokens)
         except (kvp.OutOfBlocks, kvp.OutOfSlots):
@@ -165,14 +165,16 @@ class SharingMachine(DroppingMachine):
     # ---- programs in flight, and programs that fail ----
 
     def wait_for_something_slow(self, share: float) -> None:
-        """From now on programs queue behind this, and host calls run ahead of them."""
+        """From now on programs queue behind a slow one, and host calls run ahead of them."""
         if self.slow is not None:
             return
         self.slow = busy_rounds(20 + int(80 * share))
         self.cache = kvp.after(self.cache, self.slow)
 
     def rewrite(self, which: int, share: float) -> None:
-        """Rolls back and writes again behind something slow, and forks what is only queued."""
+        """Rolls back and rewrites behind a slow program, and forks tokens whose writes are only
+        queued.
+        """
         self._settle()
         self.wait_for_something_slow(share)
         slot = self._pick(which)
@@ -190,7 +192,7 @@ class SharingMachine(DroppingMachine):
         self.cache = self.pool.cache()
 
     def refused(self, which: int, share: float) -> None:
-        """Nothing below what others have can be rolled back, nor written with a forged length."""
+        """Shared tokens can neither be rolled back nor be overwritten with a forged length."""
         if not (any(seq.mark for seq in self.live.values())):
             return
         self._settle()
@@ -212,18 +214,18 @@ class SharingMachine(DroppingMachine):
         fails(ends, lambda: append(batch=batch).epoch)
 
     def failing_program(self, which: int, verbs: list[str]) -> None:
-        """Host calls behind a program that fails never run; the next generation makes up for it."""
+        """Host calls queued after a failing program never run; the next generation compensates."""
         if not (self.live):
             return
         self._settle()
         queued = kvp.after(self.cache, busy_rounds(100))
         try:
             cache = kvp.set_lengths(queued, [self._pick(which)], [99])
-        except RUN_TIME_ERRORS:  # it has run at once
+        except RUN_TIME_ERRORS:  # it has already run
             return
         self.exact = False
-        unborn: set[int] = set()  # forks that will not have run
-        dropping: set[int] = set()  # slots that will not have dropped anything
+        unborn: set[int] = set()  # forks that will not run
+        dropping: set[int] = set()  # slots whose drop will not run
         for verb in verbs:
             if not self.live:
                 break
@@ -254,11 +256,11 @@ class SharingMachine(DroppingMachine):
                     self.truncated.add(slot)
             except (kvp.OutOfBlocks, kvp.OutOfSlots):
                 pass
-            except RUN_TIME_ERRORS:  # a program that has failed by now is refused at once
+            except RUN_TIME_ERRORS:  # refused at once if the program has already failed
                 break
         with pytest.raises(RUN_TIME_ERRORS):
             self.pool.check(cache)
-        self.cache = self.pool.cache()  # in which forks that did not run are free
+        self.cache = self.pool.cache()  # forks that did not run are free in it
         for new in unborn & set(self.live):
             del self.live[new]
         self.truncated.clear()
@@ -284,7 +286,7 @@ class SharingMachine(DroppingMachine):
         self._settle()
         maps, stats = self._maps(), self.pool.stats()
         blocks = self.model.check_blocks(maps, exact=self.exact)
-        assert stats.blocks_mapped == len(blocks)  # nothing is set aside any more
+        assert stats.blocks_mapped == len(blocks)  # no block is set aside any more
         shared = {b for rows in maps.values() for row in rows for b, count in row if count > 1}
         assert stats.blocks_shared >= len(shared)
         if self.exact:

@@ -1,4 +1,4 @@
-"""CacheSpec: the arithmetic of blocks and slots, the defaults, and what it refuses."""
+"""CacheSpec: the arithmetic of blocks and slots, the defaults, and what is refused."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_defaults_are_valid(model: str, layout: Any, platform: str) -> None:
 def test_default_on_cpu_is_fused_and_near_its_target() -> None:
     spec = _spec("llama-1b").resolve("cpu")
     assert spec.layout == "fused"
-    assert spec.block_tokens == 32  # one block is far above the target, so the least tokens
-    spec = kvp.CacheSpec(4, 2, 64, 8, 8192).resolve("cpu")  # 2 KiB a token
+    assert spec.block_tokens == 32  # one block is far above the target, hence the minimum
+    spec = kvp.CacheSpec(4, 2, 64, 8, 8192).resolve("cpu")  # 2 KiB per token
     assert spec.block_bytes == _block_size.FUSED_TARGET_BYTES
     spec = dataclasses.replace(kvp.CacheSpec(4, 2, 64, 8, 8192), layout="per_layer").resolve("cpu")
     assert spec.block_bytes == _block_size.PER_LAYER_TARGET_BYTES
@@ -90,10 +90,10 @@ def test_large_capacity_takes_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     blocks = min((1 << 36), large.virtual_bytes) // large.block_bytes
     assert blocks + min(blocks, large.max_slots * large.num_ranges) + 1 <= 32765
     assert large.block_tokens % small.block_tokens == 0
-    # A size that the user chose stays.
+    # A size chosen by the user is kept.
     chosen = dataclasses.replace(open_spec, block_tokens=64).resolve("cpu", capacity=1 << 36)
     assert chosen.block_tokens == 64
-    # However many mappings, a block never grows beyond the longest sequence.
+    # Whatever the number of mappings, a block never exceeds the longest sequence.
     monkeypatch.setattr(_native, "mapping_share", lambda: 10)
     most = open_spec.resolve("cpu", capacity=1 << 36)
     assert most.blocks_per_range == 1
@@ -197,7 +197,7 @@ def test_quantized_storage_counts_its_scales(model: str, layout: Any, dtype: Any
 
 
 def test_quantized_blocks_may_be_padded_in_both_layouts() -> None:
-    """A per-layer slot with scales in it is no dense array, so nothing is lost by padding."""
+    """A per-layer slot with scales is not a dense array, so padding loses nothing."""
     spec = kvp.CacheSpec(2, 2, 64, 4, 256, jnp.int8, "per_layer", 32).resolve("cpu")
     assert spec.block_bytes == 2 * 4096
     assert spec.block_tokens * spec.token_bytes // spec.num_ranges == 32 * 2 * 68
@@ -210,7 +210,7 @@ def test_block_tokens_is_a_positive_integer(block_tokens: Any) -> None:
 
 
 def test_per_layer_blocks_fill_granules() -> None:
-    spec = kvp.CacheSpec(2, 2, 24, 4, 256, jnp.float32, "per_layer", 80)  # 192 bytes a token
+    spec = kvp.CacheSpec(2, 2, 24, 4, 256, jnp.float32, "per_layer", 80)  # 192 bytes per token
     with pytest.raises(
         ValueError, match=r"block_tokens=80 .*4096-byte granules.*nearest that works is 64 or 128"
     ):

@@ -1,5 +1,5 @@
-"""Caches that are not the newest, pools that are closed, pools that are somebody else's: refused in
-clear words, with nothing lost.
+"""Caches that are not the newest, closed pools, and caches of other pools are refused with clear
+messages, and nothing is lost.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_readers_may_be_older_until_something_is_destroyed(rig: Rig) -> None:
     before = [rig.model.lengths[slot] for slot in slots]
     lowered = kvp.set_lengths(new, jnp.asarray([slots[0]]), jnp.asarray([before[0]]))
     fails("stale", lambda: attend(old, batch[0]))
-    np.testing.assert_array_equal(attend(old, batch[1]), want[1])  # the other slot is as it was
+    np.testing.assert_array_equal(attend(old, batch[1]), want[1])  # the other slot is unchanged
     jax.block_until_ready(
         kvp.set_lengths(lowered, jnp.asarray([slots[1]]), jnp.asarray([before[1]]))
     )
@@ -76,7 +76,7 @@ def test_a_released_slot_cannot_be_read_through_an_old_cache(rig: Rig) -> None:
     rig.release(slot)
     jax.block_until_ready(rig.cache)
     again = rig.acquire(40)
-    assert again == slot  # adopted at once, with the old request's data in it
+    assert again == slot  # adopted at once, still holding the old request's data
     fails("stale", lambda: attend(old, make_batch([(slot, 1)])))
     rig.cache = rig.pool.cache()
     rig.release(again)
@@ -91,7 +91,7 @@ def test_older_generations_are_stale(rig: Rig) -> None:
 
 
 def test_host_calls_with_a_stale_cache_change_nothing(rig: Rig) -> None:
-    """Nobody knows the slot that a failed acquire took, so it must not stay taken."""
+    """Nobody knows the slot of a failed acquire, so it must not stay occupied."""
     old, slot = rig.cache, live(rig)[0]
     jax.block_until_ready(kvp.advance(old, make_batch([])))
     before = rig.pool.stats(), rig.pool.slot_table()
@@ -106,7 +106,9 @@ def test_host_calls_with_a_stale_cache_change_nothing(rig: Rig) -> None:
 
 
 def test_waiting_for_a_release_that_failed(rig: Rig) -> None:
-    """The release is queued behind a program that fails: waiting for it ends with that failure."""
+    """The release is queued behind a failing program: waiting for it raises that program's
+    error.
+    """
     slot = rig.acquire(100)
     cache = kvp.after(rig.cache, busy(1))
     bad = append(cache, make_batch([(slot, 1), (slot, 1)]))
@@ -188,7 +190,7 @@ def test_wrong_pool(rig: Rig, make_pool) -> None:
         with pytest.raises(ValueError, match="pool"):
             call()
     batch = make_batch([(slot, 1)])
-    # A program compiled for one spec, handed the handle of a pool of another.
+    # A program compiled for one spec is called with the handle of a pool with another.
     mixed = dataclasses.replace(rig.cache, handle=theirs.handle)
     fails(f"spec.*max_slots.*{SLOTS}.*{SLOTS + 1}", lambda: append(mixed, batch))
     nobody = dataclasses.replace(rig.cache, handle=jnp.asarray([10**6, 0], jnp.int32))
@@ -208,7 +210,7 @@ def test_another_pool_of_the_same_spec(rig: Rig, make_pool) -> None:
 
     refuses(rig.pool, theirs)
     refuses(other, rig.cache)
-    # Neither call has touched the generation of the pool whose cache was passed.
+    # Neither call has affected the generation of the pool whose cache was passed.
     jax.block_until_ready(kvp.advance(theirs, make_batch([(slot, 0)])))
     jax.block_until_ready(kvp.advance(rig.cache, make_batch([])))
     rig.pool.trim()

@@ -1,4 +1,4 @@
-"""BlockStore and its files: the format as other programs read it, limits, the command line."""
+"""BlockStore and its files: the format as read by other programs, limits, the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rig(make_pool) -> PrefixRig:
 
 
 def fill(rig: PrefixRig, store: kvp.BlockStore, count: int) -> list[list[int]]:
-    """Saves sequences of 40 tokens, a file each."""
+    """Saves sequences of 40 tokens, one file each."""
     texts = [text(40, seed) for seed in range(count)]
     for ids in texts:
         slot, _ = rig.acquire(ids, namespace="n")
@@ -58,7 +58,7 @@ def test_safetensors_reads_a_file(rig: PrefixRig, tmp_path: pathlib.Path) -> Non
         got = blocks[i, 0, :size].view(np.float32).reshape(shape)
         want = contents(ids[: 16 * (i + 1)], 16 * i).transpose(1, 0, 3, 2, 4)
         assert np.array_equal(got, want)
-    # Blocks begin at a page.
+    # Blocks are page-aligned.
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert (header + 8) % 4096 == 0
     assert path.stat().st_mode & 0o777 == 0o600
@@ -98,7 +98,7 @@ def test_two_stores_share_a_directory(rig: PrefixRig, tmp_path: pathlib.Path) ->
             path.unlink()
         deadline = time.monotonic() + 30
         while a.stats().files and time.monotonic() < deadline:
-            time.sleep(0.05)  # its thread notices
+            time.sleep(0.05)  # the store's thread notices
         assert a.stats().bytes == 0
 
 

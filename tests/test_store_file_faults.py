@@ -1,5 +1,5 @@
-"""Files that are not what a pool has saved or spilled, and disks that are full: a miss with its
-reason, nothing lost, and the pool goes on.
+"""Files other than those that a pool has saved or spilled, and full disks: a miss with its reason,
+nothing is lost, and the pool continues.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def test_what_is_wrong_with_a_file_is_said(
         assert rig.acquire(IDS)[1] == ticket.tokens
         rig.check()
         assert store.stats().refused == ({} if reason is None else {reason: 1})
-        assert (ticket.error is None) == (ticket.tokens == 0)  # else it was found out by reading
+        assert (ticket.error is None) == (ticket.tokens == 0)  # else reading has found the problem
         assert ticket.error is None or f"a file is {reason}" in ticket.error
-        # It is written again, beside or instead of the file, and found.
+        # It is written again, next to the file or in its place, and found.
         rig.pool.check(rig.cache)
         assert rig.pool.save_prefixes().tokens == 96
         rig.release(*rig.ids)
@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_file_is_said(
         rig.check()
         assert add_up(rig.pool)
         rig.pool.close()
-    if spoil is _link:  # nothing was written through it
+    if spoil is _link:  # nothing was written through the link
         assert (tmp_path / "outside").read_bytes() == before
 
 
@@ -140,7 +140,7 @@ def test_files_of_other_models_and_caches_are_left_alone(
 def test_a_disk_that_fails_takes_no_memory_from_anybody(
     make_pool, tmp_path: pathlib.Path, layout: str, disk: str
 ) -> None:
-    """Programs map, and calls get slots, as long as there is memory that nobody needs."""
+    """Programs can map and calls can get slots as long as there is memory that nobody needs."""
     map_slots = jax.jit(kvp.map_slots)
     folder, limit = tmp_path / "store", "8GiB" if disk == "gone" else 20_000
     with kvp.BlockStore(folder, limit) as store:
@@ -152,7 +152,7 @@ def test_a_disk_that_fails_takes_no_memory_from_anybody(
             slot, cached = rig.acquire(text(100, seed))
             assert cached == 0
             rig.check()
-            # Another sequence grows in a program, into what parked ones have.
+            # Another sequence grows in a program, and takes blocks of parked slots.
             other, rig.cache = rig.pool.acquire(rig.cache, 16)
             for tokens in range(32, 200, 16):
                 slots = np.asarray([other], np.int32)
@@ -174,7 +174,7 @@ def test_a_disk_that_fails_takes_no_memory_from_anybody(
         assert (stats.tokens_written, stats.tokens_dropped > 0) == (0, True)
         assert why in store.stats().last_error
         assert list(swap_files()) == []
-        assert rig.acquire(text(100, 5))[1] == 99  # what is in memory is found
+        assert rig.acquire(text(100, 5))[1] == 99  # cached prefixes are still found
         rig.check()
         rig.audit()
         rig.pool.close()

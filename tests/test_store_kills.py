@@ -1,5 +1,5 @@
-"""Processes that are killed while they save, spill and swap: what they leave on disk is whole, or
-not there, and other processes go on with it.
+"""Processes that are killed while they save, spill and swap: files on disk are complete or absent,
+and other processes can continue with them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jax_kvpage.store import StoredFile, list_files
 
 
 def _served(rig: PrefixRig, file: StoredFile) -> int:
-    """Fetches what is stored of a file's sequence, and compares it with what its tokens stand for.
+    """Fetches the stored sequence of a file, and compares it with the contents for its tokens.
 
     Returns:
-        How many tokens were served.
+        The number of tokens served.
     """
     stored = rig.pool.stored_prefix(file.token_ids, file.namespace)
     assert fetched(rig, file.token_ids, namespace=file.namespace).tokens == stored
@@ -40,7 +40,7 @@ def _served(rig: PrefixRig, file: StoredFile) -> int:
 
 
 def test_killed_processes_leave_what_can_be_read(make_pool, tmp_path: pathlib.Path) -> None:
-    """One is killed after the other, while this process serves from the same files."""
+    """Processes are killed one after the other, while this process serves from the same files."""
     random = np.random.default_rng(0)
     served = 0
     temporaries: set[pathlib.Path] = set()
@@ -56,21 +56,21 @@ def test_killed_processes_leave_what_can_be_read(make_pool, tmp_path: pathlib.Pa
         assert nursery.stdout.readline() == "ready\n"
         for number in range(num_cases(6, 204)):
             layout, work = next(kinds)
-            # Some are killed at once, some after many writes.
+            # Some are killed immediately, some after many writes.
             delay = random.exponential(0.02)
             print(work, layout, 1000 * number, delay, file=nursery.stdin, flush=True)
             assert nursery.stdout.readline() == "killed\n"
             files = list_files(tmp_path, verify=True)
             assert [file for file in files if file.problem is not None] == []
             before, temporaries = temporaries, set(tmp_path.glob(".writing-*"))
-            if work == "swap":  # its files lose their names before anything is written
+            if work == "swap":  # its files are unlinked before anything is written
                 assert all(path.stat().st_size == 0 for path in temporaries - before)
             store.refresh()
             newest = sorted(files, key=lambda file: file.used)[-2:]
             served += sum(_served(rigs[layout], file) for file in newest)
         nursery.stdin.close()
         assert nursery.wait(60) == 0
-        # This one goes on to save and to read: a sequence that no killed process may have stored.
+        # This process can still save and read a sequence that no killed process can have stored.
         ids = text(100, 10**9)
         saved(rigs["fused"], ids)
         rigs["fused"].pool.evict()
@@ -78,7 +78,8 @@ def test_killed_processes_leave_what_can_be_read(make_pool, tmp_path: pathlib.Pa
         assert _served(rigs["fused"], file) == 95
         assert set(store.stats().missed) <= {"gone", "geometry"}
     assert served > 0 or number < 100  # a busy machine may kill a few before they have written
-    # What they were writing goes when a store is opened, once it is sure that they have ended.
+    # Their unfinished files are deleted when a store is opened, once their processes have surely
+    # ended.
     for path in temporaries:
         os.utime(path, (time.time() - 120,) * 2)
     kvp.BlockStore(tmp_path).close()

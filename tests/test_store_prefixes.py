@@ -1,4 +1,4 @@
-"""Prefixes that are saved and loaded: the bytes, what is found, and what is left out and why."""
+"""Saving and loading prefixes: the bytes, what is found, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax_kvpage as kvp
 
 
 def rig_of(make_pool, layout: str, dtype=jnp.float32, blocks: int = 64, **changes) -> PrefixRig:
-    """A pool with room for some logical blocks."""
+    """Makes a pool with room for this many logical blocks."""
     resolved = spec_of(layout, dtype, **changes).resolve("cpu")
     ranges = 1 if layout == "fused" else 2 * LAYERS
     return PrefixRig(make_pool(resolved, resolved.block_bytes * blocks * ranges))
@@ -39,11 +39,11 @@ def test_decoding_goes_on_bit_for_bit_in_another_pool(
     slot, _ = first.acquire(ids)
     other, _ = first.acquire(ids[:40] + text(30, 1))
     saved = save(first, tmp_path / "a")
-    assert saved == (96 + 64 - 32, 96 + 64 - 32)  # whole blocks, and two that are shared
+    assert saved == (96 + 64 - 32, 96 + 64 - 32)  # full blocks, two of which are shared
     loaded = second.pool.load_prefixes(tmp_path / "a")
     assert loaded == (saved.tokens, 0, 0, 0)
     assert second.pool.find_prefix(ids) == 96
-    # Saved again the blocks are the same bytes, scales and padding too.
+    # When saved again, the blocks have the same bytes, including scales and padding.
     assert save(second, tmp_path / "b").written == saved.written
     stored = files(tmp_path / "a")
     assert stored == files(tmp_path / "b")
@@ -104,7 +104,7 @@ def test_what_is_asked_for_is_saved(make_pool, tmp_path: pathlib.Path) -> None:
     assert save(rig, tmp_path / "one", [b, b[:20] + a, text(99, 9)]) == (48, 0)
     assert save(rig, tmp_path / "one", c) == (0, 0)
     assert save(rig, tmp_path / "one", c, "n") == (32, 32)
-    assert save(rig, tmp_path / "one") == (32 + 48 + 32, 32)  # tokens never committed are left out
+    assert save(rig, tmp_path / "one") == (32 + 48 + 32, 32)  # uncommitted tokens are left out
     other = rig_of(make_pool, "fused")
     assert other.pool.load_prefixes(tmp_path / "one") == (112, 0, 0, 0)
     assert other.pool.load_prefixes(tmp_path / "one") == (0, 112, 0, 0)
@@ -123,11 +123,11 @@ def test_loading_fills_free_blocks_only(make_pool, tmp_path: pathlib.Path, layou
     small.release(cached)
     loaded = small.pool.load_prefixes(tmp_path)
     assert loaded.tokens + loaded.no_room == 224
-    assert loaded.tokens == 6 * BLOCK  # two hold what was in the pool before
+    assert loaded.tokens == 6 * BLOCK  # two of them hold what was in the pool before
     assert small.pool.find_prefix(text(30, 5), whole=True) == 30
     found = [small.pool.find_prefix(ids, whole=True) for ids in (long, short)]
     assert sum(found) == loaded.tokens
-    # Requests get the memory back.
+    # Requests can take the memory back.
     slot, _ = small.acquire(text(8 * BLOCK, 6))
     small.check()
     small.release(slot)
@@ -179,7 +179,7 @@ def test_a_damaged_file_is_lost_with_what_continues_it(make_pool, tmp_path: path
         assert store.stats().refused == {"damaged": 1}
         assert second.acquire(ids)[1] == 16
         second.check()
-        # The whole sequence is in memory again, and saved again.
+        # The complete sequence is in memory again, and is saved again.
         second.pool.check(second.cache)
         assert second.pool.save_prefixes(store).written == 96
     third = rig_of(make_pool, "fused")
@@ -198,7 +198,7 @@ def test_events_tell_of_what_is_loaded(make_pool, tmp_path: pathlib.Path) -> Non
 
 
 def test_a_pool_in_use_is_saved_and_loaded(make_pool, tmp_path: pathlib.Path) -> None:
-    """Saves and loads meet requests that adopt, evict and write the same sequences."""
+    """Saving and loading while requests adopt, evict and write the same sequences."""
     rig = rig_of(make_pool, "fused", blocks=24)
     texts = [text(40 + 16 * (i % 3), i % 5) for i in range(10)]
 

@@ -1,4 +1,4 @@
-"""Several processes that save, spill, evict, fetch and swap in one directory at a time."""
+"""Several processes save, spill, evict, fetch and swap in one directory at the same time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 
 
 def _size(path: pathlib.Path) -> int:
-    """Bytes of all block files."""
+    """Returns the bytes of all block files."""
     sizes = []
     for file in path.glob("*.safetensors"):
         try:
@@ -48,7 +48,9 @@ def _size(path: pathlib.Path) -> int:
 def test_processes_share_a_directory_under_load(
     tmp_path: pathlib.Path, processes: list[subprocess.Popen[str]]
 ) -> None:
-    """Every hit has the right tokens, the limit holds, and killing a process disturbs no other."""
+    """Every hit has the right tokens, the limit holds, and killing one process disturbs no
+    other.
+    """
     seconds = num_cases(3, 30)
     for seed in range(3):
         processes.append(start_python(CODE, str(tmp_path), "fused", str(seed), str(seconds)))
@@ -64,7 +66,7 @@ def test_processes_share_a_directory_under_load(
     assert victim.wait() < 0
     spec = spec_of("fused").resolve("cpu")
     file = LENGTH * spec.token_bytes + 8192
-    # What a process writes while others do, it may write beyond the limit.
+    # Concurrent writes of several processes may exceed the limit.
     assert 0 < largest <= LIMIT + len(processes) * WRITERS * file
     for process in processes[:-1]:
         assert process.wait() == 0

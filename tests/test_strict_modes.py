@@ -1,5 +1,5 @@
-"""JAX's strict modes: a short decode in each gives what it gives without, by the library, by its
-pure JAX form and by the example. Whatever runs in a mode is compiled in it.
+"""JAX's strict modes: a short decode gives the same result in each as without it, with the library,
+its pure JAX implementation and the example. Whatever runs in a mode is compiled in it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _tokens(number: int, seed: int) -> tuple[jax.Array, ...]:
 
 
 def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], Any]) -> list[Any]:
-    """Prefill, three steps, a rollback and a release: everything but the inputs in the mode."""
+    """Runs prefill, three steps, a rollback and a release, all in the mode except for the
+    inputs.
+    """
     options: dict[str, Any] = {
         "sliding_window": 20,
         "logits_soft_cap": 5.0,
@@ -100,7 +102,7 @@ def _decode(spec: kvp.CacheSpec, implementation: str | None, mode: Callable[[], 
             implementation=implementation,
         )
         results.append(out)
-        if mode is not MODES["transfer_guard"]:  # plain functions of jax.numpy, not one program
+        if mode is not MODES["transfer_guard"]:  # separate jax.numpy calls, not one program
             results.append(dequantize(*quantize(inputs[0][1], jnp.int8)))
     return [np.asarray(result) for result in results]
 

@@ -31,7 +31,7 @@ def test_decoding_goes_on_bit_for_bit(store, make_pool, layout: str, dtype) -> N
     assert (stats.sequences_swapped, stats.swapped_out, stats.blocks_swapped) == (1, 1, 0)
     size = 7 * rig.pool.spec.num_ranges * stats.block_bytes
     assert (stats.bytes_swapped_out, store.stats().bytes_swapped) == (size, size)
-    other = rig.begin(text(300, 1))  # memory and slot are another's meanwhile
+    other = rig.begin(text(300, 1))  # another sequence uses the memory and the slot meanwhile
 
     ticket = rig.pool.prefetch(swapped)
     assert ticket.wait()
@@ -75,7 +75,7 @@ def test_shared_blocks_stay(store, make_pool, layout: str) -> None:
     ranges = rig.pool.spec.num_ranges
     assert stats.bytes_swapped_out == (5 - 2) * ranges * stats.block_bytes
     assert stats.blocks_swapped == 2 * ranges
-    also = rig.swap_out(child)  # what only swapped sequences share stays too, and is not written
+    also = rig.swap_out(child)  # blocks that only swapped sequences share stay too, unwritten
     stats = rig.audit()
     assert stats.bytes_swapped_out == (3 + 2) * ranges * stats.block_bytes
     assert stats.blocks_swapped == stats.blocks_mapped == 2 * ranges
@@ -84,7 +84,7 @@ def test_shared_blocks_stay(store, make_pool, layout: str) -> None:
     maps = [rig.pool.block_map(slot, owners=True)[0] for slot in (first, second)]
     assert [b.block for b in maps[0][:2]] == [b.block for b in maps[1][:2]]
     assert rig.audit().blocks_shared == 2 * ranges
-    # Neither may write what the other reads, as before.
+    # As before, neither may overwrite what the other reads.
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="share of it ends at 32"):
         jax.block_until_ready(kvp.set_lengths(rig.cache, [first], [10]))
     rig.cache = rig.pool.truncate(rig.cache, second, 10)
@@ -125,7 +125,7 @@ def test_a_sequence_of_the_prefix_cache(store, make_pool, layout: str) -> None:
     assert rig.audit().blocks_free == rig.pool.stats().blocks_total
     back = rig.swap_in(swapped)
     rig.check()
-    assert rig.pool.find_prefix(ids) == 89  # it is in the index again
+    assert rig.pool.find_prefix(ids) == 89  # it is back in the index
     other, cached = rig.acquire([*ids[:80], *text(30, 1)])
     assert cached == 80
     rig.write(back, text(20, 3))
@@ -152,7 +152,7 @@ def test_the_host_does_not_wait(store, make_pool) -> None:
     rig.swap_in(swapped)
     assert done.is_ready()
     rig.check()
-    assert rig.audit().bytes_swapped_out == 0  # it was wanted before it could be written
+    assert rig.audit().bytes_swapped_out == 0  # swapped in before it could be written
 
 
 def test_blocks_drain_until_they_are_written(store, make_pool) -> None:

@@ -1,4 +1,4 @@
-"""Swapping when things fail: programs, disks, signals, and ends of pools and processes."""
+"""Swapping when things fail: programs, disks, signals, and the end of pools and processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_disk_is_full(tmp_path: pathlib.Path, make_pool, layout: str) -> Non
 def test_what_was_swapped_in_can_be_evicted(
     store, make_pool, layout: str, tokens: int, on_disk: bool
 ) -> None:
-    """Its blocks may have stayed in memory, where the prefix cache has them too."""
+    """Its blocks may have stayed in memory, where the prefix cache also holds them."""
     rig = swap_rig(make_pool, store, layout, blocks=32)
     slot, _ = rig.acquire(text(tokens))
     slot = rig.swap_in(rig.swap_out(slot, to_disk=on_disk))
@@ -85,7 +85,7 @@ def test_what_was_swapped_in_can_be_evicted(
     assert rig.pool.find_prefix(text(tokens), whole=True) == tokens
     rig.pool.evict()
     assert rig.audit().blocks_cached == 0
-    rig.begin(text(512))  # all of the memory
+    rig.begin(text(512))  # takes all of the memory
     rig.check()
 
 
@@ -129,7 +129,7 @@ def test_truncated_files(store, make_pool) -> None:
 
 
 class _Interrupted:
-    """A compiled pool whose method `name` does its work and then raises, as a signal may."""
+    """A native pool whose method `name` does its work and then raises, as a signal handler may."""
 
     def __init__(self, pool, name: str) -> None:
         self._pool, self._name = pool, name
@@ -147,7 +147,7 @@ class _Interrupted:
 
 
 def interrupt(patch: pytest.MonkeyPatch, rig: SwapRig, where: str) -> None:
-    """Makes a call raise after it has done its work."""
+    """Makes a call raise KeyboardInterrupt after it has done its work."""
     if where == "program":
         run = rig.pool._queue.run
 
@@ -173,7 +173,7 @@ def test_an_interrupted_swap_out(store, make_pool, monkeypatch, where: str) -> N
     stats = rig.audit()
     assert (stats.sequences_swapped, stats.slots_draining) == (0, 0)
     assert soon(lambda: store.stats().bytes_swapped == 0)
-    if where == "program":  # it may have run, as a release would have
+    if where == "program":  # the program may have run, as for a release
         assert stats.slots_occupied in (0, 1)
         return
     rig.check()
@@ -201,12 +201,12 @@ def test_a_forked_child_leaves_the_parents_sequences_alone(store, make_pool) -> 
     rig = swap_rig(make_pool, store, "fused")
     swapped = rig.swap_out(rig.begin(text(40)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jax's own, about os.fork and its threads
+        warnings.simplefilter("ignore")  # JAX's own warning about os.fork and threads
         child = os.fork()
     if child == 0:
         code = 1
         try:
-            swapped.close()  # nothing
+            swapped.close()  # does nothing
             rig.pool.prefetch(swapped)
         except kvp.PoolClosed:
             code = 0
@@ -218,7 +218,7 @@ def test_a_forked_child_leaves_the_parents_sequences_alone(store, make_pool) -> 
 
 
 def test_threads_swap_at_once(store, make_pool, layout: str) -> None:
-    """Reads and writes of many sequences go on while others are swapped."""
+    """Many sequences are read and written while others are swapped."""
     rig = swap_rig(make_pool, store, layout, blocks=24)
     failures: list[BaseException] = []
     stop = threading.Event()
@@ -238,7 +238,7 @@ def test_threads_swap_at_once(store, make_pool, layout: str) -> None:
         away = [rig.swap_out(rig.begin(text(60, seed)), to_disk=False) for seed in range(12)]
         for round_number in range(2):
             for swapped in away[: 3 * round_number]:
-                with contextlib.suppress(kvp.OutOfBlocks):  # others have not drained
+                with contextlib.suppress(kvp.OutOfBlocks):  # the others have not drained yet
                     rig.pool.prefetch(swapped)
             away = [rig.swap_out(rig.swap_in(swapped), to_disk=False) for swapped in away]
     finally:

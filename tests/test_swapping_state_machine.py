@@ -1,4 +1,4 @@
-"""Random host calls on sequences that are swapped out and in, against what each must hold."""
+"""Random host calls on sequences that are swapped out and in, against their expected contents."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from swap_rig import SwapRig, swap_files
 import jax_kvpage as kvp
 
 _ROOM, _SLOTS = 96, 5
-_TEXT = text(_ROOM)  # prompts begin alike, so that the prefix cache finds something
+_TEXT = text(_ROOM)  # prompts share their beginning, so that the prefix cache finds something
 
 
 class SwappingMachine(RuleBasedStateMachine):
-    """A pool that is too small for all slots, over a disk that has room for some of it."""
+    """A pool that is too small for all slots, above a disk with room for some of it."""
 
     layout, stored = "fused", 40
 
@@ -48,7 +48,7 @@ class SwappingMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(1, 60), known=st.booleans(), seed=st.integers(1, 3))
     def acquire(self, tokens: int, known: bool, seed: int) -> None:
-        """A sequence, which the prefix cache gets to know or not."""
+        """Acquires a sequence, which the prefix cache may or may not know."""
         ids = _TEXT[: tokens // 2] + text(tokens - tokens // 2, seed)
         with contextlib.suppress(kvp.OutOfBlocks):
             self.rig.acquire(ids) if known else self.rig.begin(ids)
@@ -89,7 +89,7 @@ class SwappingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.ids)
     @rule(data=st.data())
     def swap_out(self, data: st.DataObject) -> None:
-        """Waits for the disk, full or not: what comes next must not depend on its speed."""
+        """Waits for the disk, full or not, so that what follows does not depend on its speed."""
         self.rig.swap_out(self.a_slot(data), to_disk=False)
         self.pool.check(self.rig.cache)
         assert soon(lambda: self.pool._pool.swap_writes() == 0)
@@ -97,7 +97,7 @@ class SwappingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.ids)
     @rule(data=st.data())
     def swap_out_and_in(self, data: st.DataObject) -> None:
-        """Wanted again before, while or after it is written."""
+        """Swaps in before, while or after the sequence is written."""
         self.rig.swap_in(self.rig.swap_out(self.a_slot(data), to_disk=False))
 
     @precondition(lambda self: self.rig.away)
@@ -143,7 +143,7 @@ class SwappingMachine(RuleBasedStateMachine):
         stats = self.rig.audit()
         assert stats.slots_occupied == len(self.rig.ids)
         assert stats.sequences_swapped >= len(self.rig.away)
-        # A write that is no longer wanted may go on for a moment.
+        # A write that is no longer wanted may continue for a moment.
         assert soon(lambda: len(list(swap_files())) <= len(self.rig.away))
         for swapped, ids in self.rig.away.items():
             assert (swapped.tokens, swapped.closed) == (len(ids), False)

@@ -1,5 +1,5 @@
-"""In the steady state a decode step makes no system call about memory: the pool's counter and
-strace agree.
+"""In the steady state, a decode step makes no system calls for memory, according to both the pool's
+counter and strace.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _CALLS = ("mmap", "munmap", "mremap", "madvise", "fallocate", "ftruncate", "mpro
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_the_pools_counter_stands_still(make_pool, layout: str) -> None:
-    """Slots recycled at similar lengths: everything that a request needs is mapped from the one
-    before.
+    """Slots are reused for similar lengths, so everything a request needs is still mapped from the
+    previous one.
     """
     spec = kvp.CacheSpec(2, 2, 64, 8, 1024, dtype=jnp.float32, layout=layout)
     pool = make_pool(spec, "32MiB")
@@ -138,14 +138,14 @@ _TURNS = """
 
 
 def _between(trace: str, name: str) -> list[str]:
-    """Memory calls of all threads between two marks."""
+    """Returns the memory calls of all threads between two marks."""
     start, end = trace.index(f'"{name} begin"'), trace.index(f'"{name} end"')
     pattern = re.compile(rf"\b({'|'.join(_CALLS)})(\(| resumed)")
     return [line for line in trace[start:end].splitlines() if pattern.search(line)]
 
 
 def _trace(script: str, folder: pathlib.Path, *arguments: str) -> str:
-    """What strace saw of a script's calls about memory, and of its marks."""
+    """Runs a script under strace; returns its memory calls and its marks."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     log = folder / "trace"
@@ -163,5 +163,5 @@ def test_strace_agrees(tmp_path: pathlib.Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_strace_sees_nothing_of_what_was_cached(tmp_path: pathlib.Path, layout: str) -> None:
-    """A repeated prompt and further turns in a slot that is still parked."""
+    """A repeated prompt, and further turns in a slot that is still parked."""
     assert _between(_trace(_TURNS, tmp_path, layout), "turns") == []

@@ -79,7 +79,7 @@ def test_equals_float64(config: str, kv_layout: str, implementation: str | None)
         seed=st.integers(0, 2**31),
         new=st.lists(st.sampled_from([0, 1, 1, 5, 11]), min_size=1, max_size=_SEQUENCES),
         window=st.none() | st.integers(1, _TABLE * _PAGE_SIZE),
-        # All variants or none: their combinations are tested with a pool, where compiling is cheap.
+        # All variants or none: combinations are tested with a pool, where compiling is cheap.
         with_variants=st.booleans(),
     )
     def check(seed: int, new: list[int], window: int | None, with_variants: bool) -> None:
@@ -97,7 +97,7 @@ def test_equals_float64(config: str, kv_layout: str, implementation: str | None)
         shape = (_PAGES, _PAGE_SIZE, kv_heads, head_dim)
         k, v = rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
         q = rng.standard_normal((_TOKENS, heads, head_dim), np.float32)
-        # Entries past a sequence's last page are never looked up, so they may be anything.
+        # Entries past a sequence's last page are never read, so they may be anything.
         tables = rng.integers(-5, 10**6, (_SEQUENCES, _TABLE))
         pages = rng.permutation(_PAGES)
         taken = 0
@@ -167,7 +167,7 @@ def test_decode_needs_no_offsets(implementation: str | None) -> None:
 
 
 def test_equals_paged_attention_bit_for_bit(make_pool) -> None:
-    """The same tokens in a pool and in pages: one kernel, so one result."""
+    """The same tokens in a pool and in pages: the same kernel, so the same result."""
     spec = kvp.CacheSpec(1, 2, 64, 4, 256, dtype=jnp.float32)
     pool = make_pool(spec)
     rig = Rig(pool, group=2)

@@ -1,5 +1,5 @@
-"""Streamed text: the pieces add up to the whole for every kind of tokenizer, and come as soon as
-they are certain.
+"""Streamed text: for every kind of tokenizer, the pieces add up to the full text, and are emitted
+as soon as they are certain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_models import write_byte_tokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_SIGN = "\N{REPLACEMENT CHARACTER}"  # decoders show it for bytes that form no character
+_SIGN = "\N{REPLACEMENT CHARACTER}"  # what decoders show for bytes that form no character
 _PIECES = ["\u2581", *"abcdehlorw.,'日é", _SIGN, "\u2581the", "wor"]
 _SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -29,7 +29,7 @@ _SPECIAL = ["<unk>", "<s>", "</s>"]
 def _sentencepiece(
     decoder: decoders.Decoder | None, *, prepend: bool = True
 ) -> tokenizers.Tokenizer:
-    """A converted SentencePiece model: bytes for what has no piece, U+2581 for a space."""
+    """Converts a SentencePiece model: bytes for whatever has no piece, U+2581 for a space."""
     vocab = {token: index for index, token in enumerate(_SPECIAL + _BYTES + _PIECES)}
     merges = [("\u2581", "a"), ("l", "o"), ("o", "r")]
     vocab |= {left + right: len(vocab) + index for index, (left, right) in enumerate(merges)}
@@ -78,7 +78,7 @@ _NAMES = list(_MAKERS)
 
 @functools.cache
 def _tokenizer(name: str) -> tuple[Tokenizer, int]:
-    """The example's tokenizer of that kind, and how many ids it has."""
+    """Returns the example's tokenizer of that kind, and the number of its ids."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
         make = _MAKERS[name]
@@ -120,7 +120,7 @@ def test_pieces_of_any_ids_add_up(name: str, prompt: list[int], output: list[int
 @example(" ", f"  two{_SIGN}", 0)
 @example(_SIGN, f"{_SIGN}a{_SIGN}", 0)
 def test_pieces_of_any_text_add_up(name: str, prompt: str, text: str, cut: int) -> None:
-    """Also when the sequence ends inside a character, and when the prompt does."""
+    """Also if the sequence or the prompt ends inside a character."""
     tokenizer, _ = _tokenizer(name)
     ids = tokenizer.encode(prompt + text)
     start = len(tokenizer.encode(prompt))
@@ -128,13 +128,15 @@ def test_pieces_of_any_text_add_up(name: str, prompt: str, text: str, cut: int) 
         _check(tokenizer, ids[:begin], ids[begin : len(ids) - cut])
     whole = "".join(_pieces(tokenizer, [], ids))
     assert whole == tokenizer.decode(ids)
-    if "\u2581" not in prompt + text:  # the pieces' sign for a space
+    if "\u2581" not in prompt + text:  # the pieces use it for a space
         assert whole == prompt + text
 
 
 @pytest.mark.parametrize("name", _NAMES)
 def test_long_sequences(name: str) -> None:
-    """Longer than the window, of bytes that are seldom characters, of characters, of one token."""
+    """Sequences longer than the window: of bytes that rarely form characters, of characters, and of
+    one token.
+    """
     tokenizer, size = _tokenizer(name)
     random = np.random.default_rng(0)
     for _ in range(3):
@@ -154,7 +156,7 @@ def test_a_character_comes_with_its_last_byte(name: str) -> None:
     prompt, ids = tokenizer.encode("xy"), tokenizer.encode("xy語本🙂a")
     pieces = _pieces(tokenizer, prompt, ids[len(prompt) :])
     assert pieces == ["", "", "語", "", "", "本", "", "", "", "🙂", "a", ""]
-    # An end inside a character is shown as such, and does not spoil those before it.
+    # An incomplete character at the end is shown as such, and does not spoil those before it.
     pieces = _pieces(tokenizer, prompt, ids[len(prompt) : -2])
     assert pieces == ["", "", "語", "", "", "本", "", "", "", _SIGN]
 
@@ -163,7 +165,7 @@ def test_bytes_that_form_no_character_spoil_nothing_else() -> None:
     tokenizer, _ = _tokenizer("llama 2")
     ids = [len(_SPECIAL) + byte for byte in b"\xff\xe6\x97\xa5\xe6\x97A\xc3\xa9\xf0\x9f"]
     assert tokenizer.decode(ids) == f"{_SIGN}日{_SIGN}Aé{_SIGN}"
-    ids.insert(2, 1)  # a special token inside a character is not there
+    ids.insert(2, 1)  # a special token inside a character is ignored
     assert tokenizer.decode(ids) == f"{_SIGN}日{_SIGN}Aé{_SIGN}"
 
 

@@ -1,4 +1,4 @@
-"""Two threads, a forked child, an exit in the middle of things, pools that are dropped or closed at
+"""Two threads, a forked child, exits at awkward moments, and pools that are dropped or closed at
 awkward moments.
 """
 
@@ -59,8 +59,8 @@ def test_two_pools_in_two_threads(make_pool) -> None:
 
 @pytest.mark.parametrize("layout", ["fused", "per_layer"])
 def test_host_calls_beside_running_steps(make_pool, layout: str) -> None:
-    """Mapping, unmapping and looking from one thread while programs of another read and write:
-    nothing moves under them.
+    """One thread maps, unmaps and inspects while programs of another thread read and write: the
+    memory of those programs does not change.
     """
     pool = make_pool(_spec(layout), "24MiB", poison=True)
     rig = Rig(pool, max_tokens=32)
@@ -95,7 +95,7 @@ def test_host_calls_beside_running_steps(make_pool, layout: str) -> None:
 
 def test_racing_mutators(make_pool) -> None:
     """Both threads hold the same cache: one wins, the other is told that its cache is stale, and
-    the pool goes on.
+    the pool continues.
     """
     pool = make_pool(_spec())
     slot, start = pool.acquire(pool.cache(), 512)
@@ -121,7 +121,7 @@ def test_racing_mutators(make_pool) -> None:
                 outcomes.append("stale" if "stale" in str(error) else str(error))
 
         _in_threads(*[functools.partial(race, cache, barrier, outcomes)] * 2)
-        # Each may have stopped the other halfway; both can never have come through.
+        # Each may have stopped the other midway, but both can never have succeeded.
         assert sorted(outcomes) in (["done", "stale"], ["stale", "stale"])
         cache = pool.cache()
         assert int(cache.lengths[slot]) == (8 if "done" in outcomes else 4)
@@ -130,7 +130,7 @@ def test_racing_mutators(make_pool) -> None:
 
 
 def test_accounting_is_atomic_between_threads(make_pool) -> None:
-    """Two threads extend slots of one pool towards the last block: what is handed out adds up."""
+    """Two threads extend slots of one pool up to the last block: the blocks handed out add up."""
     pool = make_pool(_spec("fused", 4), 40 * _spec().resolve("cpu").block_bytes)
     slots, _ = pool.acquire(pool.cache(), [1, 1, 1, 1])
 
@@ -151,7 +151,7 @@ def test_accounting_is_atomic_between_threads(make_pool) -> None:
 
 
 def test_after_fork() -> None:
-    """The child hears that the pool belongs to its parent; the parent does not notice."""
+    """The child is told that the pool belongs to its parent; the parent does not notice."""
     done = run_python(
         """
         import os, sys, warnings
@@ -246,7 +246,7 @@ def test_a_collected_pool_warns_and_closes() -> None:
     pools = [pool]
     del pool
     with pytest.warns(ResourceWarning, match="close"):
-        pools.clear()  # the last reference: no collection needed
+        pools.clear()  # the last reference: no garbage collection needed
     with pytest.raises(RUN_TIME_ERRORS, match=r"(?i)pool"):
         jax.block_until_ready(kvp.advance(cache, make_batch([(slot, 0)])))
 
@@ -274,8 +274,8 @@ def test_close_lets_a_running_program_end_and_fails_the_next() -> None:
 
 
 def test_many_pools_come_and_go() -> None:
-    """Ids are not reused for something else while an old cache is around: the old one fails, it
-    never finds the new pool.
+    """Ids are not reused while an old cache is around: using it fails, and never finds the new
+    pool.
     """
     old = None
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""The ops under jit, scan, while_loop and cond, with and without donation, compute the results of a
+"""Under jit, scan, while_loop and cond, with and without donation, the ops give the results of a
 Python loop.
 """
 
@@ -103,7 +103,7 @@ def test_cond_writes_only_where_it_went(pool: kvp.KVPool) -> None:
 
 
 def test_masked_sequences_do_not_move(pool: kvp.KVPool) -> None:
-    """`active & ok` inside a scanned program: the masked sequence is not written, not advanced, and
+    """`active & ok` inside a scanned program: the masked sequence is not written or advanced, and
     its output is 0.
     """
     q, k, v = random_tokens()
@@ -130,7 +130,7 @@ def test_masked_sequences_do_not_move(pool: kvp.KVPool) -> None:
 
 
 def test_padding_is_silent(pool: kvp.KVPool) -> None:
-    """Padding sequences with tokens, tokens past the last sequence, a batch of padding alone."""
+    """Padding sequences with tokens, tokens past the last sequence, a batch with only padding."""
     slot, cache = pool.acquire(pool.cache(), 8)
     q, k, v = (x[0, 0] for x in random_tokens(steps=1))
     wide = [jnp.concatenate([x] * 4) for x in (q, k, v)]  # 8 tokens
@@ -156,7 +156,7 @@ def test_padding_is_silent(pool: kvp.KVPool) -> None:
 def test_positions(pool: kvp.KVPool) -> None:
     slots, cache = pool.acquire(pool.cache(), [20, 20])
     k = jnp.ones((9, KV_HEADS, DIM))
-    batch = kvp.Batch.from_lengths(slots, [6, 3])  # which, made on the host, knows its tokens
+    batch = kvp.Batch.from_lengths(slots, [6, 3])  # made on the host, it knows its number of tokens
     np.testing.assert_array_equal(kvp.positions(cache, batch), [0, 1, 2, 3, 4, 5, 0, 1, 2])
     for layer in range(LAYERS):
         cache = kvp.append_kv(cache, k, k, batch, layer=layer)
@@ -167,8 +167,8 @@ def test_positions(pool: kvp.KVPool) -> None:
 
 
 def test_dropped_cache_means_no_write(pool: kvp.KVPool) -> None:
-    """No JAX effect: an op whose returned cache is unused does not run, and the generation
-    goes on from the old cache.
+    """There is no JAX effect: an op whose returned cache is unused does not run, and the generation
+    continues from the old cache.
     """
     q, k, v = (x[0, 0] for x in random_tokens(steps=1))
     cache, batch = start(pool)
@@ -185,7 +185,9 @@ def test_dropped_cache_means_no_write(pool: kvp.KVPool) -> None:
 
 
 def test_xla_may_not_drop_merge_or_move_the_calls(pool: kvp.KVPool) -> None:
-    """The side effect is on every custom call and on no primitive; two equal appends are two."""
+    """Each custom call has a side effect, but no primitive has a JAX effect; two equal appends stay
+    two.
+    """
     q, k, v = (x[0, 0] for x in random_tokens(steps=1))
     cache, batch = start(pool)
     step = jax.jit(lambda cache: unrolled(cache, *[jnp.stack([x] * 3) for x in (q, k, v)], batch))
@@ -208,7 +210,7 @@ def test_xla_may_not_drop_merge_or_move_the_calls(pool: kvp.KVPool) -> None:
 
 
 def test_traced_window_can_be_scanned(pool: kvp.KVPool) -> None:
-    """Layers with different windows share one program; a window of 0 or less means none."""
+    """Layers with different windows share one program; a window of 0 or less means no window."""
     slot, cache = pool.acquire(pool.cache(), 40)
     rng = np.random.default_rng(3)
     q = jnp.asarray(rng.standard_normal((LAYERS, 40, HEADS, DIM), np.float32))
@@ -236,8 +238,8 @@ def test_traced_window_can_be_scanned(pool: kvp.KVPool) -> None:
 
 
 def test_after_orders_a_read_before_a_destruction(pool: kvp.KVPool) -> None:
-    """The read and the truncation of one slot share a program; without `after` nothing would say
-    which comes first.
+    """One program reads a slot and truncates it; without `after`, nothing would say which comes
+    first.
     """
     q, k, v = random_tokens()
     cache, batch = start(pool)

@@ -1,4 +1,6 @@
-"""truncate: private copies of what others share, blocks, order with queued programs."""
+"""truncate: private copies of shared blocks, block counts, and the order relative to queued
+programs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import jax_kvpage as kvp
 
 @pytest.fixture
 def rig(make_pool, layout: str) -> tuple[Rig, int]:
-    """A sequence of 70 tokens in blocks of 16; memory that a request gets is poisoned."""
+    """A sequence of 70 tokens in blocks of 16; memory is poisoned before a request gets it."""
     return filled(pool_of(make_pool, spec_of(layout), 64, poison=True), 70)
 
 
@@ -28,7 +30,7 @@ def test_truncate_makes_private_copies(rig) -> None:
         check(rig, [slot, other])
         truncate(rig, target, length)
     rig.pool.check(rig.cache)
-    # Both have all of their blocks for themselves now.
+    # No block is shared any more.
     assert rig.pool.stats().blocks_shared == 0
     assert rig.pool.stats().blocks_mapped == before + 4 * ranges
     check(rig, [slot, other])
@@ -52,7 +54,7 @@ def test_a_truncation_whose_program_fails_gives_its_blocks_back(rig) -> None:
     rig, slot = rig
     other = fork(rig, slot, 1)[0]
     rig.cache = kvp.set_lengths(rig.cache, [slot], [70])
-    truncate(rig, slot, 70)  # everything is compiled
+    truncate(rig, slot, 70)  # compiles everything
     rig.pool.check(rig.cache)
     before = rig.pool.stats().blocks_mapped
     failing = kvp.set_lengths(kvp.after(rig.cache, busy(1)), [slot], [99])
@@ -78,7 +80,7 @@ def test_truncate_of_an_unshared_sequence_copies_nothing(rig) -> None:
 
 
 def test_truncate_under_queued_readers(rig) -> None:
-    """A program that reads the slot and one that truncates it are queued; both see the same."""
+    """One queued program reads the slot and another truncates it; both see the same tokens."""
     rig, slot = rig
     other = fork(rig, slot, 1)[0]
     q = rig.random_q(1)
@@ -108,14 +110,14 @@ def test_a_truncation_that_finds_no_blocks_changes_nothing(make_pool, layout: st
     assert len(pool.committed(other)) == 80
     rig.release(slot)
     pool.check(rig.cache)
-    truncate(rig, other, 10)  # nobody shares them any more
+    truncate(rig, other, 10)  # the blocks are no longer shared
     pool.check(rig.cache)
     check(rig, [other])
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_fork_behind_a_queued_truncation(rig, shared: bool) -> None:
-    """Blocks that the truncation may yet replace are copied, and not mapped in the fork."""
+    """Blocks that the truncation may still replace are copied, not mapped in the fork."""
     rig, slot = rig
     others = fork(rig, slot, 1) if shared else []
     before = rig.pool.stats().blocks_mapped
@@ -128,19 +130,19 @@ def test_a_fork_behind_a_queued_truncation(rig, shared: bool) -> None:
     ranges = len(rig.pool.block_map(slot))
     assert rig.pool.stats().blocks_mapped - before == (4 + 3 * shared) * ranges
     check(rig, [slot, *others])
-    others += fork(rig, slot, 1)  # the truncation has run: whole blocks are shared again
+    others += fork(rig, slot, 1)  # the truncation has run: full blocks are shared again
     assert rig.pool.stats().blocks_shared >= 4 * ranges
     check(rig, [slot, *others])
 
 
 def test_hosts_may_fork_before_the_prefill_has_run(make_pool, layout: str) -> None:
-    """commit and fork count on programs that are queued, and do not get in their way."""
+    """commit and fork count on queued programs, without conflicting with them."""
     pool = pool_of(make_pool, spec_of(layout), 64)
     rig = Rig(pool, max_tokens=70)
     slot = rig.acquire(70)
     rig.write({slot: 20})
     rig.cache = kvp.after(rig.cache, busy(1))
-    rig.cache = kvp.set_lengths(rig.cache, [slot], [0])  # a rollback that is queued is no fault
+    rig.cache = kvp.set_lengths(rig.cache, [slot], [0])  # a queued rollback is not an error
     rig.model.truncate(slot, 0)
     rig.write({slot: 70})
     pool.commit(slot, range(70))

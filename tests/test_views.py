@@ -1,5 +1,5 @@
-"""Zero-copy views of the per-layer layout: dense kernels read them unchanged, and they keep what
-they show alive.
+"""Zero-copy views of the per-layer layout: dense kernels read them unchanged, and they keep their
+memory alive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def rig(make_pool) -> Rig:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dot_product_attention_reads_views_unchanged(make_pool, dtype: object) -> None:
-    """One new token for every slot; key_value_seq_lengths masks what is not there."""
+    """One new token in every slot; key_value_seq_lengths masks what is not there."""
     pool = make_pool(_spec(dtype), poison=True)
     rig = Rig(pool, group=2, query_dtype=dtype)
     slots = rig.acquire_scattered([200, 1, 77])
@@ -57,7 +57,9 @@ def test_dot_product_attention_reads_views_unchanged(make_pool, dtype: object) -
 
 
 def test_views_show_what_was_written_and_zeros_elsewhere(rig: Rig) -> None:
-    """Poisoned memory too: nobody sees what an earlier request or the test mode left behind."""
+    """Even with poisoned memory, nobody sees what an earlier request or the test mode left
+    behind.
+    """
     first = rig.acquire(_MAX)
     rig.write({first: _MAX})
     rig.release(first)
@@ -92,7 +94,7 @@ def test_views_copy_nothing_and_follow_writes(rig: Rig) -> None:
     assert not np.any(read(k))
     assert rig.pool.stats().physical == before
     rig.write({slot: 20})
-    rig.pool.extend(slot, 150)  # mapped where the view had a hole
+    rig.pool.extend(slot, 150)  # maps memory where the view had a hole
     rig.write({slot: 130})
     jax.block_until_ready(rig.cache)
     for view, want in zip((k, v), rig.model.context(slot, 1), strict=True):
@@ -100,7 +102,7 @@ def test_views_copy_nothing_and_follow_writes(rig: Rig) -> None:
 
 
 def test_a_view_pins_its_slot(rig: Rig) -> None:
-    """A released slot that somebody still looks at drains until nobody does, and is not handed out
+    """A released slot with a view drains until the view is gone, and is not handed out
     meanwhile.
     """
     slots = [rig.acquire(100), rig.acquire(100)]
@@ -124,7 +126,7 @@ def test_a_view_pins_its_slot(rig: Rig) -> None:
 
 
 def test_a_view_outlives_its_pool() -> None:
-    """Also after close the memory stays until the last array that shows it is gone."""
+    """Even after close, the memory stays until the last array that shows it is gone."""
     pool = kvp.KVPool(_spec(), "8MiB")
     rig = Rig(pool)
     slot = rig.acquire(50)
@@ -140,7 +142,7 @@ def test_a_view_outlives_its_pool() -> None:
 
 @pytest.mark.parametrize("taken", ["before", "after"])
 def test_views_and_the_next_tenant(rig: Rig, taken: str) -> None:
-    """The whole-arena view sees a slot change hands, never the old tenant's tail behind the new
+    """The whole-arena view shows the slot's new request, and never the old one's tail after the new
     one's tokens.
     """
     slot = rig.acquire(100)

@@ -51,7 +51,7 @@ def test_what_is_written_ahead_comes_back_bit_for_bit(
 
 
 def test_a_small_memory_serves_a_large_set_from_disk(make_pool, store, layout: str) -> None:
-    """Conversations that take turns find what they had, though memory holds a third of them."""
+    """Interleaved conversations find their tokens, though memory holds only a third of them."""
     rig = rig_of(make_pool, store, layout, blocks=16, write_ahead=0.8)
     turns = {seed: text(70, seed) for seed in range(6)}
     found = asked = 0
@@ -63,7 +63,7 @@ def test_a_small_memory_serves_a_large_set_from_disk(make_pool, store, layout: s
             found += cached
             rig.check()
             rig.release(slot)
-            time.sleep(0.02)  # the requests come as fast as a disk can write
+            time.sleep(0.02)  # leaves the disk time to write between requests
     stats = rig.pool.spill_stats()
     assert stats.memory_hits + stats.store_hits == found
     assert found > 0.9 * asked
