@@ -1,4 +1,4 @@
-// Moving keys and values: append (converts and scatters) and gather.
+// Append (converts and scatters) and gather of keys and values.
 #include <gtest/gtest.h>
 
 #include <cmath>

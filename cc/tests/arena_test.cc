@@ -1,4 +1,4 @@
-// The arena's accounts where slots share blocks. The pool's verbs for this are in sharing_test.cc.
+// The arena's accounts when slots share blocks. The pool's calls for this are tested in sharing_test.cc.
 #include "cache/arena.h"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,7 @@ namespace {
 using Classes = std::vector<std::int8_t>;
 using Missing = std::vector<std::vector<std::int64_t>>;
 
-// The three classes that `stats` has.
+// The three classes that `stats` distinguishes.
 constexpr int kNumClasses = 3;
 
 std::unique_ptr<Arena> MakeArena(const Geometry& geometry, std::int64_t blocks) {

@@ -96,7 +96,7 @@ TEST(BlockPoolTest, WarmBlocksStayWithinAShrunkBudget) {
   pool.SetBudget(4);
   EXPECT_EQ(pool.num_free(), 2);
   Blocks more, more_cold;
-  EXPECT_TRUE(pool.Claim(2, 1, &more, &more_cold));  // 2 used + 2 warm fill the budget: no cold one may be created
+  EXPECT_TRUE(pool.Claim(2, 1, &more, &more_cold));  // 2 used + 2 warm fill the budget: no cold block may be created
   EXPECT_TRUE(more_cold.empty());
   EXPECT_FALSE(pool.Claim(1, -1, &more, &more_cold));
 }

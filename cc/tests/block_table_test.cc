@@ -1,5 +1,5 @@
-// Handlers that address blocks by number: what they are told of the block table, while it changes and while the page
-// table fails.
+// Handlers that address blocks by number: what they see of the block table while it changes and when the page table
+// fails.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -30,7 +30,7 @@ struct Fixture {
     slot = program->Acquire(40);
     WriteStamped(pool.get(), program.get(), slot, 40, 1);
   }
-  // A handler that reads up to `tokens` tokens of each slot in one layer.
+  // Starts a handler that reads up to `tokens` tokens of each slot in one layer.
   Status Read(const std::vector<std::int32_t>& slots, std::int32_t tokens, std::int64_t layer, TableCall* call,
               PinnedSlots* pinned) {
     std::vector<std::int32_t> lengths(kSlots, -1), offsets = {0};
@@ -44,7 +44,7 @@ struct Fixture {
                        {slots.data(), static_cast<std::int64_t>(slots.size()), offsets.data(), offsets.back()}, layer,
                        false, pinned, call);
   }
-  // Tokens that the table shows with this stamp and their position, from the first on.
+  // Counts the tokens, from the first one on, that the table shows with this stamp and their position.
   static std::int64_t Seen(const TableCall& call, std::int32_t row, std::int64_t layer, std::int64_t tokens,
                            float stamp) {
     for (std::int64_t token = 0; token < tokens; ++token) {
@@ -80,7 +80,7 @@ TEST_P(BlockTableTest, ShowsTheSlotsTokens) {
   Fixture f(GetParam());
   const std::int32_t other = f.program->Acquire(20);
   WriteStamped(f.pool.get(), f.program.get(), other, 20, 2);
-  WriteStamped(f.pool.get(), f.program.get(), f.slot, 30, 1);  // grows behind the other
+  WriteStamped(f.pool.get(), f.program.get(), f.slot, 30, 1);  // grows behind the other slot's blocks
   EXPECT_EQ(f.Sees(f.slot, 70, 1), 70);
   EXPECT_EQ(f.Sees(other, 20, 2), 20);
   TableCall call;
@@ -108,7 +108,7 @@ TEST_P(BlockTableTest, FollowsForksTruncationsAndMoves) {
   Fixture f(GetParam());
   const std::int32_t fork = f.program->Fork(f.slot, 36);
   EXPECT_EQ(f.Sees(fork, 36, 1), 36);
-  f.program->Truncate(fork, 20);  // the second block becomes the fork's own
+  f.program->Truncate(fork, 20);  // makes a private copy of the second block
   WriteStamped(f.pool.get(), f.program.get(), fork, 30, 1);
   EXPECT_EQ(f.Sees(fork, 50, 1), 50);
   f.program->Truncate(f.slot, 5);
@@ -116,7 +116,7 @@ TEST_P(BlockTableTest, FollowsForksTruncationsAndMoves) {
   EXPECT_EQ(f.Sees(f.slot, 65, 1), 65);
   EXPECT_EQ(f.Sees(fork, 50, 1), 50);
   f.program->Release(f.slot);
-  const std::int32_t next = f.program->Acquire(128);  // takes parked blocks from everywhere
+  const std::int32_t next = f.program->Acquire(128);  // takes parked blocks from other slots
   WriteStamped(f.pool.get(), f.program.get(), next, 128, 3);
   EXPECT_EQ(f.Sees(next, 128, 3), 128);
   EXPECT_EQ(f.Sees(fork, 50, 1), 50);
@@ -129,7 +129,7 @@ TEST_P(BlockTableTest, AReaderKeepsTheBlocksThatATruncationExchanges) {
   TableCall call;
   EXPECT_OK(f.Read({fork}, 32, 0, &call, &*pinned));
   f.program->Truncate(fork, 8);
-  f.program->Truncate(f.slot, 8);  // the only slot left that maps them: but for the reader it could write there
+  f.program->Truncate(f.slot, 8);  // the only slot left that maps them: without the reader it could write there
   WriteStamped(f.pool.get(), f.program.get(), f.slot, 30, 2);
   WriteStamped(f.pool.get(), f.program.get(), fork, 30, 3);
   EXPECT_EQ(Fixture::Seen(call, 0, 0, 32, 1), 32);
@@ -183,7 +183,7 @@ TEST_P(BlockTableTest, APoolThatGrowsTakesItsWindowAlong) {
   EXPECT_EQ(f.Sees(f.slot, 40, 1), 40);
 }
 
-// Readers in a thread, and meanwhile truncations, appends and claims. For ThreadSanitizer too.
+// Readers in one thread beside truncations, appends and claims in another. Also for ThreadSanitizer.
 TEST_P(BlockTableTest, ReadersBesideChanges) {
   Fixture f(GetParam());
   std::atomic<bool> stop{false};
@@ -217,7 +217,7 @@ TEST_P(BlockTableTest, ReadersBesideChanges) {
   EXPECT_TRUE(AddsUp(f.pool.get()));
 }
 
-// Every failure of the page table leaves slots and table saying the same.
+// However the page table fails, slots and block table stay consistent.
 TEST_P(BlockTableTest, FollowsWhatFailed) {
   for (const Verb verb : {Verb::kMap, Verb::kUnmap, Verb::kMove, Verb::kMapReadOnly, Verb::kRemap, Verb::kCopy}) {
     for (int call = 0; call < 12; ++call) {

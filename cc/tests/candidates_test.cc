@@ -1,5 +1,5 @@
-// Which slot is adopted, which donor gives and in which order: the ordered candidates against a plain walk over all
-// slots, over random operations with shared blocks, views and slots that drain.
+// Which slot is adopted, and which donors give blocks in which order: the ordered candidates against a plain walk over
+// all slots, for random operations with shared blocks, views and draining slots.
 #include "cache/candidates.h"
 
 #include <gtest/gtest.h>
@@ -21,7 +21,7 @@ namespace {
 constexpr std::int32_t kManySlots = 24;
 constexpr std::int64_t kMaxBlocks = 8, kBlocks = 72;  // logical
 
-// The walk over all slots, as a model: what it finds is what the supply must find.
+// A model that walks over all slots: the supply must find what it finds.
 class Walk {
  public:
   Walk(const SlotTable& table, const StateLock& state, const Arena& arena)
@@ -66,7 +66,7 @@ class Walk {
     return donors;
   }
 
-  // Blocks that come free with the draining slots.
+  // Returns the blocks that become free when all draining slots have drained.
   std::int64_t Draining() const {
     std::vector<std::int32_t> dropped(arena_.pool().num_blocks(), 0);
     std::int64_t freed = 0;
@@ -82,8 +82,8 @@ class Walk {
   }
 
  private:
-  // Blocks that a new owner of a free slot can use.
-  // A slot that must give up what it has comes last; the one that has been parked for longest is the first of them.
+  // Returns the blocks that a new owner of a free slot can use. Slots that must first give up their blocks come last,
+  // the one parked for longest first among them.
   std::int64_t Usable(std::int32_t slot) const {
     if (arena_.SharedBlocks(slot) == 0) return arena_.blocks(slot);
     return -1 - static_cast<std::int64_t>(table_.host(state_, slot).parked_at);
@@ -115,7 +115,7 @@ class Machine {
 
   void Step() {
     const MappingLock mapping = supply_->Lock();
-    static_cast<void>(supply_->BestFits(mapping, {}));  // free slots have given up what they had from others
+    static_cast<void>(supply_->BestFits(mapping, {}));  // makes free slots give up shared blocks
     Compare(mapping);
     Change(mapping);
   }
@@ -132,7 +132,7 @@ class Machine {
   std::int64_t Pick(std::int64_t below) { return static_cast<std::int64_t>(random_() % below); }
   SlotState StateOf(std::int32_t slot) { return table_.host(table_.Lock(), slot).state; }
 
-  // Some slots that a claim could name, each once.
+  // Returns some slots that a claim could name, each once.
   std::vector<Want> SomeWants() {
     std::vector<Want> wants;
     for (std::int32_t slot = 0; slot < kManySlots; ++slot) {

@@ -28,7 +28,7 @@ bool Same(const char* a, const char* b, DType dtype, int n) {
   return true;
 }
 
-// A pool over a cache of the test's own, as its programs see it.
+// A pool on a cache provided by the test, as programs see it.
 struct Bench {
   Cache cache;
   SpecInts spec;
@@ -51,7 +51,7 @@ struct Bench {
     rows.entry().epoch = 5;
   }
   CacheBuffers Buffers() const { return {300, 0, 5, lengths}; }
-  // Every layer of a slot has been written up to its length.
+  // Sets lengths; every layer of a slot counts as written up to its length.
   void SetLengths(std::vector<std::int32_t> of) {
     lengths = std::move(of);
     for (int slot = 0; slot < kMaxSlots; ++slot) {
@@ -62,7 +62,7 @@ struct Bench {
 
 struct NewTokens {
   std::vector<std::int32_t> slots, offsets;
-  std::vector<float> values[2];  // what k and v are, exactly
+  std::vector<float> values[2];  // the exact values of k and v
   std::unique_ptr<char[]> bytes[2];
   int tokens;
 
@@ -74,7 +74,7 @@ struct NewTokens {
     for (int which = 0; which < 2; ++which) {
       std::vector<char> raw;
       for (int row = 0; row < tokens * heads; ++row) {
-        // Some rows of zeros, tiny, huge and not finite ones.
+        // Some rows are zero, tiny, huge or not finite.
         const int kind = Pick(rng, 0, 11);
         const float factor = kind == 0 ? 0.0f : kind == 1 ? 1e-39f : kind == 2 ? 2e-36f : kind == 3 ? 1e37f : 1.0f;
         const int special = kind == 4 ? Pick(rng, 0, head_dim - 1) : -1;
@@ -113,7 +113,7 @@ void AppendPlainly(const Bench& bench, const NewTokens& batch, const Cache& cach
   }
 }
 
-// The whole arena: what was to be written was, and nothing else.
+// Compares complete arenas: what should have been written was, and nothing else.
 bool SameArena(const Cache& a, const Cache& b) {
   if (IsQuantized(a.view.dtype)) {
     for (std::size_t i = 0; i < a.memory.size(); ++i) {
@@ -186,7 +186,7 @@ TEST(CudaAppendTest, OneTokenEachAndNothingAtAll) {
   const auto operands = buffers.Operands(DeviceOp::kAppendKV, bench.table, bench.spec);
   EXPECT_OK(cuda::AppendKV(operands, {slots.get(), offsets.get(), 5, 5}, append, epoch.get(), scratch.get(), nullptr));
   EXPECT_TRUE(SameArena(bench.cache, expected));
-  // No sequence and no token: the epoch moves all the same.
+  // Without sequences and tokens, the epoch still advances.
   buffers.epoch[0] = epoch[0];
   EXPECT_OK(cuda::AppendKV(operands, {nullptr, offsets.get(), 0, 0}, append, epoch.get(), scratch.get(), nullptr));
   EXPECT_EQ(bench.rows.TakeFault().kind, 0);

@@ -1,5 +1,5 @@
-// Attention as handlers launch it, on the emulated device: check, append and attention over a pool's table, and over
-// plain page arrays.
+// Attention as handlers launch it, on the emulated device: check, append and attention on a pool's table, and on plain
+// page arrays.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -35,14 +35,14 @@ Problem SomeProblem(Rng& rng, DType dtype, DType q_dtype, int head_dim) {
   return p;
 }
 
-// Memory as XLA hands it over: what was there before.
+// Memory with arbitrary contents, as XLA provides it.
 std::unique_ptr<char[]> Garbage(std::size_t bytes) {
   auto memory = Exactly<char>(bytes);
   std::memset(memory.get(), 0xa5, bytes);
   return memory;
 }
 
-// A pool over the cache, the problem's sequences in its slots.
+// A pool on the cache, with the problem's sequences in its slots.
 struct Pool {
   SpecInts spec;
   DeviceTable table;
@@ -107,7 +107,7 @@ std::vector<char> NewTokens(Problem& p, int which, DType dtype) {
   return rows;
 }
 
-// Whatever a program's numbers are, a plan reads only what they lead to: the check refuses the batch after it.
+// Whatever values a program passes, the plan includes only what they make valid; the check refuses the batch later.
 TEST(CudaAttentionOpTest, APlanLeavesOutWhatIsWrong) {
   constexpr std::int32_t kLeast = std::numeric_limits<std::int32_t>::min(), kMost = -(kLeast + 1);
   struct Case {
@@ -156,7 +156,7 @@ TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
       std::vector<double> out, lse;
       Reference(p, &out, &lse);
       const bool tensor_cores = UsesTensorCores(p);
-      // Not there until they are appended.
+      // Erase the new tokens, which append must write.
       for (std::size_t s = 0; s < in.size(); ++s) {
         for (int t = p.sequences[s].position; t < p.tokens(s); ++t) {
           for (int which = 0; which < 2; ++which) {
@@ -190,7 +190,7 @@ TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
       EXPECT_EQ(pool.rows.entry().epoch, 6u);
       EXPECT_EQ(pool.rows.TakeFault().set, 0u);
 
-      pool.lengths[1] = -1;  // free in the cache value
+      pool.lengths[1] = -1;  // free according to the cache value
       const Result failed = pool.Run(p, cache, nullptr);
       for (std::size_t i = 0; i < failed.out.size(); i += ItemSize(p.q_dtype)) {
         EXPECT_TRUE(std::isnan(Read(&failed.out[i], p.q_dtype))) << i;
@@ -199,7 +199,7 @@ TEST(CudaAttentionOpTest, PoolsAreReadAndUpdated) {
   }
 }
 
-// Page arrays of any page size; a sequence whose length or table cannot be right spoils its own rows alone.
+// Page arrays of any page size. A sequence with an invalid length or table spoils only its own rows.
 TEST(CudaAttentionOpTest, TablesOfAnyPageSize) {
   Rng rng(2);
   for (const int page : {1, 5, 16, 48, 64}) {

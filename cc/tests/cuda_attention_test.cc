@@ -64,8 +64,8 @@ TEST(CudaAttentionTest, PrefillMatchesReference) {
   }
 }
 
-// The same bits for any number of multiprocessors (how units are cut into pieces), the order in which blocks and
-// threads run, the neighbours, and where the chunks lie.
+// Results have the same bits for any number of multiprocessors (which decides how units are split), any order of blocks
+// and threads, any neighbours and any chunk placement.
 TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
   Rng rng(4);
   for (int round = 0; round < 5; ++round) {
@@ -114,7 +114,7 @@ TEST(CudaAttentionTest, BitsDoNotDependOnSurroundings) {
   }
 }
 
-// Masked positions may hold anything: infinities and NaN, in keys and in values.
+// Masked positions may hold anything, including infinities and NaN, in keys and in values.
 TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
   Rng rng(5);
   const float infinity = std::numeric_limits<float>::infinity();
@@ -128,7 +128,7 @@ TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
     FillProblem(rng, p, {{300, 5}, {70, 60}}, 1);
     std::vector<double> out, lse;
     Reference(p, &out, &lse);
-    // From its position on a token of each sequence is not finite: rows before it must not notice.
+    // From this position on, a token of each sequence is not finite: earlier rows must be unaffected.
     std::vector<int> bad;
     for (int s = 0; s < 2; ++s) {
       const int token = p.sequences[s].position + p.sequences[s].query_length / 2;
@@ -138,7 +138,7 @@ TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
           p.At(s, which, token, 0, d) = PickOf(rng, {infinity, -infinity, std::nanf("")});
         }
       }
-      // Before every row's window.
+      // A position before every row's window.
       if (p.window > 0) p.At(s, 1, p.sequences[s].position - p.window, 0, 1) = std::nanf("");
     }
     const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 2, p.max_tokens(), 16);
@@ -166,7 +166,7 @@ TEST(CudaAttentionTest, WhatIsNotSeenDoesNotMatter) {
   }
 }
 
-// Infinite values reach those who see them as infinities, through the product that is made for them.
+// Infinite values reach the rows that see them as infinities, although a separate product handles them.
 TEST(CudaAttentionTest, InfinitiesKeepTheirSign) {
   Rng rng(6);
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
@@ -199,7 +199,7 @@ TEST(CudaAttentionTest, InfinitiesKeepTheirSign) {
   }
 }
 
-// Contexts whose spans are longer than the shortest ones.
+// Contexts with spans longer than the minimum.
 TEST(CudaAttentionTest, LongContexts) {
   Rng rng(8);
   for (const int queries : {1, 18}) {

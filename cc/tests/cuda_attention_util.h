@@ -1,4 +1,4 @@
-// Shared by the tests of attention on the emulated device: a batch that passed its check, run over a cache, and the
+// Helpers for tests of attention on the emulated device: a batch that has passed its check, run on a cache, and the
 // comparison with the reference.
 #ifndef KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
 #define KVPAGE_TESTS_CUDA_ATTENTION_UTIL_H_
@@ -38,10 +38,10 @@ struct FreeScratch {
 };
 
 struct CudaRun {
-  int only = -1;        // keeps one sequence, the others are inactive
-  bool failed = false;  // the check failed
-  bool aligned = true;  // what the caller says of the view
-  int padding = 0;      // inactive sequences before the others
+  int only = -1;        // keeps one sequence and deactivates the others
+  bool failed = false;  // whether the check failed
+  bool aligned = true;  // whether the caller claims an aligned view
+  int padding = 0;      // number of inactive sequences in front
 };
 
 inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, Result* result) {
@@ -60,7 +60,7 @@ inline cuda::AttentionOperands ToOperands(const Problem& p, const Cache& cache, 
   return a;
 }
 
-// A batch that has passed its check, and the memory of its attention.
+// A batch that has passed its check, and the scratch memory of its attention.
 class CudaBatch {
  public:
   CudaBatch(const Problem& p, const Cache& cache, const std::vector<int>& slots, const CudaRun& options = {})
@@ -110,8 +110,8 @@ inline Result RunCuda(const Problem& p, const Cache& cache, const std::vector<in
   return batch.result();
 }
 
-// Compares with the reference: rounding of the output's type, what float32 sums may lose, and for tensor cores the
-// weights' rounding to the queries' type, which averages out over the context. Where a value's scale multiplies its
+// Compares with the reference, allowing for the rounding of the output type and of float32 sums. On tensor cores,
+// weights are also rounded to the query type, which averages out over the context; if a value's scale multiplies its
 // weight, the largest weight is rounded too.
 inline void CheckCuda(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse,
                       bool tensor_cores, const std::string& what = "") {
@@ -137,7 +137,7 @@ inline void CheckCuda(Problem& p, const Result& result, const std::vector<double
   EXPECT_LT(worst_lse, 1e-5) << worst_lse << " " << what << " " << DescribeCuda(p);
 }
 
-// The device for the time of a scope.
+// Configures the emulated device for the duration of a scope.
 class ScopedDevice {
  public:
   ScopedDevice(int num_sms, std::uint64_t seed) : before_(emulation::device()) {
@@ -180,14 +180,14 @@ inline std::vector<std::pair<int, int>> RandomLengths(Rng& rng, int longest) {
   return lengths;
 }
 
-// A problem in a cache of a random layout, with the reference's results, on a device of a random size.
+// A problem stored in a cache of random layout, with the reference results, on a device of random size.
 class StoredProblem {
  public:
   StoredProblem(Rng& rng, Problem& p)
       : p_(p), cache_(RandomCache(rng, p)), slots_(StoreAnywhere(rng, p, cache_)), device_(Pick(rng, 1, 6), rng()) {
     Reference(p, &out_, &lse_);
   }
-  // Compares the kernels with the reference; `tensor_cores`: how large the error may be.
+  // Compares the kernels with the reference; `tensor_cores` selects the tolerance.
   void Check(const CudaRun& run, bool tensor_cores, const std::string& what = "") const {
     CheckCuda(p_, RunCuda(p_, cache_, slots_, run), out_, lse_, tensor_cores, what);
   }

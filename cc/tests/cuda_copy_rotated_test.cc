@@ -1,5 +1,5 @@
-// copy_rotated: on CPU and on the emulated device the same bytes, which are those of the rotation in float64 after
-// rounding to the storage type; and the same answers to random programs.
+// copy_rotated: the CPU and the emulated device produce the same bytes, those of the float64 rotation rounded to the
+// storage type, and give the same answers to random programs.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -87,7 +87,7 @@ void Fill(const KVView& view, Rng* rng) {
   }
 }
 
-// The largest error of an element of this size in a row with this largest one.
+// Returns the error bound of element x in a row whose largest element is `top`.
 double Bound(DType dtype, double x, double top) {
   switch (dtype) {
     case DType::kF32:
@@ -188,8 +188,8 @@ TEST(CudaCopyRotatedTest, TheSameBytesAsOnCpu) {
   const std::vector<std::vector<SegmentCopy>> lists = {
       {{0, 1, 2, 50, 21}, {0, 2, 40, 20, 0}},    // to later and to earlier positions, across blocks
       {{-1, -1, -1, -1, -1}, {0, 2, 3, 30, 3}},  // padding; the same positions
-      {{1, 2, 20, 1, 0}, {-1, 0, 0, 0, 0}},      // one token
-      {{1, 2, 4, 0, 0}},                         // nothing
+      {{1, 2, 20, 1, 0}, {-1, 0, 0, 0, 0}},      // a single token
+      {{1, 2, 4, 0, 0}},                         // no tokens
       {},
   };
   const std::vector<float> frequencies = {1.0f, 0.5f, 0.01f, 2.5f, 0.125f, 0.0f, 3.0f, 0.25f,
@@ -210,7 +210,7 @@ TEST(CudaCopyRotatedTest, TheSameBytesAsOnCpu) {
   }
 }
 
-// One more op of the twins. Only the check and the slot table: nothing is rotated.
+// Twins with one more op. Only the check and the slot table are exercised: nothing is rotated.
 class SegmentTwins : public Twins {
  public:
   using Twins::Twins;
@@ -237,7 +237,7 @@ class SegmentTwins : public Twins {
   }
 };
 
-// Right copies between occupied slots, and wrong ones.
+// Valid copies between occupied slots, and invalid ones.
 std::vector<SegmentCopy> RandomCopies(Twins& t) {
   Rng& rng = t.rng();
   std::vector<std::int32_t> slots = Occupied(t);

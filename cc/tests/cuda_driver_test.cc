@@ -1,6 +1,6 @@
-// The driver's properties that CudaVmm relies on, checked on this machine; with --fake on the fake driver, which must
-// give the same answers, or refuse more. A plain program without GoogleTest: benchmarks/run_gpu.sh builds and runs it
-// on machines with a GPU, where that package may be missing.
+// The properties of the driver that CudaVmm relies on, checked on this machine. With --fake they are checked on the
+// fake driver, which must give the same answers or be stricter. A plain program without GoogleTest, because
+// benchmarks/run_gpu.sh builds and runs it on GPU machines that may lack that package.
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -19,7 +19,7 @@ using cu::Result;
 bool g_fake_wanted = false;
 int g_failures = 0;
 
-// A wrong answer is told and counted; the program goes on.
+// Reports and counts a wrong answer, and continues.
 void Expect(bool right, const std::string& what = "wrong answer", int line = __builtin_LINE()) {
   if (right) return;
   ++g_failures;
@@ -44,7 +44,7 @@ const Driver* OpenDriver() {
   return &fake->driver();
 }
 
-// The first device, its context current; `grain` is the granularity of its mappings.
+// The first device, with its context current; `grain` is its mapping granularity.
 struct World {
   World() : driver(*OpenDriver()) {
     DeviceDescription device;
@@ -55,7 +55,7 @@ struct World {
     scope = std::make_unique<ContextScope>(*context);
     ExpectOk(scope->status());
   }
-  // One byte of device memory.
+  // Returns one byte of device memory.
   int Byte(const void* device) const {
     unsigned char byte = 0;
     const cu::DevicePtr from = reinterpret_cast<cu::DevicePtr>(device);
@@ -84,7 +84,7 @@ void BlocksAreMappedAliasedAndMoved() {
     for (int i = 0; i < 3; ++i) ExpectOk(vmm->Fill(i * bytes, bytes, i + 1));
     ExpectByte(world.Byte(vmm->base() + 3 * bytes), 1, "a block at two addresses");
     ExpectByte(world.Byte(vmm->base() + 3 * bytes - 1), 3);
-    // Across blocks, in one go.
+    // Across blocks, in a single call.
     ExpectOk(vmm->Fill(bytes - 16, 32, 9));
     ExpectByte(world.Byte(vmm->base() + 3 * bytes + bytes - 1), 9);
     ExpectByte(world.Byte(vmm->base() + bytes + 15), 9);
@@ -96,8 +96,8 @@ void BlocksAreMappedAliasedAndMoved() {
     ExpectOk(vmm->Unmap(40 * bytes, blocks + 1, 2));
     ExpectOk(vmm->Destroy(blocks + 1, 2));
     Expect(vmm->PhysicalBytes() == bytes);
-    // A far larger range than there is memory costs nothing. (Not a fixed number: the fake driver's addresses are those
-    // of this process, of which ThreadSanitizer leaves as little as half a TiB in one piece.)
+    // A far larger range than there is memory costs nothing. (Not a fixed number: the fake driver uses addresses of
+    // this process, of which ThreadSanitizer may leave as little as half a TiB contiguous.)
     std::size_t free = 0, total = 0;
     Expect(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
     std::int64_t free_bytes = 0;
@@ -127,8 +127,8 @@ void TheDriverKeepsTheRulesThatTheFakeOneChecks() {
   Expect(driver.MemMap(at + 4096, grain, 0, one, 0) != Result::kSuccess, "off the grid");
   Expect(driver.MemMap(at + grain, 2 * grain, 0, two, 0) == Result::kSuccess);
   Expect(driver.MemUnmap(at + grain, grain) != Result::kSuccess, "a part of a mapping");
-  // The real driver accepts this and does nothing (580.159 on an H200). The fake one is stricter, because whoever
-  // unmaps a hole has lost track of its mappings.
+  // The real driver accepts this and does nothing (580.159 on an H200). The fake one is stricter: whoever unmaps a hole
+  // has lost track of its mappings.
   Expect((driver.MemUnmap(at + 4 * grain, grain) == Result::kSuccess) == !g_fake_wanted, "a hole");
   cu::AccessDesc access;
   access.location.id = world.context->device();
@@ -163,7 +163,7 @@ void DestroyedBlocksAreFree() {
   Expect(after >= during + 64 * world.grain, std::to_string(during) + " " + std::to_string(after));
 }
 
-// What hand-over relies on: one process stands for two here, by two pools' memory.
+// What hand-over relies on. Here one process stands in for two, with the memory of two pools.
 void HandlesAreSharedReadOnlyAndKeepTheirMemory() {
   World world;
   const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
@@ -214,7 +214,7 @@ void HandlesAreSharedReadOnlyAndKeepTheirMemory() {
   receiver.reset();
   Expect(world.driver.MemGetInfo(&after, &total) == Result::kSuccess);
   Expect(after >= before + 2 * world.grain, "and gives it back");
-  // An allocation that was not made for it.
+  // An allocation that was not created as shareable.
   cu::AllocationProp prop;
   prop.location.id = world.context->device();
   cu::MemHandle plain = 0;
@@ -230,7 +230,7 @@ void RunningOutIsAStatus() {
   const std::int64_t bytes = static_cast<std::int64_t>(world.grain);
   std::size_t free = 0, total = 0;
   Expect(world.driver.MemGetInfo(&free, &total) == Result::kSuccess);
-  // One handle of more than there is.
+  // One more handle than there is memory for.
   const std::int64_t huge = static_cast<std::int64_t>(total / world.grain + 1) * bytes;
   std::unique_ptr<CudaVmm> vmm;
   ExpectOk(CudaVmm::Make(world.context, huge, huge, &vmm));

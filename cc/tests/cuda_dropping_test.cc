@@ -1,5 +1,5 @@
-// Sequences that have dropped their beginning: no attention kernel, of CPU or of the emulated device, touches the
-// memory before the first position that the window shows, and the device's check refuses windows that show more.
+// Sequences that have dropped their beginning: no CPU or CUDA attention kernel touches memory before the first position
+// in the window, and the device's check refuses windows that reach further back.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,13 +19,13 @@ namespace {
 
 constexpr int kChunk = 16, kMaxTokens = 320;
 
-// While it lives, whole pages of the first `chunks` chunks of some slots cannot be accessed.
+// Makes the full pages of the first `chunks` chunks of some slots inaccessible during its lifetime.
 class Hole {
  public:
   Hole(const Cache& cache, Layout layout, const std::vector<int>& slots, int chunks) {
     const KVView& view = cache.view;
     for (const int slot : slots) {
-      if (layout == Layout::kFused) {  // all layers, keys and values lie in each chunk
+      if (layout == Layout::kFused) {  // each chunk holds all layers, keys and values
         Protect(view.Chunk(slot, 0, 0, 0), view.Chunk(slot, chunks, 0, 0));
         continue;
       }
@@ -70,7 +70,7 @@ TEST(CudaDroppingTest, KernelsDoNotTouchTheHole) {
         p.dtype = dtype;
         p.q_dtype = IsQuantized(dtype) ? PickOf(rng, {DType::kF32, DType::kBF16}) : dtype;
         p.window = 75;
-        // Decode, speculation and prefill. All of them see from 202 on: the hole ends at 192, in the middle of tiles
+        // Decode, speculation and prefill. All of them read from position 202 on: the hole ends at 192, inside tiles
         // and spans.
         FillProblem(rng, p, {{276, 1}, {276, 3}, {276, 24}}, 0);
         const std::vector<int> slots = {2, 0, 1};
@@ -103,7 +103,7 @@ class CheckedRead {
     rows_->slot(0) = {160, 0, 99, 0, 0, 48};
     rows_->written(0, 0) = 99;
   }
-  // The recorded fault, as a message; "" for none.
+  // Returns the recorded fault as a message, or "" if there is none.
   std::string Run(DeviceOp op, std::int32_t window, std::int32_t length = 99) {
     Result result;
     result.out.assign(p_.q.size(), '\x55');

@@ -1,4 +1,4 @@
-// Copies of edit_slots: on CPU and on the emulated device every byte of the target's tokens becomes the source's, and
+// Copies by edit_slots: on the CPU and the emulated device, every byte of the target's tokens becomes the source's, and
 // nothing else changes.
 #include <gtest/gtest.h>
 
@@ -29,7 +29,7 @@ Geometry CopyGeometry(std::int64_t head_dim, DType dtype, Layout layout) {
   return geometry;
 }
 
-// As a copy is defined: element by element, through the view.
+// The definition of a copy: element by element, through the view.
 void CopyPlainly(const KVView& view, const TokenCopy& copy, std::vector<char>* memory) {
   KVView to = view;
   to.base = memory->data();
@@ -98,7 +98,7 @@ TEST(CudaEditSlotsTest, CopiesAreBitIdentical) {
       {{0, 1, 0, 50}, {0, 2, 0, 33}},                     // one source, several targets, across blocks
       {{-1, -1, -1, -1}, {0, 2, 19, 1}, {0, 1, 16, 16}},  // ragged
       {{0, 1, 15, 2}, {0, 2, 20, 0}},                     // a block's end; nothing
-      {{1, 0, 3, 14}},                                    // into what is written
+      {{1, 0, 3, 14}},                                    // into tokens that are already written
   };
   for (const Layout layout : {Layout::kFused, Layout::kPerLayer}) {
     for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {

@@ -1,4 +1,4 @@
-// The emulated device itself: that kernels compute what a GPU would, and that mistakes end in a message.
+// The emulated device itself: kernels compute what a GPU would, and mistakes end with a message.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -21,7 +21,7 @@ namespace {
 using cuda::Launch;
 using cuda::LaunchShape;
 
-// Sums of blocks of numbers: shuffles, static and dynamic shared memory, a barrier, an atomic.
+// Block-wise sums of numbers: shuffles, static and dynamic shared memory, a barrier, an atomic.
 __global__ void __launch_bounds__(128) SumKernel(const int* in, int* out, int n) {
   KVPAGE_SHARED(int[4], sums);
   KVPAGE_DYNAMIC_SHARED(raw);
@@ -51,7 +51,7 @@ TEST(CudaEmulationTest, BlocksAndWarpsComputeTogether) {
 
 __global__ void CollectiveKernel(unsigned* out) {
   const unsigned lane = threadIdx.x % 32;
-  if (lane % 2 == 0) {  // half the lanes alone
+  if (lane % 2 == 0) {  // half of the lanes on their own
     out[threadIdx.x] = __reduce_add_sync(0x55555555u, lane);
   } else {
     out[threadIdx.x] = __ballot_sync(0xaaaaaaaau, lane > 16);
@@ -112,9 +112,9 @@ TEST(CudaEmulationTest, BankConflictsAreCounted) {
     emulation::CountBankConflicts(rows, 8);
     return emulation::NumBankConflicts() - before;
   };
-  EXPECT_EQ(conflicts(0), 0);    // one row for all
-  EXPECT_EQ(conflicts(16), 0);   // side by side
-  EXPECT_EQ(conflicts(32), 1);   // pairs meet
+  EXPECT_EQ(conflicts(0), 0);    // all read the same row
+  EXPECT_EQ(conflicts(16), 0);   // adjacent rows
+  EXPECT_EQ(conflicts(32), 1);   // pairs conflict
   EXPECT_EQ(conflicts(112), 0);  // an odd number of rows apart
   EXPECT_EQ(conflicts(128), 7);
 }
@@ -140,7 +140,7 @@ __global__ void AbsentKernel() {
 __global__ void SpinKernel() {
   while (true) __nanosleep(10);
 }
-// Neither polls: one always gets on to the next barrier, the other waits without saying so.
+// Neither kernel below polls: the first always reaches another barrier, the second waits without saying so.
 __global__ void BarriersKernel() {
   while (true) __syncthreads();
 }
@@ -155,14 +155,14 @@ __global__ void StaticSharedKernel() {
   KVPAGE_SHARED(char[900], second);
   first[threadIdx.x] = second[threadIdx.x] = 0;
 }
-// Reads its neighbour's number without a barrier between.
+// Reads a neighbour's number without a barrier in between.
 __global__ void RaceKernel(int* out) {
   KVPAGE_SHARED(int[64], numbers);
   numbers[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = numbers[63 - threadIdx.x];
 }
 
-// The output of a process in which the kernel runs, and whether it aborted.
+// Runs the kernel in a child process and returns its output if it aborted.
 template <auto kKernel>
 std::string MessageOf() {
   int ends[2];
@@ -202,7 +202,7 @@ TEST(CudaEmulationTest, KernelsThatDoNotEndFail) {
   const std::string barriers = MessageOf<BarriersKernel>();
   const std::string computes = MessageOf<ComputesKernel>();
   emulation::device().launch_seconds = emulation::Device().launch_seconds;
-  // Those that wait at that moment, at times one alone.
+  // The message lists the threads that wait at that moment, which may be just one.
   EXPECT_TRUE(Has(barriers, "does not end") && Has(barriers, "__syncthreads") && Has(barriers, "thread")) << barriers;
   EXPECT_TRUE(Has(computes, "thread 0: the kernel does not end") && Has(computes, "does not wait")) << computes;
 }
@@ -233,7 +233,7 @@ TEST(CudaEmulationTest, SixteenBitFloats) {
       EXPECT_EQ(__half_as_ushort(__float2half_rn(half)), bits);
     }
     EXPECT_TRUE(brain != brain || __bfloat16_as_ushort(__float2bfloat16_rn(brain)) == bits);
-    // The nearest of the two neighbours, even in a tie.
+    // The nearest of the two neighbours, and the even one in a tie.
     if (exponent >= 30 || bits >= 0x7fff) continue;
     const float next = __half2float(__ushort_as_half(static_cast<unsigned short>(bits + 1)));
     const float middle = (half + next) / 2;

@@ -1,4 +1,4 @@
-// Shared prefixes on the emulated device: sequences of decode whose first blocks are the same physical memory are
+// Shared prefixes on the emulated device: decoding sequences whose first blocks are the same physical memory are
 // computed together, and no bit of a result changes.
 #include <gtest/gtest.h>
 
@@ -22,7 +22,7 @@ namespace {
 constexpr int kSpan = 256, kBlockTokens = 16;
 constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 
-// Sequence s has its first `tokens` tokens from an earlier one.
+// The first `tokens` tokens of a sequence are those of an earlier one.
 struct Share {
   int from = -1;
   int tokens = 0;
@@ -38,7 +38,7 @@ void CopyShared(Problem& p, const std::vector<Share>& shares) {
   }
 }
 
-// A random tree: each sequence begins as an earlier one does, or on its own.
+// A random tree: each sequence starts with a prefix of an earlier one, or on its own.
 std::vector<Share> RandomTree(Rng& rng, const std::vector<std::pair<int, int>>& lengths) {
   std::vector<Share> shares(lengths.size());
   for (std::size_t s = 1; s < lengths.size(); ++s) {
@@ -55,8 +55,8 @@ struct Outcome {
   std::int64_t copied_bytes = 0;
 };
 
-// A pool over a cache, whose memory cannot be mapped twice: what is shared is equal in all slots, and runs say that it
-// is the same.
+// A pool on a cache whose memory cannot be mapped twice: instead, shared blocks have equal contents in all slots, and
+// the runs claim that they are the same.
 class SharingPool {
  public:
   SharingPool(const Problem& p, const Cache& cache, const std::vector<Share>& shares)
@@ -91,7 +91,7 @@ class SharingPool {
     EXPECT_OK(cuda::PlanAttention(Cache(), batch_, operands_, plan_.get(), nullptr));
     EXPECT_EQ(rows_.entry().readers, 0u);
   }
-  // With the plan that was made last.
+  // Attends with the plan made last.
   Outcome Attend(Result result) {
     Outcome outcome;
     outcome.result = std::move(result);
@@ -162,7 +162,7 @@ void ExpectSameBits(const Problem& p, SharingPool& pool, bool grouped) {
   EXPECT_EQ(together.copied_bytes < alone.copied_bytes, grouped);
 }
 
-// The tiles of what is shared are copied once for all rows that fit.
+// The tiles of a shared prefix are copied once for all rows that fit.
 TEST(CudaGroupedTest, SharedTilesAreCopiedOnce) {
   Rng rng(1);
   const ScopedDevice device(2, 7);
@@ -180,7 +180,7 @@ TEST(CudaGroupedTest, SharedTilesAreCopiedOnce) {
   EXPECT_EQ(alone.result, together.result);
   const std::int64_t prefix = std::int64_t{2} * shared * p.kv_heads * p.head_dim * 2;  // keys and values
   EXPECT_EQ(alone.copied_bytes - together.copied_bytes, (n - 1) * prefix);
-  // What it saves decides.
+  // Grouping depends on how much it saves.
   EXPECT_EQ(pool.Run((n - 1) * prefix).plan.groups, 1);
   EXPECT_EQ(pool.Run((n - 1) * prefix + 1).plan.groups, 0);
 }
@@ -213,7 +213,7 @@ TEST(CudaGroupedTest, BitsAreThoseOfTheSequenceAlone) {
   EXPECT_GT(grouped, 6);
 }
 
-// Branches share more among themselves than with the first sequence; more rows than a block computes at a time.
+// Branches share more with each other than with the first sequence; more rows than a block computes at a time.
 TEST(CudaGroupedTest, GroupsWithinGroups) {
   Rng rng(3);
   const ScopedDevice device(3, 11);
@@ -228,14 +228,14 @@ TEST(CudaGroupedTest, GroupsWithinGroups) {
   SharingPool pool(p, cache, shares);
   const Outcome alone = pool.Run(kNever), together = pool.Run(0);
   EXPECT_EQ(alone.result, together.result);
-  // One span for all 11, in two parts; one span of {1, 3, 4, 6}; two spans of {3, 6}; three of {2, 5}.
+  // One span for all 11 sequences, in two parts; one span of {1, 3, 4, 6}; two spans of {3, 6}; three of {2, 5}.
   EXPECT_EQ(together.plan.groups, 4);
   EXPECT_EQ(together.plan.group_items, 2 + 1 + 2 + 3);
   const std::int64_t span = std::int64_t{2} * kSpan * p.head_dim * 2;
   EXPECT_EQ(alone.copied_bytes - together.copied_bytes, (9 + 3 + 2 + 3) * span);
 }
 
-// A window that leaves some of the prefix behind, and storage without a kernel for groups.
+// Not grouped: a window that has passed part of the prefix, and storage types without a grouped kernel.
 TEST(CudaGroupedTest, WhatIsNotGrouped) {
   Rng rng(4);
   for (const DType dtype : {DType::kBF16, DType::kF32, DType::kI8}) {
@@ -255,7 +255,7 @@ TEST(CudaGroupedTest, WhatIsNotGrouped) {
   }
 }
 
-// What has changed since the plan was made is not read together.
+// Slots that have changed since the plan was made are not read together.
 TEST(CudaGroupedTest, APlanOfAnEarlierTime) {
   Rng rng(5);
   Problem p = Decode(DType::kBF16, 64, 1, 2);
@@ -272,13 +272,13 @@ TEST(CudaGroupedTest, APlanOfAnEarlierTime) {
   const Outcome late = pool.Attend(std::move(result));
   EXPECT_EQ(late.plan.groups, 1);
   EXPECT_EQ(late.result, alone.result);
-  // The next plan knows.
+  // A new plan takes the change into account.
   EXPECT_EQ(pool.Run(0).plan.groups, 1) << "the two others";
   pool.counts()[2] = 0;
   EXPECT_EQ(pool.Run(0).result, alone.result);
 }
 
-// Block tables say by themselves what is the same memory.
+// With block tables, equal entries identify the same memory.
 TEST(CudaGroupedTest, TablesThatNameTheSamePages) {
   Rng rng(6);
   for (const int page : {16, 48, 512}) {

@@ -9,7 +9,7 @@ namespace {
 
 const std::vector<std::pair<int, int>> kLengths = {{560, 1}, {150, 20}, {0, 1}};
 
-// With the tensor core kernels where they exist, and with the general one.
+// Checks the tensor core kernels where they exist, and the general kernel.
 void CheckKernels(Rng& rng, Problem& p, float size) {
   const StoredProblem stored(rng, p);
   for (const bool aligned : {true, false}) {
@@ -47,7 +47,7 @@ TEST(CudaLargeScoresTest, VariantsMatchReference) {
   }
 }
 
-// A score that overflows float32 makes a row NaN and its lse infinite; rows that do not see the key are as before.
+// A score that overflows float32 makes a row NaN and its lse infinite; rows that do not see the key are unaffected.
 TEST(CudaLargeScoresTest, OverflowIsNotSilent) {
   Rng rng(3);
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {

@@ -1,5 +1,4 @@
-// How kernels are launched, on the emulated device: their shared memory, and what they share with other launches and
-// with graphs.
+// Kernel launches on the emulated device: their shared memory, and how they overlap with other launches and graphs.
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -15,7 +14,7 @@
 namespace kvpage::testing {
 namespace {
 
-// A decode step in a cache, and what it must give.
+// A decode step on a cache, and its expected result.
 struct Step {
   Problem problem;
   Cache cache;
@@ -57,7 +56,7 @@ __global__ void CountsAfterItsWaitKernel(int* count) {
   cuda::WaitForPriorKernel();
   atomicAdd(count, step);
 }
-// A second one, because what code was loaded is found out once for each kernel.
+// A separate kernel, because the architecture of the loaded code is determined once per kernel.
 __global__ void CountsInOldCodeKernel(int* count) {
   cuda::WaitForPriorKernel();
   atomicAdd(count, 1);
@@ -88,7 +87,7 @@ TEST(CudaLaunchTest, OverlappedKernelsTouchNothingBeforeTheyWait) {
                "copies global memory before it waits");
 }
 
-// Code that was compiled for an older architecture does not wait: such kernels run one after the other.
+// Code compiled for an older architecture cannot wait for its predecessor, so such kernels run one after the other.
 TEST(CudaLaunchTest, OldCodeDoesNotOverlap) {
   const ScopedDevice device(4, 0);
   emulation::device().major = 12;
@@ -99,7 +98,7 @@ TEST(CudaLaunchTest, OldCodeDoesNotOverlap) {
   EXPECT_EQ(count, 3 * 64);
 }
 
-// Some take all of the 48 KiB that a kernel has without asking for more, where static shared memory counts too.
+// Some sizes use all of the default 48 KiB of shared memory, which static shared memory counts toward.
 TEST(CudaLaunchTest, EveryHeadSizeAroundTheDefaultLimit) {
   Rng rng(11);
   for (int head_dim = 38; head_dim <= 50; ++head_dim) {
@@ -114,13 +113,13 @@ TEST(CudaLaunchTest, EveryHeadSizeAroundTheDefaultLimit) {
   }
 }
 
-// Some of these take the last kilobyte of the shared memory that is left beside static variables.
+// Some of these sizes use the last kilobyte of shared memory that static variables leave.
 TEST(CudaLaunchTest, LargeHeadsTakeAllSharedMemory) {
   Rng rng(12);
   for (const int head_dim : {388, 500, 512, 588, 592, 596, 600, 708, 788, 1018, 1056, 1100}) {
     Step step(rng, DType::kF32, DType::kF32, head_dim);
     const CudaBatch batch(step.problem, step.cache, step.slots, Unaligned());
-    // Either there is room, or the message says so before anything is launched.
+    // Either there is enough, or an error says so before anything is launched.
     const Status status = batch.Launch();
     if (status.ok()) {
       step.Check(batch.result());
@@ -130,7 +129,7 @@ TEST(CudaLaunchTest, LargeHeadsTakeAllSharedMemory) {
   }
 }
 
-// Tiles are swizzled so that their rows lie in different banks.
+// Swizzled tiles have their rows in different banks.
 TEST(CudaLaunchTest, TensorCoreKernelsHaveRoomAndNoBankConflicts) {
   Rng rng(15);
   const std::int64_t before = emulation::NumBankConflicts();
@@ -150,7 +149,7 @@ TEST(CudaLaunchTest, TensorCoreKernelsHaveRoomAndNoBankConflicts) {
   EXPECT_EQ(emulation::NumBankConflicts(), before);
 }
 
-// What a captured launch takes must still be allowed when its graph is instantiated, launches of other sizes between.
+// The shared memory of a captured launch must still be allowed when its graph is instantiated, after other launches.
 TEST(CudaLaunchTest, AGraphKeepsItsSharedMemory) {
   Rng rng(13);
   Step large(rng, DType::kF32, DType::kF32, 264), small(rng, DType::kF32, DType::kF32, 128);

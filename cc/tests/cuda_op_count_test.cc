@@ -1,5 +1,5 @@
-// The count of running ops in a pool's entry (kernels/cuda/readers.cuh): from the check to the end of the last kernel,
-// also where a launch fails, and what the host makes of it.
+// The count of running ops in a pool's entry (kernels/cuda/readers.cuh): an op counts from its check to the end of its
+// last kernel, even if a launch fails; and how the host uses the count.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -53,7 +53,7 @@ struct World {
     return {op, machine.device()->table(), handle, &epoch, lengths.data(), pool->geometry().spec()};
   }
   std::uint32_t readers() { return machine.Find(300)->readers; }
-  // The kernels of append_kv, one by one.
+  // Launches the kernels of append_kv one by one.
   Status Check() {
     const auto args = cuda::ToArgs(Cache(DeviceOp::kAppendKV), batch, &layer, nullptr, true, &epoch, scratch.get(),
                                    /*followers=*/kTokens);
@@ -87,7 +87,7 @@ TEST(CudaOpCountTest, RefusedOpsAreCountedOutByTheirCheck) {
   EXPECT_EQ(world.readers(), 0u);
   EXPECT_OK(world.Append(/*last=*/true));
   EXPECT_EQ(world.readers(), 0u);
-  world.handle[0] = 300 + kMaxDevicePools;  // its search begins at this pool's entry
+  world.handle[0] = 300 + kMaxDevicePools;  // its search starts at this pool's entry
   EXPECT_OK(world.Check());
   EXPECT_EQ(world.readers(), 0u);
   EXPECT_TRUE(Mentions(world.pool->TakeFault(), "belongs to generation"));
@@ -100,13 +100,13 @@ TEST(CudaOpCountTest, AnOpWhoseLaunchFailedIsCountedOut) {
   EXPECT_TRUE(
       Mentions(cuda::CountOutUnless(Internal("no launch"), world.scratch.get(), kTokens, nullptr), "no launch"));
   EXPECT_EQ(world.readers(), 0u);
-  world.handle[1] += 1;  // a refused op has nothing to count out
+  world.handle[1] += 1;  // a refused op must not be counted out
   EXPECT_OK(world.Check());
   EXPECT_FALSE(cuda::CountOutUnless(Internal("no launch"), world.scratch.get(), kTokens, nullptr).ok());
   EXPECT_EQ(world.readers(), 0u);
   world.handle[1] -= 1;
   EXPECT_TRUE(Mentions(world.pool->TakeFault(), "belongs to generation"));
-  // A head that no block has shared memory for: found out after the check was launched.
+  // No block has enough shared memory for this head, which is detected after the check was launched.
   cuda::AttentionOperands attention;
   attention.layer = &world.layer;
   attention.num_q_heads = attention.num_kv_heads = 1;

@@ -1,4 +1,4 @@
-// Checks that only a device has: finding the pool in the table, keeping the first fault, old epochs.
+// Checks that exist only on devices: finding the pool in the table, keeping the first fault, old epochs.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Head {
   PoolRows rows = table.Add(geometry.spec(), geometry.View(nullptr), 5);
   std::vector<std::int32_t> lengths = std::vector<std::int32_t>(kSlots, -1);
 
-  // An acquire of slot 0 by a program of pool `id`; the fault in the pool's record, or in the record without a pool.
+  // Acquires slot 0 by a program of pool `id`; returns the fault recorded for the pool or without one.
   Fault Acquire(std::int32_t id, const SpecInts& spec, std::int32_t own) {
     const CacheBuffers buffers(id, 0, rows.entry().epoch, lengths);
     const auto handle = Ints({own, 0});
@@ -43,19 +43,19 @@ TEST(CudaPoolsTest, PoolsAreFoundByLookingOn) {
     EXPECT_EQ(static_cast<FaultKind>(fault.kind), FaultKind::kNoPool) << id;
     EXPECT_EQ(fault.have, id);
   }
-  // The entry where the search begins is taken by another pool, or was left by one; it goes around the table's end.
+  // The entry where the search starts belongs to another pool, or did; the search wraps around the end of the table.
   head.rows.entry().id = kLeftEntry;
   PoolRows late(head.geometry.spec(), head.geometry.View(nullptr), 2 * kMaxDevicePools - 1, &head.table.entries[0]);
   late.entry().epoch = head.rows.entry().epoch;
   head.table.entries[kMaxDevicePools - 1].id = kMaxDevicePools - 1;
   EXPECT_EQ(head.Kind(2 * kMaxDevicePools - 1, 2 * kMaxDevicePools - 1), FaultKind::kNone);
   EXPECT_EQ(late.entry().epoch, head.rows.entry().epoch + 1);
-  // The largest id of all begins its search at the last entry.
+  // The search for the largest id starts at the last entry.
   late.entry().id = std::numeric_limits<std::int32_t>::max();
   late.entry().epoch = head.rows.entry().epoch;
   EXPECT_EQ(head.Kind(late.entry().id, late.entry().id), FaultKind::kNone);
   for (int i = 0; i < kMaxDevicePools; ++i)
-    head.table.entries[i].id = kLeftEntry;  // none is empty: it ends all the same
+    head.table.entries[i].id = kLeftEntry;  // no entry is empty, but the search still ends
   EXPECT_EQ(head.Kind(5, 5), FaultKind::kNoPool);
 }
 
@@ -63,7 +63,7 @@ TEST(CudaPoolsTest, WrongPoolsAndPrograms) {
   Head head;
   for (int i = 0; i < 8; ++i) {
     SpecInts spec = head.geometry.spec();
-    if (i != 3) spec[i] += 1;  // more slots than the cache value has: the lengths would be too short
+    if (i != 3) spec[i] += 1;  // more slots than the cache value has, whose lengths would be too short
     if (i == 3) spec[i] -= 1;
     const Fault fault = head.Acquire(5, spec, 5);
     EXPECT_EQ(static_cast<FaultKind>(fault.kind), FaultKind::kSpec);
@@ -109,7 +109,7 @@ TEST(CudaPoolsTest, OldMarksAreDraggedAlong) {
   EXPECT_EQ(head.rows.TakeFault().kind, 0);
   EXPECT_EQ(buffers.epoch[0], 0x40000000u);
   EXPECT_EQ(head.rows.slot(0).since, 0x100u);
-  EXPECT_EQ(head.rows.slot(1).since, 0u);  // from before the wrap
+  EXPECT_EQ(head.rows.slot(1).since, 0u);  // from before the wraparound
   EXPECT_EQ(head.rows.slot(2).since, 0x40000000u);
 }
 

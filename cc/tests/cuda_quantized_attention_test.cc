@@ -1,5 +1,4 @@
-// Attention over int8 and float8 storage on tensor cores, on the emulated device, against a reference in double
-// precision.
+// Tensor core attention with int8 and float8 storage on the emulated device, against a reference in double precision.
 #include <gtest/gtest.h>
 
 #include "kernels/cuda/dequantize.cuh"
@@ -12,7 +11,7 @@ namespace {
 constexpr DType kQuantized[] = {DType::kI8, DType::kF8E4M3};
 constexpr DType kQueries[] = {DType::kBF16, DType::kF16};
 
-// Of round 0, 1, 2, ...: every storage with every query type, then every head size.
+// Returns the problem of round 0, 1, 2, ...: every storage type with every query type, then every head size.
 Problem SomeProblem(int round) {
   Problem p;
   p.dtype = kQuantized[round % 2];
@@ -69,7 +68,7 @@ TEST(CudaQuantizedAttentionTest, MatchesReference) {
   }
 }
 
-// Chunks of every kind that the copies distinguish: a tile lies in one, is made of several, or neither.
+// All kinds of chunks that the copies distinguish: a tile lies in one chunk, consists of several, or neither.
 TEST(CudaQuantizedAttentionTest, ChunksOfAnySize) {
   Rng rng(2);
   for (int round = 0; round < 12; ++round) {
@@ -95,7 +94,7 @@ TEST(CudaQuantizedAttentionTest, ChunksOfAnySize) {
   }
 }
 
-// The same bits however units are cut into pieces, and whatever the neighbours are.
+// Results have the same bits however units are split, and for any neighbours.
 TEST(CudaQuantizedAttentionTest, BitsDoNotDependOnSurroundings) {
   Rng rng(3);
   for (int round = 0; round < 4; ++round) {
@@ -131,7 +130,7 @@ TEST(CudaQuantizedAttentionTest, BitsDoNotDependOnSurroundings) {
   }
 }
 
-// A row whose scale is NaN reads as NaN, and only rows that see it notice, whatever the size of its neighbours.
+// A row whose scale is NaN reads as NaN and affects only the rows that see it, whatever the size of its neighbours.
 TEST(CudaQuantizedAttentionTest, NaNReachesThoseWhoSeeIt) {
   Rng rng(4);
   for (int round = 0; round < 24; ++round) {
@@ -146,7 +145,7 @@ TEST(CudaQuantizedAttentionTest, NaNReachesThoseWhoSeeIt) {
     for (int s = 0; s < 2; ++s) {
       bad.push_back(p.sequences[s].position + p.sequences[s].query_length / 2);
       p.At(s, which, bad[s], 0, 3) = std::nanf("");
-      // Before every row's window.
+      // A position before every row's window.
       if (p.window > 0) p.At(s, 1, p.sequences[s].position - p.window, 0, 1) = std::nanf("");
     }
     const Cache cache(rng, Layout::kFused, p.dtype, 1, p.head_dim, 2, p.max_tokens(), 16);
@@ -169,7 +168,7 @@ TEST(CudaQuantizedAttentionTest, NaNReachesThoseWhoSeeIt) {
   }
 }
 
-// Values that are large or small for float16, and change from token to token; the largest one only the last row sees.
+// Values large or small for float16 that change from token to token; only the last row sees the largest one.
 TEST(CudaQuantizedAttentionTest, ValuesOfAnySize) {
   Rng rng(5);
   for (int round = 0; round < 24; ++round) {

@@ -1,4 +1,4 @@
-// Random ops on twins, right and wrong: batches, named slots, edits, forks, truncations.
+// Random valid and invalid ops on twins: batches, named slots, edits, forks, truncations.
 #ifndef KVPAGE_TESTS_CUDA_RANDOM_OPS_H_
 #define KVPAGE_TESTS_CUDA_RANDOM_OPS_H_
 
@@ -31,7 +31,7 @@ inline std::vector<std::int32_t> Occupied(Twins& t) {
   return slots;
 }
 
-// Mostly a batch that can run: distinct occupied slots, some padding.
+// Returns a batch that is mostly valid: distinct occupied slots, some padding.
 inline Ragged RandomBatch(Twins& t, int at_most) {
   Rng& rng = t.rng();
   Ragged batch;
@@ -80,7 +80,7 @@ inline void AcquireSome(Twins& t) {
   t.PublishRooms();
   for (const std::int32_t slot : claim.slots) t.rows().vacated(slot) = 0;
   std::vector<std::int32_t> slots = claim.slots;
-  // With one that is taken, or does not exist; that one is free in the pool but was not acquired only the host knows.
+  // Add a slot that is occupied or does not exist. (Only the host knows that a slot is free but was not acquired.)
   const std::int32_t other = AnySlot(t);
   const bool known = !t.Exists(other) || t.StateOf(other) != SlotState::kFree;
   if (known && Pick(t.rng(), 0, 4) == 0) slots.insert(slots.begin() + Pick(t.rng(), 0, 1), other);
@@ -95,7 +95,7 @@ inline void ReleaseSome(Twins& t) {
   if (!StartRelease(t.pool(), slots).ok()) return;
   std::vector<std::int32_t> named = slots;
   const std::int32_t other = AnySlot(t);
-  // Not one that the host has not released: only the host knows that.
+  // Not a slot that the host has not released, because only the host knows that.
   if (!t.Exists(other) || (!t.allow_stale() && t.StateOf(other) == SlotState::kFree)) named.push_back(other);
   if (!slots.empty() && Pick(t.rng(), 0, 9) == 0) named.push_back(slots[0]);
   std::shuffle(named.begin(), named.end(), t.rng());
@@ -112,7 +112,7 @@ inline void ReleaseSome(Twins& t) {
   for (std::size_t i = 0; i < slots.size(); ++i) EXPECT_EQ(t.rows().vacated(slots[i]), vacated[i]);
 }
 
-// Edits of every kind and copies in one list; mostly one that can run.
+// Edits of every kind and copies in one list, mostly valid.
 inline void EditSome(Twins& t) {
   Rng& rng = t.rng();
   const std::vector<std::int32_t> slots = Occupied(t);
@@ -121,7 +121,7 @@ inline void EditSome(Twins& t) {
   if (!slots.empty() && Pick(rng, 0, 1) == 0) {
     const std::int32_t slot = Pick(rng, 0, 9) == 0 ? AnySlot(t) : slots[0];
     const std::int32_t length = t.Exists(slot) ? t.value().lengths[slot] : 0;
-    // Occupying and vacating are the host's to decide (AcquireSome, ReleaseSome); here only what does not exist.
+    // The host decides about occupying and vacating (AcquireSome, ReleaseSome); here only opcodes that do not exist.
     const bool unknown = Pick(rng, 0, 15) == 0;
     edits.push_back({unknown ? Pick(rng, static_cast<int>(SlotOpcode::kSwapIn) + 1, 12)
                              : static_cast<std::int32_t>(SlotOpcode::kSetLength),
@@ -151,7 +151,7 @@ inline void ForkSome(Twins& t) {
   const std::vector<std::int32_t> slots = Occupied(t);
   if (slots.empty()) return;
   const std::int32_t donor = slots[0];
-  if (Pick(rng, 0, 1) == 0) {  // with whole blocks
+  if (Pick(rng, 0, 1) == 0) {  // with full blocks
     static_cast<void>(t.pool().Extend({donor}, {48}));
     t.PublishRooms();
     const std::int32_t count = std::min(20, t.rows().slot(donor).room - t.value().lengths[donor]);
@@ -160,7 +160,7 @@ inline void ForkSome(Twins& t) {
     t.Advance(t.value(), batch);
   }
   const auto have = static_cast<int>(t.pool().Committed(donor).size());
-  // Now and then more than programs have written.
+  // Sometimes more tokens than programs have written.
   const int more = t.value().lengths[donor] + (Pick(rng, 0, 5) == 0 ? Pick(rng, 0, 20) : 0) - have;
   if (more > 0) static_cast<void>(t.pool().Commit(donor, std::vector<std::int32_t>(Pick(rng, 0, more), 7)));
   const Claim claim = t.pool().Fork("fork", {{donor, Pick(rng, 0, 3) == 0 ? -1 : Pick(rng, 0, have)}}, {});
@@ -183,7 +183,7 @@ inline void ForkSome(Twins& t) {
   if (mistake == 7) edits.push_back(edits[0]);
   if (t.EditSlots(DeviceOp::kFork, t.PickValue(), edits, copies).empty()) {
     if (whole == 0 || edits[0].length != tokens) return;
-    // A program that changed the cache's lengths, to write what is shared.
+    // A program that changes the cache's lengths in order to overwrite shared tokens.
     Value forged = t.value();
     const std::int32_t writer = Pick(rng, 0, 1) == 0 ? donor : slot;
     forged.lengths[writer] = Pick(rng, 0, whole - 1);
@@ -194,8 +194,8 @@ inline void ForkSome(Twins& t) {
   t.PublishRooms();
 }
 
-// Requests that begin alike, as the host queues them; sometimes with a mistake in the list. What they write is
-// committed by ForkSome.
+// Requests with equal beginnings, as the host queues them, sometimes with a mistake in the list. ForkSome commits what
+// they write.
 inline void AcquirePrefixes(Twins& t) {
   Rng& rng = t.rng();
   std::vector<prefix::Request> requests(static_cast<std::size_t>(Pick(rng, 1, 2)));
@@ -224,13 +224,13 @@ inline void AcquirePrefixes(Twins& t) {
   if (mistake == 0 && !edits.empty()) edits[0].length = Pick(rng, 0, 1) == 0 ? -1 : 140;
   if (mistake == 1 && !edits.empty()) {
     const std::int32_t other = AnySlot(t);
-    // Only the host knows of one that is free and was not acquired.
+    // Only the host knows that a slot is free but was not acquired.
     if (!t.Exists(other) || t.StateOf(other) != SlotState::kFree) edits[0].slot = other;
   }
   if (t.EditSlots(DeviceOp::kAcquirePrefix, t.PickValue(), edits, copies).empty()) {
     const SlotEdit edit = edits.empty() ? SlotEdit() : edits[0];
     if (edit.opcode != static_cast<std::int32_t>(SlotOpcode::kFound) || edit.slot < 0) return;
-    // A program that changed the cache's lengths, to write what was found.
+    // A program that changes the cache's lengths in order to overwrite what was found.
     Value forged = t.value();
     forged.lengths[edit.slot] = Pick(rng, 0, edit.length - 1);
     EXPECT_NE(t.Begin(DeviceOp::kAppendKV, forged, {{edit.slot}, {0, 1}, 1}, 0), "");
@@ -268,7 +268,7 @@ inline void DropSome(Twins& t) {
   t.pool().UndoEdits({edit});
 }
 
-// `drops`: with drops in place of prefixes.
+// With `drops`, drops take the place of prefixes.
 inline void RandomOp(Twins& t, bool drops = false) {
   Rng& rng = t.rng();
   const auto layers = static_cast<int>(t.geometry().num_layers);
@@ -293,7 +293,7 @@ inline void RandomOp(Twins& t, bool drops = false) {
     case 5:
       t.Begin(DeviceOp::kPagedAttention, t.PickForged(), RandomBatch(t, 6), layer);
       return;
-    case 6: {  // a whole step, of which one part may be missing
+    case 6: {  // a whole step, one part of which may be missing
       const Ragged batch = RandomBatch(t, 6);
       const int left_out = Pick(rng, 0, 5 * layers);
       for (int l = 0; l < layers; ++l) {

@@ -1,5 +1,4 @@
-// Ops that run at the same time on two streams of the emulated device: readers of one pool, and captures before
-// anything else has run.
+// Concurrent ops on two streams of the emulated device: readers of one pool, and captures before anything else has run.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -75,7 +74,7 @@ emulation::Graph Capture(Reader* reader) {
   return graph;
 }
 
-// In a child process, because a kernel is loaded once: the kernels that are loaded inside a capture.
+// Returns how many kernels are loaded during a capture. Runs in a child process, because a kernel is loaded only once.
 int LoadsInCapture(bool load_before) {
   const pid_t child = fork();
   if (child == 0) {
@@ -92,7 +91,7 @@ int LoadsInCapture(bool load_before) {
 
 TEST(CudaReadersTest, KernelsAreLoadedBeforeTheFirstCapture) {
   EXPECT_EQ(LoadsInCapture(true), 0);
-  EXPECT_EQ(LoadsInCapture(false), 1);  // works all the same
+  EXPECT_EQ(LoadsInCapture(false), 1);  // still works
 }
 
 TEST(CudaReadersTest, TwoReadersOfOnePool) {

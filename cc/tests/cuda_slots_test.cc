@@ -1,5 +1,5 @@
-// The checks and the slot table's ops on the emulated device beside the pool on CPU: the same random programs, right
-// and wrong, must get the same answers, in the same words, and leave the same state behind.
+// The checks and slot table ops on the emulated device next to the pool on the CPU: the same random programs, valid and
+// invalid, must get the same answers with the same messages and leave the same state.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -32,7 +32,7 @@ TEST(CudaSlotsTest, RandomProgramsGetTheSameAnswers) {
     kinds.insert(twins.kinds().begin(), twins.kinds().end());
   }
   emulation::device().seed = 0;
-  // Every fault that the pool's own state can bring about has been met.
+  // Every fault that the pool's own state can cause has occurred.
   const auto met = [&](DeviceOp op, FaultKind kind) {
     EXPECT_EQ(kinds.count(std::string(OpName(op)) + " " + std::to_string(static_cast<int>(kind))), 1)
         << OpName(op) << " " << static_cast<int>(kind);
@@ -105,7 +105,7 @@ TEST(CudaSlotsTest, RandomProgramsWithDropsGetTheSameAnswers) {
   met(DeviceOp::kPagedAttention, FaultKind::kDropped);
 }
 
-// A cache of the newest epoch may show a released slot as taken, when it went on from an older one.
+// A cache of the newest epoch may show a released slot as occupied if it was derived from an older cache.
 TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   Twins twins(SmallGeometry(), 20, /*allow_stale=*/true, 1);
   const Claim claim = twins.pool().Acquire({40, 40});
@@ -116,7 +116,7 @@ TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   const std::int32_t gone = claim.slots[0], kept = claim.slots[1];
   EXPECT_OK(StartRelease(twins.pool(), {gone}));
   EXPECT_EQ(twins.ChangeOwner(twins.value(), {gone}, false), "");
-  // The older cache itself is too old for that slot, in every op.
+  // The older cache itself is too old for that slot in every op.
   EXPECT_NE(twins.Begin(DeviceOp::kAppendKV, before, {{gone}, {0, 5}, 5}, 0).find("stale"), std::string::npos);
   EXPECT_NE(twins.Begin(DeviceOp::kPagedAttention, before, {{gone}, {0, 5}, 5}, 0).find("stale"), std::string::npos);
   EXPECT_NE(twins.Advance(before, {{kept, gone}, {0, 0, 0}, 0}).find("stale"), std::string::npos);
@@ -131,7 +131,7 @@ TEST(CudaSlotsTest, ReleasedSlotsHaveNoRoom) {
   EXPECT_NE(text.find("5 tokens wanted, 0 mapped"), std::string::npos) << text;
 }
 
-// Nothing stays from what the last occupant shared.
+// Nothing remains of what the last occupant shared.
 TEST(CudaSlotsTest, ReleasedSlotsShareNothing) {
   Twins twins(SmallGeometry(), 20, /*allow_stale=*/true, 1);
   const std::int32_t donor = twins.pool().Acquire({16}).slots.at(0);
@@ -155,7 +155,7 @@ TEST(CudaSlotsTest, ReleasedSlotsShareNothing) {
   EXPECT_NE(text.find("8 tokens wanted, written in layers 0..1: 0"), std::string::npos) << text;
 }
 
-// More sequences than threads; with more slots than marks in shared memory too.
+// More sequences than threads; also with more slots than there are marks in shared memory.
 TEST(CudaSlotsTest, LargeBatches) {
   for (const int slots : {700, 9000}) {
     Geometry geometry;
@@ -177,7 +177,7 @@ TEST(CudaSlotsTest, LargeBatches) {
       EXPECT_EQ(twins.Begin(DeviceOp::kAppendKV, twins.value(), batch, layer), "");
     }
     EXPECT_EQ(twins.Advance(twins.value(), batch), "");
-    for (int i = 0; i < 30; ++i) {  // several mistakes in one: the first is reported
+    for (int i = 0; i < 30; ++i) {  // several mistakes at once: the first is reported
       Ragged wrong = batch;
       for (int mistakes = Pick(twins.rng(), 1, 4); mistakes > 0; --mistakes) {
         wrong.slots[twins.rng()() % 600] = Pick(twins.rng(), 0, 1) == 0 ? wrong.slots[twins.rng()() % 600] : slots + 5;

@@ -1,5 +1,5 @@
 // addressing="table" on CUDA, from the host's decisions to the kernels' output: the emulated kernels read and write a
-// pool on the fake driver through its block table and window, bit for bit as through its slots.
+// pool on the fake driver through its block table and window, with the same bits as through its slots.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -41,10 +41,10 @@ Geometry GeometryOf(const Config& config) {
   return geometry;
 }
 
-// New tokens of a step: slot and count.
+// New tokens of a step: (slot, count).
 using Step = std::vector<std::pair<std::int32_t, std::int32_t>>;
 
-// What a step is given: rows of q, k and v for each layer.
+// Inputs of a step: rows of q, k and v for each layer.
 struct Inputs {
   std::int32_t tokens = 0;
   std::vector<char> q, k, v;
@@ -80,7 +80,7 @@ struct Side {
     EXPECT_OK(StartRelease(*pool, {slot}));
     Edit(DeviceOp::kRelease, SlotOpcode::kVacate, slot);
   }
-  // Of whole blocks: nothing to copy.
+  // Forks full blocks only, so there is nothing to copy.
   std::int32_t Fork(std::int32_t donor, std::int32_t tokens) {
     const std::int64_t more = lengths[donor] - static_cast<std::int64_t>(pool->Committed(donor).size());
     EXPECT_OK(pool->Commit(donor, std::vector<std::int32_t>(more, 7)));
@@ -94,7 +94,7 @@ struct Side {
     Edit(DeviceOp::kTruncate, SlotOpcode::kTruncate, slot, tokens);
   }
 
-  // Attention of a step in one layer; `append`: update_and_attend.
+  // Attention of a step in one layer; with `append`, update_and_attend.
   std::vector<char> Attend(const Step& step, const Inputs& in, std::int32_t layer, bool append, bool through_table) {
     std::vector<std::int32_t> slots, offsets = {0};
     for (const auto& [slot, count] : step) {
@@ -148,19 +148,19 @@ struct Side {
   Machine* const machine;
   const Config config;
   const bool by_table;
-  bool together = true;           // sequences that share a beginning are grouped
-  std::int64_t copied_bytes = 0;  // of keys, values and queries to shared memory, by the last call
+  bool together = true;           // whether sequences with a common prefix are grouped
+  std::int64_t copied_bytes = 0;  // bytes of keys, values and queries that the last call copied to shared memory
   std::shared_ptr<Pool> pool;
   std::int32_t handle[2] = {0, 0};
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> lengths;
 };
 
-// Two pools that live the same life: one is read and written through slots, one through its table.
+// Two pools with the same history: one is accessed through slots, the other through its table.
 struct Twins {
   explicit Twins(const Config& config) : slots(&machine, 300, config, false), table(&machine, 301, config, true) {}
 
-  // The result of a host call, which is the same in both.
+  // Returns the result of a host call, which must be the same for both.
   template <class Do>
   std::int32_t Each(const Do& act) {
     const std::int32_t first = act(slots), second = act(table);
@@ -205,7 +205,7 @@ struct Twins {
 
 class CudaTableAddressingTest : public ::testing::TestWithParam<Config> {};
 
-// Chunks that are a part of a tile (16), one or half a tile (64), and neither (48).
+// Chunks of part of a tile (16), of one or half a tile (64), and of neither (48).
 std::vector<Config> Configs() {
   constexpr auto kF = Layout::kFused, kP = Layout::kPerLayer;
   return {{DType::kBF16, DType::kBF16, kF, 16},  {DType::kBF16, DType::kBF16, kP, 16},
@@ -215,7 +215,7 @@ std::vector<Config> Configs() {
           {DType::kF16, DType::kF16, kF, 64},    {DType::kF16, DType::kF16, kP, 16},
           {DType::kF32, DType::kF32, kF, 16},    {DType::kF32, DType::kF32, kP, 48},
           {DType::kF8E4M3, DType::kF16, kF, 16}, {DType::kF8E4M3, DType::kF16, kP, 48},
-          {DType::kF8E4M3, DType::kF32, kP, 16}};  // the last one with the general kernel
+          {DType::kF8E4M3, DType::kF32, kP, 16}};  // this one uses the general kernel
 }
 
 std::string NameOf(const ::testing::TestParamInfo<Config>& info) {
@@ -231,19 +231,19 @@ TEST_P(CudaTableAddressingTest, IsBitIdenticalToSlots) {
   Twins twins(GetParam());
   const auto block = static_cast<std::int32_t>(GetParam().block_tokens);
   const std::int32_t a = twins.Acquire(50), b = twins.Acquire(20);
-  EXPECT_OK(twins.table.pool->OpenTable());  // of a pool that has blocks already
+  EXPECT_OK(twins.table.pool->OpenTable());  // on a pool that already has blocks
   twins.Run({{a, 40}, {b, 3}});              // prefill and decode
   twins.Extend(a, 160);                      // in blocks behind those of b
   twins.Run({{b, 1}, {a, 95}});
   const std::int32_t fork = twins.Each([&](Side& side) { return side.Fork(a, 2 * block); });
   twins.Extend(fork, 160);
   twins.Run({{fork, 9}, {a, 1}, {b, 1}});
-  for (Side* side : {&twins.slots, &twins.table}) side->Truncate(fork, block + 4);  // in a block that the two share
+  for (Side* side : {&twins.slots, &twins.table}) side->Truncate(fork, block + 4);  // inside a block that the two share
   twins.Run({{fork, 9}, {a, 1}});
   for (Side* side : {&twins.slots, &twins.table}) side->Release(b);
   const std::int32_t c = twins.Acquire(20);
   twins.Run({{c, 17}, {fork, 1}, {a, 1}});
-  // What was written through the table is what was written through the slots.
+  // Both pools have the same contents.
   for (const auto& [slot, tokens] : Step{{a, 138}, {fork, block + 14}, {c, 17}}) {
     ASSERT_EQ(twins.table.lengths[slot], tokens);
     for (std::int32_t token = 0; token < tokens; ++token) {
@@ -259,7 +259,7 @@ TEST_P(CudaTableAddressingTest, IsBitIdenticalToSlots) {
   }
 }
 
-// Forks of a sequence of more than two spans, in groups through the table and alone through the slots.
+// Forks of a sequence of more than two spans, grouped through the table and separate through the slots.
 TEST(CudaTableAddressingGroupsTest, SharedSpansAreReadOnce) {
   for (const Config& config : {Config{DType::kBF16, DType::kBF16, Layout::kFused, 16},
                                Config{DType::kF16, DType::kF16, Layout::kPerLayer, 48}}) {
@@ -273,7 +273,7 @@ TEST(CudaTableAddressingGroupsTest, SharedSpansAreReadOnce) {
     for (const std::int32_t slot : {a, b, c}) twins.Extend(slot, kMaxTokens);
     twins.slots.together = false;
     Step step = {{a, 1}, {c, 2}, {b, 1}};
-    twins.Run(step);  // a and b are a group
+    twins.Run(step);  // a and b are grouped
     const Inputs in = twins.Random(step);
     const std::vector<char> out = twins.slots.Attend(step, in, 1, true, false);
     for (const bool through_table : {false, true}) {
@@ -281,7 +281,7 @@ TEST(CudaTableAddressingGroupsTest, SharedSpansAreReadOnce) {
       const std::int64_t spans = std::int64_t{2} * 512 * kHeads * kDim * 2;
       EXPECT_EQ(twins.slots.copied_bytes - twins.table.copied_bytes, spans);
     }
-    // A slot that shares less from now on, and one that shares nothing.
+    // One slot now shares less, and one shares nothing.
     for (Side* side : {&twins.slots, &twins.table}) side->Truncate(b, 300);
     for (Side* side : {&twins.slots, &twins.table}) side->Release(c);
     step = {{b, 1}, {a, 1}, {twins.Acquire(560), 1}};
@@ -289,7 +289,7 @@ TEST(CudaTableAddressingGroupsTest, SharedSpansAreReadOnce) {
   }
 }
 
-// Forks of forks that are truncated, written and released: groups come and go, and no bit differs from sequences alone.
+// Random forks, truncations, writes and releases: groups form and dissolve, and results equal those without groups.
 TEST(CudaTableAddressingGroupsTest, RandomLives) {
   Twins twins({DType::kBF16, DType::kBF16, Layout::kFused, 16});
   twins.slots.together = false;

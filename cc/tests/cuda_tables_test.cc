@@ -1,4 +1,4 @@
-// The sequences of attention over plain page arrays: what lengths, offsets and tables may say.
+// The sequences of attention on plain page arrays: valid and invalid lengths, offsets and tables.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Tables {
 };
 
 TEST(CudaTablesTest, SequencesFromTables) {
-  // Decode, prefill, nothing to ask, no context, longer than its table, fewer tokens than queries, a full table.
+  // Decode, prefill, no query, no context, longer than its table, fewer tokens than queries, a full table, length -1.
   Tables tables({20, 33, 5, 0, 65, 2, 64, -1}, {0, 1, 34, 34, 36, 37, 40, 41, 42});
   const CheckedBatch& checked = tables.Check();
   EXPECT_EQ(checked.ok, 1);
@@ -62,7 +62,7 @@ TEST(CudaTablesTest, PagesThatDoNotExist) {
     for (int at = 0; at < kWidth; ++at) {
       Tables tables({33, 50, 33}, {0, 1, 2, 3});
       tables.table[kWidth + at] = page;
-      tables.table[3] = -7;  // beyond the length: nobody reads it
+      tables.table[3] = -7;  // beyond the length: never read
       const CheckedBatch& checked = tables.Check();
       EXPECT_EQ(checked.ok, 1);
       EXPECT_EQ(checked.sequences()[0].slot, 0);
@@ -84,7 +84,7 @@ TEST(CudaTablesTest, OffsetsThatCannotBeRight) {
 }
 
 TEST(CudaTablesTest, TokensFindTheirSequence) {
-  // Decode at first, then empty and longer ones; tokens behind the last are padding.
+  // Decode at first, then empty and longer sequences; tokens after the last sequence are padding.
   Tables tables({9, 9, 9, 9, 9, 9}, {0, 1, 2, 2, 5, 5, 9});
   tables.num_tokens = 12;
   const CheckedBatch& checked = tables.Check();

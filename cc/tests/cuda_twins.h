@@ -1,4 +1,4 @@
-// A pool on CPU and the same pool on the emulated device: every op runs on both, and they must say the same of it.
+// A pool on the CPU and the same pool on the emulated device: every op runs on both, and must give the same result.
 #ifndef KVPAGE_TESTS_CUDA_TWINS_H_
 #define KVPAGE_TESTS_CUDA_TWINS_H_
 
@@ -21,7 +21,7 @@
 
 namespace kvpage::testing {
 
-// A pool and the same pool on the device. Every op runs on both; texts are what went wrong ("" for nothing).
+// A pool and the same pool on the device. Every op runs on both and returns the error message, or "" for none.
 class Twins {
  public:
   Twins(const Geometry& geometry, std::int64_t blocks, bool allow_stale, std::uint64_t seed, bool debug = false)
@@ -36,7 +36,7 @@ class Twins {
     NewGeneration();
   }
 
-  static constexpr std::int32_t kId = 700;  // its entry is not the first
+  static constexpr std::int32_t kId = 700;  // its entry is not the first one
 
   const Geometry& geometry() const { return geometry_; }
   Pool& pool() { return *pool_; }
@@ -54,7 +54,7 @@ class Twins {
   const std::set<std::string>& kinds() const { return kinds_; }
   std::int64_t num_passed() const { return passed_; }
 
-  // As pool.cache() does on a device.
+  // Does what pool.cache() does on a device.
   void NewGeneration() {
     Pool::Generation generation;
     EXPECT_OK(pool_->NewGeneration(&generation));
@@ -86,7 +86,7 @@ class Twins {
     }
   }
 
-  // The newest cache, or one that is not.
+  // Returns the newest cache, or an outdated or invalid one.
   Value PickValue() {
     Value value = value_;
     const int kind = Pick(rng_, 0, 39);
@@ -96,7 +96,7 @@ class Twins {
     return value;
   }
 
-  // As PickValue; or the newest cache with one length that the program changed.
+  // Like PickValue, or the newest cache with one length changed by the program.
   Value PickForged() {
     if (Pick(rng_, 0, 9) != 0) return PickValue();
     Value value = value_;
@@ -128,7 +128,7 @@ class Twins {
                                                 static_cast<std::int64_t>(batch.slots.size()), batch.num_tokens};
     const std::vector<char> before = rows_.State();
     if (append) {
-      // Only the check: no token's keys and values are written when there are none to take them from.
+      // Only the check runs: without new tokens there are no keys and values to write.
       const auto row = static_cast<std::size_t>(geometry_.num_kv_heads * geometry_.head_dim) * sizeof(float);
       const auto k = Exactly<char>(static_cast<std::size_t>(std::max<std::int64_t>(batch.num_tokens, 0)) * row);
       EXPECT_OK(
@@ -192,7 +192,7 @@ class Twins {
       status = pool_->EditSlots(OpName(op), Ref(value), list(edits.data(), copies.data()), &pinned, &cpu.epoch,
                                 cpu.lengths.data());
     }
-    PublishRooms();  // what a truncation has exchanged may be written
+    PublishRooms();  // blocks that a truncation has replaced may be written
     Value device = value;
     const Operands operands(this, op, &device, {}, {});
     const auto own = Ints({kId, 1});
@@ -200,12 +200,12 @@ class Twins {
     const auto device_copies = Exactly(copies);
     const auto scratch = Scratch(0, 0);
     const std::vector<char> before = rows_.State();
-    // One memory for both: the device copies.
+    // Both sides use the same memory, and the device copies.
     EXPECT_OK(cuda::EditSlots(operands.cache(), own.get(), list(device_edits.get(), device_copies.get()),
                               operands.new_epoch(), operands.new_lengths(), copies.empty() ? nullptr : scratch.get(),
                               nullptr));
     std::string text = Finish(op, status, before, value, cpu, operands);
-    // Repeating from a cache older than this is no longer allowed, if only because it shows other slots as taken.
+    // Repeating from an older cache is no longer allowed, if only because it shows other slots as occupied.
     if (status.ok() && allow_stale()) history_.clear();
     return text;
   }
@@ -227,7 +227,7 @@ class Twins {
     return Finish(DeviceOp::kMapSlots, status, before, value, cpu, operands);
   }
 
-  // Asks both for every number that an answer can tell: since of all slots, what is written of the occupied ones.
+  // Compares everything that a result can depend on: `since` of all slots, and what is written of occupied ones.
   void CompareState() {
     Value old = value_;
     old.epoch -= 0x40000000u;
@@ -242,7 +242,7 @@ class Twins {
   }
 
  protected:  // for tests of one more op
-  // Operands in device memory. Results lie in the operands' own memory or apart, as XLA may have it.
+  // Operands in device memory. Results are in place or in separate memory, as XLA may choose.
   class Operands {
    public:
     Operands(Twins* twins, DeviceOp op, const Value* value, const std::vector<std::int32_t>& slots,
@@ -311,7 +311,7 @@ class Twins {
     if (forged_) NewGeneration();  // with the lengths of the pool's record
   }
 
-  // The check's result for the kernels behind it.
+  // Compares the check's result for the kernels that follow.
   void CheckSequences(const CheckedBatch& checked, const Ragged& batch, const Value& value, std::int32_t layer,
                       bool ok) {
     EXPECT_EQ(checked.ok, ok ? 1 : 0);
@@ -341,7 +341,7 @@ class Twins {
   std::deque<Value> history_;
   std::set<std::string> kinds_;
   std::int64_t passed_ = 0;
-  bool forged_ = false;  // a cache with a changed length may have been used
+  bool forged_ = false;  // whether a cache with a changed length may have been used
 };
 
 }  // namespace kvpage::testing

@@ -1,4 +1,4 @@
-// What random programs are made of: cache values, slots with numbers, batches.
+// The building blocks of random programs: cache values, slots with numbers, batches.
 #ifndef KVPAGE_TESTS_CUDA_TWINS_VALUES_H_
 #define KVPAGE_TESTS_CUDA_TWINS_VALUES_H_
 
@@ -12,17 +12,17 @@ using Rng = std::mt19937_64;
 
 inline int Pick(Rng& rng, int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 
-struct Value {  // of a cache
+struct Value {  // a cache value
   std::int32_t generation = 0;
   std::uint32_t epoch = 0;
   std::vector<std::int32_t> lengths;
 };
 
-struct Named {  // slots and a number for each
+struct Named {  // slots with a number each
   std::vector<std::int32_t> slots, numbers;
 };
 
-// A batch, or several mistakes in one.
+// A batch, possibly with several mistakes.
 struct Ragged {
   std::vector<std::int32_t> slots, offsets;
   std::int64_t num_tokens = 0;

@@ -1,4 +1,4 @@
-// Shared by the tests of CUDA kernels: the device's table of pools as a host would set it up, in memory whose bounds
+// Helpers for tests of CUDA kernels: the device's table of pools as a host would set it up, in memory whose bounds
 // AddressSanitizer checks.
 #ifndef KVPAGE_TESTS_CUDA_UTIL_H_
 #define KVPAGE_TESTS_CUDA_UTIL_H_
@@ -18,7 +18,7 @@
 
 namespace kvpage::testing {
 
-// Exactly as many elements as asked for, in a separate allocation.
+// Allocates exactly as many elements as requested, separately.
 template <class T>
 std::unique_ptr<T[]> Exactly(std::size_t count, const T* from = nullptr) {
   std::unique_ptr<T[]> copy(new T[count]());
@@ -33,7 +33,7 @@ inline std::unique_ptr<std::int32_t[]> Ints(std::initializer_list<std::int32_t> 
   return Exactly(from.size(), from.begin());
 }
 
-// A pool's entry and what it points to.
+// A pool's entry and the memory it points to.
 class PoolRows {
  public:
   PoolRows(const SpecInts& spec, const KVView& view, std::int32_t id, DevicePool* entry) : entry_(entry), spec_(spec) {
@@ -60,7 +60,7 @@ class PoolRows {
   std::int32_t& written(std::int64_t slot, std::int64_t layer) { return written_[slot * spec_[0] + layer]; }
   std::uint32_t& vacated(std::int64_t slot) { return vacated_[slot]; }
 
-  // The first fault since the last call, as the host takes it.
+  // Takes the first fault since the last call, as the host does.
   Fault TakeFault() { return Take(entry_, fault_.get()); }
   static Fault Take(DevicePool* entry, Fault* fault) {
     const Fault taken = *fault;
@@ -69,7 +69,7 @@ class PoolRows {
     return taken;
   }
 
-  // Everything that an op may change.
+  // Returns everything that an op may change.
   std::vector<char> State() const {
     const auto slots = static_cast<std::size_t>(spec_[3]);
     std::vector<char> state(sizeof(std::uint32_t));
@@ -94,7 +94,7 @@ class PoolRows {
 
 struct DeviceTable {
   std::unique_ptr<DevicePool[]> entries = Exactly<DevicePool>(kDeviceTableEntries);
-  std::unique_ptr<Fault[]> no_pool = Exactly<Fault>(1);  // faults of programs whose pool is not here
+  std::unique_ptr<Fault[]> no_pool = Exactly<Fault>(1);  // faults of programs whose pool is not in the table
 
   DeviceTable() { entries[kMaxDevicePools].fault = no_pool.get(); }
   ~DeviceTable() {
@@ -105,7 +105,7 @@ struct DeviceTable {
   }
 };
 
-// The cache value as a program's operands.
+// A cache value as operands of a program.
 struct CacheBuffers {
   std::unique_ptr<std::int32_t[]> handle = Exactly<std::int32_t>(2);
   std::unique_ptr<std::uint32_t[]> epoch = Exactly<std::uint32_t>(1);
@@ -122,7 +122,7 @@ struct CacheBuffers {
   }
 };
 
-// Scratch of the check of a batch, in a pool of `max_slots`.
+// Scratch memory for the check of a batch, in a pool with `max_slots` slots.
 inline std::unique_ptr<char[]> Scratch(std::int64_t num_sequences, std::int64_t max_slots) {
   return Exactly<char>(cuda::CheckedBytes(num_sequences, max_slots));
 }

@@ -1,4 +1,4 @@
-// A CudaVmm over the fake driver, empty or with a few blocks mapped.
+// A CudaVmm on the fake driver, empty or with a few blocks mapped.
 #ifndef KVPAGE_TESTS_CUDA_VMM_WORLD_H_
 #define KVPAGE_TESTS_CUDA_VMM_WORLD_H_
 
@@ -58,7 +58,7 @@ struct World {
   std::unique_ptr<CudaVmm> vmm;
 };
 
-// Blocks 0..5 exist, 0 2 4 are mapped at 0, 1 3 at 8 and 3 once more at 12; each block holds its number.
+// Blocks 0 to 5 exist; 0, 2, 4 are mapped at 0, 1 and 3 at 8, and 3 again at 12. Each block holds its number.
 struct Mapped : World {
   explicit Mapped(FakeDriver::Options options = DefaultOptions()) : World(options) {
     EXPECT_OK(Make());
@@ -70,7 +70,7 @@ struct Mapped : World {
     for (int i = 0; i < 3; ++i) EXPECT_OK(vmm->Fill(i * kBlock, kBlock, 2 * i));
     for (int i = 0; i < 2; ++i) EXPECT_OK(vmm->Fill((8 + i) * kBlock, kBlock, 2 * i + 1));
   }
-  // Everything that can be seen: the driver's accounts and the bytes of what should be mapped.
+  // Returns everything observable: the driver's accounts, and the bytes of what should be mapped.
   std::vector<std::int64_t> State() const {
     const FakeDriver::State s = fake->Report();
     std::vector<std::int64_t> state = {s.reservations,      s.handles,

@@ -1,5 +1,5 @@
-// The block table that programs on a device see, against the slots: it follows every host call, and a call that fails
-// leaves no program with the number of a block that is somebody else's.
+// The block table that programs on a device see, compared with the slots: it follows every host call, and a failing
+// call leaves no program with the number of another owner's block.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -40,7 +40,7 @@ struct Fixture {
   }
 
   const DevicePool& entry() { return *machine.Find(kId); }
-  // Calls see(through the slots, through the table) for a token of each block that programs may use.
+  // Calls see(pointer through the slots, pointer through the table) for a token of each block that programs may use.
   void ForEach(std::int32_t slot, const std::function<void(float*, float*)>& see) {
     const KVView slots = pool->View();
     for (std::int32_t layer = 0; layer < kLayers; ++layer) {
@@ -61,7 +61,7 @@ struct Fixture {
   static float* Element(const KVView& view, std::int32_t slot, std::int64_t token) {
     return reinterpret_cast<float*>(view.At(slot, token, 1, 1, 0));
   }
-  // Whether the table finds the memory of the slot.
+  // Returns whether the table leads to the slot's memory.
   bool Follows(std::int32_t slot) {
     bool same = true;
     ForEach(slot, [&](float* a, float* b) {
@@ -72,7 +72,7 @@ struct Fixture {
     });
     return same;
   }
-  // Whether it finds the same bytes.
+  // Returns whether the table leads to the same bytes.
   bool Shows(std::int32_t slot) {
     bool same = true;
     ForEach(slot, [&](const float* a, const float* b) { same &= *a == *b || (*a != *a && *b != *b); });
@@ -107,7 +107,7 @@ TEST_P(DeviceBlockTableTest, FollowsTheSlots) {
   EXPECT_OK(f.pool->Truncate({fork}, {20}).status);
   for (const std::int32_t slot : {f.first, fork}) EXPECT_TRUE(f.Follows(slot));
   Release(f.pool.get(), &f.program, f.second);
-  const std::int32_t next = Acquire(f.pool.get(), &f.program, 128);  // adopts, and takes what is parked
+  const std::int32_t next = Acquire(f.pool.get(), &f.program, 128);  // adopts a slot and takes parked blocks
   for (const std::int32_t slot : {f.first, fork, next}) EXPECT_TRUE(f.Follows(slot));
   EXPECT_OK(f.pool->Resize(40 * f.ranges * 4096).status);
   const std::int32_t last = Acquire(f.pool.get(), &f.program, 128);
@@ -129,7 +129,7 @@ TEST_P(DeviceBlockTableTest, CostsNothingBeforeItIsOpenAndLittleAfterwards) {
   EXPECT_EQ(f.machine.fake().Report().allocations, after.allocations);
 }
 
-// A fault at each driver call of a host call in turn.
+// Injects a fault at each driver call of each host call.
 TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
   const std::vector<std::pair<const char*, std::function<Status(Fixture*, std::int32_t)>>> calls = {
       {"open", [](Fixture* f, std::int32_t) { return f->pool->OpenTable(); }},
@@ -149,7 +149,7 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
       const Status status = call(&f, fork);
       struck = f.machine.fake().faults() > 0;
       f.machine.fake().ClearFaults();
-      // A fork also succeeds where the device is not told what it shares, which only makes programs faster.
+      // A fork also succeeds if the device is not told what it shares, which only makes programs slower.
       const bool untold = forks && struck && status.ok();
       EXPECT_EQ(status.ok(), !struck || untold) << name << " " << n;
       refused += !status.ok();
@@ -158,7 +158,7 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
         EXPECT_OK(f.pool->OpenTable());
       }
       for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Shows(slot)) << name << " " << n;
-      // What a program finds by number is not given to anybody else. (More than is there: 20 blocks in each range.)
+      // Blocks that a program finds by number are not given to others. (Ask for more than the 20 blocks of each range.)
       std::vector<std::int32_t> others;
       for (std::int64_t tokens = 128; tokens > 0; tokens -= 16) {
         const Claim claim = f.pool->Acquire({tokens});
@@ -170,7 +170,7 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
       for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Shows(slot)) << name << " " << n;
       for (const std::int32_t slot : others) Release(f.pool.get(), &f.program, slot);
       if (!struck) break;
-      if (untold) continue;  // it has the last slot
+      if (untold) continue;  // the fork has taken the last slot
       EXPECT_OK(call(&f, fork)) << name << " " << n;
       for (const std::int32_t slot : {f.first, f.second, fork}) EXPECT_TRUE(f.Follows(slot)) << name << " " << n;
     }
@@ -179,7 +179,7 @@ TEST_P(DeviceBlockTableTest, CallsThatFailLeaveItAsItWas) {
   }
 }
 
-// An op on another stream that is between its check and its end, and a call that must wait for it.
+// Holds an op on another stream between its check and its end, and asserts that `call` waits for it.
 void ExpectWaits(Fixture* f, std::int32_t slot, const std::function<void()>& call,
                  const std::function<void()>& meanwhile) {
   const cu::Stream other = f->machine.NewStream();
@@ -199,8 +199,8 @@ void ExpectWaits(Fixture* f, std::int32_t slot, const std::function<void()>& cal
   caller.join();
 }
 
-// Another thread queues readers while a truncation exchanges blocks: those that have passed their check end first, and
-// none passes it before the new blocks are mapped.
+// Another thread queues readers while a truncation replaces blocks: those that have passed their check finish first,
+// and no other passes it before the new blocks are mapped.
 TEST_P(DeviceBlockTableTest, TruncationKeepsReadersOut) {
   Fixture f(GetParam());
   const std::int32_t fork = f.Fork(f.first, 48);
@@ -224,7 +224,7 @@ TEST_P(DeviceBlockTableTest, TruncationKeepsReadersOut) {
   EXPECT_TRUE(f.Follows(fork));
 }
 
-// The last of several sharers keeps its blocks: nothing is mapped, and nobody waits.
+// The last sharer keeps its blocks: nothing is mapped, and nobody waits.
 TEST_P(DeviceBlockTableTest, TruncationLeavesBlocksThatDoNotChange) {
   Fixture f(GetParam());
   const std::int32_t fork = f.Fork(f.first, 48);
@@ -238,7 +238,7 @@ TEST_P(DeviceBlockTableTest, TruncationLeavesBlocksThatDoNotChange) {
   EXPECT_TRUE(f.Follows(fork));
 }
 
-// The first one keeps its reference to the block until the device knows its copy: the other one needs a copy, too.
+// The first slot keeps its reference to a block until the device knows the copy, so the second one needs a copy too.
 TEST_P(DeviceBlockTableTest, SlotsThatShareOnlyWithEachOtherAreTruncatedTogether) {
   Fixture f(GetParam());
   const std::int32_t fork = f.Fork(f.first, 48);
@@ -252,11 +252,11 @@ TEST_P(DeviceBlockTableTest, SlotsThatShareOnlyWithEachOtherAreTruncatedTogether
   EXPECT_OK(f.pool->Audit());
 }
 
-// A truncation of which the device is not told: no program uses the slot, and it keeps the old blocks until a call that
+// A truncation that the device was not told of: no program uses the slot, which keeps its old blocks until a call that
 // has waited for programs tells the device.
 struct Unpublished : Fixture {
   explicit Unpublished(Layout layout) : Fixture(layout), fork(Fork(first, 48)) {
-    // After the copy that stops readers and the two that cut what is shared.
+    // Fail after the copy that stops readers and the two that cut shared runs.
     machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 4, cu::Result::kUnknown);
     EXPECT_FALSE(pool->Truncate({fork}, {8}).status.ok());
     machine.fake().ClearFaults();
@@ -312,8 +312,8 @@ TEST_P(DeviceBlockTableTest, OpensDuringACaptureOfTheSameThread) {
   EXPECT_TRUE(f.Follows(f.first));
 }
 
-// Last: from here on every pool of device 0 has a table. A pool that cannot have one keeps no other from it, and pools
-// of another device are not asked.
+// Must come last: from here on every pool of device 0 has a table. A pool that cannot have one does not prevent others
+// from having theirs, and pools of other devices are left alone.
 TEST(DeviceTablesTest, OneProgramOpensThoseOfItsDevice) {
   Machine machine(2);
   const std::shared_ptr<Pool> a = machine.MakePool(5, 4), b = machine.MakePool(6, 4), closed = machine.MakePool(7, 4);

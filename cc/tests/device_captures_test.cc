@@ -1,5 +1,5 @@
-// Pools on a device beside stream captures (CUDA graphs): no host call disturbs a capture, streams that are gone are
-// not touched, several at once are noticed. And a driver whose mapping calls wait for kernels.
+// Pools on a device beside stream captures (CUDA graphs): no host call disturbs a capture, destroyed streams are not
+// touched, and the use of several streams is noticed. Also a driver whose mapping calls wait for kernels.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -16,13 +16,13 @@ namespace {
 
 using Mode = FakeDriver::CaptureMode;
 
-// A capture that this thread keeps open on another stream, as XLA does while it builds a command buffer.
+// A capture that this thread keeps open on another stream, as XLA does while it records a command buffer.
 class OpenCapture {
  public:
   OpenCapture(Machine* machine, Mode mode) : machine_(machine), stream_(machine->NewStream()) {
     machine_->fake().BeginCapture(stream_, mode);
   }
-  // Whether the capture is still valid.
+  // Ends the capture; returns whether it is still valid.
   bool End() { return machine_->fake().EndCapture(stream_) != nullptr; }
 
  private:
@@ -30,7 +30,7 @@ class OpenCapture {
   const cu::Stream stream_;
 };
 
-// A step that was captured and is replayed by a graph.
+// Captures a step that appends a token, and returns its graph.
 std::shared_ptr<FakeDriver::Graph> CaptureWrite(Machine* machine, DeviceProgram* program, std::int32_t slot) {
   const cu::Stream stream = machine->NewStream();
   machine->fake().BeginCapture(stream, Mode::kThreadLocal);
@@ -70,7 +70,7 @@ TEST(DeviceCapturesTest, GenerationsAndPoolsEndBesideACaptureInAnotherThread) {
 }
 
 TEST(DeviceCapturesTest, StreamsThatAreGoneAreNotTouched) {
-  // jax.clear_backends() destroys XLA's streams; programs of the next client run on others.
+  // jax.clear_backends() destroys XLA's streams, and programs of the next client run on new ones.
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   DeviceProgram program(&machine, 1);
@@ -99,7 +99,7 @@ TEST(DeviceCapturesTest, SeveralComputeStreamsAreNoticedOnce) {
   DeviceProgram program(&machine, 1);
   program.Restart(pool.get());
   const std::int32_t slot = Acquire(pool.get(), &program, 16);
-  // A graph's capture is on another stream, and a client that is gone had another one.
+  // A graph is captured on a different stream, and a destroyed client had another one.
   static_cast<void>(CaptureWrite(&machine, &program, slot));
   const cu::Stream next = machine.NewStream();
   program.set_stream(next);
@@ -137,7 +137,7 @@ TEST(DeviceCapturesTest, OnlyMappingWaitsForKernels) {
   };
   Pause();
   EXPECT_EQ(done, 0);
-  // Neither handlers nor calls that look at slots only wait with them: otherwise the kernels might never end.
+  // Neither handlers nor calls that only look at slots wait for them, or else the kernels might never end.
   program.Write(slot, 1);
   Release(pool.get(), &program, slot);
   EXPECT_FALSE(pool->WaitForDrain(0.001));
