@@ -1,5 +1,5 @@
-// A fault at every driver call that a pool on a device makes: the call fails in words, and the pool and what programs
-// find in its table are as they were. And many threads at once.
+// A fault at every driver call that a pool on a device makes: the call fails with an error, and the pool and its table
+// entry are unchanged. Also many threads at once.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -12,7 +12,7 @@
 namespace kvpage::testing {
 namespace {
 
-// A pool as programs see it and as the host reports it.
+// The state of a pool as programs see it and as the host reports it.
 std::string Snapshot(Machine* machine, Pool* pool) {
   const PoolNumbers n = pool->Numbers();
   std::string text;
@@ -27,7 +27,7 @@ std::string Snapshot(Machine* machine, Pool* pool) {
   return text;
 }
 
-// Calls `call` with a fault at its first, second, ... driver call until none strikes any more. `check` follows each
+// Runs `call` with a fault at its first, second, ... driver call until none strikes any more. `check` runs after each
 // call that failed.
 int AtEveryCall(Machine* machine, cu::Result result, const std::function<Status()>& call,
                 const std::function<void(const Status&)>& check) {
@@ -55,7 +55,7 @@ TEST(DeviceFaultsTest, OpeningFailsAtEveryCallAndLeavesNothing) {
   const int calls = AtEveryCall(
       &machine, cu::Result::kUnknown, [&] { return machine.Open(5, 4, &pool); },
       [&](const Status& status) {
-        if (status.ok()) return pool.reset();  // what could be done without
+        if (status.ok()) return pool.reset();  // it succeeded despite the fault
         EXPECT_TRUE(Mentions(status, "failed with")) << status.message();
         EXPECT_EQ(pool, nullptr);
         EXPECT_EQ(machine.Find(5), nullptr);

@@ -1,4 +1,4 @@
-// Generations and the end of pools on the fake driver: who waits for whom, and the lengths that come back.
+// Generations and the end of pools on the fake driver: who waits for whom, and the restored lengths.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -23,12 +23,12 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
   program.Write(a, 10);
   program.Write(b, 16);
   Release(pool.get(), &program, b);
-  EXPECT_OK(StartRelease(*pool, {c}));  // its program will never come
+  EXPECT_OK(StartRelease(*pool, {c}));  // its program never runs
 
-  // An op that has passed its check still writes when the new generation is asked for.
+  // An op that has passed its check is still writing when the new generation is requested.
   program.HoldAfterCheck(machine.stream());
   program.Write(a, 5, /*advance=*/false);
-  program.Write(a, 1);  // queued, but checked only after the generation is said to be over
+  program.Write(a, 1);  // queued, but checked only after the generation has been declared over
   const auto last = [&, view = pool->View()] { return *reinterpret_cast<const float*>(view.At(a, 14, 0, 0, 0)); };
   EXPECT_NE(last(), 14.0f);
   std::atomic<bool> done{false};
@@ -52,7 +52,7 @@ TEST(DeviceGenerationTest, NewGenerationWaitsForWhatPassedItsCheckAndRestoresLen
   const DevicePool* entry = machine.Find(1);
   EXPECT_EQ(entry->slots[a].room, 64);
   EXPECT_EQ(entry->slots[a].since, generation.epoch);
-  EXPECT_EQ(entry->written[a * kLayers], 10);  // rows beyond may be half written
+  EXPECT_EQ(entry->written[a * kLayers], 10);  // tokens beyond this may be partly written
   EXPECT_EQ(entry->slots[c].length, 0);
   const Status stale = pool->TakeFault();
   EXPECT_TRUE(Mentions(stale, "append_kv: stale cache: it belongs to generation 1 of pool 1, which is at generation 2"))
@@ -77,7 +77,7 @@ TEST(DeviceGenerationTest, NewGenerationShowsNoOneElsesLength) {
   program.Restart(pool.get());
   EXPECT_EQ(program.length(slot), -1);
   EXPECT_EQ(machine.Find(1)->written[slot * kLayers], 0);
-  // Released without its program, then started over: the same.
+  // The same for a slot released without its program, before a new generation.
   EXPECT_EQ(Acquire(pool.get(), &program, 64), slot);
   program.Write(slot, 20);
   EXPECT_OK(StartRelease(*pool, {slot}));
@@ -97,7 +97,7 @@ TEST(DeviceGenerationTest, NewGenerationFreesSlotsWhoseAcquireTheDeviceRefused) 
   foreign.generation = 99;
   foreign.lengths.assign(kSlots, -1);
   refused.Use(foreign);
-  // In a pool that had no generation yet: the host learns of the fault only after it gave the slot away.
+  // In a pool without a generation so far: the host learns of the fault only after it has handed out the slot.
   const std::int32_t lost = Acquire(pool.get(), &refused, 64);
   EXPECT_TRUE(Mentions(pool->TakeFault(), "generation 99"));
   EXPECT_EQ(pool->Numbers().slots_occupied, 1);
@@ -106,7 +106,7 @@ TEST(DeviceGenerationTest, NewGenerationFreesSlotsWhoseAcquireTheDeviceRefused) 
   EXPECT_EQ(pool->Numbers().slots_occupied, 0);
   EXPECT_EQ(pool->Numbers().slots_draining, 0);
 
-  // The same beside a slot that was acquired on the device, and one that the host releases before it hears of the
+  // The same next to a slot that was acquired on the device, and one that the host releases before it learns of the
   // fault.
   const std::int32_t kept = Acquire(pool.get(), &program, 16);
   program.Write(kept, 9);
@@ -122,7 +122,7 @@ TEST(DeviceGenerationTest, NewGenerationFreesSlotsWhoseAcquireTheDeviceRefused) 
   EXPECT_EQ(program.length(third), -1);
   EXPECT_EQ(pool->Numbers().slots_occupied, 1);
   EXPECT_EQ(pool->Numbers().slots_draining, 0);
-  // Both can be had again, with all their room.
+  // Both can be acquired again, with all their room.
   const std::int32_t again = Acquire(pool.get(), &program, 64);
   program.Write(again, 64);
   EXPECT_EQ(program.length(again), 64);
@@ -180,7 +180,7 @@ TEST(DeviceGenerationTest, MemoryWaitsForTheProgramThatFoundThePool) {
   });
   Pause();
   EXPECT_FALSE(gone);
-  // The entry is not given to another pool before its last reader is through.
+  // The entry is not given to another pool before its last reader has finished.
   const std::shared_ptr<Pool> next = machine.MakePool(1 + kMaxDevicePools, 16);
   EXPECT_EQ(machine.Find(1 + kMaxDevicePools) - machine.device()->table(), 2);
   machine.fake().ReleaseStream(machine.stream());
@@ -205,7 +205,7 @@ TEST(DeviceGenerationTest, AProgramThatDoesNotEndFailsThePoolAndKeepsItsMemory) 
   const Status status = pool->NewGeneration(&generation);
   EXPECT_EQ(static_cast<int>(status.code()), static_cast<int>(Code::kInternal));
   EXPECT_TRUE(Mentions(status, "programs on CUDA device 0 still use the pool after 5 ms")) << status.message();
-  machine.fake().ReleaseStream(machine.stream());  // a debugger had stopped it
+  machine.fake().ReleaseStream(machine.stream());  // as if a debugger had stopped it
   EXPECT_OK(pool->NewGeneration(&generation));
   EXPECT_EQ(generation.lengths[slot], 1);
   program.Use(generation);
@@ -252,8 +252,8 @@ TEST(DeviceGenerationTest, ProgramsInGraphsAreWaitedForWhereverTheyRun) {
   EXPECT_EQ(program.length(slot), 1);
 }
 
-// drop_before unmaps nothing beneath a cache value that the device would refuse, also where the value becomes stale
-// while the call waits.
+// drop_before unmaps nothing under a cache value that the device would refuse, even if the value becomes stale while
+// the call waits.
 TEST(DeviceGenerationTest, DroppingChecksTheCacheBeforeItUnmaps) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
@@ -284,7 +284,7 @@ TEST(DeviceGenerationTest, DroppingChecksTheCacheBeforeItUnmaps) {
   Status status;
   std::thread caller([&] { status = drop(32, 1, epoch); });
   EXPECT_TRUE(Becomes(machine.Find(1)->slots[slot].dropped, 32)) << "it waits for the other program";
-  program.Write(slot, 1);  // of another thread
+  program.Write(slot, 1);  // by another thread
   machine.fake().ReleaseStream(other);
   caller.join();
   refused(status, "drop_before: stale cache");

@@ -1,5 +1,5 @@
-// Sequences handed over between pools on a device: with the kernels (on the emulated device) and the handles of the
-// fake driver. What programs may still do with what was sent, who waits, and what a driver that refuses leaves behind.
+// Sequences handed over between pools on a device, with the kernels (on the emulated device) and the handles of the
+// fake driver: what programs may still do with sent blocks, who waits, and what remains after driver failures.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -77,7 +77,7 @@ TEST_P(DeviceHandoverTest, KernelsGoOnBehindWhatWasReceived) {
     EXPECT_EQ(receiver.length(back), 70);
     EXPECT_EQ(receiver.Bytes(back, 40), before);
     EXPECT_EQ(sender.Bytes(slot, 40), before);
-    // Into a whole block: the receiver copies it before it writes there.
+    // Into a full block, which the receiver copies before it writes there.
     receiver.Truncate(back, 10);
     EXPECT_OK(receiver.pool().Extend({back}, {20}).status);
     receiver.Write(back, 10, 3);
@@ -111,7 +111,7 @@ TEST_P(DeviceHandoverTest, TheSendersProgramsMayReadWhatTheyHaveSentAndNotWriteI
   EXPECT_EQ(sender.length(slot), 60);
   EXPECT_EQ(sender.Bytes(slot, 40), before);
   EXPECT_TRUE(sender.Adds());
-  // Its blocks are not all such as can be sent any more, so they are copied.
+  // Not all of its blocks can be sent any more, so they are copied.
   const HandoverPtr again = sender.Export(slot);
   ASSERT_NE(again, nullptr);
   EXPECT_EQ(again->copied, 4 * sender.logical_bytes());
@@ -131,7 +131,7 @@ TEST_P(DeviceHandoverTest, WhatIsNotWrittenOrNotCommittedIsNotSent) {
     const Status more = sender.pool().ExportBlocks(slot, "", {}, &out);
     EXPECT_EQ(more.ok(), !owned);
     EXPECT_TRUE(!owned || Mentions(more, "25 tokens, of which 23 are committed")) << more.message();
-    // The slot goes on.
+    // The slot can still be used.
     EXPECT_OK(sender.pool().Commit(slot, {4, 5}));
     sender.Write(slot, 5, 3);
     EXPECT_OK(sender.pool().TakeFault());
@@ -191,21 +191,21 @@ TEST_P(DeviceHandoverTest, WhatWasReceivedIsSwappedAsAnythingElse) {
     const std::int32_t back = rig->In(swap);
     EXPECT_EQ(rig->Bytes(back, 40), before);
     EXPECT_OK(rig->pool().Extend({back}, {50}).status);
-    rig->Write(back, 10, 2);  // in memory of its own now
+    rig->Write(back, 10, 2);  // in private memory by now
     EXPECT_OK(rig->pool().TakeFault());
     EXPECT_TRUE(rig->NothingLeft());
   }
 }
 
-// The n-th call of the driver fails, whichever it is: what programs may do is as it was, and the next try succeeds.
+// Fails the n-th driver call, whichever it is: what programs may do is unchanged, and a retry succeeds.
 TEST_P(DeviceHandoverTest, AFaultAtEveryCall) {
-  machine_ = nullptr;  // there is one fake driver at a time
+  machine_ = nullptr;  // there can be only one fake driver
   int failures = 0, n = 1;
   for (bool struck = true; struck && n < 600; ++n) {
     const auto machine = std::make_shared<Machine>();
     Rig sender(GetParam(), machine, 300), receiver(GetParam(), machine, 301);
     FakeDriver& fake = machine->fake();
-    sender.Begin(20, 5);  // the pool's first block settles whether the driver shares memory
+    sender.Begin(20, 5);  // the pool's first block determines whether the driver shares memory
     const std::int64_t faults = fake.faults();
     const auto twice = [&](const auto& call) {
       Status status = call();

@@ -1,5 +1,5 @@
-// Prefixes of pools on a device that go to memory of the host before they are evicted: with the kernels (on the
-// emulated device) and the driver's copies (of the fake driver).
+// Prefixes of pools on a device that are written to host memory before they are evicted, with the kernels (on the
+// emulated device) and the copies of the fake driver.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -23,7 +23,7 @@ class TierRig : public SwappingRig {
     EXPECT_OK(pool().AttachStore(std::make_shared<store::HostTier>(store_ptr()), write_ahead));
   }
 
-  // A sequence whose missing tokens are written, alike in every run. `found`: the others.
+  // Starts a sequence, finds what it can (`found` tokens) and writes the rest, with the same contents in every run.
   std::int32_t Begin(const Ids& ids, std::int64_t* found) {
     const Claim claim = pool().AcquirePrefix({{ids, 0}}, {});
     EXPECT_OK(claim.status);
@@ -53,7 +53,7 @@ class TierRig : public SwappingRig {
     End(slot);
     return bytes;
   }
-  // The pool's next call sees that the slot is free.
+  // Makes the pool notice that the slot is free.
   void Look() { EXPECT_OK(pool().TakeFault()); }
   prefix::SpillNumbers Spills() { return pool().StoreNumbers().spills; }
   bool Written(std::int64_t blocks) {
@@ -89,7 +89,7 @@ TEST_P(DeviceHostTierTest, EvictedPrefixesComeBackBitForBit) {
   rig.EvictAll();
   EXPECT_EQ(rig.pool().StoreNumbers().unwritten_evictions, 0);
   EXPECT_EQ(rig.pool().Numbers().blocks_free, rig.pool().Numbers().blocks_total);
-  // Their memory is another's meanwhile.
+  // Their memory is used by others meanwhile.
   rig.Run(Text(9, 7), &found);
   rig.Run(Text(8, 7), &found);
   ASSERT_TRUE(rig.Written(26));
@@ -107,7 +107,7 @@ TEST_P(DeviceHostTierTest, EvictedPrefixesComeBackBitForBit) {
   EXPECT_TRUE(rig.Adds());
 }
 
-// The store's threads look at the pool; what has gone wrong on the device is for the pool's own calls.
+// The store's threads look at the pool, but errors on the device are reported by the pool's own calls.
 TEST_P(DeviceHostTierTest, AFaultIsLeftToThePoolsCalls) {
   TierRig rig(GetParam());
   std::int64_t found = 0;
@@ -115,7 +115,7 @@ TEST_P(DeviceHostTierTest, AFaultIsLeftToThePoolsCalls) {
   rig.End(slot);
   rig.Write(other, 60, 1, /*commit=*/false);  // beyond its room
   ASSERT_TRUE(Soon([&] {
-    static_cast<void>(rig.pool().Numbers());  // looks, and sees that the slot is free
+    static_cast<void>(rig.pool().Numbers());  // looks, and notices that the slot is free
     return rig.Spills().tokens == 32;
   }));
   EXPECT_EQ(rig.pool().TakeFault().reason(), Reason::kDeviceFault);
@@ -154,7 +154,7 @@ TEST_P(DeviceHostTierTest, BesideACapture) {
   EXPECT_NE(rig.fake().EndCapture(stream), nullptr) << rig.fake().Report().ToString();
 }
 
-// The n-th call of the driver fails, whichever it is and whoever makes it: at worst a miss.
+// Fails the n-th driver call, whichever it is and whoever makes it: at worst there is a miss.
 TEST_P(DeviceHostTierTest, AFaultAtEveryCall) {
   int failures = 0, unwritten = 0, missed = 0, n = 1;
   const Ids ids = Text(3, 3);

@@ -1,5 +1,5 @@
-// The kernels (on the emulated device) against the table that the host keeps (on the fake driver): what one side writes
-// the other reads.
+// The kernels (on the emulated device) against the table that the host maintains (on the fake driver): each side reads
+// what the other writes.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace kvpage::testing {
 namespace {
 
-// A program's cache value and its ops, with the CUDA kernels.
+// A program's cache value, and its ops with the CUDA kernels.
 struct Kernels {
   Machine* machine;
   std::int32_t handle[2] = {0, 0};
@@ -84,7 +84,7 @@ TEST(DeviceKernelsTest, KernelsAndHostAgreeOnTheTable) {
   EXPECT_EQ(*reinterpret_cast<const float*>(pool->View().At(slot, 15, 1, 1, 0)), 2.5f);
   EXPECT_OK(pool->TakeFault());
 
-  // Beyond its room: a fault in words; map_slots makes room.
+  // Beyond its room there is a fault with a clear message; map_slots makes room.
   program.Write(pool.get(), slot, 10);
   EXPECT_EQ(pool->TakeFault().message(),
             "append_kv: slot " + std::to_string(slot) +
@@ -104,7 +104,7 @@ TEST(DeviceKernelsTest, KernelsAndHostAgreeOnTheTable) {
   EXPECT_TRUE(Mentions(pool->TakeFault(),
                        "append_kv: stale cache: it belongs to generation 1 of pool 300, which is at generation 2"));
 
-  // The release is seen by the host without a call of the driver's, and leaves nothing to the next owner.
+  // The host notices the release without a driver call, and nothing is left for the slot's next owner.
   EXPECT_OK(StartRelease(*pool, {slot}));
   const std::int64_t calls = machine.fake().total_calls();
   EXPECT_EQ(pool->Numbers().slots_draining, 1);

@@ -1,4 +1,4 @@
-// Copies between a device and host memory, on the fake driver: beside captures and beside programs that wait.
+// Copies between a device and host memory on the fake driver, during captures and next to waiting programs.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace kvpage::testing {
 namespace {
 
-// Copies and their memory stand any capture.
+// Copies and their allocations work during any capture.
 TEST(CudaMoverTest, BesideAGlobalCapture) {
   Machine machine;
   std::shared_ptr<BlockMover> mover;
@@ -34,7 +34,7 @@ TEST(CudaMoverTest, BesideAGlobalCapture) {
   EXPECT_NE(machine.fake().EndCapture(stream), nullptr) << machine.fake().Report().ToString();
 }
 
-// Copies do not wait for a stream that programs wait on, and do not delay it.
+// Copies do not wait for a stream that programs are waiting on, and do not delay it.
 TEST(CudaMoverTest, WaitsForNoProgram) {
   Machine machine;
   std::shared_ptr<BlockMover> mover;

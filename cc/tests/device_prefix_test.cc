@@ -1,4 +1,4 @@
-// Sequences that are found by their tokens where programs run on a device: what the host may know of what they wrote.
+// Sequences that are found by their tokens on a device: what the host can know of what was written.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -17,7 +17,7 @@ std::vector<std::int32_t> Sevens(std::int64_t count, std::int32_t last = 7) {
   return ids;
 }
 
-// The kernel of release tells the host how far the sequence was written.
+// The release kernel tells the host how far the sequence was written.
 TEST(DevicePrefixTest, AReleasedSequenceIsFoundAsFarAsItWasWritten) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
@@ -27,7 +27,7 @@ TEST(DevicePrefixTest, AReleasedSequenceIsFoundAsFarAsItWasWritten) {
   const std::int32_t slot = claim.slots[0];
   program.Acquire(slot);
   program.Write(slot, 40);
-  EXPECT_OK(pool->Commit(slot, Sevens(60)));  // more than is written
+  EXPECT_OK(pool->Commit(slot, Sevens(60)));  // more than has been written
   std::int64_t found = 0;
   EXPECT_OK(pool->FindPrefix("", Sevens(61), false, &found));
   EXPECT_EQ(found, 60) << "a fork's program checks what its donor has written";
@@ -48,12 +48,12 @@ TEST(DevicePrefixTest, ANewGenerationKeepsWhatWasWritten) {
   program.Acquire(slot);
   program.Write(slot, 40);
   EXPECT_OK(pool->Commit(slot, Sevens(40)));
-  EXPECT_OK(StartRelease(*pool, {slot}));  // its program will never come
+  EXPECT_OK(StartRelease(*pool, {slot}));  // its program never runs
   program.Restart(pool.get());
   std::int64_t found = 0;
   EXPECT_OK(pool->FindPrefix("", Sevens(41), false, &found));
   EXPECT_EQ(found, 40);
-  // An adopted slot whose program never comes keeps what it has.
+  // An adopted slot whose program never runs keeps its tokens.
   EXPECT_EQ(pool->AcquirePrefix({{Sevens(41, 8), 0}}, {}).slots[0], slot);
   program.Restart(pool.get());
   EXPECT_OK(pool->FindPrefix("", Sevens(41), false, &found));

@@ -1,4 +1,4 @@
-// What slots share, as programs on a device see it: it comes with forks, and goes before mappings change.
+// What slots share, as programs on a device see it: set by forks, and cut before mappings change.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -28,7 +28,7 @@ class DeviceRunsTest : public ::testing::Test {
     EXPECT_OK(claim.status);
     return claim.status.ok() ? claim.slots[0] : -1;
   }
-  // On the device.
+  // Returns the run on the device.
   Blocks Run(std::int32_t slot) {
     const DeviceRuns& runs = entry().runs;
     if (runs.blocks == nullptr) return {};
@@ -57,7 +57,7 @@ TEST_F(DeviceRunsTest, ForksAndTruncations) {
   EXPECT_EQ(entry().run_cuts, 1U);
 }
 
-// A plan that was made before must not be trusted, and nothing may change while the device cannot be told.
+// Earlier plans must not be trusted any more, and nothing may change while the device cannot be told.
 TEST_F(DeviceRunsTest, NoMappingChangesBeforeItsRunIsCut) {
   const std::int32_t fork = Fork(donor_, 64);
   const Blocks all = Run(donor_);
@@ -72,13 +72,13 @@ TEST_F(DeviceRunsTest, NoMappingChangesBeforeItsRunIsCut) {
   EXPECT_EQ(Run(fork), all);
 }
 
-// A fork of which the device does not hear shares its blocks all the same; only speed is lost.
+// A fork that the device is not told of still shares its blocks; only speed is lost.
 TEST_F(DeviceRunsTest, AForkThatIsNotTold) {
   for (int call = 1; call <= 4; ++call) {
     machine_.fake().FailAt(cu::Call::kMemcpyHtoDAsync, call, cu::Result::kUnknown);
     const Claim claim = pool_->Fork("fork", {{donor_, 64}}, {});
     machine_.fake().ClearFaults();
-    if (!claim.status.ok()) continue;  // the copy that tells its room
+    if (!claim.status.ok()) continue;  // the copy with its room has failed
     const Blocks run = Run(claim.slots[0]), other = Run(donor_);
     EXPECT_TRUE(run.empty() || run.size() == 4) << call;
     EXPECT_TRUE(run.empty() || other.empty() || run == other) << call;
@@ -94,7 +94,7 @@ TEST_F(DeviceRunsTest, ALongerForkExtendsTheRun) {
   EXPECT_EQ(Run(a), Blocks(all.begin(), all.begin() + 2));
 }
 
-// Blocks behind those that the device was not told would leave a gap.
+// Blocks after those that the device was not told of would leave a gap.
 TEST_F(DeviceRunsTest, NothingFollowsWhatWasNotTold) {
   Claim claim;
   for (int call = 1; call <= 4; ++call) {
@@ -112,13 +112,13 @@ TEST_F(DeviceRunsTest, NothingFollowsWhatWasNotTold) {
   }
 }
 
-// A slot with a hole is in no group: its run goes before the memory does.
+// A slot with a hole is in no group: its run is cut before its memory is unmapped.
 TEST_F(DeviceRunsTest, ADroppedBeginningIsCutBeforeItIsUnmapped) {
   const std::int32_t fork = Fork(donor_, 64);
   const Blocks all = Run(donor_);
   const CacheRef cache = {entry().generation, program_.epoch()};
   std::vector<std::int64_t> dropped;
-  // All copies from the second one on, after the one that tells how much is dropped.
+  // Fail all copies from the second one on, after the one with the number of dropped tokens.
   machine_.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 2, cu::Result::kUnknown, /*times=*/1000);
   EXPECT_OK(pool_->DropBefore({donor_}, {32}, &dropped, cache));
   EXPECT_EQ(Run(donor_), all);
@@ -129,7 +129,7 @@ TEST_F(DeviceRunsTest, ADroppedBeginningIsCutBeforeItIsUnmapped) {
   EXPECT_EQ(Run(fork), all);
 }
 
-// Programs that are queued where nothing is shared need no launch for groups; captured ones run later.
+// If nothing is shared, programs queued now need no launch for groups, but captured ones run later.
 TEST_F(DeviceRunsTest, TheHostKnowsWhetherThereAreRuns) {
   const DeviceState& device = *machine_.device();
   const cu::Stream stream = machine_.NewStream();
@@ -149,9 +149,9 @@ TEST_F(DeviceRunsTest, TheHostKnowsWhetherThereAreRuns) {
 
 TEST_F(DeviceRunsTest, AReleasedSlotIsCutBeforeItsBlocksGoToOthers) {
   const std::int32_t fork = Fork(donor_, 64);
-  program_.Restart(pool_.get());  // the fork's program never ran: it is free
+  program_.Restart(pool_.get());  // the fork's program never ran, so the slot is free
   EXPECT_EQ(program_.length(fork), -1);
-  // Takes every slot and block.
+  // Take every slot and block.
   for (int i = 0; i < kSlots - 1; ++i) Acquire(pool_.get(), &program_, 64);
   EXPECT_TRUE(Run(fork).empty());
   EXPECT_GT(entry().run_cuts, 0U);

@@ -1,5 +1,5 @@
-// Sequences of pools on a device that are swapped to memory of the host: with the kernels (on the emulated device) and
-// the driver's copies (of the fake driver). What they hold, who waits, and what a driver that refuses leaves behind.
+// Sequences of pools on a device that are swapped to host memory, with the kernels (on the emulated device) and the
+// copies of the fake driver: what they hold, who waits, and what remains after driver failures.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -30,12 +30,12 @@ TEST_P(DeviceSwappingTest, ASequenceComesBackInAnotherSlot) {
   EXPECT_EQ(rig.length(back), 40);
   EXPECT_EQ(rig.Bytes(back, 40), before);
   EXPECT_EQ(rig.pool().Committed(back).size(), 40u);
-  // Behind its tokens there are no bytes of another sequence.
+  // No bytes of another sequence follow its tokens.
   const std::vector<char> whole = rig.Bytes(back, 48);
   EXPECT_EQ(std::count(whole.begin() + static_cast<std::ptrdiff_t>(before.size()), whole.end(), '\0'),
             static_cast<std::ptrdiff_t>(whole.size() - before.size()));
   EXPECT_TRUE(rig.NothingLeft());
-  // It goes on: there is room to be had, and all of it is its own to write.
+  // It can continue: there is room, and it may write all of it.
   EXPECT_OK(rig.pool().Extend({back}, {70}).status);
   rig.Write(back, 30, 2);
   EXPECT_OK(rig.pool().TakeFault());
@@ -56,7 +56,7 @@ TEST_P(DeviceSwappingTest, NothingIsTakenBeforeTheReleaseHasRun) {
   Pause();
   EXPECT_EQ(swap->state(), SwapState::kQueued);
   EXPECT_EQ(rig.pool().SwapIn(swap).status.code(), Code::kFailedPrecondition);
-  rig.Write(slot, 4, 3, /*commit=*/false);  // queued before; not committed, so not kept
+  rig.Write(slot, 4, 3, /*commit=*/false);  // queued earlier, but not committed, so not kept
   const std::vector<char> before = rig.Bytes(slot, 20);
   rig.Vacate(slot);
   EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kStored; }));
@@ -128,7 +128,7 @@ TEST_P(DeviceSwappingTest, ANewGenerationKeepsWhatWasSwappedIn) {
   EXPECT_TRUE(rig.NothingLeft());
 }
 
-// A release that never runs, because a new generation began: the sequence is taken then.
+// A release never runs because a new generation begins: the sequence is swapped out then.
 TEST_P(DeviceSwappingTest, ANewGenerationEndsTheWaitForARelease) {
   SwappingRig rig(GetParam());
   const std::int32_t slot = rig.Begin(40, 1);
@@ -145,12 +145,12 @@ TEST_P(DeviceSwappingTest, UndoneAndGivenUp) {
   SwappingRig rig(GetParam());
   const std::int32_t slot = rig.Begin(40, 1);
   const std::vector<char> before = rig.Bytes(slot, 40);
-  // The release was not queued: nothing has happened.
+  // The release could not be queued: nothing has happened.
   const SwapPtr undone = rig.StartOut(slot);
   rig.pool().UndoEdits({{static_cast<std::int32_t>(SlotOpcode::kVacate), slot, 0}});
   EXPECT_EQ(undone->state(), SwapState::kGone);
   EXPECT_EQ(rig.Bytes(slot, 40), before);
-  // The program that occupies the slot was not queued: the sequence is swapped out again, and nothing is copied.
+  // The program that occupies the slot could not be queued: the sequence is swapped out again, without a copy.
   const SwapPtr swap = rig.OutToStore(slot);
   EXPECT_OK(rig.pool().Prefetch(swap).status);
   EXPECT_TRUE(swap->Wait(20));
@@ -174,7 +174,7 @@ TEST_P(DeviceSwappingTest, TheStoreOrThePoolEndsFirst) {
     rig.store().Close();
     rig.Vacate(slot);
     EXPECT_EQ(queued->state(), SwapState::kQueued) << "nobody polls";
-    EXPECT_EQ(rig.Bytes(rig.In(queued), 30), before);  // it never left
+    EXPECT_EQ(rig.Bytes(rig.In(queued), 30), before);  // it never left memory
     EXPECT_OK(rig.pool().Prefetch(stored).status);
     EXPECT_TRUE(Mentions(rig.pool().SwapIn(stored).status, "(closed), and still has it"));
     SwapPtr refused;
@@ -191,7 +191,7 @@ TEST_P(DeviceSwappingTest, TheStoreOrThePoolEndsFirst) {
   EXPECT_EQ(rig.store().Numbers().used_bytes, 0);
 }
 
-// Nothing that the store does disturbs the capture of a graph in another thread, where that is captured as XLA does it.
+// The store does not disturb the capture of a graph in another thread, in the capture mode that XLA uses.
 TEST_P(DeviceSwappingTest, BesideACapture) {
   SwappingRig rig(GetParam());
   const std::int32_t slot = rig.Begin(40, 1);
@@ -205,7 +205,7 @@ TEST_P(DeviceSwappingTest, BesideACapture) {
   EXPECT_NE(rig.fake().EndCapture(stream), nullptr) << rig.fake().Report().ToString();
 }
 
-// The n-th call of the driver fails, whichever it is and whoever makes it.
+// Fails the n-th driver call, whichever it is and whoever makes it.
 TEST_P(DeviceSwappingTest, AFaultAtEveryCall) {
   int failures = 0, stayed = 0, reread = 0, n = 1;
   for (bool struck = true; struck && n < 400; ++n) {

@@ -1,4 +1,4 @@
-// A pool on the emulated device with a store in host memory, and its program with the CUDA kernels.
+// A pool on the emulated device with a store in host memory, and a program that uses the CUDA kernels.
 #ifndef KVPAGE_TESTS_DEVICE_SWAPPING_UTIL_H_
 #define KVPAGE_TESTS_DEVICE_SWAPPING_UTIL_H_
 
@@ -42,12 +42,12 @@ inline Geometry GeometryOf(Layout layout) {
   return geometry;
 }
 
-// A machine with a pool, a store and a program. Its CUDA kernels run synchronously, inside the call.
+// A machine with a pool, a store and a program, whose CUDA kernels run synchronously inside the call.
 class SwappingRig {
  public:
   explicit SwappingRig(Layout layout, std::int64_t store_blocks = 64, std::int64_t blocks = 20)
       : SwappingRig(layout, std::make_shared<Machine>(), 300, store_blocks, blocks) {}
-  // A pool with this id beside others on the machine.
+  // Makes a pool with this id next to others on the machine.
   SwappingRig(Layout layout, std::shared_ptr<Machine> machine, std::int32_t id, std::int64_t store_blocks = 64,
               std::int64_t blocks = 20)
       : geometry_(GeometryOf(layout)), machine_(std::move(machine)) {
@@ -81,7 +81,7 @@ class SwappingRig {
   void Edit(DeviceOp op, const SlotEdit& edit) {
     EXPECT_OK(cuda::EditSlots(Cache(op), handle_, {&edit, 1, nullptr, 0}, &epoch_, lengths_.data(), nullptr, nullptr));
   }
-  // Appends stamped tokens in every layer, advances and commits. Refused tokens are a fault of the pool's.
+  // Appends stamped tokens in every layer, advances and commits. If tokens are refused, the pool has a fault.
   void Write(std::int32_t slot, std::int32_t count, float stamp, bool commit = true) {
     const std::int32_t offsets[] = {0, count};
     const auto width = static_cast<std::size_t>(geometry_.head_dim);
@@ -148,7 +148,7 @@ class SwappingRig {
     RunIn(claim);
     return claim.slots[0];
   }
-  // Every byte of the first tokens of a slot, as kernels find them.
+  // Returns every byte of the first tokens of a slot, as kernels find them.
   std::vector<char> Bytes(std::int32_t slot, std::int64_t tokens) {
     const KVView view = pool_->View();
     const std::size_t row = static_cast<std::size_t>(geometry_.head_dim) * sizeof(float);
@@ -163,7 +163,7 @@ class SwappingRig {
     }
     return bytes;
   }
-  // Nothing of a swapped sequence is anywhere.
+  // Returns whether nothing of a swapped sequence is left anywhere.
   bool NothingLeft() {
     const PoolNumbers n = pool_->Numbers();
     return n.sequences_swapped == 0 && n.blocks_swapped == 0 && store_->Numbers().used_bytes == 0 && Adds();

@@ -1,4 +1,4 @@
-// The table of a device's pools, on the fake driver: entries that collide, and whose call raises a fault.
+// The table of a device's pools on the fake driver: entries that collide, and which call raises a fault.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -36,7 +36,7 @@ TEST(DeviceTableTest, FaultsAreRaisedOnceByTheNextCall) {
   };
   for (const auto& call : calls) {
     provoke();
-    program.Write(slot, 17);  // a second fault before the host has looked: the first counts
+    program.Write(slot, 17);  // a second fault before the host looks: the first one counts
     EXPECT_OK(other->TakeFault());
     EXPECT_EQ(pool->Numbers().slots_occupied, 1);  // looking raises nothing
     EXPECT_EQ(pool->Rows().size(), std::size_t{1});
@@ -48,7 +48,7 @@ TEST(DeviceTableTest, FaultsAreRaisedOnceByTheNextCall) {
   }
   program.Write(slot, 16);  // the generation was never broken
   EXPECT_EQ(program.length(slot), 16);
-  // A new generation is the way on after a fault, which waits to be asked for.
+  // A new generation gets past a fault, which stays recorded until it is asked for.
   provoke();
   program.Restart(pool.get());
   EXPECT_TRUE(Mentions(pool->TakeFault(), text));
@@ -59,7 +59,7 @@ TEST(DeviceTableTest, FaultsOfUnknownPoolsAreRaisedByAnyPoolOfTheDevice) {
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 16);
   const std::shared_ptr<Pool> elsewhere = machine.MakePool(3, 16, 1);
   std::shared_ptr<Pool> registered = machine.MakePool(900, 16);
-  Register(registered);  // gives it an id of this process
+  Register(registered);  // assigns it an id of this process
   DeviceProgram stranger(&machine, 1000);
   stranger.Use({1, 1, {0, 0, 0, 0}});
   stranger.Write(0, 1);
@@ -103,7 +103,7 @@ TEST(DeviceTableTest, PoolsWhoseIdsCollideKeepTheirEntries) {
   };
   for (const auto& pool : pools) works(pool.get(), 0);
   works(same_id.get(), 1);
-  // One leaves from the middle: those behind it are still found, and its place is taken again.
+  // One leaves from the middle: those after it are still found, and its entry is reused.
   pools[1]->Close();
   pools.erase(pools.begin() + 1);
   EXPECT_EQ(machine.Find(5 + kMaxDevicePools), nullptr);

@@ -1,5 +1,5 @@
-// Pools with a mirror, on the fake driver: programs find in the table what the host decided, and the host learns
-// from it what programs did.
+// Pools with a mirror on the fake driver: programs find the host's decisions in the table, and the host learns from it
+// what programs did.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -43,7 +43,7 @@ TEST(DeviceTest, TableSaysWhatTheHostDecided) {
   EXPECT_EQ(entry->generation, 1);
   EXPECT_EQ(entry->epoch, program.epoch());
 
-  // Room is there before a program can ask for it, in whole blocks and never beyond max_seq_len.
+  // Room is published before a program can ask for it, in full blocks and never beyond max_seq_len.
   const std::int32_t a = Acquire(pool.get(), &program, 20);
   EXPECT_EQ(entry->slots[a].room, 32);
   const std::int32_t b = Acquire(pool.get(), &program, 0);
@@ -51,7 +51,7 @@ TEST(DeviceTest, TableSaysWhatTheHostDecided) {
   EXPECT_OK(pool->Extend({a, b}, {33, 1}).status);
   EXPECT_EQ(entry->slots[a].room, 48);
   EXPECT_EQ(entry->slots[b].room, 16);
-  EXPECT_OK(pool->Extend({a, b}, {10, 128}).status);  // never lowered while a slot is occupied
+  EXPECT_OK(pool->Extend({a, b}, {10, 128}).status);  // not lowered while the slot is occupied
   EXPECT_EQ(entry->slots[a].room, 48);
   EXPECT_EQ(entry->slots[b].room, 128);
   program.Write(a, 48);
@@ -79,14 +79,14 @@ TEST(DeviceTest, ForksHaveRoomAndAFailedTransferUndoesThem) {
   EXPECT_EQ(entry->slots[fork].room, 48);
   EXPECT_EQ(entry->slots[donor].shared, 0) << "programs that are queued may still write";
 
-  // The third copy: two tell what the fork shares, which only makes programs faster.
+  // Fail the third copy: the first two publish what the fork shares, whose loss only costs speed.
   machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 3, cu::Result::kUnknown);
   EXPECT_FALSE(pool->Fork("fork", {{donor, 40}}, {}).status.ok());
   machine.fake().ClearFaults();
   EXPECT_EQ(pool->Numbers().slots_occupied, 2);
   EXPECT_EQ(pool->Numbers().blocks_shared, 2 * pool->geometry().num_ranges());
 
-  // The programs of the fork never run: it is free in the next generation.
+  // The fork's programs never run: its slot is free in the next generation.
   program.Restart(pool.get());
   EXPECT_EQ(program.length(fork), -1);
   EXPECT_EQ(pool->Numbers().slots_occupied, 1);
@@ -138,7 +138,7 @@ TEST(DeviceTest, DrainingEndsWhenTheReleaseHasRun) {
   EXPECT_EQ(pool->Numbers().slots_draining, 0);
   EXPECT_EQ(pool->Rows().size(), std::size_t{1});
 
-  // The next owner's release is waited for anew.
+  // The release by the next owner is waited for again.
   const std::int32_t next = Acquire(pool.get(), &program, 128);
   EXPECT_EQ(next, slot);
   machine.fake().HoldStream(machine.stream());
@@ -146,11 +146,11 @@ TEST(DeviceTest, DrainingEndsWhenTheReleaseHasRun) {
   EXPECT_EQ(pool->Numbers().slots_draining, 1);
   machine.fake().ReleaseStream(machine.stream());
   EXPECT_EQ(pool->Numbers().slots_draining, 0);
-  EXPECT_FALSE(pool->WaitForDrain(0.001));  // nothing drains
+  EXPECT_FALSE(pool->WaitForDrain(0.001));  // nothing is draining
   EXPECT_EQ(pool->Numbers().waits, 0);
 }
 
-// Whichever call comes first after a release has run must know it.
+// Whichever call comes first after a release has run must notice it.
 TEST(DeviceTest, EveryCallSeesThatAReleaseHasRun) {
   Machine machine;
   const std::shared_ptr<Pool> pool = machine.MakePool(1, 8);

@@ -1,4 +1,4 @@
-// Shared by the tests of pools on a device: the fake driver, pools with a mirror on it, and programs that run on its
+// Helpers for tests of pools on a device: the fake driver, pools with a mirror on it, and programs that run on its
 // streams and read the table in its memory, as kernels do.
 #ifndef KVPAGE_TESTS_DEVICE_UTIL_H_
 #define KVPAGE_TESTS_DEVICE_UTIL_H_
@@ -41,7 +41,7 @@ inline bool Mentions(const Status& status, const std::string& text) {
   return status.message().find(text) != std::string::npos;
 }
 
-// A machine with fake devices. When it ends nothing may be left in the driver and no rule may have been broken.
+// A machine with fake devices. At its end nothing may be left in the driver, and no rule may have been broken.
 class Machine {
  public:
   // `mapping_waits`: as in FakeDriver::Options.
@@ -68,14 +68,14 @@ class Machine {
     EXPECT_TRUE(left.empty() || (rest_stays_ && left.violations == 0)) << left.ToString();
   }
 
-  // Something may be left in the driver.
+  // Allows things to be left in the driver at the end.
   void LeaveTheRest() { rest_stays_ = true; }
 
   FakeDriver& fake() { return *fake_; }
   const std::shared_ptr<DeviceState>& device(int i = 0) { return devices_[i]; }
   // The stream that XLA runs programs on.
   cu::Stream stream(int i = 0) { return streams_[i]; }
-  // From any thread.
+  // May be called from any thread.
   cu::Stream NewStream(int i = 0) {
     const ContextScope scope(*devices_[i]->context());
     cu::Stream stream = nullptr;
@@ -85,7 +85,7 @@ class Machine {
     return stream;
   }
 
-  // As OpenPool does it, `id` apart. Null and a status when something fails.
+  // Like OpenPool, but with a given id. On failure, returns a status and leaves null.
   Status Open(std::int32_t id, std::int64_t blocks, std::shared_ptr<Pool>* out, int device = 0,
               PoolOptions options = {}) {
     return Open(id, DeviceGeometry(), blocks, out, device, options);
@@ -111,7 +111,7 @@ class Machine {
     return pool;
   }
 
-  // The table's entry for a pool as kernels find it; null when it is not there.
+  // Returns a pool's entry in the table as kernels find it, or null if there is none.
   DevicePool* Find(std::int32_t id, int device = 0) { return Find(devices_[device]->table(), id); }
   static DevicePool* Find(DevicePool* table, std::int32_t id) {
     for (std::int32_t i = 0; i < kMaxDevicePools; ++i) {
@@ -128,11 +128,11 @@ class Machine {
   std::vector<cu::Stream> streams_;
   bool rest_stays_ = false;
   std::mutex owned_mutex_;
-  std::vector<std::pair<int, cu::Stream>> owned_;  // and their devices
+  std::vector<std::pair<int, cu::Stream>> owned_;  // with their devices
 };
 
-// Programs on one stream with one cache value. Each op is two pieces of work in the stream's order, as on a device: the
-// check, which counts the op in, and the rest, which counts it out.
+// Programs on one stream with one cache value. As on a device, each op is two work items in stream order: the check,
+// which counts the op in, and the rest, which counts it out.
 class DeviceProgram {
  public:
   DeviceProgram(Machine* machine, std::int32_t id, int device = 0)
@@ -152,13 +152,13 @@ class DeviceProgram {
     state_->lengths = generation.lengths;
   }
   void set_stream(cu::Stream stream) { stream_ = stream; }
-  // The next op that passes its check goes no further before ReleaseStream(stream); it must run on this stream.
+  // Holds the next op that passes its check until ReleaseStream(stream). The op must run on this stream.
   void HoldAfterCheck(cu::Stream stream) {
     state_->hold = [fake = &machine_->fake(), stream] { fake->HoldStream(stream); };
   }
   std::int32_t length(std::int32_t slot) const { return state_->lengths[slot]; }
   std::uint32_t epoch() const { return state_->epoch; }
-  // Launches that wrote something.
+  // Number of ops that passed their check.
   int launches() const { return state_->launches; }
 
   void Acquire(std::int32_t slot) {
@@ -216,7 +216,7 @@ class DeviceProgram {
     *entry->fault = fault;
     __atomic_store_n(&entry->fault->set, 1u, __ATOMIC_RELEASE);
   }
-  // The check; null: the op is refused.
+  // Runs the check; returns null if the op is refused.
   static DevicePool* Enter(State* state, DeviceOp op, std::int32_t slot, std::int32_t tokens) {
     DevicePool* pool = Machine::Find(state->table, state->id);
     if (pool != nullptr) __atomic_add_fetch(&pool->readers, 1, __ATOMIC_SEQ_CST);
@@ -273,7 +273,7 @@ class DeviceProgram {
   const std::shared_ptr<State> state_;
 };
 
-// Host and device side of an acquire and a release.
+// The host and device sides of an acquire and a release.
 inline std::int32_t Acquire(Pool* pool, DeviceProgram* program, std::int64_t tokens) {
   const Claim claim = pool->Acquire({tokens});
   EXPECT_OK(claim.status);
@@ -288,7 +288,7 @@ inline void Release(Pool* pool, DeviceProgram* program, std::int32_t slot) {
 
 inline void Pause() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
 
-// Waits for another thread to write `wanted` to a word of device memory; false after ten seconds.
+// Waits until another thread has written `wanted` to a word of device memory; false after ten seconds.
 inline bool Becomes(const std::int32_t& word, std::int32_t wanted) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
   while (__atomic_load_n(&word, __ATOMIC_SEQ_CST) != wanted) {

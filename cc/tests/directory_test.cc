@@ -1,4 +1,4 @@
-// The directory of a store: counts that are kept as files come and go, against a walk over all files.
+// The directory of a store: the counts that are kept as files come and go, against a walk over all files.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -48,7 +48,7 @@ TEST(DirectoryTest, KeptCountsAreThoseOfAWalk) {
         header.tokens = MakeTokens(blocks, random() % 5, random() % blocks);
         header.first_block = random() % blocks;
         header.checksums.resize(blocks - header.first_block);
-        directory.Add(file, 100, header);  // often in the place of another
+        directory.Add(file, 100, header);  // often replaces another file
         break;
       }
       case 2:

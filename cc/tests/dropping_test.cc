@@ -1,5 +1,5 @@
-// drop_before through the pool: blocks that come back from the beginning of a slot, who may still read it, and what
-// happens to shared, cached and parked ones.
+// drop_before through the pool: blocks that are freed at the beginning of a slot, who may still read it, and what
+// happens to shared, cached and parked blocks.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Dropper {
     slot = program->Acquire(tokens);
     WriteStamped(pool.get(), program.get(), slot, tokens, 1);
   }
-  // The host's part; the tokens that the program is to drop.
+  // The host's part; returns the tokens that the program must drop.
   std::int64_t Start(std::int32_t which, std::int64_t tokens) {
     std::vector<std::int64_t> dropped;
     EXPECT_OK(pool->DropBefore({which}, {tokens}, &dropped));
@@ -37,7 +37,7 @@ struct Dropper {
       EXPECT_OK(program->RunDrop(which, static_cast<std::int32_t>(dropped)));
     }
   }
-  // A read of one token at the end, through a window; 0: without one.
+  // Reads one token at the end through a window (0: no window).
   Status Read(std::int32_t which, std::int32_t window, PinnedSlots* pinned = nullptr) {
     PinnedSlots own;
     std::vector<std::int32_t> lengths(kSlots, -1);
@@ -146,7 +146,7 @@ TEST_P(DroppingTest, WhatOthersShareStaysWithThem) {
   EXPECT_EQ(CountStamped(d.pool.get(), d.slot, 0, 70, 1), 70);
   d.Drop(d.slot, 32);
   EXPECT_EQ(d.mapped(), 4);
-  // The fork's hole is where the donor still has a block of its own.
+  // The donor still has a private block where the fork has its hole.
   EXPECT_EQ(RowOf(d.pool.get(), d.slot).shared, d.ranges);
   d.program->Truncate(d.slot, 50);
   WriteStamped(d.pool.get(), d.program.get(), d.slot, 10, 2);

@@ -1,4 +1,4 @@
-// EXPECT_OK(status), ASSERT_OK(status): GoogleTest's expectation that a Status is ok, with the message of one that is
+// EXPECT_OK(status), ASSERT_OK(status): GoogleTest assertions that a Status is ok, which print its message if it is
 // not.
 #ifndef KVPAGE_TESTS_EXPECT_OK_H_
 #define KVPAGE_TESTS_EXPECT_OK_H_

@@ -1,4 +1,4 @@
-// The fake driver's stream captures: work that goes into a graph, and the calls that a capture forbids.
+// The fake driver's stream captures: work that is recorded in a graph, and calls that a capture forbids.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -18,7 +18,7 @@ using Mode = FakeDriver::CaptureMode;
 
 constexpr std::size_t kBytes = 4096;
 
-// One device with two streams, one of them blocking, and an event. Left to the fake driver at the end.
+// One device with two streams, one of them blocking, and an event. The fake driver destroys them at the end.
 struct World {
   World() {
     EXPECT_OK(FakeDriver::Make({}, &fake));
@@ -32,7 +32,7 @@ struct World {
   }
   const Driver& driver() const { return fake->driver(); }
   std::int64_t violations() const { return fake->Report().violations; }
-  // In a thread that does not own the capture.
+  // Makes the call in a thread that does not own the capture.
   Result Elsewhere(const std::function<Result()>& call) const {
     Result result = Result::kUnknown;
     std::thread thread([&] {
@@ -87,7 +87,7 @@ TEST(FakeDriverCaptureTest, NobodySynchronisesAContextWithACapture) {
 TEST(FakeDriverCaptureTest, UnsafeCallsAreTheCapturingThreadsOrInGlobalModeEverybodys) {
   struct Case {
     Mode mode;
-    bool here, elsewhere;  // whether they are forbidden
+    bool here, elsewhere;  // whether it is forbidden in this and in other threads
   };
   for (const Case& c :
        {Case{Mode::kGlobal, true, true}, Case{Mode::kThreadLocal, true, false}, Case{Mode::kRelaxed, false, false}}) {
@@ -111,7 +111,7 @@ TEST(FakeDriverCaptureTest, UnsafeCallsAreTheCapturingThreadsOrInGlobalModeEvery
         EXPECT_EQ(world.fake->EndCapture(world.stream) == nullptr, forbidden);
       }
     }
-    // What has nothing to do with the capture is allowed to all.
+    // Calls unrelated to the capture are allowed in all threads.
     world.fake->BeginCapture(world.stream, c.mode);
     EXPECT_EQ(driver.MemsetD8Async(world.memory, 1, kBytes, world.other), Result::kSuccess);
     EXPECT_EQ(driver.StreamSynchronize(world.other), Result::kSuccess);

@@ -1,5 +1,5 @@
-// The whole pool over the fake driver, with a fault at every driver call in turn: what requests own stays as it was,
-// their tokens too, the accounts add up, and the same call succeeds afterwards. Built with KVPAGE_TEST_FAKE_DRIVER.
+// The whole pool on the fake driver, with a fault at every driver call in turn: what requests own, including their
+// tokens, is unchanged, the accounts add up, and a retry succeeds. Built with KVPAGE_TEST_FAKE_DRIVER.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -16,8 +16,8 @@ using cu::Result;
 
 constexpr std::int64_t kBlocks = 64;
 
-// Two requests with tokens in them and a parked slot, in a pool of four ranges per slot that fills new memory. `blocks`
-// is what the pool has: 64 leave room, 32 do not.
+// Two requests with tokens and a parked slot, in a pool of four ranges per slot that fills new memory. `blocks` is the
+// size of the pool: 64 leave room, 32 do not.
 struct World {
   explicit World(std::int64_t blocks = kBlocks)
       : pool(MakePool(SmallGeometry(Layout::kPerLayer), blocks, {false, /*poison=*/true})), program(pool.get()) {
@@ -33,7 +33,7 @@ struct World {
     program.Release(third);
   }
 
-  // The data that requests can see, and accounts that must add up.
+  // Returns the data that requests can see, after checking that the accounts add up.
   std::vector<std::int64_t> State() {
     const PoolNumbers n = pool->Numbers();
     std::vector<std::int64_t> state = {n.blocks_total,   n.blocks_mapped,   n.blocks_parked + n.blocks_free,
@@ -60,7 +60,7 @@ struct World {
   std::int32_t first = -1, second = -1;
 };
 
-// Every slot can be written to its end, and given back: no mapping is missing that the pool believes in.
+// Writes a slot to its end and frees it: no mapping may be missing that the pool believes in.
 void UseItAll(World* world, std::int32_t slot) {
   const std::int64_t room = world->pool->Numbers().blocks_free + world->pool->Numbers().blocks_parked;
   const Claim claim = world->pool->Extend({slot}, {128});
@@ -98,7 +98,7 @@ void AtEveryCall(std::int64_t blocks, Surroundings around, const std::function<S
         EXPECT_TRUE(around != kParkedStays || world.pool->Numbers().blocks_parked == parked) << "call " << n;
         EXPECT_OK(operation(&world)) << "after call " << n;
       } else {
-        // Where new memory could not be had, parked memory may have served; trimming is content with less.
+        // Parked memory may have served where new memory was unavailable; trimming may do less.
         EXPECT_TRUE(code == Result::kOutOfMemory || around == kTrims) << "call " << n << " failed and nobody was told";
       }
       UseItAll(&world, world.first);
@@ -111,7 +111,7 @@ TEST(FakeDriverFaultsTest, Acquire) {
 }
 
 TEST(FakeDriverFaultsTest, AcquireUnderPressure) {
-  // 8 + 12 blocks are taken, 12 parked; 24 are wanted of 44.
+  // 8 + 12 blocks are in use and 12 parked; 24 are wanted, of 44.
   AtEveryCall(44, kParkedMayGo, [](World* world) { return world->pool->Acquire({16, 80}).status; });
 }
 
@@ -134,7 +134,7 @@ TEST(FakeDriverFaultsTest, Trim) {
 TEST(FakeDriverFaultsTest, ResizeDown) {
   AtEveryCall(kBlocks, kTrims, [](World* world) {
     const Claim claim = world->pool->Resize(24 * 4096);
-    // Half-way memory may have gone, but never owned memory; the capacity changes last.
+    // Memory may have been freed before the failure, but never owned memory; the capacity changes last.
     return claim.status;
   });
 }
@@ -153,9 +153,9 @@ TEST(FakeDriverFaultsTest, MapSlots) {
         EXPECT_TRUE(status.ok() && ok && n > 4);
         break;
       }
-      // Out of memory is an answer, anything else an error of the program, whose pool goes on.
+      // Running out of memory is a result; anything else is an error of the program, but the pool stays usable.
       EXPECT_EQ(status.ok(), (code == Result::kOutOfMemory)) << n << " " << status.message();
-      // Parked memory may have served where new memory could not be had.
+      // Parked memory may have served where new memory was unavailable.
       EXPECT_TRUE((status.ok() && ok) || world.State() == before) << "call " << n;
       if (!status.ok()) world.program.Restart();
       EXPECT_OK(world.program.Map(world.first, 70, &ok));
@@ -185,7 +185,7 @@ TEST(FakeDriverFaultsTest, ParkedMemoryServesWhereTheDeviceHasNoMore) {
 }
 
 TEST(FakeDriverFaultsTest, NothingIsLeftBehindWhateverFails) {
-  // Making a pool and giving everything back, with a fault anywhere in between.
+  // Makes a pool and frees everything, with a fault anywhere in between.
   for (std::int64_t n = 1;; ++n) {
     const std::int64_t faults = Fake().faults();
     Fake().FailAtAny(n, Result::kUnknown);
@@ -199,7 +199,7 @@ TEST(FakeDriverFaultsTest, NothingIsLeftBehindWhateverFails) {
         static_cast<void>(pool->Acquire({33}));
         static_cast<void>(pool->Acquire({33}));
       }
-      Fake().ClearFaults();  // what fails on the way out cannot be made up for
+      Fake().ClearFaults();  // failures during destruction cannot be made up for
     }
     Fake().ClearFaults();
     context.reset();

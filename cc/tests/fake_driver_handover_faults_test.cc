@@ -1,5 +1,5 @@
-// Sequences handed over as handles, with a fault at every driver call in turn: both pools stay as they were, and the
-// next try succeeds. Built with KVPAGE_TEST_FAKE_DRIVER.
+// Sequences handed over as handles, with a fault at every driver call in turn: both pools are unchanged, and a retry
+// succeeds. Built with KVPAGE_TEST_FAKE_DRIVER.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace kvpage::testing {
 namespace {
 
-// Each call of the driver fails once: the sender's slot goes on as it was, and the next try succeeds.
+// Each driver call fails once: the sender's slot stays usable, and a retry succeeds.
 TEST_P(HandlesTest, AFaultAtEveryCallOfAnExport) {
   for (const bool owned : {true, false}) {
     std::int64_t n = 1;
@@ -32,7 +32,7 @@ TEST_P(HandlesTest, AFaultAtEveryCallOfAnExport) {
         EXPECT_EQ(RowOf(sender.pool.get(), slot).reserved, row.reserved) << n;
         EXPECT_EQ(sender.Stamped(slot, 40, 1), 40) << n;
         EXPECT_TRUE(!owned || Fake().Report().mappings == mapped) << n;
-        WriteStamped(sender.pool.get(), &sender.program, slot, 10, 1);  // it may still write, and has its room
+        WriteStamped(sender.pool.get(), &sender.program, slot, 10, 1);  // it may still write, and keeps its room
         sent = sender.Export(slot);
       }
       ASSERT_NE(sent, nullptr) << n;
@@ -83,7 +83,7 @@ TEST_P(HandlesTest, AFaultAtEveryCallOfAnAcquisition) {
   int failures = 0;
   for (bool struck = true; struck && n < 1000; ++n) {
     End sender(geometry_);
-    sender.Begin(20, 5);  // the pool's first block settles whether the driver shares memory
+    sender.Begin(20, 5);  // the pool's first block determines whether the driver shares memory
     const std::vector<std::int64_t> before = sender.Accounts();
     const std::int64_t faults = Fake().faults();
     Fake().FailAtAny(n, Result::kUnknown);

@@ -1,6 +1,5 @@
-// Sequences handed over as handles of the driver, between pools over the fake one: nothing is copied that need not be,
-// nothing of another request is in what is sent, and what is damaged or foreign is refused. Built with
-// KVPAGE_TEST_FAKE_DRIVER.
+// Sequences handed over as driver handles between pools on the fake driver: nothing is copied unnecessarily, nothing of
+// another request is sent, and whatever is damaged or foreign is refused. Built with KVPAGE_TEST_FAKE_DRIVER.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -29,7 +28,7 @@ TEST_P(HandlesTest, NothingIsCopiedOfWholeBlocks) {
   EXPECT_EQ(receiver.Stamped(back, 48, 1), 48);
   EXPECT_EQ(receiver.pool->Numbers().blocks_received, 3 * ranges_);
   EXPECT_EQ(receiver.pool->Numbers().physical_bytes, 0);
-  // Both go on: the sender with a copy of nothing, as it ended at a block's end.
+  // Both continue; the sender copies nothing, because the sequence ended at a block's end.
   WriteStamped(receiver.pool.get(), &receiver.program, back, 10, 1);
   sender.program.Truncate(slot, 48);
   WriteStamped(sender.pool.get(), &sender.program, slot, 10, 2);
@@ -47,7 +46,7 @@ TEST_P(HandlesTest, APartialBlockIsTheReceiversOwnAndOthersAreCopiedOnce) {
     const HandoverPtr sent = sender.Export(slot);
     ASSERT_NE(sent, nullptr);
     EXPECT_EQ(sent->copied, owned ? 0 : 3 * ranges_ * geometry_.block_bytes);
-    // The last, partial one goes through the host, where it is zeroed behind its tokens.
+    // The partial last block goes through the host, where the memory behind its tokens is zeroed.
     EXPECT_EQ(Fake().calls(Call::kMemcpyDtoDAsync) - on_device, owned ? 0 : 2 * ranges_);
     const std::int32_t back = receiver.Import(*Received(*sent));
     EXPECT_EQ(receiver.Stamped(back, 40, 1), 40);
@@ -95,7 +94,7 @@ TEST_P(HandlesTest, ItOutlivesItsSenderAndIsGivenUpWithItsLastSlot) {
   EXPECT_EQ(Fake().Report().used_bytes, before);
 }
 
-// What a receiver has can neither be changed nor followed by what the sender's pool does later.
+// What a receiver has cannot change, nor show what the sender's pool does later.
 TEST_P(HandlesTest, TheSenderNeverUsesTheMemoryAgain) {
   End sender(geometry_, 0, 8);
   const std::int32_t slot = sender.BeginHandover(48, 1);
@@ -105,7 +104,7 @@ TEST_P(HandlesTest, TheSenderNeverUsesTheMemoryAgain) {
   sender.Release(slot);
   EXPECT_EQ(sender.pool->Numbers().physical_bytes, 0);
   for (int round = 0; round < 3; ++round) {
-    const std::int32_t other = sender.Begin(128, 9);  // every block that the pool has
+    const std::int32_t other = sender.Begin(128, 9);  // every block of the pool
     EXPECT_EQ(Content(*sent), before);
     sender.program.Release(other);
   }
@@ -113,7 +112,7 @@ TEST_P(HandlesTest, TheSenderNeverUsesTheMemoryAgain) {
 
 TEST_P(HandlesTest, NoByteOfAnotherRequestIsSent) {
   Geometry geometry = geometry_;
-  if (GetParam() == Layout::kFused) {  // with padding behind the tokens of each block
+  if (GetParam() == Layout::kFused) {  // with padding after the tokens of each block
     ASSERT_OK(Geometry::Make(geometry_.spec(), 8192, &geometry));
   }
   const std::string foreign(32, 'F');
@@ -130,9 +129,9 @@ TEST_P(HandlesTest, NoByteOfAnotherRequestIsSent) {
     sender.program.Release(earlier);
     const std::int32_t slot = owned ? sender.BeginHandover(40, 1, 40) : sender.program.Acquire(40);
     if (!owned) {
-      stain(slot, 0);  // as a pool finds new memory of a device
+      stain(slot, 0);  // the state in which a pool finds new device memory
       WriteStamped(sender.pool.get(), &sender.program, slot, 40, 1);
-      // Each element of the tokens is the request's own.
+      // Overwrite each element of the tokens with the request's own data.
       const KVView view = sender.pool->View();
       for (std::int64_t token = 0; token < 40; ++token) {
         for (std::int64_t i = 0; i < 2 * geometry.num_layers; ++i) {
@@ -178,7 +177,7 @@ TEST_P(HandlesTest, WhatIsDamagedForeignOrElsewhereIsRefused) {
   wrong = all;
   wrong.back() = 1 << 20;
   refuses(wrong, "is not open in this process");
-  for (const std::size_t place : {std::size_t{1}, all.size() - 1}) {  // a whole block, and the last one
+  for (const std::size_t place : {std::size_t{1}, all.size() - 1}) {  // a full block, and the last one
     wrong = all;
     wrong[place] = all[0];
     refuses(wrong, "no memory of this device that its driver has exported");
@@ -200,7 +199,7 @@ TEST_P(HandlesTest, WhatIsDamagedForeignOrElsewhereIsRefused) {
   EXPECT_GE(receiver.Import(*sent), 0);
 }
 
-// A header that is as it should be, but for one number, in a file that is sealed.
+// A header that is valid except for one number, in a sealed file.
 TEST_P(HandlesTest, AForgedHeaderIsRefused) {
   End sender(geometry_), receiver(geometry_);
   const HandoverPtr sent = sender.Export(sender.BeginHandover(40, 1));
@@ -231,7 +230,7 @@ TEST_P(HandlesTest, AForgedHeaderIsRefused) {
   with([](Header* h) { h->ranges *= 3, h->blocks = 1; }, good.begin);
   with([](Header* h) { h->block_bytes *= 2; }, good.begin);
   with([](Header*) {}, good.begin + 4096);
-  // Blocks in the file, which has none: mapping them would end the process.
+  // Blocks in the file, which has none: mapping them would crash the process.
   with([](Header* h) { h->memory.clear(), h->shape += " memory=", h->stride = 0; }, good.begin);
   with([](Header* h) { h->memory.clear(), h->stride = h->blocks; }, good.begin);
   with([](Header* h) { h->memory += '0'; }, good.begin);
@@ -241,7 +240,7 @@ TEST_P(HandlesTest, AForgedHeaderIsRefused) {
 
 TEST_P(HandlesTest, PoolsOnCpuAndOnADeviceDoNotMix) {
   End receiver(geometry_);
-  handover::Handover host;  // as a pool on CPU writes it
+  handover::Handover host;  // as written by a pool on the CPU
   host.header.tokens = 16;
   host.header.ids.assign(16, 7);
   host.header.blocks = host.header.stride = 1;

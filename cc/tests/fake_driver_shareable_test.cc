@@ -1,5 +1,5 @@
-// The fake driver's shareable handles: the rules that the real one has, descriptors that work in other processes, and
-// what of a handle outlives what.
+// The fake driver's shareable handles: the same rules as the real driver's, descriptors that work in other processes,
+// and the lifetimes of handles, descriptors and memory.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -86,7 +86,7 @@ TEST_F(FakeShareableTest, AnImportedHandleIsTheSameMemoryAndKeepsIt) {
   std::memset(here, 5, kGrain);
   int fd = -1;
   ASSERT_EQ(Export(mine, &fd), Result::kSuccess);
-  here[0] = 6;  // it is mapped as it was
+  here[0] = 6;  // the existing mapping is unchanged
   ASSERT_EQ(Import(fd, &theirs), Result::kSuccess);
   EXPECT_NE(theirs, mine);
   EXPECT_EQ(fake_->Report().imported, 1);
@@ -101,7 +101,7 @@ TEST_F(FakeShareableTest, AnImportedHandleIsTheSameMemoryAndKeepsIt) {
   EXPECT_EQ(fake_->Report().used_bytes, static_cast<std::int64_t>(kGrain));
   Unmap(there);
   Release(theirs);
-  // The descriptor alone keeps it too.
+  // A descriptor alone keeps the memory too.
   cu::MemHandle again = 0;
   ASSERT_EQ(Import(fd, &again), Result::kSuccess);
   close(fd);
@@ -120,7 +120,7 @@ TEST_F(FakeShareableTest, AnotherProcessImportsIt) {
   ASSERT_EQ(Export(mine, &fd), Result::kSuccess);
   const pid_t child = fork();
   if (child == 0) {
-    // With a driver of its own, as another process has it.
+    // With a separate driver, as in another process.
     Unmap(here);
     Release(mine);
     FakeDriver::Options options;
@@ -158,7 +158,7 @@ TEST_F(FakeShareableTest, WhatMayNotBeExportedIsNot) {
   violations_ = 5;
 }
 
-// None is a violation: anybody may have sent it.
+// None of these is a violation: anybody may have sent the descriptor.
 TEST_F(FakeShareableTest, DescriptorsOfSomethingElseAreRefused) {
   cu::MemHandle handle = 0;
   EXPECT_EQ(Import(-1, &handle), Result::kInvalidValue);
@@ -175,7 +175,7 @@ TEST_F(FakeShareableTest, DescriptorsOfSomethingElseAreRefused) {
   ASSERT_EQ(ftruncate(absent, kGrain), 0);
   EXPECT_EQ(Import(absent, &handle), Result::kInvalidDevice);
   close(absent);
-  // Of another size than the receiver believes: the driver does not map it.
+  // Its size differs from what the receiver expects: the driver does not map it.
   const int large = memfd_create("fake_driver_device_0", MFD_CLOEXEC);
   ASSERT_EQ(ftruncate(large, 2 * kGrain), 0);
   ASSERT_EQ(Import(large, &handle), Result::kSuccess);

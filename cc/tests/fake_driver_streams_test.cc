@@ -1,4 +1,4 @@
-// The fake driver's streams: at once, held back, waiting for each other; events that come late.
+// The fake driver's streams: immediate, held, waiting for each other; events that complete late.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -18,7 +18,7 @@ using cu::Result;
 
 constexpr std::size_t kBytes = 4096;
 
-// Two streams, an event, a piece of device and one of pinned memory.
+// Two streams, an event, and some device and pinned memory.
 struct World {
   World() {
     EXPECT_OK(FakeDriver::Make({}, &fake));
@@ -88,7 +88,7 @@ TEST(FakeDriverStreamsTest, AHeldStreamKeepsItsOrder) {
   EXPECT_EQ(driver.EventQuery(world.event), Result::kNotReady);
   EXPECT_TRUE(order.empty());
   EXPECT_EQ(world.fake->Report().queued, 5);
-  world.fake->Enqueue(world.b, [&] { order.push_back(9); });  // others go on
+  world.fake->Enqueue(world.b, [&] { order.push_back(9); });  // other streams continue
   world.fake->ReleaseStream(world.a);
   EXPECT_EQ(order, (std::vector<int>{9, 1, 1}));
   EXPECT_EQ(static_cast<int>(world.bytes[0]), 2);
@@ -188,7 +188,7 @@ TEST(FakeDriverStreamsTest, KernelsMayRunForLong) {
     });
   });
   while (!begun.load()) std::this_thread::yield();
-  // Meanwhile other calls go on; what is queued behind it waits.
+  // Other calls continue meanwhile; work queued after it waits.
   EXPECT_EQ(driver.EventRecord(world.event, world.a), Result::kSuccess);
   EXPECT_EQ(driver.EventQuery(world.event), Result::kNotReady);
   EXPECT_EQ(driver.MemsetD8Async(world.device, 1, kBytes, world.b), Result::kSuccess);

@@ -1,4 +1,4 @@
-// The fake driver itself: the rules that the real one has, faults on demand, late streams and events, accounts.
+// The fake driver itself: the rules of the real one, faults on demand, late streams and events, accounts.
 #include "testing/fake_driver.h"
 
 #include <gtest/gtest.h>
@@ -22,7 +22,7 @@ using cu::Result;
 
 constexpr std::size_t kGrain = 65536;
 
-// A driver with one device, its context current on this thread.
+// A driver with one device, whose context is current on this thread.
 struct World {
   explicit World(FakeDriver::Options options = DefaultOptions()) {
     EXPECT_OK(FakeDriver::Make(options, &fake));
@@ -56,7 +56,7 @@ struct World {
     EXPECT_EQ(driver().MemAddressReserve(&at, bytes, 0, 0, 0), Result::kSuccess);
     return at;
   }
-  // Nothing alive apart from the context, and no rule broken but for these.
+  // Asserts that nothing but the context is alive, and that this many rules were broken.
   void Finish(std::int64_t violations = 0) {
     scope.reset();
     context.reset();
@@ -102,7 +102,7 @@ TEST(FakeDriverTest, MappedMemoryIsThereOnceAccessIsSet) {
   EXPECT_EQ(static_cast<int>(bytes[2 * kGrain + 77]), 5);
   EXPECT_EQ(driver.MemUnmap(at, kGrain), Result::kSuccess);
   EXPECT_FALSE(Readable(at));
-  // Mapped again it starts without access, and holds what it held.
+  // When mapped again it starts without access, and has kept its contents.
   EXPECT_EQ(world.Map(at + kGrain, handle), Result::kSuccess);
   EXPECT_FALSE(Readable(at + kGrain));
   EXPECT_EQ(world.Allow(at + kGrain, 2 * kGrain), Result::kSuccess) << "two mappings by one call";

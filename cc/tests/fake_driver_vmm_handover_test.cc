@@ -1,5 +1,5 @@
-// CudaVmm over the fake driver: blocks that are handed over and received, and that every call that can fail leaves
-// things as they were.
+// CudaVmm on the fake driver: blocks that are handed over and received. A call that can fail leaves everything
+// unchanged when it does.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -36,8 +36,8 @@ bool Writable(char* at) {
   return writable;
 }
 
-// Two pools' memory on one device. In the sender blocks 1 and 2 belong to a file and are mapped at 4 and 5; block 0,
-// at 0, does not.
+// The memory of two pools on one device. In the sender, blocks 1 and 2 belong to a file and are mapped at 4 and 5;
+// block 0, mapped at 0, does not.
 struct Pair : World {
   explicit Pair(FakeDriver::Options options = DefaultOptions()) : World(options) {
     EXPECT_OK(Make());
@@ -104,7 +104,7 @@ TEST(FakeDriverVmmHandoverTest, BlocksAreSharedWithoutACopyAndOutliveTheirPool) 
   EXPECT_EQ(world.fake->Report().imported, 0);
 }
 
-// Nor does anybody see what the number has later.
+// Nor does anybody see what the block number holds later.
 TEST(FakeDriverVmmHandoverTest, MemoryThatWasHandedOverIsNeverUsedAgain) {
   Pair world;
   std::vector<Fd> sent;
@@ -113,7 +113,7 @@ TEST(FakeDriverVmmHandoverTest, MemoryThatWasHandedOverIsNeverUsedAgain) {
   ASSERT_OK(world.Import(sent, {0, 1}));
   ASSERT_OK(world.MapThere(0, {0, 1}));
   ASSERT_OK(world.Unmap(4, world.lent));
-  // The first try to give one up fails: its number gets other memory all the same.
+  // The first attempt to free one fails, but its number still gets new memory.
   world.fake->FailAt(Call::kMemRelease, 1, Result::kUnknown);
   for (const std::int32_t block : world.lent) world.vmm->Return(block);
   EXPECT_EQ(world.fake->faults(), 1);
@@ -145,7 +145,7 @@ TEST(FakeDriverVmmHandoverTest, CopiesHaveTheBytesAndZerosBehindThem) {
   EXPECT_TRUE(Writable(world.At(0)));
   std::memset(world.At(0), 4, kBlock);
   EXPECT_EQ(world.There(0)[0], 3);
-  // And into blocks of the receiver's own.
+  // Also into existing blocks of the receiver.
   ASSERT_OK(world.other->Create(Blocks{2}.data(), 1));
   ASSERT_OK(world.other->ImportCopies({sent[1].get()}, Blocks{2}.data()));
   ASSERT_OK(world.other->Map(9 * kBlock, Blocks{2}.data(), 1));
@@ -210,7 +210,7 @@ TEST(FakeDriverVmmHandoverTest, WhatIsNoBlockOfTheDeviceIsRefused) {
 
 TEST(FakeDriverVmmHandoverTest, WhereTheDriverDoesNotShareItSaysSo) {
   FakeDriver::Options options = World::DefaultOptions();
-  options.posix_handles_denied = true;  // which shows when the first block is made
+  options.posix_handles_denied = true;  // takes effect when the first block is created
   World world(options);
   ASSERT_OK(world.Make());
   ASSERT_OK(world.vmm->Grow(2));
@@ -230,7 +230,7 @@ TEST(FakeDriverVmmHandoverTest, WhereTheDriverDoesNotShareItSaysSo) {
   EXPECT_EQ(world.vmm->ExportCopies({{0, nullptr}}, kBlock, &sent).code(), Code::kFailedPrecondition);
 }
 
-// The n-th call of the driver fails; then the same is asked again.
+// Fails the n-th driver call, then retries the operation.
 template <class Operation>
 void AtEveryCall(std::int64_t least, const Operation& operation) {
   std::int64_t n = 1;

@@ -1,4 +1,4 @@
-// CudaVmm over the fake driver: one block at several places, copies, exchanges, and each of their calls failing.
+// CudaVmm on the fake driver: one block at several places, copies and exchanges, with each of their calls failing.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -23,7 +23,7 @@ TEST(FakeDriverVmmSharingTest, CopiesTakeThePlaceOfSharedBlocks) {
   EXPECT_EQ(world.fake->Report().mappings, before.mappings);
 }
 
-// Programs may use such a block meanwhile: between an unmap and a map it would be gone.
+// Programs may be using such a block: between an unmap and a map it would be gone.
 TEST(FakeDriverVmmSharingTest, ABlockThatDoesNotChangeStaysMapped) {
   Mapped world;
   EXPECT_OK(world.vmm->MapReadOnly(16 * kBlock, Blocks{2, 4}.data(), 2));
@@ -49,7 +49,7 @@ TEST(FakeDriverVmmSharingTest, ExchangesThatFailLeaveWhatWasMapped) {
       failed = !status.ok();
       EXPECT_EQ(static_cast<int>(world.At(16)[0]), 2);
       EXPECT_EQ(static_cast<int>(world.At(17)[0]), 4) << n;
-      // The next exchange works, and clears away what this one could not.
+      // The next exchange succeeds, and cleans up what this one could not.
       EXPECT_OK(world.vmm->Copy(Blocks{2}.data(), Blocks{1}.data(), 1));
       EXPECT_EQ(world.fake->Report().mappings, mappings) << n;
       EXPECT_EQ(static_cast<int>(world.At(8)[7]), 2);

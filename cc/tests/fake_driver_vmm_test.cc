@@ -1,5 +1,4 @@
-// CudaVmm over the fake driver: what it asks of the driver, and that every call that can fail leaves things as they
-// were.
+// CudaVmm on the fake driver: its driver calls, and that a call that can fail leaves everything unchanged when it does.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -45,7 +44,7 @@ TEST(FakeDriverVmmTest, BlocksAreMappedOneByOneAndAllowedAtOnce) {
   EXPECT_OK(world.Unmap(20, {1}));
   EXPECT_OK(world.Destroy({1}));
   EXPECT_EQ(world.vmm->PhysicalBytes(), 2 * kBlock);
-  // The rest goes with it, mapped or not: ~World looks.
+  // ~World checks that the rest is freed too, mapped or not.
 }
 
 TEST(FakeDriverVmmTest, NoCallNoContextNoHarm) {
@@ -152,7 +151,7 @@ TEST(FakeDriverVmmTest, OutOfMemoryTellsWhatToDo) {
   EXPECT_TRUE(Mentions(CudaVmm::Make(world.context, kBlock, kBlock, &second), "fewer slots"));
 }
 
-// Runs an operation again and again, its n-th driver call failing, until it gets through.
+// Runs an operation repeatedly, with its n-th driver call failing, until it succeeds.
 void AtEveryCall(const std::function<Status(Mapped*)>& operation, std::int64_t wanted_calls) {
   for (const Result code : {Result::kUnknown, Result::kOutOfMemory, Result::kInvalidValue}) {
     for (std::int64_t n = 1;; ++n) {

@@ -1,5 +1,5 @@
-// The block window of CudaVmm over the fake driver: every created block lies in it at its number, whatever becomes of
-// the others, and a call that fails leaves it as it was.
+// The block window of CudaVmm on the fake driver: every existing block is in it at its number, whatever happens to the
+// others, and a failing call leaves the window unchanged.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -18,12 +18,12 @@ struct Windowed : Mapped {
     }
   }
   Status Open() { return vmm->Window(&window); }
-  // The byte that a block begins and ends with; -1 where the two differ.
+  // Returns the first and last byte of a block, or -1 if they differ.
   int Shows(std::int64_t block) const {
     const char* const at = window + block * kBlock;
     return at[0] == at[kBlock - 1] ? at[0] : -1;
   }
-  // As Mapped has filled them.
+  // Expects the contents that Mapped has written.
   void ExpectBlocks() const {
     for (int block = 0; block < 5; ++block) EXPECT_EQ(Shows(block), block);
   }
@@ -89,7 +89,7 @@ TEST(FakeDriverWindowTest, HasRoomForTheDeviceAndNoMore) {
   EXPECT_TRUE(Mentions(status, "room for 20 blocks") && Mentions(status, "21 wanted")) << status.message();
 }
 
-// Runs an operation again and again, its n-th driver call failing, until it gets through.
+// Runs an operation repeatedly, with its n-th driver call failing, until it succeeds.
 void AtEveryCall(bool open, const std::function<Status(Windowed*)>& operation, std::int64_t wanted_calls) {
   for (const Result code : {Result::kUnknown, Result::kOutOfMemory}) {
     for (std::int64_t n = 1;; ++n) {
@@ -114,7 +114,7 @@ void AtEveryCall(bool open, const std::function<Status(Windowed*)>& operation, s
 }
 
 TEST(FakeDriverWindowTest, OpeningIsAllOrNone) {
-  // The context, the reservation, six mappings, access to the run.
+  // The context, the reservation, six mappings, access for the run.
   AtEveryCall(false, [](Windowed* world) { return world->Open(); }, 9);
 }
 TEST(FakeDriverWindowTest, CreateIsAllOrNone) {
@@ -136,8 +136,8 @@ TEST(FakeDriverWindowTest, ABlockThatCannotBeGivenBackComesBackWhole) {
   }
 }
 
-// A block that has memory and is not in the window, because neither its mapping nor its release succeeded: asking for
-// the window again maps it. If that fails too, the window stays for those who have its address.
+// A block has memory but is not in the window, because neither its mapping nor its release succeeded. Requesting the
+// window again maps it. If that fails too, the window stays for those who have its address.
 TEST(FakeDriverWindowTest, AFailureLeavesAWindowThatIsInUse) {
   Windowed world;
   world.fake->FailAt(Call::kMemMap, 1, Result::kUnknown);
@@ -158,7 +158,7 @@ TEST(FakeDriverWindowTest, AFailureLeavesAWindowThatIsInUse) {
   EXPECT_EQ(world.fake->Report().mappings, before.mappings + 1) << "block 9";
 }
 
-// Access cannot be set, and then one of the mappings cannot be undone: it must not pass for a usable one.
+// Access cannot be set, and then one mapping cannot be undone: it must not be mistaken for a usable one.
 TEST(FakeDriverWindowTest, AFailedRollbackIsMadeUpForLater) {
   for (const bool open : {false, true}) {
     Windowed world(open);

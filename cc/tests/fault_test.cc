@@ -1,4 +1,4 @@
-// A fault that a device recorded reads as the status that a CPU program fails with over the same mistake.
+// A fault that a device recorded gives the same status as the same mistake in a CPU program.
 #include "device/fault.h"
 
 #include <gtest/gtest.h>
@@ -90,7 +90,7 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
       return debugging->Begin("append_kv", twice.cache(), {&slot, 1, one, 1}, 1, true, &pinned);
     };
     EXPECT_OK(write());
-    twice.Restart();  // nothing behind the length counts as written
+    twice.Restart();  // positions past the length do not count as written
     EXPECT_OK(write());
     CacheRef next = twice.cache();
     ++next.epoch;
@@ -156,7 +156,7 @@ TEST(FaultTest, FaultsReadAsOnCpu) {
   other[3] = 8;
   same(Make(Op::kAdvance, Kind::kSpec, -1, 8, kSlots, 3), pool->CheckProgram("advance", other));
 
-  // An old cache, after what it says of the slot was rolled back.
+  // An old cache, after its tokens of the slot were rolled back.
   program.Restart();
   EXPECT_OK(pool->Truncate({a}, {5}).status);
   const CacheRef late = program.cache();

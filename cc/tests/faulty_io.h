@@ -1,4 +1,4 @@
-// System calls of a store that a test makes fail or wait.
+// System calls of a store that tests can make fail or wait.
 #ifndef KVPAGE_TESTS_FAULTY_IO_H_
 #define KVPAGE_TESTS_FAULTY_IO_H_
 
@@ -11,7 +11,7 @@
 
 namespace kvpage::store::testing {
 
-// System calls that do less than they were asked for, and fail when they are told to.
+// System calls that do less than requested, and fail on demand.
 struct FaultyIo : FileIo {
   ssize_t Write(int fd, const iovec* parts, int count, off_t offset) override {
     if (write_error != 0 && writes_left.fetch_sub(1) <= 0) return Fail(write_error);

@@ -31,8 +31,8 @@ enum class Verb {
   kSeal
 };
 
-// Forwards to a real one; the n-th call of one verb fails instead. Like the real thing it does all or nothing. Before
-// the first call of a verb it can do something else, what another thread might do at that moment.
+// Forwards to a real page table, but fails the n-th call of one verb, with no partial effect. Before the first call of
+// a verb it can run a callback, such as another thread's action at that moment.
 class FaultyVmm final : public Vmm {
  public:
   explicit FaultyVmm(std::unique_ptr<Vmm> inner) : inner_(std::move(inner)) {}

@@ -1,5 +1,5 @@
-// Decode attention of sequences that share a prefix: which spans are walked together, and that no bit of a result shows
-// it.
+// Decode attention of sequences that share a prefix: which spans are processed together, and that no bit of a result
+// depends on it.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kChunk = 16;
 
-// Sequences that begin with the same tokens, of which each has `own` more, or some more than that.
+// Sequences with the same first tokens, followed by `own` or somewhat more tokens of each.
 struct Family {
   int members;
   int shared;
@@ -44,7 +44,7 @@ Problem Wide() {
   return p;
 }
 
-// In each of the first sequences that share a prefix, the tokens of the first of them.
+// Copies the shared prefixes: each of the first sequences gets the tokens of the one before it.
 void CopyPrefixes(Problem& p, const SharedPrefixes& prefixes) {
   for (std::size_t s = 1; s < prefixes.order.size(); ++s) {
     for (int which = 0; which < 2; ++which) {
@@ -54,7 +54,7 @@ void CopyPrefixes(Problem& p, const SharedPrefixes& prefixes) {
   }
 }
 
-// The plan for sequences in a fused cache that needs no memory.
+// Makes the plan for sequences in a fused cache, without needing memory.
 void PlanFor(Problem p, const std::vector<std::pair<int, int>>& lengths, const SharedPrefixes* prefixes, int workers,
              cpu::Plan* plan) {
   int at = 0;
@@ -75,7 +75,7 @@ void PlanFor(Problem p, const std::vector<std::pair<int, int>>& lengths, const S
   cpu::MakePlan(args, workers, plan);
 }
 
-// Spans that are walked together, added up over heads, by the number of units that do.
+// Returns the spans processed together, summed over heads, by the number of members.
 std::map<int, int> GroupedSpans(const cpu::Plan& plan) {
   std::map<int, int> spans;
   for (const cpu::WorkItem& item : plan.items) {
@@ -94,7 +94,7 @@ TEST(GroupedDecodeTest, ThePlanGroupsWholeSpans) {
   cpu::Plan plan;
   for (const int workers : {1, 2, 4}) {
     PlanFor(p, lengths, &prefixes, workers, &plan);
-    // Two spans of each head; 1000 tokens are one whole span, which is too little.
+    // Two spans of each head; 1000 tokens make only one full span, which is too little.
     EXPECT_EQ(GroupedSpans(plan), (Spans{{3, 2 * 8}, {2, 2 * 8}})) << workers;
     PlanFor(p, lengths, nullptr, workers, &plan);
     EXPECT_EQ(GroupedSpans(plan), Spans()) << workers;
@@ -130,18 +130,18 @@ TEST(GroupedDecodeTest, ManyWorkersShareAGroup) {
 TEST(GroupedDecodeTest, GroupsWithinGroups) {
   SharedPrefixes prefixes;
   const auto lengths = Lengths({{6, 1024, 1600}}, {}, &prefixes);
-  // The first three share two spans more, and two of these another: too little.
+  // The first three share two more spans, and two of these one more: too little.
   prefixes.common = {0, 2560, 2048, 1024, 1024, 1024};
   cpu::Plan plan;
   PlanFor(Wide(), lengths, &prefixes, 1, &plan);
   EXPECT_EQ(GroupedSpans(plan), (Spans{{6, 2 * 8}, {3, 2 * 8}}));
-  // All of them share one span, which is too little; the first three begin with it.
+  // All of them share one span, which is too little, but which the first three process as part of theirs.
   prefixes.common = {0, 2048, 2048, 512, 512, 512};
   PlanFor(Wide(), lengths, &prefixes, 1, &plan);
   EXPECT_EQ(GroupedSpans(plan), (Spans{{3, 4 * 8}}));
 }
 
-// Two runs of blocks, three sequences each; and one that nobody shares.
+// Two runs of blocks, shared by three sequences each, and one that nobody shares.
 TEST(GroupedDecodeTest, PrefixesAreFoundInRuns) {
   const std::vector<std::int32_t> a = {5, 6, 7, 8}, b = {5, 6, 9}, c = {1, 6, 7}, d = {5, 6, 7, 8, 2};
   const auto run = [](const std::vector<std::int32_t>& blocks) {
@@ -155,7 +155,7 @@ TEST(GroupedDecodeTest, PrefixesAreFoundInRuns) {
   EXPECT_TRUE(found.empty());
 }
 
-// Compares every sequence with itself alone.
+// Compares every sequence with the same sequence computed alone.
 void ExpectSameBits(const Problem& p, const Cache& cache, const std::vector<int>& slots,
                     const SharedPrefixes* prefixes) {
   Inline here;
@@ -221,7 +221,7 @@ TEST(GroupedDecodeTest, BitsAreThoseOfTheSequenceAlone) {
   }
 }
 
-// A block table says by itself what is shared; where values have a separate table, both must.
+// A block table shows what is shared; if values have a separate table, both must show it.
 TEST(GroupedDecodeTest, TablesThatNameTheSameChunks) {
   Rng rng(5);
   for (const Layout layout : {Layout::kTableNhd, Layout::kTableHnd, Layout::kTableApart}) {

@@ -1,5 +1,4 @@
-// Pools over the fake driver between which sequences go as handles. For tests that are built with
-// KVPAGE_TEST_FAKE_DRIVER.
+// Pools on the fake driver that hand sequences over as handles. For tests built with KVPAGE_TEST_FAKE_DRIVER.
 #ifndef KVPAGE_TESTS_HANDLES_UTIL_H_
 #define KVPAGE_TESTS_HANDLES_UTIL_H_
 
@@ -70,7 +69,7 @@ struct End {
   std::int64_t Stamped(std::int32_t slot, std::int64_t tokens, float stamp) {
     return CountStamped(pool.get(), slot, 0, tokens, stamp);
   }
-  // Accounts, without what handles were made ahead.
+  // The accounts, without handles that were created ahead of time.
   std::vector<std::int64_t> Accounts() {
     const PoolNumbers n = pool->Numbers();
     EXPECT_TRUE(AddsUp(pool.get()));
@@ -95,7 +94,7 @@ inline HandoverPtr Received(const handover::Handover& sent) {
   return out;
 }
 
-// What any process can see that has the descriptors: those of the fake driver are files.
+// Returns everything that a process with the descriptors can see: on the fake driver they are files.
 inline std::string Content(const handover::Handover& sent) {
   std::string all;
   for (const int fd : Descriptors(sent)) {

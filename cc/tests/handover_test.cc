@@ -16,7 +16,7 @@ namespace {
 
 class HandoverTest : public SwappingTest {
  protected:
-  // A sequence in a slot that keeps its blocks in a separate file and has room for more tokens.
+  // Starts a sequence whose slot keeps its blocks in a separate file and has room for more tokens.
   std::int32_t BeginInFile(std::int32_t tokens, float stamp, std::int64_t room) {
     const Claim claim = pool_->AcquireHandover({room});
     EXPECT_OK(claim.status);
@@ -74,7 +74,7 @@ TEST_P(HandoverTest, ASlotWhoseFileCannotBeSealedGoesOn) {
     }
   }
   vmm_->FailAt(Verb::kNone, 0);
-  WriteStamped(pool_.get(), program_.get(), slot, 10, 1);  // it may still write, and has its room
+  WriteStamped(pool_.get(), program_.get(), slot, 10, 1);  // it may still write, and keeps its room
   const handover::HandoverPtr sent = Export(slot);
   ASSERT_NE(sent, nullptr);
   EXPECT_EQ(sent->copied, 0);
@@ -85,7 +85,7 @@ TEST_P(HandoverTest, ASlotWhoseFileCannotBeSealedGoesOn) {
   EXPECT_TRUE(AllRight());
 }
 
-// Its file has blocks of the fork by then, which the receiver of this sequence may not see.
+// By then its file has blocks of the fork, which the receiver of this sequence must not see.
 TEST_P(HandoverTest, ASlotThatHasGivenBlocksToAForkIsCopied) {
   const std::int32_t slot = BeginInFile(40, 1, 40);
   const std::int32_t fork = program_->Fork(slot);
@@ -131,7 +131,7 @@ TEST_P(HandoverTest, AnImportThatFailsLeavesNothing) {
 TEST_P(HandoverTest, AnAcquisitionThatFailsLeavesNothing) {
   const std::int64_t free = free_blocks();
   for (const Verb verb : {Verb::kLend, Verb::kMap}) {
-    vmm_->FailAt(verb, 1);  // of the second slot, or of the second range
+    vmm_->FailAt(verb, 1);  // for the second slot, or the second range
     const Claim claim = pool_->AcquireHandover({40, 20});
     EXPECT_TRUE(vmm_->failed());
     EXPECT_FALSE(claim.status.ok());
@@ -147,7 +147,7 @@ TEST_P(HandoverTest, SealingWaitsForHandlersOfTheSlot) {
   std::atomic<bool> done{false};
   std::thread exporter;
   {
-    PinnedSlots running;  // an append that has written one layer so far, not both
+    PinnedSlots running;  // an append that has written only one of two layers so far
     ASSERT_OK(program_->Begin(slot, 1, 0, /*append=*/true, &running));
     handover::HandoverPtr out;
     const Status refused = pool_->ExportBlocks(slot, "", [] { return false; }, &out);
@@ -159,7 +159,7 @@ TEST_P(HandoverTest, SealingWaitsForHandlersOfTheSlot) {
     });
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
     EXPECT_FALSE(done);
-    ForTokens(pool_.get(), slot, 40, 41, [](float& at, float) { at = 3; });  // a write that is still allowed
+    ForTokens(pool_.get(), slot, 40, 41, [](float& at, float) { at = 3; });  // this write is still allowed
   }
   exporter.join();
   EXPECT_TRUE(done);

@@ -1,4 +1,4 @@
-// Evicted prefixes in memory of the host, where copies are slow or fail: nobody waits, and nothing wrong comes back.
+// Evicted prefixes in host memory, with copies that are slow or fail: nobody waits, and nothing wrong is read back.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -27,7 +27,7 @@ class HostTierFaultsTest : public ::testing::TestWithParam<Layout> {
     return Soon([&] { return rig->mover().waiting > 0; });
   }
 
-  // A thread of the store may be the last to hold a pool, and must not be the last to hold the store.
+  // A store thread may hold the last reference to a pool, but must not hold the last one to the store.
   void TearDown() override { store_->Close(); }
 
   std::shared_ptr<store::HostStore> store_;
@@ -41,7 +41,7 @@ TEST_P(HostTierFaultsTest, ASlowMoverMakesNobodyWait) {
     EXPECT_TRUE(rig->Whole());
   }
   ASSERT_TRUE(CopyIsHeld(rig.get()));
-  // A program maps under the same pressure, all memory that there is.
+  // A program maps all the memory there is under the same pressure.
   std::vector<std::int32_t> slots;
   for (int i = 0; i < 2; ++i) {
     slots.push_back(rig->program().Acquire(1));
@@ -56,10 +56,10 @@ TEST_P(HostTierFaultsTest, ASlowMoverMakesNobodyWait) {
   EXPECT_GT(rig->pool().StoreNumbers().unwritten_evictions, 30);
   rig->mover().hold = false;
   for (const std::int32_t slot : slots) rig->program().Release(slot);
-  // What was taken away meanwhile does not count as written.
+  // Blocks that were taken away meanwhile do not count as written.
   for (std::int32_t i = 1; i <= 12; ++i) {
     rig->Fetch(Text(i, 5));
-    rig->Run(Text(i, 5));  // compares what is found
+    rig->Run(Text(i, 5));  // compares whatever is found
   }
   EXPECT_TRUE(Soon([&] { return rig->Spills().tokens > 0; }));
   EXPECT_TRUE(rig->Whole());
@@ -80,7 +80,7 @@ TEST_P(HostTierFaultsTest, WhatIsEvictedWhileItIsCopiedIsNotStored) {
   EXPECT_EQ(store_->Numbers().used_bytes, 7 * rig->logical_bytes()) << "nothing is left of the first";
 }
 
-// The end of a sequence goes while all of it is copied: its beginning counts.
+// The end of a sequence is evicted while all of it is copied: its beginning counts as written.
 TEST_P(HostTierFaultsTest, WhatIsLeftOfASequenceIsStored) {
   const auto rig = Open(8);
   rig->mover().hold = true;
@@ -100,7 +100,7 @@ TEST_P(HostTierFaultsTest, WhatIsLeftOfASequenceIsStored) {
   EXPECT_EQ(rig->Run(Text(1, 6)), left * 16);
 }
 
-// The same tokens are computed again, in the same blocks, while the first ones are copied: half of each block is old.
+// While blocks are copied, the same tokens are recomputed in the same blocks: half of each copy is old.
 TEST_P(HostTierFaultsTest, ACopyOfBothIsNotStored) {
   const auto rig = Open(6);
   rig->mover().hold = true;
@@ -115,7 +115,7 @@ TEST_P(HostTierFaultsTest, ACopyOfBothIsNotStored) {
   EXPECT_EQ(rig->Run(Text(1, 5), 20), 80);
 }
 
-// A slot is adopted and rolled back while its blocks are copied, and then the same tokens are written again.
+// A slot is adopted and rolled back while its blocks are copied, and then the same tokens are rewritten.
 TEST_P(HostTierFaultsTest, ARewrittenBlockIsNotStored) {
   const auto rig = Open(8);
   rig->mover().hold = true;
@@ -170,14 +170,14 @@ TEST_P(HostTierFaultsTest, CopiesThatFail) {
   EXPECT_EQ(store_->Numbers().used_bytes, 0);
   rig->EvictAll();
   EXPECT_EQ(rig->pool().StoreNumbers().unwritten_evictions, 5);
-  // After a while it is tried again.
+  // It is retried after a while.
   ASSERT_TRUE(Soon([&] {
     rig->Run(Text(2, 5));
     return rig->Spills().tokens > 0;
   }));
   EXPECT_EQ(rig->Stored(Text(2, 5)), 5);
   rig->EvictAll();
-  // What comes back fails: a miss, and the store has it still.
+  // Reading back fails: a miss, but the store still has it.
   rig->mover().fail = 1;
   std::string error;
   EXPECT_EQ(rig->Fetch(Text(2, 5), &error), 0);

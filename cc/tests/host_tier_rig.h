@@ -1,5 +1,4 @@
-// For tests of a pool whose evicted prefixes go to memory of the host: a mover that is slow or fails when it is told
-// to.
+// Helpers for tests of a pool whose evicted prefixes go to host memory: a mover that is slow or fails on demand.
 #ifndef KVPAGE_TESTS_HOST_TIER_RIG_H_
 #define KVPAGE_TESTS_HOST_TIER_RIG_H_
 
@@ -16,8 +15,8 @@
 
 namespace kvpage::testing {
 
-// Copies of blocks that the host could read. They wait while `hold` is set, after the first half of each; the n-th of
-// those that follow `fail` fails.
+// Copies of blocks that the host can access. Each waits after its first half while `hold` is set. If `fail` is n, the
+// n-th copy from then on fails.
 struct HeldMover : BlockMover {
   Status Copy(const std::vector<ToHost>& copies, std::int64_t bytes) override {
     return Each(
@@ -72,8 +71,8 @@ class HostTierRig {
   std::int64_t logical_bytes() const { return ranges() * rig_.geometry.block_bytes; }
   prefix::SpillNumbers Spills() { return pool().StoreNumbers().spills; }
 
-  // A released sequence, and the number of its tokens that were found. Those were written with `stamp`, or that of the
-  // sequence.
+  // Runs and releases a sequence; returns the number of its tokens that were found. They must carry `stamp`, or by
+  // default that of the sequence.
   std::int64_t Run(const std::vector<std::int32_t>& ids, float stamp = 0) {
     if (stamp == 0) stamp = static_cast<float>(ids[0]);
     const Claim claim = program().AcquirePrefix(ids);
@@ -100,7 +99,7 @@ class HostTierRig {
     EXPECT_OK(pool().Evict(1000, &freed));
     EXPECT_EQ(pool().Numbers().blocks_cached, 0);
   }
-  // Reads what is stored, and returns how many tokens came.
+  // Reads what is stored, and returns the number of tokens read.
   std::int64_t Fetch(const std::vector<std::int32_t>& ids, std::string* error = nullptr) {
     std::shared_ptr<prefix::FetchTicket> ticket;
     EXPECT_OK(pool().Prefetch({"", ids, 0}, &ticket));

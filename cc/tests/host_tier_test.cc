@@ -1,5 +1,5 @@
-// Evicted prefixes in memory of the host: what comes back, what gives way when the limit is reached, and whose it is.
-// device_host_tier_test.cc has the same with the CUDA kernels and the driver's copies.
+// Evicted prefixes in host memory: what is read back, what is dropped when the limit is reached, and whose it is.
+// device_host_tier_test.cc covers the same with the CUDA kernels and the driver's copies.
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -17,7 +17,7 @@ using store::testing::Soon;
 
 class HostTierTest : public ::testing::TestWithParam<Layout> {
  protected:
-  // Room for so many logical blocks.
+  // Makes a store with room for this many logical blocks.
   void MakeStore(std::int64_t blocks) {
     store_ = std::make_shared<store::HostStore>(blocks * 4096 * SmallGeometry(GetParam()).num_ranges());
   }
@@ -26,7 +26,7 @@ class HostTierTest : public ::testing::TestWithParam<Layout> {
     return std::make_unique<HostTierRig>(GetParam(), blocks, write_ahead, store_);
   }
 
-  // A thread of the store may be the last to hold a pool, and must not be the last to hold the store.
+  // A store thread may hold the last reference to a pool, but must not hold the last one to the store.
   void TearDown() override { store_->Close(); }
 
   std::shared_ptr<store::HostStore> store_;
@@ -36,7 +36,7 @@ TEST_P(HostTierTest, EverythingComesBack) {
   const auto rig = Open(30, 1);
   for (std::int32_t i = 1; i <= 3; ++i) rig->Run(Text(i, 4));
   const std::vector<std::int32_t> longer = Text(1, 6);
-  rig->Run(longer);  // continues what is written
+  rig->Run(longer);  // continues a sequence that is already stored
   ASSERT_TRUE(Soon([&] { return rig->Spills().tokens == 14 * 16; }));
   EXPECT_EQ(rig->Spills().bytes, 14 * rig->logical_bytes());
   EXPECT_GT(rig->Spills().latencies.median, 0);
@@ -69,7 +69,7 @@ TEST_P(HostTierTest, WhatIsEvictedNextIsWrittenDownToTheShare) {
   rig->Run(Text(2, 3));
   usleep(20000);
   EXPECT_EQ(rig->Spills().tokens, 0);  // 12 of 20 blocks are free
-  rig->Run(Text(3, 3));                // 8 are
+  rig->Run(Text(3, 3));                // 8 are free
   ASSERT_TRUE(Soon([&] { return rig->Spills().tokens == 3 * 16; }));
   usleep(20000);
   EXPECT_EQ(rig->Spills().tokens, 3 * 16);
@@ -87,21 +87,21 @@ TEST_P(HostTierTest, TheLeastRecentlyUsedGoFirst) {
     wait(4 * i);
   }
   rig->EvictAll();
-  EXPECT_EQ(rig->Fetch(Text(1, 4)), 64);  // used: the second is the oldest now
+  EXPECT_EQ(rig->Fetch(Text(1, 4)), 64);  // used, so that the second one is now the oldest
   rig->Run(Text(4, 3));
   wait(15);
   EXPECT_EQ(rig->Stored(Text(1, 4)), 4);
   EXPECT_EQ(rig->Stored(Text(2, 4)), 0);
   EXPECT_EQ(rig->Stored(Text(3, 4)), 4);
   EXPECT_EQ(rig->Stored(Text(4, 3)), 3);
-  // What continues a sequence does not drive its beginning out, nor stay without it.
+  // A continuation neither evicts the beginning of its sequence, nor stays without it.
   rig->Run(Text(3, 6));
   wait(17);
   EXPECT_EQ(rig->Stored(Text(3, 6)), 6);
   EXPECT_EQ(rig->Stored(Text(1, 4)), 0);
   EXPECT_EQ(store_->Numbers().prefixes.bytes_evicted, 8 * rig->logical_bytes());
   EXPECT_LE(store_->Numbers().pinned_bytes, store_->Numbers().limit_bytes);
-  // One that does not fit at all is refused, and nothing goes for it.
+  // A sequence of one block still fits, and evicts nothing.
   rig->Run(Text(6, 1));
   wait(18);
   EXPECT_EQ(store_->Numbers().prefixes.refused_writes, 0);
@@ -136,7 +136,7 @@ TEST_P(HostTierTest, SwappedSequencesTakeTheRoomOfPrefixes) {
   EXPECT_EQ(store_->Numbers().used_bytes, 4 * rig->logical_bytes());
   EXPECT_GT(store_->Numbers().swap_outs.median, 0);
   EXPECT_EQ(store_->Numbers().swap_ins.median, 0);
-  // And prefixes do not take the room of swapped sequences.
+  // Prefixes do not take the room of swapped sequences either.
   rig->Run(Text(2, 3));
   EXPECT_TRUE(Soon([&] { return store_->Numbers().prefixes.refused_writes == 1; }));
   EXPECT_EQ(swap->state(), SwapState::kStored);

@@ -1,4 +1,4 @@
-// The host's part of acquire and release as the tests call it.
+// The host's part of acquire and release, as the tests call it.
 #ifndef KVPAGE_TESTS_HOST_VERBS_H_
 #define KVPAGE_TESTS_HOST_VERBS_H_
 

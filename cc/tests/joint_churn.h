@@ -1,5 +1,5 @@
-// Threads for joint pools: each device runs one list of ops at its own pace while the host makes random calls. All
-// devices must get the same answers and map the same blocks.
+// Threads for joint pools: each device runs the same list of ops at its own pace while the host makes random calls. All
+// devices must get the same results and map the same blocks.
 #ifndef KVPAGE_TESTS_JOINT_CHURN_H_
 #define KVPAGE_TESTS_JOINT_CHURN_H_
 
@@ -51,7 +51,8 @@ class Ops {
   std::deque<Op> ops_;
 };
 
-// `joint`: JointPools or JointDevices. `run(device, op, told)` runs an op, and adds to `told` what map_slots returned.
+// `joint` is a JointPools or JointDevices. `run(device, op, told)` runs an op, and appends the result of map_slots to
+// `told`.
 template <class Joint, class Run>
 void Churn(Joint* joint, int rounds, const Run& run) {
   const int devices = joint->size();
@@ -72,9 +73,9 @@ void Churn(Joint* joint, int rounds, const Run& run) {
       }
     });
   }
-  // The ops up to the last release: the host chooses slots once all devices have run them (`settle` in Python).
+  // The ops up to the last release: the host picks slots once all devices have run them (`settle` in Python).
   std::size_t settled = 0;
-  // A call that the host makes on every pool, with the same result.
+  // Makes a call on every pool, which must give the same result.
   const auto everywhere = [&](auto&& call) {
     for (int i = 0; i < devices; ++i) {
       while (done[i] < settled) std::this_thread::yield();

@@ -1,4 +1,4 @@
-// The same as joint_threads_test.cc for devices with mirrors. Also run under ThreadSanitizer.
+// Like joint_threads_test.cc, but for devices with mirrors. Also run under ThreadSanitizer.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -20,7 +20,7 @@ void ChurnDevices(int devices, int rounds) {
       const std::int32_t more = op.tokens - program.length(op.slot);
       if (told->back() != 0 && more > 0) program.Write(op.slot, more);
     }
-    // Whichever thread finds work in a stream runs it. A handler of map_slots waits for queued work, too.
+    // Whichever thread finds work in a stream runs it. A map_slots handler also waits for queued work.
     EXPECT_OK(joint.machine.device(device)->Synchronize(joint.machine.stream(device)));
   });
   joint.ExpectNoFaults();

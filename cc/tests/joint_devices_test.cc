@@ -1,5 +1,5 @@
-// map_slots in pools that stand for one, each on another device with its own mirror and context: who comes first
-// decides, the others fetch, and all mirrors have the room or none.
+// map_slots in pools that act as one, each on a different device with its own mirror and context: the first to call
+// decides, the others fetch the decision, and either all mirrors have the room or none.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -21,7 +21,7 @@ TEST_P(JointDevicesTest, TheFirstDecidesAndAllMirrorsHaveTheRoom) {
   EXPECT_TRUE(joint.MapOne(last, slot, 40));
   for (int i = 0; i < joint.size(); ++i) EXPECT_EQ(joint.Room(i, slot), 48) << "device " << i;
   joint.programs[last]->Write(slot, 40);
-  EXPECT_TRUE(joint.MapOne(last, slot, 64));  // it goes on, and is two decisions ahead
+  EXPECT_TRUE(joint.MapOne(last, slot, 64));  // this device continues, and is two decisions ahead
   joint.programs[last]->Write(slot, 24);
   EXPECT_EQ(joint.joint->numbers().pending, 2);
   for (int i = 0; i < last; ++i) {
@@ -47,7 +47,7 @@ TEST_P(JointDevicesTest, WhatADeviceHasNotGivenUpIsNotTaken) {
   joint.Release(b);  // it has run on all devices but one
   EXPECT_FALSE(joint.MapOne(0, a, 48));
   joint.machine.fake().ReleaseStream(joint.machine.stream(last));
-  // By now there would be enough. Device 0 was told that there is not.
+  // There would be enough by now, but device 0 was told that there is not.
   for (int i = 1; i < joint.size(); ++i) EXPECT_FALSE(joint.MapOne(i, a, 48)) << "device " << i;
   for (int i = last; i >= 0; --i) EXPECT_TRUE(joint.MapOne(i, a, 48)) << "device " << i;  // moved from the parked slot
   joint.ExpectEqual();
@@ -58,7 +58,7 @@ TEST_P(JointDevicesTest, BlocksThatASlotHasAlreadyBecomeRoomEverywhere) {
   JointDevices joint(GetParam(), 8);
   const std::int32_t parked = joint.Acquire(64);
   joint.Release(parked);
-  const std::int32_t slot = joint.Acquire(1);  // adopts four blocks, has room in one
+  const std::int32_t slot = joint.Acquire(1);  // adopts four blocks, but has room in one
   EXPECT_EQ(slot, parked);
   EXPECT_EQ(joint.Room(0, slot), 16);
   for (int i = 0; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 50));
@@ -83,21 +83,21 @@ TEST_P(JointDevicesTest, SlotsParkInTheOrderOfTheirReleases) {
   }
 }
 
-// A device goes on after a call that it has refused, and so do the others.
+// After a refused call, the device and the others continue.
 TEST_P(JointDevicesTest, RefusedCallsCountToo) {
   JointDevices joint(GetParam(), 8);
   const std::int32_t slot = joint.Acquire(16);
   const std::int32_t generation = joint.starts[0].generation;
-  joint.pools[0]->PassOverMap(generation);  // before the others come to the call
+  joint.pools[0]->PassOverMap(generation);  // before the others reach the call
   for (int i = 1; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 32));
   EXPECT_EQ(joint.joint->numbers().pending, 0);
   EXPECT_TRUE(joint.MapOne(0, slot, 48));
   for (int i = 1; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 48));
   EXPECT_TRUE(joint.MapOne(1, slot, 64));
-  joint.pools[0]->PassOverMap(generation);  // after one of them
+  joint.pools[0]->PassOverMap(generation);  // after one of them has
   for (int i = 2; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 64));
   EXPECT_EQ(joint.joint->numbers().pending, 0);
-  joint.pools[0]->PassOverMap(generation - 1);  // a program of an older generation: none of this one's calls
+  joint.pools[0]->PassOverMap(generation - 1);  // an older generation's program: not a call of this one
   for (int i = 0; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 80));
   const JointMaps::Numbers numbers = joint.joint->numbers();
   EXPECT_EQ(numbers.decisions, 4);
@@ -108,13 +108,13 @@ TEST_P(JointDevicesTest, RefusedCallsCountToo) {
 TEST_P(JointDevicesTest, Generations) {
   JointDevices joint(GetParam(), 8);
   const std::int32_t slot = joint.Acquire(16);
-  EXPECT_TRUE(joint.MapOne(0, slot, 32));  // the other devices never come
+  EXPECT_TRUE(joint.MapOne(0, slot, 32));  // the other devices never reach the call
   EXPECT_EQ(joint.joint->numbers().pending, 1);
   joint.Restart();
   EXPECT_EQ(joint.joint->numbers().pending, 0);
   for (int i = joint.size() - 1; i >= 0; --i) EXPECT_TRUE(joint.MapOne(i, slot, 48));
   joint.ExpectEqual();
-  // While generations begin one after the other, nothing is decided.
+  // While the pools start their generations one after the other, nothing is decided.
   Pool::Generation made;
   EXPECT_OK(joint.pools[0]->NewGeneration(&made));
   for (const int device : {0, 1}) {
@@ -136,7 +136,7 @@ TEST_P(JointDevicesTest, WrongCalls) {
   EXPECT_EQ(other.status.code(), Code::kInvalidArgument);
   EXPECT_TRUE(Mentions(other.status, "the devices of the mesh ask for different things")) << other.status.message();
   EXPECT_FALSE(joint.Map(1, {3}, {32}).status.ok());       // free
-  EXPECT_FALSE(joint.Map(1, {kSlots}, {32}).status.ok());  // there is no such slot
+  EXPECT_FALSE(joint.Map(1, {kSlots}, {32}).status.ok());  // no such slot
   for (int i = 1; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 32));
   const std::vector<std::int32_t> slots = {slot, -1}, tokens = {1000, -5};
   for (int i = 0; i < joint.size(); ++i) EXPECT_EQ(joint.Map(i, slots, tokens).ok, (std::vector<char>{0, 1}));
@@ -148,25 +148,25 @@ TEST_P(JointDevicesTest, WrongCalls) {
 TEST(JoinTest, PoolsThatCannotStandForOne) {
   Machine machine(2);
   std::shared_ptr<JointMaps> joint;
-  EXPECT_FALSE(Pool::Join({machine.MakePool(1, 4, 0), machine.MakePool(2, 4, 0)}, &joint).ok());  // one device
+  EXPECT_FALSE(Pool::Join({machine.MakePool(1, 4, 0), machine.MakePool(2, 4, 0)}, &joint).ok());  // the same device
   const std::vector<std::shared_ptr<Pool>> pools = {machine.MakePool(3, 4, 0), machine.MakePool(4, 4, 1)};
   EXPECT_OK(Pool::Join(pools, &joint));
-  EXPECT_FALSE(Pool::Join(pools, &joint).ok());  // they do already
+  EXPECT_FALSE(Pool::Join(pools, &joint).ok());  // they are already joined
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, JointDevicesTest, ::testing::Values(2, 4));
 
-// ---- what the driver refuses ----
+// ---- driver failures ----
 
 struct Kind {
   const char* name;
-  bool parked;  // blocks come from a parked slot
+  bool parked;  // whether blocks come from a parked slot
   bool poison;
 };
 
 class JointDeviceFaultsTest : public ::testing::TestWithParam<std::tuple<int, int, Kind>> {};
 
-// Every call of the driver fails once, whichever device it is for.
+// Each driver call fails once, whichever device it is for.
 TEST_P(JointDeviceFaultsTest, AllOrNone) {
   const auto [devices, result, kind] = GetParam();
   int failures = 0;
@@ -200,7 +200,7 @@ TEST_P(JointDeviceFaultsTest, AllOrNone) {
       EXPECT_EQ(later.ok, first.ok);
     }
     if (!first.status.ok()) joint.Restart();
-    // The host's next call finds all pools alike again, and so does the next decision.
+    // The host's next call finds all pools in agreement again, and so does the next decision.
     joint.joint->EnterHost();
     for (const auto& pool : joint.pools) EXPECT_OK(pool->Extend({slot}, {33}).status);
     joint.joint->LeaveHost();
@@ -210,7 +210,7 @@ TEST_P(JointDeviceFaultsTest, AllOrNone) {
     for (const auto& program : joint.programs) program->Write(slot, 112);
     joint.ExpectNoFaults();
   }
-  // Where a device has no memory left, what the parked slot has is enough.
+  // If a device has no memory left, the blocks of the parked slot suffice.
   if (kind.parked && result == 2) {
     EXPECT_EQ(failures, 0);
   } else {
@@ -227,7 +227,7 @@ INSTANTIATE_TEST_SUITE_P(All, JointDeviceFaultsTest,
                                   "Answer" + std::to_string(std::get<1>(info.param));
                          });
 
-// The n-th copy to a device fails, and all that follow: also those that would take the room back.
+// The n-th copy to a device and all later ones fail, including those that would take the room back.
 TEST(JointRollbackTest, WhatCannotBeTakenBackStaysMapped) {
   int kept = 0;
   for (int n = 1; n <= 4; ++n) {
@@ -251,7 +251,7 @@ TEST(JointRollbackTest, WhatCannotBeTakenBackStaysMapped) {
   EXPECT_EQ(kept, 0 + 1 + 2 + 3);
 }
 
-// An extend that another device could not make is taken back.
+// An extend that failed on another device is taken back.
 TEST(JointRollbackTest, RetractedRoomIsTakenFromPrograms) {
   int failures = 0;
   for (std::int64_t call = 1;; ++call) {
@@ -283,13 +283,13 @@ TEST(JointRollbackTest, RetractedRoomIsTakenFromPrograms) {
   EXPECT_GT(failures, 3);
 }
 
-// A program that has passed its check may have found the room that is taken back: its memory stays until it has ended.
+// A program that has passed its check may have seen the room that is taken back: its memory stays until it has ended.
 TEST(JointRollbackTest, RoomIsNotTakenFromRunningPrograms) {
   JointDevices joint(2, 10);
   const std::int32_t slot = joint.Acquire(16);
   joint.programs[0]->HoldAfterCheck(joint.machine.stream(0));
   joint.programs[0]->Write(slot, 4);
-  joint.machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 2, cu::Result::kUnknown);  // that of device 1
+  joint.machine.fake().FailAt(cu::Call::kMemcpyHtoDAsync, 2, cu::Result::kUnknown);  // the copy to device 1
   std::atomic<bool> done{false};
   Status status;
   std::thread handler([&] {

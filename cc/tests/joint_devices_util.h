@@ -1,5 +1,5 @@
-// Shared by the tests of joint decisions on devices: pools with a mirror, one on each device of a machine, that stand
-// for one pool, and the program of each.
+// Helpers for tests of joint decisions on devices: pools with mirrors, one on each device of a machine, that act as one
+// pool, and a program for each.
 #ifndef KVPAGE_TESTS_JOINT_DEVICES_UTIL_H_
 #define KVPAGE_TESTS_JOINT_DEVICES_UTIL_H_
 
@@ -16,7 +16,7 @@
 
 namespace kvpage::testing {
 
-// What a device's map_slots returned.
+// The result of map_slots on one device.
 struct Mapped {
   Status status;
   std::vector<char> ok;
@@ -47,7 +47,7 @@ class JointDevices {
     joint->Begin(starts);
   }
 
-  // On all devices.
+  // Acquires on all devices.
   std::int32_t Acquire(std::int64_t tokens) {
     std::int32_t slot = -1;
     for (int i = 0; i < size(); ++i) {
@@ -65,7 +65,7 @@ class JointDevices {
     for (const auto& program : programs) program->Release(slot);
   }
 
-  // One device's call, which the device has checked.
+  // The call of one device, after the device's check.
   Mapped Map(int device, const std::vector<std::int32_t>& slots, const std::vector<std::int32_t>& tokens) {
     const std::unique_ptr<bool[]> ok(new bool[slots.size()]);
     Mapped mapped;
@@ -80,10 +80,10 @@ class JointDevices {
     return mapped.status.ok() && mapped.ok[0] != 0;
   }
 
-  // What programs on the device may write of a slot.
+  // Returns how many tokens of a slot programs on the device may write.
   std::int32_t Room(int device, std::int32_t slot) { return machine.Find(kFirstId + device, device)->slots[slot].room; }
 
-  // The block map of each occupied slot.
+  // Returns the block map of each occupied slot.
   std::map<std::int32_t, BlockReferences> Maps(int device) const {
     std::map<std::int32_t, BlockReferences> maps;
     for (const SlotRow& row : pools[device]->Rows()) {
@@ -92,7 +92,7 @@ class JointDevices {
     }
     return maps;
   }
-  // No device lets programs write what is not mapped there.
+  // Expects that no device lets programs write what is not mapped there.
   void ExpectSafe() {
     for (int i = 0; i < size(); ++i) {
       EXPECT_OK(pools[i]->Audit());
@@ -102,7 +102,7 @@ class JointDevices {
       }
     }
   }
-  // All arenas map the same blocks, and all devices let programs write what the host has promised.
+  // Expects that all arenas map the same blocks, and that all devices let programs write what the host has promised.
   void ExpectEqual() {
     ExpectSafe();
     for (int i = 0; i < size(); ++i) {

@@ -1,4 +1,4 @@
-// A mapping that fails in one of several pools has happened in none.
+// A mapping that fails in one of several pools takes effect in none.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -12,7 +12,7 @@ std::string Name(Verb verb) {
   return verb == Verb::kCreate ? "Create" : verb == Verb::kMap ? "Map" : verb == Verb::kMove ? "Move" : "Fill";
 }
 
-// What a pool counts, apart from which free blocks have memory.
+// The counts of a pool, except for which free blocks have memory.
 std::vector<std::int64_t> Counts(Pool& pool) {
   const PoolNumbers n = pool.Numbers();
   std::vector<std::int64_t> counts = {n.blocks_mapped, n.blocks_parked, n.blocks_draining, n.blocks_free};
@@ -30,7 +30,7 @@ TEST_P(JointFaultsTest, RollsAllBack) {
   for (int call = 0;; ++call) {
     JointPools joint(3, 10 * ranges, geometry, {false, /*poison=*/verb == Verb::kFill});
     const std::int32_t a = joint.Acquire(16), b = joint.Acquire(moves ? 112 : 16);
-    if (moves) joint.Release(b);  // 2 blocks are free: the rest comes from the parked slot
+    if (moves) joint.Release(b);  // 2 blocks are free, the rest comes from the parked slot
     const std::vector<std::int64_t> before = Counts(*joint.pools[0]);
     joint.vmms[failing]->FailAt(verb, call);
     const bool ok = joint.MapOne(1, a, 96);
@@ -47,7 +47,7 @@ TEST_P(JointFaultsTest, RollsAllBack) {
     }
     joint.ExpectEqual();
     for (const int device : {0, 2}) EXPECT_EQ(joint.MapOne(device, a, 96), ok);
-    // The host's next call finds all pools alike again, and so does the next decision.
+    // The host's next call finds all pools in agreement again, and so does the next decision.
     joint.joint->EnterHost();
     for (const auto& pool : joint.pools) EXPECT_OK(pool->Extend({a}, {33}).status);
     joint.joint->LeaveHost();
@@ -59,7 +59,7 @@ TEST_P(JointFaultsTest, RollsAllBack) {
 }
 
 #ifdef KVPAGE_TEST_FAKE_DRIVER
-// Every call of the driver fails once, whichever device it is for.
+// Each driver call fails once, whichever device it is for.
 TEST(JointDriverFaultsTest, RollAllBack) {
   for (const int result : {2, 999}) {  // out of memory, unknown
     for (std::int64_t call = 1;; ++call) {

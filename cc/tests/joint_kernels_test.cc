@@ -1,5 +1,5 @@
-// Programs of several devices, with the CUDA kernels (on the emulated device): each reads the mirror and the memory of
-// its own device (on the fake driver), and memory is mapped in all of them alike.
+// Programs on several devices with the CUDA kernels (on the emulated device): each reads the mirror and the memory of
+// its own device (on the fake driver), and all devices map the same memory.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -22,7 +22,7 @@ Geometry OneHead() {
   return geometry;
 }
 
-// A device's part of a model whose heads are split: its keys and values are of its own head.
+// One device's part of a model whose heads are split: it has the keys and values of its own head.
 class Part {
  public:
   Part(Machine* machine, int device, std::int32_t id) : machine_(machine), device_(device), random_(device + 1) {
@@ -44,7 +44,7 @@ class Part {
     const DeviceOp op = opcode == SlotOpcode::kOccupy ? DeviceOp::kAcquire : DeviceOp::kRelease;
     EXPECT_OK(cuda::EditSlots(Cache(op), handle_, {&edit, 1, nullptr, 0}, &epoch_, lengths_.data(), nullptr, nullptr));
   }
-  // As the handler of map_slots: the device checks, the host maps.
+  // Does what the map_slots handler does: the device checks, the host maps.
   bool Map(std::int32_t slot, std::int32_t tokens) {
     std::int32_t verdict = -1;
     EXPECT_OK(cuda::CheckMapSlots(Cache(DeviceOp::kMapSlots), &slot, &tokens, 1, &epoch_, &verdict, nullptr));
@@ -74,7 +74,7 @@ class Part {
     EXPECT_OK(cuda::Advance(Cache(DeviceOp::kAdvance), batch, &epoch_, lengths_.data(), nullptr));
     return {all.end() - kQHeads * kDim, all.end()};
   }
-  // What plain attention over the keys and values that were appended gives.
+  // Returns the result of plain attention over the appended keys and values.
   std::vector<float> Wanted() const {
     std::vector<float> wanted(kQHeads * kDim, 0.0f);
     const std::size_t tokens = keys_.size() / kDim;
@@ -156,7 +156,7 @@ TEST_P(JointKernelsTest, EachDeviceReadsItsOwnMirror) {
   Machine machine(devices);
   std::vector<std::unique_ptr<Part>> parts;
   std::vector<std::shared_ptr<Pool>> pools;
-  // Ids that begin their search at the same entry of a table: each device has its own.
+  // Ids whose search starts at the same table entry: each device has its own table.
   for (int i = 0; i < devices; ++i) {
     parts.push_back(std::make_unique<Part>(&machine, i, 9 + i * kMaxDevicePools));
     pools.push_back(parts[i]->pool());
@@ -173,7 +173,7 @@ TEST_P(JointKernelsTest, EachDeviceReadsItsOwnMirror) {
     const std::vector<float> got = part->Step(slot, 4);
     ExpectNear(got, part->Wanted());
   }
-  // Device by device, each time another one first; the decode step after a prefill.
+  // Device by device, with a different one first each time: the decode step after a prefill.
   std::vector<std::vector<float>> last(parts.size());
   const std::vector<std::int32_t> steps = {30, 1, 1, 40};
   for (std::size_t round = 0; round < steps.size(); ++round) {
@@ -199,10 +199,10 @@ TEST_P(JointKernelsTest, EachDeviceReadsItsOwnMirror) {
   EXPECT_EQ(numbers.fetched, 4 * (devices - 1));
   EXPECT_EQ(numbers.pending, 0);
 
-  // Device 1 refuses a call; from the next one on all are in step again.
+  // Device 1 refuses a call; from the next call on, all are in step again.
   Part stale = *parts[1];
   EXPECT_TRUE(parts[0]->Map(slot, 80));
-  stale.Edit(SlotOpcode::kOccupy, slot);  // refused, and recorded
+  stale.Edit(SlotOpcode::kOccupy, slot);  // refused, and a fault is recorded
   EXPECT_FALSE(pools[1]->TakeFault().ok());
   stale.Restart();
   EXPECT_FALSE(parts[1]->Map(slot, 80));  // a stale generation

@@ -1,4 +1,4 @@
-// map_slots in pools that stand for one: who comes first decides, the others fetch.
+// map_slots in pools that act as one: the first to call decides, the others fetch the decision.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -22,7 +22,7 @@ TEST_P(JointMapsTest, TheFirstDecidesAndMapsForAll) {
   EXPECT_TRUE(joint.MapOne(1, slot, 40));
   for (const auto& pool : joint.pools) EXPECT_EQ(pool->Rows()[0].reserved, 40);
   joint.ExpectEqual();
-  // Device 1 goes on, and is two decisions ahead.
+  // Device 1 continues, and is two decisions ahead.
   EXPECT_OK(joint.programs[1]->Write(slot, 40));
   EXPECT_TRUE(joint.MapOne(1, slot, 64));
   EXPECT_EQ(joint.joint->numbers().pending, 2);
@@ -44,11 +44,11 @@ TEST_P(JointMapsTest, ADecisionIsKeptThoughThingsChange) {
   EXPECT_FALSE(joint.MapOne(0, a, 48));  // no block is left
   joint.StartReleaseOf(b);
   EXPECT_OK(joint.programs[0]->Vacate(b));
-  // The other device has not vacated it: nothing of it may be taken yet.
+  // The other device has not vacated the slot, so none of its blocks may be taken yet.
   EXPECT_FALSE(joint.MapOne(0, a, 48));
   EXPECT_FALSE(joint.MapOne(1, a, 48));
   EXPECT_OK(joint.programs[1]->Vacate(b));
-  // By now there would be enough. Device 0 was told that there is not.
+  // There would be enough by now, but device 0 was told that there is not.
   EXPECT_FALSE(joint.MapOne(1, a, 48));
   EXPECT_TRUE(joint.MapOne(1, a, 48));
   EXPECT_TRUE(joint.MapOne(0, a, 48));
@@ -77,7 +77,7 @@ TEST_P(JointMapsTest, SlotsEachForThemselves) {
   EXPECT_OK(first.status);
   EXPECT_EQ(first.ok, (std::vector<char>{1, 1, 0, 0, 1}));
   EXPECT_EQ(second.ok, first.ok);
-  EXPECT_EQ(joint.pools[0]->Rows()[2].blocks, Blocks(1));  // all that it needs, or nothing
+  EXPECT_EQ(joint.pools[0]->Rows()[2].blocks, Blocks(1));  // it gets all that it needs, or nothing
   joint.ExpectEqual();
   EXPECT_EQ(joint.Map(0, {a, a}, {1, 1}).status.code(), Code::kInvalidArgument);
   EXPECT_FALSE(joint.Map(0, {a}, {-1}).status.ok());
@@ -98,7 +98,7 @@ TEST_P(JointMapsTest, DevicesThatAskForDifferentThings) {
 TEST_P(JointMapsTest, Generations) {
   JointPools joint(2, Blocks(8), geometry());
   const std::int32_t slot = joint.Acquire(16);
-  EXPECT_TRUE(joint.MapOne(0, slot, 32));  // device 1 never comes
+  EXPECT_TRUE(joint.MapOne(0, slot, 32));  // device 1 never reaches the call
   EXPECT_EQ(joint.joint->numbers().pending, 1);
   joint.Restart();
   EXPECT_EQ(joint.joint->numbers().pending, 0);
@@ -106,7 +106,7 @@ TEST_P(JointMapsTest, Generations) {
   EXPECT_TRUE(joint.MapOne(0, slot, 48));
   EXPECT_EQ(joint.joint->numbers().fetched, 1);
   joint.ExpectEqual();
-  // While generations begin one after the other, nothing is decided.
+  // While the pools start their generations one after the other, nothing is decided.
   Pool::Generation made;
   EXPECT_OK(joint.pools[0]->NewGeneration(&made));
   const Mapped between = joint.Map(1, {slot}, {64});
@@ -160,7 +160,7 @@ TEST_P(JointMapsTest, DecisionsWaitForCallsOfTheHostButNotForLong) {
   EXPECT_TRUE(ok);
   EXPECT_TRUE(joint.MapOne(0, slot, 48));
   joint.ExpectEqual();
-  // The host does not come back: what it has done in one pool only is not built upon, other slots are served.
+  // The host does not return: what it has done in only one pool is not relied upon, but other slots are served.
   joint.joint->EnterHost();
   const std::int32_t other = joint.Acquire(16);
   EXPECT_OK(joint.pools[0]->Extend({slot}, {64}).status);
@@ -210,10 +210,10 @@ TEST_P(JointMapsTest, CachedSequencesAreEvictedAlike) {
   for (int i = 0; i < 2; ++i) EXPECT_EQ(found(i, 1), 32);
   joint.Release(second);
   joint.StartReleaseOf(first);
-  EXPECT_OK(joint.programs[0]->Vacate(first));  // on device 1 it is in use still
+  EXPECT_OK(joint.programs[0]->Vacate(first));  // still in use on device 1
   EXPECT_TRUE(joint.MapOne(0, mine, 48));
   joint.ExpectEqual();
-  EXPECT_FALSE(joint.MapOne(0, mine, 96));  // with the second sequence there is not enough
+  EXPECT_FALSE(joint.MapOne(0, mine, 96));  // not enough even with the second sequence
   EXPECT_OK(joint.programs[1]->Vacate(first));
   EXPECT_TRUE(joint.MapOne(1, mine, 48));
   EXPECT_FALSE(joint.MapOne(1, mine, 96));
@@ -221,7 +221,7 @@ TEST_P(JointMapsTest, CachedSequencesAreEvictedAlike) {
     EXPECT_EQ(found(i, 1), 32) << "device " << i;
     EXPECT_EQ(found(i, 2), 16) << "device " << i;
   }
-  EXPECT_TRUE(joint.MapOne(1, mine, 96));  // now that all have it
+  EXPECT_TRUE(joint.MapOne(1, mine, 96));  // now that it is free everywhere
   EXPECT_TRUE(joint.MapOne(0, mine, 96));
   joint.ExpectEqual();
   for (int i = 0; i < 2; ++i) EXPECT_EQ(found(i, 1) + found(i, 2), 0) << "device " << i;

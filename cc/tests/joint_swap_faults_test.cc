@@ -1,4 +1,4 @@
-// A swap that fails in one of several pools has happened in none; what ends early leaves nothing behind.
+// A swap that fails in one of several pools takes effect in none, and ending early leaves nothing behind.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -74,7 +74,7 @@ TEST_P(JointSwapFaultsTest, MemoryThatOneDeviceHasNotGot) {
     EXPECT_TRUE(swap->stored());
     EXPECT_EQ(pool(0)->Numbers().blocks_swapped, 0);
     ExpectEqual();
-    OnEach([&](int i) {  // as the host does after calls that not all have made
+    OnEach([&](int i) {  // as the host does after calls that only some pools have made
       std::int64_t freed = 0;
       EXPECT_OK(pool(i)->Trim(&freed));
     });
@@ -114,7 +114,7 @@ TEST_P(JointSwapFaultsTest, GivenUpInAnyState) {
   EXPECT_TRUE(Soon([&] { return io_->writes == io_->held_write + 1; }));
   joint_.joint->EnterHost();
   writing->Drop();
-  EXPECT_EQ(StateOf(*writing), SwapState::kWriting);  // not before the end of the call
+  EXPECT_EQ(StateOf(*writing), SwapState::kWriting);  // not before the end of the host call
   EXPECT_TRUE(writing->gone());
   joint_.joint->LeaveHost();
   EXPECT_EQ(StateOf(*writing), SwapState::kGone);

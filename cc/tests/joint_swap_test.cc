@@ -1,4 +1,4 @@
-// A sequence leaves several pools that stand for one, and comes back: in all of them at once.
+// A sequence is swapped out of several pools that act as one, and back, in all of them at once.
 #include <gtest/gtest.h>
 
 #include <thread>
@@ -95,7 +95,7 @@ TEST_P(JointSwapTest, WantedWhileItIsWritten) {
   Prefetch(swap.get());
   EXPECT_EQ(StateOf(*swap), SwapState::kMemory);
   const std::int32_t back = In(swap.get());
-  Write(back, 10, 2);  // while the rest of the old content is being written
+  Write(back, 10, 2);  // while the rest of the old contents is being written
   io_->held_write = -1;
   EXPECT_TRUE(Soon([&] { return pool(0)->SwapWrites() == 0; }));
   ExpectStamped(back, 0, 40, 1);

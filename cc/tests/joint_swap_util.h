@@ -1,5 +1,4 @@
-// Several pools that stand for one, whose sequences are swapped, over page tables and a disk that can fail for one of
-// them.
+// Several pools that act as one and swap sequences, with page tables and a disk that can fail for one of them.
 #ifndef KVPAGE_TESTS_JOINT_SWAP_UTIL_H_
 #define KVPAGE_TESTS_JOINT_SWAP_UTIL_H_
 
@@ -24,7 +23,7 @@ namespace kvpage::testing {
 using store::testing::Soon;
 constexpr int kDevices = 3;
 
-// Calls on the files of one part fail or wait: each part writes and reads with one call.
+// Fails or delays calls on the files of one part; each part is written and read with one call.
 struct OnePartIo : store::FileIo {
   ssize_t Write(int fd, const iovec* parts, int count, off_t offset) override {
     const int call = writes++;
@@ -47,7 +46,7 @@ class JointSwapTest : public ::testing::TestWithParam<Layout> {
   JointSwapTest() : geometry_(SmallGeometry(GetParam())), joint_(kDevices, 24 * ranges(), geometry_) {
     store::StoreOptions options;
     options.io = io_;
-    options.writers = options.readers = 1;  // the parts in their order
+    options.writers = options.readers = 1;  // so that the parts are processed in order
     store_ = store::testing::OpenStore(folder_, options);
   }
   ~JointSwapTest() override {
@@ -68,7 +67,7 @@ class JointSwapTest : public ::testing::TestWithParam<Layout> {
     OnEach(fn);
     joint_.joint->LeaveHost();
   }
-  // Each device has a stamp of its own.
+  // Each device has a different stamp.
   void Write(std::int32_t slot, std::int32_t tokens, float stamp) {
     OnEach([&](int i) { WriteStamped(pool(i), program(i), slot, tokens, stamp + 10 * i); });
   }
@@ -108,7 +107,7 @@ class JointSwapTest : public ::testing::TestWithParam<Layout> {
     Prefetch(swap);
     EXPECT_TRUE(swap->Wait(60));
   }
-  // The slot.
+  // Swaps in and returns the slot.
   std::int32_t In(JointSwap* swap, bool recover = false) {
     std::vector<Claim> claims;
     AsHost([&](int i) { claims.push_back(pool(i)->SwapIn(swap->parts()[i], recover)); });
@@ -136,7 +135,7 @@ class JointSwapTest : public ::testing::TestWithParam<Layout> {
     return {n.blocks_mapped,  n.blocks_parked,     n.blocks_draining,   n.blocks_free,
             n.blocks_swapped, n.sequences_swapped, n.swaps.swapped_out, n.swaps.swapped_in};
   }
-  // All pools have the same accounts and blocks, and hand out the same ones next.
+  // Expects that all pools have the same accounts and blocks, and hand out the same blocks next.
   void ExpectEqual() {
     joint_.ExpectEqual();
     OnEach([&](int i) {
@@ -149,7 +148,7 @@ class JointSwapTest : public ::testing::TestWithParam<Layout> {
     EXPECT_EQ(pool(0)->Numbers().sequences_swapped, 0);
     EXPECT_EQ(pool(0)->Numbers().blocks_swapped, 0);
     EXPECT_TRUE(Soon([&] { return store_->Numbers().bytes_swapped == 0; }));
-    // Blocks that were freed in another order would have other numbers here.
+    // If blocks had been freed in a different order, they would have different numbers here.
     if (joint_.Maps(0).size() < kSlots) {
       joint_.Acquire(100);
       joint_.ExpectEqual();

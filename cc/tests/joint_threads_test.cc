@@ -23,7 +23,7 @@ void ChurnPools(int devices, int rounds, std::int64_t blocks) {
     }
     if (op.kind != Op::kMap) return;
     told->push_back(joint.MapOne(device, op.slot, op.tokens));
-    // A program writes where it was told that there is room.
+    // A program writes where it was promised room.
     const std::int32_t more = op.tokens - program.length(op.slot);
     if (told->back() != 0 && more > 0) {
       EXPECT_OK(program.Write(op.slot, more));
@@ -35,7 +35,7 @@ TEST(JointThreadsTest, TwoDevices) { ChurnPools(2, 3000, 12); }
 TEST(JointThreadsTest, FourDevices) { ChurnPools(4, 2000, 12); }
 TEST(JointThreadsTest, EightDevices) { ChurnPools(8, 1000, 12); }
 
-// Host calls that follow each other without a pause: decisions get their turn between two of them.
+// Host calls without a pause in between: decisions must get their turn between two of them.
 TEST(JointThreadsTest, HostCallsInARow) {
   constexpr std::int32_t kDecisions = 300;
   JointPools joint(2, kDecisions + 1, SmallGeometry(Layout::kFused, 16 * (kDecisions + 1)));
@@ -63,10 +63,10 @@ TEST(JointThreadsTest, HostCallsInARow) {
   host.join();
   const double waits = static_cast<double>(joint.joint->numbers().waits);
   EXPECT_LT(seconds.count(), 1 + 0.05 * waits) << waits << " waits in " << calls << " calls";
-  EXPECT_LE(torn, 2) << "in " << calls << " calls";  // where the system stopped the host for long
+  EXPECT_LE(torn, 2) << "in " << calls << " calls";  // the system may have stopped the host for a long time
 }
 
-// A device whose programs never come, or which stops in the middle, delays nobody.
+// A device whose programs never run, or stop in the middle, delays nobody.
 TEST(JointThreadsTest, ADeviceThatNeverComes) {
   JointPools joint(3, 12);
   const std::int32_t slot = joint.Acquire(16);

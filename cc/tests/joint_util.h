@@ -1,4 +1,4 @@
-// Shared by the tests of joint decisions: several pools that stand for one, and the program of each.
+// Helpers for tests of joint decisions: several pools that act as one, and a program for each.
 #ifndef KVPAGE_TESTS_JOINT_UTIL_H_
 #define KVPAGE_TESTS_JOINT_UTIL_H_
 
@@ -17,7 +17,7 @@
 
 namespace kvpage::testing {
 
-// What a device's map_slots returned.
+// The result of map_slots on one device.
 struct Mapped {
   Status status;
   std::vector<char> ok;
@@ -36,7 +36,7 @@ class JointPools {
     Begin();
   }
 
-  // The programs' generations are the joint one.
+  // Gives the programs the joint generation.
   void Begin() {
     std::vector<JointMaps::Start> starts;
     for (const auto& program : programs) starts.push_back({program->cache().generation, program->cache().epoch});
@@ -48,7 +48,7 @@ class JointPools {
   }
   int size() const { return static_cast<int>(pools.size()); }
 
-  // On all devices.
+  // Acquires on all devices.
   std::int32_t Acquire(std::int64_t tokens) {
     std::int32_t slot = -1;
     for (const auto& program : programs) {
@@ -67,7 +67,7 @@ class JointPools {
     for (const auto& pool : pools) EXPECT_OK(StartRelease(*pool, {slot}));
   }
 
-  // One device's call.
+  // The call of one device.
   Mapped Map(int device, const std::vector<std::int32_t>& slots, const std::vector<std::int32_t>& tokens) {
     Program& program = *programs[device];
     const std::unique_ptr<bool[]> ok(new bool[slots.size()]);
@@ -87,7 +87,7 @@ class JointPools {
     return mapped.status.ok() && mapped.ok[0] != 0;
   }
 
-  // The block map of each occupied slot.
+  // Returns the block map of each occupied slot.
   std::map<std::int32_t, BlockReferences> Maps(int device) const {
     std::map<std::int32_t, BlockReferences> maps;
     for (const SlotRow& row : pools[device]->Rows()) {
@@ -96,7 +96,7 @@ class JointPools {
     }
     return maps;
   }
-  // All arenas map the same blocks, and all accounts are right.
+  // Expects that all arenas map the same blocks, and that all accounts are right.
   void ExpectEqual() const {
     for (int i = 0; i < size(); ++i) {
       EXPECT_OK(pools[i]->Audit());

@@ -23,7 +23,7 @@ T PickOf(Rng& rng, std::initializer_list<T> values) {
   return values.begin()[Pick(rng, 0, static_cast<int>(values.size()) - 1)];
 }
 
-// kTableApart: a token's value lies in another chunk than its key, at no fixed distance.
+// kTableApart: values are in different chunks than their keys, at no fixed distance.
 enum class Layout { kFused, kPerLayer, kTableNhd, kTableHnd, kTableApart };
 
 inline bool HasTable(Layout layout) { return layout != Layout::kFused && layout != Layout::kPerLayer; }
@@ -45,7 +45,7 @@ struct Cache {
     view.head_dim = head_dim;
     view.tokens_per_chunk = chunk;
     const auto scale = static_cast<std::int64_t>(ScaleSize(dtype));
-    // A chunk's keys, or values, of one layer; scales behind them.
+    // The keys or values of one layer in a chunk, followed by their scales.
     const std::int64_t data = heads * chunk * head_dim * item;
     view.scale_base = scale == 0 ? data : (data + 3) / 4 * 4;
     const std::int64_t plane = view.scale_base + heads * chunk * scale;

@@ -1,4 +1,4 @@
-// Single elements of any dtype, read, written and quantized by plain code that shares nothing with the kernels.
+// Single elements of any dtype, read, written and quantized by plain code that is independent of the kernels.
 #ifndef KVPAGE_TESTS_KERNELS_ELEMENTS_H_
 #define KVPAGE_TESTS_KERNELS_ELEMENTS_H_
 
@@ -12,7 +12,7 @@
 
 namespace kvpage::testing {
 
-// Elements of any dtype, one at a time, written independently of the kernels. Quantized ones without their scale.
+// Reads one element of any dtype. Quantized elements are read without their scale.
 inline double Read(const char* p, DType dtype) {
   if (dtype == DType::kF32) {
     float x;
@@ -60,7 +60,7 @@ inline void Write(char* p, DType dtype, float x) {
     std::frexp(std::fabs(static_cast<double>(x)), &exponent);
     exponent = std::max(exponent - 1, 1 - bias);
     const double units = std::nearbyint(std::ldexp(std::fabs(static_cast<double>(x)), mantissa_bits - exponent));
-    // The implicit bit carries into the exponent, and a mantissa that rounds up does too.
+    // The implicit bit carries into the exponent, as does a mantissa that rounds up.
     const long bits = static_cast<long>(units) + (static_cast<long>(exponent + bias - 1) << mantissa_bits);
     h |= exponent > max_exponent || bits > infinity ? infinity : static_cast<std::uint16_t>(bits);
   }

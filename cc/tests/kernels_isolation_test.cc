@@ -1,5 +1,5 @@
-// The CPU kernels' results depend only on the tokens that a row sees: not on the batch, threads or placement, nor on
-// other tokens of the sequence.
+// The CPU kernels' results depend only on the tokens that a row sees: not on the batch, threads, placement or other
+// tokens of the sequence.
 #include <gtest/gtest.h>
 
 #include "tests/kernels_util.h"
@@ -64,7 +64,7 @@ TEST(KernelsIsolationTest, BitsDoNotDependOnSurroundings) {
   }
 }
 
-// Values of a later token of the sequence must not reach an earlier one, nor values that have left the window.
+// Values of later tokens, or of tokens that have left the window, must not reach a row.
 TEST(KernelsIsolationTest, UnseenNaNsStayUnseen) {
   Rng rng(4);
   Inline here;
@@ -86,7 +86,7 @@ TEST(KernelsIsolationTest, UnseenNaNsStayUnseen) {
           Store(p, cache, {0});
           const Result clean = RunAttention(p, cache, {0}, here);
           for (int which = 0; which < 2; ++which) {
-            // The last new token, and the last one that no row of the batch but the first sees.
+            // The last new token, and the last one that only the first row of the batch sees.
             const float bad = which == 0 ? std::nanf("") : std::numeric_limits<float>::infinity();
             for (const int token : {p.tokens(0) - 1, 300 - 100 + 1}) {
               if (IsQuantized(dtype)) {

@@ -1,4 +1,4 @@
-// The CPU kernels on every instruction set that this machine has, against a reference in double precision.
+// The CPU kernels with every instruction set that this machine has, against a reference in double precision.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -9,16 +9,16 @@
 namespace kvpage::testing {
 namespace {
 
-// Whether prefill multiplies bfloat16 (and decode, float8 values).
+// Whether prefill multiplies in bfloat16 (and decode, float8 values).
 bool TakesPairs(const Problem& p) {
   return p.q_dtype == DType::kBF16 && std::string(cpu::InstructionSet()) == "avx512_bf16" &&
          (p.dtype == DType::kBF16 || (IsQuantized(p.dtype) && !p.exact_weights));
 }
 
-// Compares with the reference: rounding of the output's dtype plus what float32 sums may lose, plus what rounding of
-// the weights may: weights that are off by factors 1 + e, and normalised by their own sum, move an output by no more
-// than the largest |e| times its spread. (Those of quantized values are normalised by the sum before rounding.) Exact
-// ones have bytes for what rounding leaves, in units of 1/32512 of the largest value times its weight.
+// Compares with the reference, allowing for the rounding of the output dtype, of float32 sums and of the weights:
+// weights that are off by factors 1 + e, normalized by their own sum, move an output by at most the largest |e| times
+// its spread. (Weights of quantized values are normalized by the sum before rounding.) With exact weights, bytes hold
+// the rounding remainder, in units of 1/32512 of the largest value times its weight.
 void CheckResult(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse) {
   const double unit = p.q_dtype == DType::kF32 ? 0.0 : (p.q_dtype == DType::kBF16 ? 1.0 / 256 : 1.0 / 2048);
   const double weights = TakesPairs(p) && !p.exact_weights ? 1.02 / 256 : 0.0;
@@ -108,7 +108,7 @@ TEST(KernelsTest, EveryDtypeMatchesReference) {
   }
 }
 
-// A context that ends where mapped memory ends, for head sizes that are no whole number of vectors too.
+// A context that ends where mapped memory ends, also for head sizes that are not a multiple of the vector size.
 TEST(KernelsTest, NothingPastTheEndIsTouched) {
   Rng rng(5);
   Inline here;
@@ -178,7 +178,7 @@ TEST(KernelsTest, MinusInfinityScoresAreLeftOut) {
     p.group = 2;
     FillProblem(rng, p, {{1100, added}}, 0);
     for (std::size_t i = 0; i < p.q.size(); i += 4) Write(&p.q[i], DType::kF32, 1.0f);
-    // The whole first span scores -inf; the reference leaves it out by giving it a very low score.
+    // The entire first span scores -inf; a very low score makes the reference skip it.
     for (int t = 0; t < 512; ++t) p.At(0, 0, t, 0, 5) = -1e30f;
     std::vector<double> out, lse;
     Reference(p, &out, &lse);

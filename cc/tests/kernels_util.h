@@ -1,4 +1,4 @@
-// Shared by the kernel tests: random ragged batches, a reference in double precision, a thread pool.
+// Helpers for kernel tests: random ragged batches, a reference in double precision, a thread pool.
 #ifndef KVPAGE_TESTS_KERNELS_UTIL_H_
 #define KVPAGE_TESTS_KERNELS_UTIL_H_
 
@@ -24,7 +24,7 @@
 
 namespace kvpage::testing {
 
-// Dtypes of queries, and those that keys and values are stored in.
+// Dtypes of queries, and dtypes in which keys and values are stored.
 inline constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 inline constexpr DType kStored[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kI8, DType::kF8E4M3};
 
@@ -36,11 +36,11 @@ struct Problem {
   int window = 0;
   bool exact_weights = false;
   std::vector<float> sinks, slopes;
-  std::vector<std::int32_t> limits;  // of each new token; empty: the causal rule
+  std::vector<std::int32_t> limits;  // the last visible position of each new token; empty: causal
   std::vector<Sequence> sequences;
   std::vector<char> q;
-  std::vector<std::vector<float>> contexts;  // of each sequence: [K|V, tokens, kv_heads, head_dim]
-  // Of each output element, by Reference: sum of weight * |value - output|, or weight * |value| of quantized values.
+  std::vector<std::vector<float>> contexts;  // per sequence: [K|V, tokens, kv_heads, head_dim]
+  // Per output element, set by Reference: sum of weight * |value - output|, or weight * |value| for quantized values.
   std::vector<double> spread;
 
   int q_heads() const { return kv_heads * group; }
@@ -59,7 +59,7 @@ struct Problem {
   }
 };
 
-// The instruction set and the problem, for messages.
+// Describes the instruction set and the problem in messages.
 inline std::string Describe(const Problem& p) {
   std::ostringstream text;
   text << cpu::InstructionSet() << " heads " << p.kv_heads << "x" << p.group << " dim " << p.head_dim << " "
@@ -115,7 +115,7 @@ struct Result {
   }
 };
 
-// Points into the problem.
+// The result points into the problem.
 inline AttentionOptions ToOptions(const Problem& p) {
   AttentionOptions options;
   options.sliding_window = &p.window;
@@ -127,7 +127,7 @@ inline AttentionOptions ToOptions(const Problem& p) {
   return options;
 }
 
-// Runs over the cache, sequence s in slots[s]; `only` keeps one sequence. `prefixes`: see AttentionArgs.
+// Runs on the cache, with sequence s in slots[s]; `only` keeps one sequence. `prefixes`: see AttentionArgs.
 inline Result RunAttention(const Problem& p, const Cache& cache, const std::vector<int>& slots, Parallel& parallel,
                            int only = -1, const SharedPrefixes* prefixes = nullptr) {
   Result result;
@@ -156,7 +156,7 @@ inline Result RunAttention(const Problem& p, const Cache& cache, const std::vect
   return result;
 }
 
-// Double precision over the keys and values as the cache stores them: [num_tokens, q_heads, head_dim] and lse.
+// Computes in double precision from the keys and values as stored: [num_tokens, q_heads, head_dim] and lse.
 inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>* lse) {
   out->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads() * p.head_dim, 0.0);
   lse->assign(static_cast<std::size_t>(p.num_tokens) * p.q_heads(), -std::numeric_limits<double>::infinity());
@@ -214,7 +214,7 @@ inline void Reference(Problem& p, std::vector<double>* out, std::vector<double>*
   }
 }
 
-// Hands tasks to threads in an order that no kernel should depend on.
+// Hands tasks to threads in an order on which no kernel should depend.
 class Threads final : public Parallel {
  public:
   explicit Threads(int count) : count_(count) {}
@@ -248,8 +248,8 @@ inline std::vector<int> Slots(std::size_t n) {
   return slots;
 }
 
-// A cache of any layout, with room for one sequence more than the problem has. `apart`: also one whose values lie apart
-// from their keys, which CUDA kernels do not read.
+// Makes a cache of any layout, with room for one sequence more than the problem has. With `apart`, also a layout with
+// values apart from their keys, which the CUDA kernels do not read.
 inline Cache RandomCache(Rng& rng, const Problem& p, bool apart = false) {
   const Layout layout =
       static_cast<Layout>(Pick(rng, 0, static_cast<int>(apart ? Layout::kTableApart : Layout::kTableHnd)));
@@ -259,7 +259,7 @@ inline Cache RandomCache(Rng& rng, const Problem& p, bool apart = false) {
                p.max_tokens() + 5, chunk);
 }
 
-// Stores the problem in slots of such a cache, which it returns.
+// Stores the problem in some slots of such a cache, and returns the slots.
 inline std::vector<int> StoreAnywhere(Rng& rng, Problem& p, const Cache& cache) {
   std::vector<int> slots = Slots(p.sequences.size() + 1);
   std::shuffle(slots.begin(), slots.end(), rng);

@@ -1,5 +1,5 @@
-// Problems whose scores are far larger than what float32 resolves, for the tests of all attention kernels. Every key is
-// a multiple of the query, so that scores either are equal or differ by more than rounding could change.
+// Problems with scores far larger than float32 can resolve, for the tests of all attention kernels. Every key is a
+// multiple of the query, so scores are either equal or differ by more than rounding could change.
 #ifndef KVPAGE_TESTS_LARGE_SCORES_H_
 #define KVPAGE_TESTS_LARGE_SCORES_H_
 
@@ -12,10 +12,10 @@
 
 namespace kvpage::testing {
 
-// Scores reach 3e38, which times log2(e) is no float32, in heads of up to 64 (see LargeScores).
+// Scores reach 3e38, which overflows float32 when multiplied by log2(e), for heads of up to 64 (see LargeScores).
 inline constexpr float kLargestElement = 0x1.e4p60f;
 
-// Magnitudes of the elements of queries and keys; those of float16 end at 65504.
+// Magnitudes of the elements of queries and keys; the largest for float16 is 65504.
 inline std::vector<float> Magnitudes(DType dtype, DType q_dtype) {
   std::vector<float> sizes = {1e2f, 2.5e3f, 6e4f, 65504.0f};
   if (dtype != DType::kF16 && q_dtype != DType::kF16) {
@@ -42,8 +42,8 @@ void SetElements(Problem& p, float size, const Factor& factor) {
   }
 }
 
-// lengths: {tokens before, new tokens} of every sequence. The largest score comes after several smaller ones, and then
-// often.
+// lengths: {tokens before, new tokens} of every sequence. The largest score first appears after several smaller ones,
+// and then often.
 inline Problem LargeScores(Rng& rng, DType dtype, DType q_dtype, int head_dim, float size,
                            const std::vector<std::pair<int, int>>& lengths) {
   Problem p;
@@ -59,7 +59,7 @@ inline Problem LargeScores(Rng& rng, DType dtype, DType q_dtype, int head_dim, f
   return p;
 }
 
-// The score of a key that equals the query.
+// Returns the score of a key that equals the query.
 inline float LargestScore(const Problem& p, float size) {
   return static_cast<float>(static_cast<double>(size) * size * p.head_dim * p.scale);
 }
@@ -68,15 +68,15 @@ enum class LargeVariant { kPlain, kWindow, kSoftCap, kAlibi, kSink, kAll };
 inline constexpr LargeVariant kLargeVariants[] = {LargeVariant::kPlain, LargeVariant::kWindow, LargeVariant::kSoftCap,
                                                   LargeVariant::kAlibi, LargeVariant::kSink,   LargeVariant::kAll};
 
-// Options of a size that matters beside such scores. Sinks tie where the dot products are exact in float32: `size` has
-// few bits.
+// Sets options whose size matters next to such scores. Sinks tie where the dot products are exact in float32, because
+// `size` has few significant bits.
 inline void SetVariant(Problem& p, LargeVariant variant, float size) {
   const float largest = LargestScore(p, size);
   const bool all = variant == LargeVariant::kAll;
   if (all || variant == LargeVariant::kWindow) p.window = 90;
   if (all || variant == LargeVariant::kSoftCap) p.soft_cap = 0.7f * largest;
   if (all || variant == LargeVariant::kAlibi) p.slopes.assign(p.q_heads(), largest / 4096);
-  // A sink that equals the largest score has the same weight; one that is far above has all of it.
+  // A sink equal to the largest score has the same weight; a much larger one has all of the weight.
   if (all || variant == LargeVariant::kSink) {
     p.sinks = {IsQuantized(p.dtype) ? 0.75f * largest : largest, 0.0f, 0.875f * largest, 1.0625f * largest};
   }

@@ -8,7 +8,7 @@
 namespace kvpage::testing {
 namespace {
 
-// Decode and prefill, over one span and several.
+// Decode and prefill, with one span and several.
 const std::vector<std::pair<int, int>> kLengths = {{1300, 1}, {700, 6}, {0, 90}, {64, 2}, {0, 1}};
 
 void CheckLarge(Problem& p, const Result& result, const std::vector<double>& out, const std::vector<double>& lse,
@@ -25,7 +25,7 @@ void CheckLarge(Problem& p, const Result& result, const std::vector<double>& out
     const double error = std::fabs(result.lse[i] - lse[i]) / (1.0 + std::fabs(lse[i]));
     worst_lse = std::isnan(error) ? 1e9 : std::max(worst_lse, error);
   }
-  // Quantized values are weighted by bfloat16 times their scale where pairs are multiplied.
+  // Where pairs are multiplied, quantized values are weighted by bfloat16 times their scale.
   EXPECT_LT(worst, IsQuantized(p.dtype) && p.q_dtype == DType::kBF16 ? 2e-2 : 2e-4)
       << worst << " size " << size << " " << Describe(p);
   EXPECT_LT(worst_lse, 2e-6) << worst_lse << " size " << size << " " << Describe(p);
@@ -74,7 +74,7 @@ TEST(LargeScoresTest, VariantsMatchReference) {
   }
 }
 
-// A score that overflows float32 makes a row NaN and its lse infinite; rows that do not see the key are as before.
+// A score that overflows float32 makes a row NaN and its lse infinite; rows that do not see the key are unaffected.
 TEST(LargeScoresTest, OverflowIsNotSilent) {
   Rng rng(3);
   Inline here;

@@ -1,4 +1,4 @@
-// Attention whose new tokens see up to given positions (AttentionArgs::limits), as one device of several needs it.
+// Attention whose new tokens see up to given positions (AttentionArgs::limits), as one of several devices needs it.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,9 +11,9 @@
 namespace kvpage::testing {
 namespace {
 
-// Limits that rise in random steps up to the end of each sequence; many new tokens see the same.
+// Limits that rise in random steps up to the end of each sequence, so that many new tokens see the same.
 void FillLimits(Rng& rng, Problem& p) {
-  p.limits.assign(p.num_tokens, -7);  // of tokens that no sequence owns
+  p.limits.assign(p.num_tokens, -7);  // for tokens that no sequence owns
   for (std::size_t s = 0; s < p.sequences.size(); ++s) {
     const Sequence& sequence = p.sequences[s];
     std::int32_t* const own = p.limits.data() + sequence.query_begin;
@@ -61,13 +61,13 @@ TEST(LimitedAttentionTest, MatchesReference) {
       // Decode, a few rows, prefill over several spans; more new tokens than keys.
       FillProblem(rng, p, {{0, 1}, {900, 1}, {700, 3}, {1200, 60}, {1, 40}}, 2);
       Check(rng, p, tolerance);
-      p.sequences[4].position = 20 - 40;  // a context of 20 tokens, which all of 40 new ones may see
+      p.sequences[4].position = 20 - 40;  // a context of 20 tokens, all of which may be seen by all 40 new ones
       Check(rng, p, tolerance);
     }
   }
 }
 
-// Limits that say what the causal rule says change no bit.
+// Limits equal to the causal rule change no bit.
 TEST(LimitedAttentionTest, CausalLimitsAreTheDefault) {
   Rng rng(4);
   Problem p;

@@ -11,7 +11,7 @@
 namespace kvpage {
 namespace {
 
-// A /proc and a /sys of our own; gone when it goes.
+// A /proc and a /sys in a temporary folder, removed by the destructor.
 class System {
  public:
   System() {

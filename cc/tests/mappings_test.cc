@@ -1,4 +1,4 @@
-// Memory mappings: the worst case of a pool against what it really maps, and the account that pools share.
+// Memory mappings: the worst case of a pool against what it really maps, and the account that all pools share.
 #include "vmm/mappings.h"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,7 @@
 namespace kvpage::testing {
 namespace {
 
-constexpr std::int64_t kAllowed = 7000;  // of 8000, with a reserve of an eighth and no others
+constexpr std::int64_t kAllowed = 7000;  // of 8000, with a reserve of an eighth and no other mappings
 
 MapAccount::Limits Plain() { return {8000, 0}; }
 
@@ -42,7 +42,7 @@ TEST(MappingsTest, MostBlocksIsTheInverse) {
 }
 
 TEST(MappingsTest, APoolNeedsNoMoreThanItsWorstCase) {
-  // Slots grow in turn, so that no two neighbours of a slot have neighbouring numbers.
+  // Slots grow in turn, so that neighbouring blocks of a slot do not have neighbouring numbers.
   const Geometry geometry = SmallGeometry(Layout::kPerLayer);
   const std::int64_t ranges = geometry.num_ranges();
   const std::int64_t blocks = kSlots * ranges * 4;
@@ -56,7 +56,7 @@ TEST(MappingsTest, APoolNeedsNoMoreThanItsWorstCase) {
     for (const std::int32_t slot : slots) EXPECT_OK(pool->Extend({slot}, {tokens}).status);
   }
   const std::int64_t worst = WorstMappings(blocks, kSlots * ranges, geometry.max_blocks());
-  const std::int64_t used = of_pools() - before;  // not what the allocator, or a sanitizer's, maps meanwhile
+  const std::int64_t used = of_pools() - before;  // excludes what the allocator, or a sanitizer's, maps meanwhile
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
   constexpr std::int64_t kSlack = 16;  // sanitizers split mappings
 #else
@@ -93,12 +93,12 @@ TEST(MappingsTest, RecentReadingsSufficeForHalfTheReserve) {
   MapPromise promise(&account);
   EXPECT_TRUE(promise.Change(5000, kRecent));
   EXPECT_EQ(readings, 1) << "nothing was read before";
-  others = 2000;  // exactly as many as are promised are allowed now
+  others = 2000;  // now exactly as many are allowed as are promised
   EXPECT_TRUE(promise.Change(5200, kRecent));
   EXPECT_TRUE(promise.Change(5000, kRecent));
   EXPECT_TRUE(promise.Change(5300, kRecent));
   EXPECT_EQ(readings, 1);
-  // 500 since the reading: one more would be over a sixteenth of the limit, although some were given back.
+  // 500 since the reading: one more would exceed a sixteenth of the limit, although some were given back.
   EXPECT_FALSE(promise.Change(5301, kRecent));
   EXPECT_EQ(readings, 2);
   EXPECT_EQ(promise.mappings(), 5300);
@@ -141,7 +141,7 @@ TEST(MappingsTest, ThreadsAreNeverPromisedTooMany) {
 }
 
 TEST(MappingsTest, PoolsDrawOnOneAccount) {
-  MapAccount account([] { return MapAccount::Limits{64, 16}; });  // 40 are left
+  MapAccount account([] { return MapAccount::Limits{64, 16}; });  // leaves 40
   const Geometry geometry = SmallGeometry();                      // 4 slots of one range and 8 blocks
   const auto make = [&](std::int64_t blocks, std::shared_ptr<Pool>* pool) {
     return Pool::Make(geometry, blocks * geometry.block_bytes, {}, MakeVmm(geometry), &account, pool);
@@ -159,7 +159,7 @@ TEST(MappingsTest, PoolsDrawOnOneAccount) {
   EXPECT_EQ(account.promised(), 25);
   EXPECT_OK(make(10, &two));
 
-  // A resize draws on it as well, and keeps what it had when it fails.
+  // A resize is accounted for too, and changes nothing if it fails.
   EXPECT_EQ(one->Resize(21 * geometry.block_bytes).status.code(), Code::kInvalidArgument);
   EXPECT_EQ(account.promised(), 40);
   EXPECT_OK(one->Resize(10 * geometry.block_bytes).status);

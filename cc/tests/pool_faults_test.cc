@@ -1,4 +1,4 @@
-// A page table that fails on demand: after every failure half-way the pool is unchanged.
+// A page table that fails on demand: after every failure midway the pool is unchanged.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -76,7 +76,7 @@ TEST(PoolFaultsTest, StealingThatFailsLosesNothing) {
     for (int i = 0; i < 2; ++i) std::memcpy(view.At(second, i * 16, 1, i, 0), &marks[i], sizeof(float));
     program.Release(first);
     f.vmm->FailAt(Verb::kMove, call);
-    // Two slots of 4 blocks are wanted and 8 are parked in one: it adopts that one and moves what it has too much.
+    // Two slots of 4 blocks are wanted and 8 are parked in one slot: it is adopted and its surplus is moved.
     const Claim claim = f.pool->Acquire({16, 16});
     const PoolNumbers numbers = f.pool->Numbers();
     EXPECT_EQ(numbers.blocks_mapped + numbers.blocks_parked + numbers.blocks_free, 16) << claim.status.message();

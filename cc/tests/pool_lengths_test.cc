@@ -1,4 +1,4 @@
-// What the pool believes of the lengths in a cache: no more than the slot's occupant has written.
+// How far the pool trusts the lengths in a cache: no further than what the slot's occupant has written.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -24,8 +24,7 @@ TEST(PoolLengthsTest, NobodyReadsWhatWasNotWritten) {
                        "1 tokens wanted, written in layers 0..1: 0; append_kv"));
 }
 
-// Lengths are part of the cache value, which a program may change: what they say beyond the pool's own record counts
-// for nothing.
+// Lengths are part of the cache value, which a program may change: lengths beyond the pool's own record are refused.
 TEST(PoolLengthsTest, LengthsBeyondWhatWasWrittenAreRefused) {
   for (const bool allow_stale : {false, true}) {
     auto pool = MakePool(SmallGeometry(), 8, {allow_stale, false});
@@ -34,7 +33,7 @@ TEST(PoolLengthsTest, LengthsBeyondWhatWasWrittenAreRefused) {
     EXPECT_OK(program.Write(first, 40));
     program.Release(first);
     const std::int32_t slot = program.Acquire(64);
-    EXPECT_EQ(slot, first);  // with the memory that has the first request's tokens
+    EXPECT_EQ(slot, first);  // with the memory that holds the first request's tokens
     EXPECT_OK(program.Write(slot, 3));
     std::vector<std::int32_t> lengths(program.cache().lengths, program.cache().lengths + kSlots);
     std::vector<std::int32_t> out(kSlots);
@@ -56,7 +55,7 @@ TEST(PoolLengthsTest, LengthsBeyondWhatWasWrittenAreRefused) {
       EXPECT_TRUE(Mentions(pool->SetLengths("set_lengths", cache, &slot, &length, 1, &epoch, out.data()),
                            number + " tokens wanted"));
     }
-    // A slot that nobody has is not made one's own by saying that it is occupied.
+    // A free slot does not become occupied because the cache says so.
     const std::int32_t nobodys = slot == 0 ? 1 : 0;
     lengths[slot] = 3;
     lengths[nobodys] = 0;
@@ -84,7 +83,7 @@ TEST(PoolLengthsTest, SumsOfTokensDoNotOverflow) {
   PinnedSlots pinned;
   EXPECT_TRUE(Mentions(pool->Begin("append_kv", program.cache(), {&slot, 1, offsets, -1}, 0, true, &pinned),
                        "2147483652 tokens wanted, max_seq_len is 128"));
-  EXPECT_OK(program.Write(slot, 5));  // the slot is as it was
+  EXPECT_OK(program.Write(slot, 5));  // the slot is unchanged
   EXPECT_EQ(program.length(slot), 10);
 }
 
@@ -106,7 +105,7 @@ TEST(PoolLengthsTest, AdvanceSaysWhichLayersAreWritten) {
     EXPECT_OK(program.Begin(slot, 3, layer, true, &pinned));
     program.SetEpoch(pinned.epoch());
   };
-  for (const std::int64_t layer : {0, 1, 2, 2, 4, 5, 6, 7}) append(layer);  // one twice instead of the next
+  for (const std::int64_t layer : {0, 1, 2, 2, 4, 5, 6, 7}) append(layer);  // one layer twice instead of the next one
   EXPECT_TRUE(
       Mentions(advance(), ": 8 tokens wanted, written in layers 0..2: 8, layer 3: 5, layers 4..7: 8; append_kv"));
   program.Restart();
@@ -114,7 +113,7 @@ TEST(PoolLengthsTest, AdvanceSaysWhichLayersAreWritten) {
   EXPECT_TRUE(Mentions(advance(), "written in layer 0: 8, layer 1: 5, layer 2: 8, layer 3: 5, ...; append_kv"));
 }
 
-// Where another device's pool failed, an extend and a commit that this pool has made are taken back.
+// If another device's pool fails, an extend and a commit that this pool has made are taken back.
 TEST(PoolLengthsTest, RetractTakesRoomAndTokensBack) {
   auto pool = MakePool(SmallGeometry(), 8);
   Program program(pool.get());
@@ -129,9 +128,9 @@ TEST(PoolLengthsTest, RetractTakesRoomAndTokensBack) {
   EXPECT_EQ(after.reserved, before.reserved);
   EXPECT_EQ(pool->Committed(slot), (std::vector<std::int32_t>{1, 2, 3}));
   std::int64_t freed = 0;
-  EXPECT_OK(pool->Trim(&freed));  // the blocks were spare
+  EXPECT_OK(pool->Trim(&freed));  // frees the spare blocks
   EXPECT_EQ(pool->Rows().at(0).blocks, before.blocks);
-  EXPECT_OK(pool->Retract(slot, 64, 64));  // never gives any
+  EXPECT_OK(pool->Retract(slot, 64, 64));  // never adds room or tokens
   EXPECT_EQ(pool->Rows().at(0).reserved, before.reserved);
   EXPECT_FALSE(pool->Retract(slot + 1, 0, 0).ok());
   EXPECT_OK(pool->Audit());

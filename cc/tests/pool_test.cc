@@ -49,7 +49,7 @@ TEST(PoolTest, ScalesLieBehindTheirBlocksData) {
       Program program(pool.get());
       const std::int32_t slot = program.Acquire(20);
       const KVView view = pool->View();
-      // No two elements or scales share a byte, and each part of a block fills its first bytes.
+      // No two elements or scales share a byte, and the parts of a block fill its first bytes.
       std::vector<int> used(g.slot_bytes());
       int wrong = 0;
       for (int t = 0; t < 20; ++t) {
@@ -107,14 +107,14 @@ TEST(PoolTest, PressureTakesParkedBlocksThenTails) {
   const std::int32_t first = program.Acquire(64);
   const std::int32_t second = program.Acquire(64);
   program.Release(first);
-  // Adopts 4 blocks; 4 more are not to be had.
+  // Would adopt 4 blocks, but 4 more are not available.
   EXPECT_EQ(pool->Acquire({128}).status.code(), Code::kResourceExhausted);
   program.Release(second);
   const std::int32_t fourth = program.Acquire(128);
   EXPECT_GE(fourth, 0);
   EXPECT_EQ(pool->Numbers().blocks_mapped, 8);
   program.Release(fourth);
-  const std::int32_t fifth = program.Acquire(16);  // adopts all 8, asked for 1
+  const std::int32_t fifth = program.Acquire(16);  // adopts all 8, though it asks for 1
   const std::int32_t sixth = program.Acquire(112);
   EXPECT_TRUE(fifth >= 0 && sixth >= 0);
   EXPECT_EQ(pool->Numbers().blocks_free, 0);
@@ -194,7 +194,7 @@ TEST(PoolTest, StaleCachesAreRefused) {
   const Status status = stale.Write(slot, 1);
   EXPECT_EQ(status.code(), Code::kFailedPrecondition);
   EXPECT_TRUE(Mentions(status, "stale cache")) << status.message();
-  Program reader = old;  // reads of positions that are still there are fine
+  Program reader = old;  // may read positions that are still there
   PinnedSlots pinned;
   EXPECT_OK(reader.Begin(slot, 1, 0, false, &pinned));
 }

@@ -1,4 +1,4 @@
-// Many threads at one pool, for ThreadSanitizer: two generations of programs, host calls, looks, a close in the middle.
+// Many threads on one pool, for ThreadSanitizer: two generations of programs, host calls, inspection, a close midway.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRounds = 1000;
 
-// Host calls and programs in the order that one Python thread would queue them.
+// Host calls and programs in the order in which one Python thread would queue them.
 void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* completed, const std::atomic<bool>* stop) {
   const KVView view = pool->View();
   std::vector<std::int32_t> lengths(kSlots, -1);
@@ -26,7 +26,7 @@ void Serve(Pool* pool, std::atomic<std::uint32_t>* newest, std::atomic<int>* com
     }
     const std::int32_t slot = claim.slots[0];
     const std::int32_t offsets[] = {0, 4};
-    // Two generations of one pool make each other's caches stale now and then: that is a status, never a race.
+    // Two generations of one pool sometimes make each other's caches stale: that gives a status, never a race.
     if (EditOne(pool, "acquire", {1, epoch, lengths.data()}, {0, slot, 0}, &epoch, lengths.data()).ok()) {
       for (std::int32_t tokens = 20; tokens <= 40; tokens += 20) {
         bool ok = false;
@@ -71,8 +71,8 @@ TEST(PoolThreadsTest, TwoLinesAndAnObserver) {
   EXPECT_GT(completed.load(), 0);
 }
 
-// One line of programs with forks and truncations, another that claims blocks, an observer, and a thread that moves
-// blocks (on CPU).
+// One thread of programs with forks and truncations, one that claims blocks, one that observes, and one that moves
+// blocks (on the CPU).
 TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
   auto pool = MakePool(SmallGeometry(), 16);
   Program program(pool.get());
@@ -106,7 +106,7 @@ TEST(PoolThreadsTest, ForksAndTruncationsBesideClaims) {
   int forks = 0;
   for (int round = 0; round < kRounds / 4; ++round) {
     const Claim claim = pool->Fork("fork", {{donor, -1}}, {});
-    if (!claim.status.ok()) continue;  // the other line has the blocks
+    if (!claim.status.ok()) continue;  // the other thread has the blocks
     const std::int32_t fork = claim.slots[0];
     EXPECT_OK(program.RunFork(fork, donor, 40));
     if (pool->Truncate({fork}, {round % 40}).status.ok()) {
@@ -156,7 +156,7 @@ TEST(PoolThreadsTest, AWaiterIsWoken) {
   std::thread waiter([&] { woken = pool->WaitForDrain(30.0); });
   EXPECT_OK(program.Vacate(slot));
   waiter.join();
-  // The waiter may also have come after the drain, when nothing was draining any more.
+  // The waiter may also have started after the drain, when nothing was draining any more.
   EXPECT_EQ(pool->Numbers().slots_draining, 0);
   EXPECT_OK(pool->Acquire({64}).status);
 }

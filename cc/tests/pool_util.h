@@ -1,6 +1,6 @@
-// Shared by the pool tests: small geometries, pools, a cache and a batch as a program would carry them.
+// Helpers for pool tests: small geometries, pools, and a cache and a batch as a program would carry them.
 //
-// Pools lie on memfd, or, where KVPAGE_TEST_FAKE_DRIVER is defined, on CudaVmm over the fake driver: the same tests are
+// Pools are on memfd or, if KVPAGE_TEST_FAKE_DRIVER is defined, on CudaVmm with the fake driver: the same tests are
 // built twice.
 #ifndef KVPAGE_TESTS_POOL_UTIL_H_
 #define KVPAGE_TESTS_POOL_UTIL_H_
@@ -31,7 +31,7 @@ constexpr int kSlots = 4;
 #ifdef KVPAGE_TEST_FAKE_DRIVER
 constexpr bool kHolesAreReadable = false;
 
-// One for all tests: it must outlive every pool.
+// A single driver for all tests, because it must outlive every pool.
 inline FakeDriver& Fake() {
   static const std::unique_ptr<FakeDriver> fake = [] {
     FakeDriver::Options options;
@@ -52,7 +52,7 @@ inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry, int device = 0) {
   return vmm;
 }
 
-// When all tests have run, nothing may be left in the driver and no rule may have been broken.
+// Checks after all tests that nothing is left in the driver and that no rule was broken.
 class FakeDriverIsEmpty : public ::testing::Environment {
  public:
   void TearDown() override {
@@ -75,7 +75,7 @@ inline std::unique_ptr<Vmm> MakeVmm(const Geometry& geometry, int device = 0) {
 }
 #endif
 
-// Blocks of one page and 16 tokens: 2 layers x K|V x 1 head x 16 floats x 4 bytes = 256 bytes a token (fused).
+// Blocks of one page and 16 tokens: 2 layers x K|V x 1 head x 16 floats x 4 bytes = 256 bytes per token (fused).
 inline Geometry SmallGeometry(Layout layout = Layout::kFused, std::int64_t max_seq_len = 128) {
   const std::int64_t head_dim = layout == Layout::kFused ? 16 : 64;
   Geometry geometry;
@@ -100,7 +100,7 @@ inline Status EditOne(Pool* pool, const char* op, const CacheRef& cache, const S
   return pool->EditSlots(op, cache, {&edit, 1, nullptr, 0}, &pinned, epoch, lengths);
 }
 
-// A program's side of things: it keeps the cache value that the last op returned.
+// The program's side: keeps the cache value that the last op returned.
 class Program {
  public:
   explicit Program(Pool* pool) : pool_(pool) { Restart(); }
@@ -114,14 +114,14 @@ class Program {
   }
   CacheRef cache() const { return {generation_, epoch_, lengths_.data()}; }
   void SetEpoch(std::uint32_t epoch) { epoch_ = epoch; }
-  // What an op has returned that this class has no method for.
+  // Sets the results of an op for which this class has no method.
   void Set(std::uint32_t epoch, std::vector<std::int32_t> lengths) {
     epoch_ = epoch;
     lengths_ = std::move(lengths);
   }
   std::int32_t length(std::int32_t slot) const { return lengths_[slot]; }
 
-  // Host and device side of acquire and release.
+  // The host and device sides of acquire and release.
   std::int32_t Acquire(std::int64_t tokens) {
     const Claim claim = pool_->Acquire({tokens});
     EXPECT_OK(claim.status);
@@ -136,7 +136,7 @@ class Program {
     EXPECT_OK(Vacate(slot));
   }
 
-  // Host and device side of a fork. -1: all tokens that are committed.
+  // The host and device sides of a fork. -1: all committed tokens.
   std::int32_t Fork(std::int32_t donor, std::int64_t tokens = -1) {
     const Claim claim = pool_->Fork("fork", {{donor, tokens}}, {});
     EXPECT_OK(claim.status);
@@ -144,7 +144,7 @@ class Program {
     EXPECT_OK(RunFork(claim.slots[0], donor, static_cast<std::int32_t>(claim.tokens[0])));
     return claim.slots[0];
   }
-  // The program of a fork: whole blocks are mapped by now, the rest is copied.
+  // The program of a fork: full blocks are already mapped, the rest is copied.
   Status RunFork(std::int32_t slot, std::int32_t donor, std::int32_t tokens) {
     const auto block_tokens = static_cast<std::int32_t>(pool_->geometry().block_tokens);
     const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kFork), slot, tokens, donor};
@@ -161,7 +161,7 @@ class Program {
     }
     return {};
   }
-  // Host and device side of acquire_prefix. Returns the claim; the first slot is occupied.
+  // The host and device sides of acquire_prefix. Returns the claim; the first slot is occupied.
   Claim AcquirePrefix(const std::vector<std::int32_t>& ids, std::int64_t tokens = 0) {
     Claim claim = pool_->AcquirePrefix({{ids, tokens}}, {});
     if (claim.status.ok()) {
@@ -176,7 +176,7 @@ class Program {
     return EditOne(pool_, "acquire_prefix", cache(), {static_cast<std::int32_t>(SlotOpcode::kFound), slot, found},
                    &epoch_, lengths_.data());
   }
-  // Host and device side of truncate.
+  // The host and device sides of truncate.
   void Truncate(std::int32_t slot, std::int32_t tokens) {
     EXPECT_OK(pool_->Truncate({slot}, {tokens}).status);
     EXPECT_OK(RunTruncate(slot, tokens));

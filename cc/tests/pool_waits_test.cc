@@ -1,4 +1,4 @@
-// Host calls that wait for handlers: they are not starved, they block no other call, and they can be interrupted.
+// Host calls that wait for handlers are not starved, block no other call, and can be interrupted.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -19,8 +19,8 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-// Handlers of four threads read slot `slot`, one or the other at any time, until `call`
-// returns. False: it did not within ten seconds.
+// Handlers on four threads read `slot`, so that some handler is active at any time, until `call` returns. Returns false
+// if it did not within ten seconds.
 bool EndsBesideReaders(Pool* pool, const Program& program, std::int32_t slot, const std::function<Status()>& call) {
   const CacheRef cache = program.cache();
   const std::vector<std::int32_t> lengths(cache.lengths, cache.lengths + pool->geometry().max_slots);
@@ -32,7 +32,7 @@ bool EndsBesideReaders(Pool* pool, const Program& program, std::int32_t slot, co
     readers.emplace_back([&, i] {
       const std::int32_t offsets[] = {0, 1};
       std::vector<std::int32_t> read(lengths);
-      --read[slot];  // the last token once more
+      --read[slot];  // read the last token again
       while (!stop.load()) {
         PinnedSlots pinned;
         if (!pool->Begin("paged_attention", {generation, epoch, read.data()}, {&slot, 1, offsets, 1}, 0, false, &pinned)
@@ -117,9 +117,9 @@ TEST(PoolWaitsTest, WaitsAreInterrupted) {
   EXPECT_EQ(asked, 4);
   EXPECT_EQ(pool->Rows()[0].views, 0);
   {
-    // The gate is open again, and the generation is the old one.
+    // The gate is open again, and the generation has not changed.
     PinnedSlots pinned;
-    program.SetEpoch(program.cache().epoch + 1);  // the reader's
+    program.SetEpoch(program.cache().epoch + 1);  // the reader's epoch
     EXPECT_OK(program.Begin(slot, 1, 1, true, &pinned));
   }
   EXPECT_TRUE(Mentions(pool->Close(stop), "close: interrupted"));
@@ -134,7 +134,7 @@ TEST(PoolWaitsTest, MappingHandlersWaitAtTheGateToo) {
   const std::int32_t slot = program.Acquire(16);
   const std::int32_t other = program.Acquire(16);
   Reader reader(&program, slot);
-  program.SetEpoch(program.cache().epoch + 1);  // the reader's
+  program.SetEpoch(program.cache().epoch + 1);  // the reader's epoch
   std::future<Status> view = std::async(std::launch::async, [&] { return pool->AddView(0, slot); });
   std::this_thread::sleep_for(milliseconds(20));
   std::future<Status> mapped = std::async(std::launch::async, [&] {
@@ -143,7 +143,7 @@ TEST(PoolWaitsTest, MappingHandlersWaitAtTheGateToo) {
     EXPECT_TRUE(ok);
     return status;
   });
-  std::this_thread::sleep_for(milliseconds(300));  // the gate opens between pieces: it may be done by now
+  std::this_thread::sleep_for(milliseconds(300));  // the gate opens between pieces, so it may be done by now
   reader.End();
   EXPECT_OK(view.get());
   EXPECT_OK(mapped.get());

@@ -1,4 +1,4 @@
-// Prefill: properties of its weights, which may be rounded to bfloat16.
+// Properties of prefill, whose weights may be rounded to bfloat16.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,15 +10,15 @@
 namespace kvpage::testing {
 namespace {
 
-// The stored dtype, and whether weights must be exact, where that makes a difference.
+// The stored dtype, and where it makes a difference, whether weights must be exact.
 struct Kind {
   DType dtype;
   bool exact_weights;
 };
 constexpr Kind kKinds[] = {{DType::kF32, false}, {DType::kBF16, false}, {DType::kBF16, true}, {DType::kF16, false}};
 
-// A problem of one sequence in a cache. Its error in units of what rounding the output costs: of the baseline's, which
-// computes in float32.
+// A problem of one sequence in a cache. Measures errors relative to that of the float32 baseline, which is mostly the
+// rounding of the output.
 class Stored {
  public:
   Stored(Rng& rng, Problem* p) : p_(*p), cache_(rng, Layout::kFused, p->dtype, 1, p->head_dim, 1, p->max_tokens(), 16) {
@@ -45,8 +45,8 @@ class Stored {
   double of_output_ = 0;
 };
 
-// Rounding weights to bfloat16 costs less than rounding the output does; nothing where they must stay exact.
-// Contexts of all lengths up to 600.
+// Rounding weights to bfloat16 costs less than rounding the output, and nothing is lost if they must be exact. Contexts
+// of all lengths up to 600.
 TEST(PrefillTest, RoundedWeightsLoseLittle) {
   Rng rng(8);
   Problem p;
@@ -64,8 +64,8 @@ TEST(PrefillTest, RoundedWeightsLoseLittle) {
   }
 }
 
-// A first token that gets nearly all of the weight and has nearly no value, as models have them: the contribution of
-// other tokens must be as exact as without it.
+// A first token with nearly all of the weight and nearly no value, as in real models: the contributions of other tokens
+// must be as exact as without it.
 TEST(PrefillTest, ExactWeightsBesideASink) {
   Rng rng(12);
   Problem p;
@@ -86,7 +86,7 @@ TEST(PrefillTest, ExactWeightsBesideASink) {
   }
 }
 
-// Tiny and huge values, and such that round up to the next power of two as bytes.
+// Tiny and huge values, and values that round up to the next power of two as bytes.
 TEST(PrefillTest, ExactWeightsOfValuesOfAnySize) {
   Rng rng(13);
   const float largest_mantissa = 255.0f / 128;
@@ -114,7 +114,7 @@ TEST(PrefillTest, ExactWeightsOfValuesOfAnySize) {
   }
 }
 
-// Values that are all the same come out unchanged: weights are divided by the sum of the factors of the values.
+// If all values are equal, they come out unchanged: weights are divided by the sum of the factors of the values.
 TEST(PrefillTest, WeightsAddUpToOne) {
   Rng rng(9);
   Inline here;
@@ -143,7 +143,7 @@ TEST(PrefillTest, WeightsAddUpToOne) {
   }
 }
 
-// Prompts of several tiles and units, alone and in company, with any number of threads.
+// Prompts of several tiles and units, alone and with others, with any number of threads.
 TEST(PrefillTest, BitsDoNotDependOnUnits) {
   Rng rng(10);
   Inline here;
@@ -176,7 +176,7 @@ TEST(PrefillTest, BitsDoNotDependOnUnits) {
   }
 }
 
-// The last token's values, of any size, change no bit of the results of other tokens.
+// The values of the last token, of any size, change no bit of other tokens' results.
 TEST(PrefillTest, LaterValuesChangeNoBit) {
   Rng rng(14);
   Inline here;
@@ -203,7 +203,7 @@ TEST(PrefillTest, LaterValuesChangeNoBit) {
   }
 }
 
-// A NaN of any bits reaches the rows that see it and no others, whose bits do not change.
+// A NaN with any bits reaches the rows that see it; other rows do not change a bit.
 TEST(PrefillTest, NaNsOfAllBitsAreSeen) {
   Rng rng(11);
   Inline here;

@@ -1,4 +1,4 @@
-// What eviction takes and what pins and hints keep, case by case; and that policies differ as they should.
+// What eviction removes and what pins and hints keep, case by case; and that policies differ as intended.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -35,7 +35,7 @@ class PrefixEvictionTest : public ::testing::Test {
   void Hint(const Tokens& tokens, PrefixHint hint) {
     index_.Hint(space_, tokens.data(), static_cast<std::int64_t>(tokens.size()), hint);
   }
-  // Stored by a slot that goes on to something else.
+  // Stored by a slot that then moves on to other tokens.
   void Leave(const Tokens& tokens) {
     Touch(tokens);
     Store(0, tokens);
@@ -63,7 +63,7 @@ TEST_F(PrefixEvictionTest, APinnedPrefixStaysUntilItIsUnpinnedAsOften) {
   EXPECT_EQ(index_.numbers().pinned, 2);
   EXPECT_EQ(EvictAll(), 1);
   Unpin({1, 2, 3, 4, 9});
-  Unpin({1, 2, 3, 4});  // no pin of these tokens
+  Unpin({1, 2, 3, 4});  // these tokens are not pinned
   EXPECT_EQ(EvictAll(), 0);
   Unpin({1, 2, 3, 4, 9});
   EXPECT_EQ(index_.numbers().pinned, 0);
@@ -76,7 +76,7 @@ TEST_F(PrefixEvictionTest, PinsOfTheSameTokensHoldWhatTheLastOneFound) {
   Leave({1, 2, 3, 4, 5, 6});
   EXPECT_EQ(Pin({1, 2, 3, 4, 5, 6}), 6);
   EXPECT_EQ(index_.numbers().pinned, 3);
-  EXPECT_EQ(EvictAll(), 1);  // {3}, which the first one held
+  EXPECT_EQ(EvictAll(), 1);  // {3}, which the first pin held
   Unpin({1, 2, 3, 4, 5, 6});
   EXPECT_EQ(EvictAll(), 0);
   Unpin({1, 2, 3, 4, 5, 6});
@@ -164,7 +164,7 @@ TEST_F(PrefixEvictionTest, WhatIsDroppedGoesFirstBackToWhatOthersContinue) {
   EXPECT_EQ(Found({1, 2, 3, 4, 7, 8}), 6);
   EXPECT_EQ(Found({9, 9}), 2);
   Hint({1, 2, 3, 4, 7, 8}, PrefixHint::kDrop);
-  Touch({1, 2, 3, 4, 7, 8});  // it is asked for after all
+  Touch({1, 2, 3, 4, 7, 8});  // it is requested after all
   EXPECT_EQ(Evict(1), 1);
   EXPECT_EQ(Found({9, 9}), 0);
 }
@@ -225,7 +225,7 @@ TEST(PrefixPolicyTest, SegmentedLruProtectsAShareOfTheEntries) {
     index.Detach(0);
   };
   for (std::int32_t token = 0; token < 5; ++token) touch(token);
-  for (std::int32_t token = 0; token < 5; ++token) touch(token);  // the last one makes 0 probationary again
+  for (std::int32_t token = 0; token < 5; ++token) touch(token);  // the last one makes token 0 probationary again
   touch(5);
   std::int64_t freed;
   std::vector<std::int32_t> dropped;

@@ -1,5 +1,4 @@
-// Reads of stored prefixes into a pool in use: what they leave behind when the disk is slow, the pool ends, or nobody
-// waits.
+// Reads of stored prefixes into a pool in use: what remains if the disk is slow, the pool is closed, or nobody waits.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -25,7 +24,7 @@ class PrefixFetchTest : public ::testing::TestWithParam<Layout> {
     options.io = io_;
     store_ = OpenShared(folder_, options);
   }
-  // A rig over a store that has 64 sevens.
+  // Makes a rig with a store that holds 64 sevens.
   std::unique_ptr<PrefixRig> Stored(std::int64_t blocks = 24) {
     PrefixRig first(GetParam());
     first.Fill(70);
@@ -57,7 +56,7 @@ TEST_P(PrefixFetchTest, BlocksAreTakenWhileTheyAreRead) {
   EXPECT_EQ(pool->Numbers().blocks_mapped, 4 * ranges);
   EXPECT_TRUE(AddsUp(pool));
   EXPECT_OK(pool->Audit());
-  // The same tokens are read once.
+  // The same tokens are read only once.
   EXPECT_EQ(Fetch(pool, Sevens(66)), ticket);
   const Claim claim = rig->program->AcquirePrefix(Sevens(70, 8));
   ASSERT_OK(claim.status);
@@ -80,7 +79,7 @@ TEST_P(PrefixFetchTest, WhatWasComputedMeanwhileIsKept) {
   const auto rig = Stored();
   io_->hold = true;
   const auto ticket = Fetch(rig->pool.get(), Sevens(70));
-  rig->Fill(40, 2);  // of the same tokens, with other bytes so that one can tell
+  rig->Fill(40, 2);  // the same tokens with different bytes, in order to tell them apart
   io_->hold = false;
   ASSERT_TRUE(ticket->Wait(60));
   EXPECT_EQ(ticket->tokens(), 32);
@@ -115,7 +114,7 @@ TEST_P(PrefixFetchTest, CloseCancelsWhatHasNotBegun) {
   io_->hold = true;
   const auto ticket = Fetch(made->pool.get(), Sevens(70));
   ASSERT_TRUE(store::testing::Soon([&] { return io_->waiting > 0; }));
-  // A caller that waits no longer may close it again.
+  // A caller that stopped waiting may close it again.
   EXPECT_EQ(made->pool->Close([] { return false; }).code(), Code::kFailedPrecondition);
   EXPECT_FALSE(ticket->Wait(0));
   std::thread let_go([&] {
@@ -198,7 +197,7 @@ TEST_P(PrefixFetchTest, OnlyWhatWasReadIsIndexed) {
   EXPECT_OK(rig->pool->Audit());
 }
 
-// Room is not made at the cost of the tokens that come before.
+// Room is not made by evicting the tokens that come before.
 TEST_P(PrefixFetchTest, WhatItContinuesIsNotEvictedForIt) {
   const auto rig = Stored(3);
   rig->Fill(33);

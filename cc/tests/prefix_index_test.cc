@@ -21,8 +21,8 @@ namespace {
 constexpr std::int64_t kAll = std::numeric_limits<std::int64_t>::max();
 constexpr std::int32_t kSlots = 5;
 
-// An index and the model beside it. Every slot follows the rules of its caller: it writes its sequence on, cuts it
-// before it writes other tokens, and gets new physical blocks for what it writes.
+// An index and its model. Every slot follows the caller's rules: it extends its sequence, cuts it before it writes
+// other tokens, and gets new physical blocks for what it writes.
 class Twins {
  public:
   Twins(std::uint32_t seed, std::int64_t block_tokens, std::int64_t ranges, PrefixPolicy policy)
@@ -33,7 +33,7 @@ class Twins {
         index_(block_tokens, ranges, policy),
         model_(block_tokens, ranges) {
     for (const char* name : {"one", "another"}) index_.Namespace(name);
-    index_.RecordEvents(1 + seed % 11);  // sometimes fewer than happen
+    index_.RecordEvents(1 + seed % 11);  // sometimes fewer than occur
   }
 
   void Step() {
@@ -71,7 +71,7 @@ class Twins {
     ASSERT_EQ(index_.numbers().tokens, tokens);
     ASSERT_EQ(index_.numbers().entries, static_cast<std::int64_t>(model_.entries().size()));
     for (std::int32_t slot = 0; slot < kSlots; ++slot) {
-      // The index may forget the tokens of a block of which it removed an entry, until they are stored again.
+      // After removing one of a block's entries, the index may forget the block's tokens until they are stored again.
       Slot& state = slots_[slot];
       state.known = std::min(state.known, model_.Longest(state.space, state.tokens));
       ASSERT_LE(index_.Tokens(slot), state.known);
@@ -83,14 +83,14 @@ class Twins {
   struct Slot {
     std::int32_t space = 0;
     Tokens tokens;
-    std::int64_t known = 0;  // of these, what the index has had ever since
+    std::int64_t known = 0;  // the number of these that the index has known throughout
     std::vector<std::int32_t> map;
     bool live = true;  // its entries stay
   };
 
   std::int32_t Below(std::int64_t bound) { return static_cast<std::int32_t>(random_() % bound); }
 
-  // Mostly tokens that are or continue something stored.
+  // Returns tokens that mostly are, or continue, something stored.
   Tokens Sought(std::int32_t space) {
     Tokens tokens;
     if (!model_.entries().empty() && Below(4) > 0) {
@@ -102,7 +102,7 @@ class Twins {
     return tokens;
   }
 
-  // The events, replayed from the start, give the whole blocks.
+  // Checks that the events, replayed from the start, give the full blocks.
   void CheckEvents() {
     if (Below(3) > 0) return;
     for (const PrefixEvent& event : index_.TakeEvents()) {
@@ -161,7 +161,7 @@ class Twins {
     Drop(dropped);
     model_.Cut(slot, tokens, keep);
     state.tokens.resize(tokens);
-    // From the first block that the slot writes again, others have the old ones.
+    // From the first rewritten block on, the slot gets new blocks; others keep the old ones.
     state.map.resize(std::min<std::size_t>(state.map.size(), tokens / block_tokens_ * ranges_));
     const std::size_t blocks = (tokens + block_tokens_ - 1) / block_tokens_ * ranges_;
     while (state.map.size() < blocks) state.map.push_back(next_block_++);
@@ -190,7 +190,7 @@ class Twins {
     ASSERT_EQ(static_cast<std::int64_t>(dropped.size()), static_cast<std::int64_t>(plan.size()) * ranges_);
     ASSERT_EQ(static_cast<std::int64_t>(dropped.size()), freed);
     for (std::size_t i = 0; i < plan.size(); ++i) {
-      ASSERT_LT(static_cast<std::int64_t>(i) * ranges_, enough);  // no more than are needed
+      ASSERT_LT(static_cast<std::int64_t>(i) * ranges_, enough);  // no more than needed
       const PrefixModel::Key* evicted = nullptr;
       std::int64_t oldest = kAll, last = 0;
       for (const auto& [key, entry] : model_.entries()) {
@@ -257,14 +257,14 @@ TEST(PrefixIndexTest, ABlockHasOneEntryThoughItsSharersKnowDifferentNumbersOfTok
     cached.insert(referenced.begin(), referenced.end());
     return std::make_pair(referenced, dropped);
   };
-  // A failed program has left the first slot with 2 tokens of a block that another one shares with 4.
+  // A failed program has left the first slot with 2 tokens of a block that another slot shares with 4.
   EXPECT_EQ(store(0, 2), std::make_pair(Tokens({5, 6}), Tokens()));
   EXPECT_EQ(store(1, 5), std::make_pair(Tokens({5, 6, 9, 10}), Tokens({5, 6})));
   EXPECT_EQ(index.numbers().entries, 2);
   EXPECT_EQ(index.numbers().tokens, 5);
   EXPECT_EQ(index.Tokens(0), 0);
   EXPECT_FALSE(index.Owns(0, 0));
-  EXPECT_EQ(store(0, 2), std::make_pair(Tokens(), Tokens()));  // found in the other's entry
+  EXPECT_EQ(store(0, 2), std::make_pair(Tokens(), Tokens()));  // found in the other slot's entry
   EXPECT_EQ(index.Tokens(0), 2);
   EXPECT_EQ(index.Find(space, tokens.data(), 5).blocks, map);
 }

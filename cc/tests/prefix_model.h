@@ -20,7 +20,7 @@ class PrefixModel {
   struct Entry {
     std::int32_t owner;
     std::vector<std::int32_t> blocks;
-    std::int64_t last;  // the request that touched or stored it last
+    std::int64_t last;  // the last request that touched or stored it
   };
   using Key = std::pair<std::int32_t, Tokens>;  // namespace, all tokens up to the entry's end
 
@@ -31,7 +31,7 @@ class PrefixModel {
     return (static_cast<std::int64_t>(key.second.size()) - 1) / block_tokens_;
   }
 
-  // The first entry with the last of the first `length` tokens that begins with them.
+  // Returns the first entry that contains the last of the first `length` tokens and starts with them.
   const Key* Having(std::int32_t space, const Tokens& tokens, std::int64_t length) const {
     const Key key(space, Tokens(tokens.begin(), tokens.begin() + length));
     const auto place = entries_.lower_bound(key);
@@ -122,7 +122,7 @@ class PrefixModel {
       if (entry.owner == slot) entry.owner = -1;
     }
   }
-  // Removes an entry with all that continues it.
+  // Removes an entry and all its continuations.
   void Remove(const Key& key) {
     const bool whole = static_cast<std::int64_t>(key.second.size()) % block_tokens_ == 0;
     auto next = entries_.erase(entries_.find(key));

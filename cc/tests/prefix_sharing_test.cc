@@ -1,4 +1,4 @@
-// Sequences that are found by their tokens beside forks, truncations and calls that fail: no slot writes what another
+// Sequences that are found by their tokens, next to forks, truncations and failing calls: no slot writes what another
 // may find, and nothing is lost.
 #include <gtest/gtest.h>
 
@@ -28,7 +28,7 @@ class PrefixSharingTest : public ::testing::TestWithParam<Layout> {
     pool_ = MakePool(geometry_, blocks * geometry_.num_ranges());
     program_ = std::make_unique<Program>(pool_.get());
   }
-  // Tokens that all have one id; their keys and values carry the stamp.
+  // Writes tokens with a single id, whose keys and values carry the stamp.
   void Write(std::int32_t slot, std::int32_t count, float stamp, std::int32_t id = 7) {
     const std::int32_t length = program_->length(slot);
     EXPECT_OK(pool_->Extend({slot}, {length + count}).status);
@@ -50,7 +50,7 @@ class PrefixSharingTest : public ::testing::TestWithParam<Layout> {
   bool Holds(std::int32_t slot, std::int64_t begin, std::int64_t end, float stamp) {
     return CountStamped(pool_.get(), slot, begin, end, stamp) == end - begin;
   }
-  // Everything comes free, and once.
+  // Releases everything, and expects each block to be freed exactly once.
   void Finish() {
     for (const SlotRow& row : pool_->Rows()) program_->Release(row.slot);
     std::int64_t freed = 0;
@@ -96,7 +96,7 @@ TEST_P(PrefixSharingTest, ATruncationThatIsTakenBackKeepsItsEntries) {
   Finish();
 }
 
-// The index has the first block of one slot and the others of a second slot, which computed the first one too.
+// The index has the first block of one slot and later blocks of a second slot, which computed the first one too.
 TEST_P(PrefixSharingTest, BlocksBehindOnesThatAreNotSharedStayApart) {
   Make(24);
   const Ids text = Same(65, 7);
@@ -138,7 +138,7 @@ TEST_P(PrefixSharingTest, ParkedAndCachedBlocksMeetOneClaim) {
   const std::int32_t cached = Written(Same(64, 7), 1);
   program_->Release(cached);
   const std::vector<std::int32_t> all = {program_->Acquire(16), program_->Acquire(16), program_->Acquire(16),
-                                         program_->Acquire(16)};  // the last one had the sequence
+                                         program_->Acquire(16)};  // the last slot had the sequence
   EXPECT_EQ(Found(Same(64, 7)), 64);
   for (const std::int32_t slot : all) program_->Release(slot);
   EXPECT_EQ(pool_->Numbers().blocks_free, 0);
@@ -155,7 +155,7 @@ TEST_P(PrefixSharingTest, ARequestThatFailsLosesNothing) {
   const std::int32_t parked = Written(Same(64, 7), 1);
   program_->Release(parked);
   const std::int32_t live = program_->Acquire(64);
-  // Half of the sequence is asked for, with more room than there is: adopting the slot would not help.
+  // Half of the sequence is requested, with more room than there is: adopting the slot would not help.
   const Claim claim = pool_->AcquirePrefix({{Join(Same(32, 7), {8}), 128}}, {});
   EXPECT_EQ(claim.status.reason(), Reason::kOutOfBlocks);
   EXPECT_EQ(Found(Same(64, 7)), 64);

@@ -1,5 +1,5 @@
-// Blocks that are written before they are evicted: in which order, down to which share, and what a slow or full disk
-// changes.
+// Blocks that are written before they are evicted: in which order, down to which share, and the effect of a slow or
+// full disk.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -28,7 +28,7 @@ class PrefixSpillTest : public ::testing::TestWithParam<Layout> {
     EXPECT_OK(rig->pool->AttachStore(store_, write_ahead));
     return rig;
   }
-  // A released sequence, and the number of its tokens that were found.
+  // Runs and releases a sequence; returns the number of its tokens that were found.
   static std::int64_t Run(PrefixRig* rig, const Ids& ids) {
     const Claim claim = rig->program->AcquirePrefix(ids);
     EXPECT_OK(claim.status);
@@ -63,14 +63,14 @@ TEST_P(PrefixSpillTest, WhatIsEvictedNextIsWrittenDownToTheShare) {
   Run(rig.get(), Text(2, 3));
   usleep(20000);
   EXPECT_EQ(Spills(rig.get()).tokens, 0);  // 12 of 20 blocks are free
-  Run(rig.get(), Text(3, 3));              // 8 are
+  Run(rig.get(), Text(3, 3));              // 8 are free
   ASSERT_TRUE(Soon([&] { return Spills(rig.get()).tokens == 3 * 16; }));
   std::vector<std::int32_t> kept;
   for (std::int32_t i = 1; i <= 3; ++i) {
     if (Stored(rig.get(), Text(i, 3)) == 0) kept.push_back(i);
   }
   ASSERT_EQ(kept.size(), 2u);
-  // The written blocks are taken first, even if they are worth more, and what comes next is written.
+  // The written blocks are evicted first, even if they are worth more, and those next in line are written.
   const std::int32_t written = 6 - kept[0] - kept[1];
   ASSERT_OK(rig->pool->Hint("", Text(written, 3), PrefixHint::kRetain));
   std::int64_t freed = 0;
@@ -86,7 +86,7 @@ TEST_P(PrefixSpillTest, EverythingComesBackFromTheStore) {
   auto rig = Open(30, 1);
   for (std::int32_t i = 1; i <= 3; ++i) Run(rig.get(), Text(i, 4));
   Ids longer = Text(1, 6);
-  Run(rig.get(), longer);  // continues what is written
+  Run(rig.get(), longer);  // continues a sequence that is already stored
   ASSERT_TRUE(Soon([&] { return Spills(rig.get()).tokens == 14 * 16; }));
   EXPECT_EQ(Spills(rig.get()).bytes, 14 * rig->geometry.num_ranges() * rig->geometry.block_bytes);
   std::int64_t freed = 0;
@@ -99,7 +99,7 @@ TEST_P(PrefixSpillTest, EverythingComesBackFromTheStore) {
     ASSERT_TRUE(ticket->Wait(60));
     EXPECT_EQ(Run(rig.get(), ids), static_cast<std::int64_t>(ids.size()) - 1);
   }
-  // What was read is not written again.
+  // Blocks that were read are not written again.
   usleep(20000);
   EXPECT_EQ(Spills(rig.get()).tokens, 14 * 16);
   EXPECT_EQ(rig->pool->StoreNumbers().store_hits, 14 * 16);
@@ -142,7 +142,7 @@ TEST_P(PrefixSpillTest, AFullDiskMakesNobodyFail) {
   EXPECT_EQ(Spills(rig.get()).tokens, 0);
   EXPECT_TRUE(folder_.files().empty());
   io_->error = 0;
-  // After a while it is tried again.
+  // It is retried after a while.
   EXPECT_TRUE(Soon([&] {
     Run(rig.get(), Text(99, 5));
     return Spills(rig.get()).tokens > 0;
@@ -181,7 +181,7 @@ TEST_P(PrefixSpillTest, AStoreThatIsTooSmallKeepsWhatFits) {
   for (std::int32_t i = 1; i <= 6; ++i) Run(rig.get(), Text(i, 5));
   EXPECT_TRUE(Soon([&] { return Spills(rig.get()).tokens >= 4 * 5 * 16; }));
   usleep(50000);
-  EXPECT_LE(Spills(rig.get()).tokens, 6 * 5 * 16);  // not over and over
+  EXPECT_LE(Spills(rig.get()).tokens, 6 * 5 * 16);  // not over and over again
   EXPECT_TRUE(Soon([&] { return store_->Numbers().bytes <= options.limit_bytes; }));
 }
 
@@ -207,7 +207,7 @@ TEST_P(PrefixSpillTest, WhatTheStoreLosesIsNotTakenForWritten) {
   // A request asks for one of them.
   EXPECT_EQ(Run(rig.get(), Text(1, 4)), 64);
   ASSERT_TRUE(Soon([&] { return Stored(rig.get(), Text(1, 4)) == 4; }));
-  usleep(20000);  // the index hears of it
+  usleep(20000);  // the index learns of it
   std::int64_t freed = 0;
   ASSERT_OK(rig->pool->Evict(1000, &freed));
   EXPECT_EQ(rig->pool->StoreNumbers().unwritten_evictions, 4) << "the other one";

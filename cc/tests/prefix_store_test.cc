@@ -1,5 +1,4 @@
-// A pool's prefixes in a store: contents and accounts, and what happens when memory, files or other calls get in the
-// way.
+// A pool's prefixes in a store: contents and accounts, and what happens when memory, files or other calls interfere.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -52,7 +51,7 @@ TEST_P(PrefixStoreTest, AnotherPoolHasWhatWasSaved) {
   const Claim claim = second.program->AcquirePrefix(Sevens(66, 8));
   ASSERT_EQ(claim.tokens[0], 64);
   EXPECT_EQ(CountStamped(second.pool.get(), claim.slots[0], 0, 64, 1), 64);
-  // What was loaded is read-only there: the slot goes on behind it, and another slot still finds it.
+  // Loaded blocks are read-only: the slot continues after them, and other slots still find them.
   WriteStamped(second.pool.get(), second.program.get(), claim.slots[0], 20, 3);
   const Claim again = second.program->AcquirePrefix(Sevens(66, 9));
   EXPECT_EQ(CountStamped(second.pool.get(), again.slots[0], 0, 64, 1), 64);
@@ -139,7 +138,7 @@ TEST_P(PrefixStoreTest, AClosedStoreOrPoolIsAnError) {
   EXPECT_EQ(other.pool->SavePrefixes(store.get(), {}, {}, &saved).reason(), Reason::kClosed);
 }
 
-// Threads save, load and evict while requests come and go.
+// Threads save, load and evict while other threads run requests.
 TEST_P(PrefixStoreTest, CallsMeet) {
   Rig rig(GetParam());
   rig.Fill(70);

@@ -1,5 +1,5 @@
-// Requests that find their first tokens in memory: contents and accounts, over a page table that fails at every call in
-// turn too.
+// Requests that find their first tokens in memory: contents and accounts, also with a page table that fails at every
+// call in turn.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -41,7 +41,7 @@ TEST_P(PrefixTest, AParkedSlotIsAdoptedWhereItsSequenceGoesOn) {
   Fixture f(GetParam());
   const std::int64_t calls = f.pool->Numbers().system_calls;
   std::vector<std::int32_t> ids = Sevens(45);
-  ids[40] = 8;  // 40 tokens are known
+  ids[40] = 8;  // 40 of the tokens are known
   const Claim claim = f.program->AcquirePrefix(ids);
   EXPECT_EQ(claim.slots[0], f.parked);
   EXPECT_TRUE(f.Finds(claim, 40));
@@ -66,7 +66,7 @@ TEST_P(PrefixTest, WhatIsFoundMayNotBeWritten) {
   ids[40] = 8;
   const std::int32_t slot = f.program->AcquirePrefix(ids).slots[0];
   EXPECT_TRUE(Mentions(f.program->SetLength(slot, 39), "set_lengths"));
-  f.program->Truncate(slot, 20);  // takes it out of what can be found
+  f.program->Truncate(slot, 20);  // removes it from what can be found
   std::int64_t found = 0;
   EXPECT_OK(f.pool->FindPrefix("", Sevens(41), false, &found));
   EXPECT_EQ(found, 20);
@@ -78,7 +78,7 @@ TEST_P(PrefixTest, EvictionMakesRoomAndSparesWhatIsMapped) {
   Fixture f(GetParam(), 6);
   const Claim live = f.program->AcquirePrefix(Sevens(18, 8));
   EXPECT_TRUE(f.Finds(live, 17));
-  const Claim more = f.pool->Acquire({64});  // 6 blocks: one is shared, one a copy
+  const Claim more = f.pool->Acquire({64});  // 6 blocks: one is shared, one is a copy
   EXPECT_OK(more.status);
   EXPECT_OK(f.program->Occupy(more.slots[0]));
   EXPECT_TRUE(AddsUp(f.pool.get()));
@@ -117,17 +117,17 @@ TEST_P(PrefixTest, AFailureChangesNothing) {
         EXPECT_TRUE(f.Finds(claim, 29)) << at;
       }
       failures += failed;
-      // Where the system has no memory to map, parked blocks are moved instead.
+      // If the system has no memory to map, parked blocks are moved instead.
       EXPECT_TRUE(!failed || !claim.status.ok() || verb == Verb::kMap) << at;
     }
     EXPECT_GT(failures, 0) << "no call of verb " << static_cast<int>(verb);
   }
 }
 
-// A release needs no lock that acquire_prefix holds throughout.
+// A release does not need any lock that acquire_prefix holds throughout.
 TEST_P(PrefixTest, ADonorMayBeReleasedMeanwhile) {
   Fixture f(GetParam());
-  const Claim live = f.program->AcquirePrefix(Sevens(41, 8));  // adopts
+  const Claim live = f.program->AcquirePrefix(Sevens(41, 8));  // adopts a slot
   WriteStamped(f.pool.get(), f.program.get(), live.slots[0], 8, 1);
   for (const bool vacated : {false, true}) {
     // Every free slot has blocks, so that one must give them up after the donor was found.
@@ -146,7 +146,7 @@ TEST_P(PrefixTest, ADonorMayBeReleasedMeanwhile) {
     EXPECT_TRUE(released);
     ASSERT_TRUE(claim.status.ok()) << claim.status.message();
     EXPECT_LT(claim.sources[0], 0) << "not a fork";
-    // What drains cannot be had yet; what is free can.
+    // Blocks of a draining slot are not available yet; those of a free slot are.
     EXPECT_EQ(claim.tokens[0], vacated ? 45 : 0);
     EXPECT_TRUE(AddsUp(f.pool.get()));
     EXPECT_OK(f.program->RunPrefix(claim));

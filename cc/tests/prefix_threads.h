@@ -1,4 +1,4 @@
-// Threads that use a pool and the store below it at the same time.
+// Threads that use a pool and its store concurrently.
 #ifndef KVPAGE_TESTS_PREFIX_THREADS_H_
 #define KVPAGE_TESTS_PREFIX_THREADS_H_
 

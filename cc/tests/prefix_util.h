@@ -1,4 +1,4 @@
-// For tests of prefixes: a pool over a page table that can fail, and sequences of one token id.
+// Helpers for tests of prefixes: a pool on a page table that can fail, and sequences of a single token id.
 #ifndef KVPAGE_TESTS_PREFIX_UTIL_H_
 #define KVPAGE_TESTS_PREFIX_UTIL_H_
 
@@ -13,14 +13,14 @@
 
 namespace kvpage::testing {
 
-// Ids that WriteStamped commits: all the same, so any two sequences begin alike.
+// The ids that WriteStamped commits. All are the same, so any two sequences have a common prefix.
 inline std::vector<std::int32_t> Sevens(std::int64_t count, std::int32_t last = 7) {
   std::vector<std::int32_t> ids(static_cast<std::size_t>(count), 7);
   if (!ids.empty()) ids.back() = last;
   return ids;
 }
 
-// A pool over a page table that can fail.
+// A pool on a page table that can fail.
 struct PrefixRig {
   explicit PrefixRig(Layout layout, std::int64_t blocks = 24) : geometry(SmallGeometry(layout)) {
     auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry));
@@ -28,7 +28,7 @@ struct PrefixRig {
     pool = MakePool(geometry, blocks * geometry.num_ranges(), {}, std::move(faulty));
     program = std::make_unique<Program>(pool.get());
   }
-  // A released sequence of sevens.
+  // Writes and releases a sequence of sevens.
   void Fill(std::int32_t tokens, float stamp = 1) {
     const Claim claim = program->AcquirePrefix(Sevens(tokens));
     const auto missing = static_cast<std::int32_t>(tokens - claim.tokens[0]);

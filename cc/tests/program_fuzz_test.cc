@@ -1,7 +1,6 @@
-// What the core is told by programs, at random: lengths, slots, offsets, epochs, generations, layers. Every op runs on
-// the pool and on the emulated device. Each occupant stamps what it appends, forks have the stamps of their donors, so
-// a read that is let through must find nothing but its own stamps; memory that comes from an earlier request carries
-// others.
+// Programs that pass random values to the core: lengths, slots, offsets, epochs, generations, layers. Every op runs on
+// the pool and on the emulated device. Each occupant stamps what it appends, and forks have their donors' stamps. A
+// read that passes must find only stamps of its own sequence; memory of earlier requests carries others.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -61,7 +60,7 @@ class Fuzz {
     }
   }
 
-  // Idle blocks change places, at most `most` of them: no program notices.
+  // Moves at most `most` idle blocks, which no program may notice.
   void Relocate(std::int64_t most) {
     relocation::Report report;
     EXPECT_OK(t_.pool().Relocate({4096 * most, true, {}, false}, &report));
@@ -113,7 +112,8 @@ class Fuzz {
     return named;
   }
 
-  // A refusal says why. What was let through may have been a cache with changed lengths: go on from the pool's record.
+  // A refusal must say why. An op that passed may have used a cache with changed lengths: restart from the pool's
+  // record.
   void Settle(const std::string& text, std::int64_t passed_before) {
     EXPECT_EQ(text.empty(), t_.num_passed() > passed_before) << text;
     refused_ += text.empty() ? 0 : 1;
@@ -130,7 +130,7 @@ class Fuzz {
     owners_[slot] = ++last_owner_;
     stamps_[slot].assign(2 * kMaxTokens, kNothing);
   }
-  // A new occupant that has its first tokens from another.
+  // A new occupant that has its first tokens from another slot.
   void Fork() {
     const auto donor = Pick(rng(), 0, kSlots - 1);
     const std::int32_t length = t_.value().lengths[donor];
@@ -166,12 +166,12 @@ class Fuzz {
     owners_[slot] = 0.0f;
   }
 
-  // A right step of one sequence, so that there is something to read.
+  // Runs a valid step of one sequence, so that there is something to read.
   void Step() {
     const auto slot = Pick(rng(), 0, kSlots - 1);
     const std::int32_t length = t_.value().lengths[slot];
     const std::int32_t room = length < 0 ? 0 : t_.rows().slot(slot).room - length;
-    // A cache with forged lengths may have cut the sequence back below what it shares.
+    // A cache with forged lengths may have cut the sequence below what it shares.
     if (room <= 0 || length < t_.rows().slot(slot).shared) return;
     const std::int32_t count = std::min(room, Pick(rng(), 1, 20));
     const Ragged batch = {{slot}, {0, count}, count};
@@ -220,8 +220,8 @@ class Fuzz {
   static constexpr float kNothing = -1.0f;
 
   Twins t_;
-  std::vector<float> owners_;   // the stamp of each slot's occupant; 0: it has none
-  std::vector<Stamps> stamps_;  // [slots] what its occupant or those that it was forked from have written
+  std::vector<float> owners_;   // the stamp of each slot's occupant, or 0 if there is none
+  std::vector<Stamps> stamps_;  // [slots] what the occupant, or those it was forked from, have written
   float last_owner_ = 0.0f;
   std::int64_t refused_ = 0, moved_ = 0;
 };

@@ -1,4 +1,4 @@
-// Quantized storage: the bits that append writes, and the values that gather reads back.
+// Quantized storage: the bits that append writes, and the values that gather reads.
 #include <gtest/gtest.h>
 
 #include "tests/kernels_util.h"
@@ -28,7 +28,7 @@ std::vector<float> HardRow(Rng& rng, int kind, int n) {
     case 3:
       factor = 1e37f;
       break;
-    case 4:  // halves of an int8 step, and of a float8 one
+    case 4:  // halves of an int8 step and of a float8 step
       for (int d = 0; d < n; ++d) row[d] = 0.5f * static_cast<float>(d % 255) - 63.5f;
       row[0] = 127.0f;
       break;
@@ -55,7 +55,7 @@ std::vector<float> HardRow(Rng& rng, int kind, int n) {
 
 bool SameFloat(float a, float b) { return (std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, sizeof(a)) == 0; }
 
-// New keys and values in `from`, and the floats that they are.
+// New keys and values in dtype `from`, and as the floats that they represent.
 struct Input {
   std::vector<char> bytes[2];
   std::vector<float> values[2];
@@ -175,7 +175,7 @@ TEST(QuantizeTest, GatherDequantizes) {
   }
 }
 
-// A token that is not finite shows where it is looked at, for its own head, and nowhere else.
+// A token that is not finite shows in the results that see it, for its own head, and nowhere else.
 TEST(QuantizeTest, RowsThatAreNotFiniteReadAsNaN) {
   Rng rng(3);
   Inline here;

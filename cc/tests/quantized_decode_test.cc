@@ -1,5 +1,5 @@
-// Decode attention over quantized storage where its integers could go wrong: magnitudes at both ends, queries whose
-// elements differ much, tokens that a row must not see.
+// Decode attention with quantized storage where its integer arithmetic could go wrong: magnitudes at both ends, queries
+// with elements of very different sizes, tokens that a row must not see.
 #include <gtest/gtest.h>
 
 #include "tests/kernels_util.h"
@@ -13,7 +13,7 @@ void Scale(std::vector<char>& data, DType dtype, float factor) {
   for (std::size_t i = 0; i < data.size(); i += ItemSize(dtype)) Write(&data[i], dtype, Read(&data[i], dtype) * factor);
 }
 
-// Largest difference between result and reference, in units of the largest output.
+// Returns the largest difference from the reference, in units of the largest output.
 double RelativeError(const Problem& p, const Result& result, const std::vector<double>& out) {
   double worst = 0, size = 0;
   for (std::size_t i = 0; i < out.size(); ++i) {
@@ -53,7 +53,7 @@ TEST(QuantizedDecodeTest, QueriesKeysAndValuesOfAnyMagnitude) {
   }
 }
 
-// The largest element has a small key, all others count: none of their bits may be lost to it.
+// The largest query element meets a key of 0, so all others matter: none of their bits may be lost because of it.
 TEST(QuantizedDecodeTest, SmallElementsOfAQueryCount) {
   Rng rng(2);
   Inline here;
@@ -75,7 +75,7 @@ TEST(QuantizedDecodeTest, SmallElementsOfAQueryCount) {
       for (const char* name : InstructionSets()) {
         cpu::ForceInstructionSet(name);
         const Result result = RunAttention(p, cache, {0}, here);
-        // A rounding to 2^-24 of the largest element, times keys of about 1, 64 of them.
+        // Rounding to 2^-24 of the largest element, times keys of about 1, 64 of them.
         for (std::size_t i = 0; i < lse.size(); ++i)
           EXPECT_LT(std::fabs(result.lse[i] - lse[i]), 4e-6) << name << " " << small;
       }
@@ -83,7 +83,7 @@ TEST(QuantizedDecodeTest, SmallElementsOfAQueryCount) {
   }
 }
 
-// Just below a power of two integers of all-signed bytes are too small for their number of bits.
+// Just below a power of two, integers made of signed bytes only would be too small for their number of bits.
 TEST(QuantizedDecodeTest, LargestElementsBelowAPowerOfTwo) {
   Rng rng(5);
   Inline here;
@@ -133,7 +133,8 @@ TEST(QuantizedDecodeTest, QueriesOfZeroAverage) {
   }
 }
 
-// Three new tokens: what the last one holds, and what has left the window, changes no bit of the first one's result.
+// Three new tokens: neither what the last one holds, nor what has left the window, changes a bit of the first one's
+// result.
 TEST(QuantizedDecodeTest, WhatARowDoesNotSeeChangesNoBit) {
   Rng rng(4);
   Inline here;

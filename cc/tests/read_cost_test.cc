@@ -1,4 +1,4 @@
-// ReadCost: from reads of known costs.
+// ReadCost, computed from reads of known cost.
 #include "cache/read_cost.h"
 
 #include <gtest/gtest.h>
@@ -9,7 +9,7 @@
 namespace kvpage::prefix {
 namespace {
 
-// Of a disk with a latency and a bandwidth.
+// The cost on a disk with this latency and bandwidth.
 double Seconds(std::int64_t bytes) { return 2e-4 + static_cast<double>(bytes) / 2e9; }
 
 TEST(ReadCostTest, NothingIsKnownWithoutReads) {

@@ -1,4 +1,4 @@
-// Cached prefixes become huge pages where the system has them, and stay what they are where it refuses.
+// Cached prefixes become huge pages if the system has any, and stay unchanged if it refuses.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -19,9 +19,9 @@ namespace {
 
 using relocation::Report;
 
-constexpr std::int32_t kTokens = 8448;  // a huge page of 512 blocks, and 16 blocks
+constexpr std::int32_t kTokens = 8448;  // a huge page of 512 blocks, and 16 more blocks
 
-// Bytes of pools' memory that are mapped by huge pages.
+// Returns the bytes of pool memory that are mapped by huge pages.
 std::int64_t HugeBytes() {
   std::int64_t sum = 0;
   bool ours = false;
@@ -35,7 +35,7 @@ std::int64_t HugeBytes() {
 
 class RelocationHugeTest : public ::testing::TestWithParam<Layout> {
  protected:
-  // Two parked sequences that grew in turns, 64 blocks at a time.
+  // Makes two parked sequences that grew in turns, 64 blocks at a time.
   void Make(std::int64_t max_seq_len, std::int32_t tokens) {
     geometry_ = SmallGeometry(GetParam(), max_seq_len);
     auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry_));
@@ -93,7 +93,7 @@ TEST_P(RelocationHugeTest, AnAliasIsMappedByHugePages) {
   if (report.huge_pages > 0) {
     EXPECT_EQ(HugeBytes() - before, ranges * HugePageBytes());
   }
-  // They are blocks like others.
+  // They behave like other blocks.
   program_->Truncate(fork, 40);
   Write(fork, 40, 40, 1);
   EXPECT_TRUE(Holds(fork, 80, 1));

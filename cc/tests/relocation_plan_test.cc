@@ -1,4 +1,4 @@
-// Plans of relocations, carried out on an array: no block is lost, and chains become runs.
+// Relocation plans, carried out on an array: no block is lost, and chains become runs.
 #include "cache/relocation_plan.h"
 
 #include <gtest/gtest.h>
@@ -13,7 +13,7 @@ namespace {
 
 using Chain = RelocationTask::Chain;
 
-// Blocks of chains are movable, `free` ones free, all others fixed.
+// A task in which the blocks of chains are movable, those in `free` are free, and all others are fixed.
 RelocationTask Task(std::int64_t blocks, std::vector<Chain> chains, const std::vector<std::int32_t>& free,
                     std::int64_t most_moves = 1000) {
   RelocationTask task;
@@ -27,7 +27,7 @@ RelocationTask Task(std::int64_t blocks, std::vector<Chain> chains, const std::v
   return task;
 }
 
-// The places of the chains' blocks after a plan, each move of which must be possible.
+// Carries out a plan, each move of which must be possible; returns the places of the chains' blocks.
 std::vector<std::vector<std::int32_t>> Carry(const RelocationTask& task, const std::vector<PlannedMove>& moves) {
   std::vector<BlockUse> uses = task.uses;
   std::vector<std::vector<std::int32_t>> places;
@@ -76,7 +76,7 @@ TEST(RelocationPlanTest, WithoutAFreeBlockNothingMoves) {
 }
 
 TEST(RelocationPlanTest, FixedBlocksAreGoneAround) {
-  // No window for six, two for three.
+  // There is no window for six blocks, but two for three.
   const RelocationTask task = Task(13, {{{0, 2, 4, 6, 8, 10}}}, {1, 3, 5, 7, 9});
   const std::vector<PlannedMove> moves = PlanRelocation(task);
   EXPECT_EQ(Runs(Carry(task, moves)[0]), 1);
@@ -111,7 +111,7 @@ TEST(RelocationPlanTest, WindowsAreAligned) {
   EXPECT_EQ(Carry(task, PlanRelocation(task))[0][0], 19);
 }
 
-// Chains that are shuffled over the file, with fixed and free blocks between them.
+// Chains that are scattered over the file, with fixed and free blocks in between.
 TEST(RelocationPlanTest, RandomPoolsBecomeOrdered) {
   std::mt19937 random(1);
   std::int64_t before = 0, after = 0;
@@ -128,7 +128,7 @@ TEST(RelocationPlanTest, RandomPoolsBecomeOrdered) {
       const std::vector<std::int32_t> part(order.begin() + i, order.begin() + i + count);
       if (kind <= 3) chains.push_back({part});
       if (kind == 4) free.insert(free.end(), part.begin(), part.end());
-      i += count;  // else fixed
+      i += count;  // otherwise fixed
     }
     const RelocationTask task = Task(blocks, chains, free, random() % 300);
     const auto places = Carry(task, PlanRelocation(task));

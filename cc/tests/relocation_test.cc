@@ -1,4 +1,4 @@
-// Blocks of a pool change places: contents, references, the prefix index and programs in flight do not notice.
+// A pool's blocks are moved without affecting contents, references, the prefix index or programs in flight.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace kvpage::testing {
 namespace {
 
-// Mappings of pools' memory in this process, without the windows.
+// Returns this process's mappings of pool memory, without the windows.
 std::int64_t SystemMappings() {
   std::int64_t count = 0;
   std::ifstream maps("/proc/self/maps");
@@ -40,7 +40,7 @@ TEST_P(RelocationTest, ParkedSlotsBecomeOneMappingInEachRange) {
     EXPECT_EQ(Found(id), 96);
     EXPECT_EQ(Borrow(id), slots_[id - 1]) << "it is adopted as before";
   }
-  for (const std::int32_t id : {1, 2}) Write(slots_[id - 1], 16, id);  // what was mapped for writing still is
+  for (const std::int32_t id : {1, 2}) Write(slots_[id - 1], 16, id);  // blocks mapped for writing still are
   EXPECT_OK(Relocate(&report));
   Finish();
 }
@@ -84,7 +84,7 @@ TEST_P(RelocationTest, AFullPoolStaysAsItIsAndOneFreeBlockIsEnough) {
 
 TEST_P(RelocationTest, WhatRunningSlotsReadMovesAndWhatTheyWriteStays) {
   Make();
-  // Both are borrowed by new slots, which write behind what they found.
+  // New slots borrow both sequences, and write after what they found.
   EXPECT_EQ(Borrow(1), slots_[0]);
   Write(slots_[0], 16, 1);
   const std::int32_t fork = program_->Fork(slots_[0]);
@@ -101,7 +101,7 @@ TEST_P(RelocationTest, WhatRunningSlotsReadMovesAndWhatTheyWriteStays) {
   EXPECT_TRUE(Sound());
   EXPECT_TRUE(Holds(fork, 128, 1));
   EXPECT_TRUE(Holds(slots_[1], 96, 2));
-  program_->Truncate(fork, 40);  // it gets a copy of a block that has moved
+  program_->Truncate(fork, 40);  // copies a block that has moved
   Write(fork, 30, 1);
   EXPECT_TRUE(Holds(fork, 70, 1));
   EXPECT_EQ(Found(1), 96);
@@ -111,7 +111,7 @@ TEST_P(RelocationTest, WhatRunningSlotsReadMovesAndWhatTheyWriteStays) {
 
 TEST_P(RelocationTest, CachedBlocksWithoutASlot) {
   Make(32);
-  // Four requests that write take all slots: their blocks go, and the index keeps what it has.
+  // Four requests that write take all slots: the slots' blocks go, and the index keeps its own.
   std::vector<std::int32_t> others;
   for (int i = 0; i < kSlots; ++i) others.push_back(program_->Acquire(16));
   for (const std::int32_t slot : others) program_->Release(slot);
@@ -129,7 +129,7 @@ TEST_P(RelocationTest, CachedBlocksWithoutASlot) {
   Finish();
 }
 
-// Sequences that begin with the same blocks are still read together, and those that fork later as well.
+// Sequences with common first blocks are still read together, as are forks made later.
 TEST_P(RelocationTest, WhatIsSharedIsStillKnown) {
   const auto common = [&](std::int32_t a, std::int32_t b) {
     SharedPrefixes found;
@@ -146,7 +146,7 @@ TEST_P(RelocationTest, WhatIsSharedIsStillKnown) {
   const std::int32_t later = program_->Fork(fork);
   EXPECT_EQ(common(fork, later), 96);
   program_->Release(later);
-  // The first fork of a sequence is found by who has written it.
+  // The first fork of a sequence is recognized by the slot that has written it.
   const std::int32_t writer = Borrow(1);
   EXPECT_EQ(writer, slots_[0]);
   EXPECT_EQ(common(writer, program_->Fork(writer)), 96);
@@ -154,7 +154,7 @@ TEST_P(RelocationTest, WhatIsSharedIsStillKnown) {
   Finish();
 }
 
-// Handlers that began before and that know blocks by their numbers find them until they end.
+// Handlers that started earlier and address blocks by number find them until they end.
 TEST_P(RelocationTest, AReaderByNumberKeepsItsBlocks) {
   Make();
   Borrow(1);
@@ -171,7 +171,7 @@ TEST_P(RelocationTest, AReaderByNumberKeepsItsBlocks) {
   Report report;
   EXPECT_OK(Relocate(&report));
   EXPECT_GT(report.blocks_moved, 0);
-  // Whatever is free now is overwritten.
+  // Overwrite whatever is free now.
   const Claim claim = pool_->Acquire({128});
   EXPECT_OK(claim.status);
   EXPECT_OK(program_->Occupy(claim.slots[0]));
@@ -188,7 +188,7 @@ TEST_P(RelocationTest, AReaderByNumberKeepsItsBlocks) {
   Finish();
 }
 
-// Programs begin, read and write while a block is being copied, and relocation waits for none that runs.
+// Programs start, read and write while a block is being copied, and relocation does not wait for them.
 TEST_P(RelocationTest, NobodyWaits) {
   Make();
   const std::int32_t running = program_->Acquire(40);
@@ -239,7 +239,7 @@ TEST_P(RelocationTest, AFailureLeavesEveryBlockInPlace) {
       EXPECT_EQ(after.blocks_free, before.blocks_free) << call;
       EXPECT_EQ(after.blocks_cached, before.blocks_cached) << call;
       EXPECT_EQ(after.physical_bytes, before.physical_bytes) << call;
-      if (verb == Verb::kExchange) {  // a mapping that was left where the block was to go would show this
+      if (verb == Verb::kExchange) {  // would show a mapping left at the block's destination
         const std::int32_t other = program_->Acquire(128);
         Write(other, 128, 5);
         EXPECT_TRUE(Holds(fork, 96, 1) && Holds(first, 96, 1)) << call;
@@ -248,7 +248,7 @@ TEST_P(RelocationTest, AFailureLeavesEveryBlockInPlace) {
       EXPECT_OK(Relocate());
       EXPECT_TRUE(Sound()) << call;
       EXPECT_TRUE(Holds(fork, 96, 1)) << call;
-      if (verb == Verb::kCreate) continue;  // the other sequence was trimmed away
+      if (verb == Verb::kCreate) continue;  // the other sequence was trimmed
       EXPECT_TRUE(Holds(slots_[1], 96, 2)) << call;
       EXPECT_EQ(Found(2), 96) << call;
     }
@@ -256,7 +256,7 @@ TEST_P(RelocationTest, AFailureLeavesEveryBlockInPlace) {
   }
 }
 
-// Random requests, forks, truncations and releases with relocations between them.
+// Random requests, forks, truncations and releases, with relocations in between.
 TEST_P(RelocationTest, RandomRequests) {
   std::uint64_t random = 1;
   const auto pick = [&](std::uint64_t n) {
@@ -264,7 +264,7 @@ TEST_P(RelocationTest, RandomRequests) {
     return static_cast<std::int32_t>((random >> 33) % n);
   };
   Make(20);
-  std::int32_t ids[kSlots] = {};  // of what slots hold; 0: free
+  std::int32_t ids[kSlots] = {};  // the ids that slots hold; 0: free
   std::int64_t moved = 0;
   for (int round = 0; round < 600 && !HasFailure(); ++round) {
     const std::int32_t slot = pick(kSlots);

@@ -1,4 +1,4 @@
-// For tests of relocation: a pool whose sequences are scattered over its blocks.
+// Helpers for tests of relocation: a pool whose sequences are scattered over its blocks.
 #ifndef KVPAGE_TESTS_RELOCATION_UTIL_H_
 #define KVPAGE_TESTS_RELOCATION_UTIL_H_
 
@@ -25,8 +25,7 @@ inline std::vector<std::int32_t> Ids(std::int64_t count, std::int32_t id) {
   return std::vector<std::int32_t>(static_cast<std::size_t>(count), id);
 }
 
-// Two sequences of 96 tokens, known by their ids (1 and 2), that grew in turns: no two of their blocks are neighbours.
-// Both are parked.
+// Two parked sequences of 96 tokens with ids 1 and 2 that grew in turns, so that none of their blocks are adjacent.
 class RelocationTest : public ::testing::TestWithParam<Layout> {
  protected:
   void Make(std::int64_t blocks = 24) {
@@ -58,7 +57,7 @@ class RelocationTest : public ::testing::TestWithParam<Layout> {
     EXPECT_OK(pool_->FindPrefix("", Ids(96, id), /*whole=*/true, &tokens));
     return tokens;
   }
-  // The slot that a request for a whole sequence gets; its tokens are right.
+  // Returns the slot that a request for a complete sequence gets, after checking its tokens.
   std::int32_t Borrow(std::int32_t id) {
     std::vector<std::int32_t> ids = Ids(97, id);
     ids.back() = 9;

@@ -1,4 +1,4 @@
-// How often a random test of emulated kernels, which takes long under sanitizers, tries another case.
+// The number of cases in a random test of emulated kernels, which takes long under sanitizers.
 #ifndef KVPAGE_TESTS_ROUNDS_H_
 #define KVPAGE_TESTS_ROUNDS_H_
 
@@ -6,7 +6,7 @@
 
 namespace kvpage::testing {
 
-// `all` where KVPAGE_EXHAUSTIVE is in the environment (.ci/run --full), else the first half of them.
+// `all` if KVPAGE_EXHAUSTIVE is in the environment (.ci/run --full), otherwise the first half.
 inline int Rounds(int all) { return std::getenv("KVPAGE_EXHAUSTIVE") != nullptr ? all : (all + 1) / 2; }
 
 }  // namespace kvpage::testing

@@ -1,4 +1,4 @@
-// Pools of one mesh keep what their ops fail with; the failed pool's ops do nothing more until a new generation.
+// Pools of one mesh keep their ops' errors, and the failed pool's ops do nothing more until a new generation.
 #include "cache/shared_faults.h"
 
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ class SharedFaultsTest : public ::testing::Test {
       EXPECT_OK(programs.back()->Write(0, 3));
     }
   }
-  // A program of a pool writes into a slot that is free or occupied, as a handler would have it.
+  // A program of a pool writes into a free or occupied slot, and the error is kept as a handler would.
   Status Write(int pool, std::int32_t slot) {
     const CacheRef cache = programs[pool]->cache();
     const Status status = programs[pool]->Write(slot, 1);
@@ -57,13 +57,13 @@ TEST_F(SharedFaultsTest, AFaultIsEveryCallsUntilANewGeneration) {
       }
     }
   }
-  // The failed pool's programs do nothing more, not even what would be right; those of others go on.
+  // The failed pool's programs do nothing more, not even valid ops; those of other pools continue.
   EXPECT_OK(pools[0]->UntoldFault());
   EXPECT_EQ(Write(1, 0).message(), failed.message());
   EXPECT_OK(Write(0, 0));
   Pool::Generation generation;
   EXPECT_OK(pools[0]->NewGeneration(&generation));
-  EXPECT_EQ(pools[0]->TakeFault().reason(), Reason::kDeviceFault);  // the other pool's generation is the same
+  EXPECT_EQ(pools[0]->TakeFault().reason(), Reason::kDeviceFault);  // the failed pool's generation is the same
   programs[1]->Restart();
   EXPECT_EQ(programs[1]->length(0), 3);
   for (const auto& pool : pools) {
@@ -79,11 +79,11 @@ TEST_F(SharedFaultsTest, WhatNobodyHasHeardOutlivesItsGeneration) {
   EXPECT_FALSE(pools[0]->UntoldFault().ok());
   programs[2]->Restart();
   EXPECT_FALSE(pools[0]->UntoldFault().ok());
-  EXPECT_OK(pools[2]->Commit(0, {1}));  // of an older generation: only who looks for it is told
+  EXPECT_OK(pools[2]->Commit(0, {1}));  // the fault is of an older generation: only calls that look for it report it
   EXPECT_OK(Write(2, 0));
   EXPECT_TRUE(Contains(pools[0]->TakeFault().message(), "slot 1 is free"));
   EXPECT_OK(pools[0]->TakeFault());
-  // A program of an older generation changes nothing for the newer one.
+  // A program of an older generation does not affect the newer one.
   const CacheRef old = programs[0]->cache();
   Pool::Generation generation;
   EXPECT_OK(pools[0]->NewGeneration(&generation));

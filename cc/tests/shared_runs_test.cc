@@ -1,4 +1,4 @@
-// What slots have in common through the pool's life: forks, truncations, reorders, releases.
+// What slots have in common over the life of a pool: forks, truncations, reorders, releases.
 #include "cache/shared_runs.h"
 
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ class SharedRunsTest : public ::testing::TestWithParam<Layout> {
     for (const std::int32_t slot : slots) sequences.push_back({slot, 0, 1, kTokens});
     return sequences;
   }
-  // Tokens that two slots have in common.
+  // Returns how many tokens two slots have in common.
   std::int64_t Common(std::int32_t a, std::int32_t b) const {
     SharedPrefixes found;
     pool_->shared_runs().Find(Of({a, b}), &found);
@@ -72,7 +72,7 @@ TEST_P(SharedRunsTest, ATruncationCutsWhenItRuns) {
   EXPECT_EQ(Common(a, b), 48);
   EXPECT_TRUE(pool_->shared_runs().Changed(Of({donor_, a, b}), at));
   EXPECT_FALSE(pool_->shared_runs().Changed(Of({a, b}), at));
-  // New tokens take the place of the old ones; what is lent then is shared again.
+  // New tokens replace the old ones; what is forked from then on is shared again.
   WriteStamped(pool_.get(), &program_, donor_, 28, 2);
   const std::int32_t c = program_.Fork(donor_);
   EXPECT_EQ(Common(donor_, c), 48);
@@ -90,7 +90,7 @@ TEST_P(SharedRunsTest, AReleasedSlotSharesNothingAnyMore) {
   for (const std::int32_t slot : slots) EXPECT_EQ(Common(next, slot), 0);
 }
 
-// A truncation while a handler reads: what it read through the slot may be what another sequence writes there now.
+// A truncation while a handler reads: what it read through the slot may by now be another sequence's new data.
 TEST_P(SharedRunsTest, WhatChangedMeanwhileIsReadAgain) {
   const std::int32_t a = program_.Fork(donor_), b = program_.Fork(donor_);
   std::vector<std::size_t> shared;
@@ -110,7 +110,7 @@ TEST_P(SharedRunsTest, WhatChangedMeanwhileIsReadAgain) {
   EXPECT_EQ(shared, (std::vector<std::size_t>{3, 0}));
 }
 
-// Beams: the donor's place goes to another's fork.
+// Beams: a fork of another beam replaces the donor.
 TEST_P(SharedRunsTest, AReorder) {
   const std::int32_t other = program_.Fork(donor_, 16);
   WriteStamped(pool_.get(), &program_, other, 32, 2);

@@ -1,5 +1,5 @@
-// Forks and truncations over a page table that fails at every call in turn: nothing is lost, the accounts add up, and
-// the same calls work afterwards.
+// Forks and truncations with a page table that fails at every call in turn: nothing is lost, the accounts add up, and a
+// retry succeeds.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 namespace kvpage::testing {
 namespace {
 
-// A donor of 40 committed tokens and a fork of it, and two free slots with parked blocks.
+// A donor of 40 committed tokens with a fork, and two free slots with parked blocks.
 struct Fixture {
   Fixture() : geometry(SmallGeometry(Layout::kPerLayer)) {
     auto faulty = std::make_unique<FaultyVmm>(MakeVmm(geometry));
@@ -38,7 +38,7 @@ struct Fixture {
     const PoolNumbers n = pool->Numbers();
     return n.blocks_free + n.blocks_parked;
   }
-  // Blocks that the donor and its fork map.
+  // The number of blocks that the donor and its fork map.
   std::int64_t in_maps() {
     std::set<std::int32_t> blocks;
     for (const std::int32_t slot : {donor, fork}) {
@@ -50,7 +50,7 @@ struct Fixture {
     }
     return static_cast<std::int64_t>(blocks.size());
   }
-  // The pool is as a new one once everything is released.
+  // Releases everything, after which the pool must be like new.
   void Finish() {
     vmm->FailAt(Verb::kNone, 0);
     for (const SlotRow& row : pool->Rows()) program->Release(row.slot);
@@ -152,7 +152,7 @@ TEST(SharingFaultsTest, ATruncationThatFailsCanBeRepeated) {
   }
 }
 
-// A parked borrower that cannot be emptied is nobody's to write.
+// A parked borrower that cannot be emptied must not be handed out for writing.
 TEST(SharingFaultsTest, ABorrowerThatCannotBeEmptied) {
   for (int call = 0; call < 8; ++call) {
     Fixture f;
@@ -173,7 +173,7 @@ TEST(SharingFaultsTest, ABorrowerThatCannotBeEmptied) {
   }
 }
 
-// While a fork empties the slot that it takes, and while it maps blocks there.
+// Both while a fork empties the slot that it takes, and while it maps blocks there.
 TEST(SharingFaultsTest, AnotherThreadReleasesTheDonorInsideFork) {
   for (const Verb during : {Verb::kUnmap, Verb::kMapReadOnly}) {
     for (const bool fork_runs_first : {false, true}) {

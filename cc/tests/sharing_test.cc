@@ -1,4 +1,4 @@
-// Forks and truncations through the pool: contents, accounts, order of the host's calls and their programs.
+// Forks and truncations through the pool: contents, accounts, and the order of host calls and their programs.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Family {
     donor = program->Acquire(tokens);
     WriteStamped(pool.get(), program.get(), donor, tokens, 1);
   }
-  // Logical blocks mapped, each counted once.
+  // The number of mapped logical blocks, each counted once.
   std::int64_t mapped() { return pool->Numbers().blocks_mapped / ranges; }
   std::int64_t Has(std::int32_t slot, std::int64_t begin, std::int64_t end, float stamp) {
     return CountStamped(pool.get(), slot, begin, end, stamp);
@@ -63,7 +63,7 @@ TEST_P(SharingTest, ABlockHasOneWriter) {
   for (const std::int32_t slot : {fork, f.donor}) {
     EXPECT_TRUE(Mentions(f.program->SetLength(slot, 31), "ends at 32"));
     std::vector<std::int32_t> lengths(kSlots, 40);
-    lengths[slot] = 31;  // a program that changed the cache's lengths
+    lengths[slot] = 31;  // a program that changes the cache's lengths
     CacheRef cache = f.program->cache();
     cache.lengths = lengths.data();
     const std::int32_t offsets[] = {0, 1};
@@ -85,7 +85,7 @@ TEST_P(SharingTest, TheLastOwnerKeepsTheBlocks) {
   EXPECT_OK(f.pool->Trim(&freed));
   EXPECT_EQ(f.mapped(), 2);
   EXPECT_EQ(f.pool->Numbers().blocks_parked, 0);
-  // Nobody else has them: they become the slot's own without a copy.
+  // Nobody else has the blocks: they become the slot's own without a copy.
   f.program->Truncate(grandchild, 5);
   EXPECT_EQ(f.mapped(), 2);
   WriteStamped(f.pool.get(), f.program.get(), grandchild, 20, 2);

@@ -1,4 +1,4 @@
-// For tests of sequences that share blocks: tokens that carry a stamp, and the accounts that must add up.
+// Helpers for tests of sequences that share blocks: tokens that carry a stamp, and accounts that must add up.
 #ifndef KVPAGE_TESTS_SHARING_UTIL_H_
 #define KVPAGE_TESTS_SHARING_UTIL_H_
 

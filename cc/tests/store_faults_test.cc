@@ -1,4 +1,4 @@
-// BlockStore when things fail: what comes back is right or missing, never wrong, and the store goes on.
+// BlockStore when things fail: what is read is right or missing, never wrong, and the store stays usable.
 #include <gtest/gtest.h>
 #include <sys/file.h>
 #include <sys/wait.h>
@@ -54,7 +54,7 @@ TEST_F(StoreFaultsTest, AFailedWriteLeavesNothingAndTheStoreGoesOn) {
     EXPECT_EQ(numbers.last_error, status.message());
     EXPECT_EQ(numbers.files, 1);
   };
-  for (const int writes : {0, 1}) {  // the blocks, the header
+  for (const int writes : {0, 1}) {  // the write of the blocks, or of the header
     io_->writes_left = writes;
     fails(&io_->write_error, ENOSPC, Code::kResourceExhausted);
     io_->writes_left = writes;
@@ -115,7 +115,7 @@ TEST_F(StoreFaultsTest, DamageAnywhereIsAMissOrHarmless) {
       ASSERT_EQ(ftruncate(file.get(), at), 0);
     }
     {
-      const auto store = OpenStore(folder_, options_);  // finds damaged headers when it opens
+      const auto store = OpenStore(folder_, options_);  // finds damaged headers when it is opened
       for (const Tokens* tokens : {&a, &b}) {
         const std::int64_t blocks = static_cast<std::int64_t>(tokens->size()) / 4;
         const std::int64_t good = ReadBack(store.get(), shape, *tokens);  // compares the bytes
@@ -123,7 +123,7 @@ TEST_F(StoreFaultsTest, DamageAnywhereIsAMissOrHarmless) {
         kept += good;
         if (good == blocks) continue;
         EXPECT_LT(store->Find(shape, "", tokens->data(), blocks * 4), blocks * 4);
-        // It is written again, and better.
+        // It is written again, correctly.
         if (round % 5 == 0) {
           ASSERT_OK(WriteNow(store.get(), MakeRun(shape, *tokens)));
           EXPECT_EQ(ReadBack(store.get(), shape, *tokens), blocks);
@@ -230,7 +230,7 @@ TEST_F(StoreFaultsTest, CloseEndsReadsAndWritesThatAreUnderWay) {
   for (const auto& ticket : tickets) EXPECT_TRUE(ticket->ready());
   EXPECT_EQ(tickets[2]->blocks(), 0);
   EXPECT_EQ(tickets[2]->problem(), Problem::kClosed);
-  EXPECT_EQ(memory[2].use_count(), 1);  // nobody writes there any more
+  EXPECT_EQ(memory[2].use_count(), 1);  // no write uses it any more
   store->Close();
   WriteRun run = MakeRun(SmallShape(), tokens);
   EXPECT_FALSE(store->Write(run));
@@ -256,7 +256,7 @@ TEST_F(StoreFaultsTest, QueuedWritesAreToldOfTheClose) {
   EXPECT_EQ(folder_.files().size(), static_cast<std::size_t>(8 - closed));
 }
 
-#if !defined(__SANITIZE_THREAD__)  // it does not know forks of a process with threads
+#if !defined(__SANITIZE_THREAD__)  // it does not support forks of processes with threads
 TEST_F(StoreFaultsTest, AForkedChildHasNoStoreAndTheParentKeepsIts) {
   options_.refresh_seconds = 0.001;
   auto store = OpenStore(folder_, options_);

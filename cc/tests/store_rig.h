@@ -1,4 +1,4 @@
-// For tests of a pool and a store below it: a disk that is slow or fails when it is told to.
+// Helpers for tests of a pool with a store: a disk that is slow or fails on demand.
 #ifndef KVPAGE_TESTS_STORE_RIG_H_
 #define KVPAGE_TESTS_STORE_RIG_H_
 
@@ -29,7 +29,7 @@ struct HeldIo : store::FileIo {
   }
 
   std::atomic<bool> hold{false};
-  std::atomic<int> waiting{0};  // calls that do
+  std::atomic<int> waiting{0};  // calls that are waiting
   std::atomic<int> error{0};
 };
 

@@ -1,4 +1,4 @@
-// BlockStore: what is written is found and read, by this process and others, within a limit.
+// BlockStore: what is written is found and read, by this and other processes, within a limit.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -49,7 +49,7 @@ TEST(StoreTest, WhatIsWrittenIsFoundAndRead) {
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), a)));
   EXPECT_EQ(FoundTokens(store.get(), a), 40);
   EXPECT_EQ(FoundTokens(store.get(), first), 12);
-  EXPECT_EQ(FoundTokens(store.get(), Tokens(a.begin(), a.begin() + 11)), 8);  // whole blocks only
+  EXPECT_EQ(FoundTokens(store.get(), Tokens(a.begin(), a.begin() + 11)), 8);  // full blocks only
   EXPECT_EQ(FoundTokens(store.get(), b), 0);
   EXPECT_EQ(FoundTokens(store.get(), wrong), 0);
   EXPECT_EQ(FoundTokens(store.get(), a, "other"), 0);
@@ -59,14 +59,14 @@ TEST(StoreTest, WhatIsWrittenIsFoundAndRead) {
   Problem problem = Problem::kNone;
   EXPECT_EQ(ReadBack(store.get(), SmallShape(), wrong, 0, "", &problem), 0);
   EXPECT_EQ(problem, Problem::kGone);
-  // A longer sequence adds what is new.
+  // A longer sequence adds only what is new.
   Tokens longer = a;
   for (int i = 0; i < 8; ++i) longer.push_back(i);
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), longer)));
   EXPECT_EQ(store->Numbers().blocks_written, 12);
   EXPECT_EQ(ReadBack(store.get(), SmallShape(), longer), 12);
   EXPECT_EQ(store->Numbers().files, 2);
-  // Files are the user's alone.
+  // Only the user may access the files.
   for (const std::string& name : folder.files()) {
     struct stat status;
     ASSERT_EQ(stat(name.c_str(), &status), 0);
@@ -147,9 +147,9 @@ TEST(StoreTest, TheLimitEvictsTheLeastRecentlyUsedButNoPrefixBeforeWhatContinues
   for (std::uint32_t seed = 2; seed < 4; ++seed) others.push_back(MakeTokens(4, seed));
   for (const Tokens& tokens : others) ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), tokens)));
   EXPECT_EQ(store->Numbers().files, 4);
-  // The sequence that is read stays; of the others the older one goes.
+  // The sequence that was read stays; of the others, the older one is evicted.
   usleep(20000);
-  EXPECT_EQ(ReadBack(store.get(), SmallShape(), a, 4), 4);  // its second file only
+  EXPECT_EQ(ReadBack(store.get(), SmallShape(), a, 4), 4);  // reads only its second file
   usleep(20000);
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), MakeTokens(4, 9))));
   EXPECT_EQ(store->Numbers().files, 4);
@@ -172,7 +172,7 @@ TEST(StoreTest, WhatASequenceContinuesIsNotEvictedForIt) {
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 16))));
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 32), 4)));
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), other)));
-  // The newer file of another sequence goes, not those that the third part continues.
+  // The newer file of another sequence is evicted, not those that the third part continues.
   ASSERT_OK(WriteNow(store.get(), MakeRun(SmallShape(), Tokens(a.begin(), a.begin() + 48), 8)));
   EXPECT_EQ(FoundTokens(store.get(), a), 48);
   EXPECT_EQ(FoundTokens(store.get(), other), 0);
@@ -209,7 +209,7 @@ TEST(StoreTest, WhatOtherProcessesWriteCountsBelowTheLimit) {
   };
   for (std::uint32_t i = 0; i < 6; ++i) ASSERT_OK(WriteNow(one.get(), MakeRun(SmallShape(), MakeTokens(4, i))));
   EXPECT_GT(size(), 40000u);
-  usleep(300000);  // a directory is not listed all the time
+  usleep(300000);  // the directory is not listed all the time
   ASSERT_OK(WriteNow(other.get(), MakeRun(SmallShape(), MakeTokens(4, 9))));
   EXPECT_LE(size(), 60000u);
   EXPECT_EQ(ReadBack(other.get(), SmallShape(), MakeTokens(4, 9)), 4);
@@ -234,7 +234,7 @@ TEST(StoreTest, AFullQueueDropsAndCounts) {
   for (std::uint32_t i = 0; i < 4; ++i) {
     WriteRun run = MakeRun(SmallShape(), MakeTokens(4, i));
     taken.push_back(store->Write(run));
-    EXPECT_EQ(run.sources.empty(), taken.back());  // what is dropped is left alone
+    EXPECT_EQ(run.sources.empty(), taken.back());  // a dropped run is left alone
   }
   EXPECT_EQ(taken, (std::vector<bool>{true, true, false, false}));
   EXPECT_EQ(store->Numbers().runs_dropped, 2);

@@ -1,4 +1,4 @@
-// A store of small blocks whose bytes follow from their tokens, so that a wrong byte shows wherever it comes from.
+// A store of small blocks whose bytes are derived from their tokens, so that any wrong byte is noticed.
 #ifndef KVPAGE_TESTS_STORE_UTIL_H_
 #define KVPAGE_TESTS_STORE_UTIL_H_
 
@@ -37,7 +37,7 @@ class TemporaryFolder {
     std::filesystem::remove_all(path_);
   }
   const std::string& path() const { return path_; }
-  // The block files in it, by name.
+  // Returns the names of the block files in it.
   std::vector<std::string> files() const {
     std::vector<std::string> names;
     for (const auto& entry : std::filesystem::directory_iterator(path_)) {
@@ -56,7 +56,7 @@ class TemporaryFolder {
 
 inline BlockShape SmallShape(std::int64_t block_bytes = 1000) { return {"small", 4, 2, block_bytes}; }
 
-// `blocks` blocks of tokens that a seed decides; the first `common` blocks are those of seed 0.
+// Returns `blocks` blocks of tokens determined by a seed; the first `common` blocks are those of seed 0.
 inline Tokens MakeTokens(std::int64_t blocks, std::uint32_t seed, std::int64_t common = 0) {
   Tokens tokens;
   for (std::int64_t i = 0; i < blocks * 4; ++i) {
@@ -65,7 +65,7 @@ inline Tokens MakeTokens(std::int64_t blocks, std::uint32_t seed, std::int64_t c
   return tokens;
 }
 
-// The bytes of blocks [begin, end) of a sequence, and where each range of them is.
+// The bytes of blocks [begin, end) of a sequence, and the address of each of their ranges.
 struct Blocks {
   Blocks(const BlockShape& shape, std::int64_t count) : bytes(count * shape.bytes()) {
     for (std::int64_t i = 0; i < count * shape.ranges; ++i) ranges.push_back(bytes.data() + i * shape.block_bytes);
@@ -133,7 +133,7 @@ inline Status WriteNow(BlockStore* store, WriteRun run) {
   return result->status;
 }
 
-// Reads the blocks of a sequence from `begin` on and compares them. Returns how many are there.
+// Reads the blocks of a sequence from `begin` on and compares them. Returns how many there are.
 inline std::int64_t ReadBack(BlockStore* store, const BlockShape& shape, const Tokens& tokens, std::int64_t begin = 0,
                              const std::string& space = "", Problem* problem = nullptr) {
   const std::int64_t end = static_cast<std::int64_t>(tokens.size()) / shape.block_tokens;
@@ -148,7 +148,7 @@ inline std::int64_t ReadBack(BlockStore* store, const BlockShape& shape, const T
   return good;
 }
 
-// Whether something comes true within some seconds.
+// Returns whether a condition becomes true within some seconds.
 template <class Condition>
 bool Soon(const Condition& condition) {
   for (int i = 0; i < 2000; ++i) {

@@ -55,7 +55,7 @@ TEST(SupplyTest, DonorsReturnNoMoreThanIsAsked) {
   EXPECT_EQ(plan.returns[1].blocks, 2);
 }
 
-// A table and a supply without a pool around them; slots 0 and 1 are parked, in this order.
+// A slot table and a supply without a pool; slots 0 and 1 are parked, in this order.
 struct Fixture {
   explicit Fixture(std::int64_t blocks, Layout layout = Layout::kPerLayer)
       : geometry(SmallGeometry(layout)), ranges(geometry.num_ranges()), table(geometry) {
@@ -75,7 +75,7 @@ struct Fixture {
   std::unique_ptr<Supply> supply;
 };
 
-// Which block each of the parked slots maps where.
+// Returns which blocks the parked slots map, and where.
 std::vector<std::vector<std::int32_t>> ParkedBlocks(const Fixture& f, const Arena& arena) {
   std::vector<std::vector<std::int32_t>> maps;
   for (std::int64_t slot = 0; slot < 2; ++slot) {

@@ -1,4 +1,4 @@
-// Blocks that a store writes for its own process: whole or not at all, without names, within the limit.
+// Blocks that a store writes for its own process: all or nothing, in unnamed files, within the limit.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 using FilePtr = std::shared_ptr<SwapImage>;
 
-// A result that another thread brings.
+// A result that another thread provides.
 template <class Value>
 class Awaited {
  public:
@@ -49,7 +49,7 @@ class SwapStoreTest : public ::testing::Test {
     shape_ = SmallShape(300000);  // pieces of 3 blocks
     blocks_ = MakeBlocks({shape_, "", ""}, MakeTokens(10, 1), 0, 10);
   }
-  // Writes the blocks. The copies are stopped after `copied` blocks.
+  // Writes the blocks, and stops copying after `copied` blocks.
   std::pair<Status, FilePtr> Write(BlockStore* store, std::int64_t copied = 10) {
     const auto result = std::make_shared<Awaited<std::pair<Status, FilePtr>>>();
     SwapWrite write;
@@ -63,7 +63,7 @@ class SwapStoreTest : public ::testing::Test {
     store->WriteSwapped(std::move(write));
     return result->Get();
   }
-  // How many blocks come back, and they are right.
+  // Returns how many blocks can be read back, after checking their contents.
   std::int64_t Read(BlockStore* store, const FilePtr& file, Problem wanted = Problem::kNone) {
     const auto result = std::make_shared<Awaited<std::pair<Problem, std::int64_t>>>();
     Blocks back(shape_, 10);
@@ -165,7 +165,7 @@ TEST_F(SwapStoreTest, BytesThatChangedAreNotGivenOut) {
   EXPECT_EQ(Read(store.get(), file, Problem::kDamaged), 7);
   ASSERT_EQ(ftruncate(fd, 4 * shape_.bytes()), 0);
   close(fd);
-  EXPECT_EQ(Read(store.get(), file, Problem::kTruncated), 3);  // whole pieces
+  EXPECT_EQ(Read(store.get(), file, Problem::kTruncated), 3);  // complete pieces only
   io_->read_error = EIO;
   EXPECT_EQ(Read(store.get(), file, Problem::kUnreadable), 0);
 }

@@ -1,4 +1,4 @@
-// Swapping when things fail, end too early, or are taken back.
+// Swapping when operations fail, end early, or are undone.
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -101,7 +101,7 @@ TEST_P(SwappingFaultsTest, ANewGenerationLosesNeither) {
   const SwapPtr in = OutToDisk(Begin(40, 1));
   ASSERT_OK(pool_->Prefetch(in).status);
   ASSERT_TRUE(in->Wait(60));
-  const Claim claim = pool_->SwapIn(in);  // its program does not run, nor does that of the next
+  const Claim claim = pool_->SwapIn(in);  // neither its program nor that of the next one runs
   const SwapPtr out = StartOut(Begin(30, 2));
   program_->Restart();
   EXPECT_EQ(program_->length(claim.slots[0]), 40);
@@ -149,7 +149,7 @@ TEST_P(SwappingFaultsTest, ThePoolClosesFirst) {
   std::weak_ptr<Pool> left = pool_;
   program_.reset();
   pool_.reset();
-  EXPECT_FALSE(left.expired());  // the store reads into its memory
+  EXPECT_FALSE(left.expired());  // the store is still reading into its memory
   io_->hold_reads = io_->hold_writes = false;
   EXPECT_TRUE(Soon([&] { return left.expired(); }));
   EXPECT_EQ(reading->state(), SwapState::kGone);
@@ -158,7 +158,7 @@ TEST_P(SwappingFaultsTest, ThePoolClosesFirst) {
 }
 
 void SwappingFaultsTest::SwapForEver(const std::string& path) {
-  // Pools and threads are not taken along by a fork: this makes new ones.
+  // A fork does not copy threads, so the child makes a new pool.
   const auto pool = MakePool(geometry_, 24 * ranges());
   Program program(pool.get());
   std::unique_ptr<store::BlockStore> opened;
@@ -189,7 +189,7 @@ TEST_P(SwappingFaultsTest, AKilledProcessLeavesTheDirectoryUsable) {
     usleep(5000 + random() % 40000);
     kill(child, SIGKILL);
     ASSERT_EQ(waitpid(child, nullptr, 0), child);
-    // What was swapped is gone with the process; a file that it had just made is empty.
+    // What was swapped is gone with the process; a file that it had just created is empty.
     for (const auto& entry : std::filesystem::directory_iterator(folder.path())) {
       EXPECT_EQ(entry.file_size(), 0u) << entry.path();
     }

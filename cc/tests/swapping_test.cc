@@ -1,4 +1,4 @@
-// Sequences that leave their slots and come back: contents and accounts, also while they are written or read.
+// Sequences that are swapped out and in: contents and accounts, also while they are written or read.
 #include <gtest/gtest.h>
 
 #include <cerrno>
@@ -28,7 +28,7 @@ TEST_P(SwappingTest, ASequenceComesBackInAnotherSlot) {
   EXPECT_EQ(program_->length(back), 40);
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 40, 1), 40);
   EXPECT_EQ(pool_->Committed(back).size(), 40u);
-  // Behind its tokens there are no bytes of another sequence.
+  // No bytes of another sequence follow its tokens.
   ForTokens(pool_.get(), back, 40, 48, [](float& at, float) { EXPECT_EQ(at, 0); });
   WriteStamped(pool_.get(), program_.get(), back, 30, 1);
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 70, 1), 70);
@@ -41,13 +41,13 @@ TEST_P(SwappingTest, NothingIsTakenBeforeTheReleaseHasRun) {
   const SwapPtr swap = StartOut(slot);
   EXPECT_EQ(swap->state(), SwapState::kQueued);
   EXPECT_EQ(pool_->SwapIn(swap).status.code(), Code::kFailedPrecondition);
-  ASSERT_OK(program_->Write(slot, 4));  // queued before; not committed, so not kept
+  ASSERT_OK(program_->Write(slot, 4));  // queued earlier, but not committed, so not kept
   ASSERT_OK(program_->Vacate(slot));
   EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kStored; }));
   EXPECT_EQ(swap->tokens(), 20);
 }
 
-// The program says how long the sequence is; the host knows.
+// The program passes the length of the sequence, but the host knows it.
 TEST_P(SwappingTest, AProgramCannotMakeTheSequenceLonger) {
   const SwapPtr swap = Out(Begin(20, 1));
   const Claim claim = pool_->SwapIn(swap);
@@ -69,7 +69,7 @@ TEST_P(SwappingTest, TokensThatWereNeverWrittenAreNotKept) {
   EXPECT_EQ(pool_->Committed(In(swap)).size(), 20u);
 }
 
-// Nor does a sequence that never left its memory show them behind its tokens.
+// This also holds for a sequence that never left memory: no uncommitted tokens follow its own.
 TEST_P(SwappingTest, WhatWasNotCommittedIsZeroAfterwards) {
   io_->write_error = ENOSPC;
   const std::int32_t slot = Begin(20, 1);
@@ -80,12 +80,12 @@ TEST_P(SwappingTest, WhatWasNotCommittedIsZeroAfterwards) {
   EXPECT_TRUE(Soon([&] { return swap->state() == SwapState::kMemory; }));
   const std::int32_t back = In(swap);
   ForTokens(pool_.get(), back, 20, 32, [](float& at, float) { EXPECT_EQ(at, 0); });
-  // All its blocks are its own to write.
+  // It may write all of its blocks.
   ASSERT_OK(program_->SetLength(back, 4));
   EXPECT_OK(program_->Write(back, 1));
 }
 
-// Its last block belongs to the prefix index as well, which a program must not find changed.
+// The sequence's last block also belongs to the prefix index, for which it must not change.
 TEST_P(SwappingTest, ACachedPartialBlockIsNotWritten) {
   io_->write_error = ENOSPC;
   const std::vector<std::int32_t> ids(40, 7);
@@ -145,7 +145,7 @@ TEST_P(SwappingTest, PrefetchedWhileItIsWritten) {
   EXPECT_TRUE(NothingLeft());
 }
 
-// Their blocks are others' to write by the time that the store would copy them.
+// Their blocks may belong to others by the time the store would copy them.
 TEST_P(SwappingTest, NothingIsCopiedForAWriteThatIsNoLongerWanted) {
   store::StoreOptions options;
   options.io = io_;
@@ -165,7 +165,7 @@ TEST_P(SwappingTest, NothingIsCopiedForAWriteThatIsNoLongerWanted) {
   EXPECT_EQ(CountStamped(pool_.get(), back, 0, 20, 4), 20);
 }
 
-// It knows them by their numbers.
+// The swapped sequence knows its blocks by number.
 TEST_P(SwappingTest, RelocationLeavesItsBlocksInPlace) {
   const std::int32_t parent = program_->AcquirePrefix({7}).slots[0], other = program_->Acquire(1);
   for (int i = 0; i < 3; ++i) {

@@ -1,4 +1,4 @@
-// A pool over a page table and a disk that can fail, whose sequences are swapped.
+// A pool on a page table and a disk that can fail, whose sequences are swapped.
 #ifndef KVPAGE_TESTS_SWAPPING_UTIL_H_
 #define KVPAGE_TESTS_SWAPPING_UTIL_H_
 
@@ -75,7 +75,7 @@ class SwappingTest : public ::testing::TestWithParam<Layout> {
     return status;
   }
   bool AllRight() { return AddsUp(pool_.get()) && pool_->Audit().ok(); }
-  // Whether no swapped sequence has anything left anywhere.
+  // Returns whether nothing of any swapped sequence is left anywhere.
   bool NothingLeft() {
     const PoolNumbers n = pool_->Numbers();
     return n.sequences_swapped == 0 && n.blocks_swapped == 0 && store_->Numbers().bytes_swapped == 0 && AllRight();

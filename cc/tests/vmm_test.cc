@@ -1,4 +1,4 @@
-// memfd and mmap by themselves: real allocation, aliases, holes, giving memory back, counting calls.
+// memfd and mmap alone: real allocation, aliases, holes, returning memory, counting calls.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -128,7 +128,7 @@ TEST(VmmTest, BlocksMoveWithTheirPageTableEntries) {
   EXPECT_OK(vmm->Create(blocks, 6));
   EXPECT_OK(vmm->Map(0, blocks, 6));
   for (int i = 0; i < 6; ++i) std::memset(vmm->base() + i * kBlock, i + 1, kBlock);
-  // From the middle of a run on, so that mappings are split.
+  // Starts in the middle of a run, so that mappings are split.
   const std::int64_t before = vmm->system_calls();
   EXPECT_OK(vmm->Move(2 * kBlock, 20 * kBlock, blocks + 2, 4));
   EXPECT_EQ(vmm->system_calls() - before, 8) << "a move and a hole for each run";
@@ -138,7 +138,7 @@ TEST(VmmTest, BlocksMoveWithTheirPageTableEntries) {
     EXPECT_EQ(static_cast<int>(vmm->base()[(18 + i) * kBlock]), i + 1);
     EXPECT_EQ(static_cast<int>(vmm->base()[(19 + i) * kBlock - 1]), i + 1);
   }
-  // Moved blocks are ordinary ones: they are written, moved back, unmapped, mapped again.
+  // Moved blocks are ordinary blocks: they are written, moved back, unmapped and mapped again.
   std::memset(vmm->base() + 20 * kBlock, 7, kBlock);
   EXPECT_OK(vmm->Move(20 * kBlock, 2 * kBlock, blocks + 2, 4));
   EXPECT_EQ(static_cast<int>(vmm->base()[2 * kBlock]), 7);
@@ -149,11 +149,11 @@ TEST(VmmTest, BlocksMoveWithTheirPageTableEntries) {
   EXPECT_EQ(vmm->PhysicalBytes(), 6 * kBlock);
 }
 
-// Whether a write of one byte kills the process that makes it, tried in a child.
+// Returns whether writing one byte kills the process, tried in a child.
 bool WriteFaults(char* at) {
   const pid_t child = fork();
   if (child == 0) {
-    signal(SIGSEGV, SIG_DFL);  // a sanitizer would report it
+    signal(SIGSEGV, SIG_DFL);  // otherwise a sanitizer would report it
     *static_cast<volatile char*>(at) = 1;
     _exit(0);
   }
@@ -177,14 +177,14 @@ TEST(VmmTest, WritesThroughAReadOnlyMappingFault) {
     EXPECT_TRUE(WriteFaults(vmm->base() + (4 + i) * kBlock));
     EXPECT_FALSE(WriteFaults(vmm->base() + i * kBlock));
   }
-  // A copy takes the place of the middle one: the others stay, and stay protected.
+  // A copy replaces the middle block: the others stay, and stay protected.
   EXPECT_OK(vmm->Copy(blocks + 1, own, 1));
   EXPECT_OK(vmm->Remap(5 * kBlock, blocks + 1, own, 1));
   EXPECT_EQ(static_cast<int>(vmm->base()[5 * kBlock + 9]), 41);
   std::memset(vmm->base() + 5 * kBlock, 7, kBlock);
   EXPECT_EQ(static_cast<int>(vmm->base()[kBlock + 9]), 41);
   for (const int place : {4, 6}) EXPECT_TRUE(WriteFaults(vmm->base() + place * kBlock));
-  // The same block with another protection.
+  // The same block with a different protection.
   EXPECT_OK(vmm->Remap(6 * kBlock, blocks + 2, blocks + 2, 1));
   EXPECT_FALSE(WriteFaults(vmm->base() + 6 * kBlock));
   const std::int32_t now[] = {0, 2, 3};
@@ -257,8 +257,8 @@ TEST(VmmTest, TheWindowGrowsWithThePool) {
 }
 
 TEST(VmmTest, MoreThanThereIsIsAStatus) {
-  // Never touched, so nothing is harmed: the check must come before the allocation. More than the machine has, not than
-  // is available now: other programs may end in between.
+  // Harmless, because the check must come before any allocation, and nothing is touched. More than the machine has,
+  // rather than more than is available now, because other programs may end in between.
   const std::int64_t blocks = MemoryLimitBytes() / kBlock + 1024;
   auto vmm = MakeVmm(1, blocks);
   std::vector<std::int32_t> all;
