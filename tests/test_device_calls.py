@@ -1,5 +1,5 @@
-"""What host calls do with the table of a GPU pool, tested on CPU: waiting for queued programs and
-forwarding warnings. tests/gpu runs them on a GPU.
+"""What host calls do for a GPU pool besides updating its table, tested on CPU: waiting for queued
+programs and forwarding warnings. tests/gpu runs them on a GPU.
 """
 
 from __future__ import annotations

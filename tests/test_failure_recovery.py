@@ -1,5 +1,5 @@
-"""A failure in the middle of a step or of a scan costs only the program it happened in
-a token or a bit.
+"""A failure in the middle of a step or scan costs only the program in which it happened: the other
+sequences lose neither a token nor a bit.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def test_requests_go_where_they_cost_least() -> None:
 
     scheduler = ReplicatedScheduler(memories(), find_prefix=found, **options)
     assert _schedule(scheduler, 100) == [(1, 64)]
-    # The prefix is computed where one is and on the idle replica, and others wait for it there.
+    # Each replica computes the prefix once, and the other requests wait for it there.
     scheduler = ReplicatedScheduler(memories(), find_prefix=lambda group, r: (0, 0), **options)
     assert _schedule(scheduler, 100, 100, 100, 100, prefix_key="a") == [(0, 0), (1, 0)]
     scheduler = ReplicatedScheduler(memories(), find_prefix=lambda group, r: (0, 0), **options)
