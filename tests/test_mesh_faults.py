@@ -1,5 +1,5 @@
 """An op that fails on one device of a mesh leaves no other device waiting in a collective
-(mesh_faults.py has the programs; a wait would end each after 40 s, with its process)."""
+(mesh_faults.py has the programs; if a device did wait, XLA would abort the process after 40 s)."""
 
 from __future__ import annotations
 

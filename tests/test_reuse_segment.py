@@ -107,7 +107,7 @@ def test_there_and_back(make_pool, layout: str) -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_is_that_of_rope_at_the_new_positions(make_pool, interleaved: bool) -> None:
-    """Partial rotary embedding, with frequencies per layer, one of which has none. Attention is
+    """Partial rotary embedding, with frequencies per layer, which are 0 in one layer. Attention is
     relative, so a lone segment gives what it gave at its old positions.
     """
     rig, source = filled(pool_of(make_pool, spec_of("fused"), 256), 3)
