@@ -18,7 +18,7 @@ _HEADS = 8
 
 
 def _lengths(replicas: int) -> list[list[int]]:
-    """A prefill and a decode step: one replica has three sequences, the others two or fewer."""
+    """Tokens of a prefill and a decode step: one replica gets fewer sequences than the others."""
     count = 2 * replicas - 1
     return [[5 + 7 * i % 40 for i in range(count)], [1] * count]
 

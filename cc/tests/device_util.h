@@ -225,6 +225,11 @@ class DeviceProgram {
     return nullptr;
   }
   static void Leave(DevicePool* pool) { __atomic_sub_fetch(&pool->readers, 1, __ATOMIC_SEQ_CST); }
+  // Reads a word that the host's copies may be writing, as a kernel does.
+  template <class T>
+  static T Load(const T& word) {
+    return __atomic_load_n(&word, __ATOMIC_SEQ_CST);
+  }
   static bool Check(State* state, DevicePool* pool, DeviceOp op, std::int32_t slot, std::int32_t tokens) {
     Fault fault;
     fault.op = static_cast<std::int32_t>(op);
@@ -237,17 +242,17 @@ class DeviceProgram {
       return false;
     };
     if (pool == nullptr) return fail(&state->table[kMaxDevicePools], FaultKind::kNoPool, 0, state->id);
-    if (pool->open == 0) return fail(pool, FaultKind::kClosed, 0, 0);
-    if (pool->generation != state->generation)
-      return fail(pool, FaultKind::kGeneration, state->generation, pool->generation);
+    if (Load(pool->open) == 0) return fail(pool, FaultKind::kClosed, 0, 0);
+    const std::int32_t generation = Load(pool->generation);
+    if (generation != state->generation) {
+      return fail(pool, FaultKind::kGeneration, state->generation, generation);
+    }
     if (pool->epoch != state->epoch) return fail(pool, FaultKind::kEpoch, state->epoch, pool->epoch);
     if (op == DeviceOp::kAcquire ? state->lengths[slot] >= 0 : state->lengths[slot] < 0) {
       return fail(pool, op == DeviceOp::kAcquire ? FaultKind::kSlotTaken : FaultKind::kSlotFree, 0, 0);
     }
-    const std::int64_t end = state->lengths[slot] + tokens;
-    if (tokens > 0 && end > pool->slots[slot].room) {
-      return fail(pool, FaultKind::kUnmapped, end, pool->slots[slot].room);
-    }
+    const std::int64_t end = state->lengths[slot] + tokens, room = Load(pool->slots[slot].room);
+    if (tokens > 0 && end > room) return fail(pool, FaultKind::kUnmapped, end, room);
     state->epoch = ++pool->epoch;
     ++state->launches;
     return true;

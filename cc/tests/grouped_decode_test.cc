@@ -141,7 +141,7 @@ TEST(GroupedDecodeTest, GroupsWithinGroups) {
   EXPECT_EQ(GroupedSpans(plan), (Spans{{3, 4 * 8}}));
 }
 
-// Two runs of blocks, shared by three sequences each, and one that nobody shares.
+// Two runs of blocks, shared by two and three sequences, and one that is not shared.
 TEST(GroupedDecodeTest, PrefixesAreFoundInRuns) {
   const std::vector<std::int32_t> a = {5, 6, 7, 8}, b = {5, 6, 9}, c = {1, 6, 7}, d = {5, 6, 7, 8, 2};
   const auto run = [](const std::vector<std::int32_t>& blocks) {
