@@ -84,7 +84,7 @@ def receive_descriptors(connection: socket.socket) -> list[int]:
             fits = 0 < count <= _MOST and count == len(received) - before
             if magic != _MAGIC or said != total or not fits or not len(received) <= total <= _LIMIT:
                 raise ValueError(
-                    "the connection has something else than what Handover.send sends: both ends "
+                    "the data on the connection is not what Handover.send sends: both ends "
                     "must send and receive in the same order"
                 )
     except BaseException:

@@ -232,7 +232,7 @@ class SharingCalls:
             for slot, begin in pairs:
                 if begin > lengths[slot]:
                     raise ValueError(
-                        f"drop_before: slot {slot}: its tokens below {begin} were to be dropped, "
-                        f"but it has {lengths[slot]}"
+                        f"drop_before: slot {slot}: cannot drop its tokens below {begin}, it "
+                        f"has {lengths[slot]}"
                     )
         return self._queue.drop_before(cache, slots, begins, stamp)

@@ -117,7 +117,7 @@ class SpillingCalls(SwappingCalls):
             ValueError: ids that int32 cannot hold, a speed that is none, a sequence that another
                 pool has swapped.
             OutOfBlocks: not enough blocks for a swapped sequence; nothing has changed.
-            KVPageError: a swapped sequence that was swapped in or given up.
+            KVPageError: a swapped sequence that was already swapped in or dropped.
             DeviceFault: an earlier program failed on the device.
             PoolClosed: the pool or its store is closed.
         """

@@ -52,7 +52,7 @@ class Swapped:
 
     @property
     def closed(self) -> bool:
-        """Whether it was swapped in or given up."""
+        """Whether it was swapped in or dropped."""
         return self._native.gone
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class SwappingCalls:
             OutOfSlots: no free slot; nothing has changed.
             ValueError: a sequence of another pool, a cache of another spec.
             KVPageError: not ready, without `wait`; or what was written cannot be read: the message
-                says how many tokens are recoverable. Or it was swapped in or given up.
+                says how many tokens are recoverable. Or it was already swapped in or dropped.
             PoolClosed: the pool is closed.
         """
         self._queue.check_cache("swap_in", cache)
@@ -189,7 +189,7 @@ class SwappingCalls:
     def drop_swapped(self, swapped: Swapped) -> None:
         """Gives a swapped sequence up: what the store has of it and its shared references go.
 
-        Nothing happens if it was swapped in or given up before.
+        Does nothing if it was already swapped in or dropped.
 
         Args:
             swapped: from `swap_out`.

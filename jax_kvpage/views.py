@@ -12,13 +12,13 @@ def _check(native: NativePool, slot: int | None) -> None:
     spec = native.spec
     if native.sharding is not None:
         raise ValueError(
-            "view: each device of the mesh has a part of the cache, so no array stands for all: "
+            "view: each device of the mesh has a part of the cache, so one array cannot show it: "
             "read the cache with paged_attention or read_kv"
         )
     if native.place.backend != "cpu" and not native.pool.closed:
         raise ValueError(
-            f"view: <KVPool {native.pool.id} on {native.device}> lies in device memory, where the "
-            "part of a slot that is not mapped cannot be read, so no array may stand for it: read "
+            f"view: <KVPool {native.pool.id} on {native.device}> is in device memory, where the "
+            "unmapped part of a slot cannot be read, so an array cannot show it: read "
             "the cache with paged_attention, or use a pool on a CPU device for views"
         )
     if spec.quantized:

@@ -270,7 +270,7 @@ def refusals() -> None:
             with pytest.raises(ValueError, match=r"lies on|wanted int32"):
                 alone.acquire(cache, 16)
         spread = jax.tree.map(lambda x: jax.device_put(np.asarray(x), _everywhere(one)), cache)
-        with pytest.raises(ValueError, match="wanted a part on each device"):
+        with pytest.raises(ValueError, match="wanted one part per device"):
             pool.acquire(spread, 16)
         for call in (pool.save_prefixes, pool.load_prefixes):
             with pytest.raises(ValueError, match="a pool over a mesh keeps no prefixes in a store"):

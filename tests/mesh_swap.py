@@ -87,7 +87,7 @@ def verbs(size: int, path: str, layout: str) -> None:
         check_written(cache, fresh, range(200))
         assert pool.committed(fork) == [*other, 7, 8]
         assert (one.closed, two.closed) == (True, True)
-        with pytest.raises(kvp.KVPageError, match="swapped in or given up"):
+        with pytest.raises(kvp.KVPageError, match="swapped in or dropped"):
             pool.swap_in(cache, one)
         pool.extend([slot, fork], 120)
         cache = write(pool, cache, slot, [1, 2, 3])

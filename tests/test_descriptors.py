@@ -67,7 +67,7 @@ def test_a_handover_arrives_whole(pair, make_pool) -> None:
 def test_what_is_no_handover_is_refused(pair) -> None:
     one, other = pair
     one.send(b"sixteen bytes...")
-    with pytest.raises(ValueError, match=r"something else than what Handover\.send sends"):
+    with pytest.raises(ValueError, match=r"is not what Handover\.send sends"):
         kvp.Handover.receive(other)
     file = os.memfd_create("not sealed", os.MFD_ALLOW_SEALING)
     send_descriptors(one, [file])

@@ -131,7 +131,7 @@ def _check_window(rig, window: int | None, n: int, seen: bool, addressing: str) 
         assert np.asarray(attend()).tobytes() == np.asarray(before).tobytes()
     else:
         first = 70 - n - window + 1 if window else 0
-        fails(f"position {first} on wanted, but those below 48 were dropped", attend)
+        fails(f"position {first} on are needed, but those below 48 were dropped", attend)
 
 
 def test_reads_of_the_whole_slot_fail(rig) -> None:
@@ -168,14 +168,14 @@ def test_it_cannot_become_shorter_than_what_is_dropped(rig) -> None:
     )
     x = jnp.full((1, 2, 64), 9.0)
     fails(
-        "position 20 on wanted, but those below 32",
+        "position 20 on are needed, but those below 32",
         lambda: kvp.append_kv(forged, x, x, make_batch([(slot, 1)]), layer=0).epoch,
     )
 
 
 def test_it_cannot_drop_more_than_it_has(rig) -> None:
     rig, slot = rig
-    with pytest.raises(ValueError, match="below 90 were to be dropped, but it has 80"):
+    with pytest.raises(ValueError, match="cannot drop its tokens below 90, it has 80"):
         _drop(rig, slot, 90)  # more than the slot has room for
     with pytest.raises(ValueError, match="named twice"):
         rig.pool.drop_before(rig.cache, [slot, slot], 20)
@@ -186,7 +186,7 @@ def test_it_cannot_drop_more_than_it_has(rig) -> None:
     with pytest.raises(ValueError, match="2 slots, but 1 num_tokens"):
         rig.pool.drop_before(rig.cache, [slot, slot], [20])
     empty = rig.acquire(40)
-    with pytest.raises(RUN_TIME_ERRORS, match="below 32 were to be dropped, but it has 0"):
+    with pytest.raises(RUN_TIME_ERRORS, match="cannot drop its tokens below 32, it has 0"):
         jax.block_until_ready(rig.pool.drop_before(rig.cache, empty, 32))
     rig.cache = rig.pool.cache()  # the drop did not run
     assert len(_mapped(rig, empty)) == 3

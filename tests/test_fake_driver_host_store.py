@@ -143,7 +143,7 @@ _FAULTS = (
         try:
             return call()
         except (kvp.KVPageError, RuntimeError) as error:
-            assert "cu" in str(error) or "still has it" in str(error), error
+            assert "cu" in str(error) or "keeps the copy" in str(error), error
             return call()
 
     failed = refused = reread = 0

@@ -219,7 +219,9 @@ def test_a_sealed_slot_goes_on_with_a_copy_of_its_last_block(make_pool, layout) 
     fork = sender.fork(slot)
     sent = sender.export(slot)
     before = bytes(content_of(sent))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="or processes share of it ends at 80"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="tokens below 80 are shared with other slots or processes"
+    ):
         fill(sender, slot, 1, 4.0)
     sender.cache = sender.pool.cache()
     sender.check()

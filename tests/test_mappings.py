@@ -154,8 +154,8 @@ def test_a_pool_is_refused_what_others_were_promised() -> None:
             for part in (
                 f"{slots} blocks of 4096 bytes may need",
                 "are left: vm.max_map_count allows this process",
-                "are promised to its pools",
-                "stay reserved for threads and compiled programs",
+                "are reserved for its pools",
+                "are kept for threads and compiled programs",
                 "raise vm.max_map_count (sysctl)",
             ):
                 assert part in str(caught.value)

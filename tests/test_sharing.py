@@ -151,7 +151,7 @@ def test_programs_cannot_write_what_others_read(rig) -> None:
         forged = dataclasses.replace(rig.cache, lengths=rig.cache.lengths.at[one].set(20))
         return kvp.append_kv(forged, k, v, make_batch([(one, 1)]), layer=0).epoch
 
-    ends = "what other slots or processes share of it ends at 64"
+    ends = "its tokens below 64 are shared with other slots or processes"
     for one in (slot, other):
         fails(f"set_lengths: .*length 63 wanted, but {ends}.*truncate", lambda one=one: lower(one))
         fails(f"append_kv: .*has 20 tokens, and {ends}", lambda one=one: append_below(one))

@@ -202,7 +202,7 @@ class SharingMachine(DroppingMachine):
         below = int(share * (min(seq.mark, len(seq.tokens)) - 1))
         if len(seq.tokens) >= seq.mark:
             fails(
-                "what other slots or processes share of it ends at",
+                "are shared with other slots or processes",
                 lambda: kvp.set_lengths(self.cache, [slot], below).lengths,
             )
         forged = self.cache.lengths.at[slot].set(below)
@@ -210,7 +210,7 @@ class SharingMachine(DroppingMachine):
         x = jnp.full((1, HEADS, DIM), 9.0, input_dtype(self.spec))
         append = functools.partial(kvp.append_kv, forged_cache, x, x, layer=0)
         batch = make_batch([(slot, 1)])
-        ends = "what other slots or processes share of it ends at"
+        ends = "are shared with other slots or processes"
         fails(ends, lambda: append(batch=batch).epoch)
 
     def failing_program(self, which: int, verbs: list[str]) -> None:

@@ -16,7 +16,7 @@ Claim SetBudget(const PoolParts& pool, const MappingLock& mapping, std::int64_t 
   claim.wanted = arena.pool().num_used() - budget;  // free slots that had shared blocks have given theirs up by now
   if (claim.wanted > 0) {
     if (claim.wanted > claim.reclaimable) {
-      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be given up, " + Number(claim.reclaimable) +
+      claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be freed, " + Number(claim.reclaimable) +
                                            " reclaimable, " + Number(claim.draining) + " draining",
                                        Reason::kOutOfBlocks);
       return claim;

@@ -251,7 +251,7 @@ Status JointMaps::Run(const Call& call, bool* ok, std::uint32_t* epoch) {
       made = Find(call.device, decision);
       if (made != decisions_.end()) {
         if (made->slots != decision.slots || made->tokens != decision.tokens) {
-          return InvalidArgument(std::string(call.op) + ": the devices of the mesh ask for different things: slots " +
+          return InvalidArgument(std::string(call.op) + ": the devices of the mesh request different blocks: slots " +
                                  Listed(decision.slots) + " with " + Listed(decision.tokens) + " tokens here, slots " +
                                  Listed(made->slots) + " with " + Listed(made->tokens) +
                                  " on another: slots and num_tokens must be the same on all devices");

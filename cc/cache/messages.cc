@@ -157,21 +157,22 @@ Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t le
 }
 
 Status BelowShared(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t shared) {
-  return FailedPrecondition(Slot(op, slot) + ": length " + Number(wanted) +
-                            " wanted, but what other slots or processes share of it ends at " + Number(shared) +
-                            ": pool.truncate(cache, slot, num_tokens) rolls it back");
+  return FailedPrecondition(
+      Slot(op, slot) + ": length " + Number(wanted) + " wanted, but its tokens below " + Number(shared) +
+      " are shared with other slots or processes: pool.truncate(cache, slot, num_tokens) rolls it back");
 }
 
 Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shared) {
   return FailedPrecondition(Slot(op, slot) + ": the cache says that it has " + Number(position) +
-                            " tokens, and what other slots or processes share of it ends at " + Number(shared) +
-                            ": new tokens would overwrite theirs. pool.truncate(cache, slot, num_tokens) makes a "
+                            " tokens, and its tokens below " + Number(shared) +
+                            " are shared with other slots or processes: new tokens would overwrite them. "
+                            "pool.truncate(cache, slot, num_tokens) makes a "
                             "private copy");
 }
 
 Status Dropped(Op op, std::int32_t slot, std::int64_t position, std::int64_t dropped) {
   return FailedPrecondition(Slot(op, slot) + ": tokens from position " + Number(position) +
-                            " on wanted, but those below " + Number(dropped) +
+                            " on are needed, but those below " + Number(dropped) +
                             " were dropped (pool.drop_before): only attention with a sliding_window that begins at or "
                             "after them can read the slot; read_kv and implementation=\"xla\" copy all of it");
 }
@@ -182,8 +183,7 @@ Status BelowDropped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t 
 }
 
 Status DropBeyond(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length) {
-  return OutOfRange(Slot(op, slot) + ": its tokens below " + Number(wanted) + " were to be dropped, but it has " +
-                    Number(length));
+  return OutOfRange(Slot(op, slot) + ": cannot drop its tokens below " + Number(wanted) + ", it has " + Number(length));
 }
 
 Status DonorEdited(Op op, std::int32_t slot, std::int32_t donor) {

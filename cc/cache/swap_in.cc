@@ -17,7 +17,7 @@ Status Ready(const Swap& swap, bool recover) {
       return {};
     case SwapState::kQueued:
       return FailedPrecondition(
-          "swap_in: programs that were queued before swap_out have still to run: wait=True waits for them");
+          "swap_in: programs that were queued before swap_out have not run yet: wait=True waits for them");
     case SwapState::kStored: {
       const std::shared_ptr<store::SwapStore> store = swap.store.lock();
       const std::string error = swap.error();
@@ -36,7 +36,7 @@ Status Ready(const Swap& swap, bool recover) {
     case SwapState::kGone:
       break;
   }
-  return FailedPrecondition("swap_in: the sequence was swapped in or given up before");
+  return FailedPrecondition("swap_in: the sequence was already swapped in or dropped");
 }
 
 }  // namespace

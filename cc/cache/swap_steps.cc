@@ -99,7 +99,7 @@ Claim StartRead(const PoolParts& pool, const MappingLock& mapping, const SwapPtr
     swap->SetState(SwapState::kMemory);
   }
   if (swap->state() == SwapState::kGone) {
-    return FailedClaim(FailedPrecondition("prefetch: the sequence was swapped in or given up"));
+    return FailedClaim(FailedPrecondition("prefetch: the sequence was already swapped in or dropped"));
   }
   if (swap->state() != SwapState::kStored) return {};
   const std::int64_t ranges = pool.table->geometry().num_ranges();
@@ -136,7 +136,7 @@ void EndRead(const PoolParts& pool, const MappingLock& mapping, const SwapPtr& s
   if (swap->image != nullptr) {
     ReleaseStored(pool, mapping, swap.get());
     return swap->SetStored(std::string("the store could not copy it into the pool's memory (") + Name(problem) +
-                           "), and still has it");
+                           "); it keeps the copy");
   }
   const std::int64_t there = swap->kept + good;
   const auto lost = swap->blocks.begin() + there * ranges;

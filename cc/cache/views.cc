@@ -37,7 +37,7 @@ Status CheckArguments(const PoolParts& pool, const StateLock& state, std::int64_
   if (pool.mirror != nullptr) {
     return InvalidArgument(
         "view: pool " + std::to_string(table.id()) +
-        " lies in device memory, where the part of a slot that is not mapped cannot be read, so no array may stand for "
+        " lies in device memory, where the part of a slot that is not mapped cannot be read, so an array cannot show "
         "it: read the cache with paged_attention, or use a pool on a CPU device for views");
   }
   if (layer < 0 || layer >= num_layers) {

@@ -151,7 +151,8 @@ TEST(CudaDroppingTest, WindowsThatShowTheHoleAreRefused) {
     for (const std::int32_t window : {0, -1, 53, 100, 1 << 30}) {
       const std::int32_t first = window == 53 ? 47 : 0;
       const std::string text = read.Run(op, window);
-      EXPECT_NE(text.find("position " + std::to_string(first) + " on wanted, but those below 48"), std::string::npos)
+      EXPECT_NE(text.find("position " + std::to_string(first) + " on are needed, but those below 48"),
+                std::string::npos)
           << text;
     }
   }

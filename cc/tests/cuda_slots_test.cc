@@ -146,7 +146,7 @@ TEST(CudaSlotsTest, ReleasedSlotsShareNothing) {
   twins.PublishRooms();
   const SlotEdit edit = {static_cast<std::int32_t>(SlotOpcode::kFork), fork, 16, donor};
   EXPECT_EQ(twins.EditSlots(DeviceOp::kFork, twins.value(), {edit}, {{donor, fork, 16, 0}}), "");
-  EXPECT_NE(twins.SetLengths(twins.value(), {{donor}, {8}}).find("share of it ends at 16"), std::string::npos);
+  EXPECT_NE(twins.SetLengths(twins.value(), {{donor}, {8}}).find("its tokens below 16 are shared"), std::string::npos);
   EXPECT_OK(StartRelease(twins.pool(), {donor}));
   EXPECT_EQ(twins.ChangeOwner(twins.value(), {donor}, false), "");
   Value forged = twins.value();

@@ -176,7 +176,7 @@ TEST_P(DeviceSwappingTest, TheStoreOrThePoolEndsFirst) {
     EXPECT_EQ(queued->state(), SwapState::kQueued) << "nobody polls";
     EXPECT_EQ(rig.Bytes(rig.In(queued), 30), before);  // it never left memory
     EXPECT_OK(rig.pool().Prefetch(stored).status);
-    EXPECT_TRUE(Mentions(rig.pool().SwapIn(stored).status, "(closed), and still has it"));
+    EXPECT_TRUE(Mentions(rig.pool().SwapIn(stored).status, "(closed); it keeps the copy"));
     SwapPtr refused;
     EXPECT_EQ(rig.pool().SwapOut(0, rig.store_ptr(), &refused).reason(), Reason::kClosed);
     rig.pool().DropSwapped(stored);

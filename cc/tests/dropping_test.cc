@@ -188,7 +188,7 @@ TEST_P(DroppingTest, UndoneAndNeverRunDropsLeaveTheSequenceWhole) {
   d.program->Restart();
   EXPECT_EQ(RowOf(d.pool.get(), d.slot).dropped, 16);
   EXPECT_OK(d.Read(d.slot, 54));
-  EXPECT_TRUE(Mentions(d.program->RunDrop(d.slot, 80), "below 80 were to be dropped, but it has 70"));
+  EXPECT_TRUE(Mentions(d.program->RunDrop(d.slot, 80), "cannot drop its tokens below 80, it has 70"));
   EXPECT_EQ(d.mapped(), 4);
   EXPECT_EQ(CountStamped(d.pool.get(), d.slot, 16, 70, 1), 54);
 }

@@ -134,7 +134,7 @@ TEST_P(JointDevicesTest, WrongCalls) {
   EXPECT_TRUE(joint.MapOne(0, slot, 32));
   const Mapped other = joint.Map(1, {slot}, {33});
   EXPECT_EQ(other.status.code(), Code::kInvalidArgument);
-  EXPECT_TRUE(Mentions(other.status, "the devices of the mesh ask for different things")) << other.status.message();
+  EXPECT_TRUE(Mentions(other.status, "the devices of the mesh request different blocks")) << other.status.message();
   EXPECT_FALSE(joint.Map(1, {3}, {32}).status.ok());       // free
   EXPECT_FALSE(joint.Map(1, {kSlots}, {32}).status.ok());  // no such slot
   for (int i = 1; i < joint.size(); ++i) EXPECT_TRUE(joint.MapOne(i, slot, 32));

@@ -152,8 +152,8 @@ TEST(MappingsTest, PoolsDrawOnOneAccount) {
   const Status status = make(11, &two);
   EXPECT_EQ(status.code(), Code::kInvalidArgument);
   for (const char* part : {"11 blocks of 4096 bytes may need 16 memory mappings, 15 are left", "allows this process 64",
-                           "25 are promised to its pools", "16 are in use", "8 stay reserved",
-                           "block_tokens of at least 32", "at most 40960 bytes", "vm.max_map_count"}) {
+                           "25 are reserved for its pools", "16 are used", "8 are kept", "block_tokens of at least 32",
+                           "at most 40960 bytes", "vm.max_map_count"}) {
     EXPECT_TRUE(Mentions(status, part)) << part << " | " << status.message();
   }
   EXPECT_EQ(account.promised(), 25);

@@ -50,8 +50,8 @@ std::string MapAccount::Describe() const {
   const Limits limits = read_();
   const auto number = [](std::int64_t value) { return std::to_string(value); };
   return "vm.max_map_count allows this process " + number(limits.total) + " mappings, " + number(promised_) +
-         " are promised to its pools, " + number(limits.others) + " are in use otherwise and " +
-         number(limits.total / kReservePart) + " stay reserved for threads and compiled programs";
+         " are reserved for its pools, " + number(limits.others) + " are used by the rest of the process and " +
+         number(limits.total / kReservePart) + " are kept for threads and compiled programs";
 }
 
 MapAccount& ProcessMapAccount() {

@@ -200,8 +200,8 @@ def _check_arrays(op: str, name: str, arrays: Sequence[Any]) -> None:
     for array in arrays:
         if not isinstance(array, (jax.Array, np.ndarray)):
             raise ValueError(
-                f"{op}: {name}: wanted one made of arrays, got {type(array).__name__} in it (a "
-                "result of jax.eval_shape, or of jax.tree.map with another result, has none)"
+                f"{op}: {name}: wanted arrays, got {type(array).__name__} (jax.eval_shape, and "
+                "jax.tree.map of a function that returns something else, give no arrays)"
             )
 
 

@@ -142,7 +142,7 @@ def _refusal(
         ways.append("use implementation='xla'")
     return ValueError(
         f"{op}: {asked} cannot be compiled for platform {platform!r}: {'; '.join(reasons)}. "
-        f"Ways out: {'; or '.join(ways)}"
+        f"Either {'; or '.join(ways)}"
     )
 
 

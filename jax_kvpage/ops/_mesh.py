@@ -78,9 +78,9 @@ def refuse_processes(op: str, cache: Any) -> None:
     """
     if isinstance(cache, KVCache) and cache.sharding and len(cache.sharding.processes) > 1:
         raise ValueError(
-            f"{op}: the cache is spread over several processes, none of which knows what the "
-            "others' programs map. Make room on the host before the step runs, in the same order "
-            "in all processes, with pool.extend(slots, num_tokens)"
+            f"{op}: the cache is spread over several processes, and no process knows what the "
+            "programs of the others map. Make room on the host before the step runs, in the same "
+            "order in all processes, with pool.extend(slots, num_tokens)"
         )
 
 

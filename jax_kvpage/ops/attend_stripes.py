@@ -77,13 +77,14 @@ def _unserved(arguments: dict[str, Any]) -> list[str]:
     spread = "over a cache whose sequences are spread over a mesh"
     if arguments.get("sliding_window") is not None:
         problems.append(
-            f"sliding_window: not served {spread}, where a window is no run of a device's own "
-            "tokens: leave it out, or keep such layers in a pool on one device (a window is short)"
+            f"sliding_window: not supported {spread}, where a device has only every n-th part "
+            "of a window: leave it out, or keep such layers in a pool on one device (windows are "
+            "short)"
         )
     if arguments.get("alibi_slopes") is not None:
         problems.append(
-            f"alibi_slopes: not served {spread}, where devices know distances in their own tokens "
-            "only: use a pool on one device, or with its heads spread (axis=...)"
+            f"alibi_slopes: not supported {spread}, where a device does not know the distance "
+            "between its tokens: use a pool on one device, or one with split heads (axis=...)"
         )
     if arguments.get("addressing", "slots") != "slots":
         problems.append(f"addressing: only 'slots' is served {spread}: leave it out")

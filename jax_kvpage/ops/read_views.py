@@ -140,8 +140,8 @@ def _refuse_views(out: Any, views: Any) -> None:
     given = [id(leaf) for leaf in jax.tree.leaves(views)]
     if any(id(leaf) in given for leaf in jax.tree.leaves(out)):
         raise ValueError(
-            "read_views: read returned a view, all of which would be copied: return what is "
-            "computed from the views"
+            "read_views: read returned a view, which would be copied as a whole: return what "
+            "is computed from the views"
         )
 
 

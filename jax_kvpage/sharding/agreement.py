@@ -127,7 +127,9 @@ class Agreement:
             KVPageError: the processes have diverged before.
         """
         if self._closed or os.getpid() != self._pid:
-            why = "closed" if self._closed else "of another process, which this one was forked from"
+            why = (
+                "closed" if self._closed else "a parent process's, and cannot be used after a fork"
+            )
             raise PoolClosed(f"{op}: the pool is {why}: make a new one")
         if self._broken:
             raise KVPageError(self._broken)
@@ -201,7 +203,7 @@ class Agreement:
     def close(self) -> None:
         """Announces that this process makes no more calls; does not wait for the others."""
         if not self._broken and os.getpid() == self._pid:
-            self._leave(f"process {self._own} has closed the pool, or has failed, before this call")
+            self._leave(f"process {self._own} closed the pool or failed before this call")
         self._closed = True
 
     def _leave(self, text: str) -> None:
@@ -220,8 +222,8 @@ class Agreement:
     def _judge(self, number: int, op: str, own: dict[str, Any]) -> Verdict:
         verdict = Verdict(
             "lost",
-            text=f"{op}: process {self._own} was interrupted before it knew the other processes' "
-            "part in this call: the pool is of no use any more, end the processes",
+            text=f"{op}: process {self._own} was interrupted before it received the other "
+            "processes' part of this call: the pool can no longer be used, end the processes",
         )
         try:
             records = {self._own: own}
@@ -261,9 +263,9 @@ class Agreement:
                 return answer
         text = (
             f"{op}: process {process} has not made this call within {self._timeout:g} s ({TIMEOUT})"
-            f": it works on something else, or is gone. Calls of process {self._own} since the "
-            f"last decision: {', '.join(self._recent)}. All processes must make the same calls on "
-            "a pool in the same order; this one is of no use any more: end the processes"
+            f": it is busy with something else, or has ended. Calls of process {self._own} since "
+            f"the last decision: {', '.join(self._recent)}. All processes must make the same calls "
+            "on a pool in the same order; this pool can no longer be used: end the processes"
         )
         if process == self.processes[0]:  # the first process reports it in its verdict instead
             self._leave(text)
@@ -272,8 +274,8 @@ class Agreement:
     def _unreachable(self, op: str, error: Exception) -> KVPageError:
         first = str(error).splitlines()[0]
         self._broken = (
-            f"{op}: the coordination service of jax.distributed does not answer, so that the "
-            f"processes cannot decide together any more: end them ({first})"
+            f"{op}: the coordination service of jax.distributed does not answer, so the processes "
+            f"can no longer agree on calls: end them ({first})"
         )
         return KVPageError(self._broken)
 
@@ -287,7 +289,7 @@ def _compare(op: str, records: dict[int, dict[str, Any]]) -> Verdict:
             "diverged",
             text=f"{op}: the processes have made different calls since their last decision: "
             f"{calls}. All must make the same calls on a pool in the same order, with the same "
-            "arguments; what each of them has decided differs, and the pool is of no use any more",
+            "arguments. Their pools now differ and can no longer be used: end the processes",
         )
     failed = {p: r for p, r in records.items() if r["state"] != "done"}
     if failed and not all(r["state"] == "renew" for r in records.values()):

@@ -43,7 +43,7 @@ def mesh_problems(mesh: Any, **axes: Any) -> list[str]:
         else:
             rule = (
                 "a pool is spread over one axis for its heads (axis) and one for its slots "
-                f"(data_axis), here {over}: name the other one, or"
+                f"(data_axis), here {over}: name the second axis, or"
             )
         glue = ": " if "sequence_axis" in given else " "
         reasons.append(

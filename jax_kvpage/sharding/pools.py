@@ -62,8 +62,8 @@ def check_alone(
     given = [name for name, value in others.items() if value is not None]
     if given:
         reasons.append(
-            f"{' and '.join(given)}: cannot be given with a mesh, whose devices the pool is "
-            "on, and whose store is for swapped sequences only so far"
+            f"{' and '.join(given)}: cannot be given with a mesh, which has the devices, "
+            "and over which a store is for swapped sequences only so far"
         )
     if reasons:
         raise ValueError("KVPool: " + "\n  - ".join(reasons))
@@ -286,7 +286,7 @@ class ShardedQueue(Queue):
             check_array(op, name, array, shape)
             if not array.sharding.is_equivalent_to(wanted, 1):
                 raise ValueError(
-                    f"{op}: cache.{name}: wanted a part on each device, "
+                    f"{op}: cache.{name}: wanted one part per device, "
                     f"{wanted.spec}, got {array.sharding}: give the step out_specs and "
                     f"out_shardings of {wanted.spec} for the cache"
                 )

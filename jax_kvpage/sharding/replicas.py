@@ -90,8 +90,8 @@ class ReplicatedNativePool(ShardedNativePool):
         note = (
             f"; the pool has {self.sharding.replicas} replicas of {self.sharding.local.max_slots} "
             "slots, and these are the numbers of the one that came closest. A sequence, and its "
-            "forks, stay on their replica: release it and acquire_prefix the tokens again to have "
-            "it placed anew"
+            "forks, stay on their replica: to have it placed again, release it and pass its "
+            "tokens to acquire_prefix"
         )
         error.args = (f"{error.args[0]}{note}", *error.args[1:])
         return error

@@ -95,10 +95,11 @@ class SequencePool(ShardedPool):
         slots, num_tokens = args
         room = {row.slot: row.reserved for row in self.rows()}
         for slot, tokens in zip(slots, num_tokens, strict=True):
-            if tokens > room.get(slot, self._max_seq_len):
+            most = room.get(slot, self._max_seq_len)
+            if tokens > most:
                 raise ValueError(
-                    f"truncate: slot {slot}: num_tokens is {tokens}, wanted 0..{room[slot]}, for "
-                    "which there is room"
+                    f"truncate: slot {slot}: num_tokens is {tokens}, wanted 0..{most}, for which "
+                    "there is room"
                 )
         return super().truncate(decision, slots, self._shares("truncate", num_tokens))
 
@@ -112,7 +113,7 @@ class SequencePool(ShardedPool):
             rows.append(whole)
         return rows
 
-    commit = _refused("commit", f"it has no use for token ids, because {_WHOLE}", "leave it out")
+    commit = _refused("commit", f"token ids would not be used, because {_WHOLE}", "leave it out")
     fork = _refused("fork", f"nothing is shared there, because {_WHOLE}", _ELSEWHERE)
     acquire_prefix = _refused(
         "acquire_prefix",
@@ -124,7 +125,7 @@ class SequencePool(ShardedPool):
     )
     drop_before = _refused(
         "drop_before",
-        "no window is served there, so every token is needed",
+        "sliding windows are not supported there, so every token is needed",
         "truncate and release give memory back",
     )
 

@@ -59,7 +59,9 @@ def test_the_sender_may_read_what_it_has_sent_and_not_write_it(make_pool, platfo
     slot = rig.begin_handover(text(70))
     sent = rig.export(slot)
     rig.check()
-    with pytest.raises((kvp.KVPageError, jax.errors.JaxRuntimeError), match="share of it ends at"):
+    with pytest.raises(
+        (kvp.KVPageError, jax.errors.JaxRuntimeError), match="are shared with other slots"
+    ):
         fill(rig, slot, 1, 4.0)
     rig.cache = rig.pool.cache()
     rig.cache = rig.pool.truncate(rig.cache, slot, 70)

@@ -305,8 +305,8 @@ def check_draft(draft: DraftModel | None, pool: KVPool) -> None:
         raise ValueError("Engine: draft: wanted a pool that is not the engine's")
     if max(pool.replicas, draft.pool.replicas) > 1:
         raise ValueError(
-            f"Engine: draft: pools with replicas (data_axis), here {pool.replicas} and "
-            f"{draft.pool.replicas} of the draft's, have no draft models yet: use prompt lookup, "
+            f"Engine: draft: not supported yet over pools with replicas (data_axis), here "
+            f"{pool.replicas} and {draft.pool.replicas} of the draft's: use prompt lookup, "
             "or a pool and an engine for each part of the mesh"
         )
 

@@ -290,7 +290,7 @@ class Runner:
             if length < 0:  # on CUDA, a slot is free again if its acquire did not run
                 if not self._slots.acquire(state, state.room):
                     raise RuntimeError(
-                        "a slot was lost with the step that failed, and memory with it"
+                        "the failed step lost a slot, and there is no memory to acquire it again"
                     )
                 length, state.computed = state.computed, computed
             have[id(state)] = min(length, computed)
