@@ -7,7 +7,7 @@
 namespace kvpage::cpu {
 namespace {
 
-// New tokens that one task writes, and elements below which one thread does it all.
+// New tokens per task, and the number of elements below which one thread does all the work.
 constexpr std::int64_t kTokensPerTask = 64;
 constexpr std::int64_t kInlineElements = 1 << 16;
 
@@ -64,7 +64,7 @@ void Append(const AppendArgs& args, Parallel& parallel) {
     for (const Sequence& sequence : sequences) appender.Write(sequence, 0, sequence.query_length);
     return;
   }
-  // A grid of sequences by pieces of the longest one; pieces past a sequence's end are empty.
+  // Tasks form a grid: sequences x pieces of the longest sequence. Pieces past the end of a sequence are empty.
   const std::int64_t pieces = (longest + kTokensPerTask - 1) / kTokensPerTask;
   parallel.For(static_cast<std::int64_t>(sequences.size()) * pieces, [&](std::int64_t task, int) {
     const Sequence& sequence = sequences[task / pieces];

@@ -9,7 +9,7 @@
 namespace kvpage::cpu {
 namespace {
 
-// Bytes of keys to prefetch before an item begins, at most. More would arrive no sooner.
+// At most this many bytes of keys are prefetched before an item begins. More would not arrive any sooner.
 constexpr int kStartBytes = 16384;
 
 }  // namespace
@@ -36,7 +36,7 @@ QueryTile Attention::Tile(const WorkUnit& unit) const {
 
 bool Attention::Allocate(int num_workers) {
   num_workers_ = num_workers;
-  constexpr std::int64_t kLine = 16;  // floats of a cache line
+  constexpr std::int64_t kLine = 16;  // floats per cache line
   std::int64_t* end = &layout_.member_size;
   const auto place = [&](std::int64_t floats) {
     const std::int64_t here = *end;
@@ -69,14 +69,14 @@ char* Attention::QueryRow(const void* base, const WorkUnit& unit) const {
   return const_cast<char*>(static_cast<const char*>(base)) + token * args_.num_q_heads * row_bytes;
 }
 
-// What an item reads first.
+// The first data that an item reads.
 Lookahead Attention::StartOf(const WorkItem& item) const {
   const WorkUnit& unit = plan_.units[item.unit];
   return {ContextOf(unit), FirstPosition(unit, item), unit.end};
 }
 
-// Prefetches the first bytes that an item reads. The kernels prefetch as they go, but cannot before they have begun:
-// meanwhile queries are converted and addresses listed.
+// Prefetches the first bytes that an item reads. The kernels prefetch as they run; this covers the time before they
+// start, while queries are converted and addresses are listed.
 void Attention::PrefetchStart(const WorkItem& item) const {
   const Lookahead start = StartOf(item);
   const std::int64_t begin = start.begin;
@@ -86,7 +86,7 @@ void Attention::PrefetchStart(const WorkItem& item) const {
   start.context.PrefetchKeys(begin, std::min(start.end, begin + tokens));
 }
 
-// Computes the state of a span. next: the item that this worker probably takes afterwards, or null.
+// Computes the softmax state of a span. `next` is the item that this worker will probably run afterwards, or null.
 void Attention::RunSpan(const LoadedRows& rows, std::int64_t span, const WorkItem* next, float* scratchpad,
                         float* state) const {
   const WorkUnit& unit = *rows.unit;
@@ -200,7 +200,7 @@ void Attention::Run(std::int64_t index, int worker) const {
   const WorkItem& item = plan_.items[index];
   float* scratchpad = scratchpads_ + worker * layout_.size;
   PrefetchStart(item);
-  // Items are handed out in order, and neighbours take about as long.
+  // Workers take items in order, and neighbouring items take about the same time.
   const std::int64_t after = index + num_workers_;
   const WorkItem* next = after < num_items() ? &plan_.items[after] : nullptr;
   item.num_members > 0 ? RunGroup(item, next, scratchpad) : RunUnit(item, next, scratchpad);

@@ -1,9 +1,9 @@
-// The part of Attention that takes several units through the spans of a shared prefix. A part of a span is walked for
-// all of them before the next one: it comes from memory for the first unit and from the second-level cache for the
-// others.
+// The part of Attention that runs several units over the spans of a shared prefix together. Each part of a span is
+// processed for all of the units before the next part: the first unit reads it from memory, the others from the L2
+// cache.
 //
-// What is shared is read through the mapping of the first member. Each member's own mapping leads to the same memory,
-// but takes other entries of the TLB: 6% more time in the fused layout, and a third in the per-layer one.
+// The shared data is read through the mapping of the first member. Each member's own mapping leads to the same memory
+// but uses other TLB entries, which costs 6% more time in the fused layout and a third more in the per-layer one.
 #include <algorithm>
 
 #include "base/dtype.h"
@@ -12,13 +12,13 @@
 namespace kvpage::cpu {
 namespace {
 
-// Of the second-level cache, for a part's keys and values.
+// Share of the L2 cache used for the keys and values of a part.
 constexpr std::int64_t kPartBytes = 512 * 1024;
 
 }  // namespace
 
-// Tokens of a part: whole tiles that divide a span. Quantized spans are small, and their queries are prepared again for
-// every part.
+// Tokens per part: whole tiles that divide a span. A quantized span is not divided: it is small, and its queries are
+// prepared again for every part.
 std::int64_t Attention::GroupPartTokens(const WorkUnit& unit) const {
   const auto token_bytes = static_cast<std::int64_t>(2 * unit.heads * head_dim_ * ItemSize(args_.kv.dtype));
   std::int64_t tokens = kSpanTokens;
@@ -55,7 +55,7 @@ void Attention::RunGroupSpan(const WorkItem& item, std::int64_t span, const Work
       const std::int64_t first = std::max(unit.begin, span_begin), last = std::min(unit.end, span_end);
       const std::int64_t begin = std::max(first, part), end = std::min(last, part + tokens);
       if (begin >= end) continue;
-      // Behind the last member comes the next part; behind the others this part once more, which needs no prefetch.
+      // After the last member the next part is read; after the others this part is read again and needs no prefetch.
       const bool leaves = i + 1 == item.num_members;
       const Lookahead ahead = leaves && end == last && next != nullptr
                                   ? StartOf(*next)

@@ -1,8 +1,8 @@
-// Attention: what one Attend call keeps while its work items run.
+// Attention: the state of one Attend call while its work items run.
 //
-// Every span of a unit gives a softmax state, and states are merged in the order of the spans: by the item that ran
-// them all, or, when a context was shared out, by the item of the unit that ends last. Both do the same arithmetic, so
-// neither the number of items nor what a unit walks together with others ever shows in the result.
+// Every span of a unit produces a softmax state. The states are merged in the order of the spans: by the item that ran
+// all of them or, if a context was split, by the unit's last item to finish. The arithmetic is the same in both cases,
+// so results depend neither on the number of items nor on which units are processed together.
 #ifndef KVPAGE_KERNELS_CPU_ATTENTION_H_
 #define KVPAGE_KERNELS_CPU_ATTENTION_H_
 
@@ -16,7 +16,7 @@
 
 namespace kvpage::cpu {
 
-// Offsets in a worker's scratchpad, its part of the workspace, in floats.
+// Offsets, in floats, into a worker's scratchpad, which is its part of the workspace.
 struct ScratchpadLayout {
   std::int64_t queries = 0;
   std::int64_t state = 0;
@@ -26,20 +26,20 @@ struct ScratchpadLayout {
   std::int64_t keys = 0;
   std::int64_t values = 0;
   std::int64_t scales = 0;
-  std::int64_t members = 0;  // of a group's item: queries, positions and the state of a span, for each
+  std::int64_t members = 0;  // of a group's item: queries, positions and the state of a span for each member
   std::int64_t member_queries = 0, member_positions = 0, member_state = 0, member_size = 0;
   std::int64_t size = 0;
 };
 
-// The query rows of a unit, loaded.
+// The query rows of a unit, as loaded by LoadQueries.
 struct LoadedRows {
   const WorkUnit* unit;
-  const WorkUnit* source;  // the unit through whose mapping keys and values are read; mostly the same
+  const WorkUnit* source;  // keys and values are read through this unit's mapping; usually the same as `unit`
   float* queries;
   std::int32_t* positions;
 };
 
-// A part of a span: at most kSpanTokens, between two multiples of kSpanTokens. `resume` and `more`: see SpanArgs.
+// Part of a span: at most kSpanTokens, between two multiples of kSpanTokens. For `resume` and `more` see SpanArgs.
 struct SpanPart {
   std::int64_t begin;
   std::int64_t end;
@@ -47,7 +47,7 @@ struct SpanPart {
   bool more;
 };
 
-// Keys to prefetch: those from `begin` on, none where end <= begin.
+// Keys to prefetch: positions [begin, end), none if end <= begin.
 struct Lookahead {
   Context context;
   std::int64_t begin;
@@ -75,11 +75,11 @@ class Attention {
   void RunSpan(const LoadedRows& rows, std::int64_t span, const WorkItem* next, float* scratchpad, float* state) const;
   void RunPart(const LoadedRows& rows, const SpanPart& part, const Lookahead& next, float* scratchpad,
                float* state) const;
-  // Where the state of a span goes among the partial ones of a unit, and whether that of earlier spans is there
-  // already, with which it must be merged.
+  // Returns where the state of a span is stored among the partial states of a unit. *folds: that place already holds
+  // the merged state of earlier spans, so the new state must be merged into it.
   float* PartialState(const WorkUnit& unit, std::int64_t span, bool* folds) const;
   void Merge(const WorkUnit& unit, float* into, const float* from) const;
-  // An item of a unit with partial states has ended; the last one reduces them.
+  // Called when an item of a unit with partial states is done; the last such item reduces the states.
   void EndItem(WorkUnit* unit) const;
   void Finish(const WorkUnit& unit, const float* state) const;
 

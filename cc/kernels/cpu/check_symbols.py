@@ -65,7 +65,7 @@ def main() -> int:
             if match is None or match[1] not in _SETS:
                 continue
             name, kind = symbol.split()[:2]
-            if name.startswith("DW.ref."):  # a pointer for exception tables, no code
+            if name.startswith("DW.ref."):  # pointer used by exception tables, not code
                 continue
             seen[match[1]] = seen.get(match[1], 0) + 1
             if not _own(name, match[1]):

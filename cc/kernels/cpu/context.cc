@@ -77,7 +77,7 @@ void Context::PrefetchScales(std::int64_t begin, std::int64_t end) const {
         };
         const char* last = at(chunk_end - 1);
         for (const char* p = at(token); p < last + kLineBytes - 1; p += kLineBytes) Prefetch(p);
-        if (kv_.scale_head_stride < kv_.scale_token_stride) break;  // the other heads' lie in between
+        if (kv_.scale_head_stride < kv_.scale_token_stride) break;  // the scales of the other heads lie in between
       }
     }
     token = chunk_end;

@@ -1,5 +1,5 @@
-// Context: the keys, values and scales of some KV heads of one sequence in the form that the kernels read: addresses of
-// keys, scales copied side by side, and prefetches of both.
+// Context: the keys, values and scales of some KV heads of one sequence in the form that the kernels read: a list of
+// key addresses and a contiguous copy of the scales. Also prefetches both.
 #ifndef KVPAGE_KERNELS_CPU_CONTEXT_H_
 #define KVPAGE_KERNELS_CPU_CONTEXT_H_
 
@@ -15,13 +15,13 @@ class Context {
       : kv_(kv), layer_(layer), slot_(slot), kv_head_(kv_head), heads_(heads) {}
 
   int heads() const { return heads_; }
-  // Appends the addresses of the first head's keys (kv 0) or values (1) at the positions [begin, end); returns where
-  // they end.
+  // Appends the addresses of the first head's keys (kv = 0) or values (kv = 1) at positions [begin, end) to `rows`;
+  // returns the end of the list.
   const char** List(int kv, std::int64_t begin, std::int64_t end, const char** rows) const;
-  // Copies the scales of these positions into the layout of SpanArgs::scales.
+  // Copies the scales at these positions into the layout of SpanArgs::scales.
   void LoadScales(std::int64_t begin, std::int64_t end, float* scales) const;
   void PrefetchKeys(std::int64_t begin, std::int64_t end) const;
-  // Scales need prefetching more than keys do: they are copied all at once, keys are prefetched by the kernels.
+  // Prefetching matters more for scales than for keys: scales are copied all at once, while the kernels prefetch keys.
   void PrefetchScales(std::int64_t begin, std::int64_t end) const;
 
  private:

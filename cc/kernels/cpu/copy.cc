@@ -1,4 +1,4 @@
-// Copies of tokens between slots, as edit_slots asks for them: a fork's or a cached prefix's last, partial block.
+// Copies tokens between slots for edit_slots: the last, partial block of a fork or of a cached prefix.
 #include <algorithm>
 #include <cstring>
 
@@ -7,16 +7,16 @@
 namespace kvpage::cpu {
 namespace {
 
-// Keys and values below which one thread copies everything.
+// Below this many bytes of keys and values, one thread copies everything.
 constexpr std::int64_t kInlineBytes = 1 << 17;
 
-// `count` tokens of a slot from `first` on, which lie in one chunk.
+// `count` tokens of a slot, starting at `first`, all in one chunk.
 struct Piece {
   std::int64_t first = 0;
   std::int64_t count = 0;
 };
 
-// One layer's keys (kv 0) or values (1).
+// Copies one layer's keys (kv = 0) or values (kv = 1).
 void CopyPiece(const KVView& view, const TokenCopy& copy, const Piece& piece, std::int64_t layer, int kv) {
   const auto row = static_cast<std::size_t>(view.head_dim) * ItemSize(view.dtype);
   const auto heads = static_cast<std::size_t>(view.num_kv_heads), count = static_cast<std::size_t>(piece.count);
@@ -28,12 +28,12 @@ void CopyPiece(const KVView& view, const TokenCopy& copy, const Piece& piece, st
                 scales * sizeof(float));
   };
   const bool quantized = IsQuantized(view.dtype);
-  if (view.head_stride == static_cast<std::int64_t>(row)) {  // per_layer: a token's heads lie next to each other
+  if (view.head_stride == static_cast<std::int64_t>(row)) {  // per_layer: the heads of a token are contiguous
     copy_rows(piece.first, 0, count * heads * row);
     if (quantized) copy_scales(piece.first, 0, count * heads);
     return;
   }
-  for (std::int64_t head = 0; head < view.num_kv_heads; ++head) {  // fused: a head's tokens do
+  for (std::int64_t head = 0; head < view.num_kv_heads; ++head) {  // fused: the tokens of a head are contiguous
     copy_rows(piece.first, head, count * row);
     if (quantized) copy_scales(piece.first, head, count);
   }

@@ -1,4 +1,4 @@
-// Copies of segments to other positions, as copy_rotated asks for them: values keep their bits, keys are rotated.
+// Copies segments to other positions for copy_rotated: values are copied bit by bit, keys are rotated.
 #include <algorithm>
 #include <cstring>
 
@@ -10,11 +10,11 @@ namespace kvpage::cpu {
 namespace {
 
 constexpr std::int64_t kTokensPerTask = 64;
-// Keys and values below which one thread copies everything.
+// Below this many bytes of keys and values, one thread copies everything.
 constexpr std::int64_t kInlineBytes = 1 << 17;
 
-// One copy in one layer, with the cosine and the sine of each pair's angle. They are computed in double: a product of
-// floats would be wrong by a thousandth of a turn after a hundred thousand positions.
+// One copy in one layer, with the cosine and sine of each pair's angle. The angles are computed in double: in float,
+// the product would be off by a thousandth of a turn after a hundred thousand positions.
 struct Turn {
   const SegmentCopy* copy = nullptr;
   std::int32_t to = 0;
@@ -52,11 +52,11 @@ void Rotate(const Turn& turn, const Rotation& rotation, float* row) {
   }
 }
 
-// A token's row of one head, from one slot to another.
+// The source and destination rows of one token and head.
 struct Row {
   char* to = nullptr;
   const char* from = nullptr;
-  float* to_scale = nullptr;  // quantized elements only
+  float* to_scale = nullptr;  // null unless elements are quantized
   const float* from_scale = nullptr;
 };
 
@@ -78,7 +78,7 @@ void RotateRow(const KVView& view, const Turn& turn, const Rotation& rotation, c
   kernels.convert(row.to, view.dtype, scratch, DType::kF32, view.head_dim);
 }
 
-// Tokens [from, to) of the segment.
+// Copies tokens [from, to) of the segment.
 void CopyTokens(const KVView& view, const Turn& turn, const Rotation& rotation, std::int64_t from, std::int64_t to) {
   const SegmentCopy& copy = *turn.copy;
   const bool quantized = IsQuantized(view.dtype);
@@ -119,7 +119,7 @@ void CopyRotated(const KVView& kv, std::int64_t num_layers, const SegmentList& l
     tokens += copy.count;
     longest = std::max<std::int64_t>(longest, copy.count);
   }
-  // A grid of copies and layers by pieces of the longest segment; pieces past a segment's end are empty.
+  // Tasks form a grid: (copy, layer) x pieces of the longest segment. Pieces past the end of a segment are empty.
   const std::int64_t pieces = (longest + kTokensPerTask - 1) / kTokensPerTask;
   const std::int64_t tasks = static_cast<std::int64_t>(turns.size()) * pieces;
   const auto task = [&](std::int64_t i, int) {

@@ -1,5 +1,5 @@
-// Gather: copies contexts out of the cache into dense arrays, for the plain-jnp implementation and for tests. Quantized
-// elements become float32.
+// Gather: copies contexts from the cache into dense arrays, for the pure-JAX implementation and for tests. Quantized
+// elements are dequantized to float32.
 #include <algorithm>
 #include <cstring>
 
@@ -14,7 +14,7 @@ constexpr std::int64_t kInlineBytes = 1 << 17;
 
 std::size_t OutputSize(DType stored) { return IsQuantized(stored) ? sizeof(float) : ItemSize(stored); }
 
-// Tokens [from, to) of one row of the output.
+// Copies tokens [from, to) of one row of the output.
 void CopyTokens(const GatherArgs& args, std::int64_t row, std::int64_t from, std::int64_t to) {
   const KVView& kv = args.kv;
   const GatherArgs::Row& source = (*args.rows)[row];

@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kVariable = "JAX_KVPAGE_ISA";
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
-// Null when the build or the machine lacks it.
+// Returns null if the build or the machine does not support the set.
 const Kernels* Find(const std::string& name) {
   if (name == "baseline") return baseline::Table();
 #if defined(__x86_64__)

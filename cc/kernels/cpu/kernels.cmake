@@ -1,5 +1,5 @@
-# The CPU kernels. The isa/*.cc files compile the same arithmetic for one instruction set each. The best set that the
-# machine has is chosen at run time, so one binary serves all.
+# The CPU kernels. Each isa/*.cc file compiles the same arithmetic for one instruction set. The best set that the
+# machine supports is chosen at run time, so one binary runs everywhere.
 add_library(kvpage_cpu_kernels STATIC
   cc/kernels/cpu/append.cc
   cc/kernels/cpu/attend.cc
@@ -20,7 +20,8 @@ target_link_libraries(kvpage_cpu_kernels PUBLIC kvpage_options)
 if(JAX_KVPAGE_SANITIZE)
   target_compile_options(kvpage_cpu_kernels PRIVATE -O2)
 endif()
-# Only Fma() fuses a product with a sum: elsewhere a product that is compared must be the one that is subtracted.
+# Only Fma() may fuse a product with a sum: elsewhere, the product that is compared must equal the one that is
+# subtracted.
 set(arithmetic -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(avx2 ${arithmetic} -mavx2 -mfma -mf16c)

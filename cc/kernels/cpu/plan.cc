@@ -7,13 +7,13 @@
 namespace kvpage::cpu {
 namespace {
 
-// Items that a worker should get, so that those with short contexts can even out those with long ones.
+// Target number of items per worker, so that short contexts can even out the load of long ones.
 constexpr int kItemsPerWorker = 4;
-// The same for heads that could be walked together: fewer, because every split of a token's row costs speed.
+// The same for heads that could be processed together. Lower, because splitting a token's row costs speed.
 constexpr int kHeadItemsPerWorker = 2;
 
-// Rows of the units that a prefill becomes. Large ones, because each packs the keys and values that it sees; but enough
-// of them to keep all threads busy. Independent of the number of threads, which must not show in the result.
+// Rows per unit of a prefill. Units are large because each packs the keys and values that it sees, but there must be
+// enough of them to keep all threads busy. Independent of the number of threads, which must not affect the result.
 std::int64_t UnitRows(std::int64_t rows) {
   constexpr std::int64_t kUnits = 8, kLeastRows = 16 * kRowBlock;
   const std::int64_t wanted = (rows + kUnits - 1) / kUnits;
@@ -53,18 +53,18 @@ class Planner {
   const std::int32_t window_;
 };
 
-// Reading the context, and the arithmetic of every row on it.
+// Cost of reading the context, plus the arithmetic of every row on it.
 double Planner::Cost(std::int64_t tokens, int heads, std::int64_t rows) const {
   return static_cast<double>(tokens) * heads * head_dim_ * (2.0 * ItemSize(args_.kv.dtype) + static_cast<double>(rows));
 }
 
-// The cost of what a unit's own items do.
+// The cost of the unit's own items, without those of groups.
 double Planner::OwnCost(const WorkUnit& unit) const {
   const std::int64_t begin = std::max(unit.begin, unit.grouped_end * SpanTokens(unit));
   return begin < unit.end ? Cost(unit.end - begin, unit.heads, unit.rows) : 0.0;
 }
 
-// The cost of a group, all heads.
+// The cost of a group, over all heads.
 double Planner::GroupCost(const PrefixGroup& group) const {
   std::int64_t rows = 0;
   for (std::int32_t i = 0; i < group.count; ++i) {
@@ -73,8 +73,8 @@ double Planner::GroupCost(const PrefixGroup& group) const {
   return Cost(std::int64_t{group.span_end - group.span_begin} * kSpanTokens, args_.kv.num_kv_heads, rows);
 }
 
-// Decode is bound by memory: where the heads of a token are neighbours they are read together, unless the contexts are
-// so short that not every worker would get some.
+// Decode is bound by memory: adjacent heads of a token are read together, unless the contexts are so short that some
+// workers would get no work.
 int Planner::HeadsTogether() const {
   const KVView& kv = args_.kv;
   if (kv.num_kv_heads == 1 || kv.head_stride >= kv.token_stride) return 1;
@@ -93,7 +93,7 @@ void Planner::AddUnits(std::int32_t index, int heads_together) {
   const int heads = rows <= kDecodeRows ? heads_together : 1;
   const std::int64_t unit_rows = UnitRows(rows);
   const std::int64_t tiles = (rows + unit_rows - 1) / unit_rows;
-  // Later rows see more: the long units come first and the short ones fill the gaps.
+  // Later rows see more context. The long units come first, and the short ones fill the gaps.
   for (std::int64_t tile = tiles - 1; tile >= 0; --tile) {
     for (int head = 0; head < kv.num_kv_heads; head += heads) {
       WorkUnit unit;
@@ -127,7 +127,7 @@ void Planner::ListUnits() {
   }
 }
 
-// Counts an item that takes some spans of a unit, if it does.
+// Accounts for an item in a unit if it runs any of the unit's spans.
 void Planner::NoteItem(WorkUnit* unit, const WorkItem& item) {
   const std::int32_t first = FirstSpan(*unit), last = LastSpan(*unit);
   const std::int32_t begin = std::max(item.span_begin, first), end = std::min(item.span_end, last);
@@ -141,7 +141,7 @@ void Planner::AddPartials(WorkUnit* unit) {
   plan_.partial_floats += (LastSpan(*unit) - FirstSpan(*unit) - unit->folded + 1) * UnitStateFloats(*unit, head_dim_);
 }
 
-// Cuts the rest of a unit into items of whole spans, each about as much work as `wanted`; 0: into one item.
+// Cuts the remaining spans of a unit into items of about `wanted` cost each, or into one item if `wanted` is 0.
 void Planner::AddItems(std::size_t index, double wanted) {
   WorkUnit& unit = plan_.units[index];
   const std::int32_t first = std::max(FirstSpan(unit), unit.grouped_end), last = LastSpan(unit);
@@ -155,7 +155,7 @@ void Planner::AddItems(std::size_t index, double wanted) {
   if (unit.grouped_end > 0 || unit.unfinished.load(std::memory_order_relaxed) > 1) AddPartials(&unit);
 }
 
-// Cuts the spans of a group into `pieces` items, for some of its members.
+// Cuts the spans of a group into `pieces` items that cover num_members of its members.
 void Planner::AddGroupItems(std::int32_t first_member, std::int32_t num_members, const PrefixGroup& group, int pieces) {
   const int spans = group.span_end - group.span_begin;
   const int spans_per_item = (spans + pieces - 1) / pieces;
@@ -174,7 +174,7 @@ void Planner::AddGroupItems(std::int32_t first_member, std::int32_t num_members,
   }
 }
 
-// Cuts a group as its units are cut by heads, then by spans, then by members.
+// Cuts a group by heads (in the same way as its units), then by spans, then by members.
 void Planner::AddGroup(const PrefixGroup& group, double wanted) {
   const std::vector<std::int32_t>& order = plan_.prefix_groups.order;
   const int spans = group.span_end - group.span_begin;
@@ -226,8 +226,8 @@ void Planner::ListItems() {
 
 }  // namespace
 
-// Merging costs more with the rows of prefill, and it has less need of being shared out: a unit with many rows has much
-// work for every token, and there are other units. The kernels take longer spans in steps of kSpanTokens.
+// Merging is more expensive with the rows of prefill, and splitting is less necessary: a unit with many rows has a lot
+// of work per token, and there are other units. The kernels process longer spans in steps of kSpanTokens.
 std::int64_t SpanTokens(const WorkUnit& unit) { return unit.rows <= kDecodeRows ? kSpanTokens : 4 * kSpanTokens; }
 
 std::int64_t UnitStateFloats(const WorkUnit& unit, int head_dim) {

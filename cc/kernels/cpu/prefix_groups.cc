@@ -9,8 +9,8 @@
 namespace kvpage::cpu {
 namespace {
 
-// Groups places [first, last) of the order, which have `known` spans in common; those before `from` are grouped
-// already. A group has at least `least` spans.
+// Groups places [first, last) of the order, which have `known` spans in common; spans before `from` are already
+// grouped. A group has at least `least` spans.
 void Split(std::int32_t first, std::int32_t last, std::int32_t known, std::int32_t from, std::int32_t least,
            PrefixGroups* out) {
   while (first < last) {
@@ -25,14 +25,14 @@ void Split(std::int32_t first, std::int32_t last, std::int32_t known, std::int32
   }
 }
 
-// The prefixes of sequences that a block table describes.
+// Finds the shared prefixes of sequences that are described by a block table.
 const SharedPrefixes& InTable(const AttentionArgs& args, PrefixGroups* out) {
   const KVView& kv = args.kv;
   out->rows.clear();
   for (const Sequence& s : *args.sequences) {
     const std::int64_t chunks = (s.end() + kv.tokens_per_chunk - 1) / kv.tokens_per_chunk;
     const std::int32_t* const blocks = kv.table + s.slot * kv.table_width;
-    // A sequence that has dropped its beginning shares none.
+    // A sequence whose beginning was dropped shares nothing.
     out->rows.push_back({blocks, blocks[0] < 0 ? 0 : chunks});
   }
   SharedPrefixes& found = out->in_table;
@@ -57,7 +57,7 @@ void FindPrefixGroups(const AttentionArgs& args, PrefixGroups* out) {
   if (!by_table && (args.prefixes == nullptr || args.prefixes->empty())) return;
   const SharedPrefixes& prefixes = by_table ? InTable(args, out) : *args.prefixes;
   const int group = args.num_q_heads / args.kv.num_kv_heads;
-  std::int64_t common = 0;  // with the last sequence that was taken
+  std::int64_t common = 0;  // with the last sequence that was included
   for (std::size_t i = 0; i < prefixes.order.size(); ++i) {
     common = std::min(common, prefixes.common[i]);
     const Sequence& sequence = (*args.sequences)[prefixes.order[i]];

@@ -1,5 +1,5 @@
-// Prefix groups: sequences of a decode batch that walk the spans of a shared prefix together, so that keys and values
-// come from memory once and from the cache for all other sequences.
+// Prefix groups: sequences of a decode batch that process the spans of a shared prefix together, so that one sequence
+// reads the keys and values from memory and the others read them from the cache.
 #ifndef KVPAGE_KERNELS_CPU_PREFIX_GROUPS_H_
 #define KVPAGE_KERNELS_CPU_PREFIX_GROUPS_H_
 
@@ -20,19 +20,19 @@ struct PrefixGroup {
 };
 
 struct PrefixGroups {
-  std::vector<PrefixGroup> groups;   // a group comes before those of its members' further spans
-  std::vector<std::int32_t> order;   // numbers of sequences
-  std::vector<std::int32_t> common;  // [order] whole spans that a sequence shares with the one before it
-  SharedPrefixes in_table;           // what the block table of a call says
+  std::vector<PrefixGroup> groups;   // a group precedes the groups of its members' later spans
+  std::vector<std::int32_t> order;   // indices of sequences
+  std::vector<std::int32_t> common;  // [order] full spans that a sequence shares with the one before it
+  SharedPrefixes in_table;           // found from the block table of a call
   std::vector<BlockRun> rows;
 };
 
-// Keys and values, of all heads, that a group must share: what is less stays in the second-level caches from one
-// sequence to the next without being grouped.
+// The least size of the keys and values, over all heads, that a group must share. Less than this stays in the L2 caches
+// from one sequence to the next even without grouping.
 constexpr std::int64_t kLeastSharedBytes = 4 << 20;
 
-// Overwrites *out, whose memory is reused. Only whole spans are walked together, and only by sequences with at most
-// kDecodeRows rows: with more, attention is bound by arithmetic.
+// Overwrites *out, reusing its memory. Only full spans are processed together, and only for sequences with at most
+// kDecodeRows rows: with more rows, attention is bound by arithmetic.
 void FindPrefixGroups(const AttentionArgs& args, PrefixGroups* out);
 
 }  // namespace kvpage::cpu

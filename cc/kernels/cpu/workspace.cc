@@ -12,7 +12,7 @@ constexpr std::size_t kCacheLine = 64;
 
 struct Recycler {
   std::mutex mutex;
-  std::vector<std::unique_ptr<Workspace>> free;  // last in, first out: the warmest one is handed out next
+  std::vector<std::unique_ptr<Workspace>> free;  // LIFO: the workspace that is warmest in the cache is reused first
 };
 
 // Never destroyed: programs may still run while the process exits.
@@ -29,7 +29,8 @@ float* Workspace::Floats(std::int64_t count) {
   if (count > capacity_) {
     floats_.reset();
     capacity_ = 0;
-    // Half as much again, so that a context that grows a token a step does not reallocate at every step.
+    // Allocate half as much again, so that a context that grows by one token per step does not reallocate at every
+    // step.
     const std::int64_t wanted = count + count / 2;
     auto* p = static_cast<float*>(::operator new(wanted * sizeof(float), std::align_val_t{kCacheLine}, std::nothrow));
     if (p == nullptr) return nullptr;

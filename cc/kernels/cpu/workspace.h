@@ -1,7 +1,7 @@
-// Workspace: the memory that one Attend call needs, kept for the next call.
+// Workspace: the memory that one Attend call needs, kept for later calls.
 //
-// A process-wide free list lends workspaces, so that in the steady state no call allocates. It only grows: to the
-// largest number of calls that ever ran at the same time, each workspace as large as its largest use.
+// Calls borrow workspaces from a process-wide free list, so that no call allocates in the steady state. The list never
+// shrinks: it reaches the largest number of concurrent calls, and each workspace the size of its largest use.
 #ifndef KVPAGE_KERNELS_CPU_WORKSPACE_H_
 #define KVPAGE_KERNELS_CPU_WORKSPACE_H_
 
@@ -15,7 +15,7 @@ namespace kvpage::cpu {
 struct Workspace {
   Plan plan;
 
-  // At least `count` floats on a cache line boundary, uninitialised; null when there is no memory.
+  // Returns at least `count` uninitialised floats, aligned to a cache line; null if there is no memory.
   float* Floats(std::int64_t count);
 
  private:
