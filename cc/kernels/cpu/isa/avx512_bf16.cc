@@ -1,5 +1,5 @@
-// Compiles the kernels for AVX-512 with dot products of bfloat16 and of bytes and with lookups of bytes: all of Zen 4,
-// Sapphire Rapids and later ones. (Cooper Lake has no such lookups and takes plain AVX-512.)
+// Compiles the kernels for AVX-512 with dot products of bfloat16 and of bytes, and with byte permutations: Zen 4,
+// Sapphire Rapids and later. (Cooper Lake lacks the byte permutations and uses plain AVX-512.)
 #include "kernels/cpu/isa.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

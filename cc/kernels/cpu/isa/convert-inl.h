@@ -1,4 +1,4 @@
-// Elements converted between float32, bfloat16 and float16.
+// Converts elements between float32, bfloat16 and float16.
 #ifndef KVPAGE_KERNELS_CPU_ISA_CONVERT_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_CONVERT_INL_H_
 
@@ -11,7 +11,7 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Calls f with the tag of a dtype that is not quantized.
+// Calls f with the tag of a dtype, which must not be quantized.
 template <class F>
 KVPAGE_INLINE void WithFloatTag(DType dtype, const F& f) {
   switch (dtype) {

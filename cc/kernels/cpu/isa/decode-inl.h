@@ -1,5 +1,5 @@
 // Decode: few query rows. Every key and value is read from memory once, in its stored form, and all rows use it while
-// it is in registers. Scores are dot products along the head, weights times values run along the head too.
+// it is in registers. Both scores (dot products) and weighted values are computed along the head dimension.
 #ifndef KVPAGE_KERNELS_CPU_ISA_DECODE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_DECODE_INL_H_
 
@@ -16,8 +16,8 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Values are weighted and summed this many at a time, over the whole head: sums stay short, and memory is read nearly
-// in order. The same for every layout, because it shows in the last bits of a result.
+// Values are weighted and summed in groups of this many tokens, over the whole head: sums stay short, and memory is
+// read nearly in order. The same for every layout, because it affects the last bits of a result.
 constexpr int kValueTokens = 16;
 
 // Lane r * K + j of sums is the score of row r for the tile's key i + j.
@@ -29,13 +29,13 @@ KVPAGE_INLINE void StoreScores(VF sums, float* scores) {
   KVPAGE_UNROLL for (int r = 0; r < R; ++r) __builtin_memcpy(scores + r * kTileTokens, lanes + r * K, K * 4);
 }
 
-// scores[heads][R, kTileTokens] of R query rows against the keys of a tile, in the lanes of L. q: of the first head and
-// row, q_stride from one head to the next, in lanes.
+// scores[heads][R, kTileTokens] of R query rows against the keys of a tile, in the lanes of L. `queries` points to the
+// first head and row; q_stride is the distance between heads, in lanes.
 template <class T, class L, int R>
 KVPAGE_NOINLINE void DecodeScores(const DecodeTokens& tile, const float* queries, std::int64_t q_stride, int padded_dim,
                                   int head_dim, float* head_scores, std::int64_t scores_stride) {
   constexpr int K = W / R;
-  constexpr int kStep = L::kElements * W;  // elements of a vector
+  constexpr int kStep = L::kElements * W;  // elements per vector
   using Key = typename L::template Stored<T>;
   for (int i = 0; i < tile.size; i += K) {
     for (int h = 0; h < tile.heads; ++h) {
@@ -61,7 +61,7 @@ KVPAGE_NOINLINE void DecodeScores(const DecodeTokens& tile, const float* queries
         }
       }
       if constexpr (L::kElements == 2) {
-        if (head_dim % kStep != 0) {  // half a vector is left: head_dim is a multiple of W here
+        if (head_dim % kStep != 0) {  // half a vector remains: head_dim is a multiple of W here
           const int d = head_dim - W;
           KVPAGE_UNROLL for (int j = 0; j < K; ++j) {
             const VI x = L::LoadHalf(key[j] + d * T::kSize);
@@ -77,8 +77,8 @@ KVPAGE_NOINLINE void DecodeScores(const DecodeTokens& tile, const float* queries
   }
 }
 
-// Accumulators of bfloat16 values hold every whole group of 2 W elements in the order of LoadEvenOdd, until the span
-// has ended.
+// Accumulators of bfloat16 values hold every full group of 2 W elements in the order of LoadEvenOdd until the span
+// ends.
 template <class T>
 constexpr bool kEvenOdd = false;
 template <>
@@ -138,8 +138,8 @@ KVPAGE_INLINE void DecodeValuesOfHead(const DecodeTokens& tile, std::int64_t off
   if (d < head_dim) DecodeValues<T, R, 1>(tile, offset, from, to, d, weights, correction, acc, padded_dim);
 }
 
-// Converts a tile to zero-padded float32 rows, for head sizes that are no whole number of vectors: a vector load past
-// the end of a row could touch memory that does not exist.
+// Converts a tile to zero-padded float32 rows, for head sizes that are not a multiple of the vector size: a vector load
+// past the end of a row could access unmapped memory.
 template <class T>
 void StageTile(const char* const* tokens, std::int64_t offset, int size, int head_dim, float* dst,
                const char** dst_rows) {
@@ -152,14 +152,15 @@ void StageTile(const char* const* tokens, std::int64_t offset, int size, int hea
   }
 }
 
-// The same tokens in the order of ListInterleaved.
+// The same tokens, in the order of ListInterleaved.
 struct InterleavedTokens {
   const char* const* tokens;
   const char* const* values;
 };
 
-// One tile of tile.heads KV heads from `head` on; keys and values lie as T in whole vectors. interleaved: null members
-// where there is no other order. scores: room for kTileTokens of every head and row.
+// Processes one tile of tile.heads KV heads, starting at `head`; keys and values are stored as T, in whole vectors. The
+// members of `interleaved` are null if there is no other order. `scores` has room for kTileTokens of every head and
+// row.
 template <class T, class L>
 void DecodeTile(const SpanArgs& args, DecodeTokens tile, InterleavedTokens interleaved, std::int64_t begin, int head,
                 float* scores) {

@@ -1,4 +1,4 @@
-// The entry points around the tiles: queries in, the kernel for a span, partial results merged, outputs out.
+// The entry points around the tile kernels: load queries, run a span, merge partial results, write outputs.
 #ifndef KVPAGE_KERNELS_CPU_ISA_ENTRY_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_ENTRY_INL_H_
 
@@ -18,10 +18,10 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// The kernels that a set without special instructions uses. A set with more gives Load and Attend a type with the same
+// The kernels for a set without special instructions. A set with more passes Load and Attend a type with the same
 // members (see avx512_bf16/path-inl.h).
 struct GenericPath {
-  // Whether prefill reads the bfloat16 rows of the queries only.
+  // Whether prefill reads only the bfloat16 rows of the queries.
   static constexpr bool PrefillsPairs(DType, bool, bool, int) { return false; }
   template <class T>
   static void Decode(const SpanArgs& args) {
@@ -33,7 +33,7 @@ struct GenericPath {
   }
 };
 
-// Index of row r's query (or output) from the sequence's first new token on.
+// Index of row r's query (or output), relative to the sequence's first new token.
 KVPAGE_INLINE std::int64_t RowIndex(const QueryTile& tile, int kv_head, int r) {
   const std::int64_t row = tile.first_row + r;
   return row / tile.group * tile.num_q_heads + static_cast<std::int64_t>(kv_head) * tile.group + row % tile.group;
@@ -55,7 +55,7 @@ void Load(const LoadArgs& args) {
       if (filled > 0) Convert(q, DType::kF32, src, args.dtype, head_dim);
       for (int d = filled; d < padded_dim; ++d) q[d] = 0.0f;
     }
-    if (args.dtype == DType::kBF16) {  // used unconverted
+    if (args.dtype == DType::kBF16) {  // bfloat16 rows are used unconverted
       std::uint16_t* to = q16 + r * padded_dim;
       if (filled > 0) __builtin_memcpy(to, src, row_bytes);
       for (int d = filled; d < padded_dim; ++d) to[d] = 0;
@@ -117,7 +117,7 @@ void Finish(const FinishArgs& args) {
       }
     }
     if (args.lse != nullptr) {
-      // A score that overflows makes the row's values NaN and its lse infinite, as in the reference implementation.
+      // If a score overflows, the row's values are NaN and its lse is infinite, as in the reference implementation.
       args.lse[index] = top == kInfinity ? kInfinity : top + Log(exact[r] * factor + extra);
     }
     const VF inverse = Splat(factor / (sum[r] * factor + extra));

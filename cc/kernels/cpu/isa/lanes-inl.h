@@ -1,5 +1,5 @@
-// The 32-bit lanes of a product. Kernels that take a type L multiply float32 lanes where L is FloatLanes. A set that
-// can multiply other lanes adds a type with the same members and overloads that take it: PackValues, Weigh, WeighScaled
+// The 32-bit lanes of a product. Kernels with a type parameter L multiply float32 lanes if L is FloatLanes. A set that
+// can multiply other lanes adds a type with the same members and the overloads PackValues, Weigh and WeighScaled for it
 // (see avx512_bf16/pairs-inl.h).
 #ifndef KVPAGE_KERNELS_CPU_ISA_LANES_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_LANES_INL_H_
@@ -10,16 +10,16 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Stands for the residuals of rounded weights where nothing is rounded.
+// Placeholder for residuals if weights are not rounded.
 struct NoResiduals {};
 
 struct FloatLanes {
-  static constexpr int kElements = 1;  // of a lane
-  // Whether weights that are rounded to these lanes can have residuals, and their types (see Softmax).
+  static constexpr int kElements = 1;  // elements per lane
+  // Whether weights that are rounded to these lanes can have residuals, and the types of these (see Softmax).
   static constexpr bool kHasResiduals = false;
   using TileResiduals = NoResiduals;
   using BlockResiduals = NoResiduals;
-  // The tag of a lane of stored elements.
+  // The tag of the elements stored in a lane.
   template <class T>
   using Stored = T;
 
@@ -28,7 +28,7 @@ struct FloatLanes {
     return (VI)LoadAs(T{}, p);
   }
   static KVPAGE_INLINE VF MulAdd(VF sum, VI x, VI y) { return Fma((VF)x, (VF)y, sum); }
-  // 0 where it is finite, NaN where not.
+  // 0 if x is finite, NaN if not.
   static KVPAGE_INLINE VF Check(VI x) { return (VF)x * 0.0f; }
 };
 

@@ -1,4 +1,4 @@
-// exp2, tanh and log in float32, accurate to about one unit in the last place. NaN goes in and comes out.
+// exp2, tanh and log in float32, accurate to about one unit in the last place. NaN gives NaN.
 #ifndef KVPAGE_KERNELS_CPU_ISA_MATH_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_MATH_INL_H_
 
@@ -14,8 +14,8 @@ constexpr float kInfinity = __builtin_inff();
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// For x < 128; exactly 0 below -126, where the result would be subnormal. The polynomial is good to 8e-8 (its constant
-// term is 1, so that 2^0 is), the result to little more than one unit in the last place.
+// For x < 128; exactly 0 below -126, where the result would be subnormal. The polynomial is accurate to 8e-8 (its
+// constant term is 1, so that 2^0 is exact), the result to little more than one unit in the last place.
 KVPAGE_INLINE VF Exp2(VF x) {
   const VF f = FractionOf(x);
   VF p = Splat(1.867130070e-3f);

@@ -13,8 +13,8 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Keys become columns: dst[kPrefillTokens / kPanel][lanes, kPanel], lanes rounded up. Columns past `size` that are in a
-// panel with others are zeros.
+// Keys become columns: dst[kPrefillTokens / kPanel][lanes, kPanel], with the number of lanes rounded up. Columns past
+// `size` in the last panel are zero.
 template <class T>
 void PackKeys(const char* const* rows, int size, int lanes, std::int64_t panel_floats, float* dst) {
   for (int k = 0; k < size || k % kPanel != 0; k += W) {

@@ -1,4 +1,4 @@
-// Vector primitives that sets without instructions for them share.
+// Vector primitives shared by sets that have no instructions for them.
 #ifndef KVPAGE_KERNELS_CPU_ISA_PORTABLE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_PORTABLE_INL_H_
 
@@ -23,8 +23,8 @@ KVPAGE_INLINE float SumOf(VF v) {
   return s[0];
 }
 
-// Exp2's steps. The first gives x, no less than kLeastExponent, minus the integer below it; the second multiplies p by
-// 2 to that integer, and gives 0 where x is less.
+// Steps of Exp2. FractionOf gives x minus floor(x) for x >= kLeastExponent; TimesExp2OfFloor gives p * 2^floor(x), or 0
+// if x is less.
 constexpr float kLeastExponent = -126.0f;
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
 
@@ -35,7 +35,7 @@ KVPAGE_INLINE VF AtLeastExponent(VF x) {
 KVPAGE_INLINE VF FloorPlusMagic(VF x) { return (AtLeastExponent(x) - 0.5f) + Splat(kMagic); }
 KVPAGE_INLINE VF FractionOf(VF x) { return AtLeastExponent(x) - (FloorPlusMagic(x) - Splat(kMagic)); }
 KVPAGE_INLINE VF TimesExp2OfFloor(VF p, VF x) {
-  // A product: NaN stays NaN regardless of its bits.
+  // A product, so that NaN stays NaN whatever its bits.
   return x < Splat(kLeastExponent) ? VF{} : p * (VF)(((VI)FloorPlusMagic(x) << 23) + (127 << 23));
 }
 

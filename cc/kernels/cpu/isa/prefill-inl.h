@@ -1,5 +1,5 @@
-// Prefill: many query rows. A tile of keys and values is packed once, then scores, softmax and weighted values of every
-// block of kRowBlock rows are computed in the caches nearest to the core.
+// Prefill: many query rows. A tile of keys and values is packed once; then scores, softmax and weighted values are
+// computed for one block of kRowBlock rows after the other, in the caches nearest to the core.
 #ifndef KVPAGE_KERNELS_CPU_ISA_PREFILL_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_PREFILL_INL_H_
 
@@ -16,7 +16,7 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Lanes of a dot product that are added up in one chain. Longer ones would be less exact than XLA's.
+// Lanes of a dot product that are summed in one chain. Longer chains would be less accurate than XLA's.
 constexpr int kScoreLanes = 64;
 constexpr float kOnes[kRowBlock] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
@@ -28,12 +28,12 @@ struct PackedTile {
   const float* keys;
   const float* values;
   const float* scales;                  // of the first key, kSpanScales before its value's, or null
-  int key_lanes;                        // of a query or a key
-  bool finite;                          // whether 0 times any of the values that not every row sees is 0
-  typename L::TileResiduals residuals;  // for exact weights, where rounding leaves residuals
+  int key_lanes;                        // lanes per query or key
+  bool finite;                          // whether 0 times any value that is not visible to every row is 0
+  typename L::TileResiduals residuals;  // for exact weights, if rounding leaves residuals
 };
 
-// Values panel d / kPanel from token `from` on.
+// The panel of value columns d / kPanel, starting at token `from`.
 template <class L>
 KVPAGE_INLINE const float* ValuesAt(const float* values, int d, int from) {
   return values + d * (kPrefillTokens / L::kElements) + from / L::kElements * kPanel;
@@ -51,8 +51,8 @@ bool FinitePanels(const float* values, int size, int padded_dim) {
   return SumOf(bad) == 0.0f;
 }
 
-// One row over exactly the values it sees, for tiles where 0 * value would be NaN. The same products in the same order
-// as in Product, so that other tokens do not change a bit. panel: room for one.
+// Processes one row over exactly the values it sees, for tiles in which 0 * value would be NaN. Uses the same products
+// in the same order as Product, so that other tokens do not change a single bit. `panel` has room for one panel.
 template <class L>
 void CarefulValues(const float* values, Visible visible, const float* weights, const float* correction, float* acc,
                    int padded_dim, float* panel) {
@@ -70,7 +70,8 @@ void CarefulValues(const float* values, Visible visible, const float* weights, c
   }
 }
 
-// Adds the tile to the state of rows block .. block + kRowBlock - 1. scores: kRowBlock of kPrefillTokens, and a panel.
+// Adds the tile to the state of rows block .. block + kRowBlock - 1. `scores` has room for kRowBlock rows of
+// kPrefillTokens and a panel.
 template <class L>
 void PrefillBlock(const SpanArgs& args, const PackedTile<L>& tile, int block, const float* q, float* scores) {
   const int padded_dim = PaddedDim(args.tile.head_dim);
@@ -135,25 +136,25 @@ void PrefillBlock(const SpanArgs& args, const PackedTile<L>& tile, int block, co
   }
 }
 
-// The span, for all rows, in the lanes of L.
+// Processes the span for all rows, in the lanes of L.
 template <class T, class L>
 void PrefillSpan(const SpanArgs& args) {
   const int rows = args.tile.rows, head_dim = args.tile.head_dim, padded_dim = PaddedDim(head_dim);
   float* keys = args.scratch;
   float* values = keys + kPrefillTokens * padded_dim;
   float* scores = values + kPrefillTokens * padded_dim;
-  // Float32 rows, then bfloat16 rows (see QueryFloats).
+  // Float32 rows are followed by bfloat16 rows (see QueryFloats).
   const int row_floats = padded_dim / L::kElements;
   const float* q = args.q + (L::kElements == 1 ? 0 : PaddedRows(rows) * padded_dim);
-  // One or two blocks of rows use a packed tile only once or twice: best while it is in the nearest cache.
+  // With one or two blocks of rows, a packed tile is used only once or twice, so it should stay in the nearest cache.
   const int tile_tokens = rows <= 2 * kRowBlock ? kPrefillTokens / 4 : kPrefillTokens;
   for (std::int64_t begin = args.begin; begin < args.end;) {
     const std::int64_t next = (begin / tile_tokens + 1) * tile_tokens;
     const std::int64_t end = next < args.end ? next : args.end;
     const int size = static_cast<int>(end - begin);
-    int first = 0;  // rows before it see nothing from this tile on
+    int first = 0;  // rows before this one see nothing from this tile on
     while (first < rows && args.positions[first] < begin) ++first;
-    int last = rows;  // rows from it on have their window behind the tile
+    int last = rows;  // for rows from this one on, the window begins after the tile
     if (args.window > 0) {
       while (last > first && args.positions[last - 1] - args.window + 1 >= end) --last;
     }
@@ -165,7 +166,7 @@ void PrefillSpan(const SpanArgs& args) {
       const char* const* value_rows = args.values + (begin - args.begin);
       const int key_lanes = head_dim / L::kElements;
       PackKeys<typename L::template Stored<T>>(tokens, size, key_lanes, std::int64_t{kPanel} * padded_dim, keys);
-      // Whether some row does not see all of the tile.
+      // Whether some row does not see the whole tile.
       const bool mixed = size % L::kElements != 0 || args.positions[first] < end - 1 ||
                          (args.window > 0 && args.positions[last - 1] - args.window + 1 > begin);
       PackValues<T>(L{}, value_rows, args.value_offset, size, head_dim, values);
@@ -178,7 +179,7 @@ void PrefillSpan(const SpanArgs& args) {
                               !mixed || FinitePanels<L>(values, size, padded_dim),
                               {}};
       if constexpr (L::kHasResiduals) {
-        if (args.exact_weights) {  // pairs take half of the room for values
+        if (args.exact_weights) {  // pairs use only half of the space for values
           float* room = values + kPrefillTokens * padded_dim / 2;
           packed.residuals = PackResidualValues(L{}, value_rows, args.value_offset, size, head_dim, room);
         }

@@ -1,5 +1,5 @@
-// Matrix products of prefill. The right side is packed into panels: kPanel columns side by side, row after row, so that
-// the product reads one stream. The left side is read in place, one 32-bit lane at a time.
+// Matrix products of prefill. The right operand is packed into panels of kPanel columns, row after row, so that the
+// product reads one stream. The left operand is read in place, one 32-bit lane at a time.
 #ifndef KVPAGE_KERNELS_CPU_ISA_PRODUCT_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_PRODUCT_INL_H_
 
@@ -13,18 +13,19 @@ namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
 constexpr int kPanel = 2 * W;
-// 2 vectors of this many rows are accumulated at a time: enough chains to hide the latency of the fused multiply-add,
-// and one load for about two of them. The rest of the registers holds the operands.
+// This many rows of 2 vectors are accumulated at a time: enough chains to hide the latency of the fused multiply-add,
+// with one load per two of them or so. The remaining registers hold the operands.
 constexpr int kProductRows = W == 16 ? 12 : 6;
 static_assert(kRowBlock % kProductRows == 0);
 
-// c[R, kPanel] = c * correction + a[R, n] * b[n, kPanel], with 0 for c where there is no correction. a_stride in lanes.
+// c[R, kPanel] = c * correction + a[R, n] * b[n, kPanel]; c counts as 0 if `correction` is null. a_stride is in lanes.
 template <class L, int R>
 KVPAGE_NOINLINE void Product(const float* a, std::int64_t a_stride, const float* b, int n, const float* correction,
                              float* c, int c_stride) {
   VF sum[R][2];
   KVPAGE_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = VF{};
-  // A pointer for three rows: the machine adds a stride once or twice for free, and has no registers for R pointers.
+  // One pointer per three rows: addressing adds a stride once or twice for free, and there are no registers for R
+  // pointers.
   constexpr int kPointers = (R + 2) / 3;
   const float* rows[kPointers];
   KVPAGE_UNROLL for (int i = 0; i < kPointers; ++i) rows[i] = a + 3 * i * a_stride;

@@ -1,9 +1,8 @@
-// Rows that share a scale. jax_kvpage/quantize.py has the definition; these give the same bits:
+// Rows that share a scale, bit-identical to the definition in jax_kvpage/quantize.py:
 //
-//   scale = amax * (1 / largest), and 0 if that is less than the smallest normal float (subnormal ones are zero to
-//   programs that flush them);
-//   element = x * (1 / scale), rounded to nearest even; 0 where scale is 0;
-//   a row with an infinity or a NaN: scale NaN, elements 0.
+//   scale = amax * (1 / largest), or 0 if that is subnormal (programs that flush subnormals would treat it as zero);
+//   element = x * (1 / scale), rounded to nearest even; 0 if scale is 0;
+//   a row with an infinity or a NaN has scale NaN and elements 0.
 #ifndef KVPAGE_KERNELS_CPU_ISA_QUANTIZE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_QUANTIZE_INL_H_
 
@@ -21,10 +20,10 @@ namespace {
 constexpr float kLargestI8 = 127.0f;  // symmetric
 constexpr float kLargestF8E4M3 = 448.0f;
 
-// Both functions take the sign off before the addition that rounds: the sum and the product before it must not become
-// one fused operation, which would round differently.
+// Both functions remove the sign before the addition that rounds: the preceding product and the sum must not be fused
+// into one operation, which would round differently.
 
-// |v| <= 127 and a little.
+// |v| is at most slightly above 127.
 KVPAGE_INLINE void StoreAs(I8, void* p, VF v) {
   const VI sign = (VI)v >> 31;
   // Adding 2^23 leaves the rounded integer in the low bits.
@@ -32,11 +31,11 @@ KVPAGE_INLINE void StoreAs(I8, void* p, VF v) {
   StoreBits(p, __builtin_convertvector((magnitude ^ sign) - sign, VB));
 }
 
-// |v| <= 448 and a little.
+// |v| is at most slightly above 448.
 KVPAGE_INLINE void StoreAs(F8E4M3, void* p, VF v) {
   const VI bits = (VI)v & INT32_MAX;
   const VI normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3);
-  // Below 2^-6 elements are multiples of 2^-9, which is the last place of 2^14.
+  // Below 2^-6, elements are multiples of 2^-9, the last place of 2^14.
   const VI small = (VI)((VF)bits + 16384.0f) & 0xff;
   const VI magnitude = bits < ((127 - 6) << 23) ? small : normal;
   StoreBits(p, __builtin_convertvector(magnitude | (((VI)v >> 24) & 0x80), VB));

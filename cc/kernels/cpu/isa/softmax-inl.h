@@ -14,7 +14,7 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// Which keys of the tile at [begin, begin + size) a row sees: [from, to), empty when to <= from.
+// The keys of the tile at [begin, begin + size) that a row sees: [from, to), empty if to <= from.
 struct Visible {
   int from;
   int to;
@@ -30,7 +30,7 @@ KVPAGE_INLINE Visible VisibleTo(std::int64_t position, std::int32_t window, std:
   return {static_cast<int>(from), static_cast<int>(to)};
 }
 
-// Rows that are taken through the softmax together, so that their chains of dependent steps overlap.
+// Rows processed together in the softmax, so that their chains of dependent steps overlap.
 constexpr int kSoftmaxRows = kRowBlock;
 static_assert(kDecodeRows <= kSoftmaxRows);
 
@@ -39,11 +39,11 @@ struct SoftmaxArgs {
   const float* slopes;  // of the KV head's group, or null
   std::int64_t begin;   // position of the first key
   int size;
-  int stride = kTileTokens;             // from a row of scores to the next
-  const float* value_scales = nullptr;  // of quantized values; their weights are multiplied by them
+  int stride = kTileTokens;             // between rows of scores
+  const float* value_scales = nullptr;  // of quantized values; weights are multiplied by them
 };
 
-// Scale, soft cap and ALiBi of a row's scores, in place.
+// Applies scale, soft cap and ALiBi to a row's scores, in place.
 KVPAGE_INLINE void BendScores(const SoftmaxArgs& args, int row, int padded, float* scores) {
   const SpanArgs& span = args.span;
   const float slope = args.slopes == nullptr ? 0.0f : args.slopes[(span.tile.first_row + row) % span.tile.group];
@@ -56,7 +56,8 @@ KVPAGE_INLINE void BendScores(const SoftmaxArgs& args, int row, int padded, floa
   }
 }
 
-// -inf where the row does not look; returns the largest score of each lane. see(j, scores) sees those from j on.
+// Sets scores to -inf where the row does not see the key; returns the largest score in each lane. Calls see(j, scores)
+// with the masked scores starting at j.
 template <class See>
 KVPAGE_INLINE VF MaskScores(Visible visible, int padded, float* scores, See&& see) {
   VF top = Splat(-kInfinity);
@@ -73,13 +74,12 @@ KVPAGE_INLINE VF MaskScores(Visible visible, int padded, float* scores, See&& se
   return top;
 }
 
-// 2^((score - base) * unit), the weights of W scores of which none is above `base`. The difference comes first: it is 0
-// for the largest score and negative for the others regardless of their size, where a fused score * unit - base * unit
-// is off by what rounding took from base * unit.
+// 2^((score - base) * unit), the weights of W scores, none of which is above `base`. The difference is computed first:
+// it is 0 for the largest score and negative for the others, whatever their size, while a fused score * unit - base *
+// unit is off by the rounding error of base * unit.
 KVPAGE_INLINE VF Weights(const float* scores, VF base, VF unit) { return Exp2((LoadFloats(scores) - base) * unit); }
 
-// Scores become weights in the lanes of L; returns their sum, and in *exact that of the weights before they were
-// rounded.
+// Turns scores into weights in the lanes of L. Returns the sum of the weights; *exact is their sum before rounding.
 KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF base, VF unit, float* scores, float* exact) {
   VF total = {};
   for (int j = 0; j < padded; j += W) {
@@ -90,8 +90,8 @@ KVPAGE_INLINE float Weigh(FloatLanes, int padded, VF base, VF unit, float* score
   return *exact = SumOf(total);
 }
 
-// The same, with weights of quantized values multiplied by their scales; the sums are not. 0 where a row does not look,
-// even if the scale there is not finite.
+// The same for quantized values: weights are multiplied by the values' scales, but their sum is not. A weight is 0
+// where the row does not see the key, even if the scale there is not finite.
 KVPAGE_INLINE VF Scaled(VF weights, const float* scales, Visible visible, int j) {
   const VI index = Iota() + j;
   const VF scaled = weights * LoadFloats(scales + j);
@@ -108,10 +108,10 @@ KVPAGE_INLINE float WeighScaled(FloatLanes, const float* scales, Visible visible
   return SumOf(total);
 }
 
-// Turns the scores of rows first .. first + count - 1 into weights e^(score - max), 0 where a row does not look, and
-// updates max and sums of `state`. correction[r] is the factor for a row's accumulator. The arrays start at row
-// `first`; count <= kSoftmaxRows. residuals, where L has them and they are wanted, get the difference between a weight
-// and what it was rounded to; null where they are not wanted.
+// Turns the scores of rows first .. first + count - 1 into weights e^(score - max), 0 where a row does not see the key,
+// and updates max and sums of `state`. correction[r] is the factor for a row's accumulator. The arrays start at row
+// `first`; count <= kSoftmaxRows. `residuals` receives the differences between the weights and their rounded values, if
+// L has residuals; null if they are not wanted.
 template <class L>
 void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int count, const Visible* visible,
              float* scores, float* correction, typename L::BlockResiduals* residuals = nullptr) {
@@ -122,7 +122,7 @@ void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int 
   const bool plain = OnlyScales(args.span.scale, args.span.soft_cap, args.slopes != nullptr);
   const float unit = StateScale(args.span.scale, args.span.soft_cap, args.slopes != nullptr) * kLog2E;
   float top[kSoftmaxRows + W] = {}, base[kSoftmaxRows + W], before[kSoftmaxRows + W] = {}, factor[kSoftmaxRows + W];
-  float heaviest[kSoftmaxRows];  // the largest sum of a score, in base 2, and the exponent of its value's unit
+  float heaviest[kSoftmaxRows];  // the largest sum of a base-2 score and the exponent of its value's unit
   for (int r = 0; r < count; ++r) {
     float* s = scores + r * args.stride;
     if (!plain) BendScores(args, first + r, padded, s);
@@ -141,7 +141,7 @@ void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int 
     const VF old = LoadFloats(before + r);
     const VF largest = Max(LoadFloats(top + r), old);
     const VF empty = Splat(-kInfinity);
-    // While every score so far is -inf the weights are 0, not exp(-inf - -inf).
+    // While all scores so far are -inf, weights are 0, not exp(-inf - -inf).
     StoreFloats(base + r, largest == empty ? VF{} : largest);
     StoreFloats(factor + r, largest == old ? Splat(1.0f) : (old == empty ? VF{} : Exp2((old - largest) * unit)));
     StoreFloats(top + r, largest);
@@ -164,13 +164,12 @@ void Softmax(const SoftmaxArgs& args, const SoftmaxState& state, int first, int 
   }
 }
 
-// Quantized keys: dot products with stored elements become scores.
+// Turns dot products with stored elements of quantized keys into scores.
 KVPAGE_INLINE void ScaleScores(const float* scales, int size, float* scores) {
   for (int j = 0; j < size; j += W) StoreFloats(scores + j, LoadFloats(scores + j) * LoadFloats(scales + j));
 }
 
-// Whether 0 times any value of the tile is 0, so that a row may multiply values that it does not see by its weight of
-// 0.
+// Whether 0 times any value of the tile is 0, so that a row may multiply values that it does not see by a weight of 0.
 template <class T>
 KVPAGE_INLINE bool AllFinite(const char* const* rows, std::int64_t offset, int size, int head_dim) {
   VF bad = {};

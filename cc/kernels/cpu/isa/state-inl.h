@@ -1,5 +1,5 @@
-// The state of an online softmax over part of a context: of every query row a weighted sum of values, the largest score
-// and the sum of the weights. States over different parts of the context merge.
+// The state of an online softmax over part of a context: for every query row a weighted sum of values, the largest
+// score and the sum of the weights. States over different parts of the context can be merged.
 #ifndef KVPAGE_KERNELS_CPU_ISA_STATE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_STATE_INL_H_
 
@@ -11,19 +11,19 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// A view of the StateFloats of one KV head: acc[rows, padded_dim], then max[rows], sum[rows] and exact_sum[rows], rows
-// padded. F: float, or const float where it is only read.
+// View of the StateFloats of one KV head: acc[rows, padded_dim], then max[rows], sum[rows] and exact_sum[rows], with
+// the number of rows padded. F is float, or const float for read-only views.
 template <class F>
 class StateView {
  public:
   KVPAGE_INLINE StateView(F* memory, int rows, int head_dim)
       : acc_(memory), padded_rows_(PaddedRows(rows)), padded_dim_(PaddedDim(head_dim)) {}
 
-  // Values times weights, of one row.
+  // Weighted sum of values of one row.
   KVPAGE_INLINE F* acc(int row) const { return acc_ + row * padded_dim_; }
-  // The largest score, divided by StateScale. -inf: nothing seen so far.
+  // The largest score, divided by StateScale; -inf if nothing was seen so far.
   KVPAGE_INLINE F* max() const { return acc_ + padded_rows_ * padded_dim_; }
-  // Sum of the weights that multiplied the values (perhaps rounded to bfloat16), so that they add up to one.
+  // Sum of the weights by which the values were multiplied (perhaps rounded to bfloat16), for normalization.
   KVPAGE_INLINE F* sum() const { return max() + padded_rows_; }
   // Sum of the weights before rounding, for lse.
   KVPAGE_INLINE F* exact_sum() const { return sum() + padded_rows_; }
@@ -45,7 +45,7 @@ KVPAGE_INLINE SoftmaxState StateOf(const SpanArgs& args, int h) {
   return {args.state + h * StateFloats(rows, head_dim), rows, head_dim};
 }
 
-// The state before anything was seen.
+// Initializes the state: nothing seen yet.
 KVPAGE_INLINE void Clear(const SoftmaxState& state) {
   for (int i = 0; i < state.padded_rows() * state.padded_dim(); i += W) StoreFloats(state.acc(0) + i, VF{});
   for (int r = 0; r < state.padded_rows(); ++r) {
@@ -54,7 +54,7 @@ KVPAGE_INLINE void Clear(const SoftmaxState& state) {
   }
 }
 
-// into = into merged with from, both over `rows` rows.
+// Merges `from` into `into`, for `rows` rows.
 KVPAGE_INLINE void MergeStates(const SoftmaxState& into, const ConstSoftmaxState& from, int rows, float state_scale) {
   const float unit = state_scale * kLog2E;
   float *max = into.max(), *sum = into.sum(), *exact = into.exact_sum();

@@ -1,4 +1,4 @@
-// The table of kernels of one instruction set, for its translation unit to return.
+// The table of kernels for one instruction set; its translation unit returns it.
 #ifndef KVPAGE_KERNELS_CPU_ISA_TABLE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_TABLE_INL_H_
 
@@ -14,7 +14,7 @@ namespace {
 #define KVPAGE_STRINGIZE_(x) #x
 #define KVPAGE_STRINGIZE(x) KVPAGE_STRINGIZE_(x)
 
-// Path: the kernels that a span takes, GenericPath or the set's own.
+// Path selects the kernels for a span: GenericPath or the set's own.
 template <class Path>
 constexpr Kernels kTable = {
     KVPAGE_STRINGIZE(KVPAGE_ISA), Load<Path>, Attend<Path>, Merge, Finish, Convert, Quantize, Dequantize};

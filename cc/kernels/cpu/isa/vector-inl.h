@@ -1,4 +1,4 @@
-// Vectors: the primitives of the instruction set in use, and functions built from them.
+// Vectors: the primitives of the selected instruction set, and functions built from them.
 #ifndef KVPAGE_KERNELS_CPU_ISA_VECTOR_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_VECTOR_INL_H_
 
@@ -7,7 +7,7 @@
 #include "kernels/cpu/isa/target-inl.h"
 #include "kernels/cpu/isa/vector_types-inl.h"  // IWYU pragma: export
 
-// The one place where a generic file chooses by instruction set.
+// The only place where a generic file selects code by instruction set.
 #if KVPAGE_LANES == 16
 #include "kernels/cpu/isa/avx512/vector-inl.h"  // IWYU pragma: export
 #elif KVPAGE_LANES == 8
@@ -19,13 +19,14 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// The larger bits of floats without their sign, which are ordered as the floats are, infinity and NaN on top.
+// Elementwise maximum of `top` and the float bits without their sign. These are ordered like the magnitudes of the
+// floats, with infinity and NaN on top.
 KVPAGE_INLINE VI MaxMagnitude(VI top, VI bits) {
   const VI magnitude = bits & INT32_MAX;
   return magnitude > top ? magnitude : top;
 }
 
-// Transposes the square of 32-bit lanes: log2(W) rounds of the perfect shuffle.
+// Transposes the square of 32-bit lanes with log2(W) rounds of the perfect shuffle.
 KVPAGE_INLINE void Transpose(VF (&r)[W]) {
   VF t[W];
   KVPAGE_UNROLL for (int n = 1; n < W; n *= 2) {
@@ -42,7 +43,7 @@ KVPAGE_INLINE void Transpose(VF (&r)[W]) {
 KVPAGE_INLINE VF LoadAs(F32, const void* p) { return LoadBits<VF>(p); }
 KVPAGE_INLINE VF LoadAs(BF16, const void* p) { return (VF)(Widen(LoadBits<VH>(p)) << 16); }
 
-// 2 W bfloat16 as two vectors, those at even places and those at odd ones: half the instructions of two loads in order.
+// Loads 2 W bfloat16 as two vectors, the even and the odd elements: half the instructions of two loads in order.
 KVPAGE_INLINE void LoadEvenOdd(const void* p, VF* even, VF* odd) {
   const VI bits = LoadBits<VI>(p);
   *even = (VF)(bits << 16);
@@ -51,7 +52,7 @@ KVPAGE_INLINE void LoadEvenOdd(const void* p, VF* even, VF* odd) {
 
 KVPAGE_INLINE void StoreAs(F32, void* p, VF v) { StoreBits(p, v); }
 
-// The upper 16 bits are v rounded to bfloat16, to nearest even; not for NaN.
+// The upper 16 bits of the result are v rounded to bfloat16, to nearest even. Not for NaN.
 KVPAGE_INLINE VI RoundToUpperHalf(VF v) { return (VI)v + 0x7fff + (((VI)v >> 16) & 1); }
 
 KVPAGE_INLINE void StoreAs(BF16, void* p, VF v) {
@@ -60,8 +61,8 @@ KVPAGE_INLINE void StoreAs(BF16, void* p, VF v) {
   StoreBits(p, __builtin_convertvector((v == v ? rounded : quiet) & 0xffff, VH));
 }
 
-// The W elements at p, or the n < W that are left of a row, and zeros. Memory past them, which may not exist, is not
-// touched.
+// Loads W elements at p, or the n < W that remain of a row, followed by zeros. Does not access memory past them, which
+// may not be mapped.
 template <class T>
 KVPAGE_INLINE VF LoadFirst(const char* p, std::int64_t n) {
   if (n >= W) return LoadAs(T{}, p);
@@ -71,7 +72,7 @@ KVPAGE_INLINE VF LoadFirst(const char* p, std::int64_t n) {
   return LoadAs(T{}, padded);
 }
 
-// Stores the first n < W floats of v, the end of a row.
+// Stores the first n < W floats of v at the end of a row.
 template <class T>
 KVPAGE_INLINE void StoreFirst(char* p, std::int64_t n, VF v) {
   char padded[W * T::kSize];

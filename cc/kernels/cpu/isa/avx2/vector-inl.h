@@ -14,7 +14,7 @@ namespace {
 // a * b + c
 KVPAGE_INLINE VF Fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 
-// The larger one; b where either is NaN.
+// Elementwise maximum; b if either is NaN.
 KVPAGE_INLINE VF Max(VF a, VF b) { return _mm256_max_ps(a, b); }
 
 // Lane j of the result is the sum of the lanes of a[j], added in the same order for every j.
@@ -33,7 +33,7 @@ KVPAGE_INLINE VF SumEach(const VF (&a)[W]) {
 KVPAGE_INLINE VF ZipLow(VF a, VF b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
 KVPAGE_INLINE VF ZipHigh(VF a, VF b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 
-// Intrinsics, because GCC makes several instructions of __builtin_convertvector here.
+// Uses intrinsics because GCC compiles __builtin_convertvector to several instructions here.
 KVPAGE_INLINE VI Widen(VH h) { return (VI)_mm256_cvtepu16_epi32((__m128i)h); }
 KVPAGE_INLINE VF LoadAs(I8, const void* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
@@ -42,8 +42,8 @@ KVPAGE_INLINE VF LoadAs(I8, const void* p) {
 KVPAGE_INLINE VF LoadAs(F16, const void* p) { return _mm256_cvtph_ps(LoadBits<__m128i>(p)); }
 KVPAGE_INLINE void StoreAs(F16, void* p, VF v) { StoreBits(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
-// The element over ElementUnit: its bits are those of a float16 with 3 bits of mantissa and the exponent 8 too low. The
-// one code that is NaN gets no special care: rows that are not finite have NaN as their scale.
+// Loads elements divided by ElementUnit: their bits are those of a float16 with a 3-bit mantissa and an exponent that
+// is 8 too low. The NaN code needs no special handling, because rows that are not finite have NaN as their scale.
 KVPAGE_INLINE VF LoadAs(F8E4M3, const void* p) {
   const __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p))), 7);
   return _mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16(static_cast<short>(0xbfff))));

@@ -13,7 +13,7 @@ namespace {
 // a * b + c
 KVPAGE_INLINE VF Fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 
-// The larger one; b where either is NaN.
+// Elementwise maximum; b if either is NaN.
 KVPAGE_INLINE VF Max(VF a, VF b) { return _mm512_max_ps(a, b); }
 
 KVPAGE_INLINE float MaxOf(VF v) { return _mm512_reduce_max_ps(v); }
@@ -43,21 +43,21 @@ KVPAGE_INLINE VF ZipHigh(VF a, VF b) {
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-// Exp2's steps: x minus the integer below it; p times 2 to that integer, 0 where x is below -126.
+// Steps of Exp2: x minus floor(x), and p * 2^floor(x), which is 0 if x < -126.
 KVPAGE_INLINE VF FractionOf(VF x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 KVPAGE_INLINE VF TimesExp2OfFloor(VF p, VF x) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, Splat(-126.0f), _CMP_NLT_UQ), p, x);
 }
 
-// Intrinsics, because GCC makes several instructions of __builtin_convertvector here.
+// Uses intrinsics because GCC compiles __builtin_convertvector to several instructions here.
 KVPAGE_INLINE VI Widen(VH h) { return (VI)_mm512_cvtepu16_epi32((__m256i)h); }
 KVPAGE_INLINE VF LoadAs(I8, const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(LoadBits<__m128i>(p))); }
 
 KVPAGE_INLINE VF LoadAs(F16, const void* p) { return _mm512_cvtph_ps(LoadBits<__m256i>(p)); }
 KVPAGE_INLINE void StoreAs(F16, void* p, VF v) { StoreBits(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
-// The element over ElementUnit: its bits are those of a float16 with 3 bits of mantissa and the exponent 8 too low. The
-// one code that is NaN gets no special care: rows that are not finite have NaN as their scale.
+// Loads elements divided by ElementUnit: their bits are those of a float16 with a 3-bit mantissa and an exponent that
+// is 8 too low. The NaN code needs no special handling, because rows that are not finite have NaN as their scale.
 KVPAGE_INLINE VF LoadAs(F8E4M3, const void* p) {
   const __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(LoadBits<__m128i>(p)), 7);
   return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16(static_cast<short>(0xbfff))));

@@ -1,5 +1,5 @@
-// Lanes of two bfloat16, whose products are added up: the lanes of prefill, and of decode's scores, where queries and
-// stored elements are bfloat16 or fit into it.
+// Lanes of two bfloat16 whose products are summed: used in prefill, and for the scores of decode, if queries and stored
+// elements are bfloat16 or can be represented exactly in it.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_PAIRS_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_PAIRS_INL_H_
 
@@ -21,7 +21,7 @@ namespace {
 // acc[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1] over bfloat16 pairs.
 KVPAGE_INLINE VF DotPairs(VF acc, VI a, VI b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 
-// Two elements as two bfloat16 in a lane.
+// Tag of pairs of elements, which are loaded as pairs of bfloat16.
 template <class T>
 struct PairsOf {
   static constexpr int kSize = 2 * T::kSize;
@@ -54,13 +54,13 @@ struct PairLanes {
   static KVPAGE_INLINE VI Load(const void* p) {
     return (VI)LoadAs(P{}, p);
   }
-  // The first W bfloat16 at p, zeros after them.
+  // Loads the first W bfloat16 at p, followed by zeros.
   static KVPAGE_INLINE VI LoadHalf(const void* p) { return (VI)_mm512_zextsi256_si512(LoadBits<__m256i>(p)); }
   static KVPAGE_INLINE VF MulAdd(VF sum, VI x, VI y) { return DotPairs(sum, x, y); }
   static KVPAGE_INLINE VF Check(VI x) { return FloatLanes::Check(x << 16) + FloatLanes::Check(x >> 16 << 16); }
 };
 
-// Values of two tokens, a lane has the same column of both: dst[padded_dim / kPanel][kPrefillTokens / 2, kPanel].
+// Values of two tokens; a lane holds the same column of both: dst[padded_dim / kPanel][kPrefillTokens / 2, kPanel].
 template <class T>
 void PackValues(PairLanes, const char* const* rows, std::int64_t offset, int size, int head_dim, float* dst) {
   static_assert(kPanel == 2 * W);
@@ -81,7 +81,7 @@ void PackValues(PairLanes, const char* const* rows, std::int64_t offset, int siz
   }
 }
 
-// Weights rounded to pairs; returns the sum of the rounded weights.
+// Turns scores into weights rounded to bfloat16 pairs; returns the sum of the rounded weights.
 KVPAGE_INLINE float Weigh(PairLanes, int padded, VF base, VF unit, float* scores, float* exact) {
   const VI ones = SplatInt(0x3f803f80);
   VF total = {}, rounded = {};

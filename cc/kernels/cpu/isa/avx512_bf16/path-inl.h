@@ -1,4 +1,4 @@
-// Which kernels a span takes where bfloat16 pairs and bytes can be multiplied.
+// Selects the kernels for a span on machines that can multiply bfloat16 pairs and bytes.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_PATH_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_PATH_INL_H_
 
@@ -20,8 +20,8 @@ namespace {
 
 struct Bf16Path {
   static constexpr bool PrefillsPairs(DType dtype, bool q_is_bf16, bool exact_weights, int head_dim) {
-    // Residuals are known for bfloat16 values only. (No IsQuantized(): the linker might keep the copy that was compiled
-    // here.)
+    // Residuals are implemented for bfloat16 values only. (Does not use IsQuantized(): the linker might keep the copy
+    // compiled here.)
     const bool quantized = dtype == DType::kI8 || dtype == DType::kF8E4M3;
     return q_is_bf16 && head_dim % 2 == 0 && (dtype == DType::kBF16 || (quantized && !exact_weights));
   }

@@ -1,5 +1,6 @@
-// Decode against quantized keys and values, for machines that multiply bytes. The arithmetic of decode-inl.h would need
-// longer for an element than memory does; products of the stored elements do four (two) at a time.
+// Decode on quantized keys and values for machines that can multiply bytes. The arithmetic of decode-inl.h would take
+// longer per element than memory does; here, products of the stored elements handle four (int8) or two (float8) at a
+// time.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_DECODE_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_DECODE_INL_H_
 
@@ -21,22 +22,22 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// A tile is cut into four streams of `length` tokens (a multiple of four; the last may lack some), and `tokens` lists
-// the tokens 0, length, 2 length, 3 length, 1, length + 1, ...: groups of four. See Interleaved(). `values` lists their
-// values in this order; see SpanArgs.
+// A tile is cut into four streams of `length` tokens (a multiple of four; the last stream may be incomplete). `tokens`
+// lists the tokens in the order 0, length, 2 length, 3 length, 1, length + 1, ..., in groups of four; see
+// Interleaved(). `values` lists their values in the same order; see SpanArgs.
 struct QuantizedTile {
   const char* const* tokens;  // keys
   const char* const* values;
   std::int64_t value_offset;
   int length;
-  // Rows of one head to prefetch while keys (values) are used, values (keys), a token's heads side by side: they are
-  // asked for in the order of their addresses, regardless of the order of the arithmetic.
+  // Rows to prefetch for each head: values while keys are used, and keys while values are used. The heads of a token
+  // are listed together, so that prefetches follow the order of addresses, whatever the order of the arithmetic.
   const char* const* after_keys;
   const char* const* after_values;
 };
 
-// Scores of the sixteen tokens from place i of the walk, lane j that of the token at place i + j, go where their tokens
-// are.
+// Stores the scores of sixteen tokens, starting at place i of the walk, where their tokens are in the tile. Lane j
+// holds the score of the token at place i + j.
 KVPAGE_INLINE void StoreInterleaved(VF scores, int i, int length, float* row) {
   const VI streams = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   const VF sorted = (VF)_mm512_permutexvar_epi32((__m512i)streams, (__m512i)scores);
@@ -45,14 +46,14 @@ KVPAGE_INLINE void StoreInterleaved(VF scores, int i, int length, float* row) {
   }
 }
 
-// scores[R, kTileTokens] of rows `row` .. row + R - 1 against sixteen keys, from place i of the walk. Lines of the keys
-// are transposed, so that lane j of a vector has four elements of key i + j. kWhole: head_dim is a number of whole
-// lines.
+// scores[R, kTileTokens] of rows `row` .. row + R - 1 against sixteen keys, starting at place i of the walk. Lines of
+// the keys are transposed, so that lane j of a vector holds four elements of key i + j. kWhole: head_dim is a multiple
+// of the line size.
 template <int R, bool kInts, bool kWhole>
 KVPAGE_NOINLINE void QuantizedScores(const QuantizedTile& tile, int i, std::int64_t offset, const char* const* after,
                                      const QuantizedQuery& q, int row, int head_dim, float* scores) {
   constexpr int P = kQueryParts<kInts>;
-  VF sums[R][2];  // float8: of the first and of the other two keys in each quarter, two lanes a key
+  VF sums[R][2];  // float8: of the first two and the other two keys in each quarter, two lanes per key
   VI parts[R][P];
   KVPAGE_UNROLL for (int r = 0; r < R; ++r) {
     sums[r][0] = sums[r][1] = VF{};
@@ -64,7 +65,7 @@ KVPAGE_NOINLINE void QuantizedScores(const QuantizedTile& tile, int i, std::int6
   const std::int32_t* y = q.words + row * P * PaddedLine(head_dim) / 4;
   const std::int8_t* last_byte = q.last_byte + row * PaddedLine(head_dim) / 4;
   for (int d = 0; d < head_dim; d += W) {
-    __asm__("" : "+r"(tokens));  // read again: GCC would keep pointers in vector registers, and moving them costs more
+    __asm__("" : "+r"(tokens));  // read again: GCC would keep pointers in vector registers, and moving them is slower
     __m512i quarters[4];
     KVPAGE_UNROLL for (int j = 0; j < 4; ++j) quarters[j] = LoadQuarters<kWhole>(tokens + j, offset + d, head_dim - d);
     VI words[4];
@@ -124,7 +125,7 @@ KVPAGE_NOINLINE void QuantizedValues(const QuantizedTile& tile, std::int64_t off
     KVPAGE_UNROLL for (int l = 0; l < L; ++l) parts[r][l][0] = parts[r][l][1] = VI{};
   }
   offset += d;
-  // The two halves of a line each prefetch half of the rows.
+  // Each half of a line prefetches half of the rows.
   if (d % 64 != 0) after += 2 * tile.length;
   for (int g = 0; g < tile.length; ++g) {
     VI x[4];
@@ -172,7 +173,7 @@ KVPAGE_NOINLINE void QuantizedValues(const QuantizedTile& tile, std::int64_t off
   }
 }
 
-// One tile of all heads of the span. words: room for the weights of all rows.
+// Processes one tile for all heads of the span. `words` has room for the weights of all rows.
 template <int L, bool kWhole>
 void DecodeQuantizedTile(const SpanArgs& args, const QuantizedTile& tile, int size, std::int64_t begin,
                          const QuantizedQuery& q, float* scores, std::int32_t* words) {
@@ -268,7 +269,7 @@ void DecodeQuantizedSpan(const SpanArgs& args) {
     tile.values = (two_lists ? values_walk : walk) + first;
     tile.length = kTileTokens / 4;
     const char *part[kTileTokens], *values_part[kTileTokens];
-    if (size < kTileTokens) {  // tokens that a stream lacks are the last one, with a weight of zero
+    if (size < kTileTokens) {  // missing tokens of a stream are replaced by the last token, with a weight of zero
       tile.length = (size + W - 1) / W * 4;
       for (int k = 0; k < 4 * tile.length; ++k) {
         const int token = Interleaved(k, tile.length), at = first + (token < size ? token : size - 1);
@@ -278,7 +279,7 @@ void DecodeQuantizedSpan(const SpanArgs& args) {
       tile.tokens = part;
       tile.values = values_part;
     }
-    // Values while keys are used, and then the next tile's keys.
+    // While keys are used, their values are prefetched; while values are used, the next tile's keys.
     const int listed = 4 * tile.length;
     tile.after_keys = tile.values;
     tile.after_values = first + size + listed <= readable ? walk + first + size : tile.tokens;

@@ -1,10 +1,10 @@
-// Queries and weights as the operands that quantized keys and values are multiplied by.
+// Prepares queries and weights as operands for products with quantized keys and values.
 //
-// int8: query rows and weights become integers of 3 bytes, whose sums over bytes are exact: they hold what float32
-// does, to 2^-23 of the largest. The last byte of bfloat16 queries is 0 except for elements below 1/128 of the largest,
-// and zero bytes are skipped; 2 bytes are enough for weights of results that are rounded to bfloat16. float8_e4m3fn:
-// bfloat16 queries unchanged, weights rounded to bfloat16. Rounding moves an output by 0.1% of its size, where rounding
-// the values to 4 bits has moved it by percents.
+// int8: query rows and weights become 3-byte integers, whose sums over bytes are exact, so they are as precise as
+// float32, to 2^-23 of the largest element. The last byte of bfloat16 queries is 0 except for elements below 1/128 of
+// the largest, and zero bytes are skipped. For weights, 2 bytes are enough if results are rounded to bfloat16.
+// float8_e4m3fn: bfloat16 queries are used unchanged, and weights are rounded to bfloat16. This rounding changes an
+// output by 0.1% of its size, while rounding the values to 4 bits has already changed it by percents.
 //
 // L is the number of bytes of a weight, 0 for float8.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_QUANTIZED_OPERANDS_INL_H_
@@ -22,20 +22,20 @@
 namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
-// 32-bit words that four elements of a query, or four weights, are multiplied as: bytes of integers (the last first),
+// The number of 32-bit words that hold four elements of a query, or four weights: bytes of integers (last byte first),
 // or pairs of bfloat16.
 template <bool kInts>
 constexpr int kQueryParts = kInts ? 3 : 2;
 template <int L>
 constexpr int kWeightParts = L > 0 ? L : 2;
 
-// The query rows of a KV head, for all of a span. Rows are taken R at a time; for each such group from row r, at
-// r * kQueryParts * line / 4, words are [line / 4][R][kQueryParts].
+// The query rows of a KV head, used for a whole span. Rows are processed R at a time. The words of the group that
+// starts at row r are at r * kQueryParts * line / 4, laid out as [line / 4][R][kQueryParts].
 struct QuantizedQuery {
   std::int32_t* words;
-  std::int32_t* start;     // int8: [rows][kQueryParts], start of a sum of products
+  std::int32_t* start;     // int8: [rows][kQueryParts], initial value of a sum of products
   float* unit;             // int8: [rows]
-  std::int8_t* last_byte;  // int8: at r * line / 4, [line / 4]: whether the last byte of any of these words is not 0
+  std::int8_t* last_byte;  // int8: [line / 4] at r * line / 4, whether the last byte of any of these words is not 0
 };
 
 constexpr int PaddedLine(int head_dim) { return (head_dim + 63) / 64 * 64; }
@@ -48,9 +48,9 @@ KVPAGE_INLINE QuantizedQuery OfHead(const QuantizedQuery& q, int head, int rows,
           q.last_byte + row * words};
 }
 
-// Numbers of at most amax (given by its bits) are integers of at most `most` once they are multiplied by lift and then
-// by factor (in one step it could overflow). The unit of these integers is a power of two, so that short numbers keep
-// all of their bits; NaN if amax is not finite.
+// Numbers of magnitude at most amax (given as bits) become integers of at most `most` when multiplied by `lift` and
+// then by `factor` (a single step could overflow). The unit of these integers is a power of two, so that numbers with
+// few bits keep them all. NaN if amax is not finite.
 struct IntegerScale {
   float lift;
   float factor;
@@ -58,7 +58,7 @@ struct IntegerScale {
 };
 KVPAGE_INLINE IntegerScale ScaleToIntegers(std::int32_t amax_bits, int bits, float most) {
   if (amax_bits >= 0x7f800000) return {0.0f, 0.0f, __builtin_nanf("")};
-  if (amax_bits < 0x00800000) return {0.0f, 0.0f, 0.0f};  // subnormal: no more than zero to programs that flush them
+  if (amax_bits < 0x00800000) return {0.0f, 0.0f, 0.0f};  // subnormal: treated as zero, as in programs that flush them
   int exponent = (amax_bits >> 23) - 127 + 1 - bits;      // amax is below 2^(bits + exponent)
   float amax;
   __builtin_memcpy(&amax, &amax_bits, 4);
@@ -72,12 +72,12 @@ KVPAGE_INLINE IntegerScale ScaleToIntegers(std::int32_t amax_bits, int bits, flo
   if (amax * power(lift) * power(-exponent - lift) > most) ++exponent;
   return {power(lift), power(-exponent - lift), exponent < -126 ? power(exponent + 64) * 0x1p-64f : power(exponent)};
 }
-// The largest integers of 3 bytes that are all signed, and of L bytes that are not.
+// The largest integers of 3 signed bytes, and of L unsigned bytes.
 constexpr float kMostSigned = 8355711.0f;
 template <int L>
 constexpr float kMostUnsigned = L == 2 ? 65535.0f : 16777215.0f;
 
-// Writes the operands of rows r .. r + R - 1 of a head's queries.
+// Writes the operands for rows r .. r + R - 1 of a head's queries.
 template <int R, bool kInts>
 void QuantizeQueries(const float* q, const float* q16, int r, int padded_dim, int line,
                      const QuantizedQuery& quantized) {
@@ -116,16 +116,16 @@ void QuantizeQueries(const float* q, const float* q16, int r, int padded_dim, in
         for (int k = 0; k < W / 4; ++k) put(d + 4 * k, part, four[k]);
       }
     }
-    // Keys are multiplied as unsigned bytes, 128 more than their value.
+    // Keys are multiplied as unsigned bytes, which are 128 larger than their value.
     for (int part = 0; part < P; ++part) {
       quantized.start[(r + i) * P + part] = -128 * _mm512_reduce_add_epi32((__m512i)sum[part]);
     }
   }
 }
 
-// Factors that turn the weights of a row into integers of L bytes (L > 0), or just the scales of the tokens that it
-// sees; returns the unit of the products, NaN if one of these scales is not finite. Tokens that the row does not see
-// are left out: not even the last bit of the result may depend on them.
+// Computes the factors that turn the weights of a row into integers of L bytes; if L is 0, just the scales of the
+// visible tokens. Returns the unit of the products, NaN if one of these scales is not finite. Tokens that the row does
+// not see are ignored: not even the last bit of the result may depend on them.
 template <int L>
 KVPAGE_INLINE float ValueScales(const float* scales, Visible visible, int size, float* factors) {
   VI top = {};
@@ -142,9 +142,9 @@ KVPAGE_INLINE float ValueScales(const float* scales, Visible visible, int size, 
   return scale.unit;
 }
 
-// A row's weights times `scales` as the operands of QuantizedValues: words[part][16], word g that of the tokens g,
-// length + g, ... of the tile. int8: their bytes, one of each. float8: pairs of bfloat16, of two tokens and of the
-// other two.
+// Computes a row's weights times `scales` as the operands of QuantizedValues: words[part][16], where word g is for
+// tokens g, length + g, ... of the tile. int8: one byte of each. float8: one pair of bfloat16 for the first two tokens
+// and one for the other two.
 template <int L>
 KVPAGE_INLINE void QuantizeWeights(const float* weights, const float* scales, int length, VI* words) {
   VF w[4];
@@ -153,14 +153,14 @@ KVPAGE_INLINE void QuantizeWeights(const float* weights, const float* scales, in
   }
   if constexpr (L > 0) {
     VI n[4];
-    // Weights are at most 1, except for what Exp2 may round up.
+    // Weights are at most 1, but Exp2 may round up.
     KVPAGE_UNROLL for (int s = 0; s < 4; ++s) n[s] = ToIntegers(_mm512_min_ps(w[s], Splat(kMostUnsigned<L>)));
     KVPAGE_UNROLL for (int l = 0; l < L; ++l) {
       words[l] = (n[0] >> (8 * l) & 0xff) | (n[1] >> (8 * l) & 0xff) << 8 | (n[2] >> (8 * l) & 0xff) << 16 |
                  n[3] >> (8 * l) << 24;
     }
   } else {
-    // _mm512_cvtne2ps_pbh would put pairs elsewhere.
+    // _mm512_cvtne2ps_pbh would order the pairs differently.
     VI n[4];
     KVPAGE_UNROLL for (int s = 0; s < 4; ++s) n[s] = RoundToUpperHalf(w[s]);
     KVPAGE_UNROLL for (int part = 0; part < 2; ++part) {

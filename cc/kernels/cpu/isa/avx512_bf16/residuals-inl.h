@@ -1,13 +1,13 @@
-// Exact weights with products of bfloat16: the residuals of softmax weights, which rounding to bfloat16 leaves, are
-// multiplied too.
+// Exact weights with bfloat16 products: the residuals that are left when softmax weights are rounded to bfloat16 are
+// multiplied, too.
 //
-// Products of bfloat16 pairs are twice as fast as those of floats, but rounding weights to 8 bits costs about as much
-// precision as rounding the result does. So the residual of every weight is multiplied as well. Its leading 7 bits and
-// those of the values are enough for that, and a dot product of bytes takes four tokens at a time: half the time of
-// pairs.
+// Products of bfloat16 pairs are twice as fast as float products, but rounding weights to 8 bits costs about as much
+// precision as rounding the result does. So the residual of every weight is multiplied as well. The leading 7 bits of
+// residuals and values are enough for that, and a dot product of bytes handles four tokens at a time, in half the time
+// of pairs.
 //
 // The residuals of a row share a unit, and so do the values of a token, by which the residuals are multiplied
-// beforehand: a result depends only on what its row sees.
+// beforehand. A result depends only on what its row sees.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_RESIDUALS_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_RESIDUALS_INL_H_
 
@@ -27,49 +27,49 @@ namespace kvpage::cpu::KVPAGE_ISA {
 namespace {
 
 constexpr float kMostByte = 127.0f;
-// Of a value's unit.
+// The largest exponent of a value's unit.
 constexpr float kMostExponent = 254 - 126 - 7;
-// Smaller ones are left out, because their factor could overflow.
+// Smaller residuals are dropped, because their factor could overflow.
 constexpr float kLeastResidual = 0x1p-118f;
 
-// Values as bytes are moved up by this to have no sign.
+// Added to values as bytes to make them unsigned.
 constexpr std::int32_t kByteBias = 128;
 
-// A tile's values as bytes, for the products with residuals.
+// The values of a tile as bytes, for products with residuals.
 struct TileResiduals {
   std::int32_t* words = nullptr;  // [padded_dim / kPanel][kPrefillTokens / 4, kPanel], a word: a column of four tokens
-  // [kPrefillTokens]. Units are powers of two with these exponents, or 0 and -inf, which they are from the last token
-  // to the end of its panel too.
+  // [kPrefillTokens]. A unit is a power of two with this exponent, or 0 with exponent -inf. After the last token, up to
+  // the end of its panel, units are 0.
   float* units = nullptr;
   float* exponents = nullptr;
-  std::int8_t* residuals = nullptr;  // room for those of a block
+  std::int8_t* residuals = nullptr;  // buffer for the residuals of a block
 };
 
 // The residuals of the rows of a block.
 struct BlockResiduals {
-  const float* value_units;  // from the block's first token on
+  const float* value_units;  // starting at the block's first token
   const float* value_exponents;
   std::int8_t* bytes;              // [kRowBlock, kPrefillTokens]
-  float factors[kRowBlock];        // a residual times its value's unit, times this, is a byte
-  float units[kRowBlock];          // and a byte times this is the former
-  std::int32_t starts[kRowBlock];  // start of a sum of products: takes the bias out
+  float factors[kRowBlock];        // byte = residual * (its value's unit) * factor
+  float units[kRowBlock];          // residual * (its value's unit) = byte * unit
+  std::int32_t starts[kRowBlock];  // initial value of a sum of products, which removes the bias
 };
 
-// The largest of row r's weights times units of values is 2^(heaviest - top), where `top` is the row's largest score in
-// base 2. Rounding takes no more than 1/256 of a weight. A large score takes bits from the exponent that was added to
-// it: the slack makes up for them, so that no byte wraps. From 2^24 on scores are whole numbers, so that weights are
+// The largest product of a weight of row r and a value's unit is 2^(heaviest - top), where `top` is the row's largest
+// score in base 2. Rounding removes at most 1/256 of a weight. A large score takes bits from the exponent that was
+// added to it; the slack makes up for this, so that no byte wraps. From 2^24 on scores are integers, so weights are
 // powers of two and leave no residuals.
 KVPAGE_INLINE void ScaleResiduals(BlockResiduals* residuals, int r, float heaviest, float top) {
   const float slack = __builtin_fabsf(top) * 0x1p-22f;
   const float largest = heaviest - top + slack;
-  // Weights are at most 1: no more than the largest unit. Keeps Exp2 in its range; NaN stays.
+  // Weights are at most 1, so products are at most the largest unit. Keeps Exp2 in its range; NaN is preserved.
   const float most = Exp2((largest > kMostExponent ? kMostExponent : largest) - 8.0f);
-  const bool any = most > kLeastResidual;  // not for NaN
+  const bool any = most > kLeastResidual;  // false for NaN
   residuals->factors[r] = any ? kMostByte / most : 0.0f;
   residuals->units[r] = any ? most / kMostByte : 0.0f;
 }
 
-// The residuals of a block whose first token is `from`, before Softmax fills them in.
+// The residuals of a block whose first token is `from`; Softmax fills them in.
 KVPAGE_INLINE BlockResiduals ResidualsFrom(const TileResiduals& tile, int from) {
   BlockResiduals residuals = {};
   residuals.value_units = tile.units + from;
@@ -78,7 +78,7 @@ KVPAGE_INLINE BlockResiduals ResidualsFrom(const TileResiduals& tile, int from) 
   return residuals;
 }
 
-// Index of PickBytes that takes the last bytes of the words of a, then of b.
+// PickBytes index that takes the last byte of each word of a, then of b.
 constexpr Bytes LastBytes() {
   Bytes index = {};
   for (int i = 0; i < 2 * W; ++i) index.byte[i] = static_cast<std::uint8_t>(4 * i);
@@ -86,7 +86,8 @@ constexpr Bytes LastBytes() {
 }
 constexpr Bytes kLastBytes = LastBytes();
 
-// Unit of a row of values. 0 if the row is not finite or hardly above 0: then only the rounded weights count.
+// Computes the unit of a row of values: 0 if the row is not finite or all its values are nearly 0, in which case only
+// the rounded weights are used.
 KVPAGE_INLINE void SetUnit(const char* row, int padded_dim, int head_dim, float* unit, float* exponent) {
   VI top = {};
   for (int d = 0; d < padded_dim; d += W) top = MaxMagnitude(top, (VI)LoadFirst<BF16>(row + d * 2, head_dim - d));
@@ -97,7 +98,7 @@ KVPAGE_INLINE void SetUnit(const char* row, int padded_dim, int head_dim, float*
   *exponent = any ? static_cast<float>(biased - 126 - 7) : -kInfinity;
 }
 
-// bfloat16 values. room: kPrefillTokens * padded_dim / 2 floats.
+// Packs bfloat16 values. room: kPrefillTokens * padded_dim / 2 floats.
 KVPAGE_INLINE TileResiduals PackResidualValues(PairLanes, const char* const* rows, std::int64_t offset, int size,
                                                int head_dim, float* room) {
   const int padded_dim = PaddedDim(head_dim);
@@ -127,13 +128,13 @@ KVPAGE_INLINE TileResiduals PackResidualValues(PairLanes, const char* const* row
   return values;
 }
 
-// The bfloat16 `first` .. `first` + W - 1 of `pairs`, as floats.
+// Elements `first` .. `first` + W - 1 of `pairs` (bfloat16), as floats.
 template <int first>
 KVPAGE_INLINE VF HalfOfPairs(VI pairs) {
   return (VF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)((Iota() + first) << 16), (__m512i)pairs);
 }
 
-// Stores the residuals of the weights p and q of 2 W tokens from j on, which were rounded to `pairs`. Adds the
+// Stores the residuals of weights p and q, which were rounded to `pairs`, for 2 W tokens starting at j. Adds the
 // residuals times kByteBias to `sum`.
 KVPAGE_INLINE void StoreResiduals(const BlockResiduals& residuals, int r, int j, VF p, VF q, VI pairs, __m256i* sum) {
   const float* units = residuals.value_units + j;
@@ -172,7 +173,7 @@ KVPAGE_NOINLINE void ResidualProduct(const BlockResiduals& residuals, const std:
   }
 }
 
-// Adds a block's residuals times the values of `size` tokens from `from` on to acc.
+// Adds to acc a block's residuals times the values of `size` tokens, starting at `from`.
 KVPAGE_INLINE void AddResiduals(const BlockResiduals& residuals, const TileResiduals& values, int from, int size,
                                 float* acc, int padded_dim) {
   for (int d = 0; d < padded_dim; d += kPanel) {
@@ -181,7 +182,7 @@ KVPAGE_INLINE void AddResiduals(const BlockResiduals& residuals, const TileResid
   }
 }
 
-// Weigh for row r, with its residuals. Returns the sum of the weights before rounding.
+// Weigh for row r, which also stores residuals. Returns the sum of the weights before rounding.
 KVPAGE_INLINE float WeighWithResiduals(PairLanes, BlockResiduals* residuals, int r, int padded, VF base, VF unit,
                                        float* scores) {
   VF total = {};

@@ -1,4 +1,4 @@
-// isa/target-inl.h for the files of this folder: opened alone they get the set that they belong to.
+// isa/target-inl.h for the files of this folder: selects their instruction set if one of them is opened alone.
 #ifndef KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_
 #define KVPAGE_KERNELS_CPU_ISA_AVX512_BF16_TARGET_INL_H_
 

@@ -24,7 +24,7 @@ KVPAGE_INLINE VF Fma(VF a, VF b, VF c) {
 #endif
 }
 
-// The larger one; b where either is NaN.
+// Elementwise maximum; b if either is NaN.
 KVPAGE_INLINE VF Max(VF a, VF b) { return a > b ? a : b; }
 
 // Lane j of the result is the sum of the lanes of a[j], added in the same order for every j.
@@ -40,7 +40,7 @@ KVPAGE_INLINE VF ZipHigh(VF a, VF b) { return __builtin_shufflevector(a, b, 2, 6
 KVPAGE_INLINE VI Widen(VH h) { return __builtin_convertvector(h, VI); }
 KVPAGE_INLINE VF LoadAs(I8, const void* p) { return __builtin_convertvector(LoadBits<VB>(p), VF); }
 
-// Moves the exponent by arithmetic: exact for subnormals too, even where subnormal floats are flushed to zero.
+// Converts the exponent with integer arithmetic: exact for subnormals, even if subnormal floats are flushed to zero.
 KVPAGE_INLINE VF LoadAs(F16, const void* p) {
   const VI half = Widen(LoadBits<VH>(p));
   const VI bits = (half & 0x7fff) << 13;
@@ -86,8 +86,8 @@ KVPAGE_INLINE void StoreAs(F16, void* p, VF v) {
   StoreBits(p, h);
 }
 
-// The element over ElementUnit, by arithmetic on the exponent as for float16. The one code that is NaN gets no special
-// care: rows that are not finite have NaN as their scale.
+// Loads elements divided by ElementUnit, with integer arithmetic on the exponent as for float16. The NaN code needs no
+// special handling, because rows that are not finite have NaN as their scale.
 KVPAGE_INLINE VF LoadAs(F8E4M3, const void* p) {
   const VI code = __builtin_convertvector(LoadBits<VB>(p), VI);
   const VI bits = (code & 0x7f) << 20;
