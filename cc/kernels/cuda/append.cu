@@ -1,4 +1,4 @@
-// Append: writes new keys and values to the cache, converted to its storage type. One block per token.
+// Append: writes new keys and values to the cache, converted to its storage type. One thread block per token.
 #include <type_traits>
 
 #include "base/spec_fields.h"
@@ -25,7 +25,7 @@ struct Target {
   std::int32_t slot;
 };
 
-// Waits for the check and finds the token's place; false: it has none.
+// Waits for the check and finds the token's place; returns false if it has none.
 __device__ __forceinline__ bool FindTarget(const CheckedBatch& checked, std::int64_t token, Target* target) {
   WaitForPriorKernel();
   LetNextKernelStart();
@@ -38,7 +38,7 @@ __device__ __forceinline__ bool FindTarget(const CheckedBatch& checked, std::int
   return sequence.slot >= 0;
 }
 
-// Elements that a thread converts at a time: at most 16 bytes of either type.
+// Elements that a thread converts at a time: at most 16 bytes in either type.
 template <class To, class From>
 constexpr int kAtOnce = 16 / static_cast<int>(sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
     const From* const from = static_cast<const From*>(value ? args.v : args.k) + token * row + element;
     char* const to = to_k + (value ? apart : 0) + head * checked.view.head_stride;
     const Vector<From, N> loaded = LoadVector<From, N>(from);
-    if constexpr (std::is_same_v<To, From>) {  // keeps the bits of a NaN
+    if constexpr (std::is_same_v<To, From>) {  // preserves the bits of a NaN
       StoreVector<To, N>(reinterpret_cast<To*>(to) + d, loaded);
     } else {
       StoreVector<To, N>(reinterpret_cast<To*>(to) + d, Convert<To, From, N>(loaded));
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) AppendKernel(const __grid_constant__
   }
 }
 
-// One warp per row of head_dim elements, which share a scale.
+// One warp per row of head_dim elements that share a scale.
 template <class To, class From, int N>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant__ AppendArgs args) {
   const CheckedBatch& checked = *args.checked;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(const __grid_constant
   }
 }
 
-// Vectorized if all rows are aligned to the vector, else one element at a time.
+// Vectorized if all rows are aligned to the vector size, otherwise one element at a time.
 template <class To, class From>
 Status LaunchFor(const AppendArgs& args, const LaunchShape& shape, Stream stream) {
   constexpr int kVector = kIsQuantized<To> ? 4 : kAtOnce<To, From>;

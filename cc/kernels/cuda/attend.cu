@@ -12,7 +12,7 @@
 namespace kvpage::cuda {
 namespace {
 
-// The planner after a check of the same call, for a plan that serves this call only.
+// The planner, run after the check of the same call, for a plan that serves this call only.
 __global__ void __launch_bounds__(kPlanThreads) PlanCheckedKernel(const __grid_constant__ AttentionParams p) {
   WaitForPriorKernel();
   LetNextKernelStart();
@@ -38,7 +38,7 @@ struct PlanArgs {
   std::int64_t max_context;
 };
 
-// The sequence as CheckBatch has it where nothing is wrong with the batch.
+// The same sequence as CheckBatch produces if the batch is valid.
 __device__ inline Sequence PlannedSequence(const PlanArgs& args, std::int64_t num_tokens, std::int32_t index) {
   const std::int32_t slot = args.slots[index], begin = args.offsets[index];
   const std::int64_t count = std::int64_t{args.offsets[index + 1]} - begin;
@@ -54,8 +54,8 @@ __device__ inline Sequence PlannedSequence(const PlanArgs& args, std::int64_t nu
   return sequence;
 }
 
-// One thread: what the pool says about common beginnings. The pool is counted in; null: there is no pool of this spec,
-// which the check will tell.
+// Called by one thread: gets the pool's runs, which show common prefixes. Counts the caller in as a reader of the pool;
+// returns null if there is no pool of this spec, which the check will report.
 __device__ inline DevicePool* EnterForRuns(const CacheArgs& cache, const AttentionParams& p, PrefixRuns* runs) {
   *runs = {nullptr, nullptr, 0, static_cast<std::int32_t>(cache.spec[kSpecBlockTokens]), 0, 0};
   if (cache.pools == nullptr || p.max_prefix_rows == 0) return nullptr;
@@ -71,7 +71,7 @@ __device__ inline DevicePool* EnterForRuns(const CacheArgs& cache, const Attenti
   const volatile DevicePool& entry = *pool;
   runs->pool = head.id;
   runs->run_cuts = entry.run_cuts;
-  __threadfence();  // a cut that comes after this is seen by the check
+  __threadfence();  // the check sees any cut made after this
   runs->blocks = entry.runs.blocks;
   runs->counts = entry.runs.counts;
   runs->width = entry.runs.width;
@@ -112,8 +112,8 @@ void PlacePlan(void* memory, std::int64_t num_sequences, int blocks, Plan* plan)
   plan->prefix_states = reinterpret_cast<PrefixState*>(base + at.prefix_states);
 }
 
-// Fills the parameters, except those that depend on the kernel's shape and where plan and scratch memory are; `layout`
-// is the scratch memory's.
+// Fills in the parameters, except those that depend on the kernel's shape and the addresses of plan and scratch memory.
+// `layout` is the layout of the scratch memory.
 Status Fill(const AttentionOperands& a, std::int64_t num_sequences, std::int64_t num_tokens, bool tensor_cores,
             AttentionParams* p, AttentionScratch* layout) {
   int num_sms = 0;
@@ -167,16 +167,16 @@ Status GetSharedLimits(SharedLimits* limits) {
   KVPAGE_RETURN_IF_ERROR(ToStatus(cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                                   "cudaDeviceGetAttribute"));
   limits->alone = alone - kMaxStaticSharedBytes;
-  // The system reserves a kilobyte per block.
+  // CUDA reserves a kilobyte of shared memory per block.
   limits->beside = std::min<std::int64_t>(limits->alone, all / kBlocksPerSm - 1024 - kMaxStaticSharedBytes);
   return {};
 }
 
 namespace {
 
-// Launches the attention kernels after the planner.
+// Launches the attention kernels, which follow the planner.
 Status LaunchPlanned(const AttentionOperands& attention, AttentionParams params, bool tensor_cores, Stream stream) {
-  // A batch of so few rows has no prefill.
+  // A batch with this few rows has no prefill.
   const bool prefill =
       tensor_cores && HasPrefillKernel(attention.kv_dtype) && params.num_tokens * params.group > kTileRows;
   params.last = !prefill;
@@ -211,7 +211,7 @@ Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequ
 Status PlanAttention(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
                      void* plan, Stream stream) {
   AttentionParams params = {};
-  AttentionScratch layout;  // partials_per_row and max_prefill_states shape the plan
+  AttentionScratch layout;  // sets partials_per_row and max_prefill_states, which affect the plan
   KVPAGE_RETURN_IF_ERROR(
       Fill(attention, batch.num_sequences, batch.num_tokens, HasTensorCoreKernels(attention), &params, &layout));
   PlacePlan(plan, batch.num_sequences, params.blocks, &params.plan);
@@ -222,20 +222,21 @@ Status PlanAttention(const CacheOperands& cache, const BatchOperands& batch, con
 
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
               const AppendOperands* append, const void* plan, std::uint32_t* new_epoch, void* scratch, Stream stream) {
-  // In a pool, rows of all head sizes of the tensor core kernels are aligned.
+  // In a pool, all rows are aligned for the head sizes of the tensor core kernels.
   const bool tensor_cores = HasTensorCoreKernels(attention);
   AttentionParams params = {};
   AttentionScratch layout;
   KVPAGE_RETURN_IF_ERROR(Fill(attention, batch.num_sequences, batch.num_tokens, tensor_cores, &params, &layout));
   PlaceScratch(layout, scratch, &params);
-  PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read it
+  PlacePlan(const_cast<void*>(plan), batch.num_sequences, params.blocks, &params.plan);  // kernels only read the plan
   BatchCheckArgs args = ToArgs(cache, batch, attention.layer, attention.options.sliding_window, append != nullptr,
                                new_epoch, scratch, /*followers=*/params.blocks);
   args.by_table = attention.by_table;
   args.counters = params.state.next_item;
   args.num_counters = params.state.num_counters;
   if (!attention.may_share) params.max_prefix_rows = 0;
-  // A plan that was made at another time may have groups; without their launch every sequence reads its own context.
+  // A plan made at another time may contain groups; if the kernel for groups is not launched, every sequence reads its
+  // own context.
   args.plan = params.max_prefix_rows > 0 ? params.plan.counts : nullptr;
   KVPAGE_RETURN_IF_ERROR(LaunchBatchCheck(cache, args, stream));
   const auto launch_rest = [&]() -> Status {

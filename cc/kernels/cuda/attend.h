@@ -1,4 +1,4 @@
-// The launch functions of attention, shared by attend.cu and the files of the kernels.
+// The launch functions of attention, shared by attend.cu and the kernel files.
 #ifndef KVPAGE_KERNELS_CUDA_ATTEND_H_
 #define KVPAGE_KERNELS_CUDA_ATTEND_H_
 
@@ -12,12 +12,12 @@ namespace kvpage::cuda {
 struct AttentionParams;
 
 // Attention of a batch whose check left its CheckedBatch at the start of `scratch` (AttentionBytes and PlanBytes), with
-// a plan made for this call. `aligned`: every key and value begins at a multiple of 16 bytes.
+// a plan made for this call. `aligned`: the address of every key and value is a multiple of 16 bytes.
 Status LaunchAttention(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens,
                        bool aligned, void* scratch, Stream stream);
 
-// One file each, so that they compile in parallel. Each fills in the parameters that depend on the kernel's shape, such
-// as the number of pipeline stages.
+// Each is in its own file, so that they compile in parallel. They fill in the parameters that depend on the kernel's
+// shape, such as the number of pipeline stages.
 Status LaunchGeneral(DType storage, AttentionParams params, Stream stream);
 Status LaunchDecodeBf16(AttentionParams params, Stream stream);
 Status LaunchDecodeF16(AttentionParams params, Stream stream);
@@ -30,12 +30,12 @@ Status LaunchPrefillF16(AttentionParams params, Stream stream);
 
 // Dynamic shared memory available to a block of the current device, in bytes.
 struct SharedLimits {
-  std::int64_t alone = 0;   // with the multiprocessor to itself
-  std::int64_t beside = 0;  // with a second block on the multiprocessor
+  std::int64_t alone = 0;   // with one block per multiprocessor
+  std::int64_t beside = 0;  // with two blocks per multiprocessor
 };
 Status GetSharedLimits(SharedLimits* limits);
 
-// Rows that a block of the grouped kernel computes at a time on the current device (AttentionParams::group_rows).
+// Rows that a block of the grouped kernel processes at a time on the current device (AttentionParams::group_rows).
 Status GetGroupRows(std::int32_t head_dim, std::int32_t* rows);
 
 }  // namespace kvpage::cuda

@@ -1,5 +1,5 @@
-// The check of a batch, the first step of an op over keys and values: it writes a CheckedBatch for the kernels after it
-// on the stream.
+// The check of a batch, which is the first step of an op over keys and values. It writes a CheckedBatch for the kernels
+// that follow on the stream.
 #ifndef KVPAGE_KERNELS_CUDA_CHECK_CUH_
 #define KVPAGE_KERNELS_CUDA_CHECK_CUH_
 
@@ -10,8 +10,8 @@
 
 namespace kvpage::cuda {
 
-// The slot of an inactive sequence is -1, or kWrongSequence where only its own output is NaN (tables). It keeps its
-// query tokens: their output is 0 and -inf, or NaN. Tokens after the last sequence are padding.
+// The slot of an inactive sequence is -1, or kWrongSequence if only its own output becomes NaN (tables). The sequence
+// keeps its query tokens: their output is 0 and lse -inf, or NaN. Tokens after the last sequence are padding.
 inline constexpr std::int32_t kWrongSequence = -2;
 
 struct BatchCheckArgs {
@@ -22,17 +22,17 @@ struct BatchCheckArgs {
   std::int64_t num_tokens;
   const std::int32_t* layer;   // [1]
   const std::int32_t* window;  // [1] or null
-  bool append;                 // the new tokens are about to be written; else they must have been
+  bool append;                 // the new tokens are about to be written; otherwise they must already have been
   std::uint32_t* new_epoch;    // append only
   CheckedBatch* checked;
-  bool by_table;  // the kernels after this one address blocks through the table
-  // Set to zero for the kernels after this one.
+  bool by_table;  // the following kernels address blocks through the table
+  // Zeroed for the following kernels.
   std::int32_t* counters;
   std::int32_t num_counters;
-  const PlanCounts* plan;  // whose groups are to hold; null: there is no plan
+  const PlanCounts* plan;  // checked for whether its groups still hold; null if there is no plan
 };
 
-// One thread: the view of a layer that the kernels after the check use.
+// Called by one thread: copies the view of a layer that the following kernels use.
 __device__ inline void CopyView(bool by_table, std::int32_t layer, Checker* checker, KVView* view) {
   const DevicePool* const pool = checker->pool();
   *view = by_table ? pool->table_view : pool->view;
@@ -41,8 +41,8 @@ __device__ inline void CopyView(bool by_table, std::int32_t layer, Checker* chec
   view->table += layer * pool->table_layer_stride;
 }
 
-// Runs the check with all threads of one block; false when it failed. On return the whole block can read the
-// CheckedBatch.
+// Runs the check with all threads of one block; returns false if it fails. On return, all threads of the block can read
+// the CheckedBatch.
 __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* shared, std::uint32_t* shared_marks) {
   Checker checker(args.cache, shared, shared_marks);
   const std::int32_t layer = *args.layer;
@@ -54,16 +54,16 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
     const bool reads = args.cache.op != DeviceOp::kAppendKV;
     const std::int32_t window = args.window != nullptr ? *args.window : 0;
     const bool layer_exists = layer >= 0 && layer < args.cache.num_layers();
-    // Before the verdict, to overlap this access with the check.
+    // Done before the verdict, to overlap this access with the check.
     if (threadIdx.x == blockDim.x - 1) {
       CopyView(args.by_table, layer_exists ? layer : 0, &checker, &out->view);
-      // A plan of an earlier program may tell of what has changed since.
+      // The slots may have changed since an earlier program made the plan.
       out->groups_hold = args.plan != nullptr && args.plan->groups > 0 && args.plan->pool == args.cache.handle[0] &&
                          args.plan->run_cuts == checker.pool()->run_cuts;
     }
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
       const std::int32_t slot = args.slots[s], begin = args.offsets[s];
-      const std::int64_t count = std::int64_t{args.offsets[s + 1]} - begin;  // the offsets may be wrong
+      const std::int64_t count = std::int64_t{args.offsets[s + 1]} - begin;  // offsets may be invalid
       Sequence sequence;
       sequence.slot = -1;
       sequence.query_begin = begin;
@@ -89,10 +89,10 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
                      first < row.dropped) {
             checker.Note(Stage::kLimits, s, FaultKind::kDropped, slot, -1, -1, first, row.dropped);
           } else if (args.append && length > written) {
-            // The context before the new tokens would be what an earlier owner of the memory left there.
+            // Otherwise the context before the new tokens would contain data of an earlier owner of the memory.
             checker.Note(Stage::kLimits, s, FaultKind::kLength, slot, layer, -1, length, written);
           } else if (args.append && length < written && checker.pool()->debug != 0) {
-            // The flag is read only here: programs that advance after each step never get to it.
+            // The flag is read only here: programs that advance after each step never reach it.
             checker.Note(Stage::kLimits, s, FaultKind::kWrittenTwice, slot, layer, -1, length);
           } else if (!args.append && end > written) {
             checker.Note(Stage::kLimits, s, FaultKind::kUnwritten, slot, layer, -1, end, written);
@@ -104,7 +104,7 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   }
   const bool ok = checker.Verdict();
   if (ok) {
-    // Valid already here: kernels that read these tokens come after their append on the stream.
+    // Set already here: kernels that read these tokens come after their append on the stream.
     for (std::int64_t s = threadIdx.x; args.append && s < args.num_sequences; s += blockDim.x) {
       const Sequence& sequence = sequences[s];
       if (sequence.slot < 0) continue;
@@ -126,9 +126,9 @@ __device__ inline bool CheckBatch(const BatchCheckArgs& args, CheckShared* share
   return ok;
 }
 
-// The arguments of a check of `batch`, for one block of kCheckThreads with CheckSharedBytes(cache) of dynamic shared
-// memory: use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result. `followers`: blocks of
-// the op's last kernel, each with a CountedBlock; 0: there is no kernel behind the check.
+// The arguments for checking `batch` in one block of kCheckThreads with CheckSharedBytes(cache) of dynamic shared
+// memory. Use LaunchBatchCheck, or call CheckBatch in a kernel that continues with the result. `followers`: number of
+// blocks of the op's last kernel, each with a CountedBlock; 0 if no kernel follows the check.
 inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                              const std::int32_t* window, bool append, std::uint32_t* new_epoch, void* checked,
                              std::int64_t followers) {
@@ -150,30 +150,31 @@ inline BatchCheckArgs ToArgs(const CacheOperands& cache, const BatchOperands& ba
   return args;
 }
 
-// The check in a separate launch (slots.cu).
+// Launches the check on its own (slots.cu).
 Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, Stream stream);
 
-// `launched`, of the kernels behind a check. If one of them could not be launched, counts the op out in their place.
+// Returns `launched`, the status of launching the kernels after a check. If one of them could not be launched, counts
+// the op out in their place.
 Status CountOutUnless(const Status& launched, void* checked, std::int64_t followers, Stream stream);
 
-// Writes the sequences of attention over plain page arrays as a CheckedBatch (tables.cu). A sequence with an invalid
+// Writes the sequences for attention over plain page arrays as a CheckedBatch (tables.cu). A sequence with an invalid
 // length or table becomes a kWrongSequence; invalid offsets fail the whole batch.
 Status LaunchTableCheck(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const std::int32_t* window, void* checked, Stream stream);
 
-// Writes the new keys and values of a batch that passed a check earlier on the stream (append.cu). `last`: whether no
-// other kernel of the op follows.
+// Writes the new keys and values of a batch whose check ran earlier on the stream (append.cu). `last`: no other kernel
+// of the op follows.
 Status LaunchAppend(const CheckedBatch* checked, std::int64_t num_tokens, const AppendOperands& append, DType storage,
                     bool last, Stream stream);
 
-// Any thread: the sequence of the checked batch that token `token` belongs to, active or not; -1: padding.
+// Any thread: the sequence of the checked batch that contains `token`, active or not; -1 for padding.
 __device__ inline std::int32_t SequenceOf(const CheckedBatch& checked, std::int64_t token) {
   const Sequence* const sequences = checked.sequences();
   std::int32_t low = 0,
-               high = checked.num_sequences;  // the last one that begins at or before the token is in [low, high)
+               high = checked.num_sequences;  // the last sequence that begins at or before the token is in [low, high)
   if (token < high && sequences[token].query_begin == token && sequences[token].query_length == 1) {
-    return static_cast<std::int32_t>(token);  // decode: one token each
+    return static_cast<std::int32_t>(token);  // decode: one token per sequence
   }
   while (high - low > 1) {
     const std::int32_t middle = low + (high - low) / 2;

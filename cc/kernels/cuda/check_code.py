@@ -49,7 +49,7 @@ class Budget:
     tile: int | None = None
 
 
-# Every kernel has exactly one row. Numbers are what sm_90a takes with nvcc 13.0, rounded up.
+# Every kernel matches exactly one row. The numbers are those of sm_90a with nvcc 13.0, rounded up.
 BUDGETS = [
     Budget(r"AppendKernel<.*>", True, 32),
     Budget(r"QuantizeKernel<.*>", True, 48),
@@ -59,13 +59,13 @@ BUDGETS = [
     Budget(r"CountOutKernel", False, 32),
     Budget(r"PlanCheckedKernel", True, 64),
     Budget(r"PlanKernel", False, 64),
-    Budget(r"BatchCheckKernel", False, 64),  # it copies a whole KVView
+    Budget(r"BatchCheckKernel", False, 64),  # copies a whole KVView
     Budget(r"RotateKernel<(?!Int8).*>", True, 72),
-    # The flag whether a layer's keys are rotated: stored once, and read once a row.
+    # The flag that says whether a layer's keys are rotated: stored once, read once per row.
     Budget(r"RotateKernel<Int8>", True, 72, spills=8),
     Budget(r"(Advance|Change|Edit|Reuse|TableCheck)Kernel(<.*>)?", False, 64),
-    # 80 of these instructions find and load what a group has computed, once for each unit, not for
-    # each tile. Larger heads had room for them.
+    # 80 of these instructions find and load what a group has computed, once per unit rather than
+    # per tile. Larger heads fit them into their budgets.
     Budget(r"DecodeKernel<.*, 64>", True, 255, tile=3250),
     Budget(r"DecodeKernel<.*, 128>", True, 255, tile=4700),
     Budget(r"DecodeKernel<.*, 256>", True, 255, tile=4850),
@@ -83,7 +83,7 @@ BUDGETS = [
 
 _GLOBAL = re.compile(
     r"(LDG|LD|STG|ST|LDGSTS|ATOM|ATOMG|RED|UBLKCP|UTMA\w*|CCTL)(\.|$)"
-)  # generic accesses too
+)  # includes generic accesses
 _NON_COHERENT = re.compile(r"LDG?\..*(CONSTANT|\bCI\b)")
 _PTX_GLOBAL = re.compile(r"\s*(@\S+\s+)?(ld|st|atom|red|cp\.async)\.(?!param|shared|local|const)")
 

@@ -1,8 +1,8 @@
-// The check that every op on a pool begins with: one block compares the cache value that a program carries with the
-// pool's table, exactly as cache/program_check.h does on CPU, and records the first thing that is wrong.
+// The check at the start of every op on a pool: one block compares the cache value that a program carries with the
+// pool's table, exactly as cache/program_check.h does on CPU, and records the first fault.
 //
-// "First" is what a loop over the sequences would have met first, regardless of the thread that saw it: every finding
-// has a key that orders it (the stage of the check, then the sequence), and the smallest is recorded.
+// "First" means in the order of a loop over the sequences, regardless of which thread found it: every fault has a key
+// for this order (the stage of the check, then the sequence), and the fault with the smallest key is recorded.
 #ifndef KVPAGE_KERNELS_CUDA_CHECKER_CUH_
 #define KVPAGE_KERNELS_CUDA_CHECKER_CUH_
 
@@ -19,7 +19,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kCheckThreads = 256;
 
-// CacheOperands as kernels take it.
+// CacheOperands as passed to kernels.
 struct CacheArgs {
   DevicePool* pools;
   const std::int32_t* handle;
@@ -29,8 +29,8 @@ struct CacheArgs {
   std::int64_t spec[kNumSpecFields];
   DeviceOp op;
   bool mutates;
-  std::uint32_t followers;  // blocks of the op's last kernel; 0: the check is the last one
-  std::uint32_t* marks;     // [max_slots], of this op alone; null: the pool's (kSharedMarks)
+  std::uint32_t followers;  // number of blocks of the op's last kernel; 0 if the check is the last one
+  std::uint32_t* marks;     // [max_slots], used by this op alone; null: use the pool's (kSharedMarks)
 
   __device__ std::int32_t num_layers() const { return static_cast<std::int32_t>(spec[kSpecNumLayers]); }
   __device__ std::int32_t max_slots() const { return static_cast<std::int32_t>(spec[kSpecMaxSlots]); }
@@ -47,47 +47,47 @@ inline CacheArgs ToArgs(const CacheOperands& cache, bool mutates, const std::int
   return args;
 }
 
-// Dynamic shared memory of a check: the marks, or one unused byte.
+// Dynamic shared memory of a check: the marks, or a single unused element.
 inline std::size_t CheckSharedBytes(const CacheOperands& cache) {
   const bool shared = cache.spec[kSpecMaxSlots] > 0 && cache.spec[kSpecMaxSlots] <= kSharedMarks;
   return sizeof(std::uint32_t) * (shared ? static_cast<std::size_t>(cache.spec[kSpecMaxSlots]) : 1);
 }
 
-// A check in a launch with one block.
+// The launch shape of a check with one block.
 inline LaunchShape OneBlock(const CacheOperands& cache) { return {1, kCheckThreads, CheckSharedBytes(cache), false}; }
 
-// Stages of a check, in the order in which the CPU goes through them.
+// Stages of a check, in the same order as on CPU.
 enum class Stage : std::uint32_t {
   kHead = 0,
   kOffsets,
   kSlots,
   kLimits,
-  kForks,  // edit_slots from here on: donors, once every edit's slot is right
+  kForks,  // from here on only edit_slots: donors, once the slots of all edits are valid
   kCopies,
   kTargets,  // a slot that is the target of two copies
-  kSources,  // one that is a source as well
+  kSources,  // a slot that is both target and source
   kNothing = 0xffffffffu
 };
 
-// State that a block shares while it checks.
+// State shared by the block during a check.
 struct CheckShared {
   unsigned long long first;  // key of the first fault
-  DevicePool* pool;          // null: the head is wrong, nothing else may be looked at
+  DevicePool* pool;          // null if the head is wrong; then nothing else may be accessed
   DeviceSlot* slots;
   std::int32_t* written;
   std::uint32_t* marks;
   std::uint32_t pool_epoch;
   std::uint32_t cache_epoch;
-  DevicePool* reporter;  // whose record takes a fault
-  DevicePool* counted;   // whose readers include this op; null: the pool was not found
+  DevicePool* reporter;  // the pool whose record receives a fault
+  DevicePool* counted;   // the pool whose readers include this op; null if the pool was not found
 };
 
-// All of the block's threads call these together, except where they say "any thread".
+// All threads of the block must call these together, except where it says "any thread".
 class Checker {
  public:
   __device__ Checker(const CacheArgs& args, CheckShared* shared, std::uint32_t* shared_marks)
       : args_(args), shared_(shared), shared_marks_(shared_marks) {}
-  // Counts out an op that was refused or has no other kernel.
+  // Counts out an op that was refused or that has no other kernel.
   __device__ ~Checker() {
     if (passed_ && args_.followers > 0) return;
     __syncthreads();
@@ -96,7 +96,7 @@ class Checker {
   Checker(const Checker&) = delete;
   Checker& operator=(const Checker&) = delete;
 
-  // The pool, the spec, the generation and the epoch. False: only Verdict() may follow.
+  // Checks the pool, the spec, the generation and the epoch. After a return of false, only Verdict() may be called.
   __device__ bool Enter() {
     if (threadIdx.x == 0) {
       shared_->first = ~0ull;
@@ -107,8 +107,8 @@ class Checker {
     return shared_->pool != nullptr;
   }
 
-  // Makes slots that are named twice findable. `layer` and `offsets` belong to no slot and are checked on the way, to
-  // save a barrier; null: there are none.
+  // Marks slots so that duplicates can be found. `layer` and `offsets` do not belong to a slot; they are checked here
+  // to save a barrier. `offsets` may be null.
   __device__ void Prepare(const std::int32_t* slots, std::int64_t count, const std::int32_t* offsets,
                           std::int64_t num_tokens, std::int32_t layer) {
     if (threadIdx.x == 0) CheckEnds(offsets, count, num_tokens, layer);
@@ -125,7 +125,7 @@ class Checker {
     __syncthreads();
   }
 
-  // Any thread: whether entry i of the slots (not -1) may be used; *length is what the cache says of it.
+  // Any thread: whether entry i of the slots (not -1) may be used; *length is set to its length in the cache.
   __device__ bool CheckSlot(std::int64_t i, std::int32_t slot, std::int32_t* length) {
     if (!Exists(slot)) return Note(Stage::kSlots, i, FaultKind::kSlotRange, slot);
     *length = args_.lengths[slot];
@@ -134,14 +134,14 @@ class Checker {
     return CheckSince(Stage::kSlots, i, slot);
   }
 
-  // Any thread: whether the cache is no older than the slot's last destructive change.
+  // Any thread: whether the cache is at least as new as the slot's last destructive change.
   __device__ bool CheckSince(Stage stage, std::int64_t i, std::int32_t slot) {
     const std::uint32_t since = shared_->slots[slot].since;
     if (!Before(shared_->cache_epoch, since)) return true;
     return Note(stage, i, FaultKind::kSlotEpoch, slot, -1, -1, shared_->cache_epoch, since);
   }
 
-  // Any thread: something is wrong with entry i. A thread keeps the first of what it found. Returns false.
+  // Any thread: notes a fault in entry i. A thread keeps only the first of its faults. Returns false.
   __device__ bool Note(Stage stage, std::int64_t i, FaultKind kind, std::int32_t slot = -1, std::int32_t layer = -1,
                        std::int64_t index = -1, std::int64_t wanted = 0, std::int64_t have = 0) {
     const unsigned long long key = static_cast<unsigned long long>(stage) << 40 | static_cast<unsigned long long>(i);
@@ -156,7 +156,7 @@ class Checker {
     return false;
   }
 
-  // Whether nothing was wrong; records the first fault. The table has not been touched up to here.
+  // Returns whether there was no fault; otherwise records the first one. The table has not been modified up to here.
   __device__ bool Verdict() {
     if (key_ != ~0ull) atomicMin(&shared_->first, key_);
     __syncthreads();
@@ -183,7 +183,7 @@ class Checker {
   __device__ std::uint32_t cache_epoch() const { return shared_->cache_epoch; }
   __device__ std::int32_t num_layers() const { return args_.num_layers(); }
   __device__ DevicePool* pool() const { return shared_->pool; }
-  // After a verdict of true: CheckedBatch::readers.
+  // For CheckedBatch::readers, after Verdict() has returned true.
   __device__ std::uint32_t* readers() const { return args_.followers > 0 ? &shared_->pool->readers : nullptr; }
   __device__ DeviceSlot& slot(std::int32_t slot) const { return shared_->slots[slot]; }
   __device__ std::int32_t* written(std::int32_t slot) const {
@@ -200,7 +200,7 @@ class Checker {
   __device__ std::uint32_t Blocks() const { return args_.followers > 0 ? args_.followers : 1; }
 
   __device__ void CheckHead() {
-    // Read before the fence in EnterPool, behind which it would be another trip to memory.
+    // Read before the fence in EnterPool; after it, this would be another round trip to memory.
     const std::int32_t id = args_.handle[0], generation = args_.handle[1];
     const std::int32_t own = args_.own != nullptr ? *args_.own : id;
     PoolHead head;
@@ -218,7 +218,7 @@ class Checker {
     shared_->marks = args_.marks != nullptr ? args_.marks : head.marks;
     if (args_.spec[kSpecMaxSlots] <= kSharedMarks) shared_->marks = shared_marks_;
     shared_->pool_epoch = head.epoch;
-    for (int i = kNumSpecFields - 1; i >= 0; --i) {  // the last one noted has the smallest key
+    for (int i = kNumSpecFields - 1; i >= 0; --i) {  // in reverse, so that the smallest key is noted last
       if (head.spec[i] != args_.spec[i]) {
         Note(Stage::kHead, 1 + i, FaultKind::kSpec, -1, -1, i, args_.spec[i], head.spec[i]);
       }
@@ -248,7 +248,7 @@ class Checker {
     }
   }
 
-  // The record is the host's to read: it takes the first fault since the host last took one.
+  // The record is read by the host: it holds the first fault since the host last took one.
   __device__ void Report() const {
     DevicePool* const pool = shared_->reporter;
     if (atomicCAS(&pool->faulted, 0u, 1u) != 0 || pool->fault == nullptr) return;
@@ -285,7 +285,7 @@ class Checker {
   std::int64_t wanted_ = 0, have_ = 0;
 };
 
-// Hands the lengths on: the op's own entries are written over them, by threads that have passed a barrier since.
+// Copies the lengths to the output. The op then overwrites its own entries, after a barrier.
 __device__ inline void CopyLengths(const CacheArgs& cache, std::int32_t* lengths) {
   if (lengths == cache.lengths) return;
   for (std::int32_t slot = threadIdx.x; slot < cache.max_slots(); slot += blockDim.x) {
@@ -293,14 +293,14 @@ __device__ inline void CopyLengths(const CacheArgs& cache, std::int32_t* lengths
   }
 }
 
-// Any thread, after the verdict: the slot has `length` tokens, and no more count as written.
+// Any thread, after the verdict: sets the slot's length to `length` and limits its written tokens to that.
 __device__ inline void SetLength(Checker* checker, std::int32_t slot, std::int32_t length) {
   checker->slot(slot).length = length;
   std::int32_t* const layers = checker->written(slot);
   for (std::int32_t layer = 0; layer < checker->num_layers(); ++layer) layers[layer] = min(layers[layer], length);
 }
 
-// set_lengths, of one slot: destructive where the length becomes less.
+// set_lengths for one slot: destructive if the length decreases.
 __device__ inline void LowerLength(Checker* checker, std::int32_t slot, std::int32_t length, std::uint32_t epoch,
                                    std::int32_t* new_lengths) {
   if (length < new_lengths[slot]) checker->slot(slot).since = epoch;

@@ -1,11 +1,11 @@
-// Copies of whole blocks at memory bandwidth, for forks and swaps.
+// Copies full blocks at memory bandwidth, for forks and swaps.
 #include "kernels/cuda/device.cuh"
 
 namespace kvpage::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 8;  // 16-byte loads that a thread issues before it stores
+constexpr int kInFlight = 8;  // 16-byte loads that a thread issues before its stores
 constexpr std::int64_t kTileBytes = std::int64_t{kThreads} * kInFlight * 16;  // copied by a thread block
 
 __global__ void __launch_bounds__(kThreads)

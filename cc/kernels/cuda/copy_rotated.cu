@@ -1,6 +1,6 @@
-// copy_rotated: copies segments of sequences to the end of others, at other positions, as Pool::CopyRotated
-// (cache/reuse.cc) has it on CPU. One block checks the list and makes the targets longer; the copies follow in a launch
-// behind it. Values keep their bits, keys are rotated in float32 as on CPU, without fused products.
+// copy_rotated: copies segments of sequences to the end of others, at other positions, like Pool::CopyRotated
+// (cache/reuse.cc) on CPU. One block checks the list and extends the targets; the copies follow in another launch.
+// Values are copied bit by bit, keys are rotated in float32 as on CPU, without fused products.
 #include "base/cosine.h"
 #include "base/segment_copies.h"
 #include "kernels/cuda/check.cuh"
@@ -10,7 +10,7 @@ namespace kvpage::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks that share the tokens of one copy in one layer: how many tokens that are is not known at the launch.
+// Blocks per copy and layer, which share its tokens: their number is not known at launch.
 constexpr int kPieces = 16;
 constexpr std::uint32_t kUnmarked = ~0u;
 
@@ -31,7 +31,7 @@ __device__ void ForCopies(const SegmentList& list, Fn&& fn) {
   }
 }
 
-// Any thread: whether copy i may be made.
+// Any thread: whether copy i is valid.
 __device__ bool CheckCopy(const CacheArgs& cache, Checker* checker, std::int64_t i, const SegmentCopy& copy) {
   const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
     return checker->Note(Stage::kCopies, i, kind, slot, -1, -1, wanted, have);
@@ -59,15 +59,15 @@ __device__ bool CheckCopy(const CacheArgs& cache, Checker* checker, std::int64_t
   if (copy.count > 0 && length < target.shared) return wrong(FaultKind::kShared, copy.target, length, target.shared);
   const std::int32_t written = checker->WrittenInAllLayers(copy.source);
   if (copy.end() > written) return wrong(FaultKind::kUnwritten, copy.source, copy.end(), written);
-  // A gap would show its reader what an earlier owner of the memory left there.
+  // A gap would expose data of an earlier owner of the memory.
   const std::int32_t before = checker->WrittenInAllLayers(copy.target);
   if (length > before) return wrong(FaultKind::kUnwritten, copy.target, length, before);
-  // The prefix index has what is committed: it would have this segment as if it were computed.
+  // The prefix index covers committed tokens: it would serve this segment as if it had been computed.
   if (copy.committed > length) return wrong(FaultKind::kCommittedAhead, copy.target, copy.committed, length);
   return true;
 }
 
-// All threads: each target is named by one copy, and by no copy as its source.
+// All threads: checks that each target is used by one copy only, and is not the source of any copy.
 __device__ void CheckTargets(const SegmentList& list, Checker* checker) {
   std::uint32_t* const marks = checker->marks();
   ForCopies(list, [&](std::int64_t, const SegmentCopy& copy) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kCheckThreads) ReuseKernel(const __grid_consta
   ForCopies(args.list, [&](std::int64_t, const SegmentCopy& copy) {
     const std::int32_t end = args.new_lengths[copy.target] + copy.count;
     args.new_lengths[copy.target] = checker.slot(copy.target).length = end;
-    // Right already here: what reads these tokens is behind their copy on the stream.
+    // Set already here: kernels that read these tokens come after their copy on the stream.
     std::int32_t* const layers = checker.written(copy.target);
     for (std::int32_t layer = 0; layer < checker.num_layers(); ++layer) layers[layer] = max(layers[layer], end);
   });
@@ -121,12 +121,12 @@ __global__ void __launch_bounds__(kCheckThreads) ReuseKernel(const __grid_consta
 struct RotateArgs {
   const CheckedBatch* checked;
   const SegmentCopy* copies;
-  const std::int32_t* lengths;  // of the targets, with the segments
+  const std::int32_t* lengths;  // of the targets, including the segments
   Rotation rotation;
   std::int32_t num_layers;
 };
 
-// One warp: a token's key of one head, whose elements are computed twice rather than kept.
+// One warp: a token's key for one head. Its elements are computed twice rather than kept.
 template <class T>
 class RotatedRow {
  public:
@@ -158,7 +158,7 @@ class RotatedRow {
   const Rotation& rotation_;
 };
 
-// One block for some tokens of one copy in one layer, one warp for each row of head_dim elements.
+// One block for some tokens of one copy in one layer, one warp per row of head_dim elements.
 template <class T>
 __global__ void __launch_bounds__(kThreads) RotateKernel(const __grid_constant__ RotateArgs args) {
   KVPAGE_DYNAMIC_SHARED(angles);

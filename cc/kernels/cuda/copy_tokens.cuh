@@ -1,4 +1,4 @@
-// The copies of edit_slots: tokens of a slot to the same positions of another, in a launch behind the check.
+// The copies of edit_slots: tokens of a slot to the same positions of another slot, in a launch after the check.
 #ifndef KVPAGE_KERNELS_CUDA_COPY_TOKENS_CUH_
 #define KVPAGE_KERNELS_CUDA_COPY_TOKENS_CUH_
 
@@ -8,18 +8,18 @@
 namespace kvpage::cuda {
 
 inline constexpr int kCopyThreads = 256;
-// Blocks that share the tokens of one copy's keys or values in one layer: a partial block is small.
+// Blocks that share the tokens of a copy's keys or values in one layer. Few, because a partial block is small.
 inline constexpr int kCopyPieces = 4;
 
 struct CopyArgs {
   const CheckedBatch* checked;
   const TokenCopy* copies;
   std::int32_t num_layers;
-  std::int32_t row_bytes;  // of one head of one token
+  std::int32_t row_bytes;  // per head and token
   bool scales;
 };
 
-// Every kCopyPieces-th token of one copy's keys or values in one layer; N bytes at once.
+// Copies every kCopyPieces-th token of one copy's keys or values in one layer, N bytes at a time.
 template <int N>
 __global__ void __launch_bounds__(kCopyThreads) CopyTokensKernel(const __grid_constant__ CopyArgs args) {
   using Bytes = Vector<std::uint8_t, N>;
@@ -62,7 +62,7 @@ inline Status LaunchCopies(const CacheOperands& cache, const EditList& list, con
       static_cast<std::int32_t>(cache.spec[kSpecHeadDim] * static_cast<std::int64_t>(ItemSize(dtype))),
       IsQuantized(dtype)};
   const LaunchShape shape = {static_cast<unsigned>(NumCopyBlocks(cache, list)), kCopyThreads, 0, /*overlap=*/true};
-  // Rows begin at multiples of their length.
+  // Row addresses are multiples of the row length.
   if (args.row_bytes % 16 == 0) return Launch<CopyTokensKernel<16>>("copy_tokens", shape, stream, args);
   if (args.row_bytes % 4 == 0) return Launch<CopyTokensKernel<4>>("copy_tokens", shape, stream, args);
   return Launch<CopyTokensKernel<1>>("copy_tokens", shape, stream, args);

@@ -1,4 +1,4 @@
-// The decode kernel of 16-bit storage: attention of up to 16 rows per sequence and KV head on tensor cores, bound by
+// The decode kernel for 16-bit storage: attention of up to 16 rows per sequence and KV head on tensor cores, bound by
 // memory bandwidth (decode_loop.cuh).
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_CUH_
@@ -64,7 +64,7 @@ class DecodeAttention : public DecodeLoop<DecodeAttention<T, kDim>, T, kDim, Dec
     }
   }
 
-  // Dot products of the rows with the warp's tokens of the tile, from `first` on.
+  // Dot products of the rows with the warp's tokens of the tile, starting at `first`.
   __device__ __forceinline__ void Dots(const unsigned char* keys, int first, float (&scores)[kScoreTiles][4]) const {
     if constexpr (kScoreTiles == 2) {
       const int row = first + lane_ % 8 + lane_ / 16 * 8;
@@ -95,7 +95,7 @@ class DecodeAttention : public DecodeLoop<DecodeAttention<T, kDim>, T, kDim, Dec
     }
   }
 
-  // Values of 16 tokens, the warp's columns 8 n to 8 n + 15, as the right side of two products.
+  // Loads the values of 16 tokens, columns 8 n to 8 n + 15 of the warp, as the right operands of two products.
   __device__ __forceinline__ void LoadValues(std::uint32_t (&b)[4], const unsigned char* values, int k, int n) const {
     LoadMatricesTransposed(b, values + Rows::Offset(16 * k + lane_ % 16, warp_ * kValueTiles + n + lane_ / 16));
   }
@@ -115,7 +115,7 @@ class DecodeAttention : public DecodeLoop<DecodeAttention<T, kDim>, T, kDim, Dec
     }
   }
 
-  // The same where some values are not finite (nonfinite.cuh).
+  // The same if some values are not finite (nonfinite.cuh).
   __device__ __forceinline__ void AddGuardedValues(const unsigned char* values) {
 #pragma unroll
     for (int n = 0; n < kValueTiles; n += 2) {

@@ -1,9 +1,9 @@
 // The part of the decode kernels (decode.cuh, decode_quantized.cuh) that does not depend on the storage type: a block's
-// walk over its part of the work list, the ring of stages in shared memory, softmax, and the states of spans and units.
+// loop over its part of the work list, the ring of stages in shared memory, softmax, and the states of spans and units.
 //
-// The rows of a unit (query tokens times heads of the group) are one tile of 16. Keys and values stream through a ring
-// of stages in shared memory; the next tile is requested before this one is used, across units and sequences, so that
-// memory is never idle. Scores: every warp computes a quarter of the tile's tokens. Values: every warp computes a
+// The rows of a unit (query tokens times heads of the group) form one tile of 16. Keys and values stream through a ring
+// of stages in shared memory. The next tile is requested before the current one is used, across units and sequences, so
+// that memory is never idle. Scores: every warp computes a quarter of the tile's tokens. Values: every warp computes a
 // quarter of the columns over all tokens; the warps exchange the weights through shared memory.
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_LOOP_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_LOOP_CUH_
@@ -20,9 +20,9 @@
 
 namespace kvpage::cuda {
 
-// A block's shared memory: weights and exchanges, then the stages. A stage has keys and values of a tile, queries of a
-// unit, and for elements of one byte the scales of the keys and of the values. With these the weights take the place of
-// the keys, which have been used by then: three stages fit into half of a multiprocessor's memory.
+// A block's shared memory: weights and exchange buffers, then the stages. A stage holds the keys and values of a tile,
+// the queries of a unit and, for one-byte elements, the scales of keys and values. With one-byte elements, the weights
+// replace the keys, which are no longer needed by then: three stages fit into half of a multiprocessor's memory.
 template <int kDim, int kTileTokens, int kElementBytes>
 struct DecodeLayout {
   static constexpr int kTokens = kTileTokens;
@@ -37,9 +37,10 @@ struct DecodeLayout {
   static constexpr int kFixedBytes = kWeightBytes + (kScales ? 3 : 2) * kExchangeBytes;
 };
 
-// Kernel: the derived class. It has FetchTokens(unit, begin, stage), which starts copying a tile; ArrangeQueries(),
-// which may permute the columns of a new unit's queries; Tile(begin, stage), which adds a tile to the span's state; and
-// EndSpan(unit, span), which calls EndSpanState. T: of queries and products; kInterleaved: see DecodeState.
+// Kernel is the derived class. It must have FetchTokens(unit, begin, stage), which starts copying a tile;
+// ArrangeQueries(), which may permute the columns of a new unit's queries; Tile(begin, stage), which adds a tile to the
+// span's state; and EndSpan(unit, span), which calls EndSpanState. T is the type of queries and products; for
+// kInterleaved see DecodeState.
 template <class Kernel, class T, int kDim, class Layout, bool kInterleaved>
 class DecodeLoop {
  public:
@@ -76,23 +77,23 @@ class DecodeLoop {
   }
 
  protected:
-  static constexpr bool kGroups = !kInterleaved;  // not of quantized storage (CanGroup)
+  static constexpr bool kGroups = !kInterleaved;  // not for quantized storage (CanGroup)
   using Walker = WorkIterator<kGroups>;
   using State = DecodeState<kDim, kInterleaved>;
   using Rows = TileRows<kDim>;  // 16-bit elements
   using WeightRows = TileRows<Layout::kTokens>;
-  static constexpr int kSteps = kDim / 16;           // of a dot product
+  static constexpr int kSteps = kDim / 16;           // per dot product
   static constexpr bool kHoldQueries = kDim <= 128;  // a unit's queries fit in registers
   static constexpr int kTokens = Layout::kTokens;
-  static constexpr int kScoreTiles = kTokens / 8 / kWarps;  // of 8 tokens, a warp's
+  static constexpr int kScoreTiles = kTokens / 8 / kWarps;  // tiles of 8 tokens per warp
 
   __device__ __forceinline__ unsigned char* Keys(int stage) const { return stages_ + stage * Layout::kStageBytes; }
   __device__ __forceinline__ unsigned char* Values(int stage) const { return Keys(stage) + Layout::kTileBytes; }
-  // A second ring, by unit: a block is never further ahead in units than in tiles.
+  // A second ring, indexed by unit: a block is never further ahead in units than in tiles.
   __device__ __forceinline__ unsigned char* Queries(int slot) const { return Keys(slot) + 2 * Layout::kTileBytes; }
-  // Of the unit that is being computed.
+  // The queries of the current unit.
   __device__ __forceinline__ unsigned char* Queries() const { return Queries(used_); }
-  // 16 columns of them as the left side of a product; `loaded` has room for them.
+  // 16 columns of the queries as the left operand of a product; `loaded` is a buffer for them.
   __device__ __forceinline__ const std::uint32_t (&Query(int k, std::uint32_t (&loaded)[4]) const)[4] {
     if constexpr (kHoldQueries) return queries_[k];
     LoadQueries(loaded, k);
@@ -114,7 +115,7 @@ class DecodeLoop {
   }
   // Whether the rows see different tokens of the tile.
   __device__ __forceinline__ bool Masked(std::int32_t begin) const { return range_.Mixed(begin, kTokens); }
-  // The largest of the row's numbers that the warp's four threads of the row hold.
+  // Maximum of x over the four threads of the warp that hold the same row.
   __device__ __forceinline__ static float RowMax(float x) {
     x = fmaxf(x, __shfl_xor_sync(kFullMask, x, 1));
     return fmaxf(x, __shfl_xor_sync(kFullMask, x, 2));
@@ -130,9 +131,10 @@ class DecodeLoop {
     }
   }
 
-  // Turns dot products into scores, -inf for tokens that the row does not see, and leaves the warp's largest in tops_.
+  // Turns dot products into scores, -inf for tokens that the row does not see, and stores the warp's largest score in
+  // tops_.
   __device__ __forceinline__ void Score(std::int32_t begin, bool masked, float (&scores)[kScoreTiles][4]) const {
-    // One branch for all elements each.
+    // One branch for all elements, instead of one per element.
     if (!rule_.plain) {
       ForScores([&](int n, int i) {
         scores[n][i] = rule_.Score(scores[n][i], slope_[i / 2], Token(begin, n, i) - position_[i / 2]);
@@ -152,15 +154,15 @@ class DecodeLoop {
     }
   }
 
-  // The largest of what the warps left for the thread's row.
+  // Maximum over what the warps stored for the thread's row.
   __device__ __forceinline__ float AllWarps(const float* exchange, int half, float largest) const {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, exchange[w * kTileRows + State::Row(lane_, half)]);
     return largest;
   }
 
-  // Takes the tile's largest scores into the span's state: what to subtract from scores, and the factor of all weights
-  // so far.
+  // Updates the span's maximum with the tile's largest scores. Returns what to subtract from scores, and the factor for
+  // all weights so far.
   __device__ __forceinline__ void RaiseMax(float (&base)[2], float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -180,17 +182,17 @@ class DecodeLoop {
     }
   }
 
-  // Weights of two tokens for the other warps.
+  // Stores the weights of two tokens for the other warps.
   __device__ __forceinline__ void StoreWeights(unsigned char* weights, int n, int half, float a, float b) const {
     unsigned char* to = weights + WeightRows::Offset(State::Row(lane_, half), warp_ * kScoreTiles + n) + lane_ % 4 * 4;
     *reinterpret_cast<std::uint32_t*>(to) = Pack<T>(a, b);
   }
-  // The tile's weights of 16 tokens as the left side of a product.
+  // Loads the tile's weights of 16 tokens as the left operand of a product.
   __device__ __forceinline__ void LoadWeights(std::uint32_t (&a)[4], const unsigned char* weights, int k) const {
     LoadMatrices(a, weights + WeightRows::Offset(lane_ % 16, 2 * k + lane_ / 16));
   }
 
-  // Makes the span's sum that of all threads of the row.
+  // Reduces the span's sum over all threads of the row.
   __device__ __forceinline__ void AddSums() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -222,15 +224,16 @@ class DecodeLoop {
   const AttentionParams& p_;
   const ScoreRule<false> rule_;
   const TokenMap map_;
-  unsigned char* const weights_;  // [kTileRows, kTokens] of the tile
-  float* const tops_;             // [kWarps, kTileRows] each warp's largest score
+  unsigned char* const weights_;  // [kTileRows, kTokens] for the current tile
+  float* const tops_;             // [kWarps, kTileRows] largest score per warp
   float* const sums_;
   unsigned char* const stages_;
   const int lane_, warp_;
-  State span_, unit_;  // of the span, whose sum is this thread's part until the span ends; of the spans before
-  bool mixed_;         // rows see different tokens
+  State span_,
+      unit_;    // of the current span (`sum` is this thread's part until the span ends) and of the spans before it
+  bool mixed_;  // rows see different tokens
   std::uint32_t queries_[kHoldQueries ? kSteps : 1][4];
-  int fetched_ = 0, used_ = 0;  // queries: where the next ones go, where the unit's are
+  int fetched_ = 0, used_ = 0;  // query slots: for the next unit's queries, and of the current unit
   float slope_[2];
   std::int32_t position_[2], first_[2];
   VisibleRange range_;

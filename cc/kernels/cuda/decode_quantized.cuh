@@ -1,10 +1,10 @@
-// The decode kernel of quantized storage (decode_loop.cuh). Also serves prefill, 16 rows at a time.
+// The decode kernel for quantized storage (decode_loop.cuh). Also used for prefill, 16 rows at a time.
 //
-// Stages hold the stored bytes. ldmatrix gives a thread four of them where it needs elements of a product's right side:
-// of a key, four columns; of values, two columns of two tokens. So every element is converted once, in registers. Of
-// the four, a product multiplies the even ones and another the odd ones, and columns are permuted to match: of the
-// queries when a unit begins, of the weighted values when they are written. Scores are multiplied by the scale of
-// their key, weights by that of their value.
+// Stages hold the stored bytes. ldmatrix gives each thread four bytes where it needs elements of a product's right
+// operand: four columns of a key, or two columns of the values of two tokens. So every element is converted once, in
+// registers. One product multiplies the even elements of the four, another the odd ones, and columns are permuted to
+// match: those of the queries when a unit begins, those of the weighted values when they are written. Scores are
+// multiplied by the scale of their key, weights by that of their value.
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_QUANTIZED_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_QUANTIZED_CUH_
 
@@ -20,7 +20,7 @@ namespace kvpage::cuda {
 template <int kDim>
 using DecodeQuantizedShape = DecodeLayout<kDim, (kDim > 128 ? 32 : 128), 1>;
 
-// S: stored; T: of queries and products.
+// S is the stored type, T the type of queries and products.
 template <class S, class T, int kDim>
 class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, DecodeQuantizedShape<kDim>, true> {
   using Shape = DecodeQuantizedShape<kDim>;
@@ -31,9 +31,9 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
   using typename Loop::Rows;
   using typename Loop::State;
   using StoredTile = QuantizedTile<kDim, kTokens>;
-  static constexpr int kValueUnits = State::kTiles / 2;  // of 16 columns, a warp's
-  // Weights times scales may leave the range of float16. So scales are divided by a power of two, that of the largest
-  // scale that the row has seen in the span.
+  static constexpr int kValueUnits = State::kTiles / 2;  // 16 columns each, per warp
+  // Weights times scales may exceed the range of float16. So scales are divided by a power of two, taken from the
+  // largest scale that the row has seen in the span.
   static constexpr bool kNarrow = std::is_same_v<T, F16>;
 
  public:
@@ -47,7 +47,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     return reinterpret_cast<float*>(this->Queries(stage) + Shape::kQueryBytes) + which * kTokens;
   }
 
-  // Of the two tokens that the thread holds of score tile n.
+  // The scales of the two tokens of score tile n that the thread holds.
   __device__ __forceinline__ float2 TwoScales(int stage, int which, int n) const {
     return *reinterpret_cast<const float2*>(Scales(stage, which) + (warp_ * kScoreTiles + n) * 8 + lane_ % 4 * 2);
   }
@@ -59,7 +59,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     tile.Fetch(view, map_, tokens, unit.head, begin, unit.begin, unit.end);
   }
 
-  // Of every 16 columns of the unit's queries, puts the even ones first. All threads must call it.
+  // Reorders every 16 columns of the unit's queries so that the even ones come first. All threads must call it.
   __device__ __forceinline__ void ArrangeQueries() const {
     constexpr int kCount = kTileRows * kSteps;
 #pragma unroll
@@ -168,7 +168,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     }
   }
 
-  // Leaves the largest of the warp's scales that each row sees in largest_.
+  // Stores in largest_ the largest of the warp's scales that each row sees.
   __device__ __forceinline__ void FindLargest(std::int32_t begin, bool masked, int stage) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -184,7 +184,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     }
   }
 
-  // Makes the tile's scales at most 2 units; changes the factor of the weighted values accordingly.
+  // Raises the units so that the tile's scales are below 2 units, and adjusts the factor of the weighted values.
   __device__ __forceinline__ void RaiseUnits(float (&factor)[2], float (&inverse)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -205,7 +205,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     this->EndSpanState(unit, span);
   }
 
-  float* const largest_;  // [kWarps, kTileRows], where T is float16
+  float* const largest_;  // [kWarps, kTileRows], only if T is float16
   float units_[2];        // of the span's weighted values
 };
 

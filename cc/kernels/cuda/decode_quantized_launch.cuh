@@ -1,4 +1,4 @@
-// The decode kernel of quantized storage (decode_quantized.cuh) and its launch.
+// The decode kernel for quantized storage (decode_quantized.cuh) and its launch.
 #ifndef KVPAGE_KERNELS_CUDA_DECODE_QUANTIZED_LAUNCH_CUH_
 #define KVPAGE_KERNELS_CUDA_DECODE_QUANTIZED_LAUNCH_CUH_
 

@@ -12,13 +12,13 @@
 
 namespace kvpage::cuda {
 
-// kInterleaved: tiles 2 n and 2 n + 1 are the even and the odd ones of 16 columns, so that a thread holds four
-// neighbours.
+// kInterleaved: tiles 2 n and 2 n + 1 hold the even and the odd columns of 16, so that a thread holds four adjacent
+// columns.
 template <int kDim, bool kInterleaved>
 struct DecodeState {
-  static constexpr int kTiles = kDim / 8 / kWarps;  // of 8 columns, a warp's
+  static constexpr int kTiles = kDim / 8 / kWarps;  // tiles of 8 columns per warp
 
-  // As in fragment C (ptx.cuh); max and sum of the row in its lower and upper half.
+  // Laid out as fragment C (ptx.cuh); max and sum of the rows in its lower and upper half.
   float values[kTiles][4];
   float max[2], sum[2];
 
@@ -52,7 +52,7 @@ struct DecodeState {
 
   // Row of the tile that a thread holds in the lower (0) or upper (1) half of a fragment.
   __device__ __forceinline__ static int Row(int lane, int half) { return lane / 4 + 8 * half; }
-  // Pair n of the neighbouring columns that a thread holds: its first column, and its values in a row.
+  // Pair n of adjacent columns that a thread holds: its first column, and its values in a row.
   __device__ __forceinline__ static int Column(int lane, int warp, int n) {
     if constexpr (kInterleaved) return (warp * kTiles + n / 2 * 2) * 8 + lane % 4 * 4 + n % 2 * 2;
     return (warp * kTiles + n) * 8 + lane % 4 * 2;
@@ -80,7 +80,8 @@ struct DecodeState {
     }
   }
 
-  // Writes the state of a span that a group computes, of the row in one half. `row`: in CallState::prefix_values.
+  // Writes the state of a span that is computed for a group, for the row in one half. `row` is an index into
+  // CallState::prefix_values.
   __device__ __forceinline__ void StorePrefix(const AttentionParams& p, int half, std::int32_t row,
                                               std::int32_t span) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -91,13 +92,13 @@ struct DecodeState {
     }
     if (warp == 0 && lane % 4 == 0) p.state.prefix_sums[state] = make_float2(max[half], sum[half]);
   }
-  // Reads the states of `rows` rows, from `row` on, that MergePrefixes left.
+  // Reads the states that MergePrefixes left for `rows` rows, starting at `row`.
   __device__ __forceinline__ void LoadPrefix(const AttentionParams& p, std::int32_t row, std::int32_t rows) {
     static_assert(!kInterleaved);
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Below kMaxPrefixRows times kMaxSpans times 256: 32 bits are enough.
+      // Less than kMaxPrefixRows * kMaxSpans * 256: 32 bits are enough.
       const std::int32_t state = (row + min(Row(lane, half), rows - 1)) * p.partials_per_row;
       const float2 sums = p.state.prefix_sums[state];
       max[half] = sums.x;

@@ -1,6 +1,6 @@
-// Quantized elements, without their scale, as pairs of 16-bit floats for tensor cores. Exact: both types have enough
-// mantissa. Bits are moved into place and one multiplication or subtraction removes what they are off by; that is about
-// two instructions an element, and the same on every architecture.
+// Converts quantized elements, without their scale, to pairs of 16-bit floats for tensor cores. Exact: both types have
+// enough mantissa bits. Bits are moved into place, and one multiplication or subtraction corrects the offset. This
+// takes about two instructions per element and works the same on every architecture.
 #ifndef KVPAGE_KERNELS_CUDA_DEQUANTIZE_CUH_
 #define KVPAGE_KERNELS_CUDA_DEQUANTIZE_CUH_
 
@@ -12,7 +12,7 @@
 
 namespace kvpage::cuda {
 
-// The same 16 bits twice.
+// The 16 bits, repeated twice.
 __host__ __device__ constexpr std::uint32_t Twice(std::uint32_t bits) { return bits << 16 | bits; }
 
 __device__ __forceinline__ std::uint32_t AndOr(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
@@ -26,8 +26,8 @@ __device__ __forceinline__ std::uint32_t AndXor(std::uint32_t a, std::uint32_t b
 template <class S, class T>
 struct Dequantize;
 
-// |x| <= 128 fits the 8 bits of a bfloat16, but not behind a leading bit. The low 7 bits and the sign bit give 128 +
-// low and 128 + sign; their difference is low - sign.
+// |x| <= 128 fits the 8-bit significand of a bfloat16, but not below a fixed leading bit. The low 7 bits and the sign
+// bit give 128 + low and 128 + sign; their difference is low - sign.
 template <>
 struct Dequantize<Int8, Bf16> {
   __device__ static __forceinline__ std::uint32_t Pair(std::uint32_t x) {
@@ -49,12 +49,12 @@ struct Dequantize<Int8, F16> {
   __device__ static __forceinline__ std::uint32_t Odd(std::uint32_t bytes) { return Pair(bytes >> 8); }
 };
 
-// Exponent and mantissa move to their place in T, where the exponent's bias is larger. Subnormal numbers come out
-// right, and so does the code of NaN: as 480, like ToFloat(Float8).
+// Exponent and mantissa are moved to their place in T, whose exponent bias is larger. Subnormals are converted
+// correctly, and the NaN code becomes 480, as in ToFloat(Float8).
 template <class T>
 struct Dequantize<Float8, T> {
   static constexpr bool kBf16 = std::is_same_v<T, Bf16>;
-  // `x`: two bytes, extended by their sign.
+  // `x`: two bytes, sign-extended.
   __device__ static __forceinline__ std::uint32_t Pair(std::uint32_t x) {
     constexpr int kShift = kBf16 ? 4 : 7;
     constexpr std::uint32_t kMask = Twice(0x8000 | 0x7f << kShift);
