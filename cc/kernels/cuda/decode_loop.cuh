@@ -229,9 +229,8 @@ class DecodeLoop {
   float* const sums_;
   unsigned char* const stages_;
   const int lane_, warp_;
-  State span_,
-      unit_;    // of the current span (`sum` is this thread's part until the span ends) and of the spans before it
-  bool mixed_;  // rows see different tokens
+  State span_, unit_;  // of the current span (`sum` is per thread until the span ends), of the spans before it
+  bool mixed_;         // rows see different tokens
   std::uint32_t queries_[kHoldQueries ? kSteps : 1][4];
   int fetched_ = 0, used_ = 0;  // query slots: for the next unit's queries, and of the current unit
   float slope_[2];

@@ -1,9 +1,9 @@
-// The base of every CUDA kernel of the project: launches (launch.cuh), shared memory, the wait for the prior kernel,
+// The base of every CUDA kernel of the project: launches (launch.cuh), shared memory, waiting for the prior kernel, and
 // the number of multiprocessors.
 //
-// Kernel files are compiled twice: by nvcc, and as C++ (KVPAGE_EMULATED) against stand-ins for CUDA's headers, to be
-// tested on machines without a GPU. Differences between the languages are handled by the macros here: no <<<>>>, no
-// __shared__ outside KVPAGE_SHARED, no inline PTX without an emulated version.
+// Kernel files are compiled twice: by nvcc, and as C++ (KVPAGE_EMULATED) against stand-ins for CUDA's headers, so that
+// they can be tested on machines without a GPU. The macros here hide the differences between the languages: no <<<>>>,
+// no __shared__ outside KVPAGE_SHARED, no inline PTX without an emulated version.
 #ifndef KVPAGE_KERNELS_CUDA_DEVICE_CUH_
 #define KVPAGE_KERNELS_CUDA_DEVICE_CUH_
 
@@ -25,8 +25,9 @@ struct Identity {
 
 }  // namespace kvpage::cuda
 
-// KVPAGE_SHARED(float[4][32], sums): a __shared__ variable of that type, as a statement in a kernel.
-// KVPAGE_DYNAMIC_SHARED(smem): the dynamic shared memory of the launch, an unsigned char array aligned to 1024 bytes.
+// KVPAGE_SHARED(float[4][32], sums): a __shared__ variable of that type, declared as a statement in a kernel.
+// KVPAGE_DYNAMIC_SHARED(smem): the dynamic shared memory of the launch, as an unsigned char array aligned to 1024
+// bytes.
 #ifdef KVPAGE_EMULATED
 #define KVPAGE_SHARED(type, name)                           \
   static ::kvpage::emulation::Shared<type> name##_storage_; \
@@ -42,15 +43,15 @@ namespace kvpage::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
-// Multiprocessors of the current device.
+// The number of multiprocessors of the current device.
 inline Status NumSms(int* out) {
   int device = 0;
   KVPAGE_RETURN_IF_ERROR(ToStatus(cudaGetDevice(&device), "cudaGetDevice"));
   return ToStatus(cudaDeviceGetAttribute(out, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
 }
 
-// See LaunchShape::overlap. The compiler may move __ldg and const __restrict__ loads before this wait: use plain loads
-// for memory that the prior kernel wrote.
+// See LaunchShape::overlap. The compiler may move __ldg and const __restrict__ loads before this wait, so use plain
+// loads for memory that the prior kernel wrote.
 __device__ __forceinline__ void WaitForPriorKernel() {
 #ifdef KVPAGE_EMULATED
   emulation::WaitForPriorKernel();
@@ -59,7 +60,7 @@ __device__ __forceinline__ void WaitForPriorKernel() {
 #endif
 }
 
-// Lets the next kernel start early. It still waits for the end of this one.
+// Lets the next kernel start early. It still waits for this one to end.
 __device__ __forceinline__ void LetNextKernelStart() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,5 +1,5 @@
-// edit_slots: the one op that host verbs (acquire, release) queue, as Pool::EditSlots (cache/edit_ops.cc) has it on
-// CPU. One block checks both lists and makes the edits; the copies follow in a launch behind it, if there are any.
+// edit_slots: the single op that host calls (acquire, release, ...) queue, like Pool::EditSlots (cache/edit_ops.cc) on
+// CPU. One block checks both lists and makes the edits; the copies, if there are any, follow in another launch.
 #include "kernels/cuda/check.cuh"
 #include "kernels/cuda/copy_tokens.cuh"
 
@@ -13,15 +13,15 @@ struct EditArgs {
   EditList list;
   std::uint32_t* new_epoch;
   std::int32_t* new_lengths;
-  CheckedBatch* checked;  // for the copies; null without any
+  CheckedBatch* checked;  // for the copies; null if there are none
 };
 
-// The slot's row as the edits leave it.
+// The state of a slot after the edits.
 struct EditedSlot {
   std::int32_t length;
   std::int32_t room;
   std::int32_t written;  // in every layer
-  std::int32_t limit;    // what is written counts up to here; -1: there is no limit
+  std::int32_t limit;    // at most this many tokens count as written; -1 if there is no limit
   std::int32_t shared;   // positions below this may not be written
   std::int32_t dropped;  // positions below this are gone
 };
@@ -30,7 +30,7 @@ class Editor {
  public:
   __device__ Editor(const EditArgs& args, Checker* checker) : args_(args), checker_(*checker) {}
 
-  // Makes slots that two edits name findable, and what is edited findable from the copies' slots.
+  // Marks edited slots, so that duplicates can be found and copies can look up the edits of their slots.
   __device__ void Prepare() {
     std::uint32_t* const marks = checker_.marks();
     const auto clear = [&](std::int32_t slot) {
@@ -50,7 +50,7 @@ class Editor {
     __syncthreads();
   }
 
-  // Any thread: whether edit i may be made.
+  // Any thread: whether edit i is valid.
   __device__ bool CheckEdit(std::int64_t i) {
     const SlotEdit edit = args_.list.edits[i];
     std::int32_t length = 0;
@@ -90,7 +90,7 @@ class Editor {
     return wrong(FaultKind::kOpcode, edit.opcode);
   }
 
-  // Any thread: whether the slot of edit i may take its tokens from the donor. Marks are those of Prepare.
+  // Any thread: whether the slot of edit i can fork from the donor. Uses the marks of Prepare.
   __device__ bool CheckFork(std::int64_t i, const SlotEdit& edit) {
     const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
       return checker_.Note(Stage::kForks, i, kind, slot, -1, -1, wanted, have);
@@ -105,7 +105,7 @@ class Editor {
     return true;
   }
 
-  // Any thread: whether copy i may be made after the edits. Marks are those of Prepare.
+  // Any thread: whether copy i is valid after the edits. Uses the marks of Prepare.
   __device__ bool CheckCopy(std::int64_t i, const TokenCopy& copy) {
     const auto wrong = [&](FaultKind kind, std::int32_t slot, std::int64_t wanted = 0, std::int64_t have = 0) {
       return checker_.Note(Stage::kCopies, i, kind, slot, -1, -1, wanted, have);
@@ -135,12 +135,12 @@ class Editor {
       return wrong(FaultKind::kShared, copy.target, copy.first, target.shared);
     }
     if (end > source.written) return unwritten(copy.source, source, end);
-    // A gap would show its reader what an earlier owner of the memory left there.
+    // A gap would expose data of an earlier owner of the memory.
     if (copy.first > target.written) return unwritten(copy.target, target, copy.first);
     return true;
   }
 
-  // Copies must not depend on each other's order.
+  // Checks that the result of the copies does not depend on their order.
   __device__ void CheckTargets() {
     std::uint32_t* const marks = checker_.marks();
     __syncthreads();  // the edits' marks have been read
@@ -185,8 +185,8 @@ class Editor {
     if (Is(edit, SlotOpcode::kFork)) {
       checker_.slot(edit.slot).length = args_.new_lengths[edit.slot] = edit.length;
       RaiseWritten(edit.slot, WholeBlocks(edit.length));
-      // From here on: programs that were queued before may still have to write these tokens. One donor may have
-      // several.
+      // Takes effect only now, because programs queued earlier may still have to write these tokens. Several edits may
+      // have the same donor.
       checker_.slot(edit.slot).shared = WholeBlocks(edit.length);
       atomicMax(&checker_.slot(edit.donor).shared, WholeBlocks(edit.length));
     }
@@ -196,11 +196,11 @@ class Editor {
       RaiseWritten(edit.slot, edit.length);
     }
     if (!vacate) return;
-    __threadfence_system();  // the host may give the slot away at once
+    __threadfence_system();  // the host may reuse the slot at once
     checker_.pool()->vacated[edit.slot] = static_cast<std::uint32_t>(written) + 1;
   }
 
-  // The targets' marks are right already here: what reads these tokens is behind their copy on the stream.
+  // The targets count as written already here: kernels that read these tokens come after their copy on the stream.
   __device__ void MarkCopied(const TokenCopy& copy, std::uint32_t epoch) {
     checker_.slot(copy.target).since = epoch;
     RaiseWritten(copy.target, copy.first + copy.count);
@@ -220,16 +220,16 @@ class Editor {
     return edit.opcode == static_cast<std::int32_t>(opcode);
   }
 
-  // A free slot gets a sequence whose tokens its memory has by now.
+  // Whether a free slot becomes a sequence whose tokens are already in its memory.
   __device__ static bool Restores(const SlotEdit& edit) {
     return Is(edit, SlotOpcode::kFound) || Is(edit, SlotOpcode::kSwapIn);
   }
-  // The beginning of such a sequence that it may not write. A swapped one's is the host's to say.
+  // How much of the beginning of such a sequence must not be written. For a swapped sequence the host decides.
   __device__ static std::int32_t SharedOf(const SlotEdit& edit) {
     return Is(edit, SlotOpcode::kSwapIn) ? min(max(edit.donor, 0), edit.length) : edit.length;
   }
 
-  // The tokens that lie in whole blocks.
+  // The number of tokens in full blocks.
   __device__ std::int32_t WholeBlocks(std::int32_t tokens) const {
     return tokens - tokens % static_cast<std::int32_t>(args_.cache.spec[kSpecBlockTokens]);
   }

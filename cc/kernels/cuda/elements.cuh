@@ -1,4 +1,4 @@
-// Elements of every storage type in device code: to and from float32, and vectors of them.
+// Elements of every storage type in device code: conversions from and to float32, and vectors.
 #ifndef KVPAGE_KERNELS_CUDA_ELEMENTS_CUH_
 #define KVPAGE_KERNELS_CUDA_ELEMENTS_CUH_
 
@@ -12,8 +12,8 @@
 
 namespace kvpage::cuda {
 
-// Quantized elements, without their scale. The 8-bit float has 4 bits of exponent and 3 of mantissa; the code that
-// would be NaN is never stored.
+// Quantized elements, without their scale. The 8-bit float has 4 exponent bits and 3 mantissa bits; the NaN code is
+// never stored.
 struct Int8 {
   std::int8_t value;
 };
@@ -32,7 +32,7 @@ __device__ __forceinline__ float ToFloat(float x) { return x; }
 __device__ __forceinline__ float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float ToFloat(__half x) { return __half2float(x); }
 __device__ __forceinline__ float ToFloat(Int8 x) { return static_cast<float>(x.value); }
-// As float16, whose exponent is biased by 8 more.
+// Converted as float16, whose exponent bias is larger by 8.
 __device__ __forceinline__ float ToFloat(Float8 x) {
   const unsigned bits = x.bits;
   const auto half = static_cast<unsigned short>((bits & 0x80u) << 8 | (bits & 0x7fu) << 7);
@@ -55,20 +55,20 @@ __device__ __forceinline__ __half FromFloat<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// The value of outputs of failed ops.
+// The output value of failed ops.
 template <class T>
 __device__ __forceinline__ T NaN() {
   return FromFloat<T>(__int_as_float(0x7fc00000));
 }
 
-// N elements that are loaded and stored as one access of up to 16 bytes.
+// N elements that are loaded and stored in one access of up to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   static_assert(sizeof(T) * N <= 16 && (N & (N - 1)) == 0);
   T at[N];
 };
 
-// Elements of T in 16 bytes.
+// The number of elements of T in 16 bytes.
 template <class T>
 inline constexpr int kVectorElements = 16 / static_cast<int>(sizeof(T));
 
@@ -81,7 +81,7 @@ __device__ __forceinline__ void StoreVector(T* p, const Vector<T, N>& v) {
   *reinterpret_cast<Vector<T, N>*>(p) = v;
 }
 
-// Calls fn(T{}) with the element type that a dtype stands for.
+// Calls fn(T{}) with the element type of a dtype.
 template <class Fn>
 Status ForFloat(DType dtype, Fn&& fn) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Fills the outputs of rows that belong to no sequence (0 and -inf) or failed their check (NaN).
+// Fills output rows that belong to no sequence (0 and -inf) or whose check failed (NaN).
 #ifndef KVPAGE_KERNELS_CUDA_FILL_CUH_
 #define KVPAGE_KERNELS_CUDA_FILL_CUH_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage::cuda {
 
-// Rows [from, to) of out and lse.
+// Fills rows [from, to) of out and lse.
 __device__ inline void FillRows(const AttentionParams& p, std::int64_t from, std::int64_t to, bool bad) {
   const std::int64_t width = std::int64_t{p.num_q_heads} * p.head_dim;
   const std::int64_t begin = from * width, end = to * width;
@@ -25,7 +25,8 @@ __device__ inline void FillRows(const AttentionParams& p, std::int64_t from, std
   for (std::int64_t i = from * p.num_q_heads + threadIdx.x; i < to * p.num_q_heads; i += kThreads) p.lse[i] = lse;
 }
 
-// Fills the rows between the previous active sequence and sequence `index`, and the sequence itself if it is bad.
+// Fills the rows between the previous active sequence and sequence `index`, and those of the sequence itself if it is
+// bad.
 __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
   const Sequence* sequences = p.checked->sequences();
   const bool rest = index == p.num_sequences;
@@ -38,7 +39,7 @@ __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
     end = begin + s.query_length;
     bad = s.slot == kWrongSequence;
   }
-  // The end of the last active sequence before it: sequences are in ascending order.
+  // The end of the last active sequence before it; sequences are in ascending order.
   KVPAGE_SHARED(std::int32_t, owned);
   __syncthreads();
   if (threadIdx.x == 0) owned = 0;
@@ -55,7 +56,8 @@ __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
   if (bad) FillRows(p, begin, end, true);
 }
 
-// Fills all rows that the attention kernels leave out, distributed over the blocks of one of them.
+// Fills all rows that the attention kernels do not write. The rows are distributed over the blocks of one of these
+// kernels.
 __device__ inline void FillRest(const AttentionParams& p) {
   const int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   if (p.checked->ok != 0) {

@@ -1,5 +1,5 @@
 // Gather: copies contexts from the cache to dense arrays, for the pure-JAX implementation and for tests. Quantized
-// storage is converted to float32.
+// elements are dequantized to float32.
 #include <type_traits>
 
 #include "base/spec_fields.h"
@@ -17,7 +17,7 @@ struct GatherArgs {
   void* k;  // [num_sequences, row_tokens, num_kv_heads, head_dim]
   void* v;
   std::int64_t row_tokens;
-  std::int64_t tiles;  // of kTokensPerBlock tokens, per sequence
+  std::int64_t tiles;  // per sequence, of kTokensPerBlock tokens each
   std::int32_t num_kv_heads;
   std::int32_t head_dim;
 };

@@ -21,10 +21,10 @@ namespace {
 
 constexpr int kMostStages = 4;
 
-// Chooses the largest tile that leaves room for a second block on the multiprocessor, else the largest that fits.
+// Chooses the largest tile that leaves room for a second block on the multiprocessor, or else the largest that fits.
 bool Choose(std::int64_t item, const SharedLimits& limits, AttentionParams* params, std::int64_t* size) {
   const std::int64_t padded = (params->head_dim * item + 15) / 16 * 16;
-  // An odd number of 16-byte units: lanes that read one row each then hit different banks.
+  // Rounded to an odd number of 16-byte units, so that lanes that each read one row hit different banks.
   params->row_stride = static_cast<std::int32_t>(padded / 16 % 2 == 0 ? padded + 16 : padded);
   for (const std::int64_t limit : {limits.beside, limits.alone}) {
     for (int tokens = kGeneralTokens; tokens >= (limit == limits.alone ? 1 : kGeneralTokens / 2); tokens /= 2) {

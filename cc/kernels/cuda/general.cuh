@@ -1,10 +1,10 @@
-// The general kernel: float32 storage or queries, any head size and alignment, queries of another 16-bit type than the
-// keys, exact weights. CUDA cores, float32 arithmetic.
+// The general kernel, for float32 storage or queries, any head size and alignment, queries of a 16-bit type other than
+// that of the keys, and exact weights. Uses CUDA cores and float32 arithmetic.
 //
-// A tile of tokens lies in shared memory in its storage type. Dot products: one lane per token, a quarter of the
-// columns per warp for all rows, so that keys are read and converted once. Scores: one lane per token, every fourth row
-// per warp. Values: a thread computes every 128th column for all rows. The weighted values of the span and of the unit
-// are in shared memory.
+// A tile of tokens is in shared memory in its storage type. Dot products: one lane per token; each warp computes a
+// quarter of the columns for all rows, so that keys are read and converted once. Scores: one lane per token, every
+// fourth row per warp. Values: each thread computes every 128th column for all rows. The weighted values of the span
+// and of the unit are in shared memory.
 #ifndef KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 #define KVPAGE_KERNELS_CUDA_GENERAL_CUH_
 
@@ -59,7 +59,7 @@ class GeneralAttention {
       const WorkUnit& unit = walker.unit;
       if (walker.FirstTile()) BeginUnit(unit);
       const std::int32_t next = walker.token + p_.tile_tokens;
-      // Tiles with fewer rows need less work per token.
+      // Fewer rows need less work per token.
       if (unit.rows <= kWarps) {
         Tile<1>(unit, walker.token, stage);
       } else if (unit.rows <= 2 * kWarps) {
@@ -82,7 +82,7 @@ class GeneralAttention {
   }
   __device__ float* Scales(int stage, int which) const { return scales_ + (stage * 2 + which) * kGeneralTokens; }
 
-  // Starts loading the next tile; zeros where no row of the unit sees a token.
+  // Starts loading the next tile, with zeros for tokens that no row of the unit sees.
   __device__ void Fetch(WorkIterator<false>& ahead, int stage, const SplitPoint& from, const SplitPoint& to) {
     if (!ahead.done) {
       const WorkUnit& unit = ahead.unit;
@@ -152,7 +152,7 @@ class GeneralAttention {
     __syncthreads();
   }
 
-  // kRows: rows of a warp.
+  // kRows: rows per warp.
   template <int kRows>
   __device__ void Tile(const WorkUnit& unit, std::int32_t begin, int stage) {
     float dots[kRows] = {};
@@ -197,7 +197,7 @@ class GeneralAttention {
       if (lane_ == 0) factors_[row] = factor;
     }
     __syncthreads();
-    // Where rows see different tokens, a value may be infinite or NaN for rows that do not see it.
+    // If rows see different tokens, a value may be infinite or NaN for rows that do not see it.
     const std::int32_t first = RowPosition(p_, unit, 0), last = RowPosition(p_, unit, unit.rows - 1);
     const bool guarded = first != last && VisibleRange::Of(first, last, window).Mixed(begin, p_.tile_tokens);
     if (guarded) {
@@ -207,7 +207,7 @@ class GeneralAttention {
     }
   }
 
-  // The part that warp `w` computes of the product of a row with the lane's key.
+  // The part of the product of a row with the lane's key that warp `w` computes.
   __device__ float* Dot(int w, int row) const { return dots_ + (w * kTileRows + row) * p_.tile_tokens + lane_; }
 
   template <int kAll>
@@ -338,7 +338,7 @@ class GeneralAttention {
   const int lane_, warp_;
   float *queries_, *span_, *unit_, *weights_, *dots_, *factors_, *scales_;
   unsigned char* tiles_;
-  // Of row warp_ + i * kWarps: the span's state and that of the spans before.
+  // For row warp_ + i * kWarps: the state of the current span and of the spans before.
   float max_[kTileRows / kWarps], sum_[kTileRows / kWarps];
   float unit_max_[kTileRows / kWarps], unit_sum_[kTileRows / kWarps];
   float slope_[kTileRows / kWarps];

@@ -8,12 +8,12 @@
 
 namespace kvpage::cuda {
 
-inline constexpr int kGeneralTokens = kWarpSize;  // of a tile, at most
+inline constexpr int kGeneralTokens = kWarpSize;  // tokens per tile, at most
 
-// Byte offsets in a block's shared memory.
+// Byte offsets in a block's dynamic shared memory.
 struct GeneralShared {
-  std::int64_t queries;  // [kTileRows, columns] floats; columns: head_dim rounded up to 16 bytes as stored
-  std::int64_t span;     // [kTileRows, head_dim] floats: weighted values of the span, of the spans before
+  std::int64_t queries;  // [kTileRows, columns] floats; columns = head_dim rounded up to 16 bytes of storage
+  std::int64_t span;  // [kTileRows, head_dim] floats: weighted values of the current span, and of the spans before it
   std::int64_t unit;
   std::int64_t weights;  // [kTileRows, kGeneralTokens] floats
   std::int64_t dots;     // [kWarps, kTileRows, tile_tokens] floats: each warp's part of the dot products

@@ -1,11 +1,11 @@
-// The kernel of shared prefixes: spans of physical memory that several sequences of decode have in common are computed
-// once for all of them, before decode (decode.cuh) computes what each has alone.
+// The kernel for shared prefixes: spans of physical memory that several decode sequences have in common are computed
+// once for all of them, before decode (decode.cuh) computes the rest of each sequence.
 //
 // The planner finds groups of sequences (prefix_groups.cuh). A work item is a group, a KV head, a span, and as many
-// members as have GroupRows rows together; their rows lie one after the other in tiles of 16. Every tile of keys and
-// values is copied to shared memory once and used for all of these, with decode's own code, and for each row at the
-// positions where it would be used for the row's sequence alone; nothing in it depends on other rows. So the state that
-// a span leaves is the same to the bit. States go to memory, where decode begins with merging them in order.
+// members as have GroupRows rows together; their rows follow each other in tiles of 16. Every tile of keys and values
+// is copied to shared memory once and used for all of these rows, by decode's own code and, for each row, at the same
+// positions as for its sequence alone; nothing depends on other rows. So the state of a span is bit-identical. States
+// are written to memory, and decode begins by merging them in order.
 //
 // All rows see all tokens of a shared span, so there are no masks.
 #ifndef KVPAGE_KERNELS_CUDA_GROUPED_CUH_
@@ -17,15 +17,16 @@
 
 namespace kvpage::cuda {
 
-// Tiles of rows that are computed at a time: as many as have their states in registers, and queries in the stages.
+// Tiles of rows that are processed at a time: limited by the registers for their states and the stages for their
+// queries.
 template <int kDim>
 inline constexpr int kMostRowTiles = kDim > 128 ? 2 : (kDim > 64 ? 3 : 4);
-inline constexpr int kMostGroupRows = 4 * kTileRows;  // of any head size
+inline constexpr int kMostGroupRows = 4 * kTileRows;  // maximum over all head sizes
 
-// A work item, and the tile of tokens in it.
+// A work item, and the current tile of tokens in it.
 struct GroupItem {
-  std::int32_t number;   // of all items
-  std::int32_t members;  // the first one's place in Plan::members
+  std::int32_t number;   // index among all items
+  std::int32_t members;  // index of the first member in Plan::members
   std::int32_t rows_each, rows;
   std::int32_t head, slot;
   std::int32_t span, token, begin, end;
@@ -46,7 +47,7 @@ struct GroupItem {
 
   __device__ __forceinline__ void Enter(const AttentionParams& p) {
     const Plan& plan = p.plan;
-    // Neighbouring blocks have neighbouring heads, so that they read whole tokens together.
+    // Neighbouring blocks process neighbouring heads, so that together they read full tokens.
     head = number % p.num_kv_heads;
     const std::int32_t item = number / p.num_kv_heads;
     std::int32_t low = 0, high = plan.counts->groups;
@@ -88,7 +89,7 @@ class GroupedAttention : public DecodeAttention<T, kDim> {
     item.Start(p_);
     if (item.Done(p_)) return;
     ahead = item;
-    // Of each row: its position, and where its states are.
+    // For each row: its position, and the index of its states.
     KVPAGE_SHARED(std::int32_t[kMostGroupRows], positions);
     KVPAGE_SHARED(std::int32_t[kMostGroupRows], state_rows);
     this->range_ = {0, 0x7fffffff, 0, 0x7fffffff};  // no masks
@@ -133,8 +134,8 @@ class GroupedAttention : public DecodeAttention<T, kDim> {
     return p_.plan.members[item.members + row / item.rows_each];
   }
 
-  // Loads the queries of an item; those of row tile i lie in stage i. They are not requested ahead: an item has several
-  // tiles of tokens, and other blocks of the multiprocessor work meanwhile.
+  // Loads the queries of an item; those of row tile i go to stage i. They are not prefetched: an item has several tiles
+  // of tokens, and other blocks of the multiprocessor keep working meanwhile.
   __device__ __forceinline__ void Begin(const GroupItem& item, std::int32_t* positions, std::int32_t* state_rows) {
     for (int row = threadIdx.x; row < kTiles * kTileRows; row += kThreads) {
       const std::int32_t known = min(row, item.rows - 1), member = Member(item, known);
@@ -158,7 +159,7 @@ class GroupedAttention : public DecodeAttention<T, kDim> {
     __syncthreads();
   }
 
-  // Makes the rows of a tile those that decode's code computes.
+  // Selects the tile of rows that decode's code processes.
   __device__ __forceinline__ void SelectRows(const GroupItem& item, int tile, const std::int32_t* positions) {
     this->used_ = tile;
     if constexpr (kHoldQueries) {

@@ -1,4 +1,4 @@
-// Shared prefixes of bfloat16, and how many rows are computed at a time.
+// Shared prefixes of bfloat16, and the number of rows processed at a time.
 #include <algorithm>
 
 #include "kernels/cuda/grouped_launch.cuh"

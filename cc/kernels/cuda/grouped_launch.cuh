@@ -1,4 +1,4 @@
-// The kernel of shared prefixes (grouped.cuh) and its launch.
+// The kernel for shared prefixes (grouped.cuh) and its launch.
 #ifndef KVPAGE_KERNELS_CUDA_GROUPED_LAUNCH_CUH_
 #define KVPAGE_KERNELS_CUDA_GROUPED_LAUNCH_CUH_
 
@@ -8,8 +8,8 @@
 
 namespace kvpage::cuda {
 
-// Never the last kernel of an op: decode follows. It starts while this one still waits, so that where nothing is
-// grouped only this kernel's end stands between the check and decode.
+// Never the last kernel of an op, because decode follows. Decode starts while this kernel is still waiting, so if
+// nothing is grouped, only the end of this kernel separates the check from decode.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) GroupedKernel(const __grid_constant__ AttentionParams p) {
   KVPAGE_DYNAMIC_SHARED(shared);

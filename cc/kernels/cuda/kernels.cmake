@@ -1,5 +1,5 @@
-# The CUDA kernels, and the FFI handlers that launch them. Tests compile the same sources as C++ for an emulated device
-# (cc/testing/cuda_emulation), CUDA or not.
+# The CUDA kernels and the FFI handlers that launch them. Tests compile the same sources as C++ for an emulated device
+# (cc/testing/cuda_emulation), with or without CUDA.
 set(KVPAGE_CUDA_SOURCES append.cu attend.cu copy.cu copy_rotated.cu decode_bf16.cu decode_f16.cu decode_float8.cu
   decode_int8.cu edit_slots.cu gather.cu general.cu grouped_bf16.cu grouped_f16.cu launch.cu prefill_bf16.cu prefill_f16.cu slots.cu
   tables.cu)
@@ -7,7 +7,7 @@ list(TRANSFORM KVPAGE_CUDA_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/cc/kernels/cuda
 set(KVPAGE_CUDA_HANDLERS attention.cc decode.cc slots.cc)
 list(TRANSFORM KVPAGE_CUDA_HANDLERS PREPEND ${PROJECT_SOURCE_DIR}/cc/ffi/cuda/)
 
-# In every build: programs may be lowered for CUDA where there is none.
+# Part of every build: programs may be lowered for CUDA on machines without it.
 add_library(kvpage_cuda_scratch STATIC ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/scratch.cc)
 target_link_libraries(kvpage_cuda_scratch PUBLIC kvpage_options)
 
@@ -26,7 +26,8 @@ if(KVPAGE_CUDA)
   endif()
 
   if(JAX_KVPAGE_CUDA_REPORT)
-    # The assembler tells on standard error while it works: keep that beside each object, print the table at the end.
+    # The assembler reports resource usage on standard error: store that next to each object and print a table at the
+    # end.
     find_package(Python 3.11 REQUIRED COMPONENTS Interpreter)
     set(report ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cc/kernels/cuda/resource_usage.py)
     target_compile_options(kvpage_cuda_kernels PRIVATE -Xptxas=-v)

@@ -1,9 +1,9 @@
-// CUDA kernels as plain C++ functions: what the FFI handlers call. Every function only queues work on the stream; all
-// operands are device memory and none is read on the host, so a call can be captured into a CUDA graph and replayed
-// (every function queues at least one launch, because XLA rejects an empty capture).
+// CUDA kernels as plain C++ functions, to be called by the FFI handlers. The functions only queue work on the stream.
+// All operands are device memory, and none is read on the host, so a call can be captured into a CUDA graph and
+// replayed (every function queues at least one launch, because XLA rejects an empty capture).
 //
 // Every op on a pool begins with one launch that checks the cache value against the pool's table (base/device_table.h),
-// bumps the epoch where the op is a mutator, and writes a CheckedBatch for the kernels after it.
+// bumps the epoch if the op is a mutator, and writes a CheckedBatch for the kernels that follow.
 #ifndef KVPAGE_KERNELS_CUDA_KERNELS_H_
 #define KVPAGE_KERNELS_CUDA_KERNELS_H_
 
@@ -23,8 +23,8 @@ namespace kvpage::cuda {
 
 using Stream = void*;  // CUstream
 
-// Loads the code of all kernels on the current device, which CUDA would do at their first launches (launch.cu). That
-// may block, and is better not done while a graph is captured: for whoever opens a device.
+// Loads the code of all kernels on the current device, which CUDA would otherwise do at their first launches
+// (launch.cu). Loading may block and should not happen while a graph is captured, so call this when a device is opened.
 Status LoadKernels();
 
 // The cache as a program carries it, and the spec that the program was compiled for.
@@ -49,13 +49,13 @@ Status Advance(const CacheOperands& cache, const BatchOperands& batch, std::uint
                std::int32_t* new_lengths, Stream stream);
 Status SetLengths(const CacheOperands& cache, const std::int32_t* slots, const std::int32_t* values, std::int64_t count,
                   std::uint32_t* new_epoch, std::int32_t* new_lengths, Stream stream);
-// edit_slots (edit_slots.cu), queued for the verb that cache.op names; `own` is the handle of the pool whose method was
-// called, the lists are device memory. Copies need CheckedBytes(0, 0) of device scratch; without any `checked` is not
-// used.
+// edit_slots (edit_slots.cu), queued for the host call that cache.op names. `own` is the handle of the pool whose
+// method was called; the lists are in device memory. `checked`: CheckedBytes(0, 0) of device scratch, only used if
+// there are copies.
 Status EditSlots(const CacheOperands& cache, const std::int32_t* own, const EditList& list, std::uint32_t* new_epoch,
                  std::int32_t* new_lengths, void* checked, Stream stream);
-// copy_rotated (copy_rotated.cu): the list and the frequencies are device memory. Needs CheckedBytes(0, 0) of device
-// scratch.
+// copy_rotated (copy_rotated.cu). The list and the frequencies are in device memory. `checked`: CheckedBytes(0, 0) of
+// device scratch.
 Status CopyRotated(const CacheOperands& cache, const std::int32_t* own, const SegmentList& list,
                    const Rotation& rotation, std::uint32_t* new_epoch, std::int32_t* new_lengths, void* checked,
                    Stream stream);
@@ -65,18 +65,17 @@ Status CheckMapSlots(const CacheOperands& cache, const std::int32_t* slots, cons
                      std::int64_t count, std::uint32_t* new_epoch, std::int32_t* verdict, Stream stream);
 
 // ---- keys and values (append.cu, gather.cu, copy.cu) ----
-// Bytes of device scratch memory for the CheckedBatch of every op below, and for its check's marks in a pool of many
-// slots. Scratch is an operand that XLA owns (the
-// custom call's last result), because memory from XLA's scratch allocator would be freed before a captured graph is
-// replayed. Its size must depend on shapes only.
+// Bytes of device scratch memory for the CheckedBatch of every op below and, in a pool with many slots, for the marks
+// of its check. Scratch is an operand that XLA owns (the custom call's last result), because memory from XLA's scratch
+// allocator would be freed before a captured graph is replayed. Its size must depend on shapes only.
 std::size_t CheckedBytes(std::int64_t num_sequences, std::int64_t max_slots);
 
-// Up to this many slots the marks by which a check finds duplicates lie in shared memory. Beyond, they lie behind the
-// CheckedBatch where the op has one, because readers may run at the same time; else, in ops that change the cache and
-// so run one after the other, in DevicePool::marks.
+// Up to this many slots, the marks by which a check finds duplicates are in shared memory. With more slots, they are
+// behind the CheckedBatch if the op has one, because readers may run concurrently; otherwise they are in
+// DevicePool::marks, since ops that change the cache run one after the other.
 inline constexpr std::int64_t kSharedMarks = 8192;
 
-// Byte offset of those marks in an op's scratch memory.
+// Byte offset of the marks in an op's scratch memory.
 std::size_t MarksOffset(std::int64_t num_sequences);
 
 struct AppendOperands {
@@ -89,13 +88,13 @@ struct AppendOperands {
 Status AppendKV(const CacheOperands& cache, const BatchOperands& batch, const AppendOperands& append,
                 std::uint32_t* new_epoch, void* checked, Stream stream);
 
-// k, v: [num_sequences, row_tokens, num_kv_heads, head_dim] in the storage type (float32 where that is quantized): the
-// tokens that attention would read, zeros after them, NaN when the check failed.
+// k, v: [num_sequences, row_tokens, num_kv_heads, head_dim] in the storage type, or float32 if that is quantized. They
+// receive the tokens that attention would read, followed by zeros; NaN if the check failed.
 Status GatherContext(const CacheOperands& cache, const BatchOperands& batch, const std::int32_t* layer,
                      std::int64_t row_tokens, void* k, void* v, void* checked, Stream stream);
 
-// Copies whole blocks. `from` and `to` are device pointers to the first byte of a block (fused layout) or of a range's
-// block (per-layer layout).
+// Copies full blocks. `from` and `to` are device pointers to the first byte of a block (fused layout), or of a block
+// within a range (per-layer layout).
 struct BlockCopy {
   const void* from = nullptr;
   void* to = nullptr;
@@ -104,8 +103,8 @@ Status CopyBlocks(const BlockCopy* copies /* device memory */, std::int64_t coun
                   Stream stream);
 
 // ---- attention (attend.cu) ----
-// Reads that sequences with a common beginning must save together before they are grouped (prefix_groups.cuh): what the
-// second-level cache delivers while a launch starts and ends.
+// Sequences with a common prefix are grouped only if this saves at least this many bytes of reads in total
+// (prefix_groups.cuh): about what the L2 cache delivers while a launch starts and ends.
 inline constexpr std::int64_t kLeastSavedBytes = 16 << 20;
 
 struct AttentionOperands {
@@ -116,38 +115,38 @@ struct AttentionOperands {
   DType q_dtype = DType::kF32;
   DType kv_dtype = DType::kF32;
   std::int32_t num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  std::int64_t max_context = 0;  // most tokens of one sequence: bounds the scratch memory
-  std::int64_t max_slots = 0;    // of the pool; 0 where there is none
-  bool by_table = false;         // keys and values are found through the pool's block table, and written so
+  std::int64_t max_context = 0;  // most tokens per sequence; bounds the scratch memory
+  std::int64_t max_slots = 0;    // of the pool; 0 if there is no pool
+  bool by_table = false;         // find keys and values through the pool's block table, for reads and writes
   std::int64_t least_saved_bytes = kLeastSavedBytes;
-  bool may_share = true;  // false: slots have nothing in common; there is no launch for groups then
+  bool may_share = true;  // false: slots have nothing in common, and no kernel for groups is launched
   AttentionOptions options;
 };
 
-// Whether sequences of such a batch can be grouped at all: there is a kernel, and enough to save. Quantized storage and
-// float32 are not: their kernels are bound by arithmetic, or have no tiles of several sequences.
+// Whether sequences of such a batch can be grouped at all: there must be a kernel, and enough to save. Quantized and
+// float32 storage cannot: their kernels are bound by arithmetic or have no tiles with rows of several sequences.
 bool CanGroup(const AttentionOperands& attention, std::int64_t num_sequences);
 
 // Bytes of device scratch memory for attention over a batch of this shape: CheckedBatch, counters and partial states.
 std::size_t AttentionBytes(const AttentionOperands& attention, std::int64_t num_sequences, std::int64_t num_tokens);
 
-// A plan shares the work of a batch out over the device. It depends on the batch, the lengths, the window and what the
-// slots have in common, so one serves all layers of a step.
+// A plan distributes the work of a batch over the device. It depends on the batch, the lengths, the window and what the
+// slots have in common, so one plan serves all layers of a step.
 std::size_t PlanBytes(std::int64_t num_sequences);
-// What is wrong with the batch is for the check to find: such a sequence is left out here. Of `attention` the shapes,
-// types, bounds and the window are used; of `cache` all but the epoch. Sequences that share memory from their beginning
-// on are grouped; not where there is no such pool, or cache.pools is null.
+// Does not report invalid sequences, which is the task of the check; they are left out of the plan. Uses the shapes,
+// types, bounds and window of `attention`, and all of `cache` except the epoch. Sequences that share memory from their
+// beginning on are grouped, unless there is no such pool or cache.pools is null.
 Status PlanAttention(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
                      void* plan, Stream stream);
 
-// paged_attention: `append` null. update_and_attend: keys and values are written first. `plan`: from PlanAttention of
-// the same lengths, batch and attention.
+// paged_attention if `append` is null; update_and_attend otherwise, which writes keys and values first. `plan` comes
+// from PlanAttention with the same lengths, batch and attention.
 Status Attend(const CacheOperands& cache, const BatchOperands& batch, const AttentionOperands& attention,
               const AppendOperands* append, const void* plan, std::uint32_t* new_epoch, void* scratch, Stream stream);
 
-// Attention over plain page arrays that `view` describes (with view.table and view.table_width); `lengths`
-// [num_sequences] include the query tokens. A sequence with an invalid table or length gets NaN. `scratch`:
-// AttentionBytes and PlanBytes.
+// Attention over plain page arrays that `view` describes, including view.table and view.table_width; `lengths`
+// [num_sequences] include the query tokens. The output of a sequence with an invalid table or length is NaN. `scratch`:
+// AttentionBytes + PlanBytes.
 Status AttendWithTables(const KVView& view, std::int64_t num_pages, const std::int32_t* lengths,
                         const std::int32_t* offsets, std::int64_t num_sequences, std::int64_t num_tokens,
                         const AttentionOperands& attention, void* scratch, Stream stream);

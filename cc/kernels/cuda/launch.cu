@@ -6,11 +6,11 @@
 namespace kvpage::cuda {
 namespace {
 
-constexpr int kOldestOverlap = 90;  // compute capability 9.0 and the code for it: programmatic dependent launch
+constexpr int kOldestOverlap = 90;  // programmatic dependent launch needs compute capability 9.0, and code for it
 
-KernelRecord* first_record = nullptr;  // a list; records are added while the library is loaded, by one thread
+KernelRecord* first_record = nullptr;  // linked list; records are added by one thread while the library is loaded
 
-// What loads code and sets attributes may be called while any thread captures a graph.
+// Allows code to be loaded and attributes to be set while any thread captures a graph.
 class RelaxedCapture {
  public:
   RelaxedCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -66,11 +66,11 @@ Status KernelRecord::LoadOn(int device) {
     const int bytes = most - static_cast<int>(attributes.sharedSizeBytes);
     KVPAGE_RETURN_IF_ERROR(ToStatus(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                                     "allowing " + std::to_string(bytes) + " bytes of dynamic shared memory"));
-    // Such kernels need as many concurrent blocks as fit, not a large L1. This is a hint: its result is ignored.
+    // These kernels need as many concurrent blocks as fit, not a large L1. This is only a hint, so errors are ignored.
     static_cast<void>(cudaFuncSetAttribute(kernel_, cudaFuncAttributePreferredSharedMemoryCarveout,
                                            static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   }
-  // Code from PTX for an older architecture does not wait (WaitForPriorKernel), on a card of any age.
+  // Code compiled from PTX for an older architecture does not wait (WaitForPriorKernel), whatever the GPU.
   const bool waits = std::min(attributes.ptxVersion, attributes.binaryVersion) >= kOldestOverlap;
   states_[device].store(waits ? kMayOverlap : kLoaded, std::memory_order_release);
   return {};

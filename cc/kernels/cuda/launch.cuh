@@ -1,9 +1,9 @@
 // Launches of kernels, with error messages.
 //
-// Launch<Kernel> puts the kernel on a list when the library is loaded. LoadKernels (kernels.h) walks the list: CUDA
-// loads a kernel's code at its first use, which may block and must not happen inside a graph's capture. A kernel's
-// attributes are set at the same time and never again, because they are state that all launches and instantiated graphs
-// share.
+// Launch<Kernel> adds the kernel to a list when the library is loaded, and LoadKernels (kernels.h) goes through the
+// list: CUDA loads a kernel's code at its first use, which may block and must not happen during a graph capture. A
+// kernel's attributes are set at the same time and never again, because all launches and instantiated graphs share
+// them.
 #ifndef KVPAGE_KERNELS_CUDA_LAUNCH_CUH_
 #define KVPAGE_KERNELS_CUDA_LAUNCH_CUH_
 
@@ -20,16 +20,16 @@
 
 namespace kvpage::cuda {
 
-// Static shared memory of a kernel, at most: a few variables, padded to the alignment of the dynamic shared memory.
+// Maximum static shared memory of a kernel: a few variables, padded to the alignment of the dynamic shared memory.
 inline constexpr int kMaxStaticSharedBytes = 1024;
 
 struct LaunchShape {
   dim3 grid;
   dim3 block;
   std::size_t shared_bytes = 0;
-  // The kernel may start while the previous one on the stream still runs (programmatic dependent launch): every thread
-  // must call WaitForPriorKernel() before it accesses memory that the previous kernel uses. Only after a kernel of the
-  // same op: kernels that XLA queues do not wait. Ignored where the kernel's code has no such wait
+  // The kernel may start while the previous kernel on the stream is still running (programmatic dependent launch).
+  // Every thread must call WaitForPriorKernel() before it accesses memory that the previous kernel uses. Only valid
+  // after a kernel of the same op: kernels that XLA queues do not wait. Ignored if the kernel's code has no such wait
   // (KernelRecord::Load).
   bool overlap = false;
 };
@@ -40,26 +40,26 @@ inline Status ToStatus(cudaError_t error, const std::string& what) {
   return Internal(what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
 
-// "kernel NAME (grid, block and shared memory)", for messages.
+// "kernel NAME (grid, block and shared memory)", for error messages.
 std::string Describe(const char* name, const LaunchShape& shape);
 
-// How much shared memory a kernel's launches may take.
+// How much shared memory the launches of a kernel may use.
 enum class SharedUse {
-  kDefault,  // what a kernel has without opting in to more: 48 KiB, static and dynamic together
-  kAll       // up to all that a block can have
+  kDefault,  // the default limit without opting in: 48 KiB, static and dynamic together
+  kAll       // up to the maximum for a block
 };
 
-// What the host knows of one kernel, on every device. Records live as long as the process.
+// The host's state of one kernel on every device. Records live as long as the process.
 class KernelRecord {
  public:
   KernelRecord(const void* kernel, SharedUse use);
   KernelRecord(const KernelRecord&) = delete;
   KernelRecord& operator=(const KernelRecord&) = delete;
 
-  // Loads the kernel on the current device and sets its attributes, unless that has been done. *may_overlap: whether
-  // its code was compiled for an architecture that has the wait of LaunchShape::overlap. Any thread.
+  // Loads the kernel on the current device and sets its attributes, unless this has already been done. *may_overlap:
+  // whether its code was compiled for an architecture with the wait that LaunchShape::overlap needs. Thread-safe.
   Status Load(bool* may_overlap);
-  // The same for all kernels.
+  // Loads all kernels.
   static Status LoadAll();
 
  private:
@@ -76,7 +76,7 @@ class KernelRecord {
 template <auto kKernel, SharedUse kUse>
 inline KernelRecord kernel_record(reinterpret_cast<const void*>(kKernel), kUse);
 
-// Queues the kernel; `name` is for messages. Arguments convert to the kernel's parameters.
+// Queues the kernel; `name` is used in error messages. Arguments are converted to the kernel's parameters.
 template <auto kKernel, SharedUse kUse = SharedUse::kDefault, class... Args>
 Status Launch(const char* name, const LaunchShape& shape, Stream stream, Args&&... args) {
   bool may_overlap = false;

@@ -1,4 +1,4 @@
-// Partial softmax states in memory, and their reduction for a unit that several blocks work on.
+// Partial softmax states in memory, and their reduction for a unit that is split among several blocks.
 #ifndef KVPAGE_KERNELS_CUDA_MERGE_CUH_
 #define KVPAGE_KERNELS_CUDA_MERGE_CUH_
 
@@ -10,7 +10,7 @@
 
 namespace kvpage::cuda {
 
-// Index of the partial state of a row and span. Index 0 within the row holds the spans of the first item, merged.
+// Index of the partial state of a row and span. Index 0 of a row holds the merged spans of the first item.
 __device__ __forceinline__ std::int64_t StateIndex(const AttentionParams& p, const WorkUnit& unit, std::int32_t row,
                                                    std::int32_t index) {
   return std::int64_t{p.plan.split_units[unit.split_index].first_row + row} * p.partials_per_row + index;
@@ -19,8 +19,8 @@ __device__ __forceinline__ std::int64_t StateIndex(const AttentionParams& p, con
 // Whether this block's item is the unit's first.
 __device__ __forceinline__ bool IsFirstItem(const WorkUnit& unit) { return unit.from <= unit.begin; }
 
-// Announces that this block has written its partial states of the unit; true for the last block. All threads must call
-// it.
+// Announces that this block has written its partial states of the unit; returns true in the last block. All threads
+// must call it.
 __device__ __forceinline__ bool Arrive(std::int32_t* finished, std::int32_t items) {
   KVPAGE_SHARED(bool, last);
   __threadfence();
@@ -33,7 +33,7 @@ __device__ __forceinline__ bool Arrive(std::int32_t* finished, std::int32_t item
   return mine;
 }
 
-// Reduces the partial states of a split unit in the order of their spans and writes the output.
+// Reduces the partial states of a split unit in span order and writes the output.
 __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& unit) {
   const std::int32_t first = (p.plan.split_units[unit.split_index].token >> unit.shift) - unit.first_span;
   const std::int32_t end = ((unit.end - 1) >> unit.shift) - unit.first_span + 1;
@@ -77,7 +77,7 @@ __device__ inline void MergeSplitUnit(const AttentionParams& p, const WorkUnit& 
   }
 }
 
-// Ends a block's item of a split unit after its partial states are written.
+// Called when a block has written its partial states of a split unit.
 __device__ inline void EndItem(const AttentionParams& p, const WorkUnit& unit) {
   if (Arrive(&p.state.finished[unit.split_index], p.plan.split_units[unit.split_index].items)) MergeSplitUnit(p, unit);
 }

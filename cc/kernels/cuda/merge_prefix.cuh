@@ -1,4 +1,4 @@
-// States of spans that were computed for groups of sequences (grouped.cuh), and their merge before decode goes on.
+// States of spans that were computed for groups of sequences (grouped.cuh), and their merge before decode continues.
 #ifndef KVPAGE_KERNELS_CUDA_MERGE_PREFIX_CUH_
 #define KVPAGE_KERNELS_CUDA_MERGE_PREFIX_CUH_
 
@@ -15,15 +15,15 @@ __device__ __forceinline__ std::int64_t PrefixIndex(const AttentionParams& p, st
   return std::int64_t{row} * p.partials_per_row + span;
 }
 
-// Whether a block's item begins with the spans that a group has computed.
+// Whether a block's item begins with spans that a group has computed.
 __device__ __forceinline__ bool HasPrefix(const WorkUnit& unit) { return unit.prefix > 0 && IsFirstItem(unit); }
 
-// The first of the unit's rows in CallState::prefix_values.
+// Index of the unit's first row in CallState::prefix_values.
 __device__ __forceinline__ std::int32_t PrefixRow(const AttentionParams& p, const WorkIterator<true>& at) {
   return p.plan.prefix_rows[at.sequence] + at.unit.head * at.unit.rows;
 }
 
-// Merges the spans of one row in their order, with all lanes of a warp. The result takes the place of the first span.
+// Merges the spans of one row in order, with all lanes of a warp. The result replaces the state of the first span.
 template <int kDim>
 __device__ __forceinline__ void MergePrefixRow(const AttentionParams& p, std::int32_t row, std::int32_t spans) {
   constexpr int kColumns = kDim / kWarpSize;
@@ -33,7 +33,7 @@ __device__ __forceinline__ void MergePrefixRow(const AttentionParams& p, std::in
   float2* const sums = p.state.prefix_sums + PrefixIndex(p, row, 0);
   float2 sum = make_float2(NegativeInfinity(), 0.0f);
   float x[kColumns] = {};
-  // Loads of several spans at once, because each is a trip to the second-level cache.
+  // Unrolled to load several spans at once, because each load is a round trip to the L2 cache.
 #pragma unroll 4
   for (std::int32_t span = 0; span < spans; ++span) {
     const float2 next = __ldcg(sums + span);
@@ -48,8 +48,8 @@ __device__ __forceinline__ void MergePrefixRow(const AttentionParams& p, std::in
   if (lane == 0) *sums = sum;
 }
 
-// Merges what groups have computed for the items of this block's piece. Outside of the loop over tiles, which shall not
-// grow. All threads of the block.
+// Merges what groups have computed for the items of this block's piece. Kept out of the loop over tiles, which must
+// stay small. All threads of the block must call it.
 template <int kDim>
 __device__ __forceinline__ void MergePrefixes(const AttentionParams& p, WorkIterator<true> at, const SplitPoint& from,
                                               const SplitPoint& to, int tokens) {

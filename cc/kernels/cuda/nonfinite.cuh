@@ -1,6 +1,6 @@
 // Infinities and NaN in values.
 //
-// A weight of 0 times such a value is NaN. So where rows of a tile see different tokens, these values are taken out of
+// A weight of 0 times such a value is NaN. So if the rows of a tile see different tokens, these values are removed from
 // the product, and the rows that do see them get their infinity or NaN from a second product over marks.
 #ifndef KVPAGE_KERNELS_CUDA_NONFINITE_CUH_
 #define KVPAGE_KERNELS_CUDA_NONFINITE_CUH_
@@ -27,20 +27,20 @@ inline constexpr std::uint32_t kOneBits<Bf16> = 0x3f80;
 template <>
 inline constexpr std::uint32_t kOneBits<F16> = 0x3c00;
 
-// The sign bits of those of two elements that are infinite or NaN.
+// The sign bits of those of the two elements that are infinite or NaN.
 template <class T>
 __device__ __forceinline__ std::uint32_t NonFinite(std::uint32_t pair) {
   constexpr std::uint32_t kStep = 0x8000 - kInfinityBits<T>;
   return ((pair & 0x7fff7fffu) + (kStep << 16 | kStep)) & 0x80008000u;
 }
 
-// Two elements, with 0 in place of infinities and NaN.
+// Two elements, with infinities and NaN replaced by 0.
 template <class T>
 __device__ __forceinline__ std::uint32_t KeepFinite(std::uint32_t pair) {
   return pair & ~((NonFinite<T>(pair) >> 15) * 0xffffu);
 }
 
-// 1 where the element is NaN or the infinity of that sign, else 0.
+// 1 if the element is NaN or the infinity of this sign, else 0.
 template <class T, bool kNegative>
 __device__ __forceinline__ std::uint32_t Marks(std::uint32_t pair) {
   std::uint32_t marks = 0;
@@ -54,7 +54,7 @@ __device__ __forceinline__ std::uint32_t Marks(std::uint32_t pair) {
   return marks;
 }
 
-// Whether a tile holds such values; all threads must call it.
+// Whether a tile holds such values. All threads must call it.
 template <class T, int kDim, int kTokens>
 __device__ __forceinline__ bool AnyNonFinite(const unsigned char* tile) {
   std::uint32_t found = 0;
@@ -65,13 +65,13 @@ __device__ __forceinline__ bool AnyNonFinite(const unsigned char* tile) {
   return __syncthreads_or(found != 0) != 0;
 }
 
-// Sums of marks for two fragments of 8 columns: above 0 where a visible value is NaN or the infinity of that sign.
+// Sums of marks for two fragments of 8 columns: positive where a visible value is NaN or the infinity of this sign.
 struct MarkSums {
   float plus[2][4] = {}, minus[2][4] = {};
 };
 
-// Adds weights times values of 16 tokens to two fragments at `sums`, without the values that are not finite; those go
-// to the marks. `weights`: the left side; `values`: the right sides for both fragments.
+// Adds weights times values of 16 tokens to the two fragments at `sums`, leaving out values that are not finite, which
+// are added to the marks instead. `weights` is the left operand; `values` are the right operands for both fragments.
 template <class T>
 __device__ __forceinline__ void AddGuarded(float (*sums)[4], MarkSums& marks, const std::uint32_t (&weights)[4],
                                            const std::uint32_t (&values)[4]) {
