@@ -1,4 +1,4 @@
-// Launches of the tensor core kernels: dispatch on the head size, and as many pipeline stages as fit.
+// Launches of the tensor core kernels: dispatch on the head size, with as many pipeline stages as fit.
 #ifndef KVPAGE_KERNELS_CUDA_PIPELINE_LAUNCH_CUH_
 #define KVPAGE_KERNELS_CUDA_PIPELINE_LAUNCH_CUH_
 
@@ -13,14 +13,14 @@
 
 namespace kvpage::cuda {
 
-// As many stages, from 2 to Shape::kMaxStages, as leave room for a second block on the multiprocessor.
+// The most stages, from 2 to Shape::kMaxStages, that leave room for a second block on the multiprocessor.
 template <class Shape>
 std::int32_t NumStages(const SharedLimits& limits) {
   const std::int64_t stages = (limits.beside - Shape::kFixedBytes) / Shape::kStageBytes;
   return static_cast<std::int32_t>(std::clamp<std::int64_t>(stages, 2, Shape::kMaxStages));
 }
 
-// Launches with that many stages.
+// Launches the kernel with that many stages.
 template <class Shape, auto kKernel>
 Status LaunchPipelined(const char* name, AttentionParams params, Stream stream) {
   SharedLimits limits;

@@ -12,12 +12,13 @@ namespace kvpage::cuda {
 // The number of 64-token tiles that a unit reads, plus the cost of starting it.
 __device__ __forceinline__ std::int64_t UnitCost(const Extent& e) { return (e.end - 1) / 64 - e.begin / 64 + 2; }
 
-// Packs the active sequences into the plan's lists, with prefix sums of their costs. `sequence_at`: Sequence(index).
+// Packs the active sequences into the plan's lists, with prefix sums of their costs. sequence_at(index) returns a
+// Sequence.
 template <class SequenceAt>
 __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t window, const SequenceAt& sequence_at,
                                      std::int64_t* total_cost) {
   const Plan& plan = p.plan;
-  // Of decode in the lower half, of prefill in the upper half: one sum for both.
+  // Decode in the lower half, prefill in the upper half, so that a single prefix sum serves both.
   std::int64_t sequences_before = 0;
   std::int64_t cost_before = 0, units_before = 0, states_before = 0;
   for (std::int32_t base = 0; base < p.num_sequences; base += kPlanThreads) {
@@ -41,7 +42,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     const std::int64_t at = sequences_before + SumBefore(mine, &all);
     const auto at_decode = static_cast<std::int32_t>(at), at_prefill = static_cast<std::int32_t>(at >> 32);
     sequences_before += all;
-    // Numbers are stored one by one, as they are computed: kept until the end, they would spill.
+    // Numbers are stored as soon as they are computed: kept until the end, they would spill.
     if (is_decode) {
       plan.decode_sequences[at_decode] = s;
       plan.prefix_spans[at_decode] = 0;
@@ -64,7 +65,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
     const auto prefill = static_cast<std::int32_t>(sequences_before >> 32);
     counts.decode = decode;
     counts.prefill = prefill;
-    // Items are single spans where whole units would leave blocks idle and the states fit.
+    // Items are single spans if whole units would leave blocks idle and the states fit in memory.
     counts.split = units_before < 2 * p.blocks && states_before <= p.max_prefill_states && states_before > units_before;
     counts.items = static_cast<std::int32_t>(counts.split != 0 ? states_before : units_before);
     *plan.counts = counts;
@@ -75,7 +76,7 @@ __device__ inline void PlanSequences(const AttentionParams& p, std::int32_t wind
   *total_cost = cost_before;
 }
 
-// Replaces the costs by those of the spans that the sequences do not leave to a group.
+// Replaces the costs with those of the spans that sequences compute themselves, outside of groups.
 __device__ inline void CountOwnCosts(const AttentionParams& p, std::int32_t window, std::int64_t* total_cost) {
   const std::int32_t count = p.plan.counts->decode;
   std::int64_t before = 0;
@@ -94,7 +95,7 @@ __device__ inline void CountOwnCosts(const AttentionParams& p, std::int32_t wind
   *total_cost = before;
 }
 
-// The point of the work list with this cost before it, rounded to the nearest start of a span.
+// The point of the work list that has this cost before it, rounded to the nearest start of a span.
 __device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int32_t window, std::int64_t cost,
                                             std::int64_t total) {
   const Plan& plan = p.plan;
@@ -112,7 +113,7 @@ __device__ inline SplitPoint FindSplitPoint(const AttentionParams& p, std::int32
   if (local % unit_cost == 0) return point;
   const std::int64_t position = (e.begin / 64 + local % unit_cost) * 64;
   const std::int64_t token = ((position + (std::int64_t{1} << e.shift >> 1)) >> e.shift) << e.shift;
-  // Only where all tiles of rows see tokens on both sides, so that no item of a unit is empty.
+  // Only if all tiles of rows see tokens on both sides, so that no item of a unit is empty.
   const std::int32_t begin = max(FirstVisible(s.position + (e.tiles - 1) * kTileRows / p.group, window), e.begin);
   const std::int32_t end = s.position + min((kTileRows - 1) / p.group + 1, s.query_length);
   if (token > begin && token < end) {
@@ -171,7 +172,7 @@ __device__ inline void PlanSplits(const AttentionParams& p, std::int32_t window,
   }
 }
 
-// Makes the plan, with all threads of one block. `runs`: what sequences may have in common.
+// Makes the plan, with all threads of one block. `runs`: the blocks of sequences, which show common prefixes.
 template <class SequenceAt>
 __device__ inline void PlanBatch(const AttentionParams& p, std::int32_t window, const PrefixRuns& runs,
                                  const SequenceAt& sequence_at) {

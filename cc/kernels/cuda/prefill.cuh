@@ -1,10 +1,10 @@
-// The prefill kernel: attention on tensor cores for prompts, chunks of prompts, and all sequences of a mixed batch with
-// more rows than one tile of decode.
+// The prefill kernel: attention on tensor cores for prompts, chunks of prompts, and the sequences of a mixed batch that
+// have more rows than one tile of decode.
 //
-// A tile of 64 or 128 rows (query tokens times heads of the group) stays in shared memory; keys and values stream past
-// it. Every warp computes its own rows over all tokens, so weights pass from one product to the next in registers.
-// Blocks take work items from a queue, those with the longest contexts of a sequence first; tiles of tokens that no
-// row of a warp sees are skipped.
+// A tile of 64 or 128 rows (query tokens times heads of the group) stays in shared memory while keys and values stream
+// past it. Every warp computes its own rows over all tokens, so weights pass from one product to the next in registers.
+// Blocks take work items from a queue; within a sequence, those with the longest contexts come first. Tiles of tokens
+// that no row of a warp sees are skipped.
 #ifndef KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 #define KVPAGE_KERNELS_CUDA_PREFILL_CUH_
 
@@ -24,13 +24,13 @@ namespace kvpage::cuda {
 template <int kDim>
 struct PrefillShape {
   static constexpr int kRows = PrefillRows(kDim);
-  static constexpr int kTokens = kDim > 128 ? 32 : 64;  // of a tile in shared memory
+  static constexpr int kTokens = kDim > 128 ? 32 : 64;  // per tile in shared memory
   static constexpr int kStep = 32;                      // tokens whose scores are in registers at a time
   static constexpr int kMaxStages = 4;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kTileBytes = kTokens * kDim * 2;
   static constexpr int kStageBytes = 2 * kTileBytes;     // keys and values
-  static constexpr int kFixedBytes = kQueryBytes + 128;  // and ranges of positions
+  static constexpr int kFixedBytes = kQueryBytes + 128;  // queries and the ranges of positions
 };
 
 template <class T, int kDim>
@@ -56,7 +56,7 @@ class PrefillAttention {
         warp_(threadIdx.x / kWarpSize) {}
 
   __device__ __forceinline__ void Run() {
-    // In shared memory, because this kernel is limited by registers.
+    // In shared memory, because registers limit this kernel.
     KVPAGE_SHARED(PrefillItem, work);
     const PrefillQueue items(p_);
     while (items.Take(p_, &work)) {
@@ -125,7 +125,7 @@ class PrefillAttention {
     }
     __syncthreads();
     if (threadIdx.x < kWarps + 1) {
-      // Of each warp's rows, and of all.
+      // Ranges of each warp's rows, and of all rows.
       const int rows = kBlocks * 16, all = kWarps * rows, warp = static_cast<int>(threadIdx.x);
       const std::int32_t first = position(warp == kWarps ? 0 : warp * rows);
       const std::int32_t last = position(warp == kWarps ? all - 1 : warp * rows + rows - 1);
@@ -136,7 +136,7 @@ class PrefillAttention {
     state_.Reset();
   }
 
-  // kStep tokens from position `begin` on, which are row `row` of the tile in shared memory.
+  // Processes kStep tokens from position `begin` on, which start at row `row` of the tile in shared memory.
   __device__ __forceinline__ void Tile(const PrefillItem& work, std::int32_t begin, int row, int stage, bool guarded) {
     float scores[kBlocks][kScoreTiles][4] = {};
     Dots(Keys(stage), row, scores);
@@ -218,8 +218,8 @@ class PrefillAttention {
       state_.max[m][half] = top;
       state_.sum[m][half] *= factor[half];
     }
-    // Scores of ordinary size, of which a fused product loses nothing, save the subtraction. The choice is a row's, so
-    // that its bits do not depend on other rows.
+    // For scores of ordinary size a fused product loses no precision and saves the subtraction. The choice is made per
+    // row, so that a row's bits do not depend on other rows.
     if (!(fabsf(shift[0]) < kFusedScores && fabsf(shift[1]) < kFusedScores)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -242,7 +242,7 @@ class PrefillAttention {
         weights[n][half] = Pack<T>(a, b);
       }
     }
-    // The largest score seldom changes after the first tiles.
+    // The largest score rarely changes after the first tiles.
     if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f) == 0) return;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -251,7 +251,7 @@ class PrefillAttention {
     }
   }
 
-  // Weights of 16 tokens as the left side of a product.
+  // Weights of 16 tokens as the left operand of a product.
   __device__ static __forceinline__ void ToLeft(const std::uint32_t (&weights)[kScoreTiles][2], int k,
                                                 std::uint32_t (&a)[4]) {
     a[0] = weights[2 * k][0];
@@ -260,7 +260,8 @@ class PrefillAttention {
     a[3] = weights[2 * k + 1][1];
   }
 
-  // Values of 16 tokens from row `row` of the tile on, columns 8 n to 8 n + 15, as the right side of two.
+  // Loads the values of 16 tokens, from row `row` of the tile on, columns 8 n to 8 n + 15, as the right operands of two
+  // products.
   __device__ __forceinline__ void LoadValues(std::uint32_t (&b)[4], const unsigned char* values, int row, int n) const {
     LoadMatricesTransposed(b, values + Rows::Offset(row + lane_ % 16, n + lane_ / 16));
   }
@@ -285,7 +286,7 @@ class PrefillAttention {
     }
   }
 
-  // The same where some values are not finite (nonfinite.cuh).
+  // The same if some values are not finite (nonfinite.cuh).
   __device__ __forceinline__ void AddGuardedValues(const unsigned char* values, int first,
                                                    const std::uint32_t (&weights)[kBlocks][kScoreTiles][2]) {
 #pragma unroll
@@ -309,7 +310,7 @@ class PrefillAttention {
     return p_.state.prefill_states + state * PrefillStateFloats(kDim);
   }
 
-  // Ends a span that another one follows in this block.
+  // Ends a span that is followed by another one in this block.
   __device__ __forceinline__ void KeepSpan() {
     state_.SumRows();
     if (kept_) state_.template Merge</*kMemoryFirst=*/true>(Memory(blockIdx.x), unit_);
@@ -320,7 +321,7 @@ class PrefillAttention {
 
   // Reduces the spans of a unit, which are all in memory, and writes the output.
   __device__ __forceinline__ void Merge(const PrefillItem& work) {
-    // Loaded, not merged into an empty state, so that a first span stays bit-identical.
+    // Loaded rather than merged into an empty state, so that a first span stays bit-identical.
     state_.Load(Memory(work.first_state + work.first_span));
 #pragma unroll 1
     for (std::int32_t span = work.first_span + 1; span <= work.last_span; ++span) {
@@ -331,10 +332,10 @@ class PrefillAttention {
 
   const AttentionParams& p_;
   const bool plain_;
-  const float unit_;  // of scores
+  const float unit_;  // ScoreUnit
   const TokenMap map_;
   unsigned char* const queries_;
-  VisibleRange* const ranges_;  // [kWarps + 1] of each warp's rows, then of all rows
+  VisibleRange* const ranges_;  // [kWarps + 1] for each warp's rows, then for all rows
   unsigned char* const stages_;
   const int lane_, warp_;
 

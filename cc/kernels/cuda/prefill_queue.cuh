@@ -15,12 +15,12 @@ struct PrefillItem {
   std::int32_t first_row, rows;
   std::int32_t from, to;     // positions
   std::int32_t shift;        // spans are 1 << shift tokens
-  bool split;                // the item is one span of several
-  std::int32_t unit;         // index in CallState::arrived; this and the next three only when split
-  std::int32_t items;        // of the unit, empty ones too
-  std::int32_t first_state;  // of the unit, for the sequence's first span
+  bool split;                // the item is one of several spans of a unit
+  std::int32_t unit;         // index in CallState::arrived; this and the next three are only set if `split`
+  std::int32_t items;        // items of the unit, including empty ones
+  std::int32_t first_state;  // first state of the unit, for the sequence's first span
   std::int32_t state;
-  std::int32_t first_span, last_span;  // that rows of the tile see, from the sequence's first on
+  std::int32_t first_span, last_span;  // spans that rows of the tile see, counted from the sequence's first span
 };
 
 struct PrefillQueue {
@@ -30,8 +30,8 @@ struct PrefillQueue {
   __device__ __forceinline__ explicit PrefillQueue(const AttentionParams& p)
       : counts(p.plan.counts), count(p.plan.counts->items) {}
 
-  // Writes the next item to shared memory for the whole block, which has finished the previous one; false: none is
-  // left, and the block is counted out (here, because code behind the kernel's loop would cost it registers).
+  // Writes the next item to shared memory for the whole block, which has finished the previous one. If there is none,
+  // counts the block out (here, because code after the kernel's loop would cost registers) and returns false.
   __device__ __forceinline__ bool Take(const AttentionParams& p, PrefillItem* work) const {
     KVPAGE_SHARED(std::int32_t, next);
     __syncthreads();

@@ -12,10 +12,10 @@ namespace kvpage::cuda {
 
 template <int kDim>
 struct PrefillState {
-  static constexpr int kBlocks = PrefillRows(kDim) / 16 / kWarps;  // of 16 rows, a warp's
-  static constexpr int kColumns = kDim / 8;                        // of 8
+  static constexpr int kBlocks = PrefillRows(kDim) / 16 / kWarps;  // blocks of 16 rows per warp
+  static constexpr int kColumns = kDim / 8;                        // column tiles of width 8
 
-  // As in fragment C (ptx.cuh). `sum` is this thread's part until the span ends.
+  // Laid out as fragment C (ptx.cuh). `sum` is this thread's part until the span ends.
   float values[kBlocks][kColumns][4];
   float max[kBlocks][2], sum[kBlocks][2];
 
@@ -75,7 +75,7 @@ struct PrefillState {
     }
   }
 
-  // Merges this state with one in memory, of tokens before (kMemoryFirst) or after this state's.
+  // Merges this state with one in memory, which covers tokens before (kMemoryFirst) or after those of this state.
   template <bool kMemoryFirst>
   __device__ __forceinline__ void Merge(const float* memory, float score_unit) {
 #pragma unroll

@@ -1,15 +1,17 @@
-// The part of the planner (plan.cuh) that finds sequences of decode with a common beginning, and the spans that are
-// computed once for all of them.
+// The part of the planner (plan.cuh) that finds decode sequences with a common prefix, and the spans that are computed
+// once for all of them.
 //
-// Sequences are compared by the physical blocks that hold their tokens. Only whole spans are shared, of sequences whose
-// spans begin at the same positions and with as many query tokens. A group has a leader, its first sequence, and every
-// member shares some spans with it; sorted by their number, the members of each span are a beginning of the list. Those
-// that leave a group at the same span may share more without it: that is the next level.
+// Sequences are compared by the physical blocks that hold their tokens. Only full spans are shared, and only between
+// sequences whose spans begin at the same positions and that have the same number of query tokens. A group has a
+// leader, its first sequence, and every member shares some spans with it. If members are sorted by the number of these
+// spans, the members that share any given span are a prefix of the list. Members that leave a group at the same span
+// may share more without it: this is the next level.
 //
-// Cost: a span's keys and values are read once for the group and for every GroupRows rows, where each member would read
-// them itself, from memory or from the second-level cache. In exchange there is a launch with work in it, and states
-// pass through memory (a member's rows times 8 bytes for a span's 1024 and more, of each column). So groups are formed
-// when they save kLeastSavedBytes of reads in all, which take the cache longer than that launch takes.
+// Cost: with a group, a span's keys and values are read once per GroupRows rows, while without it each member would
+// read them itself, from memory or from the L2 cache. In exchange, there is another launch with work in it, and states
+// pass through memory (a member's rows times 8 bytes per column, for each span of 1024 bytes or more per column). So
+// groups are formed only if they save kLeastSavedBytes of reads in total, which take the L2 cache longer than that
+// launch takes.
 #ifndef KVPAGE_KERNELS_CUDA_PREFIX_GROUPS_CUH_
 #define KVPAGE_KERNELS_CUDA_PREFIX_GROUPS_CUH_
 
@@ -22,7 +24,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kPlanThreads = kCheckThreads;  // the check's block continues as the planner
 
-// Sum of `value` over the threads before this one; *total is that of all. Every thread must call it.
+// Sum of `value` over the threads before this one; *total is the sum over all threads. Every thread must call it.
 __device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64_t* total) {
   KVPAGE_SHARED(std::int64_t[kPlanThreads / kWarpSize], warps);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -43,24 +45,24 @@ __device__ __forceinline__ std::int64_t SumBefore(std::int64_t value, std::int64
   return before + sum - value;
 }
 
-// The blocks that hold a slot's first tokens: DeviceRuns, or rows of a block table.
+// The blocks that hold the first tokens of slots: from DeviceRuns or from a block table.
 struct PrefixRuns {
-  const std::int32_t* blocks;  // [slots, width]; null: nothing is known
-  const std::int32_t* counts;  // [slots]; null: a row has all blocks of its sequence
+  const std::int32_t* blocks;  // [slots, width]; null if nothing is known
+  const std::int32_t* counts;  // [slots]; null if a row has all blocks of its sequence
   std::int64_t width;
   std::int32_t block_tokens;
-  // Of DeviceRuns: whose they are, and DevicePool::run_cuts when they were looked up.
+  // For DeviceRuns: the pool they belong to, and DevicePool::run_cuts when they were read.
   std::int32_t pool;
   std::uint32_t run_cuts;
 };
 
-// All threads of the planner's block.
+// Must be called by all threads of the planner's block.
 class PrefixFinder {
  public:
   __device__ PrefixFinder(const AttentionParams& p, std::int32_t window, const PrefixRuns& runs)
       : p_(p), plan_(p.plan), window_(window), runs_(runs), count_(p.plan.counts->decode) {}
 
-  // Fills in the groups, and Plan::prefix_spans and prefix_rows; false: there are none.
+  // Sets the groups, Plan::prefix_spans and Plan::prefix_rows; returns false if there are none.
   __device__ bool Run() {
     if (Prepare() < 2) return false;
     for (std::int32_t level = 0; level < kGroupLevels; ++level) {
@@ -74,7 +76,7 @@ class PrefixFinder {
       for (std::int32_t i = threadIdx.x; i < count_; i += kPlanThreads) {
         PrefixState& state = plan_.prefix_states[i];
         state.leader = state.next_leader;
-        // Nobody left to share with.
+        // There is nobody left to share with.
         if (state.next_spans == state.spans) state.most = state.spans;
         state.spans = state.next_spans;
       }
@@ -102,11 +104,11 @@ class PrefixFinder {
   __device__ std::int32_t FirstBlock(const PrefixState& state, std::int32_t span) const {
     return (span << (state.kind & 31)) / runs_.block_tokens;
   }
-  // Loads go past the first-level cache: the host may extend a run meanwhile, blocks first and then their count.
+  // Bypasses the L1 cache: the host may extend a run meanwhile, writing blocks first and then their count.
   __device__ std::int32_t Block(std::int32_t i, std::int32_t block) const { return __ldcg(Blocks(i) + block); }
   __device__ std::int32_t Rows(std::int32_t i) const { return plan_.decode_sequences[i].query_length * p_.group; }
 
-  // Which spans may be shared, and where their states go. Returns how many sequences have some.
+  // Finds which spans may be shared, and where their states are stored. Returns the number of sequences that have any.
   __device__ std::int64_t Prepare() {
     std::int64_t rows_before = 0, eligible = 0;
     for (std::int32_t base = 0; base < count_; base += kPlanThreads) {
@@ -114,7 +116,7 @@ class PrefixFinder {
       std::int32_t most = 0, shift = 0, queries = 0;
       if (i < count_) {
         const Sequence s = plan_.decode_sequences[i];
-        std::int64_t tokens = s.position;  // which all rows see
+        std::int64_t tokens = s.position;  // visible to all rows
         if (runs_.counts != nullptr)
           tokens = min(tokens, std::int64_t{__ldcg(runs_.counts + s.slot)} * runs_.block_tokens);
         tokens = min(tokens, runs_.width * runs_.block_tokens);
@@ -140,7 +142,7 @@ class PrefixFinder {
     return eligible;
   }
 
-  // The first sequence that has the same beginning up to here and the same next block.
+  // Finds for each sequence the first one with the same prefix up to here and the same next block.
   __device__ void FindLeaders() {
     for (std::int32_t i = threadIdx.x; i < count_; i += kPlanThreads) {
       PrefixState& mine = plan_.prefix_states[i];
@@ -161,7 +163,7 @@ class PrefixFinder {
     }
   }
 
-  // Where the spans end that a sequence shares with its leader; a warp each.
+  // Finds where the spans end that a sequence shares with its leader; one warp per sequence.
   __device__ void CompareWithLeaders() {
     const int lane = threadIdx.x % kWarpSize;
     for (std::int32_t i = threadIdx.x / kWarpSize; i < count_; i += kPlanThreads / kWarpSize) {
@@ -186,7 +188,8 @@ class PrefixFinder {
 
   __device__ static bool Joins(const PrefixState& state) { return state.next_leader >= 0 && state.end > state.spans; }
 
-  // Sorts the members of each leader, longest first, and makes a group of each run of spans with the same members.
+  // Sorts the members of each leader, longest shared prefix first, and forms a group for each run of spans with the
+  // same members.
   __device__ void FormGroups(std::int32_t level) {
     std::int32_t* const members = plan_.members + level * p_.num_sequences;
     for (std::int32_t base = 0; base < count_; base += kPlanThreads) {
@@ -213,7 +216,7 @@ class PrefixFinder {
         }
         members[first + rank] = i;
         if (size > 1) mine.next_spans = rank == 0 ? second : mine.end;
-        // With the same end as the next member the group is the next one's.
+        // If the next member has the same end, the group is formed by that member instead.
         if (rank > 0 && next < mine.end) {
           group = {level * p_.num_sequences + first, rank + 1, next, mine.end, 0};
           blocks = (group.count - 1) / max(p_.group_rows / Rows(i), 1) + 1;

@@ -1,6 +1,6 @@
-// The machine instructions of attention, each with a version for the emulated device.
+// The machine instructions that attention uses, each with a version for the emulated device.
 //
-// Fragments are those of mma.m16n8k16: with lane = 4 g + t, a thread of the warp holds
+// Fragments are those of mma.m16n8k16. With lane = 4 g + t, each thread of the warp holds
 //   A (16 x 16): rows g and g + 8, columns 2t, 2t + 1 and those + 8      [4 registers of two elements]
 //   B (16 x 8):  rows 2t, 2t + 1 and those + 8 of column g               [2 registers of two elements]
 //   C (16 x 8):  rows g and g + 8, columns 2t and 2t + 1                 [4 floats]
@@ -44,14 +44,14 @@ __device__ __forceinline__ std::uint32_t SharedAddress(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, past L1; zeros (and no access to `from`) when not `valid`.
+// Copies 16 bytes from global to shared memory, bypassing L1. If not `valid`, writes zeros and does not access `from`.
 __device__ __forceinline__ void CopyAsync16(void* to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(SharedAddress(to)), "l"(from),
                "r"(bytes)
                : "memory");
 }
-// 4 bytes.
+// The same for 4 bytes.
 __device__ __forceinline__ void CopyAsync4(void* to, const void* from, bool valid) {
   const int bytes = valid ? 4 : 0;
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(SharedAddress(to)), "l"(from), "r"(bytes)
@@ -63,7 +63,7 @@ __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane l names the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void LoadMatrices(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -100,7 +100,7 @@ __device__ __forceinline__ void MultiplyAdd<F16>(float (&c)[4], const std::uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// a b + c of two pairs, rounded once.
+// a b + c for two pairs, rounded once.
 template <class T>
 __device__ __forceinline__ std::uint32_t MultiplyAddPair(std::uint32_t a, std::uint32_t b, std::uint32_t c);
 template <>
@@ -116,8 +116,8 @@ __device__ __forceinline__ std::uint32_t MultiplyAddPair<F16>(std::uint32_t a, s
   return d;
 }
 
-// Any function of the bits of a, b and c: what it makes of a = 0xf0, b = 0xcc, c = 0xaa is its table. The compiler
-// would split a function of two constants, to have both as immediate operands.
+// Any bitwise function of a, b and c; its table is its result for a = 0xf0, b = 0xcc, c = 0xaa. The compiler would
+// split a function of two constants in order to have both as immediate operands.
 template <int kTable>
 __device__ __forceinline__ std::uint32_t Logic(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t d;
@@ -125,8 +125,8 @@ __device__ __forceinline__ std::uint32_t Logic(std::uint32_t a, std::uint32_t b,
   return d;
 }
 
-// Four bytes of `x`, one for each hexadecimal digit of the selector; a digit above 7 stands for the sign of byte
-// digit - 8, in all bits.
+// Selects four bytes of `x`, one per hexadecimal digit of the selector. A digit above 7 gives eight copies of the sign
+// bit of byte digit - 8.
 __device__ __forceinline__ std::uint32_t Permute(std::uint32_t x, std::uint32_t selector) {
   std::uint32_t y;
   asm("prmt.b32 %0, %1, %1, %2;\n" : "=r"(y) : "r"(x), "r"(selector));
@@ -150,7 +150,7 @@ void WaitForCopies() {
   emulation::WaitForCopies(kLeft);
 }
 
-// The arguments of the lanes of a warp to a collective instruction.
+// The arguments that the lanes of a warp pass to a collective instruction.
 struct MatrixLoad {
   std::uint32_t* r;
   const unsigned char* row;
@@ -243,8 +243,8 @@ inline float Exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 #endif  // KVPAGE_EMULATED
 
-// Waits until all but the newest stages - 2 groups of copies have arrived: the oldest stage of a full pipeline of 2 to
-// 8 stages.
+// Waits until all but the newest stages - 2 groups of copies have arrived, so that the oldest stage of a full pipeline
+// of 2 to 8 stages is ready.
 __device__ __forceinline__ void WaitForStage(int stages) {
   switch (stages) {
     case 2:

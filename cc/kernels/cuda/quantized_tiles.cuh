@@ -11,7 +11,7 @@
 
 namespace kvpage::cuda {
 
-// Where a tile goes: keys and values, rows as in Rows, and kTokens scales of each.
+// Destination of a tile: keys and values, with rows laid out as in Rows, and kTokens scales for each.
 template <int kDim, int kTokens>
 struct QuantizedTile {
   using Rows = TileRows<kDim / 2>;                       // of kDim bytes
@@ -25,7 +25,7 @@ struct QuantizedTile {
   __device__ __forceinline__ void Fetch(const KVView& view, const TokenMap& map, const Tokens& tokens,
                                         std::int32_t head, std::int32_t begin, std::int32_t from,
                                         std::int32_t to) const {
-    // A tile begins at a multiple of such runs.
+    // Tiles begin at multiples of such a run.
     const std::int32_t chunk = map.chunk.divisor, run = chunk % kTokens == 0 ? kTokens : chunk;
     if (map.apart()) {
       FetchTileApart<kDim / 2, kTokens>(map, tokens, begin, from, to, keys, values);
@@ -36,7 +36,7 @@ struct QuantizedTile {
     } else {
       FetchTile<kDim / 2, kTokens>(map, tokens, begin, from, to, keys, values);
     }
-    // The scales of one token a thread.
+    // Each thread copies the scales of one token.
     if (kTokens < kThreads && Thread() >= kTokens) return;
     const std::int32_t token = begin + Thread();
     const bool valid = token >= from && token < to;
@@ -50,7 +50,7 @@ struct QuantizedTile {
  private:
   __device__ __forceinline__ static int Thread() { return static_cast<int>(threadIdx.x); }
 
-  // All tokens of the tile, in runs of `run` tokens that lie in one chunk: a multiple of kStep.
+  // Copies all tokens of the tile in runs of `run` tokens, each within one chunk. `run` is a multiple of kStep.
   __device__ __forceinline__ void FetchRuns(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                             std::int32_t run) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
@@ -65,8 +65,8 @@ struct QuantizedTile {
     }
   }
 
-  // Any tile, where a chunk has at least kStep tokens (default blocks of quantized storage: 48, 240, 1984). A thread's
-  // rows are no further apart than that: from each it goes on to the next, in the same chunk or the one after.
+  // Copies any tile, if a chunk has at least kStep tokens (default blocks of quantized storage: 48, 240, 1984). A
+  // thread's rows are kStep apart, so the next row is in the same chunk or in the one after.
   __device__ __forceinline__ void FetchAcrossChunks(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                                     std::int32_t from, std::int32_t to) const {
     const int unit = Thread() % Rows::kUnits, first = Thread() / Rows::kUnits;
@@ -79,7 +79,7 @@ struct QuantizedTile {
     for (int i = 0; i < kTokens / kStep; ++i) {
       const int row = first + i * kStep;
       const bool valid = begin + row >= from && begin + row < to;
-      if (valid && index != known) {  // no table is read beyond the tokens
+      if (valid && index != known) {  // the table is not read beyond the tokens
         base = tokens.first + (tokens.table != nullptr ? tokens.table[index] : index) * map.chunk_stride;
         known = index;
       }

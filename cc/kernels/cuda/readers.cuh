@@ -1,10 +1,10 @@
-// DevicePool::readers: how many blocks of running ops may still use a pool. The host changes the generation, closes the
-// pool or takes it off the table, and then waits until nobody is counted (DeviceState::WaitForReaders).
+// DevicePool::readers: how many blocks of running ops may still use a pool. When the host changes the generation,
+// closes the pool or removes it from the table, it then waits until the count is zero (DeviceState::WaitForReaders).
 //
-// An op counts itself in before it looks at anything else of the pool, and the host writes before it reads the count:
-// either the op sees what the host wrote and is refused, or the host sees the op. The check counts in every block of
-// the op's last kernel, and each of these counts itself out when it ends: an atomic whose result nobody waits for, and
-// no further launch. A launch in a graph counts like any other, regardless of its stream.
+// An op counts itself in before it reads anything else of the pool, and the host writes before it reads the count: so
+// either the op sees what the host wrote and is refused, or the host sees the op. The check counts in all blocks of the
+// op's last kernel, and each of these blocks counts itself out when it ends, with an atomic whose result nobody waits
+// for and without another launch. A launch in a graph counts like any other, whatever its stream.
 #ifndef KVPAGE_KERNELS_CUDA_READERS_CUH_
 #define KVPAGE_KERNELS_CUDA_READERS_CUH_
 
@@ -15,19 +15,19 @@
 
 namespace kvpage::cuda {
 
-// One thread. What it reads after this is what the host wrote before it last saw the count.
+// Called by one thread. Later reads see everything that the host wrote before it last read the count.
 __device__ __forceinline__ void CountIn(DevicePool* pool, std::uint32_t blocks) {
   atomicAdd(&pool->readers, blocks);
   __threadfence_system();
 }
 
-// One thread, after a barrier of those that used the pool.
+// Called by one thread, after a barrier of the threads that used the pool.
 __device__ __forceinline__ void CountOut(std::uint32_t* readers, std::uint32_t blocks) {
   __threadfence_system();
   atomicSub(readers, blocks);
 }
 
-// What a check compares of an entry.
+// The part of an entry that a check compares.
 struct PoolHead {
   std::int32_t id, open, generation, allow_stale;
   std::uint32_t epoch;
@@ -36,7 +36,7 @@ struct PoolHead {
   std::int32_t* written;
   std::uint32_t* marks;
 
-  // Volatile, so that everything is read together: each field alone would be a trip to memory.
+  // Volatile, so that all fields are read together: reading each on its own would be a round trip to memory.
   __device__ __forceinline__ void Read(const volatile DevicePool& entry) {
     id = entry.id;
     open = entry.open;
@@ -51,12 +51,14 @@ struct PoolHead {
   }
 };
 
-// One thread: finds a pool in the table, counts `blocks` in and reads its head; null: it is not there.
+// Called by one thread: finds a pool in the table, counts `blocks` in and reads its head. Returns null if it is not
+// there.
 __device__ __forceinline__ DevicePool* EnterPool(DevicePool* pools, std::int32_t id, std::uint32_t blocks,
                                                  PoolHead* head) {
   for (std::int32_t i = 0; id > 0 && i < kMaxDevicePools; ++i) {
     DevicePool* const entry = &pools[(id % kMaxDevicePools + i) % kMaxDevicePools];
-    // Where the search begins the op is counted before the id is known, which saves another trip.
+    // At the entry where the search begins, the op is counted in before the id is known, which saves another round
+    // trip.
     const std::int32_t seen = i == 0 ? id : *const_cast<const volatile std::int32_t*>(&entry->id);
     if (seen == kEmptyEntry) break;
     if (seen != id) continue;
@@ -69,7 +71,7 @@ __device__ __forceinline__ DevicePool* EnterPool(DevicePool* pools, std::int32_t
   return nullptr;
 }
 
-// One thread of a block that has ended its use of the pool. `last`: whether this launch is the op's last one.
+// Called by one thread of a block that no longer uses the pool. `last`: this launch is the op's last one.
 __device__ __forceinline__ void CountBlockOut(const CheckedBatch* checked, bool last) {
 #ifdef KVPAGE_EMULATED
   if (checked->readers != nullptr && *checked->readers == 0) emulation::Fail("the op is counted out already");
@@ -77,8 +79,8 @@ __device__ __forceinline__ void CountBlockOut(const CheckedBatch* checked, bool 
   if (last && checked->readers != nullptr) CountOut(checked->readers, 1);
 }
 
-// In every kernel that may be an op's last one, before anything else: counts the block out at its end, on every path.
-// `last`: whether this launch is the op's last one. All threads of the block must leave the kernel together.
+// Must be the first statement of every kernel that may be an op's last one: counts the block out at its end, on every
+// path. `last`: this launch is the op's last one. All threads of the block must leave the kernel together.
 class CountedBlock {
  public:
   __device__ __forceinline__ CountedBlock(const CheckedBatch* checked, bool last) : checked_(checked), last_(last) {}

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-SUFFIX = ".ptxas"  # of the notes that lie beside each object
+SUFFIX = ".ptxas"  # of the report stored next to each object
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ def demangled(names: list[str]) -> list[str]:
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").replace("kvpage::cuda::", "")
     name = re.sub(r"\((?:int|bool|unsigned int|long|kvpage::\w+)\)", "", name)
-    # Cut the parameters: the parenthesis that closes last opens at depth 0 outside of <>.
+    # Cut the parameter list, which starts at the first parenthesis outside of <>.
     depth = 0
     for index, letter in enumerate(name):
         depth += (letter == "<") - (letter == ">")

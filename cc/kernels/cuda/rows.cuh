@@ -1,4 +1,4 @@
-// Query rows in memory: where a row lies in q, out and lse, and elements of any query type.
+// Query rows in memory: the place of a row in q, out and lse, and access to elements of any query type.
 #ifndef KVPAGE_KERNELS_CUDA_ROWS_CUH_
 #define KVPAGE_KERNELS_CUDA_ROWS_CUH_
 
@@ -9,8 +9,8 @@
 
 namespace kvpage::cuda {
 
-// Row `row` of a sequence and KV head: its index in q and out, in rows of head_dim elements (and in lse), its query
-// head and the position of its query token.
+// For row `row` of a sequence and KV head: its index in q and out, in rows of head_dim elements (and in lse), its query
+// head, and the position of its query token.
 __device__ __forceinline__ std::int64_t RowIndex(const AttentionParams& p, const Sequence& sequence, std::int32_t head,
                                                  std::int32_t row) {
   const std::int32_t token = row / p.group;

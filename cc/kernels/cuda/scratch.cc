@@ -6,9 +6,9 @@ namespace kvpage::cuda {
 
 namespace {
 
-std::size_t Aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }  // for the arrays after it
+std::size_t Aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }  // alignment of arrays
 
-// Gives arrays one after the other a place behind `*end` bytes.
+// Places arrays one after the other, starting at `*end` bytes.
 class Placer {
  public:
   explicit Placer(std::size_t* end) : end_(end) {}
@@ -42,7 +42,7 @@ bool HasTensorCoreKernels(const AttentionOperands& a) {
 
 bool CanGroup(const AttentionOperands& a, std::int64_t num_sequences) {
   if (!HasTensorCoreKernels(a) || IsQuantized(a.kv_dtype) || a.num_q_heads / a.num_kv_heads > kTileRows) return false;
-  // All but one of the sequences leave all of their keys and values to a group.
+  // At best, all sequences but one leave all of their keys and values to a group.
   const std::int64_t most = std::int64_t{4} * a.head_dim * a.num_kv_heads * a.max_context * (num_sequences - 1);
   return num_sequences > 1 && most >= a.least_saved_bytes;
 }
@@ -53,7 +53,7 @@ AttentionScratch LayOut(const AttentionOperands& a, std::int64_t num_sequences, 
   const std::int64_t context = std::max<std::int64_t>(a.max_context, 1);
   const std::int64_t group = a.num_q_heads / a.num_kv_heads;
   // A split unit has at most kTileRows rows, there are at most as many split units as blocks, and no row of the batch
-  // is in two.
+  // is in two of them.
   const std::int64_t rows = std::min<std::int64_t>(num_tokens * a.num_q_heads, std::int64_t{blocks} * kTileRows);
   at.partials_per_row = static_cast<std::int32_t>(std::min<std::int64_t>(kMaxSpans, (context >> kSpanShift) + 2));
   const std::int64_t units = std::min<std::int64_t>(

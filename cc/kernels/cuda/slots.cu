@@ -1,5 +1,5 @@
-// Ops on the slot table that programs call: advance, set_lengths, the device's part of map_slots; and the check of ops
-// on keys and values. Each is one block: it looks at a few numbers per slot, and its cost is trips to memory.
+// Slot table ops that programs call: advance, set_lengths and the device's part of map_slots; also the check of ops on
+// keys and values. Each runs in one block: it reads a few numbers per slot, and its cost is round trips to memory.
 #include "kernels/cuda/check.cuh"
 
 namespace kvpage::cuda {
@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kCheckThreads) BatchCheckKernel(const __grid_c
   CheckBatch(args, &shared, reinterpret_cast<std::uint32_t*>(marks));
 }
 
-// What the blocks of a kernel that was never launched would have counted out.
+// Counts out in place of the blocks of a kernel that was never launched.
 __global__ void CountOutKernel(const CheckedBatch* checked, std::uint32_t blocks) {
   if (checked->readers != nullptr) CountOut(checked->readers, blocks);
 }
@@ -35,13 +35,13 @@ __global__ void __launch_bounds__(kCheckThreads) AdvanceKernel(const __grid_cons
     checker.Prepare(args.slots, args.num_sequences, args.offsets, args.num_tokens, 0);
     for (std::int64_t s = threadIdx.x; s < args.num_sequences; s += blockDim.x) {
       const std::int32_t slot = args.slots[s];
-      const std::int64_t count = std::int64_t{args.offsets[s + 1]} - args.offsets[s];  // the offsets may be wrong
+      const std::int64_t count = std::int64_t{args.offsets[s + 1]} - args.offsets[s];  // offsets may be invalid
       std::int32_t length = 0;
       if (slot == -1 || !checker.CheckSlot(s, slot, &length)) continue;
       if (length < 0) checker.Note(Stage::kSlots, s, FaultKind::kSlotFree, slot);
       if (length < 0 || count <= 0) continue;
       const std::int32_t written = checker.WrittenInAllLayers(slot);
-      // Otherwise a reader would find what an earlier owner of the memory left there.
+      // Otherwise a reader would find data of an earlier owner of the memory.
       const std::int64_t end = length + count;
       if (end > written) checker.Note(Stage::kLimits, s, FaultKind::kUnwritten, slot, -1, -1, end, written);
     }
@@ -97,7 +97,7 @@ __device__ void CheckEntry(Checker* checker, const ChangeArgs& args, std::int64_
     checker->Note(Stage::kSlots, i, FaultKind::kSlotFree, slot);
     return;
   }
-  // More than max_seq_len is no fault: the host's part says ok=false.
+  // More than max_seq_len is not a fault: the host's part returns ok=false.
   if (value < 0) {
     checker->Note(Stage::kSlots, i, FaultKind::kMaxSeqLen, slot, -1, -1, value);
   }
@@ -137,7 +137,7 @@ Status LaunchBatchCheck(const CacheOperands& cache, const BatchCheckArgs& args, 
 
 Status CountOutUnless(const Status& launched, void* checked, std::int64_t followers, Stream stream) {
   if (launched.ok() || followers == 0) return launched;
-  // If this fails too, the host waits in vain, and leaves the pool's memory alone.
+  // If this fails too, the host's wait times out, and it does not touch the pool's memory.
   static_cast<void>(Launch<CountOutKernel>("count_out", LaunchShape{1, 1, 0, false}, stream,
                                            static_cast<const CheckedBatch*>(checked),
                                            static_cast<std::uint32_t>(followers)));

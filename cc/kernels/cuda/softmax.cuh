@@ -1,8 +1,8 @@
-// Scores, their weights, and the merge and normalization of softmax states.
+// Scores and their weights; merging and normalization of softmax states.
 //
-// Weights are 2^((score - largest score) * unit). The difference comes first: it is 0 for the largest score and
-// negative for the others regardless of their size, where a fused score * unit - largest * unit is off by what rounding
-// took from the second product, which is hundreds where scores are near 1e10. Intrinsics keep the compiler from fusing.
+// Weights are 2^((score - largest score) * unit). The difference is computed first: it is 0 for the largest score and
+// negative for the others, whatever their size, while a fused score * unit - largest * unit is off by the rounding
+// error of the second product, which is hundreds if scores are near 1e10. Intrinsics keep the compiler from fusing.
 #ifndef KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 #define KVPAGE_KERNELS_CUDA_SOFTMAX_CUH_
 
@@ -19,24 +19,24 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float NegativeInfinity() { return __int_as_float(static_cast<int>(0xff800000)); }
 
-// Whether nothing but a scale follows the dot products. They stay unscaled then, and so do the largest scores of
-// states. (A scale below normal floats may count as 0, and masked scores times 0 are NaN.)
+// Whether only a scale follows the dot products. They then stay unscaled, and so do the largest scores of states. (A
+// subnormal scale may be treated as 0, and masked scores times 0 are NaN.)
 __device__ __forceinline__ bool OnlyScales(const AttentionParams& p) {
   return p.options.scale >= 1.17549435e-38f && !(p.options.soft_cap > 0.0f) && p.options.alibi_slopes == nullptr;
 }
-// A state's largest score times this is that of the natural softmax.
+// A state's largest score times this is the largest score in natural units.
 __device__ __forceinline__ float StateScale(const AttentionParams& p) { return OnlyScales(p) ? p.options.scale : 1.0f; }
-// What differences of scores are multiplied by to be exponents of 2.
+// Factor that turns differences of scores into exponents of 2.
 __device__ __forceinline__ float ScoreUnit(const AttentionParams& p) { return StateScale(p) * kLog2E; }
 
-// Turns dot products into scores: scale, soft cap, ALiBi. kExact: with the library's tanh, whose relative error is
-// small.
+// Turns dot products into scores: scale, soft cap, ALiBi. kExact: use the library's tanh, which has a small relative
+// error.
 template <bool kExact>
 struct ScoreRule {
-  float factor;  // of a dot product; with a soft cap, gives the argument of tanh or exp2
-  float cap;     // 0: none
+  float factor;  // multiplies dot products; with a soft cap, the result is the argument of tanh or exp2
+  float cap;     // 0 if there is none
   float unit;    // ScoreUnit
-  bool plain;    // OnlyScales: a dot product is the score
+  bool plain;    // OnlyScales: scores are dot products
   bool alibi;
 
   __device__ __forceinline__ explicit ScoreRule(const AttentionParams& p) {
@@ -61,12 +61,12 @@ struct ScoreRule {
   }
 };
 
-// The weight of a score, none of which is above `base`.
+// The weight of a score. No score may be above `base`.
 __device__ __forceinline__ float Weight(float score, float base, float unit) {
   return Exp2(__fmul_rn(__fsub_rn(score, base), unit));
 }
 
-// The maximum to subtract in exponents: 0 while no score is above -inf, so that weights are 0, not 2^(-inf + inf).
+// The maximum to subtract in exponents: 0 while all scores are -inf, so that weights are 0, not 2^(-inf + inf).
 __device__ __forceinline__ float Base(float max) { return max == NegativeInfinity() ? 0.0f : max; }
 
 // The merge of two states: values * a + other values * b. Uses intrinsics, so that the compiler cannot fuse it
@@ -101,7 +101,7 @@ struct Normalization {
       max = top;
     }
     factor = factor / sum;
-    // A score that overflows makes the row's values NaN and its lse infinite, as in the reference implementation.
+    // If a score overflows, the row's values are NaN and its lse is infinite, as in the reference implementation.
     lse = max == -NegativeInfinity() ? max : Base(max) + log2f(sum) * kLn2;
   }
 };

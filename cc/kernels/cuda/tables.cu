@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   Sequence sequence;
   sequence.slot = -1;
   sequence.query_begin = offsets[s];
-  // The offsets may be wrong: then this difference may be no int32.
+  // The offsets may be invalid, so this difference may not fit into an int32.
   const std::int64_t length = lengths[s], queries = std::int64_t{offsets[s + 1]} - offsets[s];
   sequence.query_length = static_cast<std::int32_t>(queries);
   if (queries > 0 && length > 0) {

@@ -11,8 +11,8 @@
 
 namespace kvpage::cuda {
 
-// Rows of kDim elements in units of 16 bytes, swizzled: eight rows at one column (as ldmatrix reads them) and eight
-// columns of one row lie in different banks.
+// Rows of kDim elements in units of 16 bytes, swizzled so that eight rows at one column (as ldmatrix reads them) and
+// eight columns of one row are in different banks.
 template <int kDim>
 struct TileRows {
   static constexpr int kBytes = kDim * 2;
@@ -24,7 +24,7 @@ struct TileRows {
   }
 };
 
-// As FetchTile, where keys and values lie in different chunks. Not unrolled: kernels have it beside the other.
+// FetchTile for keys and values in different chunks. Not unrolled, because kernels contain both versions.
 template <int kDim, int kTokens>
 __device__ __forceinline__ void FetchTileApart(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                                std::int32_t from, std::int32_t to, unsigned char* keys,
@@ -32,7 +32,7 @@ __device__ __forceinline__ void FetchTileApart(const TokenMap& map, const Tokens
   using Rows = TileRows<kDim>;
   const int unit = threadIdx.x % Rows::kUnits;
   std::int32_t known = -1;
-  const char* base = nullptr;  // of the chunk's keys
+  const char* base = nullptr;  // keys of the chunk
   std::int64_t apart = 0;
 #pragma unroll 1
   for (int row = threadIdx.x / Rows::kUnits; row < kTokens; row += kThreads / Rows::kUnits) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void FetchTileApart(const TokenMap& map, const Tokens
   }
 }
 
-// Starts copying kTokens keys and values from token `begin` on; zeros outside [from, to).
+// Starts copying kTokens keys and values, from token `begin` on, with zeros outside of [from, to).
 template <int kDim, int kTokens>
 __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tokens, std::int32_t begin,
                                           std::int32_t from, std::int32_t to, unsigned char* keys,
@@ -61,8 +61,8 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   const std::int32_t chunk = map.chunk.divisor;
   const bool in_one = chunk % kTokens == 0 || chunk == 0x7fffffff;
   if (in_one || (kTokens % chunk == 0 && chunk % kStep == 0)) {
-    // One address and a stride for each run of tokens in one chunk; a tile begins at a multiple of both. Tokens that
-    // are not copied use another token's address, because it must be valid.
+    // One address and a stride for each run of tokens within a chunk; a tile begins at a multiple of both. Tokens that
+    // are not copied use the address of another token, because it must be valid.
     const std::int32_t run = in_one ? kTokens : chunk;
     const char* safe = nullptr;
     const char* key = nullptr;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void FetchTile(const TokenMap& map, const Tokens& tok
   }
 }
 
-// Starts copying the queries of a tile of kRows rows; zeros from row `rows` on.
+// Starts copying the queries of a tile of kRows rows, with zeros from row `rows` on.
 template <int kDim, int kRows>
 __device__ __forceinline__ void FetchQueries(const AttentionParams& p, const Sequence& sequence, std::int32_t head,
                                              std::int32_t first_row, std::int32_t rows, unsigned char* to) {

@@ -9,7 +9,7 @@
 
 namespace kvpage::cuda {
 
-// Whether every key and value begins at a multiple of 16 bytes.
+// Whether the address of every key and value is a multiple of 16 bytes.
 __host__ __device__ inline bool IsAligned(const KVView& view) {
   const auto base = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(view.base));
   return ((base | view.slot_stride | view.chunk_stride | view.layer_stride | view.kv_stride | view.head_stride |
@@ -17,8 +17,8 @@ __host__ __device__ inline bool IsAligned(const KVView& view) {
           15) == 0;
 }
 
-// n / d for 0 <= n < 2^31 by a multiplication: m = ceil(2^(32 + l) / d) with 2^l >= d has 33 bits, of which 32 are
-// kept and n is added for the last.
+// n / d for 0 <= n < 2^31 by multiplication: m = ceil(2^(32 + l) / d) with 2^l >= d has 33 bits; 32 of them are stored,
+// and n is added for the top one.
 struct Divider {
   std::uint32_t multiplier = 0, shift = 0;
   std::int32_t divisor = 1;
@@ -34,10 +34,10 @@ struct Divider {
   }
 };
 
-// The keys of one slot and KV head; a value lies kv_stride bytes after its key, unless a table says where values are
-// (TokenMap::apart).
+// The keys of one slot and KV head. A value is kv_stride bytes after its key, unless the table has separate entries for
+// values (TokenMap::apart).
 struct Tokens {
-  const char* first;          // of chunk 0, or of physical chunk 0 with a table
+  const char* first;          // keys of chunk 0, or of physical chunk 0 if there is a table
   const std::int32_t* table;  // the slot's row, or null
 
   __device__ __forceinline__ Tokens(const KVView& view, std::int32_t slot, std::int32_t layer, std::int32_t head)
@@ -50,13 +50,13 @@ struct Tokens {
   }
 };
 
-// The part of an address that does not depend on slot and head.
+// The part of an address computation that does not depend on slot and head.
 struct TokenMap {
   Divider chunk;
   std::int64_t chunk_stride, token_stride, kv_stride;
   std::int32_t table_kv_stride;
 
-  // Chunks without gaps between them count as one. (Chunks that hold scales have gaps.)
+  // Chunks without gaps between them are treated as one. (Chunks that hold scales have gaps.)
   __device__ __forceinline__ explicit TokenMap(const KVView& view)
       : chunk(view.table == nullptr && view.chunk_stride == view.tokens_per_chunk * view.token_stride
                   ? 0x7fffffff
@@ -66,18 +66,18 @@ struct TokenMap {
         kv_stride(view.kv_stride),
         table_kv_stride(static_cast<std::int32_t>(view.table_kv_stride)) {}
 
-  // Keys and values lie in different physical chunks: KVView::values_apart.
+  // Keys and values are in different physical chunks: KVView::values_apart.
   __device__ __forceinline__ bool apart() const { return table_kv_stride != 0; }
-  // Bytes from the keys of chunk `index` to its values, where they are apart.
+  // Bytes from the keys of chunk `index` to its values, if apart().
   __device__ __forceinline__ std::int64_t Apart(const Tokens& tokens, std::int32_t index) const {
     return (tokens.table[index + table_kv_stride] - tokens.table[index]) * chunk_stride;
   }
-  // The same from the key of a token to its value, in every view.
+  // Bytes from the key of a token to its value, for any view.
   __device__ __forceinline__ std::int64_t ToValue(const Tokens& tokens, std::int32_t token) const {
     return apart() ? Apart(tokens, chunk.Divide(token)) : kv_stride;
   }
 
-  // The chunk of a token, and the token in it.
+  // The chunk of a token, and the token's place in it.
   struct Place {
     std::int32_t chunk, token;
   };

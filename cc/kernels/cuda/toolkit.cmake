@@ -1,5 +1,6 @@
-# Whether this build has CUDA: JAX_KVPAGE_CUDA is what was wanted, KVPAGE_CUDA is what comes of it, and the status line
-# says why. Only a compiler is needed here: the driver is opened at run time, so what is built runs without one too.
+# Decides whether this build has CUDA: JAX_KVPAGE_CUDA is what was requested, KVPAGE_CUDA the result, and the status
+# line gives the reason. Only a compiler is needed: the driver is opened at run time, so the build also runs without
+# one.
 set_property(CACHE JAX_KVPAGE_CUDA PROPERTY STRINGS AUTO ON OFF)
 string(TOUPPER "${JAX_KVPAGE_CUDA}" wanted)
 if(wanted MATCHES "^(1|TRUE|YES)$")
@@ -10,7 +11,7 @@ elseif(NOT wanted MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "JAX_KVPAGE_CUDA=${JAX_KVPAGE_CUDA}: it is AUTO, ON or OFF.")
 endif()
 
-# For sm_90a, and for launches with attributes.
+# Needed for sm_90a and for launches with attributes.
 set(oldest_toolkit 12.0)
 set(KVPAGE_CUDA OFF)
 if(wanted STREQUAL "OFF")

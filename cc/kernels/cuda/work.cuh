@@ -1,16 +1,16 @@
-// Work units and the plan that the planner (plan.cuh) writes and the attention kernels read.
+// Work units, and the plan that the planner (plan.cuh) writes and the attention kernels read.
 //
-// A work unit is a sequence, a KV head and a tile of rows; a row is one (query token, query head). Its context is cut
-// into spans at fixed positions that depend only on the sequence. Every span has its own softmax state (max, sum,
-// weighted values). States are merged from left to right, by the block that computed them all or, for a unit that
-// several blocks work on, by the last of these blocks. Both use the same arithmetic, so the distribution of work over
-// blocks never changes the result.
+// A work unit is a sequence, a KV head and a tile of rows; a row is one (query token, query head) pair. Its context is
+// cut into spans at fixed positions that depend only on the sequence. Every span has its own softmax state (max, sum,
+// weighted values). States are merged from left to right: by the block that computed them all or, if a unit is split
+// among blocks, by the last of these blocks. Both use the same arithmetic, so the distribution of work over blocks
+// never changes the result.
 //
 // Decode (sequences of at most kTileRows rows per KV head, and all sequences of the general kernel): units of
-// neighbouring KV heads (heads_together) differ in the head only. The spans of all units of one such head form a work
-// list, which is split into pieces of equal cost; neighbouring blocks take the same piece of each of those heads. Only
-// units with a split point inside need partial states in memory. Prefill (all other sequences): blocks take work items,
-// which are whole units or single spans, from a queue.
+// neighbouring KV heads (heads_together) differ only in the head. The spans of all units of one such head form a work
+// list, which is split into pieces of equal cost; neighbouring blocks take the same piece for each of those heads. Only
+// units with a split point inside need partial states in memory. Prefill (all other sequences): blocks take work items
+// from a queue, which are whole units or single spans.
 #ifndef KVPAGE_KERNELS_CUDA_WORK_CUH_
 #define KVPAGE_KERNELS_CUDA_WORK_CUH_
 
@@ -27,7 +27,7 @@ namespace kvpage::cuda {
 
 inline constexpr int kWarps = kThreads / kWarpSize;
 
-// What the planner writes.
+// The planner's output.
 struct Plan {
   PlanCounts* counts;
   Sequence* decode_sequences;   // [num_sequences], packed
@@ -35,27 +35,27 @@ struct Plan {
   std::int64_t* cost_prefix;    // [num_sequences + 1] cost of the decode sequences before
   std::int32_t* unit_prefix;    // [num_sequences + 1] units of the prefill sequences before
   std::int32_t* state_prefix;   // [num_sequences + 1] spans of those units
-  SplitPoint* split_points;     // [pieces + 1], in the work list of decode
+  SplitPoint* split_points;     // [pieces + 1], in the decode work list
   SplitUnit* split_units;       // [pieces * heads_together]
-  // Of each decode sequence: how many of its spans groups compute, from the first one on; the first of its rows in
-  // CallState::prefix_values, which come by KV head.
+  // For each decode sequence: how many of its first spans are computed by groups, and the index of its first row in
+  // CallState::prefix_values, whose rows are ordered by KV head.
   std::int32_t* prefix_spans;  // [num_sequences]
   std::int32_t* prefix_rows;   // [num_sequences]
   PrefixGroup* groups;         // [kGroupLevels * num_sequences]
   std::int32_t* members;       // [kGroupLevels * num_sequences] decode sequences
-  PrefixState* prefix_states;  // [num_sequences], while groups are looked for
+  PrefixState* prefix_states;  // [num_sequences], only used while searching for groups
 };
 
-// What the attention kernels of one call share. The counters are zero when they start.
+// State shared by the attention kernels of one call. The counters are zero when the kernels start.
 struct CallState {
-  std::int32_t* next_item;  // the next item of prefill for a block to take
-  std::int32_t* finished;   // [blocks] finished items of a split unit of decode
-  std::int32_t* arrived;    // [max_prefill_states] finished items of a unit of prefill
+  std::int32_t* next_item;  // the next prefill item for a block to take
+  std::int32_t* finished;   // [blocks] finished items of each split decode unit
+  std::int32_t* arrived;    // [max_prefill_states] finished items of each prefill unit
   std::int32_t num_counters;
-  float* partial_values;  // [rows, partials_per_row, head_dim], decode
+  float* partial_values;  // [rows, partials_per_row, head_dim], for decode
   float2* partial_sums;   // [rows, partials_per_row] max and sum
   float* prefill_states;  // [max_prefill_states, PrefillStateFloats]
-  float* prefix_values;   // [max_prefix_rows, partials_per_row, head_dim] states of spans that groups computed
+  float* prefix_values;   // [max_prefix_rows, partials_per_row, head_dim] states of spans computed by groups
   float2* prefix_sums;    // [max_prefix_rows, partials_per_row]
 
   __device__ __forceinline__ void ZeroCounters() const {
@@ -70,8 +70,8 @@ struct AttentionParams {
   CallState state;
   const void* q;
   void* out;
-  float* lse;                // or null
-  AttentionOptions options;  // its window is copied to the CheckedBatch, where the kernels read it
+  float* lse;                // null if not wanted
+  AttentionOptions options;  // the window is copied to the CheckedBatch, and kernels read it there
   std::int64_t num_tokens;
   std::int32_t num_sequences;
   std::int32_t num_q_heads;
@@ -79,23 +79,23 @@ struct AttentionParams {
   std::int32_t group;
   std::int32_t head_dim;
   std::int32_t decode_rows;   // sequences with more rows per KV head go to prefill
-  std::int32_t prefill_rows;  // rows of a tile of prefill
-  std::int32_t blocks;        // of every attention kernel's grid
+  std::int32_t prefill_rows;  // per prefill tile
+  std::int32_t blocks;        // grid size of every attention kernel
   std::int32_t heads_together;
-  std::int32_t pieces;  // of the work list of decode: blocks / heads_together
+  std::int32_t pieces;  // of the decode work list: blocks / heads_together
   std::int32_t partials_per_row;
   std::int32_t max_prefill_states;
-  std::int32_t max_prefix_rows;  // 0: nothing is grouped
-  std::int32_t group_rows;       // that a block computes at a time for a group
+  std::int32_t max_prefix_rows;  // 0 if nothing is grouped
+  std::int32_t group_rows;       // that a block processes at a time for a group
   std::int64_t least_saved;      // bytes that groups must save
-  std::int32_t stages;           // of the pipeline
+  std::int32_t stages;           // pipeline stages
   std::int32_t tile_tokens;      // general.cuh
-  std::int32_t row_stride;       // general.cuh: bytes of a key in shared memory
+  std::int32_t row_stride;       // general.cuh: bytes per key in shared memory
   DType q_dtype;
   bool last;  // no other kernel of the op follows
 };
 
-// The positions that the rows of a sequence see, and their division.
+// The positions that the rows of a sequence see, and how they are divided.
 struct Extent {
   std::int32_t begin, end;  // positions that any row sees
   std::int32_t tiles;       // of rows
@@ -106,22 +106,22 @@ __device__ __forceinline__ std::int32_t FirstVisible(std::int32_t position, std:
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
-// Of a group of rows: positions [begin, end) that any row sees, and [all_begin, all_end) that all rows see.
+// For a set of rows: positions [begin, end) that any row sees, and [all_begin, all_end) that all rows see.
 struct VisibleRange {
   std::int32_t begin, end, all_begin, all_end;
 
-  // Of rows whose query tokens are at positions first to last.
+  // For rows whose query tokens are at positions `first` to `last`.
   __device__ __forceinline__ static VisibleRange Of(std::int32_t first, std::int32_t last, std::int32_t window) {
     return {FirstVisible(first, window), last + 1, FirstVisible(last, window), first + 1};
   }
-  // Whether the rows see different subsets of `count` tokens.
+  // Whether the rows see different subsets of the `count` tokens that start at `token`.
   __device__ __forceinline__ bool Mixed(std::int32_t token, int count) const {
     return token < all_begin || token + count > all_end;
   }
 };
 
 __device__ __forceinline__ int SpanShift(std::int32_t tokens, int shift, int max_spans) {
-  // One span more, because the first one may start before the context does.
+  // Leaves room for one more span, because the first one may start before the context does.
   while (tokens > (std::int64_t{max_spans - 1} << shift)) ++shift;
   return shift;
 }
@@ -135,7 +135,7 @@ __device__ __forceinline__ Extent DecodeExtent(const Sequence& s, std::int32_t w
   return e;
 }
 
-// The same without the first spans, which a group computes.
+// The same without the first spans, which groups compute.
 __device__ __forceinline__ Extent OwnExtent(const Sequence& s, std::int32_t window, std::int32_t group,
                                             std::int32_t prefix_spans) {
   Extent e = DecodeExtent(s, window, group);
@@ -156,21 +156,21 @@ __device__ __forceinline__ Extent PrefillExtent(const Sequence& s, std::int32_t 
 
 __device__ __forceinline__ int NumSpans(const Extent& e) { return ((e.end - 1) >> e.shift) - (e.begin >> e.shift) + 1; }
 
-// A work unit, and the item of it that a block works on.
+// A work unit, and the part of it (the item) that a block works on.
 struct WorkUnit {
   Sequence sequence;
   std::int32_t head;
-  std::int32_t first_row;  // of the tile; row r is token (first_row + r) / group
+  std::int32_t first_row;  // row r of the tile belongs to query token (first_row + r) / group
   std::int32_t rows;
-  std::int32_t begin, end;  // positions that any row of the tile sees, after those that a group computes
+  std::int32_t begin, end;  // positions that any row of the tile sees, without those computed by a group
   std::int32_t shift;
-  std::int32_t prefix;       // spans that a group computes, from the sequence's first one on
+  std::int32_t prefix;       // number of the sequence's first spans that are computed by a group
   std::int32_t from, to;     // the item: [max(from, begin), min(to, end))
-  std::int32_t first_span;   // of the sequence: partial states are counted from it
+  std::int32_t first_span;   // of the sequence; partial states are numbered from it
   std::int32_t split_index;  // in Plan::split_units; -1: this block computes the whole unit
 };
 
-// The piece of the work list that this block works on; false: none.
+// Finds the piece of the work list that this block works on; returns false if there is none.
 __device__ __forceinline__ bool FindPiece(const AttentionParams& p, SplitPoint* from, SplitPoint* to) {
   const auto piece = static_cast<std::int32_t>(blockIdx.x) / p.heads_together;
   if (piece >= p.pieces) return false;
@@ -180,7 +180,7 @@ __device__ __forceinline__ bool FindPiece(const AttentionParams& p, SplitPoint* 
 }
 
 // Iterates over a block's piece of the work list in tiles of `tokens` tokens, a power of two up to 128. All threads
-// hold the same state. kGroups: of a kernel before which groups are computed (grouped.cuh).
+// hold the same state. kGroups: the kernel runs after one that computes groups (grouped.cuh).
 template <bool kGroups>
 struct WorkIterator {
   WorkUnit unit;
