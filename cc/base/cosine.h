@@ -1,4 +1,4 @@
-// Cosine and sine of an angle, by the same arithmetic on CPU and on a device, whose library would read a table.
+// Cosine and sine of an angle, with the same arithmetic on CPU and on a device (whose library would use a table).
 #ifndef KVPAGE_BASE_COSINE_H_
 #define KVPAGE_BASE_COSINE_H_
 
@@ -14,13 +14,13 @@ struct CosineAndSine {
   float sine;
 };
 
-// Angles of up to 1e9 are exact to the last place of a float, or nearly so: a distance in tokens times radians a token.
+// Accurate to about the last place of a float for angles of up to 1e9: a distance in tokens times radians per token.
 KVPAGE_HOST_DEVICE inline CosineAndSine CosineAndSineOf(double angle) {
   constexpr double kTwoOverPi = 0.63661977236758134308, kHalfPi = 1.57079632679489661923,
-                   kHalfPiRest = 6.123233995736766e-17;  // pi / 2 less kHalfPi
+                   kHalfPiRest = 6.123233995736766e-17;  // pi / 2 minus kHalfPi
   const double quarters = rint(angle * kTwoOverPi);
   const double x = (angle - quarters * kHalfPi) - quarters * kHalfPiRest;  // within pi / 4
-  // The Taylor series: the first terms left out are below 1e-15.
+  // Taylor series; the first omitted terms are below 1e-15.
   const double y = x * x;
   double cosine = 1.0, sine = 1.0;
   for (int n = 16; n > 0; n -= 2) {

@@ -1,5 +1,5 @@
-// Element types that keys, values and queries are stored in. The quantized ones store keys and values only: with one
-// float32 scale for each token and KV head, for keys and for values, that their elements are multiplied by.
+// Element types of keys, values and queries. Quantized types are for keys and values only, which have one float32 scale
+// per token and KV head by which their elements are multiplied.
 #ifndef KVPAGE_BASE_DTYPE_H_
 #define KVPAGE_BASE_DTYPE_H_
 
@@ -17,7 +17,7 @@ inline bool IsQuantized(DType dtype) { return dtype == DType::kI8 || dtype == DT
 
 inline std::size_t ItemSize(DType dtype) { return dtype == DType::kF32 ? 4 : (IsQuantized(dtype) ? 1 : 2); }
 
-// Bytes of the scale that belongs to a row of head_dim elements.
+// Size in bytes of the scale that belongs to a row of head_dim elements.
 inline std::size_t ScaleSize(DType dtype) { return IsQuantized(dtype) ? sizeof(float) : 0; }
 
 inline const char* Name(DType dtype) {

@@ -7,7 +7,7 @@
 
 namespace kvpage {
 
-// A file descriptor that is closed with its owner.
+// Owns a file descriptor and closes it.
 class Fd {
  public:
   explicit Fd(int fd = -1) : fd_(fd) {}

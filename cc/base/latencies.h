@@ -1,4 +1,4 @@
-// Latencies: how long the latest calls of a kind have taken.
+// Latencies: statistics of the durations of the latest calls of a kind.
 #ifndef KVPAGE_BASE_LATENCIES_H_
 #define KVPAGE_BASE_LATENCIES_H_
 
@@ -8,9 +8,9 @@
 
 namespace kvpage {
 
-// Seconds; 0: there was no call.
+// In seconds; 0 if there was no call.
 struct LatencyNumbers {
-  double median = 0, p95 = 0;  // of the latest calls
+  double median = 0, p95 = 0;  // over the latest calls
 };
 
 class Latencies {
@@ -33,7 +33,7 @@ class Latencies {
  private:
   static constexpr std::size_t kLatest = 512;
 
-  std::vector<double> latest_;  // a ring
+  std::vector<double> latest_;  // ring buffer
   std::size_t next_ = 0;
 };
 

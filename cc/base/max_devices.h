@@ -1,4 +1,4 @@
-// How many devices of one machine are told apart.
+// Upper bound of the number of devices per machine.
 #ifndef KVPAGE_BASE_MAX_DEVICES_H_
 #define KVPAGE_BASE_MAX_DEVICES_H_
 

@@ -1,5 +1,5 @@
-// The ops that programs queue, as messages name them. Host verbs (acquire, release) all queue one op, edit_slots, and
-// tell it their name as a number.
+// The ops that programs queue, with their names in messages. Host calls (acquire, release, ...) all queue one op,
+// edit_slots, and pass it their name as a number.
 #ifndef KVPAGE_BASE_OP_NAMES_H_
 #define KVPAGE_BASE_OP_NAMES_H_
 
@@ -7,7 +7,7 @@
 
 namespace kvpage {
 
-// The op that a message begins with. The numbers are part of compiled programs: append, never renumber.
+// The op named at the start of a message. The numbers are part of compiled programs: append, never renumber.
 enum class DeviceOp : std::int32_t {
   kMapSlots = 0,
   kAppendKV,
@@ -71,7 +71,7 @@ inline const char* OpName(DeviceOp op) {
   return "an op";
 }
 
-// The host verbs: what edit_slots may be queued for.
+// The host calls for which edit_slots is queued.
 inline constexpr DeviceOp kHostVerbs[] = {
     DeviceOp::kAcquire,       DeviceOp::kRelease,    DeviceOp::kFork,    DeviceOp::kReorder, DeviceOp::kTruncate,
     DeviceOp::kAcquirePrefix, DeviceOp::kDropBefore, DeviceOp::kSwapOut, DeviceOp::kSwapIn,  DeviceOp::kImportBlocks};

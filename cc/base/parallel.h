@@ -1,7 +1,7 @@
-// Parallel: the one thing a CPU kernel may know about threads.
+// Parallel: the only interface through which CPU kernels use threads.
 //
-// The FFI layer implements it over XLA's intra-op thread pool, tests over std::thread or inline. Kernels must give
-// bit-identical results for any number of threads and any order of the tasks.
+// The FFI layer implements it with XLA's intra-op thread pool, tests with std::thread or inline. Kernels must give
+// bit-identical results for any number of threads and any order of tasks.
 #ifndef KVPAGE_BASE_PARALLEL_H_
 #define KVPAGE_BASE_PARALLEL_H_
 
@@ -13,10 +13,10 @@ namespace kvpage {
 class Parallel {
  public:
   virtual ~Parallel() = default;
-  // Upper bound (exclusive) of the worker index that For() passes on.
+  // Upper bound (exclusive) of the worker indices that For() passes on.
   virtual int num_workers() const = 0;
-  // Calls fn(task, worker) once for every task in [0, num_tasks), in any order, and returns when all are done. Two
-  // calls that run at the same time never share a worker index. fn must not throw.
+  // Calls fn(task, worker) once for every task in [0, num_tasks), in any order, and returns when all are done.
+  // Concurrent calls of fn never have the same worker index. fn must not throw.
   virtual void For(std::int64_t num_tasks, const std::function<void(std::int64_t task, int worker)>& fn) = 0;
 };
 

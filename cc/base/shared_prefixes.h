@@ -1,7 +1,5 @@
 // SharedPrefixes: which sequences of a batch begin with the same memory, so that attention can read it once for all of
-// them.
-//
-// A kernel may read what is shared through any of the sequences.
+// them. A kernel may read shared memory through any of the sequences.
 #ifndef KVPAGE_BASE_SHARED_PREFIXES_H_
 #define KVPAGE_BASE_SHARED_PREFIXES_H_
 
@@ -19,9 +17,9 @@ struct BlockRun {
 };
 
 struct SharedPrefixes {
-  // Numbers of the sequences that may share something; those with a common beginning are neighbours.
+  // Indices of the sequences that may share something; those with a common beginning are adjacent.
   std::vector<std::int32_t> order;
-  // [order] tokens that a sequence has in common with the one before it in `order`; 0 for the first.
+  // [order] number of tokens that a sequence has in common with the one before it in `order`; 0 for the first.
   std::vector<std::int64_t> common;
 
   void Clear() {
@@ -31,7 +29,7 @@ struct SharedPrefixes {
   bool empty() const { return order.empty(); }
 };
 
-// Compares the runs of sequences 0 .. runs.size() - 1; empty ones are left out. `out` stays empty when none share a
+// Compares the runs of sequences 0 .. runs.size() - 1; empty runs are left out. `out` stays empty if no two share a
 // block.
 inline void FindSharedPrefixes(const std::vector<BlockRun>& runs, std::int64_t block_tokens, SharedPrefixes* out) {
   out->Clear();

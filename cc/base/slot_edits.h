@@ -1,7 +1,8 @@
-// The operands of edit_slots, the one op that host verbs queue: a list of edits and a list of copies.
+// The operands of edit_slots, the op that all host calls queue: a list of edits and a list of copies.
 //
-// The whole list is checked before anything changes: a slot may be named by one edit, a copy's target by one copy and
-// by no copy as its source. Edits come first, then the copies, between slots that are occupied after the edits.
+// The whole list is checked before anything changes. Each slot may be used by only one edit, and each copy target by
+// only one copy and by no copy as its source. Edits are applied first, then the copies, between slots that are occupied
+// after the edits.
 #ifndef KVPAGE_BASE_SLOT_EDITS_H_
 #define KVPAGE_BASE_SLOT_EDITS_H_
 
@@ -14,14 +15,15 @@ enum class SlotOpcode : std::int32_t {
   kOccupy = 0,  // a free slot becomes an empty sequence: length 0, nothing written
   kVacate,      // an occupied slot becomes free: length -1
   kSetLength,   // an occupied slot's length is lowered to `length`
-  kFork,  // a free slot becomes a sequence with the first `length` tokens of `donor`. Whole blocks of them are mapped
-          // in both slots by now and count as written; those of the last, partial block are a copy in the same list
-  kTruncate,  // as kSetLength, and what the slot has mapped from `length` on is its own: shared blocks are replaced
-  kFound,     // a free slot becomes a sequence with `length` tokens, which its memory has by now and which it may not
-              // write
-  kDrop,      // an occupied slot no longer has its tokens below `length`, which begin whole blocks
-  kSwapIn,    // a free slot becomes a sequence with `length` tokens, which its memory has by now and of which it may
-              // not write the first `donor` ones
+  kFork,  // a free slot becomes a sequence with the first `length` tokens of `donor`. Full blocks are already mapped in
+          // both slots and count as written; a partial last block is copied by the same list
+  kTruncate,  // like kSetLength; what the slot has mapped from `length` on is no longer shared: shared blocks have been
+              // replaced
+  kFound,     // a free slot becomes a sequence with `length` tokens, which are already in its memory and must not be
+              // written
+  kDrop,      // an occupied slot no longer has its tokens below `length`, a block boundary
+  kSwapIn,    // a free slot becomes a sequence with `length` tokens, which are already in its memory; the first `donor`
+              // of them must not be written
 };
 
 // A row of the operand int32[n, 4].
@@ -32,8 +34,8 @@ struct SlotEdit {
   std::int32_t donor = -1;  // kFork; kSwapIn: a number of tokens
 };
 
-// A row of the operand int32[m, 4]: tokens first..first + count - 1 of all layers, keys and values with their scales,
-// from one slot to the same positions of another. The target counts as written that far.
+// A row of the operand int32[m, 4]: tokens first .. first + count - 1 of all layers (keys, values and scales), copied
+// from one slot to the same positions of another. The target then counts as written up to their end.
 struct TokenCopy {
   std::int32_t source = -1;  // -1: padding
   std::int32_t target = -1;

@@ -1,5 +1,5 @@
-// Staging: memory that is filled once, passed on and freed. In large pages where the system has them: to fault small
-// ones in takes several times as long as the copy into them.
+// Staging: memory that is filled once, passed on and freed. Uses huge pages if available: faulting in small pages takes
+// several times as long as the copy itself.
 #ifndef KVPAGE_BASE_STAGING_H_
 #define KVPAGE_BASE_STAGING_H_
 
@@ -25,7 +25,7 @@ inline Staging NewStaging(std::int64_t bytes) {
   void* memory = nullptr;
   const std::size_t alignment = large ? kLargePage : alignof(std::max_align_t);
   if (posix_memalign(&memory, alignment, static_cast<std::size_t>(bytes)) != 0) throw std::bad_alloc();
-  // Without large pages it is ordinary memory.
+  // Without huge pages, this is ordinary memory.
   if (large) static_cast<void>(madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE));
   return Staging(static_cast<char*>(memory));
 }

@@ -1,8 +1,8 @@
-// Status: how every layer below XLA and Python reports that something did not happen.
+// Status: how every layer below XLA and Python reports errors.
 //
-// The codes are the absl/XLA numbers, so the FFI layer passes them on unchanged and a Python user sees the
-// usual names (RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ...). Where Python's host calls raise a more special exception
-// than the code stands for, a reason says which. Nothing here throws and nothing aborts.
+// The codes are the absl/XLA numbers, so the FFI layer passes them on unchanged and a Python user sees the usual names
+// (RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ...). If host calls in Python should raise a more specific exception than
+// the code implies, `reason` selects it. Nothing here throws or aborts.
 #ifndef KVPAGE_BASE_STATUS_H_
 #define KVPAGE_BASE_STATUS_H_
 
@@ -27,9 +27,9 @@ enum class Reason : std::uint8_t {
   kNone = 0,
   kClosed,             // the pool is closed
   kForked,             // the pool belongs to a parent process
-  kOutOfBlocks,        // the pool's budget does not suffice
-  kOutOfSlots,         // every slot is taken
-  kOutOfDeviceMemory,  // the card is full, perhaps of what JAX holds
+  kOutOfBlocks,        // the pool's budget is not enough
+  kOutOfSlots,         // every slot is in use
+  kOutOfDeviceMemory,  // the GPU is full, perhaps with memory that JAX holds
   kDeviceFault,        // a program failed on the device
 };
 
@@ -44,7 +44,7 @@ class [[nodiscard]] Status {
   Reason reason() const { return reason_; }
   const std::string& message() const { return message_; }
 
-  // The same status with another message, or for another reason.
+  // The same status with another message or for another reason.
   Status WithMessage(std::string message) const { return {code_, std::move(message), reason_}; }
   Status WithReason(Reason reason) const { return {code_, message_, reason}; }
 

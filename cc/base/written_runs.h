@@ -1,5 +1,6 @@
-// WrittenRuns: how far a slot is written in each layer, short enough for a fault record: layers in order, neighbours
-// with the same number of tokens as one run. One forgotten layer makes three runs at most.
+// WrittenRuns: the number of written tokens of a slot in each layer, compact enough for a fault record: layers in
+// order, with adjacent layers that have the same number of tokens merged into a run. One forgotten layer makes at most
+// three runs.
 #ifndef KVPAGE_BASE_WRITTEN_RUNS_H_
 #define KVPAGE_BASE_WRITTEN_RUNS_H_
 
@@ -11,12 +12,12 @@ namespace kvpage {
 
 struct WrittenRuns {
   static constexpr int kMost = 4;
-  std::int32_t count = 0;               // runs there are; more than kMost: the others are not listed
-  std::int32_t last_layer[kMost] = {};  // of each run
+  std::int32_t count = 0;               // total number of runs; only the first kMost are listed
+  std::int32_t last_layer[kMost] = {};  // per run
   std::int32_t tokens[kMost] = {};
 };
 
-// `written`: [num_layers] of one slot; no layer counts for more than `limit` tokens.
+// `written`: [num_layers] of one slot. At most `limit` tokens are counted per layer.
 KVPAGE_HOST_DEVICE inline WrittenRuns FindWrittenRuns(const std::int32_t* written, std::int64_t num_layers,
                                                       std::int32_t limit) {
   WrittenRuns runs;

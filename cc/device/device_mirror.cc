@@ -11,7 +11,7 @@
 namespace kvpage {
 namespace {
 
-// Carves arrays out of one allocation, each on its own cache line.
+// Carves arrays out of one allocation, each starting on its own cache line.
 class Carver {
  public:
   template <class T>
@@ -70,7 +70,7 @@ Status DeviceMirror::Allocate(char* base, const PoolOptions& options) {
   image_->marks = reinterpret_cast<std::uint32_t*>(memory_.address() + marks);
   image_->fault = pinned_.OnDevice(fault_);
   image_->vacated = pinned_.OnDevice(vacated_);
-  // No slot was acquired yet.
+  // No slot has been acquired yet.
   for (std::int64_t slot = 0; slot < slots; ++slot) slots_[slot] = {0, 0, 0, /*released=*/1, 0, 0};
   return device_->Transfer({{Copy::kZero, memory_.address(), nullptr, on_device.size()}, SlotsCopy(Copy::kToDevice)});
 }
@@ -83,7 +83,7 @@ Status DeviceMirror::Open(std::int32_t id) {
 
 Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   std::vector<Copy> copies;
-  // Blocks first, in the order of the stream: a kernel that sees the room sees them too.
+  // Blocks first, in stream order: a kernel that sees the room also sees its blocks.
   for (const Room& room : rooms) {
     if (table_ != nullptr) table_->Update(room.slot, &copies);
   }
@@ -97,8 +97,8 @@ Status DeviceMirror::SetRoom(const std::vector<Room>& rooms) {
   Status status = device_->Transfer(copies);
   if (table_ != nullptr) table_->Arrived(status.ok());
   if (!status.ok()) {
-    // Some copies may have arrived: restore the old rooms, because the caller unmaps the new room again. Numbers of
-    // blocks beyond them are not read.
+    // Some copies may have arrived. Restore the old rooms, because the caller will unmap the new blocks. Block numbers
+    // beyond the rooms are not read.
     for (const Room& room : rooms) new_rooms_[room.slot] = std::max(rooms_[room.slot], 0);
     copies.erase(copies.begin(), copies.begin() + first_room);
     static_cast<void>(device_->Transfer(copies));
@@ -161,10 +161,10 @@ Status DeviceMirror::Drop(const std::vector<Room>& begins, const CacheRef& cache
     new_rooms_[begin.slot] = begin.tokens;
     copies.push_back(NewRoomCopy(begin.slot, offsetof(DeviceSlot, dropped)));
   }
-  // After a failure of the driver some slots may be refused more than they need be; nothing is unmapped.
+  // If the driver fails, some slots may be refused more than necessary, but nothing is unmapped.
   KVPAGE_RETURN_IF_ERROR(device_->Transfer(copies));
   KVPAGE_RETURN_IF_ERROR(WaitForReaders());
-  // Once more: another thread's program may have run since. None that comes later can shorten the slots further.
+  // Check again: another thread's program may have run in between. No later program can shorten the slots further.
   Status status = CheckDrop(begins, cache);
   if (status.ok()) return status;
   for (std::size_t i = 0; i < begins.size(); ++i) new_rooms_[begins[i].slot] = before[i];
@@ -182,7 +182,7 @@ Status DeviceMirror::OpenTable(char* window, const BlockTable* table) {
     const Status status =
         device_->Transfer({FieldCopy(&DevicePool::table_layer_stride), FieldCopy(&DevicePool::table_view)});
     if (!status.ok()) {
-      // What has arrived must not be used: the memory goes.
+      // Whatever has arrived must not be used, because the memory is freed.
       image_->table_view = {};
       static_cast<void>(device_->Transfer({FieldCopy(&DevicePool::table_view)}));
       return status;
@@ -198,8 +198,8 @@ Status DeviceMirror::ExtendRun(std::int32_t slot, std::int64_t begin, const std:
     std::unique_ptr<RunMirror> runs;
     KVPAGE_RETURN_IF_ERROR(RunMirror::Make(device_.get(), geometry_, &runs));
     image_->runs = runs->View();
-    // Width and counts before the blocks, by which kernels see that there are runs. They may see some of it even when
-    // the copy fails.
+    // Width and counts come before the blocks, whose pointer tells kernels that there are runs. Even if the copy fails,
+    // kernels may see part of it.
     runs_ = std::move(runs);
     runs_told_ = false;
   }
@@ -282,7 +282,7 @@ Status DeviceMirror::SetGeneration(const DeviceProgress& progress) {
 void DeviceMirror::Close() {
   image_->open = 0;
   if (entry_ < 0 || !device_->Transfer({FieldCopy(&DevicePool::open)}).ok()) return;
-  static_cast<void>(WaitForReaders());  // Leave asks again, before the memory goes
+  static_cast<void>(WaitForReaders());  // Leave waits again before the memory is freed
 }
 
 bool DeviceMirror::Leave() {

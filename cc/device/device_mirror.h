@@ -1,6 +1,6 @@
 // DeviceMirror: the device-side copy of one pool's slot table.
 //
-// State that kernels change (slots, tokens written, marks) is in device memory; their reports (faults, releases) are in
+// State that kernels change (slots, tokens written, marks) is in device memory. Their reports (faults, releases) are in
 // pinned memory, which the host reads without a driver call. Changes by the host are small synchronous copies on a
 // separate stream: programs queued afterwards see them.
 #ifndef KVPAGE_DEVICE_DEVICE_MIRROR_H_
@@ -51,7 +51,7 @@ class DeviceMirror final : public Mirror {
   std::string TakeWarning() override;
   std::int64_t waits() const override { return waits_.load(std::memory_order_relaxed); }
 
-  // Index in the table; -1 before Open.
+  // Index in the device's table; -1 before Open.
   std::int32_t entry() const { return entry_; }
 
  private:
@@ -62,7 +62,7 @@ class DeviceMirror final : public Mirror {
   Status Allocate(char* base, const PoolOptions& options);
   Status Counted(const Status& status, bool waited);
   Status WaitForReaders();
-  // Reads the slots. Whether programs with this cache could drop what lies before these begins.
+  // Reads the slots and checks whether programs with this cache could drop everything before these positions.
   Status CheckDrop(const std::vector<Room>& begins, const CacheRef& cache);
   template <class T>
   Copy FieldCopy(T DevicePool::* field) {
@@ -72,7 +72,7 @@ class DeviceMirror final : public Mirror {
   Copy WrittenCopy(Copy::Kind kind) {
     return {kind, written_address(), written_, geometry_.max_slots * geometry_.num_layers * sizeof(std::int32_t)};
   }
-  // Of new_rooms_, to a field of the slot's row.
+  // Copies an element of new_rooms_ to a field of the slot's row.
   Copy NewRoomCopy(std::int32_t slot, std::size_t field) {
     const cu::DevicePtr row = slots_address() + static_cast<cu::DevicePtr>(slot) * sizeof(DeviceSlot);
     return {Copy::kToDevice, row + field, &new_rooms_[slot], sizeof(std::int32_t)};
@@ -86,14 +86,14 @@ class DeviceMirror final : public Mirror {
   PinnedMemory pinned_;  // the members below point into it
   DevicePool* image_ = nullptr;
   Fault* fault_ = nullptr;
-  std::uint32_t* vacated_ = nullptr;         // [max_slots]
-  std::int32_t* new_rooms_ = nullptr;        // [max_slots]
-  DeviceSlot* slots_ = nullptr;              // [max_slots]
-  std::int32_t* written_ = nullptr;          // [max_slots, num_layers]
-  std::vector<std::int32_t> rooms_;          // on the device; -1: StopReaders has set another, or tried to
-  std::unique_ptr<BlockTableMirror> table_;  // null: no program has needed it
-  std::unique_ptr<RunMirror> runs_;          // null: no slots have shared anything
-  bool runs_told_ = false;                   // the pool's entry has their addresses
+  std::uint32_t* vacated_ = nullptr;   // [max_slots]
+  std::int32_t* new_rooms_ = nullptr;  // [max_slots]
+  DeviceSlot* slots_ = nullptr;        // [max_slots]
+  std::int32_t* written_ = nullptr;    // [max_slots, num_layers]
+  std::vector<std::int32_t> rooms_;    // room on the device; -1: StopReaders has set another value, or has tried to
+  std::unique_ptr<BlockTableMirror> table_;  // null until a program needs it
+  std::unique_ptr<RunMirror> runs_;          // null until slots share something
+  bool runs_told_ = false;                   // whether the pool's entry has their addresses
   std::int32_t entry_ = -1;
   std::atomic<std::int64_t> waits_{0};
 };

@@ -75,7 +75,7 @@ void DeviceState::NoteStream(cu::Stream stream) {
   if (driver().StreamIsCapturing(stream, &capturing) != cu::Result::kSuccess || capturing != cu::CaptureStatus::kNone) {
     return;
   }
-  unsigned long long id = 0;  // unlike its address no later stream has it
+  unsigned long long id = 0;  // unlike its address, the id is never reused
   if (driver().StreamGetId(stream, &id) != cu::Result::kSuccess) return;
   last_stream_ = stream;
   const auto seen = std::find(stream_ids_.begin(), stream_ids_.end(), id);
@@ -164,7 +164,7 @@ Status DeviceState::Transfer(const std::vector<Copy>& copies) {
     return {};
   };
   Status status = queue();
-  // Also after an error: copies queued before it may still be reading their source.
+  // Wait even after an error: copies that were queued before it may still be reading their source.
   const cu::Result done = driver().StreamSynchronize(stream_);
   if (!status.ok() || done == cu::Result::kSuccess) return status;
   return driver().Explain(done, cu::Call::kStreamSynchronize, "for the table of pools");
@@ -205,7 +205,7 @@ Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
     }
     ids_[place] = image->id;
   }
-  // All but the readers, which are the device's.
+  // Everything except `readers`, which the device owns.
   Status status = Transfer(
       {{Copy::kToDevice, table_.address() + place * sizeof(DevicePool), image, offsetof(DevicePool, readers)}});
   if (!status.ok()) {
@@ -233,7 +233,7 @@ bool DeviceState::TakeFault(Fault* record, std::int32_t entry, Fault* out) {
     *out = *record;
     __atomic_store_n(&record->set, 0u, __ATOMIC_RELEASE);
   }
-  // Until this copy is done the device records no other fault. If it fails, the next call finds this fault again.
+  // The device records no other fault before this copy is done. If it fails, the next call finds this fault again.
   if (!Transfer({{Copy::kToDevice, Field(entry, &DevicePool::faulted), zero_, sizeof(*zero_)}}).ok()) {
     __atomic_store_n(&record->set, 1u, __ATOMIC_RELEASE);
   }

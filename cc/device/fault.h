@@ -1,4 +1,4 @@
-// Describes faults that programs recorded on a device, with the messages that the same errors have on CPU.
+// Describes faults that programs recorded on a device, with the same messages that these errors have on CPU.
 #ifndef KVPAGE_DEVICE_FAULT_H_
 #define KVPAGE_DEVICE_FAULT_H_
 
@@ -10,8 +10,8 @@
 
 namespace kvpage {
 
-// The status with which the program would have failed on CPU. `id` and `spec` are those of the pool that recorded the
-// fault; a fault of kind kNoPool needs neither.
+// The status that the program would have returned on CPU. `id` and `spec` are those of the pool that recorded the
+// fault; they are not used for a fault of kind kNoPool.
 Status DescribeFault(const Fault& fault, std::int32_t id, const SpecInts& spec);
 
 }  // namespace kvpage

@@ -1,4 +1,4 @@
-// Owners of driver memory: on the device, and pinned on the host where kernels can write it.
+// Owners of memory that the driver allocates: on the device, and pinned on the host where kernels can write it.
 #ifndef KVPAGE_DEVICE_MEMORY_H_
 #define KVPAGE_DEVICE_MEMORY_H_
 
@@ -19,11 +19,11 @@ class DeviceMemory {
   DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }
   DeviceMemory& operator=(DeviceMemory&& other) noexcept;
 
-  // `what` names it in an error: "of the table of pools".
+  // `what` is used in error messages, for example "of the table of pools".
   static Status Make(std::shared_ptr<const CudaContext> context, std::size_t bytes, const std::string& what,
                      DeviceMemory* out);
   cu::DevicePtr address() const { return address_; }
-  // Drops the memory without freeing it, because something may still use it.
+  // Gives up the memory without freeing it, because something may still use it.
   void Abandon() { address_ = 0; }
 
  private:
@@ -40,12 +40,12 @@ class PinnedMemory {
   PinnedMemory(PinnedMemory&& other) noexcept { *this = std::move(other); }
   PinnedMemory& operator=(PinnedMemory&& other) noexcept;
 
-  // Zero-filled.
+  // The memory is zero-filled.
   static Status Make(std::shared_ptr<const CudaContext> context, std::size_t bytes, const std::string& what,
                      PinnedMemory* out);
   char* data() const { return data_; }
   std::size_t size() const { return size_; }
-  // The device address of `host`, which points into it.
+  // The device address of `host`, which must point into this memory.
   template <class T>
   T* OnDevice(T* host) const {
     return reinterpret_cast<T*>(address_ +

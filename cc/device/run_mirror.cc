@@ -44,12 +44,12 @@ DeviceState::Copy RunMirror::CountCopy(std::int32_t slot) const {
 }
 
 Status RunMirror::Extend(std::int32_t slot, std::int64_t begin, const std::int32_t* blocks, std::int64_t count) {
-  // After a call that failed there is a gap.
+  // A failed call leaves a gap.
   if (counts_[slot] != begin) return FailedPrecondition("blocks before these are missing");
   std::copy_n(blocks, count, blocks_);
   const auto at = reinterpret_cast<cu::DevicePtr>(View().blocks + slot * width() + begin);
   const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(std::int32_t);
-  // Blocks first: a kernel that sees the count sees them too.
+  // Blocks first: a kernel that sees the count also sees the blocks.
   KVPAGE_RETURN_IF_ERROR(device_->Transfer({{DeviceState::Copy::kToDevice, at, blocks_, bytes}}));
   SetCount(slot, begin + count);
   return device_->Transfer({CountCopy(slot)});
