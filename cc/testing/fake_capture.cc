@@ -1,9 +1,9 @@
-// The fake driver's stream captures, and the rules that they put on everybody's calls.
+// The fake driver's stream captures, and the rules that they impose on all calls.
 //
-// As CUDA has it: nobody may wait for a captured stream or for a context that has one; "potentially unsafe" calls are
-// forbidden to the thread that captures, and to every thread during a capture in global mode, except where the thread
-// is in relaxed mode; work on the null stream is forbidden while a blocking stream is captured. Each of these
-// invalidates the capture.
+// As in CUDA, nobody may wait for a captured stream or for a context that has one. "Potentially unsafe" calls are
+// forbidden for the thread that captures and, during a capture in global mode, for every thread, unless the thread is
+// in relaxed mode. Work on the null stream is forbidden while a blocking stream is captured. Violations invalidate the
+// capture.
 #include <algorithm>
 #include <memory>
 #include <string>

@@ -1,4 +1,4 @@
-// The fake driver's devices, contexts and names of errors.
+// The fake driver's devices, contexts and error names.
 #include <algorithm>
 #include <cstdio>
 #include <iterator>
@@ -45,7 +45,7 @@ Result DriverGetVersion(int* version) {
   return Result::kSuccess;
 }
 
-// Names for the codes that the fake gives out; the real driver knows them all.
+// Names of the codes that the fake driver returns; the real driver knows all codes.
 Result GetErrorName(Result result, const char** name) {
   switch (result) {
 #define KVPAGE_RESULT(value, text) \
@@ -110,7 +110,7 @@ Result DeviceGetAttribute(int* value, Attribute attribute, Device device) {
   if (device < 0 || device >= entry->options.devices) {
     return entry->Violation("cuDeviceGetAttribute: no such device", Result::kInvalidDevice);
   }
-  switch (attribute) {  // otherwise the numbers of an H100
+  switch (attribute) {  // the default values are those of an H100
     case Attribute::kMultiprocessorCount:
       *value = 132;
       break;
@@ -152,7 +152,7 @@ Result DeviceGetUuid(Uuid* uuid, Device device) {
   if (device < 0 || device >= entry->options.devices) {
     return entry->Violation("cuDeviceGetUuid: no such device", Result::kInvalidDevice);
   }
-  // The same in every process, as a real device's is.
+  // The same in every process, like the UUID of a real device.
   static constexpr char kBegin[sizeof(uuid->bytes)] = "fake GPU";
   std::copy(std::begin(kBegin), std::end(kBegin), uuid->bytes);
   uuid->bytes[sizeof(uuid->bytes) - 1] = static_cast<char>(device);

@@ -14,8 +14,8 @@ namespace {
 
 std::atomic<FakeDriver::Impl*> g_fake{nullptr};
 
-// Calls that CUDA restricts during a capture in another mode than relaxed ("potentially unsafe API calls"). Its list is
-// not public; these allocate, free, change mappings, or ask for the state of work outside the capture.
+// Calls that CUDA restricts during captures that are not in relaxed mode ("potentially unsafe API calls"). CUDA's list
+// is not public; these calls allocate, free, change mappings, or query work outside of the capture.
 bool Unsafe(cu::Call call) {
   switch (call) {
     case cu::Call::kMemAlloc:

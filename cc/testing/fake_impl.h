@@ -21,8 +21,8 @@ namespace kvpage {
 
 struct FakeDriver::Impl {
   struct Fault {
-    cu::Call call;      // kCount: any
-    std::int64_t left;  // calls until it strikes
+    cu::Call call;      // kCount: any call
+    std::int64_t left;  // calls before it takes effect
     std::int64_t times;
     cu::Result result;
   };
@@ -38,8 +38,8 @@ struct FakeDriver::Impl {
     bool released = false;
     bool shareable = false;
     bool imported = false;
-    int own_fd = -1;          // of a memfd that has only this memory, once it was shared; else -1
-    std::uint64_t inode = 0;  // of that memfd: handles of one process with the same one are the same memory
+    int own_fd = -1;          // memfd that holds only this memory, once it was shared; otherwise -1
+    std::uint64_t inode = 0;  // of own_fd: handles of one process with the same inode refer to the same memory
   };
   struct Mapping {
     std::size_t bytes = 0;
@@ -53,17 +53,17 @@ struct FakeDriver::Impl {
   struct Capture;
   struct EventState {
     int device = -1;
-    std::shared_ptr<Capture> capture;  // in which it was recorded last
-    std::uint64_t recorded = 0;        // how often
-    std::uint64_t completed = 0;       // the newest record that has been reached
+    std::shared_ptr<Capture> capture;  // in which it was last recorded
+    std::uint64_t recorded = 0;        // number of times
+    std::uint64_t completed = 0;       // the latest record that was reached
   };
   struct Work {
     std::function<void()> run;
-    bool locked = true;  // runs with the mutex held; a kernel does not
+    bool locked = true;  // run with the mutex held; false for kernels
     std::shared_ptr<EventState> waits_for;
-    std::uint64_t record = 0;  // of waits_for
+    std::uint64_t record = 0;  // the record of waits_for
   };
-  // Work on its way into a graph.
+  // Work that is being captured into a graph.
   struct Capture {
     std::thread::id owner;
     CaptureMode mode = CaptureMode::kGlobal;
@@ -73,7 +73,7 @@ struct FakeDriver::Impl {
   struct StreamState {
     std::deque<Work> queue;
     std::shared_ptr<Capture> capture;
-    int device = -1;        // -1: the null stream, of every device
+    int device = -1;        // -1: the null stream, for every device
     bool blocking = false;  // synchronises with the null stream
     bool held = false;
     bool running = false;
@@ -84,36 +84,37 @@ struct FakeDriver::Impl {
   explicit Impl(const Options& o);
   ~Impl();
 
-  // Runs what may run on all streams until nothing can.
+  // Runs work on all streams until none can continue.
   void Pump(std::unique_lock<std::mutex>* lock);
   cu::Result Queue(cu::Stream stream, Work work, std::unique_lock<std::mutex>* lock);
   bool Exists(cu::Stream stream) const;
   cu::Result Violation(const std::string& rule, cu::Result result = cu::Result::kInvalidValue);
-  // A call that breaks the captures of all streams for which `broken`(stream) holds: a violation if there are any.
+  // For a call that breaks the captures of all streams for which `broken`(stream) is true: a violation if there are
+  // any.
   cu::Result CheckCaptures(const std::string& call, cu::Result result,
                            const std::function<bool(const StreamState&)>& broken);
   // The same for calls that the driver documents as potentially unsafe during a capture.
   cu::Result CheckUnsafe(const std::string& call);
-  // The calling thread's; in relaxed mode no call of its is unsafe.
+  // The mode of the calling thread; in relaxed mode none of its calls is unsafe.
   static cu::CaptureMode& ThreadMode();
   // The same for work on the null stream, which waits for the work of blocking streams.
   cu::Result CheckNullStream(const std::string& call, cu::Stream stream);
-  bool Idle() const;          // all streams
+  bool Idle() const;          // whether all streams are idle
   int CurrentDevice() const;  // -1: no context is current
-  // A violation unless the device's context is current; -1: any device's may be.
+  // A violation unless the device's context is current; -1 accepts that of any device.
   cu::Result CheckDevice(const std::string& call, int device);
-  int DeviceOf(cu::DevicePtr address) const;  // -1: of none
-  // Whether the whole range may be read by the device, or written too.
+  int DeviceOf(cu::DevicePtr address) const;  // -1 if it belongs to none
+  // Whether the device may read the whole range; with `write`, also write it.
   bool Accessible(cu::DevicePtr address, std::size_t bytes, bool write) const;
   bool IsPinned(const void* host, std::size_t bytes) const;
   void FreeHandle(cu::MemHandle handle);
-  // Where a handle's memory lies in which file.
+  // The file that holds the handle's memory.
   int FileOf(const Handle& handle) const { return handle.own_fd >= 0 ? handle.own_fd : fd; }
-  // Gives a handle's memory a file of its own; what is mapped stays so. False: the system refuses.
+  // Moves a handle's memory to a file of its own; mappings are kept. Returns false if the system refuses.
   bool MakeShared(cu::MemHandle handle);
-  // Whether another handle of this process stands for the same memory.
+  // Whether another handle of this process refers to the same memory.
   bool HasTwin(cu::MemHandle handle) const;
-  bool Take(int device, std::size_t bytes);  // false: out of memory
+  bool Take(int device, std::size_t bytes);  // false if out of memory
 
   const Options options;
   mutable std::mutex mutex;
@@ -131,7 +132,7 @@ struct FakeDriver::Impl {
 
   std::vector<PrimaryContext> contexts;  // [devices]
   std::vector<std::int64_t> used;        // [devices] bytes
-  int fd = -1;                           // what handles stand for: ranges of one memfd, never used twice
+  int fd = -1;                           // memfd with the memory of handles, in ranges that are never reused
   std::int64_t file_bytes = 0;
   cu::MemHandle last_handle = 0x1000;
   std::map<cu::DevicePtr, std::size_t> reservations;
@@ -139,7 +140,7 @@ struct FakeDriver::Impl {
   std::map<cu::DevicePtr, Mapping> mappings;
   std::map<cu::DevicePtr, Allocation> allocations;
   std::map<void*, std::size_t> host_allocations;
-  std::uintptr_t last_id = 0x1000;  // of streams and events
+  std::uintptr_t last_id = 0x1000;  // for streams and events
   std::map<cu::Stream, StreamState> streams;
   std::map<cu::Event, std::shared_ptr<EventState>> events;
 };
@@ -156,7 +157,8 @@ KVPAGE_DRIVER_CALLS(KVPAGE_DECLARE)
 
 enum class Needs { kNothing, kInit, kContext };
 
-// Every entry point begins with one: takes the lock, counts the call, and answers an injected fault or a broken rule.
+// Every entry point begins by creating one: it takes the lock, counts the call, and returns an injected fault or a rule
+// violation.
 class Entry {
  public:
   Entry(Call call, Needs needs);
@@ -172,12 +174,12 @@ class Entry {
   Result result_ = Result::kSuccess;
 };
 
-// First line of an entry point.
+// First line of every entry point.
 #define KVPAGE_ENTRY(name, needs)              \
   Entry entry(Call::k##name, Needs::k##needs); \
   if (!entry.ok()) return entry.result()
 
-// Ends an entry point unless the context of this device (-1: any) is current.
+// Returns from an entry point unless the context of this device is current (-1: of any device).
 #define KVPAGE_CHECK_DEVICE(symbol, device) \
   if (const Result wrong = entry->CheckDevice(symbol, device); wrong != Result::kSuccess) return wrong
 

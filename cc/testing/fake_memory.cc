@@ -1,5 +1,5 @@
-// The fake driver's memory: reservations are inaccessible pages, handles are ranges of a memfd, mapping puts one over
-// the other.
+// The fake driver's memory: reservations are inaccessible pages, handles are ranges of a memfd, and mapping places one
+// over the other.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,9 +15,9 @@
 namespace kvpage {
 namespace {
 
-constexpr int kNewByte = 0xFF;  // what new memory holds: NaN in every float type
+constexpr int kNewByte = 0xFF;  // content of new memory: NaN in every float type
 
-// Inaccessible (or anonymous) memory at an address that is a multiple of `alignment`; null when there is none.
+// Maps inaccessible or anonymous memory at a multiple of `alignment`; returns null if there is none.
 void* MapAligned(std::size_t bytes, std::size_t alignment, int protection) {
   const std::size_t slack = alignment > static_cast<std::size_t>(PageBytes()) ? alignment : 0;
   void* at = mmap(nullptr, bytes + slack, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -47,7 +47,7 @@ bool FakeDriver::Impl::Take(int device, std::size_t bytes) {
 void FakeDriver::Impl::FreeHandle(cu::MemHandle handle) {
   const Handle& entry = handles.at(handle);
   if (entry.own_fd >= 0) {
-    close(entry.own_fd);  // the memory stays for as long as somebody has a descriptor, or has mapped it
+    close(entry.own_fd);  // the memory lives while somebody has a descriptor or a mapping
   } else {
     static_cast<void>(
         fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.file_offset, static_cast<off_t>(entry.bytes)));
@@ -71,7 +71,7 @@ bool FakeDriver::Impl::Accessible(cu::DevicePtr address, std::size_t bytes, bool
   for (--it; it != mappings.end() && it->first <= address && allowed(it->second.access); ++it) {
     address = std::max<cu::DevicePtr>(address, it->first + it->second.bytes);
     if (end <= address) return true;
-    // The next one must follow on directly.
+    // The next mapping must follow without a gap.
     if (const auto next = std::next(it); next == mappings.end() || next->first != address) return false;
   }
   return false;
@@ -99,7 +99,7 @@ bool FakeDriver::Impl::IsPinned(const void* host, std::size_t bytes) const {
 namespace cu::fake {
 namespace {
 
-// A change of the page table may have to wait for all kernels: Options::mapping_waits.
+// Changing the page table may require waiting for all kernels: Options::mapping_waits.
 void WaitForKernels(Entry* entry) {
   FakeDriver::Impl& fake = entry->fake();
   if (fake.options.mapping_waits) fake.changed.wait(*entry->lock(), [&] { return fake.Idle(); });
@@ -201,11 +201,11 @@ Result MemRelease(MemHandle handle) {
   if (it == entry->handles.end() || it->second.released) {
     return entry->Violation("cuMemRelease of a handle that does not exist (any more)");
   }
-  // What was imported may turn out to be another device's, and goes again.
+  // An imported handle may turn out to belong to another device, and must be releasable then.
   if (!it->second.imported) KVPAGE_CHECK_DEVICE("cuMemRelease", it->second.device);
   it->second.released = true;
   if (it->second.mappings > 0) {
-    ++entry->released_while_mapped;  // lives on until it is unmapped
+    ++entry->released_while_mapped;  // stays alive until it is unmapped
   } else {
     entry->FreeHandle(handle);
   }
@@ -229,7 +229,7 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
     return entry->Violation("cuMemMap: wanted a handle that lives");
   }
   if (it->second.bytes != bytes) {
-    // What another process has sent may have any size: the caller cannot know before.
+    // Not a violation: memory from another process may have any size, which the caller cannot know.
     if (it->second.imported) return Result::kInvalidValue;
     return entry->Violation("cuMemMap: wanted the whole of a handle");
   }
@@ -239,7 +239,7 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
   if (above || (next != entry->mappings.begin() && (--next, next->first + next->second.bytes > address))) {
     return entry->Violation("cuMemMap: something is mapped there");
   }
-  // No access before cuMemSetAccess: whoever tries faults.
+  // No access before cuMemSetAccess: any access faults.
   if (mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, entry->FileOf(it->second),
            it->second.file_offset) == MAP_FAILED) {
     return Result::kOutOfMemory;
@@ -253,8 +253,8 @@ Result MemUnmap(DevicePtr address, std::size_t bytes) {
   KVPAGE_ENTRY(MemUnmap, Context);
   WaitForKernels(&entry);
   const auto it = entry->mappings.find(address);
-  // The real driver refuses a part of a mapping, but returns success for a range without mappings. Here that is a
-  // violation too: whoever unmaps a hole has lost track of its mappings.
+  // The real driver refuses part of a mapping, but returns success for a range without mappings. Here the latter is a
+  // violation too, because a caller that unmaps a hole has lost track of its mappings.
   if (it == entry->mappings.end() || it->second.bytes != bytes) {
     return entry->Violation("cuMemUnmap: address and size must be those of one cuMemMap");
   }

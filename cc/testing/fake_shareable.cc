@@ -1,8 +1,8 @@
-// The fake driver's handles that other processes can import: what stands for one is a descriptor of a memfd with the
-// handle's memory and nothing else, whose name says of which device it is.
+// The fake driver's handles that other processes can import. A shareable handle is the descriptor of a memfd that holds
+// only the handle's memory, and whose name identifies the device.
 //
-// A handle's memory moves to such a file when it is shared for the first time: with a file for each handle from the
-// start a pool of small blocks would use up the descriptors of a process.
+// A handle's memory is moved to such a file when it is first shared: with one file per handle from the start, a pool of
+// small blocks would use up the descriptors of the process.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -44,7 +44,8 @@ std::uint64_t InodeOf(int fd) {
   return fstat(fd, &st) == 0 ? static_cast<std::uint64_t>(st.st_ino) : 0;
 }
 
-// The device whose memory the descriptor stands for, and how much; false: it is no handle of a fake driver.
+// Finds the device and the size of the memory behind a descriptor. Returns false if it is not a handle of a fake
+// driver.
 bool Describe(int fd, int* device, std::size_t* bytes) {
   struct stat st;
   if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) return false;
@@ -75,7 +76,8 @@ bool FakeDriver::Impl::MakeShared(cu::MemHandle handle) {
   }
   for (const auto& [address, mapping] : mappings) {
     if (mapping.handle != handle) continue;
-    // Readers see the same bytes before and after. One mapping takes another's place, which the system does not refuse.
+    // Readers see the same bytes before and after. The new mapping replaces the old one, which the system does not
+    // refuse.
     if (mmap(reinterpret_cast<void*>(address), mapping.bytes, ProtectionOf(mapping.access), MAP_SHARED | MAP_FIXED, own,
              0) == MAP_FAILED) {
       close(own);

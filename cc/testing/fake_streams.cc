@@ -1,4 +1,4 @@
-// The fake driver's streams and events: queues that run at once, or when a test lets them.
+// The fake driver's streams and events: queues that run at once, or when a test allows it.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -47,7 +47,7 @@ void FakeDriver::Impl::Pump(std::unique_lock<std::mutex>* lock) {
       }
       if (stream.destroyed && stream.idle()) streams.erase(it);
       changed.notify_all();
-      break;  // `it` may be gone, and others may have come
+      break;  // `it` may be invalid, and streams may have been added
     }
   }
 }
@@ -76,7 +76,7 @@ namespace {
 
 using Work = FakeDriver::Impl::Work;
 
-// As a copy engine does it, an aligned word goes over in one piece: a kernel may write it meanwhile.
+// Aligned words are copied in one piece, as by a copy engine: a kernel may write them at the same time.
 void CopyBytes(void* to, const void* from, std::size_t bytes) {
   const auto places = reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from);
   if (bytes != sizeof(std::uint32_t) || places % sizeof(std::uint32_t) != 0) {
@@ -93,7 +93,8 @@ struct Range {
   bool write = false;
 };
 
-// Queues a copy or a fill of device memory. It is looked at twice: a range may be unmapped before its turn comes.
+// Queues a copy or a fill of device memory. Ranges are checked twice, because they may be unmapped before the work
+// runs.
 Result QueueAccess(Entry* entry, const char* what, std::vector<Range> ranges, std::function<void()> access,
                    Stream stream) {
   FakeDriver::Impl* fake = &entry->fake();
@@ -121,7 +122,7 @@ Result QueueAccess(Entry* entry, const char* what, std::vector<Range> ranges, st
   return fake->Queue(stream, std::move(work), entry->lock());
 }
 
-// An event that was recorded in a capture stands for a node of a graph: nobody can wait for it.
+// An event that was recorded in a capture represents a graph node, and nobody can wait for it.
 Result CapturedEvent(Entry* entry, const char* what, const FakeDriver::Impl::EventState& event) {
   event.capture->invalidated = true;
   return (*entry)->Violation(std::string(what) + " of an event that was recorded in a capture", Result::kCapturedEvent);
@@ -193,7 +194,7 @@ Result CtxSynchronize() {
   KVPAGE_ENTRY(CtxSynchronize, Context);
   FakeDriver::Impl& fake = entry.fake();
   const int device = fake.CurrentDevice();
-  // No matter which thread captures, and in which mode: the context includes the captured stream.
+  // Regardless of the capturing thread and the mode: the context includes the captured stream.
   const Result captured = fake.CheckCaptures("cuCtxSynchronize", Result::kStreamCaptureUnsupported,
                                              [&](const auto& stream) { return stream.device == device; });
   if (captured != Result::kSuccess) return captured;
@@ -216,7 +217,7 @@ Result StreamGetId(Stream stream, unsigned long long* id) {
   KVPAGE_ENTRY(StreamGetId, Context);
   if (!entry->Exists(stream)) return entry->Violation("cuStreamGetId: no such stream", Result::kInvalidHandle);
   KVPAGE_CHECK_DEVICE("cuStreamGetId", entry->streams.at(stream).device);
-  *id = reinterpret_cast<std::uintptr_t>(stream);  // the fake driver uses no address twice
+  *id = reinterpret_cast<std::uintptr_t>(stream);  // the fake driver never reuses addresses
   return Result::kSuccess;
 }
 
@@ -250,7 +251,7 @@ Result StreamDestroy(Stream stream) {
   }
   KVPAGE_CHECK_DEVICE("cuStreamDestroy", entry->streams.at(stream).device);
   if (entry->streams.at(stream).capture != nullptr) return entry->Violation("cuStreamDestroy during a capture");
-  // Returns at once; what is queued still runs.
+  // Returns at once; queued work still runs.
   const auto it = entry->streams.find(stream);
   it->second.destroyed = true;
   if (it->second.idle()) entry->streams.erase(it);

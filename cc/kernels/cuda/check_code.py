@@ -32,14 +32,14 @@ OLDEST_OVERLAP = 90
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the kernels whose name the pattern matches may take.
+    """Resource limits of the kernels whose name matches the pattern.
 
     Attributes:
-        pattern: of the whole name.
+        pattern: must match the whole name.
         overlaps: whether they are launched with LaunchShape::overlap.
-        registers: of a thread.
+        registers: per thread.
         spills: bytes of stores and loads together.
-        tile: instructions of the loop over tiles; None: there is no such loop.
+        tile: instructions of the loop over tiles; None if there is no such loop.
     """
 
     pattern: str
@@ -98,20 +98,20 @@ class Instruction:
     operands: str
 
     def targets(self) -> list[int]:
-        """Addresses that it may go on at."""
+        """Returns the addresses that it may jump to."""
         jumps = ("BRA", "BSSY", "CALL", "JMP", "BRX", "JMX")
         if not self.opcode.startswith(jumps):
             return []
         return [int(word, 16) for word in re.findall(r"\b0x[0-9a-f]+\b", self.operands)]
 
     def falls_through(self) -> bool:
-        """Whether the next one may follow."""
+        """Returns whether execution may continue with the next instruction."""
         ends = ("BRA", "EXIT", "RET", "JMP", "BRX", "JMX")
         return self.predicated or not self.opcode.startswith(ends)
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit."""
+    """Finds a program of the CUDA toolkit."""
     if found := shutil.which(name):
         return found
     folders = [pathlib.Path(p) / "nvidia" for p in sys.path]
@@ -122,7 +122,7 @@ def find_tool(name: str) -> str | None:
 
 
 def disassemble(tools: list[str], options: list[str], path: pathlib.Path) -> str:
-    """The output of cuobjdump for an object file."""
+    """Returns the output of cuobjdump for an object file."""
     folders = [str(pathlib.Path(tool).parent) for tool in tools]
     environment = os.environ | {"PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
     done = subprocess.run(
@@ -138,7 +138,7 @@ def disassemble(tools: list[str], options: list[str], path: pathlib.Path) -> str
 
 
 def parse_sass(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel, by mangled name."""
+    """Returns the instructions of each kernel, by mangled name."""
     kernels: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
@@ -152,7 +152,7 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
 
 
 def access_without_wait(code: list[Instruction]) -> Instruction | None:
-    """A global access that some path reaches before the wait."""
+    """Finds a global access that some path reaches before the wait."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
     seen, open_ends = {0}, [0]
     while open_ends:
@@ -173,7 +173,7 @@ def access_without_wait(code: list[Instruction]) -> Instruction | None:
 
 
 def tile_loop(code: list[Instruction]) -> int:
-    """Instructions of the smallest loop that both requests tiles and multiplies them; 0: none."""
+    """Counts the instructions of the smallest loop that requests and multiplies tiles; 0 if none."""
     sizes = []
     for last, instruction in enumerate(code):
         for target in instruction.targets() if instruction.opcode.startswith("BRA") else []:
@@ -185,7 +185,7 @@ def tile_loop(code: list[Instruction]) -> int:
 
 
 def check_ptx(text: str) -> list[str]:
-    """What is wrong with the PTX of an object file."""
+    """Returns what is wrong with the PTX of an object file."""
     wrong: list[str] = []
     target, entry, waited, accessed = 0, "", False, False
     for line in text.splitlines():
@@ -205,12 +205,12 @@ def check_ptx(text: str) -> list[str]:
 
 
 def entry_name(mangled: str) -> str:
-    """The kernel's name in the source."""
+    """Returns the kernel's name in the source."""
     return resource_usage.demangled([mangled])[0]
 
 
 def find_budget(name: str) -> Budget:
-    """The row of BUDGETS that is for this kernel."""
+    """Returns the row of BUDGETS for this kernel."""
     rows = [budget for budget in BUDGETS if re.fullmatch(budget.pattern, name)]
     if len(rows) != 1:
         raise RuntimeError(
@@ -220,7 +220,7 @@ def find_budget(name: str) -> Budget:
 
 
 def check_sass(name: str, code: list[Instruction]) -> list[str]:
-    """What is wrong with a kernel's machine code."""
+    """Returns what is wrong with a kernel's machine code."""
     wrong = []
     budget = find_budget(name)
     waits = any(i.opcode.startswith("ACQBULK") for i in code)
@@ -246,7 +246,7 @@ def check_sass(name: str, code: list[Instruction]) -> list[str]:
 
 
 def check_resources(kernel: resource_usage.Kernel) -> list[str]:
-    """What is wrong with a kernel's registers, spills and static shared memory."""
+    """Returns which budgets a kernel exceeds: registers, spills, static shared memory."""
     budget = find_budget(kernel.name)
     spills = kernel.spill_stores + kernel.spill_loads
     taken = [
@@ -262,7 +262,7 @@ def check_resources(kernel: resource_usage.Kernel) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line of this file; returns the exit status."""
+    """Runs the command line tool and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     folder = parser.parse_args(arguments).folder

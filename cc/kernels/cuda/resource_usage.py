@@ -20,7 +20,7 @@ SUFFIX = ".ptxas"  # of the report stored next to each object
 
 @dataclasses.dataclass
 class Kernel:
-    """One kernel for one architecture; sizes in bytes."""
+    """One kernel compiled for one architecture; sizes in bytes."""
 
     name: str
     architecture: str
@@ -33,7 +33,7 @@ class Kernel:
 
 
 def record(command: list[str]) -> int:
-    """Runs a compiler command; returns its exit status.
+    """Runs a compiler command and returns its exit status.
 
     ptxas writes its notes and its warnings to the same stream: the notes go to a file, the rest is
     passed on, so that warnings stay visible.
@@ -56,7 +56,7 @@ def record(command: list[str]) -> int:
 
 
 def parse(text: str) -> list[Kernel]:
-    """The kernels in ptxas's notes. Functions that are no kernels are left out."""
+    """Returns the kernels in the output of ptxas, without device functions."""
     kernels: list[Kernel] = []
     current: Kernel | None = None
     properties_of = ""
@@ -82,7 +82,7 @@ def parse(text: str) -> list[Kernel]:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """Names as they are in the source, without parameters; as they are when there is no c++filt."""
+    """Returns names as in the source, without parameters; unchanged if there is no c++filt."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None or not names:
         return names
@@ -104,7 +104,7 @@ def _short(name: str) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """A readable table, one row for each kernel and architecture."""
+    """Returns a readable table with one row per kernel and architecture."""
     heads = ("kernel", "for", "registers", "spilled", "stack", "shared")
     rows = [
         (
@@ -129,7 +129,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line of this file; returns the exit status."""
+    """Runs the command line tool and returns the exit status."""
     if arguments[:1] == ["record"]:
         return record(arguments[1:])
     parser = argparse.ArgumentParser(description=__doc__)

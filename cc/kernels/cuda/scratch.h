@@ -65,8 +65,8 @@ struct SplitUnit {
 };
 
 // Decode sequences that share physical memory from their beginning on, and the spans that are computed once for all of
-// them (grouped.cuh). Nested groups come later in the list. A work item is one span and as many
-// members as a block processes at a time.
+// them (grouped.cuh). Nested groups come later in the list. A work item is one span and as many members as a block
+// processes at a time.
 struct PrefixGroup {
   std::int32_t first;  // index in Plan::members
   std::int32_t count;

@@ -1,5 +1,5 @@
-// The block that the emulated device runs: its threads, and where they wait. Shared by the scheduler (emulator.cc) and
-// by what threads call to wait for each other (collectives.cc).
+// The block that the emulated device runs: its threads, and what they wait for. Shared by the scheduler (emulator.cc)
+// and the functions that threads call to wait for each other (collectives.cc).
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_BLOCK_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_BLOCK_H_
 
@@ -16,9 +16,9 @@ namespace kvpage::emulation {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kBarriers = 16;
-inline constexpr int kIdleRounds = 100000;  // of yielding only, after which nothing will happen any more
+inline constexpr int kIdleRounds = 100000;  // rounds of nothing but yields, after which the block counts as stuck
 
-enum class State { kDone, kReady, kBarrier, kWarp, kPrior };  // kPrior: waits for the prior kernel
+enum class State { kDone, kReady, kBarrier, kWarp, kPrior };  // kPrior: waiting for the prior kernel
 
 struct Copy {
   void* to;
@@ -45,7 +45,7 @@ struct Barrier {
 struct Block {
   const KernelLaunch* launch = nullptr;
   Index3 index;                                  // blockIdx
-  std::vector<std::unique_ptr<Thread>> threads;  // of the largest block so far
+  std::vector<std::unique_ptr<Thread>> threads;  // as many as the largest block so far had
   int size = 0;
   Thread* running = nullptr;
   Fiber* scheduler = nullptr;
@@ -54,26 +54,26 @@ struct Block {
   unsigned char* dynamic_shared = nullptr;
   bool progress = false;
   int idle = 0;                               // rounds without progress
-  bool early = false;                         // the prior kernel has not ended
-  std::vector<unsigned char> shared_copy;     // its static shared memory, while another block runs
-  std::vector<const void*> shared_variables;  // that it has used
+  bool early = false;                         // the prior kernel has not ended yet
+  std::vector<unsigned char> shared_copy;     // the block's static shared memory while another block runs
+  std::vector<const void*> shared_variables;  // static shared variables that the block has used
   std::size_t shared_variables_bytes = 0;
 };
 
-// The block that runs, or null. One at a time: the launch mutex is held.
+// The running block, or null. There is only one: the launch mutex is held.
 Block* RunningBlock();
 inline Block& block() { return *RunningBlock(); }
 
-// The static shared memory of the block that runs. Its variables are those of all blocks, so another block's values are
-// copied in.
+// Save and restore the static shared memory of the running block. All blocks use the same variables, so their values are
+// swapped when another block runs.
 void SaveShared(std::vector<unsigned char>* bytes);
 void RestoreShared(const std::vector<unsigned char>& bytes);
 
-// Leaves the running thread until the scheduler comes back to it.
+// Leaves the running thread until the scheduler returns to it.
 void Park();
 
-// Ends the process with a message that says who waits where.
-[[noreturn]] void FailStuck(const char* why = "deadlock: all threads wait for each other");
+// Ends the process with a message that says which thread waits where.
+[[noreturn]] void FailStuck(const char* why = "threads wait for each other in vain");
 
 }  // namespace kvpage::emulation
 

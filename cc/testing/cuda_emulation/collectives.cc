@@ -1,4 +1,4 @@
-// How the threads of a block wait for each other, and for their asynchronous copies.
+// How the threads of a block wait for each other and for their asynchronous copies.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -16,7 +16,7 @@ namespace {
 
 std::int64_t copied_bytes = 0;
 
-// Mostly the same literal.
+// Usually they are the same literal.
 bool Same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
 std::string Describe(const Site& site) {
@@ -77,7 +77,7 @@ int SyncBlock(int id, int count, bool predicate, const Site& site) {
     barrier.result = barrier.predicates;
     barrier.arrived = barrier.predicates = 0;
     b.progress = true;
-    return barrier.result;  // nobody has passed the next one before all have left this one
+    return barrier.result;  // nobody passes the next barrier before all have left this one
   }
   Park();
   return barrier.result;
@@ -103,7 +103,7 @@ void WarpCollective(unsigned mask, const Site& site, void* arg, CollectiveFn run
                .c_str());
     }
     const Thread& other = *b.threads[first + lane];
-    // It may wait for others first, but not for this lane in another call.
+    // The other lane may wait for other lanes first, but not for this lane in another call.
     if (other.state != State::kWarp || (other.mask >> (self->index - first) & 1) == 0) {
       complete = false;
       continue;

@@ -1,4 +1,4 @@
-// What asynchronous copies have read on the emulated device, for tests that show that something is read once.
+// Counts what asynchronous copies read on the emulated device, for tests that something is read only once.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_COPY_COUNTER_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_COPY_COUNTER_H_
 

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name.
+// Replaces CUDA's header of the same name.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_BF16_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_CUDA_BF16_H_
 

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name.
+// Replaces CUDA's header of the same name.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_FP16_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_CUDA_FP16_H_
 
@@ -32,7 +32,7 @@ inline __half __float2half(float x) { return __float2half_rn(x); }
 inline float __half2float(__half x) {
   const unsigned sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
   if (size >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | size << 13);
-  // The exponent's bias differs by 112; the product is exact, subnormal numbers included.
+  // The exponent biases differ by 112; the product is exact, also for subnormals.
   return __uint_as_float(sign | __float_as_uint(__fmul_rn(__uint_as_float(size << 13), 0x1p112f)));
 }
 

@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name: kernels compiled as C++ against it run on the emulated device
-// (emulator.h). Only what the project's kernels use.
+// Replaces CUDA's header of the same name: kernels that are compiled as C++ against it run on the emulated device
+// (emulator.h). Has only what the project's kernels use.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_CUDA_RUNTIME_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_CUDA_RUNTIME_H_
 
@@ -27,7 +27,7 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
-// ---- the host's side ----
+// ---- host API ----
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
@@ -73,7 +73,7 @@ struct cudaLaunchConfig_t {
 namespace kvpage::emulation {
 // Runs or captures a kernel.
 cudaError_t Queue(const KernelLaunch& launch);
-// Makes accesses through the addresses among these bytes fault.
+// Replaces all aligned words of these bytes that look like pointers, so that accesses through them fault.
 void HidePointers(void* bytes, std::size_t size);
 }  // namespace kvpage::emulation
 
@@ -84,7 +84,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   launch.grid = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
   launch.block = {config->blockDim.x, config->blockDim.y, config->blockDim.z};
   launch.shared_bytes = config->dynamicSmemBytes;
-  // Every thread gets a copy, as every thread of a device has its own view of the parameters.
+  // Every thread gets a copy, as every thread on a device has its own view of the parameters.
   std::tuple<Params...> params(static_cast<Params>(args)...);
   launch.body = [kernel, params] { std::apply(kernel, params); };
   for (unsigned i = 0; i < config->numAttrs; ++i) {

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-// The place of the call, as a default argument.
+// The location of the call, as a default argument.
 #define KVPAGE_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 // ---- barriers ----
@@ -55,7 +55,7 @@ T ShuffleFrom(unsigned mask, T value, int source, const Site& site) {
   return mine.result;
 }
 
-// All lanes of the mask get fold(fold(a, b), c)... of their values.
+// Returns fold(fold(a, b), c)... over the values of all lanes in the mask.
 template <class T, class Fold>
 T ReduceWarp(unsigned mask, T value, const Site& site, Fold) {
   WarpCollective(mask, site, &value, [](void* const* args, unsigned mask) {
@@ -241,7 +241,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 
 // ---- arithmetic ----
-// glibc declares names like __expf itself.
+// glibc itself declares names like __expf.
 #define __expf(x) expf(x)
 #define __exp10f(x) powf(10.0f, (x))
 #define __logf(x) logf(x)
@@ -251,7 +251,7 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-// Volatile: the compiler must not fuse them with what is around them.
+// Volatile, so that the compiler does not fuse them with surrounding operations.
 inline float __fmul_rn(float x, float y) {
   volatile float product = x * y;
   return product;

@@ -24,7 +24,7 @@ std::vector<Range>& SharedRanges() {
 
 std::int64_t bank_conflicts = 0;
 
-// The number in an environment variable, else `otherwise`.
+// Returns the number in an environment variable, or `otherwise` if it is not set.
 int FromEnvironment(const char* name, int otherwise) {
   const char* const text = std::getenv(name);
   return text != nullptr ? static_cast<int>(std::strtol(text, nullptr, 10)) : otherwise;
@@ -53,7 +53,7 @@ void SaveShared(std::vector<unsigned char>* bytes) {
 
 void RestoreShared(const std::vector<unsigned char>& bytes) {
   std::size_t at = 0;
-  for (const Range& range : SharedRanges()) {  // variables that are newer than the copy have not been used by the block
+  for (const Range& range : SharedRanges()) {  // variables newer than the copy were not used by the block
     const std::size_t saved = std::min(bytes.size() - at, range.bytes);
     if (saved > 0) std::memcpy(range.p, bytes.data() + at, saved);
     std::memset(static_cast<unsigned char*>(range.p) + saved, 0xff, range.bytes - saved);
@@ -89,7 +89,7 @@ std::int64_t NumBankConflicts() { return bank_conflicts; }
 void CountBankConflicts(const void* const* rows, int count) {
   constexpr int kWarpThreads = 32, kRowBytes = 16, kBankGroups = 128 / kRowBytes;
   if (count > kWarpThreads) Fail("an access to shared memory is a warp's at most");
-  std::uintptr_t different[kWarpThreads];  // threads that name one address share it
+  std::uintptr_t different[kWarpThreads];  // threads that give the same address share an access
   int num_different = 0, passes[kBankGroups] = {}, most = 1;
   for (int i = 0; i < count; ++i) {
     const std::uintptr_t row = reinterpret_cast<std::uintptr_t>(rows[i]) / kRowBytes;

@@ -13,8 +13,8 @@
 #endif
 
 #if defined(__x86_64__)
-// Saves the registers that a call must keep on the stack that is left, and the stack pointer at *from; takes them from
-// the stack `to`. An order of magnitude faster than swapcontext, which makes system calls.
+// Saves the callee-saved registers on the current stack and its stack pointer at *from, then restores the registers
+// from the stack `to`. An order of magnitude faster than swapcontext, which makes system calls.
 extern "C" void kvpage_emulation_switch(void** from, void* to);
 asm(R"(
 .text
@@ -70,10 +70,10 @@ Fiber::Fiber(void (*entry)(void*), void* argument) : entry_(entry), argument_(ar
   Prepare();
 }
 
-// Sets up the initial stack, for the first switch to it.
+// Sets up the stack for the first switch to it.
 void Fiber::Prepare() {
 #if defined(__x86_64__)
-  // As if Start had been about to be returned to: at its first instruction the stack is 8 below a multiple of 16.
+  // As if Start were about to be returned to: at its first instruction, the stack pointer is 8 below a multiple of 16.
   auto* top = reinterpret_cast<void**>(memory_ + GuardBytes() + kStackBytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&Start);
@@ -90,7 +90,7 @@ void Fiber::Prepare() {
 
 void Fiber::Reset() {
 #if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(bottom_, size_);  // the frames that were left
+  ASAN_UNPOISON_MEMORY_REGION(bottom_, size_);  // the frames that were abandoned
   fake_stack_ = nullptr;
 #endif
   Prepare();

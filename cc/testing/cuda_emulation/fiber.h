@@ -1,4 +1,4 @@
-// Fiber: a separate stack that can be switched to and from. One for each thread of an emulated block.
+// Fiber: a separate stack that can be switched to and from. There is one for each thread of an emulated block.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_FIBER_H_
 
@@ -12,23 +12,23 @@ namespace kvpage::emulation {
 
 class Fiber {
  public:
-  static constexpr std::size_t kStackBytes = 256 << 10;  // of which few are touched
+  static constexpr std::size_t kStackBytes = 256 << 10;  // most pages are never touched
 
-  // The fiber of whoever constructs it: what other fibers switch back to.
+  // Represents the calling thread's own stack, to which other fibers switch back.
   Fiber();
-  // A new one. `entry` runs at the first switch to it and must never return.
+  // Creates a fiber. `entry` runs at the first switch to it and must never return.
   Fiber(void (*entry)(void*), void* argument);
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Forgets what it was running: the next switch to it starts `entry` again. Not for the fiber that runs.
+  // Abandons what the fiber was running: the next switch to it starts `entry` again. Not for the running fiber.
   void Reset();
 
-  // Leaves `from`, which is running, for this one; returns on the next switch to `from`.
+  // Suspends `from`, which must be running, and runs this fiber; returns at the next switch to `from`.
   void SwitchFrom(Fiber* from);
 
-  // For the function that a new stack starts in.
+  // Called by the function in which a new stack starts.
   void Enter();
 
  private:
@@ -43,7 +43,7 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  void* fake_stack_ = nullptr;  // AddressSanitizer's
+  void* fake_stack_ = nullptr;  // used by AddressSanitizer
   const void* bottom_ = nullptr;
   std::size_t size_ = 0;
 };

@@ -31,7 +31,7 @@ Kernels& TheKernels() {
 
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
-// With the mutex held: the kernel's state, with its code loaded.
+// Returns the kernel's state, with its code loaded. The caller must hold the mutex.
 KernelState* Find(Kernels* kernels, const void* kernel) {
   KernelState* const state = &kernels->states[kernel];
   if (state->loaded) return state;
@@ -114,7 +114,7 @@ cudaError_t Queue(const KernelLaunch& launch) {
 }
 
 void HidePointers(void* bytes, std::size_t size) {
-  constexpr std::uint64_t kNowhere = std::uint64_t{1} << 55;  // no address of a program has this bit
+  constexpr std::uint64_t kNowhere = std::uint64_t{1} << 55;  // no address in a program has this bit set
   const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
   auto* const data = static_cast<unsigned char*>(bytes);
   for (std::size_t at = 0; at + sizeof(void*) <= size; at += sizeof(void*)) {

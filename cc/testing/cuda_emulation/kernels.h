@@ -1,9 +1,9 @@
-// Kernels as the host sees them on the emulated device: their attributes, which are state that lasts from launch to
-// launch, the loading of their code, and graphs.
+// Kernels as the host sees them on the emulated device: attributes, which persist from launch to launch, loading of
+// code, and graphs.
 //
-// A kernel's code is loaded by the first call that names the kernel, as CUDA does it (lazy loading). During a capture
-// that is an error unless the calling thread has exchanged its capture mode, and even then it is counted: code should
-// be loaded before.
+// The first call that names a kernel loads its code, as in CUDA (lazy loading). During a capture this is an error,
+// unless the calling thread has changed its capture mode; even then it is counted, because code should be loaded
+// earlier.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_KERNELS_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_KERNELS_H_
 
@@ -15,16 +15,17 @@
 
 namespace kvpage::emulation {
 
-// Kernels that a stream has captured.
+// The kernels that were captured from a stream.
 class Graph {
  public:
-  // From here to End launches are captured and do not run. One capture at a time.
+  // Until End, launches are captured instead of run. Only one capture at a time.
   void Begin();
   void End();
-  // Checks each kernel's launch against the attributes that it has now.
+  // Checks the launch of each kernel against the kernel's current attributes.
   cudaError_t Instantiate() const;
   void Launch() const;
-  // Launches two on different streams: each kernel of one runs at the same time as the other's of that number.
+  // Launches two graphs on different streams: the i-th kernel of one runs concurrently with the i-th kernel of the
+  // other.
   static void LaunchTogether(const Graph& a, const Graph& b);
   std::size_t size() const { return launches_.size(); }
 
@@ -33,7 +34,7 @@ class Graph {
   std::vector<KernelLaunch> launches_;
 };
 
-// Kernels whose code was loaded while a capture was open.
+// Number of kernels whose code was loaded during a capture.
 int NumLoadsInCapture();
 
 }  // namespace kvpage::emulation

@@ -1,4 +1,4 @@
-// Runs launches: which blocks are resident, and in which order their threads go on.
+// Runs launches: decides which blocks are resident, and in which order their threads continue.
 #include <signal.h>
 
 #include <algorithm>
@@ -17,9 +17,9 @@
 namespace kvpage::emulation {
 namespace {
 
-constexpr std::size_t kResident = 3;  // blocks that take turns, with a seed
+constexpr std::size_t kResident = 3;  // blocks that take turns if there is a seed
 
-// While it lives an access to memory that does not exist ends the process with the message for early kernels.
+// While it exists, an access to unmapped memory ends the process with the message for early kernels.
 class FaultTrap {
  public:
   FaultTrap() {
@@ -61,7 +61,7 @@ Index3 At(std::uint64_t i, const Index3& size) {
           static_cast<unsigned>(i / size.x / size.y)};
 }
 
-// Makes `b` the block that runs.
+// Makes `b` the running block.
 void Enter(Block* b) {
   if (current == b) return;
   if (current != nullptr) SaveShared(&current->shared_copy);
@@ -119,7 +119,7 @@ class Scheduler {
     b->size = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
     b->scheduler = &fiber_;
     b->idle = 0;
-    b->shared_copy.clear();  // all of it is NaN
+    b->shared_copy.clear();  // so all of it is NaN
     b->shared_variables.clear();
     b->shared_variables_bytes = 0;
     for (auto i = static_cast<int>(b->threads.size()); i < b->size; ++i) {
@@ -130,7 +130,7 @@ class Scheduler {
     for (int i = 0; i < b->size; ++i) b->threads[i]->state = State::kReady;
     for (Barrier& barrier : b->barriers) barrier = {};
     if (launch.shared_bytes == 0) return b;
-    // Exactly as large as asked for, so that AddressSanitizer sees what lies past its end.
+    // Exactly the requested size, so that AddressSanitizer detects accesses past the end.
     void* shared = nullptr;
     if (posix_memalign(&shared, 1024, launch.shared_bytes) != 0) Fail("no memory for shared memory");
     std::memset(shared, 0xff, launch.shared_bytes);
@@ -145,8 +145,8 @@ class Scheduler {
     Spare().push_back(b);
   }
 
-  // Lets each thread of the block go on until it has to wait. True: the block has ended; with Block::early also when
-  // none of its threads can go on without the prior kernel.
+  // Runs each thread of the block until it has to wait. Returns true if the block has ended or, with Block::early, if
+  // none of its threads can continue without the prior kernel.
   bool Round(Block* b) {
     Enter(b);
     std::vector<int> warps((b->size + kWarp - 1) / kWarp), lanes(kWarp);
@@ -184,8 +184,8 @@ class Scheduler {
     b->running = nullptr;
   }
 
-  // Runs what a block of an overlapped kernel does before it waits: on a card that may be before the prior kernel has
-  // done anything. All that it can leave is shared memory, which is forgotten.
+  // Runs the part of an overlapped kernel's block before the wait: on a GPU, this may happen before the prior kernel
+  // has done anything. Its only possible effects are in shared memory, which is discarded.
   void RunEarly(const KernelLaunch& launch) {
     Block* const b = Start(launch, 0);
     b->body = &launch.early;

@@ -1,4 +1,4 @@
-// The vector types of CUDA, with its alignments: a misaligned access shows under the undefined behaviour sanitizer.
+// CUDA's vector types with their alignments: the undefined behaviour sanitizer reports misaligned accesses.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_VECTOR_TYPES_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_VECTOR_TYPES_H_
 

@@ -1,7 +1,7 @@
 // Watchdog: a limit on the processor time of a launch, so that a kernel that never ends fails instead of hanging.
 //
-// Threads that only poll are found by counting (kIdleRounds). Others go through barriers again and again, or compute
-// without end: for these only the clock helps.
+// Threads that only poll are detected by counting (kIdleRounds). For threads that keep passing barriers or that compute
+// forever, only the time limit helps.
 #ifndef KVPAGE_TESTING_CUDA_EMULATION_WATCHDOG_H_
 #define KVPAGE_TESTING_CUDA_EMULATION_WATCHDOG_H_
 
@@ -12,7 +12,7 @@
 
 namespace kvpage::emulation {
 
-// While it lives the calling thread may use `seconds` of processor time. One at a time.
+// While it exists, the calling thread may use `seconds` of processor time. One at a time.
 class Watchdog {
  public:
   explicit Watchdog(double seconds) {
@@ -37,7 +37,7 @@ class Watchdog {
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
 
-  // For the scheduler, between two threads: ends the process with a message when the limit is reached.
+  // Called by the scheduler between two threads: ends the process with a message if the limit was reached.
   void Look() const {
     if (late() != 0) FailStuck("the kernel does not end (Device::launch_seconds)");
   }
@@ -47,7 +47,7 @@ class Watchdog {
     static volatile sig_atomic_t late = 0;
     return late;
   }
-  // The scheduler has the better message. Where it does not come to run, the next signal ends the process.
+  // The scheduler has the better message. If it does not run again, the next signal ends the process.
   static void OnSignal(int) {
     if (late() != 0) Fail("the kernel does not end (Device::launch_seconds), and this thread does not wait for others");
     late() = 1;
