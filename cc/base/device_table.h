@@ -92,8 +92,8 @@ struct DeviceSlot {
   std::int32_t dropped = 0;
 };
 
-// The physical blocks at the beginning of each slot that other slots have mapped too at some time (SharedRuns). Empty for
-// a slot that has dropped its beginning.
+// The physical blocks at the beginning of each slot that other slots have mapped too at some time (SharedRuns). Empty
+// for a slot that has dropped its beginning.
 struct DeviceRuns {
   const std::int32_t* blocks = nullptr;  // [max_slots, width]; null if no slots share anything
   const std::int32_t* counts = nullptr;  // [max_slots] blocks of a run

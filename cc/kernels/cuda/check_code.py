@@ -1,16 +1,16 @@
 """Checks of the compiled CUDA kernels that need no GPU.
 
-    check_code.py FOLDER    of objects that were built with -DJAX_KVPAGE_CUDA_REPORT=ON
+    check_code.py FOLDER    with objects that were built with -DJAX_KVPAGE_CUDA_REPORT=ON
 
-From the machine code (cuobjdump and nvdisasm: on PATH, beside nvcc, or the packages
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm of this Python):
+From the machine code (cuobjdump and nvdisasm must be on PATH, next to nvcc, or installed in this
+Python as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm):
   - A kernel that may overlap its predecessor waits for it before it touches global memory, on every
-    path; so does its PTX, and no PTX is for an architecture that has no such wait.
+    path; so does its PTX, and no PTX targets an architecture without such a wait.
   - No load is non-coherent (LDG.CONSTANT): kernels read what the kernel before them wrote.
-  - The loop over the tiles of decode has no more instructions than its budget.
-From the notes of ptxas (resource_usage.py): registers, spills and static shared memory stay in
-their budgets. What a launch adds in dynamic shared memory is what a block can have less
-MAX_STATIC_SHARED (launch.cu), so that both together fit.
+  - The tile loop of decode has no more instructions than its budget.
+From the output of ptxas (resource_usage.py): registers, spills and static shared memory stay within
+their budgets. Launches use at most a block's limit minus MAX_STATIC_SHARED (launch.cu) as dynamic
+shared memory, so that both together fit.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def access_without_wait(code: list[Instruction]) -> Instruction | None:
 
 
 def tile_loop(code: list[Instruction]) -> int:
-    """Counts the instructions of the smallest loop that requests and multiplies tiles; 0 if none."""
+    """Counts the instructions of the smallest loop that requests and multiplies tiles, or 0."""
     sizes = []
     for last, instruction in enumerate(code):
         for target in instruction.targets() if instruction.opcode.startswith("BRA") else []:

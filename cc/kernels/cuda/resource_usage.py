@@ -35,8 +35,8 @@ class Kernel:
 def record(command: list[str]) -> int:
     """Runs a compiler command and returns its exit status.
 
-    ptxas writes its notes and its warnings to the same stream: the notes go to a file, the rest is
-    passed on, so that warnings stay visible.
+    ptxas writes its report and its warnings to the same stream: the report is saved to a file, and
+    the rest is passed on, so that warnings stay visible.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stdout.write(done.stdout)

@@ -64,8 +64,8 @@ struct Block {
 Block* RunningBlock();
 inline Block& block() { return *RunningBlock(); }
 
-// Save and restore the static shared memory of the running block. All blocks use the same variables, so their values are
-// swapped when another block runs.
+// Save and restore the static shared memory of the running block. All blocks use the same variables, so their values
+// are swapped when another block runs.
 void SaveShared(std::vector<unsigned char>* bytes);
 void RestoreShared(const std::vector<unsigned char>& bytes);
 
