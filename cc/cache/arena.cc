@@ -62,7 +62,7 @@ std::int64_t Arena::ExclusiveTail(std::int64_t slot, std::int64_t most) const {
 
 std::int64_t Arena::FreedBy(const std::vector<std::int32_t>& slots) const {
   std::int64_t freed = 0;
-  std::unordered_map<std::int32_t, std::int32_t> dropped;  // references, of shared blocks
+  std::unordered_map<std::int32_t, std::int32_t> dropped;  // references dropped, for shared blocks
   for (const std::int32_t slot : slots) {
     if (pool_.num_shared() == 0 && pool_.num_cached() == 0) {
       freed += mappings(slot);
@@ -130,7 +130,7 @@ Status Arena::Grow(std::int64_t slot, std::int64_t blocks) {
     for (std::int64_t mapped = 0; mapped < range; ++mapped) {
       static_cast<void>(vmm_->Unmap(geometry_.Offset(slot, mapped, old), &claimed[mapped * more], more));
     }
-    pool_.Unclaim(claimed, {});  // created by now: they stay warm
+    pool_.Unclaim(claimed, {});  // they have been created and stay warm
     return status;
   }
   Append(slot, claimed);
@@ -173,7 +173,7 @@ Status Arena::Shrink(std::int64_t slot, std::int64_t blocks) {
     return status;
   }
   for (std::int64_t range = 0; range < ranges; ++range) {
-    // Backwards, so that the free list hands them out again in their old order.
+    // In reverse order, so that the free list hands them out again in their old order.
     for (std::int64_t i = begin + count - 1; i >= begin; --i) pool_.Release(maps_[slot][i * ranges + range]);
   }
   Truncate(slot, blocks);
@@ -186,7 +186,7 @@ Status Arena::Move(std::int64_t from, std::int64_t to, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   const std::int64_t rest = this->blocks(from) - blocks, old = this->blocks(to);
   KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(from, rest));
-  if (HasFile(from) || HasFile(to)) {  // the memory is another file's; nobody needs what was in it
+  if (HasFile(from) || HasFile(to)) {  // the memory belongs to another file, and its contents are not needed
     KVPAGE_RETURN_IF_ERROR(Shrink(from, rest));
     Status status = Grow(to, old + blocks);
     if (!status.ok()) static_cast<void>(Grow(from, rest + blocks));
@@ -237,14 +237,14 @@ std::int64_t Arena::Trim() {
   const std::vector<std::int32_t> cooled = pool_.Cool(pool_.num_warm());
   // A punch that fails leaves the memory allocated and the block cold: creating it again is harmless.
   static_cast<void>(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
-  pool_.SortCold();  // after a call was undone, all joined pools hand out the same blocks again
+  pool_.SortCold();  // when a call is undone, all joined pools hand out the same blocks again
   return static_cast<std::int64_t>(cooled.size());
 }
 
 Status Arena::SetBudget(std::int64_t budget_blocks) {
   if (budget_blocks > pool_.num_blocks()) {
     KVPAGE_RETURN_IF_ERROR(vmm_->Grow(budget_blocks));
-    // Before any slot gets a block that only the extended window has.
+    // Before any slot gets a block that exists only in the extended window.
     if (window() != nullptr) KVPAGE_RETURN_IF_ERROR(OpenWindow());
   }
   const std::int64_t excess = pool_.num_used() + pool_.num_warm() - budget_blocks;

@@ -1,12 +1,12 @@
-// The part of Arena that takes blocks away from the beginning of a slot.
+// The part of Arena that drops blocks from the beginning of a slot.
 #include <algorithm>
 
 #include "cache/arena.h"
 
 namespace kvpage {
 
-// Takes no more memory mappings than were promised (WorstMappings): a range that begins with a hole needs one more only
-// where the range before it is full, and that one has none at its end.
+// Needs no more memory mappings than were promised (WorstMappings): a range that begins with a hole needs another
+// mapping only if the range before it is full, and a full range has no hole at its end.
 Status Arena::DropBefore(std::int64_t slot, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges(), begin = hole(slot);
   const std::int64_t end = std::min(blocks, this->blocks(slot));

@@ -1,4 +1,4 @@
-// The part of Arena that puts one physical block in the place of another, and counts the mappings that this saves.
+// The part of Arena that replaces one physical block by another, and counts the memory mappings that this saves.
 #include <algorithm>
 #include <string>
 
@@ -12,7 +12,7 @@ Status Arena::Exchange(std::int32_t from, std::int32_t to, const Place& at, cons
   if (!pool_.ClaimBlock(to, &cold)) return Internal("block " + std::to_string(to) + " is not free");
   *created = cold;
   if (cold && pool_.num_used() + pool_.num_warm() > pool_.budget()) {
-    // The budget bounds the memory that is allocated, at every moment: another free block gives up its own for this.
+    // The budget limits the allocated memory at every moment, so another free block gives up its memory for this one.
     const std::vector<std::int32_t> cooled = pool_.Cool(1);
     static_cast<void>(vmm_->Destroy(cooled.data(), static_cast<std::int64_t>(cooled.size())));
     *created = false;

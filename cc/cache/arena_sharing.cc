@@ -1,4 +1,4 @@
-// The part of Arena that maps one block in several slots, and takes that back.
+// The part of Arena that maps one block in several slots, and undoes it.
 #include <algorithm>
 #include <string>
 #include <unordered_map>
@@ -68,7 +68,7 @@ std::vector<std::int32_t> Arena::Mappers(std::int64_t slot, std::int64_t range, 
 
 std::int64_t Arena::AliasMappings(const std::int32_t* map, std::int64_t blocks) const {
   const std::int64_t ranges = geometry_.num_ranges();
-  std::int64_t mappings = blocks > 0 ? ranges : 0;  // what follows in a range is writable, or a hole
+  std::int64_t mappings = blocks > 0 ? ranges : 0;  // what follows in a range is writable or a hole
   for (std::int64_t i = 0; i < blocks * ranges; ++i) mappings += i < ranges || map[i] != map[i - ranges] + 1;
   return mappings;
 }
@@ -104,7 +104,7 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
                                                       const std::vector<std::int64_t>& begins,
                                                       const OwnsEntry& owns_entry, bool hold) const {
   std::vector<std::vector<std::int64_t>> missing(slots.size());
-  std::unordered_map<std::int32_t, std::int32_t> left;  // references, of shared blocks
+  std::unordered_map<std::int32_t, std::int32_t> left;  // references left, for shared blocks
   for (std::size_t i = 0; i < slots.size(); ++i) {
     const std::vector<std::int32_t>& map = maps_[slots[i]];
     const auto found = borrowers_.find(slots[i]);
@@ -113,7 +113,7 @@ std::vector<std::vector<std::int64_t>> Arena::Missing(const std::vector<std::int
       const std::int32_t block = map[logical * geometry_.num_ranges()];
       const bool writes = pool_.references(block) == 1 && pool_.entries(block) == 1 && owns_entry != nullptr;
       if (writes && owns_entry(slots[i], logical)) continue;
-      // The prefix index counts as one that maps the block: nobody keeps what it refers to.
+      // The prefix index counts as a user of the block: nobody keeps a block to which it refers.
       const std::int32_t references = pool_.references(block) + (pool_.cached(block) ? 1 : 0);
       std::int32_t& others = left.emplace(block, references).first->second;
       const bool last = others == 1 && !pool_.sealed(block);
@@ -196,12 +196,12 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
   const std::int64_t ranges = geometry_.num_ranges();
   begin = std::max(begin, hole(slot));
   KVPAGE_RETURN_IF_ERROR(shared_runs_.Cut(slot, begin));
-  // From the end, so that what is shared stays the beginning of the slot; the first range goes last, because a block
-  // counts as shared by it (SharedBlocks).
+  // From the end, so that the shared blocks remain the beginning of the slot. The first range is last, because it
+  // determines whether a block counts as shared (SharedBlocks).
   std::int64_t end = std::max(SharedBlocks(slot), ReadOnlyBlocks(slot));
   const auto found = borrowers_.find(static_cast<std::int32_t>(slot));
   if (found != borrowers_.end() && !found->second.set_aside.empty()) {
-    // What others shared when the blocks were set aside may be cached still, and is not the slot's to write.
+    // Blocks that others shared when blocks were set aside may still be cached, and the slot must not write them.
     end = std::max(end, found->second.set_aside.rbegin()->first + 1);
   }
   for (std::int64_t logical = end; logical-- > begin;) {
@@ -210,7 +210,7 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
     const bool has_copy = set_aside != borrower.set_aside.end();
     for (std::int64_t range = ranges; range-- > 0;) {
       const std::int32_t old_block = maps_[slot][logical * ranges + range];
-      std::int32_t block = old_block;  // nobody else has it any more: only the protection changes
+      std::int32_t block = old_block;  // nobody else uses it any more, so only the protection changes
       if (pool_.references(old_block) > 1 || pool_.sealed(old_block) || (has_copy && pool_.cached(old_block))) {
         if (!has_copy || set_aside->second[range] < 0) {
           return Internal("truncate: slot " + std::to_string(slot) + ": no block is set aside for block " +
@@ -221,7 +221,7 @@ Status Arena::Separate(std::int64_t slot, std::int64_t begin, bool hold) {
       }
       KVPAGE_RETURN_IF_ERROR(vmm_->Remap(geometry_.Offset(slot, range, logical), &old_block, &block, 1));
       if (block == old_block) continue;
-      maps_.Replace(slot, logical, range, block);  // the reference of the one that was set aside is the slot's now
+      maps_.Replace(slot, logical, range, block);  // the slot takes over the reference of the block that was set aside
       set_aside->second[range] = -1;
       --num_set_aside_;
       if (hold) {
@@ -257,7 +257,7 @@ void Arena::NoteWriter(std::int64_t slot, std::int64_t begin) {
   }
 }
 
-// Slots that map some of the blocks have runs already, or write them.
+// Slots that map some of these blocks already have runs, or write the blocks.
 void Arena::NoteShared(std::int64_t to, const std::int32_t* map, std::int64_t blocks) {
   const std::int64_t ranges = geometry_.num_ranges();
   std::int32_t last = -1;

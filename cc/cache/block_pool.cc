@@ -38,7 +38,7 @@ void BlockPool::Remove(std::int32_t block) {
 }
 
 std::int32_t BlockPool::Pick(std::int32_t after) const {
-  // A warm block is cheaper than a neighbour that must be allocated and zeroed first.
+  // Reusing a warm block is cheaper than allocating and zeroing an adjacent one.
   const std::int32_t next = after + 1;
   const bool exists = after >= 0 && next < num_blocks();
   if (exists && blocks_[next].kind == kWarm) return next;
@@ -92,7 +92,7 @@ void BlockPool::Replace(std::int32_t from, std::int32_t to, std::int32_t held) {
 void BlockPool::AddReference(std::int32_t block) {
   const std::int32_t now = ++blocks_[block].references;
   if (now == 2) ++num_shared_;
-  if (now == 1) --num_detached_;  // only a cached block had none
+  if (now == 1) --num_detached_;  // a block without references was only cached
 }
 
 void BlockPool::Release(std::int32_t block) {
@@ -140,7 +140,7 @@ std::vector<std::int32_t> BlockPool::Cool(std::int64_t count) {
     Remove(block);
     cooled.push_back(block);
   }
-  // In order, so that neighbours are destroyed by one call and handed out again as neighbours.
+  // Sorted, so that adjacent blocks are destroyed by one call and handed out again as neighbours.
   std::sort(cooled.begin(), cooled.end());
   for (auto it = cooled.rbegin(); it != cooled.rend(); ++it) PushFront(kCold, *it);
   return cooled;

@@ -24,12 +24,12 @@ void Candidates::Update(std::int32_t slot, const Standing& now) {
 
 std::vector<std::int32_t> Candidates::BestFits(const std::vector<std::int64_t>& blocks) {
   std::vector<std::int32_t> slots;
-  std::vector<decltype(idle_)::node_type> chosen;  // out of the set while the others choose
+  std::vector<decltype(idle_)::node_type> chosen;  // taken out of the set while the others are chosen
   for (std::int64_t wanted : blocks) {
-    // A slot behind the known ones is the choice only when these have all gone: it has no blocks and a higher number.
+    // A slot after the known ones is chosen only if all of these are taken: it has no blocks and a higher number.
     if ((idle_.empty() || idle_.rbegin()->first < 0) && num_known() < num_slots_) LearnNext();
     if (idle_.empty()) break;
-    // A request for nothing will grow: it prefers a slot with blocks too.
+    // A request for no blocks will grow, so it also prefers a slot with blocks.
     wanted = std::max<std::int64_t>(wanted, 1);
     auto best = idle_.lower_bound({wanted, 0});
     if (best == idle_.end()) best = idle_.lower_bound({idle_.rbegin()->first, 0});
@@ -53,7 +53,7 @@ std::vector<std::int32_t> Candidates::FewestBlocks(std::size_t count) {
     slots.push_back(next->second);
     ++next;
   }
-  // Then those that must give up what they have.
+  // Then the slots that must give up their blocks.
   for (auto last = std::make_reverse_iterator(idle_.lower_bound({0, 0})); last != idle_.rend(); ++last) {
     if (slots.size() == count) break;
     slots.push_back(last->second);

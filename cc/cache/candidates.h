@@ -1,9 +1,9 @@
-// Candidates: the slots that a request may adopt and the slots that can give blocks, each in order.
+// Candidates: the slots that a request may adopt, and the slots that can give blocks, each in order.
 //
-// An index over the slot table and the arena, brought up to date with the slots that have changed (Supply::Refresh), so
-// a claim costs by what has changed, not by the number of slots. It knows how many blocks a slot maps, not which: slots
-// may share blocks, and what a slot with shared blocks can really give is the arena's answer (Arena::ExclusiveTail).
-// Bookkeeping only, no locks: supply's mapping mutex guards it.
+// This is an index over the slot table and the arena. Supply::Refresh updates it with the slots that have changed, so
+// the cost of a claim depends on the number of changes, not of slots. It knows how many blocks a slot maps, but not
+// which: slots may share blocks, and the arena determines how many blocks such a slot can really give
+// (Arena::ExclusiveTail). Bookkeeping only, no locks: supply's mapping mutex guards it.
 #ifndef KVPAGE_CACHE_CANDIDATES_H_
 #define KVPAGE_CACHE_CANDIDATES_H_
 
@@ -16,34 +16,33 @@
 
 namespace kvpage {
 
-// One slot as the index sees it.
+// The state of one slot in the index.
 struct Standing {
-  bool idle = true;         // nobody has it and no view holds it: it may be adopted
-  bool draining = false;    // its blocks come free by themselves
+  bool idle = true;         // nobody owns it and no view holds it: it may be adopted
+  bool draining = false;    // its blocks will become free without further action
   std::int64_t blocks = 0;  // logical blocks mapped
-  std::int64_t fit = 0;     // the same, as far as a new owner may have them; below 0: it must give them up first
-  std::int64_t spare = 0;   // of these, the last ones that it does not need
-  std::uint64_t order = 0;  // donors with smaller numbers give first, among equals lower slots
+  std::int64_t fit = 0;     // blocks that a new owner may have; negative if it must give them up first
+  std::int64_t spare = 0;   // blocks at its end that it does not need
+  std::uint64_t order = 0;  // donors with smaller numbers give first; ties go to the lower slot
 };
 
 class Candidates {
  public:
-  // Every slot is idle and without blocks.
+  // Initially every slot is idle and empty.
   explicit Candidates(std::int64_t num_slots) : num_slots_(num_slots) {}
 
   void Update(std::int32_t slot, const Standing& now);
   Standing standing(std::int32_t slot) const { return slot < num_known() ? standings_[slot] : Standing(); }
 
-  // One idle slot for each entry of `blocks` (the logical blocks of a request), chosen one after the other. Fewer when
-  // there are not enough idle slots.
-  // The smallest that suffices; failing that the largest; among equals the lowest. Slots that must give up what they
-  // have come last.
+  // Chooses an idle slot for each entry of `blocks` (the logical blocks of a request) in turn; returns fewer if there
+  // are not enough idle slots. Chooses the smallest slot that suffices, or else the largest; ties go to the lowest
+  // number. Slots that must give up their blocks come last.
   std::vector<std::int32_t> BestFits(const std::vector<std::int64_t>& blocks);
 
-  // Idle slots with the fewest blocks; fewer than `count` when there are no more.
+  // The idle slots with the fewest blocks; fewer than `count` if there are not as many.
   std::vector<std::int32_t> FewestBlocks(std::size_t count);
 
-  // Calls visit(donor) for the slots with spare blocks, in the order in which they give, until it returns false.
+  // Calls visit(donor) for the slots with spare blocks, in the order in which they give blocks, until it returns false.
   template <class Visit>
   void ForEachDonor(Visit visit) const {
     for (const auto& [order, slot] : donors_) {
@@ -59,8 +58,8 @@ class Candidates {
   void LearnNext();
 
   const std::int64_t num_slots_;
-  // The first slots only, as far as one has ever changed: those behind are idle and without blocks. A pool of a million
-  // slots is made at once, and one that uses few of them stays small.
+  // Only the slots up to the last one that ever changed; those after it are idle and empty. So a pool of a million
+  // slots is created quickly, and stays small if it uses few of them.
   std::vector<Standing> standings_;
   std::set<std::pair<std::int64_t, std::int32_t>> idle_;     // (fit, slot)
   std::set<std::pair<std::uint64_t, std::int32_t>> donors_;  // (order, slot)

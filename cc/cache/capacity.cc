@@ -8,12 +8,12 @@ namespace {
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Changes the budget; parked blocks are given up where it shrinks.
+// Changes the budget; if it shrinks, parked blocks are given up.
 Claim SetBudget(const PoolParts& pool, const MappingLock& mapping, std::int64_t budget) {
   Arena& arena = pool.supply->arena(mapping);
   Claim claim;
   if (arena.pool().num_used() > budget) pool.supply->Tally(mapping, {}, &claim);
-  claim.wanted = arena.pool().num_used() - budget;  // free slots that had shared blocks have given theirs up by now
+  claim.wanted = arena.pool().num_used() - budget;  // free slots with shared blocks have given these up by now
   if (claim.wanted > 0) {
     if (claim.wanted > claim.reclaimable) {
       claim.status = ResourceExhausted(Number(claim.wanted) + " blocks must be freed, " + Number(claim.reclaimable) +
@@ -47,7 +47,7 @@ Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes) {
     return FailedClaim(InvalidArgument("resize: capacity is " + Number(capacity_bytes) + " bytes, wanted at least " +
                                        Number(geometry.num_ranges()) + " blocks of " + Number(geometry.block_bytes)));
   }
-  // Mappings are promised before the budget grows, and given back after it has shrunk.
+  // Mappings are promised before the budget grows, and returned after it has shrunk.
   const std::int64_t before = pool.supply->arena(mapping).pool().budget();
   if (Status status = pool.supply->PromiseMappings(mapping, std::max(before, budget)); !status.ok()) {
     return FailedClaim(status.WithMessage("resize: " + status.message()));

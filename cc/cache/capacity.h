@@ -1,4 +1,4 @@
-// The host verbs that change how much memory a pool has: trim and resize.
+// The host calls that change how much memory a pool has: trim and resize.
 #ifndef KVPAGE_CACHE_CAPACITY_H_
 #define KVPAGE_CACHE_CAPACITY_H_
 
@@ -8,9 +8,9 @@
 
 namespace kvpage::capacity {
 
-// Gives unneeded memory back to the system; `freed_blocks`: how many physical blocks that were.
+// Returns unneeded memory to the system; `freed_blocks` is the number of physical blocks freed.
 Status Trim(const PoolParts& pool, std::int64_t* freed_blocks);
-// Changes the budget; parked blocks are given up where it shrinks.
+// Changes the budget; if it shrinks, parked blocks are given up.
 Claim Resize(const PoolParts& pool, std::int64_t capacity_bytes);
 
 }  // namespace kvpage::capacity

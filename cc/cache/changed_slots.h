@@ -1,4 +1,5 @@
-// ChangedSlots: slots that have changed since somebody last asked, once each. No locks: its owner's guard it.
+// ChangedSlots: the slots that have changed since the last call of Take, each once. No locks: those of its owner guard
+// it.
 #ifndef KVPAGE_CACHE_CHANGED_SLOTS_H_
 #define KVPAGE_CACHE_CHANGED_SLOTS_H_
 

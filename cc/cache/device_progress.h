@@ -1,7 +1,7 @@
-// DeviceProgress: what programs did on one device, apart from what the host decided (slot_table.h).
+// DeviceProgress: what programs have done on one device, as opposed to what the host has decided (slot_table.h).
 //
-// On CPU the handlers keep it up to date as they run. On a device the kernels do, in device memory, and a mirror copies
-// it when a generation starts. A pool over several devices has one for each.
+// On CPU, the handlers update it as they run. On a device, the kernels update a copy in device memory, and a mirror
+// copies it to the host when a generation starts. A pool over several devices has one for each.
 #ifndef KVPAGE_CACHE_DEVICE_PROGRESS_H_
 #define KVPAGE_CACHE_DEVICE_PROGRESS_H_
 
@@ -23,12 +23,12 @@ struct SlotProgress {
   std::int32_t length = 0;    // as the last completed step left it
   std::uint32_t since = 0;    // epoch of the last destructive change
   std::int32_t pins = 0;      // handlers running on the slot
-  std::int32_t by_block = 0;  // of these, those with a copy of its row of the block table. With a mirror 1 where its
-                              // copy may name blocks that the slot has no more
-  std::int32_t shared = 0;    // positions below this are not the slot's alone: they may not be written
+  std::int32_t by_block = 0;  // of these, handlers with a copy of its row of the block table; with a mirror, 1 if its
+                              // copy may contain blocks that the slot no longer has
+  std::int32_t shared = 0;    // positions below this are shared and may not be written
   std::int32_t dropped = 0;   // positions below this are gone or about to be: nothing may use them
-  bool started = false;       // the program that occupies the slot (acquire, fork) has run; without a mirror
-  bool vacated = false;       // draining, and the release program has run; as a mirror reads it: free on the device
+  bool started = false;       // the program that occupies the slot (acquire, fork) has run; only without a mirror
+  bool vacated = false;       // draining, and the release program has run; as read by a mirror: free on the device
 };
 
 class DeviceProgress {
@@ -38,7 +38,7 @@ class DeviceProgress {
         written(geometry.max_slots * geometry.num_layers, 0),
         num_layers_(geometry.num_layers) {}
 
-  // Tokens that a slot's occupant has written, [num_layers].
+  // Number of tokens that the slot's occupant has written, [num_layers].
   std::int32_t* Written(std::int64_t slot) { return &written[slot * num_layers_]; }
   std::int32_t WrittenInAllLayers(std::int64_t slot) {
     return *std::min_element(Written(slot), Written(slot) + num_layers_);
@@ -46,28 +46,28 @@ class DeviceProgress {
   WrittenRuns Runs(std::int64_t slot, std::int32_t limit = std::numeric_limits<std::int32_t>::max()) {
     return FindWrittenRuns(Written(slot), num_layers_, limit);
   }
-  // From now on nothing beyond `length` tokens counts as written.
+  // Limits the number of written tokens to `length` in every layer.
   void LowerWritten(std::int64_t slot, std::int32_t length) {
     for (std::int64_t layer = 0; layer < num_layers_; ++layer) {
       std::int32_t& tokens = Written(slot)[layer];
       tokens = std::min(tokens, length);
     }
   }
-  // Tokens below `end` count as written in every layer.
+  // Marks tokens below `end` as written in every layer.
   void RaiseWritten(std::int64_t slot, std::int32_t end) {
     for (std::int64_t layer = 0; layer < num_layers_; ++layer) {
       std::int32_t& tokens = Written(slot)[layer];
       tokens = std::max(tokens, end);
     }
   }
-  // The slot gets a new occupant.
+  // Called when the slot gets a new occupant.
   void Reset(std::int64_t slot) {
     slots[slot].length = slots[slot].shared = slots[slot].dropped = 0;
     slots[slot].started = slots[slot].vacated = false;
     LowerWritten(slot, 0);
   }
-  // A generation starts at the current epoch: older caches may not read the slot. Tokens beyond its length may be half
-  // written, so they do not count.
+  // A generation starts at the current epoch, so older caches may not read the slot. Tokens beyond its length may be
+  // incompletely written, so they do not count.
   void StartGeneration(std::int64_t slot) {
     slots[slot].since = epoch;
     LowerWritten(slot, slots[slot].length);
@@ -94,7 +94,7 @@ class DeviceProgress {
     return epoch;
   }
 
-  std::int32_t generation = 0;  // what programs must name
+  std::int32_t generation = 0;  // that programs must have
   std::uint32_t epoch = 0;
   std::int32_t running = 0;              // number of running handlers
   std::shared_ptr<SharedFaults> faults;  // shared by all devices of a mesh; null: a failing op fails its program

@@ -10,7 +10,8 @@ namespace {
 
 constexpr const char* kVerb = "drop_before";
 
-// The tokens in whole blocks that the slot is to drop; 0: none beyond those that it has dropped.
+// Computes the number of tokens, in full blocks, that the slot is to drop; 0 if there are no more than it has already
+// dropped.
 Status Check(const SlotTable& table, const StateLock& state, std::int32_t slot, std::int64_t tokens,
              std::int64_t* dropped) {
   KVPAGE_RETURN_IF_ERROR(table.CheckOccupied(state, kVerb, slot));
@@ -59,7 +60,7 @@ Status Start(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
     table.CountWait(table.Lock());  // the caller has waited for the programs of the slots
     KVPAGE_RETURN_IF_ERROR(pool.mirror->Drop(begins, cache));
   }
-  // Nobody may find the sequence from now on: the next look-up passes over slots that have dropped something.
+  // From now on nobody may find the sequence: the next lookup skips slots that have dropped tokens.
   pool.supply->SyncIndex(mapping);
   for (const Mirror::Room& begin : begins) {
     pool.supply->CutIndex(mapping, begin.slot, 0);

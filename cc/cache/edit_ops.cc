@@ -37,12 +37,12 @@ std::int32_t LengthAfter(const SlotEdit& edit) {
 
 bool Is(const SlotEdit& edit, SlotOpcode opcode) { return edit.opcode == static_cast<std::int32_t>(opcode); }
 
-// The tokens that lie in whole blocks.
+// The number of tokens in full blocks.
 std::int32_t WholeBlocks(const Geometry& geometry, std::int32_t tokens) {
   return tokens - tokens % static_cast<std::int32_t>(geometry.block_tokens);
 }
 
-// `length`: of the slot in the cache.
+// `length` is the slot's length in the cache.
 Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProgress* progress, const SlotEdit& edit) {
   const std::int32_t slot = edit.slot;
   switch (static_cast<SlotOpcode>(edit.opcode)) {
@@ -50,7 +50,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
     case SlotOpcode::kFork:
     case SlotOpcode::kFound:
     case SlotOpcode::kSwapIn:
-      // The host may be ahead and have released a slot again that is only now occupied here: draining is fine.
+      // The host may already have released a slot again that is only now occupied here, so draining is allowed.
       if (length < 0 && host != SlotState::kFree) return {};
       return messages::SlotTaken(op, slot, length >= 0 ? "already occupied in this cache" : "free in the pool");
     case SlotOpcode::kVacate:
@@ -75,7 +75,7 @@ Status CheckEdit(const char* op, SlotState host, std::int32_t length, DeviceProg
   return messages::UnknownOpcode(op, slot, edit.opcode);
 }
 
-// The donor has the tokens that the fork takes. Every edit's slot has been named.
+// Checks that the donor has the tokens that the fork takes. The slots of all edits must have been named.
 Status CheckFork(SlotTable* table, const StateLock& state, const ProgramCheck& check, const char* op,
                  const CacheRef& cache, const SlotEdit& edit) {
   const std::int32_t donor = edit.donor;
@@ -92,7 +92,7 @@ Status CheckFork(SlotTable* table, const StateLock& state, const ProgramCheck& c
   return {};
 }
 
-// Each target is named by one copy, and by no copy as its source.
+// Checks that each target is used by one copy only, and is not the source of any copy.
 Status CheckTargets(SlotTable* table, const StateLock& state, const char* op, const EditList& list) {
   table->StartNaming(state);
   for (std::int64_t i = 0; i < list.num_copies; ++i) {
@@ -112,7 +112,7 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
   const Geometry& geometry = table->geometry();
   std::vector<std::int32_t> lengths(cache.lengths, cache.lengths + geometry.max_slots);
   std::vector<std::int32_t> limits(geometry.max_slots, std::numeric_limits<std::int32_t>::max());
-  std::vector<std::int32_t> forked(geometry.max_slots, 0);  // of a new sequence: what its memory has by now
+  std::vector<std::int32_t> forked(geometry.max_slots, 0);  // tokens that are already in the memory of a new sequence
   DeviceProgress& progress = table->progress(state);
   std::vector<std::int32_t> shared;
   for (const SlotProgress& slot : progress.slots) shared.push_back(slot.shared);
@@ -129,12 +129,12 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
     if (Is(edit, SlotOpcode::kOccupy)) shared[edit.slot] = 0;
     if (Is(edit, SlotOpcode::kFound)) shared[edit.slot] = forked[edit.slot] = edit.length;
     if (Is(edit, SlotOpcode::kSwapIn)) forked[edit.slot] = edit.length;
-    if (Is(edit, SlotOpcode::kFork)) forked[edit.slot] = shared[edit.slot];  // as the host has mapped it
+    if (Is(edit, SlotOpcode::kFork)) forked[edit.slot] = shared[edit.slot];  // as mapped by the host
     if (Is(edit, SlotOpcode::kTruncate)) {
       shared[edit.slot] = std::min(shared[edit.slot], WholeBlocks(geometry, edit.length));
     }
   }
-  // Tokens written in every layer, once the edits are made.
+  // Tokens written in every layer after the edits.
   const auto written = [&](std::int32_t slot) {
     return std::max(std::min(progress.WrittenInAllLayers(slot), limits[slot]), forked[slot]);
   };
@@ -166,13 +166,13 @@ Status CheckCopies(SlotTable* table, const StateLock& state, const ProgramCheck&
       return messages::Shared(op, copy.target, copy.first, shared[copy.target]);
     }
     if (copy.end() > written(copy.source)) return unwritten(copy.source, copy.end());
-    // A gap would show its reader what an earlier owner of the memory left there.
+    // A gap would expose data of an earlier owner of the memory.
     if (copy.first > written(copy.target)) return unwritten(copy.target, copy.first);
   }
   return CheckTargets(table, state, op, list);
 }
 
-// What EditSlots does under the state mutex.
+// The part of EditSlots for which the state mutex is held.
 Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
                  PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths) {
   SlotTable& table = *pool.table;
@@ -221,7 +221,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
     if (lowers) progress.LowerWritten(edit.slot, length);
     if (opcode == SlotOpcode::kTruncate) row.shared = std::min(row.shared, WholeBlocks(table.geometry(), length));
     if (opcode == SlotOpcode::kFork) {
-      // From here on: programs that were queued before may still have to write these tokens.
+      // Takes effect only now, because programs queued earlier may still have to write these tokens.
       progress.slots[edit.donor].shared = std::max(progress.slots[edit.donor].shared, row.shared);
       progress.RaiseWritten(edit.slot, row.shared);
     }
@@ -229,7 +229,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
       row.shared = length;
       progress.RaiseWritten(edit.slot, length);
     }
-    if (opcode == SlotOpcode::kSwapIn) progress.RaiseWritten(edit.slot, length);  // `shared` is as the host has set it
+    if (opcode == SlotOpcode::kSwapIn) progress.RaiseWritten(edit.slot, length);  // the host has set `shared`
     if (opcode == SlotOpcode::kVacate) {
       table.Vacate(state, edit.slot);
     } else {
@@ -243,7 +243,7 @@ Status MakeEdits(const PoolParts& pool, const char* op, const CacheRef& cache, c
     if (copy.source == -1) continue;
     pins.sequences.push_back({copy.source, 0, 0, 0});
     pins.sequences.push_back({copy.target, 0, copy.count, copy.first});
-    progress.slots[copy.target].since = next;  // what an older cache shows of it may be overwritten
+    progress.slots[copy.target].since = next;  // the tokens that an older cache shows may be overwritten
   }
   *epoch = next;
   if (pins.sequences.empty()) return {};

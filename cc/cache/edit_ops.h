@@ -1,4 +1,4 @@
-// edit_slots: the one op that host verbs (acquire, release) queue.
+// edit_slots: the single op that host calls (acquire, release, ...) queue.
 #ifndef KVPAGE_CACHE_EDIT_OPS_H_
 #define KVPAGE_CACHE_EDIT_OPS_H_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage::edit_ops {
 
-// Makes the edits, all or none. The slots of the copies are pinned for the caller to copy, and their targets count as
+// Makes all edits or none. Pins the slots of the copies for the caller, who makes the copies; their targets count as
 // written when `pinned` ends.
 Status EditSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const EditList& list,
                  PinnedSlots* pinned, std::uint32_t* epoch, std::int32_t* lengths);

@@ -12,7 +12,7 @@ namespace kvpage {
 EvictionOrder::Rank EvictionOrder::RankOf(std::int32_t id) const {
   const PrefixEntry& entry = tree_.entry(id);
   if (entry.dropped) return Rank(false, -std::numeric_limits<double>::infinity(), id);
-  // Stores have whole blocks only: a partial one must not keep what it continues.
+  // Stores hold full blocks only; a partial block must not protect the blocks before it.
   const bool written = tree_.entry(tree_.Whole(id) ? id : entry.parent).stored == StoreState::kWritten;
   return Rank(!written, policy_->Value(id), id);
 }
@@ -70,7 +70,7 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
     std::int64_t blocks;
   };
   std::vector<Chosen> chosen;
-  // Entries all of whose children are chosen, and how many children of an entry are.
+  // Entries all of whose children are chosen, and the number of chosen children of each entry.
   std::priority_queue<Rank, std::vector<Rank>, std::greater<>> exposed;
   std::unordered_map<std::int32_t, std::size_t> children;
   auto next = leaves_.begin();
@@ -93,7 +93,7 @@ std::vector<std::int32_t> EvictionOrder::Plan(std::int64_t enough,
       exposed.push(RankOf(parent));
     }
   }
-  // An entry that frees nothing goes only if one that it continues goes.
+  // An entry that frees no blocks is evicted only if one of its ancestors is.
   std::vector<std::int32_t> plan;
   std::unordered_set<std::int32_t> planned;
   for (auto each = chosen.rbegin(); each != chosen.rend(); ++each) {
