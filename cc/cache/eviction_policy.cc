@@ -20,8 +20,8 @@ class Lru final : public EvictionPolicy {
   std::vector<double> last_;
 };
 
-// Segmented LRU: what has been touched since it was stored is protected, up to a share of the entries. The least
-// recently used of these goes back to the others, as if it had been touched now.
+// Segmented LRU: entries that were touched again after they were stored are protected, up to a share of all entries.
+// Beyond it, the least recently used of them return to the others, as if they had just been touched.
 class SegmentedLru final : public EvictionPolicy {
  public:
   using EvictionPolicy::EvictionPolicy;
@@ -29,7 +29,7 @@ class SegmentedLru final : public EvictionPolicy {
   void OnRetained(std::int32_t entry) override { Protect(entry, now() + turnover()); }
   void OnRemoved(std::int32_t entry) override { protected_.erase(Rank(last_[entry], entry)); }
   double Value(std::int32_t entry) const override {
-    constexpr double kProtected = 1e15;  // above all times
+    constexpr double kProtected = 1e15;  // larger than any time
     return last_[entry] + (protected_.count(Rank(last_[entry], entry)) > 0 ? kProtected : 0);
   }
   std::int32_t TakeDemoted() override {
@@ -42,7 +42,7 @@ class SegmentedLru final : public EvictionPolicy {
   }
 
  private:
-  using Rank = std::pair<double, std::int32_t>;  // last touched, entry
+  using Rank = std::pair<double, std::int32_t>;  // time of last touch, entry
 
   void OnStored(std::int32_t entry) override { At(last_, entry) = now(); }
   void Protect(std::int32_t entry, double time) {

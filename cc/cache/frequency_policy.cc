@@ -1,10 +1,10 @@
-// The default policy: recency and frequency, the latter remembered beyond eviction.
+// The default policy: recency plus frequency, which is remembered beyond eviction.
 //
-// An entry is worth the time at which it was touched last, plus a bonus for how often its tokens were asked for, less a
-// penalty for how far behind known tokens it was when it was stored. The penalty keeps the first blocks of long new
-// prompts, which any hit needs, rather than all blocks of a few. Partial blocks go before whole ones. All in units of
-// the time in which the cache is refilled once; the constants do well on a public trace at sizes from a fortieth of
-// what it asks for to a tenth (benchmarks/prefix_hits.py).
+// The value of an entry is the time when it was last touched, plus a bonus for how often its tokens were requested,
+// minus a penalty for its distance from known tokens when it was stored. Because of the penalty, the first blocks of
+// long new prompts, which any hit needs, are kept rather than all blocks of a few prompts. Partial blocks are evicted
+// before full ones. The unit is the time in which the cache turns over once. The constants work well on a public trace
+// for cache sizes from a fortieth to a tenth of what the trace requests (benchmarks/prefix_hits.py).
 #include <algorithm>
 #include <cmath>
 
@@ -45,8 +45,8 @@ class Frequency final : public EvictionPolicy {
  private:
   struct Use {
     double value = 0;
-    std::uint32_t count = 0;     // requests that asked for it
-    std::uint32_t distance = 0;  // tokens between it and what had been asked for before when it was stored
+    std::uint32_t count = 0;     // number of requests for it
+    std::uint32_t distance = 0;  // when it was stored, tokens between it and previously requested tokens
   };
 
   void OnStored(std::int32_t entry) override {

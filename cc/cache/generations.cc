@@ -1,6 +1,6 @@
-// With a mirror, its slow calls are made with the mapping mutex held and without the state mutex, so that a handler is
-// never delayed by the device. The one handler that takes the mapping mutex, map_slots, holds nothing then that the
-// device or another handler would need.
+// With a mirror, its slow calls are made while holding the mapping mutex but not the state mutex, so that the device
+// never delays a handler. The only handler that takes the mapping mutex, map_slots, then holds nothing that the device
+// or another handler needs.
 #include "cache/generations.h"
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 namespace kvpage::generations {
 namespace {
 
-// What truncations have exchanged and could not publish: no program runs that has found the old blocks by number.
+// Publishes what truncations have exchanged but could not publish. No program that found the old blocks by number is
+// still running.
 Status PublishSeparated(const PoolParts& pool, const MappingLock& mapping) {
   std::vector<std::int32_t> slots;
   {
@@ -29,17 +30,16 @@ Status PublishSeparated(const PoolParts& pool, const MappingLock& mapping) {
 
 Status StartOnDevice(const PoolParts& pool, Generation* out) {
   SlotTable& table = *pool.table;
-  const MappingLock mapping = pool.supply->Lock();  // so no map_slots is at work
+  const MappingLock mapping = pool.supply->Lock();  // so no map_slots is in progress
   std::int32_t generation = 0;
   {
     const StateLock state = table.Lock();
-    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));  // not Enter: a new generation is the way out of a fault
-    // Never the same number twice: when the following calls fail, it is unknown which one the device has.
+    KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, "cache"));  // not Enter: a new generation clears a fault
     generation = ++table.progress(state).generation;
   }
   DeviceProgress device(table.geometry());
   KVPAGE_RETURN_IF_ERROR(pool.mirror->StartGeneration(generation, &device));
-  CollectReleases(pool, table.Lock());  // with what their sequences had written
+  CollectReleases(pool, table.Lock());  // including what their sequences had written
   KVPAGE_RETURN_IF_ERROR(PublishSeparated(pool, mapping));
   ++device.epoch;
   std::vector<SlotState> states;
@@ -54,14 +54,14 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
       shared.push_back(table.progress(state).slots[slot].shared);
     }
   }
-  std::vector<std::int32_t> written;  // of each slot
+  std::vector<std::int32_t> written;  // per slot
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {
     written.push_back(std::min(device.slots[slot].length, device.WrittenInAllLayers(slot)));
-    // A slot that the host holds occupied may be free on the device: its acquire was refused there, or was queued too
-    // late for the old generation. Nobody will run it again.
+    // A slot that is occupied on the host may be free on the device: its acquire was rejected there, or was queued too
+    // late for the old generation, so it will never run.
     device.slots[slot].vacated |= states[slot] != SlotState::kOccupied;
     if (device.slots[slot].vacated && restored[slot] >= 0) {
-      // The slot has had its sequence since the host swapped it in, whether the program has run or not.
+      // The slot has had its sequence since the host swapped it in, whether or not the program has run.
       device.slots[slot].vacated = false;
       device.slots[slot].length = restored[slot];
       device.slots[slot].shared = shared[slot];
@@ -76,8 +76,8 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   out->generation = generation;
   out->epoch = device.epoch;
   for (std::int32_t slot = 0; slot < table.num_slots(); ++slot) {
-    // A slot whose release began only now is still occupied in this generation. The release program of one that was
-    // draining belongs to the old generation and will be refused.
+    // A slot whose release has just begun is still occupied in this generation. If a slot was already draining, its
+    // release program belongs to the old generation and will be rejected.
     if (device.slots[slot].vacated && table.host(state, slot).state != SlotState::kFree) {
       table.StartDraining(state, slot);
       table.Vacate(state, slot, written[slot]);
@@ -90,7 +90,7 @@ Status StartOnDevice(const PoolParts& pool, Generation* out) {
   return {};
 }
 
-// Programs on a device do not notify waiters: their releases are polled until one has run.
+// Programs on a device do not notify waiters, so their releases are polled until one has run.
 bool PollForDrain(const PoolParts& pool, double seconds) {
   using Clock = std::chrono::steady_clock;
   SlotTable& table = *pool.table;
@@ -106,14 +106,14 @@ bool PollForDrain(const PoolParts& pool, double seconds) {
       CollectReleases(pool, state);
       if (table.closed(state) || draining() < before) return true;
     }
-    // No lock held: a release that the device reports is seen by whoever calls next, this or another thread.
+    // No lock is held: any thread may be the first to notice a release that the device reports.
     if (Clock::now() >= until) return false;
     std::this_thread::sleep_for(slice);
     slice = std::min(2 * slice, std::chrono::microseconds{1000});
   }
 }
 
-// No handler runs.
+// Must be called while no handler runs.
 void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
   DeviceProgress& progress = table->progress(state);
   out->generation = ++progress.generation;
@@ -123,7 +123,7 @@ void StartNow(SlotTable* table, const StateLock& state, Generation* out) {
     table->StartGeneration(state, slot);
     const bool occupied = table->host(state, slot).state == SlotState::kOccupied;
     progress.StartGeneration(slot);
-    // A program that was to write them has failed: such tokens are not final after all.
+    // If a program that was to write these tokens has failed, they are not final after all.
     if (occupied) table->CutCommitted(state, slot, progress.slots[slot].length);
     out->lengths.push_back(occupied ? progress.slots[slot].length : -1);
   }
@@ -164,7 +164,7 @@ Status StartOnHost(const PoolParts& pool, Generation* out, const GoOn& go_on) {
 
 Status Start(const PoolParts& pool, Generation* out, const GoOn& go_on) {
   KVPAGE_RETURN_IF_ERROR(pool.mirror != nullptr ? StartOnDevice(pool, out) : StartOnHost(pool, out, go_on));
-  // Truncations of older generations will not run.
+  // Truncations of older generations will never run.
   pool.supply->DropStaleSetAside(pool.supply->Lock());
   swapping::Continue(pool);
   return {};
@@ -187,7 +187,7 @@ Status Close(const PoolParts& pool, const GoOn& go_on) {
   while (true) {
     {
       StateLock state = table.Lock();
-      table.Close(state);  // no handler starts from now on, so the gate stays open
+      table.Close(state);  // no handler can start from now on, so the gate stays open
       const DeviceProgress& progress = table.progress(state);
       if (progress.running > 0 && !std::exchange(waited, true)) table.CountWait(state);
       if (table.WaitFor(&state, patience.seconds(), [&] { return progress.running == 0; })) break;
@@ -198,8 +198,8 @@ Status Close(const PoolParts& pool, const GoOn& go_on) {
     swapping::DropAll(pool);
     return {};
   }
-  // Handlers of map_slots that wait for the mapping mutex will find the pool closed: none of them waits for the device
-  // while it holds it.
+  // Handlers of map_slots that are waiting for the mapping mutex will find the pool closed, so none of them waits for
+  // the device while holding the mutex.
   {
     const MappingLock mapping = pool.supply->Lock();
     pool.mirror->Close();

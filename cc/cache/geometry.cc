@@ -6,7 +6,7 @@
 namespace kvpage {
 namespace {
 
-// a * b, or a status when the product leaves int64 (a spec's virtual size can).
+// a * b, or an error if the product does not fit into int64 (the virtual size of a spec may not).
 Status Multiply(std::int64_t a, std::int64_t b, std::int64_t* out) {
   if (__builtin_mul_overflow(a, b, out)) return InvalidArgument("the spec's virtual size does not fit 63 bits");
   return {};
@@ -36,7 +36,7 @@ Status Geometry::Make(const SpecInts& spec, std::int64_t block_bytes, Geometry* 
 
   std::int64_t token = static_cast<std::int64_t>(ItemSize(g.dtype));
   KVPAGE_RETURN_IF_ERROR(Multiply(token, g.head_dim, &token));
-  token += static_cast<std::int64_t>(ScaleSize(g.dtype));  // head_dim is an int32: far from overflowing
+  token += static_cast<std::int64_t>(ScaleSize(g.dtype));  // cannot overflow, since head_dim is an int32
   KVPAGE_RETURN_IF_ERROR(Multiply(token, g.num_kv_heads, &token));
   if (g.layout == Layout::kFused) KVPAGE_RETURN_IF_ERROR(Multiply(token, 2 * g.num_layers, &token));
   std::int64_t needed = 0;
@@ -77,7 +77,7 @@ KVView Geometry::View(char* base) const {
   }
   if (IsQuantized(dtype)) {
     const auto scale = static_cast<std::int64_t>(ScaleSize(dtype));
-    view.scale_base = block_tokens * data_bytes();  // a multiple of 16: block_tokens is one
+    view.scale_base = block_tokens * data_bytes();  // a multiple of 16, because block_tokens is
     view.scale_head_stride = layout == Layout::kFused ? block_tokens * scale : scale;
     view.scale_token_stride = layout == Layout::kFused ? scale : num_kv_heads * scale;
   }
@@ -108,7 +108,7 @@ void Geometry::ZeroTokens(char* block, std::int64_t first) const {
 KVView Geometry::TableView(char* window) const {
   KVView view = View(window);
   view.slot_stride = 0;
-  if (layout == Layout::kPerLayer) view.kv_stride = view.layer_stride = 0;  // the table says where a layer's blocks are
+  if (layout == Layout::kPerLayer) view.kv_stride = view.layer_stride = 0;  // the table has the blocks of a layer
   return view;
 }
 

@@ -1,11 +1,12 @@
-// Geometry: the resolved cache spec in C++, and where the blocks of a slot lie in virtual memory.
+// Geometry: the resolved cache spec in C++, and the layout of a slot's blocks in virtual memory.
 //
 // fused      one range per slot; a block holds block_tokens tokens of every layer: [layer][K|V][head][token][D]
 // per_layer  2L ranges; range 2l is layer l's K and 2l+1 its V, each [slot][token][head][D], so that one layer's K is
 //            one dense array over all slots
 //
-// Quantized storage adds the scales of a block's part behind its data: [layer][K|V]([head][token][D] [head][token]) and
-// [block]([token][head][D] [token][head]). A per-layer slot is then no dense array, so its blocks may be padded too.
+// In quantized storage, scales follow the data of each part of a block: [layer][K|V]([head][token][D] [head][token])
+// and [block]([token][head][D] [token][head]). A per-layer slot is then not a dense array, so its blocks may be padded
+// too.
 #ifndef KVPAGE_CACHE_GEOMETRY_H_
 #define KVPAGE_CACHE_GEOMETRY_H_
 
@@ -45,39 +46,40 @@ struct Geometry {
             block_tokens};
   }
 
-  // Bytes of one token's K (or V) in one layer, all heads: elements, and with their scales.
+  // Bytes of one token's K (or V) in one layer, over all heads: elements only, and including their scales.
   std::int64_t data_bytes() const { return num_kv_heads * head_dim * static_cast<std::int64_t>(ItemSize(dtype)); }
   std::int64_t row_bytes() const { return data_bytes() + num_kv_heads * static_cast<std::int64_t>(ScaleSize(dtype)); }
   std::int64_t token_bytes() const { return 2 * num_layers * row_bytes(); }
   std::int64_t num_ranges() const { return layout == Layout::kFused ? 1 : 2 * num_layers; }
-  // Blocks a slot has in each range when it is full.
+  // Number of blocks in each range of a full slot.
   std::int64_t max_blocks() const { return (max_seq_len + block_tokens - 1) / block_tokens; }
   std::int64_t range_bytes() const { return max_blocks() * block_bytes; }
   std::int64_t slot_bytes() const { return num_ranges() * range_bytes(); }
   std::int64_t virtual_bytes() const { return max_slots * slot_bytes(); }
-  // Blocks that `tokens` tokens need in each range.
+  // Number of blocks that `tokens` tokens need in each range.
   std::int64_t BlocksFor(std::int64_t tokens) const { return (tokens + block_tokens - 1) / block_tokens; }
-  // Byte offset into virtual memory of a slot's `block`-th block in a range.
+  // Byte offset in virtual memory of block `block` of a slot in a range.
   std::int64_t Offset(std::int64_t slot, std::int64_t range, std::int64_t block) const {
     return (range * max_slots + slot) * range_bytes() + block * block_bytes;
   }
 
   KVView View(char* base) const;
-  // Zeroes the key and the value of a token, and their scales, through a view.
+  // Zeroes a token's key, value and scales through a view.
   void ZeroToken(const KVView& view, std::int64_t slot, std::int64_t token, std::int64_t layer) const;
-  // Zeroes the tokens from `first` on of a logical block whose ranges lie one after the other.
+  // Zeroes the tokens from `first` on in a logical block whose ranges are stored one after the other.
   void ZeroTokens(char* block, std::int64_t first) const;
-  // The view of one layer through a block table, whose chunks are blocks in the window: see KVView::table. The caller
+  // The view of one layer through a block table whose chunks are blocks in the window: see KVView::table. The caller
   // sets the table.
   KVView TableView(char* window) const;
-  // The ranges of a layer that a table has rows for: of the keys, and of the values where they lie in other blocks.
+  // Number of ranges of a layer that have rows in a table: one for keys, and one for values if they are in other
+  // blocks.
   std::int64_t table_ranges() const { return layout == Layout::kFused ? 1 : 2; }
   std::int64_t TableRange(std::int64_t layer, std::int64_t kind) const {
     return layout == Layout::kFused ? 0 : 2 * layer + kind;
   }
 };
 
-// "max_slots is 8 in the program, 4 in the pool; ..." or "" when equal.
+// Returns "max_slots is 8 in the program, 4 in the pool; ...", or "" if they are equal.
 std::string DescribeDifference(const SpecInts& program, const SpecInts& pool);
 
 }  // namespace kvpage

@@ -1,5 +1,6 @@
-// GhostTable: how often prefixes were asked for whose entries have been evicted. Bounded: of eight prefixes that share
-// a place, the oldest is forgotten. Prefixes are known by their hashes alone: a collision costs an estimate, no more.
+// GhostTable: how often prefixes were requested whose entries have been evicted. The size is bounded: of eight prefixes
+// that share a set, the oldest is forgotten. Prefixes are identified by hash alone, since a collision only affects an
+// estimate.
 #ifndef KVPAGE_CACHE_GHOST_TABLE_H_
 #define KVPAGE_CACHE_GHOST_TABLE_H_
 
@@ -14,10 +15,10 @@ class GhostTable {
   struct Ghost {
     std::uint64_t hash = 0;
     std::uint32_t count = 0;  // 0: unused
-    std::uint32_t age = 0;    // the number of the Put
+    std::uint32_t age = 0;    // number of the Put that stored it
   };
 
-  // Makes room for `prefixes` prefixes or more.
+  // Makes room for at least `prefixes` prefixes.
   void Reserve(std::size_t prefixes) {
     if (prefixes <= ghosts_.size()) return;
     std::size_t size = kWays;
@@ -29,7 +30,7 @@ class GhostTable {
     }
   }
   void Put(std::uint64_t hash, std::uint32_t count) { Place(hash) = Ghost{hash, count, ++puts_}; }
-  // Null when the prefix is not or no longer remembered.
+  // Returns null if the prefix is not remembered.
   Ghost* Find(std::uint64_t hash) {
     if (ghosts_.empty()) return nullptr;
     Ghost* const set = Set(hash);
@@ -43,7 +44,7 @@ class GhostTable {
   static constexpr std::size_t kWays = 8;
 
   Ghost* Set(std::uint64_t hash) { return &ghosts_[hash & (ghosts_.size() - kWays)]; }
-  // Where the prefix goes: to its own place, an unused one, or that of the oldest.
+  // Where the prefix is stored: its own place, an unused one, or that of the oldest prefix in the set.
   Ghost& Place(std::uint64_t hash) {
     if (Ghost* const known = Find(hash)) return *known;
     Ghost* const set = Set(hash);
@@ -55,7 +56,7 @@ class GhostTable {
     return *oldest;
   }
 
-  std::vector<Ghost> ghosts_;  // sets of kWays; a power of two
+  std::vector<Ghost> ghosts_;  // sets of kWays; the number of sets is a power of two
   std::uint32_t puts_ = 0;
 };
 
