@@ -63,7 +63,7 @@ Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
     if (!claim.status.ok()) break;
     slots.push_back(claim.slots[0]);
     wants.push_back({slots.back(), geometry.BlocksFor(tokens[i])});
-    // Before anything is mapped, so that no claim takes the slots for parked ones.
+    // Before anything is mapped, so that no claim uses the slots as parked ones.
     table.Occupy(table.Lock(), slots.back(), 0);
     pool.supply->arena(mapping).SetFile(slots.back(), std::move(file), begin);
   }
@@ -142,7 +142,7 @@ Claim Import(const PoolParts& pool, const Handover& handover, const std::string&
   if (claim.status.ok()) {
     placed.ids = header.ids;
     placed.blocks.resize(static_cast<std::size_t>(whole * ranges));
-    // Neighbours in a range are neighbours by number, and in the file.
+    // Blocks adjacent in a range are adjacent in number and in the file.
     for (std::int64_t i = 0; i < whole * ranges; ++i) placed.blocks[i % whole * ranges + i / whole] = numbers[i];
     placed.blocks.insert(placed.blocks.end(), tail.begin(), tail.end());
     claim.status = placing::Place(pool, mapping, slot, placed);

@@ -211,7 +211,7 @@ Status SealNow(const PoolParts& pool, const MappingLock& mapping, std::int32_t s
   return {};
 }
 
-// Sets `done` to false if the blocks must be copied after all.
+// Sets `done` to false if the blocks must be copied instead.
 Status SealOut(const PoolParts& pool, std::int32_t slot, const std::string& fingerprint, const GoOn& go_on,
                HandoverPtr* out, bool* done) {
   SlotTable& table = *pool.table;

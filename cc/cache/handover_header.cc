@@ -25,11 +25,11 @@ struct Fixed {
   std::uint32_t shape_bytes, fingerprint_bytes;
 };
 static_assert(sizeof(Fixed) == 72, "no padding");
-constexpr std::size_t kChecked = offsetof(Fixed, begin);  // the checksum is of what lies from here on
+constexpr std::size_t kChecked = offsetof(Fixed, begin);  // the checksum covers everything from here on
 
 std::string Number(std::int64_t value) { return std::to_string(value); }
 
-// Text of a sender's, for a message: it may be any bytes.
+// Text from a sender, for a message: it may contain any bytes.
 std::string Quoted(std::string text) {
   for (char& letter : text) {
     if (letter < ' ' || letter > '~') letter = '?';
@@ -106,7 +106,8 @@ Status ReadHeader(const MemoryFile& file, Header* out) {
   if (crc32c::Crc32c(all.data() + kChecked, all.size() - kChecked) != fixed.crc) {
     return Damaged("the checksum of its header is wrong");
   }
-  // A checksum is no protection from a sender who means harm: whatever addresses are computed from is checked too.
+  // A checksum does not protect against a malicious sender, so everything from which addresses are computed is checked
+  // too.
   std::string shape = all.substr(sizeof(fixed), fixed.shape_bytes);
   const std::size_t at = shape.find(kMemory);
   const bool has_handles = at != std::string::npos;

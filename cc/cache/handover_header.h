@@ -11,8 +11,8 @@
 // Numbers are little-endian. Block b of range r is (r * stride + b) blocks after that offset. The blocks themselves
 // have no checksum: the file is sealed, so it is what the sender wrote.
 //
-// For a sequence in device memory the file holds nothing but this header. The stride is 0, and the text " memory=" and
-// the device's name follow the shape. With the file go blocks * ranges descriptors, grouped by range.
+// For a sequence in device memory, the file holds only this header. The stride is 0, and the shape is followed by the
+// text " memory=" and the device's name. The file is accompanied by blocks * ranges descriptors, grouped by range.
 #ifndef KVPAGE_CACHE_HANDOVER_HEADER_H_
 #define KVPAGE_CACHE_HANDOVER_HEADER_H_
 
@@ -26,14 +26,14 @@
 
 namespace kvpage::handover {
 
-// A header takes no more than this, so that nobody is made to read a file of any size.
+// The maximum size of a header, so that a receiver cannot be made to read a file of any size.
 constexpr std::int64_t kMaxFingerprint = 1024;
 
 struct Header {
   std::int64_t begin = 0, tokens = 0, blocks = 0, stride = 0, block_bytes = 0, ranges = 0;
   std::string shape;        // of the pool: see ShapeOf
   std::string memory;       // from Vmm::MemoryName; empty: the blocks are in the file
-  std::string fingerprint;  // what the caller says of the model
+  std::string fingerprint;  // identifies the model; set by the caller
   std::vector<std::int32_t> ids;
 
   std::int64_t Offset(std::int64_t range, std::int64_t block) const {
@@ -43,15 +43,15 @@ struct Header {
   std::int64_t num_handles() const { return memory.empty() ? 0 : blocks * ranges; }
 };
 
-// What two pools must have in common to exchange blocks, as text.
+// Describes, as text, what two pools must have in common to exchange blocks.
 std::string ShapeOf(const Geometry& geometry);
 // Offset of the first block in the file of a sequence of at most this many tokens.
 std::int64_t HeaderBytes(std::int64_t tokens);
 
 Status WriteHeader(const Header& header, MemoryFile* file);
-// Checks that the file is what its header says, and all of it.
+// Checks that the file matches its header, and reads the header.
 Status ReadHeader(const MemoryFile& file, Header* out);
-// Checks that a pool with memory of this name can take the sequence.
+// Checks that the sequence fits a pool whose memory has this name.
 Status CheckFits(const Header& header, const Geometry& geometry, const std::string& memory,
                  const std::string& fingerprint);
 

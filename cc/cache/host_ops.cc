@@ -30,7 +30,7 @@ Claim ChooseSlots(const PoolParts& pool, const MappingLock& mapping, const std::
   return {};
 }
 
-// Blanks the memory that the slots had before the plan. Supply blanks what it adds.
+// Blanks the memory that the slots had before the plan was applied. Supply blanks the blocks that it adds.
 Status BlankAdopted(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan) {
   for (const Grant& grant : plan.grants) {
     const std::int64_t end = std::min(grant.before, pool.supply->arena(mapping).blocks(grant.slot));
@@ -39,7 +39,7 @@ Status BlankAdopted(const PoolParts& pool, const MappingLock& mapping, const Sup
   return {};
 }
 
-// Each slot is occupied and is named once.
+// Checks that each slot is occupied and named only once.
 Status CheckSlots(SlotTable* table, const StateLock& state, const char* op, const std::vector<std::int32_t>& slots) {
   table->StartNaming(state);
   for (const std::int32_t slot : slots) {
@@ -51,7 +51,7 @@ Status CheckSlots(SlotTable* table, const StateLock& state, const char* op, cons
   return {};
 }
 
-// What acquiring means before anything changes: a free slot and a number of blocks for each request.
+// The checks and choices of acquiring, before anything changes: a free slot and a number of blocks for each request.
 Claim ChooseChecked(const PoolParts& pool, const MappingLock& mapping, const char* op,
                     const std::vector<std::int64_t>& tokens, std::vector<Want>* wants) {
   if (Status status = Enter(pool, pool.table->Lock(), op); !status.ok()) return FailedClaim(status);
@@ -70,7 +70,7 @@ Claim CanAcquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens)
   const MappingLock mapping = pool.supply->Lock();
   std::vector<Want> wants;
   if (Claim claim = ChooseChecked(pool, mapping, "can_acquire", tokens, &wants); !claim.status.ok()) return claim;
-  // What a slot must give up before somebody has it counts as any other memory that is not needed.
+  // Memory that a slot must give up before it gets a new owner counts like any other unneeded memory.
   std::vector<Want> kept;
   std::int64_t given_up = 0;
   for (const Want& want : wants) {
@@ -154,7 +154,7 @@ Claim Extend(const PoolParts& pool, const std::vector<std::int32_t>& slots, cons
   if (!claim.status.ok()) return claim;
   const StateLock state = table.Lock();
   for (std::size_t i = 0; i < slots.size(); ++i) {
-    // A release may have begun meanwhile; the memory then parks with the slot.
+    // A release may have begun meanwhile; then the memory is parked with the slot.
     if (table.host(state, slots[i]).state == SlotState::kOccupied) table.Reserve(state, slots[i], tokens[i]);
   }
   return claim;
@@ -182,7 +182,7 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
     const StateLock state = pool.table->Lock();
     const HostSlot& row = pool.table->host(state, edit.slot);
     const bool vacated = pool.table->progress(state).slots[edit.slot].vacated;
-    const bool occupied = row.state == SlotState::kOccupied;  // else a new generation has undone it
+    const bool occupied = row.state == SlotState::kOccupied;  // otherwise a new generation has undone it
     switch (static_cast<SlotOpcode>(edit.opcode)) {
       case SlotOpcode::kOccupy:
       case SlotOpcode::kFork:
@@ -204,7 +204,7 @@ void UndoEdits(const PoolParts& pool, const std::vector<SlotEdit>& edits) {
         pool.table->EndTruncation(state, edit.slot);
         break;
       case SlotOpcode::kDrop:
-        // With a mirror the blocks are gone already.
+        // With a mirror the blocks have already been unmapped.
         if (row.state == SlotState::kOccupied && pool.mirror == nullptr) pool.table->UndoDrop(state, edit.slot);
         break;
       case SlotOpcode::kSetLength:
@@ -229,7 +229,7 @@ Status Retract(const PoolParts& pool, std::int32_t slot, std::int64_t reserved, 
     stop = pool.mirror != nullptr && room < table.Room(state, slot);
     if (stop) table.progress(state).slots[slot].by_block = 1;  // until the new room is published
   }
-  // A program may have read the old room. If programs cannot be stopped, the slot keeps it.
+  // A program may have read the old room. If programs cannot be stopped, the slot keeps the room.
   if (stop) KVPAGE_RETURN_IF_ERROR(pool.mirror->StopReaders({{slot, static_cast<std::int32_t>(room)}}));
   {
     const StateLock state = table.Lock();

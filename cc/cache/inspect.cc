@@ -37,7 +37,7 @@ PoolNumbers Numbers(const PoolParts& pool) {
   n.blocks_shared = blocks.num_shared();
   n.blocks_peak = blocks.peak_used();
   n.blocks_warm = blocks.num_warm();
-  // A block counts with the slot that will keep it longest.
+  // A block counts for the slot that will keep it longest.
   enum Class : std::int8_t { kMapped = 0, kDraining, kParked, kNumClasses };
   std::vector<std::int8_t> classes(table.num_slots());
   for (std::int64_t slot = 0; slot < table.num_slots(); ++slot) {

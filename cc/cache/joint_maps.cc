@@ -12,7 +12,7 @@
 namespace kvpage {
 namespace {
 
-// How long a decision waits for a call of the host's.
+// How long a decision waits for a host call.
 constexpr std::chrono::milliseconds kPatience{100};
 
 std::string Listed(const std::vector<std::int32_t>& values) {
@@ -177,7 +177,7 @@ void JointMaps::Advance(const StateLock& state, const Call& call, std::uint32_t*
 
 Status JointMaps::Decide(const Call& call, Decision* decision, std::uint32_t* epoch) {
   const std::vector<const PoolParts*> parts = Parts();
-  // Generations begin and slots get other owners under a mapping mutex, or not while they are pinned.
+  // Generations begin and slots change owners only under a mapping mutex, or while the slots are not pinned.
   JointSupply supply(parts);
   std::deque<PinnedSlots> pinned;
   Pins pins;
@@ -273,7 +273,7 @@ Status JointMaps::Run(const Call& call, bool* ok, std::uint32_t* epoch) {
       ++numbers_.waits;
       ++waiting_;
       host_left_.wait_until(lock, patience_, [this] { return hosts_ == 0; });
-      if (--waiting_ == 0) decided_.notify_all();  // they see it when this thread has decided
+      if (--waiting_ == 0) decided_.notify_all();  // they will see it when this thread has decided
       continue;                                    // another device may have decided meanwhile
     }
     if (enough) {

@@ -1,6 +1,6 @@
 // JointMaps: makes one decision for all joined pools (one for each device of a mesh) about how programs map memory.
-// Programs run on the devices at different times, so the first device to reach a call of map_slots decides and maps in
-// all arenas (joint_supply.h); the others fetch its decision. No device waits for another.
+// Programs run on the devices at different times, so the first device to reach a call of map_slots decides and maps
+// memory in all arenas (joint_supply.h); the others fetch its decision. No device waits for another.
 //
 // A decision is identified by the number of epochs between the start of the generation and its call, which is the same
 // on all devices because every op that changes a cache counts; if steps may be repeated from one cache (allow_stale),
@@ -29,7 +29,7 @@ namespace kvpage {
 
 class JointMaps {
  public:
-  // A pool, and its parts while it lives.
+  // A pool, and its parts while it exists.
   struct Member {
     std::weak_ptr<void> life;
     const PoolParts* parts = nullptr;
@@ -43,7 +43,7 @@ class JointMaps {
     std::int64_t decisions = 0;  // made
     std::int64_t fetched = 0;    // taken over from another device
     std::int64_t pending = 0;    // kept now
-    std::int64_t waits = 0;      // decisions that waited for a call of the host's
+    std::int64_t waits = 0;      // decisions that waited for a host call
   };
 
   // Either all pools have a mirror or none has.
@@ -53,7 +53,7 @@ class JointMaps {
         starts_(members_.size()),
         calls_(members_.size(), 0) {}
 
-  // A generation has begun in all pools. Programs of older ones decide nothing more.
+  // Called when a generation has begun in all pools. Programs of older ones can no longer make decisions.
   void Begin(std::vector<Start> starts);
   // map_slots on one of the devices, as map_ops::MapSlots.
   Status Map(std::size_t device, const char* op, const CacheRef& cache, const std::int32_t* slots,
@@ -63,9 +63,9 @@ class JointMaps {
                     const std::int32_t* tokens, std::int64_t count, bool* ok);
   // With mirrors: the device has rejected a call of map_slots and continues after it.
   void PassOver(std::size_t device, std::int32_t generation);
-  // A call of the host's goes from pool to pool between these two. New decisions wait for its end, so that it finds all
-  // pools in the same state, but not for long: whoever calls may wait for Python meanwhile. A decision that comes
-  // between takes only what all pools can give. The next call of the host's lets those decide first that wait.
+  // Called before and after a host call that goes from pool to pool. New decisions wait for its end, so that it finds
+  // all pools in the same state, but only for a limited time, because the caller may be waiting for Python. A decision
+  // made during a host call takes only what all pools can give. The next host call lets waiting decisions go first.
   void EnterHost();
   void LeaveHost();
   // Makes a change in all pools at once: now, or at the end of a host call in progress. A change that cannot be made
@@ -90,9 +90,9 @@ class JointMaps {
     std::uint32_t at = 0;  // epochs (with mirrors: calls) since the generation began
     std::vector<std::int32_t> slots, tokens;
     std::vector<char> ok;
-    Status status;  // not ok: the calls fail alike
+    Status status;  // if not ok, the calls fail in the same way
     std::vector<bool> fetched;
-    std::size_t missing = 0;  // devices that have not fetched it
+    std::size_t missing = 0;  // number of devices that have not fetched it
   };
   // Keeps all pools alive.
   class Alive;
@@ -105,7 +105,7 @@ class JointMaps {
   Status Check(const StateLock& state, const Call& call, bool* ok) const;
   // Advances the device past the call, which was checked under the same lock.
   void Advance(const StateLock& state, const Call& call, std::uint32_t* epoch);
-  // Decides about a call, once `alive` has all pools and no call of the host's is in the way.
+  // Decides about a call. `alive` must hold all pools, and no host call may be in the way.
   Status Decide(const Call& call, Decision* decision, std::uint32_t* epoch);
   Status MapAlike(const char* op, class JointSupply* supply, Decision* call);
   // Keeps a decision until all devices that have not reached the call yet have fetched it.

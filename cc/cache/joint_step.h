@@ -1,4 +1,4 @@
-// JointStep: a change made in all joined pools at once, or deferred: see JointMaps::Together.
+// JointStep: a change that is made in all joined pools at once, possibly later: see JointMaps::Together.
 #ifndef KVPAGE_CACHE_JOINT_STEP_H_
 #define KVPAGE_CACHE_JOINT_STEP_H_
 

@@ -66,7 +66,7 @@ bool JointSupply::Evict(std::int64_t blocks, const std::unordered_set<std::int32
 }
 
 bool JointSupply::Evict(std::int64_t blocks) const {
-  // What the first pool would evict, if the others can too. Else it chooses from what all can.
+  // Evict what the first pool would evict, if the others can do the same. Otherwise it chooses from what all can evict.
   if (Evict(blocks, nullptr)) return true;
   std::unordered_map<std::int32_t, std::size_t> counts;
   for (std::size_t i = 0; i < pools_.size(); ++i) {
@@ -129,7 +129,7 @@ Status JointSupply::Apply(const SupplyPlan& plan) {
 
 Status JointSupply::Publish(const SupplyPlan& plan) {
   for (std::size_t i = 0; i < pools_.size(); ++i) {
-    Status status = PublishRoom(*pools_[i], lock(i), plan);  // undoes the plan there when it fails
+    Status status = PublishRoom(*pools_[i], lock(i), plan);  // on failure it undoes the plan in this pool
     if (status.ok()) continue;
     failed_ = true;
     for (std::size_t later = i + 1; later < pools_.size(); ++later) pools_[later]->supply->Undo(lock(later), plan);
@@ -151,8 +151,8 @@ void JointSupply::Withdraw(std::size_t i, const SupplyPlan& plan) {
       pool.table->progress(state).slots[grant.slot].by_block = 1;  // until the mirror has the old blocks again
     }
   }
-  // A program there may have read the new room and write to it. If it cannot be stopped the blocks stay mapped, and the
-  // slot has more blocks than in the other pools until the host's next extend evens that out.
+  // A program there may have read the new room and write to it. If it cannot be stopped, the blocks stay mapped, and
+  // the slot has more blocks than in the other pools until the host's next extend evens this out.
   if (!pool.mirror->StopReaders(rooms).ok()) return;
   pool.supply->Undo(lock(i), plan);
   static_cast<void>(PublishSlots(pool, lock(i), slots, /*stopped=*/true));
@@ -162,7 +162,7 @@ Status JointSupply::Reserve(const Want& want) {
   const std::int64_t ranges = pools_[0]->table->geometry().num_ranges();
   const std::int64_t before = arena(0).blocks(want.slot);
   for (std::size_t i = 1; i < pools_.size(); ++i) {
-    // A call of the host's is under way and has reached some of the pools.
+    // A host call is in progress and has reached some of the pools.
     if (arena(i).blocks(want.slot) != before) return TooFew(want.blocks - before, 0);
   }
   const std::int64_t missing = want.blocks - before;
@@ -173,7 +173,7 @@ Status JointSupply::Reserve(const Want& want) {
   std::vector<Donor> donors;
   if (missing > free) {
     donors = Donors(want);
-    free = Free();  // slots that nobody has any more may have given up what they shared
+    free = Free();  // slots without an owner may have given up what they shared
     if (const std::int64_t short_of = missing - free - CountBlocks(donors); short_of > 0) {
       if (Evict(short_of * ranges)) {
         donors = Donors(want);
@@ -185,7 +185,7 @@ Status JointSupply::Reserve(const Want& want) {
   PlanGrants(free, donors, Source::kFree, &plan);
   Status status = Apply(plan);
   if (status.code() != Code::kResourceExhausted) return status;
-  // The system has less memory than the capacity promises. Blocks that are mapped have theirs already.
+  // The system has less memory than the capacity promises. Blocks that are mapped already have theirs.
   SupplyPlan moving;
   moving.grants.push_back({want.slot, want.blocks, before});
   PlanGrants(Free(), Donors(want), Source::kDonors, &moving);

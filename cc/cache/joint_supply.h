@@ -1,8 +1,9 @@
-// JointSupply: blocks for a slot of several pools that stand for one, a pool for each device of a mesh. All arenas map
-// the same block numbers, or none maps anything.
+// JointSupply: provides blocks for a slot of several pools that act as one, with a pool for each device of a mesh. All
+// arenas map the same block numbers, or none maps anything.
 //
-// The pools' programs run at different times, so one may have more free blocks and more parked slots than another: only
-// what all of them can give is taken. A released slot's blocks are that once all have drained it.
+// The pools' programs run at different times, so one pool may have more free blocks and more parked slots than another:
+// only what all of them can give is taken. So the blocks of a released slot are available once it has drained in all
+// pools.
 #ifndef KVPAGE_CACHE_JOINT_SUPPLY_H_
 #define KVPAGE_CACHE_JOINT_SUPPLY_H_
 
@@ -28,7 +29,7 @@ class JointSupply {
   // Maps at least `want.blocks` in every arena and publishes the room to the mirrors. Returns kResourceExhausted if any
   // of them lacks the memory. After any error nothing is mapped in any arena.
   Status Reserve(const Want& want);
-  // Makes all pools hand out their free blocks in the same order again, after a Reserve that failed (`failed`).
+  // Makes all pools hand out their free blocks in the same order again, after a Reserve that failed.
   void Align();
   bool failed() const { return failed_; }
 
@@ -41,7 +42,7 @@ class JointSupply {
   // Makes every prefix index drop the same entries until at least `blocks` physical blocks come free, or none.
   bool Evict(std::int64_t blocks) const;
   bool Evict(std::int64_t blocks, const std::unordered_set<std::int32_t>* allowed) const;
-  // The blocks that the plan's grant takes, free in every arena; fewer where there are not as many.
+  // The blocks for the plan's grant, which are free in every arena; fewer if there are not enough.
   std::vector<std::int32_t> Choose(const SupplyPlan& plan) const;
   Status Apply(const SupplyPlan& plan);
   // Publishes a plan that was applied in all pools to their mirrors; if one fails, undoes the plan in all pools.

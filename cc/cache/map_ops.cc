@@ -11,7 +11,7 @@
 namespace kvpage::map_ops {
 namespace {
 
-// Maps what pinned slots want: their owner stays while blocks are mapped without the state mutex.
+// Maps what pinned slots request: their owners stay while blocks are mapped without the state mutex.
 Status MapPinned(const PoolParts& pool, const MappingLock& mapping, const char* op, const std::int32_t* slots,
                  const std::int32_t* tokens, std::int64_t count, bool* ok) {
   SlotTable& table = *pool.table;
@@ -78,7 +78,7 @@ Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, co
   while (true) {
     {
       StateLock state = table.Lock();
-      table.PassGate(&state);  // not below: views::Add keeps it closed until it has the mapping mutex
+      table.PassGate(&state);  // not later: views::Add keeps the gate closed until it has the mapping mutex
     }
     const MappingLock mapping = pool.supply->Lock();
     PinnedSlots pinned;
@@ -102,7 +102,7 @@ Status CheckOnHost(const PoolParts& pool, const StateLock& state, const char* op
   SlotTable& table = *pool.table;
   KVPAGE_RETURN_IF_ERROR(table.CheckOpen(state, op));
   CollectReleases(pool, state);
-  // The host may have begun a new generation since the device's check: the slots may have new owners by now.
+  // The host may have begun a new generation since the device's check, so the slots may have new owners.
   const std::int32_t current = table.progress(state).generation;
   if (generation != current) return messages::OtherGeneration(op, table.id(), generation, current);
   for (std::int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// map_slots: the one op of a program that maps memory.
+// map_slots: the only op by which programs map memory.
 #ifndef KVPAGE_CACHE_MAP_OPS_H_
 #define KVPAGE_CACHE_MAP_OPS_H_
 
@@ -8,20 +8,20 @@
 
 namespace kvpage::map_ops {
 
-// More tokens than a slot can ever have: that sequence gets ok=false, the others go on.
+// Whether a slot can never have this many tokens: its sequence gets ok=false, and the others continue.
 bool Beyond(const SlotTable& table, std::int32_t tokens);
-// Compares what a program wants with its cache value and the table, and sets ok[i] as far as that is known. `enough`:
-// nothing needs to be mapped.
+// Compares a program's request with its cache value and the table, and sets those ok[i] that can be decided already.
+// `enough`: nothing needs to be mapped.
 Status Check(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache,
              const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok, bool* enough);
-// Maps room for tokens[i] tokens in all in slots[i]; where the blocks do not suffice, ok[i] is false.
+// Maps room for a total of tokens[i] tokens in slots[i]; ok[i] is false if there are not enough blocks.
 Status MapSlots(const PoolParts& pool, const char* op, const CacheRef& cache, const std::int32_t* slots,
                 const std::int32_t* tokens, std::int64_t count, bool* ok, std::uint32_t* epoch);
 // The host's share of the checks for a call that the device has already checked, for a cache of generation
 // `generation`. Collects releases and sets those ok[i] that can be decided already.
 Status CheckOnHost(const PoolParts& pool, const StateLock& state, const char* op, std::int32_t generation,
                    const std::int32_t* slots, const std::int32_t* tokens, std::int64_t count, bool* ok);
-// The host's part of map_slots, once the device has checked it: as MapSlots, for a cache of generation `generation`.
+// The host's part of map_slots after the device's check: like MapSlots, for a cache of generation `generation`.
 Status MapChecked(const PoolParts& pool, const char* op, std::int32_t generation, const std::int32_t* slots,
                   const std::int32_t* tokens, std::int64_t count, bool* ok);
 

@@ -1,7 +1,8 @@
-// Messages about programs that must not go on. CPU handlers return them as the program runs; a device records numbers
-// and the host returns them later (cc/device/fault.cc): one text for both, so that they cannot drift apart.
+// Messages about programs that must not continue. CPU handlers return them while the program runs; a device records
+// numbers from which the host makes the message later (cc/device/fault.cc). Sharing the text keeps the two from
+// diverging.
 //
-// `op` begins every message.
+// `op` is the start of every message.
 #ifndef KVPAGE_CACHE_MESSAGES_H_
 #define KVPAGE_CACHE_MESSAGES_H_
 
@@ -52,13 +53,13 @@ Status UnwrittenSomewhere(Op op, std::int32_t slot, std::int64_t wanted, const W
 Status NotLowered(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);  // set_lengths
 // set_lengths: other slots share tokens behind the new length
 Status BelowShared(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t shared);
-// append: the tokens from this position on belong to blocks that other slots have mapped, or had
+// append: the tokens from this position on are in blocks that other slots map or have mapped
 Status Shared(Op op, std::int32_t slot, std::int64_t position, std::int64_t shared);
 Status NotAView(Op op, std::int64_t index, std::int32_t id);
 
 // ---- edit_slots ----
-// What programs need of a slot begins at `position`, or a length is to become `wanted`, and tokens below `dropped` are
-// gone; or they were to go, and the slot has only `length`.
+// The op needs positions from `position` on, or sets the length to `wanted`, but tokens below `dropped` are gone; or it
+// is to drop more tokens than the slot's `length`.
 Status Dropped(Op op, std::int32_t slot, std::int64_t position, std::int64_t dropped);
 Status BelowDropped(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t dropped);
 Status DropBeyond(Op op, std::int32_t slot, std::int64_t wanted, std::int64_t length);
@@ -69,7 +70,7 @@ Status CopyTwice(Op op, std::int32_t target);                                   
 Status CopyChain(Op op, std::int32_t slot);  // a copy's source is the target of a copy
 
 // ---- copy_rotated ----
-// More of the target's tokens are committed than it has before the copy.
+// The target has more committed tokens than its length before the copy.
 Status CommittedAhead(Op op, std::int32_t slot, std::int64_t committed, std::int64_t length);
 
 }  // namespace kvpage::messages

@@ -10,7 +10,7 @@ namespace {
 Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vector<Mirror::Room>& rooms,
                bool stopped) {
   if (!stopped) {
-    // A truncation was not published: programs may have found the old blocks by number since.
+    // A truncation was not published: programs may since have found the old blocks by number.
     std::vector<Mirror::Room> unpublished;
     {
       const StateLock state = pool.table->Lock();
@@ -22,7 +22,7 @@ Status Publish(const PoolParts& pool, const MappingLock& mapping, const std::vec
   }
   KVPAGE_RETURN_IF_ERROR(pool.mirror->SetRoom(rooms));
   {
-    // No program finds blocks in these slots any more that a truncation has exchanged (sharing.cc).
+    // Programs can no longer find blocks in these slots that a truncation has replaced (sharing.cc).
     const StateLock state = pool.table->Lock();
     for (const Mirror::Room& room : rooms) pool.table->progress(state).slots[room.slot].by_block = 0;
   }
@@ -66,7 +66,7 @@ Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const Supp
   const Geometry& geometry = pool.table->geometry();
   std::vector<Mirror::Room> rooms;
   for (const Grant& grant : plan.grants) {
-    // Whole blocks, as SlotTable::Room has it.
+    // In full blocks, like SlotTable::Room.
     const std::int64_t tokens = std::min(grant.wanted * geometry.block_tokens, geometry.max_seq_len);
     rooms.push_back({grant.slot, static_cast<std::int32_t>(tokens)});
   }

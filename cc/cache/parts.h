@@ -1,5 +1,6 @@
-// PoolParts: what the verbs of a pool work on. Each verb is a function over these, in a file by topic (host_ops,
-// capacity, generations, views, inspect, map_ops, program_ops); Pool (pool.h) owns the parts and forwards.
+// PoolParts: the parts of a pool. Each operation of a pool is a function over these, in a file by topic (host_ops,
+// capacity, generations, views, inspect, map_ops, program_ops); Pool (pool.h) owns the parts and forwards to the
+// functions.
 #ifndef KVPAGE_CACHE_PARTS_H_
 #define KVPAGE_CACHE_PARTS_H_
 
@@ -25,18 +26,18 @@ struct PoolParts {
 // a pending device fault.
 Status Enter(const PoolParts& pool, const StateLock& state, const char* op);
 
-// Slots whose release has run on the device become free.
+// Frees slots whose release has run on the device.
 void CollectReleases(const PoolParts& pool, const StateLock& state);
 
-// Tells the mirror what room the slots of an applied plan have, and which blocks; undoes the plan when that fails.
+// Publishes the room and blocks of the slots of an applied plan to the mirror; if this fails, undoes the plan.
 Status PublishRoom(const PoolParts& pool, const MappingLock& mapping, const SupplyPlan& plan);
-// The same for the current room and blocks of some slots. `stopped`: Mirror::StopReaders has stopped the programs that
+// Publishes the current room and blocks of these slots. `stopped`: Mirror::StopReaders has stopped the programs that
 // use what changes in them.
 Status PublishSlots(const PoolParts& pool, const MappingLock& mapping, const std::vector<std::int32_t>& slots,
                     bool stopped = false);
 
-// Programs on a device address blocks by number from now on: opens the block window, and gives the mirror the block
-// table. Nothing happens without a mirror.
+// Prepares for programs on a device that address blocks by number: opens the block window and gives the mirror the
+// block table. Does nothing without a mirror.
 Status OpenTable(const PoolParts& pool);
 
 }  // namespace kvpage

@@ -1,8 +1,9 @@
-// Patience: host calls that wait for handlers do so in pieces, and ask between two of them whether to go on.
+// Patience: host calls that wait for handlers wait in intervals, and ask between two of them whether to continue.
 //
-// While a piece lasts the gate is closed (Gate): handlers that would pin slots wait, or programs that follow each other
-// could keep the call waiting for ever. Between pieces the gate is open and no lock is held, because whoever is asked
-// may wait for Python. Each piece is twice as long as the one before, so the wait ends however long handlers run.
+// During an interval the gate is closed (Gate): handlers that would pin slots wait, because otherwise a stream of
+// programs could keep the call waiting forever. Between intervals the gate is open and no lock is held, because the
+// callback may wait for Python. Each interval is twice as long as the one before, so the wait ends no matter how long
+// handlers run.
 #ifndef KVPAGE_CACHE_PATIENCE_H_
 #define KVPAGE_CACHE_PATIENCE_H_
 
@@ -15,16 +16,16 @@
 
 namespace kvpage {
 
-// Whether a call is to wait on. It is asked with no lock held; empty: always.
+// Returns whether a call should keep waiting. Called with no lock held; if empty, always keep waiting.
 using GoOn = std::function<bool()>;
 
 class Patience {
  public:
   explicit Patience(GoOn go_on) : go_on_(std::move(go_on)) {}
 
-  // How long the current piece may last.
+  // Length of the current interval.
   double seconds() const { return seconds_; }
-  // Begins the next piece, or is the status of a call that is to wait no longer.
+  // Begins the next interval, or returns the error of a call that should stop waiting.
   Status Ask(const char* op) {
     seconds_ *= 2;
     if (!go_on_ || go_on_()) return {};
@@ -36,7 +37,7 @@ class Patience {
   double seconds_ = 0.05;
 };
 
-// While it lives no handler pins slots. Neither of the pool's locks may be held where it begins and ends.
+// While it exists, no handler can pin slots. It must be constructed and destroyed without holding the pool's locks.
 class Gate {
  public:
   explicit Gate(SlotTable* table) : table_(table) { table_->CloseGate(table_->Lock()); }

@@ -31,7 +31,7 @@ Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slo
   };
   std::int64_t read_only = tokens / geometry.block_tokens;
   while (read_only > 0 && !shared(read_only - 1)) --read_only;
-  // Behind the tokens of its last block a sequence may write, unless that block is sealed.
+  // A sequence may write after the tokens of its last block, unless that block is sealed.
   if (count > 0 && sealed(count - 1)) read_only = count;
   const bool partial_shared = read_only < count && shared(count - 1);
   const std::int64_t limit = partial_shared ? tokens : read_only * geometry.block_tokens;
@@ -47,7 +47,7 @@ Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slo
     return status;
   }
   if (pool.mirror != nullptr) pool.mirror->ClearVacated(slot);
-  // Views show it, which there are none of where the host cannot read the memory.
+  // Views show this memory, but there are no views if the host cannot read it.
   std::shared_ptr<BlockMover> mover;
   const bool readable = arena.Mover(&mover).ok() && mover == nullptr;
   if (readable && !partial_shared && read_only < count) {
@@ -62,7 +62,7 @@ void Leave(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot)
     pool.table->StartDraining(state, slot);
     pool.table->Vacate(state, slot);
   }
-  pool.supply->SyncIndex(mapping);  // entries for tokens that the slot has not got
+  pool.supply->SyncIndex(mapping);  // removes entries for tokens that the slot does not have
   static_cast<void>(pool.supply->Empty(mapping, slot));
 }
 

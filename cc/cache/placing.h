@@ -1,4 +1,4 @@
-// Placing: a sequence that comes from elsewhere (swapped in, or from another process) gets a slot.
+// Placing: gives a slot to a sequence that comes from elsewhere (swapped in, or from another process).
 #ifndef KVPAGE_CACHE_PLACING_H_
 #define KVPAGE_CACHE_PLACING_H_
 
@@ -9,7 +9,7 @@
 
 namespace kvpage::placing {
 
-// A sequence in memory. Each block has a reference of the caller's.
+// A sequence in memory. The caller has a reference to each block.
 struct Placed {
   std::vector<std::int32_t> ids;
   std::int32_t space = -1;  // see HostSlot
@@ -17,12 +17,12 @@ struct Placed {
   std::vector<std::int32_t> blocks;  // [logical blocks, ranges]
 };
 
-// A free slot without blocks, in claim.slots.
+// Chooses a free, empty slot; it is in claim.slots.
 Claim EmptySlot(const PoolParts& pool, const MappingLock& mapping);
-// Maps the sequence into an empty slot, which it then occupies. Blocks that others have too, the prefix index, or a
-// sealed file, are read-only. The caller keeps its references. A failure leaves the slot free and empty.
+// Maps the sequence into an empty slot and occupies it. Blocks used by other slots, by the prefix index or by a sealed
+// file are mapped read-only. The caller keeps its references. After a failure the slot is free and empty.
 Status Place(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot, const Placed& placed);
-// The slot's occupant, whose program has not run, gives it up.
+// Undoes Place if the slot's program has not run.
 void Leave(const PoolParts& pool, const MappingLock& mapping, std::int32_t slot);
 
 }  // namespace kvpage::placing
