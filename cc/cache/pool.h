@@ -1,10 +1,10 @@
-// Pool: the state machine of a KV cache. The host side acquires, extends and releases slots; programs (through the FFI
-// handlers) map, write, read and advance them. No JAX, no Python, no platform.
+// Pool: the state machine of a KV cache. The host acquires, extends and releases slots; programs (through the FFI
+// handlers) map, write, read and advance them. Independent of JAX, Python and the platform.
 //
-// A facade: it owns the parts (slot_table.h, supply.h, mirror.h) and forwards to the verbs, whose files say what they
-// do. All calls may come from any thread. On CPU programs call the pool as they run. On a device kernels check a copy
-// of the table (mirror.h): the pool publishes each decision before it returns, and every host call first collects what
-// programs did.
+// This is a facade: it owns the parts (slot_table.h, supply.h, mirror.h) and forwards to functions that are documented
+// in their own files. All calls are thread-safe. On CPU, programs call the pool as they run. On a device, kernels check
+// a copy of the table (mirror.h): the pool publishes each decision before it returns, and every host call first
+// collects what programs have done.
 #ifndef KVPAGE_CACHE_POOL_H_
 #define KVPAGE_CACHE_POOL_H_
 
@@ -43,22 +43,23 @@ class Pool : public std::enable_shared_from_this<Pool> {
  public:
   using Generation = kvpage::Generation;
 
-  // `account`: whose memory mappings the pool uses; null: none. `mirror`: where programs run on a device.
+  // `account`: where the pool's memory mappings are accounted; may be null. `mirror`: for programs that run on a
+  // device.
   static Status Make(const Geometry& geometry, std::int64_t capacity_bytes, const PoolOptions& options,
                      std::unique_ptr<Vmm> vmm, MapAccount* account, std::shared_ptr<Pool>* out,
                      std::unique_ptr<Mirror> mirror = nullptr);
-  // Waits for programs that use the pool's memory. Where they do not end, the memory stays.
+  // Waits for programs that use the pool's memory. If they do not end, the memory stays mapped.
   ~Pool();
 
   const Geometry& geometry() const { return table_.geometry(); }
   std::int32_t id() const { return table_.id(); }
   void set_id(std::int32_t id) { table_.set_id(id); }
   KVView View() const { return geometry().View(supply_.base()); }
-  // Which slots begin with the same blocks.
+  // Shows which slots begin with the same blocks.
   const SharedRuns& shared_runs() const { return supply_.shared_runs(); }
 
-  // An error in a forked child. Takes no lock, because one may have been held when the process was forked: ask this
-  // before any other call from outside.
+  // Returns an error in a forked child. Takes no lock, because one may have been held when the process was forked, so
+  // check this before any other call.
   Status CheckProcess(const char* op) const;
   static Status OtherProcess(const char* op, std::int32_t id);
 
@@ -71,7 +72,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Claim Fork(const char* verb, const std::vector<ForkRequest>& requests, const std::vector<std::int32_t>& released) {
     return sharing::Fork(parts_, verb, requests, released);
   }
-  // With a store below the pool, the claim says what is stored.
+  // If the pool has a store, the claim also says what is stored.
   Claim AcquirePrefix(const std::vector<prefix::Request>& requests, const prefix::Options& options);
   Status FindPrefix(const std::string& space, const prefix::TokenIds& ids, bool whole, std::int64_t* tokens) {
     return prefix::Find(parts_, space, ids, whole, tokens);
@@ -87,14 +88,14 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Status Evict(std::int64_t blocks, std::int64_t* freed) { return prefix::Evict(parts_, blocks, freed); }
   Status PrefixEvents(prefix::EventList* out) { return prefix::Events(parts_, out); }
   // ---- the store below the pool: prefix_tier.h ----
-  // Before anything else happens to the pool, at most once.
-  // The store must be of the kind the platform needs: see PrefixStore::copies.
+  // Call this before anything else happens to the pool, at most once. The store must be of the kind that the platform
+  // needs: see PrefixStore::copies.
   Status AttachStore(std::shared_ptr<store::PrefixStore> store, double write_ahead);
-  // These do not wait. Without a store nothing is stored.
+  // These do not wait. Without a store, nothing is stored.
   Status StoredPrefix(const std::string& space, const prefix::TokenIds& ids, std::int64_t* tokens);
   Status Prefetch(const prefix::FetchRequest& request, std::shared_ptr<prefix::FetchTicket>* out);
   prefix::TierNumbers StoreNumbers() { return tier_ != nullptr ? tier_->Numbers() : prefix::TierNumbers(); }
-  // These wait for the store, and hold no lock meanwhile.
+  // These wait for the store without holding a lock.
   Status SavePrefixes(store::BlockStore* store, const prefix::SaveRequest& request, const GoOn& go_on,
                       prefix::Saved* out) {
     return prefix::Save(parts_, store, request, go_on, out);
@@ -122,7 +123,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   }
   Claim Prefetch(const SwapPtr& swap) { return swapping::Prefetch(parts_, swap); }
   Claim SwapIn(const SwapPtr& swap, bool recover = false) { return swapping::In(parts_, swap, recover); }
-  // With a mirror: goes on with sequences whose release programs have run.
+  // With a mirror: continues swapping sequences whose release programs have run.
   void ContinueSwaps() { swapping::Poll(parts_); }
   void UndoSwapIn(const SwapPtr& swap, std::int32_t slot) { swapping::UndoIn(parts_, swap, slot); }
   void DropSwapped(const SwapPtr& swap) { swapping::Drop(parts_, swap); }
@@ -153,10 +154,10 @@ class Pool : public std::enable_shared_from_this<Pool> {
   }
   // `go_on`: see patience.h.
   Status NewGeneration(Generation* out, const GoOn& go_on = {}) { return generations::Start(parts_, out, go_on); }
-  // Swapped sequences that are being written, whose blocks will come free.
+  // Number of swapped sequences that are being written, whose blocks will become free.
   std::int64_t SwapWrites() { return table_.swap_writes(table_.Lock()); }
   bool WaitForDrain(double seconds) { return generations::WaitForDrain(parts_, seconds); }
-  // The memory goes when the last reference to the pool does.
+  // The memory is freed with the last reference to the pool.
   Status Close(const GoOn& go_on);
   void Close() { static_cast<void>(Close(GoOn())); }
   // Returns the pending device fault, if any, as the status with which the program would have failed on a single CPU
@@ -169,8 +170,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // Makes programs map memory identically in all of these pools from now on. Call it before any program runs, at most
   // once per pool. Either all pools run programs on CPU, or each on a different device.
   static Status Join(const std::vector<std::shared_ptr<Pool>>& pools, std::shared_ptr<JointMaps>* out);
-  // From now on ops record faults instead of failing their program: see shared_faults.h. `note` is appended to this
-  // pool's messages. Call it before any program runs, at most once, and not with a mirror.
+  // Makes ops record faults instead of failing their programs: see shared_faults.h. `note` is appended to this pool's
+  // messages. Call it before any program runs, at most once, and not with a mirror.
   void ShareFaults(std::shared_ptr<SharedFaults> faults, std::string note);
   // Records that an op with a cache of this generation has failed. Returns false if its program must fail: without
   // shared faults, or after the pool was closed (which it is on all devices then).
@@ -183,12 +184,12 @@ class Pool : public std::enable_shared_from_this<Pool> {
   int device() const { return mirror_ != nullptr ? mirror_->device() : -1; }
   // Makes the pool findable by programs under its id.
   Status OpenMirror();
-  // See parts.h. Nothing happens in a forked child, to a pool that is closed, or without a mirror.
+  // See parts.h. Does nothing in a forked child, if the pool is closed, or without a mirror.
   Status OpenTable() { return CheckProcess("").ok() ? kvpage::OpenTable(parts_) : Status(); }
 
-  // ---- looking: inspect.h, views.h ----
+  // ---- inspection: inspect.h, views.h ----
   PoolNumbers Numbers() { return inspect::Numbers(parts_); }
-  // What programs may change of a slot, as a mirror has it.
+  // The state of slots that programs change, as the mirror has it.
   std::vector<SlotRow> Rows() { return inspect::Rows(parts_); }
   Status Audit() { return inspect::Audit(parts_); }
   Status BlockMap(std::int32_t slot, BlockReferences* out) { return inspect::BlockMap(parts_, slot, out); }
@@ -200,7 +201,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void RemoveView(std::int32_t slot) { views::Remove(parts_, slot); }
 
   // ---- programs: program_ops.h, map_ops.h, edit_ops.h, views.h; `op` begins every message ----
-  // The program was compiled for this pool's spec and runs in its process.
+  // Checks that the program was compiled for this pool's spec and runs in its process.
   Status CheckProgram(const char* op, const SpecInts& spec) const;
   Status MapSlots(const char* op, const CacheRef& cache, const std::int32_t* slots, const std::int32_t* tokens,
                   std::int64_t count, bool* ok, std::uint32_t* epoch) {
@@ -244,7 +245,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   Pool(const Geometry& geometry, const PoolOptions& options, std::unique_ptr<Arena> arena, MapAccount* account,
        std::unique_ptr<Mirror> mirror);
 
-  const int fork_count_;  // of the process, when the pool was made
+  const int fork_count_;  // of the process when the pool was created
   SlotTable table_;
   Supply supply_;
   const std::unique_ptr<Mirror> mirror_;

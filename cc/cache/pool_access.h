@@ -1,5 +1,5 @@
-// PoolAccess: how threads that do not belong to a pool, such as those of a store, reach its parts. It may outlive the
-// pool, which ends it first.
+// PoolAccess: gives threads that do not belong to a pool, such as those of a store, access to its parts. It may outlive
+// the pool, which calls End first.
 #ifndef KVPAGE_CACHE_POOL_ACCESS_H_
 #define KVPAGE_CACHE_POOL_ACCESS_H_
 
@@ -14,7 +14,8 @@ class PoolAccess {
  public:
   explicit PoolAccess(const PoolParts& parts) : parts_(&parts) {}
 
-  // Calls fn(parts); false: the pool has ended. No lock of the pool may be held, and `fn` must not wait for a disk.
+  // Calls fn(parts); returns false if the pool has ended. Must be called without the pool's locks, and `fn` must not
+  // wait for a disk.
   template <class Fn>
   bool With(Fn&& fn) {
     const std::shared_lock<std::shared_mutex> lock(mutex_);
@@ -22,7 +23,7 @@ class PoolAccess {
     fn(*parts_);
     return true;
   }
-  // Waits for calls of With that are under way.
+  // Waits for calls of With that are in progress.
   void End() {
     const std::lock_guard<std::shared_mutex> lock(mutex_);
     parts_ = nullptr;

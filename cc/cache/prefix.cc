@@ -40,7 +40,7 @@ class Acquisition {
     }
     Finish(&claim);
     for (std::size_t i = 0; i < hits_.size(); ++i) {
-      if (hits_[i].leader >= 0) continue;  // it will ask again
+      if (hits_[i].leader >= 0) continue;  // the caller will ask again
       const std::int64_t taken = hits_[i].tokens;
       const std::int64_t fetched = index.Touch(space_, requests_[i].ids.data(), Length(requests_[i]), taken);
       supply_.counts(mapping_).queries += Length(requests_[i]);
@@ -69,7 +69,7 @@ class Acquisition {
     return claim;
   }
 
-  // ---- what is found ----
+  // ---- lookup ----
 
   void Find(std::size_t i) {
     const std::vector<std::int32_t>& ids = requests_[i].ids;
@@ -88,13 +88,14 @@ class Acquisition {
     hits_[i] = std::move(hit);
   }
 
-  // A parked slot is adopted if the request goes on where it ends, or asks what it asked; not if it would lose a
-  // sequence that only begins alike.
+  // A parked slot is adopted if the request continues where its sequence ends, or repeats the slot's prompt. It is not
+  // adopted if this would destroy a sequence that merely has the same beginning.
   bool Adoptable(std::size_t i, std::int32_t slot) const {
     const Hit& hit = hits_[i];
     const Arena& arena = supply_.arena(mapping_);
     if (slot < 0 || arena.hole(slot) > 0 || arena.blocks(slot) < geometry_.BlocksFor(hit.tokens)) return false;
-    // It may write behind the match: nobody else may have blocks there, no other request of this call either.
+    // The request may write after the match, so neither another slot nor another request of this call may use these
+    // blocks.
     const std::int64_t ranges = geometry_.num_ranges();
     std::int64_t shared = std::max(arena.SharedBlocks(slot), arena.ReadOnlyBlocks(slot));
     for (std::size_t j = 0; j < hits_.size(); ++j) {
@@ -126,7 +127,7 @@ class Acquisition {
       if (Adoptable(i, slot)) {
         hit.kind = Hit::kAdopt;
         hit.slot = slot;
-      } else if (pressed_) {  // no memory for a copy beside what it is made of
+      } else if (pressed_) {  // there is no memory for both the copy and its source
         hit.tokens -= hit.tokens % geometry_.block_tokens;
         hit.blocks.resize(Whole(hit) * geometry_.num_ranges());
         if (hit.tokens == 0) hit = {};
@@ -134,7 +135,7 @@ class Acquisition {
     }
   }
 
-  // Prefixes for which the process has no memory mappings left count as not found.
+  // If the process has too few memory mappings left, prefixes that need them count as not found.
   void RefuseMappings() {
     const Arena& arena = supply_.arena(mapping_);
     std::int64_t mappings = 0;
@@ -145,7 +146,7 @@ class Acquisition {
     }
   }
 
-  // Whole blocks that a request maps, and the map that they are in.
+  // Number of full blocks that a request maps, and the map that contains them.
   std::int64_t Whole(const Hit& hit) const {
     if (hit.kind == Hit::kFork) return table_.Lendable(table_.Lock(), hit.source, hit.tokens) / geometry_.block_tokens;
     return hit.kind == Hit::kAlias ? hit.tokens / geometry_.block_tokens : 0;
@@ -164,12 +165,12 @@ class Acquisition {
     return claim;
   }
 
-  // Every request has a slot that no other claim can choose, adopted ones first.
+  // Gives every request a slot that no other claim can choose, adopted slots first.
   Claim Occupy() {
     Arena& arena = supply_.arena(mapping_);
     for (const Hit& hit : hits_) {
       if (hit.kind != Hit::kAlias) continue;
-      // Kept while slots and blocks are found: their slot may be emptied, and the index may be made to drop them.
+      // Held while slots and blocks are found: their slot may be emptied, and the index may drop them.
       arena.Hold(hit.blocks);
       held_.insert(held_.end(), hit.blocks.begin(), hit.blocks.end());
     }
@@ -192,7 +193,7 @@ class Acquisition {
       }
       const StateLock state = table_.Lock();
       const HostSlot& donor = table_.host(state, hit.source);
-      // Another thread may have released it, or started a new generation; while this lock is held none does.
+      // Another thread may have released it or started a new generation; this cannot happen while the lock is held.
       donor_gone_ =
           donor.state != SlotState::kOccupied || static_cast<std::int64_t>(donor.committed.size()) < hit.tokens;
       if (donor_gone_) return FailedClaim(Internal("acquire_prefix: a donor was released meanwhile"));
@@ -254,7 +255,7 @@ class Acquisition {
 
   Status Publish() {
     const Status status = PublishRoom(pool_, mapping_, plan_);
-    if (!status.ok()) planned_ = false;  // undone by now
+    if (!status.ok()) planned_ = false;  // it has been undone
     return status;
   }
 
@@ -307,13 +308,13 @@ class Acquisition {
   const Geometry& geometry_;
   std::int32_t space_ = -1;
   std::vector<Hit> hits_;
-  std::vector<std::int32_t> held_;      // blocks with one more reference
-  std::vector<std::int32_t> occupied_;  // slots, by OccupyFound
+  std::vector<std::int32_t> held_;      // blocks with an additional reference
+  std::vector<std::int32_t> occupied_;  // slots occupied by OccupyFound
   SupplyPlan plan_;
   bool planned_ = false;
-  bool blanked_ = false;  // what adopted slots had behind their last block may be overwritten
+  bool blanked_ = false;  // the memory of adopted slots after their last block may be overwritten
   bool donor_gone_ = false;
-  bool pressed_ = false;  // blocks were short: a sequence that would be evicted may as well be adopted
+  bool pressed_ = false;  // blocks were short, so a sequence that would be evicted may be adopted instead
 };
 
 }  // namespace

@@ -14,8 +14,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One in this many requests that the read speed refuses is read all the same, beside the caller, who does not wait for
-// it: so that the speed is measured again.
+// One in this many requests that are refused because of the read speed is read anyway, without making the caller wait,
+// so that the speed is measured again.
 constexpr std::int64_t kRefusalsBetweenReads = 16;
 
 std::string Text(const char* format, double value) {
@@ -54,9 +54,9 @@ void FetchTicket::Finish(std::int64_t tokens, std::string error) {
 struct Fetcher::Order {
   std::shared_ptr<FetchTicket> ticket;
   std::string space;
-  std::vector<std::int32_t> tokens;  // from the beginning of the sequence to the end of the last block that is read
-  std::int64_t begin = 0;            // block
-  std::int64_t asked = 0;            // blocks that are stored from there on
+  std::vector<std::int32_t> tokens;  // from the start of the sequence to the end of the last block to read
+  std::int64_t begin = 0;            // first block to read
+  std::int64_t asked = 0;            // number of blocks stored from there on
   std::vector<std::int32_t> blocks;  // claimed
   Clock::time_point begun = Clock::now();
   std::shared_ptr<std::atomic<bool>> cancelled = std::make_shared<std::atomic<bool>>(false);
@@ -90,7 +90,7 @@ Status Fetcher::Start(const PoolParts& pool, const FetchRequest& request, std::s
       order->ticket = std::make_shared<FetchTicket>();
     }
     Arena& arena = supply.arena(mapping);
-    // What comes before stays while room is made.
+    // Held while room is made.
     arena.Hold(match.blocks);
     std::int64_t short_of = order->asked * shape.ranges - arena.pool().num_free();
     Status status;
@@ -184,7 +184,7 @@ void Fetcher::Finish(const Order& order, std::int64_t good, store::Problem probl
     const auto end = static_cast<std::int64_t>(order.tokens.size());
     const std::int64_t known = index.Find(space, order.tokens.data(), end).tokens / block_tokens;
     if (known < order.begin) why = "evicted";
-    // Meanwhile others may have computed some of the tokens.
+    // Meanwhile another request may have computed some of the tokens.
     if (known >= order.begin && known < order.begin + good) {
       added = order.begin + good - known;
       const auto first = order.blocks.begin() + (known - order.begin) * ranges;

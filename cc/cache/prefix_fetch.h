@@ -1,8 +1,8 @@
-// Fetcher: stored blocks on their way into a pool's memory while its other calls go on.
+// Fetcher: reads stored blocks into a pool's memory while its other calls continue.
 //
-// A request claims blocks that nobody can find, the store's threads read into them, and the one that reads the last
-// piece adds them to the prefix index. What cannot be read is a miss: its blocks are free again. Nobody needs to wait
-// for a request, or to keep its ticket.
+// A request claims blocks that nobody can find yet. The store's threads read into them, and the thread that reads the
+// last piece adds them to the prefix index. A failed read is a miss: its blocks become free again. Nobody needs to wait
+// for a request or to keep its ticket.
 #ifndef KVPAGE_CACHE_PREFIX_FETCH_H_
 #define KVPAGE_CACHE_PREFIX_FETCH_H_
 
@@ -25,13 +25,13 @@
 
 namespace kvpage::prefix {
 
-// How far a request has come. Any thread may ask.
+// The progress of a request. Thread-safe.
 class FetchTicket {
  public:
-  // Whether it is ready within some seconds.
+  // Waits up to `seconds`; returns whether the request is ready.
   bool Wait(double seconds) const;
-  // Once it is ready: tokens that can be found now and could not be before, and why they are not all that were stored;
-  // empty: they are.
+  // When it is ready: the number of tokens that can be found now and could not be found before, and why not all stored
+  // tokens can; empty if they can.
   std::int64_t tokens() const;
   std::string error() const;
   void Finish(std::int64_t tokens, std::string error);
@@ -47,16 +47,16 @@ class FetchTicket {
 struct FetchRequest {
   std::string space;
   std::vector<std::int32_t> ids;
-  double prefill_rate = 0;  // tokens that the caller computes in a second; 0: unknown, whatever is stored is read
+  double prefill_rate = 0;  // tokens per second that the caller computes; 0: unknown, so read whatever is stored
 };
 
 struct FetchNumbers {
-  std::int64_t requests = 0;  // those for which something was read
+  std::int64_t requests = 0;  // requests for which something was read
   std::int64_t tokens = 0;    // added to the index
-  std::int64_t bytes = 0;     // their keys and values
+  std::int64_t bytes = 0;     // size of their keys and values
   double seconds = 0, longest_seconds = 0;
   LatencyNumbers latencies;
-  std::map<std::string, std::int64_t> missed;  // tokens that were stored and did not come, by reason
+  std::map<std::string, std::int64_t> missed;  // stored tokens that were not read, by reason
 };
 
 class Fetcher : public std::enable_shared_from_this<Fetcher> {
@@ -65,9 +65,9 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
   Fetcher(std::shared_ptr<PoolAccess> access, store::PrefixStore* store, std::shared_ptr<BlockMover> mover)
       : access_(std::move(access)), store_(*store), mover_(std::move(mover)) {}
 
-  // Begins to read what is stored behind the first tokens that are in memory.
+  // Begins to read the tokens stored after those in memory.
   Status Start(const PoolParts& pool, const FetchRequest& request, std::shared_ptr<FetchTicket>* out);
-  // What has not been read is not. Waits for the rest; `go_on`: see patience.h.
+  // Cancels reads that have not started and waits for the others; for `go_on` see patience.h.
   Status Close(const GoOn& go_on);
   FetchNumbers numbers() const;
 
@@ -76,16 +76,17 @@ class Fetcher : public std::enable_shared_from_this<Fetcher> {
 
   // Sets the destinations of an order's read.
   void SetDestinations(const Geometry& geometry, char* window, const Order& order, store::ReadRequest* read) const;
-  // Whether reading blocks takes less time than computing their tokens, as far as is known. `why`: if not.
+  // Whether reading the blocks takes less time than computing their tokens, as far as is known. If not, `why` gives the
+  // reason.
   bool Worthwhile(double prefill_rate, const store::BlockShape& shape, std::int64_t blocks, std::string* why) const;
-  // An order that brings the first tokens of a sequence, or null.
+  // Returns an order in progress for the first tokens of a sequence, or null.
   std::shared_ptr<FetchTicket> Joined(const std::string& space, const std::int32_t* ids, std::int64_t tokens) const;
   void Finish(const Order& order, std::int64_t good, store::Problem problem);
 
   const std::shared_ptr<PoolAccess> access_;
   store::PrefixStore& store_;
   const std::shared_ptr<BlockMover> mover_;
-  mutable std::mutex mutex_;  // taken after the mapping mutex
+  mutable std::mutex mutex_;  // acquired after the mapping mutex
   std::condition_variable ended_;
   std::list<std::shared_ptr<Order>> active_;
   FetchNumbers numbers_;

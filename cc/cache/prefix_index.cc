@@ -19,7 +19,8 @@ struct PrefixIndex::Impl {
         pins(&tree),
         sequences(&tree, &order, &pins) {}
 
-  // The entries that `tokens` go through, into `path`; the last one may be matched in part. Returns the tokens matched.
+  // Finds the entries that `tokens` go through and puts them in `path`; the last one may match only partly. Returns the
+  // number of tokens matched.
   std::int64_t Match(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
 
   PrefixTree tree;
@@ -28,7 +29,7 @@ struct PrefixIndex::Impl {
   SlotSequences sequences;
   std::unordered_map<std::string, std::int32_t> spaces;
   std::vector<std::int32_t> roots;
-  std::vector<std::int32_t> path;  // of the last Match
+  std::vector<std::int32_t> path;  // of the latest Match
   std::int64_t evictions = 0, unwritten_evictions = 0;
 };
 

@@ -45,7 +45,7 @@ class Loading {
     return {};
   }
 
-  // Counts what is missing still: another file may have had it too.
+  // Counts what is still missing; another file may also have had it.
   Status CountLost() {
     const MappingLock mapping = pool_.supply->Lock();
     for (const store::StoredRun* const run : lost_) {
@@ -59,7 +59,7 @@ class Loading {
  private:
   std::int64_t Count(std::int64_t blocks) const { return blocks * shape_.block_tokens; }
 
-  // How many whole blocks of a run's sequence are in memory.
+  // Finds how many full blocks of a run's sequence are in memory.
   Status Known(const MappingLock& mapping, const store::StoredRun& run, std::int64_t* blocks) {
     PrefixIndex* index = nullptr;
     KVPAGE_RETURN_IF_ERROR(OpenStoredIndex(pool_, mapping, "load_prefixes", &index));
@@ -68,7 +68,7 @@ class Loading {
     return {};
   }
 
-  // Blocks for `count` logical ones, or for as many as are free.
+  // Claims blocks for `count` logical blocks, or for as many as are free.
   Status Claim(std::int64_t count, std::vector<std::int32_t>* blocks) {
     Supply& supply = *pool_.supply;
     const MappingLock mapping = supply.Lock();
@@ -83,7 +83,7 @@ class Loading {
     return {};
   }
 
-  // Reads into claimed blocks and adds them to the index. `end`: where what is in memory now ends.
+  // Reads into claimed blocks and adds them to the index. `end`: end of what is in memory afterwards.
   Status Fill(const store::StoredRun& run, std::int64_t begin, const std::vector<std::int32_t>& blocks,
               std::int64_t* end) {
     const std::int64_t count = static_cast<std::int64_t>(blocks.size()) / shape_.ranges;
@@ -95,7 +95,7 @@ class Loading {
     for (const std::int32_t block : blocks) request.destinations.push_back(window_ + block * shape_.block_bytes);
     const std::shared_ptr<store::ReadTicket> ticket = store_.Read(std::move(request));
     bool interrupted = false;
-    // The blocks are the reader's until the ticket is ready, also for a caller that is to wait no longer.
+    // The reader owns the blocks until the ticket is ready, even if the caller should stop waiting.
     while (!ticket->Wait(kStoreWaitSeconds)) interrupted = interrupted || (go_on_ && !go_on_());
     const std::int64_t good = ticket->blocks();
 
@@ -103,7 +103,7 @@ class Loading {
     Arena& arena = pool_.supply->arena(mapping);
     std::int64_t known = 0;
     const Status status = Known(mapping, run, &known);
-    // Meanwhile others may have computed the same tokens, or what comes before may have been evicted.
+    // Meanwhile another request may have computed the same tokens, or the blocks before may have been evicted.
     if (status.ok() && known >= begin && known < begin + good) {
       const std::int64_t added = begin + good - known;
       const auto first = blocks.begin() + (known - begin) * shape_.ranges;

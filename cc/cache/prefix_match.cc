@@ -4,7 +4,7 @@ namespace kvpage::prefix {
 
 bool Written(const PoolParts& pool, const StateLock& state, std::int32_t owner, std::int64_t tokens) {
   if (owner < 0 || pool.table->host(state, owner).state == SlotState::kFree) return true;
-  // What programs on a device have written is not known before their slot is released.
+  // What programs on a device have written is unknown until their slot is released.
   return pool.mirror == nullptr && pool.table->progress(state).WrittenInAllLayers(owner) >= tokens;
 }
 
@@ -22,7 +22,7 @@ Hit FindHit(const PoolParts& pool, const MappingLock& mapping, std::int32_t spac
     const std::int64_t blocks = geometry.BlocksFor(tokens);
     const std::int32_t owner = match.owners[blocks - 1];
     if (owner >= 0 && table.host(state, owner).state != SlotState::kFree) {
-      // The program that forks it checks that it has written them. A slot that drains may be gone by then.
+      // The forking program checks that the donor has written the tokens. A draining slot may be gone by then.
       const HostSlot& row = table.host(state, owner);
       if (row.state == SlotState::kOccupied && static_cast<std::int64_t>(row.committed.size()) >= tokens) {
         hit.kind = Hit::kFork;
@@ -35,11 +35,11 @@ Hit FindHit(const PoolParts& pool, const MappingLock& mapping, std::int32_t spac
     hit.kind = Hit::kAlias;
     hit.slot = owner;
     if (owner >= 0 && arena.blocks(owner) >= blocks) {
-      // A free slot's own blocks are written, from the first to the last.
+      // All blocks of a free slot's own sequence are written.
       hit.blocks.assign(arena.map(owner), arena.map(owner) + blocks * ranges);
       return hit;
     }
-    std::int64_t known = 0;  // blocks from the start that are written
+    std::int64_t known = 0;  // number of leading blocks that are written
     while (known < blocks - 1 && Written(pool, state, match.owners[known], (known + 1) * block_tokens)) ++known;
     if (known == blocks - 1) {
       hit.blocks.assign(match.blocks.begin(), match.blocks.begin() + blocks * ranges);

@@ -8,12 +8,12 @@
 namespace kvpage::prefix {
 namespace {
 
-// Events that are kept between two calls of Events; with blocks of 64 tokens they take about 20 MB.
+// Number of events kept between two calls of Events; about 20 MB with blocks of 64 tokens.
 constexpr std::int64_t kMostEvents = 1 << 16;
 
 std::int64_t Length(const TokenIds& ids) { return static_cast<std::int64_t>(ids.size()); }
 
-// The index, up to date.
+// Gets the index, brought up to date.
 Status OpenIndex(const PoolParts& pool, const MappingLock& mapping, const char* op, PrefixIndex** out) {
   KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), op));
   *out = &pool.supply->OpenIndex(mapping);

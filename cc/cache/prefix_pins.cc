@@ -23,7 +23,7 @@ std::size_t PrefixPins::Add(std::int32_t space, const std::int32_t* tokens, std:
   const auto [place, added] = records_.try_emplace(Key(space, {tokens, tokens + count}), Record{kNoEntry, {}});
   Record& record = place->second;
   *end_before = record.entry;
-  // A cap that is lower than before does not shorten the pins that there are.
+  // A lower limit than before does not shorten existing pins.
   if (added || tree_.entry(record.entry).depth <= tree_.entry(path[length - 1]).depth) {
     Count(record.entry, kNoEntry, -1);
     record.entry = path[length - 1];
@@ -55,7 +55,7 @@ std::vector<std::int32_t> PrefixPins::Expire(double now) {
     const auto place = next++;
     for (std::size_t left = place->second.expires.size(); left > 0 && *place->second.expires.begin() <= now; --left) {
       ends.push_back(TakeFirst(place));
-      if (left == 1) break;  // the record is gone
+      if (left == 1) break;  // the record has been removed
     }
   }
   return ends;

@@ -1,7 +1,7 @@
-// PrefixPins: the prefixes that callers have pinned, and how many pins go through each entry of the tree.
+// PrefixPins: the prefixes that callers have pinned, and the number of pins through each entry of the tree.
 //
-// A pin holds the entries that its tokens went through when they were last pinned. Pins of the same tokens are counted:
-// what is pinned twice is unpinned twice. The clock is the caller's.
+// A pin holds the entries that its tokens went through when they were last pinned. Pins of the same tokens are counted,
+// so tokens pinned twice must be unpinned twice. The caller provides the clock.
 #ifndef KVPAGE_CACHE_PREFIX_PINS_H_
 #define KVPAGE_CACHE_PREFIX_PINS_H_
 
@@ -19,16 +19,16 @@ class PrefixPins {
  public:
   explicit PrefixPins(PrefixTree* tree) : tree_(*tree) {}
 
-  // Pins the entries of `path`, which `tokens` go through, as far as at most `most` entries are pinned in all.
-  // `expires`: when the pin ends without Remove. Returns how many entries of the path are pinned. `end_before`: where
-  // the pins of these tokens ended before, kNoEntry if there were none.
+  // Pins the entries of `path`, which `tokens` go through, up to a total of `most` pinned entries. `expires`: when the
+  // pin ends without Remove. Returns how many entries of the path are pinned. `end_before`: the entry at which earlier
+  // pins of these tokens ended, or kNoEntry if there were none.
   std::size_t Add(std::int32_t space, const std::int32_t* tokens, std::int64_t count,
                   const std::vector<std::int32_t>& path, std::int64_t most, double expires, std::int32_t* end_before);
-  // Takes one pin of these tokens away, the one that expires first. Returns the entry at its end, or kNoEntry.
+  // Removes one pin of these tokens, the one that expires first. Returns the entry at its end, or kNoEntry.
   std::int32_t Remove(std::int32_t space, const std::int32_t* tokens, std::int64_t count);
-  // Takes away what has expired. Returns the entries at the ends.
+  // Removes expired pins. Returns the entries at their ends.
   std::vector<std::int32_t> Expire(double now);
-  // The entry is about to be removed: its pins end at its parent.
+  // Called before the entry is removed: its pins then end at its parent.
   void Retreat(std::int32_t id);
 
   std::int64_t num_pinned() const { return num_pinned_; }  // entries
@@ -36,8 +36,8 @@ class PrefixPins {
  private:
   using Key = std::pair<std::int32_t, std::vector<std::int32_t>>;  // namespace, tokens
   struct Record {
-    std::int32_t entry;             // the last one that is pinned; may be a root
-    std::multiset<double> expires;  // one for each pin
+    std::int32_t entry;             // the last pinned entry; may be a root
+    std::multiset<double> expires;  // one per pin
   };
 
   // Adds to the pins of the entries from `id` up to, not including, `end`.
