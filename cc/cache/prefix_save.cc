@@ -17,17 +17,17 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
-// How much is copied while the mapping mutex is held.
+// Bytes copied each time the mapping mutex is held.
 constexpr std::int64_t kCopyBytes = std::int64_t{8} << 20;
 
 // Consecutive blocks of a sequence.
 struct Run {
   std::string space;
-  Tokens tokens;  // from the beginning to the end of the last block
+  Tokens tokens;  // from the start of the sequence to the end of the last block
   std::int64_t first_block = 0;
 };
 
-// All whole blocks that the index has, each in one run, parents first.
+// All full blocks in the index, each in one run, parents first.
 std::vector<Run> AllRuns(const PrefixIndex& index, std::int64_t block_tokens) {
   struct Entry {
     std::int32_t id, parent, space;
@@ -64,7 +64,8 @@ std::vector<Run> AllRuns(const PrefixIndex& index, std::int64_t block_tokens) {
   return runs;
 }
 
-// The whole blocks of the request's sequences that are in memory. What two have in common is in the first one's run.
+// The full blocks of the request's sequences that are in memory. Blocks that two sequences share are in the run of the
+// first.
 std::vector<Run> RunsOf(const PrefixIndex& index, std::int32_t space, const SaveRequest& request,
                         std::int64_t block_tokens) {
   std::vector<Run> runs;
@@ -80,7 +81,7 @@ std::vector<Run> RunsOf(const PrefixIndex& index, std::int32_t space, const Save
   return runs;
 }
 
-// Runs that the store writes, counted until all are done.
+// Runs that the store is writing, counted until all are done.
 class Writes {
  public:
   void Begin() {
@@ -95,7 +96,7 @@ class Writes {
     }
     changed_.notify_all();
   }
-  // The first failure. `done`: whether nothing is pending after some seconds.
+  // Returns the first failure. `done`: whether nothing is pending after at most `seconds`.
   Status Wait(double seconds, bool* done) {
     std::unique_lock<std::mutex> lock(mutex_);
     *done = changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return pending_ == 0; });
@@ -125,7 +126,7 @@ class Saving {
       KVPAGE_RETURN_IF_ERROR(Piece(run, begin, &stop));
       out->tokens += (stop - begin) * shape_.block_tokens;
       out->written += (stop - begin) * shape_.block_tokens;
-      if (stop < wanted) return {};  // the rest is evicted, or not written yet
+      if (stop < wanted) return {};  // the rest was evicted or is not written yet
       begin = stop;
     }
     return {};
@@ -140,7 +141,7 @@ class Saving {
   }
 
  private:
-  // Hands blocks [begin, *end) to the store; fewer if the others are not in memory.
+  // Passes blocks [begin, *end) to the store; fewer if the others are not in memory.
   Status Piece(const Run& run, std::int64_t begin, std::int64_t* end) {
     const std::shared_ptr<char[]> bytes = NewStaging((*end - begin) * shape_.bytes());
     const std::int64_t step = std::max<std::int64_t>(kCopyBytes / shape_.bytes(), 1);

@@ -13,25 +13,26 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A run's blocks, which are copied before they are written; and how much is copied while the mapping mutex is held.
+// Size of a run's blocks, which are copied before they are written, and bytes copied each time the mapping mutex is
+// held.
 constexpr std::int64_t kRunBytes = std::int64_t{32} << 20, kCopyBytes = std::int64_t{2} << 20;
-// One is copied while another is written.
+// One run is copied while another is written.
 constexpr int kMostRuns = 2;
-// How long nothing is tried after a write has failed.
+// How long to wait after a failed write.
 constexpr std::chrono::seconds kPause{1};
 
 }  // namespace
 
-// Consecutive blocks of a sequence on their way to the store.
+// Consecutive blocks of a sequence to be written to the store.
 struct Spiller::Run {
   std::int32_t space = -1;
-  std::string name;  // of the namespace
+  std::string name;  // name of the namespace
   std::vector<std::int32_t> tokens;
   std::int64_t first_block = 0, copied = 0;  // what is written
-  std::int64_t marked = 0;                   // from where on the index says that it is being written
-  Staging bytes;                             // kept for the run that follows
+  std::int64_t marked = 0;                   // the index counts blocks from here on as being written
+  Staging bytes;                             // kept for the next run
   std::int64_t room = 0;                     // in blocks
-  std::shared_ptr<CachedCopies> copies;      // instead of bytes, for a store that copies
+  std::shared_ptr<CachedCopies> copies;      // used instead of `bytes` for a store that copies
   Clock::time_point begun;
 };
 
@@ -83,11 +84,11 @@ bool Spiller::Fill(Run* run, store::WriteRun* write) {
 
 bool Spiller::Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const {
   const BlockPool& blocks = pool.supply->arena(mapping).pool();
-  std::int64_t written = index.numbers().stored;  // or will be soon
+  std::int64_t written = index.numbers().stored;  // or soon will be
   const StateLock state = pool.table->Lock();
   for (std::int32_t slot = 0; slot < pool.table->num_slots(); ++slot) {
     const HostSlot& row = pool.table->host(state, slot);
-    // Blocks that live sequences began with may be written ones, and are not to be had.
+    // Blocks with which live sequences began may be written ones, but they are in use.
     if (!row.idle() && row.space >= 0) written -= row.found / shape_.block_tokens;
   }
   const std::int64_t ready = blocks.num_free() / shape_.ranges + std::max<std::int64_t>(written, 0);
@@ -101,7 +102,7 @@ void Spiller::NoteLost(const PoolParts& pool) {
     runs = store_.Lost(shape_, &lost_);
   }
   for (const store::StoredRun& run : runs) {
-    // Another file may have the blocks.
+    // Another file may already have the blocks.
     const std::int64_t stored = store_.StoredBlocks(shape_, run.space, run.tokens);
     const MappingLock mapping = pool.supply->Lock();
     PrefixIndex* index = nullptr;
@@ -135,7 +136,7 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   run->tokens = std::move(chosen.tokens);
   run->marked = run->first_block = run->copied = chosen.first_block;
   const auto end = static_cast<std::int64_t>(run->tokens.size()) / shape_.block_tokens;
-  // Others may have written the blocks; and what comes before them may be gone from the store.
+  // Another writer may have stored the blocks, and the blocks before them may be gone from the store.
   const std::int64_t stored = store_.StoredBlocks(shape_, run->name, run->tokens);
   if (stored >= end) {
     EndWrite(pool, *run, /*ok=*/true);
@@ -145,7 +146,7 @@ bool Spiller::Choose(const PoolParts& pool, Run* run, bool* again) {
   if (stored > run->first_block || !chosen.behind_writes) run->first_block = run->copied = stored;
   const Status copies = StartCopies(pool, run, std::min(end, run->first_block + most));
   if (!copies.ok()) NoteFailure(copies);
-  // The other blocks were evicted meanwhile, or are not written yet.
+  // The other blocks have been evicted or are not written yet.
   Shorten(pool, run, run->copied);
   *again = run->copied == run->first_block;
   return !*again;

@@ -24,10 +24,10 @@
 namespace kvpage::prefix {
 
 struct SpillNumbers {
-  std::int64_t tokens = 0, bytes = 0;  // written
-  double seconds = 0;                  // of all writes together
-  LatencyNumbers latencies;            // of runs of blocks
-  std::int64_t failed = 0;             // runs of blocks that could not be written
+  std::int64_t tokens = 0, bytes = 0;  // written so far
+  double seconds = 0;                  // total of all writes
+  LatencyNumbers latencies;            // of runs
+  std::int64_t failed = 0;             // runs that could not be written
 };
 
 class Spiller : public std::enable_shared_from_this<Spiller> {
@@ -38,20 +38,20 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
           std::shared_ptr<BlockMover> mover)
       : access_(std::move(access)), store_(*store), shape_(std::move(shape)), share_(share), mover_(std::move(mover)) {}
 
-  // There may be something to write. Never waits, and may be called with the pool's locks held.
+  // Called when there may be something to write. Never waits, and may be called with the pool's locks held.
   void Wake();
-  // Writes nothing from now on but what has begun.
+  // Stops starting new writes.
   void Close();
   SpillNumbers numbers() const;
 
  private:
   struct Run;
 
-  // Queues a run that chooses its blocks when a thread of the store has time for it.
+  // Queues a run that chooses its blocks when a store thread is ready for it.
   void Queue(const std::shared_ptr<Run>& run);
-  // Whether there is something to write: it is in `write` then.
+  // Returns whether there is something to write, and puts it in `write`.
   bool Fill(Run* run, store::WriteRun* write);
-  // The same for one attempt; `again`: what was chosen needs no writing, or cannot be copied.
+  // A single attempt of Fill. `again`: the chosen blocks need not be written or cannot be copied, so try again.
   bool Choose(const PoolParts& pool, Run* run, bool* again);
   // Copies the run's blocks up to `stop`, or creates the object that copies them.
   Status StartCopies(const PoolParts& pool, Run* run, std::int64_t stop);
@@ -64,7 +64,7 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   // Whether less than the share is free or written.
   bool Wanted(const PoolParts& pool, const MappingLock& mapping, const PrefixIndex& index) const;
   void Done(const std::shared_ptr<Run>& run, const Status& status);
-  // The index hears how it went with the run's blocks.
+  // Reports to the index whether the run's blocks were written.
   void EndWrite(const PoolParts& pool, const Run& run, bool ok) const;
 
   const std::shared_ptr<PoolAccess> access_;
@@ -72,12 +72,12 @@ class Spiller : public std::enable_shared_from_this<Spiller> {
   const store::BlockShape shape_;
   const double share_;
   const std::shared_ptr<BlockMover> mover_;
-  mutable std::mutex mutex_;  // taken after the pool's
+  mutable std::mutex mutex_;  // acquired after the pool's locks
   int runs_ = 0;
   bool woken_ = false;
-  std::int64_t lost_ = 0;  // files that the store had lost when it was last asked
+  std::int64_t lost_ = 0;  // value of `seen` for the store's Lost
   bool closed_ = false;
-  std::chrono::steady_clock::time_point pause_;  // nothing is begun before
+  std::chrono::steady_clock::time_point pause_;  // no run is started before this time
   SpillNumbers numbers_;
   Latencies latencies_;
 };

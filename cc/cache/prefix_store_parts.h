@@ -1,4 +1,4 @@
-// Helpers that saving (prefix_save.cc) and loading (prefix_load.cc) have in common.
+// Helpers shared by saving (prefix_save.cc) and loading (prefix_load.cc).
 #ifndef KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
 #define KVPAGE_CACHE_PREFIX_STORE_PARTS_H_
 
@@ -10,7 +10,7 @@
 
 namespace kvpage::prefix {
 
-// How long a wait for the store lasts before its caller is asked whether to go on.
+// How long to wait for the store before asking the caller whether to continue.
 constexpr double kStoreWaitSeconds = 0.1;
 
 inline Status Interrupted(const char* op) {
@@ -22,7 +22,7 @@ inline Status CheckPlatform(const PoolParts& pool, const char* op) {
   return {Code::kUnimplemented, std::string(op) + ": pools on CPU only"};
 }
 
-// The index, up to date, and blocks at their numbers in the window.
+// Gets the index, brought up to date, and makes the block window available.
 inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping, const char* op, PrefixIndex** index) {
   KVPAGE_RETURN_IF_ERROR(Enter(pool, pool.table->Lock(), op));
   KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).OpenWindow());
@@ -31,7 +31,7 @@ inline Status OpenStoredIndex(const PoolParts& pool, const MappingLock& mapping,
   return {};
 }
 
-// The same for threads outside the pool's own calls, which alone report a pending device fault.
+// The same for threads that are not in one of the pool's own calls; only those report a pending device fault.
 inline Status OpenIndexForThread(const PoolParts& pool, const MappingLock& mapping, const char* op,
                                  PrefixIndex** index) {
   {
@@ -45,8 +45,8 @@ inline Status OpenIndexForThread(const PoolParts& pool, const MappingLock& mappi
   return {};
 }
 
-// Copies whole blocks of a sequence, from *copied to `stop`, up to the first one that is not in memory or not yet
-// written. `out`: [blocks, ranges, block_bytes]. The mapping mutex is held meanwhile.
+// Copies full blocks of a sequence, from *copied to `stop`, up to the first one that is not in memory or not written
+// yet. `out`: [blocks, ranges, block_bytes]. Holds the mapping mutex while copying.
 Status CopyBlocks(const PoolParts& pool, const char* op, const std::string& space,
                   const std::vector<std::int32_t>& tokens, std::int64_t stop, char* out, std::int64_t* copied);
 

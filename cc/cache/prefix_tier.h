@@ -1,5 +1,5 @@
-// Tier: the store below a pool's memory. Blocks are written there before they are evicted (prefix_spill.h), and read
-// from there again (prefix_fetch.h).
+// Tier: the store below a pool's memory. Blocks are written to it before they are evicted (prefix_spill.h), and read
+// back from it (prefix_fetch.h).
 #ifndef KVPAGE_CACHE_PREFIX_TIER_H_
 #define KVPAGE_CACHE_PREFIX_TIER_H_
 
@@ -13,13 +13,13 @@
 
 namespace kvpage::prefix {
 
-// Since the pool was made.
+// Totals since the pool was created.
 struct TierNumbers {
-  std::int64_t queries = 0;      // tokens that requests asked for by their ids,
-  std::int64_t memory_hits = 0;  // those of them that were found in memory, where they were computed,
-  std::int64_t store_hits = 0;   // and those that had been read from the store
+  std::int64_t queries = 0;      // tokens that requests asked for by id
+  std::int64_t memory_hits = 0;  // of these, tokens found in memory that were computed there
+  std::int64_t store_hits = 0;   // of these, tokens found in memory that were read from the store
   SpillNumbers spills;
-  std::int64_t unwritten_evictions = 0;  // whole blocks that were evicted before they were written
+  std::int64_t unwritten_evictions = 0;  // full blocks evicted before they were written
   FetchNumbers fetches;
   double read_bytes_per_second = 0;  // read throughput of the store
 };
@@ -32,13 +32,13 @@ class Tier {
        const std::shared_ptr<BlockMover>& mover);
   ~Tier() { static_cast<void>(Close({})); }
 
-  // How many of the tokens the store has, in whole blocks from the first one on. Looks nothing up on disk.
+  // Number of leading tokens, in full blocks, that are in the store. Does not access the disk.
   std::int64_t Stored(const std::string& space, const std::int32_t* ids, std::int64_t count) const;
   Status Prefetch(const FetchRequest& request, std::shared_ptr<FetchTicket>* out) {
     return fetcher_->Start(pool_, request, out);
   }
   TierNumbers Numbers() const;
-  // No thread of the store touches the pool any more. Safe to call again.
+  // Afterwards no thread of the store touches the pool. Safe to call again.
   Status Close(const GoOn& go_on);
 
  private:

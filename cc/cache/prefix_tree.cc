@@ -144,7 +144,7 @@ void PrefixTree::Unlink(std::int32_t id) {
   const PrefixEntry& unlinked = entry(id);
   std::vector<std::int32_t>& siblings = entry(unlinked.parent).children;
   std::size_t place = LowerBound(siblings, tokens(id), unlinked.tokens);
-  while (siblings[place] != id) ++place;  // equal ones exist for a moment in Shorten
+  while (siblings[place] != id) ++place;  // during Shorten there may be two equal siblings
   siblings.erase(siblings.begin() + place);
   if (unlinked.tokens < block_tokens_) return;
   Erase(id);
@@ -175,7 +175,7 @@ void PrefixTree::Walk(std::int32_t from, const std::int32_t* tokens, std::int64_
       std::size_t at = Home(hashes[i]);
       while (buckets_[at].id != kNoEntry && buckets_[at].tag != Tag(hashes[i])) at = (at + 1) & (buckets_.size() - 1);
       found[i] = buckets_[at].id;
-      if (found[i] == kNoEntry) break;  // the blocks behind it do not count
+      if (found[i] == kNoEntry) break;  // the blocks after it do not count
       __builtin_prefetch(&entry(found[i]));
       Prefetch(Row(found[i]), (block_tokens_ + ranges_) * sizeof(std::int32_t));
     }
@@ -255,7 +255,7 @@ void PrefixTree::Erase(std::int32_t id) {
   const std::size_t mask = buckets_.size() - 1;
   std::size_t hole = Home(entry(id).hash);
   while (buckets_[hole].id != id) hole = (hole + 1) & mask;
-  // Entries behind the hole move up as far as their own places allow, so that no search ends too early.
+  // Entries after the hole move up as far as their home positions allow, so that no search ends too early.
   for (std::size_t at = (hole + 1) & mask; buckets_[at].id != kNoEntry; at = (at + 1) & mask) {
     const std::size_t home = Home(entry(buckets_[at].id).hash);
     if (((at - home) & mask) < ((at - hole) & mask)) continue;

@@ -1,4 +1,4 @@
-// Which process this is: a pool works in the process that made it, and in no fork of it.
+// Identifies the process: a pool works only in the process that created it, not in forked children.
 #ifndef KVPAGE_CACHE_PROCESS_H_
 #define KVPAGE_CACHE_PROCESS_H_
 
@@ -6,11 +6,11 @@
 
 namespace kvpage {
 
-// How often this process's ancestors have forked since the library was loaded.
+// Number of forks in this process's ancestry since the library was loaded.
 int ForkCount();
 
-// The registry's mutex, which outlives the process. A fork waits for it and both processes go on without it, so that it
-// is never left locked in a child. Whoever holds it waits for nothing else.
+// The mutex of the registry, which is never destroyed. A fork waits for it, and it is free in both processes
+// afterwards, so it is never left locked in a child. Its holder must not wait for anything else.
 std::mutex& RegistryMutex();
 
 }  // namespace kvpage

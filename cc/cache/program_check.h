@@ -14,7 +14,7 @@
 
 namespace kvpage {
 
-// `op` begins every message. Begin comes first, then the slots of the call.
+// `op` begins every message. Call Begin first, then check the slots of the call.
 class ProgramCheck {
  public:
   ProgramCheck(const PoolParts& pool, const StateLock& state, const char* op, const CacheRef& cache)
@@ -31,28 +31,29 @@ class ProgramCheck {
     table.StartNaming(state_);
     return {};
   }
-  // The slot exists, was not named before in this call, and had no destructive change since the cache's epoch.
+  // Checks that the slot exists, was not named before in this call, and had no destructive change since the cache's
+  // epoch.
   Status Slot(std::int32_t slot) const {
     SlotTable& table = *pool_.table;
     if (slot < 0 || slot >= table.num_slots()) return messages::SlotRange(op_, slot, table.num_slots());
     if (!table.Name(state_, slot)) return messages::SlotTwice(op_, slot);
     return Fresh(slot);
   }
-  // As Slot, and the slot is occupied in the cache value.
+  // Like Slot; also checks that the slot is occupied in the cache value.
   Status OccupiedSlot(std::int32_t slot) const {
     KVPAGE_RETURN_IF_ERROR(Slot(slot));
     return cache_.lengths[slot] < 0 ? messages::SlotFree(op_, slot) : Status();
   }
-  // The last part of Slot, for a slot that exists.
+  // The last check of Slot, for a slot that exists.
   Status Fresh(std::int32_t slot) const {
     const std::uint32_t since = pool_.table->progress(state_).slots[slot].since;
     return Before(cache_.epoch, since) ? messages::StaleSlot(op_, slot, cache_.epoch, since) : Status();
   }
-  // Every slot of a batch; the sequences with new tokens are appended to `sequences`.
+  // Checks every slot of a batch; appends the sequences with new tokens to `sequences`.
   Status Batch(const BatchRef& batch, std::vector<Sequence>* sequences) const;
 
  private:
-  // Why Begin does not go on.
+  // The reason why Begin fails.
   Status Refusal() const;
 
   const PoolParts& pool_;

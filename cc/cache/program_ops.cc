@@ -11,8 +11,8 @@
 namespace kvpage::program_ops {
 namespace {
 
-// Sequences whose new tokens have limits end at the last one. (Positions may be negative: there may be fewer keys than
-// new tokens.)
+// Sets the end of sequences whose new tokens have limits to the last limit. (Positions may become negative, since there
+// may be fewer keys than new tokens.)
 Status EndAtLimits(const char* op, const std::int32_t* limits, std::vector<Sequence>* sequences) {
   for (Sequence& sequence : *sequences) {
     const std::int32_t* const own = limits + sequence.query_begin;
@@ -56,7 +56,7 @@ Status Begin(const PoolParts& pool, const char* op, const CacheRef& cache, const
     if (first < dropped) return messages::Dropped(op, slot, first, dropped);
     const std::int32_t written = progress.Written(slot)[layer];
     if (append && sequence.position > written) {
-      // The context before the new tokens would be what an earlier owner of the memory left there.
+      // Otherwise the context before the new tokens would contain data of an earlier owner of the memory.
       return messages::LengthUnwritten(op, slot, layer, sequence.position, written);
     }
     if (append && pool.options.debug && sequence.position < written) {
@@ -86,7 +86,7 @@ Status Advance(const PoolParts& pool, const char* op, const CacheRef& cache, con
   KVPAGE_RETURN_IF_ERROR(check.Batch(batch, &sequences));
   DeviceProgress& progress = pool.table->progress(state);
   for (const Sequence& sequence : sequences) {
-    // Otherwise a reader would find what an earlier owner of the memory left there.
+    // Otherwise a reader would find data of an earlier owner of the memory.
     if (sequence.end() > progress.WrittenInAllLayers(sequence.slot)) {
       return messages::UnwrittenSomewhere(op, sequence.slot, sequence.end(), progress.Runs(sequence.slot));
     }

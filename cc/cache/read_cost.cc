@@ -5,7 +5,7 @@
 namespace kvpage::prefix {
 namespace {
 
-constexpr double kShare = 0.9;  // of the reads end in time
+constexpr double kShare = 0.9;  // of the reads take at most the predicted time
 
 }  // namespace
 
@@ -17,7 +17,7 @@ void ReadCost::Add(std::int64_t bytes, double seconds) {
   } else {
     samples_[next_++ % kSamples] = sample;
   }
-  // Least squares of (fixed + byte * bytes) / seconds - 1.
+  // Minimizes the squares of (fixed + byte * bytes) / seconds - 1.
   double ones = 0, slopes = 0, both = 0, one = 0, slope = 0;
   for (const Sample& each : samples_) {
     const double x = 1 / each.seconds, y = each.bytes / each.seconds;
@@ -28,7 +28,8 @@ void ReadCost::Add(std::int64_t bytes, double seconds) {
     slope += y;
   }
   const double determinant = ones * slopes - both * both;
-  // Reads of one size say nothing of the parts: everything counts by the byte then, which is too much for longer ones.
+  // Reads of a single size do not separate the two parts: then everything is attributed to bytes, which overestimates
+  // longer reads.
   const bool known = determinant > 1e-6 * ones * slopes;
   fixed_ = known ? (one * slopes - slope * both) / determinant : 0;
   byte_ = known ? (slope * ones - one * both) / determinant : slope / slopes;

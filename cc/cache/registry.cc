@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::int32_t kMaxId = std::numeric_limits<std::int32_t>::max();
 
-// Ids that were given out one after the other: first..next - 1.
+// Consecutive ids: first .. next - 1.
 struct Run {
   std::int64_t first = 0, next = 0;
   bool Has(std::int32_t id) const { return id >= first && id < next; }
@@ -28,7 +28,7 @@ struct Run {
 struct Table {  // guarded by RegistryMutex
   std::unordered_map<std::int32_t, std::shared_ptr<Pool>> pools;
   std::vector<Run> runs;
-  int fork_count = 0;  // of the process, when the last run began
+  int fork_count = 0;  // of the process when the latest run began
 
   bool WasGiven(std::int32_t id) const {
     for (const Run& run : runs) {
@@ -38,7 +38,7 @@ struct Table {  // guarded by RegistryMutex
   }
 };
 
-// In 1..kMaxId, another one in every process.
+// In 1..kMaxId, different in every process.
 std::int32_t RandomId() {
   std::uint64_t bits = 0;
   if (getrandom(&bits, sizeof(bits), GRND_NONBLOCK) != sizeof(bits)) {
@@ -48,7 +48,7 @@ std::int32_t RandomId() {
   return static_cast<std::int32_t>(1 + bits % kMaxId);
 }
 
-// A forked child would go on with its parent's numbers: it begins a run at another place.
+// A forked child would continue with its parent's numbers, so it begins a run elsewhere.
 std::int32_t NextId(Table* table) {
   std::vector<Run>& runs = table->runs;
   while (runs.empty() || table->fork_count != ForkCount() || runs.back().next > kMaxId ||
@@ -85,7 +85,7 @@ void Register(const std::shared_ptr<Pool>& pool) {
 
 void Unregister(std::int32_t id) {
   Table& table = TheTable();
-  std::shared_ptr<Pool> last;  // the pool may end here: not under the lock
+  std::shared_ptr<Pool> last;  // the pool may be destroyed here, outside of the lock
   const std::lock_guard<std::mutex> lock(RegistryMutex());
   const auto it = table.pools.find(id);
   if (it == table.pools.end()) return;
@@ -112,7 +112,7 @@ Status NotHere(const std::string& op, std::int32_t id) {
 
 void OpenDeviceTables(int device) {
   if (device_tables_open(device) || !Counts(device)) return;
-  tables_wanted[device] = true;  // before the pools are listed: whoever registers later sees it
+  tables_wanted[device] = true;  // before the pools are listed: later registrations see it
   std::vector<std::shared_ptr<Pool>> pools;
   {
     const std::lock_guard<std::mutex> lock(RegistryMutex());
