@@ -13,13 +13,13 @@ namespace kvpage::relocation {
 namespace {
 
 constexpr const char* kVerb = "relocate";
-// Copied while the mapping mutex is held once: a few tenths of a millisecond.
+// Bytes copied each time the mapping mutex is held: a few tenths of a millisecond.
 constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
-// Between two pieces. The mutex is not fair: whoever waits for it would not get it from a thread that takes it again
-// at once.
+// Pause between two pieces. The mutex is not fair: a thread that takes it again at once would keep others from getting
+// it.
 constexpr std::chrono::microseconds kPause{50};
 
-// Blocks that make up a huge page, or 0, and why.
+// Number of blocks in a huge page, or 0 and the reason.
 std::int64_t BlocksInHugePage(const Geometry& geometry, std::int64_t huge, std::string* refused) {
   const auto number = [](std::int64_t value) { return std::to_string(value); };
   if (huge == 0) {
@@ -36,11 +36,11 @@ std::int64_t BlocksInHugePage(const Geometry& geometry, std::int64_t huge, std::
   return 0;
 }
 
-// Where a chain of the plan begins. All its blocks are in one range, in the same slot or in none.
+// Where a chain of the plan begins. All its blocks are in one range, and in the same slot or in none.
 struct Origin {
   std::int32_t slot = -1;
   Arena::Place first;
-  bool huge = false;  // it has blocks that could fill a huge page
+  bool huge = false;  // has blocks that could fill a huge page
 };
 
 struct Snapshot {
@@ -60,12 +60,12 @@ class SnapshotMaker {
     for (std::int64_t slot = 0; slot < table_.num_slots(); ++slot) idle_[slot] = table_.host(state, slot).idle();
   }
 
-  // `huge`: blocks in a huge page, or 0 for none.
+  // `huge`: number of blocks in a huge page, or 0 for none.
   Snapshot Make(const Options& options, std::int64_t huge) {
     CountMappers();
     std::vector<bool> named(idle_.size(), options.everything);
     for (const std::int32_t slot : options.slots) named[slot] = true;
-    // Parked slots and cached prefixes first; then what occupied slots read.
+    // Parked slots and cached prefixes first, then what occupied slots only read.
     for (std::size_t slot = 0; slot < idle_.size(); ++slot) {
       if (named[slot] && idle_[slot]) AddSlot(static_cast<std::int32_t>(slot), arena_.blocks(slot));
     }
@@ -80,7 +80,7 @@ class SnapshotMaker {
  private:
   const BlockPool& blocks() const { return arena_.pool(); }
 
-  // Which blocks are free, and which ones may move (Supply::MoveBlock).
+  // Finds which blocks are free and which may move (Supply::MoveBlock).
   void CountMappers() {
     const auto num_blocks = static_cast<std::size_t>(blocks().num_blocks());
     std::vector<std::int32_t> mappers(num_blocks);
@@ -102,7 +102,7 @@ class SnapshotMaker {
     }
   }
 
-  // Whether a block may be added to a chain; it is in one then.
+  // Marks a block as part of a chain if it may move; returns whether it may.
   bool Take(std::int32_t block) {
     if (!movable_[block]) return false;
     movable_[block] = false;
@@ -115,7 +115,7 @@ class SnapshotMaker {
     return snapshot_.task.chains.emplace_back().blocks;
   }
 
-  // The first `end` logical blocks of a slot.
+  // Adds the first `end` logical blocks of a slot.
   void AddSlot(std::int32_t slot, std::int64_t end) {
     for (std::int64_t range = 0; range < ranges_; ++range) {
       std::vector<std::int32_t>* chain = nullptr;
@@ -131,9 +131,9 @@ class SnapshotMaker {
     }
   }
 
-  // Cached sequences that no slot maps. A chain follows the first of several continuations.
+  // Adds cached sequences that no slot maps. If there are several continuations, a chain follows the first.
   void AddPrefixes() {
-    std::unordered_map<std::int32_t, std::size_t> ends;  // the chain of the first range that ends with an entry
+    std::unordered_map<std::int32_t, std::size_t> ends;  // by last entry: the chain of the first range
     const auto visit = [&](std::int32_t, std::int32_t entry, std::int32_t parent, const std::int32_t*, std::int64_t) {
       const PrefixIndex::Place place = index_->PlaceOf(entry);
       const auto detached = [&](std::int32_t block) { return movable_[block] && blocks().references(block) == 0; };
@@ -154,7 +154,7 @@ class SnapshotMaker {
     index_->ForEach(visit);
   }
 
-  // Chains that begin with shared or cached blocks and have whole huge pages of `huge` blocks are to lie accordingly.
+  // Aligns chains that begin with shared or cached blocks and contain at least one full huge page of `huge` blocks.
   void AlignShared(std::int64_t huge) {
     for (std::size_t i = 0; i < snapshot_.origins.size(); ++i) {
       RelocationTask::Chain& chain = snapshot_.task.chains[i];
@@ -173,7 +173,7 @@ class SnapshotMaker {
   const PrefixIndex* const index_;
   const std::int64_t ranges_;
   std::vector<bool> idle_;     // [slots]
-  std::vector<bool> movable_;  // [physical blocks] and in no chain yet
+  std::vector<bool> movable_;  // [physical blocks] may move and is not in a chain yet
   Snapshot snapshot_;
 };
 
@@ -186,7 +186,7 @@ Status CheckSlots(const SlotTable& table, const std::vector<std::int32_t>& slots
   return {};
 }
 
-// Makes planned moves from *next on, as many as one piece has. Those that are no longer possible are left out.
+// Makes planned moves from *next on, up to the size of one piece. Skips those that are no longer possible.
 Status MovePiece(const PoolParts& pool, Snapshot* snapshot, const std::vector<PlannedMove>& moves, std::size_t* next,
                  Report* report) {
   const MappingLock mapping = pool.supply->Lock();
@@ -207,7 +207,7 @@ Status MovePiece(const PoolParts& pool, Snapshot* snapshot, const std::vector<Pl
   return {};
 }
 
-// Makes huge pages of what lies in order now; ends with the first one that the system refuses.
+// Turns runs that are now in order into huge pages; stops at the first one that the system refuses.
 Status Collapse(const PoolParts& pool, const Snapshot& snapshot, std::int64_t huge, Report* report) {
   for (std::size_t chain = 0; chain < snapshot.origins.size(); ++chain) {
     if (!snapshot.origins[chain].huge) continue;
@@ -220,7 +220,7 @@ Status Collapse(const PoolParts& pool, const Snapshot& snapshot, std::int64_t hu
       Arena& arena = pool.supply->arena(mapping);
       bool whole = first % huge == 0;
       for (std::int64_t j = 0; whole && j < huge; ++j) {
-        // One that has come free since may have no memory, and is not to get any.
+        // A block that became free in the meantime may have no memory, and must not get any.
         whole = blocks[i + j] == first + j && !arena.pool().free(blocks[i + j]) &&
                 arena.pool().backing(blocks[i + j]) == Backing::kOwn;
       }

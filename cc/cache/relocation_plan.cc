@@ -9,11 +9,11 @@
 namespace kvpage {
 namespace {
 
-// A mapping that goes away is worth this many copies of blocks.
+// Eliminating a mapping is worth this many block copies.
 constexpr std::int64_t kMostCopies = 32;
-// Windows that keep some blocks of a chain where they are: only those that keep most are compared.
+// Number of windows compared that keep some blocks of a chain in place: those that keep the most.
 constexpr std::size_t kMostShifts = 8;
-// Blocks looked at in all: some tenths of a second.
+// Limit on the blocks examined in total: some tenths of a second.
 constexpr std::int64_t kMostWork = std::int64_t{1} << 28;
 
 class Planner {
@@ -32,7 +32,7 @@ class Planner {
   }
 
   std::vector<PlannedMove> Run() {
-    // What is in order makes no room for others.
+    // Chains that are in order are not moved to make room for others.
     for (std::size_t chain = 0; chain < places_.size(); ++chain) {
       const std::vector<std::int32_t>& places = places_[chain];
       const auto count = static_cast<std::int64_t>(places.size());
@@ -46,10 +46,10 @@ class Planner {
 
  private:
   struct Item {
-    std::int32_t chain = -1;  // none
+    std::int32_t chain = -1;  // -1: none
     std::int32_t index = 0;
   };
-  // Of a window: the copies that filling it takes, or more than kMost.
+  // Cost of a window: the number of copies needed to fill it, or at least kMost if it cannot be filled.
   static constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / 4;
   struct Window {
     std::int64_t begin = -1;
@@ -58,13 +58,13 @@ class Planner {
 
   std::int64_t Left() const { return task_.most_moves - static_cast<std::int64_t>(moves_.size()); }
   std::int64_t num_blocks() const { return static_cast<std::int64_t>(uses_.size()); }
-  // Copies that it takes to put something else into a block.
+  // Number of copies needed to put something else into a block.
   std::int64_t Cost(std::int64_t block) const {
     if (uses_[block] == BlockUse::kFixed) return kMost;
     return uses_[block] == BlockUse::kFree ? 1 : 2;
   }
 
-  // Puts `count` blocks of a chain from `begin` on next to each other, or parts of them.
+  // Places `count` blocks of a chain, from `begin` on, next to each other, or at least parts of them.
   void Place(std::int32_t chain, std::int64_t begin, std::int64_t count) {
     if (Left() <= 0 || count < 2) return;
     const std::vector<std::int32_t>& places = places_[chain];
@@ -78,7 +78,7 @@ class Planner {
     }
     std::int64_t half = Break(places, begin, count);
     if (align > 1) {
-      // Only where a part that is aligned may begin, so that huge pages stay whole.
+      // Split only where an aligned part may begin, so that huge pages stay intact.
       half = (Phase(chain, begin) + count / 2 + align - 1) / align * align - Phase(chain, begin);
     }
     if (half <= 0 || half >= count) return;
@@ -101,7 +101,7 @@ class Planner {
     for (std::int64_t i = begin; i < begin + count; ++i) uses_[places[i]] = BlockUse::kFixed;
   }
 
-  // How many blocks there are before the break that is next to the middle; 0: there is none.
+  // Number of blocks before the break that is closest to the middle; 0 if there is none.
   static std::int64_t Break(const std::vector<std::int32_t>& places, std::int64_t begin, std::int64_t count) {
     const auto at = [&](std::int64_t i) {
       return i > 0 && i < count && places[begin + i] != places[begin + i - 1] + 1;
@@ -113,7 +113,7 @@ class Planner {
     return 0;
   }
 
-  // What a window for the chain's blocks from `begin` on must begin at, modulo its alignment.
+  // The start of a window for the chain's blocks from `begin` on, modulo its alignment.
   std::int64_t Phase(std::int32_t chain, std::int64_t begin) const {
     return (task_.chains[chain].phase + begin) % task_.chains[chain].align;
   }
@@ -125,13 +125,13 @@ class Planner {
     const auto allowed = [&](std::int64_t start) {
       return start >= 0 && start + count <= num_blocks() && (start - phase) % align == 0;
     };
-    // Those in which some of the blocks are in place already.
+    // Windows in which some of the blocks are already in place.
     std::unordered_map<std::int64_t, std::int64_t> shifts;
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t start = places[begin + i] - i;
       if (allowed(start)) ++shifts[start];
     }
-    std::vector<std::pair<std::int64_t, std::int64_t>> kept;  // blocks that are not in place, start
+    std::vector<std::pair<std::int64_t, std::int64_t>> kept;  // number of blocks that are not in place, start
     for (const auto& [start, blocks] : shifts) kept.emplace_back(count - blocks, start);
     const std::size_t compared = std::min(kept.size(), kMostShifts);
     std::partial_sort(kept.begin(), kept.begin() + compared, kept.end());
@@ -143,7 +143,7 @@ class Planner {
       }
       if (cost < best.cost) best = {start, cost};
     }
-    // All others, by a sum that slides.
+    // All other windows, with a sliding sum.
     std::int64_t sum = 0, blocked = 0;
     for (std::int64_t end = 0; end < num_blocks(); ++end) {
       const auto add = [&](std::int64_t block, std::int64_t sign) {
@@ -170,7 +170,7 @@ class Planner {
     }
   }
 
-  // A free block, not in the window if there is another one.
+  // A free block, outside of the window if possible.
   std::int32_t SpareBlock(std::int64_t begin, std::int64_t end) const {
     if (*free_.rbegin() >= end) return *free_.rbegin();
     if (*free_.begin() < begin) return *free_.begin();
@@ -189,8 +189,8 @@ class Planner {
   }
 
   const RelocationTask& task_;
-  std::vector<std::vector<std::int32_t>> places_;  // of the chains' blocks, after the moves so far
-  std::vector<BlockUse> uses_;   // [physical blocks] after the moves so far; fixed too what has its final place
+  std::vector<std::vector<std::int32_t>> places_;  // places of the chains' blocks after the moves so far
+  std::vector<BlockUse> uses_;   // [physical blocks] after the moves so far; also fixed: blocks in their final place
   std::vector<Item> occupants_;  // [physical blocks]
   std::set<std::int32_t> free_;
   std::int64_t work_ = 0;

@@ -1,9 +1,10 @@
-// Which blocks change places so that logical neighbours become neighbours in the memory file, where the kernel merges
-// their mappings.
+// Decides which blocks change places so that logical neighbours become neighbours in the memory file, where the kernel
+// merges their mappings.
 //
-// Numbers only: it works on a snapshot of the pool and may be out of date when it is carried out, so whoever does that
-// checks each move again (relocation.h). A chain is a run of logical neighbours. Each one in turn gets a window of
-// consecutive blocks: the one that takes the fewest copies. What else is in the window moves to free blocks first.
+// Works on numbers only: a snapshot of the pool, which may be out of date when the plan is carried out, so each move
+// must be checked again then (relocation.h). A chain is a run of logical neighbours. Each chain in turn gets a window
+// of consecutive blocks: the one that needs the fewest copies. Other contents of the window are moved to free blocks
+// first.
 #ifndef KVPAGE_CACHE_RELOCATION_PLAN_H_
 #define KVPAGE_CACHE_RELOCATION_PLAN_H_
 
@@ -12,7 +13,7 @@
 
 namespace kvpage {
 
-// What stands in a physical block. Fixed: used, and not to be moved.
+// The use of a physical block. kFixed: in use and must not be moved.
 enum class BlockUse : std::int8_t { kFree, kMovable, kFixed };
 
 struct RelocationTask {
@@ -23,18 +24,18 @@ struct RelocationTask {
     std::int32_t align = 1, phase = 0;
   };
   std::vector<BlockUse> uses;  // [physical blocks]
-  std::vector<Chain> chains;   // the first ones matter most
+  std::vector<Chain> chains;   // in order of priority
   std::int64_t most_moves = 0;
 };
 
 struct PlannedMove {
-  std::int32_t from = 0;  // where the contents are now
-  std::int32_t to = 0;    // a block that is free once the moves before this one are made
+  std::int32_t from = 0;  // current place of the contents
+  std::int32_t to = 0;    // a block that is free after the preceding moves
   std::int32_t chain = 0;
-  std::int32_t index = 0;  // which block of the chain it is
+  std::int32_t index = 0;  // index of the block in the chain
 };
 
-// In the order in which they are to be made. Movable blocks are those in chains.
+// Returns the moves in the order in which they must be made. Movable blocks are those in chains.
 std::vector<PlannedMove> PlanRelocation(const RelocationTask& task);
 
 }  // namespace kvpage

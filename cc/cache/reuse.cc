@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kVerb = "reuse_segment";
 
-// Each target is named by one copy, and by no copy as its source.
+// Checks that each target is used by one copy only, and is not the source of any copy.
 Status CheckTargets(SlotTable* table, const StateLock& state, const char* op, const SegmentList& list) {
   table->StartNaming(state);
   for (std::int64_t i = 0; i < list.num_copies; ++i) {
@@ -43,7 +43,7 @@ Status CheckRequest(const SlotTable& table, const StateLock& state, const Segmen
   return {};
 }
 
-// The copy may be made from this cache value. Neither the slots of the other copies nor their order matter here.
+// Checks that the copy can be made from this cache value. Does not look at the other copies' slots or their order.
 Status CheckCopy(SlotTable* table, const StateLock& state, const ProgramCheck& check, const char* op,
                  const CacheRef& cache, const SegmentCopy& copy) {
   const Geometry& geometry = table->geometry();
@@ -74,11 +74,11 @@ Status CheckCopy(SlotTable* table, const StateLock& state, const ProgramCheck& c
   if (copy.end() > progress.WrittenInAllLayers(copy.source)) {
     return messages::UnwrittenSomewhere(op, copy.source, copy.end(), progress.Runs(copy.source));
   }
-  // A gap would show its reader what an earlier owner of the memory left there.
+  // A gap would expose data of an earlier owner of the memory.
   if (length > progress.WrittenInAllLayers(copy.target)) {
     return messages::UnwrittenSomewhere(op, copy.target, length, progress.Runs(copy.target));
   }
-  // The prefix index has what is committed: it would have this segment as if it were computed.
+  // The prefix index covers committed tokens: it would serve this segment as if it had been computed.
   if (copy.committed > length) return messages::CommittedAhead(op, copy.target, copy.committed, length);
   return {};
 }

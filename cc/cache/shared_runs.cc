@@ -14,7 +14,7 @@ void SharedRuns::Set(std::int64_t slot, const std::int32_t* map, std::int64_t st
     for (std::int64_t i = begin; i < count; ++i) blocks.push_back(map[i * stride]);
   }
   if (mirror_ == nullptr) return;
-  // Without it programs read what is shared once for each slot.
+  // If it fails, programs read shared memory once for each slot.
   static_cast<void>(mirror_->ExtendRun(static_cast<std::int32_t>(slot), begin, blocks.data() + begin, count - begin));
 }
 

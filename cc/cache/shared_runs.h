@@ -1,10 +1,10 @@
-// SharedRuns: which physical blocks the slots have in common, kept when mappings change, so that a handler that reads
-// them together need not look at maps or take the mapping mutex.
+// SharedRuns: the physical blocks that slots have in common. It is updated when mappings change, so that a handler that
+// wants to read shared blocks once need not look at maps or take the mapping mutex.
 //
-// A run is what a slot maps at its beginning, as far as other slots have ever mapped it too. It is exact: it is cut
-// before a mapping changes, and a handler can ask afterwards whether that has happened. The arena keeps the runs; they
-// have a mutex that is held for moments, and may be asked under any other lock. Where programs run on a device, a
-// mirror follows each change.
+// A run is the beginning of a slot's mapping, up to where other slots have mapped the same blocks at some time. It is
+// exact: it is cut before a mapping changes, and a handler can ask afterwards whether this has happened. The arena
+// maintains the runs. They have their own mutex, which is only held briefly and may be taken while holding any other
+// lock. For programs on a device, a mirror follows each change.
 #ifndef KVPAGE_CACHE_SHARED_RUNS_H_
 #define KVPAGE_CACHE_SHARED_RUNS_H_
 
@@ -24,25 +24,25 @@ class SharedRuns {
  public:
   SharedRuns(std::int64_t num_slots, std::int64_t block_tokens) : block_tokens_(block_tokens), runs_(num_slots) {}
 
-  // Tells the mirror of each change from now on. There are no runs yet.
+  // Makes the mirror follow each change from now on. There must be no runs yet.
   void Follow(Mirror* mirror) { mirror_ = mirror; }
 
-  // Both are called under the mapping mutex.
-  // Other slots map the first `count` logical blocks of a slot too. Block i is map[i * stride].
+  // The caller of Set and Cut must hold the mapping mutex.
+  // Set: other slots map the first `count` logical blocks of a slot too. Block i is map[i * stride].
   void Set(std::int64_t slot, const std::int32_t* map, std::int64_t stride, std::int64_t count);
-  // From logical block `blocks` on, the slot's mappings are about to change. They must not when it fails: programs on
-  // the device might read other memory than the slot's.
+  // Called before the slot's mappings change from logical block `blocks` on. If it fails they must not change: programs
+  // on the device might read memory that is not the slot's.
   Status Cut(std::int64_t slot, std::int64_t blocks);
-  // Logical block `logical` has another physical block with the same contents in every slot that maps `from` there.
+  // Logical block `logical` moves to another physical block with the same contents, in every slot that maps `from`
+  // there.
   void Replace(std::int64_t logical, std::int32_t from, std::int32_t to);
 
-  // What the sequences, whose slots are pinned, share. Returns the time to ask Changed about.
+  // Finds what the sequences share; their slots must be pinned. Returns a time to pass to Changed.
   std::uint64_t Find(const std::vector<Sequence>& sequences, SharedPrefixes* out) const;
-  // Whether a run of one of them has been cut since.
+  // Whether a run of one of the sequences has been cut since then.
   bool Changed(const std::vector<Sequence>& sequences, std::uint64_t since) const;
-  // Calls read(prefixes), which may read what sequences share through any of their slots. When a program that ran
-  // beside it has exchanged blocks of one of the slots, calls it again without prefixes. Returns the status of the last
-  // call.
+  // Calls read(prefixes), which may read what sequences share through any of their slots. If a concurrent program has
+  // replaced blocks of one of the slots, calls it again without prefixes. Returns the status of the last call.
   template <class Read>
   Status ReadTogether(const std::vector<Sequence>& sequences, const Read& read) const {
     SharedPrefixes prefixes;
@@ -63,8 +63,8 @@ class SharedRuns {
   Mirror* mirror_ = nullptr;
   mutable std::mutex mutex_;
   std::vector<Run> runs_;              // [slots]
-  std::uint64_t cuts_ = 0;             // of all runs so far
-  std::atomic<std::int64_t> size_{0};  // runs with blocks
+  std::uint64_t cuts_ = 0;             // total number of cuts
+  std::atomic<std::int64_t> size_{0};  // number of runs with blocks
 };
 
 }  // namespace kvpage

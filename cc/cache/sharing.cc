@@ -45,7 +45,7 @@ Status CheckFork(SlotTable* table, const StateLock& state, const char* verb, std
   return {};
 }
 
-// A free slot for each request, without blocks. Those with the fewest are taken, which cost least to empty.
+// Chooses a free slot for each request and empties it. Slots with the fewest blocks are cheapest to empty.
 Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t count) {
   Claim claim;
   claim.slots = pool.supply->FewestBlocks(mapping, count);
@@ -63,7 +63,7 @@ Claim EmptySlots(const PoolParts& pool, const MappingLock& mapping, std::size_t 
   return claim;
 }
 
-// Maps what the forks share and claims a block for what they copy.
+// Maps what the forks share, and claims a block for what they copy.
 Claim MapForks(const PoolParts& pool, const MappingLock& mapping, const std::vector<ForkRequest>& requests,
                const std::vector<std::int32_t>& slots) {
   const Geometry& geometry = pool.table->geometry();
@@ -86,9 +86,9 @@ struct Tail {
   std::int64_t begin = 0;
 };
 
-// Makes the blocks of these tails the slots' own, and tells the mirror. Where blocks are exchanged no program may read
-// them meanwhile, also none of another thread: the tail has no room while that lasts. Until the mirror has the new
-// numbers the slot keeps the old blocks (supply_tables.cc): programs may find them by number.
+// Makes the blocks of these tails private to the slots, and updates the mirror. While blocks are being replaced, no
+// program may read them, including those of other threads, so the tail has no room meanwhile. The slot keeps the old
+// blocks until the mirror has the new numbers (supply_tables.cc), because programs may find them by number.
 Status SeparateOnDevice(const PoolParts& pool, const MappingLock& mapping, const std::vector<Tail>& tails) {
   SlotTable& table = *pool.table;
   std::vector<std::int32_t> slots;
@@ -109,7 +109,7 @@ Status SeparateOnDevice(const PoolParts& pool, const MappingLock& mapping, const
   for (const auto& [slot, begin] : tails) {
     if (status.ok()) status = pool.supply->Separate(mapping, slot, begin);
   }
-  const Status published = PublishSlots(pool, mapping, slots, /*stopped=*/true);  // some may have been exchanged
+  const Status published = PublishSlots(pool, mapping, slots, /*stopped=*/true);  // some may have been replaced
   return status.ok() ? published : status;
 }
 
@@ -147,8 +147,8 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
   if (!empty.status.ok()) return empty;
   const std::vector<std::int32_t> slots = std::move(empty.slots);
   {
-    // Before anything is mapped, so that no claim takes the slots for parked ones. Checked again, because another
-    // thread may have released a donor meanwhile; while this lock is held none does.
+    // Before anything is mapped, so that no claim uses the slots as parked ones. Checked again, because another thread
+    // may have released a donor meanwhile; this cannot happen while the lock is held.
     const StateLock state = table.Lock();
     if (Status status = CheckFork(&table, state, verb, &requests, released); !status.ok()) return FailedClaim(status);
     for (std::size_t i = 0; i < slots.size(); ++i) {
@@ -179,7 +179,7 @@ Claim Fork(const PoolParts& pool, const char* verb, const std::vector<ForkReques
     if (pool.mirror != nullptr) pool.mirror->ClearVacated(slots[i]);
   }
   for (const std::int32_t slot : released) {
-    // Another thread may have released it meanwhile: the program of one of the two fails.
+    // Another thread may have released it meanwhile; one of the two programs will fail.
     if (table.host(state, slot).state == SlotState::kOccupied) table.StartDraining(state, slot);
   }
   return claim;
@@ -193,7 +193,7 @@ Status SharesBehind(const PoolParts& pool, std::int32_t slot, std::int64_t token
     KVPAGE_RETURN_IF_ERROR(pool.table->CheckOccupied(state, "truncate", slot));
   }
   const std::int64_t begin = std::max<std::int64_t>(tokens, 0) / pool.table->geometry().block_tokens;
-  // With a mirror: what a call that failed has exchanged is still to be published.
+  // With a mirror: blocks replaced by a failed call still have to be published.
   const bool unpublished = pool.mirror != nullptr && pool.table->progress(pool.table->Lock()).slots[slot].by_block != 0;
   *out = unpublished || begin < pool.supply->arena(mapping).SharedBlocks(slot);
   return {};
@@ -215,7 +215,7 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
   bool any_shares = false;
   for (std::size_t i = 0; i < slots.size(); ++i) any_shares |= shares(i);
   if (any_shares) {
-    // What only free slots share with them needs no copy.
+    // Blocks shared only with free slots need no copy.
     if (Status status = pool.supply->DropFreeShared(mapping); !status.ok()) return FailedClaim(status);
   }
   pool.supply->SyncIndex(mapping);
@@ -228,15 +228,15 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
   Claim claim = pool.supply->SetAside(mapping, missing);
   if (!claim.status.ok()) return claim;
   claim.slots = slots;
-  // What is to be written again must not be found. Should the rest fail, or be taken back, the next look-up stores it
-  // again. No look-up comes before the committed tokens are cut too.
+  // Tokens that will be written again must not be found. If the rest fails or is undone, the next lookup stores the
+  // tokens again. No lookup happens before the committed tokens are cut, too.
   for (std::size_t i = 0; i < slots.size(); ++i) {
     pool.supply->CutIndex(mapping, slots[i], tokens[i]);
     table.NoteCommit(table.Lock(), slots[i]);
   }
   std::vector<Tail> tails;
   for (std::size_t i = 0; pool.mirror != nullptr && i < slots.size(); ++i) {
-    const bool unpublished = table.progress(table.Lock()).slots[slots[i]].by_block != 0;  // by a call that failed
+    const bool unpublished = table.progress(table.Lock()).slots[slots[i]].by_block != 0;  // by a failed call
     if (shares(i) || !missing[i].logical.empty() || unpublished) tails.push_back({slots[i], begins[i]});
   }
   if (!tails.empty()) claim.status = SeparateOnDevice(pool, mapping, tails);
@@ -244,7 +244,7 @@ Claim Truncate(const PoolParts& pool, const std::vector<std::int32_t>& slots, co
   const StateLock state = table.Lock();
   for (std::size_t i = 0; i < slots.size(); ++i) {
     table.CutCommitted(state, slots[i], tokens[i]);
-    if (pool.mirror == nullptr) table.StartTruncation(state, slots[i], tokens[i]);  // else nothing is left to exchange
+    if (pool.mirror == nullptr) table.StartTruncation(state, slots[i], tokens[i]);  // else all is already replaced
   }
   return claim;
 }

@@ -111,7 +111,7 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
       const std::int32_t* const blocks = map + block * tree_.ranges();
       const std::int32_t last = sequence.owned.empty() ? kNoEntry : sequence.owned.back();
       const bool has_own = last != kNoEntry && tree_.entry(last).depth == block;
-      // A truncation may have exchanged its blocks: what follows is not in the old ones.
+      // A truncation may have replaced the blocks; the tokens that follow are not in the old ones.
       const bool moved = has_own && !std::equal(blocks, blocks + tree_.ranges(), tree_.blocks(last));
       if (moved) Disown(last);
       if (has_own && !moved) {
@@ -119,7 +119,8 @@ void SlotSequences::Store(std::int32_t slot, std::int32_t root, const std::int32
         tree_.Grow(found, key, length);
         order_.policy().OnResized(found);
       } else {
-        // An entry of fewer of these tokens in the same block, such as another slot has left there, gives way.
+        // An entry with fewer of these tokens in the same block, for example one left there by another slot, is
+        // removed.
         const std::int32_t shorter =
             is_cached != nullptr && is_cached(blocks[0]) ? tree_.Shorter(at, key, length, blocks) : kNoEntry;
         if (shorter != kNoEntry) Remove(shorter, dropped);

@@ -83,7 +83,7 @@ void SlotTable::OccupyFork(const StateLock& lock, std::int32_t slot, std::int32_
 void SlotTable::OccupyFound(const StateLock& lock, std::int32_t slot, std::int32_t space, const std::int32_t* ids,
                             std::int64_t found) {
   HostSlot& row = slots_[slot];
-  // What a parked sequence has behind, for UndoFound.
+  // Remembers the tokens of a parked sequence after those found, for UndoFound.
   row.cut.clear();
   if (row.space == space && static_cast<std::int64_t>(row.committed.size()) > found) {
     row.cut.assign(row.committed.begin() + found, row.committed.end());
@@ -154,7 +154,7 @@ void SlotTable::StartGeneration(const StateLock& lock, std::int32_t slot) {
   if (never) SetState(slot, SlotState::kDraining);
   const HostSlot& row = slots_[slot];
   if (row.state == SlotState::kOccupied && row.restored >= 0 && !progress_.slots[slot].started) {
-    // The slot has had its sequence since the host swapped it in, whether the program has run or not.
+    // The slot has had its sequence since the host swapped it in, whether or not the program has run.
     progress_.slots[slot].started = true;
     progress_.slots[slot].length = static_cast<std::int32_t>(row.restored);
     progress_.RaiseWritten(slot, static_cast<std::int32_t>(row.restored));
@@ -183,7 +183,7 @@ void SlotTable::RestoreCommitted(const StateLock&, std::int32_t slot) {
 void SlotTable::Retract(const StateLock& lock, std::int32_t slot, std::int64_t reserved, std::int64_t committed) {
   HostSlot& row = slots_[slot];
   CutCommitted(lock, slot, committed);
-  row.cut.clear();  // nothing is to bring them back
+  row.cut.clear();  // nothing can restore them
   row.reserved = std::min(row.reserved, reserved);
   changes_.Note(slot);
 }
@@ -191,7 +191,7 @@ void SlotTable::Retract(const StateLock& lock, std::int32_t slot, std::int64_t r
 void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written) {
   HostSlot& row = slots_[slot];
   if (row.space >= 0 || row.swapping) {
-    // What was found is there, whether the program that occupies the slot has run or not.
+    // The tokens found are in memory, whether or not the program that occupies the slot has run.
     if (written < 0) written = progress_.WrittenInAllLayers(slot);
     const auto committed = std::min<std::int64_t>(row.exact, row.committed.size());
     const std::int64_t kept = std::min(std::max(written, row.found), committed);
@@ -204,7 +204,7 @@ void SlotTable::Vacate(const StateLock&, std::int32_t slot, std::int64_t written
   FinishDraining(slot);
 }
 
-// The slot is free once nothing can touch it any more.
+// The slot becomes free once nothing can access it any more.
 void SlotTable::FinishDraining(std::int32_t slot) {
   HostSlot& row = slots_[slot];
   SlotProgress& progress = progress_.slots[slot];
