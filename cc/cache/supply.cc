@@ -53,7 +53,7 @@ void Supply::Refresh(const MappingLock& lock) {
   }
   SyncIndex(lock);
   EmptyBorrowers(lock, changed);
-  // What forks have given up since, or were promised and did not get.
+  // Mappings that forks have given up since, or that were promised but not used.
   if (mappings_.mappings() > worst_mappings_ + arena_->extra_mappings()) {
     static_cast<void>(PromiseAliases(lock, 0));
   }
@@ -67,7 +67,8 @@ void Supply::Refresh(const MappingLock& lock) {
       now.idle = row.idle();
       now.draining = row.state == SlotState::kDraining;
       now.blocks = arena_->blocks(slot) - (now.draining ? arena_->hole(slot) : 0);
-      // The one parked for longest gives first; then occupied ones, whose tails may go beyond their request.
+      // The slot parked for longest gives first; then occupied slots, whose tails may extend beyond what they
+      // requested.
       const bool parked = row.state == SlotState::kFree;
       now.order = parked ? row.parked_at : ~std::uint64_t{0};
       const std::int64_t keep = parked ? 0 : table_->geometry().BlocksFor(row.reserved);
@@ -75,7 +76,7 @@ void Supply::Refresh(const MappingLock& lock) {
       now.fit = now.blocks;
       if (now.idle && (arena_->SharedBlocks(slot) > 0 || arena_->HasCached(slot) || arena_->hole(slot) > 0 ||
                        arena_->HasFile(slot))) {
-        // Of no use to a new owner, and adopted last of all; among such slots the one parked for longest goes first.
+        // Useless to a new owner and adopted last; among such slots the one parked for longest is adopted first.
         now.blocks = 0;
         now.fit = -1 - static_cast<std::int64_t>(row.parked_at);
       }
@@ -92,7 +93,7 @@ std::vector<std::int32_t> Supply::BestFits(const MappingLock& lock, const std::v
 
 std::int64_t Supply::SpareBlocks(const std::vector<Want>& wants) const {
   std::int64_t spare = candidates_.spare();
-  for (const Want& want : wants) {  // they name different slots
+  for (const Want& want : wants) {  // which name different slots
     const Standing slot = candidates_.standing(want.slot);
     spare -= std::max<std::int64_t>(slot.spare - std::max<std::int64_t>(slot.blocks - want.blocks, 0), 0);
   }
@@ -162,8 +163,8 @@ Claim Supply::Plan(const MappingLock& lock, const std::vector<Want>& wants, Sour
   std::vector<Donor> donors;
   if (claim.wanted > free || first == Source::kDonors) {
     Refresh(lock);
-    free = arena_->pool().num_free();  // free slots that had shared blocks have given theirs up (EmptyBorrowers)
-    // Without a walk where it is clear that the donors do not suffice.
+    free = arena_->pool().num_free();  // free slots with shared blocks have given these up (EmptyBorrowers)
+    // Do not search for donors if they clearly cannot suffice.
     if (claim.wanted <= free + SpareBlocks(wants) * ranges || arena_->pool().num_cached() > 0) {
       donors = FindDonors(wants, Spare::kExclusive, first == Source::kFree ? missing - free / ranges : missing);
     }
@@ -211,7 +212,7 @@ SupplyPlan Supply::PlanTrim(const MappingLock& lock) {
 }
 
 Status Supply::Apply(const MappingLock& lock, const SupplyPlan& plan, bool* system_short) {
-  std::size_t returns = 0, moves = 0;  // done
+  std::size_t returns = 0, moves = 0;  // completed
   const auto apply = [&]() -> Status {
     for (; returns < plan.returns.size(); ++returns) {
       const Donor& donor = plan.returns[returns];
@@ -244,14 +245,15 @@ void Supply::Undo(const MappingLock& lock, const SupplyPlan& plan) {
 }
 
 void Supply::UndoPart(const MappingLock&, const SupplyPlan& plan, std::size_t returns, std::size_t moves) {
-  // Backwards. A step that fails leaves its blocks where they are; the last loop frees those of the wanting slots.
+  // In reverse order. A step that fails leaves its blocks where they are; the last loop frees those of the wanting
+  // slots.
   for (std::size_t i = plan.grants.size(); i-- > 0;) {
     const Grant& grant = plan.grants[i];
     const std::size_t begin = i > 0 ? plan.grants[i - 1].moves_end : 0;
     const std::size_t end = std::min(grant.moves_end, moves);
     std::int64_t moved = 0;
     for (std::size_t m = begin; m < end; ++m) moved += plan.moves[m].blocks;
-    if (!arena_->Shrink(grant.slot, grant.before + moved).ok()) continue;  // claimed blocks lie behind moved ones
+    if (!arena_->Shrink(grant.slot, grant.before + moved).ok()) continue;  // claimed blocks follow the moved ones
     for (std::size_t m = end; m-- > begin;) {
       const BlockMove& move = plan.moves[m];
       if (!arena_->Move(move.to, move.from, move.blocks).ok()) break;
@@ -271,7 +273,7 @@ Claim Supply::Reserve(const MappingLock& lock, const std::vector<Want>& wants, S
   bool system_short = false;
   claim.status = Apply(lock, *plan, &system_short);
   if (system_short) {
-    // On a GPU, JAX may hold the rest of the memory. Blocks that are mapped and not needed have theirs already.
+    // On a GPU, JAX may hold the rest of the memory. Blocks that are mapped but not needed have theirs already.
     SupplyPlan moving;
     if (Plan(lock, wants, Source::kDonors, &moving, /*evict=*/true).status.ok() &&
         moving.blocks_moved() > plan->blocks_moved()) {

@@ -1,13 +1,13 @@
-// Supply: where blocks come from. Free ones first, then those of parked slots and the tails that occupied slots have
-// beyond what they asked for.
+// Supply: where blocks come from: free blocks first, then those of parked slots, and those that occupied slots have
+// beyond what they requested.
 //
-// It owns the arena and the mapping mutex, which is held over system calls. A method that needs it takes a MappingLock.
-// Order of locks: mapping, then state (StateLock, slot_table.h); the methods here take the state mutex themselves, for
-// moments.
+// It owns the arena and the mapping mutex, which is held during system calls. Methods that need it take a MappingLock.
+// Lock order: mapping, then state (StateLock, slot_table.h); the methods here take the state mutex themselves, for
+// short times.
 //
-// Planning and applying are separate calls with a SupplyPlan in between. Candidates (candidates.h) keeps the slots that
-// plans choose from in order. A donor gives only blocks without other
-// references: a shared block could not be moved, and unmapping it in one slot would not free it.
+// Planning and applying are separate calls with a SupplyPlan in between. Candidates (candidates.h) keeps the slots from
+// which plans choose in order. A donor gives only blocks without other references: a shared block could not be moved,
+// and unmapping it in one slot would not free it.
 #ifndef KVPAGE_CACHE_SUPPLY_H_
 #define KVPAGE_CACHE_SUPPLY_H_
 
@@ -31,7 +31,7 @@
 
 namespace kvpage {
 
-// The mapping mutex, held. Never take it while a StateLock is held.
+// Holds the mapping mutex. Never take it while holding a StateLock.
 class MappingLock {
  public:
   MappingLock(const MappingLock&) = delete;
@@ -45,7 +45,7 @@ class MappingLock {
 
 class Supply {
  public:
-  // `account`: whose mappings the pool uses; null: none. `poison`: see PoolOptions.
+  // `account`: where the pool's memory mappings are accounted; may be null. `poison`: see PoolOptions.
   Supply(SlotTable* table, std::unique_ptr<Arena> arena, MapAccount* account, bool poison)
       : table_(table), mappings_(account), arena_(std::move(arena)), candidates_(table->num_slots()), poison_(poison) {}
 
@@ -55,20 +55,20 @@ class Supply {
   const SharedRuns& shared_runs() const { return arena_->shared_runs(); }
 
   // ---- blocks by number (supply_tables.cc), for handlers ----
-  // Makes the block window ready. Takes the mapping mutex at the first call.
+  // Makes the block window available. The first call takes the mapping mutex.
   Status OpenWindow();
-  // Copies the rows of the block table that `call->sequences` need in one layer. The caller pins their slots under the
-  // same lock, with Pins::by_block.
+  // Copies the rows of the block table that `call->sequences` need in one layer. The caller must pin their slots under
+  // the same lock, with Pins::by_block.
   Status CopyTable(const StateLock& state, std::int64_t layer, TableCall* call) const;
-  // Gives up what slots hold for handlers that have ended since.
+  // Drops references that slots hold for handlers that have ended since.
   void ReleaseHeld(const MappingLock& lock);
 
   // ---- dropped beginnings (supply_drop.cc) ----
-  // The slot no longer needs what is below its `dropped`, once handlers that run now have ended.
+  // Notes that the slot no longer needs what is below its `dropped`, once the handlers that are running now have ended.
   void NoteDrop(const MappingLock&, std::int32_t slot) { drops_.push_back(slot); }
-  // Unmaps what no handler uses any more of these slots.
+  // Unmaps blocks of these slots that no handler uses any more.
   void FinishDrops(const MappingLock& lock);
-  // What waits for handlers that have ended since.
+  // Completes changes that were waiting for handlers that have ended since.
   void FinishChanges(const MappingLock& lock) {
     ReleaseHeld(lock);
     FinishDrops(lock);
@@ -77,12 +77,13 @@ class Supply {
 
   // ---- swapped sequences (supply_swap.cc) ----
   SwapTable& swaps(const MappingLock&) { return swaps_; }
-  // The slot's sequence has been taken: it comes free, without blocks, once no handler and no view uses it.
+  // Notes that the slot's sequence was taken: the slot is emptied and becomes free once no handler and no view uses it.
   void NoteSwap(const MappingLock&, std::int32_t slot) { emptying_.push_back(slot); }
   void FinishSwaps(const MappingLock& lock);
-  // Blocks with one reference each that no slot maps, taken from donors and the prefix index where none is free.
+  // Claims blocks with one reference each that no slot maps. If there are not enough free blocks, takes them from
+  // donors and the prefix index.
   Claim ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks);
-  // The same for blocks that will have memory in another file: see Arena::ClaimNumbers.
+  // The same for blocks whose memory will be in another file: see Arena::ClaimNumbers.
   Claim ClaimNumbers(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks);
   HandoverCounts& handovers(const MappingLock&) { return handovers_; }
 
@@ -95,8 +96,8 @@ class Supply {
   // ---- sharing (supply_sharing.cc) ----
   // Free slots with the fewest blocks; fewer than `count` when there are no more.
   std::vector<std::int32_t> FewestBlocks(const MappingLock& lock, std::size_t count);
-  // See Arena::Alias, SetAside and Separate. Mappings of the process are reserved first, and blocks taken from donors.
-  // A failed Alias leaves some slots with blocks: empty them.
+  // See Arena::Alias, SetAside and Separate. These reserve memory mappings of the process first, and take blocks from
+  // donors. If Alias fails, some slots may have got blocks: empty them.
   struct AliasRun {
     std::int32_t slot = 0;
     const std::int32_t* map = nullptr;  // [blocks, ranges]
@@ -109,7 +110,7 @@ class Supply {
   };
   Claim SetAside(const MappingLock& lock, const std::vector<SetAsideBlocks>& wanted);
   Status Separate(const MappingLock& lock, std::int32_t slot, std::int64_t begin);
-  // Blocks that are set aside for truncations whose programs will not run come free again.
+  // Frees blocks that are set aside for truncations whose programs will not run.
   void DropStaleSetAside(const MappingLock& lock);
   // Whether a free slot must give up all its blocks before it gets a new owner: if any of them is or was shared with
   // other slots or is referenced by the prefix index, because the new owner must not write those; if the slot has
@@ -119,40 +120,40 @@ class Supply {
            arena_->hole(slot) > 0 || arena_->HasFile(slot);
   }
   Status DropShared(const MappingLock& lock, std::int32_t slot);
-  // Free slots give up what live ones share: a truncation need not copy it then.
+  // Makes free slots give up blocks that they share with live ones, so that a truncation need not copy these.
   Status DropFreeShared(const MappingLock& lock);
-  // The same, and what the prefix index refers to: a view of all slots must not show it.
+  // The same, also for blocks in the prefix index: a view of all slots must not show them.
   Status DropFreeCached(const MappingLock& lock);
 
   // ---- the prefix index (supply_prefix.cc) ----
-  // Made at the first call. Sequences are in it that were acquired by their tokens, and their forks.
+  // Created at the first call. It contains sequences that were acquired by their tokens, and their forks.
   PrefixIndex& OpenIndex(const MappingLock& lock);
   const PrefixIndex* index(const MappingLock&) const { return index_.get(); }
-  // Tokens that requests asked for by their ids, those that were found, and of these the ones that had been read from a
-  // store for it.
+  // Number of tokens that requests asked for by id, number of these that were found, and number of those that had been
+  // read from a store.
   struct PrefixCounts {
     std::int64_t queries = 0, hits = 0, fetched = 0;
   };
   PrefixCounts& counts(const MappingLock&) { return counts_; }
-  // What to call, with the mapping mutex held, when entries were evicted, and when a claim leaves less than a share of
-  // the blocks free.
+  // Sets a function that is called, with the mapping mutex held, when entries were evicted and when a claim leaves less
+  // than this share of the blocks free.
   void OnPressure(const MappingLock&, double free_share, std::function<void()> call) {
     free_share_ = free_share;
     on_pressure_ = std::move(call);
   }
-  // Tells the index what slots hold now. Every look-up begins with this.
+  // Updates the index with what slots hold now. Must be called before every lookup.
   void SyncIndex(const MappingLock& lock);
-  // A slot is to write again from `tokens` on: the index drops what it has of it there.
+  // Called before a slot writes again from `tokens` on: removes what the index has of the slot from there on.
   void CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens);
-  // An idle slot gives up all its blocks. The index keeps those that it refers to.
+  // Makes an idle slot give up all its blocks. The index keeps those to which it refers.
   Status Empty(const MappingLock& lock, std::int32_t slot);
   // Whether the process has enough memory mappings left for an Alias that needs this many.
   bool CanAlias(const MappingLock& lock, std::int64_t mappings);
-  // Makes the index drop entries until at least `blocks` physical blocks come free. Returns how many. Where there are
-  // not enough, all that there are with `partial`; else nothing is dropped.
+  // Makes the index drop entries until at least `blocks` physical blocks become free. Returns the number freed. If
+  // there are not enough, drops all that it can with `partial`, and otherwise nothing.
   std::int64_t Evict(const MappingLock& lock, std::int64_t blocks, bool partial = false);
   // The same in two steps, so that several pools can drop the same entries. `allowed`: the first blocks of the entries
-  // that may go; null: any.
+  // that may be dropped; null: any.
   struct EvictionPlan {
     std::vector<PrefixIndex::Eviction> entries;
     std::vector<std::int32_t> owners;  // parked slots that map them
@@ -163,77 +164,78 @@ class Supply {
   void ApplyEviction(const MappingLock& lock, const EvictionPlan& plan);
   // The first block of each entry.
   std::vector<std::int32_t> BlocksOf(const MappingLock& lock, const EvictionPlan& plan) const;
-  // The clock of pins, in seconds.
+  // The clock for pins, in seconds.
   static double Now();
 
   // ---- relocation (supply_relocate.cc) ----
-  // Puts the contents of block `from`, which a slot maps at a place, or no slot (-1), into the free block `to`. Does
-  // nothing, and `moved` is false, where things are different or a program could write the block.
+  // Moves the contents of block `from`, which a slot (-1: no slot) maps at this place, to the free block `to`. If this
+  // no longer applies, or a program could write the block, does nothing and sets `moved` to false.
   Status MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena::Place& at, std::int32_t from,
                    std::int32_t to, bool* moved);
 
   // ---- one decision for several pools (supply_joint.cc) ----
-  // All slots with blocks that they can give while `want` is to be met, in the order in which they give.
+  // All slots that can give blocks while `want` is to be met, in the order in which they give.
   std::vector<Donor> AllDonors(const MappingLock& lock, const Want& want);
 
   // ---- plans ----
-  // How the wants would be met; they name different slots. When the blocks do not suffice, the claim says so and the
-  // plan is of no use. `evict`: whether the prefix index may be made to drop entries now where that is needed; without,
-  // the claim only says whether it would suffice.
+  // Plans how to meet the wants, which must name different slots. If there are not enough blocks, the claim says so and
+  // the plan is invalid. `evict`: the prefix index may drop entries now if needed; without it, the claim only says
+  // whether that would suffice.
   Claim Plan(const MappingLock& lock, const std::vector<Want>& wants, Source first, SupplyPlan* plan,
              bool evict = false);
-  // Gives back at least `blocks` physical blocks, taking only unneeded ones that the prefix index does not refer to.
+  // Plans to free at least `blocks` physical blocks, taking only unneeded ones to which the prefix index does not
+  // refer.
   SupplyPlan PlanReclaim(const MappingLock& lock, std::int64_t blocks);
-  // Frees at least `blocks` physical blocks, if there are as many that are not needed; what the prefix index refers to
-  // last.
+  // Frees at least `blocks` physical blocks, if as many are not needed; those in the prefix index come last.
   Status Reclaim(const MappingLock& lock, std::int64_t blocks);
-  // Unmaps everything that is not needed and that the prefix index does not refer to.
+  // Plans to unmap everything that is not needed and not in the prefix index.
   SupplyPlan PlanTrim(const MappingLock& lock);
 
   // ---- applying ----
-  // Makes the changes of a plan, made under the same lock. A failure undoes what was done before it.
-  // `system_short`: set when it was the system that had no memory for free blocks.
+  // Applies a plan that was made under the same lock. If it fails, undoes what was done. `system_short`: whether it
+  // failed because the system had no memory for free blocks.
   Status Apply(const MappingLock& lock, const SupplyPlan& plan, bool* system_short = nullptr);
-  // Takes back an applied plan: moved blocks return to their donors, claimed ones are free again.
+  // Undoes an applied plan: moved blocks return to their donors, and claimed ones become free.
   void Undo(const MappingLock& lock, const SupplyPlan& plan);
-  // Plans and applies; plans again where the system has less memory than the capacity promises.
+  // Plans and applies; plans again if the system has less memory than the capacity promises.
   Claim Reserve(const MappingLock& lock, const std::vector<Want>& wants, SupplyPlan* plan);
 
-  // Whether Blank overwrites what a slot has.
+  // Whether Blank overwrites the slot's blocks.
   bool Blanks(const MappingLock&, std::int32_t slot) const { return poison_ || table_->viewed(table_->Lock(), slot); }
-  // Sets the numbers of a claim that came to nothing.
+  // Sets the numbers of a failed claim.
   void Tally(const MappingLock& lock, const std::vector<Want>& wants, Claim* claim);
-  // Overwrites logical blocks [begin, end) with what their new owner may see: zeros under a view, NaN as poison.
+  // Overwrites logical blocks [begin, end) before a new owner sees them: with zeros if there is a view, with NaN as
+  // poison.
   Status Blank(const MappingLock& lock, std::int32_t slot, std::int64_t begin, std::int64_t end);
 
  private:
-  // Which spare blocks of a slot count: all, or those at its end without other references.
+  // Which spare blocks of a slot count: all, or only those at its end without other references.
   enum class Spare { kAll, kExclusive };
-  // Brings the candidates up to date with the slots that have changed.
+  // Updates the candidates with the slots that have changed.
   void Refresh(const MappingLock& lock);
-  // Slots among the changed ones that nobody has any more give up what they have from others.
+  // Makes slots among the changed ones that have no owner give up what they have from others.
   void EmptyBorrowers(const MappingLock& lock, const std::vector<std::int32_t>& changed);
   // Makes `count` blocks free.
   Claim FreeBlocks(const MappingLock& lock, std::int64_t count);
-  // Reserves `more` mappings beyond those that blocks take which are mapped once.
+  // Reserves `more` mappings in addition to those of blocks that are mapped once.
   Status PromiseAliases(const MappingLock& lock, std::int64_t more);
   // See PrefixIndex::Cut.
   void Cut(const MappingLock& lock, std::int32_t slot, std::int64_t tokens, std::int64_t keep);
-  // Entries whose loss frees at least `enough` blocks, or all that can go; `owners`: parked slots that map them.
-  // `allowed`: as for PlanEvictionOf.
+  // Entries that free at least `enough` blocks when dropped, or all that can be dropped; `owners`: parked slots that
+  // map them. `allowed`: see PlanEvictionOf.
   std::vector<PrefixIndex::Eviction> PlanEviction(const MappingLock& lock, std::int64_t enough, std::int64_t* freed,
                                                   std::vector<std::int32_t>* owners,
                                                   const std::unordered_set<std::int32_t>* allowed = nullptr) const;
-  // Logical blocks that slots could give while `wants` are to be met, if no block is shared.
+  // Logical blocks that slots could give while `wants` are to be met, if no block were shared.
   std::int64_t SpareBlocks(const std::vector<Want>& wants) const;
-  // The slots with spare blocks while `wants` are to be met, in the order in which they give: the first ones, which
-  // have at least `enough` logical blocks together, or all.
+  // The slots with spare blocks while `wants` are to be met, in the order in which they give blocks: the first ones
+  // that have at least `enough` logical blocks together, or all.
   std::vector<Donor> FindDonors(const std::vector<Want>& wants, Spare spare, std::int64_t enough) const;
   void UndoPart(const MappingLock& lock, const SupplyPlan& plan, std::size_t returns, std::size_t moves);
 
   SlotTable* const table_;
-  MapPromise mappings_;              // ends after the memory does
-  std::int64_t worst_mappings_ = 0;  // of the budget's blocks, each mapped once
+  MapPromise mappings_;              // destroyed after the memory
+  std::int64_t worst_mappings_ = 0;  // for the budget's blocks, each mapped once
   const std::unique_ptr<Arena> arena_;
   Candidates candidates_;
   std::vector<std::int32_t> drops_;  // slots that may have something left to unmap

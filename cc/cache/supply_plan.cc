@@ -11,8 +11,8 @@ std::int64_t SupplyPlan::blocks_moved() const {
 }
 
 void PlanGrants(std::int64_t free, const std::vector<Donor>& donors, Source first, SupplyPlan* plan) {
-  std::size_t next = 0;    // the first donor that may have blocks left
-  std::int64_t given = 0;  // by that donor
+  std::size_t next = 0;    // first donor that may have blocks left
+  std::int64_t given = 0;  // by this donor
   for (Grant& grant : plan->grants) {
     std::int64_t missing = std::max<std::int64_t>(grant.wanted - grant.before, 0);
     const std::int64_t claimable = first == Source::kFree ? std::min(missing, free) : 0;

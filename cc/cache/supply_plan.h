@@ -11,7 +11,7 @@ namespace kvpage {
 
 // All numbers of blocks here are logical blocks, per range of a slot.
 
-// The least number of blocks that a slot shall have.
+// The minimum number of blocks that a slot should have.
 struct Want {
   std::int32_t slot = 0;
   std::int64_t blocks = 0;
@@ -23,13 +23,13 @@ struct Donor {
   std::int64_t blocks = 0;
 };
 
-// How one want is met: moves from donors first, the rest claimed from the free blocks.
+// How one want is met: first by moves from donors, the rest by claiming free blocks.
 struct Grant {
   std::int32_t slot = 0;
   std::int64_t wanted = 0;
-  std::int64_t before = 0;    // blocks that the slot had, perhaps more than it wants
+  std::int64_t before = 0;    // blocks that the slot had, possibly more than it wants
   std::int64_t claimed = 0;   // taken from the free blocks
-  std::size_t moves_end = 0;  // its moves are those of the plan from the previous grant's end to here
+  std::size_t moves_end = 0;  // its moves are those from the end of the previous grant to here
 };
 
 struct BlockMove {
@@ -41,20 +41,20 @@ struct BlockMove {
 struct SupplyPlan {
   std::vector<Grant> grants;     // in the order in which they are applied
   std::vector<BlockMove> moves;  // in the order of the grants
-  std::vector<Donor> returns;    // blocks that go back to the free ones; applied first
+  std::vector<Donor> returns;    // blocks to be freed; applied first
 
   std::int64_t blocks_moved() const;
 };
 
-// Which source comes first. kFree: donors give only when free blocks do not suffice. kDonors: for when the system has
-// less memory than the capacity promises; mapped blocks have theirs already.
+// Which source is used first. kFree: donors give only if there are not enough free blocks. kDonors: used if the system
+// has less memory than the capacity promises; mapped blocks have theirs already.
 enum class Source { kFree, kDonors };
 
-// Fills in grants[i].claimed and the moves; grants[i].slot, wanted and before are given. `free`: free blocks, in
-// logical blocks. `donors` give in their order.
+// Sets grants[i].claimed and the moves; grants[i].slot, wanted and before must be set. `free`: number of free blocks,
+// counted in logical blocks. `donors` give in their order.
 void PlanGrants(std::int64_t free, const std::vector<Donor>& donors, Source first, SupplyPlan* plan);
 
-// The donors return at least `blocks`, as far as they have them.
+// Plans for the donors to return at least `blocks`, or all they have.
 void PlanReturns(std::int64_t blocks, const std::vector<Donor>& donors, SupplyPlan* plan);
 
 }  // namespace kvpage

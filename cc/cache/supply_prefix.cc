@@ -1,5 +1,5 @@
-// The part of Supply for sequences that the prefix index has (prefix_index.h): it keeps the index up to date with what
-// slots hold, and evicts from it.
+// The part of Supply for sequences in the prefix index (prefix_index.h): updates the index with what slots hold, and
+// evicts from it.
 #include <algorithm>
 #include <chrono>
 #include <unordered_map>
@@ -33,14 +33,14 @@ void Supply::SyncIndex(const MappingLock& lock) {
       Row row{slot, host.space, host.fewest, host.committed};
       const auto most = std::min<std::int64_t>(row.ids.size(), host.exact);
       row.ids.resize(most);
-      // Blocks that a queued truncation may replace are not the sequence's for long.
+      // Blocks that a queued truncation may replace will soon no longer belong to the sequence.
       if (host.truncations > 0) row.ids.resize(table_->Lendable(state, slot, most));
       table_->NoteStored(state, slot);
       rows.push_back(std::move(row));
     }
   }
   for (const Row& row : rows) {
-    // Such tokens were never written: nobody may find them, though another slot may map their blocks still.
+    // These tokens were never written, so nobody may find them, although another slot may still map their blocks.
     if (index_->Tokens(row.slot) > row.fewest) Cut(lock, row.slot, row.fewest, /*keep=*/0);
     const std::int64_t mapped = arena_->blocks(row.slot) * table_->geometry().block_tokens;
     const std::int64_t count = std::min<std::int64_t>(row.ids.size(), mapped);
@@ -55,7 +55,7 @@ void Supply::SyncIndex(const MappingLock& lock) {
 
 void Supply::CutIndex(const MappingLock& lock, std::int32_t slot, std::int64_t tokens) {
   if (index_ == nullptr || index_->Tokens(slot) <= tokens) return;
-  // Shared blocks stay findable if they are written. With a mirror the host does not know which ones are.
+  // Shared blocks stay findable if they are written. With a mirror, the host does not know which ones are.
   const std::int64_t written = table_->progress(table_->Lock()).WrittenInAllLayers(slot);
   Cut(lock, slot, tokens, std::min(arena_->SharedBlocks(slot), written / table_->geometry().block_tokens));
 }
@@ -83,9 +83,9 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
   if (index_ == nullptr || arena_->pool().num_cached() == 0 || enough <= 0) return {};
   const std::int64_t ranges = table_->geometry().num_ranges();
   const BlockPool& pool = arena_->pool();
-  std::unordered_map<std::int32_t, std::int32_t> dropped;  // mappings that go with slots which will be emptied
-  std::unordered_map<std::int32_t, std::int64_t> ends;     // of parked slots: logical blocks that they will have left
-  // Leaves go first, so a parked slot loses its blocks from its end.
+  std::unordered_map<std::int32_t, std::int32_t> dropped;  // mappings of slots that will be emptied
+  std::unordered_map<std::int32_t, std::int64_t> ends;     // for parked slots: number of logical blocks that they keep
+  // Leaves are evicted first, so a parked slot loses its blocks from its end.
   constexpr std::int64_t kInUse = -1, kStays = -2;
   const auto count = [&](const std::int32_t* blocks, std::int32_t owner) -> std::int64_t {
     if (allowed != nullptr && allowed->count(blocks[0]) == 0) return kStays;
@@ -111,8 +111,8 @@ std::vector<PrefixIndex::Eviction> Supply::PlanEviction(const MappingLock&, std:
   };
   std::vector<PrefixIndex::Eviction> plan = index_->PlanEviction(enough, count, freed);
   if (*freed < enough) {
-    // A running sequence may continue entries whose blocks are another's, if both have computed the same tokens. Its
-    // entries go with those, and are stored again in its own blocks when it commits more.
+    // A running sequence may continue entries whose blocks are another slot's, if both have computed the same tokens.
+    // Its entries are dropped with those, and are stored again, in its own blocks, when it commits more.
     dropped.clear();
     ends.clear();
     const auto through = [&](const std::int32_t* blocks, std::int32_t owner) {
@@ -133,7 +133,7 @@ Supply::EvictionPlan Supply::PlanEvictionOf(const MappingLock& lock, std::int64_
                                             const std::unordered_set<std::int32_t>* allowed) {
   EvictionPlan plan;
   if (index_ == nullptr) return plan;
-  Refresh(lock);  // parked slots give up what they only share
+  Refresh(lock);  // parked slots give up blocks that they only share
   index_->ExpirePins(Now());
   plan.entries = PlanEviction(lock, blocks, &plan.freed, &plan.owners, allowed);
   return plan;
@@ -146,7 +146,7 @@ void Supply::ApplyEviction(const MappingLock& lock, const EvictionPlan& plan) {
   if (on_pressure_) on_pressure_();
   arena_->DropCached(dropped);
   for (const std::int32_t slot : plan.owners) {
-    // What stays mapped behind the cached blocks would not come free by itself.
+    // Blocks that stay mapped after the cached ones would not become free otherwise.
     if (!arena_->HasCached(slot, arena_->ReadOnlyBlocks(slot))) {
       static_cast<void>(Empty(lock, slot));
       continue;

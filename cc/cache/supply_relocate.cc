@@ -3,15 +3,15 @@
 
 namespace kvpage {
 
-// A block may move when nobody can write it while the mapping mutex is held: whoever maps it for writing is idle, and a
-// slot gets an occupant under that mutex only. Occupied slots may read it, because their mapping shows the same bytes
-// throughout. References that are no mappings belong to somebody who knows the block by its number.
+// A block may be moved if nobody can write it while the mapping mutex is held: slots that map it for writing must be
+// idle, and a slot gets an occupant only under that mutex. Occupied slots may read it, because their mapping shows the
+// same bytes throughout. References that are not mappings belong to somebody who knows the block by its number.
 Status Supply::MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena::Place& at, std::int32_t from,
                          std::int32_t to, bool* moved) {
   *moved = false;
   const BlockPool& blocks = arena_->pool();
   if (blocks.free(from) || !blocks.free(to) || blocks.num_free() == 0) return {};
-  if (blocks.backing(from) != Backing::kOwn) return {};  // in another file it has its place
+  if (blocks.backing(from) != Backing::kOwn) return {};  // in another file its place is fixed
   std::vector<std::int32_t> mappers, readers;
   if (slot >= 0) {
     if (at.logical < arena_->hole(slot) || at.logical >= arena_->blocks(slot)) return {};
@@ -32,7 +32,7 @@ Status Supply::MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena
       if (!idle) readers.push_back(mapper);
     }
   }
-  // Each may be split from its neighbours until these have moved too.
+  // Each may be split from its neighbours until these have been moved too.
   if (aliases > 0 && !PromiseAliases(lock, Arena::kSplits * aliases).ok()) return {};
   bool created = false;
   const Status status = arena_->Exchange(from, to, at, mappers, readers, &created);
@@ -40,7 +40,7 @@ Status Supply::MoveBlock(const MappingLock& lock, std::int32_t slot, const Arena
   KVPAGE_RETURN_IF_ERROR(status);
   if (cached) index_->ReplaceBlock(from, to);
   ReleaseHeld(lock);
-  if (created && blocks.free(from)) arena_->Cool(from);  // as many free blocks have memory as before
+  if (created && blocks.free(from)) arena_->Cool(from);  // so that as many free blocks have memory as before
   *moved = true;
   return {};
 }

@@ -11,7 +11,7 @@ std::vector<std::int32_t> Supply::FewestBlocks(const MappingLock& lock, std::siz
 }
 
 Status Supply::PromiseAliases(const MappingLock&, std::int64_t more) {
-  // On a recent reading of the process's mappings: a new one costs more than most aliases.
+  // Uses a recent reading of the process's mappings: a new one costs more than most aliases.
   const std::int64_t wanted = worst_mappings_ + arena_->extra_mappings() + more;
   if (mappings_.Change(wanted, MapAccount::Reading::kRecent)) return {};
   return FailedPrecondition("mapping blocks in another slot may take " + std::to_string(more) +
@@ -70,8 +70,8 @@ void Supply::DropStaleSetAside(const MappingLock&) {
 
 Status Supply::DropShared(const MappingLock& lock, std::int32_t slot) {
   if (GivesUp(lock, slot)) return Empty(lock, slot);
-  if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);  // equal tokens in blocks of another slot
-  // A release may have ended since the index was last told: the slot gets a new occupant, who may write.
+  if (index_ != nullptr && index_->Tokens(slot) > 0) index_->Detach(slot);  // stored in another slot's blocks
+  // A release may have ended since the index was last updated; the slot gets a new occupant, who may write.
   table_->ForgetSequence(table_->Lock(), slot);
   return {};
 }
@@ -81,8 +81,8 @@ void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int3
   for (const std::int32_t slot : changed) {
     const bool hole = arena_->hole(slot) > 0;
     const std::int64_t read_only = arena_->ReadOnlyBlocks(slot), end = arena_->blocks(slot);
-    // What it has written itself may be found again. But a sequence that was swapped in may map an entry that is no
-    // slot's: nobody could evict that while it stays mapped.
+    // What the slot has written itself may be found again. But a sequence that was swapped in may map an entry without
+    // an owner, which nobody could evict while it stays mapped.
     bool owns = false, cached = index_ != nullptr && arena_->HasCached(slot, read_only);
     for (std::int64_t logical = read_only; cached && !owns && logical < end; ++logical) {
       owns = index_->Owns(slot, logical);
@@ -93,7 +93,7 @@ void Supply::EmptyBorrowers(const MappingLock& lock, const std::vector<std::int3
     static_cast<void>(Empty(lock, slot));  // a slot that cannot be emptied is not adopted either (DropShared)
     emptied = true;
   }
-  if (emptied) static_cast<void>(arena_->TakeChanged());  // these slots are among the changed ones
+  if (emptied) static_cast<void>(arena_->TakeChanged());  // these slots are already among the changed ones
 }
 
 Status Supply::DropFreeShared(const MappingLock& lock) {

@@ -18,8 +18,8 @@ void Supply::FinishSwaps(const MappingLock& lock) {
   };
   emptying_.erase(std::remove_if(emptying_.begin(), emptying_.end(), finished), emptying_.end());
   if (free.empty()) return;
-  SyncIndex(lock);  // with what programs have written, as for any slot that comes free
-  // One that cannot be emptied is not adopted before it is (DropShared).
+  SyncIndex(lock);  // with what programs have written, as for any slot that becomes free
+  // A slot that cannot be emptied now is not adopted before it is (DropShared).
   for (const std::int32_t slot : free) static_cast<void>(Empty(lock, slot));
 }
 
@@ -53,7 +53,7 @@ Claim Supply::ClaimBlocks(const MappingLock& lock, std::int64_t count, std::vect
 Claim Supply::ClaimNumbers(const MappingLock& lock, std::int64_t count, std::vector<std::int32_t>* blocks) {
   Claim claim = FreeBlocks(lock, count);
   if (!claim.status.ok() || count == 0) return claim;
-  // In the window each may stand between blocks of the pool's own file.
+  // In the window, each may be between blocks of the pool's own file.
   claim.status = PromiseAliases(lock, Arena::kSplits * count);
   if (claim.status.ok()) claim.status = arena_->ClaimNumbers(count, blocks);
   return claim;

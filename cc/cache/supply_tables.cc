@@ -1,12 +1,12 @@
 // The part of Supply for handlers that address blocks by number (addressing="table"): a handler copies the rows of its
 // sequences and finds the blocks in the block window.
 //
-// A row is copied once and may be older than the slot's mapping while the handler runs. That is safe, because the slots
+// A row is copied once and may be older than the slot's mapping while the handler runs. This is safe because the slots
 // are pinned. A handler uses the blocks of tokens that have room, and while its slot has an owner these are neither
-// moved nor unmapped: plans take what lies beyond the room, or from free slots, and a pinned slot does not become free.
-// Growing appends. Only a truncation exchanges blocks that others share, for copies with the same contents. The old
-// block could then come free, or be written by its last owner, and the handler would find that in it (through the slot
-// it would not: the mapping changes under it). So the slot keeps its reference as long as such handlers run.
+// moved nor unmapped: plans take blocks beyond the room, or from free slots, and a pinned slot does not become free.
+// Growing only appends. Only a truncation replaces blocks that others share, by copies with the same contents. The old
+// block could then become free or be written by its last owner, and the handler would see that (unlike through the
+// slot, whose mapping changes). So the slot keeps its reference as long as such handlers run.
 #include <algorithm>
 #include <string>
 

@@ -12,7 +12,7 @@ namespace {
 
 using MoverPtr = std::shared_ptr<BlockMover>;
 
-// Blocks of a swap as bytes, for the store: zeros behind the last token.
+// Reads the blocks of a swap as bytes for the store, with zeros after the last token.
 class BlockCopier {
  public:
   BlockCopier(const Geometry& geometry, const char* window, SwapPtr swap, MoverPtr mover)

@@ -1,4 +1,4 @@
-// How threads of a store copy blocks of swapped sequences: as memory of the host, or through the mover of a device.
+// How store threads copy blocks of swapped sequences: directly in host memory, or through the mover of a device.
 #ifndef KVPAGE_CACHE_SWAP_COPIES_H_
 #define KVPAGE_CACHE_SWAP_COPIES_H_
 
@@ -10,9 +10,9 @@
 
 namespace kvpage::swapping {
 
-// Says what is to be written of a sequence, and how: all but the blocks that it keeps in memory.
+// Describes what is to be written of a sequence, and how: all blocks except those that stay in memory.
 Status DescribeWrite(Arena* arena, const SwapPtr& swap, store::SwapWrite* write);
-// Says where what was written of it is to go.
+// Describes where the written blocks are to be restored.
 Status DescribeRead(Arena* arena, const SwapPtr& swap, store::SwapRead* read);
 
 }  // namespace kvpage::swapping
