@@ -9,7 +9,7 @@
 namespace kvpage::swapping {
 namespace {
 
-// Whether the sequence is in memory now.
+// Checks that the sequence is in memory now.
 Status Ready(const Swap& swap, bool recover) {
   switch (swap.state()) {
     case SwapState::kWriting:
@@ -52,11 +52,11 @@ Claim In(const PoolParts& pool, const SwapPtr& swap, bool recover) {
     swap->ids.resize(static_cast<std::size_t>(swap->tokens_in_memory()));
     swap->SetTokens(swap->tokens_in_memory());
   }
-  // A write that goes on copies from blocks which programs may write from now on.
+  // A write in progress copies from blocks that programs may write from now on.
   swap->StopCopies();
   claim.status = placing::Place(pool, mapping, claim.slots[0], {swap->ids, swap->space, swap->prompt, swap->blocks});
   if (!claim.status.ok()) {
-    // Its blocks stay the sequence's: a write that was stopped does not free them.
+    // The sequence keeps its blocks: a write that was stopped does not free them.
     if (swap->state() == SwapState::kWriting) swap->SetState(SwapState::kMemory);
     claim.slots.clear();
     return claim;

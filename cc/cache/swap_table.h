@@ -1,6 +1,6 @@
 // SwapTable: sequences that were swapped out (swapping.h), and the blocks that they still have in memory.
 //
-// Bookkeeping only, as the block pool's; supply's mapping mutex guards it.
+// Bookkeeping only, like the block pool; supply's mapping mutex guards it.
 #ifndef KVPAGE_CACHE_SWAP_TABLE_H_
 #define KVPAGE_CACHE_SWAP_TABLE_H_
 
@@ -20,27 +20,27 @@
 namespace kvpage {
 
 enum class SwapState : std::int8_t {
-  kQueued = 0,  // its slot drains: programs that were queued before have still to run
-  kWriting,     // in memory; what no other slot has is being written
-  kMemory,      // in memory, all of it
-  kStored,      // what no other slot has is in the store
-  kReading,     // blocks are claimed for that, and are being read
+  kQueued = 0,  // its slot is draining: programs queued earlier still have to run
+  kWriting,     // in memory; the blocks that no other slot has are being written
+  kMemory,      // completely in memory
+  kStored,      // the blocks that no other slot has are in the store
+  kReading,     // blocks have been claimed for the stored part and are being read
   kDamaged,     // some of it could not be read
-  kGone,        // swapped in, or given up
+  kGone,        // swapped in or dropped
 };
 
 // The parts of a sequence in several joined pools: see joint_swap.h.
 class SwapGroup {
  public:
   virtual ~SwapGroup() = default;
-  // The slot's release program has run in one of the pools. Call this without locks.
+  // Called without locks when the slot's release program has run in one of the pools.
   virtual void Continue() = 0;
 };
 
-// A swapped sequence. The mapping mutex guards its fields, apart from those behind its own mutexes.
+// A swapped sequence. The mapping mutex guards its fields, except those with mutexes of their own.
 class Swap {
  public:
-  // Its state is also for waiters, who hold no lock of the pool.
+  // The state can also be read by waiters that hold no lock of the pool.
   SwapState state() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return state_;
@@ -61,7 +61,7 @@ class Swap {
     }
     changed_.notify_all();
   }
-  // It is in the store, still or again. `error`: why the latest read has failed, which lost nothing.
+  // It is still, or again, in the store. `error`: why the latest read failed, without losing anything.
   void SetStored(std::string error) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -70,7 +70,7 @@ class Swap {
     }
     changed_.notify_all();
   }
-  // How many tokens it has: the committed ones, then, once its slot has drained, those that are written.
+  // Its number of tokens: first the committed ones; once its slot has drained, those that are written.
   std::int64_t tokens() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return tokens_;
@@ -79,25 +79,25 @@ class Swap {
     const std::lock_guard<std::mutex> lock(mutex_);
     tokens_ = tokens;
   }
-  // Those that are in memory, from the first one on, when nothing is to be waited for.
+  // Its leading tokens that are in memory, if no work is pending.
   std::int64_t tokens_in_memory() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (state_ == SwapState::kDamaged) return recoverable_;
     return state_ == SwapState::kMemory || state_ == SwapState::kWriting ? tokens_ : 0;
   }
-  // Why it could not be read the last time; "": nothing has failed.
+  // Why the latest read failed; "" if it did not.
   std::string error() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return error_;
   }
-  // Whether nothing is to be waited for: within some seconds.
+  // Waits up to `seconds` for pending work; returns whether it is done.
   bool Wait(double seconds) const {
     std::unique_lock<std::mutex> lock(mutex_);
     return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
                              [&] { return state_ != SwapState::kQueued && state_ != SwapState::kReading; });
   }
 
-  // A thread of the store copies blocks while copy_mutex is held and this does not forbid it.
+  // A store thread copies blocks while it holds copy_mutex, unless this forbids it.
   void StopCopies() {
     const std::lock_guard<std::mutex> lock(copy_mutex);
     copies_stopped = true;
@@ -105,15 +105,15 @@ class Swap {
   std::mutex copy_mutex;
   bool copies_stopped = false;
 
-  std::int32_t slot = -1;         // that it had
-  std::vector<std::int32_t> ids;  // of its tokens, once the slot has drained
+  std::int32_t slot = -1;         // the slot it had
+  std::vector<std::int32_t> ids;  // ids of its tokens, once the slot has drained
   std::int32_t space = -1;        // see HostSlot
   std::int64_t prompt = 0;
-  std::vector<std::int32_t> blocks;  // [logical blocks, ranges]; -1: in the store. Each has a reference of the swap's
-  std::int64_t kept = 0;             // the first logical blocks, which stay in memory
-  bool wanted = false;               // somebody waits for it: it is not to be written
-  bool dropped = false;              // given up while blocks were being read
-  std::weak_ptr<store::SwapStore> store;  // threads of the store may be the last to hold this
+  std::vector<std::int32_t> blocks;  // [logical blocks, ranges]; -1: in the store. The swap holds a reference to each
+  std::int64_t kept = 0;             // number of leading logical blocks that stay in memory
+  bool wanted = false;               // somebody is waiting for it, so it should not be written
+  bool dropped = false;              // was dropped while blocks were being read
+  std::weak_ptr<store::SwapStore> store;  // weak, because store threads may be the last to hold this object
   std::weak_ptr<const void> pool;         // keeps the memory while the store uses it
   std::shared_ptr<store::SwapImage> image;
   bool in_group = false;  // changes state only together with its parts in other pools
@@ -130,22 +130,22 @@ using SwapPtr = std::shared_ptr<Swap>;
 
 class SwapTable {
  public:
-  // Those that are neither swapped in nor given up.
+  // All that are neither swapped in nor dropped.
   const std::vector<SwapPtr>& swaps() const { return swaps_; }
   void Add(SwapPtr swap) { swaps_.push_back(std::move(swap)); }
   void Remove(const Swap* swap);
-  // The swapped sequence whose slot is still draining; null: none.
+  // The swapped sequence whose slot is still draining, or null.
   SwapPtr Queued(std::int32_t slot) const;
   SwapCounts& counts() { return counts_; }
   const SwapCounts& counts() const { return counts_; }
 
-  // Every block that a swapped sequence has a reference to, once for each; `writing`: of those, the ones that come free
-  // when they are written.
+  // All blocks to which swapped sequences have references, once for each reference; `writing`: of these, the blocks
+  // that become free when they are written.
   struct Blocks {
     std::vector<std::int32_t> held, writing;
   };
   Blocks FindBlocks(std::int64_t ranges) const;
-  // Physical blocks that come free when they are written.
+  // Number of physical blocks that become free when they are written.
   std::int64_t CountWriting(const Arena& arena) const;
 
  private:

@@ -24,8 +24,8 @@ void EndRead(const PoolParts& pool, const SwapPtr& swap, store::Problem problem,
   steps::EndRead(pool, pool.supply->Lock(), swap, problem, good);
 }
 
-// For a thread that belongs to no pool: whether a sequence's slot has drained and what it has was taken, or nobody
-// wants that any more. Asking costs next to nothing while programs that were queued before run.
+// For a thread that belongs to no pool: returns true once a sequence's slot has drained and its contents were taken, or
+// if nobody wants that any more. Very cheap while programs that were queued earlier are still running.
 bool PollOne(const PoolParts& pool, const SwapPtr& swap) {
   const std::shared_ptr<const void> owner = swap->pool.lock();
   if (owner == nullptr || swap->state() != SwapState::kQueued) return true;
@@ -42,7 +42,7 @@ Status Out(const PoolParts& pool, std::int32_t slot, const std::shared_ptr<store
   const MappingLock mapping = pool.supply->Lock();
   KVPAGE_RETURN_IF_ERROR(Enter(pool, table.Lock(), "swap_out"));
   KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).OpenWindow());
-  // Now, as nobody could report later that it cannot be made.
+  // Created now, because a failure could not be reported later.
   std::shared_ptr<BlockMover> mover;
   KVPAGE_RETURN_IF_ERROR(pool.supply->arena(mapping).Mover(&mover));
   const StateLock state = table.Lock();
@@ -99,7 +99,7 @@ void Continue(const PoolParts& pool) {
       steps::Find(pool, mapping, swap.get());
       if (!steps::Take(pool, mapping, swap)) continue;
       store::SwapWrite write;
-      // It cannot fail: swap_out has made the mover.
+      // Cannot fail: swap_out has already created the mover.
       static_cast<void>(DescribeWrite(&pool.supply->arena(mapping), swap, &write));
       write.done = [owner, &pool, swap](const Status&, std::shared_ptr<store::SwapImage> image) {
         EndWrite(pool, swap, std::move(image));
@@ -110,7 +110,7 @@ void Continue(const PoolParts& pool) {
   for (const std::shared_ptr<SwapGroup>& group : groups) {
     if (group != nullptr) group->Continue();
   }
-  // A store that is closed is done at once, and then takes the mapping mutex.
+  // A closed store calls `done` at once, which takes the mapping mutex.
   for (auto& [store, write] : writes) {
     if (store != nullptr) {
       store->WriteSwapped(std::move(write));
@@ -146,7 +146,7 @@ Claim Prefetch(const PoolParts& pool, const SwapPtr& swap) {
 }
 
 void Drop(const PoolParts& pool, const SwapPtr& swap) {
-  std::shared_ptr<store::SwapImage> image;  // ends after the lock: that may take a while
+  std::shared_ptr<store::SwapImage> image;  // destroyed after the lock, as that may take a while
   const MappingLock mapping = pool.supply->Lock();
   steps::Drop(pool, mapping, swap, &image);
 }

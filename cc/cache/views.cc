@@ -11,7 +11,7 @@
 namespace kvpage::views {
 namespace {
 
-// The slot whose memory begins at the array, -1 for all slots, or kNoView.
+// The slot whose memory begins at the array; -1 for all slots; otherwise kNoView.
 constexpr std::int64_t kNoView = -2;
 
 std::int64_t FindSlot(const Geometry& geometry, const KVView& memory, const ViewRef& array) {
@@ -55,7 +55,7 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const G
   const std::int64_t begin = slot >= 0 ? slot : 0;
   const std::int64_t end = slot >= 0 ? slot + 1 : table.num_slots();
   // Recycled memory beyond the tokens that its occupant has written is zeroed once; memory that is mapped while the
-  // view lives is zeroed as it comes (Supply::Blank). No handler may be writing meanwhile.
+  // view exists is zeroed when it is mapped (Supply::Blank). No handler may be writing meanwhile.
   const auto busy = [&](const StateLock& state) {
     const std::vector<SlotProgress>& slots = table.progress(state).slots;
     return std::any_of(slots.begin() + begin, slots.begin() + end, [](const SlotProgress& s) { return s.pins > 0; });
@@ -66,7 +66,7 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const G
     {
       const Gate gate(&table);
       {
-        // Without the mapping mutex, which every look at the pool needs.
+        // Wait without the mapping mutex, which every inspection of the pool needs.
         StateLock state = table.Lock();
         KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));
         if (busy(state) && !std::exchange(waited, true)) table.CountWait(state);
@@ -76,13 +76,13 @@ Status Add(const PoolParts& pool, std::int64_t layer, std::int32_t slot, const G
       const MappingLock mapping = pool.supply->Lock();
       if (slot == -1) KVPAGE_RETURN_IF_ERROR(pool.supply->DropFreeCached(mapping));
       const StateLock state = table.Lock();
-      KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));  // again: the slot may have been released
+      KVPAGE_RETURN_IF_ERROR(CheckArguments(pool, state, layer, slot));  // again: it may have been released
       if (!busy(state)) {
         for (std::int64_t s = begin; s < end; ++s) {
           const bool owned = table.host(state, s).state != SlotState::kFree;
           const std::int64_t written = owned ? table.progress(state).Written(s)[layer] : 0;
           const Arena& arena = pool.supply->arena(mapping);
-          // Not what other slots read.
+          // Excludes what other slots read.
           const std::int64_t others = std::max(arena.SharedBlocks(s), arena.ReadOnlyBlocks(s));
           const std::int64_t from = std::max(written, others * table.geometry().block_tokens);
           pool.supply->arena(mapping).ZeroTail(s, layer, from);
