@@ -23,7 +23,7 @@ std::vector<iovec> Parts(const BlockShape& shape, const char* const* ranges, std
   return parts;
 }
 
-// Removes a file that was not finished.
+// Removes an unfinished file.
 class Unfinished {
  public:
   Unfinished(const Folder& folder, const std::string& name) : folder_(folder), name_(name) {}

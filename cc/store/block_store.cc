@@ -82,7 +82,7 @@ BlockStore::BlockStore(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 BlockStore::~BlockStore() {
   Close();
-  // In a forked child its threads are missing, and its locks may be held for ever.
+  // In a forked child the store's threads do not exist, and its locks may never be released.
   if (!impl_->here()) {
     [[maybe_unused]] const Impl* const left_alive = impl_.release();
   }
@@ -166,7 +166,7 @@ void BlockStore::Watch(std::function<bool()> poll) {
   if (!Check("swap_out").ok()) return;
   try {
     impl_->watcher().Add(std::move(poll));
-  } catch (const std::exception& error) {  // the pool's own calls look after it
+  } catch (const std::exception& error) {  // the pool's own calls continue it
     impl_->catalog().NoteError(
         ResourceExhausted(std::string("a thread of a store could not be started: ") + error.what()));
   }

@@ -1,9 +1,9 @@
-// BlockStore: blocks of keys and values below memory, in files of one directory that processes share.
+// BlockStore: stores blocks of keys and values in files of one directory that several processes share.
 //
-// Look-ups are made in memory, in a directory that a thread of the store keeps up to date with the files, those of
-// other processes too. Writers and readers have threads as well: no call waits for a disk unless it says so. A file
-// that is damaged, foreign, or gone counts as not stored; a failed write loses nothing but what it was to write. Calls
-// may come from any thread. In a forked child the store is closed.
+// Lookups use an in-memory directory, which a thread of the store keeps up to date with the files, including those of
+// other processes. Writers and readers also have threads: no call waits for a disk unless its comment says so. A file
+// that is damaged, foreign or missing counts as not stored; a failed write loses only what it was to write. Calls are
+// thread-safe. In a forked child the store is closed.
 #ifndef KVPAGE_STORE_BLOCK_STORE_H_
 #define KVPAGE_STORE_BLOCK_STORE_H_
 
@@ -29,34 +29,34 @@ namespace kvpage::store {
 struct StoreOptions {
   std::int64_t limit_bytes = std::numeric_limits<std::int64_t>::max();  // of all files
   std::string fingerprint;                                              // of the model
-  std::int64_t file_bytes = std::int64_t{64} << 20;                     // a longer run is split
-  std::int64_t most_queued_bytes = std::int64_t{256} << 20;             // runs that wait for a writer
+  std::int64_t file_bytes = std::int64_t{64} << 20;                     // longer runs are split
+  std::int64_t most_queued_bytes = std::int64_t{256} << 20;             // limit for runs waiting for a writer
   int writers = 2;
   int readers = 4;
   double refresh_seconds = 1;
-  std::shared_ptr<FileIo> io;  // null: the system's
+  std::shared_ptr<FileIo> io;  // null: system calls
 };
 
 struct StoreNumbers {
   std::int64_t files = 0, bytes = 0, limit_bytes = 0;
-  std::int64_t bytes_swapped = 0;  // in files without names
+  std::int64_t bytes_swapped = 0;  // in unnamed files
   std::int64_t lookups = 0, tokens_asked = 0, tokens_found = 0;
   std::int64_t bytes_written = 0, bytes_read = 0;
   std::int64_t blocks_written = 0, blocks_read = 0;
-  double read_bytes_per_second = 0;    // of the latest requests, queueing included; 0: not measured yet
+  double read_bytes_per_second = 0;    // of the latest requests, including queueing; 0: none yet
   LatencyNumbers swap_outs, swap_ins;  // from the call to completion
   std::int64_t bytes_queued = 0;
-  std::int64_t runs_dropped = 0, bytes_dropped = 0;  // the queue was full
+  std::int64_t runs_dropped = 0, bytes_dropped = 0;  // because the queue was full
   std::int64_t failed_writes = 0;
   std::int64_t files_evicted = 0, bytes_evicted = 0;
-  std::vector<std::int64_t> refused;  // [kNumProblems]: files that hold nothing for this store, now
-  std::vector<std::int64_t> missed;   // [kNumProblems]: look-ups and reads that came to nothing
-  std::string last_error;             // of a write, a listing or an eviction
+  std::vector<std::int64_t> refused;  // [kNumProblems]: current number of files that this store cannot use
+  std::vector<std::int64_t> missed;   // [kNumProblems]: failed lookups and reads
+  std::string last_error;             // of writes, listings and evictions
 };
 
 class BlockStore final : public SwapStore, public PrefixStore {
  public:
-  // Finds what is stored before it returns.
+  // Scans the existing files before it returns.
   static Status Open(const std::string& path, StoreOptions options, std::unique_ptr<BlockStore>* out);
   ~BlockStore() override;
 
@@ -70,16 +70,16 @@ class BlockStore final : public SwapStore, public PrefixStore {
                     std::int64_t count) override;
   std::int64_t StoredBlocks(const BlockShape& shape, const std::string& space,
                             const std::vector<std::int32_t>& tokens) override;
-  // All files with blocks of this shape, those before that others continue.
+  // All files with blocks of this shape, parents first.
   std::vector<StoredRun> Runs(const BlockShape& shape);
   std::vector<StoredRun> Lost(const BlockShape& shape, std::int64_t* seen) override;
 
   // Does not write blocks that are already stored.
   bool Write(WriteRun& run) override;
-  // Whether a run of this size fits in the queue within some seconds.
+  // Waits up to `seconds`; returns whether a run of this size fits in the queue.
   bool WaitForRoom(std::int64_t bytes, double seconds);
 
-  // Begins to read; never null.
+  // Starts a read; never returns null.
   std::shared_ptr<ReadTicket> Read(ReadRequest request);
   void Fetch(ReadRequest request) override { static_cast<void>(Read(std::move(request))); }
   double read_bytes_per_second() override;
@@ -88,11 +88,11 @@ class BlockStore final : public SwapStore, public PrefixStore {
   void ReadSwapped(SwapRead read) override;
   void Watch(std::function<bool()> poll) override;
 
-  // Looks for files of other processes now.
+  // Scans for files of other processes now.
   Status Refresh();
   StoreNumbers Numbers();
 
-  // Ends reads and writes that have begun, and drops the others. Safe to call again.
+  // Finishes reads and writes in progress and drops the others. Safe to call again.
   void Close();
 
  private:

@@ -10,13 +10,13 @@
 namespace kvpage::store {
 namespace {
 
-// A change right after a listing may leave the folder's time where it was.
+// A change right after a listing may not change the folder's modification time.
 constexpr double kClockTick = 2;
-// How many rounds of Maintain pass between two looks for what dead writers left.
+// Rounds of Maintain between two checks for files that dead writers left behind.
 constexpr std::int64_t kOrphanRounds = 64;
-// Listing the folder before a write takes at most one in this many seconds: other processes may have written meanwhile.
+// Listing the folder before a write takes at most one in this many seconds; other processes may have written meanwhile.
 constexpr double kListingShare = 20;
-// How much the reads before the latest one still count in the read speed.
+// Weight of earlier reads, relative to the latest, in the read speed.
 constexpr double kReadMemory = 0.75;
 
 }  // namespace
@@ -24,7 +24,7 @@ constexpr double kReadMemory = 0.75;
 Catalog::Catalog(Folder folder, const StoreOptions& options) : folder_(std::move(folder)), options_(options) {
   numbers_.limit_bytes = options.limit_bytes;
   numbers_.missed.resize(kNumProblems);
-  folder_.RemoveOrphans();  // a process that saves or loads once has no other time for it
+  folder_.RemoveOrphans();  // a process that only saves or loads once has no later opportunity
 }
 
 std::vector<StoredPart> Catalog::Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const {
@@ -119,7 +119,7 @@ Status Catalog::Refresh(bool force) {
   std::map<std::string, std::uint64_t> inodes;
   for (const FolderEntry& entry : entries) {
     inodes[entry.name] = entry.inode;
-    // A file that this process wrote since the last time is listed already.
+    // Files written by this process since the last refresh are already listed.
     const auto known = inodes_.find(entry.name);
     const bool same = known == inodes_.end() || known->second == entry.inode;
     if (same && Usable(entry.name)) continue;
@@ -156,7 +156,7 @@ Status Catalog::Refresh(bool force) {
 bool Catalog::Usable(const std::string& name) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const Problem problem = directory_.ProblemOf(name);
-  // What the system refused to read once is tried again.
+  // Files that the system refused to read once are tried again.
   return problem != Problem::kGone && problem != Problem::kUnreadable;
 }
 
@@ -184,7 +184,7 @@ bool Catalog::Evict(std::int64_t limit, const std::set<std::string>& kept) {
     if (bytes() <= limit) return true;
   }
   const FolderLock held = folder_.TryLock();
-  if (!held.ok()) return true;  // whoever evicts now removes enough, or the next one does
+  if (!held.ok()) return true;  // the process that is evicting now, or the next one, removes enough
   NoteError(Refresh(/*force=*/true));
   std::vector<FolderEntry> entries;
   if (const Status status = folder_.List(&entries); !status.ok()) {

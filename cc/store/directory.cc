@@ -220,7 +220,7 @@ std::int64_t Directory::CountForeign(const std::string& fingerprint) const {
 
 std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::map<std::string, double>& used,
                                                  const std::set<std::string>& kept) const {
-  // What each file continues: those that hold the block before its first one.
+  // The files that each file continues: those that hold the block before its first one.
   const auto parents = [&](const File& file) {
     std::set<std::int32_t> found;
     if (file.last < 0 || file.first_block == 0) return found;
@@ -238,7 +238,7 @@ std::vector<std::string> Directory::PlanEviction(std::int64_t limit, const std::
     const File& file = slots_[number];
     if (kept.count(file.name) > 0) return;
     const auto when = used.find(file.name);
-    // What only this process or this version cannot read may serve others.
+    // Files that only this process or this version cannot read may be useful to others.
     const bool useless = file.problem == Problem::kDamaged || file.problem == Problem::kTruncated;
     const double newest = std::numeric_limits<double>::infinity();
     leaves.emplace(useless ? 0 : when == used.end() ? newest : when->second, number);

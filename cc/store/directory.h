@@ -1,5 +1,5 @@
-// Directory: what the files of a store hold, in memory. A tree of token blocks for each identity, as the prefix index
-// has it, whose nodes name the files that hold a block. Hashes find candidates, tokens decide.
+// Directory: in memory, what the files of a store hold. Like the prefix index, it has a tree of token blocks for each
+// identity, whose nodes list the files that hold a block. Hashes only find candidates; tokens are always compared.
 //
 // No locks and no system calls.
 #ifndef KVPAGE_STORE_DIRECTORY_H_
@@ -17,7 +17,7 @@
 
 namespace kvpage::store {
 
-// Blocks [begin, end) of a sequence that a file holds, and which of its blocks the first one is.
+// Blocks [begin, end) of a sequence that a file holds, and the index of the first one in the file.
 struct StoredPart {
   std::string file;
   std::int64_t begin = 0;
@@ -25,7 +25,7 @@ struct StoredPart {
   std::int64_t index = 0;
 };
 
-// A file's blocks as a sequence: its tokens from the beginning.
+// A file's blocks as part of a sequence, whose tokens are given from the start.
 struct StoredRun {
   std::string file;
   std::string space;
@@ -36,25 +36,25 @@ struct StoredRun {
 
 class Directory {
  public:
-  // Adds a file; one of the same name is replaced.
+  // Adds a file; replaces one with the same name.
   void Add(const std::string& name, std::int64_t bytes, const FileHeader& header);
-  // A file that holds nothing for anybody. It counts towards the size all the same.
+  // Adds a file that nobody can use, but that counts towards the size.
   void AddRefused(const std::string& name, std::int64_t bytes, Problem problem);
-  // A file that is there turns out to be of no use.
+  // Marks an existing file as unusable.
   void Refuse(const std::string& name, Problem problem);
   void Remove(const std::string& name);
   bool Has(const std::string& name) const { return files_.count(name) > 0; }
-  // What is wrong with a file; kGone: it is not here.
+  // The problem with a file; kGone if there is no such file.
   Problem ProblemOf(const std::string& name) const;
   std::vector<std::string> Names() const;
 
-  // The longest stored prefix of `tokens`, in whole blocks: parts that follow each other from block 0 on.
+  // The longest stored prefix of `tokens` in full blocks, as consecutive parts starting at block 0.
   std::vector<StoredPart> Find(const Identity& identity, const std::int32_t* tokens, std::int64_t count) const;
   // Whether there are files of this namespace and fingerprint with another shape, and none with this one.
   bool OtherShape(const Identity& identity) const;
-  // What a file holds; a run without tokens if it holds nothing. `identity`: whose.
+  // The contents of a file; a run without tokens if it is unusable. `identity`: whose contents they are.
   StoredRun RunOf(const std::string& name, Identity* identity) const;
-  // All files with this shape and fingerprint, parents before what continues them.
+  // All files with this shape and fingerprint, parents first.
   std::vector<StoredRun> Runs(const BlockShape& shape, const std::string& fingerprint) const;
 
   std::int64_t num_files() const { return static_cast<std::int64_t>(files_.size()); }
@@ -64,9 +64,9 @@ class Directory {
   // Number of files of models with other fingerprints. Takes time linear in the number of models, not of files.
   std::int64_t CountForeign(const std::string& fingerprint) const;
 
-  // Which files to remove until at most `limit` bytes are left, least recently used first, but none before those that
-  // continue it, and none of `kept` nor what those continue. `used`: when each file was used; one that is not there has
-  // just been written.
+  // Chooses files to remove until at most `limit` bytes are left: the least recently used first, but none before the
+  // files that continue it, and none of `kept` or that these continue. `used`: when each file was last used; files
+  // missing there have just been written.
   std::vector<std::string> PlanEviction(std::int64_t limit, const std::map<std::string, double>& used,
                                         const std::set<std::string>& kept = {}) const;
 
@@ -76,7 +76,7 @@ class Directory {
     std::int32_t parent = -1;  // -1: a root
     std::int32_t root = -1;
     std::vector<std::int32_t> tokens;
-    std::vector<std::pair<std::int32_t, std::int64_t>> files;  // (file, which of its blocks)
+    std::vector<std::pair<std::int32_t, std::int64_t>> files;  // (file, index of the block in the file)
     std::int32_t children = 0;
   };
   struct File {
@@ -84,21 +84,21 @@ class Directory {
     std::int64_t bytes = 0;
     std::int64_t first_block = 0;
     std::int64_t end_block = 0;
-    std::int32_t last = -1;  // the node of its last block; -1: refused
+    std::int32_t last = -1;  // node of its last block; -1: refused
     Problem problem = Problem::kNone;
   };
 
   std::int32_t FindRoot(const Identity& identity) const;
   std::int32_t Child(std::int32_t parent, std::uint64_t hash, const std::int32_t* tokens, std::int64_t count) const;
   std::int32_t NewNode(std::int32_t parent, std::uint64_t hash, const std::int32_t* tokens, std::int64_t count);
-  // Removes a node that nobody needs, and its parents likewise.
+  // Removes a node that is no longer needed, and then its parents likewise.
   void Collect(std::int32_t id);
   std::int32_t NewFile(const std::string& name, std::int64_t bytes);
 
   std::vector<Identity> identities_;                              // of roots
-  std::vector<std::int32_t> roots_;                               // their nodes
+  std::vector<std::int32_t> roots_;                               // nodes of the roots
   std::vector<std::int64_t> root_files_;                          // number of files of each
-  std::unordered_multimap<std::uint64_t, std::int32_t> by_hash_;  // nodes that are no roots
+  std::unordered_multimap<std::uint64_t, std::int32_t> by_hash_;  // nodes other than roots
   std::vector<Node> nodes_;
   std::vector<std::int32_t> unused_nodes_;
   std::vector<File> slots_;  // by number

@@ -34,8 +34,7 @@ std::string Quoted(const std::string& text) {
   return out + '"';
 }
 
-// Reads what EncodeHeader writes. Its callers need not care for what else JSON would allow: a decoded header is encoded
-// again and compared.
+// Reads what EncodeHeader writes. It need not handle other valid JSON: a decoded header is encoded again and compared.
 class Scanner {
  public:
   explicit Scanner(const std::string& text, std::size_t begin) : at_(text.data() + begin), end_(&text.back() + 1) {}
@@ -72,7 +71,7 @@ class Scanner {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), *out);
     return error == std::errc() && end == text.data() + text.size();
   }
-  // Numbers with spaces in between.
+  // Numbers separated by spaces.
   template <class Number>
   bool Pair(const char* key, int base, std::vector<Number>* out) {
     std::string text;
@@ -95,7 +94,7 @@ class Scanner {
   const char* const end_;
 };
 
-// The members of the metadata object, without the last one: their checksum.
+// The members of the metadata object except the last one, which is their checksum.
 std::string Metadata(const FileHeader& header) {
   const Identity& identity = header.identity;
   const BlockShape& shape = identity.shape;

@@ -1,9 +1,9 @@
-// The header of a block file: what its blocks are, and a checksum of each.
+// The header of a block file: a description of its blocks, and their checksums.
 //
 // A file is a safetensors container with one tensor, "blocks", uint8 [blocks, ranges, block_bytes]: consecutive logical
-// blocks of one sequence. The metadata says whose they are. It names the tokens of the sequence from its beginning, so
-// that a file can be checked without another one, and is covered by a checksum too. The size of the header follows from
-// what it says apart from the checksums: its space is left free until the blocks have been written.
+// blocks of one sequence. The metadata describes the sequence, with all its tokens from the start, so that a file can
+// be checked without any other; it is protected by a checksum too. The size of the header does not depend on the block
+// checksums: their space is reserved until the blocks have been written.
 #ifndef KVPAGE_STORE_FILE_HEADER_H_
 #define KVPAGE_STORE_FILE_HEADER_H_
 
@@ -13,12 +13,12 @@
 
 namespace kvpage::store {
 
-// Why a file, or a block of one, counts as not stored.
+// Why a file, or a block in a file, counts as not stored.
 enum class Problem : std::uint8_t {
   kNone = 0,
-  kDamaged,      // not what the writer wrote: a checksum, the header
+  kDamaged,      // checksum mismatch or invalid header
   kTruncated,    // shorter or longer than its header says
-  kVersion,      // of another version of this format, or another program's
+  kVersion,      // of another version of this format, or of another program
   kFingerprint,  // of another model
   kGeometry,     // of a cache with another geometry
   kUnreadable,   // the system refuses to open or read it
@@ -28,7 +28,7 @@ enum class Problem : std::uint8_t {
 constexpr int kNumProblems = 9;
 const char* Name(Problem problem);
 
-// How keys and values lie in a block. `layout` describes it in words that are compared.
+// The layout of keys and values in a block. `layout` is a textual description that is compared.
 struct BlockShape {
   std::string layout;
   std::int64_t block_tokens = 0;
@@ -42,10 +42,10 @@ struct BlockShape {
   }
 };
 
-// Sequences are shared only where all of this is equal.
+// Sequences are shared only if all of this is equal.
 struct Identity {
   BlockShape shape;
-  std::string fingerprint;  // of the model whose keys and values they are
+  std::string fingerprint;  // identifies the model
   std::string space;        // namespace
 
   bool operator==(const Identity& other) const {
@@ -56,27 +56,27 @@ struct Identity {
 struct FileHeader {
   Identity identity;
   std::int64_t first_block = 0;
-  std::vector<std::int32_t> tokens;      // from the beginning of the sequence to the end of the last block
+  std::vector<std::int32_t> tokens;      // from the start of the sequence to the end of the last block
   std::vector<std::uint32_t> checksums;  // crc32c of each block
 
   std::int64_t blocks() const { return static_cast<std::int64_t>(checksums.size()); }
   std::int64_t data_bytes() const { return blocks() * identity.shape.bytes(); }
 };
 
-// Where the blocks begin in a file is a multiple of this.
+// Alignment of the first block in a file.
 constexpr std::int64_t kDataAlignment = 4096;
 constexpr std::int64_t kMostHeaderBytes = std::int64_t{64} << 20;
 
-// Hash of a prefix of a sequence, which is the link of a file to those that hold what comes before.
+// Hash of the empty prefix of an identity. Hashes of prefixes link a file to those with the preceding blocks.
 std::uint64_t HashIdentity(const Identity& identity);
 std::uint64_t HashPrefix(const Identity& identity, const std::int32_t* tokens, std::int64_t blocks);
 
-// The beginning of the file, up to the blocks. Its size does not depend on the checksums.
+// The beginning of the file, up to its blocks. Its size does not depend on the checksums.
 std::string EncodeHeader(const FileHeader& header);
-// `bytes` is the beginning of a file up to where its blocks begin.
+// `bytes` is the beginning of a file, up to its blocks.
 Problem DecodeHeader(const std::string& bytes, FileHeader* out);
 
-// The name of a file follows from what it holds.
+// The name of a file, which is determined by its contents.
 std::string FileName(const FileHeader& header);
 extern const char kSuffix[];
 

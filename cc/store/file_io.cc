@@ -49,7 +49,7 @@ int FileIo::Rename(int folder, const char* from, const char* to) { return rename
 int WriteAll(FileIo* io, int fd, std::vector<iovec> parts, std::int64_t offset) {
   const int error = TransferAll(
       parts, offset, [&](const iovec* p, int count, std::int64_t at) { return io->Write(fd, p, count, at); });
-  return error == kEndOfFile ? EIO : error;  // a write of nothing is no progress
+  return error == kEndOfFile ? EIO : error;  // writing zero bytes is not progress
 }
 
 int ReadAll(FileIo* io, int fd, std::vector<iovec> parts, std::int64_t offset) {

@@ -1,4 +1,5 @@
-// System calls on files of the store: whole reads and writes of scattered memory, and the calls that tests make fail.
+// System calls on the store's files: complete transfers between files and scattered memory, and the calls that tests
+// can make fail.
 #ifndef KVPAGE_STORE_FILE_IO_H_
 #define KVPAGE_STORE_FILE_IO_H_
 
@@ -14,7 +15,7 @@
 
 namespace kvpage::store {
 
-// As the calls of the same names: the result, or -1 with errno set.
+// Like the system calls of the same names: the result, or -1 with errno set.
 class FileIo {
  public:
   virtual ~FileIo() = default;
@@ -24,13 +25,13 @@ class FileIo {
   virtual int Rename(int folder, const char* from, const char* to);
 };
 
-// Transfer everything, in as many calls as it takes. Return an errno, 0: done; ReadAll also kEndOfFile. `parts` is used
-// up.
+// Transfer everything, in as many calls as necessary. Return 0 or an errno; ReadAll may also return kEndOfFile. `parts`
+// is consumed.
 constexpr int kEndOfFile = -1;
 int WriteAll(FileIo* io, int fd, std::vector<iovec> parts, std::int64_t offset);
 int ReadAll(FileIo* io, int fd, std::vector<iovec> parts, std::int64_t offset);
 
-// "cannot <what>: <text of the errno>". A full disk or quota is RESOURCE_EXHAUSTED.
+// "cannot <what>: <text of the errno>". RESOURCE_EXHAUSTED if the disk or the quota is full.
 Status FileError(const std::string& what, int error);
 
 }  // namespace kvpage::store

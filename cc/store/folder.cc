@@ -19,7 +19,7 @@ namespace {
 
 constexpr char kTemporary[] = ".writing-";
 constexpr char kLock[] = ".lock";
-// A file is locked right after it has been made; a lock that is missing later is that of a writer which has ended.
+// A file is locked right after it is created; if the lock is missing later, its writer has ended.
 constexpr double kOrphanSeconds = 60;
 
 bool EndsWith(const std::string& name, const char* suffix) {
@@ -27,10 +27,10 @@ bool EndsWith(const std::string& name, const char* suffix) {
   return name.size() > size && name.compare(name.size() - size, size, suffix) == 0;
 }
 
-// Calls visit(name, status) for each plain file. Returns an errno.
+// Calls visit(name, status) for each regular file. Returns 0 or an errno.
 template <class Visit>
 int ForEachFile(int folder, const Visit& visit) {
-  // A descriptor of its own: the position in a directory is shared by duplicates.
+  // A new descriptor, because duplicates share the position in a directory.
   const int fd = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) return errno;
   const auto shut = [](DIR* list) { closedir(list); };
@@ -93,7 +93,7 @@ bool Folder::Has(const std::string& name) const {
 }
 
 Fd Folder::OpenFile(const std::string& name) const {
-  // A pipe that somebody left under the name is not to be waited for.
+  // Do not wait if somebody put a pipe there under this name.
   return Fd(openat(fd(), name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
 }
 
@@ -102,7 +102,7 @@ Status Folder::MakeTemporary(std::string* name, Fd* out) const {
   for (int tries = 0; tries < 100; ++tries) {
     *name = kTemporary + std::to_string(getpid()) + "-" + std::to_string(counter.fetch_add(1));
     Fd made(openat(fd(), name->c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
-    if (!made.ok() && errno == EEXIST) continue;  // another process had this number, perhaps in another container
+    if (!made.ok() && errno == EEXIST) continue;  // another process used this number, perhaps in another container
     if (!made.ok()) return FileError("make a file in " + path_, errno);
     flock(made.get(), LOCK_EX | LOCK_NB);
     *out = std::move(made);

@@ -1,4 +1,4 @@
-// Folder: the directory of a store on disk. Files are looked at by their names in it and no symbolic link is followed,
+// Folder: the directory of a store on disk. Files are accessed by their names in it and no symbolic link is followed,
 // so that nothing outside is read, written or removed.
 #ifndef KVPAGE_STORE_FOLDER_H_
 #define KVPAGE_STORE_FOLDER_H_
@@ -16,11 +16,11 @@ namespace kvpage::store {
 struct FolderEntry {
   std::string name;
   std::int64_t bytes = 0;
-  double used = 0;  // when it was written or last read, seconds since the epoch
+  double used = 0;  // when it was written or last read, in seconds since the epoch
   std::uint64_t inode = 0;
 };
 
-// The lock of the process that evicts. It ends with this object, though a forked child may hold the descriptor still.
+// The lock of the process that evicts. Released with this object, even if a forked child still has the descriptor.
 class FolderLock {
  public:
   explicit FolderLock(Fd file) : file_(std::move(file)) {}
@@ -36,28 +36,28 @@ class FolderLock {
 
 class Folder {
  public:
-  // The directory is made if it is missing (its parent is not), for its user alone.
+  // Opens the directory; creates it if it is missing (but not its parent), accessible by its user only.
   static Status Open(const std::string& path, Folder* out);
-  // The same for a directory that exists; an error if it does not.
+  // Opens an existing directory; an error if it does not exist.
   static Status Find(const std::string& path, Folder* out);
 
   const std::string& path() const { return path_; }
   int fd() const { return fd_.get(); }
-  // All block files, in no order.
+  // Lists all block files, in no particular order.
   Status List(std::vector<FolderEntry>* out) const;
-  // When files last came or went, and the time now, in seconds since the epoch.
+  // When files were last added or removed, and the current time, in seconds since the epoch.
   double ChangeTime() const;
   static double Now();
   bool Has(const std::string& name) const;
-  // For reading; not ok with errno set.
+  // Opens a file for reading; if that fails, the Fd is not ok and errno is set.
   Fd OpenFile(const std::string& name) const;
-  // A new file, for reading and writing, that no look-up finds, locked while it is open.
+  // Creates a file for reading and writing that no lookup finds, locked while it is open.
   Status MakeTemporary(std::string* name, Fd* out) const;
-  // Whether the file is gone now.
+  // Returns whether the file is gone afterwards.
   bool Remove(const std::string& name) const;
-  // One process at a time evicts; not ok when another one does.
+  // Only one process at a time may evict; the lock is not ok if another one has it.
   FolderLock TryLock() const;
-  // Removes what writers left that have ended.
+  // Removes files left behind by writers that have ended.
   void RemoveOrphans() const;
 
  private:

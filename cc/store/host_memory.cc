@@ -21,7 +21,7 @@ Status HostMemory::Take(std::int64_t bytes, std::int64_t count, const MakeBuffer
   std::vector<HostBuffer> taken;
   std::int64_t missing = 0;
   {
-    std::vector<HostBuffer> gone;  // freed after the lock: that may take a while
+    std::vector<HostBuffer> gone;  // freed after the lock is released, as that may take a while
     const std::lock_guard<std::mutex> lock(mutex_);
     if (count > (limit_bytes_ - used_bytes_) / bytes) {
       return ResourceExhausted(std::to_string(count * bytes) +
@@ -36,7 +36,7 @@ Status HostMemory::Take(std::int64_t bytes, std::int64_t count, const MakeBuffer
     free_bytes_ -= reused * bytes;
     used_bytes_ += reused * bytes;
     missing = count - reused;
-    // It fits, as everything that is not in use may go.
+    // This fits, because everything that is not in use can be freed.
     static_cast<void>(MakeRoom(missing * bytes, &gone));
     used_bytes_ += missing * bytes;
   }

@@ -1,7 +1,7 @@
 // HostMemory: the buffers of a HostStore, within its limit.
 //
-// Pinning memory takes the system much longer than a copy, so buffers are kept and used again; they go only where
-// others of another size need their room, and when the store is closed. Buffers in use may outlive the store.
+// Pinning memory takes the system much longer than a copy, so buffers are kept for reuse. They are freed only to make
+// room for buffers of another size, and when the store is closed. Buffers in use may outlive the store.
 #ifndef KVPAGE_STORE_HOST_MEMORY_H_
 #define KVPAGE_STORE_HOST_MEMORY_H_
 
@@ -21,20 +21,21 @@ class HostMemory {
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
 
-  // `count` buffers of `bytes` each. All or none: RESOURCE_EXHAUSTED where they do not fit, or what `make` fails with.
+  // Takes `count` buffers of `bytes` each. All or nothing: fails with RESOURCE_EXHAUSTED if they do not fit, or with
+  // the error of `make`.
   Status Take(std::int64_t bytes, std::int64_t count, const MakeBuffer& make, std::vector<HostBuffer>* out);
-  // Gives buffers of that size back.
+  // Returns buffers of this size.
   void Return(std::int64_t bytes, std::vector<HostBuffer> buffers);
-  // From now on buffers go as they come back.
+  // From now on buffers are freed when they are returned.
   void Close();
 
   std::int64_t limit_bytes() const { return limit_bytes_; }
-  std::int64_t used_bytes() const;    // in buffers that are taken
-  std::int64_t room() const;          // for more buffers
+  std::int64_t used_bytes() const;    // in buffers in use
+  std::int64_t room() const;          // available for more buffers
   std::int64_t pinned_bytes() const;  // in all buffers
 
  private:
-  // Lets unused buffers go until `bytes` more fit; false: they do not.
+  // Frees unused buffers until `bytes` more fit; returns false if they do not.
   bool MakeRoom(std::int64_t bytes, std::vector<HostBuffer>* gone);
 
   const std::int64_t limit_bytes_;

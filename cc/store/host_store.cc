@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
 
-// How much a new measurement counts.
+// Weight of a new measurement.
 constexpr double kNewest = 0.25;
 
 Status MakePlainBuffer(std::int64_t bytes, HostBuffer* out) {
@@ -41,7 +41,7 @@ class HostStore::Image final : public SwapImage {
   std::int64_t bytes() const override { return blocks() * shape_.bytes(); }
   bool outlives_failures() const override { return true; }
   char* block(std::int64_t i) const { return buffers_[i].get(); }
-  // Copies a block to where it belongs.
+  // Copies a block to its destination.
   Status Place(const SwapRead& read, std::int64_t i) const {
     if (read.place) return read.place(i, 1, block(i));
     for (std::int64_t range = 0; range < shape_.ranges; ++range) {
@@ -66,7 +66,7 @@ HostStore::HostStore(std::int64_t limit_bytes)
 HostStore::~HostStore() {
   Close();
   if (here()) return;
-  // In a forked child its threads are missing, and its locks may be held for ever.
+  // In a forked child the store's threads do not exist, and its locks may never be released.
   [[maybe_unused]] const void* left_alive = writes_.release();
   left_alive = reads_.release();
   left_alive = prefixes_.release();
@@ -158,7 +158,7 @@ void HostStore::ReadSwapped(SwapRead read) {
 }
 
 void HostStore::WorkOn(SwapRead& read) {
-  const auto& image = static_cast<const Image&>(*read.image);  // as a store makes its images itself
+  const auto& image = static_cast<const Image&>(*read.image);  // the store creates all of its images itself
   const std::int64_t bytes = image.bytes();
   Status status;
   std::int64_t good = 0;
@@ -184,7 +184,7 @@ void HostStore::Watch(std::function<bool()> poll) {
   try {
     watcher_->Add(std::move(poll));
   } catch (const std::exception& error) {
-    NoteError(NoThreads(error), &HostNumbers::failed_writes);  // the pool's own calls look after it
+    NoteError(NoThreads(error), &HostNumbers::failed_writes);  // the pool's own calls continue it
   }
 }
 
@@ -207,7 +207,7 @@ void HostStore::Close() {
   const std::lock_guard<std::mutex> join(join_mutex_);  // several threads may close it
   watcher_->Stop();
   {
-    // Nobody makes a queue from now on.
+    // From now on nobody creates a queue.
     const std::lock_guard<std::mutex> lock(queues_mutex_);
   }
   if (writes_ != nullptr) {

@@ -29,8 +29,8 @@ struct HostNumbers {
   std::int64_t limit_bytes = 0, used_bytes = 0, pinned_bytes = 0;
   // For swapped sequences:
   std::int64_t bytes_written = 0, bytes_read = 0;
-  double read_bytes_per_second = 0;  // of the latest reads, with the time they were queued; 0: none yet
-  std::int64_t refused_writes = 0;   // they did not fit
+  double read_bytes_per_second = 0;  // of the latest reads, including queueing; 0: none yet
+  std::int64_t refused_writes = 0;   // did not fit
   std::int64_t failed_writes = 0, failed_reads = 0;
   std::string last_error;
   LatencyNumbers swap_outs, swap_ins;  // from the call to completion
@@ -55,7 +55,7 @@ class HostStore final : public SwapStore {
   HostPrefixes& prefixes() const { return *prefixes_; }
 
   HostNumbers Numbers() const;
-  // Ends copies that have begun, and drops the others. Safe to call again.
+  // Finishes copies in progress and drops the others. Safe to call again.
   void Close();
 
  private:
