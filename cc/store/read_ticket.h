@@ -1,4 +1,4 @@
-// ReadTicket: how far a read of stored blocks has come.
+// ReadTicket: the progress of a read of stored blocks.
 #ifndef KVPAGE_STORE_READ_TICKET_H_
 #define KVPAGE_STORE_READ_TICKET_H_
 
@@ -14,18 +14,17 @@ namespace kvpage::store {
 
 class ReadTicket {
  public:
-  // `blocks` are asked for, in `pieces`.
+  // For `blocks` blocks that are read in `pieces` pieces.
   ReadTicket(std::int64_t blocks, std::int64_t pieces, Problem problem)
       : problem_(problem), good_(blocks), pieces_(pieces) {}
 
   bool ready() const { return Wait(0); }
-  // Whether it is ready within some seconds.
+  // Waits up to `seconds`; returns whether it is ready.
   bool Wait(double seconds) const {
     std::unique_lock<std::mutex> lock(mutex_);
     return changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return pieces_ == 0; });
   }
-  // Once it is ready: how many of the blocks have been read, from the first one on, and why not all. Those behind may
-  // hold anything.
+  // When it is ready: the number of leading blocks that were read, and why not all. Later blocks may contain anything.
   std::int64_t blocks() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return good_;
@@ -35,7 +34,8 @@ class ReadTicket {
     return problem_;
   }
 
-  // A piece is done. With a problem only the blocks before `good` are there. Returns whether it was the last piece.
+  // Called when a piece is done. If there was a problem, only the blocks before `good` are valid. Returns whether it
+  // was the last piece.
   bool Finish(Problem problem, std::int64_t good) {
     bool last = false;
     {

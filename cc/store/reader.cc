@@ -21,7 +21,7 @@ struct Reader::Order {
   std::shared_ptr<ReadTicket> ticket;
 };
 
-// A file that the pieces of an order share. The first one opens it.
+// A file shared by the pieces of an order. The first piece opens it.
 struct Reader::File {
   StoredPart part;
   std::once_flag once;
@@ -96,7 +96,7 @@ std::shared_ptr<ReadTicket> Reader::Read(ReadRequest request) {
     if (from >= to) continue;
     const auto file = std::make_shared<File>();
     file->part = part;
-    // Equal pieces, so that none is short.
+    // Pieces of equal size, so that none is short.
     const std::int64_t count = std::max<std::int64_t>((to - from) / most, 1);
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t at = from + (to - from) * i / count, next = from + (to - from) * (i + 1) / count;

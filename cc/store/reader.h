@@ -1,5 +1,5 @@
-// Reader: stored blocks on their way into memory. A request is cut into pieces, of 2 MiB or more where it is that long,
-// that several threads read at a time; each block is checked as soon as it is there.
+// Reader: reads stored blocks into memory. A request is cut into pieces, of at least 2 MiB if it is that long, which
+// several threads read concurrently; each block is checked as soon as it has been read.
 #ifndef KVPAGE_STORE_READER_H_
 #define KVPAGE_STORE_READER_H_
 
@@ -18,20 +18,20 @@ class Reader {
   ~Reader() { Stop(); }
 
   std::shared_ptr<ReadTicket> Read(ReadRequest request);
-  // Ends the pieces that have begun. The others are not read.
+  // Finishes the pieces in progress. The others are not read.
   void Stop();
 
  private:
   struct File;
   struct Order;
-  // Blocks of one file, the first of them the `index`-th of the file and the `at`-th of the order.
+  // Blocks of one file; the first is the `index`-th of the file and the `at`-th of the order.
   struct Piece {
     std::shared_ptr<Order> order;
     std::shared_ptr<File> file;
     std::int64_t index = 0, at = 0, blocks = 0;
   };
   void Work(Piece& piece);
-  // A piece of an order is done; the last one ends the order.
+  // Called when a piece of an order is done; the last piece completes the order.
   void Finish(const Order& order, Problem problem, std::int64_t good);
 
   Catalog* const catalog_;

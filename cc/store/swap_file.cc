@@ -15,7 +15,7 @@ SwapFile::SwapFile(BlockShape shape, Fd fd) : process_(getpid()), shape_(std::mo
 
 SwapFile::~SwapFile() {
   if (getpid() != process_) return;  // a forked child has a copy of the descriptor, and the parent still needs the file
-  // Such a copy must not keep the disk full.
+  // The child's copy must not keep disk space allocated.
   static_cast<void>(ftruncate(fd_.get(), 0) == 0);
   if (on_end_) on_end_();
 }
@@ -26,7 +26,7 @@ Status SwapFile::Write(FileIo* io, const Folder& folder, const BlockShape& shape
   std::string name;
   Fd fd;
   KVPAGE_RETURN_IF_ERROR(folder.MakeTemporary(&name, &fd));
-  // A process that is killed in between leaves an empty file, which is removed as those of other dead writers are.
+  // If the process is killed before this, it leaves an empty file, which is removed like those of other dead writers.
   if (!folder.Remove(name)) return FileError("remove " + name + " from " + folder.path(), errno);
   const std::string what = "write to " + folder.path();
   std::shared_ptr<SwapFile> file(new SwapFile(shape, std::move(fd)));
@@ -42,7 +42,7 @@ Status SwapFile::Write(FileIo* io, const Folder& folder, const BlockShape& shape
     const int error = WriteAll(io, file->fd_.get(), {part}, begin * shape.bytes());
     if (error != 0) return FileError(what, error);
   }
-  // What the disk refuses only now would be lost: the blocks' memory is given to others next.
+  // Sync now: a later error would lose the data, because the memory of the blocks is reused next.
   if (io->Sync(file->fd_.get()) != 0) return FileError(what, errno);
   *out = std::move(file);
   return {};

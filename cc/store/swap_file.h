@@ -1,5 +1,5 @@
-// SwapFile: blocks that this process has written for itself. The file has no name, so that the system removes it when
-// the process ends, however that happens, and no look-up finds it. Its checksums are in memory.
+// SwapFile: blocks that this process has written for itself. The file has no name, so the system removes it when the
+// process ends for any reason, and no lookup finds it. Its checksums are in memory.
 #ifndef KVPAGE_STORE_SWAP_FILE_H_
 #define KVPAGE_STORE_SWAP_FILE_H_
 
@@ -24,7 +24,7 @@ class SwapFile final : public SwapImage {
   SwapFile(const SwapFile&) = delete;
   SwapFile& operator=(const SwapFile&) = delete;
 
-  // Writes blocks, and returns when they are on disk. A copy that is refused ends it with an OK status and no file.
+  // Writes blocks, and returns when they are on disk. If a copy is refused, returns an OK status and no file.
   static Status Write(FileIo* io, const Folder& folder, const BlockShape& shape, std::int64_t blocks,
                       const SwapWrite::CopyBlocks& copy, std::shared_ptr<SwapFile>* out);
 
@@ -32,10 +32,10 @@ class SwapFile final : public SwapImage {
   std::int64_t blocks() const override { return static_cast<std::int64_t>(checksums_.size()); }
   std::int64_t bytes() const override { return blocks() * shape_.bytes(); }
   bool outlives_failures() const override { return false; }
-  // Reads `count` blocks from `begin` on to `destinations`, [count, ranges]. `good`: the first ones that are what was
-  // written.
+  // Reads `count` blocks, starting at `begin`, to `destinations`, [count, ranges]. `good`: number of leading blocks
+  // that are correct.
   Problem Read(FileIo* io, std::int64_t begin, std::int64_t count, char* const* destinations, std::int64_t* good) const;
-  // Called when the file goes. Set it before another thread has the file.
+  // Called when the file is destroyed. Set it before another thread has the file.
   void set_on_end(std::function<void()> on_end) { on_end_ = std::move(on_end); }
 
  private:

@@ -16,14 +16,14 @@ constexpr std::int64_t kAnyNumber = std::numeric_limits<std::int64_t>::max();
 
 Status Closed() { return FailedPrecondition("the store was closed before the blocks were written", Reason::kClosed); }
 
-// A store makes its images itself.
+// The store creates all of its images itself.
 const SwapFile& FileOf(const SwapRead& read) { return static_cast<const SwapFile&>(*read.image); }
 
 }  // namespace
 
 struct Swapper::Account {
   std::mutex mutex;
-  Catalog* catalog = nullptr;  // null: it is gone
+  Catalog* catalog = nullptr;  // null if it was destroyed
 
   void Return(std::int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -31,7 +31,7 @@ struct Swapper::Account {
   }
 };
 
-// A read, whose pieces several threads work on.
+// A read whose pieces several threads process.
 struct Swapper::Order {
   SwapRead read;
   std::mutex mutex;
@@ -120,7 +120,7 @@ void Swapper::Read(SwapRead read) {
   order->read = std::move(read);
   const SwapFile& file = FileOf(order->read);
   order->good = file.blocks();
-  // Equal pieces, so that none is short.
+  // Pieces of equal size, so that none is short.
   const std::int64_t most = std::max<std::int64_t>(kPieceBytes / file.shape().bytes(), 1);
   const std::int64_t count = std::max<std::int64_t>(file.blocks() / most, 1);
   order->pieces = count;
@@ -136,7 +136,7 @@ void Swapper::Read(SwapRead read) {
                 std::make_unique<WorkQueue<Piece>>(options_.readers, kAnyNumber, [this](Piece& each) { WorkOn(each); });
           }
           if (reads_->Offer(piece, (piece.end - piece.begin) * file.shape().bytes())) continue;
-        } catch (const std::exception&) {  // the system has no more threads
+        } catch (const std::exception&) {  // cannot start a thread
           problem = Problem::kUnreadable;
         }
       }
@@ -196,7 +196,7 @@ void Swapper::Finish(const Piece& piece, Problem problem, std::int64_t good) {
     catalog_->NoteRead(order.good * FileOf(order.read).shape().bytes(), seconds);
     catalog_->NoteSwapIn(seconds);
   }
-  order.read.image.reset();  // before anybody looks at what is on disk
+  order.read.image.reset();  // before anybody checks what is on disk
   order.read.done(order.problem, order.good);
 }
 
@@ -205,7 +205,7 @@ void Swapper::Stop() {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopped_ = true;
   }
-  // Nobody makes or uses a queue from now on.
+  // From now on nobody creates or uses a queue.
   if (writes_ != nullptr) {
     for (const SwapWrite& write : writes_->Stop()) write.done(Closed(), nullptr);
   }

@@ -1,6 +1,6 @@
-// Swapper: blocks of swapped sequences on their way to disk and back (swap_file.h). It has threads apart from those of
-// the writer and the reader: what is swapped out frees memory that somebody waits for, and does not stand in line
-// behind prefixes that are only saved. They start with the first use.
+// Swapper: writes blocks of swapped sequences to disk and reads them back (swap_file.h). Its threads are separate from
+// those of the writer and the reader: swapping out frees memory that somebody is waiting for, and should not queue
+// behind prefixes that are merely saved. They start on first use.
 #ifndef KVPAGE_STORE_SWAPPER_H_
 #define KVPAGE_STORE_SWAPPER_H_
 
@@ -22,18 +22,18 @@ class Swapper {
   // See BlockStore.
   void Write(SwapWrite write);
   void Read(SwapRead read);
-  // Ends the work that has begun; the rest is done with an error.
+  // Finishes the work in progress; the rest completes with an error.
   void Stop();
 
  private:
   struct Order;
   struct Piece;
-  // What files count on while they live, which may be longer than the store does.
+  // Where files account for their space while they exist, which may be longer than the store.
   struct Account;
 
   void WorkOn(SwapWrite& write);
   void WorkOn(Piece& piece);
-  // `good`: of the blocks, the first ones that are where they belong.
+  // `good`: number of leading blocks that are in place.
   Problem ReadPiece(const SwapFile& file, const SwapRead& read, std::int64_t begin, std::int64_t count,
                     std::int64_t* good);
   Status WriteFile(const SwapWrite& write, std::shared_ptr<SwapFile>* out);

@@ -1,4 +1,5 @@
-// Watcher: a thread that polls for what nothing announces, such as marks that programs on a device leave in memory.
+// Watcher: a thread that polls for events that are not announced, such as marks that programs on a device leave in
+// memory.
 #ifndef KVPAGE_STORE_WATCHER_H_
 #define KVPAGE_STORE_WATCHER_H_
 
@@ -23,8 +24,8 @@ class Watcher {
   Watcher(const Watcher&) = delete;
   Watcher& operator=(const Watcher&) = delete;
 
-  // Calls `poll` until it returns true or Stop comes. The first call starts the thread, which throws where the system
-  // has no more of them.
+  // Calls `poll` until it returns true or Stop is called. The first call starts the thread, and throws if the system
+  // has no more threads.
   void Add(Poll poll) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -34,7 +35,7 @@ class Watcher {
     }
     changed_.notify_all();
   }
-  // Waits for a poll that is under way.
+  // Waits for a poll in progress.
   void Stop() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -45,7 +46,7 @@ class Watcher {
   }
 
  private:
-  // The pauses grow while nothing happens.
+  // The intervals grow while nothing happens.
   static constexpr std::chrono::microseconds kShortest{50}, kLongest{2000};
 
   void Run() {
@@ -66,7 +67,7 @@ class Watcher {
       lock.unlock();
       const auto done = std::remove_if(polls.begin(), polls.end(), [](const Poll& poll) { return poll(); });
       pause = done == polls.end() ? std::min(2 * pause, kLongest) : kShortest;
-      polls.erase(done, polls.end());  // what they hold goes without the lock
+      polls.erase(done, polls.end());  // what they hold is destroyed without the lock
       lock.lock();
     }
   }

@@ -1,4 +1,4 @@
-// WorkQueue: items that threads of the queue work on, first come first served, up to a limit of bytes.
+// WorkQueue: a FIFO queue of items for its own threads, with a limit in bytes.
 #ifndef KVPAGE_STORE_WORK_QUEUE_H_
 #define KVPAGE_STORE_WORK_QUEUE_H_
 
@@ -17,8 +17,8 @@ namespace kvpage::store {
 template <class Item>
 class WorkQueue {
  public:
-  // Items count until their work is done; they may have `most_bytes` together. The queue takes one larger item when it
-  // has no other.
+  // Items count until their work is done, up to a total of `most_bytes`. If the queue is empty it accepts one larger
+  // item.
   WorkQueue(int threads, std::int64_t most_bytes, std::function<void(Item&)> work)
       : most_bytes_(most_bytes), work_(std::move(work)) {
     try {
@@ -43,7 +43,7 @@ class WorkQueue {
     changed_.notify_all();
     return true;
   }
-  // Whether an item of this size fits within some seconds; a stopped queue takes none.
+  // Waits up to `seconds`; returns whether an item of this size fits. A stopped queue accepts none.
   bool WaitForRoom(std::int64_t bytes, double seconds) {
     std::unique_lock<std::mutex> lock(mutex_);
     return Wait(lock, seconds, [&] { return stopped_ || Fits(bytes); }) && !stopped_;
@@ -52,7 +52,7 @@ class WorkQueue {
     const std::lock_guard<std::mutex> lock(mutex_);
     return bytes_;
   }
-  // Waits for what is being worked on. Returns the items that nobody has begun with.
+  // Waits for items in progress. Returns the items that have not been started.
   std::vector<Item> Stop() {
     std::vector<Item> left;
     {
@@ -93,7 +93,7 @@ class WorkQueue {
       const std::int64_t bytes = entry.bytes;
       {
         const Item gone = std::move(entry.item);
-      }  // what it holds goes before its bytes no longer count
+      }  // what the item holds is destroyed before its bytes are released
       lock.lock();
       bytes_ -= bytes;
       changed_.notify_all();

@@ -65,7 +65,7 @@ Status Writer::WriteFiles(const WriteRun& run) {
       return ResourceExhausted("a file of " + std::to_string(bytes) + " bytes does not fit in a store of " +
                                std::to_string(options_.limit_bytes));
     }
-    // What this file continues must stay: nobody would find it otherwise.
+    // The files that this file continues must be kept, because it could not be found without them.
     std::set<std::string> kept;
     for (const StoredPart& part :
          catalog_->Find(header.identity, run.tokens.data(), static_cast<std::int64_t>(run.tokens.size()))) {

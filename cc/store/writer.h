@@ -1,4 +1,4 @@
-// Writer: blocks on their way to disk, by threads behind a bounded queue.
+// Writer: writes blocks to disk with threads behind a bounded queue.
 #ifndef KVPAGE_STORE_WRITER_H_
 #define KVPAGE_STORE_WRITER_H_
 
@@ -20,7 +20,7 @@ class Writer {
   bool Write(WriteRun& run);
   bool WaitForRoom(std::int64_t bytes, double seconds) { return queue_.WaitForRoom(bytes, seconds); }
   std::int64_t bytes_queued() const { return queue_.bytes(); }
-  // Ends the runs that have begun. The others are not written.
+  // Finishes the runs in progress. The others are not written.
   void Stop();
 
  private:
