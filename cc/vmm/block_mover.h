@@ -1,7 +1,8 @@
-// BlockMover: copies between blocks that the host cannot read or write where they lie and memory of the host.
+// BlockMover: copies between host memory and blocks that the host cannot access directly.
 //
-// For threads that belong to no pool. All calls may come from any thread; each returns when its copies are done, and
-// waits for these copies only. What programs do with the blocks meanwhile is the caller's concern: they must not write
+// For threads that belong to no pool. All calls are thread-safe; each returns when its copies are done, and waits for
+// these copies only. The caller must make sure that programs neither write blocks that are being read nor use blocks
+// that are being written.
 // blocks that are read, nor use blocks that are written.
 #ifndef KVPAGE_VMM_BLOCK_MOVER_H_
 #define KVPAGE_VMM_BLOCK_MOVER_H_
@@ -27,12 +28,12 @@ class BlockMover {
     char* block;
     const char* host;
   };
-  // Copies `bytes` each. After a failure the targets may hold anything.
+  // Copies `bytes` each. After a failure the targets may contain anything.
   virtual Status Copy(const std::vector<ToHost>& copies, std::int64_t bytes) = 0;
   virtual Status Copy(const std::vector<ToBlock>& copies, std::int64_t bytes) = 0;
 
-  // Memory of the host that copies reach directly; for copies of every mover of the process. Others go through a
-  // buffer of the driver's. Freed with its last owner.
+  // Allocates host memory that the copies of every mover in the process can reach directly; other memory is copied
+  // through a buffer of the driver. Freed with its last owner.
   virtual Status MakeBuffer(std::int64_t bytes, std::shared_ptr<char>* out) = 0;
 };
 

@@ -1,4 +1,4 @@
-// Compile-time checks of cuda_abi.h against CUDA's header, where that is found.
+// Compile-time checks of cuda_abi.h against CUDA's header, if it is found.
 #include "vmm/cuda_abi.h"
 
 #if __has_include(<cuda.h>)
@@ -9,7 +9,7 @@
 namespace kvpage::cu {
 namespace {
 
-// One argument of both declarations: same size, same kind of register.
+// Compares one argument in both declarations: same size and same kind of register.
 template <class Ours, class Theirs>
 constexpr bool SameArgument() {
   return sizeof(Ours) == sizeof(Theirs) && std::is_pointer_v<Ours> == std::is_pointer_v<Theirs> &&

@@ -1,5 +1,5 @@
-// The part of the CUDA driver's binary interface that the cache uses, declared here so that a machine without CUDA's
-// headers builds and tests every line that talks to the driver. Where cuda.h is found, cuda_abi.cc checks each number,
+// The part of the CUDA driver's binary interface that the cache uses. It is declared here so that a machine without
+// CUDA's headers builds and tests every line that calls the driver. If cuda.h is found, cuda_abi.cc checks each number,
 // layout, symbol and signature below against it.
 #ifndef KVPAGE_VMM_CUDA_ABI_H_
 #define KVPAGE_VMM_CUDA_ABI_H_
@@ -21,7 +21,7 @@ using Device = int;
 using DevicePtr = unsigned long long;
 using MemHandle = unsigned long long;
 
-// The driver may return other numbers: Driver::Explain asks it for their names.
+// The driver may return other numbers; Driver::Explain asks it for their names.
 enum class Result : std::int32_t {
   kSuccess = 0,
   kInvalidValue = 1,
@@ -52,7 +52,7 @@ enum class Attribute : std::int32_t {
   kL2CacheBytes = 38,
   kMajor = 75,
   kMinor = 76,
-  kMaxSharedBytesPerBlock = 97,  // by opting in
+  kMaxSharedBytesPerBlock = 97,  // with opt-in
   kVirtualMemory = 102,
   kPosixHandles = 103,
 };

@@ -12,7 +12,7 @@
 
 namespace kvpage {
 
-// Holds the primary context of one device for as long as it lives.
+// Retains the primary context of one device while it exists.
 class CudaContext {
  public:
   // `ordinal` counts the devices that CUDA_VISIBLE_DEVICES makes visible, as in JAX.
@@ -52,8 +52,8 @@ class ContextScope {
   Status status_;
 };
 
-// While it lives, this thread may make any call although it captures a stream: what is mapped and copied is no work of
-// the captured stream.
+// While it exists, this thread may make any call even if it captures a stream: mapping and copying are not work of the
+// captured stream.
 class UncapturedScope {
  public:
   explicit UncapturedScope(const Driver& driver);
@@ -63,7 +63,7 @@ class UncapturedScope {
 
  private:
   const Driver& driver_;
-  cu::CaptureMode mode_ = cu::CaptureMode::kRelaxed;  // then the thread's before
+  cu::CaptureMode mode_ = cu::CaptureMode::kRelaxed;  // inside the scope; afterwards the thread's previous mode
   const bool exchanged_;
 };
 
@@ -74,12 +74,12 @@ struct DeviceDescription {
   int multiprocessors = 0;
   std::int64_t total_bytes = 0;
   bool virtual_memory = false;
-  bool posix_handles = false;    // memory can be shared with other processes by file descriptors
-  std::int64_t granularity = 0;  // of mappings; 0 without virtual memory
+  bool posix_handles = false;    // file descriptors can share memory with other processes
+  std::int64_t granularity = 0;  // of mappings; 0 without virtual memory management
   std::int64_t recommended_granularity = 0;
 };
 Status DescribeDevice(const Driver& driver, int ordinal, DeviceDescription* out);
-// Memory of the context's device that is free now, for the capacity of a pool that is to have a share of it.
+// Free memory of the context's device, for a pool whose capacity is a share of it.
 Status FreeDeviceBytes(const CudaContext& context, std::int64_t* out);
 Status CountDevices(const Driver& driver, int* count);
 

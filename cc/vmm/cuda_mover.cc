@@ -35,7 +35,7 @@ Status CudaMover::Run(Lane* lane, const std::function<Status(cu::Stream)>& queue
   KVPAGE_RETURN_IF_ERROR(scope.status());
   const UncapturedScope uncaptured(driver());
   Status status = queue(lane->stream);
-  // Also after an error: the memory of copies that were queued before it is the caller's to free.
+  // Wait even after an error: the caller may free the memory of copies that were queued before it.
   const cu::Result done = driver().StreamSynchronize(lane->stream);
   if (!status.ok() || done == cu::Result::kSuccess) return status;
   return driver().Explain(done, cu::Call::kStreamSynchronize, "after copies of blocks");

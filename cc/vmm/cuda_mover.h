@@ -1,7 +1,7 @@
-// CudaMover: blocks of a CUDA device to pinned memory and back, on a stream for each direction.
+// CudaMover: copies blocks of a CUDA device to pinned memory and back, on one stream per direction.
 //
-// The streams are non-blocking and nobody else's: they wait for no program, and no program waits for them. Neither the
-// context nor a stream of XLA's is synchronised, and nothing here disturbs the capture of a graph, in whatever thread.
+// The streams are non-blocking and private: they wait for no program, and no program waits for them. Neither the
+// context nor one of XLA's streams is synchronised, and graph captures are not disturbed in any thread.
 #ifndef KVPAGE_VMM_CUDA_MOVER_H_
 #define KVPAGE_VMM_CUDA_MOVER_H_
 
@@ -29,7 +29,7 @@ class CudaMover final : public BlockMover {
   Status MakeBuffer(std::int64_t bytes, std::shared_ptr<char>* out) override;
 
  private:
-  // One batch of copies at a time.
+  // Runs one batch of copies at a time.
   struct Lane {
     std::mutex mutex;
     cu::Stream stream = nullptr;
@@ -37,7 +37,7 @@ class CudaMover final : public BlockMover {
 
   explicit CudaMover(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
   const Driver& driver() const { return context_->driver(); }
-  // Waits for what `queue` has queued on the lane's stream, also when it has failed.
+  // Waits for what `queue` has queued on the lane's stream, even if it has failed.
   Status Run(Lane* lane, const std::function<Status(cu::Stream)>& queue);
 
   const std::shared_ptr<const CudaContext> context_;

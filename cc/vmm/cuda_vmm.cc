@@ -11,7 +11,7 @@ namespace {
 
 std::string OfBytes(std::int64_t bytes) { return "of " + std::to_string(bytes) + " bytes"; }
 
-// Places behind the virtual range: a block that is copied, and its copy.
+// Places after the virtual range: for a block that is copied, and for its copy.
 constexpr std::int64_t kCopyPlaces = 2;
 
 Status Worse(const Status& status, const Status& rollback) {
@@ -111,7 +111,7 @@ Status CudaVmm::Window(char** out) {
   }
   Status status = window_.Map(created.data(), static_cast<std::int64_t>(created.size()), handles_, read_only_);
   if (!status.ok()) {
-    // Once a caller has its address, programs may use the blocks that are there already.
+    // Once a caller has its address, programs may be using the existing blocks.
     if (!window_given_) window_.Free();
     return status;
   }
@@ -270,7 +270,7 @@ Status CudaVmm::Unmap(std::int64_t offset, const std::int32_t* blocks, std::int6
 
 Status CudaVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                       std::int64_t count) {
-  if (std::equal(blocks, blocks + count, old_blocks)) return {};  // they are mapped for writing already
+  if (std::equal(blocks, blocks + count, old_blocks)) return {};  // they are already mapped for writing
   KVPAGE_RETURN_IF_ERROR(Unmap(offset, old_blocks, count));
   Status status = Map(offset, blocks, count);
   if (status.ok()) return {};
@@ -291,7 +291,7 @@ Status CudaVmm::CopyOne(std::int32_t from, std::int32_t to) {
   };
   Status status = copy();
   for (std::int64_t i = 0; i < kCopyPlaces; ++i) {
-    // A mapping that stays is undone by the next copy.
+    // A mapping that remains is removed by the next copy.
     if (Status unmapped = UnmapOne(place + i); status.ok()) status = unmapped;
   }
   return status;

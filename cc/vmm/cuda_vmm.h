@@ -1,9 +1,9 @@
 // CudaVmm: virtual memory slots on a CUDA device. One handle per block; cuMemMap places it.
 //
 // cuMemUnmap must unmap exactly the ranges that cuMemMap mapped, so every block is mapped separately; access is granted
-// once per call of Map. The block window (cuda_window.h) costs a mapping more for each block, and exists only once it
-// was asked for. New memory is uninitialized. Calls are synchronous and need no stream; the caller must not
-// unmap memory that running programs may access.
+// once per call of Map. The block window (cuda_window.h) needs one more mapping per block, and exists only once it was
+// requested. New memory is uninitialized. Calls are synchronous and need no stream; the caller must not unmap memory
+// that running programs may access.
 #ifndef KVPAGE_VMM_CUDA_VMM_H_
 #define KVPAGE_VMM_CUDA_VMM_H_
 
@@ -42,7 +42,7 @@ class CudaVmm final : public Vmm {
   Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
   // Keeps blocks that are already mapped there.
   Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
-  // No program may use a block that changes meanwhile: the driver maps over nothing but a hole.
+  // No program may use a block that changes meanwhile: the driver maps only over holes.
   Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                std::int64_t count) override;
   Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
@@ -85,7 +85,7 @@ class CudaVmm final : public Vmm {
   Status ReleaseOne(std::int32_t block);
   Status MapOne(std::int64_t place, std::int32_t block);
   Status UnmapOne(std::int64_t place);
-  // Grants access to mapped blocks from a place on: read-only where read_only_ is set.
+  // Grants access to mapped blocks, starting at a place; read-only where read_only_ is set.
   Status SetAccess(std::int64_t place, std::int64_t count);
   bool IsMapped(std::int64_t place, const std::int32_t* blocks, std::int64_t count) const;
   // Whether the block's memory must not be used for anything else.

@@ -10,7 +10,7 @@ namespace {
 
 constexpr char kLibrary[] = "libcuda.so.1";
 
-// The cause of running out of memory and the way out, per call.
+// Describes, per call, why memory ran out and what to do about it.
 std::string Advice(const Driver& driver, cu::Call call) {
   switch (call) {
     case cu::Call::kMemAddressReserve:
@@ -76,7 +76,7 @@ Status Driver::Explain(cu::Result result, cu::Call call, const std::string& what
   message += " failed with " + std::string(name != nullptr ? name : "an unknown code") + " (" +
              std::to_string(static_cast<int>(result)) + (text != nullptr ? std::string(", ") + text : "") + ")";
   if (result == cu::Result::kOutOfMemory) message += Advice(*this, call);
-  // Virtual addresses and pinned host memory are no memory of the card's.
+  // Virtual addresses and pinned host memory do not use GPU memory.
   const bool of_card = call != cu::Call::kMemAddressReserve && call != cu::Call::kMemHostAlloc;
   const bool full = result == cu::Result::kOutOfMemory && of_card;
   return {CodeOf(result), std::move(message), full ? Reason::kOutOfDeviceMemory : Reason::kNone};

@@ -1,5 +1,5 @@
-// Driver: the CUDA driver as a table of function pointers, opened at run time, so that one build works with and without
-// a driver; tests put a fake one in its place (cc/testing).
+// Driver: the CUDA driver as a table of function pointers that is opened at run time, so that one build works with and
+// without a driver; tests use a fake one instead (cc/testing).
 #ifndef KVPAGE_VMM_DRIVER_H_
 #define KVPAGE_VMM_DRIVER_H_
 
@@ -13,7 +13,7 @@ namespace kvpage {
 
 namespace cu {
 
-// Names an entry point in messages, counts and injected faults.
+// Identifies an entry point in messages, counts and injected faults.
 enum class Call : std::int32_t {
 #define KVPAGE_ENUMERATE(name, symbol, args) k##name,
   KVPAGE_DRIVER_CALLS(KVPAGE_ENUMERATE)
@@ -47,12 +47,12 @@ struct Driver {
   KVPAGE_DRIVER_CALLS(KVPAGE_DECLARE)
 #undef KVPAGE_DECLARE
 
-  // The system's driver, opened and initialised by the first call, never closed. Without one: a status with the library
-  // that was not found and the way out.
+  // The system's driver, opened and initialised by the first call and never closed. If there is none, returns a status
+  // with the library that was not found and what to do.
   static Status Open(const Driver** out);
 
-  // The status of a failed call: the symbol, its operands and the driver's code. `what` continues the sentence after
-  // the symbol: "of 2097152 bytes". Out of memory becomes RESOURCE_EXHAUSTED and mentions JAX's share of the GPU.
+  // The status of a failed call: the symbol, its operands and the driver's error code. `what` continues the sentence
+  // after the symbol: "of 2097152 bytes". Out of memory becomes RESOURCE_EXHAUSTED and mentions JAX's share of the GPU.
   Status Explain(cu::Result result, cu::Call call, const std::string& what) const;
 };
 

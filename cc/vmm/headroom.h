@@ -1,4 +1,4 @@
-// Memory that allocations leave free for the rest of the system.
+// Keeps some memory free for the rest of the system.
 #ifndef KVPAGE_VMM_HEADROOM_H_
 #define KVPAGE_VMM_HEADROOM_H_
 
@@ -8,7 +8,7 @@
 
 namespace kvpage {
 
-// Whether `bytes` can be allocated now so that the OOM killer does not wake. Reads a few files in /proc and /sys (tens
+// Checks that `bytes` can be allocated now without triggering the OOM killer. Reads a few files in /proc and /sys (tens
 // of microseconds).
 Status CheckHeadroom(std::int64_t bytes);
 

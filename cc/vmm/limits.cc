@@ -15,7 +15,7 @@ namespace {
 constexpr std::int64_t kUnknown = -1;
 constexpr std::int64_t kUnlimited = std::numeric_limits<std::int64_t>::max();
 
-// First number in a file; "max" is no limit; kUnknown when there is no such file.
+// The first number in a file; "max" means no limit; kUnknown if there is no such file.
 std::int64_t ReadNumber(const std::string& path) {
   std::ifstream file(path);
   std::string word;
@@ -39,7 +39,7 @@ std::int64_t MemInfo(const std::string& root, const std::string& key) {
   return kUnknown;
 }
 
-// Page cache that the kernel reclaims before it kills: it counts as a cgroup's usage, but is available.
+// Page cache that the kernel reclaims before it kills a process: part of a cgroup's usage, but available.
 std::int64_t InactiveFile(const std::string& dir) {
   std::ifstream file(dir + "/memory.stat");
   std::string name;
@@ -55,7 +55,7 @@ struct CgroupMemory {
   std::int64_t available = kUnlimited;
 };
 
-// Walks from this process's memory cgroup up to the root: every ancestor's limit applies.
+// Goes from this process's memory cgroup up to the root, because the limits of all ancestors apply.
 CgroupMemory ReadCgroups(const std::string& root) {
   CgroupMemory result;
   std::ifstream file(root + "/proc/self/cgroup");
@@ -115,8 +115,8 @@ MapCounts CurrentMapCounts() {
     std::string addresses, access, offset, device, inode, name;
     fields >> addresses >> access >> offset >> device >> inode >> name;
     const std::size_t dash = addresses.find('-');
-    // A hole behind blocks is private memory without a name that can only be read. The constants of compiled programs
-    // look the same, but lie elsewhere.
+    // A hole after blocks is unnamed, private, read-only memory. Constants of compiled programs look the same but are
+    // elsewhere.
     const bool hole = access == "r--p" && name.empty() && addresses.substr(0, dash) == end_of_blocks;
     const bool blocks = name == std::string("/memfd:") + kPoolMemory;
     if (!hole && !blocks) ++counts.others;

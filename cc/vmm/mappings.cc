@@ -7,10 +7,11 @@
 namespace kvpage {
 namespace {
 
-// One part in this many of the limit is left to the process: a few mappings for each thread and each compiled program.
+// This fraction (one part in this many) of the limit is left to the process: a few mappings for each thread and each
+// compiled program.
 constexpr std::int64_t kReservePart = 8;
-// One part in this many of the limit may be promised on one reading of what the process has mapped: half the reserve.
-// If the process maps much else meanwhile, pools take at most that half.
+// This fraction of the limit may be promised without reading the process's mappings again: half the reserve. If the
+// process maps a lot meanwhile, pools take at most that half.
 constexpr std::int64_t kUnreadPart = 2 * kReservePart;
 // Above every limit, and small enough to be doubled.
 constexpr std::int64_t kMany = std::int64_t{1} << 60;
@@ -38,9 +39,9 @@ std::int64_t MapAccount::Left() const { return std::max<std::int64_t>(Allowed(re
 std::int64_t MapAccount::Share() const {
   const Limits limits = read_();
   const std::int64_t left = Allowed(limits) - promised_;
-  // A fixed part of the limit, halved while less is left than that and a quarter: the block size that follows is then
-  // the same in most processes. A little more than half, because capacities are powers of two and the default limit
-  // lies just below one.
+  // A fixed part of the limit, halved until the remaining mappings exceed it by a quarter: this gives the same block
+  // size in most processes. Slightly more than half, because capacities are powers of two and the default limit is just
+  // below one.
   std::int64_t share = limits.total / 16 * 9;
   while (share > 1 && share + share / 4 > left) share /= 2;
   return std::max<std::int64_t>(share, 1);

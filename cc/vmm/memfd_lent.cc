@@ -1,8 +1,8 @@
-// The part of MemfdVmm for blocks whose memory is in another file than its own.
+// The part of MemfdVmm for blocks whose memory is in another file.
 //
-// Their read-only mappings are private ones: of a page that is never written through them they show the file's, and
-// unlike shared mappings of a writable descriptor they do not count as writers, which would keep the file from being
-// sealed. A sealed file has read-only mappings alone, whatever the caller asked for.
+// Their read-only mappings are private: a private mapping shows the file's contents for pages that are never written
+// through it and, unlike a shared mapping of a writable descriptor, does not count as a writer, which would prevent
+// sealing the file. A sealed file has only read-only mappings, whatever the caller asked for.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -69,7 +69,7 @@ Status MemfdVmm::Lend(const std::shared_ptr<MemoryFile>& file, const std::int32_
 void MemfdVmm::Return(std::int32_t block) {
   const LentBlocks::Place lent = lent_.Remove(block);
   if (lent.file == nullptr) return;
-  // If this fails the window still maps the file: its memory stays until the pool ends, but nobody reads it there.
+  // If this fails, the window still maps the file: its memory is kept until the pool ends, but nobody reads it there.
   static_cast<void>(PlaceInWindows(block));
   if (lent.file->sealed()) return;
   Count();
@@ -78,7 +78,7 @@ void MemfdVmm::Return(std::int32_t block) {
 
 Status MemfdVmm::Seal(const std::shared_ptr<MemoryFile>& file) {
   const std::vector<std::int32_t> blocks = lent_.BlocksOf(*file);
-  // The window first: it has them mapped for writing, as long as they are not sealed.
+  // The window first, because it maps the blocks for writing as long as they are not sealed.
   Status status;
   const auto protect = [&](char* window, std::int64_t bytes) {
     for (const std::int32_t block : blocks) {

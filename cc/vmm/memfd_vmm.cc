@@ -21,24 +21,24 @@ namespace {
 // /sys (tens of microseconds); zeroing 64 MiB takes milliseconds.
 constexpr std::int64_t kHeadroomStride = std::int64_t{64} << 20;
 
-// Giving memory back never fails for lack of blocks.
+// Returning memory never fails because of too few blocks.
 Status NotMemory(const Status& status) {
   return status.code() == Code::kResourceExhausted ? Internal(status.message()) : status;
 }
 
 // Linux 6.1; older headers do not name it.
 constexpr int kMadvCollapse = 25;
-// A page that another thread has in its hands for a moment makes the kernel give up.
+// The kernel gives up if another thread is using a page for a moment.
 constexpr int kCollapseTries = 10;
 
-// Bytes behind the last address that is a multiple of a huge page; 0 where there are none.
+// Distance from the last address that is a multiple of a huge page; 0 if there are no huge pages.
 std::int64_t Misalignment(const void* at) {
   const auto huge = static_cast<std::uintptr_t>(HugePageBytes());
   return huge == 0 ? 0 : static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(at) % huge);
 }
 
-// Reserves address space that begins at a multiple of a huge page, if it is large enough to hold one. MAP_FAILED, and
-// errno, as mmap.
+// Reserves address space aligned to a huge page, if it is large enough to hold one. Returns MAP_FAILED with errno set,
+// like mmap.
 void* Reserve(std::int64_t bytes, int protection) {
   const auto map = [&](std::int64_t count) {
     return mmap(nullptr, static_cast<std::size_t>(count), protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
@@ -52,7 +52,7 @@ void* Reserve(std::int64_t bytes, int protection) {
   if (reserved == MAP_FAILED || huge == 0 || bytes < huge) return reserved;
   if (Misalignment(reserved) == 0) return reserved;
   void* const larger = map(size + huge);
-  if (larger == MAP_FAILED) return reserved;  // works too, with small pages
+  if (larger == MAP_FAILED) return reserved;  // also works, with small pages
   unmap(static_cast<char*>(reserved), bytes);
   const std::int64_t before = (huge - Misalignment(larger)) % huge;
   char* const begin = static_cast<char*>(larger) + before;
@@ -103,7 +103,7 @@ Status MemfdVmm::Grow(std::int64_t num_blocks) {
   num_blocks_ = num_blocks;
   if (window_ == nullptr) return {};
   Status status = ExtendWindow();
-  if (!status.ok()) num_blocks_ = before;  // a file that is too long has no memory for it
+  if (!status.ok()) num_blocks_ = before;  // no memory for a file of this size
   return status;
 }
 
@@ -210,8 +210,8 @@ Status MemfdVmm::Remap(std::int64_t offset, const std::int32_t* old_blocks, cons
 }
 
 Status MemfdVmm::Exchange(std::int64_t offset, std::int32_t old_block, std::int32_t block, bool writable) {
-  // Populated in both cases: the old block's pages were mapped, and no kernel is to fault for the new ones. Not through
-  // MapRuns, which leaves a hole after a failure: a handler may be reading here.
+  // Populated in both cases: the old block's pages were mapped, and no kernel should fault for the new ones. Does not
+  // use MapRuns, which leaves a hole after a failure, because a handler may be reading here.
   const auto map = [&](std::int32_t number) {
     Count();
     void* at = mmap(base_ + offset, static_cast<std::size_t>(block_bytes_), PROT_READ | (writable ? PROT_WRITE : 0),
@@ -265,7 +265,7 @@ std::int64_t MemfdVmm::huge_page_bytes() const { return Misalignment(base_) == 0
 
 Status MemfdVmm::Collapse(std::int32_t first, std::int64_t count) {
   KVPAGE_RETURN_IF_ERROR(ExtendWindow());
-  // Through the window: what other places have mapped of these pages is found by the next access there.
+  // Through the window: other mappings of these pages find the huge page at their next access.
   for (int tries = 1;; ++tries) {
     Count();
     if (madvise(window_ + first * block_bytes_, static_cast<std::size_t>(count * block_bytes_), kMadvCollapse) == 0) {

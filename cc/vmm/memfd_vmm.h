@@ -41,7 +41,7 @@ class MemfdVmm final : public Vmm {
   Status Exchange(std::int64_t offset, std::int32_t old_block, std::int32_t block, bool writable) override;
   Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) override;
   Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) override;
-  // Moves the page table entries (mremap): 25 us for 4 MiB, where unmapping and mapping again take 900.
+  // Moves the page table entries (mremap): 25 us for 4 MiB, compared with 900 us for unmapping and mapping again.
   Status Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) override;
   std::int64_t huge_page_bytes() const override;
   Status Collapse(std::int32_t first, std::int64_t count) override;
@@ -67,7 +67,7 @@ class MemfdVmm final : public Vmm {
   Status MapRuns(std::int64_t offset, const std::int32_t* blocks, std::int64_t count, int protection, int flags);
   Status Hole(std::int64_t offset, std::int64_t bytes);
   Status ExtendWindow();
-  // Where the first blocks are that one mapping can show, and how it is made.
+  // Where the first blocks are that one mapping can cover, and how to map them.
   struct Backing {
     std::int64_t run = 0;  // blocks
     int fd = -1;
@@ -76,9 +76,9 @@ class MemfdVmm final : public Vmm {
     int sharing = 0;
   };
   Backing Locate(const std::int32_t* blocks, std::int64_t count, int protection) const;
-  // Maps a block at its place in a window, over what is there.
+  // Maps a block at its place in a window, replacing what is there.
   Status PlaceInWindow(char* window, std::int32_t block);
-  // The same in all windows that have the place.
+  // The same in all windows that contain the place.
   Status PlaceInWindows(std::int32_t block);
   std::int64_t LentBytes() const;
   void Count() { system_calls_.fetch_add(1, std::memory_order_relaxed); }
@@ -88,13 +88,13 @@ class MemfdVmm final : public Vmm {
   const std::int64_t block_bytes_;
   const int fd_;
   std::int64_t num_blocks_ = 0;
-  // The block window: block b at window_ + b * block_bytes_. Reserved at its first use for all blocks that this machine
-  // could hold; the first windowed_blocks_ are mapped, by one mapping. Kernels may still use those that it has
-  // outgrown.
+  // The block window: block b is at window_ + b * block_bytes_. Reserved at its first use for all blocks that this
+  // machine could hold; the first windowed_blocks_ are mapped, as one mapping. Kernels may still use earlier windows
+  // that became too small.
   char* window_ = nullptr;
   std::int64_t window_bytes_ = 0;
   std::int64_t windowed_blocks_ = 0;
-  std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their bytes
+  std::vector<std::pair<char*, std::int64_t>> old_windows_;  // with their sizes
   LentBlocks lent_;                                          // blocks in other files, with file and offset
   std::int64_t unchecked_bytes_ = -1;  // created since the last check of free memory; -1: never checked
   std::atomic<std::int64_t> system_calls_{0};

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
-// "F_SEAL_WRITE, F_SEAL_SHRINK": those of kSeals that are not among `seals`.
+// "F_SEAL_WRITE, F_SEAL_SHRINK": the seals in kSeals that are missing from `seals`.
 std::string MissingSeals(int seals) {
   std::string text;
   const auto add = [&](int seal, const char* name) {
@@ -38,7 +38,7 @@ Status NotSealable(const char* what) {
                          ": wanted the memfd that export_blocks of the sender has made");
 }
 
-// Transfers all bytes by calls of transfer(data, bytes, offset), which are as pread and pwrite.
+// Transfers all bytes with calls of transfer(data, bytes, offset), which works like pread or pwrite.
 template <class Byte, class Transfer>
 Status TransferAll(const char* call, std::int64_t offset, Byte* data, std::int64_t bytes, Transfer transfer) {
   while (bytes > 0) {
@@ -77,7 +77,8 @@ Status MemoryFile::Receive(int fd, std::shared_ptr<MemoryFile>* out) {
     return InvalidArgument("the memfd lacks seals (" + MissingSeals(seals) +
                            "), so its sender may change it or cut it short: wanted one that export_blocks has sealed");
   }
-  // Of its own, so that the caller may close the descriptor. It can be read only, whatever mode the caller's has.
+  // A separate descriptor, so that the caller may close its own. It is only used for reading, whatever the caller's
+  // mode.
   const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
   if (own < 0) return SystemError("import_blocks: fcntl(F_DUPFD_CLOEXEC)", -1, errno);
   out->reset(new MemoryFile(own, std::int64_t{st.st_size}, /*received=*/true));

@@ -1,4 +1,4 @@
-// A failed system call as a status that says what the system refused and what that means here.
+// Turns a failed system call into a status that says what the system refused and what this means here.
 #ifndef KVPAGE_VMM_SYSTEM_ERROR_H_
 #define KVPAGE_VMM_SYSTEM_ERROR_H_
 
@@ -8,8 +8,8 @@
 
 namespace kvpage {
 
-// `call` failed with the errno `error`; `bytes`: of how many bytes it was, -1 where it had no size. ResourceExhausted
-// only where memory was short, so that no caller advises to free some where the call is forbidden.
+// For `call`, which failed with the errno `error`; `bytes` is its size, or -1 if it has none. ResourceExhausted only if
+// memory was short, so that no caller recommends freeing memory when the call is forbidden.
 Status SystemError(const char* call, std::int64_t bytes, int error);
 
 }  // namespace kvpage

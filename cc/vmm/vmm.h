@@ -1,9 +1,9 @@
-// Vmm: virtual memory of a pool, as a few operations (create, destroy, map, unmap, fill) on numbered blocks.
+// Vmm: the virtual memory of a pool as a few operations (create, destroy, map, unmap, fill) on numbered blocks.
 //
 // Physical memory is an array of equal blocks, each of which has memory only between Create and Destroy; virtual memory
-// is one reserved range. Higher layers (accounting, sharing, reclaim) are platform-independent and use block numbers
-// and byte offsets only. Unmapped parts of the range are holes and cost no memory. With memfd they read as zeros; on a
-// CUDA device they must not be accessed.
+// is one reserved range. Higher layers (accounting, sharing, reclaim) are platform-independent and use only block
+// numbers and byte offsets. Unmapped parts of the range are holes and cost no memory. With memfd they read as zeros; on
+// a CUDA device they must not be accessed.
 //
 // Not thread-safe: the pool serialises calls. Other threads may read and write mapped addresses at any time.
 #ifndef KVPAGE_VMM_VMM_H_
@@ -29,9 +29,9 @@ class Vmm {
   // Start of the reserved virtual range.
   virtual char* base() const = 0;
 
-  // Start of the block window: created block b lies b * block_bytes bytes behind it, for reading and writing, wherever
-  // else it is mapped. Reserved by the first call; Grow extends it, and then it may begin elsewhere: ask again. What an
-  // earlier call has returned stays valid for the blocks that there were then.
+  // Start of the block window: created block b is at b * block_bytes in it, for reading and writing, wherever else it
+  // is mapped. Reserved by the first call. Grow extends it, after which it may start elsewhere, so call this again.
+  // Earlier results stay valid for the blocks that existed then.
   virtual Status Window(char** out) = 0;
 
   // Makes block numbers below `num_blocks` valid. Never shrinks; Destroy frees memory.
@@ -43,16 +43,16 @@ class Vmm {
   // Frees the memory of unmapped blocks. After a failure a block keeps its memory; creating it again is harmless.
   virtual Status Destroy(const std::int32_t* blocks, std::int64_t count) = 0;
 
-  // Maps created blocks, one after the other, from `offset` bytes into the range over a hole. All or none. The same
-  // block may be mapped at several offsets.
+  // Maps created blocks consecutively, from `offset` bytes into the range, over a hole. All or none. The same block may
+  // be mapped at several offsets.
   virtual Status Map(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) = 0;
-  // As Map, for blocks that another place has mapped for writing. Where the platform can, a write through this mapping
-  // faults.
+  // Like Map, for blocks that are mapped for writing elsewhere. If the platform supports it, a write through this
+  // mapping faults.
   virtual Status MapReadOnly(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) {
     return Map(offset, blocks, count);
   }
-  // Replaces the blocks mapped from `offset` on by others, for writing. Other threads may read there meanwhile: they
-  // see one or the other. `old_blocks` as in the call of Map. All or none.
+  // Replaces the blocks mapped from `offset` on by others, for writing. Other threads may read there meanwhile and see
+  // one or the other. `old_blocks` as passed to Map. All or none.
   virtual Status Remap(std::int64_t offset, const std::int32_t* old_blocks, const std::int32_t* blocks,
                        std::int64_t count) = 0;
   // Replaces the block mapped at `offset` by one with the same contents, mapped for writing or for reading as before.
@@ -62,10 +62,9 @@ class Vmm {
   }
   // Copies the contents of created blocks, from[i] to to[i]. Synchronous.
   virtual Status Copy(const std::int32_t* from, const std::int32_t* to, std::int64_t count) = 0;
-  // Unmaps `count` blocks that are mapped from `offset` on, leaving a hole; `blocks` as in the call of Map. All or
-  // none.
+  // Unmaps `count` blocks mapped from `offset` on, leaving a hole; `blocks` as passed to Map. All or none.
   virtual Status Unmap(std::int64_t offset, const std::int32_t* blocks, std::int64_t count) = 0;
-  // Moves `count` mapped blocks from one place to another, over a hole, and leaves a hole. All or none.
+  // Moves `count` mapped blocks to another place, over a hole, and leaves a hole. All or none.
   virtual Status Move(std::int64_t from, std::int64_t to, const std::int32_t* blocks, std::int64_t count) {
     // The blocks stay mapped throughout, so the rollback cannot fail for lack of memory.
     KVPAGE_RETURN_IF_ERROR(Map(to, blocks, count));
@@ -73,16 +72,16 @@ class Vmm {
     if (!status.ok()) static_cast<void>(Unmap(to, blocks, count));
     return status;
   }
-  // Bytes of a huge page, which one entry of the page table maps where address and place in the file agree modulo this;
-  // 0: there are none, or the reserved range does not begin at a multiple of it.
+  // Size of a huge page, which a single page table entry maps if address and file offset agree modulo this size; 0 if
+  // there are none, or if the reserved range is not aligned to it.
   virtual std::int64_t huge_page_bytes() const { return 0; }
-  // Puts created blocks from `first` on, which fill whole huge pages of the file, into such pages. Other threads may
-  // read and write there meanwhile. A failure changes nothing.
+  // Moves created blocks from `first` on, which fill complete huge pages of the file, into such pages. Other threads
+  // may read and write there meanwhile. A failure changes nothing.
   virtual Status Collapse(std::int32_t /*first*/, std::int64_t /*count*/) {
     return {Code::kUnimplemented, "this memory has no huge pages"};
   }
-  // How blocks get into memory of the host and back; null: the host reads and writes them where they lie. Made by the
-  // first call. It may outlive the blocks, but its copies must not.
+  // Copies blocks to and from host memory; null if the host can access them directly. Created by the first call. It may
+  // outlive the blocks, but its copies must not.
   virtual Status Mover(std::shared_ptr<BlockMover>* out) {
     out->reset();
     return {};
@@ -91,30 +90,30 @@ class Vmm {
   virtual Status Fill(std::int64_t offset, std::int64_t bytes, int byte) = 0;
 
   // ---- blocks whose memory is in another file ----
-  // Gives blocks that have no memory, and that no place maps, that of `file`: blocks[i] has what is at offsets[i]. Such
-  // a block is neither created nor destroyed; otherwise it is as any other. If the file is not sealed its part is
-  // allocated first; if it is, all mappings are read-only. All or none.
+  // Gives blocks that have no memory and are not mapped the memory of `file`, blocks[i] at offsets[i]. Such a block
+  // must not be created or destroyed, but otherwise behaves like any other. If the file is not sealed, this part of it
+  // is allocated first; if it is sealed, all mappings are read-only. All or none.
   virtual Status Lend(const std::shared_ptr<MemoryFile>& /*file*/, const std::int32_t* /*blocks*/,
                       const std::int64_t* /*offsets*/, std::int64_t /*count*/) {
     return {Code::kUnimplemented, "this memory cannot show blocks of other files"};
   }
-  // The block has no memory any more; no place but the window maps it. What it had is given up where the file is not
-  // sealed.
+  // Ends Lend for a block, which must be mapped only in the window. Its memory is freed if the file is not sealed.
   virtual void Return(std::int32_t /*block*/) {}
-  // Where a block is in a file, -1: not there; and how many blocks a file has.
+  // The offset of a block in a file, -1 if it is not in it; and the number of blocks in a file.
   virtual std::int64_t LentOffset(const MemoryFile& /*file*/, std::int32_t /*block*/) const { return -1; }
   virtual std::int64_t NumLent(const MemoryFile& /*file*/) const { return 0; }
-  // Seals a file whose blocks all places but the window have mapped read-only. All or nothing.
+  // Seals a file whose blocks are mapped read-only everywhere except in the window. All or nothing.
   virtual Status Seal(const std::shared_ptr<MemoryFile>& /*file*/) {
     return {Code::kUnimplemented, "this memory cannot be sealed"};
   }
 
   // ---- blocks handed over as handles, one descriptor per block ----
-  // Whether this memory does so. Then the file passed to Lend and Seal contains no blocks: it only identifies the
-  // blocks of one sequence. Each of those is a separate allocation whose memory no other sequence has used. Blocks of a
-  // sealed file are read-only, and Return releases the handle: the memory lives on while another process holds it.
+  // Whether this memory is handed over in this way. Then the file passed to Lend and Seal contains no blocks: it only
+  // identifies the blocks of one sequence. Each of them is a separate allocation whose memory no other sequence has
+  // used. Blocks of a sealed file are read-only, and Return releases the handle: the memory exists as long as another
+  // process holds it.
   virtual bool shares_handles() const { return false; }
-  // Identifies the device, so that a receiver can check that its memory is there too: the UUID, "GPU-...".
+  // Identifies the device by its UUID, "GPU-...", so that a receiver can check that it uses the same one.
   virtual Status MemoryName(std::string* out) {
     out->clear();
     return {};
@@ -140,7 +139,7 @@ class Vmm {
     return NoHandles();
   }
 
-  // A device may still use the memory and cannot be stopped: the destructor is to leave all of it mapped.
+  // A device may still use the memory and cannot be stopped: the destructor must leave all of it mapped.
   virtual void Abandon() {}
 
   // Bytes allocated for the blocks, according to the system.
