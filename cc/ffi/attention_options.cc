@@ -3,7 +3,7 @@
 namespace kvpage {
 namespace {
 
-// An optional array with one value per query head: null when it is empty.
+// Reads an optional array with one value per query head; null if it is empty.
 Status ToPerHead(const char* op, const char* name, const F32& values, std::int64_t num_q_heads, const float** out) {
   *out = values.element_count() > 0 ? values.typed_data() : nullptr;
   return *out == nullptr ? Status() : CheckCount(op, name, values.element_count(), num_q_heads);

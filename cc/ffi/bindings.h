@@ -1,5 +1,5 @@
-// Operands, attributes and results of the custom calls, in the order in which lowering gives them. A platform begins
-// with its handlers' additional arguments (`base`) and may add further results.
+// Operands, attributes and results of the custom calls, in the order used by lowering. A platform begins with its
+// handlers' additional arguments (`base`) and may add further results.
 #ifndef KVPAGE_FFI_BINDINGS_H_
 #define KVPAGE_FFI_BINDINGS_H_
 
@@ -16,7 +16,7 @@ auto BindCache(B&& base) {
   return std::forward<B>(base).template Arg<S32>().template Arg<U32>().template Arg<S32>();
 }
 
-// A change of slots: two values for each; the new epoch, and lengths or whether there was room.
+// Changes of slots: two values for each; returns the new epoch, and either lengths or whether there was room.
 template <class B>
 auto BindSlotChange(B&& base) {
   return BindCache(std::forward<B>(base))
@@ -33,7 +33,7 @@ template <class B>
 auto BindLengthChange(B&& base) {
   return BindSlotChange(std::forward<B>(base)).template Ret<S32>();
 }
-// own, edits, copies; the new epoch and lengths
+// own, edits, copies; returns the new epoch and lengths
 template <class B>
 auto BindEditSlots(B&& base) {
   return BindCache(std::forward<B>(base))
@@ -45,7 +45,7 @@ auto BindEditSlots(B&& base) {
       .template Ret<U32>()
       .template Ret<S32>();
 }
-// own, copies, inv_freq; the new epoch and lengths
+// own, copies, inv_freq; returns the new epoch and lengths
 template <class B>
 auto BindCopyRotated(B&& base) {
   return BindCache(std::forward<B>(base))
@@ -62,7 +62,7 @@ auto BindAfter(B&& base) {
   return std::forward<B>(base).template Arg<U32>().RemainingArgs().template Ret<U32>();
 }
 
-// cache and the arrays; true
+// cache and the arrays; returns true
 template <class B>
 auto BindCheckViews(B&& base) {
   return BindCache(std::forward<B>(base))
@@ -102,7 +102,7 @@ auto BindScores(B&& base) {
       .template Attr<float>("soft_cap")
       .template Attr<std::int32_t>("exact_weights");
 }
-// The rest of attention on a pool, behind q (and k and v): options, attributes, out and lse.
+// The remaining operands of attention on a pool, after q (and k and v): options, attributes, out and lse.
 // addressing: 0 slots, 1 table.
 template <class B>
 auto BindPoolAttention(B&& base) {
@@ -120,7 +120,7 @@ auto BindUpdateAndAttend(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<Any>().template Arg<Any>())
       .template Ret<U32>();
 }
-// CPU only: ops on one of several devices, whose last result is a number for their error (cpu/shard_faults.h).
+// CPU only: ops on one of several devices, whose last result is the number of their error (cpu/shard_faults.h).
 template <class B>
 auto BindTryAppendKV(B&& base) {
   return BindAppendKV(std::forward<B>(base)).template Ret<S32>();
@@ -135,7 +135,7 @@ auto BindAttendToLimits(B&& base) {
   return BindPoolAttention(BindLayer(std::forward<B>(base)).template Arg<Any>().template Arg<S32>())
       .template Ret<S32>();
 }
-// CUDA only. handle, lengths, slots, query_offsets, window; the plan
+// CUDA only. handle, lengths, slots, query_offsets, window; returns the plan
 template <class B>
 auto BindPlanAttention(B&& base) {
   return std::forward<B>(base)

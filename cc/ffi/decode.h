@@ -1,4 +1,4 @@
-// Shared by all handlers: from XLA's typed buffers to the pool's plain arguments, and from Status to ffi::Error.
+// Shared by all handlers: converts XLA's typed buffers to the pool's plain arguments, and Status to ffi::Error.
 #ifndef KVPAGE_FFI_DECODE_H_
 #define KVPAGE_FFI_DECODE_H_
 
@@ -43,7 +43,7 @@ Status Resolve(const char* op, const S32& handle, SpecAttr spec, std::shared_ptr
 CacheRef Cache(const S32& handle, const U32& epoch, const S32& lengths);
 BatchRef Batch(const S32& slots, const S32& offsets, std::int64_t num_tokens);
 
-// The operand `name` must have `wanted` elements.
+// Checks that the operand `name` has `wanted` elements.
 Status CheckCount(const char* op, const char* name, std::size_t have, std::int64_t wanted);
 
 Status ToDType(const char* what, ffi::DataType type, DType* out);
@@ -51,19 +51,19 @@ Status ToDType(const char* what, ffi::DataType type, DType* out);
 // First dimension; 0 for a scalar.
 inline std::int64_t Rows(const Any& x) { return x.dimensions().size() > 0 ? x.dimensions()[0] : 0; }
 
-// q must be [tokens, kv_heads * n, head_dim], k and v [tokens, kv_heads, head_dim]; the dtypes go to *dtype.
+// Checks that q is [tokens, kv_heads * n, head_dim], or k and v are [tokens, kv_heads, head_dim]; sets *dtype.
 Status CheckQuery(const char* op, const Any& q, std::int64_t kv_heads, std::int64_t head_dim, DType* dtype);
 Status CheckKeysAndValues(const char* op, const Any& k, const Any& v, std::int64_t kv_heads, std::int64_t head_dim,
                           DType* dtype);
-// edit_slots: the verb that it was queued for, and its lists, which on CUDA lie in device memory. `own` is the handle
-// of the pool whose method was called.
+// edit_slots: the host call for which it was queued, and its lists, which on CUDA are in device memory. `own` is the
+// handle of the pool whose method was called.
 Status ToVerb(std::int32_t attribute, DeviceOp* verb);
 Status ToEditList(const char* op, const S32& own, const S32& edits, const S32& copies, EditList* list);
-// copy_rotated: its list and its rotation, which on CUDA lie in device memory.
+// copy_rotated: its list and its rotation, which on CUDA are in device memory.
 Status ToSegmentList(const char* op, const S32& own, const S32& copies, SegmentList* list);
 Status ToRotation(const char* op, const F32& inv_freq, std::int32_t interleaved, std::int64_t num_layers,
                   std::int64_t head_dim, Rotation* rotation);
-// One entry for each slot.
+// Checks that there is one value for each slot.
 Status CheckPerSlot(const char* op, const S32& slots, const S32& values);
 // The view over page arrays [pages, page_size, heads, dim] ("NHD", layout 0) or [pages, heads, page_size, dim] ("HND",
 // 1) behind block tables.

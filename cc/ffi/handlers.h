@@ -1,4 +1,5 @@
-// The XLA FFI custom calls of this library, by target name. Handlers decode, check and call; the logic is elsewhere.
+// The XLA FFI custom calls of this library, by target name. Handlers only decode, check and call; the logic is
+// elsewhere.
 #ifndef KVPAGE_FFI_HANDLERS_H_
 #define KVPAGE_FFI_HANDLERS_H_
 
@@ -14,7 +15,7 @@ struct Target {
   XLA_FFI_Handler* handler;
 };
 
-// Defined in slots.cc, attention.cc, views.cc and shard_faults.cc; `CpuTargets` is all of them.
+// Defined in slots.cc, attention.cc, views.cc and shard_faults.cc; `CpuTargets` returns all of them.
 std::vector<Target> SlotTargets();
 std::vector<Target> AttentionTargets();
 std::vector<Target> ViewTargets();
@@ -28,11 +29,11 @@ inline std::vector<Target> CpuTargets() {
   return targets;
 }
 
-// The same names on CUDA (cuda/), without those of views and of ops on several devices; in a build without CUDA there
-// are none.
+// The targets with the same names on CUDA (cuda/), except those for views and for ops on several devices; empty in a
+// build without CUDA.
 std::vector<Target> CudaTargets();
 
-// Loads the kernels of those on the current device; nothing in a build without CUDA.
+// Loads the kernels of the CUDA targets on the current device; does nothing in a build without CUDA.
 Status LoadCudaKernels();
 
 }  // namespace kvpage

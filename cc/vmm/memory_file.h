@@ -1,10 +1,10 @@
-// MemoryFile: a memfd with the blocks of one sequence, apart from a pool's own memory: what another process may
-// receive.
+// MemoryFile: a memfd with the blocks of one sequence, separate from a pool's own memory, so that another process can
+// receive it.
 //
-// Whoever has the descriptor can map all of the file, so nothing else is ever in it. Before it is sent it is sealed:
-// from then on nobody, its maker included, can write, shrink or grow it. A receiver asks the kernel for these seals;
-// without them the sender could change what was checked, or cut the file short, which ends a process that has it mapped
-// (SIGBUS).
+// Anybody with the descriptor can map the whole file, so it never contains anything else. It is sealed before it is
+// sent: from then on nobody, including its creator, can write, shrink or grow it. A receiver checks these seals with
+// the kernel; without them the sender could change what was checked, or truncate the file, which kills a process that
+// has it mapped (SIGBUS).
 #ifndef KVPAGE_VMM_MEMORY_FILE_H_
 #define KVPAGE_VMM_MEMORY_FILE_H_
 
@@ -17,10 +17,10 @@ namespace kvpage {
 
 class MemoryFile {
  public:
-  // A file of `bytes` bytes, all of them holes, which can be sealed.
+  // Creates a sealable file of `bytes` bytes, initially a hole.
   static Status Make(std::int64_t bytes, std::shared_ptr<MemoryFile>* out);
-  // A file that another process has made, through a descriptor of this one, which stays the caller's. Refuses whatever
-  // is not a sealed memfd of ordinary pages.
+  // Opens a file from another process through a descriptor, which the caller keeps. Refuses anything but a sealed memfd
+  // of ordinary pages.
   static Status Receive(int fd, std::shared_ptr<MemoryFile>* out);
   ~MemoryFile();
   MemoryFile(const MemoryFile&) = delete;
@@ -30,18 +30,18 @@ class MemoryFile {
   std::int64_t bytes() const { return bytes_; }
   bool received() const { return received_; }
   bool sealed() const { return sealed_; }
-  // Bytes allocated for the file according to the system; -1: unknown.
+  // Bytes allocated for the file according to the system; -1 if unknown.
   std::int64_t PhysicalBytes() const;
 
-  // Gives a part of the file memory, zero-filled, so that later accesses cannot fail.
+  // Allocates zero-filled memory for a part of the file, so that later accesses cannot fail.
   Status Allocate(std::int64_t offset, std::int64_t bytes);
-  // Makes a part of the file a hole. A failure leaves its memory.
+  // Turns a part of the file into a hole. After a failure it keeps its memory.
   void Punch(std::int64_t offset, std::int64_t bytes);
   Status Write(std::int64_t offset, const void* data, std::int64_t bytes);
   Status Read(std::int64_t offset, void* data, std::int64_t bytes) const;
-  // Whether every page of a part has memory. Reading a hole would take memory that nobody has accounted for.
+  // Whether every page of a part has memory. Reading a hole would allocate memory that is not accounted for.
   bool Filled(std::int64_t offset, std::int64_t bytes) const;
-  // No mapping through which this process could write may be left.
+  // There must be no mapping left through which this process could write.
   Status Seal();
 
  private:

@@ -1,4 +1,4 @@
-// Handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and attention
+// Handlers that access keys and values: append_kv, paged_attention, update_and_attend, gather_context, and attention
 // over plain page arrays (attend_with_tables).
 #include <vector>
 
@@ -15,7 +15,7 @@
 namespace kvpage {
 namespace {
 
-// `runs`: of the pool whose slots the view addresses, or null. `limits`: see AttentionArgs.
+// `runs` belongs to the pool whose slots the view addresses, or is null. `limits`: see AttentionArgs.
 ffi::Error Attend(const char* op, const KVView& view, std::int64_t layer, const std::vector<Sequence>& sequences,
                   const SharedRuns* runs, Any q, const OptionOperands& options, ffi::Result<Any> out,
                   ffi::Result<F32> lse, Parallel& parallel, const std::int32_t* limits = nullptr) {
@@ -52,9 +52,9 @@ ffi::Error Append(const char* op, const KVView& view, std::int64_t layer, const 
   return ffi::Error::Success();
 }
 
-// An op on one layer of a pool's slots, which are pinned during its lifetime. `view` and `sequences` address them.
+// An op on one layer of a pool's slots, which are pinned while it exists. `view` and `sequences` address them.
 struct LayerCall {
-  // `num_tokens` is the number of rows of q or k; -1 when there are none. `window`: of attention; null for other ops.
+  // `num_tokens`: number of rows of q or k; -1 if there are none. `window`: only for attention, otherwise null.
   Status Start(const char* op, const S32& handle, const U32& epoch, const S32& lengths, const S32& slots,
                const S32& offsets, const S32& layer_operand, SpecAttr spec, std::int64_t num_tokens, bool append,
                const S32* window = nullptr, bool by_block = false) {
@@ -71,7 +71,7 @@ struct LayerCall {
     return {};
   }
 
-  // What the sequences have in common; with table addressing they have no slots by which that could be told.
+  // What the sequences have in common; unknown with table addressing, where they are not identified by slots.
   const SharedRuns* shared_runs() const { return sequences == &table.sequences ? nullptr : &pool->shared_runs(); }
 
   std::shared_ptr<Pool> pool;  // outlives the pins
@@ -80,7 +80,7 @@ struct LayerCall {
   KVView view;
   const std::vector<Sequence>* sequences = nullptr;
   std::int64_t layer = 0;
-  const std::int32_t* limits = nullptr;  // of attention, before Start: see BatchRef
+  const std::int32_t* limits = nullptr;  // for attention, set before Start: see BatchRef
 };
 
 ffi::Error AppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets, S32 layer,
@@ -133,8 +133,8 @@ ffi::Error TryAppendKV(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengt
   return Deferred(error, fault);
 }
 
-// The part of attention over a sequence that is spread over several devices: what a new token sees of the keys here
-// does not follow from its place among the new tokens.
+// The part of attention over a sequence that is split between devices: which of this device's keys a new token sees
+// does not follow from its index among the new tokens.
 ffi::Error AttendToOwnKeys(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 offsets,
                            S32 layer, Any q, S32 limits, SpecAttr spec, bool by_block, const OptionOperands& options,
                            ffi::Result<Any> out, ffi::Result<F32> lse) {
@@ -166,7 +166,7 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
   LayerCall call;
   KVPAGE_FFI_RETURN_IF_ERROR(
       call.Start(kOp, handle, epoch, lengths, slots, offsets, layer, spec, -1, /*append=*/false));
-  // Rows of the result are in the order of the batch; `pinned` has only the active ones.
+  // Rows of the result are in batch order; `pinned` contains only the active ones.
   std::vector<cpu::GatherArgs::Row> rows(slots.element_count());
   for (std::size_t s = 0, active = 0; s < rows.size(); ++s) {
     if (active == call.pinned.sequences().size() || call.pinned.sequences()[active].slot != slots.typed_data()[s])
@@ -186,7 +186,7 @@ ffi::Error GatherContext(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 len
   return ffi::Error::Success();
 }
 
-// Over plain arrays there is no pool, so block tables are checked here.
+// There is no pool for plain arrays, so block tables are checked here.
 Status TableSequences(const S32& block_tables, const S32& lengths, const S32& offsets, std::int64_t num_tokens,
                       std::int64_t num_pages, std::int64_t page_size, std::vector<Sequence>* out) {
   static const std::string kOp = "paged_attention_with_tables: ";

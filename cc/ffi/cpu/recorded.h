@@ -32,8 +32,8 @@ inline void FindSpec(const SpecAttr& argument, SpecAttr* spec) { *spec = argumen
 template <class T>
 void FindSpec(const T&, SpecAttr*) {}
 
-// Whether the pool records an op's error. A program for another spec, or for a pool that is not in this process, fails:
-// this is the same on all devices.
+// Whether the pool records an op's error. A program for another spec, or for a pool that is not in this process, fails
+// instead, because this happens on all devices.
 inline bool KeepError(const ffi::Error& error, const S32& handle, SpecAttr spec) {
   std::shared_ptr<Pool> pool;
   if (!Resolve("", handle, spec, &pool).ok()) return false;
@@ -41,7 +41,7 @@ inline bool KeepError(const ffi::Error& error, const S32& handle, SpecAttr spec)
   return pool->KeepFault(handle.typed_data()[1], Status(code, error.message()));
 }
 
-// Sets a result to what an op returns that did nothing. A result's buffer may be aliased with an operand's.
+// Sets a result to the value that an op returns if it does nothing. A result's buffer may alias that of an operand.
 inline void Blank(const CacheOperands& cache, ffi::Result<U32>& epoch) {
   std::memmove(epoch->typed_data(), cache.epoch.typed_data(), sizeof(std::uint32_t));
 }

@@ -22,13 +22,13 @@ struct Faults {
   std::map<std::int32_t, std::pair<ffi::ErrorCode, std::string>> errors;
 };
 
-// Never destroyed: programs may run while the process ends.
+// Never destroyed: programs may still run while the process exits.
 Faults& TheFaults() {
   static auto* const faults = new Faults;
   return *faults;
 }
 
-// The operands behind the number are results too, and there only when no device has failed.
+// The operands after the number are also results, which are returned only if no device has failed.
 ffi::Error RaiseFault(S32 fault, ffi::RemainingArgs operands, ffi::RemainingRets results) {
   if (ffi::Error error = FaultOf(fault.typed_data()[0]); error.failure()) return error;
   for (std::size_t i = 0; i < results.size(); ++i) {

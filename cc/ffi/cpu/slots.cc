@@ -57,9 +57,9 @@ ffi::Error TrySetLengths(S32 handle, U32 epoch, S32 lengths, S32 slots, S32 valu
   return Deferred(SetLengths(handle, epoch, lengths, slots, values, spec, new_epoch, new_lengths), fault);
 }
 
-// ---- what the host queues ----
+// ---- queued by the host ----
 
-// The host verbs (acquire, release) queue this.
+// Queued by host calls (acquire, release, ...).
 ffi::Error EditSlots(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits, S32 copies,
                      SpecAttr spec, std::int32_t verb, ffi::Result<U32> new_epoch, ffi::Result<S32> new_lengths) {
   DeviceOp op_code;
@@ -104,7 +104,7 @@ ffi::Error CopyRotated(ffi::ThreadPool threads, S32 handle, U32 epoch, S32 lengt
   return ffi::Error::Success();
 }
 
-// The values are operands so that XLA has computed them before any use of the returned epoch.
+// The values are operands, so that XLA computes them before the returned epoch is used.
 ffi::Error After(U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   std::memmove(new_epoch->typed_data(), epoch.typed_data(), sizeof(std::uint32_t));
   return ffi::Error::Success();

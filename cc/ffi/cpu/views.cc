@@ -1,5 +1,5 @@
-// check_views: what a program's reads of zero-copy views depend on (jax_kvpage/ops/read_views.py). Pools in device
-// memory have no views, so there is no such handler on CUDA.
+// check_views: validates what a program's reads of zero-copy views depend on (jax_kvpage/ops/read_views.py). Pools in
+// device memory have no views, so CUDA has no such handler.
 #include <vector>
 
 #include "ffi/bindings.h"

@@ -1,4 +1,4 @@
-// CUDA handlers that touch keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
+// CUDA handlers that access keys and values: append_kv, paged_attention, update_and_attend, gather_context, and
 // attention over plain page arrays (attend_with_tables).
 #include <algorithm>
 #include <string>
@@ -35,9 +35,9 @@ Status ToAttention(const char* op, const Any& q, const OptionOperands& options, 
   return {};
 }
 
-// For an op with addressing="table", before it queues anything: pools of its device have block tables then, or the op's
-// check finds that its own has none. The first time this maps and copies, perhaps while a graph is captured on this
-// thread.
+// Called by an op with addressing="table" before it queues anything: opens the block tables of the pools on its device.
+// If that fails for its own pool, the op's check finds that there is no table. The first call maps and copies memory,
+// possibly while this thread captures a graph.
 Status OpenTables(DeviceOp op, std::int32_t ordinal) {
   if (device_tables_open(ordinal)) return {};
   DeviceState* device = nullptr;
@@ -52,7 +52,7 @@ struct LayerOperands {
   S32 slots;
   S32 offsets;
   S32 layer;
-  std::int64_t num_tokens = -1;  // rows of q or k; -1 when there are none
+  std::int64_t num_tokens = -1;  // number of rows of q or k; -1 if there are none
 };
 
 struct LayerCall : CudaCall {
@@ -66,7 +66,7 @@ struct LayerCall : CudaCall {
     append->head_dim = static_cast<std::int32_t>(head_dim());
     return {};
   }
-  // `append` null: paged_attention.
+  // paged_attention if `append` is null.
   Status Attend(const Any& q, const OptionOperands& options, bool by_table, const U8& plan,
                 const cuda::AppendOperands* append, ffi::Result<Any> out, ffi::Result<F32> lse,
                 std::uint32_t* new_epoch, Scratch scratch) const {
@@ -92,7 +92,7 @@ struct LayerCall : CudaCall {
   const std::int32_t* layer = nullptr;
 };
 
-// As QueueOnPool, with a LayerCall for `queue`.
+// Like QueueOnPool, but `queue` gets a LayerCall.
 template <class Queue>
 ffi::Error QueueOnLayer(DeviceOp op, const CudaPlace& place, const PoolOperands& operands, const LayerOperands& layer,
                         const Queue& queue) {
@@ -146,10 +146,10 @@ ffi::Error UpdateAndAttend(void* stream, std::int32_t ordinal, S32 handle, U32 e
                       {slots, offsets, layer, Rows(q)}, queue);
 }
 
-// Reads no keys and values, only numbers that programs carry (lengths, slots and offsets) and what the pool says about
-// common beginnings, which may change from one program to the next but not in a program. So XLA may make one plan for
-// all layers of a step. The kernel counts itself in where it reads the pool, so no Queueing: no drain needs to wait for
-// a launch that is not yet queued.
+// Reads no keys and values, only numbers that programs carry (lengths, slots and offsets) and the pool's information
+// about common prefixes, which may change between programs but not within one. So XLA may make one plan for all layers
+// of a step. The kernel counts itself in when it reads the pool, so no Queueing is needed: no drain needs to wait for a
+// launch that is not queued yet.
 ffi::Error PlanAttention(void* stream, std::int32_t ordinal, S32 handle, S32 lengths, S32 slots, S32 offsets,
                          S32 window, SpecAttr spec, std::int64_t num_tokens, std::int32_t num_q_heads,
                          std::int32_t q_dtype, std::int32_t exact_weights, ffi::Result<U8> plan) {
@@ -171,7 +171,7 @@ ffi::Error PlanAttention(void* stream, std::int32_t ordinal, S32 handle, S32 len
   KVPAGE_FFI_RETURN_IF_ERROR(ToBatch(kOp, slots, offsets, num_tokens, &batch));
   KVPAGE_FFI_RETURN_IF_ERROR(CheckScratch(kOp, plan, cuda::PlanBytes(batch.num_sequences)));
   cuda::CacheOperands cache;
-  DeviceState* const device = FindDevice(ordinal);  // null: attention will tell that no pool is there
+  DeviceState* const device = FindDevice(ordinal);  // if null, attention will report that there is no pool
   cache.pools = device != nullptr ? device->table() : nullptr;
   cache.handle = handle.typed_data();
   cache.lengths = lengths.typed_data();
@@ -197,7 +197,7 @@ ffi::Error GatherContext(void* stream, std::int32_t ordinal, S32 handle, U32 epo
                       {slots, offsets, layer, -1}, queue);
 }
 
-// Uses no pool, so no Queueing: no drain needs to wait for it.
+// Uses no pool, so no Queueing is needed: no drain needs to wait for it.
 ffi::Error AttendWithTables(void* stream, std::int32_t, Any q, Any k_pages, Any v_pages, S32 block_tables, S32 lengths,
                             S32 offsets, S32 window, F32 sinks, F32 alibi, float scale, float soft_cap,
                             std::int32_t exact_weights, std::int32_t kv_layout, ffi::Result<Any> out,

@@ -1,5 +1,5 @@
-// Shared by the handlers for CUDA. Operands lie in device memory: their shapes are checked here, their values by the
-// kernels. No handler reads a value back but map_slots.
+// Shared by the CUDA handlers. Operands are in device memory: their shapes are checked here, their values by the
+// kernels. Only map_slots reads values back.
 #ifndef KVPAGE_FFI_CUDA_DECODE_H_
 #define KVPAGE_FFI_CUDA_DECODE_H_
 
@@ -17,11 +17,12 @@
 
 namespace kvpage {
 
-// Device memory of the call's own. A result, because XLA must know of it: a captured call writes to it at each replay.
+// Device memory for the call's own use. It is a result because XLA must know about it: a captured call writes to it at
+// each replay.
 using U8 = ffi::Buffer<ffi::U8>;
 using Scratch = ffi::Result<U8>;
 
-// The device and the stream that a handler was called for.
+// The device and the stream for which a handler was called.
 struct CudaPlace {
   void* stream = nullptr;
   std::int32_t ordinal = 0;
@@ -35,9 +36,9 @@ struct PoolOperands {
   SpecAttr spec;
 };
 
-// An op on a pool: where it runs and what it was given.
+// A call of an op on a pool: where it runs, and its operands.
 struct CudaCall {
-  // The numbers of the spec that shapes depend on.
+  // Numbers in the spec that determine shapes.
   std::int64_t num_layers() const { return cache.spec[kSpecNumLayers]; }
   std::int64_t num_kv_heads() const { return cache.spec[kSpecNumKVHeads]; }
   std::int64_t head_dim() const { return cache.spec[kSpecHeadDim]; }
@@ -54,8 +55,8 @@ struct CudaCall {
   cuda::CacheOperands cache;
 };
 
-// The handler of an op on a pool: `queue`, a Status(const CudaCall&), checks the other operands and launches. Whoever
-// drains the device sees all of its launches or none.
+// The handler of an op on a pool: `queue`, a Status(const CudaCall&), checks the other operands and launches kernels. A
+// thread that drains the device sees all of its launches or none.
 template <class Queue>
 ffi::Error QueueOnPool(DeviceOp op, const CudaPlace& place, const PoolOperands& operands, const Queue& queue) {
   CudaCall call;
@@ -65,10 +66,10 @@ ffi::Error QueueOnPool(DeviceOp op, const CudaPlace& place, const PoolOperands& 
   return ToError(queue(call));
 }
 
-// The state of a device that programs run on; an error when no pool was made there.
+// The state of a device on which programs run; an error if no pool was created there.
 Status FindDeviceFor(const char* op, std::int32_t ordinal, DeviceState** device);
 
-// slots [S] and query_offsets [S + 1]. `num_tokens`: rows of q, k and v; -1 when there are none.
+// slots [S] and query_offsets [S + 1]. `num_tokens`: number of rows of q, k and v; -1 if there are none.
 Status ToBatch(const char* op, const S32& slots, const S32& offsets, std::int64_t num_tokens,
                cuda::BatchOperands* batch);
 
@@ -83,14 +84,14 @@ auto WithScratch(B&& binding) {
   return std::forward<B>(binding).template Ret<ffi::Buffer<ffi::U8>>();
 }
 
-// The plan is the last operand (PlanAttention), and stands behind the results in the handler's parameters, which come
-// in the order of the binding.
+// The plan is the last operand (PlanAttention) and follows the results in the handler's parameters, which are in the
+// order of the binding.
 template <class B>
 auto WithPlan(B&& binding) {
   return std::forward<B>(binding).template Arg<U8>();
 }
 
-// Launches kernels and does nothing else, so XLA may put it into a CUDA graph.
+// The handler only launches kernels, so XLA may put it into a CUDA graph.
 #define KVPAGE_DEFINE_CUDA_HANDLER(name, function, binding) \
   XLA_FFI_DEFINE_HANDLER(name, function, binding, {ffi::Traits::kCmdBufferCompatible})
 

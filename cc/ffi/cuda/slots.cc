@@ -31,7 +31,7 @@ ffi::Error SetLengths(void* stream, std::int32_t ordinal, S32 handle, U32 epoch,
   return QueueOnPool(DeviceOp::kSetLengths, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
-// The host verbs (acquire, release) queue this.
+// Queued by host calls (acquire, release, ...).
 ffi::Error EditSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 own, S32 edits,
                      S32 copies, SpecAttr spec, std::int32_t verb, ffi::Result<U32> new_epoch,
                      ffi::Result<S32> new_lengths, Scratch scratch) {
@@ -62,7 +62,7 @@ ffi::Error CopyRotated(void* stream, std::int32_t ordinal, S32 handle, U32 epoch
   return QueueOnPool(DeviceOp::kReuseSegment, {stream, ordinal}, {handle, epoch, lengths, spec}, queue);
 }
 
-// The data that map_slots brings to the host, in pinned memory.
+// The data that map_slots copies to the host, in pinned memory.
 struct MapRequest {
   std::int32_t handle[2];
   std::int32_t verdict;
@@ -75,7 +75,7 @@ struct MapRequest {
   }
 };
 
-// Queues the check, and the copies of what the host must know.
+// Queues the check, and the copies of what the host needs to know.
 Status QueueMapRequest(const CudaCall& call, const S32& slots, const S32& tokens, std::uint32_t* new_epoch,
                        DeviceState::Staging* staging, void* stream) {
   MapRequest* const request = reinterpret_cast<MapRequest*>(staging->data());
@@ -97,7 +97,7 @@ Status QueueMapRequest(const CudaCall& call, const S32& slots, const S32& tokens
   return fetch(request->tokens(), tokens.typed_data(), count);
 }
 
-// The one op that waits for its stream: the driver's calls need the numbers on the host.
+// The only op that waits for its stream: the driver calls need the numbers on the host.
 ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S32 lengths, S32 slots, S32 num_tokens,
                     SpecAttr spec, ffi::Result<U32> new_epoch, ffi::Result<ffi::Buffer<ffi::PRED>> ok) {
   CudaCall call;
@@ -108,7 +108,7 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   KVPAGE_FFI_RETURN_IF_ERROR(staging.Reserve(MapRequest::Bytes(count)));
   MapRequest* const request = reinterpret_cast<MapRequest*>(staging.data());
   const Status queued = QueueMapRequest(call, slots, num_tokens, new_epoch->typed_data(), &staging, stream);
-  // Also when something could not be queued: the staging memory goes to the next call.
+  // Wait even if something could not be queued, because the staging memory is reused by the next call.
   KVPAGE_FFI_RETURN_IF_ERROR(call.device->Synchronize(static_cast<cu::Stream>(stream)));
   KVPAGE_FFI_RETURN_IF_ERROR(queued);
   std::shared_ptr<Pool> pool;
@@ -116,12 +116,12 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
   if (request->verdict != 0) {
     KVPAGE_FFI_RETURN_IF_ERROR(found);
     KVPAGE_FFI_RETURN_IF_ERROR(pool->CheckProcess(call.op()));
-    // Over a mesh this may map in the arenas of all devices. Each has its own context, which the driver calls make
-    // current themselves.
+    // Over a mesh, this may map in the arenas of all devices. The driver calls make the context of each device current
+    // themselves.
     KVPAGE_FFI_RETURN_IF_ERROR(
         pool->MapChecked(call.op(), request->handle[1], request->slots(), request->tokens(), count, request->ok()));
   } else {
-    std::fill_n(request->ok(), count, false);  // the fault is on record
+    std::fill_n(request->ok(), count, false);  // the fault has been recorded
     if (found.ok() && pool->device() == ordinal && pool->CheckProcess(call.op()).ok()) {
       pool->PassOverMap(request->handle[1]);
     }
@@ -131,8 +131,8 @@ ffi::Error MapSlots(void* stream, std::int32_t ordinal, S32 handle, U32 epoch, S
                                      static_cast<std::size_t>(count), static_cast<cu::Stream>(stream)));
 }
 
-// The values are operands so that XLA has computed them before any use of the returned epoch. Something must be
-// queued even where both epochs are one buffer: XLA captures no call that queues nothing.
+// The values are operands, so that XLA computes them before the returned epoch is used. Something must be queued even
+// if both epochs share a buffer, because XLA does not capture calls that queue nothing.
 ffi::Error After(void* stream, std::int32_t ordinal, U32 epoch, ffi::RemainingArgs, ffi::Result<U32> new_epoch) {
   DeviceState* device = nullptr;
   KVPAGE_FFI_RETURN_IF_ERROR(FindDeviceFor("after", ordinal, &device));
