@@ -98,7 +98,7 @@ void BindCuda(nb::module_& m) {
       .def_ro("devices", &DriverReport::devices);
   m.def("cuda_report", &Report, nb::call_guard<GilRelease>());
   m.def("free_device_bytes", &FreeBytes, "ordinal"_a, nb::call_guard<GilRelease>());
-  // Lowering for CUDA asks for the device scratch that custom calls have as their last result.
+  // Used when lowering for CUDA: sizes of the device scratch that custom calls have as their last result.
   m.def("checked_scratch_bytes", &cuda::CheckedBytes, "num_sequences"_a, "max_slots"_a);
   m.def("attention_plan_bytes", &cuda::PlanBytes, "num_sequences"_a);
   m.def("attention_scratch_bytes", &AttentionScratchBytes, "q_dtype"_a, "kv_dtype"_a, "num_q_heads"_a, "num_kv_heads"_a,

@@ -1,5 +1,5 @@
-// CUDA in Python, apart from the pools: the report that the doctor prints, and the scratch that
-// custom calls need.
+// CUDA functions for Python that do not belong to pools: the report that the doctor prints, and the sizes of scratch
+// for custom calls.
 #ifndef KVPAGE_PYTHON_CUDA_BINDING_H_
 #define KVPAGE_PYTHON_CUDA_BINDING_H_
 

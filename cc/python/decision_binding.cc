@@ -29,8 +29,9 @@ std::vector<SlotEdit> ToEdits(const EditRows& rows) {
   return edits;
 }
 
-// The edits that the host has decided about in one call and that a program is to make. The caller has it before the
-// decision is made: a Python signal handler may raise when a call returns, and its result is lost then.
+// The edits that the host has decided on in one call, and that a program is to make. The caller creates this object
+// before the decision is made: a Python signal handler may raise when a call returns, and the call's result would be
+// lost.
 struct Decision {
   EditRows edits;
   std::vector<reuse::Mark> marks;  // reuse_segment
@@ -66,7 +67,7 @@ void StartEdits(const PoolReference& self, Decision* decision, const std::string
   });
 }
 
-// Undoes a decision, once; does nothing if the pool was closed meanwhile.
+// Undoes a decision once; does nothing if the pool has been closed.
 void Undo(const PoolReference& self, Decision* decision) {
   const GilRelease release;
   PoolPtr pool;
@@ -157,7 +158,7 @@ void DropBefore(const PoolReference& self, Decision* decision, const std::vector
 // (source, target, begin, count)
 using SegmentRows = std::vector<std::array<std::int32_t, 4>>;
 
-// The rows of the program's operand: those given, and for each the target's committed tokens.
+// The rows of the program's operand: the given ones, each with the target's committed tokens.
 std::vector<std::array<std::int32_t, 5>> StartReuse(const PoolReference& self, Decision* decision,
                                                     const SegmentRows& rows) {
   std::vector<SegmentCopy> copies;
@@ -210,7 +211,7 @@ Claim ImportBlocks(const PoolReference& self, Decision* decision, const Handover
 void BindDecisions(nb::module_& m, nb::class_<PoolReference>& pool) {
   nb::class_<Decision>(m, "Decision").def(nb::init<>()).def_ro("edits", &Decision::edits);
   pool
-      // Decisions of the host, and their undo where the caller does not come to know of them.
+      // Decisions of the host, and undoing them if the caller never learns of them.
       .def("acquire", &Acquire, "decision"_a, "num_tokens"_a)
       .def("can_acquire", Method("can_acquire", &Pool::CanAcquire), "num_tokens"_a)
       .def("fork", &Fork, "decision"_a, "verb"_a, "requests"_a, "released"_a)

@@ -1,4 +1,4 @@
-// Host verbs that decide about slots: acquire, release, fork, truncate, reuse; and their undo.
+// Host calls that make decisions about slots: acquire, release, fork, truncate, reuse; and undoing them.
 #ifndef KVPAGE_PYTHON_DECISION_BINDING_H_
 #define KVPAGE_PYTHON_DECISION_BINDING_H_
 

@@ -1,5 +1,5 @@
 // Statuses as Python exceptions: _native.StatusError carries (code, reason, message), and the Python side
-// (jax_kvpage/_native_pool.py) chooses the exception that its callers see.
+// (jax_kvpage/_native_pool.py) converts it to the exception that callers see.
 #ifndef KVPAGE_PYTHON_ERRORS_H_
 #define KVPAGE_PYTHON_ERRORS_H_
 

@@ -59,7 +59,7 @@ DevicePool& Find(int ordinal, std::int32_t id) {
                               std::to_string(ordinal));
 }
 
-// Plays a program that leaves `tokens` tokens in a slot, written in every layer; -1: that releases it.
+// Simulates a program that leaves `tokens` tokens in a slot, written in every layer; -1: a program that releases it.
 void Play(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) {
   DevicePool& pool = Find(ordinal, id);
   DeviceSlot& row = pool.slots[slot];
@@ -74,7 +74,7 @@ void Play(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) 
   if (tokens < 0) __atomic_store_n(&pool.vacated[slot], static_cast<std::uint32_t>(before + 1), __ATOMIC_RELEASE);
 }
 
-// Plays a program that is rejected because it needs `tokens` tokens in a slot.
+// Simulates a program that is rejected because it needs `tokens` tokens in a slot.
 void Refuse(int ordinal, std::int32_t id, std::int32_t slot, std::int32_t tokens) {
   DevicePool& pool = Find(ordinal, id);
   if (pool.faulted != 0) return;

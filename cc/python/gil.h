@@ -1,8 +1,8 @@
-// The GIL, given up for a while by a thread that may be a daemon's.
+// Releasing and taking the GIL in threads that may be daemon threads.
 //
-// Python 3.11 to 3.13 end a daemon thread that wants the GIL after the interpreter has begun to finalize: its stack is
-// unwound, and a destructor or nanobind's `noexcept` frames on it abort the process. Such a thread stops here instead,
-// as Python 3.14 lets it, and ends with the process.
+// Python 3.11 to 3.13 end a daemon thread that requests the GIL after the interpreter has begun to finalize: its stack
+// is unwound, and a destructor or nanobind's `noexcept` frames on it abort the process. Here, such a thread stops
+// instead, as in Python 3.14, and ends with the process.
 #ifndef KVPAGE_PYTHON_GIL_H_
 #define KVPAGE_PYTHON_GIL_H_
 
@@ -11,21 +11,21 @@
 
 namespace kvpage {
 
-// Takes the GIL. No lock may be held: others wait for it with the GIL in their hands.
+// Takes the GIL. No lock may be held, because others wait for locks while holding the GIL.
 inline void TakeGil(PyThreadState* thread) noexcept {
   try {
     PyEval_RestoreThread(thread);
-  } catch (...) {  // the unwinding of pthread_exit, which ends when this handler does: never
+  } catch (...) {  // the unwinding of pthread_exit, which would continue after this handler: it never returns
     while (true) pause();
   }
 }
 
-// Gives up the GIL while it lives.
+// Releases the GIL while it exists.
 class GilRelease {
  public:
   GilRelease() : thread_(PyEval_SaveThread()) {}
   ~GilRelease() { TakeGil(thread_); }
-  // Takes the GIL for Python's signal handlers; false: one of them has raised, and the error is set.
+  // Takes the GIL to run Python's signal handlers; returns false if one of them has raised, with the error set.
   bool CheckSignals() {
     TakeGil(thread_);
     const bool ok = PyErr_CheckSignals() == 0;

@@ -1,4 +1,4 @@
-// Sequences on their way between processes, as Python holds them.
+// Python bindings for sequences that are handed over between processes.
 #ifndef KVPAGE_PYTHON_HANDOVER_BINDING_H_
 #define KVPAGE_PYTHON_HANDOVER_BINDING_H_
 
@@ -9,12 +9,12 @@
 
 namespace kvpage {
 
-// A sequence that was exported, or received; its file is closed with this object, unless a pool has blocks of it.
+// A sequence that was exported or received. Its file is closed with this object, unless a pool has blocks in it.
 struct HandoverReference {
   handover::HandoverPtr handover;  // null: closed
 };
 
-// Class `Handover`, and the method of `Pool` that makes one.
+// Class `Handover`, and the method of `Pool` that creates one.
 void BindHandover(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
 
 }  // namespace kvpage

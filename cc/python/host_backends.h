@@ -19,11 +19,11 @@ namespace kvpage {
 using MakeVmm = Status (*)(int device, std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out);
 using OpenDeviceState = Status (*)(int ordinal, std::shared_ptr<DeviceState>* out);
 
-// Only while the module is initialised: the table has no lock.
+// Call it only while the module is initialised: the table has no lock.
 void RegisterHostBackend(const std::string& name, MakeVmm make);
 void RegisterDeviceBackend(const std::string& name, OpenDeviceState open);
 
-// Null when this build has no such backend.
+// Returns null if this build has no such backend.
 MakeVmm FindHostBackend(const std::string& name);
 OpenDeviceState FindDeviceBackend(const std::string& name);
 

@@ -13,13 +13,13 @@ using namespace nb::literals;
 namespace kvpage {
 namespace {
 
-// A store whose calls wait without the GIL.
+// A store whose calls wait without holding the GIL.
 class HostStoreReference {
  public:
   explicit HostStoreReference(std::int64_t limit_bytes) : store_(std::make_shared<store::HostStore>(limit_bytes)) {}
   ~HostStoreReference() {
     const GilRelease release;
-    store_->Close();  // a thread of the store must not be the one that ends it
+    store_->Close();  // so that it is never destroyed by one of its own threads
     store_.reset();
   }
   HostStoreReference(const HostStoreReference&) = delete;
@@ -37,7 +37,7 @@ class HostStoreReference {
   }
 
  private:
-  std::shared_ptr<store::HostStore> store_;  // also of a call that goes on in another thread
+  std::shared_ptr<store::HostStore> store_;  // also held by calls in progress in other threads
 };
 
 }  // namespace

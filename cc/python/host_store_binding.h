@@ -1,4 +1,4 @@
-// Stores in memory of the host, as Python holds them.
+// Python bindings for stores in host memory.
 #ifndef KVPAGE_PYTHON_HOST_STORE_BINDING_H_
 #define KVPAGE_PYTHON_HOST_STORE_BINDING_H_
 
@@ -10,7 +10,7 @@
 
 namespace kvpage {
 
-// Null: the object is another kind of store.
+// Returns null if the object is another kind of store.
 std::shared_ptr<store::HostStore> ToHostStore(nanobind::handle object);
 
 void BindHostStore(nanobind::module_& m);

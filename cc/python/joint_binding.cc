@@ -45,7 +45,7 @@ void Begin(const JointReference& self, const std::vector<std::pair<std::int32_t,
   self.maps().Begin(std::move(starts));
 }
 
-// In a forked child no lock is taken: the calls between say that the pool belongs to its parent.
+// Takes no lock in a forked child: the calls in between report that the pool belongs to its parent.
 void EnterHost(const JointReference& self) {
   const GilRelease release;
   if (self.here()) self.maps().EnterHost();

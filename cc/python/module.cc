@@ -1,6 +1,6 @@
-// The nanobind module jax_kvpage._native: pools, the handler capsules, and facts of the build and the machine.
+// The nanobind module jax_kvpage._native: pools, the handler capsules, and properties of the build and the machine.
 //
-// The GIL is released around everything that may take the pool's locks or call the system.
+// The GIL is released during everything that may take the pool's locks or make system calls.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -44,7 +44,7 @@ nb::dict Registrations(const std::string& platform) {
   return result;
 }
 
-// The numbers by which edit_slots is told the verb that it was queued for.
+// The numbers that tell edit_slots for which host call it was queued.
 nb::dict Verbs() {
   nb::dict result;
   for (const DeviceOp verb : kHostVerbs) result[OpName(verb)] = static_cast<std::int32_t>(verb);

@@ -13,11 +13,11 @@
 namespace kvpage {
 namespace {
 
-// Where a pool's memory lies, and the mirror of its table where programs run on a device.
+// The memory of a pool, and the mirror of its table if programs run on a device.
 struct PoolMemory {
   std::unique_ptr<Vmm> vmm;
   std::unique_ptr<Mirror> mirror;
-  MapAccount* mappings = nullptr;  // null: the memory takes none of the process's
+  MapAccount* mappings = nullptr;  // null: the memory uses no mappings of the process
 };
 
 Status OnHost(const Geometry& geometry, MakeVmm make, int device, PoolMemory* memory) {

@@ -1,4 +1,4 @@
-// Opening a pool: memory and mirror for a backend, a pool over them, its entry in the registry.
+// Opens a pool: creates the memory and mirror for a backend and a pool over them, and registers the pool.
 #ifndef KVPAGE_PYTHON_OPEN_POOL_H_
 #define KVPAGE_PYTHON_OPEN_POOL_H_
 
@@ -11,10 +11,10 @@
 
 namespace kvpage {
 
-// All memory of the machine, its cgroup or the device: the upper limit of a pool's capacity.
+// The total memory of the machine, its cgroup or the device: the upper limit of a pool's capacity.
 struct MemoryLimit {
   std::int64_t bytes = -1;  // -1: unknown
-  std::string owner;        // in words
+  std::string owner;        // as text
 
   Status Check(const std::string& op, std::int64_t capacity_bytes) const;
 };

@@ -37,7 +37,7 @@ using TokenArray = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb
 
 prefix::TokenIds ToIds(const TokenArray& ids) { return {ids.data(), ids.data() + ids.size()}; }
 
-// While it lives the arena stays mapped and the slot is not handed on.
+// While it exists, the arena stays mapped and the slot is not reused.
 struct PoolView {
   PoolView(PoolPtr p, std::int32_t s) : pool(std::move(p)), slot(s) {}
   ~PoolView() {
@@ -53,8 +53,8 @@ struct PoolView {
   const std::int32_t slot;
 };
 
-// Zero-copy array over the keys (kv 0) or values (1) of one layer: [max_seq_len, heads, dim] of a slot, or
-// [max_slots, max_seq_len, heads, dim]. Holds the memory, and the slot's view pin, while it lives.
+// A zero-copy array over the keys (kv = 0) or values (kv = 1) of one layer: [max_seq_len, heads, dim] for a slot, or
+// [max_slots, max_seq_len, heads, dim]. Holds the memory, and the slot's view pin, while it exists.
 nb::ndarray<nb::array_api> View(const PoolReference& self, std::int64_t layer, int kv, std::int32_t slot) {
   std::unique_ptr<PoolView> view;
   WaitOn(self, "view", [&](const PoolPtr& pool, const GoOn& go_on) -> Status {
@@ -186,7 +186,7 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("id", &PoolReference::id)
       .def_prop_ro("closed", &PoolReference::closed)
       .def("close", [](PoolReference& self) { Interruptibly([&](const GoOn& go_on) { return self.Close(go_on); }); })
-      // Calls that queue nothing.
+      // Calls that queue no program.
       .def(
           "find_prefix",
           [](const PoolReference& self, const std::string& space, const TokenArray& ids, bool whole) {

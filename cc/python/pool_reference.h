@@ -23,10 +23,10 @@ namespace kvpage {
 
 using PoolPtr = std::shared_ptr<Pool>;
 
-// Keeps a pool for ever: in a forked child its end could wait for a lock that nobody holds any more.
+// Keeps a pool forever: destroying it in a forked child could wait for a lock that nobody will release.
 inline void Leak(PoolPtr pool) { static_cast<void>(new PoolPtr(std::move(pool))); }
 
-// The Python object's reference to its pool, until it is closed.
+// The reference of a Python object to its pool, until it is closed.
 class PoolReference {
  public:
   explicit PoolReference(OpenedPool opened)
@@ -41,7 +41,8 @@ class PoolReference {
   std::int32_t id() const { return id_; }
   const MemoryLimit& memory() const { return memory_; }
   bool closed() const { return closed_.load(); }
-  // The open pool of this process. In a forked child no lock is taken: another thread may have held it at the fork.
+  // Returns the pool if it is open and belongs to this process. Takes no lock in a forked child, because another thread
+  // may have held it at the fork.
   Status Get(const char* op, PoolPtr* out) const {
     if (!here()) return closed() ? messages::Closed(op, id_) : Pool::OtherProcess(op, id_);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -49,7 +50,7 @@ class PoolReference {
     *out = pool_;
     return {};
   }
-  // Waits for running handlers. Programs queued behind it fail and name the pool. Safe to call again.
+  // Waits for running handlers. Programs queued after it fail with an error that names the pool. Safe to call again.
   Status Close(const GoOn& go_on) {
     if (!here()) return {};
     PoolPtr pool;
@@ -62,7 +63,7 @@ class PoolReference {
     KVPAGE_RETURN_IF_ERROR(pool->Close(go_on));
     Unregister(id_);
     const std::lock_guard<std::mutex> lock(mutex_);
-    pool_.reset();  // `pool` ends after the lock
+    pool_.reset();  // `pool` is destroyed after the lock is released
     return {};
   }
 
@@ -77,8 +78,8 @@ class PoolReference {
   PoolPtr pool_;
 };
 
-// Calls fn(pool) without the GIL, on an open pool of this process; a failed status becomes a StatusError. `op` begins
-// the messages.
+// Calls fn(pool) without the GIL, if the pool is open and belongs to this process; a failed status becomes a
+// StatusError. `op` is the start of messages.
 template <class Fn>
 auto Call(const PoolReference& self, const char* op, Fn&& fn) {
   const GilRelease release;
@@ -91,7 +92,7 @@ auto Call(const PoolReference& self, const char* op, Fn&& fn) {
   }
 }
 
-// Calls wait(go_on), which waits for programs, without the GIL. An exception of a signal handler ends the wait.
+// Calls wait(go_on), which waits for programs, without the GIL. An exception in a signal handler ends the wait.
 template <class Wait>
 void Interruptibly(Wait&& wait) {
   Status status;
@@ -104,7 +105,7 @@ void Interruptibly(Wait&& wait) {
   Raise(status);
 }
 
-// As Interruptibly, with an open pool of this process.
+// Like Interruptibly, with the pool, which must be open and belong to this process.
 template <class Wait>
 void WaitOn(const PoolReference& self, const char* op, Wait&& wait) {
   Interruptibly([&](const GoOn& go_on) -> Status {
@@ -114,7 +115,7 @@ void WaitOn(const PoolReference& self, const char* op, Wait&& wait) {
   });
 }
 
-// A method of the pool as a method of the Python object.
+// Turns a method of the pool into a method of the Python object.
 template <class Result, class... Args>
 auto Method(const char* op, Result (Pool::*method)(Args...)) {
   return [op, method](const PoolReference& self, const std::decay_t<Args>&... args) {
@@ -122,7 +123,7 @@ auto Method(const char* op, Result (Pool::*method)(Args...)) {
   };
 }
 
-// The same for a method whose last parameter takes the result, Status (Args..., Out*).
+// The same for a method whose last parameter receives the result: Status (Args..., Out*).
 template <class Out, class... Args, class PoolMethod>
 auto Getter(const char* op, PoolMethod method) {
   return [op, method](const PoolReference& self, const std::decay_t<Args>&... args) {

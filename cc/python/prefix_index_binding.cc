@@ -26,7 +26,7 @@ using Int32s = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::de
 
 using Blocks = nb::ndarray<nb::numpy, std::int32_t, nb::ndim<1>>;
 
-// Physical blocks as an array, which need not become Python numbers.
+// Returns physical blocks as an array, so that they need not become Python numbers.
 Blocks ToArray(std::vector<std::int32_t> blocks) {
   auto* const kept = new std::vector<std::int32_t>(std::move(blocks));
   const nb::capsule owner(kept, [](void* data) noexcept { delete static_cast<std::vector<std::int32_t>*>(data); });
@@ -42,7 +42,7 @@ PrefixPolicy ToPolicy(const std::string& name) {
   throw nb::value_error("policy must be 'frequency', 'lru' or 'segmented_lru'");
 }
 
-// An index that checks what C++ callers promise.
+// An index that checks the preconditions that C++ callers guarantee.
 class Index {
  public:
   Index(std::int64_t block_tokens, std::int64_t ranges, const std::string& policy)
@@ -77,7 +77,7 @@ class Index {
     return ToArray(std::move(dropped));
   }
   void Detach(std::int32_t slot) { index_.Detach(slot); }
-  // As if no block were referred to but by the index, and all owners were live.
+  // As if only the index referred to blocks, and all owners were live.
   Blocks Evict(std::int64_t enough) {
     std::int64_t freed;
     std::vector<std::int32_t> dropped;

@@ -6,7 +6,7 @@
 
 namespace kvpage {
 
-// Class `PrefixIndex`, and those of its results.
+// Class `PrefixIndex`, and the classes of its results.
 void BindPrefixIndex(nanobind::module_& m);
 
 }  // namespace kvpage

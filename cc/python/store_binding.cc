@@ -26,7 +26,7 @@ namespace {
 
 using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// A store whose calls wait without the GIL.
+// A store whose calls wait without holding the GIL.
 class Store {
  public:
   Store(const std::string& path, std::int64_t limit_bytes, std::string fingerprint) {
@@ -63,10 +63,10 @@ class Store {
   }
 
  private:
-  std::shared_ptr<store::BlockStore> store_;  // also of a call that goes on in another thread
+  std::shared_ptr<store::BlockStore> store_;  // also held by calls in progress in other threads
 };
 
-// Counts by the name of the problem, those that are not 0.
+// Nonzero counts by the name of the problem.
 nb::dict ByProblem(const std::vector<std::int64_t>& counts) {
   nb::dict result;
   for (std::size_t i = 0; i < counts.size(); ++i) {

@@ -1,4 +1,4 @@
-// The store of blocks as a Python object, and a pool's calls that use one.
+// Python bindings for the block store, and for the calls of a pool that use one.
 #ifndef KVPAGE_PYTHON_STORE_BINDING_H_
 #define KVPAGE_PYTHON_STORE_BINDING_H_
 
@@ -10,7 +10,7 @@
 
 namespace kvpage {
 
-// The store in a Python object of class `Store`.
+// Returns the store in a Python object of class `Store`.
 std::shared_ptr<store::BlockStore> ToStore(nanobind::handle object);
 
 void BindStore(nanobind::module_& m, nanobind::class_<PoolReference>& pool);

@@ -19,7 +19,7 @@ std::shared_ptr<store::SwapStore> SwapReference::store() const {
 
 bool SwapReference::Wait(double seconds) const {
   if (swap_->Wait(seconds)) return true;
-  // A store that is closed polls no more for what programs on a device have done.
+  // A closed store no longer polls for what programs on a device have done.
   if (const PoolPtr pool = pool_.lock(); pool != nullptr && pool->CheckProcess("swap_in").ok()) pool->ContinueSwaps();
   return swap_->Wait(0);
 }
@@ -52,7 +52,7 @@ void BindSwapping(nb::module_& m, nb::class_<PoolReference>& pool) {
       .def_prop_ro("gone", [](const SwapReference& s) { return s.swap()->state() == SwapState::kGone; })
       .def_prop_ro("stored", [](const SwapReference& s) { return s.swap()->state() == SwapState::kStored; })
       .def_prop_ro("place", [](const SwapReference& s) { return s.store()->place(); })
-      // A ticket: whether it is ready within some seconds, and with how many tokens, or why not all.
+      // A ticket: waits up to some seconds; returns whether it is ready, and with how many tokens, or why not with all.
       .def(
           "wait",
           [](const SwapReference& s, double seconds) {

@@ -1,4 +1,4 @@
-// Sequences that are swapped out, as Python holds them.
+// Python bindings for swapped sequences.
 #ifndef KVPAGE_PYTHON_SWAP_BINDING_H_
 #define KVPAGE_PYTHON_SWAP_BINDING_H_
 
@@ -11,7 +11,7 @@
 
 namespace kvpage {
 
-// A swapped sequence, which is given up with this object. It keeps the store.
+// A swapped sequence, which is dropped together with this object. It keeps the store alive.
 class SwapReference {
  public:
   explicit SwapReference(nanobind::object store) : store_(std::move(store)) {}
@@ -26,22 +26,22 @@ class SwapReference {
     pool_ = pool;
     swap_ = std::move(swap);
   }
-  // It was swapped out of this pool.
+  // Checks that it was swapped out of this pool.
   Status Check(const char* op, const PoolPtr& pool) const;
-  // Whether nothing is to be waited for, within some seconds. Without the GIL.
+  // Waits up to `seconds` for pending work. Returns whether all of it is done. Call it without the GIL.
   bool Wait(double seconds) const;
   void Drop();
-  // Makes this a part of a JointSwapped, which will drop it.
+  // Marks this as a part of a JointSwapped, which will drop it.
   void set_joined() { joined_ = true; }
 
  private:
-  const nanobind::object store_;  // ends last
+  const nanobind::object store_;  // destroyed last
   std::weak_ptr<Pool> pool_;
   SwapPtr swap_;
   bool joined_ = false;
 };
 
-// Class `Swapped`, and the methods of `Pool` that take one and queue nothing.
+// Class `Swapped`, and the methods of `Pool` that take one and queue no program.
 void BindSwapping(nanobind::module_& m, nanobind::class_<PoolReference>& pool);
 
 }  // namespace kvpage

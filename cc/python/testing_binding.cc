@@ -27,8 +27,8 @@ namespace {
 
 constexpr int kDevices = 8;
 
-// The one fake driver of the process: made when it is first used, left to the system at exit, because pools may be
-// destroyed later than statics.
+// The process-wide fake driver: created on first use and never destroyed, because pools may be destroyed later than
+// statics.
 struct Fake {
   std::mutex mutex;
   std::unique_ptr<FakeDriver> driver;
@@ -62,7 +62,7 @@ Status GetFakeDriver(FakeDriver** out) {
     *out = fake.driver.get();
   }
   if (*out != nullptr) return {};
-  // Without being told otherwise it maps pages, as the CPU does, and has what memory the machine has.
+  // By default it maps pages, like the CPU, and has as much memory as the machine.
   const std::int64_t limit = MemoryLimitBytes();
   KVPAGE_RETURN_IF_ERROR(Configure(PageBytes(), limit > 0 ? limit : std::int64_t{1} << 40));
   return GetFakeDriver(out);
@@ -83,7 +83,7 @@ cu::Call FindCall(const std::string& symbol) {
   throw std::invalid_argument("fake driver: no function is called '" + symbol + "'");
 }
 
-// Stands for the process's fake driver.
+// Represents the process-wide fake driver.
 struct FakeHandle {};
 
 Status MakeFakeVmm(int device, std::int64_t virtual_bytes, std::int64_t block_bytes, std::unique_ptr<Vmm>* out) {
