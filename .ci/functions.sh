@@ -1,8 +1,8 @@
-# Functions of .ci/run, which sources this file. They read its `full`.
+# Functions for .ci/run, which sources this file and sets `full`.
 
 step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
 
-find_python() { # the first Python among the given versions, from PATH or pyenv
+find_python() { # prints the first Python among the given versions that is found on PATH or in pyenv
   local version root
   root=$(command -v pyenv >/dev/null && pyenv root || true)
   for version in "$@"; do
@@ -15,13 +15,13 @@ find_python() { # the first Python among the given versions, from PATH or pyenv
   done
 }
 
-need() { # program or file, Debian package
+need() { # program or file, Debian package that provides it
   command -v "$1" >/dev/null || [ -e "$1" ] && return
   apt-get update -qq && apt-get install -qq -y "$2" >/dev/null
 }
 
-# Sets `chosen` to one of several equal parts of the given names, or to all with --full, and `others` to the rest.
-choose() { # number of parts, names
+# Sets `chosen` to one of several equal parts of the given files (to all of them with --full), and `others` to the rest.
+choose_files() { # number of parts, files
   local parts=$1 part file index=0
   shift
   part=$((0x$(git rev-parse HEAD | cut -c1-8) % parts))
@@ -31,9 +31,9 @@ choose() { # number of parts, names
   done
 }
 
-# pytest, a process per core. A file stays in one process, which shares its fixtures and compiled programs; files start
-# in alphabetical order, because the largest by count are not those that take longest.
-tests_in_parallel() { # bin folder of an environment, arguments of pytest
+# Runs pytest with one process per core. Each file runs in a single process, so that its tests share fixtures and compiled
+# programs. Files start in alphabetical order, because the files with the most tests are not those that take longest.
+tests_in_parallel() { # bin folder of an environment, arguments for pytest
   local bin=$1
   shift
   "$bin/pytest" -n "$(nproc)" --dist loadfile --no-loadscope-reorder "$@"
