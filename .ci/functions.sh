@@ -31,8 +31,9 @@ choose_files() { # number of parts, files
   done
 }
 
-# Runs pytest with one process per core. Each file runs in a single process, so that its tests share fixtures and compiled
-# programs. Files start in alphabetical order, because the files with the most tests are not those that take longest.
+# Runs pytest with one process per core. Each file runs in a single process, so that its tests share fixtures and
+# compiled programs. Files start in alphabetical order, because the files with the most tests are not those that take
+# longest.
 tests_in_parallel() { # bin folder of an environment, arguments for pytest
   local bin=$1
   shift
