@@ -9,7 +9,7 @@ Python as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm):
   - No load is non-coherent (LDG.CONSTANT): kernels read what the kernel before them wrote.
   - The tile loop of decode has no more instructions than its budget.
 From the output of ptxas (resource_usage.py): registers, spills and static shared memory stay within
-their budgets. Launches use at most a block's limit minus MAX_STATIC_SHARED (launch.cu) as dynamic
+their budgets. Launches use at most a block's limit minus MAX_STATIC_SHARED (attend.cu) as dynamic
 shared memory, so that both together fit.
 """
 

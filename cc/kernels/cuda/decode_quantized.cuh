@@ -184,7 +184,7 @@ class DecodeQuantized : public DecodeLoop<DecodeQuantized<S, T, kDim>, T, kDim, 
     }
   }
 
-  // Raises the units so that the tile's scales are below 2 units, and adjusts the factor of the weighted values.
+  // Raises the units so that the tile's scales are at most 2 units, and adjusts the factor of the weighted values.
   __device__ __forceinline__ void RaiseUnits(float (&factor)[2], float (&inverse)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -39,7 +39,7 @@ __device__ inline void FillGap(const AttentionParams& p, std::int32_t index) {
     end = begin + s.query_length;
     bad = s.slot == kWrongSequence;
   }
-  // The end of the last active sequence before it; sequences are in ascending order.
+  // The end of the last active (or bad) sequence before it; sequences are in ascending order.
   KVPAGE_SHARED(std::int32_t, owned);
   __syncthreads();
   if (threadIdx.x == 0) owned = 0;

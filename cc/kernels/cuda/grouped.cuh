@@ -4,8 +4,8 @@
 // The planner finds groups of sequences (prefix_groups.cuh). A work item is a group, a KV head, a span, and as many
 // members as have GroupRows rows together; their rows follow each other in tiles of 16. Every tile of keys and values
 // is copied to shared memory once and used for all of these rows, by decode's own code and, for each row, at the same
-// positions as for its sequence alone; nothing depends on other rows. So the state of a span is bit-identical. States
-// are written to memory, and decode begins by merging them in order.
+// positions as for its sequence alone; nothing depends on other rows. So the state of a span is bit-identical to that
+// without groups. States are written to memory, and decode begins by merging them in order.
 //
 // All rows see all tokens of a shared span, so there are no masks.
 #ifndef KVPAGE_KERNELS_CUDA_GROUPED_CUH_
