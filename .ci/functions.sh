@@ -20,8 +20,8 @@ need() { # program or file, Debian package that provides it
   apt-get update -qq && apt-get install -qq -y "$2" >/dev/null
 }
 
-# Sets `chosen` to one of several equal parts of the given files (to all of them with --full), and `others` to the rest.
-choose_files() { # number of parts, files
+# Sets `chosen` to one of several equal parts of the given names (to all of them with --full), and `others` to the rest.
+choose() { # number of parts, names
   local parts=$1 part file index=0
   shift
   part=$((0x$(git rev-parse HEAD | cut -c1-8) % parts))

@@ -73,7 +73,7 @@ void RestoreShared(const std::vector<unsigned char>& bytes);
 void Park();
 
 // Ends the process with a message that says which thread waits where.
-[[noreturn]] void FailStuck(const char* why = "threads wait for each other in vain");
+[[noreturn]] void FailStuck(const char* why = "deadlock: all threads wait for each other");
 
 }  // namespace kvpage::emulation
 
