@@ -87,7 +87,7 @@ Claim Acquire(const PoolParts& pool, const std::vector<std::int64_t>& tokens) {
 
 Status Receive(const std::vector<int>& descriptors, HandoverPtr* out) {
   auto handover = std::make_shared<Handover>();
-  if (descriptors.empty()) return InvalidArgument("no descriptor: wanted what export_blocks of the sender has made");
+  if (descriptors.empty()) return InvalidArgument("no descriptor: wanted those that export_blocks of the sender made");
   KVPAGE_RETURN_IF_ERROR(MemoryFile::Receive(descriptors[0], &handover->file));
   KVPAGE_RETURN_IF_ERROR(ReadHeader(*handover->file, &handover->header));
   const auto handles = static_cast<std::int64_t>(descriptors.size()) - 1;

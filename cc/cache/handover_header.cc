@@ -155,8 +155,8 @@ Status CheckFits(const Header& header, const Geometry& geometry, const std::stri
                            place(memory) + ": hand over between pools of one device, or send arrays (read_kv)");
   }
   if (header.shape != ShapeOf(geometry)) {
-    return InvalidArgument("the sequence is of a pool of another shape: " + Quoted(header.shape) + ", this pool has " +
-                           Quoted(ShapeOf(geometry)) + ": make both pools of one spec");
+    return InvalidArgument("the sequence is from a pool with another spec: " + Quoted(header.shape) +
+                           ", this pool has " + Quoted(ShapeOf(geometry)) + ": make both pools with one spec");
   }
   if (header.fingerprint != fingerprint) {
     return InvalidArgument("the sequence has the fingerprint " + Quoted(header.fingerprint) + ", wanted " +

@@ -30,13 +30,14 @@ Status NoPool(Op op, std::int32_t id) {
 
 Status OtherDevice(Op op, std::int32_t id) {
   return FailedPrecondition(op + ": " + Pool(id) +
-                            " lives on another device than the program ran on: run it where the pool is, or make the "
+                            " is not on the device that the program ran on: run it on the pool's device, or make the "
                             "pool with KVPool(..., device=...)");
 }
 
 Status Closed(Op op, std::int32_t id) {
   return FailedPrecondition(
-      op + ": " + Pool(id) + " is closed: make a new pool, or close this one after its programs' results are there",
+      op + ": " + Pool(id) +
+          " is closed: make a new pool, or close this one only when the results of its programs are ready",
       Reason::kClosed);
 }
 
@@ -99,7 +100,7 @@ Status OffsetsStart(Op op, std::int64_t first) {
 
 Status LimitOrder(Op op, std::int64_t token, std::int64_t before, std::int64_t limit) {
   return InvalidArgument(op + ": new token " + Number(token) + " sees positions up to " + Number(limit) +
-                         ", wanted at least " + Number(before) + ", which those before it see");
+                         ", wanted at least " + Number(before) + ", the limit of an earlier token");
 }
 
 Status OffsetsOrder(Op op, std::int64_t index, std::int64_t before, std::int64_t after) {
@@ -199,7 +200,7 @@ Status NotAView(Op op, std::int64_t index, std::int32_t id) {
 }
 
 Status UnknownOpcode(Op op, std::int32_t slot, std::int64_t opcode) {
-  return InvalidArgument(Slot(op, slot) + ": this version of jax_kvpage knows no edit with opcode " + Number(opcode) +
+  return InvalidArgument(Slot(op, slot) + ": this version of jax_kvpage has no edit with opcode " + Number(opcode) +
                          ": compile the program again");
 }
 

@@ -233,9 +233,9 @@ Status DeviceMirror::TakeFault() {
 
 std::string DeviceMirror::TakeWarning() {
   if (!device_->TakeManyStreams()) return "";
-  return "ops of jax_kvpage run on several compute streams of one CUDA device: a release waits for its own stream's "
-         "work only, so programs on another stream may read a slot that has a new owner. Queue all programs of a pool "
-         "on one stream";
+  return "ops of jax_kvpage run on several compute streams of one CUDA device: a release waits only for the work on "
+         "its own stream, so programs on another stream may read a slot that already has a new owner. Queue all "
+         "programs of a pool on one stream";
 }
 
 Status DeviceMirror::Counted(const Status& status, bool waited) {

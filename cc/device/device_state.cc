@@ -183,7 +183,7 @@ Status DeviceState::WaitForReaders(std::int32_t entry, bool* waited) {
     if (Clock::now() >= until) {
       return Internal("programs on CUDA device " + std::to_string(context_->ordinal()) + " still use the pool after " +
                       std::to_string(wait_limit_.count()) +
-                      " ms: the device has failed or is stopped, and the pool's memory is left to it");
+                      " ms: the device has failed or is stopped, so the pool's memory is not freed");
     }
     std::this_thread::sleep_for(pause);
     pause = std::min(2 * pause, std::chrono::microseconds{1000});
@@ -201,7 +201,7 @@ Status DeviceState::AddEntry(DevicePool* image, std::int32_t* entry) {
     if (place < 0) {
       return ResourceExhausted("KVPool: CUDA device " + std::to_string(context_->ordinal()) + " has " +
                                std::to_string(kMaxDevicePools) +
-                               " pools of this process already, as many as it can: close one");
+                               " pools of this process, the most that are possible: close one");
     }
     ids_[place] = image->id;
   }

@@ -226,12 +226,12 @@ Result MemMap(DevicePtr address, std::size_t bytes, std::size_t offset, MemHandl
   }
   const auto it = entry->handles.find(handle);
   if (it == entry->handles.end() || it->second.released) {
-    return entry->Violation("cuMemMap: wanted a handle that lives");
+    return entry->Violation("cuMemMap: the handle does not exist or was released");
   }
   if (it->second.bytes != bytes) {
     // Not a violation: memory from another process may have any size, which the caller cannot know.
     if (it->second.imported) return Result::kInvalidValue;
-    return entry->Violation("cuMemMap: wanted the whole of a handle");
+    return entry->Violation("cuMemMap: wanted the whole size of the handle");
   }
   KVPAGE_CHECK_DEVICE("cuMemMap", it->second.device);
   auto next = entry->mappings.lower_bound(address);

@@ -70,7 +70,7 @@ TEST(DeviceTableTest, FaultsOfUnknownPoolsAreRaisedByAnyPoolOfTheDevice) {
   DeviceProgram misplaced(&machine, registered->id(), 1);
   misplaced.Use({1, 1, {0, 0, 0, 0}});
   misplaced.Write(0, 1);
-  EXPECT_TRUE(Mentions(elsewhere->TakeFault(), "lives on another device than the program ran on"));
+  EXPECT_TRUE(Mentions(elsewhere->TakeFault(), "is not on the device that the program ran on"));
   Unregister(registered->id());
   misplaced.Write(0, 1);
   EXPECT_TRUE(
@@ -125,7 +125,7 @@ TEST(DeviceTableTest, ADeviceHasRoomForSoManyPools) {
   }
   entry->id = 3;
   const Status full = machine.device()->AddEntry(entry, &place);
-  EXPECT_TRUE(Mentions(full, "CUDA device 0 has 256 pools of this process already, as many as it can: close one"))
+  EXPECT_TRUE(Mentions(full, "CUDA device 0 has 256 pools of this process, the most that are possible: close one"))
       << full.message();
   bool waited = true;
   EXPECT_OK(machine.device()->RemoveEntry(17, &waited));

@@ -177,7 +177,7 @@ TEST(FaultTest, FaultsOfPoolsThatAreNotThere) {
   const auto describe = [&](std::int32_t wanted) {
     return DescribeFault(Make(DeviceOp::kAdvance, FaultKind::kNoPool, -1, 0, wanted), -1, {});
   };
-  EXPECT_TRUE(Mentions(describe(id), "lives on another device"));
+  EXPECT_TRUE(Mentions(describe(id), "is not on the device that the program ran on"));
   std::shared_ptr<Pool> found;
   EXPECT_EQ(describe(id ^ 1).message(), Find("advance", id ^ 1, &found).message());
   EXPECT_TRUE(Mentions(describe(-id), "there is no pool"));

@@ -80,7 +80,7 @@ Status LoadKernels() {
   Status status = KernelRecord::LoadAll();
   if (status.ok()) return status;
   return status.WithMessage("the CUDA kernels could not be loaded: " + status.message() +
-                            " (python -m jax_kvpage tells what they were compiled for, and what is here)");
+                            " (python -m jax_kvpage shows what they were compiled for, and the GPU and driver)");
 }
 
 Status KernelRecord::LoadAll() {
